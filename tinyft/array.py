@@ -1,0 +1,171 @@
+"""Where arrays live: on NumPy, on CuPy, or on the strict double that keeps NumPy code honest about CuPy.
+
+The library computes on plain arrays and asks an array for its own module: `xp(a)` is `numpy` or `cupy`, so one definition
+of an op serves every backend.  A move between backends is always written down: `asarray`, `to`, `asnumpy`.
+Only this file and kernels/cuda* import CuPy.
+"""
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import tracemalloc
+from types import ModuleType
+from typing import Any, Iterator
+
+import ml_dtypes
+import numpy as np
+
+__all__ = ["BackendError", "use", "backend", "xp", "name_of", "is_array", "asarray", "asnumpy", "to", "put_like",
+           "normal", "uniform_like", "peak_memory", "bfloat16"]
+
+Array = Any                                             # numpy.ndarray, cupy.ndarray or strict.Array
+bfloat16 = np.dtype(ml_dtypes.bfloat16)
+NAMES = ("numpy", "cupy", "strict")
+_modules: dict[type, Any] = {np.ndarray: np}            # array type -> its module
+_names: dict[type, str] = {np.ndarray: "numpy"}
+_local = threading.local()                              # each thread may use another backend
+
+
+class BackendError(RuntimeError):
+    "A backend that cannot be used, or arrays of two backends in one operation."
+
+
+def use(name: str) -> None:
+    """Put what is created from now on (in this thread) on `name`: 'numpy', 'cupy', 'strict', or 'auto' (CuPy where it works).
+
+    Raises BackendError with the reason when CuPy cannot be used."""
+    if name == "auto":
+        name = "numpy" if why_no_cupy() else "cupy"
+    _open(name)
+    _local.name = name
+
+
+def backend() -> str:
+    "The name of the backend in use: that of the last `use`, else of TINYFT_BACKEND, else 'numpy'."
+    if not hasattr(_local, "name"):
+        use(os.environ.get("TINYFT_BACKEND", "numpy"))
+    return _local.name
+
+
+def _open(name: str) -> Any:
+    "The array module called `name`, imported at its first use."
+    if name == "numpy":
+        return np
+    if name == "strict":
+        from . import strict
+        return _register(name, strict.Array, strict.xp)
+    if name == "cupy":
+        if reason := why_no_cupy():
+            raise BackendError(f"cannot use the backend 'cupy': {reason}")
+        import cupy
+        return _register(name, cupy.ndarray, cupy)
+    raise BackendError(f"unknown backend {name!r}; wanted one of {', '.join(NAMES)} or auto")
+
+
+def _register(name: str, kind: type, module: Any) -> Any:
+    _modules[kind], _names[kind] = module, name
+    return module
+
+
+def why_no_cupy() -> str | None:
+    "None if CuPy compiles a kernel and multiplies two matrices rightly here, else one sentence saying what is missing."
+    mend = 'pip install "tinyft[gpu13]" for a CUDA 13 driver, "tinyft[gpu12]" for CUDA 12'
+    try:
+        import cupy
+    except ImportError as e:
+        return f"CuPy is not installed: {mend}" if e.name == "cupy" else f"CuPy cannot be imported: {e}"
+    try:
+        if cupy.cuda.runtime.getDeviceCount() == 0:
+            return "the NVIDIA driver reports no GPU"
+        a = cupy.arange(6, dtype=np.float32).reshape(2, 3) * 2 + 1
+        return None if float((a @ a.T)[0, 1]) == 89 else "the GPU computed a wrong product"
+    except Exception as e:                              # the driver, NVRTC and cuBLAS each raise types of their own
+        return f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:160]} ({mend})"
+
+
+def is_array(a: object) -> bool:
+    return type(a) in _modules
+
+
+def xp(*arrays: Array) -> ModuleType:
+    "The module these arrays belong to.  Scalars go with any; arrays of two backends raise BackendError."
+    found = None
+    for a in arrays:
+        m = _modules.get(type(a))
+        if m is not None and found is not None and m is not found:
+            raise BackendError("arrays on " + " and ".join(sorted({name_of(b) for b in arrays if is_array(b)}))
+                               + " in one operation: move one with .to(...)")
+        found = m if m is not None else found
+    return np if found is None else found
+
+
+def name_of(a: Array) -> str:
+    "The backend an array is on."
+    return _names.get(type(a), "numpy")
+
+
+def asarray(a: Array, dtype: Any = None, like: Array = None) -> Array:
+    "`a` (an array, list or number) as an array on the backend in use, or on that of `like`."
+    if isinstance(a, (list, tuple, int, float, np.generic)) and not isinstance(a, np.generic):
+        a = np.asarray(a)
+        if dtype is None and a.dtype == np.float64:
+            dtype = np.float32                          # a list of Python floats becomes float32; an array keeps its dtype
+    a = to(np.asarray(a) if isinstance(a, np.generic) else a, name_of(like) if like is not None else backend())
+    return a if dtype is None or a.dtype == dtype else a.astype(dtype)
+
+
+def to(a: Array, name: str) -> Array:
+    "`a` on the backend `name`; the same array if it is there already."
+    if name_of(a) == name:
+        return a
+    host = asnumpy(a)
+    return host if name == "numpy" else _open(name).asarray(host)
+
+
+def asnumpy(a: Array) -> np.ndarray:
+    "`a` as a NumPy array: the one place that waits for a device."
+    return a if isinstance(a, np.ndarray) else np.asarray(a) if not is_array(a) else xp(a).asnumpy(a)
+
+
+def put_like(a: Any, like: Array, dtype: Any = None) -> Array:
+    "Host data `a` beside `like`: ids, masks and labels on their way to a model."
+    return asarray(np.asarray(a) if not is_array(a) else a, dtype, like)
+
+
+def normal(rng: np.random.Generator, shape: tuple, std: float = 1.0, dtype: Any = np.float32) -> Array:
+    "Normal numbers of deviation `std`, drawn on the host so that every backend starts from the same bits."
+    return asarray((rng.standard_normal(shape) * std).astype(dtype))
+
+
+def uniform_like(x: Array, key: int) -> Array:
+    "float32 in [0, 1) of x's shape, the number at each place set by `key` alone: the same bits on every backend (Philox, 24 bits)."
+    n = int(np.prod(x.shape))
+    raw = np.random.Philox(key=key).random_raw(n // 2 + 1).view(np.uint32)[:n]
+    return asarray(((raw >> np.uint32(8)) * np.float32(2.0**-24)).astype(np.float32).reshape(x.shape), like=x)
+
+
+@contextlib.contextmanager
+def peak_memory() -> Iterator[dict]:
+    """with peak_memory() as m: ...     then m["bytes"] is the largest rise of array memory above the start, in bytes.
+
+    NumPy tells Python's tracemalloc of every allocation; on CuPy the figure is the rise of the memory pool."""
+    out = {"bytes": 0}
+    if backend() == "cupy":
+        pool = _open("cupy").get_default_memory_pool()
+        pool.free_all_blocks()
+        start = pool.used_bytes()
+        yield out
+        out["bytes"] = pool.total_bytes() - start       # blocks are kept until freed: the total is the high-water mark
+        return
+    running = tracemalloc.is_tracing()
+    if not running:
+        tracemalloc.start()
+    tracemalloc.reset_peak()
+    start = tracemalloc.get_traced_memory()[0]
+    try:
+        yield out
+        out["bytes"] = tracemalloc.get_traced_memory()[1] - start
+    finally:
+        if not running:
+            tracemalloc.stop()

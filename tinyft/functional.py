@@ -1,0 +1,63 @@
+"""Compositions of ops: what the library and its users write more than once."""
+from __future__ import annotations
+
+from . import ops
+from .array import Array, xp
+from .tensor import Tensor
+
+__all__ = ["softmax_attention", "mse_loss", "kl_divergence", "soft_cross_entropy", "normalize", "topk", "stack"]
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, seen: Array = None, causal: bool = False) -> Tensor:
+    """softmax(Q Kᵀ / √d) V written out, step by step: what ops.attention does in one.  q (..., t, d), k and v (..., s, d) -> (..., t, d)
+
+    seen: bool, broadcast to (..., t, s).  Every query must be allowed to look somewhere."""
+    m, (n, s) = xp(q.data), (q.shape[-2], k.shape[-2])
+    scores = (q @ k.T) * q.shape[-1]**-0.5                                       # (..., t, s)
+    if causal:
+        past = m.tril(m.ones((n, s), dtype=bool), s - n)                         # query i looks at keys j <= i + s - t
+        seen = past if seen is None else seen & past
+    if seen is not None:
+        scores = ops.where(seen, scores, -1e30)
+    return ops.softmax(scores) @ v
+
+
+def mse_loss(x: Tensor, y: Tensor) -> Tensor:
+    "mean (x − y)², over all entries."
+    d = x - y
+    return (d * d).mean()
+
+
+def kl_divergence(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """T² mean Σ p (ln p − ln q),  p and q the softmax of logits / T.  The gradient with respect to the q logits is T (q − p) / N.
+
+    Logits (..., V); the mean is over all rows.  T² keeps the gradient's size independent of T (Hinton et al. 2015)."""
+    p = ops.log_softmax(p_logits * (1 / temperature))
+    q = ops.log_softmax(q_logits * (1 / temperature))
+    rows = q.size // q.shape[-1]
+    return (ops.exp(p) * (p - q)).sum() * (temperature**2 / rows)
+
+
+def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    "−mean Σ t ln softmax(logits), for rows of probabilities t.  logits, target (..., V)"
+    return (ops.log_softmax(logits) * target).sum() * (-logits.shape[-1] / logits.size)
+
+
+def normalize(x: Tensor, axis: int = -1, eps: float = 1e-12) -> Tensor:
+    "x / max(‖x‖, eps) along one axis."
+    return x / ops.maximum(ops.sqrt((x * x).sum(axis=axis, keepdims=True)), eps)
+
+
+def topk(x: Tensor, k: int) -> tuple[Tensor, Array]:
+    "The k largest entries of each row, largest first, and where they are.  x (..., n) -> (..., k), (..., k).  Ties: lower index first."
+    if not 0 < k <= x.shape[-1]:
+        raise ValueError(f"topk wants 0 < k <= {x.shape[-1]}, the length of a row; got {k}")
+    order = xp(x.data).argsort(-x.data, axis=-1)[..., :k]
+    return ops.gather(x, order), order
+
+
+def stack(xs: list[Tensor], axis: int = 0) -> Tensor:
+    "Tensors of one shape side by side along a new axis."
+    shape = list(xs[0].shape)
+    shape.insert(axis % (len(shape) + 1), 1)
+    return ops.concatenate(*[x.reshape(shape) for x in xs], axis=axis)

@@ -1,0 +1,131 @@
+"""The parts of every transformer here, under the same leaf names in every model:
+
+    attn.q  attn.k  attn.v  attn.o  attn.kv       mlp.up  mlp.down       norm1  norm2
+
+B batch, T time, C width, H heads, D = C/H head width, F feed-forward width, V vocabulary, L layers.
+"""
+from __future__ import annotations
+
+from typing import Callable
+
+import numpy as np
+
+from .. import array, ops
+from ..array import Array, xp
+from ..nn import Context, Dropout, LayerNorm, Linear, Module
+from ..tensor import Tensor
+
+
+class KV(Module):
+    """(k, v, seen) -> what the queries look at.    k, v (B, H, Tk, D);  seen (B, Tk) bool, or None if all keys are real
+
+    The cache joins here.  A prefix is an edit of this part: it comes after the cache, so it is never cached twice."""
+
+    def __init__(self, h: int, d: int):
+        self.h, self.d = h, d
+
+    def forward(self, kv: tuple, ctx: Context) -> tuple:
+        k, v, seen = kv
+        return (k, v, seen) if ctx.cache is None else (*ctx.cache.join(self, k, v), seen)
+
+
+class Attention(Module):
+    "softmax(q kᵀ / √D) v over H heads, then o.    (B, T, C) -> (B, T, C)"
+
+    def __init__(self, c: int, h: int, rng: np.random.Generator, causal: bool, dropout: float = 0.0, std_o: float = 0.02):
+        if c % h:
+            raise ValueError(f"{h} heads do not divide a width of {c}")
+        self.h, self.causal, self.cin, self.cout = h, causal, c, c
+        self.q, self.k, self.v = Linear(c, c, rng), Linear(c, c, rng), Linear(c, c, rng)
+        self.kv, self.o = KV(h, c // h), Linear(c, c, rng, std=std_o)
+        self.drop_p, self.drop = Dropout(dropout), Dropout(dropout)
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        q, k, v = self.split(self.q(x, ctx)), self.split(self.k(x, ctx)), self.split(self.v(x, ctx))      # (B, H, T, D)
+        k, v, seen = self.kv((k, v, ctx.keys()), ctx)                                                     # (B, H, Tk, D)
+        seen = None if seen is None else seen[:, None, None, :]                                           # (B, 1, 1, Tk)
+        key = self.drop_p.key(ctx)
+        keep = None if key is None else self.noise(q, k, key)
+        y = ops.attention(q, k, v, seen, causal=self.causal, keep=keep)                                   # (B, H, T, D)
+        return self.drop(self.o(y.permute(0, 2, 1, 3).reshape(x.shape), ctx), ctx)
+
+    def split(self, x: Tensor) -> Tensor:
+        "(B, T, C) -> (B, H, T, D): head h owns the features h D : (h + 1) D"
+        B, T, C = x.shape
+        return x.reshape(B, T, self.h, C // self.h).permute(0, 2, 1, 3)
+
+    def noise(self, q: Tensor, k: Tensor, key: int) -> Array:
+        "Dropout's factors on the probabilities, (B, H, T, Tk)"
+        like = xp(q.data).empty((*q.shape[:-1], k.shape[-2]), dtype=q.dtype)
+        return (array.uniform_like(like, key) >= self.drop_p.p).astype(q.dtype) / (1 - self.drop_p.p)
+
+
+class MLP(Module):
+    "down(act(up(x))).    (..., C) -> (..., F) -> (..., C)"
+
+    def __init__(self, c: int, f: int, act: Callable, rng: np.random.Generator, dropout: float = 0.0, std_down: float = 0.02):
+        self.cin = self.cout = c
+        self.up, self.down, self.drop, self._act = Linear(c, f, rng), Linear(f, c, rng, std=std_down), Dropout(dropout), act
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        return self.drop(self.down(self._act(self.up(x, ctx)), ctx), ctx)
+
+
+class PreNormBlock(Module):
+    "x ← x + attn(norm1 x);  x ← x + mlp(norm2 x)      (GPT-2)"
+
+    def __init__(self, attn: Attention, mlp: MLP, eps: float):
+        self.cin = self.cout = attn.cin
+        self.norm1, self.attn, self.norm2, self.mlp = LayerNorm(attn.cin, eps), attn, LayerNorm(attn.cin, eps), mlp
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        x = x + self.attn(self.norm1(x, ctx), ctx)
+        return x + self.mlp(self.norm2(x, ctx), ctx)
+
+
+class PostNormBlock(Module):
+    "x ← norm1(x + attn x);  x ← norm2(x + mlp x)      (BERT, and the transformer of 2017)"
+
+    def __init__(self, attn: Attention, mlp: MLP, eps: float):
+        self.cin = self.cout = attn.cin
+        self.attn, self.norm1, self.mlp, self.norm2 = attn, LayerNorm(attn.cin, eps), mlp, LayerNorm(attn.cin, eps)
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        x = self.norm1(x + self.attn(x, ctx), ctx)
+        return self.norm2(x + self.mlp(x, ctx), ctx)
+
+
+class Classifier(Module):
+    """Scores of a row's class.    (B, T, C) -> (B, classes)
+
+    Subclasses of this idea differ only in which row speaks: the first (BERT's [CLS]) or the last real one (GPT)."""
+
+    def __init__(self, c: int, classes: int, rng: np.random.Generator, last: bool, bias: bool = True, dropout: float = 0.0):
+        self.last, self.drop, self.out = last, Dropout(dropout), Linear(c, classes, rng, bias=bias)
+
+    cin, cout = property(lambda self: self.out.cin), property(lambda self: self.out.cout)
+
+    def row(self, x: Tensor, ctx: Context) -> Tensor:
+        "(B, T, C) -> (B, C)"
+        if not self.last:
+            return x[:, 0]
+        m, (B, T) = xp(x.data), x.shape[:2]
+        real = m.ones((B, T), dtype=bool) if ctx.mask is None else ctx.mask[:, -T:]      # a soft prompt's rows are gone from x
+        return x[m.arange(B), T - 1 - m.argmax(m.flip(real, axis=1), axis=1)]
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        return self.out(self.drop(x, ctx), ctx)
+
+
+def check_ids(ids: object, rows: int, positions: int, start: int) -> None:
+    "One clear sentence for what would otherwise be a wrong row or an IndexError.  Host arrays only: a device is not waited for."
+    shape = ids.shape if isinstance(ids, Tensor) else np.shape(ids)
+    if len(shape) >= 2 and start + shape[1] > positions:
+        cached = f" ({start} of them cached)" if start else ""
+        raise ValueError(f"a sequence of {start + shape[1]} tokens{cached} is longer than the model's {positions} positions")
+    if isinstance(ids, (np.ndarray, list)):
+        a = np.asarray(ids)
+        if a.size and a.dtype.kind not in "iu":
+            raise TypeError(f"token ids are integers; got {a.dtype}")
+        if a.size and (a.min() < 0 or a.max() >= rows):
+            raise IndexError(f"token id {a.min() if a.min() < 0 else a.max()} is outside the vocabulary of {rows}")
