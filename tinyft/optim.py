@@ -1,0 +1,214 @@
+"""Optimisers, gradient clipping and schedules.
+
+An optimiser is made from its hyper-parameters and bound to tensors by `start`; it then owns flat buffers, one per group of tensors
+that share a rate and a decay: the tensors become views of one array, their moments lie in two more, and a step is a few passes over
+long vectors.  What does not train has no state.  Weight decay leaves out biases, norms, gates and soft prompts: tensors with fewer
+than two axes, or marked decay=False.
+"""
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any, Callable
+
+import numpy as np
+
+from . import array
+from .array import Array, xp
+from .tensor import Tensor
+
+__all__ = ["Optimizer", "SGD", "Adam", "AdamW", "constant", "linear", "cosine"]
+
+
+@dataclass
+class Group:
+    "Tensors of one dtype, rate factor and decay, laid end to end.  w: their values, g: their gradients, moments: as many as the optimiser keeps."
+    lr: float
+    decay: float
+    names: list[str] = field(default_factory=list)
+    tensors: list[Tensor] = field(default_factory=list)
+
+    def lay_out(self, moments: int) -> None:
+        "Move the tensors into one flat array."
+        m, ends = xp(self.tensors[0].data), np.cumsum([0] + [p.size for p in self.tensors])
+        self.slices = [slice(int(a), int(b)) for a, b in zip(ends, ends[1:])]
+        self.w, self.g, *self.moments = (m.zeros(int(ends[-1]), self.tensors[0].dtype) for _ in range(2 + moments))
+        self.views = [self.w[s].reshape(p.shape) for s, p in zip(self.slices, self.tensors)]
+        self.gather_values()
+
+    def gather_values(self) -> None:
+        "Take back tensors whose data was replaced from outside."
+        for p, view in zip(self.tensors, self.views):
+            if p.data is not view:
+                view[...] = p.data
+                p.data = view
+
+    def gather_gradients(self) -> None:
+        for p, s in zip(self.tensors, self.slices):
+            self.g[s] = 0.0 if p.grad is None else p.grad.reshape(-1)
+
+    def held(self) -> list[tuple[slice, Any, list[Array]]]:
+        "What an update must not move: (place, where it may move, its values and moments now)."
+        out = []
+        for p, s in zip(self.tensors, self.slices):
+            if p.grad is None or p.mask is not None:
+                may = None if p.grad is None else xp(p.data).broadcast_to(p.mask, p.shape).reshape(-1)
+                out.append((s, may, [a[s].copy() for a in (self.w, *self.moments)]))
+        return out
+
+    def put_back(self, held: list) -> None:
+        for s, may, old in held:
+            for a, was in zip((self.w, *self.moments), old):
+                a[s] = was if may is None else xp(a).where(may, a[s], was)
+
+
+class Optimizer:
+    """lr: rate;  weight_decay;  groups: {glob over tensor names: {"lr": ..., "weight_decay": ...}}, the first that matches wins.
+
+    start(named tensors) forgets everything and binds; step(factor, clip) updates from their .grad; state()/load(state) for resuming."""
+    n_moments = 0
+
+    def __init__(self, lr: float, weight_decay: float = 0.0, groups: dict[str, dict] | None = None):
+        if not lr > 0 or weight_decay < 0:
+            raise ValueError(f"an optimiser wants lr > 0 and weight_decay >= 0; got lr={lr}, weight_decay={weight_decay}")
+        self.lr, self.weight_decay, self.rules = lr, weight_decay, groups or {}
+        self.t, self.bound = 0, []
+
+    def start(self, named: dict[str, Tensor]) -> "Optimizer":
+        "Bind to these tensors, with fresh moments."
+        if not named:
+            raise ValueError("nothing trains: attach a method, or call model.parameters() with requires_grad")
+        made: dict[tuple, Group] = {}
+        for name, p in named.items():
+            rule = next((r for glob, r in self.rules.items() if re.fullmatch(re.escape(glob).replace(r"\*", ".*"), name)), {})
+            decays = p.ndim >= 2 if p.decay is None else p.decay
+            lr, decay = rule.get("lr", self.lr), rule.get("weight_decay", self.weight_decay) if decays else 0.0
+            g = made.setdefault((lr, decay, str(p.dtype)), Group(lr, decay))
+            g.names.append(name)
+            g.tensors.append(p)
+        self.bound, self.t = list(made.values()), 0
+        for g in self.bound:
+            g.lay_out(self.n_moments)
+        return self
+
+    def step(self, factor: float = 1.0, clip: float | None = None) -> Array:
+        "One update at rate factor × lr.  Gradients are first scaled to a norm of at most `clip`, all together.  Returns the norm before."
+        self.t += 1
+        for g in self.bound:
+            g.gather_values()
+            g.gather_gradients()
+        m = xp(self.bound[0].w)
+        norm = m.sqrt(sum((g.g * g.g).sum() for g in self.bound))
+        for g in self.bound:
+            if clip is not None:
+                g.g *= m.minimum(clip / (norm + 1e-6), 1.0).astype(g.g.dtype)
+            held = g.held()
+            self.update(g, g.lr * factor)
+            g.put_back(held)
+            for p in g.tensors:
+                p.touch()
+        return norm
+
+    def update(self, group: Group, lr: float) -> None:
+        raise NotImplementedError
+
+    def state(self) -> dict[str, np.ndarray]:
+        "The moments and the step count, on the host."
+        out = {"t": np.array(self.t)}
+        for i, g in enumerate(self.bound):
+            out.update({f"{i}.{j}": array.asnumpy(a) for j, a in enumerate(g.moments)})
+        return out
+
+    def load(self, state: dict[str, np.ndarray]) -> None:
+        "The state that `state` gave, for an optimiser bound to the same tensors.  ValueError if it is another's."
+        mine = {k: v.shape for k, v in self.state().items()}
+        if mine != {k: v.shape for k, v in state.items()}:
+            raise ValueError("this optimiser state belongs to other tensors: what trains, the groups or the optimiser differ")
+        self.t = int(state["t"])
+        for i, g in enumerate(self.bound):
+            for j, a in enumerate(g.moments):
+                a[...] = array.put_like(state[f"{i}.{j}"], a)
+
+
+class SGD(Optimizer):
+    "u ← μ u + g + λ θ;  θ ← θ − η u      (as torch.optim.SGD)"
+    n_moments = 1
+
+    def __init__(self, lr: float, momentum: float = 0.0, weight_decay: float = 0.0, groups: dict[str, dict] | None = None):
+        super().__init__(lr, weight_decay, groups)
+        self.momentum = momentum
+
+    def update(self, group: Group, lr: float) -> None:
+        u, = group.moments
+        u *= self.momentum
+        u += group.g + group.decay * group.w
+        group.w -= lr * u
+
+
+class AdamW(Optimizer):
+    """m ← β₁ m + (1 − β₁) g;  v ← β₂ v + (1 − β₂) g²;  θ ← θ − η (m̂ / (√v̂ + ε) + λ θ),   m̂ = m/(1 − β₁ᵗ), v̂ = v/(1 − β₂ᵗ)
+
+    Loshchilov & Hutter 2019: the decay acts on θ, not through the gradient."""
+    n_moments = 2
+
+    def __init__(self, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.01,
+                 groups: dict[str, dict] | None = None):
+        super().__init__(lr, weight_decay, groups)
+        self.betas, self.eps = betas, eps
+
+    def update(self, group: Group, lr: float) -> None:
+        adam_update.fast.get(type(group.w), adam_update)(group.w, group.g, *group.moments, lr, *self.betas, self.eps, group.decay, self.t)
+
+
+class Adam(AdamW):
+    "AdamW with the decay inside the gradient, g ← g + λ θ (Kingma & Ba 2015); without decay the two are one."
+
+    def __init__(self, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,
+                 groups: dict[str, dict] | None = None):
+        super().__init__(lr, betas, eps, weight_decay, groups)
+
+    def update(self, group: Group, lr: float) -> None:
+        group.g += group.decay * group.w
+        adam_update.fast.get(type(group.w), adam_update)(group.w, group.g, *group.moments, lr, *self.betas, self.eps, 0.0, self.t)
+
+
+def adam_update(w: Array, g: Array, m: Array, v: Array, lr: float, b1: float, b2: float, eps: float, decay: float, t: int) -> None:
+    "AdamW's equations on flat arrays of one length, in place."
+    m *= b1
+    m += (1 - b1) * g
+    v *= b2
+    v += (1 - b2) * (g * g)
+    if decay:
+        w *= 1 - lr * decay
+    w -= (lr / (1 - b1**t)) * m / (xp(w).sqrt(v) * (1 - b2**t)**-0.5 + eps)
+
+
+adam_update.fast = {}                                                            # {array type: a kernel}
+
+
+# ── schedules: (t, T) -> factor on the rate, t = 0 .. T − 1 ──────────────────────────────────────────────────────────
+Schedule = Callable[[int, int], float]
+
+
+def _warm(warmup: float, after: Callable[[float], float]) -> Schedule:
+    "Linear from 0 to 1 over `warmup` steps (a number below 1 is a share of all), then `after` of the share that is done."
+    def factor(t: int, T: int) -> float:
+        w = round(warmup * T) if 0 < warmup < 1 else int(warmup)
+        return (t + 1) / w if t < w else after((t - w) / max(T - w, 1))
+    return factor
+
+
+def constant(warmup: float = 0) -> Schedule:
+    "1 after the warm-up."
+    return _warm(warmup, lambda s: 1.0)
+
+
+def linear(warmup: float = 0) -> Schedule:
+    "Falls from 1 to 0 in a straight line after the warm-up."
+    return _warm(warmup, lambda s: 1 - s)
+
+
+def cosine(warmup: float = 0, floor: float = 0.0) -> Schedule:
+    "Falls from 1 to `floor` along half a cosine after the warm-up."
+    return _warm(warmup, lambda s: floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * s)))

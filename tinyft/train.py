@@ -1,0 +1,341 @@
+"""The one training loop, and evaluation.
+
+A batch is a dict of host arrays, or bare ids:  ids (B, T);  mask (B, T) True where real;  labels (B,) classes or (B, T) tokens with -100
+where nothing is asked;  types, task, route, class_weight.  Without labels it means causal language modelling: predict the next id.
+
+The order of a step: begin, forward, penalties, backward, clip, update, step, clear gradients.
+"""
+from __future__ import annotations
+
+import contextlib
+
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Callable, Iterable, Iterator
+
+import numpy as np
+from tqdm import tqdm
+
+from . import array, edit, ops
+from .files import read_tensors, write_tensors
+from .models.blocks import Classifier
+from .nn import Context, Module, no_grad
+from .optim import AdamW, Optimizer, Schedule, constant
+from .tensor import Tensor
+
+FACTS = ("mask", "types", "task", "route")               # keys of a batch that a forward pass is told
+
+
+class Diverged(ArithmeticError):
+    "The loss is not a finite number."
+
+
+@dataclass
+class History:
+    "What happened: the loss of every step, and (step, metrics) of every evaluation."
+    losses: list[float] = field(default_factory=list)
+    evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    stopped: str = ""
+
+
+# ── the loss of a batch ──────────────────────────────────────────────────────────────────────────────────────────────
+@dataclass
+class Question:
+    "What a batch asks: the ids to feed, the labels wanted, the flat places they are wanted at (None: everywhere), and their weight."
+    ids: Any
+    facts: dict[str, Any]
+    labels: np.ndarray
+    at: np.ndarray | None
+    weight: float
+    class_weight: np.ndarray | None = None
+
+
+def question(batch: Any) -> Question:
+    "Read a batch.  ValueError if there is nothing in it to predict, or labels and ids do not go together."
+    batch = batch if isinstance(batch, dict) else {"ids": batch}
+    ids = batch["ids"] if isinstance(batch["ids"], Tensor) else np.asarray(batch["ids"])
+    facts = {k: batch[k] for k in FACTS if batch.get(k) is not None}
+    labels, cw = batch.get("labels"), batch.get("class_weight")
+    if labels is None:                                                           # the next token, where this one and it are real
+        real = np.ones(ids.shape, bool) if facts.get("mask") is None else np.asarray(facts["mask"], bool)
+        labels = np.where(real[:, 1:] & real[:, :-1], ids[:, 1:], -100)
+        ids, facts = ids[:, :-1], {k: (v[:, :-1] if k in ("mask", "types") else v) for k, v in facts.items()}
+    labels = np.asarray(labels)
+    if labels.shape not in (ids.shape[:1], ids.shape[:2]):
+        raise ValueError(f"labels have shape {labels.shape}; wanted {ids.shape[:1]} (a class per row) or {ids.shape[:2]} (a token per place)")
+    asked = labels != -100
+    if not asked.any():
+        raise ValueError(f"this batch of shape {ids.shape[:2]} has nothing to predict: every label is -100 or padding")
+    at = None if asked.all() or labels.ndim == 1 else np.flatnonzero(asked)
+    labels = labels.reshape(-1) if at is None else labels.reshape(-1)[at]
+    weight = float(asked.sum()) if cw is None else float(np.asarray(cw)[labels[labels != -100]].sum())
+    return Question(ids, facts, labels, at, weight, cw)
+
+
+def objective(model: Module, q: Question, rng: np.random.Generator | None = None) -> tuple[Context, Tensor]:
+    "The pass and its cross-entropy, averaged over what is asked."
+    ctx = Context(at=q.at, rng=rng, **q.facts)
+    z = model(q.ids, ctx)
+    if isinstance(getattr(model, "head", None), Classifier) != (q.at is None and len(q.labels) == z.shape[0] and z.ndim == 2):
+        raise ValueError(f"the labels ask for {len(q.labels)} answers, the model gives {z.shape[:-1]}: put a head on it "
+                         "(tinyft.classifier), or give token labels (B, T)")
+    real = q.labels[q.labels != -100]
+    if real.size and not 0 <= real.min() <= real.max() < z.shape[-1]:
+        raise IndexError(f"label {real.min() if real.min() < 0 else real.max()} is outside the {z.shape[-1]} classes the model tells apart")
+    put = lambda a, dtype=None: None if a is None else array.put_like(a, z.data, dtype)      # noqa: E731
+    return ctx, ops.cross_entropy(z, put(q.labels), put(q.class_weight, z.dtype))
+
+
+# ── the loop ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+def fit(model: Module, batches: Any, steps: int, optimizer: Optimizer | None = None, schedule: Schedule | None = None, *,
+        clip: float | None = 1.0, accumulate: int = 1, seed: int = 0, out: str | os.PathLike | None = None, resume: bool = False,
+        save_every: int = 100, progress: bool = True, evaluate: Callable[[], dict[str, float]] | None = None, every: int = 0,
+        patience: int = 0, watch: str = "loss") -> History:
+    """Train what the model's attached methods train (without any: everything), for `steps` updates.
+
+    batches     an iterable of batches, gone through again and again; one with state()/load(state) resumes at once (data.Batches)
+    optimizer   AdamW(1e-3) if None;   schedule: (t, T) -> factor on the rate;   clip: largest norm of all gradients together
+    accumulate  batches per update, each weighted by what it asks, so that the gradient is that of one large batch
+    out         a folder: the state is written to out/checkpoint.safetensors every `save_every` steps and at the end, atomically
+    resume      go on from there: bitwise as if never stopped.  With nothing there it starts afresh
+    evaluate    called every `every` steps, gives metrics; with patience > 0 training stops after that many without a better metric
+                `watch` (losses and perplexities fall, others rise), and the best state is put back
+
+    Ctrl-C finishes the step, writes the state and raises KeyboardInterrupt.  A loss that is not finite raises Diverged."""
+    run = Run(model, batches, steps, optimizer or AdamW(1e-3), schedule or constant(), clip, accumulate, seed, evaluate, every, patience, watch)
+    path = None if out is None else Path(out) / "checkpoint.safetensors"
+    saved = read_tensors(path) if path and resume and path.exists() else None
+    model.train()
+    try:
+        with _interruptible() as interrupted, _bar(progress, steps) as bar:
+            for _ in run.walk(saved):
+                bar.update(run.done - bar.n)
+                bar.set_postfix_str(run.says(), refresh=False)
+                if interrupted():
+                    if path:
+                        write_tensors(path, *run.state())
+                    raise KeyboardInterrupt(f"stopped after step {run.done} of {steps}" + ("; fit(..., resume=True) goes on" if path else ""))
+                if path and save_every and run.done % save_every == 0:
+                    write_tensors(path, *run.state())
+        run.put_best()
+        if path:
+            write_tensors(path, *run.state())
+    finally:
+        model.eval()
+        model.zero_grad()
+    return run.history
+
+
+class Run:
+    "One call of fit: what it was asked, and where it stands."
+
+    def __init__(self, model: Module, batches: Any, steps: int, optimizer: Optimizer, schedule: Schedule, clip: float | None, accumulate: int,
+                 seed: int, evaluate: Callable | None, every: int, patience: int, watch: str):
+        if steps < 0 or accumulate < 1:
+            raise ValueError(f"fit wants steps >= 0 and accumulate >= 1; got {steps} and {accumulate}")
+        self.model, self.steps, self.opt, self.schedule, self.clip, self.accumulate = model, steps, optimizer, schedule, clip, accumulate
+        self.evaluate, self.every, self.patience, self.watch = evaluate, every, patience, watch
+        self.source, self.rng, self.history = Source(batches), np.random.default_rng(seed), History()
+        self.phase, self.t, self.done, self.best, self.tokens, self.since = 0, 0, 0, None, 0, time.perf_counter()
+        many = [a for a in edit.attached(model) if type(a.method).phases is not edit.Method.phases]
+        if len(many) > 1:
+            raise ValueError(f"only one method may bring phases; here {', '.join(a.name for a in many)} do")
+        self.phases = many[0].method.phases(many[0].edits) if many else iter([1.0])
+
+    def walk(self, saved: tuple[dict, dict] | None) -> Iterator[None]:
+        """Every step of every phase.  Resuming walks the phases up to the saved one, their code between the yields running on whatever is
+        there, and only then loads the state."""
+        total, given = 0.0, 0
+        at = saved[1]["phase"] if saved else 0
+        for self.phase, share in enumerate(self.phases):
+            total += share
+            T, given = round(total * self.steps) - given, round(total * self.steps)
+            self.t = 0
+            if self.phase < at:
+                continue
+            self.opt.start(edit.trained(self.model))
+            if saved and self.phase == at:
+                self.load(*saved)
+            while self.t < T and not self.history.stopped:
+                self.step(T)
+                self.t, self.done = self.t + 1, self.done + 1
+                if self.evaluate and self.every and self.done % self.every == 0:
+                    self.judge()
+                yield
+
+    def step(self, T: int) -> None:
+        here = edit.attached(self.model)
+        for a in here:
+            a.method.begin(a.edits, self.t, T, self.rng)
+        questions = [question(self.source.next()) for _ in range(self.accumulate)]
+        whole, value = sum(q.weight for q in questions), 0.0
+        for q in questions:
+            ctx, loss = objective(self.model, q, self.rng)
+            for a in here:
+                loss = loss + a.method.penalty(a.edits, self.model, ctx)
+            loss = loss * (q.weight / whole)                                     # Σ of numerators over Σ of weights, not a mean of means
+            loss.backward()
+            value += float(loss.data)
+            self.tokens += int(np.prod(q.ids.shape[:2]))
+        if not math.isfinite(value):
+            raise Diverged(f"the loss is {value} at step {self.done + 1} (rate {self.opt.lr * self.schedule(self.t, T):.2g}): lower the rate or "
+                           "warm up longer; tinyft.detect_anomaly() names the op where it began")
+        self.opt.step(self.schedule(self.t, T), self.clip)
+        for a in here:
+            a.method.step(a.edits, self.t, T)
+        self.model.zero_grad()
+        self.history.losses.append(value)
+
+    def judge(self) -> None:
+        "Evaluate; remember the best; say when to stop."
+        self.model.eval()
+        metrics = self.evaluate()
+        self.model.train()
+        self.history.evaluations.append((self.done, metrics))
+        if not self.patience:
+            return
+        sign = -1 if self.watch in ("loss", "perplexity") else 1
+        scores = [sign * m[self.watch] for _, m in self.history.evaluations]
+        if scores[-1] == max(scores) and scores.index(scores[-1]) == len(scores) - 1:
+            self.best = self.values()
+        if len(scores) - 1 - scores.index(max(scores)) >= self.patience:
+            self.history.stopped = f"no better {self.watch} in {self.patience} evaluations"
+
+    def put_best(self) -> None:
+        if self.best is not None:
+            self.load_values(self.best)
+
+    def says(self) -> str:
+        rate = self.tokens / max(time.perf_counter() - self.since, 1e-9)
+        return f"loss {self.history.losses[-1]:.3f}, {rate:,.0f} tokens/s"
+
+    # ── what a checkpoint holds ──
+    def values(self) -> dict[str, np.ndarray]:
+        "Everything that training changes: edits with their buffers, and the base's tensors that train."
+        out = {f"{a.name}/{n}": v for a in edit.attached(self.model) for n, v in edit.state(self.model, a).items()}
+        base = {n: p for n, p in edit.base_parameters(self.model).items() if p.requires_grad}
+        return out | {f"base/{n}": np.array(array.asnumpy(p.data)) for n, p in base.items()}
+
+    def load_values(self, values: dict[str, np.ndarray]) -> None:
+        mine = self.values()
+        if {k: v.shape for k, v in mine.items()} != {k: v.shape for k, v in values.items()}:
+            raise ValueError("this checkpoint is of another run: "
+                             f"it holds {', '.join(sorted(values.keys() - mine.keys())[:3]) or 'other shapes'}, here train {', '.join(sorted(mine)[:3])} ...")
+        for a in edit.attached(self.model):
+            edit.load_state(self.model, a, {n.split("/", 1)[1]: v for n, v in values.items() if n.startswith(a.name + "/")})
+        ps = edit.base_parameters(self.model)
+        for n, v in values.items():
+            if n.startswith("base/"):
+                ps[n[5:]].copy_(v)
+
+    def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        "(arrays, facts): all that a later process needs to go on as if nothing had happened."
+        arrays = {f"value/{k}": v for k, v in self.values().items()} | {f"optimizer/{k}": v for k, v in self.opt.state().items()}
+        arrays |= {f"best/{k}": v for k, v in (self.best or {}).items()}
+        h = self.history
+        return arrays, dict(phase=self.phase, t=self.t, done=self.done, steps=self.steps, rng=self.rng.bit_generator.state,
+                            batches=self.source.state(), losses=h.losses, evaluations=h.evaluations, stopped=h.stopped)
+
+    def load(self, arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> None:
+        if facts["steps"] != self.steps:
+            raise ValueError(f"this checkpoint is of a run of {facts['steps']} steps, not {self.steps}: its schedule would differ")
+        part = lambda head: {k[len(head):]: v for k, v in arrays.items() if k.startswith(head)}      # noqa: E731
+        self.load_values(part("value/"))
+        self.opt.load(part("optimizer/"))
+        self.best, self.t, self.done = part("best/") or None, facts["t"], facts["done"]
+        self.rng.bit_generator.state = facts["rng"]
+        self.source.load(facts["batches"])
+        self.history = History(facts["losses"], [(s, m) for s, m in facts["evaluations"]], facts["stopped"])
+
+
+class Source:
+    "Batches without end.  An iterable that can say where it stands is asked; any other is counted, and advanced when resuming."
+
+    def __init__(self, batches: Iterable):
+        self.batches, self.count, self.it = batches, 0, iter(batches)
+
+    def next(self) -> Any:
+        try:
+            b = next(self.it)
+        except StopIteration:
+            self.it = iter(self.batches)
+            b = next(self.it, None)
+            if b is None:
+                raise ValueError("the batches have come to an end: give a list, or an object that can be iterated again") from None
+        self.count += 1
+        return b
+
+    def state(self) -> Any:
+        return {"own": self.batches.state()} if hasattr(self.batches, "state") else {"count": self.count}
+
+    def load(self, state: Any) -> None:
+        if "own" in state:
+            self.batches.load(state["own"])
+            self.it = iter(self.batches)
+        else:
+            while self.count < state["count"]:
+                self.next()
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    "Ctrl-C raises a flag instead of tearing a step apart; a second one stops at once."
+    hit: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+
+    def handler(sig: int, frame: Any) -> None:
+        if hit:
+            raise KeyboardInterrupt
+        hit.append(sig)
+    old = signal.signal(signal.SIGINT, handler)
+    try:
+        yield lambda: bool(hit)
+    finally:
+        signal.signal(signal.SIGINT, old)
+
+
+def _bar(progress: bool, steps: int) -> Any:
+    return tqdm(total=steps, disable=not (progress and sys.stderr.isatty()), unit="step", leave=False)
+
+
+# ── evaluation ───────────────────────────────────────────────────────────────────────────────────────────────────────
+def evaluate(model: Module, batches: Iterable) -> dict[str, float]:
+    """Loss (mean over everything asked), perplexity and accuracy over an iterable of batches; for classes macro-F1 as well.
+
+    No dropout, no gradients; the model's mode is left as it was."""
+    was, total, weight, guesses, truths = model.training, 0.0, 0.0, [], []
+    model.eval()
+    try:
+        with no_grad():
+            for batch in batches:
+                q = question(batch)
+                ctx, loss = objective(model, q)
+                total, weight = total + float(loss.data) * q.weight, weight + q.weight
+                guesses.append(array.asnumpy(ctx.out.data).reshape(len(q.labels), -1).argmax(-1))
+                truths.append(q.labels)
+    finally:
+        model.train(was)
+    if not weight:
+        raise ValueError("evaluate was given no batches")
+    guess, truth = np.concatenate(guesses), np.concatenate(truths)
+    loss = total / weight
+    out = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "accuracy": float((guess == truth)[truth != -100].mean())}
+    if isinstance(getattr(model, "head", None), Classifier):
+        from .baselines import macro_f1
+        out["macro_f1"] = macro_f1(truth, guess)
+    return out
+
+
+def perplexity(model: Module, batches: Iterable) -> float:
+    "e to the mean negative log-likelihood of a token, over all tokens of all batches: not the mean of perplexities."
+    return evaluate(model, batches)["perplexity"]
+
+
