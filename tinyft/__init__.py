@@ -2,14 +2,37 @@
 
     import tinyft as tf
     model, tokenizer = tf.load("base-gpt")
-    tf.attach(model, tf.LoRA(r=8))
-    tf.fit(model, batches, steps=200)
+    tf.attach(model, tf.LoRA(r=8, targets="attn.[qv]"))
+    tf.fit(model, batches, steps=200, optimizer=tf.AdamW(lr=3e-4))
 
 Read tensor.py, ops.py, nn.py and edit.py, about a thousand lines; then any method's file alone.
 """
 import os as _os
 
-from . import kernels as _kernels
+from . import data, functional, kernels, ops
+from .adapters import load_adapter, save_adapter
+from .array import BackendError, backend, peak_memory, use
+from .decode import generate
+from .combine import combine
+from .edit import Attached, CannotMerge, Count, Edit, Method, attach, count, detach, merge, trained, without
+from .methods import BitFit, Full, Houlsby, LoRA, Partial, PrefixTuning, PromptTuning, methods
+from .models import BERT, GPT, BERTConfig, GPTConfig
+from .nn import Cache, Context, Module, Packed, Parameter
+from .optim import SGD, Adam, AdamW, constant, cosine, linear
+from .tensor import ShapeError, Tensor, detect_anomaly, no_grad
+from .train import Diverged, History, evaluate, fit, perplexity
+
+__version__ = "0.1.0"
+__all__ = [
+    "Tensor", "no_grad", "detect_anomaly", "use", "backend", "ops", "functional",                                # the engine
+    "Module", "Parameter", "Context", "Cache", "Packed", "GPT", "GPTConfig", "BERT", "BERTConfig",               # models
+    "generate", "data",
+    "attach", "detach", "without", "merge", "combine", "count", "trained", "save_adapter", "load_adapter",       # the one mechanism
+    "Edit", "Method", "Attached", "Count", "CannotMerge",
+    "methods", "Full", "Partial", "BitFit", "Houlsby", "PromptTuning", "PrefixTuning", "LoRA",                   # the methods
+    "fit", "evaluate", "perplexity", "History", "AdamW", "Adam", "SGD", "constant", "linear", "cosine",          # training
+    "BackendError", "ShapeError", "Diverged", "peak_memory", "kernels",
+]
 
 if _os.environ.get("TINYFT_KERNELS", "on") != "off":
-    _kernels.install()
+    kernels.install()

@@ -2,7 +2,7 @@
 
     Edit      a small change to one module: another weight, another input, another output
     Method    which modules it edits and how, what of the base trains, what it adds to the loss; a paper's hyper-parameters
-    attach, detach, without, merge, combine, count      written once, for every method
+    attach, detach, without, merge, count      written once, for every method
 
 A base's names never change: an edit lives beside its module, under `path.edits.<name>`, and goes again without a trace.
 """
@@ -12,7 +12,7 @@ import difflib
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Iterable, Iterator
+from typing import Any, Iterator
 
 import numpy as np
 
@@ -146,13 +146,13 @@ def attach(model: Module, what: Method | Attached, name: str | None = None, seed
         raise ValueError(f"{name!r} is attached already; give this one another name: attach(..., name=...)")
     if isinstance(what, Method):
         what = what.prepare(model)
-        elsewhere = {n for b in attached(model) for n in b.base}
+        names, taken = base_parameters(model), {n for b in attached(model) for n in b.base}
+        wanted = {n for n in names if what.trains(n)}
+        head = {n for n in names if train_head and is_head(model, n)} - taken    # the first method to come carries the head
         edits = what.edits(select(model, what.targets), np.random.default_rng(seed))
-        head = {n for n in base_parameters(model) if train_head and is_head(model, n)} - elsewhere      # the first to come carries the head
-        mine = {n: p.data.copy() for n, p in base_parameters(model).items() if n in head or what.trains(n)}
-        if not edits and not mine.keys() - head and not any(n in elsewhere or is_head(model, n) for n in base_parameters(model) if what.trains(n)) \
-                and type(what).penalty is Method.penalty:
+        if not edits and not wanted and type(what).penalty is Method.penalty:
             raise ValueError(f"{name} would train nothing on this model: none of its tensors is one that {type(what).__name__} trains")
+        mine = {n: names[n].data.copy() for n in names if n in wanted | head}
         a = Attached(what, name, edits, mine)
     else:
         a, a.name = what, name
@@ -253,49 +253,6 @@ def _folded(path: str, m: Module, edits: list[Edit]) -> dict[str, Array]:
     for e in acts:
         p = e.fold(p)
     return p
-
-
-class Weighted(Edit):
-    "y + Σ cⱼ (eⱼ(x, y) − y): several edits of one module at once, each from the same starting point."
-
-    def __init__(self, inner: list[Edit], weights: list[float]):
-        self.inner, self.weights = inner, np.asarray(weights)
-
-    def _sum(self, y: Any, changed: Iterable[Any]) -> Any:
-        total = y
-        for c, z in zip(self.weights.tolist(), changed):
-            total = total + (z - y) * c
-        return total
-
-    def tensor(self, name: str, p: Any) -> Any:
-        return self._sum(p, (e.tensor(name, p) for e in self.inner if e.has("tensor"))) if any(e.has("tensor") for e in self.inner) else p
-
-    def after(self, x: Any, y: Any, ctx: Context) -> Any:
-        return self._sum(y, [e.after(x, y, ctx) for e in self.inner])
-
-    def fold(self, p: dict[str, Array]) -> dict[str, Array]:
-        folded = [e.fold(p) for e in self.inner]
-        return {n: self._sum(w, [f[n] for f in folded]) for n, w in p.items()}
-
-
-@dataclass(frozen=True)
-class Combined(Method):
-    "What combine gives: the weighted sum of several adapters."
-
-
-def combine(adapters: list[Attached], weights: list[float] | None = None, name: str = "combined") -> Attached:
-    """Several detached adapters as one, ready to attach: each change times its weight, summed, all from the same base.  Exact: for
-    LoRA it is ΔW = Σ cⱼ ΔWⱼ, no mixing of factors.  The adapters must change outputs only, and train no base tensor."""
-    weights = [1.0] * len(adapters) if weights is None else list(weights)
-    if len(weights) != len(adapters) or not adapters:
-        raise ValueError(f"combine wants one weight per adapter; got {len(weights)} for {len(adapters)}")
-    for a in adapters:
-        bad = [p for p, e in a.edits.items() if not e.has("after") or e.has("before") or e.has("tensor") or p.endswith(".kv")]
-        if a.base or bad:
-            raise ValueError(f"{a.name} {'trains ' + next(iter(a.base)) if a.base else 'edits ' + bad[0]}: only changes of outputs can be summed")
-    paths = list(dict.fromkeys(p for a in adapters for p in a.edits))
-    have = {p: [(a.edits[p], c) for a, c in zip(adapters, weights) if p in a.edits] for p in paths}
-    return Attached(Combined(), name, {p: Weighted([e for e, _ in es], [c for _, c in es]) for p, es in have.items()})
 
 
 # ── counting ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -161,7 +161,7 @@ def erf(x: Array) -> Array:
     c = _erfc_polynomial(22 if x.dtype == np.float64 else 10)
     u = 1 / (1 + 0.5 * z)
     s = 4 * u - 2                                         # Clenshaw's rule: Σ cⱼ Tⱼ(2u − 1), with s twice the argument
-    a, b = 0 * z + c[-1], 0
+    a, b = 0 * s + c[-1], 0
     for cj in c[-2:0:-1]:
         a, b = s * a - b + cj, a
     return (m.sign(x) * (1 - u * m.exp(0.5 * s * a - b + c[0] - z * z))).astype(x.dtype)
@@ -209,7 +209,7 @@ def amax(x, axis=None, keepdims=False):
 
     def back(g):
         at = x == _back(y, x, axis, keepdims)
-        return _back(g, x, axis, keepdims) * at / at.sum(axis=axis, keepdims=True)
+        return _back(g, x, axis, keepdims) * at / at.sum(axis=axis, keepdims=True).astype(g.dtype)
     return y, (back,)
 
 
@@ -391,7 +391,7 @@ def attention(q, k, v, seen=None, causal=False, scale=None, keep=None):
         s = m.where(may, s, -math.inf)
     top = s.max(axis=-1, keepdims=True)
     e = m.exp(s - m.where(top == -math.inf, 0, top))                             # a row that sees nothing: all zeros, not NaN
-    p = e / m.maximum(e.sum(axis=-1, keepdims=True), np.finfo(np.float32).tiny)
+    p = e / m.maximum(e.sum(axis=-1, keepdims=True), 1)                                # a row that sees a key sums to 1 or more
     pk = p if keep is None else p * keep
 
     def back(g, needed):
@@ -419,7 +419,8 @@ def cross_entropy(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
     total, each = w.sum(), m.arange(rows.shape[0])
     value = (w * (lse[:, 0] - shifted[each, labels])).sum()
     if label_smoothing:
-        spread = label_smoothing / rows.shape[-1] * (real[:, None] if weight is None else real[:, None] * weight)      # (N, V)
+        every = m.ones(rows.shape[-1], z.dtype) if weight is None else weight
+        spread = label_smoothing / rows.shape[-1] * (real[:, None] * every)      # (N, V)
         value = (1 - label_smoothing) * value + (spread * (lse - shifted)).sum()
 
     def back(g):

@@ -113,7 +113,7 @@ class Tensor:
                 continue
             if t.record is None:
                 if t.requires_grad:                                              # frozen after its use: nothing to keep
-                    t.grad = t.grad + g if t.grad is not None else g if key in ours else g.copy()
+                    t.grad = m.asarray(t.grad + g if t.grad is not None else g if key in ours else g.copy())    # NumPy's 0-d results are scalars
                 continue
             for p, gp in t.record.pull(g):
                 shared, gp, k = gp is g or gp.base is not None, sum_to(gp, p.shape), id(p)
@@ -264,7 +264,7 @@ def _explained(e: Exception, name: str, shapes: str, arrays: list) -> Exception:
     if len(devices) > 1:
         return array.BackendError(f"{name}: arrays on {' and '.join(devices)} in one operation: move one with .to({devices[0]!r})")
     if not isinstance(e, ValueError):
-        return type(e)(f"{name}({_sizes(arrays)}): {e}")
+        return (TypeError if isinstance(e, TypeError) else type(e))(f"{name}({_sizes(arrays)}): {e}")     # NumPy's own want more arguments
     seen: dict[str, set] = {}
     for spec, a in zip(shapes.split("->")[0].split(","), arrays):
         dims = re.findall(r"\b[a-z]\b", spec)

@@ -22,7 +22,7 @@ from typing import Any, Callable, Iterable, Iterator
 import numpy as np
 from tqdm import tqdm
 
-from . import array, edit, ops
+from . import array, edit, kernels, ops
 from .files import read_tensors, write_tensors
 from .models.blocks import Classifier
 from .nn import Context, Module, no_grad
@@ -61,6 +61,8 @@ def question(batch: Any) -> Question:
     batch = batch if isinstance(batch, dict) else {"ids": batch}
     ids = batch["ids"] if isinstance(batch["ids"], Tensor) else np.asarray(batch["ids"])
     facts = {k: batch[k] for k in FACTS if batch.get(k) is not None}
+    if "mask" in facts and np.asarray(facts["mask"]).all():
+        del facts["mask"]                                                        # nothing is hidden: attention need not look at it
     labels, cw = batch.get("labels"), batch.get("class_weight")
     if labels is None:                                                           # the next token, where this one and it are real
         real = np.ones(ids.shape, bool) if facts.get("mask") is None else np.asarray(facts["mask"], bool)
@@ -109,6 +111,7 @@ def fit(model: Module, batches: Any, steps: int, optimizer: Optimizer | None = N
 
     Ctrl-C finishes the step, writes the state and raises KeyboardInterrupt.  A loss that is not finite raises Diverged."""
     run = Run(model, batches, steps, optimizer or AdamW(1e-3), schedule or constant(), clip, accumulate, seed, evaluate, every, patience, watch)
+    kernels.keep_memory()
     path = None if out is None else Path(out) / "checkpoint.safetensors"
     saved = read_tensors(path) if path and resume and path.exists() else None
     model.train()

@@ -9,12 +9,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...edit import Method
+from ...edit import Method, base_parameters, is_head
+from ...nn import Module
 
 
 @dataclass(frozen=True)
 class BitFit(Method):
-    "Every tensor whose own name is `bias` trains."
+    "Every tensor whose own name is `bias` trains.  ValueError on a model that has none: the head alone would not be BitFit."
+
+    def prepare(self, model: Module) -> Method:
+        if not any(self.trains(n) and not is_head(model, n) for n in base_parameters(model)):
+            raise ValueError("BitFit would train nothing on this model: it has no biases")
+        return self
 
     def trains(self, name: str) -> bool:
         return name.split(".")[-1] == "bias"                                     # the last name: T5 has a relative_attention_bias.weight

@@ -1,0 +1,53 @@
+# tinyft.  `make` alone prints this help.  Every target makes what it needs; none needs the network once installed.
+SHELL  := /bin/bash
+HERE   := $(patsubst %/,%,$(dir $(abspath $(lastword $(MAKEFILE_LIST)))))
+VENV   ?= $(HERE)/.venv
+PYTHON ?= python3
+PY     := $(VENV)/bin/python
+STAMP  := $(VENV)/.installed
+ARGS   ?=
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+.PHONY: help install run test test-strict test-gpu test-peers audit base lint clean
+
+help:  ## this help
+	@echo "tinyft: fine-tuning and compression of transformers, from scratch"
+	@grep -hE '^[a-z-]+:.*## ' "$(HERE)/Makefile" | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
+
+$(STAMP): $(HERE)/pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "tinyft needs Python 3.10 or newer; PYTHON=python3.x make ... chooses one")'
+	@test -x "$(PY)" || $(PYTHON) -m venv "$(VENV)"
+	@echo "installing tinyft into $(VENV) ..."
+	@cd "$(HERE)" && "$(PY)" -m pip install -q --disable-pip-version-check -e ".[lessons]" "pytest>=8" "ruff>=0.6"
+	@touch "$@"
+
+install: $(STAMP)  ## make the virtual environment .venv and install tinyft in it
+
+run: $(STAMP)  ## the main job: fine-tune the shipped base with every method, one table, one figure (about 5 minutes)
+	@cd "$(HERE)" && "$(VENV)/bin/tinyft" compare $(ARGS)
+
+test: $(STAMP)  ## the tests
+	@cd "$(HERE)" && "$(PY)" -m pytest tests --ignore=tests/peers $(ARGS)
+
+test-strict: $(STAMP)  ## the same tests on the strict double of CuPy: what CuPy lacks does not get in
+	@cd "$(HERE)" && TINYFT_BACKEND=strict "$(PY)" -m pytest tests --ignore=tests/peers $(ARGS)
+
+test-gpu: $(STAMP)  ## the same tests on CuPy; fails where there is no device
+	@cd "$(HERE)" && TINYFT_BACKEND=cupy "$(PY)" -m pytest tests --ignore=tests/peers $(ARGS)
+
+test-peers: $(STAMP)  ## against PyTorch, transformers, PEFT and adapters (installs them)
+	@"$(PY)" -c 'import torch' 2>/dev/null || "$(PY)" -m pip install -q --disable-pip-version-check "torch==2.13.0"
+	@cd "$(HERE)" && "$(PY)" -c 'import peft, transformers, adapters' 2>/dev/null || "$(PY)" -m pip install -q --disable-pip-version-check -e "$(HERE)[peers]"
+	@cd "$(HERE)" && HF_HUB_OFFLINE=1 "$(PY)" -m pytest tests/peers $(ARGS)
+
+audit: $(STAMP)  ## change the library's own formulas, one at a time: the tests must notice
+	@cd "$(HERE)" && "$(PY)" tests/audit.py $(ARGS)
+
+base: $(STAMP)  ## train the shipped base models from scratch (resumable)
+	@cd "$(HERE)" && "$(PY)" -m tinyft.pretrain $(ARGS)
+
+lint: $(STAMP)  ## ruff
+	@cd "$(HERE)" && "$(PY)" -m ruff check tinyft tests
+
+clean:  ## remove what was built; the virtual environment and work/ stay
+	@cd "$(HERE)" && rm -rf build dist .pytest_cache .hypothesis .ruff_cache *.egg-info && find . -name __pycache__ -not -path './.venv/*' -exec rm -rf {} +

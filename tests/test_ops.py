@@ -1,0 +1,788 @@
+"""Every op against plain NumPy (value), against central differences (gradient), and against its own shape string and dtype.
+
+CASES holds, for each op, how to draw generic inputs and what the value should be.  `check_value`, `check_gradient`, `check_dtype` are
+what an op must pass; tests/wrong.py holds wrong ops that must not.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Callable
+
+import numpy as np
+import pytest
+from helpers import dev, gradcheck, host, leaf, seeds, shapes_of
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinyft import array, nn, ops
+from tinyft import functional as F
+from tinyft.tensor import OPS, ShapeError, Tensor
+
+pytestmark = pytest.mark.usefixtures("definitions")
+EVERY_OP = sorted(set(OPS) - {"_packed_linear"})                                 # that one takes a module: test_nn.py
+
+
+@dataclass
+class Example:
+    "inputs: float64 arrays;  call(f, *tensors) -> Tensor;  want(*arrays) -> the value in plain NumPy."
+    inputs: list[np.ndarray]
+    call: Callable[..., Tensor]
+    want: Callable[..., Any]
+
+
+CASES: dict[str, list[Callable[..., Example]]] = {}
+plain = lambda f, *x: f(*x)                                                      # noqa: E731
+
+
+def case(name: str) -> Callable:
+    "A way to draw an Example for an op (or a function of functional.py): make(rng, shapes of its inputs) -> Example."
+    return lambda make: CASES.setdefault(name, []).append(make) or make
+
+
+# ── where the inputs lie ─────────────────────────────────────────────────────────────────────────────────────────────
+def normal(rng, shape):
+    return np.asarray(rng.standard_normal(shape))
+
+
+def positive(rng, shape):
+    return np.asarray(rng.uniform(0.4, 2.5, shape))
+
+
+def off_zero(rng, shape):
+    return positive(rng, shape) * rng.choice([-1.0, 1.0], shape)
+
+
+def apart(rng, shape, shift=0.0):
+    "Numbers at least 0.2 from each other, and from those of another shift (0 or 1/2)."
+    n = math.prod(shape)
+    return ((rng.permutation(n) - n // 2 + shift).reshape(shape) * 0.9 + rng.uniform(-0.1, 0.1, shape)).astype(float)
+
+
+def an_axis(rng, ndim):
+    "None, one axis counted from either end, or several."
+    kind = rng.integers(4) if ndim else 0
+    if kind == 0:
+        return None
+    if kind == 3:
+        return tuple(int(a) - ndim * int(rng.integers(2)) for a in rng.permutation(ndim)[:rng.integers(1, ndim + 1)])
+    return int(rng.integers(ndim)) - ndim * (kind == 2)
+
+
+# ── the table ────────────────────────────────────────────────────────────────────────────────────────────────────────
+def elementwise(name, draw, want):
+    CASES[name] = [lambda rng, shapes: Example([draw(rng, s) for s in shapes], plain, want)]
+
+
+def phi(x):
+    return np.vectorize(lambda v: 0.5 * math.erfc(-v / math.sqrt(2)), otypes=[float])(x)
+
+
+elementwise("add", normal, lambda a, b: np.add(a, b))
+elementwise("sub", normal, lambda a, b: np.subtract(a, b))
+elementwise("mul", normal, lambda a, b: np.multiply(a, b))
+elementwise("div", off_zero, lambda a, b: np.divide(a, b))
+elementwise("neg", normal, lambda x: 0 - x)
+elementwise("exp", normal, np.exp)
+elementwise("log", positive, np.log)
+elementwise("sqrt", positive, np.sqrt)
+elementwise("tanh", normal, lambda x: (np.exp(x) - np.exp(-x)) / (np.exp(x) + np.exp(-x)))
+elementwise("sigmoid", normal, lambda x: 1 / (1 + np.exp(-x)))
+elementwise("absolute", off_zero, np.abs)
+elementwise("relu", off_zero, lambda x: np.where(x > 0, x, 0))
+elementwise("silu", normal, lambda x: x / (1 + np.exp(-x)))
+elementwise("gelu", normal, lambda x: x * phi(x))
+elementwise("gelu_tanh", normal, lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))))
+elementwise("matmul", normal, lambda a, b: np.einsum("...nk,...km->...nm", a, b))
+elementwise("transpose", normal, lambda x: np.moveaxis(x, -1, -2))
+
+
+@case("power")
+def _(rng, shapes):
+    p = float(rng.choice([2.0, 3.0, 0.5, -1.0, 1.7]))
+    return Example([positive(rng, shapes[0])], lambda f, x: f(x, p), lambda x: np.exp(p * np.log(x)))
+
+
+@case("linear")
+def _(rng, shapes):
+    return Example([normal(rng, s) for s in shapes], plain, lambda x, W, b: np.einsum("...k,nk->...n", x, W) + b)
+
+
+@case("linear")
+def _(rng, shapes):
+    return Example([normal(rng, s) for s in shapes[:2]], plain, lambda x, W: np.einsum("...k,nk->...n", x, W))
+
+
+def reduction(name, draw, want):
+    def make(rng, shapes):
+        x = draw(rng, shapes[0])
+        kw = dict(axis=an_axis(rng, x.ndim), keepdims=bool(rng.integers(2)))
+        return Example([x], lambda f, x: f(x, **kw), lambda x: want(x, **kw))
+    CASES[name] = [make]
+
+
+reduction("sum", normal, np.sum)
+reduction("mean", normal, lambda x, axis, keepdims: np.sum(x, axis=axis, keepdims=keepdims) * (
+    np.sum(x, axis=axis).size / x.size))
+reduction("amax", apart, lambda x, axis, keepdims: -np.min(-x, axis=axis, keepdims=keepdims))
+
+
+@case("cumsum")
+def _(rng, shapes):
+    x = normal(rng, shapes[0])
+    axis = int(rng.integers(-x.ndim, x.ndim))
+    return Example([x], lambda f, x: f(x, axis=axis), lambda x: np.cumsum(x, axis=axis))
+
+
+@case("cumsum")
+def _(rng, shapes):
+    return Example([normal(rng, shapes[0])], plain, lambda x: np.stack([x[..., :i + 1].sum(-1) for i in range(x.shape[-1])], -1))
+
+
+@case("where")
+def _(rng, shapes):
+    c = rng.random(shapes[0]) < 0.5
+    c = np.asarray(c)
+    return Example([normal(rng, s) for s in shapes[1:]], lambda f, a, b: f(dev(c), a, b), lambda a, b: c * a + (1 - c) * b)
+
+
+@case("maximum")
+def _(rng, shapes):
+    return Example([apart(rng, shapes[0]), apart(rng, shapes[1], 0.5)], plain, lambda a, b: (a + b + abs(a - b)) / 2)
+
+
+@case("clip")
+def _(rng, shapes):
+    x = np.asarray(rng.choice([-2.0, -0.8, 0.1, 0.9, 2.0], shapes[0]) + rng.uniform(-0.05, 0.05, shapes[0]))
+    low, high = [(-0.5, 0.5), (0.5, 1.5), (-1.5, 1.5)][rng.integers(3)]
+    return Example([x], lambda f, x: f(x, low, high), lambda x: np.where(x < low, low, np.where(x > high, high, x)))
+
+
+@case("straight_through")
+def _(rng, shapes):
+    return Example([normal(rng, shapes[1])], lambda f, x: f(x.detach(), x), lambda x: x)
+
+
+@case("gather")
+def _(rng, shapes):
+    (*lead, n), (*_, k) = shapes
+    i = np.asarray(rng.integers(0, n, (*lead, k)))
+    return Example([normal(rng, shapes[0])], lambda f, x: f(x, dev(i)), lambda x: np.take_along_axis(x, i, -1))
+
+
+@case("gather")
+def _(rng, shapes):
+    x = normal(rng, (3, *shapes[0]))
+    i = np.asarray(rng.integers(0, 3, (5, *shapes[0])))
+    return Example([x], lambda f, x: f(x, dev(i), axis=0), lambda x: np.take_along_axis(x, i, 0))
+
+
+@case("embedding")
+def _(rng, shapes):
+    ids = np.asarray(rng.integers(0, shapes[0][0], shapes[1]))
+    return Example([normal(rng, shapes[0])], lambda f, W: f(W, dev(ids)), lambda W: np.take(W, ids, axis=0))
+
+
+@case("getitem")
+def _(rng, shapes):
+    x = normal(rng, (3, 4, *shapes[0]))
+    i, j = rng.integers(-3, 3, 5), rng.integers(0, 4, (2, 5))
+    indices = [1, -1, slice(1, None), slice(None, None, -1), (slice(None), slice(0, 3, 2)), (Ellipsis, None), None, (2, 0), (slice(1, 1),),
+               i, (i, j), (slice(None), j), (1, j), (Ellipsis, slice(0, 1))]
+    at = indices[rng.integers(len(indices))]
+    on = tuple(dev(p) if isinstance(p, np.ndarray) else p for p in at) if isinstance(at, tuple) else dev(at) if isinstance(at, np.ndarray) else at
+    return Example([x], lambda f, x: f(x, on), lambda x: x[at])
+
+
+@case("reshape")
+def _(rng, shapes):
+    x = normal(rng, shapes[0])
+    shape = [(-1,), (x.size, 1), (1, -1), x.shape[::-1]][rng.integers(4)]
+    return Example([x], lambda f, x: f(x, shape), lambda x: np.ravel(x).reshape(shape))
+
+
+@case("permute")
+def _(rng, shapes):
+    x = normal(rng, (2, *shapes[0], 3))
+    axes = tuple(int(a) - x.ndim * int(rng.integers(2)) for a in rng.permutation(x.ndim))
+    return Example([x], lambda f, x: f(x, axes), lambda x: np.moveaxis(x, axes, range(x.ndim)))
+
+
+@case("broadcast_to")
+def _(rng, shapes):
+    x = normal(rng, shapes[0])
+    shape = (*rng.integers(1, 4, rng.integers(3)).tolist(), *(n if n > 1 else int(rng.integers(1, 4)) for n in x.shape))
+    return Example([x], lambda f, x: f(x, shape), lambda x: x + np.zeros(shape))
+
+
+@case("concatenate")
+def _(rng, shapes):
+    shape = list(shapes[0]) or [2]
+    axis, xs = int(rng.integers(-len(shape), len(shape))), []
+    for n in rng.integers(1, 4, rng.integers(1, 4)):
+        shape[axis] = int(n)
+        xs.append(normal(rng, shape))
+    return Example(xs, lambda f, *xs: f(*xs, axis=axis), lambda *xs: np.moveaxis(np.array([r for x in xs for r in np.moveaxis(x, axis, 0)]), 0, axis))
+
+
+def softmax(x):
+    e = np.exp(x)
+    return e / np.sum(e, -1)[..., None]
+
+
+elementwise("softmax", normal, softmax)
+elementwise("log_softmax", normal, lambda x: np.log(softmax(x)))
+
+
+@case("layer_norm")
+def _(rng, shapes):
+    eps = float(rng.choice([1e-5, 0.3]))
+    want = lambda x, w, b: (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps) * w + b       # noqa: E731
+    return Example([normal(rng, s) * 2 + 1 for s in shapes], lambda f, x, w, b: f(x, w, b, eps=eps), want)
+
+
+@case("rms_norm")
+def _(rng, shapes):
+    eps = float(rng.choice([1e-6, 0.3]))
+    want = lambda x, w: w * x * (np.square(x).sum(-1, keepdims=True) / x.shape[-1] + eps)**-0.5                    # noqa: E731
+    return Example([normal(rng, s) * 2 + 1 for s in shapes], lambda f, x, w: f(x, w, eps=eps), want)
+
+
+def attend(q, k, v, seen=None, causal=False, scale=None, keep=None):
+    "Attention one query at a time: softmax over the keys it may see, and nothing else."
+    lead = np.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
+    q, k, v = (np.broadcast_to(a, lead + a.shape[-2:]) for a in (q, k, v))
+    (t, d), s = q.shape[-2:], k.shape[-2]
+    out, scale = np.zeros(q.shape), 1 / math.sqrt(d) if scale is None else scale
+    for at in np.ndindex(*lead, t):
+        row, i = at[:-1], at[-1]
+        may = [j for j in range(s) if (seen is None or np.broadcast_to(seen, (*lead, t, s))[(*at, j)]) and (not causal or j <= i + s - t)]
+        weights = {j: math.exp(scale * float(np.dot(q[at], k[(*row, j)]))) for j in may}
+        for j, w in weights.items():
+            out[at] += w / sum(weights.values()) * (1 if keep is None else np.broadcast_to(keep, (*lead, t, s))[(*at, j)]) * v[(*row, j)]
+    return out
+
+
+@case("attention")
+def _(rng, shapes):
+    q, k, v = (normal(rng, s) for s in shapes)
+    lead, t, s = np.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2]), q.shape[-2], k.shape[-2]
+    kw: dict[str, Any] = dict(causal=bool(rng.integers(2)), scale=None if rng.integers(2) else 0.7)
+    kind = rng.integers(4)
+    if kind:                                                                     # none; keys of each row; all pairs; a prefix of the keys
+        seen = rng.random([(*lead, 1, s), (*lead, t, s)][int(kind == 2)]) < 0.6 if kind < 3 else np.arange(s) < rng.integers(1, s + 1)
+        kw["seen"] = np.asarray(seen)
+    if rng.integers(2):
+        kw["keep"] = np.asarray((rng.random((*lead, t, s)) < 0.7) / 0.7)
+    on = lambda dtype: {k: a if not isinstance(a, np.ndarray) else dev(a, dtype if k == "keep" else None) for k, a in kw.items()}    # noqa: E731
+    return Example([q, k, v], lambda f, q, k, v: f(q, k, v, **on(q.dtype)), lambda q, k, v: attend(q, k, v, **kw))
+
+
+def loss(z, y, weight=None, ignore_index=-100, eps=0.0):
+    "−Σ w ln p / Σ w, row by row, with label smoothing: (1 − ε) of it on the label, ε/V on every class."
+    V, top, bottom = z.shape[-1], 0.0, 0.0
+    w = np.ones(V) if weight is None else weight
+    for row, label in zip(z.reshape(-1, V), y.reshape(-1)):
+        if label != ignore_index:
+            lp = [v - math.log(sum(map(math.exp, row))) for v in row]
+            top -= (1 - eps) * w[label] * lp[label] + eps / V * sum(w[c] * lp[c] for c in range(V))
+            bottom += w[label]
+    return np.array(top / bottom)
+
+
+@case("cross_entropy")
+def _(rng, shapes):
+    z, ignore = normal(rng, shapes[0]), int(rng.choice([-100, 0]))
+    y = np.asarray(rng.integers(0, z.shape[-1], z.shape[:-1]))
+    y = np.asarray(np.where(rng.random(y.shape) < 0.3, ignore, y))
+    if (y == ignore).all():                                                      # a batch without labels has no loss
+        ignore, y = -100, np.zeros_like(y)
+    weight = positive(rng, shapes[2]) if rng.integers(2) else None
+    eps = float(rng.choice([0.0, 0.1]))
+
+    def call(f, z):
+        return f(z, dev(y), None if weight is None else dev(weight, z.dtype), ignore_index=ignore, label_smoothing=eps)
+    return Example([z], call, lambda z: loss(z, y, weight, ignore, eps))
+
+
+@case("dropout")
+def _(rng, shapes):
+    p, key = float(rng.choice([0.1, 0.5, 0.0])), int(rng.integers(2**63))
+    bits = host(array.uniform_like(dev(np.zeros(shapes[0])), key))
+    return Example([off_zero(rng, shapes[0])], lambda f, x: f(x, p, key), lambda x: np.where(bits < p, 0, x / (1 - p)))
+
+
+# ── functional.py: the same table, the same checks ───────────────────────────────────────────────────────────────────
+COMPOSED = {"softmax_attention": "... t d, ... s d, ... s d -> ... t d", "mse_loss": "... n, ... n ->", "kl_divergence": "... v, ... v ->",
+            "soft_cross_entropy": "... v, ... v ->", "normalize": "... n -> ... n", "topk": "... n -> ... n", "stack": "... n -> ... n"}
+
+
+@case("softmax_attention")
+def _(rng, shapes):
+    q, k, v = (normal(rng, s) for s in shapes)
+    t, s = q.shape[-2], k.shape[-2]
+    causal = bool(rng.integers(2)) and t <= s
+    seen = None if rng.integers(2) else np.asarray((rng.random((t, s)) < 0.6) | (np.arange(s) == 0))        # key 0 is for everybody
+    return Example([q, k, v], lambda f, q, k, v: f(q, k, v, None if seen is None else dev(seen), causal), lambda q, k, v: attend(q, k, v, seen, causal))
+
+
+@case("mse_loss")
+def _(rng, shapes):
+    return Example([normal(rng, shapes[0]), normal(rng, shapes[0])], plain, lambda a, b: np.array(np.linalg.norm((a - b).ravel())**2 / a.size))
+
+
+@case("kl_divergence")
+def _(rng, shapes):
+    T = float(rng.choice([1.0, 2.0]))
+
+    def want(a, b):
+        p, q = softmax(a / T), softmax(b / T)
+        return np.array(T * T * np.mean(np.sum(p * np.log(p / q), -1)))
+    return Example([normal(rng, shapes[0]), normal(rng, shapes[0])], lambda f, a, b: f(a, b, T), want)
+
+
+@case("soft_cross_entropy")
+def _(rng, shapes):
+    want = lambda z, t: np.array(-np.mean(np.sum(t * np.log(softmax(z)), -1)))                                    # noqa: E731
+    return Example([normal(rng, shapes[0]), softmax(normal(rng, shapes[0]))], plain, want)
+
+
+@case("normalize")
+def _(rng, shapes):
+    x = off_zero(rng, (2, *shapes[0]))
+    axis = int(rng.integers(-x.ndim, x.ndim))
+    return Example([x], lambda f, x: f(x, axis=axis), lambda x: x / np.linalg.norm(x, axis=axis, keepdims=True))
+
+
+@case("topk")
+def _(rng, shapes):
+    x = apart(rng, shapes[0])
+    k = int(rng.integers(1, x.shape[-1] + 1))
+    return Example([x], lambda f, x: f(x, k)[0], lambda x: np.sort(x, -1)[..., ::-1][..., :k])
+
+
+@case("stack")
+def _(rng, shapes):
+    n, axis = int(rng.integers(1, 4)), int(rng.integers(-len(shapes[0]) - 1, len(shapes[0]) + 1))
+    return Example([normal(rng, shapes[0]) for _ in range(n)], lambda f, *xs: f(list(xs), axis=axis), lambda *xs: np.stack(xs, axis))
+
+
+# ── the checks ───────────────────────────────────────────────────────────────────────────────────────────────────────
+def check_value(f, e: Example) -> None:
+    "The value is that of plain NumPy, and of its shape."
+    got, want = host(e.call(f, *map(Tensor, map(dev, e.inputs)))), np.asarray(e.want(*e.inputs))
+    assert got.shape == want.shape, f"shape {got.shape}, not {want.shape}"
+    assert got.dtype == np.float64
+    np.testing.assert_allclose(got, want, rtol=1e-11, atol=1e-12)
+
+
+def check_gradient(f, e: Example, rng) -> None:
+    gradcheck(lambda *ts: e.call(f, *ts), e.inputs, rng)
+
+
+def check_dtype(f, e: Example, dtype) -> None:
+    "A narrow dtype stays, in the value and in every gradient; and the numbers are the wide ones', less precise."
+    ts = [leaf(a, dtype) for a in e.inputs]
+    y = e.call(f, *ts)
+    assert y.dtype == dtype, f"{dtype.__name__} in, {y.dtype} out"
+    y.backward(dev(np.ones(y.shape), dtype))
+    for t in ts:
+        assert t.grad is None or t.grad.dtype == dtype, f"{dtype.__name__} in, {t.grad.dtype} back"
+    if dtype == np.float32:
+        np.testing.assert_allclose(host(y), e.want(*e.inputs), rtol=1e-3, atol=1e-4)
+
+
+def function(name):
+    return OPS[name] if name in OPS else getattr(F, name)
+
+
+def spec_of(name):
+    return OPS[name].shapes if name in OPS else COMPOSED[name]
+
+
+ALONE = {"cross_entropy", "gather", "mse_loss", "kl_divergence", "soft_cross_entropy"}     # their "..." are one and the same, not broadcast
+
+
+def examples(name: str) -> st.SearchStrategy:
+    "(Example, rng it came from, drawn output shape) of one op."
+    return st.builds(lambda make, shapes, rng: (make(rng, shapes[0]), rng, shapes[1]),
+                     st.sampled_from(CASES[name]), shapes_of(spec_of(name), broadcast=name not in ALONE), seeds())
+
+
+def check(f, name: str, e: Example, rng: np.random.Generator) -> None:
+    "All an op must pass: what the tests below do to the real ones, and test_wrong.py to the wrong ones."
+    check_value(f, e)
+    check_gradient(f, e, rng)
+    check_dtype(f, e, np.float32)
+
+
+ALL = [*EVERY_OP, *COMPOSED]
+
+
+def test_the_table_is_complete():
+    assert set(CASES) == set(EVERY_OP) | set(COMPOSED)
+    assert set(F.__all__) == set(COMPOSED)
+
+
+@pytest.mark.parametrize("name", ALL)
+@given(st.data())
+def test_value(name, data):
+    e, _, _ = data.draw(examples(name))
+    check_value(function(name), e)
+
+
+@pytest.mark.parametrize("name", ALL)
+@given(st.data())
+def test_gradient(name, data):
+    e, rng, _ = data.draw(examples(name))
+    check_gradient(function(name), e, rng)
+
+
+@pytest.mark.parametrize("name", ALL)
+@given(st.data())
+def test_a_dtype_is_kept(name, data):
+    e, _, _ = data.draw(examples(name))
+    check_dtype(function(name), e, np.float32)
+    if name != "softmax_attention":                                             # its -1e30 is no float16
+        check_dtype(function(name), e, np.float16)
+
+
+STRINGS = [n for n in EVERY_OP if n not in ("sum", "mean", "amax", "reshape", "permute", "broadcast_to", "concatenate", "getitem", "gather",
+                                            "straight_through")]
+
+
+@pytest.mark.parametrize("name", STRINGS)
+@given(st.data())
+def test_the_shape_string_tells_the_shape(name, data):
+    e, _, shape = data.draw(examples(name))
+    y = e.call(function(name), *map(Tensor, map(dev, e.inputs)))
+    assert y.shape == shape
+
+
+def test_every_op_can_be_read():
+    for name, f in OPS.items():
+        assert "->" in f.shapes and f.__doc__, name
+
+
+def test_sizes_that_clash_are_named():
+    with pytest.raises(ShapeError, match=r"matmul wants '\.\.\. n k, \.\.\. k m -> \.\.\. n m'; got \(2, 3\), \(4, 5\); k is 3 and 4"):
+        leaf(np.ones((2, 3))) @ leaf(np.ones((4, 5)))
+    with pytest.raises(ShapeError, match=r"linear wants .* k is 3 and 4"):
+        ops.linear(leaf(np.ones((2, 3))), leaf(np.ones((5, 4))))
+    with pytest.raises(ShapeError, match=r"add wants .* got \(2,\), \(3,\)"):
+        leaf(np.ones(2)) + leaf(np.ones(3))
+    with pytest.raises(ShapeError, match=r"attention wants .* d is 2 and 3"):
+        ops.attention(leaf(np.ones((4, 2))), leaf(np.ones((4, 3))), leaf(np.ones((4, 3))))
+    if array.backend() != "cupy":                                                # which wraps indices around, and says nothing
+        with pytest.raises(IndexError, match="embedding"):
+            ops.embedding(leaf(np.ones((2, 3))), dev([2]))
+    with pytest.raises(TypeError, match="add"):
+        leaf(np.ones(2)) + "two"
+
+
+# ── scalars, integers, operators ─────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_python_numbers_do_not_widen(dtype):
+    x = leaf([1.0, 2.0], dtype)
+    for y in (x + 2.0, 2.0 + x, x - 1, 1 - x, x * 3.0, 3 * x, x / 2.0, 2.0 / x, x**2.0, -x, ops.maximum(x, 1.5), ops.clip(x, 0.5, 1.5),
+              x * 0.1 + 1.0, ops.where(dev([True, False]), x, 0.0)):
+        assert y.dtype == dtype
+        y.sum().backward()
+    assert x.grad.dtype == dtype
+
+
+def test_operators_and_methods():
+    a, b = np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([[5.0, -6.0], [7.0, 8.0]])
+    x, y = Tensor(dev(a)), Tensor(dev(b))
+    for got, want in [(x + y, a + b), (x - y, a - b), (x * y, a * b), (x / y, a / b), (x @ y, a @ b), (-x, -a), (x**2, a * a), (abs(y), abs(b)),
+                      (2 - x, 2 - a), (2 / x, 2 / a), (dev(a) + y, a + b), (dev(a) - y, a - b), (dev(a) / y, a / b), (dev(a) @ y, a @ b),
+                      (x.T, a.T), (x.transpose(), a.T), (x.reshape(4), a.ravel()), (x.reshape(1, 4), a.reshape(1, 4)), (x.reshape((4, 1)), a.reshape(4, 1)),
+                      (x.permute(1, 0), a.T), (x.permute((1, 0)), a.T), (x[1, 0], a[1, 0]), (x.sum(axis=0), a.sum(0)), (x.mean(), a.mean()),
+                      (x.amax(axis=1), a.max(1)), (x.exp(), np.exp(a)), (x.log(), np.log(a)), (x.sqrt(), np.sqrt(a)), (x.tanh(), np.tanh(a))]:
+        assert isinstance(got, Tensor)
+        np.testing.assert_allclose(host(got), want, rtol=1e-12)
+
+
+def test_integers_get_no_gradient():
+    i, x = Tensor(dev([1, 2])), leaf([1.0, 2.0])
+    assert not i.requires_grad and not (i + i).requires_grad
+    (x * i).sum().backward()
+    assert i.grad is None and host(x.grad).tolist() == [1, 2]
+    ids = Tensor(dev([0, 1]))
+    y = ops.embedding(leaf(np.ones((2, 3))), ids)
+    y.sum().backward()
+    assert ids.grad is None
+    with pytest.raises(TypeError, match="floating-point.*int64"):
+        i.train(True)
+
+
+def test_a_number_has_no_pullback():
+    x = leaf([1.0, 2.0])
+    assert [len(y.record.pulls) for y in (x**2, ops.clip(x, 0, 1), ops.dropout(x, 0.5, 1), x.reshape(2, 1), x[0])] == [1] * 5
+
+
+# ── values ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_erf():
+    x = np.concatenate([np.linspace(-6, 6, 4001), [0.0, -0.0, 1e-300, 1e-8, 30.0, -30.0, 1e6]])
+    want = np.array([math.erf(v) for v in x])
+    assert np.abs(host(ops.erf(dev(x))) - want).max() < 1e-13
+    narrow = host(ops.erf(dev(x, np.float32)))
+    assert narrow.dtype == np.float32 and np.abs(narrow - [math.erf(v) for v in x.astype(np.float32)]).max() < 1e-7
+    assert host(ops.erf(dev(x, np.float16))).dtype == np.float16
+
+
+@pytest.mark.parametrize("name, f", [("sigmoid", lambda v: 1 / (1 + math.exp(-v)) if v > -700 else 0.0), ("silu", lambda v: v / (1 + math.exp(-v)) if v > -700 else 0.0),
+                                     ("gelu", lambda v: v * 0.5 * math.erfc(-v / 2**0.5)), ("gelu_tanh", lambda v: v * (v > 0)), ("tanh", math.tanh)])
+def test_far_out_nothing_overflows(name, f):
+    x = np.array([-1e4, -1000.0, -50.0, 50.0, 1000.0, 1e4])
+    t = leaf(x)
+    y = OPS[name](t)
+    y.backward(dev(np.ones(6)))
+    np.testing.assert_allclose(host(y), [f(v) for v in x], atol=1e-9)
+    assert np.isfinite(host(t.grad)).all()
+
+
+@given(st.data())
+def test_softmax_rows_sum_to_one_and_a_shift_changes_nothing(data):
+    (shape,), _ = data.draw(shapes_of("... n -> ... n"))
+    rng = data.draw(seeds())
+    x, shift = normal(rng, shape) * 10, 1e3 * normal(rng, (*shape[:-1], 1))
+    p, q = (host(ops.softmax(Tensor(dev(a)))) for a in (x, x + shift))
+    np.testing.assert_allclose(p.sum(-1), 1, rtol=1e-12)
+    np.testing.assert_allclose(p, q, rtol=1e-9, atol=1e-12)
+    lp, lq = (host(ops.log_softmax(Tensor(dev(a)))) for a in (x, x + shift))
+    np.testing.assert_allclose(np.exp(lp).sum(-1), 1, rtol=1e-12)
+    np.testing.assert_allclose(lp, lq, rtol=1e-9, atol=1e-9)
+
+
+def test_the_largest_logits_do_not_overflow():
+    big = leaf(np.array([[1e4, 0.0, -1e4], [700.0, 800.0, 900.0]]), np.float32)
+    for y in (ops.softmax(big), ops.log_softmax(big), ops.cross_entropy(big, dev([0, 2])), ops.attention(big, big, big)):
+        y.backward(dev(np.ones(y.shape), np.float32))
+        assert np.isfinite(host(y)).all() and np.isfinite(host(big.grad)).all()
+
+
+def test_layer_norm_makes_mean_zero_and_deviation_one():
+    x = Tensor(dev(np.random.default_rng(3).normal(5, 3, (4, 50))))
+    y = host(ops.layer_norm(x, Tensor(dev(np.ones(50))), Tensor(dev(np.zeros(50))), eps=0.0))
+    np.testing.assert_allclose(y.mean(-1), 0, atol=1e-12)
+    np.testing.assert_allclose(y.std(-1), 1, rtol=1e-12)
+    again = host(ops.layer_norm(x * 7 + 3, Tensor(dev(np.ones(50))), Tensor(dev(np.zeros(50))), eps=0.0))
+    np.testing.assert_allclose(again, y, atol=1e-10)
+    for f, n in ((ops.layer_norm, 3), (ops.rms_norm, 2)):                        # the eps one gets without asking: PyTorch's, and Llama's
+        tiny = Tensor(dev(np.array([[1e-3, -1e-3]])))
+        w = [Tensor(dev(np.ones(2))), Tensor(dev(np.zeros(2)))][:n - 1]
+        assert host(f(tiny, *w))[0, 0] == pytest.approx(1e-3 / math.sqrt(1e-6 + (1e-5 if n == 3 else 1e-6)), rel=1e-9)
+
+
+# ── attention ────────────────────────────────────────────────────────────────────────────────────────────────────────
+@given(st.data())
+def test_attention_is_softmax_attention(data):
+    shapes, _ = data.draw(shapes_of(OPS["attention"].shapes))
+    rng = data.draw(seeds())
+    q, k, v = (normal(rng, s) for s in shapes)
+    t, s = q.shape[-2], k.shape[-2]
+    causal = data.draw(st.booleans()) and t <= s
+    seen = dev((rng.random((t, s)) < 0.5) | (np.arange(s) == 0)) if data.draw(st.booleans()) else None
+    grads = []
+    for f in (ops.attention, F.softmax_attention):
+        a, b, c = leaf(q), leaf(k), leaf(v)
+        y = f(a, b, c, seen, causal)
+        y.backward(dev(np.cos(np.arange(y.size)).reshape(y.shape)))
+        grads.append([host(y), *(host(p.grad) for p in (a, b, c))])
+    for one, two in zip(*grads):
+        np.testing.assert_allclose(one, two, rtol=1e-9, atol=1e-12)
+
+
+def test_a_query_that_sees_nothing_gives_zero_and_harms_nobody():
+    rng = np.random.default_rng(1)
+    q, k, v = (leaf(rng.standard_normal((2, 3, 4)), np.float32) for _ in range(3))
+    seen = np.ones((2, 3, 3), bool)
+    seen[0, 1] = False
+    y = ops.attention(q, k, v, dev(seen))
+    y.backward(dev(rng.standard_normal((2, 3, 4)), np.float32))
+    assert (host(y)[0, 1] == 0).all() and (host(y)[0, 0] != 0).all()
+    assert (host(q.grad)[0, 1] == 0).all() and (host(q.grad)[0, 0] != 0).any()
+    assert all(np.isfinite(host(p.grad)).all() for p in (q, k, v))
+
+
+def test_causal_with_cached_keys_is_the_end_of_the_whole():
+    rng = np.random.default_rng(2)
+    q, k, v = (Tensor(dev(rng.standard_normal((1, 5, 4)))) for _ in range(3))
+    whole = host(ops.attention(q, k, v, causal=True))
+    np.testing.assert_allclose(host(ops.attention(q[:, 3:], k, v, causal=True)), whole[:, 3:], rtol=1e-12)
+    np.testing.assert_allclose(whole[:, 0], host(v)[:, 0], rtol=1e-12)           # the first query sees itself alone
+    later = host(k) + np.array([0, 0, 0, 0, 9.0])[:, None]
+    np.testing.assert_array_equal(host(ops.attention(q, Tensor(dev(later)), v, causal=True))[:, :4], whole[:, :4])
+
+
+def test_attention_makes_only_what_is_needed():
+    rng = np.random.default_rng(2)
+    arrays = [dev(rng.standard_normal((3, 4))) for _ in range(3)]
+    full = [Tensor(a, requires_grad=True) for a in arrays]
+    ops.attention(*full, causal=True).sum().backward()
+    for mask in range(1, 8):
+        ts = [Tensor(a, requires_grad=bool(mask >> i & 1)) for i, a in enumerate(arrays)]
+        y = ops.attention(*ts, causal=True)
+        back = [h for h in OPS["attention"].definition(*arrays, causal=True)[1](dev(np.ones((3, 4))), [t.requires_grad for t in ts])]
+        assert [b is not None for b in back] == [t.requires_grad for t in ts]
+        y.sum().backward()
+        for t, f in zip(ts, full):
+            assert (t.grad is None) == (not t.requires_grad)
+            if t.requires_grad:
+                np.testing.assert_array_equal(host(t.grad), host(f.grad))
+
+
+# ── cross-entropy ────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_cross_entropy_by_hand():
+    z = leaf(np.log([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7], [0.3, 0.3, 0.4]]))
+    y, w = dev([0, 2, -100]), dev(np.array([1.0, 5.0, 3.0]))
+    assert ops.cross_entropy(z, y).item() == pytest.approx(-(math.log(0.5) + math.log(0.7)) / 2)
+    assert ops.cross_entropy(z, y, w).item() == pytest.approx(-(1 * math.log(0.5) + 3 * math.log(0.7)) / 4)
+    smooth = -0.9 * math.log(0.5) - 0.1 / 3 * (math.log(0.5) + 2 * math.log(0.25))
+    assert ops.cross_entropy(z[:1], y[:1], label_smoothing=0.1).item() == pytest.approx(smooth)
+    weighted = -0.9 * 1 * math.log(0.5) - 0.1 / 3 * (1 * math.log(0.5) + 5 * math.log(0.25) + 3 * math.log(0.25))
+    assert ops.cross_entropy(z[:1], y[:1], w, label_smoothing=0.1).item() == pytest.approx(weighted)
+    assert ops.cross_entropy(z, dev([0, 2, 1]), ignore_index=1).item() == pytest.approx(-(math.log(0.5) + math.log(0.7)) / 2)
+    ops.cross_entropy(z, y).backward()
+    want = (np.array([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7], [0, 0, 0]]) - np.array([[1, 0, 0], [0, 0, 1], [0, 0, 0]])) / 2
+    np.testing.assert_allclose(host(z.grad), want, atol=1e-12)
+
+
+@given(st.data())
+def test_a_scale_of_all_class_weights_changes_nothing(data):
+    rng, eps = data.draw(seeds()), data.draw(st.sampled_from([0.0, 0.2]))
+    z, y, w = rng.standard_normal((5, 3)), dev(rng.integers(0, 3, 5)), rng.uniform(0.5, 2, 3)
+    results = []
+    for c in (1.0, 17.0):
+        t = leaf(z)
+        loss = ops.cross_entropy(t, y, dev(c * w), label_smoothing=eps)
+        loss.backward()
+        results.append((loss.item(), host(t.grad)))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-12)
+    np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-10, atol=1e-14)
+
+
+# ── the rest ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_dropout_keeps_the_mean_and_its_bits():
+    x = leaf(np.ones(100_000), np.float32)
+    y = ops.dropout(x, 0.3, key=7)
+    kept = host(y) != 0
+    assert abs(kept.mean() - 0.7) < 0.01 and abs(host(y).mean() - 1) < 0.01
+    np.testing.assert_allclose(host(y)[kept], 1 / 0.7, rtol=1e-6)
+    assert np.array_equal(host(ops.dropout(x, 0.3, key=7)), host(y)) and not np.array_equal(host(ops.dropout(x, 0.3, key=8)), host(y))
+    y.sum().backward()
+    np.testing.assert_array_equal(host(x.grad) != 0, kept)
+    small = host(ops.dropout(leaf(np.ones(24), np.float32), 0.5, key=3)) != 0
+    assert "".join("01"[int(k)] for k in small) == SMALL, "the bits of a key must never change: saved runs would not resume"
+
+
+SMALL = "110010010110100000010010"
+
+
+def test_dropout_has_the_same_bits_on_every_backend():
+    bits = []
+    for name in {"numpy", "strict", array.backend()}:
+        array.use(name)
+        bits.append(host(ops.dropout(Tensor(dev(np.ones((3, 5)), np.float32)), 0.5, key=11)))
+    assert all(np.array_equal(b, bits[0]) for b in bits)
+
+
+def test_ties_share_a_maximum():
+    x = leaf([[1.0, 3.0, 3.0], [2.0, 2.0, 2.0]], np.float64)
+    x.amax(axis=-1).backward(dev([1.0, 3.0], np.float64))
+    np.testing.assert_allclose(host(x.grad), [[0, 0.5, 0.5], [1, 1, 1]])
+    x.grad = None
+    x.amax().backward()
+    np.testing.assert_allclose(host(x.grad), [[0, 0.5, 0.5], [0, 0, 0]])
+    a, b = leaf([1.0, 2.0, 3.0], np.float64), leaf([1.0, 5.0, 0.0], np.float64)
+    ops.maximum(a, b).sum().backward()
+    assert host(a.grad).tolist() == [0.5, 0, 1] and host(b.grad).tolist() == [0.5, 1, 0]
+
+
+def test_gradients_at_the_kinks():
+    x = leaf([-1.0, 0.0, 1.0])
+    ops.relu(x).sum().backward()
+    assert host(x.grad).tolist() == [0, 0, 1]
+    x.grad = None
+    abs(x).sum().backward()
+    assert host(x.grad).tolist() == [-1, 0, 1]
+    x.grad = None
+    ops.clip(x, 0.0, 1.0).sum().backward()
+    assert host(x.grad).tolist() == [0, 1, 1]
+
+
+def test_topk_takes_the_first_of_equals():
+    x = leaf([[1.0, 3.0, 3.0, 3.0], [5.0, 5.0, 4.0, 5.0]])
+    values, where = F.topk(x, 2)
+    assert host(values).tolist() == [[3, 3], [5, 5]] and host(where).tolist() == [[1, 2], [0, 1]]
+    values.sum().backward()
+    assert host(x.grad).tolist() == [[0, 1, 1, 0], [1, 1, 0, 0]]
+    many = np.zeros(100)
+    assert host(F.topk(leaf(many), 60)[1]).tolist() == list(range(60))
+    for k in (0, 5, -1):
+        with pytest.raises(ValueError, match="topk wants 0 < k <= 4"):
+            F.topk(x, k)
+    assert F.topk(x, 4)[0].shape == (2, 4)
+
+
+def test_straight_through():
+    hard, soft = leaf([1.0, -1.0]), leaf([0.3, -0.2])
+    y = ops.straight_through(hard, soft)
+    assert host(y).tolist() == [1, -1]
+    y.backward(dev([2.0, 5.0], np.float32))
+    assert host(soft.grad).tolist() == [2, 5] and hard.grad is None
+
+
+def test_repeated_indices_add_up():
+    W = leaf(np.zeros((3, 2)))
+    ops.embedding(W, dev([[1, 1], [1, 2]])).sum().backward()
+    assert host(W.grad).tolist() == [[0, 0], [3, 3], [1, 1]]
+    x = leaf(np.zeros((1, 3)))
+    ops.gather(x, dev([[2, 2, 0, 2]])).sum().backward()
+    assert host(x.grad).tolist() == [[1, 0, 3]]
+    z = leaf(np.zeros(3))
+    z[dev([0, 0, 2])].sum().backward()
+    assert host(z.grad).tolist() == [2, 0, 1]
+
+
+def test_kl_is_zero_for_equals_and_its_gradient_is_the_known_one():
+    rng = np.random.default_rng(4)
+    p, q = rng.standard_normal((2, 5, 3))
+    assert F.kl_divergence(leaf(p), leaf(p), 3.0).item() == pytest.approx(0, abs=1e-12)
+    for T in (1.0, 4.0):
+        t = leaf(q)
+        F.kl_divergence(Tensor(dev(p)), t, T).backward()
+        np.testing.assert_allclose(host(t.grad), T * (softmax(q / T) - softmax(p / T)) / 5, atol=1e-12)
+
+
+def test_what_one_gets_without_asking():
+    rng = np.random.default_rng(5)
+    p, q = leaf(rng.standard_normal((2, 3))), leaf(rng.standard_normal((2, 3)))
+    assert F.kl_divergence(p, q).item() == pytest.approx(F.kl_divergence(p, q, 1.0).item())
+    np.testing.assert_allclose(np.linalg.norm(host(F.normalize(p)), axis=1), 1)
+    assert host(F.normalize(leaf(np.zeros(3)))).tolist() == [0, 0, 0]
+    assert host(F.normalize(leaf(np.full(4, 1e-13)))) == pytest.approx(np.full(4, 0.1))
+    assert F.stack([p, q]).shape == (2, 2, 3) and ops.concatenate(p, q).shape == (4, 3)
+    assert host(ops.cross_entropy(p, dev([0, -100]))) == pytest.approx(host(ops.cross_entropy(p[:1], dev([0]))))
+
+
+def test_broadcasting_both_ways():
+    rng = np.random.default_rng(6)
+    for f in (ops.add, ops.sub, ops.mul, ops.div, ops.maximum):
+        for shapes in [((3, 1, 4), (2, 1)), ((2, 1), (3, 1, 4)), ((), (2, 3)), ((2, 3), ()), ((1,), (2, 3)), ((1, 1), (1,))]:
+            gradcheck(f, [positive(rng, s) * 10**i for i, s in enumerate(shapes)], rng)
+    gradcheck(ops.matmul, [normal(rng, (3, 1, 2, 4)), normal(rng, (5, 4, 2))], rng)
+    gradcheck(lambda a, b: ops.where(dev(rng.random((2, 3)) < 2), a, b) + b, [normal(rng, (3,)), normal(rng, (2, 1))], rng)
+
+
+def test_the_cases_are_not_all_alike():
+    "Over a hundred draws, attention meets masks, causality, dropout and blind rows; cross-entropy weights and smoothing."
+    rng = np.random.default_rng(0)
+    shapes = [(2, 3, 4), (2, 3, 4), (2, 3, 4)]
+    blind = [(host(e.want(*e.inputs)) == 0).all(-1).any() for e in (CASES["attention"][0](rng, shapes) for _ in range(100))]
+    assert any(blind) and not all(blind)
+
+
+def test_packed_linear_is_in_the_table_of_test_nn():
+    assert "_packed_linear" in OPS and nn._packed_linear is OPS["_packed_linear"]

@@ -1,0 +1,397 @@
+"""The comparison: every method on one real task, beside training from scratch, the head alone, and models that need no network.
+
+Five axes, those users choose by: bytes stored per task, peak memory of a training step, time of a step, held-out quality with its spread
+over seeds, and what inference costs more than the base.  Every contender sees the same examples in the same order; a difference counts
+as one only where its paired 95 % interval over seeds leaves out zero.
+"""
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from . import array, baselines, data, edit, kernels, methods
+from .formats.huggingface import classifier, load
+from .models import BERT
+from .nn import Context, Module, no_grad
+from .optim import AdamW, linear
+from .train import evaluate, fit, objective, question
+
+__all__ = ["Settings", "PRESETS", "compare", "contenders"]
+
+
+@dataclass(frozen=True)
+class Contender:
+    "A row of the table: a method and its rate.  method None trains everything from random weights; a text names a baseline."
+    name: str
+    method: edit.Method | None
+    lr: float
+
+    def model(self, settings: Settings, seed: int) -> Module:
+        "The base with this contender on it, ready to train."
+        model, _ = base(settings)
+        if self.method is None:
+            model = type(model)(model.config, seed=seed)
+        if settings.classes:
+            classifier(model, settings.classes, seed=seed)
+        if self.method is not None:
+            edit.attach(model, self.method, seed=seed)
+        return model
+
+
+def contenders(lm: bool) -> list[Contender]:
+    "Every method with the rate found best on validation modules (see tests/benchmarks/LOG.md)."
+    everything = "attn.[qkvo]", "mlp.up", "mlp.down"
+    rows = [
+        Contender("from scratch", None, 1e-3),
+        Contender("head only", methods.Partial(k=0), 3e-3),
+        Contender("BitFit", methods.BitFit(), 3e-3),
+        Contender("prompt (p=16)", methods.PromptTuning(p=16), 1e-2),
+        Contender("prefix (p=16)", methods.PrefixTuning(p=16), 1e-2),
+        Contender("prefix, MLP", methods.PrefixTuning(p=16, mlp=64), 2e-3),
+        Contender("LoRA (r=8; q, v)", methods.LoRA(r=8, alpha=16), 3e-3),
+        Contender("LoRA (r=8; all)", methods.LoRA(r=8, alpha=16, targets=everything), 2e-3),
+        Contender("Houlsby (m=16)", methods.Houlsby(m=16), 2e-3),
+        Contender("top block", methods.Partial(k=1), 1e-3),
+        Contender("full", methods.Full(), 5e-4),
+    ]
+    return [r for r in rows if not (lm and r.name == "head only")]               # a language model's tied head is its embedding: nothing to train
+
+
+@dataclass(frozen=True)
+class Settings:
+    "What is compared.  train: examples (tokens for domain); test: at most so many held-out examples; T: longest text in tokens."
+    task: str = "intact"
+    model: str = ""
+    steps: int = 150
+    seeds: int = 3
+    train: int = 3000
+    test: int = 1000
+    batch: int = 32
+    T: int = 64
+    names: tuple[str, ...] = ()
+
+    lm = property(lambda self: self.task == "domain")
+    classes = property(lambda self: 0 if self.lm else len(data.task(self.task, 0).classes))
+    quality = property(lambda self: "perplexity" if self.lm else "accuracy")
+
+    def chosen(self) -> list[Contender]:
+        rows = contenders(self.lm)
+        if not self.names:
+            return rows
+        short = {c.name.split(" (")[0].lower(): c for c in rows} | {c.name.lower(): c for c in rows}
+        if missing := [n for n in self.names if n.lower() not in short]:
+            raise ValueError(f"there is no method {missing[0]!r} to compare; there are {', '.join(c.name for c in rows)}")
+        return [c for c in rows if c in [short[n.lower()] for n in self.names]]
+
+
+PRESETS = {
+    ("quick", "intact"): Settings("intact"),
+    ("quick", "package"): Settings("package", steps=150, train=1000),
+    ("quick", "domain"): Settings("domain", steps=60, seeds=3, train=200_000, test=64, batch=16, T=128),
+    ("full", "intact"): Settings("intact", steps=600, seeds=5, train=6000, test=3000),
+    ("full", "package"): Settings("package", steps=600, seeds=5, train=3000, test=3000, T=96),
+    ("full", "domain"): Settings("domain", steps=400, seeds=5, train=900_000, test=256, batch=16, T=128),
+}
+
+
+# ── what a contender works on ────────────────────────────────────────────────────────────────────────────────────────
+def base(s: Settings) -> tuple[Module, Any]:
+    "A fresh copy of the base model, and its tokenizer."
+    return load(s.model or ("base-gpt" if s.lm else "base-bert"))
+
+
+@lru_cache(maxsize=4)
+def material(s: Settings, seed: int) -> tuple[data.Task, data.Batches, list]:
+    "The task at this seed, its training batches, its test batches."
+    model, tokenizer = base(s)
+    task = data.task(s.task, seed, s.train, tokenizer) if s.lm else data.task(s.task, seed, s.train)
+    if s.lm:
+        held_out = task.test[:s.test * s.T]
+        return task, data.lm_batches(task.train, s.T, s.batch, seed), list(data.lm_batches(held_out, s.T, s.batch).once())
+    form = "bert" if isinstance(model, BERT) else "gpt"
+    test = data.Examples(task.test.texts[:s.test], task.test.labels[:s.test])
+    made = [data.text_batches(e, tokenizer, s.batch, s.T, seed, form=form) for e in (task.train, test)]
+    return task, made[0], list(made[1].once())
+
+
+def prose(s: Settings, task: data.Task) -> list:
+    "Held-out prose, on which a language model can forget."
+    return list(data.lm_batches(task.kept[:s.test * s.T], s.T, s.batch).once())
+
+
+# ── one cell of the table ────────────────────────────────────────────────────────────────────────────────────────────
+def train_one(s: Settings, c: Contender, seed: int) -> dict[str, float]:
+    "Train one contender with one seed; its held-out metrics."
+    start = time.time()
+    task, batches, test = material(s, seed)
+    model = c.model(s, seed)
+    batches.load({**batches.state(), "seed": seed, "epoch": 0, "batch": 0})
+    fit(model, batches, s.steps, AdamW(c.lr), linear(0.1), seed=seed, progress=False)
+    out = evaluate(model, test)
+    if s.lm:
+        out["prose"] = evaluate(model, prose(s, task))["perplexity"]
+    return out | {"seconds": time.time() - start}
+
+
+def simple_models(s: Settings, seed: int) -> dict[str, dict[str, float]]:
+    "What needs no network: majority and TF-IDF + logistic regression; unigrams, bigrams and the untouched base."
+    task, _, test = material(s, seed)
+    if s.lm:
+        model, _ = base(s)
+        held_out, V = task.test[:s.test * s.T], model.embed.cin
+        return {"unigrams": {"perplexity": baselines.unigram_perplexity(task.train, held_out, V)},
+                "bigrams": {"perplexity": baselines.bigram_perplexity(task.train, task.valid, held_out, V)},
+                "base, untouched": {"perplexity": evaluate(model, test)["perplexity"], "prose": evaluate(model, prose(s, task))["perplexity"]}}
+    held_out = data.Examples(task.test.texts[:s.test], task.test.labels[:s.test])
+    guesses = baselines.simple(task.train, task.valid, held_out, len(task.classes))
+    return {k: {"accuracy": baselines.accuracy(held_out.labels, g), "macro_f1": baselines.macro_f1(held_out.labels, g)} for k, g in guesses.items()}
+
+
+def costs(s: Settings, c: Contender, rounds: int = 5) -> dict[str, Any]:
+    """Stored bytes, peak memory of a training step, and paired ratios: a step's time to full fine-tuning's, inference's to the base's.
+    Each round times both, one after the other; the figure is the median of the rounds' ratios."""
+    batch = next(material(s, 0)[1])
+    full = Contender("full", methods.Full(), 1e-4)
+    mine, other = (stepper(x.model(s, 0), batch) for x in (c, full))
+    plain = replace(c, method=methods.Full() if c.method is not None else None).model(s, 0)
+    asked = c.model(s, 0)
+    step = [(timed(mine), timed(other)) for _ in range(rounds + 1)][1:]
+    look = [(timed(lambda: infer(asked, batch)), timed(lambda: infer(plain, batch))) for _ in range(rounds + 1)][1:]
+    with array.peak_memory() as peak:
+        mine()
+    n = edit.count(asked)
+    stored = n.nbytes if c.method is not None else sum(p.data.nbytes for p in asked.parameters())
+    ratio = lambda pairs: float(np.median([a / b for a, b in pairs]))
+    return {"trained": n.trained, "head": n.head, "stored": stored, "memory": peak["bytes"], "step_ms": 1e3 * float(np.median([a for a, _ in step])),
+            "step_ratio": ratio(step), "inference_ratio": ratio(look)}
+
+
+def stepper(model: Module, batch: Any) -> Callable[[], None]:
+    "One training step as a function: forward, backward, update."
+    opt, rng, q = AdamW(1e-4).start(edit.trained(model)), np.random.default_rng(0), question(batch)
+    model.train()
+
+    def step() -> None:
+        _, loss = objective(model, q, rng)
+        loss.backward()
+        opt.step(clip=1.0)
+        model.zero_grad()
+    return step
+
+
+def infer(model: Module, batch: Any) -> None:
+    with no_grad():
+        model(batch["ids"], Context(mask=batch.get("mask")))
+
+
+def timed(f: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    f()
+    return time.perf_counter() - start
+
+
+# ── the whole ────────────────────────────────────────────────────────────────────────────────────────────────────────
+def compare(s: Settings, out: Path, jobs: int | None = None, say: Callable[[str], None] = print) -> dict[str, Any]:
+    "Run the comparison; print it as it goes; write out/compare.json and out/compare.png.  Returns what the file holds."
+    kernels.keep_memory()
+    rows, start = s.chosen(), time.time()
+    jobs = jobs or (min(2, os.cpu_count() or 1) if array.backend() == "numpy" else 1)
+    task, _, test = material(s, 0)
+    say(f"{headline(s, task)}\n{forecast(s, rows, jobs)}")
+    price = {c.name: costs(s, c) for c in tqdm(rows, "costs", disable=not sys.stderr.isatty(), leave=False)}
+    results: dict[str, list] = {c.name: [None] * s.seeds for c in rows}
+    for c, seed, metrics in progress(s, rows, jobs):
+        results[c.name][seed] = metrics
+    for seed in range(s.seeds):
+        for name, metrics in simple_models(s, seed).items():
+            results.setdefault(name, [None] * s.seeds)[seed] = metrics
+    report = {"settings": asdict(s), "results": results, "costs": price, "seconds": round(time.time() - start, 1), "machine": machine(),
+              "rates": {c.name: c.lr for c in rows}}
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "compare.json").write_text(json.dumps(report, indent=1))
+    say(table(report) + "\n\n" + verdict(report))
+    drawn = draw(report, out / "compare.png")
+    say(f"\n{time.time() - start:.0f} s.  Written: {out / 'compare.json'}" + (f", {out / 'compare.png'}" if drawn else " (no figure: matplotlib is missing)"))
+    return report
+
+
+def progress(s: Settings, rows: list[Contender], jobs: int) -> Iterator[tuple[Contender, int, dict]]:
+    "Every contender with every seed, some at a time, each on one thread; a line for each as it ends."
+    units = [(c, seed) for seed in range(s.seeds) for c in rows]
+    bar = tqdm(total=len(units), unit="run", disable=not sys.stderr.isatty(), leave=False)
+    with bar:
+        if jobs == 1:
+            for c, seed in units:
+                yield _told(bar, s, c, seed, train_one(s, c, seed))
+            return
+        with _one_thread_each(), ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+            waiting = {pool.submit(train_one, s, c, seed): (c, seed) for c, seed in units}
+            try:
+                for done in as_completed(waiting):
+                    yield _told(bar, s, *waiting[done], done.result())
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+def _told(bar: tqdm, s: Settings, c: Contender, seed: int, metrics: dict) -> tuple[Contender, int, dict]:
+    bar.update()
+    bar.write(f"  {c.name:<18} seed {seed}   {s.quality} {metrics[s.quality]:.3f}   ({metrics['seconds']:.0f} s)", file=sys.stderr)
+    return c, seed, metrics
+
+
+class _one_thread_each:
+    "BLAS libraries read their thread counts when a process starts: the workers get one each."
+    NAMES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+
+    def __enter__(self) -> None:
+        self.old = {n: os.environ.get(n) for n in self.NAMES}
+        os.environ.update(dict.fromkeys(self.NAMES, "1"))
+
+    def __exit__(self, *_: object) -> None:
+        for n, v in self.old.items():
+            os.environ.pop(n) if v is None else os.environ.__setitem__(n, v)
+
+
+def headline(s: Settings, task: data.Task) -> str:
+    what = {"intact": "is a sentence of Python's documentation intact, or were two of its words swapped?",
+            "package": f"which of {len(task.classes)} packages does a docstring come from? (their names are masked)",
+            "domain": "a language model of English prose learns Python source; what does it forget?"}[s.task]
+    unit = "tokens" if s.lm else "examples"
+    return (f"{s.task}: {what}\n{s.train:,} training {unit}, {s.seeds} seeds, {s.steps} steps of {s.batch}; "
+            "test modules are in no training text, pretraining included")
+
+
+def forecast(s: Settings, rows: list[Contender], jobs: int) -> str:
+    "How long it will take, from one step and one evaluation timed now."
+    _, batches, test = material(s, 0)
+    model = Contender("full", methods.Full(), 1e-4).model(s, 0)
+    step = stepper(model, next(batches))
+    step()
+    one = timed(step) * (1.3 if jobs > 1 else 1.0)                               # a worker has one thread; other processes run beside it
+    asks = timed(lambda: infer(model, test[0])) * len(test) * (2 if s.lm else 1)
+    seconds = len(rows) * s.seeds * (0.75 * one * s.steps + asks + 1) / jobs + 12 * one * len(rows) + 10
+    return f"about {seconds / 60:.1f} minutes on this machine ({len(rows)} contenders, {jobs} at a time)"
+
+
+def machine() -> dict[str, Any]:
+    from . import __version__
+    return {"python": platform.python_version(), "numpy": np.__version__, "tinyft": __version__, "system": platform.system(),
+            "processor": platform.machine(), "cores": os.cpu_count(), "backend": array.backend()}
+
+
+# ── telling ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+@dataclass
+class Summary:
+    "One row's numbers over seeds."
+    name: str
+    values: np.ndarray
+    second: np.ndarray
+    cost: dict = field(default_factory=dict)
+
+
+def summaries(report: dict) -> list[Summary]:
+    lm = report["settings"]["task"] == "domain"
+    first, second = ("perplexity", "prose") if lm else ("accuracy", "macro_f1")
+    rows = [Summary(n, np.array([r[first] for r in rs]), np.array([r.get(second, np.nan) for r in rs]), report["costs"].get(n, {}))
+            for n, rs in report["results"].items()]
+    return sorted(rows, key=lambda r: (bool(r.cost), r.cost.get("trained", 0) + r.cost.get("head", 0)))
+
+
+def table(report: dict) -> str:
+    "The comparison as text, 110 columns."
+    lm = report["settings"]["task"] == "domain"
+    heads = ("method", "trained", "stored", "memory", "step", "perplexity" if lm else "accuracy", "on prose" if lm else "macro-F1", "inference")
+    rows = [heads]
+    for r in summaries(report):
+        c, digits = r.cost, 1 if lm else 3
+        pm = lambda v: "" if np.isnan(v).any() else f"{v.mean():.{digits}f}" + (f" ± {v.std(ddof=1):.{digits}f}" if len(v) > 1 else "")
+        rows.append((r.name, f"{c['trained'] + c['head']:,}" if c else "", size(c["stored"]) if c else "", size(c["memory"]) if c else "",
+                     f"{c['step_ratio']:.2f} ×" if c else "", pm(r.values), pm(r.second), f"{c['inference_ratio']:.2f} ×" if c else ""))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
+    lines = ["  ".join(v.ljust(w) if i == 0 else v.rjust(w) for i, (v, w) in enumerate(zip(row, widths))) for row in rows]
+    note = ("trained: numbers, head included.  stored: bytes one task adds.  memory: peak of a training step.  step: time beside full fine-tuning.\n"
+            "inference: time beside the base.  ± is the standard deviation over seeds.")
+    return "\n".join(["", lines[0], "-" * len(lines[0]), *lines[1:], "", note])
+
+
+def size(n: float) -> str:
+    return f"{n / 1e6:.1f} MB" if n >= 1e6 else f"{n / 1e3:.1f} kB"
+
+
+T95 = (0, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)        # Student's t, two-sided 95 %, by degrees of freedom
+
+
+def interval(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
+    "Mean and 95 % interval of the paired differences a − b."
+    d = a - b
+    half = T95[min(len(d) - 1, 9)] * d.std(ddof=1) / len(d)**0.5 if len(d) > 1 else float("inf")
+    return float(d.mean()), float(d.mean() - half), float(d.mean() + half)
+
+
+def verdict(report: dict) -> str:
+    "What the numbers support, and who wins."
+    rows, lm = {r.name: r for r in summaries(report)}, report["settings"]["task"] == "domain"
+    sign = -1 if lm else 1
+    lines = []
+    for ref in ("full", "from scratch"):
+        if ref in rows and report["settings"]["seeds"] > 1:
+            lines.append(f"against {ref} (mean difference, paired 95 % interval over {report['settings']['seeds']} seeds):")
+            for r in rows.values():
+                if r.name != ref and r.cost:
+                    mean, low, high = interval(r.values, rows[ref].values)
+                    said = "no difference shown" if low <= 0 <= high else "better" if sign * mean > 0 else "worse"
+                    lines.append(f"  {r.name:<18} {mean:+.3f}  [{low:+.3f}, {high:+.3f}]  {said}")
+    simple = [r for r in rows.values() if not r.cost and not r.name.startswith("base")]
+    tuned = [r for r in rows.values() if r.cost]
+    if simple and tuned:
+        s, t = (max(rs, key=lambda r: sign * r.values.mean()) for rs in (simple, tuned))
+        wins = sign * s.values.mean() >= sign * t.values.mean()
+        lines.append(f"{s.name} {'wins' if wins else 'loses'} here: {s.values.mean():.3f} against {t.values.mean():.3f} of the best fine-tuned model ({t.name})")
+    return "\n".join(lines)
+
+
+def draw(report: dict, path: Path) -> bool:
+    "Quality against how much trains, on a logarithmic axis, with error bars; what needs no network as lines across."
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    s, rows = report["settings"], summaries(report)
+    lm = s["task"] == "domain"
+    fig, ax = plt.subplots(figsize=(8.4, 5.2), dpi=120)
+    tuned = [r for r in rows if r.cost]
+    colours = plt.get_cmap("tab20")
+    for i, r in enumerate(tuned):
+        x = r.cost["trained"] + r.cost["head"]
+        ax.errorbar(x, r.values.mean(), yerr=r.values.std(ddof=1) if len(r.values) > 1 else 0, fmt="s" if r.name == "from scratch" else "o", ms=7,
+                    capsize=3, color=colours(i), label=r.name)
+    for r, style in zip([r for r in rows if not r.cost], (":", "--", "-.")):
+        if not (lm and r.values.mean() > 3 * max(t.values.mean() for t in tuned)):
+            ax.axhline(r.values.mean(), ls=style, color="0.45", lw=1.2, label=r.name)
+    ax.set_xscale("log")
+    ax.set_xlabel("numbers trained (head included)")
+    ax.set_ylabel("held-out perplexity on source code (lower is better)" if lm else "held-out accuracy")
+    ax.set_title(f"{s['task']}: {s['train']:,} training {'tokens' if lm else 'examples'}, {s['steps']} steps, {s['seeds']} seeds", fontsize=11)
+    ax.grid(True, which="major", color="0.9")
+    ax.set_axisbelow(True)
+    ax.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    fig.tight_layout()
+    fig.savefig(path)
+    plt.close(fig)
+    return True

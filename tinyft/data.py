@@ -1,0 +1,400 @@
+"""Real text, three tasks, and batches that can be stopped and resumed at any point.
+
+    text      snapshot(), shipped_tokenizer(), pretraining(kind, split)    what ships with tinyft: Python's documentation and sources
+    tasks     task("intact" | "package" | "domain")                        split by module; no text of a test module is in training
+    batches   Batches, text_batches, lm_batches, mlm_batches               endless, shuffled, resumable;  .once() is one plain pass
+
+A batch is a dict of NumPy arrays:  ids (B, T) int64,  mask (B, T) bool, True where a token is real,  labels (B,) int64 for
+classification or (B, T) int64 for masked language modelling, -100 where nothing is to be predicted. Causal models need no labels.
+Where the text comes from and how it was cleaned and split stands in `tinyft/assets/make.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import lzma
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+ASSETS = Path(__file__).parent / "assets"
+SPLITS = ("train", "valid", "test")
+SPECIAL = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4, "<|endoftext|>": 5}
+PAD, CLS, SEP, END = SPECIAL["[PAD]"], SPECIAL["[CLS]"], SPECIAL["[SEP]"], SPECIAL["<|endoftext|>"]
+IGNORE = -100                                                          # the label of a position that is not to be predicted
+CHOOSE, SWAP, FIXED, ORDER, NOISE, ONCE = range(6)                     # what a random stream is for: no two uses share one
+PLACE = ("seed", "epoch", "batch")                                     # where a stream of batches stands
+
+# The classes of *package*: standard packages with at least five modules in each of Python 3.10-3.13. assets/make.py records the counts.
+PACKAGES = ("asyncio", "concurrent", "ctypes", "curses", "email", "encodings", "http", "idlelib", "importlib", "json", "multiprocessing",
+            "tkinter", "turtledemo", "unittest", "urllib", "wsgiref", "xml")  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------------------- text
+def generator(seed: int, *stream: int) -> np.random.Generator:
+    """One of a seed's many independent random generators: the same numbers name the same generator, others another."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=stream))
+
+
+class Record(NamedTuple):
+    """One text of the snapshot."""
+
+    module: str                                                        # "email.message"; "reference.<topic>" for the language reference
+    kind: str                                                          # "prose" | "docstring" | "source"
+    split: str                                                         # "train" | "valid" | "test", the same for all of a module
+    text: str
+
+
+@functools.cache
+def snapshot() -> tuple[Record, ...]:
+    """Every text that ships with tinyft, in a fixed order (by kind, then module). Read once, then kept."""
+    try:
+        records = json.loads(lzma.decompress((ASSETS / "text.json.xz").read_bytes()))["records"]
+    except (OSError, lzma.LZMAError, ValueError) as error:
+        raise ValueError(f"wanted the text snapshot {ASSETS / 'text.json.xz'}, got no readable one: {error}") from error
+    return tuple(Record(*record) for record in records)
+
+
+def shipped_tokenizer() -> Tokenizer:
+    """The shipped byte-level BPE of 2,048 entries, ids 0-5 as in SPECIAL. It adds no special tokens; `encode` does."""
+    found = Tokenizer.from_file(str(ASSETS / "tokenizer.json"))
+    found.encode_special_tokens = True                                                 # "[MASK]" written in a text is text
+    return found
+
+
+def pretraining(kind: str = "prose", split: str = "train", tokenizer: Tokenizer | None = None) -> np.ndarray:
+    """All text of one kind and split as one array of token ids, (N,) int64, with <|endoftext|> after each text.
+
+    kind: "prose" is the language reference, comments and docstrings; "source" is Python source without docstrings.
+    """
+    _one_of("kind", kind, ("prose", "source"))
+    _one_of("split", split, SPLITS)
+    texts = [record.text for record in snapshot() if record.split == split and (record.kind == "source") == (kind == "source")]
+    encoded = (tokenizer or shipped_tokenizer()).encode_batch(texts, add_special_tokens=False)
+    return np.concatenate([np.array([*text.ids, END], np.int64) for text in encoded])
+
+
+def windows(tokens: np.ndarray, T: int) -> np.ndarray:
+    """(N,) tokens -> (N // T, T): consecutive windows without overlap; the rest at the end is dropped."""
+    if T < 1 or len(tokens) < T:
+        raise ValueError(f"wanted a window of 1 to {len(tokens)} tokens (that many there are), got T={T}")
+    count = len(tokens) // T
+    return np.asarray(tokens[: count * T]).reshape(count, T)
+
+
+def encode(tokenizer: Tokenizer, text: str, max_len: int, form: str = "bert") -> list[int]:
+    """Token ids of a text, cut to max_len:  "bert": [CLS] x [SEP];   "gpt": x <|endoftext|>, whose last token is classified."""
+    _one_of("form", form, ("bert", "gpt"))
+    before, after = ([CLS], [SEP]) if form == "bert" else ([], [END])
+    room = max_len - len(before) - len(after)
+    if room < 1:
+        raise ValueError(f"wanted max_len of at least {max_len - room + 1} (special tokens and one more), got {max_len}")
+    return before + tokenizer.encode(text, add_special_tokens=False).ids[:room] + after
+
+
+# -------------------------------------------------------------------------------------------------------------- tasks
+class Examples(NamedTuple):
+    """Texts and their labels, (N,) int64."""
+
+    texts: tuple[str, ...]
+    labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task with its splits. kind "classify": train, valid, test are Examples. kind "lm": they are token arrays, (N,) int64."""
+
+    name: str
+    kind: str                                                          # "classify" | "lm"
+    classes: tuple[str, ...]                                           # names of the labels; () for "lm"
+    train: Any
+    valid: Any
+    test: Any
+    metric: str                                                        # "accuracy" | "macro_f1" | "perplexity"
+    kept: Any = None                                                   # "lm": held-out prose (M,), on which forgetting is measured
+
+
+def task(name: str, seed: int = 0, train_size: int | None = None, tokenizer: Tokenizer | None = None) -> Task:
+    """One of the real tasks, split by module.
+
+    intact    is a sentence of the documentation intact (1), or were two of its words swapped (0)?  Balanced; bags of words tell nothing.
+    package   which package of the standard library a docstring comes from, all classes' names masked as "_".  17 classes, imbalanced.
+    domain    language modelling of Python source, after pretraining on prose; `kept` is held-out prose.
+
+    seed        chooses, orders and swaps the training examples; valid and test are the same for every seed: results are paired.
+    train_size  how many training examples (tokens for "domain"); None is all there are.
+    tokenizer   for "domain" only; the shipped one unless given.
+    """
+    makers = {"intact": _intact, "package": _package, "domain": functools.partial(_domain, tokenizer=tokenizer)}
+    _one_of("task", name, tuple(makers))
+    return makers[name](seed, train_size)
+
+
+def _choose(count: int, seed: int, size: int | None) -> np.ndarray:
+    """Indices of `size` of `count` examples in random order."""
+    if size is not None and not 1 <= size <= count:
+        raise ValueError(f"wanted a train_size from 1 to {count} (that many there are), got {size}")
+    return generator(seed, CHOOSE).permutation(count)[:size]
+
+
+def key(text: str) -> str:
+    """A text without what does not make it different: case and white space."""
+    return " ".join(text.lower().split())
+
+
+SENTENCE_END = re.compile(r"""(?<=[.!?])\s+(?=["'`*(]?[A-Z])""")
+PLAIN = re.compile(r"""(["'`*(\[]*)([a-z]+(?:['-][a-z]+)*)(["'`*)\],;:.!?]*)$""")      # opening marks, a lower-case word, closing marks
+
+
+def sentences(text: str) -> list[str]:
+    """The full sentences of 6 to 40 words in a text, at least two thirds of them plain lower-case words."""
+    found = []
+    for sentence in (part for line in text.split("\n") for part in SENTENCE_END.split(line)):
+        words = sentence.split()
+        if 6 <= len(words) <= 40 and words[0][0].isupper() and words[-1][-1] in ".!?" and 3 * len(_places(words)) >= 2 * len(words):
+            found.append(" ".join(words))
+    return found
+
+
+def _places(words: Sequence[str]) -> list[int]:
+    """Positions whose words may be swapped: plain lower-case ones; [] where they are all the same word."""
+    places = [i for i, word in enumerate(words) if i > 0 and PLAIN.match(word)]
+    return places if len({PLAIN.match(words[i])[2] for i in places}) > 1 else []
+
+
+def swap_two(sentence: str, rng: np.random.Generator) -> str:
+    """The sentence with two different plain words swapped, both chosen at random; punctuation and capitals stay where they are."""
+    words = sentence.split()
+    places = _places(words)
+    if not places:
+        raise ValueError(f"wanted a sentence with two different lower-case words, got {sentence!r}")
+    i = places[rng.integers(len(places))]
+    others = [j for j in places if PLAIN.match(words[j])[2] != PLAIN.match(words[i])[2]]
+    j = others[rng.integers(len(others))]
+    (open_i, word_i, close_i), (open_j, word_j, close_j) = PLAIN.match(words[i]).groups(), PLAIN.match(words[j]).groups()
+    words[i], words[j] = open_i + word_j + close_i, open_j + word_i + close_j
+    return " ".join(words)
+
+
+@functools.cache
+def _by_split(items: Callable[[Record], list[tuple[str, int]]]) -> dict[str, list[tuple[str, int]]]:
+    """The (text, label) pairs of all records by split, each text once: one that stands in several splits stays in the first."""
+    found, seen = {split: [] for split in SPLITS}, set()
+    for record in sorted(snapshot(), key=lambda record: SPLITS.index(record.split)):
+        for text, label in items(record):
+            if key(text) not in seen:
+                seen.add(key(text))
+                found[record.split].append((text, label))
+    return found
+
+
+def _intact_sentences(record: Record) -> list[tuple[str, int]]:
+    return [(sentence, 1) for sentence in sentences(record.text)] if record.kind != "source" else []
+
+
+def _half_swapped(texts: Sequence[str], rng: np.random.Generator) -> Examples:
+    labels = rng.permutation(np.arange(len(texts)) % 2).astype(np.int64)
+    return Examples(tuple(text if label else swap_two(text, rng) for text, label in zip(texts, labels, strict=True)), labels)
+
+
+def _intact(seed: int, size: int | None) -> Task:
+    pool = {split: [sentence for sentence, _ in pairs] for split, pairs in _by_split(_intact_sentences).items()}
+    train = _half_swapped([pool["train"][i] for i in _choose(len(pool["train"]), seed, size)], generator(seed, SWAP))
+    valid, test = (_half_swapped(pool[split], generator(i, FIXED)) for i, split in enumerate(SPLITS) if i)
+    return Task("intact", "classify", ("swapped", "intact"), train, valid, test, metric="accuracy")
+
+
+NAMES = re.compile("|".join(rf"(?<![a-z])(?i:{name})(?![a-z])|(?<=[a-z])(?:{name.upper()}|{name.title()})(?![a-z])" for name in PACKAGES))
+
+
+def mask_names(text: str) -> str:
+    """The text with every class name as "_", also as part of a dotted or compound name: `asyncio.run` -> `_.run`, XMLParser -> _Parser.
+
+    All classes' names, not only the own one: otherwise the name of another package would say which class it is not.
+    """
+    return NAMES.sub("_", text)
+
+
+def _masked_docstring(record: Record) -> list[tuple[str, int]]:
+    package = record.module.split(".")[0]
+    if record.kind != "docstring" or package not in PACKAGES:
+        return []
+    text = mask_names(record.text)
+    return [(text, PACKAGES.index(package))] if len(text.split()) >= 6 else []
+
+
+def _package(seed: int, size: int | None) -> Task:
+    pool = _by_split(_masked_docstring)
+    chosen = [pool["train"][i] for i in _choose(len(pool["train"]), seed, size)]
+    splits = (chosen, pool["valid"], pool["test"])
+    made = [Examples(tuple(text for text, _ in pairs), np.array([label for _, label in pairs], np.int64)) for pairs in splits]
+    return Task("package", "classify", PACKAGES, *made, metric="macro_f1")
+
+
+def _domain(seed: int, size: int | None, tokenizer: Tokenizer | None) -> Task:
+    train, valid, test = (pretraining("source", split, tokenizer) for split in SPLITS)
+    if size is not None:
+        start = _choose(len(train), seed, size)[0]
+        train = np.roll(train, -start)[:size]                          # a stretch from a random start, around the end if need be
+    return Task("domain", "lm", (), train, valid, test, metric="perplexity", kept=pretraining("prose", "test", tokenizer))
+
+
+# -------------------------------------------------------------------------------------------------------------- batches
+class Batches:
+    """An endless, resumable stream of batches over a sequence of examples.
+
+    examples    anything with a length and integer indices
+    collate     (list of examples, rng) -> batch; rng is for noise (masked language modelling)
+    shuffle     a new order in every epoch; each epoch visits every example exactly once
+    drop_last   leave out an epoch's last batch if it is short (so each epoch leaves out a few examples, others each time)
+
+    Every random draw is a function of (seed, epoch, batch), so `state()` is a few integers and `load(state)` goes on bitwise.
+    """
+
+    def __init__(self, examples: Sequence, batch_size: int, seed: int = 0, shuffle: bool = True, collate: Callable | None = None,
+                 drop_last: bool = False) -> None:  # fmt: skip
+        if len(examples) == 0:
+            raise ValueError("wanted at least one example, got an empty dataset")
+        if batch_size < 1:
+            raise ValueError(f"wanted a batch_size of at least 1, got {batch_size}")
+        if drop_last and len(examples) < batch_size:
+            raise ValueError(f"wanted at least one full batch of {batch_size} with drop_last, got {len(examples)} examples")
+        self.examples, self.batch_size, self.seed = examples, batch_size, seed
+        self.shuffle, self.drop_last, self.collate = shuffle, drop_last, collate or _stack
+        self.epoch = self.batch = 0                                                    # the next batch to give
+        self._order = self._epoch_order()
+
+    def __len__(self) -> int:
+        """Batches in one epoch."""
+        full, rest = divmod(len(self.examples), self.batch_size)
+        return full + bool(rest and not self.drop_last)
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        if self.batch == len(self):
+            self.epoch, self.batch = self.epoch + 1, 0
+            self._order = self._epoch_order()
+        chosen = self._order[self.batch * self.batch_size :][: self.batch_size]
+        self.batch += 1
+        return self._make(chosen, generator(self.seed, NOISE, self.epoch, self.batch))
+
+    def once(self) -> Iterator[dict[str, np.ndarray]]:
+        """Every example once, in the order given, the last batch short if need be; the same each time. Does not move the stream."""
+        everything = np.arange(len(self.examples))
+        for start in range(0, len(everything), self.batch_size):
+            yield self._make(everything[start : start + self.batch_size], generator(self.seed, ONCE, start))
+
+    def state(self) -> dict[str, int | bool]:
+        """Where the stream stands: JSON-able."""
+        return {**{name: getattr(self, name) for name in PLACE}, **self._fixed()}
+
+    def load(self, state: Mapping[str, int | bool]) -> None:
+        """Go on exactly where `state` was taken. Raises ValueError when it was taken over other examples or another batch size."""
+        wrong = [f"{name} {value}, got {state.get(name)}" for name, value in self._fixed().items() if state.get(name) != value]
+        wrong += [f"an integer {name}, got {state.get(name)!r}" for name in PLACE if not isinstance(state.get(name), int)]
+        if wrong:
+            raise ValueError(f"wanted a sampler state with {'; '.join(wrong)}")
+        self.seed, self.epoch, self.batch = (state[name] for name in PLACE)
+        self._order = self._epoch_order()
+
+    def _fixed(self) -> dict[str, int | bool]:
+        return {"examples": len(self.examples), "batch_size": self.batch_size, "shuffle": self.shuffle, "drop_last": self.drop_last}
+
+    def _epoch_order(self) -> np.ndarray:
+        return generator(self.seed, ORDER, self.epoch).permutation(len(self.examples)) if self.shuffle else np.arange(len(self.examples))
+
+    def _make(self, chosen: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        return self.collate([self.examples[i] for i in chosen], rng)
+
+
+def pad(rows: Sequence[Sequence[int]], max_len: int | None = None, multiple: int = 8) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of ids -> ids (B, T) int64, padded on the right with [PAD], and mask (B, T) bool.
+
+    T is the longest row's length, rounded up to a multiple (few different shapes are faster) but to no more than max_len.
+    """
+    longest = max((len(row) for row in rows), default=0)
+    if longest == 0:
+        raise ValueError(f"wanted at least one row with a token, got {len(rows)} rows and no token")
+    if max_len is not None and longest > max_len:
+        raise ValueError(f"wanted rows of at most {max_len} tokens, got one of {longest}")
+    T = min(-(-longest // multiple) * multiple, max_len or longest + multiple)
+    ids, mask = np.full((len(rows), T), PAD, np.int64), np.zeros((len(rows), T), bool)
+    for b, row in enumerate(rows):
+        ids[b, : len(row)], mask[b, : len(row)] = row, True
+    return ids, mask
+
+
+def text_batches(examples: Examples, tokenizer: Tokenizer, batch_size: int, max_len: int, seed: int = 0, shuffle: bool = True,
+                 form: str = "bert", drop_last: bool = False) -> Batches:  # fmt: skip
+    """Batches for classification: ids (B, T), mask (B, T), labels (B,), T <= max_len. `form` as in `encode`."""
+    if len(examples.texts) != len(examples.labels):
+        raise ValueError(f"wanted one label per text, got {len(examples.texts)} texts and {len(examples.labels)} labels")
+    rows = [(encode(tokenizer, text, max_len, form), int(label)) for text, label in zip(*examples, strict=True)]
+
+    def collate(chosen: list[tuple[list[int], int]], rng: np.random.Generator) -> dict[str, np.ndarray]:
+        ids, mask = pad([row for row, _ in chosen], max_len)
+        return {"ids": ids, "mask": mask, "labels": np.array([label for _, label in chosen], np.int64)}
+
+    return Batches(rows, batch_size, seed, shuffle, collate, drop_last)
+
+
+def _stack(chosen: list[np.ndarray], rng: np.random.Generator | None = None) -> dict[str, np.ndarray]:
+    ids = np.stack(chosen).astype(np.int64)                                            # (B, T)
+    return {"ids": ids, "mask": np.ones(ids.shape, bool)}
+
+
+def lm_batches(tokens: np.ndarray, T: int, batch_size: int, seed: int = 0, shuffle: bool = True, drop_last: bool = False) -> Batches:
+    """Batches for causal language modelling: ids (B, T), mask (B, T) all True; no labels, as each token is the label of the one before."""
+    return Batches(windows(tokens, T), batch_size, seed, shuffle, _stack, drop_last)
+
+
+def mlm_batches(tokens: np.ndarray, T: int, batch_size: int, vocab: int, seed: int = 0, shuffle: bool = True, p: float = 0.15,
+                drop_last: bool = False) -> Batches:  # fmt: skip
+    """Batches for masked language modelling: [CLS] T-2 tokens [SEP], corrupted by `mlm` anew in every epoch; labels (B, T)."""
+    if T < 3:
+        raise ValueError(f"wanted T of at least 3 ([CLS], a token, [SEP]), got {T}")
+
+    def collate(chosen: list[np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
+        batch = _stack([np.concatenate([[CLS], row, [SEP]]) for row in chosen])
+        ids, labels = mlm(batch["ids"], batch["mask"], rng, vocab, SPECIAL, p)
+        return {"ids": ids, "mask": batch["mask"], "labels": labels}
+
+    return Batches(windows(tokens, T - 2), batch_size, seed, shuffle, collate, drop_last)
+
+
+def mlm(ids: np.ndarray, mask: np.ndarray, rng: np.random.Generator, vocab: int, special: Mapping[str, int] = SPECIAL,
+        p: float = 0.15) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Corrupt ids (B, T) for masked language modelling -> (ids, labels), new arrays.   BERT, Devlin et al., 2019, §3.1
+
+    Each real, non-special position is chosen with probability p, at least one in the batch. A chosen one becomes [MASK] (80 %), a random
+    non-special token (10 %) or stays (10 %); its label is what stood there, all other labels are -100.
+    """
+    if not 0 < p <= 1:
+        raise ValueError(f"wanted a probability p in (0, 1], got {p}")
+    reserved = np.array(sorted(special.values()))
+    free = np.flatnonzero(mask & ~np.isin(ids, reserved))
+    if not len(free):
+        raise ValueError(f"wanted a real token that is not special in ids of shape {ids.shape}, got none: nothing to predict")
+    chosen = free[rng.random(len(free)) < p]
+    if not len(chosen):
+        chosen = rng.choice(free, 1)
+    labels, corrupted = np.full(ids.shape, IGNORE, np.int64), ids.copy()
+    labels.flat[chosen] = ids.flat[chosen]
+    fate = rng.random(len(chosen))
+    corrupted.flat[chosen[fate < 0.8]] = special["[MASK]"]
+    random = chosen[(fate >= 0.8) & (fate < 0.9)]
+    corrupted.flat[random] = rng.choice(np.setdiff1d(np.arange(vocab), reserved), len(random))
+    return corrupted, labels
+
+
+def _one_of(what: str, got: str, wanted: Sequence[str]) -> None:
+    if got not in wanted:
+        raise ValueError(f"wanted {what} to be one of {', '.join(wanted)}; got {got!r}")
