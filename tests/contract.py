@@ -6,8 +6,9 @@ too (test_methods.py, test_protocol.py), and must refuse them.  A new method is 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 from helpers import host
@@ -21,7 +22,7 @@ CLASSES = 3
 
 @dataclass(frozen=True)
 class Sizes:
-    "V vocabulary, P positions, S token types, C width, L layers, F feed-forward width; tail: numbers above the blocks that train with the top ones."
+    "V vocabulary, P positions, S token types, C width, L layers, F feed-forward width; tail: the numbers above the blocks."
     kind: str
     V: int = 23
     P: int = 24
@@ -87,7 +88,9 @@ def batch(kind: str, seed: int, n: int = 4, T: int = 7) -> dict:
     mask[-1, T - 2:] = False
     if kind.endswith("classes"):
         return {"ids": ids, "mask": mask, "labels": rng.integers(0, CLASSES, n)}
-    return {"ids": ids, "mask": mask} if kind == "gpt" else {"ids": ids, "mask": mask, "labels": np.where(mask & (rng.random((n, T)) < 0.4), ids, -100)}
+    if kind == "gpt":
+        return {"ids": ids, "mask": mask}
+    return {"ids": ids, "mask": mask, "labels": np.where(mask & (rng.random((n, T)) < 0.4), ids, -100)}
 
 
 def run(model: Any, ids: Any = None, **about: Any) -> np.ndarray:
@@ -157,10 +160,11 @@ def check_moves(row: Row, kind: str) -> None:
     before = values(model)
     short_fit(model, kind, row)
     moved = {n for n, v in values(model).items() if not same(v, before[n])}
-    mine = {n for n in model.named_parameters() if "edits" in n.split(".")}
-    assert moved - mine - {n for n in model.named_buffers() if "edits" in n.split(".")} <= base, f"moved as well: {sorted(moved - mine - base)}"
-    silent = {n for n in base | mine if n.endswith("attn.k.bias") or n.split(".")[-1] in row.still}     # softmax does not see the key's bias
-    assert base | mine <= moved | silent, f"did not move: {sorted((base | mine) - moved - silent)}"
+    ours = {n for n in moved if "edits" not in n.split(".")}
+    assert ours <= base, f"moved as well: {sorted(ours - base)}"
+    asked = base | {n for n in model.named_parameters() if "edits" in n.split(".")}
+    silent = {n for n in asked if n.endswith("attn.k.bias") or n.split(".")[-1] in row.still}      # softmax does not see the key's bias
+    assert asked <= moved | silent, f"did not move: {sorted(asked - moved - silent)}"
 
 
 def check_count(row: Row, kind: str) -> None:
@@ -175,20 +179,22 @@ def check_start(row: Row, kind: str) -> None:
     y0, y = run(build(kind)), run(put_on(row, kind)[0])
     assert y.shape == y0.shape
     away = np.abs(y - y0).max()
-    assert away == 0 if row.start == "same" else 0 < away < 0.02 if row.start == "near" else away > 1e-2, f"{row.start}, but {away:.2g} away"
+    claimed = away == 0 if row.start == "same" else 0 < away < 0.02 if row.start == "near" else away > 0.01
+    assert claimed, f"{row.start}, but {away:.2g} away"
 
 
 def check_gradients(row: Row, kind: str) -> None:
     "G4: the gradient of every tensor that trains, along a random direction, by central differences in float64 at a generic point."
     model, a = tuned(row, kind)
     started(row, a)
-    b, rng, h = batch(kind, 2), np.random.default_rng(4), 1e-5
+    b, rng, h = batch(kind, 2), np.random.default_rng(4), 2e-5
     model.zero_grad()
     the_loss(model, b).backward()
     grads = {n: p.grad for n, p in edit.trained(model).items()}
     alive = 0
     for n, p in edit.trained(model).items():
         v, was = rng.standard_normal(p.shape), np.array(host(p))
+        v /= np.sqrt((v * v).sum())
         exact = 0.0 if grads[n] is None else float((host(grads[n]) * v).sum())
         ends = []
         for e in (h, -h):
@@ -198,7 +204,7 @@ def check_gradients(row: Row, kind: str) -> None:
         p.copy_(was)
         numeric = (ends[0] - ends[1]) / (2 * h)
         alive += abs(exact) > 1e-6
-        assert abs(numeric - exact) <= 1e-6 * abs(exact) + 2e-9, f"{n}: by differences {numeric:.9g}, by backward {exact:.9g}"
+        assert abs(numeric - exact) <= 2e-6 * abs(exact) + 1e-9, f"{n}: by differences {numeric:.9g}, by backward {exact:.9g}"
     assert alive, "no gradient at all"
 
 
@@ -355,5 +361,4 @@ def check_cache(row: Row, kind: str) -> None:
         assert got.shape == whole.shape and near(got[real], whole[real])
 
 
-CHECKS = {f.__name__: f for f in (check_moves, check_count, check_start, check_gradients, check_save, check_off_and_on, check_merge, check_rows,
-                                  check_optimizer, check_dropout, check_learns, check_padding, check_cache)}
+CHECKS = {name[6:]: f for name, f in list(globals().items()) if name.startswith("check_")}

@@ -60,9 +60,10 @@ def shapes_of(draw: Callable, spec: str, broadcast: bool = True) -> tuple[list[t
     """([shape of each input], shape of the output) for a shape string such as "... n k, ... k m -> ... n m".
 
     Every letter is a size of 1 to 4, "..." stands for 0 to 2 leading sizes.  With `broadcast`, an input may lack some of the leading
-    axes, or have length one there."""
+    axes, or have length one there.  In some draws all letters are one size."""
     ins, out = ([side.split() for side in part.split(",")] for part in spec.split("->"))
-    size = {d: draw(st.integers(1, 4)) for d in sorted(set(re.findall(r"\b[a-z]\b", spec)))}
+    square = draw(st.sampled_from([None, None, 2, 3]))                           # equal sizes let a forgotten transpose through: some must be
+    size = {d: square or draw(st.integers(1, 4)) for d in sorted(set(re.findall(r"\b[a-z]\b", spec)))}
     lead = tuple(draw(st.lists(st.integers(1, 4), max_size=2)))
     many = sum("..." in s for s in ins) > 1
 

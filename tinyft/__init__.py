@@ -15,6 +15,7 @@ from .array import BackendError, backend, peak_memory, use
 from .decode import generate
 from .combine import combine
 from .edit import Attached, CannotMerge, Count, Edit, Method, attach, count, detach, merge, trained, without
+from .formats.huggingface import classifier, load, save
 from .methods import BitFit, Full, Houlsby, LoRA, Partial, PrefixTuning, PromptTuning, methods
 from .models import BERT, GPT, BERTConfig, GPTConfig
 from .nn import Cache, Context, Module, Packed, Parameter
@@ -26,7 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Tensor", "no_grad", "detect_anomaly", "use", "backend", "ops", "functional",                                # the engine
     "Module", "Parameter", "Context", "Cache", "Packed", "GPT", "GPTConfig", "BERT", "BERTConfig",               # models
-    "generate", "data",
+    "load", "save", "classifier", "generate", "data",
     "attach", "detach", "without", "merge", "combine", "count", "trained", "save_adapter", "load_adapter",       # the one mechanism
     "Edit", "Method", "Attached", "Count", "CannotMerge",
     "methods", "Full", "Partial", "BitFit", "Houlsby", "PromptTuning", "PrefixTuning", "LoRA",                   # the methods

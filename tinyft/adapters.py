@@ -12,7 +12,7 @@ import numpy as np
 
 from . import array, edit
 from .edit import Attached, Method
-from .files import read_tensors, write_atomically, write_tensors
+from .files import pack_tensors, read_tensors, write_atomically
 from .nn import Module
 from .tensor import Tensor
 
@@ -22,16 +22,15 @@ __all__ = ["save_adapter", "load_adapter"]
 def save_adapter(model: Module, path: str | os.PathLike, name: str | None = None) -> Path:
     """Write what one attached method trained (the last one, or `name`), with a new head if it carries one, to the folder `path`.
 
-    Each file is replaced in one move: an interruption leaves the old or the new one, never half of it."""
+    Both files are written before either takes its place: a full disk leaves the old adapter as it was."""
     a = edit.handle(model, name)
-    fields = dataclasses.asdict(a.method)
     if known(type(a.method).__name__) is not type(a.method):
         raise ValueError(f"{type(a.method).__name__} is not a method that load_adapter could find by its name again")
-    facts = {"method": type(a.method).__name__, "fields": fields, "name": a.name, "head": [n for n in a.base if edit.is_head(model, n)],
-             "base": fingerprint(model)}
+    facts = {"method": type(a.method).__name__, "fields": dataclasses.asdict(a.method), "name": a.name,
+             "head": [n for n in a.base if edit.is_head(model, n)], "base": fingerprint(model)}
     path = Path(path)
-    write_tensors(path / "adapter.safetensors", edit.state(model, a), {"sum": digest(facts)})
-    write_atomically(path / "adapter.json", (json.dumps(facts, indent=1) + "\n").encode())
+    write_atomically({path / "adapter.safetensors": pack_tensors(edit.state(model, a), {"sum": digest(facts)}),
+                      path / "adapter.json": (json.dumps(facts, indent=1) + "\n").encode()})
     return path
 
 
@@ -56,7 +55,11 @@ def load_adapter(model: Module, path: str | os.PathLike, name: str | None = None
     if method is not None and cls is not method:
         raise ValueError(f"{path} holds a {kind}, not a {method.__name__}")
     differ(facts["base"], fingerprint(model))
-    a = edit.attach(model, cls(**fields), name or facts["name"], train_head=bool(facts["head"]))
+    try:
+        made = cls(**fields)
+    except TypeError as e:
+        raise ValueError(f"{path} was saved by another version of tinyft: {e}") from e
+    a = edit.attach(model, made, name or facts["name"], train_head=bool(facts["head"]))
     try:
         edit.load_state(model, a, arrays)
     except ValueError:
@@ -67,8 +70,7 @@ def load_adapter(model: Module, path: str | os.PathLike, name: str | None = None
 
 def known(name: str) -> type[Method] | None:
     "The library's method class of this name."
-    todo = list(Method.__subclasses__())
-    return next((c for c in todo if c.__name__ == name and c.__module__.startswith("tinyft.")), None)
+    return next((c for c in Method.__subclasses__() if c.__name__ == name and c.__module__.startswith("tinyft.methods.")), None)
 
 
 def fingerprint(model: Module) -> dict[str, Any]:
@@ -87,12 +89,13 @@ def fingerprint(model: Module) -> dict[str, Any]:
 
 def differ(wanted: dict[str, Any], got: dict[str, Any]) -> None:
     "Raise ValueError if an adapter's base is not this one, naming the first difference."
-    words = {"family": "a model of the family {}", "numbers": "a base of {:,} numbers", "tensors": "a base of {} tensors", "shapes": "a base with other shapes ({})",
-             "head": "a model whose new head has shapes {}", "weights": "a base with other weights ({})"}
+    words = {"family": "a model of the family {}", "numbers": "a base of {:,} numbers", "tensors": "a base of {} tensors",
+             "shapes": "a base with other shapes ({})", "head": "a model whose new head has shapes {}", "weights": "a base with other weights ({})"}
     for key, text in words.items():
         if wanted.get(key) != got[key]:
-            raise ValueError(f"this adapter was trained on {text.format(wanted.get(key))}; this model is {text.format(got[key])}".replace("this model is a base", "this is a base"))
+            raise ValueError(f"this adapter was trained on {text.format(wanted.get(key))}; this is {text.format(got[key])}")
 
 
 def digest(facts: dict[str, Any]) -> str:
+    "What tells one saving from another."
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8).hexdigest()

@@ -72,7 +72,7 @@ def contenders(lm: bool) -> list[Contender]:
 
 @dataclass(frozen=True)
 class Settings:
-    "What is compared.  train: examples (tokens for domain); test: at most so many held-out examples; T: longest text in tokens."
+    "What is compared.  train: examples (tokens for domain); test: at most so many held-out examples, of the split `split`; T: longest text."
     task: str = "intact"
     model: str = ""
     steps: int = 150
@@ -81,6 +81,7 @@ class Settings:
     test: int = 1000
     batch: int = 32
     T: int = 64
+    split: str = "test"
     names: tuple[str, ...] = ()
 
     lm = property(lambda self: self.task == "domain")
@@ -119,12 +120,16 @@ def material(s: Settings, seed: int) -> tuple[data.Task, data.Batches, list]:
     model, tokenizer = base(s)
     task = data.task(s.task, seed, s.train, tokenizer) if s.lm else data.task(s.task, seed, s.train)
     if s.lm:
-        held_out = task.test[:s.test * s.T]
-        return task, data.lm_batches(task.train, s.T, s.batch, seed), list(data.lm_batches(held_out, s.T, s.batch).once())
+        return task, data.lm_batches(task.train, s.T, s.batch, seed), list(data.lm_batches(held_out(s, task), s.T, s.batch).once())
     form = "bert" if isinstance(model, BERT) else "gpt"
-    test = data.Examples(task.test.texts[:s.test], task.test.labels[:s.test])
-    made = [data.text_batches(e, tokenizer, s.batch, s.T, seed, form=form) for e in (task.train, test)]
+    made = [data.text_batches(e, tokenizer, s.batch, s.T, seed, form=form) for e in (task.train, held_out(s, task))]
     return task, made[0], list(made[1].once())
+
+
+def held_out(s: Settings, task: data.Task) -> Any:
+    "What the contenders are judged on: the first examples (windows, for domain) of a split none of them has seen."
+    part = getattr(task, s.split)
+    return part[:s.test * s.T] if s.lm else data.Examples(part.texts[:s.test], part.labels[:s.test])
 
 
 def prose(s: Settings, task: data.Task) -> list:
@@ -151,13 +156,13 @@ def simple_models(s: Settings, seed: int) -> dict[str, dict[str, float]]:
     task, _, test = material(s, seed)
     if s.lm:
         model, _ = base(s)
-        held_out, V = task.test[:s.test * s.T], model.embed.cin
-        return {"unigrams": {"perplexity": baselines.unigram_perplexity(task.train, held_out, V)},
-                "bigrams": {"perplexity": baselines.bigram_perplexity(task.train, task.valid, held_out, V)},
+        text, V = held_out(s, task), model.embed.cin
+        return {"unigrams": {"perplexity": baselines.unigram_perplexity(task.train, text, V)},
+                "bigrams": {"perplexity": baselines.bigram_perplexity(task.train, task.valid, text, V)},
                 "base, untouched": {"perplexity": evaluate(model, test)["perplexity"], "prose": evaluate(model, prose(s, task))["perplexity"]}}
-    held_out = data.Examples(task.test.texts[:s.test], task.test.labels[:s.test])
-    guesses = baselines.simple(task.train, task.valid, held_out, len(task.classes))
-    return {k: {"accuracy": baselines.accuracy(held_out.labels, g), "macro_f1": baselines.macro_f1(held_out.labels, g)} for k, g in guesses.items()}
+    asked = held_out(s, task)
+    guesses = baselines.simple(task.train, task.valid, asked, len(task.classes))
+    return {k: {"accuracy": baselines.accuracy(asked.labels, g), "macro_f1": baselines.macro_f1(asked.labels, g)} for k, g in guesses.items()}
 
 
 def costs(s: Settings, c: Contender, rounds: int = 5) -> dict[str, Any]:

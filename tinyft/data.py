@@ -69,9 +69,9 @@ def shipped_tokenizer() -> Tokenizer:
 
 
 def pretraining(kind: str = "prose", split: str = "train", tokenizer: Tokenizer | None = None) -> np.ndarray:
-    """All text of one kind and split as one array of token ids, (N,) int64, with <|endoftext|> after each text.
+    """All text of a kind ("prose": language reference, comments, docstrings; "source": the code) and split as token ids, (N,) int64.
 
-    kind: "prose" is the language reference, comments and docstrings; "source" is Python source without docstrings.
+    <|endoftext|> stands after each text.
     """
     _one_of("kind", kind, ("prose", "source"))
     _one_of("split", split, SPLITS)
@@ -127,7 +127,7 @@ def task(name: str, seed: int = 0, train_size: int | None = None, tokenizer: Tok
     package   which package of the standard library a docstring comes from, all classes' names masked as "_".  17 classes, imbalanced.
     domain    language modelling of Python source, after pretraining on prose; `kept` is held-out prose.
 
-    seed        chooses, orders and swaps the training examples; valid and test are the same for every seed: results are paired.
+    seed        chooses, orders and swaps training examples. valid and test are the same for all (results are paired) and well mixed.
     train_size  how many training examples (tokens for "domain"); None is all there are.
     tokenizer   for "domain" only; the shipped one unless given.
     """
@@ -184,14 +184,14 @@ def swap_two(sentence: str, rng: np.random.Generator) -> str:
 
 @functools.cache
 def _by_split(items: Callable[[Record], list[tuple[str, int]]]) -> dict[str, list[tuple[str, int]]]:
-    """The (text, label) pairs of all records by split, each text once: one that stands in several splits stays in the first."""
+    """The (text, label) pairs of all records by split, each text once (in the first split that has it), well mixed."""
     found, seen = {split: [] for split in SPLITS}, set()
     for record in sorted(snapshot(), key=lambda record: SPLITS.index(record.split)):
         for text, label in items(record):
             if key(text) not in seen:
                 seen.add(key(text))
                 found[record.split].append((text, label))
-    return found
+    return {split: [pairs[i] for i in generator(0, FIXED).permutation(len(pairs))] for split, pairs in found.items()}
 
 
 def _intact_sentences(record: Record) -> list[tuple[str, int]]:
@@ -206,7 +206,7 @@ def _half_swapped(texts: Sequence[str], rng: np.random.Generator) -> Examples:
 def _intact(seed: int, size: int | None) -> Task:
     pool = {split: [sentence for sentence, _ in pairs] for split, pairs in _by_split(_intact_sentences).items()}
     train = _half_swapped([pool["train"][i] for i in _choose(len(pool["train"]), seed, size)], generator(seed, SWAP))
-    valid, test = (_half_swapped(pool[split], generator(i, FIXED)) for i, split in enumerate(SPLITS) if i)
+    valid, test = (_half_swapped(pool[split], generator(0, FIXED, i)) for i, split in enumerate(SPLITS) if i)
     return Task("intact", "classify", ("swapped", "intact"), train, valid, test, metric="accuracy")
 
 

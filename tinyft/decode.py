@@ -12,7 +12,8 @@ __all__ = ["generate", "pad_left"]
 
 
 def generate(model: Module, ids: Any, max_new_tokens: int, *, mask: Any = None, temperature: float = 0.0, top_k: int | None = None,
-             top_p: float | None = None, end: int | None = None, rng: np.random.Generator | None = None, cache: bool = True, **facts: Any) -> np.ndarray:
+             top_p: float | None = None, end: int | None = None, rng: np.random.Generator | None = None, cache: bool = True,
+             **facts: Any) -> np.ndarray:
     """Continue each row of ids (B, T) by up to max_new_tokens tokens -> (B, T + n).  Rows of different lengths are padded on the left,
     with mask (B, T) True where real (pad_left makes both).
 
@@ -24,7 +25,13 @@ def generate(model: Module, ids: Any, max_new_tokens: int, *, mask: Any = None, 
         raise ValueError(f"generate wants ids of shape (B, T) with T >= 1, got {ids.shape}")
     if temperature < 0 or (temperature > 0 and rng is None):
         raise ValueError("sampling wants a temperature > 0 and a generator: rng=numpy.random.default_rng(seed)")
+    if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        raise ValueError(f"sampling wants top_k >= 1 and 0 < top_p <= 1; got top_k={top_k}, top_p={top_p}")
     seen = None if mask is None else np.asarray(mask, bool)
+    if seen is not None and seen.shape != ids.shape:
+        raise ValueError(f"mask has shape {seen.shape}, the ids {ids.shape}: they go together, one for one")
+    if seen is not None and not seen[:, -1].all():
+        raise ValueError("generate goes on from the last column, so it wants the padding on the left: pad_left puts it there")
     was, model_cache, done = model.training, Cache() if cache else None, np.zeros(len(ids), bool)
     model.eval()
     try:
@@ -53,14 +60,14 @@ def choose(logits: np.ndarray, temperature: float, top_k: int | None, top_p: flo
     "One token per row of logits (B, V)."
     if temperature == 0:
         return logits.argmax(-1)
-    z = logits / temperature
-    order = np.argsort(-z, axis=-1, kind="stable")
-    z = np.take_along_axis(z, order, -1)                                         # likeliest first
-    p = np.exp(z - z[:, :1])
+    order = np.argsort(-logits, axis=-1, kind="stable")
+    z = np.take_along_axis(logits, order, -1)                                    # likeliest first
+    with np.errstate(over="ignore"):                                             # a tiny temperature: −∞ for all but the likeliest
+        p = np.exp((z - z[:, :1]) / temperature)
     p /= p.sum(-1, keepdims=True)
     keep = np.ones_like(p, bool)
     if top_k is not None:
-        keep[:, max(top_k, 1):] = False
+        keep[:, top_k:] = False
     if top_p is not None:
         keep &= p.cumsum(-1) - p < top_p                                         # the token that crosses the line stays in
     p = np.where(keep, p, 0)

@@ -147,7 +147,7 @@ def attach(model: Module, what: Method | Attached, name: str | None = None, seed
     if isinstance(what, Method):
         what = what.prepare(model)
         names, taken = base_parameters(model), {n for b in attached(model) for n in b.base}
-        wanted = {n for n in names if what.trains(n)}
+        wanted = {n for n in names if what.trains(n) and (train_head or not is_head(model, n))}
         head = {n for n in names if train_head and is_head(model, n)} - taken    # the first method to come carries the head
         edits = what.edits(select(model, what.targets), np.random.default_rng(seed))
         if not edits and not wanted and type(what).penalty is Method.penalty:
@@ -168,9 +168,7 @@ def attach(model: Module, what: Method | Attached, name: str | None = None, seed
 def detach(model: Module, name: str | None = None) -> Attached:
     "Take a method off; the model is what it was before, bitwise.  What comes back goes on again with attach."
     a = handle(model, name)
-    later = attached(model)[attached(model).index(a) + 1:]
-    if clash := [b.name for b in later if b.base.keys() & a.base.keys()]:
-        raise ValueError(f"{', '.join(clash)} trained the same tensors after {a.name}: detach them first")
+    _uncovered(model, [a])
     for m in base_modules(model).values():
         if a.name in m.edits:
             m.edits = {k: e for k, e in m.edits.items() if k != a.name}
@@ -188,6 +186,7 @@ def without(model: Module, *names: str) -> Iterator[None]:
     off = [handle(model, n) for n in names]
     kept = [(m, m.edits) for m in base_modules(model).values() if m.edits]
     mine = [a for a in reversed(attached(model)) if a in off]
+    _uncovered(model, off)
     for m, edits in kept:
         m.edits = {k: e for k, e in edits.items() if k not in names}
     for a in mine:
@@ -201,20 +200,26 @@ def without(model: Module, *names: str) -> Iterator[None]:
             _swap(model, a)
 
 
+def _uncovered(model: Module, off: list[Attached]) -> None:
+    "ValueError if a method that stays trained, after one of these, the same tensors: its values cannot be told apart from theirs."
+    here = attached(model)
+    for a in off:
+        if clash := [b.name for b in here[here.index(a) + 1:] if b not in off and b.base.keys() & a.base.keys()]:
+            raise ValueError(f"{', '.join(clash)} trained the same tensors after {a.name}: detach them first")
+
+
 def _swap(model: Module, a: Attached) -> None:
-    "Exchange the base tensors that a trained with the values it keeps."
+    "Exchange the base tensors that a trained with the values it keeps: the arrays change places, so a pass on its way to backward keeps its own."
     ps = base_parameters(model)
-    for n in a.base:
-        now = ps[n].data.copy()
-        ps[n].copy_(a.base[n])
-        a.base[n] = now
+    for n, was in a.base.items():
+        a.base[n], ps[n].data = ps[n].data, array.put_like(was, ps[n].data, ps[n].dtype)
 
 
 def _refresh(model: Module) -> None:
     "The base trains what its methods train; with no method on it, all of it."
     here = attached(model)
     for n, p in base_parameters(model).items():
-        p.requires_grad = not here or any(n in a.base or a.method.trains(n) for a in here)
+        p.requires_grad = not here or any(n in a.base for a in here)
 
 
 # ── into the weights ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -226,7 +231,9 @@ def merge(model: Module, *names: str) -> Module:
     for path, m in base_modules(model).items():
         order, mine = list(m.edits), [k for k in m.edits if k in going]
         if mine:
-            if order[:len(mine)] != mine:
+            has = lambda hook, keys: any(m.edits[k].has(hook) for k in keys)      # noqa: E731
+            rest = order[len(mine):]
+            if order[:len(mine)] != mine or (rest and has("before", mine)) or (has("tensor", rest) and has("after", mine)):
                 raise CannotMerge(f"{path}: {', '.join(order)} act in this order, so {', '.join(mine)} cannot go first")
             new[path] = _folded(path, m, [m.edits[k] for k in mine])
     for path, m in base_modules(model).items():                                  # nothing was written until all agreed
@@ -243,7 +250,10 @@ def _folded(path: str, m: Module, edits: list[Edit]) -> dict[str, Array]:
     "The module's own tensors with these edits in them."
     if packed := [k for k, v in vars(m).items() if isinstance(v, Packed)]:
         raise CannotMerge(f"{path}.{packed[0]} is packed: keep the adapter beside it, or unpack the base first (tinyft.unpack) and merge then")
-    acts = [e for e in reversed(edits) if e.has("before")] + [e for e in edits if e.has("after")]
+    acts = [e for e in edits if e.has("after")]                                  # from the weight outwards: first the outputs, in order,
+    acts += [e for e in reversed(edits) if e.has("before") and not e.has("after")]      # then the inputs, the last one first
+    if len(acts) > 1 and (both := [type(e).__name__ for e in acts if e.has("before") and e.has("after")]):
+        raise CannotMerge(f"{path}: {both[0]} changes input and output, and is not alone")
     if acts and m.tied:
         raise CannotMerge(f"{path}: its weight is also the head's, and {type(acts[0]).__name__} changes only what {path} gives out")
     p: dict[str, Any] = m.own()
@@ -276,7 +286,8 @@ def trained(model: Module) -> dict[str, Tensor]:
 
 def count(model: Module) -> Count:
     "How much trains, beside how much there is.  A mask on a tensor counts only what it lets move."
-    numbers = {n: p.size if p.mask is None else int(array.asnumpy(p.mask).sum()) for n, p in trained(model).items()}
+    free = lambda p: p.size if p.mask is None else int(np.broadcast_to(array.asnumpy(p.mask), p.shape).sum())      # noqa: E731
+    numbers = {n: free(p) for n, p in trained(model).items()}
     head = [n for n in numbers if is_head(model, n)]
     size = sum(p.size for n, p in base_parameters(model).items() if not is_head(model, n)) \
         + sum(int(np.prod(m.shape)) for m in model.modules() if isinstance(m, Packed))

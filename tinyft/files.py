@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,37 +12,76 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-__all__ = ["write_tensors", "read_tensors", "write_atomically"]
+__all__ = ["pack_tensors", "write_tensors", "read_tensors", "write_atomically", "sweep"]
 
 
-def write_atomically(path: str | os.PathLike, data: bytes) -> None:
-    "Write a file beside its place, flush it to the disk, and put it there in one move.  OSError (a full disk) leaves what was there."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, tmp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+def write_atomically(files: dict[str | os.PathLike, bytes]) -> None:
+    """Write each file beside its place and flush it to the disk; when all are there, put each in its place in one move.
+
+    OSError (a full disk) leaves every file as it was."""
+    todo: list[tuple[Path, Path]] = []
     try:
-        with os.fdopen(handle, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
+        for path, data in files.items():
+            path = Path(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tmp = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
+            todo.append((tmp, path))
+            with open(tmp, "xb") as f:
+                f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
+        while todo:
+            tmp, path = todo[0]
+            os.replace(tmp, path)
+            del todo[0]
     except BaseException as e:
-        Path(tmp).unlink(missing_ok=True)
+        for tmp, _ in todo:
+            tmp.unlink(missing_ok=True)
         if isinstance(e, OSError):
             raise OSError(e.errno, f"could not write {path} ({e.strerror}); what was there before is untouched") from e
         raise
 
 
+def sweep(path: str | os.PathLike) -> None:
+    "Remove what a killed process left half written beside this file."
+    path = Path(path)
+    for left in path.parent.glob(f".{path.name}.{'[0-9a-f]' * 8}"):
+        left.unlink(missing_ok=True)
+
+
+def pack_tensors(arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> bytes:
+    "Arrays by name, and facts that JSON can hold, as one file's bytes, with a checksum."
+    arrays = {k: np.ascontiguousarray(v).reshape(v.shape) for k, v in arrays.items()}
+    number: Callable[[Any], Any] = lambda v: v.item()
+    text = json.dumps(facts, default=number)
+    return save(arrays, metadata={"facts": text, "sum": checksum(arrays, text)})
+
+
 def write_tensors(path: str | os.PathLike, arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> None:
-    "Arrays by name, and facts that JSON can hold, in one file."
-    write_atomically(path, save({k: np.ascontiguousarray(v).reshape(v.shape) for k, v in arrays.items()}, metadata={"facts": json.dumps(facts)}))
+    "Arrays by name, and facts that JSON can hold, in one file, atomically."
+    write_atomically({path: pack_tensors(arrays, facts)})
 
 
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     "What write_tensors wrote.  ValueError if the file is damaged or of another kind."
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}")
     try:
         with safe_open(os.fspath(path), framework="numpy") as f:
-            facts = json.loads((f.metadata() or {})["facts"])
-            return {k: f.get_tensor(k) for k in f.keys()}, facts
-    except (SafetensorError, KeyError, json.JSONDecodeError) as e:
+            header = f.metadata() or {}
+            facts, arrays = json.loads(header["facts"]), {k: f.get_tensor(k) for k in f.keys()}
+    except (SafetensorError, KeyError, ValueError, OSError) as e:
         raise ValueError(f"{path} is damaged or not one of ours: {e}") from e
+    if "sum" in header and header["sum"] != checksum(arrays, header["facts"]):
+        raise ValueError(f"{path} is damaged: its content does not fit its checksum")
+    return arrays, facts
+
+
+def checksum(arrays: dict[str, np.ndarray], text: str) -> str:
+    "CRC-32 of a text, and of the arrays with their names, types and shapes."
+    out = zlib.crc32(text.encode())
+    for name in sorted(arrays):
+        a = arrays[name]
+        out = zlib.crc32(f"{name} {a.dtype} {a.shape}".encode(), out)
+        out = zlib.crc32(np.ascontiguousarray(a).reshape(-1).view(np.uint8), out)
+    return f"{out:08x}"

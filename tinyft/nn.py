@@ -52,6 +52,7 @@ class Context:
 
     def begin(self, x: Any, like: Array) -> None:
         "The model's first line: put the facts beside its weights.  x is (B, T) ids, or (B, T, C) embeddings in their place."
+        self.given["ids"] = x
         if isinstance(x, Tensor):
             self.ids = xp(like).full(x.shape[:2], -1)
         else:
@@ -234,17 +235,27 @@ class Module:
 
     def to(self, backend: str | None = None, dtype: Any = None) -> "Module":
         "Move every parameter and buffer to a backend, and floating-point ones to a dtype.  In place; shared ones stay shared."
-        def moved(a: Array) -> Array:
-            a = a if backend is None else array.to(a, backend)
-            return a.astype(dtype) if dtype is not None and a.dtype.kind in "fV" else a
+        done: dict[int, tuple[Array, Array]] = {}                                # the old one too, so that no id is given out twice
+
+        def moved(a: Any) -> Any:
+            if not array.is_array(a):
+                return a
+            if id(a) not in done:
+                b = a if backend is None else array.to(a, backend)
+                done[id(a)] = a, b.astype(dtype) if dtype is not None and b.dtype.kind in "fV" else b
+            return done[id(a)][1]
         for p in self.parameters():
             p.data, p.grad = moved(p.data), None
-        for m in self.modules():
+        for m in {id(m): m for m in self.modules()}.values():
             for k, v in list(vars(m).items()):
-                if array.is_array(v) and k[0] != "_":
+                if k[0] == "_":
+                    continue
+                if isinstance(v, list):
+                    v[:] = map(moved, v)
+                elif isinstance(v, dict):
+                    v.update({j: moved(c) for j, c in v.items()})
+                else:
                     setattr(m, k, moved(v))
-                elif isinstance(v, dict) and k[0] != "_":
-                    v.update({j: moved(c) for j, c in v.items() if array.is_array(c)})
         return self
 
 
@@ -269,8 +280,8 @@ class Packed(Module):
 def _packed_linear(x, packed=None):
     "y = x Wᵀ with W made from its codes.    dx = g W, W made again"
     W = packed.dequantize()
-    y = (ops.flat(x) @ W.T).reshape(*x.shape[:-1], W.shape[0])
-    return y, (lambda g: (ops.flat(g) @ packed.dequantize()).reshape(x.shape),)
+    shape, y = x.shape, (ops.flat(x) @ W.T).reshape(*x.shape[:-1], W.shape[0])
+    return y, (lambda g: (ops.flat(g) @ packed.dequantize()).reshape(shape),)
 
 
 class Linear(Module):

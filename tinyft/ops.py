@@ -80,7 +80,7 @@ def linear(x, W, b=None):
     y = (flat(x) @ W.T).reshape(*x.shape[:-1], W.shape[0])
     if b is not None:
         y = y + b
-    return y, (lambda g: (flat(g) @ W).reshape(x.shape), lambda g: flat(g).T @ flat(x), same)
+    return y, (lambda g: (flat(g) @ W).reshape(*g.shape[:-1], W.shape[1]), lambda g: flat(g).T @ flat(x), same)      # dx needs no x
 
 
 # ── elementwise functions ────────────────────────────────────────────────────────────────────────────────────────────
@@ -180,26 +180,27 @@ def _erfc_polynomial(degree: int) -> list[float]:
 
 
 # ── reductions ───────────────────────────────────────────────────────────────────────────────────────────────────────
-def _back(g: Array, x: Array, axis: Any, keepdims: bool) -> Array:
-    "g with the reduced axes of x put back, as length one."
+def _back(g: Array, shape: tuple, axis: Any, keepdims: bool) -> Array:
+    "g with the reduced axes of an array of this shape put back, as length one."
     if axis is None or keepdims:
-        return g if keepdims else g.reshape((1,) * x.ndim)
-    axes = {a % x.ndim for a in (axis if isinstance(axis, tuple) else (axis,))}
-    return g.reshape(tuple(1 if i in axes else n for i, n in enumerate(x.shape)))
+        return g if keepdims else g.reshape((1,) * len(shape))
+    axes = {a % len(shape) for a in (axis if isinstance(axis, tuple) else (axis,))}
+    return g.reshape(tuple(1 if i in axes else n for i, n in enumerate(shape)))
 
 
 @op("... -> ...")
 def sum(x, axis=None, keepdims=False):
     "y = Σ x.    dx = g along the summed axes"
-    return x.sum(axis=axis, keepdims=keepdims), (lambda g: xp(x).broadcast_to(_back(g, x, axis, keepdims), x.shape),)
+    m, shape = xp(x), x.shape
+    return x.sum(axis=axis, keepdims=keepdims), (lambda g: m.broadcast_to(_back(g, shape, axis, keepdims), shape),)
 
 
 @op("... -> ...")
 def mean(x, axis=None, keepdims=False):
     "y = Σ x / n.    dx = g / n"
     y = x.mean(axis=axis, keepdims=keepdims)
-    n = x.size // (y.size or 1)
-    return y, (lambda g: xp(x).broadcast_to(_back(g, x, axis, keepdims) / n, x.shape),)
+    m, shape, n = xp(x), x.shape, x.size // (y.size or 1)
+    return y, (lambda g: m.broadcast_to(_back(g, shape, axis, keepdims) / n, shape),)
 
 
 @op("... -> ...")
@@ -208,8 +209,8 @@ def amax(x, axis=None, keepdims=False):
     y = x.max(axis=axis, keepdims=keepdims)
 
     def back(g):
-        at = x == _back(y, x, axis, keepdims)
-        return _back(g, x, axis, keepdims) * at / at.sum(axis=axis, keepdims=True).astype(g.dtype)
+        at = x == _back(y, x.shape, axis, keepdims)
+        return _back(g, x.shape, axis, keepdims) * at / at.sum(axis=axis, keepdims=True).astype(g.dtype)
     return y, (back,)
 
 
@@ -293,7 +294,8 @@ def getitem(x, index):
 @op("... -> ...")
 def reshape(x, shape):
     "The same numbers in another shape.    dx = g, reshaped back"
-    return x.reshape(shape), (lambda g: g.reshape(x.shape), None)
+    old = x.shape
+    return x.reshape(shape), (lambda g: g.reshape(old), None)
 
 
 @op("... -> ...")
@@ -391,7 +393,7 @@ def attention(q, k, v, seen=None, causal=False, scale=None, keep=None):
         s = m.where(may, s, -math.inf)
     top = s.max(axis=-1, keepdims=True)
     e = m.exp(s - m.where(top == -math.inf, 0, top))                             # a row that sees nothing: all zeros, not NaN
-    p = e / m.maximum(e.sum(axis=-1, keepdims=True), 1)                                # a row that sees a key sums to 1 or more
+    p = e / m.maximum(e.sum(axis=-1, keepdims=True), 1)                          # a row that sees a key sums to 1 or more
     pk = p if keep is None else p * keep
 
     def back(g, needed):
@@ -410,16 +412,16 @@ def cross_entropy(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
 
     y: integers; rows with y = ignore_index count nowhere.  weight: one number per class.  With label smoothing ε the target is
     (1 − ε) of the label and ε/V of every class, each class carrying its own weight."""
-    m, rows, labels = xp(z), flat(z), y.reshape(-1)
+    m, rows, labels, shape, dtype = xp(z), flat(z), y.reshape(-1), z.shape, z.dtype
     real = labels != ignore_index
     labels = m.where(real, labels, 0)
-    w = real.astype(z.dtype) if weight is None else weight[labels] * real        # (N,)
+    w = real.astype(dtype) if weight is None else weight[labels] * real        # (N,)
     shifted = rows - rows.max(axis=-1, keepdims=True)
     lse = m.log(m.exp(shifted).sum(axis=-1, keepdims=True))
     total, each = w.sum(), m.arange(rows.shape[0])
     value = (w * (lse[:, 0] - shifted[each, labels])).sum()
     if label_smoothing:
-        every = m.ones(rows.shape[-1], z.dtype) if weight is None else weight
+        every = m.ones(rows.shape[-1], dtype) if weight is None else weight
         spread = label_smoothing / rows.shape[-1] * (real[:, None] * every)      # (N, V)
         value = (1 - label_smoothing) * value + (spread * (lse - shifted)).sum()
 
@@ -431,8 +433,8 @@ def cross_entropy(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
         else:
             d = p * q[:, None]
         d[each, labels] -= q
-        return (d * (g / total)).reshape(z.shape).astype(z.dtype)
-    return (value / total).astype(z.dtype), (back, None, None)
+        return (d * (g / total)).reshape(shape).astype(dtype)
+    return (value / total).astype(dtype), (back, None, None)
 
 
 @op("... -> ...")

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 
@@ -45,8 +46,9 @@ class Group:
                 p.data = view
 
     def gather_gradients(self) -> None:
+        "Zero where a mask lets nothing move: what is held counts neither in the norm nor in the moments."
         for p, s in zip(self.tensors, self.slices):
-            self.g[s] = 0.0 if p.grad is None else p.grad.reshape(-1)
+            self.g[s] = 0.0 if p.grad is None else (p.grad if p.mask is None else xp(p.grad).where(p.mask, p.grad, 0)).reshape(-1)
 
     def held(self) -> list[tuple[slice, Any, list[Array]]]:
         "What an update must not move: (place, where it may move, its values and moments now)."
@@ -69,19 +71,31 @@ class Optimizer:
     start(named tensors) forgets everything and binds; step(factor, clip) updates from their .grad; state()/load(state) for resuming."""
     n_moments = 0
 
+    def __repr__(self) -> str:
+        "The hyper-parameters it was made from: what tells two optimisers apart."
+        given = {k: v for k, v in vars(self).items() if k not in ("t", "bound")}
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in given.items())})"
+
     def __init__(self, lr: float, weight_decay: float = 0.0, groups: dict[str, dict] | None = None):
         if not lr > 0 or weight_decay < 0:
             raise ValueError(f"an optimiser wants lr > 0 and weight_decay >= 0; got lr={lr}, weight_decay={weight_decay}")
+        for glob, rule in (groups or {}).items():
+            if extra := rule.keys() - {"lr", "weight_decay"}:
+                raise ValueError(f"a group sets lr and weight_decay; {glob!r} sets {', '.join(sorted(extra))}")
         self.lr, self.weight_decay, self.rules = lr, weight_decay, groups or {}
         self.t, self.bound = 0, []
 
-    def start(self, named: dict[str, Tensor]) -> "Optimizer":
+    def start(self, named: dict[str, Tensor]) -> Optimizer:
         "Bind to these tensors, with fresh moments."
         if not named:
             raise ValueError("nothing trains: attach a method, or call model.parameters() with requires_grad")
+        match = lambda glob, name: re.fullmatch(re.escape(glob).replace(r"\*", ".*"), name)
+        for glob in self.rules:
+            if not any(match(glob, n) for n in named):
+                raise LookupError(f"the group {glob!r} holds no tensor that trains; there are {', '.join(list(named)[:4])} ...")
         made: dict[tuple, Group] = {}
         for name, p in named.items():
-            rule = next((r for glob, r in self.rules.items() if re.fullmatch(re.escape(glob).replace(r"\*", ".*"), name)), {})
+            rule = next((r for glob, r in self.rules.items() if match(glob, name)), {})
             decays = p.ndim >= 2 if p.decay is None else p.decay
             lr, decay = rule.get("lr", self.lr), rule.get("weight_decay", self.weight_decay) if decays else 0.0
             g = made.setdefault((lr, decay, str(p.dtype)), Group(lr, decay))
@@ -93,13 +107,19 @@ class Optimizer:
         return self
 
     def step(self, factor: float = 1.0, clip: float | None = None) -> Array:
-        "One update at rate factor × lr.  Gradients are first scaled to a norm of at most `clip`, all together.  Returns the norm before."
-        self.t += 1
+        """One update at rate factor × lr.  Gradients are first scaled to a norm of at most `clip`, all together.  Returns the norm before.
+
+        FloatingPointError, with nothing updated, if that norm is not finite."""
+        if not self.bound:
+            raise RuntimeError("this optimiser was not started: start(named tensors) says what it updates")
         for g in self.bound:
             g.gather_values()
             g.gather_gradients()
         m = xp(self.bound[0].w)
         norm = m.sqrt(sum((g.g * g.g).sum() for g in self.bound))
+        if not math.isfinite(float(norm)):
+            raise FloatingPointError(f"the gradient's norm is {float(norm)}")
+        self.t += 1
         for g in self.bound:
             if clip is not None:
                 g.g *= m.minimum(clip / (norm + 1e-6), 1.0).astype(g.g.dtype)

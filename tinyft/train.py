@@ -8,22 +8,22 @@ The order of a step: begin, forward, penalties, backward, clip, update, step, cl
 from __future__ import annotations
 
 import contextlib
-
 import math
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from . import array, edit, kernels, ops
-from .files import read_tensors, write_tensors
+from .files import read_tensors, sweep, write_tensors
 from .models.blocks import Classifier
 from .nn import Context, Module, no_grad
 from .optim import AdamW, Optimizer, Schedule, constant
@@ -61,6 +61,11 @@ def question(batch: Any) -> Question:
     batch = batch if isinstance(batch, dict) else {"ids": batch}
     ids = batch["ids"] if isinstance(batch["ids"], Tensor) else np.asarray(batch["ids"])
     facts = {k: batch[k] for k in FACTS if batch.get(k) is not None}
+    if ids.ndim != (3 if isinstance(ids, Tensor) else 2):
+        raise ValueError(f"a batch wants ids of shape (B, T), or embeddings (B, T, C); got {ids.shape}")
+    for fact in ("mask", "types"):
+        if fact in facts and np.shape(facts[fact]) != ids.shape[:2]:
+            raise ValueError(f"{fact} has shape {np.shape(facts[fact])}, the ids {ids.shape[:2]}: they go together, one for one")
     if "mask" in facts and np.asarray(facts["mask"]).all():
         del facts["mask"]                                                        # nothing is hidden: attention need not look at it
     labels, cw = batch.get("labels"), batch.get("class_weight")
@@ -69,6 +74,8 @@ def question(batch: Any) -> Question:
         labels = np.where(real[:, 1:] & real[:, :-1], ids[:, 1:], -100)
         ids, facts = ids[:, :-1], {k: (v[:, :-1] if k in ("mask", "types") else v) for k, v in facts.items()}
     labels = np.asarray(labels)
+    if labels.dtype.kind not in "iu":
+        raise TypeError(f"labels are integers; got {labels.dtype}")
     if labels.shape not in (ids.shape[:1], ids.shape[:2]):
         raise ValueError(f"labels have shape {labels.shape}; wanted {ids.shape[:1]} (a class per row) or {ids.shape[:2]} (a token per place)")
     asked = labels != -100
@@ -84,13 +91,17 @@ def objective(model: Module, q: Question, rng: np.random.Generator | None = None
     "The pass and its cross-entropy, averaged over what is asked."
     ctx = Context(at=q.at, rng=rng, **q.facts)
     z = model(q.ids, ctx)
-    if isinstance(getattr(model, "head", None), Classifier) != (q.at is None and len(q.labels) == z.shape[0] and z.ndim == 2):
-        raise ValueError(f"the labels ask for {len(q.labels)} answers, the model gives {z.shape[:-1]}: put a head on it "
-                         "(tinyft.classifier), or give token labels (B, T)")
+    if getattr(model, "head", z) is None:
+        raise ValueError("this model has no head, so nothing to compare with labels: put one on it (tinyft.classifier)")
+    classes = isinstance(getattr(model, "head", None), Classifier)
+    if len(q.labels) != math.prod(z.shape[:-1]) or (classes and q.at is not None):
+        raise ValueError(f"the labels ask for {len(q.labels)} answers, the model gives {math.prod(z.shape[:-1])}: "
+                         + ("it tells rows apart, so give a label per row (B,)" if classes else
+                            "it speaks at every place, so give token labels (B, T), or put a classifier on it (tinyft.classifier)"))
     real = q.labels[q.labels != -100]
     if real.size and not 0 <= real.min() <= real.max() < z.shape[-1]:
         raise IndexError(f"label {real.min() if real.min() < 0 else real.max()} is outside the {z.shape[-1]} classes the model tells apart")
-    put = lambda a, dtype=None: None if a is None else array.put_like(a, z.data, dtype)      # noqa: E731
+    put = lambda a, dtype=None: None if a is None else array.put_like(a, z.data, dtype)
     return ctx, ops.cross_entropy(z, put(q.labels), put(q.class_weight, z.dtype))
 
 
@@ -107,12 +118,15 @@ def fit(model: Module, batches: Any, steps: int, optimizer: Optimizer | None = N
     out         a folder: the state is written to out/checkpoint.safetensors every `save_every` steps and at the end, atomically
     resume      go on from there: bitwise as if never stopped.  With nothing there it starts afresh
     evaluate    called every `every` steps, gives metrics; with patience > 0 training stops after that many without a better metric
-                `watch` (losses and perplexities fall, others rise), and the best state is put back
+                `watch` (what ends in loss or perplexity falls, all else rises), and the best state is put back
 
-    Ctrl-C finishes the step, writes the state and raises KeyboardInterrupt.  A loss that is not finite raises Diverged."""
+    Ctrl-C finishes the step, writes the state and raises KeyboardInterrupt.  A loss or gradient that is not finite raises Diverged
+    before anything is updated or written."""
     run = Run(model, batches, steps, optimizer or AdamW(1e-3), schedule or constant(), clip, accumulate, seed, evaluate, every, patience, watch)
     kernels.keep_memory()
     path = None if out is None else Path(out) / "checkpoint.safetensors"
+    if path:
+        sweep(path)
     saved = read_tensors(path) if path and resume and path.exists() else None
     model.train()
     try:
@@ -142,6 +156,8 @@ class Run:
                  seed: int, evaluate: Callable | None, every: int, patience: int, watch: str):
         if steps < 0 or accumulate < 1:
             raise ValueError(f"fit wants steps >= 0 and accumulate >= 1; got {steps} and {accumulate}")
+        methods = [f"{a.name}: {a.method!r}" for a in edit.attached(model)]
+        self.asked = {"steps": steps, "accumulate": accumulate, "clip": clip, "optimizer": repr(optimizer), "methods": "; ".join(methods)}
         self.model, self.steps, self.opt, self.schedule, self.clip, self.accumulate = model, steps, optimizer, schedule, clip, accumulate
         self.evaluate, self.every, self.patience, self.watch = evaluate, every, patience, watch
         self.source, self.rng, self.history = Source(batches), np.random.default_rng(seed), History()
@@ -154,10 +170,9 @@ class Run:
     def walk(self, saved: tuple[dict, dict] | None) -> Iterator[None]:
         """Every step of every phase.  Resuming walks the phases up to the saved one, their code between the yields running on whatever is
         there, and only then loads the state."""
-        total, given = 0.0, 0
-        at = saved[1]["phase"] if saved else 0
-        for self.phase, share in enumerate(self.phases):
-            total += share
+        total, given, at = 0.0, 0, self.check(saved[1]) if saved else 0
+        for phase, share in enumerate(self.phases):
+            self.phase, total = phase, total + share
             T, given = round(total * self.steps) - given, round(total * self.steps)
             self.t = 0
             if self.phase < at:
@@ -189,7 +204,10 @@ class Run:
         if not math.isfinite(value):
             raise Diverged(f"the loss is {value} at step {self.done + 1} (rate {self.opt.lr * self.schedule(self.t, T):.2g}): lower the rate or "
                            "warm up longer; tinyft.detect_anomaly() names the op where it began")
-        self.opt.step(self.schedule(self.t, T), self.clip)
+        try:
+            self.opt.step(self.schedule(self.t, T), self.clip)
+        except FloatingPointError as e:
+            raise Diverged(f"{e} at step {self.done + 1}: lower the rate or warm up longer; tinyft.detect_anomaly() names the op") from e
         for a in here:
             a.method.step(a.edits, self.t, T)
         self.model.zero_grad()
@@ -198,13 +216,15 @@ class Run:
     def judge(self) -> None:
         "Evaluate; remember the best; say when to stop."
         self.model.eval()
-        metrics = self.evaluate()
+        metrics = {k: float(v) for k, v in self.evaluate().items()}
         self.model.train()
         self.history.evaluations.append((self.done, metrics))
         if not self.patience:
             return
-        sign = -1 if self.watch in ("loss", "perplexity") else 1
-        scores = [sign * m[self.watch] for _, m in self.history.evaluations]
+        if self.watch not in metrics:
+            raise KeyError(f"fit watches {self.watch!r}, which evaluate does not give: it gives {', '.join(metrics)}")
+        sign = -1 if self.watch.endswith(("loss", "perplexity")) else 1
+        scores = [sign * m[self.watch] if math.isfinite(m[self.watch]) else -math.inf for _, m in self.history.evaluations]
         if scores[-1] == max(scores) and scores.index(scores[-1]) == len(scores) - 1:
             self.best = self.values()
         if len(scores) - 1 - scores.index(max(scores)) >= self.patience:
@@ -219,41 +239,60 @@ class Run:
         return f"loss {self.history.losses[-1]:.3f}, {rate:,.0f} tokens/s"
 
     # ── what a checkpoint holds ──
+    def slots(self) -> dict[str, Any]:
+        "Everything that training changes: edits with their buffers, and the base's tensors that train.  Tensors and arrays by name."
+        mine = {f"edit/{a.name}/{n}": v for a in edit.attached(self.model) for n, v in edit.slots(self.model, a).items() if n not in a.base}
+        return mine | {f"base/{n}": p for n, p in edit.base_parameters(self.model).items() if p.requires_grad}
+
     def values(self) -> dict[str, np.ndarray]:
-        "Everything that training changes: edits with their buffers, and the base's tensors that train."
-        out = {f"{a.name}/{n}": v for a in edit.attached(self.model) for n, v in edit.state(self.model, a).items()}
-        base = {n: p for n, p in edit.base_parameters(self.model).items() if p.requires_grad}
-        return out | {f"base/{n}": np.array(array.asnumpy(p.data)) for n, p in base.items()}
+        "Copies of all that, and of the masks on tensors."
+        slots = self.slots()
+        arrays = {n: v.data if isinstance(v, Tensor) else v for n, v in slots.items()}
+        masks = {f"mask/{n}": v.mask for n, v in slots.items() if isinstance(v, Tensor) and v.mask is not None}
+        return {n: np.array(array.asnumpy(a)) for n, a in (arrays | masks).items()}
 
     def load_values(self, values: dict[str, np.ndarray]) -> None:
-        mine = self.values()
-        if {k: v.shape for k, v in mine.items()} != {k: v.shape for k, v in values.items()}:
-            raise ValueError("this checkpoint is of another run: "
-                             f"it holds {', '.join(sorted(values.keys() - mine.keys())[:3]) or 'other shapes'}, here train {', '.join(sorted(mine)[:3])} ...")
-        for a in edit.attached(self.model):
-            edit.load_state(self.model, a, {n.split("/", 1)[1]: v for n, v in values.items() if n.startswith(a.name + "/")})
-        ps = edit.base_parameters(self.model)
-        for n, v in values.items():
-            if n.startswith("base/"):
-                ps[n[5:]].copy_(v)
+        slots, given = self.slots(), {n for n in values if not n.startswith("mask/")}
+        if wrong := sorted(n for n in slots.keys() | given if n not in given or n not in slots or slots[n].shape != values[n].shape):
+            raise ValueError(f"this checkpoint is of another run: {', '.join(wrong[:3])} {'...' * (len(wrong) > 3)} "
+                             f"{'is' if len(wrong) == 1 else 'are'} not in both, or of another shape")
+        for n, v in slots.items():
+            if not isinstance(v, Tensor):
+                v[...] = array.put_like(values[n], v, v.dtype)                   # a buffer keeps its identity
+                continue
+            v.copy_(values[n])
+            mask = values.get(f"mask/{n}")
+            if mask is None:
+                v.mask = None
+            elif v.mask is None or v.mask.shape != mask.shape:
+                v.mask = array.put_like(mask, v.data)
+            else:
+                v.mask[...] = array.put_like(mask, v.data)
+
+    def check(self, facts: dict[str, Any]) -> int:
+        "The phase a checkpoint stopped in.  ValueError if it is not of this run, naming the first difference."
+        if not isinstance(facts, dict) or "phase" not in facts:
+            raise ValueError("this is no checkpoint of fit: it does not say where the run stood")
+        for k, mine in self.asked.items():
+            if facts.get(k, mine) != mine:
+                raise ValueError(f"this checkpoint is of another run: its {k}: {facts[k] or 'none'}; here: {mine or 'none'}")
+        return facts["phase"]
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         "(arrays, facts): all that a later process needs to go on as if nothing had happened."
         arrays = {f"value/{k}": v for k, v in self.values().items()} | {f"optimizer/{k}": v for k, v in self.opt.state().items()}
         arrays |= {f"best/{k}": v for k, v in (self.best or {}).items()}
         h = self.history
-        return arrays, dict(phase=self.phase, t=self.t, done=self.done, steps=self.steps, rng=self.rng.bit_generator.state,
+        return arrays, dict(self.asked, phase=self.phase, t=self.t, done=self.done, rng=self.rng.bit_generator.state,
                             batches=self.source.state(), losses=h.losses, evaluations=h.evaluations, stopped=h.stopped)
 
     def load(self, arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> None:
-        if facts["steps"] != self.steps:
-            raise ValueError(f"this checkpoint is of a run of {facts['steps']} steps, not {self.steps}: its schedule would differ")
-        part = lambda head: {k[len(head):]: v for k, v in arrays.items() if k.startswith(head)}      # noqa: E731
+        part = lambda head: {k[len(head):]: v for k, v in arrays.items() if k.startswith(head)}
+        self.source.load(facts["batches"])
         self.load_values(part("value/"))
         self.opt.load(part("optimizer/"))
         self.best, self.t, self.done = part("best/") or None, facts["t"], facts["done"]
         self.rng.bit_generator.state = facts["rng"]
-        self.source.load(facts["batches"])
         self.history = History(facts["losses"], [(s, m) for s, m in facts["evaluations"]], facts["stopped"])
 
 
@@ -278,6 +317,8 @@ class Source:
         return {"own": self.batches.state()} if hasattr(self.batches, "state") else {"count": self.count}
 
     def load(self, state: Any) -> None:
+        if ("own" in state) != hasattr(self.batches, "load"):
+            raise ValueError("this checkpoint is of a run over another kind of batches: one says where it stands, the other is counted")
         if "own" in state:
             self.batches.load(state["own"])
             self.it = iter(self.batches)
@@ -313,8 +354,9 @@ def _bar(progress: bool, steps: int) -> Any:
 def evaluate(model: Module, batches: Iterable) -> dict[str, float]:
     """Loss (mean over everything asked), perplexity and accuracy over an iterable of batches; for classes macro-F1 as well.
 
-    No dropout, no gradients; the model's mode is left as it was."""
-    was, total, weight, guesses, truths = model.training, 0.0, 0.0, [], []
+    A data.Batches has no end; of it every example is taken once.  No dropout, no gradients; the model's mode is left as it was."""
+    batches = batches.once() if hasattr(batches, "once") else batches
+    was, total, weight, guesses, truths = [(m, m.training) for m in model.modules()], 0.0, 0.0, [], []
     model.eval()
     try:
         with no_grad():
@@ -325,12 +367,13 @@ def evaluate(model: Module, batches: Iterable) -> dict[str, float]:
                 guesses.append(array.asnumpy(ctx.out.data).reshape(len(q.labels), -1).argmax(-1))
                 truths.append(q.labels)
     finally:
-        model.train(was)
+        for m, training in was:
+            m.training = training
     if not weight:
         raise ValueError("evaluate was given no batches")
     guess, truth = np.concatenate(guesses), np.concatenate(truths)
-    loss = total / weight
-    out = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "accuracy": float((guess == truth)[truth != -100].mean())}
+    guess, truth, loss = guess[truth != -100], truth[truth != -100], total / weight
+    out = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "accuracy": float((guess == truth).mean())}
     if isinstance(getattr(model, "head", None), Classifier):
         from .baselines import macro_f1
         out["macro_f1"] = macro_f1(truth, guess)

@@ -17,8 +17,9 @@ MODEL = BERT
 HEADS = {"BertForMaskedLM": "mlm", "BertForPreTraining": "mlm", "BertForSequenceClassification": "classes", "BertModel": None}
 TIED = {"cls.predictions.decoder.weight": "embeddings.word_embeddings.weight",             # other names of the same tensors
         "cls.predictions.decoder.bias": "cls.predictions.bias"}
-PARTS = {"attn.q": "attention.self.query", "attn.k": "attention.self.key", "attn.v": "attention.self.value", "attn.o": "attention.output.dense",
-         "norm1": "attention.output.LayerNorm", "mlp.up": "intermediate.dense", "mlp.down": "output.dense", "norm2": "output.LayerNorm"}
+PARTS = {"attn.q": "attention.self.query", "attn.k": "attention.self.key", "attn.v": "attention.self.value",
+         "attn.o": "attention.output.dense", "norm1": "attention.output.LayerNorm",
+         "mlp.up": "intermediate.dense", "mlp.down": "output.dense", "norm2": "output.LayerNorm"}
 
 
 def rename(name: str) -> str | None:
@@ -38,12 +39,12 @@ def plan(config: dict, names: Iterable[str]) -> Plan:
     head = head_of(config, HEADS)
     if head is ...:
         head = "classes" if "classifier.weight" in names else "mlm" if any(n.startswith("cls.predictions.") for n in names) else None
-    width = size(config, "hidden_size", 768)
     rates = ("hidden_dropout_prob", 0.1), ("attention_probs_dropout_prob", 0.1), ("classifier_dropout", 0.0)
     sizes = BERTConfig(vocab=size(config, "vocab_size", 30522), positions=size(config, "max_position_embeddings", 512),
-                       types=size(config, "type_vocab_size", 2), width=width, layers=size(config, "num_hidden_layers", 12),
-                       heads=size(config, "num_attention_heads", 12), hidden=size(config, "intermediate_size", 3072),
-                       dropout=max(number(config, k, d, below=1) for k, d in rates), eps=number(config, "layer_norm_eps", 1e-12))    # ours has one rate
+                       types=size(config, "type_vocab_size", 2), width=size(config, "hidden_size", 768),
+                       layers=size(config, "num_hidden_layers", 12), heads=size(config, "num_attention_heads", 12),
+                       hidden=size(config, "intermediate_size", 3072), eps=number(config, "layer_norm_eps", 1e-12),
+                       dropout=max(number(config, k, d, below=1) for k, d in rates))                        # ours has one rate
     pooler = head == "classes" or any(n.startswith("pooler.") for n in names)
     return Plan(sizes, head, classes_of(config) if head == "classes" else 0, pooler)
 
@@ -98,10 +99,11 @@ def plan_of(model: BERT) -> Plan:
 def config_of(p: Plan) -> dict[str, Any]:
     "config.json."
     c = p.config
-    return {"model_type": "bert", "architectures": [{"mlm": "BertForMaskedLM", "classes": "BertForSequenceClassification", None: "BertModel"}[p.head]],
-            "vocab_size": c.vocab, "max_position_embeddings": c.positions, "type_vocab_size": c.types, "hidden_size": c.width,
-            "num_hidden_layers": c.layers, "num_attention_heads": c.heads, "intermediate_size": c.hidden or 4 * c.width, "hidden_act": "gelu",
-            "layer_norm_eps": c.eps, "hidden_dropout_prob": c.dropout, "attention_probs_dropout_prob": c.dropout,
+    architecture = {"mlm": "BertForMaskedLM", "classes": "BertForSequenceClassification", None: "BertModel"}[p.head]
+    return {"model_type": "bert", "architectures": [architecture], "vocab_size": c.vocab, "max_position_embeddings": c.positions,
+            "type_vocab_size": c.types, "hidden_size": c.width, "num_hidden_layers": c.layers, "num_attention_heads": c.heads,
+            "intermediate_size": c.hidden or 4 * c.width, "hidden_act": "gelu", "layer_norm_eps": c.eps,
+            "hidden_dropout_prob": c.dropout, "attention_probs_dropout_prob": c.dropout,
             "classifier_dropout": c.dropout, "position_embedding_type": "absolute", "tie_word_embeddings": True}
 
 

@@ -14,7 +14,7 @@ from ..nn import TiedHead
 from .layout import Blank, Place, Plan, classes_of, head_of, must_be, number, size
 
 MODEL = GPT
-HEADS = {"GPT2LMHeadModel": "lm", "GPT2Model": "lm", "GPT2ForSequenceClassification": "classes"}     # GPT2Model: our GPT always ends in its embedding
+HEADS = {"GPT2LMHeadModel": "lm", "GPT2Model": "lm", "GPT2ForSequenceClassification": "classes"}     # ours always has its tied head
 TIED = {"lm_head.weight": "wte.weight"}                  # another name of the same tensor
 
 
@@ -33,11 +33,10 @@ def plan(config: dict, names: Iterable[str]) -> Plan:
     head = head_of(config, HEADS)
     if head is ...:
         head = "classes" if "score.weight" in names else "lm"
-    width = size(config, "n_embd", 768)
-    sizes = GPTConfig(vocab=size(config, "vocab_size", 50257), positions=size(config, "n_positions", config.get("n_ctx", 1024)), width=width,
-                      layers=size(config, "n_layer", 12), heads=size(config, "n_head", 12),
+    sizes = GPTConfig(vocab=size(config, "vocab_size", 50257), positions=size(config, "n_positions", config.get("n_ctx", 1024)),
+                      width=size(config, "n_embd", 768), layers=size(config, "n_layer", 12), heads=size(config, "n_head", 12),
                       hidden=None if config.get("n_inner") is None else size(config, "n_inner"),
-                      dropout=max(number(config, k, 0.1, below=1) for k in ("resid_pdrop", "embd_pdrop", "attn_pdrop")),     # ours has one rate
+                      dropout=max(number(config, k, 0.1, below=1) for k in ("resid_pdrop", "embd_pdrop", "attn_pdrop")),
                       eps=number(config, "layer_norm_epsilon", 1e-5))
     return Plan(sizes, head, classes_of(config) if head == "classes" else 0)
 
@@ -91,9 +90,9 @@ def config_of(p: Plan) -> dict[str, Any]:
     "config.json."
     c = p.config
     return {"model_type": "gpt2", "architectures": ["GPT2ForSequenceClassification" if p.head == "classes" else "GPT2LMHeadModel"],
-            "vocab_size": c.vocab, "n_positions": c.positions, "n_embd": c.width, "n_layer": c.layers, "n_head": c.heads, "n_inner": c.hidden,
-            "activation_function": "gelu_new", "layer_norm_epsilon": c.eps, "resid_pdrop": c.dropout, "embd_pdrop": c.dropout,
-            "attn_pdrop": c.dropout, "tie_word_embeddings": True}
+            "vocab_size": c.vocab, "n_positions": c.positions, "n_embd": c.width, "n_layer": c.layers, "n_head": c.heads,
+            "n_inner": c.hidden, "activation_function": "gelu_new", "layer_norm_epsilon": c.eps,
+            "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout, "tie_word_embeddings": True}
 
 
 def full_name(name: str, p: Plan) -> str:

@@ -95,7 +95,8 @@ def number(config: dict, key: str, default: float, below: float = math.inf) -> f
     value = config.get(key)
     value = default if value is None else value
     if type(value) not in (int, float) or not 0 <= value < below:
-        raise ValueError(f"config.json: {key} is a number from 0 to {'anything' if below == math.inf else f'below {below:g}'}; got {value!r}")
+        limit = "" if below == math.inf else f" and below {below:g}"
+        raise ValueError(f"config.json: {key} is a number of at least 0{limit}; got {value!r}")
     return float(value)
 
 
@@ -104,17 +105,19 @@ def must_be(config: dict, key: str, allowed: Iterable[Any], what: str) -> None:
     allowed = list(allowed)
     value = config.get(key, allowed[0])
     if value not in allowed:
-        raise ValueError(f"config.json: {key} is {value!r}, which this library's {what} does not have; it has {', '.join(map(repr, allowed))}")
+        has = " or ".join(map(repr, allowed))
+        raise ValueError(f"config.json: {key} is {value!r}, which this library's {what} does not have; it has {has}")
 
 
-def head_of(config: dict, known: dict[str, str | None]) -> str | None | type(...):
+def head_of(config: dict, known: dict[str, str | None]) -> Any:
     "The head that the class named in config.json has; ... if none is named, so that the tensors must tell."
-    named = config.get("architectures") or []
+    named = config.get("architectures")
     if not named:
         return ...
-    if not isinstance(named, list) or named[0] not in known:
-        raise ValueError(f"config.json: the architecture {named[0] if isinstance(named, list) else named!r} is not one of those read here: {', '.join(known)}")
-    return known[named[0]]
+    first = named[0] if isinstance(named, list) else named
+    if not isinstance(first, str) or first not in known:
+        raise ValueError(f"config.json: the architecture {first!r} is not one of those read here: {', '.join(known)}")
+    return known[first]
 
 
 def classes_of(config: dict) -> int:

@@ -5,8 +5,9 @@ Each falls back on its definition for what it was not written for (another dtype
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import Any, Callable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -107,11 +108,11 @@ def layer_norm(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float = 1e-5) -
     if not (_plain(x) and w.dtype == b.dtype == np.float32):
         return ops.layer_norm.definition(x, w, b, eps=eps)
     n = x.shape[-1]
-    X, ones = x.reshape(-1, n), np.full(n, 1 / n, np.float32)
+    X, ones = x.reshape(-1, n), np.ones(n, np.float32)
     h, y, r = np.empty_like(X), np.empty_like(X), np.empty((len(X), 1), np.float32)
     rows = [slice(i, i + max(BLOCK // n, 1)) for i in range(0, len(X), max(BLOCK // n, 1))]
     for s in rows:
-        np.subtract(X[s], (X[s] @ ones)[:, None], out=h[s])
+        np.subtract(X[s], (X[s] @ ones)[:, None] / np.float32(n), out=h[s])
         r[s, 0] = 1 / np.sqrt(np.einsum("ij,ij->i", h[s], h[s]) / np.float32(n) + np.float32(eps))
         h[s] *= r[s]
         np.multiply(h[s], w, out=y[s])
@@ -121,7 +122,7 @@ def layer_norm(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float = 1e-5) -
         G, d = np.ascontiguousarray(g).reshape(-1, n), np.empty_like(X)
         for s in rows:
             e = np.multiply(G[s], w, out=d[s])
-            shift, scale = e @ ones, np.einsum("ij,ij->i", e, h[s]) / np.float32(n)
+            shift, scale = e @ ones / np.float32(n), np.einsum("ij,ij->i", e, h[s]) / np.float32(n)
             e -= shift[:, None]
             e -= h[s] * scale[:, None]
             e *= r[s]
@@ -137,7 +138,7 @@ def _column_sum(n: int) -> Callable:
 def embedding(W: np.ndarray, ids: np.ndarray) -> Any:
     "Saves add.at's one-by-one additions: sort the ids, sum each run of equal ones at once."
     def back(g: np.ndarray) -> np.ndarray:
-        d, flat = np.zeros_like(W), ids.reshape(-1)
+        d, flat = np.zeros_like(W), ids.reshape(-1) % len(W)                     # −1 is the last row
         if flat.size:
             order = np.argsort(flat, kind="stable")
             run = flat[order]

@@ -119,7 +119,7 @@ class Classifier(Module):
 
 def check_ids(ids: object, rows: int, positions: int, start: int) -> None:
     "One clear sentence for what would otherwise be a wrong row or an IndexError.  Host arrays only: a device is not waited for."
-    shape = ids.shape if isinstance(ids, Tensor) else np.shape(ids)
+    shape = ids.shape if isinstance(ids, Tensor) or array.is_array(ids) else np.shape(ids)
     if len(shape) >= 2 and start + shape[1] > positions:
         cached = f" ({start} of them cached)" if start else ""
         raise ValueError(f"a sequence of {start + shape[1]} tokens{cached} is longer than the model's {positions} positions")

@@ -3,8 +3,8 @@
     y = x W₀ᵀ + b + (α/r) (x Aᵀ) Bᵀ          W₀ (out, in) frozen,  A (r, in) ~ U(±1/√in),  B (out, r) = 0         §4.1, eq. 3
     merged:  W = W₀ + (α/r) B A
 
-As a change of the output it costs two thin products and never builds the (out, in) gradient of W.  On a tied embedding the head
-reads the same weight, so there the weight itself is changed, and both see it.
+As a change of the output it costs two thin products and never builds the (out, in) gradient of W.  On an embedding, whose input is
+numbers of rows, the weight itself is changed: a tied head reads the same weight, and both see it.
 
 Departures: the paper draws A from a Gaussian; its code, PEFT and we draw it uniformly from ±1/√in (Kaiming, a = √5).
 """
@@ -18,7 +18,7 @@ import numpy as np
 from ... import array, ops
 from ...array import Array
 from ...edit import Edit, Method
-from ...nn import Context, Dropout, Module, Packed, Parameter
+from ...nn import Context, Dropout, Embedding, Module, Packed, Parameter
 from ...tensor import Tensor
 
 
@@ -31,12 +31,12 @@ class LoRA(Method):
     targets: Any = "attn.[qv]"
 
     def edit(self, path: str, module: Module, rng: np.random.Generator) -> Edit:
-        if getattr(module, "cin", None) is None or "weight" not in vars(module):
+        if len(getattr(vars(module).get("weight"), "shape", ())) != 2:
             raise TypeError(f"LoRA adapts a weight matrix; {path} is a {type(module).__name__} and has none")
         if not 0 < self.r:
             raise ValueError(f"LoRA wants a rank r >= 1, got {self.r}")
         rows, cols = module.weight.shape
-        kind = LowRankWeight if module.tied else LowRank
+        kind = LowRankWeight if isinstance(module, Embedding) else LowRank
         return kind(cols, rows, self.r, self.alpha / self.r, self.dropout, rng)
 
 
@@ -61,7 +61,7 @@ class LowRank(Edit):
 
 
 class LowRankWeight(LowRank):
-    "W + s B A, seen by everyone who reads the weight: what a tied embedding needs."
+    "W + s B A, seen by everyone who reads the weight: what an embedding needs, tied or not.  No dropout: there is no input to thin."
     after, fold = Edit.after, Edit.fold
 
     def tensor(self, name: str, p: Any) -> Any:

@@ -1,0 +1,331 @@
+"""Adapters on disk: every method, both families, with and without a new head; and every way in which a folder can be wrong."""
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from contract import batch, build, noise, run, same, values
+from helpers import host
+
+from tinyft import (
+    BERT,
+    GPT,
+    AdamW,
+    BERTConfig,
+    BitFit,
+    Full,
+    GPTConfig,
+    Houlsby,
+    LoRA,
+    Method,
+    PrefixTuning,
+    attach,
+    combine,
+    detach,
+    edit,
+    fit,
+    load_adapter,
+    save_adapter,
+)
+from tinyft.adapters import known
+from tinyft.files import read_tensors, write_tensors
+from tinyft.methods import ALL
+
+FILES = ["adapter.json", "adapter.safetensors"]
+KINDS = ("gpt", "bert", "gpt-classes", "bert-classes")
+SMALL: dict[str, Any] = {"LoRA": dict(r=2, alpha=3.0), "Houlsby": dict(m=3), "PrefixTuning": dict(p=2, mlp=5), "PromptTuning": dict(p=2)}
+
+
+def small(cls: type[Method]) -> Method:
+    return cls(**SMALL.get(cls.__name__, {}))
+
+
+def trained(kind: str, method: Method, name: str | None = None) -> Any:
+    "A model with this method on it, away from where it started."
+    model = build(kind)
+    attach(model, method, name=name)
+    fit(model, [batch(kind, 0)], 2, AdamW(0.05), progress=False)
+    return model
+
+
+def untouched(model: Any, before: dict[str, np.ndarray], output: np.ndarray, names: list[str]) -> bool:
+    now = values(model)
+    return now.keys() == before.keys() and all(same(now[n], v) for n, v in before.items()) and same(run(model), output) \
+        and [a.name for a in edit.attached(model)] == names and all(p.requires_grad for p in model.parameters()) == (not names)
+
+
+# ── there and back ───────────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cls", ALL, ids=lambda c: c.__name__)
+def test_a_loaded_adapter_gives_the_same_output_bitwise(cls, kind, tmp_path):
+    model = trained(kind, small(cls))
+    y = run(model)
+    assert save_adapter(model, tmp_path / "a") == tmp_path / "a" and sorted(p.name for p in (tmp_path / "a").iterdir()) == FILES
+    fresh = build(kind)
+    before, y0 = values(fresh), run(fresh)
+    a = load_adapter(fresh, str(tmp_path / "a"))
+    assert same(run(fresh.eval()), y) and not same(y0, y)
+    assert a.method == edit.handle(model).method and a.name == cls.__name__.lower()
+    assert edit.count(fresh) == edit.count(model) and sorted(edit.trained(fresh)) == sorted(edit.trained(model))
+    detach(fresh)
+    assert untouched(fresh, before, y0, [])
+
+
+def test_what_is_stored_is_what_trained_and_no_more(tmp_path):
+    model = trained("gpt-classes", LoRA(r=2))
+    save_adapter(model, tmp_path)
+    arrays, _ = read_tensors(tmp_path / "adapter.safetensors")
+    assert sorted(arrays) == sorted([f"blocks.{i}.attn.{p}:{m}" for i in (0, 1) for p in "qv" for m in "AB"] + ["head.out.weight"])
+    assert sum(a.nbytes for a in arrays.values()) == edit.count(model).nbytes
+    facts = json.loads((tmp_path / "adapter.json").read_text())
+    assert facts["method"] == "LoRA" and facts["fields"]["r"] == 2 and facts["head"] == ["head.out.weight"] and facts["base"]["family"] == "GPT"
+
+
+def test_an_adapter_can_come_back_under_another_name_and_beside_others(tmp_path):
+    model = trained("gpt", LoRA(r=2), name="first")
+    attach(model, Houlsby(m=3, norms=False), name="second")
+    noise(model)
+    y = run(model)
+    save_adapter(model, tmp_path / "a", "first")
+    save_adapter(model, tmp_path / "b")                                          # the last one
+    fresh = build("gpt")
+    assert load_adapter(fresh, tmp_path / "a", name="one", method=LoRA).name == "one"
+    load_adapter(fresh, tmp_path / "b")
+    assert [a.name for a in edit.attached(fresh)] == ["one", "second"] and same(run(fresh), y)
+
+
+def test_an_adapter_goes_onto_a_base_that_trains_something_else_by_now(tmp_path):
+    "The base is known by what it was before anything was attached."
+    save_adapter(trained("gpt", LoRA(r=2)), tmp_path)
+    model = trained("gpt", BitFit())
+    load_adapter(model, tmp_path)
+    assert [a.name for a in edit.attached(model)] == ["bitfit", "lora"]
+
+
+def test_saving_again_replaces_what_was_there(tmp_path):
+    save_adapter(trained("gpt", LoRA(r=2)), tmp_path)
+    model = trained("gpt", PrefixTuning(p=2))
+    save_adapter(model, tmp_path)
+    fresh = build("gpt")
+    load_adapter(fresh, tmp_path)
+    assert same(run(fresh), run(model)) and sorted(p.name for p in tmp_path.iterdir()) == FILES
+
+
+# ── folders that are wrong ───────────────────────────────────────────────────────────────────────────────────────────
+def other_weights() -> Any:
+    model = build("gpt")
+    w = host(model.blocks[1].mlp.up.weight).copy()
+    w[3, 2] = np.nextafter(w[3, 2], 9, dtype=np.float32)                         # one bit of one number
+    model.blocks[1].mlp.up.weight.copy_(w)
+    return model
+
+
+def with_head(classes: int) -> Any:
+    model = build("gpt")
+    model.new_head(classes, np.random.default_rng(0))
+    return model
+
+
+def rewritten(**change: Any) -> Callable[[Path], None]:
+    "The JSON with some entries replaced."
+    def go(path: Path) -> None:
+        facts = json.loads((path / "adapter.json").read_text())
+        (path / "adapter.json").write_text(json.dumps(facts | change))
+    return go
+
+
+def consistent(**change: Any) -> Callable[[Path], None]:
+    "Both files as another program, or another version, might have written them."
+    def go(path: Path) -> None:
+        from tinyft.adapters import digest
+        facts = json.loads((path / "adapter.json").read_text()) | change
+        (path / "adapter.json").write_text(json.dumps(facts))
+        write_tensors(path / "adapter.safetensors", read_tensors(path / "adapter.safetensors")[0], {"sum": digest(facts)})
+    return go
+
+
+def cut(file: str, at: float) -> Callable[[Path], None]:
+    def go(path: Path) -> None:
+        data = (path / file).read_bytes()
+        (path / file).write_bytes(data[:int(at * len(data))])
+    return go
+
+
+def flipped(path: Path) -> None:
+    data = bytearray((path / "adapter.safetensors").read_bytes())
+    data[-2] ^= 1
+    (path / "adapter.safetensors").write_bytes(data)
+
+
+def mixed(file: str) -> Callable[[Path], None]:
+    "One of the files from another saving."
+    def go(path: Path) -> None:
+        other = path / "other"
+        save_adapter(trained("gpt", LoRA(r=2, alpha=5.0)), other)
+        shutil.copy(other / file, path / file)
+        shutil.rmtree(other)
+    return go
+
+
+def fewer(path: Path) -> None:
+    arrays, facts = read_tensors(path / "adapter.safetensors")
+    arrays.pop("blocks.0.attn.q:A")
+    write_tensors(path / "adapter.safetensors", arrays, facts)
+
+
+def reshaped(path: Path) -> None:
+    arrays, facts = read_tensors(path / "adapter.safetensors")
+    write_tensors(path / "adapter.safetensors", arrays | {"blocks.0.attn.q:A": arrays["blocks.0.attn.q:A"].T}, facts)
+
+
+def same_folder(path: Path) -> None:
+    pass
+
+
+base: Callable[[], Any] = lambda: build("gpt")
+WRONG: dict[str, tuple[Callable[[Path], None], Callable[[], Any], dict, type, str]] = {
+    "other weights": (same_folder, other_weights, {}, ValueError, "a base with other weights"),
+    "other sizes": (same_folder, lambda: GPT(GPTConfig(23, 24, 12, 3, 3, 20)), {}, ValueError, r"a base of [\d,]+ numbers; this is a base of"),
+    "as many numbers in other shapes": (same_folder, lambda: GPT(GPTConfig(24, 23, 12, 2, 3, 20)), {}, ValueError, "with other shapes"),
+    "another family": (same_folder, lambda: BERT(BERTConfig(23, 24, 2, 12, 2, 3, 20)), {}, ValueError, "family GPT; this is a model of the family BERT"),
+    "a head where there was none": (same_folder, lambda: with_head(3), {}, ValueError, "new head has shapes"),
+    "another method wanted": (same_folder, base, dict(method=Houlsby), ValueError, "holds a LoRA, not a Houlsby"),
+    "an unknown method": (consistent(method="Telepathy"), base, {}, ValueError, "'Telepathy', which this tinyft does not know"),
+    "a field of a later version": (consistent(fields={"r": 2, "alpha": 3.0, "warp": 9}), base, {}, ValueError, "another version of tinyft: .*warp"),
+    "another rank": (consistent(fields={"r": 3, "alpha": 3.0}), base, {}, ValueError, r"attn.q:A has shape \(2, 12\), not \(3, 12\)"),
+    "a rank below one": (consistent(fields={"r": 0, "alpha": 3.0}), base, {}, (ValueError, ZeroDivisionError), "rank r >= 1"),
+    "targets that are not there": (consistent(fields={"r": 2, "targets": "nowhere"}), base, {}, LookupError, "'nowhere' names no module"),
+    "a missing tensor": (fewer, base, {}, ValueError, "does not fit: blocks.0.attn.q:A is missing"),
+    "a transposed tensor": (reshaped, base, {}, ValueError, r"blocks.0.attn.q:A has shape \(12, 2\), not \(2, 12\)"),
+    "changed fields": (rewritten(fields={"r": 2, "alpha": 99.0}), base, {}, ValueError, "not of one saving"),
+    "a cut json": (cut("adapter.json", 0.5), base, {}, ValueError, "adapter.json is damaged"),
+    "an empty json": (cut("adapter.json", 0), base, {}, ValueError, "adapter.json is damaged"),
+    "a json that is a list": (lambda p: (p / "adapter.json").write_text("[1, 2]"), base, {}, ValueError, "adapter.json is damaged"),
+    "a json of bytes": (lambda p: (p / "adapter.json").write_bytes(b"\xff\xfe\x00"), base, {}, ValueError, "adapter.json is damaged"),
+    "cut tensors": (cut("adapter.safetensors", 0.7), base, {}, ValueError, "adapter.safetensors is damaged"),
+    "empty tensors": (cut("adapter.safetensors", 0), base, {}, ValueError, "adapter.safetensors is damaged"),
+    "one bit flipped": (flipped, base, {}, ValueError, "adapter.safetensors is damaged"),
+    "the json of another saving": (mixed("adapter.json"), base, {}, ValueError, "not of one saving"),
+    "the tensors of another saving": (mixed("adapter.safetensors"), base, {}, ValueError, "not of one saving"),
+    "no json": (lambda p: (p / "adapter.json").unlink(), base, {}, FileNotFoundError, "it has no adapter.json"),
+    "no tensors": (lambda p: (p / "adapter.safetensors").unlink(), base, {}, FileNotFoundError, "it has no adapter.safetensors"),
+    "no folder": (shutil.rmtree, base, {}, FileNotFoundError, "is no adapter"),
+    "a taken name": (same_folder, lambda: trained("gpt", BitFit(), name="lora"), {}, ValueError, "'lora' is attached already"),
+}
+
+
+@pytest.mark.parametrize("why", WRONG)
+def test_what_does_not_fit_is_refused_in_one_sentence_and_the_model_is_unchanged(why, tmp_path):
+    spoil, make, more, kind, words = WRONG[why]
+    folder = tmp_path / "adapter"
+    save_adapter(trained("gpt", LoRA(r=2, alpha=3.0)), folder)
+    spoil(folder)
+    model = make().eval()
+    before, y, names = values(model), run(model), [a.name for a in edit.attached(model)]
+    with pytest.raises(kind, match=words) as e:
+        load_adapter(model, folder, **more)
+    assert "\n" not in str(e.value)
+    assert untouched(model, before, y, names)
+
+
+def test_without_any_of_that_the_same_folder_loads(tmp_path):
+    "So it was the fault that was refused, above."
+    model = trained("gpt", LoRA(r=2, alpha=3.0))
+    save_adapter(model, tmp_path)
+    consistent()(tmp_path)
+    fresh = build("gpt")
+    load_adapter(fresh, tmp_path, method=LoRA)
+    assert same(run(fresh), run(model))
+
+
+# ── saving that cannot be ────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("call", [1, 2])
+@pytest.mark.parametrize("where", ["fsync", "write", "replace"])
+def test_a_full_disk_leaves_the_old_adapter_readable_and_no_rubbish(where, call, tmp_path, monkeypatch):
+    "Also when it fills up between the two files."
+    if (where, call) == ("replace", 2):
+        pytest.skip("a move within a folder takes no space: the disk is full before the first of them, or at neither")
+    old = trained("gpt", LoRA(r=2))
+    save_adapter(old, tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    new = trained("gpt", PrefixTuning(p=7))
+    if where == "write":                                                         # the system itself stops the write half way
+        resource = pytest.importorskip("resource", reason="needs POSIX limits")
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100 * call, hard))
+    else:
+        real, calls = getattr(os, where), []
+
+        def full(*args: Any) -> Any:
+            calls.append(args)
+            if len(calls) == call:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real(*args)
+        monkeypatch.setattr(os, where, full)
+    try:
+        with pytest.raises(OSError, match="could not write .* what was there before is untouched"):
+            save_adapter(new, tmp_path)
+    finally:
+        monkeypatch.undo()
+        if where == "write":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    fresh = build("gpt")
+    load_adapter(fresh, tmp_path)
+    assert same(run(fresh), run(old))
+    save_adapter(new, tmp_path)
+    load_adapter(detached(fresh), tmp_path)
+    assert same(run(fresh), run(new))
+
+
+def detached(model: Any) -> Any:
+    detach(model)
+    return model
+
+
+@dataclass(frozen=True)
+class Homemade(Method):
+    "A method of a user's own: it lives in no module of tinyft."
+    targets: Any = "attn.q"
+
+    def edit(self, path: str, module: Any, rng: np.random.Generator) -> edit.Edit:
+        return LoRA(r=1).edit(path, module, rng)
+
+
+class Plain(Method):
+    "Not even a dataclass."
+    def trains(self, name: str) -> bool:
+        return name.endswith("bias")
+
+
+@pytest.mark.parametrize("method", [Homemade(), Plain()], ids=["homemade", "plain"])
+def test_a_method_that_could_not_be_found_again_is_not_saved(method, tmp_path):
+    model = build("gpt")
+    attach(model, method)
+    with pytest.raises(ValueError, match=f"{type(method).__name__} is not a method that load_adapter could find"):
+        save_adapter(model, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_neither_is_a_weighted_sum_of_adapters_nor_nothing(tmp_path):
+    model = trained("gpt", LoRA(r=2))
+    one = detach(model)
+    with pytest.raises(LookupError, match="nothing"):
+        save_adapter(model, tmp_path)
+    attach(model, combine([one, one], [0.5, 0.5]))
+    with pytest.raises(ValueError, match="Combined is not a method"):
+        save_adapter(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_method_is_known_by_its_name():
+    assert all(known(cls.__name__) is cls for cls in ALL) and known("Method") is None and known("Homemade") is None
+    assert known("Full") is Full

@@ -1,0 +1,441 @@
+"""The text, the tasks and the batches: properties that can fail, each shown to catch a planted wrong answer."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from tinyft import data
+from tinyft.data import IGNORE, SPECIAL, SPLITS, Batches, Record
+
+VOCAB = 2048
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return data.shipped_tokenizer()
+
+
+# ---------------------------------------------------------------------------------------------------------------- the snapshot
+
+
+def leaks(records) -> list[str]:
+    """What of a test or valid module is in training: modules in two splits, test modules' names, texts that occur in a training text."""
+    split_of, found = {}, []
+    for record in records:
+        if split_of.setdefault(record.module, record.split) != record.split:
+            found.append(f"{record.module} is in {record.split} and {split_of[record.module]}")
+        if re.search(r"(^|\.)_?(tests?|idle_test|test_\w*|\w+_tests?)(\.|$)", record.module):
+            found.append(f"{record.module} is a test module")
+    training = "\n".join(data.key(record.text) for record in records if record.split == "train" and record.kind != "source")
+    held_out = [record for record in records if record.split != "train" and record.kind != "source"]
+    return found + [f"text of {record.module}: {record.text}" for record in held_out if data.key(record.text) in training]
+
+
+def test_nothing_of_test_or_valid_is_in_training():
+    assert leaks(data.snapshot()) == []
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        lambda r: Record(r.module, r.kind, "train", "Another text of the same module, and an innocent one."),
+        lambda r: Record("email.other", "docstring", "train", f"A longer text. {r.text.upper()} It goes on."),
+        lambda r: Record("email.other", "prose", "train", r.text.replace(" ", "\n  ")),
+        lambda r: Record("ctypes.test.test_arrays", "docstring", "train", "A text of a test module, which must be in no split."),
+        lambda r: Record("idlelib.idle_test.mock_tk", "docstring", "valid", "A text of a test module, which must be in no split."),
+    ],
+)
+def test_a_leak_is_found(planted):
+    records = [record for record in data.snapshot() if record.module.startswith(("email", "json"))]             # a part, for speed
+    assert leaks(records) == []
+    victim = next(record for record in records if record.split == "test" and record.kind == "docstring")
+    assert len(leaks([*records, planted(victim)])) == 1
+
+
+def repeated(records) -> list[str]:
+    """Paragraphs of prose and docstrings, and whole sources, that stand in the snapshot more than once, case and white space apart."""
+    parts = [part for record in records for part in (record.text.split("\n\n") if record.kind != "source" else [record.text])]
+    return [part for part, count in Counter(map(data.key, parts)).items() if count > 1]
+
+
+def test_no_paragraph_stands_twice_in_the_snapshot():
+    records = data.snapshot()
+    assert repeated(records) == []
+    planted = Record("email.other", "prose", "train", f"Something new.\n\n{records[0].text.upper()}")
+    assert repeated([*records, planted]) != []
+
+
+def test_the_snapshot_is_what_it_says():
+    records = data.snapshot()
+    assert {record.kind for record in records} == {"prose", "docstring", "source"}
+    assert {record.split for record in records} == set(SPLITS)
+    assert (data.ASSETS / "text.json.xz").stat().st_size <= 3_000_000
+    assert not [r for r in records if r.kind != "source" and (">>>" in r.text or "\t" in r.text or len(r.text.split()) < 4)]
+    words = [word for r in records if r.kind != "source" for word in r.text.split()]
+    assert np.mean([bool(re.fullmatch(r"\W*[A-Za-z][A-Za-z'’/-]*\W*", word)) for word in words]) > 0.85
+    licences = (data.ASSETS / "LICENSES.txt").read_text("utf-8")
+    assert "PYTHON SOFTWARE FOUNDATION LICENSE" in licences and "NumPy Developers" in licences
+
+
+def test_pretraining_is_the_split_and_nothing_else(tokenizer):
+    tokens = data.pretraining("prose", "valid", tokenizer)
+    texts = [r.text for r in data.snapshot() if r.split == "valid" and r.kind != "source"]
+    ends = np.flatnonzero(tokens == SPECIAL["<|endoftext|>"])
+    assert len(ends) == len(texts) and ends[-1] == len(tokens) - 1
+    pieces = np.split(tokens, ends + 1)[:-1]
+    assert tokenizer.decode_batch([piece[:-1].tolist() for piece in pieces]) == texts  # byte-level: nothing is lost
+    assert tokens.dtype == np.int64 and tokens.min() >= len(SPECIAL) - 1 and tokens.max() < VOCAB
+
+
+def test_tokenizer(tokenizer):
+    assert tokenizer.get_vocab_size() == VOCAB
+    assert {name: tokenizer.token_to_id(name) for name in SPECIAL} == SPECIAL
+    assert min(tokenizer.encode("[MASK] and <|endoftext|> in a text").ids) >= len(SPECIAL)                # text makes no special tokens
+    ids = data.encode(tokenizer, "Return the length of the list.", 64)
+    assert ids[0] == data.CLS and ids[-1] == data.SEP and tokenizer.decode(ids[1:-1]) == "Return the length of the list."
+    assert data.encode(tokenizer, "one two three four", 4, "gpt")[-1] == data.END and len(data.encode(tokenizer, "a b c d e f g", 5)) == 5
+
+
+# ---------------------------------------------------------------------------------------------------------------- tasks
+
+
+def bag(text: str) -> Counter:
+    return Counter(re.findall(r"\w+", text.lower()))
+
+
+def check_intact(sentence: str, shown: str, label: int) -> None:
+    """An intact sentence is shown as it is; of another exactly two different words changed places, so its bag of words is the same."""
+    if label == 1:
+        assert shown == sentence
+        return
+    a, b = (re.findall(r"\w+(?:['-]\w+)*|[^\w\s]", text) for text in (sentence, shown))
+    changed = [i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y]
+    assert len(changed) == 2 and bag(sentence) == bag(shown) and len(sentence) == len(shown)
+    i, j = changed
+    assert a[i] != a[j] and (a[i], a[j]) == (b[j], b[i])
+
+
+def test_intact_swaps_two_words_and_nothing_else():
+    rng = np.random.default_rng(0)
+    for sentence, _ in data._by_split(data._intact_sentences)["valid"]:
+        check_intact(sentence, data.swap_two(sentence, rng), 0)
+
+
+@pytest.mark.parametrize("wrong", ["The cat sat on the mat.", "The mat on the sat cat.", "The cat on sat the mats."])
+def test_a_wrong_swap_is_found(wrong):
+    with pytest.raises((AssertionError, ValueError)):
+        check_intact("The cat sat on the mat.", wrong, 0)
+
+
+def test_intact_is_balanced_deterministic_and_uses_each_sentence_once():
+    task, again, other = data.task("intact", 3, 1000), data.task("intact", 3, 1000), data.task("intact", 4, 1000)
+    assert task.train.texts == again.train.texts and np.array_equal(task.train.labels, again.train.labels)
+    assert task.train.texts != other.train.texts
+    assert task.test.texts == other.test.texts and task.valid.texts == other.valid.texts  # paired over seeds
+    for examples in (task.train, task.valid, task.test):
+        assert abs(2 * examples.labels.sum() - len(examples.labels)) <= 1
+    whole = data.task("intact")
+    bags = {split: Counter(frozenset(bag(text).items()) for text in getattr(whole, split).texts) for split in SPLITS}
+    assert len(whole.train.texts) == len(set(whole.train.texts)) > 20_000
+    originals = [data.key(text) for split in SPLITS for text, _ in data._by_split(data._intact_sentences)[split]]
+    assert len(originals) == len(set(originals)) == sum(len(getattr(whole, split).texts) for split in SPLITS)
+    assert sum((bags["train"] & bags["test"]).values()) < 0.01 * len(whole.test.texts)  # word for word the same: hardly any
+
+
+def test_intact_sentences_have_six_to_forty_words():
+    for examples in (data.task("intact").test, data.task("intact").valid):
+        assert all(6 <= len(text.split()) <= 40 for text in examples.texts)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_package_names_are_masked(split):
+    task = data.task("package")
+    assert unmasked(getattr(task, split), task.classes) == []
+
+
+def unmasked(examples, classes) -> list[str]:
+    """Texts in which their own package's name stands as a word or a dotted part, in any case."""
+    own = [re.compile(rf"(?i)(?<![^\W_]){name}(?![^\W_])") for name in classes]
+    return [text for text, label in zip(*examples, strict=True) if own[label].search(text)]
+
+
+@pytest.mark.parametrize("text", ["Use email.message here.", "The EMAIL is sent.", "See _email_policy for more.", "(email)"])
+def test_an_unmasked_name_is_found(text):
+    examples = data.Examples((text,), np.array([data.PACKAGES.index("email")]))
+    assert unmasked(examples, data.PACKAGES) == [text]
+    assert unmasked(data.Examples((data.mask_names(text),), examples.labels), data.PACKAGES) == []
+
+
+def test_masking_leaves_other_words_alone():
+    assert data.mask_names("XMLParser, BaseHTTPServer, json.loads, http://a, https, recurses, concurrently") == (
+        "_Parser, Base_Server, _.loads, _://a, https, recurses, concurrently"
+    )
+
+
+def test_package_classes():
+    from tinyft.assets import make
+
+    assert tuple(make.CLASSES) == data.PACKAGES
+    assert all(len(counts) == 4 and min(counts) >= 5 for counts in make.CLASSES.values())
+    task = data.task("package")
+    for examples in (task.train, task.valid, task.test):
+        assert set(examples.labels.tolist()) == set(range(len(task.classes)))  # every class everywhere
+    texts = [data.key(text) for split in SPLITS for text in getattr(task, split).texts]
+    assert len(texts) == len(set(texts))
+
+
+def test_classes_have_five_modules_in_the_python_that_runs_this():
+    """The recorded counts, checked against what is there."""
+    import os
+    import sys
+    from pathlib import Path
+
+    from tinyft.assets import make
+
+    version = sys.version_info[:2]
+    if not (3, 10) <= version <= (3, 13) or not (Path(os.__file__).parent / "idlelib").exists():
+        pytest.skip(f"the counts are of complete Pythons 3.10 to 3.13; this is {version}")
+    counts = {package: len(make.modules(Path(os.__file__).parent, package)) for package in make.CLASSES}
+    present = {package: count for package, count in counts.items() if count}  # some systems leave tkinter out
+    assert present == {package: make.CLASSES[package][version[1] - 10] for package in present}
+
+
+def test_domain(tokenizer):
+    task = data.task("domain", seed=1, train_size=5000, tokenizer=tokenizer)
+    assert task.kind == "lm" and len(task.train) == 5000
+    assert "def " in tokenizer.decode(task.test[:2000].tolist())
+    assert np.array_equal(task.kept, data.pretraining("prose", "test", tokenizer))
+    whole = data.pretraining("source", "train", tokenizer)
+    starts = np.flatnonzero(whole[:-5000] == task.train[0])
+    assert any(np.array_equal(whole[start : start + 5000], task.train) for start in starts)     # a stretch of what there is
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: data.task("nonsense"), "intact, package, domain; got 'nonsense'"),
+        (lambda: data.task("intact", train_size=0), "train_size from 1 to"),
+        (lambda: data.task("package", train_size=10**6), "got 1000000"),
+        (lambda: data.pretraining("poetry"), "kind"),
+        (lambda: data.pretraining("prose", "dev"), "split"),
+        (lambda: data.windows(np.arange(5), 6), "got T=6"),
+        (lambda: data.encode(data.shipped_tokenizer(), "a", 2), "max_len of at least 3"),
+        (lambda: Batches([], 2), "empty"),
+        (lambda: Batches([1], 0), "batch_size of at least 1, got 0"),
+        (lambda: Batches([1], 2, drop_last=True), "one full batch"),
+        (lambda: data.mlm_batches(np.arange(99), 2, 4, VOCAB), "T of at least 3"),
+        (lambda: data.pad([[]]), "at least one row with a token"),
+        (lambda: data.pad([[7] * 9], 8), "at most 8 tokens, got one of 9"),
+        (lambda: data.mlm(np.full((1, 3), 2), np.ones((1, 3), bool), np.random.default_rng(0), VOCAB), "nothing to predict"),
+        (lambda: data.mlm(np.full((1, 3), 9), np.ones((1, 3), bool), np.random.default_rng(0), VOCAB, p=0.0), "probability"),
+        (lambda: data.text_batches(data.Examples(("a",), np.array([0, 1])), data.shipped_tokenizer(), 1, 8), "one label per text"),
+    ],
+)
+def test_bad_input_gets_one_clear_sentence(call, message):
+    with pytest.raises(ValueError, match=message) as error:
+        call()
+    assert str(error.value).startswith("wanted") and "got" in str(error.value) and "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------- batches
+
+
+def numbers(count: int, **options) -> Batches:
+    return Batches(np.arange(count), collate=lambda chosen, rng: {"ids": np.array(chosen), "noise": rng.random(2)}, **options)
+
+
+def epochs_are_whole(give, count: int) -> bool:
+    """Does every epoch of `give()` (a list of ids) hold every example exactly once?"""
+    return all(sorted(give()) == list(range(count)) for _ in range(3))
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, 1), (7, 3), (12, 4), (5, 9)])
+def test_every_epoch_visits_everything_once(count, size):
+    batches = numbers(count, batch_size=size, seed=count)
+    assert epochs_are_whole(lambda: [int(i) for batch in itertools.islice(batches, len(batches)) for i in batch["ids"]], count)
+
+
+def test_drawing_with_replacement_is_found():
+    rng = np.random.default_rng(0)
+    assert not epochs_are_whole(lambda: rng.integers(12, size=12).tolist(), 12)
+
+
+def test_shuffle_and_drop_last():
+    batches = numbers(10, batch_size=4, seed=1, drop_last=True)
+    epochs = [np.concatenate([next(batches)["ids"] for _ in range(len(batches))]) for _ in range(3)]
+    assert len(batches) == 2 and all(len(set(epoch)) == 8 for epoch in epochs)
+    assert not np.array_equal(epochs[0], epochs[1])
+    plain = numbers(10, batch_size=4, shuffle=False)
+    assert [batch["ids"].tolist() for batch in itertools.islice(plain, 3)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert not np.array_equal(next(numbers(99, batch_size=99, seed=1))["ids"], next(numbers(99, batch_size=99, seed=2))["ids"])
+
+
+def test_once_is_everything_in_order_and_moves_nothing():
+    batches = numbers(10, batch_size=4, seed=5, drop_last=True)
+    next(batches)
+    before, passes = batches.state(), [list(batches.once()) for _ in range(2)]
+    assert batches.state() == before
+    assert np.concatenate([batch["ids"] for batch in passes[0]]).tolist() == list(range(10))
+    assert all(np.array_equal(a["noise"], b["noise"]) for a, b in zip(*passes, strict=True))
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
+
+
+def resumes(make) -> bool:
+    """From every point of two epochs: does a fresh stream that loads the state go on exactly as the first did?"""
+    first = make()
+    states, given = [], []
+    for _ in range(2 * len(first) + 2):
+        states.append(json.dumps(first.state()))
+        given.append(next(first))
+    for point in range(len(given)):
+        fresh = make()
+        fresh.load(json.loads(states[point]))
+        if not all(same(next(fresh), batch) for batch in given[point:]):
+            return False
+    return True
+
+
+TOKENS = np.random.default_rng(0).integers(6, VOCAB, 300)
+STREAMS = {
+    "plain": lambda: numbers(7, batch_size=3, seed=1),
+    "drop_last": lambda: numbers(7, batch_size=3, seed=1, drop_last=True),
+    "ordered": lambda: numbers(7, batch_size=3, shuffle=False),
+    "lm": lambda: data.lm_batches(TOKENS, 16, 4, seed=2),
+    "mlm": lambda: data.mlm_batches(TOKENS, 16, 4, VOCAB, seed=2),
+}
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_resume_is_bitwise_from_any_point(name):
+    assert resumes(STREAMS[name])
+
+
+def test_noise_that_is_not_in_the_state_is_found():
+    def forgetful():
+        rng = np.random.default_rng(0)
+        return Batches(np.arange(7), 3, collate=lambda chosen, _: {"ids": np.array(chosen), "noise": rng.random(2)})
+
+    class Unmoved(Batches):
+        def load(self, state):
+            super().load({**state, "batch": 0})
+
+    assert not resumes(forgetful)
+    assert not resumes(lambda: Unmoved(np.arange(7), 3, collate=lambda chosen, _: {"ids": np.array(chosen)}))
+
+
+@pytest.mark.parametrize("change", [{"examples": 8}, {"batch_size": 2}, {"shuffle": False}, {"epoch": None}])
+def test_a_state_of_other_batches_is_refused(change):
+    batches = numbers(7, batch_size=3)
+    before = batches.state()
+    with pytest.raises(ValueError, match=next(iter(change))):
+        batches.load({**before, **change})
+    assert batches.state() == before
+
+
+def test_padding_and_mask_agree(tokenizer):
+    task = data.task("package", train_size=40)
+    for form, last in (("bert", data.SEP), ("gpt", data.END)):
+        batches = data.text_batches(task.train, tokenizer, 8, max_len=44, form=form)
+        seen = 0
+        for batch in batches.once():
+            ids, mask, labels = batch["ids"], batch["mask"], batch["labels"]
+            assert ids.shape == mask.shape and ids.dtype == labels.dtype == np.int64 and mask.dtype == bool
+            assert ids.shape[1] <= 44 and (ids.shape[1] % 8 == 0 or ids.shape[1] == 44)
+            assert np.array_equal(mask, ids != data.PAD) and (np.diff(mask.astype(int), axis=1) <= 0).all()    # real first, then padding
+            assert (ids[np.arange(len(ids)), mask.sum(1) - 1] == last).all()
+            assert np.array_equal(labels, task.train.labels[seen : seen + len(ids)])
+            for row, text in zip(ids, task.train.texts[seen : seen + len(ids)], strict=True):
+                assert row[row != data.PAD].tolist() == data.encode(tokenizer, text, 44, form)
+            seen += len(ids)
+        assert seen == 40
+
+
+def test_windows():
+    assert np.array_equal(data.windows(np.arange(11), 4), [[0, 1, 2, 3], [4, 5, 6, 7]])
+    batch = next(data.lm_batches(np.arange(100), 8, 3, shuffle=False))
+    assert np.array_equal(batch["ids"], np.arange(24).reshape(3, 8)) and batch["mask"].all() and "labels" not in batch
+
+
+# ---------------------------------------------------------------------------------------------------------------- masked language modelling
+
+
+def check_mlm(corrupt) -> None:
+    """corrupt(ids, mask, rng) keeps BERT's proportions, predicts only what was chosen, and leaves specials and padding alone."""
+    rng = np.random.default_rng(1)
+    ids = rng.integers(6, VOCAB, (400, 128))
+    ids[:, 0], ids[:, -9], ids[:, -8:] = data.CLS, data.SEP, data.PAD
+    mask = ids != data.PAD
+    original = ids.copy()
+    corrupted, labels = corrupt(ids, mask, rng)
+    chosen, free = labels != IGNORE, mask & (ids > 5)
+    assert np.array_equal(ids, original) and not (chosen & ~free).any()
+    assert np.array_equal(labels[chosen], ids[chosen]) and np.array_equal(corrupted[~chosen], ids[~chosen])
+    masked, kept = corrupted[chosen] == SPECIAL["[MASK]"], corrupted[chosen] == ids[chosen]
+    other = corrupted[chosen][~masked & ~kept]
+    shares = np.array([chosen.sum() / free.sum(), masked.mean(), kept.mean(), len(other) / chosen.sum()])
+    count = chosen.sum()                                                # about 7,000
+    wanted = np.array([0.15, 0.8, 0.1, 0.1])
+    deviation = np.sqrt(wanted * (1 - wanted) / np.array([free.sum(), count, count, count]))
+    assert (np.abs(shares - wanted) < 5 * deviation).all()
+    assert other.min() > 5 and other.max() < VOCAB and len(set(other)) > 200
+
+
+def test_mlm_proportions():
+    check_mlm(lambda ids, mask, rng: data.mlm(ids, mask, rng, VOCAB, SPECIAL))
+
+
+def always_masks(ids, mask, rng):
+    corrupted, labels = data.mlm(ids, mask, rng, VOCAB)
+    return np.where(labels != IGNORE, SPECIAL["[MASK]"], ids), labels
+
+
+def labels_everything(ids, mask, rng):
+    corrupted, labels = data.mlm(ids, mask, rng, VOCAB)
+    return corrupted, np.where(mask, ids, IGNORE)
+
+
+def masks_specials(ids, mask, rng):
+    return data.mlm(ids, mask, rng, VOCAB, {"[MASK]": 4})
+
+
+def masks_padding(ids, mask, rng):
+    return data.mlm(ids, np.ones_like(mask), rng, VOCAB, {"[MASK]": 4, "[CLS]": 2, "[SEP]": 3})
+
+
+def too_many(ids, mask, rng):
+    return data.mlm(ids, mask, rng, VOCAB, p=0.2)
+
+
+def in_place(ids, mask, rng):
+    ids[:], labels = data.mlm(ids, mask, rng, VOCAB)
+    return ids, labels
+
+
+@pytest.mark.parametrize("wrong", [always_masks, labels_everything, masks_specials, masks_padding, too_many, in_place])
+def test_wrong_mlm_is_found(wrong):
+    with pytest.raises(AssertionError):
+        check_mlm(wrong)
+
+
+def test_mlm_always_predicts_something():
+    for seed in range(20):
+        _, labels = data.mlm(np.array([[2, 9, 3, 0]]), np.array([[True, True, True, False]]), np.random.default_rng(seed), VOCAB, p=1e-9)
+        assert labels.tolist() == [[IGNORE, 9, IGNORE, IGNORE]]
+
+
+def test_mlm_batches_change_their_noise_from_epoch_to_epoch():
+    batches = data.mlm_batches(TOKENS, 16, 100, VOCAB, shuffle=False)
+    first, second = next(batches), next(batches)
+    assert (first["ids"][:, 0] == data.CLS).all() and (first["ids"][:, -1] == data.SEP).all()
+    assert not np.array_equal(first["labels"], second["labels"])
+    rows = np.where(first["labels"] != IGNORE, first["labels"], first["ids"])
+    assert np.array_equal(rows[:, 1:-1], data.windows(TOKENS, 14))      # the labels restore the text

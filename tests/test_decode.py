@@ -1,0 +1,198 @@
+"""Text from a model: with a cache and without, padded and alone, greedy and sampled, with adapters on."""
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from contract import build, noise
+from helpers import host
+
+from tinyft import BERT, GPT, BERTConfig, GPTConfig, LoRA, PrefixTuning, PromptTuning, attach, decode, generate
+from tinyft.decode import choose, pad_left
+
+N = 6                                                                            # tokens to generate
+ADAPTERS = {"none": None, "lora": LoRA(r=2), "lora on the tied embedding": LoRA(r=2, targets="embed"), "prefix": PrefixTuning(p=3),
+            "prefix, shifted": PrefixTuning(p=3, shift=True), "prefix by an mlp": PrefixTuning(p=3, mlp=5), "prompt": PromptTuning(p=3)}
+
+
+def model_with(name: str) -> GPT:
+    "In float64: two ways to the same logits must not differ by a rounding at a tie."
+    model = build("gpt")
+    if ADAPTERS[name] is not None:
+        attach(model, ADAPTERS[name])
+        noise(model, 0.5)
+    return model.to(dtype=np.float64).eval()
+
+
+def rows() -> list[list[int]]:
+    rng = np.random.default_rng(3)
+    return [rng.integers(0, 23, n).tolist() for n in (5, 2, 4, 1)]
+
+
+def by_hand(model: GPT, row: list[int], n: int = N) -> list[int]:
+    "The argmax of a full forward pass, n times."
+    row = list(row)
+    for _ in range(n):
+        row.append(int(host(model(np.array([row])))[0, -1].argmax()))
+    return row
+
+
+def check_greedy(model: GPT, go) -> None:
+    "Each row of a left-padded batch goes on as it does alone, token by token."
+    ids, mask = pad_left(rows())
+    out = go(model, ids, N, mask=mask)
+    assert out.shape == (4, 5 + N) and np.array_equal(out[:, :5], ids)
+    for row, got in zip(rows(), out):
+        assert got[5 - len(row):].tolist() == by_hand(model, row)
+
+
+@pytest.mark.parametrize("cache", [True, False], ids=["cached", "uncached"])
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_greedy_text_is_the_argmax_of_a_full_pass_for_every_row_alone(name, cache):
+    model = model_with(name)
+    check_greedy(model, lambda m, ids, n, **k: generate(m, ids, n, cache=cache, **k))
+    assert by_hand(model, rows()[0]) != by_hand(model_with("none"), rows()[0]) or name == "none"      # the adapter does say something
+
+
+def test_generation_that_forgets_the_mask_or_the_past_is_caught():
+    model = model_with("none")
+    right = host(model(np.array([rows()[0]])))
+    assert len({tuple(by_hand(model, r)[-N:]) for r in rows()}) > 1 and right.shape == (1, 5, 23)
+    for wrong in (lambda m, ids, n, mask: generate(m, ids, n),
+                  lambda m, ids, n, mask: np.c_[ids, generate(m, ids[:, -1:], n)[:, 1:]],
+                  lambda m, ids, n, mask: np.c_[ids, generate(m, ids[::-1], n, mask=mask[::-1])[:, 5:]],
+                  lambda m, ids, n, mask: generate(m, ids, n - 1, mask=mask)):
+        with pytest.raises(AssertionError):
+            check_greedy(model, wrong)
+
+
+def test_the_caller_gets_the_ids_back_even_for_no_new_tokens_and_the_mode_is_kept():
+    model, (ids, mask) = model_with("none").train(), pad_left(rows())
+    assert np.array_equal(generate(model, ids, 0, mask=mask), ids) and model.training
+    assert np.array_equal(generate(model, ids, N, mask=mask), generate(model.eval(), ids, N, mask=mask)) and not model.training
+
+
+def test_a_row_that_ended_is_filled_with_the_end_and_the_others_go_on():
+    model, (ids, mask) = model_with("none"), pad_left(rows())
+    free = generate(model, ids, 10, mask=mask)[:, 5:]
+    end = int(free[0, 1])                                                        # the first row ends at its second token at the latest
+    out = generate(model, ids, 10, mask=mask, end=end)[:, 5:]
+    for was, got in zip(free.tolist(), out.tolist()):
+        stop = was.index(end) + 1 if end in was else len(was)
+        assert got[:stop] == was[:len(got)][:stop] and all(t == end for t in got[stop:])
+    alone = generate(model, ids[:1, :], 10, mask=mask[:1], end=end)
+    assert alone.shape[1] - 5 == free[0].tolist().index(end) + 1                 # nobody is left: it stops
+
+
+# ── sampling ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+LOGITS = np.log(np.array([0.05, 0.4, 0.1, 0.25, 0.2]))
+DRAWS = 20_000
+
+
+def frequencies(sample=choose, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> np.ndarray:
+    tokens = sample(np.tile(LOGITS, (DRAWS, 1)), temperature, top_k, top_p, np.random.default_rng(0))
+    return np.bincount(tokens, minlength=5) / DRAWS
+
+
+def wanted(keep: list[int], temperature: float = 1.0) -> np.ndarray:
+    p = np.zeros(5)
+    p[keep] = np.exp(LOGITS[keep] / temperature)
+    return p / p.sum()
+
+
+CASES = [(dict(), [0, 1, 2, 3, 4]), (dict(temperature=0.5), [0, 1, 2, 3, 4]), (dict(temperature=3.0), [0, 1, 2, 3, 4]), (dict(top_k=1), [1]),
+         (dict(top_k=3), [1, 3, 4]), (dict(top_k=99), [0, 1, 2, 3, 4]), (dict(top_p=0.39), [1]), (dict(top_p=0.5), [1, 3]),
+         (dict(top_p=0.7), [1, 3, 4]), (dict(top_p=1.0), [0, 1, 2, 3, 4]), (dict(top_k=2, top_p=0.9), [1, 3]), (dict(top_k=4, top_p=0.5, temperature=2.0), [1, 3])]
+
+
+def check_sampling(sample=choose) -> None:
+    "Only what may be drawn is drawn, as often as it should be: within five deviations."
+    for how, keep in CASES:
+        p, f = wanted(keep, how.get("temperature", 1.0)), frequencies(sample, **how)
+        assert (f[p == 0] == 0).all(), how
+        assert (np.abs(f - p) <= 5 * np.sqrt(p * (1 - p) / DRAWS) + 1e-12).all(), how
+
+
+def test_sampling_draws_from_the_right_set_with_the_right_frequencies():
+    check_sampling()
+
+
+WRONG = {
+    "temperature the wrong way round": lambda z, t, k, p, r: choose(z, 1 / t, k, p, r),
+    "one too many": lambda z, t, k, p, r: choose(z, t, None if k is None else k + 1, p, r),
+    "the token that crosses the line left out": lambda z, t, k, p, r: choose(z, t, k, None if p is None else max(p - 0.25, 0.01), r),
+    "top_p forgotten": lambda z, t, k, p, r: choose(z, t, k, None, r),
+    "top_p before the temperature": lambda z, t, k, p, r: choose(z, 1.0, k, p, r) if p else choose(z, t, k, p, r),
+    "greedy": lambda z, t, k, p, r: choose(z, 0.0, k, p, r),
+    "evenly": lambda z, t, k, p, r: choose(np.where(z < np.sort(z)[:, [-(k or 5)]], -1e9, 0.0) if (k or 5) <= 5 else z * 0, t, None, p, r),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_sampling_is_caught(name):
+    with pytest.raises(AssertionError):
+        check_sampling(WRONG[name])
+
+
+@pytest.mark.parametrize("temperature", [1e-2, 1e-8, 1e-300])
+def test_as_the_temperature_goes_to_zero_sampling_becomes_greedy(temperature):
+    rng = np.random.default_rng(0)
+    z = rng.standard_normal((50, 30)) * 3
+    assert np.array_equal(choose(z, temperature, None, None, rng), z.argmax(-1)) or temperature == 1e-2
+    assert (choose(z, temperature, None, None, rng) == z.argmax(-1)).mean() > 0.9
+    assert (choose(z, 5.0, None, None, rng) == z.argmax(-1)).mean() < 0.7
+
+
+def test_sampled_text_is_set_by_its_seed_and_the_same_with_and_without_a_cache():
+    model, (ids, mask) = model_with("none"), pad_left(rows())
+    draw = lambda seed, **k: generate(model, ids, N, mask=mask, temperature=1.5, top_k=9, rng=np.random.default_rng(seed), **k)
+    assert np.array_equal(draw(0), draw(0, cache=False)) and not np.array_equal(draw(0), draw(1))
+
+
+# ── bad input ────────────────────────────────────────────────────────────────────────────────────────────────────────
+IDS, RNG = np.array([[1, 2, 3]]), np.random.default_rng(0)
+
+
+@pytest.mark.parametrize("ids, more, words", [
+    (np.array([1, 2]), {}, r"ids of shape \(B, T\).* got \(2,\)"), (np.zeros((2, 0), int), {}, r"T >= 1, got \(2, 0\)"),
+    (IDS, dict(temperature=1.0), "a generator: rng="), (IDS, dict(temperature=-1.0, rng=RNG), "a temperature > 0"),
+    (IDS, dict(temperature=1.0, rng=RNG, top_k=0), "top_k >= 1"), (IDS, dict(temperature=1.0, rng=RNG, top_p=0.0), "0 < top_p <= 1"),
+    (IDS, dict(temperature=1.0, rng=RNG, top_p=1.1), "0 < top_p <= 1"),
+    (IDS, dict(mask=np.ones((1, 4), bool)), r"mask has shape \(1, 4\), the ids \(1, 3\)"), (IDS, dict(mask=np.array([[True, True, False]])), "padding on the left")])
+def test_bad_arguments_get_one_clear_sentence(ids, more, words):
+    with pytest.raises(ValueError, match=words):
+        generate(model_with("none"), ids, 3, **more)
+
+
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("name", ["none", "prompt"])
+def test_text_that_outgrows_the_positions_raises(cache, name):
+    model, room = model_with(name), 24 - (3 if name == "prompt" else 0)          # 24 positions; a prompt takes three
+    full = np.ones((1, room), int)
+    assert generate(model, full, 1, cache=cache).shape == (1, room + 1)          # its last token is never fed
+    late = name == "prompt" and not cache                                        # the models count ids before a prompt lengthens them
+    with pytest.raises((ValueError, IndexError, TypeError) if late else ValueError, match=None if late else "longer than the model's 24 positions"):
+        generate(model, full, 2, cache=cache)
+    assert not model.training
+
+
+def test_bert_says_that_it_cannot_continue_from_a_cache():
+    with pytest.raises(ValueError, match="BERT looks both ways"):
+        generate(BERT(BERTConfig(23, 24, 2, 12, 1, 3)), IDS, 1)
+
+
+def test_padding_on_the_left_keeps_every_row_whole():
+    ids, mask = pad_left([[1, 2, 3], [4]], pad=9)
+    assert ids.tolist() == [[1, 2, 3], [9, 9, 4]] and mask.tolist() == [[True] * 3, [False, False, True]]
+    for bad in ([], [[1], []]):
+        with pytest.raises(ValueError, match="at least one token each"):
+            pad_left(bad)
+
+
+def test_only_the_last_place_goes_through_the_head_and_only_new_tokens_through_the_blocks(monkeypatch):
+    seen = []
+    model = GPT(GPTConfig(23, 24, 12, 1, 3)).eval()
+    head, block = type(model.head).forward, type(model.blocks[0]).forward
+    monkeypatch.setattr(type(model.head), "forward", lambda self, x, ctx: seen.append(("head", x.shape)) or head(self, x, ctx))
+    monkeypatch.setattr(type(model.blocks[0]), "forward", lambda self, x, ctx: seen.append(("block", x.shape)) or block(self, x, ctx))
+    decode.generate(model, np.ones((2, 5), int), 3)
+    assert seen == [("block", (2, 5, 12)), ("head", (2, 12))] + [("block", (2, 1, 12)), ("head", (2, 12))] * 2

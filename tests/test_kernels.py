@@ -1,0 +1,198 @@
+"""A kernel is its definition, in value and in every pullback; with the kernels and without, training goes the same way."""
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tinyft
+from tinyft import GPT, AdamW, GPTConfig, LoRA, array, attach, fit, kernels
+from tinyft.kernels import numpy as fast
+from tinyft.tensor import OPS
+
+pytestmark = pytest.mark.skipif(array.backend() != "numpy", reason="these kernels are for NumPy arrays; the others have none")
+NAMES = ("gelu", "gelu_tanh", "layer_norm", "embedding")
+BLOCK = fast.BLOCK
+
+
+def inputs(name: str, shape: tuple, dtype: Any, rng: np.random.Generator) -> tuple[list, dict]:
+    "Arrays of the right kinds for an op, x of this shape."
+    x = (rng.standard_normal(shape) * 3).astype(dtype)
+    if name == "layer_norm":
+        c = shape[-1]
+        return [x + dtype(rng.standard_normal()), rng.standard_normal(c).astype(dtype), rng.standard_normal(c).astype(dtype)], {"eps": 1e-5}
+    if name == "embedding":
+        return [rng.standard_normal((5, 3)).astype(dtype), rng.integers(-5, 5, shape)], {}
+    return [x], {}
+
+
+def near(a: np.ndarray, b: np.ndarray, tol: float) -> bool:
+    "Of one shape and dtype, and equal to within tol of the largest number."
+    return a.shape == b.shape and a.dtype == b.dtype and bool(np.abs(a - b).max(initial=0) <= tol * max(np.abs(b).max(initial=0), 1))
+
+
+def folded(g: np.ndarray, shape: tuple) -> np.ndarray:
+    from tinyft.tensor import sum_to
+    return sum_to(g, shape)
+
+
+def agree(name: str, kernel: Callable, arrays: list, kw: dict, rng: np.random.Generator) -> None:
+    "Value and every pullback, and neither input is written to."
+    tol = 1e-12 if arrays[0].dtype == np.float64 else 4e-6
+    kept = [a.copy() for a in arrays]
+    (y, pulls), (want, defined) = kernel(*arrays, **kw), OPS[name].definition(*arrays, **kw)
+    assert near(y, want, tol), "value"
+    assert len(pulls) == len(defined)
+    g = rng.standard_normal(want.shape).astype(want.dtype)
+    for again in (g, np.broadcast_to(g[..., :1], g.shape), np.asfortranarray(g)):      # any g that backward may hand over
+        for i, (back, right) in enumerate(zip(pulls, defined)):
+            assert (back is None) == (right is None)
+            if back is not None:
+                got, expected = folded(back(again), arrays[i].shape), folded(right(again), arrays[i].shape)
+                assert near(got, expected, tol * max(1, again.size / max(expected.size, 1))**0.5), f"pullback {i}"
+    assert all(np.array_equal(a, b) for a, b in zip(arrays, kept)), "an input was written to"
+
+
+SHAPES = [(7,), (3, 5), (2, 3, 4), (1, 1), (4, 1), (2, 0, 3), (BLOCK // 64 + 1, 64), (2, BLOCK + 5)]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_kernel_is_its_definition(name, shape, dtype, rng):
+    arrays, kw = inputs(name, shape, dtype, rng)
+    agree(name, getattr(fast, name), arrays, kw, rng)
+
+
+@given(st.sampled_from(NAMES), st.lists(st.integers(0, 5), min_size=1, max_size=3), st.booleans(), st.integers(0, 2**32 - 1))
+def test_a_kernel_is_its_definition_for_any_shape_and_layout(name, shape, double, seed):
+    rng, shape = np.random.default_rng(seed), (*shape[:-1], shape[-1] + 1)       # an empty row has no mean
+    arrays, kw = inputs(name, shape, np.float64 if double else np.float32, rng)
+    views = [arrays, [np.asfortranarray(a) for a in arrays], [np.repeat(a, 2, axis=-1)[..., ::2] for a in arrays], [a[..., ::-1] for a in arrays]]
+    agree(name, getattr(fast, name), views[rng.integers(4)], kw, rng)
+
+
+@pytest.mark.parametrize("x", [0.0, -0.0, 1e-30, 5.0, -5.0, 13.0, -13.0, 100.0, -100.0, 1e4, -1e4])
+@pytest.mark.parametrize("name", ["gelu", "gelu_tanh"])
+def test_at_the_ends_of_the_line_too(name, x, rng):
+    agree(name, getattr(fast, name), [np.full((2, 3), x, np.float32)], {}, rng)
+
+
+@pytest.mark.parametrize("eps", [1e-12, 1e-5])
+@pytest.mark.parametrize("x", [0.0, 3.0, -0.5])
+def test_a_row_of_equal_numbers_is_normalised_to_nothing(x, eps, rng):
+    arrays = [np.full((2, 12), x, np.float32), np.ones(12, np.float32), np.zeros(12, np.float32)]
+    assert not fast.layer_norm(*arrays, eps=eps)[0].any() and not OPS["layer_norm"].definition(*arrays, eps=eps)[0].any()
+
+
+def scaled(name: str, what: int, by: float = 1.01) -> Callable:
+    "The kernel with its value (−1) or one pullback off by a factor."
+    def kernel(*arrays: np.ndarray, **kw: Any) -> Any:
+        y, pulls = getattr(fast, name)(*arrays, **kw)
+        return (y * np.float32(by), pulls) if what < 0 else (y, tuple(
+            (lambda g, b=b: b(g) * np.float32(by)) if i == what and b is not None else b for i, b in enumerate(pulls)))
+    return kernel
+
+
+def last_only(W: np.ndarray, ids: np.ndarray) -> Any:
+    "= where += belongs"
+    def back(g: np.ndarray) -> np.ndarray:
+        d = np.zeros_like(W)
+        d[ids] = g
+        return d
+    return W[ids], (back, None)
+
+
+def unaware_of_the_end(W: np.ndarray, ids: np.ndarray) -> Any:
+    "Takes −1 and the last row for two rows."
+    def back(g: np.ndarray) -> np.ndarray:
+        d, flat = np.zeros_like(W), ids.reshape(-1)
+        for row in np.unique(flat):
+            d[row] = g.reshape(-1, W.shape[1])[flat == row].sum(0)
+        return d
+    return W[ids], (back, None)
+
+
+def in_place(x: np.ndarray) -> Any:
+    y, pulls = OPS["gelu"].definition(x)
+    x *= 1.5
+    return y, pulls
+
+
+def first_block_only(x: np.ndarray) -> Any:
+    y, pulls = OPS["gelu"].definition(x)
+    y.reshape(-1)[BLOCK:] = 0
+    return y, pulls
+
+
+def biased(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float = 1e-5) -> Any:
+    "σ² over n − 1"
+    n = x.shape[-1]
+    y, pulls = OPS["layer_norm"].definition(x, w, b, eps=eps)
+    return (y - b) * np.float32(((n - 1) / n)**0.5) + b, pulls
+
+
+WRONG = [*((n, scaled(n, i)) for n, k in (("gelu", 1), ("gelu_tanh", 1), ("layer_norm", 3), ("embedding", 1)) for i in range(-1, k)),
+         ("gelu", fast.gelu_tanh), ("gelu_tanh", fast.gelu), ("gelu", in_place), ("gelu", first_block_only), ("layer_norm", biased),
+         ("layer_norm", lambda x, w, b, eps: fast.layer_norm(x, w, b, eps=1e-2)), ("embedding", last_only), ("embedding", unaware_of_the_end)]
+
+
+@pytest.mark.parametrize("i", range(len(WRONG)))
+def test_a_wrong_kernel_is_caught(i, rng):
+    name, kernel = WRONG[i]
+    with pytest.raises(AssertionError):
+        for shape in SHAPES:
+            arrays, kw = inputs(name, shape, np.float32, rng)
+            agree(name, kernel, arrays, kw, rng)
+
+
+def curve(steps: int = 30) -> tuple[np.ndarray, np.ndarray]:
+    model = GPT(GPTConfig(19, 12, 16, 2, 2, dropout=0.1), seed=1)
+    attach(model, LoRA(r=2, targets=("attn.[qv]", "mlp.up")))
+    rng = np.random.default_rng(0)
+    ids, mask = rng.integers(0, 19, (3, 6, 10)), rng.integers(4, 11, (3, 6, 1)) > np.arange(10)
+    history = fit(model, [{"ids": i, "mask": m} for i, m in zip(ids, mask)], steps, AdamW(0.01), progress=False)
+    return np.array(history.losses), model.blocks[0].attn.q.edits["lora"].B.numpy()
+
+
+def test_training_goes_the_same_way_with_and_without_kernels():
+    kernels.install()
+    losses, weights = curve()
+    with kernels.definitions():
+        plain, plain_weights = curve()
+        assert not any(OPS[n].fast for n in NAMES)
+    assert np.allclose(losses, plain, rtol=2e-5) and np.allclose(weights, plain_weights, rtol=1e-2, atol=1e-4)
+    assert losses[-3:].mean() < losses[:3].mean() - 0.05
+    assert not np.array_equal(losses, plain), "the kernels were not used"
+    right = OPS["gelu_tanh"].fast[np.ndarray]
+    try:
+        OPS["gelu_tanh"].fast[np.ndarray] = scaled("gelu_tanh", 0, 1.1)
+        assert not np.allclose(curve()[0], plain, rtol=2e-5)
+    finally:
+        OPS["gelu_tanh"].fast[np.ndarray] = right
+
+
+def test_definitions_come_off_again_also_after_an_error_and_nest():
+    kernels.install()
+    before = {n: dict(OPS[n].fast) for n in NAMES}
+    with pytest.raises(KeyError), kernels.definitions():
+        with kernels.definitions():
+            pass
+        assert not OPS["gelu"].fast
+        raise KeyError
+    assert {n: dict(OPS[n].fast) for n in NAMES} == before and all(before.values())
+
+
+@pytest.mark.parametrize("switch, there", [("off", False), ("on", True), (None, True)])
+def test_an_environment_variable_leaves_the_kernels_out(switch, there):
+    env = {k: v for k, v in os.environ.items() if k != "TINYFT_KERNELS"} | {"PYTHONPATH": str(Path(tinyft.__file__).parents[1])}
+    code = "import tinyft, tinyft.tensor as t, tinyft.optim as o; print([bool(t.OPS[n].fast) for n in %r] + [bool(o.adam_update.fast)])" % (NAMES,)
+    out = subprocess.run([sys.executable, "-c", code], env=env | ({"TINYFT_KERNELS": switch} if switch else {}), capture_output=True, text=True)
+    assert out.stdout.strip() == str([there] * 5), out.stderr

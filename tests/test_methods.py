@@ -1,0 +1,828 @@
+"""Every method against the contract (contract.py), the methods' own properties, and wrong methods that the same checks must refuse.
+
+A new method is one more row of ROWS."""
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import contract
+import numpy as np
+import pytest
+from contract import CHECKS, KINDS, Row, Sizes, batch, build, near, noise, put_on, run, same, short_fit, the_loss, tokens, tuned, values
+from helpers import dev, host
+
+from tinyft import array, combine, edit, fit, no_grad, ops
+from tinyft.edit import Edit, Method, attach, count, detach, merge, trained
+from tinyft.methods import BitFit, Full, Houlsby, LoRA, Partial, PrefixTuning, PromptTuning
+from tinyft.methods.additive.houlsby import Bottleneck, truncated_normal
+from tinyft.methods.additive.prefix import Prefix, Reparameterized, Shift
+from tinyft.methods.additive.prompt import Drop, SoftPrompt
+from tinyft.methods.reparameterized.lora import LowRank
+from tinyft.models.blocks import KV, Attention
+from tinyft.nn import Cache, Context, Linear, Module, Parameter
+from tinyft.optim import SGD, AdamW
+from tinyft.tensor import Tensor, topological
+
+LINEARS = ("attn.[qkvo]", "mlp.up", "mlp.down")
+in_block = lambda *ks: lambda n: n.startswith(tuple(f"blocks.{k}." for k in ks))
+top = lambda n: in_block(1)(n) or n.startswith(("norm.", "head."))
+a_bias = lambda n: n.split(".")[-1] == "bias"
+a_norm = lambda n: any(part in ("norm", "norm0", "norm1", "norm2") for part in n.split(".")) and not n.startswith("head.")
+norms = lambda s: s.L * 4 * s.C + 2 * s.C                                        # and GPT's last, or BERT's first
+
+ROWS = {
+    "full": Row(Full(), "same", True, lambda s: s.total, lambda n: True),
+    "partial": Row(Partial(k=1), "same", True, lambda s: s.block + s.tail, top),
+    "head": Row(Partial(k=0), "same", True, lambda s: s.mlm, lambda n: n.startswith("head."), KINDS[1:]),
+    "bitfit": Row(BitFit(), "same", True, lambda s: s.L * (7 * s.C + s.F) + s.C + (s.mlm and 2 * s.C + s.V), a_bias),
+    "lora": Row(LoRA(r=4), "same", True, lambda s: s.L * 2 * 4 * 2 * s.C),
+    "lora-all": Row(LoRA(r=3, targets=LINEARS), "same", True, lambda s: s.L * 3 * (4 * 2 * s.C + 2 * (s.C + s.F))),
+    "lora-embed": Row(LoRA(r=2, targets="embed"), "same", True, lambda s: 2 * (s.V + s.C)),
+    "lora-1": Row(LoRA(r=1, alpha=1), "same", True, lambda s: s.L * 2 * 2 * s.C),
+    "lora-dropout": Row(LoRA(r=4, dropout=0.5), "same", True, lambda s: s.L * 2 * 4 * 2 * s.C, drops=True),
+    "houlsby": Row(Houlsby(m=5), "near", False, lambda s: s.L * 2 * (2 * 5 * s.C + s.C + 5) + norms(s), a_norm),
+    "houlsby-frozen-norms": Row(Houlsby(m=5, norms=False), "near", False, lambda s: s.L * 2 * (2 * 5 * s.C + s.C + 5)),
+    "prefix": Row(PrefixTuning(p=3), "other", False, lambda s: 2 * s.L * 3 * s.C),
+    "prefix-mlp": Row(PrefixTuning(p=3, mlp=6), "other", False, lambda s: 3 * s.C + 6 * s.C + 6 + s.L * 2 * (6 * s.C + s.C)),
+    "prefix-shift": Row(PrefixTuning(p=3, shift=True), "other", False, lambda s: 2 * s.L * 3 * s.C),
+    "prompt": Row(PromptTuning(p=3), "other", False, lambda s: 3 * s.C),
+    "prompt-uniform": Row(PromptTuning(p=3, init="uniform"), "other", False, lambda s: 3 * s.C),
+}
+CASES = [pytest.param(row, kind, id=f"{name}-{kind}") for name, row in ROWS.items() for kind in row.on]
+every = pytest.mark.parametrize("row, kind", CASES)
+
+
+# ── the contract ─────────────────────────────────────────────────────────────────────────────────────────────────────
+@every
+def test_exactly_what_trains_moves_bitwise_under_weight_decay(row, kind):
+    contract.check_moves(row, kind)
+
+
+@every
+def test_the_numbers_that_train_are_the_closed_form(row, kind):
+    contract.check_count(row, kind)
+
+
+@every
+def test_the_start_is_the_base_where_that_is_claimed_and_only_there(row, kind):
+    contract.check_start(row, kind)
+
+
+@every
+def test_gradients_agree_with_differences_away_from_the_start(row, kind):
+    contract.check_gradients(row, kind)
+
+
+@every
+def test_what_was_saved_comes_back_bitwise(row, kind):
+    contract.check_save(row, kind)
+
+
+@every
+def test_off_is_the_base_and_on_again_is_what_it_was_bitwise(row, kind):
+    contract.check_off_and_on(row, kind)
+
+
+@every
+def test_merged_is_unmerged_or_merging_refuses_and_changes_nothing(row, kind):
+    contract.check_merge(row, kind)
+
+
+@every
+def test_rows_of_a_batch_know_nothing_of_each_other(row, kind):
+    contract.check_rows(row, kind)
+
+
+@every
+def test_the_optimiser_holds_two_numbers_for_each_that_trains(row, kind):
+    contract.check_optimizer(row, kind)
+
+
+@every
+def test_dropout_is_in_the_branch_only_and_eval_is_deterministic(row, kind):
+    contract.check_dropout(row, kind)
+
+
+@every
+def test_two_batches_can_be_learned_and_a_seed_gives_the_same_bits(row, kind):
+    contract.check_learns(row, kind)
+
+
+@every
+def test_padding_changes_nothing(row, kind):
+    contract.check_padding(row, kind)
+
+
+@pytest.mark.parametrize("row", [pytest.param(r, id=n) for n, r in ROWS.items() if "gpt" in r.on])
+def test_decoding_through_the_cache_is_one_pass(row):
+    contract.check_cache(row, "gpt")
+
+
+# ── helpers of the properties ────────────────────────────────────────────────────────────────────────────────────────
+GPTS = pytest.mark.parametrize("kind", ["gpt", "bert"])
+
+
+def wide(kind: str = "gpt") -> Any:
+    return build(kind).to(dtype=np.float64)
+
+
+def on(method: Method, kind: str = "gpt", model: Any = None) -> tuple[Any, edit.Attached]:
+    "A float64 model with the method on it, at its start."
+    model = build(kind) if model is None else model
+    a = attach(model, method)
+    return model.to(dtype=np.float64).eval(), a
+
+
+def grads(model: Any, b: dict) -> dict[str, np.ndarray | None]:
+    model.zero_grad()
+    the_loss(model, b).backward()
+    return {n: host(p.grad) for n, p in model.named_parameters().items()}
+
+
+def draw(shape: tuple, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+@dataclass(frozen=True)
+class Bottom(Method):
+    "What Partial(k = L) leaves out."
+
+    def trains(self, name: str) -> bool:
+        return name.split(".")[0] in ("embed", "pos", "type", "norm0")
+
+
+# ── full, partial ────────────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("kind", KINDS)
+def test_full_trains_what_a_model_without_any_method_trains(kind):
+    one, other = build(kind), put_on(ROWS["full"], kind)[0]
+    for m in (one, other):
+        short_fit(m, kind, ROWS["full"])
+    scatter = array.backend() == "cupy"
+    assert all(near(v, values(other)[n], 1e-4) if scatter else same(v, values(other)[n]) for n, v in values(one).items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_blocks_and_the_embeddings_are_full_fine_tuning(kind):
+    one, other = build(kind), build(kind)
+    attach(one, Full())
+    attach(other, Partial(k=2))
+    attach(other, Bottom())
+    for m in (one, other):
+        short_fit(m, kind, ROWS["full"])
+    scatter = array.backend() == "cupy"
+    assert all(near(v, values(other)[n], 1e-4) if scatter else same(v, values(other)[n]) for n, v in values(one).items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_below_the_lowest_trained_block_nothing_is_computed(kind):
+    model, _ = put_on(ROWS["partial"], kind)
+    loss = the_loss(model, batch(kind, 0))
+    records = [t.record for t in topological(loss) if t.record is not None]
+    whole = [t.record for t in topological(the_loss(build(kind), batch(kind, 0))) if t.record is not None]
+    linears = lambda rs: [r for r in rs if r.name == "linear"]
+    heads = {"gpt": 1, "bert": 2, "gpt-classes": 1, "bert-classes": 2}[kind]
+    assert (len(linears(records)), len(linears(whole))) == (6 + heads, 12 + heads)
+    assert not any(r.name == "embedding" for r in records)
+    leaves = lambda name: sum(all(p.is_leaf for ps, _ in r.pulls for p in ps) for r in records if r.name == name)
+    assert (leaves("layer_norm"), leaves("linear")) == ((1, 0) if kind.startswith("gpt") else (0, 3))      # norm1, or q, k and v: no dx
+    loss.backward()
+    assert {n for n, p in model.named_parameters().items() if p.grad is not None} == set(trained(model))
+
+
+def test_the_head_alone_can_be_trained_on_features_computed_once():
+    kind = "gpt-classes"
+    model, _ = put_on(ROWS["head"], kind)
+    short = build(kind)
+    b = batch(kind, 0)
+    ctx = Context(mask=b["mask"])
+    with no_grad():
+        short(b["ids"], ctx)
+        x = short.head.row(ctx.hidden, ctx)
+    optimizer = AdamW(0.02, weight_decay=0.1).start({"w": short.head.out.weight})
+    for _ in range(5):
+        short.head.zero_grad()
+        ops.cross_entropy(short.head(x, Context()), dev(b["labels"])).backward()
+        optimizer.step(clip=1.0)
+    fit(model, [b], 5, AdamW(0.02, weight_decay=0.1), progress=False)
+    assert same(host(model.head.out.weight), host(short.head.out.weight))
+
+
+def test_partial_refuses_more_blocks_than_there_are_and_a_tied_head_alone():
+    for k in (-1, 3):
+        with pytest.raises(ValueError, match="0 <= k <= 2"):
+            attach(build("gpt"), Partial(k=k))
+    with pytest.raises(ValueError, match="would train nothing"):
+        attach(build("gpt"), Partial(k=0))
+
+
+# ── BitFit ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_keys_bias_gets_no_gradient_and_every_other_bias_does(kind):
+    model, _ = on(BitFit(), kind)
+    for n, g in grads(model, batch(kind, 0)).items():
+        if contract.edit.base_parameters(model)[n].requires_grad:
+            assert np.abs(g).max() <= 1e-12 if n.endswith("attn.k.bias") else np.abs(g).max() > 1e-9, n
+
+
+@GPTS
+def test_a_biass_gradient_is_the_column_sum_of_the_gradient_that_arrives(kind):
+    "db = Σ g, seen through an edit that adds a tensor of zeros to the same output."
+    class Tap(Edit):
+        def __init__(self, shape: tuple):
+            self.z = Parameter(dev(np.zeros(shape)))
+
+        def after(self, x: Tensor, y: Tensor, ctx: Context) -> Tensor:
+            return y + self.z
+    model, _ = on(BitFit(), kind)
+    up, b = model.blocks[1].mlp.up, batch("gpt-classes", 0) if kind == "gpt" else batch(kind, 0)
+    T = 7
+    if kind == "gpt":
+        b = {"ids": tokens(4, 8)}
+    tap = Tap((4, T, Sizes.F))
+    up.edits = {"tap": tap}
+    the_loss(model, b).backward()
+    assert near(host(up.bias.grad), host(tap.z.grad).sum((0, 1)))
+
+
+def test_bitfit_on_a_model_without_biases_says_so_and_does_not_train_the_head_alone():
+    class Plain(Module):
+        fresh = ("head",)
+
+        def __init__(self):
+            rng = np.random.default_rng(0)
+            self.body, self.head = Linear(4, 4, rng, bias=False), Linear(4, 2, rng)
+    with pytest.raises(ValueError, match="would train nothing"):
+        attach(Plain(), BitFit())
+    attach(Plain(), Full())
+
+
+def test_the_biases_of_two_tasks_can_be_swapped_forth_and_back():
+    model, kept, ys = build("bert"), [], []
+    for task in (0, 1):
+        attach(model, BitFit(), name=f"task{task}")
+        fit(model, [batch("bert", task)], 4, AdamW(0.02), progress=False)
+        ys.append(run(model))
+        kept.append(detach(model))
+    assert not near(ys[0], ys[1], 1e-4)
+    for task in (0, 1, 0):
+        attach(model, kept[task])
+        assert same(run(model), ys[task])
+        detach(model)
+
+
+# ── LoRA ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("kind", KINDS)
+def test_loras_first_step_moves_B_and_not_A(kind):
+    model, a = on(LoRA(r=2), kind)
+    g = grads(model, batch(kind, 0))
+    assert all(np.abs(v).max() == 0 for n, v in g.items() if n.endswith("lora.A"))
+    assert all(np.abs(v).max() > 1e-8 for n, v in g.items() if n.endswith("lora.B"))
+
+
+@GPTS
+def test_one_step_of_SGD_gives_the_update_minus_eta_s_squared_dW_AtA(kind):
+    s, eta, b = 8.0, 0.1, batch(kind, 0)
+    dW = grads(wide(kind), b)
+    model, a = on(LoRA(r=2, alpha=16), kind)
+    fit(model, [b], 1, SGD(eta), clip=None, progress=False)
+    for path, e in a.edits.items():
+        A = host(e.A)
+        assert near(host(e.delta()), -eta * s**2 * dW[f"{path}.weight"] @ A.T @ A)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loras_gradients_are_those_of_the_merged_weight_through_the_factors(kind):
+    "dB = s ∇W Aᵀ,  dA = s Bᵀ ∇W"
+    model, a = tuned(replace(ROWS["lora-all"], method=LoRA(r=3, alpha=5, targets=LINEARS)), kind)
+    s, b = 5 / 3, batch(kind, 0)
+    mine = grads(model, b)
+    whole = build(kind).to(dtype=np.float64)
+    for path, e in a.edits.items():
+        W = edit.base_modules(whole)[path].weight
+        W.copy_(host(W) + s * host(e.B) @ host(e.A))
+    for n, p in edit.trained(model).items():
+        if edit.is_head(model, n):
+            edit.base_parameters(whole)[n].copy_(host(p))
+    dW = grads(whole, b)
+    for path, e in a.edits.items():
+        G = dW[f"{path}.weight"]
+        assert near(mine[f"{path}.edits.lora.B"], s * G @ host(e.A).T) and near(mine[f"{path}.edits.lora.A"], s * host(e.B).T @ G)
+
+
+def a_linear(r: int = 3, alpha: float = 6.0, seed: int = 0) -> tuple[Linear, LowRank, Tensor]:
+    "A linear map with a LoRA away from its start, and an input; all float64."
+    lin = Linear(5, 7, np.random.default_rng(seed), std=0.5)
+    e = LoRA(r=r, alpha=alpha).edit("lin", lin, np.random.default_rng(seed + 1))
+    lin.edits = {"lora": e}
+    e.B.copy_(draw(e.B.shape, seed + 2))
+    lin.bias.copy_(draw((7,), 4))
+    return lin.to(dtype=np.float64), e, Tensor(dev(draw((2, 4, 5), 3)))
+
+
+def test_lora_is_its_equation():
+    lin, e, x = a_linear()
+    W, b, A, B = (host(p) for p in (lin.weight, lin.bias, e.A, e.B))
+    assert near(host(lin(x)), host(x) @ W.T + b + 6 / 3 * (host(x) @ A.T) @ B.T)
+    assert np.linalg.matrix_rank(host(e.delta())) == 3
+
+
+def test_lora_is_the_same_for_every_basis_of_its_rank():
+    lin, e, x = a_linear()
+    y, M = host(lin(x)), draw((3, 3), 9)
+    e.B.copy_(host(e.B) @ M)
+    e.A.copy_(np.linalg.inv(M) @ host(e.A))
+    assert near(host(lin(x)), y, 1e-11)
+
+
+def test_doubling_alpha_doubles_what_lora_adds():
+    (one, _, x), (two, _, _) = a_linear(alpha=6.0), a_linear(alpha=12.0)
+    one_, two_ = host(one(x)), host(two(x))
+    one.edits = {}
+    assert near(two_ - host(one(x)), 2 * (one_ - host(one(x))))
+
+
+def test_a_full_rank_lora_can_be_any_update():
+    lin, e, _ = a_linear(r=5, alpha=5.0)
+    U, S, Vt = np.linalg.svd(draw((7, 5), 8), full_matrices=False)
+    e.B.copy_(U * S)
+    e.A.copy_(Vt)
+    assert near(host(e.delta()), draw((7, 5), 8))
+
+
+def test_loras_A_is_drawn_from_plus_minus_one_over_root_in_and_B_is_zero():
+    e = LoRA(r=64).edit("x", Linear(25, 4, np.random.default_rng(0)), np.random.default_rng(1))
+    A = host(e.A)
+    assert np.abs(A).max() <= 0.2 and abs(A.std() - 0.2 / 3**0.5) < 0.01 and not host(e.B).any()
+
+
+def test_two_loras_side_by_side_are_their_sum():
+    "Both attached, both combined, and one of twice the rank whose factors are stacked: the same model."
+    base = wide()
+    parts = []
+    for seed, r in ((1, 2), (2, 3)):
+        model = build("gpt")
+        attach(model, LoRA(r=r, alpha=2 * r), name=f"lora{seed}", seed=seed)
+        noise(model, seed=seed)
+        parts.append(detach(model.to(dtype=np.float64)))
+    both = wide()
+    for a in parts:
+        attach(both, a)
+    y = run(both)
+    for a in reversed(parts):
+        detach(both, a.name)
+    attach(both, combine(parts))
+    assert near(run(both), y)
+    stacked, a = on(LoRA(r=5, alpha=10))
+    for path, e in a.edits.items():
+        one, two = (p.edits[path] for p in parts)
+        e.A.copy_(np.concatenate([host(one.A), host(two.A)]))
+        e.B.copy_(np.concatenate([host(one.B), host(two.B)], axis=1))
+    assert near(run(stacked), y) and not near(run(base), y, 1e-3)
+    merge(both)
+    assert near(run(both), y)
+
+
+def test_lora_on_a_tied_embedding_is_seen_by_the_head_and_merges_exactly():
+    model, a = tuned(ROWS["lora-embed"], "gpt")
+    y, W = run(model), host(model.embed.read("weight"))
+    assert not near(W, host(model.embed.weight), 1e-3)
+    merge(model)
+    assert same(host(model.embed.weight), W) and near(run(model), y)
+
+
+@pytest.mark.parametrize("kind, where", [("gpt", "pos"), ("gpt-classes", "embed"), ("bert", "type"), ("bert-classes", "embed")])
+def test_lora_on_an_embedding_leaves_rows_alone_that_were_not_read(kind, where):
+    model, a = tuned(replace(ROWS["lora-embed"], method=LoRA(r=2, targets=where)), kind)
+    b = batch(kind, 0)
+    g = grads(model, b)[f"{where}.edits.lora.B"]
+    read = {"pos": range(6 if kind == "gpt" else 7), "type": [0], "embed": np.unique(b["ids"])}[where]
+    assert {int(i) for i in np.flatnonzero(np.abs(g).max(1))} <= set(read) and np.abs(g).max() > 0
+
+
+def test_lora_says_what_it_cannot_adapt():
+    for targets in ("norm1", "blocks.*", "attn.kv", "head"):
+        with pytest.raises(TypeError, match="weight matrix"):
+            attach(build("gpt"), LoRA(targets=targets))
+    for r in (0, -1):
+        with pytest.raises(ValueError, match="rank"):
+            attach(build("gpt"), LoRA(r=r))
+    with pytest.raises(ValueError, match="dropout"):
+        attach(build("gpt"), LoRA(dropout=1.0))
+
+
+# ── Houlsby ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_whose_upper_matrix_is_zero_is_not_there(kind):
+    model, a = put_on(ROWS["houlsby"], kind)
+    for e in a.edits.values():
+        e.up.weight.copy_(0 * host(e.up.weight))
+    assert same(run(model), run(build(kind)))
+
+
+def test_an_adapter_is_its_equation_and_stands_before_the_residual_sum():
+    "h + W_up gelu(W_down h + b) + b', with h what attention (or the MLP) gives out"
+    model, a = tuned(ROWS["houlsby"], "bert")
+    block, x = model.blocks[0], Tensor(dev(draw((2, 4, 12), 1)))
+    e, ctx = block.attn.edits["houlsby"], Context(ids=tokens(2, 4))
+    ctx.begin(tokens(2, 4), model.pos.weight.data)
+    with_it = host(block.attn(x, ctx))
+    kept, block.attn.edits = block.attn.edits, {}
+    h = block.attn(x, ctx)
+    z = host(h) @ host(e.down.weight).T + host(e.down.bias)
+    assert near(with_it, host(h) + host(ops.gelu(Tensor(dev(z)))) @ host(e.up.weight).T + host(e.up.bias))
+    block.attn.edits = kept
+    assert near(host(block.norm1(x + Tensor(dev(with_it)), ctx)), host(block.norm1(x + block.attn(x, ctx), ctx)))
+
+
+def test_an_adapters_weights_start_normal_cut_at_two_sigma():
+    z = truncated_normal(np.random.default_rng(0), (300, 40), 0.01)
+    assert np.abs(z).max() <= 0.02 and abs(z.std() / 0.01 - 0.8796) < 0.02 and abs(z.mean()) < 2e-4     # 0.8796: the cut normal's deviation
+    e = Houlsby(m=30, std=0.01).edit("x", build("gpt").blocks[0].attn, np.random.default_rng(1))
+    for layer in (e.down, e.up):
+        w = host(layer.weight)
+        assert 0.015 < np.abs(w).max() <= 0.02 and abs(w.std() - 0.0088) < 0.001 and not host(layer.bias).any()
+
+
+# ── prefix ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_keys_and_values_of_real_text_as_a_prefix_are_that_text():
+    base, ids, cache = wide(), tokens(1, 7), Cache()
+    with no_grad():
+        base(ids[:, :3], cache=cache)
+    model, a = on(PrefixTuning(p=3, shift=True))
+    for i, block in enumerate(base.blocks):
+        k, v = cache.kv[block.attn.kv]
+        a.edits[f"blocks.{i}.attn.kv"].K.copy_(k.data[0])
+        a.edits[f"blocks.{i}.attn.kv"].V.copy_(v.data[0])
+    assert near(run(model, ids[:, 3:]), run(base, ids)[:, 3:])
+    rows = np.repeat(ids[:, 3:], 2, axis=0)
+    assert near(run(model, rows)[1:], run(base, ids)[:, 3:])
+
+
+def head_outputs(K: np.ndarray, V: np.ndarray, causal: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(with the prefix K, V (H, p, D);  without;  the prefix's own attention;  λ), each (B, H, T, D): a layer written out in NumPy.
+
+    The library's layer must give the first."""
+    rng = np.random.default_rng(3)
+    layer = Attention(6, 2, rng, causal)
+    for p in layer.parameters():
+        p.copy_(rng.standard_normal(p.shape))
+    for w, value in ((layer.o.weight, np.eye(6)), (layer.o.bias, np.zeros(6))):
+        w.copy_(value)
+    e = Prefix(2, 3, K.shape[1], 0.1, rng)
+    layer.kv.edits = {"prefix": e}
+    layer.to(dtype=np.float64)
+    e.K.copy_(K)
+    e.V.copy_(V)
+    x = draw((2, 4, 6), 5)
+    split = lambda m: (x @ host(m.weight).T + host(m.bias)).reshape(2, 4, 2, 3).transpose(0, 2, 1, 3)
+    q, k, v = split(layer.q), split(layer.k), split(layer.v)
+    own = np.exp(q @ k.swapaxes(-1, -2) / 3**0.5) * (np.tri(4) if causal else 1)
+    pre = np.exp(q @ K.swapaxes(-1, -2) / 3**0.5)
+    Z, Zp = own.sum(-1, keepdims=True), pre.sum(-1, keepdims=True)
+    whole = (own @ v + pre @ V) / (Z + Zp)
+    ctx = Context()
+    ctx.begin(tokens(2, 4), layer.o.weight.data)
+    got = host(layer(Tensor(dev(x)), ctx)).reshape(2, 4, 2, 3).transpose(0, 2, 1, 3)
+    assert near(got, whole)
+    return got, own @ v / Z, pre @ V / Zp, Zp / (Z + Zp)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_head_with_a_prefix_mixes_its_own_view_with_the_prefixs(causal):
+    "(1 − λ) Attn(q, K, V) + λ Attn(q, P_K, P_V)"
+    got, own, pre, lam = head_outputs(draw((2, 5, 3), 1), draw((2, 5, 3), 2), causal)
+    assert near(got, (1 - lam) * own + lam * pre)
+
+
+def test_a_prefix_of_zeros_is_not_nothing_it_takes_p_of_Z_plus_p_away():
+    got, own, _, lam = head_outputs(np.zeros((2, 5, 3)), np.zeros((2, 5, 3)))
+    assert near(got, (1 - lam) * own) and not near(got, own, 1e-2)
+    Z = 5 / lam - 5
+    assert near(got, Z / (Z + 5) * own)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_order_of_a_prefixs_rows_does_not_matter(kind):
+    model, a = tuned(ROWS["prefix"], kind)
+    y = run(model)
+    for i, e in enumerate(a.edits.values()):
+        order = np.random.default_rng(i).permutation(3)
+        e.K.copy_(host(e.K)[:, order])
+        e.V.copy_(host(e.V)[:, order])
+    assert near(run(model), y)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", [PrefixTuning(p=0), PromptTuning(p=0)], ids=["prefix", "prompt"])
+def test_no_rows_are_nothing(method, kind):
+    model = build(kind)
+    attach(model, method)
+    assert same(run(model.eval()), run(build(kind)))
+
+
+def test_the_prefix_an_mlp_makes_can_stand_for_it():
+    model, a = tuned(ROWS["prefix-mlp"], "gpt")
+    y, plain = run(model), build("gpt")
+    b = attach(plain, PrefixTuning(p=3))
+    plain.to(dtype=np.float64)
+    for path, e in a.edits.items():
+        for mine, made in zip((b.edits[path].K, b.edits[path].V), e.prefix(Context())):
+            mine.copy_(made)
+    assert same(run(plain.eval()), y)
+    assert isinstance(next(iter(a.edits.values())), Reparameterized)
+    assert len({id(e.hidden) for e in a.edits.values()}) == 1
+
+
+def test_an_mlps_prefix_is_its_equation_and_its_first_half_is_the_keys():
+    model, a = tuned(ROWS["prefix-mlp"], "gpt")
+    for e in a.edits.values():
+        E, W1, b1, W2, b2 = (host(p) for p in (e.hidden.E.weight, e.hidden.W1.weight, e.hidden.W1.bias, e.W2.weight, e.W2.bias))
+        rows = np.tanh(E @ W1.T + b1) @ W2.T + b2                                # (p, 2C)
+        for got, want in zip(e.prefix(Context()), (rows[:, :12], rows[:, 12:])):
+            assert near(host(got), want.reshape(3, 3, 4).transpose(1, 0, 2))
+
+
+@GPTS
+def test_a_shift_moves_the_text_by_p_positions(kind):
+    "A shifted prefix is an unshifted one on a model whose positions start at p."
+    model, a = tuned(ROWS["prefix-shift"], kind)
+    y = run(model)
+    model.pos.edits = {}
+    assert not near(run(model), y, 1e-3)
+    model.pos.weight.copy_(np.roll(host(model.pos.weight), -3, axis=0))
+    assert near(run(model), y)
+
+
+# ── prompt ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+@GPTS
+def test_embeddings_of_real_tokens_as_a_prompt_are_those_tokens(kind):
+    ids = tokens(1, 7)
+    model, a = on(PromptTuning(p=3), kind)
+    a.edits["embed"].P.copy_(host(model.embed.weight)[ids[0, :3]])
+    assert near(run(model, np.repeat(ids[:, 3:], 2, 0)), np.repeat(run(wide(kind), ids)[:, 3:], 2, 0))
+
+
+@GPTS
+def test_a_prompt_is_embeddings_put_in_front_by_hand_and_so_is_its_gradient(kind):
+    model, a = tuned(ROWS["prompt"], kind)
+    P, base = a.edits["embed"].P, wide(kind)
+    rows = np.concatenate([np.broadcast_to(host(P), (4, 3, 12)), host(base.embed.weight)[tokens()]], axis=1)
+    whole, cover = Tensor(dev(rows), requires_grad=True), draw((4, 7, Sizes.V), 7)
+    y0, y = base(whole), model(tokens())
+    assert near(host(y), host(y0)[:, 3:])
+    y.backward(dev(cover))
+    y0.backward(dev(np.concatenate([np.zeros((4, 3, Sizes.V)), cover], axis=1)))
+    assert near(host(P.grad), host(whole.grad)[:, :3].sum(0))
+
+
+def test_a_prompt_starts_as_rows_of_the_vocabulary_or_within_one_half():
+    P = host(put_on(ROWS["prompt"], "gpt")[1].edits["embed"].P)
+    E = host(build("gpt").embed.weight)
+    assert all((E == row).all(1).any() for row in P) and len(np.unique(P, axis=0)) > 1
+    big = attach(build("gpt"), PromptTuning(p=12, init="uniform")).edits["embed"].P
+    assert 0.4 < np.abs(host(big)).max() <= 0.5 and abs(host(big).std() - 12**-0.5) < 0.05
+    with pytest.raises(ValueError, match="uniform"):
+        attach(build("gpt"), PromptTuning(init="random"))
+
+
+def test_a_prompt_needs_room_among_the_positions():
+    model = build("gpt")
+    attach(model, PromptTuning(p=3))
+    with pytest.raises((ValueError, IndexError)):
+        run(model, tokens(1, 23))
+
+
+@pytest.mark.parametrize("name", ["prompt", "prefix-shift", "houlsby"])
+def test_the_head_speaks_where_it_is_asked_to_whatever_stands_in_front(name):
+    model, _ = tuned(ROWS[name], "gpt")
+    at = np.array([0, 5, 9, 27])
+    assert near(run(model, at=at), run(model).reshape(-1, Sizes.V)[at])
+
+
+# ── wrong methods, and the check that refuses each ───────────────────────────────────────────────────────────────────
+class Wrong(Method):
+    targets: Any = "attn.[qv]"
+
+    def edit(self, path: str, m: Module, rng: np.random.Generator) -> Edit:
+        return self.kind(m.cin, m.cout, 4, 4.0, 0.0, rng)
+
+
+def lora_like(**hooks: Any) -> Method:
+    "LoRA with another `after`, `fold` or start."
+    body = type("WrongLowRank", (LowRank,), {k: v for k, v in hooks.items() if k != "targets"})
+    return type("WrongLoRA", (Wrong,), {"kind": body, "targets": hooks.get("targets", Wrong.targets)})()
+
+
+def dead(self: Any, cin: int, cout: int, r: int, s: float, dropout: float, rng: Any) -> None:
+    LowRank.__init__(self, cin, cout, r, s, dropout, rng)
+    self.A.copy_(0 * host(self.A))
+
+
+def drops_all(self: Any, cin: int, cout: int, r: int, s: float, dropout: float, rng: Any) -> None:
+    LowRank.__init__(self, cin, cout, r, s, 0.5, rng)
+
+
+def folds_in_place(self: Any, p: dict) -> dict:
+    p["weight"] += self.delta()
+    return p
+
+
+class Careless(Method):
+    "Writes into the base's weight instead of standing beside it."
+    targets = "attn.q"
+
+    def edit(self, path: str, m: Module, rng: np.random.Generator) -> Edit:
+        m.weight.copy_(host(m.weight) * 1.01)
+        return LowRank(m.cin, m.cout, 4, 4.0, 0.0, rng)
+
+
+class Outside(Bottleneck):
+    "The nonlinearity around the residual sum, not inside the branch."
+
+    def after(self, x: Any, y: Any, ctx: Any) -> Any:
+        return ops.gelu(y + self.up(self.down(y, ctx), ctx))
+
+
+class Blind(Prefix):
+    "Its columns of the mask say that nobody is there."
+
+    def after(self, x: Any, y: Any, ctx: Any) -> Any:
+        k, v, seen = super().after(x, y, ctx)
+        if seen is not None:
+            seen = seen & (ops.xp(seen).arange(seen.shape[1]) >= self.K.shape[1])
+        return k, v, seen
+
+
+class CachedTwice(Prefix):
+    "Stands before the cache, so every call leaves another prefix in it."
+
+    def before(self, x: Any, ctx: Any) -> Any:
+        return Prefix.after(self, None, x, ctx)
+    after = Edit.after
+
+
+class WrongShift(Shift):
+    "Counts positions itself, from the left, padding or not."
+
+    def before(self, positions: Any, ctx: Any) -> Any:
+        return ops.xp(ctx.ids).arange(ctx.ids.shape[1])[None] + self._p
+
+
+class SomePrefix(Method):
+    targets, kind, shift = ("attn.kv", "pos"), Prefix, Shift
+
+    def edit(self, path: str, m: Module, rng: np.random.Generator) -> Edit | None:
+        return self.kind(m.h, m.d, 3, 0.3, rng) if isinstance(m, KV) else self.shift(3) if self.shift else None
+
+
+class Kept(Method):
+    "A prompt whose rows stay."
+    targets = "embed"
+
+    def edit(self, path: str, m: Module, rng: np.random.Generator) -> Edit:
+        return SoftPrompt(m, 3, "vocabulary", rng)
+
+
+class Forgetful(SoftPrompt):
+    "Puts the prompt in again at every call, cache or not."
+
+    def after(self, x: Any, y: Any, ctx: Any) -> Any:
+        ctx.prepend(3)
+        return ops.concatenate(ops.broadcast_to(self.P, (y.shape[0], 3, y.shape[2])), y, axis=1)
+
+
+class AlwaysPrompt(Method):
+    targets = ("embed", "blocks.1")
+
+    def edit(self, path: str, m: Module, rng: np.random.Generator) -> Edit:
+        return Forgetful(m, 3, "vocabulary", rng) if path == "embed" else type("D", (Drop,), {"after": lambda s, x, y, c: y[:, 3:]})(3)
+
+
+class Crowd(LowRank):
+    "Looks at the mean of the batch."
+
+    def after(self, x: Any, y: Any, ctx: Any) -> Any:
+        return y + ops.linear(ops.linear(x - x.mean(axis=0, keepdims=True), self.A), self.B)
+    fold = Edit.fold
+
+
+class Secret(LowRank):
+    "A random projection that is not among its buffers."
+
+    def __init__(self, cin: int, cout: int, r: int, s: float, dropout: float, rng: np.random.Generator):
+        super().__init__(cin, cout, r, s, dropout, rng)
+        self._A = self.A.data
+        del self.A
+
+    def after(self, x: Any, y: Any, ctx: Any) -> Any:
+        return y + ops.linear(ops.linear(x, Tensor(self._A)), self.B) * self.s
+    fold = Edit.fold
+
+
+class Substring(Method):
+    def trains(self, name: str) -> bool:
+        return "b" in name and ("bias" in name or "embed" in name)
+
+
+class Leaky(Method):
+    "Trains a little more than it says."
+
+    def trains(self, name: str) -> bool:
+        return name.split(".")[-1] == "bias" or name == "norm.weight"
+
+
+class HalfGradient(LowRank):
+    "Half of the input's gradient is lost on the way."
+
+    def after(self, x: Any, y: Any, ctx: Any) -> Any:
+        z = ops.linear(x, self.A)
+        return y + ops.linear((z + z.detach()) * 0.5, self.B) * self.s
+
+
+LORA, PREFIX, PROMPT, HOULSBY, BITFIT = (replace(ROWS[n], on=("gpt",)) for n in ("lora", "prefix", "prompt", "houlsby", "bitfit"))
+some_prefix = lambda **over: type("SomePrefix", (SomePrefix,), over)()
+PLANTED = {
+    "LoRA that forgets r when it merges": ("merge", lora_like(fold=lambda e, p: {**p, "weight": p["weight"] + 4 * e.delta()}), LORA),
+    "LoRA that merges A B instead of B A": ("merge", lora_like(fold=lambda e, p: {**p, "weight": p["weight"] + e.delta().T}), LORA),
+    "LoRA that merges the other way round": ("merge", lora_like(fold=lambda e, p: {**p, "weight": p["weight"] - e.delta()}), LORA),
+    "LoRA that folds in place": ("merge", lora_like(fold=folds_in_place), LORA),
+    "LoRA with A = B = 0": ("learns", lora_like(__init__=dead), LORA),
+    "LoRA with A = B = 0 does not move": ("moves", lora_like(__init__=dead), LORA),
+    "LoRA that loses half of its gradient": ("gradients", lora_like(after=HalfGradient.after), LORA),
+    "LoRA that starts away from the base": ("start", lora_like(after=lambda e, x, y, c: y + ops.linear(x @ e.A.T, e.B + 0.1)), LORA),
+    "LoRA of another size": ("count", LoRA(r=5), LORA),
+    "LoRA that drops out the whole output": (
+        "dropout", lora_like(__init__=drops_all, after=lambda e, x, y, c: e.drop(LowRank.after(e, x, y, c), c)), replace(LORA, drops=True)),
+    "LoRA that drops out unasked": ("dropout", lora_like(__init__=drops_all), LORA),
+    "an edit that looks at the whole batch": ("rows", lora_like(after=Crowd.after, fold=Edit.fold), LORA),
+    "an edit that writes into the base": ("off_and_on", Careless(), replace(LORA, merges=True)),
+    "an edit that hides what it drew": ("save", type("W", (Wrong,), {"kind": Secret})(), replace(LORA, merges=False)),
+    "a tied embedding changed only where it is read as rows": (
+        "merge", type("Rows", (Wrong,), {"targets": "embed", "edit": lambda s, p, m, rng: type("R", (LowRank,), {
+            "after": lambda e, x, y, c: y + (ops.embedding(e.B, x) @ e.A) * e.s})(m.cout, m.cin, 2, 1.0, 0.0, rng)})(), LORA),
+    "an adapter with the nonlinearity outside": (
+        "start", type("O", (Method,), {"targets": "blocks.*.attn", "edit": lambda s, p, m, rng: Outside(m.cout, 5, 0.01, rng)})(), HOULSBY),
+    "an adapter that claims to be exact": ("start", Houlsby(m=5), replace(HOULSBY, start="same")),
+    "an adapter that claims to merge": ("merge", Houlsby(m=5), replace(HOULSBY, merges=True)),
+    "a prefix whose mask is forgotten": ("padding", some_prefix(kind=Blind), PREFIX),
+    "a prefix that is cached": ("cache", some_prefix(kind=CachedTwice), PREFIX),
+    "a shift that does not look at the mask": ("padding", some_prefix(shift=WrongShift), PREFIX),
+    "a prefix that claims to be nothing": ("start", PrefixTuning(p=3), replace(PREFIX, start="same")),
+    "a prompt whose rows are kept": ("start", Kept(), PROMPT),
+    "a prompt that comes again at every call": ("cache", AlwaysPrompt(), PROMPT),
+    "BitFit by substring": ("moves", Substring(), BITFIT),
+    "BitFit that takes a gain along": ("moves", Leaky(), BITFIT),
+    "a count without the norms": ("count", Houlsby(m=5), replace(HOULSBY, count=lambda s: s.L * 2 * (2 * 5 * s.C + s.C + 5))),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_the_checks_refuse_a_wrong_method(name):
+    check, method, row = PLANTED[name]
+    with pytest.raises(AssertionError):
+        CHECKS[check](replace(row, method=method), "gpt")
+
+
+def test_the_checks_pass_what_the_wrong_methods_were_made_of():
+    "The planted mistakes are refused for the mistake, not for how they are built."
+    right = {"lora": (lora_like(), replace(LORA)), "prefix": (some_prefix(), replace(PREFIX)), "shift": (some_prefix(), PREFIX)}
+    for method, row in right.values():
+        for check in ("moves", "gradients", "save", "off_and_on", "merge", "rows", "dropout", "padding", "cache", "learns"):
+            CHECKS[check](replace(row, method=method), "gpt")
+
+
+# ── what a user meets ────────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_method_can_be_made_without_arguments_and_put_on(kind):
+    for cls in (Full, Partial, BitFit, LoRA, Houlsby, PromptTuning, PrefixTuning):
+        model = build(kind)
+        attach(model, cls())
+        assert count(model).trained > 0 and len(str(count(model))) > 20
+        assert run(model, tokens(2, 3)).shape == run(build(kind), tokens(2, 3)).shape
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_new_head_stays_as_it_is_when_asked_to(name):
+    if name == "head":
+        return
+    model = build("gpt-classes")
+    attach(model, ROWS[name].method, train_head=False)
+    before = host(model.head.out.weight).copy()
+    assert not any(edit.is_head(model, n) for n in trained(model)) and count(model).head == 0
+    short_fit(model, "gpt-classes", ROWS[name])
+    assert same(host(model.head.out.weight), before)
+
+
+def test_the_same_seed_gives_the_same_adapter_and_every_module_its_own_numbers():
+    one, two, other = (attach(build("gpt"), LoRA(r=2), seed=s) for s in (4, 4, 5))
+    A = lambda a: [host(e.A) for e in a.edits.values()]
+    assert all(same(x, y) for x, y in zip(A(one), A(two)))
+    assert not same(A(one)[0], A(one)[1]) and not same(A(one)[0], A(other)[0])
+
+
+def test_a_method_is_a_frozen_value():
+    m = LoRA(r=3)
+    with pytest.raises(AttributeError):
+        m.r = 4
+    assert m == LoRA(r=3) and m != LoRA(r=4) and "r=3" in repr(m)

@@ -1,0 +1,488 @@
+"""The engine: what backward adds up, what it keeps, what it lets go, what it never computes, and what it says when it refuses."""
+from __future__ import annotations
+
+import contextlib
+import gc
+import threading
+import weakref
+from types import CellType
+
+import numpy as np
+import pytest
+from helpers import dev, gradcheck, host, leaf, seeds, shapes_of
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinyft import array, ops, tensor
+from tinyft.nn import no_grad
+from tinyft.tensor import OPS, ShapeError, Tensor, detect_anomaly, op, sum_to, topological
+
+
+def values(t: Tensor) -> list:
+    return host(t.grad).tolist()
+
+
+@pytest.fixture
+def new_op():
+    "Make ops that leave the table of all ops as it was."
+    known = dict(OPS)
+    yield op
+    OPS.clear()
+    OPS.update(known)
+
+
+# ── adding up ────────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_a_tensor_used_twice_counts_twice():
+    a = leaf([1.0, 2.0])
+    b = a + a
+    c = b + b
+    c.sum().backward()
+    assert values(a) == [4, 4]
+    a.grad = None
+    (a * a * a).sum().backward()
+    assert values(a) == [3, 12]
+
+
+def test_diamonds(rng):
+    gradcheck(lambda a, b: (a * b + ops.exp(a)) * (a - b / (a * a + 1)), [rng.standard_normal((2, 3)), rng.standard_normal((3,))], rng)
+
+
+@given(st.data())
+def test_random_graphs(data):
+    "Any graph of a few ops, each on earlier results, with sharing: a walk in the wrong order would lose a part."
+    rng, steps = data.draw(seeds()), data.draw(st.integers(1, 12))
+    plan = [(int(rng.integers(4)), *(int(i) for i in rng.integers(0, 2 + n, 2))) for n in range(steps)]
+
+    def f(a, b):
+        made = [a, b]
+        for kind, i, j in plan:
+            x, y = made[i], made[j]
+            made.append([lambda x, y: x + y, lambda x, y: x * y, lambda x, y: ops.tanh(x) - y, lambda x, y: x][kind](x, y))
+        return made[-1] + made[len(made) // 2] + a * 0.5 + b
+    gradcheck(f, [rng.uniform(-0.7, 0.7, (2, 2)), rng.uniform(-0.7, 0.7, 2)], rng)
+
+
+def test_a_deep_graph_neither_recurses_nor_repeats(monkeypatch):
+    x, n, pulls = leaf([1.0]), 20_000, []
+    y = x
+    for _ in range(n):
+        y = y + 0.0
+    count = tensor.Record.pull
+    monkeypatch.setattr(tensor.Record, "pull", lambda self, g: pulls.append(1) or count(self, g))
+    y.backward()
+    assert values(x) == [1] and len(pulls) == n
+
+
+def test_a_ladder_of_diamonds_is_walked_once(monkeypatch):
+    "2^50 paths lead from the loss to x; each of the 50 sums is visited once."
+    x, pulls, asked = leaf([1.0]), [], []
+    y = x
+    for _ in range(50):
+        y = y + y
+    pull, parents = tensor.Record.pull, tensor.Record.parents
+    monkeypatch.setattr(tensor.Record, "pull", lambda self, g: pulls.append(1) or pull(self, g))
+    monkeypatch.setattr(tensor.Record, "parents", lambda self: asked.append(1) or parents(self))
+    y.backward()
+    assert values(x) == [2.0**50] and len(pulls) == len(asked) == 50
+
+
+def test_inputs_come_before_outputs():
+    a, b = leaf([1.0]), leaf([2.0])
+    c = a * b
+    d = c + a
+    e = d * c
+    order = [id(t) for t in topological(e)]
+    at = {id(t): order.index(id(t)) for t in (a, b, c, d, e)}
+    assert len(order) == 5 and at[id(a)] < at[id(c)] < at[id(d)] < at[id(e)] and at[id(b)] < at[id(c)]
+
+
+def test_gradients_accumulate_over_two_walks():
+    a = leaf([1.0, 3.0])
+    for n in (1, 2, 3):
+        (a * a).sum().backward()
+        assert values(a) == [2 * n, 6 * n]
+
+
+def test_a_given_gradient_and_its_shape():
+    a = leaf([[1.0, 2.0], [3.0, 4.0]])
+    (a * 2).backward(dev([[1.0, 0.0], [0.5, 2.0]]))
+    assert values(a) == [[2, 0], [1, 4]]
+    (a * 1).backward(Tensor([[1.0, 1.0], [1.0, 1.0]]))
+    assert values(a) == [[3, 1], [2, 5]]
+    with pytest.raises(ShapeError, match=r"gradient of shape \(2, 2\), got \(2,\)"):
+        (a * 2).backward(dev([1.0, 2.0]))
+    with pytest.raises(RuntimeError, match=r"shape \(2, 2\) wants a gradient"):
+        (a * 2).backward()
+    b = leaf([[7.0]])
+    b.backward()
+    assert values(b) == [[1]]
+
+
+@given(shapes_of("..., ... -> ..."), seeds())
+def test_sum_to_is_the_adjoint_of_broadcasting(shapes, rng):
+    (a, b), out = shapes
+    for shape in (a, b):
+        x, g = rng.standard_normal(shape), rng.standard_normal(out)
+        back = host(sum_to(dev(g), shape))
+        assert back.shape == shape
+        assert (np.broadcast_to(x, out) * g).sum() == pytest.approx((x * back).sum())
+
+
+# ── what is kept, and whose it is ────────────────────────────────────────────────────────────────────────────────────
+def test_interior_tensors_keep_no_gradient():
+    a = leaf([1.0, 2.0])
+    b = a * 2
+    c = b.sum()
+    c.backward()
+    assert b.grad is None and c.grad is None and a.grad is not None
+    assert a.is_leaf and not b.is_leaf
+
+
+@pytest.mark.parametrize("join", [lambda a, b: a + b, lambda a, b: ops.concatenate(a, b), lambda a, b: ops.concatenate(a.reshape(4), b.reshape(4)),
+                                  lambda a, b: a.T + b.T, lambda a, b: a.reshape(4) + b.reshape(4), lambda a, b: (a + b) + (a + b),
+                                  lambda a, b: a[0] + b[1], lambda a, b: ops.broadcast_to(a, (3, 2, 2)) + b, lambda a, b: a + b + a])
+def test_gradients_are_not_shared(join):
+    a, b = leaf(np.ones((2, 2))), leaf(np.ones((2, 2)))
+    y = join(a, b)
+    given = dev(np.ones(y.shape))
+    y.backward(given)
+    before = host(b.grad).copy()
+    a.grad += 100
+    assert np.array_equal(host(b.grad), before)
+    assert (host(given) == 1).all()
+    b.grad += 7
+    assert np.array_equal(host(b.grad), before + 7) and (host(given) == 1).all() and (host(a.grad) >= 100).all()
+
+
+def test_a_gradient_of_one_number_is_an_array():
+    x = leaf(np.array(2.0))
+    for _ in range(2):
+        (x * x).backward()
+    assert array.is_array(x.grad) and x.grad.shape == () and float(host(x.grad)) == 8
+    y = leaf(np.array(2.0))
+    ops.exp(ops.mean(y * y)).backward()
+    assert array.is_array(y.grad)
+
+
+def test_the_seed_of_the_walk_is_not_kept():
+    a = leaf([1.0])
+    seed = dev([3.0], np.float32)
+    a.backward(seed)
+    a.grad += 1
+    assert host(seed).tolist() == [3]
+
+
+def test_a_second_walk_does_not_change_the_gradients_of_the_first():
+    a, b = leaf([1.0, 1.0]), leaf([1.0, 1.0])
+    (a + b).sum().backward()
+    first = a.grad
+    (a * 3).sum().backward()
+    assert host(first).tolist() == [1, 1] and values(a) == [4, 4] and values(b) == [1, 1]
+
+
+# ── nothing for what is frozen ───────────────────────────────────────────────────────────────────────────────────────
+@pytest.fixture
+def products(monkeypatch):
+    "Counts matrix products: linear's and matmul's definitions, forward and back, through the @ of an array that counts."
+    count = [0]
+
+    def counted(f):
+        def product(*args, **kw):
+            count[0] += 1
+            y, pulls = f(*args, **kw)
+
+            def once(back):
+                def run(g):
+                    count[0] += 1
+                    return back(g)
+                return run
+            return y, tuple(b if b is None or b is ops.same else once(b) for b in pulls)
+        return product
+    for name in ("linear", "matmul"):
+        kind = type(dev([0.0]))
+        monkeypatch.setitem(OPS[name].fast, kind, counted(OPS[name].definition))
+    return count
+
+
+def test_frozen_inputs_cost_no_products(products):
+    x, W1, W2, W3 = (Tensor(dev(np.ones((3, 3)))) for _ in range(4))
+
+    def used(*trains):
+        for t in (x, W1, W2, W3):
+            t.train(t in trains)
+            t.grad = None
+        products[0] = 0
+        y = ops.linear(ops.linear(ops.linear(x, W1), W2), W3).sum()
+        assert products[0] == 3
+        if trains:
+            y.backward()
+        return products[0] - 3
+    assert used() == 0
+    assert used(W3) == 1                                                         # dW3, and nothing below
+    assert used(W2) == 2                                                         # dx through W3, dW2
+    assert used(W1) == 3
+    assert used(x) == 3                                                          # only dx, in every layer
+    assert used(W1, W2, W3) == 5                                                 # the first layer's dx is nobody's
+    assert used(x, W1, W2, W3) == 6
+
+
+def test_the_arrays_count_the_products_too():
+    "The same, counted at the @ of the arrays themselves."
+    class Counting(np.ndarray):
+        n = 0
+
+        def __array_ufunc__(self, ufunc, method, *args, **kw):
+            Counting.n += ufunc is np.matmul
+            out = getattr(ufunc, method)(*(a.view(np.ndarray) if isinstance(a, Counting) else a for a in args), **kw)
+            return out.view(Counting) if isinstance(out, np.ndarray) else out
+    array._modules[Counting], array._names[Counting] = np, "numpy"
+    try:
+        x, W1, W2 = (Tensor(np.ones((2, 2)).view(Counting)) for _ in range(3))
+        W2.train(True)
+        ops.linear(ops.linear(x, W1), W2).sum().backward()
+        assert Counting.n == 3                                                   # two forward, dW2
+        Counting.n = 0
+        q = Tensor(np.ones((2, 2)).view(Counting), requires_grad=True)
+        ops.attention(q, W1, W1).sum().backward()
+        assert Counting.n == 4                                                   # q kᵀ, p v; g vᵀ, ds k
+    finally:
+        del array._modules[Counting], array._names[Counting]
+
+
+def held(y: Tensor) -> list[int]:
+    "The ids of every array that can be reached from y's record: through pullbacks, their closures, and what these hold."
+    found, seen, todo = [], set(), [y.record]
+    while todo:
+        o = todo.pop()
+        if id(o) in seen:
+            continue
+        seen.add(id(o))
+        if array.is_array(o):
+            found.append(id(o))
+            todo.append(o.base)                                                  # a view holds the whole
+        elif isinstance(o, tensor.Record):
+            todo += [o.pulls]
+        elif isinstance(o, (list, tuple)):
+            todo += o
+        elif isinstance(o, CellType):
+            with contextlib.suppress(ValueError):                                # a cell nothing was put in
+                todo.append(o.cell_contents)
+        elif callable(o) and getattr(o, "__closure__", None):
+            todo += o.__closure__
+    return found
+
+
+def test_a_dropped_pullback_drops_its_arrays():
+    x, W = dev(np.ones((2, 3))), dev(np.ones((2, 3)))
+    for f in (ops.linear, ops.mul):
+        y = f(Tensor(x, requires_grad=True), Tensor(W))
+        assert id(W) in held(y) and id(x) not in held(y)
+        y = f(Tensor(x), Tensor(W, requires_grad=True))
+        assert id(x) in held(y) and id(W) not in held(y)
+    assert ops.linear(Tensor(x), Tensor(W)).record is None
+    with no_grad():
+        assert ops.linear(Tensor(x, requires_grad=True), Tensor(W)).record is None
+
+
+NOT_HELD = {"add": lambda x: x + x, "sub": lambda x: x - 1, "neg": lambda x: -x, "sum": lambda x: x.sum(), "mean": lambda x: x.mean(axis=0),
+            "reshape": lambda x: x.reshape(-1), "permute": lambda x: x.permute(1, 0), "transpose": lambda x: x.T, "getitem": lambda x: x[0],
+            "broadcast_to": lambda x: ops.broadcast_to(x, (2, 2, 3)), "concatenate": lambda x: ops.concatenate(x, x), "cumsum": ops.cumsum,
+            "exp": ops.exp, "sqrt": ops.sqrt, "tanh": ops.tanh, "sigmoid": ops.sigmoid, "softmax": ops.softmax, "log_softmax": ops.log_softmax,
+            "embedding": lambda x: ops.embedding(x, dev([0, 1])), "gather": lambda x: ops.gather(x, dev([[0], [1]])),
+            "dropout": lambda x: ops.dropout(x, 0.5, 1), "layer_norm": lambda x: ops.layer_norm(x, Tensor(dev(np.ones(3))), Tensor(dev(np.ones(3)))),
+            "rms_norm": lambda x: ops.rms_norm(x, Tensor(dev(np.ones(3)))), "cross_entropy": lambda x: ops.cross_entropy(x, dev([0, 1])),
+            "straight_through": lambda x: ops.straight_through(x.detach(), x), "where": lambda x: ops.where(dev([True, False, True]), x, x)}
+
+
+@pytest.mark.parametrize("name", NOT_HELD)
+def test_an_op_holds_only_what_its_pullbacks_read(name, definitions):
+    x = leaf(np.ones((2, 3)))
+    assert id(x.data) not in held(NOT_HELD[name](x))
+
+
+def test_a_graph_without_anything_that_trains_is_not_recorded():
+    x = Tensor([1.0, 2.0])
+    y = ops.exp(x * 2 + 1).sum()
+    assert y.record is None and not y.requires_grad
+    with pytest.raises(RuntimeError, match="depends on no tensor that trains"):
+        y.backward()
+
+
+def test_the_walk_never_enters_what_is_frozen(monkeypatch):
+    W, a, names = Tensor([[1.0]]), leaf([[1.0]]), []
+    below = ops.exp(ops.tanh(W))
+    loss = (below * a).sum()
+    pull = tensor.Record.pull
+    monkeypatch.setattr(tensor.Record, "pull", lambda self, g: names.append(self.name) or pull(self, g))
+    loss.backward()
+    assert names == ["sum", "mul"]
+
+
+def test_memory_is_let_go_as_the_walk_passes(new_op):
+    alive, refs = [], []
+
+    class Saved:
+        "Something a pullback holds."
+
+    @new_op("... -> ...")
+    def holding(x):
+        saved = Saved()
+        refs.append(weakref.ref(saved))
+
+        def back(g, _=saved):
+            alive.append(sum(r() is not None for r in refs))
+            return g
+        return x + 0, (back,)
+    y = leaf([1.0])
+    for _ in range(5):
+        y = holding(y)
+    gc.disable()
+    try:
+        y.backward()
+        assert alive == [5, 4, 3, 2, 1]
+        assert not any(r() for r in refs)
+    finally:
+        gc.enable()
+
+
+def test_values_die_with_the_graph():
+    a = leaf([1.0, 2.0])
+    b = ops.exp(a)
+    c = (b * b).sum()
+    ref = weakref.ref(b)
+    del b
+    assert ref() is not None
+    gc.disable()
+    try:
+        c.backward()
+        assert ref() is None                                                     # no cycle: gone without the collector
+    finally:
+        gc.enable()
+
+
+# ── switches ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_no_grad_is_for_this_thread_only():
+    a, inside, out = leaf([1.0]), threading.Event(), []
+
+    def other():
+        inside.wait(10)
+        array.use(backend)
+        out.append((a * 2).requires_grad)
+    backend = array.backend()
+    thread = threading.Thread(target=other)
+    thread.start()
+    with no_grad():
+        inside.set()
+        thread.join()
+        assert not (a * 2).requires_grad
+        with no_grad():
+            pass
+        assert not (a * 2).requires_grad
+    assert out == [True] and (a * 2).requires_grad
+    with pytest.raises(ZeroDivisionError), no_grad():
+        raise ZeroDivisionError
+    assert (a * 2).requires_grad
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_detect_anomaly_names_the_op_and_the_shapes(new_op):
+    x = leaf([[1.0, -1.0, 0.0]])
+    with detect_anomaly():
+        with pytest.raises(FloatingPointError, match=r"log gave a value that is not finite; inputs \(1, 3\)"):
+            ops.log(x)
+        with pytest.raises(FloatingPointError, match=r"sqrt gave back a gradient that is not finite; shape \(1, 1\)"):
+            ops.sqrt(x[:, 2:]).sum().backward()
+        (x * 2).sum().backward()
+    assert not np.isfinite(host(ops.log(x))).all()                               # outside it says nothing
+
+
+# ── refusals ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_writing_what_the_walk_still_needs_is_refused():
+    W, x = leaf([[2.0]]), leaf([[3.0]])
+    loss = (W * x).sum()
+    W.copy_([[5.0]])
+    assert host(W).tolist() == [[5]]
+    with pytest.raises(RuntimeError, match="input of 'mul' was written in place"):
+        loss.backward()
+    loss = (W * x).sum()
+    loss.backward()
+    assert values(x) == [[5]]
+    W.touch()
+    (W * x).sum().backward()                                                     # a new graph sees the new version
+    b = x * 2
+    with pytest.raises(RuntimeError, match="only a leaf"):
+        b.copy_([[1.0]])
+    with pytest.raises(TypeError, match="not written in place"):
+        x[0] = 1.0
+
+
+def test_copy_keeps_the_memory_and_the_dtype():
+    x = leaf([1.0, 2.0], np.float32)
+    memory, r = x.data, x.copy_(np.array([5, 6]))
+    assert r is x and x.data is memory and x.dtype == np.float32 and host(x).tolist() == [5, 6]
+    x.copy_(Tensor([7.0, 8.0]))
+    assert host(x).tolist() == [7, 8]
+
+
+def test_a_second_walk_needs_the_graph():
+    a = leaf([2.0])
+    y = a * a
+    y.backward()
+    with pytest.raises(RuntimeError, match="released at 'mul'.*retain_graph=True"):
+        y.backward()
+    b = leaf([2.0])
+    y = b * b
+    y.backward(retain_graph=True)
+    y.backward()
+    assert values(b) == [8]
+    with pytest.raises(RuntimeError, match="released"):
+        (y + b).backward()
+
+
+def test_two_backends_in_one_op():
+    with pytest.raises(array.BackendError, match=r"add: arrays on numpy and strict.*\.to\("):
+        Tensor([1.0]).to("numpy") + Tensor([1.0]).to("strict")
+    with pytest.raises(array.BackendError, match="numpy and strict"):
+        array.xp(Tensor([1.0]).to("numpy").data, Tensor([1.0]).to("strict").data)
+    with pytest.raises(array.BackendError, match="unknown backend 'tpu'"):
+        array.use("tpu")
+
+
+def test_only_floats_train():
+    for a in ([1, 2], [True, False]):
+        with pytest.raises(TypeError, match="only floating-point tensors train"):
+            Tensor(dev(a), requires_grad=True)
+    for dtype in (np.float16, np.float32, np.float64, array.bfloat16):
+        assert Tensor(dev([1.0], dtype), requires_grad=True).requires_grad
+
+
+def test_a_leaf_frozen_between_forward_and_backward_keeps_no_gradient():
+    a, b = leaf([1.0]), leaf([2.0])
+    y = a * b
+    a.train(False)
+    y.backward()
+    assert a.grad is None and values(b) == [1]
+
+
+# ── the tensor ───────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_what_a_tensor_tells():
+    x = Tensor([[1.0, 2.0, 3.0]])
+    assert (x.shape, x.ndim, x.size, x.dtype, len(x)) == ((1, 3), 2, 3, np.float32, 1)
+    assert x.device == array.backend() and "1., 2., 3." in repr(x) and "requires_grad" not in repr(x) and "requires_grad" in repr(leaf([1.0]))
+    assert x[0, 1].item() == 2 and x.numpy().tolist() == [[1, 2, 3]]
+    assert Tensor(dev([1.0], np.float64)).dtype == np.float64 and Tensor(3).shape == ()
+
+
+def test_detach_shares_numbers_and_no_history():
+    a = leaf([1.0, 2.0])
+    b = (a * a).detach()
+    assert b.record is None and not b.requires_grad
+    (b * a).sum().backward()
+    assert values(a) == [1, 4]
+    assert a.detach().data is a.data
+
+
+def test_to_makes_a_leaf_elsewhere():
+    a = Tensor([1.0], requires_grad=True, decay=False)
+    b = a.to("strict").to("numpy")
+    assert b.requires_grad and b.decay is False and b.device == "numpy" and host(b).tolist() == [1]

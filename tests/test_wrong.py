@@ -1,0 +1,65 @@
+"""The checks of test_ops.py can fail: each wrong op of wrong.py is rejected by them, within a few examples, and not by crashing."""
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from helpers import host, leaf
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from test_ops import check, examples, function
+from wrong import WRONG
+
+from tinyft import kernels, ops
+from tinyft.tensor import Tensor
+
+FEW = settings(max_examples=60, derandomize=True, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+
+
+def draws(name, n=60):
+    "The examples that `check` is given: the same for a real op and a wrong one."
+    found = []
+
+    @FEW
+    @given(st.data())
+    def collect(data):
+        found.append(data.draw(examples(name)))
+    collect()
+    return found[:n]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _definitions():
+    with kernels.definitions():
+        yield
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_answer_is_rejected(name):
+    w = WRONG[name]
+    assert w.belief.endswith((".", ")")) and len(w.belief) > 20
+    with w.context():
+        for e, rng, _ in draws(w.target):
+            try:
+                check(w.f, w.target, e, rng)
+            except AssertionError:
+                return
+    pytest.fail(f"{name} passes for {w.target}")
+
+
+@pytest.mark.parametrize("name", sorted({w.target for w in WRONG.values()}))
+def test_the_right_answer_passes_the_same_examples(name):
+    for e, rng, _ in draws(name):
+        check(function(name), name, e, rng)
+
+
+def test_there_are_many():
+    assert len(WRONG) >= 20 and len({w.belief for w in WRONG.values()}) == len(WRONG)
+
+
+def test_a_sum_loss_misses_what_the_random_covector_catches():
+    "The softmax's pullback checked through .sum() is zero, and zero is right there."
+    x = leaf(np.random.default_rng(0).standard_normal((3, 4)))
+    WRONG["softmax_zero"].f(x).sum().backward()
+    right = Tensor(x.data, requires_grad=True)
+    ops.softmax(right).sum().backward()
+    assert (host(x.grad) == 0).all() and np.abs(host(right.grad)).max() < 1e-15

@@ -1,0 +1,417 @@
+"""Wrong ops, each with the belief behind it.  test_wrong.py requires the checks that the real ops pass to reject every one.
+
+Most are errors that stood for years in libraries people rely on; the others are what a tired person writes.
+"""
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass
+from typing import Any, Callable, Iterator
+
+from tinyft import array, ops, tensor
+from tinyft.array import xp
+from tinyft.ops import _softmax, flat, same, t
+from tinyft.tensor import OPS
+
+
+@dataclass
+class Wrong:
+    "target: whose place it takes;  belief: the sentence that makes it look right;  f: the op, or the context in which the real one is wrong."
+    target: str
+    belief: str
+    f: Callable[..., Any]
+    context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+
+
+WRONG: dict[str, Wrong] = {}
+
+
+def instead_of(target: str, belief: str) -> Callable:
+    def note(f: Callable) -> Callable:
+        if target in OPS:
+            made = tensor.op(OPS[target].shapes)(f)
+            del OPS[f.__name__]                                                  # the table of ops stays what it is
+        else:
+            made = f
+        WRONG[f.__name__] = Wrong(target, belief, made)
+        return made
+    return note
+
+
+# ── arithmetic ───────────────────────────────────────────────────────────────────────────────────────────────────────
+@instead_of("sub", "Subtraction is linear, so both inputs get g.")
+def sub_without_sign(a, b):
+    return a - b, (same, same)
+
+
+@instead_of("div", "The derivative of 1/b is −1/b.")
+def div_by_b_once(a, b):
+    return a / b, (lambda g: g / b, lambda g: -g * a / b)
+
+
+@instead_of("power", "Only the exponent comes down: p x.")
+def power_without_lowering(x, p):
+    return x**p, (lambda g: g * p * x, None)
+
+
+@instead_of("matmul", "dB = Gᵀ A: it has the right numbers, and for square matrices the right shape.")
+def matmul_transposed(a, b):
+    square = a.shape[-2] == a.shape[-1] == b.shape[-1]
+    return a @ b, (lambda g: g @ t(b), lambda g: t(g) @ a if square else t(a) @ g)
+
+
+@instead_of("linear", "The bias gets the mean of g over the batch, as the loss is a mean.")
+def linear_with_mean_bias(x, W, b=None):
+    y, (dx, dW, _) = ops.linear.definition(x, W, b)
+    return y, (dx, dW, lambda g: flat(g).mean(axis=0))
+
+
+@instead_of("linear", "With a frozen weight there is nothing to send back through it.")
+def linear_stops_at_the_weight(x, W, b=None):
+    y, (_, dW, db) = ops.linear.definition(x, W, b)
+    return y, (None, dW, db)
+
+
+# ── elementwise ──────────────────────────────────────────────────────────────────────────────────────────────────────
+@instead_of("gelu", "The derivative of x Φ(x) is Φ(x) + x φ(x), and φ is e^(−x²/2).")
+def gelu_without_normalisation(x):
+    cdf = 0.5 * (1 + ops.erf(x * 0.5**0.5))
+    return x * cdf, (lambda g: g * (cdf + x * xp(x).exp(-0.5 * x * x)),)
+
+
+@instead_of("gelu", "GELU is GELU: the tanh form is the same function.")
+def gelu_by_tanh(x):
+    return ops.gelu_tanh.definition(x)
+
+
+@instead_of("gelu_tanh", "The inner derivative is √(2/π) (1 + 0.044715 x²).")
+def gelu_tanh_without_three(x):
+    c = (2 / math.pi)**0.5
+    y, _ = ops.gelu_tanh.definition(x)
+    h = xp(x).tanh(c * (x + 0.044715 * x**3))
+    return y, (lambda g: g * (0.5 * (1 + h) + 0.5 * x * (1 - h * h) * c * (1 + 0.044715 * x * x)),)
+
+
+@instead_of("sigmoid", "The pullback is y (1 − y); g was one anyway.")
+def sigmoid_without_g(x):
+    y, _ = ops.sigmoid.definition(x)
+    return y, (lambda g: y * (1 - y),)
+
+
+@instead_of("silu", "SiLU is a sigmoid that gates: σ passes g on, and the gate itself is a constant.")
+def silu_with_constant_gate(x):
+    s = 0.5 * (1 + xp(x).tanh(0.5 * x))
+    return x * s, (lambda g: g * s,)
+
+
+@instead_of("relu", "Where the gradient is negative nothing comes back (the guided backpropagation of saliency maps).")
+def relu_guided(x):
+    return xp(x).maximum(x, 0), (lambda g: g * (x > 0) * (g > 0),)
+
+
+@instead_of("clip", "Clipping is a straight line for gradients.")
+def clip_straight(x, low, high):
+    return xp(x).clip(x, low, high), (same, None, None)
+
+
+@instead_of("where", "The mask says where a is taken, so b gets nothing.")
+def where_forgets_b(c, a, b):
+    return xp(c).where(c, a, b), (None, lambda g: g * c, lambda g: g * 0)
+
+
+@instead_of("maximum", "The larger one gets everything, and the larger one is a.")
+def maximum_is_a(a, b):
+    return xp(a, b).maximum(a, b), (same, lambda g: g * 0)
+
+
+# ── reductions ───────────────────────────────────────────────────────────────────────────────────────────────────────
+@instead_of("mean", "n is the number of entries of x, whatever the axis.")
+def mean_over_everything(x, axis=None, keepdims=False):
+    m, shape = xp(x), x.shape
+    return x.mean(axis=axis, keepdims=keepdims), (lambda g: m.broadcast_to(ops._back(g, shape, axis, keepdims) / x.size, shape),)
+
+
+@instead_of("amax", "Every entry gets g: the maximum depends on all of them.")
+def amax_for_all(x, axis=None, keepdims=False):
+    m, shape = xp(x), x.shape
+    return x.max(axis=axis, keepdims=keepdims), (lambda g: m.broadcast_to(ops._back(g, shape, axis, keepdims), shape),)
+
+
+@instead_of("amax", "Dividing by a count is dividing by a number: the dtype stays.")
+def amax_widens(x, axis=None, keepdims=False):
+    y, at = x.max(axis=axis, keepdims=keepdims), x == x.max(axis=axis, keepdims=True)
+    return y, (lambda g: ops._back(g, x.shape, axis, keepdims) * at / at.sum(axis=axis, keepdims=True),)
+
+
+@instead_of("cumsum", "The adjoint of a cumulative sum is a cumulative sum.")
+def cumsum_forwards(x, axis=-1):
+    m = xp(x)
+    return m.cumsum(x, axis=axis), (lambda g: m.cumsum(g, axis=axis),)
+
+
+@instead_of("cumsum", "One sums along the last axis.")
+def cumsum_back_along_the_last(x, axis=-1):
+    m = xp(x)
+    return m.cumsum(x, axis=axis), (lambda g: m.flip(m.cumsum(m.flip(g, axis=-1), axis=-1), axis=-1),)
+
+
+# ── choosing and shape ───────────────────────────────────────────────────────────────────────────────────────────────
+@instead_of("embedding", "d[ids] = g puts each gradient in its row.")
+def embedding_assigns(W, ids):
+    m, shape = xp(W), W.shape
+
+    def back(g):
+        d = m.zeros(shape, g.dtype)
+        rows, g = ids.reshape(-1), g.reshape(-1, shape[1])
+        for i in range(len(rows)):
+            d[int(rows[i])] = g[i]
+        return d
+    return W[ids], (back, None)
+
+
+@instead_of("gather", "The rows of a gather are all alike: use the first one's indices.")
+def gather_with_one_row(x, i, axis=-1):
+    one = i[(slice(0, 1),) * (i.ndim - 1)] if axis == -1 else i
+    return xp(x).take_along_axis(x, i, axis=axis), (ops.gather.definition(x, xp(x).broadcast_to(one, i.shape), axis)[1][0], None)
+
+
+@instead_of("getitem", "A slice of x gets its gradient at the front.")
+def getitem_at_the_front(x, index):
+    y = x[index]
+
+    def back(g):
+        d = xp(x).zeros(x.size, g.dtype)
+        d[:g.size] = g.reshape(-1)[:x.size]
+        return d.reshape(x.shape)
+    return y, (back, None)
+
+
+@instead_of("straight_through", "A hard decision has no gradient.")
+def straight_through_zero(hard, soft):
+    return hard, (None, lambda g: g * 0)
+
+
+@instead_of("permute", "Permuting again undoes a permutation.")
+def permute_again(x, axes):
+    def back(g):
+        d = g.transpose(axes)
+        return d if d.shape == x.shape else g.transpose(tuple(sorted(range(len(axes)), key=lambda i: axes[i] % len(axes))))
+    return x.transpose(axes), (back, None)
+
+
+@instead_of("concatenate", "All pieces are as long as the first.")
+def concatenate_of_equals(*xs, axis=0):
+    def part(i):
+        def back(g):
+            n = xs[i].shape[axis]
+            start = min(i * xs[0].shape[axis], g.shape[axis] - n)
+            return g[(slice(None),) * (axis % g.ndim) + (slice(start, start + n),)]
+        return back
+    return xp(*xs).concatenate(xs, axis=axis), tuple(part(i) for i in range(len(xs)))
+
+
+# ── layers ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+@instead_of("softmax", "A sum-loss gave the gradient zero, so it is zero.")
+def softmax_zero(x):
+    return _softmax(x), (lambda g: g * 0,)
+
+
+@instead_of("softmax", "dx = g p (1 − p): the diagonal of the Jacobian is the Jacobian.")
+def softmax_diagonal(x):
+    p = _softmax(x)
+    return p, (lambda g: g * p * (1 - p),)
+
+
+@instead_of("log_softmax", "The normaliser is a constant.")
+def log_softmax_constant_normaliser(x):
+    return ops.log_softmax.definition(x)[0], (same,)
+
+
+@instead_of("layer_norm", "μ and σ move with x, but only μ matters: leave out the x̂ term.")
+def layer_norm_without_variance(x, w, b, eps=1e-5):
+    y, (_, dw, db) = ops.layer_norm.definition(x, w, b, eps=eps)
+    s = xp(x).sqrt(((x - x.mean(axis=-1, keepdims=True))**2).mean(axis=-1, keepdims=True) + eps)
+    return y, (lambda g: (w * g - (w * g).mean(axis=-1, keepdims=True)) / s, dw, db)
+
+
+@instead_of("layer_norm", "The deviation of a sample has n − 1 below.")
+def layer_norm_unbiased(x, w, b, eps=1e-5):
+    n = x.shape[-1]
+    return ops.layer_norm.definition(x, w * ((n - 1) / n)**0.5, b, eps=eps * n / max(n - 1, 1))
+
+
+@instead_of("layer_norm", "ε is added to the deviation.")
+def layer_norm_eps_outside(x, w, b, eps=1e-5):
+    c = x - x.mean(axis=-1, keepdims=True)
+    s = xp(x).sqrt((c * c).mean(axis=-1, keepdims=True)) + eps
+    return w * c / s + b, ops.layer_norm.definition(x, w, b, eps=eps)[1]
+
+
+@instead_of("rms_norm", "RMS norm is layer norm without the bias.")
+def rms_norm_centred(x, w, eps=1e-6):
+    y, (dx, dw, _) = ops.layer_norm.definition(x, w, w * 0, eps=eps)
+    return y, (dx, dw)
+
+
+@instead_of("attention", "The scale is 1/√C, C the width of the model, heads times d.")
+def attention_root_of_width(q, k, v, scale=None, **kw):
+    heads = q.shape[-3] if q.ndim > 2 else 1
+    return ops.attention.definition(q, k, v, scale=(heads * q.shape[-1])**-0.5 if scale is None else scale, **kw)
+
+
+@instead_of("attention", "The mask sets weights to zero, so it comes after the softmax.")
+def attention_masks_afterwards(q, k, v, seen=None, causal=False, scale=None, keep=None):
+    m, may = xp(q), None if seen is None else seen
+    if causal:
+        past = m.tril(m.ones((q.shape[-2], k.shape[-2]), dtype=bool), k.shape[-2] - q.shape[-2])
+        may = past if may is None else past & may
+    factor = keep if may is None else may.astype(q.dtype) if keep is None else may * keep
+    return ops.attention.definition(q, k, v, scale=scale, keep=factor)
+
+
+@instead_of("attention", "Causal: query i looks at keys j < i.")
+def attention_cannot_see_itself(q, k, v, seen=None, causal=False, **kw):
+    m = xp(q)
+    if causal:
+        past = m.tril(m.ones((q.shape[-2], k.shape[-2]), dtype=bool), k.shape[-2] - q.shape[-2] - 1)
+        seen = past if seen is None else past & seen
+    return ops.attention.definition(q, k, v, seen, **kw)
+
+
+@instead_of("attention", "Causal: query i looks at keys j ≤ i, also when older keys were put in front.")
+def attention_ignores_the_cache(q, k, v, seen=None, causal=False, **kw):
+    m = xp(q)
+    if causal:
+        past = m.tril(m.ones((q.shape[-2], k.shape[-2]), dtype=bool))
+        seen = past if seen is None else past & seen
+    return ops.attention.definition(q, k, v, seen, **kw)
+
+
+@instead_of("attention", "A large negative number is minus infinity: a row that sees nothing then averages over everything.")
+def attention_with_a_large_number(q, k, v, seen=None, causal=False, scale=None, keep=None):
+    m, may = xp(q), seen
+    if causal:
+        past = m.tril(m.ones((q.shape[-2], k.shape[-2]), dtype=bool), k.shape[-2] - q.shape[-2])
+        may = past if may is None else past & may
+    s = (q @ t(k)) * (q.shape[-1]**-0.5 if scale is None else scale)
+    p = _softmax(s if may is None else m.where(may, s, -1e30))
+    return (p if keep is None else p * keep) @ v, ops.attention.definition(q, k, v, seen, causal, scale, keep)[1]
+
+
+@instead_of("attention", "Dropout acts on P, so dP needs no mask of its own.")
+def attention_forgets_dropout_in_dp(q, k, v, keep=None, **kw):
+    y, _ = ops.attention.definition(q, k, v, keep=keep, **kw)
+    _, plain = ops.attention.definition(q, k, v, **kw)
+    return y, plain
+
+
+@instead_of("softmax_attention", "Scores need no scale: the softmax normalises.")
+def softmax_attention_unscaled(q, k, v, seen=None, causal=False):
+    return ops.attention(q, k, v, seen, causal, scale=1.0)
+
+
+@instead_of("cross_entropy", "p − 1 at the label; the mean is taken care of elsewhere.")
+def cross_entropy_not_averaged(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
+    value, (back, *rest) = ops.cross_entropy.definition(z, y, weight, ignore_index, label_smoothing)
+    return value, (lambda g: back(g) * max(y.size, 1), *rest)
+
+
+@instead_of("cross_entropy", "The mean is over all rows, ignored ones too.")
+def cross_entropy_counts_ignored(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
+    value, (back, *rest) = ops.cross_entropy.definition(z, y, weight, ignore_index, label_smoothing)
+    share = float((y != ignore_index).sum()) / y.size
+    return value * share, (lambda g: back(g) * share, *rest)
+
+
+@instead_of("cross_entropy", "ε is shared among the V − 1 other classes.")
+def cross_entropy_smooths_the_others(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
+    V = z.shape[-1]
+    return ops.cross_entropy.definition(z, y, weight, ignore_index, label_smoothing * V / max(V - 1, 1))
+
+
+@instead_of("cross_entropy", "Σ over classes of ε/V is ε/V: spread is one number per row (it stood so in this library's first draft).")
+def cross_entropy_forgets_to_spread(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
+    value, (back, *rest) = ops.cross_entropy.definition(z, y, weight, ignore_index, label_smoothing)
+    real = (y.reshape(-1) != ignore_index)[:, None]
+    missing = label_smoothing * (1 - 1 / z.shape[-1]) / max(int(real.sum()), 1)
+    return value, (lambda g: back(g) - (g * (_softmax(flat(z)) * real * missing)).reshape(z.shape).astype(z.dtype), *rest)
+
+
+@instead_of("cross_entropy", "Class weights multiply the loss; what one divides by is the number of rows.")
+def cross_entropy_divides_by_rows(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
+    value, (back, *rest) = ops.cross_entropy.definition(z, y, weight, ignore_index, label_smoothing)
+    real = y != ignore_index
+    share = 1.0 if weight is None else float((weight[xp(y).where(real, y, 0)] * real).sum()) / float(real.sum())
+    return value * share, (lambda g: back(g) * share, *rest)
+
+
+@instead_of("dropout", "Dropout sets entries to zero. That is all.")
+def dropout_without_rescale(x, p, key):
+    keep = (array.uniform_like(x, key) >= p).astype(x.dtype)
+    return x * keep, (lambda g: g * keep, None, None)
+
+
+@instead_of("dropout", "Going back, new noise is as good as the old.")
+def dropout_draws_again(x, p, key):
+    y, _ = ops.dropout.definition(x, p, key)
+    return y, (ops.dropout.definition(x, p, key + 1)[1][0], None, None)
+
+
+# ── compositions ─────────────────────────────────────────────────────────────────────────────────────────────────────
+@instead_of("kl_divergence", "The temperature softens both; the gradient stays the size it was.")
+def kl_without_t_squared(p, q, temperature=1.0):
+    p, q = ops.log_softmax(p * (1 / temperature)), ops.log_softmax(q * (1 / temperature))
+    return (ops.exp(p) * (p - q)).sum() * (q.shape[-1] / q.size)
+
+
+@instead_of("kl_divergence", "KL is symmetric enough.")
+def kl_reversed(p, q, temperature=1.0):
+    p, q = ops.log_softmax(p * (1 / temperature)), ops.log_softmax(q * (1 / temperature))
+    return (ops.exp(q) * (q - p)).sum() * (temperature**2 * q.shape[-1] / q.size)
+
+
+@instead_of("kl_divergence", "batchmean and mean are one (torch's `mean` divides by the classes as well).")
+def kl_over_all_entries(p, q, temperature=1.0):
+    p, q = ops.log_softmax(p * (1 / temperature)), ops.log_softmax(q * (1 / temperature))
+    return (ops.exp(p) * (p - q)).mean() * temperature**2
+
+
+@instead_of("normalize", "The norm is a scale, hence a constant.")
+def normalize_constant_norm(x, axis=-1):
+    return x / ops.sqrt((x * x).sum(axis=axis, keepdims=True)).detach()
+
+
+@instead_of("topk", "argsort sorts, so the last k are the largest.")
+def topk_smallest_first(x, k):
+    order = xp(x.data).argsort(x.data, axis=-1)[..., -k:]
+    return ops.gather(x, order), order
+
+
+# ── the engine ───────────────────────────────────────────────────────────────────────────────────────────────────────
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, f: Any) -> Iterator[None]:
+    old = getattr(owner, name)
+    setattr(owner, name, f)
+    try:
+        yield
+    finally:
+        setattr(owner, name, old)
+
+
+def engine(name: str, target: str, belief: str, attribute: str, f: Callable) -> None:
+    WRONG[name] = Wrong(target, belief, OPS[target], lambda: replaced(tensor, attribute, f))
+
+
+right_sum_to = tensor.sum_to
+
+
+def _first_of_repeats(g, shape):
+    g = g[(0,) * (g.ndim - len(shape))]
+    return g[tuple(slice(0, 1) if n == 1 else slice(None) for n in shape)]
+
+
+engine("broadcast_not_undone", "add", "Addition passes g on, whatever the shapes were.", "sum_to", lambda g, shape: g)
+engine("broadcast_undone_by_one", "mul", "All copies of a repeated entry get the same gradient: take the first.", "sum_to", _first_of_repeats)
+engine("broadcast_undone_by_mean", "add", "All copies of a repeated entry share the gradient.", "sum_to",
+       lambda g, shape: right_sum_to(g, shape) * (math.prod(shape) / max(g.size, 1)))
