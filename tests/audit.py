@@ -19,22 +19,23 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ["HYPOTHESIS_PROFILE"] = "audit"
 TESTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(TESTS.parent))
 
-import pytest                                                                    # noqa: E402
+import pytest  # noqa: E402
 
-import tinyft                                                                    # noqa: E402
+import tinyft  # noqa: E402
 
 PACKAGE = Path(tinyft.__file__).resolve().parent
 EQUIVALENT = TESTS / "audit_equivalent.txt"
-SUITES = {                                                                       # audited file -> the tests it answers to; without any it waits
+SUITES = {                                                                       # audited file -> the tests it answers to
     "ops.py": ["test_ops.py", "test_tensor.py"], "functional.py": ["test_ops.py"], "nn.py": ["test_nn.py"], "optim.py": ["test_optim.py"],
     "edit.py": ["test_protocol.py", "test_methods.py"], "methods": ["test_methods.py", "test_protocol.py"],
     "models/blocks.py": ["test_models.py", "test_protocol.py", "test_methods.py"]}
@@ -322,7 +323,8 @@ class Audit:
             counted = [m for m in mine if m.killer or m.key not in listed]
             if counted:
                 n = sum(bool(m.killer) for m in counted)
-                say(f"{file:<44} {n:>5} of {len(counted):<5} killed   {100 * n / len(counted):5.1f} %   {len(mine) - len(counted):>3} equivalent")
+                share = f"{n:>5} of {len(counted):<5} killed  {100 * n / len(counted):5.1f} %"
+                say(f"{file:<44} {share}  {len(mine) - len(counted):>3} equivalent")
         for m in alive:
             say(f"SURVIVED {m.key}   (line {m.line}; {len(self.tests(m))} tests)")
         stale = [k for k in listed if k in {m.key for m in mutants if m.killer}]
@@ -363,8 +365,8 @@ def main() -> int:
         print("without a reason in audit_equivalent.txt:", *bad, sep="\n  ")
         return 1
     audit = Audit(options, [f for f in files if not f.endswith("__init__.py")])
-    status = pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:randomly", "--rootdir", str(TESTS.parent), *(str(TESTS / s) for s in sorted(suites))],
-                         plugins=[audit])
+    arguments = ["-q", "-p", "no:cacheprovider", "--rootdir", str(TESTS.parent), *(str(TESTS / s) for s in sorted(suites))]
+    status = pytest.main(arguments, plugins=[audit])
     return 0 if audit.ok and status in (0, 5) else 1
 
 

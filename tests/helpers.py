@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Callable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
@@ -27,7 +28,8 @@ def host(a: Any) -> np.ndarray | None:
     return None if a is None else array.asnumpy(a.data if isinstance(a, Tensor) else a)
 
 
-def gradcheck(f: Callable[..., Tensor], arrays: Sequence[np.ndarray], rng: np.random.Generator, tol: float = 1e-6, eps: float = 1e-5) -> None:
+def gradcheck(f: Callable[..., Tensor], arrays: Sequence[np.ndarray], rng: np.random.Generator, tol: float = 1e-6,
+              eps: float = 1e-5) -> None:
     """⟨ȳ, J v⟩ by central differences against ⟨Jᵀ ȳ, v⟩ by backward, for a random covector ȳ and a random direction v.
 
     f takes one Tensor per array.  rng must be the stream the arrays came from: another generator with the same seed would make ȳ equal
@@ -62,7 +64,7 @@ def shapes_of(draw: Callable, spec: str, broadcast: bool = True) -> tuple[list[t
     Every letter is a size of 1 to 4, "..." stands for 0 to 2 leading sizes.  With `broadcast`, an input may lack some of the leading
     axes, or have length one there.  In some draws all letters are one size."""
     ins, out = ([side.split() for side in part.split(",")] for part in spec.split("->"))
-    square = draw(st.sampled_from([None, None, 2, 3]))                           # equal sizes let a forgotten transpose through: some must be
+    square = draw(st.sampled_from([None, None, 2, 3]))                           # a forgotten transpose shows only among equal sizes
     size = {d: square or draw(st.integers(1, 4)) for d in sorted(set(re.findall(r"\b[a-z]\b", spec)))}
     lead = tuple(draw(st.lists(st.integers(1, 4), max_size=2)))
     many = sum("..." in s for s in ins) > 1
@@ -74,5 +76,5 @@ def shapes_of(draw: Callable, spec: str, broadcast: bool = True) -> tuple[list[t
         return tuple(n if draw(st.booleans()) else 1 for n in lead[cut:])
     leads = [own() if "..." in s else () for s in ins]
     full = np.broadcast_shapes(*leads)
-    shape = lambda s, front: (front if "..." in s else ()) + tuple(size[d] for d in s if d != "...")      # noqa: E731
+    shape = lambda s, front: (front if "..." in s else ()) + tuple(size[d] for d in s if d != "...")
     return [shape(s, front) for s, front in zip(ins, leads)], shape(out[0], full)

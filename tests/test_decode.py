@@ -101,7 +101,8 @@ def wanted(keep: list[int], temperature: float = 1.0) -> np.ndarray:
 
 CASES = [(dict(), [0, 1, 2, 3, 4]), (dict(temperature=0.5), [0, 1, 2, 3, 4]), (dict(temperature=3.0), [0, 1, 2, 3, 4]), (dict(top_k=1), [1]),
          (dict(top_k=3), [1, 3, 4]), (dict(top_k=99), [0, 1, 2, 3, 4]), (dict(top_p=0.39), [1]), (dict(top_p=0.5), [1, 3]),
-         (dict(top_p=0.7), [1, 3, 4]), (dict(top_p=1.0), [0, 1, 2, 3, 4]), (dict(top_k=2, top_p=0.9), [1, 3]), (dict(top_k=4, top_p=0.5, temperature=2.0), [1, 3])]
+         (dict(top_p=0.7), [1, 3, 4]), (dict(top_p=1.0), [0, 1, 2, 3, 4]), (dict(top_k=2, top_p=0.9), [1, 3]),
+         (dict(top_k=4, top_p=0.5, temperature=2.0), [1, 3])]
 
 
 def check_sampling(sample=choose) -> None:
@@ -157,7 +158,8 @@ IDS, RNG = np.array([[1, 2, 3]]), np.random.default_rng(0)
     (IDS, dict(temperature=1.0), "a generator: rng="), (IDS, dict(temperature=-1.0, rng=RNG), "a temperature > 0"),
     (IDS, dict(temperature=1.0, rng=RNG, top_k=0), "top_k >= 1"), (IDS, dict(temperature=1.0, rng=RNG, top_p=0.0), "0 < top_p <= 1"),
     (IDS, dict(temperature=1.0, rng=RNG, top_p=1.1), "0 < top_p <= 1"),
-    (IDS, dict(mask=np.ones((1, 4), bool)), r"mask has shape \(1, 4\), the ids \(1, 3\)"), (IDS, dict(mask=np.array([[True, True, False]])), "padding on the left")])
+    (IDS, dict(mask=np.ones((1, 4), bool)), r"mask has shape \(1, 4\), the ids \(1, 3\)"),
+    (IDS, dict(mask=np.array([[True, True, False]])), "padding on the left")])
 def test_bad_arguments_get_one_clear_sentence(ids, more, words):
     with pytest.raises(ValueError, match=words):
         generate(model_with("none"), ids, 3, **more)

@@ -4,8 +4,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -193,6 +194,6 @@ def test_definitions_come_off_again_also_after_an_error_and_nest():
 @pytest.mark.parametrize("switch, there", [("off", False), ("on", True), (None, True)])
 def test_an_environment_variable_leaves_the_kernels_out(switch, there):
     env = {k: v for k, v in os.environ.items() if k != "TINYFT_KERNELS"} | {"PYTHONPATH": str(Path(tinyft.__file__).parents[1])}
-    code = "import tinyft, tinyft.tensor as t, tinyft.optim as o; print([bool(t.OPS[n].fast) for n in %r] + [bool(o.adam_update.fast)])" % (NAMES,)
+    code = f"import tinyft, tinyft.tensor as t, tinyft.optim as o; print([bool(t.OPS[n].fast) for n in {NAMES}] + [bool(o.adam_update.fast)])"
     out = subprocess.run([sys.executable, "-c", code], env=env | ({"TINYFT_KERNELS": switch} if switch else {}), capture_output=True, text=True)
     assert out.stdout.strip() == str([there] * 5), out.stderr

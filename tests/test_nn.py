@@ -32,7 +32,8 @@ class Tree(Module):
         return self.head(self.by_name["a"](x, ctx), ctx)
 
 
-NAMES = ["embed.weight", "layers.0.weight", "layers.0.bias", "layers.1.weight", "by_name.b", "by_name.a.weight", "by_name.a.bias", "head.bias"]
+NAMES = ["embed.weight", "layers.0.weight", "layers.0.bias", "layers.1.weight", "by_name.b", "by_name.a.weight", "by_name.a.bias",
+         "head.bias"]
 
 
 @pytest.fixture
@@ -169,7 +170,8 @@ def test_again_is_the_same_batch_without_the_noise():
     ctx.prepend(2)
     ctx.notes["x"] = 1
     again = ctx.again(task=[7])
-    assert again.given["ids"] == [[1, 2]] and again.mask == [[True, False]] and again.rng is None and again.notes == {} and again.colour == 3
+    assert np.array_equal(again.given["ids"], [[1, 2]]) and again.mask == [[True, False]] and again.rng is None and again.notes == {}
+    assert again.colour == 3
     assert again.task == [7] and again.source is not source and again.source.rng is None and again.source.ids == [[5]] and again.taps
     assert Context(ids=[[1]]).again().source is None
 
@@ -214,7 +216,7 @@ def test_positions_count_real_tokens_and_the_cache_goes_on(rng, padded, B, T1, T
     T, cache = T1 + T2, Cache()
     mask = rng.random((B, T)) < 0.6 if padded else None
     ids = np.ones((B, T), int)
-    part = lambda s: begun(ids=ids[:, s], mask=None if mask is None else mask[:, s], cache=cache)      # noqa: E731
+    part = lambda s: begun(ids=ids[:, s], mask=None if mask is None else mask[:, s], cache=cache)
     got = []
     for s in (slice(0, T1), slice(T1, T)):
         ctx = part(s)
@@ -247,7 +249,8 @@ def test_the_cache_joins_and_chooses_rows():
     assert k.shape == (2, 1, 3, 3) and host(k)[0, 0, :, 0].tolist() == [0, 1, 1] and host(v)[0, 0, :, 0].tolist() == [0, 2, 2]
     cache.length, cache.mask = 3, dev(np.array([[True] * 3, [False] * 3]))
     one = cache.rows(dev([1, 1]))
-    assert one.kv["x"][0].shape == (2, 1, 3, 3) and one.length == 3 and host(one.mask).tolist() == [[False] * 3] * 2 and cache.kv["x"][0] is k
+    assert one.kv["x"][0].shape == (2, 1, 3, 3) and one.length == 3 and host(one.mask).tolist() == [[False] * 3] * 2
+    assert cache.kv["x"][0] is k
     cache.mask = None
     assert cache.rows(dev([0])).mask is None
 
@@ -403,5 +406,6 @@ def test_a_packed_weight_is_made_anew_and_not_kept(rng):
 
 
 def test_the_names_a_user_imports():
-    assert set(nn.__all__) == {"Context", "Cache", "Parameter", "Module", "Packed", "Linear", "Embedding", "TiedHead", "LayerNorm", "Dropout", "no_grad"}
+    assert set(nn.__all__) == {"Context", "Cache", "Parameter", "Module", "Packed", "Linear", "Embedding", "TiedHead", "LayerNorm",
+                               "Dropout", "no_grad"}
     assert Parameter([1.0]).requires_grad and Parameter([1.0]).decay is None and math.isclose(ops.exp(Parameter([0.0])).item(), 1)

@@ -6,8 +6,9 @@ what an op must pass; tests/wrong.py holds wrong ops that must not.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ class Example:
 
 
 CASES: dict[str, list[Callable[..., Example]]] = {}
-plain = lambda f, *x: f(*x)                                                      # noqa: E731
+plain = lambda f, *x: f(*x)
 
 
 def case(name: str) -> Callable:
@@ -190,7 +191,8 @@ def _(rng, shapes):
     indices = [1, -1, slice(1, None), slice(None, None, -1), (slice(None), slice(0, 3, 2)), (Ellipsis, None), None, (2, 0), (slice(1, 1),),
                i, (i, j), (slice(None), j), (1, j), (Ellipsis, slice(0, 1))]
     at = indices[rng.integers(len(indices))]
-    on = tuple(dev(p) if isinstance(p, np.ndarray) else p for p in at) if isinstance(at, tuple) else dev(at) if isinstance(at, np.ndarray) else at
+    put = lambda p: dev(p) if isinstance(p, np.ndarray) else p
+    on = tuple(map(put, at)) if isinstance(at, tuple) else put(at)
     return Example([x], lambda f, x: f(x, on), lambda x: x[at])
 
 
@@ -222,7 +224,8 @@ def _(rng, shapes):
     for n in rng.integers(1, 4, rng.integers(1, 4)):
         shape[axis] = int(n)
         xs.append(normal(rng, shape))
-    return Example(xs, lambda f, *xs: f(*xs, axis=axis), lambda *xs: np.moveaxis(np.array([r for x in xs for r in np.moveaxis(x, axis, 0)]), 0, axis))
+    want = lambda *xs: np.moveaxis(np.array([row for x in xs for row in np.moveaxis(x, axis, 0)]), 0, axis)
+    return Example(xs, lambda f, *xs: f(*xs, axis=axis), want)
 
 
 def softmax(x):
@@ -237,14 +240,14 @@ elementwise("log_softmax", normal, lambda x: np.log(softmax(x)))
 @case("layer_norm")
 def _(rng, shapes):
     eps = float(rng.choice([1e-5, 0.3]))
-    want = lambda x, w, b: (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps) * w + b       # noqa: E731
+    want = lambda x, w, b: (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps) * w + b
     return Example([normal(rng, s) * 2 + 1 for s in shapes], lambda f, x, w, b: f(x, w, b, eps=eps), want)
 
 
 @case("rms_norm")
 def _(rng, shapes):
     eps = float(rng.choice([1e-6, 0.3]))
-    want = lambda x, w: w * x * (np.square(x).sum(-1, keepdims=True) / x.shape[-1] + eps)**-0.5                    # noqa: E731
+    want = lambda x, w: w * x * (np.square(x).sum(-1, keepdims=True) / x.shape[-1] + eps)**-0.5
     return Example([normal(rng, s) * 2 + 1 for s in shapes], lambda f, x, w: f(x, w, eps=eps), want)
 
 
@@ -274,7 +277,7 @@ def _(rng, shapes):
         kw["seen"] = np.asarray(seen)
     if rng.integers(2):
         kw["keep"] = np.asarray((rng.random((*lead, t, s)) < 0.7) / 0.7)
-    on = lambda dtype: {k: a if not isinstance(a, np.ndarray) else dev(a, dtype if k == "keep" else None) for k, a in kw.items()}    # noqa: E731
+    on = lambda dtype: {k: a if not isinstance(a, np.ndarray) else dev(a, dtype if k == "keep" else None) for k, a in kw.items()}
     return Example([q, k, v], lambda f, q, k, v: f(q, k, v, **on(q.dtype)), lambda q, k, v: attend(q, k, v, **kw))
 
 
@@ -323,12 +326,14 @@ def _(rng, shapes):
     t, s = q.shape[-2], k.shape[-2]
     causal = bool(rng.integers(2)) and t <= s
     seen = None if rng.integers(2) else np.asarray((rng.random((t, s)) < 0.6) | (np.arange(s) == 0))        # key 0 is for everybody
-    return Example([q, k, v], lambda f, q, k, v: f(q, k, v, None if seen is None else dev(seen), causal), lambda q, k, v: attend(q, k, v, seen, causal))
+    call = lambda f, q, k, v: f(q, k, v, None if seen is None else dev(seen), causal)
+    return Example([q, k, v], call, lambda q, k, v: attend(q, k, v, seen, causal))
 
 
 @case("mse_loss")
 def _(rng, shapes):
-    return Example([normal(rng, shapes[0]), normal(rng, shapes[0])], plain, lambda a, b: np.array(np.linalg.norm((a - b).ravel())**2 / a.size))
+    want = lambda a, b: np.array(np.linalg.norm((a - b).ravel())**2 / a.size)
+    return Example([normal(rng, shapes[0]), normal(rng, shapes[0])], plain, want)
 
 
 @case("kl_divergence")
@@ -343,7 +348,7 @@ def _(rng, shapes):
 
 @case("soft_cross_entropy")
 def _(rng, shapes):
-    want = lambda z, t: np.array(-np.mean(np.sum(t * np.log(softmax(z)), -1)))                                    # noqa: E731
+    want = lambda z, t: np.array(-np.mean(np.sum(t * np.log(softmax(z)), -1)))
     return Example([normal(rng, shapes[0]), softmax(normal(rng, shapes[0]))], plain, want)
 
 
@@ -494,11 +499,14 @@ def test_python_numbers_do_not_widen(dtype):
 def test_operators_and_methods():
     a, b = np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([[5.0, -6.0], [7.0, 8.0]])
     x, y = Tensor(dev(a)), Tensor(dev(b))
-    for got, want in [(x + y, a + b), (x - y, a - b), (x * y, a * b), (x / y, a / b), (x @ y, a @ b), (-x, -a), (x**2, a * a), (abs(y), abs(b)),
+    for got, want in [(x + y, a + b), (x - y, a - b), (x * y, a * b), (x / y, a / b), (x @ y, a @ b), (-x, -a),
+                      (x**2, a * a), (abs(y), abs(b)),
                       (2 - x, 2 - a), (2 / x, 2 / a), (dev(a) + y, a + b), (dev(a) - y, a - b), (dev(a) / y, a / b), (dev(a) @ y, a @ b),
-                      (x.T, a.T), (x.transpose(), a.T), (x.reshape(4), a.ravel()), (x.reshape(1, 4), a.reshape(1, 4)), (x.reshape((4, 1)), a.reshape(4, 1)),
+                      (x.T, a.T), (x.transpose(), a.T), (x.reshape(4), a.ravel()), (x.reshape(1, 4), a.reshape(1, 4)),
+                      (x.reshape((4, 1)), a.reshape(4, 1)),
                       (x.permute(1, 0), a.T), (x.permute((1, 0)), a.T), (x[1, 0], a[1, 0]), (x.sum(axis=0), a.sum(0)), (x.mean(), a.mean()),
-                      (x.amax(axis=1), a.max(1)), (x.exp(), np.exp(a)), (x.log(), np.log(a)), (x.sqrt(), np.sqrt(a)), (x.tanh(), np.tanh(a))]:
+                      (x.amax(axis=1), a.max(1)), (x.exp(), np.exp(a)), (x.log(), np.log(a)), (x.sqrt(), np.sqrt(a)),
+                      (x.tanh(), np.tanh(a))]:
         assert isinstance(got, Tensor)
         np.testing.assert_allclose(host(got), want, rtol=1e-12)
 
@@ -531,8 +539,9 @@ def test_erf():
     assert host(ops.erf(dev(x, np.float16))).dtype == np.float16
 
 
-@pytest.mark.parametrize("name, f", [("sigmoid", lambda v: 1 / (1 + math.exp(-v)) if v > -700 else 0.0), ("silu", lambda v: v / (1 + math.exp(-v)) if v > -700 else 0.0),
-                                     ("gelu", lambda v: v * 0.5 * math.erfc(-v / 2**0.5)), ("gelu_tanh", lambda v: v * (v > 0)), ("tanh", math.tanh)])
+@pytest.mark.parametrize("name, f", [
+    ("sigmoid", lambda v: 1 / (1 + math.exp(-v)) if v > -700 else 0.0), ("silu", lambda v: v / (1 + math.exp(-v)) if v > -700 else 0.0),
+    ("gelu", lambda v: v * 0.5 * math.erfc(-v / 2**0.5)), ("gelu_tanh", lambda v: v * (v > 0)), ("tanh", math.tanh)])
 def test_far_out_nothing_overflows(name, f):
     x = np.array([-1e4, -1000.0, -50.0, 50.0, 1000.0, 1e4])
     t = leaf(x)

@@ -695,7 +695,7 @@ BAD = {
     "labels that are no integers": (gpt, labelled(np.zeros((4, 8))), TypeError, "labels are integers; got float64"),
     "classes for a language model": (gpt, labelled([0, 1, 2, 0]), ValueError, "ask for 4 answers, the model gives 32: .*token labels"),
     "a class for one row of a language model": (gpt, {"ids": tokens(1), "labels": np.array([1])}, ValueError, "ask for 1 answers, the model gives 8"),
-    "tokens for a classifier": (lambda: bert(classes=CLASSES), labelled(np.ones((4, 8), int)), ValueError, "ask for 32 .* gives 4: .*a label per row"),
+    "tokens for a classifier": (lambda: bert(classes=CLASSES), labelled(np.ones((4, 8), int)), ValueError, "ask for 32 .* 4: .*a label per row"),
     "as many tokens as rows": (lambda: bert(classes=CLASSES), labelled(np.where(np.arange(8) == 2, [[1]] * 4, -100)), ValueError, "a label per row"),
     "a model without a head": (lambda: BERT(BERTConfig(V, P, 2, C, 1, 3), head=None), labelled(np.ones((4, 8), int)), ValueError, "has no head"),
     "too long": (gpt, tokens(2, P + 2), ValueError, f"sequence of {P + 1} tokens is longer than the model's {P} positions"),

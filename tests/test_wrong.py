@@ -12,7 +12,8 @@ from wrong import WRONG
 from tinyft import kernels, ops
 from tinyft.tensor import Tensor
 
-FEW = settings(max_examples=60, derandomize=True, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=60, derandomize=True, database=None, deadline=None, phases=[Phase.generate],
+               suppress_health_check=list(HealthCheck))
 
 
 def draws(name, n=60):

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Callable, Iterator
+from typing import Any
 
 from tinyft import array, ops, tensor
 from tinyft.array import xp
@@ -17,7 +18,7 @@ from tinyft.tensor import OPS
 
 @dataclass
 class Wrong:
-    "target: whose place it takes;  belief: the sentence that makes it look right;  f: the op, or the context in which the real one is wrong."
+    "target: whose place it takes;  belief: what makes it look right;  f: the op;  context: in which the real op is wrong."
     target: str
     belief: str
     f: Callable[..., Any]
@@ -412,6 +413,7 @@ def _first_of_repeats(g, shape):
 
 
 engine("broadcast_not_undone", "add", "Addition passes g on, whatever the shapes were.", "sum_to", lambda g, shape: g)
-engine("broadcast_undone_by_one", "mul", "All copies of a repeated entry get the same gradient: take the first.", "sum_to", _first_of_repeats)
+engine("broadcast_undone_by_one", "mul", "All copies of a repeated entry get the same gradient: take the first.", "sum_to",
+       _first_of_repeats)
 engine("broadcast_undone_by_mean", "add", "All copies of a repeated entry share the gradient.", "sum_to",
        lambda g, shape: right_sum_to(g, shape) * (math.prod(shape) / max(g.size, 1)))

@@ -68,9 +68,12 @@ class TfIdf:
 
     def transform(self, texts: Sequence[str]) -> Sparse:
         """n texts -> (n, d). Terms that `fit` did not keep are left out."""
-        counts = [Counter(term for term in self.terms(text) if term in self.columns) for text in texts]
-        entries = [(row, self.columns[term], count) for row, terms in enumerate(counts) for term, count in terms.items()]
-        rows, columns, count = np.array(entries, int).reshape(-1, 3).T
+        entries: tuple[list[int], list[int], list[int]] = ([], [], [])
+        for row, text in enumerate(texts):
+            counts = Counter(self.columns[term] for term in self.terms(text) if term in self.columns)
+            for part, more in zip(entries, ([row] * len(counts), counts.keys(), counts.values()), strict=True):
+                part.extend(more)
+        rows, columns, count = (np.array(part, int) for part in entries)
         values = (1 + np.log(count)) * self.idf[columns]
         lengths = np.sqrt(np.bincount(rows, values**2, len(texts)))
         return Sparse(rows, columns, values / lengths[rows], (len(texts), len(self.columns)))
@@ -105,6 +108,10 @@ class LogisticRegression:
         return (X.dot(self.W) + self.b).argmax(1)
 
 
+def inner(a: np.ndarray, b: np.ndarray) -> float:
+    return float((a * b).sum())                                        # not a @ b: BLAS starts threads for it, slower where cores are busy
+
+
 def lbfgs(f: Callable, x: np.ndarray, steps: int, memory: int = 6, tolerance: float = 1e-5) -> np.ndarray:
     """Minimise a smooth convex f: x -> (value, gradient).   Nocedal & Wright, Numerical Optimization, 2006, algorithm 7.4"""
     (value, gradient), pairs = f(x), []                                # pairs: (change of x, change of the gradient), oldest first
@@ -113,16 +120,16 @@ def lbfgs(f: Callable, x: np.ndarray, steps: int, memory: int = 6, tolerance: fl
             break
         direction, alphas = -gradient, []
         for s, y in reversed(pairs):
-            alphas.append(s @ direction / (s @ y))
+            alphas.append(inner(s, direction) / inner(s, y))
             direction = direction - alphas[-1] * y
-        direction = direction * (pairs[-1][0] @ pairs[-1][1] / (pairs[-1][1] @ pairs[-1][1]) if pairs else 1)
+        direction = direction * (inner(*pairs[-1]) / inner(pairs[-1][1], pairs[-1][1]) if pairs else 1)
         for (s, y), alpha in zip(pairs, reversed(alphas), strict=True):
-            direction = direction + (alpha - y @ direction / (s @ y)) * s
-        rate = 1.0
-        while (new := f(x + rate * direction))[0] > value + 1e-4 * rate * (gradient @ direction) and rate > 1e-10:
+            direction = direction + (alpha - inner(y, direction) / inner(s, y)) * s
+        rate, slope = 1.0, inner(gradient, direction)
+        while (new := f(x + rate * direction))[0] > value + 1e-4 * rate * slope and rate > 1e-10:
             rate /= 2
         s, y = rate * direction, new[1] - gradient
-        pairs = ([*pairs, (s, y)] if s @ y > 1e-12 else pairs)[-memory:]
+        pairs = ([*pairs, (s, y)] if inner(s, y) > 1e-12 else pairs)[-memory:]
         x, (value, gradient) = x + s, new
     return x
 

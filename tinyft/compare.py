@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from . import array, baselines, data, edit, kernels, methods
+from . import array, baselines, data, edit, kernels
 from .formats.huggingface import classifier, load
+from .methods import BitFit, Full, Houlsby, LoRA, Partial, PrefixTuning, PromptTuning
 from .models import BERT
 from .nn import Context, Module, no_grad
 from .optim import AdamW, linear
@@ -56,16 +57,16 @@ def contenders(lm: bool) -> list[Contender]:
     everything = "attn.[qkvo]", "mlp.up", "mlp.down"
     rows = [
         Contender("from scratch", None, 1e-3),
-        Contender("head only", methods.Partial(k=0), 3e-3),
-        Contender("BitFit", methods.BitFit(), 3e-3),
-        Contender("prompt (p=16)", methods.PromptTuning(p=16), 1e-2),
-        Contender("prefix (p=16)", methods.PrefixTuning(p=16), 1e-2),
-        Contender("prefix, MLP", methods.PrefixTuning(p=16, mlp=64), 2e-3),
-        Contender("LoRA (r=8; q, v)", methods.LoRA(r=8, alpha=16), 3e-3),
-        Contender("LoRA (r=8; all)", methods.LoRA(r=8, alpha=16, targets=everything), 2e-3),
-        Contender("Houlsby (m=16)", methods.Houlsby(m=16), 2e-3),
-        Contender("top block", methods.Partial(k=1), 1e-3),
-        Contender("full", methods.Full(), 5e-4),
+        Contender("head only", Partial(k=0), 3e-3),
+        Contender("BitFit", BitFit(), 3e-3),
+        Contender("prompt (p=16)", PromptTuning(p=16), 1e-2),
+        Contender("prefix (p=16)", PrefixTuning(p=16), 1e-2),
+        Contender("prefix, MLP", PrefixTuning(p=16, mlp=64), 2e-3),
+        Contender("LoRA (r=8; q, v)", LoRA(r=8, alpha=16), 3e-3),
+        Contender("LoRA (r=8; all)", LoRA(r=8, alpha=16, targets=everything), 2e-3),
+        Contender("Houlsby (m=16)", Houlsby(m=16), 2e-3),
+        Contender("top block", Partial(k=1), 1e-3),
+        Contender("full", Full(), 5e-4),
     ]
     return [r for r in rows if not (lm and r.name == "head only")]               # a language model's tied head is its embedding: nothing to train
 
@@ -101,10 +102,10 @@ class Settings:
 PRESETS = {
     ("quick", "intact"): Settings("intact"),
     ("quick", "package"): Settings("package", steps=150, train=1000),
-    ("quick", "domain"): Settings("domain", steps=60, seeds=3, train=200_000, test=64, batch=16, T=128),
+    ("quick", "domain"): Settings("domain", steps=60, seeds=3, train=200_000, test=64, batch=16, T=112),
     ("full", "intact"): Settings("intact", steps=600, seeds=5, train=6000, test=3000),
     ("full", "package"): Settings("package", steps=600, seeds=5, train=3000, test=3000, T=96),
-    ("full", "domain"): Settings("domain", steps=400, seeds=5, train=900_000, test=256, batch=16, T=128),
+    ("full", "domain"): Settings("domain", steps=400, seeds=5, train=900_000, test=256, batch=16, T=112),
 }
 
 
@@ -169,9 +170,9 @@ def costs(s: Settings, c: Contender, rounds: int = 5) -> dict[str, Any]:
     """Stored bytes, peak memory of a training step, and paired ratios: a step's time to full fine-tuning's, inference's to the base's.
     Each round times both, one after the other; the figure is the median of the rounds' ratios."""
     batch = next(material(s, 0)[1])
-    full = Contender("full", methods.Full(), 1e-4)
+    full = Contender("full", Full(), 1e-4)
     mine, other = (stepper(x.model(s, 0), batch) for x in (c, full))
-    plain = replace(c, method=methods.Full() if c.method is not None else None).model(s, 0)
+    plain = replace(c, method=Full() if c.method is not None else None).model(s, 0)
     asked = c.model(s, 0)
     step = [(timed(mine), timed(other)) for _ in range(rounds + 1)][1:]
     look = [(timed(lambda: infer(asked, batch)), timed(lambda: infer(plain, batch))) for _ in range(rounds + 1)][1:]
@@ -283,7 +284,7 @@ def headline(s: Settings, task: data.Task) -> str:
 def forecast(s: Settings, rows: list[Contender], jobs: int) -> str:
     "How long it will take, from one step and one evaluation timed now."
     _, batches, test = material(s, 0)
-    model = Contender("full", methods.Full(), 1e-4).model(s, 0)
+    model = Contender("full", Full(), 1e-4).model(s, 0)
     step = stepper(model, next(batches))
     step()
     one = timed(step) * (1.3 if jobs > 1 else 1.0)                               # a worker has one thread; other processes run beside it

@@ -89,13 +89,18 @@ def windows(tokens: np.ndarray, T: int) -> np.ndarray:
 
 
 def encode(tokenizer: Tokenizer, text: str, max_len: int, form: str = "bert") -> list[int]:
-    """Token ids of a text, cut to max_len:  "bert": [CLS] x [SEP];   "gpt": x <|endoftext|>, whose last token is classified."""
+    """Token ids of a text, cut to max_len:  "bert": [CLS] x [SEP];   "gpt": x <|endoftext|>, whose last token is classified.
+
+    The special tokens are found by name, so any tokenizer that has them will do."""
     _one_of("form", form, ("bert", "gpt"))
-    before, after = ([CLS], [SEP]) if form == "bert" else ([], [END])
+    before, after = (["[CLS]"], ["[SEP]"]) if form == "bert" else ([], ["<|endoftext|>"])
     room = max_len - len(before) - len(after)
     if room < 1:
         raise ValueError(f"wanted max_len of at least {max_len - room + 1} (special tokens and one more), got {max_len}")
-    return before + tokenizer.encode(text, add_special_tokens=False).ids[:room] + after
+    ids = [tokenizer.token_to_id(name) for name in before + after]
+    if None in ids:
+        raise ValueError(f"wanted a tokenizer with {' and '.join(before + after)}, got one without")
+    return ids[:len(before)] + tokenizer.encode(text, add_special_tokens=False).ids[:room] + ids[len(before):]
 
 
 # -------------------------------------------------------------------------------------------------------------- tasks

@@ -48,6 +48,7 @@ class Tensor:
     dtype = property(lambda self: self.data.dtype)
     device = property(lambda self: array.name_of(self.data), doc="the backend: 'numpy', 'cupy' or 'strict'")
     is_leaf = property(lambda self: self.record is None)
+    node = property(lambda self: self if self.record is None else self.record, doc="its place in the graph")
 
     def __repr__(self) -> str:
         return f"Tensor({array.asnumpy(self.data)!r}{', requires_grad=True' if self.requires_grad else ''})"
@@ -104,21 +105,22 @@ class Tensor:
             gradient.data if isinstance(gradient, Tensor) else gradient, self.data, self.dtype)
         if g.shape != self.shape:
             raise ShapeError(f"backward wants a gradient of shape {self.shape}, got {g.shape}")
-        grads, ours, order = {id(self): g}, set(), topological(self)             # ours: arrays nobody else can see
+        grads, ours, order = {id(self.node): g}, set(), topological(self)        # ours: arrays nobody else can see
         while order:                                                             # popping lets go of what was passed
-            t = order.pop()
-            key = id(t)
+            node = order.pop()
+            key = id(node)
             g = grads.pop(key, None)
             if g is None:                                                        # no pullback led here
                 continue
-            if t.record is None:
-                if t.requires_grad:                                              # frozen after its use: nothing to keep
-                    t.grad = m.asarray(t.grad + g if t.grad is not None else g if key in ours else g.copy())    # NumPy's 0-d results are scalars
+            if isinstance(node, Tensor):
+                if node.requires_grad:                                           # frozen after its use: nothing to keep
+                    new = node.grad + g if node.grad is not None else g if key in ours else g.copy()
+                    node.grad = m.asarray(new)                                   # NumPy's 0-d results are scalars
                 continue
-            for p, gp in t.record.pull(g):
+            for p, gp in node.pull(g):
                 shared, gp, k = gp is g or gp.base is not None, sum_to(gp, p.shape), id(p)
                 if _state.anomaly and not bool(m.isfinite(gp).all()):
-                    raise FloatingPointError(f"{t.record.name} gave back a gradient that is not finite; shape {gp.shape}")
+                    raise FloatingPointError(f"{node.name} gave back a gradient that is not finite; shape {gp.shape}")
                 if k not in grads:
                     grads[k] = gp
                     ours.discard(k) if shared else ours.add(k)
@@ -128,23 +130,25 @@ class Tensor:
                     grads[k] = grads[k] + gp
                     ours.add(k)
             if not retain_graph:
-                t.record.release()
+                node.release()
 
 
 class Record:
-    "How a tensor was made: the op's name, its pullbacks with the tensors they lead to, the version of every leaf it read."
-    __slots__ = ("name", "pulls", "leaves")
+    """How a tensor was made: the op's name, the value's shape, the pullbacks with the nodes they lead to, the version of every leaf read.
 
-    def __init__(self, name: str, pulls: list, leaves: list):
-        self.name, self.pulls, self.leaves = name, pulls, leaves
+    A node is the Record of a computed tensor, or a leaf.  So the graph holds what pullbacks hold, and no value for its own sake."""
+    __slots__ = ("name", "shape", "pulls", "leaves")
 
-    def parents(self) -> Iterator[Tensor]:
+    def __init__(self, name: str, shape: tuple, pulls: list, leaves: list):
+        self.name, self.shape, self.pulls, self.leaves = name, shape, pulls, leaves
+
+    def parents(self) -> Iterator["Record | Tensor"]:
         if self.pulls is None:
             raise RuntimeError(f"this graph was walked before and released at {self.name!r}: backward(retain_graph=True) keeps it")
         for parents, _ in self.pulls:
             yield from parents
 
-    def pull(self, g: Array) -> Iterator[tuple[Tensor, Array]]:
+    def pull(self, g: Array) -> Iterator[tuple["Record | Tensor", Array]]:
         for version, then in self.leaves:
             if version[0] != then:
                 raise RuntimeError(f"an input of {self.name!r} was written in place after the op used it: its gradient would be wrong")
@@ -155,18 +159,18 @@ class Record:
         self.pulls = None
 
 
-def topological(root: Tensor) -> list[Tensor]:
-    "Every tensor the root was made from that needs a gradient, inputs before outputs.  A stack, so deep graphs do not recurse."
-    order, seen, stack = [], set(), [(root, False)]
+def topological(root: Tensor) -> list["Record | Tensor"]:
+    "Every node the root was made from that needs a gradient, inputs before outputs.  A stack, so deep graphs do not recurse."
+    order, seen, stack = [], set(), [(root.node, False)]
     while stack:
-        t, done = stack.pop()
+        node, done = stack.pop()
         if done:
-            order.append(t)
-        elif id(t) not in seen:
-            seen.add(id(t))
-            stack.append((t, True))
-            if t.record is not None:
-                stack.extend((p, False) for p in t.record.parents())
+            order.append(node)
+        elif id(node) not in seen:
+            seen.add(id(node))
+            stack.append((node, True))
+            if isinstance(node, Record):
+                stack.extend((p, False) for p in node.parents())
     return order
 
 
@@ -232,13 +236,13 @@ def op(shapes: str) -> Callable[[Callable], Callable[..., Tensor]]:
             needed = [isinstance(a, Tensor) and a.requires_grad for a in args]
             if any(needed):
                 if callable(pulls):
-                    edges = [([a for a, n in zip(args, needed) if n], _joint(pulls, needed))]
+                    edges = [([a.node for a, n in zip(args, needed) if n], _joint(pulls, needed))]
                 else:
-                    edges = [((a,), _single(b)) for a, b, n in zip(args, pulls, needed) if n and b is not None]
+                    edges = [((a.node,), _single(b)) for a, b, n in zip(args, pulls, needed) if n and b is not None]
                 y.requires_grad = bool(edges)
                 if edges:
                     leaves = [(a.version, a.version[0]) for a in args if isinstance(a, Tensor) and a.record is None]
-                    y.record = Record(name, edges, leaves)
+                    y.record = Record(name, y.shape, edges, leaves)
             return y
         call.shapes, call.definition, call.fast = shapes, f, {}                  # fast: {array type: a kernel}
         OPS[name] = call

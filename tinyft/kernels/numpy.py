@@ -107,7 +107,7 @@ def layer_norm(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float = 1e-5) -
     "Saves five full temporaries; the sums over rows are matrix products with ones."
     if not (_plain(x) and w.dtype == b.dtype == np.float32):
         return ops.layer_norm.definition(x, w, b, eps=eps)
-    n = x.shape[-1]
+    shape, n = x.shape, x.shape[-1]
     X, ones = x.reshape(-1, n), np.ones(n, np.float32)
     h, y, r = np.empty_like(X), np.empty_like(X), np.empty((len(X), 1), np.float32)
     rows = [slice(i, i + max(BLOCK // n, 1)) for i in range(0, len(X), max(BLOCK // n, 1))]
@@ -119,15 +119,15 @@ def layer_norm(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float = 1e-5) -
         y[s] += b
 
     def dx(g: np.ndarray) -> np.ndarray:
-        G, d = np.ascontiguousarray(g).reshape(-1, n), np.empty_like(X)
+        G, d = np.ascontiguousarray(g).reshape(-1, n), np.empty_like(h)
         for s in rows:
             e = np.multiply(G[s], w, out=d[s])
             shift, scale = e @ ones / np.float32(n), np.einsum("ij,ij->i", e, h[s]) / np.float32(n)
             e -= shift[:, None]
             e -= h[s] * scale[:, None]
             e *= r[s]
-        return d.reshape(x.shape)
-    return y.reshape(x.shape), (dx, lambda g: np.einsum("ij,ij->j", g.reshape(-1, n), h), _column_sum(n))
+        return d.reshape(shape)
+    return y.reshape(shape), (dx, lambda g: np.einsum("ij,ij->j", g.reshape(-1, n), h), _column_sum(n))
 
 
 def _column_sum(n: int) -> Callable:

@@ -3,7 +3,7 @@
     x = norm0(E[ids] + P[pos] + S[types]);   L × (x ← norm1(x + attn x);  x ← norm2(x + mlp x))
 
 Heads: masked language model  logits = norm(gelu(W x + b)) Eᵀ + b';  classifier  Wc tanh(Wp x_[CLS] + bp) + bc;  or none.
-Weights N(0, 0.02²); GELU in its exact form; ε = 1e-12 everywhere.
+Linear maps N(0, std²), embeddings N(0, 0.02²); GELU in its exact form; ε = 1e-12 everywhere.
 """
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .. import ops
 from ..array import xp
 from ..nn import Context, Dropout, Embedding, LayerNorm, Linear, Module, TiedHead
 from ..tensor import Tensor
-from .blocks import MLP, Attention, Classifier, PostNormBlock, check_ids
+from .blocks import MLP, Attention, Classifier, PostNormBlock, check_ids, check_length
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class BERTConfig:
     hidden: int | None = None
     dropout: float = 0.0
     eps: float = 1e-12
+    std: float = 0.02                                    # of the initial linear maps; 0.02 suits a width of 768
 
 
 class MaskedHead(Module):
@@ -62,8 +63,8 @@ class BERT(Module):
         self._config, self.cout = c, c.width
         self.embed, self.pos, self.type = (Embedding(n, c.width, rng) for n in (c.vocab, c.positions, c.types))
         self.norm0, self.drop = LayerNorm(c.width, c.eps), Dropout(c.dropout)
-        self.blocks = [PostNormBlock(Attention(c.width, c.heads, rng, False, c.dropout),
-                                     MLP(c.width, c.hidden or 4 * c.width, ops.gelu, rng, c.dropout), c.eps)
+        self.blocks = [PostNormBlock(Attention(c.width, c.heads, rng, False, c.dropout, c.std),
+                                     MLP(c.width, c.hidden or 4 * c.width, ops.gelu, rng, c.dropout, c.std), c.eps)
                        for _ in range(c.layers)]
         self.pooler = Pooler(c.width, rng) if pooler else None
         self.head = MaskedHead(self.embed, c.eps, rng) if head == "mlm" else None
@@ -72,11 +73,13 @@ class BERT(Module):
     fresh: tuple = ()                                    # names of the parts that are a new task head
 
     def forward(self, ids: Any, ctx: Context) -> Tensor:
-        check_ids(ids, self.embed.cin, self.pos.cin, ctx.start)
+        check_ids(ids, self.embed.cin)
         if ctx.cache is not None:
             raise ValueError("BERT looks both ways: its keys and values cannot be cached; call it without cache=")
         ctx.begin(ids, self.pos.weight.data)
+        T = ctx.ids.shape[1]
         x = self.embed(ids if isinstance(ids, Tensor) else ctx.ids, ctx)         # (B, T, C); a soft prompt may lengthen it: ctx knows
+        check_length(x, ctx, T, self.pos.cin)
         types = xp(ctx.ids).zeros_like(ctx.ids) if ctx.types is None else ctx.types
         x = self.drop(self.norm0(x + self.pos(ctx.positions(), ctx) + self.type(types, ctx), ctx), ctx)
         for block in self.blocks:

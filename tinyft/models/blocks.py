@@ -32,12 +32,13 @@ class KV(Module):
 class Attention(Module):
     "softmax(q kᵀ / √D) v over H heads, then o.    (B, T, C) -> (B, T, C)"
 
-    def __init__(self, c: int, h: int, rng: np.random.Generator, causal: bool, dropout: float = 0.0, std_o: float = 0.02):
+    def __init__(self, c: int, h: int, rng: np.random.Generator, causal: bool, dropout: float = 0.0, std: float = 0.02,
+                 std_o: float | None = None):
         if c % h:
             raise ValueError(f"{h} heads do not divide a width of {c}")
         self.h, self.causal, self.cin, self.cout = h, causal, c, c
-        self.q, self.k, self.v = Linear(c, c, rng), Linear(c, c, rng), Linear(c, c, rng)
-        self.kv, self.o = KV(h, c // h), Linear(c, c, rng, std=std_o)
+        self.q, self.k, self.v = (Linear(c, c, rng, std=std) for _ in "qkv")
+        self.kv, self.o = KV(h, c // h), Linear(c, c, rng, std=std_o or std)
         self.drop_p, self.drop = Dropout(dropout), Dropout(dropout)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
@@ -63,9 +64,11 @@ class Attention(Module):
 class MLP(Module):
     "down(act(up(x))).    (..., C) -> (..., F) -> (..., C)"
 
-    def __init__(self, c: int, f: int, act: Callable, rng: np.random.Generator, dropout: float = 0.0, std_down: float = 0.02):
+    def __init__(self, c: int, f: int, act: Callable, rng: np.random.Generator, dropout: float = 0.0, std: float = 0.02,
+                 std_down: float | None = None):
         self.cin = self.cout = c
-        self.up, self.down, self.drop, self._act = Linear(c, f, rng), Linear(f, c, rng, std=std_down), Dropout(dropout), act
+        self.up, self.down = Linear(c, f, rng, std=std), Linear(f, c, rng, std=std_down or std)
+        self.drop, self._act = Dropout(dropout), act
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         return self.drop(self.down(self._act(self.up(x, ctx)), ctx), ctx)
@@ -95,6 +98,12 @@ class PostNormBlock(Module):
         return self.norm2(x + self.mlp(x, ctx), ctx)
 
 
+def sinusoids(T: int, c: int) -> np.ndarray:
+    "(T, C): sin(p wᵢ) in the first half, cos(p wᵢ) in the second, wᵢ = 10000^(−2i/C).  A shift is a rotation of it.  Vaswani et al. 2017, §3.5"
+    angle = np.arange(T)[:, None] * 10000.0**(-np.arange(0, c, 2) / c)
+    return np.concatenate([np.sin(angle), np.cos(angle)], axis=1).astype(np.float32)
+
+
 class Classifier(Module):
     """Scores of a row's class.    (B, T, C) -> (B, classes)
 
@@ -117,15 +126,18 @@ class Classifier(Module):
         return self.out(self.drop(x, ctx), ctx)
 
 
-def check_ids(ids: object, rows: int, positions: int, start: int) -> None:
-    "One clear sentence for what would otherwise be a wrong row or an IndexError.  Host arrays only: a device is not waited for."
-    shape = ids.shape if isinstance(ids, Tensor) or array.is_array(ids) else np.shape(ids)
-    if len(shape) >= 2 and start + shape[1] > positions:
-        cached = f" ({start} of them cached)" if start else ""
-        raise ValueError(f"a sequence of {start + shape[1]} tokens{cached} is longer than the model's {positions} positions")
+def check_ids(ids: object, rows: int) -> None:
+    "One clear sentence for what would otherwise be a wrong row.  Host arrays only: a device is not waited for."
     if isinstance(ids, (np.ndarray, list)):
         a = np.asarray(ids)
         if a.size and a.dtype.kind not in "iu":
             raise TypeError(f"token ids are integers; got {a.dtype}")
         if a.size and (a.min() < 0 or a.max() >= rows):
             raise IndexError(f"token id {a.min() if a.min() < 0 else a.max()} is outside the vocabulary of {rows}")
+
+
+def check_length(x: Tensor, ctx: Context, T: int, positions: int) -> None:
+    "x (B, T + prompt, C) after the cached rows must fit the positions."
+    if ctx.start + x.shape[1] > positions:
+        of = [f"{n} of them {what}" for n, what in ((ctx.start, "cached"), (x.shape[1] - T, "a soft prompt")) if n]
+        raise ValueError(f"a sequence of {ctx.start + x.shape[1]} tokens{' (' + ', '.join(of) + ')' if of else ''} is longer than the model's {positions} positions")

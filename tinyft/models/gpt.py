@@ -2,7 +2,7 @@
 
     x = E[ids] + P[pos];   L × (x ← x + attn(norm1 x);  x ← x + mlp(norm2 x));   logits = norm(x) Eᵀ
 
-Weights N(0, 0.02²), those that write into the residual stream N(0, 0.02²/2L); GELU in its tanh form; ε = 1e-5.
+Linear maps N(0, std²), those that write into the residual stream N(0, std²/2L); embeddings N(0, 0.02²); GELU in its tanh form; ε = 1e-5.
 """
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from .. import ops
 from ..nn import Context, Dropout, Embedding, LayerNorm, Module, TiedHead
 from ..tensor import Tensor
-from .blocks import MLP, Attention, Classifier, PreNormBlock, check_ids
+from .blocks import MLP, Attention, Classifier, PreNormBlock, check_ids, check_length
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,18 @@ class GPTConfig:
     hidden: int | None = None
     dropout: float = 0.0
     eps: float = 1e-5
+    std: float = 0.02                                    # of the initial linear maps
 
 
 class GPT(Module):
     "model(ids (B, T)) -> logits (B, T, V).  With a new head (tinyft.classifier): (B, classes), from the last real token."
 
     def __init__(self, config: GPTConfig = GPTConfig(), seed: int = 0):
-        c, rng, thin = config, np.random.default_rng(seed), 0.02 * (2 * config.layers)**-0.5
+        c, rng, thin = config, np.random.default_rng(seed), config.std * (2 * config.layers)**-0.5
         self._config, self.cout = c, c.width
         self.embed, self.pos, self.drop = Embedding(c.vocab, c.width, rng), Embedding(c.positions, c.width, rng), Dropout(c.dropout)
-        self.blocks = [PreNormBlock(Attention(c.width, c.heads, rng, True, c.dropout, thin),
-                                    MLP(c.width, c.hidden or 4 * c.width, ops.gelu_tanh, rng, c.dropout, thin), c.eps)
+        self.blocks = [PreNormBlock(Attention(c.width, c.heads, rng, True, c.dropout, c.std, thin),
+                                    MLP(c.width, c.hidden or 4 * c.width, ops.gelu_tanh, rng, c.dropout, c.std, thin), c.eps)
                        for _ in range(c.layers)]
         self.norm, self.head = LayerNorm(c.width, c.eps), TiedHead(self.embed)
 
@@ -46,9 +47,11 @@ class GPT(Module):
     fresh: tuple = ()                                    # names of the parts that are a new task head
 
     def forward(self, ids: Any, ctx: Context) -> Tensor:
-        check_ids(ids, self.embed.cin, self.pos.cin, ctx.start)
+        check_ids(ids, self.embed.cin)
         ctx.begin(ids, self.pos.weight.data)
+        T = ctx.ids.shape[1]
         x = self.embed(ids if isinstance(ids, Tensor) else ctx.ids, ctx)         # (B, T, C); a soft prompt may lengthen it: ctx knows
+        check_length(x, ctx, T, self.pos.cin)
         x = self.drop(x + self.pos(ctx.positions(), ctx), ctx)
         for block in self.blocks:
             if ctx.taps:

@@ -32,7 +32,7 @@ class Houlsby(Method):
         return Bottleneck(module.cout, self.m, self.std, rng)
 
     def trains(self, name: str) -> bool:
-        return self.norms and name.split(".")[-2].rstrip("012") == "norm" and not name.startswith("head.")
+        return self.norms and f".{name}".split(".")[-2].rstrip("012") == "norm" and not name.startswith("head.")
 
 
 class Bottleneck(Edit):

@@ -39,7 +39,7 @@ class PrefixTuning(Method):
         out: dict[str, Edit] = {}
         for path, m in found.items():
             if path.endswith(self.pos) and self.shift:
-                out[path] = Shift(self.p)
+                out[path] = Shift(self.p, m.cin)
             elif self.mlp is None:
                 out[path] = Prefix(m.h, m.d, self.p, self.std, rng)
             else:
@@ -93,8 +93,10 @@ class Reparameterized(Prefix):
 class Shift(Edit):
     "Real tokens start at position p."
 
-    def __init__(self, p: int):
-        self._p = p
+    def __init__(self, p: int, rows: int):
+        self._p, self._rows = p, rows
 
     def before(self, positions: Any, ctx: Context) -> Any:
+        if self._p + ctx.start + ctx.ids.shape[1] > self._rows:
+            raise ValueError(f"{ctx.start + ctx.ids.shape[1]} tokens after a prefix of {self._p} go beyond the model's {self._rows} positions")
         return positions + self._p
