@@ -8,8 +8,9 @@ import math
 import os
 import re
 import struct
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -35,7 +36,7 @@ Tensors = dict[str, np.ndarray]
 # ── files as others write them ───────────────────────────────────────────────────────────────────────────────────────
 def gpt2_file(rng: np.random.Generator, head: str = "lm") -> tuple[dict, Tensors]:
     "config.json and tensors, named as the hub names them: no prefix."
-    n = lambda *shape: (rng.standard_normal(shape) * 0.4).astype(np.float32)     # noqa: E731
+    n = lambda *shape: (rng.standard_normal(shape) * 0.4).astype(np.float32)
     out = {"wte.weight": n(V, C), "wpe.weight": n(T, C), "ln_f.weight": n(C), "ln_f.bias": n(C)}
     for i in range(L):
         for name, cin, cout in (("attn.c_attn", C, 3 * C), ("attn.c_proj", C, C), ("mlp.c_fc", C, F), ("mlp.c_proj", F, C)):
@@ -51,7 +52,7 @@ def gpt2_file(rng: np.random.Generator, head: str = "lm") -> tuple[dict, Tensors
 
 
 def bert_file(rng: np.random.Generator, head: str | None = "mlm") -> tuple[dict, Tensors]:
-    n = lambda *shape: (rng.standard_normal(shape) * 0.4).astype(np.float32)     # noqa: E731
+    n = lambda *shape: (rng.standard_normal(shape) * 0.4).astype(np.float32)
     out = {f"bert.embeddings.{k}_embeddings.weight": n(m, C) for k, m in (("word", V), ("position", T), ("token_type", 2))}
 
     def linear(name: str, cin: int, cout: int) -> None:
@@ -104,7 +105,7 @@ def heads(q: np.ndarray, k: np.ndarray, v: np.ndarray, causal: bool) -> np.ndarr
 def run_gpt2(tensors: Tensors) -> np.ndarray:
     "What a GPT-2 file computes on IDS, in float64."
     t = {k: v.astype(np.float64) for k, v in tensors.items()}
-    linear = lambda x, name: x @ t[f"{name}.weight"] + t[f"{name}.bias"]         # noqa: E731
+    linear = lambda x, name: x @ t[f"{name}.weight"] + t[f"{name}.bias"]
     x = t["wte.weight"][IDS] + t["wpe.weight"][:IDS.shape[1]]
     for i in range(L):
         q, k, v = np.split(linear(normed(x, t, f"h.{i}.ln_1", 1e-5), f"h.{i}.attn.c_attn"), 3, axis=-1)
@@ -118,9 +119,9 @@ def run_gpt2(tensors: Tensors) -> np.ndarray:
 def run_bert(tensors: Tensors) -> np.ndarray:
     "What a BERT file computes on IDS and TYPES, in float64."
     t = {k.removeprefix("bert."): v.astype(np.float64) for k, v in tensors.items()}
-    linear = lambda x, name: x @ t[f"{name}.weight"].T + t[f"{name}.bias"]       # noqa: E731
-    gelu = lambda x: 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))    # noqa: E731
-    at = lambda k: t[f"embeddings.{k}_embeddings.weight"]                        # noqa: E731
+    linear = lambda x, name: x @ t[f"{name}.weight"].T + t[f"{name}.bias"]
+    gelu = lambda x: 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+    at = lambda k: t[f"embeddings.{k}_embeddings.weight"]
     x = normed(at("word")[IDS] + at("position")[:IDS.shape[1]] + at("token_type")[TYPES], t, "embeddings.LayerNorm", 1e-12)
     for i in range(L):
         n = f"encoder.layer.{i}"
@@ -531,7 +532,7 @@ def test_round_trip(case, kind, tmp_path):
 def test_the_file_written_is_the_file_read(case, tmp_path):
     config, tensors = made(case)
     save(load(write(tmp_path / "a", config, tensors))[0], tmp_path / "b")
-    strip = lambda d: {k.removeprefix("transformer.").removeprefix("bert."): a for k, a in d.items()}      # noqa: E731
+    strip = lambda d: {k.removeprefix("transformer.").removeprefix("bert."): a for k, a in d.items()}
     identical(strip(load_file(tmp_path / "b" / "model.safetensors")), strip(tensors))
     wrote = json.loads((tmp_path / "b" / "config.json").read_text())
     dropouts = {"resid_pdrop", "embd_pdrop", "attn_pdrop", "n_ctx"}

@@ -12,8 +12,8 @@ import os as _os
 from . import data, functional, kernels, ops
 from .adapters import load_adapter, save_adapter
 from .array import BackendError, backend, peak_memory, use
-from .decode import generate
 from .combine import combine
+from .decode import generate
 from .edit import Attached, CannotMerge, Count, Edit, Method, attach, count, detach, merge, trained, without
 from .formats.huggingface import classifier, load, save
 from .methods import BitFit, Full, Houlsby, LoRA, Partial, PrefixTuning, PromptTuning, methods

@@ -10,8 +10,9 @@ import contextlib
 import os
 import threading
 import tracemalloc
+from collections.abc import Iterator
 from types import ModuleType
-from typing import Any, Iterator
+from typing import Any
 
 import ml_dtypes
 import numpy as np

@@ -8,7 +8,6 @@ A batch is a dict of NumPy arrays:  ids (B, T) int64,  mask (B, T) bool, True wh
 classification or (B, T) int64 for masked language modelling, -100 where nothing is to be predicted. Causal models need no labels.
 Where the text comes from and how it was cleaned and split stands in `tinyft/assets/make.py`.
 """
-
 from __future__ import annotations
 
 import functools
@@ -69,10 +68,7 @@ def shipped_tokenizer() -> Tokenizer:
 
 
 def pretraining(kind: str = "prose", split: str = "train", tokenizer: Tokenizer | None = None) -> np.ndarray:
-    """All text of a kind ("prose": language reference, comments, docstrings; "source": the code) and split as token ids, (N,) int64.
-
-    <|endoftext|> stands after each text.
-    """
+    """All text of a kind ("prose": reference, comments, docstrings; "source": code) and split as ids, (N,) int64, <|endoftext|> after each."""
     _one_of("kind", kind, ("prose", "source"))
     _one_of("split", split, SPLITS)
     texts = [record.text for record in snapshot() if record.split == split and (record.kind == "source") == (kind == "source")]
@@ -89,9 +85,7 @@ def windows(tokens: np.ndarray, T: int) -> np.ndarray:
 
 
 def encode(tokenizer: Tokenizer, text: str, max_len: int, form: str = "bert") -> list[int]:
-    """Token ids of a text, cut to max_len:  "bert": [CLS] x [SEP];   "gpt": x <|endoftext|>, whose last token is classified.
-
-    The special tokens are found by name, so any tokenizer that has them will do."""
+    """Token ids of a text, cut to max_len:  "bert": [CLS] x [SEP];   "gpt": x <|endoftext|>, whose last token is classified."""
     _one_of("form", form, ("bert", "gpt"))
     before, after = (["[CLS]"], ["[SEP]"]) if form == "bert" else ([], ["<|endoftext|>"])
     room = max_len - len(before) - len(after)

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -65,7 +66,7 @@ class Method:
         "Which of the base's tensors train as well."
         return False
 
-    def prepare(self, model: Module) -> "Method":
+    def prepare(self, model: Module) -> Method:
         "The method as it is to be attached to this model (a method that counts blocks fills in what it found)."
         return self
 
@@ -231,7 +232,7 @@ def merge(model: Module, *names: str) -> Module:
     for path, m in base_modules(model).items():
         order, mine = list(m.edits), [k for k in m.edits if k in going]
         if mine:
-            has = lambda hook, keys: any(m.edits[k].has(hook) for k in keys)      # noqa: E731
+            has = lambda hook, keys: any(m.edits[k].has(hook) for k in keys)
             rest = order[len(mine):]
             if order[:len(mine)] != mine or (rest and has("before", mine)) or (has("tensor", rest) and has("after", mine)):
                 raise CannotMerge(f"{path}: {', '.join(order)} act in this order, so {', '.join(mine)} cannot go first")
@@ -286,7 +287,7 @@ def trained(model: Module) -> dict[str, Tensor]:
 
 def count(model: Module) -> Count:
     "How much trains, beside how much there is.  A mask on a tensor counts only what it lets move."
-    free = lambda p: p.size if p.mask is None else int(np.broadcast_to(array.asnumpy(p.mask), p.shape).sum())      # noqa: E731
+    free = lambda p: p.size if p.mask is None else int(np.broadcast_to(array.asnumpy(p.mask), p.shape).sum())
     numbers = {n: free(p) for n, p in trained(model).items()}
     head = [n for n in numbers if is_head(model, n)]
     size = sum(p.size for n, p in base_parameters(model).items() if not is_head(model, n)) \

@@ -6,7 +6,8 @@
 """
 from __future__ import annotations
 
-from typing import Any, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,7 @@ class Context:
     """
 
     def __init__(self, ids: Any = None, mask: Any = None, types: Any = None, at: Any = None, task: Any = None, route: Any = None,
-                 source: "Context | None" = None, cache: "Cache | None" = None, rng: np.random.Generator | None = None,
+                 source: Context | None = None, cache: Cache | None = None, rng: np.random.Generator | None = None,
                  taps: bool = False, **more: Any):
         self.given = dict(ids=ids, mask=mask, types=types, at=at, task=task, route=route, source=source, cache=cache, rng=rng,
                           taps=taps, **more)
@@ -45,7 +46,7 @@ class Context:
             self.__getattr__(fact)
         return vars(self)[fact]
 
-    def again(self, **more: Any) -> "Context":
+    def again(self, **more: Any) -> Context:
         "The same batch as it was given, for another pass (a teacher, the base).  Without the generator: such a pass has no dropout."
         source = self.given["source"]
         return Context(**{**self.given, "source": source and source.again(), "rng": None, **more})
@@ -117,7 +118,7 @@ class Cache:
         "The pass is over: its rows belong to the past."
         self.mask, self.length = ctx.keys(), self.length + ctx.ids.shape[1]
 
-    def rows(self, i: Array) -> "Cache":
+    def rows(self, i: Array) -> Cache:
         "The cache of some rows only: what beam search does with the survivors."
         c = Cache()
         c.kv = {key: (k[i], v[i]) for key, (k, v) in self.kv.items()}
@@ -169,13 +170,13 @@ class Module:
             for j, c in inner:
                 yield (k if j is None else f"{k}.{j}"), c
 
-    def named_modules(self, path: str = "") -> Iterator[tuple[str, "Module"]]:
+    def named_modules(self, path: str = "") -> Iterator[tuple[str, Module]]:
         yield path, self
         for k, c in self.parts():
             if isinstance(c, Module):
                 yield from c.named_modules(f"{path}.{k}" if path else k)
 
-    def modules(self) -> Iterator["Module"]:
+    def modules(self) -> Iterator[Module]:
         return (m for _, m in self.named_modules())
 
     def own(self, kind: Any = Tensor) -> dict[str, Any]:
@@ -201,12 +202,12 @@ class Module:
         return self._named(Array)
 
     # ── state ──
-    def train(self, on: bool = True) -> "Module":
+    def train(self, on: bool = True) -> Module:
         for m in self.modules():
             m.training = on
         return self
 
-    def eval(self) -> "Module":
+    def eval(self) -> Module:
         return self.train(False)
 
     def zero_grad(self) -> None:
@@ -223,7 +224,8 @@ class Module:
         here = self.named_parameters() | self.named_buffers()
         missing, extra = [n for n in here if n not in state], [n for n in state if n not in here]
         if strict and (missing or extra):
-            raise KeyError(f"names do not match: missing {missing[:5]}{' ...' * (len(missing) > 5)}, unexpected {extra[:5]}{' ...' * (len(extra) > 5)}")
+            more = " ..." * (len(missing) > 5 or len(extra) > 5)
+            raise KeyError(f"names do not match: missing {missing[:5]}, unexpected {extra[:5]}{more}")
         wrong = [f"{n}: {tuple(state[n].shape)} for {tuple(p.shape)}" for n, p in here.items() if n in state and state[n].shape != p.shape]
         if wrong:
             raise ValueError("shapes do not match: " + "; ".join(wrong[:5]))
@@ -233,7 +235,7 @@ class Module:
             elif n in state:
                 p[...] = array.put_like(state[n], p, p.dtype)
 
-    def to(self, backend: str | None = None, dtype: Any = None) -> "Module":
+    def to(self, backend: str | None = None, dtype: Any = None) -> Module:
         "Move every parameter and buffer to a backend, and floating-point ones to a dtype.  In place; shared ones stay shared."
         done: dict[int, tuple[Array, Array]] = {}                                # the old one too, so that no id is given out twice
 

@@ -231,7 +231,7 @@ def where(c, a, b):
 @op("..., ... -> ...")
 def maximum(a, b):
     "y = max(a, b).    da = g [a > b] + g [a = b] / 2"
-    share = lambda p, q: (p > q) + 0.5 * (p == q)                                # noqa: E731
+    share = lambda p, q: (p > q) + 0.5 * (p == q)
     return xp(a, b).maximum(a, b), (lambda g: (g * share(a, b)).astype(g.dtype), lambda g: (g * share(b, a)).astype(g.dtype))
 
 
@@ -323,7 +323,7 @@ def concatenate(*xs, axis=0):
     ends = [0]
     for x in xs:
         ends.append(ends[-1] + x.shape[axis])
-    part = lambda i: lambda g: g[(slice(None),) * (axis % g.ndim) + (slice(ends[i], ends[i + 1]),)]      # noqa: E731
+    part = lambda i: lambda g: g[(slice(None),) * (axis % g.ndim) + (slice(ends[i], ends[i + 1]),)]
     return xp(*xs).concatenate(xs, axis=axis), tuple(part(i) for i in range(len(xs)))
 
 

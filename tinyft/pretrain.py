@@ -9,7 +9,6 @@ import argparse
 import json
 import math
 import sys
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -47,7 +46,7 @@ class Recipe:
             model.pos.weight.copy_(0.05 * sinusoids(*model.pos.weight.shape))
         return model
 
-    def batches(self, split: str, T: int | None = None) -> "Stages":
+    def batches(self, split: str, T: int | None = None) -> Stages:
         "Batches of each length in turn; of the longest only, with T."
         tokens, made = data.pretraining("prose", split), []
         for length in ([T] if T else self.lengths):
@@ -65,7 +64,7 @@ class Stages:
     def __init__(self, sources: list[data.Batches], counts: list[int]):
         self.sources, self.counts, self.given = sources, counts, 0
 
-    def __iter__(self) -> "Stages":
+    def __iter__(self) -> Stages:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
@@ -102,13 +101,12 @@ def pretrain(name: str, work: Path, assets: Path = ASSETS, steps: int | None = N
     model, train = recipe.model(), replace(recipe, steps=steps).batches("train")
     valid, test = (recipe.batches(split, longest).sources[0] for split in ("valid", "test"))
     judge = lambda: evaluate(model, valid.once())
-    start = time.time()
     history = fit(model, train, steps, AdamW(recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.decay), cosine(recipe.warmup, 0.1), out=work / name,
                   resume=True, save_every=100, seed=recipe.seed, evaluate=judge, every=max(steps // 10, 1))
     metrics = evaluate(model, test.once())
     from .formats.huggingface import save
     save(model, assets / name, data.shipped_tokenizer(), dtype=np.float16)
-    card(name, recipe, steps, history, metrics, assets / name, time.time() - start)
+    card(name, recipe, steps, history, metrics, assets / name)
     return metrics
 
 
@@ -117,11 +115,12 @@ def references(recipe: Recipe) -> dict[str, float]:
     train, valid, test = (data.pretraining("prose", s) for s in data.SPLITS)
     V = recipe.config.vocab
     if isinstance(recipe.config, BERTConfig):
-        return {"unigram accuracy": baselines.unigram_mlm_accuracy(train, test, V), "bigram accuracy": baselines.bigram_mlm_accuracy(train, test, V)}
-    return {"unigram perplexity": baselines.unigram_perplexity(train, test, V), "bigram perplexity": baselines.bigram_perplexity(train, valid, test, V)}
+        return {"unigram accuracy": baselines.unigram_mlm_accuracy(train, test), "bigram accuracy": baselines.bigram_mlm_accuracy(train, test, V)}
+    return {"unigram perplexity": baselines.unigram_perplexity(train, test, V),
+            "bigram perplexity": baselines.bigram_perplexity(train, valid, test, V)}
 
 
-def card(name: str, recipe: Recipe, steps: int, history: History, metrics: dict[str, float], folder: Path, seconds: float) -> None:
+def card(name: str, recipe: Recipe, steps: int, history: History, metrics: dict[str, float], folder: Path) -> None:
     "The model card: README.md with the numbers, and loss.png."
     c, masked = recipe.config, isinstance(recipe.config, BERTConfig)
     tokens = len(data.pretraining("prose", "train"))
@@ -132,11 +131,13 @@ def card(name: str, recipe: Recipe, steps: int, history: History, metrics: dict[
     lengths = ", then ".join(f"{share:.0%} of the steps in texts of {T}" for T, share in recipe.lengths.items()).replace("100% of the steps", "all")
     (folder / "README.md").write_text(f"""# {name}
 
-{'A BERT (masked language model)' if masked else 'A GPT-2 (causal language model)'}: {c.layers} layers, {c.width} wide, {c.heads} heads, {c.positions} positions, vocabulary {c.vocab:,}; {size:,} numbers, float16 on disk.
+{'A BERT (masked language model)' if masked else 'A GPT-2 (causal language model)'}: {c.layers} layers, {c.width} wide, {c.heads} heads,
+{c.positions} positions, vocabulary {c.vocab:,}; {size:,} numbers, float16 on disk.
 
 Trained from scratch by `make base` (`tinyft/pretrain.py`, seed {recipe.seed}) on the training part of the prose that ships with tinyft: the Python
 language reference, docstrings and comments ({tokens:,} tokens; `assets/LICENSES.txt`).  {steps:,} steps of {recipe.tokens:,} tokens
-({steps * recipe.tokens / tokens:.1f} epochs; {lengths}), AdamW, peak rate {recipe.lr:g}, weight decay {recipe.decay:g}, warm-up {recipe.warmup:.0%}, cosine decay to a tenth.
+({steps * recipe.tokens / tokens:.1f} epochs; {lengths}), AdamW, peak rate {recipe.lr:g}, weight decay {recipe.decay:g},
+warm-up {recipe.warmup:.0%}, cosine decay to a tenth.
 
 Held out (modules that occur nowhere in training):
 

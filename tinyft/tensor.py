@@ -14,7 +14,8 @@ import contextlib
 import functools
 import re
 import threading
-from typing import Any, Callable, Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -62,11 +63,11 @@ class Tensor:
     def item(self) -> float:
         return self.data.item()
 
-    def detach(self) -> "Tensor":
+    def detach(self) -> Tensor:
         "The same array without its history."
         return Tensor(self.data)
 
-    def to(self, backend: str) -> "Tensor":
+    def to(self, backend: str) -> Tensor:
         "A leaf with the same numbers on another backend."
         return Tensor(array.to(self.data, backend), self.requires_grad, self.decay)
 
@@ -76,7 +77,7 @@ class Tensor:
             raise TypeError(f"only floating-point tensors train; this one is {self.dtype}")
         self.requires_grad = on
 
-    def copy_(self, values: Any) -> "Tensor":
+    def copy_(self, values: Any) -> Tensor:
         "Write into this leaf's own memory.  A backward that still needs the old values will refuse to run."
         if not self.is_leaf:
             raise RuntimeError("only a leaf can be written in place; this tensor was computed: make a new one instead")
@@ -142,13 +143,13 @@ class Record:
     def __init__(self, name: str, shape: tuple, pulls: list, leaves: list):
         self.name, self.shape, self.pulls, self.leaves = name, shape, pulls, leaves
 
-    def parents(self) -> Iterator["Record | Tensor"]:
+    def parents(self) -> Iterator[Record | Tensor]:
         if self.pulls is None:
             raise RuntimeError(f"this graph was walked before and released at {self.name!r}: backward(retain_graph=True) keeps it")
         for parents, _ in self.pulls:
             yield from parents
 
-    def pull(self, g: Array) -> Iterator[tuple["Record | Tensor", Array]]:
+    def pull(self, g: Array) -> Iterator[tuple[Record | Tensor, Array]]:
         for version, then in self.leaves:
             if version[0] != then:
                 raise RuntimeError(f"an input of {self.name!r} was written in place after the op used it: its gradient would be wrong")
@@ -159,7 +160,7 @@ class Record:
         self.pulls = None
 
 
-def topological(root: Tensor) -> list["Record | Tensor"]:
+def topological(root: Tensor) -> list[Record | Tensor]:
     "Every node the root was made from that needs a gradient, inputs before outputs.  A stack, so deep graphs do not recurse."
     order, seen, stack = [], set(), [(root.node, False)]
     while stack:

@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import numpy as np
 
-
 from tinyft.compare import PRESETS, Contender, progress
 
 GRID = (1 / 9, 1 / 3, 1, 3, 9)

@@ -5,7 +5,8 @@ kink (a tie, a bound, a zero) the inputs are put right on it: there the two libr
 from __future__ import annotations
 
 import math
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest

@@ -20,8 +20,17 @@ from tinyft.nn import Context, Module
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install 'tinyft[peers]'")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install 'tinyft[peers]'")
-from transformers import (BertConfig, BertForMaskedLM, BertForPreTraining, BertForSequenceClassification, BertModel, GPT2Config,  # noqa: E402
-                          GPT2ForSequenceClassification, GPT2LMHeadModel, GPT2Model)
+from transformers import (  # noqa: E402
+    BertConfig,
+    BertForMaskedLM,
+    BertForPreTraining,
+    BertForSequenceClassification,
+    BertModel,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    GPT2Model,
+)
 
 V, B, T = 50, 4, 9
 OFF = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0), dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)

@@ -6,7 +6,8 @@ head is the word embedding, and usually absent; its bias may stand there twice. 
 from __future__ import annotations
 
 import re
-from typing import Any, Iterable
+from collections.abc import Iterable
+from typing import Any
 
 from ..models import BERT, BERTConfig
 from ..models.bert import MaskedHead

@@ -6,7 +6,8 @@ no `transformer.` prefix, files of the language-model class do.  The output laye
 from __future__ import annotations
 
 import re
-from typing import Any, Iterable
+from collections.abc import Iterable
+from typing import Any
 
 from ..models import GPT, GPTConfig
 from ..models.blocks import Classifier

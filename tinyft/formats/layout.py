@@ -5,8 +5,9 @@ A family (gpt2.py, bert.py) is a table {our name: Place}; reading and writing fo
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Iterable
+from typing import Any
 
 import numpy as np
 

@@ -6,7 +6,7 @@ B batch, T time, C width, H heads, D = C/H head width, F feed-forward width, V v
 """
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
 
 import numpy as np
 
@@ -140,4 +140,5 @@ def check_length(x: Tensor, ctx: Context, T: int, positions: int) -> None:
     "x (B, T + prompt, C) after the cached rows must fit the positions."
     if ctx.start + x.shape[1] > positions:
         of = [f"{n} of them {what}" for n, what in ((ctx.start, "cached"), (x.shape[1] - T, "a soft prompt")) if n]
-        raise ValueError(f"a sequence of {ctx.start + x.shape[1]} tokens{' (' + ', '.join(of) + ')' if of else ''} is longer than the model's {positions} positions")
+        said = f" ({', '.join(of)})" if of else ""
+        raise ValueError(f"a sequence of {ctx.start + x.shape[1]} tokens{said} is longer than the model's {positions} positions")

@@ -62,7 +62,7 @@ class Prefix(Edit):
         k, v, seen = y
         P_K, P_V = self.prefix(ctx)
         B, (H, p, D), m = k.shape[0], P_K.shape, xp(k.data)
-        grow = lambda P, a: ops.concatenate(ops.broadcast_to(P, (B, H, p, D)), a, axis=2)      # noqa: E731
+        grow = lambda P, a: ops.concatenate(ops.broadcast_to(P, (B, H, p, D)), a, axis=2)
         seen = None if seen is None else m.concatenate([m.ones((B, p), dtype=bool), seen], axis=1)
         return grow(P_K, k), grow(P_V, v), seen
 

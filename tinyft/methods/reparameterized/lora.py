@@ -54,7 +54,7 @@ class LowRank(Edit):
         return self.s * (self.B.data @ self.A.data)
 
     def after(self, x: Tensor, y: Tensor, ctx: Context) -> Tensor:
-        return y + ops.linear(ops.linear(self.drop(x, ctx), self.A), self.B) * self.s
+        return y + ops.linear(ops.linear(self.drop(x, ctx), self.A) * self.s, self.B)      # s on the r-wide side: no array of y's size
 
     def fold(self, p: dict[str, Array]) -> dict[str, Array]:
         return {**p, "weight": p["weight"] + self.delta()}
