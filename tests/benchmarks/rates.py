@@ -13,7 +13,7 @@ import numpy as np
 
 from tinyft.compare import PRESETS, Contender, progress
 
-GRID = (1 / 9, 1 / 3, 1, 3, 9)
+GRID = (1 / 3, 1, 3)
 
 
 def main() -> None:

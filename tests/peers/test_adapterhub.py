@@ -1,4 +1,4 @@
-"""AdapterHub beside ours: Houlsby's adapters (`double_seq_bn`) in the same tiny random BERT: hidden states, and gradients of the adapters."""
+"""AdapterHub beside ours: Houlsby adapters (`double_seq_bn`) in the same tiny random BERT: hidden states, gradients of the adapters."""
 from __future__ import annotations
 
 import numpy as np
