@@ -620,6 +620,18 @@ def test_merging_onto_packed_weights_refuses_names_two_ways_out_and_changes_noth
     assert same(run(model), y) and all(same(v, before[n]) for n, v in values(model).items()) and edit.attached(model) == (a,)
 
 
+@PACKED
+def test_an_unpacked_base_computes_the_same_stays_frozen_and_takes_the_merge(kind):
+    from tinyft import unpack
+    model = pack(build("gpt"), kind)
+    attach(model, LoRA(r=2, targets=("attn.q", "mlp.up")))
+    noise(model)
+    y, frozen = run(model), set(values(model)) - set(edit.trained(model))
+    unpack(model)
+    assert near(run(model), y) and not any(n.split(".edits.")[0] == n for n in edit.trained(model)) and frozen
+    assert near(run(merge(model)), y) and all(p.requires_grad for p in model.parameters())
+
+
 def test_an_adapter_knows_the_packed_base_it_was_trained_on(tmp_path):
     from tinyft import load_adapter, save_adapter
     model = pack(build("gpt"))

@@ -14,7 +14,7 @@ from .adapters import load_adapter, save_adapter
 from .array import BackendError, backend, peak_memory, use
 from .combine import combine
 from .decode import generate
-from .edit import Attached, CannotMerge, Count, Edit, Method, attach, count, detach, merge, trained, without
+from .edit import Attached, CannotMerge, Count, Edit, Method, attach, count, detach, merge, trained, unpack, without
 from .formats.huggingface import classifier, load, save
 from .methods import BitFit, Full, Houlsby, LoRA, Partial, PrefixTuning, PromptTuning, methods
 from .models import BERT, GPT, BERTConfig, GPTConfig
@@ -26,7 +26,7 @@ from .train import Diverged, History, evaluate, fit, perplexity
 __version__ = "0.1.0"
 __all__ = [
     "Tensor", "no_grad", "detect_anomaly", "use", "backend", "ops", "functional",                                # the engine
-    "Module", "Parameter", "Context", "Cache", "Packed", "GPT", "GPTConfig", "BERT", "BERTConfig",               # models
+    "Module", "Parameter", "Context", "Cache", "Packed", "unpack", "GPT", "GPTConfig", "BERT", "BERTConfig",               # models
     "load", "save", "classifier", "generate", "data",
     "attach", "detach", "without", "merge", "combine", "count", "trained", "save_adapter", "load_adapter",       # the one mechanism
     "Edit", "Method", "Attached", "Count", "CannotMerge",

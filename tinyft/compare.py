@@ -94,10 +94,11 @@ class Settings:
         rows = contenders(self.lm)
         if not self.names:
             return rows
-        short = {c.name.split(" (")[0].lower(): c for c in rows} | {c.name.lower(): c for c in rows}
-        if missing := [n for n in self.names if n.lower() not in short]:
+        asked = [n.lower() for n in self.names]
+        hits = {n: [c for c in rows if n in (c.name.lower(), c.name.split(" (")[0].split(",")[0].lower())] for n in asked}
+        if missing := [n for n in asked if not hits[n]]:
             raise ValueError(f"there is no method {missing[0]!r} to compare; there are {', '.join(c.name for c in rows)}")
-        return [c for c in rows if c in [short[n.lower()] for n in self.names]]
+        return [c for c in rows if any(c in found for found in hits.values())]
 
 
 PRESETS = {

@@ -19,7 +19,7 @@ import numpy as np
 
 from . import array
 from .array import Array
-from .nn import Context, Module, Packed
+from .nn import Context, Module, Packed, Parameter
 from .tensor import Tensor
 
 
@@ -264,6 +264,15 @@ def _folded(path: str, m: Module, edits: list[Edit]) -> dict[str, Array]:
     for e in acts:
         p = e.fold(p)
     return p
+
+
+def unpack(model: Module) -> Module:
+    "Every packed weight as a dense one again, in place: what its codes say, not what it was before it was packed."
+    for m in model.modules():
+        for name, packed in [(k, v) for k, v in vars(m).items() if isinstance(v, Packed)]:
+            setattr(m, name, Parameter(packed.dequantize()))
+    _refresh(model)
+    return model
 
 
 # ── counting ─────────────────────────────────────────────────────────────────────────────────────────────────────────
