@@ -89,7 +89,8 @@ def test_the_verdict_says_whether_a_simple_model_wins(simple, word):
 
 
 def test_the_table_has_a_row_for_each_in_order_of_what_trains():
-    rows = [x.split("  ")[0] for x in table(report({"full": [.7, .7], "tfidf": [.6, .6], "LoRA": [.65, .66]}, {"full": 100, "LoRA": 10})).splitlines()]
+    made = report({"full": [.7, .7], "tfidf": [.6, .6], "LoRA": [.65, .66]}, {"full": 100, "LoRA": 10})
+    rows = [line.split("  ")[0] for line in table(made).splitlines()]
     assert [r for r in rows if r in ("full", "tfidf", "LoRA")] == ["tfidf", "LoRA", "full"]
 
 

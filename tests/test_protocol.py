@@ -626,10 +626,11 @@ def test_an_unpacked_base_computes_the_same_stays_frozen_and_takes_the_merge(kin
     model = pack(build("gpt"), kind)
     attach(model, LoRA(r=2, targets=("attn.q", "mlp.up")))
     noise(model)
-    y, frozen = run(model), set(values(model)) - set(edit.trained(model))
+    y, mine = run(model), set(edit.trained(model))
     unpack(model)
-    assert near(run(model), y) and not any(n.split(".edits.")[0] == n for n in edit.trained(model)) and frozen
-    assert near(run(merge(model)), y) and all(p.requires_grad for p in model.parameters())
+    assert near(run(model), y) and set(edit.trained(model)) == mine
+    np.testing.assert_allclose(run(merge(model)), y, rtol=1e-4, atol=1e-5)       # float32
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_an_adapter_knows_the_packed_base_it_was_trained_on(tmp_path):
