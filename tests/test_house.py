@@ -81,7 +81,7 @@ MAY: dict[str, set[str]] = {
     "formats": {*CORE, "files", "models"},
 }
 MAY["array"] = {"strict"}                                                        # opened when asked for
-OUTERMOST = {"compare", "cli", "pretrain", "learn", "memory"}                    # these import anything; nothing but they imports them
+OUTERMOST = {"compare", "report", "cli", "pretrain", "learn", "memory"}                    # these import anything; nothing but they imports them
 
 
 def part(module: str) -> str:
@@ -151,10 +151,9 @@ def test_no_module_imports_itself_by_way_of_others():
 LINES, METHOD_LINES, FUNCTION_LINES = 400, (15, 90), 60
 BUDGETS = {
     "tinyft.tensor": 280,                                # design: 200; ownership of gradients, versions of leaves and anomalies need words
-    "tinyft.edit": 330,                                  # 260; merging is all or nothing, and every refusal is a sentence
+    "tinyft.edit": 335,                                  # 260; merging is all or nothing, and every refusal is a sentence
     "tinyft.ops": 470,                                   # a table of primitives: as long as there are ops, each on its own readable
-    "tinyft.compare": 420,                               # the table, its statistics and its figure, used nowhere else
-    "tinyft.methods.additive.prefix": 105,               # two papers' worth: the prefix, its reparameterisation by an MLP, its shift of positions
+    "tinyft.methods.additive.prefix": 120,               # two papers' worth: the prefix, its reparameterisation by an MLP, its shift of positions
 }
 
 

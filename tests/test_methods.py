@@ -14,7 +14,7 @@ from helpers import dev, host
 
 from tinyft import array, combine, edit, fit, no_grad, ops
 from tinyft.edit import Edit, Method, attach, count, detach, merge, trained
-from tinyft.methods import BitFit, Full, Houlsby, LoRA, Partial, PrefixTuning, PromptTuning
+from tinyft.methods import BitFit, Full, Houlsby, LoRA, Partial, PrefixTuning, PromptTuning, eject
 from tinyft.methods.additive.houlsby import Bottleneck, truncated_normal
 from tinyft.methods.additive.prefix import Prefix, Reparameterized, Shift
 from tinyft.methods.additive.prompt import Drop, SoftPrompt
@@ -535,17 +535,18 @@ def test_no_rows_are_nothing(method, kind):
     assert same(run(model.eval()), run(build(kind)))
 
 
-def test_the_prefix_an_mlp_makes_can_stand_for_it():
-    model, a = tuned(ROWS["prefix-mlp"], "gpt")
-    y, plain = run(model), build("gpt")
-    b = attach(plain, PrefixTuning(p=3))
-    plain.to(dtype=np.float64)
-    for path, e in a.edits.items():
-        for mine, made in zip((b.edits[path].K, b.edits[path].V), e.prefix(Context())):
-            mine.copy_(made)
-    assert same(run(plain.eval()), y)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_prefix_an_mlp_made_can_stand_for_it(kind):
+    model, a = tuned(ROWS["prefix-mlp"], kind)
+    y, heavy = run(model), edit.count(model)
     assert isinstance(next(iter(a.edits.values())), Reparameterized)
     assert len({id(e.hidden) for e in a.edits.values()}) == 1
+    b = eject(model)
+    assert same(run(model), y) and b.method == replace(a.method, mlp=None) and edit.attached(model) == (b,)
+    light, s = edit.count(model), Sizes(kind)
+    assert light.trained == 2 * s.L * 3 * s.C < heavy.trained and light.head == heavy.head
+    detach(model)
+    assert same(run(model), run(build(kind).to(dtype=np.float64)))
 
 
 def test_an_mlps_prefix_is_its_equation_and_its_first_half_is_the_keys():

@@ -16,7 +16,7 @@ from .combine import combine
 from .decode import generate
 from .edit import Attached, CannotMerge, Count, Edit, Method, attach, count, detach, merge, trained, unpack, without
 from .formats.huggingface import classifier, load, save
-from .methods import BitFit, Full, Houlsby, LoRA, Partial, PrefixTuning, PromptTuning, methods
+from .methods import BitFit, Full, Houlsby, LoRA, Partial, PrefixTuning, PromptTuning, eject, methods
 from .models import BERT, GPT, BERTConfig, GPTConfig
 from .nn import Cache, Context, Module, Packed, Parameter
 from .optim import SGD, Adam, AdamW, constant, cosine, linear
@@ -30,7 +30,7 @@ __all__ = [
     "load", "save", "classifier", "generate", "data",
     "attach", "detach", "without", "merge", "combine", "count", "trained", "save_adapter", "load_adapter",       # the one mechanism
     "Edit", "Method", "Attached", "Count", "CannotMerge",
-    "methods", "Full", "Partial", "BitFit", "Houlsby", "PromptTuning", "PrefixTuning", "LoRA",                   # the methods
+    "methods", "Full", "Partial", "BitFit", "Houlsby", "PromptTuning", "PrefixTuning", "eject", "LoRA",            # the methods
     "fit", "evaluate", "perplexity", "History", "AdamW", "Adam", "SGD", "constant", "linear", "cosine",          # training
     "BackendError", "ShapeError", "Diverged", "peak_memory", "kernels",
 ]

@@ -10,16 +10,16 @@ Departures: without the MLP the prefix starts at N(0, std²), PEFT's at N(0, 1);
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from ... import array, ops
 from ...array import xp
-from ...edit import Edit, Method
+from ...edit import Attached, Edit, Method, attach, detach
 from ...nn import Context, Embedding, Linear, Module, Parameter
-from ...tensor import Tensor
+from ...tensor import Tensor, no_grad
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,19 @@ class Reparameterized(Prefix):
         both = self.W2(self.hidden(None, ctx), ctx)                              # (p, 2 H D)
         K, V = (both[:, i * h * d:(i + 1) * h * d].reshape(-1, h, d).permute(1, 0, 2) for i in (0, 1))
         return K, V
+
+
+def eject(model: Module, name: str | None = None) -> Attached:
+    "The same prefix without the MLP that made it, in its place on the model: what is stored and served.  Outputs stay as they are, bitwise."
+    a = detach(model, name)
+    edits = dict(a.edits)
+    for path, e in a.edits.items():
+        if isinstance(e, Reparameterized):
+            with no_grad():
+                K, V = e.prefix(Context())                                       # (H, p, D)
+            edits[path] = Prefix(K.shape[0], K.shape[2], K.shape[1], 0.0, np.random.default_rng(0))
+            edits[path].K.data, edits[path].V.data = K.data.copy(), V.data.copy()
+    return attach(model, Attached(replace(a.method, mlp=None), a.name, edits, a.base))
 
 
 class Shift(Edit):
