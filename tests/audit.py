@@ -15,6 +15,7 @@ import importlib
 import inspect
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -109,6 +110,8 @@ class Mutant:
     index: int | None
     old: ast.AST
     new: ast.AST
+    arguments: ast.arguments
+    in_defaults: bool
     key: str = ""
     killer: str = field(default="", compare=False)
 
@@ -122,8 +125,9 @@ class Mutant:
 SKIPPED = (ast.Raise, ast.Assert, ast.JoinedStr, ast.Import, ast.ImportFrom)
 
 
-def sites(node: ast.AST, inner: int, is_op: bool) -> Iterator[tuple[ast.AST, str, int | None, ast.AST, ast.AST, int]]:
-    "(owner, field, index, old, new, first line of the innermost function) for every possible error below a node."
+def sites(node: ast.AST, inner: int, is_op: bool, above: tuple = ()) -> Iterator[tuple[ast.AST, str, int | None, ast.AST, ast.AST, int, tuple]]:
+    "(owner, field, index, old, new, first line of the innermost function, nodes above) for every possible error below a node."
+    above = (*above, node)
     for name, value in ast.iter_fields(node):
         if name in ("annotation", "returns", "decorator_list", "format_spec") or (isinstance(node, ast.Subscript) and name == "ctx"):
             continue
@@ -135,16 +139,30 @@ def sites(node: ast.AST, inner: int, is_op: bool) -> Iterator[tuple[ast.AST, str
             index = i if isinstance(value, list) else None
             if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant):
                 continue                                                         # a docstring
-            yield from ((node, name, index, child, new, inner) for new in variants(child))
+            negative = isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub)      # its sign is changed one step above
+            yield from ((node, name, index, child, new, inner, above) for new in variants(child)
+                        if not (negative and isinstance(new, ast.Constant) and new.value < 0))
             if is_op and isinstance(node, ast.Tuple) and isinstance(child, ast.Lambda):
-                yield node, name, index, child, ast.Constant(None), inner        # a pullback left out
+                yield node, name, index, child, ast.Constant(None), inner, above        # a pullback left out
             here = child.lineno if isinstance(child, (ast.Lambda, ast.FunctionDef)) else inner
-            yield from sites(child, here, is_op)
+            yield from sites(child, here, is_op, above)
 
 
 def shown(node: ast.AST) -> str:
-    text = ast.unparse(ast.fix_missing_locations(node))
-    return " ".join(text.split())[:110]
+    return " ".join(ast.unparse(ast.fix_missing_locations(node)).split())
+
+
+def context(above: tuple, old: ast.AST) -> ast.AST:
+    "The smallest expression around an error that a reader recognises."
+    around = [old, *reversed(above)] if isinstance(old, ast.expr) else [old]
+    best = old
+    for node in around:
+        if not isinstance(node, (ast.expr, ast.arguments)) and node is not old:
+            break
+        best = node
+        if len(shown(node)) >= 20:
+            break
+    return best
 
 
 def mutants_of(file: str) -> tuple[ast.Module, list[Mutant]]:
@@ -157,9 +175,10 @@ def mutants_of(file: str) -> tuple[ast.Module, list[Mutant]]:
             elif isinstance(node, ast.FunctionDef):
                 first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
                 is_op = any(isinstance(d, ast.Call) and getattr(d.func, "id", "") == "op" for d in node.decorator_list)
-                for owner, place, index, old, new, inner in sites(node, first, is_op):
-                    m = Mutant(file, [*path, node.name], inner, getattr(old, "lineno", first), owner, place, index, old, new)
-                    top = owner if isinstance(owner, ast.expr) else old if isinstance(old, ast.expr) else owner
+                for owner, place, index, old, new, inner, above in sites(node, first, is_op):
+                    m = Mutant(file, [*path, node.name], inner, getattr(old, "lineno", first), owner, place, index, old, new, node.args,
+                               node.args in above)
+                    top = context(above, old)
                     before = shown(top)
                     m.put(ast.copy_location(new, old))
                     after = shown(new if top is old else top)
@@ -197,13 +216,18 @@ def install(m: Mutant, tree: ast.Module) -> None:
     module = compile(tree, f.__code__.co_filename, "exec")
     old = f.__code__
     f.__code__ = next(c for c in codes(module) if (c.co_name, c.co_firstlineno) == (old.co_name, old.co_firstlineno))
-    if isinstance(m.owner, ast.arguments):
-        evaluate: Callable[[ast.expr], Any] = lambda e: eval(compile(ast.Expression(e), "default", "eval"), f.__globals__)
-        f.__defaults__ = tuple(map(evaluate, m.owner.defaults)) or None
-        f.__kwdefaults__ = {a.arg: evaluate(d) for a, d in zip(m.owner.kwonlyargs, m.owner.kw_defaults) if d is not None} or None
-    for g in vars(importlib.import_module(f.__module__)).values():
-        if hasattr(g, "cache_clear"):
-            g.cache_clear()
+    if m.in_defaults:
+        f.__defaults__ = tuple(eval(compile(ast.Expression(d), m.file, "eval"), f.__globals__) for d in m.arguments.defaults)
+    forget()
+
+
+def forget() -> None:
+    "Empty the library's caches: what was computed before must be computed again."
+    for name, module in list(sys.modules.items()):
+        if name.startswith("tinyft"):
+            for g in vars(module).values():
+                if hasattr(g, "cache_clear") and not isinstance(g, type):
+                    g.cache_clear()
 
 
 # ── running ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -237,6 +261,8 @@ class Audit:
         for file in self.files:
             trees[file], found = mutants_of(file)
             mutants += found
+        if self.options.match:
+            mutants = [m for m in mutants if re.search(self.options.match, m.key)]
         if self.options.quick:
             mutants = random.Random(0).sample(mutants, min(QUICK, len(mutants)))
         say(f"{len(mutants)} mutants of {', '.join(self.files)}")
@@ -248,6 +274,7 @@ class Audit:
         "Run a test unmutated; remember which functions of the library it entered."
         seen: dict[int, Any] = {}
         start = time.process_time()
+        forget()
 
         def look(frame: Any, event: str, arg: Any) -> None:
             if event == "call":
@@ -328,7 +355,7 @@ class Audit:
         for m in alive:
             say(f"SURVIVED {m.key}   (line {m.line}; {len(self.tests(m))} tests)")
         stale = [k for k in listed if k in {m.key for m in mutants if m.killer}]
-        if not self.options.quick and not self.options.only:
+        if not (self.options.quick or self.options.only or self.options.match):
             stale += [k for k in listed if k not in {m.key for m in mutants}]
         for k in stale:
             say(f"listed as equivalent, but killed or gone: {k}")
@@ -347,6 +374,7 @@ def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--quick", action="store_true", help=f"a fixed sample of {QUICK}, under two minutes")
     p.add_argument("--only", action="append", help="audit these files only (ops.py, methods, ...)")
+    p.add_argument("--match", help="audit only mutants whose key this regular expression finds")
     p.add_argument("--jobs", type=int, default=1, help="mutants at a time")
     options = p.parse_args()
     files, suites = [], set()

@@ -51,6 +51,37 @@ def test_names(tree):
     assert len(list(tree.modules())) == 6
 
 
+def test_names_of_parts_of_parts(rng):
+    class Nest(Module):
+        def __init__(self, inner):
+            self.inner = inner
+    assert [n for n, _ in Nest(Nest(Nest(LayerNorm(2)))).named_modules()] == ["", "inner", "inner.inner", "inner.inner.inner"]
+    assert list(Nest(Nest(LayerNorm(2))).named_parameters()) == ["inner.inner.weight", "inner.inner.bias"]
+
+
+def test_what_is_not_there_is_not_read(rng):
+    read = []
+
+    class Listening(Module):
+        def before(self, x, ctx):
+            return x
+
+        def after(self, x, y, ctx):
+            return y
+
+        def tensor(self, name, p):
+            read.append(name)
+            return p
+    for bias in (False, True):
+        m = Linear(2, 2, rng, bias=bias)
+        m.edits = {"l": Listening()}
+        m(leaf([[1.0, 2.0]]))
+        head = TiedHead(Embedding(3, 2, rng), bias=bias)
+        head.edits = {"l": Listening()}
+        head(leaf([[1.0, 2.0]]))
+    assert read == ["weight", "weight", "bias", "bias"]
+
+
 def test_shared_tensors_appear_once(rng):
     class Twice(Module):
         def __init__(self):
@@ -161,7 +192,7 @@ def test_a_fact_that_was_not_given():
         _ = ctx.colour
     with pytest.raises(AttributeError, match="not told its 'task'"):
         ctx.need("task")
-    assert ctx.need("ids") == [[1]] and ctx.mask is None and ctx.notes == {} and Context(colour=3).colour == 3
+    assert Context().taps is False and ctx.need("ids") == [[1]] and ctx.mask is None and ctx.notes == {} and Context(colour=3).colour == 3
 
 
 def test_again_is_the_same_batch_without_the_noise():
@@ -293,9 +324,11 @@ def through(m: Module, x: np.ndarray, rng) -> None:
 
 def test_linear(rng):
     m = double(Linear(3, 5, rng))
+    assert (host(m.bias) == 0).all()
+    m.bias.copy_(rng.standard_normal(5))
     x = rng.standard_normal((2, 4, 3))
     np.testing.assert_allclose(host(m(Tensor(dev(x)))), np.einsum("btk,nk->btn", x, host(m.weight)) + host(m.bias), rtol=1e-12)
-    assert (m.cin, m.cout) == (3, 5) and m.weight.shape == (5, 3) and (host(m.bias) == 0).all()
+    assert (m.cin, m.cout) == (3, 5) and m.weight.shape == (5, 3)
     through(m, x, rng)
     through(double(Linear(3, 2, rng, bias=False)), x, rng)
     assert Linear(3, 2, rng, bias=False).bias is None
@@ -316,6 +349,7 @@ def test_embedding_and_tied_head(rng):
     np.testing.assert_array_equal(host(e(dev([[4, 0]]))), host(e.weight)[[[4, 0]]])
     given = leaf(np.ones((1, 2, 3)))
     assert e(given) is given
+    assert TiedHead(e).bias is None and (host(TiedHead(e, bias=True).bias) == 0).all()
     head = double(TiedHead(e, bias=True))
     assert e.tied and (head.cin, head.cout) == (3, 5) and list(head.named_parameters()) == ["bias"]
     head.bias.copy_(np.arange(5.0))

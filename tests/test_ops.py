@@ -116,7 +116,7 @@ def _(rng, shapes):
 
 def reduction(name, draw, want):
     def make(rng, shapes):
-        x = draw(rng, shapes[0])
+        x = draw(rng, (2, *shapes[0]) if rng.integers(2) else shapes[0])
         kw = dict(axis=an_axis(rng, x.ndim), keepdims=bool(rng.integers(2)))
         return Example([x], lambda f, x: f(x, **kw), lambda x: want(x, **kw))
     CASES[name] = [make]
@@ -531,7 +531,7 @@ def test_a_number_has_no_pullback():
 
 # ── values ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 def test_erf():
-    x = np.concatenate([np.linspace(-6, 6, 4001), [0.0, -0.0, 1e-300, 1e-8, 30.0, -30.0, 1e6]])
+    x = np.concatenate([np.linspace(-6, 6, 4001), [0.0, -0.0, 2.0, -2.0, 1e-300, 1e-8, 30.0, -30.0, 1e6, np.inf, -np.inf]])
     want = np.array([math.erf(v) for v in x])
     assert np.abs(host(ops.erf(dev(x))) - want).max() < 1e-13
     narrow = host(ops.erf(dev(x, np.float32)))
@@ -772,8 +772,25 @@ def test_what_one_gets_without_asking():
     np.testing.assert_allclose(np.linalg.norm(host(F.normalize(p)), axis=1), 1)
     assert host(F.normalize(leaf(np.zeros(3)))).tolist() == [0, 0, 0]
     assert host(F.normalize(leaf(np.full(4, 1e-13)))) == pytest.approx(np.full(4, 0.1))
-    assert F.stack([p, q]).shape == (2, 2, 3) and ops.concatenate(p, q).shape == (4, 3)
+    assert F.stack([p, q, q]).shape == (3, 2, 3) and ops.concatenate(p, q).shape == (4, 3)
+    np.testing.assert_allclose(host(F.softmax_attention(p, q, q)), attend(host(p), host(q), host(q)))
     assert host(ops.cross_entropy(p, dev([0, -100]))) == pytest.approx(host(ops.cross_entropy(p[:1], dev([0]))))
+
+
+def test_cross_entropy_of_one_class_and_of_other_dtypes():
+    assert ops.cross_entropy(leaf([[3.0], [2.0]]), dev([0, -100])).item() == 0   # an ignored label stands for no class at all
+    z = leaf([[1.0, 2.0], [0.0, 1.0]], np.float32)
+    for w in (dev([1.0, 2.0], np.float64), None):
+        loss = ops.cross_entropy(z, dev([0, 1]), w, label_smoothing=0.1)
+        loss.backward()
+        assert loss.dtype == z.grad.dtype == np.float32
+
+
+def test_dropout_keeps_what_lies_on_the_line(monkeypatch):
+    "P(u >= p) is 1 - p for u in [0, 1) with 24 bits, exactly; P(u > p) is not."
+    monkeypatch.setattr(array, "uniform_like", lambda x, key: dev([0.0, 0.25, 0.5, 0.75], np.float32))
+    assert host(ops.dropout(leaf(np.ones(4)), 0.5, 1)).tolist() == [0, 0, 2, 2]
+    assert host(ops.dropout(leaf(np.ones(4)), 0.0, 1)).tolist() == [1, 1, 1, 1]
 
 
 def test_broadcasting_both_ways():

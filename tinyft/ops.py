@@ -161,7 +161,7 @@ def erf(x: Array) -> Array:
     c = _erfc_polynomial(22 if x.dtype == np.float64 else 10)
     u = 1 / (1 + 0.5 * z)
     s = 4 * u - 2                                         # Clenshaw's rule: Σ cⱼ Tⱼ(2u − 1), with s twice the argument
-    a, b = 0 * s + c[-1], 0
+    a, b = c[-1], 0
     for cj in c[-2:0:-1]:
         a, b = s * a - b + cj, a
     return (m.sign(x) * (1 - u * m.exp(0.5 * s * a - b + c[0] - z * z))).astype(x.dtype)
@@ -183,7 +183,7 @@ def _erfc_polynomial(degree: int) -> list[float]:
 def _back(g: Array, shape: tuple, axis: Any, keepdims: bool) -> Array:
     "g with the reduced axes of an array of this shape put back, as length one."
     if axis is None or keepdims:
-        return g if keepdims else g.reshape((1,) * len(shape))
+        return g                                                                 # a single number broadcasts as it is
     axes = {a % len(shape) for a in (axis if isinstance(axis, tuple) else (axis,))}
     return g.reshape(tuple(1 if i in axes else n for i, n in enumerate(shape)))
 
@@ -385,7 +385,7 @@ def attention(q, k, v, seen=None, causal=False, scale=None, keep=None):
         dV = (P ⊙ keep)ᵀ G,   dP = G Vᵀ ⊙ keep,   dS = α P (dP − Σ dP P),   dQ = dS K,   dK = dSᵀ Q"""
     m, alpha = xp(q), q.shape[-1]**-0.5 if scale is None else scale
     s = (q @ t(k)) * alpha                                                       # (..., t, s)
-    may = None if seen is None else seen
+    may = seen
     if causal:
         past = m.tril(m.ones(s.shape[-2:], dtype=bool), s.shape[-1] - s.shape[-2])
         may = past if may is None else may & past
