@@ -125,7 +125,7 @@ class Mutant:
 SKIPPED = (ast.Raise, ast.Assert, ast.JoinedStr, ast.Import, ast.ImportFrom)
 
 
-def sites(node: ast.AST, inner: int, is_op: bool, above: tuple = ()) -> Iterator[tuple[ast.AST, str, int | None, ast.AST, ast.AST, int, tuple]]:
+def sites(node: ast.AST, inner: int, is_op: bool, above: tuple = ()) -> Iterator[tuple]:
     "(owner, field, index, old, new, first line of the innermost function, nodes above) for every possible error below a node."
     above = (*above, node)
     for name, value in ast.iter_fields(node):

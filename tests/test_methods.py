@@ -483,7 +483,7 @@ def head_outputs(K: np.ndarray, V: np.ndarray, causal: bool = False) -> tuple[np
         p.copy_(rng.standard_normal(p.shape))
     for w, value in ((layer.o.weight, np.eye(6)), (layer.o.bias, np.zeros(6))):
         w.copy_(value)
-    e = Prefix(2, 3, K.shape[1], 0.1, rng)
+    e = Prefix(*(array.normal(rng, (2, K.shape[1], 3), 0.1) for _ in "KV"))
     layer.kv.edits = {"prefix": e}
     layer.to(dtype=np.float64)
     e.K.copy_(K)
@@ -697,7 +697,7 @@ class SomePrefix(Method):
     targets, kind, shift = ("attn.kv", "pos"), Prefix, Shift
 
     def edit(self, path: str, m: Module, rng: np.random.Generator) -> Edit | None:
-        return self.kind(m.h, m.d, 3, 0.3, rng) if isinstance(m, KV) else self.shift(3, m.cin)
+        return self.kind(*(array.normal(rng, (m.h, 3, m.d), 0.3) for _ in "KV")) if isinstance(m, KV) else self.shift(3, m.cin)
 
 
 class Kept(Method):

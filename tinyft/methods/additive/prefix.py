@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ... import array, ops
-from ...array import xp
+from ...array import Array, xp
 from ...edit import Attached, Edit, Method, attach, detach
 from ...nn import Context, Embedding, Linear, Module, Parameter
 from ...tensor import Tensor, no_grad
@@ -41,7 +41,7 @@ class PrefixTuning(Method):
             if path.endswith(self.pos) and self.shift:
                 out[path] = Shift(self.p, m.cin)
             elif self.mlp is None:
-                out[path] = Prefix(m.h, m.d, self.p, self.std, rng)
+                out[path] = Prefix(*(array.normal(rng, (m.h, self.p, m.d), self.std) for _ in "KV"))
             else:
                 shared = shared or Hidden(self.p, m.h * m.d, self.mlp, rng)
                 out[path] = Reparameterized(m.h, m.d, shared, rng)
@@ -51,8 +51,8 @@ class PrefixTuning(Method):
 class Prefix(Edit):
     "P_K and P_V in front of what the queries look at.  They come after the cache, and bring their own columns of the mask."
 
-    def __init__(self, h: int, d: int, p: int, std: float, rng: np.random.Generator):
-        self.K, self.V = (Parameter(array.normal(rng, (h, p, d), std), decay=False) for _ in "KV")
+    def __init__(self, K: Array, V: Array):
+        self.K, self.V = Parameter(K, decay=False), Parameter(V, decay=False)    # (H, p, D)
 
     def prefix(self, ctx: Context) -> tuple[Tensor, Tensor]:
         "P_K, P_V (H, p, D)"
@@ -98,8 +98,7 @@ def eject(model: Module, name: str | None = None) -> Attached:
         if isinstance(e, Reparameterized):
             with no_grad():
                 K, V = e.prefix(Context())                                       # (H, p, D)
-            edits[path] = Prefix(K.shape[0], K.shape[2], K.shape[1], 0.0, np.random.default_rng(0))
-            edits[path].K.data, edits[path].V.data = K.data.copy(), V.data.copy()
+            edits[path] = Prefix(K.data.copy(), V.data.copy())
     return attach(model, Attached(replace(a.method, mlp=None), a.name, edits, a.base))
 
 
