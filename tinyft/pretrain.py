@@ -87,7 +87,7 @@ class Stages:
 GPT_LENGTHS = {128: 1.0}
 RECIPES = {
     "base-bert": Recipe(BERTConfig(vocab=2048, positions=128, width=128, layers=4, heads=4, std=0.05), steps=3600, lr=2e-3, decay=0.01,
-                        lengths={32: 0.5, 64: 0.3, 128: 0.2}),
+                        lengths={32: 0.25, 64: 0.25, 128: 0.5}),
     "base-gpt-small": Recipe(GPTConfig(vocab=2048, positions=128, width=64, layers=2, heads=2), steps=3000, lr=4e-3, lengths=GPT_LENGTHS),
     "base-gpt": Recipe(GPTConfig(vocab=2048, positions=128, width=128, layers=4, heads=4), steps=3000, lr=2e-3, lengths=GPT_LENGTHS),
     "base-gpt-large": Recipe(GPTConfig(vocab=2048, positions=128, width=160, layers=6, heads=5), steps=3000, lr=1.5e-3, lengths=GPT_LENGTHS),

@@ -116,6 +116,9 @@ def write_file(file: Path, tensors: dict[str, np.ndarray]) -> None:
         raise OSError(str(e)) from e
     with open(file, "rb+") as f:
         os.fsync(f.fileno())
+    mask = os.umask(0)                                                           # some versions of the library give the file to its owner alone
+    os.umask(mask)
+    os.chmod(file, 0o666 & ~mask)
 
 
 def publish(files: dict[str, Callable[[Path], None]], path: Path) -> None:
