@@ -3,8 +3,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +16,47 @@ from safetensors.numpy import save
 __all__ = ["pack_tensors", "write_tensors", "read_tensors", "write_atomically", "sweep"]
 
 
-def write_atomically(files: dict[str | os.PathLike, bytes]) -> None:
-    """Write each file beside its place and flush it to the disk; when all are there, put each in its place in one move.
+def write_atomically(files: Mapping[str | os.PathLike, bytes]) -> None:
+    """Write each file beside its place and flush it to the disk; when all are there, move each into its place.
 
-    OSError (a full disk) leaves every file as it was."""
-    todo: list[tuple[Path, Path]] = []
+    Whatever is raised on the way, Ctrl-C too, every file is what it was before; OSError (a full disk) says so."""
+    todo = {Path(p): data for p, data in files.items()}
+    new, old = ({p: p.with_name(f".{p.name}.{os.urandom(4).hex()}") for p in todo} for _ in range(2))
     try:
-        for path, data in files.items():
-            path = Path(path)
+        for path, data in todo.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            tmp = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
-            todo.append((tmp, path))
-            with open(tmp, "xb") as f:
+            with open(new[path], "xb") as f:
                 f.write(data)
                 f.flush()
                 os.fsync(f.fileno())
-        while todo:
-            tmp, path = todo[0]
-            os.replace(tmp, path)
-            del todo[0]
-    except BaseException as e:
-        for tmp, _ in todo:
-            tmp.unlink(missing_ok=True)
-        if isinstance(e, OSError):
-            raise OSError(e.errno, f"could not write {path} ({e.strerror}); what was there before is untouched") from e
+        for path in todo:
+            if path.exists():
+                _keep(path, old[path])
+        _move(new, old)
+    except OSError as e:
+        raise OSError(e.errno, f"could not write {path} ({e.strerror}); what was there before is untouched") from e
+    finally:
+        for left in (*new.values(), *old.values()):
+            left.unlink(missing_ok=True)
+
+
+def _keep(path: Path, beside: Path) -> None:
+    "The same file under a second name, or a copy."
+    try:
+        os.link(path, beside)
+    except OSError:                                                              # a file system without links
+        shutil.copy2(path, beside)
+
+
+def _move(new: dict[Path, Path], old: dict[Path, Path]) -> None:
+    "Move the new files in, one at a time; on any exception move the old ones back."
+    try:
+        for path in new:
+            os.replace(new[path], path)
+    except BaseException:
+        for path in new:
+            if not new[path].exists():                                           # this one had moved
+                os.replace(old[path], path) if old[path].exists() else path.unlink(missing_ok=True)
         raise
 
 

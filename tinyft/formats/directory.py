@@ -1,24 +1,17 @@
-"""A directory of safetensors and JSON files: read with every check, written so that what was good before is never damaged.
-
-Nothing here knows a model.  What is written comes into its place only when all of it is on the disk.
-"""
+"""A directory of safetensors and JSON files, read with every check.  Nothing here knows a model."""
 from __future__ import annotations
 
 import json
 import os
-import secrets
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from .. import array
 
-__all__ = ["FLOATS", "read_json", "read_all", "read_file", "write_json", "write_file", "publish", "few"]
+__all__ = ["FLOATS", "read_json", "read_all", "read_file", "few"]
 
 FLOATS = {"F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": array.bfloat16}
 # kinds that no weight has: masks and positions, which are skipped
@@ -97,65 +90,3 @@ def read_file(file: Path) -> dict[str, np.ndarray]:
         start, end = t["data_offsets"]
         out[name] = raw[start:end].view(kind).reshape(t["shape"])
     return out
-
-
-# ── writing ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-def write_json(file: Path, facts: dict) -> None:
-    "A JSON object, flushed to the disk."
-    with open(file, "wb") as f:
-        f.write((json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode())
-        f.flush()
-        os.fsync(f.fileno())
-
-
-def write_file(file: Path, tensors: dict[str, np.ndarray]) -> None:
-    "One safetensors file, flushed to the disk.  OSError if it does not fit there."
-    try:
-        save_file(tensors, file, metadata={"format": "pt"})                      # transformers wants to know whose layout it is
-    except SafetensorError as e:
-        raise OSError(str(e)) from e
-    with open(file, "rb+") as f:
-        os.fsync(f.fileno())
-    mask = os.umask(0)                                                           # some versions of the library give the file to its owner alone
-    os.umask(mask)
-    os.chmod(file, 0o666 & ~mask)
-
-
-def publish(files: dict[str, Callable[[Path], None]], path: Path) -> None:
-    "Write all files beside their place, then put them there.  If anything is raised on the way, the directory is what it was."
-    if path.exists() and not path.is_dir():
-        raise FileExistsError(f"{path} is a file; a model is saved as a directory")
-    home = path if path.is_dir() else path.absolute().parent                     # on the same disk as the place itself
-    home.mkdir(parents=True, exist_ok=True)
-    stage = home / f".saving-{os.getpid()}-{secrets.token_hex(4)}"
-    try:
-        stage.mkdir()
-        for name, write in files.items():
-            write(stage / name)
-        if path.is_dir():
-            _exchange(stage, path, list(files))
-        else:
-            os.rename(stage, path)
-    except OSError as e:
-        sentence = f"could not write {path} ({e.strerror or e}); what was there before is untouched"
-        raise (OSError(sentence) if e.errno is None else OSError(e.errno, sentence)) from e
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-
-
-def _exchange(stage: Path, path: Path, names: list[str]) -> None:
-    "Move the files in, one at a time; on any exception, Ctrl-C too, move the old ones back."
-    before = {n: stage / f"{n}.before" for n in names if (path / n).exists()}
-    for n, kept in before.items():
-        try:
-            os.link(path / n, kept)
-        except OSError:                                                          # a file system without links
-            shutil.copy2(path / n, kept)
-    try:
-        for n in names:
-            os.replace(stage / n, path / n)
-    except BaseException:
-        for n in names:
-            if not (stage / n).exists():                                         # this one had moved
-                os.replace(before[n], path / n) if n in before else (path / n).unlink(missing_ok=True)
-        raise

@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import json
 import os
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.numpy
 from tokenizers import Tokenizer
 
 from .. import array, edit
+from ..files import write_atomically
 from ..nn import Module, Packed
 from . import bert, gpt2
-from .directory import FLOATS, few, publish, read_all, read_json, write_file, write_json
+from .directory import FLOATS, few, read_all, read_json
 from .layout import Place, Plan, build, put
 
 __all__ = ["load", "save", "classifier"]
@@ -188,14 +189,22 @@ def save(model: Module, path: str | os.PathLike, tokenizer: Tokenizer | None = N
     ours = {n: _as(array.asnumpy(p.data), kind, n) for n, p in params.items()}
     weights = {family.full_name(n, plan): a for n, a in put(places, ours).items()}
     config = {**family.config_of(plan), "torch_dtype": str(kind), **_about(model, plan, tokenizer)}
-    files = {"config.json": partial(write_json, facts=config), "model.safetensors": partial(write_file, tensors=weights)}
+    pt = {"format": "pt"}                                                        # transformers wants to know whose layout it is
+    files = {"config.json": _json(config), "model.safetensors": safetensors.numpy.save(weights, metadata=pt)}
     if tokenizer is not None:
         special = {f"{k}_token": t for k, ts in SPECIAL.items() for t in ts if tokenizer.token_to_id(t) is not None}
         about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": plan.config.positions, **special}
-        files["tokenizer.json"] = partial(write_json, facts=json.loads(tokenizer.to_str()))
-        files["tokenizer_config.json"] = partial(write_json, facts=about)
-    publish(files, Path(path))
-    return Path(path)
+        files["tokenizer.json"] = _json(json.loads(tokenizer.to_str()))
+        files["tokenizer_config.json"] = _json(about)
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} is a file; a model is saved as a directory")
+    write_atomically({path / name: data for name, data in files.items()})
+    return path
+
+
+def _json(facts: dict) -> bytes:
+    return (json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _about(model: Module, plan: Plan, tokenizer: Tokenizer | None) -> dict[str, Any]:
