@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -229,6 +230,7 @@ def test_domain(tokenizer):
         (lambda: Batches([], 2), "empty"),
         (lambda: Batches([1], 0), "batch_size of at least 1, got 0"),
         (lambda: Batches([1], 2, drop_last=True), "one full batch"),
+        (lambda: Batches([1], 1, lengths=[1, 2]), "one length per example, got 2"),
         (lambda: data.mlm_batches(np.arange(99), 2, 4, VOCAB), "T of at least 3"),
         (lambda: data.pad([[]]), "at least one row with a token"),
         (lambda: data.pad([[7] * 9], 8), "at most 8 tokens, got one of 9"),
@@ -276,6 +278,50 @@ def test_shuffle_and_drop_last():
     assert not np.array_equal(next(numbers(99, batch_size=99, seed=1))["ids"], next(numbers(99, batch_size=99, seed=2))["ids"])
 
 
+def groups(give: Callable[[], Batches], lengths: np.ndarray) -> bool:
+    """Whole epochs; little padding; short and long batches in no order; other companions for an example in every epoch."""
+    batches = give()
+    epochs = [[next(batches)["ids"] for _ in range(len(batches))] for _ in range(3)]
+    whole = all(sorted(np.concatenate(e)) == list(range(len(lengths))) for e in epochs)
+    padded = np.mean([lengths[b].max() - lengths[b].mean() for b in epochs[0]])
+    longest = [lengths[b].max() for b in epochs[0]]
+    companions = [{tuple(sorted(b)) for b in e} for e in epochs]
+    return whole and padded < 3 and abs(np.corrcoef(longest[:-1], longest[1:])[0, 1]) < 0.3 and len(companions[0] & companions[1]) < 3
+
+
+LENGTHS = np.random.default_rng(3).integers(1, 64, 1003)
+
+
+def test_batches_of_like_length():
+    assert groups(lambda: numbers(1003, batch_size=8, lengths=LENGTHS, seed=4), LENGTHS)
+    last = list(itertools.islice(numbers(1003, batch_size=8, lengths=LENGTHS), 126))[-1]
+    assert len(last["ids"]) == 3
+
+
+def sorted_once(self: Batches) -> np.ndarray:
+    return np.argsort(self.lengths, kind="stable")
+
+
+def fixed_batches(self: Batches) -> np.ndarray:
+    order = np.argsort(self.lengths, kind="stable")
+    return np.concatenate([np.random.default_rng(self.epoch).permutation(order[:1000].reshape(-1, 8)).reshape(-1), order[1000:]])
+
+
+def not_grouped(self: Batches) -> np.ndarray:
+    return np.random.default_rng(self.epoch).permutation(len(self.examples))
+
+
+def pools_in_order(self: Batches) -> np.ndarray:
+    order = np.random.default_rng(self.epoch).permutation(1003)
+    return np.concatenate([part[np.argsort(self.lengths[part])] for part in np.array_split(order, 8)])
+
+
+@pytest.mark.parametrize("wrong", [sorted_once, fixed_batches, not_grouped, pools_in_order])
+def test_a_wrong_order_by_length_is_found(wrong):
+    assert not groups(lambda: type("Wrong", (Batches,), {"_epoch_order": wrong})(
+        np.arange(1003), 8, collate=lambda c, rng: {"ids": np.array(c)}, lengths=LENGTHS), LENGTHS)
+
+
 def test_once_is_everything_in_order_and_moves_nothing():
     batches = numbers(10, batch_size=4, seed=5, drop_last=True)
     next(batches)
@@ -309,6 +355,7 @@ STREAMS = {
     "plain": lambda: numbers(7, batch_size=3, seed=1),
     "drop_last": lambda: numbers(7, batch_size=3, seed=1, drop_last=True),
     "ordered": lambda: numbers(7, batch_size=3, shuffle=False),
+    "by length": lambda: numbers(107, batch_size=3, lengths=np.arange(107) % 13, seed=1),
     "lm": lambda: data.lm_batches(TOKENS, 16, 4, seed=2),
     "mlm": lambda: data.mlm_batches(TOKENS, 16, 4, VOCAB, seed=2),
 }

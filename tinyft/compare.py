@@ -125,8 +125,11 @@ def material(s: Settings, seed: int) -> tuple[data.Task, data.Batches, list]:
     if s.lm:
         return task, data.lm_batches(task.train, s.T, s.batch, seed), list(data.lm_batches(held_out(s, task), s.T, s.batch).once())
     form = "bert" if isinstance(model, BERT) else "gpt"
-    made = [data.text_batches(e, tokenizer, s.batch, s.T, seed, form=form) for e in (task.train, held_out(s, task))]
-    return task, made[0], list(made[1].once())
+    asked = held_out(s, task)
+    order = sorted(range(len(asked.texts)), key=lambda i: len(asked.texts[i]))   # like lengths together: less padding
+    asked = data.Examples([asked.texts[i] for i in order], asked.labels[order])
+    train, test = (data.text_batches(e, tokenizer, s.batch, s.T, seed, form=form, group_by_length=True) for e in (task.train, asked))
+    return task, train, list(test.once())
 
 
 def held_out(s: Settings, task: data.Task) -> Any:

@@ -29,6 +29,7 @@ PAD, CLS, SEP, END = SPECIAL["[PAD]"], SPECIAL["[CLS]"], SPECIAL["[SEP]"], SPECI
 IGNORE = -100                                                          # the label of a position that is not to be predicted
 CHOOSE, SWAP, FIXED, ORDER, NOISE, ONCE = range(6)                     # what a random stream is for: no two uses share one
 PLACE = ("seed", "epoch", "batch")                                     # where a stream of batches stands
+POOL = 16                                                              # batches among which examples are sorted by length
 
 # The classes of *package*: standard packages with at least five modules in each of Python 3.10-3.13. assets/make.py records the counts.
 PACKAGES = ("asyncio", "concurrent", "ctypes", "curses", "email", "encodings", "http", "idlelib", "importlib", "json", "multiprocessing",
@@ -252,12 +253,13 @@ class Batches:
     collate     (list of examples, rng) -> batch; rng is for noise (masked language modelling)
     shuffle     a new order in every epoch; each epoch visits every example exactly once
     drop_last   leave out an epoch's last batch if it is short (so each epoch leaves out a few examples, others each time)
+    lengths     one per example: batches of like length, so that little is padding; still another order in every epoch
 
     Every random draw is a function of (seed, epoch, batch), so `state()` is a few integers and `load(state)` goes on bitwise.
     """
 
     def __init__(self, examples: Sequence, batch_size: int, seed: int = 0, shuffle: bool = True, collate: Callable | None = None,
-                 drop_last: bool = False) -> None:  # fmt: skip
+                 drop_last: bool = False, lengths: Sequence[int] | None = None) -> None:  # fmt: skip
         if len(examples) == 0:
             raise ValueError("wanted at least one example, got an empty dataset")
         if batch_size < 1:
@@ -266,6 +268,9 @@ class Batches:
             raise ValueError(f"wanted at least one full batch of {batch_size} with drop_last, got {len(examples)} examples")
         self.examples, self.batch_size, self.seed = examples, batch_size, seed
         self.shuffle, self.drop_last, self.collate = shuffle, drop_last, collate or _stack
+        self.lengths = None if lengths is None else np.asarray(lengths)
+        if lengths is not None and len(lengths) != len(examples):
+            raise ValueError(f"wanted one length per example, got {len(lengths)} lengths and {len(examples)} examples")
         self.epoch = self.batch = 0                                                    # the next batch to give
         self._order = self._epoch_order()
 
@@ -305,10 +310,20 @@ class Batches:
         self._order = self._epoch_order()
 
     def _fixed(self) -> dict[str, int | bool]:
-        return {"examples": len(self.examples), "batch_size": self.batch_size, "shuffle": self.shuffle, "drop_last": self.drop_last}
+        return {"examples": len(self.examples), "batch_size": self.batch_size, "shuffle": self.shuffle, "drop_last": self.drop_last,
+                "by_length": self.lengths is not None}
 
     def _epoch_order(self) -> np.ndarray:
-        return generator(self.seed, ORDER, self.epoch).permutation(len(self.examples)) if self.shuffle else np.arange(len(self.examples))
+        if not self.shuffle:
+            return np.arange(len(self.examples))
+        rng = generator(self.seed, ORDER, self.epoch)
+        order = rng.permutation(len(self.examples))
+        if self.lengths is None:
+            return order
+        full, pool = len(order) - len(order) % self.batch_size, POOL * self.batch_size
+        pools = [part[np.argsort(self.lengths[part], kind="stable")] for part in (order[i:min(i + pool, full)] for i in range(0, full, pool))]
+        batches = np.concatenate([*pools, order[:0]]).reshape(-1, self.batch_size)     # the short batch stays last
+        return np.concatenate([rng.permutation(batches).reshape(-1), order[full:]])
 
     def _make(self, chosen: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
         return self.collate([self.examples[i] for i in chosen], rng)
@@ -332,8 +347,10 @@ def pad(rows: Sequence[Sequence[int]], max_len: int | None = None, multiple: int
 
 
 def text_batches(examples: Examples, tokenizer: Tokenizer, batch_size: int, max_len: int, seed: int = 0, shuffle: bool = True,
-                 form: str = "bert", drop_last: bool = False) -> Batches:  # fmt: skip
-    """Batches for classification: ids (B, T), mask (B, T), labels (B,), T <= max_len. `form` as in `encode`."""
+                 form: str = "bert", drop_last: bool = False, group_by_length: bool = False) -> Batches:  # fmt: skip
+    """Batches for classification: ids (B, T), mask (B, T), labels (B,), T <= max_len. `form` as in `encode`.
+
+    group_by_length: texts of like length together, for less padding."""
     if len(examples.texts) != len(examples.labels):
         raise ValueError(f"wanted one label per text, got {len(examples.texts)} texts and {len(examples.labels)} labels")
     rows = [(encode(tokenizer, text, max_len, form), int(label)) for text, label in zip(*examples, strict=True)]
@@ -342,7 +359,7 @@ def text_batches(examples: Examples, tokenizer: Tokenizer, batch_size: int, max_
         ids, mask = pad([row for row, _ in chosen], max_len)
         return {"ids": ids, "mask": mask, "labels": np.array([label for _, label in chosen], np.int64)}
 
-    return Batches(rows, batch_size, seed, shuffle, collate, drop_last)
+    return Batches(rows, batch_size, seed, shuffle, collate, drop_last, [len(row) for row, _ in rows] if group_by_length else None)
 
 
 def _stack(chosen: list[np.ndarray], rng: np.random.Generator | None = None) -> dict[str, np.ndarray]:

@@ -128,7 +128,7 @@ def card(name: str, recipe: Recipe, steps: int, history: History, metrics: dict[
     own = f"| this model | {100 * metrics['accuracy']:.1f} % of masked tokens, pseudo-perplexity {metrics['perplexity']:.1f} |" if masked else \
         f"| this model | perplexity {metrics['perplexity']:.1f}, accuracy {100 * metrics['accuracy']:.1f} % |"
     others = "\n".join(f"| {k} | {100 * v:.1f} % |" if "accuracy" in k else f"| {k} | {v:.1f} |" for k, v in references(recipe).items())
-    lengths = ", then ".join(f"{share:.0%} of the steps in texts of {T}" for T, share in recipe.lengths.items()).replace("100% of the steps", "all")
+    lengths = ", ".join(f"{share:.0%} in texts of {T}" for T, share in recipe.lengths.items())
     (folder / "README.md").write_text(f"""# {name}
 
 {'A BERT (masked language model)' if masked else 'A GPT-2 (causal language model)'}: {c.layers} layers, {c.width} wide, {c.heads} heads,
@@ -136,8 +136,8 @@ def card(name: str, recipe: Recipe, steps: int, history: History, metrics: dict[
 
 Trained from scratch by `make base` (`tinyft/pretrain.py`, seed {recipe.seed}) on the training part of the prose that ships with tinyft: the Python
 language reference, docstrings and comments ({tokens:,} tokens; `assets/LICENSES.txt`).  {steps:,} steps of {recipe.tokens:,} tokens
-({steps * recipe.tokens / tokens:.1f} epochs; {lengths}), AdamW, peak rate {recipe.lr:g}, weight decay {recipe.decay:g},
-warm-up {recipe.warmup:.0%}, cosine decay to a tenth.
+({steps * recipe.tokens / tokens:.1f} epochs; {lengths}),
+AdamW, peak rate {recipe.lr:g}, weight decay {recipe.decay:g}, warm-up {recipe.warmup:.0%}, cosine decay to a tenth.
 
 Held out (modules that occur nowhere in training):
 
