@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from tinyft import data
+from tinyft.batches import CLS, END, PAD, SEP
 from tinyft.data import IGNORE, SPECIAL, SPLITS, Batches, Record
 
 VOCAB = 2048
@@ -99,8 +100,8 @@ def test_tokenizer(tokenizer):
     assert {name: tokenizer.token_to_id(name) for name in SPECIAL} == SPECIAL
     assert min(tokenizer.encode("[MASK] and <|endoftext|> in a text").ids) >= len(SPECIAL)                # text makes no special tokens
     ids = data.encode(tokenizer, "Return the length of the list.", 64)
-    assert ids[0] == data.CLS and ids[-1] == data.SEP and tokenizer.decode(ids[1:-1]) == "Return the length of the list."
-    assert data.encode(tokenizer, "one two three four", 4, "gpt")[-1] == data.END and len(data.encode(tokenizer, "a b c d e f g", 5)) == 5
+    assert ids[0] == CLS and ids[-1] == SEP and tokenizer.decode(ids[1:-1]) == "Return the length of the list."
+    assert data.encode(tokenizer, "one two three four", 4, "gpt")[-1] == END and len(data.encode(tokenizer, "a b c d e f g", 5)) == 5
 
 
 # ---------------------------------------------------------------------------------------------------------------- tasks
@@ -390,18 +391,18 @@ def test_a_state_of_other_batches_is_refused(change):
 
 def test_padding_and_mask_agree(tokenizer):
     task = data.task("package", train_size=40)
-    for form, last in (("bert", data.SEP), ("gpt", data.END)):
+    for form, last in (("bert", SEP), ("gpt", END)):
         batches = data.text_batches(task.train, tokenizer, 8, max_len=44, form=form)
         seen = 0
         for batch in batches.once():
             ids, mask, labels = batch["ids"], batch["mask"], batch["labels"]
             assert ids.shape == mask.shape and ids.dtype == labels.dtype == np.int64 and mask.dtype == bool
             assert ids.shape[1] <= 44 and (ids.shape[1] % 8 == 0 or ids.shape[1] == 44)
-            assert np.array_equal(mask, ids != data.PAD) and (np.diff(mask.astype(int), axis=1) <= 0).all()    # real first, then padding
+            assert np.array_equal(mask, ids != PAD) and (np.diff(mask.astype(int), axis=1) <= 0).all()    # real first, then padding
             assert (ids[np.arange(len(ids)), mask.sum(1) - 1] == last).all()
             assert np.array_equal(labels, task.train.labels[seen : seen + len(ids)])
             for row, text in zip(ids, task.train.texts[seen : seen + len(ids)], strict=True):
-                assert row[row != data.PAD].tolist() == data.encode(tokenizer, text, 44, form)
+                assert row[row != PAD].tolist() == data.encode(tokenizer, text, 44, form)
             seen += len(ids)
         assert seen == 40
 
@@ -419,8 +420,8 @@ def check_mlm(corrupt) -> None:
     """corrupt(ids, mask, rng) keeps BERT's proportions, predicts only what was chosen, and leaves specials and padding alone."""
     rng = np.random.default_rng(1)
     ids = rng.integers(6, VOCAB, (400, 128))
-    ids[:, 0], ids[:, -9], ids[:, -8:] = data.CLS, data.SEP, data.PAD
-    mask = ids != data.PAD
+    ids[:, 0], ids[:, -9], ids[:, -8:] = CLS, SEP, PAD
+    mask = ids != PAD
     original = ids.copy()
     corrupted, labels = corrupt(ids, mask, rng)
     chosen, free = labels != IGNORE, mask & (ids > 5)
@@ -482,7 +483,7 @@ def test_mlm_always_predicts_something():
 def test_mlm_batches_change_their_noise_from_epoch_to_epoch():
     batches = data.mlm_batches(TOKENS, 16, 100, VOCAB, shuffle=False)
     first, second = next(batches), next(batches)
-    assert (first["ids"][:, 0] == data.CLS).all() and (first["ids"][:, -1] == data.SEP).all()
+    assert (first["ids"][:, 0] == CLS).all() and (first["ids"][:, -1] == SEP).all()
     assert not np.array_equal(first["labels"], second["labels"])
     rows = np.where(first["labels"] != IGNORE, first["labels"], first["ids"])
     assert np.array_equal(rows[:, 1:-1], data.windows(TOKENS, 14))      # the labels restore the text

@@ -71,7 +71,7 @@ CORE = ["array", "tensor", "ops", "functional", "nn", "edit"]                   
 ABOVE_NN = set(CORE[:5])
 MAY: dict[str, set[str]] = {
     **{name: set(CORE[:i]) for i, name in enumerate(CORE)},
-    "strict": set(), "data": set(), "files": set(), "baselines": set(), "assets": set(),
+    "strict": set(), "batches": set(), "data": {"batches"}, "files": set(), "baselines": set(), "assets": set(),
     "optim": {"array", "tensor"},
     "kernels": {"array", "tensor", "ops", "optim"},
     "models": ABOVE_NN, "decode": ABOVE_NN,

@@ -49,7 +49,7 @@ class Pooler(Module):
     "tanh(W x_[CLS] + b).    (B, C) -> (B, C)"
 
     def __init__(self, c: int, rng: np.random.Generator):
-        self.dense = Linear(c, c, rng)
+        self.dense = Linear(c, c, rng, std=c**-0.5)                              # a new one keeps the size of what it is given, as Classifier
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         return ops.tanh(self.dense(x, ctx))
