@@ -87,7 +87,7 @@ class Settings:
     names: tuple[str, ...] = ()
 
     lm = property(lambda self: self.task == "domain")
-    classes = property(lambda self: 0 if self.lm else len(data.task(self.task, 0).classes))
+    classes = property(lambda self: 0 if self.lm else len(material(self, 0)[0].classes))
     quality = property(lambda self: "perplexity" if self.lm else "accuracy")
 
     def chosen(self) -> list[Contender]:

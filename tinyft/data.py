@@ -176,10 +176,16 @@ def _half_swapped(texts: Sequence[str], rng: np.random.Generator) -> Examples:
 
 
 def _intact(seed: int, size: int | None) -> Task:
-    pool = {split: [sentence for sentence, _ in pairs] for split, pairs in _by_split(_intact_sentences).items()}
-    train = _half_swapped([pool["train"][i] for i in _choose(len(pool["train"]), seed, size)], generator(seed, SWAP))
-    valid, test = (_half_swapped(pool[split], generator(0, FIXED, i)) for i, split in enumerate(SPLITS) if i)
-    return Task("intact", "classify", ("swapped", "intact"), train, valid, test, metric="accuracy")
+    pool = [sentence for sentence, _ in _by_split(_intact_sentences)["train"]]
+    train = _half_swapped([pool[i] for i in _choose(len(pool), seed, size)], generator(seed, SWAP))
+    return Task("intact", "classify", ("swapped", "intact"), train, *_held_out_swaps(), metric="accuracy")
+
+
+@functools.cache
+def _held_out_swaps() -> tuple[Examples, ...]:
+    "Valid and test, the same for every seed."
+    pool = _by_split(_intact_sentences)
+    return tuple(_half_swapped([sentence for sentence, _ in pool[split]], generator(0, FIXED, i)) for i, split in enumerate(SPLITS) if i)
 
 
 NAMES = re.compile("|".join(rf"(?<![a-z])(?i:{name})(?![a-z])|(?<=[a-z])(?:{name.upper()}|{name.title()})(?![a-z])" for name in PACKAGES))
