@@ -39,7 +39,7 @@ EQUIVALENT = TESTS / "audit_equivalent.txt"
 SUITES = {                                                                       # audited file -> the tests it answers to
     "ops.py": ["test_ops.py", "test_tensor.py"], "functional.py": ["test_ops.py"], "nn.py": ["test_nn.py"], "optim.py": ["test_optim.py"],
     "edit.py": ["test_protocol.py", "test_methods.py"], "methods": ["test_methods.py", "test_protocol.py"],
-    "models/blocks.py": ["test_models.py", "test_protocol.py", "test_methods.py"]}
+    "models/blocks.py": ["test_decode.py", "test_protocol.py", "test_methods.py"]}
 LIMIT = 20                                                                       # seconds a mutant may take; one that hangs is noticed
 QUICK = 160
 

@@ -136,7 +136,7 @@ def test_a_small_comparison_from_end_to_end(task, tmp_path):
     names = {c.name for c in s.chosen()}
     assert names == set(got["costs"]) and names < set(got["results"])
     assert all(len(rs) == 2 and all(np.isfinite(r[s.quality]) for r in rs) for rs in got["results"].values())
-    assert "minutes on this machine" in said[0]                                  # said before anything is trained
+    assert "minutes on this machine" in said[1]                                  # said before anything is trained
     assert got["costs"]["full"]["trained"] > got["costs"]["BitFit"]["trained"]
     pytest.importorskip("matplotlib")
     assert (tmp_path / "compare.png").stat().st_size > 10_000 and draw(got, tmp_path / "again.png")

@@ -13,8 +13,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -53,23 +55,24 @@ class Contender:
         return model
 
 
-def contenders(lm: bool) -> list[Contender]:
-    "Every method with the rate found best on validation modules (see tests/benchmarks/LOG.md)."
+def contenders(task: str) -> list[Contender]:
+    "Every method, with the rate that was best for it on the validation modules of this task (tests/benchmarks/rates.py)."
     everything = "attn.[qkvo]", "mlp.up", "mlp.down"
-    rows = [
-        Contender("from scratch", None, 5e-4),
-        Contender("head only", Partial(k=0), 2e-3),
-        Contender("BitFit", BitFit(), 1e-3),
-        Contender("prompt (p=16)", PromptTuning(p=16), 3e-3),
-        Contender("prefix (p=16)", PrefixTuning(p=16), 3e-3),
-        Contender("prefix, MLP", PrefixTuning(p=16, mlp=64), 1e-3),
-        Contender("LoRA (r=8; q, v)", LoRA(r=8, alpha=16), 2e-3),
-        Contender("LoRA (r=8; all)", LoRA(r=8, alpha=16, targets=everything), 1.5e-3),
-        Contender("Houlsby (m=16)", Houlsby(m=16), 1e-3),
-        Contender("top block", Partial(k=1), 5e-4),
-        Contender("full", Full(), 4e-4),
+    rows = [                                                                     # rates: intact, package, domain
+        ("from scratch", None, (5e-4, 2e-3, 3e-3)),
+        ("head only", Partial(k=0), (2e-3, 6e-3)),                               # a language model's tied head is its embedding: nothing to train
+        ("BitFit", BitFit(), (1e-3, 3e-3, 9e-3)),
+        ("prompt (p=16)", PromptTuning(p=16), (1e-3, 6e-3, 1e-2)),
+        ("prefix (p=16)", PrefixTuning(p=16), (1e-3, 9e-3, 1e-2)),
+        ("prefix, MLP", PrefixTuning(p=16, mlp=64), (1e-3, 3e-3, 2e-3)),
+        ("LoRA (r=8; q, v)", LoRA(r=8, alpha=16), (2e-3, 4e-3, 3e-3)),
+        ("LoRA (r=8; all)", LoRA(r=8, alpha=16, targets=everything), (2e-3, 2e-3, 3e-3)),
+        ("Houlsby (m=16)", Houlsby(m=16), (3e-3, 3e-3, 3e-3)),
+        ("top block", Partial(k=1), (1e-3, 2e-3, 3e-3)),
+        ("full", Full(), (4e-4, 1e-3, 1e-3)),
     ]
-    return [r for r in rows if not (lm and r.name == "head only")]               # a language model's tied head is its embedding: nothing to train
+    at = ("intact", "package", "domain").index(task)
+    return [Contender(name, method, rates[at]) for name, method, rates in rows if at < len(rates)]
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class Settings:
     quality = property(lambda self: "perplexity" if self.lm else "accuracy")
 
     def chosen(self) -> list[Contender]:
-        rows = contenders(self.lm)
+        rows = contenders(self.task)
         if not self.names:
             return rows
         asked = [n.lower() for n in self.names]
@@ -104,7 +107,7 @@ class Settings:
 PRESETS = {
     ("quick", "intact"): Settings("intact"),
     ("quick", "package"): Settings("package", train=1000),
-    ("quick", "domain"): Settings("domain", steps=60, seeds=3, train=200_000, test=64, batch=16, T=112),
+    ("quick", "domain"): Settings("domain", steps=120, seeds=3, train=200_000, test=64, batch=16, T=112),
     ("full", "intact"): Settings("intact", steps=600, seeds=5, train=6000, test=3000),
     ("full", "package"): Settings("package", steps=600, seeds=5, train=3000, test=3000, T=96),
     ("full", "domain"): Settings("domain", steps=400, seeds=5, train=900_000, test=256, batch=16, T=112),
@@ -174,7 +177,7 @@ def simple_models(s: Settings, seed: int) -> dict[str, dict[str, float]]:
 def costs(s: Settings, c: Contender, rounds: int = 5) -> dict[str, Any]:
     """Stored bytes, peak memory of a training step, and paired ratios: a step's time to full fine-tuning's, inference's to the base's.
     Each round times both, one after the other; the figure is the median of the rounds' ratios."""
-    batch = next(material(s, 0)[1])
+    batch = next(material(s, 0)[1].once())                                       # the same for all; its longest text fills T
     full = Contender("full", Full(), 1e-4)
     mine, other = (stepper(x.model(s, 0), batch) for x in (c, full))
     plain = replace(c, method=Full() if c.method is not None else None).model(s, 0)
@@ -217,15 +220,16 @@ def timed(f: Callable[[], Any]) -> float:
 # ── the whole ────────────────────────────────────────────────────────────────────────────────────────────────────────
 def compare(s: Settings, out: Path, jobs: int | None = None, say: Callable[[str], None] = print) -> dict[str, Any]:
     "Run the comparison; print it as it goes; write out/compare.json and out/compare.png.  Returns what the file holds."
-    kernels.keep_memory()
     rows, start = s.chosen(), time.time()
     jobs = jobs or (min(2, os.cpu_count() or 1) if array.backend() == "numpy" else 1)
-    task, _, test = material(s, 0)
-    say(f"{headline(s, task)}\n{forecast(s, rows, jobs)}")
-    price = {c.name: costs(s, c) for c in tqdm(rows, "costs", disable=not sys.stderr.isatty(), leave=False)}
-    results: dict[str, list] = {c.name: [None] * s.seeds for c in rows}
-    for c, seed, metrics in progress(s, rows, jobs):
-        results[c.name][seed] = metrics
+    say(headline(s, material(s, 0)[0]))
+    with workers(jobs) as pool:
+        apart = lambda f, *args: f(*args) if pool is None else pool.submit(f, *args).result()
+        say(f"about {forecast(apart(pace, s), s, rows, jobs) / 60:.1f} minutes on this machine ({len(rows)} contenders, {jobs} at a time)")
+        price = {c.name: apart(costs, s, c) for c in tqdm(rows, "costs", disable=not sys.stderr.isatty(), leave=False)}
+        results: dict[str, list] = {c.name: [None] * s.seeds for c in rows}
+        for c, seed, metrics in progress(s, rows, pool):
+            results[c.name][seed] = metrics
     for seed in range(s.seeds):
         for name, metrics in simple_models(s, seed).items():
             results.setdefault(name, [None] * s.seeds)[seed] = metrics
@@ -239,23 +243,32 @@ def compare(s: Settings, out: Path, jobs: int | None = None, say: Callable[[str]
     return report
 
 
-def progress(s: Settings, rows: list[Contender], jobs: int) -> Iterator[tuple[Contender, int, dict]]:
-    "Every contender with every seed, some at a time, each on one thread; a line for each as it ends."
+@contextmanager
+def workers(jobs: int) -> Iterator[ProcessPoolExecutor | None]:
+    "Processes of one thread each, so that they do not wait for one another; None for one job, which runs here."
+    if jobs == 1:
+        kernels.keep_memory()
+        yield None
+        return
+    with _one_thread_each(), ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=kernels.keep_memory) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def progress(s: Settings, rows: list[Contender], pool: ProcessPoolExecutor | None) -> Iterator[tuple[Contender, int, dict]]:
+    "Every contender with every seed; a line for each as it ends."
     units = [(c, seed) for seed in range(s.seeds) for c in rows]
-    bar = tqdm(total=len(units), unit="run", disable=not sys.stderr.isatty(), leave=False)
-    with bar:
-        if jobs == 1:
+    with tqdm(total=len(units), unit="run", disable=not sys.stderr.isatty(), leave=False) as bar:
+        if pool is None:
             for c, seed in units:
                 yield _told(bar, s, c, seed, train_one(s, c, seed))
             return
-        with _one_thread_each(), ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-            waiting = {pool.submit(train_one, s, c, seed): (c, seed) for c, seed in units}
-            try:
-                for done in as_completed(waiting):
-                    yield _told(bar, s, *waiting[done], done.result())
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        waiting = {pool.submit(train_one, s, c, seed): (c, seed) for c, seed in units}
+        for done in as_completed(waiting):
+            yield _told(bar, s, *waiting[done], done.result())
 
 
 def _told(bar: tqdm, s: Settings, c: Contender, seed: int, metrics: dict) -> tuple[Contender, int, dict]:
@@ -286,16 +299,19 @@ def headline(s: Settings, task: data.Task) -> str:
             "test modules are in no training text, pretraining included")
 
 
-def forecast(s: Settings, rows: list[Contender], jobs: int) -> str:
-    "How long it will take, from one step and one evaluation timed now."
+def pace(s: Settings) -> tuple[float, float]:
+    "Seconds of one full fine-tuning step, and of one evaluation, as this process runs them."
     _, batches, test = material(s, 0)
     model = Contender("full", Full(), 1e-4).model(s, 0)
-    step = stepper(model, next(batches))
-    step()
-    one = timed(step) * (1.3 if jobs > 1 else 1.0)                               # a worker has one thread; other processes run beside it
-    asks = timed(lambda: infer(model, test[0])) * len(test) * (2 if s.lm else 1)
-    seconds = len(rows) * s.seeds * (0.75 * one * s.steps + asks + 1) / jobs + 12 * one * len(rows) + 10
-    return f"about {seconds / 60:.1f} minutes on this machine ({len(rows)} contenders, {jobs} at a time)"
+    some = [stepper(model, b) for b in islice(batches, 9)]
+    some[0]()
+    return sum(map(timed, some[1:])) / len(some[1:]), sum(timed(lambda: infer(model, b)) for b in test[::4]) * len(test) / len(test[::4])
+
+
+def forecast(paces: tuple[float, float], s: Settings, rows: list[Contender], jobs: int) -> float:
+    "Seconds the comparison will take: training, evaluations, costs, the start."
+    step, asks = paces
+    return len(rows) * (s.seeds * (0.9 * step * s.steps + (2 if s.lm else 1) * asks + 1) / jobs + 20 * step) + 15
 
 
 def machine() -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from tinyft.compare import PRESETS, Contender, progress
+from tinyft.compare import PRESETS, Contender, progress, workers
 
 GRID = (1 / 3, 1, 3)
 
@@ -29,8 +29,9 @@ def main() -> None:
                 names=tuple(args.names.split(",")) if args.names else ())
     rows = [Contender(f"{c.name} @ {c.lr * k:.1g}", c.method, c.lr * k) for c in s.chosen() for k in GRID]
     scores: dict[str, list[float]] = {}
-    for c, _, metrics in progress(s, rows, args.jobs):
-        scores.setdefault(c.name, []).append(metrics[s.quality])
+    with workers(args.jobs) as pool:
+        for c, _, metrics in progress(s, rows, pool):
+            scores.setdefault(c.name, []).append(metrics[s.quality])
     for c in rows:
         v = np.array(scores[c.name])
         print(f"{c.name:<34} {v.mean():.4f} ± {v.std(ddof=1) if len(v) > 1 else 0:.4f}")
