@@ -15,7 +15,8 @@ from tinyft.tensor import Tensor
 def dev(a: Any, dtype: Any = None) -> array.Array:
     "Host numbers as an array on the backend in use; float64 stays float64."
     a = np.asarray(a)
-    return array.asarray(a if dtype is None else a.astype(dtype))
+    with np.errstate(over="ignore"):                                             # a number too large for half precision is inf there
+        return array.asarray(a if dtype is None else a.astype(dtype))
 
 
 def leaf(a: Any, dtype: Any = None) -> Tensor:

@@ -16,7 +16,7 @@ from helpers import dev, host
 from tinyft import CannotMerge, array, combine, edit, evaluate, fit, no_grad, ops
 from tinyft.edit import Attached, Edit, Method, attach, count, detach, merge, select, state, trained, without
 from tinyft.functional import kl_divergence
-from tinyft.methods import BitFit, Full, Houlsby, LoRA, PrefixTuning, PromptTuning
+from tinyft.methods import BitFit, Full, Houlsby, LoRA, Partial, PrefixTuning, PromptTuning
 from tinyft.methods.reparameterized.lora import LowRank
 from tinyft.models.blocks import MLP, Attention, PreNormBlock
 from tinyft.nn import Cache, Context, LayerNorm, Linear, Module, Packed, Parameter
@@ -907,6 +907,26 @@ def test_a_refused_merge_wrote_nothing_even_where_others_had_agreed():
     with pytest.raises(CannotMerge, match="Prefix"):
         merge(model)
     assert all(same(v, before[n]) for n, v in values(model).items())
+
+
+@pytest.mark.parametrize("kept, merged, fine", [
+    (Full(), LoRA(r=2), False), (LoRA(r=2), Full(), True), (BitFit(), Partial(k=1), False), (Partial(k=1), BitFit(), False),
+    (BitFit(), LoRA(r=2), True), (LoRA(r=2), BitFit(), True), (LoRA(r=2), LoRA(r=2, targets="mlp.up"), True)])
+@pytest.mark.parametrize("kept_first", [True, False])
+def test_a_merge_survives_the_detaching_of_what_stayed_or_is_refused(kept, merged, fine, kept_first):
+    model = build("gpt")
+    for name, m in sorted({"kept": kept, "merged": merged}.items(), reverse=not kept_first):
+        attach(model, m, name=name)
+    noise(model).to(dtype=np.float64)
+    if not fine:
+        with pytest.raises(CannotMerge, match="kept trains the same tensors"):
+            merge(model, "merged")
+        return
+    with without(model, "kept"):
+        y = run(model)
+    merge(model, "merged")
+    detach(model, "kept")
+    assert near(run(model), y)
 
 
 def test_a_method_that_fails_half_way_leaves_the_model_as_it_was():

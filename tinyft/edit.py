@@ -237,6 +237,9 @@ def merge(model: Module, *names: str) -> Module:
             if order[:len(mine)] != mine or (rest and has("before", mine)) or (has("tensor", rest) and has("after", mine)):
                 raise CannotMerge(f"{path}: {', '.join(order)} act in this order, so {', '.join(mine)} cannot go first")
             new[path] = _folded(path, m, [m.edits[k] for k in mine])
+    written = {f"{path}.{n}" for path, p in new.items() for n in p} | {n for a in attached(model) if a.name in going for n in a.base}
+    if clash := [a.name for a in attached(model) if a.name not in going and a.base.keys() & written]:
+        raise CannotMerge(f"{clash[0]} trains the same tensors, and to detach it would undo the merge: merge it too, or detach it first")
     for path, m in base_modules(model).items():                                  # nothing was written until all agreed
         for n, w in new.get(path, {}).items():
             getattr(m, n).copy_(w)
@@ -248,7 +251,7 @@ def merge(model: Module, *names: str) -> Module:
 
 
 def _folded(path: str, m: Module, edits: list[Edit]) -> dict[str, Array]:
-    "The module's own tensors with these edits in them."
+    "The module's own tensors that these edits change, with the edits in them."
     if packed := [k for k, v in vars(m).items() if isinstance(v, Packed)]:
         raise CannotMerge(f"{path}.{packed[0]} is packed: keep the adapter beside it, or unpack the base first (tinyft.unpack) and merge then")
     acts = [e for e in edits if e.has("after")]                                  # from the weight outwards: first the outputs, in order,
@@ -263,7 +266,7 @@ def _folded(path: str, m: Module, edits: list[Edit]) -> dict[str, Array]:
     p = {n: w.data for n, w in p.items()}
     for e in acts:
         p = e.fold(p)
-    return p
+    return {n: w for n, w in p.items() if w is not getattr(m, n).data}           # those that changed
 
 
 def unpack(model: Module) -> Module:
