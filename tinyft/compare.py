@@ -175,7 +175,7 @@ def simple_models(s: Settings, seed: int) -> dict[str, dict[str, float]]:
 
 
 def costs(s: Settings, c: Contender, rounds: int = 5) -> dict[str, Any]:
-    """Stored bytes, peak memory of a training step, and paired ratios: a step's time to full fine-tuning's, inference's to the base's.
+    """Stored bytes, peak memory of training, and paired ratios: a step's time to full fine-tuning's, inference's to the base's.
     Each round times both, one after the other; the figure is the median of the rounds' ratios."""
     batch = next(material(s, 0)[1].once())                                       # the same for all; its longest text fills T
     full = Contender("full", Full(), 1e-4)
@@ -184,8 +184,8 @@ def costs(s: Settings, c: Contender, rounds: int = 5) -> dict[str, Any]:
     asked = c.model(s, 0)
     step = [(timed(mine), timed(other)) for _ in range(rounds + 1)][1:]
     look = [(timed(lambda: infer(asked, batch)), timed(lambda: infer(plain, batch))) for _ in range(rounds + 1)][1:]
-    with array.peak_memory() as peak:
-        mine()
+    with array.peak_memory() as peak:                                            # weights, activations, gradients, moments
+        stepper(c.model(s, 0), batch)()
     n = edit.count(asked)
     stored = n.nbytes if c.method is not None else sum(p.data.nbytes for p in asked.parameters())
     ratio = lambda pairs: float(np.median([a / b for a, b in pairs]))

@@ -38,8 +38,8 @@ def table(report: dict) -> str:
                      f"{c['step_ratio']:.2f} ×" if c else "", pm(r.values), pm(r.second), f"{c['inference_ratio']:.2f} ×" if c else ""))
     widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
     lines = ["  ".join(v.ljust(w) if i == 0 else v.rjust(w) for i, (v, w) in enumerate(zip(row, widths))) for row in rows]
-    note = ("trained: numbers, head included.  stored: bytes one task adds.  memory: peak of a training step.  step: time beside full fine-tuning.\n"
-            "inference: time beside the base.  ± is the standard deviation over seeds.")
+    note = ("trained: numbers, head included.  stored: bytes one task adds.  memory: peak of training, weights included.\n"
+            "step: time beside full fine-tuning.  inference: time beside the base.  ± is the standard deviation over seeds.")
     return "\n".join(["", lines[0], "-" * len(lines[0]), *lines[1:], "", note])
 
 
