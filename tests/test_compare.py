@@ -2,6 +2,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -140,3 +145,19 @@ def test_a_small_comparison_from_end_to_end(task, tmp_path):
     assert got["costs"]["full"]["trained"] > got["costs"]["BitFit"]["trained"]
     pytest.importorskip("matplotlib")
     assert (tmp_path / "compare.png").stat().st_size > 10_000 and draw(got, tmp_path / "again.png")
+
+
+def test_ctrl_c_stops_the_workers_and_says_so(tmp_path):
+    "As a terminal does: every process gets the signal."
+    command = ["-m", "tinyft.cli", "compare", "--model", tiny(tmp_path, False), "--steps", "100000", "--out", "o", "--jobs", "2"]
+    run = subprocess.Popen([sys.executable, "-u", *command], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                           start_new_session=True, env={**os.environ, "PYTHONPATH": str(Path(tf.__file__).parent.parent)})
+    assert run.stdout.readline().startswith("intact")                            # the workers come next
+    time.sleep(2)
+    os.killpg(run.pid, signal.SIGINT)
+    _, said = run.communicate(timeout=60)
+    assert (run.returncode, said.strip()) == (130, "stopped")
+    with pytest.raises(ProcessLookupError):                                      # none of its processes is left
+        for _ in range(50):
+            os.killpg(run.pid, 0)
+            time.sleep(0.1)

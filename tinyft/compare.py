@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -17,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -250,12 +252,20 @@ def workers(jobs: int) -> Iterator[ProcessPoolExecutor | None]:
         kernels.keep_memory()
         yield None
         return
-    with _one_thread_each(), ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=kernels.keep_memory) as pool:
+    with _one_thread_each(), ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_worker) as pool:
         try:
             yield pool
-        except BaseException:
+        except BaseException:                                                    # Ctrl-C too: nothing that still runs is waited for
+            for process in active_children():
+                process.terminate()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                                 # Ctrl-C reaches every process of a terminal; the first one answers
+    tqdm.set_lock(threading.RLock())                                             # its own is shared by processes, and none is needed
+    kernels.keep_memory()
 
 
 def progress(s: Settings, rows: list[Contender], pool: ProcessPoolExecutor | None) -> Iterator[tuple[Contender, int, dict]]:
