@@ -1,0 +1,67 @@
+"""Inputs that a person can check by hand: sizes that grow from 1 to 2 to 4, small whole numbers as floats.
+
+A law names the shapes of its inputs with letters, f(a="n k", b="k m"); each letter is one size, drawn anew for every input.  Numbers
+are drawn as whole ones: with any float, a right answer fails at 5e-324, and nobody learns from it.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+GROWING = ((1, 10), (2, 24), (4, 14))                                            # (largest size, examples of it)
+_limit = [4]
+
+
+def limit(n: int) -> None:
+    "From now on no size is larger than n."
+    _limit[0] = n
+
+
+whole = st.integers(-3, 3)
+
+
+@st.composite
+def sizes(draw: Callable) -> int:
+    "1 to the limit of now: for strategies written by hand."
+    return draw(st.integers(1, _limit[0]))
+
+
+@st.composite
+def array(draw: Callable, shape: tuple, values: st.SearchStrategy = whole, dtype: Any = np.float64) -> np.ndarray:
+    "An array of this shape."
+    n = int(np.prod(shape))
+    return np.array(draw(st.lists(values, min_size=n, max_size=n)), dtype).reshape(shape)
+
+
+class Shaped:
+    "An input whose sizes are the law's letters, with other values than small whole numbers."
+
+    def __init__(self, shape: str, values: st.SearchStrategy, dtype: Any = np.float64):
+        self.shape, self.values, self.dtype = shape, values, dtype
+
+
+def integers(shape: str, low: int, high: int) -> Shaped:
+    return Shaped(shape, st.integers(low, high), np.int64)
+
+
+def booleans(shape: str) -> Shaped:
+    return Shaped(shape, st.booleans(), bool)
+
+
+def positive(shape: str) -> Shaped:
+    return Shaped(shape, st.integers(1, 4))
+
+
+@st.composite
+def draws(draw: Callable, inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
+    """The drawn inputs of a law, and the size of each letter.
+
+    Each is a shape string, a Shaped, or a strategy; a letter alone as the name (n="size") gives its size."""
+    specs = {k: Shaped(v, whole) if isinstance(v, str) and v != "size" else v for k, v in inputs.items()}
+    letters = sorted({d for s in specs.values() if isinstance(s, Shaped) for d in s.shape.split()} | {k for k, v in specs.items() if v == "size"})
+    size = {d: draw(st.integers(1, _limit[0])) for d in letters}
+    return {k: draw(array(tuple(size[d] for d in s.shape.split()), s.values, s.dtype)) if isinstance(s, Shaped) else
+            size[k] if isinstance(s, str) else draw(s) for k, s in specs.items()}, size
