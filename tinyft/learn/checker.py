@@ -104,6 +104,8 @@ class Trial:
             except Stop as e:
                 return self.problem(e)
             except (Exception, SystemExit):
+                if not self.failed:                                              # the engine's own fault
+                    raise
                 self.more_mismatches()
                 return self.problem()
         return None
@@ -111,7 +113,7 @@ class Trial:
     def explore(self, examples: int, test: Callable[[tuple], None]) -> None:
         def law(drawn: tuple) -> None:
             test(drawn)
-        law.__qualname__ = law.__name__ = "".join(c if c.isalnum() else "_" for c in f"{self.subject.exercise.name} {self.law.title}")
+        law.__qualname__ = law.__name__ = "".join(c if c.isascii() and c.isalnum() else "_" for c in f"{self.subject.exercise.name} {self.law.title}")
         phases = LEARNER.phases if self.shrink else LEARNER.phases[:2]
         conf = settings(LEARNER, max_examples=examples, phases=phases, derandomize=self.seed is None)
         wrapped = given(sizes.draws(self.law.inputs))(law)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-GROWING = ((1, 10), (2, 24), (4, 14))                                            # (largest size, examples of it)
+GROWING = ((1, 6), (2, 24), (4, 10))                                             # (largest size, examples of it)
 _limit = [4]
 
 
