@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import sys
 from dataclasses import replace
@@ -33,6 +34,9 @@ def main(argv: list[str] | None = None) -> int:
     args = p.parse_args(argv)
     try:
         return args.run(args)
+    except BrokenPipeError:                                                      # `tinyft status | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt as e:
         print(f"\nstopped{': ' + str(e) if str(e) else ''}", file=sys.stderr)
         return 130

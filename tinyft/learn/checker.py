@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import signal
 import threading
@@ -12,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from hypothesis import HealthCheck, Phase, Verbosity, errors, given, settings
 from hypothesis import seed as seeded
 
@@ -19,8 +19,8 @@ from .. import array, kernels
 from . import sizes
 from .diagnose import Mismatch, Unusable, diagnose
 from .exercise import Exercise, Law
-from .show import Problem, said_inputs, said_pair
-from .subject import Changed, Refused, ReferenceUsed, Stop, Subject, closed, load, place, said_at
+from .show import Outcome, Problem, said_inputs, said_pair
+from .subject import Changed, ReferenceUsed, Refused, Stop, Subject, closed, load, place, said_at
 
 ONE_CALL, ONE_LAW = 2.0, 5.0                                                     # seconds: what runs longer is cut off
 LEARNER = settings(
@@ -38,18 +38,10 @@ class Enough(Stop):
     "The time for one law is over: the smallest failing input so far will do."
 
 
-@dataclasses.dataclass
-class Outcome:
-    "How a law went.  problem: None if it holds."
-    title: str
-    problem: Problem | None = None
-    seconds: float = 0.0
-
-
 # ── a whole exercise ─────────────────────────────────────────────────────────────────────────────────────────────────
 def check_file(exercise: Exercise, path: Path) -> Iterator[Outcome]:
     "The laws of an exercise on the function in a file, up to the first that fails."
-    yield from _check(exercise, str(path), lambda: load(exercise, path))
+    yield from _check(exercise, str(path.resolve()), lambda: load(exercise, path.resolve()))
 
 
 def check_here(exercise: Exercise, function: Callable) -> Iterator[Outcome]:
@@ -97,8 +89,7 @@ class Trial:
             try:
                 self.explore(examples, self.once)
             except errors.Flaky:
-                return Problem("raised", self.shown(), "for one and the same input it gives different answers: does it draw random numbers of its own, "
-                               "or keep something from call to call?", tried=self.tried)
+                return self.unsteady()
             except Enough:
                 return self.problem()
             except Stop as e:
@@ -106,6 +97,8 @@ class Trial:
             except (Exception, SystemExit):
                 if not self.failed:                                              # the engine's own fault
                     raise
+                if not self.same_again():
+                    return self.unsteady()
                 self.more_mismatches()
                 return self.problem()
         return None
@@ -136,6 +129,18 @@ class Trial:
             self.failed = e, self.inputs, printed
             raise
 
+    def same_again(self) -> bool:
+        "Does the input that failed fail in the same way once more?"
+        error, inputs, _ = self.failed
+        try:
+            with captured(Printed()), limited(ONE_CALL):
+                self.law.test(self.subject, **inputs)
+        except Mismatch as e:
+            return isinstance(error, Mismatch) and np.array_equal(e.got, error.got, equal_nan=e.got.dtype.kind == "f")
+        except (Exception, SystemExit) as e:
+            return type(e) is type(error)
+        return False
+
     def more_mismatches(self) -> None:
         "What else fails, at larger sizes: it tells 1/2 from 1/n.  The one that is shown stays last."
         if not self.failed or not isinstance(self.failed[0], Mismatch):
@@ -157,6 +162,10 @@ class Trial:
     # what came out
     def shown(self) -> list[tuple[str, str]]:
         return said_inputs(self.failed[1] if self.failed else self.inputs)
+
+    def unsteady(self) -> Problem:
+        return Problem("returned", self.shown(), "for one and the same input it gives different answers: does it draw random numbers of its own, "
+                       "or keep something from call to call?", tried=self.tried)
 
     def problem(self, stop: Stop | None = None) -> Problem:
         "The failure in words."

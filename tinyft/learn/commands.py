@@ -37,7 +37,8 @@ def register(sub: argparse._SubParsersAction) -> None:
         elif takes:
             c.add_argument("names", nargs=1 if takes == "what" else "?", metavar="NAME", help="an exercise; the one you changed last if left out")
         if command in ("check", "watch", "selftest"):
-            c.add_argument("--backend", default="numpy", choices=("numpy", "strict", "cupy"), help="where the arrays are (strict: CuPy's rules on NumPy)")
+            c.add_argument("--backend", default="numpy", choices=("numpy", "strict", "cupy"),
+                           help="where the arrays are (strict: CuPy's rules on NumPy)")
         if command == "check":
             c.add_argument("--all", action="store_true", help="every exercise that is started")
             c.add_argument("--gpu", dest="backend", action="store_const", const="cupy", help="the same as --backend cupy")
@@ -62,7 +63,8 @@ def _start(args: argparse.Namespace, work: Work, page) -> bool:
     chosen = work.chosen(args.names) if args.names else [work.next()]
     for e in chosen:
         fresh = work.start(e)
-        page.line(f"{work.path(e)}   {page.stars(e.difficulty)}  about {e.minutes} min" + ("" if fresh else "   (it is there already; nothing was changed)"))
+        there = "" if fresh else "   (it is there already; nothing was changed)"
+        page.line(f"{work.path(e)}   {page.stars(e.difficulty)}  about {e.minutes} min{there}")
     page.line(f"\nWrite the body, then:  tinyft check{'' if len(chosen) == 1 else ' ' + chosen[0].name}")
     return True
 
@@ -121,18 +123,19 @@ def _debug(args: argparse.Namespace, work: Work, page) -> bool:
     e, = work.chosen(args.names, lessons=False)
     path = work.path(e)
     try:
-        subject = Subject(e, load(e, path))
+        subject = Subject(e, load(e, path.resolve()))
     except Refused as refusal:
         raise ValueError(str(refusal)) from None
     for law in e.laws:
-        trial = Trial(law, subject, str(path))
+        trial = Trial(law, subject, str(path.resolve()))
         problem = trial.search()
         if problem:
             page.problem(e, law.title, problem)
             page.line("\n  n: next line   s: step in   p NAME: print   c: go on   q: quit")
-            debugger = pdb.Pdb()
-            debugger.set_break(str(path), subject.f.__code__.co_firstlineno + 1, temporary=True)
-            debugger.set_continue()
+            debugger, code = pdb.Pdb(readrc=False), subject.f.__code__
+            first = min(line for _, _, line in code.co_lines() if line and line > code.co_firstlineno)
+            debugger.set_break(str(path.resolve()), first, temporary=True)
+            debugger.rcLines = ["continue"]                                      # from the law to the learner's first line
             try:
                 debugger.runcall(law.test, subject, **trial.inputs)
             except Exception as error:

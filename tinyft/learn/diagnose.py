@@ -94,10 +94,15 @@ def _shape(failures: list[Mismatch]) -> str:
     g, w = other[-1].got, other[-1].want
     if all(f.got.ndim > 1 and equal(f.got.swapaxes(-1, -2), f.want) for f in failures):
         return "it is the expected result transposed: swap the factors, or add a transpose"
-    if g.ndim >= w.ndim and all(n in (1, m) for n, m in zip(w.shape[::-1], g.shape[::-1])) and equal(undo_broadcasting(g, w.shape), w):
+    if all(_repeated(f.got, f.want) for f in other):
         return "the axes along which it was repeated are not summed: broadcasting is not undone"
     same = "the right numbers, but " if g.size == w.size and equal(g.ravel(), w.ravel()) else ""
     return f"{same}its shape is {g.shape}, expected {w.shape}"
+
+
+def _repeated(g: np.ndarray, w: np.ndarray) -> bool:
+    "Is w what comes of g when broadcasting is undone?"
+    return g.ndim >= w.ndim and all(n in (1, m) for n, m in zip(w.shape[::-1], g.shape[::-1])) and equal(undo_broadcasting(g, w.shape), w)
 
 
 def _dtype(failures: list[Mismatch]) -> str:
@@ -140,6 +145,8 @@ def _factor(failures: list[Mismatch]) -> str:
         for power, said in ((-1, f"1/{letter}"), (1, letter), (-0.5, f"1/√{letter}"), (0.5, f"√{letter}")):
             if n.all() and np.allclose(ratios, n**power, rtol=1e-5):
                 return f"it is {said} x the expected result ({letter} = {int(n[-1])} here): a mean for a sum, or a sum for a mean?"
+    if max(f.want.size for f in failures) == 1:                                  # any number is a multiple of any other
+        return ""
     return "it is a multiple of the expected result, another one for each input: a factor that depends on the input?"
 
 

@@ -1,7 +1,7 @@
 """What an exercise is: a function of the library, what it asks of the learner, the laws it must obey, and wrong answers to it.
 
-The exercises of a lesson stand in exercises/<lesson>.py, in reading order.  A law takes the function under test as its first argument,
-the other arguments are drawn (sizes.py).  A wrong answer is what someone writes who believes something that is not so.
+The exercises of a lesson stand in exercises/<lesson>.py and <lesson>_*.py, in reading order.  A law takes the function under test as its first
+argument, the other arguments are drawn (sizes.py).  A wrong answer is what someone writes who believes something that is not so.
 """
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import pkgutil
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 LESSONS = {"autograd": "01 tensors and autograd", "transformer": "02 the transformer", "training": "03 training", "pretraining": "04 pretraining"}
@@ -37,7 +39,7 @@ class Wrong:
 class Exercise:
     """target: "module:function" or "module:Class.method", in tinyft;  difficulty 1-5;  minutes: for who knows the lesson;  hints: three, each
     telling more.  closed: other targets that hold the answer, so that they are closed to the learner as well.  in_place: it writes into its
-    arguments.  on_host: it works on NumPy arrays whatever the backend."""
+    arguments.  on_host: it works on NumPy arrays whatever the backend.  lines: how many a plain answer needs, where the library's has more."""
     target: str
     difficulty: int
     minutes: int
@@ -45,6 +47,7 @@ class Exercise:
     closed: tuple[str, ...] = ()
     in_place: bool = False
     on_host: bool = False
+    lines: int = 0
     lesson: str = ""
     laws: list[Law] = dataclasses.field(default_factory=list)
     wrong: list[Wrong] = dataclasses.field(default_factory=list)
@@ -93,12 +96,13 @@ def exercises() -> dict[str, Exercise]:
 def of_lesson(lesson: str) -> list[Exercise]:
     "The exercises of one lesson, in order."
     try:
-        module = importlib.import_module(f".exercises.{lesson}", __package__)
+        files = sorted(m.name for m in pkgutil.iter_modules([str(Path(__file__).parent / "exercises")]) if m.name.split("_")[0] == lesson)
+        modules = [importlib.import_module(f".exercises.{name}", __package__) for name in files]
     except ImportError as e:
         if e.name == "hypothesis":
             raise ValueError('the exercises are checked with Hypothesis, which is not installed: pip install "tinyft[lessons]"') from None
         raise
-    found = [e for e in vars(module).values() if isinstance(e, Exercise)]
+    found = [e for m in modules for e in vars(m).values() if isinstance(e, Exercise)]
     for e in found:
         e.lesson = lesson
     return found

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from .exercise import find
-from .show import Problem
+from .show import Outcome, Problem
 
 SILENCE = 12.0                                                                   # seconds without a word, after which the child is ended
 
 
 def check(name: str, path: Path, backend: str) -> Iterator[Any]:
     "The outcomes of a check of the file, one by one as they come."
-    from .checker import Outcome
     context = multiprocessing.get_context("fork" if sys.platform == "linux" and backend != "cupy" else "spawn")
     here, there = context.Pipe(duplex=False)
     child = context.Process(target=_serve, args=(there, name, str(path), backend), daemon=True)

@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 
 from .. import kernels
-from .checker import Outcome, check_file, run
+from .checker import check_file, run
 from .exercise import Exercise, Wrong
-from .show import Page
+from .show import Outcome, Page
 from .skeleton import skeleton
 from .subject import Subject
 
@@ -28,7 +28,8 @@ def examine(exercise: Exercise, seeds: int = 3) -> list[str]:
         for seed in random.sample(range(2**32), seeds):
             for law in exercise.laws:
                 if problem := run(law, reference, seed=seed).problem:
-                    found.append(f"the library's own function breaks {law.title!r} (seed {seed}): {problem.message} {problem.diagnosis} {problem.inputs}")
+                    found.append(f"the library's own function breaks {law.title!r} (seed {seed}): {problem.message} {problem.diagnosis} "
+                                 f"{problem.inputs}")
         for wrong in exercise.wrong:
             found += examine_wrong(exercise, wrong)
     return found + examine_skeleton(exercise)

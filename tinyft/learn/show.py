@@ -19,7 +19,6 @@ from ..tensor import Tensor
 from .exercise import Exercise
 
 if TYPE_CHECKING:
-    from .checker import Outcome
     from .diagnose import Mismatch
 
 
@@ -38,6 +37,14 @@ class Problem:
     printed: list[str] = dataclasses.field(default_factory=list)
     tried: int = 0
     size: int = 0
+
+
+@dataclasses.dataclass
+class Outcome:
+    "How a law went.  problem: None if it holds."
+    title: str
+    problem: Problem | None = None
+    seconds: float = 0.0
 
 
 # ── arrays in words ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -69,7 +76,8 @@ def said_pair(e: Mismatch) -> tuple[str, str]:
 
 
 # ── the page ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-SIGNS = {"right": ("✓", "ok"), "wrong": ("✕", "x"), "todo": ("·", "-"), "arrow": ("→", "->"), "full": ("★", "*"), "empty": ("☆", "."), "x": ("×", "x")}
+SIGNS = {"right": ("✓", "ok"), "wrong": ("✕", "x"), "todo": ("·", "-"), "arrow": ("→", "->"), "full": ("★", "*"), "empty": ("☆", "."),
+         "x": ("×", "x")}
 COLOURS = {"right": "32", "wrong": "31", "todo": "33", "arrow": "36", "faint": "2"}
 
 

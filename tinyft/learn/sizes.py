@@ -5,7 +5,7 @@ are drawn as whole ones: with any float, a right answer fails at 5e-324, and nob
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ def limit(n: int) -> None:
     _limit[0] = n
 
 
-whole = st.integers(-3, 3)
+whole = (0, 1, -1, 2, -2, 3, -3)                                                 # the simplest first: failing inputs come down to these
 
 
 @st.composite
@@ -30,29 +30,30 @@ def sizes(draw: Callable) -> int:
 
 
 @st.composite
-def array(draw: Callable, shape: tuple, values: st.SearchStrategy = whole, dtype: Any = np.float64) -> np.ndarray:
-    "An array of this shape."
+def array(draw: Callable, shape: tuple, values: Sequence = whole, dtype: Any = np.float64) -> np.ndarray:
+    "An array of this shape, of these values.  It is drawn as one string of bytes: ten times as fast as entry by entry."
     n = int(np.prod(shape))
-    return np.array(draw(st.lists(values, min_size=n, max_size=n)), dtype).reshape(shape)
+    places = np.frombuffer(draw(st.binary(min_size=n, max_size=n)), np.uint8)
+    return np.array(values, dtype)[places % len(values)].reshape(shape)
 
 
 class Shaped:
     "An input whose sizes are the law's letters, with other values than small whole numbers."
 
-    def __init__(self, shape: str, values: st.SearchStrategy, dtype: Any = np.float64):
+    def __init__(self, shape: str, values: Sequence, dtype: Any = np.float64):
         self.shape, self.values, self.dtype = shape, values, dtype
 
 
 def integers(shape: str, low: int, high: int) -> Shaped:
-    return Shaped(shape, st.integers(low, high), np.int64)
+    return Shaped(shape, range(low, high + 1), np.int64)
 
 
 def booleans(shape: str) -> Shaped:
-    return Shaped(shape, st.booleans(), bool)
+    return Shaped(shape, (False, True), bool)
 
 
 def positive(shape: str) -> Shaped:
-    return Shaped(shape, st.integers(1, 4))
+    return Shaped(shape, range(1, 5))
 
 
 @st.composite

@@ -25,8 +25,8 @@ def source(exercise: Exercise, target: str = "") -> str:
     lines, node = definition(exercise, target)
     start = min([node.lineno, *(d.lineno for d in node.decorator_list)])
     own = textwrap.dedent("\n".join(lines[start - 1:node.end_lineno]))
-    helpers = [] if target else [source(exercise, t) for t in exercise.closed if t.split(":")[1].startswith("_")]
-    return "\n\n\n".join([*helpers, own])
+    parts = [] if target else [source(exercise, t) for t in exercise.closed if t.split(":")[1].startswith("_")]
+    return "\n\n\n".join([*parts, own])
 
 
 def head(exercise: Exercise) -> tuple[str, int]:
@@ -34,7 +34,13 @@ def head(exercise: Exercise) -> tuple[str, int]:
     lines, node = definition(exercise)
     start = min([node.lineno, *(d.lineno for d in node.decorator_list)])
     last = node.body[0].end_lineno if ast.get_docstring(node) else node.body[0].lineno - 1
-    return textwrap.dedent("\n".join(lines[start - 1:last])), node.end_lineno - last
+    own = node.end_lineno - last + sum(len(helper.body) for helper in helpers(exercise))
+    return textwrap.dedent("\n".join(lines[start - 1:last])), exercise.lines or own
+
+
+def helpers(exercise: Exercise) -> list[ast.FunctionDef]:
+    "Private functions that hold part of the answer: closed, and shown with the solution."
+    return [definition(exercise, t)[1] for t in exercise.closed if t.split(":")[1].startswith("_")]
 
 
 def skeleton(exercise: Exercise) -> str:
@@ -48,7 +54,7 @@ from __future__ import annotations
 
 
 {top}
-    raise NotImplementedError                            # yours to write; the library needs {lines} line{'s' * (lines > 1)}
+    raise NotImplementedError                            # yours to write, in about {lines} line{'s' * (lines > 1)}
 '''
 
 
@@ -58,11 +64,13 @@ def imports(exercise: Exercise) -> str:
     holder, _ = exercise.owner()
     module = holder.__module__ if inspect.isclass(holder) else holder.__name__
     closed = {t.split(":")[1] for t in (exercise.target, *exercise.closed)}
-    used = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} | {"np"}
+    used = {n.id for f in (node, *helpers(exercise)) for n in ast.walk(f) if isinstance(n, ast.Name)} | {"np"}
     tree, found = ast.parse("\n".join(lines)).body, {"import numpy as np": None}
     for n in tree:
         if isinstance(n, (ast.Import, ast.ImportFrom)):
-            start = "" if isinstance(n, ast.Import) else ".".join(module.split(".")[:-n.level] + ([n.module] if n.module else [])) if n.level else n.module
+            start = "" if isinstance(n, ast.Import) else n.module or ""
+            if getattr(n, "level", 0):
+                start = ".".join(module.split(".")[:-n.level] + ([n.module] if n.module else []))
             taken = [a for a in n.names if (a.asname or a.name) in used and a.name not in closed]
             if taken and start != "__future__":
                 names = ", ".join(a.name + (f" as {a.asname}" if a.asname and a.asname != a.name else "") for a in taken)
@@ -72,4 +80,5 @@ def imports(exercise: Exercise) -> str:
     if taken := sorted({n for n in own if n in used and n not in closed and n[0] != "_"}):
         found[f"from {module} import {', '.join(taken)}"] = None
     plain = sorted(line for line in found if not line.startswith("from tinyft"))
-    return "\n".join([*plain, "", *sorted(line for line in found if line not in plain)]).strip()
+    plain.sort(key=lambda line: line.startswith("import numpy"))                 # the standard library first
+    return "\n".join([*plain[:-1], *[""] * (len(plain) > 1), plain[-1], "", *sorted(line for line in found if line not in plain)]).strip()

@@ -42,6 +42,7 @@ class Changed(AssertionError):
 # ── reading the file ─────────────────────────────────────────────────────────────────────────────────────────────────
 def load(exercise: Exercise, path: Path) -> Callable:
     "The function in the learner's file.  Refused, with the line, if the file cannot be read or holds no such function."
+    name = f"{path.parent.name}/{path.name}"
     spec = importlib.util.spec_from_file_location(f"work_{exercise.name.replace('.', '_')}", path)
     module, ops, keep = importlib.util.module_from_spec(spec), dict(OPS), sys.dont_write_bytecode
     sys.dont_write_bytecode = True
@@ -49,11 +50,11 @@ def load(exercise: Exercise, path: Path) -> Callable:
     try:
         spec.loader.exec_module(module)
     except SyntaxError as e:
-        raise Refused(f"Python cannot read {path}: {e.msg}, line {e.lineno}" + (f"\n  {e.text.strip()}" if e.text else "")) from None
+        raise Refused(f"Python cannot read {name}: {e.msg}, line {e.lineno}" + (f"\n  {e.text.strip()}" if e.text else "")) from None
     except Stop:
         raise
     except (Exception, SystemExit) as e:
-        raise Refused(f"{path} ends with {type(e).__name__}{f': {e}' if str(e) else ''} while it is read{said_at(e, str(path))}") from None
+        raise Refused(f"{name} ends with {type(e).__name__}{f': {e}' if str(e) else ''} while it is read{said_at(e, str(path))}") from None
     finally:
         sys.dont_write_bytecode = keep
         OPS.clear()
@@ -61,7 +62,8 @@ def load(exercise: Exercise, path: Path) -> Callable:
     function = getattr(module, exercise.function, None)
     if not callable(function):
         mine = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__]
-        raise Refused(f"{path} has no function {exercise.function}" + (f", only {', '.join(mine)}" if mine else "") + ": the check calls it by that name")
+        others = f", only {', '.join(mine)}" if mine else ""
+        raise Refused(f"{name} has no function {exercise.function}{others}: the check calls it by that name")
     return function
 
 
@@ -92,7 +94,8 @@ def fits(exercise: Exercise, function: Callable) -> None:
     extra = [p for n, p in got.items() if n not in want and p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     optional = [n for n in want if want[n].default is not inspect.Parameter.empty and n in got and got[n].default is inspect.Parameter.empty]
     if list(got)[:len(want)] != list(want) or extra or optional:
-        show = lambda ps: f"({', '.join(n + ('=' + repr(p.default) if p.default is not p.empty and len(repr(p.default)) < 12 else '') for n, p in ps.items())})"
+        given = lambda p: "" if p.default is p.empty else f"={p.default!r}" if len(repr(p.default)) < 12 else "=..."
+        show = lambda ps: f"({', '.join(n + given(p) for n, p in ps.items())})"
         raise Refused(f"{exercise.function} takes {show(want)}; yours takes {show(got)}: keep the names, their order and the defaults")
 
 
@@ -129,7 +132,6 @@ def _guard(real: Callable, name: str, filename: str) -> Callable:
         if sys._getframe(1).f_code.co_filename == filename:
             raise ReferenceUsed(f"this calls the library's own {name}, which is the answer: write it out.  The rest of tinyft is yours to use")
         return real(*args, **kw)
-    stub.closed_to_learners = True
     return stub
 
 
@@ -140,7 +142,7 @@ class Subject:
     An op is called as its definition: arrays -> (value, pullbacks)."""
 
     def __init__(self, exercise: Exercise, function: Callable):
-        if getattr(function, "closed_to_learners", False) or function is exercise.reference():
+        if inspect.unwrap(function) is inspect.unwrap(exercise.reference()):
             raise Refused(f"this is the library's own {exercise.function}: write yours under that name")
         fits(exercise, function)
         self.exercise, self.f = exercise, getattr(function, "definition", function)
@@ -181,8 +183,8 @@ class Subject:
         if not array.is_array(value) and not isinstance(value, np.generic):
             raise Unusable(f"the value of {name} should be an array; yours is {described(value)}")
         if not isinstance(pulls, (tuple, list)) or len(pulls) < inputs or not all(p is None or callable(p) for p in pulls):
-            raise Unusable(f"{name} has {inputs} input{'s' * (inputs > 1)}, so it wants a tuple of {inputs} function{'s' * (inputs > 1)} g -> gradient "
-                           f"(None where there is none); yours is {described(pulls)}")
+            raise Unusable(f"the pullbacks of {name} should be a tuple of functions g -> gradient, one for each of the {inputs} inputs "
+                           f"(None where there is no gradient); yours is {described(pulls)}")
         return value, tuple(p and _on_backend(p) for p in pulls)
 
 

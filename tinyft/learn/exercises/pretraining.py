@@ -6,7 +6,8 @@ import math
 import numpy as np
 from hypothesis import strategies as st
 
-from ...batches import SPECIAL, mlm as corrupt
+from ...batches import SPECIAL
+from ...batches import mlm as corrupt
 from ..diagnose import close
 from ..exercise import Exercise
 from ..sizes import array, booleans, integers, positive, sizes
@@ -18,7 +19,8 @@ FIRST, VOCAB = max(SPECIAL.values()) + 1, max(SPECIAL.values()) + 5             
 next_tokens = Exercise(
     "train:next_tokens", difficulty=2, minutes=10, on_host=True, hints=(
         "The model reads all tokens but the last, and at each must say the one after it.  So the labels are the ids, moved by one place.",
-        "A place asks nothing (-100) where the token to be said is padding, and where the token that is read there is padding: padding may stand on the "
+        "A place asks nothing (-100) where the token to be said is padding, and where the token that is read there is padding: padding may stand "
+        "on the "
         "left as well.",
         "np.where(both real, ids[:, 1:], -100) with mask[:, 1:] and mask[:, :-1].  Without a mask every token is real."))
 
@@ -56,7 +58,8 @@ def _(ids, mask=None):
     return ids[:, 1:].copy()
 
 
-@next_tokens.believe("Padding stands on the right, so a real token is always read where a real one follows.", says="padding that is read", subtle=True)
+@next_tokens.believe("Padding stands on the right, so a real token is always read where a real one follows.", says="padding that is read",
+                     subtle=True)
 def _(ids, mask=None):
     return ids[:, 1:].copy() if mask is None else np.where(mask[:, 1:], ids[:, 1:], -100)
 
@@ -70,7 +73,8 @@ def _(ids, mask=None):
 mlm = Exercise(
     "batches:mlm", difficulty=4, minutes=25, on_host=True, hints=(
         "Choose places first: real ones (mask) that hold no special token, each with probability p.  Only they get a label: what stood there.",
-        "np.flatnonzero finds the free places, rng.random(len(free)) < p chooses among them; if none was chosen, take rng.choice(free, 1).  a.flat[places] "
+        "np.flatnonzero finds the free places, rng.random(len(free)) < p chooses among them; if none was chosen, take rng.choice(free, 1).  "
+        "a.flat[places] "
         "reads and writes at flat places.",
         "Draw one number u per chosen place: u < 0.8 becomes special[\"[MASK]\"], 0.8 <= u < 0.9 a random id that is not special "
         "(np.setdiff1d(np.arange(vocab), special ids)), the rest stays."))
@@ -80,9 +84,9 @@ mlm = Exercise(
 def texts(draw):
     "(ids, mask): rows of words and special tokens, the first token of all a word; the mask has padding on the right."
     b, t = draw(sizes()), draw(sizes())
-    ids = draw(array((b, t), st.sampled_from([FIRST, FIRST + 1, FIRST + 2, CLS]), np.int64))
+    ids = draw(array((b, t), (FIRST, FIRST + 1, FIRST + 2, CLS), np.int64))
     ids[0, 0] = FIRST
-    mask = np.arange(t) < draw(array((b, 1), st.integers(1, t), np.int64))
+    mask = np.arange(t) < draw(array((b, 1), range(1, t + 1), np.int64))
     return ids, mask
 
 
@@ -103,7 +107,8 @@ def _(f, drawn, seed):
     ids, mask = drawn
     new, labels = f(ids, mask, np.random.default_rng(seed), VOCAB, SPECIAL, 1.0)
     free = mask & (ids >= FIRST)
-    guesses = {"every place is asked: the loss is on tokens that can be read off": np.ones(ids.shape, bool), "padding is asked for": ids >= FIRST, "special tokens are asked for": mask}
+    guesses = {"every place is asked: the loss is on tokens that can be read off": np.ones(ids.shape, bool), "padding is asked for": ids >= FIRST,
+               "special tokens are asked for": mask}
     close(np.asarray(labels) != -100, free, "where a label is, for p = 1", guesses)
     close(np.where(free, 0, new), np.where(free, 0, ids), "the new ids where nothing is asked")
 
@@ -112,7 +117,8 @@ def _(f, drawn, seed):
 def _(f, drawn, seed):
     ids, mask = drawn
     new, labels = f(ids, mask, np.random.default_rng(seed), VOCAB, SPECIAL, 1e-9)
-    close(np.asarray((np.asarray(labels) != -100).sum()), np.asarray(1), "the number of places that are asked", {"no place is asked: nothing to learn": 0})
+    close(np.asarray((np.asarray(labels) != -100).sum()), np.asarray(1), "the number of places that are asked",
+          {"no place is asked: nothing to learn": 0})
 
 
 @mlm.law("of 20,000 words a share of p is asked; 80 % of these are [MASK], a tenth another word, a tenth as before", seed=seeds)
@@ -133,7 +139,8 @@ def _(f, seed):
     ids = np.full((50, 100), FIRST)
     new, labels = f(ids, np.ones(ids.shape, bool), np.random.default_rng(seed), VOCAB, SPECIAL, 1.0)
     met = np.array([i in np.asarray(new) for i in range(VOCAB)])
-    guesses = {"special tokens are drawn as words": np.ones(VOCAB, bool), "the last id of the vocabulary is never drawn": (np.arange(VOCAB) >= FIRST) & (np.arange(VOCAB) < VOCAB - 1)}
+    guesses = {"special tokens are drawn as words": np.ones(VOCAB, bool),
+               "the last id of the vocabulary is never drawn": (np.arange(VOCAB) >= FIRST) & (np.arange(VOCAB) < VOCAB - 1)}
     close(met, (np.arange(VOCAB) >= FIRST) | (np.arange(VOCAB) == MASK), f"which of the ids 0 to {VOCAB - 1} stand in the new text", guesses)
 
 
@@ -178,7 +185,7 @@ pool = Exercise(
 def batches(draw):
     "(losses, weights) of some batches, the losses quarters."
     n = draw(sizes())
-    return [v / 4 for v in draw(array((n,), st.integers(0, 16))).tolist()], draw(array((n,), st.integers(1, 4))).tolist()
+    return [v / 4 for v in draw(array((n,), range(17))).tolist()], draw(array((n,), range(1, 5))).tolist()
 
 
 def pooled(f, losses, weights):
@@ -189,7 +196,8 @@ def pooled(f, losses, weights):
 @pool.law("one batch: its loss, and e to it", l=st.integers(0, 8), w=positive("n"))
 def _(f, l, w):
     loss, weight = l / 2, float(w[0])
-    guesses = {"it is 2 to the loss; the loss is in nats, so e": [loss, 2**loss], "the loss is multiplied with the weight": [loss * weight, math.exp(loss * weight)]}
+    guesses = {"it is 2 to the loss; the loss is in nats, so e": [loss, 2**loss],
+               "the loss is multiplied with the weight": [loss * weight, math.exp(loss * weight)]}
     close(pooled(f, [loss], [weight]), np.array([loss, math.exp(loss)]), "(loss, perplexity)", guesses)
 
 

@@ -29,19 +29,22 @@ def may_look(t, s, shift):
 
 @causal_mask.law("as many keys as queries: query i sees the keys 0 to i", t="size")
 def _(f, t):
-    guesses = {"it sees what comes before it, but not itself": may_look(t, t, -1), "it sees what comes after it instead of before": may_look(t, t, 0).T}
+    guesses = {"it sees what comes before it, but not itself": may_look(t, t, -1), "it sees what comes after it instead of before": may_look(t, t,
+                                                                                                                                             0).T}
     close(f(t, t), may_look(t, t, 0), "the mask", guesses)
 
 
 @causal_mask.law("the last query sees every key", t="size", more=st.integers(0, 3))
 def _(f, t, more):
-    guesses = {"it counts the keys as if none had come before": may_look(t, t + more, 0)[-1], "it sees what comes before it, but not itself": may_look(t, t + more, more - 1)[-1]}
+    guesses = {"it counts the keys as if none had come before": may_look(t, t + more, 0)[-1],
+               "it sees what comes before it, but not itself": may_look(t, t + more, more - 1)[-1]}
     close(f(t, t + more)[-1], np.ones(t + more, bool), "the last row of the mask", guesses)
 
 
 @causal_mask.law("keys that were there before (a cache, a prefix) are seen by all", t="size", more=st.integers(0, 3))
 def _(f, t, more):
-    guesses = {"it counts the keys as if none had come before": may_look(t, t + more, 0), "it sees what comes before it, but not itself": may_look(t, t + more, more - 1)}
+    guesses = {"it counts the keys as if none had come before": may_look(t, t + more, 0),
+               "it sees what comes before it, but not itself": may_look(t, t + more, more - 1)}
     close(f(t, t + more), may_look(t, t + more, more), "the mask", guesses)
 
 
@@ -74,7 +77,8 @@ def _(t, s, m=np):
 softmax_attention = Exercise(
     "functional:softmax_attention", difficulty=3, minutes=20, closed=("ops:attention",), hints=(
         "Every query is compared with every key (a product), the scores of a query become weights (a softmax), the weights mix the values.",
-        "Scores grow with the length d of the vectors: divide by √d.  What may not be seen gets the score -1e30 before the softmax, so its weight is 0.",
+        "Scores grow with the length d of the vectors: divide by √d.  What may not be seen gets the score -1e30 before the softmax, so its weight "
+        "is 0.",
         "ops.where(mask, scores, -1e30) sets scores.  With both masks a query sees what both allow: seen & ops.causal_mask(t, s, m)."))
 
 
@@ -89,13 +93,15 @@ def tensors(*arrays):
 
 @softmax_attention.law("softmax(Q Kᵀ / √d) V", q="t d", k="s d", v="s d")
 def _(f, q, k, v):
-    guesses = {"the scores are not divided by √d": attended(q, k, v, scale=1.0), "the scores are divided by d, expected by √d": attended(q, k, v, scale=1 / q.shape[-1])}
+    guesses = {"the scores are not divided by √d": attended(q, k, v, scale=1.0),
+               "the scores are divided by d, expected by √d": attended(q, k, v, scale=1 / q.shape[-1])}
     close(f(*tensors(q, k, v)), attended(q, k, v), "the output", guesses)
 
 
 @softmax_attention.law("heads: stacks of queries, keys and values", q="h t d", k="h s d", v="h s d")
 def _(f, q, k, v):
-    wide = {"the scores are divided by √(h d), the width of the model; expected √d, of one head": attended(q, k, v, scale=(q.shape[0] * q.shape[-1])**-0.5)}
+    wide = {"the scores are divided by √(h d), the width of the model; expected √d, of one head": attended(q, k, v,
+                                                                                                           scale=(q.shape[0] * q.shape[-1])**-0.5)}
     close(f(*tensors(q, k, v)), attended(q, k, v), "the output", wide)
 
 
@@ -267,7 +273,8 @@ def _(f, x):
 def _(f, x, g):
     h = np.tanh(ROOT * (x + 0.044715 * x**3))
     lower = g * (0.5 * (1 + h) + 0.5 * x * (1 - h * h) * ROOT * (1 + 0.044715 * x * x))
-    guesses = {"the exponent of x³ did not come down: 3 · 0.044715": lower, "h depends on x as well: half of the product rule is missing": g * 0.5 * (1 + h)}
+    guesses = {"the exponent of x³ did not come down: 3 · 0.044715": lower,
+               "h depends on x as well: half of the product rule is missing": g * 0.5 * (1 + h)}
     close(f(x)[1][0](g), wiggle(gelu, x, g), "the gradient of x", guesses, 1e-5, 1e-7)
 
 
