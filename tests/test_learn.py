@@ -290,7 +290,7 @@ def test_every_terminal_can_show_it(monkeypatch, encoding, environment):
     terminal = Terminal(encoding)
     assert show.Page(terminal).report(*failing()) is False
     assert ("\033[" in terminal.text) == (not environment) and ("✕" in terminal.text) == (encoding == "utf-8")
-    assert "yours    =" in terminal.text and "Stuck?" in terminal.text
+    assert "yours    =" in terminal.text and "Stuck?" in terminal.text and ("p = e^x / sum e^x" in terminal.text) == (encoding == "ascii")
     assert "\033[" not in (show.Page(Terminal("utf-8", tty=False)).sign("right"))
 
 
@@ -317,8 +317,8 @@ A, B = np.array([[1., 2], [3, 5]]), np.array([[2., 0, 1], [1, 4, 6]])
     ([(A / 2, A), (B / 2, B)], "0.5 x the expected result everywhere"), ([(A / 2, A), (B / 3, B)], "1/n x the expected"),
     ([(A * 2**0.5, A), (B * 3**0.5, B)], "√n x"), ([(A * 5, A), (B * 7, B)], "another one for each input"),
     ([(A + 1, A), (B + 1, B)], "off by +1 everywhere"), ([(A + 1, A), (B + 2, B)], "off by the same amount"),
-    ([(A * np.nan, A)], "4 of 4 entries are nan or inf"), ([(A, A.sum(0))], "broadcasting is not undone"), ([(A.ravel(), A)],
-                                                                                                            "the right numbers, but"),
+    ([(A * np.nan, A)], "4 of 4 entries are nan or inf"), ([(A, A.sum(0))], "broadcasting is not undone"),
+    ([(A.ravel(), A)], "the right numbers, but"),
     ([(A[:1], A)], "its shape is (1, 2), expected (2, 2)"), ([(A.astype(np.float32), A)], "dtype is float32, expected float64"),
     ([(A + np.triu(A, 1), A)], "above the diagonal"), ([(A + np.diag([1, 7]), A)], "only the diagonal"),
     ([(np.array([[.5, .25], [.5, .75]]), np.array([[.25, .75], [.5, .5]]))], "along axis 0"), ([(A > 2, A <= 2)], "other way round"),

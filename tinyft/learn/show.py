@@ -61,7 +61,7 @@ def said(a: Any, shape: bool = False) -> str:
     a = array.asnumpy(a)
     text = np.array2string(a, precision=5, suppress_small=True, threshold=80, edgeitems=3, max_line_width=max(width() - 18, 20))
     flat = " ".join(text.split()).replace("[ ", "[").replace(" ]", "]")
-    text = flat if len(flat) <= width() - 40 else text
+    text = flat if len(flat) <= width() - 18 else text.replace("\n\n", "\n")
     return text + (f"   shape {a.shape}" if shape else "")
 
 
@@ -78,6 +78,9 @@ def said_pair(e: Mismatch) -> tuple[str, str]:
 # ── the page ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 SIGNS = {"right": ("✓", "ok"), "wrong": ("✕", "x"), "todo": ("·", "-"), "arrow": ("→", "->"), "full": ("★", "*"), "empty": ("☆", "."),
          "x": ("×", "x")}
+ASCII = {"ᵀ": "^T", "ˣ": "^x", "²": "^2", "³": "^3", "ᵗ": "^t", "ᵢ": "_i", "ⱼ": "_j", "⁷": "^7", "⁰": "0", "√": "sqrt", "Σ": "sum", "π": "pi",
+         "σ": "sigma", "μ": "mu", "ε": "eps", "η": "lr", "ĝ": "g^", "x̂": "x^", "m̂": "m^", "v̂": "v^", "−": "-", "·": "*", "≤": "<=",
+         "×": "x", "ℓ": "l"}
 COLOURS = {"right": "32", "wrong": "31", "todo": "33", "arrow": "36", "faint": "2"}
 
 
@@ -104,8 +107,10 @@ class Page:
         return f"\033[{COLOURS[colour]}m{text}\033[0m" if self.colour and colour in COLOURS else text
 
     def line(self, text: str = "") -> None:
-        "One line; what the terminal has no character for becomes a question mark."
+        "One line; what the terminal has no character for is written in ASCII."
         if not self._can(text):
+            for sign, plain in ASCII.items():
+                text = text if self._can(sign) else text.replace(sign, plain)
             text = text.encode(self.out.encoding, "replace").decode(self.out.encoding)
         print(text, file=self.out, flush=True)
 

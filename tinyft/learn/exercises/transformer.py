@@ -29,8 +29,8 @@ def may_look(t, s, shift):
 
 @causal_mask.law("as many keys as queries: query i sees the keys 0 to i", t="size")
 def _(f, t):
-    guesses = {"it sees what comes before it, but not itself": may_look(t, t, -1), "it sees what comes after it instead of before": may_look(t, t,
-                                                                                                                                             0).T}
+    guesses = {"it sees what comes before it, but not itself": may_look(t, t, -1),
+               "it sees what comes after it instead of before": may_look(t, t, 0).T}
     close(f(t, t), may_look(t, t, 0), "the mask", guesses)
 
 
@@ -100,8 +100,8 @@ def _(f, q, k, v):
 
 @softmax_attention.law("heads: stacks of queries, keys and values", q="h t d", k="h s d", v="h s d")
 def _(f, q, k, v):
-    wide = {"the scores are divided by √(h d), the width of the model; expected √d, of one head": attended(q, k, v,
-                                                                                                           scale=(q.shape[0] * q.shape[-1])**-0.5)}
+    by_width = attended(q, k, v, scale=(q.shape[0] * q.shape[-1])**-0.5)
+    wide = {"the scores are divided by √(h d), the width of the model; expected √d, of one head": by_width}
     close(f(*tensors(q, k, v)), attended(q, k, v), "the output", wide)
 
 
