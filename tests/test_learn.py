@@ -229,6 +229,11 @@ def test_the_same_laws_on_the_strict_backend(learner):
     assert "StrictError" in out and "autograd.sum_to.py:3" in out
 
 
+def test_a_system_that_cannot_fork_starts_a_new_process(learner, monkeypatch):
+    monkeypatch.setattr(isolated.sys, "platform", "darwin")
+    assert learner("sum_to", RIGHT["autograd.sum_to"]).count("✓") == 4 and learner.status == 0
+
+
 def test_the_file_in_the_folder_shows_the_laws_to_pytest(learner, tmp_path):
     learner("sum_to", "def sum_to(g, shape):\n    if g.shape == shape:\n        return g\n    return g.sum(axis=0)\n")
     learner.run("start", "matmul")

@@ -93,17 +93,16 @@ def _check_one(e: Exercise, backend: str, work: Work, page) -> bool:
 def _watch(args: argparse.Namespace, work: Work, page) -> bool:
     "Until Ctrl-C.  It never goes on to the next exercise by itself."
     from . import checker  # noqa: F401    imported once, so that each check begins with it
-    seen: dict[Path, int] = {}
+    seen: dict[str, int] = {}
     page.line(f"watching {work.folder}; Ctrl-C ends it")
     while True:
         chosen = work.chosen(args.names) if args.names else work.started()
-        for e in chosen:
-            path = work.path(e)
-            stamp = path.stat().st_mtime_ns if path.exists() else 0
-            if stamp and seen.get(path, 0 if args.names or not seen else stamp) != stamp and (seen or e is chosen[0]):
-                page.line()
-                _check_one(e, args.backend, work, page)
-            seen[path] = stamp
+        stamps = {e.name: work.path(e).stat().st_mtime_ns for e in chosen if work.path(e).exists()}
+        changed = [e for e in chosen if e.name in stamps and seen.get(e.name) != stamps[e.name]]
+        for e in changed if seen or args.names else changed[:1]:                 # at first only the file that was changed last
+            page.line()
+            _check_one(e, args.backend, work, page)
+        seen.update(stamps)
         time.sleep(0.3)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
+from ...array import asarray, xp
 from ...tensor import Tensor, topological
 from ..diagnose import close, undo_broadcasting
 from ..exercise import Exercise
@@ -11,7 +12,7 @@ from ..sizes import sizes
 
 
 def tensor(a):
-    return Tensor(np.asarray(a, np.float64), requires_grad=True)
+    return Tensor(asarray(np.array(a, np.float64)), requires_grad=True)
 
 
 # ── topological, backward ────────────────────────────────────────────────────────────────────────────────────────────
@@ -171,7 +172,7 @@ def _(f, x, g):
 @backward.law("what was repeated by broadcasting is summed", a="n m", x="m", g="n m")
 def _(f, a, x, g):
     x = tensor(x)
-    f(x * a, g)
+    f(x * Tensor(asarray(a)), g)
     close(x.grad, (g * a).sum(axis=0), "x.grad")
 
 
@@ -195,7 +196,7 @@ def _(f, x, g, h):
 
 def walk(self, gradient=None, order=topological, parts="add", leaves="add", undo=undo_broadcasting):
     "A plain backward with a place for each error."
-    grads = {id(self.node): np.ones(self.shape) if gradient is None else gradient}
+    grads = {id(self.node): xp(self.data).ones(self.shape) if gradient is None else gradient}
     for node in reversed(order(self)):
         g = grads.pop(id(node), None)
         if g is None:
