@@ -35,7 +35,7 @@ def host(a: Any, what: str = "the result", want: Any = None) -> np.ndarray:
     if isinstance(a, Tensor):
         a = a.data
     number = isinstance(a, (bool, int, float, np.generic)) and (want is None or np.ndim(want) == 0)
-    if array.is_array(a) or number:
+    if (array.is_array(a) and np.dtype(a.dtype).kind in "biufV") or number:      # V: bfloat16
         return array.asnumpy(a)
     raise Unusable(f"{what} should be an array{'' if want is None else f' of shape {np.shape(want)}'}; yours is {described(a)}")
 
@@ -44,6 +44,8 @@ def described(a: Any) -> str:
     "A thing in a few words."
     if a is None:
         return "None: is a `return` missing?"
+    if array.is_array(a):
+        return f"an array of dtype {a.dtype}"
     text = repr(a)
     return f"a {type(a).__name__}, {text if len(text) < 60 else text[:57] + '...'}"
 
