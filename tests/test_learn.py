@@ -98,7 +98,7 @@ def test_the_skeleton_has_signature_and_docstring_but_no_body():
     ("def sum_to(g, shape, more):\n    return g\n", ["yours takes (g, shape, more)"]),
     ("def sum_to(g, shape):\n    pass\n", ["should be an array of shape (1, 1)", "is a `return` missing?"]),
     ("def sum_to(g, shape):\n    return g.tolist()\n", ["should be an array", "a list, [[0.0]]"]),
-    ("def sum_to(g, shape):\n    return 3\n", ["should be an array", "a int, 3"]),
+    ("def sum_to(g, shape):\n    return 3\n", ["should be an array", "an int, 3"]),
     ("def sum_to(g, shape):\n    return shape.sum()\n", ["AttributeError", "autograd.sum_to.py:3   return shape.sum()"]),
     ("def sum_to(g, shape):\n    exit()\n", ["SystemExit"]),
     ("def sum_to(g, shape):\n    raise KeyboardInterrupt\n", ["ended with KeyboardInterrupt", "sum_to.py:3"]),

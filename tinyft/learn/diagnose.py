@@ -47,7 +47,8 @@ def described(a: Any) -> str:
     if array.is_array(a):
         return f"an array of dtype {a.dtype}"
     text = repr(a)
-    return f"a {type(a).__name__}, {text if len(text) < 60 else text[:57] + '...'}"
+    kind = type(a).__name__
+    return f"a{'n' * (kind[0] in 'aeiou')} {kind}, {text if len(text) < 60 else text[:57] + '...'}"
 
 
 def close(got: Any, want: Any, what: str = "the result", guesses: dict[str, Any] | None = None, rtol: float = 1e-6, atol: float = 1e-9,

@@ -156,7 +156,7 @@ class Page:
             self.line(f"    {p.message}:")
             self.named("yours", p.yours, 8)
             self.named("expected", p.expected, 8)
-            self.block(f"{SIGNS['arrow'][self.plain]} {p.diagnosis}", 4, f"    {''}")
+            self.block(f"{SIGNS['arrow'][self.plain]} {p.diagnosis}", 4, " " * 4)
         else:
             self.line()
             self.block(p.message, 4) if title else self.block(p.message, 4, f"  {self.sign('wrong')} ")
