@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 ARGS   ?=
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-strict test-gpu test-peers audit base lint clean
+.PHONY: help install run test selftest test-strict test-gpu test-peers audit base lint clean
 
 help:  ## this help
 	@echo "tinyft: fine-tuning and compression of transformers, from scratch"
@@ -28,6 +28,9 @@ run: $(STAMP)  ## the main job: fine-tune the shipped base with every method, on
 
 test: $(STAMP)  ## the tests
 	@cd "$(HERE)" && "$(PY)" -m pytest tests --ignore=tests/peers $(ARGS)
+
+selftest: $(STAMP)  ## the exercises: the library passes them, every wrong answer is caught and explained
+	@cd "$(HERE)" && "$(VENV)/bin/tinyft" selftest $(ARGS)
 
 test-strict: $(STAMP)  ## the same tests on the strict double of CuPy: what CuPy lacks does not get in
 	@cd "$(HERE)" && TINYFT_BACKEND=strict "$(PY)" -m pytest tests --ignore=tests/peers $(ARGS)

@@ -16,6 +16,7 @@ from .combine import combine
 from .decode import generate
 from .edit import Attached, CannotMerge, Count, Edit, Method, attach, count, detach, merge, trained, unpack, without
 from .formats.huggingface import classifier, load, save
+from .learn import check
 from .methods import BitFit, Full, Houlsby, LoRA, Partial, PrefixTuning, PromptTuning, eject, methods
 from .models import BERT, GPT, BERTConfig, GPTConfig
 from .nn import Cache, Context, Module, Packed, Parameter
@@ -33,6 +34,7 @@ __all__ = [
     "methods", "Full", "Partial", "BitFit", "Houlsby", "PromptTuning", "PrefixTuning", "eject", "LoRA",            # the methods
     "fit", "evaluate", "perplexity", "History", "AdamW", "Adam", "SGD", "constant", "linear", "cosine",          # training
     "BackendError", "ShapeError", "Diverged", "peak_memory", "kernels",
+    "check",                                                                                                     # the exercises
 ]
 
 if _os.environ.get("TINYFT_KERNELS", "on") != "off":

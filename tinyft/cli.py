@@ -2,10 +2,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import sys
 from dataclasses import replace
 from pathlib import Path
+
+from .learn.commands import register
 
 __all__ = ["main"]
 
@@ -27,9 +30,13 @@ def main(argv: list[str] | None = None) -> int:
     c.set_defaults(run=_compare)
     sub.add_parser("methods", help="every method, its paper and one line").set_defaults(run=_methods)
     sub.add_parser("doctor", help="what this machine has: Python, NumPy, backends").set_defaults(run=_doctor)
+    register(sub)
     args = p.parse_args(argv)
     try:
         return args.run(args)
+    except BrokenPipeError:                                                      # `tinyft status | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt as e:
         print(f"\nstopped{': ' + str(e) if str(e) else ''}", file=sys.stderr)
         return 130
@@ -60,11 +67,17 @@ def _methods(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
+    import shutil
+    from importlib.util import find_spec
+
     import numpy as np
 
     from . import __version__, array
     print(f"tinyft  {__version__}\nPython  {platform.python_version()}\nNumPy   {np.__version__}\nbackend {array.backend()}")
     print(f"CuPy    {array.why_no_cupy() or 'works'}")
+    print(f"lessons {'Hypothesis is there' if find_spec('hypothesis') else 'Hypothesis is missing: pip install tinyft[lessons]'}, "
+          f"{'Matplotlib is there' if find_spec('matplotlib') else 'no Matplotlib, so no figures'}")
+    print(f"screen  {shutil.get_terminal_size().columns} columns, {sys.stdout.encoding}")
     return 0
 
 

@@ -15,7 +15,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, seen: Array = None, causa
     m, (n, s) = xp(q.data), (q.shape[-2], k.shape[-2])
     scores = (q @ k.T) * q.shape[-1]**-0.5                                       # (..., t, s)
     if causal:
-        past = m.tril(m.ones((n, s), dtype=bool), s - n)                         # query i looks at keys j <= i + s - t
+        past = ops.causal_mask(n, s, m)
         seen = past if seen is None else seen & past
     if seen is not None:
         scores = ops.where(seen, scores, -1e30)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -375,6 +376,11 @@ def rms_norm(x, w, eps=1e-6):
     return w * h, (dx, lambda g: g * h)
 
 
+def causal_mask(t: int, s: int, m: ModuleType = np) -> Array:
+    "(t, s) bool, an array of module m: query i of t may look at keys j ≤ i + s − t.  The first s − t keys came before (a cache, a prefix)."
+    return m.tril(m.ones((t, s), dtype=bool), s - t)
+
+
 @op("... t d, ... s d, ... s d -> ... t d")
 def attention(q, k, v, seen=None, causal=False, scale=None, keep=None):
     """O = (P ⊙ keep) V,  P = softmax(α Q Kᵀ), each query looking only where it may.    α = 1/√d unless `scale` is given.
@@ -387,7 +393,7 @@ def attention(q, k, v, seen=None, causal=False, scale=None, keep=None):
     s = (q @ t(k)) * alpha                                                       # (..., t, s)
     may = seen
     if causal:
-        past = m.tril(m.ones(s.shape[-2:], dtype=bool), s.shape[-1] - s.shape[-2])
+        past = causal_mask(*s.shape[-2:], m)
         may = past if may is None else may & past
     if may is not None:
         s = m.where(may, s, -math.inf)

@@ -115,14 +115,9 @@ class Optimizer:
         for g in self.bound:
             g.gather_values()
             g.gather_gradients()
-        m = xp(self.bound[0].w)
-        norm = m.sqrt(sum((g.g * g.g).sum() for g in self.bound))
-        if not math.isfinite(float(norm)):
-            raise FloatingPointError(f"the gradient's norm is {float(norm)}")
+        norm = clip_norm([g.g for g in self.bound], clip)
         self.t += 1
         for g in self.bound:
-            if clip is not None:
-                g.g *= m.minimum(clip / (norm + 1e-6), 1.0).astype(g.g.dtype)
             held = g.held()
             self.update(g, g.lr * factor)
             g.put_back(held)
@@ -149,6 +144,22 @@ class Optimizer:
         for i, g in enumerate(self.bound):
             for j, a in enumerate(g.moments):
                 a[...] = array.put_like(state[f"{i}.{j}"], a)
+
+
+def clip_norm(gradients: list[Array], limit: float | None) -> Array:
+    """The norm of all gradients together; they are scaled in place, by one factor, so that it is at most `limit` (None: no limit).
+
+    n = √Σ g²;   g ← g min(limit / (n + 1e-6), 1).  Returns n, the norm before.      Pascanu et al. 2013
+
+    FloatingPointError, with nothing scaled, if n is not finite."""
+    m = xp(gradients[0])
+    norm = m.sqrt(sum((g * g).sum() for g in gradients))
+    if not math.isfinite(float(norm)):
+        raise FloatingPointError(f"the gradient's norm is {float(norm)}")
+    if limit is not None:
+        for g in gradients:
+            g *= m.minimum(limit / (norm + 1e-6), 1.0).astype(g.dtype)
+    return norm
 
 
 class SGD(Optimizer):

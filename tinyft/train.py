@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,8 +70,7 @@ def question(batch: Any) -> Question:
         del facts["mask"]                                                        # nothing is hidden: attention need not look at it
     labels, cw = batch.get("labels"), batch.get("class_weight")
     if labels is None:                                                           # the next token, where this one and it are real
-        real = np.ones(ids.shape, bool) if facts.get("mask") is None else np.asarray(facts["mask"], bool)
-        labels = np.where(real[:, 1:] & real[:, :-1], ids[:, 1:], -100)
+        labels = next_tokens(ids, facts.get("mask"))
         ids, facts = ids[:, :-1], {k: (v[:, :-1] if k in ("mask", "types") else v) for k, v in facts.items()}
     labels = np.asarray(labels)
     if labels.dtype.kind not in "iu":
@@ -85,6 +84,12 @@ def question(batch: Any) -> Question:
     labels = labels.reshape(-1) if at is None else labels.reshape(-1)[at]
     weight = float(asked.sum()) if cw is None else float(np.asarray(cw)[labels[labels != -100]].sum())
     return Question(ids, facts, labels, at, weight, cw)
+
+
+def next_tokens(ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+    "ids, mask (B, T) -> labels (B, T − 1): what ids[:, :-1] must predict, the next id; -100 where it or the place that predicts it is padding."
+    real = np.ones(ids.shape, bool) if mask is None else np.asarray(mask, bool)
+    return np.where(real[:, 1:] & real[:, :-1], ids[:, 1:], -100)
 
 
 def objective(model: Module, q: Question, rng: np.random.Generator | None = None) -> tuple[Context, Tensor]:
@@ -356,28 +361,36 @@ def evaluate(model: Module, batches: Iterable) -> dict[str, float]:
 
     A data.Batches has no end; of it every example is taken once.  No dropout, no gradients; the model's mode is left as it was."""
     batches = batches.once() if hasattr(batches, "once") else batches
-    was, total, weight, guesses, truths = [(m, m.training) for m in model.modules()], 0.0, 0.0, [], []
+    was, parts, guesses, truths = [(m, m.training) for m in model.modules()], [], [], []
     model.eval()
     try:
         with no_grad():
             for batch in batches:
                 q = question(batch)
                 ctx, loss = objective(model, q)
-                total, weight = total + float(loss.data) * q.weight, weight + q.weight
+                parts.append((float(loss.data), q.weight))
                 guesses.append(array.asnumpy(ctx.out.data).reshape(len(q.labels), -1).argmax(-1))
                 truths.append(q.labels)
     finally:
         for m, training in was:
             m.training = training
-    if not weight:
+    if not sum(w for _, w in parts):
         raise ValueError("evaluate was given no batches")
     guess, truth = np.concatenate(guesses), np.concatenate(truths)
-    guess, truth, loss = guess[truth != -100], truth[truth != -100], total / weight
-    out = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "accuracy": float((guess == truth).mean())}
+    guess, truth, (loss, perplexity) = guess[truth != -100], truth[truth != -100], pool(*zip(*parts))
+    out = {"loss": loss, "perplexity": perplexity, "accuracy": float((guess == truth).mean())}
     if isinstance(getattr(model, "head", None), Classifier):
         from .baselines import macro_f1
         out["macro_f1"] = macro_f1(truth, guess)
     return out
+
+
+def pool(losses: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:
+    """The loss and the perplexity of all batches together, from each batch's mean loss and how much it was the mean of (its tokens).
+
+    ℓ = Σ wᵢ ℓᵢ / Σ wᵢ,  perplexity e^ℓ, with ℓ cut off at 700, where e^ℓ overflows."""
+    loss = sum(w * l for w, l in zip(weights, losses)) / sum(weights)
+    return loss, math.exp(min(loss, 700))
 
 
 def perplexity(model: Module, batches: Iterable) -> float:

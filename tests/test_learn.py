@@ -1,0 +1,350 @@
+"""The exercises: the engine that checks them, what it says to bad input, and (selftest) the exercises themselves."""
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tinyft
+from tinyft import cli
+from tinyft.learn import checker, diagnose, isolated, selftest, show, skeleton
+from tinyft.learn.diagnose import Mismatch, close
+from tinyft.learn.exercise import exercises, find
+from tinyft.learn.work import Work
+
+ALL = exercises()
+RIGHT = {
+    "autograd.sum_to": """
+def sum_to(g, shape):
+    g = g.sum(axis=tuple(range(g.ndim - len(shape))))
+    return g.sum(axis=tuple(i for i, n in enumerate(shape) if n == 1), keepdims=True)
+"""}
+
+
+@pytest.fixture
+def learner(tmp_path, monkeypatch, capsys):
+    "A folder to work in: learner(name, text) writes the file, learner.run(...) is the command; both give what is printed."
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+
+    class Learner:
+        def run(self, *words: str) -> str:
+            self.status = cli.main(list(words))
+            self.out, self.err = capsys.readouterr()
+            assert "Traceback" not in self.out + self.err and "site-packages" not in self.out + self.err
+            return self.out + self.err
+
+        def __call__(self, name: str, text: str, *words: str) -> str:
+            Work().folder.mkdir(exist_ok=True)
+            Work().path(find(name)).write_text("import numpy as np\n" + text, encoding="utf-8")
+            return self.run("check", name, *words)
+    return Learner()
+
+
+# ── the exercises themselves ─────────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("name", ALL)
+def test_the_exercise_accepts_the_reference_and_catches_every_wrong_answer(name):
+    assert selftest.examine(ALL[name], seeds=1) == []
+
+
+def test_there_are_enough_of_them_and_each_is_complete():
+    assert len(ALL) >= 14 and len({n.split(".")[0] for n in ALL}) == 4
+    for e in ALL.values():
+        assert len({law.title for law in e.laws}) == len(e.laws) and 1 <= e.minutes <= 60
+        ast.parse(skeleton.skeleton(e))
+        assert skeleton.source(e) and all(len(w.belief) > 10 for w in e.wrong)
+        assert not any(w.function.__doc__ for w in e.wrong)
+
+
+def test_the_selftest_can_fail():
+    e = find("sum_to")
+    kept, law = list(e.wrong), e.laws.pop()
+    try:
+        assert any("not caught" in s or "subtle" in s for s in selftest.examine(e, seeds=1)), "a law is missing"
+        e.laws.append(law)
+        e.wrong = [type(kept[0])(kept[0].belief, kept[0].function, "something else", True)]
+        found = "\n".join(selftest.examine(e, seeds=1))
+        assert "three wrong answers" in found and "does not say" in found and "no subtle error" in found
+    finally:
+        e.wrong[:], e.laws = kept, e.laws if law in e.laws else [*e.laws, law]
+
+
+def test_the_skeleton_has_signature_and_docstring_but_no_body():
+    text = skeleton.skeleton(find("autograd.layer_norm"))
+    assert "@op(" in text and "def layer_norm(x, w, b, eps=1e-5):" in text and "x̂ = (x − μ)/σ" in text and "centred" not in text
+    assert "from tinyft.tensor import op" in text and "from tinyft.array import xp" in text and "raise NotImplementedError" in text
+    assert "_softmax" not in skeleton.skeleton(find("softmax")) and "def _softmax" in skeleton.source(find("softmax"))
+    assert "def backward(self" in skeleton.skeleton(find("backward")) and "_state" not in skeleton.imports(find("backward"))
+
+
+# ── bad input: one friendly message each ─────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("text, said", [
+    ("def sum_to(g, shape)\n    return g\n", ["cannot read work/autograd.sum_to.py", "line 2"]),
+    ("def sum_to(g, shape):\nreturn g\n", ["cannot read", "line 3"]),
+    ("1 / 0\n", ["ends with ZeroDivisionError", "autograd.sum_to.py:2   1 / 0"]),
+    ("import nothing_like_it\n", ["ends with ModuleNotFoundError"]),
+    ("raise SystemExit\n", ["ends with SystemExit"]),
+    ("def sumto(g, shape):\n    return g\n", ["has no function sum_to, only sumto"]),
+    ("", ["has no function sum_to"]),
+    ("def sum_to(g):\n    return g\n", ["sum_to takes (g, shape); yours takes (g)"]),
+    ("def sum_to(shape, g):\n    return g\n", ["sum_to takes (g, shape); yours takes (shape, g)"]),
+    ("def sum_to(g, shape, more):\n    return g\n", ["yours takes (g, shape, more)"]),
+    ("def sum_to(g, shape):\n    pass\n", ["should be an array of shape (1, 1)", "is a `return` missing?"]),
+    ("def sum_to(g, shape):\n    return g.tolist()\n", ["should be an array", "a list, [[0.0]]"]),
+    ("def sum_to(g, shape):\n    return 3\n", ["should be an array", "an int, 3"]),
+    ("def sum_to(g, shape):\n    return shape.sum()\n", ["AttributeError", "autograd.sum_to.py:3   return shape.sum()"]),
+    ("def sum_to(g, shape):\n    exit()\n", ["SystemExit"]),
+    ("def sum_to(g, shape):\n    raise KeyboardInterrupt\n", ["ended with KeyboardInterrupt", "sum_to.py:3"]),
+    ("def sum_to(g, shape):\n    return g.astype(object)\n", ["an array of dtype object"]),
+    ("async def sum_to(g, shape):\n    return g\n", ["a coroutine"]), ("sum_to = 3\n", ["has no function sum_to"]),
+    ("def sum_to(g, shape):\n    import os; os._exit(3)\n", ["ended the whole process (exit status 3)"]),
+    ("def sum_to(g, shape):\n    return sum_to(g, shape)\n", ["RecursionError"]),
+    ("def sum_to(g, shape):\n    g += 1\n    return g\n", ["it changed its argument g"]),
+    ("def sum_to(g, shape):\n    return g + np.random.default_rng().standard_normal()\n", ["different answers"]),
+    ("from tinyft.tensor import sum_to\n", ["the library's own sum_to"]),
+    ("import tinyft.tensor as t\ndef sum_to(g, shape):\n    return t.sum_to(g, shape)\n",
+     ["which is the answer", "sum_to.py:4   return t.sum_to(g, shape)"]),
+    ("from tinyft.tensor import sum_to as f\ndef sum_to(g, shape):\n    try:\n        return f(g, shape)\n    except Exception:\n        return g\n",
+     ["which is the answer"]),
+    ("def sum_to(g, shape):\n    print('x' * 10**6)\n    return g.sum()\n", ["Your function printed", "996,001 more characters"]),
+    ("def sum_to(g, shape):\n    print('seen', g.shape)\n    return -g\n", ["the sign turned round", "seen (1, 1)"]),
+    ("def sum_to(g, shape):\n    return 1 / (0 * g)\n", ["nan or inf", "RuntimeWarning: divide by zero"]),
+    ("def sum_to(g, shape):\n    raise NotImplementedError\n", ["not written yet"])])
+def test_bad_input_gets_one_friendly_message(learner, text, said):
+    out = learner("sum_to", text)
+    assert learner.status == 1 and not learner.err
+    for words in said:
+        assert words in out, out
+    assert len(out.splitlines()) < 30
+
+
+@pytest.mark.parametrize("text", ["while True:\n    pass\n", "def sum_to(g, shape):\n    while True:\n        try:\n            g = g + 0\n"
+                                  "        except Exception:\n            pass\n"])
+def test_an_endless_loop_is_cut_off(learner, text, monkeypatch):
+    monkeypatch.setattr(checker, "ONE_CALL", 0.3)
+    monkeypatch.setattr(isolated, "SILENCE", 2.0)                                # Python 3.10 looks at no signal before a `try`
+    begun = time.monotonic()
+    out = learner("sum_to", text)
+    assert "an endless loop?" in out and "autograd.sum_to.py:" in out and learner.status == 1 and time.monotonic() - begun < 5
+
+
+def test_what_cannot_be_interrupted_is_killed(learner, monkeypatch):
+    monkeypatch.setattr(checker, "ONE_CALL", 0.2)
+    monkeypatch.setattr(isolated, "SILENCE", 1.0)
+    out = learner("sum_to", "import time\ndef sum_to(g, shape):\n    while True:\n        try:\n            while True: time.sleep(0.01)\n"
+                  "        except BaseException: pass\n")
+    assert "nothing came back for 1 seconds" in out and "sum_to.py:6   while True" in out and learner.status == 1
+
+
+@pytest.mark.parametrize("text, said", [
+    ("def softmax(x):\n    return x\n", ["gives back two things, its value and a tuple of pullbacks"]),
+    ("def softmax(x):\n    return x, (x,)\n", ["a tuple of functions"]),
+    ("def softmax(x):\n    return x.tolist(), (lambda g: g,)\n", ["the value of softmax should be an array"]),
+    ("from tinyft.tensor import op\n@op('... n -> ... n')\ndef softmax(x):\n    return np.exp(x) / np.exp(x).sum(), (lambda g: g,)\n",
+     ["wrong axis"]),
+    ("from tinyft import ops\ndef softmax(x):\n    return ops.softmax.definition(x)\n", ["which is the answer"]),
+    ("from tinyft import ops\ndef softmax(x):\n    return ops._softmax(x), (lambda g: g,)\n", ["which is the answer"])])
+def test_bad_ops(learner, text, said):
+    out = learner("softmax", text)
+    assert learner.status == 1 and all(words in out for words in said), out
+
+
+def test_a_check_leaves_the_library_as_it_was(learner):
+    from tinyft import ops, tensor
+    before = (tensor.sum_to, ops.softmax, ops.softmax.definition, dict(tensor.OPS), tensor.Tensor.backward,
+              {n: dict(f.fast) for n, f in tensor.OPS.items()})
+    for name, text in (("softmax", "from tinyft.tensor import op\n@op('... n -> ... n')\ndef softmax(x):\n    return x\n"), ("sum_to", "1 / 0")):
+        Work().folder.mkdir(exist_ok=True)
+        path = Work().path(find(name))
+        path.write_text(text)
+        assert [o for o in checker.check_file(find(name), path) if o.problem]
+    assert before == (tensor.sum_to, ops.softmax, ops.softmax.definition, dict(tensor.OPS), tensor.Tensor.backward,
+                      {n: dict(f.fast) for n, f in tensor.OPS.items()})
+
+
+# ── the commands ─────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_from_start_to_solved(learner):
+    out = learner.run("start", "sum_to")
+    assert "work/autograd.sum_to.py   ★★☆☆☆  about 10 min" in out and "tinyft check" in out
+    assert "not written yet" in learner.run("check") and learner.status == 1
+    assert "it is there already" in learner.run("start", "sum_to")
+    assert "hint 1 of 3" in learner.run("hint") and "hint 2 of 3" in learner.run("hint") and "tinyft solution" in learner.run("hint")
+    out = learner("sum_to", RIGHT["autograd.sum_to"])
+    assert learner.status == 0 and out.count("✓") == 4 and "All 4 laws hold.  Next:  tinyft start autograd.matmul" in out
+    assert "solved   3 hints" in learner.run("status")
+    assert "def sum_to" in learner.run("solution") and "+    if g.shape == shape:" in learner.run("diff")
+    assert "autograd.matmul" in learner.run("start") and Path("work/autograd.matmul.py").exists()
+    assert "is kept as" in learner.run("reset", "sum_to") and "raise NotImplementedError" in Path("work/autograd.sum_to.py").read_text()
+    assert len(list(Path("work").glob("*.bak"))) == 1
+    learner.run("start", "autograd")
+    assert len(list(Path("work").glob("autograd.*.py"))) == 6
+
+
+def test_start_never_overwrites(learner):
+    learner("sum_to", "mine = 1\n")
+    learner.run("start", "sum_to")
+    assert "mine = 1" in Path("work/autograd.sum_to.py").read_text()
+
+
+@pytest.mark.parametrize("words, said", [
+    (["check"], "nothing is started"), (["check", "sum_two"], "did you mean sum_to"), (["hint", "nonsense"], "there is no exercise 'nonsense'"),
+    (["check", "matmul"], "`tinyft start autograd.matmul` writes it"), (["lesson", "nonsense"], "there is no lesson"),
+    (["lesson", "autograd"], "come with a clone"), (["read", "nonsense"], "neither an exercise nor a module"), (["diff", "matmul"], "is not there")])
+def test_wrong_commands_say_what_to_do(learner, words, said):
+    assert said in learner.run(*words) and learner.status == 1 and not learner.out
+
+
+def test_read_shows_what_is_asked_and_the_sources(learner):
+    out = learner.run("read", "matmul")
+    assert "C = A B" in out and "the gradient of B is Aᵀ G" in out and "a @ b" not in out
+    assert "def sum_to" in learner.run("read", "tensor") and "class LoRA" in learner.run("read", "lora")
+    assert "01 tensors and autograd" in learner.run("lesson") and "Hypothesis is there" in learner.run("doctor")
+
+
+def test_a_damaged_progress_file_is_no_drama(learner):
+    learner.run("start", "sum_to")
+    for text in ("{", "[1]", '{"autograd.sum_to": 3}'):
+        Path("work/.progress.json").write_text(text)
+        assert "0 of" in learner.run("status") and "hint 1" in learner.run("hint")
+    assert json.loads(Path("work/.progress.json").read_text())["autograd.sum_to"]["hints"] == 1
+
+
+def test_a_notebook_checks_a_function_of_its_own(capsys):
+    assert tinyft.check("sum_to", lambda g, shape: -g) is False and "the sign turned round" in capsys.readouterr().out
+    scope = {}
+    code = compile(RIGHT["autograd.sum_to"], "cell", "exec")
+    exec(code, scope)
+    assert tinyft.check("autograd.sum_to", scope["sum_to"]) is True
+    assert tinyft.check("sum_to", tinyft.tensor.sum_to) is False and "the library's own sum_to" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="there is no exercise"):
+        tinyft.check("nonsense", print)
+
+
+def test_the_same_laws_on_the_strict_backend(learner):
+    assert learner("sum_to", RIGHT["autograd.sum_to"], "--backend", "strict").count("✓") == 4
+    out = learner("sum_to", "def sum_to(g, shape):\n    return np.sum(g, axis=0)\n", "--backend", "strict")
+    assert "StrictError" in out and "autograd.sum_to.py:3" in out
+
+
+def test_a_system_that_cannot_fork_starts_a_new_process(learner, monkeypatch):
+    monkeypatch.setattr(isolated.sys, "platform", "darwin")
+    assert learner("sum_to", RIGHT["autograd.sum_to"]).count("✓") == 4 and learner.status == 0
+
+
+def test_the_file_in_the_folder_shows_the_laws_to_pytest(learner, tmp_path):
+    learner("sum_to", "def sum_to(g, shape):\n    if g.shape == shape:\n        return g\n    return g.sum(axis=0)\n")
+    learner.run("start", "matmul")
+    out = subprocess.run([sys.executable, "-m", "pytest", "work", "-q", "-p", "no:cacheprovider"], capture_output=True, text=True,
+                         env={**os.environ, "PYTHONPATH": str(Path(tinyft.__file__).parents[1])}).stdout
+    assert "1 failed, 2 passed, 5 skipped" in out and "The smallest input that fails" in out and "checker.py" not in out
+
+
+def test_watch_checks_what_was_saved_and_names_the_next_command(learner, monkeypatch):
+    learner("sum_to", RIGHT["autograd.sum_to"])
+    naps = iter(range(100))
+
+    def nap(seconds):
+        n = next(naps)
+        if n == 1:
+            path = Work().path(find("sum_to"))
+            path.write_text("def sum_to(g, shape):\n    return -g\n")
+            os.utime(path, (time.time() + 9, time.time() + 9))
+        if n == 3:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(time, "sleep", nap)
+    out = learner.run("watch")
+    assert out.index("Next:  tinyft start") < out.index("the sign turned round") and learner.status == 130 and out.count("autograd.sum_to   ") == 2
+
+
+def test_debug_stops_in_the_learners_function_with_the_failing_input(learner, monkeypatch):
+    learner.run("start", "sum_to")
+    Path("work/autograd.sum_to.py").write_text("def sum_to(g, shape):\n    g = -g\n    return g\n")
+    monkeypatch.setattr("builtins.input", lambda prompt="", words=iter(["p g.shape", "c"]): next(words, "q"))
+    out = learner.run("debug")
+    assert "-> g = -g" in out and "(1, 1)" in out
+
+
+# ── how it looks ─────────────────────────────────────────────────────────────────────────────────────────────────────
+class Terminal:
+    def __init__(self, encoding, tty=True):
+        self.encoding, self.tty, self.text = encoding, tty, ""
+
+    isatty, flush = (lambda self: self.tty), (lambda self: None)
+
+    def write(self, s):
+        s.encode(self.encoding)
+        self.text += s
+
+
+def failing():
+    e = find("softmax")
+    p = lambda x: tinyft.array.xp(x).exp(x) / tinyft.array.xp(x).exp(x).sum()
+    return e, list(checker.check_here(e, lambda x: (p(x), (None,))))
+
+
+@pytest.mark.parametrize("encoding, environment", [("utf-8", {}), ("ascii", {}), ("cp437", {}), ("utf-8", {"NO_COLOR": ""}),
+                                                   ("utf-8", {"TERM": "dumb"})])
+def test_every_terminal_can_show_it(monkeypatch, encoding, environment):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    for k, v in environment.items():
+        monkeypatch.setenv(k, v)
+    terminal = Terminal(encoding)
+    assert show.Page(terminal).report(*failing()) is False
+    assert ("\033[" in terminal.text) == (not environment) and ("✕" in terminal.text) == (encoding == "utf-8")
+    assert "yours    =" in terminal.text and "Stuck?" in terminal.text and ("p = e^x / sum e^x" in terminal.text) == (encoding == "ascii")
+    assert "\033[" not in (show.Page(Terminal("utf-8", tty=False)).sign("right"))
+
+
+def test_a_narrow_terminal_gets_narrow_lines(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "48")
+    terminal = Terminal("utf-8", tty=False)
+    show.Page(terminal).report(*failing())
+    assert max(len(line) for line in terminal.text.splitlines()) <= 60
+
+
+def test_the_smallest_input_the_law_yours_and_the_expected_in_this_order(learner):
+    out = learner("matmul", "def matmul(a, b):\n    return a @ b, (lambda g: g @ b.T, lambda g: a.T @ g / len(a))\n")
+    parts = ["✓ C = A B", "✕ the gradient of B is Aᵀ G", "The smallest input that fails", "a = [[", "the gradient of B:", "yours    =", "expected =",
+             "→ it is 1/n x the expected result (n = 2 here)", "Stuck?  tinyft hint autograd.matmul"]
+    assert sorted(parts, key=out.index) == parts
+
+
+# ── the diagnoses ────────────────────────────────────────────────────────────────────────────────────────────────────
+A, B = np.array([[1., 2], [3, 5]]), np.array([[2., 0, 1], [1, 4, 6]])
+
+
+@pytest.mark.parametrize("pairs, said", [
+    ([(A.T, A)], "transposed"), ([(B.T, B)], "transposed"), ([(-A, A), (-B, B)], "sign turned round"), ([(0 * A, A)], "zero everywhere"),
+    ([(A / 2, A), (B / 2, B)], "0.5 x the expected result everywhere"), ([(A / 2, A), (B / 3, B)], "1/n x the expected"),
+    ([(A * 2**0.5, A), (B * 3**0.5, B)], "√n x"), ([(A * 5, A), (B * 7, B)], "another one for each input"),
+    ([(A + 1, A), (B + 1, B)], "off by +1 everywhere"), ([(A + 1, A), (B + 2, B)], "off by the same amount"),
+    ([(A * np.nan, A)], "4 of 4 entries are nan or inf"), ([(A, A.sum(0))], "broadcasting is not undone"),
+    ([(A.ravel(), A)], "the right numbers, but"),
+    ([(A[:1], A)], "its shape is (1, 2), expected (2, 2)"), ([(A.astype(np.float32), A)], "dtype is float32, expected float64"),
+    ([(A + np.triu(A, 1), A)], "above the diagonal"), ([(A + np.diag([1, 7]), A)], "only the diagonal"),
+    ([(np.array([[.5, .25], [.5, .75]]), np.array([[.25, .75], [.5, .5]]))], "along axis 0"), ([(A > 2, A <= 2)], "other way round"),
+    ([(A + [[0, 0], [4, 1]], A)], "2 of 4 entries differ; the worst, at [1, 0], is 7, expected 3"),
+    ([(np.array(3.), np.array(1.)), (np.array(7.), np.array(1.))], "it is +6 off")])
+def test_each_diagnosis(pairs, said):
+    failures = [Mismatch(g, w, "y", {}, {"n": max(w.shape, default=1)}) for g, w in pairs]
+    assert said in diagnose.diagnose(failures)
+
+
+def test_close_accepts_what_is_right_and_only_that():
+    close(A + 1e-12, A)
+    close(tinyft.Tensor(A), A)
+    close(3, np.array(3.0))
+    for got, want in ((A, A + 1), (A, A.T), (A > 2, (A > 2) * 1), (A * np.nan, A * np.nan), (A[0], A)):
+        with pytest.raises(Mismatch):
+            close(got, want)
+    for got in (None, [1.0], "x", A.tolist(), (A,), 3):
+        with pytest.raises(diagnose.Unusable):
+            close(got, A)

@@ -1,0 +1,24 @@
+"""The exercises: functions of the library to be written again, checked by their laws.
+
+    tinyft start · check · watch · hint · solution · ...     on the command line
+    tinyft.check("autograd.sum_to", sum_to)                  in a notebook
+
+An exercise is a function of the library (exercise.py): its skeleton is cut from the library's own source (skeleton.py), its laws are run
+on the learner's function (checker.py) with inputs that grow (sizes.py), and what fails is explained (diagnose.py, show.py).
+Only Hypothesis is needed beside tinyft:  pip install "tinyft[lessons]".
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+__all__ = ["check"]
+
+
+def check(name: str, function: Callable) -> bool:
+    """Check your own function as the exercise `name`, and say what is wrong with it:  tinyft.check("autograd.sum_to", sum_to)
+
+    True if every law holds.  ValueError if there is no such exercise."""
+    from .checker import check_here
+    from .exercise import find
+    from .show import Page
+    return Page().report(find(name), check_here(find(name), function))

@@ -1,0 +1,301 @@
+"""Lesson 02: which keys a query may see, attention written out, heads, and the GELU of GPT-2."""
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+from hypothesis import strategies as st
+
+from ... import ops
+from ...array import asarray, xp
+from ...tensor import Tensor
+from ..diagnose import close, host
+from ..exercise import Exercise
+from ..sizes import booleans
+from .autograd import probabilities, wiggle
+
+# ── causal_mask ──────────────────────────────────────────────────────────────────────────────────────────────────────
+causal_mask = Exercise(
+    "ops:causal_mask", difficulty=1, minutes=5, hints=(
+        "Row i says what query i may see: itself and all before it, nothing after it.  True where it may look.",
+        "With s > t keys the first s - t were there before, so the queries are the last t places: query i stands at place i + s - t.",
+        "m.tril(a, k) keeps what is on or below the k-th diagonal, j <= i + k; m.ones((t, s), dtype=bool) is all True."))
+
+
+def may_look(t, s, shift):
+    return np.array([[j <= i + shift for j in range(s)] for i in range(t)])
+
+
+@causal_mask.law("as many keys as queries: query i sees the keys 0 to i", t="size")
+def _(f, t):
+    guesses = {"it sees what comes before it, but not itself": may_look(t, t, -1),
+               "it sees what comes after it instead of before": may_look(t, t, 0).T}
+    close(f(t, t), may_look(t, t, 0), "the mask", guesses)
+
+
+@causal_mask.law("the last query sees every key", t="size", more=st.integers(0, 3))
+def _(f, t, more):
+    guesses = {"it counts the keys as if none had come before": may_look(t, t + more, 0)[-1],
+               "it sees what comes before it, but not itself": may_look(t, t + more, more - 1)[-1]}
+    close(f(t, t + more)[-1], np.ones(t + more, bool), "the last row of the mask", guesses)
+
+
+@causal_mask.law("keys that were there before (a cache, a prefix) are seen by all", t="size", more=st.integers(0, 3))
+def _(f, t, more):
+    guesses = {"it counts the keys as if none had come before": may_look(t, t + more, 0),
+               "it sees what comes before it, but not itself": may_look(t, t + more, more - 1)}
+    close(f(t, t + more), may_look(t, t + more, more), "the mask", guesses)
+
+
+@causal_mask.believe("Causal: what comes before, so j < i.", says="not itself")
+def _(t, s, m=np):
+    return m.tril(m.ones((t, s), dtype=bool), s - t - 1)
+
+
+@causal_mask.believe("The upper triangle is the one with the past in it.", says="after it")
+def _(t, s, m=np):
+    return m.triu(m.ones((t, s), dtype=bool))
+
+
+@causal_mask.believe("A mask is made of ones and zeros.", says="dtype")
+def _(t, s, m=np):
+    return m.tril(m.ones((t, s), dtype=np.float64), s - t)
+
+
+@causal_mask.believe("Query i and key i stand in the same place.", says="none had come")
+def _(t, s, m=np):
+    return m.tril(m.ones((t, s), dtype=bool))
+
+
+@causal_mask.believe("With older keys in front, everything is the past.", says="entries", subtle=True)
+def _(t, s, m=np):
+    return m.tril(m.ones((t, s), dtype=bool)) if s == t else m.ones((t, s), dtype=bool)
+
+
+# ── softmax_attention ────────────────────────────────────────────────────────────────────────────────────────────────
+softmax_attention = Exercise(
+    "functional:softmax_attention", difficulty=3, minutes=20, closed=("ops:attention",), hints=(
+        "Every query is compared with every key (a product), the scores of a query become weights (a softmax), the weights mix the values.",
+        "Scores grow with the length d of the vectors: divide by √d.  What may not be seen gets the score -1e30 before the softmax, so its weight "
+        "is 0.",
+        "ops.where(mask, scores, -1e30) sets scores.  With both masks a query sees what both allow: seen & ops.causal_mask(t, s, m)."))
+
+
+def attended(q, k, v, may=None, scale=None):
+    s = (q @ k.swapaxes(-1, -2)) * (q.shape[-1]**-0.5 if scale is None else scale)
+    return probabilities(s if may is None else np.where(may, s, -np.inf)) @ v
+
+
+def tensors(*arrays):
+    return [Tensor(asarray(a.copy()), requires_grad=True) for a in arrays]
+
+
+@softmax_attention.law("softmax(Q Kᵀ / √d) V", q="t d", k="s d", v="s d")
+def _(f, q, k, v):
+    guesses = {"the scores are not divided by √d": attended(q, k, v, scale=1.0),
+               "the scores are divided by d, expected by √d": attended(q, k, v, scale=1 / q.shape[-1])}
+    close(f(*tensors(q, k, v)), attended(q, k, v), "the output", guesses)
+
+
+@softmax_attention.law("heads: stacks of queries, keys and values", q="h t d", k="h s d", v="h s d")
+def _(f, q, k, v):
+    by_width = attended(q, k, v, scale=(q.shape[0] * q.shape[-1])**-0.5)
+    wide = {"the scores are divided by √(h d), the width of the model; expected √d, of one head": by_width}
+    close(f(*tensors(q, k, v)), attended(q, k, v), "the output", wide)
+
+
+@softmax_attention.law("causal: nothing is seen that comes later", q="t d", k="t d", v="t d")
+def _(f, q, k, v):
+    past = may_look(len(q), len(q), 0)
+    s = q @ k.T * q.shape[-1]**-0.5
+    guesses = {"the mask comes after the softmax, so the weights no longer add up to 1": (probabilities(s) * past) @ v,
+               "the causal mask has no effect": attended(q, k, v)}
+    close(f(*tensors(q, k, v), causal=True), attended(q, k, v, past), "the output", guesses)
+
+
+@softmax_attention.law("seen: keys that are padding get no weight", q="t d", k="s d", v="s d", seen=booleans("s"))
+def _(f, q, k, v, seen):
+    seen[0] = True
+    s = q @ k.T * q.shape[-1]**-0.5
+    guesses = {"the mask comes after the softmax, so the weights no longer add up to 1": (probabilities(s) * seen) @ v}
+    close(f(*tensors(q, k, v), seen=asarray(seen)), attended(q, k, v, seen), "the output", guesses)
+
+
+@softmax_attention.law("both masks at once, and older keys in front", q="t d", k="s d", v="s d", seen=booleans("s"))
+def _(f, q, k, v, seen):
+    seen[0] = True
+    q = q[:len(k)]
+    past = may_look(len(q), len(k), len(k) - len(q))
+    guesses = {"with causal=True, seen is forgotten": attended(q, k, v, past)}
+    close(f(*tensors(q, k, v), seen=asarray(seen), causal=True), attended(q, k, v, past & seen), "the output", guesses)
+
+
+@softmax_attention.law("queries, keys and values all get their gradient", q="t d", k="s d", v="s d", g="t d")
+def _(f, q, k, v, g):
+    made, p, scale = tensors(q, k, v), probabilities(q @ k.T * q.shape[-1]**-0.5), q.shape[-1]**-0.5
+    dp = g @ v.T
+    ds = scale * p * (dp - (dp * p).sum(axis=-1, keepdims=True))
+    y = f(*made)
+    y.backward(g)
+    for name, x, want in zip("qkv", made, (ds @ k, ds.T @ q, p.T @ g)):
+        close(np.zeros(want.shape) if x.grad is None else x.grad, want, f"the gradient of {name}")
+
+
+def attention(q, k, v, seen=None, causal=False, scale=None, after=False, both=True):
+    m = xp(q.data)
+    scores = (q @ k.T) * (q.shape[-1]**-0.5 if scale is None else scale)
+    if causal:
+        past = ops.causal_mask(q.shape[-2], k.shape[-2], m)
+        seen = past if seen is None or not both else past & seen
+    if after:
+        p = ops.softmax(scores)
+        return (p if seen is None else ops.where(seen, p, 0.0)) @ v
+    return ops.softmax(scores if seen is None else ops.where(seen, scores, -1e30)) @ v
+
+
+@softmax_attention.believe("The softmax normalises, so scores need no scale.", says="not divided by √d")
+def _(q, k, v, seen=None, causal=False):
+    return attention(q, k, v, seen, causal, 1.0)
+
+
+@softmax_attention.believe("The scale is 1/√C, with the width of the model.", says="width of the model")
+def _(q, k, v, seen=None, causal=False):
+    heads = q.shape[-3] if q.ndim > 2 else 1
+    return attention(q, k, v, seen, causal, (heads * q.shape[-1])**-0.5)
+
+
+@softmax_attention.believe("The mask sets weights to zero, so it comes after the softmax.", says="after the softmax")
+def _(q, k, v, seen=None, causal=False):
+    return attention(q, k, v, seen, causal, after=True)
+
+
+@softmax_attention.believe("There is one mask: the causal one, or the one that is given.", says="seen is forgotten", subtle=True)
+def _(q, k, v, seen=None, causal=False):
+    return attention(q, k, v, seen, causal, both=False)
+
+
+@softmax_attention.believe("Computing with arrays is computing with tensors.", says="the gradient of q", subtle=True)
+def _(q, k, v, seen=None, causal=False):
+    return attention(q.detach(), k.detach(), v, seen, causal)
+
+
+# ── Attention.split ──────────────────────────────────────────────────────────────────────────────────────────────────
+split = Exercise(
+    "models.blocks:Attention.split", difficulty=2, minutes=10, hints=(
+        "self.h is the number of heads, x a Tensor.  Head h owns the features h D to (h + 1) D of every place in time.",
+        "A reshape never changes the order of the numbers.  Cut the last axis into (H, D) first, then move the axis H before T.",
+        "x.reshape(B, T, H, D) and then x.permute(0, 2, 1, 3); B, T, C = x.shape."))
+
+
+def heads(x, h):
+    B, T, C = x.shape
+    return np.stack([x[:, :, i * C // h:(i + 1) * C // h] for i in range(h)], axis=1)
+
+
+def split_by(f, x, h):
+    return f(SimpleNamespace(h=h), Tensor(asarray(x.copy())))
+
+
+@split.law("one head: only an axis is new", x="b t c")
+def _(f, x):
+    close(split_by(f, x, 1), x[:, None], "split(x)")
+
+
+@split.law("the result has the axes batch, head, time, feature", x="b t c", h="size")
+def _(f, x, h):
+    got = host(split_by(f, np.concatenate([x] * h, -1), h), "split(x)")
+    close(np.array(got.shape), np.array((x.shape[0], h, *x.shape[1:])), "the shape of split(x)")
+
+
+@split.law("head h has the features h D to (h + 1) D of each place", x="b t c", h="size")
+def _(f, x, h):
+    x = np.concatenate([x + 10 * i for i in range(h)], -1)
+    B, T, C = x.shape
+    guesses = {"time and heads are mixed: a reshape alone does not move an axis": x.reshape(B, h, T, C // h),
+               "the features are dealt out like cards; a head has neighbours": x.reshape(B, T, C // h, h).transpose(0, 3, 1, 2)}
+    close(split_by(f, x, h), heads(x, h), f"split(x) for {h} heads", guesses)
+
+
+@split.believe("A reshape to (B, H, T, D) gives (B, H, T, D).", says="does not move an axis", subtle=True)
+def _(self, x):
+    B, T, C = x.shape
+    return x.reshape(B, self.h, T, C // self.h)
+
+
+@split.believe("Features are dealt out to the heads in turn.", says="like cards", subtle=True)
+def _(self, x):
+    B, T, C = x.shape
+    return x.reshape(B, T, C // self.h, self.h).permute(0, 3, 1, 2)
+
+
+@split.believe("Heads are the last thing but one.", says="shape")
+def _(self, x):
+    B, T, C = x.shape
+    return x.reshape(B, T, self.h, C // self.h)
+
+
+@split.believe("D is a constant of the model, 64.", says="ShapeError")
+def _(self, x):
+    B, T, C = x.shape
+    return x.reshape(B, T, self.h, 64).permute(0, 2, 1, 3)
+
+
+# ── gelu_tanh ────────────────────────────────────────────────────────────────────────────────────────────────────────
+gelu_tanh = Exercise(
+    "ops:gelu_tanh", difficulty=3, minutes=15, hints=(
+        "y = x (1 + h) / 2 is a product of two things that both depend on x; h is a tanh of something, so the chain rule comes in twice.",
+        "The derivative of tanh u is 1 - tanh² u, and that of √(2/π) (x + 0.044715 x³) is √(2/π) (1 + 3 · 0.044715 x²).",
+        "dx = g ((1 + h) / 2 + x (1 - h²) / 2 · √(2/π) (1 + 0.134145 x²)).  Compute h once; the pullback may keep it."))
+
+ROOT = math.sqrt(2 / math.pi)
+
+
+def gelu(x):
+    return 0.5 * x * (1 + np.tanh(ROOT * (x + 0.044715 * x**3)))
+
+
+@gelu_tanh.law("y = x (1 + tanh(√(2/π) (x + 0.044715 x³))) / 2", x="n m")
+def _(f, x):
+    exact = x * np.vectorize(lambda v: 0.5 * (1 + math.erf(v / math.sqrt(2))))(x)
+    guesses = {"it is the exact GELU, with erf; GPT-2's has tanh, and differs in the fourth digit": exact,
+               "it is the sigmoid form, x σ(1.702 x)": x / (1 + np.exp(-1.702 * x)),
+               "√(2/π) is missing": 0.5 * x * (1 + np.tanh(x + 0.044715 * x**3))}
+    close(f(x)[0], gelu(x), "y", guesses)
+
+
+@gelu_tanh.law("far from zero it is x or 0, and no nan", x="n")
+def _(f, x):
+    close(f(1e3 * x)[0], np.maximum(1e3 * x, 0), "gelu_tanh(1000 x)")
+
+
+@gelu_tanh.law("the gradient of x is what small steps of x show", x="n m", g="n m")
+def _(f, x, g):
+    h = np.tanh(ROOT * (x + 0.044715 * x**3))
+    lower = g * (0.5 * (1 + h) + 0.5 * x * (1 - h * h) * ROOT * (1 + 0.044715 * x * x))
+    guesses = {"the exponent of x³ did not come down: 3 · 0.044715": lower,
+               "h depends on x as well: half of the product rule is missing": g * 0.5 * (1 + h)}
+    close(f(x)[1][0](g), wiggle(gelu, x, g), "the gradient of x", guesses, 1e-5, 1e-7)
+
+
+@gelu_tanh.believe("The derivative of 0.044715 x³ is 0.044715 x².", says="did not come down", subtle=True)
+def _(x):
+    y, _ = ops.gelu_tanh.definition(x)
+    h = xp(x).tanh(ROOT * (x + 0.044715 * x**3))
+    return y, (lambda g: g * (0.5 * (1 + h) + 0.5 * x * (1 - h * h) * ROOT * (1 + 0.044715 * x * x)),)
+
+
+@gelu_tanh.believe("h is a gate, and gates are constants.", says="product rule", subtle=True)
+def _(x):
+    y, _ = ops.gelu_tanh.definition(x)
+    return y, (lambda g: g * 0.5 * (1 + xp(x).tanh(ROOT * (x + 0.044715 * x**3))),)
+
+
+@gelu_tanh.believe("GELU is GELU: the two forms are one function.", says="exact GELU")
+def _(x):
+    return ops.gelu.definition(x)
+
+
+@gelu_tanh.believe("tanh squashes by itself; it needs no √(2/π).", says="√(2/π) is missing")
+def _(x):
+    return 0.5 * x * (1 + xp(x).tanh(x + 0.044715 * x**3)), ops.gelu_tanh.definition(x)[1]
