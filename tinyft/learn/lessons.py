@@ -36,7 +36,7 @@ def quote(thing: Any) -> None:
     module = getattr(thing, "__module__", "")
     if not module.startswith("tinyft."):
         raise ValueError(f"quote wants something of the library; {thing!r} is {'from ' + module if module else 'not'}")
-    print(f"# {module.replace('.', '/')}.py\n{textwrap.dedent(inspect.getsource(thing)).rstrip()}")
+    print(f"# {module.replace('.', '/')}.py: {thing.__qualname__}\n{textwrap.dedent(inspect.getsource(thing)).rstrip()}")
 
 
 STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "axes.titlesize": 10, "lines.linewidth": 1.8}
