@@ -219,13 +219,13 @@ def _read(args: argparse.Namespace, work: Work, page) -> bool:
 
 
 def _lesson(args: argparse.Namespace, work: Work, page) -> bool:
-    from . import lessons
+    from . import reading
     from .exercise import LESSONS, of_lesson
     if args.all:
-        return lessons.run_all(args.work / "lessons", page)
+        return reading.run_all(args.work / "lessons", page)
     if not args.names:
         for lesson, title in LESSONS.items():
             mine = of_lesson(lesson)
             page.line(f"  tinyft lesson {lesson:<14} {title:<26} {sum(work.solved(e) for e in mine)} of {len(mine)} exercises solved")
         return True
-    return all([lessons.read(name, args.work / "lessons", page) for name in args.names])
+    return all([reading.read(name, args.work / "lessons", page) for name in args.names])

@@ -17,16 +17,12 @@ import json
 import re
 import sys
 import textwrap
-import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .reading import tell
-from .show import Page
-
-__all__ = ["quote", "figure", "show", "lessons", "parse", "run", "read", "run_all", "Cell", "Failed"]
+__all__ = ["quote", "figure", "show", "lessons", "parse", "run", "notebook", "Cell", "Failed"]
 
 
 # ── for use in a lesson ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -39,7 +35,7 @@ def quote(thing: Any) -> None:
     print(f"# {module.replace('.', '/')}.py: {thing.__qualname__}\n{textwrap.dedent(inspect.getsource(thing)).rstrip()}")
 
 
-STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "axes.titlesize": 10, "lines.linewidth": 1.8}
+STYLE = {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "axes.titlesize": 10, "lines.linewidth": 1.8}
 
 
 def figure(columns: int = 1, height: float = 2.8) -> tuple[Any, Any]:
@@ -50,9 +46,7 @@ def figure(columns: int = 1, height: float = 2.8) -> tuple[Any, Any]:
 
 
 def show(caption: str = "") -> None:
-    """Show what was drawn, and say what it shows: in a notebook under the cell; else in a file, NN_name-1.png, NN_name-2.png, ...
-
-    The runner chooses the folder; a lesson that runs as a script writes to work/figures."""
+    "Show what was drawn, under a cell of a notebook or in a file, NN_name-1.png, ...; a lesson run as a script writes to work/figures."
     global _album
     if _album is None:
         if "ipykernel" in sys.modules:
@@ -66,8 +60,7 @@ class Album:
     "The figures of a lesson on their way to folder/name-1.png, ..."
 
     def __init__(self, name: str, folder: Path, aloud: bool = False):
-        self.name, self.folder, self.aloud, self.count = name, folder, aloud, 0
-        self.fresh: list[tuple[Path, str]] = []                                  # (file, caption), since the last cell
+        self.name, self.folder, self.aloud, self.count, self.fresh = name, folder, aloud, 0, []      # fresh: since the last cell
 
     def take(self, caption: str = "") -> None:
         "Save and close the figures that are open."
@@ -89,7 +82,7 @@ _album: Album | None = None                                                     
 # ── finding and parsing ──────────────────────────────────────────────────────────────────────────────────────────────
 @dataclasses.dataclass
 class Cell:
-    "A cell and what running it gave.  kind: 'code' or 'markdown' (source without #).  line: its first, in the file.  number: among code cells, from 1."
+    "A cell and what it gave.  kind: code or markdown (source without #).  line: its first in the file.  number: among code cells, from 1."
     kind: str
     source: str
     line: int
@@ -130,15 +123,17 @@ def parse(text: str) -> list[Cell]:
 
 # ── running ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 def run(path: Path, out: Path) -> Iterator[Cell]:
-    """Run a lesson, giving each cell as soon as it is done; at the end write out/NN_name.ipynb.  Figures go to out/NN_name-K.png.
+    """Run a lesson, giving each cell as soon as it is done; figures go to out/NN_name-K.png, at the end the notebook beside them.
 
-    Failed, after the cell that failed was given, with its line and reason.  The notebook is written only if every cell ran."""
+    Where a cell fails it is given, and Failed raised with line and reason; no notebook is written then."""
     global _album
     try:
         import matplotlib
     except ImportError:
         raise ValueError('lessons draw with Matplotlib, which is not installed: pip install "tinyft[lessons]"') from None
     matplotlib.use("Agg")
+    for old in out.glob(f"{path.parent.name}-*.png"):
+        old.unlink()
     album, names, done = Album(path.parent.name, out), {"__name__": "__main__", "__file__": str(path)}, []
     for cell in parse(path.read_text(encoding="utf-8")):
         failed, printed = None, io.StringIO()
@@ -185,33 +180,3 @@ def notebook(cells: list[Cell]) -> dict:
         made.append(one)
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     return {"nbformat": 4, "nbformat_minor": 4, "metadata": {"kernelspec": kernel, "language_info": {"name": "python"}}, "cells": made}
-
-
-# ── the command ──────────────────────────────────────────────────────────────────────────────────────────────────────
-def read(name: str, out: Path, page: Page) -> bool:
-    "Run the lesson of this name (autograd, 01 or 01_autograd), showing text, code and results as they come.  True if every cell ran."
-    found = [p for n, p in lessons().items() if name in (n, p.parent.name, p.parent.name[:2])]
-    if not found:
-        raise ValueError(f"there is no lesson {name!r}; there are {', '.join(lessons()) or 'none here'}")
-    try:
-        for cell in run(found[0], out):
-            tell(cell, page)
-    except Failed as e:
-        page.line(f"{page.sign('wrong')} {e}")
-        return False
-    page.line(page.paint(f"as a notebook: {out / found[0].parent.name}.ipynb", "faint"))
-    return True
-
-
-def run_all(out: Path, page: Page) -> bool:
-    "Every lesson, one line each.  True if every cell of every lesson ran."
-    right = True
-    for path in lessons().values():
-        start, name = time.perf_counter(), path.parent.name
-        try:
-            drawn = sum(len(cell.figures) for cell in run(path, out))
-            page.line(f"{page.sign('right')} {name:<20} {time.perf_counter() - start:5.1f} s   {drawn} figures   {out / name}.ipynb")
-        except Failed as e:
-            right = False
-            page.line(f"{page.sign('wrong')} {name}\n{textwrap.indent(str(e), '    ')}")
-    return right
