@@ -83,7 +83,8 @@ def test_the_lessons_are_those_of_the_exercises_in_their_order():
 
 
 @pytest.mark.parametrize("old, new", [("# # 01 T", "# # T"), ("**Minutes:** 30", "30 minutes"), ("**Prerequisites:**", ""),
-                                      ("layer_norm, topo", "topo"), ("tinyft start sum_to", "tinyft start sum_too"), ("**Predict first", "**Now"), ("assert ", "bool or "),
+                                      ("layer_norm, topo", "topo"), ("tinyft start sum_to", "tinyft start sum_too"), ("**Predict first", "**Now"),
+                                      ("assert ", "bool or "),
                                       ("quote(", "print("), ("show(", "str("), ("import numpy", "\n" * 30 + "import numpy")])
 def test_a_lesson_out_of_form_is_caught(old, new):
     assert old in TEXTS["autograd"] and wanting("autograd", TEXTS["autograd"].replace(old, new))
@@ -125,7 +126,8 @@ def test_a_lesson_uses_nothing_from_later_lessons(name):
 
 
 @pytest.mark.parametrize("line", ["tf.load('base-gpt')", "tf.ops.attention(x, x, x)", "from tinyft.optim import AdamW",
-                                  "import tinyft.models as m\nm.GPT()", "from tinyft import fit", "f = tf.ops\ntf.LoRA()", "from tinyft.ops import gelu"])
+                                  "import tinyft.models as m\nm.GPT()", "from tinyft import fit", "f = tf.ops\ntf.LoRA()",
+                                  "from tinyft.ops import gelu"])
 def test_what_comes_too_early_is_caught(line):
     assert too_early("autograd", TEXTS["autograd"] + f"\n# %%\n{line}\n")
     assert not too_early("autograd", TEXTS["autograd"] + "\n# %%\nfrom tinyft.ops import mul\ntf.ops.tanh(x).data.attention\n")
@@ -159,7 +161,8 @@ def test_the_librarys_code_is_quoted_from_it_and_not_copied(name):
 
 def test_a_copy_is_caught():
     softmax = "e = m.exp(x - x.max(axis=-1, keepdims=True))\nreturn e / e.sum(axis=-1, keepdims=True)\n"
-    assert copied("# %%\ndef mine(m, x):\n    " + softmax.replace("\n", "\n    ")) and copied("# %% [markdown]\n# ```\n# def f(x):\n#     ...\n# ```\n")
+    assert copied("# %%\ndef mine(m, x):\n    " + softmax.replace("\n", "\n    "))
+    assert copied("# %% [markdown]\n# ```\n# def f(x):\n#     ...\n# ```\n")
     assert not copied("# %%\nimport numpy as np\nfrom hypothesis import strategies as st\nx = 1\n")
 
 
@@ -262,12 +265,12 @@ def test_a_failing_cell_is_reported_with_its_line(small, tmp_path, line, why):
 
 
 def test_the_command_shows_a_lesson_and_fails_with_it(small, capsys):
-    small(SMALL, SMALL + "\n# %%\nassert x == 2\n")
+    small(SMALL, "# %%\nx = 1\n\n# %%\nassert x == 2\n")
     assert cli.main(["lesson", "small1"]) == 0
     out = capsys.readouterr().out
     assert "\nsaid 1\n" in out and '  │ print("said", x)' in out and "| 1 | 2 |" in out and "A line." in out
     assert "About α · (1)/(2) and `$code`, bold." in out
-    assert cli.main(["lesson", "02"]) == 1 and "code cell 3" in capsys.readouterr().out
+    assert cli.main(["lesson", "02"]) == 1 and "code cell 2" in capsys.readouterr().out
     assert cli.main(["lesson", "--all"]) == 1
     out = capsys.readouterr().out
     assert "✓ 01_small1" in out and "2 figures" in out and "✕ 02_small2\n" in out and "AssertionError" in out
