@@ -142,6 +142,8 @@ def sites(node: ast.AST, inner: int, is_op: bool, above: tuple = ()) -> Iterator
             if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant):
                 continue                                                         # a docstring
             negative = isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub)      # its sign is changed one step above
+            if negative and len(above) > 1 and getattr(getattr(above[-2], "func", None), "attr", "") == "reshape":
+                continue                                                         # to NumPy's reshape every negative size is -1
             yield from ((node, name, index, child, new, inner, above) for new in variants(child)
                         if not (negative and isinstance(new, ast.Constant) and new.value < 0))
             if is_op and isinstance(node, ast.Tuple) and isinstance(child, ast.Lambda):

@@ -207,6 +207,8 @@ def test_a_wrong_model_is_caught(belief):
 def test_dropout_acts_on_the_embeddings_the_probabilities_and_what_enters_the_residual_stream(kind):
     "Each factor is written down as it acts; the formula with these factors is the model."
     model, (ids, types), factors, where = generic(kind, dropout=0.4).train(), batch(), [], []
+    with no_grad():                                                              # no generator, or not training: none
+        near(model.eval()(ids, rng=np.random.default_rng(0)), host(model.train()(ids)))
     paths, types = {id(m): n for n, m in model.named_modules()}, types if kind.startswith("bert") else None
     forward, draw = Dropout.forward, Attention.noise
 
@@ -290,14 +292,18 @@ def check_rows(row: Callable) -> None:
         assert seen(True, mask) == last and seen(False, mask) == [0, 5]
 
 
+def at(x: Tensor, rows: Any) -> Tensor:
+    return x[dev([0, 1]), dev(rows)]
+
+
 WRONG_ROWS = {
     "The last row is the last.": lambda c, x, ctx: x[:, -1 if c.last else 0],
     "The last row is the number of real ones.":
-        lambda c, x, ctx: x[[0, 1], [4, 4] if ctx.mask is None else host(ctx.mask).sum(1) - 1] if c.last else x[:, 0],
+        lambda c, x, ctx: at(x, [4, 4] if ctx.mask is None else host(ctx.mask).sum(1) - 1) if c.last else x[:, 0],
     "The mask is as long as x.": lambda c, x, ctx: Classifier.row(
         c, x, Context(mask=None if ctx.mask is None else ctx.mask[:, :5])) if c.last else x[:, 0],
     "The first row is the first real one.": lambda c, x, ctx: Classifier.row(c, x, ctx) if c.last else
-        x[[0, 1], [0, 0] if ctx.mask is None else host(ctx.mask)[:, -5:].argmax(1)],
+        at(x, [0, 0] if ctx.mask is None else host(ctx.mask)[:, -5:].argmax(1)),
 }
 
 
@@ -352,6 +358,12 @@ def test_embeddings_may_stand_in_place_of_ids_and_the_head_where_it_is_wanted(ki
     assert model(ids, ctx).shape == y.shape and ctx.layers == []                 # no taps unless asked for
 
 
+@every
+def test_ids_and_masks_are_put_beside_the_weights(kind):
+    array.use("strict")
+    assert new(kind)(batch()[0], mask=RIGHT).device == "strict"
+
+
 # ── how it starts ────────────────────────────────────────────────────────────────────────────────────────────────────
 WIDE = 96
 
@@ -399,6 +411,8 @@ def test_parts_have_the_defaults_they_say():
     deviations(attn, dict.fromkeys("qkvo", 0.02))
     deviations(mlp, dict(up=0.02, down=0.02))
     deviations(head, dict(out=WIDE**-0.5))
+    for first in (Attention(C, H, np.random.default_rng(5), False).q, MLP(C, C, ops.gelu, np.random.default_rng(5)).up):
+        assert np.array_equal(host(first.weight), (np.random.default_rng(5).standard_normal((C, C)) * 0.02).astype(np.float32))
     assert attn.drop.p == attn.drop_p.p == mlp.drop.p == head.drop.p == 0 and head.out.bias is not None
     deviations(Attention(WIDE, 4, rng, True, std_o=0.1), {**dict.fromkeys("qkv", 0.02), "o": 0.1})
     deviations(MLP(WIDE, 300, ops.gelu, rng, std_down=0.1), dict(up=0.02, down=0.1))

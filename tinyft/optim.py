@@ -76,7 +76,7 @@ class Optimizer:
         given = {k: v for k, v in vars(self).items() if k not in ("t", "bound")}
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in given.items())})"
 
-    def __init__(self, lr: float, weight_decay: float = 0.0, groups: dict[str, dict] | None = None):
+    def __init__(self, lr: float, weight_decay: float, groups: dict[str, dict] | None):
         if not lr > 0 or weight_decay < 0:
             raise ValueError(f"an optimiser wants lr > 0 and weight_decay >= 0; got lr={lr}, weight_decay={weight_decay}")
         for glob, rule in (groups or {}).items():
@@ -122,7 +122,7 @@ class Optimizer:
         self.t += 1
         for g in self.bound:
             if clip is not None:
-                g.g *= m.minimum(clip / (norm + 1e-6), 1.0).astype(g.g.dtype)
+                g.g *= m.minimum(clip / (norm + 1e-6), 1.0)
             held = g.held()
             self.update(g, g.lr * factor)
             g.put_back(held)
@@ -215,7 +215,7 @@ def _warm(warmup: float, after: Callable[[float], float]) -> Schedule:
     "Linear from 0 to 1 over `warmup` steps (a number below 1 is a share of all), then `after` of the share that is done."
     def factor(t: int, T: int) -> float:
         w = round(warmup * T) if 0 < warmup < 1 else int(warmup)
-        return (t + 1) / w if t < w else after((t - w) / max(T - w, 1))
+        return (t + 1) / w if t < w else after((t - w) / (T - w))
     return factor
 
 
