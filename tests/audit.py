@@ -221,7 +221,9 @@ def install(m: Mutant, tree: ast.Module) -> None:
     old = f.__code__
     f.__code__ = next(c for c in codes(module) if (c.co_name, c.co_firstlineno) == (old.co_name, old.co_firstlineno))
     if m.in_defaults:
-        f.__defaults__ = tuple(eval(compile(ast.Expression(d), m.file, "eval"), f.__globals__) for d in m.arguments.defaults)
+        value = lambda d: eval(compile(ast.Expression(d), m.file, "eval"), f.__globals__)
+        f.__defaults__ = tuple(map(value, m.arguments.defaults))
+        f.__kwdefaults__ = {k.arg: value(d) for k, d in zip(m.arguments.kwonlyargs, m.arguments.kw_defaults) if d is not None}
     forget()
 
 
@@ -268,7 +270,8 @@ class Audit:
         if self.options.match:
             mutants = [m for m in mutants if re.search(self.options.match, m.key)]
         if self.options.quick:
-            mutants = random.Random(0).sample(mutants, min(QUICK, len(mutants)))
+            listed = equivalents()                                               # the full audit looks whether they survive still
+            mutants = [m for m in random.Random(0).sample(mutants, min(QUICK, len(mutants))) if m.key not in listed]
         say(f"{len(mutants)} mutants of {', '.join(self.files)}")
         self.run(session, mutants, trees, say)
         self.ok = self.report(mutants, say)
