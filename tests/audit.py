@@ -22,6 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ SUITES = {                                                                      
     "models/blocks.py": ["test_models.py"], "models/gpt.py": ["test_models.py"], "models/bert.py": ["test_models.py"]}
 LIMIT = 20                                                                       # seconds a mutant may take; one that hangs is noticed
 QUICK = 160
+resolved = lru_cache(None)(os.path.realpath)                                     # asked for a million times
 
 
 # ── the errors ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -284,17 +286,16 @@ class Audit:
         forget()
 
         def look(frame: Any, event: str, arg: Any) -> None:
-            if event == "call":
-                seen[id(frame.f_code)] = frame.f_code
-        sys.setprofile(look)
+            seen[id(frame.f_code)] = frame.f_code                                # calls only: no line of a function is followed
+        sys.settrace(look)
         try:
             passed = self.passes(item)
         finally:
-            sys.setprofile(None)
+            sys.settrace(None)
         self.seconds[item.nodeid] = time.process_time() - start
         root = str(PACKAGE)
         for code in seen.values():
-            path = os.path.realpath(code.co_filename)
+            path = resolved(code.co_filename)
             if path.startswith(root):
                 self.touched.setdefault((os.path.relpath(path, root).replace(os.sep, "/"), code.co_firstlineno), []).append(item)
         return passed
