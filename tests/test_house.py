@@ -150,7 +150,7 @@ def test_no_module_imports_itself_by_way_of_others():
 
 # ── how long ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 LINES, METHOD_LINES, FUNCTION_LINES = 400, (15, 90), 60
-LEARN = 1900                                             # the exercise engine and the lesson runner, without exercises; design: 1,200, but they refuse and explain a lot
+LEARN = 1900                                             # the exercise engine and the lesson runner; design: 1,200, but they refuse and explain a lot
 BUDGETS = {
     "tinyft.tensor": 280,                                # design: 200; ownership of gradients, versions of leaves and anomalies need words
     "tinyft.edit": 335,                                  # 260; merging is all or nothing, and every refusal is a sentence

@@ -76,7 +76,7 @@ class Optimizer:
         given = {k: v for k, v in vars(self).items() if k not in ("t", "bound")}
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in given.items())})"
 
-    def __init__(self, lr: float, weight_decay: float = 0.0, groups: dict[str, dict] | None = None):
+    def __init__(self, lr: float, weight_decay: float, groups: dict[str, dict] | None):
         if not lr > 0 or weight_decay < 0:
             raise ValueError(f"an optimiser wants lr > 0 and weight_decay >= 0; got lr={lr}, weight_decay={weight_decay}")
         for glob, rule in (groups or {}).items():
@@ -158,7 +158,7 @@ def clip_norm(gradients: list[Array], limit: float | None) -> Array:
         raise FloatingPointError(f"the gradient's norm is {float(norm)}")
     if limit is not None:
         for g in gradients:
-            g *= m.minimum(limit / (norm + 1e-6), 1.0).astype(g.dtype)
+            g *= m.minimum(limit / (norm + 1e-6), 1.0)
     return norm
 
 
@@ -226,7 +226,7 @@ def _warm(warmup: float, after: Callable[[float], float]) -> Schedule:
     "Linear from 0 to 1 over `warmup` steps (a number below 1 is a share of all), then `after` of the share that is done."
     def factor(t: int, T: int) -> float:
         w = round(warmup * T) if 0 < warmup < 1 else int(warmup)
-        return (t + 1) / w if t < w else after((t - w) / max(T - w, 1))
+        return (t + 1) / w if t < w else after((t - w) / (T - w))
     return factor
 
 
