@@ -112,7 +112,7 @@ def test_adams_decay_is_part_of_the_gradient():
 
 def test_what_is_not_asked_for_is_as_in_the_papers():
     assert np.allclose(scalar_path(SGD(0.1), [1, 1]), [0.9, 0.8]) and np.allclose(scalar_path(AdamW(0.1), [0]), [1 - 0.1 * 0.01])
-    assert scalar_path(Adam(0.1), [0]) == [1] and AdamW(0.1).t == 0
+    assert scalar_path(Adam(0.1), [0]) == [1] and AdamW(0.1).t == 0 and Optimizer(0.1).weight_decay == 0
 
 
 def test_without_decay_adam_and_adamw_are_one_and_with_it_they_differ():

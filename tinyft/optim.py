@@ -76,7 +76,7 @@ class Optimizer:
         given = {k: v for k, v in vars(self).items() if k not in ("t", "bound")}
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in given.items())})"
 
-    def __init__(self, lr: float, weight_decay: float, groups: dict[str, dict] | None):
+    def __init__(self, lr: float, weight_decay: float = 0.0, groups: dict[str, dict] | None = None):
         if not lr > 0 or weight_decay < 0:
             raise ValueError(f"an optimiser wants lr > 0 and weight_decay >= 0; got lr={lr}, weight_decay={weight_decay}")
         for glob, rule in (groups or {}).items():
