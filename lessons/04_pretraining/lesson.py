@@ -2,7 +2,7 @@
 # # 04 Pretraining
 # *60 minutes. Before it: 01, 02, 03. Exercises: `next_tokens`, `mlm`, `pool`.*
 #
-# A text is its own teacher: hide a token, ask for it. A **causal** model (GPT) predicts each token from those before it, a **masked** model (BERT) some
+# A text is its own teacher: hide a token, ask for it. A **causal** model (GPT) predicts each token from those before it, a **masked** one (BERT) some
 # tokens from all others. The text is real: Python's reference, docstrings and comments, cut by module, so that no test module is in training.
 # %%
 import json
@@ -60,16 +60,17 @@ assert one < np.exp(l.reshape(-1, 4 * 127).mean(1)).mean() < np.exp(l.mean(1)).m
 quote(baselines.bigram_perplexity)
 counting = {"unigrams": baselines.unigram_perplexity(train, part, V), "bigrams": baselines.bigram_perplexity(train, valid, part, V)}
 table = counting | {name: math.exp(l.mean()) for name, l in each.items()}
-assert list(table.values()) == sorted(table.values(), reverse=True) and table["bigrams"] > 1.5 * table["base-gpt-small"]
+assert list(table.values()) == sorted(table.values(), reverse=True) and table["bigrams"] > 1.4 * table["base-gpt-small"]
 # %% [markdown]
 # ## Pretraining, watched
 # `make base` trained the shipped models and wrote their losses down. With the same seed the first steps come out again here. Then the rest of the
 # curve, from the record. **Predict first.** What does a model learn first? At what loss would it know how frequent each token is, and no more?
 # %%
 recipe = pretrain.RECIPES["base-gpt-small"]
-steps = 15 if FAST else 24
-history = tf.fit(recipe.model(), recipe.batches("train"), steps, tf.AdamW(recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.decay),
-                 schedule=lambda t, T: tf.cosine(recipe.warmup, 0.1)(t, recipe.steps))
+steps = 15 if FAST else 20
+batches = tf.data.lm_batches(train, 128, recipe.tokens // 128, recipe.seed)
+history = tf.fit(recipe.model(), batches, steps, tf.AdamW(recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.decay),
+                 schedule=lambda t, T: tf.cosine(recipe.warmup, floor=0.1)(t, recipe.steps))
 record = {name: json.loads((pretrain.ASSETS / name / "history.json").read_text()) for name in models}
 print("mean loss of steps 1-15: here", round(np.mean(history.losses[:15]), 3), " recorded", record["base-gpt-small"]["losses"][0])
 assert abs(np.mean(history.losses[:15]) - record["base-gpt-small"]["losses"][0]) < 0.05
@@ -93,7 +94,7 @@ for ax, x, side in zip(panels, (1, 90), ("left", "right")):
 panels[0].set(xlabel="step of 4,096 tokens", ylabel="loss (nats per token)", title="in training (dots: held out)")
 panels[1].set(xlabel="tokens read before", title="held out, after training")
 panels[0].legend(fontsize=8, loc="lower left")
-show("First how frequent tokens are, then pairs, then what pairs cannot tell. Right: the first twenty tokens of context help, more hardly.")
+show("First how frequent tokens are, then pairs, then what pairs cannot tell. Right: the first twenty tokens of context help; more help little.")
 # %% [markdown]
 # ## Masked tokens
 # BERT chooses 15 % of the places. Of these 80 % become `[MASK]`, 10 % another token, 10 % stay as they are. The loss counts the chosen places only.
@@ -107,13 +108,14 @@ seen, labels = tf.data.mlm(texts, np.ones(texts.shape, bool), rng, V)
 with tf.no_grad():
     log_p = tf.ops.log_softmax(bert(seen)).numpy()
 chosen, right, same = labels != -100, log_p.argmax(-1) == texts, seen == texts
-for kind, at in (("[MASK]", seen == 4), ("another token", chosen & ~same & (seen != 4)), ("left as it is", chosen & same), ("not chosen", ~chosen & (texts > 5))):
+free = ~chosen & (texts > 5)                                                           # not chosen, and a word
+for kind, at in (("[MASK]", seen == 4), ("another token", chosen & ~same & (seen != 4)), ("left as it is", chosen & same), ("not chosen", free)):
     print(f"{kind:14} {100 * at.mean():5.1f} % of places, right {100 * right[at].mean():5.1f} %")
 answer = -np.take_along_axis(log_p, texts[..., None], -1)[..., 0]                      # (B, T)
 loss = tf.evaluate(bert, [{"ids": seen, "labels": labels}])["loss"]
 print(f"the loss: {loss:.2f};  the mean over all places: {answer.mean():.2f}")
 assert abs(answer[chosen].mean() - loss) < 1e-3 and loss > 2 * answer.mean()           # the loss is that of the chosen places
-assert right[chosen & same].mean() > 0.85 > right[seen == 4].mean() + 0.2 and right[~chosen & (texts > 5)].mean() > 0.85
+assert right[chosen & same].mean() > 0.85 > right[seen == 4].mean() + 0.2 and right[free].mean() > 0.85
 # %% [markdown]
 # A loss over all places would look three times as good, and teach mostly copying, which BERT learns from the 1.5 % it must answer for and sees. The
 # card's 46.6 % is over all chosen places. And a masked loss is no rival of a causal one: it is asked for less, and reads on both sides.
@@ -131,7 +133,7 @@ held_out = [s for r in tf.data.snapshot() if r.split == "test" and r.kind == "do
 order = np.mean(cost(held_out) < cost([tf.data.swap_two(s, rng) for s in held_out]))
 sums = np.mean([cost([f"{i} + {j} = {k}" for k in range(10)]).argmin() == i + j for i in range(1, 6) for j in range(1, 5)])
 source = tf.perplexity(gpt, [tf.data.pretraining("source", "test")[:2048].reshape(16, 128)])
-print(f"prefers the sentence to its swapped twin: {100 * order:.0f} %;  right in sums: {100 * sums:.0f} %;  perplexity of Python source: {source:.0f}")
+print(f"prefers a sentence to its swapped twin: {100 * order:.0f} %;  sums: {100 * sums:.0f} %;  perplexity of Python source: {source:.0f}")
 for prompt in ("Raises ValueError if", "Paris is the capital of"):
     print(tokenizer.decode(tf.generate(gpt, [tokenizer.encode(prompt).ids], 12)[0]), "...")
 assert order > 0.8 and sums < 0.4 and source > 5 * one
@@ -145,4 +147,4 @@ for name, p in table.items():
     numbers = f"{sum(q.size for q in models[name].parameters()):,}" if name in models else ""
     print(f"{name:16}{numbers:>10}{p:12.1f}{bits * math.log(p):15.2f}", f"{math.exp(record[name]['evaluations'][-1][1]):37.1f}" if numbers else "")
 # %% [markdown]
-# **Exercises.** `tinyft start next_tokens` (labels, and where padding begins), `tinyft start mlm` (80/10/10), `tinyft start pool` (the mean over tokens).
+# **Exercises.** `tinyft start next_tokens` (and padding), `tinyft start mlm` (80/10/10), `tinyft start pool` (the mean over tokens).
