@@ -1,6 +1,6 @@
 # %% [markdown]
 # # 03 Training
-# *60 minutes. Before it: 01, 02. Exercises: `cross_entropy`, `adam_update`, `clip_norm`, `cosine`.*
+# **Minutes:** 60. **Prerequisites:** 01, 02. **Exercises:** cross_entropy, adam_update, clip_norm, cosine
 #
 # A gradient says which way the loss falls. The plain way to use it, $\theta \leftarrow \theta - \eta g$, hardly trains a transformer. Here we see
 # why, derive Adam, and go through what else stands in a training loop: clipping, warm-up, decay, accumulation, and where the memory goes.

@@ -1,6 +1,6 @@
 # %% [markdown]
 # # 04 Pretraining
-# *60 minutes. Before it: 01, 02, 03. Exercises: `next_tokens`, `mlm`, `pool`.*
+# **Minutes:** 60. **Prerequisites:** 01, 02, 03. **Exercises:** next_tokens, mlm, pool
 #
 # A text is its own teacher: hide a token, ask for it. A **causal** model (GPT) predicts each token from those before it, a **masked** one (BERT) some
 # tokens from all others. The text is real: Python's reference, docstrings and comments, cut by module, so that no test module is in training.
