@@ -147,13 +147,14 @@ def test_a_small_comparison_from_end_to_end(task, tmp_path):
     assert (tmp_path / "compare.png").stat().st_size > 10_000 and draw(got, tmp_path / "again.png")
 
 
-def test_ctrl_c_stops_the_workers_and_says_so(tmp_path):
-    "As a terminal does: every process gets the signal."
-    command = ["-m", "tinyft.cli", "compare", "--model", tiny(tmp_path, False), "--steps", "100000", "--out", "o", "--jobs", "2"]
+@pytest.mark.parametrize("after", [0.0, 0.3, 2.0])
+def test_ctrl_c_stops_the_workers_and_says_so(after, tmp_path):
+    "As a terminal does: every process gets the signal, also one that is about to start."
+    command = ["-m", "tinyft.cli", "compare", "--model", tiny(tmp_path, False), "--methods", "lora", "--steps", "100000", "--jobs", "2"]
     run = subprocess.Popen([sys.executable, "-u", *command], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                            start_new_session=True, env={**os.environ, "PYTHONPATH": str(Path(tf.__file__).parent.parent)})
     assert run.stdout.readline().startswith("intact")                            # the workers come next
-    time.sleep(2)
+    time.sleep(after)
     os.killpg(run.pid, signal.SIGINT)
     _, said = run.communicate(timeout=60)
     assert (run.returncode, said.strip()) == (130, "stopped")

@@ -252,8 +252,11 @@ def workers(jobs: int) -> Iterator[ProcessPoolExecutor | None]:
         kernels.keep_memory()
         yield None
         return
-    with _one_thread_each(), ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_worker) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_worker) as pool:
         try:
+            with _inherited():
+                for _ in range(jobs):
+                    pool.submit(int)                                             # starts a process
             yield pool
         except BaseException:                                                    # Ctrl-C too: nothing that still runs is waited for
             for process in active_children():
@@ -263,9 +266,25 @@ def workers(jobs: int) -> Iterator[ProcessPoolExecutor | None]:
 
 
 def _worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)                                 # Ctrl-C reaches every process of a terminal; the first one answers
     tqdm.set_lock(threading.RLock())                                             # its own is shared by processes, and none is needed
     kernels.keep_memory()
+
+
+@contextmanager
+def _inherited() -> Iterator[None]:
+    "What a process takes over when it starts: one thread for its BLAS, and no ear for Ctrl-C, which a terminal sends to every process."
+    names = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    old = {n: os.environ.get(n) for n in names}
+    os.environ.update(dict.fromkeys(names, "1"))
+    here = threading.current_thread() is threading.main_thread()
+    heard = signal.signal(signal.SIGINT, signal.SIG_IGN) if here else None
+    try:
+        yield
+    finally:
+        for n, v in old.items():
+            os.environ.pop(n) if v is None else os.environ.__setitem__(n, v)
+        if here:
+            signal.signal(signal.SIGINT, heard)
 
 
 def progress(s: Settings, rows: list[Contender], pool: ProcessPoolExecutor | None) -> Iterator[tuple[Contender, int, dict]]:
@@ -285,19 +304,6 @@ def _told(bar: tqdm, s: Settings, c: Contender, seed: int, metrics: dict) -> tup
     bar.update()
     bar.write(f"  {c.name:<18} seed {seed}   {s.quality} {metrics[s.quality]:.3f}   ({metrics['seconds']:.0f} s)", file=sys.stderr)
     return c, seed, metrics
-
-
-class _one_thread_each:
-    "BLAS libraries read their thread counts when a process starts: the workers get one each."
-    NAMES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
-
-    def __enter__(self) -> None:
-        self.old = {n: os.environ.get(n) for n in self.NAMES}
-        os.environ.update(dict.fromkeys(self.NAMES, "1"))
-
-    def __exit__(self, *_: object) -> None:
-        for n, v in self.old.items():
-            os.environ.pop(n) if v is None else os.environ.__setitem__(n, v)
 
 
 def headline(s: Settings, task: data.Task) -> str:
