@@ -276,15 +276,14 @@ def _inherited() -> Iterator[None]:
     names = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
     old = {n: os.environ.get(n) for n in names}
     os.environ.update(dict.fromkeys(names, "1"))
-    here = threading.current_thread() is threading.main_thread()
-    heard = signal.signal(signal.SIGINT, signal.SIG_IGN) if here else None
+    block = getattr(signal, "pthread_sigmask", lambda *_: None)                  # a Ctrl-C that comes now waits for the finally
+    block(getattr(signal, "SIG_BLOCK", 0), {signal.SIGINT})
     try:
         yield
     finally:
         for n, v in old.items():
             os.environ.pop(n) if v is None else os.environ.__setitem__(n, v)
-        if here:
-            signal.signal(signal.SIGINT, heard)
+        block(getattr(signal, "SIG_UNBLOCK", 0), {signal.SIGINT})
 
 
 def progress(s: Settings, rows: list[Contender], pool: ProcessPoolExecutor | None) -> Iterator[tuple[Contender, int, dict]]:
