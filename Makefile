@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 ARGS   ?=
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help install run test selftest test-strict test-gpu test-peers audit base lint clean
+.PHONY: help install run test selftest test-strict test-gpu test-peers lessons audit base lint clean
 
 help:  ## this help
 	@echo "tinyft: fine-tuning and compression of transformers, from scratch"
@@ -43,6 +43,9 @@ test-peers: $(STAMP)  ## against PyTorch, transformers, PEFT and adapters (insta
 	@cd "$(HERE)" && "$(PY)" -c 'import peft, transformers, adapters' 2>/dev/null || "$(PY)" -m pip install -q --disable-pip-version-check -e "$(HERE)[peers]"
 	@cd "$(HERE)" && HF_HUB_OFFLINE=1 "$(PY)" -m pytest tests/peers $(ARGS)
 
+lessons: $(STAMP)  ## run every lesson: notebooks with results, and figures, in work/lessons (TINYFT_FAST=1: shorter)
+	@cd "$(HERE)" && "$(VENV)/bin/tinyft" lesson --all $(ARGS)
+
 audit: $(STAMP)  ## change the library's own formulas, one at a time: the tests must notice
 	@cd "$(HERE)" && "$(PY)" tests/audit.py $(ARGS)
 
@@ -50,7 +53,7 @@ base: $(STAMP)  ## train the shipped base models from scratch (resumable)
 	@cd "$(HERE)" && "$(PY)" -m tinyft.pretrain $(ARGS)
 
 lint: $(STAMP)  ## ruff
-	@cd "$(HERE)" && "$(PY)" -m ruff check tinyft tests
+	@cd "$(HERE)" && "$(PY)" -m ruff check tinyft tests lessons
 
 clean:  ## remove what was built; the virtual environment and work/ stay
 	@cd "$(HERE)" && rm -rf build dist .pytest_cache .hypothesis .ruff_cache *.egg-info && find . -name __pycache__ -not -path './.venv/*' -exec rm -rf {} +

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,6 +41,8 @@ def register(sub: argparse._SubParsersAction) -> None:
         if command == "check":
             c.add_argument("--all", action="store_true", help="every exercise that is started")
             c.add_argument("--gpu", dest="backend", action="store_const", const="cupy", help="the same as --backend cupy")
+        if command == "lesson":
+            c.add_argument("--all", action="store_true", help="every lesson: notebooks and figures in work/lessons, no text here")
         c.add_argument("--work", type=Path, default=Path(os.environ.get("TINYFT_WORK", "work")), help="the folder of your files (default: work)")
         c.set_defaults(run=run)
 
@@ -220,22 +221,13 @@ def _read(args: argparse.Namespace, work: Work, page) -> bool:
 
 
 def _lesson(args: argparse.Namespace, work: Work, page) -> bool:
-    import subprocess
-
+    from . import reading
     from .exercise import LESSONS, of_lesson
+    if args.all:
+        return reading.run_all(args.work / "lessons", page)
     if not args.names:
         for lesson, title in LESSONS.items():
             mine = of_lesson(lesson)
             page.line(f"  tinyft lesson {lesson:<14} {title:<26} {sum(work.solved(e) for e in mine)} of {len(mine)} exercises solved")
         return True
-    ok = True
-    for name in args.names:
-        places = [d for top in (Path.cwd(), Path(__file__).parents[2]) for d in sorted(top.glob(f"lessons/*_{name}/lesson.py"))]
-        if places:
-            ok = subprocess.run([sys.executable, str(places[0])]).returncode == 0 and ok
-        elif name in LESSONS:
-            raise ValueError(f"lessons/*_{name}/lesson.py is not here: lessons come with a clone of the repository.  "
-                             f"The exercises work without: `tinyft start {name}`")
-        else:
-            raise ValueError(f"there is no lesson {name!r}; there are {', '.join(LESSONS)}")
-    return ok
+    return all([reading.read(name, args.work / "lessons", page) for name in args.names])
