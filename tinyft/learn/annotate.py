@@ -98,7 +98,7 @@ def markdown(doc: str) -> str:
     for kind, group in itertools.groupby(doc.splitlines(), lambda row: "blank" if not row.strip() else "kept" if row[:4] == "    " else "flows"):
         rows = list(group)
         columns = len(rows) > 1 and sum(bool(re.search(r"\S {3,}\S", row)) for row in rows) > len(rows) / 2
-        if kind == "kept" and len(rows) > 1 and not columns and all(len(row) > 90 for row in rows[:-1]):      # sentences, set apart
+        if kind == "kept" and len(rows) > 1 and all(len(row) > 90 and not re.search(r"\S {3,}\S", row) for row in rows[:-1]):      # sentences
             out.append("> " + escaped(" ".join(row.strip() for row in rows)))
         elif kind == "kept" or kind == "flows" and columns:
             out.append("````text\n" + textwrap.dedent("\n".join(rows)) + "\n````")
@@ -107,11 +107,11 @@ def markdown(doc: str) -> str:
     return "\n\n".join(out)
 
 
-def page(title: str, text: str, notes: Mapping[str, str] = MappingProxyType({})) -> str:
-    "The page of a module, its functions and classes under anchors of their names.  notes: Markdown to add to the prose of some of them."
+def page(path: str, text: str, notes: Mapping[str, str] = MappingProxyType({})) -> str:
+    "The page of the module at `path`, functions and classes under anchors of their names.  notes: {name: Markdown to add to its prose}."
     first, *rest = blocks(text)
     fold = f"<details><summary>what it imports</summary>\n\n````python\n{first.code}\n````\n\n</details>\n" if first.code else ""
-    out = [f"---\nhide-toc: true\n---\n\n# {escaped(title)}\n", markdown(first.prose), fold]
+    out = [f"---\nhide-toc: true\n---\n\n# {escaped(path.split('/')[-1])}\n\n`{path}`, {text.count(chr(10))} lines\n", markdown(first.prose), fold]
     for b in rest:
         if b.heading:
             out.append(f"## {escaped(b.heading)}\n")

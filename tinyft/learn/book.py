@@ -2,8 +2,8 @@
 
     make site                  work/site/index.html        (python -m tinyft.learn.book [--out FOLDER])
 
-The lessons are run here, unless their notebooks in work/lessons are newer than all sources; everything else is written as Markdown from the
-library itself (pages), and Sphinx with MyST-NB and Furo makes HTML of it (render).  MathJax comes along, in site/mathjax.
+The lessons are run here, unless their notebooks in work/lessons are newer than all sources; everything else is written from the library itself,
+as Markdown (pages), of which Sphinx with MyST-NB and Furo makes HTML (render).  MathJax 3.2.2 comes along, in site/mathjax.
 """
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import ast
 import importlib
 import inspect
 import json
+import os
 import re
 import sys
 import textwrap
@@ -74,7 +75,8 @@ def _index() -> str:
     out = ["# tinyft", "Fine-tuning of transformers from scratch: lessons that run, exercises that check themselves, and a library that is short "
            "enough to be read. Each lesson ends with functions of the library to be written again; when all laws hold, read the original.",
            "```console\n$ tinyft lesson autograd      # read and run a lesson in the terminal\n"
-           "$ tinyft start                # the next exercise, as a file\n$ tinyft check                # what holds, and the smallest input that does not\n```", "## The path"]
+           "$ tinyft start                # the next exercise, as a file\n"
+           "$ tinyft check                # what holds, and the smallest input that does not\n```", "## The path"]
     for lesson, title in LESSONS.items():
         mine, there = of_lesson(lesson), lessons().get(lesson)
         taught = dict.fromkeys(e.target.split(":")[0] for e in mine)
@@ -112,14 +114,15 @@ def _says(module: str) -> str:
 
 # ── the lessons, with their results ──────────────────────────────────────────────────────────────────────────────────
 def executed(out: Path) -> dict[str, str]:
-    "{lessons/NN_name: notebook}; those in `out` that are older than the lesson or the library are run again.  Failed if a cell fails."
-    newest, found = max(p.stat().st_mtime for p in HERE.parent.rglob("*.py")), {}
+    "{lessons/NN_name: notebook}; what `out` has of them is taken if it is newer than the lesson and the library, and no short run by TINYFT_FAST."
+    newest, found, short = max(p.stat().st_mtime for p in HERE.parent.rglob("*.py")), {}, bool(os.environ.get("TINYFT_FAST"))
     for lesson, path in lessons().items():
         made = out / f"{path.parent.name}.ipynb"
-        if not made.exists() or made.stat().st_mtime < max(newest, path.stat().st_mtime):
+        read = lambda made=made: json.loads(made.read_text(encoding="utf-8"))
+        if not made.exists() or made.stat().st_mtime < max(newest, path.stat().st_mtime) or read()["metadata"].get("short", True) > short:
             for _ in run(path, out):
                 pass
-        book = json.loads(made.read_text(encoding="utf-8"))
+        book = read()
         for cell in book["cells"]:
             if "quote(" in cell["source"]:                                       # what it prints is Python
                 cell["metadata"]["mystnb"] = {"text_lexer": "python"}
