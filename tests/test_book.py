@@ -60,9 +60,10 @@ def test_prose_and_code_of_a_small_module_come_in_order():
     assert found[3].code.splitlines()[:2] == ["class A:", "    def g(self):"]
     assert found[4].code.splitlines()[:3] == ["    @property", "    def h(self):", "        # a long comment after it"]
     text = annotate.page("a/small.py", SMALL, {"f": "Exercise: f"})
-    order = ["# small.py", "y = a_b * c          \u00a71", r"\*stars\* and `code_1`", "[arXiv:2106.09685](https://", "import os", "## first part",
+    order = ["# small.py", "y = a_b * c    \u00a71", r"\*stars\* and `code_1`", "[arXiv:2106.09685](https://", "import os", "## first part",
              '<a id="f"></a>', "y = x.\\\ndx = g", "Exercise: f", "def f(x)", "why it is so", "return x + 1", "Holds n.", "class A",
              "The h.", "def k"]
+    assert annotate.squeezed(["a" + 9 * " " + "b", "ab" + 8 * " " + "c", "a"]) == ["a     b", "ab    c", "a"]
     places = [text.find(s) for s in order]
     assert -1 not in places and places == sorted(places), dict(zip(order, places))
 

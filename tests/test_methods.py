@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from contract import CHECKS, KINDS, Row, Sizes, batch, build, near, noise, put_on, run, same, short_fit, the_loss, tokens, tuned, values
 from helpers import dev, host
+from test_nn import Int8
 
 from tinyft import array, combine, edit, fit, no_grad, ops
 from tinyft.edit import Edit, Method, attach, count, detach, merge, trained
 from tinyft.methods import BitFit, Full, Houlsby, LoRA, Partial, PrefixTuning, PromptTuning, eject
 from tinyft.methods.additive.houlsby import Bottleneck, truncated_normal
-from tinyft.methods.additive.prefix import Prefix, Reparameterized, Shift
+from tinyft.methods.additive.prefix import Hidden, Prefix, Reparameterized, Shift
 from tinyft.methods.additive.prompt import Drop, SoftPrompt
 from tinyft.methods.reparameterized.lora import LowRank
 from tinyft.models.blocks import KV, Attention
@@ -405,6 +406,20 @@ def test_lora_on_a_tied_embedding_is_seen_by_the_head_and_merges_exactly():
     assert same(host(model.embed.weight), W) and near(run(model), y)
 
 
+def test_lora_on_an_embedding_is_its_equation_packed_or_not():
+    "W + (α/r) B A, for all who read W."
+    W = draw((7, 5))
+    for weight in (Parameter(dev(W)), Int8(W)):
+        table = Embedding(7, 5, np.random.default_rng(0)).to(dtype=np.float64)
+        table.weight = weight
+        e = LoRA(r=3, alpha=6.0).edit("embed", table, np.random.default_rng(1))
+        e.B.copy_(draw(e.B.shape, 2))
+        table.edits = {"lora": e.to(dtype=np.float64)}
+        dense = host(weight.dequantize() if isinstance(weight, Int8) else weight)
+        want = (dense + 6 / 3 * host(e.B) @ host(e.A))[tokens(2, 3) % 7]
+        assert near(host(table(dev(tokens(2, 3) % 7))), want)
+
+
 @pytest.mark.parametrize("kind, where", [("gpt", "pos"), ("gpt-classes", "embed"), ("bert", "type"), ("bert-classes", "embed")])
 def test_lora_on_an_embedding_leaves_rows_alone_that_were_not_read(kind, where):
     model, a = tuned(replace(ROWS["lora-embed"], method=LoRA(r=2, targets=where)), kind)
@@ -543,6 +558,7 @@ def test_the_prefix_an_mlp_made_can_stand_for_it(kind):
     assert len({id(e.hidden) for e in a.edits.values()}) == 1
     b = eject(model)
     assert same(run(model), y) and b.method == replace(a.method, mlp=None) and edit.attached(model) == (b,)
+    assert all(host(p).flags.c_contiguous for e in b.edits.values() for p in (e.K, e.V))      # numbers of its own, no view of the MLP's
     light, s = edit.count(model), Sizes(kind)
     assert light.trained == 2 * s.L * 3 * s.C < heavy.trained and light.head == heavy.head
     detach(model)
@@ -556,6 +572,22 @@ def test_an_mlps_prefix_is_its_equation_and_its_first_half_is_the_keys():
         rows = np.tanh(E @ W1.T + b1) @ W2.T + b2                                # (p, 2C)
         for got, want in zip(e.prefix(Context()), (rows[:, :12], rows[:, 12:])):
             assert near(host(got), want.reshape(3, 3, 4).transpose(1, 0, 2))
+
+
+def test_an_mlps_prefix_starts_with_the_deviations_that_keep_its_size():
+    rng = np.random.default_rng(0)
+    shared = Hidden(80, 50, 90, rng)
+    last = Reparameterized(5, 10, shared, rng).W2
+    assert np.array_equal(host(shared.E.weight), np.random.default_rng(0).standard_normal((80, 50)).astype(np.float32))      # N(0, 1)
+    assert abs(host(shared.W1.weight).std() * 50**0.5 - 1) < 0.05 and abs(host(last.weight).std() * 90**0.5 - 1) < 0.05
+    assert last.weight.shape == (100, 90) and not host(last.bias).any() and not host(shared.W1.bias).any()
+
+
+def test_prefixes_and_prompts_do_not_decay_and_are_single_precision():
+    for name in ("prefix", "prompt", "prompt-uniform"):
+        _, a = put_on(ROWS[name], "gpt")
+        ps = [p for e in a.edits.values() for p in e.parameters()]
+        assert ps and all(p.decay is False and p.dtype == np.float32 for p in ps)
 
 
 def test_a_shifted_text_needs_room_among_the_positions():
@@ -603,6 +635,11 @@ def test_a_prompt_starts_as_rows_of_the_vocabulary_or_within_one_half():
     P = host(put_on(ROWS["prompt"], "gpt")[1].edits["embed"].P)
     E = host(build("gpt").embed.weight)
     assert all((E == row).all(1).any() for row in P) and len(np.unique(P, axis=0)) > 1
+    table = Embedding(4, 3, np.random.default_rng(0))
+    many = lambda: host(SoftPrompt(table, 200, "vocabulary", np.random.default_rng(1)).P)
+    assert same(np.unique(many(), axis=0), np.unique(host(table.weight), axis=0))      # every token may come
+    table.weight = Int8(host(table.weight))
+    assert same(np.unique(many(), axis=0), np.unique(host(table.weight.dequantize()), axis=0))
     big = attach(build("gpt"), PromptTuning(p=12, init="uniform")).edits["embed"].P
     assert 0.4 < np.abs(host(big)).max() <= 0.5 and abs(host(big).std() - 12**-0.5) < 0.05
     with pytest.raises(ValueError, match="uniform"):
@@ -842,6 +879,27 @@ def test_the_same_seed_gives_the_same_adapter_and_every_module_its_own_numbers()
     A = lambda a: [host(e.A) for e in a.edits.values()]
     assert all(same(x, y) for x, y in zip(A(one), A(two)))
     assert not same(A(one)[0], A(one)[1]) and not same(A(one)[0], A(other)[0])
+
+
+def test_without_a_seed_it_is_seed_zero():
+    A = lambda **seed: [host(e.A) for e in attach(build("gpt"), LoRA(r=2), **seed).edits.values()]
+    assert all(same(x, y) for x, y in zip(A(), A(seed=0)))
+
+
+def test_the_first_method_to_come_carries_the_new_head():
+    model = build("gpt-classes")
+    first, second = attach(model, LoRA(r=2), "first"), attach(model, BitFit(), "second")
+    assert set(first.base) == {"head.out.weight"} and "head.out.weight" not in second.base and second.base
+
+
+def test_a_method_that_says_nothing_adds_nothing():
+    m = Method()
+    assert m.penalty({}, None, Context()) == 0 and list(m.phases({})) == [1] and not m.trains("x") and m.prepare(None) is m
+
+
+def test_a_count_reads_as_a_sentence():
+    assert str(edit.Count(1200, 0, 4800, 99)) == "1,200 trained (25.00 % of 4,800); 99 bytes to store"
+    assert str(edit.Count(0, 7, 0, 28)) == "0 trained (0.00 % of 0) and 7 in the head; 28 bytes to store"
 
 
 def test_a_method_is_a_frozen_value():

@@ -105,6 +105,16 @@ def test_sgd_with_momentum_and_decay_takes_the_steps_worked_out_by_hand():
     assert np.allclose(scalar_path(SGD(lr=0.1, momentum=0.5, weight_decay=0.2), [1, 1]), [0.88, 0.7024], atol=1e-12)
 
 
+def test_adams_decay_is_part_of_the_gradient():
+    # ε = 1, so that a gradient's size is seen:  g + λθ = 0.2 + 0.5·2 = 1.2;  m̂ = 1.2, √v̂ = 1.2 -> θ = 2 − 0.1·1.2/2.2
+    assert np.allclose(scalar_path(Adam(lr=0.1, eps=1.0, weight_decay=0.5), [0.2], 2.0), [2 - 0.12 / 2.2], rtol=1e-12)
+
+
+def test_what_is_not_asked_for_is_as_in_the_papers():
+    assert np.allclose(scalar_path(SGD(0.1), [1, 1]), [0.9, 0.8]) and np.allclose(scalar_path(AdamW(0.1), [0]), [1 - 0.1 * 0.01])
+    assert scalar_path(Adam(0.1), [0]) == [1] and AdamW(0.1).t == 0 and Optimizer(0.1).weight_decay == 0
+
+
 def test_without_decay_adam_and_adamw_are_one_and_with_it_they_differ():
     grads = [1.0, 0.5, -2.0, 0.1]
     assert scalar_path(Adam(0.1), grads) == scalar_path(AdamW(0.1, weight_decay=0.0), grads)
@@ -174,8 +184,8 @@ def test_a_tensor_without_a_gradient_keeps_value_and_moments(make, rng):
     optimizer = make()
     first = drive(optimizer, named, [{n: rng.standard_normal((2, 2)) for n in "ab"}])
     moments = [np.array(host(m)) for m in optimizer.bound[0].moments]
-    named["a"].grad, named["b"].grad = None, dev(np.ones((2, 2)))
-    optimizer.step()
+    named["a"].grad, named["b"].grad, named["a"].mask = None, dev(np.ones((2, 2))), dev(np.ones((2, 2), bool))
+    assert float(optimizer.step()) == 2                                          # it counts for nothing in the norm
     assert np.array_equal(host(named["a"]), first["a"]) and not np.array_equal(host(named["b"]), first["b"])
     for m, was in zip(optimizer.bound[0].moments, moments):
         assert np.array_equal(host(m)[:4], was[:4]) and not np.array_equal(host(m)[4:], was[4:])
@@ -230,6 +240,11 @@ def test_clipping_scales_all_gradients_by_one_number_from_the_norm_of_them_all()
 def test_wrong_clipping_is_caught(wrong):
     with pytest.raises(AssertionError):
         clips_all_together(wrong)
+
+
+def test_the_smallest_gradients_are_clipped_as_torch_does_it():
+    "clip / (norm + 1e-6): with a norm and a clip of 1e-6, a half."
+    assert np.allclose(clipped(lambda o, clip: o.step(clip=clip), {"a": np.array([[1e-6]]), "b": np.zeros((1, 1))}, 1e-6)["a"], 0.5e-6, rtol=1e-9)
 
 
 def test_what_a_mask_holds_does_not_count_in_the_norm():
@@ -387,4 +402,5 @@ def test_the_cosine_is_a_cosine_and_stops_at_its_floor():
 
 def test_a_constant_schedule_is_one_after_its_warm_up():
     assert (path(constant(), 7) == 1).all() and np.allclose(path(constant(4), 7), [0.25, 0.5, 0.75, 1, 1, 1, 1])
+    assert (path(constant(1), 7) == 1).all() and (path(constant(1.0), 7) == 1).all()      # one step, not all of them
     assert (path(constant(100), 7) < 0.1).all()                                  # stopped before the warm-up ended

@@ -451,7 +451,7 @@ class Spy(Optimizer):
     "Moves by its gradients, and keeps them."
 
     def __init__(self, log: list, lr: float = 0.01):
-        super().__init__(lr)
+        super().__init__(lr, 0.0, None)
         self.log = log
 
     def start(self, named: dict) -> Spy:

@@ -244,8 +244,8 @@ class Module:
                 return a
             if id(a) not in done:
                 b = a if backend is None else array.to(a, backend)
-                done[id(a)] = a, b.astype(dtype) if dtype is not None and b.dtype.kind in "fV" else b
-            return done[id(a)][1]
+                done[id(a)] = b.astype(dtype) if dtype is not None and b.dtype.kind in "fV" else b, a
+            return done[id(a)][0]
         for p in self.parameters():
             p.data, p.grad = moved(p.data), None
         for m in {id(m): m for m in self.modules()}.values():
@@ -300,7 +300,7 @@ class Linear(Module):
         if isinstance(W, Packed):
             y = W.matmul(x)
             return y if b is None else y + b
-        return ops.linear(x, W) if b is None else ops.linear(x, W, b)
+        return ops.linear(x, W, b)
 
 
 class Embedding(Module):
@@ -325,8 +325,7 @@ class TiedHead(Module):
     cin, cout = property(lambda self: self._embed.cout), property(lambda self: self._embed.cin)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        W = self._embed.read("weight")
-        return ops.linear(x, W) if self.bias is None else ops.linear(x, W, self.read("bias"))
+        return ops.linear(x, self._embed.read("weight"), None if self.bias is None else self.read("bias"))
 
 
 class LayerNorm(Module):

@@ -158,7 +158,7 @@ def clip_norm(gradients: list[Array], limit: float | None) -> Array:
         raise FloatingPointError(f"the gradient's norm is {float(norm)}")
     if limit is not None:
         for g in gradients:
-            g *= m.minimum(limit / (norm + 1e-6), 1.0).astype(g.dtype)
+            g *= m.minimum(limit / (norm + 1e-6), 1.0)
     return norm
 
 
@@ -226,7 +226,7 @@ def _warm(warmup: float, after: Callable[[float], float]) -> Schedule:
     "Linear from 0 to 1 over `warmup` steps (a number below 1 is a share of all), then `after` of the share that is done."
     def factor(t: int, T: int) -> float:
         w = round(warmup * T) if 0 < warmup < 1 else int(warmup)
-        return (t + 1) / w if t < w else after((t - w) / max(T - w, 1))
+        return (t + 1) / w if t < w else after((t - w) / (T - w))
     return factor
 
 

@@ -71,7 +71,7 @@ show("Attention weights P, one row for each query. GPT's lie below the diagonal;
 rng, sizes = np.random.default_rng(0), 4**np.arange(1, 6)
 largest = {}
 for name, scale in (("no scale", lambda d: 1), ("1/√D", lambda d: d**-0.5), ("1/√C, 32 heads", lambda d: (32 * d)**-0.5)):
-    draws = [(rng.normal(size=(500, 1, d)) * rng.normal(size=(500, 64, d))).sum(axis=-1) * scale(d) for d in sizes]
+    draws = [(rng.normal(size=(100, 1, d)) * rng.normal(size=(100, 64, d))).sum(axis=-1) * scale(d) for d in sizes]
     largest[name] = [tf.ops.softmax(s).data.max(axis=1).mean() for s in draws]
 assert largest["no scale"][-1] > 0.8 and max(largest["1/√D"]) < 0.25 and max(largest["1/√C, 32 heads"]) < 0.04
 fig, ax = figure(height=2.4)
@@ -137,11 +137,11 @@ def loss_without(part, change):
     return -np.take_along_axis(scores, held_out[:, 1:, None], axis=2).mean(), sum(p.size for p in tensors.values())
 
 print("taken away          numbers   loss")
+losses = {}
 for name, part, change in (("nothing", "", 1), ("√D", "attn.q", D**0.5), ("positions", "pos", 0), ("MLPs", "mlp", 0), ("attention", "attn", 0)):
-    loss, numbers = loss_without(part, change)
-    full = loss if name == "nothing" else full
-    print(f"{name:<16}{numbers:>11,}{loss:>7.2f}")
-    assert name == "nothing" or loss > full + 0.1 and (loss > np.log(2048)) == (name == "MLPs")
+    losses[name], numbers = loss_without(part, change)
+    print(f"{name:<16}{numbers:>11,}{losses[name]:>7.2f}")
+    assert name == "nothing" or losses[name] > losses["nothing"] + 0.1 and (losses[name] > np.log(2048)) == (name == "MLPs")
 
 # %% [markdown]
 # Without its MLPs the model is worse than one that guesses, ln 2048 = 7.62: what is left was trained to lean on them. So this table tells

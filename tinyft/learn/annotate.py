@@ -101,10 +101,19 @@ def markdown(doc: str) -> str:
         if kind == "kept" and len(rows) > 1 and all(len(row) > 90 and not re.search(r"\S {3,}\S", row) for row in rows[:-1]):      # sentences
             out.append("> " + escaped(" ".join(row.strip() for row in rows)))
         elif kind == "kept" or kind == "flows" and columns:
-            out.append("````text\n" + textwrap.dedent("\n".join(rows)) + "\n````")
+            out.append("````text\n" + "\n".join(squeezed(textwrap.dedent("\n".join(rows)).splitlines())) + "\n````")
         elif kind == "flows":
             out.append("\\\n".join(escaped(part) for part in re.split(r" {4,}", " ".join(rows))))
     return "\n\n".join(out)
+
+
+def squeezed(rows: list[str]) -> list[str]:
+    "Columns closer together: where all rows are blank for more than four columns, four stay."
+    wide = max(map(len, rows))
+    blank = "".join(" " if all(row[i:i + 1] in ("", " ") for row in rows) else "x" for i in range(wide))
+    for gap in reversed([*re.finditer(r" {5,}", blank)]):
+        rows = [row[:gap.start() + 4] + row[gap.end():] for row in rows]
+    return [row.rstrip() for row in rows]
 
 
 def page(path: str, text: str, notes: Mapping[str, str] = MappingProxyType({})) -> str:

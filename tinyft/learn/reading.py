@@ -32,7 +32,8 @@ def run_all(out: Path, page: Page) -> bool:
         start, name = time.perf_counter(), path.parent.name
         try:
             drawn = sum(len(cell.figures) for cell in run(path, out))
-            page.line(f"{page.sign('right')} {name:<20} {time.perf_counter() - start:5.1f} s   {drawn} figures   {out / name}.ipynb")
+            took = f"{time.perf_counter() - start:5.1f} s   {drawn} figure{' ' if drawn == 1 else 's'}"
+            page.line(f"{page.sign('right')} {name:<20} {took}   {out / name}.ipynb")
         except Failed as e:
             right = False
             page.line(f"{page.sign('wrong')} {name}\n{textwrap.indent(str(e), '    ')}")

@@ -119,9 +119,10 @@ class Classifier(Module):
         "(B, T, C) -> (B, C)"
         if not self.last:
             return x[:, 0]
+        if ctx.mask is None:
+            return x[:, -1]
         m, (B, T) = xp(x.data), x.shape[:2]
-        real = m.ones((B, T), dtype=bool) if ctx.mask is None else ctx.mask[:, -T:]      # a soft prompt's rows are gone from x
-        return x[m.arange(B), T - 1 - m.argmax(m.flip(real, axis=1), axis=1)]
+        return x[m.arange(B), T - 1 - m.argmax(m.flip(ctx.mask[:, -T:], axis=1), axis=1)]      # a soft prompt's rows are gone from x
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         return self.out(self.drop(x, ctx), ctx)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ... import array, ops
+from ... import ops
 from ...edit import Edit, Method
 from ...nn import Context, Linear, Module
 from ...tensor import Tensor
@@ -47,9 +47,9 @@ class Bottleneck(Edit):
         return y + self.up(ops.gelu(self.down(y, ctx)), ctx)
 
 
-def truncated_normal(rng: np.random.Generator, shape: tuple, std: float) -> array.Array:
+def truncated_normal(rng: np.random.Generator, shape: tuple, std: float) -> np.ndarray:
     "N(0, std²), redrawn beyond 2 std."
     z = rng.standard_normal(shape)                       # host
     while (far := abs(z) > 2).any():
         z[far] = rng.standard_normal(int(far.sum()))     # host
-    return (z * std).astype(np.float32)
+    return z * std

@@ -31,7 +31,7 @@ class PromptTuning(Method):
     def edits(self, found: dict[str, Module], rng: np.random.Generator) -> dict[str, Edit]:
         if self.init not in ("vocabulary", "uniform"):
             raise ValueError(f"PromptTuning's init is 'vocabulary' or 'uniform', not {self.init!r}")
-        top = [p for p in found if p.split(".")[-2:-1] == ["blocks"]][-1]
+        *_, top = (p for p in found if not p.endswith("embed"))                  # the last block
         return {p: SoftPrompt(m, self.p, self.init, rng) if p.endswith("embed") else Drop(self.p)
                 for p, m in found.items() if p.endswith("embed") or p == top}
 
