@@ -120,7 +120,7 @@ import pathlib
 from tinyft.learn import annotate, book
 text = annotate.page("a/small.py", {SMALL!r})
 out = pathlib.Path({str(tmp_path)!r})
-assert book.render({{"index.md": text + "\\n$x^2$\\n"}}, out / "book", out / "site") == 0
+assert book.render({{"index.md": text + "\\nThe square $x^2$, and in a paragraph\\n$$m + 1,\\n= n$$\\nas well.\\n"}}, out / "book", out / "site") == 0
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -128,4 +128,5 @@ assert book.render({{"index.md": text + "\\n$x^2$\\n"}}, out / "book", out / "si
     loaded = re.findall(r'<(?:script|img|link)[^>]*(?:src|href)="([^"]+)"', made)
     assert any("mathjax/tex-mml-chtml.js" in s for s in loaded) and not [s for s in loaded if "//" in s]
     assert all((tmp_path / "site" / s.split("?")[0]).exists() for s in loaded if s[0] != "#")
+    assert made.count('class="math notranslate') == 2 and "$" not in re.sub("<script.*?</script>", "", made, flags=re.S)
     assert made.index("y = x.") < made.index("Holds n.") < made.index("The h.")
