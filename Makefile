@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 ARGS   ?=
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help install run test selftest test-strict test-gpu test-peers lessons audit base lint clean
+.PHONY: help install run test selftest test-strict test-gpu test-peers lessons site audit base lint clean
 
 help:  ## this help
 	@echo "tinyft: fine-tuning and compression of transformers, from scratch"
@@ -45,6 +45,10 @@ test-peers: $(STAMP)  ## against PyTorch, transformers, PEFT and adapters (insta
 
 lessons: $(STAMP)  ## run every lesson: notebooks with results, and figures, in work/lessons (TINYFT_FAST=1: shorter)
 	@cd "$(HERE)" && "$(VENV)/bin/tinyft" lesson --all $(ARGS)
+
+site: $(STAMP)  ## the book, in work/site: lessons with their results, exercises, annotated sources (installs Sphinx)
+	@"$(PY)" -c 'import furo, myst_nb' 2>/dev/null || "$(PY)" -m pip install -q --disable-pip-version-check -e "$(HERE)[site]"
+	@cd "$(HERE)" && "$(PY)" -m tinyft.learn.book $(ARGS)
 
 audit: $(STAMP)  ## change the library's own formulas, one at a time: the tests must notice
 	@cd "$(HERE)" && "$(PY)" tests/audit.py $(ARGS)

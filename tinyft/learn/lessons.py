@@ -14,6 +14,7 @@ import dataclasses
 import inspect
 import io
 import json
+import os
 import re
 import sys
 import textwrap
@@ -179,4 +180,5 @@ def notebook(cells: list[Cell]) -> dict:
             one |= {"execution_count": cell.number, "outputs": outputs}
         made.append(one)
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    return {"nbformat": 4, "nbformat_minor": 4, "metadata": {"kernelspec": kernel, "language_info": {"name": "python"}}, "cells": made}
+    return {"nbformat": 4, "nbformat_minor": 4, "cells": made,
+            "metadata": {"kernelspec": kernel, "language_info": {"name": "python"}, "short": bool(os.environ.get("TINYFT_FAST"))}}
