@@ -152,7 +152,8 @@ def test_ctrl_c_stops_the_workers_and_says_so(after, tmp_path):
     "As a terminal does: every process gets the signal, also one that is about to start."
     command = ["-m", "tinyft.cli", "compare", "--model", tiny(tmp_path, False), "--methods", "lora", "--steps", "100000", "--jobs", "2"]
     run = subprocess.Popen([sys.executable, "-u", *command], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                           start_new_session=True, env={**os.environ, "PYTHONPATH": str(Path(tf.__file__).parent.parent)})
+                           start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),      # what runs us may ignore it
+                           env={**os.environ, "PYTHONPATH": str(Path(tf.__file__).parent.parent)})
     assert run.stdout.readline().startswith("intact")                            # the workers come next
     time.sleep(after)
     os.killpg(run.pid, signal.SIGINT)
