@@ -147,6 +147,14 @@ def test_a_small_comparison_from_end_to_end(task, tmp_path):
     assert (tmp_path / "compare.png").stat().st_size > 10_000 and draw(got, tmp_path / "again.png")
 
 
+def test_texts_leave_room_for_the_prompt(tmp_path):
+    model = tiny(tmp_path, False)                                                # 64 positions
+    assert compare.fitting(Settings(model=model)).T == 48 and compare.fitting(Settings(model=model, T=20)).T == 20
+    tf.save(tf.BERT(tf.BERTConfig(vocab=2048, positions=20, width=16, layers=1, heads=2)), tmp_path / "short", data.shipped_tokenizer())
+    with pytest.raises(ValueError, match="at least 24 positions; this one has 20"):
+        compare.fitting(Settings(model=str(tmp_path / "short")))
+
+
 @pytest.mark.parametrize("after", [0.0, 0.3, 2.0])
 def test_ctrl_c_stops_the_workers_and_says_so(after, tmp_path):
     "As a terminal does: every process gets the signal, also one that is about to start."

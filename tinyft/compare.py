@@ -37,6 +37,8 @@ from .train import evaluate, fit, objective, question
 
 __all__ = ["Settings", "PRESETS", "compare", "contenders"]
 
+PROMPT = 16                                                                      # rows of the prompt, which take positions from the text
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -64,7 +66,7 @@ def contenders(task: str) -> list[Contender]:
         ("from scratch", None, (5e-4, 2e-3, 3e-3)),
         ("head only", Partial(k=0), (2e-3, 6e-3)),                               # a language model's tied head is its embedding: nothing to train
         ("BitFit", BitFit(), (1e-3, 3e-3, 2e-2)),
-        ("prompt (p=16)", PromptTuning(p=16), (1e-3, 6e-3, 3e-2)),
+        ("prompt (p=16)", PromptTuning(p=PROMPT), (1e-3, 6e-3, 3e-2)),
         ("prefix (p=16)", PrefixTuning(p=16), (1e-3, 9e-3, 3e-2)),
         ("prefix, MLP", PrefixTuning(p=16, mlp=64), (1e-3, 3e-3, 6e-3)),
         ("LoRA (r=8; q, v)", LoRA(r=8, alpha=16), (2e-3, 4e-3, 9e-3)),
@@ -120,6 +122,14 @@ PRESETS = {
 def base(s: Settings) -> tuple[Module, Any]:
     "A fresh copy of the base model, and its tokenizer."
     return load(s.model or ("base-gpt" if s.lm else "base-bert"))
+
+
+def fitting(s: Settings) -> Settings:
+    "The same with texts short enough that this model's positions hold them and a prompt.  ValueError for a model too short for any."
+    positions = base(s)[0].pos.cin
+    if positions < PROMPT + 8:
+        raise ValueError(f"the comparison wants a model of at least {PROMPT + 8} positions; this one has {positions}")
+    return replace(s, T=min(s.T, positions - PROMPT))
 
 
 @lru_cache(maxsize=4)
@@ -222,6 +232,7 @@ def timed(f: Callable[[], Any]) -> float:
 # ── the whole ────────────────────────────────────────────────────────────────────────────────────────────────────────
 def compare(s: Settings, out: Path, jobs: int | None = None, say: Callable[[str], None] = print) -> dict[str, Any]:
     "Run the comparison; print it as it goes; write out/compare.json and out/compare.png.  Returns what the file holds."
+    s = fitting(s)
     rows, start = s.chosen(), time.time()
     jobs = jobs or (min(2, os.cpu_count() or 1) if array.backend() == "numpy" else 1)
     say(headline(s, material(s, 0)[0]))
