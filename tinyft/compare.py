@@ -27,6 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from . import array, baselines, data, edit, kernels
+from .files import write_atomically
 from .formats.huggingface import classifier, load
 from .methods import BitFit, Full, Houlsby, LoRA, Partial, PrefixTuning, PromptTuning
 from .models import BERT
@@ -248,8 +249,7 @@ def compare(s: Settings, out: Path, jobs: int | None = None, say: Callable[[str]
             results.setdefault(name, [None] * s.seeds)[seed] = metrics
     report = {"settings": asdict(s), "results": results, "costs": price, "seconds": round(time.time() - start, 1), "machine": machine(),
               "rates": {c.name: c.lr for c in rows}}
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "compare.json").write_text(json.dumps(report, indent=1))
+    write_atomically({out / "compare.json": json.dumps(report, indent=1).encode()})
     say(table(report) + "\n\n" + verdict(report))
     figure = f", {out / 'compare.png'}" if draw(report, out / "compare.png") else " (no figure: matplotlib is missing)"
     say(f"\n{time.time() - start:.0f} s.  Written: {out / 'compare.json'}{figure}")

@@ -15,6 +15,8 @@ import tokenize
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from .skeleton import first_line
+
 WIDE = 88                                                                        # columns of code beside the prose; longer lines scroll
 
 
@@ -36,8 +38,7 @@ def blocks(text: str) -> list[Block]:
     for holder in (tree, *(n for n in tree.body if isinstance(n, ast.ClassDef))):
         for node in holder.body:
             if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
-                first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-                starts[first] = f"{getattr(holder, 'name', '')}.{node.name}".lstrip("."), holder is tree or bool(ast.get_docstring(node))
+                starts[first_line(node)] = f"{getattr(holder, 'name', '')}.{node.name}".lstrip("."), holder is tree or bool(ast.get_docstring(node))
                 said |= _docstring(node)
     comments = {t.start[0]: t.start[1] for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.type == tokenize.COMMENT}
     found, n = [Block()], 0

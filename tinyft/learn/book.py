@@ -23,7 +23,7 @@ from ..methods import Entry, methods
 from .annotate import escaped, markdown, page
 from .exercise import LESSONS, Exercise, exercises, of_lesson
 from .lessons import Failed, lessons, parse, run
-from .skeleton import definition
+from .skeleton import definition, first_line
 
 HERE = Path(__file__).parent
 CORE = ("tensor", "ops", "nn", "edit", "optim")                                  # in reading order
@@ -58,8 +58,7 @@ def _exercises(lesson: str, title: str) -> str:
     for e in of_lesson(lesson):
         module, name = e.target.split(":")
         lines, node = definition(e)
-        first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-        signature = textwrap.dedent("\n".join(lines[first - 1:node.body[0].lineno - 1]))
+        signature = textwrap.dedent("\n".join(lines[first_line(node) - 1:node.body[0].lineno - 1]))
         out.append(f"\n## {escaped(e.function)}\n\n{stars(e)} <span class=\"effort\">about {e.minutes} minutes · {e.name}</span>\n\n"
                    f"````python\n{signature}\n````\n\n{markdown(ast.get_docstring(node) or '')}\n\nIt is right when:\n")
         out += [f"- {escaped(law.title)}" for law in e.laws]

@@ -78,10 +78,9 @@ def _check(args: argparse.Namespace, work: Work, page) -> bool:
 
 def _check_one(e: Exercise, backend: str, work: Work, page) -> bool:
     from .isolated import check
-    if not work.path(e).exists():
-        raise ValueError(f"{work.path(e)} is not there: `tinyft start {e.name}` writes it")
-    page.line(f"{e.name}   {work.path(e)}")
-    right = page.report(e, check(e.name, work.path(e), backend))
+    path = work.written(e)
+    page.line(f"{e.name}   {path}")
+    right = page.report(e, check(e.name, path, backend))
     if right != work.solved(e):
         work.note(e, solved=right)
     if right:
@@ -191,9 +190,7 @@ def _diff(args: argparse.Namespace, work: Work, page) -> bool:
 
     from .skeleton import source
     e, = work.chosen(args.names, lessons=False)
-    if not work.path(e).exists():
-        raise ValueError(f"{work.path(e)} is not there: `tinyft start {e.name}` writes it")
-    text = work.path(e).read_text(encoding="utf-8", errors="replace")
+    text = work.written(e).read_text(encoding="utf-8", errors="replace")
     mine = text[text.find("@op") if e.is_op and "@op" in text else max(text.find(f"def {e.function}"), 0):]
     for line in difflib.unified_diff(mine.splitlines(), source(e).splitlines(), f"yours   {work.path(e)}", f"tinyft/{e.target}", n=99, lineterm=""):
         page.line(page.paint(line, "right" if line[:1] == "+" else "wrong" if line[:1] == "-" else ""))

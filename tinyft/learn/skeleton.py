@@ -20,22 +20,24 @@ def definition(exercise: Exercise, target: str = "") -> tuple[list[str], ast.Fun
     return text.splitlines(), next(n for n in body if isinstance(n, ast.FunctionDef) and n.name == name)
 
 
+def first_line(node: ast.FunctionDef | ast.ClassDef) -> int:
+    "Where a definition begins: with its decorators."
+    return min([node.lineno, *(d.lineno for d in node.decorator_list)])
+
+
 def source(exercise: Exercise, target: str = "") -> str:
     "The target as the library has it; with private helpers that hold part of the answer."
     lines, node = definition(exercise, target)
-    start = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-    own = textwrap.dedent("\n".join(lines[start - 1:node.end_lineno]))
     parts = [] if target else [source(exercise, t) for t in exercise.closed if t.split(":")[1].startswith("_")]
-    return "\n\n\n".join([*parts, own])
+    return "\n\n\n".join([*parts, textwrap.dedent("\n".join(lines[first_line(node) - 1:node.end_lineno]))])
 
 
 def head(exercise: Exercise) -> tuple[str, int]:
     "Decorators, signature and docstring; and how many lines the body has."
     lines, node = definition(exercise)
-    start = min([node.lineno, *(d.lineno for d in node.decorator_list)])
     last = node.body[0].end_lineno if ast.get_docstring(node) else node.body[0].lineno - 1
     own = node.end_lineno - last + sum(len(helper.body) for helper in helpers(exercise))
-    return textwrap.dedent("\n".join(lines[start - 1:last])), exercise.lines or own
+    return textwrap.dedent("\n".join(lines[first_line(node) - 1:last])), exercise.lines or own
 
 
 def helpers(exercise: Exercise) -> list[ast.FunctionDef]:

@@ -2,10 +2,10 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 
+from ..files import write_atomically
 from .exercise import LESSONS, Exercise, exercises, find, of_lesson
 from .skeleton import skeleton
 
@@ -36,13 +36,16 @@ class Work:
     def path(self, e: Exercise) -> Path:
         return self.folder / f"{e.name}.py"
 
+    def written(self, e: Exercise) -> Path:
+        "The learner's file.  ValueError, with what to do, if there is none."
+        if not self.path(e).exists():
+            raise ValueError(f"{self.path(e)} is not there: `tinyft start {e.name}` writes it")
+        return self.path(e)
+
     def note(self, e: Exercise, **facts: int | bool) -> None:
         "Remember something of an exercise; written at once, all or nothing."
         self.progress.setdefault(e.name, {}).update(facts)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        beside = self.state.with_suffix(f".{os.getpid()}")
-        beside.write_text(json.dumps(self.progress, indent=1), encoding="utf-8")
-        beside.replace(self.state)
+        write_atomically({self.state: json.dumps(self.progress, indent=1).encode()})
 
     def solved(self, e: Exercise) -> bool:
         return bool(self.progress.get(e.name, {}).get("solved"))
