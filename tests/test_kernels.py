@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 
 import tinyft
 from tinyft import GPT, AdamW, GPTConfig, LoRA, array, attach, fit, kernels
+from tinyft.kernels import attention as tiled
 from tinyft.kernels import numpy as fast
+from tinyft.kernels import threads
 from tinyft.tensor import OPS
 
 pytestmark = pytest.mark.skipif(array.backend() != "numpy", reason="these kernels are for NumPy arrays; the others have none")
-NAMES = ("gelu", "gelu_tanh", "layer_norm", "embedding")
-BLOCK = fast.BLOCK
+NAMES = ("linear", "gelu", "gelu_tanh", "layer_norm", "embedding", "attention", "cross_entropy")
+BLOCK = threads.BLOCK
 
 
 def inputs(name: str, shape: tuple, dtype: Any, rng: np.random.Generator) -> tuple[list, dict]:
@@ -31,7 +33,30 @@ def inputs(name: str, shape: tuple, dtype: Any, rng: np.random.Generator) -> tup
         return [x + dtype(rng.standard_normal()), rng.standard_normal(c).astype(dtype), rng.standard_normal(c).astype(dtype)], {"eps": 1e-5}
     if name == "embedding":
         return [rng.standard_normal((5, 3)).astype(dtype), rng.integers(-5, 5, shape)], {}
+    if name == "linear":
+        n = int(rng.integers(1, 5))
+        return [x, rng.standard_normal((n, shape[-1])).astype(dtype), rng.standard_normal(n).astype(dtype)][:rng.integers(2, 4)], {}
+    if name == "cross_entropy":
+        rows = tuple(max(n, 1) for n in shape[:-1]) or (1,)
+        y = rng.integers(0, shape[-1], rows)
+        y[rng.random(rows) < 0.3] = -100
+        y.reshape(-1)[0] = 0                             # something is asked: the mean of nothing is no number
+        return [(rng.standard_normal((*rows, shape[-1])) * rng.choice([1, 30])).astype(dtype), y], {}
+    if name == "attention":
+        *lead, t, d = (1,) * (4 - len(shape)) + shape[-4:]
+        return attention_inputs((*lead, t, t + int(rng.integers(0, 4)), d), dtype, rng)
     return [x], {}
+
+
+def attention_inputs(sizes: tuple, dtype: Any, rng: np.random.Generator) -> tuple[list, dict]:
+    "q, k, v of sizes (B, H, t, s, d) as models make them (views of (B, t, H, d)), masks of every kind, scores from small to enormous."
+    B, H, t, s, d = sizes
+    q, k, v = (rng.standard_normal((B, n, H, d)).astype(dtype).transpose(0, 2, 1, 3) for n in (t, s, s))
+    some = lambda *shape: rng.random(shape) < 0.7
+    seen = [None, some(B, 1, 1, s), some(B, 1, t, s), some(t, s), np.zeros((B, 1, 1, s), bool)][rng.integers(5)]
+    keep = None if rng.random() < 0.6 else ((rng.random((B, H, t, s)) < 0.8) / 0.8).astype(dtype)
+    return [q * dtype(rng.choice([0.1, 1, 10]) * min(1, 8 / d)), k, v], {"seen": seen, "causal": bool(rng.integers(2)), "keep": keep,
+                                                         "scale": [None, 0.7][rng.integers(2)]}
 
 
 def near(a: np.ndarray, b: np.ndarray, tol: float) -> bool:
@@ -49,15 +74,29 @@ def agree(name: str, kernel: Callable, arrays: list, kw: dict, rng: np.random.Ge
     tol = 1e-12 if arrays[0].dtype == np.float64 else 4e-6
     kept = [a.copy() for a in arrays]
     (y, pulls), (want, defined) = kernel(*arrays, **kw), OPS[name].definition(*arrays, **kw)
+    if name == "attention":                              # a score is rounded by its own size
+        tol *= 1 + np.abs(arrays[0]).max(initial=0) * np.abs(arrays[1]).max(initial=0) * arrays[0].shape[-1]**0.5
     assert near(y, want, tol), "value"
+    if callable(pulls):
+        return agree_together(pulls, defined, want, arrays, kept, tol, rng)
     assert len(pulls) == len(defined)
     g = rng.standard_normal(want.shape).astype(want.dtype)
-    for again in (g, np.broadcast_to(g[..., :1], g.shape), np.asfortranarray(g)):      # any g that backward may hand over
-        for i, (back, right) in enumerate(zip(pulls, defined)):
+    for again in (g, np.broadcast_to(g[..., :1], g.shape), np.asfortranarray(g)) if g.ndim else (g,):      # any g that backward may hand over
+        for i, (back, right, a) in enumerate(zip(pulls, defined, arrays)):
             assert (back is None) == (right is None)
             if back is not None:
-                got, expected = folded(back(again), arrays[i].shape), folded(right(again), arrays[i].shape)
+                got, expected = folded(back(again), a.shape), folded(right(again), a.shape)
                 assert near(got, expected, tol * max(1, again.size / max(expected.size, 1))**0.5), f"pullback {i}"
+    assert all(np.array_equal(a, b) for a, b in zip(arrays, kept)), "an input was written to"
+
+
+def agree_together(pulls: Callable, defined: Callable, y: np.ndarray, arrays: list, kept: list, tol: float, rng: np.random.Generator) -> None:
+    "One pullback for all inputs: what is asked for is there and right, alone and together, and a second time."
+    g = rng.standard_normal(y.shape).astype(y.dtype)
+    full = defined(g, [True] * len(arrays))
+    for needed in ([True] * 3, [True, False, False], [False, True, False], [False, False, True], [True] * 3):
+        for i, (got, n, right) in enumerate(zip(pulls(g, needed), needed, full)):
+            assert not n or near(got, right, 4 * tol * max(1, np.abs(full[0]).max(initial=0))), f"pullback {i}"
     assert all(np.array_equal(a, b) for a, b in zip(arrays, kept)), "an input was written to"
 
 
@@ -91,6 +130,38 @@ def test_at_the_ends_of_the_line_too(name, x, rng):
 def test_a_row_of_equal_numbers_is_normalised_to_nothing(x, eps, rng):
     arrays = [np.full((2, 12), x, np.float32), np.ones(12, np.float32), np.zeros(12, np.float32)]
     assert not fast.layer_norm(*arrays, eps=eps)[0].any() and not OPS["layer_norm"].definition(*arrays, eps=eps)[0].any()
+
+
+@pytest.mark.parametrize("loud", [False, True], ids=["small scores", "scores that need their maximum"])
+@pytest.mark.parametrize("sizes", [(2, 3, 70, 70, 4), (3, 2, 130, 150, 8), (1, 5, 257, 257, 16), (9, 4, 64, 64, 8), (2, 2, 1, 300, 4)], ids=str)
+def test_attention_in_many_tiles(sizes, loud, rng, monkeypatch):
+    "Tiles that do not divide the text, several per group of heads, several groups; with a tiny cache too."
+    for tile in (1 << 17, 1 << 12):
+        monkeypatch.setattr(tiled, "TILE", tile)
+        for _ in range(4):
+            (q, k, v), kw = attention_inputs(sizes, np.float32, rng)
+            agree("attention", fast.attention, [q * np.float32(6 if loud else 0.01), k, v], kw, rng)
+
+
+def test_attention_keeps_no_scores():
+    "What it holds for the gradient grows with the length of the text, not with its square."
+    q = np.ones((1, 2, 600, 8), np.float32)
+    _, back = fast.attention(q, q, q, causal=True)
+    a = next(c.cell_contents for c in back.__closure__ if isinstance(c.cell_contents, tiled._Attention))
+    assert sum(x.size for x in vars(a).values() if isinstance(x, np.ndarray)) <= 5 * q.size + 64 * 64 + 600 and a.kept is None
+
+
+@pytest.mark.parametrize("sizes", [(1, 2, 5, 3, 4), (0, 2, 3, 3, 4)], ids=["fewer keys than queries", "no rows"])
+def test_attention_leaves_what_is_rare_to_its_definition(sizes, rng):
+    (q, k, v), _ = attention_inputs(sizes, np.float32, rng)
+    for causal in (False, True):
+        agree("attention", fast.attention, [q, k, v], {"causal": causal}, rng)
+
+
+@pytest.mark.parametrize("kw", [{"weight": np.arange(1, 5, dtype=np.float32)}, {"label_smoothing": 0.1}, {"ignore_index": 2}], ids=str)
+def test_cross_entropy_with_more_to_it(kw, rng):
+    z, y = rng.standard_normal((6, 4)).astype(np.float32), np.array([0, 1, 2, 3, -100 if "ignore_index" not in kw else 2, 1])
+    agree("cross_entropy", fast.cross_entropy, [z, y], kw, rng)
 
 
 def scaled(name: str, what: int, by: float = 1.01) -> Callable:
@@ -140,7 +211,55 @@ def biased(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float = 1e-5) -> An
     return (y - b) * np.float32(((n - 1) / n)**0.5) + b, pulls
 
 
-WRONG = [*((n, scaled(n, i)) for n, k in (("gelu", 1), ("gelu_tanh", 1), ("layer_norm", 3), ("embedding", 1)) for i in range(-1, k)),
+def attention_but(**wrong: Any) -> Callable:
+    "The kernel with one of its settings overridden."
+    return lambda *arrays, **kw: fast.attention(*arrays, **(kw | wrong))
+
+
+def one_late(q: np.ndarray, k: np.ndarray, v: np.ndarray, causal: bool = False, seen: Any = None, **kw: Any) -> Any:
+    "The causal mask off by one."
+    past = np.tril(np.ones((q.shape[-2], k.shape[-2]), bool), k.shape[-2] - q.shape[-2] + 1)
+    return fast.attention(q, k, v, seen=seen if not causal else past if seen is None else past & seen, **kw)
+
+
+def shares(wrong: Callable) -> Callable:
+    "The kernel with its shared pullback gone through `wrong`."
+    def kernel(*arrays: np.ndarray, **kw: Any) -> Any:
+        y, back = fast.attention(*arrays, **kw)
+        return y, wrong(back)
+    return kernel
+
+
+def keys_and_values_swapped(back: Callable) -> Callable:
+    def wrong(g: np.ndarray, needed: list) -> tuple:
+        dq, dk, dv = back(g, [True] * 3)
+        return dq, dv, dk
+    return wrong
+
+
+def once_only(back: Callable) -> Callable:
+    "Uses up what it kept."
+    calls: list = []
+    return lambda g, needed: (calls.append(0), tuple(d * np.float32(len(calls) == 1) if d is not None else d for d in back(g, needed)))[1]
+
+
+def nothing_ignored(z: np.ndarray, y: np.ndarray) -> Any:
+    return fast.cross_entropy(z, np.where(y == -100, 0, y))
+
+
+def divided_by_all(z: np.ndarray, y: np.ndarray) -> Any:
+    "The mean over all rows, not over those that are asked."
+    value, pulls = fast.cross_entropy(z, y)
+    share = np.float32((y != -100).mean())
+    return value * share, (lambda g: pulls[0](g) * share, None, None)
+
+
+WRONG = [*((n, scaled(n, i)) for n, k in (("gelu", 1), ("gelu_tanh", 1), ("layer_norm", 3), ("embedding", 1), ("linear", 3), ("cross_entropy", 1))
+           for i in range(-1, k)),
+         ("linear", lambda x, W, b=None: fast.linear(x, W)), ("attention", attention_but(seen=None)), ("attention", attention_but(causal=False)),
+         ("attention", attention_but(keep=None)), ("attention", attention_but(scale=None)), ("attention", one_late),
+         ("attention", shares(keys_and_values_swapped)), ("attention", shares(once_only)),
+         ("cross_entropy", nothing_ignored), ("cross_entropy", divided_by_all),
          ("gelu", fast.gelu_tanh), ("gelu_tanh", fast.gelu), ("gelu", in_place), ("gelu", first_block_only), ("layer_norm", biased),
          ("layer_norm", lambda x, w, b, eps: fast.layer_norm(x, w, b, eps=1e-2)), ("embedding", last_only), ("embedding", unaware_of_the_end)]
 
@@ -149,7 +268,7 @@ WRONG = [*((n, scaled(n, i)) for n, k in (("gelu", 1), ("gelu_tanh", 1), ("layer
 def test_a_wrong_kernel_is_caught(i, rng):
     name, kernel = WRONG[i]
     with pytest.raises(AssertionError):
-        for shape in SHAPES:
+        for shape in SHAPES * 4:                         # some mistakes show only under some masks
             arrays, kw = inputs(name, shape, np.float32, rng)
             agree(name, kernel, arrays, kw, rng)
 
@@ -196,4 +315,4 @@ def test_an_environment_variable_leaves_the_kernels_out(switch, there):
     env = {k: v for k, v in os.environ.items() if k != "TINYFT_KERNELS"} | {"PYTHONPATH": str(Path(tinyft.__file__).parents[1])}
     code = f"import tinyft, tinyft.tensor as t, tinyft.optim as o; print([bool(t.OPS[n].fast) for n in {NAMES}] + [bool(o.adam_update.fast)])"
     out = subprocess.run([sys.executable, "-c", code], env=env | ({"TINYFT_KERNELS": switch} if switch else {}), capture_output=True, text=True)
-    assert out.stdout.strip() == str([there] * 5), out.stderr
+    assert out.stdout.strip() == str([there] * (len(NAMES) + 1)), out.stderr

@@ -16,6 +16,7 @@ from .combine import combine
 from .decode import generate
 from .edit import Attached, CannotMerge, Count, Edit, Method, attach, count, detach, merge, trained, unpack, without
 from .formats.huggingface import classifier, load, save
+from .kernels import get_num_threads, set_num_threads
 from .learn import check
 from .methods import BitFit, Full, Houlsby, LoRA, Partial, PrefixTuning, PromptTuning, eject, methods
 from .models import BERT, GPT, BERTConfig, GPTConfig
@@ -33,7 +34,7 @@ __all__ = [
     "Edit", "Method", "Attached", "Count", "CannotMerge",
     "methods", "Full", "Partial", "BitFit", "Houlsby", "PromptTuning", "PrefixTuning", "eject", "LoRA",            # the methods
     "fit", "evaluate", "perplexity", "History", "AdamW", "Adam", "SGD", "constant", "linear", "cosine",          # training
-    "BackendError", "ShapeError", "Diverged", "peak_memory", "kernels",
+    "BackendError", "ShapeError", "Diverged", "peak_memory", "kernels", "set_num_threads", "get_num_threads",
     "check",                                                                                                     # the exercises
 ]
 

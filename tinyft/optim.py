@@ -2,8 +2,8 @@
 
 An optimiser is made from its hyper-parameters and bound to tensors by `start`; it then owns flat buffers, one per group of tensors
 that share a rate and a decay: the tensors become views of one array, their moments lie in two more, and a step is a few passes over
-long vectors.  What does not train has no state.  Weight decay leaves out biases, norms, gates and soft prompts: tensors with fewer
-than two axes, or marked decay=False.
+long vectors.  As in PyTorch, clipping scales the `.grad` of the tensors.  What does not train has no state.  Weight decay leaves out
+biases, norms, gates and soft prompts: tensors with fewer than two axes, or marked decay=False.
 """
 from __future__ import annotations
 
@@ -22,19 +22,24 @@ from .tensor import Tensor
 __all__ = ["Optimizer", "SGD", "Adam", "AdamW", "constant", "linear", "cosine"]
 
 
+LARGE = 1 << 15                                          # numbers: a tensor of more is worth a pass of its own
+
+
 @dataclass
 class Group:
-    "Tensors of one dtype, rate factor and decay, laid end to end.  w: their values, g: their gradients, moments: as many as the optimiser keeps."
+    "Tensors of one dtype, rate factor and decay, laid end to end.  w: their values, moments: as many as the optimiser keeps."
     lr: float
     decay: float
     names: list[str] = field(default_factory=list)
     tensors: list[Tensor] = field(default_factory=list)
 
     def lay_out(self, moments: int) -> None:
-        "Move the tensors into one flat array."
+        "Move the tensors into one flat array, the small ones first."
+        order = sorted(range(len(self.tensors)), key=lambda i: self.tensors[i].size > LARGE)
+        self.names, self.tensors = [self.names[i] for i in order], [self.tensors[i] for i in order]
         m, ends = xp(self.tensors[0].data), np.cumsum([0] + [p.size for p in self.tensors])
         self.slices = [slice(int(a), int(b)) for a, b in zip(ends, ends[1:])]
-        self.w, self.g, *self.moments = (m.zeros(int(ends[-1]), self.tensors[0].dtype) for _ in range(2 + moments))
+        self.w, *self.moments = (m.zeros(int(ends[-1]), self.tensors[0].dtype) for _ in range(1 + moments))
         self.views = [self.w[s].reshape(p.shape) for s, p in zip(self.slices, self.tensors)]
         self.gather_values()
 
@@ -45,16 +50,33 @@ class Group:
                 view[...] = p.data
                 p.data = view
 
-    def gather_gradients(self) -> None:
-        "Zero where a mask lets nothing move: what is held counts neither in the norm nor in the moments."
-        for p, s in zip(self.tensors, self.slices):
-            self.g[s] = 0.0 if p.grad is None else (p.grad if p.mask is None else xp(p.grad).where(p.mask, p.grad, 0)).reshape(-1)
+    def pieces(self) -> list[Piece]:
+        """What there is to update.  A large tensor's gradient is used where it lies; those of the small ones are put end to end, and
+        become views of that.  Zero where a mask lets nothing move: what is held counts neither in the norm nor in the moments."""
+        out, small = [], [(p, s) for p, s in zip(self.tensors, self.slices) if p.size <= LARGE]
+        if any(p.grad is not None for p, _ in small):
+            g = xp(self.w).empty(small[-1][1].stop, self.w.dtype)
+            for p, s in small:
+                g[s] = 0.0 if p.grad is None else _free(p).reshape(-1)
+                if p.grad is not None and p.mask is None:
+                    p.grad = g[s].reshape(p.shape)
+            out.append(self.piece(slice(0, len(g)), g))
+        for p, s in zip(self.tensors[len(small):], self.slices[len(small):]):
+            if p.grad is not None:
+                g = _free(p).reshape(-1)
+                if p.mask is None:
+                    p.grad = g.reshape(p.shape)
+                out.append(self.piece(s, g))
+        return out
+
+    def piece(self, s: slice, g: Array) -> Piece:
+        return Piece(self.w[s], g, [a[s] for a in self.moments], self.decay)
 
     def held(self) -> list[tuple[slice, Any, list[Array]]]:
         "What an update must not move: (place, where it may move, its values and moments now)."
         out = []
         for p, s in zip(self.tensors, self.slices):
-            if p.grad is None or p.mask is not None:
+            if p.mask is not None or (p.grad is None and p.size <= LARGE):
                 may = None if p.grad is None else xp(p.data).broadcast_to(p.mask, p.shape).reshape(-1)
                 out.append((s, may, [a[s].copy() for a in (self.w, *self.moments)]))
         return out
@@ -63,6 +85,20 @@ class Group:
         for s, may, old in held:
             for a, was in zip((self.w, *self.moments), old):
                 a[s] = was if may is None else xp(a).where(may, a[s], was)
+
+
+@dataclass
+class Piece:
+    "A stretch of a group: values, gradients and moments, flat arrays of one length."
+    w: Array
+    g: Array
+    moments: list[Array]
+    decay: float
+
+
+def _free(p: Tensor) -> Array:
+    "The gradient where p may move, zero elsewhere."
+    return p.grad if p.mask is None else xp(p.grad).where(p.mask, p.grad, 0)
 
 
 class Optimizer:
@@ -114,19 +150,26 @@ class Optimizer:
             raise RuntimeError("this optimiser was not started: start(named tensors) says what it updates")
         for g in self.bound:
             g.gather_values()
-            g.gather_gradients()
-        norm = clip_norm([g.g for g in self.bound], clip)
+        pieces = [g.pieces() for g in self.bound]
+        norm = clip_norm([piece.g for some in pieces for piece in some], clip)
         self.t += 1
-        for g in self.bound:
+        for g, some in zip(self.bound, pieces):
             held = g.held()
-            self.update(g, g.lr * factor)
+            for piece in some:
+                self.update(piece, g.lr * factor)
             g.put_back(held)
             for p in g.tensors:
                 p.touch()
         return norm
 
-    def update(self, group: Group, lr: float) -> None:
+    def update(self, piece: Piece, lr: float) -> None:
         raise NotImplementedError
+
+    def zero_grad(self) -> None:
+        "Forget the gradients of what it updates."
+        for g in self.bound:
+            for p in g.tensors:
+                p.grad = None
 
     def state(self) -> dict[str, np.ndarray]:
         "The moments and the step count, on the host."
@@ -152,8 +195,8 @@ def clip_norm(gradients: list[Array], limit: float | None) -> Array:
     n = √Σ g²;   g ← g min(limit / (n + 1e-6), 1).  Returns n, the norm before.      Pascanu et al. 2013
 
     FloatingPointError, with nothing scaled, if n is not finite."""
-    m = xp(gradients[0])
-    norm = m.sqrt(sum((g * g).sum() for g in gradients))
+    m = xp(*gradients)
+    norm = m.sqrt(m.asarray(sum(m.linalg.norm(g)**2 for g in gradients)))
     if not math.isfinite(float(norm)):
         raise FloatingPointError(f"the gradient's norm is {float(norm)}")
     if limit is not None:
@@ -170,11 +213,11 @@ class SGD(Optimizer):
         super().__init__(lr, weight_decay, groups)
         self.momentum = momentum
 
-    def update(self, group: Group, lr: float) -> None:
-        u, = group.moments
+    def update(self, piece: Piece, lr: float) -> None:
+        u, = piece.moments
         u *= self.momentum
-        u += group.g + group.decay * group.w
-        group.w -= lr * u
+        u += piece.g + piece.decay * piece.w
+        piece.w -= lr * u
 
 
 class AdamW(Optimizer):
@@ -188,8 +231,8 @@ class AdamW(Optimizer):
         super().__init__(lr, weight_decay, groups)
         self.betas, self.eps = betas, eps
 
-    def update(self, group: Group, lr: float) -> None:
-        adam_update.fast.get(type(group.w), adam_update)(group.w, group.g, *group.moments, lr, *self.betas, self.eps, group.decay, self.t)
+    def update(self, piece: Piece, lr: float) -> None:
+        adam(piece.w, piece.g, *piece.moments, lr, *self.betas, self.eps, piece.decay, self.t)
 
 
 class Adam(AdamW):
@@ -199,9 +242,8 @@ class Adam(AdamW):
                  groups: dict[str, dict] | None = None):
         super().__init__(lr, betas, eps, weight_decay, groups)
 
-    def update(self, group: Group, lr: float) -> None:
-        group.g += group.decay * group.w
-        adam_update.fast.get(type(group.w), adam_update)(group.w, group.g, *group.moments, lr, *self.betas, self.eps, 0.0, self.t)
+    def update(self, piece: Piece, lr: float) -> None:
+        adam(piece.w, piece.g + piece.decay * piece.w, *piece.moments, lr, *self.betas, self.eps, 0.0, self.t)
 
 
 def adam_update(w: Array, g: Array, m: Array, v: Array, lr: float, b1: float, b2: float, eps: float, decay: float, t: int) -> None:
@@ -216,6 +258,11 @@ def adam_update(w: Array, g: Array, m: Array, v: Array, lr: float, b1: float, b2
 
 
 adam_update.fast = {}                                                            # {array type: a kernel}
+
+
+def adam(w: Array, *rest: Any) -> None:
+    "adam_update, or its kernel for this kind of array."
+    adam_update.fast.get(type(w), adam_update)(w, *rest)
 
 
 # ── schedules: (t, T) -> factor on the rate, t = 0 .. T − 1 ──────────────────────────────────────────────────────────

@@ -215,7 +215,7 @@ class Run:
             raise Diverged(f"{e} at step {self.done + 1}: lower the rate or warm up longer; tinyft.detect_anomaly() names the op") from e
         for a in here:
             a.method.step(a.edits, self.t, T)
-        self.model.zero_grad()
+        self.opt.zero_grad()
         self.history.losses.append(value)
 
     def judge(self) -> None:

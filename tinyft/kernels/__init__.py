@@ -6,20 +6,22 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import functools
 from collections.abc import Iterator
 
 import numpy as np
 
 from ..optim import adam_update
 from ..tensor import OPS
+from .system import keep_memory
+from .threads import get_num_threads, set_num_threads
+
+__all__ = ["install", "remove", "definitions", "keep_memory", "set_num_threads", "get_num_threads"]
 
 
 def install() -> None:
     "Register the NumPy kernels.  A kernel has its definition's signature: arrays -> (value, pullbacks)."
     from . import numpy as fast
-    for name in ("gelu", "gelu_tanh", "layer_norm", "embedding"):
+    for name in ("linear", "gelu", "gelu_tanh", "layer_norm", "embedding", "attention", "cross_entropy"):
         OPS[name].fast[np.ndarray] = getattr(fast, name)
     adam_update.fast[np.ndarray] = fast.adam_update
 
@@ -39,17 +41,3 @@ def definitions() -> Iterator[None]:
     finally:
         for f, fast in kept:
             f.fast.update(fast)
-
-
-@functools.cache
-def keep_memory() -> bool:
-    """Let the C library keep freed memory for the next step (glibc only; True if it agreed).  Done by the first fit, once a process.
-
-    By default every large array is a fresh mapping, whose pages the system must find and clear at each use: nearly half of a training
-    step's time (tests/benchmarks/LOG.md).  The process then holds on to the most memory it ever needed."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):         # not Linux, or not glibc
-        return False
-    trim_threshold, top_pad, mmap_max = -1, -2, -4
-    return all([mallopt(mmap_max, 0), mallopt(trim_threshold, -1), mallopt(top_pad, 64 << 20)])

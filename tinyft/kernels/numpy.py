@@ -1,27 +1,41 @@
 """NumPy kernels: the same functions, working through blocks that stay in the cache, with no temporaries of full size.
 
-Each falls back on its definition for what it was not written for (another dtype, an array that is not contiguous).
+Each falls back on its definition for what it was not written for (another dtype, an array that is not contiguous).  The blocks go to
+threads where there are some to spare (threads.py).
 """
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from .. import ops
+from .attention import SAFE, attention
+from .threads import blocks
 
-BLOCK = 1 << 15                                          # numbers in a block: 128 kB of float32, half of a small L2 cache
+__all__ = ["linear", "gelu", "gelu_tanh", "layer_norm", "embedding", "attention", "cross_entropy", "adam_update"]
 
-
-def _blocks(n: int) -> Iterator[slice]:
-    return (slice(i, i + BLOCK) for i in range(0, n, BLOCK))
 
 
 def _plain(x: np.ndarray) -> bool:
     return x.dtype == np.float32 and x.flags.c_contiguous and x.size > 0
+
+
+def linear(x: np.ndarray, W: np.ndarray, b: np.ndarray | None = None) -> Any:
+    "Saves a copy of the output for the bias, and a slow reduction for the bias's gradient."
+    y = ops.flat(x) @ W.T
+    if b is not None:
+        y += b
+    shape = x.shape
+    return y.reshape(*shape[:-1], len(W)), (lambda g: (ops.flat(g) @ W).reshape(shape), lambda g: ops.flat(g).T @ ops.flat(x), _column_sum(len(W)))
+
+
+def _column_sum(n: int) -> Callable:
+    "Σ over rows as a product with ones: BLAS is faster than a reduction."
+    return lambda g: np.ones(g.size // n, g.dtype) @ g.reshape(-1, n)
 
 
 @lru_cache(None)
@@ -35,7 +49,8 @@ def gelu(x: np.ndarray) -> Any:
         return ops.gelu.definition(x)
     X, cdf, y = x.reshape(-1), np.empty(x.size, np.float32), np.empty(x.size, np.float32)
     first, *rest = _erfc_horner()
-    for i in _blocks(x.size):
+
+    def block(i: slice) -> None:
         a, p = X[i], np.full(X[i].shape, np.float32(first))
         z = np.abs(a)
         z *= np.float32(0.5**0.5)
@@ -53,10 +68,12 @@ def gelu(x: np.ndarray) -> Any:
         c = np.copysign(p, a, out=cdf[i])                                        # ± (1/2 − h)
         c += np.float32(0.5)
         np.multiply(a, c, out=y[i])
+    blocks(x.size, block)
 
     def back(g: np.ndarray) -> np.ndarray:
         G, d = np.ascontiguousarray(g).reshape(-1), np.empty(x.size, np.float32)
-        for i in _blocks(x.size):
+
+        def block(i: slice) -> None:
             a, e = X[i], d[i]
             np.multiply(a, a, out=e)
             e *= np.float32(-0.5)
@@ -65,32 +82,40 @@ def gelu(x: np.ndarray) -> Any:
             e *= np.float32((2 * math.pi)**-0.5)
             e += cdf[i]
             e *= G[i]
+        blocks(x.size, block)
         return d.reshape(x.shape)
     return y.reshape(x.shape), (back,)
 
 
 def gelu_tanh(x: np.ndarray) -> Any:
-    "Saves the temporaries of the cubic and of its derivative."
+    "Saves the temporaries of the cubic and of its derivative, and keeps nothing but x: a tanh in the cache costs less than reading one back."
     if not _plain(x):
         return ops.gelu_tanh.definition(x)
     c = (2 / math.pi)**0.5
-    X, h, y = x.reshape(-1), np.empty(x.size, np.float32), np.empty(x.size, np.float32)
-    for i in _blocks(x.size):
-        a, t, o = X[i], h[i], y[i]
-        np.multiply(a, a, out=t)
-        t *= np.float32(0.044715 * c)
-        t += np.float32(c)
-        t *= a
-        np.tanh(t, out=t)
-        np.add(t, 1, out=o)
+    X, y = x.reshape(-1), np.empty(x.size, np.float32)
+
+    def tanh(a: np.ndarray, square: np.ndarray, out: np.ndarray) -> np.ndarray:
+        np.multiply(square, np.float32(0.044715 * c), out=out)
+        out += np.float32(c)
+        out *= a
+        return np.tanh(out, out=out)
+
+    def block(i: slice) -> None:
+        a, o = X[i], y[i]
+        np.multiply(a, a, out=o)
+        tanh(a, o, o)
+        o += 1
         o *= a
         o *= np.float32(0.5)
+    blocks(x.size, block)
 
     def back(g: np.ndarray) -> np.ndarray:
         G, d = np.ascontiguousarray(g).reshape(-1), np.empty(x.size, np.float32)
-        for i in _blocks(x.size):
-            a, t, e = X[i], h[i], d[i]
+
+        def block(i: slice) -> None:
+            a, e = X[i], d[i]
             np.multiply(a, a, out=e)
+            t = tanh(a, e, np.empty_like(a))
             e *= np.float32(3 * 0.044715 * c)
             e += np.float32(c)
             e *= a
@@ -99,6 +124,7 @@ def gelu_tanh(x: np.ndarray) -> Any:
             e += 1
             e *= np.float32(0.5)
             e *= G[i]
+        blocks(x.size, block)
         return d.reshape(x.shape)
     return y.reshape(x.shape), (back,)
 
@@ -110,29 +136,27 @@ def layer_norm(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float = 1e-5) -
     shape, n = x.shape, x.shape[-1]
     X, ones = x.reshape(-1, n), np.ones(n, np.float32)
     h, y, r = np.empty_like(X), np.empty_like(X), np.empty((len(X), 1), np.float32)
-    rows = [slice(i, i + max(BLOCK // n, 1)) for i in range(0, len(X), max(BLOCK // n, 1))]
-    for s in rows:
+
+    def block(s: slice) -> None:
         np.subtract(X[s], (X[s] @ ones)[:, None] / np.float32(n), out=h[s])
         r[s, 0] = 1 / np.sqrt(np.einsum("ij,ij->i", h[s], h[s]) / np.float32(n) + np.float32(eps))
         h[s] *= r[s]
         np.multiply(h[s], w, out=y[s])
         y[s] += b
+    blocks(len(X), block, n)
 
     def dx(g: np.ndarray) -> np.ndarray:
         G, d = np.ascontiguousarray(g).reshape(-1, n), np.empty_like(h)
-        for s in rows:
+
+        def block(s: slice) -> None:
             e = np.multiply(G[s], w, out=d[s])
             shift, scale = e @ ones / np.float32(n), np.einsum("ij,ij->i", e, h[s]) / np.float32(n)
             e -= shift[:, None]
             e -= h[s] * scale[:, None]
             e *= r[s]
+        blocks(len(X), block, n)
         return d.reshape(shape)
     return y.reshape(shape), (dx, lambda g: np.einsum("ij,ij->j", g.reshape(-1, n), h), _column_sum(n))
-
-
-def _column_sum(n: int) -> Callable:
-    "Σ over rows as a product with ones: BLAS is faster than a reduction."
-    return lambda g: np.ones(g.size // n, g.dtype) @ g.reshape(-1, n)
 
 
 def embedding(W: np.ndarray, ids: np.ndarray) -> Any:
@@ -148,16 +172,47 @@ def embedding(W: np.ndarray, ids: np.ndarray) -> Any:
     return W[ids], (back, None)
 
 
+def cross_entropy(z: np.ndarray, y: np.ndarray, weight: np.ndarray | None = None, ignore_index: int = -100, label_smoothing: float = 0.0) -> Any:
+    "Saves three arrays as large as the logits: of them only the sums of their exponentials are kept."
+    if not _plain(z) or weight is not None or label_smoothing:
+        return ops.cross_entropy.definition(z, y, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing)
+    Z, labels, one = ops.flat(z), y.reshape(-1), np.float32
+    real = labels != ignore_index
+    labels, w = np.where(real, labels, 0), real.astype(np.float32)
+    n, top, ones = len(Z), np.zeros((len(Z), 1), np.float32), np.ones(Z.shape[1], np.float32)
+    sums, safe, total = np.empty(n, np.float32), max(Z.max(), -Z.min()) <= SAFE, w.sum()
+
+    def block(s: slice) -> None:
+        x = Z[s]
+        if not safe:
+            x = x - x.max(axis=-1, keepdims=True, out=top[s])
+        sums[s] = np.exp(x) @ ones
+    blocks(n, block, Z.shape[1])
+    value = (w * (np.log(sums) + top[:, 0] - Z[np.arange(n), labels])).sum() / total
+
+    def back(g: np.ndarray) -> np.ndarray:
+        d, share = np.empty_like(Z), w * (one(g) / total)
+
+        def block(s: slice) -> None:
+            p = np.exp(Z[s] if safe else Z[s] - top[s], out=d[s])
+            p *= (share[s] / sums[s])[:, None]
+            p[np.arange(len(p)), labels[s]] -= share[s]
+        blocks(n, block, Z.shape[1])
+        return d.reshape(z.shape)
+    return one(value), (back, None, None)
+
+
 def adam_update(w: np.ndarray, g: np.ndarray, m: np.ndarray, v: np.ndarray, lr: float, b1: float, b2: float, eps: float, decay: float,
                 t: int) -> None:
     "Saves eight passes over arrays as long as the model."
     one = w.dtype.type
-    rate, root, tmp = one(lr / (1 - b1**t)), one((1 - b2**t)**-0.5), np.empty(min(BLOCK, w.size), w.dtype)
-    for i in _blocks(w.size):
+    rate, root = one(lr / (1 - b1**t)), one((1 - b2**t)**-0.5)
+
+    def block(i: slice) -> None:
         a, d, p, q = w[i], g[i], m[i], v[i]
-        e = tmp[:a.size]
+        e = d * one(1 - b1)
         p *= one(b1)
-        p += np.multiply(d, one(1 - b1), out=e)
+        p += e
         q *= one(b2)
         np.multiply(d, d, out=e)
         e *= one(1 - b2)
@@ -170,3 +225,4 @@ def adam_update(w: np.ndarray, g: np.ndarray, m: np.ndarray, v: np.ndarray, lr: 
         np.divide(p, e, out=e)
         e *= rate
         a -= e
+    blocks(w.size, block)

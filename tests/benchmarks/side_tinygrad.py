@@ -1,0 +1,52 @@
+"""tinygrad's side: the same GPT, its step compiled once (TinyJit), on its CPU device (which needs clang)."""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from cases import Case, batch
+from tinygrad import Tensor, TinyJit, nn
+
+
+class Block:
+    def __init__(self, c: Case):
+        self.c, self.norm1, self.norm2 = c, nn.LayerNorm(c.C), nn.LayerNorm(c.C)
+        self.qkv, self.o, self.up, self.down = nn.Linear(c.C, 3 * c.C), nn.Linear(c.C, c.C), nn.Linear(c.C, 4 * c.C), nn.Linear(4 * c.C, c.C)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = (t.reshape(B, T, self.c.H, C // self.c.H).transpose(1, 2) for t in self.qkv(self.norm1(x)).chunk(3, dim=-1))
+        x = x + self.o(q.scaled_dot_product_attention(k, v, is_causal=True).transpose(1, 2).reshape(B, T, C))
+        return x + self.down(self.up(self.norm2(x)).gelu())
+
+
+class Model:
+    def __init__(self, c: Case):
+        self.embed, self.pos, self.norm = nn.Embedding(c.V, c.C), nn.Embedding(c.T, c.C), nn.LayerNorm(c.C)
+        self.blocks = [Block(c) for _ in range(c.L)]
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids) + self.pos.weight
+        for b in self.blocks:
+            x = b(x)
+        return self.norm(x) @ self.embed.weight.T
+
+
+def build(c: Case) -> Model:
+    return Model(c)
+
+
+def start(model: Model, c: Case) -> tuple[Callable[[], float], int]:
+    ids, labels = (Tensor(a.astype("int32")) for a in batch(c).values())
+    optimizer = nn.optim.AdamW(nn.state.get_parameters(model), lr=1e-3)
+
+    @TinyJit
+    def once(ids: Tensor, labels: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        loss = model(ids).sparse_categorical_crossentropy(labels)
+        loss.backward()
+        return loss.realize(*optimizer.schedule_step())
+
+    def step() -> float:
+        with Tensor.train():
+            return once(ids, labels).item()
+    return step, sum(p.numel() for p in nn.state.get_parameters(model))

@@ -1,0 +1,140 @@
+"""PyTorch's side: the plain model a PyTorch user writes (SDPA, fused AdamW), with PEFT's LoRA where LoRA is asked for."""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from cases import ALPHA, BOTTLENECK, CLASSES, PREFIX, RANK, Case, batch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Attention(nn.Module):
+    def __init__(self, c: Case, fused: bool):
+        super().__init__()
+        self.H, self.fused, self.causal, self.prefix = c.H, fused, c.model == "gpt", None
+        if fused:                                        # one product for q, k, v: what a plain model does when nothing is attached
+            self.qkv = nn.Linear(c.C, 3 * c.C)
+        else:
+            self.q, self.k, self.v = (nn.Linear(c.C, c.C) for _ in "qkv")
+        self.o = nn.Linear(c.C, c.C)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).split(C, 2) if self.fused else (self.q(x), self.k(x), self.v(x))
+        q, k, v = (t.view(B, T, self.H, C // self.H).transpose(1, 2) for t in (q, k, v))
+        if self.prefix is not None:
+            K, V = (P.expand(B, -1, -1, -1) for P in self.prefix)
+            k, v, p = torch.cat([K, k], 2), torch.cat([V, v], 2), K.shape[2]
+            mask = torch.ones(T, T + p, dtype=torch.bool).tril(p) if self.causal else F.pad(mask, (p, 0), value=True)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.causal and mask is None)
+        return self.o(y.transpose(1, 2).reshape(B, T, C))
+
+
+class Houlsby(nn.Module):
+    def __init__(self, inner: nn.Module, c: int):
+        super().__init__()
+        self.inner, self.down, self.up = inner, nn.Linear(c, BOTTLENECK), nn.Linear(BOTTLENECK, c)
+
+    def forward(self, *args: Tensor) -> Tensor:
+        y = self.inner(*args)
+        return y + self.up(F.gelu(self.down(y)))
+
+
+class Block(nn.Module):
+    def __init__(self, c: Case, fused: bool):
+        super().__init__()
+        self.pre = c.model == "gpt"
+        eps = 1e-5 if self.pre else 1e-12
+        self.norm1, self.attn, self.norm2 = nn.LayerNorm(c.C, eps), Attention(c, fused), nn.LayerNorm(c.C, eps)
+        self.mlp = nn.Sequential(nn.Linear(c.C, 4 * c.C), nn.GELU("tanh" if self.pre else "none"), nn.Linear(4 * c.C, c.C))
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        if self.pre:
+            x = x + self.attn(self.norm1(x), mask)
+            return x + self.mlp(self.norm2(x))
+        x = self.norm1(x + self.attn(x, mask))
+        return self.norm2(x + self.mlp(x))
+
+
+class Model(nn.Module):
+    def __init__(self, c: Case):
+        super().__init__()
+        self.case, gpt = c, c.model == "gpt"
+        self.embed, self.pos = nn.Embedding(c.V, c.C), nn.Embedding(c.T + PREFIX, c.C)
+        self.blocks = nn.ModuleList(Block(c, fused=c.method == "full") for _ in range(c.L))
+        self.norm = nn.LayerNorm(c.C, 1e-5 if gpt else 1e-12)
+        if not gpt:
+            self.kinds, self.dense, self.norm_head = nn.Embedding(2, c.C), nn.Linear(c.C, c.C), nn.LayerNorm(c.C, 1e-12)
+            self.bias = nn.Parameter(torch.zeros(c.V))
+        if c.method == "head":
+            self.pooler = None if gpt else nn.Linear(c.C, c.C)
+            self.head = nn.Linear(c.C, CLASSES, bias=not gpt)
+        for p in self.parameters():
+            if p.ndim == 2:
+                nn.init.normal_(p, std=0.02)
+
+    def forward(self, ids: Tensor, mask: Tensor | None, at: Tensor | None) -> Tensor:
+        c = self.case
+        x = self.embed(ids) + self.pos.weight[:ids.shape[1]]
+        if c.model == "bert":
+            x = self.norm(x + self.kinds.weight[0])
+        for block in self.blocks:
+            x = block(x, None if mask is None else mask[:, None, None, :])
+        if c.model == "gpt":
+            x = self.norm(x)
+        if c.method == "head":
+            return self.head(x[:, -1]) if self.pooler is None else self.head(torch.tanh(self.pooler(x[:, 0])))
+        if c.model == "gpt":
+            return x @ self.embed.weight.T
+        rows = x.flatten(0, 1)[at]                       # the vocabulary only where it is asked for, as tinyft does
+        return F.linear(self.norm_head(F.gelu(self.dense(rows))), self.embed.weight, self.bias)
+
+
+def build(c: Case) -> nn.Module:
+    torch.manual_seed(0)
+    model = Model(c)
+    if c.method == "full":
+        return model
+    model.requires_grad_(False)
+    if c.method.startswith("lora"):
+        from peft import LoraConfig, inject_adapter_in_model
+        targets = ["q", "v"] if c.method == "lora_qv" else ["q", "k", "v", "o", "mlp.0", "mlp.2"]
+        model = inject_adapter_in_model(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets), model)
+    elif c.method == "bitfit":
+        for name, p in model.named_parameters():
+            p.requires_grad_(name.split(".")[-1] == "bias")
+    elif c.method == "houlsby":
+        for b in model.blocks:
+            b.attn, b.mlp = Houlsby(b.attn, c.C), Houlsby(b.mlp, c.C)
+        for name, p in model.named_parameters():
+            p.requires_grad_(p.requires_grad or "norm" in name)
+    elif c.method == "prefix":
+        for b in model.blocks:
+            b.attn.prefix = nn.ParameterList(nn.Parameter(torch.randn(c.H, PREFIX, c.C // c.H) * 0.02) for _ in range(2))
+    else:
+        for part in (model.pooler, model.head):
+            if part is not None:
+                part.requires_grad_(True)
+    return model
+
+
+def start(model: nn.Module, c: Case) -> tuple[Callable[[], float], int]:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer, b = torch.optim.AdamW(trained, lr=1e-3, fused=True), {k: torch.from_numpy(v) for k, v in batch(c).items()}
+    labels, at = b["labels"].flatten(), None
+    if c.model == "bert" and c.method != "head":
+        at = (labels != -100).nonzero()[:, 0]
+        labels = labels[at]
+
+    def step() -> float:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(b["ids"], b.get("mask"), at).flatten(0, -2), labels)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+    return step, sum(p.numel() for p in trained)
+
+
+def threads(n: int) -> None:
+    torch.set_num_threads(n)
