@@ -118,7 +118,8 @@ class _Attention:
 def tiles(B: int, H: int, t: int, s: int, causal: bool) -> list[list[tuple]]:
     "For each group of heads its tiles, the last queries first: (batch rows and heads, queries, the keys they may see).  Groups are independent."
     r = min(t, ROWS) if causal else min(t, max(ROWS, TILE // s))
-    size = min(TILE, -(-B * H * r * s // get_num_threads()))                     # at least a group for each thread
+    shared = get_num_threads() if B * H * t * s >= 4 * TILE else 1               # less is not worth the handing over
+    size = min(TILE, -(-B * H * r * s // shared))                                # at least a group for each thread
     h = min(H, max(1, size // (r * s)))
     b = max(1, size // (r * s * H)) if h == H else 1
     ends = [(i, min(i + r, t)) for i in reversed(range(0, t, r))]
