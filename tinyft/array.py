@@ -25,6 +25,7 @@ bfloat16 = np.dtype(ml_dtypes.bfloat16)
 NAMES = ("numpy", "cupy", "strict")
 _modules: dict[type, Any] = {np.ndarray: np}            # array type -> its module
 _names: dict[type, str] = {np.ndarray: "numpy"}
+_opened: dict[str, Any] = {"numpy": np}                 # name -> module, of the backends that were found to work
 _local = threading.local()                              # each thread may use another backend
 
 
@@ -50,9 +51,9 @@ def backend() -> str:
 
 
 def _open(name: str) -> Any:
-    "The array module called `name`, imported at its first use."
-    if name == "numpy":
-        return np
+    "The array module called `name`, imported and tried out at its first use."
+    if name in _opened:
+        return _opened[name]
     if name == "strict":
         from . import strict
         return _register(name, strict.Array, strict.xp)
@@ -65,7 +66,7 @@ def _open(name: str) -> Any:
 
 
 def _register(name: str, kind: type, module: Any) -> Any:
-    _modules[kind], _names[kind] = module, name
+    _modules[kind], _names[kind], _opened[name] = module, name, module
     return module
 
 

@@ -226,6 +226,7 @@ def op(shapes: str) -> Callable[[Callable], Callable[..., Tensor]]:
         def call(*args: Any, **kw: Any) -> Tensor:
             arrays = [a.data if isinstance(a, Tensor) else a for a in args]
             try:
+                xp(*arrays, *kw.values())                                        # of two places: refused, where CuPy would copy an index in silence
                 value, pulls = (call.fast.get(type(arrays[0]), f))(*arrays, **kw)
             except (ValueError, TypeError, IndexError, array.BackendError) as e:
                 raise _explained(e, name, shapes, arrays) from e
@@ -265,9 +266,8 @@ def _sizes(arrays: list) -> str:
 
 def _explained(e: Exception, name: str, shapes: str, arrays: list) -> Exception:
     "The library's error for an array module's error: which op, what it wants, what it got."
-    devices = sorted({array.name_of(a) for a in arrays if array.is_array(a)})
-    if len(devices) > 1:
-        return array.BackendError(f"{name}: arrays on {' and '.join(devices)} in one operation: move one with .to({devices[0]!r})")
+    if isinstance(e, array.BackendError):
+        return array.BackendError(f"{name}: {e}")
     if not isinstance(e, ValueError):
         return (TypeError if isinstance(e, TypeError) else type(e))(f"{name}({_sizes(arrays)}): {e}")     # NumPy's own want more arguments
     seen: dict[str, set] = {}

@@ -10,6 +10,7 @@
 typedef struct _object PyObject;
 extern PyObject _Py_NoneStruct, *PyExc_RuntimeError;
 void Py_IncRef(PyObject *);
+PyObject *PyLong_FromLong(long);
 void PyErr_SetString(PyObject *, const char *);
 
 struct { long launches, mallocs, memsets, waits, h2d, d2h, d2d, h2d_bytes, d2h_bytes, bytes, peak; } fake;
@@ -92,7 +93,7 @@ intptr_t f_streamCreateWithFlags(unsigned int flags, int s) { return next_id++; 
 intptr_t f_streamCreateWithPriority(unsigned int flags, int priority, int s) { return next_id++; }
 PyObject *f_streamDestroy(intptr_t stream, int s) { return none(); }
 PyObject *f_streamSynchronize(intptr_t stream, int s) { return waits(); }
-PyObject *f_streamQuery(intptr_t stream, int s) { return none(); }
+PyObject *f_streamQuery(intptr_t stream, int s) { return PyLong_FromLong(0); }
 int f_streamIsCapturing(intptr_t stream, int s) { return 0; }
 PyObject *f_streamWaitEvent(intptr_t stream, intptr_t event, int s, void *more) { return none(); }
 unsigned int f_streamGetFlags(intptr_t stream, int s) { return 1; }
@@ -100,7 +101,7 @@ intptr_t f_eventCreate(int s) { return next_id++; }
 intptr_t f_eventCreateWithFlags(unsigned int flags, int s) { return next_id++; }
 PyObject *f_eventDestroy(intptr_t event, int s) { return none(); }
 PyObject *f_eventRecord(intptr_t event, intptr_t stream, int s) { return none(); }
-PyObject *f_eventQuery(intptr_t event, int s) { return none(); }
+PyObject *f_eventQuery(intptr_t event, int s) { return PyLong_FromLong(0); }                           /* a status: it is over */
 PyObject *f_eventSynchronize(intptr_t event, int s) { return waits(); }
 float f_eventElapsedTime(intptr_t from, intptr_t to, int s) { return 0.001f; }
 
