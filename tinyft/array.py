@@ -25,7 +25,6 @@ bfloat16 = np.dtype(ml_dtypes.bfloat16)
 NAMES = ("numpy", "cupy", "strict")
 _modules: dict[type, Any] = {np.ndarray: np}            # array type -> its module
 _names: dict[type, str] = {np.ndarray: "numpy"}
-_opened: dict[str, Any] = {"numpy": np}                 # name -> module, of the backends that were found to work
 _local = threading.local()                              # each thread may use another backend
 
 
@@ -51,9 +50,9 @@ def backend() -> str:
 
 
 def _open(name: str) -> Any:
-    "The array module called `name`, imported and tried out at its first use."
-    if name in _opened:
-        return _opened[name]
+    "The array module called `name`, imported at its first use."
+    if name in _names.values():
+        return next(_modules[kind] for kind, n in _names.items() if n == name)
     if name == "strict":
         from . import strict
         return _register(name, strict.Array, strict.xp)
@@ -66,7 +65,7 @@ def _open(name: str) -> Any:
 
 
 def _register(name: str, kind: type, module: Any) -> Any:
-    _modules[kind], _names[kind], _opened[name] = module, name, module
+    _modules[kind], _names[kind] = module, name
     return module
 
 

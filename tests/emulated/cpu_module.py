@@ -16,7 +16,7 @@ import subprocess
 from pathlib import Path
 
 HERE = Path(__file__).parent / "include"
-COMPILER = ["g++", "-std=c++17", "-O1", "-fPIC", "-w"]
+COMPILER = ["g++", "-std=c++17", "-O1", "-fPIC", "-w", "-U_FORTIFY_SOURCE"]       # fortified, longjmp refuses to go from stack to stack
 BARRIERS = r"__sync|__shfl|__ballot|__any|__all"         # a kernel that has none needs no fibers: its threads run one after another
 PRELUDE = "#include <cuda_cpu.h>\n"                        # and the headers named to CpuModule
 

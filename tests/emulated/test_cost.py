@@ -1,6 +1,7 @@
 """What a training step asks of the device: kernels, products, waits and copies, counted.  The table is printed at the end of the run.
 
-The numbers are exact, and stand here once.  Who makes a step cheaper or dearer changes them, and says why in the same commit.
+The numbers are exact, of the definitions in ops.py, and stand here once.  Who makes a step cheaper or dearer changes them, and says why in the
+same commit.
 """
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ import tinyft as tf
 from tinyft import BERT, GPT, AdamW, BERTConfig, GPTConfig, LoRA, edit
 from tinyft.train import Run, objective, question
 
+pytestmark = pytest.mark.usefixtures("definitions")
 PHASES = ("forward", "backward", "loss", "update")
 TABLE: list[tuple[str, str, fake_gpu.Counts]] = []       # (model, phase, counts): printed by conftest.py
 
