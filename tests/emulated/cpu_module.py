@@ -17,7 +17,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent / "include"
 COMPILER = ["g++", "-std=c++17", "-O1", "-fPIC", "-w", "-U_FORTIFY_SOURCE"]       # fortified, longjmp refuses to go from stack to stack
-BARRIERS = r"__sync|__shfl|__ballot|__any|__all"         # a kernel that has none needs no fibers: its threads run one after another
+BARRIERS = r"__sync|__shfl|__ballot|__any_sync|__all_sync"         # a kernel that has none needs no fibers: its threads run one after another
 PRELUDE = "#include <cuda_cpu.h>\n"                        # and the headers named to CpuModule
 
 
@@ -46,21 +46,22 @@ def prelude(headers: tuple[str, ...], include: tuple[str, ...], folder: Path) ->
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
         made = f"{path}.{os.getpid()}"
-        run([*COMPILER, *(f"-I{i}" for i in include), "-x", "c++-header", str(path), "-o", made]).result("the headers")
+        Compilation([*COMPILER, *(f"-I{i}" for i in include), "-x", "c++-header", str(path), "-o", made]).result("the headers")
         os.replace(made, path.with_suffix(".h.gch"))
     return path, key
 
 
-class run:
+class Compilation:
     "A compiler at work.  result() waits for it and raises RuntimeError with what it said if it failed."
 
     def __init__(self, command: list[str]):
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        self.process, self.said = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True), ""
 
     def result(self, what: str) -> None:
-        said = self.process.communicate()[1]
+        if self.process.returncode is None:
+            self.said = self.process.communicate()[1]
         if self.process.returncode:
-            raise RuntimeError(f"g++ does not compile {what}:\n{said[:3000]}")
+            raise RuntimeError(f"g++ does not compile {what}:\n{self.said[:3000]}")
 
 
 class CpuModule:
@@ -81,7 +82,7 @@ class CpuModule:
         self.so, self.made = stem.with_suffix(".so"), stem.with_suffix(f".{os.getpid()}")
         if not self.so.exists():
             stem.with_suffix(".cpp").write_text(source)
-            self.compiling = run([*COMPILER, "-shared", *defines, *(f"-I{i}" for i in include), "-include", str(first),
+            self.compiling = Compilation([*COMPILER, "-shared", *defines, *(f"-I{i}" for i in include), "-include", str(first),
                                   str(stem.with_suffix(".cpp")), "-o", str(self.made)])
 
     def load(self) -> ctypes.CDLL:
