@@ -119,7 +119,7 @@ class Tensor:
                     node.grad = m.asarray(new)                                   # NumPy's 0-d results are scalars
                 continue
             for p, gp in node.pull(g):
-                shared, gp, k = gp is g or gp.base is not None, sum_to(gp, p.shape), id(p)
+                shared, gp, k = gp.shape == p.shape and (gp is g or gp.base is not None), sum_to(gp, p.shape), id(p)       # a sum is ours
                 if _state.anomaly and not bool(m.isfinite(gp).all()):
                     raise FloatingPointError(f"{node.name} gave back a gradient that is not finite; shape {gp.shape}")
                 if k not in grads:
@@ -179,8 +179,8 @@ def sum_to(g: Array, shape: tuple) -> Array:
     "The adjoint of broadcasting: sum g over the axes along which an input of this shape was repeated."
     if g.shape == shape:
         return g
-    g = g.sum(axis=tuple(range(g.ndim - len(shape))))
-    return g.sum(axis=tuple(i for i, n in enumerate(shape) if n == 1 and g.shape[i] != 1), keepdims=True)
+    new = g.ndim - len(shape)
+    return g.sum(axis=(*range(new), *(new + i for i, n in enumerate(shape) if n == 1 != g.shape[new + i]))).reshape(shape)
 
 
 class _State(threading.local):
