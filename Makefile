@@ -5,10 +5,12 @@ VENV   ?= $(HERE)/.venv
 PYTHON ?= python3
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
+CUPY   ?= $(HERE)/.venv-cupy
 ARGS   ?=
+EMULATED := tests/emulated $(addprefix tests/test_,$(addsuffix .py,ops nn optim models tensor strict decode adapters formats))
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help install run test selftest test-strict test-gpu test-peers lessons site audit base lint clean
+.PHONY: help install run test selftest test-strict test-emulated test-gpu test-peers lessons site audit base lint clean
 
 help:  ## this help
 	@echo "tinyft: fine-tuning and compression of transformers, from scratch"
@@ -35,6 +37,15 @@ selftest: $(STAMP)  ## the exercises: the library passes them, every wrong answe
 test-strict: $(STAMP)  ## the same tests on the strict double of CuPy: what CuPy lacks does not get in
 	@cd "$(HERE)" && TINYFT_BACKEND=strict "$(PY)" -m pytest tests --ignore=tests/peers $(ARGS)
 
+$(CUPY)/.installed: $(HERE)/pyproject.toml $(HERE)/tests/emulated/requirements.txt
+	@test -x "$(CUPY)/bin/python" || $(PYTHON) -m venv "$(CUPY)"
+	@echo "installing tinyft and CuPy into $(CUPY) ..."
+	@cd "$(HERE)" && "$(CUPY)/bin/python" -m pip install -q --disable-pip-version-check -e . -r tests/emulated/requirements.txt
+	@touch "$@"
+
+test-emulated: $(CUPY)/.installed  ## real CuPy without a GPU, and the tests that matter most on it (wants g++)
+	@cd "$(HERE)" && TINYFT_BACKEND=emulated "$(CUPY)/bin/python" -m pytest $(EMULATED) $(ARGS)
+
 test-gpu: $(STAMP)  ## the same tests on CuPy; fails where there is no device
 	@cd "$(HERE)" && TINYFT_BACKEND=cupy "$(PY)" -m pytest tests --ignore=tests/peers $(ARGS)
 
@@ -60,4 +71,4 @@ lint: $(STAMP)  ## ruff
 	@cd "$(HERE)" && "$(PY)" -m ruff check tinyft tests lessons
 
 clean:  ## remove what was built; the virtual environment and work/ stay
-	@cd "$(HERE)" && rm -rf build dist .pytest_cache .hypothesis .ruff_cache *.egg-info && find . -name __pycache__ -not -path './.venv/*' -exec rm -rf {} +
+	@cd "$(HERE)" && rm -rf build dist .pytest_cache .hypothesis .ruff_cache *.egg-info && find . -name __pycache__ -not -path './.venv*/*' -exec rm -rf {} +

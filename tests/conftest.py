@@ -1,4 +1,5 @@
-"""One suite for every backend: TINYFT_BACKEND = numpy (the default), strict (the double that keeps CuPy's rules) or cupy.
+"""One suite for every backend: TINYFT_BACKEND = numpy (the default), strict (the double that keeps CuPy's rules), cupy, or emulated
+(real CuPy on a GPU made of host memory, for the tests alone: tests/emulated).
 
 Hypothesis profiles, chosen by HYPOTHESIS_PROFILE: dev (the default), ci (more examples), learner (few, and short reports), audit
 (few, no shrinking: tests/audit.py only wants to know whether something fails).
@@ -6,6 +7,8 @@ Hypothesis profiles, chosen by HYPOTHESIS_PROFILE: dev (the default), ci (more e
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +17,11 @@ from hypothesis import HealthCheck, Phase, settings
 from tinyft import array, kernels
 
 BACKEND = os.environ.get("TINYFT_BACKEND", "numpy")
+if BACKEND == "emulated":                                # to the library it is CuPy; before anything imports that
+    sys.path.insert(0, str(Path(__file__).parent / "emulated"))
+    import emulate
+    emulate.install()
+    BACKEND = os.environ["TINYFT_BACKEND"] = "cupy"
 QUIET = dict(deadline=None, suppress_health_check=list(HealthCheck))
 
 settings.register_profile("dev", max_examples=25, derandomize=True, database=None, **QUIET)

@@ -133,7 +133,9 @@ def same(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def near(a: np.ndarray, b: np.ndarray, tol: float = 1e-12) -> bool:
-    "Equal to within tol of the largest number."
+    "Equal to within tol of the largest number; masks altogether."
+    if a.dtype == bool:
+        return same(a, b)
     return a.shape == b.shape and bool(np.abs(a - b).max() <= tol * max(np.abs(b).max(), 1))
 
 

@@ -277,8 +277,8 @@ def embedding(W, ids):
 @op("... -> ...")
 def getitem(x, index):
     "y = x[index] for slices, integers and integer arrays.    dx[index] += g"
-    m, shape = xp(x), x.shape
     parts = index if isinstance(index, tuple) else (index,)
+    m, shape = xp(x, *parts), x.shape
     plain = all(isinstance(p, (int, slice)) or p is None or p is Ellipsis for p in parts)
 
     def back(g):

@@ -119,7 +119,7 @@ class Tensor:
                     node.grad = m.asarray(new)                                   # NumPy's 0-d results are scalars
                 continue
             for p, gp in node.pull(g):
-                shared, gp, k = gp is g or gp.base is not None, sum_to(gp, p.shape), id(p)
+                shared, gp, k = gp.shape == p.shape and (gp is g or gp.base is not None), sum_to(gp, p.shape), id(p)       # a sum is ours
                 if _state.anomaly and not bool(m.isfinite(gp).all()):
                     raise FloatingPointError(f"{node.name} gave back a gradient that is not finite; shape {gp.shape}")
                 if k not in grads:
@@ -179,8 +179,8 @@ def sum_to(g: Array, shape: tuple) -> Array:
     "The adjoint of broadcasting: sum g over the axes along which an input of this shape was repeated."
     if g.shape == shape:
         return g
-    g = g.sum(axis=tuple(range(g.ndim - len(shape))))
-    return g.sum(axis=tuple(i for i, n in enumerate(shape) if n == 1 and g.shape[i] != 1), keepdims=True)
+    new = g.ndim - len(shape)
+    return g.sum(axis=(*range(new), *(new + i for i, n in enumerate(shape) if n == 1 != g.shape[new + i]))).reshape(shape)
 
 
 class _State(threading.local):
@@ -226,6 +226,7 @@ def op(shapes: str) -> Callable[[Callable], Callable[..., Tensor]]:
         def call(*args: Any, **kw: Any) -> Tensor:
             arrays = [a.data if isinstance(a, Tensor) else a for a in args]
             try:
+                xp(*arrays, *kw.values())                                        # of two places: refused, where CuPy would copy an index in silence
                 value, pulls = (call.fast.get(type(arrays[0]), f))(*arrays, **kw)
             except (ValueError, TypeError, IndexError, array.BackendError) as e:
                 raise _explained(e, name, shapes, arrays) from e
@@ -265,9 +266,8 @@ def _sizes(arrays: list) -> str:
 
 def _explained(e: Exception, name: str, shapes: str, arrays: list) -> Exception:
     "The library's error for an array module's error: which op, what it wants, what it got."
-    devices = sorted({array.name_of(a) for a in arrays if array.is_array(a)})
-    if len(devices) > 1:
-        return array.BackendError(f"{name}: arrays on {' and '.join(devices)} in one operation: move one with .to({devices[0]!r})")
+    if isinstance(e, array.BackendError):
+        return array.BackendError(f"{name}: {e}")
     if not isinstance(e, ValueError):
         return (TypeError if isinstance(e, TypeError) else type(e))(f"{name}({_sizes(arrays)}): {e}")     # NumPy's own want more arguments
     seen: dict[str, set] = {}

@@ -1,0 +1,117 @@
+"""What a training step asks of the device: kernels, products, waits and copies, counted.  The table is printed at the end of the run.
+
+The numbers are exact, of the definitions in ops.py, and stand here once.  Who makes a step cheaper or dearer changes them, and says why in the
+same commit.
+"""
+from __future__ import annotations
+
+from collections import Counter
+
+import fake_gpu
+import numpy as np
+import pytest
+
+import tinyft as tf
+from tinyft import BERT, GPT, AdamW, BERTConfig, GPTConfig, LoRA, edit
+from tinyft.train import Run, objective, question
+
+pytestmark = pytest.mark.usefixtures("definitions")
+PHASES = ("forward", "backward", "loss", "update")
+TABLE: list[tuple[str, str, fake_gpu.Counts]] = []       # (model, phase, counts): printed by conftest.py
+
+
+def made(kind, layers, method=None):
+    model = GPT(GPTConfig(50, 16, 24, layers, 4)) if kind == "gpt" else BERT(BERTConfig(50, 16, 2, 24, layers, 4))
+    if method:
+        tf.attach(model, method)
+    return model.train()
+
+
+def a_batch(kind):
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 50, (2, 9))
+    return {"ids": ids} if kind == "gpt" else {"ids": ids, "labels": np.where(rng.random(ids.shape) < 0.4, ids, -100)}
+
+
+def of_a_step(kind, layers, method=None, clip=1.0):
+    "phase -> (counts, kernels by name), of the third step: by then every kernel is compiled and the pool has what it needs."
+    model = made(kind, layers, method)
+    optimizer, found = AdamW(1e-3).start(edit.trained(model)), {}
+
+    def counted(phase, f):
+        fake_gpu.reset()
+        result = f()
+        found[phase] = fake_gpu.counts(), Counter(fake_gpu.launched)
+        return result
+
+    for _ in range(3):
+        loss = counted("forward", lambda: objective(model, question(a_batch(kind)))[1])
+        counted("backward", loss.backward)
+        counted("loss", lambda: float(loss.data))
+        counted("update", lambda: optimizer.step(1.0, clip))
+        model.zero_grad()
+    return found
+
+
+# (launches, products, waits, h2d, d2h, d2d) of forward, backward, reading the loss, update
+COSTS = {
+    ("gpt", 1, "everything"): [(83, 9, 0, 2, 0, 0), (90, 18, 0, 0, 0, 0), (0, 0, 1, 0, 1, 0), (42, 0, 1, 0, 1, 20)],
+    ("gpt", 2, "everything"): [(135, 17, 0, 2, 0, 0), (150, 34, 0, 0, 0, 0), (0, 0, 1, 0, 1, 0), (42, 0, 1, 0, 1, 36)],
+    ("gpt", 12, "everything"): [(655, 97, 0, 2, 0, 0), (750, 194, 0, 0, 0, 0), (0, 0, 1, 0, 1, 0), (42, 0, 1, 0, 1, 196)],
+    ("gpt", 12, "lora"): [(703, 145, 0, 2, 0, 0), (631, 211, 0, 0, 0, 0), (0, 0, 1, 0, 1, 0), (22, 0, 1, 0, 1, 48)],
+    ("bert", 2, "everything"): [(273, 18, 0, 3, 0, 0), (160, 36, 0, 0, 0, 0), (0, 0, 1, 0, 1, 0), (42, 0, 1, 0, 1, 42)],
+}
+
+
+@pytest.mark.parametrize("kind, layers, what", COSTS)
+def test_what_a_step_costs(kind, layers, what):
+    found = of_a_step(kind, layers, LoRA(r=2) if what == "lora" else None)
+    TABLE.extend((f"{kind}, {layers} layers, {what}", phase, found[phase][0]) for phase in PHASES)
+    assert [tuple(found[p][0])[:6] for p in PHASES] == COSTS[kind, layers, what]
+    assert all(sum(names.values()) == c.launches and not c.mallocs for c, names in found.values())
+
+
+@pytest.mark.parametrize("kind", ["gpt", "bert"])
+def test_forward_and_backward_never_wait_and_copy_only_the_batch(kind):
+    found = of_a_step(kind, 3)
+    forward, backward = found["forward"][0], found["backward"][0]
+    q = question(a_batch(kind))
+    assert forward.waits == backward.waits == forward.d2h == backward.d2h == backward.h2d == 0
+    assert forward.h2d_bytes == sum(a.nbytes for a in (q.ids, q.labels, q.at) if a is not None)
+
+
+def test_a_layer_costs_the_same_wherever_it_stands():
+    one, two, three = (of_a_step("gpt", n) for n in (1, 2, 3))
+    for p in PHASES:
+        for field in ("launches", "products", "d2d"):
+            a, b, c = (getattr(f[p][0], field) for f in (one, two, three))
+            assert c - b == b - a
+
+
+def test_the_trainers_own_step_asks_for_no_more():
+    apart = of_a_step("gpt", 2)
+    model = made("gpt", 2)
+    run = Run(model, [a_batch("gpt")], 4, AdamW(1e-3), tf.constant(), 1.0, 1, 0, None, 0, 0, "loss")
+    steps = run.walk(None)
+    next(steps)
+    next(steps)
+    fake_gpu.reset()
+    next(steps)
+    whole, parts = fake_gpu.counts(), [apart[p][0] for p in PHASES]
+    extra = whole.launches - sum(c.launches for c in parts)
+    assert extra == 2, "the loss is weighted by its share of the step: once forward, once backward"
+    for field in ("products", "waits", "h2d", "d2h", "d2d"):
+        assert getattr(whole, field) == sum(getattr(c, field) for c in parts)
+
+
+def test_without_clipping_nothing_is_scaled():
+    clipped, free = (of_a_step("gpt", 1, clip=c)["update"][0] for c in (1.0, None))
+    assert clipped.launches - free.launches == 4 * 2 and clipped.waits == free.waits      # four kernels for each of two groups
+
+
+def test_a_generated_token_waits_once_for_its_logits():
+    model, ids = made("gpt", 2), np.zeros((3, 4), int)
+    tf.generate(model, ids, 3)
+    fake_gpu.reset()
+    tf.generate(model, ids, 3)
+    assert fake_gpu.counts().waits == fake_gpu.counts().d2h == 3

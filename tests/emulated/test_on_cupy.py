@@ -1,0 +1,276 @@
+"""The library on CuPy is the library on NumPy: ops, noise, models, methods, training, text, files.  The GPU is emulated, CuPy is not."""
+from __future__ import annotations
+
+import contextlib
+
+import cupy as cp
+import numpy as np
+import pytest
+import test_ops
+from contract import KINDS, Sizes, batch, build, noise, tokens, values
+from helpers import dev, host, leaf, shapes_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tinyft as tf
+from tinyft import AdamW, BackendError, LoRA, Tensor, array, kernels, ops, optim
+from tinyft.nn import Linear, Packed
+
+
+def on(backend, f, *args, fast=False):
+    "f's result with everything made on this backend: by the definitions, or with the kernels there are for it."
+    array.use(backend)
+    try:
+        with contextlib.nullcontext() if fast else kernels.definitions():
+            return f(*args)
+    finally:
+        array.use("cupy")
+
+
+def both(f, *args):
+    return on("numpy", f, *args), on("cupy", f, *args)
+
+
+def apart(a, b):
+    "The largest difference, relative to the largest number, or to 1 if that is more.  Infinite if shape or dtype differ."
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return np.inf
+    return float(np.abs(a - b).max(initial=0) / max(np.abs(b).max(initial=0), 1))
+
+
+# ── ops ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+def value_and_gradients(f, make, shapes, seed, dtype):
+    "An op's value on a drawn example, and its gradients along a drawn covector, brought to the host."
+    rng = np.random.default_rng(seed)
+    e = make(rng, shapes)
+    ts = [leaf(a, dtype) for a in e.inputs]
+    y = e.call(f, *ts)
+    y.backward(dev(rng.standard_normal(y.shape), dtype))
+    return [host(y), *(host(t.grad) for t in ts)]
+
+
+@pytest.mark.parametrize("name", test_ops.ALL)
+@settings(max_examples=8)
+@given(st.data())
+def test_every_op_is_numpys_forward_and_backward(name, data):
+    shapes, _ = data.draw(shapes_of(test_ops.spec_of(name), broadcast=name not in test_ops.ALONE))
+    make, seed = data.draw(st.sampled_from(test_ops.CASES[name])), data.draw(st.integers(0, 2**32 - 1))
+    f, drawn = test_ops.function(name), (make, shapes, seed, np.float32)
+    want = on("numpy", value_and_gradients, f, *drawn)
+    for fast in (False, True):
+        got = on("cupy", value_and_gradients, f, *drawn, fast=fast)
+        assert len(got) == len(want) and all(apart(a, b) < 4e-6 for a, b in zip(got, want)), "with kernels" * fast
+
+
+def test_a_wrong_gradient_on_one_side_is_noticed():
+    make, right = test_ops.CASES["tanh"][0], test_ops.function("tanh")
+
+    def slightly_off(x):
+        return right(x) + (x * 1e-4 if array.backend() == "cupy" else 0.0)
+    want, got = both(value_and_gradients, slightly_off, make, [(2, 3)], 1, np.float32)
+    assert apart(got[0], want[0]) > 4e-6 and apart(got[1], want[1]) > 4e-6
+
+
+# ── chance ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 3, 4), (1,), (0, 3)])
+def test_the_noise_is_the_same_bit_for_bit(shape):
+    for key in (0, 12345, 2**63 - 1):
+        want, got = both(lambda: host(array.uniform_like(dev(np.zeros(shape, np.float32)), key)))
+        assert np.array_equal(want, got) and got.dtype == np.float32
+    want, got = both(lambda: host(ops.dropout(Tensor(dev(np.ones(shape), np.float32)), 0.3, 7)))
+    assert np.array_equal(want, got)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_initial_weights_are_the_same_bit_for_bit(kind):
+    def start():
+        model = build(kind)
+        tf.attach(model, LoRA(r=2))
+        return values(model)
+    want, got = both(start)
+    assert want.keys() == got.keys() and all(np.array_equal(want[n], got[n]) for n in want)
+
+
+def test_the_order_of_the_data_is_the_same():
+    def order():
+        source = iter(tf.data.lm_batches(np.arange(400), 8, 4, seed=3))
+        return [np.asarray(next(source)["ids"]) for _ in range(15)]
+    assert all(np.array_equal(a, b) for a, b in zip(*both(order)))
+
+
+# ── training ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+STEPS = 5
+
+
+def train(kind, method, **more):
+    "The losses of some steps of AdamW, and what the model then says."
+    model = build(kind)
+    if method is not None:
+        tf.attach(model, method)
+    history = tf.fit(model, [batch(kind, 0), batch(kind, 1)], STEPS, AdamW(0.01), progress=False, **more)
+    with tf.no_grad():
+        return np.array(history.losses), host(model(tokens()))
+
+
+METHODS = {"everything": None, "lora": LoRA(r=2, targets=("attn.[qv]", "mlp.up")), "lora, dropout": LoRA(r=2, dropout=0.3), "bitfit": tf.BitFit(),
+           "houlsby": tf.Houlsby(), "prefix": tf.PrefixTuning(p=2), "prompt": tf.PromptTuning(p=2), "partial": tf.Partial()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_is_numpys(kind, method):
+    want, y = on("numpy", train, kind, METHODS[method])
+    for fast in (False, True):
+        got, z = on("cupy", train, kind, METHODS[method], fast=fast)
+        assert np.abs(got / want - 1).max() < (4e-6 if fast else 1e-6) and len(want) == STEPS
+        assert apart(z, y) < 2e-4                                                # Adam blows up the rounding of what has no gradient, as a key's bias
+    assert np.abs(np.diff(want)).min() > 1e-4                                    # something was learned: had it stood still, all would agree
+
+
+def test_accumulating_is_numpys():
+    (want, _), (got, _) = both(lambda: train("gpt", None, accumulate=3))
+    assert np.abs(got / want - 1).max() < 1e-6
+
+
+def test_an_optimiser_that_does_almost_the_same_is_noticed(monkeypatch):
+    want, _ = on("numpy", train, "gpt", None)
+    right = optim.adam_update
+
+    def without_correction(w, g, m, v, lr, b1, b2, eps, decay, t):
+        right(w, g, m, v, lr, b1, b2, eps * 1e4, decay, t)
+    without_correction.fast = {}
+    monkeypatch.setattr(optim, "adam_update", without_correction)
+    got, _ = on("cupy", train, "gpt", None)
+    assert np.abs(got / want - 1).max() > 1e-5
+
+
+def test_evaluation_and_resuming(tmp_path):
+    def run(folder):
+        model = build("bert")
+        tf.attach(model, LoRA(r=2))
+        judge = lambda: tf.evaluate(model, [batch("bert", 2)])
+        pair = [batch("bert", 0), batch("bert", 1)]
+        history = tf.fit(model, pair, 4, AdamW(0.01), progress=False, out=folder, resume=True, evaluate=judge, every=2)
+        return np.array(history.losses), judge()
+    (want, judged), (got, also) = both(lambda: run(tmp_path / array.backend()))
+    assert np.abs(got / want - 1).max() < 1e-6 and judged.keys() == also.keys()
+    assert all(abs(judged[k] - also[k]) <= 1e-5 * abs(judged[k]) for k in judged)
+    (tmp_path / "moved").mkdir()                                                 # begun on NumPy, ended on CuPy: the state is host arrays
+    (tmp_path / "moved" / "checkpoint.safetensors").write_bytes((tmp_path / "numpy" / "checkpoint.safetensors").read_bytes())
+    again, same = on("cupy", run, tmp_path / "moved")
+    assert np.array_equal(again, want) and abs(same["loss"] - judged["loss"]) < 1e-6
+
+
+# ── edits, files, text ───────────────────────────────────────────────────────────────────────────────────────────────
+def tuned(kind="gpt"):
+    model = build(kind)
+    tf.attach(model, LoRA(r=2, targets=("attn.[qv]", "mlp.up")))
+    return noise(model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merging_detaching_and_coming_back(kind):
+    def life():
+        model, base = tuned(kind), host(build(kind)(tokens()))
+        edited = host(model(tokens()))
+        adapter = tf.detach(model)
+        plain = host(model(tokens()))
+        tf.attach(model, adapter)
+        back = host(model(tokens()))
+        merged = host(tf.merge(model)(tokens()))
+        assert np.array_equal(plain, base) and np.array_equal(back, edited) and apart(merged, edited) < 1e-5 and apart(edited, base) > 1e-2
+        return edited, merged
+    for want, got in zip(*both(life)):
+        assert apart(got, want) < 1e-5
+
+
+def test_adapters_and_models_go_from_one_backend_to_the_other(tmp_path):
+    model = on("numpy", tuned)
+    want = host(model(tokens()))
+    tf.save_adapter(model, tmp_path / "adapter")
+    other = build("gpt")
+    tf.load_adapter(other, tmp_path / "adapter")
+    assert other.embed.weight.device == "cupy" and apart(host(other(tokens())), want) < 1e-5
+    there = other.to("numpy")
+    assert there.embed.weight.device == "numpy" and apart(host(there(tokens())), want) < 1e-5
+    tf.save(tf.merge(build("gpt")), tmp_path / "model")
+    base = host(build("gpt")(tokens()))
+    for backend in ("numpy", "cupy"):
+        loaded = on(backend, tf.load, tmp_path / "model")
+        loaded = loaded[0] if isinstance(loaded, tuple) else loaded
+        assert loaded.embed.weight.device == backend and apart(host(loaded(tokens())), base) < 1e-5
+
+
+@pytest.mark.parametrize("cache", [True, False], ids=["cached", "uncached"])
+@pytest.mark.parametrize("sampling", [dict(), dict(temperature=0.8, top_k=5), dict(temperature=1.2, top_p=0.7)], ids=str)
+def test_text_is_the_same(cache, sampling):
+    def write():
+        model = tuned().to(dtype=np.float64)                                     # so that no rounding decides between two tokens
+        mask = np.ones((4, 7), bool)
+        mask[1, :2] = False
+        return tf.generate(model, tokens(), 6, mask=mask, cache=cache, rng=np.random.default_rng(1), **sampling)
+    want, got = both(write)
+    assert isinstance(got, np.ndarray) and np.array_equal(got, want) and want.shape == (4, 13)
+
+
+class Int8(Packed):
+    "W = s C, C int8, one s per row."
+
+    def __init__(self, W):
+        m = array.xp(W)
+        self.scale = m.abs(W).max(axis=1, keepdims=True) / 127
+        self.codes, self.shape = m.rint(W / self.scale).astype(np.int8), W.shape
+
+    def dequantize(self):
+        return self.scale * self.codes.astype(self.scale.dtype)
+
+
+def test_a_step_over_a_packed_base():
+    def packed_then_trained():
+        model = build("gpt")
+        for m in model.modules():
+            if isinstance(m, Linear):
+                m.weight = Int8(m.weight.data)
+        assert model.blocks[0].attn.q.weight.codes.dtype == np.int8
+        tf.attach(model, LoRA(r=2))
+        return np.array(tf.fit(model, [batch("gpt", 0)], STEPS, AdamW(0.02), progress=False).losses)
+    want, got = both(packed_then_trained)
+    assert np.abs(got / want - 1).max() < 1e-6 and want[-1] < want[0] - 1e-3
+
+
+# ── two places ───────────────────────────────────────────────────────────────────────────────────────────────────────
+H, D = np.ones((2, 3), np.float32), cp.ones((2, 3), np.float32)
+MIXED = {
+    "add": lambda: Tensor(D) + Tensor(H), "add, the other way": lambda: Tensor(H) + Tensor(D), "add an array": lambda: Tensor(D) + H,
+    "mul": lambda: Tensor(D) * Tensor(H), "sub": lambda: H - Tensor(D), "div": lambda: Tensor(H) / Tensor(D),
+    "matmul": lambda: Tensor(D) @ Tensor(H.T), "maximum": lambda: ops.maximum(Tensor(D), Tensor(H)),
+    "concatenate": lambda: ops.concatenate(Tensor(D), Tensor(H)),
+    "linear": lambda: ops.linear(Tensor(D), Tensor(np.ones((4, 3), np.float32))),
+    "linear, host bias": lambda: ops.linear(Tensor(D), Tensor(cp.ones((4, 3), np.float32)), Tensor(np.ones(4, np.float32))),
+    "layer_norm, host weights": lambda: ops.layer_norm(Tensor(D), Tensor(np.ones(3, np.float32)), Tensor(np.zeros(3, np.float32))),
+    "embedding, host ids": lambda: ops.embedding(Tensor(D), np.array([0, 1])),
+    "embedding, host rows": lambda: ops.embedding(Tensor(H), cp.array([0, 1])),
+    "getitem, host index": lambda: Tensor(D)[np.array([0, 1])], "getitem, in a tuple": lambda: Tensor(D)[:, np.array([0, 1])],
+    "where, host mask": lambda: ops.where(H > 0, Tensor(D), 0.0), "where, host value": lambda: ops.where(D > 0, Tensor(D), Tensor(H)),
+    "gather, host indices": lambda: ops.gather(Tensor(D), np.zeros((2, 1), int)),
+    "attention, host keys": lambda: ops.attention(Tensor(D), Tensor(H), Tensor(D)),
+    "attention, host mask": lambda: ops.attention(Tensor(D), Tensor(D), Tensor(D), seen=np.ones((2, 2), bool)),
+    "attention, host noise": lambda: ops.attention(Tensor(D), Tensor(D), Tensor(D), keep=np.ones((2, 2), np.float32)),
+    "cross_entropy, host labels": lambda: ops.cross_entropy(Tensor(D), np.array([0, 1])),
+    "cross_entropy, host weights": lambda: ops.cross_entropy(Tensor(D), cp.array([0, 1]), np.ones(3, np.float32)),
+}
+
+
+@pytest.mark.parametrize("what", MIXED)
+def test_arrays_of_two_places_are_refused_and_both_are_named(what):
+    with pytest.raises(BackendError, match=r"\w+: arrays on cupy and numpy in one operation: move one"):
+        MIXED[what]()
+
+
+def test_a_model_and_an_input_of_two_places():
+    model = build("gpt")
+    assert host(model(tokens())).shape == (4, 7, Sizes.V)                        # host ids are put beside the weights
+    assert host(on("numpy", build, "gpt")(dev(tokens()))).shape == (4, 7, Sizes.V)
+    model.blocks[1].mlp.up.weight.data = cp.asnumpy(model.blocks[1].mlp.up.weight.data)
+    with pytest.raises(BackendError, match="linear: arrays on cupy and numpy"):
+        model(tokens())
