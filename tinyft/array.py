@@ -10,7 +10,7 @@ import contextlib
 import os
 import threading
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -26,6 +26,7 @@ NAMES = ("numpy", "cupy", "strict")
 _modules: dict[type, Any] = {np.ndarray: np}            # array type -> its module
 _names: dict[type, str] = {np.ndarray: "numpy"}
 _local = threading.local()                              # each thread may use another backend
+_when_opened: dict[str, Callable[[type, Any], None]] = {}                        # backend -> what its kernels do when it is first used
 
 
 class BackendError(RuntimeError):
@@ -51,8 +52,8 @@ def backend() -> str:
 
 def _open(name: str) -> Any:
     "The array module called `name`, imported at its first use."
-    if name == "numpy":
-        return np
+    if name in _names.values():
+        return next(_modules[kind] for kind, n in _names.items() if n == name)
     if name == "strict":
         from . import strict
         return _register(name, strict.Array, strict.xp)
@@ -66,7 +67,16 @@ def _open(name: str) -> Any:
 
 def _register(name: str, kind: type, module: Any) -> Any:
     _modules[kind], _names[kind] = module, name
+    if name in _when_opened:
+        _when_opened[name](kind, module)
     return module
+
+
+def on_open(name: str, f: Callable[[type, Any], None]) -> None:
+    "Call f(array type, module) when the backend `name` is first used; at once if it is in use already."
+    _when_opened[name] = f
+    for kind in [k for k, n in _names.items() if n == name]:
+        f(kind, _modules[kind])
 
 
 def why_no_cupy() -> str | None:

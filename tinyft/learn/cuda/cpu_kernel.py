@@ -45,9 +45,12 @@ class CpuKernel:
 
     def __init__(self, source: str, name: str, options: Sequence[str] = ()):
         self.name = name
-        library = _library(translate(source, name), tuple(options))
-        library.emu_signature.restype = library.emu_entry.restype = ctypes.c_char_p
-        self.entry, self.parameters = library.emu_entry, library.emu_signature().decode().split()
+        if name not in kernels(source) or 'extern "C"' not in source:
+            raise KernelError(f'the source holds no extern "C" __global__ void {name}(...); its kernels: {", ".join(kernels(source)) or "none"}')
+        library = _library(translate(source), tuple(options))
+        self.entry, signature = library[f"emu_run_{name}"], library[f"emu_signature_{name}"]
+        self.entry.restype = signature.restype = ctypes.c_char_p
+        self.parameters = signature().decode().split()
 
     def __call__(self, grid: Sequence[int], block: Sequence[int], args: Sequence[Any], *, shared_mem: int = 0) -> None:
         grid, block = (tuple(int(n) for n in (*size, 1, 1)[:3]) for size in (grid, block))
@@ -146,24 +149,29 @@ def _called(kind: str, size: int) -> str:
 # ── from CUDA C to a library of the CPU ──────────────────────────────────────────────────────────────────────────────
 WAITS = re.compile(r"__sync|__shfl|__ballot|__any_sync|__all_sync")
 DYNAMIC = re.compile(r"extern\s+__shared__\s+(?:__align__\(\d+\)\s*)?([\w\s]+?)\s+(\w+)\s*\[\s*\]\s*;")
+BOUNDS = r"(?:__launch_bounds__\s*\([^)]*\)\s*)?"
+KERNEL = re.compile(rf"(template\s*<[^>]*>\s*)?__global__\s+{BOUNDS}void\s+{BOUNDS}(\w+)\s*\(")
 
 
-def translate(source: str, name: str) -> str:
-    "The C++ of a kernel: the source itself, with what no header can express rewritten, line for line."
-    if not re.search(rf"__global__[^;{{]*?\b{re.escape(name)}\s*\(", source):
-        raise KernelError(f"the source holds no __global__ function called {name}")
-    waits = bool(WAITS.search(re.sub(r"//[^\n]*|/\*.*?\*/", "", source, flags=re.DOTALL)))
+def kernels(source: str) -> list[str]:
+    "The names of the kernels in some CUDA C; templates have none of their own."
+    return [name for template, name in KERNEL.findall(_code(source)) if not template]
+
+
+def _code(source: str) -> str:
+    return re.sub(r"//[^\n]*|/\*.*?\*/", "", source, flags=re.DOTALL)
+
+
+def translate(source: str) -> str:
+    "The C++ of CUDA C: the source itself, with what no header can express rewritten, line for line; then a way in to each kernel."
     body = re.sub(r"^[ \t]*#[ \t]*include[ \t]*<cuda_\w+\.h>.*$", "", source, flags=re.MULTILINE)      # half precision is in cuda_cpu.h
     body = DYNAMIC.sub(r"\1 *\2 = (\1 *)emu::dynamic_shared();", body)
-    return f"""#include "cuda_cpu.h"
-namespace {{
-#line 1 "kernel.cu"
-{body}
-}}
-extern "C" const char *emu_signature() {{ return emu::signature({name}); }}
-extern "C" const char *emu_entry(const unsigned *size, size_t shared, int reverse, int poison, void **values) {{
-  return emu::run({name}, {str(waits).lower()}, size, shared, reverse, poison, values); }}
-"""
+    waits = str(bool(WAITS.search(_code(source)))).lower()
+    return f'#include "cuda_cpu.h"\nnamespace {{\n#line 1 "kernel.cu"\n{body}\n}}\n' + "".join(f"""
+extern "C" const char *emu_signature_{name}() {{ return emu::signature({name}); }}
+extern "C" const char *emu_run_{name}(const unsigned *size, size_t shared, int reverse, int poison, void **values) {{
+  return emu::run({name}, {waits}, size, shared, reverse, poison, values); }}
+""" for name in kernels(source))
 
 
 def compiler() -> str:

@@ -7,6 +7,7 @@
 //   - threads can be run in the reverse order: a result that changes with it was a race.
 // Not here: tensor cores, asynchronous copies, cooperative groups, barriers across blocks, streams.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdarg>
 #include <cstddef>
@@ -84,12 +85,13 @@ inline void become(int t) {
   me = t;
   threadIdx = {t % blockDim.x, t / blockDim.x % blockDim.y, t / (blockDim.x * blockDim.y)};
 }
+static int made;                                        // fibres that are there, waiting to run the body once more
 #if defined(__linux__) && !defined(EMU_THREADS)
 static const size_t STACK = 128 * 1024;
 static ucontext_t start_context[1024]; static jmp_buf here[1024], home; static bool started[1024];
 static char *stacks;
 inline void leave() { if (!_setjmp(here[me])) _longjmp(home, 1); }
-static void first() { body(argument); fibre[me].state = DONE; _longjmp(home, 1); }
+static void live() { for (;;) { body(argument); fibre[me].state = DONE; leave(); } }
 inline void enter(int t) {
   become(t);
   if (_setjmp(home)) return;
@@ -98,21 +100,24 @@ inline void enter(int t) {
 }
 inline void make_fibres() {
   if (!stacks) stacks = (char *)mmap(nullptr, STACK * 1024, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  for (int t = 0; t < threads; t++) {
-    started[t] = false; getcontext(&start_context[t]);
-    start_context[t].uc_stack.ss_sp = stacks + t * STACK; start_context[t].uc_stack.ss_size = STACK; start_context[t].uc_link = nullptr;
-    makecontext(&start_context[t], first, 0);
+  for (; made < threads; made++) {
+    ucontext_t &c = start_context[made];
+    started[made] = false; getcontext(&c);
+    c.uc_stack.ss_sp = stacks + made * STACK; c.uc_stack.ss_size = STACK; c.uc_link = nullptr;
+    makecontext(&c, live, 0);
   }
 }
+inline void abandon_fibres() { made = 0; }              // after an error: they stand in the middle of the body
 #else                                                   // elsewhere: real threads, of which one at a time may run
-static std::mutex lock; static std::condition_variable called[1025]; static int whose = 1024;        // 1024: the scheduler
-inline void give(int to) { std::unique_lock<std::mutex> held(lock); whose = to; called[to].notify_one(); }
-inline void await(int mine) { std::unique_lock<std::mutex> held(lock); called[mine].wait(held, [=] { return whose == mine; }); }
-inline void leave() { int t = me; give(1024); await(t); }
-inline void enter(int t) { become(t); give(t); await(1024); }
-inline void make_fibres() {
-  for (int t = 0; t < threads; t++) std::thread([t] { await(t); body(argument); fibre[t].state = DONE; give(1024); }).detach();
-}
+static std::mutex &lock = *new std::mutex; static std::condition_variable *called = new std::condition_variable[1025];
+static const int SCHEDULER = 1024; static long whose, generation;
+inline void give(long turn) { std::unique_lock<std::mutex> held(lock); whose = turn; called[turn % 2048].notify_all(); }
+inline void await(long turn) { std::unique_lock<std::mutex> held(lock); called[turn % 2048].wait(held, [=] { return whose == turn; }); }
+inline void leave() { long mine = generation * 2048 + me; give(SCHEDULER); await(mine); }
+inline void enter(int t) { become(t); give(generation * 2048 + t); await(SCHEDULER); }
+static void live(long mine) { await(mine); for (;;) { body(argument); fibre[me].state = DONE; leave(); } }
+inline void make_fibres() { for (; made < threads; made++) std::thread(live, generation * 2048 + made).detach(); }
+inline void abandon_fibres() { made = 0; generation++; }
 #endif
 inline void wait(State state, int line, unsigned mask = ~0u) {
   if (!fibres) { fail("line %d waits for other threads in a kernel that was started without them", line); return; }
@@ -155,20 +160,27 @@ inline void explain() {
   else fail("deadlock in block (%u, %u, %u): thread %d waits at %s in line %d for threads that never come (thread %d returned)",
             blockIdx.x, blockIdx.y, blockIdx.z, a, what[fibre[a].state], fibre[a].line, returned);
 }
+inline int run_warp(int warp, bool reverse) {            // as far as it gets: warps know nothing of each other but at barriers
+  int lanes = std::min(32, threads - warp);
+  for (;;) {
+    int waiting = 0; bool released = false;
+    for (int i = 0; i < lanes; i++) {
+      int t = warp + (reverse ? lanes - 1 - i : i);
+      if (fibre[t].state == READY) enter(t);
+      waiting += fibre[t].state != DONE;
+    }
+    for (int t = warp; t < warp + lanes; t++) if (fibre[t].state == AT_WARP) released |= release_lanes(t);
+    if (!released || *error) return waiting;
+  }
+}
 inline void run_block(bool reverse) {
   for (int t = 0; t < threads; t++) fibre[t] = Fibre();
   make_fibres();
   for (;;) {
-    int waiting = 0;
-    for (int i = 0; i < threads; i++) {
-      int t = reverse ? threads - 1 - i : i;
-      if (fibre[t].state == READY) enter(t);
-      waiting += fibre[t].state != DONE;
-    }
+    int waiting = 0, warps = (threads + 31) / 32;
+    for (int i = 0; i < warps; i++) waiting += run_warp(32 * (reverse ? warps - 1 - i : i), reverse);
     if (!waiting || *error) return;
-    bool released = release_barrier();
-    for (int t = 0; t < threads; t++) if (fibre[t].state == AT_WARP) released |= release_lanes(t);
-    if (!released) return explain();
+    if (!release_barrier()) return explain();
   }
 }
 
@@ -189,6 +201,7 @@ inline const char *launch(const unsigned *size, size_t shared, bool reverse, int
       fail("block (%u, %u, %u) wrote past the end of its %zu bytes of dynamic shared memory", x, y, z, shared); break; }
   }
   free(dynamic);
+  if (*error) abandon_fibres();
   return *error ? error : nullptr;
 }
 template <class... A> struct Call {
