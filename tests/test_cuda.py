@@ -40,7 +40,7 @@ DTYPES = [np.dtype(np.float32), np.dtype(np.float16), bfloat16]
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("file", FILES)
 def test_every_kernel_compiles_for_a_device_and_keeps_its_numbers_in_registers(file, arch):
-    for t, s in zip(DTYPES, (DTYPES[1], DTYPES[1], DTYPES[0])):
+    for t, s in [(DTYPES[0], DTYPES[1])] + [(DTYPES[1], DTYPES[1]), (DTYPES[2], DTYPES[0])] * (arch == "sm_90"):
         binary, log = nvrtc.compile_cuda(launch.source(file, (("T", t), ("S", s))), arch)
         assert binary[:4] == b"\x7fELF" and "entry function" in log
         assert "0 bytes spill stores, 0 bytes spill loads" in log and all(
@@ -101,6 +101,7 @@ class Poisoned:
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     "NumPy arrays in the place of CuPy's."
     monkeypatch.setattr(launch, "xp", lambda like: Poisoned)
+    monkeypatch.setattr(launch, "BLOCKS", 2)                                     # so that every thread has more than one number to see to
     monkeypatch.setitem(gemm.LIBRARIES, np.ndarray, FakeCublas())
     monkeypatch.setitem(launch.COMPILERS, np.ndarray, CpuKernel)
     launch._kernel.cache_clear()
@@ -116,7 +117,8 @@ def both_ways(run: Callable[[], list]) -> list:
         m.setenv("EMU_REVERSE", "1")
         m.setenv("EMU_POISON", "127")
         again = run()
-    assert all(a is b is None or a.tobytes() == b.tobytes() for a, b in zip(first, again)), "the result depends on the order of the threads, or on poison"
+    same = all(a is b is None or a.tobytes() == b.tobytes() for a, b in zip(first, again))
+    assert same, "the result depends on the order of the threads, or on poison"
     return first
 
 
@@ -208,3 +210,345 @@ def test_a_kernel_is_its_definition_in_sixteen_bits(name, dtype, rng):
 @given(st.sampled_from(layers.NAMES), st.lists(st.integers(1, 40), min_size=2, max_size=3), st.integers(0, 2**32 - 1))
 def test_a_kernel_is_its_definition_for_any_shape(name, shape, seed):
     agree(name, tuple(shape), np.float32, np.random.default_rng(seed))
+
+
+def test_what_a_kernel_was_not_written_for_goes_to_the_definition(rng):
+    for name in layers.NAMES:
+        agree(name, (3, 5), np.float64, rng)
+    launch.COMPILERS[np.ndarray] = lambda source, name: pytest.fail("a kernel was launched")
+    x, W = rng.standard_normal((4, 6)).astype(np.float32), rng.standard_normal((5, 6)).astype(np.float32)
+    many = np.zeros((layers.SAME_ORDER + 1,), np.int64)
+    for name, args, kw in [("gelu", (x[:, ::2],), {}), ("gelu_tanh", (x[:0],), {}), ("layer_norm", (x, W[0].astype(np.float64), W[1]), {}),
+                           ("linear", (x[:0], W), {}), ("embedding", (W, many), {}), ("embedding", (W, many[:0]), {}),
+                           ("matmul", (x[None, None], W.T[None]), {}),
+                           ("attention", (x, W, W[:, :2]), {"seen": np.float32(1) * np.ones((4, 5), np.float32) > 2, "keep": None, "scale": None}),
+                           ("cross_entropy", (x, np.array([0, 1, 2, 3])), {"weight": x[0], "label_smoothing": 0.1})]:
+        if name == "attention":
+            args = tuple(a.astype(np.float64) for a in args)
+        with np.errstate(all="ignore"):
+            (y, pulls), (want, defined) = getattr(layers, name)(*args, **kw), OPS[name].definition(*args, **kw)
+        assert np.array_equal(y, want, equal_nan=True) and callable(pulls) == callable(defined)
+        if not callable(pulls):
+            assert all(a is b is None or np.array_equal(a(np.ones_like(y)), b(np.ones_like(y)), equal_nan=True) for a, b in zip(pulls, defined))
+
+
+def test_scores_far_from_zero_and_rows_that_see_nothing(rng):
+    q, k, v = (rng.standard_normal((2, 3, 40, 8)).astype(np.float32) for _ in range(3))
+    for kw in ({"seen": np.zeros((1, 1, 40), bool)}, {"scale": 500.0}, {"causal": True, "seen": np.arange(40) > 20}):
+        y, back = layers.attention(q, k, v, **kw)
+        want, right = OPS["attention"].definition(q, k, v, **kw)
+        assert near(y, want, 2e-4) and all(near(a, b, 1e-3) for a, b in zip(back(v, [True] * 3), right(v, [True] * 3))) and np.isfinite(y).all()
+    hidden, _ = layers.attention(q, k, v, seen=np.zeros((1, 1, 40), bool))
+    assert not hidden.any()
+    z = (rng.standard_normal((3, 50)) + [[0], [1e4], [-1e4]]).astype(np.float32)
+    value, back = layers.cross_entropy(z, np.array([3, 4, 5]))
+    want, right = OPS["cross_entropy"].definition(z, np.array([3, 4, 5]))
+    assert near(value, want, 1e-6) and near(back[0](np.float32(1)[None].reshape(())), right[0](np.float32(1)), 1e-6)
+    for labels, ignored in (([7, 7, 7], 7), ([0, 50, 1], -100), ([0, -51, 1], -100)):    # nothing counts; a label that is no class
+        value, (back, *_) = layers.cross_entropy(z, np.array(labels), ignore_index=ignored)
+        assert np.isnan(value) and np.isnan(back(np.ones((), np.float32))).any()
+
+
+def sees_only_minus_infinity() -> None:
+    q, k, v = np.ones((2, 1), np.float32), np.full((3, 1), -np.inf, np.float32), np.ones((3, 2), np.float32)
+    assert not layers.attention(q, k, v)[0].any() and not OPS["attention"].definition(q, k, v)[0].any()
+
+
+def test_scores_of_minus_infinity_weigh_nothing():
+    sees_only_minus_infinity()
+
+
+def test_only_the_gradients_that_are_needed_are_computed(rng):
+    x, w = rng.standard_normal((5, 8)).astype(np.float32), np.ones(8, np.float32)
+    assert [d is None for d in layers.layer_norm(x, w, w)[1](x, [False, True, False])][0]
+    assert layers.layer_norm(x, w, w)[1](x, [True, False, False])[1:] == (None, None)
+    back, products = layers.attention(x, x, x)[1], gemm.LIBRARIES[np.ndarray]
+    for needed, count in (([True] * 3, 4), ([False, False, True], 1), ([True, False, False], 2)):
+        before = products.calls
+        assert [d is not None for d in back(x, needed)] == needed and products.calls - before == count
+
+
+# ── the optimiser, and int4 ──────────────────────────────────────────────────────────────────────────────────────────
+def check_adam(rng: np.random.Generator, n: int = 1000, replayed: bool = False) -> None:
+    "Three steps as the definition takes them."
+    start = [rng.standard_normal(n).astype(np.float32) for _ in range(3)] + [rng.random(n).astype(np.float32)]
+    for decay in (0.0, 0.1):
+        def run(decay: float = decay) -> list:
+            w, g, m, v = (a.copy() for a in start)
+            for t in (1, 2, 3):
+                if replayed:
+                    layers.adam_replayed(w, g, m, v, np.array(layers.adam_rates(0.01 * t, 0.9, 0.99, decay, t), np.float32), 0.9, 0.99, 1e-8)
+                else:
+                    layers.adam_update(w, g, m, v, 0.01 * t, 0.9, 0.99, 1e-8, decay, t)
+            return [w, g, m, v]
+        want = [a.astype(np.float64) for a in start]
+        for t in (1, 2, 3):
+            optim.adam_update(*want, 0.01 * t, 0.9, 0.99, 1e-8, decay, t)
+        assert all(near(a, b, 1e-6) for a, b in zip(both_ways(run), want))
+
+
+def test_adam_is_its_definition_by_value_and_with_rates_from_the_device(rng):
+    for n in (1, 255, 1000, 5000):
+        check_adam(rng, n)
+    check_adam(rng, replayed=True)
+    w, g, m, v = (rng.standard_normal(6) for _ in range(4))
+    v, expected = abs(v), [a.copy() for a in (w, g, m, abs(v))]
+    layers.adam_update(w, g, m, v, 0.1, 0.9, 0.99, 1e-8, 0.0, 1)                 # float64
+    optim.adam_update(*expected, 0.1, 0.9, 0.99, 1e-8, 0.0, 1)
+    assert all(map(np.array_equal, (w, g, m, v), expected))
+
+
+def check_int4(rng: np.random.Generator, dtype: Any = np.float32) -> None:
+    for rows, n, k, group in ((1, 1, 8, 8), (3, 5, 64, 32), (2, 9, 43, 16), (1, 17, 4100, 64), (12, 5, 64, 32), (2, 3, 40, 64)):
+        codes = rng.integers(0, 2**32, (n, -(-k // 8)), dtype=np.uint32)
+        scale, zero = rng.uniform(0.01, 0.1, (n, -(-k // group))).astype(np.float16), rng.integers(0, 16, (n, -(-k // group))).astype(np.float16)
+        x = rng.standard_normal((rows, 1, k)).astype(dtype)
+        digits = np.array([[int(w) >> 4 * i & 15 for w in row for i in range(8)] for row in codes])[:, :k]
+        W = np.repeat(scale.astype(np.float64), group, 1)[:, :k] * (digits - np.repeat(zero.astype(np.float64), group, 1)[:, :k])
+        dense, y = both_ways(lambda: [int4.dequantize(codes, scale, zero, k, group, np.dtype(np.float32)), int4.matmul(x, codes, scale, zero, group)])
+        assert near(int4.dequantized(codes, scale, zero, k, group), W, 1e-3) and near(dense, W, 1e-6)
+        tol = 2e-6 if dtype == np.float32 else 2e-2
+        assert y.dtype == dtype and near(y, x.astype(np.float64) @ W.T, tol)
+
+
+def test_int4_products_are_those_of_the_dense_weight(rng):
+    check_int4(rng)
+    check_int4(rng, bfloat16)
+    x, codes, s = np.ones((1, 16), np.float64), np.full((1, 2), 0x76543210, np.uint32), np.ones((1, 2), np.float32)
+    assert int4.matmul(x, codes, s, 0 * s, 8).item() == 56                       # float64: by the definition
+
+
+def test_the_sum_of_an_embedding_has_the_same_bits_in_any_order_of_blocks(rng):
+    ids, g = rng.integers(0, 3, 500), rng.standard_normal((500, 4)).astype(np.float32)
+    d = layers.embedding(np.zeros((3, 4), np.float32), ids)[1][0](g)
+    in_order = np.zeros((3, 4), np.float32)
+    for i, row in zip(ids, g):
+        in_order[i] += row
+    assert np.array_equal(d, in_order)
+
+
+# ── planted faults ───────────────────────────────────────────────────────────────────────────────────────────────────
+def several(name: str, shapes: list = SHAPES, times: int = 6) -> Callable:
+    often = times if name in ("attention", "cross_entropy") else 1
+    return lambda rng: [agree(name, shape, np.float32, rng) for shape in shapes for _ in range(often)]
+
+
+FAULTS = [                                               # what, file, right, wrong, who must notice
+    ("missing barrier before columns meet", "layer_norm.cu", "  __syncthreads();\n", "", several("layer_norm")),
+    ("missing barrier before rows meet", "bias.cu", "  __syncthreads();\n", "", several("linear")),
+    ("a second sum begins before the first is read", "rows.cuh",
+     "  __syncthreads();                                       // whoever", "  // whoever",
+     several("cross_entropy", [(2, 300)])),
+    ("read before the warps have written", "rows.cuh",
+     "part[threadIdx.x >> 5] = v;\n  __syncthreads();\n  float sum", "part[threadIdx.x >> 5] = v;\n  float sum",
+     several("cross_entropy", [(2, 300)])),
+    ("threads return before a barrier", "cross_entropy.cu",
+     "  float log_sum", "  if (threadIdx.x >= n) return;\n  float log_sum", several("cross_entropy")),
+    ("barrier in a branch", "cross_entropy.cu", "if (smoothing) all", "if (threadIdx.x < n) all", several("cross_entropy")),
+    ("shuffle in divergent lanes", "layer_norm.cu",
+     "float mu = warp_sum(sum) / n", "float mu = lane < n ? warp_sum(sum) / n : 0", several("layer_norm")),
+    ("missing tail of rows", "layer_norm.cu", "if (row >= rows) return;                               // a", "// a", several("layer_norm")),
+    ("missing tail of columns", "bias.cu", "if (k > 0 || column >= n) return", "if (k > 0) return", several("linear")),
+    ("one number too many", "gelu.cu", "blockDim.x + threadIdx.x; i < n;", "blockDim.x + threadIdx.x; i <= n;", several("gelu")),
+    ("wrong stride of the grid", "gelu.cu", "i += gridDim.x * (long long)blockDim.x", "i += gridDim.x * 2ll * blockDim.x", several("gelu")),
+    ("x scaled twice", "gelu.cu", "a * 0.39894228f", "0.39894228f", several("gelu")),
+    ("factor of the cubic", "gelu.cu", "0.134145f", "0.044715f", several("gelu_tanh")),
+    ("variance about zero", "layer_norm.cu", "float c = (float)xs[i] - mu", "float c = (float)xs[i]", several("layer_norm")),
+    ("gradient without its mean", "layer_norm.cu", "- shift - xhat", "- xhat", several("layer_norm")),
+    ("only the first stretch is summed", "bias.cu", "s < stretches", "s < 1", several("linear")),
+    ("wrong stride of a stretch", "layer_norm.cu", "parts[((size_t)k * gridDim.y", "parts[((size_t)k * gridDim.x", several("layer_norm")),
+    ("= for += in the scatter", "embedding.cu", "sum[k] += ", "sum[k] = ", several("embedding")),
+    ("every position writes its row", "embedding.cu", "start + lane < i && ids", "start + lane < 0 && ids", several("embedding")),
+    ("a race: all add where they meet", "embedding.cu", "int id = ids[i];", "int id = ids[i];\n"
+     "  for (int c = first; c < min(width, first + 1); c += 32) d[(size_t)id * width + c] += g[(size_t)i * width + c]; return;",
+     several("embedding")),
+    ("width of the scatter", "embedding.cu", "if (first + 32 * k < width) d[", "d[", several("embedding")),
+    ("the present is the future", "attention.cu", "i + n - t + 1", "i + n - t", several("attention")),
+    ("without the keys that came before", "attention.cu", "i + n - t + 1", "i + 1", several("attention")),
+    ("stride of the mask", "attention.cu", "may[j * by_key]", "may[j]", several("attention")),
+    ("mask of another row", "attention.cu", "i * by_query", "row * by_query", several("attention")),
+    ("mask of another head", "attention.cu", "row / t % heads * by_head", "row / t * by_head", several("attention", [(2, 2, 5, 37)], 12)),
+    ("a row that sees nothing", "attention.cu", "sum == 0 ? 0 : 1 / sum", "1 / sum", lambda rng: sees_only_minus_infinity()),
+    ("minus infinity less itself", "attention.cu", "if (top == NEVER) top = 0;", "", lambda rng: sees_only_minus_infinity()),
+    ("dropout forgotten on the way back", "attention.cu",
+     "(float)d[j] * (keep ? (float)keep[j] : 1) - along", "(float)d[j] - along", several("attention")),
+    ("scale forgotten on the way back", "attention.cu", "(T)(alpha * (float)p[j]", "(T)((float)p[j]", several("attention")),
+    ("what is ignored counts", "cross_entropy.cu", "if (y != ignored)", "if (true)", several("cross_entropy")),
+    ("mean without weights", "cross_entropy.cu", "w = there ? (weight ? (float)weight[y] : 1)", "w = there ? (1)", several("cross_entropy")),
+    ("smoothing over n − 1", "cross_entropy.cu", "+ smoothing / n", "+ smoothing / (n - 1)", several("cross_entropy")),
+    ("−1 is not the last class", "cross_entropy.cu", "? labels[row] + n :", "? labels[row] :", several("cross_entropy")),
+    ("nibble order", "int4.cu", "eight >> 4 * i", "eight >> (28 - 4 * i)", check_int4),
+    ("nibble order of the dense weight", "int4.cu", "eight >> 4 * j", "eight >> (28 - 4 * j)", check_int4),
+    ("stride of the scales", "int4.cu", "at = (size_t)row * groups", "at = (size_t)row * words", check_int4),
+    ("zero point forgotten", "int4.cu", "(dot - (float)zero[at] * plain)", "dot", check_int4),
+    ("missing barrier after staging", "int4.cu", "    __syncthreads();\n    if (row", "    if (row", check_int4),
+    ("staging over what is still read", "int4.cu",
+     "    __syncthreads();                                     // no warp", "    // no warp", check_int4),
+    ("rows leave before the barrier", "int4.cu", "if (row >= N) continue;", "if (row >= N) return;", check_int4),
+    ("past the end of x", "int4.cu", "start + k < K ? ", "true ? ", check_int4),
+    ("past the end of a row", "int4.cu", "j < 8 && k + j < K", "j < 8", check_int4),
+    ("decay forgotten", "adam.cu", "shrink * (float)w[i]", "(float)w[i]", check_adam),
+    ("g for g²", "adam.cu", "c2 * d * d", "c2 * d", check_adam),
+    ("root inside out", "adam.cu", "root * sqrtf(q)", "sqrtf(root * q)", check_adam)]
+
+
+@pytest.mark.parametrize("what, file, right, wrong, notices", FAULTS, ids=[f[0] for f in FAULTS])
+def test_a_planted_fault_is_caught(what, file, right, wrong, notices, rng):
+    changed = []
+
+    def spoilt(source: str, name: str) -> CpuKernel:
+        text = (launch.HERE / file).read_text(encoding="utf-8")
+        assert right in text
+        changed.append(text in source or any(line in source for line in [right]))
+        return CpuKernel(source.replace(right, wrong), name)
+    launch.COMPILERS[np.ndarray] = spoilt
+    with pytest.raises((AssertionError, KernelError)):
+        notices(rng)
+    assert any(changed), "the fault was not in what ran"
+
+
+# ── products ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+def heads(x: np.ndarray) -> np.ndarray:
+    return x.transpose(0, 2, 1, 3)
+
+
+R = np.random.default_rng(1).standard_normal
+PRODUCTS = {                                             # a, b, how many of them cuBLAS cannot read where they lie
+    "plain": (R((5, 7)), R((7, 3)), 0), "three axes by two": (R((2, 5, 7)), R((7, 3)), 0), "two by three": (R((5, 7)), R((2, 7, 3)), 0),
+    "batched": (R((2, 4, 5, 7)), R((2, 4, 7, 3)), 0), "b transposed": (R((2, 4, 5, 7)), R((2, 4, 3, 7)).swapaxes(-1, -2), 0),
+    "a transposed": (R((2, 4, 7, 5)).swapaxes(-1, -2), R((2, 4, 7, 3)), 0), "both": (R((7, 5)).T, R((3, 7)).T, 0),
+    "square, a transposed": (R((4, 4)).T, R((4, 4)), 0), "square, b transposed": (R((2, 4, 4)), R((2, 4, 4)).swapaxes(-1, -2), 0),
+    "heads of one text": (heads(R((1, 5, 4, 7))), heads(R((1, 6, 4, 7))).swapaxes(-1, -2), 0),
+    "heads of three": (heads(R((3, 5, 4, 7))), heads(R((3, 6, 4, 7))).swapaxes(-1, -2), 2),
+    "columns": (R((5, 20))[:, 3:10], R((7, 9))[:, 2:5], 0), "every other column": (R((5, 14))[:, ::2], R((7, 3)), 1),
+    "backwards": (R((5, 7))[::-1], R((7, 3)), 1),
+    "rows 1": (R((1, 7)), R((7, 1)), 0), "inner 1": (R((5, 1)), R((1, 4)), 0), "one number": (R((1, 1)), R((1, 1)), 0),
+    "a row of columns": (R((20, 1)).T, R((20, 3)), 0), "repeated": (np.broadcast_to(R((1, 5, 7)), (4, 5, 7)), R((4, 7, 3)), 0),
+    "repeated rows": (np.broadcast_to(R((1, 7)), (5, 7)), R((7, 3)), 1), "one of a batch": (R((6, 5, 7))[2:3], R((1, 7, 3)), 0),
+    "every other of a batch": (R((6, 5, 7))[::2], R((3, 7, 3)), 0), "nothing to sum": (R((5, 0)), R((0, 3)), 0), "no rows": (R((0, 5)), R((5, 3)), 0)}
+
+
+def like(x: np.ndarray, dtype: Any) -> np.ndarray:
+    "The same numbers as another dtype, with the same layout."
+    base = x
+    while base.base is not None:
+        base = base.base
+    wide = base.astype(dtype)
+    offset = (x.ctypes.data - base.ctypes.data) // base.itemsize * wide.itemsize
+    return np.ndarray(x.shape, dtype, wide, offset, tuple(s // x.itemsize * wide.itemsize for s in x.strides))
+
+
+def multiplies(case: str, dtype: Any) -> None:
+    a, b, copies = PRODUCTS[case]
+    a, b = like(a, dtype), like(b, dtype)
+    tol = {"float32": 2e-6, "float64": 1e-13, "float16": 2e-3, "bfloat16": 1e-2}[np.dtype(dtype).name]
+    y = gemm.matmul(a, b)
+    want = a.astype(np.float64) @ b.astype(np.float64)
+    assert y.dtype == dtype and y.flags.c_contiguous and near(y, want, tol)
+    assert sum(gemm.readable(x) is not x for x in (a, b)) == copies or not (a.size and b.size)
+    kind = [dtype] + [np.float32] * (np.dtype(dtype).itemsize == 2)
+    for out in (np.ones(want.shape, k) for k in kind):
+        assert gemm.matmul(a, b, out=out, add=True) is out or a.ndim > b.ndim
+        assert near(out, 1 + want, tol)
+        gemm.matmul(a, b, out=out)
+        assert near(out, want, tol)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, bfloat16], ids=["float32", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("case", PRODUCTS)
+def test_cublas_is_given_arguments_that_mean_the_product(case, dtype):
+    multiplies(case, dtype)
+
+
+def swap(i: int, j: int) -> Callable:
+    def change(given: list) -> None:
+        given[i], given[j] = given[j], given[i]
+    return change
+
+
+def put(i: int, value: Any) -> Callable:
+    return lambda given: given.__setitem__(i, value(given) if callable(value) else value)
+
+
+SPOILT = {"a not transposed": put(1, 0), "b not transposed": put(0, 0), "always transposed": put(0, 1), "m and n": swap(2, 3), "n and k": swap(2, 4),
+          "operands in order": swap(6, 10), "leading dimensions": swap(8, 12), "leading dimension is k": put(8, lambda g: g[4]),
+          "one step for all": put(9, 0), "steps": swap(9, 13), "beta forgotten": put(14, 0.0), "beta always": put(14, 1.0), "alpha": put(5, 2.0),
+          "leading dimension of the result": put(17, lambda g: g[3]), "step of the result": put(18, 0), "one product": put(19, 1),
+          "compute as double": put(20, 70), "dtype": put(7, 1), "dtype of the result": put(16, lambda g: g[7])}
+
+
+@pytest.mark.parametrize("what", SPOILT)
+def test_a_wrong_argument_is_caught(what):
+    gemm.LIBRARIES[np.ndarray] = FakeCublas(SPOILT[what])
+    with np.errstate(all="ignore"), pytest.raises((AssertionError, ValueError)):
+        for case in PRODUCTS:
+            for dtype in (np.float32, np.float16):
+                multiplies(case, dtype)
+
+
+def test_tf32_is_a_switch_that_touches_float32_alone(monkeypatch):
+    seen = []
+    gemm.LIBRARIES[np.ndarray] = FakeCublas(lambda given: seen.append(given[20]))
+    monkeypatch.setattr(gemm, "_tf32", False)
+    for on in (True, False):
+        gemm.allow_tf32(on)
+        for dtype in (np.float32, np.float64, np.float16, bfloat16):
+            gemm.matmul(np.ones((2, 2), dtype), np.ones((2, 2), dtype))
+    assert seen == [77, 70, 68, 68, 68, 70, 68, 68]
+
+
+def test_products_that_do_not_fit_say_so():
+    x = np.ones((2, 3), np.float32)
+    for a, b, error in ((x, x, ValueError), (x, x.T.astype(np.float64), TypeError), (x.astype(int), x.T.astype(int), TypeError),
+                        (x[0], x.T, ValueError), (np.ones((2, 2, 3), np.float32), np.ones((3, 3, 2), np.float32), ValueError)):
+        with pytest.raises(error, match="matmul"):
+            gemm.matmul(a, b)
+    with pytest.raises(ValueError, match="out must be contiguous, of shape"):
+        gemm.matmul(x, x.T, out=np.ones((3, 2), np.float32))
+
+
+# ── in the library ───────────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.fixture
+def no_cupy() -> Iterator[None]:
+    "What is registered now is registered afterwards, and nothing else."
+    tables = (array._modules, array._names, array._when_opened, launch.COMPILERS, gemm.LIBRARIES)
+    kept = [dict(t) for t in tables]
+    with kernels.definitions():
+        yield
+        kernels.remove()
+    for table, was in zip(tables, kept):
+        table.clear()
+        table.update(was)
+
+
+def test_kernels_are_put_in_place_when_the_backend_is_opened(no_cupy):
+    class Array:
+        pass
+    cupy = SimpleNamespace(RawKernel=CpuKernel)
+    kernels.install()
+    assert not any(Array in OPS[n].fast for n in layers.NAMES)
+    array._register("cupy", Array, cupy)
+    assert all(OPS[n].fast[Array] is getattr(layers, n) for n in layers.NAMES) and optim.adam_update.fast[Array] is layers.adam_update
+    assert launch.COMPILERS[Array] is CpuKernel and array._open("cupy") is cupy
+    kernels.remove()
+    kernels.install()                                    # it is open already
+    assert all(Array in OPS[n].fast for n in layers.NAMES)
+
+
+def curve(steps: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    model = GPT(GPTConfig(19, 12, 16, 2, 2, dropout=0.1), seed=1)
+    attach(model, LoRA(r=2, targets=("attn.[qv]", "mlp.up")))
+    rng = np.random.default_rng(0)
+    ids, mask = rng.integers(0, 19, (3, 4, 10)), rng.integers(4, 11, (3, 4, 1)) > np.arange(10)
+    history = fit(model, [{"ids": i, "mask": m} for i, m in zip(ids, mask)], steps, AdamW(0.01), progress=False)
+    return np.array(history.losses), model.blocks[0].attn.q.edits["lora"].B.numpy()
+
+
+def test_training_goes_the_same_way_on_the_cuda_kernels():
+    with kernels.definitions():
+        plain, plain_weights = curve()
+        cuda.put_in_place(np.ndarray)
+        losses, weights = curve()
+        kernels.remove()
+    assert np.allclose(losses, plain, rtol=2e-5) and np.allclose(weights, plain_weights, rtol=1e-2, atol=1e-4)
+    assert gemm.LIBRARIES[np.ndarray].calls > 50 and not np.array_equal(losses, plain), "the kernels were not used"

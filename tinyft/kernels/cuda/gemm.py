@@ -20,7 +20,7 @@ from ...array import Array, bfloat16, xp
 from .launch import empty
 
 LIBRARIES: dict[type, Any] = {}                                                  # array type -> what multiplies its arrays
-TYPES = {np.dtype(np.float32): 0, np.dtype(np.float64): 1, np.dtype(np.float16): 2, bfloat16: 14}                # cudaDataType
+TYPES = {np.dtype(np.float32): 0, np.dtype(np.float64): 1, np.dtype(np.float16): 2, bfloat16: 14}        # cudaDataType
 COMPUTE_32F, COMPUTE_64F, COMPUTE_32F_FAST_TF32 = 68, 70, 77                     # cublasComputeType
 DEFAULT_ALGORITHM = -1
 WORKSPACE = 32 << 20                                                             # bytes; what NVIDIA names for Hopper
@@ -28,7 +28,7 @@ _tf32 = False
 
 
 def allow_tf32(on: bool) -> None:
-    "Let products of float32 round their factors to ten bits of fraction: several times faster on tensor cores, as torch.backends.cuda.matmul.allow_tf32."
+    "Let products of float32 round their factors to ten bits of fraction, for tensor cores: as torch.backends.cuda.matmul.allow_tf32."
     global _tf32
     _tf32 = on
 
@@ -112,7 +112,7 @@ class Cublas:
 
     def open(self) -> None:
         import cupy
-        from cuda import pathfinder                                              # comes with CuPy
+        from cuda import pathfinder  # comes with CuPy
         pathfinder.load_nvidia_dynamic_lib("cublas")
         library = ctypes.CDLL(f"libcublas.so.{cupy.cuda.runtime.runtimeGetVersion() // 1000}")
         p, i, l = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong

@@ -41,7 +41,8 @@ def matmul(x: Array, codes: Array, scale: Array, zero: Array, group: int) -> Arr
         y = gemm.matmul(X, W.T) if type(x) in gemm.LIBRARIES else X @ W.T
     else:
         y = empty(x, (len(X), len(codes)))
-        launch("int4.cu", "int4_matvec", (-(-len(codes) // ROWS), len(X)), THREADS, codes, scale, zero, X, y, len(codes), k, group, T=x.dtype, S=scale.dtype)
+        grid = (-(-len(codes) // ROWS), len(X))
+        launch("int4.cu", "int4_matvec", grid, THREADS, codes, scale, zero, X, y, len(codes), k, group, T=x.dtype, S=scale.dtype)
     return y.reshape(*x.shape[:-1], len(codes))
 
 

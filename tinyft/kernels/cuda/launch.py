@@ -45,7 +45,8 @@ def empty(like: Array, shape: tuple, dtype: Any = None) -> Array:
 @lru_cache(None)
 def source(file: str, types: tuple = ()) -> str:
     "The text of a kernel file with the headers of ours in their places, and its type names defined before it."
-    text = re.sub(r'^#include "(\w+\.cuh)"$', lambda m: (HERE / m[1]).read_text(encoding="utf-8"), (HERE / file).read_text(encoding="utf-8"), flags=re.M)
+    read = lambda name: (HERE / name).read_text(encoding="utf-8")
+    text = re.sub(r'^#include "(\w+\.cuh)"$', lambda m: read(m[1]), read(file), flags=re.MULTILINE)
     named = [(name, *C_TYPES[np.dtype(dtype)]) for name, dtype in types]
     headers = sorted({header for _, _, header in named if header})
     return "".join(f"#include <{h}>\n" for h in headers) + "".join(f"typedef {c} {name};\n" for name, c, _ in named) + text

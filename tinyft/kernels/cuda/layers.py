@@ -13,6 +13,7 @@ from ... import ops
 from ...array import Array, xp
 from ...ops import flat, t
 from ...optim import adam_update as adam_definition
+from ...tensor import OPS
 from . import gemm
 from .launch import C_TYPES, blocks, empty, launch
 
@@ -56,7 +57,8 @@ def linear(x: Array, W: Array, b: Array | None = None) -> Any:
     y = gemm.matmul(X, W.T)
     if b is not None:
         launch("bias.cu", "add_bias", blocks(y.size), THREADS, y, b, np.int64(y.size), n, T=y.dtype)
-    return y.reshape(*x.shape[:-1], n), (lambda g: gemm.matmul(flat(_dense(g)), W).reshape(x.shape), lambda g: gemm.matmul(flat(_dense(g)).T, X), sum_rows)
+    tall = lambda g: flat(_dense(g))
+    return y.reshape(*x.shape[:-1], n), (lambda g: gemm.matmul(tall(g), W).reshape(x.shape), lambda g: gemm.matmul(tall(g).T, X), sum_rows)
 
 
 def sum_rows(g: Array) -> Array:
@@ -89,7 +91,7 @@ def _gelu(name: str) -> Any:
     def kernel(x: Array) -> Any:
         "Saves all but one of the passes."
         if not _suits(x):
-            return ops.OPS[name].definition(x)
+            return OPS[name].definition(x)
         y, size, grid = empty(x, x.shape), np.int64(x.size), blocks(x.size)
         launch("gelu.cu", name, grid, THREADS, x, y, size, T=x.dtype)
 
@@ -120,7 +122,8 @@ def layer_norm(x: Array, w: Array, b: Array, eps: float = 1e-5) -> Any:
         if needed[1] or needed[2]:
             stretches, each = _stretches(rows)
             parts = empty(x, (2, stretches, n), np.float32)
-            launch("layer_norm.cu", "layer_norm_back_weights", (-(-n // 32), stretches), (32, 8), x, g, mean, r, parts, rows, n, each, T=x.dtype)
+            grid = (-(-n // 32), stretches)
+            launch("layer_norm.cu", "layer_norm_back_weights", grid, (32, 8), x, g, mean, r, parts, rows, n, each, T=x.dtype)
             weights = _sum_parts(parts, x.dtype)
         return dx, weights[0], weights[1]
     return y, back
@@ -146,8 +149,9 @@ def attention(q: Array, k: Array, v: Array, seen: Array | None = None, causal: b
     "Saves the masks and all passes but one over the scores, between products that read heads where they lie."
     arrays, lead = [q, k, v] + ([] if keep is None else [keep]), q.shape[:-2]
     shape = (*lead, q.shape[-2], k.shape[-2]) if q.ndim >= 2 <= k.ndim else ()
-    if not (2 <= q.ndim <= 4 and k.shape[:-2] == v.shape[:-2] == lead and q.dtype in C_TYPES and all(a.dtype == q.dtype and a.size for a in arrays)
-            and q.shape[-1] == k.shape[-1] and k.shape[-2] == v.shape[-2] and (seen is None or (seen.ndim <= q.ndim and seen.dtype == bool))):
+    if not (2 <= q.ndim <= 4 and k.shape[:-2] == v.shape[:-2] == lead and q.dtype in C_TYPES
+            and all(a.dtype == q.dtype and a.size for a in arrays) and q.shape[-1] == k.shape[-1] and k.shape[-2] == v.shape[-2]
+            and (seen is None or (seen.ndim <= q.ndim and seen.dtype == bool))):
         return ops.attention.definition(q, k, v, seen, causal=causal, scale=scale, keep=keep)
     m, alpha = xp(q), float(q.shape[-1]**-0.5 if scale is None else scale)
     keep = None if keep is None else _dense(m.broadcast_to(keep, shape))
@@ -155,8 +159,8 @@ def attention(q: Array, k: Array, v: Array, seen: Array | None = None, causal: b
     (queries, n), rows, heads = s.shape[-2:], s.size // s.shape[-1], lead[-1] if lead else 1
     seen, strides = _mask(seen, s.shape)
     kept = s if keep is None else empty(s, s.shape)
-    launch("attention.cu", "masked_softmax", _rows(rows), THREADS, s, seen, keep, s, None if keep is None else kept, np.int64(rows), n, queries, heads,
-           causal, alpha, *strides, T=s.dtype)
+    sizes = (np.int64(rows), n, queries, heads)
+    launch("attention.cu", "masked_softmax", _rows(rows), THREADS, s, seen, keep, s, kept, *sizes, causal, alpha, *strides, T=s.dtype)
     p = s                                                                        # the scores' own memory
 
     def back(g: Array, needed: list[bool]) -> tuple:
@@ -188,12 +192,14 @@ def cross_entropy(z: Array, y: Array, weight: Array | None = None, ignore_index:
     n, rows, labels = z.shape[-1], z.size // z.shape[-1], _dense(y.astype(np.int64))
     losses, stats, value, total = (empty(z, shape, dtype) for shape, dtype in (
         ((rows,), np.float32), ((3, rows), np.float32), ((), z.dtype), ((), np.float32)))
-    launch("cross_entropy.cu", "cross_entropy", rows, THREADS, z, labels, weight, losses, stats, n, np.int64(ignore_index), float(label_smoothing), T=z.dtype)
+    options = (n, np.int64(ignore_index), float(label_smoothing))
+    launch("cross_entropy.cu", "cross_entropy", rows, THREADS, z, labels, weight, losses, stats, *options, T=z.dtype)
     launch("cross_entropy.cu", "cross_entropy_mean", 1, 1024, losses, stats[2], value, total, rows, T=z.dtype)
 
     def back(g: Array) -> Array:
         d = empty(z, z.shape)
-        launch("cross_entropy.cu", "cross_entropy_back", rows, THREADS, z, labels, stats, total, _dense(g), d, n, float(label_smoothing), T=z.dtype)
+        g = xp(z).asarray(g)                                                     # a sum is a number without axes: NumPy makes a scalar of it
+        launch("cross_entropy.cu", "cross_entropy_back", rows, THREADS, z, labels, stats, total, g, d, n, float(label_smoothing), T=z.dtype)
         return d
     return value, (back, None, None)
 
@@ -208,7 +214,8 @@ def adam_update(w: Array, g: Array, m: Array, v: Array, lr: float, b1: float, b2
     "One launch, one pass."
     if not _suits(w, g, m, v):
         return adam_definition(w, g, m, v, lr, b1, b2, eps, decay, t)
-    launch("adam.cu", "adam", blocks(w.size), THREADS, w, g, m, v, *adam_rates(lr, b1, b2, decay, t), *_betas(b1, b2), float(eps), np.int64(w.size), T=w.dtype)
+    rates = adam_rates(lr, b1, b2, decay, t)
+    launch("adam.cu", "adam", blocks(w.size), THREADS, w, g, m, v, *rates, *_betas(b1, b2), float(eps), np.int64(w.size), T=w.dtype)
 
 
 def adam_replayed(w: Array, g: Array, m: Array, v: Array, rates: Array, b1: float, b2: float, eps: float) -> None:

@@ -104,15 +104,15 @@ class CpuKernel:
         for a in arrays:
             if _place(a) not in out and any(start < _place(a)[0] + a.nbytes and _place(a)[0] < start + n for start, n in out):
                 raise KernelError(f"{self.name}: two of the arrays overlap")
-            out.setdefault(_place(a), _Guarded(a))
+            out.setdefault(_place(a), _Guarded(a, (_poison() - len(out)) % 256))          # each its own, that copied poison shows too
         return out
 
 
 class _Guarded:
     "The bytes of an array where a kernel may work on them, between two guards of poison."
 
-    def __init__(self, a: np.ndarray):
-        self.raw = np.full(a.nbytes + 2 * GUARD + 256, _poison(), np.uint8)
+    def __init__(self, a: np.ndarray, poison: int):
+        self.raw, self.poison = np.full(a.nbytes + 2 * GUARD + 256, poison, np.uint8), poison
         start = GUARD + -(self.raw.ctypes.data + GUARD) % 256                    # aligned as device memory is
         self.inside = slice(start, start + a.nbytes)
         self.address = self.raw.ctypes.data + start
@@ -121,7 +121,7 @@ class _Guarded:
     def give_back(self, a: np.ndarray, said: str) -> None:
         "What the kernel left, into the array it came from."
         for where, part in (("before the start", self.raw[:self.inside.start]), ("past the end", self.raw[self.inside.stop:])):
-            if (part != _poison()).any():
+            if (part != self.poison).any():
                 raise KernelError(f"{said}, and wrote {where} of it")
         if a.flags.writeable:
             _bytes(a)[:] = self.raw[self.inside]
@@ -193,8 +193,8 @@ def _library(code: str, options: tuple[str, ...]) -> ctypes.CDLL:
         with tempfile.TemporaryDirectory() as folder:
             cpp, so = Path(folder) / "kernel.cpp", Path(folder) / "kernel.so"
             cpp.write_text(code, encoding="utf-8")
-            command = [cxx, "-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-pthread", "-U_FORTIFY_SOURCE", f"-I{HERE}", *options, str(cpp), "-o", str(so)]
-            done = subprocess.run(command, capture_output=True, text=True)
+            flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-pthread", "-U_FORTIFY_SOURCE", f"-I{HERE}", *options]
+            done = subprocess.run([cxx, *flags, str(cpp), "-o", str(so)], capture_output=True, text=True)
             if done.returncode:
                 raise KernelError(f"{cxx} does not take this kernel:\n{done.stderr.replace(folder, '')[:3000]}")
             shutil.copy(so, built.with_suffix(f".{os.getpid()}"))
