@@ -1,4 +1,5 @@
 """The CUDA kernels, without a GPU: NVRTC compiles them, and the same source, launched by the same lines, runs on the CPU and is its definition.
+On the backend cupy the first tests run there.
 
 Products go to a stand-in of cuBLAS that is given the very arguments and reads memory column by column, as cuBLAS does.  What the
 kernels fill is NaN before; shared memory and the surroundings of arrays are poisoned; every launch runs twice, with the threads in the
@@ -10,6 +11,7 @@ import ctypes
 import math
 import runpy
 import shutil
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,13 +31,15 @@ from tinyft.tensor import OPS, sum_to
 
 nvrtc = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "tools" / "nvrtc.py")))
 no_compiler = not any(shutil.which(c) for c in ("g++", "c++", "clang++"))
-pytestmark = [pytest.mark.skipif(array.backend() != "numpy", reason="these run on NumPy arrays, whatever the suite's backend"),
-              pytest.mark.skipif(no_compiler, reason="no C++ compiler: install g++")]
+pytestmark = [pytest.mark.skipif(array.backend() == "strict", reason="kernels work on memory, which the strict double does not give away"),
+              pytest.mark.skipif(no_compiler and array.backend() == "numpy", reason="no C++ compiler: install g++")]
+no_device = pytest.mark.skipif(array.backend() != "numpy", reason="of the CPU's stand-ins for a device")
 FILES = sorted(p.name for p in launch.HERE.glob("*.cu"))
 DTYPES = [np.dtype(np.float32), np.dtype(np.float16), bfloat16]
 
 
 # ── they compile for a device ────────────────────────────────────────────────────────────────────────────────────────
+@no_device
 @pytest.mark.skipif(bool(nvrtc.missing()), reason=str(nvrtc.missing()))
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("file", FILES)
@@ -100,6 +104,9 @@ class Poisoned:
 @pytest.fixture(autouse=True)
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     "NumPy arrays in the place of CuPy's."
+    if array.backend() != "numpy":
+        yield
+        return
     monkeypatch.setattr(launch, "xp", lambda like: Poisoned)
     monkeypatch.setattr(launch, "BLOCKS", 2)                                     # so that every thread has more than one number to see to
     monkeypatch.setitem(gemm.LIBRARIES, np.ndarray, FakeCublas())
@@ -159,35 +166,42 @@ def near(a: np.ndarray, b: np.ndarray, tol: float) -> bool:
     return a.shape == b.shape and bool((np.abs(a - b) <= bound).all() if np.isfinite(b).all() else np.array_equal(np.isnan(a), np.isnan(b)))
 
 
-def agree(name: str, shape: tuple, dtype: Any, rng: np.random.Generator, kernel: Callable | None = None) -> None:
-    "Value and every pullback, both ways; no input is written to."
-    arrays, kw = inputs(name, shape, np.dtype(dtype), rng)
-    tol = {"float32": 5e-6, "float16": 3e-3, "bfloat16": 2e-2, "float64": 1e-12}[np.dtype(dtype).name]
-    kept = [a.copy() for a in arrays]
+def on_device(a: Any) -> Any:
+    return array.asarray(a) if isinstance(a, np.ndarray) else a
+
+
+def agree(name: str, shape: tuple, dtype: Any, rng: np.random.Generator) -> None:
+    "Value and every pullback, both ways; no input is written to.  On a device, if the suite runs on one."
+    host, options = inputs(name, shape, np.dtype(dtype), rng)
+    arrays, kw = [on_device(a) for a in host], {k: on_device(v) for k, v in options.items()}
+    m, tol = array.xp(arrays[0]), {"float32": 5e-6, "float16": 3e-3, "bfloat16": 2e-2, "float64": 1e-12}[np.dtype(dtype).name]
     with np.errstate(all="ignore"):
-        want, defined = OPS[name].definition(*map(wide, arrays), **{k: wide(v) for k, v in kw.items()})
+        want, defined = OPS[name].definition(*map(wide, host), **{k: wide(v) for k, v in options.items()})
     want = np.asarray(want)
-    g = np.asarray(rng.standard_normal(want.shape)).astype(dtype)
-    layouts = [g] + ([np.broadcast_to(g[..., :1], g.shape), np.asfortranarray(g)] if g.ndim else [])              # any g that backward may hand over
+    g = on_device(np.asarray(rng.standard_normal(want.shape)).astype(dtype))
+    layouts = [g]                                                                # any g that backward may hand over
+    if g.ndim > 1:
+        layouts += [m.broadcast_to(g[..., :1], g.shape), m.ascontiguousarray(g.swapaxes(-1, -2)).swapaxes(-1, -2)]
 
     def run() -> list:
-        y, pulls = (kernel or getattr(layers, name))(*arrays, **kw)
-        out = [np.asarray(y)]
+        y, pulls = getattr(layers, name)(*arrays, **kw)
+        out = [y]
         for h in layouts:
             out += pulls(h, [True] * len(arrays)) if callable(pulls) else [back and back(h) for back, _ in zip(pulls, arrays)]
-        return out
+        return [a if a is None else np.asarray(array.asnumpy(a)) for a in out]
     with np.errstate(all="ignore"):
         y, *got = both_ways(run)
         assert y.dtype == dtype and near(y, want, tol), "value"
         rows = max(1, math.prod(shape[:-1]))
         for h in layouts:
-            right = defined(wide(h), [True] * len(arrays)) if callable(defined) else [back and back(wide(h)) for back, _ in zip(defined, arrays)]
+            h = wide(array.asnumpy(h))
+            right = defined(h, [True] * len(arrays)) if callable(defined) else [back and back(h) for back, _ in zip(defined, arrays)]
             for a, r in zip(arrays, right):
                 d = got.pop(0)
                 assert (d is None) == (r is None)
                 if r is not None:
                     assert d.dtype == dtype and near(sum_to(d, a.shape), sum_to(r, a.shape), tol * rows**0.5), "pullback"
-    assert all(np.array_equal(a, b) for a, b in zip(arrays, kept)), "an input was written to"
+    assert all(np.array_equal(array.asnumpy(a), b) for a, b in zip(arrays, host)), "an input was written to"
 
 
 SHAPES = [(1, 1), (3, 5), (2, 3, 33), (9, 64), (70, 40), (1, 300), (2, 2, 5, 37), (130, 3)]
@@ -212,6 +226,7 @@ def test_a_kernel_is_its_definition_for_any_shape(name, shape, seed):
     agree(name, tuple(shape), np.float32, np.random.default_rng(seed))
 
 
+@no_device
 def test_what_a_kernel_was_not_written_for_goes_to_the_definition(rng):
     for name in layers.NAMES:
         agree(name, (3, 5), np.float64, rng)
@@ -232,6 +247,7 @@ def test_what_a_kernel_was_not_written_for_goes_to_the_definition(rng):
             assert all(a is b is None or np.array_equal(a(np.ones_like(y)), b(np.ones_like(y)), equal_nan=True) for a, b in zip(pulls, defined))
 
 
+@no_device
 def test_scores_far_from_zero_and_rows_that_see_nothing(rng):
     q, k, v = (rng.standard_normal((2, 3, 40, 8)).astype(np.float32) for _ in range(3))
     for kw in ({"seen": np.zeros((1, 1, 40), bool)}, {"scale": 500.0}, {"causal": True, "seen": np.arange(40) > 20}):
@@ -254,10 +270,12 @@ def sees_only_minus_infinity() -> None:
     assert not layers.attention(q, k, v)[0].any() and not OPS["attention"].definition(q, k, v)[0].any()
 
 
+@no_device
 def test_scores_of_minus_infinity_weigh_nothing():
     sees_only_minus_infinity()
 
 
+@no_device
 def test_only_the_gradients_that_are_needed_are_computed(rng):
     x, w = rng.standard_normal((5, 8)).astype(np.float32), np.ones(8, np.float32)
     assert [d is None for d in layers.layer_norm(x, w, w)[1](x, [False, True, False])][0]
@@ -266,6 +284,18 @@ def test_only_the_gradients_that_are_needed_are_computed(rng):
     for needed, count in (([True] * 3, 4), ([False, False, True], 1), ([True, False, False], 2)):
         before = products.calls
         assert [d is not None for d in back(x, needed)] == needed and products.calls - before == count
+
+
+@no_device
+def test_a_pullback_holds_nothing_but_what_it_needs(rng):
+    "The way back through a frozen matrix needs no input: LoRA's memory."
+    x, W = rng.standard_normal((4, 6)).astype(np.float32), np.ones((5, 6), np.float32)
+    for name, i, held in (("linear", 0, False), ("linear", 1, True), ("linear", 2, False), ("matmul", 0, False), ("matmul", 1, True)):
+        mine = x.copy()
+        seen = weakref.ref(mine)
+        back = getattr(layers, name)(mine, W if name == "linear" else W.T.copy())[1][i]
+        del mine
+        assert (seen() is not None) == held and back(np.ones((4, 5), np.float32)).size
 
 
 # ── the optimiser, and int4 ──────────────────────────────────────────────────────────────────────────────────────────
@@ -287,6 +317,7 @@ def check_adam(rng: np.random.Generator, n: int = 1000, replayed: bool = False) 
         assert all(near(a, b, 1e-6) for a, b in zip(both_ways(run), want))
 
 
+@no_device
 def test_adam_is_its_definition_by_value_and_with_rates_from_the_device(rng):
     for n in (1, 255, 1000, 5000):
         check_adam(rng, n)
@@ -311,6 +342,7 @@ def check_int4(rng: np.random.Generator, dtype: Any = np.float32) -> None:
         assert y.dtype == dtype and near(y, x.astype(np.float64) @ W.T, tol)
 
 
+@no_device
 def test_int4_products_are_those_of_the_dense_weight(rng):
     check_int4(rng)
     check_int4(rng, bfloat16)
@@ -318,6 +350,7 @@ def test_int4_products_are_those_of_the_dense_weight(rng):
     assert int4.matmul(x, codes, s, 0 * s, 8).item() == 56                       # float64: by the definition
 
 
+@no_device
 def test_the_sum_of_an_embedding_has_the_same_bits_in_any_order_of_blocks(rng):
     ids, g = rng.integers(0, 3, 500), rng.standard_normal((500, 4)).astype(np.float32)
     d = layers.embedding(np.zeros((3, 4), np.float32), ids)[1][0](g)
@@ -392,6 +425,7 @@ FAULTS = [                                               # what, file, right, wr
     ("root inside out", "adam.cu", "root * sqrtf(q)", "sqrtf(root * q)", check_adam)]
 
 
+@no_device
 @pytest.mark.parametrize("what, file, right, wrong, notices", FAULTS, ids=[f[0] for f in FAULTS])
 def test_a_planted_fault_is_caught(what, file, right, wrong, notices, rng):
     changed = []
@@ -454,6 +488,7 @@ def multiplies(case: str, dtype: Any) -> None:
         assert near(out, want, tol)
 
 
+@no_device
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, bfloat16], ids=["float32", "float64", "float16", "bfloat16"])
 @pytest.mark.parametrize("case", PRODUCTS)
 def test_cublas_is_given_arguments_that_mean_the_product(case, dtype):
@@ -477,6 +512,7 @@ SPOILT = {"a not transposed": put(1, 0), "b not transposed": put(0, 0), "always 
           "compute as double": put(20, 70), "dtype": put(7, 1), "dtype of the result": put(16, lambda g: g[7])}
 
 
+@no_device
 @pytest.mark.parametrize("what", SPOILT)
 def test_a_wrong_argument_is_caught(what):
     gemm.LIBRARIES[np.ndarray] = FakeCublas(SPOILT[what])
@@ -486,6 +522,7 @@ def test_a_wrong_argument_is_caught(what):
                 multiplies(case, dtype)
 
 
+@no_device
 def test_tf32_is_a_switch_that_touches_float32_alone(monkeypatch):
     seen = []
     gemm.LIBRARIES[np.ndarray] = FakeCublas(lambda given: seen.append(given[20]))
@@ -497,6 +534,7 @@ def test_tf32_is_a_switch_that_touches_float32_alone(monkeypatch):
     assert seen == [77, 70, 68, 68, 68, 70, 68, 68]
 
 
+@no_device
 def test_products_that_do_not_fit_say_so():
     x = np.ones((2, 3), np.float32)
     for a, b, error in ((x, x, ValueError), (x, x.T.astype(np.float64), TypeError), (x.astype(int), x.T.astype(int), TypeError),
@@ -521,6 +559,7 @@ def no_cupy() -> Iterator[None]:
         table.update(was)
 
 
+@no_device
 def test_kernels_are_put_in_place_when_the_backend_is_opened(no_cupy):
     class Array:
         pass
@@ -544,6 +583,7 @@ def curve(steps: int = 4) -> tuple[np.ndarray, np.ndarray]:
     return np.array(history.losses), model.blocks[0].attn.q.edits["lora"].B.numpy()
 
 
+@no_device
 def test_training_goes_the_same_way_on_the_cuda_kernels():
     with kernels.definitions():
         plain, plain_weights = curve()

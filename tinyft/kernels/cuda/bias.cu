@@ -19,11 +19,11 @@ extern "C" __global__ void sum_rows(const T* g, float* parts, int rows, int n, i
   parts[(size_t)blockIdx.y * n + column] = sum;
 }
 
-// parts (gridDim.y, stretches, n) -> y (gridDim.y, n): a thread to a column.
+// parts (stretches, n) -> y (n): a thread to a column.
 extern "C" __global__ void sum_parts(const float* parts, T* y, int stretches, int n) {
   int column = blockIdx.x * blockDim.x + threadIdx.x;
   if (column >= n) return;
   float sum = 0;
-  for (int s = 0; s < stretches; s++) sum += parts[((size_t)blockIdx.y * stretches + s) * n + column];
-  y[(size_t)blockIdx.y * n + column] = (T)sum;
+  for (int s = 0; s < stretches; s++) sum += parts[(size_t)s * n + column];
+  y[column] = (T)sum;
 }

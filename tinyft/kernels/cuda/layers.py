@@ -5,6 +5,7 @@ give the same bits.  What CuPy does in one launch already (adding a residual, ga
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -57,19 +58,28 @@ def linear(x: Array, W: Array, b: Array | None = None) -> Any:
     y = gemm.matmul(X, W.T)
     if b is not None:
         launch("bias.cu", "add_bias", blocks(y.size), THREADS, y, b, np.int64(y.size), n, T=y.dtype)
-    tall = lambda g: flat(_dense(g))
-    return y.reshape(*x.shape[:-1], n), (lambda g: gemm.matmul(tall(g), W).reshape(x.shape), lambda g: gemm.matmul(tall(g).T, X), sum_rows)
+    shape, rows = x.shape, _remembered(lambda g: flat(_dense(g)))                # dx must not hold x: where W is frozen nothing else does
+    dx, dW, db = lambda g: gemm.matmul(rows(g), W).reshape(shape), lambda g: gemm.matmul(rows(g).T, X), lambda g: sum_rows(rows(g))
+    return y.reshape(*shape[:-1], n), (dx, dW, db)
+
+
+def _remembered(f: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    "f, worked out once for the pullbacks that are given the same g one after another."
+    last: list = [None, None]
+
+    def call(g: Array) -> Array:
+        if last[0] is not g:
+            last[:] = g, f(g)
+        return last[1]
+    return call
 
 
 def sum_rows(g: Array) -> Array:
-    "(..., n) -> (n,): the gradient of a bias."
-    if not _suits(g):
-        return g.reshape(-1, g.shape[-1]).sum(axis=0)
-    g = flat(g)
+    "(N, n) -> (n,): the gradient of a bias."
     (rows, n), (stretches, each) = g.shape, _stretches(len(g))
-    parts = empty(g, (1, stretches, n), np.float32)
+    parts = empty(g, (stretches, n), np.float32)
     launch("bias.cu", "sum_rows", (-(-n // 32), stretches), (32, 8), g, parts, rows, n, each, T=g.dtype)
-    return _sum_parts(parts, g.dtype)[0]
+    return _sum_parts(parts, g.dtype)
 
 
 def _stretches(rows: int) -> tuple[int, int]:
@@ -79,10 +89,10 @@ def _stretches(rows: int) -> tuple[int, int]:
 
 
 def _sum_parts(parts: Array, dtype: Any) -> Array:
-    "(sums, stretches, n) -> (sums, n)"
-    sums, stretches, n = parts.shape
-    y = empty(parts, (sums, n), dtype)
-    launch("bias.cu", "sum_parts", (-(-n // THREADS), sums), THREADS, parts, y, stretches, n, T=dtype)
+    "(stretches, n) -> (n,)"
+    stretches, n = parts.shape
+    y = empty(parts, (n,), dtype)
+    launch("bias.cu", "sum_parts", -(-n // THREADS), THREADS, parts, y, stretches, n, T=dtype)
     return y
 
 
@@ -115,7 +125,7 @@ def layer_norm(x: Array, w: Array, b: Array, eps: float = 1e-5) -> Any:
     launch("layer_norm.cu", "layer_norm", _rows(rows), THREADS, x, w, b, y, mean, r, rows, n, float(eps), T=x.dtype)
 
     def back(g: Array, needed: list[bool]) -> tuple:
-        g, dx, weights = _dense(g), None, (None, None)
+        g, dx, dw, db = _dense(g), None, None, None
         if needed[0]:
             dx = empty(x, x.shape)
             launch("layer_norm.cu", "layer_norm_back", _rows(rows), THREADS, x, w, g, mean, r, dx, rows, n, T=x.dtype)
@@ -124,8 +134,8 @@ def layer_norm(x: Array, w: Array, b: Array, eps: float = 1e-5) -> Any:
             parts = empty(x, (2, stretches, n), np.float32)
             grid = (-(-n // 32), stretches)
             launch("layer_norm.cu", "layer_norm_back_weights", grid, (32, 8), x, g, mean, r, parts, rows, n, each, T=x.dtype)
-            weights = _sum_parts(parts, x.dtype)
-        return dx, weights[0], weights[1]
+            dw, db = (_sum_parts(parts[i], x.dtype) if needed[1 + i] else None for i in range(2))
+        return dx, dw, db
     return y, back
 
 
@@ -155,6 +165,7 @@ def attention(q: Array, k: Array, v: Array, seen: Array | None = None, causal: b
         return ops.attention.definition(q, k, v, seen, causal=causal, scale=scale, keep=keep)
     m, alpha = xp(q), float(q.shape[-1]**-0.5 if scale is None else scale)
     keep = None if keep is None else _dense(m.broadcast_to(keep, shape))
+    q, k, v = (gemm.readable(a) for a in (q, k, v))                              # copied at most once, for both ways
     s = gemm.matmul(q, t(k))                                                     # (..., t, n)
     (queries, n), rows, heads = s.shape[-2:], s.size // s.shape[-1], lead[-1] if lead else 1
     seen, strides = _mask(seen, s.shape)
@@ -164,6 +175,7 @@ def attention(q: Array, k: Array, v: Array, seen: Array | None = None, causal: b
     p = s                                                                        # the scores' own memory
 
     def back(g: Array, needed: list[bool]) -> tuple:
+        g = gemm.readable(g)
         dv = gemm.matmul(t(p if keep is None else p * keep), g) if needed[2] else None
         if not (needed[0] or needed[1]):
             return None, None, dv
