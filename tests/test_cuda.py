@@ -153,6 +153,8 @@ def inputs(name: str, shape: tuple, dtype: Any, rng: np.random.Generator) -> tup
         keep = (rng.random(wide) < 0.7).astype(dtype) / dtype.type(0.7) if rng.random() < 0.5 else None
         kw = {"seen": masks[rng.integers(5)], "causal": bool(rng.random() < 0.5), "scale": [None, 0.3][rng.integers(2)], "keep": keep}
         return [make(*shape[:-2], t, 6), make(*shape[:-2], keys, 6), make(*shape[:-2], keys, 4)], kw
+    if name == "dropout":
+        return [make(*shape), [0.0, 0.1, 0.5][rng.integers(3)], int(rng.integers(2**63)) << int(rng.integers(2) * 60)], {}
     return [make(*shape)], {}
 
 
@@ -199,9 +201,9 @@ def agree(name: str, shape: tuple, dtype: Any, rng: np.random.Generator) -> None
             for a, r in zip(arrays, right):
                 d = got.pop(0)
                 assert (d is None) == (r is None)
-                if r is not None:
+                if r is not None and d is not None:
                     assert d.dtype == dtype and near(sum_to(d, a.shape), sum_to(r, a.shape), tol * rows**0.5), "pullback"
-    assert all(np.array_equal(array.asnumpy(a), b) for a, b in zip(arrays, host)), "an input was written to"
+    assert all(isinstance(b, (int, float)) or np.array_equal(array.asnumpy(a), b) for a, b in zip(arrays, host)), "an input was written to"
 
 
 SHAPES = [(1, 1), (3, 5), (2, 3, 33), (9, 64), (70, 40), (1, 300), (2, 2, 5, 37), (130, 3)]
@@ -273,6 +275,13 @@ def sees_only_minus_infinity() -> None:
 @no_device
 def test_scores_of_minus_infinity_weigh_nothing():
     sees_only_minus_infinity()
+
+
+def test_uniform_numbers_are_numpys_bit_for_bit():
+    for n, key in ((1, 0), (7, 1), (8, 2**64 - 1), (1001, 2**100 + 12345)):
+        raw = np.random.Philox(key=key).random_raw(n // 2 + 1).view(np.uint32)[:n]
+        got, = both_ways(lambda n=n, key=key: [array.asnumpy(layers.uniform_like(array.asarray(np.zeros(n, np.float32)), key))])
+        assert np.array_equal(got, (raw >> np.uint32(8)) * np.float32(2.0**-24))
 
 
 @no_device
@@ -420,6 +429,11 @@ FAULTS = [                                               # what, file, right, wr
     ("rows leave before the barrier", "int4.cu", "if (row >= N) continue;", "if (row >= N) return;", check_int4),
     ("past the end of x", "int4.cu", "start + k < K ? ", "true ? ", check_int4),
     ("past the end of a row", "int4.cu", "j < 8 && k + j < K", "j < 8", check_int4),
+    ("nine rounds", "random.cu", "round < 10", "round < 9", several("dropout")),
+    ("counted after drawing", "random.cu", "philox(i + 1,", "philox(i,", several("dropout")),
+    ("halves of a word swapped", "random.cu", "j % 2 * 32", "(1 - j % 2) * 32", several("dropout")),
+    ("the key's upper half", "random.cu", "c[3] ^ key_high", "c[3]", several("dropout")),
+    ("kept where it was dropped", "random.cu", ">= p ?", "< p ?", several("dropout")),
     ("decay forgotten", "adam.cu", "shrink * (float)w[i]", "(float)w[i]", check_adam),
     ("g for g²", "adam.cu", "c2 * d * d", "c2 * d", check_adam),
     ("root inside out", "adam.cu", "root * sqrtf(q)", "sqrtf(root * q)", check_adam)]
@@ -549,7 +563,7 @@ def test_products_that_do_not_fit_say_so():
 @pytest.fixture
 def no_cupy() -> Iterator[None]:
     "What is registered now is registered afterwards, and nothing else."
-    tables = (array._modules, array._names, array._when_opened, launch.COMPILERS, gemm.LIBRARIES)
+    tables = (array._modules, array._names, array._when_opened, array.UNIFORM, launch.COMPILERS, gemm.LIBRARIES)
     kept = [dict(t) for t in tables]
     with kernels.definitions():
         yield

@@ -28,6 +28,8 @@ _names: dict[type, str] = {np.ndarray: "numpy"}
 _local = threading.local()                              # each thread may use another backend
 _when_opened: dict[str, Callable[[type, Any], None]] = {}                        # backend -> what its kernels do when it is first used
 
+UNIFORM: dict[type, Callable[[Any, int], Any]] = {}                              # array type -> uniform_like, made on the device
+
 
 class BackendError(RuntimeError):
     "A backend that cannot be used, or arrays of two backends in one operation."
@@ -151,6 +153,8 @@ def normal(rng: np.random.Generator, shape: tuple, std: float = 1.0, dtype: Any 
 
 def uniform_like(x: Array, key: int) -> Array:
     "float32 in [0, 1) of x's shape, the number at each place set by `key` alone: the same bits on every backend (Philox, 24 bits)."
+    if type(x) in UNIFORM:
+        return UNIFORM[type(x)](x, key)
     n = int(np.prod(x.shape))
     raw = np.random.Philox(key=key).random_raw(n // 2 + 1).view(np.uint32)[:n]
     return asarray(((raw >> np.uint32(8)) * np.float32(2.0**-24)).astype(np.float32).reshape(x.shape), like=x)

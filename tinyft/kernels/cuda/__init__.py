@@ -1,6 +1,6 @@
 """CUDA kernels: the library's ops on CuPy arrays, each in a readable .cu file, each held to its definition in ops.py.
 
-    layers.py    the drop-ins: linear, matmul, layer_norm, gelu, attention, cross_entropy, embedding, AdamW
+    layers.py    the drop-ins: linear, matmul, layer_norm, gelu, attention, cross_entropy, embedding, dropout, AdamW
     int4.py      products with a weight of four bits a number
     gemm.py      matrix products straight through cuBLAS
     launch.py    from a .cu file to a running kernel
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
+from ... import array
 from ...optim import adam_update
 from ...tensor import OPS
 from . import gemm, layers
@@ -22,6 +23,7 @@ def register(kind: type, module: ModuleType) -> None:
     "Put the kernels in place for arrays of this type, CuPy's."
     COMPILERS[kind] = module.RawKernel
     gemm.LIBRARIES[kind] = gemm.Cublas()
+    array.UNIFORM[kind] = layers.uniform_like
     put_in_place(kind)
 
 

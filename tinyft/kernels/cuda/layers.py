@@ -18,7 +18,7 @@ from ...tensor import OPS
 from . import gemm
 from .launch import C_TYPES, blocks, empty, launch
 
-NAMES = ("linear", "matmul", "gelu", "gelu_tanh", "layer_norm", "embedding", "attention", "cross_entropy")
+NAMES = ("linear", "matmul", "gelu", "gelu_tanh", "layer_norm", "embedding", "attention", "cross_entropy", "dropout")
 THREADS, ROWS = 256, 8                                                           # per block; rows of a warp each
 SAME_ORDER = 16384                                                               # positions up to which an embedding's gradient is summed in order
 
@@ -214,6 +214,31 @@ def cross_entropy(z: Array, y: Array, weight: Array | None = None, ignore_index:
         launch("cross_entropy.cu", "cross_entropy_back", rows, THREADS, z, labels, stats, total, g, d, n, float(label_smoothing), T=z.dtype)
         return d
     return value, (back, None, None)
+
+
+# ── noise ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+def _key(key: int) -> tuple[np.uint64, np.uint64]:
+    return np.uint64(key % 2**64), np.uint64(key >> 64)
+
+
+def uniform_like(x: Array, key: int) -> Array:
+    "The numbers of array.uniform_like, made where they are wanted."
+    u = empty(x, x.shape, np.float32)
+    if u.size:
+        launch("random.cu", "uniform", blocks(-(-u.size // 8)), THREADS, u, *_key(key), np.int64(u.size), T=u.dtype)
+    return u
+
+
+def dropout(x: Array, p: float, key: int) -> Any:
+    "Saves the mask: the way back draws it anew."
+    if not (_suits(x) and 0 <= p < 1):
+        return ops.dropout.definition(x, p, key)
+
+    def drop(a: Array) -> Array:
+        y, a = empty(a, a.shape), _dense(a)
+        launch("random.cu", "dropout", blocks(-(-a.size // 8)), THREADS, a, y, float(p), 1 / (1 - p), *_key(key), np.int64(a.size), T=a.dtype)
+        return y
+    return drop(x), (drop, None, None)
 
 
 # ── the optimiser ────────────────────────────────────────────────────────────────────────────────────────────────────
