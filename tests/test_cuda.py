@@ -287,8 +287,8 @@ def test_uniform_numbers_are_numpys_bit_for_bit():
 @no_device
 def test_only_the_gradients_that_are_needed_are_computed(rng):
     x, w = rng.standard_normal((5, 8)).astype(np.float32), np.ones(8, np.float32)
-    assert [d is None for d in layers.layer_norm(x, w, w)[1](x, [False, True, False])][0]
-    assert layers.layer_norm(x, w, w)[1](x, [True, False, False])[1:] == (None, None)
+    for needed in ([True, False, False], [False, True, False], [False, False, True], [True] * 3):
+        assert [d is not None for d in layers.layer_norm(x, w, w)[1](x, needed)] == needed
     back, products = layers.attention(x, x, x)[1], gemm.LIBRARIES[np.ndarray]
     for needed, count in (([True] * 3, 4), ([False, False, True], 1), ([True, False, False], 2)):
         before = products.calls
@@ -445,9 +445,8 @@ def test_a_planted_fault_is_caught(what, file, right, wrong, notices, rng):
     changed = []
 
     def spoilt(source: str, name: str) -> CpuKernel:
-        text = (launch.HERE / file).read_text(encoding="utf-8")
-        assert right in text
-        changed.append(text in source or any(line in source for line in [right]))
+        assert right in (launch.HERE / file).read_text(encoding="utf-8")
+        changed.append(right in source)
         return CpuKernel(source.replace(right, wrong), name)
     launch.COMPILERS[np.ndarray] = spoilt
     with pytest.raises((AssertionError, KernelError)):
