@@ -10,7 +10,7 @@ import contextlib
 import os
 import threading
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -26,6 +26,9 @@ NAMES = ("numpy", "cupy", "strict")
 _modules: dict[type, Any] = {np.ndarray: np}            # array type -> its module
 _names: dict[type, str] = {np.ndarray: "numpy"}
 _local = threading.local()                              # each thread may use another backend
+_when_opened: dict[str, Callable[[type, Any], None]] = {}                        # backend -> what its kernels do when it is first used
+
+UNIFORM: dict[type, Callable[[Any, int], Any]] = {}                              # array type -> uniform_like, made on the device
 
 
 class BackendError(RuntimeError):
@@ -66,7 +69,16 @@ def _open(name: str) -> Any:
 
 def _register(name: str, kind: type, module: Any) -> Any:
     _modules[kind], _names[kind] = module, name
+    if name in _when_opened:
+        _when_opened[name](kind, module)
     return module
+
+
+def on_open(name: str, f: Callable[[type, Any], None]) -> None:
+    "Call f(array type, module) when the backend `name` is first used; at once if it is in use already."
+    _when_opened[name] = f
+    for kind in [k for k, n in _names.items() if n == name]:
+        f(kind, _modules[kind])
 
 
 def why_no_cupy() -> str | None:
@@ -141,6 +153,8 @@ def normal(rng: np.random.Generator, shape: tuple, std: float = 1.0, dtype: Any 
 
 def uniform_like(x: Array, key: int) -> Array:
     "float32 in [0, 1) of x's shape, the number at each place set by `key` alone: the same bits on every backend (Philox, 24 bits)."
+    if type(x) in UNIFORM:
+        return UNIFORM[type(x)](x, key)
     n = int(np.prod(x.shape))
     raw = np.random.Philox(key=key).random_raw(n // 2 + 1).view(np.uint32)[:n]
     return asarray(((raw >> np.uint32(8)) * np.float32(2.0**-24)).astype(np.float32).reshape(x.shape), like=x)

@@ -1,5 +1,7 @@
 """Faster drop-ins for some ops, each held to its definition in ops.py by a property.  The library is right without them.
 
+    numpy.py     for NumPy arrays        cuda/        for CuPy arrays: CUDA kernels, and products by cuBLAS
+
     install()     put them in place (done when tinyft is imported, unless TINYFT_KERNELS=off)
     with definitions(): ...     the plain ops, for the length of a `with`
 """
@@ -7,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from types import ModuleType
 
 import numpy as np
 
+from .. import array
 from ..optim import adam_update
 from ..tensor import OPS
 from .system import keep_memory
@@ -19,11 +23,17 @@ __all__ = ["install", "remove", "definitions", "keep_memory", "set_num_threads",
 
 
 def install() -> None:
-    "Register the NumPy kernels.  A kernel has its definition's signature: arrays -> (value, pullbacks)."
+    "Register the kernels; those for CuPy when that backend is first used.  A kernel has its definition's signature: arrays -> (value, pullbacks)."
     from . import numpy as fast
     for name in ("linear", "gelu", "gelu_tanh", "layer_norm", "embedding", "attention", "cross_entropy"):
         OPS[name].fast[np.ndarray] = getattr(fast, name)
     adam_update.fast[np.ndarray] = fast.adam_update
+    array.on_open("cupy", _register_cuda)
+
+
+def _register_cuda(kind: type, module: ModuleType) -> None:
+    from . import cuda
+    cuda.register(kind, module)
 
 
 def remove() -> None:

@@ -1,0 +1,607 @@
+"""The CUDA kernels, without a GPU: NVRTC compiles them, and the same source, launched by the same lines, runs on the CPU and is its definition.
+On the backend cupy the first tests run there.
+
+Products go to a stand-in of cuBLAS that is given the very arguments and reads memory column by column, as cuBLAS does.  What the
+kernels fill is NaN before; shared memory and the surroundings of arrays are poisoned; every launch runs twice, with the threads in the
+reverse order and another poison the second time, and must give the same bits.
+"""
+from __future__ import annotations
+
+import ctypes
+import math
+import runpy
+import shutil
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinyft import GPT, AdamW, GPTConfig, LoRA, array, attach, fit, kernels, optim
+from tinyft.array import bfloat16
+from tinyft.kernels import cuda
+from tinyft.kernels.cuda import gemm, int4, launch, layers
+from tinyft.learn.cuda import CpuKernel, KernelError
+from tinyft.tensor import OPS, sum_to
+
+nvrtc = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "tools" / "nvrtc.py")))
+no_compiler = not any(shutil.which(c) for c in ("g++", "c++", "clang++"))
+pytestmark = [pytest.mark.skipif(array.backend() == "strict", reason="kernels work on memory, which the strict double does not give away"),
+              pytest.mark.skipif(no_compiler and array.backend() == "numpy", reason="no C++ compiler: install g++")]
+no_device = pytest.mark.skipif(array.backend() != "numpy", reason="of the CPU's stand-ins for a device")
+FILES = sorted(p.name for p in launch.HERE.glob("*.cu"))
+DTYPES = [np.dtype(np.float32), np.dtype(np.float16), bfloat16]
+
+
+# ── they compile for a device ────────────────────────────────────────────────────────────────────────────────────────
+@no_device
+@pytest.mark.skipif(bool(nvrtc.missing()), reason=str(nvrtc.missing()))
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("file", FILES)
+def test_every_kernel_compiles_for_a_device_and_keeps_its_numbers_in_registers(file, arch):
+    for t, s in [(DTYPES[0], DTYPES[1])] + [(DTYPES[1], DTYPES[1]), (DTYPES[2], DTYPES[0])] * (arch == "sm_90"):
+        binary, log = nvrtc.compile_cuda(launch.source(file, (("T", t), ("S", s))), arch)
+        assert binary[:4] == b"\x7fELF" and "entry function" in log
+        assert "0 bytes spill stores, 0 bytes spill loads" in log and all(
+            line.split("frame, ")[1].startswith("0 bytes spill stores, 0") for line in log.splitlines() if "stack frame" in line)
+    with pytest.raises(RuntimeError, match="error"):
+        nvrtc.compile_cuda(launch.source(file, (("T", t), ("S", s))).replace("blockIdx", "blockIndex"), arch)
+
+
+# ── the stand-ins ────────────────────────────────────────────────────────────────────────────────────────────────────
+class FakeCublas:
+    "cublasGemmStridedBatchedEx on host memory.  `change` may spoil the arguments; reading or writing outside an array is an error."
+
+    def __init__(self, change: Callable[[list], Any] | None = None):
+        self.change, self.calls = change, 0
+
+    def gemm(self, a: np.ndarray, la: Any, b: np.ndarray, lb: Any, out: np.ndarray, add: bool) -> None:
+        given = list(gemm.arguments(a, la, b, lb, out, add, lambda x: x.ctypes.data, lambda double, x: float(x)))
+        assert [type(x) for x in given] == [int] * 5 + [float] + [int] * 8 + [float] + [int] * 7
+        if self.change:
+            self.change(given)
+        self.calls += 1
+        self.run((a, b, out), *given)
+
+    def run(self, known: tuple, transa: int, transb: int, m: int, n: int, k: int, alpha: float, A: int, ta: int, lda: int, sa: int, B: int, tb: int,
+            ldb: int, sb: int, beta: float, C: int, tc: int, ldc: int, sc: int, count: int, compute: int, algorithm: int) -> None:
+        double = ta == gemm.TYPES[np.dtype(np.float64)]
+        assert ta == tb and (tc == ta or tc == 0) and compute in ((70,) if double else (68, 77)) and algorithm == -1
+        wide = np.float64 if double else np.float32
+        for i in range(count):
+            x = column_major(known, A, ta, i * sa, (k, m) if transa else (m, k), lda).astype(wide)
+            y = column_major(known, B, tb, i * sb, (n, k) if transb else (k, n), ldb).astype(wide)
+            z = column_major(known, C, tc, i * sc, (m, n), ldc)
+            product = alpha * (x.T if transa else x) @ (y.T if transb else y)
+            z[...] = (product + beta * z if beta else product).astype(z.dtype)
+
+
+def column_major(known: tuple, address: int, kind: int, offset: int, shape: tuple, leading: int) -> np.ndarray:
+    "The matrix that lies there, column after column `leading` numbers apart."
+    dtype = next(d for d, number in gemm.TYPES.items() if number == kind)
+    (rows, columns), size = shape, dtype.itemsize
+    if leading < max(rows, 1):
+        raise ValueError("cuBLAS status 7: a leading dimension below the number of rows")
+    first, extent = address + offset * size, (leading * (columns - 1) + rows) * size
+    spans = [np.lib.array_utils.byte_bounds(a) for a in known]
+    assert any(low <= first and first + extent <= high for low, high in spans), "cuBLAS reads outside its operands"
+    memory = np.frombuffer((ctypes.c_char * extent).from_address(first), dtype)
+    return np.lib.stride_tricks.as_strided(memory, shape, (size, leading * size))
+
+
+class Poisoned:
+    "NumPy, whose empty arrays are full of NaN."
+    @staticmethod
+    def empty(shape: tuple, dtype: Any) -> np.ndarray:
+        return np.full(shape, np.nan, dtype)
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    "NumPy arrays in the place of CuPy's."
+    if array.backend() != "numpy":
+        yield
+        return
+    monkeypatch.setattr(launch, "xp", lambda like: Poisoned)
+    monkeypatch.setattr(launch, "BLOCKS", 2)                                     # so that every thread has more than one number to see to
+    monkeypatch.setitem(gemm.LIBRARIES, np.ndarray, FakeCublas())
+    monkeypatch.setitem(launch.COMPILERS, np.ndarray, CpuKernel)
+    launch._kernel.cache_clear()
+    yield
+    launch._kernel.cache_clear()
+
+
+def both_ways(run: Callable[[], list]) -> list:
+    "What `run` gives with the threads in order; the same bits in the reverse order, among another poison."
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("EMU_REVERSE", "0")
+        first = run()
+        m.setenv("EMU_REVERSE", "1")
+        m.setenv("EMU_POISON", "127")
+        again = run()
+    same = all(a is b is None or a.tobytes() == b.tobytes() for a, b in zip(first, again))
+    assert same, "the result depends on the order of the threads, or on poison"
+    return first
+
+
+# ── a kernel is its definition ───────────────────────────────────────────────────────────────────────────────────────
+def inputs(name: str, shape: tuple, dtype: Any, rng: np.random.Generator) -> tuple[list, dict]:
+    "Arrays of the right kinds for an op, x of this shape."
+    make = lambda *s: (rng.standard_normal(s) * 2).astype(dtype)
+    n = shape[-1]
+    if name == "layer_norm":
+        return [make(*shape), make(n), make(n)], {"eps": 1e-5}
+    if name == "linear":
+        return [make(*shape), make(5, n)] + ([make(5)] if rng.random() < 0.7 else []), {}
+    if name == "matmul":
+        return [make(*shape), make(*shape[:-2], n, 3)], {}
+    if name == "embedding":
+        return [make(7, n), rng.integers(-7, 7, shape)], {}
+    if name == "cross_entropy":
+        labels = rng.integers(-n, n, shape[:-1])
+        kw = [{}, {"ignore_index": 1}, {"label_smoothing": 0.1, "ignore_index": 0}, {"weight": abs(make(n))}][rng.integers(4)]
+        return [make(*shape), labels.astype(rng.choice([np.int32, np.int64]))], kw
+    if name == "attention":
+        t, keys = shape[-2], n
+        wide = (*shape[:-2], t, keys)
+        masks = [None, rng.random(wide) < 0.6, rng.random((*(1,) * (len(shape) - 2), 1, keys)) < 0.5, np.zeros((t, 1), bool), rng.random(keys) < 0.5]
+        keep = (rng.random(wide) < 0.7).astype(dtype) / dtype.type(0.7) if rng.random() < 0.5 else None
+        kw = {"seen": masks[rng.integers(5)], "causal": bool(rng.random() < 0.5), "scale": [None, 0.3][rng.integers(2)], "keep": keep}
+        return [make(*shape[:-2], t, 6), make(*shape[:-2], keys, 6), make(*shape[:-2], keys, 4)], kw
+    if name == "dropout":
+        return [make(*shape), [0.0, 0.1, 0.5][rng.integers(3)], int(rng.integers(2**63)) << int(rng.integers(2) * 60)], {}
+    return [make(*shape)], {}
+
+
+def wide(a: Any) -> Any:
+    "16-bit numbers as float32: what the definition computes with, since a kernel rounds only at its ends."
+    return a.astype(np.float32) if isinstance(a, np.ndarray) and a.dtype in DTYPES else a
+
+
+def near(a: np.ndarray, b: np.ndarray, tol: float) -> bool:
+    a, bound = a.astype(np.float64), tol * max(np.abs(b).max(initial=0), 1)
+    return a.shape == b.shape and bool((np.abs(a - b) <= bound).all() if np.isfinite(b).all() else np.array_equal(np.isnan(a), np.isnan(b)))
+
+
+def on_device(a: Any) -> Any:
+    return array.asarray(a) if isinstance(a, np.ndarray) else a
+
+
+def agree(name: str, shape: tuple, dtype: Any, rng: np.random.Generator) -> None:
+    "Value and every pullback, both ways; no input is written to.  On a device, if the suite runs on one."
+    host, options = inputs(name, shape, np.dtype(dtype), rng)
+    arrays, kw = [on_device(a) for a in host], {k: on_device(v) for k, v in options.items()}
+    m, tol = array.xp(arrays[0]), {"float32": 5e-6, "float16": 3e-3, "bfloat16": 2e-2, "float64": 1e-12}[np.dtype(dtype).name]
+    with np.errstate(all="ignore"):
+        want, defined = OPS[name].definition(*map(wide, host), **{k: wide(v) for k, v in options.items()})
+    want = np.asarray(want)
+    g = on_device(np.asarray(rng.standard_normal(want.shape)).astype(dtype))
+    layouts = [g]                                                                # any g that backward may hand over
+    if g.ndim > 1:
+        layouts += [m.broadcast_to(g[..., :1], g.shape), m.ascontiguousarray(g.swapaxes(-1, -2)).swapaxes(-1, -2)]
+
+    def run() -> list:
+        y, pulls = getattr(layers, name)(*arrays, **kw)
+        out = [y]
+        for h in layouts:
+            out += pulls(h, [True] * len(arrays)) if callable(pulls) else [back and back(h) for back, _ in zip(pulls, arrays)]
+        return [a if a is None else np.asarray(array.asnumpy(a)) for a in out]
+    with np.errstate(all="ignore"):
+        y, *got = both_ways(run)
+        assert y.dtype == dtype and near(y, want, tol), "value"
+        rows = max(1, math.prod(shape[:-1]))
+        for h in layouts:
+            h = wide(array.asnumpy(h))
+            right = defined(h, [True] * len(arrays)) if callable(defined) else [back and back(h) for back, _ in zip(defined, arrays)]
+            for a, r in zip(arrays, right):
+                d = got.pop(0)
+                assert (d is None) == (r is None)
+                if r is not None and d is not None:
+                    assert d.dtype == dtype and near(sum_to(d, a.shape), sum_to(r, a.shape), tol * rows**0.5), "pullback"
+    assert all(isinstance(b, (int, float)) or np.array_equal(array.asnumpy(a), b) for a, b in zip(arrays, host)), "an input was written to"
+
+
+SHAPES = [(1, 1), (3, 5), (2, 3, 33), (9, 64), (70, 40), (1, 300), (2, 2, 5, 37), (130, 3)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", layers.NAMES)
+def test_a_kernel_is_its_definition(name, shape, rng):
+    for _ in range(4 if name in ("attention", "cross_entropy") else 1):          # these have more to choose from
+        agree(name, shape, np.float32, rng)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("name", layers.NAMES)
+def test_a_kernel_is_its_definition_in_sixteen_bits(name, dtype, rng):
+    for shape in SHAPES[:4]:
+        agree(name, shape, dtype, rng)
+
+
+@given(st.sampled_from(layers.NAMES), st.lists(st.integers(1, 40), min_size=2, max_size=3), st.integers(0, 2**32 - 1))
+def test_a_kernel_is_its_definition_for_any_shape(name, shape, seed):
+    agree(name, tuple(shape), np.float32, np.random.default_rng(seed))
+
+
+@no_device
+def test_what_a_kernel_was_not_written_for_goes_to_the_definition(rng):
+    for name in layers.NAMES:
+        agree(name, (3, 5), np.float64, rng)
+    launch.COMPILERS[np.ndarray] = lambda source, name: pytest.fail("a kernel was launched")
+    x, W = rng.standard_normal((4, 6)).astype(np.float32), rng.standard_normal((5, 6)).astype(np.float32)
+    many = np.zeros((layers.SAME_ORDER + 1,), np.int64)
+    for name, args, kw in [("gelu", (x[:, ::2],), {}), ("gelu_tanh", (x[:0],), {}), ("layer_norm", (x, W[0].astype(np.float64), W[1]), {}),
+                           ("linear", (x[:0], W), {}), ("embedding", (W, many), {}), ("embedding", (W, many[:0]), {}),
+                           ("matmul", (x[None, None], W.T[None]), {}),
+                           ("attention", (x, W, W[:, :2]), {"seen": np.float32(1) * np.ones((4, 5), np.float32) > 2, "keep": None, "scale": None}),
+                           ("cross_entropy", (x, np.array([0, 1, 2, 3])), {"weight": x[0], "label_smoothing": 0.1})]:
+        if name == "attention":
+            args = tuple(a.astype(np.float64) for a in args)
+        with np.errstate(all="ignore"):
+            (y, pulls), (want, defined) = getattr(layers, name)(*args, **kw), OPS[name].definition(*args, **kw)
+        assert np.array_equal(y, want, equal_nan=True) and callable(pulls) == callable(defined)
+        if not callable(pulls):
+            assert all(a is b is None or np.array_equal(a(np.ones_like(y)), b(np.ones_like(y)), equal_nan=True) for a, b in zip(pulls, defined))
+
+
+@no_device
+def test_scores_far_from_zero_and_rows_that_see_nothing(rng):
+    q, k, v = (rng.standard_normal((2, 3, 40, 8)).astype(np.float32) for _ in range(3))
+    for kw in ({"seen": np.zeros((1, 1, 40), bool)}, {"scale": 500.0}, {"causal": True, "seen": np.arange(40) > 20}):
+        y, back = layers.attention(q, k, v, **kw)
+        want, right = OPS["attention"].definition(q, k, v, **kw)
+        assert near(y, want, 2e-4) and all(near(a, b, 1e-3) for a, b in zip(back(v, [True] * 3), right(v, [True] * 3))) and np.isfinite(y).all()
+    hidden, _ = layers.attention(q, k, v, seen=np.zeros((1, 1, 40), bool))
+    assert not hidden.any()
+    z = (rng.standard_normal((3, 50)) + [[0], [1e4], [-1e4]]).astype(np.float32)
+    value, back = layers.cross_entropy(z, np.array([3, 4, 5]))
+    want, right = OPS["cross_entropy"].definition(z, np.array([3, 4, 5]))
+    assert near(value, want, 1e-6) and near(back[0](np.float32(1)[None].reshape(())), right[0](np.float32(1)), 1e-6)
+    for labels, ignored in (([7, 7, 7], 7), ([0, 50, 1], -100), ([0, -51, 1], -100)):    # nothing counts; a label that is no class
+        value, (back, *_) = layers.cross_entropy(z, np.array(labels), ignore_index=ignored)
+        assert np.isnan(value) and np.isnan(back(np.ones((), np.float32))).any()
+
+
+def sees_only_minus_infinity() -> None:
+    q, k, v = np.ones((2, 1), np.float32), np.full((3, 1), -np.inf, np.float32), np.ones((3, 2), np.float32)
+    assert not layers.attention(q, k, v)[0].any() and not OPS["attention"].definition(q, k, v)[0].any()
+
+
+@no_device
+def test_scores_of_minus_infinity_weigh_nothing():
+    sees_only_minus_infinity()
+
+
+def test_uniform_numbers_are_numpys_bit_for_bit():
+    for n, key in ((1, 0), (7, 1), (8, 2**64 - 1), (1001, 2**100 + 12345)):
+        raw = np.random.Philox(key=key).random_raw(n // 2 + 1).view(np.uint32)[:n]
+        got, = both_ways(lambda n=n, key=key: [array.asnumpy(layers.uniform_like(array.asarray(np.zeros(n, np.float32)), key))])
+        assert np.array_equal(got, (raw >> np.uint32(8)) * np.float32(2.0**-24))
+
+
+@no_device
+def test_only_the_gradients_that_are_needed_are_computed(rng):
+    x, w = rng.standard_normal((5, 8)).astype(np.float32), np.ones(8, np.float32)
+    for needed in ([True, False, False], [False, True, False], [False, False, True], [True] * 3):
+        assert [d is not None for d in layers.layer_norm(x, w, w)[1](x, needed)] == needed
+    back, products = layers.attention(x, x, x)[1], gemm.LIBRARIES[np.ndarray]
+    for needed, count in (([True] * 3, 4), ([False, False, True], 1), ([True, False, False], 2)):
+        before = products.calls
+        assert [d is not None for d in back(x, needed)] == needed and products.calls - before == count
+
+
+@no_device
+def test_a_pullback_holds_nothing_but_what_it_needs(rng):
+    "The way back through a frozen matrix needs no input: LoRA's memory."
+    x, W = rng.standard_normal((4, 6)).astype(np.float32), np.ones((5, 6), np.float32)
+    for name, i, held in (("linear", 0, False), ("linear", 1, True), ("linear", 2, False), ("matmul", 0, False), ("matmul", 1, True)):
+        mine = x.copy()
+        seen = weakref.ref(mine)
+        back = getattr(layers, name)(mine, W if name == "linear" else W.T.copy())[1][i]
+        del mine
+        assert (seen() is not None) == held and back(np.ones((4, 5), np.float32)).size
+
+
+# ── the optimiser, and int4 ──────────────────────────────────────────────────────────────────────────────────────────
+def check_adam(rng: np.random.Generator, n: int = 1000, replayed: bool = False) -> None:
+    "Three steps as the definition takes them."
+    start = [rng.standard_normal(n).astype(np.float32) for _ in range(3)] + [rng.random(n).astype(np.float32)]
+    for decay in (0.0, 0.1):
+        def run(decay: float = decay) -> list:
+            w, g, m, v = (a.copy() for a in start)
+            for t in (1, 2, 3):
+                if replayed:
+                    layers.adam_replayed(w, g, m, v, np.array(layers.adam_rates(0.01 * t, 0.9, 0.99, decay, t), np.float32), 0.9, 0.99, 1e-8)
+                else:
+                    layers.adam_update(w, g, m, v, 0.01 * t, 0.9, 0.99, 1e-8, decay, t)
+            return [w, g, m, v]
+        want = [a.astype(np.float64) for a in start]
+        for t in (1, 2, 3):
+            optim.adam_update(*want, 0.01 * t, 0.9, 0.99, 1e-8, decay, t)
+        assert all(near(a, b, 1e-6) for a, b in zip(both_ways(run), want))
+
+
+@no_device
+def test_adam_is_its_definition_by_value_and_with_rates_from_the_device(rng):
+    for n in (1, 255, 1000, 5000):
+        check_adam(rng, n)
+    check_adam(rng, replayed=True)
+    w, g, m, v = (rng.standard_normal(6) for _ in range(4))
+    v, expected = abs(v), [a.copy() for a in (w, g, m, abs(v))]
+    layers.adam_update(w, g, m, v, 0.1, 0.9, 0.99, 1e-8, 0.0, 1)                 # float64
+    optim.adam_update(*expected, 0.1, 0.9, 0.99, 1e-8, 0.0, 1)
+    assert all(map(np.array_equal, (w, g, m, v), expected))
+
+
+def check_int4(rng: np.random.Generator, dtype: Any = np.float32) -> None:
+    for rows, n, k, group in ((1, 1, 8, 8), (3, 5, 64, 32), (2, 9, 43, 16), (1, 17, 4100, 64), (12, 5, 64, 32), (2, 3, 40, 64)):
+        codes = rng.integers(0, 2**32, (n, -(-k // 8)), dtype=np.uint32)
+        scale, zero = rng.uniform(0.01, 0.1, (n, -(-k // group))).astype(np.float16), rng.integers(0, 16, (n, -(-k // group))).astype(np.float16)
+        x = rng.standard_normal((rows, 1, k)).astype(dtype)
+        digits = np.array([[int(w) >> 4 * i & 15 for w in row for i in range(8)] for row in codes])[:, :k]
+        W = np.repeat(scale.astype(np.float64), group, 1)[:, :k] * (digits - np.repeat(zero.astype(np.float64), group, 1)[:, :k])
+        dense, y = both_ways(lambda: [int4.dequantize(codes, scale, zero, k, group, np.dtype(np.float32)), int4.matmul(x, codes, scale, zero, group)])
+        assert near(int4.dequantized(codes, scale, zero, k, group), W, 1e-3) and near(dense, W, 1e-6)
+        tol = 2e-6 if dtype == np.float32 else 2e-2
+        assert y.dtype == dtype and near(y, x.astype(np.float64) @ W.T, tol)
+
+
+@no_device
+def test_int4_products_are_those_of_the_dense_weight(rng):
+    check_int4(rng)
+    check_int4(rng, bfloat16)
+    x, codes, s = np.ones((1, 16), np.float64), np.full((1, 2), 0x76543210, np.uint32), np.ones((1, 2), np.float32)
+    assert int4.matmul(x, codes, s, 0 * s, 8).item() == 56                       # float64: by the definition
+
+
+@no_device
+def test_the_sum_of_an_embedding_has_the_same_bits_in_any_order_of_blocks(rng):
+    ids, g = rng.integers(0, 3, 500), rng.standard_normal((500, 4)).astype(np.float32)
+    d = layers.embedding(np.zeros((3, 4), np.float32), ids)[1][0](g)
+    in_order = np.zeros((3, 4), np.float32)
+    for i, row in zip(ids, g):
+        in_order[i] += row
+    assert np.array_equal(d, in_order)
+
+
+# ── planted faults ───────────────────────────────────────────────────────────────────────────────────────────────────
+def several(name: str, shapes: list = SHAPES, times: int = 6) -> Callable:
+    often = times if name in ("attention", "cross_entropy") else 1
+    return lambda rng: [agree(name, shape, np.float32, rng) for shape in shapes for _ in range(often)]
+
+
+FAULTS = [                                               # what, file, right, wrong, who must notice
+    ("missing barrier before columns meet", "layer_norm.cu", "  __syncthreads();\n", "", several("layer_norm")),
+    ("missing barrier before rows meet", "bias.cu", "  __syncthreads();\n", "", several("linear")),
+    ("a second sum begins before the first is read", "rows.cuh",
+     "  __syncthreads();                                       // whoever", "  // whoever",
+     several("cross_entropy", [(2, 300)])),
+    ("read before the warps have written", "rows.cuh",
+     "part[threadIdx.x >> 5] = v;\n  __syncthreads();\n  float sum", "part[threadIdx.x >> 5] = v;\n  float sum",
+     several("cross_entropy", [(2, 300)])),
+    ("threads return before a barrier", "cross_entropy.cu",
+     "  float log_sum", "  if (threadIdx.x >= n) return;\n  float log_sum", several("cross_entropy")),
+    ("barrier in a branch", "cross_entropy.cu", "if (smoothing) all", "if (threadIdx.x < n) all", several("cross_entropy")),
+    ("shuffle in divergent lanes", "layer_norm.cu",
+     "float mu = warp_sum(sum) / n", "float mu = lane < n ? warp_sum(sum) / n : 0", several("layer_norm")),
+    ("missing tail of rows", "layer_norm.cu", "if (row >= rows) return;                               // a", "// a", several("layer_norm")),
+    ("missing tail of columns", "bias.cu", "if (k > 0 || column >= n) return", "if (k > 0) return", several("linear")),
+    ("one number too many", "gelu.cu", "blockDim.x + threadIdx.x; i < n;", "blockDim.x + threadIdx.x; i <= n;", several("gelu")),
+    ("wrong stride of the grid", "gelu.cu", "i += gridDim.x * (long long)blockDim.x", "i += gridDim.x * 2ll * blockDim.x", several("gelu")),
+    ("x scaled twice", "gelu.cu", "a * 0.39894228f", "0.39894228f", several("gelu")),
+    ("factor of the cubic", "gelu.cu", "0.134145f", "0.044715f", several("gelu_tanh")),
+    ("variance about zero", "layer_norm.cu", "float c = (float)xs[i] - mu", "float c = (float)xs[i]", several("layer_norm")),
+    ("gradient without its mean", "layer_norm.cu", "- shift - xhat", "- xhat", several("layer_norm")),
+    ("only the first stretch is summed", "bias.cu", "s < stretches", "s < 1", several("linear")),
+    ("wrong stride of a stretch", "layer_norm.cu", "parts[((size_t)k * gridDim.y", "parts[((size_t)k * gridDim.x", several("layer_norm")),
+    ("= for += in the scatter", "embedding.cu", "sum[k] += ", "sum[k] = ", several("embedding")),
+    ("every position writes its row", "embedding.cu", "start + lane < i && ids", "start + lane < 0 && ids", several("embedding")),
+    ("a race: all add where they meet", "embedding.cu", "int id = ids[i];", "int id = ids[i];\n"
+     "  for (int c = first; c < min(width, first + 1); c += 32) d[(size_t)id * width + c] += g[(size_t)i * width + c]; return;",
+     several("embedding")),
+    ("width of the scatter", "embedding.cu", "if (first + 32 * k < width) d[", "d[", several("embedding")),
+    ("the present is the future", "attention.cu", "i + n - t + 1", "i + n - t", several("attention")),
+    ("without the keys that came before", "attention.cu", "i + n - t + 1", "i + 1", several("attention")),
+    ("stride of the mask", "attention.cu", "may[j * by_key]", "may[j]", several("attention")),
+    ("mask of another row", "attention.cu", "i * by_query", "row * by_query", several("attention")),
+    ("mask of another head", "attention.cu", "row / t % heads * by_head", "row / t * by_head", several("attention", [(2, 2, 5, 37)], 12)),
+    ("a row that sees nothing", "attention.cu", "sum == 0 ? 0 : 1 / sum", "1 / sum", lambda rng: sees_only_minus_infinity()),
+    ("minus infinity less itself", "attention.cu", "if (top == NEVER) top = 0;", "", lambda rng: sees_only_minus_infinity()),
+    ("dropout forgotten on the way back", "attention.cu",
+     "(float)d[j] * (keep ? (float)keep[j] : 1) - along", "(float)d[j] - along", several("attention")),
+    ("scale forgotten on the way back", "attention.cu", "(T)(alpha * (float)p[j]", "(T)((float)p[j]", several("attention")),
+    ("what is ignored counts", "cross_entropy.cu", "if (y != ignored)", "if (true)", several("cross_entropy")),
+    ("mean without weights", "cross_entropy.cu", "w = there ? (weight ? (float)weight[y] : 1)", "w = there ? (1)", several("cross_entropy")),
+    ("smoothing over n − 1", "cross_entropy.cu", "+ smoothing / n", "+ smoothing / (n - 1)", several("cross_entropy")),
+    ("−1 is not the last class", "cross_entropy.cu", "? labels[row] + n :", "? labels[row] :", several("cross_entropy")),
+    ("nibble order", "int4.cu", "eight >> 4 * i", "eight >> (28 - 4 * i)", check_int4),
+    ("nibble order of the dense weight", "int4.cu", "eight >> 4 * j", "eight >> (28 - 4 * j)", check_int4),
+    ("stride of the scales", "int4.cu", "at = (size_t)row * groups", "at = (size_t)row * words", check_int4),
+    ("zero point forgotten", "int4.cu", "(dot - (float)zero[at] * plain)", "dot", check_int4),
+    ("missing barrier after staging", "int4.cu", "    __syncthreads();\n    if (row", "    if (row", check_int4),
+    ("staging over what is still read", "int4.cu",
+     "    __syncthreads();                                     // no warp", "    // no warp", check_int4),
+    ("rows leave before the barrier", "int4.cu", "if (row >= N) continue;", "if (row >= N) return;", check_int4),
+    ("past the end of x", "int4.cu", "start + k < K ? ", "true ? ", check_int4),
+    ("past the end of a row", "int4.cu", "j < 8 && k + j < K", "j < 8", check_int4),
+    ("nine rounds", "random.cu", "round < 10", "round < 9", several("dropout")),
+    ("counted after drawing", "random.cu", "philox(i + 1,", "philox(i,", several("dropout")),
+    ("halves of a word swapped", "random.cu", "j % 2 * 32", "(1 - j % 2) * 32", several("dropout")),
+    ("the key's upper half", "random.cu", "c[3] ^ key_high", "c[3]", several("dropout")),
+    ("kept where it was dropped", "random.cu", ">= p ?", "< p ?", several("dropout")),
+    ("decay forgotten", "adam.cu", "shrink * (float)w[i]", "(float)w[i]", check_adam),
+    ("g for g²", "adam.cu", "c2 * d * d", "c2 * d", check_adam),
+    ("root inside out", "adam.cu", "root * sqrtf(q)", "sqrtf(root * q)", check_adam)]
+
+
+@no_device
+@pytest.mark.parametrize("what, file, right, wrong, notices", FAULTS, ids=[f[0] for f in FAULTS])
+def test_a_planted_fault_is_caught(what, file, right, wrong, notices, rng):
+    changed = []
+
+    def spoilt(source: str, name: str) -> CpuKernel:
+        assert right in (launch.HERE / file).read_text(encoding="utf-8")
+        changed.append(right in source)
+        return CpuKernel(source.replace(right, wrong), name)
+    launch.COMPILERS[np.ndarray] = spoilt
+    with pytest.raises((AssertionError, KernelError)):
+        notices(rng)
+    assert any(changed), "the fault was not in what ran"
+
+
+# ── products ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+def heads(x: np.ndarray) -> np.ndarray:
+    return x.transpose(0, 2, 1, 3)
+
+
+R = np.random.default_rng(1).standard_normal
+PRODUCTS = {                                             # a, b, how many of them cuBLAS cannot read where they lie
+    "plain": (R((5, 7)), R((7, 3)), 0), "three axes by two": (R((2, 5, 7)), R((7, 3)), 0), "two by three": (R((5, 7)), R((2, 7, 3)), 0),
+    "batched": (R((2, 4, 5, 7)), R((2, 4, 7, 3)), 0), "b transposed": (R((2, 4, 5, 7)), R((2, 4, 3, 7)).swapaxes(-1, -2), 0),
+    "a transposed": (R((2, 4, 7, 5)).swapaxes(-1, -2), R((2, 4, 7, 3)), 0), "both": (R((7, 5)).T, R((3, 7)).T, 0),
+    "square, a transposed": (R((4, 4)).T, R((4, 4)), 0), "square, b transposed": (R((2, 4, 4)), R((2, 4, 4)).swapaxes(-1, -2), 0),
+    "heads of one text": (heads(R((1, 5, 4, 7))), heads(R((1, 6, 4, 7))).swapaxes(-1, -2), 0),
+    "heads of three": (heads(R((3, 5, 4, 7))), heads(R((3, 6, 4, 7))).swapaxes(-1, -2), 2),
+    "columns": (R((5, 20))[:, 3:10], R((7, 9))[:, 2:5], 0), "every other column": (R((5, 14))[:, ::2], R((7, 3)), 1),
+    "backwards": (R((5, 7))[::-1], R((7, 3)), 1),
+    "rows 1": (R((1, 7)), R((7, 1)), 0), "inner 1": (R((5, 1)), R((1, 4)), 0), "one number": (R((1, 1)), R((1, 1)), 0),
+    "a row of columns": (R((20, 1)).T, R((20, 3)), 0), "repeated": (np.broadcast_to(R((1, 5, 7)), (4, 5, 7)), R((4, 7, 3)), 0),
+    "repeated rows": (np.broadcast_to(R((1, 7)), (5, 7)), R((7, 3)), 1), "one of a batch": (R((6, 5, 7))[2:3], R((1, 7, 3)), 0),
+    "every other of a batch": (R((6, 5, 7))[::2], R((3, 7, 3)), 0), "nothing to sum": (R((5, 0)), R((0, 3)), 0), "no rows": (R((0, 5)), R((5, 3)), 0)}
+
+
+def like(x: np.ndarray, dtype: Any) -> np.ndarray:
+    "The same numbers as another dtype, with the same layout."
+    base = x
+    while base.base is not None:
+        base = base.base
+    wide = base.astype(dtype)
+    offset = (x.ctypes.data - base.ctypes.data) // base.itemsize * wide.itemsize
+    return np.ndarray(x.shape, dtype, wide, offset, tuple(s // x.itemsize * wide.itemsize for s in x.strides))
+
+
+def multiplies(case: str, dtype: Any) -> None:
+    a, b, copies = PRODUCTS[case]
+    a, b = like(a, dtype), like(b, dtype)
+    tol = {"float32": 2e-6, "float64": 1e-13, "float16": 2e-3, "bfloat16": 1e-2}[np.dtype(dtype).name]
+    y = gemm.matmul(a, b)
+    want = a.astype(np.float64) @ b.astype(np.float64)
+    assert y.dtype == dtype and y.flags.c_contiguous and near(y, want, tol)
+    assert sum(gemm.readable(x) is not x for x in (a, b)) == copies or not (a.size and b.size)
+    kind = [dtype] + [np.float32] * (np.dtype(dtype).itemsize == 2)
+    for out in (np.ones(want.shape, k) for k in kind):
+        assert gemm.matmul(a, b, out=out, add=True) is out or a.ndim > b.ndim
+        assert near(out, 1 + want, tol)
+        gemm.matmul(a, b, out=out)
+        assert near(out, want, tol)
+
+
+@no_device
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, bfloat16], ids=["float32", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("case", PRODUCTS)
+def test_cublas_is_given_arguments_that_mean_the_product(case, dtype):
+    multiplies(case, dtype)
+
+
+def swap(i: int, j: int) -> Callable:
+    def change(given: list) -> None:
+        given[i], given[j] = given[j], given[i]
+    return change
+
+
+def put(i: int, value: Any) -> Callable:
+    return lambda given: given.__setitem__(i, value(given) if callable(value) else value)
+
+
+SPOILT = {"a not transposed": put(1, 0), "b not transposed": put(0, 0), "always transposed": put(0, 1), "m and n": swap(2, 3), "n and k": swap(2, 4),
+          "operands in order": swap(6, 10), "leading dimensions": swap(8, 12), "leading dimension is k": put(8, lambda g: g[4]),
+          "one step for all": put(9, 0), "steps": swap(9, 13), "beta forgotten": put(14, 0.0), "beta always": put(14, 1.0), "alpha": put(5, 2.0),
+          "leading dimension of the result": put(17, lambda g: g[3]), "step of the result": put(18, 0), "one product": put(19, 1),
+          "compute as double": put(20, 70), "dtype": put(7, 1), "dtype of the result": put(16, lambda g: g[7])}
+
+
+@no_device
+@pytest.mark.parametrize("what", SPOILT)
+def test_a_wrong_argument_is_caught(what):
+    gemm.LIBRARIES[np.ndarray] = FakeCublas(SPOILT[what])
+    with np.errstate(all="ignore"), pytest.raises((AssertionError, ValueError)):
+        for case in PRODUCTS:
+            for dtype in (np.float32, np.float16):
+                multiplies(case, dtype)
+
+
+@no_device
+def test_tf32_is_a_switch_that_touches_float32_alone(monkeypatch):
+    seen = []
+    gemm.LIBRARIES[np.ndarray] = FakeCublas(lambda given: seen.append(given[20]))
+    monkeypatch.setattr(gemm, "_tf32", False)
+    for on in (True, False):
+        gemm.allow_tf32(on)
+        for dtype in (np.float32, np.float64, np.float16, bfloat16):
+            gemm.matmul(np.ones((2, 2), dtype), np.ones((2, 2), dtype))
+    assert seen == [77, 70, 68, 68, 68, 70, 68, 68]
+
+
+@no_device
+def test_products_that_do_not_fit_say_so():
+    x = np.ones((2, 3), np.float32)
+    for a, b, error in ((x, x, ValueError), (x, x.T.astype(np.float64), TypeError), (x.astype(int), x.T.astype(int), TypeError),
+                        (x[0], x.T, ValueError), (np.ones((2, 2, 3), np.float32), np.ones((3, 3, 2), np.float32), ValueError)):
+        with pytest.raises(error, match="matmul"):
+            gemm.matmul(a, b)
+    with pytest.raises(ValueError, match="out must be contiguous, of shape"):
+        gemm.matmul(x, x.T, out=np.ones((3, 2), np.float32))
+
+
+# ── in the library ───────────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.fixture
+def no_cupy() -> Iterator[None]:
+    "What is registered now is registered afterwards, and nothing else."
+    tables = (array._modules, array._names, array._when_opened, array.UNIFORM, launch.COMPILERS, gemm.LIBRARIES)
+    kept = [dict(t) for t in tables]
+    with kernels.definitions():
+        yield
+        kernels.remove()
+    for table, was in zip(tables, kept):
+        table.clear()
+        table.update(was)
+
+
+@no_device
+def test_kernels_are_put_in_place_when_the_backend_is_opened(no_cupy):
+    class Array:
+        pass
+    cupy = SimpleNamespace(RawKernel=CpuKernel)
+    kernels.install()
+    assert not any(Array in OPS[n].fast for n in layers.NAMES)
+    array._register("cupy", Array, cupy)
+    assert all(OPS[n].fast[Array] is getattr(layers, n) for n in layers.NAMES) and optim.adam_update.fast[Array] is layers.adam_update
+    assert launch.COMPILERS[Array] is CpuKernel and array._open("cupy") is cupy
+    kernels.remove()
+    kernels.install()                                    # it is open already
+    assert all(Array in OPS[n].fast for n in layers.NAMES)
+
+
+def curve(steps: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    model = GPT(GPTConfig(19, 12, 16, 2, 2, dropout=0.1), seed=1)
+    attach(model, LoRA(r=2, targets=("attn.[qv]", "mlp.up")))
+    rng = np.random.default_rng(0)
+    ids, mask = rng.integers(0, 19, (3, 4, 10)), rng.integers(4, 11, (3, 4, 1)) > np.arange(10)
+    history = fit(model, [{"ids": i, "mask": m} for i, m in zip(ids, mask)], steps, AdamW(0.01), progress=False)
+    return np.array(history.losses), model.blocks[0].attn.q.edits["lora"].B.numpy()
+
+
+@no_device
+def test_training_goes_the_same_way_on_the_cuda_kernels():
+    with kernels.definitions():
+        plain, plain_weights = curve()
+        cuda.put_in_place(np.ndarray)
+        losses, weights = curve()
+        kernels.remove()
+    assert np.allclose(losses, plain, rtol=2e-5) and np.allclose(weights, plain_weights, rtol=1e-2, atol=1e-4)
+    assert gemm.LIBRARIES[np.ndarray].calls > 50 and not np.array_equal(losses, plain), "the kernels were not used"

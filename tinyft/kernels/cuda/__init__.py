@@ -1,0 +1,34 @@
+"""CUDA kernels: the library's ops on CuPy arrays, each in a readable .cu file, each held to its definition in ops.py.
+
+    layers.py    the drop-ins: linear, matmul, layer_norm, gelu, attention, cross_entropy, embedding, dropout, AdamW
+    int4.py      products with a weight of four bits a number
+    gemm.py      matrix products straight through cuBLAS
+    launch.py    from a .cu file to a running kernel
+    *.cu         the kernels; the same source runs on the CPU, through tinyft.learn.cuda, where the tests hold it to the definitions
+
+Nothing here imports CuPy by itself: `register` is called when the backend is opened.
+"""
+from __future__ import annotations
+
+from types import ModuleType
+
+from ... import array
+from ...optim import adam_update
+from ...tensor import OPS
+from . import gemm, layers
+from .launch import COMPILERS
+
+
+def register(kind: type, module: ModuleType) -> None:
+    "Put the kernels in place for arrays of this type, CuPy's."
+    COMPILERS[kind] = module.RawKernel
+    gemm.LIBRARIES[kind] = gemm.Cublas()
+    array.UNIFORM[kind] = layers.uniform_like
+    put_in_place(kind)
+
+
+def put_in_place(kind: type) -> None:
+    "Let the drop-ins answer for arrays of this type."
+    for name in layers.NAMES:
+        OPS[name].fast[kind] = getattr(layers, name)
+    adam_update.fast[kind] = layers.adam_update

@@ -1,0 +1,29 @@
+// y += b on every row, and back: db = Σ g over rows, in two steps, so that many blocks share the work and the order of the sum is fixed.
+
+extern "C" __global__ void add_bias(T* y, const T* b, long long size, int n) {
+  for (long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; i < size; i += gridDim.x * (long long)blockDim.x)
+    y[i] = (T)((float)y[i] + (float)b[i % n]);
+}
+
+// Block (32, 8): 32 columns side by side, so that a warp reads 32 neighbours; eight rows at a time.  parts (gridDim.y, n)
+extern "C" __global__ void sum_rows(const T* g, float* parts, int rows, int n, int each) {
+  __shared__ float sums[8][32];
+  int c = threadIdx.x, k = threadIdx.y, column = blockIdx.x * 32 + c, last = min(rows, (int)(blockIdx.y + 1) * each);
+  float sum = 0;
+  if (column < n)
+    for (int row = blockIdx.y * each + k; row < last; row += 8) sum += (float)g[(size_t)row * n + column];
+  sums[k][c] = sum;
+  __syncthreads();
+  if (k > 0 || column >= n) return;
+  for (int j = 1; j < 8; j++) sum += sums[j][c];
+  parts[(size_t)blockIdx.y * n + column] = sum;
+}
+
+// parts (stretches, n) -> y (n): a thread to a column.
+extern "C" __global__ void sum_parts(const float* parts, T* y, int stretches, int n) {
+  int column = blockIdx.x * blockDim.x + threadIdx.x;
+  if (column >= n) return;
+  float sum = 0;
+  for (int s = 0; s < stretches; s++) sum += parts[(size_t)s * n + column];
+  y[column] = (T)sum;
+}

@@ -1,0 +1,51 @@
+"""Products with a weight of four bits a number:  y = x Ŵᵀ,  Ŵ[row][k] = scale[row][k // group] (code − zero[row][k // group]).
+
+codes (N, ⌈K/8⌉) uint32, eight to a word, the first in the lowest four bits; scale, zero (N, ⌈K/group⌉), float32 or 16-bit.
+"""
+from __future__ import annotations
+
+import numpy as np
+
+from ...array import Array, xp
+from ...ops import flat
+from . import gemm
+from .launch import C_TYPES, blocks, empty, launch
+
+FEW = 8                                                                          # rows of x up to which the codes are read once for each
+THREADS, ROWS = 256, 8
+
+
+def dequantized(codes: Array, scale: Array, zero: Array, k: int, group: int) -> Array:
+    "The definition, on any backend: Ŵ (N, K), of scale's dtype."
+    m = xp(codes)
+    shifts = m.arange(0, 32, 4, dtype=np.uint32)
+    digits = ((codes[:, :, None] >> shifts) & 15).reshape(len(codes), -1)[:, :k].astype(scale.dtype)
+    which = m.arange(k) // group
+    return scale[:, which] * (digits - zero[:, which])
+
+
+def dequantize(codes: Array, scale: Array, zero: Array, k: int, group: int, dtype: np.dtype) -> Array:
+    "Ŵ (N, K) of that dtype, in one pass."
+    if not _suits(codes, scale, zero, group, np.dtype(dtype)):
+        return dequantized(codes, scale, zero, k, group).astype(dtype)
+    W = empty(codes, (len(codes), k), dtype)
+    launch("int4.cu", "int4_dequantize", blocks(codes.size), THREADS, codes, scale, zero, W, len(codes), k, group, T=W.dtype, S=scale.dtype)
+    return W
+
+
+def matmul(x: Array, codes: Array, scale: Array, zero: Array, group: int) -> Array:
+    "x (..., K) -> y (..., N).  A few rows of x: straight from the codes.  Many: Ŵ once, then a dense product."
+    X, k = flat(x), x.shape[-1]
+    if len(X) > FEW or not (_suits(codes, scale, zero, group, x.dtype) and x.size and X.flags.c_contiguous):
+        W = dequantize(codes, scale, zero, k, group, x.dtype)
+        y = gemm.matmul(X, W.T) if type(x) in gemm.LIBRARIES else X @ W.T
+    else:
+        y = empty(x, (len(X), len(codes)))
+        grid = (-(-len(codes) // ROWS), len(X))
+        launch("int4.cu", "int4_matvec", grid, THREADS, codes, scale, zero, X, y, len(codes), k, group, T=x.dtype, S=scale.dtype)
+    return y.reshape(*x.shape[:-1], len(codes))
+
+
+def _suits(codes: Array, scale: Array, zero: Array, group: int, dtype: np.dtype) -> bool:
+    return (group % 8 == 0 and codes.size > 0 and codes.dtype == np.uint32 and scale.dtype == zero.dtype and scale.dtype in C_TYPES
+            and dtype in C_TYPES and all(a.flags.c_contiguous for a in (codes, scale, zero)))

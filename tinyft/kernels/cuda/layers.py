@@ -1,0 +1,264 @@
+"""The drop-ins: each has its definition's signature, arrays -> (value, pullbacks), and goes back to it for what it was not written for.
+
+They take float32, float16 and bfloat16, C-contiguous, and sum in float32.  Every sum is added up in a fixed order: the same inputs
+give the same bits.  What CuPy does in one launch already (adding a residual, gathering the rows of an embedding) stays with CuPy.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ... import ops
+from ...array import Array, xp
+from ...ops import flat, t
+from ...optim import adam_update as adam_definition
+from ...tensor import OPS
+from . import gemm
+from .launch import C_TYPES, blocks, empty, launch
+
+NAMES = ("linear", "matmul", "gelu", "gelu_tanh", "layer_norm", "embedding", "attention", "cross_entropy", "dropout")
+THREADS, ROWS = 256, 8                                                           # per block; rows of a warp each
+SAME_ORDER = 16384                                                               # positions up to which an embedding's gradient is summed in order
+
+
+def _suits(*arrays: Array) -> bool:
+    "Of one dtype the kernels know, none empty, numbers one after another."
+    return arrays[0].dtype in C_TYPES and all(a.dtype == arrays[0].dtype and a.size and a.flags.c_contiguous for a in arrays)
+
+
+def _dense(g: Array) -> Array:
+    return g if g.flags.c_contiguous else xp(g).ascontiguousarray(g)
+
+
+def _rows(n: int) -> int:
+    "Blocks for n rows, a warp to a row."
+    return -(-n // ROWS)
+
+
+# ── products ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+def _multiplies(a: Array, b: Array) -> bool:
+    return (a.dtype == b.dtype and a.dtype in gemm.TYPES and min(a.ndim, b.ndim) >= 2 and a.size > 0 and b.size > 0
+            and (a.ndim == 2 or b.ndim == 2 or a.shape[:-2] == b.shape[:-2]))
+
+
+def matmul(a: Array, b: Array) -> Any:
+    "Saves the copies of what is transposed."
+    if not _multiplies(a, b) or a.shape[-1] != b.shape[-2]:
+        return ops.matmul.definition(a, b)
+    return gemm.matmul(a, b), (lambda g: gemm.matmul(g, t(b)), lambda g: gemm.matmul(t(a), g))
+
+
+def linear(x: Array, W: Array, b: Array | None = None) -> Any:
+    "Saves a pass for the bias, and the many small launches of a product of three axes by two."
+    if not (_suits(x, W) and W.ndim == 2 and x.shape[-1] == W.shape[1] and (b is None or (_suits(x, b) and b.shape == W.shape[:1]))):
+        return ops.linear.definition(x, W, b)
+    X, n = flat(x), W.shape[0]
+    y = gemm.matmul(X, W.T)
+    if b is not None:
+        launch("bias.cu", "add_bias", blocks(y.size), THREADS, y, b, np.int64(y.size), n, T=y.dtype)
+    shape, rows = x.shape, _remembered(lambda g: flat(_dense(g)))                # dx must not hold x: where W is frozen nothing else does
+    dx, dW, db = lambda g: gemm.matmul(rows(g), W).reshape(shape), lambda g: gemm.matmul(rows(g).T, X), lambda g: sum_rows(rows(g))
+    return y.reshape(*shape[:-1], n), (dx, dW, db)
+
+
+def _remembered(f: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    "f, worked out once for the pullbacks that are given the same g one after another."
+    last: list = [None, None]
+
+    def call(g: Array) -> Array:
+        if last[0] is not g:
+            last[:] = g, f(g)
+        return last[1]
+    return call
+
+
+def sum_rows(g: Array) -> Array:
+    "(N, n) -> (n,): the gradient of a bias."
+    (rows, n), (stretches, each) = g.shape, _stretches(len(g))
+    parts = empty(g, (stretches, n), np.float32)
+    launch("bias.cu", "sum_rows", (-(-n // 32), stretches), (32, 8), g, parts, rows, n, each, T=g.dtype)
+    return _sum_parts(parts, g.dtype)
+
+
+def _stretches(rows: int) -> tuple[int, int]:
+    "How many stretches to cut the rows into, and the rows of each."
+    each = max(64, -(-rows // 256))
+    return -(-rows // each), each
+
+
+def _sum_parts(parts: Array, dtype: Any) -> Array:
+    "(stretches, n) -> (n,)"
+    stretches, n = parts.shape
+    y = empty(parts, (n,), dtype)
+    launch("bias.cu", "sum_parts", -(-n // THREADS), THREADS, parts, y, stretches, n, T=dtype)
+    return y
+
+
+# ── elementwise, and along rows ──────────────────────────────────────────────────────────────────────────────────────
+def _gelu(name: str) -> Any:
+    def kernel(x: Array) -> Any:
+        "Saves all but one of the passes."
+        if not _suits(x):
+            return OPS[name].definition(x)
+        y, size, grid = empty(x, x.shape), np.int64(x.size), blocks(x.size)
+        launch("gelu.cu", name, grid, THREADS, x, y, size, T=x.dtype)
+
+        def back(g: Array) -> Array:
+            d = empty(x, x.shape)
+            launch("gelu.cu", f"{name}_back", grid, THREADS, x, _dense(g), d, size, T=x.dtype)
+            return d
+        return y, (back,)
+    return kernel
+
+
+gelu, gelu_tanh = _gelu("gelu"), _gelu("gelu_tanh")
+
+
+def layer_norm(x: Array, w: Array, b: Array, eps: float = 1e-5) -> Any:
+    "Saves nine passes of eleven, and keeps two numbers per row in place of a copy of x."
+    if not (_suits(x, w, b) and w.shape == b.shape == x.shape[-1:]):
+        return ops.layer_norm.definition(x, w, b, eps=eps)
+    n, rows = x.shape[-1], x.size // x.shape[-1]
+    y, mean, r = empty(x, x.shape), empty(x, (rows,), np.float32), empty(x, (rows,), np.float32)
+    launch("layer_norm.cu", "layer_norm", _rows(rows), THREADS, x, w, b, y, mean, r, rows, n, float(eps), T=x.dtype)
+
+    def back(g: Array, needed: list[bool]) -> tuple:
+        g, dx, dw, db = _dense(g), None, None, None
+        if needed[0]:
+            dx = empty(x, x.shape)
+            launch("layer_norm.cu", "layer_norm_back", _rows(rows), THREADS, x, w, g, mean, r, dx, rows, n, T=x.dtype)
+        if needed[1] or needed[2]:
+            stretches, each = _stretches(rows)
+            parts = empty(x, (2, stretches, n), np.float32)
+            grid = (-(-n // 32), stretches)
+            launch("layer_norm.cu", "layer_norm_back_weights", grid, (32, 8), x, g, mean, r, parts, rows, n, each, T=x.dtype)
+            dw, db = (_sum_parts(parts[i], x.dtype) if needed[1 + i] else None for i in range(2))
+        return dx, dw, db
+    return y, back
+
+
+def embedding(W: Array, ids: Array) -> Any:
+    "Saves the atomic additions, and sums in order: for up to SAME_ORDER positions, since it compares each with each."
+    if not (W.ndim == 2 and _suits(W) and 0 < ids.size <= SAME_ORDER):
+        return ops.embedding.definition(W, ids)
+    rows, width = W.shape
+
+    def back(g: Array) -> Array:
+        d, flat_ids = xp(W).zeros(W.shape, W.dtype), (ids.reshape(-1) % rows).astype(np.int32)                  # −1 is the last row
+        grid = (_rows(ids.size), -(-width // 128))
+        launch("embedding.cu", "embedding_back", grid, THREADS, flat_ids, _dense(g), d, ids.size, width, T=W.dtype)
+        return d
+    return W[ids], (back, None)
+
+
+# ── attention and the loss ───────────────────────────────────────────────────────────────────────────────────────────
+def attention(q: Array, k: Array, v: Array, seen: Array | None = None, causal: bool = False, scale: float | None = None,
+              keep: Array | None = None) -> Any:
+    "Saves the masks and all passes but one over the scores, between products that read heads where they lie."
+    arrays, lead = [q, k, v] + ([] if keep is None else [keep]), q.shape[:-2]
+    shape = (*lead, q.shape[-2], k.shape[-2]) if q.ndim >= 2 <= k.ndim else ()
+    if not (2 <= q.ndim <= 4 and k.shape[:-2] == v.shape[:-2] == lead and q.dtype in C_TYPES
+            and all(a.dtype == q.dtype and a.size for a in arrays) and q.shape[-1] == k.shape[-1] and k.shape[-2] == v.shape[-2]
+            and (seen is None or (seen.ndim <= q.ndim and seen.dtype == bool))):
+        return ops.attention.definition(q, k, v, seen, causal=causal, scale=scale, keep=keep)
+    m, alpha = xp(q), float(q.shape[-1]**-0.5 if scale is None else scale)
+    keep = None if keep is None else _dense(m.broadcast_to(keep, shape))
+    q, k, v = (gemm.readable(a) for a in (q, k, v))                              # copied at most once, for both ways
+    s = gemm.matmul(q, t(k))                                                     # (..., t, n)
+    (queries, n), rows, heads = s.shape[-2:], s.size // s.shape[-1], lead[-1] if lead else 1
+    seen, strides = _mask(seen, s.shape)
+    kept = s if keep is None else empty(s, s.shape)
+    sizes = (np.int64(rows), n, queries, heads)
+    launch("attention.cu", "masked_softmax", _rows(rows), THREADS, s, seen, keep, s, kept, *sizes, causal, alpha, *strides, T=s.dtype)
+    p = s                                                                        # the scores' own memory
+
+    def back(g: Array, needed: list[bool]) -> tuple:
+        g = gemm.readable(g)
+        dv = gemm.matmul(t(p if keep is None else p * keep), g) if needed[2] else None
+        if not (needed[0] or needed[1]):
+            return None, None, dv
+        d = gemm.matmul(g, t(v))
+        launch("attention.cu", "masked_softmax_back", _rows(rows), THREADS, p, keep, d, np.int64(rows), n, alpha, T=d.dtype)
+        return gemm.matmul(d, k) if needed[0] else None, gemm.matmul(t(d), q) if needed[1] else None, dv
+    return gemm.matmul(kept, v), back
+
+
+def _mask(seen: Array | None, shape: tuple) -> tuple[Array | None, tuple]:
+    "A mask and its four strides over (lead, heads, t, n): zero along what it repeats."
+    if seen is None:
+        return None, (np.int64(0),) * 4
+    seen = _dense(seen)
+    full, have = (1,) * (4 - len(shape)) + shape, (1,) * (4 - seen.ndim) + seen.shape
+    if any(a not in (1, b) for a, b in zip(have, full)):
+        raise ValueError(f"attention: `seen` of shape {seen.shape} does not broadcast to {shape}")
+    return seen, tuple(np.int64(0 if n == 1 else s) for n, s in zip(have, (0,) * (4 - seen.ndim) + seen.strides))
+
+
+def cross_entropy(z: Array, y: Array, weight: Array | None = None, ignore_index: int = -100, label_smoothing: float = 0.0) -> Any:
+    "Saves all passes over the logits but three, and keeps three numbers per row in place of them."
+    if not (_suits(z) and z.ndim >= 2 and y.shape == z.shape[:-1] and y.dtype.kind in "iu"
+            and (weight is None or (_suits(z, weight) and weight.shape == z.shape[-1:] and not label_smoothing))):
+        return ops.cross_entropy.definition(z, y, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing)
+    n, rows, labels = z.shape[-1], z.size // z.shape[-1], _dense(y.astype(np.int64))
+    losses, stats, value, total = (empty(z, shape, dtype) for shape, dtype in (
+        ((rows,), np.float32), ((3, rows), np.float32), ((), z.dtype), ((), np.float32)))
+    options = (n, np.int64(ignore_index), float(label_smoothing))
+    launch("cross_entropy.cu", "cross_entropy", rows, THREADS, z, labels, weight, losses, stats, *options, T=z.dtype)
+    launch("cross_entropy.cu", "cross_entropy_mean", 1, 1024, losses, stats[2], value, total, rows, T=z.dtype)
+
+    def back(g: Array) -> Array:
+        d = empty(z, z.shape)
+        g = xp(z).asarray(g)                                                     # a sum is a number without axes: NumPy makes a scalar of it
+        launch("cross_entropy.cu", "cross_entropy_back", rows, THREADS, z, labels, stats, total, g, d, n, float(label_smoothing), T=z.dtype)
+        return d
+    return value, (back, None, None)
+
+
+# ── noise ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+def _key(key: int) -> tuple[np.uint64, np.uint64]:
+    return np.uint64(key % 2**64), np.uint64(key >> 64)
+
+
+def uniform_like(x: Array, key: int) -> Array:
+    "The numbers of array.uniform_like, made where they are wanted."
+    u = empty(x, x.shape, np.float32)
+    if u.size:
+        launch("random.cu", "uniform", blocks(-(-u.size // 8)), THREADS, u, *_key(key), np.int64(u.size), T=u.dtype)
+    return u
+
+
+def dropout(x: Array, p: float, key: int) -> Any:
+    "Saves the mask: the way back draws it anew."
+    if not (_suits(x) and 0 <= p < 1):
+        return ops.dropout.definition(x, p, key)
+
+    def drop(a: Array) -> Array:
+        y, a = empty(a, a.shape), _dense(a)
+        launch("random.cu", "dropout", blocks(-(-a.size // 8)), THREADS, a, y, float(p), 1 / (1 - p), *_key(key), np.int64(a.size), T=a.dtype)
+        return y
+    return drop(x), (drop, None, None)
+
+
+# ── the optimiser ────────────────────────────────────────────────────────────────────────────────────────────────────
+def adam_rates(lr: float, b1: float, b2: float, decay: float, t: int) -> tuple[float, float, float]:
+    "What of AdamW's update changes with the step: η/(1 − β₁ᵗ), 1/√(1 − β₂ᵗ), 1 − ηλ"
+    return lr / (1 - b1**t), (1 - b2**t)**-0.5, 1 - lr * decay
+
+
+def adam_update(w: Array, g: Array, m: Array, v: Array, lr: float, b1: float, b2: float, eps: float, decay: float, t: int) -> None:
+    "One launch, one pass."
+    if not _suits(w, g, m, v):
+        return adam_definition(w, g, m, v, lr, b1, b2, eps, decay, t)
+    rates = adam_rates(lr, b1, b2, decay, t)
+    launch("adam.cu", "adam", blocks(w.size), THREADS, w, g, m, v, *rates, *_betas(b1, b2), float(eps), np.int64(w.size), T=w.dtype)
+
+
+def adam_replayed(w: Array, g: Array, m: Array, v: Array, rates: Array, b1: float, b2: float, eps: float) -> None:
+    "The same with adam_rates read from the device, three float32: a captured step is replayed with the numbers that are there then."
+    launch("adam.cu", "adam_replayed", blocks(w.size), THREADS, w, g, m, v, rates, *_betas(b1, b2), float(eps), np.int64(w.size), T=w.dtype)
+
+
+def _betas(b1: float, b2: float) -> tuple[float, ...]:
+    return float(b1), float(1 - b1), float(b2), float(1 - b2)

@@ -1,0 +1,35 @@
+// A row of numbers belongs to one warp or to one block.  Each thread takes every 32nd (every blockDim.x-th) number; these put together
+// what the threads found, and every thread gets the result.  T is the type of the arrays; sums are always in float.
+
+#define ALL_LANES 0xffffffffu
+#define NEVER __int_as_float(0xff800000)                // minus infinity: what the maximum of nothing is
+
+__device__ float warp_sum(float v) {                     // halves of the warp exchange, then quarters, ...: five steps
+  for (int apart = 16; apart; apart >>= 1) v += __shfl_xor_sync(ALL_LANES, v, apart);
+  return v;
+}
+
+__device__ float warp_max(float v) {
+  for (int apart = 16; apart; apart >>= 1) v = fmaxf(v, __shfl_xor_sync(ALL_LANES, v, apart));
+  return v;
+}
+
+__device__ float block_sum(float v, float* part) {       // part: shared, one number per warp
+  v = warp_sum(v);
+  __syncthreads();                                       // whoever still reads what an earlier call left there
+  if ((threadIdx.x & 31) == 0) part[threadIdx.x >> 5] = v;
+  __syncthreads();
+  float sum = 0;
+  for (int warp = 0; warp < blockDim.x >> 5; warp++) sum += part[warp];
+  return sum;
+}
+
+__device__ float block_max(float v, float* part) {
+  v = warp_max(v);
+  __syncthreads();
+  if ((threadIdx.x & 31) == 0) part[threadIdx.x >> 5] = v;
+  __syncthreads();
+  float most = part[0];
+  for (int warp = 1; warp < blockDim.x >> 5; warp++) most = fmaxf(most, part[warp]);
+  return most;
+}
