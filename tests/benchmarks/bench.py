@@ -1,8 +1,8 @@
 """make bench: tinyft and its peers side by side on the CPU, and what comes out written to results/cpu.md, cpu.json and scaling.png.
 
-    python tests/benchmarks/bench.py [--only steps,methods,...] [--rounds 9] [--quick] [--out FOLDER]
+    python tests/benchmarks/bench.py [--only steps,methods,...] [--threads 1,2] [--rounds 9] [--quick] [--out FOLDER]
 
-Sections that were not run keep what the JSON already holds.  Peers that are not installed are left out, and the results say so:
+Rows that were not measured this time keep what the JSON already holds.  Peers that are not installed are left out, and the results say so:
 pip install torch==2.13.0 "peft>=0.21" "transformers>=4.57,<4.58" autograd tinygrad     (tinygrad's CPU device needs clang)
 """
 from __future__ import annotations
@@ -54,7 +54,7 @@ Rows = Iterator[dict[str, Any]]
 
 def steps(a: argparse.Namespace) -> Rows:
     "A whole training step: tinyft, PyTorch, the floor; all as their wheels choose, and once more with AVX2 products for tinyft and the floor."
-    for threads in (1, 2):
+    for threads in a.threads:
         for c in GPT + BERT:
             sides = [lambda k=k, c=c: Side(k, c, threads) for k in ("tinyft", *there("torch"), "floor")]
             if threads == 1:
@@ -70,12 +70,13 @@ def others(a: argparse.Namespace) -> Rows:
     "HIPS autograd and tinygrad, in fewer rounds: they take long."
     for c in GPT[:1 if a.quick else 3]:
         for peer in there("autograd", "tinygrad"):
-            yield {"case": c.name, "threads": 1, **measure([lambda c=c: Side("tinyft", c, 1), lambda p=peer, c=c: Side(p, c, 1)], max(3, a.rounds // 3))}
+            sides = [lambda k=k, c=c: Side(k, c, 1) for k in ("tinyft", peer)]
+            yield {"case": c.name, "peer": peer, "threads": 1, **measure(sides, max(3, a.rounds // 3))}
 
 
 def methods(a: argparse.Namespace) -> Rows:
     "Fine-tuning steps: tinyft, the same in PyTorch (LoRA by PEFT), and tinyft's own full step."
-    for threads, name in ((1, "small"), (1, "mid"), (2, "mid"), (1, "bert-mid")):
+    for threads, name in [(t, n) for t in a.threads for n in (("small", "mid", "bert-mid") if t == 1 else ("mid",))]:
         for method in cases.METHODS:
             c = replace(BY_NAME[name], method=method)
             sides = [lambda c=c: Side("tinyft", c, threads)]
@@ -131,14 +132,15 @@ def machine() -> dict[str, Any]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     commit = subprocess.run(["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    return {"cpu": cpu, "cores": os.cpu_count(), "system": f"{platform.system()} {platform.release().split('-')[0]}", "python": platform.python_version(),
-            "versions": versions, "commit": commit, "date": datetime.date.today().isoformat(), "load": round(os.getloadavg()[0], 1)}
+    return {"cpu": cpu, "cores": os.cpu_count(), "system": f"{platform.system()} {platform.release().split('-')[0]}",
+            "python": platform.python_version(), "versions": versions, "commit": commit, "date": datetime.date.today().isoformat()}
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--only", default=",".join(SECTIONS))
     p.add_argument("--rounds", type=int, default=9)
+    p.add_argument("--threads", type=lambda s: [int(t) for t in s.split(",")], default=[1, 2])
     p.add_argument("--quick", action="store_true", help="three rounds, small sizes: to see that it runs")
     p.add_argument("--out", type=Path, default=HERE / "results")
     a = p.parse_args()
@@ -146,16 +148,19 @@ def main() -> None:
         a.rounds = min(a.rounds, 3)
         GPT[2:], BERT[1:] = [], []
     a.out.mkdir(parents=True, exist_ok=True)
-    path = a.out / "cpu.json"
+    path, key = a.out / "cpu.json", ("case", "method", "peer", "threads", "size")           # what tells rows apart
     data = json.loads(path.read_text()) if path.exists() else {}
     for name in a.only.split(","):
         print(f"── {name}: {SECTIONS[name].__doc__}", flush=True)
         rows, since = [], machine()
         for row in SECTIONS[name](a):
             rows.append(row)
-            brief = {k: v for k, v in row.items() if k not in ("ratios", "seconds", "avx2")}
-            print("  ", *brief.values(), *(f"{k} {r['ratio']:.2f} ({r['low']:.2f}-{r['high']:.2f})" for k, r in row.get("ratios", {}).items()), flush=True)
-        data[name] = {"rows": rows, "machine": since}
+            ratios = (f"{k} {r['ratio']:.2f} ({r['low']:.2f}-{r['high']:.2f})" for k, r in row.get("ratios", {}).items())
+            print("  ", *(row[k] for k in key if k in row), *ratios, flush=True)
+        kept = data.get(name, {"rows": []})["rows"]
+        new = {tuple(r.get(k) for k in key): r for r in rows}
+        old = {tuple(r.get(k) for k in key): r for r in kept}
+        data[name] = {"rows": list((old | new).values()), "machine": since}
         path.write_text(json.dumps(data, indent=1) + "\n")
     from report import write
     write(data, a.out)

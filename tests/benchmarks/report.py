@@ -34,7 +34,7 @@ def ms(s: float | None) -> str:
 def about(section: dict[str, Any]) -> str:
     m = section["machine"]
     versions = ", ".join(f"{k} {v}" for k, v in m["versions"].items())
-    return f"*{m['date']}, commit {m['commit']}; {m['cpu']}, {m['cores']} cores, {m['system']}, Python {m['python']}; {versions}; load at the start {m['load']}.*\n"
+    return f"*{m['date']}, commit {m['commit']}; {m['cpu']}, {m['cores']} cores, {m['system']}, Python {m['python']}; {versions}.*\n"
 
 
 def steps(rows: list[dict]) -> list[str]:
@@ -73,7 +73,8 @@ def memories(rows: list[dict]) -> list[str]:
 
 def small(rows: list[dict]) -> list[str]:
     unit = {"op": ("a recorded op on three numbers", lambda s: f"{s * 1e3:.2f} µs"), "import": ("python -c import", ms),
-            "generate": ("a token, KV cache, 6 layers of 256", lambda s: f"{s / 64 * 1e3:.2f} ms ({64 / s:.0f} tokens/s)"), "load": ("loading 100 MB", ms)}
+            "generate": ("a token, KV cache, 6 layers of 256", lambda s: f"{s / 64 * 1e3:.2f} ms ({64 / s:.0f} tokens/s)"),
+            "load": ("loading 100 MB", ms)}
     return table(["", "tinyft", "peer", "peer's time", "peer / tinyft"], [
         [unit[r["case"]][0], unit[r["case"]][1](r["seconds"]["tinyft"]), "PyTorch" if r["peer"] == "torch" else "transformers",
          unit[r["case"]][1](r["seconds"][k]), spread(v)] for r in rows for k, v in r["ratios"].items()])
@@ -99,7 +100,8 @@ def scaling(rows: list[dict]) -> list[str]:
                 "length T": "1 to 2 (attention T²) and 1: scores are not stored", "ops in the graph": "1"}
     out = [[axis, f"{p[0][0]} to {p[-1][0]}", f"{power(p):.2f}", f"{power(d['bytes']):.2f}" if "bytes" in d else "", expected[axis]]
            for axis, d in slopes(rows).items() for p in [d["seconds"]]]
-    return table(["what grows", "from, to", "power of time", "power of memory", "expected"], out) + ["![time and memory as a size grows](scaling.png)", ""]
+    return [*table(["what grows", "from, to", "power of time", "power of memory", "expected"], out),
+            "![time and memory as a size grows](scaling.png)", ""]
 
 
 def draw(rows: list[dict], path: Path) -> None:
@@ -126,8 +128,8 @@ def draw(rows: list[dict], path: Path) -> None:
 
 TEXT = {
     "steps": ("A whole training step: forward, backward, AdamW", """
-PyTorch: a plain model with SDPA, one product for q, k, v, and fused AdamW.  The floor: only the matrix products a step cannot avoid, by NumPy
-into memory that is already there.  Ratios are medians of paired rounds with their quartiles; above 1 tinyft is faster.  Asked for: at least 1.0
+PyTorch: a plain model with SDPA, one product for q, k, v, and fused AdamW.  The floor: only the matrix products a step cannot avoid, by
+NumPy, into memory that is already there.  Ratios are medians of paired rounds with their quartiles; above 1 tinyft is faster.  Asked for: at least 1.0
 of PyTorch everywhere, 1.2 at tiny; at most 1.15 of the floor at mid and wide on one thread.
 
 Every library runs as its wheels choose: here NumPy's OpenBLAS takes its AVX-512 kernels.  The last two columns hold OpenBLAS to AVX2
