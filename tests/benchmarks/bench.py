@@ -68,7 +68,7 @@ def steps(a: argparse.Namespace) -> Rows:
 
 def others(a: argparse.Namespace) -> Rows:
     "HIPS autograd and tinygrad, in fewer rounds: they take long."
-    for c in GPT[:1 if a.quick else 3]:
+    for c in GPT[:2]:
         for peer in there("autograd", "tinygrad"):
             sides = [lambda k=k, c=c: Side(k, c, 1) for k in ("tinyft", peer)]
             yield {"case": c.name, "peer": peer, "threads": 1, **measure(sides, max(3, a.rounds // 3))}

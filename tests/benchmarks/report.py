@@ -129,16 +129,16 @@ def draw(rows: list[dict], path: Path) -> None:
 TEXT = {
     "steps": ("A whole training step: forward, backward, AdamW", """
 PyTorch: a plain model with SDPA, one product for q, k, v, and fused AdamW.  The floor: only the matrix products a step cannot avoid, by
-NumPy, into memory that is already there.  Ratios are medians of paired rounds with their quartiles; above 1 tinyft is faster.  Asked for: at least 1.0
-of PyTorch everywhere, 1.2 at tiny; at most 1.15 of the floor at mid and wide on one thread.
+NumPy, into memory that is already there.  Ratios are medians of paired rounds with their quartiles; above 1 tinyft is faster.  Asked for:
+at least 1.0 of PyTorch everywhere, 1.2 at tiny; at most 1.15 of the floor at mid and wide on one thread.
 
 Every library runs as its wheels choose: here NumPy's OpenBLAS takes its AVX-512 kernels.  The last two columns hold OpenBLAS to AVX2
 (OPENBLAS_CORETYPE=Haswell), tinyft and the floor alike; PyTorch's library is as before.
 """),
     "others": ("Other autograd libraries", ""),
     "methods": ("Fine-tuning steps", """
-PyTorch does the same: LoRA is PEFT's, put into the plain model (q, k, v apart); the others are written by hand.  Asked for: LoRA at least 1.3 of
-PEFT's; LoRA (q, v) at most 0.72 and head only at most 0.40 of tinyft's own full step.
+PyTorch does the same: LoRA is PEFT's, put into the plain model (q, k, v apart); the others are written by hand.  Asked for: LoRA at least
+1.3 of PEFT's; LoRA (q, v) at most 0.72 and head only at most 0.40 of tinyft's own full step.
 """),
     "memories": ("Peak memory of a step", """
 How far the process grows, at most, during its first three steps, above what it held with the model alone; AdamW's two moments are taken off on
@@ -150,7 +150,8 @@ both sides.  PyTorch's figure holds some 90 MB that its libraries take at their 
 
 
 def write(data: dict[str, Any], out: Path) -> None:
-    lines = ["# tinyft on the CPU, beside its peers", "", "Written by `make bench`; what was tried and what it gave stands in [LOG.md](../LOG.md).", ""]
+    lines = ["# tinyft on the CPU, beside its peers", "",
+             "Written by `make bench`; what was tried and what it gave stands in [LOG.md](../LOG.md).", ""]
     for name, (title, text) in TEXT.items():
         if name in data:
             lines += [f"## {title}", text.strip("\n"), "", *globals()[name](data[name]["rows"]), about(data[name])]
