@@ -118,8 +118,13 @@ class Tensor:
                     new = node.grad + g if node.grad is not None else g if key in ours else g.copy()
                     node.grad = m.asarray(new)                                   # NumPy's 0-d results are scalars
                 continue
+            if isinstance(node, Part):                                           # the whole gets a list, one gradient for each of its values
+                grads.setdefault(id(node.whole), [None] * node.of)[node.i] = g
+                continue
+            given = {id(_owner(a)) for a in (g if isinstance(g, list) else [g])}
             for p, gp in node.pull(g):
-                shared, gp, k = gp.shape == p.shape and (gp is g or gp.base is not None), sum_to(gp, p.shape), id(p)       # a sum is ours
+                shared = gp.shape == p.shape and (id(_owner(gp)) in given or not _solid(gp))       # a sum, or a view of what was made for us, is ours
+                gp, k = sum_to(gp, p.shape), id(p)
                 if _state.anomaly and not bool(m.isfinite(gp).all()):
                     raise FloatingPointError(f"{node.name} gave back a gradient that is not finite; shape {gp.shape}")
                 if k not in grads:
@@ -132,6 +137,16 @@ class Tensor:
                     ours.add(k)
             if not retain_graph:
                 node.release()
+
+
+def _owner(a: Array) -> Array:
+    "The array whose memory this is, or a view of."
+    return a if getattr(a, "base", None) is None else a.base
+
+
+def _solid(a: Array) -> bool:
+    "Not a view that shows numbers twice or in another order."
+    return getattr(a, "base", None) is None or a.flags.c_contiguous
 
 
 class Record:
@@ -160,7 +175,18 @@ class Record:
         self.pulls = None
 
 
-def topological(root: Tensor) -> list[Record | Tensor]:
+class Part:
+    "Value number i of the `of` values that an op gave at once; `whole` is their Record."
+    __slots__ = ("whole", "i", "of", "shape")
+
+    def __init__(self, whole: Record, i: int, of: int, shape: tuple):
+        self.whole, self.i, self.of, self.shape = whole, i, of, shape
+
+    def parents(self) -> Iterator[Record]:
+        yield self.whole
+
+
+def topological(root: Tensor) -> list[Record | Part | Tensor]:
     "Every node the root was made from that needs a gradient, inputs before outputs.  A stack, so deep graphs do not recurse."
     order, seen, stack = [], set(), [(root.node, False)]
     while stack:
@@ -170,7 +196,7 @@ def topological(root: Tensor) -> list[Record | Tensor]:
         elif id(node) not in seen:
             seen.add(id(node))
             stack.append((node, True))
-            if isinstance(node, Record):
+            if not isinstance(node, Tensor):
                 stack.extend((p, False) for p in node.parents())
     return order
 
@@ -216,7 +242,8 @@ def op(shapes: str) -> Callable[[Callable], Callable[..., Tensor]]:
 
     `pullbacks` is a tuple with one function g -> gradient per input (None where there is no gradient), or, where inputs
     share costly work, one function (g, needed) -> a gradient for each input, `needed` telling which of them count.  A
-    pullback gives back g itself, a view, or a fresh array; the engine undoes broadcasting.  Arguments by keyword get no gradient.
+    pullback gives back g itself, a view of it, or what it made; the engine undoes broadcasting.  Arguments by keyword get no gradient.
+    A value that is a tuple makes as many tensors; g is then a list, one gradient for each, None where none came.
     `shapes`, such as "... n k, ... k m -> ... n m", is for readers, for error messages and for the tests.
     """
     def wrap(f: Callable) -> Callable[..., Tensor]:
@@ -230,22 +257,20 @@ def op(shapes: str) -> Callable[[Callable], Callable[..., Tensor]]:
                 value, pulls = (call.fast.get(type(arrays[0]), f))(*arrays, **kw)
             except (ValueError, TypeError, IndexError, array.BackendError) as e:
                 raise _explained(e, name, shapes, arrays) from e
-            y = Tensor(value if array.is_array(value) else np.asarray(value))
-            if _state.anomaly and not bool(xp(y.data).isfinite(y.data).all()):
+            ys = [Tensor(v if array.is_array(v) else np.asarray(v)) for v in (value if isinstance(value, tuple) else (value,))]
+            if _state.anomaly and not all(bool(xp(y.data).isfinite(y.data).all()) for y in ys):
                 raise FloatingPointError(f"{name} gave a value that is not finite; inputs {_sizes(arrays)}")
-            if not _state.recording:
-                return y
             needed = [isinstance(a, Tensor) and a.requires_grad for a in args]
-            if any(needed):
+            if _state.recording and any(needed):
                 if callable(pulls):
                     edges = [([a.node for a, n in zip(args, needed) if n], _joint(pulls, needed))]
                 else:
                     edges = [((a.node,), _single(b)) for a, b, n in zip(args, pulls, needed) if n and b is not None]
-                y.requires_grad = bool(edges)
-                if edges:
-                    leaves = [(a.version, a.version[0]) for a in args if isinstance(a, Tensor) and a.record is None]
-                    y.record = Record(name, y.shape, edges, leaves)
-            return y
+                leaves = [(a.version, a.version[0]) for a in args if isinstance(a, Tensor) and a.record is None]
+                whole = Record(name, ys[0].shape, edges, leaves)
+                for i, y in enumerate(ys if edges else ()):
+                    y.requires_grad, y.record = True, whole if len(ys) == 1 else Part(whole, i, len(ys), y.shape)
+            return tuple(ys) if isinstance(value, tuple) else ys[0]
         call.shapes, call.definition, call.fast = shapes, f, {}                  # fast: {array type: a kernel}
         OPS[name] = call
         return call
