@@ -107,6 +107,7 @@ class Tensor:
         if g.shape != self.shape:
             raise ShapeError(f"backward wants a gradient of shape {self.shape}, got {g.shape}")
         grads, ours, order = {id(self.node): g}, set(), topological(self)        # ours: arrays nobody else can see
+        anomaly = _state.anomaly
         while order:                                                             # popping lets go of what was passed
             node = order.pop()
             key = id(node)
@@ -121,11 +122,12 @@ class Tensor:
             if isinstance(node, Part):                                           # the whole gets a list, one gradient for each of its values
                 grads.setdefault(id(node.whole), [None] * node.of)[node.i] = g
                 continue
-            given = {id(_owner(a)) for a in (g if isinstance(g, list) else [g])}
             for p, gp in node.pull(g):
-                shared = gp.shape == p.shape and (id(_owner(gp)) in given or not _solid(gp))       # a sum, or a view of what was made for us, is ours
-                gp, k = sum_to(gp, p.shape), id(p)
-                if _state.anomaly and not bool(m.isfinite(gp).all()):
+                k, shape = id(p), p.shape
+                shared = gp.shape == shape and _lent(gp, g)                      # what was summed is ours
+                if gp.shape != shape:
+                    gp = sum_to(gp, shape)
+                if anomaly and not bool(m.isfinite(gp).all()):
                     raise FloatingPointError(f"{node.name} gave back a gradient that is not finite; shape {gp.shape}")
                 if k not in grads:
                     grads[k] = gp
@@ -139,14 +141,12 @@ class Tensor:
                 node.release()
 
 
-def _owner(a: Array) -> Array:
-    "The array whose memory this is, or a view of."
-    return a if getattr(a, "base", None) is None else a.base
-
-
-def _solid(a: Array) -> bool:
-    "Not a view that shows numbers twice or in another order."
-    return getattr(a, "base", None) is None or a.flags.c_contiguous
+def _lent(gp: Array, g: Any) -> bool:
+    "Whether what a pullback gave back is g's memory (g: an array, or a list of them), or shows numbers twice or in another order."
+    given = g if isinstance(g, list) else (g,)
+    if gp.base is None:
+        return any(gp is a or (a is not None and a.base is gp) for a in given)
+    return not gp.flags.c_contiguous or any(a is not None and gp.base is (a if a.base is None else a.base) for a in given)
 
 
 class Record:
@@ -169,7 +169,9 @@ class Record:
             if version[0] != then:
                 raise RuntimeError(f"an input of {self.name!r} was written in place after the op used it: its gradient would be wrong")
         for parents, back in self.pulls:
-            yield from ((p, gp) for p, gp in zip(parents, back(g)) if gp is not None)
+            for p, gp in zip(parents, back(g)):
+                if gp is not None:
+                    yield p, gp
 
     def release(self) -> None:
         self.pulls = None
