@@ -7,7 +7,7 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 CUPY   ?= $(HERE)/.venv-cupy
 ARGS   ?=
-EMULATED := tests/emulated $(addprefix tests/test_,$(addsuffix .py,ops nn optim models tensor strict decode adapters formats))
+EMULATED := tests/emulated $(addprefix tests/test_,$(addsuffix .py,ops nn optim models tensor strict decode adapters formats doctor))
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help install run test selftest test-strict test-emulated test-gpu test-peers lessons site audit base lint clean
