@@ -81,7 +81,7 @@ MAY: dict[str, set[str]] = {
     "formats": {*CORE, "files", "models"},
 }
 MAY["array"] = {"strict"}                                                        # opened when asked for
-OUTERMOST = {"compare", "report", "cli", "pretrain", "learn", "memory"}                    # these import anything; nothing but they imports them,
+OUTERMOST = {"compare", "report", "cli", "pretrain", "learn", "memory", "doctor"}          # these import anything; nothing but they imports them,
                                                                                  # but for tinyft.check, which opens the rest of learn when called
 
 

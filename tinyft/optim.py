@@ -40,15 +40,29 @@ class Group:
         m, ends = xp(self.tensors[0].data), np.cumsum([0] + [p.size for p in self.tensors])
         self.slices = [slice(int(a), int(b)) for a, b in zip(ends, ends[1:])]
         self.w, *self.moments = (m.zeros(int(ends[-1]), self.tensors[0].dtype) for _ in range(1 + moments))
-        self.views = [self.w[s].reshape(p.shape) for s, p in zip(self.slices, self.tensors)]
+        self.look()
         self.gather_values()
 
+    def look(self) -> None:
+        "Views of the flat array in the tensors' shapes."
+        self.views = [self.w[s].reshape(p.shape) for s, p in zip(self.slices, self.tensors)]
+
     def gather_values(self) -> None:
-        "Take back tensors whose data was replaced from outside."
+        "Take back tensors whose data was replaced from outside, and follow them to another backend (model.to)."
+        if any(p.data is not view and (type(p.data) is not type(view) or p.data.dtype != view.dtype) for p, view in zip(self.tensors, self.views)):
+            self.follow()
         for p, view in zip(self.tensors, self.views):
             if p.data is not view:
                 view[...] = p.data
                 p.data = view
+
+    def follow(self) -> None:
+        "Values and moments to where the tensors are now.  BackendError if that is more than one place, TypeError if their dtype is another."
+        if other := next((p.dtype for p in self.tensors if p.dtype != self.w.dtype), None):
+            raise TypeError(f"the tensors this optimiser updates were {self.w.dtype} when it was started, and are {other} now: start it again")
+        xp(*(p.data for p in self.tensors))                                      # raises with both places named
+        self.w, *self.moments = (array.put_like(array.asnumpy(a), self.tensors[0].data) for a in (self.w, *self.moments))
+        self.look()
 
     def pieces(self) -> list[Piece]:
         """What there is to update.  A large tensor's gradient is used where it lies; those of the small ones are put end to end, and
