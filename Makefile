@@ -8,17 +8,10 @@ STAMP  := $(VENV)/.installed
 CUPY   ?= $(HERE)/.venv-cupy
 GPU_PY ?= $(PY)
 ARGS   ?=
-<<<<<<< HEAD
-EMULATED := tests/emulated $(addprefix tests/test_,$(addsuffix .py,ops nn optim models tensor strict decode adapters formats cuda))
+EMULATED := tests/emulated $(addprefix tests/test_,$(addsuffix .py,ops nn optim models tensor strict decode adapters formats cuda doctor))
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help install run test selftest test-strict test-emulated test-gpu test-peers lessons site audit bench base lint clean
-=======
-EMULATED := tests/emulated $(addprefix tests/test_,$(addsuffix .py,ops nn optim models tensor strict decode adapters formats doctor))
-MAKEFLAGS += --no-print-directory
-.DEFAULT_GOAL := help
-.PHONY: help install run test selftest test-strict test-emulated test-gpu bench-gpu test-peers lessons site audit base lint clean
->>>>>>> gpubench
+.PHONY: help install run test selftest test-strict test-emulated test-gpu bench-gpu test-peers lessons site audit bench base lint clean
 
 help:  ## this help
 	@echo "tinyft: fine-tuning and compression of transformers, from scratch"
