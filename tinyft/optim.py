@@ -35,7 +35,10 @@ class Group:
     tensors: list[Tensor] = field(default_factory=list)
 
     def lay_out(self, moments: int) -> None:
-        "Move the tensors into one flat array, the small ones first."
+        """Move the tensors into one flat array, those of more than LARGE numbers last.
+
+        names, tensors: in that order.  w: all values, end to end.  moments: as many arrays of zeros, of w's length and dtype.  slices: where in
+        w each tensor lies.  views: that stretch of w in the tensor's shape, which becomes the tensor's data."""
         order = sorted(range(len(self.tensors)), key=lambda i: self.tensors[i].size > LARGE)
         self.names, self.tensors = [self.names[i] for i in order], [self.tensors[i] for i in order]
         m, ends = xp(self.tensors[0].data), np.cumsum([0] + [p.size for p in self.tensors])

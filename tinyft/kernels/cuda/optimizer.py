@@ -21,7 +21,9 @@ ACROSS = 256                                                                    
 
 
 def adam_rates(lr: float, b1: float, b2: float, decay: float, t: int) -> tuple[float, float, float]:
-    "What of AdamW's update changes with the step: η/(1 − β₁ᵗ), 1/√(1 − β₂ᵗ), 1 − ηλ"
+    """(rate, root, shrink), with which AdamW's update is  w ← shrink w − rate m / (root √v + ε),  m and v being the means as they are.
+
+    All that changes with the step t = 1, 2, ...: a captured step reads them from the device.  lr: η, decay: λ; formulas: optim.AdamW."""
     return lr / (1 - b1**t), (1 - b2**t)**-0.5, 1 - lr * decay
 
 
