@@ -8,10 +8,10 @@ STAMP  := $(VENV)/.installed
 CUPY   ?= $(HERE)/.venv-cupy
 GPU_PY ?= $(PY)
 ARGS   ?=
-EMULATED := tests/emulated $(addprefix tests/test_,$(addsuffix .py,ops nn optim models tensor strict decode adapters formats doctor))
+EMULATED := tests/emulated $(addprefix tests/test_,$(addsuffix .py,ops nn optim models tensor strict decode adapters formats cuda doctor))
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help install run test selftest test-strict test-emulated test-gpu bench-gpu test-peers lessons site audit base lint clean
+.PHONY: help install run test selftest test-strict test-emulated test-gpu bench-gpu test-peers lessons site audit bench base lint clean
 
 help:  ## this help
 	@echo "tinyft: fine-tuning and compression of transformers, from scratch"
@@ -70,6 +70,11 @@ site: $(STAMP)  ## the book, in work/site: lessons with their results, exercises
 
 audit: $(STAMP)  ## change the library's own formulas, one at a time: the tests must notice
 	@cd "$(HERE)" && "$(PY)" tests/audit.py $(ARGS)
+
+bench: $(STAMP)  ## beside PyTorch and its libraries on this CPU: tests/benchmarks/results/cpu.md (installs them; about half an hour)
+	@"$(PY)" -c 'import torch' 2>/dev/null || "$(PY)" -m pip install -q --disable-pip-version-check "torch==2.13.0"
+	@cd "$(HERE)" && "$(PY)" -c 'import peft, autograd, tinygrad' 2>/dev/null || "$(PY)" -m pip install -q --disable-pip-version-check -e "$(HERE)[peers]" autograd tinygrad
+	@cd "$(HERE)" && "$(PY)" tests/benchmarks/bench.py $(ARGS)
 
 base: $(STAMP)  ## train the shipped base models from scratch (resumable)
 	@cd "$(HERE)" && "$(PY)" -m tinyft.pretrain $(ARGS)

@@ -15,6 +15,7 @@ from tinyft import optim, tensor
 from tinyft.learn import annotate, book
 from tinyft.learn.exercise import LESSONS, exercises
 from tinyft.learn.lessons import lessons
+from tinyft.learn.skeleton import statement
 
 SMALL = '''"""A module.
 
@@ -79,18 +80,50 @@ def test_no_line_of_code_is_lost(module):
         assert line in code or line.strip().strip('"') in said or tokens(line) == [] or '"""' in line, line
 
 
+KERNELS = """// y = a_b * c.        arXiv:2106.09685
+//
+//   two:  y = 2
+#include "rows.cuh"
+
+__device__ float f(float x) { return x; }                // no prose of its own
+
+// Adds one.
+// T is a type.
+extern "C" __global__ void one(T* y, int n) {
+  // inside
+
+  y[threadIdx.x] += 1;
+}
+"""
+
+
+def test_prose_and_code_of_kernels_come_in_order():
+    found = annotate.cuda_blocks(KERNELS)
+    assert [b.name for b in found] == ["", "", "one"] and found[1].prose == "" and found[2].prose == "Adds one.\nT is a type."
+    code = "\n\n".join(b.code for b in found)
+    assert [line for line in KERNELS.splitlines() if line.strip() and line[:2] != "//"] == [line for line in code.splitlines() if line.strip()]
+    text = annotate.cuda_page("a/small.cu", KERNELS, {"one": "Exercise: one"})
+    order = ["# small.cu", r"y = a\_b \* c.", "two:  y = 2", "#include", "no prose of its own", '<a id="one"></a>', "Adds one. T is a type.",
+             "Exercise: one", "````cuda\nextern", "// inside", "+= 1"]
+    places = [text.find(s) for s in order]
+    assert -1 not in places and places == sorted(places), dict(zip(order, places))
+    assert annotate.first_sentence(KERNELS).startswith("y = a_b") and annotate.first_sentence(SMALL) == "A module."
+    assert annotate.first_sentence('"One line."\nimport os\n') == "One line."
+
+
 def test_every_exercise_has_its_statement_effort_command_and_three_folded_hints():
     for lesson in LESSONS:
         parts = re.split(r"^## ", pages()[f"exercises/{lesson}"], flags=re.M)[1:]
         mine = [e for e in exercises().values() if e.lesson == lesson]
         assert len(parts) == len(mine) > 0
         for e, part in zip(mine, parts):
-            assert part.startswith(annotate.escaped(e.function)) and f"def {e.function}(" in part and f"tinyft check {e.name}" in part
+            begins = f"def {e.function}(" if e.suffix == ".py" else f'extern "C" __global__ void {e.function}('
+            assert part.startswith(annotate.escaped(e.function)) and begins in part and f"tinyft check {e.name}" in part
             assert f"about {e.minutes} minutes" in part and part.count("\u2605") == e.difficulty
             folded = re.findall(r'<details class="hint"><summary>Hint (\d) of 3</summary>\n\n(.*?)\n\n</details>', part, re.S)
             assert folded == [(str(n), annotate.escaped(h)) for n, h in enumerate(e.hints, 1)]
-            doc = inspect.getdoc(getattr(e.reference(), "definition", e.reference()))
-            assert annotate.markdown(doc) in part and all(annotate.escaped(law.title) in part for law in e.laws)
+            doc = statement(e)[1] if e.suffix == ".cu" else inspect.getdoc(getattr(e.reference(), "definition", e.reference()))
+            assert doc and annotate.markdown(doc) in part and all(annotate.escaped(law.title) in part for law in e.laws)
 
 
 def test_every_link_leads_to_a_page_and_every_page_is_reached_from_the_index():

@@ -15,6 +15,7 @@ import pytest
 import tinyft
 from tinyft import cli
 from tinyft.learn import checker, diagnose, isolated, selftest, show, skeleton
+from tinyft.learn.cuda import KernelError
 from tinyft.learn.diagnose import Mismatch, close
 from tinyft.learn.exercise import exercises, find
 from tinyft.learn.work import Work
@@ -51,16 +52,18 @@ def learner(tmp_path, monkeypatch, capsys):
 # ── the exercises themselves ─────────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("name", ALL)
 def test_the_exercise_accepts_the_reference_and_catches_every_wrong_answer(name):
+    if ALL[name].missing:
+        pytest.skip(ALL[name].missing)
     assert selftest.examine(ALL[name], seeds=1) == []
 
 
 def test_there_are_enough_of_them_and_each_is_complete():
-    assert len(ALL) >= 14 and len({n.split(".")[0] for n in ALL}) == 4
+    assert len(ALL) >= 21 and len({n.split(".")[0] for n in ALL}) == 5
     for e in ALL.values():
         assert len({law.title for law in e.laws}) == len(e.laws) and 1 <= e.minutes <= 60
-        ast.parse(skeleton.skeleton(e))
+        assert e.suffix == ".cu" or ast.parse(skeleton.skeleton(e))
         assert skeleton.source(e) and all(len(w.belief) > 10 for w in e.wrong)
-        assert not any(w.function.__doc__ for w in e.wrong)
+        assert not any(callable(w.function) and w.function.__doc__ for w in e.wrong)
 
 
 def test_the_selftest_can_fail():
@@ -74,6 +77,16 @@ def test_the_selftest_can_fail():
         assert "three wrong answers" in found and "does not say" in found and "no subtle error" in found
     finally:
         e.wrong[:], e.laws = kept, e.laws if law in e.laws else [*e.laws, law]
+
+
+def test_the_skeleton_of_a_kernel_is_its_comment_and_signature():
+    e = find("sum_rows")
+    text, kernel = skeleton.skeleton(e), skeleton.source(e)
+    assert text.startswith("// gpu.sum_rows: 23 the GPU") and kernel.split("{")[0] in text and "__syncthreads" not in text + skeleton.statement(e)[1]
+    assert text.rstrip().endswith("// yours to write, in about 10 lines\n}") and kernel.endswith("parts[(size_t)blockIdx.y * n + column] = sum;\n}")
+    assert "add_bias" not in text + kernel and (Path(tinyft.__file__).parents[1] / e.file).name == "bias.cu"
+    with pytest.raises(ValueError, match="0 times in sum_rows, not once"):
+        e.instead("A belief that has drifted.", "__syncwarp();", "", "nothing")
 
 
 def test_the_skeleton_has_signature_and_docstring_but_no_body():
@@ -154,6 +167,49 @@ def test_what_cannot_be_interrupted_is_killed(learner, monkeypatch):
 def test_bad_ops(learner, text, said):
     out = learner("softmax", text)
     assert learner.status == 1 and all(words in out for words in said), out
+
+
+BIAS = 'extern "C" __global__ void add_bias(T* y, const T* b, long long size, int n) {\n  %s\n}\n'
+STEP = "for (long long i = blockIdx.x * blockDim.x + threadIdx.x; i < size; i += gridDim.x * blockDim.x) %s"
+
+
+@pytest.mark.skipif(bool(find("add_bias").missing), reason="no C++ compiler: install g++")
+@pytest.mark.parametrize("text, said", [
+    (BIAS % (STEP % "y[i] = y[i] + b[i % n];"), ["All 3 laws hold"]),
+    (BIAS % "// yours", ["not written yet"]),
+    (BIAS % "flot x;", ["does not take this kernel", "add_bias.cu:2:"]),
+    (BIAS.replace("int n", "long long n") % ";", ["keep the parameters as they are", "long long size, int n)"]),
+    (BIAS.replace("add_bias", "bias") % ";", ["it has no kernel add_bias"]), ("", ["it has no kernel add_bias"]),
+    ("__global__ void add_bias(float* y) { y[0] = 1; }", ['holds no extern "C" __global__ void add_bias']),
+    (BIAS % "y[0] += b[0];", ["yours    = [[64.]]", "b = [1.]"]),
+    (BIAS % (STEP % "y[i] += b[i / n];"), ["The smallest input that fails", "memory that nobody wrote"]),
+    (BIAS % "for (int i = 0; i < size; i++) y[i] = threadIdx.x;", ["depends on the order of the threads: at [0, 0] it is 63, and 0 when"]),
+    (BIAS % "y[threadIdx.x] += 1;", ["and wrote past the end of it"]),
+    (BIAS % "if (threadIdx.x < 3) __syncthreads();", ["deadlock in block (0, 0, 0)"])])
+def test_a_kernel_of_the_learners(learner, text, said):
+    Work().folder.mkdir()
+    Work().path(find("add_bias")).write_text(text, encoding="utf-8")
+    out = learner.run("check")
+    assert all(words in out for words in said) and len(out.splitlines()) < 30, out
+
+
+@pytest.mark.skipif(bool(find("add_bias").missing), reason="no C++ compiler: install g++")
+def test_a_kernel_in_a_notebook_and_the_commands(learner, capsys):
+    assert tinyft.check("add_bias", skeleton.source(find("add_bias"))) is True
+    assert tinyft.check("add_bias", print) is False and "is written in CUDA C" in capsys.readouterr().out
+    assert "work/gpu.add_bias.cu" in learner.run("start", "add_bias") and "not written yet" in learner.run("check")
+    assert "// tinyft/kernels/cuda/bias.cu" in learner.run("solution") and "+    y[i] = (T)(" in learner.run("diff")
+    assert "several blocks share the numbers" in learner.run("read", "add_bias") and "no Python" in learner.run("debug")
+    assert "is kept as work/gpu.add_bias.cu." in learner.run("reset")
+
+
+def test_without_a_compiler_kernels_are_left_out_and_said_to_be(learner, monkeypatch):
+    learner.run("start", "add_bias")
+    Path("work/gpu.add_bias.cu").write_text(BIAS % "y[0] = 1;")
+    monkeypatch.setattr("tinyft.learn.cuda.exercise.compiler", lambda: (_ for _ in ()).throw(KernelError("no C++ compiler found: install g++")))
+    out = learner.run("selftest", "add_bias", "adam_rates")
+    assert "add_bias" in out and "no C++ compiler found" in out and "gpu.adam_rates               3 laws" in out and learner.status == 0
+    assert "no C++ compiler found" in learner.run("check", "add_bias") and learner.status == 1
 
 
 def test_a_check_leaves_the_library_as_it_was(learner):

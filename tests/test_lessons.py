@@ -34,6 +34,7 @@ TEACHES = {
     "training": {"optim", "SGD", "Adam", "AdamW", "constant", "linear", "cosine", "fit", "evaluate", "train", "History", "Diverged", "kernels",
                  "classifier", "functional", "batches", "baselines", "strict"},
     "pretraining": {"pretrain", "perplexity", "generate", "decode", "save", "formats"},
+    "gpu": {"learn.cuda"},
 }
 
 

@@ -372,6 +372,18 @@ def test_copies_to_the_device_are_counted():
         assert counts["h2d"] == times
 
 
+@pytest.mark.parametrize("launches, passes, f", [
+    (1, 2, lambda x: x * 2.0), (1, 2, lambda x: x * x), (1, 2, lambda x: xp.exp(x)), (0, 0, lambda x: x.T),
+    (0, 0, lambda x: x[1:]), (0, 0, lambda x: x.reshape(-1)), (0, 0, lambda x: xp.asarray(x)), (0, 0, lambda x: xp.ascontiguousarray(x)),
+    (1, 2, lambda x: xp.array(x)), (1, 1.25, lambda x: x.sum(axis=0)), (1, 2, lambda x: operator.imul(x, 2.0)),
+    (1, 2, lambda x: x.__setitem__(..., xp.asarray(x))), (1, 2, lambda x: x.T.reshape(-1)), (0, 0, lambda x: xp.split(x, 2))])
+def test_launches_and_the_bytes_they_move_are_counted(launches, passes, f):
+    x = xp.asarray(np.ones((4, 4), np.float32))
+    counts.clear()
+    f(x)
+    assert counts["launch"] == launches and counts["bytes"] == passes * x.nbytes
+
+
 def test_a_training_step_waits_for_nothing_and_copies_its_batch():
     W, seen = xp.zeros((6, 3), dtype=xp.float32), HOST.shape[0]
     counts.clear()

@@ -5,8 +5,9 @@ offer only the names, keywords and methods CuPy has (cupy_api.json, read off CuP
 refuses, above all silent copies between host and device. Where CuPy is silent but slow or undefined, the double is stricter: NumPy
 functions on device arrays, NumPy arrays as indices, repeated or out-of-range indices, memory read before it was written.
 
-`counts` tells what code costs on a device (clear it first): 'call' = operations started; 'sync' = times the host waits for the
-device, and 'sync <what>' for each cause; 'h2d' = copies from host to device (xp.asarray(host), a list as an index).
+`counts` tells what code costs on a device (clear it first): 'call' = operations started; 'launch' = those that are more than a view, about a
+kernel each; 'bytes' = what these read and wrote, each argument once; 'sync' = times the host waits for the device, and 'sync <what>' for each
+cause; 'h2d' = copies from host to device (xp.asarray(host), a list as an index).
 """
 from __future__ import annotations
 
@@ -34,6 +35,7 @@ AT_DTYPES = {"add": "iIlLqQefd", "subtract": "iI", "maximum": "iIlLqQfd", "minim
 SYNCS = {"nonzero": 1, "flatnonzero": 1, "argwhere": 1, "unique": 1, "unique_values": 1, "compress": 1, "extract": 1,
          "argpartition": 2, "bincount": 2, "tril_indices": 2, "triu_indices": 2}
 NO_BFLOAT16 = {"where", "clip", "round", "around", "var", "std", "cumsum", "einsum"}    # CuPy fails or gives another dtype
+CREATING = ("array", "asarray", "asanyarray", "ascontiguousarray", "asfortranarray")
 AS_ARRAYS = {"allclose", "array_equal", "array_equiv", "count_nonzero"}                 # NumPy gives Python numbers, CuPy arrays
 # Parameters whose numbers the host must know: they may be lists, never device arrays.
 HOST_PARAMETERS = {
@@ -118,7 +120,18 @@ def _run(where: str, f: Callable, signature: str, /, *args: Any, **kwargs: Any) 
         result = f(*values[:len(args)], **dict(zip(kwargs, values[len(args):])))
     if short in ("matmul", "dot", "tensordot") and len(halves) == len(seen) > 0 and result.dtype != BFLOAT16:
         result = np.asarray(result, dtype=BFLOAT16)             # NumPy widens this product to float32, CuPy does not
+    _note_launch(short, result, seen)
     return _wrap(np.asarray(result) if short in AS_ARRAYS else result, seen)
+
+
+def _note_launch(short: str, result: Any, seen: dict[int, Array]) -> None:
+    """Count what more than makes a view: its arguments are read, its result is written."""
+    made = [r for r in (result if isinstance(result, (list, tuple)) else [result]) if isinstance(r, (np.ndarray, np.generic))]
+    shares = lambda r: isinstance(r, np.ndarray) and any(np.may_share_memory(r, a._a) for a in seen.values())
+    if any(shares(r) and (id(r) not in seen or short in CREATING) for r in made):
+        return
+    counts["launch"] += 1
+    counts["bytes"] += sum(a._a.nbytes for a in seen.values()) + sum(r.nbytes for r in made)
 
 
 # ---- the array
@@ -181,6 +194,8 @@ class Array:
             raise StrictError(f"x[i] = v: v must be a device array or a scalar, not {type(value).__name__}")
         index = _index("x[i] = v", i)
         counts["call"] += 1
+        counts["launch"] += 1
+        counts["bytes"] += 2 * value._a.nbytes if isinstance(value, Array) else 0
         if isinstance(value, Array) and value.size > 1 and any(isinstance(p, (np.ndarray, list, tuple, range)) for p in index):
             written = np.arange(self.size).reshape(self.shape)[index]
             if np.unique(written).size < written.size:
@@ -337,4 +352,4 @@ class _Module(ModuleType):
 
 xp: Any = _Module("", np)
 vars(xp).update(ndarray=Array, newaxis=None, empty=_empty, empty_like=_empty_like, asnumpy=_asnumpy)
-vars(xp).update({name: _creating(name) for name in ("array", "asarray", "asanyarray", "ascontiguousarray", "asfortranarray")})
+vars(xp).update({name: _creating(name) for name in CREATING})

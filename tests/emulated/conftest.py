@@ -31,6 +31,6 @@ def pytest_terminal_summary(terminalreporter):
     table = getattr(sys.modules.get("test_cost"), "TABLE", [])
     if table:
         terminalreporter.section("what a training step asks of the device")
-        terminalreporter.write_line(f"{'':38}{'launches':>9}{'products':>9}{'waits':>7}{'to device':>11}{'to host':>9}{'within':>8}")
+        terminalreporter.write_line(f"{'':53}{'launches':>9}{'products':>9}{'waits':>7}{'to device':>11}{'to host':>9}{'within':>8}")
     for model, phase, c in table:
-        terminalreporter.write_line(f"{model:28}{phase:10}{c.launches:9}{c.products:9}{c.waits:7}{c.h2d:11}{c.d2h:9}{c.d2d:8}")
+        terminalreporter.write_line(f"{model:43}{phase:10}{c.launches:9}{c.products:9}{c.waits:7}{c.h2d:11}{c.d2h:9}{c.d2d:8}")

@@ -14,8 +14,8 @@ from collections.abc import Callable
 __all__ = ["check"]
 
 
-def check(name: str, function: Callable) -> bool:
-    """Check your own function as the exercise `name`, and say what is wrong with it:  tinyft.check("autograd.sum_to", sum_to)
+def check(name: str, function: Callable | str) -> bool:
+    """Check your own function (the text of a kernel) as the exercise `name`, and say what is wrong:  tinyft.check("autograd.sum_to", sum_to)
 
     True if every law holds.  ValueError if there is no such exercise."""
     from .checker import check_here

@@ -84,6 +84,21 @@ def _narrow(line: str, at: int) -> str:
     return f"{re.match(' *', code)[0]}{comment}\n{code}"
 
 
+def cuda_blocks(text: str) -> list[Block]:
+    "The same of CUDA C: a block to each stretch between blank lines that begins at the margin, its prose the comment it begins with."
+    found = []
+    for part in re.split(r"\n\n+(?=\S)", text.strip()):
+        said = re.match(r"(?://[^\n]*(?:\n|$))*", part)[0]
+        name = re.search(r"^extern \"C\" __global__ void (\w+)", part, re.MULTILINE)
+        found.append(Block(name[1] if name else "", re.sub(r"^// ?", "", said, flags=re.MULTILINE).rstrip(), part[len(said):].rstrip()))
+    return found
+
+
+def first_sentence(text: str) -> str:
+    "What a file says of itself in its first line."
+    return text.lstrip("\"'/ ").splitlines()[0].rstrip("\"'")
+
+
 # ── as Markdown ──────────────────────────────────────────────────────────────────────────────────────────────────────
 def escaped(text: str) -> str:
     "Plain text as Markdown that shows it unchanged, but for `code`, which is code, and arXiv:numbers, which are links."
@@ -121,14 +136,24 @@ def page(path: str, text: str, notes: Mapping[str, str] = MappingProxyType({})) 
     "The page of the module at `path`, functions and classes under anchors of their names.  notes: {name: Markdown to add to its prose}."
     first, *rest = blocks(text)
     fold = f"<details><summary>what it imports</summary>\n\n````python\n{first.code}\n````\n\n</details>\n" if first.code else ""
-    out = [f"---\nhide-toc: true\n---\n\n# {escaped(path.split('/')[-1])}\n\n`{path}`, {text.count(chr(10))} lines\n", markdown(first.prose), fold]
-    for b in rest:
-        if b.heading:
-            out.append(f"## {escaped(b.heading)}\n")
-        anchor = f'<a id="{b.name}"></a>\n\n' if b.name else ""
-        prose = "\n\n".join(filter(None, [markdown(b.prose), notes.get(b.name, "")]))
-        code = f"````python\n{b.code}\n````\n" if b.code else ""
-        said = f":::{{container}} prose\n{prose}\n:::\n" if prose else ""
-        over = " wide" * any(len(row) > 52 for kept in re.findall(r"````text\n(.*?)````", prose, re.S) for row in kept.splitlines())
-        out.append(f"{anchor}::::{{container}} beside{over}\n{said}{code}::::\n")
-    return "\n".join(out)
+    return "\n".join([_top(path, text), markdown(first.prose), fold, *(_beside(b, notes, "python") for b in rest)])
+
+
+def cuda_page(path: str, text: str, notes: Mapping[str, str] = MappingProxyType({})) -> str:
+    "The page of a file of CUDA C, kernels under anchors of their names."
+    return "\n".join([_top(path, text), *(_beside(b, notes, "cuda") for b in cuda_blocks(text))])
+
+
+def _top(path: str, text: str) -> str:
+    return f"---\nhide-toc: true\n---\n\n# {escaped(path.split('/')[-1])}\n\n`{path}`, {text.count(chr(10))} lines\n"
+
+
+def _beside(b: Block, notes: Mapping[str, str], language: str) -> str:
+    "A block as prose beside code, below the heading of its part."
+    heading = f"## {escaped(b.heading)}\n\n" if b.heading else ""
+    anchor = f'<a id="{b.name}"></a>\n\n' if b.name else ""
+    prose = "\n\n".join(filter(None, [markdown(b.prose), notes.get(b.name, "")]))
+    code = f"````{language}\n{b.code}\n````\n" if b.code else ""
+    said = f":::{{container}} prose\n{prose}\n:::\n" if prose else ""
+    over = " wide" * any(len(row) > 52 for kept in re.findall(r"````text\n(.*?)````", prose, re.S) for row in kept.splitlines())
+    return f"{heading}{anchor}::::{{container}} beside{over}\n{said}{code}::::\n"

@@ -8,22 +8,18 @@ as Markdown (pages), of which Sphinx with MyST-NB and Furo makes HTML (render). 
 from __future__ import annotations
 
 import argparse
-import ast
-import importlib
-import inspect
 import json
 import os
 import re
 import sys
-import textwrap
 import time
 from pathlib import Path
 
 from ..methods import Entry, methods
-from .annotate import escaped, markdown, page
+from .annotate import cuda_page, escaped, first_sentence, markdown, page
 from .exercise import LESSONS, Exercise, exercises, of_lesson
 from .lessons import Failed, lessons, parse, run
-from .skeleton import definition, first_line
+from .skeleton import statement
 
 HERE = Path(__file__).parent
 CORE = ("tensor", "ops", "nn", "edit", "optim")                                  # in reading order
@@ -36,8 +32,9 @@ def pages() -> dict[str, str]:
     for module in sources():
         mine = {e.target.split(":")[1]: f"Exercise: [{e.function}](/exercises/{e.lesson}.md) {stars(e)}"
                 for e in exercises().values() if e.target.split(":")[0] == module}
-        text = inspect.getsource(importlib.import_module(f"tinyft.{module}"))
-        found[f"source/{module.replace('.', '/')}"] = page(f"tinyft/{module.replace('.', '/')}.py", text, mine)
+        path = _file(module)
+        write = page if path.suffix == ".py" else cuda_page
+        found[f"source/{module.replace('.', '/')}"] = write(path.relative_to(HERE.parents[1]).as_posix(), path.read_text(encoding="utf-8"), mine)
     return {"index": _index(), **found}
 
 
@@ -57,15 +54,15 @@ def _exercises(lesson: str, title: str) -> str:
     out = [f"# Exercises {title[:2]}\n\nFor the lesson " + (f"[{title}](/lessons/{there.parent.name}.ipynb)." if there else f"{title}.")]
     for e in of_lesson(lesson):
         module, name = e.target.split(":")
-        lines, node = definition(e)
-        signature = textwrap.dedent("\n".join(lines[first_line(node) - 1:node.body[0].lineno - 1]))
+        signature, said = statement(e)
+        language = "python" if e.suffix == ".py" else "cuda"
         out.append(f"\n## {escaped(e.function)}\n\n{stars(e)} <span class=\"effort\">about {e.minutes} minutes · {e.name}</span>\n\n"
-                   f"````python\n{signature}\n````\n\n{markdown(ast.get_docstring(node) or '')}\n\nIt is right when:\n")
+                   f"````{language}\n{signature}\n````\n\n{markdown(said)}\n\nIt is right when:\n")
         out += [f"- {escaped(law.title)}" for law in e.laws]
         out.append(f"\n```console\n$ tinyft start {e.name}\n$ tinyft check {e.name}\n```\n")
         out += [f"<details class=\"hint\"><summary>Hint {n} of 3</summary>\n\n{escaped(hint)}\n\n</details>\n" for n, hint in enumerate(e.hints, 1)]
         out.append(f'<details><summary>The answer</summary>\n\nThe library\'s own: '
-                   f'<a href="../source/{module.replace(".", "/")}.html#{name}">tinyft/{module.replace(".", "/")}.py, {name}</a>\n\n</details>\n')
+                   f'<a href="../source/{module.replace(".", "/")}.html#{name}">{e.file}, {name}</a>\n\n</details>\n')
     return "\n".join(out)
 
 
@@ -108,13 +105,20 @@ def _source(module: str, name: str = "") -> str:
 
 
 def _says(module: str) -> str:
-    return (importlib.import_module(f"tinyft.{module}").__doc__ or "").strip().splitlines()[0]
+    return first_sentence(_file(module).read_text(encoding="utf-8"))
+
+
+def _file(module: str) -> Path:
+    "A module's source: Python, or CUDA C."
+    stem = HERE.parent.joinpath(*module.split("."))
+    return next(p for p in (stem.with_suffix(".py"), stem / "__init__.py", stem.with_suffix(".cu")) if p.exists())
 
 
 # ── the lessons, with their results ──────────────────────────────────────────────────────────────────────────────────
 def executed(out: Path) -> dict[str, str]:
     "{lessons/NN_name: notebook}; what `out` has of them is taken if it is newer than the lesson and the library, and no short run by TINYFT_FAST."
-    newest, found, short = max(p.stat().st_mtime for p in HERE.parent.rglob("*.py")), {}, bool(os.environ.get("TINYFT_FAST"))
+    newest = max(p.stat().st_mtime for p in HERE.parent.rglob("*") if p.suffix in (".py", ".cu", ".cuh"))
+    found, short = {}, bool(os.environ.get("TINYFT_FAST"))
     for lesson, path in lessons().items():
         made = out / f"{path.parent.name}.ipynb"
         read = lambda made=made: json.loads(made.read_text(encoding="utf-8"))

@@ -41,7 +41,7 @@ class Enough(Stop):
 # ── a whole exercise ─────────────────────────────────────────────────────────────────────────────────────────────────
 def check_file(exercise: Exercise, path: Path) -> Iterator[Outcome]:
     "The laws of an exercise on the function in a file, up to the first that fails."
-    yield from _check(exercise, str(path.resolve()), lambda: load(exercise, path.resolve()))
+    yield from _check(exercise, str(path.resolve()) if exercise.suffix == ".py" else "", lambda: load(exercise, path.resolve()))
 
 
 def check_here(exercise: Exercise, function: Callable) -> Iterator[Outcome]:

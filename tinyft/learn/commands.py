@@ -121,6 +121,8 @@ def _debug(args: argparse.Namespace, work: Work, page) -> bool:
     from .subject import Refused, Subject, load
     e, = work.chosen(args.names, lessons=False)
     path = work.path(e)
+    if e.suffix != ".py":
+        raise ValueError(f"{path} is no Python: there is no stepping through it here")
     try:
         subject = Subject(e, load(e, path.resolve()))
     except Refused as refusal:
@@ -180,7 +182,7 @@ def _hint(args: argparse.Namespace, work: Work, page) -> bool:
 def _solution(args: argparse.Namespace, work: Work, page) -> bool:
     from .skeleton import source
     e, = work.chosen(args.names, lessons=False)
-    page.line(f"# tinyft/{e.target.split(':')[0].replace('.', '/')}.py\n")
+    page.line(f"{'#' if e.suffix == '.py' else '//'} {e.file}\n")
     page.line(source(e))
     return True
 
@@ -191,8 +193,8 @@ def _diff(args: argparse.Namespace, work: Work, page) -> bool:
     from .skeleton import source
     e, = work.chosen(args.names, lessons=False)
     text = work.written(e).read_text(encoding="utf-8", errors="replace")
-    mine = text[text.find("@op") if e.is_op and "@op" in text else max(text.find(f"def {e.function}"), 0):]
-    for line in difflib.unified_diff(mine.splitlines(), source(e).splitlines(), f"yours   {work.path(e)}", f"tinyft/{e.target}", n=99, lineterm=""):
+    mine = text[text.find("@op") if e.is_op and "@op" in text else max(text.find(f"def {e.function}"), text.find(source(e).splitlines()[0]), 0):]
+    for line in difflib.unified_diff(mine.splitlines(), source(e).splitlines(), f"yours   {work.path(e)}", e.file, n=99, lineterm=""):
         page.line(page.paint(line, "right" if line[:1] == "+" else "wrong" if line[:1] == "-" else ""))
     return True
 

@@ -13,9 +13,10 @@ import pkgutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-LESSONS = {"autograd": "01 tensors and autograd", "transformer": "02 the transformer", "training": "03 training", "pretraining": "04 pretraining"}
+LESSONS = {"autograd": "01 tensors and autograd", "transformer": "02 the transformer", "training": "03 training", "pretraining": "04 pretraining",
+           "gpu": "23 the GPU"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +29,9 @@ class Law:
 
 @dataclasses.dataclass(frozen=True)
 class Wrong:
-    "belief: what makes it look right;  says: words that the diagnosis must hold;  subtle: it breaks one law only."
+    "belief: what makes it look right;  says: words that the diagnosis must hold;  subtle: it breaks one law only;  function: or its CUDA C."
     belief: str
-    function: Callable
+    function: Callable | str
     says: str
     subtle: bool
 
@@ -51,9 +52,13 @@ class Exercise:
     lesson: str = ""
     laws: list[Law] = dataclasses.field(default_factory=list)
     wrong: list[Wrong] = dataclasses.field(default_factory=list)
+    suffix: ClassVar[str] = ".py"                                                # of the learner's file, and of the library's
+    missing: ClassVar[str] = ""                                                  # why it cannot be checked here, if it cannot
 
     function = property(lambda self: self.target.split(".")[-1].split(":")[-1], doc="the name the learner's function must have")
     name = property(lambda self: f"{self.lesson}.{self.function}")
+    file = property(lambda self: f"tinyft/{self.target.split(':')[0].replace('.', '/')}{self.suffix}", doc="where the library has it")
+    shut = property(lambda self: (self.target, *self.closed), doc="what the learner's code may not call")
     is_op = property(lambda self: hasattr(self.reference(), "definition"), doc="an op: arrays -> (value, pullbacks), under @op")
 
     def owner(self, target: str = "") -> tuple[Any, str]:
@@ -71,6 +76,10 @@ class Exercise:
 
     def signature(self) -> inspect.Signature:
         return inspect.signature(self.reference())
+
+    def usable(self, function: Any) -> Callable:
+        "What the laws can call, made of what the learner gave."
+        return function
 
     def law(self, title: str, **inputs: Any) -> Callable:
         "Decorator of a test(f, **drawn).  Laws are checked in the order they stand: the simple ones first."

@@ -44,7 +44,7 @@ def tell(cell: Cell, page: Page) -> None:
     "A cell and its results: text folded, code behind a bar."
     for line in cell.source.splitlines() if cell.kind == "code" else ():
         page.line(page.paint(f"  {'|' if page.plain else '│'} {line}", "faint"))
-    for part in re.split(r"\n\s*\n", re.sub(r"^(#.*)", r"\1\n", cell.source, flags=re.M)) if cell.kind == "markdown" else ():
+    for part in re.split(r"\n\s*\n", re.sub(r"^(#.*)", r"\n\1\n", cell.source, flags=re.M).strip()) if cell.kind == "markdown" else ():
         for row in part.splitlines() if part[:1] in "|`" else re.split(r"\n(?=- |\d+\. |\*\*)", part):
             text = row if part[:3] == "```" else plain(row, page)
             for line in [text] if part[:1] in "|`" else textwrap.wrap(text.lstrip("# "), min(width(), 100)):

@@ -5,6 +5,7 @@ import ast
 import inspect
 import sys
 import textwrap
+from functools import singledispatch
 
 from .exercise import LESSONS, Exercise
 
@@ -25,6 +26,7 @@ def first_line(node: ast.FunctionDef | ast.ClassDef) -> int:
     return min([node.lineno, *(d.lineno for d in node.decorator_list)])
 
 
+@singledispatch
 def source(exercise: Exercise, target: str = "") -> str:
     "The target as the library has it; with private helpers that hold part of the answer."
     lines, node = definition(exercise, target)
@@ -32,6 +34,7 @@ def source(exercise: Exercise, target: str = "") -> str:
     return "\n\n\n".join([*parts, textwrap.dedent("\n".join(lines[first_line(node) - 1:node.end_lineno]))])
 
 
+@singledispatch
 def head(exercise: Exercise) -> tuple[str, int]:
     "Decorators, signature and docstring; and how many lines the body has."
     lines, node = definition(exercise)
@@ -40,16 +43,23 @@ def head(exercise: Exercise) -> tuple[str, int]:
     return textwrap.dedent("\n".join(lines[first_line(node) - 1:last])), exercise.lines or own
 
 
+@singledispatch
+def statement(exercise: Exercise) -> tuple[str, str]:
+    "Decorators and signature; and the docstring."
+    lines, node = definition(exercise)
+    return textwrap.dedent("\n".join(lines[first_line(node) - 1:node.body[0].lineno - 1])), ast.get_docstring(node) or ""
+
+
 def helpers(exercise: Exercise) -> list[ast.FunctionDef]:
     "Private functions that hold part of the answer: closed, and shown with the solution."
     return [definition(exercise, t)[1] for t in exercise.closed if t.split(":")[1].startswith("_")]
 
 
+@singledispatch
 def skeleton(exercise: Exercise) -> str:
     "The learner's file."
     top, lines = head(exercise)
-    title = f"{exercise.name}: {LESSONS[exercise.lesson]}, about {exercise.minutes} minutes.   Check it with:  tinyft check {exercise.name}"
-    return f'''"{title}"
+    return f'''"{title(exercise)}"
 from __future__ import annotations
 
 {imports(exercise)}
@@ -58,6 +68,11 @@ from __future__ import annotations
 {top}
     raise NotImplementedError                            # yours to write, in about {lines} line{'s' * (lines > 1)}
 '''
+
+
+def title(exercise: Exercise) -> str:
+    "The first line of the learner's file."
+    return f"{exercise.name}: {LESSONS[exercise.lesson]}, about {exercise.minutes} minutes.   Check it with:  tinyft check {exercise.name}"
 
 
 def imports(exercise: Exercise) -> str:

@@ -40,6 +40,7 @@ class Changed(AssertionError):
 
 
 # ── reading the file ─────────────────────────────────────────────────────────────────────────────────────────────────
+@functools.singledispatch
 def load(exercise: Exercise, path: Path) -> Callable:
     "The function in the learner's file.  Refused, with the line, if the file cannot be read or holds no such function."
     name = f"{path.parent.name}/{path.name}"
@@ -108,7 +109,7 @@ def closed(exercise: Exercise, filename: str) -> Iterator[None]:
     def put(holder: Any, name: str, stub: Any) -> None:
         undo.append((holder, name, getattr(holder, name)))
         setattr(holder, name, stub)
-    for target in (exercise.target, *exercise.closed):
+    for target in exercise.shut:
         holder, name = exercise.owner(target)
         real = getattr(holder, name)
         stub = _guard(real, name, filename)
@@ -142,6 +143,7 @@ class Subject:
     An op is called as its definition: arrays -> (value, pullbacks)."""
 
     def __init__(self, exercise: Exercise, function: Callable):
+        function = exercise.usable(function)
         if inspect.unwrap(function) is inspect.unwrap(exercise.reference()):
             raise Refused(f"this is the library's own {exercise.function}: write yours under that name")
         fits(exercise, function)

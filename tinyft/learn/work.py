@@ -34,7 +34,7 @@ class Work:
             self.progress = {}
 
     def path(self, e: Exercise) -> Path:
-        return self.folder / f"{e.name}.py"
+        return self.folder / f"{e.name}{e.suffix}"
 
     def written(self, e: Exercise) -> Path:
         "The learner's file.  ValueError, with what to do, if there is none."

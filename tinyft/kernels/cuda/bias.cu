@@ -1,11 +1,15 @@
 // y += b on every row, and back: db = Σ g over rows, in two steps, so that many blocks share the work and the order of the sum is fixed.
 
+// y[row][column] += b[column], on all numbers of y (size / n, n), b (n).  Any grid and block will do: thread t of all the N that there are
+// takes the numbers t, t + N, t + 2N, ... below size, so that neighbours in a warp read neighbours in memory.  Added as float.
 extern "C" __global__ void add_bias(T* y, const T* b, long long size, int n) {
   for (long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; i < size; i += gridDim.x * (long long)blockDim.x)
     y[i] = (T)((float)y[i] + (float)b[i % n]);
 }
 
-// Block (32, 8): 32 columns side by side, so that a warp reads 32 neighbours; eight rows at a time.  parts (gridDim.y, n)
+// g (rows, n) -> parts (stretches, n): parts[s] is the sum of the rows s·each, s·each + 1, ... of g, `each` of them, fewer in the last stretch.
+// Grid (⌈n/32⌉, stretches), block (32, 8): thread (c, k) adds up, in a float, the rows k, k + 8, k + 16, ... of its stretch in one column, so
+// that a warp reads 32 neighbours.  Then the eight sums of a column meet in shared memory, and one thread of the eight writes their total.
 extern "C" __global__ void sum_rows(const T* g, float* parts, int rows, int n, int each) {
   __shared__ float sums[8][32];
   int c = threadIdx.x, k = threadIdx.y, column = blockIdx.x * 32 + c, last = min(rows, (int)(blockIdx.y + 1) * each);
@@ -19,11 +23,12 @@ extern "C" __global__ void sum_rows(const T* g, float* parts, int rows, int n, i
   parts[(size_t)blockIdx.y * n + column] = sum;
 }
 
-// parts (stretches, n) -> y (n): a thread to a column.
+// parts (sums, stretches, n) -> y (sums, n): a thread to a column, blockIdx.y to a sum.
 extern "C" __global__ void sum_parts(const float* parts, T* y, int stretches, int n) {
   int column = blockIdx.x * blockDim.x + threadIdx.x;
   if (column >= n) return;
+  const float* p = parts + (size_t)blockIdx.y * stretches * n;
   float sum = 0;
-  for (int s = 0; s < stretches; s++) sum += parts[(size_t)s * n + column];
-  y[column] = (T)sum;
+  for (int s = 0; s < stretches; s++) sum += p[(size_t)s * n + column];
+  y[(size_t)blockIdx.y * n + column] = (T)sum;
 }

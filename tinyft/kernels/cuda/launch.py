@@ -47,9 +47,14 @@ def source(file: str, types: tuple = ()) -> str:
     "The text of a kernel file with the headers of ours in their places, and its type names defined before it."
     read = lambda name: (HERE / name).read_text(encoding="utf-8")
     text = re.sub(r'^#include "(\w+\.cuh)"$', lambda m: read(m[1]), read(file), flags=re.MULTILINE)
+    return preamble(types) + text
+
+
+def preamble(types: tuple) -> str:
+    "What goes before a kernel's text: its type names, ((name, dtype), ...), with the headers they need."
     named = [(name, *C_TYPES[np.dtype(dtype)]) for name, dtype in types]
     headers = sorted({header for _, _, header in named if header})
-    return "".join(f"#include <{h}>\n" for h in headers) + "".join(f"typedef {c} {name};\n" for name, c, _ in named) + text
+    return "".join(f"#include <{h}>\n" for h in headers) + "".join(f"typedef {c} {name};\n" for name, c, _ in named)
 
 
 @lru_cache(None)

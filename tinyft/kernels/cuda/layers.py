@@ -18,7 +18,7 @@ from ...tensor import OPS
 from . import gemm
 from .launch import C_TYPES, blocks, empty, launch
 
-NAMES = ("linear", "matmul", "gelu", "gelu_tanh", "layer_norm", "embedding", "attention", "cross_entropy", "dropout")
+NAMES = ("linear", "matmul", "project", "gelu", "gelu_tanh", "layer_norm", "embedding", "attention", "cross_entropy", "dropout")
 THREADS, ROWS = 256, 8                                                           # per block; rows of a warp each
 SAME_ORDER = 16384                                                               # positions up to which an embedding's gradient is summed in order
 
@@ -63,6 +63,50 @@ def linear(x: Array, W: Array, b: Array | None = None) -> Any:
     return y.reshape(*shape[:-1], n), (dx, dW, db)
 
 
+def project(x: Array, Wq: Array, bq: Array, Wk: Array, bk: Array, Wv: Array, bv: Array, heads: int = 1) -> Any:
+    "Saves two products of three, where the weights lie one after another in memory; and the copies that bring heads together."
+    weights, biases, n = (Wq, Wk, Wv), (bq, bk, bv), Wq.shape[0]
+    if not (x.ndim == 3 and _suits(x, *weights, *biases) and all(W.shape == (n, x.shape[-1]) for W in weights) and n % heads == 0):
+        return ops.project.definition(x, Wq, bq, Wk, bk, Wv, bv, heads=heads)
+    (B, T, c), X, W = x.shape, flat(x), one_after_another(weights)
+    if W is not None:
+        y, by_part, by_row = gemm.matmul(X, W.T), n, 3 * n                       # (N, 3 n)
+    else:
+        y, by_part, by_row = empty(x, (3, len(X), n)), len(X) * n, n
+        for i in range(3):
+            gemm.matmul(X, weights[i].T, out=y[i])
+    qkv = empty(x, (3, B, heads, T, n // heads))
+    layout = (T, heads, n // heads, np.int64(by_part), np.int64(by_row), np.int64(qkv.size))
+    launch("heads.cu", "cut_heads", blocks(qkv.size), THREADS, y, *biases, qkv, *layout, T=x.dtype)
+
+    def back(g: list, needed: list[bool]) -> tuple:
+        G, dx = empty(x, (len(X), 3 * n)), None
+        layout = (T, heads, n // heads, np.int64(qkv.size))
+        launch("heads.cu", "join_heads", blocks(qkv.size), THREADS, *(a if a is None else _dense(a) for a in g), G, *layout, T=x.dtype)
+        parts = [G[:, i * n:(i + 1) * n] for i in range(3)]
+        if needed[0]:
+            dx = gemm.matmul(G, W) if W is not None else gemm.matmul(parts[0], Wq)
+            for i in (1, 2) if W is None else ():
+                gemm.matmul(parts[i], weights[i], out=dx, add=True)
+        if all(needed[1::2]):
+            dW = gemm.matmul(G.T, X).reshape(3, n, c)
+        else:
+            dW = [gemm.matmul(part.T, X) if wanted else None for part, wanted in zip(parts, needed[1::2])]
+        db = sum_rows(G).reshape(3, n) if any(needed[2::2]) else (None,) * 3
+        return dx if dx is None else dx.reshape(x.shape), dW[0], db[0], dW[1], db[1], dW[2], db[2]
+    return (qkv[0], qkv[1], qkv[2]), back
+
+
+def one_after_another(matrices: tuple[Array, ...]) -> Array | None:
+    "Matrices of one shape as one, one below the other, if that is how they lie: an optimiser lays out what trains so.  No copy; None if not."
+    first, base, at = matrices[0], matrices[0].base, [gemm.address(a) for a in matrices]
+    apart = any(a.base is not base for a in matrices) or any(b - a != first.nbytes for a, b in zip(at, at[1:]))
+    if apart or base is None or not base.flags.c_contiguous:
+        return None
+    start = (at[0] - gemm.address(base)) // first.itemsize
+    return base.reshape(-1)[start:start + len(matrices) * first.size].reshape(-1, first.shape[1])
+
+
 def _remembered(f: Callable[[Array], Array]) -> Callable[[Array], Array]:
     "f, worked out once for the pullbacks that are given the same g one after another."
     last: list = [None, None]
@@ -77,9 +121,9 @@ def _remembered(f: Callable[[Array], Array]) -> Callable[[Array], Array]:
 def sum_rows(g: Array) -> Array:
     "(N, n) -> (n,): the gradient of a bias."
     (rows, n), (stretches, each) = g.shape, _stretches(len(g))
-    parts = empty(g, (stretches, n), np.float32)
+    parts = empty(g, (1, stretches, n), np.float32)
     launch("bias.cu", "sum_rows", (-(-n // 32), stretches), (32, 8), g, parts, rows, n, each, T=g.dtype)
-    return _sum_parts(parts, g.dtype)
+    return _sum_parts(parts, g.dtype)[0]
 
 
 def _stretches(rows: int) -> tuple[int, int]:
@@ -89,10 +133,10 @@ def _stretches(rows: int) -> tuple[int, int]:
 
 
 def _sum_parts(parts: Array, dtype: Any) -> Array:
-    "(stretches, n) -> (n,)"
-    stretches, n = parts.shape
-    y = empty(parts, (n,), dtype)
-    launch("bias.cu", "sum_parts", -(-n // THREADS), THREADS, parts, y, stretches, n, T=dtype)
+    "(sums, stretches, n) -> (sums, n)"
+    sums, stretches, n = parts.shape
+    y = empty(parts, (sums, n), dtype)
+    launch("bias.cu", "sum_parts", (-(-n // THREADS), sums), THREADS, parts, y, stretches, n, T=dtype)
     return y
 
 
@@ -134,7 +178,7 @@ def layer_norm(x: Array, w: Array, b: Array, eps: float = 1e-5) -> Any:
             parts = empty(x, (2, stretches, n), np.float32)
             grid = (-(-n // 32), stretches)
             launch("layer_norm.cu", "layer_norm_back_weights", grid, (32, 8), x, g, mean, r, parts, rows, n, each, T=x.dtype)
-            dw, db = (_sum_parts(parts[i], x.dtype) if needed[1 + i] else None for i in range(2))
+            dw, db = (d if wanted else None for d, wanted in zip(_sum_parts(parts, x.dtype), needed[1:]))
         return dx, dw, db
     return y, back
 
@@ -198,7 +242,7 @@ def _mask(seen: Array | None, shape: tuple) -> tuple[Array | None, tuple]:
 
 def cross_entropy(z: Array, y: Array, weight: Array | None = None, ignore_index: int = -100, label_smoothing: float = 0.0) -> Any:
     "Saves all passes over the logits but three, and keeps three numbers per row in place of them."
-    if not (_suits(z) and z.ndim >= 2 and y.shape == z.shape[:-1] and y.dtype.kind in "iu"
+    if not (_suits(z) and z.ndim >= 2 and y.size * z.shape[-1] == z.size and y.dtype.kind in "iu"
             and (weight is None or (_suits(z, weight) and weight.shape == z.shape[-1:] and not label_smoothing))):
         return ops.cross_entropy.definition(z, y, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing)
     n, rows, labels = z.shape[-1], z.size // z.shape[-1], _dense(y.astype(np.int64))

@@ -1,0 +1,330 @@
+"""Lesson 23: two kernels in CUDA C, a bias on its way forward and back; tensors laid end to end; what a captured step may not bake in."""
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import strategies as st
+
+from ... import optim
+from ...array import asarray, asnumpy
+from ...kernels.cuda import layers
+from ...tensor import Tensor
+from ..cuda.exercise import Kernel
+from ..diagnose import Unusable, close
+from ..exercise import Exercise
+from ..sizes import array, sizes
+
+F, HALF = np.float32, np.float16
+UNWRITTEN = 99.0                                         # what an array to be filled holds before
+
+# ── add_bias ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+add_bias = Kernel(
+    "kernels.cuda.bias:add_bias", difficulty=2, minutes=15, hints=(
+        "A thread knows its number: blockIdx.x * blockDim.x + threadIdx.x.  There are gridDim.x * blockDim.x threads, and that may be more than "
+        "there are numbers, or fewer.",
+        "A loop does for both: it begins at the thread's number, goes on by the number of all threads, and ends before size.",
+        "long long i, since size may be past 2³¹.  Number i of y stands in column i % n.  Compute in float: (T)((float)y[i] + (float)b[i % n])."))
+
+
+def biased(f, y, b, grid, block):
+    y, b = y.astype(F), b.astype(F)
+    f((grid,), (block,), (y, b, np.int64(y.size), np.int32(len(b))))
+    return y
+
+
+@add_bias.law("a thread for each number, and some to spare: nothing is written past the end", y="r n", b="n")
+def _(f, y, b):
+    close(biased(f, y, b, 1, 64), (y + b).astype(F), "y", {"nothing is added": y})
+
+
+@add_bias.law("fewer threads than numbers: each takes several", y="r n", b="n", block=st.integers(1, 3))
+def _(f, y, b, block):
+    number = np.arange(y.size).reshape(y.shape)
+    guesses = {"only as many numbers as there are threads got their bias": y + b * (number < block),
+               "it adds b[threadIdx.x]; the column of number i is i % n": y + np.resize(b, block)[number % block]}
+    close(biased(f, y, b, 1, block), (y + b).astype(F), "y", guesses)
+
+
+@add_bias.law("several blocks share the numbers", y="r n", b="n", grid=st.integers(2, 3), block=st.integers(1, 3))
+def _(f, y, b, grid, block):
+    number = np.arange(y.size).reshape(y.shape)
+    guesses = {"a number got its bias from every block that came by: the stride is the number of threads of the whole grid":
+               y + b * sum(number >= block * k for k in range(grid))}
+    close(biased(f, y, b, grid, block), (y + b).astype(F), "y", guesses)
+
+
+LOOP = """  for (long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; i < size; i += gridDim.x * (long long)blockDim.x)
+    y[i] = (T)((float)y[i] + (float)b[i % n]);"""
+ONE = "  long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x;\n  {}y[i] = (T)((float)y[i] + (float)b[i % n]);"
+add_bias.instead("There are as many threads as numbers.", LOOP, ONE.format(""), says="past the end")
+add_bias.instead("A thread takes one number.", LOOP, ONE.format("if (i < size) "), says="as many numbers as there are threads")
+add_bias.instead("The next number of a thread is a block further on.", "i += gridDim.x * (long long)blockDim.x", "i += blockDim.x",
+                 says="from every block", subtle=True)
+add_bias.instead("Row after row: i / n.", "b[i % n]", "b[i / n]", says="outside an array")
+add_bias.instead("A thread's number in its block is its column.", "b[i % n]", "b[threadIdx.x % n]", says="b[threadIdx.x]")
+add_bias.instead("The last number is number size.", "i < size", "i <= size", says="past the end")
+
+
+# ── sum_rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+sum_rows = Kernel(
+    "kernels.cuda.bias:sum_rows", difficulty=4, minutes=35, hints=(
+        "Two steps with a barrier between them.  First every thread adds up its own rows and writes its sum into shared memory; then one of the "
+        "eight threads of a column adds up eight sums.",
+        "__shared__ float sums[8][32] has a place for each thread: sums[threadIdx.y][threadIdx.x].  What lies there at the start is "
+        "anything at all, so every thread writes, a zero if it has no row; then __syncthreads(), which all threads must reach.",
+        "for (int row = blockIdx.y * each + k; row < last; row += 8), with last = min(rows, (blockIdx.y + 1) * each), and only where "
+        "column = blockIdx.x * 32 + c is below n.  No return before the barrier; after it all leave but those with k == 0 and column < n."))
+
+
+def summed(f, g, each, dtype=F):
+    g = np.ascontiguousarray(g, dtype)
+    (rows, n), stretches = g.shape, -(-len(g) // each)
+    parts = np.full((stretches, n), UNWRITTEN, F)
+    f((-(-n // 32), stretches), (32, 8), (g, parts, np.int32(rows), np.int32(n), np.int32(each)))
+    return parts
+
+
+def stretched(g, each):
+    return np.stack([g[s:s + each].sum(axis=0) for s in range(0, len(g), each)])
+
+
+@st.composite
+def tall(draw):
+    "More rows than a block has threads for, or more columns."
+    g = draw(array((draw(sizes()), draw(sizes()))))
+    return np.tile(g, (9, 1)) if draw(st.booleans()) else np.tile(g, (1, 33))
+
+
+@sum_rows.law("one stretch: the sum of each column", g="r n")
+def _(f, g):
+    want = g.sum(axis=0, keepdims=True)
+    guesses = {"nothing is written": 0 * want + UNWRITTEN, "it is the first row alone": g[:1],
+               "thread k adds up all rows from row k on, so that row 1 counts twice, row 2 three times": (np.arange(1, len(g) + 1) @ g)[None]}
+    close(summed(f, g, len(g)), want, "parts", guesses)
+
+
+@sum_rows.law("several stretches: each block adds up its own rows, fewer in the last", g="r n", each=st.integers(1, 3))
+def _(f, g, each):
+    want = stretched(g, each)
+    guesses = {"a stretch begins at the first row of all, expected at s·each": np.cumsum(want, axis=0)}
+    close(summed(f, g, each), want, "parts", guesses)
+
+
+@sum_rows.law("more rows than 8 and more columns than 32", g=tall())
+def _(f, g):
+    early = sum(g[k:k + 1] for k in range(min(8, len(g))))
+    guesses = {"it is the sum of the first 8 rows: after row k thread k goes on with row k + 8": early}
+    close(summed(f, g, len(g)), g.sum(axis=0, keepdims=True), "parts", guesses)
+
+
+@sum_rows.law("sixteen-bit numbers are added up as float: 2048 + 1 + 1 is 2050", g="r n")
+def _(f, g):
+    g = np.vstack([np.full((1, g.shape[1]), 2048.0), np.ones((2, g.shape[1])), np.abs(g)])
+    close(summed(f, g, len(g), HALF), g.sum(axis=0, keepdims=True), "parts, for T = half")
+
+
+sum_rows.instead("Threads of a block run in step, so what one wrote the others see.", "  __syncthreads();\n", "",
+                 says="is a __syncthreads() missing?")
+sum_rows.instead("A thread without a column has nothing to do, so it may leave.", "  float sum = 0;\n",
+                 "  if (column >= n) return;\n  float sum = 0;\n", says="threads that never come")
+sum_rows.instead("There are as many columns as threads.", "if (k > 0 || column >= n) return;", "if (k > 0) return;", says="past the end")
+sum_rows.instead("All eight threads of a column know the total, so any of them may write it.", "if (k > 0 || column >= n) return;",
+                 "if (column >= n) return;", says="a race")
+sum_rows.instead("Every thread goes through the rows of its stretch.", "row += 8", "row++", says="counts twice")
+sum_rows.instead("A loop over rows goes on by the width of a block.", "row += 8", "row += blockDim.x", says="first 8 rows", subtle=True)
+sum_rows.instead("The first row of a block is its row k.", "row = blockIdx.y * each + k", "row = k", says="first row of all", subtle=True)
+sum_rows.instead("A sum has the type of what is added.", "  float sum = 0;\n", "  T sum = 0;\n", says="parts, for T = half", subtle=True)
+
+
+# ── adam_rates ───────────────────────────────────────────────────────────────────────────────────────────────────────
+adam_rates = Exercise(
+    "kernels.cuda.layers:adam_rates", difficulty=2, minutes=10, hints=(
+        "Write AdamW's update with m and v as they are: w ← w (1 − ηλ) − η (m / (1 − β₁ᵗ)) / (√(v / (1 − β₂ᵗ)) + ε).  What in it changes from step "
+        "to step?",
+        "η changes, with the schedule, and t.  So rate = η / (1 − β₁ᵗ) stands before m, root before √v, and shrink before w: "
+        "w ← shrink w − rate m / (root √v + ε).",
+        "√(v / (1 − β₂ᵗ)) = √v / √(1 − β₂ᵗ), so root = (1 - b2**t)**-0.5.  The decay takes η λ of w, whatever the corrections."))
+given = {"lr": st.sampled_from([1.0, 0.5, 0.25]), "t": st.integers(1, 4)}
+b1, b2 = 0.75, 0.9375
+
+
+def rates(f, lr, decay, t):
+    out = f(lr, b1, b2, decay, t)
+    if not (isinstance(out, tuple) and len(out) == 3):
+        raise Unusable(f"three numbers are asked for, (rate, root, shrink); yours is {out!r}")
+    return out
+
+
+@adam_rates.law("rate = η / (1 − β₁ᵗ), t = 1, 2, ...", **given)
+def _(f, lr, t):
+    guesses = {"it is multiplied with 1 − β₁ᵗ; m is too small, so divide": lr * (1 - b1**t),
+               "t is one too many: it counts from 1, and that is the step to be taken": lr / (1 - b1**(t + 1)), "m is not corrected": lr}
+    close(rates(f, lr, 0.0, t)[0], lr / (1 - b1**t), "rate", guesses)
+
+
+@adam_rates.law("root = 1 / √(1 − β₂ᵗ), which stands before √v", **given)
+def _(f, lr, t):
+    guesses = {"the root is missing: it stands before √v, not before v": 1 / (1 - b2**t), "v is not corrected": 1.0}
+    close(rates(f, lr, 0.0, t)[1], (1 - b2**t)**-0.5, "root", guesses)
+
+
+@adam_rates.law("shrink = 1 − ηλ", **given, decay=st.sampled_from([0.0, 0.5, 1.0]))
+def _(f, lr, t, decay):
+    guesses = {"η is left out: the decay follows the schedule too": 1 - decay, "it is what is taken off w, expected what stays": lr * decay,
+               "the decay is scaled by the corrected rate; it has nothing to do with m": 1 - lr / (1 - b1**t) * decay}
+    close(rates(f, lr, decay, t)[2], 1 - lr * decay, "shrink", guesses)
+
+
+@adam_rates.believe("Corrections make things smaller.", says="so divide")
+def _(lr, b1, b2, decay, t):
+    return lr * (1 - b1**t), (1 - b2**t)**-0.5, 1 - lr * decay
+
+
+@adam_rates.believe("Steps count from zero.", says="one too many")
+def _(lr, b1, b2, decay, t):
+    return layers.adam_rates(lr, b1, b2, decay, t + 1)
+
+
+@adam_rates.believe("Both moments are corrected in the same way.", says="the root is missing", subtle=True)
+def _(lr, b1, b2, decay, t):
+    return lr / (1 - b1**t), 1 / (1 - b2**t), 1 - lr * decay
+
+
+@adam_rates.believe("λ is a number of its own, so it may be baked in.", says="η is left out", subtle=True)
+def _(lr, b1, b2, decay, t):
+    return lr / (1 - b1**t), (1 - b2**t)**-0.5, 1 - decay
+
+
+@adam_rates.believe("The rate is the rate, for the decay as well.", says="corrected rate", subtle=True)
+def _(lr, b1, b2, decay, t):
+    return lr / (1 - b1**t), (1 - b2**t)**-0.5, 1 - lr / (1 - b1**t) * decay
+
+
+# ── lay_out ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+lay_out = Exercise(
+    "optim:Group.lay_out", difficulty=3, minutes=25, in_place=True, lines=9, hints=(
+        "One array w for all numbers, and each tensor's data becomes a piece of it, in the tensor's own shape: w[s].reshape(shape) is a view of "
+        "a slice, no copy.  Then an update of w is an update of every tensor.",
+        "Sort first, so that tensors of more than LARGE numbers come last, and names in the same order; the places are the running sums of the "
+        "sizes.  self keeps names, tensors, slices, views, w and moments.",
+        "np.cumsum([0] + sizes) gives all starts and ends.  w and each moment is an m.zeros(total, dtype) of its own, m = xp(a tensor's data).  At "
+        "the end self.gather_values() copies each tensor's numbers into its view and puts the view in the place of its data."))
+
+
+@st.composite
+def tensors(draw, large=False):
+    "Arrays of different shapes, the values 1, 2, 3, ... through all of them; with `large` one of more than LARGE numbers among them."
+    shapes = [tuple(draw(sizes()) for _ in range(draw(st.integers(0, 2)))) for _ in range(draw(sizes()))]
+    if draw(st.booleans()):
+        shapes.insert(0, (0,))
+    if large:
+        shapes.insert(draw(st.integers(0, len(shapes))), (optim.LARGE + 1,))
+    starts = np.cumsum([1] + [int(np.prod(s)) for s in shapes])
+    return [np.arange(a, a + np.prod(s), dtype=F).reshape(s) for a, s in zip(starts, shapes)]
+
+
+def laid(f, arrays, moments=2):
+    made = [Tensor(asarray(a.copy()), requires_grad=True) for a in arrays]
+    group = optim.Group(0.1, 0.0, [f"tensor {i}" for i in range(len(made))], list(made))
+    f(group, moments)
+    for name in ("w", "moments", "slices", "views"):
+        if not hasattr(group, name):
+            raise Unusable(f"self.{name} is not there")
+    return group, made
+
+
+def flat(arrays):
+    return np.concatenate([a.reshape(-1) for a in arrays])
+
+
+@lay_out.law("w holds all values, end to end, in the tensors' dtype", arrays=tensors())
+def _(f, arrays):
+    group, _ = laid(f, arrays)
+    close(group.w, flat(arrays), "w", {"w is empty: the values were not brought over": 0 * flat(arrays)}, dtype=True)
+
+
+@lay_out.law("the tensors have their shapes and values as before", arrays=tensors())
+def _(f, arrays):
+    _, made = laid(f, arrays)
+    for i, (p, a) in enumerate(zip(made, arrays)):
+        close(p, a, f"tensor {i}", dtype=True)
+
+
+@lay_out.law("whoever writes into w moves the tensors", arrays=tensors())
+def _(f, arrays):
+    group, made = laid(f, arrays)
+    group.w += 10
+    guesses = {"the tensors did not move: they are copies; a slice that is reshaped is a view": flat(arrays)}
+    close(flat([asnumpy(p.data) for p in made]), flat(arrays) + 10, "the tensors after w += 10", guesses)
+
+
+@lay_out.law("moments: zeros, each as long as w, and each an array of its own", arrays=tensors(), moments=st.integers(0, 2))
+def _(f, arrays, moments):
+    group, _ = laid(f, arrays, moments)
+    close(len(group.moments), moments, "the number of moments")
+    for i, m in enumerate(group.moments):
+        close(m, 0 * flat(arrays), f"moment {i}" if i == 0 else f"moment {i}, after 1 was added to those before it",
+              {"they are one array under several names": 0 * flat(arrays) + i}, dtype=True)
+        m += 1
+
+
+@lay_out.law("large tensors come last, and names, tensors, slices and views in one order", arrays=tensors(large=True))
+def _(f, arrays):
+    group, made = laid(f, arrays)
+    order = sorted(range(len(arrays)), key=lambda i: arrays[i].size > optim.LARGE)
+    places = lambda order: np.cumsum([0] + [arrays[i].size for i in order])
+    close(np.array([int(n.split()[1]) for n in group.names]), np.array(order), "the names' numbers",
+          {"the names stayed where they were: they belong to the tensors": np.arange(len(order))})
+    close(np.array([next(i for i, q in enumerate(made) if q is p) for p in group.tensors]), np.array(order), "the tensors' numbers")
+    close(np.array([s.start for s in group.slices]), places(order)[:-1], "the starts of the slices",
+          {"the places are those of the old order": places(range(len(order)))[:-1]})
+    close(np.array([v.size for v in group.views]), np.array([arrays[i].size for i in order]), "the sizes of the views")
+
+
+def laid_out(group, moments, order=None, ordered_names=True, dtype=None):
+    "The answer, with the usual errors in it on demand."
+    order = sorted(range(len(group.tensors)), key=lambda i: group.tensors[i].size > optim.LARGE) if order is None else order
+    group.names = [group.names[i] for i in order] if ordered_names else group.names
+    group.tensors = [group.tensors[i] for i in order]
+    ends = np.cumsum([0] + [p.size for p in group.tensors])
+    group.slices = [slice(int(a), int(b)) for a, b in zip(ends, ends[1:])]
+    group.w, *group.moments = (asarray(np.zeros(int(ends[-1]), dtype or F)) for _ in range(1 + moments))
+    group.views = [group.w[s].reshape(p.shape) for s, p in zip(group.slices, group.tensors)]
+
+
+@lay_out.believe("A tensor is its values; where they lie does not matter.", says="they are copies", subtle=True)
+def _(self, moments):
+    laid_out(self, moments)
+    for p, view in zip(self.tensors, self.views):
+        view[...] = p.data
+
+
+@lay_out.believe("A view is all that a tensor needs.", says="not brought over")
+def _(self, moments):
+    laid_out(self, moments)
+    for p, view in zip(self.tensors, self.views):
+        p.data = view
+
+
+@lay_out.believe("Zeros are zeros.", says="the dtype is float64")
+def _(self, moments):
+    laid_out(self, moments, dtype=np.float64)
+    self.gather_values()
+
+
+@lay_out.believe("Two moments begin alike, so one array of zeros will do.", says="several names", subtle=True)
+def _(self, moments):
+    laid_out(self, moments)
+    self.moments = self.moments[:1] * moments
+    self.gather_values()
+
+
+@lay_out.believe("A name stays where it is.", says="belong to the tensors", subtle=True)
+def _(self, moments):
+    laid_out(self, moments, ordered_names=False)
+    self.gather_values()
+
+
+@lay_out.believe("One order is as good as another.", says="names' numbers", subtle=True)
+def _(self, moments):
+    laid_out(self, moments, order=range(len(self.tensors)))
+    self.gather_values()
