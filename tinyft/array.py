@@ -175,6 +175,12 @@ def asnumpy(a: Array) -> np.ndarray:
     return a if isinstance(a, np.ndarray) else np.asarray(a) if not is_array(a) else xp(a).asnumpy(a)
 
 
+def numbers(*scalars: Any) -> tuple[float, ...]:
+    "Arrays of one number each as Python floats, waiting for a device once for all of them."
+    m = xp(*scalars)
+    return tuple(map(float, scalars)) if m is np else tuple(asnumpy(m.stack([m.asarray(a, dtype=np.float64).reshape(()) for a in scalars])).tolist())
+
+
 def put_like(a: Any, like: Array, dtype: Any = None) -> Array:
     "Host data `a` beside `like`: ids, masks and labels on their way to a model."
     return asarray(np.asarray(a) if not is_array(a) else a, dtype, like)

@@ -13,7 +13,6 @@ import numpy as np
 from ... import ops
 from ...array import Array, xp
 from ...ops import flat, t
-from ...optim import adam_update as adam_definition
 from ...tensor import OPS
 from . import gemm
 from .launch import C_TYPES, blocks, empty, launch
@@ -23,7 +22,7 @@ THREADS, ROWS = 256, 8                                                          
 SAME_ORDER = 16384                                                               # positions up to which an embedding's gradient is summed in order
 
 
-def _suits(*arrays: Array) -> bool:
+def suits(*arrays: Array) -> bool:
     "Of one dtype the kernels know, none empty, numbers one after another."
     return arrays[0].dtype in C_TYPES and all(a.dtype == arrays[0].dtype and a.size and a.flags.c_contiguous for a in arrays)
 
@@ -52,7 +51,7 @@ def matmul(a: Array, b: Array) -> Any:
 
 def linear(x: Array, W: Array, b: Array | None = None) -> Any:
     "Saves a pass for the bias, and the many small launches of a product of three axes by two."
-    if not (_suits(x, W) and W.ndim == 2 and x.shape[-1] == W.shape[1] and (b is None or (_suits(x, b) and b.shape == W.shape[:1]))):
+    if not (suits(x, W) and W.ndim == 2 and x.shape[-1] == W.shape[1] and (b is None or (suits(x, b) and b.shape == W.shape[:1]))):
         return ops.linear.definition(x, W, b)
     X, n = flat(x), W.shape[0]
     y = gemm.matmul(X, W.T)
@@ -66,7 +65,7 @@ def linear(x: Array, W: Array, b: Array | None = None) -> Any:
 def project(x: Array, Wq: Array, bq: Array, Wk: Array, bk: Array, Wv: Array, bv: Array, heads: int = 1) -> Any:
     "Saves two products of three, where the weights lie one after another in memory; and the copies that bring heads together."
     weights, biases, n = (Wq, Wk, Wv), (bq, bk, bv), Wq.shape[0]
-    if not (x.ndim == 3 and _suits(x, *weights, *biases) and all(W.shape == (n, x.shape[-1]) for W in weights) and n % heads == 0):
+    if not (x.ndim == 3 and suits(x, *weights, *biases) and all(W.shape == (n, x.shape[-1]) for W in weights) and n % heads == 0):
         return ops.project.definition(x, Wq, bq, Wk, bk, Wv, bv, heads=heads)
     (B, T, c), X, W = x.shape, flat(x), one_after_another(weights)
     if W is not None:
@@ -144,7 +143,7 @@ def _sum_parts(parts: Array, dtype: Any) -> Array:
 def _gelu(name: str) -> Any:
     def kernel(x: Array) -> Any:
         "Saves all but one of the passes."
-        if not _suits(x):
+        if not suits(x):
             return OPS[name].definition(x)
         y, size, grid = empty(x, x.shape), np.int64(x.size), blocks(x.size)
         launch("gelu.cu", name, grid, THREADS, x, y, size, T=x.dtype)
@@ -162,7 +161,7 @@ gelu, gelu_tanh = _gelu("gelu"), _gelu("gelu_tanh")
 
 def layer_norm(x: Array, w: Array, b: Array, eps: float = 1e-5) -> Any:
     "Saves nine passes of eleven, and keeps two numbers per row in place of a copy of x."
-    if not (_suits(x, w, b) and w.shape == b.shape == x.shape[-1:]):
+    if not (suits(x, w, b) and w.shape == b.shape == x.shape[-1:]):
         return ops.layer_norm.definition(x, w, b, eps=eps)
     n, rows = x.shape[-1], x.size // x.shape[-1]
     y, mean, r = empty(x, x.shape), empty(x, (rows,), np.float32), empty(x, (rows,), np.float32)
@@ -185,7 +184,7 @@ def layer_norm(x: Array, w: Array, b: Array, eps: float = 1e-5) -> Any:
 
 def embedding(W: Array, ids: Array) -> Any:
     "Saves the atomic additions, and sums in order: for up to SAME_ORDER positions, since it compares each with each."
-    if not (W.ndim == 2 and _suits(W) and 0 < ids.size <= SAME_ORDER):
+    if not (W.ndim == 2 and suits(W) and 0 < ids.size <= SAME_ORDER):
         return ops.embedding.definition(W, ids)
     rows, width = W.shape
 
@@ -242,8 +241,8 @@ def _mask(seen: Array | None, shape: tuple) -> tuple[Array | None, tuple]:
 
 def cross_entropy(z: Array, y: Array, weight: Array | None = None, ignore_index: int = -100, label_smoothing: float = 0.0) -> Any:
     "Saves all passes over the logits but three, and keeps three numbers per row in place of them."
-    if not (_suits(z) and z.ndim >= 2 and y.size * z.shape[-1] == z.size and y.dtype.kind in "iu"
-            and (weight is None or (_suits(z, weight) and weight.shape == z.shape[-1:] and not label_smoothing))):
+    if not (suits(z) and z.ndim >= 2 and y.size * z.shape[-1] == z.size and y.dtype.kind in "iu"
+            and (weight is None or (suits(z, weight) and weight.shape == z.shape[-1:] and not label_smoothing))):
         return ops.cross_entropy.definition(z, y, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing)
     n, rows, labels = z.shape[-1], z.size // z.shape[-1], _dense(y.astype(np.int64))
     losses, stats, value, total = (empty(z, shape, dtype) for shape, dtype in (
@@ -275,7 +274,7 @@ def uniform_like(x: Array, key: int) -> Array:
 
 def dropout(x: Array, p: float, key: int) -> Any:
     "Saves the mask: the way back draws it anew."
-    if not (_suits(x) and 0 <= p < 1):
+    if not (suits(x) and 0 <= p < 1):
         return ops.dropout.definition(x, p, key)
 
     def drop(a: Array) -> Array:
@@ -283,26 +282,3 @@ def dropout(x: Array, p: float, key: int) -> Any:
         launch("random.cu", "dropout", blocks(-(-a.size // 8)), THREADS, a, y, float(p), 1 / (1 - p), *_key(key), np.int64(a.size), T=a.dtype)
         return y
     return drop(x), (drop, None, None)
-
-
-# ── the optimiser ────────────────────────────────────────────────────────────────────────────────────────────────────
-def adam_rates(lr: float, b1: float, b2: float, decay: float, t: int) -> tuple[float, float, float]:
-    "What of AdamW's update changes with the step: η/(1 − β₁ᵗ), 1/√(1 − β₂ᵗ), 1 − ηλ"
-    return lr / (1 - b1**t), (1 - b2**t)**-0.5, 1 - lr * decay
-
-
-def adam_update(w: Array, g: Array, m: Array, v: Array, lr: float, b1: float, b2: float, eps: float, decay: float, t: int) -> None:
-    "One launch, one pass."
-    if not _suits(w, g, m, v):
-        return adam_definition(w, g, m, v, lr, b1, b2, eps, decay, t)
-    rates = adam_rates(lr, b1, b2, decay, t)
-    launch("adam.cu", "adam", blocks(w.size), THREADS, w, g, m, v, *rates, *_betas(b1, b2), float(eps), np.int64(w.size), T=w.dtype)
-
-
-def adam_replayed(w: Array, g: Array, m: Array, v: Array, rates: Array, b1: float, b2: float, eps: float) -> None:
-    "The same with adam_rates read from the device, three float32: a captured step is replayed with the numbers that are there then."
-    launch("adam.cu", "adam_replayed", blocks(w.size), THREADS, w, g, m, v, rates, *_betas(b1, b2), float(eps), np.int64(w.size), T=w.dtype)
-
-
-def _betas(b1: float, b2: float) -> tuple[float, ...]:
-    return float(b1), float(1 - b1), float(b2), float(1 - b2)
