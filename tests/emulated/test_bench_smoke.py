@@ -52,7 +52,7 @@ def spoiled(name, right):
 
 
 @pytest.mark.parametrize("where", ["value", "gradients"])
-@pytest.mark.parametrize("op", ["gelu", "layer_norm", "attention"])
+@pytest.mark.parametrize("op", ["gelu", "layer_norm", "attention", "cross_entropy"])
 def test_a_kernel_that_is_wrong_is_an_error_and_the_others_are_measured(op, where, monkeypatch):
     monkeypatch.setattr(layers, op, spoiled(where, getattr(layers, op)))
     monkeypatch.setattr(layers, "NAMES", [op, "linear"])
