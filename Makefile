@@ -6,11 +6,12 @@ PYTHON ?= python3
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 CUPY   ?= $(HERE)/.venv-cupy
+GPU_PY ?= $(PY)
 ARGS   ?=
-EMULATED := tests/emulated $(addprefix tests/test_,$(addsuffix .py,ops nn optim models tensor strict decode adapters formats))
+EMULATED := tests/emulated $(addprefix tests/test_,$(addsuffix .py,ops nn optim models tensor strict decode adapters formats cuda doctor))
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help install run test selftest test-strict test-emulated test-gpu test-peers lessons site audit base lint clean
+.PHONY: help install run test selftest test-strict test-emulated test-gpu bench-gpu test-peers lessons site audit bench base lint clean
 
 help:  ## this help
 	@echo "tinyft: fine-tuning and compression of transformers, from scratch"
@@ -46,8 +47,14 @@ $(CUPY)/.installed: $(HERE)/pyproject.toml $(HERE)/tests/emulated/requirements.t
 test-emulated: $(CUPY)/.installed  ## real CuPy without a GPU, and the tests that matter most on it (wants g++)
 	@cd "$(HERE)" && TINYFT_BACKEND=emulated "$(CUPY)/bin/python" -m pytest $(EMULATED) $(ARGS)
 
-test-gpu: $(STAMP)  ## the same tests on CuPy; fails where there is no device
-	@cd "$(HERE)" && TINYFT_BACKEND=cupy "$(PY)" -m pytest tests --ignore=tests/peers $(ARGS)
+# On a device: in .venv, after .venv/bin/pip install -e ".[gpu13]" (or gpu12); or with GPU_PY=python3, whatever Python has CuPy already.
+test-gpu bench-gpu: $(if $(filter $(PY),$(GPU_PY)),$(STAMP))
+
+test-gpu:  ## the whole suite on CuPy; fails where there is no device, and names what it skips
+	@cd "$(HERE)" && PYTHONPATH="$(HERE)" TINYFT_BACKEND=cupy "$(GPU_PY)" -m pytest tests --ignore=tests/peers -rs $(ARGS)
+
+bench-gpu:  ## tinyft, CuPy and PyTorch on a device, in under ten minutes: tests/benchmarks/results/gpu.md
+	@cd "$(HERE)" && PYTHONPATH="$(HERE)" "$(GPU_PY)" tests/benchmarks/gpu.py $(ARGS)
 
 test-peers: $(STAMP)  ## against PyTorch, transformers, PEFT and adapters (installs them)
 	@"$(PY)" -c 'import torch' 2>/dev/null || "$(PY)" -m pip install -q --disable-pip-version-check "torch==2.13.0"
@@ -63,6 +70,11 @@ site: $(STAMP)  ## the book, in work/site: lessons with their results, exercises
 
 audit: $(STAMP)  ## change the library's own formulas, one at a time: the tests must notice
 	@cd "$(HERE)" && "$(PY)" tests/audit.py $(ARGS)
+
+bench: $(STAMP)  ## beside PyTorch and its libraries on this CPU: tests/benchmarks/results/cpu.md (installs them; about half an hour)
+	@"$(PY)" -c 'import torch' 2>/dev/null || "$(PY)" -m pip install -q --disable-pip-version-check "torch==2.13.0"
+	@cd "$(HERE)" && "$(PY)" -c 'import peft, autograd, tinygrad' 2>/dev/null || "$(PY)" -m pip install -q --disable-pip-version-check -e "$(HERE)[peers]" autograd tinygrad
+	@cd "$(HERE)" && "$(PY)" tests/benchmarks/bench.py $(ARGS)
 
 base: $(STAMP)  ## train the shipped base models from scratch (resumable)
 	@cd "$(HERE)" && "$(PY)" -m tinyft.pretrain $(ARGS)

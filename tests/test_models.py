@@ -194,6 +194,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("belief", WRONG)
+@pytest.mark.usefixtures("definitions")                                          # a kernel would do what the wrong part does not
 def test_a_wrong_model_is_caught(belief):
     kind, wrong = WRONG[belief]
     reference = Reference.__call__

@@ -16,12 +16,12 @@ from helpers import dev, gradcheck, host, leaf, seeds, shapes_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyft import array, nn, ops
+from tinyft import array, nn, ops, tensor
 from tinyft import functional as F
 from tinyft.tensor import OPS, ShapeError, Tensor
 
 pytestmark = pytest.mark.usefixtures("definitions")
-EVERY_OP = sorted(set(OPS) - {"_packed_linear"})                                 # that one takes a module: test_nn.py
+EVERY_OP = sorted(set(OPS) - {"_packed_linear", "project"})                      # one takes a module (test_nn.py), one gives three values (below)
 
 
 @dataclass
@@ -812,3 +812,43 @@ def test_the_cases_are_not_all_alike():
 
 def test_packed_linear_is_in_the_table_of_test_nn():
     assert "_packed_linear" in OPS and nn._packed_linear is OPS["_packed_linear"]
+
+
+# ── several values at once ───────────────────────────────────────────────────────────────────────────────────────────
+def three_maps(x, Wq, bq, Wk, bk, Wv, bv, heads):
+    "The same by linear, and a loop over heads."
+    maps = [ops.linear(x, W, b) for W, b in ((Wq, bq), (Wk, bk), (Wv, bv))]
+    d = Wq.shape[0] // heads
+    return tuple(F.stack([y[..., h * d:(h + 1) * d] for h in range(heads)], axis=-3) for y in maps)
+
+
+def drawn(rng, lead, t, c, heads, d):
+    n = heads * d
+    return [normal(rng, s) for s in ((*lead, t, c), (n, c), (n,), (n, c), (n,), (n, c), (n,))]
+
+
+@given(seeds(), st.sampled_from([(), (2,), (2, 3)]), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3))
+def test_project_is_three_linear_maps_cut_into_heads(rng, lead, t, c, heads, d):
+    arrays = drawn(rng, lead, t, c, heads, d)
+    got, want = (f(*map(leaf, arrays), heads=heads) for f in (ops.project, three_maps))
+    assert all(a.shape == (*lead, heads, t, d) and np.allclose(host(a), host(b), rtol=1e-12, atol=1e-12) for a, b in zip(got, want))
+    mix = lambda q, k, v: q * 2 + ops.tanh(k) * v                                # uses all three, each in its own way
+    gradcheck(lambda *ts: mix(*ops.project(*ts, heads=heads)), arrays, rng)
+    gradcheck(lambda *ts: ops.concatenate(*ops.project(*ts, heads=heads)), arrays, rng)
+
+
+def test_what_came_of_one_value_alone_and_of_values_used_twice(rng):
+    arrays = drawn(rng, (2,), 3, 2, 2, 2)
+    for use in (lambda q, k, v: k, lambda q, k, v: v * v + v, lambda q, k, v: q + q + k):
+        one, other = [list(map(leaf, arrays)) for _ in range(2)]
+        use(*ops.project(*one, heads=2)).sum().backward()
+        use(*three_maps(*other, heads=2)).sum().backward()
+        assert all(np.allclose(host(a.grad), 0 if b.grad is None else host(b.grad), atol=1e-12) for a, b in zip(one, other))
+
+
+@pytest.mark.parametrize("order", [(1, 0, 2), (1, 2, 0), (0, 0, 2)], ids=str)
+def test_a_gradient_led_to_another_value_is_caught(order, rng, monkeypatch):
+    right = tensor.Part.__init__
+    monkeypatch.setattr(tensor.Part, "__init__", lambda self, whole, i, of, shape: right(self, whole, order[i], of, shape))
+    with pytest.raises(AssertionError, match="by differences|got no gradient"):
+        gradcheck(lambda *ts: ops.concatenate(*(y * (i + 1) for i, y in enumerate(ops.project(*ts, heads=2)))), drawn(rng, (2,), 3, 2, 2, 2), rng)

@@ -11,6 +11,7 @@ import pytest
 from helpers import dev, host, leaf
 
 from tinyft import SGD, Adam, AdamW, array, constant, cosine, kernels, linear, optim
+from tinyft.nn import Linear, Parameter
 from tinyft.optim import Optimizer, adam_update
 from tinyft.tensor import Tensor
 
@@ -283,6 +284,54 @@ def test_data_replaced_from_outside_is_taken_back_into_the_buffer():
     p.grad = dev(np.ones((2, 2)))
     optimizer.step()
     assert (host(p) == 4).all() and (host(optimizer.bound[0].w) == 4).all()
+
+
+ELSEWHERE = "strict" if array.backend() == "numpy" else "numpy"
+
+
+@pytest.mark.parametrize("make", [lambda: AdamW(0.1), lambda: SGD(0.1, momentum=0.9)], ids=["AdamW", "SGD"])
+def test_an_optimiser_follows_a_model_that_moved_with_its_moments_and_masks(make, rng, monkeypatch):
+    start, g = rng.standard_normal((3, 4)).astype(np.float32), rng.standard_normal((4, 3, 4)).astype(np.float32)
+
+    def steps(route: list[str]) -> list:
+        "A step on each of these backends, in one life of model and optimiser."
+        layer = Linear(4, 3, np.random.default_rng(0))
+        layer.weight.copy_(start)
+        layer.weight.mask = dev(start > 0)
+        optimizer, out = make().start(layer.named_parameters()), []
+        for backend, gradient in zip(route, g):
+            layer.to(backend)
+            layer.weight.grad, layer.bias.grad = (array.to(dev(a), backend) for a in (gradient, gradient[:, 0]))
+            optimizer.step()
+            assert {layer.weight.device, *(array.name_of(a) for b in optimizer.bound for a in (b.w, *b.moments))} == {backend}
+            out += [np.array(host(layer.weight)), np.array(host(layer.bias)), *(np.array(a) for a in optimizer.state().values())]
+        return out
+    here, close = array.backend(), lambda a, b: all(np.allclose(x, y, rtol=1e-6, atol=1e-7) for x, y in zip(a, b))
+    want = steps([here] * 4)
+    assert close(steps([here, ELSEWHERE, ELSEWHERE, here]), want) and not np.array_equal(want[0], start)
+    right = optim.Group.follow
+
+    def forgets(self: optim.Group) -> None:
+        right(self)
+        for a in self.moments:
+            a[...] = 0
+    monkeypatch.setattr(optim.Group, "follow", forgets)
+    assert not close(steps([here, ELSEWHERE, ELSEWHERE, here]), want)
+
+
+def test_an_optimiser_whose_tensors_are_in_two_places_or_of_another_dtype_says_so():
+    layer = Linear(4, 3, np.random.default_rng(0))
+    optimizer = AdamW(0.1).start({"a": layer.weight, "b": Parameter(dev(np.ones((2, 2), np.float32)))})
+    layer.to(ELSEWHERE)
+    with pytest.raises(array.BackendError, match="arrays on .* and .* in one operation"):
+        optimizer.step()
+    layer = Linear(4, 3, np.random.default_rng(0))
+    optimizer = AdamW(0.1).start(layer.named_parameters())
+    layer.to(dtype=np.float64)
+    layer.weight.grad = dev(np.ones((3, 4)))
+    with pytest.raises(TypeError, match="were float32 when it was started, and are float64 now: start it again"):
+        optimizer.step()
+    assert layer.weight.dtype == np.float64
 
 
 def test_a_step_spoils_a_graph_that_still_needs_the_old_weights():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import threadpoolctl
 
 import tinyft
 from tinyft import GPT, AdamW, GPTConfig, array, fit, get_num_threads, set_num_threads
@@ -57,6 +58,17 @@ def test_both_threads_work_and_blas_has_one_meanwhile():
     assert len({who for who, _ in seen}) == 2
     if system.libraries():
         assert {n for _, n in seen} == {1} and system.threads() == 2
+
+
+def test_limits_set_by_others_hold():
+    if not system.libraries():
+        pytest.skip("this BLAS cannot be asked for its threads")
+    set_num_threads(2)
+    who: set[int] = set()
+    with threadpoolctl.threadpool_limits(1):
+        threads.each(range(8), lambda i: who.add(threading.get_ident()))
+        assert system.threads() == 1
+    assert who == {threading.get_ident()} and system.threads() == 2
 
 
 @pytest.mark.parametrize("where", range(4))

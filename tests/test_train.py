@@ -458,10 +458,10 @@ class Spy(Optimizer):
         self.log.append("start")
         return super().start(named)
 
-    def step(self, factor: float = 1.0, clip: float | None = None) -> Any:
+    def advance(self, factor: float = 1.0, clip: float | None = None, loss: Any = None) -> Any:
         self.gradients = {n: np.array(host(p.grad)) for g in self.bound for n, p in zip(g.names, g.tensors) if p.grad is not None}
         self.log.append(f"update at {factor} clipped at {clip}")
-        return super().step(factor, clip)
+        return super().advance(factor, clip, loss)
 
     def update(self, group: Any, lr: float) -> None:
         group.w -= lr * group.g

@@ -23,6 +23,7 @@ __all__ = ["BackendError", "use", "backend", "xp", "name_of", "is_array", "asarr
 Array = Any                                             # numpy.ndarray, cupy.ndarray or strict.Array
 bfloat16 = np.dtype(ml_dtypes.bfloat16)
 NAMES = ("numpy", "cupy", "strict")
+EXTRA = "tinyft[gpu"                                    # what pip is asked for: tinyft[gpu12], tinyft[gpu13]
 _modules: dict[type, Any] = {np.ndarray: np}            # array type -> its module
 _names: dict[type, str] = {np.ndarray: "numpy"}
 _local = threading.local()                              # each thread may use another backend
@@ -82,19 +83,52 @@ def on_open(name: str, f: Callable[[type, Any], None]) -> None:
 
 
 def why_no_cupy() -> str | None:
-    "None if CuPy compiles a kernel and multiplies two matrices rightly here, else one sentence saying what is missing."
-    mend = 'pip install "tinyft[gpu13]" for a CUDA 13 driver, "tinyft[gpu12]" for CUDA 12'
+    """None if CuPy compiles a kernel and multiplies two matrices rightly here; else one sentence: what is missing, and the command that helps.
+
+    Not cupy.is_available(): that asks for a driver and a device alone, and a first product may still fail for want of cuBLAS."""
     try:
         import cupy
     except ImportError as e:
-        return f"CuPy is not installed: {mend}" if e.name == "cupy" else f"CuPy cannot be imported: {e}"
+        other = f"CuPy cannot be imported ({e}): pip install --force-reinstall cupy-cuda13x, or cupy-cuda12x"
+        return f'CuPy is not installed: pip install "{EXTRA}13]" for a driver of CUDA 13, "{EXTRA}12]" for CUDA 12' if e.name == "cupy" else other
     try:
         if cupy.cuda.runtime.getDeviceCount() == 0:
-            return "the NVIDIA driver reports no GPU"
+            return _no_device()
         a = cupy.arange(6, dtype=np.float32).reshape(2, 3) * 2 + 1
-        return None if float((a @ a.T)[0, 1]) == 89 else "the GPU computed a wrong product"
+        return None if float((a @ a.T)[0, 1]) == 89 else "the GPU computed a wrong product: tinyft doctor says which driver and CuPy these are"
     except Exception as e:                              # the driver, NVRTC and cuBLAS each raise types of their own
-        return f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:160]} ({mend})"
+        return _missing(cupy.cuda.runtime, e)
+
+
+def _missing(runtime: Any, e: Exception) -> str:
+    "What this error of CuPy's says is missing."
+    said, wants = str(e), runtime.runtimeGetVersion() // 1000
+    if "cudaErrorNoDevice" in said:
+        return _no_device()
+    if "cudaErrorInsufficientDriver" in said:
+        if knows := runtime.driverGetVersion() // 1000:
+            return (f"the NVIDIA driver knows CUDA {knows} and this CuPy wants {wants}: "
+                    f'pip uninstall -y cupy-cuda{wants}x && pip install "{EXTRA}{knows}]"')
+        return "there is no NVIDIA driver: sudo ubuntu-drivers install (on Ubuntu), or docker run --gpus all ... where the host has one"
+    for name, does in (("nvrtc", "NVRTC, which compiles kernels"), ("cublas", "cuBLAS, which multiplies matrices")):
+        if f'Failure finding "lib{name}' in said:
+            return f'{does}, is not installed: pip install "{EXTRA}{wants}]"'
+    return f"{type(e).__name__}: {(said.splitlines() or [''])[0][:160]}"
+
+
+def _no_device() -> str:
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return "the NVIDIA driver shows no device: " + (
+        "nvidia-smi -L lists those there are" if seen is None else f"CUDA_VISIBLE_DEVICES is {seen!r}, so unset CUDA_VISIBLE_DEVICES")
+
+
+def about_device() -> dict[str, Any]:
+    "The device CuPy uses: its name and compute capability, its multiprocessors, the driver's CUDA, bytes of memory free and in all."
+    runtime = _open("cupy").cuda.runtime
+    about, (free, total) = runtime.getDeviceProperties(runtime.getDevice()), runtime.memGetInfo()
+    version = lambda n: f"{n // 1000}.{n % 1000 // 10}"
+    return {"name": about["name"].decode(), "capability": f"{about['major']}.{about['minor']}", "multiprocessors": about["multiProcessorCount"],
+            "driver": version(runtime.driverGetVersion()), "runtime": version(runtime.runtimeGetVersion()), "free": free, "total": total}
 
 
 def is_array(a: object) -> bool:
@@ -139,6 +173,12 @@ def to(a: Array, name: str) -> Array:
 def asnumpy(a: Array) -> np.ndarray:
     "`a` as a NumPy array: the one place that waits for a device."
     return a if isinstance(a, np.ndarray) else np.asarray(a) if not is_array(a) else xp(a).asnumpy(a)
+
+
+def numbers(*scalars: Any) -> tuple[float, ...]:
+    "Arrays of one number each as Python floats, waiting for a device once for all of them."
+    m = xp(*scalars)
+    return tuple(map(float, scalars)) if m is np else tuple(asnumpy(m.stack([m.asarray(a, dtype=np.float64).reshape(()) for a in scalars])).tolist())
 
 
 def put_like(a: Any, like: Array, dtype: Any = None) -> Array:

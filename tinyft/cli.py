@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     c.add_argument("--jobs", type=int, help="runs at a time (default: 2)")
     c.set_defaults(run=_compare)
     sub.add_parser("methods", help="every method, its paper and one line").set_defaults(run=_methods)
-    sub.add_parser("doctor", help="what this machine has: Python, NumPy, backends").set_defaults(run=_doctor)
+    sub.add_parser("doctor", help="what this machine has for tinyft, what is wrong, and the command that helps").set_defaults(run=_doctor)
     register(sub)
     args = p.parse_args(argv)
     try:
@@ -67,18 +66,11 @@ def _methods(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    import shutil
-    from importlib.util import find_spec
-
-    import numpy as np
-
-    from . import __version__, array
-    print(f"tinyft  {__version__}\nPython  {platform.python_version()}\nNumPy   {np.__version__}\nbackend {array.backend()}")
-    print(f"CuPy    {array.why_no_cupy() or 'works'}")
-    print(f"lessons {'Hypothesis is there' if find_spec('hypothesis') else 'Hypothesis is missing: pip install tinyft[lessons]'}, "
-          f"{'Matplotlib is there' if find_spec('matplotlib') else 'no Matplotlib, so no figures'}")
-    print(f"screen  {shutil.get_terminal_size().columns} columns, {sys.stdout.encoding}")
-    return 0
+    from .doctor import examine
+    lines, errors = examine()
+    print("\n".join(f"{name:<9}{text}" for name, text in lines))
+    print("\n".join(f"ERROR    {e}" for e in errors), end="\n" * bool(errors))
+    return int(bool(errors))
 
 
 if __name__ == "__main__":

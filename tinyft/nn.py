@@ -247,7 +247,7 @@ class Module:
                 done[id(a)] = b.astype(dtype) if dtype is not None and b.dtype.kind in "fV" else b, a
             return done[id(a)][0]
         for p in self.parameters():
-            p.data, p.grad = moved(p.data), None
+            p.data, p.mask, p.grad = moved(p.data), moved(p.mask), None
         for m in {id(m): m for m in self.modules()}.values():
             for k, v in list(vars(m).items()):
                 if k[0] == "_":

@@ -84,6 +84,23 @@ def linear(x, W, b=None):
     return y, (lambda g: (flat(g) @ W).reshape(*g.shape[:-1], W.shape[1]), lambda g: flat(g).T @ flat(x), same)      # dx needs no x
 
 
+@op("... t c, n c, n, n c, n, n c, n -> ... h t d")
+def project(x, Wq, bq, Wk, bk, Wv, bv, heads=1):
+    """q, k, v = x Wᵀ + b for three W, each cut into heads: (..., T, C) -> three of (..., H, T, D), head h owning the features h D : (h + 1) D.
+
+        dx = Σ g W,   dW = gᵀ x,   db = Σ g,      g with its heads side by side again"""
+    m, X, n = xp(x), flat(x), Wq.shape[0]
+
+    def cut(y):
+        return y.reshape(*x.shape[:-1], heads, -1).swapaxes(-2, -3)
+
+    def back(g, needed):
+        q, k, v = (m.zeros((len(X), n), x.dtype) if a is None else a.swapaxes(-2, -3).reshape(-1, n) for a in g)
+        dx = (q @ Wq + k @ Wk + v @ Wv).reshape(x.shape) if needed[0] else None
+        return dx, *(d for i, a in enumerate((q, k, v)) for d in (a.T @ X if needed[1 + 2 * i] else None, a.sum(axis=0)))
+    return tuple(cut(X @ W.T + b) for W, b in ((Wq, bq), (Wk, bk), (Wv, bv))), back
+
+
 # ── elementwise functions ────────────────────────────────────────────────────────────────────────────────────────────
 @op("... -> ...")
 def exp(x):

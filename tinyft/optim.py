@@ -22,6 +22,7 @@ from .tensor import Tensor
 __all__ = ["Optimizer", "SGD", "Adam", "AdamW", "constant", "linear", "cosine"]
 
 
+at_once: dict[type, Callable] = {}                       # array type -> Optimizer.advance for all tensors at once, or None if it cannot
 LARGE = 1 << 15                                          # numbers: a tensor of more is worth a pass of its own
 
 
@@ -43,15 +44,29 @@ class Group:
         m, ends = xp(self.tensors[0].data), np.cumsum([0] + [p.size for p in self.tensors])
         self.slices = [slice(int(a), int(b)) for a, b in zip(ends, ends[1:])]
         self.w, *self.moments = (m.zeros(int(ends[-1]), self.tensors[0].dtype) for _ in range(1 + moments))
-        self.views = [self.w[s].reshape(p.shape) for s, p in zip(self.slices, self.tensors)]
+        self.look()
         self.gather_values()
 
+    def look(self) -> None:
+        "Views of the flat array in the tensors' shapes."
+        self.views = [self.w[s].reshape(p.shape) for s, p in zip(self.slices, self.tensors)]
+
     def gather_values(self) -> None:
-        "Take back tensors whose data was replaced from outside."
+        "Take back tensors whose data was replaced from outside, and follow them to another backend (model.to)."
+        if any(p.data is not view and (type(p.data) is not type(view) or p.data.dtype != view.dtype) for p, view in zip(self.tensors, self.views)):
+            self.follow()
         for p, view in zip(self.tensors, self.views):
             if p.data is not view:
                 view[...] = p.data
                 p.data = view
+
+    def follow(self) -> None:
+        "Values and moments to where the tensors are now.  BackendError if that is more than one place, TypeError if their dtype is another."
+        if other := next((p.dtype for p in self.tensors if p.dtype != self.w.dtype), None):
+            raise TypeError(f"the tensors this optimiser updates were {self.w.dtype} when it was started, and are {other} now: start it again")
+        xp(*(p.data for p in self.tensors))                                      # raises with both places named
+        self.w, *self.moments = (array.put_like(array.asnumpy(a), self.tensors[0].data) for a in (self.w, *self.moments))
+        self.look()
 
     def pieces(self) -> list[Piece]:
         """What there is to update.  A large tensor's gradient is used where it lies; those of the small ones are put end to end, and
@@ -60,13 +75,13 @@ class Group:
         if any(p.grad is not None for p, _ in small):
             g = xp(self.w).empty(small[-1][1].stop, self.w.dtype)
             for p, s in small:
-                g[s] = 0.0 if p.grad is None else _free(p).reshape(-1)
+                g[s] = 0.0 if p.grad is None else free(p).reshape(-1)
                 if p.grad is not None and p.mask is None:
                     p.grad = g[s].reshape(p.shape)
             out.append(self.piece(slice(0, len(g)), g))
         for p, s in zip(self.tensors[len(small):], self.slices[len(small):]):
             if p.grad is not None:
-                g = _free(p).reshape(-1)
+                g = free(p).reshape(-1)
                 if p.mask is None:
                     p.grad = g.reshape(p.shape)
                 out.append(self.piece(s, g))
@@ -75,11 +90,12 @@ class Group:
     def piece(self, s: slice, g: Array) -> Piece:
         return Piece(self.w[s], g, [a[s] for a in self.moments], self.decay)
 
-    def held(self) -> list[tuple[slice, Any, list[Array]]]:
-        "What an update must not move: (place, where it may move, its values and moments now)."
+    def held(self, gathered: bool = True) -> list[tuple[slice, Any, list[Array]]]:
+        """What an update must not move: (place, where it may move, its values and moments now).  gathered: small tensors are updated
+        together, those without a gradient too."""
         out = []
         for p, s in zip(self.tensors, self.slices):
-            if p.mask is not None or (p.grad is None and p.size <= LARGE):
+            if p.mask is not None or (gathered and p.grad is None and p.size <= LARGE):
                 may = None if p.grad is None else xp(p.data).broadcast_to(p.mask, p.shape).reshape(-1)
                 out.append((s, may, [a[s].copy() for a in (self.w, *self.moments)]))
         return out
@@ -99,7 +115,7 @@ class Piece:
     decay: float
 
 
-def _free(p: Tensor) -> Array:
+def free(p: Tensor) -> Array:
     "The gradient where p may move, zero elsewhere."
     return p.grad if p.mask is None else xp(p.grad).where(p.mask, p.grad, 0)
 
@@ -149,10 +165,31 @@ class Optimizer:
         """One update at rate factor × lr.  Gradients are first scaled to a norm of at most `clip`, all together.  Returns the norm before.
 
         FloatingPointError, with nothing updated, if that norm is not finite."""
+        norm = self.advance(factor, clip)
+        self.settle(float(norm))
+        return norm
+
+    def advance(self, factor: float = 1.0, clip: float | None = None, loss: Array | None = None) -> Array:
+        """step, without waiting for a device to say that the norm is finite: if it is not, nothing is updated, and settle(norm) tells.
+
+        loss: a number that must be finite as well."""
         if not self.bound:
             raise RuntimeError("this optimiser was not started: start(named tensors) says what it updates")
         for g in self.bound:
             g.gather_values()
+        fast = at_once.get(type(self.bound[0].w))
+        norm = fast(self, factor, clip, loss) if fast else None
+        if norm is None:
+            norm = self.one_by_one(factor, clip, loss)
+        for g in self.bound:
+            for p in g.tensors:
+                p.touch()
+        return norm
+
+    def one_by_one(self, factor: float, clip: float | None, loss: Array | None) -> Array:
+        "advance, as it is defined: piece by piece."
+        if loss is not None and not math.isfinite(float(loss)):
+            raise FloatingPointError(f"the loss is {float(loss)}")
         pieces = [g.pieces() for g in self.bound]
         norm = clip_norm([piece.g for some in pieces for piece in some], clip)
         self.t += 1
@@ -161,9 +198,13 @@ class Optimizer:
             for piece in some:
                 self.update(piece, g.lr * factor)
             g.put_back(held)
-            for p in g.tensors:
-                p.touch()
         return norm
+
+    def settle(self, norm: float) -> None:
+        "FloatingPointError if the norm of the last `advance`, which then updated nothing, is not finite."
+        if not math.isfinite(norm):
+            self.t -= 1
+            raise FloatingPointError(f"the gradient's norm is {norm}")
 
     def update(self, piece: Piece, lr: float) -> None:
         raise NotImplementedError

@@ -107,6 +107,7 @@ class Tensor:
         if g.shape != self.shape:
             raise ShapeError(f"backward wants a gradient of shape {self.shape}, got {g.shape}")
         grads, ours, order = {id(self.node): g}, set(), topological(self)        # ours: arrays nobody else can see
+        anomaly = _state.anomaly
         while order:                                                             # popping lets go of what was passed
             node = order.pop()
             key = id(node)
@@ -118,9 +119,15 @@ class Tensor:
                     new = node.grad + g if node.grad is not None else g if key in ours else g.copy()
                     node.grad = m.asarray(new)                                   # NumPy's 0-d results are scalars
                 continue
+            if isinstance(node, Part):                                           # the whole gets a list, one gradient for each of its values
+                grads.setdefault(id(node.whole), [None] * node.of)[node.i] = g
+                continue
             for p, gp in node.pull(g):
-                shared, gp, k = gp.shape == p.shape and (gp is g or gp.base is not None), sum_to(gp, p.shape), id(p)       # a sum is ours
-                if _state.anomaly and not bool(m.isfinite(gp).all()):
+                k, shape = id(p), p.shape
+                shared = gp.shape == shape and _lent(gp, g)                      # what was summed is ours
+                if gp.shape != shape:
+                    gp = sum_to(gp, shape)
+                if anomaly and not bool(m.isfinite(gp).all()):
                     raise FloatingPointError(f"{node.name} gave back a gradient that is not finite; shape {gp.shape}")
                 if k not in grads:
                     grads[k] = gp
@@ -132,6 +139,14 @@ class Tensor:
                     ours.add(k)
             if not retain_graph:
                 node.release()
+
+
+def _lent(gp: Array, g: Any) -> bool:
+    "Whether what a pullback gave back is g's memory (g: an array, or a list of them), or shows numbers twice or in another order."
+    given = g if isinstance(g, list) else (g,)
+    if gp.base is None:
+        return any(gp is a or (a is not None and a.base is gp) for a in given)
+    return not gp.flags.c_contiguous or any(a is not None and gp.base is (a if a.base is None else a.base) for a in given)
 
 
 class Record:
@@ -154,13 +169,26 @@ class Record:
             if version[0] != then:
                 raise RuntimeError(f"an input of {self.name!r} was written in place after the op used it: its gradient would be wrong")
         for parents, back in self.pulls:
-            yield from ((p, gp) for p, gp in zip(parents, back(g)) if gp is not None)
+            for p, gp in zip(parents, back(g)):
+                if gp is not None:
+                    yield p, gp
 
     def release(self) -> None:
         self.pulls = None
 
 
-def topological(root: Tensor) -> list[Record | Tensor]:
+class Part:
+    "Value number i of the `of` values that an op gave at once; `whole` is their Record."
+    __slots__ = ("whole", "i", "of", "shape")
+
+    def __init__(self, whole: Record, i: int, of: int, shape: tuple):
+        self.whole, self.i, self.of, self.shape = whole, i, of, shape
+
+    def parents(self) -> Iterator[Record]:
+        yield self.whole
+
+
+def topological(root: Tensor) -> list[Record | Part | Tensor]:
     "Every node the root was made from that needs a gradient, inputs before outputs.  A stack, so deep graphs do not recurse."
     order, seen, stack = [], set(), [(root.node, False)]
     while stack:
@@ -170,7 +198,7 @@ def topological(root: Tensor) -> list[Record | Tensor]:
         elif id(node) not in seen:
             seen.add(id(node))
             stack.append((node, True))
-            if isinstance(node, Record):
+            if not isinstance(node, Tensor):
                 stack.extend((p, False) for p in node.parents())
     return order
 
@@ -216,7 +244,8 @@ def op(shapes: str) -> Callable[[Callable], Callable[..., Tensor]]:
 
     `pullbacks` is a tuple with one function g -> gradient per input (None where there is no gradient), or, where inputs
     share costly work, one function (g, needed) -> a gradient for each input, `needed` telling which of them count.  A
-    pullback gives back g itself, a view, or a fresh array; the engine undoes broadcasting.  Arguments by keyword get no gradient.
+    pullback gives back g itself, a view of it, or what it made; the engine undoes broadcasting.  Arguments by keyword get no gradient.
+    A value that is a tuple makes as many tensors; g is then a list, one gradient for each, None where none came.
     `shapes`, such as "... n k, ... k m -> ... n m", is for readers, for error messages and for the tests.
     """
     def wrap(f: Callable) -> Callable[..., Tensor]:
@@ -230,22 +259,20 @@ def op(shapes: str) -> Callable[[Callable], Callable[..., Tensor]]:
                 value, pulls = (call.fast.get(type(arrays[0]), f))(*arrays, **kw)
             except (ValueError, TypeError, IndexError, array.BackendError) as e:
                 raise _explained(e, name, shapes, arrays) from e
-            y = Tensor(value if array.is_array(value) else np.asarray(value))
-            if _state.anomaly and not bool(xp(y.data).isfinite(y.data).all()):
+            ys = [Tensor(v if array.is_array(v) else np.asarray(v)) for v in (value if isinstance(value, tuple) else (value,))]
+            if _state.anomaly and not all(bool(xp(y.data).isfinite(y.data).all()) for y in ys):
                 raise FloatingPointError(f"{name} gave a value that is not finite; inputs {_sizes(arrays)}")
-            if not _state.recording:
-                return y
             needed = [isinstance(a, Tensor) and a.requires_grad for a in args]
-            if any(needed):
+            if _state.recording and any(needed):
                 if callable(pulls):
                     edges = [([a.node for a, n in zip(args, needed) if n], _joint(pulls, needed))]
                 else:
                     edges = [((a.node,), _single(b)) for a, b, n in zip(args, pulls, needed) if n and b is not None]
-                y.requires_grad = bool(edges)
-                if edges:
-                    leaves = [(a.version, a.version[0]) for a in args if isinstance(a, Tensor) and a.record is None]
-                    y.record = Record(name, y.shape, edges, leaves)
-            return y
+                leaves = [(a.version, a.version[0]) for a in args if isinstance(a, Tensor) and a.record is None]
+                whole = Record(name, ys[0].shape, edges, leaves)
+                for i, y in enumerate(ys if edges else ()):
+                    y.requires_grad, y.record = True, whole if len(ys) == 1 else Part(whole, i, len(ys), y.shape)
+            return tuple(ys) if isinstance(value, tuple) else ys[0]
         call.shapes, call.definition, call.fast = shapes, f, {}                  # fast: {array type: a kernel}
         OPS[name] = call
         return call

@@ -197,26 +197,34 @@ class Run:
         for a in here:
             a.method.begin(a.edits, self.t, T, self.rng)
         questions = [question(self.source.next()) for _ in range(self.accumulate)]
-        whole, value = sum(q.weight for q in questions), 0.0
+        whole, total = sum(q.weight for q in questions), None
         for q in questions:
             ctx, loss = objective(self.model, q, self.rng)
             for a in here:
                 loss = loss + a.method.penalty(a.edits, self.model, ctx)
-            loss = loss * (q.weight / whole)                                     # Σ of numerators over Σ of weights, not a mean of means
+            if len(questions) > 1:
+                loss = loss * (q.weight / whole)                                 # Σ of numerators over Σ of weights, not a mean of means
             loss.backward()
-            value += float(loss.data)
+            total = loss.data if total is None else total + loss.data
             self.tokens += int(np.prod(q.ids.shape[:2]))
-        if not math.isfinite(value):
-            raise Diverged(f"the loss is {value} at step {self.done + 1} (rate {self.opt.lr * self.schedule(self.t, T):.2g}): lower the rate or "
-                           "warm up longer; tinyft.detect_anomaly() names the op where it began")
-        try:
-            self.opt.step(self.schedule(self.t, T), self.clip)
-        except FloatingPointError as e:
-            raise Diverged(f"{e} at step {self.done + 1}: lower the rate or warm up longer; tinyft.detect_anomaly() names the op") from e
+        value = self.update(total, T)
         for a in here:
             a.method.step(a.edits, self.t, T)
         self.opt.zero_grad()
         self.history.losses.append(value)
+
+    def update(self, loss: Any, T: int) -> float:
+        "One update.  Returns the loss; Diverged, with nothing updated, if it or the gradient is not finite."
+        factor = self.schedule(self.t, T)
+        try:
+            value, norm = array.numbers(loss, self.opt.advance(factor, self.clip, loss))           # the one time that a step waits for a device
+            self.opt.settle(norm)
+        except FloatingPointError as e:
+            if not math.isfinite(float(loss)):
+                raise Diverged(f"the loss is {float(loss)} at step {self.done + 1} (rate {self.opt.lr * factor:.2g}): lower the rate or "
+                               "warm up longer; tinyft.detect_anomaly() names the op where it began") from e
+            raise Diverged(f"{e} at step {self.done + 1}: lower the rate or warm up longer; tinyft.detect_anomaly() names the op") from e
+        return value
 
     def judge(self) -> None:
         "Evaluate; remember the best; say when to stop."

@@ -10,9 +10,9 @@ from tinyft import kernels
 from tinyft.train import objective, question
 
 METHODS = {"lora_qv": lambda: tf.LoRA(r=RANK, alpha=ALPHA, targets="attn.[qv]"), "bitfit": tf.BitFit,
-           "lora_all": lambda: tf.LoRA(r=RANK, alpha=ALPHA, targets=("attn.[qkvo]", "mlp.*")),
+           "lora_all": lambda: tf.LoRA(r=RANK, alpha=ALPHA, targets=("attn.[qkvo]", "mlp.up", "mlp.down")),
            "houlsby": lambda: tf.Houlsby(m=BOTTLENECK), "prefix": lambda: tf.PrefixTuning(p=PREFIX),
-           "head": lambda: tf.Partial(train=())}
+           "head": lambda: tf.Partial(k=0)}
 
 
 def build(c: Case) -> tf.Module:

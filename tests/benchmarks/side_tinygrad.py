@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from cases import Case, batch
-from tinygrad import Tensor, TinyJit, nn
+from tinygrad import Context, Tensor, TinyJit, nn
 
 
 class Block:
@@ -47,6 +47,6 @@ def start(model: Model, c: Case) -> tuple[Callable[[], float], int]:
         return loss.realize(*optimizer.schedule_step())
 
     def step() -> float:
-        with Tensor.train():
+        with Context(TRAINING=1):
             return once(ids, labels).item()
     return step, sum(p.numel() for p in nn.state.get_parameters(model))

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tinyft as tf
-from tinyft import AdamW, BackendError, LoRA, Tensor, array, kernels, ops, optim
+from tinyft import GPT, AdamW, BackendError, GPTConfig, LoRA, Tensor, array, kernels, ops, optim
 from tinyft.nn import Linear, Packed
+from tinyft.train import objective, question
 
 
 def on(backend, f, *args, fast=False):
@@ -81,21 +82,75 @@ def test_the_noise_is_the_same_bit_for_bit(shape):
     assert np.array_equal(want, got)
 
 
+@pytest.mark.parametrize("method", [LoRA(r=2), tf.Houlsby(), tf.PrefixTuning(p=2), tf.PromptTuning(p=2)], ids=lambda m: type(m).__name__)
 @pytest.mark.parametrize("kind", KINDS)
-def test_initial_weights_are_the_same_bit_for_bit(kind):
-    def start():
+def test_initial_weights_are_the_same_bit_for_bit(kind, method):
+    def start(seed=0):
         model = build(kind)
-        tf.attach(model, LoRA(r=2))
+        tf.attach(model, method, seed=seed)
         return values(model)
     want, got = both(start)
     assert want.keys() == got.keys() and all(np.array_equal(want[n], got[n]) for n in want)
+    other = on("cupy", start, 1)
+    assert any(not np.array_equal(other[n], got[n]) for n in got)               # the seed is what they come from
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["kernel", "definition"])
+def test_dropout_draws_the_same_bits_in_every_layer_of_a_pass(keep):
+    def drawn(seed):
+        "What each dropout of a training pass let through, in order."
+        model, out, right = GPT(GPTConfig(40, 16, 24, 2, 4, dropout=0.3)).train(), [], array.uniform_like
+
+        def noted(x, key):
+            out.append(np.array(array.asnumpy(right(x, key))))
+            return right(x, key)
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr(array, "uniform_like", noted)
+            with kernels.definitions():
+                model(tokens() % 40, rng=np.random.default_rng(seed))
+        return out
+    want, got = on("numpy", drawn, 0), on("cupy", drawn, 0, fast=keep)
+    assert len(want) == len(got) >= 5 and all(np.array_equal(a, b) for a, b in zip(want, got))
+    assert not all(np.array_equal(a, b) for a, b in zip(on("cupy", drawn, 1), want))
 
 
 def test_the_order_of_the_data_is_the_same():
-    def order():
-        source = iter(tf.data.lm_batches(np.arange(400), 8, 4, seed=3))
+    def order(seed=3):
+        source = iter(tf.data.lm_batches(np.arange(400), 8, 4, seed=seed))
         return [np.asarray(next(source)["ids"]) for _ in range(15)]
-    assert all(np.array_equal(a, b) for a, b in zip(*both(order)))
+    want, got = both(order)
+    assert all(np.array_equal(a, b) for a, b in zip(want, got))
+    assert not all(np.array_equal(a, b) for a, b in zip(on("cupy", order, 4), want))
+
+
+# ── moving ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_a_run_goes_on_where_the_model_moved_to():
+    "Three steps of AdamW on NumPy and three on CuPy, one optimiser: what six on NumPy give."
+    def steps(route):
+        model, out = on("numpy", build, "gpt"), []
+        on("numpy", tf.attach, model, LoRA(r=2, targets=("attn.[qv]", "mlp.up")))
+        optimizer = AdamW(0.01, weight_decay=0.1).start(tf.trained(model))
+        for backend in route:
+            model.to(backend)
+            _, loss = objective(model, question(batch("gpt", 0)))
+            loss.backward()
+            optimizer.step(clip=1.0)
+            optimizer.zero_grad()
+            out.append(float(loss.data))
+        return np.array(out), {n: host(p) for n, p in tf.trained(model).items()}, optimizer.state()
+    want, values_, state = steps(["numpy"] * 6)
+    got, there, moments = steps(["numpy"] * 3 + ["cupy"] * 3)
+    assert np.abs(got / want - 1).max() < 4e-6 and want[-1] < want[0] - 1e-3
+    assert all(apart(there[n], values_[n]) < 2e-4 for n in there) and all(apart(moments[k], state[k]) < 2e-4 for k in state)
+
+
+def test_tensors_move_only_when_told_to():
+    x = Tensor(np.arange(6, dtype=np.float32).reshape(2, 3), requires_grad=True)
+    y = x.to("cupy")
+    assert y.device == "cupy" and y.requires_grad and x.device == "numpy" and y.to("cupy").data is y.data
+    assert np.array_equal(host(y.to("numpy")), host(x)) and y.to("numpy").device == "numpy"
+    with pytest.raises(BackendError, match="add: arrays on cupy and numpy"):
+        x + y
 
 
 # ── training ─────────────────────────────────────────────────────────────────────────────────────────────────────────

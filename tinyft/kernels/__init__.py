@@ -14,7 +14,7 @@ from types import ModuleType
 import numpy as np
 
 from .. import array
-from ..optim import adam_update
+from ..optim import adam_update, at_once
 from ..tensor import OPS
 from .system import keep_memory
 from .threads import get_num_threads, set_num_threads
@@ -37,17 +37,22 @@ def _register_cuda(kind: type, module: ModuleType) -> None:
 
 
 def remove() -> None:
-    for f in (*OPS.values(), adam_update):
-        f.fast.clear()
+    for fast in _tables():
+        fast.clear()
+
+
+def _tables() -> list[dict]:
+    "Where kernels are registered."
+    return [*(f.fast for f in OPS.values()), adam_update.fast, at_once]
 
 
 @contextlib.contextmanager
 def definitions() -> Iterator[None]:
     "with definitions(): every op runs as it is written in ops.py."
-    kept = [(f, dict(f.fast)) for f in (*OPS.values(), adam_update)]
+    kept = [(fast, dict(fast)) for fast in _tables()]
     remove()
     try:
         yield
     finally:
-        for f, fast in kept:
-            f.fast.update(fast)
+        for fast, was in kept:
+            fast.update(was)

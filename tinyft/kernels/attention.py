@@ -18,7 +18,7 @@ from .. import ops
 from .threads import each, get_num_threads
 
 TILE = 1 << 17                                           # scores in a tile: 512 kB
-ROWS = 64                                                # queries in a tile of causal attention
+ROWS = 64                                                # queries in a tile of causal attention, at least
 SAFE = 40                                                # e⁴⁰ and e⁻⁴⁰, summed and multiplied, stay far inside float32
 
 
@@ -45,7 +45,7 @@ class _Attention:
         (B, H, t, _), s, one = q.shape, k.shape[2], np.float32
         self.q, self.k, self.v, self.alpha, self.keep = q, k, v, one(alpha), keep
         self.hide = None if seen is None else np.where(seen, one(0), one(-math.inf))
-        self.future = np.triu(np.full((min(t, ROWS),) * 2, -math.inf, np.float32), 1) if causal else None
+        self.future = np.triu(np.full((queries(t),) * 2, -math.inf, np.float32), 1) if causal else None
         self.y, self.z, self.ones = np.empty_like(q), np.empty((B, H, t, 1), np.float32), np.ones(s, np.float32)
         longest = lambda a: np.einsum("bhtd,bhtd->bht", a, a).max()**0.5
         bound = abs(alpha) * longest(q) * longest(k)                             # no score is larger: |q·k| <= |q| |k|
@@ -115,9 +115,14 @@ class _Attention:
             d[:, :, cols] += a @ b
 
 
+def queries(t: int) -> int:
+    "How many queries of t a tile of causal attention has: few leave out more of what cannot be seen, many make better products."
+    return min(t, max(ROWS, t // 8))
+
+
 def tiles(B: int, H: int, t: int, s: int, causal: bool) -> list[list[tuple]]:
     "For each group of heads its tiles, the last queries first: (batch rows and heads, queries, the keys they may see).  Groups are independent."
-    r = min(t, ROWS) if causal else min(t, max(ROWS, TILE // s))
+    r = queries(t) if causal else min(t, max(ROWS, TILE // s))
     shared = get_num_threads() if B * H * t * s >= 4 * TILE else 1               # less is not worth the handing over
     size = min(TILE, -(-B * H * r * s // shared))                                # at least a group for each thread
     h = min(H, max(1, size // (r * s)))

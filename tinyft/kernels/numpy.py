@@ -38,9 +38,8 @@ def _column_sum(n: int) -> Callable:
     return lambda g: np.ones(g.size // n, g.dtype) @ g.reshape(-1, n)
 
 
-def _cdf(a: np.ndarray, P: list[float], out: np.ndarray) -> np.ndarray:
-    "Φ(a) = (1 + tanh(a P(a²))) / 2, by Horner's rule.  Beyond |a| = 5 the tanh is 1."
-    z = np.minimum(a * a, np.float32(25))
+def _cdf(a: np.ndarray, z: np.ndarray, P: list[float], out: np.ndarray) -> np.ndarray:
+    "Φ = (1 + tanh(a P(z))) / 2, by Horner's rule."
     np.multiply(z, np.float32(P[-1]), out=out)
     for p in P[-2:0:-1]:
         out += np.float32(p)
@@ -71,7 +70,12 @@ def gelu(x: np.ndarray) -> Any:
     if not _plain(x):
         return ops.gelu.definition(x)
     X, cdf, y = x.reshape(-1), np.empty(x.size, np.float32), np.empty(x.size, np.float32)
-    blocks(x.size, lambda i: np.multiply(X[i], _cdf(X[i], _normal_form(), cdf[i]), out=y[i]))
+
+    def block(i: slice) -> None:
+        z = np.multiply(X[i], X[i], out=y[i])
+        np.minimum(z, np.float32(25), out=z)                                     # the tanh is 1 from there on
+        np.multiply(X[i], _cdf(X[i], z, _normal_form(), cdf[i]), out=y[i])
+    blocks(x.size, block)
 
     def back(g: np.ndarray) -> np.ndarray:
         G, d = np.ascontiguousarray(g).reshape(-1), np.empty(x.size, np.float32)
@@ -95,21 +99,27 @@ def gelu_tanh(x: np.ndarray) -> Any:
     if not _plain(x):
         return ops.gelu_tanh.definition(x)
     X, y, kept = x.reshape(-1), np.empty(x.size, np.float32), np.empty(x.size, np.float32) if x.size <= SMALL else None
-    cdf = lambda i: _cdf(X[i], TANH_FORM, np.empty_like(X[i]) if kept is None else kept[i])
-    blocks(x.size, lambda i: np.multiply(X[i], cdf(i), out=y[i]))
+
+    def cdf(i: slice, z: np.ndarray) -> np.ndarray:
+        return _cdf(X[i], z, TANH_FORM, np.empty_like(X[i]) if kept is None else kept[i])
+
+    def block(i: slice) -> None:
+        z = np.multiply(X[i], X[i], out=y[i])
+        np.multiply(X[i], cdf(i, z), out=z)
+    blocks(x.size, block)
 
     def back(g: np.ndarray) -> np.ndarray:
         G, d = np.ascontiguousarray(g).reshape(-1), np.empty(x.size, np.float32)
 
-        def block(i: slice) -> None:                                             # Φ + 2 x Φ (1 − Φ) (x P(x²))'
-            a, e, p = X[i], d[i], cdf(i) if kept is None else kept[i]
-            np.multiply(a, a, out=e)
+        def block(i: slice) -> None:                                             # Φ (1 + 2 x (1 − Φ) (x P(x²))')
+            a, e = X[i], np.multiply(X[i], X[i], out=d[i])
+            p = cdf(i, e) if kept is None else kept[i]
             e *= np.float32(6 * TANH_FORM[1])
             e += np.float32(2 * TANH_FORM[0])
             e *= a
-            e *= p
             e *= 1 - p
-            e += p
+            e += 1
+            e *= p
             e *= G[i]
         blocks(x.size, block)
         return d.reshape(x.shape)
@@ -147,10 +157,12 @@ def layer_norm(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float = 1e-5) -
 
 
 def embedding(W: np.ndarray, ids: np.ndarray) -> Any:
-    "Saves add.at's one-by-one additions: sort the ids, sum each run of equal ones at once."
+    "Saves add.at's one-by-one additions: sort the ids, sum each run of equal ones at once.  Positions are sorted, and each there once."
     def back(g: np.ndarray) -> np.ndarray:
         d, flat = np.zeros_like(W), ids.reshape(-1) % len(W)                     # −1 is the last row
-        if flat.size:
+        if (flat[1:] > flat[:-1]).all():
+            d[flat] = g.reshape(-1, W.shape[1])
+        else:
             order = np.argsort(flat, kind="stable")
             run = flat[order]
             starts = np.flatnonzero(np.r_[True, run[1:] != run[:-1]])

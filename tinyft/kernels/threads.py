@@ -42,8 +42,8 @@ def get_num_threads() -> int:
 
 def each(items: Iterable, f: Callable[[Any], None]) -> None:
     "f(item) for every item, on as many threads as there are to use."
-    items = list(items)
-    n = min(get_num_threads(), len(items))
+    items, told = list(items), system.threads()          # 1 inside `each`, and where threadpoolctl's limits say so
+    n = min(get_num_threads(), told, len(items))
     if n < 2 or not _busy.acquire(blocking=False):       # another thread of the program shares out its work: no more threads than asked for
         for i in items:
             f(i)
@@ -63,7 +63,7 @@ def each(items: Iterable, f: Callable[[Any], None]) -> None:
         for o in others:
             o.result()                                   # raises what was raised there
     finally:
-        system.limit(_threads)
+        system.limit(told)
         _busy.release()
 
 

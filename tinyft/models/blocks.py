@@ -12,7 +12,7 @@ import numpy as np
 
 from .. import array, ops
 from ..array import Array, xp
-from ..nn import Context, Dropout, LayerNorm, Linear, Module
+from ..nn import Context, Dropout, LayerNorm, Linear, Module, Parameter
 from ..tensor import Tensor
 
 
@@ -42,13 +42,21 @@ class Attention(Module):
         self.drop_p, self.drop = Dropout(dropout), Dropout(dropout)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        q, k, v = self.split(self.q(x, ctx)), self.split(self.k(x, ctx)), self.split(self.v(x, ctx))      # (B, H, T, D)
+        q, k, v = self.project(x, ctx)                                                                    # (B, H, T, D)
         k, v, seen = self.kv((k, v, ctx.keys()), ctx)                                                     # (B, H, Tk, D)
         seen = None if seen is None else seen[:, None, None, :]                                           # (B, 1, 1, Tk)
         key = self.drop_p.key(ctx)
         keep = None if key is None else self.noise(q, k, key)
         y = ops.attention(q, k, v, seen, causal=self.causal, keep=keep)                                   # (B, H, T, D)
         return self.drop(self.o(y.permute(0, 2, 1, 3).reshape(x.shape), ctx), ctx)
+
+    def project(self, x: Tensor, ctx: Context) -> tuple[Tensor, ...]:
+        "Queries, keys and values, by heads.  Where nothing is attached to the three maps, and a kernel can, they are one product."
+        maps = self.q, self.k, self.v
+        plain = all(type(f) is Linear and not f.edits and type(f.weight) is Parameter and f.bias is not None for f in maps)
+        if plain and type(x.data) in ops.project.fast:
+            return ops.project(x, *(p for f in maps for p in (f.weight, f.bias)), heads=self.h)
+        return tuple(self.split(f(x, ctx)) for f in maps)
 
     def split(self, x: Tensor) -> Tensor:
         "(B, T, C) -> (B, H, T, D): head h owns the features h D : (h + 1) D"

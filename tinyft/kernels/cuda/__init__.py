@@ -1,6 +1,7 @@
 """CUDA kernels: the library's ops on CuPy arrays, each in a readable .cu file, each held to its definition in ops.py.
 
-    layers.py    the drop-ins: linear, matmul, layer_norm, gelu, attention, cross_entropy, embedding, dropout, AdamW
+    layers.py    the drop-ins: linear, matmul, project, layer_norm, gelu, attention, cross_entropy, embedding, dropout
+    optimizer.py AdamW over all tensors at once
     int4.py      products with a weight of four bits a number
     gemm.py      matrix products straight through cuBLAS
     launch.py    from a .cu file to a running kernel
@@ -13,9 +14,9 @@ from __future__ import annotations
 from types import ModuleType
 
 from ... import array
-from ...optim import adam_update
+from ...optim import adam_update, at_once
 from ...tensor import OPS
-from . import gemm, layers
+from . import gemm, layers, optimizer
 from .launch import COMPILERS
 
 
@@ -31,4 +32,4 @@ def put_in_place(kind: type) -> None:
     "Let the drop-ins answer for arrays of this type."
     for name in layers.NAMES:
         OPS[name].fast[kind] = getattr(layers, name)
-    adam_update.fast[kind] = layers.adam_update
+    adam_update.fast[kind], at_once[kind] = optimizer.adam_update, optimizer.advance

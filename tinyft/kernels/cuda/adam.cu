@@ -1,24 +1,61 @@
-// AdamW on flat arrays, all in one pass: every number of w, g, m, v is read once, and w, m, v are written once.
+// AdamW on many tensors at once: their norm, how far to scale it, and the update.  Every number of w, g, m, v is read once, and w, m, v are written once.
 //
-//   m ← β₁ m + (1 − β₁) g;   v ← β₂ v + (1 − β₂) g²;   w ← shrink w − rate m / (root √v + ε)
+//   n = √Σ g²;  scale = min(clip / (n + 1e-6), 1);   nothing moves where n is not finite
+//   g ← scale g;   m ← β₁ m + (1 − β₁) g;   v ← β₂ v + (1 − β₂) g²;   w ← shrink w − rate m / (root √v + ε)
 //
-// What changes from step to step, rate = η/(1 − β₁ᵗ), root = 1/√(1 − β₂ᵗ) and shrink = 1 − ηλ, comes by value or, for a step that is
-// captured once and replayed with other numbers, from memory of the device.
+// Values and moments lie in flat arrays, gradients where backward left them: a table says where, and goes with the launch, as a plain
+// argument.  What changes from step to step, rate = η/(1 − β₁ᵗ), root = 1/√(1 − β₂ᵗ) and shrink = 1 − ηλ, comes by value or, for a step that
+// is captured once and replayed with other numbers, from memory of the device.
+#include "rows.cuh"
+#define TENSORS 150                                      // to a launch, whose arguments have room for 4 kB
 
-__device__ void update(T* w, const T* g, T* m, T* v, float rate, float root, float shrink, float b1, float c1, float b2, float c2, float eps, long long n) {
-  for (long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; i < n; i += gridDim.x * (long long)blockDim.x) {
-    float d = (float)g[i], p = b1 * (float)m[i] + c1 * d, q = b2 * (float)v[i] + c2 * d * d;
-    m[i] = (T)p;
-    v[i] = (T)q;
-    w[i] = (T)(shrink * (float)w[i] - rate * p / (root * sqrtf(q) + eps));
+struct Table { T* g[TENSORS]; long long start[TENSORS]; long long size[TENSORS]; };
+#define MINE(i, n) (long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; i < n; i += gridDim.x * (long long)blockDim.x)
+
+__device__ void update(T* w, float d, T* m, T* v, long long i, float rate, float root, float shrink, float b1, float c1, float b2, float c2, float eps) {
+  float p = b1 * (float)m[i] + c1 * d, q = b2 * (float)v[i] + c2 * d * d;
+  m[i] = (T)p;
+  v[i] = (T)q;
+  w[i] = (T)(shrink * (float)w[i] - rate * p / (root * sqrtf(q) + eps));
+}
+
+// blockIdx.y is the tensor.  parts (tensors, gridDim.x)
+extern "C" __global__ void squares(const Table table, float* parts) {
+  __shared__ float part[32];
+  const T* g = table.g[blockIdx.y];
+  float sum = 0;
+  for MINE(i, table.size[blockIdx.y]) sum += (float)g[i] * (float)g[i];
+  sum = block_sum(sum, part);
+  if (threadIdx.x == 0) parts[blockIdx.y * gridDim.x + blockIdx.x] = sum;
+}
+
+// One block.  state: the norm, the scale.  A loss that is not finite makes the norm so
+extern "C" __global__ void norm_and_scale(const float* parts, int n, float clip, const T* loss, float* state) {
+  __shared__ float part[32];
+  float sum = 0;
+  for (int i = threadIdx.x; i < n; i += blockDim.x) sum += parts[i];
+  sum = block_sum(sum, part);
+  if (threadIdx.x) return;
+  float norm = sqrtf(sum) + (loss ? 0 * (float)*loss : 0);
+  state[0] = norm;
+  state[1] = clip > 0 ? fminf(clip / (norm + 1e-6f), 1) : 1;
+}
+
+extern "C" __global__ void adam_tensors(const Table table, T* w, T* m, T* v, const float* state, const float* rates, float rate, float root, float shrink,
+                                        float b1, float c1, float b2, float c2, float eps) {
+  float norm = state[0], scale = state[1];
+  if (!(norm - norm == 0)) return;                       // infinite or no number
+  if (rates) { rate = rates[0]; root = rates[1]; shrink = rates[2]; }
+  T* g = table.g[blockIdx.y];
+  long long start = table.start[blockIdx.y];
+  for MINE(i, table.size[blockIdx.y]) {
+    if (scale != 1) g[i] = (T)(scale * (float)g[i]);
+    update(w, (float)g[i], m, v, start + i, rate, root, shrink, b1, c1, b2, c2, eps);
   }
 }
 
+// One stretch alone.
 extern "C" __global__ void adam(T* w, const T* g, T* m, T* v, float rate, float root, float shrink, float b1, float c1, float b2, float c2, float eps,
                                 long long n) {
-  update(w, g, m, v, rate, root, shrink, b1, c1, b2, c2, eps, n);
-}
-
-extern "C" __global__ void adam_replayed(T* w, const T* g, T* m, T* v, const float* rates, float b1, float c1, float b2, float c2, float eps, long long n) {
-  update(w, g, m, v, rates[0], rates[1], rates[2], b1, c1, b2, c2, eps, n);
+  for MINE(i, n) update(w, (float)g[i], m, v, i, rate, root, shrink, b1, c1, b2, c2, eps);
 }

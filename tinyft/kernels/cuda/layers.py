@@ -13,17 +13,16 @@ import numpy as np
 from ... import ops
 from ...array import Array, xp
 from ...ops import flat, t
-from ...optim import adam_update as adam_definition
 from ...tensor import OPS
 from . import gemm
 from .launch import C_TYPES, blocks, empty, launch
 
-NAMES = ("linear", "matmul", "gelu", "gelu_tanh", "layer_norm", "embedding", "attention", "cross_entropy", "dropout")
+NAMES = ("linear", "matmul", "project", "gelu", "gelu_tanh", "layer_norm", "embedding", "attention", "cross_entropy", "dropout")
 THREADS, ROWS = 256, 8                                                           # per block; rows of a warp each
 SAME_ORDER = 16384                                                               # positions up to which an embedding's gradient is summed in order
 
 
-def _suits(*arrays: Array) -> bool:
+def suits(*arrays: Array) -> bool:
     "Of one dtype the kernels know, none empty, numbers one after another."
     return arrays[0].dtype in C_TYPES and all(a.dtype == arrays[0].dtype and a.size and a.flags.c_contiguous for a in arrays)
 
@@ -52,7 +51,7 @@ def matmul(a: Array, b: Array) -> Any:
 
 def linear(x: Array, W: Array, b: Array | None = None) -> Any:
     "Saves a pass for the bias, and the many small launches of a product of three axes by two."
-    if not (_suits(x, W) and W.ndim == 2 and x.shape[-1] == W.shape[1] and (b is None or (_suits(x, b) and b.shape == W.shape[:1]))):
+    if not (suits(x, W) and W.ndim == 2 and x.shape[-1] == W.shape[1] and (b is None or (suits(x, b) and b.shape == W.shape[:1]))):
         return ops.linear.definition(x, W, b)
     X, n = flat(x), W.shape[0]
     y = gemm.matmul(X, W.T)
@@ -61,6 +60,50 @@ def linear(x: Array, W: Array, b: Array | None = None) -> Any:
     shape, rows = x.shape, _remembered(lambda g: flat(_dense(g)))                # dx must not hold x: where W is frozen nothing else does
     dx, dW, db = lambda g: gemm.matmul(rows(g), W).reshape(shape), lambda g: gemm.matmul(rows(g).T, X), lambda g: sum_rows(rows(g))
     return y.reshape(*shape[:-1], n), (dx, dW, db)
+
+
+def project(x: Array, Wq: Array, bq: Array, Wk: Array, bk: Array, Wv: Array, bv: Array, heads: int = 1) -> Any:
+    "Saves two products of three, where the weights lie one after another in memory; and the copies that bring heads together."
+    weights, biases, n = (Wq, Wk, Wv), (bq, bk, bv), Wq.shape[0]
+    if not (x.ndim == 3 and suits(x, *weights, *biases) and all(W.shape == (n, x.shape[-1]) for W in weights) and n % heads == 0):
+        return ops.project.definition(x, Wq, bq, Wk, bk, Wv, bv, heads=heads)
+    (B, T, c), X, W = x.shape, flat(x), one_after_another(weights)
+    if W is not None:
+        y, by_part, by_row = gemm.matmul(X, W.T), n, 3 * n                       # (N, 3 n)
+    else:
+        y, by_part, by_row = empty(x, (3, len(X), n)), len(X) * n, n
+        for i in range(3):
+            gemm.matmul(X, weights[i].T, out=y[i])
+    qkv = empty(x, (3, B, heads, T, n // heads))
+    layout = (T, heads, n // heads, np.int64(by_part), np.int64(by_row), np.int64(qkv.size))
+    launch("heads.cu", "cut_heads", blocks(qkv.size), THREADS, y, *biases, qkv, *layout, T=x.dtype)
+
+    def back(g: list, needed: list[bool]) -> tuple:
+        G, dx = empty(x, (len(X), 3 * n)), None
+        layout = (T, heads, n // heads, np.int64(qkv.size))
+        launch("heads.cu", "join_heads", blocks(qkv.size), THREADS, *(a if a is None else _dense(a) for a in g), G, *layout, T=x.dtype)
+        parts = [G[:, i * n:(i + 1) * n] for i in range(3)]
+        if needed[0]:
+            dx = gemm.matmul(G, W) if W is not None else gemm.matmul(parts[0], Wq)
+            for i in (1, 2) if W is None else ():
+                gemm.matmul(parts[i], weights[i], out=dx, add=True)
+        if all(needed[1::2]):
+            dW = gemm.matmul(G.T, X).reshape(3, n, c)
+        else:
+            dW = [gemm.matmul(part.T, X) if wanted else None for part, wanted in zip(parts, needed[1::2])]
+        db = sum_rows(G).reshape(3, n) if any(needed[2::2]) else (None,) * 3
+        return dx if dx is None else dx.reshape(x.shape), dW[0], db[0], dW[1], db[1], dW[2], db[2]
+    return (qkv[0], qkv[1], qkv[2]), back
+
+
+def one_after_another(matrices: tuple[Array, ...]) -> Array | None:
+    "Matrices of one shape as one, one below the other, if that is how they lie: an optimiser lays out what trains so.  No copy; None if not."
+    first, base, at = matrices[0], matrices[0].base, [gemm.address(a) for a in matrices]
+    apart = any(a.base is not base for a in matrices) or any(b - a != first.nbytes for a, b in zip(at, at[1:]))
+    if apart or base is None or not base.flags.c_contiguous:
+        return None
+    start = (at[0] - gemm.address(base)) // first.itemsize
+    return base.reshape(-1)[start:start + len(matrices) * first.size].reshape(-1, first.shape[1])
 
 
 def _remembered(f: Callable[[Array], Array]) -> Callable[[Array], Array]:
@@ -77,9 +120,9 @@ def _remembered(f: Callable[[Array], Array]) -> Callable[[Array], Array]:
 def sum_rows(g: Array) -> Array:
     "(N, n) -> (n,): the gradient of a bias."
     (rows, n), (stretches, each) = g.shape, _stretches(len(g))
-    parts = empty(g, (stretches, n), np.float32)
+    parts = empty(g, (1, stretches, n), np.float32)
     launch("bias.cu", "sum_rows", (-(-n // 32), stretches), (32, 8), g, parts, rows, n, each, T=g.dtype)
-    return _sum_parts(parts, g.dtype)
+    return _sum_parts(parts, g.dtype)[0]
 
 
 def _stretches(rows: int) -> tuple[int, int]:
@@ -89,10 +132,10 @@ def _stretches(rows: int) -> tuple[int, int]:
 
 
 def _sum_parts(parts: Array, dtype: Any) -> Array:
-    "(stretches, n) -> (n,)"
-    stretches, n = parts.shape
-    y = empty(parts, (n,), dtype)
-    launch("bias.cu", "sum_parts", -(-n // THREADS), THREADS, parts, y, stretches, n, T=dtype)
+    "(sums, stretches, n) -> (sums, n)"
+    sums, stretches, n = parts.shape
+    y = empty(parts, (sums, n), dtype)
+    launch("bias.cu", "sum_parts", (-(-n // THREADS), sums), THREADS, parts, y, stretches, n, T=dtype)
     return y
 
 
@@ -100,7 +143,7 @@ def _sum_parts(parts: Array, dtype: Any) -> Array:
 def _gelu(name: str) -> Any:
     def kernel(x: Array) -> Any:
         "Saves all but one of the passes."
-        if not _suits(x):
+        if not suits(x):
             return OPS[name].definition(x)
         y, size, grid = empty(x, x.shape), np.int64(x.size), blocks(x.size)
         launch("gelu.cu", name, grid, THREADS, x, y, size, T=x.dtype)
@@ -118,7 +161,7 @@ gelu, gelu_tanh = _gelu("gelu"), _gelu("gelu_tanh")
 
 def layer_norm(x: Array, w: Array, b: Array, eps: float = 1e-5) -> Any:
     "Saves nine passes of eleven, and keeps two numbers per row in place of a copy of x."
-    if not (_suits(x, w, b) and w.shape == b.shape == x.shape[-1:]):
+    if not (suits(x, w, b) and w.shape == b.shape == x.shape[-1:]):
         return ops.layer_norm.definition(x, w, b, eps=eps)
     n, rows = x.shape[-1], x.size // x.shape[-1]
     y, mean, r = empty(x, x.shape), empty(x, (rows,), np.float32), empty(x, (rows,), np.float32)
@@ -134,14 +177,14 @@ def layer_norm(x: Array, w: Array, b: Array, eps: float = 1e-5) -> Any:
             parts = empty(x, (2, stretches, n), np.float32)
             grid = (-(-n // 32), stretches)
             launch("layer_norm.cu", "layer_norm_back_weights", grid, (32, 8), x, g, mean, r, parts, rows, n, each, T=x.dtype)
-            dw, db = (_sum_parts(parts[i], x.dtype) if needed[1 + i] else None for i in range(2))
+            dw, db = (d if wanted else None for d, wanted in zip(_sum_parts(parts, x.dtype), needed[1:]))
         return dx, dw, db
     return y, back
 
 
 def embedding(W: Array, ids: Array) -> Any:
     "Saves the atomic additions, and sums in order: for up to SAME_ORDER positions, since it compares each with each."
-    if not (W.ndim == 2 and _suits(W) and 0 < ids.size <= SAME_ORDER):
+    if not (W.ndim == 2 and suits(W) and 0 < ids.size <= SAME_ORDER):
         return ops.embedding.definition(W, ids)
     rows, width = W.shape
 
@@ -198,8 +241,8 @@ def _mask(seen: Array | None, shape: tuple) -> tuple[Array | None, tuple]:
 
 def cross_entropy(z: Array, y: Array, weight: Array | None = None, ignore_index: int = -100, label_smoothing: float = 0.0) -> Any:
     "Saves all passes over the logits but three, and keeps three numbers per row in place of them."
-    if not (_suits(z) and z.ndim >= 2 and y.shape == z.shape[:-1] and y.dtype.kind in "iu"
-            and (weight is None or (_suits(z, weight) and weight.shape == z.shape[-1:] and not label_smoothing))):
+    if not (suits(z) and z.ndim >= 2 and y.size * z.shape[-1] == z.size and y.dtype.kind in "iu"
+            and (weight is None or (suits(z, weight) and weight.shape == z.shape[-1:] and not label_smoothing))):
         return ops.cross_entropy.definition(z, y, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing)
     n, rows, labels = z.shape[-1], z.size // z.shape[-1], _dense(y.astype(np.int64))
     losses, stats, value, total = (empty(z, shape, dtype) for shape, dtype in (
@@ -231,7 +274,7 @@ def uniform_like(x: Array, key: int) -> Array:
 
 def dropout(x: Array, p: float, key: int) -> Any:
     "Saves the mask: the way back draws it anew."
-    if not (_suits(x) and 0 <= p < 1):
+    if not (suits(x) and 0 <= p < 1):
         return ops.dropout.definition(x, p, key)
 
     def drop(a: Array) -> Array:
@@ -239,28 +282,3 @@ def dropout(x: Array, p: float, key: int) -> Any:
         launch("random.cu", "dropout", blocks(-(-a.size // 8)), THREADS, a, y, float(p), 1 / (1 - p), *_key(key), np.int64(a.size), T=a.dtype)
         return y
     return drop(x), (drop, None, None)
-
-
-# ── the optimiser ────────────────────────────────────────────────────────────────────────────────────────────────────
-def adam_rates(lr: float, b1: float, b2: float, decay: float, t: int) -> tuple[float, float, float]:
-    """(rate, root, shrink), with which AdamW's update is  w ← shrink w − rate m / (root √v + ε),  m and v being the means as they are.
-
-    All that changes with the step t = 1, 2, ...: a captured step reads them from the device.  lr: η, decay: λ; formulas: optim.AdamW."""
-    return lr / (1 - b1**t), (1 - b2**t)**-0.5, 1 - lr * decay
-
-
-def adam_update(w: Array, g: Array, m: Array, v: Array, lr: float, b1: float, b2: float, eps: float, decay: float, t: int) -> None:
-    "One launch, one pass."
-    if not _suits(w, g, m, v):
-        return adam_definition(w, g, m, v, lr, b1, b2, eps, decay, t)
-    rates = adam_rates(lr, b1, b2, decay, t)
-    launch("adam.cu", "adam", blocks(w.size), THREADS, w, g, m, v, *rates, *_betas(b1, b2), float(eps), np.int64(w.size), T=w.dtype)
-
-
-def adam_replayed(w: Array, g: Array, m: Array, v: Array, rates: Array, b1: float, b2: float, eps: float) -> None:
-    "The same with adam_rates read from the device, three float32: a captured step is replayed with the numbers that are there then."
-    launch("adam.cu", "adam_replayed", blocks(w.size), THREADS, w, g, m, v, rates, *_betas(b1, b2), float(eps), np.int64(w.size), T=w.dtype)
-
-
-def _betas(b1: float, b2: float) -> tuple[float, ...]:
-    return float(b1), float(1 - b1), float(b2), float(1 - b2)

@@ -1,0 +1,144 @@
+"""The sides of a training step on a device: tinyft's, the same captured, PyTorch's, and that compiled.  Each is a call that returns its loss.
+
+What belongs to a step: forward, backward, AdamW, gradients forgotten.  The batch lies on the device; the loss is not read.
+"""
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import cupy as cp
+import side_tinyft
+from cases import Case, batch
+from gpu_clock import Clock, Missing, fresh
+
+import tinyft as tf
+from tinyft import ops
+from tinyft.kernels.cuda import gemm
+
+PRECISIONS = ("fp32", "tf32", "bf16")
+Step = Callable[[], Any]
+
+
+@contextlib.contextmanager
+def precision(how: str) -> Iterator[None]:
+    "Products of float32 by tensor cores or not, on both sides.  bf16 is for `mixed` and torch.autocast."
+    fast = how != "fp32"
+    torch = importlib.import_module("torch") if importlib.util.find_spec("torch") else None
+    gemm.allow_tf32(fast)
+    if torch:
+        torch.set_float32_matmul_precision("high" if fast else "highest")
+    try:
+        yield
+    finally:
+        gemm.allow_tf32(False)
+        if torch:
+            torch.set_float32_matmul_precision("highest")
+
+
+# ── tinyft ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+def mixed(how: str) -> contextlib.AbstractContextManager:
+    "Around the forward pass."
+    if how != "bf16":
+        return contextlib.nullcontext()
+    if not hasattr(tf, "autocast"):
+        raise Missing("tinyft has no mixed precision (tinyft.autocast)")
+    return tf.autocast("bfloat16")
+
+
+def tinyft_step(case: Case, how: str) -> Step:
+    mixed(how)
+    model, b = side_tinyft.build(case), {k: cp.asarray(v) for k, v in batch(case).items()}
+    optimizer = tf.AdamW(1e-3).start(tf.trained(model))
+
+    def step() -> Any:
+        with mixed(how):
+            loss = ops.cross_entropy(model(b["ids"]), b["labels"])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.data
+    return step
+
+
+def tinyft_captured(case: Case, how: str) -> Step:
+    if not hasattr(tf, "capture"):
+        raise Missing("tinyft has no captured step (tinyft.capture)")
+    return tf.capture(tinyft_step(case, how))
+
+
+# ── PyTorch ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+def torch_there(c: Clock) -> tuple[Any, str]:
+    "(torch, the device it runs on).  Without a GPU only in a smoke run."
+    try:
+        import torch
+    except ImportError:
+        raise Missing("PyTorch is not installed") from None
+    if not torch.cuda.is_available() and not c.smoke:
+        raise Missing("this PyTorch sees no GPU")
+    return torch, "cpu" if c.smoke else "cuda"
+
+
+def torch_step(c: Clock, case: Case, how: str, compiler: Callable | None = None) -> Step:
+    torch, where = torch_there(c)
+    if case.method.startswith("lora"):
+        try:
+            import peft  # noqa: F401
+        except ImportError:
+            raise Missing("PEFT is not installed") from None
+    import side_torch
+    model = side_torch.build(case).to(where)
+    b = {k: torch.from_numpy(v).to(where) for k, v in batch(case).items()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
+    forward, labels = compiler(model) if compiler else model, b["labels"].flatten()
+
+    def step() -> Any:
+        optimizer.zero_grad()
+        with torch.autocast(where, torch.bfloat16, enabled=how == "bf16"):
+            loss = torch.nn.functional.cross_entropy(forward(b["ids"], None, None).flatten(0, -2), labels)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+    return step
+
+
+def compiled(c: Clock, case: Case, how: str) -> Step:
+    torch, _ = torch_there(c)
+    return torch_step(c, case, how, lambda model: torch.compile(model, backend="eager" if c.smoke else "inductor"))
+
+
+def torch_peak(c: Clock, case: Case, how: str) -> tuple[int, int]:
+    "(bytes in use at most during three steps, what PyTorch's pool held for them)"
+    torch, where = torch_there(c)
+    if where == "cpu":
+        raise Missing("PyTorch on the CPU does not count its memory")
+    fresh()
+    torch.cuda.reset_peak_memory_stats()
+    step = torch_step(c, case, how)
+    for _ in range(3):
+        step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+
+
+# ── the floor ────────────────────────────────────────────────────────────────────────────────────────────────────────
+def flops(k: Case) -> float:
+    "Multiplications and additions of a full step's products: three times 2 N·12C² a layer, 4 N·T·C for attention as full squares, 2 N·C·V."
+    n = k.B * k.T
+    return 3.0 * (k.L * (2 * n * 12 * k.C**2 + 4 * n * k.T * k.C) + 2 * n * k.C * k.V)
+
+
+def numbers(k: Case) -> int:
+    return k.V * k.C + k.T * k.C + k.L * (12 * k.C**2 + 13 * k.C) + 2 * k.C
+
+
+def least_bytes(k: Case, how: str) -> float:
+    """Bytes a full step must move if every product and every elementwise op is one pass, and attention keeps no scores.
+
+    Weights: read forward and back, gradient written, AdamW 28 (float32).  Activations, 16 C a token and layer and the logits: written and
+    read forward; read back, their gradient written and read."""
+    size = 2 if how == "bf16" else 4
+    return numbers(k) * (3 * size + 28) + 5.0 * size * k.B * k.T * (16 * k.C * k.L + k.V)

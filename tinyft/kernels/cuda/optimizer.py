@@ -1,0 +1,101 @@
+"""AdamW in a few launches, however many tensors there are: the norm of all gradients, the factor that clips them, the update.
+
+Gradients are used where backward left them, and nobody waits: a norm that is not finite is found by the device, which then moves nothing.
+"""
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+from ...array import Array, xp
+from ...optim import AdamW, Group, Optimizer, free
+from ...optim import adam_update as definition
+from . import gemm, launch
+from .launch import C_TYPES, blocks, empty
+from .layers import THREADS, suits
+
+TENSORS = 150                                                                    # to a launch: as many as adam.cu's table has room for
+TABLE = np.dtype([("g", np.uint64, TENSORS), ("start", np.int64, TENSORS), ("size", np.int64, TENSORS)])
+ACROSS = 256                                                                     # blocks to a tensor, at most
+
+
+def adam_rates(lr: float, b1: float, b2: float, decay: float, t: int) -> tuple[float, float, float]:
+    """(rate, root, shrink), with which AdamW's update is  w ← shrink w − rate m / (root √v + ε),  m and v being the means as they are.
+
+    All that changes with the step t = 1, 2, ...: a captured step reads them from the device.  lr: η, decay: λ; formulas: optim.AdamW."""
+    return lr / (1 - b1**t), (1 - b2**t)**-0.5, 1 - lr * decay
+
+
+def adam_update(w: Array, g: Array, m: Array, v: Array, lr: float, b1: float, b2: float, eps: float, decay: float, t: int) -> None:
+    "One stretch in one launch, one pass."
+    if not suits(w, g, m, v):
+        return definition(w, g, m, v, lr, b1, b2, eps, decay, t)
+    rates = adam_rates(lr, b1, b2, decay, t)
+    launch.launch("adam.cu", "adam", blocks(w.size), THREADS, w, g, m, v, *rates, *_betas(b1, b2), float(eps), np.int64(w.size), T=w.dtype)
+
+
+def advance(opt: Optimizer, factor: float, clip: float | None, loss: Array | None) -> Array | None:
+    "Optimizer.advance for AdamW, or None if this is another optimiser, or other arrays."
+    every = [(g, p, s) for g in opt.bound for p, s in zip(g.tensors, g.slices) if p.grad is not None]
+    dtype = opt.bound[0].w.dtype
+    if not (type(opt).update is AdamW.update and every and dtype in C_TYPES and all(g.w.dtype == dtype for g in opt.bound)
+            and all(p.grad.dtype == dtype for _, p, _ in every) and (loss is None or loss.dtype == dtype)):
+        return None
+    gradients = [_laid_out(p) for _, p, _ in every]
+    state = norm_and_scale(gradients, clip, loss)
+    opt.t += 1
+    for g in opt.bound:
+        rows = [(a, s) for a, (group, _, s) in zip(gradients, every) if group is g]
+        rates = adam_rates(g.lr * factor, *opt.betas, g.decay, opt.t)
+        held = g.held(gathered=False)
+        update(g, rows, state, rates, opt)
+        g.put_back(held)
+    return state[0]
+
+
+def _laid_out(p: object) -> Array:
+    "The gradient, contiguous; zero where a mask lets nothing move."
+    g = free(p)
+    g = g if g.flags.c_contiguous else xp(g).ascontiguousarray(g)
+    if p.mask is None:
+        p.grad = g
+    return g
+
+
+def norm_and_scale(gradients: list[Array], clip: float | None, loss: Array | None = None) -> Array:
+    "(2,): the norm of all gradients together, and the factor that brings it to `clip`."
+    like = gradients[0]
+    across = min(blocks(max(g.size for g in gradients)), ACROSS)
+    parts, state = empty(like, (len(gradients), across), np.float32), empty(like, (2,), np.float32)
+    for i in range(0, len(gradients), TENSORS):
+        some = gradients[i:i + TENSORS]
+        launch.launch("adam.cu", "squares", (across, len(some)), THREADS, table(some), parts[i:i + len(some)], T=like.dtype)
+    launch.launch("adam.cu", "norm_and_scale", 1, 1024, parts, parts.size, float(clip or 0), loss, state, T=like.dtype)
+    return state
+
+
+def update(group: Group, rows: list[tuple[Array, slice]], state: Array, rates: tuple | Array, opt: AdamW) -> None:
+    "One group.  rows: gradients, and where in the group they belong."
+    by_value, from_device = (rates, None) if isinstance(rates, tuple) else ((0.0, 0.0, 0.0), rates)
+    for i in range(0, len(rows), TENSORS):
+        gradients, slices = zip(*rows[i:i + TENSORS])
+        across = min(blocks(max(g.size for g in gradients)), ACROSS)
+        where = table(gradients, [s.start for s in slices])
+        launch.launch("adam.cu", "adam_tensors", (across, len(gradients)), THREADS, where, group.w, *group.moments, state, from_device, *by_value,
+                      *_betas(*opt.betas), float(opt.eps), T=group.w.dtype)
+
+
+def table(gradients: list[Array], starts: list[int] | None = None) -> np.void:
+    "What adam.cu calls a Table."
+    out, n = np.zeros((), TABLE), len(gradients)
+    out["g"][:n] = [gemm.address(g) for g in gradients]
+    out["size"][:n] = [g.size for g in gradients]
+    if starts is not None:
+        out["start"][:n] = starts
+    return out[()]
+
+
+@lru_cache(None)
+def _betas(b1: float, b2: float) -> tuple[float, ...]:
+    return float(b1), float(1 - b1), float(b2), float(1 - b2)
