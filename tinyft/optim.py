@@ -166,7 +166,8 @@ class Optimizer:
 
         FloatingPointError, with nothing updated, if that norm is not finite."""
         norm = self.advance(factor, clip)
-        self.settle(float(norm))
+        if array.recording is None:                                              # a captured step does not wait; settle(norm), when it is read
+            self.settle(float(norm))
         return norm
 
     def advance(self, factor: float = 1.0, clip: float | None = None, loss: Array | None = None) -> Array:
@@ -180,6 +181,8 @@ class Optimizer:
         fast = at_once.get(type(self.bound[0].w))
         norm = fast(self, factor, clip, loss) if fast else None
         if norm is None:
+            if array.recording is not None:
+                raise array.CannotCapture(f"an update by {type(self).__name__} cannot be captured; one by AdamW can, with kernels")
             norm = self.one_by_one(factor, clip, loss)
         for g in self.bound:
             for p in g.tensors:
