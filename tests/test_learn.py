@@ -148,6 +148,17 @@ def test_an_endless_loop_is_cut_off(learner, text, monkeypatch):
     assert "an endless loop?" in out and "autograd.sum_to.py:" in out and learner.status == 1 and time.monotonic() - begun < 5
 
 
+def test_a_slow_moment_does_not_take_back_what_was_found(monkeypatch):
+    monkeypatch.setattr(checker, "ONE_CALL", 0.3)
+    e = find("sum_to")
+    trial = checker.Trial(e.laws[0], checker.Subject(e, lambda g, shape: -g), __file__)
+    assert trial.search().kind == "mismatch"
+    trial.subject = checker.Subject(e, lambda g, shape: time.sleep(1) or -g)
+    assert trial.same_again()
+    trial.subject = checker.Subject(e, lambda g, shape: g)
+    assert not trial.same_again()
+
+
 def test_what_cannot_be_interrupted_is_killed(learner, monkeypatch):
     monkeypatch.setattr(checker, "ONE_CALL", 0.2)
     monkeypatch.setattr(isolated, "SILENCE", 1.0)

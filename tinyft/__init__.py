@@ -11,12 +11,12 @@ import os as _os
 
 from . import data, functional, kernels, ops
 from .adapters import load_adapter, save_adapter
-from .array import BackendError, backend, peak_memory, use
+from .array import BackendError, CannotCapture, backend, peak_memory, use
 from .combine import combine
 from .decode import generate
 from .edit import Attached, CannotMerge, Count, Edit, Method, attach, count, detach, merge, trained, unpack, without
 from .formats.huggingface import classifier, load, save
-from .kernels import get_num_threads, set_num_threads
+from .kernels import capture, get_num_threads, set_num_threads
 from .learn import check
 from .methods import BitFit, Full, Houlsby, LoRA, Partial, PrefixTuning, PromptTuning, eject, methods
 from .models import BERT, GPT, BERTConfig, GPTConfig
@@ -34,7 +34,7 @@ __all__ = [
     "Edit", "Method", "Attached", "Count", "CannotMerge",
     "methods", "Full", "Partial", "BitFit", "Houlsby", "PromptTuning", "PrefixTuning", "eject", "LoRA",            # the methods
     "fit", "evaluate", "perplexity", "History", "AdamW", "Adam", "SGD", "constant", "linear", "cosine",          # training
-    "BackendError", "ShapeError", "Diverged", "peak_memory", "kernels", "set_num_threads", "get_num_threads",
+    "capture", "CannotCapture", "BackendError", "ShapeError", "Diverged", "peak_memory", "kernels", "set_num_threads", "get_num_threads",
     "check",                                                                                                     # the exercises
 ]
 

@@ -17,7 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-__all__ = ["BackendError", "use", "backend", "xp", "name_of", "is_array", "asarray", "asnumpy", "to", "put_like",
+__all__ = ["BackendError", "CannotCapture", "use", "backend", "xp", "name_of", "is_array", "asarray", "asnumpy", "to", "put_like",
            "normal", "uniform_like", "peak_memory", "bfloat16"]
 
 Array = Any                                             # numpy.ndarray, cupy.ndarray or strict.Array
@@ -30,6 +30,13 @@ _local = threading.local()                              # each thread may use an
 _when_opened: dict[str, Callable[[type, Any], None]] = {}                        # backend -> what its kernels do when it is first used
 
 UNIFORM: dict[type, Callable[[Any, int], Any]] = {}                              # array type -> uniform_like, made on the device
+
+
+recording: Any = None                                   # what notes a training step for its replay, while it does (kernels/cuda/capture.py)
+
+
+class CannotCapture(RuntimeError):
+    "A step that cannot be noted once and replayed; the message says what in it."
 
 
 class BackendError(RuntimeError):

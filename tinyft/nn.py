@@ -349,9 +349,12 @@ class Dropout(Module):
             raise ValueError(f"dropout wants 0 <= p < 1, got {p}")
         self.p = p
 
-    def key(self, ctx: Context) -> int | None:
+    def key(self, ctx: Context) -> Any:
         "What this call's noise is made from; None if there is to be none."
-        return int(ctx.rng.integers(2**63)) if self.training and self.p and ctx.rng is not None else None
+        if not (self.training and self.p and ctx.rng is not None):
+            return None
+        key = ctx.rng.integers(2**63)
+        return key if array.is_array(key) else int(key)                          # of a captured step it lies on the device
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         key = self.key(ctx)

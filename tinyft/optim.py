@@ -35,7 +35,10 @@ class Group:
     tensors: list[Tensor] = field(default_factory=list)
 
     def lay_out(self, moments: int) -> None:
-        "Move the tensors into one flat array, the small ones first."
+        """Move the tensors into one flat array, those of more than LARGE numbers last.
+
+        names, tensors: in that order.  w: all values, end to end.  moments: as many arrays of zeros, of w's length and dtype.  slices: where in
+        w each tensor lies.  views: that stretch of w in the tensor's shape, which becomes the tensor's data."""
         order = sorted(range(len(self.tensors)), key=lambda i: self.tensors[i].size > LARGE)
         self.names, self.tensors = [self.names[i] for i in order], [self.tensors[i] for i in order]
         m, ends = xp(self.tensors[0].data), np.cumsum([0] + [p.size for p in self.tensors])
@@ -163,7 +166,8 @@ class Optimizer:
 
         FloatingPointError, with nothing updated, if that norm is not finite."""
         norm = self.advance(factor, clip)
-        self.settle(float(norm))
+        if array.recording is None:                                              # a captured step does not wait; settle(norm), when it is read
+            self.settle(float(norm))
         return norm
 
     def advance(self, factor: float = 1.0, clip: float | None = None, loss: Array | None = None) -> Array:
@@ -177,6 +181,8 @@ class Optimizer:
         fast = at_once.get(type(self.bound[0].w))
         norm = fast(self, factor, clip, loss) if fast else None
         if norm is None:
+            if array.recording is not None:
+                raise array.CannotCapture(f"an update by {type(self).__name__} cannot be captured; one by AdamW can, with kernels")
             norm = self.one_by_one(factor, clip, loss)
         for g in self.bound:
             for p in g.tensors:

@@ -77,7 +77,8 @@ class CpuModule:
                         r"\1 *\2 = (\1 *)emu::dynamic_shared();", source)
         for i, call in enumerate(names.values()):
             source += (f'\nextern "C" const char *emu_{i}(const unsigned *sizes, size_t shared, void **params)'
-                       f"{{ return emu::run({call}, sizes, shared, {fibers}, params); }}\n")
+                       f"{{ return emu::run({call}, sizes, shared, {fibers}, params); }}\n"
+                       f'extern "C" int emu_sizes_{i}(unsigned *out) {{ return emu::sizes({call}, out); }}\n')
         stem = first.parent / digest(key, source, defines)
         self.so, self.made = stem.with_suffix(".so"), stem.with_suffix(f".{os.getpid()}")
         if not self.so.exists():
@@ -104,3 +105,8 @@ class CpuModule:
         error = f(sizes, shared, params)
         if error:
             raise RuntimeError(error.decode())
+
+    def parameters(self, name: str) -> list[int]:
+        "The sizes of a kernel's parameters, in bytes."
+        out = (ctypes.c_uint * 256)()
+        return out[:self.load()[f"emu_sizes_{self.names.index(name)}"](out)]

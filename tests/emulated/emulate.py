@@ -36,7 +36,7 @@ def install() -> None:
     _take_sources(cupy)
     _replace_thrust()
     _poison(cupy)
-    fake_gpu.execute = _execute
+    fake_gpu.execute, fake_gpu.parameters = _execute, lambda name, module: modules[module].parameters(name)
 
 
 def _execute(name: str, module: bytes, sizes: int, shared: int, params: int) -> None:

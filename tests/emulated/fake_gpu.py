@@ -7,7 +7,9 @@ CuPy's compiled modules reach CUDA through C functions that cupy_backends.cuda.a
 every other module reads once, when it is imported.  `install` puts those of fake_gpu.c there first.  So signatures, dtypes, casts, error
 texts, the memory pool, launches, copies and waits are CuPy's own.  Its cuBLAS is fake_cublas.c.
 
-Not there: what CuPy ships compiled for a GPU (thrust, CUB), cuRAND, cuSOLVER, cuSPARSE, stream capture, asynchrony, a fault at a wrong address.
+A stream that is captured notes what it is asked, with a copy of every parameter, and a graph does it again, on whatever lies at those addresses then.
+
+Not there: what CuPy ships compiled for a GPU (thrust, CUB), cuRAND, cuSOLVER, cuSPARSE, asynchrony, a fault at a wrong address.
 Written for one version of CuPy, and it refuses any other.  The library never imports this.
 """
 from __future__ import annotations
@@ -27,6 +29,7 @@ from typing import Any, NamedTuple
 HERE = Path(__file__).parent
 PACKAGE, VERSION = "cupy-cuda13x", "14.2.0"
 execute: Callable[[str, bytes, int, int, int], None] | None = None
+parameters: Callable[[str, bytes], list[int]] | None = None                      # f(kernel name, its module): the sizes of what it is given
 launched: Counter[str] = Counter()                       # kernels by name, since reset()
 LIMITS = dict(threads=1024, shared=232448, grid_yz=65535)
 _modules: dict[int, bytes] = {}
@@ -68,7 +71,8 @@ PYTHON = {"moduleLoadData": "intptr_t (PyObject *, int)", "moduleGetFunction": "
           "memGetInfo": "PyObject * (int)", "occupancyMaxPotentialBlockSize": "PyObject * (intptr_t, size_t, int, int)",
           "getDeviceProperties": "PyObject * (int, int)"}
 # What Python code calls by way of the module, and not of its C functions.
-ATTRIBUTES = {"getDevice": lambda: 0, "streamIsCapturing": lambda stream: 0, "getDeviceCount": lambda: 1, "driverGetVersion": lambda: 13000,
+ATTRIBUTES = {"getDevice": lambda: 0, "streamIsCapturing": lambda stream: _lib.f_streamIsCapturing(C.c_ssize_t(stream), 0),
+              "getDeviceCount": lambda: 1, "driverGetVersion": lambda: 13000,
               "setDevice": lambda device: None, "deviceSynchronize": lambda: _lib.f_deviceSynchronize(0)}
 TYPES = {"intptr_t": C.c_ssize_t, "PyObject *": C.py_object, "int": C.c_int, "size_t": C.c_size_t}
 
@@ -132,6 +136,45 @@ def _run(function: int, sizes: int, shared: int, params: int) -> int:
         return 1
 
 
+_graphs: list[list[tuple]] = []                          # what each notes: a graph is its place here, and one
+
+
+def _note(kind: int, a: int, b: int, c: int, d: int) -> int:
+    "What C tells of a capture: the kinds are those of fake_gpu.c."
+    try:
+        if kind == 4:
+            _graphs.append([])
+        elif kind == 5:
+            return len(_graphs)
+        elif kind == 6:
+            for node in _graphs[a - 1]:
+                _again(*node)
+        elif kind == 0:                                  # a launch: the parameters are copied, as a driver does
+            name, module = _functions[a]
+            addresses = (C.c_void_p * 256).from_address(d)
+            held = [C.create_string_buffer(C.string_at(addresses[i], n), n) for i, n in enumerate(parameters(name, module))]
+            _graphs[-1].append((kind, a, (C.c_uint * 6)(*(C.c_uint * 6).from_address(b)), c, held))
+        else:
+            _graphs[-1].append((kind, a, b, c))
+        return 0
+    except BaseException as e:
+        (C.c_char * 2000).in_dll(_lib, "fake_error").value = f"fake GPU: {e}".encode()[:1999]
+        return 1
+
+
+def _again(kind: int, a: int, b: Any, c: int, held: list | None = None) -> None:
+    if kind == 0:
+        params = (C.c_void_p * max(len(held), 1))(*map(C.addressof, held))
+        if _run(a, C.addressof(b), c, C.addressof(params)):
+            raise RuntimeError((C.c_char * 2000).in_dll(_lib, "fake_error").value.decode())
+    elif kind == 1:
+        C.memmove(a, b, c)
+    elif kind == 2:
+        C.memset(a, b, c)
+    elif status := _cublas.fake_again(C.c_long(a)):
+        raise RuntimeError(f"cuBLAS status {status}")
+
+
 def check_version() -> None:
     "Raise Unsupported unless the CuPy installed is the one this was written for."
     try:
@@ -155,7 +198,13 @@ def install(folder: Path) -> None:
     callback = C.PYFUNCTYPE(C.c_int, C.c_ssize_t, C.c_ssize_t, C.c_uint, C.c_ssize_t)(_run)
     _keep.append(callback)
     C.c_void_p.in_dll(_lib, "fake_run").value = C.cast(callback, C.c_void_p).value
+    note = C.PYFUNCTYPE(C.c_ssize_t, C.c_int, *[C.c_ssize_t] * 4)(_note)
+    _keep.append(note)
+    for lib, name in ((_lib, "fake_note"), (_cublas, "fake_tell")):
+        C.c_void_p.in_dll(lib, name).value = C.cast(note, C.c_void_p).value
+    C.c_void_p.in_dll(_cublas, "fake_captured").value = C.addressof(C.c_ssize_t.in_dll(_lib, "fake_capturing"))
     from cupy_backends.cuda.api import driver, runtime
+    C.py_object.in_dll(_lib, "fake_error_class").value = runtime.CUDARuntimeError
     ours = {name: f"{result}({arguments})" for result, name, arguments in re.findall(
         r"^([\w ]+\*?)\s*\bf_(\w+)\(([^)]*)\)", (HERE / "fake_gpu.c").read_text(), re.M)}
     replace(runtime, driver, ours | PYTHON)
@@ -187,14 +236,15 @@ def replace(runtime: Any, driver: Any, ours: dict[str, str]) -> None:
 
 
 # ── what it cost ─────────────────────────────────────────────────────────────────────────────────────────────────────
-FIELDS = "launches mallocs memsets waits h2d d2h d2d h2d_bytes d2h_bytes bytes peak".split()       # of `fake` in fake_gpu.c
+FIELDS = "launches mallocs memsets waits h2d d2h d2d h2d_bytes d2h_bytes graphs bytes peak".split()       # of `fake` in fake_gpu.c
 
 
 class Counts(NamedTuple):
     """What the device was asked to do since reset().
 
     launches, products: kernels, and calls of cuBLAS;  waits: times the host waited for the device;  h2d, d2h, d2d: copies from host to device,
-    back, and within;  memsets;  mallocs: memory that CuPy's pool did not have;  bytes: of device and pinned memory in use;  peak: their maximum"""
+    back, and within;  memsets;  mallocs: memory that CuPy's pool did not have;  bytes: of device and pinned memory in use;  peak: their
+    maximum;  graphs: replays, whose launches and products count as such"""
     launches: int
     products: int
     waits: int
@@ -205,6 +255,7 @@ class Counts(NamedTuple):
     mallocs: int
     h2d_bytes: int
     d2h_bytes: int
+    graphs: int
     bytes: int
     peak: int
 
@@ -222,7 +273,7 @@ def counts() -> Counts:
 def reset() -> None:
     "Count from zero.  The memory in use stays what it is, and its peak starts from there."
     now = _Fake.in_dll(_lib, "fake")
-    for n in FIELDS[:9]:
+    for n in FIELDS[:10]:
         setattr(now, n, 0)
     now.peak = now.bytes
     C.c_long.in_dll(_cublas, "fake_products").value = 0

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import numpy as np
@@ -19,7 +19,7 @@ from ..tensor import OPS
 from .system import keep_memory
 from .threads import get_num_threads, set_num_threads
 
-__all__ = ["install", "remove", "definitions", "keep_memory", "set_num_threads", "get_num_threads"]
+__all__ = ["capture", "install", "remove", "definitions", "keep_memory", "set_num_threads", "get_num_threads"]
 
 
 def install() -> None:
@@ -34,6 +34,30 @@ def install() -> None:
 def _register_cuda(kind: type, module: ModuleType) -> None:
     from . import cuda
     cuda.register(kind, module)
+
+
+def capture(step: Callable) -> Callable:
+    """`step`, noted as one CUDA graph and replayed.  On NumPy `step` itself, so that the same lines run anywhere.
+
+        def step(ids, labels, factor, rng):
+            loss = ops.cross_entropy(model(ids, rng=rng), labels)
+            loss.backward()
+            optimizer.step(factor, clip=1.0)
+            optimizer.zero_grad()
+            return loss
+        step = tf.capture(step)
+        loss = step(ids, labels, schedule(t, T), rng)
+
+    What changes from call to call comes as an argument: arrays, a float for the optimiser's factor, a generator for dropout.  The first
+    two calls with arguments of the same shapes run as they are; from the third on the graph is replayed, and no Python of the step
+    runs.  What it returns are copies.  A norm that is not finite updates nothing; optimizer.settle(float(norm)) tells.
+
+    CannotCapture, naming the line, if the step waits for the device, brings host data with it, or gives kernels other numbers at each
+    call.  What no one can see: a Python number of the step's own, multiplied with a whole array, stays what it was."""
+    if array.backend() != "cupy":
+        return step
+    from .cuda.capture import Captured
+    return Captured(step)
 
 
 def remove() -> None:

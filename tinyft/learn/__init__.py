@@ -3,8 +3,9 @@
     tinyft start · check · watch · hint · solution · ...     on the command line
     tinyft.check("autograd.sum_to", sum_to)                  in a notebook
 
-An exercise is a function of the library (exercise.py): its skeleton is cut from the library's own source (skeleton.py), its laws are run
-on the learner's function (checker.py) with inputs that grow (sizes.py), and what fails is explained (diagnose.py, show.py).
+An exercise is a function of the library (exercise.py), or a kernel in CUDA C (cuda/exercise.py): its skeleton is cut from the library's
+own source (skeleton.py), its laws are run on the learner's function (checker.py) with inputs that grow (sizes.py), and what fails is
+explained (diagnose.py, show.py).
 Only Hypothesis is needed beside tinyft:  pip install "tinyft[lessons]".
 """
 from __future__ import annotations

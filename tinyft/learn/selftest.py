@@ -79,6 +79,7 @@ def selftest(chosen: list[Exercise], page: Page) -> bool:
                   + page.paint(f"({time.monotonic() - begun:.1f}s)", "faint"))
         for sentence in found:
             page.block(sentence, 6)
+    chosen = [e for e in chosen if not e.missing]
     page.line(f"\n  {len(chosen)} exercises, {sum(len(e.wrong) for e in chosen)} wrong answers, {time.monotonic() - start:.1f} s"
               + (f"; {bad} not in order" if bad else ""))
     return not bad

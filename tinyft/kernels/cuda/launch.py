@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ... import array
 from ...array import Array, bfloat16, is_array, xp
 
 HERE = Path(__file__).parent
@@ -29,6 +30,8 @@ def launch(file: str, name: str, grid: int | tuple, block: int | tuple, *args: A
     A Python int goes as int32, a float as float32, None as a null pointer, NumPy scalars as they are; arrays must be C-contiguous."""
     kind = next(type(a) for a in args if is_array(a))
     size = lambda n: n if isinstance(n, tuple) else (n,)
+    if array.recording is not None:
+        array.recording.note(f"the kernel {name}", (grid, block, *(a for a in args if isinstance(a, (int, float, np.number)))))
     _kernel(kind, file, name, tuple(types.items()))(size(grid), size(block), tuple(_argument(a) for a in args))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ... import ops
-from ...array import Array, xp
+from ...array import Array, is_array, xp
 from ...ops import flat, t
 from ...tensor import OPS
 from . import gemm
@@ -260,8 +260,9 @@ def cross_entropy(z: Array, y: Array, weight: Array | None = None, ignore_index:
 
 
 # ── noise ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-def _key(key: int) -> tuple[np.uint64, np.uint64]:
-    return np.uint64(key % 2**64), np.uint64(key >> 64)
+def _key(key: Any) -> tuple:
+    "A key as a kernel takes it: where it lies on the device, or its two halves."
+    return (key, np.uint64(0), np.uint64(0)) if is_array(key) else (None, np.uint64(int(key) % 2**64), np.uint64(int(key) >> 64))
 
 
 def uniform_like(x: Array, key: int) -> Array:

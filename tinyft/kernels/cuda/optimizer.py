@@ -5,9 +5,11 @@ Gradients are used where backward left them, and nobody waits: a norm that is no
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
+from ... import array
 from ...array import Array, xp
 from ...optim import AdamW, Group, Optimizer, free
 from ...optim import adam_update as definition
@@ -21,7 +23,9 @@ ACROSS = 256                                                                    
 
 
 def adam_rates(lr: float, b1: float, b2: float, decay: float, t: int) -> tuple[float, float, float]:
-    "What of AdamW's update changes with the step: η/(1 − β₁ᵗ), 1/√(1 − β₂ᵗ), 1 − ηλ"
+    """(rate, root, shrink), with which AdamW's update is  w ← shrink w − rate m / (root √v + ε),  m and v being the means as they are.
+
+    All that changes with the step t = 1, 2, ...: a captured step reads them from the device.  lr: η, decay: λ; formulas: optim.AdamW."""
     return lr / (1 - b1**t), (1 - b2**t)**-0.5, 1 - lr * decay
 
 
@@ -42,14 +46,26 @@ def advance(opt: Optimizer, factor: float, clip: float | None, loss: Array | Non
         return None
     gradients = [_laid_out(p) for _, p, _ in every]
     state = norm_and_scale(gradients, clip, loss)
-    opt.t += 1
-    for g in opt.bound:
+    every_rate = _rates(opt, factor)
+    for g, rates in zip(opt.bound, every_rate):
         rows = [(a, s) for a, (group, _, s) in zip(gradients, every) if group is g]
-        rates = adam_rates(g.lr * factor, *opt.betas, g.decay, opt.t)
         held = g.held(gathered=False)
         update(g, rows, state, rates, opt)
         g.put_back(held)
     return state[0]
+
+
+def _rates(opt: AdamW, factor: Any) -> Any:
+    "adam_rates of every group at the next step; of a captured step, on the device, and worked out anew at each replay."
+    def at(factor: float) -> list[tuple]:
+        opt.t += 1
+        return [adam_rates(g.lr * factor, *opt.betas, g.decay, opt.t) for g in opt.bound]
+    recording = array.recording
+    if recording is None:
+        return at(factor)
+    recording.watch(opt)
+    now = recording.now(factor)
+    return recording.feed(lambda: np.array(at(now())), (len(opt.bound), 3))
 
 
 def _laid_out(p: object) -> Array:

@@ -19,8 +19,9 @@ __device__ float uniform_of(const unsigned long long c[4], int j) { return (floa
 
 #define EIGHTS(i, n) (long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; 8 * i < n; i += gridDim.x * (long long)blockDim.x)
 
-extern "C" __global__ void uniform(float* u, unsigned long long key, unsigned long long key_high, long long n) {
+extern "C" __global__ void uniform(float* u, const unsigned long long* from, unsigned long long key, unsigned long long key_high, long long n) {
   unsigned long long c[4];
+  if (from) key = *from;                                 // of a captured step, the key lies on the device: each replay brings another
   for EIGHTS(i, n) {
     philox(i + 1, key, key_high, c);                     // NumPy counts before it draws
     for (int j = 0; j < 8 && 8 * i + j < n; j++) u[8 * i + j] = uniform_of(c, j);
@@ -28,8 +29,10 @@ extern "C" __global__ void uniform(float* u, unsigned long long key, unsigned lo
 }
 
 // y = x keep / (1 − p), keep = u ≥ p; and back, with g for x.
-extern "C" __global__ void dropout(const T* x, T* y, float p, float scale, unsigned long long key, unsigned long long key_high, long long n) {
+extern "C" __global__ void dropout(const T* x, T* y, float p, float scale, const unsigned long long* from, unsigned long long key,
+                                   unsigned long long key_high, long long n) {
   unsigned long long c[4];
+  if (from) key = *from;
   for EIGHTS(i, n) {
     philox(i + 1, key, key_high, c);
     for (int j = 0; j < 8 && 8 * i + j < n; j++) y[8 * i + j] = (T)(uniform_of(c, j) >= p ? (float)x[8 * i + j] * scale : 0);

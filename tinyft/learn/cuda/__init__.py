@@ -2,6 +2,7 @@
 
     cpu_kernel.py   CpuKernel(source, name)(grid, block, args): the call of cupy.RawKernel, on NumPy arrays
     cuda_cpu.h      the language: threads as fibres, barriers, shared memory, shuffles, atomics, half precision
+    exercise.py     kernels of the library as exercises
 """
 from .cpu_kernel import CpuKernel, KernelError
 

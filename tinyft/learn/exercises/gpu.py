@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from ... import optim
 from ...array import asarray, asnumpy
-from ...kernels.cuda import layers
+from ...kernels.cuda import optimizer
 from ...tensor import Tensor
 from ..cuda.exercise import Kernel
 from ..diagnose import Unusable, close
@@ -137,7 +137,7 @@ sum_rows.instead("A sum has the type of what is added.", "  float sum = 0;\n", "
 
 # ── adam_rates ───────────────────────────────────────────────────────────────────────────────────────────────────────
 adam_rates = Exercise(
-    "kernels.cuda.layers:adam_rates", difficulty=2, minutes=10, hints=(
+    "kernels.cuda.optimizer:adam_rates", difficulty=2, minutes=10, hints=(
         "Write AdamW's update with m and v as they are: w ← w (1 − ηλ) − η (m / (1 − β₁ᵗ)) / (√(v / (1 − β₂ᵗ)) + ε).  What in it changes from step "
         "to step?",
         "η changes, with the schedule, and t.  So rate = η / (1 − β₁ᵗ) stands before m, root before √v, and shrink before w: "
@@ -181,7 +181,7 @@ def _(lr, b1, b2, decay, t):
 
 @adam_rates.believe("Steps count from zero.", says="one too many")
 def _(lr, b1, b2, decay, t):
-    return layers.adam_rates(lr, b1, b2, decay, t + 1)
+    return optimizer.adam_rates(lr, b1, b2, decay, t + 1)
 
 
 @adam_rates.believe("Both moments are corrected in the same way.", says="the root is missing", subtle=True)
@@ -308,7 +308,8 @@ def _(self, moments):
 @lay_out.believe("Zeros are zeros.", says="the dtype is float64")
 def _(self, moments):
     laid_out(self, moments, dtype=np.float64)
-    self.gather_values()
+    for p, view in zip(self.tensors, self.views):
+        view[...], p.data = p.data, view
 
 
 @lay_out.believe("Two moments begin alike, so one array of zeros will do.", says="several names", subtle=True)

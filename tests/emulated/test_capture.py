@@ -1,0 +1,291 @@
+"""A captured step is the step: its losses, replayed, are those of running it; and what cannot be replayed is refused."""
+from __future__ import annotations
+
+import itertools
+import re
+
+import cupy as cp
+import fake_gpu
+import numpy as np
+import pytest
+
+import tinyft as tf
+from tinyft import GPT, SGD, AdamW, CannotCapture, GPTConfig, array, edit, ops
+from tinyft.kernels.cuda import capture, gemm, optimizer
+from tinyft.tensor import Tensor
+from tinyft.train import next_tokens
+
+STEPS = 9
+BATCHES = np.random.default_rng(0).integers(0, 50, (STEPS, 3, 11))
+
+
+def loss_of(model, ids, labels, rng=None):
+    z = model(ids, rng=rng)
+    return ops.cross_entropy(z, array.put_like(labels, z.data))                  # of a captured step they are there already
+
+
+class Training:
+    "A model, its optimiser, and a step of it."
+
+    def __init__(self, dropout=0.0, method=None, **more):
+        self.model = GPT(GPTConfig(50, 16, 24, 2, 4, dropout=dropout))
+        if method:
+            tf.attach(self.model, method)
+        self.model.train()
+        self.opt, self.rng = AdamW(0.01, **more).start(edit.trained(self.model)), np.random.default_rng(3)
+
+    def step(self, ids, labels, factor, rng):
+        loss = loss_of(self.model, ids, labels, rng)
+        loss.backward()
+        self.opt.step(factor, clip=1.0)
+        self.opt.zero_grad()
+        return loss
+
+    def go(self, capturing, batches=BATCHES, schedule=lambda t: 1 - t / 20):
+        "The losses of all steps, and the weights after them."
+        step = tf.capture(self.step) if capturing else self.step
+        losses = [step(ids[:, :-1], next_tokens(ids), schedule(t), self.rng) for t, ids in enumerate(batches)]
+        return np.array([float(loss.data) for loss in losses]), np.concatenate([array.asnumpy(p.data).ravel() for p in self.model.parameters()])
+
+
+def as_if_run(make=Training, **how):
+    "Losses and weights to the bit, and the optimiser's count."
+    (want, weights), (got, same) = make().go(False, **how), (captured := make()).go(True, **how)
+    assert np.isfinite(want).all() and np.array_equal(got, want), (got, want)
+    assert np.array_equal(same, weights) and captured.opt.t == len(want)
+
+
+KINDS = {"plain": dict(), "dropout": dict(dropout=0.2), "lora": dict(method=tf.LoRA(r=2)), "lora, dropout": dict(method=tf.LoRA(r=2, dropout=0.3)),
+         "bitfit": dict(method=tf.BitFit()), "decay": dict(weight_decay=0.3)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_replayed_step_is_the_step(kind):
+    as_if_run(lambda: Training(**KINDS[kind]))
+
+
+def test_a_replay_is_one_word_of_the_host():
+    training = Training()
+    step = tf.capture(training.step)
+    for ids in BATCHES[:4]:
+        step(ids[:, :-1], next_tokens(ids), 0.5, None)
+    fake_gpu.reset()
+    step(BATCHES[5][:, :-1], next_tokens(BATCHES[5]), 0.4, None)
+    c = fake_gpu.counts()
+    assert c.graphs == 1 and c.waits == c.d2h == 0 and c.h2d == 3                # ids, labels, rates
+    assert c.mallocs == 0
+
+
+def test_other_shapes_make_another_graph_and_ever_other_ones_are_refused():
+    batches = [BATCHES[i][:, :[11, 8][i % 2]] for i in range(STEPS)]
+    as_if_run(batches=batches)
+    step = tf.capture(lambda x: x * 2)
+    with pytest.raises(CannotCapture, match="ever other shapes"):
+        for n in range(1, 20):
+            step(np.ones(n, np.float32))
+
+
+def test_arguments_may_be_trees_and_results_are_copies():
+    step = tf.capture(lambda batch, scale: {"y": batch["x"] * scale, "z": (Tensor(batch["x"]), None)})
+    out = [step({"x": np.full(3, i, np.float32), "name": "a"}, np.float32([i])) for i in range(6)]
+    assert [float(o["y"][0]) for o in out] == [i * i for i in range(6)] and [float(o["z"][0].data[1]) for o in out] == list(range(6))
+    assert out[0]["z"][1] is None
+
+
+def test_on_numpy_capture_is_the_step_itself():
+    array.use("numpy")
+    assert tf.capture(len) is len
+
+
+# ── what must be noticed ─────────────────────────────────────────────────────────────────────────────────────────────
+def fault(plant, make=Training, **how):
+    "A planted fault, and whether losses or weights show it."
+    with pytest.MonkeyPatch.context() as m:
+        plant(m)
+        with pytest.raises((AssertionError, RuntimeError)):
+            as_if_run(make, **how)
+
+
+def feed_in_the_graphs_own_memory(m):
+    "An array made while the graph is noted: earlier kernels of the graph have used its memory."
+    def feed(self, f, shape):
+        a = cp.empty(shape, np.float32)
+        if self.noting:
+            self.feeds.append((a, f))
+        else:
+            a.set(f().astype(np.float32))
+        return a
+    m.setattr(capture.Recording, "feed", feed)
+
+
+def never_fed_again(m):
+    right = capture.Recording.record
+    m.setattr(capture.Recording, "record", lambda self: (right(self), self.feeds.clear())[0])
+
+
+def rate_baked_in(m):
+    m.setattr(capture.Recording, "now", lambda self, number: (lambda was: lambda: was)(number.now))
+
+
+def count_on_the_host(m):
+    right = optimizer._rates
+
+    def stuck(opt, factor):
+        t = opt.t + 1
+        rates = right(opt, factor)
+        if array.recording is not None and array.recording.noting:
+            (a, f), = array.recording.feeds
+            array.recording.feeds[:] = [(a, lambda: (setattr(opt, "t", t - 1), f())[1])]
+        return rates
+    m.setattr(optimizer, "_rates", stuck)
+
+
+def keys_baked_in(m):
+    m.setattr(capture.Keys, "send", lambda self: None)
+
+
+def others_memory(m):
+    "Memory that others are given too: the graph writes over what they hold, and they over what it holds."
+    pool = cp.get_default_memory_pool()
+    m.setattr(capture.cupy.cuda, "MemoryPool", lambda: pool)
+    held, call = [], capture.Captured.__call__
+
+    def between(self, *args):
+        out = call(self, *args)
+        held[:] = [cp.full(n, 7.0, np.float32) for n in (64, 500, 2000, 30 * 50) for _ in range(60)]
+        return out
+    m.setattr(capture.Captured, "__call__", between)
+
+
+def inputs_of_the_first_call(m):
+    right = capture.Recording.put
+    m.setattr(capture.Recording, "put", staticmethod(lambda there, a: there if isinstance(there, cp.ndarray) and there.any() else right(there, a)))
+
+
+@pytest.mark.parametrize("plant", [rate_baked_in, count_on_the_host, others_memory, inputs_of_the_first_call, never_fed_again,
+                                   feed_in_the_graphs_own_memory], ids=lambda f: f.__name__)
+def test_a_planted_fault_shows(plant):
+    fault(plant)
+
+
+def test_a_key_that_stays_shows():
+    fault(keys_baked_in, lambda: Training(0.2))
+
+
+def test_without_a_workspace_cublas_refuses_while_it_is_captured():
+    library = gemm.LIBRARIES[cp.ndarray]
+    gemm.matmul(cp.ones((2, 2), np.float32), cp.ones((2, 2), np.float32))
+
+    class Forgetful:
+        def __getattr__(self, name):
+            return (lambda *a: 0) if name == "cublasSetWorkspace_v2" else getattr(true, name)
+    true, library.library = library.library, Forgetful()
+    try:
+        with pytest.raises(CannotCapture, match="cuBLAS status 3"):
+            Training().go(True)
+    finally:
+        library.library, library.stream = true, None
+
+
+# ── what is refused, and how ─────────────────────────────────────────────────────────────────────────────────────────
+HOST = np.ones(3, np.float32)
+
+
+def refused(step, *args):
+    "What is said of a step that cannot be captured; the message comes at its third call."
+    captured, said = tf.capture(step), []
+    for _ in range(3):
+        try:
+            captured(*args)
+        except CannotCapture as e:
+            said.append(str(e))
+    return said
+
+
+@pytest.mark.parametrize("step, says", [
+    (lambda x: x * float(x[0]), r"reads a number from the device.*line \d+: .*float\(x\[0\]\)"),
+    (lambda x: x[x > 0], "reads a number from the device"),
+    (lambda x: x + cp.asarray(HOST), r"brings host data to the device.*cp.asarray\(HOST\)"),
+    (lambda x: x[[0, 1]], "brings host data"),
+    (lambda x: x.reshape(1, 3) @ cp.ones((3, 2), np.float32), "CuPy's own product"),
+    (lambda x: cp.cuda.get_current_stream().synchronize(), "reads a number from the device, or waits")])
+def test_what_a_graph_cannot_hold_is_refused_naming_the_line(step, says):
+    said = refused(step, HOST)
+    assert len(said) == 1 and re.search(says, said[0]), said
+
+
+def changed_by_hand():
+    "Steps whose numbers change where nobody is told."
+    calls = itertools.count(1)
+
+    def rate(self, ids, labels, factor, rng):
+        return Training.step(self, ids, labels, 1 / next(calls), rng)
+
+    def key(self, ids, labels, factor, rng):
+        return Training.step(self, ids, labels, factor, self.rng)
+
+    def structure(self, ids, labels, factor, rng):
+        n = 5 + next(calls) % 2
+        return Training.step(self, ids[:, :n], labels[:, :n], factor, rng)
+
+    def gradients(self, ids, labels, factor, rng):
+        loss = loss_of(self.model, ids, labels)
+        loss.backward()
+        self.opt.step()
+        return loss
+
+    def number(self, ids, labels, factor, rng):
+        return Training.step(self, ids, labels, 0.5 * float(factor), rng)
+    return {"rate": (rate, "optimizer.step another number.*1.0 before, 0.5 now"), "key": (key, "the kernel (dropout|uniform) another number"),
+            "structure": (structure, "another number|something else"), "gradients": (gradients, "leaves gradients behind"),
+            "number": (number, "for optimizer.step")}
+
+
+@pytest.mark.parametrize("what", changed_by_hand())
+def test_what_changes_from_call_to_call_without_being_told_is_refused(what, monkeypatch):
+    step, says = changed_by_hand()[what]
+    training = Training(0.2 if what == "key" else 0.0)
+    monkeypatch.setattr(training, "step", step.__get__(training), raising=False)
+    with pytest.raises(CannotCapture, match=says):
+        training.go(True)
+
+
+def test_an_optimiser_that_cannot_is_refused():
+    training = Training()
+    training.opt = SGD(0.1).start(edit.trained(training.model))
+    with pytest.raises(CannotCapture, match="an update by SGD cannot be captured"):
+        training.go(True)
+
+
+def test_after_a_refusal_training_goes_on_as_if_nothing_had_happened():
+    one, other = Training(), Training()
+    want, _ = one.go(False, BATCHES[:2])
+    bad = tf.capture(lambda *args: float(other.step(*args).data))
+    losses = [bad(ids[:, :-1], next_tokens(ids), 1 - t / 20, None) for t, ids in enumerate(BATCHES[:2])]
+    with pytest.raises(CannotCapture, match="reads a number"):
+        bad(BATCHES[0][:, :-1], next_tokens(BATCHES[0]), 1.0, None)
+    assert np.array_equal(losses, want) and other.opt.t == 2 and all(p.grad is None for p in other.model.parameters())
+    assert np.array_equal(one.go(False, BATCHES[2:])[0], other.go(False, BATCHES[2:])[0])
+
+
+def test_a_norm_that_is_not_finite_updates_nothing_in_a_replay_too():
+    training = Training()
+    weights = lambda: np.concatenate([array.asnumpy(a) for g in training.opt.bound for a in (g.w, *g.moments)])
+
+    def step(ids, labels, scale):
+        loss = loss_of(training.model, ids, labels) * Tensor(array.put_like(scale, training.opt.bound[0].w))
+        loss.sum().backward()
+        norm = training.opt.step(1.0, clip=1.0)
+        training.opt.zero_grad()
+        return norm
+    step = tf.capture(step)
+    for t, ids in enumerate(BATCHES[:6]):
+        before, bad = weights(), t == 4
+        norm = step(ids[:, :-1], next_tokens(ids), np.float32([np.inf if bad else 1]))
+        assert np.array_equal(before, weights()) == bad
+        if bad:
+            with pytest.raises(FloatingPointError, match="norm is"):
+                training.opt.settle(float(norm))
+        else:
+            training.opt.settle(float(norm))
+    assert training.opt.t == 5
