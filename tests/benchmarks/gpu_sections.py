@@ -126,9 +126,15 @@ def examples(c: Clock) -> dict[str, tuple[Callable, tuple | None]]:
     make = lambda dtype, *s: normal(rng, s).astype(dtype)
     ids = lambda n: cp.asarray(rng.integers(0, V, n))
     scores = B * H * T * T
+
+    def projections(t: np.dtype) -> tuple:
+        "Three weights and biases as an optimiser lays them out: one after another."
+        W, b = make(t, 3, C, C), make(t, 3, C)
+        return [make(t, B, N // B, C), W[0], b[0], W[1], b[1], W[2], b[2]], {"heads": H}
     return {
         "linear": (lambda t: ([make(t, N, C), make(t, F, C), make(t, F)], {}), None),
         "matmul": (lambda t: ([make(t, B, H, T, D), make(t, B, H, D, T)], {}), None),
+        "project": (projections, None),
         "layer_norm": (lambda t: ([make(t, N, C), make(t, C), make(t, C)], {"eps": 1e-5}), (2 * N * C, 3 * N * C)),
         "gelu": (lambda t: ([make(t, N, F)], {}), (2 * N * F, 3 * N * F)),
         "gelu_tanh": (lambda t: ([make(t, N, F)], {}), (2 * N * F, 3 * N * F)),
@@ -150,7 +156,8 @@ def wide(a: Any) -> Any:
 
 
 def pulled(pulls: Any, g: Any, inputs: list) -> list:
-    return pulls(g, [True] * len(inputs)) if callable(pulls) else [None if p is None else p(g) for p, _ in zip(pulls, inputs)]
+    "The gradients of the inputs, None where there is none."
+    return list(pulls(g, [True] * len(inputs))) if callable(pulls) else [None if p is None else p(g) for p, _ in zip(pulls, inputs)]
 
 
 def apart(a: Any, b: Any) -> float:
@@ -163,20 +170,22 @@ def one_kernel(c: Clock, name: str, dtype: str, copy: float) -> Row:
     "Value and pullbacks beside the definition's, in float32; then time."
     make, move = examples(c)[name]
     inputs, options = make(DTYPES[dtype])
+    several = lambda y: y if isinstance(y, tuple) else (y,)
+    plain = [wide(a) for a in inputs]                    # float32: CuPy has no bfloat16 in batched products
     y, pulls = getattr(layers, name)(*inputs, **options)
-    want, defined = OPS[name].definition(*map(wide, inputs), **options)
-    g = normal(np.random.default_rng(1), y.shape).astype(DTYPES[dtype])
-    value, worst = apart(y, want), 0.0
-    for a, d, e in zip(inputs, pulled(pulls, g, inputs), pulled(defined, wide(g), inputs)):
-        if d is not None:
-            worst = max(worst, apart(sum_to(d, a.shape), sum_to(e, a.shape)))
-    length = max(1, y.size // y.shape[-1] if y.ndim else inputs[0].shape[0])
+    want, defined = OPS[name].definition(*plain, **options)
+    value, rng = max(map(apart, several(y), several(want))), np.random.default_rng(1)
+    given = [normal(rng, v.shape).astype(DTYPES[dtype]) for v in several(y)]
+    g, exact = (given, [wide(a) for a in given]) if isinstance(y, tuple) else (given[0], wide(given[0]))
+    worst = max(apart(sum_to(d, a.shape), sum_to(e, a.shape))
+                for a, d, e in zip(inputs, pulled(pulls, g, inputs), pulled(defined, exact, plain)) if d is not None)
+    first = several(y)[0]
+    length = max(1, first.size // first.shape[-1] if first.ndim else inputs[0].shape[0])
     right = value < TOLERANCE[dtype] and worst < TOLERANCE[dtype] * length**0.5
-    del want, defined, y, pulls
+    del want, defined, y, pulls, first
     turn = itertools.cycle([inputs] + [make(DTYPES[dtype])[0] for _ in range(c.copies(sum(a.nbytes for a in inputs if array.is_array(a))) - 1)])
     _, back = getattr(layers, name)(*inputs, **options)
     forward, backward = c.device(lambda: getattr(layers, name)(*next(turn), **options)), c.device(lambda: pulled(back, g, inputs))
-    plain = [wide(a) for a in inputs]                    # CuPy has no bfloat16 in batched products
     slow = c.device(lambda: OPS[name].definition(*plain, **options))
     row = {"apart": value, "apart, back": worst, "right": c.check(right), "ms": forward * 1e3, "ms, back": backward * 1e3,
            "definition (float32) / kernel": slow / forward}

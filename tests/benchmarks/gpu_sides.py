@@ -1,6 +1,6 @@
 """The sides of a training step on a device: tinyft's, the same captured, PyTorch's, and that compiled.  Each is a call that returns its loss.
 
-What belongs to a step: forward, backward, AdamW, gradients forgotten.  The batch lies on the device; the loss is not read.
+What belongs to a step: forward, backward, AdamW, gradients forgotten.  The batch lies on the device, and the loss stays there.
 """
 from __future__ import annotations
 
@@ -49,25 +49,27 @@ def mixed(how: str) -> contextlib.AbstractContextManager:
     return tf.autocast("bfloat16")
 
 
-def tinyft_step(case: Case, how: str) -> Step:
-    mixed(how)
+def tinyft_step(case: Case, how: str, capture: bool = False) -> Step:
+    "capture: noted as one CUDA graph at its third call, and replayed."
+    mixed(how)                                           # raises before anything is built
     model, b = side_tinyft.build(case), {k: cp.asarray(v) for k, v in batch(case).items()}
     optimizer = tf.AdamW(1e-3).start(tf.trained(model))
 
-    def step() -> Any:
+    def step(ids: Any, labels: Any) -> Any:
         with mixed(how):
-            loss = ops.cross_entropy(model(b["ids"]), b["labels"])
+            loss = ops.cross_entropy(model(ids), labels)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return loss.data
-    return step
+        return loss
+    run = tf.capture(step) if capture else step
+    return lambda: run(b["ids"], b["labels"])
 
 
 def tinyft_captured(case: Case, how: str) -> Step:
     if not hasattr(tf, "capture"):
         raise Missing("tinyft has no captured step (tinyft.capture)")
-    return tf.capture(tinyft_step(case, how))
+    return tinyft_step(case, how, capture=True)
 
 
 # ── PyTorch ──────────────────────────────────────────────────────────────────────────────────────────────────────────
