@@ -121,9 +121,9 @@ class Tensor:
             if isinstance(node, Part):                                           # the whole gets a list, one gradient for each of its values
                 grads.setdefault(id(node.whole), [None] * node.of)[node.i] = g
                 continue
-            given = {id(_owner(a)) for a in (g if isinstance(g, list) else [g])}
+            given = g if isinstance(g, list) else [g]
             for p, gp in node.pull(g):
-                shared = gp.shape == p.shape and (id(_owner(gp)) in given or not _solid(gp))       # a sum, or a view of what was made for us, is ours
+                shared = gp.shape == p.shape and not _ours(gp, given)            # a sum is ours
                 gp, k = sum_to(gp, p.shape), id(p)
                 if _state.anomaly and not bool(m.isfinite(gp).all()):
                     raise FloatingPointError(f"{node.name} gave back a gradient that is not finite; shape {gp.shape}")
@@ -139,14 +139,13 @@ class Tensor:
                 node.release()
 
 
-def _owner(a: Array) -> Array:
-    "The array whose memory this is, or a view of."
-    return a if getattr(a, "base", None) is None else a.base
-
-
-def _solid(a: Array) -> bool:
-    "Not a view that shows numbers twice or in another order."
-    return getattr(a, "base", None) is None or a.flags.c_contiguous
+def _ours(gp: Array, given: list) -> bool:
+    "Whether a pullback made this array, or what it is a view of: then nobody else sees it.  Otherwise it is a view of what the pullback was given."
+    if any(gp is g for g in given):
+        return False
+    if getattr(gp, "base", None) is None:
+        return True
+    return gp.flags.c_contiguous and not any(g is not None and xp(gp).may_share_memory(gp, g) for g in given)      # no number shown twice
 
 
 class Record:
