@@ -125,6 +125,7 @@ def draw(rows: list[dict], path: Path) -> None:
             a.grid(alpha=0.25)
     fig.suptitle("A training step of tinyft (GPT, 2 layers of 128, batch 4 × 128 tokens, 1 thread) as one size grows")
     fig.savefig(path, dpi=110)
+    plt.close(fig)
 
 
 TEXT = {
