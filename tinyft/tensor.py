@@ -107,7 +107,6 @@ class Tensor:
         if g.shape != self.shape:
             raise ShapeError(f"backward wants a gradient of shape {self.shape}, got {g.shape}")
         grads, ours, order = {id(self.node): g}, set(), topological(self)        # ours: arrays nobody else can see
-        anomaly = _state.anomaly
         while order:                                                             # popping lets go of what was passed
             node = order.pop()
             key = id(node)
@@ -122,12 +121,11 @@ class Tensor:
             if isinstance(node, Part):                                           # the whole gets a list, one gradient for each of its values
                 grads.setdefault(id(node.whole), [None] * node.of)[node.i] = g
                 continue
+            given = g if isinstance(g, list) else [g]
             for p, gp in node.pull(g):
-                k, shape = id(p), p.shape
-                shared = gp.shape == shape and _lent(gp, g)                      # what was summed is ours
-                if gp.shape != shape:
-                    gp = sum_to(gp, shape)
-                if anomaly and not bool(m.isfinite(gp).all()):
+                shared = gp.shape == p.shape and not _ours(gp, given)            # a sum is ours
+                gp, k = sum_to(gp, p.shape), id(p)
+                if _state.anomaly and not bool(m.isfinite(gp).all()):
                     raise FloatingPointError(f"{node.name} gave back a gradient that is not finite; shape {gp.shape}")
                 if k not in grads:
                     grads[k] = gp
@@ -141,12 +139,13 @@ class Tensor:
                 node.release()
 
 
-def _lent(gp: Array, g: Any) -> bool:
-    "Whether what a pullback gave back is g's memory (g: an array, or a list of them), or shows numbers twice or in another order."
-    given = g if isinstance(g, list) else (g,)
-    if gp.base is None:
-        return any(gp is a or (a is not None and a.base is gp) for a in given)
-    return not gp.flags.c_contiguous or any(a is not None and gp.base is (a if a.base is None else a.base) for a in given)
+def _ours(gp: Array, given: list) -> bool:
+    "Whether a pullback made this array, or what it is a view of: then nobody else sees it.  Otherwise it is a view of what the pullback was given."
+    if any(gp is g for g in given):
+        return False
+    if getattr(gp, "base", None) is None:
+        return True
+    return gp.flags.c_contiguous and not any(g is not None and xp(gp).may_share_memory(gp, g) for g in given)      # no number shown twice
 
 
 class Record:

@@ -1,6 +1,7 @@
 """A captured step is the step: its losses, replayed, are those of running it; and what cannot be replayed is refused."""
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 import tinyft as tf
-from tinyft import GPT, SGD, AdamW, CannotCapture, GPTConfig, array, edit, ops
+from tinyft import GPT, SGD, AdamW, CannotCapture, GPTConfig, array, edit, kernels, ops
 from tinyft.kernels.cuda import capture, gemm, optimizer
 from tinyft.tensor import Tensor
 from tinyft.train import next_tokens
@@ -289,3 +290,46 @@ def test_a_norm_that_is_not_finite_updates_nothing_in_a_replay_too():
         else:
             training.opt.settle(float(norm))
     assert training.opt.t == 5
+
+
+# ── AdamW over all tensors at once ───────────────────────────────────────────────────────────────────────────────────
+def some_steps(fast, spoil=None):
+    "Values, moments, gradients and norms of two steps over more tensors than one launch takes, one large, one masked, one without a gradient."
+    rng = np.random.default_rng(0)
+    shapes = [(3, 2)] * 155 + [(200, 200)] + [(5,)] * 10
+    named = {f"p{i}": Tensor(array.asarray(rng.standard_normal(s).astype(np.float32)), True) for i, s in enumerate(shapes)}
+    named["p3"].mask = array.asarray(np.array([[True], [False], [True]]))
+    opt, norms = AdamW(0.1, weight_decay=0.1).start(named), []
+    for clip in (0.5, None):
+        for i, p in enumerate(named.values()):
+            p.grad = None if i == 7 else array.asarray(rng.standard_normal(p.shape).astype(np.float32))
+        if spoil:
+            named["p160"].grad[0] = spoil
+        with contextlib.nullcontext() if fast else kernels.definitions():
+            norms.append(float(opt.step(clip=clip)))
+    numbers = [a for g in opt.bound for a in (g.w, *g.moments)] + [p.grad for n, p in named.items() if p.grad is not None and n != "p3"]
+    return opt, np.concatenate([array.asnumpy(a).ravel() for a in numbers]), norms
+
+
+def test_all_tensors_at_once_is_one_after_the_other(monkeypatch):
+    (_, want, norms), (_, got, same) = some_steps(False), some_steps(True)
+    assert np.allclose(got, want, rtol=2e-5, atol=1e-6) and np.allclose(same, norms, rtol=1e-6)
+    right = optimizer.table
+    for wrong in (lambda g, starts=None: right(g, starts and [0, *starts[1:]]), lambda g, starts=None: right(g, starts and starts[1:] + starts[:1]),
+                  lambda g, starts=None: right(list(g)[:-1], starts and starts[:-1])):
+        with monkeypatch.context() as m:
+            m.setattr(optimizer, "table", wrong)
+            assert not np.allclose(some_steps(True)[1], want, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_norm_that_is_not_finite_moves_nothing(bad):
+    with pytest.raises(FloatingPointError, match="norm is"):
+        some_steps(True, bad)
+    p = Tensor(array.asarray(np.ones((2, 2), np.float32)), True)
+    opt = AdamW(0.1).start({"p": p})
+    p.grad = array.asarray(np.array([[1, bad], [1, 1]], np.float32))
+    norm = opt.advance(clip=1.0)
+    with pytest.raises(FloatingPointError):
+        opt.settle(float(norm))
+    assert (array.asnumpy(p.data) == 1).all() and opt.t == 0 and not any(array.asnumpy(m).any() for m in opt.bound[0].moments)

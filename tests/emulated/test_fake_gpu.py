@@ -188,3 +188,34 @@ def test_types_are_read_off_a_signature():
         ("PyObject *", ("intptr_t", "unsigned int", "int", "void *"))
     assert fake_gpu._types("PyObject *(void)") == ("PyObject *", ()) and fake_gpu._types("float (int s)") == ("float", ("int",))
     assert ctypes.sizeof(fake_gpu._Fake) == 8 * len(fake_gpu.FIELDS)
+
+
+# ── capture ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_a_graph_does_again_what_was_noted_on_what_lies_there_then():
+    stream, x, y = cp.cuda.Stream(non_blocking=True), cp.arange(6, dtype=np.float32), cp.zeros(6, np.float32)
+    with stream:
+        x * 2
+        stream.begin_capture()
+        y += x * 2
+        other = cp.zeros(6, np.float32) + y
+        graph = stream.end_capture()
+    assert not cp.asnumpy(y).any(), "noted, not done"
+    for n in (1, 2):
+        fake_gpu.reset()
+        graph.launch(stream)
+        assert fake_gpu.counts().graphs == 1
+        assert np.array_equal(cp.asnumpy(y), n * 2 * np.arange(6)) and np.array_equal(cp.asnumpy(other), cp.asnumpy(y))
+    x[...] = 1
+    graph.launch(stream)
+    assert np.array_equal(cp.asnumpy(y), 4 * np.arange(6) + 2)
+
+
+def test_a_wait_while_a_stream_is_captured_is_refused_and_spoils_it():
+    stream = cp.cuda.Stream(non_blocking=True)
+    with stream:
+        stream.begin_capture()
+        with pytest.raises(cp.cuda.runtime.CUDARuntimeError, match="cudaErrorStreamCaptureUnsupported"):
+            stream.synchronize()
+        with pytest.raises(cp.cuda.runtime.CUDARuntimeError, match="cudaErrorStreamCaptureInvalidated"):
+            stream.end_capture()
+        stream.synchronize()
