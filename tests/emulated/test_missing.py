@@ -18,7 +18,7 @@ SITUATIONS = {     # what is done before the library looks: what it then says
                   "the NVIDIA driver shows no device: nvidia-smi -L lists"),
     "no NVRTC": ("from cuda import pathfinder; pathfinder.load_nvidia_dynamic_lib = without('nvrtc'); emulate.install()",
                  'NVRTC, which compiles kernels, is not installed: pip install "tinyft[gpu13]"'),
-    "no cuBLAS": ("fake_gpu._load_cublas = lambda folder: None; emulate.install()",
+    "no cuBLAS": ("emulate.install(); pathfinder.load_nvidia_dynamic_lib = without('cublas')",
                   'cuBLAS, which multiplies matrices, is not installed: pip install "tinyft[gpu13]"'),
     "nothing missing": ("emulate.install()", "None"),
     "kernels that do nothing": ("emulate.install(); fake_gpu.execute = lambda *a: None", "the GPU computed a wrong product"),
