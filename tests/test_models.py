@@ -16,7 +16,7 @@ import pytest
 from helpers import dev, host
 from wrong import replaced
 
-from tinyft import BERT, GPT, BERTConfig, Cache, Context, GPTConfig, Tensor, array, no_grad, ops
+from tinyft import BERT, GPT, BERTConfig, Cache, Context, GPTConfig, LoRA, Tensor, array, attach, detach, no_grad, ops
 from tinyft.models import blocks
 from tinyft.models.blocks import KV, MLP, Attention, Classifier, PostNormBlock, PreNormBlock, sinusoids
 from tinyft.nn import Dropout, LayerNorm
@@ -461,3 +461,24 @@ def test_what_is_just_allowed_is_allowed_and_the_rest_says_why_not():
     with pytest.raises(ValueError, match="BERT looks both ways"):
         new("bert")(np.array(full), cache=Cache())
     assert blocks.check_ids([], V) is None and blocks.check_ids(dev([[V + 5]]) if array.backend() != "numpy" else None, V) is None
+
+
+@pytest.mark.skipif(array.backend() != "numpy", reason="the others have a kernel, or none")
+def test_one_product_for_queries_keys_and_values_is_taken_only_where_nothing_is_attached(rng, monkeypatch):
+    "With its definition as the kernel: the same logits; and with edits on the three maps, theirs."
+    calls: list[int] = []
+
+    def kernel(*args: Any, **kw: Any) -> Any:
+        calls.append(1)
+        return ops.project.definition(*args, **kw)
+    model, ids = GPT(GPTConfig(11, 8, 8, 2, 2)), rng.integers(0, 11, (2, 5))
+    tables = [model(ids).numpy()]
+    attach(model, LoRA(r=2, targets="attn.[qkv]"))
+    for e in (m.edits["lora"] for m in model.modules() if m.edits):
+        e.B.copy_(rng.standard_normal(e.B.shape))
+    tables.append(model(ids).numpy())
+    monkeypatch.setitem(ops.project.fast, np.ndarray, kernel)
+    assert np.allclose(model(ids).numpy(), tables[1], atol=1e-5) and not calls
+    detach(model)
+    assert np.allclose(model(ids).numpy(), tables[0], atol=1e-5) and len(calls) == 2
+    assert not np.allclose(*tables, atol=1e-3)

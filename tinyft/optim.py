@@ -73,7 +73,7 @@ class Group:
         become views of that.  Zero where a mask lets nothing move: what is held counts neither in the norm nor in the moments."""
         out, small = [], [(p, s) for p, s in zip(self.tensors, self.slices) if p.size <= LARGE]
         if any(p.grad is not None for p, _ in small):
-            g = xp(self.w).empty(small[-1][1].stop, self.w.dtype)
+            g = xp(self.w).empty(sum(p.size for p, _ in small), self.w.dtype)
             for p, s in small:
                 g[s] = 0.0 if p.grad is None else free(p).reshape(-1)
                 if p.grad is not None and p.mask is None:
