@@ -6,7 +6,7 @@ B batch, T time, C width, H heads, D = C/H head width, F feed-forward width, V v
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -50,13 +50,13 @@ class Attention(Module):
         y = ops.attention(q, k, v, seen, causal=self.causal, keep=keep)                                   # (B, H, T, D)
         return self.drop(self.o(y.permute(0, 2, 1, 3).reshape(x.shape), ctx), ctx)
 
-    def project(self, x: Tensor, ctx: Context) -> tuple[Tensor, ...]:
+    def project(self, x: Tensor, ctx: Context) -> Sequence[Tensor]:
         "Queries, keys and values, by heads.  Where nothing is attached to the three maps, and a kernel can, they are one product."
         maps = self.q, self.k, self.v
         plain = all(type(f) is Linear and not f.edits and type(f.weight) is Parameter and f.bias is not None for f in maps)
         if plain and type(x.data) in ops.project.fast:
             return ops.project(x, *(p for f in maps for p in (f.weight, f.bias)), heads=self.h)
-        return tuple(self.split(f(x, ctx)) for f in maps)
+        return [self.split(f(x, ctx)) for f in maps]
 
     def split(self, x: Tensor) -> Tensor:
         "(B, T, C) -> (B, H, T, D): head h owns the features h D : (h + 1) D"
