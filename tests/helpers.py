@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from tinyft import array
+from tinyft import GPT, AdamW, GPTConfig, LoRA, array, attach, fit
 from tinyft.tensor import Tensor
 
 
@@ -79,3 +79,13 @@ def shapes_of(draw: Callable, spec: str, broadcast: bool = True) -> tuple[list[t
     full = np.broadcast_shapes(*leads)
     shape = lambda s, front: (front if "..." in s else ()) + tuple(size[d] for d in s if d != "...")
     return [shape(s, front) for s, front in zip(ins, leads)], shape(out[0], full)
+
+
+def lora_curve(steps: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    "The losses of a small GPT that LoRA trains, with dropout and padding in batches of `rows` texts, and a matrix B at the end."
+    model = GPT(GPTConfig(19, 12, 16, 2, 2, dropout=0.1), seed=1)
+    attach(model, LoRA(r=2, targets=("attn.[qv]", "mlp.up")))
+    rng = np.random.default_rng(0)
+    ids, mask = rng.integers(0, 19, (3, rows, 10)), rng.integers(4, 11, (3, rows, 1)) > np.arange(10)
+    history = fit(model, [{"ids": i, "mask": m} for i, m in zip(ids, mask)], steps, AdamW(0.01), progress=False)
+    return np.array(history.losses), model.blocks[0].attn.q.edits["lora"].B.numpy()

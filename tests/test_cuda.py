@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import lora_curve
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyft import GPT, AdamW, GPTConfig, LoRA, array, attach, fit, kernels, optim
+from tinyft import array, kernels, optim
 from tinyft.array import bfloat16
 from tinyft.kernels import cuda
 from tinyft.kernels.cuda import gemm, int4, launch, layers, optimizer
@@ -617,21 +618,12 @@ def test_kernels_are_put_in_place_when_the_backend_is_opened(no_cupy):
     assert all(Array in OPS[n].fast for n in layers.NAMES)
 
 
-def curve(steps: int = 4) -> tuple[np.ndarray, np.ndarray]:
-    model = GPT(GPTConfig(19, 12, 16, 2, 2, dropout=0.1), seed=1)
-    attach(model, LoRA(r=2, targets=("attn.[qv]", "mlp.up")))
-    rng = np.random.default_rng(0)
-    ids, mask = rng.integers(0, 19, (3, 4, 10)), rng.integers(4, 11, (3, 4, 1)) > np.arange(10)
-    history = fit(model, [{"ids": i, "mask": m} for i, m in zip(ids, mask)], steps, AdamW(0.01), progress=False)
-    return np.array(history.losses), model.blocks[0].attn.q.edits["lora"].B.numpy()
-
-
 @no_device
 def test_training_goes_the_same_way_on_the_cuda_kernels():
     with kernels.definitions():
-        plain, plain_weights = curve()
+        plain, plain_weights = lora_curve(4, 4)
         cuda.put_in_place(np.ndarray)
-        losses, weights = curve()
+        losses, weights = lora_curve(4, 4)
         kernels.remove()
     assert np.allclose(losses, plain, rtol=2e-5) and np.allclose(weights, plain_weights, rtol=1e-2, atol=1e-4)
     assert gemm.LIBRARIES[np.ndarray].calls > 50 and not np.array_equal(losses, plain), "the kernels were not used"

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import lora_curve
 from hypothesis import given
 from hypothesis import strategies as st
 
 import tinyft
-from tinyft import GPT, AdamW, GPTConfig, LoRA, array, attach, fit, kernels
+from tinyft import array, kernels
 from tinyft.kernels import attention as tiled
 from tinyft.kernels import numpy as fast
 from tinyft.kernels import threads
@@ -273,20 +274,11 @@ def test_a_wrong_kernel_is_caught(i, rng):
             agree(name, kernel, arrays, kw, rng)
 
 
-def curve(steps: int = 30) -> tuple[np.ndarray, np.ndarray]:
-    model = GPT(GPTConfig(19, 12, 16, 2, 2, dropout=0.1), seed=1)
-    attach(model, LoRA(r=2, targets=("attn.[qv]", "mlp.up")))
-    rng = np.random.default_rng(0)
-    ids, mask = rng.integers(0, 19, (3, 6, 10)), rng.integers(4, 11, (3, 6, 1)) > np.arange(10)
-    history = fit(model, [{"ids": i, "mask": m} for i, m in zip(ids, mask)], steps, AdamW(0.01), progress=False)
-    return np.array(history.losses), model.blocks[0].attn.q.edits["lora"].B.numpy()
-
-
 def test_training_goes_the_same_way_with_and_without_kernels():
     kernels.install()
-    losses, weights = curve()
+    losses, weights = lora_curve(30, 6)
     with kernels.definitions():
-        plain, plain_weights = curve()
+        plain, plain_weights = lora_curve(30, 6)
         assert not any(OPS[n].fast for n in NAMES)
     assert np.allclose(losses, plain, rtol=2e-5) and np.allclose(weights, plain_weights, rtol=1e-2, atol=1e-4)
     assert losses[-3:].mean() < losses[:3].mean() - 0.05
@@ -294,7 +286,7 @@ def test_training_goes_the_same_way_with_and_without_kernels():
     right = OPS["gelu_tanh"].fast[np.ndarray]
     try:
         OPS["gelu_tanh"].fast[np.ndarray] = scaled("gelu_tanh", 0, 1.1)
-        assert not np.allclose(curve()[0], plain, rtol=2e-5)
+        assert not np.allclose(lora_curve(30, 6)[0], plain, rtol=2e-5)
     finally:
         OPS["gelu_tanh"].fast[np.ndarray] = right
 

@@ -28,10 +28,7 @@ _modules: dict[type, Any] = {np.ndarray: np}            # array type -> its modu
 _names: dict[type, str] = {np.ndarray: "numpy"}
 _local = threading.local()                              # each thread may use another backend
 _when_opened: dict[str, Callable[[type, Any], None]] = {}                        # backend -> what its kernels do when it is first used
-
 UNIFORM: dict[type, Callable[[Any, int], Any]] = {}                              # array type -> uniform_like, made on the device
-
-
 recording: Any = None                                   # what notes a training step for its replay, while it does (kernels/cuda/capture.py)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 NAMES = {"lora_qv": "LoRA (q, v)", "lora_all": "LoRA (all linear maps)", "bitfit": "BitFit", "houlsby": "Houlsby adapters", "prefix": "prefix",
          "head": "head only", "full": "full"}
-# what was asked for: (section, row's key or None for all, which ratio, at least?, bound)
+# what was asked for: of PyTorch's time (anywhere, at tiny), of the floor's, of PEFT's; and of tinyft's own full step
 STEP, TINY, FLOOR, PEFT, QV, HEAD = 1.0, 1.2, 1.15, 1.3, 0.72, 0.40
 
 

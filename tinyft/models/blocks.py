@@ -53,8 +53,8 @@ class Attention(Module):
     def project(self, x: Tensor, ctx: Context) -> Sequence[Tensor]:
         "Queries, keys and values, by heads.  Where nothing is attached to the three maps, and a kernel can, they are one product."
         maps = self.q, self.k, self.v
-        plain = all(type(f) is Linear and not f.edits and type(f.weight) is Parameter and f.bias is not None for f in maps)
-        if plain and type(x.data) in ops.project.fast:
+        plain = lambda f: type(f) is Linear and not f.edits and type(f.weight) is Parameter and f.bias is not None
+        if type(x.data) in ops.project.fast and all(map(plain, maps)):
             return ops.project(x, *(p for f in maps for p in (f.weight, f.bias)), heads=self.h)
         return [self.split(f(x, ctx)) for f in maps]
 
