@@ -458,10 +458,10 @@ class Spy(Optimizer):
         self.log.append("start")
         return super().start(named)
 
-    def advance(self, factor: float = 1.0, clip: float | None = None, loss: Any = None) -> Any:
+    def advance(self, factor: float = 1.0, clip: float | None = None, loss: Any = None, scale: float = 1.0) -> Any:
         self.gradients = {n: np.array(host(p.grad)) for g in self.bound for n, p in zip(g.names, g.tensors) if p.grad is not None}
         self.log.append(f"update at {factor} clipped at {clip}")
-        return super().advance(factor, clip, loss)
+        return super().advance(factor, clip, loss, scale)
 
     def update(self, group: Any, lr: float) -> None:
         group.w -= lr * group.g

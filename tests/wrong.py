@@ -139,10 +139,10 @@ def amax_for_all(x, axis=None, keepdims=False):
     return x.max(axis=axis, keepdims=keepdims), (lambda g: m.broadcast_to(ops._back(g, shape, axis, keepdims), shape),)
 
 
-@instead_of("amax", "Dividing by a count is dividing by a number: the dtype stays.")
-def amax_widens(x, axis=None, keepdims=False):
-    y, at = x.max(axis=axis, keepdims=keepdims), x == x.max(axis=axis, keepdims=True)
-    return y, (lambda g: ops._back(g, x.shape, axis, keepdims) * at / at.sum(axis=axis, keepdims=True),)
+@instead_of("mean", "Dividing by a count is dividing by a number: the dtype stays.")
+def mean_widens(x, axis=None, keepdims=False):
+    n = xp(x).ones(x.shape, int).sum(axis=axis, keepdims=keepdims)
+    return x.sum(axis=axis, keepdims=keepdims) / n, ops.mean.definition(x, axis=axis, keepdims=keepdims)[1]
 
 
 @instead_of("cumsum", "The adjoint of a cumulative sum is a cumulative sum.")

@@ -22,6 +22,8 @@ from .methods import BitFit, Full, Houlsby, LoRA, Partial, PrefixTuning, PromptT
 from .models import BERT, GPT, BERTConfig, GPTConfig
 from .nn import Cache, Context, Module, Packed, Parameter
 from .optim import SGD, Adam, AdamW, constant, cosine, linear
+from .precision import autocast, get_float32_matmul_precision, set_float32_matmul_precision
+from .scaler import GradScaler
 from .tensor import ShapeError, Tensor, detect_anomaly, no_grad
 from .train import Diverged, History, evaluate, fit, perplexity
 
@@ -34,6 +36,7 @@ __all__ = [
     "Edit", "Method", "Attached", "Count", "CannotMerge",
     "methods", "Full", "Partial", "BitFit", "Houlsby", "PromptTuning", "PrefixTuning", "eject", "LoRA",            # the methods
     "fit", "evaluate", "perplexity", "History", "AdamW", "Adam", "SGD", "constant", "linear", "cosine",          # training
+    "autocast", "GradScaler", "set_float32_matmul_precision", "get_float32_matmul_precision",                    # mixed precision
     "capture", "CannotCapture", "BackendError", "ShapeError", "Diverged", "peak_memory", "kernels", "set_num_threads", "get_num_threads",
     "check",                                                                                                     # the exercises
 ]

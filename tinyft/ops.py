@@ -228,7 +228,7 @@ def amax(x, axis=None, keepdims=False):
 
     def back(g):
         at = x == _back(y, x.shape, axis, keepdims)
-        return _back(g, x.shape, axis, keepdims) * at / at.sum(axis=axis, keepdims=True).astype(g.dtype)
+        return _back(g, x.shape, axis, keepdims) * at / at.sum(axis=axis, keepdims=True)
     return y, (back,)
 
 
@@ -250,7 +250,7 @@ def where(c, a, b):
 def maximum(a, b):
     "y = max(a, b).    da = g [a > b] + g [a = b] / 2"
     share = lambda p, q: (p > q) + 0.5 * (p == q)
-    return xp(a, b).maximum(a, b), (lambda g: (g * share(a, b)).astype(g.dtype), lambda g: (g * share(b, a)).astype(g.dtype))
+    return xp(a, b).maximum(a, b), (lambda g: g * share(a, b), lambda g: g * share(b, a))
 
 
 @op("... -> ...")
@@ -456,7 +456,7 @@ def cross_entropy(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
         else:
             d = p * q[:, None]
         d[each, labels] -= q
-        return (d * (g / total)).reshape(shape).astype(dtype)
+        return (d * (g / total)).reshape(shape)
     return (value / total).astype(dtype), (back, None, None)
 
 

@@ -4,6 +4,9 @@ An optimiser is made from its hyper-parameters and bound to tensors by `start`; 
 that share a rate and a decay: the tensors become views of one array, their moments lie in two more, and a step is a few passes over
 long vectors.  As in PyTorch, clipping scales the `.grad` of the tensors.  What does not train has no state.  Weight decay leaves out
 biases, norms, gates and soft prompts: tensors with fewer than two axes, or marked decay=False.
+
+Of tensors in 16 bits it keeps the values in float32 (master weights) and shows them rounded: a step of a thousandth of a weight is lost in
+eight bits of fraction, and a thousand such steps are too.      Micikevicius et al. 2018, §3.1
 """
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ import numpy as np
 
 from . import array
 from .array import Array, xp
+from .precision import HALVES, widen
 from .tensor import Tensor
 
 __all__ = ["Optimizer", "SGD", "Adam", "AdamW", "constant", "linear", "cosine"]
@@ -62,11 +66,14 @@ class Group:
 
     def follow(self) -> None:
         "Values and moments to where the tensors are now.  BackendError if that is more than one place, TypeError if their dtype is another."
-        if other := next((p.dtype for p in self.tensors if p.dtype != self.w.dtype), None):
-            raise TypeError(f"the tensors this optimiser updates were {self.w.dtype} when it was started, and are {other} now: start it again")
+        if other := next((p.dtype for p, view in zip(self.tensors, self.views) if p.dtype != view.dtype), None):
+            raise TypeError(f"the tensors this optimiser updates were {self.views[0].dtype} when it was started, and are {other} now: start it again")
         xp(*(p.data for p in self.tensors))                                      # raises with both places named
-        self.w, *self.moments = (array.put_like(array.asnumpy(a), self.tensors[0].data) for a in (self.w, *self.moments))
+        self.move(lambda a: array.put_like(array.asnumpy(a), self.tensors[0].data))
         self.look()
+
+    def move(self, there: Callable[[Array], Array]) -> None:
+        self.w, *self.moments = map(there, (self.w, *self.moments))
 
     def pieces(self) -> list[Piece]:
         """What there is to update.  A large tensor's gradient is used where it lies; those of the small ones are put end to end, and
@@ -105,6 +112,48 @@ class Group:
             for a, was in zip((self.w, *self.moments), old):
                 a[s] = was if may is None else xp(a).where(may, a[s], was)
 
+    def show(self) -> None:
+        "Let the tensors see what was updated.  Nothing to do, but for Rounded ones."
+
+    def note(self) -> None:
+        "The tensors are as this optimiser has written them: what differs later was written by others."
+
+    shown = None
+    kept = property(lambda self: self.moments, doc="what outlives a step and is not the tensors' own")
+
+
+@dataclass
+class Rounded(Group):
+    "Tensors in 16 bits.  w and moments are float32; the tensors are views of `shown`: w, rounded."
+    versions: list[int] = field(default_factory=list)
+
+    def lay_out(self, moments: int) -> None:
+        super().lay_out(moments)
+        self.shown, self.w, self.moments = self.w, widen(self.w), [widen(a) for a in self.moments]
+        self.note()
+
+    def look(self) -> None:
+        self.views = [(self.w if self.shown is None else self.shown)[s].reshape(p.shape) for s, p in zip(self.slices, self.tensors)]
+
+    def gather_values(self) -> None:
+        others = [p.data is not view or p.version[0] != then for p, view, then in zip(self.tensors, self.views, self.versions)]
+        super().gather_values()
+        for s, view, by_others in zip(self.slices, self.views, others):
+            if by_others:
+                self.w[s] = widen(view).reshape(-1)
+
+    def move(self, there: Callable[[Array], Array]) -> None:
+        super().move(there)
+        self.shown = there(self.shown)
+
+    def show(self) -> None:
+        self.shown[...] = self.w
+
+    def note(self) -> None:
+        self.versions = [p.version[0] for p in self.tensors]
+
+    kept = property(lambda self: [*self.moments, self.w])
+
 
 @dataclass
 class Piece:
@@ -116,8 +165,9 @@ class Piece:
 
 
 def free(p: Tensor) -> Array:
-    "The gradient where p may move, zero elsewhere."
-    return p.grad if p.mask is None else xp(p.grad).where(p.mask, p.grad, 0)
+    "The gradient where p may move, zero elsewhere; in float32 if p is in 16 bits."
+    g = widen(p.grad)
+    return g if p.mask is None else xp(g).where(p.mask, g, 0)
 
 
 class Optimizer:
@@ -153,7 +203,7 @@ class Optimizer:
             rule = next((r for glob, r in self.rules.items() if match(glob, name)), {})
             decays = p.ndim >= 2 if p.decay is None else p.decay
             lr, decay = rule.get("lr", self.lr), rule.get("weight_decay", self.weight_decay) if decays else 0.0
-            g = made.setdefault((lr, decay, str(p.dtype)), Group(lr, decay))
+            g = made.setdefault((lr, decay, str(p.dtype)), (Rounded if p.dtype in HALVES else Group)(lr, decay))
             g.names.append(name)
             g.tensors.append(p)
         self.bound, self.t = list(made.values()), 0
@@ -161,16 +211,17 @@ class Optimizer:
             g.lay_out(self.n_moments)
         return self
 
-    def step(self, factor: float = 1.0, clip: float | None = None) -> Array:
-        """One update at rate factor × lr.  Gradients are first scaled to a norm of at most `clip`, all together.  Returns the norm before.
+    def step(self, factor: float = 1.0, clip: float | None = None, scale: float = 1.0) -> Array:
+        """One update at rate factor × lr.  Gradients are first divided by `scale`, what the loss was multiplied with (GradScaler), then
+        scaled to a norm of at most `clip`, all together.  Returns the norm before.
 
         FloatingPointError, with nothing updated, if that norm is not finite."""
-        norm = self.advance(factor, clip)
+        norm = self.advance(factor, clip, scale=scale)
         if array.recording is None:                                              # a captured step does not wait; settle(norm), when it is read
             self.settle(float(norm))
         return norm
 
-    def advance(self, factor: float = 1.0, clip: float | None = None, loss: Array | None = None) -> Array:
+    def advance(self, factor: float = 1.0, clip: float | None = None, loss: Array | None = None, scale: float = 1.0) -> Array:
         """step, without waiting for a device to say that the norm is finite: if it is not, nothing is updated, and settle(norm) tells.
 
         loss: a number that must be finite as well."""
@@ -179,28 +230,33 @@ class Optimizer:
         for g in self.bound:
             g.gather_values()
         fast = at_once.get(type(self.bound[0].w))
-        norm = fast(self, factor, clip, loss) if fast else None
+        norm = fast(self, factor, clip, loss, scale) if fast else None
         if norm is None:
             if array.recording is not None:
                 raise array.CannotCapture(f"an update by {type(self).__name__} cannot be captured; one by AdamW can, with kernels")
-            norm = self.one_by_one(factor, clip, loss)
+            norm = self.one_by_one(factor, clip, loss, scale)
         for g in self.bound:
             for p in g.tensors:
                 p.touch()
+            g.note()
         return norm
 
-    def one_by_one(self, factor: float, clip: float | None, loss: Array | None) -> Array:
+    def one_by_one(self, factor: float, clip: float | None, loss: Array | None, scale: float) -> Array:
         "advance, as it is defined: piece by piece."
         if loss is not None and not math.isfinite(float(loss)):
             raise FloatingPointError(f"the loss is {float(loss)}")
         pieces = [g.pieces() for g in self.bound]
-        norm = clip_norm([piece.g for some in pieces for piece in some], clip)
+        gradients = [piece.g for some in pieces for piece in some]
+        for g in gradients if scale != 1 else ():
+            g *= 1 / scale
+        norm = clip_norm(gradients, clip)
         self.t += 1
         for g, some in zip(self.bound, pieces):
             held = g.held()
             for piece in some:
                 self.update(piece, g.lr * factor)
             g.put_back(held)
+            g.show()
         return norm
 
     def settle(self, norm: float) -> None:
@@ -219,11 +275,11 @@ class Optimizer:
                 p.grad = None
 
     def state(self) -> dict[str, np.ndarray]:
-        "The moments and the step count, on the host."
-        out = {"t": np.array(self.t)}
-        for i, g in enumerate(self.bound):
-            out.update({f"{i}.{j}": array.asnumpy(a) for j, a in enumerate(g.moments)})
-        return out
+        "The moments and the step count, and the values in float32 of what is shown in 16 bits; on the host."
+        return {"t": np.array(self.t)} | {k: array.asnumpy(a) for k, a in self.kept().items()}
+
+    def kept(self) -> dict[str, Array]:
+        return {f"{i}.{j}": a for i, g in enumerate(self.bound) for j, a in enumerate(g.kept)}
 
     def load(self, state: dict[str, np.ndarray]) -> None:
         "The state that `state` gave, for an optimiser bound to the same tensors.  ValueError if it is another's."
@@ -231,9 +287,11 @@ class Optimizer:
         if mine != {k: v.shape for k, v in state.items()}:
             raise ValueError("this optimiser state belongs to other tensors: what trains, the groups or the optimiser differ")
         self.t = int(state["t"])
-        for i, g in enumerate(self.bound):
-            for j, a in enumerate(g.moments):
-                a[...] = array.put_like(state[f"{i}.{j}"], a)
+        for k, a in self.kept().items():
+            a[...] = array.put_like(state[k], a)
+        for g in self.bound:
+            g.show()
+            g.note()
 
 
 def clip_norm(gradients: list[Array], limit: float | None) -> Array:

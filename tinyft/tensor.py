@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from . import array
+from . import array, precision
 from .array import Array, xp
 
 
@@ -123,9 +123,11 @@ class Tensor:
                 continue
             given = g if isinstance(g, list) else [g]
             for p, gp in node.pull(g):
-                shared = gp.shape == p.shape and not _ours(gp, given)            # a sum is ours
-                gp, k = sum_to(gp, p.shape), id(p)
-                if _state.anomaly and not bool(m.isfinite(gp).all()):
+                as_it_is = gp.shape == p.shape and gp.dtype == p.dtype
+                shared, k = as_it_is and not _ours(gp, given), id(p)             # a sum is ours, and what was rounded
+                if not as_it_is:
+                    gp = precision.rounded(sum_to(gp, p.shape), p.dtype)
+                if _state.anomaly and not _finite(gp):
                     raise FloatingPointError(f"{node.name} gave back a gradient that is not finite; shape {gp.shape}")
                 if k not in grads:
                     grads[k] = gp
@@ -149,13 +151,13 @@ def _ours(gp: Array, given: list) -> bool:
 
 
 class Record:
-    """How a tensor was made: the op's name, the value's shape, the pullbacks with the nodes they lead to, the version of every leaf read.
+    """How a tensor was made: the op's name, the value's shape and dtype, the pullbacks with the nodes they lead to, the version of every leaf read.
 
     A node is the Record of a computed tensor, or a leaf.  So the graph holds what pullbacks hold, and no value for its own sake."""
-    __slots__ = ("name", "shape", "pulls", "leaves")
+    __slots__ = ("name", "shape", "dtype", "pulls", "leaves")
 
-    def __init__(self, name: str, shape: tuple, pulls: list, leaves: list):
-        self.name, self.shape, self.pulls, self.leaves = name, shape, pulls, leaves
+    def __init__(self, name: str, value: Array, pulls: list, leaves: list):
+        self.name, self.shape, self.dtype, self.pulls, self.leaves = name, value.shape, value.dtype, pulls, leaves
 
     def parents(self) -> Iterator[Record | Tensor]:
         if self.pulls is None:
@@ -178,10 +180,10 @@ class Record:
 
 class Part:
     "Value number i of the `of` values that an op gave at once; `whole` is their Record."
-    __slots__ = ("whole", "i", "of", "shape")
+    __slots__ = ("whole", "i", "of", "shape", "dtype")
 
-    def __init__(self, whole: Record, i: int, of: int, shape: tuple):
-        self.whole, self.i, self.of, self.shape = whole, i, of, shape
+    def __init__(self, whole: Record, i: int, of: int, value: Array):
+        self.whole, self.i, self.of, self.shape, self.dtype = whole, i, of, value.shape, value.dtype
 
     def parents(self) -> Iterator[Record]:
         yield self.whole
@@ -203,11 +205,15 @@ def topological(root: Tensor) -> list[Record | Part | Tensor]:
 
 
 def sum_to(g: Array, shape: tuple) -> Array:
-    "The adjoint of broadcasting: sum g over the axes along which an input of this shape was repeated."
+    "The adjoint of broadcasting: sum g over the axes along which an input of this shape was repeated.  16-bit numbers are summed in float32."
     if g.shape == shape:
         return g
     new = g.ndim - len(shape)
-    return g.sum(axis=(*range(new), *(new + i for i, n in enumerate(shape) if n == 1 != g.shape[new + i]))).reshape(shape)
+    return precision.widen(g).sum(axis=(*range(new), *(new + i for i, n in enumerate(shape) if n == 1 != g.shape[new + i]))).reshape(shape)
+
+
+def _finite(a: Array) -> bool:
+    return bool(xp(a).isfinite(precision.widen(a)).all())
 
 
 class _State(threading.local):
@@ -245,7 +251,8 @@ def op(shapes: str) -> Callable[[Callable], Callable[..., Tensor]]:
     share costly work, one function (g, needed) -> a gradient for each input, `needed` telling which of them count.  A
     pullback gives back g itself, a view of it, or what it made; the engine undoes broadcasting.  Arguments by keyword get no gradient.
     A value that is a tuple makes as many tensors; g is then a list, one gradient for each, None where none came.
-    `shapes`, such as "... n k, ... k m -> ... n m", is for readers, for error messages and for the tests.
+    16-bit numbers are dealt with as precision.py says.  `shapes`, such as "... n k, ... k m -> ... n m", is for readers, for error
+    messages and for the tests.
     """
     def wrap(f: Callable) -> Callable[..., Tensor]:
         name = f.__name__
@@ -255,11 +262,13 @@ def op(shapes: str) -> Callable[[Callable], Callable[..., Tensor]]:
             arrays = [a.data if isinstance(a, Tensor) else a for a in args]
             try:
                 xp(*arrays, *kw.values())                                        # of two places: refused, where CuPy would copy an index in silence
-                value, pulls = (call.fast.get(type(arrays[0]), f))(*arrays, **kw)
+                given, more = (arrays, kw) if precision.here.to is None else precision.given(name, arrays, kw)
+                run = call.fast.get(type(given[0]), f)
+                value, pulls = (precision.in_float32(run, name) if precision.narrow(given) else run)(*given, **more)
             except (ValueError, TypeError, IndexError, array.BackendError) as e:
                 raise _explained(e, name, shapes, arrays) from e
             ys = [Tensor(v if array.is_array(v) else np.asarray(v)) for v in (value if isinstance(value, tuple) else (value,))]
-            if _state.anomaly and not all(bool(xp(y.data).isfinite(y.data).all()) for y in ys):
+            if _state.anomaly and not all(_finite(y.data) for y in ys):
                 raise FloatingPointError(f"{name} gave a value that is not finite; inputs {_sizes(arrays)}")
             needed = [isinstance(a, Tensor) and a.requires_grad for a in args]
             if _state.recording and any(needed):
@@ -268,11 +277,11 @@ def op(shapes: str) -> Callable[[Callable], Callable[..., Tensor]]:
                 else:
                     edges = [((a.node,), _single(b)) for a, b, n in zip(args, pulls, needed) if n and b is not None]
                 leaves = [(a.version, a.version[0]) for a in args if isinstance(a, Tensor) and a.record is None]
-                whole = Record(name, ys[0].shape, edges, leaves)
+                whole = Record(name, ys[0].data, edges, leaves)
                 for i, y in enumerate(ys if edges else ()):
-                    y.requires_grad, y.record = True, whole if len(ys) == 1 else Part(whole, i, len(ys), y.shape)
+                    y.requires_grad, y.record = True, whole if len(ys) == 1 else Part(whole, i, len(ys), y.data)
             return tuple(ys) if isinstance(value, tuple) else ys[0]
-        call.shapes, call.definition, call.fast = shapes, f, {}                  # fast: {array type: a kernel}
+        call.shapes, call.definition, call.fast = shapes, precision.in_float32(f, name), {}      # fast: {array type: a kernel}
         OPS[name] = call
         return call
     return wrap

@@ -22,11 +22,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from . import array, edit, kernels, ops
+from . import array, edit, kernels, ops, precision
 from .files import read_tensors, sweep, write_tensors
 from .models.blocks import Classifier
 from .nn import Context, Module, no_grad
 from .optim import AdamW, Optimizer, Schedule, constant
+from .scaler import GradScaler
 from .tensor import Tensor
 
 FACTS = ("mask", "types", "task", "route")               # keys of a batch that a forward pass is told
@@ -107,14 +108,14 @@ def objective(model: Module, q: Question, rng: np.random.Generator | None = None
     if real.size and not 0 <= real.min() <= real.max() < z.shape[-1]:
         raise IndexError(f"label {real.min() if real.min() < 0 else real.max()} is outside the {z.shape[-1]} classes the model tells apart")
     put = lambda a, dtype=None: None if a is None else array.put_like(a, z.data, dtype)
-    return ctx, ops.cross_entropy(z, put(q.labels), put(q.class_weight, z.dtype))
+    return ctx, ops.cross_entropy(z, put(q.labels), put(q.class_weight, np.promote_types(z.dtype, np.float32)))
 
 
 # ── the loop ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 def fit(model: Module, batches: Any, steps: int, optimizer: Optimizer | None = None, schedule: Schedule | None = None, *,
         clip: float | None = 1.0, accumulate: int = 1, seed: int = 0, out: str | os.PathLike | None = None, resume: bool = False,
         save_every: int = 100, progress: bool = True, evaluate: Callable[[], dict[str, float]] | None = None, every: int = 0,
-        patience: int = 0, watch: str = "loss") -> History:
+        patience: int = 0, watch: str = "loss", autocast: Any = None) -> History:
     """Train what the model's attached methods train (without any: everything), for `steps` updates.
 
     batches     an iterable of batches, gone through again and again; one with state()/load(state) resumes at once (data.Batches)
@@ -124,10 +125,12 @@ def fit(model: Module, batches: Any, steps: int, optimizer: Optimizer | None = N
     resume      go on from there: bitwise as if never stopped.  With nothing there it starts afresh
     evaluate    called every `every` steps, gives metrics; with patience > 0 training stops after that many without a better metric
                 `watch` (what ends in loss or perplexity falls, all else rises), and the best state is put back
+    autocast    "bfloat16" or "float16": products in 16 bits (tinyft.autocast); float16 with a GradScaler, which skips steps that overflow
 
     Ctrl-C finishes the step, writes the state and raises KeyboardInterrupt.  A loss or gradient that is not finite raises Diverged
     before anything is updated or written."""
-    run = Run(model, batches, steps, optimizer or AdamW(1e-3), schedule or constant(), clip, accumulate, seed, evaluate, every, patience, watch)
+    run = Run(model, batches, steps, optimizer or AdamW(1e-3), schedule or constant(), clip, accumulate, seed, evaluate, every, patience, watch,
+              autocast)
     kernels.keep_memory()
     path = None if out is None else Path(out) / "checkpoint.safetensors"
     if path:
@@ -158,11 +161,14 @@ class Run:
     "One call of fit: what it was asked, and where it stands."
 
     def __init__(self, model: Module, batches: Any, steps: int, optimizer: Optimizer, schedule: Schedule, clip: float | None, accumulate: int,
-                 seed: int, evaluate: Callable | None, every: int, patience: int, watch: str):
+                 seed: int, evaluate: Callable | None, every: int, patience: int, watch: str, autocast: Any = None):
         if steps < 0 or accumulate < 1:
             raise ValueError(f"fit wants steps >= 0 and accumulate >= 1; got {steps} and {accumulate}")
         methods = [f"{a.name}: {a.method!r}" for a in edit.attached(model)]
-        self.asked = {"steps": steps, "accumulate": accumulate, "clip": clip, "optimizer": repr(optimizer), "methods": "; ".join(methods)}
+        self.autocast = None if autocast is None else str(precision.named(autocast))
+        self.scaler = GradScaler(enabled=self.autocast == "float16")
+        self.asked = {"steps": steps, "accumulate": accumulate, "clip": clip, "optimizer": repr(optimizer), "methods": "; ".join(methods),
+                      "autocast": self.autocast}
         self.model, self.steps, self.opt, self.schedule, self.clip, self.accumulate = model, steps, optimizer, schedule, clip, accumulate
         self.evaluate, self.every, self.patience, self.watch = evaluate, every, patience, watch
         self.source, self.rng, self.history = Source(batches), np.random.default_rng(seed), History()
@@ -199,32 +205,36 @@ class Run:
         questions = [question(self.source.next()) for _ in range(self.accumulate)]
         whole, total = sum(q.weight for q in questions), None
         for q in questions:
-            ctx, loss = objective(self.model, q, self.rng)
-            for a in here:
-                loss = loss + a.method.penalty(a.edits, self.model, ctx)
+            with precision.autocast(self.autocast or "bfloat16", enabled=self.autocast is not None):
+                ctx, loss = objective(self.model, q, self.rng)
+                for a in here:
+                    loss = loss + a.method.penalty(a.edits, self.model, ctx)
             if len(questions) > 1:
                 loss = loss * (q.weight / whole)                                 # Σ of numerators over Σ of weights, not a mean of means
-            loss.backward()
+            self.scaler.scale(loss).backward()
             total = loss.data if total is None else total + loss.data
             self.tokens += int(np.prod(q.ids.shape[:2]))
         value = self.update(total, T)
-        for a in here:
+        for a in here if self.scaler.finite else ():                             # a skipped step has no gradients to look at
             a.method.step(a.edits, self.t, T)
         self.opt.zero_grad()
         self.history.losses.append(value)
 
     def update(self, loss: Any, T: int) -> float:
-        "One update.  Returns the loss; Diverged, with nothing updated, if it or the gradient is not finite."
+        "One update.  Returns the loss; Diverged, with nothing updated, if it or the gradient (that of float16: for no scale) is not finite."
         factor = self.schedule(self.t, T)
         try:
-            value, norm = array.numbers(loss, self.opt.advance(factor, self.clip, loss))           # the one time that a step waits for a device
-            self.opt.settle(norm)
+            with self.scaler.skipping(loss):
+                norm = self.opt.advance(factor, self.clip, loss, self.scaler.get_scale())
+                value, norm = array.numbers(loss, norm)                          # the one time that a step waits for a device
+                self.opt.settle(norm)
         except FloatingPointError as e:
             if not math.isfinite(float(loss)):
                 raise Diverged(f"the loss is {float(loss)} at step {self.done + 1} (rate {self.opt.lr * factor:.2g}): lower the rate or "
                                "warm up longer; tinyft.detect_anomaly() names the op where it began") from e
             raise Diverged(f"{e} at step {self.done + 1}: lower the rate or warm up longer; tinyft.detect_anomaly() names the op") from e
-        return value
+        self.scaler.update()
+        return value if self.scaler.finite else float(loss)
 
     def judge(self) -> None:
         "Evaluate; remember the best; say when to stop."
@@ -297,7 +307,8 @@ class Run:
         arrays |= {f"best/{k}": v for k, v in (self.best or {}).items()}
         h = self.history
         return arrays, dict(self.asked, phase=self.phase, t=self.t, done=self.done, rng=self.rng.bit_generator.state,
-                            batches=self.source.state(), losses=h.losses, evaluations=h.evaluations, stopped=h.stopped)
+                            batches=self.source.state(), losses=h.losses, evaluations=h.evaluations, stopped=h.stopped,
+                            scaler=self.scaler.state())
 
     def load(self, arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> None:
         part = lambda head: {k[len(head):]: v for k, v in arrays.items() if k.startswith(head)}
@@ -306,6 +317,7 @@ class Run:
         self.opt.load(part("optimizer/"))
         self.best, self.t, self.done = part("best/") or None, facts["t"], facts["done"]
         self.rng.bit_generator.state = facts["rng"]
+        self.scaler.load(facts.get("scaler", self.scaler.state()))
         self.history = History(facts["losses"], [(s, m) for s, m in facts["evaluations"]], facts["stopped"])
 
 

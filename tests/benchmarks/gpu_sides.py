@@ -17,7 +17,6 @@ from gpu_clock import Clock, Missing, fresh
 
 import tinyft as tf
 from tinyft import ops
-from tinyft.kernels.cuda import gemm
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 Step = Callable[[], Any]
@@ -28,13 +27,13 @@ def precision(how: str) -> Iterator[None]:
     "Products of float32 by tensor cores or not, on both sides.  bf16 is for `mixed` and torch.autocast."
     fast = how != "fp32"
     torch = importlib.import_module("torch") if importlib.util.find_spec("torch") else None
-    gemm.allow_tf32(fast)
+    tf.set_float32_matmul_precision("high" if fast else "highest")
     if torch:
         torch.set_float32_matmul_precision("high" if fast else "highest")
     try:
         yield
     finally:
-        gemm.allow_tf32(False)
+        tf.set_float32_matmul_precision("highest")
         if torch:
             torch.set_float32_matmul_precision("highest")
 
@@ -42,16 +41,11 @@ def precision(how: str) -> Iterator[None]:
 # ── tinyft ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 def mixed(how: str) -> contextlib.AbstractContextManager:
     "Around the forward pass."
-    if how != "bf16":
-        return contextlib.nullcontext()
-    if not hasattr(tf, "autocast"):
-        raise Missing("tinyft has no mixed precision (tinyft.autocast)")
-    return tf.autocast("bfloat16")
+    return tf.autocast("bfloat16", enabled=how == "bf16")
 
 
 def tinyft_step(case: Case, how: str, capture: bool = False) -> Step:
     "capture: noted as one CUDA graph at its third call, and replayed."
-    mixed(how)                                           # raises before anything is built
     model, b = side_tinyft.build(case), {k: cp.asarray(v) for k, v in batch(case).items()}
     optimizer = tf.AdamW(1e-3).start(tf.trained(model))
 

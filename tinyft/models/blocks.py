@@ -66,7 +66,8 @@ class Attention(Module):
     def noise(self, q: Tensor, k: Tensor, key: int) -> Array:
         "Dropout's factors on the probabilities, (B, H, T, Tk)"
         like = xp(q.data).empty((*q.shape[:-1], k.shape[-2]), dtype=q.dtype)
-        return (array.uniform_like(like, key) >= self.drop_p.p).astype(q.dtype) / (1 - self.drop_p.p)
+        keep = (array.uniform_like(like, key) >= self.drop_p.p).astype(np.promote_types(q.dtype, np.float32)) / (1 - self.drop_p.p)
+        return keep.astype(q.dtype, copy=False)
 
 
 class MLP(Module):

@@ -15,6 +15,7 @@ from types import ModuleType
 
 from ... import array
 from ...optim import adam_update, at_once
+from ...precision import takes_halves
 from ...tensor import OPS
 from . import gemm, layers, optimizer
 from .launch import COMPILERS
@@ -31,5 +32,5 @@ def register(kind: type, module: ModuleType) -> None:
 def put_in_place(kind: type) -> None:
     "Let the drop-ins answer for arrays of this type."
     for name in layers.NAMES:
-        OPS[name].fast[kind] = getattr(layers, name)
+        OPS[name].fast[kind] = takes_halves(getattr(layers, name))
     adam_update.fast[kind], at_once[kind] = optimizer.adam_update, optimizer.advance

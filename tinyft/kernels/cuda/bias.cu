@@ -24,11 +24,11 @@ extern "C" __global__ void sum_rows(const T* g, float* parts, int rows, int n, i
 }
 
 // parts (sums, stretches, n) -> y (sums, n): a thread to a column, blockIdx.y to a sum.
-extern "C" __global__ void sum_parts(const float* parts, T* y, int stretches, int n) {
+extern "C" __global__ void sum_parts(const float* parts, float* y, int stretches, int n) {
   int column = blockIdx.x * blockDim.x + threadIdx.x;
   if (column >= n) return;
   const float* p = parts + (size_t)blockIdx.y * stretches * n;
   float sum = 0;
   for (int s = 0; s < stretches; s++) sum += p[(size_t)s * n + column];
-  y[(size_t)blockIdx.y * n + column] = (T)sum;
+  y[(size_t)blockIdx.y * n + column] = sum;
 }

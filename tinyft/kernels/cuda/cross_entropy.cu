@@ -6,7 +6,7 @@
 #include "rows.cuh"
 
 // stats (3, rows): the row's maximum, ln Σ e^(z − maximum), its weight.   losses (rows): weighted
-extern "C" __global__ void cross_entropy(const T* z, const long long* labels, const T* weight, float* losses, float* stats, int n,
+extern "C" __global__ void cross_entropy(const T* z, const long long* labels, const float* weight, float* losses, float* stats, int n,
                                          long long ignored, float smoothing) {
   __shared__ float part[32];
   size_t row = blockIdx.x, rows = gridDim.x;
@@ -24,7 +24,7 @@ extern "C" __global__ void cross_entropy(const T* z, const long long* labels, co
   if (y != ignored) {
     if (y < 0) y += n;
     bool there = y >= 0 && y < n;
-    w = there ? (weight ? (float)weight[y] : 1) : __int_as_float(0x7fffffff);
+    w = there ? (weight ? weight[y] : 1) : __int_as_float(0x7fffffff);
     loss = there ? w * ((1 - smoothing) * (log_sum - ((float)zs[y] - top)) + smoothing * (log_sum - all / n)) : w;
   }
   losses[row] = loss;
@@ -34,20 +34,20 @@ extern "C" __global__ void cross_entropy(const T* z, const long long* labels, co
 }
 
 // One block adds up the rows, always in the same order.  value: Σ losses / Σ weights;  total: Σ weights
-extern "C" __global__ void cross_entropy_mean(const float* losses, const float* weights, T* value, float* total, int rows) {
+extern "C" __global__ void cross_entropy_mean(const float* losses, const float* weights, float* value, float* total, int rows) {
   __shared__ float part[32];
   float loss = 0, w = 0;
   for (int i = threadIdx.x; i < rows; i += blockDim.x) { loss += losses[i]; w += weights[i]; }
   loss = block_sum(loss, part);
   w = block_sum(w, part);
-  if (threadIdx.x == 0) { *value = (T)(loss / w); *total = w; }
+  if (threadIdx.x == 0) { *value = loss / w; *total = w; }
 }
 
 // dz = w (p − target) g / Σ w
-extern "C" __global__ void cross_entropy_back(const T* z, const long long* labels, const float* stats, const float* total, const T* g, T* dz, int n,
+extern "C" __global__ void cross_entropy_back(const T* z, const long long* labels, const float* stats, const float* total, const float* g, T* dz, int n,
                                               float smoothing) {
   size_t row = blockIdx.x, rows = gridDim.x;
-  float top = stats[row], log_sum = stats[rows + row], scale = stats[2 * rows + row] * (float)*g / *total;
+  float top = stats[row], log_sum = stats[rows + row], scale = stats[2 * rows + row] * *g / *total;
   long long y = labels[row] < 0 ? labels[row] + n : labels[row];
   for (int j = threadIdx.x; j < n; j += blockDim.x) {
     float target = (j == y ? 1 - smoothing : 0) + smoothing / n;

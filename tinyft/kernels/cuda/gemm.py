@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ... import precision
 from ...array import Array, bfloat16, xp
 from .launch import empty
 
@@ -24,13 +25,6 @@ TYPES = {np.dtype(np.float32): 0, np.dtype(np.float64): 1, np.dtype(np.float16):
 COMPUTE_32F, COMPUTE_64F, COMPUTE_32F_FAST_TF32 = 68, 70, 77                     # cublasComputeType
 DEFAULT_ALGORITHM = -1
 WORKSPACE = 32 << 20                                                             # bytes; what NVIDIA names for Hopper
-_tf32 = False
-
-
-def allow_tf32(on: bool) -> None:
-    "Let products of float32 round their factors to ten bits of fraction, for tensor cores: as torch.backends.cuda.matmul.allow_tf32."
-    global _tf32
-    _tf32 = on
 
 
 def matmul(a: Array, b: Array, out: Array | None = None, add: bool = False) -> Array:
@@ -101,7 +95,7 @@ def arguments(a: Array, la: Layout, b: Array, lb: Layout, out: Array, add: bool,
     m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
     count = math.prod(out.shape[:-2])
     double = a.dtype == np.float64
-    compute = COMPUTE_64F if double else COMPUTE_32F_FAST_TF32 if _tf32 and a.dtype == np.float32 else COMPUTE_32F
+    compute = COMPUTE_64F if double else COMPUTE_32F_FAST_TF32 if precision.tf32 and a.dtype == np.float32 else COMPUTE_32F
     return (int(lb.transposed), int(la.transposed), n, m, k, scalars(double, 1), address(b), TYPES[b.dtype], lb.leading, lb.step,
             address(a), TYPES[a.dtype], la.leading, la.step, scalars(double, int(add)), address(out), TYPES[out.dtype], n, m * n,
             count, compute, DEFAULT_ALGORITHM)

@@ -1,7 +1,8 @@
 """The drop-ins: each has its definition's signature, arrays -> (value, pullbacks), and goes back to it for what it was not written for.
 
-They take float32, float16 and bfloat16, C-contiguous, and sum in float32.  Every sum is added up in a fixed order: the same inputs
-give the same bits.  What CuPy does in one launch already (adding a residual, gathering the rows of an embedding) stays with CuPy.
+They take float32, float16 and bfloat16, C-contiguous, and sum in float32; what is summed over a batch they leave in float32.  Every sum is
+added up in a fixed order: the same inputs give the same bits.  What CuPy does in one launch already (adding a residual, gathering the
+rows of an embedding) stays with CuPy.
 """
 from __future__ import annotations
 
@@ -49,6 +50,11 @@ def matmul(a: Array, b: Array) -> Any:
     return gemm.matmul(a, b), (lambda g: gemm.matmul(g, t(b)), lambda g: gemm.matmul(t(a), g))
 
 
+def _over_batch(gT: Array, X: Array) -> Array:
+    "gᵀ x, the gradient of a weight, left in float32 as it was summed: so it needs no rounding where the weight itself is float32."
+    return gemm.matmul(gT, X, out=empty(X, (len(gT), X.shape[1]), np.float32))
+
+
 def linear(x: Array, W: Array, b: Array | None = None) -> Any:
     "Saves a pass for the bias, and the many small launches of a product of three axes by two."
     if not (suits(x, W) and W.ndim == 2 and x.shape[-1] == W.shape[1] and (b is None or (suits(x, b) and b.shape == W.shape[:1]))):
@@ -58,7 +64,7 @@ def linear(x: Array, W: Array, b: Array | None = None) -> Any:
     if b is not None:
         launch("bias.cu", "add_bias", blocks(y.size), THREADS, y, b, np.int64(y.size), n, T=y.dtype)
     shape, rows = x.shape, _remembered(lambda g: flat(_dense(g)))                # dx must not hold x: where W is frozen nothing else does
-    dx, dW, db = lambda g: gemm.matmul(rows(g), W).reshape(shape), lambda g: gemm.matmul(rows(g).T, X), lambda g: sum_rows(rows(g))
+    dx, dW, db = lambda g: gemm.matmul(rows(g), W).reshape(shape), lambda g: _over_batch(rows(g).T, X), lambda g: sum_rows(rows(g))
     return y.reshape(*shape[:-1], n), (dx, dW, db)
 
 
@@ -88,9 +94,9 @@ def project(x: Array, Wq: Array, bq: Array, Wk: Array, bk: Array, Wv: Array, bv:
             for i in (1, 2) if W is None else ():
                 gemm.matmul(parts[i], weights[i], out=dx, add=True)
         if all(needed[1::2]):
-            dW = gemm.matmul(G.T, X).reshape(3, n, c)
+            dW = _over_batch(G.T, X).reshape(3, n, c)
         else:
-            dW = [gemm.matmul(part.T, X) if wanted else None for part, wanted in zip(parts, needed[1::2])]
+            dW = [_over_batch(part.T, X) if wanted else None for part, wanted in zip(parts, needed[1::2])]
         db = sum_rows(G).reshape(3, n) if any(needed[2::2]) else (None,) * 3
         return dx if dx is None else dx.reshape(x.shape), dW[0], db[0], dW[1], db[1], dW[2], db[2]
     return (qkv[0], qkv[1], qkv[2]), back
@@ -118,11 +124,11 @@ def _remembered(f: Callable[[Array], Array]) -> Callable[[Array], Array]:
 
 
 def sum_rows(g: Array) -> Array:
-    "(N, n) -> (n,): the gradient of a bias."
+    "(N, n) -> (n,): the gradient of a bias, in float32."
     (rows, n), (stretches, each) = g.shape, _stretches(len(g))
     parts = empty(g, (1, stretches, n), np.float32)
     launch("bias.cu", "sum_rows", (-(-n // 32), stretches), (32, 8), g, parts, rows, n, each, T=g.dtype)
-    return _sum_parts(parts, g.dtype)[0]
+    return _sum_parts(parts)[0]
 
 
 def _stretches(rows: int) -> tuple[int, int]:
@@ -131,11 +137,11 @@ def _stretches(rows: int) -> tuple[int, int]:
     return -(-rows // each), each
 
 
-def _sum_parts(parts: Array, dtype: Any) -> Array:
+def _sum_parts(parts: Array) -> Array:
     "(sums, stretches, n) -> (sums, n)"
     sums, stretches, n = parts.shape
-    y = empty(parts, (sums, n), dtype)
-    launch("bias.cu", "sum_parts", (-(-n // THREADS), sums), THREADS, parts, y, stretches, n, T=dtype)
+    y = empty(parts, (sums, n))
+    launch("bias.cu", "sum_parts", (-(-n // THREADS), sums), THREADS, parts, y, stretches, n, T=parts.dtype)
     return y
 
 
@@ -177,7 +183,7 @@ def layer_norm(x: Array, w: Array, b: Array, eps: float = 1e-5) -> Any:
             parts = empty(x, (2, stretches, n), np.float32)
             grid = (-(-n // 32), stretches)
             launch("layer_norm.cu", "layer_norm_back_weights", grid, (32, 8), x, g, mean, r, parts, rows, n, each, T=x.dtype)
-            dw, db = (d if wanted else None for d, wanted in zip(_sum_parts(parts, x.dtype), needed[1:]))
+            dw, db = (d if wanted else None for d, wanted in zip(_sum_parts(parts), needed[1:]))
         return dx, dw, db
     return y, back
 
@@ -242,18 +248,17 @@ def _mask(seen: Array | None, shape: tuple) -> tuple[Array | None, tuple]:
 def cross_entropy(z: Array, y: Array, weight: Array | None = None, ignore_index: int = -100, label_smoothing: float = 0.0) -> Any:
     "Saves all passes over the logits but three, and keeps three numbers per row in place of them."
     if not (suits(z) and z.ndim >= 2 and y.size * z.shape[-1] == z.size and y.dtype.kind in "iu"
-            and (weight is None or (suits(z, weight) and weight.shape == z.shape[-1:] and not label_smoothing))):
+            and (weight is None or (weight.shape == z.shape[-1:] and not label_smoothing))):
         return ops.cross_entropy.definition(z, y, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing)
     n, rows, labels = z.shape[-1], z.size // z.shape[-1], _dense(y.astype(np.int64))
-    losses, stats, value, total = (empty(z, shape, dtype) for shape, dtype in (
-        ((rows,), np.float32), ((3, rows), np.float32), ((), z.dtype), ((), np.float32)))
+    weight = None if weight is None else _dense(weight.astype(np.float32))
+    losses, stats, value, total = (empty(z, shape, np.float32) for shape in ((rows,), (3, rows), (), ()))
     options = (n, np.int64(ignore_index), float(label_smoothing))
     launch("cross_entropy.cu", "cross_entropy", rows, THREADS, z, labels, weight, losses, stats, *options, T=z.dtype)
-    launch("cross_entropy.cu", "cross_entropy_mean", 1, 1024, losses, stats[2], value, total, rows, T=z.dtype)
+    launch("cross_entropy.cu", "cross_entropy_mean", 1, 1024, losses, stats[2], value, total, rows, T=losses.dtype)
 
     def back(g: Array) -> Array:
-        d = empty(z, z.shape)
-        g = xp(z).asarray(g)                                                     # a sum is a number without axes: NumPy makes a scalar of it
+        d, g = empty(z, z.shape), xp(z).asarray(g, dtype=np.float32)             # a sum is a number without axes: NumPy makes a scalar of it
         launch("cross_entropy.cu", "cross_entropy_back", rows, THREADS, z, labels, stats, total, g, d, n, float(label_smoothing), T=z.dtype)
         return d
     return value, (back, None, None)

@@ -13,6 +13,7 @@ from ... import array
 from ...array import Array, xp
 from ...optim import AdamW, Group, Optimizer, free
 from ...optim import adam_update as definition
+from ...precision import rounded
 from . import gemm, launch
 from .launch import C_TYPES, blocks, empty
 from .layers import THREADS, suits
@@ -31,27 +32,28 @@ def adam_rates(lr: float, b1: float, b2: float, decay: float, t: int) -> tuple[f
 
 def adam_update(w: Array, g: Array, m: Array, v: Array, lr: float, b1: float, b2: float, eps: float, decay: float, t: int) -> None:
     "One stretch in one launch, one pass."
-    if not suits(w, g, m, v):
+    if w.dtype != np.float32 or not suits(w, g, m, v):
         return definition(w, g, m, v, lr, b1, b2, eps, decay, t)
     rates = adam_rates(lr, b1, b2, decay, t)
     launch.launch("adam.cu", "adam", blocks(w.size), THREADS, w, g, m, v, *rates, *_betas(b1, b2), float(eps), np.int64(w.size), T=w.dtype)
 
 
-def advance(opt: Optimizer, factor: float, clip: float | None, loss: Array | None) -> Array | None:
+def advance(opt: Optimizer, factor: float, clip: float | None, loss: Array | None, scale: float = 1.0) -> Array | None:
     "Optimizer.advance for AdamW, or None if this is another optimiser, or other arrays."
     every = [(g, p, s) for g in opt.bound for p, s in zip(g.tensors, g.slices) if p.grad is not None]
-    dtype = opt.bound[0].w.dtype
-    if not (type(opt).update is AdamW.update and every and dtype in C_TYPES and all(g.w.dtype == dtype for g in opt.bound)
-            and all(p.grad.dtype == dtype for _, p, _ in every) and (loss is None or loss.dtype == dtype)):
+    if not (type(opt).update is AdamW.update and every and all(g.tensors[0].dtype in C_TYPES for g in opt.bound)
+            and all(p.grad.dtype == p.dtype for _, p, _ in every) and (loss is None or loss.dtype == np.float32)):
         return None
     gradients = [_laid_out(p) for _, p, _ in every]
-    state = norm_and_scale(gradients, clip, loss)
+    state = norm_and_scale(gradients, clip, loss, scale)
     every_rate = _rates(opt, factor)
     for g, rates in zip(opt.bound, every_rate):
         rows = [(a, s) for a, (group, _, s) in zip(gradients, every) if group is g]
         held = g.held(gathered=False)
         update(g, rows, state, rates, opt)
-        g.put_back(held)
+        if held:
+            g.put_back(held)
+            g.show()
     return state[0]
 
 
@@ -70,34 +72,39 @@ def _rates(opt: AdamW, factor: Any) -> Any:
 
 def _laid_out(p: object) -> Array:
     "The gradient, contiguous; zero where a mask lets nothing move."
-    g = free(p)
+    g = p.grad if p.mask is None else rounded(free(p), p.dtype)
     g = g if g.flags.c_contiguous else xp(g).ascontiguousarray(g)
     if p.mask is None:
         p.grad = g
     return g
 
 
-def norm_and_scale(gradients: list[Array], clip: float | None, loss: Array | None = None) -> Array:
-    "(2,): the norm of all gradients together, and the factor that brings it to `clip`."
-    like = gradients[0]
-    across = min(blocks(max(g.size for g in gradients)), ACROSS)
-    parts, state = empty(like, (len(gradients), across), np.float32), empty(like, (2,), np.float32)
-    for i in range(0, len(gradients), TENSORS):
-        some = gradients[i:i + TENSORS]
-        launch.launch("adam.cu", "squares", (across, len(some)), THREADS, table(some), parts[i:i + len(some)], T=like.dtype)
-    launch.launch("adam.cu", "norm_and_scale", 1, 1024, parts, parts.size, float(clip or 0), loss, state, T=like.dtype)
+def norm_and_scale(gradients: list[Array], clip: float | None, loss: Array | None = None, scale: float = 1.0) -> Array:
+    "(2,): the norm of all gradients together once divided by `scale`, and the factor that brings them to `clip`."
+    across, done = min(blocks(max(g.size for g in gradients)), ACROSS), 0
+    parts, state = (empty(gradients[0], shape, np.float32) for shape in ((len(gradients), across), (2,)))
+    for dtype in dict.fromkeys(g.dtype for g in gradients):
+        for some in _launches([g for g in gradients if g.dtype == dtype]):
+            launch.launch("adam.cu", "squares", (across, len(some)), THREADS, table(some), parts[done:done + len(some)], T=dtype)
+            done += len(some)
+    launch.launch("adam.cu", "norm_and_scale", 1, 1024, parts, parts.size, float(clip or 0), 1 / scale, loss, state, T=state.dtype)
     return state
+
+
+def _launches(tensors: list) -> list[list]:
+    "As many to a launch as its table holds."
+    return [tensors[i:i + TENSORS] for i in range(0, len(tensors), TENSORS)]
 
 
 def update(group: Group, rows: list[tuple[Array, slice]], state: Array, rates: tuple | Array, opt: AdamW) -> None:
     "One group.  rows: gradients, and where in the group they belong."
     by_value, from_device = (rates, None) if isinstance(rates, tuple) else ((0.0, 0.0, 0.0), rates)
-    for i in range(0, len(rows), TENSORS):
-        gradients, slices = zip(*rows[i:i + TENSORS])
+    for some in _launches(rows):
+        gradients, slices = zip(*some)
         across = min(blocks(max(g.size for g in gradients)), ACROSS)
         where = table(gradients, [s.start for s in slices])
-        launch.launch("adam.cu", "adam_tensors", (across, len(gradients)), THREADS, where, group.w, *group.moments, state, from_device, *by_value,
-                      *_betas(*opt.betas), float(opt.eps), T=group.w.dtype)
+        launch.launch("adam.cu", "adam_tensors", (across, len(gradients)), THREADS, where, group.w, *group.moments, group.shown, state, from_device,
+                      *by_value, *_betas(*opt.betas), float(opt.eps), T=group.tensors[0].dtype)
 
 
 def table(gradients: list[Array], starts: list[int] | None = None) -> np.void:
