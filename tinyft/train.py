@@ -167,6 +167,7 @@ class Run:
         methods = [f"{a.name}: {a.method!r}" for a in edit.attached(model)]
         self.autocast = None if autocast is None else str(precision.named(autocast))
         self.scaler = GradScaler(enabled=self.autocast == "float16")
+        self.expected = {"over": "ignore", "invalid": "ignore"} if self.scaler.enabled else {}     # what NumPy need not warn of
         self.asked = {"steps": steps, "accumulate": accumulate, "clip": clip, "optimizer": repr(optimizer), "methods": "; ".join(methods),
                       "autocast": self.autocast}
         self.model, self.steps, self.opt, self.schedule, self.clip, self.accumulate = model, steps, optimizer, schedule, clip, accumulate
@@ -211,7 +212,8 @@ class Run:
                     loss = loss + a.method.penalty(a.edits, self.model, ctx)
             if len(questions) > 1:
                 loss = loss * (q.weight / whole)                                 # Σ of numerators over Σ of weights, not a mean of means
-            self.scaler.scale(loss).backward()
+            with np.errstate(**self.expected):
+                self.scaler.scale(loss).backward()
             total = loss.data if total is None else total + loss.data
             self.tokens += int(np.prod(q.ids.shape[:2]))
         value = self.update(total, T)
