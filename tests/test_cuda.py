@@ -447,7 +447,7 @@ FAULTS = [                                               # what, file, right, wr
     ("a row that sees nothing", "attention.cu", "sum == 0 ? 0 : 1 / sum", "1 / sum", lambda rng: sees_only_minus_infinity()),
     ("minus infinity less itself", "attention.cu", "if (top == NEVER) top = 0;", "", lambda rng: sees_only_minus_infinity()),
     ("dropout forgotten on the way back", "attention.cu",
-     "(float)d[j] * (keep ? (float)keep[j] : 1) - along", "(float)d[j] - along", several("attention")),
+     "dp[j] * (keep ? (float)keep[j] : 1) - along", "dp[j] - along", several("attention")),
     ("scale forgotten on the way back", "attention.cu", "(T)(alpha * (float)p[j]", "(T)((float)p[j]", several("attention")),
     ("what is ignored counts", "cross_entropy.cu", "if (y != ignored)", "if (true)", several("cross_entropy")),
     ("mean without weights", "cross_entropy.cu", "w = there ? (weight ? weight[y] : 1)", "w = there ? (1)", several("cross_entropy")),

@@ -406,7 +406,7 @@ def test_the_list_is_small_and_the_double_offers_most_of_it():
     missing = [n for n in strict.API["functions"] if hasattr(np, n) and not hasattr(xp, n)]
     assert missing == []
     assert {n for n in [*strict.API["methods"], *strict.API["properties"]] if not hasattr(Array, n)} <= \
-        {"set", "dump", "dumps", "tofile", "choose", "flat", "data"}
+        {"set", "dump", "dumps", "tofile", "choose", "flat"}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("cupy") is None, reason="CuPy is not installed")

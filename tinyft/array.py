@@ -179,6 +179,11 @@ def asnumpy(a: Array) -> np.ndarray:
     return a if isinstance(a, np.ndarray) else np.asarray(a) if not is_array(a) else xp(a).asnumpy(a)
 
 
+def address(a: Array) -> int:
+    "Where in memory an array begins."
+    return a.__array_interface__["data"][0] if isinstance(a, np.ndarray) else a.data.ptr
+
+
 def numbers(*scalars: Any) -> tuple[float, ...]:
     "Arrays of one number each as Python floats, waiting for a device once for all of them."
     m = xp(*scalars)

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from .array import bfloat16, is_array
+from .array import Array, address, bfloat16, is_array
 
 HALVES = {np.dtype(np.float16), bfloat16}
 ROUNDABLE = {np.dtype(np.float32), *HALVES}              # float64 is for checking gradients, and stays what it is
@@ -41,10 +41,16 @@ MIXING = {"add", "sub", "mul"}                           # with float32 on the o
 
 
 class _Here(threading.local):
-    to: np.dtype | None = None                           # what autocast computes in, in this thread
+    """What holds in this thread.  to: what autocast computes in, or None;  casts: {address of an array: (it, it in 16 bits)}, as of `writes`.
+
+    An optimiser lays weights out end to end: they are cast together, once in a pass, and lie end to end again."""
+    to: np.dtype | None = None
+    casts: dict[int, tuple[Array, Array]] = {}
+    then = -1
 
 
 here = _Here()
+writes = 0                                               # to leaves, anywhere: casts made before the last one are out of date
 
 
 @contextlib.contextmanager
@@ -56,11 +62,12 @@ def autocast(dtype: Any = "bfloat16", enabled: bool = True) -> Iterator[None]:
     to = named(dtype)
     if enabled and to not in HALVES:
         raise TypeError(f"autocast computes in float16 or bfloat16, got {to}")
-    was, here.to = here.to, to if enabled else None
+    was = here.to, here.casts
+    here.to, here.casts = to if enabled else None, {}
     try:
         yield
     finally:
-        here.to = was
+        here.to, here.casts = was
 
 
 def named(dtype: Any) -> np.dtype:
@@ -68,13 +75,28 @@ def named(dtype: Any) -> np.dtype:
     return bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
 
 
-def given(name: str, arrays: list, kw: dict[str, Any]) -> tuple[list, dict[str, Any]]:
-    "What the op `name` is given in place of these, under autocast."
+def given(name: str, arrays: list, leaves: list[bool], kw: dict[str, Any]) -> tuple[list, dict[str, Any]]:
+    "What the op `name` is given in place of these, under autocast.  leaves: which of the arrays are weights."
     to = here.to if name in PRODUCTS else np.dtype(np.float32) if name in SUMS else None
     if to is None:
         return arrays, kw
-    cast = lambda a: rounded(a, to) if is_array(a) and a.dtype in ROUNDABLE else a
-    return [cast(a) for a in arrays], {k: cast(a) for k, a in kw.items()}
+    cast = lambda a, f=rounded: f(a, to) if is_array(a) and a.dtype in ROUNDABLE and a.dtype != to else a
+    return [cast(a, rounded_together if leaf else rounded) for a, leaf in zip(arrays, leaves)], {k: cast(a) for k, a in kw.items()}
+
+
+def rounded_together(a: Array, dtype: np.dtype) -> Array:
+    "`a` in this dtype, with all else that lies in the same flat array; for as long as autocast lasts and no leaf is written to."
+    flat = a.base
+    if flat is None or flat.ndim != 1 or flat.dtype != a.dtype or not (flat.flags.c_contiguous and a.flags.c_contiguous):
+        return rounded(a, dtype)
+    if here.then != writes:
+        here.casts.clear()
+        here.then = writes
+    at = address(flat)
+    if at not in here.casts:
+        here.casts[at] = flat, rounded(flat, dtype)
+    start = (address(a) - at) // a.itemsize
+    return here.casts[at][1][start:start + a.size].reshape(a.shape)
 
 
 # ── inside an op ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -216,6 +216,11 @@ class Array:
         return out
 
     @property
+    def data(self) -> SimpleNamespace:
+        """Where it lies, as an address: for comparing, not for reading."""
+        return SimpleNamespace(ptr=self._a.ctypes.data)
+
+    @property
     def flags(self) -> SimpleNamespace:
         """What CuPy keeps of NumPy's flags; there is no `writeable`."""
         return SimpleNamespace(**{n: getattr(self._a.flags, n) for n in ("c_contiguous", "f_contiguous", "owndata", "forc", "fnc")})
@@ -265,7 +270,7 @@ def _complete_array() -> None:
         if name not in vars(Array) and name not in ("set", "dump", "dumps", "tofile", "choose"):
             setattr(Array, name, _method(name, signature))
     for name in API["properties"]:
-        if name not in vars(Array) and name not in ("flat", "data"):
+        if name not in vars(Array) and name != "flat":
             setattr(Array, name, property(lambda self, name=name: _wrap(getattr(self._a, name), {})))
 
 

@@ -91,6 +91,7 @@ class Tensor:
     def touch(self) -> None:
         "Note that the memory of this leaf was written to."
         self.version[0] += 1
+        precision.writes += 1
 
     def backward(self, gradient: Any = None, retain_graph: bool = False) -> None:
         """Add d(self)/d(leaf) to every trainable leaf's `.grad`.
@@ -262,7 +263,9 @@ def op(shapes: str) -> Callable[[Callable], Callable[..., Tensor]]:
             arrays = [a.data if isinstance(a, Tensor) else a for a in args]
             try:
                 xp(*arrays, *kw.values())                                        # of two places: refused, where CuPy would copy an index in silence
-                given, more = (arrays, kw) if precision.here.to is None else precision.given(name, arrays, kw)
+                given, more = arrays, kw
+                if precision.here.to is not None:
+                    given, more = precision.given(name, arrays, [isinstance(a, Tensor) and a.record is None for a in args], kw)
                 run = call.fast.get(type(given[0]), f)
                 value, pulls = (precision.in_float32(run, name) if precision.narrow(given) else run)(*given, **more)
             except (ValueError, TypeError, IndexError, array.BackendError) as e:

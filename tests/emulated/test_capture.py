@@ -28,15 +28,19 @@ def loss_of(model, ids, labels, rng=None):
 class Training:
     "A model, its optimiser, and a step of it."
 
-    def __init__(self, dropout=0.0, method=None, **more):
+    def __init__(self, dropout=0.0, method=None, how=None, dtype=None, **more):
         self.model = GPT(GPTConfig(50, 16, 24, 2, 4, dropout=dropout))
+        if dtype:
+            self.model.to(dtype=dtype)
         if method:
             tf.attach(self.model, method)
         self.model.train()
+        self.how = how
         self.opt, self.rng = AdamW(0.01, **more).start(edit.trained(self.model)), np.random.default_rng(3)
 
     def step(self, ids, labels, factor, rng):
-        loss = loss_of(self.model, ids, labels, rng)
+        with tf.autocast(self.how or "bfloat16", enabled=self.how is not None):
+            loss = loss_of(self.model, ids, labels, rng)
         loss.backward()
         self.opt.step(factor, clip=1.0)
         self.opt.zero_grad()
@@ -57,7 +61,9 @@ def as_if_run(make=Training, **how):
 
 
 KINDS = {"plain": dict(), "dropout": dict(dropout=0.2), "lora": dict(method=tf.LoRA(r=2)), "lora, dropout": dict(method=tf.LoRA(r=2, dropout=0.3)),
-         "bitfit": dict(method=tf.BitFit()), "decay": dict(weight_decay=0.3)}
+         "bitfit": dict(method=tf.BitFit()), "decay": dict(weight_decay=0.3),
+         "autocast": dict(how="bfloat16", dropout=0.2), "autocast, lora": dict(how="bfloat16", method=tf.LoRA(r=2)),
+         "16 bits": dict(dtype="bfloat16"), "lora over 16 bits": dict(dtype="bfloat16", method=tf.LoRA(r=2), how="bfloat16")}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -37,7 +37,7 @@ def by(how):
     return kernels.definitions() if how == "definitions" else contextlib.nullcontext()
 
 
-def of_a_step(kind, layers, method=None, clip=1.0):
+def of_a_step(kind, layers, method=None, clip=1.0, how=None):
     "phase -> (counts, kernels by name), of the fifth step: by then every kernel is compiled and the pool has what it needs."
     model = made(kind, layers, method)
     optimizer, found = AdamW(1e-3).start(edit.trained(model)), {}
@@ -49,7 +49,8 @@ def of_a_step(kind, layers, method=None, clip=1.0):
         return result
 
     for _ in range(5):
-        loss = counted("forward", lambda: objective(model, question(a_batch(kind)))[1])
+        with tf.autocast(how or "bfloat16", enabled=how is not None):
+            loss = counted("forward", lambda: objective(model, question(a_batch(kind)))[1])
         counted("backward", loss.backward)
         counted("loss", lambda: float(loss.data))
         counted("update", lambda: optimizer.step(1.0, clip))
@@ -85,6 +86,17 @@ def test_a_step_of_twelve_layers_stays_small():
     "What the kernels are for: 1,450 launches and 291 products by the definitions."
     parts = COSTS["gpt", 12, "everything", "kernels"]
     assert sum(p[0] for p in parts) <= 700 and sum(p[1] for p in parts) <= 220
+
+
+@pytest.mark.parametrize("how", ["bfloat16", "float16"])
+def test_a_step_under_autocast_asks_for_more_launches_and_no_more_products(how):
+    """All weights are cast in two launches, one for each group of the optimiser; in a layer the inputs of two products are cast, and the
+    gradients that come to and from them.  Gradients of weights come in float32 as they were summed."""
+    found = of_a_step("gpt", 12, how=how)
+    costs = [tuple(found[p][0])[:6] for p in PHASES]
+    TABLE.extend((f"gpt, 12 layers, {how}, kernels", phase, found[phase][0]) for phase in PHASES)
+    assert costs == [(167, 73, 0, 2, 0, 0), (302, 146, 0, 0, 0, 0), (0, 0, 1, 0, 1, 0), (5, 0, 1, 0, 1, 0)]
+    assert found["forward"][1][f"cupy_copy__float32_{how}"] == 2 + 2 * 12 + 1 and sum(c[0] for c in costs) <= 700 and sum(c[1] for c in costs) <= 220
 
 
 @pytest.mark.parametrize("kind", ["gpt", "bert"])

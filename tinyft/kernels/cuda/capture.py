@@ -21,7 +21,7 @@ from typing import Any
 import cupy
 import numpy as np
 
-from ... import array
+from ... import array, precision
 from ...array import Array, CannotCapture
 from ...optim import Optimizer
 from ...tensor import Tensor
@@ -168,6 +168,7 @@ class Recording:
     def run(self) -> Any:
         "The step, watched."
         self.before, self.notes, self.optimizers, self.fed, array.recording = self.notes, [], [], 0, self
+        precision.here.casts.clear()                                             # weights are cast within the step, at each replay
         try:
             out = self.step(*self.inputs)
         finally:

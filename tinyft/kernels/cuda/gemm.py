@@ -82,10 +82,6 @@ def _layout(shape: tuple, strides: tuple, itemsize: int) -> Layout | None:
     return None
 
 
-def address(x: Array) -> int:
-    return x.ctypes.data if isinstance(x, np.ndarray) else x.data.ptr
-
-
 def readable(x: Array) -> Array:
     return x if layout(x) is not None else xp(x).ascontiguousarray(x)
 

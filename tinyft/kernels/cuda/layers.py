@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ... import ops
-from ...array import Array, is_array, xp
+from ...array import Array, address, is_array, xp
 from ...ops import flat, t
 from ...tensor import OPS
 from . import gemm
@@ -50,9 +50,9 @@ def matmul(a: Array, b: Array) -> Any:
     return gemm.matmul(a, b), (lambda g: gemm.matmul(g, t(b)), lambda g: gemm.matmul(t(a), g))
 
 
-def _over_batch(gT: Array, X: Array) -> Array:
-    "gᵀ x, the gradient of a weight, left in float32 as it was summed: so it needs no rounding where the weight itself is float32."
-    return gemm.matmul(gT, X, out=empty(X, (len(gT), X.shape[1]), np.float32))
+def _summed(a: Array, b: Array) -> Array:
+    "a b, left in float32 as it was summed: scores, and the gradient of a weight, which is float32 itself where training is mixed."
+    return gemm.matmul(a, b, out=empty(a, (*a.shape[:-1], b.shape[-1]), np.float32))
 
 
 def linear(x: Array, W: Array, b: Array | None = None) -> Any:
@@ -64,7 +64,7 @@ def linear(x: Array, W: Array, b: Array | None = None) -> Any:
     if b is not None:
         launch("bias.cu", "add_bias", blocks(y.size), THREADS, y, b, np.int64(y.size), n, T=y.dtype)
     shape, rows = x.shape, _remembered(lambda g: flat(_dense(g)))                # dx must not hold x: where W is frozen nothing else does
-    dx, dW, db = lambda g: gemm.matmul(rows(g), W).reshape(shape), lambda g: _over_batch(rows(g).T, X), lambda g: sum_rows(rows(g))
+    dx, dW, db = lambda g: gemm.matmul(rows(g), W).reshape(shape), lambda g: _summed(rows(g).T, X), lambda g: sum_rows(rows(g))
     return y.reshape(*shape[:-1], n), (dx, dW, db)
 
 
@@ -94,9 +94,9 @@ def project(x: Array, Wq: Array, bq: Array, Wk: Array, bk: Array, Wv: Array, bv:
             for i in (1, 2) if W is None else ():
                 gemm.matmul(parts[i], weights[i], out=dx, add=True)
         if all(needed[1::2]):
-            dW = _over_batch(G.T, X).reshape(3, n, c)
+            dW = _summed(G.T, X).reshape(3, n, c)
         else:
-            dW = [_over_batch(part.T, X) if wanted else None for part, wanted in zip(parts, needed[1::2])]
+            dW = [_summed(part.T, X) if wanted else None for part, wanted in zip(parts, needed[1::2])]
         db = sum_rows(G).reshape(3, n) if any(needed[2::2]) else (None,) * 3
         return dx if dx is None else dx.reshape(x.shape), dW[0], db[0], dW[1], db[1], dW[2], db[2]
     return (qkv[0], qkv[1], qkv[2]), back
@@ -104,11 +104,11 @@ def project(x: Array, Wq: Array, bq: Array, Wk: Array, bk: Array, Wv: Array, bv:
 
 def one_after_another(matrices: tuple[Array, ...]) -> Array | None:
     "Matrices of one shape as one, one below the other, if that is how they lie: an optimiser lays out what trains so.  No copy; None if not."
-    first, base, at = matrices[0], matrices[0].base, [gemm.address(a) for a in matrices]
+    first, base, at = matrices[0], matrices[0].base, [address(a) for a in matrices]
     apart = any(a.base is not base for a in matrices) or any(b - a != first.nbytes for a, b in zip(at, at[1:]))
     if apart or base is None or not base.flags.c_contiguous:
         return None
-    start = (at[0] - gemm.address(base)) // first.itemsize
+    start = (at[0] - address(base)) // first.itemsize
     return base.reshape(-1)[start:start + len(matrices) * first.size].reshape(-1, first.shape[1])
 
 
@@ -215,22 +215,23 @@ def attention(q: Array, k: Array, v: Array, seen: Array | None = None, causal: b
     m, alpha = xp(q), float(q.shape[-1]**-0.5 if scale is None else scale)
     keep = None if keep is None else _dense(m.broadcast_to(keep, shape))
     q, k, v = (gemm.readable(a) for a in (q, k, v))                              # copied at most once, for both ways
-    s = gemm.matmul(q, t(k))                                                     # (..., t, n)
+    s = _summed(q, t(k))                                                         # (..., t, n)
     (queries, n), rows, heads = s.shape[-2:], s.size // s.shape[-1], lead[-1] if lead else 1
     seen, strides = _mask(seen, s.shape)
-    kept = s if keep is None else empty(s, s.shape)
+    p = s if s.dtype == q.dtype else empty(q, s.shape)                           # the scores' own memory
+    kept = p if keep is None else empty(q, s.shape)
     sizes = (np.int64(rows), n, queries, heads)
-    launch("attention.cu", "masked_softmax", _rows(rows), THREADS, s, seen, keep, s, kept, *sizes, causal, alpha, *strides, T=s.dtype)
-    p = s                                                                        # the scores' own memory
+    launch("attention.cu", "masked_softmax", _rows(rows), THREADS, s, seen, keep, p, kept, *sizes, causal, alpha, *strides, T=q.dtype)
 
     def back(g: Array, needed: list[bool]) -> tuple:
         g = gemm.readable(g)
         dv = gemm.matmul(t(p if keep is None else p * keep), g) if needed[2] else None
         if not (needed[0] or needed[1]):
             return None, None, dv
-        d = gemm.matmul(g, t(v))
-        launch("attention.cu", "masked_softmax_back", _rows(rows), THREADS, p, keep, d, np.int64(rows), n, alpha, T=d.dtype)
-        return gemm.matmul(d, k) if needed[0] else None, gemm.matmul(t(d), q) if needed[1] else None, dv
+        dp = _summed(g, t(v))
+        ds = dp if dp.dtype == p.dtype else empty(p, p.shape)
+        launch("attention.cu", "masked_softmax_back", _rows(rows), THREADS, p, keep, dp, ds, np.int64(rows), n, alpha, T=p.dtype)
+        return gemm.matmul(ds, k) if needed[0] else None, gemm.matmul(t(ds), q) if needed[1] else None, dv
     return gemm.matmul(kept, v), back
 
 

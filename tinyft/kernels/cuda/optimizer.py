@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from ... import array
-from ...array import Array, xp
+from ...array import Array, address, xp
 from ...optim import AdamW, Group, Optimizer, free
 from ...optim import adam_update as definition
 from ...precision import rounded
-from . import gemm, launch
-from .launch import C_TYPES, blocks, empty
+from . import launch
+from .launch import blocks, empty
 from .layers import THREADS, suits
 
 TENSORS = 150                                                                    # to a launch: as many as adam.cu's table has room for
@@ -41,7 +41,7 @@ def adam_update(w: Array, g: Array, m: Array, v: Array, lr: float, b1: float, b2
 def advance(opt: Optimizer, factor: float, clip: float | None, loss: Array | None, scale: float = 1.0) -> Array | None:
     "Optimizer.advance for AdamW, or None if this is another optimiser, or other arrays."
     every = [(g, p, s) for g in opt.bound for p, s in zip(g.tensors, g.slices) if p.grad is not None]
-    if not (type(opt).update is AdamW.update and every and all(g.tensors[0].dtype in C_TYPES for g in opt.bound)
+    if not (type(opt).update is AdamW.update and every and all(g.w.dtype == np.float32 for g in opt.bound)
             and all(p.grad.dtype == p.dtype for _, p, _ in every) and (loss is None or loss.dtype == np.float32)):
         return None
     gradients = [_laid_out(p) for _, p, _ in every]
@@ -110,7 +110,7 @@ def update(group: Group, rows: list[tuple[Array, slice]], state: Array, rates: t
 def table(gradients: list[Array], starts: list[int] | None = None) -> np.void:
     "What adam.cu calls a Table."
     out, n = np.zeros((), TABLE), len(gradients)
-    out["g"][:n] = [gemm.address(g) for g in gradients]
+    out["g"][:n] = [address(g) for g in gradients]
     out["size"][:n] = [g.size for g in gradients]
     if starts is not None:
         out["start"][:n] = starts
