@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from ... import precision
 from ...array import asarray, asnumpy, bfloat16, is_array
 from ...optim import Group, Rounded
-from ...precision import HALVES, PRODUCTS, ROUNDABLE, SUMS, rounded, widen
+from ...precision import PRODUCTS, ROUNDABLE, SUMS, rounded, widen
 from ...scaler import GradScaler
 from ...tensor import Tensor
 from ..diagnose import Unusable, close
@@ -143,8 +143,8 @@ gather_values = Exercise(
     "optim:Rounded.gather_values", difficulty=3, minutes=20, in_place=True, hints=(
         "self.w has more digits than the tensors show.  To copy the tensors into it would undo every step that is still too small to be seen.  So "
         "copy those alone that somebody else has written to.",
-        "There are two ways to write: p.data = another array, and then p.data is not the view; or into the array itself (p.copy_), which p.version[0] "
-        "counts.  self.versions has what it was when the optimiser last wrote.",
+        "There are two ways to write: p.data = another array, and then p.data is not the view; or into the array itself (p.copy_), which "
+        "p.version[0] counts.  self.versions has what it was when the optimiser last wrote.",
         "Look first, for all tensors; then Group.gather_values(self), after which every p.data is its view again and nobody could tell; then "
         "self.w[s] = widen(view).reshape(-1) for the slices, views that others wrote to."))
 HIDDEN = 2.0**-10                                        # too little to be seen beside 1 in bfloat16
