@@ -136,10 +136,8 @@ class Rounded(Group):
         self.views = [(self.w if self.shown is None else self.shown)[s].reshape(p.shape) for s, p in zip(self.slices, self.tensors)]
 
     def gather_values(self) -> None:
-        """Take back the tensors, as Group does; and bring into w, in float32, the values of those that others wrote to since `note`.
-
-        Others have put another array in the place of p.data, or wrote into it, which p.version[0] counts.  Where nobody did, w keeps what the
-        tensors are too short to show."""
+        """As Group's.  And w takes the values of those tensors that others wrote to since `note`, by putting another array in p.data, or into it
+        (p.version[0] counts that); of all others it keeps what they cannot show."""
         others = [p.data is not view or p.version[0] != then for p, view, then in zip(self.tensors, self.views, self.versions)]
         Group.gather_values(self)
         for s, view, by_others in zip(self.slices, self.views, others):

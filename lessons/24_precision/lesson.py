@@ -34,8 +34,8 @@ right.set(xlim=(1e-10, 1e8), ylim=(1e-4, 2), xlabel="x", ylabel="gap after x, ov
 show("bfloat16 (blue) has few digits, as far as float32 reaches. float16 (red) has more of them, in a window.")
 # %% [markdown]
 # ## Adding up
-# It is 258. So 256 + 1 lies halfway, and is rounded to 256, whose last bit is even.
-# **Predict first.** Where does a sum of 4,096 ones end? Where a weight of 1, if each of 1,000 steps takes a thousandth of it away?
+# It is 258. So 256 + 1 lies halfway, and is rounded to 256, whose last bit is even. **Predict first.** Where does a sum of 4,096
+# ones end? Where a weight of 1, if each of 1,000 steps takes a thousandth of it away?
 # %%
 for name, dtype in {"float32": np.dtype(np.float32), **HALVES}.items():
     total, weight = np.cumsum(np.ones(4096, dtype), dtype=dtype)[-1], dtype.type(1)
@@ -73,8 +73,8 @@ show("With master weights bfloat16 goes as far as float32, once steps have added
 # %% [markdown]
 # ## Gradients
 # float16 begins at $6 \cdot 10^{-8}$; what is below half of that becomes 0. So the loss is multiplied by $S$, all gradients with it, and before
-# the update they are divided by $S$. "Most would be lost", one often reads. It depends: the loss is a mean over $N$ tokens, so what comes back
-# to each carries $1/N$. **Predict first.** Of 512 tokens, what share is lost? Of half a million? How wrong are the weights' gradients then?
+# the update they are divided by $S$. "Most would be lost", one often reads. It depends: the loss is a mean over $N$ tokens, so what comes back to
+# each carries $1/N$; 1,024 times as many tokens are like $S = 1/1024$. **Predict first.** Of 512 tokens, what share is lost? Of half a million?
 # %%
 model, asked = train(steps=0)[0], tf.train.question(code[:16 * 33].reshape(16, 33))
 def gradients(S, to="float16"):
@@ -93,7 +93,7 @@ exact, scales = gradients(1, "float32")[1], 2.0**np.arange(-15, 26, 5)
 error = lambda g: np.linalg.norm(g - exact) / np.linalg.norm(exact)
 errors, in_bfloat16, found = [error(gradients(S)[1]) for S in scales], error(gradients(1, "bfloat16")[1]), gradients(2.0**15)[0]
 lost = lambda S, least=2.0**-24: np.mean(found[found > 0] * S < least / 2)
-print(f"512 tokens: {lost(1):.0%} lost;  524,288 (S = 1/1024): {lost(2**-10):.0%};  S = 32,768: {lost(2**15):.0%};  in bfloat16: {lost(1, 2**-133):.0%}")
+print(f"lost of 512 tokens {lost(1):.0%}; of 524,288 (S = 1/1024) {lost(2**-10):.0%}; S = 32,768: {lost(2**15):.0%}; in bfloat16 {lost(1, 2**-133):.0%}")
 print(f"the weights' gradient is off by {errors[3]:.2%};  {errors[1]:.0%};  {errors[6]:.2%};  {in_bfloat16:.2%}")
 assert 0.2 < lost(1) < 0.5 < lost(2**-10) and errors[6] < errors[3] < in_bfloat16 < errors[1] and not np.isfinite(errors[-1])
 fig, (left, right) = figure(2, 2.6)
@@ -121,8 +121,8 @@ for _, batch in zip(range(32), tf.data.lm_batches(code, 32, 8)):
         scaler.scale(loss).backward()
         norm = scaler.step(optimizer, clip=1.0)                              # divides by S, clips, updates; or skips
     seen.append((scaler.get_scale(), norm, loss.item()))
-    scaler.update()
     optimizer.zero_grad()
+    scaler.update()
 S, norms, losses = np.array(seen).T
 curves = {to or "float32": train(autocast=to, lr=1e-3, steps=32)[2] for to in (None, "bfloat16")} | {"float16": losses}
 assert norms[0] == np.inf and S[1] == S[0] / 2 and max(np.diff(S)) > 0 and abs(curves["bfloat16"] - curves["float32"]).max() < 0.1
