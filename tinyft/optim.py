@@ -136,8 +136,8 @@ class Rounded(Group):
         self.views = [(self.w if self.shown is None else self.shown)[s].reshape(p.shape) for s, p in zip(self.slices, self.tensors)]
 
     def gather_values(self) -> None:
-        """As Group's.  And w takes the values of those tensors that others wrote to since `note`, by putting another array in p.data, or into it
-        (p.version[0] counts that); of all others it keeps what they cannot show."""
+        """Take the tensors back, as Group does.  w takes the values of those that others wrote to since `note`: by another array in p.data, or into
+        it, which p.version[0] counts.  Of all others it keeps what they are too short to show."""
         others = [p.data is not view or p.version[0] != then for p, view, then in zip(self.tensors, self.views, self.versions)]
         Group.gather_values(self)
         for s, view, by_others in zip(self.slices, self.views, others):

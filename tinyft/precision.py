@@ -69,7 +69,7 @@ def named(dtype: Any) -> np.dtype:
 
 
 def given(name: str, arrays: list, kw: dict[str, Any]) -> tuple[list, dict[str, Any]]:
-    "What the op `name` is given in place of these, under autocast."
+    "What the op `name` is given in place of these under autocast: of what is ROUNDABLE, PRODUCTS get it in here.to, SUMS in float32."
     to = here.to if name in PRODUCTS else np.dtype(np.float32) if name in SUMS else None
     if to is None:
         return arrays, kw

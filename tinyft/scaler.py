@@ -75,7 +75,7 @@ class GradScaler:
             self.finite = False
 
     def update(self) -> None:
-        "After a step: S halved if it was skipped, doubled if it was the last of so many good ones."
+        "After a step: S is multiplied by backoff_factor if it was skipped, by growth_factor if it was the last of growth_interval good ones."
         if not self.enabled:
             return
         self.good = self.good + 1 if self.finite else 0

@@ -93,7 +93,7 @@ exact, scales = gradients(1, "float32")[1], 2.0**np.arange(-15, 26, 5)
 error = lambda g: np.linalg.norm(g - exact) / np.linalg.norm(exact)
 errors, in_bfloat16, found = [error(gradients(S)[1]) for S in scales], error(gradients(1, "bfloat16")[1]), gradients(2.0**15)[0]
 lost = lambda S, least=2.0**-24: np.mean(found[found > 0] * S < least / 2)
-print(f"lost of 512 tokens {lost(1):.0%}; of 524,288 (S = 1/1024) {lost(2**-10):.0%}; S = 32,768: {lost(2**15):.0%}; in bfloat16 {lost(1, 2**-133):.0%}")
+print(f"lost of 512 tokens {lost(1):.0%};  of 524,288 {lost(2**-10):.0%};  with S = 32,768 {lost(2**15):.0%};  in bfloat16 {lost(1, 2**-133):.0%}")
 print(f"the weights' gradient is off by {errors[3]:.2%};  {errors[1]:.0%};  {errors[6]:.2%};  {in_bfloat16:.2%}")
 assert 0.2 < lost(1) < 0.5 < lost(2**-10) and errors[6] < errors[3] < in_bfloat16 < errors[1] and not np.isfinite(errors[-1])
 fig, (left, right) = figure(2, 2.6)
