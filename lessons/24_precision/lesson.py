@@ -5,7 +5,7 @@
 # Half the bits are half the memory and half the traffic, and tensor cores multiply them several times as fast. What is lost, and what helps?
 # The answer in one line: **16 bits are for keeping and for multiplying, float32 is for adding up.** NumPy rounds here as a GPU does.
 # ## What 16 bits can hold
-# A number is $\pm\, 2^{e} (1 + f)$. The bits of $e$ buy range, those of $f$ digits: float16 has 5 and 10 of them, bfloat16 8 and 7 (float32: 8
+# A number is a sign and $2^{e} (1 + f)$. The bits of $e$ buy range, those of $f$ digits: float16 has 5 and 10 of them, bfloat16 8 and 7 (float32: 8
 # and 23). The bit patterns of the positive numbers are in order. So count from 0 up to infinity, and here are all numbers there are.
 #
 # **Predict first.** Which number follows 256 in bfloat16?
