@@ -134,7 +134,7 @@ show("Left: S is found by trying. Right: bfloat16 lies on float32; float16 is be
 # %% [markdown]
 # ## What it costs
 # A float32 weight takes 16 bytes: itself, gradient, two moments. With masters it is 2 + 2 + 12, the same. Under autocast too, and in passing 2
-# more for the rounded copy of a matrix. What there is to save is traffic, and part of what a pass keeps for the way back. **Predict first.** On NumPy?
+# more for the rounded copy of a matrix. What can be saved is traffic, and part of what a pass keeps for the way back. **Predict first.** On NumPy?
 # %%
 runs["autocast"], rows = train(autocast="bfloat16"), []
 print("bytes per weight    weights   gradients   optimiser   MB, one pass   gain (nats)")
