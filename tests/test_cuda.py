@@ -180,7 +180,8 @@ def agree(name: str, shape: tuple, dtype: Any, rng: np.random.Generator) -> None
     arrays, kw = [on_device(a) for a in host], {k: on_device(v) for k, v in options.items()}
     m, tol = array.xp(arrays[0]), {"float32": 5e-6, "float16": 3e-3, "bfloat16": 2e-2, "float64": 1e-12}
     wider = np.promote_types(dtype, np.float32)
-    kept = lambda i: wider if name in ("linear", "layer_norm") and i else dtype  # what is summed over the batch stays in float32
+    summed = {"embedding": [0], "linear": [1, 2], "layer_norm": [1, 2]}.get(name, [])    # over the batch: these stay in float32
+    kept = lambda i: wider if i in summed else dtype
     with np.errstate(all="ignore"):
         want, defined = OPS[name].definition(*map(wide, host), **{k: wide(v) for k, v in options.items()})
     want = np.asarray(want)

@@ -58,7 +58,7 @@ def test_the_exercise_accepts_the_reference_and_catches_every_wrong_answer(name)
 
 
 def test_there_are_enough_of_them_and_each_is_complete():
-    assert len(ALL) >= 21 and len({n.split(".")[0] for n in ALL}) == 5
+    assert len(ALL) >= 24 and len({n.split(".")[0] for n in ALL}) == 6
     for e in ALL.values():
         assert len({law.title for law in e.laws}) == len(e.laws) and 1 <= e.minutes <= 60
         assert e.suffix == ".cu" or ast.parse(skeleton.skeleton(e))

@@ -35,6 +35,7 @@ TEACHES = {
                  "classifier", "functional", "batches", "baselines", "strict"},
     "pretraining": {"pretrain", "perplexity", "generate", "decode", "save", "formats"},
     "gpu": {"learn.cuda"},
+    "precision": {"precision", "autocast", "GradScaler"},
 }
 
 

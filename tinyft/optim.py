@@ -124,7 +124,8 @@ class Group:
 
 @dataclass
 class Rounded(Group):
-    "Tensors in 16 bits.  w and moments are float32; the tensors are views of `shown`: w, rounded."
+    """Tensors in 16 bits.  w and moments are float32; the tensors are views of `shown`: w, rounded.
+    What others write is seen by p.copy_, p.touch or another array in p.data.  Whoever starts an optimiser anew starts from what is shown."""
     versions: list[int] = field(default_factory=list)
 
     def lay_out(self, moments: int) -> None:
@@ -136,8 +137,10 @@ class Rounded(Group):
         self.views = [(self.w if self.shown is None else self.shown)[s].reshape(p.shape) for s, p in zip(self.slices, self.tensors)]
 
     def gather_values(self) -> None:
+        """Take the tensors back, as Group does.  w takes the values of those that others wrote to since `note`: by another array in p.data, or into
+        it, which p.version[0] counts.  Of all others it keeps what they are too short to show."""
         others = [p.data is not view or p.version[0] != then for p, view, then in zip(self.tensors, self.views, self.versions)]
-        super().gather_values()
+        Group.gather_values(self)
         for s, view, by_others in zip(self.slices, self.views, others):
             if by_others:
                 self.w[s] = widen(view).reshape(-1)

@@ -10,11 +10,12 @@ bfloat16 cannot add 1.  So, wherever 16-bit numbers meet an op:
 
     inside     it computes in float32 and rounds what it gives, once.  A kernel may take 16-bit factors as they are, if it adds up in float32.
     autocast   PRODUCTS get their inputs rounded, SUMS get theirs in float32, all others take them as they come (of two kinds, the wider).
-    gradients  have the dtype of what they are the gradient of, and are summed over a batch before they are rounded.
+    gradients  have the dtype of what they are the gradient of, and are summed over a batch before they are rounded; `.grad` is float32.
     weights    that train stay in float32: under autocast the model's own; of a model in 16 bits, a copy that the optimiser keeps (optim.py).
     float16    has gradients too small for it: the loss is multiplied first, and the gradients divided (scaler.py).
 
-On NumPy, which has no fast products of 16 bits, all this rounds exactly as it would on a device, and saves nothing.
+On NumPy, which has no fast products of 16 bits, this rounds as on a device (but inside attention, whose kernel there rounds probabilities,
+since they are factors of a product), and saves nothing.
 """
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from .array import Array, address, bfloat16, is_array
+from .array import Array, address, bfloat16, is_array, xp
 
 HALVES = {np.dtype(np.float16), bfloat16}
 ROUNDABLE = {np.dtype(np.float32), *HALVES}              # float64 is for checking gradients, and stays what it is
@@ -75,26 +76,26 @@ def named(dtype: Any) -> np.dtype:
     return bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
 
 
-def given(name: str, arrays: list, leaves: list[bool], kw: dict[str, Any]) -> tuple[list, dict[str, Any]]:
-    "What the op `name` is given in place of these, under autocast.  leaves: which of the arrays are weights."
+def given(name: str, arrays: list, kw: dict[str, Any]) -> tuple[list, dict[str, Any]]:
+    "What the op `name` is given in place of these under autocast: of what is ROUNDABLE, PRODUCTS get it in here.to, SUMS in float32."
     to = here.to if name in PRODUCTS else np.dtype(np.float32) if name in SUMS else None
     if to is None:
         return arrays, kw
-    cast = lambda a, f=rounded: f(a, to) if is_array(a) and a.dtype in ROUNDABLE and a.dtype != to else a
-    return [cast(a, rounded_together if leaf else rounded) for a, leaf in zip(arrays, leaves)], {k: cast(a) for k, a in kw.items()}
+    cast = lambda a: rounded(a, to) if is_array(a) and a.dtype in ROUNDABLE else a
+    return [cast(a) for a in arrays], {k: cast(a) for k, a in kw.items()}
 
 
-def rounded_together(a: Array, dtype: np.dtype) -> Array:
-    "`a` in this dtype, with all else that lies in the same flat array; for as long as autocast lasts and no leaf is written to."
+def weight(a: Array) -> Array:
+    "A weight for a product under autocast: rounded with all that an optimiser laid out beside it, once, until a leaf is written to."
     flat = a.base
-    if flat is None or flat.ndim != 1 or flat.dtype != a.dtype or not (flat.flags.c_contiguous and a.flags.c_contiguous):
-        return rounded(a, dtype)
+    if a.dtype != np.float32 or flat is None or flat.ndim != 1 or flat.dtype != a.dtype or not (flat.flags.c_contiguous and a.flags.c_contiguous):
+        return a
     if here.then != writes:
         here.casts.clear()
         here.then = writes
     at = address(flat)
     if at not in here.casts:
-        here.casts[at] = flat, rounded(flat, dtype)
+        here.casts[at] = flat, rounded(flat, here.to)
     start = (address(a) - at) // a.itemsize
     return here.casts[at][1][start:start + a.size].reshape(a.shape)
 
@@ -138,9 +139,16 @@ def in_float32(f: Callable, name: str) -> Callable:
             if len(floats) == 1 and name not in LOSSES:
                 value = tuple(rounded(v, *floats) for v in value) if isinstance(value, tuple) else rounded(value, *floats)
         if callable(pulls):
-            return value, lambda g, needed: pulls([widen(a) for a in g] if isinstance(g, list) else widen(g), needed)
+            return value, lambda g, needed: _apart(pulls, [widen(a) for a in g] if isinstance(g, list) else widen(g), needed)
         return value, tuple(back and (lambda g, back=back: back(widen(g))) for back in pulls)
     return wide
+
+
+def _apart(pulls: Callable, g: Any, needed: list[bool]) -> list:
+    "The gradients, none of them the widened g or a view of it: the engine knows only the narrow one, and would add to what two inputs share."
+    mine = g if isinstance(g, list) else [g]
+    shared = lambda d: any(w is not None and xp(w).may_share_memory(d, w) for w in mine)
+    return [d.copy() if d is not None and shared(d) else d for d in pulls(g, needed)]
 
 
 def takes_halves(kernel: Callable) -> Callable:

@@ -1,7 +1,8 @@
 """Loss scaling, for gradients in float16.
 
-The smallest number of float16 is 6e-8, and most gradients of a transformer are smaller: they would be 0.  So the loss is multiplied by S,
-and with it every gradient on the way back; before the gradients are used they are divided by S again:
+The smallest number of float16 is 6e-8, and many gradients of a transformer are smaller (a quarter, of 500 tokens; the more, the more tokens
+the loss is the mean of): they would be 0.  So the loss is multiplied by S, and with it every gradient on the way back; before the gradients are
+used they are divided by S again:
 
     backward from S ℓ;     g ← g / S;     then clip, then update
 
@@ -21,6 +22,8 @@ from . import array, ops
 from .array import Array
 from .optim import Optimizer
 from .tensor import Tensor
+
+LARGEST = 2.0**60                                        # S, times a loss and squared in a norm, stays inside float32
 
 
 class GradScaler:
@@ -75,14 +78,14 @@ class GradScaler:
             self.finite = False
 
     def update(self) -> None:
-        "After a step: S halved if it was skipped, doubled if it was the last of so many good ones."
+        "After a step: S is multiplied by backoff_factor if it was skipped, by growth_factor if it was the last of growth_interval good ones."
         if not self.enabled:
             return
         self.good = self.good + 1 if self.finite else 0
         if not self.finite:
             self.now *= self.backoff_factor
         elif self.good == self.growth_interval:
-            self.now, self.good = self.now * self.growth_factor, 0
+            self.now, self.good = min(self.now * self.growth_factor, LARGEST), 0
 
     def state(self) -> dict[str, float]:
         "What a later process needs to go on: S, and the good steps since it last changed."

@@ -28,7 +28,7 @@ class ShapeError(ValueError):
 
 
 class Tensor:
-    """An array with a gradient.
+    """An array with a gradient, `.grad`: of its dtype, or float32 if that has 16 bits.
 
     Tensor(data, requires_grad=False): `data` is an array (kept as it is, on its backend), or numbers and lists (float32 on
     the backend in use).  `mask`: where False, an optimiser moves neither the value nor its moments.  `decay`: whether
@@ -49,6 +49,7 @@ class Tensor:
     dtype = property(lambda self: self.data.dtype)
     device = property(lambda self: array.name_of(self.data), doc="the backend: 'numpy', 'cupy' or 'strict'")
     is_leaf = property(lambda self: self.record is None)
+    of_gradient = property(lambda self: np.promote_types(self.dtype, np.float32), doc="the dtype of .grad, to which more will be added")
     node = property(lambda self: self if self.record is None else self.record, doc="its place in the graph")
 
     def __repr__(self) -> str:
@@ -124,10 +125,10 @@ class Tensor:
                 continue
             given = g if isinstance(g, list) else [g]
             for p, gp in node.pull(g):
-                as_it_is = gp.shape == p.shape and gp.dtype == p.dtype
-                shared, k = as_it_is and not _ours(gp, given), id(p)             # a sum is ours, and what was rounded
-                if not as_it_is:
-                    gp = precision.rounded(sum_to(gp, p.shape), p.dtype)
+                fitting, k = gp, id(p)
+                if gp.shape != p.shape or gp.dtype != p.dtype or gp.itemsize == 2:
+                    fitting = precision.rounded(sum_to(gp, p.shape), p.of_gradient)
+                shared, gp = fitting is gp and not _ours(gp, given), fitting     # a sum is ours, and what was rounded
                 if _state.anomaly and not _finite(gp):
                     raise FloatingPointError(f"{node.name} gave back a gradient that is not finite; shape {gp.shape}")
                 if k not in grads:
@@ -156,6 +157,7 @@ class Record:
 
     A node is the Record of a computed tensor, or a leaf.  So the graph holds what pullbacks hold, and no value for its own sake."""
     __slots__ = ("name", "shape", "dtype", "pulls", "leaves")
+    of_gradient = property(lambda self: self.dtype)
 
     def __init__(self, name: str, value: Array, pulls: list, leaves: list):
         self.name, self.shape, self.dtype, self.pulls, self.leaves = name, value.shape, value.dtype, pulls, leaves
@@ -182,6 +184,7 @@ class Record:
 class Part:
     "Value number i of the `of` values that an op gave at once; `whole` is their Record."
     __slots__ = ("whole", "i", "of", "shape", "dtype")
+    of_gradient = property(lambda self: self.dtype)
 
     def __init__(self, whole: Record, i: int, of: int, value: Array):
         self.whole, self.i, self.of, self.shape, self.dtype = whole, i, of, value.shape, value.dtype
@@ -265,7 +268,9 @@ def op(shapes: str) -> Callable[[Callable], Callable[..., Tensor]]:
                 xp(*arrays, *kw.values())                                        # of two places: refused, where CuPy would copy an index in silence
                 given, more = arrays, kw
                 if precision.here.to is not None:
-                    given, more = precision.given(name, arrays, [isinstance(a, Tensor) and a.record is None for a in args], kw)
+                    of_weights = precision.weight if name in precision.PRODUCTS else lambda a: a
+                    given, more = precision.given(name, [of_weights(x) if isinstance(a, Tensor) and a.record is None else x
+                                                         for a, x in zip(args, arrays)], kw)
                 run = call.fast.get(type(given[0]), f)
                 value, pulls = (precision.in_float32(run, name) if precision.narrow(given) else run)(*given, **more)
             except (ValueError, TypeError, IndexError, array.BackendError) as e:

@@ -39,10 +39,12 @@ class Diverged(ArithmeticError):
 
 @dataclass
 class History:
-    "What happened: the loss of every step, and (step, metrics) of every evaluation."
+    """What happened: the loss of every step, (step, metrics) of every evaluation, why it stopped early, and the numbers (from 0) of the steps
+    that float16 skipped."""
     losses: list[float] = field(default_factory=list)
     evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     stopped: str = ""
+    skipped: list[int] = field(default_factory=list)
 
 
 # ── the loss of a batch ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -206,7 +208,7 @@ class Run:
         questions = [question(self.source.next()) for _ in range(self.accumulate)]
         whole, total = sum(q.weight for q in questions), None
         for q in questions:
-            with precision.autocast(self.autocast or "bfloat16", enabled=self.autocast is not None):
+            with precision.autocast(self.autocast or "bfloat16", enabled=self.autocast is not None), np.errstate(**self.expected):
                 ctx, loss = objective(self.model, q, self.rng)
                 for a in here:
                     loss = loss + a.method.penalty(a.edits, self.model, ctx)
@@ -235,6 +237,8 @@ class Run:
                 raise Diverged(f"the loss is {float(loss)} at step {self.done + 1} (rate {self.opt.lr * factor:.2g}): lower the rate or "
                                "warm up longer; tinyft.detect_anomaly() names the op where it began") from e
             raise Diverged(f"{e} at step {self.done + 1}: lower the rate or warm up longer; tinyft.detect_anomaly() names the op") from e
+        if not self.scaler.finite:
+            self.history.skipped.append(self.done)
         self.scaler.update()
         return value if self.scaler.finite else float(loss)
 
@@ -310,7 +314,7 @@ class Run:
         h = self.history
         return arrays, dict(self.asked, phase=self.phase, t=self.t, done=self.done, rng=self.rng.bit_generator.state,
                             batches=self.source.state(), losses=h.losses, evaluations=h.evaluations, stopped=h.stopped,
-                            scaler=self.scaler.state())
+                            skipped=h.skipped, scaler=self.scaler.state())
 
     def load(self, arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> None:
         part = lambda head: {k[len(head):]: v for k, v in arrays.items() if k.startswith(head)}
@@ -320,7 +324,7 @@ class Run:
         self.best, self.t, self.done = part("best/") or None, facts["t"], facts["done"]
         self.rng.bit_generator.state = facts["rng"]
         self.scaler.load(facts.get("scaler", self.scaler.state()))
-        self.history = History(facts["losses"], [(s, m) for s, m in facts["evaluations"]], facts["stopped"])
+        self.history = History(facts["losses"], [(s, m) for s, m in facts["evaluations"]], facts["stopped"], facts.get("skipped", []))
 
 
 class Source:

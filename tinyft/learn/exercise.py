@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 LESSONS = {"autograd": "01 tensors and autograd", "transformer": "02 the transformer", "training": "03 training", "pretraining": "04 pretraining",
-           "gpu": "23 the GPU"}
+           "gpu": "23 the GPU", "precision": "24 sixteen bits"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,13 +3,13 @@
 //   n = √Σ g² / S;  scale = min(clip / (n + 1e-6), 1) / S;   nothing moves where n is not finite.   S: what the loss was multiplied with
 //   g ← scale g;   m ← β₁ m + (1 − β₁) g;   v ← β₂ v + (1 − β₂) g²;   w ← shrink w − rate m / (root √v + ε)
 //
-// Values and moments lie in flat arrays of float32, gradients where backward left them: a table says where, and goes with the launch, as a
-// plain argument.  Gradients in 16 bits (T) are of tensors in 16 bits, which get to see w rounded.  What changes from step to step, rate = η/(1 − β₁ᵗ), root = 1/√(1 − β₂ᵗ) and shrink = 1 − ηλ, comes by value or, for a step that
+// All is float32.  Values and moments lie in flat arrays, gradients where backward left them: a table says where, and goes with the launch, as a
+// plain argument.  Tensors in 16 bits (T) are shown w rounded.  What changes from step to step, rate = η/(1 − β₁ᵗ), root = 1/√(1 − β₂ᵗ) and shrink = 1 − ηλ, comes by value or, for a step that
 // is captured once and replayed with other numbers, from memory of the device.
 #include "rows.cuh"
 #define TENSORS 150                                      // to a launch, whose arguments have room for 4 kB
 
-struct Table { T* g[TENSORS]; long long start[TENSORS]; long long size[TENSORS]; };
+struct Table { float* g[TENSORS]; long long start[TENSORS]; long long size[TENSORS]; };
 #define MINE(i, n) (long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; i < n; i += gridDim.x * (long long)blockDim.x)
 
 __device__ float update(float* w, float d, float* m, float* v, long long i, float rate, float root, float shrink, float b1, float c1, float b2, float c2, float eps) {
@@ -22,9 +22,9 @@ __device__ float update(float* w, float d, float* m, float* v, long long i, floa
 // blockIdx.y is the tensor.  parts (tensors, gridDim.x)
 extern "C" __global__ void squares(const Table table, float* parts) {
   __shared__ float part[32];
-  const T* g = table.g[blockIdx.y];
+  const float* g = table.g[blockIdx.y];
   float sum = 0;
-  for MINE(i, table.size[blockIdx.y]) sum += (float)g[i] * (float)g[i];
+  for MINE(i, table.size[blockIdx.y]) sum += g[i] * g[i];
   sum = block_sum(sum, part);
   if (threadIdx.x == 0) parts[blockIdx.y * gridDim.x + blockIdx.x] = sum;
 }
@@ -46,11 +46,11 @@ extern "C" __global__ void adam_tensors(const Table table, float* w, float* m, f
   float norm = state[0], scale = state[1];
   if (!(norm - norm == 0)) return;                       // infinite or no number
   if (rates) { rate = rates[0]; root = rates[1]; shrink = rates[2]; }
-  T* g = table.g[blockIdx.y];
+  float* g = table.g[blockIdx.y];
   long long start = table.start[blockIdx.y];
   for MINE(i, table.size[blockIdx.y]) {
-    float d = scale * (float)g[i];
-    if (scale != 1) g[i] = (T)d;
+    float d = scale * g[i];
+    if (scale != 1) g[i] = d;
     float now = update(w, d, m, v, start + i, rate, root, shrink, b1, c1, b2, c2, eps);
     if (shown) shown[start + i] = (T)now;
   }

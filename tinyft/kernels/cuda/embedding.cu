@@ -5,7 +5,7 @@
 #define ALL_LANES 0xffffffffu
 #define COLUMNS 4                                        // per lane, 32 apart
 
-extern "C" __global__ void embedding_back(const int* ids, const T* g, T* d, int N, int width) {
+extern "C" __global__ void embedding_back(const int* ids, const T* g, float* d, int N, int width) {
   int i = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5), lane = threadIdx.x & 31, first = blockIdx.y * 32 * COLUMNS + lane;
   if (i >= N) return;
   int id = ids[i];
@@ -20,5 +20,5 @@ extern "C" __global__ void embedding_back(const int* ids, const T* g, T* d, int 
       for (int k = 0; k < COLUMNS; k++) if (first + 32 * k < width) sum[k] += (float)row[first + 32 * k];
     }
   }
-  for (int k = 0; k < COLUMNS; k++) if (first + 32 * k < width) d[(size_t)id * width + first + 32 * k] = (T)sum[k];
+  for (int k = 0; k < COLUMNS; k++) if (first + 32 * k < width) d[(size_t)id * width + first + 32 * k] = sum[k];
 }

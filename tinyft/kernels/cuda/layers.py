@@ -195,7 +195,7 @@ def embedding(W: Array, ids: Array) -> Any:
     rows, width = W.shape
 
     def back(g: Array) -> Array:
-        d, flat_ids = xp(W).zeros(W.shape, W.dtype), (ids.reshape(-1) % rows).astype(np.int32)                  # −1 is the last row
+        d, flat_ids = xp(W).zeros(W.shape, np.float32), (ids.reshape(-1) % rows).astype(np.int32)                  # −1 is the last row
         grid = (_rows(ids.size), -(-width // 128))
         launch("embedding.cu", "embedding_back", grid, THREADS, flat_ids, _dense(g), d, ids.size, width, T=W.dtype)
         return d

@@ -13,7 +13,6 @@ from ... import array
 from ...array import Array, address, xp
 from ...optim import AdamW, Group, Optimizer, free
 from ...optim import adam_update as definition
-from ...precision import rounded
 from . import launch
 from .launch import blocks, empty
 from .layers import THREADS, suits
@@ -42,7 +41,7 @@ def advance(opt: Optimizer, factor: float, clip: float | None, loss: Array | Non
     "Optimizer.advance for AdamW, or None if this is another optimiser, or other arrays."
     every = [(g, p, s) for g in opt.bound for p, s in zip(g.tensors, g.slices) if p.grad is not None]
     if not (type(opt).update is AdamW.update and every and all(g.w.dtype == np.float32 for g in opt.bound)
-            and all(p.grad.dtype == p.dtype for _, p, _ in every) and (loss is None or loss.dtype == np.float32)):
+            and (loss is None or loss.dtype == np.float32)):
         return None
     gradients = [_laid_out(p) for _, p, _ in every]
     state = norm_and_scale(gradients, clip, loss, scale)
@@ -71,8 +70,8 @@ def _rates(opt: AdamW, factor: Any) -> Any:
 
 
 def _laid_out(p: object) -> Array:
-    "The gradient, contiguous; zero where a mask lets nothing move."
-    g = p.grad if p.mask is None else rounded(free(p), p.dtype)
+    "The gradient, contiguous, in float32; zero where a mask lets nothing move."
+    g = free(p)
     g = g if g.flags.c_contiguous else xp(g).ascontiguousarray(g)
     if p.mask is None:
         p.grad = g
@@ -83,10 +82,9 @@ def norm_and_scale(gradients: list[Array], clip: float | None, loss: Array | Non
     "(2,): the norm of all gradients together once divided by `scale`, and the factor that brings them to `clip`."
     across, done = min(blocks(max(g.size for g in gradients)), ACROSS), 0
     parts, state = (empty(gradients[0], shape, np.float32) for shape in ((len(gradients), across), (2,)))
-    for dtype in dict.fromkeys(g.dtype for g in gradients):
-        for some in _launches([g for g in gradients if g.dtype == dtype]):
-            launch.launch("adam.cu", "squares", (across, len(some)), THREADS, table(some), parts[done:done + len(some)], T=dtype)
-            done += len(some)
+    for some in _launches(gradients):
+        launch.launch("adam.cu", "squares", (across, len(some)), THREADS, table(some), parts[done:done + len(some)], T=state.dtype)
+        done += len(some)
     launch.launch("adam.cu", "norm_and_scale", 1, 1024, parts, parts.size, float(clip or 0), 1 / scale, loss, state, T=state.dtype)
     return state
 
