@@ -5,7 +5,7 @@
     tf.attach(model, tf.LoRA(r=8, targets="attn.[qv]"))
     tf.fit(model, batches, steps=200, optimizer=tf.AdamW(lr=3e-4))
 
-Read tensor.py, ops.py, nn.py and edit.py, some 1,400 lines; then any method's file alone.
+Read tensor.py, ops.py, nn.py and edit.py, some 1,500 lines; then any method's file alone.
 """
 import os as _os
 
