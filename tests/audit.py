@@ -40,6 +40,7 @@ EQUIVALENT = TESTS / "audit_equivalent.txt"
 SUITES = {                                                                       # audited file -> the tests it answers to
     "ops.py": ["test_ops.py", "test_tensor.py"], "functional.py": ["test_ops.py"], "nn.py": ["test_nn.py"], "optim.py": ["test_optim.py"],
     "edit.py": ["test_protocol.py", "test_methods.py"], "methods": ["test_methods.py", "test_protocol.py"],
+    "precision.py": ["test_precision.py"], "scaler.py": ["test_precision.py"],
     "models/blocks.py": ["test_models.py"], "models/gpt.py": ["test_models.py"], "models/bert.py": ["test_models.py"]}
 LIMIT = 20                                                                       # seconds a mutant may take; one that hangs is noticed
 QUICK = 160
@@ -150,7 +151,8 @@ def sites(node: ast.AST, inner: int, is_op: bool, above: tuple = ()) -> Iterator
                         if not (negative and isinstance(new, ast.Constant) and new.value < 0))
             if is_op and isinstance(node, ast.Tuple) and isinstance(child, ast.Lambda):
                 yield node, name, index, child, ast.Constant(None), inner, above        # a pullback left out
-            here = child.lineno if isinstance(child, (ast.Lambda, ast.FunctionDef)) else inner
+            starts = [getattr(child, "lineno", inner), *(d.lineno for d in getattr(child, "decorator_list", []))] # where a function begins
+            here = min(starts) if isinstance(child, (ast.Lambda, ast.FunctionDef)) else inner
             yield from sites(child, here, is_op, above)
 
 

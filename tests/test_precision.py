@@ -45,9 +45,15 @@ def same(a: Any, b: Any, dtype: np.dtype, name: str = "") -> bool:
     return bool(np.abs(a - b).max(initial=0) <= 4 * ULP[dtype] * np.abs(b).max(initial=name == "attention") + 1e-6)
 
 
-def walked(name: str, e: Example, leaves: list[Tensor], seed: int) -> list[Any]:
+def of_rounded(name: str, dtype: np.dtype) -> Callable[..., Tensor]:
+    "The op, given in float32 what of its arrays (weights, factors of dropout) an op in 16 bits would be given in those."
+    seen = lambda a: widen(rounded(a, dtype)) if array.is_array(a) and a.dtype.kind == "f" else a
+    return lambda *args, **kw: OPS[name](*map(seen, args), **{k: seen(v) for k, v in kw.items()})
+
+
+def walked(op: Callable[..., Tensor], e: Example, leaves: list[Tensor], seed: int) -> list[Any]:
     "An op's value and the gradients of its inputs, for a covector of the value's dtype."
-    y = e.call(OPS[name], *leaves)
+    y = e.call(op, *leaves)
     covector = np.random.default_rng(seed).standard_normal(y.shape).astype(np.float16).astype(y.dtype)       # exact in every dtype here but bfloat16
     y.backward(dev(covector))
     return [y, *(p.grad for p in leaves)]
@@ -58,10 +64,9 @@ def agrees_with_rounding_once(name: str, e: Example, dtype: np.dtype) -> None:
     "In 16 bits: what float32 gives of the same numbers, rounded once; a loss is not rounded."
     narrow_ones = [leaf(a, dtype) for a in e.inputs]
     wide = [leaf(widen(host(p))) for p in narrow_ones]
-    y, *got = walked(name, e, narrow_ones, 1)
+    y, *got = walked(OPS[name], e, narrow_ones, 1)
     assert y.dtype == (F32 if name in LOSSES else dtype), f"the value is {y.dtype}"
-    seen = lambda a: widen(rounded(a, dtype)) if array.is_array(a) and a.dtype.kind == "f" else a            # weights, factors of dropout
-    z = e.call(lambda *a, **kw: OPS[name](*map(seen, a), **{k: seen(v) for k, v in kw.items()}), *wide)
+    z = e.call(of_rounded(name, dtype), *wide)
     z.backward(dev(widen(np.random.default_rng(1).standard_normal(y.shape).astype(np.float16).astype(y.dtype))))
     for what, a, b in [("value", y, host(z)), *((f"gradient {i}", a, host(p.grad)) for i, (a, p) in enumerate(zip(got, wide)))]:
         assert (a is None) == (b is None), what
@@ -126,7 +131,7 @@ def agrees_with_the_policy(name: str, e: Example, dtype: np.dtype) -> None:
     def op(dtype_in: np.dtype, cast: bool) -> list:
         "Value and gradients, of inputs rounded to `dtype` if `cast`."
         leaves = [leaf(a.astype(dtype) if cast else a, dtype_in) for a in e.inputs]
-        return walked(name, e, leaves, 2)
+        return walked(OPS[name], e, leaves, 2)
     with autocast(dtype):
         of_float32, of_16 = op(F32, False), op(dtype, False)
     if name in PRODUCTS:
@@ -395,12 +400,64 @@ def test_gradients_are_added_up_in_float32(dtype):
 @both
 def test_what_two_inputs_share_is_not_added_to_twice(dtype):
     "A pullback that gives the same g to two inputs, of which one has another use."
-    pair = tensor.op("... , ... -> ...")(lambda a, b: (a + b, lambda g, needed: (g, g.reshape(g.shape))))
-    del OPS["<lambda>"]
-    a, b = leaf(np.ones(3), dtype), leaf(np.ones(3), dtype)
-    x, y = a * 1.0, b * 1.0
-    (pair(x, y) + x * 4.0).sum().backward()
-    assert host(a.grad).tolist() == [5, 5, 5] and host(b.grad).tolist() == [1, 1, 1]
+    for same_g in (lambda g, needed: (g, g), lambda g, needed: (g, g.reshape(g.shape)), lambda g, needed: (g, None)):
+        pair = tensor.op("... , ... -> ...")(lambda a, b: (a + b, same_g))
+        del OPS["<lambda>"]
+        for shape in ((3,), ()):
+            for total in (lambda a, b: pair(a, b) + a * 4.0, lambda a, b: a * 4.0 + pair(a, b)):     # one of the two goes back first
+                a, b = leaf(np.ones(shape), dtype), leaf(np.ones(shape), dtype)
+                total(a, b).sum().backward()
+                assert (host(a.grad) == 5).all() and (b.grad is None or (host(b.grad) == 1).all())
+
+
+@pytest.mark.parametrize("name", [n for n in EVERY_OP if n not in MIXING])
+@given(st.data())
+def test_beside_float32_nothing_is_rounded(name, data):
+    "The first input in 16 bits, all others in float32: float32's value and gradients of the same numbers."
+    e, _, _ = data.draw(examples(name))
+    first, *rest = e.inputs
+    mixed, wide = [leaf(first, bfloat16), *(leaf(a, F32) for a in rest)], [leaf(widen(first.astype(bfloat16))), *(leaf(a, F32) for a in rest)]
+    if rest:
+        f = of_rounded(name, bfloat16)
+        (y, *got), (z, *want) = walked(f, e, mixed, 3), walked(f, e, wide, 3)
+        assert y.dtype == F32 and all((a is None and b is None) or same(a, b, bfloat16) for a, b in zip([y, *got], [z, *want]))
+
+
+def test_what_needs_no_copy_in_float32_gets_none(monkeypatch):
+    x, y, seen = Tensor(dev(np.ones((4, 3)), bfloat16)), Tensor(dev(np.ones((4, 3)), F32)), []
+    monkeypatch.setattr(precision, "widen", lambda a: (seen.append(a), widen(a))[1])
+    m = array.xp(x.data)
+    assert m.may_share_memory(x[1:3].data, x.data) and m.may_share_memory(x.T.data, x.data)
+    assert (x + y).dtype == (x * y).dtype == (y - x).dtype == F32 and not seen
+    assert (x + x).dtype == bfloat16 and seen
+
+
+@both
+def test_an_op_of_several_values_rounds_each(dtype, rng):
+    "q, k, v at once are three linear maps, in values and gradients; a value that nobody uses sends nothing back."
+    x, *ws = (leaf(rng.standard_normal(s), dtype) for s in ((2, 5, 6), (4, 6), (4,), (4, 6), (4,), (4, 6), (4,)))
+    wide = [leaf(widen(host(p))) for p in (x, *ws)]
+    G = rng.standard_normal((2, 2, 5, 2)).astype(dtype)
+    for used in ((0, 1, 2), (1,)):
+        ys, zs = ops.project(x, *ws, heads=2), ops.project(*wide, heads=2)
+        for i in used:
+            ys[i].backward(dev(G), retain_graph=True)
+            zs[i].backward(dev(widen(G)), retain_graph=True)
+        assert all(same(y, rounded(host(z), dtype), dtype) for y, z in zip(ys, zs))
+        for p, q in zip((x, *ws), wide):
+            assert (p.grad is None) == (q.grad is None) and (p.grad is None or same(p.grad, host(q.grad), dtype))
+            p.grad = q.grad = None
+    both_used = ops.project(x, *ws, heads=2)
+    (both_used[0].sum() + both_used[2].sum()).backward()
+    assert x.grad.dtype == F32 and ws[2].grad is None or not host(ws[2].grad).any()
+
+
+def test_a_weight_that_lies_otherwise_in_a_flat_array_is_cast_by_itself():
+    flat = dev(np.arange(12) / 8, F32)
+    x = Tensor(dev(np.eye(4), F32))
+    for view in (flat.reshape(3, 4).T, flat.reshape(4, 3)[::-1], flat.reshape(4, 3)[:, :2], flat.reshape(2, 6)[:, 1:5].reshape(4, 2)):
+        with autocast():
+            assert same(x @ Tensor(view), host(view).astype(bfloat16), bfloat16)
 
 
 def test_a_model_that_changes_its_dtype_says_to_start_again():
@@ -603,12 +660,24 @@ def test_a_scaler_wants_sensible_numbers_and_remembers_where_it_stood():
     for wrong in ({"init_scale": 0}, {"growth_factor": 1.0}, {"backoff_factor": 1.0}, {"backoff_factor": 0}, {"growth_interval": 0}):
         with pytest.raises(ValueError, match="a GradScaler wants init_scale > 0, growth_factor > 1 > backoff_factor > 0"):
             GradScaler(**wrong)
+    usual = GradScaler()
+    assert (usual.get_scale(), usual.growth_factor, usual.backoff_factor, usual.growth_interval) == (65536, 2, 0.5, 2000)      # as PyTorch's
     one, two = GradScaler(init_scale=4.0, growth_interval=3), GradScaler(growth_interval=3)
     one.update()
     one.update()
     two.load(one.state())
     two.update()
     assert two.state() == {"scale": 8.0, "good": 0}
+
+
+def test_a_step_is_at_the_full_rate_unless_told():
+    def moved(*how: float) -> np.ndarray:
+        p = leaf(np.ones(2), F32)
+        optimizer = tf.SGD(0.25).start({"p": p})
+        p.grad = dev([8.0, 8.0], F32)
+        GradScaler(init_scale=8.0).step(optimizer, *how)
+        return host(p)
+    assert moved().tolist() == [0.75, 0.75] and moved(0.5).tolist() == [0.875, 0.875]
 
 
 def test_the_scale_does_not_grow_out_of_float32():

@@ -60,7 +60,7 @@ def autocast(dtype: Any = "bfloat16", enabled: bool = True) -> Iterator[None]:
 
     For the forward pass and the loss; backward goes the way that forward went.  float16 wants a GradScaler besides.  enabled=False: not
     in this part.  Of this thread alone.  TypeError for another dtype.      As torch.autocast; Micikevicius et al. 2018"""
-    to = named(dtype)
+    to = np.dtype(dtype)
     if enabled and to not in HALVES:
         raise TypeError(f"autocast computes in float16 or bfloat16, got {to}")
     was = here.to, here.casts
@@ -69,11 +69,6 @@ def autocast(dtype: Any = "bfloat16", enabled: bool = True) -> Iterator[None]:
         yield
     finally:
         here.to, here.casts = was
-
-
-def named(dtype: Any) -> np.dtype:
-    "A dtype by its name or itself.  TypeError if there is none."
-    return bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
 
 
 def given(name: str, arrays: list, kw: dict[str, Any]) -> tuple[list, dict[str, Any]]:
@@ -88,7 +83,7 @@ def given(name: str, arrays: list, kw: dict[str, Any]) -> tuple[list, dict[str, 
 def weight(a: Array) -> Array:
     "A weight for a product under autocast: rounded with all that an optimiser laid out beside it, once, until a leaf is written to."
     flat = a.base
-    if a.dtype != np.float32 or flat is None or flat.ndim != 1 or flat.dtype != a.dtype or not (flat.flags.c_contiguous and a.flags.c_contiguous):
+    if a.dtype != np.float32 or flat is None or flat.ndim != 1 or flat.dtype != a.dtype or not a.flags.c_contiguous:
         return a
     if here.then != writes:
         here.casts.clear()
@@ -96,15 +91,15 @@ def weight(a: Array) -> Array:
     at = address(flat)
     if at not in here.casts:
         here.casts[at] = flat, rounded(flat, here.to)
-    start = (address(a) - at) // a.itemsize
-    return here.casts[at][1][start:start + a.size].reshape(a.shape)
+    (_, cast), start = here.casts[at], (address(a) - at) // a.itemsize
+    return cast[start:start + a.size].reshape(a.shape)
 
 
 # ── inside an op ─────────────────────────────────────────────────────────────────────────────────────────────────────
 def narrow(arrays: Any) -> bool:
     "Whether there is an array of 16-bit floating-point numbers among these."
     for a in arrays:
-        if getattr(a, "itemsize", 0) == 2 and a.dtype in HALVES:
+        if getattr(a, "itemsize", None) == 2 and a.dtype in HALVES:
             return True
     return False
 
@@ -124,7 +119,7 @@ def rounded(a: Any, dtype: np.dtype) -> Any:
 
 def in_float32(f: Callable, name: str) -> Callable:
     "The op's function f, adding up in float32 what comes in 16 bits: arrays -> (value, pullbacks), the value rounded, gradients not yet."
-    if name in VIEWS or hasattr(f, "takes_halves"):
+    if name in VIEWS or getattr(f, "takes_halves", False):
         return f
 
     @functools.wraps(f)
@@ -140,7 +135,7 @@ def in_float32(f: Callable, name: str) -> Callable:
                 value = tuple(rounded(v, *floats) for v in value) if isinstance(value, tuple) else rounded(value, *floats)
         if callable(pulls):
             return value, lambda g, needed: _apart(pulls, [widen(a) for a in g] if isinstance(g, list) else widen(g), needed)
-        return value, tuple(back and (lambda g, back=back: back(widen(g))) for back in pulls)
+        return value, [back and (lambda g, back=back: back(widen(g))) for back in pulls]
     return wide
 
 

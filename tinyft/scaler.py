@@ -36,7 +36,7 @@ class GradScaler:
 
     enabled=False: S = 1 for good, and nothing is skipped."""
 
-    def __init__(self, init_scale: float = 2.0**16, growth_factor: float = 2.0, backoff_factor: float = 0.5, growth_interval: int = 2000,
+    def __init__(self, init_scale: float = 65536.0, growth_factor: float = 2.0, backoff_factor: float = 0.5, growth_interval: int = 2000,
                  enabled: bool = True):
         if not (init_scale > 0 and growth_factor > 1 > backoff_factor > 0 and growth_interval > 0):
             raise ValueError("a GradScaler wants init_scale > 0, growth_factor > 1 > backoff_factor > 0 and growth_interval > 0; got "
@@ -65,15 +65,15 @@ class GradScaler:
         return norm
 
     @contextlib.contextmanager
-    def skipping(self, loss: Array = 0.0) -> Iterator[None]:
+    def skipping(self, *losses: Array) -> Iterator[None]:
         """with scaler.skipping(): an update, which may find that the gradient's norm is not finite, and raise.  That is noted, and the step skipped.
 
-        FloatingPointError all the same where it was not the scale: S is 1 or less, or the loss itself is not finite."""
+        FloatingPointError all the same where it was not the scale: S is 1 or less, or one of the losses is not finite itself."""
         try:
             yield
             self.finite = True
         except FloatingPointError:
-            if not self.enabled or self.now <= 1 or not math.isfinite(float(loss)):
+            if not self.enabled or self.now <= 1 or not all(math.isfinite(float(loss)) for loss in losses):
                 raise
             self.finite = False
 

@@ -264,6 +264,29 @@ def test_an_optimiser_that_cannot_is_refused():
         training.go(True)
 
 
+def test_a_scale_that_changes_is_refused_and_bfloat16_needs_none():
+    training, scaler = Training(), tf.GradScaler()
+
+    def step(ids, labels, factor, rng):
+        with tf.autocast("float16"):
+            loss = loss_of(training.model, ids, labels)
+        scaler.scale(loss).backward()
+        scaler.step(training.opt, factor, clip=1.0)
+        training.opt.zero_grad()
+        return loss
+    with pytest.raises(CannotCapture, match="capture a step in bfloat16"):
+        tf.capture(step)(BATCHES[0][:, :-1], next_tokens(BATCHES[0]), 1.0, None)
+
+
+def weights_stay_as_cast(m):
+    "Weights that were cast before the step was noted are in no kernel of the graph."
+    m.setattr(tf.precision, "weight", lambda a, kept={}: kept.setdefault(array.address(a), tf.precision.rounded(a, tf.precision.here.to)))
+
+
+def test_weights_are_cast_at_each_replay():
+    fault(weights_stay_as_cast, lambda: Training(how="bfloat16"))
+
+
 def test_after_a_refusal_training_goes_on_as_if_nothing_had_happened():
     one, other = Training(), Training()
     want, _ = one.go(False, BATCHES[:2])
