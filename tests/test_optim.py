@@ -5,6 +5,7 @@ Each `agrees_*` is a check that must also refuse the wrong optimisers of the tab
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,12 @@ from tinyft import SGD, Adam, AdamW, array, constant, cosine, kernels, linear, o
 from tinyft.nn import Linear, Parameter
 from tinyft.optim import Optimizer, adam_update
 from tinyft.tensor import Tensor
+
+
+@pytest.fixture(autouse=True, params=[optim.LARGE, 2], ids=["put together", "one by one"])
+def _large(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    "Every test twice: with its tensors updated together, as small ones are, and each where it lies, as large ones are."
+    monkeypatch.setattr(optim, "LARGE", request.param)
 
 
 def drive(optimizer: Optimizer, named: dict[str, Tensor], gradients: list[dict], **step) -> dict[str, np.ndarray]:
@@ -453,3 +460,62 @@ def test_a_constant_schedule_is_one_after_its_warm_up():
     assert (path(constant(), 7) == 1).all() and np.allclose(path(constant(4), 7), [0.25, 0.5, 0.75, 1, 1, 1, 1])
     assert (path(constant(1), 7) == 1).all() and (path(constant(1.0), 7) == 1).all()      # one step, not all of them
     assert (path(constant(100), 7) < 0.1).all()                                  # stopped before the warm-up ended
+
+
+# ── small and large ──────────────────────────────────────────────────────────────────────────────────────────────────
+def test_a_tensor_of_exactly_the_limit_is_small(monkeypatch):
+    monkeypatch.setattr(optim, "LARGE", 6)
+    a, b, c = leaf(np.ones((2, 3))), leaf(np.ones((1, 2))), leaf(np.ones((4, 2)))
+    optimizer = AdamW(0.1, weight_decay=0.5).start({"c": c, "a": a, "b": b})
+    assert optimizer.bound[0].names == ["a", "b", "c"]
+    for p in (a, b, c):
+        p.grad = dev(np.ones(p.shape))
+    optimizer.step()
+    assert all((host(p) < 1).all() for p in (a, b, c))
+    a.grad, before = None, np.array(host(a))
+    optimizer.step()
+    assert np.array_equal(host(a), before) and (host(b) < before[0, 0]).all()       # no gradient: neither decay nor moments move it
+
+
+def test_a_held_tensor_keeps_its_gradient_and_a_free_one_has_it_clipped():
+    p, q = leaf(np.ones((2, 2))), leaf(np.ones((2, 2)))
+    p.mask = dev(np.array([[True, False], [True, True]]))
+    optimizer = SGD(0.1).start({"p": p, "q": q})
+    p.grad, q.grad = dev(np.full((2, 2), 3.0)), dev(np.full((2, 2), 4.0))
+    norm = float(optimizer.step(clip=1.0))
+    assert norm == pytest.approx((3 * 9 + 4 * 16)**0.5) and np.array_equal(host(p.grad), np.full((2, 2), 3.0))
+    assert np.allclose(host(q.grad), 4 / norm)
+
+
+def test_another_array_in_a_tensor_is_taken_back_and_the_flat_one_stays():
+    p = leaf(np.ones((2, 2)))
+    optimizer = SGD(0.5).start({"p": p})
+    flat = optimizer.bound[0].w
+    p.data, p.grad = dev(np.full((2, 2), 3.0)), dev(np.ones((2, 2)))
+    optimizer.step()
+    assert optimizer.bound[0].w is flat and p.data is optimizer.bound[0].views[0] and (host(p) == 2.5).all()
+
+
+def test_advance_is_a_step_at_the_full_rate_without_clipping_or_scale():
+    a, b = leaf(np.ones((2, 2))), leaf(np.ones((2, 2)))
+    one, two = SGD(0.5).start({"a": a}), SGD(0.5).start({"b": b})
+    a.grad = b.grad = dev(np.full((2, 2), 7.0))
+    assert float(one.advance()) == float(two.step()) == 14 and np.array_equal(host(a), host(b)) and (host(a) == -2.5).all()
+
+
+@pytest.mark.skipif(array.backend() == "cupy", reason="there the kernels do this")
+def test_who_updates_all_at_once_is_asked_first_and_settled_after(monkeypatch):
+    p, asked = leaf(np.ones((2, 2))), []
+
+    def at_once(opt: Optimizer, factor: float, clip: Any, loss: Any, scale: float) -> Any:
+        asked.append((factor, clip, loss, scale))
+        opt.t += 1
+        return dev(np.array(norms.pop(0)))
+    monkeypatch.setitem(optim.at_once, type(p.data), at_once)
+    optimizer, norms = AdamW(0.1).start({"p": p}), [2.0, np.nan, np.nan]
+    assert float(optimizer.step(0.5, 3.0, scale=4.0)) == 2 and asked == [(0.5, 3.0, None, 4.0)] and optimizer.t == 1
+    with pytest.raises(FloatingPointError, match="norm is nan"):
+        optimizer.step()
+    assert optimizer.t == 1 and (host(p) == 1).all()
+    monkeypatch.setattr(array, "recording", object())                            # a captured step does not wait: whoever reads the norm settles
+    assert np.isnan(float(optimizer.step())) and optimizer.t == 2

@@ -460,6 +460,24 @@ def test_a_weight_that_lies_otherwise_in_a_flat_array_is_cast_by_itself():
             assert same(x @ Tensor(view), host(view).astype(bfloat16), bfloat16)
 
 
+@pytest.mark.skipif(array.backend() != "numpy", reason="moves from NumPy to the strict double and back")
+@both
+def test_an_optimiser_follows_a_model_in_16_bits(dtype):
+    def run(*route: str) -> tuple[np.ndarray, np.ndarray]:
+        p = leaf(np.linspace(1, 2, 6), dtype)
+        optimizer = AdamW(1e-4).start({"p": p})
+        for backend in route:
+            p.data = array.to(p.data, backend)
+            p.grad = array.to(np.cos(np.arange(6)).astype(np.float32), backend)
+            optimizer.step()
+            group, = optimizer.bound
+            assert p.device == backend and p.dtype == dtype and p.data is group.views[0]
+            assert np.array_equal(host(p), rounded(host(group.w), dtype))
+        return np.array(host(p)), np.array(host(group.w))
+    for a, b in zip(run("numpy", "strict", "strict", "numpy"), run(*["numpy"] * 4)):
+        assert np.allclose(widen(a), widen(b), rtol=1e-6)
+
+
 def test_a_model_that_changes_its_dtype_says_to_start_again():
     model = small().to(dtype=bfloat16)
     optimizer = AdamW(0.01).start(tf.trained(model))
@@ -499,7 +517,8 @@ def stepped(scaler: Any, clip: float | None, steps: int = 4) -> list[np.ndarray]
 def agrees_with_no_scaler(make: Callable[..., GradScaler]) -> None:
     "A power of two costs no digit: float32 training is the same to the bit, whatever S is, clipped or not."
     for clip in (None, 0.05, 1e6):
-        for got in (stepped(make(init_scale=2.0**12, growth_interval=2), clip), stepped(make(init_scale=2.0**-3), clip)):
+        for scaler in (make(init_scale=2.0**12, growth_interval=2), make(init_scale=2.0**-3), make(init_scale=2.0)):
+            got = stepped(scaler, clip)
             assert all(np.array_equal(a, b) for a, b in zip(got, stepped(None, clip), strict=True)), clip
 
 

@@ -56,24 +56,24 @@ class Group:
         self.views = [self.w[s].reshape(p.shape) for s, p in zip(self.slices, self.tensors)]
 
     def gather_values(self) -> None:
-        "Take back tensors whose data was replaced from outside, and follow them to another backend (model.to)."
-        if any(p.data is not view and (type(p.data) is not type(view) or p.data.dtype != view.dtype) for p, view in zip(self.tensors, self.views)):
-            self.follow()
+        "Take back tensors whose data was replaced from outside."
         for p, view in zip(self.tensors, self.views):
             if p.data is not view:
                 view[...] = p.data
                 p.data = view
 
     def follow(self) -> None:
-        "Values and moments to where the tensors are now.  BackendError if that is more than one place, TypeError if their dtype is another."
+        "Values and moments to where model.to took the tensors.  BackendError if that is more than one place, TypeError if to another dtype."
+        if all(p.data is view or (type(p.data) is type(view) and p.dtype == view.dtype) for p, view in zip(self.tensors, self.views)):
+            return
         if other := next((p.dtype for p, view in zip(self.tensors, self.views) if p.dtype != view.dtype), None):
             raise TypeError(f"the tensors this optimiser updates were {self.views[0].dtype} when it was started, and are {other} now: start it again")
         xp(*(p.data for p in self.tensors))                                      # raises with both places named
         self.move(lambda a: array.put_like(array.asnumpy(a), self.tensors[0].data))
-        self.look()
 
     def move(self, there: Callable[[Array], Array]) -> None:
         self.w, *self.moments = map(there, (self.w, *self.moments))
+        self.look()
 
     def pieces(self) -> list[Piece]:
         """What there is to update.  A large tensor's gradient is used where it lies; those of the small ones are put end to end, and
@@ -148,6 +148,10 @@ class Rounded(Group):
     def move(self, there: Callable[[Array], Array]) -> None:
         super().move(there)
         self.shown = there(self.shown)
+        self.look()
+        for p, view in zip(self.tensors, self.views):
+            if np.array_equal(array.asnumpy(p.data), array.asnumpy(view)):       # moved, and not written to
+                p.data = view
 
     def show(self) -> None:
         self.shown[...] = self.w
@@ -231,6 +235,7 @@ class Optimizer:
         if not self.bound:
             raise RuntimeError("this optimiser was not started: start(named tensors) says what it updates")
         for g in self.bound:
+            g.follow()
             g.gather_values()
         fast = at_once.get(type(self.bound[0].w))
         norm = fast(self, factor, clip, loss, scale) if fast else None
