@@ -63,12 +63,12 @@ def autocast(dtype: Any = "bfloat16", enabled: bool = True) -> Iterator[None]:
     to = np.dtype(dtype)
     if enabled and to not in HALVES:
         raise TypeError(f"autocast computes in float16 or bfloat16, got {to}")
-    was = here.to, here.casts
+    was = here.to, here.casts, here.then
     here.to, here.casts = to if enabled else None, {}
     try:
         yield
     finally:
-        here.to, here.casts = was
+        here.to, here.casts, here.then = was
 
 
 def given(name: str, arrays: list, kw: dict[str, Any]) -> tuple[list, dict[str, Any]]:
