@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
+from types import SimpleNamespace
 
 import cupy as cp
 import fake_gpu
@@ -279,12 +280,32 @@ def test_a_scale_that_changes_is_refused_and_bfloat16_needs_none():
 
 
 def weights_stay_as_cast(m):
-    "Weights that were cast before the step was noted are in no kernel of the graph."
-    m.setattr(tf.precision, "weight", lambda a, kept={}: kept.setdefault(array.address(a), tf.precision.rounded(a, tf.precision.here.to)))
+    "Weights that were cast before the step was noted: no kernel of the graph casts them."
+    kept, right = {}, tf.precision.weight
+
+    def weight(a):
+        return right(a) if array.recording is None else kept.setdefault(array.address(a), tf.precision.rounded(a, tf.precision.here.to))
+    m.setattr(tf.precision, "weight", weight)
 
 
 def test_weights_are_cast_at_each_replay():
     fault(weights_stay_as_cast, lambda: Training(how="bfloat16"))
+
+
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_what_was_cast_before_a_captured_pass_is_cast_again_inside(forgotten, monkeypatch):
+    "autocast opened once, around it all: replays see what weights are now, not what an earlier pass has cast."
+    if forgotten:
+        monkeypatch.setattr(capture, "precision", SimpleNamespace(here=SimpleNamespace(casts={})))
+    training, ids = Training(), BATCHES[0]
+    with tf.no_grad(), tf.autocast("bfloat16"):
+        step = tf.capture(lambda ids: training.model(ids))
+        for _ in range(4):
+            before = array.asnumpy(step(ids).data)
+        for p in training.model.parameters():
+            p.copy_(array.asnumpy(p.data) * 1.5)
+        now, right = (array.asnumpy(f(ids).data) for f in (step, training.model))
+    assert not np.array_equal(before, right) and np.array_equal(now, right) != forgotten
 
 
 def test_after_a_refusal_training_goes_on_as_if_nothing_had_happened():
