@@ -201,11 +201,11 @@ def test_autocast_is_of_this_thread_nests_and_ends():
             raise KeyError
         assert product() == F16
     assert product() == F32 and seen == [F32]
-    for wrong in ("float32", "int8", np.float64):
-        with pytest.raises(TypeError, match="float16 or bfloat16, got"), autocast(wrong):
+    for wrong in ("float32", "int8", np.float64, "fp16", None):
+        with pytest.raises(TypeError, match="autocast computes in float16 or bfloat16, got"), autocast(wrong):
             pass
-    with pytest.raises(TypeError), autocast("half a byte"):
-        pass
+    with pytest.raises(TypeError, match="float16 or bfloat16, got 'fp16'"):
+        fit(small(), [TOKENS], 1, autocast="fp16")
 
     @autocast("bfloat16")
     def step() -> Any:

@@ -60,15 +60,20 @@ def autocast(dtype: Any = "bfloat16", enabled: bool = True) -> Iterator[None]:
 
     For the forward pass and the loss; backward goes the way that forward went.  float16 wants a GradScaler besides.  enabled=False: not
     in this part.  Of this thread alone.  TypeError for another dtype.      As torch.autocast; Micikevicius et al. 2018"""
-    to = np.dtype(dtype)
-    if enabled and to not in HALVES:
-        raise TypeError(f"autocast computes in float16 or bfloat16, got {to}")
-    was = here.to, here.casts, here.then
-    here.to, here.casts = to if enabled else None, {}
+    to, was = half(dtype) if enabled else None, (here.to, here.casts, here.then)
+    here.to, here.casts = to, {}
     try:
         yield
     finally:
         here.to, here.casts, here.then = was
+
+
+def half(dtype: Any) -> np.dtype:
+    "float16 or bfloat16, from its name or itself.  TypeError for anything else."
+    with contextlib.suppress(TypeError):                                         # of what NumPy does not know by this name
+        if np.dtype(dtype) in HALVES:
+            return np.dtype(dtype)
+    raise TypeError(f"autocast computes in float16 or bfloat16, got {dtype!r}")
 
 
 def given(name: str, arrays: list, kw: dict[str, Any]) -> tuple[list, dict[str, Any]]:

@@ -167,7 +167,7 @@ class Run:
         if steps < 0 or accumulate < 1:
             raise ValueError(f"fit wants steps >= 0 and accumulate >= 1; got {steps} and {accumulate}")
         methods = [f"{a.name}: {a.method!r}" for a in edit.attached(model)]
-        self.autocast = None if autocast is None else str(np.dtype(autocast))
+        self.autocast = None if autocast is None else str(precision.half(autocast))
         self.scaler = GradScaler(enabled=self.autocast == "float16")
         self.expected = {"over": "ignore", "invalid": "ignore"} if self.scaler.enabled else {}     # what NumPy need not warn of
         self.asked = {"steps": steps, "accumulate": accumulate, "clip": clip, "optimizer": repr(optimizer), "methods": "; ".join(methods),
