@@ -146,9 +146,8 @@ class Rounded(Group):
                 self.w[s] = widen(view).reshape(-1)
 
     def move(self, there: Callable[[Array], Array]) -> None:
-        super().move(there)
         self.shown = there(self.shown)
-        self.look()
+        super().move(there)
         for p, view in zip(self.tensors, self.views):
             if np.array_equal(array.asnumpy(p.data), array.asnumpy(view)):       # moved, and not written to
                 p.data = view

@@ -159,7 +159,7 @@ def layer_norm(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float = 1e-5) -
 def embedding(W: np.ndarray, ids: np.ndarray) -> Any:
     "Saves add.at's one-by-one additions: sort the ids, sum each run of equal ones at once.  Positions are sorted, and each there once."
     def back(g: np.ndarray) -> np.ndarray:
-        d, flat = np.zeros(W.shape, g.dtype), ids.reshape(-1) % len(W)                     # −1 is the last row
+        d, flat = np.zeros(W.shape, g.dtype), ids.reshape(-1) % len(W)           # −1 is the last row
         if (flat[1:] > flat[:-1]).all():
             d[flat] = g.reshape(-1, W.shape[1])
         else:
