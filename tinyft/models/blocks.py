@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from .. import array, ops
+from .. import ops
 from ..array import Array, xp
 from ..nn import Context, Dropout, LayerNorm, Linear, Module, Parameter
 from ..tensor import Tensor
@@ -64,10 +64,8 @@ class Attention(Module):
         return x.reshape(B, T, self.h, C // self.h).permute(0, 2, 1, 3)
 
     def noise(self, q: Tensor, k: Tensor, key: int) -> Array:
-        "Dropout's factors on the probabilities, (B, H, T, Tk)"
-        like = xp(q.data).empty((*q.shape[:-1], k.shape[-2]), dtype=q.dtype)
-        keep = (array.uniform_like(like, key) >= self.drop_p.p).astype(np.promote_types(q.dtype, np.float32)) / (1 - self.drop_p.p)
-        return keep.astype(q.dtype, copy=False)
+        "Dropout's factors on the probabilities, (B, H, T, Tk): what it makes of ones"
+        return ops.dropout(Tensor(xp(q.data).ones((*q.shape[:-1], k.shape[-2]), q.dtype)), self.drop_p.p, key).data
 
 
 class MLP(Module):
