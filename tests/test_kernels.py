@@ -22,7 +22,7 @@ from tinyft.kernels import threads
 from tinyft.tensor import OPS
 
 pytestmark = pytest.mark.skipif(array.backend() != "numpy", reason="these kernels are for NumPy arrays; the others have none")
-NAMES = ("linear", "gelu", "gelu_tanh", "layer_norm", "embedding", "attention", "cross_entropy")
+NAMES = ("linear", "gelu", "gelu_tanh", "layer_norm", "embedding", "attention", "cross_entropy", "dropout")
 BLOCK = threads.BLOCK
 
 
@@ -43,6 +43,8 @@ def inputs(name: str, shape: tuple, dtype: Any, rng: np.random.Generator) -> tup
         y[rng.random(rows) < 0.3] = -100
         y.reshape(-1)[0] = 0                             # something is asked: the mean of nothing is no number
         return [(rng.standard_normal((*rows, shape[-1])) * rng.choice([1, 30])).astype(dtype), y], {}
+    if name == "dropout":
+        return [x], {"p": float(rng.choice([0.0, 0.1, 0.7])), "key": int(rng.integers(2**63))}
     if name == "attention":
         *lead, t, d = (1,) * (4 - len(shape)) + shape[-4:]
         return attention_inputs((*lead, t, t + int(rng.integers(0, 4)), d), dtype, rng)
@@ -124,6 +126,36 @@ def test_a_kernel_is_its_definition_for_any_shape_and_layout(name, shape, double
 @pytest.mark.parametrize("name", ["gelu", "gelu_tanh"])
 def test_at_the_ends_of_the_line_too(name, x, rng):
     agree(name, getattr(fast, name), [np.full((2, 3), x, np.float32)], {}, rng)
+
+
+def check_dropout(kernel: Callable) -> None:
+    "To the bit, whatever p is, and where a number that is drawn is p itself; far apart in p as well."
+    x = np.arange(1, BLOCK + 8, dtype=np.float32)
+    for key in (0, 1, 2**63 - 1):
+        u = array.uniform_like(x, key)
+        for p in (*map(float, u[:40]), *map(float, np.nextafter(u[:5], 2)), 0.0, 1e-9, 2.0**-24, 0.1, 0.3, 0.999, 1 - 2.0**-24, 1 - 2.0**-30):
+            (y, (back, *_)), (want, (right, *_)) = kernel(x, p, key), OPS["dropout"].definition(x, p, key)
+            assert np.array_equal(y, want) and np.array_equal(back(2 * x), right(2 * x)), (p, key)
+
+
+def test_dropout_is_its_definition_to_the_bit():
+    check_dropout(fast.dropout)
+
+
+def dropped_by(keeps: Callable = np.greater_equal, shift: int = 0, scaled: bool = True, redrawn: int = 0) -> Callable:
+    "Dropout with one thing in it different."
+    def kernel(x: np.ndarray, p: float, key: int) -> Any:
+        factor = lambda key: keeps(array.uniform_like(x, key), np.float32(p)) * (np.float32(1) / np.float32(1 - p) if scaled else np.float32(1))
+        there, back = np.roll(factor(key), shift), factor(key + redrawn)
+        return x * there, (lambda g: g * np.roll(back, shift), None, None)
+    return kernel
+
+
+@pytest.mark.parametrize("wrong", [dict(keeps=np.greater), dict(keeps=np.less), dict(shift=1), dict(scaled=False), dict(redrawn=1)], ids=str)
+def test_wrong_dropout_is_caught(wrong):
+    check_dropout(dropped_by())
+    with pytest.raises(AssertionError):
+        check_dropout(dropped_by(**wrong))
 
 
 @pytest.mark.parametrize("eps", [1e-12, 1e-5])

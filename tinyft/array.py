@@ -204,9 +204,13 @@ def uniform_like(x: Array, key: int) -> Array:
     "float32 in [0, 1) of x's shape, the number at each place set by `key` alone: the same bits on every backend (Philox, 24 bits)."
     if type(x) in UNIFORM:
         return UNIFORM[type(x)](x, key)
-    n = int(np.prod(x.shape))
-    raw = np.random.Philox(key=key).random_raw(n // 2 + 1).view(np.uint32)[:n]
-    return asarray(((raw >> np.uint32(8)) * np.float32(2.0**-24)).astype(np.float32).reshape(x.shape), like=x)
+    words = random_words(int(np.prod(x.shape)), key)
+    return asarray(((words >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24)).reshape(x.shape), like=x)
+
+
+def random_words(n: int, key: int) -> np.ndarray:
+    "n words of 32 random bits on the host, number i set by `key` alone."
+    return np.random.Philox(key=key).random_raw(n // 2 + 1).view(np.uint32)[:n]
 
 
 @contextlib.contextmanager

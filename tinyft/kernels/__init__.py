@@ -25,7 +25,7 @@ __all__ = ["capture", "install", "remove", "definitions", "keep_memory", "set_nu
 def install() -> None:
     "Register the kernels; those for CuPy when that backend is first used.  A kernel has its definition's signature: arrays -> (value, pullbacks)."
     from . import numpy as fast
-    for name in ("linear", "gelu", "gelu_tanh", "layer_norm", "embedding", "attention", "cross_entropy"):
+    for name in ("linear", "gelu", "gelu_tanh", "layer_norm", "embedding", "attention", "cross_entropy", "dropout"):
         OPS[name].fast[np.ndarray] = getattr(fast, name)
     adam_update.fast[np.ndarray] = fast.adam_update
     array.on_open("cupy", _register_cuda)

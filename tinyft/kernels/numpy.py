@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from .. import ops
+from ..array import random_words
 from .attention import SAFE, attention
 from .threads import blocks
 
-__all__ = ["linear", "gelu", "gelu_tanh", "layer_norm", "embedding", "attention", "cross_entropy", "adam_update"]
+__all__ = ["linear", "gelu", "gelu_tanh", "layer_norm", "embedding", "attention", "cross_entropy", "dropout", "adam_update"]
 SMALL = 1 << 17                                          # numbers that are kept rather than computed again
 
 
@@ -199,6 +200,22 @@ def cross_entropy(z: np.ndarray, y: np.ndarray, weight: np.ndarray | None = None
         blocks(n, block, Z.shape[1])
         return d.reshape(z.shape)
     return one(value), (back, None, None)
+
+
+def dropout(x: np.ndarray, p: float, key: int) -> Any:
+    "Saves the numbers in [0, 1) that p is compared with: random bits are, and the factors are written over them."
+    least = math.ceil(np.float32(p) * 2.0**24) << 8                              # the word from which on u, of its upper 24 bits, is p or more
+    if not (_plain(x) and 0 <= least < 2**32):
+        return ops.dropout.definition(x, p, key)
+    X, y, words, scale = x.reshape(-1), np.empty(x.size, np.float32), random_words(x.size, key), np.float32(1) / np.float32(1 - p)
+    keep = words.view(np.float32)
+
+    def block(i: slice) -> None:
+        np.multiply(words[i] >= np.uint32(least), scale, out=keep[i])
+        np.multiply(X[i], keep[i], out=y[i])
+    blocks(x.size, block)
+    keep = keep.reshape(x.shape)
+    return y.reshape(x.shape), (lambda g: g * keep, None, None)
 
 
 def adam_update(w: np.ndarray, g: np.ndarray, m: np.ndarray, v: np.ndarray, lr: float, b1: float, b2: float, eps: float, decay: float,
