@@ -158,7 +158,7 @@ BUDGETS = {
     "tinyft.tensor": 325,                                # design: 200; ownership of gradients, versions of leaves, several values, 16 bits, anomalies
     "tinyft.edit": 335,                                  # 260; merging is all or nothing, and every refusal is a sentence
     "tinyft.ops": 490,                                   # a table of primitives: as long as there are ops, each on its own readable
-    "tinyft.optim": 410,                                 # groups of tensors, and of those in 16 bits, beside four optimisers and three schedules
+    "tinyft.optim": 415,                                 # groups of tensors, and of those in 16 bits, beside four optimisers and three schedules
     "tinyft.train": 430,                                 # a step that waits for a device once has an update apart from the losses
     "tinyft.methods.additive.prefix": 120,               # two papers' worth: the prefix, its reparameterisation by an MLP, its shift of positions
 }

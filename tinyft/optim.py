@@ -233,20 +233,28 @@ class Optimizer:
         loss: a number that must be finite as well."""
         if not self.bound:
             raise RuntimeError("this optimiser was not started: start(named tensors) says what it updates")
-        for g in self.bound:
-            g.follow()
-            g.gather_values()
+        self.gather()
         fast = at_once.get(type(self.bound[0].w))
         norm = fast(self, factor, clip, loss, scale) if fast else None
         if norm is None:
             if array.recording is not None:
                 raise array.CannotCapture(f"an update by {type(self).__name__} cannot be captured; one by AdamW can, with kernels")
             norm = self.one_by_one(factor, clip, loss, scale)
+        self.touch()
+        return norm
+
+    def gather(self) -> None:
+        "Follow tensors to another backend, and take back those whose data was replaced from outside."
+        for g in self.bound:
+            g.follow()
+            g.gather_values()
+
+    def touch(self) -> None:
+        "Note that the tensors were updated, by this optimiser."
         for g in self.bound:
             for p in g.tensors:
                 p.touch()
             g.note()
-        return norm
 
     def one_by_one(self, factor: float, clip: float | None, loss: Array | None, scale: float) -> Array:
         "advance, as it is defined: piece by piece."

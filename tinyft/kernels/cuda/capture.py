@@ -39,6 +39,8 @@ class Captured:
 
     def __call__(self, *args: Any) -> Any:
         key = repr(mapped(args, _kind))
+        if key in self.graphs and self.graphs[key].outdated():
+            del self.graphs[key]
         if key not in self.graphs:
             if len(self.graphs) == GRAPHS:
                 raise CannotCapture(f"this step comes with ever other shapes or numbers: {GRAPHS} graphs are made, and now {key}.  Pass ids of "
@@ -140,6 +142,8 @@ class Recording:
                     if isinstance(k, Keys):
                         k.send()
                 self.graph.launch(self.stream)
+                for o, *_ in self.optimizers:
+                    o.touch()
                 out = self.out
         with self.stream:                                                        # copies: the graph's own arrays are written to by the next call
             return mapped(out, lambda a: Tensor(a.data.copy()) if isinstance(a, Tensor) else a.copy() if array.is_array(a) else a)
@@ -173,7 +177,7 @@ class Recording:
             out = self.step(*self.inputs)
         finally:
             array.recording = None
-        if any(p.grad is not None for o in self.optimizers for g in o.bound for p in g.tensors):
+        if any(p.grad is not None for o, *_ in self.optimizers for g in o.bound for p in g.tensors):
             raise CannotCapture("this step leaves gradients behind, which the next would add to: end it with optimizer.zero_grad()")
         if self.calls > 1 and self.before != self.notes:
             raise CannotCapture(_difference(self.before, self.notes))
@@ -181,14 +185,14 @@ class Recording:
 
     def record(self) -> Any:
         "The step once more, noted and not done.  Nothing has happened if it is refused."
-        bound = [g for o in self.optimizers for g in o.bound]
+        groups = [g for o, *_ in self.optimizers for g in o.bound]
         self.stream.synchronize()
         self.noting = True
         self.stream.begin_capture()
         try:
             out = self.run()
         except BaseException as e:
-            for g in bound:
+            for g in groups:
                 for p in g.tensors:
                     p.grad = None
             try:
@@ -204,7 +208,14 @@ class Recording:
         return out
 
     def watch(self, opt: Optimizer) -> None:
-        self.optimizers.append(opt)
+        "An optimiser of this step, with what it updates."
+        self.optimizers.append((opt, opt.bound, [g.w for g in opt.bound]))
+
+    def outdated(self) -> bool:
+        "Whether what the graph updates is no longer what its optimisers would: one was started again, or has followed its tensors elsewhere."
+        for o, *_ in self.optimizers:
+            o.gather()
+        return any(o.bound is not bound or any(g.w is not w for g, w in zip(bound, values)) for o, bound, values in self.optimizers)
 
 
 # ── arguments and results: tuples, lists and dicts of things ─────────────────────────────────────────────────────────
