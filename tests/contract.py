@@ -14,7 +14,7 @@ import numpy as np
 from helpers import host
 
 from tinyft import BERT, GPT, AdamW, BERTConfig, Cache, CannotMerge, GPTConfig, Method, adapters, array, edit, evaluate, fit, no_grad
-from tinyft.train import objective, question
+from tinyft.objective import objective, question
 
 KINDS = ("gpt", "bert", "gpt-classes", "bert-classes")
 CLASSES = 3

@@ -288,6 +288,24 @@ def test_what_a_kernel_was_not_written_for_goes_to_the_definition(rng):
             assert all(a is b is None or np.array_equal(a(np.ones_like(y)), b(np.ones_like(y)), equal_nan=True) for a, b in zip(pulls, defined))
 
 
+def strided(rng: np.random.Generator, dtype: Any) -> dict[str, Any]:
+    "Inputs of a product as models cut them: none is contiguous."
+    x = array.asarray(rng.standard_normal((4, 5, 6)).astype(dtype))
+    return {"first row of each text": x[:, 0], "last": x[:, -1], "behind a prompt": x[:, 2:], "every other column": x[..., ::2], "transposed": x[0].T}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("how", strided(np.random.default_rng(0), np.float32))
+def test_linear_takes_what_is_not_contiguous(how, dtype, rng):
+    "By one product, as if it were: a classifier's row of each text does not go to CuPy's own product, which no graph can hold."
+    x, before = strided(rng, dtype)[how], gemm.LIBRARIES[np.ndarray].calls if array.backend() == "numpy" else 0
+    W, b, g = (array.asarray(rng.standard_normal(s).astype(dtype)) for s in ((3, x.shape[-1]), 3, (*x.shape[:-1], 3)))
+    (y, pulls), (want, defined) = layers.linear(x, W, b), layers.linear(array.xp(x).ascontiguousarray(x), W, b)
+    assert not x.flags.c_contiguous and np.array_equal(array.asnumpy(y), array.asnumpy(want))
+    assert all(np.array_equal(array.asnumpy(back(g)), array.asnumpy(right(g))) for back, right in zip(pulls, defined))
+    assert array.backend() != "numpy" or gemm.LIBRARIES[np.ndarray].calls - before == 6
+
+
 @no_device
 def test_scores_far_from_zero_and_rows_that_see_nothing(rng):
     q, k, v = (rng.standard_normal((2, 3, 40, 8)).astype(np.float32) for _ in range(3))

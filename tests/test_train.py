@@ -46,9 +46,9 @@ from tinyft import (
 from tinyft.data import Batches
 from tinyft.files import read_tensors, write_tensors
 from tinyft.nn import Context
+from tinyft.objective import objective, question
 from tinyft.optim import Optimizer
 from tinyft.tensor import OPS, op
-from tinyft.train import objective, question
 
 V, P, C, CLASSES = 19, 12, 12, 3
 

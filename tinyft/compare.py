@@ -32,9 +32,10 @@ from .formats.huggingface import classifier, load
 from .methods import BitFit, Full, Houlsby, LoRA, Partial, PrefixTuning, PromptTuning
 from .models import BERT
 from .nn import Context, Module, no_grad
+from .objective import objective, question
 from .optim import AdamW, linear
 from .report import draw, table, verdict
-from .train import evaluate, fit, objective, question
+from .train import evaluate, fit
 
 __all__ = ["Settings", "PRESETS", "compare", "contenders"]
 

@@ -1,7 +1,6 @@
 """The one training loop, and evaluation.
 
-A batch is a dict of host arrays, or bare ids:  ids (B, T);  mask (B, T) True where real;  labels (B,) classes or (B, T) tokens with -100
-where nothing is asked;  types, task, route, class_weight.  Without labels it means causal language modelling: predict the next id.
+What a batch may be, and its loss: objective.py.
 
 The order of a step: begin, forward, penalties, backward, clip, update, step, clear gradients.
 """
@@ -22,15 +21,15 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from . import array, edit, kernels, ops, precision
+from . import array, edit, kernels, precision
+from .array import Array
 from .files import read_tensors, sweep, write_tensors
-from .models.blocks import Classifier
-from .nn import Context, Module, no_grad
+from .models.blocks import Classifier, check_ids
+from .nn import Module, no_grad
+from .objective import Question, check_labels, objective, question
 from .optim import AdamW, Optimizer, Schedule, constant
 from .scaler import GradScaler
 from .tensor import Tensor
-
-FACTS = ("mask", "types", "task", "route")               # keys of a batch that a forward pass is told
 
 
 class Diverged(ArithmeticError):
@@ -47,77 +46,11 @@ class History:
     skipped: list[int] = field(default_factory=list)
 
 
-# ── the loss of a batch ──────────────────────────────────────────────────────────────────────────────────────────────
-@dataclass
-class Question:
-    "What a batch asks: the ids to feed, the labels wanted, the flat places they are wanted at (None: everywhere), and their weight."
-    ids: Any
-    facts: dict[str, Any]
-    labels: np.ndarray
-    at: np.ndarray | None
-    weight: float
-    class_weight: np.ndarray | None = None
-
-
-def question(batch: Any) -> Question:
-    "Read a batch.  ValueError if there is nothing in it to predict, or labels and ids do not go together."
-    batch = batch if isinstance(batch, dict) else {"ids": batch}
-    ids = batch["ids"] if isinstance(batch["ids"], Tensor) else np.asarray(batch["ids"])
-    facts = {k: batch[k] for k in FACTS if batch.get(k) is not None}
-    if ids.ndim != (3 if isinstance(ids, Tensor) else 2):
-        raise ValueError(f"a batch wants ids of shape (B, T), or embeddings (B, T, C); got {ids.shape}")
-    for fact in ("mask", "types"):
-        if fact in facts and np.shape(facts[fact]) != ids.shape[:2]:
-            raise ValueError(f"{fact} has shape {np.shape(facts[fact])}, the ids {ids.shape[:2]}: they go together, one for one")
-    if "mask" in facts and np.asarray(facts["mask"]).all():
-        del facts["mask"]                                                        # nothing is hidden: attention need not look at it
-    labels, cw = batch.get("labels"), batch.get("class_weight")
-    if labels is None:                                                           # the next token, where this one and it are real
-        labels = next_tokens(ids, facts.get("mask"))
-        ids, facts = ids[:, :-1], {k: (v[:, :-1] if k in ("mask", "types") else v) for k, v in facts.items()}
-    labels = np.asarray(labels)
-    if labels.dtype.kind not in "iu":
-        raise TypeError(f"labels are integers; got {labels.dtype}")
-    if labels.shape not in (ids.shape[:1], ids.shape[:2]):
-        raise ValueError(f"labels have shape {labels.shape}; wanted {ids.shape[:1]} (a class per row) or {ids.shape[:2]} (a token per place)")
-    asked = labels != -100
-    if not asked.any():
-        raise ValueError(f"this batch of shape {ids.shape[:2]} has nothing to predict: every label is -100 or padding")
-    at = None if asked.all() or labels.ndim == 1 else np.flatnonzero(asked)
-    labels = labels.reshape(-1) if at is None else labels.reshape(-1)[at]
-    weight = float(asked.sum()) if cw is None else float(np.asarray(cw)[labels[labels != -100]].sum())
-    return Question(ids, facts, labels, at, weight, cw)
-
-
-def next_tokens(ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-    "ids, mask (B, T) -> labels (B, T − 1): what ids[:, :-1] must predict, the next id; -100 where it or the place that predicts it is padding."
-    real = np.ones(ids.shape, bool) if mask is None else np.asarray(mask, bool)
-    return np.where(real[:, 1:] & real[:, :-1], ids[:, 1:], -100)
-
-
-def objective(model: Module, q: Question, rng: np.random.Generator | None = None) -> tuple[Context, Tensor]:
-    "The pass and its cross-entropy, averaged over what is asked."
-    ctx = Context(at=q.at, rng=rng, **q.facts)
-    z = model(q.ids, ctx)
-    if getattr(model, "head", z) is None:
-        raise ValueError("this model has no head, so nothing to compare with labels: put one on it (tinyft.classifier)")
-    classes = isinstance(getattr(model, "head", None), Classifier)
-    if len(q.labels) != math.prod(z.shape[:-1]) or (classes and q.at is not None):
-        raise ValueError(f"the labels ask for {len(q.labels)} answers, the model gives {math.prod(z.shape[:-1])}: "
-                         + ("it tells rows apart, so give a label per row (B,)" if classes else
-                            "it speaks at every place, so give token labels (B, T), or put a classifier on it (tinyft.classifier)"))
-    real = q.labels[q.labels != -100]
-    if real.size and not 0 <= real.min() <= real.max() < z.shape[-1]:
-        raise IndexError(f"label {real.min() if real.min() < 0 else real.max()} is outside the {z.shape[-1]} classes the model tells apart")
-    put = lambda a, dtype=None: None if a is None else array.put_like(a, z.data, dtype)
-    return ctx, ops.cross_entropy(z, put(q.labels), put(q.class_weight, np.promote_types(z.dtype, np.float32)))
-
-
 # ── the loop ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 def fit(model: Module, batches: Any, steps: int, optimizer: Optimizer | None = None, schedule: Schedule | None = None, *,
         clip: float | None = 1.0, accumulate: int = 1, seed: int = 0, out: str | os.PathLike | None = None, resume: bool = False,
         save_every: int = 100, progress: bool = True, evaluate: Callable[[], dict[str, float]] | None = None, every: int = 0,
-        patience: int = 0, watch: str = "loss", autocast: Any = None) -> History:
+        patience: int = 0, watch: str = "loss", autocast: Any = None, capture: bool = False) -> History:
     """Train what the model's attached methods train (without any: everything), for `steps` updates.
 
     batches     an iterable of batches, gone through again and again; one with state()/load(state) resumes at once (data.Batches)
@@ -128,11 +61,13 @@ def fit(model: Module, batches: Any, steps: int, optimizer: Optimizer | None = N
     evaluate    called every `every` steps, gives metrics; with patience > 0 training stops after that many without a better metric
                 `watch` (what ends in loss or perplexity falls, all else rises), and the best state is put back
     autocast    "bfloat16" or "float16": products in 16 bits (tinyft.autocast); float16 with a GradScaler, which skips steps that overflow
+    capture     on CuPy, replay steps as CUDA graphs (tinyft.capture); of shapes beyond the first eight, run them.  On NumPy it changes nothing.
+                CannotCapture for what no graph can hold: several batches an update, float16, a method with work of its own around a step
 
     Ctrl-C finishes the step, writes the state and raises KeyboardInterrupt.  A loss or gradient that is not finite raises Diverged
     before anything is updated or written."""
     run = Run(model, batches, steps, optimizer or AdamW(1e-3), schedule or constant(), clip, accumulate, seed, evaluate, every, patience, watch,
-              autocast)
+              autocast, capture)
     kernels.keep_memory()
     path = None if out is None else Path(out) / "checkpoint.safetensors"
     if path:
@@ -163,7 +98,7 @@ class Run:
     "One call of fit: what it was asked, and where it stands."
 
     def __init__(self, model: Module, batches: Any, steps: int, optimizer: Optimizer, schedule: Schedule, clip: float | None, accumulate: int,
-                 seed: int, evaluate: Callable | None, every: int, patience: int, watch: str, autocast: Any = None):
+                 seed: int, evaluate: Callable | None, every: int, patience: int, watch: str, autocast: Any = None, capture: bool = False):
         if steps < 0 or accumulate < 1:
             raise ValueError(f"fit wants steps >= 0 and accumulate >= 1; got {steps} and {accumulate}")
         methods = [f"{a.name}: {a.method!r}" for a in edit.attached(model)]
@@ -179,6 +114,9 @@ class Run:
         many = [a for a in edit.attached(model) if type(a.method).phases is not edit.Method.phases]
         if len(many) > 1:
             raise ValueError(f"only one method may bring phases; here {', '.join(a.name for a in many)} do")
+        self.capture, self.replay = capture and array.backend() == "cupy", None
+        if self.capture:
+            self.check_capture()
         self.phases = many[0].method.phases(many[0].edits) if many else iter([1.0])
 
     def walk(self, saved: tuple[dict, dict] | None) -> Iterator[None]:
@@ -192,6 +130,7 @@ class Run:
             if self.phase < at:
                 continue
             self.opt.start(edit.trained(self.model))
+            self.replay = kernels.capture(self.whole, self.whole) if self.capture else None
             if saved and self.phase == at:
                 self.load(*saved)
             while self.t < T and not self.history.stopped:
@@ -205,31 +144,43 @@ class Run:
         here = edit.attached(self.model)
         for a in here:
             a.method.begin(a.edits, self.t, T, self.rng)
-        questions = [question(self.source.next()) for _ in range(self.accumulate)]
-        whole, total = sum(q.weight for q in questions), None
-        for q in questions:
-            with precision.autocast(self.autocast or "bfloat16", enabled=self.autocast is not None), np.errstate(**self.expected):
-                ctx, loss = objective(self.model, q, self.rng)
-                for a in here:
-                    loss = loss + a.method.penalty(a.edits, self.model, ctx)
-            if len(questions) > 1:
-                loss = loss * (q.weight / whole)                                 # Σ of numerators over Σ of weights, not a mean of means
-            with np.errstate(**self.expected):
-                self.scaler.scale(loss).backward()
-            total = loss.data if total is None else total + loss.data
-            self.tokens += int(np.prod(q.ids.shape[:2]))
-        value = self.update(total, T)
+        questions, factor, norm = [question(self.source.next()) for _ in range(self.accumulate)], self.schedule(self.t, T), None
+        self.tokens += sum(int(np.prod(q.ids.shape[:2])) for q in questions)
+        if self.replay:
+            loss, norm = self.replayed(questions[0], factor)
+        else:
+            loss = self.backward(questions, self.rng)
+        value = self.update(loss, factor, norm)
         for a in here if self.scaler.finite else ():                             # a skipped step has no gradients to look at
             a.method.step(a.edits, self.t, T)
         self.opt.zero_grad()
         self.history.losses.append(value)
 
-    def update(self, loss: Any, T: int) -> float:
-        "One update.  Returns the loss; Diverged, with nothing updated, if it or the gradient (that of float16: for no scale) is not finite."
-        factor = self.schedule(self.t, T)
+    def backward(self, questions: list[Question], rng: np.random.Generator) -> Array:
+        "Gradients of the mean over all that is asked, with penalties.  Returns that mean."
+        whole, total = sum(q.weight for q in questions), None
+        for q in questions:
+            loss = self.loss(q, rng)
+            if len(questions) > 1:
+                loss = loss * (q.weight / whole)                                 # Σ of numerators over Σ of weights, not a mean of means
+            with np.errstate(**self.expected):
+                self.scaler.scale(loss).backward()
+            total = loss.data if total is None else total + loss.data
+        return total
+
+    def loss(self, q: Question, rng: np.random.Generator) -> Tensor:
+        with precision.autocast(self.autocast or "bfloat16", enabled=self.autocast is not None), np.errstate(**self.expected):
+            ctx, loss = objective(self.model, q, rng)
+            for a in edit.attached(self.model):
+                loss = loss + a.method.penalty(a.edits, self.model, ctx)
+        return loss
+
+    def update(self, loss: Array, factor: float, norm: Array | None) -> float:
+        """One update, unless a replay has made it: norm is that of the gradients then.  Returns the loss; Diverged, with nothing updated, if it or
+        the gradient (that of float16: for no scale) is not finite."""
         try:
             with self.scaler.skipping(loss):
-                norm = self.opt.advance(factor, self.clip, loss, self.scaler.get_scale())
+                norm = self.opt.advance(factor, self.clip, loss, self.scaler.get_scale()) if norm is None else norm
                 value, norm = array.numbers(loss, norm)                          # the one time that a step waits for a device
                 self.opt.settle(norm)
         except FloatingPointError as e:
@@ -241,6 +192,28 @@ class Run:
             self.history.skipped.append(self.done)
         self.scaler.update()
         return value if self.scaler.finite else float(loss)
+
+    # ── a step as one CUDA graph ──
+    def whole(self, asked: dict[str, Any], factor: float, rng: np.random.Generator) -> tuple[Array, Array]:
+        "A step on one batch, from the forward pass to the update: its loss, and the norm of its gradients."
+        loss = self.backward([Question(**asked)], rng)
+        norm = self.opt.advance(factor, self.clip, loss)
+        self.opt.zero_grad()
+        return loss, norm
+
+    def replayed(self, q: Question, factor: float) -> tuple[Array, Array]:
+        "The same, replayed; what a forward pass says of wrong numbers is said before."
+        check_ids(q.ids, self.model.embed.cin)
+        check_labels(q.labels, self.model.head.cout)
+        return self.replay(vars(q) | {"weight": 1}, float(factor), self.rng)         # a weight counts beside others only
+
+    def check_capture(self) -> None:
+        if self.accumulate > 1:
+            raise array.CannotCapture(f"gradients of {self.accumulate} batches are added up before an update: capture wants accumulate=1")
+        for a in edit.attached(self.model):
+            if (kind := type(a.method)).begin is not edit.Method.begin or kind.step is not edit.Method.step:
+                raise array.CannotCapture(f"{kind.__name__} has work of its own before or after each step, which a replay would leave out: "
+                                          "fit it without capture")
 
     def judge(self) -> None:
         "Evaluate; remember the best; say when to stop."

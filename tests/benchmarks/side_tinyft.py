@@ -7,7 +7,7 @@ from cases import ALPHA, BOTTLENECK, CLASSES, PREFIX, RANK, Case, batch
 
 import tinyft as tf
 from tinyft import kernels
-from tinyft.train import objective, question
+from tinyft.objective import objective, question
 
 METHODS = {"lora_qv": lambda: tf.LoRA(r=RANK, alpha=ALPHA, targets="attn.[qv]"), "bitfit": tf.BitFit,
            "lora_all": lambda: tf.LoRA(r=RANK, alpha=ALPHA, targets=("attn.[qkvo]", "mlp.up", "mlp.down")),

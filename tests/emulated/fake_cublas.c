@@ -12,7 +12,7 @@ enum { OK = 0, ALLOC_FAILED = 3, INVALID_VALUE = 7, NOT_SUPPORTED = 15 };
 long fake_products;                                              /* calls that multiply; a batch is one */
 intptr_t *fake_captured;                                        /* the stream that is being captured, and whom to tell: fake_gpu.c */
 intptr_t (*fake_tell)(int kind, intptr_t a, intptr_t b, intptr_t c, intptr_t d);
-static intptr_t stream; static int workspace;
+typedef struct { intptr_t stream; int workspace; } Handle;      /* CuPy has one of its own */
 
 static float half_in(uint16_t h) { _Float16 f; memcpy(&f, &h, 2); return f; }
 static uint16_t half_out(float f) { _Float16 h = (_Float16)f; uint16_t u; memcpy(&u, &h, 2); return u; }
@@ -66,15 +66,15 @@ static double factor(const void *p, int compute) {               /* alpha and be
     return *(const float *)p;
 }
 
-int cublasCreate_v2(void **h) { *h = malloc(16); return OK; }
+int cublasCreate_v2(void **h) { *h = calloc(1, sizeof(Handle)); return OK; }
 int cublasDestroy_v2(void *h) { free(h); return OK; }
-int cublasSetStream_v2(void *h, void *s) { stream = (intptr_t)s; workspace = 0; return OK; }
-int cublasGetStream_v2(void *h, void **s) { *s = (void *)stream; return OK; }
+int cublasSetStream_v2(void *h, void *s) { *(Handle *)h = (Handle){(intptr_t)s, 0}; return OK; }
+int cublasGetStream_v2(void *h, void **s) { *s = (void *)((Handle *)h)->stream; return OK; }
 int cublasSetMathMode(void *h, int mode) { return OK; }
 int cublasGetMathMode(void *h, int *mode) { *mode = 0; return OK; }
 int cublasSetPointerMode_v2(void *h, int mode) { return OK; }
 int cublasGetPointerMode_v2(void *h, int *mode) { *mode = 0; return OK; }
-int cublasSetWorkspace_v2(void *h, void *p, size_t size) { workspace = 1; return OK; }
+int cublasSetWorkspace_v2(void *h, void *p, size_t size) { ((Handle *)h)->workspace = 1; return OK; }
 int cublasGetVersion_v2(void *h, int *version) { *version = 130000; return OK; }
 
 int cublasGemmEx(void *h, int ta, int tb, int m, int n, int k, const void *alpha, const void *A, int at, int lda, const void *B, int bt, int ldb,
@@ -99,8 +99,8 @@ int cublasGemmStridedBatchedEx(void *h, int ta, int tb, int m, int n, int k, con
                                const void *B, int bt, int ldb, long long sb, const void *beta, void *C, int ct, int ldc, long long sc,
                                int batch, int compute, int algorithm) {
     Call c = {ta, tb, m, n, k, factor(alpha, compute), A, at, lda, sa, B, bt, ldb, sb, factor(beta, compute), C, ct, ldc, sc, batch};
-    if (!fake_captured || !*fake_captured || *fake_captured != stream) { fake_products++; return run(&c); }
-    if (!workspace || notes == 1 << 16) return ALLOC_FAILED;
+    if (!fake_captured || !*fake_captured || *fake_captured != ((Handle *)h)->stream) { fake_products++; return run(&c); }
+    if (!((Handle *)h)->workspace || notes == 1 << 16) return ALLOC_FAILED;
     noted[notes] = c;
     fake_tell(3, notes++, 0, 0, 0);
     return OK;

@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import cupy as cp
@@ -14,8 +15,8 @@ import pytest
 import tinyft as tf
 from tinyft import GPT, SGD, AdamW, CannotCapture, GPTConfig, array, edit, kernels, ops
 from tinyft.kernels.cuda import capture, gemm, optimizer
+from tinyft.objective import next_tokens
 from tinyft.tensor import Tensor
-from tinyft.train import next_tokens
 
 STEPS = 9
 BATCHES = np.random.default_rng(0).integers(0, 50, (STEPS, 3, 11))
@@ -432,3 +433,150 @@ def test_what_was_put_elsewhere_between_replays_is_seen(between, unseen, monkeyp
                 between(training)
         return np.array([*losses, *training.model.blocks[0].attn.q.weight.numpy()[0]])
     assert np.allclose(go(False), go(True), rtol=1e-5) != unseen             # the first eager pass after it has three products for one
+
+
+# ── in fit ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+RNG = np.random.default_rng(5)
+TEXT = [RNG.integers(0, 50, (3, t)) for t in (9, 9, 7, 9)]
+ROWS = [{"ids": ids, "mask": np.arange(ids.shape[1]) < RNG.integers(2, ids.shape[1], (3, 1)), "labels": RNG.integers(0, 2, 3)} for ids in TEXT]
+WHOLE = [{k: v for k, v in row.items() if k != "mask"} for row in ROWS]
+
+
+@dataclass(frozen=True)
+class Pull(tf.Method):
+    "LoRA's matrices are pulled to zero: a method with a penalty."
+    targets = "attn.[qv]"
+
+    def edit(self, path, module, rng):
+        return tf.LoRA(r=2).edit(path, module, rng)
+
+    def penalty(self, edits, model, ctx):
+        return sum((e.A * e.A).sum() for e in edits.values()) * 0.01
+
+
+@dataclass(frozen=True)
+class Twice(tf.LoRA):
+    def phases(self, edits):
+        yield 0.5
+        for e in edits.values():
+            e.B.copy_(array.asnumpy(e.B.data) * 0.5)
+        yield 0.5
+
+
+FITS = {"text": (None, TEXT, {}), "dropout, LoRA": (tf.LoRA(r=2, dropout=0.2), TEXT, {"schedule": tf.cosine(warmup=3)}),
+        "a class a row": (None, ROWS, {}), "BERT's class": (None, ROWS, {"kind": "class"}), "no padding": (None, WHOLE, {"kind": "class"}),
+        "bfloat16": (None, TEXT, {"autocast": "bfloat16"}), "a penalty": (Pull(), TEXT, {}),
+        "two phases": (Twice(r=2), TEXT, {"optimizer": AdamW(0.01, weight_decay=0.1)}),
+        "more shapes than graphs": (None, [RNG.integers(0, 50, (2, t)) for t in range(3, 12)], {"steps": 40})}
+
+
+METHODS = [m.cls() for m in tf.methods()]
+
+
+def fitted(name, capturing, **more):
+    "Losses, what trains, and what was asked of the device."
+    method, batches, how = FITS[name]
+    kind, how = how.get("kind", "text"), {k: v for k, v in how.items() if k != "kind"}
+    model = GPT(GPTConfig(50, 32, 24, 2, 4, dropout=0.1)) if kind != "class" else tf.BERT(tf.BERTConfig(50, 32, 2, 24, 2, 4, dropout=0.1))
+    if "labels" in batches[0]:
+        tf.classifier(model, classes=2)
+    if method:
+        tf.attach(model, method)
+    fake_gpu.reset()
+    history = tf.fit(model, batches, **({"steps": 14, "progress": False, "capture": capturing} | how | more))
+    return history.losses, np.concatenate([array.asnumpy(p.data).ravel() for p in edit.trained(model).values()]), fake_gpu.counts()
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_fit_replays_what_it_would_run(name):
+    (losses, weights, none), (same, too, some) = fitted(name, False), fitted(name, True)
+    assert np.array_equal(losses, same) and np.array_equal(weights, too)
+    assert none.graphs == 0 and some.graphs >= 4
+
+
+@pytest.mark.parametrize("kind", ["text", "class"])
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
+def test_every_method_is_fitted_by_replays_or_refused(method, kind, monkeypatch):
+    "One that has work of its own around a step is refused; replays of every other are what it does."
+    monkeypatch.setitem(FITS, "method", (method, ROWS if kind == "class" else TEXT, {"steps": 9, "kind": kind}))
+    if type(method).begin is not tf.Method.begin or type(method).step is not tf.Method.step:
+        with pytest.raises(CannotCapture, match=type(method).__name__):
+            fitted("method", True)
+        return
+    (losses, weights, _), (same, too, some) = fitted("method", False), fitted("method", True)
+    assert np.array_equal(losses, same) and np.array_equal(weights, too) and some.graphs >= 3
+
+
+@pytest.mark.parametrize("name, replayed", [
+    ("dropout, LoRA", lambda run, q, factor: run.replay(vars(q) | {"weight": 1}, 1.0, run.rng)),
+    ("dropout, LoRA", lambda run, q, factor: run.replay(vars(q) | {"weight": 1}, factor, np.random.default_rng(0))),
+    ("a class a row", lambda run, q, factor: run.replay(vars(q) | {"weight": 1, "facts": {}}, factor, run.rng)),
+    ("two phases", lambda run, q, factor: (setattr(run.opt, "t", 1), run.replay(vars(q) | {"weight": 1}, factor, run.rng))[1])],
+    ids=["no schedule", "other dropout", "no mask", "t stays"])
+def test_a_replay_of_something_else_is_noticed(name, replayed, monkeypatch):
+    monkeypatch.setattr(tf.train.Run, "replayed", replayed)
+    (losses, weights, _), (same, too, _) = fitted(name, False), fitted(name, True)
+    assert not np.array_equal(losses, same) and not np.array_equal(weights, too)
+
+
+def test_a_step_of_fit_waits_once_and_a_replay_is_one_word():
+    name, n = "text", 14
+    (*_, few), (*_, more) = (fitted(name, True, steps=steps) for steps in (n, n + 4))
+    assert more.graphs - few.graphs == 4 and more.waits - few.waits == 4
+
+
+@pytest.mark.parametrize("first, then", [(True, True), (True, False), (False, True)])
+def test_fit_resumes_with_capture_what_it_began_without_and_the_other_way_round(first, then, tmp_path):
+    def stop() -> dict:
+        calls.append(0)
+        if len(calls) == 9:
+            raise RuntimeError("the plug was pulled")
+        return {}
+    want, weights, _ = fitted("dropout, LoRA", False)
+    calls, there = [], {"out": tmp_path, "save_every": 6}
+    with pytest.raises(RuntimeError, match="the plug"):
+        fitted("dropout, LoRA", first, evaluate=stop, every=1, **there)
+    got, values, counts = fitted("dropout, LoRA", then, resume=True, **there)
+    assert np.array_equal(got, want) and np.array_equal(values, weights) and bool(counts.graphs) == then
+
+
+def test_a_step_that_is_not_finite_updates_nothing_in_a_replayed_fit():
+    def late(t: int, T: int) -> float:
+        return 1.0 if t < 6 else 1e30
+    seen = []
+    for capturing in (False, True):
+        model = GPT(GPTConfig(50, 16, 24, 2, 4))
+        with pytest.raises(tf.Diverged) as e:
+            tf.fit(model, TEXT[:1], steps=30, optimizer=AdamW(0.01), clip=None, progress=False, capture=capturing, schedule=late)
+        seen.append((str(e.value), [p.numpy().tobytes() for p in model.parameters()]))
+    assert seen[0] == seen[1] and "at step 8" in seen[0][0]
+
+
+class Busy(tf.LoRA):
+    def step(self, edits, t, T):
+        pass
+
+
+@pytest.mark.parametrize("how, says", [
+    (dict(accumulate=2), "2 batches are added up.*accumulate=1"), (dict(autocast="float16"), "capture a step in bfloat16"),
+    (dict(optimizer=SGD(0.1)), "an update by SGD"), (dict(method=Busy(r=2)), "Busy has work of its own before or after each step")], ids=str)
+def test_what_fit_cannot_capture_it_says_before_the_first_update(how, says):
+    model = GPT(GPTConfig(50, 16, 24, 2, 4))
+    if "method" in how:
+        tf.attach(model, how["method"])
+    before = [p.numpy().copy() for p in model.parameters()]
+    with pytest.raises(CannotCapture, match=says):
+        tf.fit(model, TEXT, steps=8, progress=False, capture=True, **{k: v for k, v in how.items() if k != "method"})
+    assert all(np.array_equal(a, p.numpy()) for a, p in zip(before, model.parameters())) and all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("wrong, error", [({"ids": TEXT[0] + 50}, "outside the vocabulary"),
+                                          (ROWS[0] | {"labels": np.array([0, 1, 2])}, "outside the 2")], ids=["ids", "labels"])
+def test_wrong_numbers_are_named_in_a_replayed_fit_too(wrong, error):
+    "A graph would read past the end of a table."
+    right = {k: v for k, v in ROWS[0].items() if k in wrong}
+    model = GPT(GPTConfig(50, 16, 24, 2, 4))
+    if "labels" in wrong:
+        tf.classifier(model, classes=2)
+    with pytest.raises(IndexError, match=error):
+        tf.fit(model, [right] * 5 + [wrong], steps=6, progress=False, capture=True)

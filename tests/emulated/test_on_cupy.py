@@ -18,7 +18,7 @@ from tinyft import GPT, AdamW, BackendError, GPTConfig, LoRA, Tensor, array, ker
 from tinyft import train as train_module
 from tinyft.array import bfloat16
 from tinyft.nn import Linear, Packed
-from tinyft.train import objective, question
+from tinyft.objective import objective, question
 
 
 def on(backend, f, *args, fast=False, **more):

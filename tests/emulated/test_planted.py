@@ -15,8 +15,8 @@ import pytest
 from contract import batch, build
 
 from tinyft import AdamW, array, edit, kernels, nn, optim, tensor
+from tinyft.objective import objective, question
 from tinyft.tensor import OPS
-from tinyft.train import objective, question
 
 
 @dataclass

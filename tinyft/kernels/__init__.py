@@ -36,7 +36,7 @@ def _register_cuda(kind: type, module: ModuleType) -> None:
     cuda.register(kind, module)
 
 
-def capture(step: Callable) -> Callable:
+def capture(step: Callable, otherwise: Callable | None = None) -> Callable:
     """`step`, noted as one CUDA graph and replayed.  On NumPy `step` itself, so that the same lines run anywhere.
 
         def step(ids, labels, factor, rng):
@@ -50,14 +50,15 @@ def capture(step: Callable) -> Callable:
 
     What changes from call to call comes as an argument: arrays, a float for the optimiser's factor, a generator for dropout.  The first
     two calls with arguments of the same shapes run as they are; from the third on the graph is replayed, and no Python of the step
-    runs.  What it returns are copies.  A norm that is not finite updates nothing; optimizer.settle(float(norm)) tells.
+    runs.  What it returns are copies.  Eight shapes get a graph each; what comes in others is `otherwise`'s, or refused without one.  A norm
+    that is not finite updates nothing; optimizer.settle(float(norm)) tells.
 
     CannotCapture, naming the line, if the step waits for the device, brings host data with it, or gives kernels other numbers at each
     call.  What no one can see: a Python number of the step's own, multiplied with a whole array, stays what it was."""
     if array.backend() != "cupy":
         return step
     from .cuda.capture import Captured
-    return Captured(step)
+    return Captured(step, otherwise)
 
 
 def remove() -> None:

@@ -41,6 +41,8 @@ class MaskedHead(Module):
         c = embed.cout
         self.dense, self.norm, self.decoder = Linear(c, c, rng), LayerNorm(c, eps), TiedHead(embed, bias=True)
 
+    cin, cout = property(lambda self: self.dense.cin), property(lambda self: self.decoder.cout)
+
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         return self.decoder(self.norm(ops.gelu(self.dense(x, ctx)), ctx), ctx)
 

@@ -31,10 +31,10 @@ GRAPHS = 8                                                                      
 
 
 class Captured:
-    "A step that is replayed, from its third call with arguments of the same shapes."
+    "A step that is replayed, from its third call with arguments of the same shapes.  otherwise: what does the work for more shapes than GRAPHS."
 
-    def __init__(self, step: Callable):
-        self.step, self.graphs = step, {}
+    def __init__(self, step: Callable, otherwise: Callable | None = None):
+        self.step, self.otherwise, self.graphs = step, otherwise, {}
         self.stream = cupy.cuda.Stream(non_blocking=True)
 
     def __call__(self, *args: Any) -> Any:
@@ -42,6 +42,8 @@ class Captured:
         if key in self.graphs and self.graphs[key].outdated():
             del self.graphs[key]
         if key not in self.graphs:
+            if len(self.graphs) == GRAPHS and self.otherwise:
+                return self.otherwise(*args)
             if len(self.graphs) == GRAPHS:
                 raise CannotCapture(f"this step comes with ever other shapes or numbers: {GRAPHS} graphs are made, and now {key}.  Pass ids of "
                                     "one shape, and what changes as a float or an array")

@@ -56,8 +56,9 @@ def _summed(a: Array, b: Array) -> Array:
 
 
 def linear(x: Array, W: Array, b: Array | None = None) -> Any:
-    "Saves a pass for the bias, and the many small launches of a product of three axes by two."
-    if not (suits(x, W) and W.ndim == 2 and x.shape[-1] == W.shape[1] and (b is None or (suits(x, b) and b.shape == W.shape[:1]))):
+    "Saves a pass for the bias, and the many small launches of a product of three axes by two.  x need not be contiguous: one row of each text, say."
+    known = x.size > 0 and x.dtype == W.dtype and suits(W) and (b is None or suits(W, b))
+    if not (known and W.ndim == 2 and x.shape[-1] == W.shape[1] and (b is None or b.shape == W.shape[:1])):
         return ops.linear.definition(x, W, b)
     X, n = flat(x), W.shape[0]
     y = gemm.matmul(X, W.T)

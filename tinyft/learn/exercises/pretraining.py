@@ -17,7 +17,7 @@ FIRST, VOCAB = max(SPECIAL.values()) + 1, max(SPECIAL.values()) + 5             
 
 # ── next_tokens ──────────────────────────────────────────────────────────────────────────────────────────────────────
 next_tokens = Exercise(
-    "train:next_tokens", difficulty=2, minutes=10, on_host=True, hints=(
+    "objective:next_tokens", difficulty=2, minutes=10, on_host=True, hints=(
         "The model reads all tokens but the last, and at each must say the one after it.  So the labels are the ids, moved by one place.",
         "A place asks nothing (-100) where the token to be said is padding, and where the token that is read there is padding: padding may stand "
         "on the "
