@@ -43,7 +43,7 @@ SUITES = {                                                                      
     "edit.py": ["test_protocol.py", "test_methods.py"], "methods": ["test_methods.py", "test_protocol.py"],
     "precision.py": ["test_precision.py"], "scaler.py": ["test_precision.py"],
     "models/blocks.py": ["test_models.py"], "models/gpt.py": ["test_models.py"], "models/bert.py": ["test_models.py"]}
-LIMIT = 20                                                                       # seconds a mutant may take; one that hangs is noticed
+LIMIT = 20                                                                       # seconds that a test may take besides; one that hangs is noticed
 QUICK = 160
 resolved = lru_cache(None)(os.path.realpath)                                     # asked for a million times
 
@@ -310,10 +310,10 @@ class Audit:
 
     def child(self, m: Mutant, tree: ast.Module, out: int) -> None:
         "In a forked process: mutate, test, and leave.  The name of the test that failed goes through the pipe."
-        signal.setitimer(signal.ITIMER_PROF, LIMIT)                              # in time of the processor: a busy machine kills nobody
         try:
             install(m, tree)
             for item in self.tests(m):
+                signal.setitimer(signal.ITIMER_PROF, LIMIT + 10 * self.seconds[item.nodeid])     # the processor's time: a busy machine kills nobody
                 if not self.passes(item):
                     os.write(out, item.nodeid.encode()[:500])
                     os._exit(1)
@@ -331,7 +331,7 @@ class Audit:
                 was, pipe = running.pop(pid)
                 text = os.read(pipe, 1000).decode(errors="replace")
                 os.close(pipe)
-                was.killer = "" if status == 0 else text or f"stopped after {LIMIT} s or by signal {status & 127}"
+                was.killer = "" if status == 0 else text or f"stopped by the clock, or by signal {status & 127}"
             if m is None:
                 break
             read, write = os.pipe()

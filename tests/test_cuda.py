@@ -392,7 +392,8 @@ def test_adam_is_its_definition(rng):
 
 
 def check_int4(rng: np.random.Generator, dtype: Any = np.float32) -> None:
-    for rows, n, k, group in ((1, 1, 8, 8), (3, 5, 64, 32), (2, 9, 43, 16), (1, 17, 4100, 64), (12, 5, 64, 32), (2, 3, 40, 64)):
+    by_the_dense_weight = ((12, 5, 64, 32), (1, 1, 8, 8), (2, 9, 43, 16), (2, 3, 40, 64))
+    for rows, n, k, group in ((1, 1, 32, 32), (3, 5, 64, 32), (2, 37, 96, 64), (1, 6, 4256, 128), *by_the_dense_weight):
         codes = rng.integers(0, 2**32, (n, -(-k // 8)), dtype=np.uint32)
         scale, zero = rng.uniform(0.01, 0.1, (n, -(-k // group))).astype(np.float16), rng.integers(0, 16, (n, -(-k // group))).astype(np.float16)
         x = rng.standard_normal((rows, 1, k)).astype(dtype)
@@ -472,15 +473,20 @@ FAULTS = [                                               # what, file, right, wr
     ("mean without weights", "cross_entropy.cu", "w = there ? (weight ? weight[y] : 1)", "w = there ? (1)", several("cross_entropy")),
     ("smoothing over n − 1", "cross_entropy.cu", "+ smoothing / n", "+ smoothing / (n - 1)", several("cross_entropy")),
     ("−1 is not the last class", "cross_entropy.cu", "? labels[row] + n :", "? labels[row] :", several("cross_entropy")),
-    ("nibble order", "int4.cu", "eight >> 4 * i", "eight >> (28 - 4 * i)", check_int4),
+    ("nibble order", "int4.cu", "even = eight << 3", "even = eight >> 1", check_int4),
+    ("byte order", "int4.cu", "sum += x[2 * i] * __uint_as_float(__byte_perm(even, 0x3f000000u, 0x7044 | i << 8)",
+     "sum += x[2 * i] * __uint_as_float(__byte_perm(even, 0x3f000000u, 0x7044 | (3 - i) << 8)", check_int4),
+    ("a neighbour's bits in the fraction", "int4.cu", "eight << 3 & 0x78787878u", "eight << 3 & 0x7f7f7f7fu", check_int4),
     ("nibble order of the dense weight", "int4.cu", "eight >> 4 * j", "eight >> (28 - 4 * j)", check_int4),
-    ("stride of the scales", "int4.cu", "at = (size_t)row * groups", "at = (size_t)row * words", check_int4),
-    ("zero point forgotten", "int4.cu", "(dot - (float)zero[at] * plain)", "dot", check_int4),
-    ("missing barrier after staging", "int4.cu", "    __syncthreads();\n    if (row", "    if (row", check_int4),
+    ("stride of the scales", "int4.cu", "of = row[r] * groups", "of = row[r] * across", check_int4),
+    ("zero point forgotten", "int4.cu", "(16 + (float)zero[of])", "16", check_int4),
+    ("the one of 1 + code / 16 forgotten", "int4.cu", "(16 + (float)zero[of])", "(float)zero[of]", check_int4),
+    ("missing barrier after staging", "int4.cu", "    __syncthreads();\n    for (int at", "    for (int at", check_int4),
     ("staging over what is still read", "int4.cu",
      "    __syncthreads();                                     // no warp", "    // no warp", check_int4),
-    ("rows leave before the barrier", "int4.cu", "if (row >= N) continue;", "if (row >= N) return;", check_int4),
-    ("past the end of x", "int4.cu", "start + k < K ? ", "true ? ", check_int4),
+    ("rows leave before the barrier", "int4.cu", "  float sum[ROWS] = {};", "  float sum[ROWS] = {}; if (first >= N) return;", check_int4),
+    ("rows past the last are written", "int4.cu", "lane == 0 && first + r < N", "lane == 0", check_int4),
+    ("every tile is the first", "int4.cu", "* K + 32 * start + k]", "* K + k]", check_int4),
     ("past the end of a row", "int4.cu", "j < 8 && k + j < K", "j < 8", check_int4),
     ("nine rounds", "random.cu", "round < 10", "round < 9", several("dropout")),
     ("counted after drawing", "random.cu", "philox(i + 1,", "philox(i,", several("dropout")),

@@ -838,6 +838,18 @@ def test_project_is_three_linear_maps_cut_into_heads(rng, lead, t, c, heads, d):
     gradcheck(lambda *ts: ops.concatenate(*ops.project(*ts, heads=heads)), arrays, rng)
 
 
+def test_project_makes_the_products_that_are_needed_and_no_others(rng):
+    "One head unless told otherwise; of x and the three W exactly those gradients that are asked for, each what it is beside all others."
+    arrays = list(map(dev, drawn(rng, (2,), 3, 2, 1, 4)))
+    y, back = ops.project.definition(*arrays)
+    g, products = [dev(normal(rng, (2, 1, 3, 4))) for _ in range(3)], (0, 1, 3, 5)
+    full = back(list(g), [True] * 7)
+    assert [a.shape for a in y] == [(2, 1, 3, 4)] * 3 and all(d.shape == a.shape for d, a in zip(full, arrays))
+    for i in range(7):
+        alone = back(list(g), [j == i for j in range(7)])
+        assert np.array_equal(host(alone[i]), host(full[i])) and all((alone[j] is not None) == (j == i) for j in products)
+
+
 def test_what_came_of_one_value_alone_and_of_values_used_twice(rng):
     arrays = drawn(rng, (2,), 3, 2, 2, 2)
     for use in (lambda q, k, v: k, lambda q, k, v: v * v + v, lambda q, k, v: q + q + k):

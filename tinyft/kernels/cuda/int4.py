@@ -12,7 +12,7 @@ from . import gemm
 from .launch import C_TYPES, blocks, empty, launch
 
 FEW = 8                                                                          # rows of x up to which the codes are read once for each
-THREADS, ROWS = 256, 8
+THREADS, ROWS = 256, 32                                                          # rows of Ŵ to a block: four to a warp
 
 
 def dequantized(codes: Array, scale: Array, zero: Array, k: int, group: int) -> Array:
@@ -34,9 +34,9 @@ def dequantize(codes: Array, scale: Array, zero: Array, k: int, group: int, dtyp
 
 
 def matmul(x: Array, codes: Array, scale: Array, zero: Array, group: int) -> Array:
-    "x (..., K) -> y (..., N).  A few rows of x: straight from the codes.  Many: Ŵ once, then a dense product."
+    "x (..., K) -> y (..., N).  A few rows of x: straight from the codes, if K and group are multiples of 32.  Many: Ŵ once, then a dense product."
     X, k = flat(x), x.shape[-1]
-    if len(X) > FEW or not (_suits(codes, scale, zero, group, x.dtype) and x.size and X.flags.c_contiguous):
+    if len(X) > FEW or k % 32 or group % 32 or not (_suits(codes, scale, zero, group, x.dtype) and x.size and X.flags.c_contiguous):
         W = dequantize(codes, scale, zero, k, group, x.dtype)
         y = gemm.matmul(X, W.T) if type(x) in gemm.LIBRARIES else X @ W.T
     else:
@@ -47,5 +47,5 @@ def matmul(x: Array, codes: Array, scale: Array, zero: Array, group: int) -> Arr
 
 
 def _suits(codes: Array, scale: Array, zero: Array, group: int, dtype: np.dtype) -> bool:
-    return (group % 8 == 0 and codes.size > 0 and codes.dtype == np.uint32 and scale.dtype == zero.dtype and scale.dtype in C_TYPES
+    return (group % 8 == 0 and 0 < codes.size < 2**31 and codes.dtype == np.uint32 and scale.dtype == zero.dtype and scale.dtype in C_TYPES
             and dtype in C_TYPES and all(a.flags.c_contiguous for a in (codes, scale, zero)))

@@ -325,6 +325,11 @@ inline int __float_as_int(float f) { return emu::bits<int>(f); }
 inline float __int_as_float(int i) { return emu::bits<float>(i); }
 inline unsigned __float_as_uint(float f) { return emu::bits<unsigned>(f); }
 inline float __uint_as_float(unsigned i) { return emu::bits<float>(i); }
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned s) {               // byte i of the result: number (s >> 4 i) & 7 of the eight
+  unsigned y = 0;
+  for (int i = 0; i < 4; i++) y |= ((s >> 4 * i & 4 ? b : a) >> 8 * (s >> 4 * i & 3) & 255) << 8 * i;
+  return y;
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 inline int __ffs(int x) { return __builtin_ffs(x); }
