@@ -306,6 +306,50 @@ def test_linear_takes_what_is_not_contiguous(how, dtype, rng):
     assert array.backend() != "numpy" or gemm.LIBRARIES[np.ndarray].calls - before == 6
 
 
+def in_parts(rng: np.random.Generator, dtype: Any = np.float32, parts: Callable | None = None) -> None:
+    "Attention whose causal texts go three queries at a time."
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(layers, "LONG", 3)
+        if parts:
+            m.setattr(layers, "_parts", parts)
+        for shape in [(2, 2, 10, 13), (1, 6, 6), (3, 17, 17), (8, 9)] * 4:
+            agree("attention", shape, dtype, rng)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_of_a_long_causal_text_goes_in_parts(dtype, rng, monkeypatch):
+    in_parts(rng, dtype)
+    monkeypatch.setattr(layers, "LONG", 16)
+    sizes, scores = [], layers._Scores.__init__
+    monkeypatch.setattr(layers._Scores, "__init__", lambda self, *a: (scores(self, *a), sizes.append(self.p.size))[0])
+    q = array.asarray(rng.standard_normal((2, 64, 4)).astype(dtype))
+    for causal, share in ((True, 10 / 16), (False, 1)):
+        sizes.clear()
+        layers.attention(q, q, q, causal=causal)
+        assert sum(sizes) == share * 2 * 64 * 64                                 # what lies behind every query of a part is not made
+
+
+@no_device
+@pytest.mark.parametrize("name, wrong", {
+    "keys end where the queries do, cached ones or not": lambda rows, keys, t, n: (rows, slice(0, rows.stop)),
+    "a key too few": lambda rows, keys, t, n: (rows, slice(0, keys.stop - 1)),
+    "a part too few": lambda rows, keys, t, n: (rows, keys) if rows.start else (slice(0, 1), slice(0, n - t + 1)),
+    "the causal mask counts from the first key": lambda rows, keys, t, n: (rows, slice(0, n))}.items())
+def test_wrong_parts_are_caught(name, wrong, rng):
+    right = layers._parts
+    with pytest.raises((AssertionError, KernelError)), np.errstate(all="ignore"):
+        in_parts(rng, parts=lambda t, n, causal: [wrong(*part, t, n) for part in right(t, n, causal)] if len(right(t, n, causal)) > 1 else
+                 right(t, n, causal))
+
+
+@no_device
+def test_parts_that_do_not_add_up_are_caught(rng, monkeypatch):
+    matmul = gemm.matmul
+    monkeypatch.setattr(gemm, "matmul", lambda a, b, out=None, add=False: matmul(a, b, out=out))
+    with pytest.raises(AssertionError):
+        in_parts(rng)
+
+
 @no_device
 def test_scores_far_from_zero_and_rows_that_see_nothing(rng):
     q, k, v = (rng.standard_normal((2, 3, 40, 8)).astype(np.float32) for _ in range(3))
@@ -558,6 +602,13 @@ def multiplies(case: str, dtype: Any) -> None:
         assert near(out, 1 + want, tol)
         gemm.matmul(a, b, out=out)
         assert near(out, want, tol)
+        *lead, rows, columns = want.shape                # into some rows and columns of each matrix of a larger array
+        around = np.ones((*lead, rows + 2, columns + 3), out.dtype)
+        gemm.matmul(a, b, out=around[..., 1:-1, :columns])
+        gemm.matmul(a, b, out=around[..., 1:-1, :columns], add=True)
+        assert near(around[..., 1:-1, :columns], 2 * want, 2 * tol)
+        around[..., 1:-1, :columns] = 1
+        assert (around == 1).all()
 
 
 @no_device
@@ -613,8 +664,10 @@ def test_products_that_do_not_fit_say_so():
                         (x[0], x.T, ValueError), (np.ones((2, 2, 3), np.float32), np.ones((3, 3, 2), np.float32), ValueError)):
         with pytest.raises(error, match="matmul"):
             gemm.matmul(a, b)
-    with pytest.raises(ValueError, match="out must be contiguous, of shape"):
+    with pytest.raises(ValueError, match="out must be of shape"):
         gemm.matmul(x, x.T, out=np.ones((3, 2), np.float32))
+    with pytest.raises(ValueError, match="each row contiguous"):
+        gemm.matmul(x, x.T, out=np.ones((4, 4), np.float32)[::2, ::2])
 
 
 # ── in the library ───────────────────────────────────────────────────────────────────────────────────────────────────

@@ -28,7 +28,8 @@ WORKSPACE = 32 << 20                                                            
 
 
 def matmul(a: Array, b: Array, out: Array | None = None, add: bool = False) -> Array:
-    """a (..., M, K) @ b (..., K, N); leading axes equal, or one of the two a plain matrix.  out: where it goes; add: onto what is there.
+    """a (..., M, K) @ b (..., K, N); leading axes equal, or one of the two a plain matrix.  out: where it goes, some rows of each matrix of a larger
+    array, say; add: onto what is there.
 
     16-bit factors are multiplied exactly and summed in float32; `out` may then be float32 too.  No factor is copied whose matrices cuBLAS
     can read where they are: any of whose last two axes one has stride 1, and whose leading axes step evenly.
@@ -37,14 +38,14 @@ def matmul(a: Array, b: Array, out: Array | None = None, add: bool = False) -> A
         raise TypeError(f"matmul multiplies two arrays of one floating-point dtype; got {a.dtype} and {b.dtype}")
     if a.ndim < 2 or b.ndim < 2 or a.shape[-1] != b.shape[-2] or (a.ndim > 2 and b.ndim > 2 and a.shape[:-2] != b.shape[:-2]):
         raise ValueError(f"matmul wants (..., m, k) and (..., k, n); got {a.shape} and {b.shape}")
-    if b.ndim == 2 and a.ndim > 2 and a.flags.c_contiguous:                      # one tall product, not many small ones
+    if b.ndim == 2 and a.ndim > 2 and a.flags.c_contiguous and (out is None or out.flags.c_contiguous):          # one tall product
         wide = matmul(a.reshape(-1, a.shape[-1]), b, out if out is None else out.reshape(-1, b.shape[-1]), add)
         return wide.reshape(*a.shape[:-1], b.shape[-1])
     shape = (*(a if a.ndim > b.ndim else b).shape[:-2], a.shape[-2], b.shape[-1])
     if out is None:
         out, add = empty(a, shape), False
-    elif out.shape != shape or not out.flags.c_contiguous:
-        raise ValueError(f"matmul: out must be contiguous, of shape {shape}; got {out.shape}")
+    elif out.shape != shape or (out.size and (layout(out) or NOWHERE).transposed):
+        raise ValueError(f"matmul: out must be of shape {shape}, each row contiguous, the matrices evenly apart; got {out.shape}")
     if not (out.size and a.shape[-1]):
         if not add:
             out.fill(0)
@@ -59,6 +60,9 @@ class Layout(NamedTuple):
     transposed: bool
     leading: int
     step: int
+
+
+NOWHERE = Layout(True, 0, 0)                                                    # of what cuBLAS cannot write
 
 
 def layout(x: Array) -> Layout | None:
@@ -89,11 +93,11 @@ def readable(x: Array) -> Array:
 def arguments(a: Array, la: Layout, b: Array, lb: Layout, out: Array, add: bool, address: Any, scalars: Any) -> tuple:
     "What cublasGemmStridedBatchedEx is given after its handle: Cᵀ = Bᵀ Aᵀ."
     m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
-    count = math.prod(out.shape[:-2])
+    lo, count = layout(out), math.prod(out.shape[:-2])
     double = a.dtype == np.float64
     compute = COMPUTE_64F if double else COMPUTE_32F_FAST_TF32 if precision.tf32 and a.dtype == np.float32 else COMPUTE_32F
     return (int(lb.transposed), int(la.transposed), n, m, k, scalars(double, 1), address(b), TYPES[b.dtype], lb.leading, lb.step,
-            address(a), TYPES[a.dtype], la.leading, la.step, scalars(double, int(add)), address(out), TYPES[out.dtype], n, m * n,
+            address(a), TYPES[a.dtype], la.leading, la.step, scalars(double, int(add)), address(out), TYPES[out.dtype], lo.leading, lo.step,
             count, compute, DEFAULT_ALGORITHM)
 
 

@@ -206,45 +206,89 @@ def embedding(W: Array, ids: Array) -> Any:
 # ── attention and the loss ───────────────────────────────────────────────────────────────────────────────────────────
 def attention(q: Array, k: Array, v: Array, seen: Array | None = None, causal: bool = False, scale: float | None = None,
               keep: Array | None = None) -> Any:
-    "Saves the masks and all passes but one over the scores, between products that read heads where they lie."
+    """Saves the masks and all passes but one over the scores, between products that read heads where they lie.
+
+    Of a long causal text, the scores that no one sees as well: its queries go part by part, each beside the keys up to its end."""
     arrays, lead = [q, k, v] + ([] if keep is None else [keep]), q.shape[:-2]
     shape = (*lead, q.shape[-2], k.shape[-2]) if q.ndim >= 2 <= k.ndim else ()
     if not (2 <= q.ndim <= 4 and k.shape[:-2] == v.shape[:-2] == lead and q.dtype in C_TYPES
             and all(a.dtype == q.dtype and a.size for a in arrays) and q.shape[-1] == k.shape[-1] and k.shape[-2] == v.shape[-2]
             and (seen is None or (seen.ndim <= q.ndim and seen.dtype == bool))):
         return ops.attention.definition(q, k, v, seen, causal=causal, scale=scale, keep=keep)
-    m, alpha = xp(q), float(q.shape[-1]**-0.5 if scale is None else scale)
-    keep = None if keep is None else _dense(m.broadcast_to(keep, shape))
     q, k, v = (gemm.readable(a) for a in (q, k, v))                              # copied at most once, for both ways
-    s = _summed(q, t(k))                                                         # (..., t, n)
-    (queries, n), rows, heads = s.shape[-2:], s.size // s.shape[-1], lead[-1] if lead else 1
-    seen, strides = _mask(seen, s.shape)
-    p = s if s.dtype == q.dtype else empty(q, s.shape)                           # the scores' own memory
-    kept = p if keep is None else empty(q, s.shape)
-    sizes = (np.int64(rows), n, queries, heads)
-    launch("attention.cu", "masked_softmax", _rows(rows), THREADS, s, seen, keep, p, kept, *sizes, causal, alpha, *strides, T=q.dtype)
+    alpha, y, parts = float(q.shape[-1]**-0.5 if scale is None else scale), empty(q, (*shape[:-1], v.shape[-1])), []
+    seen, keep = _mask(seen, shape), None if keep is None else xp(q).broadcast_to(keep, shape)
+    for rows, keys in _parts(*shape[-2:], causal):
+        part = _Scores(q[..., rows, :], k[..., keys, :], _cut(seen, rows, keys), causal, alpha, _cut(keep, rows, keys))
+        gemm.matmul(part.kept, v[..., keys, :], out=y[..., rows, :])
+        part.kept = None
+        parts.append((rows, keys, part))
 
     def back(g: Array, needed: list[bool]) -> tuple:
-        g = gemm.readable(g)
-        dv = gemm.matmul(t(p if keep is None else p * keep), g) if needed[2] else None
-        if not (needed[0] or needed[1]):
-            return None, None, dv
-        dp = _summed(g, t(v))
-        ds = dp if dp.dtype == p.dtype else empty(p, p.shape)
-        launch("attention.cu", "masked_softmax_back", _rows(rows), THREADS, p, keep, dp, ds, np.int64(rows), n, alpha, T=p.dtype)
-        return gemm.matmul(ds, k) if needed[0] else None, gemm.matmul(t(ds), q) if needed[1] else None, dv
-    return gemm.matmul(kept, v), back
+        g, wide = gemm.readable(g), np.float32 if len(parts) > 1 else q.dtype    # what several parts add to is rounded at the end
+        dq, dk, dv = (empty(q, a.shape, dtype) if n else None for a, n, dtype in zip((q, k, v), needed, (q.dtype, wide, wide)))
+        for i, (rows, keys, part) in enumerate(reversed(parts)):                 # the last one sees all keys, and writes; the others add
+            G = g[..., rows, :]
+            if dv is not None:
+                gemm.matmul(t(part.thinned()), G, out=dv[..., keys, :], add=i > 0)
+            if dq is not None or dk is not None:
+                ds = part.back(_summed(G, t(v[..., keys, :])))
+                if dq is not None:
+                    gemm.matmul(ds, k[..., keys, :], out=dq[..., rows, :])
+                if dk is not None:
+                    gemm.matmul(t(ds), q[..., rows, :], out=dk[..., keys, :], add=i > 0)
+        return dq, *(d if d is None else d.astype(q.dtype, copy=False) for d in (dk, dv))
+    return y, back
 
 
-def _mask(seen: Array | None, shape: tuple) -> tuple[Array | None, tuple]:
-    "A mask and its four strides over (lead, heads, t, n): zero along what it repeats."
+LONG = 256                                                                       # queries of a part
+
+
+def _parts(t: int, n: int, causal: bool) -> list[tuple[slice, slice]]:
+    "Queries, and the keys they may see among them: of a causal text of several times LONG, in several parts."
+    if not causal or t < 2 * LONG or n < t:
+        return [(slice(0, t), slice(0, n))]
+    return [(slice(a, min(a + LONG, t)), slice(0, n - t + min(a + LONG, t))) for a in range(0, t, LONG)]
+
+
+class _Scores:
+    "Probabilities of queries over keys: p, and for the products `kept`, thinned by dropout."
+
+    def __init__(self, q: Array, k: Array, seen: Array | None, causal: bool, alpha: float, keep: Array | None):
+        s = _summed(q, t(k))                                                     # (..., t, n)
+        (queries, n), rows, heads = s.shape[-2:], s.size // s.shape[-1], s.shape[-3] if s.ndim > 2 else 1
+        strides = (0,) * 4 if seen is None else (0,) * (4 - seen.ndim) + tuple(0 if m == 1 else by for m, by in zip(seen.shape, seen.strides))
+        self.keep, self.alpha, self.sizes = keep, alpha, (np.int64(rows), n)
+        self.p = s if s.dtype == q.dtype else empty(q, s.shape)                  # the scores' own memory
+        self.kept = self.p if keep is None else empty(q, s.shape)
+        launch("attention.cu", "masked_softmax", _rows(rows), THREADS, s, seen, keep, self.p, self.kept, *self.sizes, queries, heads, causal, alpha,
+               *map(np.int64, strides), T=q.dtype)
+
+    def thinned(self) -> Array:
+        return self.p if self.keep is None else self.p * self.keep
+
+    def back(self, dp: Array) -> Array:
+        "dP (float32), over which it may write -> dS"
+        p, (rows, n) = self.p, self.sizes
+        ds = dp if dp.dtype == p.dtype else empty(p, dp.shape)
+        launch("attention.cu", "masked_softmax_back", _rows(int(rows)), THREADS, p, self.keep, dp, ds, rows, n, self.alpha, T=p.dtype)
+        return ds
+
+
+def _mask(seen: Array | None, shape: tuple) -> Array | None:
+    "A mask with as many axes as the scores, each as long as theirs or one."
     if seen is None:
-        return None, (np.int64(0),) * 4
-    seen = _dense(seen)
-    full, have = (1,) * (4 - len(shape)) + shape, (1,) * (4 - seen.ndim) + seen.shape
-    if any(a not in (1, b) for a, b in zip(have, full)):
+        return None
+    have = (1,) * (len(shape) - seen.ndim) + seen.shape
+    if any(a not in (1, b) for a, b in zip(have, shape)):
         raise ValueError(f"attention: `seen` of shape {seen.shape} does not broadcast to {shape}")
-    return seen, tuple(np.int64(0 if n == 1 else s) for n, s in zip(have, (0,) * (4 - seen.ndim) + seen.strides))
+    return seen.reshape(have)
+
+
+def _cut(a: Array | None, rows: slice, keys: slice) -> Array | None:
+    "These rows and keys of what has one of each, or all."
+    whole = slice(None)
+    return a if a is None else _dense(a[..., rows if a.shape[-2] > 1 else whole, keys if a.shape[-1] > 1 else whole])
 
 
 def cross_entropy(z: Array, y: Array, weight: Array | None = None, ignore_index: int = -100, label_smoothing: float = 0.0) -> Any:
