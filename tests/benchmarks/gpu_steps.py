@@ -1,15 +1,18 @@
 """Training steps on a device, side by side: the sections `lesson`, `gpt2`, `lora`, `compiled` and `memory` of gpu.py."""
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import Any
 
 import cases
 import numpy as np
+import side_tinyft
 from cases import Case
 from gpu_clock import Clock, Missing, Row, Work, fresh, ratio
 from gpu_sides import PRECISIONS, compiled, flops, least_bytes, precision, tinyft_captured, tinyft_step, torch_peak, torch_step
 
+import tinyft as tf
 from tinyft import Tensor
 
 GPT2 = Case("gpt2-small", 50257, 768, 12, 12, 8, 1024)
@@ -59,12 +62,25 @@ def compare_steps(c: Clock, case: Case, how: str, reaches: str = "", capture_cou
     return row | ({"note": "not available: " + "; ".join(notes)} if notes else {})
 
 
+def fitted(c: Clock, case: Case) -> Row:
+    "fit as a user calls it: batches from the host, and a loss read after every step.  With capture the first steps, which make the graph, count."
+    n, losses, row = c.size(300, 6), {}, {}
+    for name, capture in (("fit", False), ("fit(capture=True)", True)):
+        for steps in (3, n):                             # the first call compiles
+            model, since = side_tinyft.build(case), time.perf_counter()
+            losses[name] = tf.fit(model, [cases.batch(case)], steps, tf.AdamW(1e-3), progress=False, capture=capture).losses
+        row[f"{name}, ms a step"] = (time.perf_counter() - since) / n * 1e3
+    mine, others = losses.values()
+    return row | {"captured is eager": c.check(bool(np.allclose(mine[:8], others[:8], rtol=1e-3))), "fit / captured": np.divide(*row.values())}
+
+
 def lesson(c: Clock) -> Work:
     "Host bound: here a captured step is worth most.  The floor: products at the rate of a large one, bytes at a copy's, nothing overlapping."
     for case in c.size(cases.GPT, [TINY]):
         for how in ("fp32", "tf32", "bf16"):
             yield f"{case.name} ({case.L} × {case.C}, {case.B} × {case.T}), {how}", lambda k=case, h=how: compare_steps(
                 c, k, h, "lesson" if h == "fp32" else "", capture_counts=True)
+        yield f"{case.name}, fit, fp32", lambda k=case: fitted(c, k)
 
 
 def gpt2(c: Clock) -> Work:
