@@ -350,11 +350,8 @@ class Dropout(Module):
         self.p = p
 
     def key(self, ctx: Context) -> Any:
-        "What this call's noise is made from; None if there is to be none."
-        if not (self.training and self.p and ctx.rng is not None):
-            return None
-        key = ctx.rng.integers(2**63)
-        return key if array.is_array(key) else int(key)                          # of a captured step it lies on the device
+        "What this call's noise is made from; None if there is to be none.  Of a captured step it lies on the device."
+        return ctx.rng.integers(2**63) if self.training and self.p and ctx.rng is not None else None
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         key = self.key(ctx)

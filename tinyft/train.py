@@ -204,7 +204,8 @@ class Run:
     def replayed(self, q: Question, factor: float) -> tuple[Array, Array]:
         "The same, replayed; what a forward pass says of wrong numbers is said before."
         check_ids(q.ids, self.model.embed.cin)
-        check_labels(q.labels, self.model.head.cout)
+        if self.model.head is not None:
+            check_labels(q.labels, self.model.head.cout)
         return self.replay(vars(q) | {"weight": 1}, float(factor), self.rng)         # a weight counts beside others only
 
     def check_capture(self) -> None:
