@@ -236,8 +236,12 @@ def test_a_kernel_is_its_definition_for_any_shape(name, shape, seed):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("lie", ["together", "apart", "in another order"])
-@pytest.mark.parametrize("B, T, heads, width, c", [(1, 1, 1, 1, 1), (2, 5, 3, 4, 7), (3, 40, 2, 8, 16)])
-def test_queries_keys_and_values_are_three_linear_maps_by_heads(B, T, heads, width, c, lie, dtype, rng):
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1), (2, 5, 3, 4, 7), (3, 20, 2, 37, 16)], ids=str)
+def test_queries_keys_and_values_are_three_linear_maps_by_heads(sizes, lie, dtype, rng):
+    by_heads(*sizes, lie, dtype, rng)
+
+
+def by_heads(B: int, T: int, heads: int, width: int, c: int, lie: str, dtype: Any, rng: np.random.Generator) -> None:
     "However the weights lie, and whichever gradients are wanted or missing."
     n, dtype = heads * width, np.dtype(dtype)
     x, weights, *biases = (on_device(rng.standard_normal(s).astype(dtype)) for s in ((B, T, c), (3, n, c), (n,), (n,), (n,)))
@@ -471,12 +475,21 @@ def test_the_sum_of_an_embedding_has_the_same_bits_in_any_order_of_blocks(rng):
 
 # ── planted faults ───────────────────────────────────────────────────────────────────────────────────────────────────
 def several(name: str, shapes: list = SHAPES, times: int = 6) -> Callable:
+    if name == "project":
+        return lambda rng: [by_heads(2, 11, 3, 40, 5, lie, np.float32, rng) for lie in ("together", "apart")]
     often = times if name in ("attention", "cross_entropy") else 1
     return lambda rng: [agree(name, shape, np.float32, rng) for shape in shapes for _ in range(often)]
 
 
 FAULTS = [                                               # what, file, right, wrong, who must notice
     ("missing barrier before columns meet", "layer_norm.cu", "  __syncthreads();\n", "", several("layer_norm")),
+    ("a number's column goes on from its number", "bias.cu", "column += on;", "column += threads;", several("linear")),
+    ("the row's end is passed over", "bias.cu", "if (column >= n) column -= n;", "", several("linear")),
+    ("heads of the text before", "heads.cu", "b = blockIdx.x / H % B", "b = blockIdx.x / H % B / 2", several("project")),
+    ("a head's bias is the first one's", "heads.cu", ": bv) + h * D", ": bv)", several("project")),
+    ("only the first 32 of a head", "heads.cu", "d < D; d += 32) head", "d < 32; d += 32) head", several("project")),
+    ("parts apart by rows", "heads.cu", "part * by_part", "part * by_row", several("project")),
+    ("gradients of q, k and v one after another", "heads.cu", "* 3 + part) * H + h) * D", "+ part * B * time) * H + h) * D", several("project")),
     ("missing barrier before rows meet", "bias.cu", "  __syncthreads();\n", "", several("linear")),
     ("a second sum begins before the first is read", "rows.cuh",
      "  __syncthreads();                                       // whoever", "  // whoever",

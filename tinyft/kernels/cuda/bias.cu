@@ -1,10 +1,15 @@
 // y += b on every row, and back: db = Σ g over rows, in two steps, so that many blocks share the work and the order of the sum is fixed.
 
 // y[row][column] += b[column], on all numbers of y (size / n, n), b (n).  Any grid and block will do: thread t of all the N that there are
-// takes the numbers t, t + N, t + 2N, ... below size, so that neighbours in a warp read neighbours in memory.  Added as float.
+// takes the numbers t, t + N, t + 2N, ... below size, so that neighbours in a warp read neighbours in memory.  Added as float.  Number i of y
+// stands in column i % n, which costs more than the rest: so a thread divides once, and from then on goes the same way to the right.
 extern "C" __global__ void add_bias(T* y, const T* b, long long size, int n) {
-  for (long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; i < size; i += gridDim.x * (long long)blockDim.x)
-    y[i] = (T)((float)y[i] + (float)b[i % n]);
+  unsigned first = blockIdx.x * blockDim.x + threadIdx.x, threads = gridDim.x * blockDim.x, column = first % n, on = threads % n;
+  for (long long i = first; i < size; i += threads) {
+    y[i] = (T)((float)y[i] + (float)b[column]);
+    column += on;
+    if (column >= n) column -= n;
+  }
 }
 
 // g (rows, n) -> parts (stretches, n): parts[s] is the sum of the rows s·each, s·each + 1, ... of g, `each` of them, fewer in the last stretch.

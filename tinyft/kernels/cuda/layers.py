@@ -82,13 +82,12 @@ def project(x: Array, Wq: Array, bq: Array, Wk: Array, bk: Array, Wv: Array, bv:
         for i in range(3):
             gemm.matmul(X, weights[i].T, out=y[i])
     qkv = empty(x, (3, B, heads, T, n // heads))
-    layout = (T, heads, n // heads, np.int64(by_part), np.int64(by_row), np.int64(qkv.size))
-    launch("heads.cu", "cut_heads", blocks(qkv.size), THREADS, y, *biases, qkv, *layout, T=x.dtype)
+    sizes, grid = (B, T, heads, n // heads), (3 * B * heads, -(-T // 8))
+    launch("heads.cu", "cut_heads", grid, (32, 8), y, *biases, qkv, *sizes, np.int64(by_part), np.int64(by_row), T=x.dtype)
 
     def back(g: list, needed: list[bool]) -> tuple:
         G, dx = empty(x, (len(X), 3 * n)), None
-        layout = (T, heads, n // heads, np.int64(qkv.size))
-        launch("heads.cu", "join_heads", blocks(qkv.size), THREADS, *(a if a is None else _dense(a) for a in g), G, *layout, T=x.dtype)
+        launch("heads.cu", "join_heads", grid, (32, 8), *(a if a is None else _dense(a) for a in g), G, *sizes, T=x.dtype)
         parts = [G[:, i * n:(i + 1) * n] for i in range(3)]
         if needed[0]:
             dx = gemm.matmul(G, W) if W is not None else gemm.matmul(parts[0], Wq)

@@ -52,16 +52,18 @@ def _(f, y, b, grid, block):
     close(biased(f, y, b, grid, block), (y + b).astype(F), "y", guesses)
 
 
+BODY = add_bias.text().split("{\n", 1)[1].rsplit("}", 1)[0]
 LOOP = """  for (long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; i < size; i += gridDim.x * (long long)blockDim.x)
-    y[i] = (T)((float)y[i] + (float)b[i % n]);"""
-ONE = "  long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x;\n  {}y[i] = (T)((float)y[i] + (float)b[i % n]);"
-add_bias.instead("There are as many threads as numbers.", LOOP, ONE.format(""), says="past the end")
-add_bias.instead("A thread takes one number.", LOOP, ONE.format("if (i < size) "), says="as many numbers as there are threads")
-add_bias.instead("The next number of a thread is a block further on.", "i += gridDim.x * (long long)blockDim.x", "i += blockDim.x",
+    y[i] = (T)((float)y[i] + (float)b[i % n]);
+"""
+ONE = "  long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x;\n  {}y[i] = (T)((float)y[i] + (float)b[i % n]);\n"
+add_bias.instead("There are as many threads as numbers.", BODY, ONE.format(""), says="past the end")
+add_bias.instead("A thread takes one number.", BODY, ONE.format("if (i < size) "), says="as many numbers as there are threads")
+add_bias.instead("The next number of a thread is a block further on.", BODY, LOOP.replace("+= gridDim.x * (long long)blockDim.x", "+= blockDim.x"),
                  says="from every block", subtle=True)
-add_bias.instead("Row after row: i / n.", "b[i % n]", "b[i / n]", says="outside an array")
-add_bias.instead("A thread's number in its block is its column.", "b[i % n]", "b[threadIdx.x % n]", says="b[threadIdx.x]")
-add_bias.instead("The last number is number size.", "i < size", "i <= size", says="past the end")
+add_bias.instead("Row after row: i / n.", BODY, LOOP.replace("i % n", "i / n"), says="outside an array")
+add_bias.instead("A thread's number in its block is its column.", BODY, LOOP.replace("i % n", "threadIdx.x % n"), says="b[threadIdx.x]")
+add_bias.instead("The last number is number size.", BODY, LOOP.replace("i < size", "i <= size"), says="past the end")
 
 
 # ── sum_rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────
