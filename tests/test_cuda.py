@@ -551,7 +551,9 @@ FAULTS = [                                               # what, file, right, wr
     ("counted after drawing", "random.cu", "philox(i + 1,", "philox(i,", several("dropout")),
     ("halves of a word swapped", "random.cu", "j % 2 * 32", "(1 - j % 2) * 32", several("dropout")),
     ("the key's upper half", "random.cu", "c[3] ^ key_high", "c[3]", several("dropout")),
-    ("kept where it was dropped", "random.cu", ">= p ?", "< p ?", several("dropout")),
+    ("kept where it was dropped", "random.cu", ">= p &&", "< p &&", several("dropout")),
+    ("eight at a time, past the end too", "random.cu", "8 * i + 8 <= n", "8 * i < n", several("dropout")),
+    ("what is left of eight is left out", "random.cu", "else for", "else if (i < 0) for", several("dropout")),
     ("decay forgotten", "adam.cu", "shrink * w[i]", "w[i]", check_adam),
     ("g for g²", "adam.cu", "c2 * d * d", "c2 * d", check_adam),
     ("root inside out", "adam.cu", "root * sqrtf(q)", "sqrtf(root * q)", check_adam)]

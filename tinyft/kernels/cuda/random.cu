@@ -19,12 +19,21 @@ __device__ float uniform_of(const unsigned long long c[4], int j) { return (floa
 
 #define EIGHTS(i, n) (long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; 8 * i < n; i += gridDim.x * (long long)blockDim.x)
 
-extern "C" __global__ void uniform(float* u, const unsigned long long* from, unsigned long long key, unsigned long long key_high, long long n) {
+// Eight numbers of a thread go to memory at once: one by one, each would take a transaction that has room for all.  y begins an allocation.
+struct alignas(16) Eight { T x[8]; };
+__device__ void write(T* y, const Eight& eight, long long i, long long n) {
+  if (8 * i + 8 <= n) *(Eight*)(y + 8 * i) = eight;
+  else for (int j = 0; 8 * i + j < n; j++) y[8 * i + j] = eight.x[j];
+}
+
+extern "C" __global__ void uniform(T* u, const unsigned long long* from, unsigned long long key, unsigned long long key_high, long long n) {
   unsigned long long c[4];
   if (from) key = *from;                                 // of a captured step, the key lies on the device: each replay brings another
   for EIGHTS(i, n) {
     philox(i + 1, key, key_high, c);                     // NumPy counts before it draws
-    for (int j = 0; j < 8 && 8 * i + j < n; j++) u[8 * i + j] = uniform_of(c, j);
+    Eight eight;
+    for (int j = 0; j < 8; j++) eight.x[j] = uniform_of(c, j);
+    write(u, eight, i, n);
   }
 }
 
@@ -35,6 +44,8 @@ extern "C" __global__ void dropout(const T* x, T* y, float p, float scale, const
   if (from) key = *from;
   for EIGHTS(i, n) {
     philox(i + 1, key, key_high, c);
-    for (int j = 0; j < 8 && 8 * i + j < n; j++) y[8 * i + j] = (T)(uniform_of(c, j) >= p ? (float)x[8 * i + j] * scale : 0);
+    Eight eight;
+    for (int j = 0; j < 8; j++) eight.x[j] = (T)(uniform_of(c, j) >= p && 8 * i + j < n ? (float)x[8 * i + j] * scale : 0);
+    write(y, eight, i, n);
   }
 }
