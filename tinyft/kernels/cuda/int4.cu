@@ -64,7 +64,8 @@ extern "C" __global__ void int4_dequantize(const unsigned* codes, const S* scale
   for (long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; i < (long long)N * words; i += gridDim.x * (long long)blockDim.x) {
     long long row = i / words, k = i % words * 8;
     float s = (float)scale[row * groups + k / group], z = (float)zero[row * groups + k / group];
-    unsigned eight = codes[i];
-    for (int j = 0; j < 8 && k + j < K; j++) W[row * K + k + j] = (T)(s * ((float)(eight >> 4 * j & 15) - z));
+    Eight eight;
+    for (int j = 0; j < 8; j++) eight.x[j] = (T)(s * ((float)(codes[i] >> 4 * j & 15) - z));
+    write(W + row * K + k, eight, K - k, K % 8 == 0);
   }
 }

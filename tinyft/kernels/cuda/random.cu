@@ -3,6 +3,7 @@
 // A generator without a state: ten rounds of multiplying and mixing turn the counter into four numbers of 64 bits.  So thread i makes
 // the numbers 8i ... 8i + 7 without knowing the others, and the way back makes them anew where a mask would have to be kept.
 // Salmon et al. 2011, Parallel random numbers: as easy as 1, 2, 3.
+#include "rows.cuh"
 
 __device__ void philox(unsigned long long counter, unsigned long long key, unsigned long long key_high, unsigned long long c[4]) {
   c[0] = counter; c[1] = c[2] = c[3] = 0;
@@ -19,13 +20,6 @@ __device__ float uniform_of(const unsigned long long c[4], int j) { return (floa
 
 #define EIGHTS(i, n) (long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; 8 * i < n; i += gridDim.x * (long long)blockDim.x)
 
-// Eight numbers of a thread go to memory at once: one by one, each would take a transaction that has room for all.  y begins an allocation.
-struct alignas(16) Eight { T x[8]; };
-__device__ void write(T* y, const Eight& eight, long long i, long long n) {
-  if (8 * i + 8 <= n) *(Eight*)(y + 8 * i) = eight;
-  else for (int j = 0; 8 * i + j < n; j++) y[8 * i + j] = eight.x[j];
-}
-
 extern "C" __global__ void uniform(T* u, const unsigned long long* from, unsigned long long key, unsigned long long key_high, long long n) {
   unsigned long long c[4];
   if (from) key = *from;                                 // of a captured step, the key lies on the device: each replay brings another
@@ -33,7 +27,7 @@ extern "C" __global__ void uniform(T* u, const unsigned long long* from, unsigne
     philox(i + 1, key, key_high, c);                     // NumPy counts before it draws
     Eight eight;
     for (int j = 0; j < 8; j++) eight.x[j] = uniform_of(c, j);
-    write(u, eight, i, n);
+    write(u + 8 * i, eight, n - 8 * i);
   }
 }
 
@@ -46,6 +40,6 @@ extern "C" __global__ void dropout(const T* x, T* y, float p, float scale, const
     philox(i + 1, key, key_high, c);
     Eight eight;
     for (int j = 0; j < 8; j++) eight.x[j] = (T)(uniform_of(c, j) >= p && 8 * i + j < n ? (float)x[8 * i + j] * scale : 0);
-    write(y, eight, i, n);
+    write(y + 8 * i, eight, n - 8 * i);     // y begins an allocation
   }
 }

@@ -33,3 +33,11 @@ __device__ float block_max(float v, float* part) {
   for (int warp = 1; warp < blockDim.x >> 5; warp++) most = fmaxf(most, part[warp]);
   return most;
 }
+
+// Eight numbers of one thread go to memory at once: one by one, each would take a transaction that has room for all.
+struct alignas(16) Eight { T x[8]; };
+
+__device__ void write(T* to, const Eight& eight, long long there, bool aligned = true) {         // as many as there are, of eight
+  if (aligned && there >= 8) *(Eight*)to = eight;
+  else for (int j = 0; j < 8 && j < there; j++) to[j] = eight.x[j];
+}
