@@ -44,7 +44,7 @@ def matmul(a: Array, b: Array, out: Array | None = None, add: bool = False) -> A
     shape = (*(a if a.ndim > b.ndim else b).shape[:-2], a.shape[-2], b.shape[-1])
     if out is None:
         out, add = empty(a, shape), False
-    elif out.shape != shape or (out.size and (layout(out) or NOWHERE).transposed):
+    elif out.shape != shape or not writable(out):
         raise ValueError(f"matmul: out must be of shape {shape}, each row contiguous, the matrices evenly apart; got {out.shape}")
     if not (out.size and a.shape[-1]):
         if not add:
@@ -60,9 +60,6 @@ class Layout(NamedTuple):
     transposed: bool
     leading: int
     step: int
-
-
-NOWHERE = Layout(True, 0, 0)                                                    # of what cuBLAS cannot write
 
 
 def layout(x: Array) -> Layout | None:
@@ -86,7 +83,14 @@ def _layout(shape: tuple, strides: tuple, itemsize: int) -> Layout | None:
     return None
 
 
+def writable(x: Array) -> bool:
+    "Whether cuBLAS can write its result there: each row in one piece, the matrices evenly apart."
+    there = layout(x)
+    return not x.size or (there is not None and not there.transposed)
+
+
 def readable(x: Array) -> Array:
+    "x, or a copy that cuBLAS can read."
     return x if layout(x) is not None else xp(x).ascontiguousarray(x)
 
 
