@@ -50,8 +50,8 @@ def matmul(a: Array, b: Array, out: Array | None = None, add: bool = False) -> A
         if not add:
             out.fill(0)
         return out
-    a, b = readable(a), readable(b)
-    LIBRARIES[type(a)].gemm(a, layout(a), b, layout(b), out, add)
+    (a, la), (b, lb) = placed(a), placed(b)
+    LIBRARIES[type(a)].gemm(a, la, b, lb, out, add)
     return out
 
 
@@ -89,9 +89,17 @@ def writable(x: Array) -> bool:
     return not x.size or (there is not None and not there.transposed)
 
 
+def placed(x: Array) -> tuple[Array, Layout]:
+    "x, or a copy that cuBLAS can read, and its layout."
+    there = layout(x)
+    if there is None:
+        x = xp(x).ascontiguousarray(x)
+        there = layout(x)
+    return x, there
+
+
 def readable(x: Array) -> Array:
-    "x, or a copy that cuBLAS can read."
-    return x if layout(x) is not None else xp(x).ascontiguousarray(x)
+    return placed(x)[0]
 
 
 def arguments(a: Array, la: Layout, b: Array, lb: Layout, out: Array, add: bool, address: Any, scalars: Any) -> tuple:

@@ -14,6 +14,7 @@ import numpy as np
 from ... import ops
 from ...array import Array, address, is_array, xp
 from ...ops import flat, t
+from ...precision import rounded
 from ...tensor import OPS
 from . import gemm
 from .launch import C_TYPES, blocks, empty, launch
@@ -218,8 +219,8 @@ def attention(q: Array, k: Array, v: Array, seen: Array | None = None, causal: b
     alpha, y, parts = float(q.shape[-1]**-0.5 if scale is None else scale), empty(q, (*shape[:-1], v.shape[-1])), []
     seen, keep = _mask(seen, shape), None if keep is None else xp(q).broadcast_to(keep, shape)
     for rows, keys in _parts(*shape[-2:], causal):
-        part = _Scores(q[..., rows, :], k[..., keys, :], _cut(seen, rows, keys), causal, alpha, _cut(keep, rows, keys))
-        gemm.matmul(part.kept, v[..., keys, :], out=y[..., rows, :])
+        part = _Scores(_some(q, rows), _some(k, keys), _cut(seen, rows, keys), causal, alpha, _cut(keep, rows, keys))
+        gemm.matmul(part.kept, _some(v, keys), out=_some(y, rows))
         part.kept = None
         parts.append((rows, keys, part))
 
@@ -227,16 +228,16 @@ def attention(q: Array, k: Array, v: Array, seen: Array | None = None, causal: b
         g, wide = gemm.readable(g), np.float32 if len(parts) > 1 else q.dtype    # what several parts add to is rounded at the end
         dq, dk, dv = (empty(q, a.shape, dtype) if n else None for a, n, dtype in zip((q, k, v), needed, (q.dtype, wide, wide)))
         for i, (rows, keys, part) in enumerate(reversed(parts)):                 # the last one sees all keys, and writes; the others add
-            G = g[..., rows, :]
+            G = _some(g, rows)
             if dv is not None:
-                gemm.matmul(t(part.thinned()), G, out=dv[..., keys, :], add=i > 0)
+                gemm.matmul(t(part.thinned()), G, out=_some(dv, keys), add=i > 0)
             if dq is not None or dk is not None:
-                ds = part.back(_summed(G, t(v[..., keys, :])))
+                ds = part.back(_summed(G, t(_some(v, keys))))
                 if dq is not None:
-                    gemm.matmul(ds, k[..., keys, :], out=dq[..., rows, :])
+                    gemm.matmul(ds, _some(k, keys), out=_some(dq, rows))
                 if dk is not None:
-                    gemm.matmul(t(ds), q[..., rows, :], out=dk[..., keys, :], add=i > 0)
-        return dq, *(d if d is None else d.astype(q.dtype, copy=False) for d in (dk, dv))
+                    gemm.matmul(t(ds), _some(q, rows), out=_some(dk, keys), add=i > 0)
+        return dq, *(d if d is None else rounded(d, q.dtype) for d in (dk, dv))
     return y, back
 
 
@@ -248,6 +249,11 @@ def _parts(t: int, n: int, causal: bool) -> list[tuple[slice, slice]]:
     if not causal or t < 2 * LONG or n < t:
         return [(slice(0, t), slice(0, n))]
     return [(slice(a, min(a + LONG, t)), slice(0, n - t + min(a + LONG, t))) for a in range(0, t, LONG)]
+
+
+def _some(a: Array, rows: slice) -> Array:
+    "These rows of each matrix; where that is all of them a itself, since a view costs the host as much as a launch."
+    return a if rows.stop - rows.start == a.shape[-2] else a[..., rows, :]
 
 
 class _Scores:
