@@ -39,9 +39,9 @@ PACKAGE = Path(tinyft.__file__).resolve().parent
 EQUIVALENT = TESTS / "audit_equivalent.txt"
 SUITES = {                                                                       # audited file -> the tests it answers to
     "ops.py": ["test_ops.py", "test_tensor.py"], "functional.py": ["test_ops.py"], "nn.py": ["test_nn.py"],
-    "optim.py": ["test_optim.py", "test_precision.py"],
+    "optim/optimizers.py": ["test_optim.py", "test_precision.py"],
     "edit.py": ["test_protocol.py", "test_methods.py"], "methods": ["test_methods.py", "test_protocol.py"],
-    "precision.py": ["test_precision.py"], "scaler.py": ["test_precision.py"],
+    "precision.py": ["test_precision.py"], "optim/scaler.py": ["test_precision.py"],
     "models/blocks.py": ["test_models.py"], "models/gpt.py": ["test_models.py"], "models/bert.py": ["test_models.py"]}
 LIMIT = 20                                                                       # seconds that a test may take besides; one that hangs is noticed
 QUICK = 160

@@ -14,7 +14,7 @@ import numpy as np
 from helpers import host
 
 from tinyft import BERT, GPT, AdamW, BERTConfig, Cache, CannotMerge, GPTConfig, Method, adapters, array, edit, evaluate, fit, no_grad
-from tinyft.objective import objective, question
+from tinyft.train.batch import compute_loss, read_batch
 
 KINDS = ("gpt", "bert", "gpt-classes", "bert-classes")
 CLASSES = 3
@@ -141,7 +141,7 @@ def near(a: np.ndarray, b: np.ndarray, tol: float = 1e-12) -> bool:
 
 def the_loss(model: Any, b: dict, rng: Any = None) -> Any:
     "The loss of a batch as the trainer forms it, penalties included."
-    ctx, loss = objective(model, question(b), rng)
+    ctx, loss = compute_loss(model, read_batch(b), rng)
     for a in edit.attached(model):
         loss = loss + a.method.penalty(a.edits, model, ctx)
     return loss
@@ -156,7 +156,7 @@ def started(row: Row, a: edit.Attached) -> None:
 def check_moves(row: Row, kind: str) -> None:
     "G1: training moves what the row says, under weight decay, and every other number stays as it is, bitwise."
     model, a = put_on(row, kind)
-    fresh = getattr(model, "fresh", ())
+    fresh = getattr(model, "head_modules", ())
     base = {n for n in edit.base_parameters(model) if row.base(n) or n.split(".")[0] in fresh}
     assert {n for n, p in edit.base_parameters(model).items() if p.requires_grad} == base
     before = values(model)
@@ -222,7 +222,7 @@ def check_save(row: Row, kind: str) -> None:
     assert same(run(other.eval()), y)
     again = edit.state(other, b)
     assert kept.keys() == again.keys() and all(same(again[n], v) for n, v in kept.items())
-    if adapters.known(type(row.method).__name__) is type(row.method):
+    if adapters.files.known(type(row.method).__name__) is type(row.method):
         third = build(kind)
         with tempfile.TemporaryDirectory() as folder:
             c = adapters.load_adapter(third, adapters.save_adapter(model, folder))

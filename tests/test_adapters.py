@@ -35,7 +35,7 @@ from tinyft import (
     load_adapter,
     save_adapter,
 )
-from tinyft.adapters import known
+from tinyft.adapters.files import known
 from tinyft.files import read_tensors, write_tensors
 from tinyft.methods import ALL
 
@@ -73,7 +73,7 @@ def test_a_loaded_adapter_gives_the_same_output_bitwise(cls, kind, tmp_path):
     before, y0 = values(fresh), run(fresh)
     a = load_adapter(fresh, str(tmp_path / "a"))
     assert same(run(fresh.eval()), y) and not same(y0, y)
-    assert a.method == edit.handle(model).method and a.name == cls.__name__.lower()
+    assert a.method == edit.get_attached(model).method and a.name == cls.__name__.lower()
     assert edit.count(fresh) == edit.count(model) and sorted(edit.trained(fresh)) == sorted(edit.trained(model))
     detach(fresh)
     assert untouched(fresh, before, y0, [])
@@ -145,7 +145,7 @@ def rewritten(**change: Any) -> Callable[[Path], None]:
 def consistent(**change: Any) -> Callable[[Path], None]:
     "Both files as another program, or another version, might have written them."
     def go(path: Path) -> None:
-        from tinyft.adapters import digest
+        from tinyft.adapters.files import digest
         facts = json.loads((path / "adapter.json").read_text()) | change
         (path / "adapter.json").write_text(json.dumps(facts))
         write_tensors(path / "adapter.safetensors", read_tensors(path / "adapter.safetensors")[0], {"sum": digest(facts)})

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tinyft.baselines import (
+from tinyft.data.baselines import (
     LogisticRegression,
     Sparse,
     TfIdf,

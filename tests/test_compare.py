@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import tinyft as tf
+import tinyft as ft
 from tinyft import array, cli, compare, data
 from tinyft.compare import PRESETS, Settings
-from tinyft.report import draw, interval, table, verdict
+from tinyft.compare.report import draw, interval, table, verdict
 
 pytestmark = pytest.mark.skipif(array.backend() != "numpy", reason="one comparison is enough: what it calls is tested on every backend")
 
@@ -122,14 +122,14 @@ def test_bad_arguments_get_one_sentence(args, says, capsys, tmp_path):
 def test_the_command_lists_methods_and_the_machine(capsys):
     assert cli.main(["methods"]) == 0 and cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
-    assert all(m.cls.__name__ in out for m in tf.methods()) and "NumPy" in out and "CuPy" in out
+    assert all(m.cls.__name__ in out for m in ft.methods()) and "NumPy" in out and "CuPy" in out
 
 
 # ── end to end ──
 def tiny(folder: Path, lm: bool) -> str:
     sizes = dict(vocab=2048, positions=64, width=16, layers=1, heads=2)
-    model = tf.GPT(tf.GPTConfig(**sizes)) if lm else tf.BERT(tf.BERTConfig(**sizes))
-    return str(tf.save(model, folder / "model", data.shipped_tokenizer()))
+    model = ft.GPT(ft.GPTConfig(**sizes)) if lm else ft.BERT(ft.BERTConfig(**sizes))
+    return str(ft.save(model, folder / "model", data.shipped_tokenizer()))
 
 
 @pytest.mark.parametrize("task", ["intact", "package", "domain"])
@@ -149,10 +149,10 @@ def test_a_small_comparison_from_end_to_end(task, tmp_path):
 
 def test_texts_leave_room_for_the_prompt(tmp_path):
     model = tiny(tmp_path, False)                                                # 64 positions
-    assert compare.fitting(Settings(model=model)).T == 48 and compare.fitting(Settings(model=model, T=20)).T == 20
-    tf.save(tf.BERT(tf.BERTConfig(vocab=2048, positions=20, width=16, layers=1, heads=2)), tmp_path / "short", data.shipped_tokenizer())
+    assert compare.run.fitting(Settings(model=model)).T == 48 and compare.run.fitting(Settings(model=model, T=20)).T == 20
+    ft.save(ft.BERT(ft.BERTConfig(vocab=2048, positions=20, width=16, layers=1, heads=2)), tmp_path / "short", data.shipped_tokenizer())
     with pytest.raises(ValueError, match="at least 24 positions; this one has 20"):
-        compare.fitting(Settings(model=str(tmp_path / "short")))
+        compare.run.fitting(Settings(model=str(tmp_path / "short")))
 
 
 @pytest.mark.parametrize("after", [0.0, 0.3, 2.0])
@@ -161,7 +161,7 @@ def test_ctrl_c_stops_the_workers_and_says_so(after, tmp_path):
     command = ["-m", "tinyft.cli", "compare", "--model", tiny(tmp_path, False), "--methods", "lora", "--steps", "100000", "--jobs", "2"]
     run = subprocess.Popen([sys.executable, "-u", *command], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                            start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),      # what runs us may ignore it
-                           env={**os.environ, "PYTHONPATH": str(Path(tf.__file__).parent.parent)})
+                           env={**os.environ, "PYTHONPATH": str(Path(ft.__file__).parent.parent)})
     assert run.stdout.readline().startswith("intact")                            # the workers come next
     time.sleep(after)
     os.killpg(run.pid, signal.SIGINT)

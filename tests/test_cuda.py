@@ -426,7 +426,7 @@ def check_adam(rng: np.random.Generator, n: int = 1000) -> None:
             return [w, g, m, v]
         want = [a.astype(np.float64) for a in start]
         for t in (1, 2, 3):
-            optim.adam_update(*want, 0.01 * t, 0.9, 0.99, 1e-8, decay, t)
+            optim.optimizers.adam_update(*want, 0.01 * t, 0.9, 0.99, 1e-8, decay, t)
         assert all(near(a, b, 1e-6) for a, b in zip(both_ways(run), want))
 
 
@@ -437,7 +437,7 @@ def test_adam_is_its_definition(rng):
     w, g, m, v = (rng.standard_normal(6) for _ in range(4))
     v, expected = abs(v), [a.copy() for a in (w, g, m, abs(v))]
     optimizer.adam_update(w, g, m, v, 0.1, 0.9, 0.99, 1e-8, 0.0, 1)                 # float64
-    optim.adam_update(*expected, 0.1, 0.9, 0.99, 1e-8, 0.0, 1)
+    optim.optimizers.adam_update(*expected, 0.1, 0.9, 0.99, 1e-8, 0.0, 1)
     assert all(map(np.array_equal, (w, g, m, v), expected))
 
 
@@ -709,7 +709,7 @@ def test_kernels_are_put_in_place_when_the_backend_is_opened(no_cupy):
     kernels.install()
     assert not any(Array in OPS[n].fast for n in layers.NAMES)
     array._register("cupy", Array, cupy)
-    assert all(OPS[n].fast[Array] is getattr(layers, n) for n in layers.NAMES) and optim.adam_update.fast[Array] is optimizer.adam_update
+    assert all(OPS[n].fast[Array] is getattr(layers, n) for n in layers.NAMES) and optim.optimizers.adam_update.fast[Array] is optimizer.adam_update
     assert launch.COMPILERS[Array] is CpuKernel and array._open("cupy") is cupy
     kernels.remove()
     kernels.install()                                    # it is open already

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from tinyft import data
-from tinyft.batches import CLS, END, PAD, SEP
 from tinyft.data import IGNORE, SPECIAL, SPLITS, Batches, Record
+from tinyft.data.batches import CLS, END, PAD, SEP
 
 VOCAB = 2048
 
@@ -77,11 +77,11 @@ def test_the_snapshot_is_what_it_says():
     records = data.snapshot()
     assert {record.kind for record in records} == {"prose", "docstring", "source"}
     assert {record.split for record in records} == set(SPLITS)
-    assert (data.ASSETS / "text.json.xz").stat().st_size <= 3_000_000
+    assert (data.tasks.ASSETS / "text.json.xz").stat().st_size <= 3_000_000
     assert not [r for r in records if r.kind != "source" and (">>>" in r.text or "\t" in r.text or len(r.text.split()) < 4)]
     words = [word for r in records if r.kind != "source" for word in r.text.split()]
     assert np.mean([bool(re.fullmatch(r"\W*[A-Za-z][A-Za-z'’/-]*\W*", word)) for word in words]) > 0.85
-    licences = (data.ASSETS / "LICENSES.txt").read_text("utf-8")
+    licences = (data.tasks.ASSETS / "LICENSES.txt").read_text("utf-8")
     assert "PYTHON SOFTWARE FOUNDATION LICENSE" in licences and "NumPy Developers" in licences
 
 
@@ -125,7 +125,7 @@ def check_intact(sentence: str, shown: str, label: int) -> None:
 
 def test_intact_swaps_two_words_and_nothing_else():
     rng = np.random.default_rng(0)
-    for sentence, _ in data._by_split(data._intact_sentences)["valid"]:
+    for sentence, _ in data.tasks._by_split(data.tasks._intact_sentences)["valid"]:
         check_intact(sentence, data.swap_two(sentence, rng), 0)
 
 
@@ -145,7 +145,7 @@ def test_intact_is_balanced_deterministic_and_uses_each_sentence_once():
     whole = data.task("intact")
     bags = {split: Counter(frozenset(bag(text).items()) for text in getattr(whole, split).texts) for split in SPLITS}
     assert len(whole.train.texts) == len(set(whole.train.texts)) > 20_000
-    originals = [data.key(text) for split in SPLITS for text, _ in data._by_split(data._intact_sentences)[split]]
+    originals = [data.key(text) for split in SPLITS for text, _ in data.tasks._by_split(data.tasks._intact_sentences)[split]]
     assert len(originals) == len(set(originals)) == sum(len(getattr(whole, split).texts) for split in SPLITS)
     assert sum((bags["train"] & bags["test"]).values()) < 0.01 * len(whole.test.texts)  # word for word the same: hardly any
 

@@ -39,8 +39,8 @@ def gpt2_file(rng: np.random.Generator, head: str = "lm") -> tuple[dict, Tensors
     n = lambda *shape: (rng.standard_normal(shape) * 0.4).astype(np.float32)
     out = {"wte.weight": n(V, C), "wpe.weight": n(T, C), "ln_f.weight": n(C), "ln_f.bias": n(C)}
     for i in range(L):
-        for name, cin, cout in (("attn.c_attn", C, 3 * C), ("attn.c_proj", C, C), ("mlp.c_fc", C, F), ("mlp.c_proj", F, C)):
-            out |= {f"h.{i}.{name}.weight": n(cin, cout), f"h.{i}.{name}.bias": n(cout)}
+        for name, in_features, out_features in (("attn.c_attn", C, 3 * C), ("attn.c_proj", C, C), ("mlp.c_fc", C, F), ("mlp.c_proj", F, C)):
+            out |= {f"h.{i}.{name}.weight": n(in_features, out_features), f"h.{i}.{name}.bias": n(out_features)}
         out |= {f"h.{i}.ln_{j}.{k}": n(C) for j in (1, 2) for k in ("weight", "bias")}
     config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": V, "n_positions": T, "n_ctx": T, "n_embd": C,
               "n_layer": L, "n_head": H, "n_inner": F, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "resid_pdrop": 0.1,
@@ -55,8 +55,8 @@ def bert_file(rng: np.random.Generator, head: str | None = "mlm") -> tuple[dict,
     n = lambda *shape: (rng.standard_normal(shape) * 0.4).astype(np.float32)
     out = {f"bert.embeddings.{k}_embeddings.weight": n(m, C) for k, m in (("word", V), ("position", T), ("token_type", 2))}
 
-    def linear(name: str, cin: int, cout: int) -> None:
-        out.update({f"{name}.weight": n(cout, cin), f"{name}.bias": n(cout)})
+    def linear(name: str, in_features: int, out_features: int) -> None:
+        out.update({f"{name}.weight": n(out_features, in_features), f"{name}.bias": n(out_features)})
 
     def norm(name: str) -> None:
         out.update({f"{name}.weight": n(C), f"{name}.bias": n(C)})
@@ -155,7 +155,7 @@ def write(folder: Path, config: dict, tensors: Tensors) -> Path:
 
 
 def outputs(model: Any) -> np.ndarray:
-    return host(model(dev(IDS), **({"types": dev(TYPES)} if isinstance(model, BERT) else {})))
+    return host(model(dev(IDS), **({"token_type_ids": dev(TYPES)} if isinstance(model, BERT) else {})))
 
 
 def computes(folder: Path, case: str, tensors: Tensors, tol: float = 1e-9) -> None:

@@ -199,7 +199,7 @@ def test_the_head_alone_can_be_trained_on_features_computed_once():
     ctx = Context(mask=b["mask"])
     with no_grad():
         short(b["ids"], ctx)
-        x = short.head.row(ctx.hidden, ctx)
+        x = short.head.row(ctx.last_hidden_state, ctx)
     optimizer = AdamW(0.02, weight_decay=0.1).start({"w": short.head.out.weight})
     for _ in range(5):
         short.head.zero_grad()
@@ -262,7 +262,7 @@ def test_bitfit_goes_by_a_tensors_last_name():
 
 def test_bitfit_on_a_model_without_biases_says_so_and_does_not_train_the_head_alone():
     class Plain(Module):
-        fresh = ("head",)
+        head_modules = ("head",)
 
         def __init__(self):
             rng = np.random.default_rng(0)
@@ -658,7 +658,7 @@ def test_a_prompt_needs_room_among_the_positions():
 def test_the_head_speaks_where_it_is_asked_to_whatever_stands_in_front(name):
     model, _ = tuned(ROWS[name], "gpt")
     at = np.array([0, 5, 9, 27])
-    assert near(run(model, at=at), run(model).reshape(-1, Sizes.V)[at])
+    assert near(run(model, logit_positions=at), run(model).reshape(-1, Sizes.V)[at])
 
 
 # ── wrong methods, and the check that refuses each ───────────────────────────────────────────────────────────────────
@@ -666,7 +666,7 @@ class Wrong(Method):
     targets: Any = "attn.[qv]"
 
     def edit(self, path: str, m: Module, rng: np.random.Generator) -> Edit:
-        return self.kind(m.cin, m.cout, 4, 4.0, 0.0, rng)
+        return self.kind(m.in_features, m.out_features, 4, 4.0, 0.0, rng)
 
 
 def lora_like(**hooks: Any) -> Method:
@@ -675,13 +675,13 @@ def lora_like(**hooks: Any) -> Method:
     return type("WrongLoRA", (Wrong,), {"kind": body, "targets": hooks.get("targets", Wrong.targets)})()
 
 
-def dead(self: Any, cin: int, cout: int, r: int, s: float, dropout: float, rng: Any) -> None:
-    LowRank.__init__(self, cin, cout, r, s, dropout, rng)
+def dead(self: Any, in_features: int, out_features: int, r: int, s: float, dropout: float, rng: Any) -> None:
+    LowRank.__init__(self, in_features, out_features, r, s, dropout, rng)
     self.A.copy_(0 * host(self.A))
 
 
-def drops_all(self: Any, cin: int, cout: int, r: int, s: float, dropout: float, rng: Any) -> None:
-    LowRank.__init__(self, cin, cout, r, s, 0.5, rng)
+def drops_all(self: Any, in_features: int, out_features: int, r: int, s: float, dropout: float, rng: Any) -> None:
+    LowRank.__init__(self, in_features, out_features, r, s, 0.5, rng)
 
 
 def folds_in_place(self: Any, p: dict) -> dict:
@@ -695,7 +695,7 @@ class Careless(Method):
 
     def edit(self, path: str, m: Module, rng: np.random.Generator) -> Edit:
         m.weight.copy_(host(m.weight) * 1.01)
-        return LowRank(m.cin, m.cout, 4, 4.0, 0.0, rng)
+        return LowRank(m.in_features, m.out_features, 4, 4.0, 0.0, rng)
 
 
 class Outside(Bottleneck):
@@ -734,7 +734,7 @@ class SomePrefix(Method):
     targets, kind, shift = ("attn.kv", "pos"), Prefix, Shift
 
     def edit(self, path: str, m: Module, rng: np.random.Generator) -> Edit | None:
-        return self.kind(*(array.normal(rng, (m.h, 3, m.d), 0.3) for _ in "KV")) if isinstance(m, KV) else self.shift(3, m.cin)
+        return self.kind(*(array.normal(rng, (m.h, 3, m.d), 0.3) for _ in "KV")) if isinstance(m, KV) else self.shift(3, m.in_features)
 
 
 class Kept(Method):
@@ -771,8 +771,8 @@ class Crowd(LowRank):
 class Secret(LowRank):
     "A random projection that is not among its buffers."
 
-    def __init__(self, cin: int, cout: int, r: int, s: float, dropout: float, rng: np.random.Generator):
-        super().__init__(cin, cout, r, s, dropout, rng)
+    def __init__(self, in_features: int, out_features: int, r: int, s: float, dropout: float, rng: np.random.Generator):
+        super().__init__(in_features, out_features, r, s, dropout, rng)
         self._A = self.A.data
         del self.A
 
@@ -821,9 +821,9 @@ PLANTED = {
     "an edit that hides what it drew": ("save", type("W", (Wrong,), {"kind": Secret})(), replace(LORA, merges=False)),
     "a tied embedding changed only where it is read as rows": (
         "merge", type("Rows", (Wrong,), {"targets": "embed", "edit": lambda s, p, m, rng: type("R", (LowRank,), {
-            "after": lambda e, x, y, c: y + (ops.embedding(e.B, x) @ e.A) * e.s})(m.cout, m.cin, 2, 1.0, 0.0, rng)})(), LORA),
+            "after": lambda e, x, y, c: y + (ops.embedding(e.B, x) @ e.A) * e.s})(m.out_features, m.in_features, 2, 1.0, 0.0, rng)})(), LORA),
     "an adapter with the nonlinearity outside": (
-        "start", type("O", (Method,), {"targets": "blocks.*.attn", "edit": lambda s, p, m, rng: Outside(m.cout, 5, 0.01, rng)})(), HOULSBY),
+        "start", type("O", (Method,), {"targets": "blocks.*.attn", "edit": lambda s, p, m, rng: Outside(m.out_features, 5, 0.01, rng)})(), HOULSBY),
     "an adapter that claims to be exact": ("start", Houlsby(m=5), replace(HOULSBY, start="same")),
     "an adapter that claims to merge": ("merge", Houlsby(m=5), replace(HOULSBY, merges=True)),
     "a prefix whose mask is forgotten": ("padding", some_prefix(kind=Blind), PREFIX),

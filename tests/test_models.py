@@ -132,17 +132,17 @@ def near(got: Any, want: np.ndarray) -> None:
 
 
 def check_model(kind: str, wrong: Callable | None = None) -> None:
-    "Logits, scores, hidden states and taps, with and without padding.  `wrong` is what spoils the model meanwhile."
+    "Logits, scores, hidden states and output_hidden_states, with and without padding.  `wrong` is what spoils the model meanwhile."
     model, (ids, types) = generic(kind), batch()
     with wrong(model) if wrong else contextmanager(lambda: (yield))():
         for mask in (None, RIGHT, *([LEFT] if model.blocks[0].attn.causal or not kind.endswith("classes") else [])):
             for t in (None, types) if kind.startswith("bert") else (None,):
-                ctx = Context(mask=mask, types=t, taps=True)
+                ctx = Context(mask=mask, token_type_ids=t, output_hidden_states=True)
                 out, want = model(ids, ctx), Reference(kind, weights(model))(ids, t, mask)
                 real = np.ones(ids.shape, bool) if mask is None else mask
-                near(host(ctx.hidden)[real], want["hidden"][real])
-                assert ctx.out is out and len(ctx.layers) == L + 1
-                for got, layer in zip(ctx.layers, want["layers"]):
+                near(host(ctx.last_hidden_state)[real], want["hidden"][real])
+                assert ctx.output is out and len(ctx.hidden_states) == L + 1
+                for got, layer in zip(ctx.hidden_states, want["layers"]):
                     near(host(got)[real], layer[real])
                 near(*((host(out), want["out"]) if kind.endswith("classes") else (host(out)[real], want["out"][real])))
 
@@ -165,7 +165,7 @@ def _interleaved(self: Any, x: Any) -> Any:
 
 def _without_types(self: Any, ids: Any, like: Any, begin: Callable = Context.begin) -> None:
     begin(self, ids, like)
-    self.types = None
+    self.token_type_ids = None
 
 
 def _places_in_the_row(self: Any) -> Any:
@@ -180,7 +180,7 @@ WRONG = {
     "GELU is GELU.": ("gpt", lambda m: replaced(m.blocks[1].mlp, "_act", ops.gelu)),
     "GELU is GELU in BERT as well.": ("bert", lambda m: replaced(m.blocks[0].mlp, "_act", ops.gelu_tanh)),
     "A position is a column, padded or not.": ("gpt", lambda m: replaced(Context, "positions", _places_in_the_row)),
-    "Padding is a token like any other.": ("bert", lambda m: replaced(Context, "keys", lambda self: None)),
+    "Padding is a token like any other.": ("bert", lambda m: replaced(Context, "key_mask", lambda self: None)),
     "Token types are for pairs; leave them out.": ("bert", lambda m: replaced(Context, "begin", _without_types)),
     "ε is too small to matter.": ("gpt", lambda m: replaced(m.norm, "eps", 1e-5)),
     "One block may look both ways.": ("gpt", lambda m: replaced(m.blocks[1].attn, "causal", False)),
@@ -225,7 +225,7 @@ def test_dropout_acts_on_the_embeddings_the_probabilities_and_what_enters_the_re
         where.append(paths[id(self)])
         return keep
     with replaced(Dropout, "forward", noted), replaced(Attention, "noise", noted_noise):
-        out = model(ids, types=types, mask=RIGHT, rng=np.random.default_rng(0))
+        out = model(ids, token_type_ids=types, mask=RIGHT, rng=np.random.default_rng(0))
     in_block = [f"blocks.{i}.{n}" for i in range(L) for n in ("attn", "attn.drop", "mlp.drop")]
     assert where == ["drop", *in_block, *(["head.drop"] if kind.endswith("classes") else [])]
     used = [f for f, n in zip(factors, where) if (kind, n) != ("gpt-classes", "head.drop")]      # GPT's classifier drops nothing
@@ -331,7 +331,7 @@ def test_gradients_reach_all_that_attention_is_made_of():
         p.copy_(rng.standard_normal(p.shape))
     x, ctx = Tensor(dev(rng.standard_normal((2, 5, C))), requires_grad=True), Context()
     attn(x, ctx).sum().backward()
-    assert all(p.grad is not None for p in (x, *attn.parameters())) and (attn.cin, attn.cout) == (C, C) == (attn.kv.h * attn.kv.d, C)
+    assert all(p.grad is not None for p in (x, *attn.parameters())) and (attn.in_features, attn.out_features) == (C, C) == (attn.kv.h * attn.kv.d, C)
 
 
 @pytest.mark.parametrize("mask", [None, LEFT], ids=["whole", "padded"])
@@ -354,9 +354,9 @@ def test_embeddings_may_stand_in_place_of_ids_and_the_head_where_it_is_wanted(ki
     assert rows.grad.shape == rows.shape
     if kind in ("gpt", "bert"):
         at = np.array([0, 5, 13])
-        near(model(ids, at=at), y.reshape(-1, V)[at])
+        near(model(ids, logit_positions=at), y.reshape(-1, V)[at])
     ctx = Context()
-    assert model(ids, ctx).shape == y.shape and ctx.layers == []                 # no taps unless asked for
+    assert model(ids, ctx).shape == y.shape and ctx.hidden_states == []                 # no output_hidden_states unless asked for
 
 
 @every
@@ -387,23 +387,23 @@ def test_initial_values_have_the_deviations_of_the_paper(seed):
     gpt = GPT(GPTConfig(60, 50, WIDE, 3, 4, std=0.05), seed)
     same = dict(embed=0.02, pos=0.02, type=0.02, q=0.05, k=0.05, v=0.05, up=0.05)
     deviations(gpt, {**same, "o": thin, "down": thin})
-    assert gpt.blocks[0].mlp.up.cout == 4 * WIDE == gpt.blocks[0].mlp.down.cin and gpt.embed.tied
+    assert gpt.blocks[0].mlp.up.out_features == 4 * WIDE == gpt.blocks[0].mlp.down.in_features and gpt.embed.tied
     bert = BERT(BERTConfig(60, 50, 40, WIDE, 3, 4, std=0.05), seed)
     deviations(bert, {**same, "o": 0.05, "down": 0.05, "head.dense": 0.02})
-    assert bert.blocks[0].mlp.up.cout == 4 * WIDE and bert.embed.tied and bert.pooler is None
+    assert bert.blocks[0].mlp.up.out_features == 4 * WIDE and bert.embed.tied and bert.pooler is None
     for model in (gpt, bert):
         model.new_head(30, np.random.default_rng(seed))
         deviations(model, {**same, "o": thin if model is gpt else 0.05, "down": thin if model is gpt else 0.05,
                            "head.out": WIDE**-0.5, "pooler.dense": WIDE**-0.5})
-        assert not model.embed.tied and (model.head.cin, model.head.cout) == (WIDE, 30) == (model.cout, 30)
-    assert gpt.fresh == ("head",) and bert.fresh == ("head", "pooler") and gpt.head.out.bias is None is not bert.head.out.bias
+        assert not model.embed.tied and (model.head.in_features, model.head.out_features) == (WIDE, 30) == (model.out_features, 30)
+    assert gpt.head_modules == ("head",) and bert.head_modules == ("head", "pooler") and gpt.head.out.bias is None is not bert.head.out.bias
 
 
 def test_a_pooler_that_was_trained_is_no_part_of_a_new_head():
     model = BERT(BERTConfig(V, P, S, C, L, H, F), head=None, pooler=True)
     pooler = model.pooler
     model.new_head(2, np.random.default_rng(0))
-    assert model.pooler is pooler and model.fresh == ("head",) and GPT.fresh == BERT.fresh == ()
+    assert model.pooler is pooler and model.head_modules == ("head",) and GPT.head_modules == BERT.head_modules == ()
 
 
 def test_parts_have_the_defaults_they_say():
@@ -421,7 +421,7 @@ def test_parts_have_the_defaults_they_say():
         assert {m.eps for m in model.modules() if isinstance(m, LayerNorm)} == {eps}
         assert {m.p for m in model.modules() if isinstance(m, Dropout)} == {0.0}
         block = model.blocks[0]
-        assert block.cin == block.cout == block.mlp.cin == block.mlp.cout == C and model.config.width == model.cout
+        assert block.in_features == block.out_features == block.mlp.in_features == block.mlp.out_features == C and model.config.width == model.out_features
 
 
 @every

@@ -192,24 +192,24 @@ def test_a_fact_that_was_not_given():
         _ = ctx.colour
     with pytest.raises(AttributeError, match="not told its 'task'"):
         ctx.need("task")
-    assert Context().taps is False and ctx.need("ids") == [[1]] and ctx.mask is None and ctx.notes == {} and Context(colour=3).colour == 3
+    assert Context().output_hidden_states is False and ctx.need("ids") == [[1]] and ctx.mask is None and ctx.scratch == {} and Context(colour=3).colour == 3
 
 
 def test_again_is_the_same_batch_without_the_noise():
     source = Context(ids=[[5]], rng=np.random.default_rng(0))
-    ctx = begun(ids=[[1, 2]], mask=[[True, False]], rng=np.random.default_rng(0), source=source, taps=True, colour=3)
+    ctx = begun(ids=[[1, 2]], mask=[[True, False]], rng=np.random.default_rng(0), source=source, output_hidden_states=True, colour=3)
     ctx.prepend(2)
-    ctx.notes["x"] = 1
+    ctx.scratch["x"] = 1
     again = ctx.again(task=[7])
-    assert np.array_equal(again.given["ids"], [[1, 2]]) and again.mask == [[True, False]] and again.rng is None and again.notes == {}
+    assert np.array_equal(again.inputs["ids"], [[1, 2]]) and again.mask == [[True, False]] and again.rng is None and again.scratch == {}
     assert again.colour == 3
-    assert again.task == [7] and again.source is not source and again.source.rng is None and again.source.ids == [[5]] and again.taps
+    assert again.task == [7] and again.source is not source and again.source.rng is None and again.source.ids == [[5]] and again.output_hidden_states
     assert Context(ids=[[1]]).again().source is None
 
 
 def test_begin_puts_facts_beside_the_weights():
-    ctx = begun(ids=[[1, 2]], mask=[[1, 0]], types=[[0, 1]], at=[1], task=[3])
-    for a in (ctx.ids, ctx.mask, ctx.types, ctx.at, ctx.task):
+    ctx = begun(ids=[[1, 2]], mask=[[1, 0]], token_type_ids=[[0, 1]], logit_positions=[1], task=[3])
+    for a in (ctx.ids, ctx.mask, ctx.token_type_ids, ctx.logit_positions, ctx.task):
         assert array.name_of(a) == array.backend()
     assert host(ctx.mask).dtype == bool
     ctx = Context()
@@ -222,14 +222,14 @@ def test_begin_puts_facts_beside_the_weights():
 
 
 def test_prepend_keeps_facts_aligned():
-    ctx = begun(ids=[[4, 5], [6, 0]], mask=[[True, True], [True, False]], types=[[0, 1], [1, 1]])
+    ctx = begun(ids=[[4, 5], [6, 0]], mask=[[True, True], [True, False]], token_type_ids=[[0, 1], [1, 1]])
     ctx.prepend(2)
     assert host(ctx.ids).tolist() == [[-1, -1, 4, 5], [-1, -1, 6, 0]]
     assert host(ctx.mask).tolist() == [[True, True, True, True], [True, True, True, False]]
-    assert host(ctx.types).tolist() == [[0, 0, 0, 1], [0, 0, 1, 1]]
+    assert host(ctx.token_type_ids).tolist() == [[0, 0, 0, 1], [0, 0, 1, 1]]
     ctx = begun(ids=[[4, 5]])
     ctx.prepend(1)
-    assert ctx.mask is None and ctx.types is None and ctx.ids.shape == (1, 3)
+    assert ctx.mask is None and ctx.token_type_ids is None and ctx.ids.shape == (1, 3)
 
 
 def test_positions_by_hand():
@@ -251,7 +251,7 @@ def test_positions_count_real_tokens_and_the_cache_goes_on(rng, padded, B, T1, T
     got = []
     for s in (slice(0, T1), slice(T1, T)):
         ctx = part(s)
-        assert ctx.start == s.start
+        assert ctx.past_length == s.start
         got.append(np.broadcast_to(host(ctx.positions()), (B, s.stop - s.start)))
         cache.advance(ctx)
     got, whole = np.concatenate(got, 1), begun(ids=ids, mask=mask)
@@ -268,9 +268,9 @@ def test_keys_when_only_one_part_has_a_mask():
     for first, second in ((None, [[True, False]]), ([[True, False]], None)):
         cache = Cache()
         cache.advance(begun(ids=[[1, 1]], mask=first, cache=cache))
-        keys = begun(ids=[[1, 1]], mask=second, cache=cache).keys()
+        keys = begun(ids=[[1, 1]], mask=second, cache=cache).key_mask()
         assert host(keys).tolist() == [(first or [[True, True]])[0] + (second or [[True, True]])[0]]
-    assert begun(ids=[[1]]).keys() is None
+    assert begun(ids=[[1]]).key_mask() is None
 
 
 def test_the_cache_joins_and_chooses_rows():
@@ -288,8 +288,8 @@ def test_the_cache_joins_and_chooses_rows():
 
 def test_pick_takes_the_places_the_head_is_wanted_at():
     x = leaf(np.arange(12.0).reshape(2, 3, 2))
-    assert Context().pick(x) is x
-    assert host(begun(ids=[[1] * 3] * 2, at=[1, 5]).pick(x)).tolist() == [[2, 3], [10, 11]]
+    assert Context().select_positions(x) is x
+    assert host(begun(ids=[[1] * 3] * 2, logit_positions=[1, 5]).select_positions(x)).tolist() == [[2, 3], [10, 11]]
 
 
 def test_the_outermost_call_makes_the_context():
@@ -328,7 +328,7 @@ def test_linear(rng):
     m.bias.copy_(rng.standard_normal(5))
     x = rng.standard_normal((2, 4, 3))
     np.testing.assert_allclose(host(m(Tensor(dev(x)))), np.einsum("btk,nk->btn", x, host(m.weight)) + host(m.bias), rtol=1e-12)
-    assert (m.cin, m.cout) == (3, 5) and m.weight.shape == (5, 3)
+    assert (m.in_features, m.out_features) == (3, 5) and m.weight.shape == (5, 3)
     through(m, x, rng)
     through(double(Linear(3, 2, rng, bias=False)), x, rng)
     assert Linear(3, 2, rng, bias=False).bias is None
@@ -347,13 +347,13 @@ def test_initial_values_have_the_deviation_they_say(rng):
 
 def test_embedding_and_tied_head(rng):
     e = double(Embedding(5, 3, rng))
-    assert (e.cin, e.cout, e.tied) == (5, 3, False)
+    assert (e.in_features, e.out_features, e.tied) == (5, 3, False)
     np.testing.assert_array_equal(host(e(dev([[4, 0]]))), host(e.weight)[[[4, 0]]])
     given = leaf(np.ones((1, 2, 3)))
     assert e(given) is given
     assert TiedHead(e).bias is None and (host(TiedHead(e, bias=True).bias) == 0).all()
     head = double(TiedHead(e, bias=True))
-    assert e.tied and (head.cin, head.cout) == (3, 5) and list(head.named_parameters()) == ["bias"]
+    assert e.tied and (head.in_features, head.out_features) == (3, 5) and list(head.named_parameters()) == ["bias"]
     head.bias.copy_(np.arange(5.0))
     np.testing.assert_allclose(host(head(given)), host(given) @ host(e.weight).T + np.arange(5))
     np.testing.assert_allclose(host(TiedHead(e)(given)), host(given) @ host(e.weight).T)
@@ -369,7 +369,7 @@ def test_layer_norm(rng):
     x = rng.standard_normal((2, 4)) * 3 + 1
     want = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 0.1)
     np.testing.assert_allclose(host(m(Tensor(dev(x)))), want)
-    assert m.weight.decay is False and m.bias.decay is False and (m.cin, m.cout) == (4, 4) and LayerNorm(4).eps == 1e-5
+    assert m.weight.decay is False and m.bias.decay is False and (m.in_features, m.out_features) == (4, 4) and LayerNorm(4).eps == 1e-5
     through(m, x, rng)
 
 
@@ -410,7 +410,7 @@ def test_a_packed_weight_in_a_parameters_place(rng):
     x = rng.standard_normal((2, 4, 3))
     y = m(Tensor(dev(x)))
     assert y.shape == (2, 4, 5) and list(m.named_parameters()) == ["bias"] and list(m.named_buffers()) == ["weight.codes", "weight.scale"]
-    assert m.weight.nbytes == 15 + 5 * 8 and (m.cin, m.cout) == (3, 5) and m.weight.codes.dtype == np.int8
+    assert m.weight.nbytes == 15 + 5 * 8 and (m.in_features, m.out_features) == (3, 5) and m.weight.codes.dtype == np.int8
     np.testing.assert_allclose(host(y), x @ host(m.weight.dequantize()).T, rtol=1e-12, atol=1e-15)
     assert np.abs(host(m.weight.dequantize()) - dense).max() < np.abs(dense).max() / 200
     m.bias.copy_(np.arange(5.0))

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 from helpers import dev, host, leaf
 
-from tinyft import SGD, Adam, AdamW, array, constant, cosine, kernels, linear, optim
+from tinyft import SGD, Adam, AdamW, array, constant_schedule, cosine_schedule, kernels, linear_schedule, optim
 from tinyft.nn import Linear, Parameter
-from tinyft.optim import Optimizer, adam_update
+from tinyft.optim.optimizers import Optimizer, adam_update
 from tinyft.tensor import Tensor
 
 
-@pytest.fixture(autouse=True, params=[optim.LARGE, 2], ids=["put together", "one by one"])
+@pytest.fixture(autouse=True, params=[optim.optimizers.LARGE, 2], ids=["put together", "one by one"])
 def _large(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     "Every test twice: with its tensors updated together, as small ones are, and each where it lies, as large ones are."
-    monkeypatch.setattr(optim, "LARGE", request.param)
+    monkeypatch.setattr(optim.optimizers, "LARGE", request.param)
 
 
 def drive(optimizer: Optimizer, named: dict[str, Tensor], gradients: list[dict], **step) -> dict[str, np.ndarray]:
@@ -316,13 +316,13 @@ def test_an_optimiser_follows_a_model_that_moved_with_its_moments_and_masks(make
     here, close = array.backend(), lambda a, b: all(np.allclose(x, y, rtol=1e-6, atol=1e-7) for x, y in zip(a, b))
     want = steps([here] * 4)
     assert close(steps([here, ELSEWHERE, ELSEWHERE, here]), want) and not np.array_equal(want[0], start)
-    right = optim.Group.follow
+    right = optim.optimizers.Group.follow
 
-    def forgets(self: optim.Group) -> None:
+    def forgets(self: optim.optimizers.Group) -> None:
         right(self)
         for a in self.moments:
             a[...] = 0
-    monkeypatch.setattr(optim.Group, "follow", forgets)
+    monkeypatch.setattr(optim.optimizers.Group, "follow", forgets)
     assert not close(steps([here, ELSEWHERE, ELSEWHERE, here]), want)
 
 
@@ -421,10 +421,10 @@ def test_the_adam_kernel_is_its_definition(dtype, n, decay, rng):
 
 def test_training_uses_the_kernel_on_numpy_only():
     if array.backend() == "numpy":
-        assert np.ndarray in optim.adam_update.fast
+        assert np.ndarray in optim.optimizers.adam_update.fast
         with kernels.definitions():
-            assert not optim.adam_update.fast
-    assert set(optim.adam_update.fast) <= {np.ndarray} or array.backend() == "cupy"
+            assert not optim.optimizers.adam_update.fast
+    assert set(optim.optimizers.adam_update.fast) <= {np.ndarray} or array.backend() == "cupy"
 
 
 # ── schedules ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -439,7 +439,7 @@ def falls_after_a_warm_up(schedule, warm: int, T: int, floor: float = 0.0) -> No
     assert (np.diff(f[warm:]) < 0).all() and floor < f[-1] < floor + 0.1 and schedule(T, T) == pytest.approx(floor)
 
 
-@pytest.mark.parametrize("make", [linear, cosine])
+@pytest.mark.parametrize("make", [linear_schedule, cosine_schedule])
 def test_a_schedule_warms_up_falls_all_the_way_and_reads_shares(make):
     falls_after_a_warm_up(make(warmup=10), 10, 100)
     falls_after_a_warm_up(make(warmup=0.25), 25, 100)
@@ -451,20 +451,20 @@ def test_a_schedule_warms_up_falls_all_the_way_and_reads_shares(make):
 
 
 def test_the_cosine_is_a_cosine_and_stops_at_its_floor():
-    falls_after_a_warm_up(cosine(warmup=5, floor=0.1), 5, 100, 0.1)
-    assert cosine()(50, 100) == pytest.approx(0.5) and cosine()(25, 100) == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
-    assert cosine(floor=0.2)(50, 100) == pytest.approx(0.6) and linear()(25, 100) == pytest.approx(0.75)
+    falls_after_a_warm_up(cosine_schedule(warmup=5, floor=0.1), 5, 100, 0.1)
+    assert cosine_schedule()(50, 100) == pytest.approx(0.5) and cosine_schedule()(25, 100) == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
+    assert cosine_schedule(floor=0.2)(50, 100) == pytest.approx(0.6) and linear_schedule()(25, 100) == pytest.approx(0.75)
 
 
 def test_a_constant_schedule_is_one_after_its_warm_up():
-    assert (path(constant(), 7) == 1).all() and np.allclose(path(constant(4), 7), [0.25, 0.5, 0.75, 1, 1, 1, 1])
-    assert (path(constant(1), 7) == 1).all() and (path(constant(1.0), 7) == 1).all()      # one step, not all of them
-    assert (path(constant(100), 7) < 0.1).all()                                  # stopped before the warm-up ended
+    assert (path(constant_schedule(), 7) == 1).all() and np.allclose(path(constant_schedule(4), 7), [0.25, 0.5, 0.75, 1, 1, 1, 1])
+    assert (path(constant_schedule(1), 7) == 1).all() and (path(constant_schedule(1.0), 7) == 1).all()      # one step, not all of them
+    assert (path(constant_schedule(100), 7) < 0.1).all()                                  # stopped before the warm-up ended
 
 
 # ── small and large ──────────────────────────────────────────────────────────────────────────────────────────────────
 def test_a_tensor_of_exactly_the_limit_is_small(monkeypatch):
-    monkeypatch.setattr(optim, "LARGE", 6)
+    monkeypatch.setattr(optim.optimizers, "LARGE", 6)
     a, b, c = leaf(np.ones((2, 3))), leaf(np.ones((1, 2))), leaf(np.ones((4, 2)))
     optimizer = AdamW(0.1, weight_decay=0.5).start({"c": c, "a": a, "b": b})
     assert optimizer.bound[0].names == ["a", "b", "c"]
@@ -511,7 +511,7 @@ def test_who_updates_all_at_once_is_asked_first_and_settled_after(monkeypatch):
         asked.append((factor, clip, loss, scale))
         opt.t += 1
         return dev(np.array(norms.pop(0)))
-    monkeypatch.setitem(optim.at_once, type(p.data), at_once)
+    monkeypatch.setitem(optim.optimizers.at_once, type(p.data), at_once)
     optimizer, norms = AdamW(0.1).start({"p": p}), [2.0, np.nan, np.nan]
     assert float(optimizer.step(0.5, 3.0, scale=4.0)) == 2 and asked == [(0.5, 3.0, None, 4.0)] and optimizer.t == 1
     with pytest.raises(FloatingPointError, match="norm is nan"):

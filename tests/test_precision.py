@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from test_ops import EVERY_OP, Example, examples
 from test_wrong import draws
 
-import tinyft as tf
+import tinyft as ft
 from tinyft import GPT, AdamW, CannotCapture, GPTConfig, GradScaler, Tensor, array, autocast, fit, ops, optim, precision, tensor, train
-from tinyft import scaler as scaler_module
 from tinyft.array import bfloat16
-from tinyft.optim import Optimizer, clip_norm
+from tinyft.optim import scaler as scaler_module
+from tinyft.optim.optimizers import Optimizer, clip_norm
 from tinyft.precision import HALVES, LOSSES, MIXING, PICKS, PRODUCTS, SUMS, VIEWS, narrow, rounded, widen
 from tinyft.tensor import OPS
 
@@ -93,7 +93,7 @@ WRONG_OPS = {
 @pytest.mark.parametrize("what", WRONG_OPS)
 def test_another_way_with_16_bits_is_refused(what, monkeypatch):
     name, plant = WRONG_OPS[what]
-    with tf.kernels.definitions():
+    with ft.kernels.definitions():
         plant(monkeypatch)
         assert refused(agrees_with_rounding_once, name)
 
@@ -220,7 +220,7 @@ def test_a_pass_under_autocast_keeps_weights_and_their_gradients_in_float32(dtyp
 def agrees_after_an_update(dtype: np.dtype) -> None:
     "Two weights that an optimiser laid out: what a pass under autocast sees of them is what they are now, rounded."
     p, q, x = leaf(np.linspace(-1, 1, 12).reshape(4, 3), F32), leaf(np.linspace(2, 3, 12).reshape(4, 3), F32), Tensor(dev(np.eye(3), F32))
-    optimizer = tf.SGD(0.5).start({"p": p, "q": q})
+    optimizer = ft.SGD(0.5).start({"p": p, "q": q})
     with autocast(dtype):
         for step in range(3):
             for w in (q, p):
@@ -257,9 +257,9 @@ def test_weights_that_lie_end_to_end_are_cast_at_once():
 @both
 def test_anomalies_are_named_in_16_bits_too(dtype):
     x = Tensor(dev([60000.0, 1.0], F32), requires_grad=True)
-    with tf.detect_anomaly(), pytest.raises(FloatingPointError, match="reshape|mul"):
+    with ft.detect_anomaly(), pytest.raises(FloatingPointError, match="reshape|mul"):
         ops.reshape(Tensor(dev([np.inf], dtype)), (1, 1))
-    with tf.detect_anomaly():
+    with ft.detect_anomaly():
         (x * 2.0).sum().backward()
 
 
@@ -302,12 +302,12 @@ def test_without_master_weights_small_steps_are_lost(monkeypatch):
     ids = np.random.default_rng(0).integers(0, 2048, (4, 17))
 
     def gained(dtype: Any) -> float:
-        model, _ = tf.load("base-gpt-small")
+        model, _ = ft.load("base-gpt-small")
         losses = fit(model.to(dtype=dtype), [ids], 40, AdamW(3e-5), progress=False).losses
         return losses[0] - losses[-1]
     reference = gained(F32)
     assert reference > 2 and gained(bfloat16) > 0.9 * reference
-    monkeypatch.setattr(optim, "HALVES", set())
+    monkeypatch.setattr(optim.optimizers, "HALVES", set())
     assert gained(bfloat16) < 0.2 * reference
 
 
@@ -322,7 +322,7 @@ def quarter(optimizer: Optimizer, p: Tensor, g: float, n: int) -> None:
 @both
 def test_a_thousand_steps_too_small_for_16_bits_are_all_there(dtype):
     p = leaf(np.ones((2, 3)), dtype)
-    optimizer = tf.SGD(2.0**-15).start({"p": p})
+    optimizer = ft.SGD(2.0**-15).start({"p": p})
     quarter(optimizer, p, 1.0, 1000)
     group, = optimizer.bound
     assert p.dtype == dtype and group.w.dtype == group.moments[0].dtype == F32
@@ -334,7 +334,7 @@ def test_a_thousand_steps_too_small_for_16_bits_are_all_there(dtype):
 def test_what_others_write_into_a_tensor_is_seen(dtype):
     for write in (lambda p: p.copy_(np.full((2, 3), 5.0)), lambda p: setattr(p, "data", dev(np.full((2, 3), 5.0), dtype))):
         p = leaf(np.ones((2, 3)), dtype)
-        optimizer = tf.SGD(2.0**-15).start({"p": p})
+        optimizer = ft.SGD(2.0**-15).start({"p": p})
         quarter(optimizer, p, 1.0, 3)
         write(p)
         quarter(optimizer, p, 1.0, 1)
@@ -473,7 +473,7 @@ def test_an_optimiser_follows_a_model_in_16_bits(dtype):
 
 def test_a_model_that_changes_its_dtype_says_to_start_again():
     model = small().to(dtype=bfloat16)
-    optimizer = AdamW(0.01).start(tf.trained(model))
+    optimizer = AdamW(0.01).start(ft.trained(model))
     model.to(dtype="float32")
     with pytest.raises(TypeError, match="were bfloat16 when it was started, and are float32 now"):
         optimizer.step()
@@ -495,7 +495,7 @@ def test_tensors_of_both_widths_have_one_norm():
 def stepped(scaler: Any, clip: float | None, steps: int = 4) -> list[np.ndarray]:
     "Weights, moments, norms and gradients of some steps of a float32 model; without a scaler if None."
     model, out = small(), []
-    optimizer = AdamW(0.01).start(tf.trained(model))
+    optimizer = AdamW(0.01).start(ft.trained(model))
     for _ in range(steps):
         loss = ops.cross_entropy(model(TOKENS[:, :-1]), dev(TOKENS[:, 1:]))
         (loss if scaler is None else scaler.scale(loss)).backward()
@@ -685,7 +685,7 @@ def test_a_scaler_wants_sensible_numbers_and_remembers_where_it_stood():
 def test_a_step_is_at_the_full_rate_unless_told():
     def moved(*how: float) -> np.ndarray:
         p = leaf(np.ones(2), F32)
-        optimizer = tf.SGD(0.25).start({"p": p})
+        optimizer = ft.SGD(0.25).start({"p": p})
         p.grad = dev([8.0, 8.0], F32)
         GradScaler(init_scale=8.0).step(optimizer, *how)
         return host(p)
@@ -714,7 +714,7 @@ class Wild(GradScaler):
 
 @slow_there
 def test_fit_skips_what_overflows_and_then_goes_on(monkeypatch):
-    monkeypatch.setattr(train, "GradScaler", Wild)
+    monkeypatch.setattr(train.loop, "GradScaler", Wild)
     history = fit(small(), [TOKENS], 120, AdamW(0.003), autocast="float16", progress=False)
     losses, reference = np.array(history.losses), curve()
     skipped = int((losses[:30] == losses[0]).sum()) - 1
@@ -723,12 +723,12 @@ def test_fit_skips_what_overflows_and_then_goes_on(monkeypatch):
 
 
 def test_a_method_looks_at_no_gradients_of_a_skipped_step(monkeypatch):
-    monkeypatch.setattr(train, "GradScaler", Wild)
+    monkeypatch.setattr(train.loop, "GradScaler", Wild)
     looks = []
-    monkeypatch.setattr(tf.LoRA, "step", lambda self, edits, t, T: looks.append(
+    monkeypatch.setattr(ft.LoRA, "step", lambda self, edits, t, T: looks.append(
         (t, all(np.isfinite(host(p.grad)).all() for e in edits.values() for p in e.own().values() if p.grad is not None))))
     model = small()
-    tf.attach(model, tf.LoRA(r=2))
+    ft.attach(model, ft.LoRA(r=2))
     losses = fit(model, [TOKENS], 30, AdamW(0.01), autocast="float16", progress=False).losses
     assert len(losses) == 30 and 0 < len(looks) < 30 and looks[0][0] > 0 and all(finite for _, finite in looks)
 
@@ -737,13 +737,13 @@ def test_a_loss_that_is_not_finite_is_no_matter_of_scale():
     model = small()
     p = next(iter(model.parameters()))
     p.copy_(np.full(p.shape, np.nan))
-    with pytest.raises(tf.Diverged, match="the loss is nan at step 1"):
+    with pytest.raises(ft.Diverged, match="the loss is nan at step 1"):
         fit(model, [TOKENS], 3, AdamW(0.01), autocast="float16", progress=False)
 
 
 @pytest.mark.parametrize("how, dtype", [("float16", None), ("bfloat16", None), (None, bfloat16), ("float16", F16)], ids=str)
 def test_a_run_in_16_bits_resumes_bitwise(how, dtype, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "GradScaler", Wild)
+    monkeypatch.setattr(train.loop, "GradScaler", Wild)
 
     def run(out: Path, *stops: int) -> tuple[list, list]:
         for n in stops:
@@ -788,27 +788,27 @@ class Stops:
 
 
 def test_class_weights_are_not_rounded():
-    model = tf.classifier(small(), 3)
+    model = ft.classifier(small(), 3)
     batch = {"ids": TOKENS[:, :12], "labels": np.array([0, 1, 2, 0, 1, 2]), "class_weight": np.array([0.1, 1.0, 2.7])}
     with autocast():
-        a = train.objective(model, train.question(batch))[1]
-    z = widen(host(train.objective(model, train.question(batch))[0].out))
+        a = train.batch.compute_loss(model, train.read_batch(batch))[1]
+    z = widen(host(train.batch.compute_loss(model, train.read_batch(batch))[0].output))
     assert a.dtype == F32 and float(a.data) == pytest.approx(float(ops.cross_entropy(Tensor(dev(z)), dev(batch["labels"]), dev(
         batch["class_weight"], F32)).data), rel=0.01)
 
 
 # ── products of float32 ──────────────────────────────────────────────────────────────────────────────────────────────
 def test_the_precision_of_float32_products_is_set_by_its_word():
-    assert tf.get_float32_matmul_precision() == "highest"
+    assert ft.get_float32_matmul_precision() == "highest"
     try:
-        tf.set_float32_matmul_precision("high")
-        assert tf.get_float32_matmul_precision() == "high" and precision.tf32
+        ft.set_float32_matmul_precision("high")
+        assert ft.get_float32_matmul_precision() == "high" and precision.tf32
     finally:
-        tf.set_float32_matmul_precision("highest")
+        ft.set_float32_matmul_precision("highest")
     for wrong in ("medium", "tf32", True):
         with pytest.raises(ValueError, match="'highest' or 'high'"):
-            tf.set_float32_matmul_precision(wrong)
-    assert tf.get_float32_matmul_precision() == "highest" and not precision.tf32
+            ft.set_float32_matmul_precision(wrong)
+    assert ft.get_float32_matmul_precision() == "highest" and not precision.tf32
 
 
 def test_16_bits_are_known_by_their_dtype_and_not_by_their_size():

@@ -37,14 +37,14 @@ def plain(method: Method, merges: bool = False) -> Row:
 class Ladder(Method):
     """z_i = μ_i h_{i−1} + (1 − μ_i) D_i h^b_i,   h_i = Side_i(z_i),   the head gets U norm(h_L);   μ = σ(α / T)
 
-    What climbs from block to block lives in the pass (ctx.notes), not in the edits."""
+    What climbs from block to block lives in the pass (ctx.scratch), not in the edits."""
     c: int = 6
     T: float = 0.1
     targets: Any = ("blocks.*", "norm")
 
     def edits(self, found: dict[str, Module], rng: np.random.Generator) -> dict[str, Edit]:
-        blocks = {p: Rung(m.cout, self.c, self.T, p == "blocks.0", rng) for p, m in found.items() if p != "norm"}
-        return blocks | {"norm": Top(self.c, found["norm"].cout, rng)}
+        blocks = {p: Rung(m.out_features, self.c, self.T, p == "blocks.0", rng) for p, m in found.items() if p != "norm"}
+        return blocks | {"norm": Top(self.c, found["norm"].out_features, rng)}
 
 
 class Rung(Edit):
@@ -55,13 +55,13 @@ class Rung(Edit):
 
     def before(self, x: Tensor, ctx: Context) -> Tensor:
         if self.D0 is not None:
-            ctx.notes["ladder"] = self.D0(x.detach(), ctx)
+            ctx.scratch["ladder"] = self.D0(x.detach(), ctx)
         return x
 
     def after(self, x: Tensor, y: Tensor, ctx: Context) -> Tensor:
         mu = ops.sigmoid(self.alpha * (1 / self._T))
-        z = mu * ctx.notes["ladder"] + (1 - mu) * self.D(y.detach(), ctx)
-        ctx.notes["ladder"] = self.side(z, ctx)                                  # its attention finds masks and cache in ctx too
+        z = mu * ctx.scratch["ladder"] + (1 - mu) * self.D(y.detach(), ctx)
+        ctx.scratch["ladder"] = self.side(z, ctx)                                  # its attention finds masks and cache in ctx too
         return y
 
 
@@ -70,7 +70,7 @@ class Top(Edit):
         self.norm, self.U = LayerNorm(c), Linear(c, C, rng, std=0.3)
 
     def after(self, x: Tensor, y: Tensor, ctx: Context) -> Tensor:
-        return self.U(self.norm(ctx.notes["ladder"], ctx), ctx)
+        return self.U(self.norm(ctx.scratch["ladder"], ctx), ctx)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class DyLoRA(Method):
     targets: Any = "attn.[qv]"
 
     def edit(self, path: str, m: Module, rng: np.random.Generator) -> Edit:
-        return Nested(m.cin, m.cout, self.r, self.alpha, 0.0, rng)
+        return Nested(m.in_features, m.out_features, self.r, self.alpha, 0.0, rng)
 
     def begin(self, edits: dict[str, Edit], t: int, T: int, rng: np.random.Generator) -> None:
         b = int(rng.integers(1, self.r + 1))
@@ -92,8 +92,8 @@ class DyLoRA(Method):
 
 
 class Nested(LowRank):
-    def __init__(self, cin: int, cout: int, r: int, s: float, dropout: float, rng: np.random.Generator):
-        super().__init__(cin, cout, r, s, dropout, rng)
+    def __init__(self, in_features: int, out_features: int, r: int, s: float, dropout: float, rng: np.random.Generator):
+        super().__init__(in_features, out_features, r, s, dropout, rng)
         self.b = dev(np.array(r))
 
     def cut(self) -> tuple[Tensor, Tensor, float]:
@@ -118,7 +118,7 @@ class Budget(Method):
     targets: Any = "attn.[qv]"
 
     def edit(self, path: str, m: Module, rng: np.random.Generator) -> Edit:
-        return Triplets(m.cin, m.cout, self.r, rng)
+        return Triplets(m.in_features, m.out_features, self.r, rng)
 
     def penalty(self, edits: dict[str, Edit], model: Module, ctx: Context) -> Any:
         "γ Σ ‖PᵀP − I‖² + ‖QQᵀ − I‖²"
@@ -140,8 +140,8 @@ class Budget(Method):
 
 
 class Triplets(Edit):
-    def __init__(self, cin: int, cout: int, r: int, rng: np.random.Generator):
-        self.P, self.Q = (Parameter(array.normal(rng, shape, 0.3)) for shape in ((cout, r), (r, cin)))
+    def __init__(self, in_features: int, out_features: int, r: int, rng: np.random.Generator):
+        self.P, self.Q = (Parameter(array.normal(rng, shape, 0.3)) for shape in ((out_features, r), (r, in_features)))
         self.lam, self.I, self.keep = Parameter(dev(np.zeros(r, np.float32))), dev(np.zeros(r, np.float32)), dev(np.ones(r, bool))
 
     def after(self, x: Tensor, y: Tensor, ctx: Context) -> Tensor:
@@ -198,7 +198,7 @@ class KL(Method):
         with no_grad(), without(model):
             old = ctx.again()
             model(old.ids, old)
-        return kl_divergence(old.out, ctx.out) * self.beta
+        return kl_divergence(old.output, ctx.output) * self.beta
 
 
 class Int8(Packed):
@@ -674,7 +674,7 @@ class Rows(Method):
         class LowRankRows(LowRank):
             def after(self, x: Any, y: Tensor, ctx: Context) -> Tensor:
                 return y + (ops.embedding(self.B, x) @ self.A) * self.s
-        return LowRankRows(m.cout, m.cin, 2, 1.0, 0.0, rng)
+        return LowRankRows(m.out_features, m.in_features, 2, 1.0, 0.0, rng)
 
 
 def test_what_changes_only_the_rows_a_tied_embedding_gives_out_refuses_to_merge():
@@ -691,8 +691,8 @@ def test_what_changes_only_the_rows_a_tied_embedding_gives_out_refuses_to_merge(
 class In(Edit):
     "x ⊙ l"
 
-    def __init__(self, cin: int, cout: int, rng: np.random.Generator):
-        self.l = Parameter(dev(rng.uniform(0.5, 1.5, cin)))
+    def __init__(self, in_features: int, out_features: int, rng: np.random.Generator):
+        self.l = Parameter(dev(rng.uniform(0.5, 1.5, in_features)))
 
     def before(self, x: Tensor, ctx: Context) -> Tensor:
         return x * self.l
@@ -704,8 +704,8 @@ class In(Edit):
 class Out(Edit):
     "y ⊙ l"
 
-    def __init__(self, cin: int, cout: int, rng: np.random.Generator):
-        self.l = Parameter(dev(rng.uniform(0.5, 1.5, cout)))
+    def __init__(self, in_features: int, out_features: int, rng: np.random.Generator):
+        self.l = Parameter(dev(rng.uniform(0.5, 1.5, out_features)))
 
     def after(self, x: Tensor, y: Tensor, ctx: Context) -> Tensor:
         return y * self.l
@@ -717,8 +717,8 @@ class Out(Edit):
 class Turn(Edit):
     "x → x Q in front, Qᵀ back behind: a change on both sides."
 
-    def __init__(self, cin: int, cout: int, rng: np.random.Generator):
-        self.Q, self.R = (Parameter(dev(rng.standard_normal((n, n)))) for n in (cin, cout))
+    def __init__(self, in_features: int, out_features: int, rng: np.random.Generator):
+        self.Q, self.R = (Parameter(dev(rng.standard_normal((n, n)))) for n in (in_features, out_features))
 
     def before(self, x: Tensor, ctx: Context) -> Tensor:
         return ops.linear(x, self.Q)
@@ -733,16 +733,16 @@ class Turn(Edit):
 class Hole(Edit):
     "W ⊙ M"
 
-    def __init__(self, cin: int, cout: int, rng: np.random.Generator):
-        self.M = dev((rng.random((cout, cin)) < 0.6).astype(np.float64))
+    def __init__(self, in_features: int, out_features: int, rng: np.random.Generator):
+        self.M = dev((rng.random((out_features, in_features)) < 0.6).astype(np.float64))
 
     def tensor(self, name: str, p: Any) -> Any:
         return p * self.M if name == "weight" else p
 
 
 class Low(LowRank):
-    def __init__(self, cin: int, cout: int, rng: np.random.Generator):
-        super().__init__(cin, cout, 2, 1.0, 0.0, rng)
+    def __init__(self, in_features: int, out_features: int, rng: np.random.Generator):
+        super().__init__(in_features, out_features, 2, 1.0, 0.0, rng)
         self.B.copy_(rng.standard_normal(self.B.shape))
 
 
@@ -753,7 +753,7 @@ class One(Method):
     targets: Any = "up"
 
     def edit(self, path: str, m: Module, rng: np.random.Generator) -> Edit:
-        return self.kind(m.cin, m.cout, rng)
+        return self.kind(m.in_features, m.out_features, rng)
 
 
 class Map(Module):
@@ -937,7 +937,7 @@ def test_a_method_that_fails_half_way_leaves_the_model_as_it_was():
         def edit(self, path: str, m: Module, rng: np.random.Generator) -> Edit:
             if path.startswith("blocks.1"):
                 raise ArithmeticError("no")
-            return Low(m.cin, m.cout, rng)
+            return Low(m.in_features, m.out_features, rng)
     model = build("gpt")
     names = set(values(model))
     with pytest.raises(ArithmeticError):
@@ -990,7 +990,7 @@ def test_every_module_of_a_pass_gets_the_same_context_and_no_two_passes_share_on
     called = [p for p in edit.base_modules(model) if not p.endswith("drop_p")]   # attention draws that one's noise itself
     assert n == len(called) and len({id(c) for c in seen}) == 1
     run(model)
-    assert len({id(c) for c in seen}) == 2 and seen[0].out is not None
+    assert len({id(c) for c in seen}) == 2 and seen[0].output is not None
 
 
 def test_a_context_can_give_the_same_batch_again_whoever_lengthened_it():
@@ -1119,13 +1119,13 @@ class Attentive(Rung):
     "Forgets to cut the backbone off."
 
     def after(self, x: Tensor, y: Tensor, ctx: Context) -> Tensor:
-        ctx.notes["ladder"] = self.side(self.D(y, ctx), ctx)
+        ctx.scratch["ladder"] = self.side(self.D(y, ctx), ctx)
         return y
 
 
 class WarmLadder(Ladder):
     def edits(self, found: dict[str, Module], rng: np.random.Generator) -> dict[str, Edit]:
-        return {p: Top(self.c, m.cout, rng) if p == "norm" else Attentive(m.cout, self.c, self.T, False, rng) for p, m in found.items()}
+        return {p: Top(self.c, m.out_features, rng) if p == "norm" else Attentive(m.out_features, self.c, self.T, False, rng) for p, m in found.items()}
 
 
 @dataclass(frozen=True)
@@ -1201,15 +1201,15 @@ class Stale(KL):
             with no_grad(), without(model):
                 old = ctx.again()
                 model(old.ids, old)
-            object.__setattr__(self, "_old", old.out)
-        return kl_divergence(self._old, ctx.out) * self.beta
+            object.__setattr__(self, "_old", old.output)
+        return kl_divergence(self._old, ctx.output) * self.beta
 
 
 class ToItself(KL):
     "Compares the model with itself."
 
     def penalty(self, edits: dict[str, Edit], model: Module, ctx: Context) -> Any:
-        return kl_divergence(ctx.out.detach(), ctx.out) * self.beta
+        return kl_divergence(ctx.output.detach(), ctx.output) * self.beta
 
 
 class NotWithout(KL):
@@ -1218,7 +1218,7 @@ class NotWithout(KL):
     def penalty(self, edits: dict[str, Edit], model: Module, ctx: Context) -> Any:
         with no_grad(), without(model):
             old = model(ctx.again().ids)
-        return kl_divergence(old, ctx.out) * self.beta
+        return kl_divergence(old, ctx.output) * self.beta
 
 
 def mixed_factors(parts: list[Attached], weights: list[float]) -> Attached:

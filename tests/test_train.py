@@ -36,7 +36,7 @@ from tinyft import (
     Parameter,
     array,
     attach,
-    cosine,
+    cosine_schedule,
     evaluate,
     fit,
     ops,
@@ -46,9 +46,9 @@ from tinyft import (
 from tinyft.data import Batches
 from tinyft.files import read_tensors, write_tensors
 from tinyft.nn import Context
-from tinyft.objective import objective, question
-from tinyft.optim import Optimizer
+from tinyft.optim.optimizers import Optimizer
 from tinyft.tensor import OPS, op
+from tinyft.train.batch import compute_loss, read_batch
 
 V, P, C, CLASSES = 19, 12, 12, 3
 
@@ -121,7 +121,7 @@ def stream(n: int = 11) -> Batches:
 def lora() -> tuple:
     model = gpt(dropout=0.1)
     attach(model, LoRA(r=2, dropout=0.1))
-    return model, stream(), dict(steps=14, optimizer=AdamW(0.02), schedule=cosine(warmup=3), accumulate=2)
+    return model, stream(), dict(steps=14, optimizer=AdamW(0.02), schedule=cosine_schedule(warmup=3), accumulate=2)
 
 
 def full() -> tuple:
@@ -131,7 +131,7 @@ def full() -> tuple:
 def phases() -> tuple:
     model = gpt(dropout=0.1)
     attach(model, Ticket())
-    return model, stream(), dict(steps=14, optimizer=AdamW(0.01), schedule=cosine(warmup=2))
+    return model, stream(), dict(steps=14, optimizer=AdamW(0.01), schedule=cosine_schedule(warmup=2))
 
 
 def phases_with_a_mask_on_the_tensor() -> tuple:
@@ -217,9 +217,9 @@ def test_a_killed_and_resumed_run_is_bitwise_one_that_never_stopped(recipe, tmp_
     ("the values", "full"), ("the moments", "phases"), ("the masks", "phases"), ("the masks", "phases_with_a_mask_on_the_tensor"),
     ("the best", "early_stopping")])
 def test_a_resume_that_forgets_something_is_caught(what, recipe, tmp_path, monkeypatch):
-    right = train.Run.load
+    right = train.loop.Run.load
 
-    def forgetful(self: train.Run, arrays: dict, facts: dict) -> None:
+    def forgetful(self: train.loop.Run, arrays: dict, facts: dict) -> None:
         rng, opt = self.rng.bit_generator.state, self.opt.state()
         if what == "the data":
             facts = facts | {"batches": self.source.state()}
@@ -236,7 +236,7 @@ def test_a_resume_that_forgets_something_is_caught(what, recipe, tmp_path, monke
             self.best = None
         if what == "the step":
             self.t += 1
-    monkeypatch.setattr(train.Run, "load", forgetful)
+    monkeypatch.setattr(train.loop.Run, "load", forgetful)
     stops = {"early_stopping": [11], "phases": [9, 4], "phases_with_a_mask_on_the_tensor": [9, 4]}
     with pytest.raises(AssertionError):
         check_resume(recipe, tmp_path, stops.get(recipe, [5, 3]))
@@ -438,7 +438,7 @@ class Recording(Method):
         self.log.append(f"begin {t} of {T}")
 
     def penalty(self, edits: dict, model: Any, ctx: Context) -> Any:
-        assert ctx.out is not None and ctx.hidden is not None
+        assert ctx.output is not None and ctx.last_hidden_state is not None
         self.log.append("penalty")
         return 0.0
 
@@ -533,8 +533,8 @@ def test_accumulated_micro_batches_have_the_gradient_of_one_large_batch(make):
 @pytest.mark.parametrize("make", [uneven_text, uneven_classes], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("weight", [lambda q: 1.0, lambda q: float(q.ids.size), lambda q: float(len(q.ids))], ids=["means", "places", "rows"])
 def test_a_mean_of_means_is_caught(make, weight, monkeypatch):
-    right = train.question
-    monkeypatch.setattr(train, "question", lambda b: (lambda q: replace(q, weight=weight(q)))(right(b)))
+    right = train.batch.read_batch
+    monkeypatch.setattr(train.loop, "read_batch", lambda b: (lambda q: replace(q, weight=weight(q)))(right(b)))
     with pytest.raises(AssertionError):
         micro_is_macro(make)
 
@@ -549,40 +549,40 @@ def test_bare_ids_mean_predict_the_next_token_and_padding_asks_nothing():
     model, b = gpt(), padded([8, 3, 1, 5])
     z = logp(host(model(b["ids"], mask=b["mask"])))
     want = -np.mean([z[i, t, b["ids"][i, t + 1]] for i, n in enumerate([8, 3, 1, 5]) for t in range(n - 1)])
-    q = question(b)
-    assert float(objective(model, q)[1].data) == pytest.approx(want, rel=1e-5) and q.weight == 7 + 2 + 0 + 4
+    q = read_batch(b)
+    assert float(compute_loss(model, q)[1].data) == pytest.approx(want, rel=1e-5) and q.weight == 7 + 2 + 0 + 4
     wrong = -np.mean([z[i, t, b["ids"][i, t + 1]] for i in range(4) for t in range(7)])
     assert want != pytest.approx(wrong, rel=1e-4)
-    bare = question(tokens())
-    assert np.array_equal(bare.ids, tokens()[:, :-1]) and np.array_equal(bare.labels, tokens()[:, 1:].ravel()) and bare.at is None
+    bare = read_batch(tokens())
+    assert np.array_equal(bare.ids, tokens()[:, :-1]) and np.array_equal(bare.labels, tokens()[:, 1:].ravel()) and bare.logit_positions is None
 
 
 @pytest.mark.parametrize("make", [gpt, bert])
 def test_the_head_run_only_where_something_is_asked_gives_the_loss_and_gradients_of_all_logits(make):
     model, b = make().to(dtype=np.float64), padded([8, 5, 7, 6])
     labels = np.where(np.random.default_rng(1).random((4, 8)) < 0.3, b["ids"], -100)
-    q = question({**b, "labels": labels})
-    assert q.at is not None and len(q.at) == (labels != -100).sum() == q.weight < labels.size / 2
+    q = read_batch({**b, "labels": labels})
+    assert q.logit_positions is not None and len(q.logit_positions) == (labels != -100).sum() == q.weight < labels.size / 2
 
     def run(whole: bool) -> tuple[float, dict]:
         model.zero_grad()
         if whole:
             loss = ops.cross_entropy(model(b["ids"], mask=b["mask"]), array.asarray(labels), ignore_index=-100)
         else:
-            loss = objective(model, q)[1]
+            loss = compute_loss(model, q)[1]
         loss.backward()
         return float(loss.data), {n: np.array(host(p.grad)) for n, p in model.named_parameters().items() if p.grad is not None}
     (few, g), (full, h) = run(False), run(True)
     assert few == pytest.approx(full, rel=1e-12) and g.keys() == h.keys() and all(np.allclose(v, h[n], rtol=1e-9, atol=1e-14) for n, v in g.items())
-    moved = replace(q, at=(q.at + 1) % labels.size)                              # asked one place late
-    assert float(objective(model, moved)[1].data) != pytest.approx(full, rel=1e-4)
+    moved = replace(q, logit_positions=(q.logit_positions + 1) % labels.size)                              # asked one place late
+    assert float(compute_loss(model, moved)[1].data) != pytest.approx(full, rel=1e-4)
 
 
 def test_an_all_true_mask_changes_nothing():
     model, every = gpt(), np.ones((4, 8), bool)
-    plain, masked = question(tokens()), question({"ids": tokens(), "mask": every})
+    plain, masked = read_batch(tokens()), read_batch({"ids": tokens(), "mask": every})
     assert plain.weight == masked.weight and np.array_equal(plain.labels, masked.labels)
-    assert float(objective(model, plain)[1].data) == float(objective(model, masked)[1].data)
+    assert float(compute_loss(model, plain)[1].data) == float(compute_loss(model, masked)[1].data)
     assert np.allclose(host(model(tokens())), host(model(tokens(), mask=every)), rtol=1e-6, atol=1e-7)      # nor when the model sees it
     assert not np.allclose(host(model(tokens())), host(model(tokens(), mask=every & (np.arange(8) > 1))), atol=1e-3)
 
@@ -672,7 +672,7 @@ def test_without_patience_evaluations_are_only_written_down():
 
 def test_history_holds_the_loss_of_every_step_and_training_lowers_it():
     model = gpt()
-    first = float(objective(model, question(tokens()))[1].data)
+    first = float(compute_loss(model, read_batch(tokens()))[1].data)
     history = fit(model, [tokens()], 30, AdamW(0.01), progress=False)
     assert len(history.losses) == 30 and history.losses[0] == pytest.approx(first) and history.losses[-1] < first / 2
     assert all(type(v) is float for v in history.losses)
@@ -705,7 +705,7 @@ BAD = {
     "one row without its axis": (gpt, tokens()[0], ValueError, r"ids of shape \(B, T\).* got \(8,\)"),
     "a mask of another shape": (gpt, {"ids": tokens(), "mask": np.arange(9) < 4}, ValueError, r"mask has shape \(9,\), the ids \(4, 8\)"),
     "an all-true mask of another shape": (gpt, {"ids": tokens(), "mask": np.ones((4, 9), bool)}, ValueError, r"mask has shape \(4, 9\), the ids"),
-    "types of another shape": (bert, labelled(np.ones((4, 8), int), types=np.zeros((4, 7), int)), ValueError, r"types has shape \(4, 7\)"),
+    "types of another shape": (bert, labelled(np.ones((4, 8), int), token_type_ids=np.zeros((4, 7), int)), ValueError, r"token_type_ids has shape \(4, 7\)"),
 }
 
 

@@ -1,18 +1,17 @@
 """tinyft: fine-tuning and compression of transformers, from scratch, to be read.
 
-    import tinyft as tf
-    model, tokenizer = tf.load("base-gpt")
-    tf.attach(model, tf.LoRA(r=8, targets="attn.[qv]"))
-    tf.fit(model, batches, steps=200, optimizer=tf.AdamW(lr=3e-4))
+    import tinyft as ft
+    model, tokenizer = ft.load("base-gpt")
+    ft.attach(model, ft.LoRA(r=8, targets="attn.[qv]"))
+    ft.fit(model, batches, steps=200, optimizer=ft.AdamW(lr=3e-4))
 
 Read tensor.py, ops.py, nn.py and edit.py, some 1,500 lines; then any method's file alone.
 """
 import os as _os
 
 from . import data, functional, kernels, ops
-from .adapters import load_adapter, save_adapter
+from .adapters import combine, load_adapter, save_adapter
 from .array import BackendError, CannotCapture, backend, peak_memory, use
-from .combine import combine
 from .decode import generate
 from .edit import Attached, CannotMerge, Count, Edit, Method, attach, count, detach, merge, trained, unpack, without
 from .formats.huggingface import classifier, load, save
@@ -21,9 +20,8 @@ from .learn import check
 from .methods import BitFit, Full, Houlsby, LoRA, Partial, PrefixTuning, PromptTuning, eject, methods
 from .models import BERT, GPT, BERTConfig, GPTConfig
 from .nn import Cache, Context, Module, Packed, Parameter
-from .optim import SGD, Adam, AdamW, constant, cosine, linear
+from .optim import SGD, Adam, AdamW, GradScaler, constant_schedule, cosine_schedule, linear_schedule
 from .precision import autocast, get_float32_matmul_precision, set_float32_matmul_precision
-from .scaler import GradScaler
 from .tensor import ShapeError, Tensor, detect_anomaly, no_grad
 from .train import Diverged, History, evaluate, fit, perplexity
 
@@ -35,7 +33,7 @@ __all__ = [
     "attach", "detach", "without", "merge", "combine", "count", "trained", "save_adapter", "load_adapter",       # the one mechanism
     "Edit", "Method", "Attached", "Count", "CannotMerge",
     "methods", "Full", "Partial", "BitFit", "Houlsby", "PromptTuning", "PrefixTuning", "eject", "LoRA",            # the methods
-    "fit", "evaluate", "perplexity", "History", "AdamW", "Adam", "SGD", "constant", "linear", "cosine",          # training
+    "fit", "evaluate", "perplexity", "History", "AdamW", "Adam", "SGD", "constant_schedule", "linear_schedule", "cosine_schedule",          # training
     "autocast", "GradScaler", "set_float32_matmul_precision", "get_float32_matmul_precision",                    # mixed precision
     "capture", "CannotCapture", "BackendError", "ShapeError", "Diverged", "peak_memory", "kernels", "set_num_threads", "get_num_threads",
     "check",                                                                                                     # the exercises

@@ -39,7 +39,7 @@ def generate(model: Module, ids: Any, max_new_tokens: int, *, mask: Any = None, 
             new = ids
             for _ in range(max_new_tokens):
                 T = new.shape[1]
-                ctx = Context(mask=seen, cache=model_cache, at=np.arange(1, len(ids) + 1) * T - 1, **facts)
+                ctx = Context(mask=seen, cache=model_cache, logit_positions=np.arange(1, len(ids) + 1) * T - 1, **facts)
                 logits = array.asnumpy(model(new, ctx).data).astype(np.float64)  # (B, V), at the last place
                 token = choose(logits, temperature, top_k, top_p, rng)
                 if end is not None:

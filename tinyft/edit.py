@@ -46,7 +46,7 @@ class Edit(Module):
         "The module's own tensors {name: array} with before/after worked in.  Pure.  Or CannotMerge, with the reason."
         raise CannotMerge(f"{type(self).__name__} acts on activations, not on weights")
 
-    def has(self, hook: str) -> bool:
+    def overrides(self, hook: str) -> bool:
         return getattr(type(self), hook) is not getattr(Edit, hook)
 
 
@@ -122,14 +122,14 @@ def select(model: Module, globs: Any) -> dict[str, Module]:
 
 def is_head(model: Module, name: str) -> bool:
     "Whether a tensor belongs to a new task head."
-    return name.split(".")[0] in getattr(model, "fresh", ())
+    return name.split(".")[0] in getattr(model, "head_modules", ())
 
 
 def attached(model: Module) -> tuple[Attached, ...]:
     return getattr(model, "_attached", ())
 
 
-def handle(model: Module, name: str | None = None) -> Attached:
+def get_attached(model: Module, name: str | None = None) -> Attached:
     "What is attached under this name, or last."
     names = [a.name for a in attached(model)]
     if not names or (name is not None and name not in names):
@@ -168,7 +168,7 @@ def attach(model: Module, what: Method | Attached, name: str | None = None, seed
 
 def detach(model: Module, name: str | None = None) -> Attached:
     "Take a method off; the model is what it was before, bitwise.  What comes back goes on again with attach."
-    a = handle(model, name)
+    a = get_attached(model, name)
     _uncovered(model, [a])
     for m in base_modules(model).values():
         if a.name in m.edits:
@@ -184,7 +184,7 @@ def without(model: Module, *names: str) -> Iterator[None]:
     """The model without these methods for the length of a `with`; order and all restored after.  Unnamed: without all that train, so
     that a frozen adapter stays part of the base."""
     names = names or tuple(a.name for a in attached(model) if a.base or any(p.requires_grad for e in a.edits.values() for p in e.parameters()))
-    off = [handle(model, n) for n in names]
+    off = [get_attached(model, n) for n in names]
     kept = [(m, m.edits) for m in base_modules(model).values() if m.edits]
     mine = [a for a in reversed(attached(model)) if a in off]
     _uncovered(model, off)
@@ -227,12 +227,12 @@ def _refresh(model: Module) -> None:
 def merge(model: Module, *names: str) -> Module:
     """Work edits into the base's own weights and drop them: first every weight edit, then every activation edit, in order of
     attachment.  All methods, or those named.  CannotMerge, with the reason, if one of them cannot; then nothing was changed."""
-    going = {handle(model, n).name for n in names} if names else {a.name for a in attached(model)}
+    going = {get_attached(model, n).name for n in names} if names else {a.name for a in attached(model)}
     new: dict[str, dict[str, Array]] = {}
     for path, m in base_modules(model).items():
         order, mine = list(m.edits), [k for k in m.edits if k in going]
         if mine:
-            has = lambda hook, keys: any(m.edits[k].has(hook) for k in keys)
+            has = lambda hook, keys: any(m.edits[k].overrides(hook) for k in keys)
             rest = order[len(mine):]
             if order[:len(mine)] != mine or (rest and has("before", mine)) or (has("tensor", rest) and has("after", mine)):
                 raise CannotMerge(f"{path}: {', '.join(order)} act in this order, so {', '.join(mine)} cannot go first")
@@ -254,9 +254,9 @@ def _folded(path: str, m: Module, edits: list[Edit]) -> dict[str, Array]:
     "The module's own tensors that these edits change, with the edits in them."
     if packed := [k for k, v in vars(m).items() if isinstance(v, Packed)]:
         raise CannotMerge(f"{path}.{packed[0]} is packed: keep the adapter beside it, or unpack the base first (tinyft.unpack) and merge then")
-    acts = [e for e in edits if e.has("after")]                                  # from the weight outwards: first the outputs, in order,
-    acts += [e for e in reversed(edits) if e.has("before") and not e.has("after")]      # then the inputs, the last one first
-    if len(acts) > 1 and (both := [type(e).__name__ for e in acts if e.has("before") and e.has("after")]):
+    acts = [e for e in edits if e.overrides("after")]                                  # from the weight outwards: first the outputs, in order,
+    acts += [e for e in reversed(edits) if e.overrides("before") and not e.overrides("after")]      # then the inputs, the last one first
+    if len(acts) > 1 and (both := [type(e).__name__ for e in acts if e.overrides("before") and e.overrides("after")]):
         raise CannotMerge(f"{path}: {both[0]} changes input and output, and is not alone")
     if acts and m.tied:
         raise CannotMerge(f"{path}: its weight is also the head's, and {type(acts[0]).__name__} changes only what {path} gives out")
@@ -309,7 +309,7 @@ def count(model: Module) -> Count:
                  sum(p.data.nbytes for n, p in trained(model).items()))
 
 
-def slots(model: Module, a: Attached) -> dict[str, Any]:
+def named_state(model: Module, a: Attached) -> dict[str, Any]:
     """{name in a file: Tensor or array} of everything that belongs to a: 'path:name' for its edits, the plain name for a base tensor
     it trains.  Independent of what else is attached; a part that several modules share appears once."""
     first = {id(v): (f"{p}:{n}", v) for p, e in reversed(a.edits.items()) for n, v in {**e.named_parameters(), **e.named_buffers()}.items()}
@@ -318,12 +318,12 @@ def slots(model: Module, a: Attached) -> dict[str, Any]:
 
 def state(model: Module, a: Attached) -> dict[str, np.ndarray]:
     "Copies of everything that belongs to a, on the host."
-    return {n: np.array(array.asnumpy(v.data if isinstance(v, Tensor) else v)) for n, v in slots(model, a).items()}
+    return {n: np.array(array.asnumpy(v.data if isinstance(v, Tensor) else v)) for n, v in named_state(model, a).items()}
 
 
 def load_state(model: Module, a: Attached, arrays: dict[str, np.ndarray]) -> None:
     "Copy everything that belongs to a back in.  ValueError names what is missing, unexpected or of another shape; then nothing was changed."
-    at = slots(model, a)
+    at = named_state(model, a)
     wrong = [f"{n} {'is missing' if n not in arrays else 'is not expected' if n not in at else f'has shape {arrays[n].shape}, not {at[n].shape}'}"
              for n in sorted(at.keys() | arrays.keys()) if n not in arrays or n not in at or at[n].shape != arrays[n].shape]
     if wrong:

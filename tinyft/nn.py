@@ -23,19 +23,19 @@ class Context:
     types   (B, T) BERT's segments      at     places in the flattened (B T) rows where the head is wanted; None: all
     task    (B,) task ids               route  (B,) adapter names                          source  the encoder's Context
     cache   a Cache, to go on from      rng    numpy Generator; dropout acts where one is given and the module is training
-    taps    True: `layers` collects the hidden state before the first block and after each
+    output_hidden_states    True: `layers` collects the hidden state before the first block and after each
 
     When the pass is over, `hidden` holds the last hidden states and `out` the output; `notes` is where edits of one pass leave
     each other things.  Facts about rows (ids, mask, types) stay aligned with x: an edit that prepends rows calls `prepend`.
     """
 
-    def __init__(self, ids: Any = None, mask: Any = None, types: Any = None, at: Any = None, task: Any = None, route: Any = None,
+    def __init__(self, ids: Any = None, mask: Any = None, token_type_ids: Any = None, logit_positions: Any = None, task: Any = None, route: Any = None,
                  source: Context | None = None, cache: Cache | None = None, rng: np.random.Generator | None = None,
-                 taps: bool = False, **more: Any):
-        self.given = dict(ids=ids, mask=mask, types=types, at=at, task=task, route=route, source=source, cache=cache, rng=rng,
-                          taps=taps, **more)
-        vars(self).update(self.given)
-        self.notes, self.layers, self.hidden, self.out = {}, [], None, None
+                 output_hidden_states: bool = False, **more: Any):
+        self.inputs = dict(ids=ids, mask=mask, token_type_ids=token_type_ids, logit_positions=logit_positions, task=task, route=route, source=source, cache=cache, rng=rng,
+                          output_hidden_states=output_hidden_states, **more)
+        vars(self).update(self.inputs)
+        self.scratch, self.hidden_states, self.last_hidden_state, self.output = {}, [], None, None
 
     def __getattr__(self, fact: str) -> Any:
         raise AttributeError(f"this forward pass was not told its {fact!r}: call model(ids, {fact}=...)")
@@ -48,23 +48,23 @@ class Context:
 
     def again(self, **more: Any) -> Context:
         "The same batch as it was given, for another pass (a teacher, the base).  Without the generator: such a pass has no dropout."
-        source = self.given["source"]
-        return Context(**{**self.given, "source": source and source.again(), "rng": None, **more})
+        source = self.inputs["source"]
+        return Context(**{**self.inputs, "source": source and source.again(), "rng": None, **more})
 
     def begin(self, x: Any, like: Array) -> None:
         "The model's first line: put the facts beside its weights.  x is (B, T) ids, or (B, T, C) embeddings in their place."
-        self.given["ids"] = x
+        self.inputs["ids"] = x
         if isinstance(x, Tensor):
             self.ids = xp(like).full(x.shape[:2], -1)
         else:
             self.ids = array.put_like(x, like)
         if self.ids.ndim != 2:
             raise ValueError(f"a model wants ids of shape (B, T) or embeddings (B, T, C); got shape {tuple(x.shape)}")
-        for fact, dtype in (("mask", bool), ("types", None), ("at", None), ("task", None)):
+        for fact, dtype in (("mask", bool), ("token_type_ids", None), ("logit_positions", None), ("task", None)):
             value = vars(self)[fact]
             if value is not None:
                 value = array.put_like(value, like, dtype)
-                if fact in ("mask", "types") and value.shape != self.ids.shape:
+                if fact in ("mask", "token_type_ids") and value.shape != self.ids.shape:
                     raise ValueError(f"{fact} has shape {value.shape}, the ids {self.ids.shape}: they go together, one for one")
                 setattr(self, fact, value)
 
@@ -72,32 +72,32 @@ class Context:
         "Say that x grew by p rows in front: real, and no token."
         def lead(a: Array, value: Any) -> Array:
             return None if a is None else xp(a).concatenate([xp(a).full((len(a), p), value, a.dtype), a], axis=1)
-        self.ids, self.mask, self.types = lead(self.ids, -1), lead(self.mask, True), lead(self.types, 0)
+        self.ids, self.mask, self.token_type_ids = lead(self.ids, -1), lead(self.mask, True), lead(self.token_type_ids, 0)
 
     @property
-    def start(self) -> int:
+    def past_length(self) -> int:
         "How many rows the cache holds already."
         return 0 if self.cache is None else self.cache.length
 
-    def keys(self) -> Array | None:
+    def key_mask(self) -> Array | None:
         "(B, Tk) True where a key is real, cached ones first; None if all are."
         old = None if self.cache is None else self.cache.mask
-        if not self.start or (old is None and self.mask is None):
+        if not self.past_length or (old is None and self.mask is None):
             return self.mask
         m, (B, T) = xp(self.ids), self.ids.shape
-        full = [a if a is not None else m.ones((B, n), dtype=bool) for a, n in ((old, self.start), (self.mask, T))]
+        full = [a if a is not None else m.ones((B, n), dtype=bool) for a, n in ((old, self.past_length), (self.mask, T))]
         return m.concatenate(full, axis=1)
 
     def positions(self) -> Array:
         "(B, T) or (1, T): the place of each token among the real ones of its row.  Right under padding on either side."
-        keys, m, T = self.keys(), xp(self.ids), self.ids.shape[1]
+        keys, m, T = self.key_mask(), xp(self.ids), self.ids.shape[1]
         if keys is None:
-            return m.arange(self.start, self.start + T)[None]
+            return m.arange(self.past_length, self.past_length + T)[None]
         return m.maximum(m.cumsum(keys.astype(np.int64), axis=1) - 1, 0)[:, -T:]
 
-    def pick(self, x: Tensor) -> Tensor:
+    def select_positions(self, x: Tensor) -> Tensor:
         "The rows of x the head is wanted at: (B, T, C) -> (B, T, C), or (n, C) where `at` names n places."
-        return x if self.at is None else x.reshape(-1, x.shape[-1])[self.at]
+        return x if self.logit_positions is None else x.reshape(-1, x.shape[-1])[self.logit_positions]
 
 
 class Cache:
@@ -116,7 +116,7 @@ class Cache:
 
     def advance(self, ctx: Context) -> None:
         "The pass is over: its rows belong to the past."
-        self.mask, self.length = ctx.keys(), self.length + ctx.ids.shape[1]
+        self.mask, self.length = ctx.key_mask(), self.length + ctx.ids.shape[1]
 
     def rows(self, i: Array) -> Cache:
         "The cache of some rows only: what beam search does with the survivors."
@@ -289,11 +289,11 @@ def _packed_linear(x, packed=None):
 class Linear(Module):
     "y = x Wᵀ + b.    W (out, in) ~ N(0, std²),  b (out,) = 0,  x (..., in) -> (..., out)"
 
-    def __init__(self, cin: int, cout: int, rng: np.random.Generator, bias: bool = True, std: float = 0.02):
-        self.weight: Any = Parameter(array.normal(rng, (cout, cin), std))
-        self.bias = Parameter(array.asarray(np.zeros(cout, np.float32))) if bias else None
+    def __init__(self, in_features: int, out_features: int, rng: np.random.Generator, bias: bool = True, std: float = 0.02):
+        self.weight: Any = Parameter(array.normal(rng, (out_features, in_features), std))
+        self.bias = Parameter(array.asarray(np.zeros(out_features, np.float32))) if bias else None
 
-    cin, cout = property(lambda self: self.weight.shape[1]), property(lambda self: self.weight.shape[0])
+    in_features, out_features = property(lambda self: self.weight.shape[1]), property(lambda self: self.weight.shape[0])
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         W, b = self.read("weight"), None if self.bias is None else self.read("bias")
@@ -309,7 +309,7 @@ class Embedding(Module):
     def __init__(self, rows: int, c: int, rng: np.random.Generator, std: float = 0.02):
         self.weight: Any = Parameter(array.normal(rng, (rows, c), std))
 
-    cin, cout = property(lambda self: self.weight.shape[0]), property(lambda self: self.weight.shape[1])
+    in_features, out_features = property(lambda self: self.weight.shape[0]), property(lambda self: self.weight.shape[1])
 
     def forward(self, ids: Any, ctx: Context) -> Tensor:
         return ids if isinstance(ids, Tensor) else ops.embedding(self.read("weight"), ids)
@@ -320,9 +320,9 @@ class TiedHead(Module):
 
     def __init__(self, embed: Embedding, bias: bool = False):
         self._embed, embed.tied = embed, True
-        self.bias = Parameter(array.asarray(np.zeros(embed.cin, np.float32))) if bias else None
+        self.bias = Parameter(array.asarray(np.zeros(embed.in_features, np.float32))) if bias else None
 
-    cin, cout = property(lambda self: self._embed.cout), property(lambda self: self._embed.cin)
+    in_features, out_features = property(lambda self: self._embed.out_features), property(lambda self: self._embed.in_features)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         return ops.linear(x, self._embed.read("weight"), None if self.bias is None else self.read("bias"))
@@ -335,7 +335,7 @@ class LayerNorm(Module):
         self.weight = Parameter(array.asarray(np.ones(c, np.float32)), decay=False)
         self.bias, self.eps = Parameter(array.asarray(np.zeros(c, np.float32)), decay=False), eps
 
-    cin = cout = property(lambda self: self.weight.shape[0])
+    in_features = out_features = property(lambda self: self.weight.shape[0])
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         return ops.layer_norm(x, self.read("weight"), self.read("bias"), eps=self.eps)

@@ -18,7 +18,7 @@ from . import baselines, data
 from .models import BERT, GPT, BERTConfig, GPTConfig
 from .models.blocks import sinusoids
 from .nn import Module
-from .optim import AdamW, cosine
+from .optim import AdamW, cosine_schedule
 from .train import History, evaluate, fit
 
 ASSETS = Path(__file__).parent / "assets"
@@ -101,7 +101,7 @@ def pretrain(name: str, work: Path, assets: Path = ASSETS, steps: int | None = N
     model, train = recipe.model(), replace(recipe, steps=steps).batches("train")
     valid, test = (recipe.batches(split, longest).sources[0] for split in ("valid", "test"))
     judge = lambda: evaluate(model, valid.once())
-    history = fit(model, train, steps, AdamW(recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.decay), cosine(recipe.warmup, 0.1), out=work / name,
+    history = fit(model, train, steps, AdamW(recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.decay), cosine_schedule(recipe.warmup, 0.1), out=work / name,
                   resume=True, save_every=100, seed=recipe.seed, evaluate=judge, every=max(steps // 10, 1))
     metrics = evaluate(model, test.once())
     from .formats.huggingface import save

@@ -12,7 +12,7 @@ import tracemalloc
 
 import numpy as np
 
-import tinyft as tf
+import tinyft as ft
 from tinyft.learn.lessons import figure, quote, show
 from tinyft.tensor import topological
 
@@ -21,7 +21,7 @@ from tinyft.tensor import topological
 # **Predict first:** $x = 2$, $u = 3x$, $v = u \cdot u$, $y = u + v$. What is $dy/dx$? Note that $u$ is used three times.
 
 # %%
-x = tf.Tensor(np.array(2.0), requires_grad=True)
+x = ft.Tensor(np.array(2.0), requires_grad=True)
 u = x * 3.0
 v = u * u
 y = u + v
@@ -34,8 +34,8 @@ assert x.grad == 39                                        # dy/du = 1 + 2u = 13
 # back to that input. Two of them, as the library has them, and what $y$ remembers, inputs before outputs:
 
 # %%
-quote(tf.ops.mul)
-quote(tf.ops.tanh)
+quote(ft.ops.mul)
+quote(ft.ops.tanh)
 print([getattr(node, "name", "leaf") for node in topological(y)])
 
 # %% [markdown]
@@ -71,7 +71,7 @@ assert paths == 2**15 - 2 and once == 28
 # **Predict first:** the shapes of the two gradients, and their entries.
 
 # %%
-column, row = (tf.Tensor(np.ones(shape), requires_grad=True) for shape in ((3, 1), (4,)))
+column, row = (ft.Tensor(np.ones(shape), requires_grad=True) for shape in ((3, 1), (4,)))
 (column * 2.0 + row).sum().backward()
 print("column", column.grad.tolist(), "   row", row.grad.tolist())
 assert column.grad.shape == (3, 1) and (column.grad == 8).all() and (row.grad == 3).all()
@@ -83,8 +83,8 @@ assert column.grad.shape == (3, 1) and (column.grad == 8).all() and (row.grad ==
 # each row adds up to 1 whatever $x$ is, so the true gradient is 0, and a pullback that gives back zeros would pass.
 
 # %%
-rng, f = np.random.default_rng(0), tf.ops.softmax
-d, g, x = *rng.normal(size=(2, 3, 5)), tf.Tensor(rng.normal(size=(3, 5)), requires_grad=True)
+rng, f = np.random.default_rng(0), ft.ops.softmax
+d, g, x = *rng.normal(size=(2, 3, 5)), ft.Tensor(rng.normal(size=(3, 5)), requires_grad=True)
 f(x).sum().backward()
 blind, x.grad = abs(x.grad).max(), None
 f(x).backward(g)
@@ -98,20 +98,20 @@ assert blind < 1e-15 and abs((x.grad * d).sum() - slope) < 1e-8 < abs(slope)
 # follows $a$. Its loss is the mean of $-\ln p$ over all pairs. Counting gives the best possible table, so we know where to arrive.
 
 # %%
-text = " ".join(r.text for r in tf.data.snapshot() if (r.kind, r.split) == ("prose", "train")).lower()
+text = " ".join(r.text for r in ft.data.snapshot() if (r.kind, r.split) == ("prose", "train")).lower()
 codes = np.frombuffer(text.encode("ascii", "replace"), np.uint8)
 ids = np.where((codes >= 97) & (codes <= 122), codes - 96, 0).astype(int)
 share = np.bincount(ids[:-1] * 27 + ids[1:], minlength=27 * 27).reshape(27, 27) / (len(ids) - 1)      # of each pair
 rows = share.sum(axis=1, keepdims=True)
 best = -(share * np.log(np.where(share, share / rows, 1))).sum()
-W, losses = tf.Tensor(np.zeros((27, 27)), requires_grad=True), []
+W, losses = ft.Tensor(np.zeros((27, 27)), requires_grad=True), []
 for _ in range(300):
-    p = tf.ops.softmax(W)
+    p = ft.ops.softmax(W)
     loss = -(share * p.log()).sum()
     loss.backward()
     assert np.allclose(W.grad, rows * p.data - share)      # what the model expects, less what it saw
     losses.append(loss.item())
-    W = tf.Tensor(W.data - 40 * W.grad, requires_grad=True)
+    W = ft.Tensor(W.data - 40 * W.grad, requires_grad=True)
 print(f"{len(ids):,} letters; the loss begins at {losses[0]:.2f} = ln 27 and ends at {losses[-1]:.2f}; counting: {best:.2f}")
 assert best < losses[-1] < 1.01 * best and p.data[17].argmax() == 21      # q, u
 fig, (left, right) = figure(2, height=3.1)
@@ -133,12 +133,12 @@ show("Left: the loss comes down to what counting gives. Right: the table; q is f
 # %%
 print("trains    numbers   pullbacks   products going back   kept")
 for trained in ("", "B", "A", "AB", "xAB"):
-    x, A, B = (tf.Tensor(rng.normal(size=size), name in trained) for name, size in (("x", (1000, 27)), ("A", (27, 64)), ("B", (64, 27))))
+    x, A, B = (ft.Tensor(rng.normal(size=size), name in trained) for name, size in (("x", (1000, 27)), ("A", (27, 64)), ("B", (64, 27))))
     tracemalloc.start()
     y = (x @ A).tanh() @ B
     kept = tracemalloc.get_traced_memory()[0] - y.data.nbytes
     tracemalloc.stop()
-    pulls = [n.name for n in topological(y) if not isinstance(n, tf.Tensor) for _ in n.pulls]
+    pulls = [n.name for n in topological(y) if not isinstance(n, ft.Tensor) for _ in n.pulls]
     numbers, products = sum(t.size for t in (x, A, B) if t.requires_grad), pulls.count("matmul")
     print(f"{trained or 'nothing':<9}{numbers:>8,}{len(pulls):>12}{products:>22}{kept / 1e3:>7.0f} kB")
     assert products == len(trained) + ("A" in trained) and (kept > 64_000 * 8) == bool(trained)

@@ -11,12 +11,12 @@
 # %%
 import numpy as np
 
-import tinyft as tf
+import tinyft as ft
 from tinyft.learn.lessons import figure, quote, show
 from tinyft.models.blocks import PostNormBlock, PreNormBlock
 
-gpt, tokenizer = tf.load("base-gpt")
-bert, _ = tf.load("base-bert")
+gpt, tokenizer = ft.load("base-gpt")
+bert, _ = ft.load("base-bert")
 ids = np.array([tokenizer.encode("Return the first item of the list, or None if the list is empty.").ids])
 words = [tokenizer.decode([i]).strip() for i in ids[0]]
 T, D = len(words), gpt.config.width // gpt.config.heads
@@ -29,15 +29,15 @@ print(T, "tokens:", *words)
 # A **head** does this with $D$ of the $C$ features; here $C = 128$ and four heads have $D = 32$ each. Head 0 of the first layer:
 
 # %%
-context = tf.Context(taps=True)                            # taps: keep what enters each layer
+context = ft.Context(output_hidden_states=True)                            # output_hidden_states: keep what enters each layer
 logits = gpt(ids, context).data
-attn, x = gpt.blocks[0].attn, gpt.blocks[0].norm1(context.layers[0], context)      # x (1, T, C) enters the attention
+attn, x = gpt.blocks[0].attn, gpt.blocks[0].norm1(context.hidden_states[0], context)      # x (1, T, C) enters the attention
 q, k, v = (part(x, context).data[0, :, :D] for part in (attn.q, attn.k, attn.v))
 may = np.tri(T, dtype=bool)                                # row i is True up to column i: the token itself and what came before
 scores = q @ k.T / np.sqrt(D)
 e = np.where(may, np.exp(scores), 0)
 P = e / e.sum(axis=1, keepdims=True)
-library = tf.ops.attention(tf.Tensor(q), tf.Tensor(k), tf.Tensor(v), causal=True).data
+library = ft.ops.attention(ft.Tensor(q), ft.Tensor(k), ft.Tensor(v), causal=True).data
 print(f"largest difference from the library: {abs(P @ v - library).max():.0e} of {abs(library).max():.1f}")
 assert np.allclose(P @ v, library, atol=1e-5) and np.allclose(P.sum(axis=1), 1)
 
@@ -47,10 +47,10 @@ assert np.allclose(P @ v, library, atol=1e-5) and np.allclose(P.sum(axis=1), 1)
 # We search all heads of BERT's first layer for the one that looks most at the token before, and the one that looks most at the next.
 
 # %%
-context = tf.Context(taps=True)
+context = ft.Context(output_hidden_states=True)
 bert(ids, context)
-q, k = (bert.blocks[0].attn.split(part(context.layers[0], context)) for part in (bert.blocks[0].attn.q, bert.blocks[0].attn.k))
-heads = tf.ops.softmax(q @ k.T * D**-0.5).data[0]          # (H, T, T), no mask
+q, k = (bert.blocks[0].attn.split(part(context.hidden_states[0], context)) for part in (bert.blocks[0].attn.q, bert.blocks[0].attn.k))
+heads = ft.ops.softmax(q @ k.T * D**-0.5).data[0]          # (H, T, T), no mask
 before, after = (max(heads, key=lambda p: np.diag(p, offset).mean()) for offset in (-1, 1))
 print(f"mean weight on the token before: {np.diag(before, -1).mean():.2f}, and in another head on the next: {np.diag(after, 1).mean():.2f}")
 assert not np.triu(P, 1).any() and np.diag(before, -1).mean() > 0.5 < np.diag(after, 1).mean()
@@ -72,7 +72,7 @@ rng, sizes = np.random.default_rng(0), 4**np.arange(1, 6)
 largest = {}
 for name, scale in (("no scale", lambda d: 1), ("1/√D", lambda d: d**-0.5), ("1/√C, 32 heads", lambda d: (32 * d)**-0.5)):
     draws = [(rng.normal(size=(100, 1, d)) * rng.normal(size=(100, 64, d))).sum(axis=-1) * scale(d) for d in sizes]
-    largest[name] = [tf.ops.softmax(s).data.max(axis=1).mean() for s in draws]
+    largest[name] = [ft.ops.softmax(s).data.max(axis=1).mean() for s in draws]
 assert largest["no scale"][-1] > 0.8 and max(largest["1/√D"]) < 0.25 and max(largest["1/√C, 32 heads"]) < 0.04
 fig, ax = figure(height=2.4)
 for name, values in largest.items():
@@ -88,7 +88,7 @@ show("The mean largest weight among 64 keys. Without a scale it goes to 1 as D g
 # **Predict first:** we change the last token. Which of GPT's outputs change? Which of BERT's?
 
 # %%
-late = np.where(may, tf.ops.softmax(scores).data, 0)
+late = np.where(may, ft.ops.softmax(scores).data, 0)
 print("masked after the softmax, the first rows add up to", *(f"{total:.2f}" for total in late.sum(axis=1)[:4]))
 assert late.sum(axis=1)[0] < 0.9
 other = ids.copy()
@@ -97,7 +97,7 @@ for name, model in (("GPT", gpt), ("BERT", bert)):
     moved = abs(model(other).data - model(ids).data).max(axis=-1)[0] > 1e-4
     print(f"{name:<5} outputs that change: {moved.sum()} of {T}")
     assert moved.sum() == (1 if model is gpt else T)
-cache = tf.Cache()                                         # so the keys of the past can be kept, and later queries see them all
+cache = ft.Cache()                                         # so the keys of the past can be kept, and later queries see them all
 first, rest = gpt(ids[:, :10], cache=cache).data, gpt(ids[:, 10:], cache=cache).data
 assert np.allclose(np.concatenate([first, rest], axis=1), logits, atol=1e-4)
 
@@ -108,13 +108,13 @@ assert np.allclose(np.concatenate([first, rest], axis=1), logits, atol=1e-4)
 # %%
 quote(PreNormBlock.forward)
 quote(PostNormBlock.forward)
-z = tf.Tensor(np.linspace(-6, 6, 1201))
-apart = abs(tf.ops.gelu(z).data - tf.ops.gelu_tanh(z).data).max()
+z = ft.Tensor(np.linspace(-6, 6, 1201))
+apart = abs(ft.ops.gelu(z).data - ft.ops.gelu_tanh(z).data).max()
 print(f"\nBERT's GELU and GPT-2's differ by at most {apart:.4f}")
 assert 1e-4 < apart < 1e-3                                 # too little to see, enough to spoil a comparison of logits
-h, free, shuffled = tf.Tensor(rng.normal(size=(1, T, 128)).astype(np.float32)), bert.blocks[0].attn, rng.permutation(T)
+h, free, shuffled = ft.Tensor(rng.normal(size=(1, T, 128)).astype(np.float32)), bert.blocks[0].attn, rng.permutation(T)
 assert np.allclose(free(h[:, shuffled]).data, free(h).data[:, shuffled], atol=1e-4)      # without positions and mask there is no order
-assert tf.ops.attention(h[:, :5], h, h).shape == (1, 5, 128)      # 5 queries, 16 keys
+assert ft.ops.attention(h[:, :5], h, h).shape == (1, 5, 128)      # 5 queries, 16 keys
 
 # %% [markdown]
 # With the mask the stack is a **decoder** (GPT), without it an **encoder** (BERT). The transformer of 2017 has both: a second attention in
@@ -125,15 +125,15 @@ assert tf.ops.attention(h[:, :5], h, h).shape == (1, 5, 128)      # 5 queries, 1
 # **Predict first:** two thirds of a block's numbers are in the MLP. Which hurts more: all attention gone, or all MLPs?
 
 # %%
-held_out = tf.data.pretraining("prose", "test")[:48 * 128].reshape(48, 128)
+held_out = ft.data.pretraining("prose", "test")[:48 * 128].reshape(48, 128)
 
 def loss_without(part, change):
-    model, _ = tf.load("base-gpt")
+    model, _ = ft.load("base-gpt")
     tensors = {n: p for n, p in model.named_parameters().items() if part and part in n}
     for p in tensors.values():
         p.copy_(p.data * change)
-    with tf.no_grad():
-        scores = tf.ops.log_softmax(model(held_out)).data[:, :-1]
+    with ft.no_grad():
+        scores = ft.ops.log_softmax(model(held_out)).data[:, :-1]
     return -np.take_along_axis(scores, held_out[:, 1:, None], axis=2).mean(), sum(p.size for p in tensors.values())
 
 print("taken away          numbers   loss")

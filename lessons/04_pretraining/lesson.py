@@ -11,15 +11,16 @@ import os
 
 import numpy as np
 
-import tinyft as tf
-from tinyft import baselines, pretrain
+import tinyft as ft
+from tinyft import pretrain
+from tinyft.data import baselines
 from tinyft.learn.lessons import figure, quote, show
 
 FAST, V = "TINYFT_FAST" in os.environ, 2048
 COLOURS = {"base-gpt-small": "#cc6677", "base-gpt": "#4477aa", "base-gpt-large": "#228833"}
-tokenizer = tf.data.shipped_tokenizer()
-train, valid, test = (tf.data.pretraining("prose", split) for split in tf.data.SPLITS)
-models = {name: tf.load(name)[0] for name in (*COLOURS, "base-bert")}
+tokenizer = ft.data.shipped_tokenizer()
+train, valid, test = (ft.data.pretraining("prose", split) for split in ft.data.SPLITS)
+models = {name: ft.load(name)[0] for name in (*COLOURS, "base-bert")}
 part = test[:128 * (32 if FAST else 64)]                                               # the part of the test split we work on
 print(f"{len(train):,} training tokens, {len(test):,} held out:", [tokenizer.decode([i]) for i in test[:14]])
 # %% [markdown]
@@ -28,9 +29,9 @@ print(f"{len(train):,} training tokens, {len(test):,} held out:", [tokenizer.dec
 #
 # **Predict first.** What is the loss of a model that has learnt nothing, with 2,048 tokens to choose from?
 # %%
-new = tf.GPT(models["base-gpt-small"].config, seed=1)
+new = ft.GPT(models["base-gpt-small"].config, seed=1)
 ids = part.reshape(-1, 128)
-loss = tf.evaluate(new, [ids[:8]])["loss"]
+loss = ft.evaluate(new, [ids[:8]])["loss"]
 print(f"untrained: {loss:.2f} nats;  ln V = {math.log(V):.2f}")
 assert abs(loss - math.log(V)) < 0.1
 # %% [markdown]
@@ -40,8 +41,8 @@ assert abs(loss - math.log(V)) < 0.1
 # %%
 def nats(model, ids):
     "−ln p of every token but the first of a row.  (B, T) -> (B, T − 1)"
-    with tf.no_grad():
-        log_p = tf.ops.log_softmax(model(ids[:, :-1])).numpy()
+    with ft.no_grad():
+        log_p = ft.ops.log_softmax(model(ids[:, :-1])).numpy()
     return -np.take_along_axis(log_p, ids[:, 1:, None], -1)[..., 0]
 
 each = {name: nats(models[name], ids) for name in COLOURS}
@@ -50,7 +51,7 @@ future = np.concatenate([ids[:4, :64], ids[4:8, 64:]], axis=1)                  
 assert np.allclose(nats(models["base-gpt"], future)[:, :63], l[:4, :63], atol=1e-3)    # what is to be predicted is not seen
 print(f"perplexity {one:.1f};  mean of perplexities by text {np.exp(l.mean(1)).mean():.1f}, by 4 texts "
       f"{np.exp(l.reshape(-1, 4 * 127).mean(1)).mean():.1f}, by token {np.exp(l).mean():,.0f}")
-assert abs(tf.perplexity(models["base-gpt"], [ids[:5], ids[5:]]) / one - 1) < 1e-3     # however it is cut
+assert abs(ft.perplexity(models["base-gpt"], [ids[:5], ids[5:]]) / one - 1) < 1e-3     # however it is cut
 assert one < np.exp(l.reshape(-1, 4 * 127).mean(1)).mean() < np.exp(l.mean(1)).mean() < np.exp(l).mean()    # e^x is convex
 # %% [markdown]
 # A perplexity means nothing by itself. It depends on the tokenizer (compare bits per byte instead), on the text, and on how much of it the model may
@@ -68,9 +69,9 @@ assert list(table.values()) == sorted(table.values(), reverse=True) and table["b
 # %%
 recipe = pretrain.RECIPES["base-gpt-small"]
 steps = 15 if FAST else 20
-batches = tf.data.lm_batches(train, 128, recipe.tokens // 128, recipe.seed)
-history = tf.fit(recipe.model(), batches, steps, tf.AdamW(recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.decay),
-                 schedule=lambda t, T: tf.cosine(recipe.warmup, floor=0.1)(t, recipe.steps))
+batches = ft.data.lm_batches(train, 128, recipe.tokens // 128, recipe.seed)
+history = ft.fit(recipe.model(), batches, steps, ft.AdamW(recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.decay),
+                 schedule=lambda t, T: ft.cosine_schedule(recipe.warmup, floor=0.1)(t, recipe.steps))
 record = {name: json.loads((pretrain.ASSETS / name / "history.json").read_text()) for name in models}
 print("mean loss of steps 1-15: here", round(np.mean(history.losses[:15]), 3), " recorded", record["base-gpt-small"]["losses"][0])
 assert abs(np.mean(history.losses[:15]) - record["base-gpt-small"]["losses"][0]) < 0.05
@@ -104,15 +105,15 @@ show("First how frequent tokens are, then pairs, then what pairs cannot tell. Ri
 # %%
 rng, bert = np.random.default_rng(0), models["base-bert"]
 texts = np.pad(ids[:, :126], ((0, 0), (1, 1)), constant_values=((0, 0), (2, 3)))       # [CLS] ... [SEP]
-seen, labels = tf.data.mlm(texts, np.ones(texts.shape, bool), rng, V)
-with tf.no_grad():
-    log_p = tf.ops.log_softmax(bert(seen)).numpy()
+seen, labels = ft.data.mlm(texts, np.ones(texts.shape, bool), rng, V)
+with ft.no_grad():
+    log_p = ft.ops.log_softmax(bert(seen)).numpy()
 chosen, right, same = labels != -100, log_p.argmax(-1) == texts, seen == texts
 free = ~chosen & (texts > 5)                                                           # not chosen, and a word
 for kind, at in (("[MASK]", seen == 4), ("another token", chosen & ~same & (seen != 4)), ("left as it is", chosen & same), ("not chosen", free)):
     print(f"{kind:14} {100 * at.mean():5.1f} % of places, right {100 * right[at].mean():5.1f} %")
 answer = -np.take_along_axis(log_p, texts[..., None], -1)[..., 0]                      # (B, T)
-loss = tf.evaluate(bert, [{"ids": seen, "labels": labels}])["loss"]
+loss = ft.evaluate(bert, [{"ids": seen, "labels": labels}])["loss"]
 print(f"the loss: {loss:.2f};  the mean over all places: {answer.mean():.2f}")
 assert abs(answer[chosen].mean() - loss) < 1e-3 and loss > 2 * answer.mean()           # the loss is that of the chosen places
 assert right[chosen & same].mean() > 0.85 > right[seen == 4].mean() + 0.2 and right[free].mean() > 0.85
@@ -126,16 +127,16 @@ assert right[chosen & same].mean() > 0.85 > right[seen == 4].mean() + 0.2 and ri
 gpt = models["base-gpt"]
 
 def cost(sentences):
-    ids, mask = tf.data.pad([[tf.data.END, *e.ids] for e in tokenizer.encode_batch(sentences)])
+    ids, mask = ft.data.pad([[ft.data.END, *e.ids] for e in tokenizer.encode_batch(sentences)])
     return (nats(gpt, ids) * mask[:, 1:]).sum(1)
 
-held_out = [s for r in tf.data.snapshot() if r.split == "test" and r.kind == "docstring" for s in tf.data.sentences(r.text)][:60]
-order = np.mean(cost(held_out) < cost([tf.data.swap_two(s, rng) for s in held_out]))
+held_out = [s for r in ft.data.snapshot() if r.split == "test" and r.kind == "docstring" for s in ft.data.sentences(r.text)][:60]
+order = np.mean(cost(held_out) < cost([ft.data.swap_two(s, rng) for s in held_out]))
 sums = np.mean([cost([f"{i} + {j} = {k}" for k in range(10)]).argmin() == i + j for i in range(1, 6) for j in range(1, 5)])
-source = tf.perplexity(gpt, [tf.data.pretraining("source", "test")[:2048].reshape(16, 128)])
+source = ft.perplexity(gpt, [ft.data.pretraining("source", "test")[:2048].reshape(16, 128)])
 print(f"prefers a sentence to its swapped twin: {100 * order:.0f} %;  sums: {100 * sums:.0f} %;  perplexity of Python source: {source:.0f}")
 for prompt in ("Raises ValueError if", "Paris is the capital of"):
-    print(tokenizer.decode(tf.generate(gpt, [tokenizer.encode(prompt).ids], 12)[0]), "...")
+    print(tokenizer.decode(ft.generate(gpt, [tokenizer.encode(prompt).ids], 12)[0]), "...")
 assert order > 0.8 and sums < 0.4 and source > 5 * one
 # %% [markdown]
 # It knows how documentation is worded. It knows no facts, cannot add, and Python source is foreign to it, though both come from the same files:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-import tinyft as tf
+import tinyft as ft
 from tinyft.kernels.cuda import launch, layers, optimizer
 from tinyft.learn.cuda import CpuKernel, KernelError
 from tinyft.learn.cuda.exercise import emulating
@@ -18,7 +18,7 @@ from tinyft.learn.lessons import figure, quote, show
 from tinyft.strict import StrictError, counts
 
 LAUNCH, BANDWIDTH, FLOPS = 4e-6, 4.8e12, 67e12           # seconds a launch: an estimate;  bytes/s and float32 operations/s: an H200's data sheet
-numbers, update = lambda *shape: np.random.default_rng(0).standard_normal(shape).astype(np.float32), tf.optim.adam_update
+numbers, update = lambda *shape: np.random.default_rng(0).standard_normal(shape).astype(np.float32), ft.optim.optimizers.adam_update
 # %% [markdown]
 # ## What a launch costs
 # A launch costs the host some microseconds, whatever it starts. The kernel takes as long as the slower of its bytes and its arithmetic:
@@ -27,9 +27,9 @@ numbers, update = lambda *shape: np.random.default_rng(0).standard_normal(shape)
 # %%
 model = lambda launches, bytes, operations=0: np.maximum(np.maximum(launches * LAUNCH, bytes / BANDWIDTH), operations / FLOPS)
 sizes, doubled, even = 2**np.arange(4, 23), {}, LAUNCH * BANDWIDTH / 8
-for backend in ("cupy", "numpy")[tf.array.why_no_cupy() is not None:]:                 # the same code on CuPy: an array knows its module
-    x, y = (tf.array.to(numbers(int(sizes[-1])), backend) for _ in "xy")
-    ask = lambda n: (tf.array.xp(x).multiply(x[:n], 2, out=y[:n]), tf.array.asnumpy(y[:1]))      # to see a number is to wait for it
+for backend in ("cupy", "numpy")[ft.array.why_no_cupy() is not None:]:                 # the same code on CuPy: an array knows its module
+    x, y = (ft.array.to(numbers(int(sizes[-1])), backend) for _ in "xy")
+    ask = lambda n: (ft.array.xp(x).multiply(x[:n], 2, out=y[:n]), ft.array.asnumpy(y[:1]))      # to see a number is to wait for it
     mine = doubled[backend] = np.array([min(timeit.repeat(lambda n=n: ask(n), number=10, repeat=4)) / 10 for n in sizes])
 print(f"from {even / 1e6:.1f} million on; here, for 16 times as many: at first {mine[4] / mine[0]:.1f} times as long, then {mine[-1] / mine[-5]:.0f}")
 assert even == 2.4e6 and model(1, 12 * 4096**2, 2 * 4096**3) > 40 * model(1, 12 * 4096**2)      # n × n: n/6 operations a byte; 14 is even; GELU: 3
@@ -39,8 +39,8 @@ assert even == 2.4e6 and model(1, 12 * 4096**2, 2 * 4096**3) > 40 * model(1, 12 
 # **Predict first.** How many launches, and how often does an array of $x$'s size go to or from memory? How often must it?
 # %%
 cost = lambda f: (counts.clear(), f(), counts["launch"], counts["bytes"], counts["sync"], counts["h2d"])[2:]
-device = tf.array.to(numbers(1 << 16), "strict")
-launches, moved, *_ = cost(lambda: tf.ops.gelu_tanh.definition(device))
+device = ft.array.to(numbers(1 << 16), "strict")
+launches, moved, *_ = cost(lambda: ft.ops.gelu_tanh.definition(device))
 print(f"{launches} launches, {moved / device.nbytes:.0f} passes;  needed are 2")
 assert (launches, moved) == (9, 21 * device.nbytes)
 fig, (left, right) = figure(2, 3.1)
@@ -67,7 +67,7 @@ def compiler(source, name):
 launch.COMPILERS[np.ndarray] = compiler                  # on a device: cupy.RawKernel
 launch._kernel.cache_clear()
 try:
-    y, want = (f(x)[0] for f in (layers.gelu_tanh, tf.ops.gelu_tanh.definition))
+    y, want = (f(x)[0] for f in (layers.gelu_tanh, ft.ops.gelu_tanh.definition))
     print(f"on the CPU: {len(tape)} launch of {tape[0][1][0]} blocks of {tape[0][2][0]} threads, off by {abs(y - want).max():.0e}")
     assert len(tape) == 1 and tape[0][1] == (4,) and np.allclose(y, want, atol=1e-6)
 except KernelError as e:                                 # no C++ compiler
@@ -104,7 +104,7 @@ for name, *change in (("as it stands", "", ""), ("no first barrier", "\n  __sync
 # %%
 for text, line in {"x * 2.0": lambda x: x * 2.0, "x + host": lambda x: x + np.ones(1), "np.exp(x)": np.exp, "x[[0, 2]]": lambda x: x[[0, 2]],
                    "float(x.sum())": lambda x: float(x.sum()), "x[x > 0]": lambda x: x[x > 0],
-                   "where(x > 0, x, 0)": lambda x: tf.strict.xp.where(x > 0, x, 0)}.items():
+                   "where(x > 0, x, 0)": lambda x: ft.strict.xp.where(x > 0, x, 0)}.items():
     try:
         said = "launches {0}, waits {2}, copies {3}".format(*cost(lambda line=line: line(device)))
     except (StrictError, TypeError) as e:
@@ -133,14 +133,14 @@ def replayed(by_value):
 baked, read = (replayed(by_value) if tape else np.nan for by_value in (True, False))
 print(f"at a rate of 0.1, off by {baked:.2f} with its numbers baked in, by {read:.0e} with numbers read from the device")
 assert not tape or baked > 0.05 and read < 1e-5
-home, ids = tf.backend(), np.arange(68).reshape(4, 17) % 64
-tf.use("strict")
-net, flat = tf.GPT(tf.GPTConfig(vocab=64, positions=32, width=32, layers=4, heads=2), seed=0), tf.AdamW(0.1)
+home, ids = ft.backend(), np.arange(68).reshape(4, 17) % 64
+ft.use("strict")
+net, flat = ft.GPT(ft.GPTConfig(vocab=64, positions=32, width=32, layers=4, heads=2), seed=0), ft.AdamW(0.1)
 flat.start(net.named_parameters())
 zeros = [(p, 0 * p.data, 0 * p.data) for p in net.parameters()]
-table = {"forward and back": cost(lambda: tf.train.objective(net, tf.train.question(ids))[1].backward()), "AdamW, end to end": cost(flat.step),
+table = {"forward and back": cost(lambda: ft.train.batch.compute_loss(net, ft.train.batch.read_batch(ids))[1].backward()), "AdamW, end to end": cost(flat.step),
          "AdamW, one by one": cost(lambda: [update(p.data, p.grad, m, v, 0.1, 0.9, 0.99, 1e-8, 0.01, 1) for p, m, v in zeros])}
-tf.use(home)
+ft.use(home)
 assert table["forward and back"][2:] == (0, 2) and table["AdamW, end to end"][0] < table["AdamW, one by one"][0] / 2
 print(f"{'a GPT of ' + str(len(zeros)) + ' tensors':20}launches      MB   waits   copies   µs to launch   µs to move: by the formula")
 for name, (launches, moved, waits, copies) in table.items():

@@ -14,7 +14,7 @@ from unittest import mock
 
 import numpy as np
 
-import tinyft as tf
+import tinyft as ft
 from tinyft.array import bfloat16
 from tinyft.learn.lessons import figure, quote, show
 
@@ -43,18 +43,18 @@ for name, dtype in {"float32": np.dtype(np.float32), **HALVES}.items():
         weight -= weight / dtype.type(1000)
     print(f"{name:9} sum {float(total):4.0f}   weight {float(weight):.3f}")
     assert total == {"float32": 4096, "bfloat16": 256, "float16": 2048}[name] and (weight == 1) == (name == "bfloat16")
-assert tf.ops.sum(tf.Tensor(np.ones(4096, bfloat16))).item() == 4096         # the library adds up in float32 and rounds once
+assert ft.ops.sum(ft.Tensor(np.ones(4096, bfloat16))).item() == 4096         # the library adds up in float32 and rounds once
 # %% [markdown]
 # ## Weights that train
 # So of tensors in 16 bits our optimisers keep the values in float32: **master weights**. They step there, and show the tensors rounded.
 # We teach a small GPT of prose some Python at a small rate, with masters and without. **Predict first.** Without them, does nothing move?
 # %%
-quote(tf.optim.Rounded.lay_out)
-code = tf.data.pretraining("source", "valid")[:20_000]
+quote(ft.optim.optimizers.Rounded.lay_out)
+code = ft.data.pretraining("source", "valid")[:20_000]
 def train(dtype=None, masters=True, autocast=None, lr=1e-5, steps=96):
-    model, optimizer = tf.load("base-gpt-small")[0].to(dtype=dtype), tf.AdamW(lr, weight_decay=0)
-    with mock.patch.object(tf.optim, "Rounded", tf.optim.Rounded if masters else tf.optim.Group):
-        return model, optimizer, np.array(tf.fit(model, tf.data.lm_batches(code, 32, 8), steps, optimizer, autocast=autocast).losses)
+    model, optimizer = ft.load("base-gpt-small")[0].to(dtype=dtype), ft.AdamW(lr, weight_decay=0)
+    with mock.patch.object(ft.optim, "Rounded", ft.optim.optimizers.Rounded if masters else ft.optim.optimizers.Group):
+        return model, optimizer, np.array(ft.fit(model, ft.data.lm_batches(code, 32, 8), steps, optimizer, autocast=autocast).losses)
 runs = {"float32": train(), "with masters": train(bfloat16), "alone": train(bfloat16, masters=False)}
 untouched = train(lr=1e-12)[2]
 gain = {name: untouched - losses for name, (*_, losses) in runs.items()}     # batch by batch
@@ -75,17 +75,17 @@ show("What the loss has gained. With masters bfloat16 goes as far as float32, on
 # the update they are divided by $S$. "Most would be lost", one often reads. It depends: the loss is a mean over $N$ tokens, so what comes back to
 # each carries $1/N$; 1,024 times as many tokens are like $S = 1/1024$. **Predict first.** Of 512 tokens, what share is lost? Of half a million?
 # %%
-model, asked = train(steps=0)[0], tf.train.question(code[:16 * 33].reshape(16, 33))
+model, asked = train(steps=0)[0], ft.train.batch.read_batch(code[:16 * 33].reshape(16, 33))
 def gradients(S, to="float16"):
     "(what comes back to tensors in float16, before it is rounded; the gradient of the weights, in float32), divided by S."
-    met, rounded = [], tf.precision.rounded
+    met, rounded = [], ft.precision.rounded
     def note(a, to):
         met.append(abs(a).ravel() if to == np.float16 else [])
         return rounded(a, to)
     model.zero_grad()
-    with tf.autocast(to, enabled=to != "float32"):
-        loss = tf.train.objective(model, asked)[1]
-    with mock.patch.object(tf.precision, "rounded", note), np.errstate(all="ignore"):
+    with ft.autocast(to, enabled=to != "float32"):
+        loss = ft.train.batch.compute_loss(model, asked)[1]
+    with mock.patch.object(ft.precision, "rounded", note), np.errstate(all="ignore"):
         (loss * S).backward()
     return np.concatenate([[], *met]) / S, np.concatenate([p.grad.ravel() for p in model.parameters()]) / S
 exact, scales = gradients(1, "float32")[1], 2.0**np.arange(-15, 26, 5)
@@ -111,12 +111,12 @@ show("Left: S moves gradients into float16's window. Right: with too small an S 
 # tries: a step whose gradients overflow is skipped, and $S$ halved; after so many good ones (here 8, usually 2,000) it is doubled. This is the loop
 # that `fit(..., autocast="float16")` goes through.
 # %%
-print("16 bits:", *sorted(tf.precision.PRODUCTS), "\nfloat32:", *sorted(tf.precision.SUMS | tf.precision.LOSSES), "\nas they come: all others")
-model, scaler, seen = train(steps=0)[0], tf.GradScaler(2.0**22, growth_interval=8), []
-optimizer = tf.AdamW(1e-3, weight_decay=0).start(model.named_parameters())
-for _, batch in zip(range(32), tf.data.lm_batches(code, 32, 8)):
-    with tf.autocast("float16"):
-        loss = tf.train.objective(model, tf.train.question(batch))[1]
+print("16 bits:", *sorted(ft.precision.PRODUCTS), "\nfloat32:", *sorted(ft.precision.SUMS | ft.precision.LOSSES), "\nas they come: all others")
+model, scaler, seen = train(steps=0)[0], ft.GradScaler(2.0**22, growth_interval=8), []
+optimizer = ft.AdamW(1e-3, weight_decay=0).start(model.named_parameters())
+for _, batch in zip(range(32), ft.data.lm_batches(code, 32, 8)):
+    with ft.autocast("float16"):
+        loss = ft.train.batch.compute_loss(model, ft.train.batch.read_batch(batch))[1]
     with np.errstate(all="ignore"):
         scaler.scale(loss).backward()
         norm = scaler.step(optimizer, clip=1.0)                              # divides by S, clips, updates; or skips
@@ -139,8 +139,8 @@ show("Left: S is found by trying. Right: bfloat16 lies on float32; float16 is be
 runs["autocast"], rows = train(autocast="bfloat16"), []
 print("bytes per weight    weights   gradients   optimiser   MB, one pass   gain (nats)")
 for name, (model, optimizer, losses) in runs.items():
-    with tf.peak_memory() as peak, tf.autocast(enabled=name == "autocast"):
-        tf.train.objective(model, asked)[1].backward()
+    with ft.peak_memory() as peak, ft.autocast(enabled=name == "autocast"):
+        ft.train.batch.compute_loss(model, asked)[1].backward()
     arrays = [p.data for p in model.parameters()], [p.grad for p in model.parameters()], optimizer.kept().values()
     rows.append([*(sum(a.nbytes for a in some) / was.size for some in arrays), peak["bytes"] / 1e6, np.mean((untouched - losses)[-8:])])
     print("{:16}{:9.1f}{:12.1f}{:12.1f}{:13.1f}{:15.2f}".format(name, *rows[-1]))

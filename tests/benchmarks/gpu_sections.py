@@ -18,7 +18,7 @@ from gpu_clock import Clock, Missing, Row, Work, fresh, ratio
 from gpu_sides import precision, torch_there
 from gpu_steps import compilers, gpt2, lesson, lora, memory
 
-import tinyft as tf
+import tinyft as ft
 from tinyft import array, optim
 from tinyft.array import bfloat16
 from tinyft.kernels.cuda import gemm, int4, layers, optimizer
@@ -59,7 +59,7 @@ def environment(c: Clock) -> Work:
     found = {"device": f"{d['name']}, {d['multiprocessors']} multiprocessors, {d['total'] / 2**30:.0f} GiB, compute capability {d['capability']}",
              "driver": f"CUDA {d['driver']}" + (f"; driver, clocks of processors and memory, power, ECC: {asked}" if asked else ""),
              "CUDA runtime of CuPy": d["runtime"], "Python": f"{platform.python_version()}, {platform.system()} {platform.machine()}",
-             "processor cores": len(os.sched_getaffinity(0)), "tinyft": tf.__version__,
+             "processor cores": len(os.sched_getaffinity(0)), "tinyft": ft.__version__,
              "CuPy": cp.__version__ + f", accelerators {os.environ.get('CUPY_ACCELERATORS', 'as it chooses')!r}",
              **{n: version(n) for n in ("numpy", "torch", "triton", "peft", "transformers", "nvidia-cublas")}}
     for what, value in found.items():
@@ -97,16 +97,16 @@ def agreement(c: Clock) -> Work:
     def curve(backend: str, method: Any, how: str = "fp32") -> np.ndarray:
         array.use(backend)
         try:
-            model, _ = tf.load("base-gpt-small")
+            model, _ = ft.load("base-gpt-small")
             if method is not None:
-                tf.attach(model, method)
-            batches = tf.data.lm_batches(tf.data.task("domain", train_size=20_000).train, T=T, batch_size=B)
+                ft.attach(model, method)
+            batches = ft.data.lm_batches(ft.data.task("domain", train_size=20_000).train, T=T, batch_size=B)
             with precision(how):
-                return np.array(tf.fit(model, batches, steps, tf.AdamW(1e-3), progress=False).losses)
+                return np.array(ft.fit(model, batches, steps, ft.AdamW(1e-3), progress=False).losses)
         finally:
             array.use("cupy")
     host: dict[str, np.ndarray] = {}
-    for name, method in (("full", None), ("LoRA, dropout 0.1", tf.LoRA(r=8, dropout=0.1))):
+    for name, method in (("full", None), ("LoRA, dropout 0.1", ft.LoRA(r=8, dropout=0.1))):
         for how in ("fp32", "tf32") if name == "full" else ("fp32",):
             def compare(name: str = name, method: Any = method, how: str = how) -> Row:
                 want = host.setdefault(name, curve("numpy", method))
@@ -202,11 +202,11 @@ def adam(c: Clock, copy: float) -> Row:
     ours, theirs = [a.copy() for a in start], [a.copy() for a in start]
     options = (1e-3, 0.9, 0.999, 1e-8, 0.01, 3)
     optimizer.adam_update(*ours, *options)
-    optim.adam_update(*theirs, *options)
+    optim.optimizers.adam_update(*theirs, *options)
     error = max(apart(a, b) for a, b in zip(ours, theirs))
     seconds = c.device(lambda: optimizer.adam_update(*ours, *options))
     return {"apart": error, "right": c.check(error < 1e-6), "ms": seconds * 1e3, "over a copy": seconds / (28 * n / copy),
-            "definition (float32) / kernel": c.device(lambda: optim.adam_update(*theirs, *options)) / seconds}
+            "definition (float32) / kernel": c.device(lambda: optim.optimizers.adam_update(*theirs, *options)) / seconds}
 
 
 def noise(c: Clock, copy: float) -> Row:
@@ -297,9 +297,9 @@ def overhead(c: Clock) -> Work:
     shape = (8, 64)
     x, y, W, E = cp.zeros(shape, np.float32), cp.zeros(shape, np.float32), cp.zeros((64, 64), np.float32), cp.zeros((100, 64), np.float32)
     ids, host = cp.zeros(8, np.int64), np.zeros(shape, np.float32)
-    X, Y, M, N = (tf.Tensor(a, requires_grad=True) for a in (x, y, W, E))
-    ones = tf.Tensor(cp.ones(64, np.float32), requires_grad=True)
-    o = tf.ops
+    X, Y, M, N = (ft.Tensor(a, requires_grad=True) for a in (x, y, W, E))
+    ones = ft.Tensor(cp.ones(64, np.float32), requires_grad=True)
+    o = ft.ops
     table: dict[str, tuple] = {                          # CuPy, tinyft, PyTorch (torch, x, y, W, E, ids)
         "x + y": (lambda: x + y, lambda: X + Y, lambda t, x, y, W, E, i: x + y),
         "2 x": (lambda: x * 2.0, lambda: X * 2.0, lambda t, x, y, W, E, i: x * 2.0),

@@ -15,7 +15,7 @@ import side_tinyft
 from cases import Case, batch
 from gpu_clock import Clock, Missing, fresh
 
-import tinyft as tf
+import tinyft as ft
 from tinyft import ops
 
 PRECISIONS = ("fp32", "tf32", "bf16")
@@ -27,13 +27,13 @@ def precision(how: str) -> Iterator[None]:
     "Products of float32 by tensor cores or not, on both sides.  bf16 is for `mixed` and torch.autocast."
     fast = how != "fp32"
     torch = importlib.import_module("torch") if importlib.util.find_spec("torch") else None
-    tf.set_float32_matmul_precision("high" if fast else "highest")
+    ft.set_float32_matmul_precision("high" if fast else "highest")
     if torch:
         torch.set_float32_matmul_precision("high" if fast else "highest")
     try:
         yield
     finally:
-        tf.set_float32_matmul_precision("highest")
+        ft.set_float32_matmul_precision("highest")
         if torch:
             torch.set_float32_matmul_precision("highest")
 
@@ -41,13 +41,13 @@ def precision(how: str) -> Iterator[None]:
 # ── tinyft ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 def mixed(how: str) -> contextlib.AbstractContextManager:
     "Around the forward pass."
-    return tf.autocast("bfloat16", enabled=how == "bf16")
+    return ft.autocast("bfloat16", enabled=how == "bf16")
 
 
 def tinyft_step(case: Case, how: str, capture: bool = False) -> Step:
     "capture: noted as one CUDA graph at its third call, and replayed."
     model, b = side_tinyft.build(case), {k: cp.asarray(v) for k, v in batch(case).items()}
-    optimizer = tf.AdamW(1e-3).start(tf.trained(model))
+    optimizer = ft.AdamW(1e-3).start(ft.trained(model))
 
     def step(ids: Any, labels: Any) -> Any:
         with mixed(how):
@@ -56,12 +56,12 @@ def tinyft_step(case: Case, how: str, capture: bool = False) -> Step:
         optimizer.step()
         optimizer.zero_grad()
         return loss
-    run = tf.capture(step) if capture else step
+    run = ft.capture(step) if capture else step
     return lambda: run(b["ids"], b["labels"])
 
 
 def tinyft_captured(case: Case, how: str) -> Step:
-    if not hasattr(tf, "capture"):
+    if not hasattr(ft, "capture"):
         raise Missing("tinyft has no captured step (tinyft.capture)")
     return tinyft_step(case, how, capture=True)
 

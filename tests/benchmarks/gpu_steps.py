@@ -12,7 +12,7 @@ from cases import Case
 from gpu_clock import Clock, Missing, Row, Work, fresh, ratio
 from gpu_sides import PRECISIONS, compiled, flops, least_bytes, precision, tinyft_captured, tinyft_step, torch_peak, torch_step
 
-import tinyft as tf
+import tinyft as ft
 from tinyft import Tensor
 
 GPT2 = Case("gpt2-small", 50257, 768, 12, 12, 8, 1024)
@@ -68,7 +68,7 @@ def fitted(c: Clock, case: Case) -> Row:
     for name, capture in (("fit", False), ("fit(capture=True)", True)):
         for steps in (3, n):                             # the first call compiles
             model, since = side_tinyft.build(case), time.perf_counter()
-            losses[name] = tf.fit(model, [cases.batch(case)], steps, tf.AdamW(1e-3), progress=False, capture=capture).losses
+            losses[name] = ft.fit(model, [cases.batch(case)], steps, ft.AdamW(1e-3), progress=False, capture=capture).losses
         row[f"{name}, ms a step"] = (time.perf_counter() - since) / n * 1e3
     mine, others = losses.values()
     return row | {"captured is eager": c.check(bool(np.allclose(mine[:8], others[:8], rtol=1e-3))), "fit / captured": np.divide(*row.values())}

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from tinyft.compare import PRESETS, Contender, progress, workers
+from tinyft.compare.run import PRESETS, Contender, progress, workers
 
 GRID = (1 / 3, 1, 3)
 

@@ -17,8 +17,8 @@ def build(c: Case) -> list[tuple[np.ndarray, ...]]:
     def product(a: np.ndarray, b: np.ndarray) -> None:
         products.append((a, b, np.empty((*a.shape[:-1], b.shape[-1]), np.float32)))
 
-    def linear(rows: int, cin: int, cout: int) -> None:
-        X, W, G = make(rows, cin), make(cout, cin), make(rows, cout)
+    def linear(rows: int, in_features: int, out_features: int) -> None:
+        X, W, G = make(rows, in_features), make(out_features, in_features), make(rows, out_features)
         product(X, W.T), product(G, W), product(G.T, X)
     for _ in range(c.L):
         linear(N, c.C, 3 * c.C), linear(N, c.C, c.C), linear(N, c.C, 4 * c.C), linear(N, 4 * c.C, c.C)

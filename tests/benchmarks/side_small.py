@@ -27,8 +27,8 @@ def start(run: Callable[[], object], c: Case) -> tuple[Callable[[], float], int]
 
 
 def op_tinyft(c: Case) -> Callable[[], object]:
-    import tinyft as tf
-    x, y = (tf.Tensor(np.ones(3, np.float32), requires_grad=True) for _ in range(2))
+    import tinyft as ft
+    x, y = (ft.Tensor(np.ones(3, np.float32), requires_grad=True) for _ in range(2))
     return lambda: [x + y for _ in range(1000)]
 
 
@@ -39,8 +39,8 @@ def op_torch(c: Case) -> Callable[[], object]:
 
 
 def graph_tinyft(c: Case) -> Callable[[], object]:
-    import tinyft as tf
-    x = tf.Tensor(np.ones(3, np.float32), requires_grad=True)
+    import tinyft as ft
+    x = ft.Tensor(np.ones(3, np.float32), requires_grad=True)
 
     def run() -> None:
         y = x
@@ -59,9 +59,9 @@ import_torch = import_tinyft
 
 
 def generate_tinyft(c: Case) -> Callable[[], object]:
-    import tinyft as tf
-    model, ids = tf.GPT(tf.GPTConfig(5000, 256, 256, 6, 8)), np.arange(16)[None]
-    return lambda: tf.generate(model, ids, TOKENS)
+    import tinyft as ft
+    model, ids = ft.GPT(ft.GPTConfig(5000, 256, 256, 6, 8)), np.arange(16)[None]
+    return lambda: ft.generate(model, ids, TOKENS)
 
 
 def generate_torch(c: Case) -> Callable[[], object]:
@@ -73,16 +73,16 @@ def generate_torch(c: Case) -> Callable[[], object]:
 
 
 def checkpoint() -> Path:
-    import tinyft as tf
+    import tinyft as ft
     folder = Path(tempfile.mkdtemp(prefix="tinyft-bench-"))
-    tf.save(tf.GPT(tf.GPTConfig(12000, 256, 512, 6, 8)), folder)
+    ft.save(ft.GPT(ft.GPTConfig(12000, 256, 512, 6, 8)), folder)
     return folder
 
 
 def load_tinyft(c: Case) -> Callable[[], object]:
-    import tinyft as tf
+    import tinyft as ft
     folder = checkpoint()
-    return lambda: tf.load(folder)[0].parameters()[0].data.sum()
+    return lambda: ft.load(folder)[0].parameters()[0].data.sum()
 
 
 def load_torch(c: Case) -> Callable[[], object]:

@@ -5,37 +5,37 @@ from collections.abc import Callable
 
 from cases import ALPHA, BOTTLENECK, CLASSES, PREFIX, RANK, Case, batch
 
-import tinyft as tf
+import tinyft as ft
 from tinyft import kernels
-from tinyft.objective import objective, question
+from tinyft.train.batch import compute_loss, read_batch
 
-METHODS = {"lora_qv": lambda: tf.LoRA(r=RANK, alpha=ALPHA, targets="attn.[qv]"), "bitfit": tf.BitFit,
-           "lora_all": lambda: tf.LoRA(r=RANK, alpha=ALPHA, targets=("attn.[qkvo]", "mlp.up", "mlp.down")),
-           "houlsby": lambda: tf.Houlsby(m=BOTTLENECK), "prefix": lambda: tf.PrefixTuning(p=PREFIX),
-           "head": lambda: tf.Partial(k=0)}
+METHODS = {"lora_qv": lambda: ft.LoRA(r=RANK, alpha=ALPHA, targets="attn.[qv]"), "bitfit": ft.BitFit,
+           "lora_all": lambda: ft.LoRA(r=RANK, alpha=ALPHA, targets=("attn.[qkvo]", "mlp.up", "mlp.down")),
+           "houlsby": lambda: ft.Houlsby(m=BOTTLENECK), "prefix": lambda: ft.PrefixTuning(p=PREFIX),
+           "head": lambda: ft.Partial(k=0)}
 
 
-def build(c: Case) -> tf.Module:
+def build(c: Case) -> ft.Module:
     kernels.keep_memory()
     if c.model == "gpt":
-        model = tf.GPT(tf.GPTConfig(c.V, c.T + PREFIX, c.C, c.L, c.H))
+        model = ft.GPT(ft.GPTConfig(c.V, c.T + PREFIX, c.C, c.L, c.H))
     else:
-        model = tf.BERT(tf.BERTConfig(c.V, c.T + PREFIX, 2, c.C, c.L, c.H))
+        model = ft.BERT(ft.BERTConfig(c.V, c.T + PREFIX, 2, c.C, c.L, c.H))
     if c.method == "head":
-        tf.classifier(model, classes=CLASSES)
+        ft.classifier(model, classes=CLASSES)
     if c.method in METHODS:
-        tf.attach(model, METHODS[c.method]())
+        ft.attach(model, METHODS[c.method]())
     return model.train()
 
 
-def start(model: tf.Module, c: Case) -> tuple[Callable[[], float], int]:
+def start(model: ft.Module, c: Case) -> tuple[Callable[[], float], int]:
     "(a training step that returns its loss, how many numbers train)"
-    optimizer, asked = tf.AdamW(1e-3).start(tf.trained(model)), question(batch(c))
+    optimizer, asked = ft.AdamW(1e-3).start(ft.trained(model)), read_batch(batch(c))
 
     def step() -> float:
-        _, loss = objective(model, asked)
+        _, loss = compute_loss(model, asked)
         loss.backward()
         optimizer.step()
         (optimizer if hasattr(optimizer, "zero_grad") else model).zero_grad()
         return loss.item()
-    return step, sum(p.size for p in tf.trained(model).values())
+    return step, sum(p.size for p in ft.trained(model).values())

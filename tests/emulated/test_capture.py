@@ -12,11 +12,11 @@ import fake_gpu
 import numpy as np
 import pytest
 
-import tinyft as tf
+import tinyft as ft
 from tinyft import GPT, SGD, AdamW, CannotCapture, GPTConfig, array, edit, kernels, ops
 from tinyft.kernels.cuda import capture, gemm, optimizer
-from tinyft.objective import next_tokens
 from tinyft.tensor import Tensor
+from tinyft.train.batch import next_tokens
 
 STEPS = 9
 BATCHES = np.random.default_rng(0).integers(0, 50, (STEPS, 3, 11))
@@ -35,13 +35,13 @@ class Training:
         if dtype:
             self.model.to(dtype=dtype)
         if method:
-            tf.attach(self.model, method)
+            ft.attach(self.model, method)
         self.model.train()
         self.how = how
         self.opt, self.rng = AdamW(0.01, **more).start(edit.trained(self.model)), np.random.default_rng(3)
 
     def step(self, ids, labels, factor, rng):
-        with tf.autocast(self.how or "bfloat16", enabled=self.how is not None):
+        with ft.autocast(self.how or "bfloat16", enabled=self.how is not None):
             loss = loss_of(self.model, ids, labels, rng)
         loss.backward()
         self.opt.step(factor, clip=1.0)
@@ -50,7 +50,7 @@ class Training:
 
     def go(self, capturing, batches=BATCHES, schedule=lambda t: 1 - t / 20):
         "The losses of all steps, and the weights after them."
-        step = tf.capture(self.step) if capturing else self.step
+        step = ft.capture(self.step) if capturing else self.step
         losses = [step(ids[:, :-1], next_tokens(ids), schedule(t), self.rng) for t, ids in enumerate(batches)]
         return np.array([float(loss.data) for loss in losses]), np.concatenate([array.asnumpy(p.data).ravel() for p in self.model.parameters()])
 
@@ -62,10 +62,10 @@ def as_if_run(make=Training, **how):
     assert np.array_equal(same, weights) and captured.opt.t == len(want)
 
 
-KINDS = {"plain": dict(), "dropout": dict(dropout=0.2), "lora": dict(method=tf.LoRA(r=2)), "lora, dropout": dict(method=tf.LoRA(r=2, dropout=0.3)),
-         "bitfit": dict(method=tf.BitFit()), "decay": dict(weight_decay=0.3),
-         "autocast": dict(how="bfloat16", dropout=0.2), "autocast, lora": dict(how="bfloat16", method=tf.LoRA(r=2)),
-         "16 bits": dict(dtype="bfloat16"), "lora over 16 bits": dict(dtype="bfloat16", method=tf.LoRA(r=2), how="bfloat16")}
+KINDS = {"plain": dict(), "dropout": dict(dropout=0.2), "lora": dict(method=ft.LoRA(r=2)), "lora, dropout": dict(method=ft.LoRA(r=2, dropout=0.3)),
+         "bitfit": dict(method=ft.BitFit()), "decay": dict(weight_decay=0.3),
+         "autocast": dict(how="bfloat16", dropout=0.2), "autocast, lora": dict(how="bfloat16", method=ft.LoRA(r=2)),
+         "16 bits": dict(dtype="bfloat16"), "lora over 16 bits": dict(dtype="bfloat16", method=ft.LoRA(r=2), how="bfloat16")}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -75,7 +75,7 @@ def test_a_replayed_step_is_the_step(kind):
 
 def test_a_replay_is_one_word_of_the_host():
     training = Training()
-    step = tf.capture(training.step)
+    step = ft.capture(training.step)
     for ids in BATCHES[:4]:
         step(ids[:, :-1], next_tokens(ids), 0.5, None)
     fake_gpu.reset()
@@ -88,14 +88,14 @@ def test_a_replay_is_one_word_of_the_host():
 def test_other_shapes_make_another_graph_and_ever_other_ones_are_refused():
     batches = [BATCHES[i][:, :[11, 8][i % 2]] for i in range(STEPS)]
     as_if_run(batches=batches)
-    step = tf.capture(lambda x: x * 2)
+    step = ft.capture(lambda x: x * 2)
     with pytest.raises(CannotCapture, match="ever other shapes"):
         for n in range(1, 20):
             step(np.ones(n, np.float32))
 
 
 def test_arguments_may_be_trees_and_results_are_copies():
-    step = tf.capture(lambda batch, scale: {"y": batch["x"] * scale, "z": (Tensor(batch["x"]), None)})
+    step = ft.capture(lambda batch, scale: {"y": batch["x"] * scale, "z": (Tensor(batch["x"]), None)})
     out = [step({"x": np.full(3, i, np.float32), "name": "a"}, np.float32([i])) for i in range(6)]
     assert [float(o["y"][0]) for o in out] == [i * i for i in range(6)] and [float(o["z"][0].data[1]) for o in out] == list(range(6))
     assert out[0]["z"][1] is None
@@ -103,7 +103,7 @@ def test_arguments_may_be_trees_and_results_are_copies():
 
 def test_on_numpy_capture_is_the_step_itself():
     array.use("numpy")
-    assert tf.capture(len) is len
+    assert ft.capture(len) is len
 
 
 # ── what must be noticed ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -202,7 +202,7 @@ HOST = np.ones(3, np.float32)
 
 def refused(step, *args):
     "What is said of a step that cannot be captured; the message comes at its third call."
-    captured, said = tf.capture(step), []
+    captured, said = ft.capture(step), []
     for _ in range(3):
         try:
             captured(*args)
@@ -267,26 +267,26 @@ def test_an_optimiser_that_cannot_is_refused():
 
 
 def test_a_scale_that_changes_is_refused_and_bfloat16_needs_none():
-    training, scaler = Training(), tf.GradScaler()
+    training, scaler = Training(), ft.GradScaler()
 
     def step(ids, labels, factor, rng):
-        with tf.autocast("float16"):
+        with ft.autocast("float16"):
             loss = loss_of(training.model, ids, labels)
         scaler.scale(loss).backward()
         scaler.step(training.opt, factor, clip=1.0)
         training.opt.zero_grad()
         return loss
     with pytest.raises(CannotCapture, match="capture a step in bfloat16"):
-        tf.capture(step)(BATCHES[0][:, :-1], next_tokens(BATCHES[0]), 1.0, None)
+        ft.capture(step)(BATCHES[0][:, :-1], next_tokens(BATCHES[0]), 1.0, None)
 
 
 def weights_stay_as_cast(m):
     "Weights that were cast before the step was noted: no kernel of the graph casts them."
-    kept, right = {}, tf.precision.weight
+    kept, right = {}, ft.precision.weight
 
     def weight(a):
-        return right(a) if array.recording is None else kept.setdefault(array.address(a), tf.precision.rounded(a, tf.precision.here.to))
-    m.setattr(tf.precision, "weight", weight)
+        return right(a) if array.recording is None else kept.setdefault(array.address(a), ft.precision.rounded(a, ft.precision.here.to))
+    m.setattr(ft.precision, "weight", weight)
 
 
 def test_weights_are_cast_at_each_replay():
@@ -299,8 +299,8 @@ def test_what_was_cast_before_a_captured_pass_is_cast_again_inside(forgotten, mo
     if forgotten:
         monkeypatch.setattr(capture, "precision", SimpleNamespace(here=SimpleNamespace(casts={})))
     training, ids = Training(), BATCHES[0]
-    with tf.no_grad(), tf.autocast("bfloat16"):
-        step = tf.capture(lambda ids: training.model(ids))
+    with ft.no_grad(), ft.autocast("bfloat16"):
+        step = ft.capture(lambda ids: training.model(ids))
         for _ in range(4):
             before = array.asnumpy(step(ids).data)
         for p in training.model.parameters():
@@ -312,7 +312,7 @@ def test_what_was_cast_before_a_captured_pass_is_cast_again_inside(forgotten, mo
 def test_after_a_refusal_training_goes_on_as_if_nothing_had_happened():
     one, other = Training(), Training()
     want, _ = one.go(False, BATCHES[:2])
-    bad = tf.capture(lambda *args: float(other.step(*args).data))
+    bad = ft.capture(lambda *args: float(other.step(*args).data))
     losses = [bad(ids[:, :-1], next_tokens(ids), 1 - t / 20, None) for t, ids in enumerate(BATCHES[:2])]
     with pytest.raises(CannotCapture, match="reads a number"):
         bad(BATCHES[0][:, :-1], next_tokens(BATCHES[0]), 1.0, None)
@@ -330,7 +330,7 @@ def test_a_norm_that_is_not_finite_updates_nothing_in_a_replay_too():
         norm = training.opt.step(1.0, clip=1.0)
         training.opt.zero_grad()
         return norm
-    step = tf.capture(step)
+    step = ft.capture(step)
     for t, ids in enumerate(BATCHES[:6]):
         before, bad = weights(), t == 4
         norm = step(ids[:, :-1], next_tokens(ids), np.float32([np.inf if bad else 1]))
@@ -389,16 +389,16 @@ def test_a_norm_that_is_not_finite_moves_nothing(bad):
 def test_after_a_replay_nobody_takes_weights_for_what_they_were():
     "A replay writes to weights and runs no Python: it must say so all the same, to casts kept by autocast and to graphs not yet walked back."
     training, eval_ids = Training(), BATCHES[0]
-    with tf.autocast("bfloat16"):
-        step = tf.capture(training.step)
+    with ft.autocast("bfloat16"):
+        step = ft.capture(training.step)
         for ids in BATCHES[:5]:
-            with tf.no_grad():
+            with ft.no_grad():
                 training.model(eval_ids)                                         # casts all weights
             loss = loss_of(training.model, ids[:, :-1], next_tokens(ids))
             step(ids[:, :-1], next_tokens(ids), 1.0, None)
-            with tf.no_grad():
+            with ft.no_grad():
                 seen = array.asnumpy(training.model(eval_ids).data)
-            with tf.no_grad(), tf.autocast("bfloat16"):                          # anew: with no casts to go by
+            with ft.no_grad(), ft.autocast("bfloat16"):                          # anew: with no casts to go by
                 assert np.array_equal(seen, array.asnumpy(training.model(eval_ids).data))
             with pytest.raises(RuntimeError, match="written in place"):
                 loss.backward()
@@ -426,7 +426,7 @@ def test_what_was_put_elsewhere_between_replays_is_seen(between, unseen, monkeyp
 
     def go(capturing):
         training = Training()
-        step, losses = tf.capture(training.step) if capturing else training.step, []
+        step, losses = ft.capture(training.step) if capturing else training.step, []
         for t, ids in enumerate(BATCHES):
             losses.append(float(step(ids[:, :-1], next_tokens(ids), 1.0, None).data))
             if t == 4:
@@ -443,19 +443,19 @@ WHOLE = [{k: v for k, v in row.items() if k != "mask"} for row in ROWS]
 
 
 @dataclass(frozen=True)
-class Pull(tf.Method):
+class Pull(ft.Method):
     "LoRA's matrices are pulled to zero: a method with a penalty."
     targets = "attn.[qv]"
 
     def edit(self, path, module, rng):
-        return tf.LoRA(r=2).edit(path, module, rng)
+        return ft.LoRA(r=2).edit(path, module, rng)
 
     def penalty(self, edits, model, ctx):
         return sum((e.A * e.A).sum() for e in edits.values()) * 0.01
 
 
 @dataclass(frozen=True)
-class Twice(tf.LoRA):
+class Twice(ft.LoRA):
     def phases(self, edits):
         yield 0.5
         for e in edits.values():
@@ -463,27 +463,27 @@ class Twice(tf.LoRA):
         yield 0.5
 
 
-FITS = {"text": (None, TEXT, {}), "dropout, LoRA": (tf.LoRA(r=2, dropout=0.2), TEXT, {"schedule": tf.cosine(warmup=3)}),
+FITS = {"text": (None, TEXT, {}), "dropout, LoRA": (ft.LoRA(r=2, dropout=0.2), TEXT, {"schedule": ft.cosine_schedule(warmup=3)}),
         "a class a row": (None, ROWS, {}), "BERT's class": (None, ROWS, {"kind": "class"}), "no padding": (None, WHOLE, {"kind": "class"}),
         "bfloat16": (None, TEXT, {"autocast": "bfloat16"}), "a penalty": (Pull(), TEXT, {}),
         "two phases": (Twice(r=2), TEXT, {"optimizer": AdamW(0.01, weight_decay=0.1)}),
         "more shapes than graphs": (None, [RNG.integers(0, 50, (2, t)) for t in range(3, 12)], {"steps": 40})}
 
 
-METHODS = [m.cls() for m in tf.methods()]
+METHODS = [m.cls() for m in ft.methods()]
 
 
 def fitted(name, capturing, **more):
     "Losses, what trains, and what was asked of the device."
     method, batches, how = FITS[name]
     kind, how = how.get("kind", "text"), {k: v for k, v in how.items() if k != "kind"}
-    model = GPT(GPTConfig(50, 32, 24, 2, 4, dropout=0.1)) if kind != "class" else tf.BERT(tf.BERTConfig(50, 32, 2, 24, 2, 4, dropout=0.1))
+    model = GPT(GPTConfig(50, 32, 24, 2, 4, dropout=0.1)) if kind != "class" else ft.BERT(ft.BERTConfig(50, 32, 2, 24, 2, 4, dropout=0.1))
     if "labels" in batches[0]:
-        tf.classifier(model, classes=2)
+        ft.classifier(model, classes=2)
     if method:
-        tf.attach(model, method)
+        ft.attach(model, method)
     fake_gpu.reset()
-    history = tf.fit(model, batches, **({"steps": 14, "progress": False, "capture": capturing} | how | more))
+    history = ft.fit(model, batches, **({"steps": 14, "progress": False, "capture": capturing} | how | more))
     return history.losses, np.concatenate([array.asnumpy(p.data).ravel() for p in edit.trained(model).values()]), fake_gpu.counts()
 
 
@@ -499,7 +499,7 @@ def test_fit_replays_what_it_would_run(name):
 def test_every_method_is_fitted_by_replays_or_refused(method, kind, monkeypatch):
     "One that has work of its own around a step is refused; replays of every other are what it does."
     monkeypatch.setitem(FITS, "method", (method, ROWS if kind == "class" else TEXT, {"steps": 9, "kind": kind}))
-    if type(method).begin is not tf.Method.begin or type(method).step is not tf.Method.step:
+    if type(method).begin is not ft.Method.begin or type(method).step is not ft.Method.step:
         with pytest.raises(CannotCapture, match=type(method).__name__):
             fitted("method", True)
         return
@@ -514,7 +514,7 @@ def test_every_method_is_fitted_by_replays_or_refused(method, kind, monkeypatch)
     ("two phases", lambda run, q, factor: (setattr(run.opt, "t", 1), run.replay(vars(q) | {"weight": 1}, factor, run.rng))[1])],
     ids=["no schedule", "other dropout", "no mask", "t stays"])
 def test_a_replay_of_something_else_is_noticed(name, replayed, monkeypatch):
-    monkeypatch.setattr(tf.train.Run, "replayed", replayed)
+    monkeypatch.setattr(ft.train.loop.Run, "replayed", replayed)
     (losses, weights, _), (same, too, _) = fitted(name, False), fitted(name, True)
     assert not np.array_equal(losses, same) and not np.array_equal(weights, too)
 
@@ -546,13 +546,13 @@ def test_a_step_that_is_not_finite_updates_nothing_in_a_replayed_fit():
     seen = []
     for capturing in (False, True):
         model = GPT(GPTConfig(50, 16, 24, 2, 4))
-        with pytest.raises(tf.Diverged) as e:
-            tf.fit(model, TEXT[:1], steps=30, optimizer=AdamW(0.01), clip=None, progress=False, capture=capturing, schedule=late)
+        with pytest.raises(ft.Diverged) as e:
+            ft.fit(model, TEXT[:1], steps=30, optimizer=AdamW(0.01), clip=None, progress=False, capture=capturing, schedule=late)
         seen.append((str(e.value), [p.numpy().tobytes() for p in model.parameters()]))
     assert seen[0] == seen[1] and "at step 8" in seen[0][0]
 
 
-class Busy(tf.LoRA):
+class Busy(ft.LoRA):
     def step(self, edits, t, T):
         pass
 
@@ -563,10 +563,10 @@ class Busy(tf.LoRA):
 def test_what_fit_cannot_capture_it_says_before_the_first_update(how, says):
     model = GPT(GPTConfig(50, 16, 24, 2, 4))
     if "method" in how:
-        tf.attach(model, how["method"])
+        ft.attach(model, how["method"])
     before = [p.numpy().copy() for p in model.parameters()]
     with pytest.raises(CannotCapture, match=says):
-        tf.fit(model, TEXT, steps=8, progress=False, capture=True, **{k: v for k, v in how.items() if k != "method"})
+        ft.fit(model, TEXT, steps=8, progress=False, capture=True, **{k: v for k, v in how.items() if k != "method"})
     assert all(np.array_equal(a, p.numpy()) for a, p in zip(before, model.parameters())) and all(p.grad is None for p in model.parameters())
 
 
@@ -577,6 +577,6 @@ def test_wrong_numbers_are_named_in_a_replayed_fit_too(wrong, error):
     right = {k: v for k, v in ROWS[0].items() if k in wrong}
     model = GPT(GPTConfig(50, 16, 24, 2, 4))
     if "labels" in wrong:
-        tf.classifier(model, classes=2)
+        ft.classifier(model, classes=2)
     with pytest.raises(IndexError, match=error):
-        tf.fit(model, [right] * 5 + [wrong], steps=6, progress=False, capture=True)
+        ft.fit(model, [right] * 5 + [wrong], steps=6, progress=False, capture=True)

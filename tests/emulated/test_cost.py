@@ -12,9 +12,10 @@ import fake_gpu
 import numpy as np
 import pytest
 
-import tinyft as tf
+import tinyft as ft
 from tinyft import BERT, GPT, AdamW, BERTConfig, GPTConfig, LoRA, edit, kernels
-from tinyft.train import Run, objective, question
+from tinyft.train.batch import compute_loss, read_batch
+from tinyft.train.loop import Run
 
 PHASES = ("forward", "backward", "loss", "update")
 TABLE: list[tuple[str, str, fake_gpu.Counts]] = []       # (model, phase, counts): printed by conftest.py
@@ -23,7 +24,7 @@ TABLE: list[tuple[str, str, fake_gpu.Counts]] = []       # (model, phase, counts
 def made(kind, layers, method=None):
     model = GPT(GPTConfig(50, 16, 24, layers, 4)) if kind == "gpt" else BERT(BERTConfig(50, 16, 2, 24, layers, 4))
     if method:
-        tf.attach(model, method)
+        ft.attach(model, method)
     return model.train()
 
 
@@ -49,8 +50,8 @@ def of_a_step(kind, layers, method=None, clip=1.0, how=None):
         return result
 
     for _ in range(5):
-        with tf.autocast(how or "bfloat16", enabled=how is not None):
-            loss = counted("forward", lambda: objective(model, question(a_batch(kind)))[1])
+        with ft.autocast(how or "bfloat16", enabled=how is not None):
+            loss = counted("forward", lambda: compute_loss(model, read_batch(a_batch(kind)))[1])
         counted("backward", loss.backward)
         counted("loss", lambda: float(loss.data))
         counted("update", lambda: optimizer.step(1.0, clip))
@@ -103,7 +104,7 @@ def test_a_step_under_autocast_asks_for_more_launches_and_no_more_products(how):
 def test_forward_and_backward_never_wait_and_copy_only_the_batch(kind):
     found = of_a_step(kind, 3)
     forward, backward = found["forward"][0], found["backward"][0]
-    q = question(a_batch(kind))
+    q = read_batch(a_batch(kind))
     assert forward.waits == backward.waits == forward.d2h == backward.d2h == backward.h2d == 0
     assert forward.h2d_bytes == sum(a.nbytes for a in (q.ids, q.labels, q.at) if a is not None)
 
@@ -119,7 +120,7 @@ def test_a_layer_costs_the_same_wherever_it_stands():
 def test_the_trainers_own_step_asks_for_no_more_and_waits_once():
     apart = of_a_step("gpt", 2)
     model = made("gpt", 2)
-    run = Run(model, [a_batch("gpt")], 4, AdamW(1e-3), tf.constant(), 1.0, 1, 0, None, 0, 0, "loss")
+    run = Run(model, [a_batch("gpt")], 4, AdamW(1e-3), ft.constant_schedule(), 1.0, 1, 0, None, 0, 0, "loss")
     steps = run.walk(None)
     next(steps)
     next(steps)
@@ -140,7 +141,7 @@ def test_without_clipping_nothing_is_scaled():
 
 def test_a_generated_token_waits_once_for_its_logits():
     model, ids = made("gpt", 2), np.zeros((3, 4), int)
-    tf.generate(model, ids, 3)
+    ft.generate(model, ids, 3)
     fake_gpu.reset()
-    tf.generate(model, ids, 3)
+    ft.generate(model, ids, 3)
     assert fake_gpu.counts().waits == fake_gpu.counts().d2h == 3

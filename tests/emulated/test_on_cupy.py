@@ -13,12 +13,12 @@ from helpers import dev, host, leaf, shapes_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tinyft as tf
+import tinyft as ft
 from tinyft import GPT, AdamW, BackendError, GPTConfig, LoRA, Tensor, array, kernels, ops, optim
 from tinyft import train as train_module
 from tinyft.array import bfloat16
 from tinyft.nn import Linear, Packed
-from tinyft.objective import objective, question
+from tinyft.train.batch import compute_loss, read_batch
 
 
 def on(backend, f, *args, fast=False, **more):
@@ -85,12 +85,12 @@ def test_the_noise_is_the_same_bit_for_bit(shape):
     assert np.array_equal(want, got)
 
 
-@pytest.mark.parametrize("method", [LoRA(r=2), tf.Houlsby(), tf.PrefixTuning(p=2), tf.PromptTuning(p=2)], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("method", [LoRA(r=2), ft.Houlsby(), ft.PrefixTuning(p=2), ft.PromptTuning(p=2)], ids=lambda m: type(m).__name__)
 @pytest.mark.parametrize("kind", KINDS)
 def test_initial_weights_are_the_same_bit_for_bit(kind, method):
     def start(seed=0):
         model = build(kind)
-        tf.attach(model, method, seed=seed)
+        ft.attach(model, method, seed=seed)
         return values(model)
     want, got = both(start)
     assert want.keys() == got.keys() and all(np.array_equal(want[n], got[n]) for n in want)
@@ -119,7 +119,7 @@ def test_dropout_draws_the_same_bits_in_every_layer_of_a_pass(keep):
 
 def test_the_order_of_the_data_is_the_same():
     def order(seed=3):
-        source = iter(tf.data.lm_batches(np.arange(400), 8, 4, seed=seed))
+        source = iter(ft.data.lm_batches(np.arange(400), 8, 4, seed=seed))
         return [np.asarray(next(source)["ids"]) for _ in range(15)]
     want, got = both(order)
     assert all(np.array_equal(a, b) for a, b in zip(want, got))
@@ -131,16 +131,16 @@ def test_a_run_goes_on_where_the_model_moved_to():
     "Three steps of AdamW on NumPy and three on CuPy, one optimiser: what six on NumPy give."
     def steps(route):
         model, out = on("numpy", build, "gpt"), []
-        on("numpy", tf.attach, model, LoRA(r=2, targets=("attn.[qv]", "mlp.up")))
-        optimizer = AdamW(0.01, weight_decay=0.1).start(tf.trained(model))
+        on("numpy", ft.attach, model, LoRA(r=2, targets=("attn.[qv]", "mlp.up")))
+        optimizer = AdamW(0.01, weight_decay=0.1).start(ft.trained(model))
         for backend in route:
             model.to(backend)
-            _, loss = objective(model, question(batch("gpt", 0)))
+            _, loss = compute_loss(model, read_batch(batch("gpt", 0)))
             loss.backward()
             optimizer.step(clip=1.0)
             optimizer.zero_grad()
             out.append(float(loss.data))
-        return np.array(out), {n: host(p) for n, p in tf.trained(model).items()}, optimizer.state()
+        return np.array(out), {n: host(p) for n, p in ft.trained(model).items()}, optimizer.state()
     want, values_, state = steps(["numpy"] * 6)
     got, there, moments = steps(["numpy"] * 3 + ["cupy"] * 3)
     assert np.abs(got / want - 1).max() < 4e-6 and want[-1] < want[0] - 1e-3
@@ -164,14 +164,14 @@ def train(kind, method, **more):
     "The losses of some steps of AdamW, and what the model then says, in float32."
     model = build(kind)
     if method is not None:
-        tf.attach(model, method)
-    history = tf.fit(model, [batch(kind, 0), batch(kind, 1)], STEPS, AdamW(0.01), progress=False, **more)
-    with tf.no_grad():
+        ft.attach(model, method)
+    history = ft.fit(model, [batch(kind, 0), batch(kind, 1)], STEPS, AdamW(0.01), progress=False, **more)
+    with ft.no_grad():
         return np.array(history.losses), host(model(tokens()))
 
 
-METHODS = {"everything": None, "lora": LoRA(r=2, targets=("attn.[qv]", "mlp.up")), "lora, dropout": LoRA(r=2, dropout=0.3), "bitfit": tf.BitFit(),
-           "houlsby": tf.Houlsby(), "prefix": tf.PrefixTuning(p=2), "prompt": tf.PromptTuning(p=2), "partial": tf.Partial()}
+METHODS = {"everything": None, "lora": LoRA(r=2, targets=("attn.[qv]", "mlp.up")), "lora, dropout": LoRA(r=2, dropout=0.3), "bitfit": ft.BitFit(),
+           "houlsby": ft.Houlsby(), "prefix": ft.PrefixTuning(p=2), "prompt": ft.PromptTuning(p=2), "partial": ft.Partial()}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -191,7 +191,7 @@ def test_training_is_numpys(kind, method):
 def test_training_in_16_bits_is_numpys(how, kind, method, monkeypatch):
     """But for what rounds the other way, since it was added up in another order; the kernels also round probabilities and the gradients of
     scores, which are factors of products there.  Adam makes much of little where a gradient is almost nothing.  S is small enough for all."""
-    monkeypatch.setattr(train_module, "GradScaler", partial(tf.GradScaler, 2.0**8))
+    monkeypatch.setattr(train_module, "GradScaler", partial(ft.GradScaler, 2.0**8))
     first = {"bfloat16": 3e-3, "float16": 4e-4}[how]
     want, y = on("numpy", train, kind, METHODS[method], autocast=how)
     exact, _ = on("numpy", train, kind, METHODS[method])
@@ -206,7 +206,7 @@ def test_training_in_16_bits_is_numpys(how, kind, method, monkeypatch):
 def test_training_a_model_in_16_bits_is_numpys(dtype):
     def life():
         model = build("gpt").to(dtype=dtype)
-        losses = tf.fit(model, [batch("gpt", 0), batch("gpt", 1)], STEPS, AdamW(1e-3), progress=False).losses
+        losses = ft.fit(model, [batch("gpt", 0), batch("gpt", 1)], STEPS, AdamW(1e-3), progress=False).losses
         return np.array(losses), {str(p.dtype) for p in model.parameters()}
     want, dtypes = on("numpy", life)
     for fast in (False, True):
@@ -221,12 +221,12 @@ def test_accumulating_is_numpys():
 
 def test_an_optimiser_that_does_almost_the_same_is_noticed(monkeypatch):
     want, _ = on("numpy", train, "gpt", None)
-    right = optim.adam_update
+    right = optim.optimizers.adam_update
 
     def without_correction(w, g, m, v, lr, b1, b2, eps, decay, t):
         right(w, g, m, v, lr, b1, b2, eps * 1e4, decay, t)
     without_correction.fast = {}
-    monkeypatch.setattr(optim, "adam_update", without_correction)
+    monkeypatch.setattr(optim.optimizers, "adam_update", without_correction)
     got, _ = on("cupy", train, "gpt", None)
     assert np.abs(got / want - 1).max() > 1e-5
 
@@ -234,10 +234,10 @@ def test_an_optimiser_that_does_almost_the_same_is_noticed(monkeypatch):
 def test_evaluation_and_resuming(tmp_path):
     def run(folder):
         model = build("bert")
-        tf.attach(model, LoRA(r=2))
-        judge = lambda: tf.evaluate(model, [batch("bert", 2)])
+        ft.attach(model, LoRA(r=2))
+        judge = lambda: ft.evaluate(model, [batch("bert", 2)])
         pair = [batch("bert", 0), batch("bert", 1)]
-        history = tf.fit(model, pair, 4, AdamW(0.01), progress=False, out=folder, resume=True, evaluate=judge, every=2)
+        history = ft.fit(model, pair, 4, AdamW(0.01), progress=False, out=folder, resume=True, evaluate=judge, every=2)
         return np.array(history.losses), judge()
     (want, judged), (got, also) = both(lambda: run(tmp_path / array.backend()))
     assert np.abs(got / want - 1).max() < 1e-6 and judged.keys() == also.keys()
@@ -251,7 +251,7 @@ def test_evaluation_and_resuming(tmp_path):
 # ── edits, files, text ───────────────────────────────────────────────────────────────────────────────────────────────
 def tuned(kind="gpt"):
     model = build(kind)
-    tf.attach(model, LoRA(r=2, targets=("attn.[qv]", "mlp.up")))
+    ft.attach(model, LoRA(r=2, targets=("attn.[qv]", "mlp.up")))
     return noise(model)
 
 
@@ -260,11 +260,11 @@ def test_merging_detaching_and_coming_back(kind):
     def life():
         model, base = tuned(kind), host(build(kind)(tokens()))
         edited = host(model(tokens()))
-        adapter = tf.detach(model)
+        adapter = ft.detach(model)
         plain = host(model(tokens()))
-        tf.attach(model, adapter)
+        ft.attach(model, adapter)
         back = host(model(tokens()))
-        merged = host(tf.merge(model)(tokens()))
+        merged = host(ft.merge(model)(tokens()))
         assert np.array_equal(plain, base) and np.array_equal(back, edited) and apart(merged, edited) < 1e-5 and apart(edited, base) > 1e-2
         return edited, merged
     for want, got in zip(*both(life)):
@@ -274,16 +274,16 @@ def test_merging_detaching_and_coming_back(kind):
 def test_adapters_and_models_go_from_one_backend_to_the_other(tmp_path):
     model = on("numpy", tuned)
     want = host(model(tokens()))
-    tf.save_adapter(model, tmp_path / "adapter")
+    ft.save_adapter(model, tmp_path / "adapter")
     other = build("gpt")
-    tf.load_adapter(other, tmp_path / "adapter")
+    ft.load_adapter(other, tmp_path / "adapter")
     assert other.embed.weight.device == "cupy" and apart(host(other(tokens())), want) < 1e-5
     there = other.to("numpy")
     assert there.embed.weight.device == "numpy" and apart(host(there(tokens())), want) < 1e-5
-    tf.save(tf.merge(build("gpt")), tmp_path / "model")
+    ft.save(ft.merge(build("gpt")), tmp_path / "model")
     base = host(build("gpt")(tokens()))
     for backend in ("numpy", "cupy"):
-        loaded = on(backend, tf.load, tmp_path / "model")
+        loaded = on(backend, ft.load, tmp_path / "model")
         loaded = loaded[0] if isinstance(loaded, tuple) else loaded
         assert loaded.embed.weight.device == backend and apart(host(loaded(tokens())), base) < 1e-5
 
@@ -295,7 +295,7 @@ def test_text_is_the_same(cache, sampling):
         model = tuned().to(dtype=np.float64)                                     # so that no rounding decides between two tokens
         mask = np.ones((4, 7), bool)
         mask[1, :2] = False
-        return tf.generate(model, tokens(), 6, mask=mask, cache=cache, rng=np.random.default_rng(1), **sampling)
+        return ft.generate(model, tokens(), 6, mask=mask, cache=cache, rng=np.random.default_rng(1), **sampling)
     want, got = both(write)
     assert isinstance(got, np.ndarray) and np.array_equal(got, want) and want.shape == (4, 13)
 
@@ -319,8 +319,8 @@ def test_a_step_over_a_packed_base():
             if isinstance(m, Linear):
                 m.weight = Int8(m.weight.data)
         assert model.blocks[0].attn.q.weight.codes.dtype == np.int8
-        tf.attach(model, LoRA(r=2))
-        return np.array(tf.fit(model, [batch("gpt", 0)], STEPS, AdamW(0.02), progress=False).losses)
+        ft.attach(model, LoRA(r=2))
+        return np.array(ft.fit(model, [batch("gpt", 0)], STEPS, AdamW(0.02), progress=False).losses)
     want, got = both(packed_then_trained)
     assert np.abs(got / want - 1).max() < 1e-6 and want[-1] < want[0] - 1e-3
 

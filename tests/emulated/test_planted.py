@@ -15,8 +15,8 @@ import pytest
 from contract import batch, build
 
 from tinyft import AdamW, array, edit, kernels, nn, optim, tensor
-from tinyft.objective import objective, question
 from tinyft.tensor import OPS
+from tinyft.train.batch import compute_loss, read_batch
 
 
 @dataclass
@@ -55,9 +55,9 @@ MISTAKES = {
     "CuPy's own random numbers": Mistake("embedding", "return W[ids]", "return W[ids] + 0 * m.random.standard_normal(W[ids].shape)", "ImportError"),
     "a name CuPy lacks": Mistake("attention", "q @ t(k)", "m.vecdot(q[..., :, None, :], k[..., None, :, :])", "AttributeError"),
     "a keyword CuPy lacks": Mistake("attention", EXP, "e = m.exp(s - m.where(top == -math.inf, 0, top), where=may)", "TypeError"),
-    "the norm read twice": Mistake("optim.clip_norm", "m.minimum(limit / (norm + 1e-6), 1.0)", "min(limit / (float(norm) + 1e-6), 1.0)", "waits"),
-    "a host array beside the moments": Mistake("optim.adam_update", "+ eps)", "+ np.full(w.shape, eps, np.float32))", "TypeError"),
-    "a step size of np.float64": Mistake("optim.adam_update", "(1 - b1) * g", "np.float64(1 - b1) * g.astype(np.float64)", "kernels"),
+    "the norm read twice": Mistake("optim.optimizers.clip_norm", "m.minimum(limit / (norm + 1e-6), 1.0)", "min(limit / (float(norm) + 1e-6), 1.0)", "waits"),
+    "a host array beside the moments": Mistake("optim.optimizers.adam_update", "+ eps)", "+ np.full(w.shape, eps, np.float32))", "TypeError"),
+    "a step size of np.float64": Mistake("optim.optimizers.adam_update", "(1 - b1) * g", "np.float64(1 - b1) * g.astype(np.float64)", "kernels"),
     "positions made on the host": Mistake("nn.Context.positions", "m.cumsum(keys.astype(np.int64), axis=1)",
                                              "m.asarray(np.cumsum(m.asnumpy(keys), axis=1))", "d2h"),
     "a size asked of the device": Mistake("tensor.sum_to", "g.ndim - len(shape)", "int(xp(g).asarray(g.ndim)) - len(shape)", "waits"),
@@ -103,10 +103,10 @@ def signs():
     losses, dtypes = [], set()
     for _ in range(3):
         fake_gpu.reset()
-        ctx, loss = objective(model, question(batch("gpt", 0)))
+        ctx, loss = compute_loss(model, read_batch(batch("gpt", 0)))
         loss.backward()
         losses.append(float(loss.data))
-        dtypes |= {str(loss.dtype), str(ctx.out.dtype), *(str(p.grad.dtype) for p in model.parameters() if p.grad is not None)}
+        dtypes |= {str(loss.dtype), str(ctx.output.dtype), *(str(p.grad.dtype) for p in model.parameters() if p.grad is not None)}
         optimizer.step(1.0, 0.01)
         model.zero_grad()
         seen = fake_gpu.counts()._asdict() | {"kernels": dict(fake_gpu.launched)}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from helpers import dev, host, leaf
 
-import tinyft as tf
+import tinyft as ft
 from tinyft import AdamW, GradScaler, ops
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: make test-peers installs it")
@@ -70,13 +70,13 @@ def test_a_scaler_that_is_not_theirs_is_noticed(wrong):
 # ── autocast ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 def both_passes(dtype: Any, enabled: bool) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     "Logits and the gradients of all parameters of one GPT, ours and as torch modules, under autocast or not."
-    model = tf.GPT(tf.GPTConfig(50, 24, 32, 2, 4), seed=3)
+    model = ft.GPT(ft.GPTConfig(50, 24, 32, 2, 4), seed=3)
     rng = np.random.default_rng(1)
     for p in model.parameters():
         p.copy_(host(p) + rng.standard_normal(p.shape).astype(np.float32) * 0.1)
     ids, labels = rng.integers(0, 50, (2, 4, 20))
     W = {n: torch.nn.Parameter(torch.tensor(np.array(host(p)))) for n, p in model.named_parameters().items()}
-    with tf.autocast(dtype, enabled=enabled):
+    with ft.autocast(dtype, enabled=enabled):
         z = model(ids)
         loss = ops.cross_entropy(z, dev(labels))
     loss.backward()
@@ -129,5 +129,5 @@ def together(found: dict) -> float:
 
 
 def test_a_residual_stream_in_16_bits_is_noticed(monkeypatch):
-    monkeypatch.setattr(tf.precision, "PRODUCTS", tf.precision.PRODUCTS | {"layer_norm", "add", "embedding"})
+    monkeypatch.setattr(ft.precision, "PRODUCTS", ft.precision.PRODUCTS | {"layer_norm", "add", "embedding"})
     assert together(errors("bfloat16")) > 1.2

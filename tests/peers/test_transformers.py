@@ -62,17 +62,17 @@ def batch(rng: np.random.Generator) -> dict[str, np.ndarray]:
     ids = np.where(mask, rng.integers(1, V, (B, T)), 0)
     types = np.where(mask, rng.integers(0, 2, (B, T)), 0)
     labels = np.where(mask, rng.integers(0, V, (B, T)), -100)
-    return {"ids": ids, "mask": mask, "types": types, "labels": labels, "classes": rng.integers(0, 5, B)}
+    return {"ids": ids, "mask": mask, "token_type_ids": types, "labels": labels, "classes": rng.integers(0, 5, B)}
 
 
 def their_output(model: Any, b: dict[str, np.ndarray]) -> Any:
-    facts = {"token_type_ids": torch.tensor(b["types"])} if "Bert" in type(model).__name__ else {}
+    facts = {"token_type_ids": torch.tensor(b["token_type_ids"])} if "Bert" in type(model).__name__ else {}
     out = model(input_ids=torch.tensor(b["ids"]), attention_mask=torch.tensor(b["mask"].astype(int)), **facts)
     return out.logits if hasattr(out, "logits") else out.prediction_logits if hasattr(out, "prediction_logits") else out.last_hidden_state
 
 
 def our_output(model: Module, b: dict[str, np.ndarray]) -> Any:
-    facts = {"types": b["types"]} if hasattr(model, "type") else {}
+    facts = {"token_type_ids": b["token_type_ids"]} if hasattr(model, "type") else {}
     return model(b["ids"], mask=b["mask"], **facts)
 
 
@@ -106,10 +106,10 @@ def test_logits_of_other_heads(name, tmp_path, rng):
     "The next-sentence head is not read; a GPT-2 without a head has our tied one, and its hidden states are theirs."
     they, we = loaded(theirs(name), tmp_path, "float64")
     b = batch(rng)
-    ctx = Context(mask=b["mask"], **({"types": b["types"]} if "Bert" in name else {}))
+    ctx = Context(mask=b["mask"], **({"token_type_ids": b["token_type_ids"]} if "Bert" in name else {}))
     out = we(b["ids"], ctx)
     with torch.no_grad():
-        near(real(host(out if "Bert" in name else ctx.hidden), b), real(their_output(they, b).numpy(), b), 1e-10)
+        near(real(host(out if "Bert" in name else ctx.last_hidden_state), b), real(their_output(they, b).numpy(), b), 1e-10)
 
 
 def gradients(they: Any, we: Module, b: dict[str, np.ndarray], rng: np.random.Generator) -> tuple[dict, dict]:

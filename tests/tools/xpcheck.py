@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 API = json.loads((ROOT / "tinyft" / "cupy_api.json").read_text(encoding="utf-8"))
 
 # Files and folders (in tinyft/) that work on host data only, and so may call NumPy as they like.
-HOST_FILES = ("data.py", "baselines.py", "compare.py", "cli.py", "strict.py", "memory.py", "formats/", "assets/", "learn/", "kernels/numpy.py")
+HOST_FILES = ("data/", "compare/", "cli.py", "strict.py", "memory.py", "formats/", "assets/", "learn/", "kernels/numpy.py")
 # Files and folders whose functions receive arrays of any backend.
 DEVICE_FILES = ("ops.py", "functional.py", "methods/")
 

@@ -42,7 +42,7 @@ def plan(config: dict, names: Iterable[str]) -> Plan:
         head = "classes" if "classifier.weight" in names else "mlm" if any(n.startswith("cls.predictions.") for n in names) else None
     rates = ("hidden_dropout_prob", 0.1), ("attention_probs_dropout_prob", 0.1), ("classifier_dropout", 0.0)
     sizes = BERTConfig(vocab=size(config, "vocab_size", 30522), positions=size(config, "max_position_embeddings", 512),
-                       types=size(config, "type_vocab_size", 2), width=size(config, "hidden_size", 768),
+                       token_types=size(config, "type_vocab_size", 2), width=size(config, "hidden_size", 768),
                        layers=size(config, "num_hidden_layers", 12), heads=size(config, "num_attention_heads", 12),
                        hidden=size(config, "intermediate_size", 3072), eps=number(config, "layer_norm_eps", 1e-12),
                        dropout=max(number(config, k, d, below=1) for k, d in rates))                        # ours has one rate
@@ -55,7 +55,7 @@ def places(p: Plan) -> dict[str, Place]:
     c = p.config
     C, F = c.width, c.hidden or 4 * c.width
     out = {f"{ours}.weight": Place(f"embeddings.{theirs}_embeddings.weight", (n, C))
-           for ours, theirs, n in (("embed", "word", c.vocab), ("pos", "position", c.positions), ("type", "token_type", c.types))}
+           for ours, theirs, n in (("embed", "word", c.vocab), ("pos", "position", c.positions), ("type", "token_type", c.token_types))}
 
     def add(ours: str, theirs: str, *shape: int) -> None:
         out[f"{ours}.weight"], out[f"{ours}.bias"] = Place(f"{theirs}.weight", shape), Place(f"{theirs}.bias", shape[:1])
@@ -81,7 +81,7 @@ def blank(p: Plan) -> BERT:
     model = BERT(p.config, Blank(), "mlm" if p.head == "mlm" else None, p.pooler)
     if p.head == "classes":
         model.new_head(p.classes, Blank())
-        model.fresh = ()                                 # this head comes from the file: part of the model, not new
+        model.head_modules = ()                                 # this head comes from the file: part of the model, not new
     return model
 
 
@@ -91,7 +91,7 @@ def plan_of(model: BERT) -> Plan:
     if model.head is None:
         return Plan(model.config, None, 0, pooler)
     if type(model.head) is Classifier and model.head.out.bias is not None and pooler:
-        return Plan(model.config, "classes", model.head.cout, True)
+        return Plan(model.config, "classes", model.head.out_features, True)
     if type(model.head) is not MaskedHead:
         raise ValueError(f"a BERT directory has no room for this head, a {type(model.head).__name__}")
     return Plan(model.config, "mlm", 0, pooler)
@@ -102,7 +102,7 @@ def config_of(p: Plan) -> dict[str, Any]:
     c = p.config
     architecture = {"mlm": "BertForMaskedLM", "classes": "BertForSequenceClassification", None: "BertModel"}[p.head]
     return {"model_type": "bert", "architectures": [architecture], "vocab_size": c.vocab, "max_position_embeddings": c.positions,
-            "type_vocab_size": c.types, "hidden_size": c.width, "num_hidden_layers": c.layers, "num_attention_heads": c.heads,
+            "type_vocab_size": c.token_types, "hidden_size": c.width, "num_hidden_layers": c.layers, "num_attention_heads": c.heads,
             "intermediate_size": c.hidden or 4 * c.width, "hidden_act": "gelu", "layer_norm_eps": c.eps,
             "hidden_dropout_prob": c.dropout, "attention_probs_dropout_prob": c.dropout,
             "classifier_dropout": c.dropout, "position_embedding_type": "absolute", "tie_word_embeddings": True}

@@ -51,9 +51,9 @@ def places(p: Plan) -> dict[str, Place]:
     def norm(ours: str, theirs: str) -> None:
         out.update({f"{ours}.{n}": Place(f"{theirs}.{n}", (C,)) for n in ("weight", "bias")})
 
-    def linear(ours: str, theirs: str, cin: int, cout: int, third: int | None = None) -> None:
-        out[f"{ours}.weight"] = Place(f"{theirs}.weight", (cout, cin), transposed=True, third=third)
-        out[f"{ours}.bias"] = Place(f"{theirs}.bias", (cout,), third=third)
+    def linear(ours: str, theirs: str, in_features: int, out_features: int, third: int | None = None) -> None:
+        out[f"{ours}.weight"] = Place(f"{theirs}.weight", (out_features, in_features), transposed=True, third=third)
+        out[f"{ours}.bias"] = Place(f"{theirs}.bias", (out_features,), third=third)
 
     for i in range(c.layers):
         norm(f"blocks.{i}.norm1", f"h.{i}.ln_1")
@@ -74,14 +74,14 @@ def blank(p: Plan) -> GPT:
     model = GPT(p.config, Blank())
     if p.head == "classes":
         model.new_head(p.classes, Blank())
-        model.fresh = ()                                 # this head comes from the file: part of the model, not new
+        model.head_modules = ()                                 # this head comes from the file: part of the model, not new
     return model
 
 
 def plan_of(model: GPT) -> Plan:
     "The plan that would build this model."
     if type(model.head) is Classifier and model.head.out.bias is None:
-        return Plan(model.config, "classes", model.head.cout)
+        return Plan(model.config, "classes", model.head.out_features)
     if type(model.head) is not TiedHead or model.head.bias is not None:
         raise ValueError(f"a GPT-2 directory has no room for this head, a {type(model.head).__name__}")
     return Plan(model.config, "lm")

@@ -14,7 +14,7 @@ from types import ModuleType
 import numpy as np
 
 from .. import array
-from ..optim import adam_update, at_once
+from ..optim.optimizers import adam_update, at_once
 from ..tensor import OPS
 from .system import keep_memory
 from .threads import get_num_threads, set_num_threads
@@ -45,7 +45,7 @@ def capture(step: Callable, otherwise: Callable | None = None) -> Callable:
             optimizer.step(factor, clip=1.0)
             optimizer.zero_grad()
             return loss
-        step = tf.capture(step)
+        step = ft.capture(step)
         loss = step(ids, labels, schedule(t, T), rng)
 
     What changes from call to call comes as an argument: arrays, a float for the optimiser's factor, a generator for dropout.  The first

@@ -36,14 +36,14 @@ class Attention(Module):
                  std_o: float | None = None):
         if c % h:
             raise ValueError(f"{h} heads do not divide a width of {c}")
-        self.h, self.causal, self.cin, self.cout = h, causal, c, c
+        self.h, self.causal, self.in_features, self.out_features = h, causal, c, c
         self.q, self.k, self.v = (Linear(c, c, rng, std=std) for _ in "qkv")
         self.kv, self.o = KV(h, c // h), Linear(c, c, rng, std=std_o or std)
         self.drop_p, self.drop = Dropout(dropout), Dropout(dropout)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         q, k, v = self.project(x, ctx)                                                                    # (B, H, T, D)
-        k, v, seen = self.kv((k, v, ctx.keys()), ctx)                                                     # (B, H, Tk, D)
+        k, v, seen = self.kv((k, v, ctx.key_mask()), ctx)                                                     # (B, H, Tk, D)
         seen = None if seen is None else seen[:, None, None, :]                                           # (B, 1, 1, Tk)
         key = self.drop_p.key(ctx)
         keep = None if key is None else self.noise(q, k, key)
@@ -73,7 +73,7 @@ class MLP(Module):
 
     def __init__(self, c: int, f: int, act: Callable, rng: np.random.Generator, dropout: float = 0.0, std: float = 0.02,
                  std_down: float | None = None):
-        self.cin = self.cout = c
+        self.in_features = self.out_features = c
         self.up, self.down = Linear(c, f, rng, std=std), Linear(f, c, rng, std=std_down or std)
         self.drop, self._act = Dropout(dropout), act
 
@@ -85,8 +85,8 @@ class PreNormBlock(Module):
     "x ← x + attn(norm1 x);  x ← x + mlp(norm2 x)      (GPT-2)"
 
     def __init__(self, attn: Attention, mlp: MLP, eps: float):
-        self.cin = self.cout = attn.cin
-        self.norm1, self.attn, self.norm2, self.mlp = LayerNorm(attn.cin, eps), attn, LayerNorm(attn.cin, eps), mlp
+        self.in_features = self.out_features = attn.in_features
+        self.norm1, self.attn, self.norm2, self.mlp = LayerNorm(attn.in_features, eps), attn, LayerNorm(attn.in_features, eps), mlp
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         x = x + self.attn(self.norm1(x, ctx), ctx)
@@ -97,8 +97,8 @@ class PostNormBlock(Module):
     "x ← norm1(x + attn x);  x ← norm2(x + mlp x)      (BERT, and the transformer of 2017)"
 
     def __init__(self, attn: Attention, mlp: MLP, eps: float):
-        self.cin = self.cout = attn.cin
-        self.attn, self.norm1, self.mlp, self.norm2 = attn, LayerNorm(attn.cin, eps), mlp, LayerNorm(attn.cin, eps)
+        self.in_features = self.out_features = attn.in_features
+        self.attn, self.norm1, self.mlp, self.norm2 = attn, LayerNorm(attn.in_features, eps), mlp, LayerNorm(attn.in_features, eps)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         x = self.norm1(x + self.attn(x, ctx), ctx)
@@ -120,7 +120,7 @@ class Classifier(Module):
     def __init__(self, c: int, classes: int, rng: np.random.Generator, last: bool, bias: bool = True, dropout: float = 0.0):
         self.last, self.drop, self.out = last, Dropout(dropout), Linear(c, classes, rng, bias=bias, std=c**-0.5)
 
-    cin, cout = property(lambda self: self.out.cin), property(lambda self: self.out.cout)
+    in_features, out_features = property(lambda self: self.out.in_features), property(lambda self: self.out.out_features)
 
     def row(self, x: Tensor, ctx: Context) -> Tensor:
         "(B, T, C) -> (B, C)"
@@ -147,7 +147,7 @@ def check_ids(ids: object, rows: int) -> None:
 
 def check_length(x: Tensor, ctx: Context, T: int, positions: int) -> None:
     "x (B, T + prompt, C) after the cached rows must fit the positions."
-    if ctx.start + x.shape[1] > positions:
-        of = [f"{n} of them {what}" for n, what in ((ctx.start, "cached"), (x.shape[1] - T, "a soft prompt")) if n]
+    if ctx.past_length + x.shape[1] > positions:
+        of = [f"{n} of them {what}" for n, what in ((ctx.past_length, "cached"), (x.shape[1] - T, "a soft prompt")) if n]
         said = f" ({', '.join(of)})" if of else ""
-        raise ValueError(f"a sequence of {ctx.start + x.shape[1]} tokens{said} is longer than the model's {positions} positions")
+        raise ValueError(f"a sequence of {ctx.past_length + x.shape[1]} tokens{said} is longer than the model's {positions} positions")

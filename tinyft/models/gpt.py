@@ -36,7 +36,7 @@ class GPT(Module):
 
     def __init__(self, config: GPTConfig = GPTConfig(), seed: int = 0):
         c, rng, thin = config, np.random.default_rng(seed), config.std * (2 * config.layers)**-0.5
-        self._config, self.cout = c, c.width
+        self._config, self.out_features = c, c.width
         self.embed, self.pos, self.drop = Embedding(c.vocab, c.width, rng), Embedding(c.positions, c.width, rng), Dropout(c.dropout)
         self.blocks = [PreNormBlock(Attention(c.width, c.heads, rng, True, c.dropout, c.std, thin),
                                     MLP(c.width, c.hidden or 4 * c.width, ops.gelu_tanh, rng, c.dropout, c.std, thin), c.eps)
@@ -44,29 +44,29 @@ class GPT(Module):
         self.norm, self.head = LayerNorm(c.width, c.eps), TiedHead(self.embed)
 
     config = property(lambda self: self._config)
-    fresh: tuple = ()                                    # names of the parts that are a new task head
+    head_modules: tuple = ()                                    # names of the parts that are a new task head
 
     def forward(self, ids: Any, ctx: Context) -> Tensor:
-        check_ids(ids, self.embed.cin)
+        check_ids(ids, self.embed.in_features)
         ctx.begin(ids, self.pos.weight.data)
         T = ctx.ids.shape[1]
         x = self.embed(ids if isinstance(ids, Tensor) else ctx.ids, ctx)         # (B, T, C); a soft prompt may lengthen it: ctx knows
-        check_length(x, ctx, T, self.pos.cin)
+        check_length(x, ctx, T, self.pos.in_features)
         x = self.drop(x + self.pos(ctx.positions(), ctx), ctx)
         for block in self.blocks:
-            if ctx.taps:
-                ctx.layers.append(x)
+            if ctx.output_hidden_states:
+                ctx.hidden_states.append(x)
             x = block(x, ctx)
-        ctx.hidden = self.norm(x, ctx)                                           # (B, T, C)
-        if ctx.taps:
-            ctx.layers.append(ctx.hidden)
+        ctx.last_hidden_state = self.norm(x, ctx)                                           # (B, T, C)
+        if ctx.output_hidden_states:
+            ctx.hidden_states.append(ctx.last_hidden_state)
         if ctx.cache is not None:
             ctx.cache.advance(ctx)
-        rows = self.head.row(ctx.hidden, ctx) if isinstance(self.head, Classifier) else ctx.pick(ctx.hidden)
-        ctx.out = self.head(rows, ctx)
-        return ctx.out
+        rows = self.head.row(ctx.last_hidden_state, ctx) if isinstance(self.head, Classifier) else ctx.select_positions(ctx.last_hidden_state)
+        ctx.output = self.head(rows, ctx)
+        return ctx.output
 
     def new_head(self, classes: int, rng: np.random.Generator) -> None:
         "A classifier in the place of the language-model head."
         self.head, self.embed.tied = Classifier(self.config.width, classes, rng, last=True, bias=False), False
-        self.fresh = ("head",)
+        self.head_modules = ("head",)

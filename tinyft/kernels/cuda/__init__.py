@@ -14,7 +14,7 @@ from __future__ import annotations
 from types import ModuleType
 
 from ... import array
-from ...optim import adam_update, at_once
+from ...optim.optimizers import adam_update, at_once
 from ...precision import takes_halves
 from ...tensor import OPS
 from . import gemm, layers, optimizer

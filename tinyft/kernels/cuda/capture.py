@@ -23,7 +23,7 @@ import numpy as np
 
 from ... import array, precision
 from ...array import Array, CannotCapture
-from ...optim import Optimizer
+from ...optim.optimizers import Optimizer
 from ...tensor import Tensor
 
 WATCHED = 2                                                                      # calls before the one that is noted

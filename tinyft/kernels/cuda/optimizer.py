@@ -11,8 +11,8 @@ import numpy as np
 
 from ... import array
 from ...array import Array, address, xp
-from ...optim import AdamW, Group, Optimizer, free
-from ...optim import adam_update as definition
+from ...optim.optimizers import AdamW, Group, Optimizer, free
+from ...optim.optimizers import adam_update as definition
 from . import launch
 from .launch import blocks, empty
 from .layers import THREADS, suits

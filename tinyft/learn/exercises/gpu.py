@@ -4,7 +4,7 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
-from ... import optim
+from ...optim import optimizers
 from ...array import asarray, asnumpy
 from ...kernels.cuda import optimizer
 from ...tensor import Tensor
@@ -203,7 +203,7 @@ def _(lr, b1, b2, decay, t):
 
 # ── lay_out ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 lay_out = Exercise(
-    "optim:Group.lay_out", difficulty=3, minutes=25, in_place=True, lines=9, hints=(
+    "optim.optimizers:Group.lay_out", difficulty=3, minutes=25, in_place=True, lines=9, hints=(
         "One array w for all numbers, and each tensor's data becomes a piece of it, in the tensor's own shape: w[s].reshape(shape) is a view of "
         "a slice, no copy.  Then an update of w is an update of every tensor.",
         "Sort first, so that tensors of more than LARGE numbers come last, and names in the same order; the places are the running sums of the "
@@ -219,14 +219,14 @@ def tensors(draw, large=False):
     if draw(st.booleans()):
         shapes.insert(0, (0,))
     if large:
-        shapes.insert(draw(st.integers(0, len(shapes))), (optim.LARGE + 1,))
+        shapes.insert(draw(st.integers(0, len(shapes))), (optimizers.LARGE + 1,))
     starts = np.cumsum([1] + [int(np.prod(s)) for s in shapes])
     return [np.arange(a, a + np.prod(s), dtype=F).reshape(s) for a, s in zip(starts, shapes)]
 
 
 def laid(f, arrays, moments=2):
     made = [Tensor(asarray(a.copy()), requires_grad=True) for a in arrays]
-    group = optim.Group(0.1, 0.0, [f"tensor {i}" for i in range(len(made))], list(made))
+    group = optimizers.Group(0.1, 0.0, [f"tensor {i}" for i in range(len(made))], list(made))
     f(group, moments)
     for name in ("w", "moments", "slices", "views"):
         if not hasattr(group, name):
@@ -272,7 +272,7 @@ def _(f, arrays, moments):
 @lay_out.law("large tensors come last, and names, tensors, slices and views in one order", arrays=tensors(large=True))
 def _(f, arrays):
     group, made = laid(f, arrays)
-    order = sorted(range(len(arrays)), key=lambda i: arrays[i].size > optim.LARGE)
+    order = sorted(range(len(arrays)), key=lambda i: arrays[i].size > optimizers.LARGE)
     places = lambda order: np.cumsum([0] + [arrays[i].size for i in order])
     close(np.array([int(n.split()[1]) for n in group.names]), np.array(order), "the names' numbers",
           {"the names stayed where they were: they belong to the tensors": np.arange(len(order))})
@@ -284,7 +284,7 @@ def _(f, arrays):
 
 def laid_out(group, moments, order=None, ordered_names=True, dtype=None):
     "The answer, with the usual errors in it on demand."
-    order = sorted(range(len(group.tensors)), key=lambda i: group.tensors[i].size > optim.LARGE) if order is None else order
+    order = sorted(range(len(group.tensors)), key=lambda i: group.tensors[i].size > optimizers.LARGE) if order is None else order
     group.names = [group.names[i] for i in order] if ordered_names else group.names
     group.tensors = [group.tensors[i] for i in order]
     ends = np.cumsum([0] + [p.size for p in group.tensors])

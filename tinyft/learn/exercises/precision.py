@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 
 from ... import precision
 from ...array import asarray, asnumpy, bfloat16, is_array
-from ...optim import Group, Rounded
+from ...optim import GradScaler
+from ...optim.optimizers import Group, Rounded
 from ...precision import PRODUCTS, ROUNDABLE, SUMS, rounded, widen
-from ...scaler import GradScaler
 from ...tensor import Tensor
 from ..diagnose import Unusable, close
 from ..exercise import Exercise
@@ -140,7 +140,7 @@ def _(name, arrays, kw):
 
 # ── gather_values ────────────────────────────────────────────────────────────────────────────────────────────────────
 gather_values = Exercise(
-    "optim:Rounded.gather_values", difficulty=3, minutes=20, in_place=True, hints=(
+    "optim.optimizers:Rounded.gather_values", difficulty=3, minutes=20, in_place=True, hints=(
         "self.w has more digits than the tensors show.  To copy the tensors into it would undo every step that is still too small to be seen.  So "
         "copy those alone that somebody else has written to.",
         "There are two ways to write: p.data = another array, and then p.data is not the view; or into the array itself (p.copy_), which "
@@ -262,7 +262,7 @@ def _(self):
 
 # ── update ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 update = Exercise(
-    "scaler:GradScaler.update", difficulty=1, minutes=10, in_place=True, hints=(
+    "optim.scaler:GradScaler.update", difficulty=1, minutes=10, in_place=True, hints=(
         "self.finite says how the last step went, self.good counts good ones in a row, self.now is S.",
         "Three cases: a step that was skipped shrinks S; the last of growth_interval good steps lets it grow; any other good step is counted.",
         "In a row: a skipped step sets the count to 0, and so does growth.  If not self.enabled, nothing changes."))

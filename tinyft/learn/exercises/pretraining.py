@@ -6,8 +6,8 @@ import math
 import numpy as np
 from hypothesis import strategies as st
 
-from ...batches import SPECIAL
-from ...batches import mlm as corrupt
+from ...data.batches import SPECIAL
+from ...data.batches import mlm as corrupt
 from ..diagnose import close
 from ..exercise import Exercise
 from ..sizes import array, booleans, integers, positive, sizes
@@ -17,7 +17,7 @@ FIRST, VOCAB = max(SPECIAL.values()) + 1, max(SPECIAL.values()) + 5             
 
 # ── next_tokens ──────────────────────────────────────────────────────────────────────────────────────────────────────
 next_tokens = Exercise(
-    "objective:next_tokens", difficulty=2, minutes=10, on_host=True, hints=(
+    "train.batch:next_tokens", difficulty=2, minutes=10, on_host=True, hints=(
         "The model reads all tokens but the last, and at each must say the one after it.  So the labels are the ids, moved by one place.",
         "A place asks nothing (-100) where the token to be said is padding, and where the token that is read there is padding: padding may stand "
         "on the "
@@ -71,7 +71,7 @@ def _(ids, mask=None):
 
 # ── mlm ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 mlm = Exercise(
-    "batches:mlm", difficulty=4, minutes=25, on_host=True, hints=(
+    "data.batches:mlm", difficulty=4, minutes=25, on_host=True, hints=(
         "Choose places first: real ones (mask) that hold no special token, each with probability p.  Only they get a label: what stood there.",
         "np.flatnonzero finds the free places, rng.random(len(free)) < p chooses among them; if none was chosen, take rng.choice(free, 1).  "
         "a.flat[places] "
@@ -175,7 +175,7 @@ def _(ids, mask, rng, vocab, special=SPECIAL, p=0.15):
 
 # ── pool ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 pool = Exercise(
-    "train:pool", difficulty=1, minutes=5, on_host=True, hints=(
+    "train.loop:pool", difficulty=1, minutes=5, on_host=True, hints=(
         "A batch of 10 tokens must not count as much as one of 1,000: what is averaged are tokens, not batches.",
         "The loss of all is Σ wᵢ ℓᵢ / Σ wᵢ.  The perplexity is e to that loss: averaging perplexities would favour the worst batch.",
         "math.exp raises OverflowError above 709: math.exp(min(loss, 700))."))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ... import ops
 from ...array import asarray, asnumpy, xp
-from ...optim import adam_update as reference_update
+from ...optim.optimizers import adam_update as reference_update
 from ..diagnose import close
 from ..exercise import Exercise
 from ..sizes import array, integers, positive, sizes
@@ -140,7 +140,7 @@ def _(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
 
 # ── clip_norm ────────────────────────────────────────────────────────────────────────────────────────────────────────
 clip_norm = Exercise(
-    "optim:clip_norm", difficulty=2, minutes=10, in_place=True, hints=(
+    "optim.optimizers:clip_norm", difficulty=2, minutes=10, in_place=True, hints=(
         "All gradients together are one long vector; its norm decides, and one factor scales all of it, so that the direction stays.",
         "The factor is limit / norm, but never more than 1: a short gradient stays as it is.  Write into the arrays: g *= factor.",
         "norm = sqrt(sum of (g * g).sum() over the arrays), computed before anything is scaled; then min(limit / (norm + 1e-6), 1.0) for all."))
@@ -218,7 +218,7 @@ def _(gradients, limit):
 
 # ── adam_update ──────────────────────────────────────────────────────────────────────────────────────────────────────
 adam_update = Exercise(
-    "optim:adam_update", difficulty=3, minutes=20, in_place=True, hints=(
+    "optim.optimizers:adam_update", difficulty=3, minutes=20, in_place=True, hints=(
         "m and v are running means of g and g²: they keep b1 (b2) of what they were.  All is written into w, m and v; nothing is returned.",
         "At the start m and v are too small, having begun at zero: m / (1 - b1**t) and v / (1 - b2**t) set that right.  t counts from 1.",
         "The decay has nothing to do with m and v: w ← w (1 - lr decay).  Then w ← w - lr m̂ / (√v̂ + ε): the root first, then ε."))
@@ -309,9 +309,9 @@ def _(w, g, m, v, lr, b1, b2, eps, decay, t):
 
 
 # ── cosine ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-cosine = Exercise(
-    "optim:cosine", difficulty=2, minutes=10, closed=("optim:_warm",), hints=(
-        "cosine gives back a function factor(t, T).  During the first `warmup` steps it rises in a straight line and reaches 1 at the last of them.",
+cosine_schedule = Exercise(
+    "optim.optimizers:cosine_schedule", difficulty=2, minutes=10, closed=("optim.optimizers:_warm",), hints=(
+        "cosine_schedule gives back a function factor(t, T).  During the first `warmup` steps it rises in a straight line and reaches 1 at the last of them.",
         "Step t = 0 is the first and should move already: (t + 1) / warmup.  Afterwards let s run from 0 towards 1: s = (t - warmup) / (T - warmup).",
         "floor + (1 - floor) (1 + cos(π s)) / 2.  A warmup below 1 is a share of all steps: round(warmup T)."))
 
@@ -325,7 +325,7 @@ def falling(T, w, floor=0.0):
     return np.array([(t + 1) / w if t < w else floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (t - w) / max(T - w, 1))) for t in range(T)])
 
 
-@cosine.law("half a cosine from 1 towards 0", T=st.integers(1, 8))
+@cosine_schedule.law("half a cosine from 1 towards 0", T=st.integers(1, 8))
 def _(f, T):
     line = np.array([1 - t / T for t in range(T)])
     guesses = {"it falls in a straight line": line,
@@ -333,25 +333,25 @@ def _(f, T):
     close(factors(f, T), falling(T, 0), f"the factors of {T} steps", guesses)
 
 
-@cosine.law("it falls to the floor", T=st.integers(1, 8), floor=st.sampled_from([0.5, 0.25]))
+@cosine_schedule.law("it falls to the floor", T=st.integers(1, 8), floor=st.sampled_from([0.5, 0.25]))
 def _(f, T, floor):
     guesses = {"it is cut off at the floor; the curve should be squeezed above it": falling(T, 0).clip(floor)}
     close(factors(f, T, floor=floor), falling(T, 0, floor), f"the factors of {T} steps, floor {floor}", guesses)
 
 
-@cosine.law("a warm-up of w steps: 1/w, 2/w, ... 1, then the cosine", T=st.integers(2, 8), w=st.integers(1, 4))
+@cosine_schedule.law("a warm-up of w steps: 1/w, 2/w, ... 1, then the cosine", T=st.integers(2, 8), w=st.integers(1, 4))
 def _(f, T, w):
     from_zero = np.array([t / w if t < w else x for t, x in enumerate(falling(T, w))])
     guesses = {"the first step has the rate 0, and is lost": from_zero}
     close(factors(f, T, warmup=w), falling(T, w), f"the factors of {T} steps, {w} of them warm-up", guesses)
 
 
-@cosine.law("a warm-up below 1 is a share of all steps", T=st.sampled_from([4, 8]))
+@cosine_schedule.law("a warm-up below 1 is a share of all steps", T=st.sampled_from([4, 8]))
 def _(f, T):
     close(factors(f, T, warmup=0.5), falling(T, T // 2), f"the factors of {T} steps, half of them warm-up")
 
 
-@cosine.believe("The warm-up begins at zero.", says="is lost")
+@cosine_schedule.believe("The warm-up begins at zero.", says="is lost")
 def _(warmup=0, floor=0.0):
     def factor(t, T):
         w = round(warmup * T) if 0 < warmup < 1 else int(warmup)
@@ -359,7 +359,7 @@ def _(warmup=0, floor=0.0):
     return factor
 
 
-@cosine.believe("The floor is a lower limit.", says="squeezed", subtle=True)
+@cosine_schedule.believe("The floor is a lower limit.", says="squeezed", subtle=True)
 def _(warmup=0, floor=0.0):
     def factor(t, T):
         w = round(warmup * T) if 0 < warmup < 1 else int(warmup)
@@ -367,11 +367,11 @@ def _(warmup=0, floor=0.0):
     return factor
 
 
-@cosine.believe("A cosine is a wave.", says="whole wave")
+@cosine_schedule.believe("A cosine is a wave.", says="whole wave")
 def _(warmup=0, floor=0.0):
     return lambda t, T: floor + (1 - floor) * 0.5 * (1 + math.cos(2 * math.pi * t / T))
 
 
-@cosine.believe("A warm-up is a number of steps.", says="factors of 4 steps, half", subtle=True)
+@cosine_schedule.believe("A warm-up is a number of steps.", says="factors of 4 steps, half", subtle=True)
 def _(warmup=0, floor=0.0):
     return lambda t, T: falling(T, int(warmup), floor)[t]

@@ -29,7 +29,7 @@ class Houlsby(Method):
     targets: Any = ("blocks.*.attn", "blocks.*.mlp")
 
     def edit(self, path: str, module: Module, rng: np.random.Generator) -> Edit:
-        return Bottleneck(module.cout, self.m, self.std, rng)
+        return Bottleneck(module.out_features, self.m, self.std, rng)
 
     def trains(self, name: str) -> bool:
         return self.norms and f".{name}".split(".")[-2].rstrip("012") == "norm" and not name.startswith("head.")

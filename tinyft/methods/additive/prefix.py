@@ -39,7 +39,7 @@ class PrefixTuning(Method):
         out: dict[str, Edit] = {}
         for path, m in found.items():
             if path.endswith(self.pos) and self.shift:
-                out[path] = Shift(self.p, m.cin)
+                out[path] = Shift(self.p, m.in_features)
             elif self.mlp is None:
                 out[path] = Prefix(*(array.normal(rng, (m.h, self.p, m.d), self.std) for _ in "KV"))
             else:
@@ -81,7 +81,7 @@ class Reparameterized(Prefix):
     "P_K, P_V of one layer from the shared hidden rows.  `eject` stores the prefix and drops the MLP."
 
     def __init__(self, h: int, d: int, shared: Hidden, rng: np.random.Generator):
-        self.hidden, self.W2, self._heads = shared, Linear(shared.W1.cout, 2 * h * d, rng, std=shared.W1.cout**-0.5), (h, d)
+        self.hidden, self.W2, self._heads = shared, Linear(shared.W1.out_features, 2 * h * d, rng, std=shared.W1.out_features**-0.5), (h, d)
 
     def prefix(self, ctx: Context) -> tuple[Tensor, Tensor]:
         h, d = self._heads
@@ -109,6 +109,6 @@ class Shift(Edit):
         self._p, self._rows = p, rows
 
     def before(self, positions: Any, ctx: Context) -> Any:
-        if self._p + ctx.start + ctx.ids.shape[1] > self._rows:
-            raise ValueError(f"{ctx.start + ctx.ids.shape[1]} tokens after a prefix of {self._p} go beyond the model's {self._rows} positions")
+        if self._p + ctx.past_length + ctx.ids.shape[1] > self._rows:
+            raise ValueError(f"{ctx.past_length + ctx.ids.shape[1]} tokens after a prefix of {self._p} go beyond the model's {self._rows} positions")
         return positions + self._p

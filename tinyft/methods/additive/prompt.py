@@ -41,14 +41,14 @@ class SoftPrompt(Edit):
 
     def __init__(self, embed: Module, p: int, init: str, rng: np.random.Generator):
         if init == "uniform":
-            P = rng.uniform(-0.5, 0.5, (p, embed.cout)).astype(np.float32)
+            P = rng.uniform(-0.5, 0.5, (p, embed.out_features)).astype(np.float32)
         else:
             W = embed.weight.dequantize() if isinstance(embed.weight, Packed) else embed.weight.data
-            P = array.asnumpy(W)[rng.integers(0, embed.cin, p)]
+            P = array.asnumpy(W)[rng.integers(0, embed.in_features, p)]
         self.P = Parameter(array.asarray(P), decay=False)
 
     def after(self, x: Any, y: Tensor, ctx: Context) -> Tensor:
-        if ctx.start:                                                            # the prompt is in the cache already
+        if ctx.past_length:                                                            # the prompt is in the cache already
             return y
         (p, C), B = self.P.shape, y.shape[0]
         ctx.prepend(p)
@@ -62,4 +62,4 @@ class Drop(Edit):
         self._p = p
 
     def after(self, x: Tensor, y: Tensor, ctx: Context) -> Tensor:
-        return y if ctx.start else y[:, self._p:]
+        return y if ctx.past_length else y[:, self._p:]

@@ -43,10 +43,10 @@ class LoRA(Method):
 class LowRank(Edit):
     "s (x Aᵀ) Bᵀ beside the module's output."
 
-    def __init__(self, cin: int, cout: int, r: int, s: float, dropout: float, rng: np.random.Generator):
-        bound = cin**-0.5
-        self.A = Parameter(array.asarray(rng.uniform(-bound, bound, (r, cin)).astype(np.float32)))
-        self.B = Parameter(array.asarray(np.zeros((cout, r), np.float32)))
+    def __init__(self, in_features: int, out_features: int, r: int, s: float, dropout: float, rng: np.random.Generator):
+        bound = in_features**-0.5
+        self.A = Parameter(array.asarray(rng.uniform(-bound, bound, (r, in_features)).astype(np.float32)))
+        self.B = Parameter(array.asarray(np.zeros((out_features, r), np.float32)))
         self.s, self.drop = s, Dropout(dropout)
 
     def delta(self) -> Array:

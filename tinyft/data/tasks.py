@@ -20,20 +20,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from .batches import CHOOSE, END, FIXED, SWAP, generator, one_of
-from .batches import IGNORE as IGNORE
-from .batches import SPECIAL as SPECIAL
-from .batches import Batches as Batches
-from .batches import Examples as Examples
-from .batches import encode as encode
-from .batches import lm_batches as lm_batches
-from .batches import mlm as mlm
-from .batches import mlm_batches as mlm_batches
-from .batches import pad as pad
-from .batches import text_batches as text_batches
-from .batches import windows as windows
+from .batches import CHOOSE, END, FIXED, SWAP, Examples, generator, one_of
 
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).parent.parent / "assets"
 SPLITS = ("train", "valid", "test")
 
 # The classes of *package*: standard packages with at least five modules in each of Python 3.10-3.13. assets/make.py records the counts.

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from .array import Array
-from .edit import Attached, Edit, Method
-from .nn import Context
+from ..array import Array
+from ..edit import Attached, Edit, Method
+from ..nn import Context
 
 __all__ = ["combine"]
 
@@ -46,7 +46,7 @@ def combine(adapters: list[Attached], weights: list[float] | None = None, name: 
     if len(weights) != len(adapters) or not adapters:
         raise ValueError(f"combine wants one weight per adapter; got {len(weights)} for {len(adapters)}")
     for a in adapters:
-        bad = [p for p, e in a.edits.items() if not e.has("after") or e.has("before") or e.has("tensor") or p.endswith(".kv")]
+        bad = [p for p, e in a.edits.items() if not e.overrides("after") or e.overrides("before") or e.overrides("tensor") or p.endswith(".kv")]
         if a.base or bad:
             raise ValueError(f"{a.name} {'trains ' + next(iter(a.base)) if a.base else 'edits ' + bad[0]}: only changes of outputs can be summed")
     paths = list(dict.fromkeys(p for a in adapters for p in a.edits))

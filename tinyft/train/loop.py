@@ -21,15 +21,15 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from . import array, edit, kernels, precision
-from .array import Array
-from .files import read_tensors, sweep, write_tensors
-from .models.blocks import Classifier, check_ids
-from .nn import Module, no_grad
-from .objective import Question, check_labels, objective, question
-from .optim import AdamW, Optimizer, Schedule, constant
-from .scaler import GradScaler
-from .tensor import Tensor
+from .. import array, edit, kernels, precision
+from ..array import Array
+from ..files import read_tensors, sweep, write_tensors
+from ..models.blocks import Classifier, check_ids
+from ..nn import Module, no_grad
+from ..optim import GradScaler
+from ..optim.optimizers import AdamW, Optimizer, Schedule, constant_schedule
+from ..tensor import Tensor
+from .batch import Targets, check_labels, compute_loss, read_batch
 
 
 class Diverged(ArithmeticError):
@@ -66,7 +66,7 @@ def fit(model: Module, batches: Any, steps: int, optimizer: Optimizer | None = N
 
     Ctrl-C finishes the step, writes the state and raises KeyboardInterrupt.  A loss or gradient that is not finite raises Diverged
     before anything is updated or written."""
-    run = Run(model, batches, steps, optimizer or AdamW(1e-3), schedule or constant(), clip, accumulate, seed, evaluate, every, patience, watch,
+    run = Run(model, batches, steps, optimizer or AdamW(1e-3), schedule or constant_schedule(), clip, accumulate, seed, evaluate, every, patience, watch,
               autocast, capture)
     kernels.keep_memory()
     path = None if out is None else Path(out) / "checkpoint.safetensors"
@@ -144,7 +144,7 @@ class Run:
         here = edit.attached(self.model)
         for a in here:
             a.method.begin(a.edits, self.t, T, self.rng)
-        questions, factor, norm = [question(self.source.next()) for _ in range(self.accumulate)], self.schedule(self.t, T), None
+        questions, factor, norm = [read_batch(self.source.next()) for _ in range(self.accumulate)], self.schedule(self.t, T), None
         self.tokens += sum(int(np.prod(q.ids.shape[:2])) for q in questions)
         if self.replay:
             loss, norm = self.replayed(questions[0], factor)
@@ -156,7 +156,7 @@ class Run:
         self.opt.zero_grad()
         self.history.losses.append(value)
 
-    def backward(self, questions: list[Question], rng: np.random.Generator) -> Array:
+    def backward(self, questions: list[Targets], rng: np.random.Generator) -> Array:
         "Gradients of the mean over all that is asked, with penalties.  Returns that mean."
         whole, total = sum(q.weight for q in questions), None
         for q in questions:
@@ -168,9 +168,9 @@ class Run:
             total = loss.data if total is None else total + loss.data
         return total
 
-    def loss(self, q: Question, rng: np.random.Generator) -> Tensor:
+    def loss(self, q: Targets, rng: np.random.Generator) -> Tensor:
         with precision.autocast(self.autocast or "bfloat16", enabled=self.autocast is not None), np.errstate(**self.expected):
-            ctx, loss = objective(self.model, q, rng)
+            ctx, loss = compute_loss(self.model, q, rng)
             for a in edit.attached(self.model):
                 loss = loss + a.method.penalty(a.edits, self.model, ctx)
         return loss
@@ -196,16 +196,16 @@ class Run:
     # ── a step as one CUDA graph ──
     def whole(self, asked: dict[str, Any], factor: float, rng: np.random.Generator) -> tuple[Array, Array]:
         "A step on one batch, from the forward pass to the update: its loss, and the norm of its gradients."
-        loss = self.backward([Question(**asked)], rng)
+        loss = self.backward([Targets(**asked)], rng)
         norm = self.opt.advance(factor, self.clip, loss)
         self.opt.zero_grad()
         return loss, norm
 
-    def replayed(self, q: Question, factor: float) -> tuple[Array, Array]:
+    def replayed(self, q: Targets, factor: float) -> tuple[Array, Array]:
         "The same, replayed; what a forward pass says of wrong numbers is said before."
-        check_ids(q.ids, self.model.embed.cin)
+        check_ids(q.ids, self.model.embed.in_features)
         if self.model.head is not None:
-            check_labels(q.labels, self.model.head.cout)
+            check_labels(q.labels, self.model.head.out_features)
         return self.replay(vars(q) | {"weight": 1}, float(factor), self.rng)         # a weight counts beside others only
 
     def check_capture(self) -> None:
@@ -244,7 +244,7 @@ class Run:
     # ── what a checkpoint holds ──
     def slots(self) -> dict[str, Any]:
         "Everything that training changes: edits with their buffers, and the base's tensors that train.  Tensors and arrays by name."
-        mine = {f"edit/{a.name}/{n}": v for a in edit.attached(self.model) for n, v in edit.slots(self.model, a).items() if n not in a.base}
+        mine = {f"edit/{a.name}/{n}": v for a in edit.attached(self.model) for n, v in edit.named_state(self.model, a).items() if n not in a.base}
         return mine | {f"base/{n}": p for n, p in edit.base_parameters(self.model).items() if p.requires_grad}
 
     def values(self) -> dict[str, np.ndarray]:
@@ -366,10 +366,10 @@ def evaluate(model: Module, batches: Iterable) -> dict[str, float]:
     try:
         with no_grad():
             for batch in batches:
-                q = question(batch)
-                ctx, loss = objective(model, q)
+                q = read_batch(batch)
+                ctx, loss = compute_loss(model, q)
                 parts.append((float(loss.data), q.weight))
-                guesses.append(array.asnumpy(ctx.out.data).reshape(len(q.labels), -1).argmax(-1))
+                guesses.append(array.asnumpy(ctx.output.data).reshape(len(q.labels), -1).argmax(-1))
                 truths.append(q.labels)
     finally:
         for m, training in was:
@@ -380,7 +380,7 @@ def evaluate(model: Module, batches: Iterable) -> dict[str, float]:
     guess, truth, (loss, perplexity) = guess[truth != -100], truth[truth != -100], pool(*zip(*parts))
     out = {"loss": loss, "perplexity": perplexity, "accuracy": float((guess == truth).mean())}
     if isinstance(getattr(model, "head", None), Classifier):
-        from .baselines import macro_f1
+        from ..data.baselines import macro_f1
         out["macro_f1"] = macro_f1(truth, guess)
     return out
 

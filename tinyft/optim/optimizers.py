@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from . import array
-from .array import Array, xp
-from .precision import HALVES, widen
-from .tensor import Tensor
+from .. import array
+from ..array import Array, xp
+from ..precision import HALVES, widen
+from ..tensor import Tensor
 
-__all__ = ["Optimizer", "SGD", "Adam", "AdamW", "constant", "linear", "cosine"]
+__all__ = ["Optimizer", "SGD", "Adam", "AdamW", "constant_schedule", "linear_schedule", "cosine_schedule"]
 
 
 at_once: dict[type, Callable] = {}                       # array type -> Optimizer.advance for all tensors at once, or None if it cannot
@@ -397,16 +397,16 @@ def _warm(warmup: float, after: Callable[[float], float]) -> Schedule:
     return factor
 
 
-def constant(warmup: float = 0) -> Schedule:
+def constant_schedule(warmup: float = 0) -> Schedule:
     "1 after the warm-up."
     return _warm(warmup, lambda s: 1.0)
 
 
-def linear(warmup: float = 0) -> Schedule:
+def linear_schedule(warmup: float = 0) -> Schedule:
     "Falls from 1 to 0 in a straight line after the warm-up."
     return _warm(warmup, lambda s: 1 - s)
 
 
-def cosine(warmup: float = 0, floor: float = 0.0) -> Schedule:
+def cosine_schedule(warmup: float = 0, floor: float = 0.0) -> Schedule:
     "Falls from 1 to `floor` along half a cosine after the warm-up."
     return _warm(warmup, lambda s: floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * s)))

@@ -18,10 +18,10 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from . import array, ops
-from .array import Array
-from .optim import Optimizer
-from .tensor import Tensor
+from .. import array, ops
+from ..array import Array
+from ..tensor import Tensor
+from .optimizers import Optimizer
 
 LARGEST = 2.0**60                                        # S, times a loss and squared in a norm, stays inside float32
 

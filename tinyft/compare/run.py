@@ -26,16 +26,17 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from . import array, baselines, data, edit, kernels
-from .files import write_atomically
-from .formats.huggingface import classifier, load
-from .methods import BitFit, Full, Houlsby, LoRA, Partial, PrefixTuning, PromptTuning
-from .models import BERT
-from .nn import Context, Module, no_grad
-from .objective import objective, question
-from .optim import AdamW, linear
+from .. import array, data, edit, kernels
+from ..data import baselines
+from ..files import write_atomically
+from ..formats.huggingface import classifier, load
+from ..methods import BitFit, Full, Houlsby, LoRA, Partial, PrefixTuning, PromptTuning
+from ..models import BERT
+from ..nn import Context, Module, no_grad
+from ..optim import AdamW, linear_schedule
+from ..train import evaluate, fit
+from ..train.batch import compute_loss, read_batch
 from .report import draw, table, verdict
-from .train import evaluate, fit
 
 __all__ = ["Settings", "PRESETS", "compare", "contenders"]
 
@@ -128,7 +129,7 @@ def base(s: Settings) -> tuple[Module, Any]:
 
 def fitting(s: Settings) -> Settings:
     "The same with texts short enough that this model's positions hold them and a prompt.  ValueError for a model too short for any."
-    positions = base(s)[0].pos.cin
+    positions = base(s)[0].pos.in_features
     if positions < PROMPT + 8:
         raise ValueError(f"the comparison wants a model of at least {PROMPT + 8} positions; this one has {positions}")
     return replace(s, T=min(s.T, positions - PROMPT))
@@ -167,7 +168,7 @@ def train_one(s: Settings, c: Contender, seed: int) -> dict[str, float]:
     task, batches, test = material(s, seed)
     model = c.model(s, seed)
     batches.load({**batches.state(), "seed": seed, "epoch": 0, "batch": 0})
-    fit(model, batches, s.steps, AdamW(c.lr), linear(0.1), seed=seed, progress=False)
+    fit(model, batches, s.steps, AdamW(c.lr), linear_schedule(0.1), seed=seed, progress=False)
     out = evaluate(model, test)
     if s.lm:
         out["prose"] = evaluate(model, prose(s, task))["perplexity"]
@@ -179,7 +180,7 @@ def simple_models(s: Settings, seed: int) -> dict[str, dict[str, float]]:
     task, _, test = material(s, seed)
     if s.lm:
         model, _ = base(s)
-        text, V = held_out(s, task), model.embed.cin
+        text, V = held_out(s, task), model.embed.in_features
         return {"unigrams": {"perplexity": baselines.unigram_perplexity(task.train, text, V)},
                 "bigrams": {"perplexity": baselines.bigram_perplexity(task.train, task.valid, text, V)},
                 "base, untouched": {"perplexity": evaluate(model, test)["perplexity"], "prose": evaluate(model, prose(s, task))["perplexity"]}}
@@ -209,11 +210,11 @@ def costs(s: Settings, c: Contender, rounds: int = 5) -> dict[str, Any]:
 
 def stepper(model: Module, batch: Any) -> Callable[[], None]:
     "One training step as a function: forward, backward, update."
-    opt, rng, q = AdamW(1e-4).start(edit.trained(model)), np.random.default_rng(0), question(batch)
+    opt, rng, q = AdamW(1e-4).start(edit.trained(model)), np.random.default_rng(0), read_batch(batch)
     model.train()
 
     def step() -> None:
-        _, loss = objective(model, q, rng)
+        _, loss = compute_loss(model, q, rng)
         loss.backward()
         opt.step(clip=1.0)
         model.zero_grad()
@@ -343,6 +344,6 @@ def forecast(paces: tuple[float, float], s: Settings, rows: list[Contender], job
 
 
 def machine() -> dict[str, Any]:
-    from . import __version__
+    from .. import __version__
     return {"python": platform.python_version(), "numpy": np.__version__, "tinyft": __version__, "system": platform.system(),
             "processor": platform.machine(), "cores": os.cpu_count(), "backend": array.backend()}

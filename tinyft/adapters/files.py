@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from . import array, edit
-from .edit import Attached, Method
-from .files import pack_tensors, read_tensors, write_atomically
-from .nn import Module
-from .tensor import Tensor
+from .. import array, edit
+from ..edit import Attached, Method
+from ..files import pack_tensors, read_tensors, write_atomically
+from ..nn import Module
+from ..tensor import Tensor
 
 __all__ = ["save_adapter", "load_adapter"]
 
@@ -23,7 +23,7 @@ def save_adapter(model: Module, path: str | os.PathLike, name: str | None = None
     """Write what one attached method trained (the last one, or `name`), with a new head if it carries one, to the folder `path`.
 
     Both files are written before either takes its place: a full disk leaves the old adapter as it was."""
-    a = edit.handle(model, name)
+    a = edit.get_attached(model, name)
     if known(type(a.method).__name__) is not type(a.method):
         raise ValueError(f"{type(a.method).__name__} is not a method that load_adapter could find by its name again")
     facts = {"method": type(a.method).__name__, "fields": dataclasses.asdict(a.method), "name": a.name,

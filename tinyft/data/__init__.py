@@ -1,0 +1,34 @@
+"Real text, three tasks on it, batches, and simple baselines."
+from .batches import (
+    IGNORE,
+    SPECIAL,
+    Batches,
+    Examples,
+    encode,
+    lm_batches,
+    mlm,
+    mlm_batches,
+    pad,
+    text_batches,
+    windows,
+)
+from .tasks import (
+    PACKAGES,
+    SPLITS,
+    Record,
+    Task,
+    key,
+    mask_names,
+    pretraining,
+    sentences,
+    shipped_tokenizer,
+    snapshot,
+    swap_two,
+    task,
+)
+
+__all__ = [
+    "IGNORE", "PACKAGES", "SPECIAL", "SPLITS", "Batches", "Examples", "Record", "Task", "encode", "key", "lm_batches",
+    "mask_names", "mlm", "mlm_batches", "pad", "pretraining", "sentences", "shipped_tokenizer", "snapshot", "swap_two",
+    "task", "text_batches", "windows",
+]
