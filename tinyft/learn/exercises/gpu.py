@@ -4,9 +4,9 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
-from ...optim import optimizers
 from ...array import asarray, asnumpy
 from ...kernels.cuda import optimizer
+from ...optim import optimizers
 from ...tensor import Tensor
 from ..cuda.exercise import Kernel
 from ..diagnose import Unusable, close
