@@ -326,8 +326,8 @@ def test_a_wrong_order_by_length_is_found(wrong):
 def test_once_is_everything_in_order_and_moves_nothing():
     batches = numbers(10, batch_size=4, seed=5, drop_last=True)
     next(batches)
-    before, passes = batches.state(), [list(batches.once()) for _ in range(2)]
-    assert batches.state() == before
+    before, passes = batches.state_dict(), [list(batches.once()) for _ in range(2)]
+    assert batches.state_dict() == before
     assert np.concatenate([batch["ids"] for batch in passes[0]]).tolist() == list(range(10))
     assert all(np.array_equal(a["noise"], b["noise"]) for a, b in zip(*passes, strict=True))
 
@@ -341,11 +341,11 @@ def resumes(make) -> bool:
     first = make()
     states, given = [], []
     for _ in range(2 * len(first) + 2):
-        states.append(json.dumps(first.state()))
+        states.append(json.dumps(first.state_dict()))
         given.append(next(first))
     for point in range(len(given)):
         fresh = make()
-        fresh.load(json.loads(states[point]))
+        fresh.load_state_dict(json.loads(states[point]))
         if not all(same(next(fresh), batch) for batch in given[point:]):
             return False
     return True
@@ -373,8 +373,8 @@ def test_noise_that_is_not_in_the_state_is_found():
         return Batches(np.arange(7), 3, collate=lambda chosen, _: {"ids": np.array(chosen), "noise": rng.random(2)})
 
     class Unmoved(Batches):
-        def load(self, state):
-            super().load({**state, "batch": 0})
+        def load_state_dict(self, state):
+            super().load_state_dict({**state, "batch": 0})
 
     assert not resumes(forgetful)
     assert not resumes(lambda: Unmoved(np.arange(7), 3, collate=lambda chosen, _: {"ids": np.array(chosen)}))
@@ -383,10 +383,10 @@ def test_noise_that_is_not_in_the_state_is_found():
 @pytest.mark.parametrize("change", [{"examples": 8}, {"batch_size": 2}, {"shuffle": False}, {"epoch": None}])
 def test_a_state_of_other_batches_is_refused(change):
     batches = numbers(7, batch_size=3)
-    before = batches.state()
+    before = batches.state_dict()
     with pytest.raises(ValueError, match=next(iter(change))):
-        batches.load({**before, **change})
-    assert batches.state() == before
+        batches.load_state_dict({**before, **change})
+    assert batches.state_dict() == before
 
 
 def test_padding_and_mask_agree(tokenizer):

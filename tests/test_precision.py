@@ -780,10 +780,10 @@ class Stops:
             self.at += 1
             yield self.batches[(self.at - 1) % len(self.batches)]
 
-    def state(self) -> int:
+    def state_dict(self) -> int:
         return self.at
 
-    def load(self, state: int) -> None:
+    def load_state_dict(self, state: int) -> None:
         self.at = state
 
 

@@ -75,13 +75,13 @@ class Stages:
             left -= count
         return next(self.sources[-1])
 
-    def state(self) -> dict:
-        return {"given": self.given, "sources": [s.state() for s in self.sources]}
+    def state_dict(self) -> dict:
+        return {"given": self.given, "sources": [s.state_dict() for s in self.sources]}
 
-    def load(self, state: dict) -> None:
+    def load_state_dict(self, state: dict) -> None:
         self.given = state["given"]
         for source, was in zip(self.sources, state["sources"]):
-            source.load(was)
+            source.load_state_dict(was)
 
 
 GPT_LENGTHS = {128: 1.0}

@@ -167,7 +167,7 @@ def train_one(s: Settings, c: Contender, seed: int) -> dict[str, float]:
     start = time.time()
     task, batches, test = material(s, seed)
     model = c.model(s, seed)
-    batches.load({**batches.state(), "seed": seed, "epoch": 0, "batch": 0})
+    batches.load_state_dict({**batches.state_dict(), "seed": seed, "epoch": 0, "batch": 0})
     fit(model, batches, s.steps, AdamW(c.lr), linear_schedule(0.1), seed=seed, progress=False)
     out = evaluate(model, test)
     if s.lm:

@@ -35,7 +35,7 @@ class Batches:
     drop_last   leave out an epoch's last batch if it is short (so each epoch leaves out a few examples, others each time)
     lengths     one per example: batches of like length, so that little is padding; still another order in every epoch
 
-    Every random draw is a function of (seed, epoch, batch), so `state()` is a few integers and `load(state)` goes on bitwise.
+    Every random draw is a function of (seed, epoch, batch), so `state_dict()` is a few integers and `load_state_dict(state)` goes on bitwise.
     """
 
     def __init__(self, examples: Sequence, batch_size: int, seed: int = 0, shuffle: bool = True, collate: Callable | None = None,
@@ -76,11 +76,11 @@ class Batches:
         for start in range(0, len(everything), self.batch_size):
             yield self._make(everything[start : start + self.batch_size], generator(self.seed, ONCE, start))
 
-    def state(self) -> dict[str, int | bool]:
+    def state_dict(self) -> dict[str, int | bool]:
         """Where the stream stands: JSON-able."""
         return {**{name: getattr(self, name) for name in PLACE}, **self._fixed()}
 
-    def load(self, state: Mapping[str, int | bool]) -> None:
+    def load_state_dict(self, state: Mapping[str, int | bool]) -> None:
         """Go on exactly where `state` was taken. Raises ValueError when it was taken over other examples or another batch size."""
         wrong = [f"{name} {value}, got {state.get(name)}" for name, value in self._fixed().items() if state.get(name) != value]
         wrong += [f"an integer {name}, got {state.get(name)!r}" for name in PLACE if not isinstance(state.get(name), int)]

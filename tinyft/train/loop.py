@@ -319,13 +319,13 @@ class Source:
         return b
 
     def state(self) -> Any:
-        return {"own": self.batches.state()} if hasattr(self.batches, "state") else {"count": self.count}
+        return {"own": self.batches.state_dict()} if hasattr(self.batches, "state_dict") else {"count": self.count}
 
     def load(self, state: Any) -> None:
-        if ("own" in state) != hasattr(self.batches, "load"):
+        if ("own" in state) != hasattr(self.batches, "load_state_dict"):
             raise ValueError("this checkpoint is of a run over another kind of batches: one says where it stands, the other is counted")
         if "own" in state:
-            self.batches.load(state["own"])
+            self.batches.load_state_dict(state["own"])
             self.it = iter(self.batches)
         else:
             while self.count < state["count"]:
