@@ -493,7 +493,7 @@ def head_outputs(K: np.ndarray, V: np.ndarray, causal: bool = False) -> tuple[np
 
     The library's layer must give the first."""
     rng = np.random.default_rng(3)
-    layer = Attention(6, 2, rng, causal)
+    layer = Attention(6, 2, rng=rng, causal=causal)
     for p in layer.parameters():
         p.copy_(rng.standard_normal(p.shape))
     for w, value in ((layer.o.weight, np.eye(6)), (layer.o.bias, np.zeros(6))):
@@ -734,7 +734,7 @@ class SomePrefix(Method):
     targets, kind, shift = ("attn.kv", "pos"), Prefix, Shift
 
     def edit(self, path: str, m: Module, rng: np.random.Generator) -> Edit | None:
-        return self.kind(*(array.normal(rng, (m.h, 3, m.d), 0.3) for _ in "KV")) if isinstance(m, KV) else self.shift(3, m.in_features)
+        return self.kind(*(array.normal(rng, (m.heads, 3, m.head_width), 0.3) for _ in "KV")) if isinstance(m, KV) else self.shift(3, m.in_features)
 
 
 class Kept(Method):

@@ -177,8 +177,8 @@ WRONG = {
     "Where it stands makes none in a GPT either.": ("gpt", lambda m: replaced(PreNormBlock, "forward", PostNormBlock.forward)),
     "The sum goes on from what the norm gave.": ("gpt", lambda m: replaced(PreNormBlock, "forward", _other_norm)),
     "Heads take turns among the features.": ("bert", lambda m: replaced(Attention, "split", _interleaved)),
-    "GELU is GELU.": ("gpt", lambda m: replaced(m.blocks[1].mlp, "_act", ops.gelu)),
-    "GELU is GELU in BERT as well.": ("bert", lambda m: replaced(m.blocks[0].mlp, "_act", ops.gelu_tanh)),
+    "GELU is GELU.": ("gpt", lambda m: replaced(m.blocks[1].mlp, "_activation", ops.gelu)),
+    "GELU is GELU in BERT as well.": ("bert", lambda m: replaced(m.blocks[0].mlp, "_activation", ops.gelu_tanh)),
     "A position is a column, padded or not.": ("gpt", lambda m: replaced(Context, "positions", _places_in_the_row)),
     "Padding is a token like any other.": ("bert", lambda m: replaced(Context, "key_mask", lambda self: None)),
     "Token types are for pairs; leave them out.": ("bert", lambda m: replaced(Context, "begin", _without_types)),
@@ -236,7 +236,7 @@ def test_dropout_acts_on_the_embeddings_the_probabilities_and_what_enters_the_re
 
 def check_noise(noise: Callable) -> None:
     "Factors 0 and 1/(1 − p), zero with probability p, every one drawn for itself, of the shape and dtype of the probabilities."
-    attn = Attention(C, H, np.random.default_rng(0), True, dropout=0.25)
+    attn = Attention(C, H, rng=np.random.default_rng(0), causal=True, dropout=0.25)
     for dtype in (np.float32, np.float64):
         q, k = (Tensor(dev(np.zeros((5, H, t, 4)), dtype)) for t in (30, 40))
         f = host(noise(attn, q, k, 11))
@@ -280,13 +280,13 @@ def test_noise_keeps_what_lies_on_the_line(monkeypatch):
     "u >= p is kept, as in ops.dropout: u = p has probability 2^−24, but the two must be one."
     monkeypatch.setattr(array, "uniform_like", lambda like, key: dev(np.full(like.shape, 0.25, np.float32)))
     q = Tensor(dev(np.zeros((1, H, 2, 4))))
-    assert (host(Attention(C, H, np.random.default_rng(0), True, 0.25).noise(q, q, 0)) == 1 / 0.75).all()
+    assert (host(Attention(C, H, rng=np.random.default_rng(0), causal=True, dropout=0.25).noise(q, q, 0)) == 1 / 0.75).all()
 
 
 # ── parts ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 def check_rows(row: Callable) -> None:
     x = Tensor(dev(np.arange(40.0).reshape(2, 5, 4)))
-    seen = lambda last, mask: (host(row(Classifier(4, 2, np.random.default_rng(0), last), x, made(mask)))[:, 0] / 4).tolist()
+    seen = lambda last, mask: (host(row(Classifier(4, 2, rng=np.random.default_rng(0), last=last), x, made(mask)))[:, 0] / 4).tolist()
     made = lambda mask: Context(mask=None if mask is None else dev(np.array(mask, bool)))
     for mask, last in ((None, [4, 9]), ([[1, 1, 1, 0, 0], [1, 0, 1, 1, 0]], [2, 8]), ([[0, 0, 1, 1, 1], [1, 0, 0, 0, 0]], [4, 5]),
                        ([[1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 0, 1, 0]], [2, 8])):      # two rows of a soft prompt, gone from x
@@ -326,12 +326,12 @@ def test_sinusoids_are_their_formula(T, c):
 
 def test_gradients_reach_all_that_attention_is_made_of():
     rng = np.random.default_rng(0)
-    attn = Attention(C, H, rng, True).to(dtype=np.float64)
+    attn = Attention(C, H, rng=rng, causal=True).to(dtype=np.float64)
     for p in attn.parameters():
         p.copy_(rng.standard_normal(p.shape))
     x, ctx = Tensor(dev(rng.standard_normal((2, 5, C))), requires_grad=True), Context()
     attn(x, ctx).sum().backward()
-    assert all(p.grad is not None for p in (x, *attn.parameters())) and (attn.in_features, attn.out_features) == (C, C) == (attn.kv.h * attn.kv.d, C)
+    assert all(p.grad is not None for p in (x, *attn.parameters())) and (attn.in_features, attn.out_features) == (C, C) == (attn.kv.heads * attn.kv.head_width, C)
 
 
 @pytest.mark.parametrize("mask", [None, LEFT], ids=["whole", "padded"])
@@ -408,15 +408,15 @@ def test_a_pooler_that_was_trained_is_no_part_of_a_new_head():
 
 def test_parts_have_the_defaults_they_say():
     rng = np.random.default_rng(0)
-    attn, mlp, head = Attention(WIDE, 4, rng, False), MLP(WIDE, 300, ops.gelu, rng), Classifier(WIDE, 50, rng, False)
+    attn, mlp, head = Attention(WIDE, 4, rng=rng, causal=False), MLP(WIDE, 300, activation=ops.gelu, rng=rng), Classifier(WIDE, 50, rng=rng, last=False)
     deviations(attn, dict.fromkeys("qkvo", 0.02))
     deviations(mlp, dict(up=0.02, down=0.02))
     deviations(head, dict(out=WIDE**-0.5))
-    for first in (Attention(C, H, np.random.default_rng(5), False).q, MLP(C, C, ops.gelu, np.random.default_rng(5)).up):
+    for first in (Attention(C, H, rng=np.random.default_rng(5), causal=False).q, MLP(C, C, activation=ops.gelu, rng=np.random.default_rng(5)).up):
         assert np.array_equal(host(first.weight), (np.random.default_rng(5).standard_normal((C, C)) * 0.02).astype(np.float32))
     assert attn.drop.p == attn.drop_p.p == mlp.drop.p == head.drop.p == 0 and head.out.bias is not None
-    deviations(Attention(WIDE, 4, rng, True, std_o=0.1), {**dict.fromkeys("qkv", 0.02), "o": 0.1})
-    deviations(MLP(WIDE, 300, ops.gelu, rng, std_down=0.1), dict(up=0.02, down=0.1))
+    deviations(Attention(WIDE, 4, rng=rng, causal=True, out_std=0.1), {**dict.fromkeys("qkv", 0.02), "o": 0.1})
+    deviations(MLP(WIDE, 300, activation=ops.gelu, rng=rng, out_std=0.1), dict(up=0.02, down=0.1))
     for model, eps in ((GPT(GPTConfig(V, P, C, L, H)), 1e-5), (BERT(BERTConfig(V, P, S, C, L, H)), 1e-12)):
         assert {m.eps for m in model.modules() if isinstance(m, LayerNorm)} == {eps}
         assert {m.p for m in model.modules() if isinstance(m, Dropout)} == {0.0}
@@ -457,7 +457,7 @@ def test_what_is_just_allowed_is_allowed_and_the_rest_says_why_not():
         with pytest.raises(ValueError, match=r"a sequence of 10 tokens \(7 of them cached\) is longer"):
             model(np.array(full)[:, :3], cache=cache)
     with pytest.raises(ValueError, match="5 heads do not divide a width of 12"):
-        Attention(12, 5, np.random.default_rng(0), True)
+        Attention(12, 5, rng=np.random.default_rng(0), causal=True)
     with pytest.raises(ValueError, match="BERT looks both ways"):
         new("bert")(np.array(full), cache=Cache())
     assert blocks.check_ids([], V) is None and blocks.check_ids(dev([[V + 5]]) if array.backend() != "numpy" else None, V) is None
@@ -482,3 +482,22 @@ def test_one_product_for_queries_keys_and_values_is_taken_only_where_nothing_is_
     detach(model)
     assert np.allclose(model(ids).numpy(), tables[0], atol=1e-5) and len(calls) == 2
     assert not np.allclose(*tables, atol=1e-3)
+
+
+@every
+def test_a_model_names_its_stacks_its_top_modules_and_the_sublayers_of_its_blocks(kind):
+    "Every path names a module; the embeddings, the blocks and the top modules together own every parameter."
+    model = new(kind)
+    modules = dict(model.named_modules())
+    assert model.stacks == {"decoder" if kind.startswith("gpt") else "encoder": ["blocks.0", "blocks.1"]}
+    assert model.top_modules == {"gpt": ("norm", "head"), "gpt-classes": ("norm", "head"), "bert": ("head",),
+                                 "bert-classes": ("pooler", "head"), "bert-bare": ()}[kind]
+    paths = [path for stack in model.stacks.values() for path in stack]
+    assert [modules[path] for path in paths] == model.blocks
+    for path in paths:
+        assert modules[path].sublayers == [("attn", "norm1"), ("mlp", "norm2")]
+        for module, norm in modules[path].sublayers:
+            assert modules[f"{path}.{module}"].in_features == C and isinstance(modules[f"{path}.{norm}"], LayerNorm)
+    below = ("embed", "pos", "type", "norm0")
+    owners = (*below, *paths, *model.top_modules)
+    assert all(name.startswith(tuple(f"{owner}." for owner in owners)) for name in model.named_parameters())

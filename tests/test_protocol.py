@@ -50,7 +50,7 @@ class Ladder(Method):
 class Rung(Edit):
     def __init__(self, C: int, c: int, T: float, first: bool, rng: np.random.Generator):
         self.D, self.D0, self._T = Linear(C, c, rng, std=0.3), Linear(C, c, rng, std=0.3) if first else None, T
-        self.side = PreNormBlock(Attention(c, 2, rng, True, std_o=0.3), MLP(c, 10, ops.gelu_tanh, rng, std_down=0.3), 1e-5)
+        self.side = PreNormBlock(Attention(c, 2, rng=rng, causal=True, out_std=0.3), MLP(c, 10, activation=ops.gelu_tanh, rng=rng, out_std=0.3), eps=1e-5)
         self.alpha = Parameter(dev(np.zeros(1, np.float32)), decay=False)
 
     def before(self, x: Tensor, ctx: Context) -> Tensor:

@@ -16,7 +16,7 @@ from .. import ops
 from ..array import xp
 from ..nn import Context, Dropout, Embedding, LayerNorm, Linear, Module, TiedHead
 from ..tensor import Tensor
-from .blocks import MLP, Attention, Classifier, PostNormBlock, check_ids, check_length
+from .blocks import MLP, Attention, Classifier, PostNormBlock, apply_head, embed_tokens, run_blocks
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,14 @@ class BERTConfig:
 class MaskedHead(Module):
     "logits = norm(gelu(W x + b)) Eᵀ + b'.    (..., C) -> (..., V)"
 
-    def __init__(self, embed: Embedding, eps: float, rng: np.random.Generator):
-        c = embed.out_features
-        self.dense, self.norm, self.decoder = Linear(c, c, rng), LayerNorm(c, eps), TiedHead(embed, bias=True)
+    def __init__(self, embed: Embedding, *, eps: float, rng: np.random.Generator):
+        width = embed.out_features
+        self.dense = Linear(width, width, rng=rng)
+        self.norm = LayerNorm(width, eps=eps)
+        self.decoder = TiedHead(embed, bias=True)
 
-    in_features, out_features = property(lambda self: self.dense.in_features), property(lambda self: self.decoder.out_features)
+    in_features = property(lambda self: self.dense.in_features)
+    out_features = property(lambda self: self.decoder.out_features)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         return self.decoder(self.norm(ops.gelu(self.dense(x, ctx)), ctx), ctx)
@@ -50,58 +53,67 @@ class MaskedHead(Module):
 class Pooler(Module):
     "tanh(W x_[CLS] + b).    (B, C) -> (B, C)"
 
-    def __init__(self, c: int, rng: np.random.Generator):
-        self.dense = Linear(c, c, rng, std=c**-0.5)                              # a new one keeps the size of what it is given, as Classifier
+    def __init__(self, width: int, *, rng: np.random.Generator):
+        self.dense = Linear(width, width, rng=rng, std=width**-0.5)              # keeps the size of its input, as Classifier does
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         return ops.tanh(self.dense(x, ctx))
 
 
 class BERT(Module):
-    "model(ids (B, T), mask=, token_type_ids=) -> what its head gives: MLM logits (B, T, V), class scores, or hidden states (B, T, C) without one."
+    """model(ids (B, T), mask=..., token_type_ids=...) -> the output of its head.
+
+    head="mlm": logits (B, T, V) of the masked-language-model head.  head=None: hidden states (B, T, C).  With a new head
+    (tinyft.classifier): class scores (B, classes)."""
 
     def __init__(self, config: BERTConfig = BERTConfig(), seed: int = 0, head: str | None = "mlm", pooler: bool = False):
-        c, rng = config, np.random.default_rng(seed)
-        self._config, self.out_features = c, c.width
-        self.embed, self.pos, self.type = (Embedding(n, c.width, rng) for n in (c.vocab, c.positions, c.token_types))
-        self.norm0, self.drop = LayerNorm(c.width, c.eps), Dropout(c.dropout)
-        self.blocks = [PostNormBlock(Attention(c.width, c.heads, rng, False, c.dropout, c.std),
-                                     MLP(c.width, c.hidden or 4 * c.width, ops.gelu, rng, c.dropout, c.std), c.eps)
-                       for _ in range(c.layers)]
-        self.pooler = Pooler(c.width, rng) if pooler else None
-        self.head = MaskedHead(self.embed, c.eps, rng) if head == "mlm" else None
+        c = config
+        rng = np.random.default_rng(seed)
+        hidden = c.hidden or 4 * c.width
+        self._config = config
+        self.out_features = c.width
+        self.embed = Embedding(c.vocab, c.width, rng=rng)
+        self.pos = Embedding(c.positions, c.width, rng=rng)
+        self.type = Embedding(c.token_types, c.width, rng=rng)
+        self.norm0 = LayerNorm(c.width, eps=c.eps)
+        self.drop = Dropout(c.dropout)
+        self.blocks = []
+        for _ in range(c.layers):
+            attn = Attention(c.width, c.heads, causal=False, rng=rng, dropout=c.dropout, std=c.std)
+            mlp = MLP(c.width, hidden, activation=ops.gelu, rng=rng, dropout=c.dropout, std=c.std)
+            self.blocks.append(PostNormBlock(attn, mlp, eps=c.eps))
+        self.pooler = Pooler(c.width, rng=rng) if pooler else None
+        self.head = MaskedHead(self.embed, eps=c.eps, rng=rng) if head == "mlm" else None
 
     config = property(lambda self: self._config)
-    head_modules: tuple = ()                                    # names of the parts that are a new task head
+    head_modules: tuple = ()                             # names of the parts of a new task head
+
+    @property
+    def stacks(self) -> dict[str, list[str]]:
+        "The paths of the blocks of each stack, bottom to top."
+        return {"encoder": [f"blocks.{i}" for i in range(len(self.blocks))]}
+
+    @property
+    def top_modules(self) -> tuple[str, ...]:
+        "The paths of the modules above the blocks."
+        return tuple(name for name in ("pooler", "head") if getattr(self, name) is not None)
 
     def forward(self, ids: Any, ctx: Context) -> Tensor:
-        check_ids(ids, self.embed.in_features)
         if ctx.cache is not None:
             raise ValueError("BERT looks both ways: its keys and values cannot be cached; call it without cache=")
-        ctx.begin(ids, self.pos.weight.data)
-        T = ctx.ids.shape[1]
-        x = self.embed(ids if isinstance(ids, Tensor) else ctx.ids, ctx)         # (B, T, C); a soft prompt may lengthen it: ctx knows
-        check_length(x, ctx, T, self.pos.in_features)
+        x = embed_tokens(self.embed, ids, ctx, positions=self.pos.in_features)   # (B, T, C)
         types = xp(ctx.ids).zeros_like(ctx.ids) if ctx.token_type_ids is None else ctx.token_type_ids
-        x = self.drop(self.norm0(x + self.pos(ctx.positions(), ctx) + self.type(types, ctx), ctx), ctx)
-        for block in self.blocks:
-            if ctx.output_hidden_states:
-                ctx.hidden_states.append(x)
-            x = block(x, ctx)
-        ctx.last_hidden_state = x                                                           # (B, T, C)
-        if ctx.output_hidden_states:
-            ctx.hidden_states.append(x)
-        if isinstance(self.head, Classifier):
-            ctx.output = self.head(self.pooler(self.head.row(x, ctx), ctx), ctx)
-        else:
-            ctx.output = x if self.head is None else self.head(ctx.select_positions(x), ctx)
-        return ctx.output
+        x = x + self.pos(ctx.positions(), ctx) + self.type(types, ctx)
+        x = self.drop(self.norm0(x, ctx), ctx)
+        return apply_head(self.head, run_blocks(self.blocks, x, ctx), ctx, self.pooler)
 
     def new_head(self, classes: int, rng: np.random.Generator) -> None:
-        "A classifier on the pooled [CLS] in the place of the masked-language-model head.  A pooler that was never trained is part of it."
-        self.head_modules = ("head",) if self.pooler is not None else ("head", "pooler")
+        """Put a classifier of the pooled [CLS] in the place of the masked-language-model head.
+
+        A model without a pooler gets one; it is then part of the new head."""
+        self.head_modules = ("head",)
         if self.pooler is None:
-            self.pooler = Pooler(self.config.width, rng)
-        self.head, self.embed.tied = Classifier(self.config.width, classes, rng, last=False, dropout=self.config.dropout), False
-
-
+            self.pooler = Pooler(self.config.width, rng=rng)
+            self.head_modules = ("head", "pooler")
+        self.head = Classifier(self.config.width, classes, rng=rng, last=False, dropout=self.config.dropout)
+        self.embed.tied = False

@@ -7,47 +7,58 @@ B batch, T time, C width, H heads, D = C/H head width, F feed-forward width, V v
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from .. import ops
 from ..array import Array, xp
-from ..nn import Context, Dropout, LayerNorm, Linear, Module, Parameter
+from ..nn import Context, Dropout, Embedding, LayerNorm, Linear, Module, Parameter
 from ..tensor import Tensor
 
 
 class KV(Module):
-    """(k, v, seen) -> what the queries look at.    k, v (B, H, Tk, D);  seen (B, Tk) bool, or None if all keys are real
+    """(k, v, key_mask) -> the keys and values that the queries look at.    k, v (B, H, Tk, D);  key_mask (B, Tk) bool, None if all keys are real
 
     The cache joins here.  A prefix is an edit of this part: it comes after the cache, so it is never cached twice."""
 
-    def __init__(self, h: int, d: int):
-        self.h, self.d = h, d
+    def __init__(self, heads: int, head_width: int):
+        self.heads = heads
+        self.head_width = head_width
 
     def forward(self, kv: tuple, ctx: Context) -> tuple:
-        k, v, seen = kv
-        return (k, v, seen) if ctx.cache is None else (*ctx.cache.join(self, k, v), seen)
+        k, v, key_mask = kv
+        if ctx.cache is not None:
+            k, v = ctx.cache.join(self, k, v)
+        return k, v, key_mask
 
 
 class Attention(Module):
-    "softmax(q kᵀ / √D) v over H heads, then o.    (B, T, C) -> (B, T, C)"
+    """softmax(q kᵀ / √D) v over H heads, then o.    (B, T, C) -> (B, T, C)
 
-    def __init__(self, c: int, h: int, rng: np.random.Generator, causal: bool, dropout: float = 0.0, std: float = 0.02,
-                 std_o: float | None = None):
-        if c % h:
-            raise ValueError(f"{h} heads do not divide a width of {c}")
-        self.h, self.causal, self.in_features, self.out_features = h, causal, c, c
-        self.q, self.k, self.v = (Linear(c, c, rng, std=std) for _ in "qkv")
-        self.kv, self.o = KV(h, c // h), Linear(c, c, rng, std=std_o or std)
-        self.drop_p, self.drop = Dropout(dropout), Dropout(dropout)
+    std: standard deviation of the initial maps; out_std: of the map o, if it is another."""
+
+    def __init__(self, width: int, heads: int, *, rng: np.random.Generator, causal: bool, dropout: float = 0.0, std: float = 0.02,
+                 out_std: float | None = None):
+        if width % heads:
+            raise ValueError(f"{heads} heads do not divide a width of {width}")
+        self.h, self.causal = heads, causal
+        self.in_features = self.out_features = width
+        self.q = Linear(width, width, rng=rng, std=std)
+        self.k = Linear(width, width, rng=rng, std=std)
+        self.v = Linear(width, width, rng=rng, std=std)
+        self.kv = KV(heads, width // heads)
+        self.o = Linear(width, width, rng=rng, std=out_std or std)
+        self.drop_p = Dropout(dropout)
+        self.drop = Dropout(dropout)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        q, k, v = self.project(x, ctx)                                                                    # (B, H, T, D)
-        k, v, seen = self.kv((k, v, ctx.key_mask()), ctx)                                                     # (B, H, Tk, D)
-        seen = None if seen is None else seen[:, None, None, :]                                           # (B, 1, 1, Tk)
+        q, k, v = self.project(x, ctx)                                           # (B, H, T, D)
+        k, v, key_mask = self.kv((k, v, ctx.key_mask()), ctx)                    # (B, H, Tk, D)
+        seen = None if key_mask is None else key_mask[:, None, None, :]          # (B, 1, 1, Tk)
         key = self.drop_p.key(ctx)
         keep = None if key is None else self.noise(q, k, key)
-        y = ops.attention(q, k, v, seen, causal=self.causal, keep=keep)                                   # (B, H, T, D)
+        y = ops.attention(q, k, v, seen, causal=self.causal, keep=keep)          # (B, H, T, D)
         return self.drop(self.o(y.permute(0, 2, 1, 3).reshape(x.shape), ctx), ctx)
 
     def project(self, x: Tensor, ctx: Context) -> Sequence[Tensor]:
@@ -71,22 +82,29 @@ class Attention(Module):
 class MLP(Module):
     "down(act(up(x))).    (..., C) -> (..., F) -> (..., C)"
 
-    def __init__(self, c: int, f: int, act: Callable, rng: np.random.Generator, dropout: float = 0.0, std: float = 0.02,
-                 std_down: float | None = None):
-        self.in_features = self.out_features = c
-        self.up, self.down = Linear(c, f, rng, std=std), Linear(f, c, rng, std=std_down or std)
-        self.drop, self._act = Dropout(dropout), act
+    def __init__(self, width: int, hidden: int, *, activation: Callable, rng: np.random.Generator, dropout: float = 0.0, std: float = 0.02,
+                 out_std: float | None = None):
+        self.in_features = self.out_features = width
+        self.up = Linear(width, hidden, rng=rng, std=std)
+        self.down = Linear(hidden, width, rng=rng, std=out_std or std)
+        self.drop = Dropout(dropout)
+        self._activation = activation
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        return self.drop(self.down(self._act(self.up(x, ctx)), ctx), ctx)
+        return self.drop(self.down(self._activation(self.up(x, ctx)), ctx), ctx)
 
 
 class PreNormBlock(Module):
     "x ← x + attn(norm1 x);  x ← x + mlp(norm2 x)      (GPT-2)"
+    sublayers = [("attn", "norm1"), ("mlp", "norm2")]    # (module, its norm), in the order in which they run
 
-    def __init__(self, attn: Attention, mlp: MLP, eps: float):
-        self.in_features = self.out_features = attn.in_features
-        self.norm1, self.attn, self.norm2, self.mlp = LayerNorm(attn.in_features, eps), attn, LayerNorm(attn.in_features, eps), mlp
+    def __init__(self, attn: Attention, mlp: MLP, *, eps: float):
+        width = attn.in_features
+        self.in_features = self.out_features = width
+        self.norm1 = LayerNorm(width, eps=eps)
+        self.attn = attn
+        self.norm2 = LayerNorm(width, eps=eps)
+        self.mlp = mlp
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         x = x + self.attn(self.norm1(x, ctx), ctx)
@@ -95,14 +113,61 @@ class PreNormBlock(Module):
 
 class PostNormBlock(Module):
     "x ← norm1(x + attn x);  x ← norm2(x + mlp x)      (BERT, and the transformer of 2017)"
+    sublayers = [("attn", "norm1"), ("mlp", "norm2")]
 
-    def __init__(self, attn: Attention, mlp: MLP, eps: float):
-        self.in_features = self.out_features = attn.in_features
-        self.attn, self.norm1, self.mlp, self.norm2 = attn, LayerNorm(attn.in_features, eps), mlp, LayerNorm(attn.in_features, eps)
+    def __init__(self, attn: Attention, mlp: MLP, *, eps: float):
+        width = attn.in_features
+        self.in_features = self.out_features = width
+        self.attn = attn
+        self.norm1 = LayerNorm(width, eps=eps)
+        self.mlp = mlp
+        self.norm2 = LayerNorm(width, eps=eps)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         x = self.norm1(x + self.attn(x, ctx), ctx)
         return self.norm2(x + self.mlp(x, ctx), ctx)
+
+
+def run_blocks(blocks: Sequence[Module], x: Tensor, ctx: Context) -> Tensor:
+    "x (B, T, C) through a stack of blocks, bottom to top -> (B, T, C).  If asked, ctx keeps the input of every block."
+    for block in blocks:
+        if ctx.output_hidden_states:
+            ctx.hidden_states.append(x)
+        x = block(x, ctx)
+    return x
+
+
+def embed_tokens(embed: Embedding, ids: Any, ctx: Context, positions: int) -> Tensor:
+    """ids (B, T), or embeddings (B, T, C) in their place, -> (B, T, C).  The first line of a model's forward pass.
+
+    An edit of `embed` may lengthen the sequence (a soft prompt); ctx then knows.  IndexError for an id outside the vocabulary,
+    ValueError for a sequence that is longer than the model's number of positions."""
+    check_ids(ids, embed.in_features)
+    ctx.begin(ids, embed.weight.data)
+    T = ctx.ids.shape[1]
+    x = embed(ids if isinstance(ids, Tensor) else ctx.ids, ctx)                  # (B, T, C)
+    check_length(x, ctx, T, positions)
+    return x
+
+
+def apply_head(head: Module | None, hidden: Tensor, ctx: Context, pooler: Module | None = None) -> Tensor:
+    """The output of a model from its last hidden states (B, T, C).  Both are kept in ctx.
+
+    A classifier reads one position of each sequence, through the pooler if there is one -> (B, classes).  Another head reads
+    every position, or those of ctx.logit_positions -> (..., V).  Without a head the hidden states are the output."""
+    ctx.last_hidden_state = hidden
+    if ctx.output_hidden_states:
+        ctx.hidden_states.append(hidden)
+    if isinstance(head, Classifier):
+        pooled = head.row(hidden, ctx)                                           # (B, C)
+        if pooler is not None:
+            pooled = pooler(pooled, ctx)
+        ctx.output = head(pooled, ctx)
+    elif head is None:
+        ctx.output = hidden
+    else:
+        ctx.output = head(ctx.select_positions(hidden), ctx)
+    return ctx.output
 
 
 def sinusoids(T: int, c: int) -> np.ndarray:
@@ -117,8 +182,10 @@ class Classifier(Module):
     Which row speaks: the first (BERT's [CLS]) or the last real one (GPT).  Drawn from N(0, 1/C), so that a narrow model hears its task
     from the first step as a wide one does; with the 0.02 that suits C = 768, one of 128 hears a quarter of it at the start."""
 
-    def __init__(self, c: int, classes: int, rng: np.random.Generator, last: bool, bias: bool = True, dropout: float = 0.0):
-        self.last, self.drop, self.out = last, Dropout(dropout), Linear(c, classes, rng, bias=bias, std=c**-0.5)
+    def __init__(self, width: int, classes: int, *, rng: np.random.Generator, last: bool, bias: bool = True, dropout: float = 0.0):
+        self.last = last
+        self.drop = Dropout(dropout)
+        self.out = Linear(width, classes, rng=rng, bias=bias, std=width**-0.5)
 
     in_features, out_features = property(lambda self: self.out.in_features), property(lambda self: self.out.out_features)
 

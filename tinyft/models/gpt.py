@@ -14,7 +14,7 @@ import numpy as np
 from .. import ops
 from ..nn import Context, Dropout, Embedding, LayerNorm, Module, TiedHead
 from ..tensor import Tensor
-from .blocks import MLP, Attention, Classifier, PreNormBlock, check_ids, check_length
+from .blocks import MLP, Attention, Classifier, PreNormBlock, apply_head, embed_tokens, run_blocks
 
 
 @dataclass(frozen=True)
@@ -35,38 +35,42 @@ class GPT(Module):
     "model(ids (B, T)) -> logits (B, T, V).  With a new head (tinyft.classifier): (B, classes), from the last real token."
 
     def __init__(self, config: GPTConfig = GPTConfig(), seed: int = 0):
-        c, rng, thin = config, np.random.default_rng(seed), config.std * (2 * config.layers)**-0.5
-        self._config, self.out_features = c, c.width
-        self.embed, self.pos, self.drop = Embedding(c.vocab, c.width, rng), Embedding(c.positions, c.width, rng), Dropout(c.dropout)
-        self.blocks = [PreNormBlock(Attention(c.width, c.heads, rng, True, c.dropout, c.std, thin),
-                                    MLP(c.width, c.hidden or 4 * c.width, ops.gelu_tanh, rng, c.dropout, c.std, thin), c.eps)
-                       for _ in range(c.layers)]
-        self.norm, self.head = LayerNorm(c.width, c.eps), TiedHead(self.embed)
+        c = config
+        rng = np.random.default_rng(seed)
+        hidden = c.hidden or 4 * c.width
+        out_std = c.std * (2 * c.layers)**-0.5           # of the maps that write into the residual stream
+        self._config = config
+        self.out_features = c.width
+        self.embed = Embedding(c.vocab, c.width, rng=rng)
+        self.pos = Embedding(c.positions, c.width, rng=rng)
+        self.drop = Dropout(c.dropout)
+        self.blocks = []
+        for _ in range(c.layers):
+            attn = Attention(c.width, c.heads, causal=True, rng=rng, dropout=c.dropout, std=c.std, out_std=out_std)
+            mlp = MLP(c.width, hidden, activation=ops.gelu_tanh, rng=rng, dropout=c.dropout, std=c.std, out_std=out_std)
+            self.blocks.append(PreNormBlock(attn, mlp, eps=c.eps))
+        self.norm = LayerNorm(c.width, eps=c.eps)
+        self.head = TiedHead(self.embed)
 
     config = property(lambda self: self._config)
-    head_modules: tuple = ()                                    # names of the parts that are a new task head
+    head_modules: tuple = ()                             # names of the parts of a new task head
+    top_modules = ("norm", "head")
+
+    @property
+    def stacks(self) -> dict[str, list[str]]:
+        "The paths of the blocks of each stack, bottom to top."
+        return {"decoder": [f"blocks.{i}" for i in range(len(self.blocks))]}
 
     def forward(self, ids: Any, ctx: Context) -> Tensor:
-        check_ids(ids, self.embed.in_features)
-        ctx.begin(ids, self.pos.weight.data)
-        T = ctx.ids.shape[1]
-        x = self.embed(ids if isinstance(ids, Tensor) else ctx.ids, ctx)         # (B, T, C); a soft prompt may lengthen it: ctx knows
-        check_length(x, ctx, T, self.pos.in_features)
+        x = embed_tokens(self.embed, ids, ctx, positions=self.pos.in_features)   # (B, T, C)
         x = self.drop(x + self.pos(ctx.positions(), ctx), ctx)
-        for block in self.blocks:
-            if ctx.output_hidden_states:
-                ctx.hidden_states.append(x)
-            x = block(x, ctx)
-        ctx.last_hidden_state = self.norm(x, ctx)                                           # (B, T, C)
-        if ctx.output_hidden_states:
-            ctx.hidden_states.append(ctx.last_hidden_state)
+        hidden = self.norm(run_blocks(self.blocks, x, ctx), ctx)
         if ctx.cache is not None:
             ctx.cache.advance(ctx)
-        rows = self.head.row(ctx.last_hidden_state, ctx) if isinstance(self.head, Classifier) else ctx.select_positions(ctx.last_hidden_state)
-        ctx.output = self.head(rows, ctx)
-        return ctx.output
+        return apply_head(self.head, hidden, ctx)
 
     def new_head(self, classes: int, rng: np.random.Generator) -> None:
-        "A classifier in the place of the language-model head."
-        self.head, self.embed.tied = Classifier(self.config.width, classes, rng, last=True, bias=False), False
+        "Put a classifier of the last real token in the place of the language-model head."
+        self.head = Classifier(self.config.width, classes, rng=rng, last=True, bias=False)
+        self.embed.tied = False
         self.head_modules = ("head",)

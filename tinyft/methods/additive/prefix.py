@@ -41,10 +41,10 @@ class PrefixTuning(Method):
             if path.endswith(self.pos) and self.shift:
                 out[path] = Shift(self.p, m.in_features)
             elif self.mlp is None:
-                out[path] = Prefix(*(array.normal(rng, (m.h, self.p, m.d), self.std) for _ in "KV"))
+                out[path] = Prefix(*(array.normal(rng, (m.heads, self.p, m.head_width), self.std) for _ in "KV"))
             else:
-                shared = shared or Hidden(self.p, m.h * m.d, self.mlp, rng)
-                out[path] = Reparameterized(m.h, m.d, shared, rng)
+                shared = shared or Hidden(self.p, m.heads * m.head_width, self.mlp, rng)
+                out[path] = Reparameterized(m.heads, m.head_width, shared, rng)
         return out
 
 
