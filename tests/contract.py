@@ -13,7 +13,22 @@ from typing import Any
 import numpy as np
 from helpers import host
 
-from tinyft import BERT, GPT, AdamW, BERTConfig, Cache, CannotMerge, GPTConfig, Method, adapters, array, edit, evaluate, fit, no_grad
+from tinyft import (
+    BERT,
+    GPT,
+    AdamW,
+    BERTConfig,
+    Cache,
+    CannotMerge,
+    GPTConfig,
+    Method,
+    adapters,
+    array,
+    edit,
+    evaluate,
+    fit,
+    no_grad,
+)
 from tinyft.train.batch import compute_loss, read_batch
 
 KINDS = ("gpt", "bert", "gpt-classes", "bert-classes")

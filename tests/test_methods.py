@@ -9,7 +9,24 @@ from typing import Any
 import contract
 import numpy as np
 import pytest
-from contract import CHECKS, KINDS, Row, Sizes, batch, build, near, noise, put_on, run, same, short_fit, the_loss, tokens, tuned, values
+from contract import (
+    CHECKS,
+    KINDS,
+    Row,
+    Sizes,
+    batch,
+    build,
+    near,
+    noise,
+    put_on,
+    run,
+    same,
+    short_fit,
+    the_loss,
+    tokens,
+    tuned,
+    values,
+)
 from helpers import dev, host
 from test_nn import Int8
 

@@ -20,7 +20,22 @@ from test_ops import EVERY_OP, Example, examples
 from test_wrong import draws
 
 import tinyft as ft
-from tinyft import GPT, AdamW, CannotCapture, GPTConfig, GradScaler, Tensor, array, autocast, fit, ops, optim, precision, tensor, train
+from tinyft import (
+    GPT,
+    AdamW,
+    CannotCapture,
+    GPTConfig,
+    GradScaler,
+    Tensor,
+    array,
+    autocast,
+    fit,
+    ops,
+    optim,
+    precision,
+    tensor,
+    train,
+)
 from tinyft.array import bfloat16
 from tinyft.optim import scaler as scaler_module
 from tinyft.optim.optimizers import Optimizer, clip_norm

@@ -10,7 +10,24 @@ from typing import Any
 
 import numpy as np
 import pytest
-from contract import CHECKS, KINDS, Row, Sizes, batch, build, near, noise, put_on, run, same, short_fit, the_loss, tokens, tuned, values
+from contract import (
+    CHECKS,
+    KINDS,
+    Row,
+    Sizes,
+    batch,
+    build,
+    near,
+    noise,
+    put_on,
+    run,
+    same,
+    short_fit,
+    the_loss,
+    tokens,
+    tuned,
+    values,
+)
 from helpers import dev, host
 
 from tinyft import CannotMerge, array, combine, edit, evaluate, fit, no_grad, ops

@@ -10,7 +10,17 @@ import numpy as np
 import side_tinyft
 from cases import Case
 from gpu_clock import Clock, Missing, Row, Work, fresh, ratio
-from gpu_sides import PRECISIONS, compiled, flops, least_bytes, precision, tinyft_captured, tinyft_step, torch_peak, torch_step
+from gpu_sides import (
+    PRECISIONS,
+    compiled,
+    flops,
+    least_bytes,
+    precision,
+    tinyft_captured,
+    tinyft_step,
+    torch_peak,
+    torch_step,
+)
 
 import tinyft as ft
 from tinyft import Tensor
