@@ -13,8 +13,8 @@ import pytest
 
 from tinyft import optim, tensor
 from tinyft.learn import annotate, book
-from tinyft.learn.exercise import LESSONS, exercises
-from tinyft.learn.lessons import lessons
+from tinyft.learn.exercise import exercises
+from tinyft.learn.folders import lessons
 from tinyft.learn.skeleton import statement
 
 SMALL = '''"""A module.
@@ -112,7 +112,7 @@ def test_prose_and_code_of_kernels_come_in_order():
 
 
 def test_every_exercise_has_its_statement_effort_command_and_three_folded_hints():
-    for lesson in LESSONS:
+    for lesson in lessons():
         parts = re.split(r"^## ", pages()[f"exercises/{lesson}"], flags=re.M)[1:]
         mine = [e for e in exercises().values() if e.lesson == lesson]
         assert len(parts) == len(mine) > 0
@@ -127,7 +127,7 @@ def test_every_exercise_has_its_statement_effort_command_and_three_folded_hints(
 
 
 def test_every_link_leads_to_a_page_and_every_page_is_reached_from_the_index():
-    there = {*(f"/{n}.md" for n in pages()), *(f"/lessons/{p.parent.name}.ipynb" for p in lessons().values())}
+    there = {*(f"/{n}.md" for n in pages()), *(f"/lessons/{lesson.folder}.ipynb" for lesson in lessons().values())}
     for name, text in pages().items():
         if name.startswith("source/"):
             text = re.sub(r"````.*?````", "", text, flags=re.S)

@@ -82,7 +82,7 @@ def test_the_selftest_can_fail():
 def test_the_skeleton_of_a_kernel_is_its_comment_and_signature():
     e = find("sum_rows")
     text, kernel = skeleton.skeleton(e), skeleton.source(e)
-    assert text.startswith("// gpu.sum_rows: 23 the GPU") and kernel.split("{")[0] in text and "__syncthreads" not in text + skeleton.statement(e)[1]
+    assert text.startswith("// gpu.sum_rows: 23 The GPU") and kernel.split("{")[0] in text and "__syncthreads" not in text + skeleton.statement(e)[1]
     assert text.rstrip().endswith("// yours to write, in about 10 lines\n}") and kernel.endswith("parts[(size_t)blockIdx.y * n + column] = sum;\n}")
     assert "add_bias" not in text + kernel and (Path(tinyft.__file__).parents[1] / e.file).name == "bias.cu"
     with pytest.raises(ValueError, match="0 times in sum_rows, not once"):
@@ -272,7 +272,7 @@ def test_read_shows_what_is_asked_and_the_sources(learner):
     out = learner.run("read", "matmul")
     assert "C = A B" in out and "the gradient of B is Aᵀ G" in out and "a @ b" not in out
     assert "def sum_to" in learner.run("read", "tensor") and "class LoRA" in learner.run("read", "lora")
-    assert "01 tensors and autograd" in learner.run("lesson") and "Hypothesis is there" in learner.run("doctor")
+    assert "01 Tensors and autograd" in learner.run("lesson") and "Hypothesis is there" in learner.run("doctor")
 
 
 def test_a_damaged_progress_file_is_no_drama(learner):

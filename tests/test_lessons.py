@@ -16,12 +16,13 @@ import tinyft
 from tinyft import cli
 from tinyft.learn import lessons as runner
 from tinyft.learn import reading
-from tinyft.learn.exercise import LESSONS, of_lesson
-from tinyft.learn.lessons import Failed, lessons, notebook, parse, quote, run
+from tinyft.learn.exercise import of_lesson
+from tinyft.learn.folders import lessons, lessons_in
+from tinyft.learn.lessons import Failed, notebook, parse, quote, run
 from tinyft.learn.show import Page
 
-TEXTS = {name: path.read_text(encoding="utf-8") for name, path in lessons().items()}
-FOLDERS = {name: path.parent.name for name, path in lessons().items()}
+TEXTS = {name: lesson.file.read_text(encoding="utf-8") for name, lesson in lessons().items()}
+FOLDERS = {name: lesson.folder for name, lesson in lessons().items()}
 LINES = 151
 
 # What a lesson may use of the library, beside what the lessons before it may.  A name opens what is below it: "ops.mul" one op, "data" all.
@@ -59,8 +60,8 @@ def wanting(name: str, text: str) -> list[str]:
     cells, found = parse(text), []
     head, words = cells[0].source, " ".join(c.source for c in cells if c.kind == "markdown")
     exercises = [e.function for e in of_lesson(name)]
-    if cells[0].kind != "markdown" or not head.startswith(f"# {LESSONS[name][:2]} "):
-        found.append(f"the title # {LESSONS[name][:2]} ...")
+    if cells[0].kind != "markdown" or not head.startswith(f"# {FOLDERS[name][:2]} "):
+        found.append(f"the title # {FOLDERS[name][:2]} ...")
     found += [f"**{mark}:** in the header" for mark in ("Minutes", "Prerequisites", "Exercises") if not named(head, mark)]
     if text.count("\n") > LINES:
         found.append(f"brevity: {text.count(chr(10))} lines, at most {LINES}")
@@ -80,8 +81,10 @@ def test_a_lesson_has_its_form(name):
     assert wanting(name, TEXTS[name]) == []
 
 
-def test_the_lessons_are_those_of_the_exercises_in_their_order():
-    assert list(FOLDERS.values()) == sorted(f"{LESSONS[name][:2]}_{name}" for name in TEXTS) and set(TEXTS) <= set(LESSONS) == set(TEACHES)
+def test_lessons_stand_in_the_order_of_their_numbers_and_have_at_least_two_exercises():
+    assert list(FOLDERS) == list(TEACHES)
+    for name, lesson in lessons().items():
+        assert lesson.title.startswith(f"{lesson.folder[:2]} ") and len(of_lesson(name)) >= 2
 
 
 @pytest.mark.parametrize("old, new", [("# # 01 T", "# # T"), ("**Minutes:** 30", "30 minutes"), ("**Prerequisites:**", ""),
@@ -225,7 +228,7 @@ def small(tmp_path, monkeypatch):
         for i, text in enumerate(texts, 1):
             (tmp_path / f"lessons/0{i}_small{i}").mkdir(parents=True)
             (tmp_path / f"lessons/0{i}_small{i}/lesson.py").write_text(text, encoding="utf-8")
-        monkeypatch.setattr(reading, "lessons", lambda: {p.parent.name[3:]: p for p in sorted(tmp_path.glob("lessons/*/lesson.py"))})
+        monkeypatch.setattr(reading, "lessons", lambda: lessons_in(tmp_path / "lessons"))
         monkeypatch.chdir(tmp_path)
         return tmp_path / "lessons/01_small1/lesson.py"
     return write

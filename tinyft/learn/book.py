@@ -17,8 +17,9 @@ from pathlib import Path
 
 from ..methods import Entry, methods
 from .annotate import cuda_page, escaped, first_sentence, markdown, page
-from .exercise import LESSONS, Exercise, exercises, of_lesson
-from .lessons import Failed, lessons, parse, run
+from .exercise import Exercise, exercises, of_lesson
+from .folders import Lesson, lessons
+from .lessons import Failed, parse, run
 from .skeleton import statement
 
 HERE = Path(__file__).parent
@@ -28,7 +29,7 @@ CORE = ("tensor", "ops", "nn", "edit", "optim")                                 
 # ── the pages, as Markdown ───────────────────────────────────────────────────────────────────────────────────────────
 def pages() -> dict[str, str]:
     "{name without ending: Markdown} of all pages but the lessons, which are notebooks: index, exercises/<lesson>, source/<module>."
-    found = {f"exercises/{lesson}": _exercises(lesson, title) for lesson, title in LESSONS.items()}
+    found = {f"exercises/{name}": _exercises(lesson) for name, lesson in lessons().items()}
     for module in sources():
         mine = {e.target.split(":")[1]: f"Exercise: [{e.function}](/exercises/{e.lesson}.md) {stars(e)}"
                 for e in exercises().values() if e.target.split(":")[0] == module}
@@ -48,11 +49,10 @@ def stars(e: Exercise) -> str:
     return f'<span class="stars" title="difficulty {e.difficulty} of 5">{"★" * e.difficulty}{"☆" * (5 - e.difficulty)}</span>'
 
 
-def _exercises(lesson: str, title: str) -> str:
+def _exercises(lesson: Lesson) -> str:
     "Each exercise of a lesson: effort, what the learner starts from, the laws, how to check, three hints, folded."
-    there = lessons().get(lesson)
-    out = [f"# Exercises {title[:2]}\n\nFor the lesson " + (f"[{title}](/lessons/{there.parent.name}.ipynb)." if there else f"{title}.")]
-    for e in of_lesson(lesson):
+    out = [f"# Exercises {lesson.title[:2]}\n\nFor the lesson [{lesson.title}](/lessons/{lesson.folder}.ipynb)."]
+    for e in of_lesson(lesson.name):
         module, name = e.target.split(":")
         signature, said = statement(e)
         language = "python" if e.suffix == ".py" else "cuda"
@@ -73,22 +73,23 @@ def _index() -> str:
            "```console\n$ tinyft lesson autograd      # read and run a lesson in the terminal\n"
            "$ tinyft start                # the next exercise, as a file\n"
            "$ tinyft check                # what holds, and the smallest input that does not\n```", "## The path"]
-    for lesson, title in LESSONS.items():
-        mine, there = of_lesson(lesson), lessons().get(lesson)
+    for lesson in lessons().values():
+        mine = of_lesson(lesson.name)
         taught = dict.fromkeys(e.target.split(":")[0] for e in mine)
-        name = f"[{title}](/lessons/{there.parent.name}.ipynb)" if there else title
-        text = [c.source for c in parse(there.read_text(encoding="utf-8")) if c.kind == "markdown"][0] if there else ""
+        name = f"[{lesson.title}](/lessons/{lesson.folder}.ipynb)"
+        text = [c.source for c in parse(lesson.file.read_text(encoding="utf-8")) if c.kind == "markdown"][0]
         minutes = re.search(r"\*\*Minutes:\*\*\s*(\d+)", text)
         about = [p for p in text.split("\n\n") if p[:1] not in ("#", "*")]
         out.append(f"### {name}\n\n{about[0] if about else ''}\n\n" + " · ".join(filter(None, [
             f"Lesson: {minutes[1]} minutes" if minutes else "",
-            f"[{len(mine)} exercises](/exercises/{lesson}.md), {sum(e.minutes for e in mine)} minutes" if mine else "",
+            f"[{len(mine)} exercises](/exercises/{lesson.name}.md), {sum(e.minutes for e in mine)} minutes" if mine else "",
             f"Source: {', '.join(_source(m) for m in taught)}" if taught else ""])))
     out += ["## The methods", "One file each, and each reads like its paper.",
             "\n".join(f"- {_source(_of(m), m.cls.__name__)}: {escaped(m.paper.removeprefix(m.cls.__name__ + ': '))}" for m in methods()),
             "## The library, in reading order", "\n".join(f"- {_source(m)}: {escaped(_says(m))}" for m in sources() if not m.startswith("methods"))]
-    path = [f"/{kind}" for lesson in LESSONS for kind in (
-        *(f"lessons/{p.parent.name}" for name, p in lessons().items() if name == lesson), f"exercises/{lesson}")]
+    path = []
+    for lesson in lessons().values():
+        path += [f"/lessons/{lesson.folder}", f"/exercises/{lesson.name}"]
     names = {m: f"{m.split('.')[-1]} </source/{m.replace('.', '/')}>" for m in sources()}
     tree = {"The path": path, "The library": [names[m] for m in names if not m.startswith("methods")],
             "The methods": [names[m] for m in names if m.startswith("methods")]}
@@ -119,11 +120,11 @@ def executed(out: Path) -> dict[str, str]:
     "{lessons/NN_name: notebook}; what `out` has of them is taken if it is newer than the lesson and the library, and no short run by TINYFT_FAST."
     newest = max(p.stat().st_mtime for p in HERE.parent.rglob("*") if p.suffix in (".py", ".cu", ".cuh"))
     found, short = {}, bool(os.environ.get("TINYFT_FAST"))
-    for lesson, path in lessons().items():
-        made = out / f"{path.parent.name}.ipynb"
+    for lesson in lessons().values():
+        made = out / f"{lesson.folder}.ipynb"
         read = lambda made=made: json.loads(made.read_text(encoding="utf-8"))
-        if not made.exists() or made.stat().st_mtime < max(newest, path.stat().st_mtime) or read()["metadata"].get("short", True) > short:
-            for _ in run(path, out):
+        if not made.exists() or made.stat().st_mtime < max(newest, lesson.file.stat().st_mtime) or read()["metadata"].get("short", True) > short:
+            for _ in run(lesson.file, out):
                 pass
         book = read()
         for cell in book["cells"]:
@@ -132,8 +133,8 @@ def executed(out: Path) -> dict[str, str]:
             pictures = [o["data"]["text/plain"] for o in cell.get("outputs", ()) if "image/png" in o.get("data", {})]
             if len(pictures) == 1:
                 cell["metadata"].setdefault("mystnb", {}).update({"image": {"alt": pictures[0]}, "figure": {"caption": escaped(pictures[0])}})
-        book["cells"].append({"cell_type": "markdown", "metadata": {}, "source": f"**Next:** [the exercises of this lesson](/exercises/{lesson}.md)"})
-        found[f"lessons/{path.parent.name}"] = json.dumps(book, indent=1, ensure_ascii=False)
+        book["cells"].append({"cell_type": "markdown", "metadata": {}, "source": f"**Next:** [the exercises of this lesson](/exercises/{lesson.name}.md)"})
+        found[f"lessons/{lesson.folder}"] = json.dumps(book, indent=1, ensure_ascii=False)
     return found
 
 

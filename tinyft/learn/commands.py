@@ -107,7 +107,7 @@ def _watch(args: argparse.Namespace, work: Work, page) -> bool:
 
 
 def _reset(args: argparse.Namespace, work: Work, page) -> bool:
-    e, = work.chosen(args.names, lessons=False)
+    e, = work.chosen(args.names, whole_lessons=False)
     kept = work.reset(e)
     page.line(f"{work.path(e)} is as at the start" + (f"; yours is kept as {kept}" if kept else ""))
     return True
@@ -119,7 +119,7 @@ def _debug(args: argparse.Namespace, work: Work, page) -> bool:
 
     from .checker import Trial
     from .subject import Refused, Subject, load
-    e, = work.chosen(args.names, lessons=False)
+    e, = work.chosen(args.names, whole_lessons=False)
     path = work.path(e)
     if e.suffix != ".py":
         raise ValueError(f"{path} is no Python: there is no stepping through it here")
@@ -156,10 +156,11 @@ def _selftest(args: argparse.Namespace, work: Work, page) -> bool:
 
 # ── telling ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 def _status(args: argparse.Namespace, work: Work, page) -> bool:
-    from .exercise import LESSONS, exercises, of_lesson
-    for lesson, title in LESSONS.items():
-        page.line(f"\n{title}   (tinyft lesson {lesson})")
-        for e in of_lesson(lesson):
+    from .exercise import exercises, of_lesson
+    from .folders import lessons
+    for lesson in lessons().values():
+        page.line(f"\n{lesson.title}   (tinyft lesson {lesson.name})")
+        for e in of_lesson(lesson.name):
             sign = "right" if work.solved(e) else "todo"
             taken = f"   {work.hints(e)} hint{'s' * (work.hints(e) != 1)}" if work.hints(e) else ""
             state = "solved" if work.solved(e) else "started" if work.path(e).exists() else ""
@@ -170,7 +171,7 @@ def _status(args: argparse.Namespace, work: Work, page) -> bool:
 
 
 def _hint(args: argparse.Namespace, work: Work, page) -> bool:
-    e, = work.chosen(args.names, lessons=False)
+    e, = work.chosen(args.names, whole_lessons=False)
     n = min(work.hints(e) + 1, len(e.hints))
     work.note(e, hints=n)
     page.line(f"{e.name}, hint {n} of {len(e.hints)}\n")
@@ -181,7 +182,7 @@ def _hint(args: argparse.Namespace, work: Work, page) -> bool:
 
 def _solution(args: argparse.Namespace, work: Work, page) -> bool:
     from .skeleton import source
-    e, = work.chosen(args.names, lessons=False)
+    e, = work.chosen(args.names, whole_lessons=False)
     page.line(f"{'#' if e.suffix == '.py' else '//'} {e.file}\n")
     page.line(source(e))
     return True
@@ -191,7 +192,7 @@ def _diff(args: argparse.Namespace, work: Work, page) -> bool:
     import difflib
 
     from .skeleton import source
-    e, = work.chosen(args.names, lessons=False)
+    e, = work.chosen(args.names, whole_lessons=False)
     text = work.written(e).read_text(encoding="utf-8", errors="replace")
     mine = text[text.find("@op") if e.is_op and "@op" in text else max(text.find(f"def {e.function}"), text.find(source(e).splitlines()[0]), 0):]
     for line in difflib.unified_diff(mine.splitlines(), source(e).splitlines(), f"yours   {work.path(e)}", e.file, n=99, lineterm=""):
@@ -221,12 +222,13 @@ def _read(args: argparse.Namespace, work: Work, page) -> bool:
 
 def _lesson(args: argparse.Namespace, work: Work, page) -> bool:
     from . import reading
-    from .exercise import LESSONS, of_lesson
+    from .exercise import of_lesson
+    from .folders import lessons
     if args.all:
         return reading.run_all(args.work / "lessons", page)
     if not args.names:
-        for lesson, title in LESSONS.items():
-            mine = of_lesson(lesson)
-            page.line(f"  tinyft lesson {lesson:<14} {title:<26} {sum(work.solved(e) for e in mine)} of {len(mine)} exercises solved")
+        for lesson in lessons().values():
+            mine = of_lesson(lesson.name)
+            page.line(f"  tinyft lesson {lesson.name:<14} {lesson.title:<26} {sum(work.solved(e) for e in mine)} of {len(mine)} exercises solved")
         return True
     return all([reading.read(name, args.work / "lessons", page) for name in args.names])

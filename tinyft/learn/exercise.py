@@ -1,6 +1,6 @@
 """What an exercise is: a function of the library, what it asks of the learner, the laws it must obey, and wrong answers to it.
 
-The exercises of a lesson stand in exercises/<lesson>.py and <lesson>_*.py, in reading order.  A law takes the function under test as its first
+The exercises of a lesson stand beside it, in lessons/NN_name/exercises.py and exercises_*.py, in reading order.  A law takes the function under test as its first
 argument, the other arguments are drawn (sizes.py).  A wrong answer is what someone writes who believes something that is not so.
 """
 from __future__ import annotations
@@ -9,14 +9,11 @@ import dataclasses
 import difflib
 import importlib
 import inspect
-import pkgutil
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any, ClassVar
 
-LESSONS = {"autograd": "01 tensors and autograd", "transformer": "02 the transformer", "training": "03 training", "pretraining": "04 pretraining",
-           "gpu": "23 the GPU", "precision": "24 sixteen bits"}
+from .folders import exercise_modules, lessons
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,20 +95,13 @@ class Exercise:
 
 def exercises() -> dict[str, Exercise]:
     "Every exercise by its name, lesson by lesson."
-    return {e.name: e for lesson in LESSONS for e in of_lesson(lesson)}
+    return {e.name: e for lesson in lessons() for e in of_lesson(lesson)}
 
 
 @cache
 def of_lesson(lesson: str) -> list[Exercise]:
     "The exercises of one lesson, in order."
-    try:
-        files = sorted(m.name for m in pkgutil.iter_modules([str(Path(__file__).parent / "exercises")]) if m.name.split("_")[0] == lesson)
-        modules = [importlib.import_module(f".exercises.{name}", __package__) for name in files]
-    except ImportError as e:
-        if e.name == "hypothesis":
-            raise ValueError('the exercises are checked with Hypothesis, which is not installed: pip install "tinyft[lessons]"') from None
-        raise
-    found = [e for m in modules for e in vars(m).values() if isinstance(e, Exercise)]
+    found = [e for m in exercise_modules(lessons()[lesson]) for e in vars(m).values() if isinstance(e, Exercise)]
     for e in found:
         e.lesson = lesson
     return found
@@ -119,7 +109,7 @@ def of_lesson(lesson: str) -> list[Exercise]:
 
 def find(name: str) -> Exercise:
     "An exercise by its name, or by the part after the dot if that is one exercise's.  ValueError, with the nearest names, if there is none."
-    if name.split(".")[0] in LESSONS:                                            # one lesson to read, not all
+    if name.split(".")[0] in lessons():                                            # one lesson to read, not all
         for e in of_lesson(name.split(".")[0]):
             if e.name == name:
                 return e

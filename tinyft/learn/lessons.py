@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["quote", "figure", "show", "lessons", "parse", "run", "notebook", "Cell", "Failed"]
+__all__ = ["quote", "figure", "show", "parse", "run", "notebook", "Cell", "Failed"]
 
 
 # ── for use in a lesson ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -80,7 +80,7 @@ class Album:
 _album: Album | None = None                                                      # of the lesson that runs
 
 
-# ── finding and parsing ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── parsing ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 @dataclasses.dataclass
 class Cell:
     "A cell and what it gave.  kind: code or markdown (source without #).  line: its first in the file.  number: among code cells, from 1."
@@ -94,13 +94,6 @@ class Cell:
 
 class Failed(Exception):
     "A cell did not run; the message has the place and the reason."
-
-
-def lessons() -> dict[str, Path]:
-    "{name: file} in their order, from the clone or, where the package was installed, from inside it.   autograd: .../01_autograd/lesson.py"
-    here = Path(__file__).parents
-    top = here[1] / "lessons" if (here[1] / "lessons").is_dir() else here[2] / "lessons"
-    return {p.parent.name[3:]: p for p in sorted(top.glob("[0-9][0-9]_*/lesson.py"))}
 
 
 def parse(text: str) -> list[Cell]:

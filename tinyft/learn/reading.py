@@ -6,32 +6,33 @@ import textwrap
 import time
 from pathlib import Path
 
-from .lessons import Cell, Failed, lessons, run
+from .folders import lessons
+from .lessons import Cell, Failed, run
 from .show import Page, width
 
 
 def read(name: str, out: Path, page: Page) -> bool:
     "Run the lesson of this name (autograd, 01 or 01_autograd), showing text, code and results as they come.  True if every cell ran."
-    found = [p for n, p in lessons().items() if name in (n, p.parent.name, p.parent.name[:2])]
+    found = [lesson for lesson in lessons().values() if name in (lesson.name, lesson.folder, lesson.folder[:2])]
     if not found:
         raise ValueError(f"there is no lesson {name!r}; there are {', '.join(lessons()) or 'none here'}")
     try:
-        for cell in run(found[0], out):
+        for cell in run(found[0].file, out):
             tell(cell, page)
     except Failed as e:
         page.line(f"{page.sign('wrong')} {e}")
         return False
-    page.line(page.paint(f"as a notebook: {out / found[0].parent.name}.ipynb", "faint"))
+    page.line(page.paint(f"as a notebook: {out / found[0].folder}.ipynb", "faint"))
     return True
 
 
 def run_all(out: Path, page: Page) -> bool:
     "Every lesson, one line each.  True if every cell of every lesson ran."
     right = True
-    for path in lessons().values():
-        start, name = time.perf_counter(), path.parent.name
+    for lesson in lessons().values():
+        start, name = time.perf_counter(), lesson.folder
         try:
-            drawn = sum(len(cell.figures) for cell in run(path, out))
+            drawn = sum(len(cell.figures) for cell in run(lesson.file, out))
             took = f"{time.perf_counter() - start:5.1f} s   {drawn} figure{' ' if drawn == 1 else 's'}"
             page.line(f"{page.sign('right')} {name:<20} {took}   {out / name}.ipynb")
         except Failed as e:

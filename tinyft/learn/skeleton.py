@@ -7,7 +7,8 @@ import sys
 import textwrap
 from functools import singledispatch
 
-from .exercise import LESSONS, Exercise
+from .exercise import Exercise
+from .folders import lessons
 
 
 def definition(exercise: Exercise, target: str = "") -> tuple[list[str], ast.FunctionDef]:
@@ -72,7 +73,7 @@ from __future__ import annotations
 
 def title(exercise: Exercise) -> str:
     "The first line of the learner's file."
-    return f"{exercise.name}: {LESSONS[exercise.lesson]}, about {exercise.minutes} minutes.   Check it with:  tinyft check {exercise.name}"
+    return f"{exercise.name}: {lessons()[exercise.lesson].title}, about {exercise.minutes} minutes.   Check it with:  tinyft check {exercise.name}"
 
 
 def imports(exercise: Exercise) -> str:

@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 
 from ..files import write_atomically
-from .exercise import LESSONS, Exercise, exercises, find, of_lesson
+from .exercise import Exercise, exercises, find, of_lesson
+from .folders import lessons
 from .skeleton import skeleton
 
 SHIM = '''"The checks of the exercises in this folder as tests, for an IDE's test panel:  python -m pytest work"
@@ -84,13 +85,13 @@ class Work:
         self.note(e, solved=False)
         return kept
 
-    def chosen(self, names: list[str], lessons: bool = True) -> list[Exercise]:
+    def chosen(self, names: list[str], whole_lessons: bool = True) -> list[Exercise]:
         "The exercises of these names; a lesson's name is all of its.  Without names: the one worked on last."
         if not names:
             if not (mine := self.started()):
                 raise ValueError(f"nothing is started in {self.folder}: `tinyft start` writes the first exercise")
             return mine[:1]
-        return [e for name in names for e in (of_lesson(name) if lessons and name in LESSONS else [find(name)])]
+        return [e for name in names for e in (of_lesson(name) if whole_lessons and name in lessons() else [find(name)])]
 
     def next(self) -> Exercise | None:
         "The first exercise that is not solved."

@@ -4,14 +4,14 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
-from ...array import asarray, asnumpy
-from ...kernels.cuda import optimizer
-from ...optim import optimizers
-from ...tensor import Tensor
-from ..cuda.exercise import Kernel
-from ..diagnose import Unusable, close
-from ..exercise import Exercise
-from ..sizes import array, sizes
+from tinyft.array import asarray, asnumpy
+from tinyft.kernels.cuda import optimizer
+from tinyft.learn.cuda.exercise import Kernel
+from tinyft.learn.diagnose import Unusable, close
+from tinyft.learn.exercise import Exercise
+from tinyft.learn.sizes import array, sizes
+from tinyft.optim import optimizers
+from tinyft.tensor import Tensor
 
 F, HALF = np.float32, np.float16
 UNWRITTEN = 99.0                                         # what an array to be filled holds before

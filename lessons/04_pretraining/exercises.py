@@ -6,11 +6,11 @@ import math
 import numpy as np
 from hypothesis import strategies as st
 
-from ...data.batches import SPECIAL
-from ...data.batches import mlm as corrupt
-from ..diagnose import close
-from ..exercise import Exercise
-from ..sizes import array, booleans, integers, positive, sizes
+from tinyft.data.batches import SPECIAL
+from tinyft.data.batches import mlm as corrupt
+from tinyft.learn.diagnose import close
+from tinyft.learn.exercise import Exercise
+from tinyft.learn.sizes import array, booleans, integers, positive, sizes
 
 PAD, CLS, MASK = SPECIAL["[PAD]"], SPECIAL["[CLS]"], SPECIAL["[MASK]"]
 FIRST, VOCAB = max(SPECIAL.values()) + 1, max(SPECIAL.values()) + 5              # the ids that are no special token

@@ -4,11 +4,11 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
-from ...array import asarray, xp
-from ...tensor import Tensor, topological
-from ..diagnose import close, undo_broadcasting
-from ..exercise import Exercise
-from ..sizes import sizes
+from tinyft.array import asarray, xp
+from tinyft.learn.diagnose import close, undo_broadcasting
+from tinyft.learn.exercise import Exercise
+from tinyft.learn.sizes import sizes
+from tinyft.tensor import Tensor, topological
 
 
 def tensor(a):

@@ -6,13 +6,13 @@ import math
 import numpy as np
 from hypothesis import strategies as st
 
-from ... import ops
-from ...array import asarray, asnumpy, xp
-from ...optim.optimizers import adam_update as reference_update
-from ..diagnose import close
-from ..exercise import Exercise
-from ..sizes import array, integers, positive, sizes
-from .autograd import probabilities
+from tinyft import ops
+from tinyft.array import asarray, asnumpy, xp
+from tinyft.learn.diagnose import close
+from tinyft.learn.exercise import Exercise
+from tinyft.learn.references import probabilities
+from tinyft.learn.sizes import array, integers, positive, sizes
+from tinyft.optim.optimizers import adam_update as reference_update
 
 # ── cross_entropy ────────────────────────────────────────────────────────────────────────────────────────────────────
 cross_entropy = Exercise(

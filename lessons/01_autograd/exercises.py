@@ -1,24 +1,14 @@
-"""Lesson 01: sums over what was repeated, and three ops with their pullbacks.  The walk through the graph: autograd_graphs.py."""
+"""Lesson 01: sums over what was repeated, and three ops with their pullbacks.  The walk through the graph: exercises_graphs.py."""
 from __future__ import annotations
 
 import numpy as np
 from hypothesis import strategies as st
 
-from ... import ops
-from ..diagnose import close
-from ..exercise import Exercise
-from ..sizes import array, positive, sizes
-
-
-def wiggle(f, x, g, h=1e-5):
-    "d Σ g f(x) / dx, one entry of x at a time, by small steps to both sides."
-    d, step = np.zeros(x.shape), np.zeros(x.shape)
-    for i in np.ndindex(x.shape):
-        step[i] = h
-        d[i] = (g * (f(x + step) - f(x - step))).sum() / (2 * h)
-        step[i] = 0
-    return d
-
+from tinyft import ops
+from tinyft.learn.diagnose import close
+from tinyft.learn.exercise import Exercise
+from tinyft.learn.references import numerical_gradient, probabilities
+from tinyft.learn.sizes import array, positive, sizes
 
 # ── sum_to ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 sum_to = Exercise(
@@ -160,11 +150,6 @@ softmax = Exercise(
         "With keepdims=True the sums stay beside their rows: dx = p (g - (g p).sum(axis=-1, keepdims=True))."))
 
 
-def probabilities(x):
-    e = np.exp(x - x.max(axis=-1, keepdims=True))
-    return e / e.sum(axis=-1, keepdims=True)
-
-
 @softmax.law("p = eˣ / Σ eˣ along the last axis", x="n m")
 def _(f, x):
     guesses = {"it is divided by the sum over everything, expected along the last axis: the wrong axis": np.exp(x) / np.exp(x).sum()}
@@ -248,7 +233,7 @@ def _(f, x, w, g):
     guesses = {"the mean moves with x in it, σ does not: the term with x̂ is missing": (gh - gh.mean(axis=-1, keepdims=True)) / s,
                "neither the mean nor σ moves with x in it: two terms are missing": gh / s,
                "σ moves with x in it, the mean does not: mean ĝ is missing": (gh - h * (gh * h).mean(axis=-1, keepdims=True)) / s}
-    close(f(x, w, 0 * w, eps=1.0)[1][0](g), wiggle(lambda x: w * normalised(x, 1.0), x, g), "the gradient of x", guesses, 1e-5, 1e-7)
+    close(f(x, w, 0 * w, eps=1.0)[1][0](g), numerical_gradient(lambda x: w * normalised(x, 1.0), x, g), "the gradient of x", guesses, 1e-5, 1e-7)
 
 
 @layer_norm.law("the gradients of w and b: g x̂ and g, one row for each row", x="n c", w="c", b="c", g="n c")

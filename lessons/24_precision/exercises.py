@@ -4,15 +4,15 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
-from ... import precision
-from ...array import asarray, asnumpy, bfloat16, is_array
-from ...optim import GradScaler
-from ...optim.optimizers import Group, Rounded
-from ...precision import PRODUCTS, ROUNDABLE, SUMS, rounded, widen
-from ...tensor import Tensor
-from ..diagnose import Unusable, close
-from ..exercise import Exercise
-from ..sizes import positive
+from tinyft import precision
+from tinyft.array import asarray, asnumpy, bfloat16, is_array
+from tinyft.learn.diagnose import Unusable, close
+from tinyft.learn.exercise import Exercise
+from tinyft.learn.sizes import positive
+from tinyft.optim import GradScaler
+from tinyft.optim.optimizers import Group, Rounded
+from tinyft.precision import PRODUCTS, ROUNDABLE, SUMS, rounded, widen
+from tinyft.tensor import Tensor
 
 F = np.float32
 

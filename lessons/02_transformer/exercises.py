@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import numpy as np
 from hypothesis import strategies as st
 
-from ... import ops
-from ...array import asarray, xp
-from ...tensor import Tensor
-from ..diagnose import close, host
-from ..exercise import Exercise
-from ..sizes import booleans
-from .autograd import probabilities, wiggle
+from tinyft import ops
+from tinyft.array import asarray, xp
+from tinyft.learn.diagnose import close, host
+from tinyft.learn.exercise import Exercise
+from tinyft.learn.references import numerical_gradient, probabilities
+from tinyft.learn.sizes import booleans
+from tinyft.tensor import Tensor
 
 # ── causal_mask ──────────────────────────────────────────────────────────────────────────────────────────────────────
 causal_mask = Exercise(
@@ -275,7 +275,7 @@ def _(f, x, g):
     lower = g * (0.5 * (1 + h) + 0.5 * x * (1 - h * h) * ROOT * (1 + 0.044715 * x * x))
     guesses = {"the exponent of x³ did not come down: 3 · 0.044715": lower,
                "h depends on x as well: half of the product rule is missing": g * 0.5 * (1 + h)}
-    close(f(x)[1][0](g), wiggle(gelu, x, g), "the gradient of x", guesses, 1e-5, 1e-7)
+    close(f(x)[1][0](g), numerical_gradient(gelu, x, g), "the gradient of x", guesses, 1e-5, 1e-7)
 
 
 @gelu_tanh.believe("The derivative of 0.044715 x³ is 0.044715 x².", says="did not come down", subtle=True)
