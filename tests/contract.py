@@ -229,13 +229,13 @@ def check_save(row: Row, kind: str) -> None:
     "G5: what was saved, put on another copy of the base, gives the same output and the same state, bitwise.  Through a file as well."
     model, a = put_on(row, kind)
     short_fit(model, kind, row)
-    y, kept = run(model), edit.state(model, a)
-    assert set(kept) == {f"{p}:{n}" for p, n in _first_names(a)} | set(a.base)
+    y, kept = run(model), edit.state_dict(model, a)
+    assert set(kept) == {f"{p}.edits.{a.name}.{n}" for p, n in _first_names(a)} | set(a.base)
     other = build(kind)
-    b = edit.attach(other, row.method, name="other", seed=9)
-    edit.load_state(other, b, kept)
+    b = edit.attach(other, row.method, seed=9)
+    edit.load_state_dict(other, b, kept)
     assert same(run(other.eval()), y)
-    again = edit.state(other, b)
+    again = edit.state_dict(other, b)
     assert kept.keys() == again.keys() and all(same(again[n], v) for n, v in kept.items())
     if adapters.files.known(type(row.method).__name__) is type(row.method):
         third = build(kind)
@@ -244,7 +244,7 @@ def check_save(row: Row, kind: str) -> None:
         assert same(run(third.eval()), y) and c.method == a.method
     for bad in ({}, {n: v for n, v in list(kept.items())[1:]}, kept | {"nobody": np.zeros(2)}, {n: np.zeros(99) for n in kept}):
         try:
-            edit.load_state(other, b, bad)
+            edit.load_state_dict(other, b, bad)
         except ValueError:
             assert same(run(other), y)
         else:
@@ -269,7 +269,7 @@ def check_off_and_on(row: Row, kind: str) -> None:
     model, a = put_on(row, kind)
     assert set(before) <= set(values(model))
     short_fit(model, kind, row)
-    y, state = run(model), edit.state(model, a)
+    y, state = run(model), edit.state_dict(model, a)
     assert not near(y, y0, 1e-6)
 
     def bare() -> bool:
@@ -280,7 +280,7 @@ def check_off_and_on(row: Row, kind: str) -> None:
     assert same(run(model), y)
     assert edit.detach(model) is a and bare() and all(p.requires_grad for p in model.parameters())
     edit.attach(model, a)
-    assert same(run(model), y) and all(same(v, state[n]) for n, v in edit.state(model, a).items())
+    assert same(run(model), y) and all(same(v, state[n]) for n, v in edit.state_dict(model, a).items())
 
 
 def check_merge(row: Row, kind: str) -> None:
@@ -345,7 +345,7 @@ def check_learns(row: Row, kind: str) -> None:
         first = evaluate(model, pair)["loss"]
         short_fit(model, kind, row, steps=16, decay=0.0)
         assert evaluate(model, pair)["loss"] < first - 2e-3
-        ends.append(edit.state(model, a))
+        ends.append(edit.state_dict(model, a))
     scatter = array.backend() == "cupy"                                          # a GPU adds colliding rows in any order
     assert all(near(v, ends[1][n], 1e-4) if scatter else same(v, ends[1][n]) for n, v in ends[0].items())
 

@@ -200,11 +200,11 @@ WRONG: dict[str, tuple[Callable[[Path], None], Callable[[], Any], dict, type, st
     "another method wanted": (same_folder, base, dict(method=Houlsby), ValueError, "holds a LoRA, not a Houlsby"),
     "an unknown method": (consistent(method="Telepathy"), base, {}, ValueError, "'Telepathy', which this tinyft does not know"),
     "a field of a later version": (consistent(fields={"r": 2, "alpha": 3.0, "warp": 9}), base, {}, ValueError, "another version of tinyft: .*warp"),
-    "another rank": (consistent(fields={"r": 3, "alpha": 3.0}), base, {}, ValueError, r"attn.q:A has shape \(2, 12\), not \(3, 12\)"),
+    "another rank": (consistent(fields={"r": 3, "alpha": 3.0}), base, {}, ValueError, r"attn.q.edits.lora.A has shape \(2, 12\), not \(3, 12\)"),
     "a rank below one": (consistent(fields={"r": 0, "alpha": 3.0}), base, {}, (ValueError, ZeroDivisionError), "rank r >= 1"),
     "targets that are not there": (consistent(fields={"r": 2, "targets": "nowhere"}), base, {}, LookupError, "'nowhere' names no module"),
-    "a missing tensor": (fewer, base, {}, ValueError, "does not fit: blocks.0.attn.q:A is missing"),
-    "a transposed tensor": (reshaped, base, {}, ValueError, r"blocks.0.attn.q:A has shape \(12, 2\), not \(2, 12\)"),
+    "a missing tensor": (fewer, base, {}, ValueError, "does not fit: blocks.0.attn.q.edits.lora.A is missing"),
+    "a transposed tensor": (reshaped, base, {}, ValueError, r"blocks.0.attn.q.edits.lora.A has shape \(12, 2\), not \(2, 12\)"),
     "changed fields": (rewritten(fields={"r": 2, "alpha": 99.0}), base, {}, ValueError, "not of one saving"),
     "a cut json": (cut("adapter.json", 0.5), base, {}, ValueError, "adapter.json is damaged"),
     "an empty json": (cut("adapter.json", 0), base, {}, ValueError, "adapter.json is damaged"),
@@ -302,8 +302,8 @@ class Homemade(Method):
 
 class Plain(Method):
     "Not even a dataclass."
-    def trains(self, name: str) -> bool:
-        return name.endswith("bias")
+    def trains(self, model: Any) -> set[str]:
+        return {name for name in edit.base_parameters(model) if name.endswith(".bias")}
 
 
 @pytest.mark.parametrize("method", [Homemade(), Plain()], ids=["homemade", "plain"])

@@ -31,8 +31,8 @@ from helpers import dev, host
 from test_nn import Int8
 
 from tinyft import array, combine, edit, fit, no_grad, ops
-from tinyft.edit import Edit, Method, attach, count, detach, merge, trained
-from tinyft.methods import BitFit, Full, Houlsby, LoRA, Partial, PrefixTuning, PromptTuning, eject
+from tinyft.edit import Edit, Method, Phase, attach, count, detach, eject, merge, trained
+from tinyft.methods import BitFit, Full, Houlsby, LoRA, Partial, PrefixTuning, PromptTuning
 from tinyft.methods.additive.houlsby import Bottleneck, truncated_normal
 from tinyft.methods.additive.prefix import Hidden, Prefix, Reparameterized, Shift
 from tinyft.methods.additive.prompt import Drop, SoftPrompt
@@ -166,8 +166,8 @@ def draw(shape: tuple, seed: int = 0) -> np.ndarray:
 class Bottom(Method):
     "What Partial(k = L) leaves out."
 
-    def trains(self, name: str) -> bool:
-        return name.split(".")[0] in ("embed", "pos", "type", "norm0")
+    def trains(self, model: Module) -> set[str]:
+        return {n for n in edit.base_parameters(model) if n.split(".")[0] in ("embed", "pos", "type", "norm0")}
 
 
 # ── full, partial ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -799,15 +799,15 @@ class Secret(LowRank):
 
 
 class Substring(Method):
-    def trains(self, name: str) -> bool:
-        return "bias" in name
+    def trains(self, model: Module) -> set[str]:
+        return {n for n in edit.base_parameters(model) if "bias" in n}
 
 
 class Leaky(Method):
     "Trains a little more than it says."
 
-    def trains(self, name: str) -> bool:
-        return name.split(".")[-1] == "bias" or name == "norm.weight"
+    def trains(self, model: Module) -> set[str]:
+        return {n for n in edit.base_parameters(model) if n.split(".")[-1] == "bias" or n == "norm.weight"}
 
 
 class HalfGradient(LowRank):
@@ -911,7 +911,7 @@ def test_the_first_method_to_come_carries_the_new_head():
 
 def test_a_method_that_says_nothing_adds_nothing():
     m = Method()
-    assert m.penalty({}, None, Context()) == 0 and list(m.phases({})) == [1] and not m.trains("x") and m.prepare(None) is m
+    assert m.penalty({}, None, Context()) == 0 and m.phases() == [Phase(1.0)] and m.trains(build("gpt")) == set() and m.eject({}) == (m, {})
 
 
 def test_a_count_reads_as_a_sentence():

@@ -31,7 +31,7 @@ from contract import (
 from helpers import dev, host
 
 from tinyft import CannotMerge, array, combine, edit, evaluate, fit, no_grad, ops
-from tinyft.edit import Attached, Edit, Method, attach, count, detach, merge, select, state, trained, without
+from tinyft.edit import Attached, Edit, Method, Phase, attach, count, detach, merge, select, state_dict, trained, without
 from tinyft.functional import kl_divergence
 from tinyft.methods import BitFit, Full, Houlsby, LoRA, Partial, PrefixTuning, PromptTuning
 from tinyft.methods.reparameterized.lora import LowRank
@@ -187,14 +187,15 @@ class Ticket(Method):
     def edit(self, path: str, m: Module, rng: np.random.Generator) -> Edit | None:
         return Delta(m) if m.own() and not isinstance(m, LayerNorm) and not path.startswith("head") else None
 
-    def phases(self, edits: dict[str, Edit]) -> Iterator[float]:
-        yield 0.5
+    def phases(self) -> list[Phase]:
+        return [Phase(0.5), Phase(0.5, self.rewind)]
+
+    def rewind(self, model: Any, edits: dict[str, Edit], batches: Any, rng: np.random.Generator) -> None:
         ds = [(e, n) for e in edits.values() for n in e.d]
         for (e, n), k in zip(ds, largest([np.abs(host(e.d[n])) for e, n in ds], self.K)):
             e.keep[n][...] = dev(k)
             e.d[n].copy_(0 * host(e.d[n]))
             e.d[n].mask = e.keep[n]
-        yield 0.5
 
 
 class Delta(Edit):
@@ -1048,7 +1049,7 @@ class Twice(Method):
 def test_shared_parts_are_one_tensor_saved_counted_and_trained_once():
     model = build("gpt")
     a = attach(model, Twice())
-    assert count(model).trained == 2 * 2 * 12 and set(state(model, a)) == {"blocks.0.attn.q:A", "blocks.0.attn.q:B"}
+    assert count(model).trained == 2 * 2 * 12 and set(state_dict(model, a)) == {f"blocks.0.attn.q.edits.twice.{n}" for n in "AB"}
     CHECKS["save"](plain(Twice(), True), "gpt")
     CHECKS["merge"](plain(Twice(), True), "gpt")
     CHECKS["optimizer"](plain(Twice(), True), "gpt")
@@ -1154,8 +1155,8 @@ class WarmBackbone(Method):
     def edits(self, found: dict[str, Module], rng: np.random.Generator) -> dict[str, Edit]:
         return WarmLadder().edits(found, rng)
 
-    def trains(self, name: str) -> bool:
-        return name == "blocks.0.norm1.bias"
+    def trains(self, model: Module) -> set[str]:
+        return {"blocks.0.norm1.bias"}
 
 
 class OwnRank(DyLoRA):
@@ -1178,8 +1179,8 @@ class GradientOnly(DyLoRA):
 class TicketByGradient(Ticket):
     "Chooses the entries, and lets everything move."
 
-    def phases(self, edits: dict[str, Edit]) -> Iterator[float]:
-        yield from super().phases(edits)
+    def rewind(self, model: Any, edits: dict[str, Edit], batches: Any, rng: np.random.Generator) -> None:
+        super().rewind(model, edits, batches, rng)
         for e in edits.values():
             for k in e.keep.values():
                 k[...] = True
@@ -1188,15 +1189,12 @@ class TicketByGradient(Ticket):
 class NoRewind(Ticket):
     "Goes on from where the dense phase ended."
 
-    def phases(self, edits: dict[str, Edit]) -> Iterator[float]:
-        steps = super().phases(edits)
-        yield next(steps)
+    def rewind(self, model: Any, edits: dict[str, Edit], batches: Any, rng: np.random.Generator) -> None:
         kept = [{n: host(d).copy() for n, d in e.d.items()} for e in edits.values()]
-        share = next(steps)
+        super().rewind(model, edits, batches, rng)
         for e, old in zip(edits.values(), kept):
             for n, d in e.d.items():
                 d.copy_(old[n] * host(e.keep[n]))
-        yield share
 
 
 class PerModule(Budget):

@@ -34,6 +34,7 @@ from tinyft import (
     LoRA,
     Method,
     Parameter,
+    Phase,
     array,
     attach,
     cosine_schedule,
@@ -102,8 +103,10 @@ class Ticket(Method):
     def edit(self, path: str, module: Any, rng: np.random.Generator) -> Edit:
         return Sparse(module.weight.shape)
 
-    def phases(self, edits: dict[str, Edit]) -> Any:
-        yield 0.5
+    def phases(self) -> list[Phase]:
+        return [Phase(0.5), Phase(0.5, self.rewind)]
+
+    def rewind(self, model: Any, edits: dict[str, Edit], batches: Any, rng: np.random.Generator) -> None:
         for e in edits.values():
             far = np.abs(host(e.delta))
             chosen = array.asarray(far >= np.quantile(far, 1 - self.share))
@@ -111,7 +114,6 @@ class Ticket(Method):
                 e.mu[...] = chosen
             e.delta.mask = e.mu if self.buffer else chosen
             e.delta.copy_(np.zeros(far.shape, np.float32))
-        yield 0.5
 
 
 def stream(n: int = 11) -> Batches:
@@ -339,7 +341,7 @@ def other_data(batches: Any) -> Callable[[Path], None]:
     (another(steps=15), "its steps: 14; here: 15"), (another(accumulate=1), "its accumulate: 2; here: 1"),
     (another(optimizer=AdamW(0.03)), r"its optimizer: AdamW\(lr=0.02"), (another(optimizer=tinyft.Adam(0.02)), "here: Adam"),
     (another(optimizer=SGD(0.02)), "here: SGD"), (another(clip=None), "its clip: 1.0"), (another_method, "its methods: lora: LoRA.*alpha=99"),
-    (another_model, "another run: .*blocks.0.attn.q:A"), (other_data([tokens()]), "another kind of batches"),
+    (another_model, "another run: .*blocks.0.attn.q.edits.lora.A"), (other_data([tokens()]), "another kind of batches"),
     (other_data(stream(12)), "examples 12, got 11")])
 def test_resuming_another_run_is_refused_naming_the_difference(go, words, tmp_path):
     with pytest.raises(Killed):
@@ -748,8 +750,8 @@ def test_a_loss_or_gradient_that_is_not_finite_raises_diverged_naming_the_step_a
     class Spoil(Method):
         targets = "norm"
 
-        def trains(self, name: str) -> bool:
-            return True
+        def trains(self, model: Any) -> set[str]:
+            return set(model.named_parameters())
 
         def begin(self, edits: dict, t: int, T: int, rng: np.random.Generator) -> None:
             self.t = t

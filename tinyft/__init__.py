@@ -13,11 +13,11 @@ from . import data, functional, kernels, ops
 from .adapters import combine, load_adapter, save_adapter
 from .array import BackendError, CannotCapture, backend, peak_memory, use
 from .decode import generate
-from .edit import Attached, CannotMerge, Count, Edit, Method, attach, count, detach, merge, trained, unpack, without
+from .edit import Attached, CannotMerge, Count, Edit, Method, Phase, attach, count, detach, eject, merge, trained, unpack, without
 from .formats.huggingface import classifier, load, save
 from .kernels import capture, get_num_threads, set_num_threads
 from .learn import check
-from .methods import BitFit, Full, Houlsby, LoRA, Partial, PrefixTuning, PromptTuning, eject, methods
+from .methods import BitFit, Full, Houlsby, LoRA, Partial, PrefixTuning, PromptTuning, methods
 from .models import BERT, GPT, BERTConfig, GPTConfig
 from .nn import Cache, Context, Module, Packed, Parameter
 from .optim import SGD, Adam, AdamW, GradScaler, constant_schedule, cosine_schedule, linear_schedule
@@ -30,9 +30,9 @@ __all__ = [
     "Tensor", "no_grad", "detect_anomaly", "use", "backend", "ops", "functional",                                # the engine
     "Module", "Parameter", "Context", "Cache", "Packed", "unpack", "GPT", "GPTConfig", "BERT", "BERTConfig",               # models
     "load", "save", "classifier", "generate", "data",
-    "attach", "detach", "without", "merge", "combine", "count", "trained", "save_adapter", "load_adapter",       # the one mechanism
-    "Edit", "Method", "Attached", "Count", "CannotMerge",
-    "methods", "Full", "Partial", "BitFit", "Houlsby", "PromptTuning", "PrefixTuning", "eject", "LoRA",            # the methods
+    "attach", "detach", "without", "merge", "eject", "combine", "count", "trained", "save_adapter", "load_adapter",       # the one mechanism
+    "Edit", "Method", "Phase", "Attached", "Count", "CannotMerge",
+    "methods", "Full", "Partial", "BitFit", "Houlsby", "PromptTuning", "PrefixTuning", "LoRA",            # the methods
     "fit", "evaluate", "perplexity", "History", "AdamW", "Adam", "SGD", "constant_schedule", "linear_schedule", "cosine_schedule",          # training
     "autocast", "GradScaler", "set_float32_matmul_precision", "get_float32_matmul_precision",                    # mixed precision
     "capture", "CannotCapture", "BackendError", "ShapeError", "Diverged", "peak_memory", "kernels", "set_num_threads", "get_num_threads",

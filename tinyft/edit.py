@@ -1,16 +1,17 @@
 """The one mechanism by which a model is changed.
 
-    Edit      a small change to one module: another weight, another input, another output
-    Method    which modules it edits and how, what of the base trains, what it adds to the loss; a paper's hyper-parameters
-    attach, detach, without, merge, count      written once, for every method
+    Edit      one small change to one module: another weight, another input or another output
+    Method    a way to fine-tune: the hyper-parameters of a paper, and the edits that they make
+    attach, detach, without, merge, eject, count      written once, for every method
 
-A base's names never change: an edit lives beside its module, under `path.edits.<name>`, and goes again without a trace.
+The base's names never change. The edit of an adapter `lora` on the module `blocks.0.attn.q` is the module
+`blocks.0.attn.q.edits.lora`; `detach` removes it without a trace.
 """
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,264 +25,401 @@ from .tensor import Tensor
 
 
 class CannotMerge(Exception):
-    "A merge that cannot be exact; says why.  Nothing was changed."
+    """Raised when a merge would not be exact; the message names the reason. Nothing was changed."""
 
 
+# ── what a method is made of ─────────────────────────────────────────────────────────────────────────────────────────
 class Edit(Module):
-    "One small change to one module.  Its Tensors train, its arrays are buffers; both are saved.  `_x` refers to something owned elsewhere."
+    """One small change to one module.
+
+    Its Tensors train, its arrays are buffers; both are saved. An attribute `_x` refers to a part that something else owns."""
+
+    takes_packed = False                                 # True if `tensor` accepts a Packed weight
 
     def tensor(self, name: str, p: Any) -> Any:
-        "Another weight (or bias) through which the module is read."
+        """Another weight (or bias) `name` in place of p: the module is read through it."""
         return p
 
     def before(self, x: Any, ctx: Context) -> Any:
-        "Another input."
+        """Another input in place of x."""
         return x
 
     def after(self, x: Any, y: Any, ctx: Context) -> Any:
-        "Another output."
+        """Another output in place of y, the module's output for the input x."""
         return y
 
     def fold(self, p: dict[str, Array]) -> dict[str, Array]:
-        "The module's own tensors {name: array} with before/after worked in.  Pure.  Or CannotMerge, with the reason."
+        """The module's own tensors {name: array} with `before` and `after` worked in.
+
+        Pure: p is not written to. Raises CannotMerge, with the reason, if no tensors give the same outputs."""
         raise CannotMerge(f"{type(self).__name__} acts on activations, not on weights")
 
     def overrides(self, hook: str) -> bool:
+        """True if this class has its own `tensor`, `before` or `after`."""
         return getattr(type(self), hook) is not getattr(Edit, hook)
 
 
+@dataclass(frozen=True)
+class Phase:
+    """One phase of a method's training.
+
+    share   this phase's part of all steps; the shares of a method sum to 1, and a last phase may have share 0
+    setup   called once, as setup(model, edits, batches, rng), when the phase starts; not again when a run is resumed.
+            It may change values, masks and requires_grad, never names or shapes. The batches that it takes are consumed."""
+
+    share: float
+    setup: Callable | None = None
+
+
 class Method:
-    """A way to fine-tune: a frozen dataclass of hyper-parameters.  Keeps no state: what changes during training lives in its edits,
-    {path: Edit}, so that a run can be saved and resumed."""
-    targets: Any = ()                                    # globs over module paths, matched at a path's end: "attn.[qv]", "blocks.*.mlp"
+    """A way to fine-tune: a frozen dataclass of hyper-parameters.
+
+    A method keeps no state. Values that change during training live in its edits, {path: Edit}, so that a run can be
+    saved and resumed."""
+
+    targets: Any = ()                                    # globs over module paths, matched at a path's end: "attn.[qv]"
+    hidden_states = False                                # True if `penalty` reads ctx.hidden_states
+
+    def find(self, model: Module) -> dict[str, Module]:
+        """The modules to edit, by path: by default those that `targets` names."""
+        return select(model, self.targets)
 
     def edit(self, path: str, module: Module, rng: np.random.Generator) -> Edit | None:
-        "The edit for one target, or None."
+        """The edit of one module, or None."""
 
     def edits(self, found: dict[str, Module], rng: np.random.Generator) -> dict[str, Edit]:
-        "The edits for all targets; override to share parts between modules."
-        return {p: e for p, m in found.items() if (e := self.edit(p, m, rng)) is not None}
+        """The edits of all modules that `find` gave. Override it to share parts between modules."""
+        made = {path: self.edit(path, module, rng) for path, module in found.items()}
+        return {path: e for path, e in made.items() if e is not None}
 
-    def trains(self, name: str) -> bool:
-        "Which of the base's tensors train as well."
-        return False
-
-    def prepare(self, model: Module) -> Method:
-        "The method as it is to be attached to this model (a method that counts blocks fills in what it found)."
-        return self
+    def trains(self, model: Module) -> set[str]:
+        """Names of the base's tensors that train as well, chosen by looking at the model's modules."""
+        return set()
 
     def begin(self, edits: dict[str, Edit], t: int, T: int, rng: np.random.Generator) -> None:
-        "Before step t of T: sample a rank, a gate."
+        """Called before step t of T: to sample a rank or a gate."""
 
     def penalty(self, edits: dict[str, Edit], model: Module, ctx: Context) -> Any:
-        "Added to the loss; ctx is this forward pass: its inputs, notes, hidden, out."
+        """A term that is added to the loss. ctx is the forward pass of this batch."""
         return 0.0
 
     def step(self, edits: dict[str, Edit], t: int, T: int) -> None:
-        "After the update, gradients still there: importances, budgets, masks."
+        """Called after the update, before the gradients are cleared: for importances, budgets and masks."""
 
-    def phases(self, edits: dict[str, Edit]) -> Iterator[float]:
-        "Yields shares of the steps; code between the yields runs between phases.  A phase starts with a fresh optimiser."
-        yield 1.0
+    def phases(self) -> list[Phase]:
+        """The phases of training, in order. Each starts with a fresh optimiser."""
+        return [Phase(1.0)]
+
+    def eject(self, edits: dict[str, Edit]) -> tuple[Method, dict[str, Edit]]:
+        """The simpler (method, edits) that give the same outputs after training: a prefix without its MLP."""
+        return self, edits
 
 
-@dataclass
+@dataclass(eq=False)
 class Attached:
-    "A method on a model: its edits by path, and the base tensors it trains with their values before it came."
+    """A method on a model.
+
+    edits   its edits by module path
+    base    the base tensors that it trains, by name, with their values from before it was attached
+    seed    the seed from which `attach` drew its edits"""
+
     method: Method
     name: str
     edits: dict[str, Edit]
     base: dict[str, Array] = field(default_factory=dict)
+    seed: int = 0
 
 
-# ── finding ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── finding parts of a model ─────────────────────────────────────────────────────────────────────────────────────────
 def base_modules(model: Module) -> dict[str, Module]:
-    "The model's own modules by path: no edits."
-    return {p: m for p, m in model.named_modules() if "edits" not in p.split(".") and not isinstance(m, Packed)}
+    """The model's own modules by path, without edits."""
+    return {path: m for path, m in model.named_modules() if not _in_edit(path) and not isinstance(m, Packed)}
 
 
 def base_parameters(model: Module) -> dict[str, Tensor]:
-    "The model's own tensors by name: no edits."
-    return {n: p for n, p in model.named_parameters().items() if "edits" not in n.split(".")}
+    """The model's own tensors by name, without those of edits."""
+    return {name: p for name, p in model.named_parameters().items() if not _in_edit(name)}
 
 
-def select(model: Module, globs: Any) -> dict[str, Module]:
-    """The modules whose paths end in one of the globs: * is one name, ** any number, [qv] one of these letters.  In the order of
-    the model.  LookupError, with the nearest names, for a glob that matches nothing."""
-    base, hits = base_modules(model), set()
-    for g in [globs] if isinstance(globs, str) else globs:
-        pattern = re.escape(g).replace(r"\[", "[").replace(r"\]", "]").replace(r"\*\*", ".*").replace(r"\*", r"[^.]*")
-        hit = {p for p in base if p and re.search(rf"(\A|\.){pattern}\Z", p)}
-        if not hit:
-            ends = sorted({".".join(re.sub(r"\.\d+", ".*", p).split(".")[-2:]) for p in base if p})
-            near = difflib.get_close_matches(g, ends, 4, 0.3) or ends[:8]
-            raise LookupError(f"{g!r} names no module of this model; there are {', '.join(near)} ...")
-        hits |= hit
-    return {p: m for p, m in base.items() if p in hits}
+def _in_edit(path: str) -> bool:
+    return "edits" in path.split(".")
+
+
+def inside(name: str, paths: Iterable[str]) -> bool:
+    """True if a tensor or module of this name lies inside one of the modules at these paths."""
+    return any(name.startswith(f"{path}.") for path in paths)
 
 
 def is_head(model: Module, name: str) -> bool:
-    "Whether a tensor belongs to a new task head."
-    return name.split(".")[0] in getattr(model, "head_modules", ())
+    """True if a tensor belongs to a new task head."""
+    return inside(name, getattr(model, "head_modules", ()))
+
+
+def select(model: Module, globs: str | Iterable[str]) -> dict[str, Module]:
+    """The modules whose paths end in one of the globs, in the order of the model.
+
+    "*" stands for one name, "**" for any number of names, "[qv]" for one of these letters.
+    Raises LookupError, with the nearest names, for a glob that matches nothing."""
+    modules = base_modules(model)
+    chosen = set()
+    for glob in [globs] if isinstance(globs, str) else globs:
+        pattern = _pattern(glob)
+        hits = {path for path in modules if path and pattern.search(path)}
+        if not hits:
+            raise LookupError(f"{glob!r} names no module of this model; there are {', '.join(_nearest(glob, modules))} ...")
+        chosen |= hits
+    return {path: m for path, m in modules.items() if path in chosen}
+
+
+def _pattern(glob: str) -> re.Pattern[str]:
+    """The glob as a regular expression that matches the end of a path."""
+    text = re.escape(glob)
+    for escaped, meaning in ((r"\[", "["), (r"\]", "]"), (r"\*\*", ".*"), (r"\*", r"[^.]*")):
+        text = text.replace(escaped, meaning)
+    return re.compile(rf"(\A|\.){text}\Z")
+
+
+def _nearest(glob: str, paths: Iterable[str]) -> list[str]:
+    """Endings of paths, two names long, that look like the glob."""
+    ends = set()
+    for path in paths:
+        if path:
+            names = re.sub(r"\.\d+", ".*", path).split(".")
+            ends.add(".".join(names[-2:]))
+    return difflib.get_close_matches(glob, sorted(ends), 4, 0.3) or sorted(ends)[:8]
 
 
 def attached(model: Module) -> tuple[Attached, ...]:
+    """The methods on a model, in the order in which they were attached."""
     return getattr(model, "_attached", ())
 
 
 def get_attached(model: Module, name: str | None = None) -> Attached:
-    "What is attached under this name, or last."
+    """The method attached under this name; without a name, the last one. LookupError if there is none."""
+    for a in reversed(attached(model)):
+        if name is None or a.name == name:
+            return a
     names = [a.name for a in attached(model)]
-    if not names or (name is not None and name not in names):
-        raise LookupError(f"{name or 'nothing'!r} is not attached; there is {', '.join(names) or 'nothing'}")
-    return attached(model)[-1 if name is None else names.index(name)]
+    raise LookupError(f"{name or 'nothing'!r} is not attached; there is {', '.join(names) or 'nothing'}")
 
 
-# ── on and off ───────────────────────────────────────────────────────────────────────────────────────────────────────
-def attach(model: Module, what: Method | Attached, name: str | None = None, seed: int = 0, train_head: bool = True) -> Attached:
-    """Put a method on a model, or put back what `detach` gave.  From then on the model trains what its methods train, nothing else.
+# ── attach and detach ────────────────────────────────────────────────────────────────────────────────────────────────
+def attach(model: Module, method: Method | Attached, name: str | None = None, seed: int = 0, train_head: bool = True) -> Attached:
+    """Put a method on a model, or put back what `detach` gave. From then on, only what its methods train is trainable.
 
-    A new task head trains too unless train_head=False.  ValueError if the name is taken or nothing would train."""
-    name = name or (what.name if isinstance(what, Attached) else type(what).__name__.lower())
+    A new task head trains too unless train_head=False; the first method to be attached carries it.
+    Raises ValueError if the name is taken or nothing would train."""
+    modules = base_modules(model)
+    if not isinstance(method, (Method, Attached)):
+        raise TypeError(f"attach wants a Method, such as LoRA(r=8), or what detach gave; got {method!r}")
+    name = name or (method.name if isinstance(method, Attached) else type(method).__name__.lower())
     if any(a.name == name for a in attached(model)):
         raise ValueError(f"{name!r} is attached already; give this one another name: attach(..., name=...)")
-    if isinstance(what, Method):
-        what = what.prepare(model)
-        names, taken = base_parameters(model), {n for b in attached(model) for n in b.base}
-        wanted = {n for n in names if what.trains(n) and (train_head or not is_head(model, n))}
-        head = {n for n in names if train_head and is_head(model, n)} - taken    # the first method to come carries the head
-        edits = what.edits(select(model, what.targets), np.random.default_rng(seed))
-        if not edits and not wanted and type(what).penalty is Method.penalty:
-            raise ValueError(f"{name} would train nothing on this model: none of its tensors is one that {type(what).__name__} trains")
-        mine = {n: names[n].data.copy() for n in names if n in wanted | head}
-        a = Attached(what, name, edits, mine)
+    if isinstance(method, Attached):
+        a = method
+        if lacking := sorted((a.edits.keys() - modules.keys()) | (a.base.keys() - base_parameters(model).keys())):
+            raise ValueError(f"{name} was attached to another model: this one has no {lacking[0]}")
+        a.name = name
+        _swap_base(model, a)
     else:
-        a, a.name = what, name
-        _swap(model, a)
-    at = base_modules(model)
-    for p, e in a.edits.items():
-        at[p].edits = {**at[p].edits, name: e}
-    model._attached = (*attached(model), a)
-    _refresh(model)
+        a = _make(model, method, name, seed, train_head)
+    for path, e in a.edits.items():
+        modules[path].edits = {**modules[path].edits, name: e}
+    _set_attached(model, (*attached(model), a))
     return a
 
 
+def _make(model: Module, method: Method, name: str, seed: int, train_head: bool) -> Attached:
+    """The edits of a method for this model, and copies of the base tensors that it trains. The model is not changed."""
+    parameters = base_parameters(model)
+    head = {n for n in parameters if is_head(model, n)}
+    taken = {n for a in attached(model) for n in a.base}
+    trainable = set(method.trains(model))
+    if unknown := sorted(trainable - parameters.keys()):
+        raise ValueError(f"{name} wants to train {unknown[0]}, which is not a tensor of this model")
+    edits = method.edits(method.find(model), np.random.default_rng(seed))
+    if not train_head:
+        trainable -= head
+    if not edits and not trainable and type(method).penalty is Method.penalty:
+        raise ValueError(f"{name} would train nothing on this model: none of its tensors is one that {type(method).__name__} trains")
+    if train_head:
+        trainable |= head - taken
+    base = {n: p.data.copy() for n, p in parameters.items() if n in trainable}
+    return Attached(method, name, edits, base, seed)
+
+
 def detach(model: Module, name: str | None = None) -> Attached:
-    "Take a method off; the model is what it was before, bitwise.  What comes back goes on again with attach."
+    """Take a method off: the model is what it was before, bitwise. `attach` puts the returned object on again."""
     a = get_attached(model, name)
-    _uncovered(model, [a])
-    for m in base_modules(model).values():
-        if a.name in m.edits:
-            m.edits = {k: e for k, e in m.edits.items() if k != a.name}
-    _swap(model, a)
-    model._attached = tuple(b for b in attached(model) if b is not a)
-    _refresh(model)
+    _check_uncovered(model, [a])
+    _remove_edits(model, {a.name})
+    _swap_base(model, a)
+    _set_attached(model, tuple(b for b in attached(model) if b is not a))
     return a
 
 
 @contextmanager
 def without(model: Module, *names: str) -> Iterator[None]:
-    """The model without these methods for the length of a `with`; order and all restored after.  Unnamed: without all that train, so
-    that a frozen adapter stays part of the base."""
-    names = names or tuple(a.name for a in attached(model) if a.base or any(p.requires_grad for e in a.edits.values() for p in e.parameters()))
-    off = [get_attached(model, n) for n in names]
-    kept = [(m, m.edits) for m in base_modules(model).values() if m.edits]
-    mine = [a for a in reversed(attached(model)) if a in off]
-    _uncovered(model, off)
-    for m, edits in kept:
-        m.edits = {k: e for k, e in edits.items() if k not in names}
-    for a in mine:
-        _swap(model, a)
+    """The model without these methods for the length of a `with`; afterwards everything is as before, order included.
+
+    Without names it takes off every method that trains something, so that a frozen adapter stays part of the base."""
+    names = names or tuple(a.name for a in attached(model) if _is_trainable(a))
+    wanted = [get_attached(model, n) for n in names]
+    off = [a for a in attached(model) if a in wanted]
+    _check_uncovered(model, off)
+    before = [(m, m.edits) for m in base_modules(model).values() if m.edits]
+    _remove_edits(model, names)
+    for a in reversed(off):
+        _swap_base(model, a)
     try:
         yield
     finally:
-        for m, edits in kept:
+        for m, edits in before:
             m.edits = edits
-        for a in reversed(mine):
-            _swap(model, a)
+        for a in off:
+            _swap_base(model, a)
 
 
-def _uncovered(model: Module, off: list[Attached]) -> None:
-    "ValueError if a method that stays trained, after one of these, the same tensors: its values cannot be told apart from theirs."
-    here = attached(model)
+def _is_trainable(a: Attached) -> bool:
+    """True if the method trains a tensor of the base or of one of its edits."""
+    return bool(a.base) or any(p.requires_grad for e in a.edits.values() for p in e.parameters())
+
+
+def _remove_edits(model: Module, names: Iterable[str]) -> None:
+    for m in base_modules(model).values():
+        if m.edits:
+            m.edits = {name: e for name, e in m.edits.items() if name not in names}
+
+
+def _check_uncovered(model: Module, off: list[Attached]) -> None:
+    """Raise ValueError if a method that stays has trained, after one of these, the same tensors.
+
+    The values of the two cannot be told apart."""
+    order = attached(model)
     for a in off:
-        if clash := [b.name for b in here[here.index(a) + 1:] if b not in off and b.base.keys() & a.base.keys()]:
+        later = [b for b in order[order.index(a) + 1:] if b not in off]
+        clash = [b.name for b in later if b.base.keys() & a.base.keys()]
+        if clash:
             raise ValueError(f"{', '.join(clash)} trained the same tensors after {a.name}: detach them first")
 
 
-def _swap(model: Module, a: Attached) -> None:
-    "Exchange the base tensors that a trained with the values it keeps: the arrays change places, so a pass on its way to backward keeps its own."
-    ps = base_parameters(model)
-    for n, was in a.base.items():
-        a.base[n], ps[n].data = ps[n].data, array.put_like(was, ps[n].data, ps[n].dtype)
+def _swap_base(model: Module, a: Attached) -> None:
+    """Exchange the base tensors that a method trains with the values that it keeps.
+
+    The arrays are swapped, so that a graph recorded earlier keeps the values it was computed with."""
+    parameters = base_parameters(model)
+    for name, kept in a.base.items():
+        p = parameters[name]
+        a.base[name] = p.data
+        p.data = array.put_like(kept, p.data, p.dtype)
 
 
-def _refresh(model: Module) -> None:
-    "The base trains what its methods train; with no method on it, all of it."
-    here = attached(model)
-    for n, p in base_parameters(model).items():
-        p.requires_grad = not here or any(n in a.base for a in here)
+def _set_attached(model: Module, methods: tuple[Attached, ...]) -> None:
+    """Record which methods are attached. The base trains what its methods train; with no method on it, all of it."""
+    model._attached = methods
+    trainable = {name for a in methods for name in a.base}
+    for name, p in base_parameters(model).items():
+        p.requires_grad = not methods or name in trainable
 
 
-# ── into the weights ─────────────────────────────────────────────────────────────────────────────────────────────────
-def merge(model: Module, *names: str) -> Module:
-    """Work edits into the base's own weights and drop them: first every weight edit, then every activation edit, in order of
-    attachment.  All methods, or those named.  CannotMerge, with the reason, if one of them cannot; then nothing was changed."""
-    going = {get_attached(model, n).name for n in names} if names else {a.name for a in attached(model)}
-    new: dict[str, dict[str, Array]] = {}
+# ── eject and merge ──────────────────────────────────────────────────────────────────────────────────────────────────
+def eject(model: Module, name: str | None = None) -> Attached:
+    """Put the simpler form that serves after training in a method's place. The model's outputs stay the same.
+
+    A prefix loses the MLP that made it; a method without a simpler form stays as it is. See Method.eject."""
+    a = get_attached(model, name)
+    method, edits = a.method.eject(dict(a.edits))
+    ejected = Attached(method, a.name, edits, a.base, a.seed)
     for path, m in base_modules(model).items():
-        order, mine = list(m.edits), [k for k in m.edits if k in going]
-        if mine:
-            has = lambda hook, keys: any(m.edits[k].overrides(hook) for k in keys)
-            rest = order[len(mine):]
-            if order[:len(mine)] != mine or (rest and has("before", mine)) or (has("tensor", rest) and has("after", mine)):
-                raise CannotMerge(f"{path}: {', '.join(order)} act in this order, so {', '.join(mine)} cannot go first")
-            new[path] = _folded(path, m, [m.edits[k] for k in mine])
-    written = {f"{path}.{n}" for path, p in new.items() for n in p} | {n for a in attached(model) if a.name in going for n in a.base}
-    if clash := [a.name for a in attached(model) if a.name not in going and a.base.keys() & written]:
-        raise CannotMerge(f"{clash[0]} trains the same tensors, and to detach it would undo the merge: merge it too, or detach it first")
-    for path, m in base_modules(model).items():                                  # nothing was written until all agreed
-        for n, w in new.get(path, {}).items():
-            getattr(m, n).copy_(w)
-        if m.edits:
-            m.edits = {k: e for k, e in m.edits.items() if k not in going}
-    model._attached = tuple(a for a in attached(model) if a.name not in going)
-    _refresh(model)
+        if a.name in m.edits or path in edits:
+            m.edits = {n: e for n, e in {**m.edits, a.name: edits.get(path)}.items() if e is not None}
+    _set_attached(model, tuple(ejected if b is a else b for b in attached(model)))
+    return ejected
+
+
+def merge(model: Module, *names: str) -> Module:
+    """Work edits into the base's own weights and drop them: those of the methods named, or all.
+
+    First every weight edit, then every activation edit, in order of attachment. Raises CannotMerge, with the reason,
+    if one of them cannot be merged exactly; then nothing was changed."""
+    merging = {get_attached(model, n).name for n in names} if names else {a.name for a in attached(model)}
+    merged = [a for a in attached(model) if a.name in merging]
+    kept = [a for a in attached(model) if a.name not in merging]
+    folded: dict[str, dict[str, Array]] = {}                # module path -> {name: the new array}
+    for path, m in base_modules(model).items():
+        if merging & m.edits.keys():
+            _check_order(path, m.edits, merging)
+            folded[path] = _fold(path, m, [e for name, e in m.edits.items() if name in merging])
+    written = {f"{path}.{name}" for path, tensors in folded.items() for name in tensors}
+    written |= {name for a in merged for name in a.base}
+    for a in kept:
+        if a.base.keys() & written:
+            raise CannotMerge(f"{a.name} trains the same tensors, and to detach it would undo the merge: merge it too, or detach it first")
+    for path, m in base_modules(model).items():             # every edit agreed: now write
+        for name, w in folded.get(path, {}).items():
+            getattr(m, name).copy_(w)
+    _remove_edits(model, merging)
+    _set_attached(model, tuple(kept))
     return model
 
 
-def _folded(path: str, m: Module, edits: list[Edit]) -> dict[str, Array]:
-    "The module's own tensors that these edits change, with the edits in them."
-    if packed := [k for k, v in vars(m).items() if isinstance(v, Packed)]:
+def _check_order(path: str, edits: dict[str, Edit], merging: set[str]) -> None:
+    """Raise CannotMerge unless the edits to merge act before all others of their module."""
+    first = [name for name in edits if name in merging]
+    rest = [name for name in edits if name not in merging]
+
+    def any_overrides(hook: str, names: list[str]) -> bool:
+        return any(edits[name].overrides(hook) for name in names)
+
+    in_front = list(edits)[:len(first)] == first
+    input_changes = bool(rest) and any_overrides("before", first)
+    weight_changes = any_overrides("tensor", rest) and any_overrides("after", first)
+    if not in_front or input_changes or weight_changes:
+        raise CannotMerge(f"{path}: {', '.join(edits)} act in this order, so {', '.join(first)} cannot go first")
+
+
+def _fold(path: str, m: Module, edits: list[Edit]) -> dict[str, Array]:
+    """{name: new array} for the module's own tensors that these edits change."""
+    packed = [name for name, v in vars(m).items() if isinstance(v, Packed)]
+    if packed:
         raise CannotMerge(f"{path}.{packed[0]} is packed: keep the adapter beside it, or unpack the base first (tinyft.unpack) and merge then")
-    acts = [e for e in edits if e.overrides("after")]                                  # from the weight outwards: first the outputs, in order,
-    acts += [e for e in reversed(edits) if e.overrides("before") and not e.overrides("after")]      # then the inputs, the last one first
-    if len(acts) > 1 and (both := [type(e).__name__ for e in acts if e.overrides("before") and e.overrides("after")]):
-        raise CannotMerge(f"{path}: {both[0]} changes input and output, and is not alone")
-    if acts and m.tied:
-        raise CannotMerge(f"{path}: its weight is also the head's, and {type(acts[0]).__name__} changes only what {path} gives out")
-    p: dict[str, Any] = m.own()
+    # From the weight outwards: the outputs in order, then the inputs, the last one first.
+    outputs = [e for e in edits if e.overrides("after")]
+    inputs = [e for e in edits if e.overrides("before") and not e.overrides("after")]
+    activations = outputs + inputs[::-1]
+    for e in outputs:
+        if e.overrides("before") and len(activations) > 1:
+            raise CannotMerge(f"{path}: {type(e).__name__} changes input and output, and is not alone")
+    if activations and m.tied:
+        raise CannotMerge(f"{path}: its weight is also the head's, and {type(activations[0]).__name__} changes only the output of {path}")
+    own = m.own()
+    tensors = dict(own)
     for e in edits:
-        p = {n: e.tensor(n, w) for n, w in p.items()}
-    p = {n: w.data for n, w in p.items()}
-    for e in acts:
-        p = e.fold(p)
-    return {n: w for n, w in p.items() if w is not getattr(m, n).data}           # those that changed
+        tensors = {name: e.tensor(name, p) for name, p in tensors.items()}
+    arrays = {name: p.data for name, p in tensors.items()}
+    for e in activations:
+        arrays = e.fold(arrays)
+    return {name: w for name, w in arrays.items() if w is not own[name].data}
 
 
 def unpack(model: Module) -> Module:
-    "Every packed weight as a dense one again, in place: what its codes say, not what it was before it was packed."
+    """Replace every packed weight with its dense values, in place. The rounding of the packing stays."""
     for m in model.modules():
-        for name, packed in [(k, v) for k, v in vars(m).items() if isinstance(v, Packed)]:
-            setattr(m, name, Parameter(packed.dequantize()))
-    _refresh(model)
+        packed = {name: v for name, v in vars(m).items() if isinstance(v, Packed)}
+        for name, weight in packed.items():
+            setattr(m, name, Parameter(weight.dequantize()))
+    _set_attached(model, attached(model))
     return model
 
 
 # ── counting ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 @dataclass(frozen=True)
 class Count:
-    "Numbers that train: in edits and base (`trained`), in a new task head (`head`); all numbers of the base (`total`); bytes one task stores."
+    """Sizes of a model with its methods.
+
+    trained   trainable parameters in edits and base        head     trainable parameters in a new task head
+    total     all parameters of the base                    nbytes   bytes that one task stores"""
+
     trained: int
     head: int
     total: int
@@ -289,47 +427,67 @@ class Count:
 
     def __str__(self) -> str:
         head = f" and {self.head:,} in the head" if self.head else ""
-        return f"{self.trained:,} trained ({100 * self.trained / max(self.total, 1):.2f} % of {self.total:,}){head}; {self.nbytes:,} bytes to store"
+        percent = 100 * self.trained / max(self.total, 1)
+        return f"{self.trained:,} trained ({percent:.2f} % of {self.total:,}){head}; {self.nbytes:,} bytes to store"
 
 
 def trained(model: Module) -> dict[str, Tensor]:
-    "What trains, by name."
-    return {n: p for n, p in model.named_parameters().items() if p.requires_grad}
+    """The trainable tensors by name."""
+    return {name: p for name, p in model.named_parameters().items() if p.requires_grad}
 
 
 def count(model: Module) -> Count:
-    "How much trains, beside how much there is.  A mask on a tensor counts only what it lets move."
-    free = lambda p: p.size if p.mask is None else int(np.broadcast_to(array.asnumpy(p.mask), p.shape).sum())
-    numbers = {n: free(p) for n, p in trained(model).items()}
-    head = [n for n in numbers if is_head(model, n)]
-    size = sum(p.size for n, p in base_parameters(model).items() if not is_head(model, n)) \
-        + sum(int(np.prod(m.shape)) for m in model.modules() if isinstance(m, Packed))
-    n_head = sum(numbers[n] for n in head)
-    return Count(sum(numbers.values()) - n_head, n_head, size,
-                 sum(p.data.nbytes for n, p in trained(model).items()))
+    """The number of trainable parameters and of all parameters. A masked tensor counts only the entries that may move."""
+    sizes = {name: _free_entries(p) for name, p in trained(model).items()}
+    head = sum(size for name, size in sizes.items() if is_head(model, name))
+    dense = sum(p.size for name, p in base_parameters(model).items() if not is_head(model, name))
+    packed = sum(int(np.prod(m.shape)) for m in model.modules() if isinstance(m, Packed))
+    nbytes = sum(p.data.nbytes for p in trained(model).values())
+    return Count(sum(sizes.values()) - head, head, dense + packed, nbytes)
 
 
+def _free_entries(p: Tensor) -> int:
+    return p.size if p.mask is None else int(np.broadcast_to(array.asnumpy(p.mask), p.shape).sum())
+
+
+# ── state ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 def named_state(model: Module, a: Attached) -> dict[str, Any]:
-    """{name in a file: Tensor or array} of everything that belongs to a: 'path:name' for its edits, the plain name for a base tensor
-    it trains.  Independent of what else is attached; a part that several modules share appears once."""
-    first = {id(v): (f"{p}:{n}", v) for p, e in reversed(a.edits.items()) for n, v in {**e.named_parameters(), **e.named_buffers()}.items()}
-    return dict(reversed(first.values())) | {n: base_parameters(model)[n] for n in a.base}
+    """{name: Tensor or buffer} of everything that belongs to an attached method: its edits, and the base tensors it trains.
+
+    The names are those of the model's state_dict: `blocks.0.attn.q.edits.lora.A`. A part that several modules share
+    appears once. Buffers that are not persistent are left out."""
+    if a not in attached(model):
+        raise LookupError(f"{a.name!r} is not attached to this model")
+    mine = {id(v) for e in a.edits.values() for v in [*e.named_parameters().values(), *e.named_buffers().values()]}
+    saved = model.state_dict().keys()
+    named = {**model.named_parameters(), **model.named_buffers()}
+    return {name: v for name, v in named.items() if name in a.base or (id(v) in mine and name in saved)}
 
 
-def state(model: Module, a: Attached) -> dict[str, np.ndarray]:
-    "Copies of everything that belongs to a, on the host."
-    return {n: np.array(array.asnumpy(v.data if isinstance(v, Tensor) else v)) for n, v in named_state(model, a).items()}
+def state_dict(model: Module, a: Attached) -> dict[str, np.ndarray]:
+    """Copies, on the host, of everything that belongs to an attached method."""
+    values = {name: v.data if isinstance(v, Tensor) else v for name, v in named_state(model, a).items()}
+    return {name: np.array(array.asnumpy(v)) for name, v in values.items()}
 
 
-def load_state(model: Module, a: Attached, arrays: dict[str, np.ndarray]) -> None:
-    "Copy everything that belongs to a back in.  ValueError names what is missing, unexpected or of another shape; then nothing was changed."
-    at = named_state(model, a)
-    wrong = [f"{n} {'is missing' if n not in arrays else 'is not expected' if n not in at else f'has shape {arrays[n].shape}, not {at[n].shape}'}"
-             for n in sorted(at.keys() | arrays.keys()) if n not in arrays or n not in at or at[n].shape != arrays[n].shape]
+def load_state_dict(model: Module, a: Attached, arrays: dict[str, np.ndarray]) -> None:
+    """Copy everything that belongs to an attached method back in.
+
+    Raises ValueError, naming what is missing, unexpected or of another shape; then nothing was changed."""
+    named = named_state(model, a)
+    wrong = []
+    for name in sorted(named.keys() | arrays.keys()):
+        if name not in arrays:
+            wrong.append(f"{name} is missing")
+        elif name not in named:
+            wrong.append(f"{name} is not expected")
+        elif named[name].shape != arrays[name].shape:
+            wrong.append(f"{name} has shape {arrays[name].shape}, not {named[name].shape}")
     if wrong:
-        raise ValueError(f"{a.name} does not fit: " + "; ".join(wrong[:4]) + (" ..." if len(wrong) > 4 else ""))
-    for n, v in at.items():
+        more = " ..." if len(wrong) > 4 else ""
+        raise ValueError(f"{a.name} does not fit: " + "; ".join(wrong[:4]) + more)
+    for name, v in named.items():
         if isinstance(v, Tensor):
-            v.copy_(arrays[n])
+            v.copy_(arrays[name])
         else:
-            v[...] = array.put_like(arrays[n], v, v.dtype)                       # a buffer keeps its identity
+            v[...] = array.put_like(arrays[name], v, v.dtype)      # in place: a buffer keeps its identity

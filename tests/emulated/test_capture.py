@@ -456,11 +456,12 @@ class Pull(ft.Method):
 
 @dataclass(frozen=True)
 class Twice(ft.LoRA):
-    def phases(self, edits):
-        yield 0.5
+    def phases(self):
+        return [ft.Phase(0.5), ft.Phase(0.5, self.halve)]
+
+    def halve(self, model, edits, batches, rng):
         for e in edits.values():
             e.B.copy_(array.asnumpy(e.B.data) * 0.5)
-        yield 0.5
 
 
 FITS = {"text": (None, TEXT, {}), "dropout, LoRA": (ft.LoRA(r=2, dropout=0.2), TEXT, {"schedule": ft.cosine_schedule(warmup=3)}),

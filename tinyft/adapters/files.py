@@ -29,7 +29,7 @@ def save_adapter(model: Module, path: str | os.PathLike, name: str | None = None
     facts = {"method": type(a.method).__name__, "fields": dataclasses.asdict(a.method), "name": a.name,
              "head": [n for n in a.base if edit.is_head(model, n)], "base": fingerprint(model)}
     path = Path(path)
-    write_atomically({path / "adapter.safetensors": pack_tensors(edit.state(model, a), {"sum": digest(facts)}),
+    write_atomically({path / "adapter.safetensors": pack_tensors(_to_file(a, edit.state_dict(model, a)), {"sum": digest(facts)}),
                       path / "adapter.json": (json.dumps(facts, indent=1) + "\n").encode()})
     return path
 
@@ -61,11 +61,21 @@ def load_adapter(model: Module, path: str | os.PathLike, name: str | None = None
         raise ValueError(f"{path} was saved by another version of tinyft: {e}") from e
     a = edit.attach(model, made, name or facts["name"], train_head=bool(facts["head"]))
     try:
-        edit.load_state(model, a, arrays)
+        edit.load_state_dict(model, a, _from_file(a, arrays))
     except ValueError:
         edit.detach(model, a.name)
         raise
     return a
+
+
+def _to_file(a: Attached, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Arrays under the names of a file: `blocks.0.attn.q:A` for `blocks.0.attn.q.edits.lora.A`."""
+    return {name.replace(f".edits.{a.name}.", ":"): v for name, v in arrays.items()}
+
+
+def _from_file(a: Attached, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Arrays under the names that they have in the model."""
+    return {name.replace(":", f".edits.{a.name}."): v for name, v in arrays.items()}
 
 
 def known(name: str) -> type[Method] | None:

@@ -11,14 +11,14 @@ from typing import NamedTuple
 
 from ..edit import Method
 from .additive.houlsby import Houlsby
-from .additive.prefix import PrefixTuning, eject
+from .additive.prefix import PrefixTuning
 from .additive.prompt import PromptTuning
 from .reparameterized.lora import LoRA
 from .selective.bitfit import BitFit
 from .selective.full import Full
 from .selective.partial import Partial
 
-__all__ = ["Full", "Partial", "BitFit", "Houlsby", "PromptTuning", "PrefixTuning", "LoRA", "eject", "methods", "Entry"]
+__all__ = ["Full", "Partial", "BitFit", "Houlsby", "PromptTuning", "PrefixTuning", "LoRA", "methods", "Entry"]
 
 ALL: tuple[type[Method], ...] = (Full, Partial, BitFit, Houlsby, PromptTuning, PrefixTuning, LoRA)
 

@@ -117,18 +117,20 @@ class Run:
         self.capture, self.replay = capture and array.backend() == "cupy", None
         if self.capture:
             self.check_capture()
-        self.phases = many[0].method.phases(many[0].edits) if many else iter([1.0])
+        self.phased = many[0] if many else None
+        self.phases = self.phased.method.phases() if self.phased else [edit.Phase(1.0)]
 
     def walk(self, saved: tuple[dict, dict] | None) -> Iterator[None]:
-        """Every step of every phase.  Resuming walks the phases up to the saved one, their code between the yields running on whatever is
-        there, and only then loads the state."""
+        "Every step of every phase.  A resumed run goes on in the phase that the checkpoint names; setups that ran are not run again."
         total, given, at = 0.0, 0, self.check(saved[1]) if saved else 0
-        for phase, share in enumerate(self.phases):
-            self.phase, total = phase, total + share
+        for number, phase in enumerate(self.phases):
+            self.phase, total = number, total + phase.share
             T, given = round(total * self.steps) - given, round(total * self.steps)
             self.t = 0
             if self.phase < at:
                 continue
+            if phase.setup and not (saved and self.phase == at):
+                phase.setup(self.model, self.phased.edits, self.source, self.rng)
             self.opt.start(edit.trained(self.model))
             self.replay = kernels.capture(self.whole, self.whole) if self.capture else None
             if saved and self.phase == at:
@@ -244,7 +246,7 @@ class Run:
     # ── what a checkpoint holds ──
     def slots(self) -> dict[str, Any]:
         "Everything that training changes: edits with their buffers, and the base's tensors that train.  Tensors and arrays by name."
-        mine = {f"edit/{a.name}/{n}": v for a in edit.attached(self.model) for n, v in edit.named_state(self.model, a).items() if n not in a.base}
+        mine = {f"edit/{n}": v for a in edit.attached(self.model) for n, v in edit.named_state(self.model, a).items() if n not in a.base}
         return mine | {f"base/{n}": p for n, p in edit.base_parameters(self.model).items() if p.requires_grad}
 
     def values(self) -> dict[str, np.ndarray]:

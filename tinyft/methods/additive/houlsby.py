@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from ... import ops
-from ...edit import Edit, Method
-from ...nn import Context, Linear, Module
+from ...edit import Edit, Method, base_modules, base_parameters, inside
+from ...nn import Context, LayerNorm, Linear, Module
 from ...tensor import Tensor
 
 
@@ -31,8 +31,10 @@ class Houlsby(Method):
     def edit(self, path: str, module: Module, rng: np.random.Generator) -> Edit:
         return Bottleneck(module.out_features, self.m, self.std, rng)
 
-    def trains(self, name: str) -> bool:
-        return self.norms and f".{name}".split(".")[-2].rstrip("012") == "norm" and not name.startswith("head.")
+    def trains(self, model: Module) -> set[str]:
+        norms = {path for path, m in base_modules(model).items() if isinstance(m, LayerNorm)}
+        names = base_parameters(model)
+        return {n for n in names if inside(n, norms) and not inside(n, ["head"])} if self.norms else set()
 
 
 class Bottleneck(Edit):

@@ -17,7 +17,7 @@ import numpy as np
 
 from ... import array, ops
 from ...array import Array, xp
-from ...edit import Attached, Edit, Method, attach, detach
+from ...edit import Edit, Method
 from ...nn import Context, Embedding, Linear, Module, Parameter
 from ...tensor import Tensor, no_grad
 
@@ -46,6 +46,12 @@ class PrefixTuning(Method):
                 shared = shared or Hidden(self.p, m.heads * m.head_width, self.mlp, rng)
                 out[path] = Reparameterized(m.heads, m.head_width, shared, rng)
         return out
+
+    def eject(self, edits: dict[str, Edit]) -> tuple[Method, dict[str, Edit]]:
+        """The prefixes without the MLP that made them, bitwise."""
+        with no_grad():
+            out = {path: e.ejected() if isinstance(e, Reparameterized) else e for path, e in edits.items()}
+        return replace(self, mlp=None), out
 
 
 class Prefix(Edit):
@@ -78,7 +84,7 @@ class Hidden(Edit):
 
 
 class Reparameterized(Prefix):
-    "P_K, P_V of one layer from the shared hidden rows.  `eject` stores the prefix and drops the MLP."
+    "P_K, P_V of one layer from the shared hidden rows."
 
     def __init__(self, h: int, d: int, shared: Hidden, rng: np.random.Generator):
         self.hidden, self.W2, self._heads = shared, Linear(shared.W1.out_features, 2 * h * d, rng, std=shared.W1.out_features**-0.5), (h, d)
@@ -89,17 +95,10 @@ class Reparameterized(Prefix):
         K, V = (both[:, i * h * d:(i + 1) * h * d].reshape(-1, h, d).permute(1, 0, 2) for i in (0, 1))
         return K, V
 
-
-def eject(model: Module, name: str | None = None) -> Attached:
-    "The same prefix without the MLP that made it, in its place on the model: what is stored and served.  Outputs stay as they are, bitwise."
-    a = detach(model, name)
-    edits = dict(a.edits)
-    for path, e in a.edits.items():
-        if isinstance(e, Reparameterized):
-            with no_grad():
-                K, V = e.prefix(Context())                                       # (H, p, D)
-            edits[path] = Prefix(K.data.copy(), V.data.copy())
-    return attach(model, Attached(replace(a.method, mlp=None), a.name, edits, a.base))
+    def ejected(self) -> Prefix:
+        """The prefix of this layer as plain tensors."""
+        K, V = self.prefix(Context())                                            # (H, p, D)
+        return Prefix(K.data.copy(), V.data.copy())
 
 
 class Shift(Edit):

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...edit import Method, base_parameters, is_head
+from ...edit import Method, base_modules, base_parameters, is_head
 from ...nn import Module
 
 
 @dataclass(frozen=True)
 class BitFit(Method):
-    "Every tensor whose own name is `bias` trains.  ValueError on a model that has none: the head alone would not be BitFit."
+    """Every tensor that is the `bias` of its module trains. Raises ValueError on a model without biases."""
 
-    def prepare(self, model: Module) -> Method:
-        if not any(self.trains(n) and not is_head(model, n) for n in base_parameters(model)):
+    def trains(self, model: Module) -> set[str]:
+        parameters = base_parameters(model)
+        biases = {id(m.own()["bias"]) for m in base_modules(model).values() if "bias" in m.own()}
+        names = {name for name, p in parameters.items() if id(p) in biases}
+        if all(is_head(model, name) for name in names):      # the head alone would not be BitFit
             raise ValueError("BitFit would train nothing on this model: it has no biases")
-        return self
-
-    def trains(self, name: str) -> bool:
-        return name.split(".")[-1] == "bias"                                     # the last name: T5 has a relative_attention_bias.weight
+        return names

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...edit import Method
+from ...edit import Method, base_parameters
+from ...nn import Module
 
 
 @dataclass(frozen=True)
 class Full(Method):
-    "Everything trains.  Rates of 1e-5 to 1e-3, falling with the size of the model."
+    """Everything trains. Learning rates of 1e-5 to 1e-3, the lower the larger the model."""
 
-    def trains(self, name: str) -> bool:
-        return True
+    def trains(self, model: Module) -> set[str]:
+        return set(base_parameters(model))

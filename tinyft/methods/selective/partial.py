@@ -8,26 +8,26 @@ Departures: a language model's tied head is the input embedding, which stays fro
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from ...edit import Method, base_modules
+from ...edit import Method, base_modules, base_parameters
 from ...nn import Module
 
 
 @dataclass(frozen=True)
 class Partial(Method):
-    "k: how many blocks train, from the top.  depth is read off the model when the method is attached."
-    k: int = 1
-    depth: int | None = None
+    """k: the number of blocks that train, from the top."""
 
-    def prepare(self, model: Module) -> Method:
+    k: int = 1
+
+    def trains(self, model: Module) -> set[str]:
         depth = sum(re.fullmatch(r"blocks\.\d+", p) is not None for p in base_modules(model))
         if not 0 <= self.k <= depth:
             raise ValueError(f"Partial wants 0 <= k <= {depth}, the model's number of blocks; got {self.k}")
-        return replace(self, depth=depth)
 
-    def trains(self, name: str) -> bool:
-        first, *rest = name.split(".")
-        if first == "blocks":
-            return int(rest[0]) >= self.depth - self.k
-        return first in ("pooler", "head") or (first == "norm" and self.k > 0)      # BERT has no final norm
+        def trains(name: str) -> bool:
+            first, *rest = name.split(".")
+            if first == "blocks":
+                return int(rest[0]) >= depth - self.k
+            return first in ("pooler", "head") or (first == "norm" and self.k > 0)      # BERT has no final norm
+        return {name for name in base_parameters(model) if trains(name)}
