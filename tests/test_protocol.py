@@ -31,7 +31,20 @@ from contract import (
 from helpers import dev, host
 
 from tinyft import CannotMerge, array, combine, edit, evaluate, fit, no_grad, ops
-from tinyft.edit import Attached, Edit, Method, Phase, attach, count, detach, merge, select, state_dict, trained, without
+from tinyft.edit import (
+    Attached,
+    Edit,
+    Method,
+    Phase,
+    attach,
+    count,
+    detach,
+    merge,
+    select,
+    state_dict,
+    trained,
+    without,
+)
 from tinyft.functional import kl_divergence
 from tinyft.methods import BitFit, Full, Houlsby, LoRA, Partial, PrefixTuning, PromptTuning
 from tinyft.methods.reparameterized.lora import LowRank

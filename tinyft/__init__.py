@@ -13,7 +13,22 @@ from . import data, functional, kernels, ops
 from .adapters import combine, load_adapter, save_adapter
 from .array import BackendError, CannotCapture, backend, peak_memory, use
 from .decode import generate
-from .edit import Attached, CannotMerge, Count, Edit, Method, Phase, attach, count, detach, eject, merge, trained, unpack, without
+from .edit import (
+    Attached,
+    CannotMerge,
+    Count,
+    Edit,
+    Method,
+    Phase,
+    attach,
+    count,
+    detach,
+    eject,
+    merge,
+    trained,
+    unpack,
+    without,
+)
 from .formats.huggingface import classifier, load, save
 from .kernels import capture, get_num_threads, set_num_threads
 from .learn import check
