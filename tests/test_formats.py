@@ -634,7 +634,7 @@ def test_save_refuses_what_a_directory_cannot_hold(tmp_path):
     with pytest.raises(ValueError, match="no longer what its config says"):
         save(model, tmp_path / "m")
     with pytest.raises(ValueError, match="a Linear cannot be written"):
-        save(Linear(2, 2, np.random.default_rng(0)), tmp_path / "m")
+        save(Linear(2, 2, rng=np.random.default_rng(0)), tmp_path / "m")
     assert not (tmp_path / "m").exists()
     (tmp_path / "file").write_text("mine")
     with pytest.raises(FileExistsError, match="is a file"):
@@ -698,7 +698,7 @@ def test_a_new_head_comes_before_what_is_attached():
         with pytest.raises(ValueError, match="at least one class"):
             classifier(GPT(GPTConfig(V, T, C, L, H)), bad)
     with pytest.raises(TypeError, match="takes no new head"):
-        classifier(Linear(2, 2, np.random.default_rng(0)), 3)
+        classifier(Linear(2, 2, rng=np.random.default_rng(0)), 3)
 
 
 def test_models_that_ship_are_found_by_name(tmp_path, monkeypatch):

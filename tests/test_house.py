@@ -23,7 +23,7 @@ from tinyft.tensor import OPS
 
 # ── who may import whom ──────────────────────────────────────────────────────────────────────────────────────────────
 # Each part of the core may import the parts before it.
-CORE = ["dispatch", "array", "precision", "tensor", "ops", "functional", "nn", "edit"]
+CORE = ["dispatch", "array", "precision", "tensor", "ops", "functional", "context", "nn", "edit"]
 BELOW_EDIT = set(CORE) - {"edit"}
 MAY_IMPORT: dict[str, set[str]] = {
     **{name: set(CORE[:i]) for i, name in enumerate(CORE)},

@@ -266,7 +266,7 @@ def test_a_biass_gradient_is_the_column_sum_of_the_gradient_that_arrives(kind):
 def check_last_name(method: Method) -> None:
     "T5's relative_attention_bias is a table, its weight no bias."
     model = build("gpt")
-    model.blocks[0].attn.relative_attention_bias = Embedding(4, 3, np.random.default_rng(0))
+    model.blocks[0].attn.relative_attention_bias = Embedding(4, 3, rng=np.random.default_rng(0))
     attach(model, method)
     assert set(trained(model)) == {n for n in model.named_parameters() if n.endswith(".bias")}
 
@@ -283,7 +283,7 @@ def test_bitfit_on_a_model_without_biases_says_so_and_does_not_train_the_head_al
 
         def __init__(self):
             rng = np.random.default_rng(0)
-            self.body, self.head = Linear(4, 4, rng, bias=False), Linear(4, 2, rng)
+            self.body, self.head = Linear(4, 4, rng=rng, bias=False), Linear(4, 2, rng=rng)
     with pytest.raises(ValueError, match="would train nothing"):
         attach(Plain(), BitFit())
     attach(Plain(), Full())
@@ -344,7 +344,7 @@ def test_loras_gradients_are_those_of_the_merged_weight_through_the_factors(kind
 
 def a_linear(r: int = 3, alpha: float = 6.0, seed: int = 0) -> tuple[Linear, LowRank, Tensor]:
     "A linear map with a LoRA away from its start, and an input; all float64."
-    lin = Linear(5, 7, np.random.default_rng(seed), std=0.5)
+    lin = Linear(5, 7, rng=np.random.default_rng(seed), std=0.5)
     e = LoRA(r=r, alpha=alpha).edit("lin", lin, np.random.default_rng(seed + 1))
     lin.edits = {"lora": e}
     e.B.copy_(draw(e.B.shape, seed + 2))
@@ -383,7 +383,7 @@ def test_a_full_rank_lora_can_be_any_update():
 
 
 def test_loras_A_is_drawn_from_plus_minus_one_over_root_in_and_B_is_zero():
-    e = LoRA(r=64).edit("x", Linear(25, 4, np.random.default_rng(0)), np.random.default_rng(1))
+    e = LoRA(r=64).edit("x", Linear(25, 4, rng=np.random.default_rng(0)), np.random.default_rng(1))
     A = host(e.A)
     assert np.abs(A).max() <= 0.2 and abs(A.std() - 0.2 / 3**0.5) < 0.01 and not host(e.B).any()
 
@@ -427,7 +427,7 @@ def test_lora_on_an_embedding_is_its_equation_packed_or_not():
     "W + (α/r) B A, for all who read W."
     W = draw((7, 5))
     for weight in (Parameter(dev(W)), Int8(W)):
-        table = Embedding(7, 5, np.random.default_rng(0)).to(dtype=np.float64)
+        table = Embedding(7, 5, rng=np.random.default_rng(0)).to(dtype=np.float64)
         table.weight = weight
         e = LoRA(r=3, alpha=6.0).edit("embed", table, np.random.default_rng(1))
         e.B.copy_(draw(e.B.shape, 2))
@@ -652,7 +652,7 @@ def test_a_prompt_starts_as_rows_of_the_vocabulary_or_within_one_half():
     P = host(put_on(ROWS["prompt"], "gpt")[1].edits["embed"].P)
     E = host(build("gpt").embed.weight)
     assert all((E == row).all(1).any() for row in P) and len(np.unique(P, axis=0)) > 1
-    table = Embedding(4, 3, np.random.default_rng(0))
+    table = Embedding(4, 3, rng=np.random.default_rng(0))
     many = lambda: host(SoftPrompt(table, 200, "vocabulary", np.random.default_rng(1)).P)
     assert same(np.unique(many(), axis=0), np.unique(host(table.weight), axis=0))      # every token may come
     table.weight = Int8(host(table.weight))

@@ -302,7 +302,7 @@ def test_an_optimiser_follows_a_model_that_moved_with_its_moments_and_masks(make
 
     def steps(route: list[str]) -> list:
         "A step on each of these backends, in one life of model and optimiser."
-        layer = Linear(4, 3, np.random.default_rng(0))
+        layer = Linear(4, 3, rng=np.random.default_rng(0))
         layer.weight.copy_(start)
         layer.weight.mask = dev(start > 0)
         optimizer, out = make().start(layer.named_parameters()), []
@@ -327,12 +327,12 @@ def test_an_optimiser_follows_a_model_that_moved_with_its_moments_and_masks(make
 
 
 def test_an_optimiser_whose_tensors_are_in_two_places_or_of_another_dtype_says_so():
-    layer = Linear(4, 3, np.random.default_rng(0))
+    layer = Linear(4, 3, rng=np.random.default_rng(0))
     optimizer = AdamW(0.1).start({"a": layer.weight, "b": Parameter(dev(np.ones((2, 2), np.float32)))})
     layer.to(ELSEWHERE)
     with pytest.raises(array.BackendError, match="arrays on .* and .* in one operation"):
         optimizer.step()
-    layer = Linear(4, 3, np.random.default_rng(0))
+    layer = Linear(4, 3, rng=np.random.default_rng(0))
     optimizer = AdamW(0.1).start(layer.named_parameters())
     layer.to(dtype=np.float64)
     layer.weight.grad = dev(np.ones((3, 4)))

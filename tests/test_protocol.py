@@ -79,7 +79,7 @@ class Ladder(Method):
 
 class Rung(Edit):
     def __init__(self, C: int, c: int, T: float, first: bool, rng: np.random.Generator):
-        self.D, self.D0, self._T = Linear(C, c, rng, std=0.3), Linear(C, c, rng, std=0.3) if first else None, T
+        self.D, self.D0, self._T = Linear(C, c, rng=rng, std=0.3), Linear(C, c, rng=rng, std=0.3) if first else None, T
         self.side = PreNormBlock(Attention(c, 2, rng=rng, causal=True, out_std=0.3), MLP(c, 10, activation=ops.gelu_tanh, rng=rng, out_std=0.3), eps=1e-5)
         self.alpha = Parameter(dev(np.zeros(1, np.float32)), decay=False)
 
@@ -97,7 +97,7 @@ class Rung(Edit):
 
 class Top(Edit):
     def __init__(self, c: int, C: int, rng: np.random.Generator):
-        self.norm, self.U = LayerNorm(c), Linear(c, C, rng, std=0.3)
+        self.norm, self.U = LayerNorm(c), Linear(c, C, rng=rng, std=0.3)
 
     def after(self, x: Tensor, y: Tensor, ctx: Context) -> Tensor:
         return self.U(self.norm(ctx.scratch["ladder"], ctx), ctx)
@@ -621,7 +621,7 @@ def test_lora_trains_beside_a_packed_base_whose_codes_stay(kind):
 
 @PACKED
 def test_the_gradient_goes_through_a_packed_weight_to_its_input_and_no_dense_weight_is_kept(kind):
-    lin = Linear(8, 6, np.random.default_rng(0), std=0.5).to(dtype=np.float64)
+    lin = Linear(8, 6, rng=np.random.default_rng(0), std=0.5).to(dtype=np.float64)
     lin.weight = kind(lin.weight.data)
     rng = np.random.default_rng(1)
     x, cover = Tensor(dev(rng.standard_normal((3, 8))), requires_grad=True), rng.standard_normal((3, 6))
@@ -791,7 +791,7 @@ class Map(Module):
     "A model of one linear map."
 
     def __init__(self):
-        self.up = Linear(5, 4, np.random.default_rng(8), std=1.0)
+        self.up = Linear(5, 4, rng=np.random.default_rng(8), std=1.0)
         self.up.bias.copy_(np.arange(4))
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
@@ -1029,24 +1029,24 @@ def test_a_context_can_give_the_same_batch_again_whoever_lengthened_it():
         model, _ = put_on(plain(method), "gpt")
         mask = np.ones((4, 7), bool)
         mask[0, 5:] = False
-        ctx = Context(mask=mask, rng=np.random.default_rng(0), extra=3)
+        ctx = Context(mask=mask, rng=np.random.default_rng(0), task=[3])
         y = model(tokens(), ctx)
         old = ctx.again()
-        assert old.rng is None and old.extra == 3 and same(host(old.ids), tokens()) and same(host(old.mask), mask)
+        assert old.rng is None and old.task == [3] and same(host(old.ids), tokens()) and same(host(old.mask), mask)
         assert same(host(model(old.ids, old)), host(y))
 
 
 def test_a_fact_that_was_not_given_is_asked_for_by_name():
     class Asks(Edit):
         def after(self, x: Any, y: Any, ctx: Context) -> Any:
-            return y * float(ctx.need("task")[0]) + ctx.weather
+            return y * float(ctx.need("task")[0]) + len(ctx.need("route"))
     model = build("gpt")
     model.norm.edits = {"asks": Asks()}
     with pytest.raises(AttributeError, match=r"model\(ids, task="):
         run(model)
-    with pytest.raises(AttributeError, match=r"model\(ids, weather="):
+    with pytest.raises(AttributeError, match=r"model\(ids, route="):
         run(model, task=np.ones(4, int))
-    assert run(model, task=np.ones(4, int), weather=0.5).shape == (4, 7, 23)
+    assert run(model, task=np.ones(4, int), route=['a']).shape == (4, 7, 23)
 
 
 @dataclass(frozen=True)

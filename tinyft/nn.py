@@ -1,8 +1,8 @@
-"""Modules, and what one forward pass knows.
+"""Modules: a tree of parts with names, and the layers that every model is made of.
 
-    Module    a tree of parts with names.  __call__ is the only place that knows edits exist (edit.py)
-    Context   what one forward pass knows: ids, mask, task, cache ...  Handed down as the second argument, never stored
-    Packed    a compressed weight in a Parameter's place
+    Module      a part of a model. `__call__` is the only place that knows that edits exist (edit.py)
+    Packed      a compressed weight in a Parameter's place
+    Linear, Embedding, TiedHead, LayerNorm, RMSNorm, Dropout
 """
 from __future__ import annotations
 
@@ -12,122 +12,19 @@ from typing import Any
 import numpy as np
 
 from . import array, ops
-from .array import Array, xp
+from .array import Array
+from .context import Cache, Context
 from .tensor import Tensor, no_grad, op
 
-
-class Context:
-    """What one forward pass knows.  Made by the outermost call from its keywords, `model(ids, mask=...)`, or by the caller.
-
-    ids     (B, T) integers             mask   (B, T) True where a token is real; None: all are
-    types   (B, T) BERT's segments      at     places in the flattened (B T) rows where the head is wanted; None: all
-    task    (B,) task ids               route  (B,) adapter names                          source  the encoder's Context
-    cache   a Cache, to go on from      rng    numpy Generator; dropout acts where one is given and the module is training
-    output_hidden_states    True: `layers` collects the hidden state before the first block and after each
-
-    When the pass is over, `hidden` holds the last hidden states and `out` the output; `notes` is where edits of one pass leave
-    each other things.  Facts about rows (ids, mask, types) stay aligned with x: an edit that prepends rows calls `prepend`.
-    """
-
-    def __init__(self, ids: Any = None, mask: Any = None, token_type_ids: Any = None, logit_positions: Any = None, task: Any = None, route: Any = None,
-                 source: Context | None = None, cache: Cache | None = None, rng: np.random.Generator | None = None,
-                 output_hidden_states: bool = False, **more: Any):
-        self.inputs = dict(ids=ids, mask=mask, token_type_ids=token_type_ids, logit_positions=logit_positions, task=task, route=route, source=source, cache=cache, rng=rng,
-                          output_hidden_states=output_hidden_states, **more)
-        vars(self).update(self.inputs)
-        self.scratch, self.hidden_states, self.last_hidden_state, self.output = {}, [], None, None
-
-    def __getattr__(self, fact: str) -> Any:
-        raise AttributeError(f"this forward pass was not told its {fact!r}: call model(ids, {fact}=...)")
-
-    def need(self, fact: str) -> Any:
-        "The fact, or an error that says how to give it."
-        if vars(self).get(fact) is None:
-            self.__getattr__(fact)
-        return vars(self)[fact]
-
-    def again(self, **more: Any) -> Context:
-        "The same batch as it was given, for another pass (a teacher, the base).  Without the generator: such a pass has no dropout."
-        source = self.inputs["source"]
-        return Context(**{**self.inputs, "source": source and source.again(), "rng": None, **more})
-
-    def begin(self, x: Any, like: Array) -> None:
-        "The model's first line: put the facts beside its weights.  x is (B, T) ids, or (B, T, C) embeddings in their place."
-        self.inputs["ids"] = x
-        if isinstance(x, Tensor):
-            self.ids = xp(like).full(x.shape[:2], -1)
-        else:
-            self.ids = array.put_like(x, like)
-        if self.ids.ndim != 2:
-            raise ValueError(f"a model wants ids of shape (B, T) or embeddings (B, T, C); got shape {tuple(x.shape)}")
-        for fact, dtype in (("mask", bool), ("token_type_ids", None), ("logit_positions", None), ("task", None)):
-            value = vars(self)[fact]
-            if value is not None:
-                value = array.put_like(value, like, dtype)
-                if fact in ("mask", "token_type_ids") and value.shape != self.ids.shape:
-                    raise ValueError(f"{fact} has shape {value.shape}, the ids {self.ids.shape}: they go together, one for one")
-                setattr(self, fact, value)
-
-    def prepend(self, p: int) -> None:
-        "Say that x grew by p rows in front: real, and no token."
-        def lead(a: Array, value: Any) -> Array:
-            return None if a is None else xp(a).concatenate([xp(a).full((len(a), p), value, a.dtype), a], axis=1)
-        self.ids, self.mask, self.token_type_ids = lead(self.ids, -1), lead(self.mask, True), lead(self.token_type_ids, 0)
-
-    @property
-    def past_length(self) -> int:
-        "How many rows the cache holds already."
-        return 0 if self.cache is None else self.cache.length
-
-    def key_mask(self) -> Array | None:
-        "(B, Tk) True where a key is real, cached ones first; None if all are."
-        old = None if self.cache is None else self.cache.mask
-        if not self.past_length or (old is None and self.mask is None):
-            return self.mask
-        m, (B, T) = xp(self.ids), self.ids.shape
-        full = [a if a is not None else m.ones((B, n), dtype=bool) for a, n in ((old, self.past_length), (self.mask, T))]
-        return m.concatenate(full, axis=1)
-
-    def positions(self) -> Array:
-        "(B, T) or (1, T): the place of each token among the real ones of its row.  Right under padding on either side."
-        keys, m, T = self.key_mask(), xp(self.ids), self.ids.shape[1]
-        if keys is None:
-            return m.arange(self.past_length, self.past_length + T)[None]
-        return m.maximum(m.cumsum(keys.astype(np.int64), axis=1) - 1, 0)[:, -T:]
-
-    def select_positions(self, x: Tensor) -> Tensor:
-        "The rows of x the head is wanted at: (B, T, C) -> (B, T, C), or (n, C) where `at` names n places."
-        return x if self.logit_positions is None else x.reshape(-1, x.shape[-1])[self.logit_positions]
-
-
-class Cache:
-    "Keys and values of the rows seen so far, per attention module."
-
-    def __init__(self) -> None:
-        self.kv: dict[Any, tuple[Tensor, Tensor]] = {}
-        self.mask, self.length = None, 0
-
-    def join(self, key: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        "These keys and values after those kept under `key`; both (B, H, T, D).  Kept for the next call."
-        if key in self.kv:
-            k, v = (ops.concatenate(a, b, axis=2) for a, b in zip(self.kv[key], (k, v)))
-        self.kv[key] = k, v
-        return k, v
-
-    def advance(self, ctx: Context) -> None:
-        "The pass is over: its rows belong to the past."
-        self.mask, self.length = ctx.key_mask(), self.length + ctx.ids.shape[1]
-
-    def rows(self, i: Array) -> Cache:
-        "The cache of some rows only: what beam search does with the survivors."
-        c = Cache()
-        c.kv = {key: (k[i], v[i]) for key, (k, v) in self.kv.items()}
-        c.mask, c.length = None if self.mask is None else self.mask[i], self.length
-        return c
+__all__ = [
+    "Cache", "Context", "Dropout", "Embedding", "LayerNorm", "Linear", "Module", "Packed", "Parameter", "RMSNorm",
+    "TiedHead", "dense", "no_grad",
+]
 
 
 class Parameter(Tensor):
-    "A tensor that trains: what a module owns."
+    """A trainable tensor that a module owns."""
+
     __slots__ = ()
 
     def __init__(self, data: Any, decay: bool | None = None):
@@ -135,205 +32,333 @@ class Parameter(Tensor):
 
 
 class Module:
-    """A part of a model, made of Parameters, arrays (buffers), Modules, and lists and dicts of these, under their attribute names.
+    """A part of a model. Its attributes are Parameters, arrays (buffers), Modules, and lists and dicts of these.
 
-    A leading underscore marks a reference to someone else's part: it is used, not walked.  Subclasses write forward(x, ctx)."""
+    An attribute whose name begins with an underscore is a reference to another module's part: it is used, but it is
+    not listed under this module. Subclasses write `forward(x, ctx)`.
+    """
+
     edits: dict[str, Any] = {}                           # adapter name -> Edit; see edit.py
-    training, tied = False, False                        # tied: the weight is also the output layer's
+    training = False
+    tied = False                                         # True: the weight is also the output layer's weight
+    _non_persistent: frozenset[str] = frozenset()
 
-    def __call__(self, x: Any, ctx: Context | None = None, **about: Any) -> Any:
-        ctx = Context(**about) if ctx is None else ctx
-        for e in self.edits.values():
-            x = e.before(x, ctx)
+    def __call__(self, x: Any, ctx: Context | None = None, **facts: Any) -> Any:
+        if type(ctx) is not Context or facts:
+            ctx = _make_context(ctx, facts)
+        for edit in self.edits.values():
+            x = edit.before(x, ctx)
         y = self.forward(x, ctx)
-        for e in self.edits.values():
-            y = e.after(x, y, ctx)
+        for edit in self.edits.values():
+            y = edit.after(x, y, ctx)
         return y
 
     def forward(self, x: Any, ctx: Context) -> Any:
+        """The module's own computation, without edits."""
         raise NotImplementedError(f"{type(self).__name__} has no forward")
 
     def read(self, name: str) -> Any:
-        "The module's own tensor, through its edits.  Every forward, and a tied head, reads it here."
+        """The module's own tensor through its edits. Every forward reads its tensors here, and so does a tied head."""
         p = getattr(self, name)
-        for e in self.edits.values():
-            p = e.tensor(name, p)
+        for edit in self.edits.values():
+            if isinstance(p, Packed) and edit.overrides("tensor") and not edit.takes_packed:
+                raise TypeError(f"{type(edit).__name__} changes the weight itself, and this weight is packed: "
+                                "unpack the base first (tinyft.unpack), or use a method that changes outputs")
+            p = edit.tensor(name, p)
         return p
 
     # ── the tree ──
     def parts(self) -> Iterator[tuple[str, Any]]:
-        "(name, value) of every attribute, lists and dicts opened."
-        for k, v in vars(self).items():
-            if k[0] == "_":
+        """(name, value) of every attribute; the entries of lists and dicts one by one, as `name.0` or `name.key`."""
+        for name, value in vars(self).items():
+            if name[0] == "_":
                 continue
-            inner = enumerate(v) if isinstance(v, list) else v.items() if isinstance(v, dict) else [(None, v)]
-            for j, c in inner:
-                yield (k if j is None else f"{k}.{j}"), c
+            if isinstance(value, list):
+                for i, entry in enumerate(value):
+                    yield f"{name}.{i}", entry
+            elif isinstance(value, dict):
+                for key, entry in value.items():
+                    yield f"{name}.{key}", entry
+            else:
+                yield name, value
 
     def named_modules(self, path: str = "") -> Iterator[tuple[str, Module]]:
+        """(path, module) of this module and of all below it."""
         yield path, self
-        for k, c in self.parts():
-            if isinstance(c, Module):
-                yield from c.named_modules(f"{path}.{k}" if path else k)
+        for name, value in self.parts():
+            if isinstance(value, Module):
+                yield from value.named_modules(f"{path}.{name}" if path else name)
 
     def modules(self) -> Iterator[Module]:
-        return (m for _, m in self.named_modules())
+        """This module and all below it."""
+        for _, module in self.named_modules():
+            yield module
 
     def own(self, kind: Any = Tensor) -> dict[str, Any]:
-        "The module's own tensors (or buffers), not its parts'."
-        match = array.is_array if kind is Array else lambda v: isinstance(v, kind)
-        return {k: v for k, v in self.parts() if match(v)}
+        """The module's own tensors by name, without those of its parts; with kind=Array, its own buffers."""
+        if kind is Array:
+            return {name: value for name, value in self.parts() if array.is_array(value)}
+        return {name: value for name, value in self.parts() if isinstance(value, kind)}
 
-    def _named(self, kind: Any) -> dict[str, Any]:
-        "By full name; what is shared appears once, under its first name."
-        first: dict[int, tuple[str, Any]] = {}
-        for path, m in self.named_modules():
-            for k, v in m.own(kind).items():
-                first.setdefault(id(v), (f"{path}.{k}" if path else k, v))
-        return dict(first.values())
+    def _named(self, kind: Any, persistent_only: bool = False) -> dict[str, Any]:
+        """{full name: tensor or buffer}. A shared one appears once, under its first name."""
+        named = {}
+        seen = set()
+        for path, module in self.named_modules():
+            for name, value in module.own(kind).items():
+                if id(value) in seen or (persistent_only and name in module._non_persistent):
+                    continue
+                seen.add(id(value))
+                named[f"{path}.{name}" if path else name] = value
+        return named
 
     def named_parameters(self) -> dict[str, Tensor]:
+        """{full name: tensor} of this module and of all below it; a shared tensor under its first name."""
         return self._named(Tensor)
 
     def parameters(self) -> list[Tensor]:
+        """All tensors of this module and of all below it."""
         return list(self._named(Tensor).values())
 
-    def named_buffers(self) -> dict[str, Array]:
-        return self._named(Array)
+    def named_buffers(self, persistent_only: bool = False) -> dict[str, Array]:
+        """{full name: array} of all buffers, or only of those that are saved."""
+        return self._named(Array, persistent_only)
+
+    def register_buffer(self, name: str, value: Array, persistent: bool = True) -> None:
+        """Keep an array under `name`. It moves with the model. persistent=False: it is not saved (it can be made again
+        from a seed)."""
+        setattr(self, name, value)
+        if not persistent:
+            self._non_persistent = self._non_persistent | {name}
 
     # ── state ──
     def train(self, on: bool = True) -> Module:
-        for m in self.modules():
-            m.training = on
+        """Set training mode, in which dropout acts, for this module and all below it."""
+        for module in self.modules():
+            module.training = on
         return self
 
     def eval(self) -> Module:
+        """Set evaluation mode."""
         return self.train(False)
 
     def zero_grad(self) -> None:
+        """Set every gradient to None."""
         for p in self.parameters():
             p.grad = None
 
     def state_dict(self) -> dict[str, Array]:
-        "Name -> array, of every parameter and buffer: the arrays themselves, not copies."
-        return {n: p.data for n, p in self.named_parameters().items()} | self.named_buffers()
+        """{name: array} of every parameter and persistent buffer: the arrays themselves, not copies."""
+        values = {name: p.data for name, p in self.named_parameters().items()}
+        return values | self.named_buffers(persistent_only=True)
 
     def load_state_dict(self, state: dict[str, Any], strict: bool = True) -> None:
-        """Copy arrays in by name.  strict: every name must be there and no other.  On any mismatch a KeyError or ShapeError lists
-        the names, and nothing is changed."""
-        here = self.named_parameters() | self.named_buffers()
-        missing, extra = [n for n in here if n not in state], [n for n in state if n not in here]
-        if strict and (missing or extra):
-            more = " ..." * (len(missing) > 5 or len(extra) > 5)
-            raise KeyError(f"names do not match: missing {missing[:5]}, unexpected {extra[:5]}{more}")
-        wrong = [f"{n}: {tuple(state[n].shape)} for {tuple(p.shape)}" for n, p in here.items() if n in state and state[n].shape != p.shape]
+        """Copy arrays in by name. strict: the names must be exactly the module's.
+
+        KeyError if names differ, ValueError if shapes differ; then nothing was changed."""
+        targets = self.named_parameters() | self.named_buffers(persistent_only=True)
+        missing = [name for name in targets if name not in state]
+        unexpected = [name for name in state if name not in targets]
+        if strict and (missing or unexpected):
+            more = " ..." if len(missing) > 5 or len(unexpected) > 5 else ""
+            raise KeyError(f"names do not match: missing {missing[:5]}, unexpected {unexpected[:5]}{more}")
+        present = {name: target for name, target in targets.items() if name in state}
+        wrong = [f"{name}: {tuple(state[name].shape)} for {tuple(target.shape)}"
+                 for name, target in present.items() if state[name].shape != target.shape]
         if wrong:
             raise ValueError("shapes do not match: " + "; ".join(wrong[:5]))
-        for n, p in here.items():
-            if n in state and isinstance(p, Tensor):
-                p.copy_(state[n])
-            elif n in state:
-                p[...] = array.put_like(state[n], p, p.dtype)
+        for name, target in present.items():
+            if isinstance(target, Tensor):
+                target.copy_(state[name])
+            else:
+                target[...] = array.put_like(state[name], target, target.dtype)
 
     def to(self, backend: str | None = None, dtype: Any = None) -> Module:
-        "Move every parameter and buffer to a backend, and floating-point ones to a dtype.  In place; shared ones stay shared."
-        done: dict[int, tuple[Array, Array]] = {}                                # the old one too, so that no id is given out twice
+        """Move all parameters and buffers to a backend, and the floating-point ones to a dtype.
 
-        def moved(a: Any) -> Any:
-            if not array.is_array(a):
-                return a
-            if id(a) not in done:
-                b = a if backend is None else array.to(a, backend)
-                done[id(a)] = b.astype(dtype) if dtype is not None and b.dtype.kind in "fV" else b, a
-            return done[id(a)][0]
+        In place. Gradients are dropped. Arrays that were shared stay shared."""
+        move = _Mover(backend, dtype)
         for p in self.parameters():
-            p.data, p.mask, p.grad = moved(p.data), moved(p.mask), None
-        for m in {id(m): m for m in self.modules()}.values():
-            for k, v in list(vars(m).items()):
-                if k[0] == "_":
+            p.data = move(p.data)
+            p.mask = move(p.mask)
+            p.grad = None
+        for module in {id(module): module for module in self.modules()}.values():
+            for name, value in list(vars(module).items()):
+                if name[0] == "_":
                     continue
-                if isinstance(v, list):
-                    v[:] = map(moved, v)
-                elif isinstance(v, dict):
-                    v.update({j: moved(c) for j, c in v.items()})
+                if isinstance(value, list):
+                    value[:] = [move(entry) for entry in value]
+                elif isinstance(value, dict):
+                    value.update({key: move(entry) for key, entry in value.items()})
                 else:
-                    setattr(m, k, moved(v))
+                    setattr(module, name, move(value))
         return self
 
 
+class _Mover:
+    """Moves arrays to a backend and a dtype, each array once; other values stay as they are."""
+
+    def __init__(self, backend: str | None, dtype: Any):
+        self.backend = backend
+        self.dtype = dtype
+        self.moved: dict[int, tuple[Array, Array]] = {}  # id -> (new, old); the old array is kept so that its id stays taken
+
+    def __call__(self, value: Any) -> Any:
+        if not array.is_array(value):
+            return value
+        if id(value) not in self.moved:
+            new = value if self.backend is None else array.to(value, self.backend)
+            if self.dtype is not None and new.dtype.kind in "fV":                # V: bfloat16
+                new = new.astype(self.dtype)
+            self.moved[id(value)] = new, value
+        return self.moved[id(value)][0]
+
+
+def _make_context(ctx: Any, facts: dict[str, Any]) -> Context:
+    """The Context of an outermost call, from its keywords. TypeError for a second argument that is no Context."""
+    if ctx is None:
+        return Context(**facts)
+    if not isinstance(ctx, Context):
+        raise TypeError(f"the second argument of a module is a Context, got {type(ctx).__name__}: "
+                        "pass facts by keyword, model(ids, mask=...)")
+    if facts:
+        raise TypeError(f"a call takes a Context or keywords, got both: put {', '.join(facts)} into the Context")
+    return ctx
+
+
 class Packed(Module):
-    """A compressed weight in a Parameter's place.  Its arrays (codes, scales) are buffers.  Subclasses give `shape` and dequantize()."""
+    """A compressed weight W (out, in) in a Parameter's place. Its codes and scales are buffers.
+
+    Subclasses set `shape` and write dequantize(). If parts can be decompressed alone, they also write
+    dequantize_rows and set `rows_per_block`: products then never hold more than one block of the dense weight.
+    """
+
     shape: tuple
+    rows_per_block: int | None = None                    # None: one block
 
     def dequantize(self) -> Array:
-        "The dense weight, (out, in)."
-        raise NotImplementedError
+        """The dense weight, (out, in)."""
+        raise NotImplementedError(f"{type(self).__name__} has no dequantize")
+
+    def dequantize_rows(self, rows: Any) -> Array:
+        """W[rows], for a slice or an array of row numbers."""
+        return self.dequantize()[rows]
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all buffers."""
         return sum(a.nbytes for a in self.own(Array).values())
 
     def matmul(self, x: Tensor) -> Tensor:
-        "x Wᵀ.  x (..., in) -> (..., out).  The dense weight is made anew for the gradient of x, not kept."
+        """x Wᵀ. x (..., in) -> (..., out). The gradient of x decompresses the weight again, block by block."""
         return _packed_linear(x, packed=self)
+
+    def rows(self, ids: Array) -> Tensor:
+        """W[ids], for ids (...) -> (..., in): the lookup of an embedding. No gradient."""
+        return Tensor(self.dequantize_rows(ids))
+
+    def blocks(self) -> list[slice]:
+        """The rows of each block."""
+        n = self.shape[0]
+        step = self.rows_per_block or n
+        return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 
 @op("... k -> ... n")
 def _packed_linear(x, packed=None):
-    "y = x Wᵀ with W made from its codes.    dx = g W, W made again"
-    W = packed.dequantize()
-    shape, y = x.shape, (ops.flat(x) @ W.T).reshape(*x.shape[:-1], W.shape[0])
-    return y, (lambda g: (ops.flat(g) @ packed.dequantize()).reshape(shape),)
+    """y = x Wᵀ, W decompressed block by block.    dx = g W, W decompressed again"""
+    shape = x.shape
+    blocks = packed.blocks()
+
+    def forward(a):
+        parts = [a @ packed.dequantize_rows(rows).T for rows in blocks]
+        return parts[0] if len(parts) == 1 else array.xp(a).concatenate(parts, axis=-1)
+
+    def back(g):
+        g = ops.flat(g)
+        dx = g[:, blocks[0]] @ packed.dequantize_rows(blocks[0])
+        for rows in blocks[1:]:
+            dx += g[:, rows] @ packed.dequantize_rows(rows)
+        return dx.reshape(shape)
+    return forward(ops.flat(x)).reshape(*shape[:-1], packed.shape[0]), (back,)
+
+
+def dense(weight: Any) -> Array:
+    """The dense array of a Parameter or of a Packed weight. For tools such as merge: a forward pass uses `matmul`."""
+    return weight.dequantize() if isinstance(weight, Packed) else weight.data
+
+
+def _linear(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + b, for a dense or a packed W."""
+    if isinstance(weight, Tensor):
+        return ops.linear(x, weight, bias)
+    y = weight.matmul(x)
+    return y if bias is None else y + bias
+
+
+def _zeros(n: int) -> Array:
+    return array.asarray(np.zeros(n, np.float32))
+
+
+def _ones(n: int) -> Array:
+    return array.asarray(np.ones(n, np.float32))
 
 
 class Linear(Module):
-    "y = x Wᵀ + b.    W (out, in) ~ N(0, std²),  b (out,) = 0,  x (..., in) -> (..., out)"
+    """y = x Wᵀ + b.    W (out, in) ~ N(0, std²),  b (out,) = 0,  x (..., in) -> (..., out)"""
 
-    def __init__(self, in_features: int, out_features: int, rng: np.random.Generator, bias: bool = True, std: float = 0.02):
+    def __init__(self, in_features: int, out_features: int, *, rng: np.random.Generator, bias: bool = True,
+                 std: float = 0.02):
         self.weight: Any = Parameter(array.normal(rng, (out_features, in_features), std))
-        self.bias = Parameter(array.asarray(np.zeros(out_features, np.float32))) if bias else None
+        self.bias = Parameter(_zeros(out_features)) if bias else None
 
-    in_features, out_features = property(lambda self: self.weight.shape[1]), property(lambda self: self.weight.shape[0])
+    in_features = property(lambda self: self.weight.shape[1])
+    out_features = property(lambda self: self.weight.shape[0])
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        W, b = self.read("weight"), None if self.bias is None else self.read("bias")
-        if isinstance(W, Packed):
-            y = W.matmul(x)
-            return y if b is None else y + b
-        return ops.linear(x, W, b)
+        bias = None if self.bias is None else self.read("bias")
+        return _linear(x, self.read("weight"), bias)
 
 
 class Embedding(Module):
-    "Rows of W by number.    W (V, C) ~ N(0, std²),  ids (...) -> (..., C).  Embeddings given in place of ids pass through."
+    """y = W[ids].    W (V, C) ~ N(0, std²),  ids (...) -> (..., C).  A Tensor in place of ids passes through."""
 
-    def __init__(self, rows: int, c: int, rng: np.random.Generator, std: float = 0.02):
-        self.weight: Any = Parameter(array.normal(rng, (rows, c), std))
+    def __init__(self, num_embeddings: int, embedding_dim: int, *, rng: np.random.Generator, std: float = 0.02):
+        self.weight: Any = Parameter(array.normal(rng, (num_embeddings, embedding_dim), std))
 
-    in_features, out_features = property(lambda self: self.weight.shape[0]), property(lambda self: self.weight.shape[1])
+    in_features = property(lambda self: self.weight.shape[0])
+    out_features = property(lambda self: self.weight.shape[1])
 
     def forward(self, ids: Any, ctx: Context) -> Tensor:
-        return ids if isinstance(ids, Tensor) else ops.embedding(self.read("weight"), ids)
+        if isinstance(ids, Tensor):
+            return ids
+        weight = self.read("weight")
+        return ops.embedding(weight, ids) if isinstance(weight, Tensor) else weight.rows(ids)
 
 
 class TiedHead(Module):
-    "logits = x Eᵀ (+ b), E the embedding's weight, read through the embedding's edits.    (..., C) -> (..., V)"
+    """logits = x Eᵀ (+ b).    E is the embedding's weight, read through the embedding's edits.  (..., C) -> (..., V)"""
 
-    def __init__(self, embed: Embedding, bias: bool = False):
-        self._embed, embed.tied = embed, True
-        self.bias = Parameter(array.asarray(np.zeros(embed.in_features, np.float32))) if bias else None
+    def __init__(self, embed: Embedding, *, bias: bool = False):
+        embed.tied = True
+        self._embed = embed
+        self.bias = Parameter(_zeros(embed.in_features)) if bias else None
 
-    in_features, out_features = property(lambda self: self._embed.out_features), property(lambda self: self._embed.in_features)
+    in_features = property(lambda self: self._embed.out_features)
+    out_features = property(lambda self: self._embed.in_features)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        return ops.linear(x, self._embed.read("weight"), None if self.bias is None else self.read("bias"))
+        bias = None if self.bias is None else self.read("bias")
+        return _linear(x, self._embed.read("weight"), bias)
 
 
 class LayerNorm(Module):
-    "y = w (x − μ)/σ + b over the last axis.    w = 1, b = 0, both (C,)"
+    """y = w (x − μ)/σ + b over the last axis.    w = 1, b = 0, both (C,);  σ² = variance + ε"""
 
-    def __init__(self, c: int, eps: float = 1e-5):
-        self.weight = Parameter(array.asarray(np.ones(c, np.float32)), decay=False)
-        self.bias, self.eps = Parameter(array.asarray(np.zeros(c, np.float32)), decay=False), eps
+    def __init__(self, width: int, *, eps: float = 1e-5):
+        self.weight = Parameter(_ones(width), decay=False)
+        self.bias = Parameter(_zeros(width), decay=False)
+        self.eps = eps
 
     in_features = out_features = property(lambda self: self.weight.shape[0])
 
@@ -341,8 +366,23 @@ class LayerNorm(Module):
         return ops.layer_norm(x, self.read("weight"), self.read("bias"), eps=self.eps)
 
 
+class RMSNorm(Module):
+    """y = w x / σ over the last axis.    w = 1, (C,);  σ² = mean x² + ε.      Zhang & Sennrich 2019 (T5, Llama)"""
+
+    def __init__(self, width: int, *, eps: float = 1e-6):
+        self.weight = Parameter(_ones(width), decay=False)
+        self.eps = eps
+
+    in_features = out_features = property(lambda self: self.weight.shape[0])
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        return ops.rms_norm(x, self.read("weight"), eps=self.eps)
+
+
 class Dropout(Module):
-    "Zero entries with probability p and scale the rest by 1/(1 − p); only while training, and only in a pass that was given a generator."
+    """Zero each entry with probability p and scale the others by 1/(1 − p).
+
+    Acts only in training mode and in a pass that has a generator. ValueError unless 0 <= p < 1."""
 
     def __init__(self, p: float):
         if not 0 <= p < 1:
@@ -350,12 +390,10 @@ class Dropout(Module):
         self.p = p
 
     def key(self, ctx: Context) -> Any:
-        "What this call's noise is made from; None if there is to be none.  Of a captured step it lies on the device."
-        return ctx.rng.integers(2**63) if self.training and self.p and ctx.rng is not None else None
+        """The random key of this call, or None if dropout is inactive. In a captured step it lies on the device."""
+        active = self.training and self.p and ctx.rng is not None
+        return ctx.rng.integers(2**63) if active else None
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         key = self.key(ctx)
         return x if key is None else ops.dropout(x, self.p, key)
-
-
-__all__ = ["Context", "Cache", "Parameter", "Module", "Packed", "Linear", "Embedding", "TiedHead", "LayerNorm", "Dropout", "no_grad"]

@@ -41,7 +41,7 @@ class Bottleneck(Edit):
     "h + up(gelu(down(h)))"
 
     def __init__(self, c: int, m: int, std: float, rng: np.random.Generator):
-        self.down, self.up = Linear(c, m, rng), Linear(m, c, rng)
+        self.down, self.up = Linear(c, m, rng=rng), Linear(m, c, rng=rng)
         for layer in (self.down, self.up):
             layer.weight.copy_(truncated_normal(rng, layer.weight.shape, std))
 

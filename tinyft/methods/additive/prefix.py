@@ -77,7 +77,7 @@ class Hidden(Edit):
     "tanh(W₁ E + b₁): the part of the reparameterisation that all layers share.    (p, k)"
 
     def __init__(self, p: int, c: int, k: int, rng: np.random.Generator):
-        self.E, self.W1 = Embedding(p, c, rng, std=1.0), Linear(c, k, rng, std=c**-0.5)
+        self.E, self.W1 = Embedding(p, c, rng=rng, std=1.0), Linear(c, k, rng=rng, std=c**-0.5)
 
     def forward(self, _: Any, ctx: Context) -> Tensor:
         return ops.tanh(self.W1(self.E.weight, ctx))
@@ -87,7 +87,7 @@ class Reparameterized(Prefix):
     "P_K, P_V of one layer from the shared hidden rows."
 
     def __init__(self, h: int, d: int, shared: Hidden, rng: np.random.Generator):
-        self.hidden, self.W2, self._heads = shared, Linear(shared.W1.out_features, 2 * h * d, rng, std=shared.W1.out_features**-0.5), (h, d)
+        self.hidden, self.W2, self._heads = shared, Linear(shared.W1.out_features, 2 * h * d, rng=rng, std=shared.W1.out_features**-0.5), (h, d)
 
     def prefix(self, ctx: Context) -> tuple[Tensor, Tensor]:
         h, d = self._heads

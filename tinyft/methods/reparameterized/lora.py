@@ -62,6 +62,7 @@ class LowRank(Edit):
 
 class LowRankWeight(LowRank):
     "W + s B A, seen by everyone who reads the weight: what an embedding needs, tied or not.  No dropout: there is no input to thin."
+    takes_packed = True
     after, fold = Edit.after, Edit.fold
 
     def tensor(self, name: str, p: Any) -> Any:

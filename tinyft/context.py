@@ -1,0 +1,247 @@
+"""The facts of one forward pass, and the cache of keys and values.
+
+    Context   ids, mask, task, cache ... of one pass. Made by the outermost call, `model(ids, mask=...)`, or by the
+              caller; handed down to every module as the second argument; never stored on a module
+    Cache     keys and values of earlier positions, for generation one token at a time
+"""
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from . import array, ops
+from .array import Array, xp
+from .tensor import Tensor
+
+__all__ = ["Cache", "Context", "refuse_keywords"]
+
+# Keywords of other libraries, and their names here.
+SYNONYMS = {
+    "attention_mask": "mask", "key_padding_mask": "mask", "input_ids": "ids", "inputs_embeds": "ids",
+    "segment_ids": "token_type_ids", "types": "token_type_ids", "at": "logit_positions",
+    "task_ids": "task", "adapter_names": "route", "encoder_outputs": "source", "generator": "rng",
+    "past_key_values": "cache", "use_cache": "cache", "return_hidden_states": "output_hidden_states",
+}
+
+
+def refuse_keywords(caller: str, unknown: Iterable[str], known: Iterable[str], synonyms: dict[str, str] = SYNONYMS) -> None:
+    """Raise TypeError if there is an unknown keyword; the message names the nearest known keyword."""
+    for keyword in unknown:
+        known = sorted(known)
+        near = synonyms.get(keyword)
+        if near not in known:
+            near = next(iter(difflib.get_close_matches(keyword, known, 1, 0.6)), None)
+        hint = f"did you mean {near!r}?" if near else f"it takes {', '.join(known)}"
+        raise TypeError(f"{caller} got an unknown keyword {keyword!r}: {hint}")
+
+
+class Context:
+    """The facts of one forward pass.
+
+    ids                   (B, T) integers
+    mask                  (B, T), True at real tokens, False at padding. None: every token is real
+    token_type_ids        (B, T), BERT's segment of each token. None: all 0
+    logit_positions       flat indices, into (B·T,), of the positions at which logits are computed. None: all
+    task                  (B,) task of each row
+    route                 (B,) name of the adapter of each row
+    source                the Context of the encoder, for a decoder that attends to it
+    cache                 a Cache of earlier positions
+    rng                   generator for dropout. Dropout acts only if it is given and the module is training
+    output_hidden_states  True: `hidden_states` collects the input of the first block and every block's output
+
+    A pass fills in:
+
+    last_hidden_state     (B, T, C), the input of the head
+    hidden_states         list of (B, T, C); empty unless output_hidden_states
+    output                the value that the model returns
+    losses                auxiliary losses by name, from `add_loss`. The encoder's and the decoder's Context share them
+    scratch               a dict in which edits keep values for later edits of the same pass
+
+    ids, mask and token_type_ids describe the rows of the activations. An edit that prepends rows calls `prepend`.
+    An unknown keyword raises TypeError.
+    """
+
+    FACTS = ("ids", "mask", "token_type_ids", "logit_positions", "task", "route", "source", "cache", "rng",
+             "output_hidden_states")
+
+    def __init__(
+        self,
+        ids: Any = None,
+        mask: Any = None,
+        token_type_ids: Any = None,
+        logit_positions: Any = None,
+        task: Any = None,
+        route: Any = None,
+        source: Context | None = None,
+        cache: Cache | None = None,
+        rng: np.random.Generator | None = None,
+        output_hidden_states: bool = False,
+        **unknown: Any,
+    ):
+        if unknown:
+            refuse_keywords("a forward pass", unknown, self.FACTS)
+        self.inputs = {
+            "ids": ids, "mask": mask, "token_type_ids": token_type_ids, "logit_positions": logit_positions,
+            "task": task, "route": route, "source": source, "cache": cache, "rng": rng,
+            "output_hidden_states": output_hidden_states,
+        }
+        vars(self).update(self.inputs)
+        self.position_shift = 0
+        self.last_hidden_state: Tensor | None = None
+        self.hidden_states: list[Tensor] = []
+        self.output: Any = None
+        self.losses: dict[str, Tensor] = {} if source is None else source.losses
+        self.scratch: dict[Any, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"this forward pass has no {name!r}: it knows {', '.join(self.FACTS)}")
+
+    def need(self, fact: str) -> Any:
+        """The fact. AttributeError, naming the keyword to pass, if it was not given."""
+        value = vars(self).get(fact)
+        if value is None:
+            raise AttributeError(f"this forward pass needs {fact!r}: call model(ids, {fact}=...)")
+        return value
+
+    def again(self, **changes: Any) -> Context:
+        """A new Context of the same batch, for a second pass (a teacher, the base). It has no generator: no dropout."""
+        inputs = {**self.inputs, "rng": None, **changes}
+        if inputs["source"] is self.source is not None:
+            inputs["source"] = self.source.again()
+        return Context(**inputs)
+
+    # ── filled in by the pass ──
+    def add_loss(self, name: str, value: Tensor) -> None:
+        """Add an auxiliary loss, a scalar that is already weighted and excludes padding. Values of one name are summed."""
+        if value.size != 1:
+            raise ValueError(f"add_loss({name!r}) wants a scalar, got shape {value.shape}")
+        self.losses[name] = self.losses[name] + value if name in self.losses else value
+
+    def add_hidden_state(self, x: Tensor) -> None:
+        """Keep x (B, T, C) in `hidden_states`, if the caller asked for them."""
+        if self.output_hidden_states:
+            self.hidden_states.append(x)
+
+    def begin(self, x: Any, like: Array) -> None:
+        """Move the facts to the device of the weights, `like`. A model's forward calls it first.
+
+        x: (B, T) ids, or (B, T, C) embeddings in their place. ValueError if the shapes of the facts differ from it."""
+        self.inputs["ids"] = x
+        if isinstance(x, Tensor):
+            self.ids = xp(like).full(x.shape[:2], -1)
+        else:
+            self.ids = array.put_like(x, like)
+        if self.ids.ndim != 2:
+            raise ValueError(f"a model wants ids of shape (B, T) or embeddings (B, T, C), got shape {tuple(x.shape)}")
+        if self.mask is not None:
+            self.mask = self._per_token("mask", like, bool)
+        if self.token_type_ids is not None:
+            self.token_type_ids = self._per_token("token_type_ids", like)
+        if self.logit_positions is not None:
+            self.logit_positions = array.put_like(self.logit_positions, like)
+        if self.task is not None:
+            self.task = array.put_like(self.task, like)
+
+    def _per_token(self, fact: str, like: Array, dtype: Any = None) -> Array:
+        value = array.put_like(vars(self)[fact], like, dtype)
+        if value.shape != self.ids.shape:
+            raise ValueError(f"{fact} has shape {value.shape}, the ids {self.ids.shape}: both want one entry per token")
+        return value
+
+    # ── rows and positions ──
+    def prepend(self, p: int) -> None:
+        """Record that p rows were put before the activations, a soft prompt: real positions without a token (id -1)."""
+        self.ids = _prepended(self.ids, p, -1)
+        self.mask = _prepended(self.mask, p, True)
+        self.token_type_ids = _prepended(self.token_type_ids, p, 0)
+
+    @property
+    def past_length(self) -> int:
+        """The number of positions that the cache holds."""
+        return 0 if self.cache is None else self.cache.length
+
+    def key_mask(self) -> Array | None:
+        """(B, Tk), True at real keys, cached keys first. None: all keys are real."""
+        past = None if self.cache is None else self.cache.mask
+        if self.past_length == 0 or (past is None and self.mask is None):
+            return self.mask
+        m = xp(self.ids)
+        B, T = self.ids.shape
+        if past is None:
+            past = m.ones((B, self.past_length), dtype=bool)
+        present = m.ones((B, T), dtype=bool) if self.mask is None else self.mask
+        return m.concatenate([past, present], axis=1)
+
+    def positions(self) -> Array:
+        """(B, T) or (1, T): the position of each token among the real tokens of its row, plus `position_shift`.
+
+        Padding is not counted, so left and right padding give the same positions."""
+        m = xp(self.ids)
+        T = self.ids.shape[1]
+        key_mask = self.key_mask()
+        if key_mask is None:
+            start = self.past_length + self.position_shift
+            return m.arange(start, start + T)[None]
+        counts = m.cumsum(key_mask.astype(np.int64), axis=1)
+        return m.maximum(counts - 1, 0)[:, -T:] + self.position_shift
+
+    def select_positions(self, x: Tensor) -> Tensor:
+        """The rows of x at `logit_positions`: (B, T, C) -> (n, C), or x itself if logits are computed everywhere."""
+        if self.logit_positions is None:
+            return x
+        return x.reshape(-1, x.shape[-1])[self.logit_positions]
+
+
+def _prepended(a: Array | None, p: int, value: Any) -> Array | None:
+    """a (B, T) with p columns of one value before it."""
+    if a is None:
+        return None
+    m = xp(a)
+    return m.concatenate([m.full((len(a), p), value, a.dtype), a], axis=1)
+
+
+class Cache:
+    """Keys and values of earlier positions, for each attention module.
+
+    kv      {module: (keys, values)}, each (B, H, T, D); of self-attention, longer after each pass
+    source  the same of cross-attention: the keys and values of the source, which stay as they are
+    mask    (B, T) True at real positions, or None if all are;  length: T
+    """
+
+    def __init__(self) -> None:
+        self.kv: dict[Any, tuple[Tensor, Tensor]] = {}
+        self.source: dict[Any, tuple[Tensor, Tensor]] = {}
+        self.mask: Array | None = None
+        self.length = 0
+
+    def join(self, key: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append k and v (B, H, T, D) to the keys and values of module `key`; return all of them."""
+        if key in self.kv:
+            past_k, past_v = self.kv[key]
+            k = ops.concatenate(past_k, k, axis=2)
+            v = ops.concatenate(past_v, v, axis=2)
+        self.kv[key] = k, v
+        return k, v
+
+    def once(self, key: Any, compute: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Keys and values of the source for cross-attention module `key`: computed at the first pass, then reused."""
+        if key not in self.source:
+            self.source[key] = compute()
+        return self.source[key]
+
+    def advance(self, ctx: Context) -> None:
+        """End a pass: its positions become earlier positions."""
+        self.mask = ctx.key_mask()
+        self.length += ctx.ids.shape[1]
+
+    def rows(self, index: Array) -> Cache:
+        """The cache of some rows of the batch, as beam search needs it."""
+        out = Cache()
+        out.kv = {key: (k[index], v[index]) for key, (k, v) in self.kv.items()}
+        out.source = {key: (k[index], v[index]) for key, (k, v) in self.source.items()}
+        out.mask = None if self.mask is None else self.mask[index]
+        out.length = self.length
+        return out
