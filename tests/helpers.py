@@ -58,6 +58,12 @@ def seeds() -> st.SearchStrategy[np.random.Generator]:
     return st.integers(0, 2**32 - 1).map(np.random.default_rng)
 
 
+def accepted(kernel: Callable, definition: Callable, *args: Any, **kwargs: Any) -> Any:
+    """The kernel's result; the definition's, if the kernel declines these arguments."""
+    result = kernel(*args, **kwargs)
+    return definition(*args, **kwargs) if result is NotImplemented else result
+
+
 @st.composite
 def shapes_of(draw: Callable, spec: str, broadcast: bool = True) -> tuple[list[tuple], tuple]:
     """([shape of each input], shape of the output) for a shape string such as "... n k, ... k m -> ... n m".

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tinyft
-from tinyft import array, kernels
+from tinyft import array, dispatch, kernels
 from tinyft.kernels import attention as tiled
 from tinyft.kernels import numpy as fast
 from tinyft.kernels import threads
@@ -72,11 +72,28 @@ def folded(g: np.ndarray, shape: tuple) -> np.ndarray:
     return sum_to(g, shape)
 
 
+def must_take(name: str, arrays: list, kw: dict) -> bool:
+    """True for the arguments that a kernel was written for: float32, contiguous and not empty; of attention, no causal row before all keys."""
+    floats = [a for a in arrays if a.dtype.kind == "f"]
+    if any(a.dtype != np.float32 for a in floats) or not arrays[0].size:
+        return False
+    if name == "attention":
+        q, k, _ = arrays
+        return q.ndim == 4 and (k.shape[2] >= q.shape[2] or not kw.get("causal"))
+    if name == "cross_entropy":
+        return arrays[0].flags.c_contiguous and kw.get("weight") is None and not kw.get("label_smoothing")
+    return name in ("linear", "embedding") or arrays[0].flags.c_contiguous
+
+
 def agree(name: str, kernel: Callable, arrays: list, kw: dict, rng: np.random.Generator) -> None:
     "Value and every pullback, and neither input is written to."
     tol = 1e-12 if arrays[0].dtype == np.float64 else 4e-6
     kept = [a.copy() for a in arrays]
-    (y, pulls), (want, defined) = kernel(*arrays, **kw), OPS[name].definition(*arrays, **kw)
+    result = kernel(*arrays, **kw)
+    if result is NotImplemented:
+        assert not must_take(name, arrays, kw), "the kernel declines arguments that it was written for"
+        return
+    (y, pulls), (want, defined) = result, OPS[name].definition(*arrays, **kw)
     if name == "attention":                              # a score is rounded by its own size
         tol *= 1 + np.abs(arrays[0]).max(initial=0) * np.abs(arrays[1]).max(initial=0) * arrays[0].shape[-1]**0.5
     assert near(y, want, tol), "value"
@@ -134,7 +151,12 @@ def check_dropout(kernel: Callable) -> None:
     for key in (0, 1, 2**63 - 1):
         u = array.uniform_like(x, key)
         for p in (*map(float, u[:40]), *map(float, np.nextafter(u[:5], 2)), 0.0, 1e-9, 2.0**-24, 0.1, 0.3, 0.999, 1 - 2.0**-24, 1 - 2.0**-30):
-            (y, (back, *_)), (want, (right, *_)) = kernel(x, p, key), OPS["dropout"].definition(x, p, key)
+            (want, (right, *_)) = OPS["dropout"].definition(x, p, key)
+            result = kernel(x, p, key)
+            if result is NotImplemented:
+                assert np.float32(p) == 1
+                continue
+            y, (back, *_) = result
             assert np.array_equal(y, want) and np.array_equal(back(2 * x), right(2 * x)), (p, key)
 
 
@@ -306,37 +328,119 @@ def test_a_wrong_kernel_is_caught(i, rng):
             agree(name, kernel, arrays, kw, rng)
 
 
-def test_training_goes_the_same_way_with_and_without_kernels():
+def test_training_goes_the_same_way_with_and_without_kernels(monkeypatch):
     kernels.install()
     losses, weights = lora_curve(30, 6)
     with kernels.definitions():
         plain, plain_weights = lora_curve(30, 6)
-        assert not any(OPS[n].fast for n in NAMES)
+        assert not any(dispatch.find(OPS[n], np.ndarray) for n in NAMES)
     assert np.allclose(losses, plain, rtol=2e-5) and np.allclose(weights, plain_weights, rtol=1e-2, atol=1e-4)
     assert losses[-3:].mean() < losses[:3].mean() - 0.05
     assert not np.array_equal(losses, plain), "the kernels were not used"
-    right = OPS["gelu_tanh"].fast[np.ndarray]
-    try:
-        OPS["gelu_tanh"].fast[np.ndarray] = scaled("gelu_tanh", 0, 1.1)
-        assert not np.allclose(lora_curve(30, 6)[0], plain, rtol=2e-5)
-    finally:
-        OPS["gelu_tanh"].fast[np.ndarray] = right
+    monkeypatch.setitem(dispatch.KERNELS, (OPS["gelu_tanh"], np.ndarray), [scaled("gelu_tanh", 0, 1.1)])
+    assert not np.allclose(lora_curve(30, 6)[0], plain, rtol=2e-5)
 
 
 def test_definitions_come_off_again_also_after_an_error_and_nest():
     kernels.install()
-    before = {n: dict(OPS[n].fast) for n in NAMES}
+    before = {key: list(found) for key, found in dispatch.KERNELS.items()}
     with pytest.raises(KeyError), kernels.definitions():
         with kernels.definitions():
             pass
-        assert not OPS["gelu"].fast
+        assert not dispatch.find(OPS["gelu"], np.ndarray)
         raise KeyError
-    assert {n: dict(OPS[n].fast) for n in NAMES} == before and all(before.values())
+    assert dispatch.KERNELS == before and all(before.values())
+    assert all(dispatch.find(OPS[n], np.ndarray) == [getattr(fast, n)] for n in NAMES)
 
 
 @pytest.mark.parametrize("switch, there", [("off", False), ("on", True), (None, True)])
 def test_an_environment_variable_leaves_the_kernels_out(switch, there):
     env = {k: v for k, v in os.environ.items() if k != "TINYFT_KERNELS"} | {"PYTHONPATH": str(Path(tinyft.__file__).parents[1])}
-    code = f"import tinyft, tinyft.tensor as t, tinyft.optim as o; print([bool(t.OPS[n].fast) for n in {NAMES}] + [bool(o.adam_update.fast)])"
+    code = f"""if True:
+        import numpy
+        import tinyft
+        from tinyft import dispatch, optim, tensor
+        definitions = [*map(tensor.OPS.get, {NAMES}), optim.optimizers.adam_update]
+        print([bool(dispatch.find(f, numpy.ndarray)) for f in definitions])"""
     out = subprocess.run([sys.executable, "-c", code], env=env | ({"TINYFT_KERNELS": switch} if switch else {}), capture_output=True, text=True)
     assert out.stdout.strip() == str([there] * (len(NAMES) + 1)), out.stderr
+
+
+# ── the registry ─────────────────────────────────────────────────────────────────────────────────────────────────────
+def double(x: Any) -> Any:
+    return 2 * x
+
+
+def declines(x: Any) -> Any:
+    return NotImplemented
+
+
+def check_registry(run: Callable) -> None:
+    """The newest kernel that takes the arguments runs; at last the definition; kernels of another array type never."""
+    def on_floats(x: Any) -> Any:
+        return "float" if isinstance(x, float) else NotImplemented
+
+    def on_all(x: Any) -> Any:
+        return "any"
+    key = (double, int)
+    try:
+        assert run(double, int, 3) == 6
+        dispatch.register(double, int, on_floats)
+        assert run(double, int, 3) == 6 and run(double, int, 0.5) == "float"
+        dispatch.register(double, int, on_all)
+        assert run(double, int, 0.5) == "any"
+        dispatch.register(double, int, on_floats)            # again: to the front, and once
+        assert dispatch.find(double, int) == [on_floats, on_all]
+        assert run(double, int, 0.5) == "float" and run(double, int, 3) == "any" and run(double, str, 3) == 6
+        with dispatch.only(lambda kernel: kernel is on_floats):
+            assert run(double, int, 0.5) == "float" and run(double, int, 3) == 6
+            with dispatch.definitions_only():
+                assert run(double, int, 0.5) == 1
+                dispatch.register(double, int, on_all)       # registered inside: it runs, until the end
+                assert run(double, int, 0.5) == "any"
+            assert run(double, int, 0.5) == "float"
+        assert dispatch.find(double, int) == [on_floats, on_all]
+    finally:
+        dispatch.KERNELS.pop(key, None)
+
+
+def test_the_first_kernel_that_takes_the_arguments_runs():
+    check_registry(dispatch.run)
+
+
+def first_only(definition: Callable, array_type: type, *args: Any) -> Any:
+    for kernel in dispatch.find(definition, array_type)[:1]:
+        if (result := kernel(*args)) is not NotImplemented:
+            return result
+    return definition(*args)
+
+
+def slowest_first(definition: Callable, array_type: type, *args: Any) -> Any:
+    for kernel in reversed(dispatch.find(definition, array_type)):
+        if (result := kernel(*args)) is not NotImplemented:
+            return result
+    return definition(*args)
+
+
+def takes_the_refusal(definition: Callable, array_type: type, *args: Any) -> Any:
+    for kernel in dispatch.find(definition, array_type):
+        return kernel(*args)
+    return definition(*args)
+
+
+def any_array_type(definition: Callable, array_type: type, *args: Any) -> Any:
+    return dispatch.run(definition, int, *args)
+
+
+@pytest.mark.parametrize("wrong", [first_only, slowest_first, takes_the_refusal, any_array_type])
+def test_a_wrong_registry_is_caught(wrong):
+    with pytest.raises(AssertionError):
+        check_registry(wrong)
+
+
+def test_an_op_whose_kernels_all_decline_is_its_definition(monkeypatch, rng):
+    x = rng.standard_normal((3, 4)).astype(np.float32)
+    monkeypatch.setitem(dispatch.KERNELS, (OPS["gelu"], np.ndarray), [declines, declines])
+    assert np.array_equal(OPS["gelu"](x).data, OPS["gelu"].definition(x)[0])
+    y = OPS["gelu"](x.astype(np.float16))
+    assert y.dtype == np.float16

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from helpers import dev, host, leaf
 
-from tinyft import SGD, Adam, AdamW, array, constant_schedule, cosine_schedule, kernels, linear_schedule, optim
+from tinyft import SGD, Adam, AdamW, array, constant_schedule, cosine_schedule, dispatch, kernels, linear_schedule, optim
 from tinyft.nn import Linear, Parameter
 from tinyft.optim.optimizers import Optimizer, adam_update
 from tinyft.tensor import Tensor
@@ -421,10 +421,11 @@ def test_the_adam_kernel_is_its_definition(dtype, n, decay, rng):
 
 def test_training_uses_the_kernel_on_numpy_only():
     if array.backend() == "numpy":
-        assert np.ndarray in optim.optimizers.adam_update.fast
+        assert dispatch.find(optim.optimizers.adam_update, np.ndarray)
         with kernels.definitions():
-            assert not optim.optimizers.adam_update.fast
-    assert set(optim.optimizers.adam_update.fast) <= {np.ndarray} or array.backend() == "cupy"
+            assert not dispatch.find(optim.optimizers.adam_update, np.ndarray)
+    kinds = {kind for (f, kind), found in dispatch.KERNELS.items() if found and f is optim.optimizers.adam_update}
+    assert kinds <= {np.ndarray} or array.backend() == "cupy"
 
 
 # ── schedules ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -511,7 +512,7 @@ def test_who_updates_all_at_once_is_asked_first_and_settled_after(monkeypatch):
         asked.append((factor, clip, loss, scale))
         opt.t += 1
         return dev(np.array(norms.pop(0)))
-    monkeypatch.setitem(optim.optimizers.at_once, type(p.data), at_once)
+    monkeypatch.setitem(dispatch.KERNELS, (Optimizer.one_by_one, type(p.data)), [at_once])
     optimizer, norms = AdamW(0.1).start({"p": p}), [2.0, np.nan, np.nan]
     assert float(optimizer.step(0.5, 3.0, scale=4.0)) == 2 and asked == [(0.5, 3.0, None, 4.0)] and optimizer.t == 1
     with pytest.raises(FloatingPointError, match="norm is nan"):

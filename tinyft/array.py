@@ -17,6 +17,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from . import dispatch
+
 __all__ = ["BackendError", "CannotCapture", "use", "backend", "xp", "name_of", "is_array", "asarray", "asnumpy", "to", "put_like",
            "normal", "uniform_like", "peak_memory", "bfloat16"]
 
@@ -28,7 +30,6 @@ _modules: dict[type, Any] = {np.ndarray: np}            # array type -> its modu
 _names: dict[type, str] = {np.ndarray: "numpy"}
 _local = threading.local()                              # each thread may use another backend
 _when_opened: dict[str, Callable[[type, Any], None]] = {}                        # backend -> what its kernels do when it is first used
-UNIFORM: dict[type, Callable[[Any, int], Any]] = {}                              # array type -> uniform_like, made on the device
 recording: Any = None                                   # what notes a training step for its replay, while it does (kernels/cuda/capture.py)
 
 
@@ -202,8 +203,11 @@ def normal(rng: np.random.Generator, shape: tuple, std: float = 1.0, dtype: Any 
 
 def uniform_like(x: Array, key: int) -> Array:
     "float32 in [0, 1) of x's shape, the number at each place set by `key` alone: the same bits on every backend (Philox, 24 bits)."
-    if type(x) in UNIFORM:
-        return UNIFORM[type(x)](x, key)
+    return dispatch.run(draw_uniform, type(x), x, key)
+
+
+def draw_uniform(x: Array, key: int) -> Array:
+    """The definition of uniform_like: drawn on the host.  A device has a kernel for it."""
     words = random_words(int(np.prod(x.shape)), key)
     return asarray(((words >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24)).reshape(x.shape), like=x)
 

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 
 import numpy as np
 
-from . import array, kernels
+from . import array, dispatch, kernels
 from .kernels import system
 from .tensor import OPS
 
@@ -52,7 +52,7 @@ def _numpy() -> str:
 
 
 def _kernels() -> str:
-    names = [name for name, f in OPS.items() if np.ndarray in f.fast]
+    names = [name for name, f in OPS.items() if dispatch.find(f, np.ndarray)]
     return f"of NumPy: {', '.join(sorted(names))}" if names else "off (TINYFT_KERNELS): every op is its definition"
 
 

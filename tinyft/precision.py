@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from . import dispatch
 from .array import Array, address, bfloat16, is_array, xp
 
 HALVES = {np.dtype(np.float16), bfloat16}
@@ -122,6 +123,15 @@ def rounded(a: Any, dtype: np.dtype) -> Any:
         return a.astype(dtype)
 
 
+def run(op: Callable, name: str, arrays: list, kw: dict[str, Any]) -> tuple:
+    """dispatch.run for an op of which an input has 16 bits."""
+    for kernel in dispatch.find(op, type(arrays[0])):
+        result = in_float32(kernel, name)(*arrays, **kw)
+        if result is not NotImplemented:
+            return result
+    return in_float32(op.definition, name)(*arrays, **kw)
+
+
 def in_float32(f: Callable, name: str) -> Callable:
     "The op's function f, adding up in float32 what comes in 16 bits: arrays -> (value, pullbacks), the value rounded, gradients not yet."
     if name in VIEWS or getattr(f, "takes_halves", False):
@@ -132,10 +142,12 @@ def in_float32(f: Callable, name: str) -> Callable:
         if not narrow(arrays):
             return f(*arrays, **kw)
         floats = {a.dtype for a in arrays if is_array(a) and a.dtype.kind in "fV"}
-        if name in PICKS or (name in MIXING and len(floats) == 2 and np.dtype(np.float32) in floats):
-            value, pulls = f(*arrays, **kw)
-        else:
-            value, pulls = f(*map(widen, arrays), **{k: widen(a) for k, a in kw.items()})
+        unchanged = name in PICKS or (name in MIXING and len(floats) == 2 and np.dtype(np.float32) in floats)
+        result = f(*arrays, **kw) if unchanged else f(*map(widen, arrays), **{k: widen(a) for k, a in kw.items()})
+        if result is NotImplemented:
+            return NotImplemented
+        value, pulls = result
+        if not unchanged:
             if len(floats) == 1 and name not in LOSSES:
                 value = tuple(rounded(v, *floats) for v in value) if isinstance(value, tuple) else rounded(value, *floats)
         if callable(pulls):

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from . import array, precision
+from . import array, dispatch, precision
 from .array import Array, xp
 
 
@@ -271,8 +271,10 @@ def op(shapes: str) -> Callable[[Callable], Callable[..., Tensor]]:
                     of_weights = precision.weight if name in precision.PRODUCTS else lambda a: a
                     given, more = precision.given(name, [of_weights(x) if isinstance(a, Tensor) and a.record is None else x
                                                          for a, x in zip(args, arrays)], kw)
-                run = call.fast.get(type(given[0]), f)
-                value, pulls = (precision.in_float32(run, name) if precision.narrow(given) else run)(*given, **more)
+                if precision.narrow(given):
+                    value, pulls = precision.run(call, name, given, more)
+                else:
+                    value, pulls = dispatch.run(call, type(given[0]), *given, **more)
             except (ValueError, TypeError, IndexError, array.BackendError) as e:
                 raise _explained(e, name, shapes, arrays) from e
             ys = [Tensor(v if array.is_array(v) else np.asarray(v)) for v in (value if isinstance(value, tuple) else (value,))]
@@ -289,7 +291,7 @@ def op(shapes: str) -> Callable[[Callable], Callable[..., Tensor]]:
                 for i, y in enumerate(ys if edges else ()):
                     y.requires_grad, y.record = True, whole if len(ys) == 1 else Part(whole, i, len(ys), y.data)
             return tuple(ys) if isinstance(value, tuple) else ys[0]
-        call.shapes, call.definition, call.fast = shapes, precision.in_float32(f, name), {}      # fast: {array type: a kernel}
+        call.shapes, call.definition = shapes, f
         OPS[name] = call
         return call
     return wrap

@@ -12,6 +12,7 @@ import emulate
 import numpy as np
 import pytest
 
+from tinyft import dispatch
 from tinyft.kernels.cuda import gemm, int4, layers
 from tinyft.tensor import OPS
 
@@ -72,7 +73,7 @@ def test_wrong_products_codes_noise_and_training_are_errors(monkeypatch):
     monkeypatch.setattr(layers, "NAMES", [])
     assert [r["what"] for r in gpu_sections.rows("kernels", smoke=True) if "error" in r] == ["uniform"]
     monkeypatch.undo()
-    monkeypatch.setitem(OPS["gelu_tanh"].fast, cp.ndarray, spoiled("value", layers.gelu_tanh))
+    monkeypatch.setitem(dispatch.KERNELS, (OPS["gelu_tanh"], cp.ndarray), [spoiled("value", layers.gelu_tanh)])
     assert all("error" in r for r in gpu_sections.rows("agreement", smoke=True))
 
 

@@ -7,14 +7,14 @@
 """
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 
 import numpy as np
 
-from .. import array
-from ..optim.optimizers import adam_update, at_once
+from .. import array, dispatch
+from ..dispatch import definitions_only as definitions
+from ..optim.optimizers import adam_update
 from ..tensor import OPS
 from .system import keep_memory
 from .threads import get_num_threads, set_num_threads
@@ -26,8 +26,8 @@ def install() -> None:
     "Register the kernels; those for CuPy when that backend is first used.  A kernel has its definition's signature: arrays -> (value, pullbacks)."
     from . import numpy as fast
     for name in ("linear", "gelu", "gelu_tanh", "layer_norm", "embedding", "attention", "cross_entropy", "dropout"):
-        OPS[name].fast[np.ndarray] = getattr(fast, name)
-    adam_update.fast[np.ndarray] = fast.adam_update
+        dispatch.register(OPS[name], np.ndarray, getattr(fast, name))
+    dispatch.register(adam_update, np.ndarray, fast.adam_update)
     array.on_open("cupy", _register_cuda)
 
 
@@ -62,22 +62,5 @@ def capture(step: Callable, otherwise: Callable | None = None) -> Callable:
 
 
 def remove() -> None:
-    for fast in _tables():
-        fast.clear()
-
-
-def _tables() -> list[dict]:
-    "Where kernels are registered."
-    return [*(f.fast for f in OPS.values()), adam_update.fast, at_once]
-
-
-@contextlib.contextmanager
-def definitions() -> Iterator[None]:
-    "with definitions(): every op runs as it is written in ops.py."
-    kept = [(fast, dict(fast)) for fast in _tables()]
-    remove()
-    try:
-        yield
-    finally:
-        for fast, was in kept:
-            fast.update(was)
+    """Unregister all kernels: every op and every update is its definition."""
+    dispatch.KERNELS.clear()

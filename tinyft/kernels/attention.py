@@ -27,7 +27,7 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, seen: np.ndarray | No
     "Saves the (B, H, t, s) scores.  For q (B, H, t, d), k and v (B, H, s, d) in float32, with s >= t where causal; else the definition."
     if not (q.ndim == 4 and q.size and k.shape[2] and k.shape == v.shape == (*q.shape[:2], k.shape[2], q.shape[3])
             and q.dtype == k.dtype == v.dtype == np.float32 and (k.shape[2] >= q.shape[2] or not causal)):
-        return ops.attention.definition(q, k, v, seen=seen, causal=causal, scale=scale, keep=keep)
+        return NotImplemented
     a = _Attention(q, k, v, seen, causal, q.shape[-1]**-0.5 if scale is None else scale, keep)
     each(a.groups, a.forward)
 

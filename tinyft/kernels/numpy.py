@@ -69,7 +69,7 @@ def _normal_form() -> list[float]:
 def gelu(x: np.ndarray) -> Any:
     "Saves the thirty full passes of erf: a tanh is one."
     if not _plain(x):
-        return ops.gelu.definition(x)
+        return NotImplemented
     X, cdf, y = x.reshape(-1), np.empty(x.size, np.float32), np.empty(x.size, np.float32)
 
     def block(i: slice) -> None:
@@ -98,7 +98,7 @@ def gelu(x: np.ndarray) -> Any:
 def gelu_tanh(x: np.ndarray) -> Any:
     "Saves the temporaries, and where x is large keeps nothing but x: a tanh in the cache costs less than memory."
     if not _plain(x):
-        return ops.gelu_tanh.definition(x)
+        return NotImplemented
     X, y, kept = x.reshape(-1), np.empty(x.size, np.float32), np.empty(x.size, np.float32) if x.size <= SMALL else None
 
     def cdf(i: slice, z: np.ndarray) -> np.ndarray:
@@ -130,7 +130,7 @@ def gelu_tanh(x: np.ndarray) -> Any:
 def layer_norm(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float = 1e-5) -> Any:
     "Saves five full temporaries; the sums over rows are matrix products with ones."
     if not (_plain(x) and w.dtype == b.dtype == np.float32):
-        return ops.layer_norm.definition(x, w, b, eps=eps)
+        return NotImplemented
     shape, n = x.shape, x.shape[-1]
     X, ones = x.reshape(-1, n), np.ones(n, np.float32)
     h, y, r = np.empty_like(X), np.empty_like(X), np.empty((len(X), 1), np.float32)
@@ -175,7 +175,7 @@ def embedding(W: np.ndarray, ids: np.ndarray) -> Any:
 def cross_entropy(z: np.ndarray, y: np.ndarray, weight: np.ndarray | None = None, ignore_index: int = -100, label_smoothing: float = 0.0) -> Any:
     "Saves three arrays as large as the logits: of them only the sums of their exponentials are kept."
     if not _plain(z) or weight is not None or label_smoothing:
-        return ops.cross_entropy.definition(z, y, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing)
+        return NotImplemented
     Z, labels, one = ops.flat(z), y.reshape(-1), np.float32
     real = labels != ignore_index
     labels, w = np.where(real, labels, 0), real.astype(np.float32)
@@ -206,7 +206,7 @@ def dropout(x: np.ndarray, p: float, key: int) -> Any:
     "Saves the numbers in [0, 1) that p is compared with: random bits are, and the factors are written over them."
     least = math.ceil(np.float32(p) * 2.0**24) << 8                              # the word from which on u, of its upper 24 bits, is p or more
     if not (_plain(x) and 0 <= least < 2**32):
-        return ops.dropout.definition(x, p, key)
+        return NotImplemented
     X, y, words, scale = x.reshape(-1), np.empty(x.size, np.float32), random_words(x.size, key), np.float32(1) / np.float32(1 - p)
     keep = words.view(np.float32)
 

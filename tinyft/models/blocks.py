@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import ops
+from .. import dispatch, ops
 from ..array import Array, xp
 from ..nn import Context, Dropout, Embedding, LayerNorm, Linear, Module, Parameter
 from ..tensor import Tensor
@@ -65,7 +65,7 @@ class Attention(Module):
         "Queries, keys and values, by heads.  Where nothing is attached to the three maps, and a kernel can, they are one product."
         maps = self.q, self.k, self.v
         plain = lambda f: type(f) is Linear and not f.edits and type(f.weight) is Parameter and f.bias is not None
-        if type(x.data) in ops.project.fast and all(map(plain, maps)):
+        if dispatch.find(ops.project, type(x.data)) and all(map(plain, maps)):
             return ops.project(x, *(p for f in maps for p in (f.weight, f.bias)), heads=self.h)
         return [self.split(f(x, ctx)) for f in maps]
 

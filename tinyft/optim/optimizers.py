@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import array
+from .. import array, dispatch
 from ..array import Array, xp
 from ..precision import HALVES, widen
 from ..tensor import Tensor
@@ -26,7 +26,6 @@ from ..tensor import Tensor
 __all__ = ["Optimizer", "SGD", "Adam", "AdamW", "constant_schedule", "linear_schedule", "cosine_schedule"]
 
 
-at_once: dict[type, Callable] = {}                       # array type -> Optimizer.advance for all tensors at once, or None if it cannot
 LARGE = 1 << 15                                          # numbers: a tensor of more is worth a pass of its own
 
 
@@ -234,12 +233,7 @@ class Optimizer:
         if not self.bound:
             raise RuntimeError("this optimiser was not started: start(named tensors) says what it updates")
         self.gather()
-        fast = at_once.get(type(self.bound[0].w))
-        norm = fast(self, factor, clip, loss, scale) if fast else None
-        if norm is None:
-            if array.recording is not None:
-                raise array.CannotCapture(f"an update by {type(self).__name__} cannot be captured; one by AdamW can, with kernels")
-            norm = self.one_by_one(factor, clip, loss, scale)
+        norm = dispatch.run(Optimizer.one_by_one, type(self.bound[0].w), self, factor, clip, loss, scale)
         self.touch()
         return norm
 
@@ -258,6 +252,8 @@ class Optimizer:
 
     def one_by_one(self, factor: float, clip: float | None, loss: Array | None, scale: float) -> Array:
         "advance, as it is defined: piece by piece."
+        if array.recording is not None:
+            raise array.CannotCapture(f"an update by {type(self).__name__} cannot be captured; one by AdamW can, with kernels")
         if loss is not None and not math.isfinite(float(loss)):
             raise FloatingPointError(f"the loss is {float(loss)}")
         pieces = [g.pieces() for g in self.bound]
@@ -377,12 +373,9 @@ def adam_update(w: Array, g: Array, m: Array, v: Array, lr: float, b1: float, b2
     w -= (lr / (1 - b1**t)) * m / (xp(w).sqrt(v) * (1 - b2**t)**-0.5 + eps)
 
 
-adam_update.fast = {}                                                            # {array type: a kernel}
-
-
 def adam(w: Array, *rest: Any) -> None:
     "adam_update, or its kernel for this kind of array."
-    adam_update.fast.get(type(w), adam_update)(w, *rest)
+    dispatch.run(adam_update, type(w), w, *rest)
 
 
 # ── schedules: (t, T) -> factor on the rate, t = 0 .. T − 1 ──────────────────────────────────────────────────────────

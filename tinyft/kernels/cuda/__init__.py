@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from ... import array
-from ...optim.optimizers import adam_update, at_once
+from ... import array, dispatch
+from ...optim.optimizers import Optimizer, adam_update
 from ...precision import takes_halves
 from ...tensor import OPS
 from . import gemm, layers, optimizer
@@ -25,12 +25,13 @@ def register(kind: type, module: ModuleType) -> None:
     "Put the kernels in place for arrays of this type, CuPy's."
     COMPILERS[kind] = module.RawKernel
     gemm.LIBRARIES[kind] = gemm.Cublas()
-    array.UNIFORM[kind] = layers.uniform_like
+    dispatch.register(array.draw_uniform, kind, layers.uniform_like)
     put_in_place(kind)
 
 
 def put_in_place(kind: type) -> None:
     "Let the drop-ins answer for arrays of this type."
     for name in layers.NAMES:
-        OPS[name].fast[kind] = takes_halves(getattr(layers, name))
-    adam_update.fast[kind], at_once[kind] = optimizer.adam_update, optimizer.advance
+        dispatch.register(OPS[name], kind, takes_halves(getattr(layers, name)))
+    dispatch.register(adam_update, kind, optimizer.adam_update)
+    dispatch.register(Optimizer.one_by_one, kind, optimizer.advance)

@@ -1,4 +1,4 @@
-"""The drop-ins: each has its definition's signature, arrays -> (value, pullbacks), and goes back to it for what it was not written for.
+"""The CUDA kernels of the ops.  Each has its definition's signature, arrays -> (value, pullbacks), and returns NotImplemented for other dtypes and shapes.
 
 They take float32, float16 and bfloat16, C-contiguous, and sum in float32; what is summed over a batch they leave in float32.  Every sum is
 added up in a fixed order: the same inputs give the same bits.  What CuPy does in one launch already (adding a residual, gathering the
@@ -11,11 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from ... import ops
 from ...array import Array, address, is_array, xp
 from ...ops import flat, t
 from ...precision import rounded
-from ...tensor import OPS
 from . import gemm
 from .launch import C_TYPES, blocks, empty, launch
 
@@ -47,7 +45,7 @@ def _multiplies(a: Array, b: Array) -> bool:
 def matmul(a: Array, b: Array) -> Any:
     "Saves the copies of what is transposed."
     if not _multiplies(a, b) or a.shape[-1] != b.shape[-2]:
-        return ops.matmul.definition(a, b)
+        return NotImplemented
     return gemm.matmul(a, b), (lambda g: gemm.matmul(g, t(b)), lambda g: gemm.matmul(t(a), g))
 
 
@@ -60,7 +58,7 @@ def linear(x: Array, W: Array, b: Array | None = None) -> Any:
     "Saves a pass for the bias, and the many small launches of a product of three axes by two.  x need not be contiguous: one row of each text, say."
     known = x.size > 0 and x.dtype == W.dtype and suits(W) and (b is None or suits(W, b))
     if not (known and W.ndim == 2 and x.shape[-1] == W.shape[1] and (b is None or b.shape == W.shape[:1])):
-        return ops.linear.definition(x, W, b)
+        return NotImplemented
     X, n = flat(x), W.shape[0]
     y = gemm.matmul(X, W.T)
     if b is not None:
@@ -74,7 +72,7 @@ def project(x: Array, Wq: Array, bq: Array, Wk: Array, bk: Array, Wv: Array, bv:
     "Saves two products of three, where the weights lie one after another in memory; and the copies that bring heads together."
     weights, biases, n = (Wq, Wk, Wv), (bq, bk, bv), Wq.shape[0]
     if not (x.ndim == 3 and suits(x, *weights, *biases) and all(W.shape == (n, x.shape[-1]) for W in weights) and n % heads == 0):
-        return ops.project.definition(x, Wq, bq, Wk, bk, Wv, bv, heads=heads)
+        return NotImplemented
     (B, T, c), X, W = x.shape, flat(x), one_after_another(weights)
     if W is not None:
         y, by_part, by_row = gemm.matmul(X, W.T), n, 3 * n                       # (N, 3 n)
@@ -151,7 +149,7 @@ def _gelu(name: str) -> Any:
     def kernel(x: Array) -> Any:
         "Saves all but one of the passes."
         if not suits(x):
-            return OPS[name].definition(x)
+            return NotImplemented
         y, size, grid = empty(x, x.shape), np.int64(x.size), blocks(x.size)
         launch("gelu.cu", name, grid, THREADS, x, y, size, T=x.dtype)
 
@@ -169,7 +167,7 @@ gelu, gelu_tanh = _gelu("gelu"), _gelu("gelu_tanh")
 def layer_norm(x: Array, w: Array, b: Array, eps: float = 1e-5) -> Any:
     "Saves nine passes of eleven, and keeps two numbers per row in place of a copy of x."
     if not (suits(x, w, b) and w.shape == b.shape == x.shape[-1:]):
-        return ops.layer_norm.definition(x, w, b, eps=eps)
+        return NotImplemented
     n, rows = x.shape[-1], x.size // x.shape[-1]
     y, mean, r = empty(x, x.shape), empty(x, (rows,), np.float32), empty(x, (rows,), np.float32)
     launch("layer_norm.cu", "layer_norm", _rows(rows), THREADS, x, w, b, y, mean, r, rows, n, float(eps), T=x.dtype)
@@ -192,7 +190,7 @@ def layer_norm(x: Array, w: Array, b: Array, eps: float = 1e-5) -> Any:
 def embedding(W: Array, ids: Array) -> Any:
     "Saves the atomic additions, and sums in order: for up to SAME_ORDER positions, since it compares each with each."
     if not (W.ndim == 2 and suits(W) and 0 < ids.size <= SAME_ORDER):
-        return ops.embedding.definition(W, ids)
+        return NotImplemented
     rows, width = W.shape
 
     def back(g: Array) -> Array:
@@ -214,7 +212,7 @@ def attention(q: Array, k: Array, v: Array, seen: Array | None = None, causal: b
     if not (2 <= q.ndim <= 4 and k.shape[:-2] == v.shape[:-2] == lead and q.dtype in C_TYPES
             and all(a.dtype == q.dtype and a.size for a in arrays) and q.shape[-1] == k.shape[-1] and k.shape[-2] == v.shape[-2]
             and (seen is None or (seen.ndim <= q.ndim and seen.dtype == bool))):
-        return ops.attention.definition(q, k, v, seen, causal=causal, scale=scale, keep=keep)
+        return NotImplemented
     q, k, v = (gemm.readable(a) for a in (q, k, v))                              # copied at most once, for both ways
     alpha, y, parts = float(q.shape[-1]**-0.5 if scale is None else scale), empty(q, (*shape[:-1], v.shape[-1])), []
     seen, keep = _mask(seen, shape), None if keep is None else xp(q).broadcast_to(keep, shape)
@@ -300,7 +298,7 @@ def cross_entropy(z: Array, y: Array, weight: Array | None = None, ignore_index:
     "Saves all passes over the logits but three, and keeps three numbers per row in place of them."
     if not (suits(z) and z.ndim >= 2 and y.size * z.shape[-1] == z.size and y.dtype.kind in "iu"
             and (weight is None or (weight.shape == z.shape[-1:] and not label_smoothing))):
-        return ops.cross_entropy.definition(z, y, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing)
+        return NotImplemented
     n, rows, labels = z.shape[-1], z.size // z.shape[-1], _dense(y.astype(np.int64))
     weight = None if weight is None else _dense(weight.astype(np.float32))
     losses, stats, value, total = (empty(z, shape, np.float32) for shape in ((rows,), (3, rows), (), ()))
@@ -332,7 +330,7 @@ def uniform_like(x: Array, key: int) -> Array:
 def dropout(x: Array, p: float, key: int) -> Any:
     "Saves the mask: the way back draws it anew."
     if not (suits(x) and 0 <= p < 1):
-        return ops.dropout.definition(x, p, key)
+        return NotImplemented
 
     def drop(a: Array) -> Array:
         y, a = empty(a, a.shape), _dense(a)

@@ -12,7 +12,6 @@ import numpy as np
 from ... import array
 from ...array import Array, address, xp
 from ...optim.optimizers import AdamW, Group, Optimizer, free
-from ...optim.optimizers import adam_update as definition
 from . import launch
 from .launch import blocks, empty
 from .layers import THREADS, suits
@@ -32,17 +31,17 @@ def adam_rates(lr: float, b1: float, b2: float, decay: float, t: int) -> tuple[f
 def adam_update(w: Array, g: Array, m: Array, v: Array, lr: float, b1: float, b2: float, eps: float, decay: float, t: int) -> None:
     "One stretch in one launch, one pass."
     if w.dtype != np.float32 or not suits(w, g, m, v):
-        return definition(w, g, m, v, lr, b1, b2, eps, decay, t)
+        return NotImplemented
     rates = adam_rates(lr, b1, b2, decay, t)
     launch.launch("adam.cu", "adam", blocks(w.size), THREADS, w, g, m, v, *rates, *_betas(b1, b2), float(eps), np.int64(w.size), T=w.dtype)
 
 
-def advance(opt: Optimizer, factor: float, clip: float | None, loss: Array | None, scale: float = 1.0) -> Array | None:
-    "Optimizer.advance for AdamW, or None if this is another optimiser, or other arrays."
+def advance(opt: Optimizer, factor: float, clip: float | None, loss: Array | None, scale: float = 1.0) -> Array:
+    "Optimizer.one_by_one for AdamW on float32 arrays."
     every = [(g, p, s) for g in opt.bound for p, s in zip(g.tensors, g.slices) if p.grad is not None]
     if not (type(opt).update is AdamW.update and every and all(g.w.dtype == np.float32 for g in opt.bound)
             and (loss is None or loss.dtype == np.float32)):
-        return None
+        return NotImplemented
     gradients = [_laid_out(p) for _, p, _ in every]
     state = norm_and_scale(gradients, clip, loss, scale)
     every_rate = _rates(opt, factor)
