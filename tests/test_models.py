@@ -16,7 +16,22 @@ import pytest
 from helpers import dev, host
 from wrong import replaced
 
-from tinyft import BERT, GPT, BERTConfig, Cache, Context, GPTConfig, LoRA, Tensor, array, attach, detach, dispatch, no_grad, ops
+from tinyft import (
+    BERT,
+    GPT,
+    BERTConfig,
+    Cache,
+    Context,
+    GPTConfig,
+    LoRA,
+    Tensor,
+    array,
+    attach,
+    detach,
+    dispatch,
+    no_grad,
+    ops,
+)
 from tinyft.models import blocks
 from tinyft.models.blocks import KV, MLP, Attention, Classifier, PostNormBlock, PreNormBlock, sinusoids
 from tinyft.nn import Dropout, LayerNorm

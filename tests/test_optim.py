@@ -11,7 +11,18 @@ import numpy as np
 import pytest
 from helpers import dev, host, leaf
 
-from tinyft import SGD, Adam, AdamW, array, constant_schedule, cosine_schedule, dispatch, kernels, linear_schedule, optim
+from tinyft import (
+    SGD,
+    Adam,
+    AdamW,
+    array,
+    constant_schedule,
+    cosine_schedule,
+    dispatch,
+    kernels,
+    linear_schedule,
+    optim,
+)
 from tinyft.nn import Linear, Parameter
 from tinyft.optim.optimizers import Optimizer, adam_update
 from tinyft.tensor import Tensor
