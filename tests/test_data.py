@@ -6,14 +6,13 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 
 from tinyft import data
 from tinyft.data import IGNORE, SPECIAL, SPLITS, Batches, Record
-from tinyft.data.batches import CLS, END, PAD, SEP
+from tinyft.data.text import CLS, END, PAD, SEP
 
 VOCAB = 2048
 
@@ -23,20 +22,23 @@ def tokenizer():
     return data.shipped_tokenizer()
 
 
-# ---------------------------------------------------------------------------------------------------------------- the snapshot
+# ---------------------------------------------------------------------------------------------------- the snapshot
 
 
 def leaks(records) -> list[str]:
-    """What of a test or valid module is in training: modules in two splits, test modules' names, texts that occur in a training text."""
-    split_of, found = {}, []
+    """The faults of a split: modules in two splits, test modules, and held-out texts that occur in a training text."""
+    split_of = {}
+    found = []
     for record in records:
         if split_of.setdefault(record.module, record.split) != record.split:
             found.append(f"{record.module} is in {record.split} and {split_of[record.module]}")
         if re.search(r"(^|\.)_?(tests?|idle_test|test_\w*|\w+_tests?)(\.|$)", record.module):
             found.append(f"{record.module} is a test module")
-    training = "\n".join(data.key(record.text) for record in records if record.split == "train" and record.kind != "source")
-    held_out = [record for record in records if record.split != "train" and record.kind != "source"]
-    return found + [f"text of {record.module}: {record.text}" for record in held_out if data.key(record.text) in training]
+    documentation = [record for record in records if record.kind != "source"]
+    training = "\n".join(data.key(record.text) for record in documentation if record.split == "train")
+    held_out = [record for record in documentation if record.split != "train"]
+    leaked = [record for record in held_out if data.key(record.text) in training]
+    return found + [f"text of {record.module}: {record.text}" for record in leaked]
 
 
 def test_nothing_of_test_or_valid_is_in_training():
@@ -49,70 +51,85 @@ def test_nothing_of_test_or_valid_is_in_training():
         lambda r: Record(r.module, r.kind, "train", "Another text of the same module, and an innocent one."),
         lambda r: Record("email.other", "docstring", "train", f"A longer text. {r.text.upper()} It goes on."),
         lambda r: Record("email.other", "prose", "train", r.text.replace(" ", "\n  ")),
-        lambda r: Record("ctypes.test.test_arrays", "docstring", "train", "A text of a test module, which must be in no split."),
-        lambda r: Record("idlelib.idle_test.mock_tk", "docstring", "valid", "A text of a test module, which must be in no split."),
+        lambda r: Record("ctypes.test.test_arrays", "docstring", "train", "A text of a test module, in no split."),
+        lambda r: Record("idlelib.idle_test.mock_tk", "docstring", "valid", "A text of a test module, in no split."),
     ],
 )
 def test_a_leak_is_found(planted):
-    records = [record for record in data.snapshot() if record.module.startswith(("email", "json"))]             # a part, for speed
+    # two packages only, for speed
+    records = [record for record in data.snapshot() if record.module.startswith(("email", "json"))]
     assert leaks(records) == []
     victim = next(record for record in records if record.split == "test" and record.kind == "docstring")
     assert len(leaks([*records, planted(victim)])) == 1
 
 
 def repeated(records) -> list[str]:
-    """Paragraphs of prose and docstrings, and whole sources, that stand in the snapshot more than once, case and white space apart."""
-    parts = [part for record in records for part in (record.text.split("\n\n") if record.kind != "source" else [record.text])]
-    return [part for part, count in Counter(map(data.key, parts)).items() if count > 1]
+    """Paragraphs of prose and docstrings, and whole sources, that occur more than once (case and space ignored)."""
+    counts = Counter()
+    for record in records:
+        parts = [record.text] if record.kind == "source" else record.text.split("\n\n")
+        counts.update(map(data.key, parts))
+    return [part for part, count in counts.items() if count > 1]
 
 
-def test_no_paragraph_stands_twice_in_the_snapshot():
+def test_no_paragraph_occurs_twice_in_the_snapshot():
+    """A planted copy of a paragraph is found."""
     records = data.snapshot()
     assert repeated(records) == []
     planted = Record("email.other", "prose", "train", f"Something new.\n\n{records[0].text.upper()}")
     assert repeated([*records, planted]) != []
 
 
-def test_the_snapshot_is_what_it_says():
+def test_the_snapshot_has_the_declared_kinds_splits_and_size():
+    """Also: no doctests or tabs, mostly English words, and the licences of its sources."""
     records = data.snapshot()
     assert {record.kind for record in records} == {"prose", "docstring", "source"}
     assert {record.split for record in records} == set(SPLITS)
-    assert (data.tasks.ASSETS / "text.json.xz").stat().st_size <= 3_000_000
-    assert not [r for r in records if r.kind != "source" and (">>>" in r.text or "\t" in r.text or len(r.text.split()) < 4)]
-    words = [word for r in records if r.kind != "source" for word in r.text.split()]
+    assert (data.text.ASSETS / "text.json.xz").stat().st_size <= 3_000_000
+    texts = [record.text for record in records if record.kind != "source"]
+    assert not [text for text in texts if ">>>" in text or "\t" in text or len(text.split()) < 4]
+    words = " ".join(texts).split()
     assert np.mean([bool(re.fullmatch(r"\W*[A-Za-z][A-Za-z'’/-]*\W*", word)) for word in words]) > 0.85
-    licences = (data.tasks.ASSETS / "LICENSES.txt").read_text("utf-8")
+    licences = (data.text.ASSETS / "LICENSES.txt").read_text("utf-8")
     assert "PYTHON SOFTWARE FOUNDATION LICENSE" in licences and "NumPy Developers" in licences
 
 
 def test_pretraining_is_the_split_and_nothing_else(tokenizer):
+    """Decoding the ids gives the texts of the split in order: byte-level BPE loses nothing."""
     tokens = data.pretraining("prose", "valid", tokenizer)
     texts = [r.text for r in data.snapshot() if r.split == "valid" and r.kind != "source"]
     ends = np.flatnonzero(tokens == SPECIAL["<|endoftext|>"])
     assert len(ends) == len(texts) and ends[-1] == len(tokens) - 1
     pieces = np.split(tokens, ends + 1)[:-1]
-    assert tokenizer.decode_batch([piece[:-1].tolist() for piece in pieces]) == texts  # byte-level: nothing is lost
+    assert tokenizer.decode_batch([piece[:-1].tolist() for piece in pieces]) == texts
     assert tokens.dtype == np.int64 and tokens.min() >= len(SPECIAL) - 1 and tokens.max() < VOCAB
 
 
 def test_tokenizer(tokenizer):
     assert tokenizer.get_vocab_size() == VOCAB
     assert {name: tokenizer.token_to_id(name) for name in SPECIAL} == SPECIAL
-    assert min(tokenizer.encode("[MASK] and <|endoftext|> in a text").ids) >= len(SPECIAL)                # text makes no special tokens
+    # the name of a special token inside a text gives ordinary tokens
+    assert min(tokenizer.encode("[MASK] and <|endoftext|> in a text").ids) >= len(SPECIAL)
     ids = data.encode(tokenizer, "Return the length of the list.", 64)
     assert ids[0] == CLS and ids[-1] == SEP and tokenizer.decode(ids[1:-1]) == "Return the length of the list."
-    assert data.encode(tokenizer, "one two three four", 4, "gpt")[-1] == END and len(data.encode(tokenizer, "a b c d e f g", 5)) == 5
+    assert data.encode(tokenizer, "one two three four", 4, "gpt")[-1] == END
+    assert len(data.encode(tokenizer, "a b c d e f g", 5)) == 5
 
 
-# ---------------------------------------------------------------------------------------------------------------- tasks
+# ---------------------------------------------------------------------------------------------------- tasks
 
 
 def bag(text: str) -> Counter:
     return Counter(re.findall(r"\w+", text.lower()))
 
 
+def bags(texts: tuple[str, ...]) -> Counter:
+    """The bags of words of texts, counted."""
+    return Counter(frozenset(bag(text).items()) for text in texts)
+
+
 def check_intact(sentence: str, shown: str, label: int) -> None:
-    """An intact sentence is shown as it is; of another exactly two different words changed places, so its bag of words is the same."""
+    """Label 1: the sentence is unchanged. Label 0: two different words are swapped and nothing else."""
     if label == 1:
         assert shown == sentence
         return
@@ -125,7 +142,7 @@ def check_intact(sentence: str, shown: str, label: int) -> None:
 
 def test_intact_swaps_two_words_and_nothing_else():
     rng = np.random.default_rng(0)
-    for sentence, _ in data.tasks._by_split(data.tasks._intact_sentences)["valid"]:
+    for sentence, _ in data.tasks._labelled_by_split(data.tasks._intact_sentences)["valid"]:
         check_intact(sentence, data.swap_two(sentence, rng), 0)
 
 
@@ -136,18 +153,21 @@ def test_a_wrong_swap_is_found(wrong):
 
 
 def test_intact_is_balanced_deterministic_and_uses_each_sentence_once():
-    task, again, other = data.task("intact", 3, 1000), data.task("intact", 3, 1000), data.task("intact", 4, 1000)
+    task = data.task("intact", 3, 1000)
+    again = data.task("intact", 3, 1000)
+    other = data.task("intact", 4, 1000)
     assert task.train.texts == again.train.texts and np.array_equal(task.train.labels, again.train.labels)
     assert task.train.texts != other.train.texts
     assert task.test.texts == other.test.texts and task.valid.texts == other.valid.texts  # paired over seeds
     for examples in (task.train, task.valid, task.test):
         assert abs(2 * examples.labels.sum() - len(examples.labels)) <= 1
     whole = data.task("intact")
-    bags = {split: Counter(frozenset(bag(text).items()) for text in getattr(whole, split).texts) for split in SPLITS}
     assert len(whole.train.texts) == len(set(whole.train.texts)) > 20_000
-    originals = [data.key(text) for split in SPLITS for text, _ in data.tasks._by_split(data.tasks._intact_sentences)[split]]
+    pairs = data.tasks._labelled_by_split(data.tasks._intact_sentences)
+    originals = [data.key(text) for split in SPLITS for text, _ in pairs[split]]
     assert len(originals) == len(set(originals)) == sum(len(getattr(whole, split).texts) for split in SPLITS)
-    assert sum((bags["train"] & bags["test"]).values()) < 0.01 * len(whole.test.texts)  # word for word the same: hardly any
+    common = bags(whole.train.texts) & bags(whole.test.texts)  # sentences of the same words
+    assert common.total() < 0.01 * len(whole.test.texts)
 
 
 def test_intact_sentences_have_six_to_forty_words():
@@ -162,12 +182,12 @@ def test_package_names_are_masked(split):
 
 
 def unmasked(examples, classes) -> list[str]:
-    """Texts in which their own package's name stands as a word or a dotted part, in any case."""
+    """Texts that contain the name of their own package as a word or as a part of a dotted name, in any case."""
     own = [re.compile(rf"(?i)(?<![^\W_]){name}(?![^\W_])") for name in classes]
     return [text for text, label in zip(*examples, strict=True) if own[label].search(text)]
 
 
-@pytest.mark.parametrize("text", ["Use email.message here.", "The EMAIL is sent.", "See _email_policy for more.", "(email)"])
+@pytest.mark.parametrize("text", ["Use email.message here.", "The EMAIL is sent.", "See _email_policy.", "(email)"])
 def test_an_unmasked_name_is_found(text):
     examples = data.Examples((text,), np.array([data.PACKAGES.index("email")]))
     assert unmasked(examples, data.PACKAGES) == [text]
@@ -175,9 +195,8 @@ def test_an_unmasked_name_is_found(text):
 
 
 def test_masking_leaves_other_words_alone():
-    assert data.mask_names("XMLParser, BaseHTTPServer, json.loads, http://a, https, recurses, concurrently") == (
-        "_Parser, Base_Server, _.loads, _://a, https, recurses, concurrently"
-    )
+    text = "XMLParser, BaseHTTPServer, json.loads, http://a, https, recurses, concurrently"
+    assert data.mask_names(text) == "_Parser, Base_Server, _.loads, _://a, https, recurses, concurrently"
 
 
 def test_package_classes():
@@ -193,7 +212,7 @@ def test_package_classes():
 
 
 def test_classes_have_five_modules_in_the_python_that_runs_this():
-    """The recorded counts, checked against what is there."""
+    """The recorded counts of modules agree with the standard library of this Python."""
     import os
     import sys
     from pathlib import Path
@@ -215,7 +234,11 @@ def test_domain(tokenizer):
     assert np.array_equal(task.kept, data.pretraining("prose", "test", tokenizer))
     whole = data.pretraining("source", "train", tokenizer)
     starts = np.flatnonzero(whole[:-5000] == task.train[0])
-    assert any(np.array_equal(whole[start : start + 5000], task.train) for start in starts)     # a stretch of what there is
+    assert any(np.array_equal(whole[start : start + 5000], task.train) for start in starts)  # consecutive tokens
+
+
+REAL = np.ones((1, 3), bool)
+UNEQUAL = data.Examples(("a",), np.array([0, 1]))
 
 
 @pytest.mark.parametrize(
@@ -235,33 +258,40 @@ def test_domain(tokenizer):
         (lambda: data.mlm_batches(np.arange(99), 2, 4, VOCAB), "T of at least 3"),
         (lambda: data.pad([[]]), "at least one row with a token"),
         (lambda: data.pad([[7] * 9], 8), "at most 8 tokens, got one of 9"),
-        (lambda: data.mlm(np.full((1, 3), 2), np.ones((1, 3), bool), np.random.default_rng(0), VOCAB), "nothing to predict"),
-        (lambda: data.mlm(np.full((1, 3), 9), np.ones((1, 3), bool), np.random.default_rng(0), VOCAB, p=0.0), "probability"),
-        (lambda: data.text_batches(data.Examples(("a",), np.array([0, 1])), data.shipped_tokenizer(), 1, 8), "one label per text"),
+        (lambda: data.mlm(np.full((1, 3), CLS), REAL, np.random.default_rng(0), VOCAB), "nothing to predict"),
+        (lambda: data.mlm(np.full((1, 3), 9), REAL, np.random.default_rng(0), VOCAB, p=0.0), "probability"),
+        (lambda: data.text_batches(UNEQUAL, data.shipped_tokenizer(), 1, 8), "one label per text"),
     ],
 )
 def test_bad_input_gets_one_clear_sentence(call, message):
     with pytest.raises(ValueError, match=message) as error:
         call()
-    assert str(error.value).startswith("wanted") and "got" in str(error.value) and "\n" not in str(error.value)
+    assert re.fullmatch(r"[^\n]* wants [^\n]*\bgot\b[^\n]*", str(error.value))
 
 
-# ---------------------------------------------------------------------------------------------------------------- batches
+# ---------------------------------------------------------------------------------------------------- batches
 
 
 def numbers(count: int, **options) -> Batches:
-    return Batches(np.arange(count), collate=lambda chosen, rng: {"ids": np.array(chosen), "noise": rng.random(2)}, **options)
+    def collate(chosen, rng):
+        return {"ids": np.array(chosen), "noise": rng.random(2)}
+
+    return Batches(np.arange(count), collate=collate, **options)
 
 
-def epochs_are_whole(give, count: int) -> bool:
-    """Does every epoch of `give()` (a list of ids) hold every example exactly once?"""
-    return all(sorted(give()) == list(range(count)) for _ in range(3))
+def epochs_are_whole(epoch, count: int) -> bool:
+    """True if each of three epochs, the ids that `epoch()` returns, holds every example exactly once."""
+    return all(sorted(epoch()) == list(range(count)) for _ in range(3))
 
 
 @pytest.mark.parametrize(("count", "size"), [(1, 1), (7, 3), (12, 4), (5, 9)])
 def test_every_epoch_visits_everything_once(count, size):
     batches = numbers(count, batch_size=size, seed=count)
-    assert epochs_are_whole(lambda: [int(i) for batch in itertools.islice(batches, len(batches)) for i in batch["ids"]], count)
+
+    def epoch() -> list[int]:
+        return np.concatenate([batch["ids"] for batch in itertools.islice(batches, len(batches))]).tolist()
+
+    assert epochs_are_whole(epoch, count)
 
 
 def test_drawing_with_replacement_is_found():
@@ -276,25 +306,29 @@ def test_shuffle_and_drop_last():
     assert not np.array_equal(epochs[0], epochs[1])
     plain = numbers(10, batch_size=4, shuffle=False)
     assert [batch["ids"].tolist() for batch in itertools.islice(plain, 3)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-    assert not np.array_equal(next(numbers(99, batch_size=99, seed=1))["ids"], next(numbers(99, batch_size=99, seed=2))["ids"])
+    one, two = (next(numbers(99, batch_size=99, seed=seed))["ids"] for seed in (1, 2))
+    assert not np.array_equal(one, two)
 
 
-def groups(give: Callable[[], Batches], lengths: np.ndarray) -> bool:
-    """Whole epochs; little padding; short and long batches in no order; other companions for an example in every epoch."""
-    batches = give()
+def groups_by_length(batches: Batches, lengths: np.ndarray) -> bool:
+    """True if batches hold examples of similar length, and the order is still random.
+
+    Whole epochs; little padding; short and long batches mixed; examples change companions between epochs.
+    """
     epochs = [[next(batches)["ids"] for _ in range(len(batches))] for _ in range(3)]
-    whole = all(sorted(np.concatenate(e)) == list(range(len(lengths))) for e in epochs)
-    padded = np.mean([lengths[b].max() - lengths[b].mean() for b in epochs[0]])
-    longest = [lengths[b].max() for b in epochs[0]]
-    companions = [{tuple(sorted(b)) for b in e} for e in epochs]
-    return whole and padded < 3 and abs(np.corrcoef(longest[:-1], longest[1:])[0, 1]) < 0.3 and len(companions[0] & companions[1]) < 3
+    whole = all(sorted(np.concatenate(epoch)) == list(range(len(lengths))) for epoch in epochs)
+    padding = np.mean([lengths[ids].max() - lengths[ids].mean() for ids in epochs[0]])
+    longest = [lengths[ids].max() for ids in epochs[0]]
+    correlation = np.corrcoef(longest[:-1], longest[1:])[0, 1]
+    first, second = ({tuple(sorted(ids)) for ids in epoch} for epoch in epochs[:2])
+    return whole and padding < 3 and abs(correlation) < 0.3 and len(first & second) < 3
 
 
 LENGTHS = np.random.default_rng(3).integers(1, 64, 1003)
 
 
 def test_batches_of_like_length():
-    assert groups(lambda: numbers(1003, batch_size=8, lengths=LENGTHS, seed=4), LENGTHS)
+    assert groups_by_length(numbers(1003, batch_size=8, lengths=LENGTHS, seed=4), LENGTHS)
     last = list(itertools.islice(numbers(1003, batch_size=8, lengths=LENGTHS), 126))[-1]
     assert len(last["ids"]) == 3
 
@@ -305,7 +339,8 @@ def sorted_once(self: Batches) -> np.ndarray:
 
 def fixed_batches(self: Batches) -> np.ndarray:
     order = np.argsort(self.lengths, kind="stable")
-    return np.concatenate([np.random.default_rng(self.epoch).permutation(order[:1000].reshape(-1, 8)).reshape(-1), order[1000:]])
+    batches = np.random.default_rng(self.epoch).permutation(order[:1000].reshape(-1, 8))
+    return np.concatenate([batches.reshape(-1), order[1000:]])
 
 
 def not_grouped(self: Batches) -> np.ndarray:
@@ -319,27 +354,34 @@ def pools_in_order(self: Batches) -> np.ndarray:
 
 @pytest.mark.parametrize("wrong", [sorted_once, fixed_batches, not_grouped, pools_in_order])
 def test_a_wrong_order_by_length_is_found(wrong):
-    assert not groups(lambda: type("Wrong", (Batches,), {"_epoch_order": wrong})(
-        np.arange(1003), 8, collate=lambda c, rng: {"ids": np.array(c)}, lengths=LENGTHS), LENGTHS)
+    class Wrong(Batches):
+        _epoch_order = wrong
+
+    batches = Wrong(np.arange(1003), 8, collate=lambda chosen, rng: {"ids": np.array(chosen)}, lengths=LENGTHS)
+    assert not groups_by_length(batches, LENGTHS)
 
 
 def test_once_is_everything_in_order_and_moves_nothing():
     batches = numbers(10, batch_size=4, seed=5, drop_last=True)
     next(batches)
-    before, passes = batches.state_dict(), [list(batches.once()) for _ in range(2)]
+    before = batches.state_dict()
+    passes = [list(batches.once()) for _ in range(2)]
     assert batches.state_dict() == before
     assert np.concatenate([batch["ids"] for batch in passes[0]]).tolist() == list(range(10))
     assert all(np.array_equal(a["noise"], b["noise"]) for a, b in zip(*passes, strict=True))
 
 
 def same(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
+    if a.keys() != b.keys():
+        return False
+    return all(np.array_equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
 
 
 def resumes(make) -> bool:
-    """From every point of two epochs: does a fresh stream that loads the state go on exactly as the first did?"""
+    """True if, from every point of two epochs, a new stream that loads the state continues as the first."""
     first = make()
-    states, given = [], []
+    states = []
+    given = []
     for _ in range(2 * len(first) + 2):
         states.append(json.dumps(first.state_dict()))
         given.append(next(first))
@@ -393,18 +435,19 @@ def test_padding_and_mask_agree(tokenizer):
     task = data.task("package", train_size=40)
     for form, last in (("bert", SEP), ("gpt", END)):
         batches = data.text_batches(task.train, tokenizer, 8, max_len=44, form=form)
-        seen = 0
+        count = 0
         for batch in batches.once():
             ids, mask, labels = batch["ids"], batch["mask"], batch["labels"]
             assert ids.shape == mask.shape and ids.dtype == labels.dtype == np.int64 and mask.dtype == bool
             assert ids.shape[1] <= 44 and (ids.shape[1] % 8 == 0 or ids.shape[1] == 44)
-            assert np.array_equal(mask, ids != PAD) and (np.diff(mask.astype(int), axis=1) <= 0).all()    # real first, then padding
+            assert np.array_equal(mask, ids != PAD)
+            assert (np.diff(mask.astype(int), axis=1) <= 0).all()  # padding on the right
             assert (ids[np.arange(len(ids)), mask.sum(1) - 1] == last).all()
-            assert np.array_equal(labels, task.train.labels[seen : seen + len(ids)])
-            for row, text in zip(ids, task.train.texts[seen : seen + len(ids)], strict=True):
+            assert np.array_equal(labels, task.train.labels[count : count + len(ids)])
+            for row, text in zip(ids, task.train.texts[count : count + len(ids)], strict=True):
                 assert row[row != PAD].tolist() == data.encode(tokenizer, text, 44, form)
-            seen += len(ids)
-        assert seen == 40
+            count += len(ids)
+        assert count == 40
 
 
 def test_windows():
@@ -413,11 +456,11 @@ def test_windows():
     assert np.array_equal(batch["ids"], np.arange(24).reshape(3, 8)) and batch["mask"].all() and "labels" not in batch
 
 
-# ---------------------------------------------------------------------------------------------------------------- masked language modelling
+# ---------------------------------------------------------------------------------------------------- masked LM
 
 
 def check_mlm(corrupt) -> None:
-    """corrupt(ids, mask, rng) keeps BERT's proportions, predicts only what was chosen, and leaves specials and padding alone."""
+    """corrupt(ids, mask, rng) keeps BERT's proportions, labels only chosen tokens, changes no special token."""
     rng = np.random.default_rng(1)
     ids = rng.integers(6, VOCAB, (400, 128))
     ids[:, 0], ids[:, -9], ids[:, -8:] = CLS, SEP, PAD
@@ -427,10 +470,11 @@ def check_mlm(corrupt) -> None:
     chosen, free = labels != IGNORE, mask & (ids > 5)
     assert np.array_equal(ids, original) and not (chosen & ~free).any()
     assert np.array_equal(labels[chosen], ids[chosen]) and np.array_equal(corrupted[~chosen], ids[~chosen])
-    masked, kept = corrupted[chosen] == SPECIAL["[MASK]"], corrupted[chosen] == ids[chosen]
+    masked = corrupted[chosen] == SPECIAL["[MASK]"]
+    kept = corrupted[chosen] == ids[chosen]
     other = corrupted[chosen][~masked & ~kept]
     shares = np.array([chosen.sum() / free.sum(), masked.mean(), kept.mean(), len(other) / chosen.sum()])
-    count = chosen.sum()                                                # about 7,000
+    count = chosen.sum()  # about 7,000
     wanted = np.array([0.15, 0.8, 0.1, 0.1])
     deviation = np.sqrt(wanted * (1 - wanted) / np.array([free.sum(), count, count, count]))
     assert (np.abs(shares - wanted) < 5 * deviation).all()
@@ -476,7 +520,8 @@ def test_wrong_mlm_is_found(wrong):
 
 def test_mlm_always_predicts_something():
     for seed in range(20):
-        _, labels = data.mlm(np.array([[2, 9, 3, 0]]), np.array([[True, True, True, False]]), np.random.default_rng(seed), VOCAB, p=1e-9)
+        ids = np.array([[CLS, 9, SEP, PAD]])
+        _, labels = data.mlm(ids, ids != PAD, np.random.default_rng(seed), VOCAB, p=1e-9)
         assert labels.tolist() == [[IGNORE, 9, IGNORE, IGNORE]]
 
 
@@ -486,4 +531,4 @@ def test_mlm_batches_change_their_noise_from_epoch_to_epoch():
     assert (first["ids"][:, 0] == CLS).all() and (first["ids"][:, -1] == SEP).all()
     assert not np.array_equal(first["labels"], second["labels"])
     rows = np.where(first["labels"] != IGNORE, first["labels"], first["ids"])
-    assert np.array_equal(rows[:, 1:-1], data.windows(TOKENS, 14))      # the labels restore the text
+    assert np.array_equal(rows[:, 1:-1], data.windows(TOKENS, 14))  # the labels restore the text

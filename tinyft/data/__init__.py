@@ -1,7 +1,7 @@
-"Real text, three tasks on it, batches, and simple baselines."
+"""Real text, three tasks on it, batches, and simple baselines."""
+
 from .batches import (
     IGNORE,
-    SPECIAL,
     Batches,
     Examples,
     encode,
@@ -12,20 +12,8 @@ from .batches import (
     text_batches,
     windows,
 )
-from .tasks import (
-    PACKAGES,
-    SPLITS,
-    Record,
-    Task,
-    key,
-    mask_names,
-    pretraining,
-    sentences,
-    shipped_tokenizer,
-    snapshot,
-    swap_two,
-    task,
-)
+from .tasks import PACKAGES, Task, mask_names, sentences, swap_two, task
+from .text import SPECIAL, SPLITS, Record, key, pretraining, shipped_tokenizer, snapshot
 
 __all__ = [
     "IGNORE", "PACKAGES", "SPECIAL", "SPLITS", "Batches", "Examples", "Record", "Task", "encode", "key", "lm_batches",

@@ -1,10 +1,12 @@
-"""Batches of examples that can be stopped and resumed at any point, and what puts texts into them.
+"""Batches of examples that can be stopped and resumed at any point, and the encoding of texts into them.
 
     Batches, text_batches, lm_batches, mlm_batches      endless, shuffled, resumable;  .once() is one plain pass
 
-A batch is a dict of NumPy arrays:  ids (B, T) int64,  mask (B, T) bool, True where a token is real,  labels (B,) int64 for
-classification or (B, T) int64 for masked language modelling, -100 where nothing is to be predicted. Causal models need no labels.
+A batch is a dict of NumPy arrays:  ids (B, T) int64;  mask (B, T) bool, True where a token is real;  labels (B,) int64
+for classification, or (B, T) int64 for masked language modelling with -100 where nothing is predicted. Causal
+language models need no labels.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,45 +15,64 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-SPECIAL = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4, "<|endoftext|>": 5}
-PAD, CLS, SEP, END = SPECIAL["[PAD]"], SPECIAL["[CLS]"], SPECIAL["[SEP]"], SPECIAL["<|endoftext|>"]
-IGNORE = -100                                                          # the label of a position that is not to be predicted
-CHOOSE, SWAP, FIXED, ORDER, NOISE, ONCE = range(6)                     # what a random stream is for: no two uses share one
-PLACE = ("seed", "epoch", "batch")                                     # where a stream of batches stands
-POOL = 16                                                              # batches among which examples are sorted by length
+from .text import CLS, PAD, SEP, SPECIAL, check_choice
+
+IGNORE = -100  # the label of a position at which nothing is predicted
+CHOOSE, SWAP, FIXED, ORDER, NOISE, ONCE = range(6)  # the purposes of random streams: no two purposes share a stream
+POSITION = ("seed", "epoch", "batch")  # the attributes that say where a stream of batches stands
+POOL = 16  # batches among which examples are sorted by length
 
 
 def generator(seed: int, *stream: int) -> np.random.Generator:
-    """One of a seed's many independent random generators: the same numbers name the same generator, others another."""
+    """One of many independent random generators of a seed. The same stream numbers give the same generator."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=stream))
 
 
 class Batches:
     """An endless, resumable stream of batches over a sequence of examples.
 
-    examples    anything with a length and integer indices
-    collate     (list of examples, rng) -> batch; rng is for noise (masked language modelling)
+    examples    any sequence with a length and integer indices
+    collate     (list of examples, rng) -> batch; rng is for random corruption (masked language modelling)
     shuffle     a new order in every epoch; each epoch visits every example exactly once
-    drop_last   leave out an epoch's last batch if it is short (so each epoch leaves out a few examples, others each time)
-    lengths     one per example: batches of like length, so that little is padding; still another order in every epoch
+    drop_last   leave out the last batch of an epoch if it is short; the order decides which examples are left out
+    lengths     one per example: batches group examples of similar length, which saves padding;
+                the order still changes from epoch to epoch
 
-    Every random draw is a function of (seed, epoch, batch), so `state_dict()` is a few integers and `load_state_dict(state)` goes on bitwise.
+    Every random draw is a function of (seed, epoch, batch). So `state_dict()` is a few integers, and after
+    `load_state_dict(state)` the stream continues bitwise.
     """
 
-    def __init__(self, examples: Sequence, batch_size: int, seed: int = 0, shuffle: bool = True, collate: Callable | None = None,
-                 drop_last: bool = False, lengths: Sequence[int] | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        examples: Sequence,
+        batch_size: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        collate: Callable | None = None,
+        drop_last: bool = False,
+        lengths: Sequence[int] | None = None,
+    ) -> None:
         if len(examples) == 0:
-            raise ValueError("wanted at least one example, got an empty dataset")
+            raise ValueError("Batches wants at least one example, got an empty dataset")
         if batch_size < 1:
-            raise ValueError(f"wanted a batch_size of at least 1, got {batch_size}")
+            raise ValueError(f"Batches wants a batch_size of at least 1, got {batch_size}")
         if drop_last and len(examples) < batch_size:
-            raise ValueError(f"wanted at least one full batch of {batch_size} with drop_last, got {len(examples)} examples")
-        self.examples, self.batch_size, self.seed = examples, batch_size, seed
-        self.shuffle, self.drop_last, self.collate = shuffle, drop_last, collate or _stack
-        self.lengths = None if lengths is None else np.asarray(lengths)
+            raise ValueError(
+                f"Batches wants at least one full batch of {batch_size} with drop_last, got {len(examples)} examples"
+            )
         if lengths is not None and len(lengths) != len(examples):
-            raise ValueError(f"wanted one length per example, got {len(lengths)} lengths and {len(examples)} examples")
-        self.epoch = self.batch = 0                                                    # the next batch to give
+            raise ValueError(
+                f"Batches wants one length per example, got {len(lengths)} lengths and {len(examples)} examples"
+            )
+        self.examples = examples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.collate = collate or _stack
+        self.drop_last = drop_last
+        self.lengths = None if lengths is None else np.asarray(lengths)
+        self.epoch = 0
+        self.batch = 0  # number of batches of this epoch that were returned
         self._order = self._epoch_order()
 
     def __len__(self) -> int:
@@ -64,52 +85,76 @@ class Batches:
 
     def __next__(self) -> dict[str, np.ndarray]:
         if self.batch == len(self):
-            self.epoch, self.batch = self.epoch + 1, 0
+            self.epoch += 1
+            self.batch = 0
             self._order = self._epoch_order()
-        chosen = self._order[self.batch * self.batch_size :][: self.batch_size]
+        start = self.batch * self.batch_size
+        chosen = self._order[start : start + self.batch_size]
         self.batch += 1
-        return self._make(chosen, generator(self.seed, NOISE, self.epoch, self.batch))
+        return self._collate(chosen, generator(self.seed, NOISE, self.epoch, self.batch))
 
     def once(self) -> Iterator[dict[str, np.ndarray]]:
-        """Every example once, in the order given, the last batch short if need be; the same each time. Does not move the stream."""
-        everything = np.arange(len(self.examples))
-        for start in range(0, len(everything), self.batch_size):
-            yield self._make(everything[start : start + self.batch_size], generator(self.seed, ONCE, start))
+        """Every example once, in the given order, the same each time. The last batch may be short.
+
+        The stream does not advance.
+        """
+        indices = np.arange(len(self.examples))
+        for start in range(0, len(indices), self.batch_size):
+            chosen = indices[start : start + self.batch_size]
+            yield self._collate(chosen, generator(self.seed, ONCE, start))
 
     def state_dict(self) -> dict[str, int | bool]:
-        """Where the stream stands: JSON-able."""
-        return {**{name: getattr(self, name) for name in PLACE}, **self._fixed()}
+        """The position in the stream, and the settings that must agree on loading. JSON-able."""
+        position = {name: getattr(self, name) for name in POSITION}
+        return position | self._settings()
 
     def load_state_dict(self, state: Mapping[str, int | bool]) -> None:
-        """Go on exactly where `state` was taken. Raises ValueError when it was taken over other examples or another batch size."""
-        wrong = [f"{name} {value}, got {state.get(name)}" for name, value in self._fixed().items() if state.get(name) != value]
-        wrong += [f"an integer {name}, got {state.get(name)!r}" for name in PLACE if not isinstance(state.get(name), int)]
+        """Continue exactly where `state` was taken.
+
+        Raises ValueError if the state belongs to other examples or settings; then the stream stays where it is.
+        """
+        wrong = []
+        for name, value in self._settings().items():
+            if state.get(name) != value:
+                wrong.append(f"{name} {value}, got {state.get(name)}")
+        for name in POSITION:
+            if not isinstance(state.get(name), int):
+                wrong.append(f"an integer {name}, got {state.get(name)!r}")
         if wrong:
-            raise ValueError(f"wanted a sampler state with {'; '.join(wrong)}")
-        self.seed, self.epoch, self.batch = (state[name] for name in PLACE)
+            raise ValueError(f"Batches.load_state_dict wants a state with {'; '.join(wrong)}")
+        for name in POSITION:
+            setattr(self, name, state[name])
         self._order = self._epoch_order()
 
-    def _fixed(self) -> dict[str, int | bool]:
-        return {"examples": len(self.examples), "batch_size": self.batch_size, "shuffle": self.shuffle, "drop_last": self.drop_last,
-                "by_length": self.lengths is not None}
+    def _settings(self) -> dict[str, int | bool]:
+        return {
+            "examples": len(self.examples),
+            "batch_size": self.batch_size,
+            "shuffle": self.shuffle,
+            "drop_last": self.drop_last,
+            "by_length": self.lengths is not None,
+        }
 
     def _epoch_order(self) -> np.ndarray:
+        """The indices of all examples in the order of this epoch, (N,)."""
         if not self.shuffle:
             return np.arange(len(self.examples))
         rng = generator(self.seed, ORDER, self.epoch)
         order = rng.permutation(len(self.examples))
         if self.lengths is None:
             return order
-        full, pool = len(order) - len(order) % self.batch_size, POOL * self.batch_size
-        pools = [part[np.argsort(self.lengths[part], kind="stable")] for part in (order[i:min(i + pool, full)] for i in range(0, full, pool))]
-        batches = np.concatenate([*pools, order[:0]]).reshape(-1, self.batch_size)     # the short batch stays last
+        # Sort by length within pools of POOL batches, then shuffle the batches. The short batch stays last.
+        full = len(order) - len(order) % self.batch_size
+        pools = np.split(order[:full], range(POOL * self.batch_size, full, POOL * self.batch_size))
+        by_length = [pool[np.argsort(self.lengths[pool], kind="stable")] for pool in pools]
+        batches = np.concatenate(by_length).reshape(-1, self.batch_size)
         return np.concatenate([rng.permutation(batches).reshape(-1), order[full:]])
 
-    def _make(self, chosen: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def _collate(self, chosen: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
         return self.collate([self.examples[i] for i in chosen], rng)
 
 
-# ---------------------------------------------------------------------------------------------------------------- texts
+# ---------------------------------------------------------------------------------------------------- texts
 class Examples(NamedTuple):
     """Texts and their labels, (N,) int64."""
 
@@ -120,72 +165,115 @@ class Examples(NamedTuple):
 def windows(tokens: np.ndarray, T: int) -> np.ndarray:
     """(N,) tokens -> (N // T, T): consecutive windows without overlap; the rest at the end is dropped."""
     if T < 1 or len(tokens) < T:
-        raise ValueError(f"wanted a window of 1 to {len(tokens)} tokens (that many there are), got T={T}")
+        raise ValueError(f"windows wants T from 1 to {len(tokens)} (the number of tokens), got T={T}")
     count = len(tokens) // T
     return np.asarray(tokens[: count * T]).reshape(count, T)
 
 
 def encode(tokenizer: Tokenizer, text: str, max_len: int, form: str = "bert") -> list[int]:
-    """Token ids of a text, cut to max_len:  "bert": [CLS] x [SEP];   "gpt": x <|endoftext|>, whose last token is classified."""
-    one_of("form", form, ("bert", "gpt"))
+    """Token ids of a text, cut to max_len.  "bert": [CLS] x [SEP];  "gpt": x <|endoftext|>.
+
+    A BERT classifies at [CLS], a GPT at the last token. Raises ValueError if max_len leaves no room for the text, or
+    if the tokenizer lacks the special tokens.
+    """
+    check_choice("encode", "form", form, ("bert", "gpt"))
     before, after = (["[CLS]"], ["[SEP]"]) if form == "bert" else ([], ["<|endoftext|>"])
-    room = max_len - len(before) - len(after)
+    special = before + after
+    room = max_len - len(special)
     if room < 1:
-        raise ValueError(f"wanted max_len of at least {max_len - room + 1} (special tokens and one more), got {max_len}")
-    ids = [tokenizer.token_to_id(name) for name in before + after]
+        least = len(special) + 1
+        raise ValueError(f"encode wants a max_len of at least {least} (special tokens and one more), got {max_len}")
+    ids = [tokenizer.token_to_id(name) for name in special]
     if None in ids:
-        raise ValueError(f"wanted a tokenizer with {' and '.join(before + after)}, got one without")
-    return ids[:len(before)] + tokenizer.encode(text, add_special_tokens=False).ids[:room] + ids[len(before):]
+        raise ValueError(f"encode wants a tokenizer with {' and '.join(special)}, got one without")
+    text_ids = tokenizer.encode(text, add_special_tokens=False).ids[:room]
+    return ids[: len(before)] + text_ids + ids[len(before) :]
 
 
 def pad(rows: Sequence[Sequence[int]], max_len: int | None = None, multiple: int = 8) -> tuple[np.ndarray, np.ndarray]:
     """Rows of ids -> ids (B, T) int64, padded on the right with [PAD], and mask (B, T) bool.
 
-    T is the longest row's length, rounded up to a multiple (few different shapes are faster) but to no more than max_len.
+    T is the length of the longest row, rounded up to a multiple (few different shapes are faster), at most max_len.
     """
     longest = max((len(row) for row in rows), default=0)
     if longest == 0:
-        raise ValueError(f"wanted at least one row with a token, got {len(rows)} rows and no token")
+        raise ValueError(f"pad wants at least one row with a token, got {len(rows)} rows and no token")
     if max_len is not None and longest > max_len:
-        raise ValueError(f"wanted rows of at most {max_len} tokens, got one of {longest}")
-    T = min(-(-longest // multiple) * multiple, max_len or longest + multiple)
-    ids, mask = np.full((len(rows), T), PAD, np.int64), np.zeros((len(rows), T), bool)
+        raise ValueError(f"pad wants rows of at most {max_len} tokens, got one of {longest}")
+    T = -(-longest // multiple) * multiple  # rounded up
+    if max_len is not None:
+        T = min(T, max_len)
+    ids = np.full((len(rows), T), PAD, np.int64)
+    mask = np.zeros((len(rows), T), bool)
     for b, row in enumerate(rows):
-        ids[b, : len(row)], mask[b, : len(row)] = row, True
+        ids[b, : len(row)] = row
+        mask[b, : len(row)] = True
     return ids, mask
 
 
-def text_batches(examples: Examples, tokenizer: Tokenizer, batch_size: int, max_len: int, seed: int = 0, shuffle: bool = True,
-                 form: str = "bert", drop_last: bool = False, group_by_length: bool = False) -> Batches:  # fmt: skip
-    """Batches for classification: ids (B, T), mask (B, T), labels (B,), T <= max_len. `form` as in `encode`.
+def text_batches(
+    examples: Examples,
+    tokenizer: Tokenizer,
+    batch_size: int,
+    max_len: int,
+    seed: int = 0,
+    shuffle: bool = True,
+    form: str = "bert",
+    drop_last: bool = False,
+    group_by_length: bool = False,
+) -> Batches:
+    """Batches for classification: ids (B, T), mask (B, T), labels (B,), T <= max_len.
 
-    group_by_length: texts of like length together, for less padding."""
+    form              "bert" or "gpt", as in `encode`
+    group_by_length   batches of texts of similar length, for less padding
+    """
     if len(examples.texts) != len(examples.labels):
-        raise ValueError(f"wanted one label per text, got {len(examples.texts)} texts and {len(examples.labels)} labels")
-    rows = [(encode(tokenizer, text, max_len, form), int(label)) for text, label in zip(*examples, strict=True)]
+        raise ValueError(
+            f"text_batches wants one label per text, got {len(examples.texts)} texts and {len(examples.labels)} labels"
+        )
+    pairs = zip(examples.texts, examples.labels, strict=True)
+    rows = [(encode(tokenizer, text, max_len, form), int(label)) for text, label in pairs]
 
     def collate(chosen: list[tuple[list[int], int]], rng: np.random.Generator) -> dict[str, np.ndarray]:
         ids, mask = pad([row for row, _ in chosen], max_len)
-        return {"ids": ids, "mask": mask, "labels": np.array([label for _, label in chosen], np.int64)}
+        labels = np.array([label for _, label in chosen], np.int64)
+        return {"ids": ids, "mask": mask, "labels": labels}
 
-    return Batches(rows, batch_size, seed, shuffle, collate, drop_last, [len(row) for row, _ in rows] if group_by_length else None)
+    lengths = [len(row) for row, _ in rows] if group_by_length else None
+    return Batches(rows, batch_size, seed, shuffle, collate, drop_last, lengths)
 
 
 def _stack(chosen: list[np.ndarray], rng: np.random.Generator | None = None) -> dict[str, np.ndarray]:
-    ids = np.stack(chosen).astype(np.int64)                                            # (B, T)
+    ids = np.stack(chosen).astype(np.int64)  # (B, T)
     return {"ids": ids, "mask": np.ones(ids.shape, bool)}
 
 
-def lm_batches(tokens: np.ndarray, T: int, batch_size: int, seed: int = 0, shuffle: bool = True, drop_last: bool = False) -> Batches:
-    """Batches for causal language modelling: ids (B, T), mask (B, T) all True; no labels, as each token is the label of the one before."""
+def lm_batches(
+    tokens: np.ndarray, T: int, batch_size: int, seed: int = 0, shuffle: bool = True, drop_last: bool = False
+) -> Batches:
+    """Batches for causal language modelling: ids (B, T), mask (B, T) all True.
+
+    There are no labels: each token is the label of the token before it.
+    """
     return Batches(windows(tokens, T), batch_size, seed, shuffle, _stack, drop_last)
 
 
-def mlm_batches(tokens: np.ndarray, T: int, batch_size: int, vocab: int, seed: int = 0, shuffle: bool = True, p: float = 0.15,
-                drop_last: bool = False) -> Batches:  # fmt: skip
-    """Batches for masked language modelling: [CLS] T-2 tokens [SEP], corrupted by `mlm` anew in every epoch; labels (B, T)."""
+def mlm_batches(
+    tokens: np.ndarray,
+    T: int,
+    batch_size: int,
+    vocab: int,
+    seed: int = 0,
+    shuffle: bool = True,
+    p: float = 0.15,
+    drop_last: bool = False,
+) -> Batches:
+    """Batches for masked language modelling: [CLS] T-2 tokens [SEP], corrupted by `mlm` anew in every epoch.
+
+    Labels are (B, T), -100 at positions that are not predicted.
+    """
     if T < 3:
-        raise ValueError(f"wanted T of at least 3 ([CLS], a token, [SEP]), got {T}")
+        raise ValueError(f"mlm_batches wants T of at least 3 ([CLS], a token, [SEP]), got {T}")
 
     def collate(chosen: list[np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
         batch = _stack([np.concatenate([[CLS], row, [SEP]]) for row in chosen])
@@ -195,31 +283,35 @@ def mlm_batches(tokens: np.ndarray, T: int, batch_size: int, vocab: int, seed: i
     return Batches(windows(tokens, T - 2), batch_size, seed, shuffle, collate, drop_last)
 
 
-def mlm(ids: np.ndarray, mask: np.ndarray, rng: np.random.Generator, vocab: int, special: Mapping[str, int] = SPECIAL,
-        p: float = 0.15) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+def mlm(
+    ids: np.ndarray,
+    mask: np.ndarray,
+    rng: np.random.Generator,
+    vocab: int,
+    special: Mapping[str, int] = SPECIAL,
+    p: float = 0.15,
+) -> tuple[np.ndarray, np.ndarray]:
     """Corrupt ids (B, T) for masked language modelling -> (ids, labels), new arrays.   BERT, Devlin et al., 2019, §3.1
 
-    Each real, non-special position is chosen with probability p, at least one in the batch. A chosen one becomes [MASK] (80 %), a random
-    non-special token (10 %) or stays (10 %); its label is what stood there, all other labels are -100.
+    Each real, non-special position is chosen with probability p, at least one in the batch. A chosen token becomes
+    [MASK] (80 %) or a random non-special token (10 %), or it stays (10 %). Its label is the original token; all other
+    labels are -100. Raises ValueError if no position can be chosen.
     """
     if not 0 < p <= 1:
-        raise ValueError(f"wanted a probability p in (0, 1], got {p}")
-    reserved = np.array(sorted(special.values()))
-    free = np.flatnonzero(mask & ~np.isin(ids, reserved))
-    if not len(free):
-        raise ValueError(f"wanted a real token that is not special in ids of shape {ids.shape}, got none: nothing to predict")
-    chosen = free[rng.random(len(free)) < p]
+        raise ValueError(f"mlm wants a probability p in (0, 1], got {p}")
+    special_ids = np.array(sorted(special.values()))
+    candidates = np.flatnonzero(mask & ~np.isin(ids, special_ids))
+    if not len(candidates):
+        raise ValueError(f"mlm wants a real token that is not special, got ids {ids.shape} with nothing to predict")
+    chosen = candidates[rng.random(len(candidates)) < p]
     if not len(chosen):
-        chosen = rng.choice(free, 1)
-    labels, corrupted = np.full(ids.shape, IGNORE, np.int64), ids.copy()
+        chosen = rng.choice(candidates, 1)
+    labels = np.full(ids.shape, IGNORE, np.int64)
     labels.flat[chosen] = ids.flat[chosen]
-    fate = rng.random(len(chosen))
-    corrupted.flat[chosen[fate < 0.8]] = special["[MASK]"]
-    random = chosen[(fate >= 0.8) & (fate < 0.9)]
-    corrupted.flat[random] = rng.choice(np.setdiff1d(np.arange(vocab), reserved), len(random))
+    corrupted = ids.copy()
+    draw = rng.random(len(chosen))
+    corrupted.flat[chosen[draw < 0.8]] = special["[MASK]"]
+    replaced = chosen[(draw >= 0.8) & (draw < 0.9)]
+    ordinary = np.setdiff1d(np.arange(vocab), special_ids)
+    corrupted.flat[replaced] = rng.choice(ordinary, len(replaced))
     return corrupted, labels
-
-
-def one_of(what: str, got: str, wanted: Sequence[str]) -> None:
-    if got not in wanted:
-        raise ValueError(f"wanted {what} to be one of {', '.join(wanted)}; got {got!r}")

@@ -1,0 +1,86 @@
+"""The real text that ships with tinyft: Python's documentation and sources, cleaned and split by module.
+
+    snapshot()                          every text, as Records
+    shipped_tokenizer()                 byte-level BPE of 2,048 entries, trained on the training split
+    pretraining(kind, split)            all text of one kind and split as one array of token ids
+
+`tinyft/assets/make.py` says where the text comes from and how it was cleaned and split.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import lzma
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+ASSETS = Path(__file__).parent.parent / "assets"
+SPLITS = ("train", "valid", "test")
+KINDS = ("prose", "source")
+
+SPECIAL = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4, "<|endoftext|>": 5}
+PAD = SPECIAL["[PAD]"]
+CLS = SPECIAL["[CLS]"]
+SEP = SPECIAL["[SEP]"]
+END = SPECIAL["<|endoftext|>"]
+
+
+class Record(NamedTuple):
+    """One text of the snapshot."""
+
+    module: str  # "email.message"; "reference.<topic>" for the language reference
+    kind: str  # "prose" | "docstring" | "source"
+    split: str  # "train" | "valid" | "test", the same for all texts of a module
+    text: str
+
+
+@functools.cache
+def snapshot() -> tuple[Record, ...]:
+    """Every text that ships with tinyft, in a fixed order (by kind, then module). Read from disk once.
+
+    Raises ValueError if the file is missing or damaged.
+    """
+    path = ASSETS / "text.json.xz"
+    try:
+        records = json.loads(lzma.decompress(path.read_bytes()))["records"]
+    except (OSError, lzma.LZMAError, ValueError) as error:
+        raise ValueError(f"snapshot wants the file {path}, got no readable one: {error}") from error
+    return tuple(Record(*record) for record in records)
+
+
+def shipped_tokenizer() -> Tokenizer:
+    """The shipped byte-level BPE of 2,048 entries, ids 0-5 as in SPECIAL. It adds no special tokens; `encode` does."""
+    tokenizer = Tokenizer.from_file(str(ASSETS / "tokenizer.json"))
+    tokenizer.encode_special_tokens = True  # a text that contains "[MASK]" contains six ordinary characters
+    return tokenizer
+
+
+def pretraining(kind: str = "prose", split: str = "train", tokenizer: Tokenizer | None = None) -> np.ndarray:
+    """All text of one kind and split as token ids, (N,) int64, with <|endoftext|> after each text.
+
+    kind    "prose": language reference, docstrings and comments;  "source": Python code
+    """
+    check_choice("pretraining", "kind", kind, KINDS)
+    check_choice("pretraining", "split", split, SPLITS)
+    is_source = kind == "source"
+    texts = [r.text for r in snapshot() if r.split == split and (r.kind == "source") == is_source]
+    if tokenizer is None:
+        tokenizer = shipped_tokenizer()
+    encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
+    return np.concatenate([np.array([*text.ids, END], np.int64) for text in encoded])
+
+
+def key(text: str) -> str:
+    """The text in lower case with single spaces. Two texts with the same key count as the same text."""
+    return " ".join(text.lower().split())
+
+
+def check_choice(function: str, argument: str, value: str, choices: Sequence[str]) -> None:
+    """Raise ValueError unless an argument is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{function} wants a {argument} of {', '.join(choices)}; got {value!r}")
