@@ -5,7 +5,7 @@
     ft.attach(model, ft.LoRA(r=8, targets="attn.[qv]"))
     ft.fit(model, batches, steps=200, optimizer=ft.AdamW(lr=3e-4))
 
-Read tensor.py, ops.py, nn.py and edit.py, some 1,500 lines; then any method's file alone.
+To read it, begin with tensor.py, ops.py, nn.py and edit.py. After these, each method's file can be read alone.
 """
 import os as _os
 
@@ -42,16 +42,26 @@ from .train import Diverged, History, evaluate, fit, perplexity
 
 __version__ = "0.1.0"
 __all__ = [
-    "Tensor", "no_grad", "detect_anomaly", "use", "backend", "ops", "functional",                                # the engine
-    "Module", "Parameter", "Context", "Cache", "Packed", "unpack", "GPT", "GPTConfig", "BERT", "BERTConfig",               # models
+    # the engine
+    "Tensor", "no_grad", "detect_anomaly", "use", "backend", "ops", "functional",
+    # models
+    "Module", "Parameter", "Context", "Cache", "Packed", "unpack", "GPT", "GPTConfig", "BERT", "BERTConfig",
     "load", "save", "classifier", "generate", "data",
-    "attach", "detach", "without", "merge", "eject", "combine", "count", "trained", "save_adapter", "load_adapter",       # the one mechanism
+    # how a model is changed
+    "attach", "detach", "without", "merge", "eject", "combine", "count", "trained", "save_adapter", "load_adapter",
     "Edit", "Method", "Phase", "Attached", "Count", "CannotMerge",
-    "methods", "Full", "Partial", "BitFit", "Houlsby", "PromptTuning", "PrefixTuning", "LoRA",            # the methods
-    "fit", "evaluate", "perplexity", "History", "AdamW", "Adam", "SGD", "constant_schedule", "linear_schedule", "cosine_schedule",          # training
-    "autocast", "GradScaler", "set_float32_matmul_precision", "get_float32_matmul_precision",                    # mixed precision
-    "capture", "CannotCapture", "BackendError", "ShapeError", "Diverged", "peak_memory", "kernels", "set_num_threads", "get_num_threads",
-    "check",                                                                                                     # the exercises
+    # methods
+    "methods", "Full", "Partial", "BitFit", "Houlsby", "PromptTuning", "PrefixTuning", "LoRA",
+    # training
+    "fit", "evaluate", "perplexity", "History", "AdamW", "Adam", "SGD",
+    "constant_schedule", "linear_schedule", "cosine_schedule",
+    # 16 bits
+    "autocast", "GradScaler", "set_float32_matmul_precision", "get_float32_matmul_precision",
+    # devices, threads, errors
+    "capture", "kernels", "peak_memory", "set_num_threads", "get_num_threads",
+    "BackendError", "CannotCapture", "Diverged", "ShapeError",
+    # exercises
+    "check",
 ]
 
 if _os.environ.get("TINYFT_KERNELS", "on") != "off":

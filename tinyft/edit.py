@@ -36,8 +36,6 @@ class Edit(Module):
 
     takes_packed = False                                 # True if `tensor` accepts a Packed weight
 
-    takes_packed = False                                 # True: `tensor` accepts a Packed weight
-
     def tensor(self, name: str, p: Any) -> Any:
         """Another weight (or bias) `name` in place of p: the module is read through it."""
         return p
