@@ -22,7 +22,9 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from tinyft import edit
-from tinyft.formats import bert, classifier, gpt2, huggingface, layout, load, save
+from tinyft.formats import classifier, huggingface, layout, load, save
+from tinyft.formats.bert import BERTFamily
+from tinyft.formats.gpt2 import GPT2Family
 from tinyft.methods import BitFit, LoRA
 from tinyft.models import BERT, GPT, BERTConfig, GPTConfig
 from tinyft.nn import Linear, Packed
@@ -221,14 +223,14 @@ def edited(pattern: str, **fields: Any) -> Callable[[dict], dict]:
     def wrong(places: dict) -> dict:
         hit = {n for n in places if re.fullmatch(pattern, n)}
         assert hit
-        return {n: layout.Place(**{**vars(p), **fields}) if n in hit else p for n, p in places.items()}
+        return {n: layout.FileTensor(**{**vars(p), **fields}) if n in hit else p for n, p in places.items()}
     return wrong
 
 
-class Interleaved(layout.Place):
+class Interleaved(layout.FileTensor):
     "q, k, v taken head by head, as other checkpoints have them: the shapes fit, the model is another."
 
-    def take(self, a):
+    def read(self, a):
         a = a.T if self.transposed else a
         return a if self.third is None else a.reshape(H, 3, C // H, *a.shape[1:])[:, self.third].reshape(self.shape)
 
@@ -265,9 +267,11 @@ WRONG = {
 @pytest.mark.parametrize("family,error", [(f, e) for f in WRONG for e in WRONG[f]])
 def test_planted_errors_are_caught(family, error, tmp_path, monkeypatch):
     config, tensors = made(family)
-    folder, right = write(tmp_path / "m", config, tensors), huggingface.FAMILIES[family].places
+    folder = write(tmp_path / "m", config, tensors)
     computes(folder, family, tensors)
-    monkeypatch.setattr(huggingface.FAMILIES[family], "places", lambda plan: WRONG[family][error](right(plan)))
+    cls = {"gpt2": GPT2Family, "bert": BERTFamily}[family]
+    right = cls.table
+    monkeypatch.setattr(cls, "table", lambda self, plan: WRONG[family][error](right(self, plan)))
     with pytest.raises((AssertionError, ValueError)) as caught:                # by name if a tensor is left over, else by what it computes
         computes(folder, family, tensors)
     assert caught.type is AssertionError or "unexpected" in str(caught.value)
@@ -363,7 +367,7 @@ def test_what_is_loaded_belongs_to_the_model(tmp_path):
 def test_only_floating_point_weights(tmp_path):
     config, tensors = made("gpt2")
     tensors["h.0.mlp.c_fc.weight"] = tensors["h.0.mlp.c_fc.weight"].astype(np.int8)
-    with pytest.raises(ValueError, match="h.0.mlp.c_fc.weight holds int8 numbers"):
+    with pytest.raises(ValueError, match="h.0.mlp.c_fc.weight wants one of .* got int8"):
         load(write(tmp_path / "m", config, tensors))
     with pytest.raises(TypeError, match="got int32"):
         load(tmp_path / "m", np.int32)
@@ -401,22 +405,22 @@ def test_shards(tmp_path):
 
 # ── bad input ────────────────────────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("change,message", [
-    ({"model_type": "llama"}, "type 'llama'; those read here are gpt2, bert"),
+    ({"model_type": "llama"}, "type 'llama'; wanted one of gpt2, bert"),
     ({"architectures": ["GPT2DoubleHeadsModel"]}, "GPT2DoubleHeadsModel"),
-    ({"architectures": 3}, "architecture 3"),
+    ({"architectures": 3}, "architectures wants .*got 3"),
     ({"n_head": 3}, "3 heads do not divide a width of 16"),
     ({"n_layer": 3}, "missing h.2.ln_1.weight"),
     ({"n_layer": 1}, "unexpected h.1"),
     ({"n_layer": 10**12}, "asks for 1000000000000 layers"),
-    ({"n_layer": 0}, "n_layer is a whole number"),
-    ({"n_layer": True}, "n_layer is a whole number"),
-    ({"vocab_size": 10**12}, r"wte.weight has shape \(50, 16\), not \(1000000000000, 16\)"),
-    ({"n_inner": 64}, "c_fc.weight has shape"),
-    ({"n_inner": None}, "c_fc.weight has shape"),
+    ({"n_layer": 0}, "n_layer wants a whole number"),
+    ({"n_layer": True}, "n_layer wants a whole number"),
+    ({"vocab_size": 10**12}, r"wte.weight wants shape \(1000000000000, 16\), got \(50, 16\)"),
+    ({"n_inner": 64}, "c_fc.weight wants shape"),
+    ({"n_inner": None}, "c_fc.weight wants shape"),
     ({"activation_function": "relu"}, "'relu'"),
-    ({"activation_function": "gelu"}, "it has 'gelu_new'"),
-    ({"scale_attn_weights": False}, "scale_attn_weights is False"),
-    ({"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx is True"),
+    ({"activation_function": "gelu"}, "wants activation_function 'gelu_new'"),
+    ({"scale_attn_weights": False}, "scale_attn_weights True, got False"),
+    ({"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx False, got True"),
     ({"resid_pdrop": 1.0}, "resid_pdrop"),
     ({"layer_norm_epsilon": "small"}, "layer_norm_epsilon"),
     ({"add_cross_attention": True}, "add_cross_attention")])
@@ -428,12 +432,12 @@ def test_a_config_that_does_not_fit_is_refused_in_one_sentence(change, message, 
 
 
 @pytest.mark.parametrize("change,message", [
-    ({"hidden_act": "gelu_new"}, "'gelu_new', which this library's BERT does not have"),
+    ({"hidden_act": "gelu_new"}, "this library's BERT wants hidden_act 'gelu', got 'gelu_new'"),
     ({"position_embedding_type": "relative_key"}, "relative_key"),
     ({"is_decoder": True}, "is_decoder"),
     ({"architectures": ["BertForQuestionAnswering"]}, "BertForQuestionAnswering"),
     ({"architectures": ["BertModel"]}, "unexpected cls.predictions"),
-    ({"type_vocab_size": 3}, "token_type_embeddings.weight has shape")])
+    ({"type_vocab_size": 3}, "token_type_embeddings.weight wants shape")])
 def test_a_config_of_bert_that_does_not_fit(change, message, tmp_path):
     config, tensors = made("bert")
     with pytest.raises(ValueError, match=message):
@@ -633,7 +637,7 @@ def test_save_refuses_what_a_directory_cannot_hold(tmp_path):
     del model.blocks[1]
     with pytest.raises(ValueError, match="no longer what its config says"):
         save(model, tmp_path / "m")
-    with pytest.raises(ValueError, match="a Linear cannot be written"):
+    with pytest.raises(ValueError, match="wants a GPT or BERT, got a Linear"):
         save(Linear(2, 2, rng=np.random.default_rng(0)), tmp_path / "m")
     assert not (tmp_path / "m").exists()
     (tmp_path / "file").write_text("mine")
@@ -710,7 +714,7 @@ def test_models_that_ship_are_found_by_name(tmp_path, monkeypatch):
     assert isinstance(load("base-gpt")[0], GPT) and isinstance(load("base-bert")[0], BERT)
     assert load("base-gpt")[1].encode("[MASK]").ids != [4]                       # in a text it is text, as in data.shipped_tokenizer
     for name in ("base-llama", "other"):
-        with pytest.raises(FileNotFoundError, match=f"'{name}'.*those that do: base-bert, base-gpt"):
+        with pytest.raises(FileNotFoundError, match=f"'{name}'.*models that ship: base-bert, base-gpt"):
             load(name)
     with pytest.raises(FileNotFoundError, match="wanted a directory"):
         load("./base-gpt")
@@ -721,14 +725,14 @@ def test_models_that_ship_are_found_by_name(tmp_path, monkeypatch):
 def test_the_layout_is_the_models(tmp_path):
     "Every tensor has one place, every place one tensor, and the parts of a fused tensor cover it."
     small, masked = GPTConfig(V, T, C, L, H), BERTConfig(V, T, 2, C, L, H)
-    for family, plan in ((gpt2, layout.Plan(small, "lm")), (gpt2, layout.Plan(small, "classes", 3)),
-                         (bert, layout.Plan(masked, "mlm", 0, True)), (bert, layout.Plan(masked, None))):
-        model, places = family.blank(plan), family.places(plan)
+    for family, plan in ((GPT2Family(), layout.Plan(small, "lm")), (GPT2Family(), layout.Plan(small, "classes", 3)),
+                         (BERTFamily(), layout.Plan(masked, "mlm", pooler=True)), (BERTFamily(), layout.Plan(masked, None))):
+        model, places = family.build(plan), family.table(plan)
         assert {n: p.shape for n, p in model.named_parameters().items()} == {n: p.shape for n, p in places.items()}
-        assert sum(int(np.prod(s)) for s in {p.name: p.stored for p in places.values()}.values()) == sum(p.size for p in model.parameters())
+        assert sum(int(np.prod(s)) for s in {p.name: p.file_shape for p in places.values()}.values()) == sum(p.size for p in model.parameters())
         assert family.plan_of(model) == plan
         rng = np.random.default_rng(0)
         ours = {n: rng.standard_normal(p.shape) for n, p in places.items()}
-        stored = layout.put(places, ours)
-        identical({n: np.ascontiguousarray(p.take(stored[p.name])) for n, p in places.items()}, ours)
-    assert not any(a.any() for n, a in parameters(gpt2.blank(layout.Plan(small, "lm"))).items() if "norm" not in n)
+        stored = layout.file_tensors(places, ours)
+        identical({n: np.ascontiguousarray(p.read(stored[p.name])) for n, p in places.items()}, ours)
+    assert not any(a.any() for n, a in parameters(GPT2Family().build(layout.Plan(small, "lm"))).items() if "norm" not in n)

@@ -1,7 +1,7 @@
-"""The house rules of the source tree: the direction of imports, forbidden calls, the cost of importing, documented names.
+"""The house rules of the source tree: direction of imports, forbidden calls, cost of importing, documented names.
 
-Each check takes the sources as {module: text}, so that the tests can show planted faults to it. tests/test_style.py holds the
-rules for single lines and expressions.
+Each check takes the sources as {module: text}, so that the tests can show planted faults to it.
+tests/test_style.py holds the rules for single lines and expressions.
 """
 from __future__ import annotations
 

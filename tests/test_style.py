@@ -68,7 +68,6 @@ tests/test_data.py: columns nested_lambda nested_comprehension
 tests/test_decode.py: columns assigned_lambda
 tests/test_doctor.py: columns
 tests/test_formats.py: columns assigned_lambda nested_comprehension positional_boolean
-tests/test_house.py: columns
 tests/test_kernels.py: columns assigned_lambda
 tests/test_learn.py: columns assigned_lambda positional_boolean
 tests/test_lessons.py: columns nested_comprehension
@@ -80,7 +79,6 @@ tests/test_optim.py: columns assigned_lambda nested_comprehension positional_boo
 tests/test_precision.py: columns assigned_lambda nested_lambda positional_boolean
 tests/test_protocol.py: columns assigned_lambda nested_comprehension positional_boolean
 tests/test_strict.py: columns
-tests/test_style.py: columns
 tests/test_tensor.py: columns nested_comprehension
 tests/test_threads.py: columns assigned_lambda nested_lambda
 tests/test_train.py: columns nested_lambda nested_comprehension positional_boolean
@@ -107,11 +105,6 @@ tinyft/decode.py: columns quotes
 tinyft/doctor.py: columns assigned_lambda quotes
 tinyft/edit.py: columns assigned_lambda nested_comprehension quotes
 tinyft/files.py: columns assigned_lambda nested_comprehension quotes
-tinyft/formats/bert.py: columns positional_boolean quotes
-tinyft/formats/directory.py: columns quotes
-tinyft/formats/gpt2.py: columns quotes
-tinyft/formats/huggingface.py: columns quotes hasattr_dispatch
-tinyft/formats/layout.py: columns quotes
 tinyft/functional.py: columns quotes
 tinyft/kernels/__init__.py: columns quotes
 tinyft/kernels/attention.py: columns assigned_lambda nested_comprehension quotes
@@ -160,9 +153,9 @@ tinyft/methods/selective/bitfit.py: columns quotes
 tinyft/methods/selective/full.py: quotes
 tinyft/methods/selective/partial.py: columns quotes
 tinyft/models/__init__.py: quotes
-tinyft/models/bert.py: columns positional_boolean quotes
+tinyft/models/bert.py: columns quotes
 tinyft/models/blocks.py: columns assigned_lambda quotes
-tinyft/models/gpt.py: columns positional_boolean quotes
+tinyft/models/gpt.py: columns quotes
 tinyft/nn.py: columns positional_boolean quotes
 tinyft/ops.py: columns assigned_lambda nested_lambda nested_comprehension quotes
 tinyft/optim/__init__.py: quotes
@@ -176,8 +169,8 @@ tinyft/train/__init__.py: quotes
 tinyft/train/batch.py: columns assigned_lambda quotes
 tinyft/train/loop.py: columns assigned_lambda quotes hasattr_dispatch
 """
-RIDDLES_LEFT = 81                                          # docstrings in tinyft/ that begin with a question word; may only fall
-UNDOCUMENTED_LEFT = 176                                    # public names in tinyft/ without a docstring; may only fall
+RIDDLES_LEFT = 75                         # docstrings in tinyft/ that begin with a question word; may only fall
+UNDOCUMENTED_LEFT = 176                   # public names in tinyft/ without a docstring; may only fall
 
 COLUMNS = 120
 METHOD_COLUMNS = 100                                       # also of the exercises

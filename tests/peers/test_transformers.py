@@ -16,6 +16,7 @@ from helpers import dev, host
 
 from tinyft import models, ops
 from tinyft.formats import huggingface, layout, load, save
+from tinyft.formats.gpt2 import GPT2Family
 from tinyft.nn import Context, Module
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install 'tinyft[peers]'")
@@ -123,11 +124,11 @@ def gradients(they: Any, we: Module, b: dict[str, np.ndarray], rng: np.random.Ge
         y = b["labels"] if out.ndim == 3 else b["classes"]
         torch.nn.functional.cross_entropy(out.flatten(0, -2), torch.tensor(y).flatten()).backward()
         ops.cross_entropy(mine, dev(y)).backward()
-    family = huggingface.FAMILIES[they.config.model_type]
+    family = next(f for f in huggingface.FAMILIES if f.model_type == they.config.model_type)
     plan, ours = family.plan_of(we), we.named_parameters()
-    places = family.places(plan)
+    places = family.table(plan)
     filled = {n: np.zeros(p.shape) if ours[n].grad is None else host(ours[n].grad) for n, p in places.items()}
-    return ({family.full_name(n, plan): a for n, a in layout.put(places, filled).items()},
+    return ({family.file_name(n, plan): a for n, a in layout.file_tensors(places, filled).items()},
             {n: np.zeros(p.shape) if p.grad is None else p.grad.numpy() for n, p in they.named_parameters()})
 
 
@@ -152,21 +153,21 @@ def test_every_gradient(name, dtype, tol, tmp_path, rng):
 def test_a_wrong_table_is_caught(tmp_path, rng, monkeypatch):
     "A transpose forgotten on a square matrix, and k and v exchanged: the logits and the gradients both tell."
     they, b = theirs("GPT2LMHeadModel"), batch(rng)
-    right = huggingface.gpt2.places
+    right = GPT2Family.table
 
-    def forgotten(plan: Any) -> dict:
-        return {n: dataclasses.replace(p, transposed=False) if n.endswith("attn.o.weight") else p for n, p in right(plan).items()}
+    def forgotten(family: GPT2Family, plan: Any) -> dict:
+        return {n: dataclasses.replace(p, transposed=False) if n.endswith("attn.o.weight") else p for n, p in right(family, plan).items()}
 
-    def exchanged(plan: Any) -> dict:
-        return {n: dataclasses.replace(p, third={None: None, 0: 0, 1: 2, 2: 1}[p.third]) for n, p in right(plan).items()}
+    def exchanged(family: GPT2Family, plan: Any) -> dict:
+        return {n: dataclasses.replace(p, third={None: None, 0: 0, 1: 2, 2: 1}[p.third]) for n, p in right(family, plan).items()}
     for wrong in (forgotten, exchanged):
-        monkeypatch.setattr(huggingface.gpt2, "places", wrong)
+        monkeypatch.setattr(GPT2Family, "table", wrong)
         they, we = loaded(they.to(torch.float32), tmp_path, "float64")
         with torch.no_grad(), pytest.raises(AssertionError, match="apart"):
             near(real(host(our_output(we, b)), b), real(their_output(they, b).numpy(), b), 1e-5)
-        monkeypatch.setattr(huggingface.gpt2, "places", right)
+        monkeypatch.setattr(GPT2Family, "table", right)
         we = load(tmp_path, "float64")[0]                                        # the right model, gradients put back by the wrong table
-        monkeypatch.setattr(huggingface.gpt2, "places", wrong)
+        monkeypatch.setattr(GPT2Family, "table", wrong)
         they.zero_grad()
         got, want = gradients(they, we, b, rng)
         with pytest.raises(AssertionError, match="apart"):

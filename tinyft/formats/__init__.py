@@ -1,8 +1,11 @@
-"""Models on disk, as Hugging Face style directories:  load, save, classifier.
+"""Models on disk, as Hugging Face style directories: load, save, classifier.
 
-    layout.py        Place: where one of our tensors stands in a file; Plan: what a directory asks us to build
-    gpt2.py bert.py  the names, shapes and traps of one family each
-    huggingface.py   files in, files out, and every check in between
+    huggingface.py   load, save and classifier: files in, files out, and every check in between
+    directory.py     reading JSON and safetensors files, without knowledge of a model
+    family.py        Family: the protocol of a model family
+    gpt2.py bert.py  one family each: its names, shapes and conventions
+    layout.py        FileTensor: where a tensor stands in a file; Plan: the model that a directory describes
+    config.py        values of a config.json, read with checks
 """
 from .huggingface import classifier, load, save
 

@@ -3,15 +3,16 @@
     model, tokenizer = load("path/to/directory")          or load("base-gpt"), a model that ships with tinyft
     save(model, "path/to/directory", tokenizer)           transformers reads it, with the same outputs
 
-Nothing is downloaded and nothing is unpickled.  What is read is checked before a model is made of it: sizes, names, shapes, kinds of
-numbers.  What is written comes into its place only when all of it is on the disk.
+Nothing is downloaded and nothing is unpickled. Sizes, names, shapes and dtypes are checked before a model is
+built. Written files replace the old ones only when all of them are on the disk.
 """
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import safetensors.numpy
@@ -20,149 +21,234 @@ from tokenizers import Tokenizer
 from .. import array, edit
 from ..files import write_atomically
 from ..nn import Module, Packed
-from . import bert, gpt2
-from .directory import FLOATS, few, read_all, read_json
-from .layout import Place, Plan, build, put
+from .bert import BERTFamily
+from .directory import FLOATS, first_names, read_all, read_json
+from .family import Family
+from .gpt2 import GPT2Family
+from .layout import Plan, Table, file_tensors, set_parameters
 
-__all__ = ["load", "save", "classifier"]
+__all__ = ["load", "save", "classifier", "FAMILIES", "Family"]
 
+FAMILIES: tuple[Family, ...] = (GPT2Family(), BERTFamily())
 ASSETS = Path(__file__).parent.parent / "assets"
-FAMILIES: dict[str, Any] = {"gpt2": gpt2, "bert": bert}
-KEPT = ("id2label", "label2id", "problem_type", "pad_token_id", "bos_token_id", "eos_token_id")      # read, kept, not used
-SPECIAL = {"pad": ("[PAD]", "<pad>", "<|pad|>"), "unk": ("[UNK]", "<unk>"), "cls": ("[CLS]",), "sep": ("[SEP]",), "mask": ("[MASK]",),
-           "bos": ("<|endoftext|>",), "eos": ("<|endoftext|>",)}
+# Entries of config.json that the library does not use. `load` keeps them and `save` writes them again.
+KEPT = ("id2label", "label2id", "problem_type", "pad_token_id", "bos_token_id", "eos_token_id")
+# The spellings of each special token, the usual one first.
+SPECIAL = {
+    "pad": ("[PAD]", "<pad>", "<|pad|>"),
+    "unk": ("[UNK]", "<unk>"),
+    "cls": ("[CLS]",),
+    "sep": ("[SEP]",),
+    "mask": ("[MASK]",),
+    "bos": ("<|endoftext|>",),
+    "eos": ("<|endoftext|>",),
+}
 
 
 # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 def load(path: str | os.PathLike, dtype: Any = None) -> tuple[Module, Tokenizer | None]:
-    """(model, tokenizer) from a directory, or from the name of a model that ships.  The tokenizer is None where there is no tokenizer.json.
+    """(model, tokenizer) from a directory, or from the name of a model that ships.
 
-    dtype: of the model's numbers; float32 unless given, whatever the file holds.  The model is on the backend in use.  Its one dropout
-    rate, at work after model.train(), is the largest of those in config.json.
-    FileNotFoundError if there is no such directory or a file of it is missing.  ValueError, in one sentence naming what was wanted and
-    what was got, if a file is damaged or the model is one that this library does not have."""
-    folder, dtype = find(path), _float(dtype or np.float32)
+    The tokenizer is None if the directory has no tokenizer.json.
+
+    dtype  of the model's parameters; float32 unless given, whatever the file holds
+
+    The model is on the backend in use. Its one dropout rate, active after model.train(), is the largest of
+    those in config.json. FileNotFoundError if the directory or one of its files is missing. ValueError, in one
+    sentence with the wanted and the found value, if a file is damaged or the library does not have the model.
+    """
+    folder = find(path)
+    dtype = _float_dtype(np.float32 if dtype is None else dtype)
     config = read_json(folder / "config.json")
-    family = FAMILIES.get(str(config.get("model_type")))
-    if family is None:
-        raise ValueError(f"{folder} holds a model of the type {config.get('model_type')!r}; those read here are {', '.join(FAMILIES)}")
+    family = _family_of_type(config.get("model_type"), folder)
     try:
-        held = _normal(family, read_all(folder))
-        plan = family.plan(config, held.keys())
-        arrays = _fit(plan, held, family, config)
+        stored = _under_table_names(family, read_all(folder))
+        plan = family.read_config(config, stored.keys())
+        _check_sizes(plan, stored)
+        stored = _without_aliases(family, plan, config, stored)
+        table = family.table(plan)
+        _check_tensors(table, stored)
     except ValueError as e:
         raise ValueError(str(e) if str(folder) in str(e) else f"{folder}: {e}") from e
-    tokenizer = _tokenizer(folder)
-    model = build(family.blank(plan), {n: array.asarray(_as(a, dtype, n)) for n, a in arrays.items()})
-    model._about = {k: config[k] for k in KEPT if k in config}
+    tokenizer = _read_tokenizer(folder)
+    arrays = {}
+    for name, place in table.items():
+        host = _cast(place.read(stored[place.name]), dtype, name)
+        arrays[name] = array.asarray(host)
+    model = set_parameters(family.build(plan), arrays)
+    model._about = {key: config[key] for key in KEPT if key in config}
     return model, tokenizer
 
 
 def find(path: str | os.PathLike) -> Path:
-    "The directory meant: this one, or for a bare name that is none the model of this name that ships with tinyft."
+    """The directory of this path. A bare name that is no directory names a model that ships with tinyft."""
     folder = Path(path)
-    if not folder.exists() and isinstance(path, str) and path and not {"/", os.sep, os.altsep} & set(path):
+    if not folder.exists() and _is_bare_name(path):
         folder = ASSETS / path
         if not (folder / "config.json").is_file():
-            ships = sorted(p.parent.name for p in ASSETS.glob("*/config.json"))
+            names = sorted(p.parent.name for p in ASSETS.glob("*/config.json"))
+            shipped = ", ".join(names) or "none"
             raise FileNotFoundError(f"there is no directory {path!r}, and no model of this name ships; "
-                                    f"those that do: {', '.join(ships) or 'none'}")
+                                    f"models that ship: {shipped}")
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is {'a file' if folder.exists() else 'not there'}; "
-                                "wanted a directory with config.json and model.safetensors")
+        state = "is a file" if folder.exists() else "does not exist"
+        raise FileNotFoundError(f"{folder} {state}; wanted a directory with config.json and model.safetensors")
     return folder
 
 
-def _normal(family: Any, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    "The tensors under the family's plain names.  Two spellings of one name are refused: which is meant cannot be known."
-    out, spelt = {}, {}
-    for name, a in tensors.items():
-        plain = family.rename(name)
-        if plain in out:
-            raise ValueError(f"{spelt[plain]} and {name} are two spellings of one tensor: which of them is meant is not clear")
-        if plain is not None:
-            out[plain], spelt[plain] = a, name
+def _is_bare_name(path: str | os.PathLike) -> bool:
+    """True for a string without a path separator."""
+    separators = {"/", os.sep, os.altsep}
+    return isinstance(path, str) and path != "" and not separators & set(path)
+
+
+def _family_of_type(model_type: Any, folder: Path) -> Family:
+    """The family with this `model_type`. ValueError if there is none."""
+    for family in FAMILIES:
+        if family.model_type == model_type:
+            return family
+    known = ", ".join(family.model_type for family in FAMILIES)
+    raise ValueError(f"{folder} holds a model of the type {model_type!r}; wanted one of {known}")
+
+
+def _under_table_names(family: Family, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors under the names of the family's table. ValueError if two tensors have the same table name."""
+    out: dict[str, np.ndarray] = {}
+    spelling: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        table_name = family.table_name(name)
+        if table_name is None:
+            continue
+        if table_name in out:
+            raise ValueError(f"{spelling[table_name]} and {name} are two spellings of one tensor; wanted one of them")
+        out[table_name] = tensor
+        spelling[table_name] = name
     return out
 
 
-def _fit(plan: Plan, held: dict[str, np.ndarray], family: Any, config: dict) -> dict[str, np.ndarray]:
-    "{our name: view} of every tensor of the plan, after all checks.  `held` is used up."
+def _check_sizes(plan: Plan, stored: dict[str, np.ndarray]) -> None:
+    """Checks that must come before a table of all layers is made."""
     c = plan.config
     if c.width % c.heads:
         raise ValueError(f"config.json: {c.heads} heads do not divide a width of {c.width}")
-    if c.layers > len(held):                                                     # before a table of that many layers is made
-        raise ValueError(f"config.json asks for {c.layers} layers; the file holds {len(held)} tensors in all")
-    places: dict[str, Place] = family.places(plan)
-    head = [alias for alias in family.TIED if alias.endswith(".weight")]
-    if config.get("tie_word_embeddings") is False and plan.head in ("lm", "mlm") and head[0] not in held:
-        raise ValueError(f"config.json says that the output layer is not the embedding, and the file holds no {head[0]}")
-    for alias, name in family.TIED.items():
-        if alias in held and name in held:
-            if not _same(held[alias], held[name]):
-                raise ValueError(f"{alias} differs from {name}: an output layer of its own, which this library's model does not have")
-            del held[alias]
-        elif alias in held:
-            held[name] = held.pop(alias)
-    stored = {p.name: p.stored for p in places.values()}
-    missing, more = [n for n in stored if n not in held], [n for n in held if n not in stored]
-    wrong = [f"{n} has shape {held[n].shape}, not {s}" for n, s in stored.items() if n in held and held[n].shape != s]
-    wrong += [f"{n} holds {held[n].dtype} numbers, not {', '.join(FLOATS)}"
-              for n in stored if n in held and held[n].dtype not in FLOATS.values()]
-    if missing or more or wrong:
-        says = [f"missing {few(missing)}"] * bool(missing) + [f"unexpected {few(more)}"] * bool(more) + [few(wrong)] * bool(wrong)
-        raise ValueError(f"the tensors are not those that config.json asks for: {'; '.join(says)}")
-    return {ours: p.take(held[p.name]) for ours, p in places.items()}
+    if c.layers > len(stored):
+        raise ValueError(f"config.json asks for {c.layers} layers; the file holds {len(stored)} tensors in all")
 
 
-def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.shape == b.shape and (a is b or np.array_equal(a.astype(np.float32), b.astype(np.float32), equal_nan=True))
+def _without_aliases(family: Family, plan: Plan, config: dict, stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors with one name each: the second name of a tied tensor is replaced by its first.
+
+    ValueError if the two names of a tied tensor hold different values, or if config.json asks for an output
+    layer of its own.
+    """
+    output_layer = next((alias for alias in family.tied if alias.endswith(".weight")), None)
+    is_untied = config.get("tie_word_embeddings") is False and plan.head in ("lm", "mlm")
+    if is_untied and output_layer is not None and output_layer not in stored:
+        raise ValueError("config.json says that the output layer is not the embedding, "
+                         f"and the file holds no {output_layer}")
+    out = dict(stored)
+    for alias, name in family.tied.items():
+        if alias not in out:
+            continue
+        tensor = out.pop(alias)
+        if name in out and not _equal(tensor, out[name]):
+            raise ValueError(f"{alias} differs from {name}: an output layer of its own, "
+                             "which this library's model does not have")
+        out.setdefault(name, tensor)
+    return out
 
 
-def _tokenizer(folder: Path) -> Tokenizer | None:
+def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+    """True if both hold the same values, whatever their dtypes."""
+    if a.shape != b.shape:
+        return False
+    return a is b or np.array_equal(a.astype(np.float32), b.astype(np.float32), equal_nan=True)
+
+
+def _check_tensors(table: Table, stored: dict[str, np.ndarray]) -> None:
+    """ValueError that names all missing and unexpected tensors, and all tensors of a wrong shape or dtype."""
+    shapes = {place.name: place.file_shape for place in table.values()}
+    missing = [name for name in shapes if name not in stored]
+    unexpected = [name for name in stored if name not in shapes]
+    wrong = []
+    for name, shape in shapes.items():
+        if name in stored and stored[name].shape != shape:
+            wrong.append(f"{name} wants shape {shape}, got {stored[name].shape}")
+    for name in shapes:
+        if name in stored and stored[name].dtype not in FLOATS.values():
+            wrong.append(f"{name} wants one of the dtypes {', '.join(FLOATS)}, got {stored[name].dtype}")
+    faults = []
+    if missing:
+        faults.append(f"missing {first_names(missing)}")
+    if unexpected:
+        faults.append(f"unexpected {first_names(unexpected)}")
+    if wrong:
+        faults.append(first_names(wrong))
+    if faults:
+        raise ValueError(f"the tensors are not those that config.json asks for: {'; '.join(faults)}")
+
+
+def _read_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer of a directory, or None if it has no tokenizer.json. ValueError if the file is damaged."""
     file = folder / "tokenizer.json"
     if not file.is_file():
         return None
     try:
         tokenizer = Tokenizer.from_file(str(file))
-    except Exception as e:                                                       # the library raises plain Exception
+    except Exception as e:                                 # the library raises plain Exception
         raise ValueError(f"{file} is damaged: {e}") from e
     if folder.parent == ASSETS:
-        tokenizer.encode_special_tokens = True                                   # as in data.shipped_tokenizer: "[MASK]" in a text is text
+        tokenizer.encode_special_tokens = True             # as in data.shipped_tokenizer: "[MASK]" in a text is text
     return tokenizer
 
 
-def _as(a: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    "A copy of a in C order and of this dtype.  OverflowError where a finite number would become infinite."
+def _cast(a: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """A copy of a in C order and of this dtype. OverflowError if a finite value would become infinite."""
     with np.errstate(over="ignore"):
         b = np.array(a, dtype, order="C")
-    if dtype != a.dtype and dtype.itemsize <= a.dtype.itemsize and not np.isfinite(b[np.isfinite(a)]).all():
-        raise OverflowError(f"{name} holds a number too large for {dtype}: choose a wider dtype")
+    may_overflow = dtype != a.dtype and dtype.itemsize <= a.dtype.itemsize
+    if may_overflow and not np.isfinite(b[np.isfinite(a)]).all():
+        raise OverflowError(f"{name} holds a value too large for {dtype}: choose a wider dtype")
     return b
 
 
-def _float(dtype: Any) -> np.dtype:
+def _float_dtype(dtype: Any) -> np.dtype:
+    """The NumPy dtype. TypeError for a dtype that no model has."""
     dtype = np.dtype(dtype)
     if dtype not in FLOATS.values():
-        raise TypeError(f"a model holds float64, float32, float16 or bfloat16 numbers; got {dtype}")
+        raise TypeError(f"a model wants float64, float32, float16 or bfloat16 parameters, got {dtype}")
     return dtype
 
 
 # ── a new head ───────────────────────────────────────────────────────────────────────────────────────────────────────
+@runtime_checkable
+class TakesNewHead(Protocol):
+    """A model whose head can be replaced by a classifier."""
+
+    def new_head(self, classes: int, rng: np.random.Generator) -> None:
+        """Replace the head by a new classifier, drawn from `rng`."""
+
+
 def classifier(model: Module, classes: int, seed: int = 0) -> Module:
-    """The model with a new head that scores `classes` classes, (B, T) ids -> (B, classes); in place.  The head is drawn from `seed`, and
-    trains with whatever method is attached afterwards.  ValueError if something is attached already."""
+    """The model with a new head that scores `classes` classes, (B, T) ids -> (B, classes); in place.
+
+    The head is drawn from `seed`. It trains with every method that is attached afterwards. ValueError if
+    `classes` is not a whole number of at least 1, or if something is attached already; TypeError for a model
+    that takes no new head.
+    """
     if not isinstance(classes, (int, np.integer)) or classes < 1:
-        raise ValueError(f"classifier wants at least one class; got {classes!r}")
-    if not hasattr(type(model), "new_head"):
+        raise ValueError(f"classifier wants at least one class, got {classes!r}")
+    if not isinstance(model, TakesNewHead):
         raise TypeError(f"a {type(model).__name__} takes no new head")
-    if edit.attached(model):
-        raise ValueError(f"put the head on first: {edit.attached(model)[-1].name} is attached; detach it, and attach it again afterwards")
-    like = next(iter(model.named_parameters().values())).data
-    old = {id(p) for p in model.parameters()}
+    if attached := edit.attached(model):
+        raise ValueError(f"put the head on first: {attached[-1].name} is attached; "
+                         "detach it, and attach it again afterwards")
+    embedding = next(iter(model.named_parameters().values())).data
+    before = {id(p) for p in model.parameters()}
     model.new_head(int(classes), np.random.default_rng(seed))
     for p in model.parameters():
-        if id(p) not in old:                                                     # beside the model's weights, and of their kind
-            p.data = array.to(p.data, array.name_of(like)).astype(like.dtype)
+        if id(p) not in before:                            # on the device and in the dtype of the model
+            p.data = array.to(p.data, array.name_of(embedding)).astype(embedding.dtype)
     return model
 
 
@@ -170,52 +256,96 @@ def classifier(model: Module, classes: int, seed: int = 0) -> Module:
 def save(model: Module, path: str | os.PathLike, tokenizer: Tokenizer | None = None, dtype: Any = None) -> Path:
     """Write a model, and its tokenizer if given, as a directory that `load` and transformers read.
 
-    dtype: of the numbers on disk; the model's own unless given.  Other files of an existing directory stay.  All is written beside its
-    place first: OSError (a full disk) or an interruption leaves what was there before.  ValueError for a model that such a directory
-    cannot hold: one with edits on it, a packed one, one of another family; OverflowError if a number is too large for dtype."""
-    family = next((f for f in FAMILIES.values() if type(model) is f.MODEL), None)
-    if family is None:
-        can = " and ".join(f.MODEL.__name__ for f in FAMILIES.values())
-        raise ValueError(f"a {type(model).__name__} cannot be written in this format; {can} can")
-    if names := sorted({n for m in model.modules() for n in m.edits}):
-        raise ValueError(f"{few(names)} is attached: work it into the weights (tinyft.merge), or write it alone (tinyft.save_adapter)")
-    if packed := [p for p, m in model.named_modules() if isinstance(m, Packed)]:
-        raise ValueError(f"{few(packed)} is packed, which this format cannot hold: unpack the model first")
+    dtype  of the parameters on disk; the model's own unless given
+
+    Other files of an existing directory stay. All files are written under other names first: an OSError (a full
+    disk) or an interruption leaves the directory as it was. ValueError for a model that the format cannot hold:
+    one with edits, a packed one, one of another family. OverflowError if a value is too large for dtype.
+    """
+    family = _family_of_model(model)
+    _check_plain(model)
     plan = family.plan_of(model)
-    places, params = family.places(plan), model.named_parameters()
-    if odd := sorted(places.keys() ^ params.keys()) or [n for n, p in params.items() if p.shape != places[n].shape]:
-        raise ValueError(f"this model is no longer what its config says: {few(odd)}")
-    kind = _float(model.embed.weight.dtype if dtype is None else dtype)
-    ours = {n: _as(array.asnumpy(p.data), kind, n) for n, p in params.items()}
-    weights = {family.full_name(n, plan): a for n, a in put(places, ours).items()}
-    config = {**family.config_of(plan), "torch_dtype": str(kind), **_about(model, plan, tokenizer)}
-    pt = {"format": "pt"}                                                        # transformers wants to know whose layout it is
-    files = {"config.json": _json(config), "model.safetensors": safetensors.numpy.save(weights, metadata=pt)}
+    table = family.table(plan)
+    parameters = model.named_parameters()
+    _check_parameters(table, {name: p.shape for name, p in parameters.items()})
+    own_dtype = next(iter(parameters.values())).dtype
+    dtype = _float_dtype(own_dtype if dtype is None else dtype)
+    arrays = {name: _cast(array.asnumpy(p.data), dtype, name) for name, p in parameters.items()}
+    weights = {family.file_name(name, plan): a for name, a in file_tensors(table, arrays).items()}
+    config = {**family.write_config(plan), "torch_dtype": str(dtype), **_kept_entries(model, plan, tokenizer)}
+    metadata = {"format": "pt"}                            # transformers requires this entry
+    files = {"config.json": _json(config), "model.safetensors": safetensors.numpy.save(weights, metadata=metadata)}
     if tokenizer is not None:
-        special = {f"{k}_token": t for k, ts in SPECIAL.items() for t in ts if tokenizer.token_to_id(t) is not None}
-        about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": plan.config.positions, **special}
         files["tokenizer.json"] = _json(json.loads(tokenizer.to_str()))
-        files["tokenizer_config.json"] = _json(about)
+        files["tokenizer_config.json"] = _json(_tokenizer_config(tokenizer, plan))
     path = Path(path)
     if path.exists() and not path.is_dir():
-        raise FileExistsError(f"{path} is a file; a model is saved as a directory")
+        raise FileExistsError(f"{path} is a file; save wants a directory")
     write_atomically({path / name: data for name, data in files.items()})
     return path
 
 
-def _json(facts: dict) -> bytes:
-    return (json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode()
+def _family_of_model(model: Module) -> Family:
+    """The family of this model's class. ValueError if there is none."""
+    for family in FAMILIES:
+        if type(model) is family.model:
+            return family
+    known = " or ".join(family.model.__name__ for family in FAMILIES)
+    raise ValueError(f"save wants a {known}, got a {type(model).__name__}")
 
 
-def _about(model: Module, plan: Plan, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    "What the model was loaded with and does not compute with: names of classes, special tokens."
+def _check_plain(model: Module) -> None:
+    """ValueError if the model has edits or packed weights, which this format cannot hold."""
+    if names := sorted({name for module in model.modules() for name in module.edits}):
+        raise ValueError(f"{first_names(names)} is attached: merge it into the weights (tinyft.merge), "
+                         "or write it alone (tinyft.save_adapter)")
+    if packed := [path for path, module in model.named_modules() if isinstance(module, Packed)]:
+        raise ValueError(f"{first_names(packed)} is packed, which this format cannot hold: unpack the model first")
+
+
+def _check_parameters(table: Table, shapes: dict[str, tuple[int, ...]]) -> None:
+    """ValueError if the model's parameters are not those of the table."""
+    odd = sorted(table.keys() ^ shapes.keys())
+    if not odd:
+        odd = [name for name, shape in shapes.items() if shape != table[name].shape]
+    if odd:
+        raise ValueError(f"this model is no longer what its config says: {first_names(odd)}")
+
+
+def _json(values: dict) -> bytes:
+    """A JSON file of these values."""
+    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _tokenizer_config(tokenizer: Tokenizer, plan: Plan) -> dict[str, Any]:
+    """The tokenizer_config.json that transformers reads."""
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": plan.config.positions}
+    for kind, spellings in SPECIAL.items():
+        known = _known(tokenizer, spellings)
+        if known:
+            config[f"{kind}_token"] = known[-1]
+    return config
+
+
+def _known(tokenizer: Tokenizer | None, spellings: Iterable[str]) -> list[str]:
+    """The spellings that the tokenizer has in its vocabulary."""
+    if tokenizer is None:
+        return []
+    return [token for token in spellings if tokenizer.token_to_id(token) is not None]
+
+
+def _kept_entries(model: Module, plan: Plan, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """The entries that `load` kept, with class names that fit the head and the special tokens of the tokenizer."""
     kept = dict(getattr(model, "_about", {}))
-    if len(kept.get("id2label") or ()) != plan.classes:
-        kept = {k: v for k, v in kept.items() if k not in ("id2label", "label2id", "problem_type")}
-        if plan.classes:
-            names = [f"LABEL_{i}" for i in range(plan.classes)]                  # transformers reads the number of classes from these
-            kept |= {"id2label": {str(i): n for i, n in enumerate(names)}, "label2id": {n: i for i, n in enumerate(names)}}
-    for token in ("pad", "bos", "eos"):
-        found = [i for t in SPECIAL[token] if tokenizer is not None and (i := tokenizer.token_to_id(t)) is not None]
-        kept.update({f"{token}_token_id": found[0]} if found else {})
+    if len(kept.get("id2label") or ()) != plan.classes:    # another head than the one that was loaded
+        for key in ("id2label", "label2id", "problem_type"):
+            kept.pop(key, None)
+        if plan.classes:                                   # transformers reads the number of classes from these names
+            labels = [f"LABEL_{i}" for i in range(plan.classes)]
+            kept["id2label"] = {str(i): label for i, label in enumerate(labels)}
+            kept["label2id"] = {label: i for i, label in enumerate(labels)}
+    for kind in ("pad", "bos", "eos"):
+        known = _known(tokenizer, SPECIAL[kind])
+        if known:
+            kept[f"{kind}_token_id"] = tokenizer.token_to_id(known[0])
     return kept

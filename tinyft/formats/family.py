@@ -1,0 +1,58 @@
+"""The protocol of a model family: all that huggingface.py needs to know to read and write its directories.
+
+A new family is one module with a subclass of `Family`, and one line in `huggingface.FAMILIES`.
+"""
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection
+from typing import Any
+
+from ..nn import Module
+from .layout import Plan, Table
+
+
+class Family(ABC):
+    """The names, shapes and conventions of one `model_type`.
+
+    model_type  the value of `model_type` in config.json
+    model       the class of the model
+    tied        {second name: first name} of tensors that a file may hold under two names; the first is the table's.
+                The weight of a tied output layer is the first entry
+    """
+    model_type: str
+    model: type[Module]
+    tied: dict[str, str]
+
+    @abstractmethod
+    def table_name(self, name: str) -> str | None:
+        """The name of a file's tensor as the table has it; None for a tensor that is no weight of the model."""
+
+    @abstractmethod
+    def read_config(self, config: dict, names: Collection[str]) -> Plan:
+        """The model that config.json describes.
+
+        names  the table names of the file's tensors, which decide on optional parts
+
+        ValueError if the library's model cannot compute what config.json asks for.
+        """
+
+    @abstractmethod
+    def table(self, plan: Plan) -> Table:
+        """{name in the model: FileTensor} of every tensor of the model."""
+
+    @abstractmethod
+    def build(self, plan: Plan) -> Module:
+        """The model of a plan, with zeros in its matrices. Its head counts as part of the model, not as a new head."""
+
+    @abstractmethod
+    def plan_of(self, model: Module) -> Plan:
+        """The plan from which `build` makes this model. ValueError if the format has no place for the model's head."""
+
+    @abstractmethod
+    def write_config(self, plan: Plan) -> dict[str, Any]:
+        """The config.json of a plan."""
+
+    @abstractmethod
+    def file_name(self, name: str, plan: Plan) -> str:
+        """The name, in the files that transformers writes, of the tensor with this table name."""
