@@ -318,8 +318,8 @@ def check_optimizer(row: Row, kind: str) -> None:
     "G9: Adam holds two numbers for each one that trains, and nothing else."
     model, _ = put_on(row, kind)
     optimizer = short_fit(model, kind, row)
-    assert sum(m.size for g in optimizer.bound for m in g.moments) == 2 * sum(p.size for p in edit.trained(model).values())
-    assert {n for g in optimizer.bound for n in g.names} == set(edit.trained(model))
+    assert sum(m.size for g in optimizer.groups for m in g.moments) == 2 * sum(p.size for p in edit.trained(model).values())
+    assert {n for g in optimizer.groups for n in g.tensors} == set(edit.trained(model))
 
 
 def check_dropout(row: Row, kind: str) -> None:

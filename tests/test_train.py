@@ -222,7 +222,7 @@ def test_a_resume_that_forgets_something_is_caught(what, recipe, tmp_path, monke
     right = train.loop.Run.load
 
     def forgetful(self: train.loop.Run, arrays: dict, facts: dict) -> None:
-        rng, opt = self.rng.bit_generator.state, self.opt.state()
+        rng, opt = self.rng.bit_generator.state, self.opt.state_dict()
         if what == "the data":
             facts = facts | {"batches": self.source.state()}
         if what == "the values":
@@ -231,7 +231,7 @@ def test_a_resume_that_forgets_something_is_caught(what, recipe, tmp_path, monke
             arrays = {k: v for k, v in arrays.items() if not k.startswith("value/mask/")}
         right(self, arrays, facts)
         if what == "the moments":
-            self.opt.load(opt)
+            self.opt.load_state_dict(opt)
         if what == "the random state":
             self.rng.bit_generator.state = rng
         if what == "the best":
@@ -460,10 +460,10 @@ class Spy(Optimizer):
         self.log.append("start")
         return super().start(named)
 
-    def advance(self, factor: float = 1.0, clip: float | None = None, loss: Any = None, scale: float = 1.0) -> Any:
-        self.gradients = {n: np.array(host(p.grad)) for g in self.bound for n, p in zip(g.names, g.tensors) if p.grad is not None}
+    def launch_step(self, factor: float = 1.0, clip: float | None = None, loss: Any = None, scale: float = 1.0) -> Any:
+        self.gradients = {n: np.array(host(p.grad)) for g in self.groups for n, p in g.tensors.items() if p.grad is not None}
         self.log.append(f"update at {factor} clipped at {clip}")
-        return super().advance(factor, clip, loss, scale)
+        return super().launch_step(factor, clip, loss, scale)
 
     def update(self, group: Any, lr: float) -> None:
         group.w -= lr * group.g
@@ -485,7 +485,7 @@ def test_every_phase_counts_its_own_steps_and_starts_with_a_fresh_optimiser():
     class Both(Ticket):
         def begin(self, edits: dict, t: int, T: int, rng: np.random.Generator) -> None:
             optimizer = seen[0]
-            fresh = not any(host(m).any() for g in optimizer.bound for m in g.moments)
+            fresh = not any(host(m).any() for g in optimizer.groups for m in g.moments)
             seen.append((t, T, fresh, optimizer.t, next(iter(edits.values())).delta.mask is not None))
     model = gpt()
     attach(model, Both(), name="both")

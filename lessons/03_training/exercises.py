@@ -310,7 +310,7 @@ def _(w, g, m, v, lr, b1, b2, eps, decay, t):
 
 # ── cosine ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 cosine_schedule = Exercise(
-    "optim.optimizers:cosine_schedule", difficulty=2, minutes=10, closed=("optim.optimizers:_warm",), hints=(
+    "optim.schedules:cosine_schedule", difficulty=2, minutes=10, closed=("optim.schedules:with_warmup",), hints=(
         "cosine_schedule gives back a function factor(t, T).  During the first `warmup` steps it rises in a straight line and reaches 1 at the last of them.",
         "Step t = 0 is the first and should move already: (t + 1) / warmup.  Afterwards let s run from 0 towards 1: s = (t - warmup) / (T - warmup).",
         "floor + (1 - floor) (1 + cos(π s)) / 2.  A warmup below 1 is a share of all steps: round(warmup T)."))

@@ -143,7 +143,7 @@ for ax in panels:
 show("Left: what clipping is for. Right: the batch fills the memory, not the weights.")
 print(f"{'':20}{'rate':>6}   loss after {len(losses)} steps   bytes per weight for moments")
 for (name, (_, optimizer, _)), loss in zip(runs.items(), final):
-    moments = sum(a.nbytes for key, a in optimizer.state().items() if key != "t")
+    moments = sum(a.nbytes for key, a in optimizer.state_dict().items() if key != "step")
     print(f"{name:20}{optimizer.lr:6g}{loss:11.2f}{moments / sum(p.size for p in runs[name][0].parameters()):22.0f}")
 # %% [markdown]
 # Where this stops: the text is learnt by heart; what a model says of other text is lesson 04.

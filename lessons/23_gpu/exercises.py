@@ -10,7 +10,7 @@ from tinyft.learn.cuda.exercise import Kernel
 from tinyft.learn.diagnose import Unusable, close
 from tinyft.learn.exercise import Exercise
 from tinyft.learn.sizes import array, sizes
-from tinyft.optim import optimizers
+from tinyft.optim import buffers
 from tinyft.tensor import Tensor
 
 F, HALF = np.float32, np.float16
@@ -203,35 +203,50 @@ def _(lr, b1, b2, decay, t):
 
 # ── lay_out ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 lay_out = Exercise(
-    "optim.optimizers:Group.lay_out", difficulty=3, minutes=25, in_place=True, lines=9, hints=(
-        "One array w for all numbers, and each tensor's data becomes a piece of it, in the tensor's own shape: w[s].reshape(shape) is a view of "
-        "a slice, no copy.  Then an update of w is an update of every tensor.",
-        "Sort first, so that tensors of more than LARGE numbers come last, and names in the same order; the places are the running sums of the "
-        "sizes.  self keeps names, tensors, slices, views, w and moments.",
-        "np.cumsum([0] + sizes) gives all starts and ends.  w and each moment is an m.zeros(total, dtype) of its own, m = xp(a tensor's data).  At "
-        "the end self.gather_values() copies each tensor's numbers into its view and puts the view in the place of its data."))
+    "optim.buffers:Group.lay_out", difficulty=3, minutes=25, in_place=True, lines=12, hints=(
+        "One flat array w holds all values, and each tensor's data becomes a view of it: "
+        "w[offset].reshape(shape) makes no copy.  Then an update of w updates every tensor.",
+        "self.tensors is {name: tensor}.  Go through the names, those of tensors with more than LARGE "
+        "elements last, and give each name a slice: self.offsets[name] = slice(start, start + size).",
+        "w and each moment is an m.zeros(total, dtype) of its own, with m = xp(a tensor's data).  At the "
+        "end self.make_views() makes self.views, and self.reclaim_values() copies each tensor's values "
+        "into its view and makes the view its data."))
 
 
 @st.composite
 def tensors(draw, large=False):
-    "Arrays of different shapes, the values 1, 2, 3, ... through all of them; with `large` one of more than LARGE numbers among them."
-    shapes = [tuple(draw(sizes()) for _ in range(draw(st.integers(0, 2)))) for _ in range(draw(sizes()))]
+    """Arrays of different shapes with the values 1, 2, 3, ...; if large, one has more than LARGE elements."""
+    shapes = []
+    for _ in range(draw(sizes())):
+        shapes.append(tuple(draw(sizes()) for _ in range(draw(st.integers(0, 2)))))
     if draw(st.booleans()):
         shapes.insert(0, (0,))
     if large:
-        shapes.insert(draw(st.integers(0, len(shapes))), (optimizers.LARGE + 1,))
+        shapes.insert(draw(st.integers(0, len(shapes))), (buffers.LARGE + 1,))
     starts = np.cumsum([1] + [int(np.prod(s)) for s in shapes])
     return [np.arange(a, a + np.prod(s), dtype=F).reshape(s) for a, s in zip(starts, shapes)]
 
 
 def laid(f, arrays, moments=2):
-    made = [Tensor(asarray(a.copy()), requires_grad=True) for a in arrays]
-    group = optimizers.Group(0.1, 0.0, [f"tensor {i}" for i in range(len(made))], list(made))
+    """(group, {name: tensor}) after f(group, moments)."""
+    made = {f"tensor {i}": Tensor(asarray(a.copy()), requires_grad=True) for i, a in enumerate(arrays)}
+    group = buffers.Group(0.1, 0.0, dict(made))
     f(group, moments)
-    for name in ("w", "moments", "slices", "views"):
+    for name in ("w", "moments", "offsets", "views"):
         if not hasattr(group, name):
             raise Unusable(f"self.{name} is not there")
+    for name in ("offsets", "views"):
+        held = getattr(group, name)
+        if not isinstance(held, dict) or held.keys() != made.keys():
+            raise Unusable(f"self.{name} should be a dict with the names of self.tensors")
     return group, made
+
+
+def in_order(arrays):
+    """The names of the tensors in the order in which they lie in w: large ones last."""
+    small = [i for i, a in enumerate(arrays) if a.size <= buffers.LARGE]
+    large = [i for i, a in enumerate(arrays) if a.size > buffers.LARGE]
+    return small + large
 
 
 def flat(arrays):
@@ -241,93 +256,125 @@ def flat(arrays):
 @lay_out.law("w holds all values, end to end, in the tensors' dtype", arrays=tensors())
 def _(f, arrays):
     group, _ = laid(f, arrays)
-    close(group.w, flat(arrays), "w", {"w is empty: the values were not brought over": 0 * flat(arrays)}, dtype=True)
+    guesses = {"w is zero: the values were not copied into it": 0 * flat(arrays)}
+    close(group.w, flat(arrays), "w", guesses, dtype=True)
 
 
 @lay_out.law("the tensors have their shapes and values as before", arrays=tensors())
 def _(f, arrays):
     _, made = laid(f, arrays)
-    for i, (p, a) in enumerate(zip(made, arrays)):
-        close(p, a, f"tensor {i}", dtype=True)
+    for (name, p), a in zip(made.items(), arrays):
+        close(p, a, name, dtype=True)
 
 
-@lay_out.law("whoever writes into w moves the tensors", arrays=tensors())
+@lay_out.law("a change of w changes the tensors", arrays=tensors())
 def _(f, arrays):
     group, made = laid(f, arrays)
     group.w += 10
-    guesses = {"the tensors did not move: they are copies; a slice that is reshaped is a view": flat(arrays)}
-    close(flat([asnumpy(p.data) for p in made]), flat(arrays) + 10, "the tensors after w += 10", guesses)
+    guesses = {"the tensors did not change: they are copies; a reshaped slice is a view": flat(arrays)}
+    after = flat([asnumpy(p.data) for p in made.values()])
+    close(after, flat(arrays) + 10, "the tensors after w += 10", guesses)
 
 
-@lay_out.law("moments: zeros, each as long as w, and each an array of its own", arrays=tensors(), moments=st.integers(0, 2))
+@lay_out.law("moments: zeros, each as long as w, each an array of its own", arrays=tensors(),
+             moments=st.integers(0, 2))
 def _(f, arrays, moments):
     group, _ = laid(f, arrays, moments)
     close(len(group.moments), moments, "the number of moments")
     for i, m in enumerate(group.moments):
-        close(m, 0 * flat(arrays), f"moment {i}" if i == 0 else f"moment {i}, after 1 was added to those before it",
-              {"they are one array under several names": 0 * flat(arrays) + i}, dtype=True)
+        what = "moment 0" if i == 0 else f"moment {i}, after 1 was added to those before it"
+        guesses = {"they are one array under several names": 0 * flat(arrays) + i}
+        close(m, 0 * flat(arrays), what, guesses, dtype=True)
         m += 1
 
 
-@lay_out.law("large tensors come last, and names, tensors, slices and views in one order", arrays=tensors(large=True))
+@lay_out.law("large tensors lie last; offsets and views belong to the names", arrays=tensors(large=True))
 def _(f, arrays):
-    group, made = laid(f, arrays)
-    order = sorted(range(len(arrays)), key=lambda i: arrays[i].size > optimizers.LARGE)
-    places = lambda order: np.cumsum([0] + [arrays[i].size for i in order])
-    close(np.array([int(n.split()[1]) for n in group.names]), np.array(order), "the names' numbers",
-          {"the names stayed where they were: they belong to the tensors": np.arange(len(order))})
-    close(np.array([next(i for i, q in enumerate(made) if q is p) for p in group.tensors]), np.array(order), "the tensors' numbers")
-    close(np.array([s.start for s in group.slices]), places(order)[:-1], "the starts of the slices",
-          {"the places are those of the old order": places(range(len(order)))[:-1]})
-    close(np.array([v.size for v in group.views]), np.array([arrays[i].size for i in order]), "the sizes of the views")
+    group, _ = laid(f, arrays)
+    in_order_starts = {}
+    end = 0
+    for i in in_order(arrays):
+        in_order_starts[i] = end
+        end += arrays[i].size
+    given_starts = np.cumsum([0] + [a.size for a in arrays])[:-1]
+    shifted = np.array([in_order_starts[i] for i in range(len(arrays))])
+    crossed = np.array([in_order_starts[i] for i in in_order(arrays)])
+    starts = np.array([group.offsets[f"tensor {i}"].start for i in range(len(arrays))])
+    lengths = np.array([group.offsets[f"tensor {i}"].stop for i in range(len(arrays))]) - starts
+    guesses = {"the tensors lie in the order in which they were given: the large one comes last": given_starts,
+               "a name got the slice of another tensor: slices belong to the tensors": crossed}
+    close(starts, shifted, "the starts of the slices", guesses)
+    close(lengths, np.array([a.size for a in arrays]), "the lengths of the slices")
+    views = np.array([group.views[f"tensor {i}"].size for i in range(len(arrays))])
+    close(views, np.array([a.size for a in arrays]), "the sizes of the views")
 
 
-def laid_out(group, moments, order=None, ordered_names=True, dtype=None):
-    "The answer, with the usual errors in it on demand."
-    order = sorted(range(len(group.tensors)), key=lambda i: group.tensors[i].size > optimizers.LARGE) if order is None else order
-    group.names = [group.names[i] for i in order] if ordered_names else group.names
-    group.tensors = [group.tensors[i] for i in order]
-    ends = np.cumsum([0] + [p.size for p in group.tensors])
-    group.slices = [slice(int(a), int(b)) for a, b in zip(ends, ends[1:])]
-    group.w, *group.moments = (asarray(np.zeros(int(ends[-1]), dtype or F)) for _ in range(1 + moments))
-    group.views = [group.w[s].reshape(p.shape) for s, p in zip(group.slices, group.tensors)]
+def laid_out(group, moments, order=None, names=None, dtype=F):
+    """The answer up to make_views, with the usual errors in it on demand."""
+    given = list(group.tensors)
+    sizes_of = [p.size for p in group.tensors.values()]
+    if order is None:
+        order = sorted(range(len(given)), key=lambda i: sizes_of[i] > buffers.LARGE)
+    group.offsets = {}
+    end = 0
+    for place, i in enumerate(order):
+        start = end
+        end = start + sizes_of[i]
+        name = given[i] if names is None else names[place]
+        group.offsets[name] = slice(start, end)
+    group.w = asarray(np.zeros(end, dtype))
+    group.moments = [asarray(np.zeros(end, dtype)) for _ in range(moments)]
+
+
+def copied_into(group):
+    for name, p in group.tensors.items():
+        group.views[name][...] = p.data
 
 
 @lay_out.believe("A tensor is its values; where they lie does not matter.", says="they are copies", subtle=True)
 def _(self, moments):
     laid_out(self, moments)
-    for p, view in zip(self.tensors, self.views):
-        view[...] = p.data
+    self.make_views()
+    copied_into(self)
 
 
-@lay_out.believe("A view is all that a tensor needs.", says="not brought over")
+@lay_out.believe("A view is all that a tensor needs.", says="not copied into it")
 def _(self, moments):
     laid_out(self, moments)
-    for p, view in zip(self.tensors, self.views):
-        p.data = view
+    self.make_views()
+    for name, p in self.tensors.items():
+        p.data = self.views[name]
 
 
 @lay_out.believe("Zeros are zeros.", says="the dtype is float64")
 def _(self, moments):
     laid_out(self, moments, dtype=np.float64)
-    for p, view in zip(self.tensors, self.views):
-        view[...], p.data = p.data, view
+    self.make_views()
+    self.reclaim_values()
 
 
 @lay_out.believe("Two moments begin alike, so one array of zeros will do.", says="several names", subtle=True)
 def _(self, moments):
     laid_out(self, moments)
     self.moments = self.moments[:1] * moments
-    self.gather_values()
+    self.make_views()
+    self.reclaim_values()
 
 
-@lay_out.believe("A name stays where it is.", says="belong to the tensors", subtle=True)
+@lay_out.believe("A name stays where it is.", says="the slice of another tensor", subtle=True)
 def _(self, moments):
-    laid_out(self, moments, ordered_names=False)
-    self.gather_values()
+    laid_out(self, moments)
+    right = self.offsets
+    laid_out(self, moments, names=list(self.tensors))
+    wrong = self.offsets
+    self.offsets = right
+    self.make_views()
+    self.reclaim_values()
+    self.offsets = wrong
 
 
-@lay_out.believe("One order is as good as another.", says="names' numbers", subtle=True)
+@lay_out.believe("One order is as good as another.", says="the large one comes last", subtle=True)
 def _(self, moments):
     laid_out(self, moments, order=range(len(self.tensors)))
-    self.gather_values()
+    self.make_views()
+    self.reclaim_values()

@@ -120,7 +120,7 @@ for text, line in {"x * 2.0": lambda x: x * 2.0, "x + host": lambda x: x + np.on
 def replayed(by_value):
     "How far three steps of AdamW are from the right ones, if the first is recorded and replayed for the others."
     (w, g), m, v, rates = numbers(2, 1000), *np.zeros((2, 1000), np.float32), np.zeros(3, np.float32)
-    right, ours = [k.copy() for k in (w, g, m, v)], SimpleNamespace(w=w, moments=(m, v), shown=None, tensors=[w], betas=(0.9, 0.99), eps=1e-8)
+    right, ours = [k.copy() for k in (w, g, m, v)], SimpleNamespace(w=w, moments=(m, v), rounded=None, stored=w, betas=(0.9, 0.99), eps=1e-8)
     for t in (1, 2, 3):
         update(*right, 0.1, 0.9, 0.99, 1e-8, 0.01, t)
         rates[:] = now = optimizer.adam_rates(0.1, 0.9, 0.99, 0.01, t)                  # the one thing that is written between replays

@@ -10,7 +10,8 @@ from tinyft.learn.diagnose import Unusable, close
 from tinyft.learn.exercise import Exercise
 from tinyft.learn.sizes import positive
 from tinyft.optim import GradScaler
-from tinyft.optim.optimizers import Group, Rounded
+from tinyft.optim.buffers import Group
+from tinyft.optim.master import MasterWeights
 from tinyft.precision import PRODUCTS, ROUNDABLE, SUMS, rounded, widen
 from tinyft.tensor import Tensor
 
@@ -138,132 +139,145 @@ def _(name, arrays, kw):
     return policy(name, arrays, kw, wanted(name), keywords=False)
 
 
-# ── gather_values ────────────────────────────────────────────────────────────────────────────────────────────────────
-gather_values = Exercise(
-    "optim.optimizers:Rounded.gather_values", difficulty=3, minutes=20, in_place=True, hints=(
-        "self.w has more digits than the tensors show.  To copy the tensors into it would undo every step that is still too small to be seen.  So "
-        "copy those alone that somebody else has written to.",
-        "There are two ways to write: p.data = another array, and then p.data is not the view; or into the array itself (p.copy_), which "
-        "p.version[0] counts.  self.versions has what it was when the optimiser last wrote.",
-        "Look first, for all tensors; then Group.gather_values(self), after which every p.data is its view again and nobody could tell; then "
-        "self.w[s] = widen(view).reshape(-1) for the slices, views that others wrote to."))
-HIDDEN = 2.0**-10                                        # too little to be seen beside 1 in bfloat16
+# ── reclaim_values ───────────────────────────────────────────────────────────────────────────────────────────────────
+reclaim_values = Exercise(
+    "optim.master:MasterWeights.reclaim_values", difficulty=3, minutes=20, in_place=True, hints=(
+        "self.w is float32, and more exact than the 16-bit tensors.  To copy the tensors into it would undo "
+        "every step that is still too small to be visible in 16 bits.  So copy only the tensors that were "
+        "written from outside.",
+        "There are two ways to write: p.data = another array, after which p.data is not self.views[name]; or "
+        "into the array itself (p.copy_), which p.version[0] counts.  self.versions[name] is the count at the "
+        "optimiser's own last write.",
+        "First find the written tensors, all of them.  Then call Group.reclaim_values(self): it makes every "
+        "p.data its view again.  Then self.w[self.offsets[name]] = widen(self.views[name]).reshape(-1) for "
+        "the written ones."))
+HIDDEN = 2.0**-10                                        # beside 1, too small to be visible in bfloat16
 
 
 def bound(*arrays):
-    "Tensors in bfloat16 under an optimiser that has moved each by less than they can show."
-    made = [Tensor(asarray(a.astype(bfloat16)), requires_grad=True) for a in arrays]
-    group = Rounded(0.1, 0.0, [f"tensor {i}" for i in range(len(made))], list(made))
+    """A group of tensors in bfloat16 whose master weights have moved by less than bfloat16 can show."""
+    made = {f"tensor {i}": Tensor(asarray(a.astype(bfloat16)), requires_grad=True) for i, a in enumerate(arrays)}
+    group = MasterWeights(0.1, 0.0, dict(made))
     group.lay_out(0)
     group.w += HIDDEN
-    group.show()
-    for p in made:
+    group.write_rounded()
+    for p in made.values():
         p.touch()
-    group.note()
-    return group, made
+    group.record_versions()
+    return group, list(made.values())
 
 
-def kept(group, want, before, what="w"):
-    "w, and what the tensors show of it."
-    flat = lambda arrays: np.concatenate([np.asarray(a, F).reshape(-1) for a in arrays])
-    shown = [np.asarray(a).astype(bfloat16).astype(F) for a in want]
-    guesses = {"what rounding hides is lost: the copy was overwritten with what the tensors show, though nobody else wrote there": flat(shown),
-               "what others wrote was not seen": flat(before)}
-    close(asnumpy(group.w), flat(want), what, guesses, dtype=True)
-    close(asnumpy(widen(group.shown)), flat(shown), "what the tensors show")
-    for i, (p, view) in enumerate(zip(group.tensors, group.views)):
-        if p.data is not view:
-            raise Unusable(f"the data of tensor {i} is not its view in the flat array: the next step would not be seen")
+def joined(arrays):
+    return np.concatenate([np.asarray(a, F).reshape(-1) for a in arrays])
 
 
-@gather_values.law("nobody wrote: w keeps what the tensors do not show", a=positive("n m"), b=positive("k"))
+def check_values(group, want, before, what="w"):
+    """w holds the wanted values, the tensors hold them rounded, and every tensor is a view of the flat array."""
+    in_16_bits = [np.asarray(a).astype(bfloat16).astype(F) for a in want]
+    guesses = {"what rounding hides is lost: w was overwritten with the 16-bit values, though nobody wrote there":
+               joined(in_16_bits),
+               "a write from outside was not noticed": joined(before)}
+    close(asnumpy(group.w), joined(want), what, guesses, dtype=True)
+    close(asnumpy(widen(group.rounded)), joined(in_16_bits), "the values of the tensors")
+    for name, p in group.tensors.items():
+        if p.data is not group.views[name]:
+            raise Unusable(f"the data of {name} is not its view of the flat array: it would miss the next step")
+
+
+@reclaim_values.law("nobody wrote: w keeps what rounding hides", a=positive("n m"), b=positive("k"))
 def _(f, a, b):
     group, _ = bound(a, b)
     f(group)
-    kept(group, [a + HIDDEN, b + HIDDEN], [a + HIDDEN, b + HIDDEN], "w, after steps too small to be seen")
+    hidden = [a + HIDDEN, b + HIDDEN]
+    check_values(group, hidden, hidden, "w, after steps too small to be visible")
 
 
-@gather_values.law("p.data is another array now: w takes it", a=positive("n m"), b=positive("k"))
+@reclaim_values.law("p.data is another array now: w takes it", a=positive("n m"), b=positive("k"))
 def _(f, a, b):
     group, (p, _) = bound(a, b)
     p.data = asarray((a + 8).astype(bfloat16))
     f(group)
-    kept(group, [a + 8, b + HIDDEN], [a + HIDDEN, b + HIDDEN], "w, after p.data = ... of the first tensor")
+    check_values(group, [a + 8, b + HIDDEN], [a + HIDDEN, b + HIDDEN], "w, after p.data = ... of the first tensor")
 
 
-@gather_values.law("somebody wrote into p.data: w takes it", a=positive("n m"), b=positive("k"))
+@reclaim_values.law("p.data was written in place: w takes it", a=positive("n m"), b=positive("k"))
 def _(f, a, b):
     group, (_, p) = bound(a, b)
     p.copy_(b + 8)
     f(group)
-    kept(group, [a + HIDDEN, b + 8], [a + HIDDEN, b + HIDDEN], "w, after p.copy_(...) of the second tensor")
+    check_values(group, [a + HIDDEN, b + 8], [a + HIDDEN, b + HIDDEN], "w, after p.copy_(...) of the second tensor")
 
 
-@gather_values.law("who writes the very number that is shown means it", a=positive("n m"))
+@reclaim_values.law("a write of the very value that is there counts as a write", a=positive("n m"))
 def _(f, a):
     group, (p,) = bound(a)
     p.copy_(a)
     f(group)
-    kept(group, [a], [a + HIDDEN], "w, after p.copy_(what p shows)")
+    check_values(group, [a], [a + HIDDEN], "w, after p.copy_(the value of p)")
 
 
-def copied(group, others):
-    "The answer, for those said to have been written to."
-    Group.gather_values(group)
-    for s, view, by_others in zip(group.slices, group.views, others):
-        if by_others:
-            group.w[s] = widen(view).reshape(-1)
+def reclaimed(group, written):
+    """The answer, for these names."""
+    Group.reclaim_values(group)
+    for name in written:
+        group.w[group.offsets[name]] = widen(group.views[name]).reshape(-1)
 
 
 def replaced(group):
-    return [p.data is not view for p, view in zip(group.tensors, group.views)]
+    return {name for name, p in group.tensors.items() if p.data is not group.views[name]}
 
 
 def counted(group):
-    return [p.version[0] != then for p, then in zip(group.tensors, group.versions)]
+    return {name for name, p in group.tensors.items() if p.version[0] != group.versions[name]}
 
 
-@gather_values.believe("The tensors are the model; the copy follows them.", says="what rounding hides is lost")
+@reclaim_values.believe("The tensors are the model; the copy follows them.", says="what rounding hides is lost")
 def _(self):
-    copied(self, [True for _ in self.tensors])
+    reclaimed(self, set(self.tensors))
 
 
-@gather_values.believe("The copy is the model; the tensors follow it.", says="what others wrote was not seen")
+@reclaim_values.believe("The copy is the model; the tensors follow it.", says="was not noticed")
 def _(self):
-    Group.gather_values(self)
-    self.show()
+    Group.reclaim_values(self)
+    self.write_rounded()
 
 
-@gather_values.believe("Whoever writes puts another array there.", says="what others wrote was not seen")
+@reclaim_values.believe("To write is to put another array there.", says="was not noticed")
 def _(self):
-    copied(self, replaced(self))
+    reclaimed(self, replaced(self))
 
 
-@gather_values.believe("The version counts whoever writes.", says="what others wrote was not seen", subtle=True)
+@reclaim_values.believe("The version counts every write.", says="was not noticed", subtle=True)
 def _(self):
-    copied(self, counted(self))
+    reclaimed(self, counted(self))
 
 
-@gather_values.believe("First take the tensors back, then look who wrote.", says="what others wrote was not seen", subtle=True)
+@reclaim_values.believe("First reclaim the tensors, then look for writes.", says="was not noticed", subtle=True)
 def _(self):
-    Group.gather_values(self)
-    copied(self, [a or b for a, b in zip(replaced(self), counted(self))])
+    Group.reclaim_values(self)
+    reclaimed(self, replaced(self) | counted(self))
 
 
-@gather_values.believe("A tensor that nobody wrote to has version 0.", says="what rounding hides is lost")
+@reclaim_values.believe("A tensor that nobody wrote to has version 0.", says="what rounding hides is lost")
 def _(self):
-    copied(self, [a or p.version[0] > 0 for a, p in zip(replaced(self), self.tensors)])
+    reclaimed(self, replaced(self) | {name for name, p in self.tensors.items() if p.version[0] > 0})
 
 
-@gather_values.believe("Where the numbers are the same, nobody wrote.", says="what others wrote was not seen", subtle=True)
+@reclaim_values.believe("Where the values are the same, nobody wrote.", says="was not noticed", subtle=True)
 def _(self):
-    copied(self, [bool((p.data != self.w[s].reshape(p.shape).astype(p.dtype)).any()) for s, p in zip(self.slices, self.tensors)])
+    different = set()
+    for name, p in self.tensors.items():
+        from_w = self.w[self.offsets[name]].reshape(p.shape).astype(p.dtype)
+        if bool((p.data != from_w).any()):
+            different.add(name)
+    reclaimed(self, different)
 
 
 # ── update ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 update = Exercise(
     "optim.scaler:GradScaler.update", difficulty=1, minutes=10, in_place=True, hints=(
-        "self.finite says how the last step went, self.good counts good ones in a row, self.now is S.",
+        "self.finite is False if the last step was skipped, self.good_steps counts good steps in a row, "
+        "self.current_scale is S.",
         "Three cases: a step that was skipped shrinks S; the last of growth_interval good steps lets it grow; any other good step is counted.",
         "In a row: a skipped step sets the count to 0, and so does growth.  If not self.enabled, nothing changes."))
 settings = {"S": st.sampled_from([8.0, 64.0, 1024.0]), "growth": st.sampled_from([2.0, 4.0]), "backoff": st.sampled_from([0.5, 0.25]),
@@ -273,9 +287,9 @@ settings = {"S": st.sampled_from([8.0, 64.0, 1024.0]), "growth": st.sampled_from
 def updated(f, S, growth, backoff, interval, good, finite):
     "(S, count) after a step."
     scaler = GradScaler(S, growth, backoff, interval)
-    scaler.good, scaler.finite = good, finite
+    scaler.good_steps, scaler.finite = good, finite
     f(scaler)
-    return scaler.now, scaler.good
+    return scaler.current_scale, scaler.good_steps
 
 
 @update.law("after a step that was skipped S is smaller by backoff_factor", **settings, good=st.integers(0, 1))
@@ -314,54 +328,54 @@ def _(f, steps):
     scaler = GradScaler(8.0, growth_interval=1, enabled=False)
     for _ in range(steps):
         f(scaler)
-    close(scaler.now, 1.0, f"S, after {steps} good steps for growth_interval = 1", {"it grows though it is switched off": 2.0**steps})
+    close(scaler.current_scale, 1.0, f"S, after {steps} good steps for growth_interval = 1", {"it grows though it is switched off": 2.0**steps})
 
 
 def moved(scaler, good, row=True, anew=True):
     "The answer, growing when `good` is the interval; without the resets on demand."
     if not scaler.enabled:
         return
-    scaler.good = good if scaler.finite or not row else 0
+    scaler.good_steps = good if scaler.finite or not row else 0
     if not scaler.finite:
-        scaler.now *= scaler.backoff_factor
-    elif scaler.good == scaler.growth_interval:
-        scaler.now, scaler.good = scaler.now * scaler.growth_factor, 0 if anew else scaler.good
+        scaler.current_scale *= scaler.backoff_factor
+    elif scaler.good_steps == scaler.growth_interval:
+        scaler.current_scale, scaler.good_steps = scaler.current_scale * scaler.growth_factor, 0 if anew else scaler.good_steps
 
 
 @update.believe("Backing off is halving.", says="whatever backoff_factor", subtle=True)
 def _(self):
-    before = self.now
-    moved(self, self.good + 1)
-    self.now = self.now if self.finite or not self.enabled else before / 2
+    before = self.current_scale
+    moved(self, self.good_steps + 1)
+    self.current_scale = self.current_scale if self.finite or not self.enabled else before / 2
 
 
 @update.believe("What grew too far is undone by growth_factor.", says="divided by growth_factor", subtle=True)
 def _(self):
-    before = self.now
-    moved(self, self.good + 1)
-    self.now = self.now if self.finite or not self.enabled else before / self.growth_factor
+    before = self.current_scale
+    moved(self, self.good_steps + 1)
+    self.current_scale = self.current_scale if self.finite or not self.enabled else before / self.growth_factor
 
 
 @update.believe("So many good steps, whenever they were.", says="in a row", subtle=True)
 def _(self):
-    moved(self, self.good + self.finite, row=False)
+    moved(self, self.good_steps + self.finite, row=False)
 
 
 @update.believe("After N good steps: at the next one.", says="did not grow")
 def _(self):
-    if self.enabled and self.finite and self.good == self.growth_interval:
-        self.now, self.good = self.now * self.growth_factor, 0
+    if self.enabled and self.finite and self.good_steps == self.growth_interval:
+        self.current_scale, self.good_steps = self.current_scale * self.growth_factor, 0
     elif self.enabled:
-        self.now, self.good = (self.now, self.good + 1) if self.finite else (self.now * self.backoff_factor, 0)
+        self.current_scale, self.good_steps = (self.current_scale, self.good_steps + 1) if self.finite else (self.current_scale * self.backoff_factor, 0)
 
 
 @update.believe("The count tells how long all has gone well.", says="the count goes on", subtle=True)
 def _(self):
-    moved(self, self.good + 1, anew=False)
+    moved(self, self.good_steps + 1, anew=False)
 
 
 @update.believe("S = 1 at the start is what switched off means.", says="it grows though", subtle=True)
 def _(self):
     was, self.enabled = self.enabled, True
-    moved(self, self.good + 1)
+    moved(self, self.good_steps + 1)
     self.enabled = was

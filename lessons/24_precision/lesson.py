@@ -1,6 +1,6 @@
 # %% [markdown]
 # # 24 Sixteen bits
-# **Minutes:** 60, with the exercises 100. **Prerequisites:** 01, 02, 03. **Exercises:** given, gather_values, update
+# **Minutes:** 60, with the exercises 100. **Prerequisites:** 01, 02, 03. **Exercises:** given, reclaim_values, update
 #
 # Half the bits are half the memory and half the traffic, and tensor cores multiply them several times as fast. What is lost, and what helps?
 # The answer in one line: **16 bits are for keeping and for multiplying, float32 is for adding up.** NumPy rounds what an op gives as a GPU does.
@@ -49,11 +49,12 @@ assert ft.ops.sum(ft.Tensor(np.ones(4096, bfloat16))).item() == 4096         # t
 # So of tensors in 16 bits our optimisers keep the values in float32: **master weights**. They step there, and show the tensors rounded.
 # We teach a small GPT of prose some Python at a small rate, with masters and without. **Predict first.** Without them, does nothing move?
 # %%
-quote(ft.optim.optimizers.Rounded.lay_out)
+quote(ft.optim.master.MasterWeights.lay_out)
 code = ft.data.pretraining("source", "valid")[:20_000]
 def train(dtype=None, masters=True, autocast=None, lr=1e-5, steps=96):
     model, optimizer = ft.load("base-gpt-small")[0].to(dtype=dtype), ft.AdamW(lr, weight_decay=0)
-    with mock.patch.object(ft.optim, "Rounded", ft.optim.optimizers.Rounded if masters else ft.optim.optimizers.Group):
+    kind = ft.optim.master.MasterWeights if masters else ft.optim.buffers.Group
+    with mock.patch.object(ft.optim.optimizers, "MasterWeights", kind):
         return model, optimizer, np.array(ft.fit(model, ft.data.lm_batches(code, 32, 8), steps, optimizer, autocast=autocast).losses)
 runs = {"float32": train(), "with masters": train(bfloat16), "alone": train(bfloat16, masters=False)}
 untouched = train(lr=1e-12)[2]
@@ -141,10 +142,10 @@ print("bytes per weight    weights   gradients   optimiser   MB, one pass   gain
 for name, (model, optimizer, losses) in runs.items():
     with ft.peak_memory() as peak, ft.autocast(enabled=name == "autocast"):
         ft.train.batch.compute_loss(model, asked)[1].backward()
-    arrays = [p.data for p in model.parameters()], [p.grad for p in model.parameters()], optimizer.kept().values()
+    arrays = [p.data for p in model.parameters()], [p.grad for p in model.parameters()], [a for k, a in optimizer.state_dict().items() if k != "step"]
     rows.append([*(sum(a.nbytes for a in some) / was.size for some in arrays), peak["bytes"] / 1e6, np.mean((untouched - losses)[-8:])])
     print("{:16}{:9.1f}{:12.1f}{:12.1f}{:13.1f}{:15.2f}".format(name, *rows[-1]))
 assert [round(sum(row[:3])) for row in rows] == [16, 18, 10, 16] and min(row[3] for row in rows) == rows[0][3]
 # %% [markdown]
 # Nothing is saved: NumPy has no products of 16 bits, computes in float32 inside and holds both. No speed was measured here, on no device.
-# **Exercises.** `tinyft start given` (autocast's rule), `tinyft start gather_values` (masters), `tinyft start update` (who finds $S$).
+# **Exercises.** `tinyft start given` (autocast's rule), `tinyft start reclaim_values` (masters), `tinyft start update` (who finds $S$).

@@ -322,10 +322,10 @@ def test_after_a_refusal_training_goes_on_as_if_nothing_had_happened():
 
 def test_a_norm_that_is_not_finite_updates_nothing_in_a_replay_too():
     training = Training()
-    weights = lambda: np.concatenate([array.asnumpy(a) for g in training.opt.bound for a in (g.w, *g.moments)])
+    weights = lambda: np.concatenate([array.asnumpy(a) for g in training.opt.groups for a in (g.w, *g.moments)])
 
     def step(ids, labels, scale):
-        loss = loss_of(training.model, ids, labels) * Tensor(array.put_like(scale, training.opt.bound[0].w))
+        loss = loss_of(training.model, ids, labels) * Tensor(array.put_like(scale, training.opt.groups[0].w))
         loss.sum().backward()
         norm = training.opt.step(1.0, clip=1.0)
         training.opt.zero_grad()
@@ -337,9 +337,9 @@ def test_a_norm_that_is_not_finite_updates_nothing_in_a_replay_too():
         assert np.array_equal(before, weights()) == bad
         if bad:
             with pytest.raises(FloatingPointError, match="norm is"):
-                training.opt.settle(float(norm))
+                training.opt.check_norm(float(norm))
         else:
-            training.opt.settle(float(norm))
+            training.opt.check_norm(float(norm))
     assert training.opt.t == 5
 
 
@@ -358,7 +358,7 @@ def some_steps(fast, spoil=None):
             named["p160"].grad[0] = spoil
         with contextlib.nullcontext() if fast else kernels.definitions():
             norms.append(float(opt.step(clip=clip)))
-    numbers = [a for g in opt.bound for a in (g.w, *g.moments)] + [p.grad for n, p in named.items() if p.grad is not None and n != "p3"]
+    numbers = [a for g in opt.groups for a in (g.w, *g.moments)] + [p.grad for n, p in named.items() if p.grad is not None and n != "p3"]
     return opt, np.concatenate([array.asnumpy(a).ravel() for a in numbers]), norms
 
 
@@ -380,10 +380,10 @@ def test_a_norm_that_is_not_finite_moves_nothing(bad):
     p = Tensor(array.asarray(np.ones((2, 2), np.float32)), True)
     opt = AdamW(0.1).start({"p": p})
     p.grad = array.asarray(np.array([[1, bad], [1, 1]], np.float32))
-    norm = opt.advance(clip=1.0)
+    norm = opt.launch_step(clip=1.0)
     with pytest.raises(FloatingPointError):
-        opt.settle(float(norm))
-    assert (array.asnumpy(p.data) == 1).all() and opt.t == 0 and not any(array.asnumpy(m).any() for m in opt.bound[0].moments)
+        opt.check_norm(float(norm))
+    assert (array.asnumpy(p.data) == 1).all() and opt.t == 0 and not any(array.asnumpy(m).any() for m in opt.groups[0].moments)
 
 
 def test_after_a_replay_nobody_takes_weights_for_what_they_were():

@@ -140,7 +140,7 @@ def test_a_run_goes_on_where_the_model_moved_to():
             optimizer.step(clip=1.0)
             optimizer.zero_grad()
             out.append(float(loss.data))
-        return np.array(out), {n: host(p) for n, p in ft.trained(model).items()}, optimizer.state()
+        return np.array(out), {n: host(p) for n, p in ft.trained(model).items()}, optimizer.state_dict()
     want, values_, state = steps(["numpy"] * 6)
     got, there, moments = steps(["numpy"] * 3 + ["cupy"] * 3)
     assert np.abs(got / want - 1).max() < 4e-6 and want[-1] < want[0] - 1e-3

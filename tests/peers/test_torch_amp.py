@@ -51,9 +51,9 @@ def test_the_scale_and_what_comes_of_it(how):
 class Late(GradScaler):
     "The count goes on over a skipped step."
     def update(self):
-        good = self.good
+        good = self.good_steps
         super().update()
-        self.good = self.good if self.finite else good
+        self.good_steps = self.good_steps if self.finite else good
 
 
 class Unscaled(GradScaler):

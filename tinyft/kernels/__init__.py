@@ -51,7 +51,7 @@ def capture(step: Callable, otherwise: Callable | None = None) -> Callable:
     What changes from call to call comes as an argument: arrays, a float for the optimiser's factor, a generator for dropout.  The first
     two calls with arguments of the same shapes run as they are; from the third on the graph is replayed, and no Python of the step
     runs.  What it returns are copies.  Eight shapes get a graph each; what comes in others is `otherwise`'s, or refused without one.  A norm
-    that is not finite updates nothing; optimizer.settle(float(norm)) tells.
+    that is not finite updates nothing; optimizer.check_norm(float(norm)) says so.
 
     CannotCapture, naming the line, if the step waits for the device, brings host data with it, or gives kernels other numbers at each
     call.  What no one can see: a Python number of the step's own, multiplied with a whole array, stays what it was."""

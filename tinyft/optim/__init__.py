@@ -1,18 +1,9 @@
-"Optimizers, learning-rate schedules and loss scaling."
-from .optimizers import (
-    SGD,
-    Adam,
-    AdamW,
-    Optimizer,
-    adam_update,
-    clip_norm,
-    constant_schedule,
-    cosine_schedule,
-    linear_schedule,
-)
+"""Optimizers, learning-rate schedules and loss scaling."""
+from .optimizers import SGD, Adam, AdamW, Optimizer, adam_update, clip_norm, sgd_update
 from .scaler import GradScaler
+from .schedules import Schedule, constant_schedule, cosine_schedule, linear_schedule
 
 __all__ = [
-    "SGD", "Adam", "AdamW", "GradScaler", "Optimizer", "adam_update", "clip_norm",
+    "SGD", "Adam", "AdamW", "GradScaler", "Optimizer", "Schedule", "adam_update", "clip_norm", "sgd_update",
     "constant_schedule", "cosine_schedule", "linear_schedule",
 ]

@@ -26,8 +26,7 @@ from ..array import Array
 from ..files import read_tensors, sweep, write_tensors
 from ..models.blocks import Classifier, check_ids
 from ..nn import Module, no_grad
-from ..optim import GradScaler
-from ..optim.optimizers import AdamW, Optimizer, Schedule, constant_schedule
+from ..optim import AdamW, GradScaler, Optimizer, Schedule, constant_schedule
 from ..tensor import Tensor
 from .batch import Targets, check_labels, compute_loss, read_batch
 
@@ -182,9 +181,9 @@ class Run:
         the gradient (that of float16: for no scale) is not finite."""
         try:
             with self.scaler.skipping(loss):
-                norm = self.opt.advance(factor, self.clip, loss, self.scaler.get_scale()) if norm is None else norm
+                norm = self.opt.launch_step(factor, self.clip, loss, self.scaler.get_scale()) if norm is None else norm
                 value, norm = array.numbers(loss, norm)                          # the one time that a step waits for a device
-                self.opt.settle(norm)
+                self.opt.check_norm(norm)
         except FloatingPointError as e:
             if not math.isfinite(float(loss)):
                 raise Diverged(f"the loss is {float(loss)} at step {self.done + 1} (rate {self.opt.lr * factor:.2g}): lower the rate or "
@@ -199,7 +198,7 @@ class Run:
     def whole(self, asked: dict[str, Any], factor: float, rng: np.random.Generator) -> tuple[Array, Array]:
         "A step on one batch, from the forward pass to the update: its loss, and the norm of its gradients."
         loss = self.backward([Targets(**asked)], rng)
-        norm = self.opt.advance(factor, self.clip, loss)
+        norm = self.opt.launch_step(factor, self.clip, loss)
         self.opt.zero_grad()
         return loss, norm
 
@@ -285,21 +284,21 @@ class Run:
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         "(arrays, facts): all that a later process needs to go on as if nothing had happened."
-        arrays = {f"value/{k}": v for k, v in self.values().items()} | {f"optimizer/{k}": v for k, v in self.opt.state().items()}
+        arrays = {f"value/{k}": v for k, v in self.values().items()} | {f"optimizer/{k}": v for k, v in self.opt.state_dict().items()}
         arrays |= {f"best/{k}": v for k, v in (self.best or {}).items()}
         h = self.history
         return arrays, dict(self.asked, phase=self.phase, t=self.t, done=self.done, rng=self.rng.bit_generator.state,
                             batches=self.source.state(), losses=h.losses, evaluations=h.evaluations, stopped=h.stopped,
-                            skipped=h.skipped, scaler=self.scaler.state())
+                            skipped=h.skipped, scaler=self.scaler.state_dict())
 
     def load(self, arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> None:
         part = lambda head: {k[len(head):]: v for k, v in arrays.items() if k.startswith(head)}
         self.source.load(facts["batches"])
         self.load_values(part("value/"))
-        self.opt.load(part("optimizer/"))
+        self.opt.load_state_dict(part("optimizer/"))
         self.best, self.t, self.done = part("best/") or None, facts["t"], facts["done"]
         self.rng.bit_generator.state = facts["rng"]
-        self.scaler.load(facts.get("scaler", self.scaler.state()))
+        self.scaler.load_state_dict(facts.get("scaler", self.scaler.state_dict()))
         self.history = History(facts["losses"], [(s, m) for s, m in facts["evaluations"]], facts["stopped"], facts.get("skipped", []))
 
 

@@ -34,4 +34,4 @@ def put_in_place(kind: type) -> None:
     for name in layers.NAMES:
         dispatch.register(OPS[name], kind, takes_halves(getattr(layers, name)))
     dispatch.register(adam_update, kind, optimizer.adam_update)
-    dispatch.register(Optimizer.one_by_one, kind, optimizer.advance)
+    dispatch.register(Optimizer.update_pieces, kind, optimizer.update_pieces)

@@ -145,7 +145,7 @@ class Recording:
                         k.send()
                 self.graph.launch(self.stream)
                 for o, *_ in self.optimizers:
-                    o.touch()
+                    o.mark_written()
                 out = self.out
         with self.stream:                                                        # copies: the graph's own arrays are written to by the next call
             return mapped(out, lambda a: Tensor(a.data.copy()) if isinstance(a, Tensor) else a.copy() if array.is_array(a) else a)
@@ -179,7 +179,7 @@ class Recording:
             out = self.step(*self.inputs)
         finally:
             array.recording = None
-        if any(p.grad is not None for o, *_ in self.optimizers for g in o.bound for p in g.tensors):
+        if any(p.grad is not None for o, *_ in self.optimizers for g in o.groups for p in g.tensors.values()):
             raise CannotCapture("this step leaves gradients behind, which the next would add to: end it with optimizer.zero_grad()")
         if self.calls > 1 and self.before != self.notes:
             raise CannotCapture(_difference(self.before, self.notes))
@@ -187,7 +187,7 @@ class Recording:
 
     def record(self) -> Any:
         "The step once more, noted and not done.  Nothing has happened if it is refused."
-        groups = [g for o, *_ in self.optimizers for g in o.bound]
+        groups = [g for o, *_ in self.optimizers for g in o.groups]
         self.stream.synchronize()
         self.noting = True
         self.stream.begin_capture()
@@ -195,7 +195,7 @@ class Recording:
             out = self.run()
         except BaseException as e:
             for g in groups:
-                for p in g.tensors:
+                for p in g.tensors.values():
                     p.grad = None
             try:
                 self.stream.end_capture()
@@ -211,13 +211,13 @@ class Recording:
 
     def watch(self, opt: Optimizer) -> None:
         "An optimiser of this step, with what it updates."
-        self.optimizers.append((opt, opt.bound, [g.w for g in opt.bound]))
+        self.optimizers.append((opt, opt.groups, [g.w for g in opt.groups]))
 
     def outdated(self) -> bool:
         "Whether what the graph updates is no longer what its optimisers would: one was started again, or has followed its tensors elsewhere."
         for o, *_ in self.optimizers:
-            o.gather()
-        return any(o.bound is not bound or any(g.w is not w for g, w in zip(bound, values)) for o, bound, values in self.optimizers)
+            o.reclaim_tensors()
+        return any(o.groups is not groups or any(g.w is not w for g, w in zip(groups, values)) for o, groups, values in self.optimizers)
 
 
 # ── arguments and results: tuples, lists and dicts of things ─────────────────────────────────────────────────────────

@@ -1,6 +1,6 @@
 """AdamW in a few launches, however many tensors there are: the norm of all gradients, the factor that clips them, the update.
 
-Gradients are used where backward left them, and nobody waits: a norm that is not finite is found by the device, which then moves nothing.
+Gradients are used where backward left them.  The host does not wait: the device finds that a norm is not finite, and then updates nothing.
 """
 from __future__ import annotations
 
@@ -11,66 +11,71 @@ import numpy as np
 
 from ... import array
 from ...array import Array, address, xp
-from ...optim.optimizers import AdamW, Group, Optimizer, free
+from ...optim.buffers import Group, masked_gradient
+from ...optim.optimizers import AdamW, Optimizer
+from ...tensor import Tensor
 from . import launch
 from .launch import blocks, empty
 from .layers import THREADS, suits
 
-TENSORS = 150                                                                    # to a launch: as many as adam.cu's table has room for
+TENSORS = 150                                                      # per launch: the room in adam.cu's table
 TABLE = np.dtype([("g", np.uint64, TENSORS), ("start", np.int64, TENSORS), ("size", np.int64, TENSORS)])
-ACROSS = 256                                                                     # blocks to a tensor, at most
+ACROSS = 256                                                       # at most so many thread blocks per tensor
 
 
 def adam_rates(lr: float, b1: float, b2: float, decay: float, t: int) -> tuple[float, float, float]:
-    """(rate, root, shrink), with which AdamW's update is  w ← shrink w − rate m / (root √v + ε),  m and v being the means as they are.
+    """(rate, root, shrink), with which AdamW's update is  w ← shrink w − rate m / (root √v + ε),  m and v without correction.
 
-    All that changes with the step t = 1, 2, ...: a captured step reads them from the device.  lr: η, decay: λ; formulas: optim.AdamW."""
+    These are the numbers that change with the step t = 1, 2, ...; a captured step reads them from the device.  lr: η, decay: λ;
+    the equations: optim.adam_update."""
     return lr / (1 - b1**t), (1 - b2**t)**-0.5, 1 - lr * decay
 
 
 def adam_update(w: Array, g: Array, m: Array, v: Array, lr: float, b1: float, b2: float, eps: float, decay: float, t: int) -> None:
-    "One stretch in one launch, one pass."
+    """optim.adam_update in one launch, which reads and writes each array once."""
     if w.dtype != np.float32 or not suits(w, g, m, v):
         return NotImplemented
     rates = adam_rates(lr, b1, b2, decay, t)
     launch.launch("adam.cu", "adam", blocks(w.size), THREADS, w, g, m, v, *rates, *_betas(b1, b2), float(eps), np.int64(w.size), T=w.dtype)
 
 
-def advance(opt: Optimizer, factor: float, clip: float | None, loss: Array | None, scale: float = 1.0) -> Array:
-    "Optimizer.one_by_one for AdamW on float32 arrays."
-    every = [(g, p, s) for g in opt.bound for p, s in zip(g.tensors, g.slices) if p.grad is not None]
-    if not (type(opt).update is AdamW.update and every and all(g.w.dtype == np.float32 for g in opt.bound)
-            and (loss is None or loss.dtype == np.float32)):
+def update_pieces(opt: Optimizer, factor: float, clip: float | None, loss: Array | None, scale: float = 1.0) -> Array:
+    """Optimizer.update_pieces for AdamW on float32 arrays."""
+    taken = type(opt).update is AdamW.update and all(group.w.dtype == np.float32 for group in opt.groups)
+    if not taken or (loss is not None and loss.dtype != np.float32):
         return NotImplemented
-    gradients = [_laid_out(p) for _, p, _ in every]
+    rows = [[(_contiguous_gradient(p), group.offsets[name]) for name, p in group.tensors.items() if p.grad is not None]
+            for group in opt.groups]
+    gradients = [g for of_group in rows for g, _ in of_group]
+    if not gradients:
+        return NotImplemented
     state = norm_and_scale(gradients, clip, loss, scale)
-    every_rate = _rates(opt, factor)
-    for g, rates in zip(opt.bound, every_rate):
-        rows = [(a, s) for a, (group, _, s) in zip(gradients, every) if group is g]
-        held = g.held(gathered=False)
-        update(g, rows, state, rates, opt)
-        if held:
-            g.put_back(held)
-            g.show()
+    for group, of_group, rates in zip(opt.groups, rows, _rates(opt, factor)):
+        frozen = group.frozen_entries(masked_only=True)
+        update(group, of_group, state, rates, opt)
+        if frozen:
+            group.restore(frozen)
+            group.write_rounded()
     return state[0]
 
 
 def _rates(opt: AdamW, factor: Any) -> Any:
-    "adam_rates of every group at the next step; of a captured step, on the device, and worked out anew at each replay."
-    def at(factor: float) -> list[tuple]:
+    """adam_rates of every group at the next step.  In a captured step: a device array, which every replay fills anew."""
+    def rates_at(factor: float) -> list[tuple]:
         opt.t += 1
-        return [adam_rates(g.lr * factor, *opt.betas, g.decay, opt.t) for g in opt.bound]
+        return [adam_rates(group.lr * factor, *opt.betas, group.decay, opt.t) for group in opt.groups]
+
     recording = array.recording
     if recording is None:
-        return at(factor)
+        return rates_at(factor)
     recording.watch(opt)
     now = recording.now(factor)
-    return recording.feed(lambda: np.array(at(now())), (len(opt.bound), 3))
+    return recording.feed(lambda: np.array(rates_at(now())), (len(opt.groups), 3))
 
 
-def _laid_out(p: object) -> Array:
-    "The gradient, contiguous, in float32; zero where a mask lets nothing move."
-    g = free(p)
+def _contiguous_gradient(p: Tensor) -> Array:
+    """The gradient of p in float32, contiguous, with 0 where a mask is False."""
+    g = masked_gradient(p)
     g = g if g.flags.c_contiguous else xp(g).ascontiguousarray(g)
     if p.mask is None:
         p.grad = g
@@ -78,35 +83,38 @@ def _laid_out(p: object) -> Array:
 
 
 def norm_and_scale(gradients: list[Array], clip: float | None, loss: Array | None = None, scale: float = 1.0) -> Array:
-    "(2,): the norm of all gradients together once divided by `scale`, and the factor that brings them to `clip`."
-    across, done = min(blocks(max(g.size for g in gradients)), ACROSS), 0
-    parts, state = (empty(gradients[0], shape, np.float32) for shape in ((len(gradients), across), (2,)))
-    for some in _launches(gradients):
+    """(2,): the norm of all gradients divided by `scale`, and the factor that divides by `scale` and brings the norm to `clip`."""
+    across = min(blocks(max(g.size for g in gradients)), ACROSS)
+    parts = empty(gradients[0], (len(gradients), across), np.float32)
+    state = empty(gradients[0], (2,), np.float32)
+    done = 0
+    for some in _per_launch(gradients):
         launch.launch("adam.cu", "squares", (across, len(some)), THREADS, table(some), parts[done:done + len(some)], T=state.dtype)
         done += len(some)
     launch.launch("adam.cu", "norm_and_scale", 1, 1024, parts, parts.size, float(clip or 0), 1 / scale, loss, state, T=state.dtype)
     return state
 
 
-def _launches(tensors: list) -> list[list]:
-    "As many to a launch as its table holds."
+def _per_launch(tensors: list) -> list[list]:
+    """Lists of at most TENSORS tensors, one list per launch."""
     return [tensors[i:i + TENSORS] for i in range(0, len(tensors), TENSORS)]
 
 
 def update(group: Group, rows: list[tuple[Array, slice]], state: Array, rates: tuple | Array, opt: AdamW) -> None:
-    "One group.  rows: gradients, and where in the group they belong."
+    """Update one group.  rows: pairs of a gradient and its slice of the group's flat arrays; rates: adam_rates, or an array of them."""
     by_value, from_device = (rates, None) if isinstance(rates, tuple) else ((0.0, 0.0, 0.0), rates)
-    for some in _launches(rows):
-        gradients, slices = zip(*some)
+    for some in _per_launch(rows):
+        gradients = [g for g, _ in some]
+        starts = [offset.start for _, offset in some]
         across = min(blocks(max(g.size for g in gradients)), ACROSS)
-        where = table(gradients, [s.start for s in slices])
-        launch.launch("adam.cu", "adam_tensors", (across, len(gradients)), THREADS, where, group.w, *group.moments, group.shown, state, from_device,
-                      *by_value, *_betas(*opt.betas), float(opt.eps), T=group.tensors[0].dtype)
+        launch.launch("adam.cu", "adam_tensors", (across, len(gradients)), THREADS, table(gradients, starts), group.w, *group.moments,
+                      group.rounded, state, from_device, *by_value, *_betas(*opt.betas), float(opt.eps), T=group.stored.dtype)
 
 
 def table(gradients: list[Array], starts: list[int] | None = None) -> np.void:
-    "What adam.cu calls a Table."
-    out, n = np.zeros((), TABLE), len(gradients)
+    """The Table of adam.cu: addresses and sizes of the gradients, and where in the group each tensor starts."""
+    out = np.zeros((), TABLE)
+    n = len(gradients)
     out["g"][:n] = [address(g) for g in gradients]
     out["size"][:n] = [g.size for g in gradients]
     if starts is not None:

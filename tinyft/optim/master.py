@@ -1,0 +1,66 @@
+"""Master weights: the float32 values of tensors that are stored in 16 bits.
+
+A step of a thousandth of a weight is lost in the 8 significant bits of bfloat16, and so are a thousand such steps.  The optimiser
+therefore updates a float32 copy of the weights and writes it, rounded, to the tensors.      Micikevicius et al. 2018, §3.1
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .. import array
+from ..array import Array
+from ..precision import widen
+from .buffers import Group
+
+
+@dataclass
+class MasterWeights(Group):
+    """A group of 16-bit tensors.  w and the moments are float32; the tensors are views of `rounded`, which is w in 16 bits.
+
+    Writes from outside are noticed if they go through p.copy_ or p.touch, or put another array in p.data.  A new optimiser
+    starts from the rounded 16-bit values.
+
+    versions   {name: the tensor's version after the last update}
+    """
+    versions: dict[str, int] = field(default_factory=dict)
+
+    def lay_out(self, moments: int) -> None:
+        super().lay_out(moments)
+        self.rounded = self.w                                      # the tensors are views of this array
+        self.w = widen(self.rounded)
+        self.moments = [widen(a) for a in self.moments]
+        self.record_versions()
+
+    def reclaim_values(self) -> None:
+        """Reclaim the tensors as Group does; w takes the values that were written from outside.
+
+        A tensor was written from outside if p.data is another array, or if p.version[0] has changed since record_versions.
+        The other master weights keep their full precision."""
+        written = []
+        for name, version in self.versions.items():
+            p = self.tensors[name]
+            if p.data is not self.views[name] or p.version[0] != version:
+                written.append(name)
+        Group.reclaim_values(self)
+        for name in written:
+            self.w[self.offsets[name]] = widen(self.views[name]).reshape(-1)
+
+    def move_beside(self, like: Array) -> None:
+        self.rounded = array.put_like(array.asnumpy(self.rounded), like)
+        super().move_beside(like)
+        for name, p in self.tensors.items():                       # moved, but not written to: w keeps its full precision
+            if np.array_equal(array.asnumpy(p.data), array.asnumpy(self.views[name])):
+                p.data = self.views[name]
+
+    def write_rounded(self) -> None:
+        """Round w to 16 bits, into the tensors."""
+        self.rounded[...] = self.w
+
+    def record_versions(self) -> None:
+        """Remember the version of each tensor, so that later writes from outside are noticed."""
+        self.versions = {name: p.version[0] for name, p in self.tensors.items()}
+
+    def persistent_arrays(self, moment_names: tuple[str, ...]) -> dict[str, Array]:
+        return super().persistent_arrays(moment_names) | {"master": self.w}
