@@ -1,15 +1,22 @@
-"""make bench: tinyft and its peers side by side on the CPU, and what comes out written to results/cpu.md, cpu.json and scaling.png.
+"""make bench: tinyft and its peers side by side on the CPU; the results are results/cpu.md, cpu.json and scaling.png.
 
     python tests/benchmarks/bench.py [--only steps,methods,...] [--threads 1,2] [--rounds 9] [--quick] [--out FOLDER]
+    python tests/benchmarks/bench.py --against COMMIT [--pairs 20] [--only "tiny, full",op] [--write]
 
-Rows that were not measured this time keep what the JSON already holds.  Peers that are not installed are left out, and the results say so:
-pip install torch==2.13.0 "peft>=0.21" "transformers>=4.57,<4.58" autograd tinygrad     (tinygrad's CPU device needs clang)
+Rows that are not measured keep the values in the JSON file. Peers that are not installed are left out; the results list
+the versions of those that are (tinygrad's CPU device needs clang):
+
+    pip install torch==2.13.0 "peft>=0.21" "transformers>=4.57,<4.58" autograd tinygrad
+
+With --against, tinyft runs against itself at an earlier commit (against.py); --write writes results/against.md.
 """
+
 from __future__ import annotations
 
 import argparse
 import contextlib
 import datetime
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -24,146 +31,231 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import against
 import cases
-from cases import BERT, GPT, Case
+from cases import BERT, GPT, Case, small_case
 from paired import HERE, Side, memory, ratio, rounds
+from report import write
 
 BY_NAME = {c.name: c for c in GPT + BERT}
-AVX2 = {"OPENBLAS_CORETYPE": "Haswell"}                  # products without AVX-512, as on most laptops; a library without that choice ignores it
+# Products without AVX-512, as on most laptops. A library without this choice ignores the variable.
+AVX2 = {"OPENBLAS_CORETYPE": "Haswell"}
+EXECUTABLES = {"tinygrad": ["clang"]}  # that a peer needs
 
 
-def there(*names: str) -> list[str]:
-    "Those of these peers that can run here."
-    needs = {"tinygrad": ["clang"]}
-    return [n for n in names if importlib.util.find_spec(n) and all(map(shutil.which, needs.get(n, [])))]
+def available(*names: str) -> list[str]:
+    """The peers, among these names, that can run here."""
+    found = []
+    for name in names:
+        installed = importlib.util.find_spec(name) is not None
+        if installed and all(shutil.which(needed) for needed in EXECUTABLES.get(name, [])):
+            found.append(name)
+    return found
 
 
 def measure(sides: list[Callable[[], Side]], n: int) -> dict[str, Any]:
-    "Rounds of these sides.  Times in seconds, and every other side's time over the first's."
+    """n rounds of these sides.  seconds: {side: median};  ratios: {other side: its time over the first side's}."""
     with contextlib.ExitStack() as stack:
-        open_ = [stack.enter_context(make()) for make in sides]
-        rows = list(rounds(open_, n))
-        first = open_[0].name
-        return {"seconds": {s.name: statistics.median(r[s.name] for r in rows) for s in open_},
-                "ratios": {s.name: ratio(rows, s.name, first) for s in open_[1:]}}
+        opened = [stack.enter_context(make()) for make in sides]
+        rows = list(rounds(opened, n))
+    first, *others = [side.name for side in opened]
+    seconds = {name: statistics.median(row[name] for row in rows) for name in (first, *others)}
+    ratios = {name: ratio(rows, name, first) for name in others}
+    return {"seconds": seconds, "ratios": ratios}
 
 
-# ── the sections: each yields a row at a time ────────────────────────────────────────────────────────────────────────
+# ---------------------------------------------------------------------------------------------------- the sections
+# Each section yields its rows, one at a time.
 Rows = Iterator[dict[str, Any]]
 
 
-def steps(a: argparse.Namespace) -> Rows:
-    "A whole training step: tinyft, PyTorch, the floor; all as their wheels choose, and once more with AVX2 products for tinyft and the floor."
-    for threads in a.threads:
+def side(*arguments: Any) -> Callable[[], Side]:
+    """A function that starts the worker Side(*arguments)."""
+    return functools.partial(Side, *arguments)
+
+
+def steps(options: argparse.Namespace) -> Rows:
+    """Whole training steps: tinyft, PyTorch, the floor; on one thread also tinyft and the floor with AVX2 products."""
+    for threads in options.threads:
         for c in GPT + BERT:
-            sides = [lambda k=k, c=c: Side(k, c, threads) for k in ("tinyft", *there("torch"), "floor")]
+            sides = [side(kind, c, threads) for kind in ("tinyft", *available("torch"), "floor")]
             if threads == 1:
-                sides += [lambda k=k, c=c: Side(k, c, 1, f"{k}, AVX2", AVX2) for k in ("tinyft", "floor")]
-            row = measure(sides, a.rounds)
+                sides += [side(kind, c, 1, f"{kind}, AVX2", AVX2) for kind in ("tinyft", "floor")]
+            row = measure(sides, options.rounds)
             if threads == 1:
                 s = row["seconds"]
-                row["avx2"] = {k: s[k] / s["tinyft, AVX2"] for k in ("torch", "floor, AVX2") if k in s}
+                row["avx2"] = {name: s[name] / s["tinyft, AVX2"] for name in ("torch", "floor, AVX2") if name in s}
             yield {"case": c.name, "threads": threads, **row}
 
 
-def others(a: argparse.Namespace) -> Rows:
-    "HIPS autograd and tinygrad, in fewer rounds: they take long."
+def others(options: argparse.Namespace) -> Rows:
+    """HIPS autograd and tinygrad, in fewer rounds, since their steps take long."""
     for c in GPT[:2]:
-        for peer in there("autograd", "tinygrad"):
-            sides = [lambda k=k, c=c: Side(k, c, 1) for k in ("tinyft", peer)]
-            yield {"case": c.name, "peer": peer, "threads": 1, **measure(sides, max(3, a.rounds // 3))}
+        for peer in available("autograd", "tinygrad"):
+            sides = [side(kind, c, 1) for kind in ("tinyft", peer)]
+            yield {"case": c.name, "peer": peer, "threads": 1, **measure(sides, max(3, options.rounds // 3))}
 
 
-def methods(a: argparse.Namespace) -> Rows:
-    "Fine-tuning steps: tinyft, the same in PyTorch (LoRA by PEFT), and tinyft's own full step."
-    for threads, name in [(t, n) for t in a.threads for n in (("small", "mid", "bert-mid") if t == 1 else ("mid",))]:
-        for method in cases.METHODS:
-            c = replace(BY_NAME[name], method=method)
-            sides = [lambda c=c: Side("tinyft", c, threads)]
-            if there("torch") and (not method.startswith("lora") or there("peft")):
-                sides.append(lambda c=c: Side("torch", c, threads))
-            sides.append(lambda c=c: Side("tinyft", replace(c, method="full"), threads, "full"))
-            yield {"case": name, "method": method, "threads": threads, **measure(sides, a.rounds)}
+def methods(options: argparse.Namespace) -> Rows:
+    """Fine-tuning steps: tinyft, the same in PyTorch (LoRA by PEFT), and tinyft's own full step."""
+    for threads in options.threads:
+        for name in ("small", "mid", "bert-mid") if threads == 1 else ("mid",):
+            for method in cases.METHODS:
+                c = replace(BY_NAME[name], method=method)
+                needed = ["torch", "peft"] if method.startswith("lora") else ["torch"]
+                sides = [side("tinyft", c, threads)]
+                if available(*needed) == needed:
+                    sides.append(side("torch", c, threads))
+                sides.append(side("tinyft", replace(c, method="full"), threads, "full"))
+                yield {"case": name, "method": method, "threads": threads, **measure(sides, options.rounds)}
 
 
-def memories(a: argparse.Namespace) -> Rows:
-    "How far a process grows during three steps, above the model alone and without the optimiser's moments."
-    for c in [*GPT, *BERT, *(replace(BY_NAME["mid"], method=m) for m in cases.METHODS)]:
-        yield {"case": c.name, "method": c.method, "bytes": {k: memory(k, c)["bytes"] for k in ("tinyft", *there("torch"))}}
+def memories(options: argparse.Namespace) -> Rows:
+    """The growth of a process during three steps, above the model alone and without the optimiser's moments."""
+    fine_tuning = [replace(BY_NAME["mid"], method=method) for method in cases.METHODS]
+    for c in [*GPT, *BERT, *fine_tuning]:
+        sizes = {kind: memory(kind, c)["bytes"] for kind in ("tinyft", *available("torch"))}
+        yield {"case": c.name, "method": c.method, "bytes": sizes}
 
 
-def small(a: argparse.Namespace) -> Rows:
-    "What does not grow with the model: a recorded op, the import, tokens generated one at a time, a checkpoint of 100 MB."
-    for kind in ("op", "import", "generate", "load"):
-        for peer in there("torch") if kind in ("op", "import") else there("torch", "transformers")[1:]:
-            sides = [lambda k=k: Side("small", Case(kind, 0, 0, 0, 0, 0, 0, k, kind), 1, k) for k in ("tinyft", "torch")]
-            yield {"case": kind, "peer": peer, **measure(sides, a.rounds)}
+def small(options: argparse.Namespace) -> Rows:
+    """Costs that do not grow with the model: a recorded op, the import, generating a token, loading 100 MB."""
+    for name in ("op", "import", "generate", "load"):
+        by_torch = name in ("op", "import")
+        if not available("torch") or (not by_torch and not available("transformers")):
+            continue
+        sides = [side("small", small_case(name, library), 1, library) for library in ("tinyft", "torch")]
+        peer = "torch" if by_torch else "transformers"
+        yield {"case": name, "peer": peer, **measure(sides, options.rounds)}
 
 
-def scaling(a: argparse.Namespace) -> Rows:
-    "tinyft's own step as one size grows, everything else fixed: seconds and bytes."
+def scaling(options: argparse.Namespace) -> Rows:
+    """tinyft's own step as one size grows and the others stay: seconds and bytes."""
     base = Case("base", 512, 128, 2, 4, 4, 128)
-    grow = {"batch B": [replace(base, B=n) for n in (1, 2, 4, 8, 16, 32)], "width C": [replace(base, C=n) for n in (64, 128, 256, 512, 1024)],
-            "depth L": [replace(base, L=n) for n in (1, 2, 4, 8, 16)], "length T": [replace(base, T=n) for n in (64, 128, 256, 512, 1024, 2048)]}
-    for axis, some in grow.items():
-        for c in some:
-            with Side("tinyft", c, 1) as s:
-                seconds = statistics.median(r["tinyft"] for r in rounds([s], 3))
-            yield {"case": axis, "size": getattr(c, axis[-1]), "seconds": seconds, "bytes": memory("tinyft", c)["bytes"]}
+    grow = {
+        "batch B": [replace(base, B=n) for n in (1, 2, 4, 8, 16, 32)],
+        "width C": [replace(base, C=n) for n in (64, 128, 256, 512, 1024)],
+        "depth L": [replace(base, L=n) for n in (1, 2, 4, 8, 16)],
+        "length T": [replace(base, T=n) for n in (64, 128, 256, 512, 1024, 2048)],
+    }
+    for axis, sizes in grow.items():
+        for c in sizes:
+            seconds = measure([side("tinyft", c, 1)], 3)["seconds"]["tinyft"]
+            size = getattr(c, axis[-1])
+            yield {"case": axis, "size": size, "seconds": seconds, "bytes": memory("tinyft", c)["bytes"]}
     for n in (1250, 2500, 5000, 10000, 20000):
-        with Side("small", Case("graph", 0, 0, 0, 0, 0, n, "tinyft", "graph"), 1) as s:
-            yield {"case": "ops in the graph", "size": n, "seconds": statistics.median(r["small"] for r in rounds([s], 3)), "bytes": None}
+        seconds = measure([side("small", small_case("graph", T=n), 1)], 3)["seconds"]["small"]
+        yield {"case": "ops in the graph", "size": n, "seconds": seconds, "bytes": None}
 
 
 SECTIONS: dict[str, Callable[[argparse.Namespace], Rows]] = {
-    "steps": steps, "others": others, "methods": methods, "memories": memories, "small": small, "scaling": scaling}
+    "steps": steps,
+    "others": others,
+    "methods": methods,
+    "memories": memories,
+    "small": small,
+    "scaling": scaling,
+}
+KEY = ("case", "method", "peer", "threads", "size")  # the columns that identify a row
+
+
+# ---------------------------------------------------------------------------------------------------- the program
+def processor() -> str:
+    """The processor's name and its widest vector instructions."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    facts = {}
+    for line in lines:
+        name, _, value = line.partition(":")
+        facts.setdefault(name.strip(), value.strip())
+    name = facts.get("model name", platform.processor())
+    flags = facts.get("flags", "").split()
+    for flag, text in (("avx512f", "AVX-512"), ("avx2", "AVX2")):
+        if flag in flags:
+            return f"{name}, {text}"
+    return name
 
 
 def machine() -> dict[str, Any]:
-    "What it was measured on: processor, cores, system, versions."
-    cpu = platform.processor()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-        flags = next(line for line in lines if line.startswith("flags")).split()
-        cpu += next((f", {n}" for f, n in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if f in flags), "")
+    """The machine and the versions: processor, cores, system, Python, libraries, commit, date."""
     versions = {}
     for name in ("numpy", "torch", "transformers", "peft", "autograd", "tinygrad"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    commit = subprocess.run(["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    return {"cpu": cpu, "cores": os.cpu_count(), "system": f"{platform.system()} {platform.release().split('-')[0]}",
-            "python": platform.python_version(), "versions": versions, "commit": commit, "date": datetime.date.today().isoformat()}
+    git = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
+    return {
+        "cpu": processor(),
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.release().split('-')[0]}",
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def merge(old: list[dict], new: list[dict]) -> list[dict]:
+    """The rows of both; a new row replaces the old row of the same key."""
+    rows = {tuple(row.get(column) for column in KEY): row for row in old}
+    rows |= {tuple(row.get(column) for column in KEY): row for row in new}
+    return list(rows.values())
+
+
+def run_section(name: str, options: argparse.Namespace) -> list[dict]:
+    """The rows of a section, printed one by one."""
+    print(f"-- {name}: {SECTIONS[name].__doc__}", flush=True)
+    rows = []
+    for row in SECTIONS[name](options):
+        rows.append(row)
+        key = [row[column] for column in KEY if column in row]
+        ratios = [f"{k} {r['ratio']:.2f} ({r['low']:.2f}-{r['high']:.2f})" for k, r in row.get("ratios", {}).items()]
+        print("  ", *key, *ratios, flush=True)
+    return rows
+
+
+def parse() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--only", help=f"some of {', '.join(SECTIONS)}; with --against, the start of cases' names")
+    p.add_argument("--rounds", type=int, default=9)
+    p.add_argument("--threads", type=lambda s: [int(t) for t in s.split(",")], default=[1, 2])
+    p.add_argument("--quick", action="store_true", help="three rounds and small sizes, to see that it runs")
+    p.add_argument("--out", type=Path, default=HERE / "results")
+    p.add_argument("--against", metavar="COMMIT", help="this working tree against an earlier commit, and nothing else")
+    p.add_argument("--pairs", type=int, default=20, help="pairs per case with --against")
+    p.add_argument("--write", action="store_true", help="with --against: write against.md")
+    options = p.parse_args()
+    options.only = options.only and options.only.split(",")
+    unknown = set(options.only or ()) - SECTIONS.keys()
+    if unknown and not options.against:
+        p.error(f"--only wants some of {', '.join(SECTIONS)}, got {', '.join(unknown)}")
+    if options.pairs < 1:
+        p.error(f"--pairs wants a number of at least 1, got {options.pairs}")
+    return options
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--only", default=",".join(SECTIONS))
-    p.add_argument("--rounds", type=int, default=9)
-    p.add_argument("--threads", type=lambda s: [int(t) for t in s.split(",")], default=[1, 2])
-    p.add_argument("--quick", action="store_true", help="three rounds, small sizes: to see that it runs")
-    p.add_argument("--out", type=Path, default=HERE / "results")
-    a = p.parse_args()
-    if a.quick:
-        a.rounds = min(a.rounds, 3)
-        GPT[2:], BERT[1:] = [], []
-    a.out.mkdir(parents=True, exist_ok=True)
-    path, key = a.out / "cpu.json", ("case", "method", "peer", "threads", "size")           # what tells rows apart
+    options = parse()
+    if options.against:
+        results = against.run(options.against, options.pairs, options.threads, options.only)
+        if options.write:
+            options.out.mkdir(parents=True, exist_ok=True)
+            (options.out / "against.md").write_text(against.page(results, options.against, machine()))
+        return
+    if options.quick:
+        options.rounds = min(options.rounds, 3)
+        del GPT[2:], BERT[1:]
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "cpu.json"
     data = json.loads(path.read_text()) if path.exists() else {}
-    for name in a.only.split(","):
-        print(f"── {name}: {SECTIONS[name].__doc__}", flush=True)
-        rows, since = [], machine()
-        for row in SECTIONS[name](a):
-            rows.append(row)
-            ratios = (f"{k} {r['ratio']:.2f} ({r['low']:.2f}-{r['high']:.2f})" for k, r in row.get("ratios", {}).items())
-            print("  ", *(row[k] for k in key if k in row), *ratios, flush=True)
-        kept = data.get(name, {"rows": []})["rows"]
-        new = {tuple(r.get(k) for k in key): r for r in rows}
-        old = {tuple(r.get(k) for k in key): r for r in kept}
-        data[name] = {"rows": list((old | new).values()), "machine": since}
+    for name in options.only or SECTIONS:
+        about = machine()
+        rows = run_section(name, options)
+        old = data.get(name, {"rows": []})["rows"]
+        data[name] = {"rows": merge(old, rows), "machine": about}
         path.write_text(json.dumps(data, indent=1) + "\n")
-    from report import write
-    write(data, a.out)
+    write(data, options.out)
 
 
 if __name__ == "__main__":

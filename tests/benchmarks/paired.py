@@ -1,4 +1,5 @@
-"""Taking turns: sides of one case, each in its own process, measured in rounds; ratios are of one round, never of two."""
+"""Sides of one case, each in its own process, measured in rounds. A ratio is always of two times of the same round."""
+
 from __future__ import annotations
 
 import json
@@ -14,29 +15,48 @@ from typing import Any
 from cases import Case
 
 HERE = Path(__file__).parent
-LIMITS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+ROOT = HERE.parents[1]
+THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+LIBRARY_VARIABLES = ("OPENBLAS_", "MKL_", "OMP_", "KMP_", "DNNL_", "TINYFT_")
 
 
 class Side:
     """A worker process.  `run(n)` gives the median seconds of n steps.
 
-    Each library runs as its wheels choose: variables that steer it are taken out of the environment, but for the number of threads."""
+    Every library runs with its own defaults: variables that configure it are removed from the environment, except the
+    number of threads. `tree` is the working tree whose tinyft is imported.
+    """
 
-    def __init__(self, kind: str, case: Case, threads: int, label: str = "", env: dict[str, str] | None = None, more: Sequence[str] = ()):
+    def __init__(
+        self,
+        kind: str,
+        case: Case,
+        threads: int,
+        label: str = "",
+        env: dict[str, str] | None = None,
+        arguments: Sequence[str] = (),
+        tree: Path = ROOT,
+    ):
         self.name = label or kind
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("OPENBLAS_", "MKL_", "OMP_", "KMP_", "DNNL_", "TINYFT_"))}
-        clean |= dict.fromkeys(LIMITS, str(threads)) | {"CPU_COUNT": str(threads), "PYTHONPATH": str(HERE.parents[1])} | (env or {})
-        self.process = subprocess.Popen([sys.executable, str(HERE / "worker.py"), kind, json.dumps(case.as_dict()), str(threads), *more],
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=clean)
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(LIBRARY_VARIABLES)}
+        environment |= dict.fromkeys(THREAD_VARIABLES, str(threads))
+        environment |= {"CPU_COUNT": str(threads), "PYTHONPATH": str(tree)}
+        environment |= env or {}
+        command = [sys.executable, str(HERE / "worker.py"), kind, json.dumps(case.as_dict()), str(threads), *arguments]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=tree
+        )
         self.about = self.read()
 
     def read(self) -> Any:
+        """The next line of the worker. RuntimeError if the worker ended."""
         line = self.process.stdout.readline()
         if not line:
             raise RuntimeError(f"{self.name} ended with {self.process.wait()}")
         return json.loads(line)
 
     def run(self, n: int) -> float:
+        """Median seconds of n steps."""
         self.process.stdin.write(f"{n}\n")
         self.process.stdin.flush()
         return statistics.median(self.read())
@@ -52,24 +72,36 @@ class Side:
 
 
 def rounds(sides: Sequence[Side], n: int, seconds: float = 0.25, pause: float = 0.05) -> Iterator[dict[str, float]]:
-    "n rounds of {side: seconds of a step}.  The order turns from round to round; each visit takes some `seconds`."
-    steps = {s.name: max(2, min(200, round(seconds / s.run(2)))) for s in sides}
+    """n rounds of {side: seconds of a step}.  The order rotates from round to round.
+
+    seconds   time of one visit to a side: it takes as many steps as fit, 2 to 200
+    pause     before each visit, since idle BLAS threads of the previous side spin for a while
+    """
+    steps = {side.name: max(2, min(200, round(seconds / side.run(2)))) for side in sides}
     for i in range(n):
+        first = i % len(sides)
         times = {}
-        for s in [*sides[i % len(sides):], *sides[:i % len(sides)]]:
-            time.sleep(pause)                            # idle BLAS threads of the last side spin for a while
-            times[s.name] = s.run(steps[s.name])
+        for side in [*sides[first:], *sides[:first]]:
+            time.sleep(pause)
+            times[side.name] = side.run(steps[side.name])
         yield times
 
 
 def memory(name: str, case: Case, threads: int = 1) -> dict[str, int]:
-    "How far a process of its own grows while it takes three steps (worker.growth)."
-    with Side(name, case, threads, more=["memory"]) as side:
+    """The growth of a new process while it takes three steps (worker.growth)."""
+    with Side(name, case, threads, arguments=["memory"]) as side:
         return side.about
 
 
 def ratio(rows: list[dict[str, float]], of: str, to: str) -> dict[str, float]:
-    "The median over rounds of time(of) / time(to), with its quartiles.  Above 1: `to` is the faster."
-    r = sorted(row[of] / row[to] for row in rows)
-    low, mid, high = statistics.quantiles(r, n=4) if len(r) > 1 else (r[0],) * 3
-    return {"ratio": mid, "low": low, "high": high, "rounds": len(r)}
+    """The median over rounds of time(of) / time(to), with its quartiles.  Above 1: `to` is faster."""
+    return summary([row[of] / row[to] for row in rows])
+
+
+def summary(ratios: Sequence[float]) -> dict[str, float]:
+    """{ratio: median, low and high: quartiles, rounds: count} of ratios."""
+    if len(ratios) == 1:
+        low = middle = high = ratios[0]
+    else:
+        low, middle, high = statistics.quantiles(ratios, n=4)
+    return {"ratio": middle, "low": low, "high": high, "rounds": len(ratios)}

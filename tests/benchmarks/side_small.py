@@ -1,9 +1,15 @@
-"""Things that are not a training step.  case.method: op | import | generate | load | graph;  case.model: tinyft | torch (with transformers).
+"""Everything that is not one training step.  case.method names it;  case.model: tinyft | torch (with transformers).
 
-    op        1,000 additions of three numbers, recorded              import    python -c "import tinyft"
-    generate  64 tokens, greedy, one text, with the KV cache           load      a checkpoint of 100 MB in GPT-2's format
-    graph     case.T additions in a row, and their backward
+    op          1,000 additions of three numbers, recorded
+    graph       case.T additions in a row, and their backward pass
+    attention   forward and backward of causal attention, (8, 8, 128, 32)
+    optimizer   an AdamW step with clipping, 1.2 million parameters in 60 tensors
+    fit         ten steps of a small model with ft.fit: the trainer's own work
+    generate    64 tokens, greedy, one text, with the KV cache
+    load        a checkpoint of 100 MB in GPT-2's format
+    import      python -c "import tinyft"
 """
+
 from __future__ import annotations
 
 import subprocess
@@ -16,30 +22,43 @@ import numpy as np
 from cases import Case
 
 TOKENS = 64
+Run = Callable[[], object]
 
 
-def build(c: Case) -> Callable[[], object]:
+def build(c: Case) -> Run:
+    """The function to measure."""
     return globals()[f"{c.method}_{c.model}"](c)
 
 
-def start(run: Callable[[], object], c: Case) -> tuple[Callable[[], float], int]:
-    return lambda: (run(), 0.0)[1], 0
+def start(run: Run, c: Case) -> tuple[Callable[[], float], int]:
+    """The same as a step; its loss is 0."""
+
+    def step() -> float:
+        run()
+        return 0.0
+
+    return step, 0
 
 
-def op_tinyft(c: Case) -> Callable[[], object]:
+def op_tinyft(c: Case) -> Run:
     import tinyft as ft
-    x, y = (ft.Tensor(np.ones(3, np.float32), requires_grad=True) for _ in range(2))
+
+    x = ft.Tensor(np.ones(3, np.float32), requires_grad=True)
+    y = ft.Tensor(np.ones(3, np.float32), requires_grad=True)
     return lambda: [x + y for _ in range(1000)]
 
 
-def op_torch(c: Case) -> Callable[[], object]:
+def op_torch(c: Case) -> Run:
     import torch
-    x, y = (torch.ones(3, requires_grad=True) for _ in range(2))
+
+    x = torch.ones(3, requires_grad=True)
+    y = torch.ones(3, requires_grad=True)
     return lambda: [x + y for _ in range(1000)]
 
 
-def graph_tinyft(c: Case) -> Callable[[], object]:
+def graph_tinyft(c: Case) -> Run:
     import tinyft as ft
+
     x = ft.Tensor(np.ones(3, np.float32), requires_grad=True)
 
     def run() -> None:
@@ -48,44 +67,99 @@ def graph_tinyft(c: Case) -> Callable[[], object]:
             y = y + x
         y.backward(np.ones(3, np.float32))
         x.grad = None
+
     return run
 
 
-def import_tinyft(c: Case) -> Callable[[], object]:
+def attention_tinyft(c: Case) -> Run:
+    import tinyft as ft
+
+    rng = np.random.default_rng(0)
+    shape = (8, 8, 128, 32)  # (B, H, T, D)
+    q, k, v = (ft.Tensor(rng.standard_normal(shape, np.float32), requires_grad=True) for _ in range(3))
+    g = rng.standard_normal(shape, np.float32)
+
+    def run() -> None:
+        ft.ops.attention(q, k, v, causal=True).backward(g)
+        for x in (q, k, v):
+            x.grad = None
+
+    return run
+
+
+def optimizer_tinyft(c: Case) -> Run:
+    import tinyft as ft
+
+    rng = np.random.default_rng(0)
+    parameters = {}
+    for i in range(20):
+        for name, shape in (("weight", (160, 360)), ("bias", (360,)), ("scale", (2000,))):
+            parameters[f"{i}.{name}"] = ft.Tensor(rng.standard_normal(shape, np.float32), requires_grad=True)
+    optimizer = ft.AdamW(1e-6).start(parameters)
+    loss = sum((p * p).sum() for p in parameters.values())
+    loss.backward()
+    return lambda: optimizer.step(clip=1.0)
+
+
+def fit_tinyft(c: Case) -> Run:
+    import tinyft as ft
+
+    model = ft.GPT(ft.GPTConfig(vocab=65, positions=32, width=32, layers=2, heads=2))
+    tokens = np.random.default_rng(0).integers(0, 65, 4096)
+    batches = ft.data.lm_batches(tokens, T=32, batch_size=4)
+    return lambda: ft.fit(model, batches, 10, ft.AdamW(1e-4), progress=False)
+
+
+def generate_tinyft(c: Case) -> Run:
+    import tinyft as ft
+
+    model = ft.GPT(ft.GPTConfig(vocab=5000, positions=256, width=256, layers=6, heads=8))
+    ids = np.arange(16)[None]
+    return lambda: ft.generate(model, ids, TOKENS)
+
+
+def generate_torch(c: Case) -> Run:
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(
+        GPT2Config(5000, 256, 256, 6, 8, bos_token_id=None, eos_token_id=None, pad_token_id=0)
+    ).eval()
+    ids = torch.arange(16)[None]
+    options = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False}
+    return lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+
+
+def save_checkpoint() -> Path:
+    """A checkpoint of 100 MB in a new folder. The folder stays until the system empties its temporary folder."""
+    import tinyft as ft
+
+    folder = Path(tempfile.mkdtemp(prefix="tinyft-bench-"))
+    ft.save(ft.GPT(ft.GPTConfig(vocab=12000, positions=256, width=512, layers=6, heads=8)), folder)
+    return folder
+
+
+def load_tinyft(c: Case) -> Run:
+    import tinyft as ft
+
+    folder = save_checkpoint()
+
+    def run() -> object:
+        model, _ = ft.load(folder)
+        return model.parameters()[0].data.sum()
+
+    return run
+
+
+def load_torch(c: Case) -> Run:
+    from transformers import GPT2LMHeadModel
+
+    folder = save_checkpoint()
+    return lambda: GPT2LMHeadModel.from_pretrained(folder).transformer.wte.weight.sum().item()
+
+
+def import_tinyft(c: Case) -> Run:
     return lambda: subprocess.run([sys.executable, "-c", f"import {c.model}"], check=True)
 
 
 import_torch = import_tinyft
-
-
-def generate_tinyft(c: Case) -> Callable[[], object]:
-    import tinyft as ft
-    model, ids = ft.GPT(ft.GPTConfig(5000, 256, 256, 6, 8)), np.arange(16)[None]
-    return lambda: ft.generate(model, ids, TOKENS)
-
-
-def generate_torch(c: Case) -> Callable[[], object]:
-    import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
-    model = GPT2LMHeadModel(GPT2Config(5000, 256, 256, 6, 8, bos_token_id=None, eos_token_id=None, pad_token_id=0)).eval()
-    ids = torch.arange(16)[None]
-    return lambda: model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
-
-
-def checkpoint() -> Path:
-    import tinyft as ft
-    folder = Path(tempfile.mkdtemp(prefix="tinyft-bench-"))
-    ft.save(ft.GPT(ft.GPTConfig(12000, 256, 512, 6, 8)), folder)
-    return folder
-
-
-def load_tinyft(c: Case) -> Callable[[], object]:
-    import tinyft as ft
-    folder = checkpoint()
-    return lambda: ft.load(folder)[0].parameters()[0].data.sum()
-
-
-def load_torch(c: Case) -> Callable[[], object]:
-    from transformers import GPT2LMHeadModel
-    folder = checkpoint()
-    return lambda: GPT2LMHeadModel.from_pretrained(folder).transformer.wte.weight.sum().item()

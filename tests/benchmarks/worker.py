@@ -1,10 +1,12 @@
-"""One side of one case in a process of its own:  python worker.py SIDE CASE THREADS
+"""One side of one case in its own process:  python worker.py SIDE CASE THREADS [memory]
 
-It builds, warms up and says so; then, for every line with a number n on its standard input, it runs n steps and answers with
-their seconds.  Between the lines it does nothing, so sides can take turns on one machine without sharing threads, memory or caches.
+It builds, takes three steps and prints a line of JSON about them. Then it reads numbers from standard input: for each
+number n it takes n steps and prints their seconds. Between two numbers it is idle. So sides can take turns on one
+machine without sharing threads, memory or caches.
 
-With a fourth argument "memory" it says how far the process grew above the model alone while it took three steps, and ends.
+With the argument "memory" it prints the growth of the process during three steps, and ends.
 """
+
 from __future__ import annotations
 
 import gc
@@ -18,16 +20,21 @@ from types import ModuleType
 from cases import Case
 
 
-def resident(what: str) -> int:
-    "VmRSS or VmHWM (the most there was), in bytes.  Linux only."
-    return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+def resident(field: str) -> int:
+    """VmRSS (resident memory) or VmHWM (its maximum), in bytes. Linux only."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    line = next(line for line in lines if line.startswith(field))
+    return int(line.split()[1]) * 1024
 
 
 def growth(side: ModuleType, model: object, case: Case) -> dict[str, int]:
-    """Bytes above the model alone, at most, during the first three steps.  The optimiser's two moments, 8 bytes a trained number, are
-    taken off: every side has them, but one makes them before the first step and another in it."""
+    """Peak bytes above the model alone during the first three steps.
+
+    The optimiser's two moments, 8 bytes for each trained parameter, are subtracted: every side has them, but some
+    libraries create them before the first step and some in it.
+    """
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")        # VmHWM starts again
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before = resident("VmRSS")
     step, trained = side.start(model, case)
     for _ in range(3):
@@ -35,24 +42,33 @@ def growth(side: ModuleType, model: object, case: Case) -> dict[str, int]:
     return {"bytes": resident("VmHWM") - before - 8 * trained, "trained": trained}
 
 
+def time_steps(step, count: int) -> list[float]:
+    """Seconds of each of `count` steps, after one step that is not counted: another process used caches and cores."""
+    step()
+    seconds = []
+    for _ in range(count):
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
 def main() -> None:
-    side, case, threads = importlib.import_module(f"side_{sys.argv[1]}"), Case(**json.loads(sys.argv[2])), int(sys.argv[3])
+    name, case_json, threads, *mode = sys.argv[1:]
+    side = importlib.import_module(f"side_{name}")
+    case = Case(**json.loads(case_json))
     if hasattr(side, "threads"):
-        side.threads(threads)
+        side.threads(int(threads))
     model = side.build(case)
-    if sys.argv[4:] == ["memory"]:
-        return print(json.dumps(growth(side, model, case)), flush=True)
+    if mode == ["memory"]:
+        print(json.dumps(growth(side, model, case)), flush=True)
+        return
     step, trained = side.start(model, case)
     losses = [step() for _ in range(3)]
-    print(json.dumps({"losses": losses, "trained": trained}), flush=True)
+    package = getattr(sys.modules.get("tinyft"), "__file__", None)
+    print(json.dumps({"losses": losses, "trained": trained, "package": package}), flush=True)
     for line in sys.stdin:
-        step()                                           # the caches and the cores belonged to somebody else
-        times = []
-        for _ in range(int(line)):
-            since = time.perf_counter()
-            step()
-            times.append(time.perf_counter() - since)
-        print(json.dumps(times), flush=True)
+        print(json.dumps(time_steps(step, int(line))), flush=True)
 
 
 if __name__ == "__main__":
