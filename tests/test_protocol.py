@@ -932,7 +932,7 @@ def test_two_methods_that_train_the_same_tensors_come_off_in_reverse():
 def test_a_refused_merge_wrote_nothing_even_where_others_had_agreed():
     model = build("gpt")
     attach(model, LoRA(r=2, targets="blocks.0.attn.q"))
-    attach(model, PrefixTuning(p=2, kv="blocks.1.attn.kv"))
+    attach(model, PrefixTuning(p=2, targets="blocks.1.attn.kv"))
     noise(model)
     before = values(model)
     with pytest.raises(CannotMerge, match="Prefix"):

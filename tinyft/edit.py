@@ -20,7 +20,7 @@ import numpy as np
 
 from . import array
 from .array import Array
-from .nn import Context, Module, Packed, Parameter
+from .nn import Context, Embedding, Module, Packed, Parameter
 from .tensor import Tensor
 
 
@@ -187,6 +187,33 @@ def _nearest(glob: str, paths: Iterable[str]) -> list[str]:
             names = re.sub(r"\.\d+", ".*", path).split(".")
             ends.add(".".join(names[-2:]))
     return difflib.get_close_matches(glob, sorted(ends), 4, 0.3) or sorted(ends)[:8]
+
+
+def stacks(model: Module) -> dict[str, list[str]]:
+    """The paths of the blocks of each stack, bottom to top. TypeError if the model does not name its stacks."""
+    named = getattr(model, "stacks", None)
+    if not named:
+        raise TypeError(f"this method wants a model that names its blocks in `stacks`; {type(model).__name__} does not")
+    return named
+
+
+def sublayers(model: Module) -> dict[str, str]:
+    """{path of a sublayer: path of its norm} of every block of every stack, in the order in which they run."""
+    modules = base_modules(model)
+    found = {}
+    for blocks in stacks(model).values():
+        for block in blocks:
+            for sublayer, norm in modules[block].sublayers:
+                found[f"{block}.{sublayer}"] = f"{block}.{norm}"
+    return found
+
+
+def token_embedding(model: Module) -> dict[str, Module]:
+    """{path: module} of the embedding of token ids, a model's `embed`. TypeError if the model has none."""
+    embed = getattr(model, "embed", None)
+    if not isinstance(embed, Embedding):
+        raise TypeError(f"this method wants a model with a token embedding `embed`; {type(model).__name__} has none")
+    return {path: m for path, m in base_modules(model).items() if m is embed}
 
 
 def attached(model: Module) -> tuple[Attached, ...]:

@@ -1,9 +1,10 @@
 """Adapters: Parameter-Efficient Transfer Learning for NLP.  Houlsby et al., ICML 2019.  arXiv:1902.00751
 
-    h ← h + W_up g(W_down h + b_down) + b_up        W_down (m, C),  W_up (C, m),  g = GELU                              §2.1, fig. 2
+    h ← h + W_up g(W_down h + b_down) + b_up        W_down (m, C),  W_up (C, m),  g = GELU     §2.1, fig. 2
 
-after the attention's output projection and after the MLP, each time before the residual sum; layer norms train too, and the head.
-Weights N(0, σ²) cut at 2σ with σ = 1e-2, biases 0: near the identity, not exactly it.
+Each sublayer (attention, cross-attention, MLP) gets one adapter on its output, before the residual sum.
+The layer norms train too, and so does the head. Weights are drawn from N(0, σ²), cut at 2σ, with
+σ = 1e-2; biases are 0. So the model starts near the base, not exactly at it.
 
 Departures: none in the method; σ is the paper's (its code uses 1e-3).
 """
@@ -15,33 +16,47 @@ from typing import Any
 import numpy as np
 
 from ... import ops
-from ...edit import Edit, Method, base_modules, base_parameters, inside
-from ...nn import Context, LayerNorm, Linear, Module
+from ...edit import Edit, Method, base_modules, base_parameters, inside, select, sublayers
+from ...nn import Context, LayerNorm, Linear, Module, RMSNorm
 from ...tensor import Tensor
 
 
 @dataclass(frozen=True)
 class Houlsby(Method):
-    "m: bottleneck width;  std: σ of the initial weights;  norms: whether the base's layer norms train."
+    """m: bottleneck width;  std: σ of the initial weights;  norms: train the base's layer norms;
+    targets: the modules that get an adapter; by default, every sublayer of every stack."""
+
     m: int = 64
     std: float = 1e-2
     norms: bool = True
-    targets: Any = ("blocks.*.attn", "blocks.*.mlp")
+    targets: Any = ()
+
+    def find(self, model: Module) -> dict[str, Module]:
+        if self.targets:
+            return select(model, self.targets)
+        paths = sublayers(model)
+        return {path: m for path, m in base_modules(model).items() if path in paths}
 
     def edit(self, path: str, module: Module, rng: np.random.Generator) -> Edit:
         return Bottleneck(module.out_features, self.m, self.std, rng)
 
     def trains(self, model: Module) -> set[str]:
-        norms = {path for path, m in base_modules(model).items() if isinstance(m, LayerNorm)}
-        names = base_parameters(model)
-        return {n for n in names if inside(n, norms) and not inside(n, ["head"])} if self.norms else set()
+        """The tensors of all layer norms, except those inside the head or the pooler."""
+        if not self.norms:
+            return set()
+        norms = set(sublayers(model).values())
+        for path, module in base_modules(model).items():
+            if isinstance(module, (LayerNorm, RMSNorm)) and not inside(path, model.top_modules):
+                norms.add(path)
+        return {name for name in base_parameters(model) if inside(name, norms)}
 
 
 class Bottleneck(Edit):
-    "h + up(gelu(down(h)))"
+    """h + up(gelu(down(h)))"""
 
-    def __init__(self, c: int, m: int, std: float, rng: np.random.Generator):
-        self.down, self.up = Linear(c, m, rng=rng), Linear(m, c, rng=rng)
+    def __init__(self, width: int, m: int, std: float, rng: np.random.Generator):
+        self.down = Linear(width, m, rng=rng)
+        self.up = Linear(m, width, rng=rng)
         for layer in (self.down, self.up):
             layer.weight.copy_(truncated_normal(rng, layer.weight.shape, std))
 
@@ -50,8 +65,10 @@ class Bottleneck(Edit):
 
 
 def truncated_normal(rng: np.random.Generator, shape: tuple, std: float) -> np.ndarray:
-    "N(0, std²), redrawn beyond 2 std."
+    """N(0, std²), drawn again beyond 2 std."""
     z = rng.standard_normal(shape)                       # host
-    while (far := abs(z) > 2).any():
+    far = abs(z) > 2
+    while far.any():
         z[far] = rng.standard_normal(int(far.sum()))     # host
+        far = abs(z) > 2
     return z * std

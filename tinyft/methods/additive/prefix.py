@@ -1,12 +1,16 @@
 """Prefix-Tuning: Optimizing Continuous Prompts for Generation.  Li & Liang, ACL 2021.  arXiv:2101.00190
 
-    K ← [P_K; K],  V ← [P_V; V]  in every layer          P_K, P_V (p, C) per layer                                       §4.2
-    while training, with `mlp`:  [P_K P_V]_ℓ = W₂ℓ tanh(W₁ E + b₁) + b₂ℓ        E (p, C), W₁ (k, C), W₂ (2 L C, k)        §4.3
+    K ← [P_K; K],  V ← [P_V; V]  in every layer        P_K, P_V (H, p, D) per layer              §4.2
+    with `mlp`, while training:  [P_K P_V]_ℓ = W₂ℓ tanh(W₁ E + b₁) + b₂ℓ                           §4.3
+                                 E (p, C),  W₁ (k, C),  W₂ℓ (2 H D, k)
 
-A prefix is a KV cache nobody typed.  It is no no-op, not even all zero: zero keys still draw weight away from the text.
+A prefix is a cache of keys and values without tokens. It changes the output even if it is all zero:
+zero keys still take attention weight from the text. H is the number of key/value heads, which may be
+smaller than that of the query heads. In an encoder-decoder, cross-attention gets a prefix as well.
 
-Departures: without the MLP the prefix starts at N(0, std²), PEFT's at N(0, 1); the paper's first rows are activations of real words.
-`shift` puts real tokens at positions p, p + 1, ... as implementations with past_key_values do; the paper's mathematics has no positions.
+Departures: without the MLP the prefix starts at N(0, std²) (PEFT: N(0, 1)); in the paper it starts at
+activations of real words. `shift` puts the text at positions p, p + 1, ..., as implementations with
+past_key_values do; the paper's mathematics has no positions.
 """
 from __future__ import annotations
 
@@ -17,97 +21,120 @@ import numpy as np
 
 from ... import array, ops
 from ...array import Array, xp
-from ...edit import Edit, Method
+from ...edit import Edit, Method, select, token_embedding
 from ...nn import Context, Embedding, Linear, Module, Parameter
 from ...tensor import Tensor, no_grad
 
 
 @dataclass(frozen=True)
 class PrefixTuning(Method):
-    "p: prefix length;  mlp: width k of the reparameterisation, None for none;  std: of the initial prefix;  shift: text starts at position p."
+    """p: prefix length;  mlp: width k of the reparameterisation, None for none;  std: of the initial
+    prefix;  shift: the text starts at position p;  targets: the attentions' key/value parts."""
+
     p: int = 10
     mlp: int | None = None
     std: float = 0.02
     shift: bool = False
-    kv: str = "attn.kv"
-    pos: str = "pos"
+    targets: Any = "kv"
 
-    targets = property(lambda self: (self.kv, self.pos) if self.shift else (self.kv,))
+    def find(self, model: Module) -> dict[str, Module]:
+        found = select(model, self.targets)
+        return {**token_embedding(model), **found} if self.shift else found
 
     def edits(self, found: dict[str, Module], rng: np.random.Generator) -> dict[str, Edit]:
-        shared = None
-        out: dict[str, Edit] = {}
-        for path, m in found.items():
-            if path.endswith(self.pos) and self.shift:
-                out[path] = Shift(self.p, m.in_features)
-            elif self.mlp is None:
-                out[path] = Prefix(*(array.normal(rng, (m.heads, self.p, m.head_width), self.std) for _ in "KV"))
+        shared = None                                    # the part of the MLP that all layers share
+        edits: dict[str, Edit] = {}
+        for path, module in found.items():
+            if isinstance(module, Embedding):
+                edits[path] = Shift(self.p)
+                continue
+            heads, head_width = module.heads, module.head_width
+            if self.mlp is None:
+                K = array.normal(rng, (heads, self.p, head_width), self.std)
+                V = array.normal(rng, (heads, self.p, head_width), self.std)
+                edits[path] = Prefix(K, V)
             else:
-                shared = shared or Hidden(self.p, m.heads * m.head_width, self.mlp, rng)
-                out[path] = Reparameterized(m.heads, m.head_width, shared, rng)
-        return out
+                if shared is None:
+                    shared = Hidden(self.p, heads * head_width, self.mlp, rng)
+                edits[path] = Reparameterized(heads, head_width, shared, rng)
+        return edits
 
     def eject(self, edits: dict[str, Edit]) -> tuple[Method, dict[str, Edit]]:
-        """The prefixes without the MLP that made them, bitwise."""
-        with no_grad():
-            out = {path: e.ejected() if isinstance(e, Reparameterized) else e for path, e in edits.items()}
-        return replace(self, mlp=None), out
+        """The prefixes as plain tensors, without the MLP that made them. Bitwise the same outputs."""
+        ejected = {path: e.ejected() if isinstance(e, Prefix) else e for path, e in edits.items()}
+        return replace(self, mlp=None), ejected
 
 
 class Prefix(Edit):
-    "P_K and P_V in front of what the queries look at.  They come after the cache, and bring their own columns of the mask."
+    """P_K and P_V in front of the keys and values. The cache has joined before, and does not hold them."""
 
     def __init__(self, K: Array, V: Array):
-        self.K, self.V = Parameter(K, decay=False), Parameter(V, decay=False)    # (H, p, D)
+        self.K = Parameter(K, decay=False)               # (H, p, D)
+        self.V = Parameter(V, decay=False)
 
     def prefix(self, ctx: Context) -> tuple[Tensor, Tensor]:
-        "P_K, P_V (H, p, D)"
+        """P_K, P_V (H, p, D)"""
         return self.K, self.V
 
     def after(self, x: tuple, y: tuple, ctx: Context) -> tuple:
-        k, v, seen = y
+        k, v, key_mask = y
         P_K, P_V = self.prefix(ctx)
-        B, (H, p, D), m = k.shape[0], P_K.shape, xp(k.data)
-        grow = lambda P, a: ops.concatenate(ops.broadcast_to(P, (B, H, p, D)), a, axis=2)
-        seen = None if seen is None else m.concatenate([m.ones((B, p), dtype=bool), seen], axis=1)
-        return grow(P_K, k), grow(P_V, v), seen
+        B = k.shape[0]
+        H, p, D = P_K.shape
+        k = ops.concatenate(ops.broadcast_to(P_K, (B, H, p, D)), k, axis=2)      # (B, H, p + Tk, D)
+        v = ops.concatenate(ops.broadcast_to(P_V, (B, H, p, D)), v, axis=2)
+        if key_mask is not None:
+            real = xp(key_mask).ones((B, p), dtype=bool)
+            key_mask = xp(key_mask).concatenate([real, key_mask], axis=1)        # (B, p + Tk)
+        return k, v, key_mask
+
+    def ejected(self) -> Prefix:
+        """This prefix as plain tensors."""
+        return self
 
 
 class Hidden(Edit):
-    "tanh(W₁ E + b₁): the part of the reparameterisation that all layers share.    (p, k)"
+    """tanh(W₁ E + b₁) (p, k): the part of the reparameterisation that all layers share."""
 
-    def __init__(self, p: int, c: int, k: int, rng: np.random.Generator):
-        self.E, self.W1 = Embedding(p, c, rng=rng, std=1.0), Linear(c, k, rng=rng, std=c**-0.5)
+    def __init__(self, p: int, width: int, k: int, rng: np.random.Generator):
+        self.E = Embedding(p, width, rng=rng, std=1.0)
+        self.W1 = Linear(width, k, rng=rng, std=width**-0.5)
 
     def forward(self, _: Any, ctx: Context) -> Tensor:
         return ops.tanh(self.W1(self.E.weight, ctx))
 
 
 class Reparameterized(Prefix):
-    "P_K, P_V of one layer from the shared hidden rows."
+    """P_K and P_V of one layer, computed from the shared hidden rows."""
 
-    def __init__(self, h: int, d: int, shared: Hidden, rng: np.random.Generator):
-        self.hidden, self.W2, self._heads = shared, Linear(shared.W1.out_features, 2 * h * d, rng=rng, std=shared.W1.out_features**-0.5), (h, d)
+    def __init__(self, heads: int, head_width: int, shared: Hidden, rng: np.random.Generator):
+        k = shared.W1.out_features
+        self.hidden = shared
+        self.W2 = Linear(k, 2 * heads * head_width, rng=rng, std=k**-0.5)
+        self._heads = heads
+        self._head_width = head_width
 
     def prefix(self, ctx: Context) -> tuple[Tensor, Tensor]:
-        h, d = self._heads
-        both = self.W2(self.hidden(None, ctx), ctx)                              # (p, 2 H D)
-        K, V = (both[:, i * h * d:(i + 1) * h * d].reshape(-1, h, d).permute(1, 0, 2) for i in (0, 1))
-        return K, V
+        rows = self.W2(self.hidden(None, ctx), ctx)                              # (p, 2 H D)
+        width = self._heads * self._head_width
+        return self.split(rows[:, :width]), self.split(rows[:, width:])
+
+    def split(self, rows: Tensor) -> Tensor:
+        """(p, H D) -> (H, p, D)"""
+        return rows.reshape(-1, self._heads, self._head_width).permute(1, 0, 2)
 
     def ejected(self) -> Prefix:
-        """The prefix of this layer as plain tensors."""
-        K, V = self.prefix(Context())                                            # (H, p, D)
+        with no_grad():
+            K, V = self.prefix(Context())
         return Prefix(K.data.copy(), V.data.copy())
 
 
 class Shift(Edit):
-    "Real tokens start at position p."
+    """The text starts at position p. An edit of the token embedding, which runs before positions are read."""
 
-    def __init__(self, p: int, rows: int):
-        self._p, self._rows = p, rows
+    def __init__(self, p: int):
+        self._p = p
 
-    def before(self, positions: Any, ctx: Context) -> Any:
-        if self._p + ctx.past_length + ctx.ids.shape[1] > self._rows:
-            raise ValueError(f"{ctx.past_length + ctx.ids.shape[1]} tokens after a prefix of {self._p} go beyond the model's {self._rows} positions")
-        return positions + self._p
+    def before(self, ids: Any, ctx: Context) -> Any:
+        ctx.position_shift += self._p
+        return ids

@@ -1,12 +1,13 @@
-"""Prompt tuning: The Power of Scale for Parameter-Efficient Prompt Tuning.  Lester, Al-Rfou, Constant, EMNLP 2021.  arXiv:2104.08691
+"""Prompt tuning: The Power of Scale for Parameter-Efficient Prompt Tuning.
+Lester, Al-Rfou, Constant, EMNLP 2021.  arXiv:2104.08691
 
-    X ← [P; E(x)]        P (p, C) trains, everything else is frozen                                                      §2
+    X ← [P; E(x)]        P (p, C) trains, everything else is frozen                              §2
 
-Positions: the prompt stands at 0 .. p − 1, the text starts at p.  Its rows are dropped after the last block, so that logits, labels and
-BERT's [CLS] stay where they were.
+The prompt has the positions 0 .. p − 1; the text starts at p. The rows of the prompt are dropped after
+the last block, so that logits, labels and BERT's [CLS] keep their positions.
 
-Departures: rows of P start as embeddings of random tokens (the paper's second choice; `init="uniform"` is its first, ±0.5); the paper's
-Adafactor with a constant rate of 0.3 is AdamW here.
+Departures: the rows of P start as embeddings of random tokens, the paper's second choice;
+`init="uniform"` is its first, ±0.5. The paper's Adafactor with a constant rate of 0.3 is AdamW here.
 """
 from __future__ import annotations
 
@@ -16,47 +17,55 @@ from typing import Any
 import numpy as np
 
 from ... import array, ops
-from ...edit import Edit, Method
-from ...nn import Context, Module, Packed, Parameter
+from ...edit import Edit, Method, base_modules, stacks, token_embedding
+from ...nn import Context, Embedding, Module, Parameter, dense
 from ...tensor import Tensor
 
 
 @dataclass(frozen=True)
 class PromptTuning(Method):
-    "p: prompt length;  init: 'vocabulary' (embeddings of random tokens) or 'uniform' (±0.5)."
+    """p: prompt length;  init: "vocabulary" (embeddings of random tokens) or "uniform" (±0.5)."""
+
     p: int = 20
     init: str = "vocabulary"
-    targets: Any = ("embed", "blocks.*")
 
-    def edits(self, found: dict[str, Module], rng: np.random.Generator) -> dict[str, Edit]:
+    def find(self, model: Module) -> dict[str, Module]:
+        """The token embedding and the last block. TypeError if there is more than one stack."""
+        if len(stacks(model)) != 1:
+            raise TypeError(f"PromptTuning wants a model with one stack, got {', '.join(stacks(model))}")
+        (blocks,) = stacks(model).values()
+        return {**token_embedding(model), blocks[-1]: base_modules(model)[blocks[-1]]}
+
+    def edit(self, path: str, module: Module, rng: np.random.Generator) -> Edit:
         if self.init not in ("vocabulary", "uniform"):
-            raise ValueError(f"PromptTuning's init is 'vocabulary' or 'uniform', not {self.init!r}")
-        *_, top = (p for p in found if not p.endswith("embed"))                  # the last block
-        return {p: SoftPrompt(m, self.p, self.init, rng) if p.endswith("embed") else Drop(self.p)
-                for p, m in found.items() if p.endswith("embed") or p == top}
+            raise ValueError(f"PromptTuning wants init 'vocabulary' or 'uniform', got {self.init!r}")
+        if isinstance(module, Embedding):
+            return SoftPrompt(module, self.p, self.init, rng)
+        return Drop(self.p)
 
 
 class SoftPrompt(Edit):
-    "P in front of the embeddings."
+    """P in front of the embeddings."""
 
-    def __init__(self, embed: Module, p: int, init: str, rng: np.random.Generator):
+    def __init__(self, embed: Embedding, p: int, init: str, rng: np.random.Generator):
         if init == "uniform":
             P = rng.uniform(-0.5, 0.5, (p, embed.out_features)).astype(np.float32)
         else:
-            W = embed.weight.dequantize() if isinstance(embed.weight, Packed) else embed.weight.data
-            P = array.asnumpy(W)[rng.integers(0, embed.in_features, p)]
+            tokens = rng.integers(0, embed.in_features, p)
+            P = array.asnumpy(dense(embed.weight))[tokens]
         self.P = Parameter(array.asarray(P), decay=False)
 
     def after(self, x: Any, y: Tensor, ctx: Context) -> Tensor:
-        if ctx.past_length:                                                            # the prompt is in the cache already
+        if ctx.past_length:                              # the prompt is in the cache already
             return y
-        (p, C), B = self.P.shape, y.shape[0]
+        B = y.shape[0]
+        p, C = self.P.shape
         ctx.prepend(p)
-        return ops.concatenate(ops.broadcast_to(self.P, (B, p, C)), y, axis=1)
+        return ops.concatenate(ops.broadcast_to(self.P, (B, p, C)), y, axis=1)      # (B, p + T, C)
 
 
 class Drop(Edit):
-    "The prompt's rows leave again."
+    """Remove the rows of the prompt."""
 
     def __init__(self, p: int):
         self._p = p

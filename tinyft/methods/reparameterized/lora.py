@@ -1,12 +1,13 @@
 """LoRA: Low-Rank Adaptation of Large Language Models.  Hu et al., ICLR 2022.  arXiv:2106.09685
 
-    y = x W₀ᵀ + b + (α/r) (x Aᵀ) Bᵀ          W₀ (out, in) frozen,  A (r, in) ~ U(±1/√in),  B (out, r) = 0         §4.1, eq. 3
+    y = x W₀ᵀ + b + (α/r) (x Aᵀ) Bᵀ      W₀ (out, in) frozen,  A (r, in) ~ U(±1/√in),  B (out, r) = 0   §4.1, eq. 3
     merged:  W = W₀ + (α/r) B A
 
-As a change of the output it costs two thin products and never builds the (out, in) gradient of W.  On an embedding, whose input is
-numbers of rows, the weight itself is changed: a tied head reads the same weight, and both see it.
+As a change of the output, it costs two thin products and never builds the (out, in) gradient of W.
+The input of an embedding is token ids. So there the weight itself is changed, and a tied head, which
+reads the same weight, sees the change too.
 
-Departures: the paper draws A from a Gaussian; its code, PEFT and we draw it uniformly from ±1/√in (Kaiming, a = √5).
+Departures: the paper draws A from a Gaussian; its code, PEFT and we draw it uniformly from ±1/√in.
 """
 from __future__ import annotations
 
@@ -24,48 +25,86 @@ from ...tensor import Tensor
 
 @dataclass(frozen=True)
 class LoRA(Method):
-    "r: rank;  alpha: the update is scaled by alpha/r;  dropout: on the branch's input;  targets: the linear maps (or the embedding) to adapt."
+    """r: rank;  alpha: the update is scaled by alpha/r;  dropout: on the branch's input;
+    targets: the linear maps (or the embedding) to adapt."""
+
     r: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
     targets: Any = "attn.[qv]"
 
     def edit(self, path: str, module: Module, rng: np.random.Generator) -> Edit:
-        if len(getattr(vars(module).get("weight"), "shape", ())) != 2:
-            raise TypeError(f"LoRA adapts a weight matrix; {path} is a {type(module).__name__} and has none")
-        if not 0 < self.r:
+        weight = vars(module).get("weight")
+        if len(getattr(weight, "shape", ())) != 2:
+            raise TypeError(
+                f"LoRA adapts a weight matrix; {path} is a {type(module).__name__} and has none")
+        if self.r < 1:
             raise ValueError(f"LoRA wants a rank r >= 1, got {self.r}")
-        rows, cols = module.weight.shape
+        rows, columns = weight.shape
         kind = LowRankWeight if isinstance(module, Embedding) else LowRank
-        return kind(cols, rows, self.r, self.alpha / self.r, self.dropout, rng)
+        return kind(columns, rows, self.r, self.alpha / self.r, self.dropout, rng)
 
 
 class LowRank(Edit):
-    "s (x Aᵀ) Bᵀ beside the module's output."
+    """s (x Aᵀ) Bᵀ, added to the module's output."""
 
-    def __init__(self, in_features: int, out_features: int, r: int, s: float, dropout: float, rng: np.random.Generator):
+    def __init__(self, in_features: int, out_features: int, r: int, s: float, dropout: float,
+                 rng: np.random.Generator):
         bound = in_features**-0.5
-        self.A = Parameter(array.asarray(rng.uniform(-bound, bound, (r, in_features)).astype(np.float32)))
+        A = rng.uniform(-bound, bound, (r, in_features)).astype(np.float32)
+        self.A = Parameter(array.asarray(A))
         self.B = Parameter(array.asarray(np.zeros((out_features, r), np.float32)))
-        self.s, self.drop = s, Dropout(dropout)
+        self.s = s
+        self.drop = Dropout(dropout)
 
     def delta(self) -> Array:
-        "ΔW = s B A"
+        """ΔW = s B A"""
         return self.s * (self.B.data @ self.A.data)
 
+    def branch(self, x: Tensor) -> Tensor:
+        """s (x Aᵀ) Bᵀ. The factor s acts on the r-wide array, the smallest one."""
+        return ops.linear(ops.linear(x, self.A) * self.s, self.B)
+
     def after(self, x: Tensor, y: Tensor, ctx: Context) -> Tensor:
-        return y + ops.linear(ops.linear(self.drop(x, ctx), self.A) * self.s, self.B)      # s on the r-wide side: no array of y's size
+        return y + self.branch(self.drop(x, ctx))
 
     def fold(self, p: dict[str, Array]) -> dict[str, Array]:
         return {**p, "weight": p["weight"] + self.delta()}
 
 
 class LowRankWeight(LowRank):
-    "W + s B A, seen by everyone who reads the weight: what an embedding needs, tied or not.  No dropout: there is no input to thin."
+    """W + s B A in place of an embedding's weight, for all modules that read it.
+
+    There is no dropout: the branch has no input of its own."""
+
     takes_packed = True
-    after, fold = Edit.after, Edit.fold
+    after = Edit.after
+    fold = Edit.fold
 
     def tensor(self, name: str, p: Any) -> Any:
         if name != "weight":
             return p
-        return (Tensor(p.dequantize()) if isinstance(p, Packed) else p) + (self.B @ self.A) * self.s
+        if isinstance(p, Packed):
+            return PackedPlusLowRank(p, self)
+        return p + (self.B @ self.A) * self.s
+
+
+class PackedPlusLowRank(Packed):
+    """W + s B A with a packed W. The dense array is never built."""
+
+    def __init__(self, packed: Packed, update: LowRank):
+        self.shape = packed.shape
+        self._packed = packed
+        self._update = update
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """x (W + s B A)ᵀ:  (..., in) -> (..., out)"""
+        return self._packed.matmul(x) + self._update.branch(x)
+
+    def rows(self, ids: Array) -> Tensor:
+        """(W + s B A)[ids]:  (...) -> (..., in)"""
+        B = ops.embedding(self._update.B, ids)                                   # (..., r)
+        return self._packed.rows(ids) + (B @ self._update.A) * self._update.s
+
+    def dequantize(self) -> Array:
+        return self._packed.dequantize() + self._update.delta()

@@ -1,9 +1,12 @@
-"""BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models.  Ben-Zaken et al., ACL 2022.  arXiv:2106.10199
+"""BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models.
+Ben-Zaken, Goldberg, Ravfogel, ACL 2022.  arXiv:2106.10199
 
-    y = W x + b,   LN(x) = g ⊙ (x − μ)/σ + β:      only b and β train, with the new head                                §2
+    y = W x + b,   LN(x) = g ⊙ (x − μ)/σ + β        only b, β and the new head train            §2
 
-The key's bias gets no gradient: q·b_k adds one constant to a whole row of scores, and softmax does not see it.
-Rates are ten to twenty times those of full fine-tuning.
+The bias of the keys gets no gradient: q·b_k adds one constant to a row of scores, and softmax ignores
+it. Learning rates are ten to twenty times those of full fine-tuning.
+
+Departures: none.
 """
 from __future__ import annotations
 
@@ -15,12 +18,13 @@ from ...nn import Module
 
 @dataclass(frozen=True)
 class BitFit(Method):
-    """Every tensor that is the `bias` of its module trains. Raises ValueError on a model without biases."""
+    """Every tensor that is the `bias` of its module trains."""
 
     def trains(self, model: Module) -> set[str]:
-        parameters = base_parameters(model)
-        biases = {id(m.own()["bias"]) for m in base_modules(model).values() if "bias" in m.own()}
-        names = {name for name, p in parameters.items() if id(p) in biases}
-        if all(is_head(model, name) for name in names):      # the head alone would not be BitFit
+        """Raises ValueError on a model without biases: the head alone would not be BitFit."""
+        own = [module.own() for module in base_modules(model).values()]
+        biases = {id(tensors["bias"]) for tensors in own if "bias" in tensors}
+        names = {name for name, p in base_parameters(model).items() if id(p) in biases}
+        if all(is_head(model, name) for name in names):
             raise ValueError("BitFit would train nothing on this model: it has no biases")
         return names

@@ -1,33 +1,37 @@
-"""Partial fine-tuning: the top k blocks, what stands above them, and the head.  Howard & Ruder, ACL 2018; Houlsby et al. 2019, §3.4.
+"""Partial fine-tuning: the top k blocks, the modules above them, and the head.
+Howard & Ruder, ACL 2018; Houlsby et al., ICML 2019, §3.4.
 
-    trains  {blocks L−k .. L−1}  ∪  {final norm, pooler}  ∪  {head};      k = 0 is the head alone (a linear probe)
+    trained:  {blocks L−k .. L−1 of every stack}  ∪  {final norm, pooler}  ∪  {head}
 
-Gradients stop below the lowest trained block: nothing is computed there.
-Departures: a language model's tied head is the input embedding, which stays frozen; untied heads and new task heads train.
+With k = 0 the norms stay frozen too, and the head alone trains: a linear probe. Gradients stop below
+the lowest trained block: nothing is computed there.
+
+Departures: a tied head is the input embedding, which stays frozen. Untied heads and new heads train.
 """
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
-from ...edit import Method, base_modules, base_parameters
-from ...nn import Module
+from ...edit import Method, base_modules, base_parameters, inside, stacks
+from ...nn import LayerNorm, Module, RMSNorm
 
 
 @dataclass(frozen=True)
 class Partial(Method):
-    """k: the number of blocks that train, from the top."""
+    """k: the number of blocks that train, from the top of every stack."""
 
     k: int = 1
 
     def trains(self, model: Module) -> set[str]:
-        depth = sum(re.fullmatch(r"blocks\.\d+", p) is not None for p in base_modules(model))
+        """Raises ValueError unless every stack has k blocks."""
+        depth = min(len(blocks) for blocks in stacks(model).values())
         if not 0 <= self.k <= depth:
-            raise ValueError(f"Partial wants 0 <= k <= {depth}, the model's number of blocks; got {self.k}")
-
-        def trains(name: str) -> bool:
-            first, *rest = name.split(".")
-            if first == "blocks":
-                return int(rest[0]) >= depth - self.k
-            return first in ("pooler", "head") or (first == "norm" and self.k > 0)      # BERT has no final norm
-        return {name for name in base_parameters(model) if trains(name)}
+            raise ValueError(
+                f"Partial wants 0 <= k <= {depth}, the model's number of blocks; got {self.k}")
+        modules = base_modules(model)
+        paths = set(model.top_modules)
+        if self.k == 0:
+            paths = {path for path in paths if not isinstance(modules.get(path), (LayerNorm, RMSNorm))}
+        for blocks in stacks(model).values():
+            paths.update(blocks[len(blocks) - self.k:])
+        return {name for name in base_parameters(model) if inside(name, paths)}
