@@ -35,7 +35,7 @@ from tinyft import (
     load_adapter,
     save_adapter,
 )
-from tinyft.adapters.files import known
+from tinyft.adapters.files import find_method
 from tinyft.files import read_tensors, write_tensors
 from tinyft.methods import ALL
 
@@ -86,7 +86,7 @@ def test_what_is_stored_is_what_trained_and_no_more(tmp_path):
     assert sorted(arrays) == sorted([f"blocks.{i}.attn.{p}:{m}" for i in (0, 1) for p in "qv" for m in "AB"] + ["head.out.weight"])
     assert sum(a.nbytes for a in arrays.values()) == edit.count(model).nbytes
     facts = json.loads((tmp_path / "adapter.json").read_text())
-    assert facts["method"] == "LoRA" and facts["fields"]["r"] == 2 and facts["head"] == ["head.out.weight"] and facts["base"]["family"] == "GPT"
+    assert facts["method"]["class"].endswith(".LoRA") and facts["method"]["fields"]["r"] == 2 and facts["seed"] == 0 and facts["head"] == ["head.out.weight"] and facts["base"]["family"] == "GPT"
 
 
 def test_an_adapter_can_come_back_under_another_name_and_beside_others(tmp_path):
@@ -190,22 +190,30 @@ def same_folder(path: Path) -> None:
     pass
 
 
-base: Callable[[], Any] = lambda: build("gpt")
+def lora_facts(cls: str = "LoRA", **fields: Any) -> dict[str, Any]:
+    """A method's entry in adapter.json."""
+    return {"class": f"tinyft.methods.reparameterized.lora.{cls}", "fields": fields}
+
+
+def base() -> Any:
+    return build("gpt")
+
+
 WRONG: dict[str, tuple[Callable[[Path], None], Callable[[], Any], dict, type, str]] = {
     "other weights": (same_folder, other_weights, {}, ValueError, "a base with other weights"),
-    "other sizes": (same_folder, lambda: GPT(GPTConfig(23, 24, 12, 3, 3, 20)), {}, ValueError, r"a base of [\d,]+ numbers; this is a base of"),
+    "other sizes": (same_folder, lambda: GPT(GPTConfig(23, 24, 12, 3, 3, 20)), {}, ValueError, r"a base of [\d,]+ parameters; this is a base of"),
     "as many numbers in other shapes": (same_folder, lambda: GPT(GPTConfig(24, 23, 12, 2, 3, 20)), {}, ValueError, "with other shapes"),
     "another family": (same_folder, lambda: BERT(BERTConfig(23, 24, 2, 12, 2, 3, 20)), {}, ValueError, "family GPT; this is .* family BERT"),
     "a head where there was none": (same_folder, lambda: with_head(3), {}, ValueError, "new head has shapes"),
     "another method wanted": (same_folder, base, dict(method=Houlsby), ValueError, "holds a LoRA, not a Houlsby"),
-    "an unknown method": (consistent(method="Telepathy"), base, {}, ValueError, "'Telepathy', which this tinyft does not know"),
-    "a field of a later version": (consistent(fields={"r": 2, "alpha": 3.0, "warp": 9}), base, {}, ValueError, "another version of tinyft: .*warp"),
-    "another rank": (consistent(fields={"r": 3, "alpha": 3.0}), base, {}, ValueError, r"attn.q.edits.lora.A has shape \(2, 12\), not \(3, 12\)"),
-    "a rank below one": (consistent(fields={"r": 0, "alpha": 3.0}), base, {}, (ValueError, ZeroDivisionError), "rank r >= 1"),
-    "targets that are not there": (consistent(fields={"r": 2, "targets": "nowhere"}), base, {}, LookupError, "'nowhere' names no module"),
+    "an unknown method": (consistent(method=lora_facts("Telepathy", r=2)), base, {}, ValueError, "'Telepathy', which this tinyft does not know"),
+    "a field of a later version": (consistent(method=lora_facts(r=2, alpha=3.0, warp=9)), base, {}, ValueError, "another version of LoRA: .*warp"),
+    "another rank": (consistent(method=lora_facts(r=3, alpha=3.0)), base, {}, ValueError, r"attn.q.edits.lora.A has shape \(2, 12\), not \(3, 12\)"),
+    "a rank below one": (consistent(method=lora_facts(r=0, alpha=3.0)), base, {}, (ValueError, ZeroDivisionError), "rank r >= 1"),
+    "targets that are not there": (consistent(method=lora_facts(r=2, targets="nowhere")), base, {}, LookupError, "'nowhere' names no module"),
     "a missing tensor": (fewer, base, {}, ValueError, "does not fit: blocks.0.attn.q.edits.lora.A is missing"),
     "a transposed tensor": (reshaped, base, {}, ValueError, r"blocks.0.attn.q.edits.lora.A has shape \(12, 2\), not \(2, 12\)"),
-    "changed fields": (rewritten(fields={"r": 2, "alpha": 99.0}), base, {}, ValueError, "not of one saving"),
+    "changed fields": (rewritten(method=lora_facts(r=2, alpha=99.0)), base, {}, ValueError, "not of one saving"),
     "a cut json": (cut("adapter.json", 0.5), base, {}, ValueError, "adapter.json is damaged"),
     "an empty json": (cut("adapter.json", 0), base, {}, ValueError, "adapter.json is damaged"),
     "a json that is a list": (lambda p: (p / "adapter.json").write_text("[1, 2]"), base, {}, ValueError, "adapter.json is damaged"),
@@ -307,12 +315,45 @@ class Plain(Method):
 
 
 @pytest.mark.parametrize("method", [Homemade(), Plain()], ids=["homemade", "plain"])
-def test_a_method_that_could_not_be_found_again_is_not_saved(method, tmp_path):
-    model = build("gpt")
-    attach(model, method)
-    with pytest.raises(ValueError, match=f"{type(method).__name__} is not a method that load_adapter could find"):
-        save_adapter(model, tmp_path / "a")
-    assert not (tmp_path / "a").exists()
+def test_a_users_own_method_saves_and_loads_when_its_class_is_given(method, tmp_path):
+    """Its class is compared with the name in the file; no code is imported by name."""
+    cls = type(method)
+    model = trained("gpt", method)
+    save_adapter(model, tmp_path)
+    fresh = build("gpt")
+    with pytest.raises(ValueError, match=f"{cls.__name__!r}, which this tinyft does not know.*method="):
+        load_adapter(fresh, tmp_path)
+    with pytest.raises(ValueError, match=f"holds a {cls.__name__}, not a LoRA"):
+        load_adapter(fresh, tmp_path, method=LoRA)
+    assert not edit.attached(fresh)
+    load_adapter(fresh, tmp_path, method=cls)
+    assert same(run(fresh), run(model))
+
+
+@dataclass(frozen=True)
+class Pulled(Method):
+    """A method with data among its fields."""
+    old: Any = None
+    beta: float = 1.0
+    targets: Any = "attn.q"
+
+    def edit(self, path: str, module: Any, rng: np.random.Generator) -> edit.Edit:
+        return LoRA(r=1).edit(path, module, rng)
+
+
+def test_a_method_with_data_is_given_again_to_load_and_must_be_the_same(tmp_path):
+    data = [np.arange(12).reshape(3, 4), np.ones((3, 4), int)]
+    model = trained("gpt", Pulled(old=data))
+    save_adapter(model, tmp_path)
+    assert (tmp_path / "adapter.json").stat().st_size < 2000                     # a fingerprint, not the data
+    fresh = build("gpt")
+    with pytest.raises(ValueError, match="the old of its Pulled is data.*pass the method itself"):
+        load_adapter(fresh, tmp_path, method=Pulled)
+    for other, field in ((Pulled(old=[data[0], data[0]]), "old"), (Pulled(old=data, beta=2.0), "beta")):
+        with pytest.raises(ValueError, match=f"with another {field}"):
+            load_adapter(fresh, tmp_path, method=other)
+    load_adapter(fresh, tmp_path, method=Pulled(old=[a.copy() for a in data]))
+    assert same(run(fresh), run(model))
 
 
 def test_neither_is_a_weighted_sum_of_adapters_nor_nothing(tmp_path):
@@ -327,5 +368,31 @@ def test_neither_is_a_weighted_sum_of_adapters_nor_nothing(tmp_path):
 
 
 def test_every_method_is_known_by_its_name():
-    assert all(known(cls.__name__) is cls for cls in ALL) and known("Method") is None and known("Homemade") is None
-    assert known("Full") is Full
+    assert all(find_method(cls.__name__) is cls for cls in ALL) and find_method("Method") is None and find_method("Homemade") is None
+    assert find_method("Full") is Full
+
+
+# ── files of version 0.1 ─────────────────────────────────────────────────────────────────────────────────────────────
+OLD = Path(__file__).parent / "data" / "version_0_1"
+
+
+def old_base(kind: str) -> Any:
+    """The base model whose adapters version 0.1 saved."""
+    if kind == "gpt":
+        model = GPT(GPTConfig(19, 16, 12, 2, 3, 20))
+    else:
+        model = BERT(BERTConfig(19, 16, 2, 12, 2, 3, 20))
+        model.new_head(3, np.random.default_rng(0))
+    model.load_state_dict(read_tensors(OLD / f"{kind}.safetensors")[0])
+    return model.eval()
+
+
+@pytest.mark.parametrize("folder", sorted(p.parent.name for p in OLD.glob("*/adapter.json")))
+def test_an_adapter_of_version_0_1_loads_and_gives_the_logits_it_gave(folder):
+    model = old_base(folder.split("-")[0])
+    expected = read_tensors(OLD / "expected.safetensors")[0]
+    before = run(model, expected["ids"][0])
+    load_adapter(model, OLD / folder)
+    logits = run(model.eval(), expected["ids"][0])
+    np.testing.assert_allclose(logits, expected[folder], rtol=1e-4, atol=1e-5)
+    assert np.abs(before - expected[folder]).max() > 1e-3                        # the adapter changes them

@@ -37,7 +37,7 @@ from tinyft.methods.additive.houlsby import Bottleneck, truncated_normal
 from tinyft.methods.additive.prefix import Hidden, Prefix, Reparameterized, Shift
 from tinyft.methods.additive.prompt import Drop, SoftPrompt
 from tinyft.methods.reparameterized.lora import LowRank
-from tinyft.models.blocks import KV, Attention
+from tinyft.models.blocks import Attention
 from tinyft.nn import Cache, Context, Embedding, Linear, Module, Parameter
 from tinyft.optim import SGD, AdamW
 from tinyft.tensor import Record, Tensor, topological
@@ -620,7 +620,7 @@ def test_a_shift_moves_the_text_by_p_positions(kind):
     "A shifted prefix is an unshifted one on a model whose positions start at p."
     model, a = tuned(ROWS["prefix-shift"], kind)
     y = run(model)
-    model.pos.edits = {}
+    model.embed.edits = {}
     assert not near(run(model), y, 1e-3)
     model.pos.weight.copy_(np.roll(host(model.pos.weight), -3, axis=0))
     assert near(run(model), y)
@@ -741,17 +741,20 @@ class CachedTwice(Prefix):
 
 
 class WrongShift(Shift):
-    "Counts positions itself, from the left, padding or not."
+    """An edit of the position table that counts positions from the left, padding or not."""
 
     def before(self, positions: Any, ctx: Any) -> Any:
         return ops.xp(ctx.ids).arange(ctx.ids.shape[1])[None] + self._p
 
 
 class SomePrefix(Method):
-    targets, kind, shift = ("attn.kv", "pos"), Prefix, Shift
+    targets, kind, shift = ("attn.kv", "embed"), Prefix, Shift
 
     def edit(self, path: str, m: Module, rng: np.random.Generator) -> Edit | None:
-        return self.kind(*(array.normal(rng, (m.heads, 3, m.head_width), 0.3) for _ in "KV")) if isinstance(m, KV) else self.shift(3, m.in_features)
+        if isinstance(m, Embedding):
+            return self.shift(3)
+        K, V = (array.normal(rng, (m.heads, 3, m.head_width), 0.3) for _ in "KV")
+        return self.kind(K, V)
 
 
 class Kept(Method):
@@ -845,7 +848,7 @@ PLANTED = {
     "an adapter that claims to merge": ("merge", Houlsby(m=5), replace(HOULSBY, merges=True)),
     "a prefix whose mask is forgotten": ("padding", some_prefix(kind=Blind), PREFIX),
     "a prefix that is cached": ("cache", some_prefix(kind=CachedTwice), PREFIX),
-    "a shift that does not look at the mask": ("padding", some_prefix(shift=WrongShift), PREFIX),
+    "a shift that does not look at the mask": ("padding", some_prefix(shift=WrongShift, targets=("attn.kv", "pos")), PREFIX),
     "a prefix that claims to be nothing": ("start", PrefixTuning(p=3), replace(PREFIX, start="same")),
     "a prompt whose rows are kept": ("start", Kept(), PROMPT),
     "a prompt that comes again at every call": ("cache", AlwaysPrompt(), PROMPT),

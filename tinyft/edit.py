@@ -133,15 +133,16 @@ class Attached:
 # ── finding parts of a model ─────────────────────────────────────────────────────────────────────────────────────────
 def base_modules(model: Module) -> dict[str, Module]:
     """The model's own modules by path, without edits."""
-    return {path: m for path, m in model.named_modules() if not _in_edit(path) and not isinstance(m, Packed)}
+    return {path: m for path, m in model.named_modules() if not is_in_edit(path) and not isinstance(m, Packed)}
 
 
 def base_parameters(model: Module) -> dict[str, Tensor]:
     """The model's own tensors by name, without those of edits."""
-    return {name: p for name, p in model.named_parameters().items() if not _in_edit(name)}
+    return {name: p for name, p in model.named_parameters().items() if not is_in_edit(name)}
 
 
-def _in_edit(path: str) -> bool:
+def is_in_edit(path: str) -> bool:
+    """True if a module or tensor of this name is part of an edit."""
     return "edits" in path.split(".")
 
 

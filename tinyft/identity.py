@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import sys
 from collections.abc import Mapping
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,46 +20,58 @@ from .nn import Module
 from .tensor import Tensor
 
 POSITION = ("epoch", "batch", "count")                   # attributes that say where a stream of data stands
+LONG = 100                                               # a list with more entries counts as data
 
 
 def qualified_name(cls: type) -> str:
-    """`module.QualName` of a class; a module that was run as a script is called by its file's name."""
-    return f"{cls.__module__}.{cls.__qualname__}"
+    """`module.QualName` of a class. A script counts as the module that its file would be if it were imported."""
+    module = cls.__module__
+    if module == "__main__":
+        main = sys.modules["__main__"]
+        spec = getattr(main, "__spec__", None)
+        file = getattr(main, "__file__", None)
+        module = spec.name if spec else Path(file).stem if file else module
+    return f"{module}.{cls.__qualname__}"
 
 
 def describe(obj: Any) -> Any:
-    """Facts that identify an object: equal for equal objects, and unchanged by training or by reading data.
+    """Facts that identify a method or a loss: equal for equal objects, unchanged by training and by reading data.
 
-    A plain value describes itself. A frozen dataclass becomes {"class": "module.QualName", "fields": {...}}. An array,
-    a tensor, a model or any other object becomes {"fingerprint": hex of its content}."""
-    if obj is None or isinstance(obj, (bool, int, float, str)):
-        return obj
-    if isinstance(obj, (list, tuple)) and not _is_data(obj):
-        return [describe(v) for v in obj]
-    if isinstance(obj, Mapping) and all(isinstance(k, str) for k in obj) and not _is_data(list(obj.values())):
-        return {k: describe(v) for k, v in obj.items()}
-    if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
-        fields = {f.name: describe(getattr(obj, f.name)) for f in dataclasses.fields(obj) if f.init}
-        return {"class": qualified_name(type(obj)), "fields": fields}
-    return {"fingerprint": fingerprint(obj)}
-
-
-def describe_method(obj: Any) -> dict[str, Any]:
-    """`describe` for a method or a loss; one that is no dataclass is identified by its class alone."""
+    A frozen dataclass becomes {"class": "module.QualName", "fields": {...}}. A field that is a plain value, a short
+    list of these or another dataclass is described as it is; an array, a tensor, a model or data becomes
+    {"fingerprint": hex of its content}. An object that is not a dataclass is identified by its class alone."""
+    if _is_plain(obj) or isinstance(obj, (list, tuple, Mapping, Tensor, Module)) or array.is_array(obj):
+        return _describe_value(obj)
+    fields = {}
     if dataclasses.is_dataclass(obj):
-        return describe(obj)
-    return {"class": qualified_name(type(obj)), "fields": {}}
+        fields = {f.name: _describe_value(getattr(obj, f.name)) for f in dataclasses.fields(obj) if f.init}
+    return {"class": qualified_name(type(obj)), "fields": fields}
 
 
-def _is_data(values: Any) -> bool:
-    """True if a list holds arrays, tensors, models or batches at any depth: too much to write down."""
-    for v in values:
-        inner = list(v.values()) if isinstance(v, Mapping) else v if isinstance(v, (list, tuple)) else None
-        if inner is None and not isinstance(v, (bool, int, float, str, type(None))) and not dataclasses.is_dataclass(v):
-            return True
-        if inner is not None and _is_data(inner):
-            return True
-    return False
+def _describe_value(value: Any) -> Any:
+    """The description of one field."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return describe(value)
+    if not _is_short(value):
+        return {"fingerprint": fingerprint(value)}
+    if isinstance(value, (list, tuple)):
+        return [_describe_value(v) for v in value]
+    if isinstance(value, Mapping):
+        return {key: _describe_value(v) for key, v in value.items()}
+    return value
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _is_short(value: Any) -> bool:
+    """True for a plain value, a dataclass, and a list or dict of few of these, at any depth."""
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) for key in value) and _is_short(list(value.values()))
+    if isinstance(value, (list, tuple)):
+        return len(value) <= LONG and all(_is_short(v) for v in value)
+    return _is_plain(value) or (dataclasses.is_dataclass(value) and not isinstance(value, type))
 
 
 def fingerprint(obj: Any) -> str:

@@ -1,7 +1,12 @@
-"""An adapter on disk: a folder with adapter.safetensors (what trained) and adapter.json (the method's fields, and which base it is for)."""
+"""An adapter on disk: a folder with two files.
+
+    adapter.safetensors   the trained tensors and the buffers of one attached method
+    adapter.json          the method's class and fields, its name and seed, and the identity of the base model
+
+Both are written together. Class names in a file are compared with known classes; nothing is imported by name.
+"""
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -13,99 +18,190 @@ import numpy as np
 from .. import array, edit
 from ..edit import Attached, Method
 from ..files import pack_tensors, read_tensors, write_atomically
+from ..identity import describe, qualified_name
 from ..nn import Module
 from ..tensor import Tensor
 
 __all__ = ["save_adapter", "load_adapter"]
 
+# Fields that methods of version 0.1 had: {class: {old field: its name now, or None if it is gone}}.
+FIELDS_OF_0_1: dict[str, dict[str, str | None]] = {
+    "Partial": {"depth": None},
+    "PromptTuning": {"targets": None},
+    "PrefixTuning": {"kv": "targets", "pos": None},
+}
 
+
+# ── save ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 def save_adapter(model: Module, path: str | os.PathLike, name: str | None = None) -> Path:
-    """Write what one attached method trained (the last one, or `name`), with a new head if it carries one, to the folder `path`.
+    """Write one attached method (the last one, or `name`) to the folder `path`, with a new head if it carries one.
 
     Both files are written before either takes its place: a full disk leaves the old adapter as it was."""
     a = edit.get_attached(model, name)
-    if known(type(a.method).__name__) is not type(a.method):
-        raise ValueError(f"{type(a.method).__name__} is not a method that load_adapter could find by its name again")
-    facts = {"method": type(a.method).__name__, "fields": dataclasses.asdict(a.method), "name": a.name,
-             "head": [n for n in a.base if edit.is_head(model, n)], "base": fingerprint(model)}
+    cls = type(a.method)
+    if a.edits and cls.edit is Method.edit and cls.edits is Method.edits:
+        raise ValueError(f"{cls.__name__} is not a method that load_adapter could make again: it has no `edit`")
+    facts = {
+        "method": describe(a.method),
+        "name": a.name,
+        "seed": a.seed,
+        "head": [n for n in a.base if edit.is_head(model, n)],
+        "base": identify_base(model),
+    }
+    tensors = {_name_in_file(a, n): v for n, v in edit.state_dict(model, a).items()}
     path = Path(path)
-    write_atomically({path / "adapter.safetensors": pack_tensors(_to_file(a, edit.state_dict(model, a)), {"sum": digest(facts)}),
-                      path / "adapter.json": (json.dumps(facts, indent=1) + "\n").encode()})
+    write_atomically({
+        path / "adapter.safetensors": pack_tensors(tensors, {"sum": digest(facts)}),
+        path / "adapter.json": (json.dumps(facts, indent=1) + "\n").encode(),
+    })
     return path
 
 
-def load_adapter(model: Module, path: str | os.PathLike, name: str | None = None, method: type[Method] | None = None) -> Attached:
-    """Attach what save_adapter wrote.  FileNotFoundError, or ValueError naming the difference, if the folder is damaged, the base is
-    another, the method is not `method`, or the shapes differ; then the model is unchanged."""
+def _name_in_file(a: Attached, name: str) -> str:
+    """`blocks.0.attn.q:A` for the tensor `blocks.0.attn.q.edits.lora.A`: an adapter may be loaded under another name."""
+    return name.replace(f".edits.{a.name}.", ":", 1)
+
+
+def _name_in_model(a: Attached, name: str) -> str:
+    return name.replace(":", f".edits.{a.name}.", 1)
+
+
+# ── load ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+def load_adapter(model: Module, path: str | os.PathLike, name: str | None = None,
+                 method: type[Method] | Method | None = None) -> Attached:
+    """Attach the method that save_adapter wrote.
+
+    method   the class of a method defined outside the library, or, for a method with data among its fields, the
+             method itself; with one of the library's methods, it must be the one in the file
+
+    Raises FileNotFoundError, or ValueError naming the difference, if the folder is damaged, the base or the method is
+    another, or the shapes differ; then the model is unchanged."""
     path = Path(path)
-    for file in ("adapter.json", "adapter.safetensors"):
-        if not (path / file).exists():
-            raise FileNotFoundError(f"{path} is no adapter: it has no {file}")
+    facts, arrays = _read(path)
+    made = _make_method(path, *_class_and_fields(path, facts), method)
+    check_base(facts["base"], identify_base(model))
+    a = edit.attach(model, made, name or facts["name"], facts.get("seed", 0), train_head=bool(facts["head"]))
     try:
-        facts = json.loads((path / "adapter.json").read_text())
-        kind, fields = facts["method"], {k: tuple(v) if isinstance(v, list) else v for k, v in facts["fields"].items()}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as e:
-        raise ValueError(f"{path / 'adapter.json'} is damaged: {e}") from e
-    arrays, check = read_tensors(path / "adapter.safetensors")
-    if check.get("sum") != digest(facts):
-        raise ValueError(f"{path}: adapter.json and adapter.safetensors are not of one saving")
-    cls = known(kind)
-    if cls is None:
-        raise ValueError(f"{path} is of the method {kind!r}, which this tinyft does not know")
-    if method is not None and cls is not method:
-        raise ValueError(f"{path} holds a {kind}, not a {method.__name__}")
-    differ(facts["base"], fingerprint(model))
-    try:
-        made = cls(**fields)
-    except TypeError as e:
-        raise ValueError(f"{path} was saved by another version of tinyft: {e}") from e
-    a = edit.attach(model, made, name or facts["name"], train_head=bool(facts["head"]))
-    try:
-        edit.load_state_dict(model, a, _from_file(a, arrays))
+        edit.load_state_dict(model, a, {_name_in_model(a, n): v for n, v in arrays.items()})
     except ValueError:
         edit.detach(model, a.name)
         raise
     return a
 
 
-def _to_file(a: Attached, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Arrays under the names of a file: `blocks.0.attn.q:A` for `blocks.0.attn.q.edits.lora.A`."""
-    return {name.replace(f".edits.{a.name}.", ":"): v for name, v in arrays.items()}
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """(facts, arrays) of the two files of one saving."""
+    for file in ("adapter.json", "adapter.safetensors"):
+        if not (path / file).exists():
+            raise FileNotFoundError(f"{path} is no adapter: it has no {file}")
+    try:
+        facts = json.loads((path / "adapter.json").read_text())
+        missing = {"method", "name", "head", "base"} - facts.keys()
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as e:
+        raise ValueError(f"{path / 'adapter.json'} is damaged: {e}") from e
+    if missing:
+        raise ValueError(f"{path / 'adapter.json'} is damaged: it has no {min(missing)}")
+    arrays, header = read_tensors(path / "adapter.safetensors")
+    if header.get("sum") != digest(facts):
+        raise ValueError(f"{path}: adapter.json and adapter.safetensors are not of one saving")
+    return facts, arrays
 
 
-def _from_file(a: Attached, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Arrays under the names that they have in the model."""
-    return {name.replace(":", f".edits.{a.name}."): v for name, v in arrays.items()}
+def _class_and_fields(path: Path, facts: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The qualified class name and the fields of the method, as this version calls them."""
+    try:
+        if isinstance(facts["method"], dict):
+            return facts["method"]["class"], dict(facts["method"]["fields"])
+        cls = facts["method"]                            # version 0.1: the class's own name
+        renamed = FIELDS_OF_0_1.get(cls, {})
+        fields = {renamed.get(field, field): v for field, v in facts["fields"].items()}
+        fields.pop(None, None)
+        return f"tinyft.{cls}", fields
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise ValueError(f"{path / 'adapter.json'} is damaged: it does not name a method ({e})") from e
 
 
-def known(name: str) -> type[Method] | None:
-    "The library's method class of this name."
-    return next((c for c in Method.__subclasses__() if c.__name__ == name and c.__module__.startswith("tinyft.methods.")), None)
+def _make_method(path: Path, class_name: str, fields: dict[str, Any], given: type[Method] | Method | None) -> Method:
+    """The method of a file: from its fields, or the one that was given, if it is the same."""
+    short = class_name.split(".")[-1]
+    cls = type(given) if isinstance(given, Method) else given
+    known = find_method(short) if class_name.startswith("tinyft.") else None
+    if cls is not None and cls is not known and qualified_name(cls) != class_name:
+        raise ValueError(f"{path} holds a {short}, not a {cls.__name__}")
+    if cls is None and known is None:
+        raise ValueError(f"{path} is of the method {short!r}, which this tinyft does not know; "
+                         "if it is your own, pass its class: load_adapter(..., method=...)")
+    if isinstance(given, Method):
+        ours = describe(given)["fields"]
+        for field in fields.keys() | ours.keys():
+            if fields.get(field) != ours.get(field):
+                raise ValueError(f"{path} was made by a {short} with another {field}")
+        return given
+    if content := [field for field, v in fields.items() if isinstance(v, dict) and v.keys() & {"fingerprint", "class"}]:
+        raise ValueError(f"{path}: the {content[0]} of its {short} is data, which is not saved; "
+                         f"pass the method itself: load_adapter(..., method={short}(...))")
+    try:
+        return (cls or known)(**{field: _tuples(v) for field, v in fields.items()})
+    except TypeError as e:
+        raise ValueError(f"{path} was saved by another version of {short}: {e}") from e
 
 
-def fingerprint(model: Module) -> dict[str, Any]:
-    "Which base this is: its family, its sizes, and a digest of its weights as they were before anything was attached; a new head aside."
-    before = {n: v for a in reversed(edit.attached(model)) for n, v in a.base.items()}
-    h, shapes = hashlib.blake2b(digest_size=16), {}
-    for n, v in {**edit.base_parameters(model), **{n: b for n, b in model.named_buffers().items() if "edits" not in n.split(".")}}.items():
-        if not edit.is_head(model, n):
-            a = array.asnumpy(before.get(n, v.data if isinstance(v, Tensor) else v))
-            shapes[n] = list(a.shape)
-            h.update(n.encode() + np.ascontiguousarray(a, np.float32 if a.dtype.kind == "f" else None).tobytes())
-    head = [list(p.shape) for n, p in edit.base_parameters(model).items() if edit.is_head(model, n)]
-    return {"family": type(model).__name__, "shapes": hashlib.blake2b(json.dumps(shapes).encode(), digest_size=8).hexdigest(),
-            "numbers": int(sum(np.prod(s) for s in shapes.values())), "tensors": len(shapes), "head": head, "weights": h.hexdigest()}
+def _tuples(value: Any) -> Any:
+    """JSON has lists only; the fields of a method are tuples."""
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
 
 
-def differ(wanted: dict[str, Any], got: dict[str, Any]) -> None:
-    "Raise ValueError if an adapter's base is not this one, naming the first difference."
-    words = {"family": "a model of the family {}", "numbers": "a base of {:,} numbers", "tensors": "a base of {} tensors",
-             "shapes": "a base with other shapes ({})", "head": "a model whose new head has shapes {}", "weights": "a base with other weights ({})"}
-    for key, text in words.items():
+def find_method(name: str) -> type[Method] | None:
+    """The library's method class of this name."""
+    for cls in Method.__subclasses__():
+        if cls.__name__ == name and cls.__module__.startswith("tinyft.methods."):
+            return cls
+    return None
+
+
+# ── the base model ───────────────────────────────────────────────────────────────────────────────────────────────────
+def identify_base(model: Module) -> dict[str, Any]:
+    """The family and the sizes of a model, and a digest of its weights from before anything was attached.
+
+    Of a new head, only the shapes count: its weights are part of the adapter."""
+    original: dict[str, Any] = {}                        # the first method that trains a tensor keeps the original
+    for a in reversed(edit.attached(model)):
+        original.update(a.base)
+    parameters = edit.base_parameters(model)
+    buffers = {n: v for n, v in model.named_buffers(persistent_only=True).items() if not edit.is_in_edit(n)}
+    shapes = {}
+    weights = hashlib.blake2b(digest_size=16)
+    for name, v in {**parameters, **buffers}.items():
+        if not edit.is_head(model, name):
+            a = array.asnumpy(original.get(name, v.data if isinstance(v, Tensor) else v))
+            shapes[name] = list(a.shape)
+            dtype = np.float32 if a.dtype.kind == "f" else None
+            weights.update(name.encode() + np.ascontiguousarray(a, dtype).tobytes())
+    return {
+        "family": type(model).__name__,
+        "shapes": hashlib.blake2b(json.dumps(shapes).encode(), digest_size=8).hexdigest(),
+        "numbers": int(sum(np.prod(s) for s in shapes.values())),
+        "tensors": len(shapes),
+        "head": [list(p.shape) for name, p in parameters.items() if edit.is_head(model, name)],
+        "weights": weights.hexdigest(),
+    }
+
+
+def check_base(wanted: dict[str, Any], got: dict[str, Any]) -> None:
+    """Raise ValueError, naming the first difference, unless an adapter's base is this one."""
+    descriptions = {
+        "family": "a model of the family {}",
+        "numbers": "a base of {:,} parameters",
+        "tensors": "a base of {} tensors",
+        "shapes": "a base with other shapes ({})",
+        "head": "a model whose new head has shapes {}",
+        "weights": "a base with other weights ({})",
+    }
+    for key, text in descriptions.items():
         if wanted.get(key) != got[key]:
             raise ValueError(f"this adapter was trained on {text.format(wanted.get(key))}; this is {text.format(got[key])}")
 
 
 def digest(facts: dict[str, Any]) -> str:
-    "What tells one saving from another."
+    """A checksum of the facts. Both files hold it, so that files of two savings are told apart."""
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8).hexdigest()

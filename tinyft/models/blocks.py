@@ -214,7 +214,9 @@ def check_ids(ids: object, rows: int) -> None:
 
 def check_length(x: Tensor, ctx: Context, T: int, positions: int) -> None:
     "x (B, T + prompt, C) after the cached rows must fit the positions."
-    if ctx.past_length + x.shape[1] > positions:
-        of = [f"{n} of them {what}" for n, what in ((ctx.past_length, "cached"), (x.shape[1] - T, "a soft prompt")) if n]
-        said = f" ({', '.join(of)})" if of else ""
-        raise ValueError(f"a sequence of {ctx.past_length + x.shape[1]} tokens{said} is longer than the model's {positions} positions")
+    total = ctx.past_length + ctx.position_shift + x.shape[1]
+    if total > positions:
+        parts = {"cached": ctx.past_length, "a prefix": ctx.position_shift, "a soft prompt": x.shape[1] - T}
+        named = ", ".join(f"{n} of them {kind}" for kind, n in parts.items() if n)
+        hint = f" ({named})" if named else ""
+        raise ValueError(f"a sequence of {total} tokens{hint} is longer than the model's {positions} positions")
