@@ -1,7 +1,7 @@
 """A strict stand-in for CuPy: NumPy underneath, CuPy's rules on top. It is the backend `strict`, used by the tests.
 
 A library tested on NumPy alone fails on its first GPU. `xp` stands for the module `cupy`, `Array` for `cupy.ndarray`.
-They offer only the names, keywords and methods that CuPy has (cupy_api.json, read from CuPy by tests/tools/cupy_api.py).
+They offer only the names, keywords and methods of CuPy (cupy_api.json, which tests/tools/cupy_api.py reads from CuPy).
 They refuse what CuPy refuses, above all silent copies between host and device. Where CuPy is silent but slow or
 undefined, the stand-in is stricter: it refuses NumPy functions on device arrays, NumPy arrays as indices, repeated or
 out-of-range indices. It fills new memory with NaN, so that a read before the first write shows.

@@ -1,11 +1,12 @@
-"""Write down what CuPy offers, for `tinyft/strict.py` and `xpcheck.py`.  Needs CuPy, but no GPU.
+"""Write a list of CuPy's names and signatures, for `tinyft/strict.py` and `xpcheck.py`. Needs CuPy, but no GPU.
 
     pip install cupy-cuda13x
     python tests/tools/cupy_api.py            writes tinyft/cupy_api.json
     python tests/tools/cupy_api.py --check    compares instead; exit status 1 and the differences if it is out of date
 
-Everything is read by introspection: `inspect.signature` for what is written in Python, the first line of the docstring for what
-is compiled (Cython embeds the signature there).  A signature is kept as its parameter names with Python's own stars:
+Everything is read by introspection: `inspect.signature` for Python functions, the first line of the docstring
+for compiled functions (Cython embeds the signature there). A signature is stored as its parameter names with
+Python's own stars:
 "tup axis out * dtype casting", "subscripts *operands dtype optimize", "array pad_width mode **kwargs".
 """
 from __future__ import annotations
@@ -20,13 +21,13 @@ from pathlib import Path
 import numpy as np
 
 TARGET = Path(__file__).resolve().parents[2] / "tinyft" / "cupy_api.json"
-DEVICE_ONLY = ("get", "set")                        # array methods that NumPy has no counterpart of
-REDUCING_UFUNCS = ("cupy_add", "cupy_multiply")     # the only ones whose .reduce and .accumulate are implemented
-BROKEN = {"packbits": "axis", "unpackbits": "axis"}     # in the signature, but raises NotImplementedError
+DEVICE_ONLY = ("get", "set")                               # array methods without a counterpart in NumPy
+REDUCING_UFUNCS = ("cupy_add", "cupy_multiply")            # the only ufuncs with .reduce and .accumulate
+BROKEN = {"packbits": "axis", "unpackbits": "axis"}        # in the signature, but raises NotImplementedError
 
 
 def signature(f: Callable) -> str:
-    """The parameter names of a callable, stars included; "*args **kwargs" where nothing is known."""
+    """The parameter names of a callable, with stars; "*args **kwargs" if the signature is unknown."""
     try:
         return _stars(inspect.signature(f))
     except (ValueError, TypeError):
@@ -35,12 +36,14 @@ def signature(f: Callable) -> str:
 
 
 def _stars(sig: inspect.Signature) -> str:
+    """The parameter names of a signature, with stars, without `self`."""
     words = []
     for p in sig.parameters.values():
-        if p.kind is p.KEYWORD_ONLY and not any(w.startswith("*") for w in words):
+        if p.kind is p.KEYWORD_ONLY and not any(word.startswith("*") for word in words):
             words.append("*")
-        words.append({p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "") + p.name)
-    return " ".join(w for w in words if w != "self")
+        stars = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
+        words.append(stars + p.name)
+    return " ".join(word for word in words if word != "self")
 
 
 def _from_docstring(f: Callable) -> str | None:
@@ -50,23 +53,27 @@ def _from_docstring(f: Callable) -> str | None:
     if not found:
         return None
     inside = re.sub(r"\([^()]*\)", "", found.group(1))
-    words = [w.split("=")[0].split(":")[0].split()[-1] for w in inside.split(",") if w.strip()]
-    return " ".join(w for w in words if w not in ("self", "/"))
+    parameters = [parameter for parameter in inside.split(",") if parameter.strip()]
+    names = [parameter.split("=")[0].split(":")[0].split()[-1] for parameter in parameters]
+    return " ".join(name for name in names if name not in ("self", "/"))
 
 
 def _function(name: str, f: Callable) -> str:
+    """The signature of one function."""
     from cupy._core._gufuncs import _GUFunc
-    if isinstance(f, _GUFunc):                                  # matmul: the keywords are those of every generalised ufunc
+    if isinstance(f, _GUFunc):                             # matmul has the keywords of every generalised ufunc
+        positional = (_from_docstring(f) or "").replace("**kwargs", "").strip()
         keywords = _stars(inspect.signature(_GUFunc.__call__)).split()
-        return (_from_docstring(f) or "").replace("**kwargs", "").strip() + " * " + " ".join(k for k in keywords if k[0] != "*" and k != "out")
+        keywords = [keyword for keyword in keywords if keyword[0] != "*" and keyword != "out"]
+        return f"{positional} * {' '.join(keywords)}"
     words = signature(f)
-    if "*args" in words or "*operands" in words:                # def einsum(*operands, **kwargs): its docstring knows more
+    if "*args" in words or "*operands" in words:           # the docstring of einsum(*operands, **kwargs) has the names
         words = _from_docstring(f) or words
-    return " ".join(w for w in words.split() if w != BROKEN.get(name))
+    return " ".join(word for word in words.split() if word != BROKEN.get(name))
 
 
 def describe() -> dict:
-    """CuPy's names by kind. `ufuncs` all take the keywords of "ufunc"; `other` are classes and constants."""
+    """CuPy's names by kind. All `ufuncs` take the keywords of "ufunc"; `other` are classes and constants."""
     import cupy
     api = {"version": cupy.__version__, "ufunc": "out casting dtype", "at": [], "reduce": [],
            "functions": {}, "methods": {}, "ufuncs": [], "other": [], "properties": []}
@@ -97,14 +104,16 @@ def describe() -> dict:
 
 
 def main() -> int:
+    """The command. Returns the exit status."""
     text = json.dumps(describe(), indent=0) + "\n"
     if "--check" not in sys.argv[1:]:
         TARGET.write_text(text, encoding="utf-8")
         return 0
-    stored, fresh = TARGET.read_text(encoding="utf-8").splitlines(), text.splitlines()
-    for line in sorted(set(stored) ^ set(fresh)):
+    stored = TARGET.read_text(encoding="utf-8").splitlines()
+    current = text.splitlines()
+    for line in sorted(set(stored) ^ set(current)):
         print("-" if line in stored else "+", line)
-    return stored != fresh
+    return stored != current
 
 
 if __name__ == "__main__":

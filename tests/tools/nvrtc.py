@@ -3,7 +3,7 @@
     pip install nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl
     python tests/tools/nvrtc.py sm_90 [FILE.cu ...]          default: every kernel of the library, for float32
 
-It is the compiler CuPy uses on a device.  The wheels bring the library and the headers; no driver is needed.
+It is the compiler that CuPy uses on a device. The wheels bring the library and the headers; no driver is needed.
 """
 from __future__ import annotations
 
@@ -15,18 +15,22 @@ from pathlib import Path
 
 
 def missing() -> str | None:
-    "None if there is an NVRTC, else what to do about it."
-    return None if _place() else "no NVRTC: pip install nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl"
+    """None if NVRTC is installed, else the command that installs it."""
+    if _folder():
+        return None
+    return "no NVRTC: pip install nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl"
 
 
 @lru_cache(None)
-def _place() -> Path | None:
+def _folder() -> Path | None:
+    """The folder of the wheel that holds NVRTC, or None."""
     for name in ("nvidia.cu13", "nvidia.cuda_nvrtc"):
         try:
             spec = importlib.util.find_spec(name)
         except ModuleNotFoundError:
             continue
-        for folder in (spec.submodule_search_locations or []) if spec else []:
+        folders = spec.submodule_search_locations if spec else None
+        for folder in folders or []:
             if list(Path(folder).glob("lib/libnvrtc.so.*")):
                 return Path(folder)
     return None
@@ -34,17 +38,26 @@ def _place() -> Path | None:
 
 @lru_cache(None)
 def _library() -> ctypes.CDLL:
-    libraries = _place() / "lib"
-    ctypes.CDLL(str(next(libraries.glob("libnvrtc-builtins.so.*"))), mode=ctypes.RTLD_GLOBAL)      # it looks for this one by name alone
-    return ctypes.CDLL(str(next(p for p in libraries.glob("libnvrtc.so.*") if p.suffix[1:].isdigit())))
+    """The NVRTC library. It finds its builtins by name alone, so they are loaded first."""
+    libraries = _folder() / "lib"
+    builtins = next(libraries.glob("libnvrtc-builtins.so.*"))
+    ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)
+    nvrtc = next(path for path in libraries.glob("libnvrtc.so.*") if path.suffix[1:].isdigit())
+    return ctypes.CDLL(str(nvrtc))
 
 
 def compile_cuda(source: str, arch: str) -> tuple[bytes, str]:
-    "(the binary for a device such as sm_90, the compiler's remarks).  RuntimeError with its messages if it does not take the source."
-    lib, program = _library(), ctypes.c_void_p()
+    """(the binary for a device such as sm_90, the compiler's remarks).
+
+    RuntimeError with the compiler's messages if it does not accept the source.
+    """
+    lib = _library()
+    program = ctypes.c_void_p()
     assert lib.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None) == 0
-    options = [f"-arch={arch}", "-std=c++17", f"-I{_place() / 'include'}", f"-I{_place() / 'include' / 'cccl'}", "--ptxas-options=-v"]
-    failed = lib.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*[o.encode() for o in options]))
+    include = _folder() / "include"
+    options = [f"-arch={arch}", "-std=c++17", f"-I{include}", f"-I{include / 'cccl'}", "--ptxas-options=-v"]
+    encoded = (ctypes.c_char_p * len(options))(*[option.encode() for option in options])
+    failed = lib.nvrtcCompileProgram(program, len(options), encoded)
     log = _bytes(lib.nvrtcGetProgramLogSize, lib.nvrtcGetProgramLog, program).rstrip(b"\0").decode()
     if failed:
         raise RuntimeError(log)
@@ -52,6 +65,7 @@ def compile_cuda(source: str, arch: str) -> tuple[bytes, str]:
 
 
 def _bytes(size_of: ctypes._CFuncPtr, get: ctypes._CFuncPtr, program: ctypes.c_void_p) -> bytes:
+    """The bytes that `get` writes; `size_of` gives their number."""
     n = ctypes.c_size_t()
     assert size_of(program, ctypes.byref(n)) == 0
     out = ctypes.create_string_buffer(n.value)
@@ -65,6 +79,9 @@ if __name__ == "__main__":
     from tinyft.kernels.cuda.launch import HERE, source
     arch, *files = sys.argv[1:] or ["sm_90"]
     for path in files or sorted(HERE.glob("*.cu")):
-        text = Path(path).read_text(encoding="utf-8") if files else source(path.name, (("T", "float32"), ("S", "float16")))
+        if files:
+            text = Path(path).read_text(encoding="utf-8")
+        else:
+            text = source(path.name, (("T", "float32"), ("S", "float16")))
         binary, log = compile_cuda(text, arch)
         print(f"{path}: {len(binary)} bytes for {arch}\n{log}")

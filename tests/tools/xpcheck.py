@@ -1,11 +1,13 @@
-"""Static check: what the library asks of an array's module, CuPy has.  Needs neither CuPy nor a GPU.
+"""Static check that CuPy has every name and keyword that the library uses. Needs neither CuPy nor a GPU.
 
     python tests/tools/xpcheck.py [FILE_OR_DIR ...]       default: tinyft/;  exit status 1 if there are faults
 
-The strict double finds the same mistakes when a line runs; this finds them also on lines that no test runs.  Checked are
+The strict backend finds the same mistakes when a line runs; this check finds them also on lines that no test runs.
 
-    xp.NAME(..., kw=), xp(x).NAME(..., kw=), m.NAME(..., kw=) where m = xp(...):  the name, its keywords, the number of positionals
-    np.NAME in the files of DEVICE_FILES:  NumPy's functions are wrong on a device array (dtypes and the like are fine)
+    xp.NAME(..., kw=), xp(x).NAME(..., kw=), m.NAME(..., kw=) where m = xp(...)
+        CuPy must have the name and its keywords, and take this number of positional arguments
+    np.NAME in the files of DEVICE_FILES
+        NumPy's functions are wrong on a device array; its dtypes and constants are allowed
 
 A comment `# host` at the end of a line says that this line works on the host, and exempts it.
 """
@@ -23,21 +25,30 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 API = json.loads((ROOT / "tinyft" / "cupy_api.json").read_text(encoding="utf-8"))
 
-# Files and folders (in tinyft/) that work on host data only, and so may call NumPy as they like.
-HOST_FILES = ("data/", "compare/", "cli.py", "strict.py", "memory.py", "formats/", "assets/", "learn/", "kernels/numpy.py")
+# Files and folders of tinyft/ that work on host data only, and may call any function of NumPy.
+HOST_FILES = (
+    "data/", "compare/", "cli.py", "strict.py", "memory.py", "formats/", "assets/", "learn/", "kernels/numpy.py",
+)
 # Files and folders whose functions receive arrays of any backend.
 DEVICE_FILES = ("ops.py", "functional.py", "methods/")
 
-FACTORY = "xp"                              # m = xp(x), m = array.xp(x): the call that returns an array's module
-MODULES = ("xp", "cp", "cupy")              # names that are an array module wherever they stand
-UNCHECKED = ("cuda", "cupy", "asnumpy", "get_array_module", "ndarray")     # CuPy's own interface, used beside the NumPy-like one
-ABOUT_DTYPES = {"dtype", "finfo", "iinfo", "ndarray", "issubdtype", "isdtype", "promote_types", "can_cast", "broadcast_shapes"}
-CREATING = {"zeros", "ones", "full", "arange", "eye", "array"}      # fine as asarray(np.zeros(...)): made on the host, moved at once
+FACTORY = "xp"                                             # xp(x), array.xp(x): the array module of x
+MODULES = ("xp", "cp", "cupy")                             # names that always mean an array module
+# CuPy's own interface, used beside the one that it shares with NumPy.
+UNCHECKED = ("cuda", "cupy", "asnumpy", "get_array_module", "ndarray")
+ABOUT_DTYPES = {
+    "dtype", "finfo", "iinfo", "ndarray", "issubdtype", "isdtype", "promote_types", "can_cast", "broadcast_shapes",
+}
+# Allowed in asarray(np.zeros(...)): made on the host and moved at once.
+CREATING = {"zeros", "ones", "full", "arange", "eye", "array"}
 Fault = tuple[int, str]
 
 
 def check(source: str, device: bool = True) -> list[Fault]:
-    """The faults in a file's text as (line, message). `device`: may it be handed device arrays, so that np.NAME is a fault?"""
+    """The faults in a file's text as (line, message).
+
+    device  True if the file's functions may receive device arrays, so that np.NAME is a fault
+    """
     tree = ast.parse(source)
     faults = set(_module_faults(tree))
     if device:
@@ -52,16 +63,19 @@ def check_tree(root: Path) -> list[str]:
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root).as_posix()
         if not name.startswith(HOST_FILES):
-            found += [f"{name}:{line}: {text}" for line, text in check(path.read_text(encoding="utf-8"), name.startswith(DEVICE_FILES))]
+            faults = check(path.read_text(encoding="utf-8"), name.startswith(DEVICE_FILES))
+            found += [f"{name}:{line}: {text}" for line, text in faults]
     return found
 
 
-# ---- np.NAME where a device array may come
-
+# ── np.NAME where a device array may arrive ──────────────────────────────────────────────────────────────────────────
 def _numpy_faults(tree: ast.Module) -> Iterator[Fault]:
-    aliases = {a.asname or a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names if a.name == "numpy"}
-    moves = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) in ("asarray", "array.asarray")]
-    moved = {id(n) for call in moves for a in call.args for n in ast.walk(a)}
+    """Uses of NumPy's functions, and of its global random numbers."""
+    imported = [alias for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    aliases = {alias.asname or alias.name for alias in imported if alias.name == "numpy"}
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    moves = [call for call in calls if ast.unparse(call.func) in ("asarray", "array.asarray")]
+    moved = {id(node) for call in moves for argument in call.args for node in ast.walk(argument)}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module == "numpy":
             names = [a.name for a in node.names]
@@ -70,8 +84,10 @@ def _numpy_faults(tree: ast.Module) -> Iterator[Fault]:
         else:
             continue
         for name in names:
-            if not _is_about_dtypes(name) and name != "random" and not (name in CREATING and id(node) in moved):
-                yield node.lineno, f"np.{name} is wrong on a device array: take it from xp(x), or mark the line '# host'"
+            is_moved = name in CREATING and id(node) in moved
+            if not _is_about_dtypes(name) and name != "random" and not is_moved:
+                yield node.lineno, (f"np.{name} is wrong on a device array: take it from xp(x), "
+                                    "or mark the line '# host'")
         if names == ["random"] and not _is_generator_type(tree, node):
             yield node.lineno, "np.random: random numbers come from a generator that was passed in"
 
@@ -79,36 +95,45 @@ def _numpy_faults(tree: ast.Module) -> Iterator[Fault]:
 def _is_about_dtypes(name: str) -> bool:
     """True for dtypes, constants, types and functions of dtypes or shapes."""
     value = getattr(np, name, ...)
-    return name in ABOUT_DTYPES or value is None or isinstance(value, float) or (isinstance(value, type) and issubclass(value, np.generic))
+    is_dtype = isinstance(value, type) and issubclass(value, np.generic)
+    return name in ABOUT_DTYPES or value is None or isinstance(value, float) or is_dtype
 
 
 def _is_generator_type(tree: ast.Module, random: ast.AST) -> bool:
+    """True for np.random.Generator: a type, not a source of random numbers."""
     return any(isinstance(n, ast.Attribute) and n.value is random and n.attr == "Generator" for n in ast.walk(tree))
 
 
-# ---- xp.NAME
-
+# ── xp.NAME ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 def _module_faults(tree: ast.Module) -> Iterator[Fault]:
+    """Uses of array modules that CuPy does not have."""
     calls = {id(n.func): n for n in ast.walk(tree) if isinstance(n, ast.Call)}
     for line, path, node in _uses(tree, set(MODULES)):
         yield from ((line, text) for text in _check_use(path, calls.get(id(node))))
 
 
 def _uses(scope: ast.AST, modules: set[str]) -> Iterator[tuple[int, str, ast.Attribute]]:
-    """Every longest NAME.NAME... taken from an array module in a scope and the functions inside it; `modules`: names bound to one."""
+    """Every longest NAME.NAME... taken from an array module, in a scope and in the functions inside it.
+
+    modules  the names that are bound to an array module outside
+    """
     bound = _bindings(scope)
-    modules = (modules - {n for n, is_module in bound.items() if not is_module}) | {n for n, is_module in bound.items() if is_module}
-    inner, todo = [], list(ast.iter_child_nodes(scope))
+    modules = modules - bound.keys()
+    modules |= {name for name, is_module in bound.items() if is_module}
+    inner = []
+    todo = list(ast.iter_child_nodes(scope))
     while todo:
         node = todo.pop()
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
             inner.append(node)
             continue
-        names, base = [], node
+        names = []
+        base = node
         while isinstance(base, ast.Attribute):
             names.append(base.attr)
             base = base.value
-        if names and (_is_factory_call(base) or (isinstance(base, ast.Name) and base.id in modules)):
+        is_module = _is_factory_call(base) or (isinstance(base, ast.Name) and base.id in modules)
+        if names and is_module:
             yield node.lineno, ".".join(reversed(names)), node
             todo.append(base)
         else:
@@ -118,7 +143,7 @@ def _uses(scope: ast.AST, modules: set[str]) -> Iterator[tuple[int, str, ast.Att
 
 
 def _bindings(scope: ast.AST) -> dict[str, bool]:
-    """The names that a function binds itself, and whether each is (ever) bound to an array module."""
+    """{name: True if it is ever bound to an array module} for the names that a function binds itself."""
     bound: dict[str, bool] = {}
     if isinstance(scope, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
         a = scope.args
@@ -137,7 +162,7 @@ def _bindings(scope: ast.AST) -> dict[str, bool]:
 
 
 def _assignments(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr | None]]:
-    """(target, value) of an assignment, with `m, n = xp(x), 3` taken apart; value None where it is not one expression."""
+    """(target, value) of an assignment; `m, n = xp(x), 3` gives two. The value is None if it is not one expression."""
     if isinstance(node, ast.Assign):
         for target in node.targets:
             if isinstance(target, (ast.Tuple, ast.List)):
@@ -152,17 +177,19 @@ def _assignments(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr | None]]:
 
 
 def _is_factory_call(node: ast.AST | None) -> bool:
+    """True for xp(...) and array.xp(...)."""
     return isinstance(node, ast.Call) and ast.unparse(node.func) in (FACTORY, f"array.{FACTORY}")
 
 
 def _is_module(value: ast.expr | None) -> bool:
+    """True for an expression that is, or may be, an array module."""
     if isinstance(value, ast.IfExp):
         return _is_module(value.body) or _is_module(value.orelse)
     return _is_factory_call(value) or (isinstance(value, ast.Name) and value.id in ("cp", "cupy"))
 
 
 def _check_use(path: str, call: ast.Call | None) -> Iterator[str]:
-    """What is wrong with one use of CuPy's `path` ("exp", "linalg.norm", "add.at"), called so or not at all."""
+    """The faults of one use of CuPy's `path` ("exp", "linalg.norm", "add.at"). `call`: None if it is not called."""
     first, _, last = path.partition(".")
     if first in UNCHECKED or first.startswith("__"):
         return
@@ -182,10 +209,12 @@ def _check_use(path: str, call: ast.Call | None) -> Iterator[str]:
 
 
 def _is_namespace(path: str) -> bool:
+    """True for a submodule with functions, such as "linalg"."""
     return any(name.startswith(path + ".") for name in API["functions"])
 
 
 def _check_arguments(path: str, signature: str, call: ast.Call | None) -> Iterator[str]:
+    """The faults of the arguments of one call."""
     if call is None:
         return
     words = signature.split()
@@ -200,6 +229,7 @@ def _check_arguments(path: str, signature: str, call: ast.Call | None) -> Iterat
 
 
 def main(arguments: list[str]) -> int:
+    """The command. Returns the exit status."""
     found = []
     for top in [Path(a) for a in arguments] or [ROOT / "tinyft"]:
         if top.is_dir():
