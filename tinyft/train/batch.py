@@ -1,89 +1,242 @@
-"""What a batch asks of a model, and the loss of its answers.
+"""Reading a batch, and the loss of a model on it.
 
-A batch is a dict of host arrays, or bare ids:  ids (B, T);  mask (B, T) True where real;  labels (B,) classes or (B, T) tokens with -100
-where nothing is asked;  types, task, route, class_weight.  Without labels it means causal language modelling: predict the next id.
+A batch is a dict of host arrays, or bare ids:
+
+    ids             (B, T) integers, or embeddings (B, T, C) as a Tensor
+    mask            (B, T) True where a token is real
+    labels          (B,) classes, or (B, T) tokens; -100 where nothing is predicted
+    class_weight    (classes,) the weight of each class in the loss
+    token_type_ids (B, T), task (B,), route (B,)    are handed to the model
+
+A batch without labels means causal language modelling: predict the next id.
+
+    Targets                   a batch as the trainer uses it
+    Loss, CrossEntropy        read a batch on the host; compute the loss on the device
+    BatchStream               batches without end, which can be resumed
 """
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
 from .. import array, ops
-from ..models.blocks import Classifier
+from ..models.blocks import Classifier, check_ids
 from ..nn import Context, Module
 from ..tensor import Tensor
 
-FACTS = ("mask", "token_type_ids", "task", "route")               # keys of a batch that a forward pass is told
+CONTEXT_FACTS = ("mask", "token_type_ids", "task", "route")             # keys of a batch that the model receives
+IGNORE = -100                                                           # the label of a position without a target
 
 
 @dataclass
 class Targets:
-    "What a batch asks: the ids to feed, the labels wanted, the flat places they are wanted at (None: everywhere), and their weight."
+    """A batch as the trainer uses it.
+
+    ids                     the model's input
+    facts                   keyword arguments of the pass's Context
+    labels                  (n,) one per row of logits; IGNORE where nothing is predicted; None if the loss has no labels
+    logit_positions         flat indices, into (B·T,), of the positions at which logits are computed; None: all
+    weight                  the number of labels (or the sum of their class weights): the weight of this batch's mean loss
+    class_weight            (classes,) or None
+    output_hidden_states    True if the trainer wants the pass to keep all hidden states
+    """
     ids: Any
     facts: dict[str, Any]
-    labels: np.ndarray
+    labels: np.ndarray | None
     logit_positions: np.ndarray | None
     weight: float
     class_weight: np.ndarray | None = None
+    output_hidden_states: bool = False
+
+    def context(self, rng: np.random.Generator | None = None) -> Context:
+        """A Context for one pass over this batch. Dropout is active only if a generator is given."""
+        return Context(logit_positions=self.logit_positions, rng=rng, output_hidden_states=self.output_hidden_states, **self.facts)
 
 
-def read_batch(batch: Any) -> Targets:
-    "Read a batch.  ValueError if there is nothing in it to predict, or labels and ids do not go together."
-    batch = batch if isinstance(batch, dict) else {"ids": batch}
-    ids = batch["ids"] if isinstance(batch["ids"], Tensor) else np.asarray(batch["ids"])
-    facts = {k: batch[k] for k in FACTS if batch.get(k) is not None}
-    if ids.ndim != (3 if isinstance(ids, Tensor) else 2):
-        raise ValueError(f"a batch wants ids of shape (B, T), or embeddings (B, T, C); got {ids.shape}")
-    for fact in ("mask", "token_type_ids"):
-        if fact in facts and np.shape(facts[fact]) != ids.shape[:2]:
-            raise ValueError(f"{fact} has shape {np.shape(facts[fact])}, the ids {ids.shape[:2]}: they go together, one for one")
-    if "mask" in facts and np.asarray(facts["mask"]).all():
-        del facts["mask"]                                                        # nothing is hidden: attention need not look at it
-    labels, cw = batch.get("labels"), batch.get("class_weight")
-    if labels is None:                                                           # the next token, where this one and it are real
-        labels = next_tokens(ids, facts.get("mask"))
-        ids, facts = ids[:, :-1], {k: (v[:, :-1] if k in ("mask", "token_type_ids") else v) for k, v in facts.items()}
-    labels = np.asarray(labels)
-    if labels.dtype.kind not in "iu":
-        raise TypeError(f"labels are integers; got {labels.dtype}")
-    if labels.shape not in (ids.shape[:1], ids.shape[:2]):
-        raise ValueError(f"labels have shape {labels.shape}; wanted {ids.shape[:1]} (a class per row) or {ids.shape[:2]} (a token per place)")
-    asked = labels != -100
-    if not asked.any():
-        raise ValueError(f"this batch of shape {ids.shape[:2]} has nothing to predict: every label is -100 or padding")
-    at = None if asked.all() or labels.ndim == 1 else np.flatnonzero(asked)
-    labels = labels.reshape(-1) if at is None else labels.reshape(-1)[at]
-    weight = float(asked.sum()) if cw is None else float(np.asarray(cw)[labels[labels != -100]].sum())
-    return Targets(ids, facts, labels, at, weight, cw)
+class Loss:
+    """A training objective. Subclasses are frozen dataclasses that define `read` and `__call__`.
+
+    Fields may hold a teacher, arrays or data. They are not saved; a checkpoint identifies them by their content.
+    """
+    hidden_states: ClassVar[bool] = False                               # True: the pass keeps all hidden states
+
+    @property
+    def module(self) -> Module | None:
+        """A Module that trains with the model. It is in the checkpoint under "loss/", and is not saved with the model."""
+        return None
+
+    def read(self, batch: Any) -> Targets:
+        """Read a batch on the host. The result is a `Targets`, or a subclass of it with further arrays."""
+        return read_batch(batch)
+
+    def __call__(self, model: Module, targets: Targets, rng: np.random.Generator | None = None) -> tuple[Context, Tensor]:
+        """(Context of the model's pass, mean loss). Uses device arrays only, so that the step can be captured.
+
+        The auxiliary losses of the Context that is returned are added by `fit`; those of any other pass do not count.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no __call__(model, targets, rng)")
+
+    def check(self, model: Module, targets: Targets) -> None:
+        """Check the targets on the host before a captured step is replayed. Raises what the pass itself would raise."""
+        check_ids(targets.ids, model.embed.in_features)
+        if model.head is not None and targets.labels is not None:
+            check_labels(targets.labels, model.head.out_features)
+
+    def metrics(self, ctx: Context, targets: Targets) -> dict[str, float]:
+        """Further metrics of one batch for `evaluate`, which averages them with the weights of the batches."""
+        return {}
 
 
-def next_tokens(ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-    "ids, mask (B, T) -> labels (B, T − 1): what ids[:, :-1] must predict, the next id; -100 where it or the place that predicts it is padding."
-    real = np.ones(ids.shape, bool) if mask is None else np.asarray(mask, bool)
-    return np.where(real[:, 1:] & real[:, :-1], ids[:, 1:], -100)
+@dataclass(frozen=True)
+class CrossEntropy(Loss):
+    """ℓ = − Σᵢ w[yᵢ] log softmax(zᵢ)[yᵢ] / Σᵢ w[yᵢ]        over the labels y that are not -100;  w = class_weight or 1"""
+
+    def __call__(self, model: Module, targets: Targets, rng: np.random.Generator | None = None) -> tuple[Context, Tensor]:
+        ctx = targets.context(rng)
+        logits = model(targets.ids, ctx)                                # (B, classes), (B, T, V) or (n, V)
+        return ctx, cross_entropy(model, logits, targets)
 
 
-def compute_loss(model: Module, q: Targets, rng: np.random.Generator | None = None) -> tuple[Context, Tensor]:
-    "The pass and its cross-entropy, averaged over what is asked."
-    ctx = Context(logit_positions=q.logit_positions, rng=rng, **q.facts)
-    z = model(q.ids, ctx)
-    if getattr(model, "head", z) is None:
-        raise ValueError("this model has no head, so nothing to compare with labels: put one on it (tinyft.classifier)")
-    classes = isinstance(getattr(model, "head", None), Classifier)
-    if len(q.labels) != math.prod(z.shape[:-1]) or (classes and q.logit_positions is not None):
-        raise ValueError(f"the labels ask for {len(q.labels)} answers, the model gives {math.prod(z.shape[:-1])}: "
-                         + ("it tells rows apart, so give a label per row (B,)" if classes else
-                            "it speaks at every place, so give token labels (B, T), or put a classifier on it (tinyft.classifier)"))
-    check_labels(q.labels, z.shape[-1])
-    put = lambda a, dtype=None: None if a is None else array.put_like(a, z.data, dtype)
-    return ctx, ops.cross_entropy(z, put(q.labels), put(q.class_weight, np.promote_types(z.dtype, np.float32)))
+def compute_loss(model: Module, targets: Targets, rng: np.random.Generator | None = None) -> tuple[Context, Tensor]:
+    """(Context of the pass, mean cross-entropy) of a model on one batch."""
+    return CrossEntropy()(model, targets, rng)
+
+
+def cross_entropy(model: Module, logits: Tensor, targets: Targets) -> Tensor:
+    """The mean cross-entropy of the logits with the labels. ValueError if their numbers differ, or the model has no head."""
+    head = getattr(model, "head", logits)
+    if head is None:
+        raise ValueError("this model has no head, so it gives no logits to compare with labels: add one (tinyft.classifier)")
+    rows = math.prod(logits.shape[:-1])
+    is_classifier = isinstance(head, Classifier)
+    if len(targets.labels) != rows or (is_classifier and targets.logit_positions is not None):
+        advice = ("This model has a sequence classification head: give one label per sequence, shape (B,)" if is_classifier else
+                  "This model gives logits at every position: give one label per token, shape (B, T), or add a classifier "
+                  "(tinyft.classifier)")
+        raise ValueError(f"the loss wants one label per row of logits, got {len(targets.labels)} labels and {rows} rows. {advice}")
+    check_labels(targets.labels, logits.shape[-1])
+    labels = array.put_like(targets.labels, logits.data)
+    class_weight = targets.class_weight
+    if class_weight is not None:
+        class_weight = array.put_like(class_weight, logits.data, np.promote_types(logits.dtype, np.float32))
+    return ops.cross_entropy(logits, labels, class_weight)
 
 
 def check_labels(labels: Any, classes: int) -> None:
-    "IndexError for a label that is none of the classes.  Host arrays only: a device is not waited for."
-    real = labels[labels != -100] if isinstance(labels, np.ndarray) else np.zeros(0)
-    if real.size and not 0 <= real.min() <= real.max() < classes:
-        raise IndexError(f"label {real.min() if real.min() < 0 else real.max()} is outside the {classes} classes the model tells apart")
+    """IndexError if a label is outside the classes. Device arrays are not checked, since a check would wait for the device."""
+    if not isinstance(labels, np.ndarray):
+        return
+    labels = labels[labels != IGNORE]
+    if labels.size == 0:
+        return
+    smallest = labels.min()
+    largest = labels.max()
+    if smallest < 0 or largest >= classes:
+        raise IndexError(f"label {smallest if smallest < 0 else largest} is outside the {classes} classes of the model")
+
+
+# ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+def read_batch(batch: Any) -> Targets:
+    """Read a batch. ValueError if it has nothing to predict, or if its shapes do not agree."""
+    if not isinstance(batch, dict):
+        batch = {"ids": batch}
+    ids = batch["ids"] if isinstance(batch["ids"], Tensor) else np.asarray(batch["ids"])
+    facts = _read_facts(batch, ids)
+    labels = batch.get("labels")
+    if labels is None:                                                  # causal language modelling
+        labels = next_tokens(ids, facts.get("mask"))
+        ids = ids[:, :-1]
+        for name in ("mask", "token_type_ids"):
+            if name in facts:
+                facts[name] = facts[name][:, :-1]
+    labels = np.asarray(labels)
+    if labels.dtype.kind not in "iu":
+        raise TypeError(f"a batch wants integer labels, got {labels.dtype}")
+    if labels.shape not in (ids.shape[:1], ids.shape[:2]):
+        raise ValueError(f"a batch wants labels of shape {ids.shape[:1]} (a class per row) or {ids.shape[:2]} (a token per position), "
+                         f"got {labels.shape}")
+    has_label = labels != IGNORE
+    if not has_label.any():
+        raise ValueError(f"this batch of shape {ids.shape[:2]} has nothing to predict: every label is -100 or padding")
+    logit_positions = None
+    if labels.ndim == 2 and not has_label.all():
+        logit_positions = np.flatnonzero(has_label)
+    labels = labels.reshape(-1) if logit_positions is None else labels.reshape(-1)[logit_positions]
+    class_weight = batch.get("class_weight")
+    if class_weight is None:
+        weight = float(has_label.sum())
+    else:
+        weight = float(np.asarray(class_weight)[labels[labels != IGNORE]].sum())
+    return Targets(ids, facts, labels, logit_positions, weight, class_weight)
+
+
+def _read_facts(batch: dict[str, Any], ids: Any) -> dict[str, Any]:
+    """The keyword arguments of the pass's Context, checked against the shape of the ids."""
+    if ids.ndim != (3 if isinstance(ids, Tensor) else 2):
+        raise ValueError(f"a batch wants ids of shape (B, T), or embeddings (B, T, C); got {ids.shape}")
+    facts = {name: batch[name] for name in CONTEXT_FACTS if batch.get(name) is not None}
+    for name in ("mask", "token_type_ids"):
+        if name in facts and np.shape(facts[name]) != ids.shape[:2]:
+            raise ValueError(f"a batch wants a {name} of the shape of its ids, {ids.shape[:2]}; got {np.shape(facts[name])}")
+    if "mask" in facts and np.asarray(facts["mask"]).all():
+        del facts["mask"]                                               # attention is faster without a mask
+    return facts
+
+
+def next_tokens(ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+    """ids, mask (B, T) -> labels (B, T − 1), the next id of each position; -100 where it or its position is padding."""
+    real = np.ones(ids.shape, bool) if mask is None else np.asarray(mask, bool)
+    return np.where(real[:, 1:] & real[:, :-1], ids[:, 1:], IGNORE)
+
+
+# ── a stream of batches ──────────────────────────────────────────────────────────────────────────────────────────────
+@runtime_checkable
+class Resumable(Protocol):
+    """Batches that know their own position, such as `data.Batches`."""
+
+    def state_dict(self) -> Any: ...
+
+    def load_state_dict(self, state: Any) -> None: ...
+
+
+class BatchStream:
+    """The batches of an iterable, again and again. An iterable that is not Resumable is counted, and advanced on resume."""
+
+    def __init__(self, batches: Iterable):
+        self.batches = batches
+        self.iterator = iter(batches)
+        self.count = 0                                                  # batches taken so far
+
+    def __iter__(self) -> Iterator:
+        return self
+
+    def __next__(self) -> Any:
+        batch = next(self.iterator, None)
+        if batch is None:
+            self.iterator = iter(self.batches)
+            batch = next(self.iterator, None)
+        if batch is None:
+            raise ValueError("the batches have come to an end: give a list, or an object that can be iterated again")
+        self.count += 1
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the batches; JSON-able."""
+        if isinstance(self.batches, Resumable):
+            return {"own": self.batches.state_dict()}
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to the position that `state_dict` gave. ValueError if it is of another kind of batches."""
+        if ("own" in state) != isinstance(self.batches, Resumable):
+            raise ValueError("this checkpoint is of a run over another kind of batches: one has a state_dict, the other is counted")
+        if "own" in state:
+            self.batches.load_state_dict(state["own"])
+            self.iterator = iter(self.batches)
+        else:
+            while self.count < state["count"]:
+                next(self)

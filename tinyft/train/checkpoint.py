@@ -1,0 +1,251 @@
+"""The checkpoint of a run: everything that a later process needs to go on as if the run had never stopped.
+
+Tensors in the file:
+
+    model/<name>        a tensor or buffer of the model: every edit, every tensor that trains, every tensor that a setup changed
+    loss/<name>         a tensor or buffer of the loss's module
+    mask/<name>         the mask of a tensor
+    optimizer/<key>     the state of the optimiser, once the training phase has taken a step
+    best/...            model/, loss/ and mask/ of the best evaluation of the phase
+
+Facts in its header: the settings that a resumed run must share, the position in the run, the random state, the history.
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .. import array, edit
+from ..array import Array
+from ..identity import describe
+from ..nn import Module
+from ..tensor import Tensor
+from .batch import CrossEntropy, Loss
+
+if TYPE_CHECKING:
+    from .loop import Run
+
+
+# ── names of tensors ─────────────────────────────────────────────────────────────────────────────────────────────────
+def named_tensors(model: Module, loss: Loss) -> dict[str, Tensor]:
+    """All tensors of a run: those of the model under their names, those of the loss's module under "loss." and theirs."""
+    named = dict(model.named_parameters())
+    if loss.module is not None:
+        named |= {f"loss.{name}": p for name, p in loss.module.named_parameters().items()}
+    return named
+
+
+def trainable_tensors(model: Module, loss: Loss) -> dict[str, Tensor]:
+    """The tensors that an optimiser updates, by name."""
+    return {name: p for name, p in named_tensors(model, loss).items() if p.requires_grad}
+
+
+def named_buffers(model: Module, loss: Loss) -> dict[str, Array]:
+    """The buffers that training may change, by name: those of the edits and of the loss's module."""
+    named = {}
+    for attached in edit.attached(model):
+        state = edit.named_state(model, attached)
+        named |= {name: value for name, value in state.items() if not isinstance(value, Tensor)}
+    if loss.module is not None:
+        named |= {f"loss.{name}": value for name, value in loss.module.named_buffers(persistent_only=True).items()}
+    return named
+
+
+def saved_tensors(run: Run) -> dict[str, Tensor]:
+    """The tensors that a checkpoint holds: every edit, every tensor that trains or trained, every tensor written to since the start."""
+    model, loss = run.model, run.loss
+    names = set(trainable_tensors(model, loss))
+    for attached in edit.attached(model):
+        names |= set(edit.named_state(model, attached))
+    saved = {}
+    for name, p in named_tensors(model, loss).items():
+        is_written = p.version[0] != run.first_versions[name]
+        if name in names or is_written or name.startswith("loss."):
+            saved[name] = p
+    return saved
+
+
+def file_name(name: str) -> str:
+    """The name in the file: "loss.W" is loss/W, any other name is model/name."""
+    return f"loss/{name.removeprefix('loss.')}" if name.startswith("loss.") else f"model/{name}"
+
+
+# ── values and masks ─────────────────────────────────────────────────────────────────────────────────────────────────
+def copy_values(run: Run) -> dict[str, np.ndarray]:
+    """Copies of all values, buffers and masks, on the host, under their names in the file."""
+    arrays = {file_name(name): p.data for name, p in saved_tensors(run).items()}
+    arrays |= {file_name(name): buffer for name, buffer in named_buffers(run.model, run.loss).items()}
+    arrays |= {f"mask/{name}": p.mask for name, p in named_tensors(run.model, run.loss).items() if p.mask is not None}
+    return {name: np.array(array.asnumpy(a)) for name, a in arrays.items()}
+
+
+def load_values(run: Run, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write values, buffers and masks that `copy_values` gave. ValueError if they are of other tensors; then nothing is changed."""
+    tensors = {file_name(name): p for name, p in named_tensors(run.model, run.loss).items()}
+    buffers = {file_name(name): buffer for name, buffer in named_buffers(run.model, run.loss).items()}
+    here = tensors | buffers
+    wanted = {file_name(name) for name in saved_tensors(run)} | set(buffers)
+    values = {name: a for name, a in arrays.items() if not name.startswith("mask/")}
+    wrong = sorted(wanted - set(values)) + sorted(name for name in values if name not in here or here[name].shape != values[name].shape)
+    if wrong:
+        names = ", ".join(wrong[:3]) + (" ..." if len(wrong) > 3 else "")
+        raise ValueError(f"this checkpoint is of another run: {names} not in both, or of another shape")
+    for name, value in values.items():
+        if name in tensors:
+            tensors[name].copy_(value)
+        else:
+            buffers[name][...] = array.put_like(value, buffers[name], buffers[name].dtype)        # a buffer keeps its identity
+    for name, p in named_tensors(run.model, run.loss).items():
+        set_mask(p, arrays.get(f"mask/{name}"))
+
+
+def set_mask(p: Tensor, mask: np.ndarray | None) -> None:
+    """Set the mask of a tensor; in place where it has one of this shape, since an edit may hold the same array."""
+    if mask is None:
+        p.mask = None
+    elif p.mask is None or p.mask.shape != mask.shape:
+        p.mask = array.put_like(mask, p.data)
+    else:
+        p.mask[...] = array.put_like(mask, p.data)
+
+
+def shared_masks(run: Run) -> dict[str, str]:
+    """{name of a tensor: name of a buffer} where the tensor's mask is that buffer itself."""
+    buffers = {id(buffer): name for name, buffer in named_buffers(run.model, run.loss).items()}
+    return {name: buffers[id(p.mask)] for name, p in named_tensors(run.model, run.loss).items() if id(p.mask) in buffers}
+
+
+# ── the whole run ────────────────────────────────────────────────────────────────────────────────────────────────────
+def state_dict(run: Run) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """(arrays, facts): the state of a run."""
+    arrays = copy_values(run)
+    if run.optimizer_is_started and run.t > 0:
+        arrays |= {f"optimizer/{key}": value for key, value in run.optimizer.state_dict().items()}
+    arrays |= {f"best/{name}": value for name, value in (run.best or {}).items()}
+    facts = dict(
+        run.identity, version=2, stage=run.stage, t=run.t, done=run.done, phase_evaluations=run.phase_evaluations,
+        trainable=sorted(trainable_tensors(run.model, run.loss)), shared_masks=shared_masks(run),
+        rng=run.rng.bit_generator.state, batches=run.stream.state_dict(), scaler=run.scaler.state_dict(),
+        history=vars(run.history),
+    )
+    return arrays, facts
+
+
+def load_state_dict(run: Run, arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> None:
+    """Go to the state that `state_dict` gave. ValueError if it is of another run, naming the first difference."""
+    if not isinstance(facts, dict) or "done" not in facts:
+        raise ValueError("this is no checkpoint of fit: it does not hold the position in a run")
+    if "version" not in facts:
+        arrays, facts = from_version_0_1(run, arrays, facts)
+    check_identity(run.identity, facts)
+    run.stream.load_state_dict(facts["batches"])
+    load_values(run, {name: value for name, value in arrays.items() if not name.startswith(("optimizer/", "best/"))})
+    tensors = named_tensors(run.model, run.loss)
+    for name, p in tensors.items():
+        p.requires_grad = name in facts["trainable"]
+    buffers = named_buffers(run.model, run.loss)
+    for name, buffer in facts["shared_masks"].items():
+        tensors[name].mask = buffers[buffer]
+    run.stage = facts["stage"]
+    run.t = facts["t"]
+    run.done = facts["done"]
+    run.phase_evaluations = facts["phase_evaluations"]
+    run.best = part(arrays, "best/") or None
+    run.optimizer_state = part(arrays, "optimizer/") or None
+    run.rng.bit_generator.state = facts["rng"]
+    run.scaler.load_state_dict(facts["scaler"])
+    for name, value in facts["history"].items():
+        setattr(run.history, name, value)
+    run.history.evaluations = [(step, metrics) for step, metrics in facts["history"]["evaluations"]]     # JSON has no tuples
+
+
+def part(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """The arrays whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
+
+
+# ── the settings that a resumed run must share ───────────────────────────────────────────────────────────────────────
+def describe_run(run: Run) -> dict[str, Any]:
+    """The settings that a resumed run must share with the run that wrote the checkpoint; JSON-able."""
+    settings = run.settings
+    identity = {
+        "steps": settings.steps, "accumulate": settings.accumulate, "clip": settings.clip, "autocast": settings.autocast,
+        "optimizer": repr(run.optimizer),
+        "methods": {a.name: describe(a.method) for a in edit.attached(run.model)},
+        "loss": describe_loss(run.loss),
+        "trained": sorted(trainable_tensors(run.model, run.loss)),
+    }
+    return json.loads(json.dumps(identity))                             # as it reads in a file: tuples become lists
+
+
+def describe_loss(loss: Loss) -> dict[str, Any]:
+    """The class and fields of a loss. Of its trainable module only the shapes count, since its values are in the checkpoint."""
+    description = describe(loss)
+    if loss.module is not None:
+        shapes = {name: list(p.shape) for name, p in loss.module.named_parameters().items()}
+        for field in fields(loss):
+            if getattr(loss, field.name) is loss.module:
+                description["fields"][field.name] = {"shapes": shapes}
+    return description
+
+
+def check_identity(here: dict[str, Any], saved: dict[str, Any]) -> None:
+    """ValueError, naming the first difference, if a checkpoint is of another run."""
+    for key, value in here.items():
+        if key not in saved or saved[key] == value:
+            continue
+        if key == "trained":
+            names = sorted(set(value) ^ set(saved[key]))
+            raise ValueError(f"this checkpoint is of another run: {', '.join(names[:3])} trains in one of the two only")
+        raise ValueError(f"this checkpoint is of another run: its {key}: {to_text(saved[key])}; here: {to_text(value)}")
+
+
+def to_text(value: Any) -> str:
+    """A setting as one readable line: LoRA(r=2, alpha=16.0) for the description of a method."""
+    if isinstance(value, dict) and value.keys() == {"class", "fields"}:
+        inside = ", ".join(f"{name}={to_text(field)}" for name, field in value["fields"].items())
+        return f"{value['class']}({inside})"
+    if isinstance(value, dict):
+        return "; ".join(f"{name}: {to_text(entry)}" for name, entry in value.items()) or "none"
+    return "none" if value in (None, "") else str(value)
+
+
+# ── files of version 0.1 ─────────────────────────────────────────────────────────────────────────────────────────────
+def from_version_0_1(run: Run, arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """A checkpoint of version 0.1 in today's form. It knew one loss, one phase per run, and these names:
+
+        value/base/<name>    value/edit/<adapter>/<path>:<name>    value/mask/...    optimizer/<group>.<moment>    best/...
+    """
+    new = {}
+    for name, value in arrays.items():
+        head, _, rest = name.partition("/")
+        if head == "optimizer":
+            new[name] = value
+        else:
+            new[("best/" if head == "best" else "") + _new_name(rest)] = value
+    history = {name: facts[name] for name in ("losses", "evaluations", "stopped")} | {"skipped": facts.get("skipped", [])}
+    history["terms"] = {"loss": list(facts["losses"])}
+    methods = "; ".join(f"{a.name}: {a.method!r}" for a in edit.attached(run.model))
+    if facts["methods"] != methods:
+        raise ValueError(f"this checkpoint is of another run: its methods: {facts['methods'] or 'none'}; here: {methods or 'none'}")
+    new_facts = {name: facts[name] for name in ("steps", "accumulate", "clip", "optimizer", "autocast", "t", "done", "rng", "batches") if name in facts}
+    new_facts |= dict(
+        loss=describe(CrossEntropy()), stage=facts["phase"], phase_evaluations=0, history=history,
+        scaler=facts.get("scaler", run.scaler.state_dict()), trainable=run.identity["trained"], shared_masks={},
+    )
+    return new, new_facts
+
+
+def _new_name(old: str) -> str:
+    """edit/lora/blocks.0.attn.q:A -> model/blocks.0.attn.q.edits.lora.A;   base/norm.bias -> model/norm.bias;   mask/ in front of either"""
+    if old.startswith("mask/"):
+        return "mask/" + _new_name(old.removeprefix("mask/")).removeprefix("model/")
+    if old.startswith("base/"):
+        return f"model/{old.removeprefix('base/')}"
+    _, adapter, rest = old.split("/", 2)
+    path, name = rest.split(":")
+    return f"model/{path}.edits.{adapter}.{name}"

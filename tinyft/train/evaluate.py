@@ -1,0 +1,112 @@
+"""Evaluation: the loss, perplexity, accuracy and macro-F1 of a model on batches."""
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from .. import array
+from ..data.baselines import macro_f1
+from ..data.batches import Batches
+from ..models.blocks import Classifier
+from ..nn import Context, Module, no_grad
+from .batch import IGNORE, CrossEntropy, Loss, Targets, cross_entropy
+
+
+def evaluate(model: Module, batches: Iterable, loss: Loss | None = None) -> dict[str, float]:
+    """Metrics over an iterable of batches. Of an endless `data.Batches`, every example is taken once.
+
+    loss                    the mean loss over all labels (over all targets of another `loss`), without penalties and auxiliary losses
+    perplexity, accuracy    if the logits have integer labels;  macro_f1    for a sequence classification head
+    further metrics         those of `loss.metrics`, averaged with the weights of the batches
+
+    Dropout is inactive and no gradients are recorded. The mode of every module stays as it was.
+    """
+    loss = CrossEntropy() if loss is None else loss
+    if isinstance(batches, Batches):
+        batches = batches.once()
+    modules = [*model.modules(), *(loss.module.modules() if loss.module is not None else ())]
+    modes = [(module, module.training) for module in modules]
+    for module in modules:
+        module.training = False
+    results = Results(model, loss)
+    try:
+        with no_grad():
+            for batch in batches:
+                targets = loss.read(batch)
+                targets.output_hidden_states = loss.hidden_states
+                ctx, value = loss(model, targets)
+                results.add(float(value.data), ctx, targets)
+    finally:
+        for module, training in modes:
+            module.training = training
+    return results.metrics()
+
+
+class Results:
+    """The values of all batches of one evaluation."""
+
+    def __init__(self, model: Module, loss: Loss):
+        self.model = model
+        self.loss = loss
+        self.weights: list[float] = []
+        self.means: dict[str, list[float]] = defaultdict(list)          # name -> one mean per batch
+        self.predictions: list[np.ndarray] = []
+        self.labels: list[np.ndarray] = []
+
+    def add(self, loss: float, ctx: Context, targets: Targets) -> None:
+        """Add one batch."""
+        self.weights.append(targets.weight)
+        self.means["loss"].append(loss)
+        if has_labels(ctx, targets):
+            if isinstance(self.loss, CrossEntropy):
+                self.means["cross_entropy"].append(loss)
+            else:
+                self.means["cross_entropy"].append(float(cross_entropy(self.model, ctx.output, targets).data))
+            logits = array.asnumpy(ctx.output.data)
+            self.predictions.append(logits.reshape(len(targets.labels), -1).argmax(-1))
+            self.labels.append(targets.labels)
+        for name, value in self.loss.metrics(ctx, targets).items():
+            self.means[name].append(float(value))
+
+    def metrics(self) -> dict[str, float]:
+        """The metrics over all batches."""
+        if not sum(self.weights):
+            raise ValueError("evaluate was given no batches")
+        means = {name: pool(values, self.weights)[0] for name, values in self.means.items()}
+        metrics = {"loss": means.pop("loss")}
+        if "cross_entropy" in means:
+            metrics["perplexity"] = pool(self.means["cross_entropy"], self.weights)[1]
+            del means["cross_entropy"]
+            labels = np.concatenate(self.labels)
+            predictions = np.concatenate(self.predictions)[labels != IGNORE]
+            labels = labels[labels != IGNORE]
+            metrics["accuracy"] = float((predictions == labels).mean())
+            if isinstance(getattr(self.model, "head", None), Classifier):
+                metrics["macro_f1"] = macro_f1(labels, predictions)
+        return metrics | means
+
+
+def has_labels(ctx: Context, targets: Targets) -> bool:
+    """True if every row of the logits has an integer label."""
+    labels: Any = targets.labels
+    return labels is not None and labels.dtype.kind in "iu" and len(labels) == math.prod(ctx.output.shape[:-1])
+
+
+def pool(losses: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:
+    """The loss and the perplexity of all batches together.
+
+    ℓ = Σ wᵢ ℓᵢ / Σ wᵢ,   perplexity = e^ℓ
+
+    losses: the mean loss ℓᵢ of each batch. weights: the number wᵢ of tokens that it is the mean of. ℓ is cut off at 700 in e^ℓ, which overflows there.
+    """
+    loss = sum(w * l for w, l in zip(weights, losses)) / sum(weights)
+    return loss, math.exp(min(loss, 700))
+
+
+def perplexity(model: Module, batches: Iterable) -> float:
+    """e to the mean negative log-likelihood of a token, over all tokens of all batches. It is not the mean of perplexities."""
+    return evaluate(model, batches)["perplexity"]
