@@ -349,7 +349,7 @@ def watch(model: Any, kind: str, steps: int, look: Any, seed: int = 0, decay: fl
         look()
         return {"loss": 0.0}
     batches = [batch(kind, 0), batch(kind, 1)]
-    fit(model, batches, steps, AdamW(lr, weight_decay=decay), seed=seed, evaluate=note, every=1, progress=False, **more)
+    fit(model, batches, steps, AdamW(lr, weight_decay=decay), seed=seed, evaluate=note, evaluate_every=1, progress=False, **more)
 
 
 def check_one_row_a_step(method: Method) -> None:
@@ -493,7 +493,7 @@ def test_two_methods_that_bring_phases_do_not_go_together():
     model = build("gpt")
     attach(model, Ticket(), name="one")
     attach(model, Ticket(), name="two")
-    with pytest.raises(ValueError, match="only one method"):
+    with pytest.raises(ValueError, match="at most one method with several training phases"):
         fit(model, [batch("gpt", 0)], 2, progress=False)
 
 

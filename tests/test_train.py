@@ -146,7 +146,7 @@ def early_stopping() -> tuple:
     model = bert(classes=CLASSES)
     attach(model, LoRA(r=2))
     batches = [{"ids": tokens(4, seed=s), "labels": tokens(4, seed=s)[:, 0] % CLASSES} for s in range(3)]
-    return model, batches, dict(steps=60, optimizer=AdamW(0.02), evaluate=lambda: {"loss": overshoot(model)}, every=2, patience=3)
+    return model, batches, dict(steps=60, optimizer=AdamW(0.02), evaluate=lambda: {"loss": overshoot(model)}, evaluate_every=2, patience=3)
 
 
 def overshoot(model: Any) -> float:
@@ -219,26 +219,27 @@ def test_a_killed_and_resumed_run_is_bitwise_one_that_never_stopped(recipe, tmp_
     ("the values", "full"), ("the moments", "phases"), ("the masks", "phases"), ("the masks", "phases_with_a_mask_on_the_tensor"),
     ("the best", "early_stopping")])
 def test_a_resume_that_forgets_something_is_caught(what, recipe, tmp_path, monkeypatch):
-    right = train.loop.Run.load
+    right = train.loop.Run.load_state_dict
 
     def forgetful(self: train.loop.Run, arrays: dict, facts: dict) -> None:
-        rng, opt = self.rng.bit_generator.state, self.opt.state_dict()
+        rng = self.rng.bit_generator.state
         if what == "the data":
-            facts = facts | {"batches": self.source.state()}
+            facts = facts | {"batches": self.stream.state_dict()}
         if what == "the values":
-            arrays = arrays | {f"value/{k}": v for k, v in self.values().items()}
+            arrays = arrays | train.checkpoint.copy_values(self)
         if what == "the masks":
-            arrays = {k: v for k, v in arrays.items() if not k.startswith("value/mask/")}
-        right(self, arrays, facts)
+            arrays = {k: v for k, v in arrays.items() if not k.startswith("mask/")}
+            facts = facts | {"shared_masks": {}}
         if what == "the moments":
-            self.opt.load_state_dict(opt)
+            arrays = {k: v for k, v in arrays.items() if not k.startswith("optimizer/")}
+        right(self, arrays, facts)
         if what == "the random state":
             self.rng.bit_generator.state = rng
         if what == "the best":
             self.best = None
         if what == "the step":
             self.t += 1
-    monkeypatch.setattr(train.loop.Run, "load", forgetful)
+    monkeypatch.setattr(train.loop.Run, "load_state_dict", forgetful)
     stops = {"early_stopping": [11], "phases": [9, 4], "phases_with_a_mask_on_the_tensor": [9, 4]}
     with pytest.raises(AssertionError):
         check_resume(recipe, tmp_path, stops.get(recipe, [5, 3]))
@@ -250,7 +251,7 @@ def test_early_stopping_in_that_recipe_does_stop_early_and_put_the_best_back(tmp
     best = int(np.argmin(losses))
     assert history.stopped and len(history.losses) < 60 and 0 < best < len(losses) - 1 and len(losses) - 1 - best == 3
     arrays, facts = left(tmp_path)
-    assert facts["stopped"] == history.stopped
+    assert facts["history"]["stopped"] == history.stopped
     assert overshoot(model) == losses[best] != losses[-1]
     again, same_history = do("early_stopping", tmp_path)                         # resuming a finished run does nothing
     assert same_history == history and same(numbers(again), numbers(model))
@@ -498,7 +499,7 @@ def test_every_phase_counts_its_own_steps_and_starts_with_a_fresh_optimiser():
     masks = {p: host(e.mu) for p, e in tinyft.edit.attached(model)[0].edits.items()}
     assert all((moved[p] <= masks[p]).all() and 0 < moved[p].sum() <= 0.31 * masks[p].size + 1 for p in masks)
     attach(model, Both(), name="again")
-    with pytest.raises(ValueError, match="only one method may bring phases; here both, again do"):
+    with pytest.raises(ValueError, match="at most one method with several training phases, got both, again"):
         fit(model, stream(), 7, progress=False)
 
 
@@ -536,7 +537,7 @@ def test_accumulated_micro_batches_have_the_gradient_of_one_large_batch(make):
 @pytest.mark.parametrize("weight", [lambda q: 1.0, lambda q: float(q.ids.size), lambda q: float(len(q.ids))], ids=["means", "places", "rows"])
 def test_a_mean_of_means_is_caught(make, weight, monkeypatch):
     right = train.batch.read_batch
-    monkeypatch.setattr(train.loop, "read_batch", lambda b: (lambda q: replace(q, weight=weight(q)))(right(b)))
+    monkeypatch.setattr(train.batch, "read_batch", lambda b: (lambda q: replace(q, weight=weight(q)))(right(b)))
     with pytest.raises(AssertionError):
         micro_is_macro(make)
 
@@ -661,14 +662,14 @@ def test_training_stops_after_patience_and_the_best_state_is_put_back(watch, sco
         assert not model.training
         states.append(numbers(model))
         return {watch: np.float32(next(given)), "other": 0}
-    history = fit(model, [tokens()], 20, AdamW(0.01), evaluate=judge, every=3, patience=2, watch=watch, progress=False)
+    history = fit(model, [tokens()], 20, AdamW(0.01), evaluate=judge, evaluate_every=3, patience=2, monitor=watch, progress=False)
     assert len(history.evaluations) == steps and history.evaluations[0][0] == 3 and len(history.losses) == 3 * steps and watch in history.stopped
     assert same(numbers(model), states[best]) and not same(states[best], states[-1])
 
 
 def test_without_patience_evaluations_are_only_written_down():
     model, count = gpt(), iter(range(100))
-    history = fit(model, [tokens()], 6, AdamW(0.01), evaluate=lambda: {"loss": next(count)}, every=2, progress=False)
+    history = fit(model, [tokens()], 6, AdamW(0.01), evaluate=lambda: {"loss": next(count)}, evaluate_every=2, progress=False)
     assert history.evaluations == [(2, {"loss": 0}), (4, {"loss": 1}), (6, {"loss": 2})] and not history.stopped and len(history.losses) == 6
 
 
@@ -693,21 +694,21 @@ BAD = {
     "label too large": (gpt, labelled(np.full((4, 8), V)), IndexError, f"label {V} is outside the {V} classes"),
     "label below zero": (gpt, labelled(np.full((4, 8), -7)), IndexError, "label -7 is outside"),
     "class too large": (lambda: bert(classes=CLASSES), labelled([0, 1, 2, 3]), IndexError, "label 3 is outside the 3 classes"),
-    "labels of another shape": (gpt, labelled(np.zeros((4, 7), int)), ValueError, r"labels have shape \(4, 7\); wanted \(4,\).* or \(4, 8\)"),
-    "labels that are no integers": (gpt, labelled(np.zeros((4, 8))), TypeError, "labels are integers; got float64"),
-    "classes for a language model": (gpt, labelled([0, 1, 2, 0]), ValueError, "ask for 4 answers, the model gives 32: .*token labels"),
-    "a class for one row of a language model": (gpt, {"ids": tokens(1), "labels": np.array([1])}, ValueError, "ask for 1 answers, the model gives 8"),
-    "tokens for a classifier": (lambda: bert(classes=CLASSES), labelled(np.ones((4, 8), int)), ValueError, "ask for 32 .* 4: .*a label per row"),
-    "as many tokens as rows": (lambda: bert(classes=CLASSES), labelled(np.where(np.arange(8) == 2, [[1]] * 4, -100)), ValueError, "a label per row"),
+    "labels of another shape": (gpt, labelled(np.zeros((4, 7), int)), ValueError, r"wants labels of shape \(4,\).* or \(4, 8\)"),
+    "labels that are no integers": (gpt, labelled(np.zeros((4, 8))), TypeError, "wants integer labels, got float64"),
+    "classes for a language model": (gpt, labelled([0, 1, 2, 0]), ValueError, "got 4 labels and 32 rows.*one label per token"),
+    "a class for one row of a language model": (gpt, {"ids": tokens(1), "labels": np.array([1])}, ValueError, "got 1 labels and 8 rows"),
+    "tokens for a classifier": (lambda: bert(classes=CLASSES), labelled(np.ones((4, 8), int)), ValueError, "got 32 labels and 4 rows.*one label per sequence"),
+    "as many tokens as rows": (lambda: bert(classes=CLASSES), labelled(np.where(np.arange(8) == 2, [[1]] * 4, -100)), ValueError, "one label per sequence"),
     "a model without a head": (lambda: BERT(BERTConfig(V, P, 2, C, 1, 3), head=None), labelled(np.ones((4, 8), int)), ValueError, "has no head"),
     "too long": (gpt, tokens(2, P + 2), ValueError, f"sequence of {P + 1} tokens is longer than the model's {P} positions"),
     "id too large": (gpt, tokens() + V, IndexError, f"outside the vocabulary of {V}"),
     "id below zero": (gpt, tokens() - V, IndexError, "token id -.* is outside"),
     "ids that are no integers": (gpt, labelled(np.ones((4, 8), int)) | {"ids": tokens() * 1.0}, TypeError, "token ids are integers"),
     "one row without its axis": (gpt, tokens()[0], ValueError, r"ids of shape \(B, T\).* got \(8,\)"),
-    "a mask of another shape": (gpt, {"ids": tokens(), "mask": np.arange(9) < 4}, ValueError, r"mask has shape \(9,\), the ids \(4, 8\)"),
-    "an all-true mask of another shape": (gpt, {"ids": tokens(), "mask": np.ones((4, 9), bool)}, ValueError, r"mask has shape \(4, 9\), the ids"),
-    "types of another shape": (bert, labelled(np.ones((4, 8), int), token_type_ids=np.zeros((4, 7), int)), ValueError, r"token_type_ids has shape \(4, 7\)"),
+    "a mask of another shape": (gpt, {"ids": tokens(), "mask": np.arange(9) < 4}, ValueError, r"wants a mask of the shape of its ids, \(4, 8\); got \(9,\)"),
+    "an all-true mask of another shape": (gpt, {"ids": tokens(), "mask": np.ones((4, 9), bool)}, ValueError, r"wants a mask of the shape of its ids.* got \(4, 9\)"),
+    "types of another shape": (bert, labelled(np.ones((4, 8), int), token_type_ids=np.zeros((4, 7), int)), ValueError, r"wants a token_type_ids .* got \(4, 7\)"),
 }
 
 
@@ -737,7 +738,7 @@ def nothing_trains() -> None:
     (lambda: fit(gpt(), [tokens()], -1, progress=False), ValueError, "steps >= 0"),
     (lambda: fit(gpt(), [tokens()], 1, accumulate=0, progress=False), ValueError, "accumulate >= 1"),
     (lambda: evaluate(gpt(), []), ValueError, "no batches"),
-    (lambda: fit(gpt(), [tokens()], 1, evaluate=lambda: {"f1": 1}, every=1, patience=1, progress=False), KeyError, "watches 'loss'.* it gives f1")],
+    (lambda: fit(gpt(), [tokens()], 1, evaluate=lambda: {"f1": 1}, evaluate_every=1, patience=1, progress=False), KeyError, "monitor 'loss', got f1")],
     ids=["nothing trains", "no batches", "one-shot", "steps", "accumulate", "evaluate", "watch"])
 def test_bad_arguments_get_one_clear_sentence(go, kind, words):
     with pytest.raises(kind, match=words):

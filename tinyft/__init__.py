@@ -38,7 +38,7 @@ from .nn import Cache, Context, Module, Packed, Parameter
 from .optim import SGD, Adam, AdamW, GradScaler, constant_schedule, cosine_schedule, linear_schedule
 from .precision import autocast, get_float32_matmul_precision, set_float32_matmul_precision
 from .tensor import ShapeError, Tensor, detect_anomaly, no_grad
-from .train import Diverged, History, evaluate, fit, perplexity
+from .train import CrossEntropy, Diverged, History, Loss, Targets, evaluate, fit, perplexity
 
 __version__ = "0.1.0"
 __all__ = [
@@ -53,7 +53,7 @@ __all__ = [
     # methods
     "methods", "Full", "Partial", "BitFit", "Houlsby", "PromptTuning", "PrefixTuning", "LoRA",
     # training
-    "fit", "evaluate", "perplexity", "History", "AdamW", "Adam", "SGD",
+    "fit", "evaluate", "perplexity", "History", "Loss", "CrossEntropy", "Targets", "AdamW", "Adam", "SGD",
     "constant_schedule", "linear_schedule", "cosine_schedule",
     # 16 bits
     "autocast", "GradScaler", "set_float32_matmul_precision", "get_float32_matmul_precision",

@@ -153,7 +153,7 @@ def pretrain(name: str, work: Path, assets: Path = ASSETS, steps: int | None = N
         save_every=100,
         seed=recipe.seed,
         evaluate=run_evaluation,
-        every=max(recipe.steps // 10, 1),
+        evaluate_every=max(recipe.steps // 10, 1),
     )
     metrics = evaluate(model, test.once())
     folder = assets / name

@@ -175,7 +175,7 @@ def _(ids, mask, rng, vocab, special=SPECIAL, p=0.15):
 
 # ── pool ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 pool = Exercise(
-    "train.loop:pool", difficulty=1, minutes=5, on_host=True, hints=(
+    "train.evaluate:pool", difficulty=1, minutes=5, on_host=True, hints=(
         "A batch of 10 tokens must not count as much as one of 1,000: what is averaged are tokens, not batches.",
         "The loss of all is Σ wᵢ ℓᵢ / Σ wᵢ.  The perplexity is e to that loss: averaging perplexities would favour the worst batch.",
         "math.exp raises OverflowError above 709: math.exp(min(loss, 700))."))

@@ -536,7 +536,7 @@ def test_fit_resumes_with_capture_what_it_began_without_and_the_other_way_round(
     want, weights, _ = fitted("dropout, LoRA", False)
     calls, there = [], {"out": tmp_path, "save_every": 6}
     with pytest.raises(RuntimeError, match="the plug"):
-        fitted("dropout, LoRA", first, evaluate=stop, every=1, **there)
+        fitted("dropout, LoRA", first, evaluate=stop, evaluate_every=1, **there)
     got, values, counts = fitted("dropout, LoRA", then, resume=True, **there)
     assert np.array_equal(got, want) and np.array_equal(values, weights) and bool(counts.graphs) == then
 

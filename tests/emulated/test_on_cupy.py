@@ -236,7 +236,7 @@ def test_evaluation_and_resuming(tmp_path):
         ft.attach(model, LoRA(r=2))
         judge = lambda: ft.evaluate(model, [batch("bert", 2)])
         pair = [batch("bert", 0), batch("bert", 1)]
-        history = ft.fit(model, pair, 4, AdamW(0.01), progress=False, out=folder, resume=True, evaluate=judge, every=2)
+        history = ft.fit(model, pair, 4, AdamW(0.01), progress=False, out=folder, resume=True, evaluate=judge, evaluate_every=2)
         return np.array(history.losses), judge()
     (want, judged), (got, also) = both(lambda: run(tmp_path / array.backend()))
     assert np.abs(got / want - 1).max() < 1e-6 and judged.keys() == also.keys()

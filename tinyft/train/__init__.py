@@ -1,7 +1,8 @@
-"Training and evaluation."
-from .batch import Targets, compute_loss, next_tokens, read_batch
-from .loop import Diverged, History, evaluate, fit, perplexity
+"""Training and evaluation."""
+from .batch import CrossEntropy, Loss, Targets, compute_loss, next_tokens, read_batch
+from .evaluate import evaluate, perplexity
+from .loop import Diverged, History, fit
 
 __all__ = [
-    "Diverged", "History", "Targets", "compute_loss", "evaluate", "fit", "next_tokens", "perplexity", "read_batch",
+    "CrossEntropy", "Diverged", "History", "Loss", "Targets", "compute_loss", "evaluate", "fit", "next_tokens", "perplexity", "read_batch",
 ]

@@ -170,7 +170,8 @@ def read_batch(batch: Any) -> Targets:
     if class_weight is None:
         weight = float(has_label.sum())
     else:
-        weight = float(np.asarray(class_weight)[labels[labels != IGNORE]].sum())
+        class_weight = np.asarray(class_weight)
+        weight = float(class_weight[labels[labels != IGNORE]].sum())
     return Targets(ids, facts, labels, logit_positions, weight, class_weight)
 
 
@@ -201,6 +202,13 @@ class Resumable(Protocol):
     def state_dict(self) -> Any: ...
 
     def load_state_dict(self, state: Any) -> None: ...
+
+
+@runtime_checkable
+class Endless(Protocol):
+    """Batches without an end, of which `once` gives one pass, such as `data.Batches`."""
+
+    def once(self) -> Iterator: ...
 
 
 class BatchStream:

@@ -15,19 +15,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from .. import array, edit
 from ..array import Array
-from ..identity import describe
+from ..identity import describe, describe_method
 from ..nn import Module
 from ..tensor import Tensor
 from .batch import CrossEntropy, Loss
 
-if TYPE_CHECKING:
-    from .loop import Run
+Run = Any                                                               # loop.Run; loop imports this module
 
 
 # ── names of tensors ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -123,7 +122,7 @@ def shared_masks(run: Run) -> dict[str, str]:
 def state_dict(run: Run) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """(arrays, facts): the state of a run."""
     arrays = copy_values(run)
-    if run.optimizer_is_started and run.t > 0:
+    if run.t > 0:                                                       # in a training phase
         arrays |= {f"optimizer/{key}": value for key, value in run.optimizer.state_dict().items()}
     arrays |= {f"best/{name}": value for name, value in (run.best or {}).items()}
     facts = dict(
@@ -175,7 +174,7 @@ def describe_run(run: Run) -> dict[str, Any]:
     identity = {
         "steps": settings.steps, "accumulate": settings.accumulate, "clip": settings.clip, "autocast": settings.autocast,
         "optimizer": repr(run.optimizer),
-        "methods": {a.name: describe(a.method) for a in edit.attached(run.model)},
+        "methods": {a.name: describe_method(a.method) for a in edit.attached(run.model)},
         "loss": describe_loss(run.loss),
         "trained": sorted(trainable_tensors(run.model, run.loss)),
     }
@@ -184,7 +183,7 @@ def describe_run(run: Run) -> dict[str, Any]:
 
 def describe_loss(loss: Loss) -> dict[str, Any]:
     """The class and fields of a loss. Of its trainable module only the shapes count, since its values are in the checkpoint."""
-    description = describe(loss)
+    description = describe_method(loss)
     if loss.module is not None:
         shapes = {name: list(p.shape) for name, p in loss.module.named_parameters().items()}
         for field in fields(loss):
@@ -201,14 +200,20 @@ def check_identity(here: dict[str, Any], saved: dict[str, Any]) -> None:
         if key == "trained":
             names = sorted(set(value) ^ set(saved[key]))
             raise ValueError(f"this checkpoint is of another run: {', '.join(names[:3])} trains in one of the two only")
-        raise ValueError(f"this checkpoint is of another run: its {key}: {to_text(saved[key])}; here: {to_text(value)}")
+        theirs = to_text(saved[key])
+        ours = to_text(value)
+        if theirs == ours:                                              # classes of one name from two files
+            theirs = str(saved[key])
+            ours = str(value)
+        raise ValueError(f"this checkpoint is of another run: its {key}: {theirs}; here: {ours}")
 
 
 def to_text(value: Any) -> str:
     """A setting as one readable line: LoRA(r=2, alpha=16.0) for the description of a method."""
     if isinstance(value, dict) and value.keys() == {"class", "fields"}:
-        inside = ", ".join(f"{name}={to_text(field)}" for name, field in value["fields"].items())
-        return f"{value['class']}({inside})"
+        name = value["class"].rpartition(".")[2]
+        inside = ", ".join(f"{field}={to_text(entry)}" for field, entry in value["fields"].items())
+        return f"{name}({inside})"
     if isinstance(value, dict):
         return "; ".join(f"{name}: {to_text(entry)}" for name, entry in value.items()) or "none"
     return "none" if value in (None, "") else str(value)

@@ -9,11 +9,9 @@ from typing import Any
 import numpy as np
 
 from .. import array
-from ..data.baselines import macro_f1
-from ..data.batches import Batches
 from ..models.blocks import Classifier
 from ..nn import Context, Module, no_grad
-from .batch import IGNORE, CrossEntropy, Loss, Targets, cross_entropy
+from .batch import IGNORE, CrossEntropy, Endless, Loss, Targets, cross_entropy
 
 
 def evaluate(model: Module, batches: Iterable, loss: Loss | None = None) -> dict[str, float]:
@@ -26,7 +24,7 @@ def evaluate(model: Module, batches: Iterable, loss: Loss | None = None) -> dict
     Dropout is inactive and no gradients are recorded. The mode of every module stays as it was.
     """
     loss = CrossEntropy() if loss is None else loss
-    if isinstance(batches, Batches):
+    if isinstance(batches, Endless):
         batches = batches.once()
     modules = [*model.modules(), *(loss.module.modules() if loss.module is not None else ())]
     modes = [(module, module.training) for module in modules]
@@ -86,6 +84,7 @@ class Results:
             labels = labels[labels != IGNORE]
             metrics["accuracy"] = float((predictions == labels).mean())
             if isinstance(getattr(self.model, "head", None), Classifier):
+                from ..data.baselines import macro_f1
                 metrics["macro_f1"] = macro_f1(labels, predictions)
         return metrics | means
 

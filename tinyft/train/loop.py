@@ -119,7 +119,7 @@ def fit(model: Module, batches: Any, steps: int, optimizer: Optimizer | None = N
     """
     autocast = None if autocast is None else str(precision.half(autocast))
     settings = Settings(steps, clip, accumulate, evaluate, patience, monitor, autocast, capture and array.backend() == "cupy")
-    run = Run(model, loss or CrossEntropy(), BatchStream(batches), optimizer or AdamW(1e-3), schedule or constant_schedule(),
+    run = Run(model, CrossEntropy() if loss is None else loss, BatchStream(batches), optimizer or AdamW(1e-3), schedule or constant_schedule(),
               np.random.default_rng(seed), settings, out)
     kernels.keep_memory()
     if run.path:
@@ -195,19 +195,20 @@ def add_gradients(run: Run, batches: list[Targets], rng: np.random.Generator) ->
     for targets in batches:
         with run.autocast(), np.errstate(**run.ignored_warnings):
             ctx, loss = run.loss(run.model, targets, rng)
-            terms = {"loss": loss, **compute_penalties(run, ctx), **ctx.losses}
+            terms = {"loss": loss, **compute_penalties(run, ctx), **vars(ctx).get("losses", {})}
             for name, value in terms.items():
                 loss = loss if name == "loss" else loss + value
-        share = targets.weight / total_weight
-        if len(batches) > 1:
-            loss = loss * share                                         # Σ wᵢ ℓᵢ / Σ wᵢ, not a mean of means
+        if len(batches) > 1:                                            # Σ wᵢ ℓᵢ / Σ wᵢ, not a mean of means
+            share = targets.weight / total_weight
+            loss = loss * share
+            terms = {name: value * share for name, value in terms.items()}
         with np.errstate(**run.ignored_warnings):
             run.scaler.scale(loss).backward()
         total = loss.data if total is None else total + loss.data
         if len(terms) > 1:
             for name, value in terms.items():
                 value = value.data if isinstance(value, Tensor) else value
-                totals[name] = totals.get(name, 0.0) + value * share
+                totals[name] = totals[name] + value if name in totals else value
     return total, totals
 
 
