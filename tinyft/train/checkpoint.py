@@ -21,7 +21,7 @@ import numpy as np
 
 from .. import array, edit
 from ..array import Array
-from ..identity import describe, describe_method
+from ..identity import describe
 from ..nn import Module
 from ..tensor import Tensor
 from .batch import CrossEntropy, Loss
@@ -174,7 +174,7 @@ def describe_run(run: Run) -> dict[str, Any]:
     identity = {
         "steps": settings.steps, "accumulate": settings.accumulate, "clip": settings.clip, "autocast": settings.autocast,
         "optimizer": repr(run.optimizer),
-        "methods": {a.name: describe_method(a.method) for a in edit.attached(run.model)},
+        "methods": {a.name: describe(a.method) for a in edit.attached(run.model)},
         "loss": describe_loss(run.loss),
         "trained": sorted(trainable_tensors(run.model, run.loss)),
     }
@@ -183,7 +183,7 @@ def describe_run(run: Run) -> dict[str, Any]:
 
 def describe_loss(loss: Loss) -> dict[str, Any]:
     """The class and fields of a loss. Of its trainable module only the shapes count, since its values are in the checkpoint."""
-    description = describe_method(loss)
+    description = describe(loss)
     if loss.module is not None:
         shapes = {name: list(p.shape) for name, p in loss.module.named_parameters().items()}
         for field in fields(loss):
