@@ -1,4 +1,6 @@
-"""The book: pages hold what they should, in order, and every link leads somewhere.  Rendering is tried where Sphinx is installed."""
+"""The book: pages hold what they should, in order, and every link leads somewhere.  Rendering is tried where Sphinx is
+installed.
+"""
 from __future__ import annotations
 
 import importlib.util
@@ -15,7 +17,6 @@ from tinyft import optim, tensor
 from tinyft.learn import annotate, book
 from tinyft.learn.exercise import exercises
 from tinyft.learn.folders import lessons
-from tinyft.learn.skeleton import statement
 
 SMALL = '''"""A module.
 
@@ -122,7 +123,7 @@ def test_every_exercise_has_its_statement_effort_command_and_three_folded_hints(
             assert f"about {e.minutes} minutes" in part and part.count("\u2605") == e.difficulty
             folded = re.findall(r'<details class="hint"><summary>Hint (\d) of 3</summary>\n\n(.*?)\n\n</details>', part, re.S)
             assert folded == [(str(n), annotate.escaped(h)) for n, h in enumerate(e.hints, 1)]
-            doc = statement(e)[1] if e.suffix == ".cu" else inspect.getdoc(getattr(e.reference(), "definition", e.reference()))
+            doc = e.statement()[1] if e.suffix == ".cu" else inspect.getdoc(getattr(e.reference(), "definition", e.reference()))
             assert doc and annotate.markdown(doc) in part and all(annotate.escaped(law.title) in part for law in e.laws)
 
 

@@ -27,7 +27,7 @@ from tinyft import array, dispatch, kernels, optim, precision
 from tinyft.array import bfloat16
 from tinyft.kernels import cuda
 from tinyft.kernels.cuda import gemm, int4, launch, layers, optimizer
-from tinyft.learn.cuda import CpuKernel, KernelError
+from tinyft.kernels.cuda.cpu_kernel import CpuKernel, KernelError
 from tinyft.precision import LOSSES
 from tinyft.tensor import OPS, sum_to
 

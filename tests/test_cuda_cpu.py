@@ -14,7 +14,8 @@ import pytest
 import tinyft
 from tinyft import array
 from tinyft.array import bfloat16
-from tinyft.learn.cuda import CpuKernel, KernelError, cpu_kernel
+from tinyft.kernels.cuda import cpu_kernel
+from tinyft.kernels.cuda.cpu_kernel import CpuKernel, KernelError
 
 pytestmark = [pytest.mark.skipif(array.backend() != "numpy", reason="CpuKernel works on NumPy arrays"),
               pytest.mark.skipif(not any(shutil.which(c) for c in ("g++", "c++", "clang++")), reason="no C++ compiler: install g++")]
@@ -23,7 +24,7 @@ F, I = np.float32, np.int32
 
 def run(body: str, *args: Any, grid: tuple = (1,), block: tuple = (64,), parameters: str = "float* x, float* y", before: str = "",
         options: tuple = (), shared_mem: int = 0) -> None:
-    "One kernel of these parameters with this body."
+    """One kernel of these parameters with this body."""
     CpuKernel(f'{before}\nextern "C" __global__ void k({parameters}) {{\n{body}\n}}', "k", options)(grid, block, args, shared_mem=shared_mem)
 
 
@@ -49,7 +50,7 @@ def test_a_block_adds_up_its_numbers(options, reverse, monkeypatch):
     assert (total(options=options) == 499500).all()
     with pytest.raises(KernelError, match="deadlock"):
         total(TOTAL.replace("__syncthreads();", "if (threadIdx.x < 40) __syncthreads();"), options=options)
-    assert (total(options=options) == 499500).all()                              # nothing is left of what went wrong
+    assert (total(options=options) == 499500).all()  # nothing is left of what went wrong
 
 
 @pytest.mark.parametrize("compiler", ["g++", "clang++", "c++"])
@@ -106,14 +107,16 @@ def test_what_a_device_would_not_tell_is_an_error(right, wrong, said):
 
 def test_a_missing_barrier_or_an_unwritten_number_is_poison():
     assert np.isnan(total(TOTAL.replace("__syncthreads();", ""))).all()
-    assert np.isnan(total(n=1001)).all()                                         # reading past the end
+    assert np.isnan(total(n=1001)).all()  # reading past the end
     y = np.zeros(2, F)
     run("__shared__ float a[2]; if (blockIdx.x == 0) a[0] = 7; y[blockIdx.x] = a[0];", y, y, grid=(2,), block=(1,))
-    assert y[0] == 7 and np.isnan(y[1])                                          # no block inherits another's memory
+    assert y[0] == 7 and np.isnan(y[1])  # no block inherits another's memory
 
 
 def test_a_warp_that_runs_ahead_shows_a_race_between_two_sums():
-    "Without the second barrier warp 0 may write again before warp 1 has read: a shuffle holds up nobody but its own warp."
+    """Without the second barrier warp 0 may write again before warp 1 has read: a shuffle holds up nobody but its own
+    warp.
+    """
     body = """__shared__ float part[2];
     if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = 1;
     __syncthreads();
@@ -175,7 +178,7 @@ def test_what_cannot_be_launched_is_refused():
 
 # ── what goes right ──────────────────────────────────────────────────────────────────────────────────────────────────
 def lanes(expression: str, n: int = 64) -> np.ndarray:
-    "The expression, of `l` (the lane) and `t` (the thread), for every thread of a block."
+    """The expression, of `l` (the lane) and `t` (the thread), for every thread of a block."""
     y = np.zeros(n, I)
     run(f"int t = threadIdx.x, l = t % 32; (void)l; y[t] = {expression};", y, block=(n,), parameters="int* y")
     return y
@@ -190,12 +193,14 @@ def test_warp_intrinsics_mean_what_they_mean_on_a_device():
             ("__shfl_up_sync(~0u, t, 3)", np.where(l >= 3, t - 3, t)), ("__shfl_down_sync(~0u, t, 3, 8)", np.where(l % 8 < 5, t + 3, t)),
             ("__popc(__ballot_sync(~0u, t % 3 == 0))", np.where(t < 32, 11, 11)), ("__any_sync(~0u, t == 40)", (t >= 32)),
             ("__all_sync(~0u, t != 40)", (t < 32)), ("__ffs(__ballot_sync(~0u, l > 4))", 6), ("__clz(1 << l)", 31 - l),
-            ("l < 16 ? __shfl_sync(0xffffu, t, 2) : __shfl_sync(0xffff0000u, t, 20)", warp + np.where(l < 16, 2, 20)),      # each half its own mask
+            # each half its own mask
+            ("l < 16 ? __shfl_sync(0xffffu, t, 2) : __shfl_sync(0xffff0000u, t, 20)", warp + np.where(l < 16, 2, 20)),
             ("__syncthreads_or(t == 3)", 1), ("__syncthreads_and(t != 3)", 0), ("__syncthreads_count(t % 2)", 32),
             ("(int)__umulhi(1u << 31, 2u * t)", t), ("__float_as_int(__int_as_float(t))", t),
             ("min(t, 5) + max(t, 50)", np.minimum(t, 5) + np.maximum(t, 50))]:
         assert np.array_equal(lanes(expression), np.broadcast_to(want, 64)), expression
-    assert np.array_equal(lanes("__shfl_down_sync(~0u, t, 1)", 20)[:19], np.arange(1, 20))       # a block that fills no warp
+    # a block that fills no warp
+    assert np.array_equal(lanes("__shfl_down_sync(~0u, t, 1)", 20)[:19], np.arange(1, 20))
 
 
 def test_a_lane_that_returned_is_not_waited_for_and_gives_nothing():
@@ -245,7 +250,7 @@ def test_half_precision_is_that_of_numpy():
 def test_fortran_order_scalars_and_arrays_without_axes_arrive():
     x, y = np.asfortranarray(np.arange(6, dtype=F).reshape(2, 3)), np.zeros((), F)
     run("y[0] = x[1];", x, y)
-    assert y == 3                                        # the second number in memory
+    assert y == 3  # the second number in memory
     run("y[0] = d + (float)b + c + (z ? 1 : 0);", np.float64(0.5), np.bool_(True), np.int8(-3), y, np.uintp(0),
         parameters="double d, bool b, char c, float* y, float* z")
     assert y == -1.5

@@ -14,8 +14,8 @@ import pytest
 
 import tinyft
 from tinyft import cli
-from tinyft.learn import checker, diagnose, isolated, selftest, show, skeleton
-from tinyft.learn.cuda import KernelError
+from tinyft.kernels.cuda.cpu_kernel import KernelError
+from tinyft.learn import checker, diagnose, isolated, selftest, show
 from tinyft.learn.diagnose import Mismatch, close
 from tinyft.learn.exercise import exercises, find
 from tinyft.learn.work import Work
@@ -31,7 +31,9 @@ def sum_to(g, shape):
 
 @pytest.fixture
 def learner(tmp_path, monkeypatch, capsys):
-    "A folder to work in: learner(name, text) writes the file, learner.run(...) is the command; both give what is printed."
+    """A folder to work in: learner(name, text) writes the file, learner.run(...) is the command; both give what is
+    printed.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
 
@@ -61,28 +63,28 @@ def test_there_are_enough_of_them_and_each_is_complete():
     assert len(ALL) >= 24 and len({n.split(".")[0] for n in ALL}) == 6
     for e in ALL.values():
         assert len({law.title for law in e.laws}) == len(e.laws) and 1 <= e.minutes <= 60
-        assert e.suffix == ".cu" or ast.parse(skeleton.skeleton(e))
-        assert skeleton.source(e) and all(len(w.belief) > 10 for w in e.wrong)
-        assert not any(callable(w.function) and w.function.__doc__ for w in e.wrong)
+        assert e.suffix == ".cu" or ast.parse(e.skeleton())
+        assert e.source() and all(len(w.belief) > 10 for w in e.wrong_answers)
+        assert not any(callable(w.function) and w.function.__doc__ for w in e.wrong_answers)
 
 
 def test_the_selftest_can_fail():
     e = find("sum_to")
-    kept, law = list(e.wrong), e.laws.pop()
+    kept, law = list(e.wrong_answers), e.laws.pop()
     try:
         assert any("not caught" in s or "subtle" in s for s in selftest.examine(e, seeds=1)), "a law is missing"
         e.laws.append(law)
-        e.wrong = [type(kept[0])(kept[0].belief, kept[0].function, "something else", True)]
+        e.wrong_answers = [type(kept[0])(kept[0].belief, kept[0].function, "something else", True)]
         found = "\n".join(selftest.examine(e, seeds=1))
         assert "three wrong answers" in found and "does not say" in found and "no subtle error" in found
     finally:
-        e.wrong[:], e.laws = kept, e.laws if law in e.laws else [*e.laws, law]
+        e.wrong_answers[:], e.laws = kept, e.laws if law in e.laws else [*e.laws, law]
 
 
 def test_the_skeleton_of_a_kernel_is_its_comment_and_signature():
     e = find("sum_rows")
-    text, kernel = skeleton.skeleton(e), skeleton.source(e)
-    assert text.startswith("// gpu.sum_rows: 23 The GPU") and kernel.split("{")[0] in text and "__syncthreads" not in text + skeleton.statement(e)[1]
+    text, kernel = e.skeleton(), e.source()
+    assert text.startswith("// gpu.sum_rows: 23 The GPU") and kernel.split("{")[0] in text and "__syncthreads" not in text + e.statement()[1]
     assert text.rstrip().endswith("// yours to write, in about 10 lines\n}") and kernel.endswith("parts[(size_t)blockIdx.y * n + column] = sum;\n}")
     assert "add_bias" not in text + kernel and (Path(tinyft.__file__).parents[1] / e.file).name == "bias.cu"
     with pytest.raises(ValueError, match="0 times in sum_rows, not once"):
@@ -90,11 +92,11 @@ def test_the_skeleton_of_a_kernel_is_its_comment_and_signature():
 
 
 def test_the_skeleton_has_signature_and_docstring_but_no_body():
-    text = skeleton.skeleton(find("autograd.layer_norm"))
+    text = find("autograd.layer_norm").skeleton()
     assert "@op(" in text and "def layer_norm(x, w, b, eps=1e-5):" in text and "x̂ = (x − μ)/σ" in text and "centred" not in text
     assert "from tinyft.tensor import op" in text and "from tinyft.array import xp" in text and "raise NotImplementedError" in text
-    assert "_softmax" not in skeleton.skeleton(find("softmax")) and "def _softmax" in skeleton.source(find("softmax"))
-    assert "def backward(self" in skeleton.skeleton(find("backward")) and "_state" not in skeleton.imports(find("backward"))
+    assert "_softmax" not in find("softmax").skeleton() and "def _softmax" in find("softmax").source()
+    assert "def backward(self" in find("backward").skeleton() and "_state" not in find("backward").imports()
 
 
 # ── bad input: one friendly message each ─────────────────────────────────────────────────────────────────────────────
@@ -142,7 +144,7 @@ def test_bad_input_gets_one_friendly_message(learner, text, said):
                                   "        except Exception:\n            pass\n"])
 def test_an_endless_loop_is_cut_off(learner, text, monkeypatch):
     monkeypatch.setattr(checker, "ONE_CALL", 0.3)
-    monkeypatch.setattr(isolated, "SILENCE", 2.0)                                # Python 3.10 looks at no signal before a `try`
+    monkeypatch.setattr(isolated, "SILENCE", 2.0)  # Python 3.10 looks at no signal before a `try`
     begun = time.monotonic()
     out = learner("sum_to", text)
     assert "an endless loop?" in out and "autograd.sum_to.py:" in out and learner.status == 1 and time.monotonic() - begun < 5
@@ -206,7 +208,7 @@ def test_a_kernel_of_the_learners(learner, text, said):
 
 @pytest.mark.skipif(bool(find("add_bias").missing), reason="no C++ compiler: install g++")
 def test_a_kernel_in_a_notebook_and_the_commands(learner, capsys):
-    assert tinyft.check("add_bias", skeleton.source(find("add_bias"))) is True
+    assert tinyft.check("add_bias", find("add_bias").source()) is True
     assert tinyft.check("add_bias", print) is False and "is written in CUDA C" in capsys.readouterr().out
     assert "work/gpu.add_bias.cu" in learner.run("start", "add_bias") and "not written yet" in learner.run("check")
     assert "// tinyft/kernels/cuda/bias.cu" in learner.run("solution") and "+    y[i] = (T)(" in learner.run("diff")
@@ -217,7 +219,7 @@ def test_a_kernel_in_a_notebook_and_the_commands(learner, capsys):
 def test_without_a_compiler_kernels_are_left_out_and_said_to_be(learner, monkeypatch):
     learner.run("start", "add_bias")
     Path("work/gpu.add_bias.cu").write_text(BIAS % "y[0] = 1;")
-    monkeypatch.setattr("tinyft.learn.cuda.exercise.compiler", lambda: (_ for _ in ()).throw(KernelError("no C++ compiler found: install g++")))
+    monkeypatch.setattr("tinyft.learn.cuda.compiler", lambda: (_ for _ in ()).throw(KernelError("no C++ compiler found: install g++")))
     out = learner.run("selftest", "add_bias", "adam_rates")
     assert "add_bias" in out and "no C++ compiler found" in out and "gpu.adam_rates               3 laws" in out and learner.status == 0
     assert "no C++ compiler found" in learner.run("check", "add_bias") and learner.status == 1

@@ -1,6 +1,8 @@
-"""Lessons: what each must hold (its header, its length, nothing from later lessons, code quoted and not copied), and the runner.
+"""Lessons: what each must hold (its header, its length, nothing from later lessons, code quoted and not copied), and
+the runner.
 
-That every lesson runs is checked by `make lessons`.  The checks take a lesson as text, so that planted faults can be shown to them.
+That every lesson runs is checked by `make lessons`.  The checks take a lesson as text, so that planted faults can be
+shown to them.
 """
 from __future__ import annotations
 
@@ -35,7 +37,7 @@ TEACHES = {
     "training": {"optim", "SGD", "Adam", "AdamW", "constant_schedule", "linear_schedule", "cosine_schedule", "fit", "evaluate", "train", "History", "Diverged", "kernels",
                  "classifier", "functional", "batches", "baselines", "strict"},
     "pretraining": {"pretrain", "perplexity", "generate", "decode", "save", "formats"},
-    "gpu": {"learn.cuda"},
+    "gpu": {"kernels.cuda"},
     "precision": {"precision", "autocast", "GradScaler"},
 }
 
@@ -56,7 +58,7 @@ def named(text: str, mark: str) -> str:
 
 
 def wanting(name: str, text: str) -> list[str]:
-    "What a lesson lacks of its outer form."
+    """What a lesson lacks of its outer form."""
     cells, found = parse(text), []
     head, words = cells[0].source, " ".join(c.source for c in cells if c.kind == "markdown")
     exercises = [e.function for e in of_lesson(name)]
@@ -101,8 +103,10 @@ def dotted(node: ast.AST) -> str:
 
 
 def uses(text: str) -> set[str]:
-    "The names of the library that a lesson uses, without the leading tinyft: those it imports, and those it reaches from a module of it."
-    ours: dict[str, str] = {}                                                    # a name in the lesson -> what it is
+    """The names of the library that a lesson uses, without the leading tinyft: those it imports, and those it reaches
+    from a module of it.
+    """
+    ours: dict[str, str] = {}  # a name in the lesson -> what it is
     found = set()
     for node in (n for cell in tree(text) for n in ast.walk(cell)):
         if isinstance(node, ast.Import):
@@ -116,7 +120,7 @@ def uses(text: str) -> set[str]:
             found.add(f"{ours[head]}.{rest}")
     found = {f.removeprefix("tinyft.") for f in found} - {"tinyft"}
     modules = {f for f in found if any(other.startswith(f + ".") for other in found)}
-    return found - modules                                                       # ft.ops on the way to ft.ops.mul is no use of its own
+    return found - modules  # ft.ops on the way to ft.ops.mul is no use of its own
 
 
 def too_early(name: str, text: str) -> list[str]:
@@ -145,13 +149,15 @@ def bare(text: str) -> list[str]:
 
 @cache
 def library() -> set[tuple[str, ...]]:
-    "Every two lines in a row of the library's functions."
+    """Every two lines in a row of the library's functions."""
     files = [p for p in Path(tinyft.__file__).parent.rglob("*.py") if "lessons" not in p.parts]
     return {pair for p in files for lines in [bare(p.read_text(encoding="utf-8"))] for pair in zip(lines, lines[1:])}
 
 
 def copied(text: str) -> list[tuple[str, ...]]:
-    "Code that stands in the library as well: two lines in a row, imports and the shortest apart; and code in a text cell."
+    """Code that stands in the library as well: two lines in a row, imports and the shortest apart; and code in a text
+    cell.
+    """
     lines = bare("\n".join(c.source for c in parse(text) if c.kind == "code"))
     pairs = [p for p in zip(lines, lines[1:]) if p in library() and min(map(len, p)) > 12 and not p[0].startswith(("import", "from"))]
     return pairs + [("a def in a text cell",) for c in parse(text) if c.kind == "markdown" and re.search(r"^\s*(def|class) \w+", c.source, re.M)]

@@ -113,22 +113,9 @@ tinyft/kernels/threads.py: columns quotes
 tinyft/learn/__init__.py: columns
 tinyft/learn/annotate.py: columns nested_comprehension quotes
 tinyft/learn/book.py: columns assigned_lambda quotes
-tinyft/learn/checker.py: columns quotes
 tinyft/learn/commands.py: columns quotes
-tinyft/learn/cuda/cpu_kernel.py: columns nested_comprehension quotes
-tinyft/learn/cuda/exercise.py: columns nested_comprehension quotes
-tinyft/learn/diagnose.py: columns assigned_lambda nested_comprehension quotes
-tinyft/learn/exercise.py: columns quotes hasattr_dispatch
-tinyft/learn/isolated.py: columns assigned_lambda quotes
 tinyft/learn/lessons.py: columns quotes
 tinyft/learn/reading.py: columns quotes
-tinyft/learn/selftest.py: columns quotes
-tinyft/learn/shim.py: columns quotes
-tinyft/learn/show.py: columns positional_boolean quotes
-tinyft/learn/sizes.py: columns nested_comprehension quotes
-tinyft/learn/skeleton.py: columns quotes
-tinyft/learn/subject.py: columns assigned_lambda quotes hasattr_dispatch
-tinyft/learn/work.py: columns quotes
 tinyft/methods/__init__.py: columns quotes
 tinyft/methods/additive/houlsby.py: columns
 tinyft/methods/additive/prefix.py: columns

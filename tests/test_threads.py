@@ -52,7 +52,7 @@ def test_both_threads_work_and_blas_has_one_meanwhile():
     barrier, seen = threading.Barrier(2, timeout=20), []
 
     def work(i: int) -> None:
-        barrier.wait()                                   # passes only if two threads are here
+        barrier.wait()  # passes only if two threads are here
         seen.append((threading.get_ident(), system.threads()))
     threads.each([0, 1], work)
     assert len({who for who, _ in seen}) == 2
@@ -108,7 +108,7 @@ def test_blocks_cover_the_rows(n, width, many):
 
 
 def test_warnings_are_told_apart_as_in_the_caller():
-    "np.errstate of the caller holds in the workers too."
+    """np.errstate of the caller holds in the workers too."""
     set_num_threads(2)
     barrier = threading.Barrier(2, timeout=20)
 

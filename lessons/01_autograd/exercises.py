@@ -1,4 +1,6 @@
-"""Lesson 01: sums over what was repeated, and three ops with their pullbacks.  The walk through the graph: exercises_graphs.py."""
+"""Lesson 01: sums over what was repeated, and three ops with their pullbacks.  The walk through the
+graph: exercises_graphs.py.
+"""
 from __future__ import annotations
 
 import numpy as np
@@ -21,7 +23,7 @@ sum_to = Exercise(
 
 @st.composite
 def repeated(draw):
-    "(shape, g): g has a shape to which `shape` broadcasts."
+    """(shape, g): g has a shape to which `shape` broadcasts."""
     front, own = ([draw(sizes()) for _ in range(draw(st.integers(0, 2)))] for _ in "ab")
     return tuple(n if draw(st.booleans()) else 1 for n in own), draw(array((*front, *own)))
 
@@ -56,25 +58,25 @@ def _(f, drawn):
     close(f(g, shape), added_one_by_one(g, shape))
 
 
-@sum_to.believe("Copies share the gradient, so take their mean.", says="a mean for a sum")
+@sum_to.wrong_answer("Copies share the gradient, so take their mean.", says="a mean for a sum")
 def _(g, shape):
     g = g.mean(axis=tuple(range(g.ndim - len(shape))))
     return g.mean(axis=tuple(i for i, n in enumerate(shape) if n == 1 and g.shape[i] != 1), keepdims=True)
 
 
-@sum_to.believe("All copies hold the same number, so one of them speaks for all.", says="one copy")
+@sum_to.wrong_answer("All copies hold the same number, so one of them speaks for all.", says="one copy")
 def _(g, shape):
     g = g[(0,) * (g.ndim - len(shape))]
     return g[tuple(slice(0, 1) if n == 1 else slice(None) for n in shape)]
 
 
-@sum_to.believe("Summing along an axis is summing along an axis.", says="its shape is")
+@sum_to.wrong_answer("Summing along an axis is summing along an axis.", says="its shape is")
 def _(g, shape):
     g = g.sum(axis=tuple(range(g.ndim - len(shape))))
     return g.sum(axis=tuple(i for i, n in enumerate(shape) if n == 1 and g.shape[i] != 1))
 
 
-@sum_to.believe("Either axes were put in front or some were stretched, never both.", says="not summed", subtle=True)
+@sum_to.wrong_answer("Either axes were put in front or some were stretched, never both.", says="not summed", subtle=True)
 def _(g, shape):
     if g.ndim > len(shape):
         return g.sum(axis=tuple(range(g.ndim - len(shape))))
@@ -91,7 +93,7 @@ matmul = Exercise(
 
 
 def product(a, b):
-    "a @ b, or nothing where they do not fit."
+    """a @ b, or nothing where they do not fit."""
     try:
         return a @ b
     except ValueError:
@@ -122,22 +124,22 @@ def _(f, a, b, g):
     close(db(g), np.stack([x.T @ y for x, y in zip(a, g)]), "the gradient of B", {turned: product(a.T, g)})
 
 
-@matmul.believe("dB = Gᵀ A: the same letters, the same numbers.", says="transposed")
+@matmul.wrong_answer("dB = Gᵀ A: the same letters, the same numbers.", says="transposed")
 def _(a, b):
     return a @ b, (lambda g: g @ ops.t(b), lambda g: ops.t(g) @ a)
 
 
-@matmul.believe("The first pullback is the one with A in it.", says="changed places")
+@matmul.wrong_answer("The first pullback is the one with A in it.", says="changed places")
 def _(a, b):
     return a @ b, (lambda g: ops.t(a) @ g, lambda g: g @ ops.t(b))
 
 
-@matmul.believe("The gradient of a product is averaged over the rows, as losses are means.", says="a mean for a sum")
+@matmul.wrong_answer("The gradient of a product is averaged over the rows, as losses are means.", says="a mean for a sum")
 def _(a, b):
     return a @ b, (lambda g: g @ ops.t(b), lambda g: ops.t(a) @ g / a.shape[-2])
 
 
-@matmul.believe("A transpose is a .T", says=".T", subtle=True)
+@matmul.wrong_answer("A transpose is a .T", says=".T", subtle=True)
 def _(a, b):
     return a @ b, (lambda g: g @ b.T, lambda g: a.T @ g)
 
@@ -169,32 +171,33 @@ def _(f, x):
 @softmax.law("dx = p (g − Σ g p)", x="n m", g="n m")
 def _(f, x, g):
     p = probabilities(x)
-    want = np.stack([(np.diag(row) - np.outer(row, row)) @ back for row, back in zip(p, g)])      # the Jacobian of each row, times g
+    # the Jacobian of each row, times g
+    want = np.stack([(np.diag(row) - np.outer(row, row)) @ back for row, back in zip(p, g)])
     close(f(x)[1][0](g), want, "the gradient of x",
           {"it is g p (1 - p), the diagonal of the Jacobian alone: each p depends on every x": g * p * (1 - p)})
 
 
-@softmax.believe("Sum means .sum().", says="wrong axis")
+@softmax.wrong_answer("Sum means .sum().", says="wrong axis")
 def _(x):
     e = ops.xp(x).exp(x - x.max())
     p = e / e.sum()
     return p, ops.softmax.definition(x)[1]
 
 
-@softmax.believe("The formula is the program: exp, then divide.", says="nan", subtle=True)
+@softmax.wrong_answer("The formula is the program: exp, then divide.", says="nan", subtle=True)
 def _(x):
     with np.errstate(all="ignore"):
         e = ops.xp(x).exp(x)
         return e / e.sum(axis=-1, keepdims=True), ops.softmax.definition(x)[1]
 
 
-@softmax.believe("dx = g p (1 - p), as for the sigmoid.", says="diagonal of the Jacobian", subtle=True)
+@softmax.wrong_answer("dx = g p (1 - p), as for the sigmoid.", says="diagonal of the Jacobian", subtle=True)
 def _(x):
     p, _ = ops.softmax.definition(x)
     return p, (lambda g: g * p * (1 - p),)
 
 
-@softmax.believe("The probabilities add up to one whatever x is, so nothing comes back.", says="zero everywhere", subtle=True)
+@softmax.wrong_answer("The probabilities add up to one whatever x is, so nothing comes back.", says="zero everywhere", subtle=True)
 def _(x):
     return ops.softmax.definition(x)[0], (lambda g: g * 0,)
 
@@ -243,27 +246,27 @@ def _(f, x, w, b, g):
     close(db(g), g, "the gradient of b, before the engine sums it")
 
 
-@layer_norm.believe("Only the mean moves with x; σ is a scale.", says="σ does not", subtle=True)
+@layer_norm.wrong_answer("Only the mean moves with x; σ is a scale.", says="σ does not", subtle=True)
 def _(x, w, b, eps=1e-5):
     y, (_, dw, db) = ops.layer_norm.definition(x, w, b, eps=eps)
     s = ops.xp(x).sqrt(((x - x.mean(axis=-1, keepdims=True))**2).mean(axis=-1, keepdims=True) + eps)
     return y, (lambda g: (w * g - (w * g).mean(axis=-1, keepdims=True)) / s, dw, db)
 
 
-@layer_norm.believe("The variance of a sample has n - 1 below.", says="n - 1")
+@layer_norm.wrong_answer("The variance of a sample has n - 1 below.", says="n - 1")
 def _(x, w, b, eps=1e-5):
     n, back = x.shape[-1], ops.layer_norm.definition(x, w, b, eps=eps)[1]
     c = x - x.mean(axis=-1, keepdims=True)
     return w * c / ops.xp(x).sqrt((c * c).sum(axis=-1, keepdims=True) / max(n - 1, 1) + eps) + b, back
 
 
-@layer_norm.believe("ε keeps the divisor from zero, so it is added to the divisor.", says="under the root", subtle=True)
+@layer_norm.wrong_answer("ε keeps the divisor from zero, so it is added to the divisor.", says="under the root", subtle=True)
 def _(x, w, b, eps=1e-5):
     c = x - x.mean(axis=-1, keepdims=True)
     return w * c / (ops.xp(x).sqrt((c * c).mean(axis=-1, keepdims=True)) + eps) + b, ops.layer_norm.definition(x, w, b, eps=eps)[1]
 
 
-@layer_norm.believe("w is multiplied with x.", says="x̂", subtle=True)
+@layer_norm.wrong_answer("w is multiplied with x.", says="x̂", subtle=True)
 def _(x, w, b, eps=1e-5):
     y, (dx, _, db) = ops.layer_norm.definition(x, w, b, eps=eps)
     return y, (dx, lambda g: g * x, db)

@@ -26,12 +26,12 @@ topological_order = Exercise(
 
 @st.composite
 def graphs(draw):
-    "[(i, j), ...]: node 0 is a leaf, node k + 1 is made of the nodes i and j before it."
+    """[(i, j), ...]: node 0 is a leaf, node k + 1 is made of the nodes i and j before it."""
     return [(draw(st.integers(0, k)), draw(st.integers(0, k))) for k in range(draw(sizes()))]
 
 
 def built(pairs, x=1.0):
-    "All tensors of such a graph: sums where i < j, else products."
+    """All tensors of such a graph: sums where i < j, else products."""
     made = [tensor(x)]
     for i, j in pairs:
         made.append(made[i] + made[j] if i < j else made[i] * made[j])
@@ -39,7 +39,7 @@ def built(pairs, x=1.0):
 
 
 def below(node):
-    "The ids of a node and of all it was made from."
+    """The ids of a node and of all it was made from."""
     found, todo = set(), [node]
     while todo:
         node = todo.pop()
@@ -92,12 +92,12 @@ def by_recursion(root, after=True):
     return order
 
 
-@topological_order.believe("Recursion is how one walks a graph.", says="RecursionError", subtle=True)
+@topological_order.wrong_answer("Recursion is how one walks a graph.", says="RecursionError", subtle=True)
 def _(root):
     return by_recursion(root)
 
 
-@topological_order.believe("A node is done when it is met.", says="come", subtle=False)
+@topological_order.wrong_answer("A node is done when it is met.", says="come", subtle=False)
 def _(root):
     order, seen, todo = [], set(), [root.node]
     while todo:
@@ -109,17 +109,17 @@ def _(root):
     return order
 
 
-@topological_order.believe("The walk goes from the output to the inputs, so that is the order.", says="turned round", subtle=True)
+@topological_order.wrong_answer("The walk goes from the output to the inputs, so that is the order.", says="turned round", subtle=True)
 def _(root):
     return topological(root)[::-1]
 
 
-@topological_order.believe("Leaves were not computed, so they are no nodes.", says="leaf is left out")
+@topological_order.wrong_answer("Leaves were not computed, so they are no nodes.", says="leaf is left out")
 def _(root):
     return [n for n in topological(root) if not isinstance(n, Tensor)]
 
 
-@topological_order.believe("A node used twice comes twice.", says="expected")
+@topological_order.wrong_answer("A node used twice comes twice.", says="expected")
 def _(root):
     return [n for n in topological(root) for _ in (0, 1)]
 
@@ -195,7 +195,7 @@ def _(f, x, g, h):
 
 
 def walk(self, gradient=None, order=topological, parts="add", leaves="add", undo=undo_broadcasting):
-    "A plain backward with a place for each error."
+    """A plain backward with a place for each error."""
     grads = {id(self.node): xp(self.data).ones(self.shape) if gradient is None else gradient}
     for node in reversed(order(self)):
         g = grads.pop(id(node), None)
@@ -209,12 +209,12 @@ def walk(self, gradient=None, order=topological, parts="add", leaves="add", undo
             grads[id(p)] = grads[id(p)] + gp if id(p) in grads and parts == "add" else gp
 
 
-@backward.believe("A gradient is assigned: .grad = g.", says="lost")
+@backward.wrong_answer("A gradient is assigned: .grad = g.", says="lost")
 def _(self, gradient=None, retain_graph=False):
     walk(self, gradient, parts="put")
 
 
-@backward.believe("A node can be passed as soon as it is reached.", says="topological")
+@backward.wrong_answer("A node can be passed as soon as it is reached.", says="topological")
 def _(self, gradient=None, retain_graph=False):
     def as_met(root):
         order, seen, todo = [], set(), [root.node]
@@ -229,11 +229,11 @@ def _(self, gradient=None, retain_graph=False):
     walk(self, gradient, as_met)
 
 
-@backward.believe("What comes back has the shape of what went in.", says="not summed", subtle=True)
+@backward.wrong_answer("What comes back has the shape of what went in.", says="not summed", subtle=True)
 def _(self, gradient=None, retain_graph=False):
     walk(self, gradient, undo=lambda g, shape: g)
 
 
-@backward.believe("A new backward is a new gradient.", says="second alone", subtle=True)
+@backward.wrong_answer("A new backward is a new gradient.", says="second alone", subtle=True)
 def _(self, gradient=None, retain_graph=False):
     walk(self, gradient, leaves="put")

@@ -48,27 +48,27 @@ def _(f, t, more):
     close(f(t, t + more), may_look(t, t + more, more), "the mask", guesses)
 
 
-@causal_mask.believe("Causal: what comes before, so j < i.", says="not itself")
+@causal_mask.wrong_answer("Causal: what comes before, so j < i.", says="not itself")
 def _(t, s, m=np):
     return m.tril(m.ones((t, s), dtype=bool), s - t - 1)
 
 
-@causal_mask.believe("The upper triangle is the one with the past in it.", says="after it")
+@causal_mask.wrong_answer("The upper triangle is the one with the past in it.", says="after it")
 def _(t, s, m=np):
     return m.triu(m.ones((t, s), dtype=bool))
 
 
-@causal_mask.believe("A mask is made of ones and zeros.", says="dtype")
+@causal_mask.wrong_answer("A mask is made of ones and zeros.", says="dtype")
 def _(t, s, m=np):
     return m.tril(m.ones((t, s), dtype=np.float64), s - t)
 
 
-@causal_mask.believe("Query i and key i stand in the same place.", says="none had come")
+@causal_mask.wrong_answer("Query i and key i stand in the same place.", says="none had come")
 def _(t, s, m=np):
     return m.tril(m.ones((t, s), dtype=bool))
 
 
-@causal_mask.believe("With older keys in front, everything is the past.", says="entries", subtle=True)
+@causal_mask.wrong_answer("With older keys in front, everything is the past.", says="entries", subtle=True)
 def _(t, s, m=np):
     return m.tril(m.ones((t, s), dtype=bool)) if s == t else m.ones((t, s), dtype=bool)
 
@@ -154,28 +154,28 @@ def attention(q, k, v, seen=None, causal=False, scale=None, after=False, both=Tr
     return ops.softmax(scores if seen is None else ops.where(seen, scores, -1e30)) @ v
 
 
-@softmax_attention.believe("The softmax normalises, so scores need no scale.", says="not divided by √d")
+@softmax_attention.wrong_answer("The softmax normalises, so scores need no scale.", says="not divided by √d")
 def _(q, k, v, seen=None, causal=False):
     return attention(q, k, v, seen, causal, 1.0)
 
 
-@softmax_attention.believe("The scale is 1/√C, with the width of the model.", says="width of the model")
+@softmax_attention.wrong_answer("The scale is 1/√C, with the width of the model.", says="width of the model")
 def _(q, k, v, seen=None, causal=False):
     heads = q.shape[-3] if q.ndim > 2 else 1
     return attention(q, k, v, seen, causal, (heads * q.shape[-1])**-0.5)
 
 
-@softmax_attention.believe("The mask sets weights to zero, so it comes after the softmax.", says="after the softmax")
+@softmax_attention.wrong_answer("The mask sets weights to zero, so it comes after the softmax.", says="after the softmax")
 def _(q, k, v, seen=None, causal=False):
     return attention(q, k, v, seen, causal, after=True)
 
 
-@softmax_attention.believe("There is one mask: the causal one, or the one that is given.", says="seen is forgotten", subtle=True)
+@softmax_attention.wrong_answer("There is one mask: the causal one, or the one that is given.", says="seen is forgotten", subtle=True)
 def _(q, k, v, seen=None, causal=False):
     return attention(q, k, v, seen, causal, both=False)
 
 
-@softmax_attention.believe("Computing with arrays is computing with tensors.", says="the gradient of q", subtle=True)
+@softmax_attention.wrong_answer("Computing with arrays is computing with tensors.", says="the gradient of q", subtle=True)
 def _(q, k, v, seen=None, causal=False):
     return attention(q.detach(), k.detach(), v, seen, causal)
 
@@ -217,25 +217,25 @@ def _(f, x, h):
     close(split_by(f, x, h), heads(x, h), f"split(x) for {h} heads", guesses)
 
 
-@split.believe("A reshape to (B, H, T, D) gives (B, H, T, D).", says="does not move an axis", subtle=True)
+@split.wrong_answer("A reshape to (B, H, T, D) gives (B, H, T, D).", says="does not move an axis", subtle=True)
 def _(self, x):
     B, T, C = x.shape
     return x.reshape(B, self.h, T, C // self.h)
 
 
-@split.believe("Features are dealt out to the heads in turn.", says="like cards", subtle=True)
+@split.wrong_answer("Features are dealt out to the heads in turn.", says="like cards", subtle=True)
 def _(self, x):
     B, T, C = x.shape
     return x.reshape(B, T, C // self.h, self.h).permute(0, 3, 1, 2)
 
 
-@split.believe("Heads are the last thing but one.", says="shape")
+@split.wrong_answer("Heads are the last thing but one.", says="shape")
 def _(self, x):
     B, T, C = x.shape
     return x.reshape(B, T, self.h, C // self.h)
 
 
-@split.believe("D is a constant of the model, 64.", says="ShapeError")
+@split.wrong_answer("D is a constant of the model, 64.", says="ShapeError")
 def _(self, x):
     B, T, C = x.shape
     return x.reshape(B, T, self.h, 64).permute(0, 2, 1, 3)
@@ -278,24 +278,24 @@ def _(f, x, g):
     close(f(x)[1][0](g), numerical_gradient(gelu, x, g), "the gradient of x", guesses, 1e-5, 1e-7)
 
 
-@gelu_tanh.believe("The derivative of 0.044715 x³ is 0.044715 x².", says="did not come down", subtle=True)
+@gelu_tanh.wrong_answer("The derivative of 0.044715 x³ is 0.044715 x².", says="did not come down", subtle=True)
 def _(x):
     y, _ = ops.gelu_tanh.definition(x)
     h = xp(x).tanh(ROOT * (x + 0.044715 * x**3))
     return y, (lambda g: g * (0.5 * (1 + h) + 0.5 * x * (1 - h * h) * ROOT * (1 + 0.044715 * x * x)),)
 
 
-@gelu_tanh.believe("h is a gate, and gates are constants.", says="product rule", subtle=True)
+@gelu_tanh.wrong_answer("h is a gate, and gates are constants.", says="product rule", subtle=True)
 def _(x):
     y, _ = ops.gelu_tanh.definition(x)
     return y, (lambda g: g * 0.5 * (1 + xp(x).tanh(ROOT * (x + 0.044715 * x**3))),)
 
 
-@gelu_tanh.believe("GELU is GELU: the two forms are one function.", says="exact GELU")
+@gelu_tanh.wrong_answer("GELU is GELU: the two forms are one function.", says="exact GELU")
 def _(x):
     return ops.gelu.definition(x)
 
 
-@gelu_tanh.believe("tanh squashes by itself; it needs no √(2/π).", says="√(2/π) is missing")
+@gelu_tanh.wrong_answer("tanh squashes by itself; it needs no √(2/π).", says="√(2/π) is missing")
 def _(x):
     return 0.5 * x * (1 + xp(x).tanh(x + 0.044715 * x**3)), ops.gelu_tanh.definition(x)[1]

@@ -28,7 +28,7 @@ cross_entropy = Exercise(
 
 @st.composite
 def scored(draw, ignored=False):
-    "(z, y): scores and labels of n rows; with `ignored`, some labels are -100 but not all."
+    """(z, y): scores and labels of n rows; with `ignored`, some labels are -100 but not all."""
     n, v = draw(sizes()), draw(sizes())
     y = draw(array((n,), range(v), np.int64))
     if ignored:
@@ -110,29 +110,29 @@ def scaled(z, y, weight, ignore_index, label_smoothing, value=1.0, gradient=1.0)
     return loss * value, (lambda g: back(g) * gradient, *rest)
 
 
-@cross_entropy.believe("The loss adds up over the rows.", says="1/N")
+@cross_entropy.wrong_answer("The loss adds up over the rows.", says="1/N")
 def _(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
     return scaled(z, y, weight, ignore_index, label_smoothing, y.size, y.size)
 
 
-@cross_entropy.believe("p − 1 at the label; who takes the mean takes care of N.", says="1/N is missing")
+@cross_entropy.wrong_answer("p − 1 at the label; who takes the mean takes care of N.", says="1/N is missing")
 def _(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
     return scaled(z, y, weight, ignore_index, label_smoothing, 1.0, y.size)
 
 
-@cross_entropy.believe("The mean is over all rows.", says="to be ignored too", subtle=True)
+@cross_entropy.wrong_answer("The mean is over all rows.", says="to be ignored too", subtle=True)
 def _(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
     share = float((y != ignore_index).sum()) / y.size
     return scaled(z, y, weight, ignore_index, label_smoothing, share, share)
 
 
-@cross_entropy.believe("Weights multiply; what one divides by is the number of rows.", says="sum of their weights", subtle=True)
+@cross_entropy.wrong_answer("Weights multiply; what one divides by is the number of rows.", says="sum of their weights", subtle=True)
 def _(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
     share = 1.0 if weight is None else float(weight[y].sum()) / y.size
     return scaled(z, y, weight, ignore_index, label_smoothing, share, share)
 
 
-@cross_entropy.believe("Smoothing takes from the label and gives to the others.", says="label too", subtle=True)
+@cross_entropy.wrong_answer("Smoothing takes from the label and gives to the others.", says="label too", subtle=True)
 def _(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
     V = z.shape[-1]
     return ops.cross_entropy.definition(z, y, weight, ignore_index, label_smoothing * V / max(V - 1, 1))
@@ -176,7 +176,7 @@ def _(f, a, b):
           rtol=1e-5)
 
 
-@clip_norm.believe("Every array is clipped by itself.", says="own norm", subtle=True)
+@clip_norm.wrong_answer("Every array is clipped by itself.", says="own norm", subtle=True)
 def _(gradients, limit):
     m = xp(gradients[0])
     whole = m.sqrt(sum((g * g).sum() for g in gradients))
@@ -186,7 +186,7 @@ def _(gradients, limit):
     return whole
 
 
-@clip_norm.believe("Clipping is cutting off what is too large.", says="each entry", subtle=True)
+@clip_norm.wrong_answer("Clipping is cutting off what is too large.", says="each entry", subtle=True)
 def _(gradients, limit):
     m = xp(gradients[0])
     whole = m.sqrt(sum((g * g).sum() for g in gradients))
@@ -196,7 +196,7 @@ def _(gradients, limit):
     return whole
 
 
-@clip_norm.believe("The norm to report is the one that is used for the step.", says="after clipping", subtle=True)
+@clip_norm.wrong_answer("The norm to report is the one that is used for the step.", says="after clipping", subtle=True)
 def _(gradients, limit):
     m = xp(gradients[0])
     whole = m.sqrt(sum((g * g).sum() for g in gradients))
@@ -206,7 +206,7 @@ def _(gradients, limit):
     return m.sqrt(sum((g * g).sum() for g in gradients))
 
 
-@clip_norm.believe("Clipping gives the gradient the norm `limit`.", says="the gradients", subtle=True)
+@clip_norm.wrong_answer("Clipping gives the gradient the norm `limit`.", says="the gradients", subtle=True)
 def _(gradients, limit):
     m = xp(gradients[0])
     whole = m.sqrt(sum((g * g).sum() for g in gradients))
@@ -227,14 +227,14 @@ LR, B1, B2 = 0.5, 0.75, 0.9375
 
 
 def step(f, w, g, m, v, eps=1e-8, decay=0.0, t=1):
-    "w, m and v after one update."
+    """w, m and v after one update."""
     mine = [asarray(a.copy()) for a in (w, g, m, v)]
     f(*mine, LR, B1, B2, eps, decay, t)
     return [asnumpy(a) for a in (mine[0], mine[2], mine[3])]
 
 
 def adam(w, g, m, v, eps=1e-8, decay=0.0, t=1, corrected=True, inside=False):
-    "The equations, with the usual errors in them on demand."
+    """The equations, with the usual errors in them on demand."""
     m, v = B1 * m + (1 - B1) * g, B2 * v + (1 - B2) * g * g
     mh, vh = (m / (1 - B1**t), v / (1 - B2**t)) if corrected else (m, v)
     return w - LR * (mh / (np.sqrt(vh + eps) if inside else np.sqrt(vh) + eps) + decay * w)
@@ -276,7 +276,7 @@ def _(f, w, g, m, v):
     close(m1, B1 * m + (1 - B1) * g, "m for decay = 0.5")
 
 
-@adam_update.believe("m and v are means already; there is nothing to correct.", says="bias")
+@adam_update.wrong_answer("m and v are means already; there is nothing to correct.", says="bias")
 def _(w, g, m, v, lr, b1, b2, eps, decay, t):
     m *= b1
     m += (1 - b1) * g
@@ -286,19 +286,19 @@ def _(w, g, m, v, lr, b1, b2, eps, decay, t):
     w -= lr * m / (xp(w).sqrt(v) + eps)
 
 
-@adam_update.believe("Weight decay is L2 regularisation: add it to the gradient.", says="inside the gradient", subtle=True)
+@adam_update.wrong_answer("Weight decay is L2 regularisation: add it to the gradient.", says="inside the gradient", subtle=True)
 def _(w, g, m, v, lr, b1, b2, eps, decay, t):
     reference_update(w, g + decay * w, m, v, lr, b1, b2, eps, 0.0, t)
 
 
-@adam_update.believe("ε keeps the root from zero, so it stands under it.", says="under the root", subtle=True)
+@adam_update.wrong_answer("ε keeps the root from zero, so it stands under it.", says="under the root", subtle=True)
 def _(w, g, m, v, lr, b1, b2, eps, decay, t):
     before = w * (1 - lr * decay)
     reference_update(w, g, m, v, lr, b1, b2, eps, decay, t)
     w[...] = before - lr * m / (1 - b1**t) / xp(w).sqrt(v / (1 - b2**t) + eps)
 
 
-@adam_update.believe("Momentum adds up: m ← b1 m + g.", says="1 − b1")
+@adam_update.wrong_answer("Momentum adds up: m ← b1 m + g.", says="1 − b1")
 def _(w, g, m, v, lr, b1, b2, eps, decay, t):
     m *= b1
     m += g
@@ -351,7 +351,7 @@ def _(f, T):
     close(factors(f, T, warmup=0.5), falling(T, T // 2), f"the factors of {T} steps, half of them warm-up")
 
 
-@cosine_schedule.believe("The warm-up begins at zero.", says="is lost")
+@cosine_schedule.wrong_answer("The warm-up begins at zero.", says="is lost")
 def _(warmup=0, floor=0.0):
     def factor(t, T):
         w = round(warmup * T) if 0 < warmup < 1 else int(warmup)
@@ -359,7 +359,7 @@ def _(warmup=0, floor=0.0):
     return factor
 
 
-@cosine_schedule.believe("The floor is a lower limit.", says="squeezed", subtle=True)
+@cosine_schedule.wrong_answer("The floor is a lower limit.", says="squeezed", subtle=True)
 def _(warmup=0, floor=0.0):
     def factor(t, T):
         w = round(warmup * T) if 0 < warmup < 1 else int(warmup)
@@ -367,11 +367,11 @@ def _(warmup=0, floor=0.0):
     return factor
 
 
-@cosine_schedule.believe("A cosine is a wave.", says="whole wave")
+@cosine_schedule.wrong_answer("A cosine is a wave.", says="whole wave")
 def _(warmup=0, floor=0.0):
     return lambda t, T: floor + (1 - floor) * 0.5 * (1 + math.cos(2 * math.pi * t / T))
 
 
-@cosine_schedule.believe("A warm-up is a number of steps.", says="factors of 4 steps, half", subtle=True)
+@cosine_schedule.wrong_answer("A warm-up is a number of steps.", says="factors of 4 steps, half", subtle=True)
 def _(warmup=0, floor=0.0):
     return lambda t, T: falling(T, int(warmup), floor)[t]

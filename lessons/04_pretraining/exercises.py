@@ -1,4 +1,6 @@
-"""Lesson 04: what a language model is asked (the next token, the masked ones), and how its answers are added up."""
+"""Lesson 04: what a language model is asked (the next token, the masked ones), and how its answers
+are added up.
+"""
 from __future__ import annotations
 
 import math
@@ -13,7 +15,8 @@ from tinyft.learn.exercise import Exercise
 from tinyft.learn.sizes import array, booleans, integers, positive, sizes
 
 PAD, CLS, MASK = SPECIAL["[PAD]"], SPECIAL["[CLS]"], SPECIAL["[MASK]"]
-FIRST, VOCAB = max(SPECIAL.values()) + 1, max(SPECIAL.values()) + 5              # the ids that are no special token
+# the ids that are no special token
+FIRST, VOCAB = max(SPECIAL.values()) + 1, max(SPECIAL.values()) + 5
 
 # ── next_tokens ──────────────────────────────────────────────────────────────────────────────────────────────────────
 next_tokens = Exercise(
@@ -48,23 +51,23 @@ def _(f, ids, mask):
     close(f(ids, mask), want, f"the labels with the mask {mask.astype(int).tolist()}", guesses)
 
 
-@next_tokens.believe("The labels are the ids; the model shifts them itself.", says="the place itself")
+@next_tokens.wrong_answer("The labels are the ids; the model shifts them itself.", says="the place itself")
 def _(ids, mask=None):
     return ids[:, :-1] if mask is None else np.where(mask[:, :-1], ids[:, :-1], -100)
 
 
-@next_tokens.believe("A mask is for attention; the loss sees every place.", says="padding is predicted")
+@next_tokens.wrong_answer("A mask is for attention; the loss sees every place.", says="padding is predicted")
 def _(ids, mask=None):
     return ids[:, 1:].copy()
 
 
-@next_tokens.believe("Padding stands on the right, so a real token is always read where a real one follows.", says="padding that is read",
+@next_tokens.wrong_answer("Padding stands on the right, so a real token is always read where a real one follows.", says="padding that is read",
                      subtle=True)
 def _(ids, mask=None):
     return ids[:, 1:].copy() if mask is None else np.where(mask[:, 1:], ids[:, 1:], -100)
 
 
-@next_tokens.believe("A place is asked if it is real.", says="padding is predicted")
+@next_tokens.wrong_answer("A place is asked if it is real.", says="padding is predicted")
 def _(ids, mask=None):
     return ids[:, 1:].copy() if mask is None else np.where(mask[:, :-1], ids[:, 1:], -100)
 
@@ -82,7 +85,9 @@ mlm = Exercise(
 
 @st.composite
 def texts(draw):
-    "(ids, mask): rows of words and special tokens, the first token of all a word; the mask has padding on the right."
+    """(ids, mask): rows of words and special tokens, the first token of all a word; the mask has
+    padding on the right.
+    """
     b, t = draw(sizes()), draw(sizes())
     ids = draw(array((b, t), (FIRST, FIRST + 1, FIRST + 2, CLS), np.int64))
     ids[0, 0] = FIRST
@@ -144,30 +149,30 @@ def _(f, seed):
     close(met, (np.arange(VOCAB) >= FIRST) | (np.arange(VOCAB) == MASK), f"which of the ids 0 to {VOCAB - 1} stand in the new text", guesses)
 
 
-@mlm.believe("The model should give back the whole text, so every place has a label.", says="every place is asked")
+@mlm.wrong_answer("The model should give back the whole text, so every place has a label.", says="every place is asked")
 def _(ids, mask, rng, vocab, special=SPECIAL, p=0.15):
     return corrupt(ids, mask, rng, vocab, special, p)[0], ids.copy()
 
 
-@mlm.believe("Masked language modelling masks.", says="all that are asked")
+@mlm.wrong_answer("Masked language modelling masks.", says="all that are asked")
 def _(ids, mask, rng, vocab, special=SPECIAL, p=0.15):
     _, labels = corrupt(ids, mask, rng, vocab, special, p)
     return np.where(labels != -100, special["[MASK]"], ids), labels
 
 
-@mlm.believe("A random token is a random number below the vocabulary's size.", says="special tokens are drawn", subtle=True)
+@mlm.wrong_answer("A random token is a random number below the vocabulary's size.", says="special tokens are drawn", subtle=True)
 def _(ids, mask, rng, vocab, special=SPECIAL, p=0.15):
     new, labels = corrupt(ids, mask, rng, vocab, special, p)
     random = (labels != -100) & (new != special["[MASK]"]) & (new != ids)
     return np.where(random, rng.integers(0, vocab, ids.shape), new), labels
 
 
-@mlm.believe("Padding is a token like others: the mask is for attention.", says="padding is asked for", subtle=True)
+@mlm.wrong_answer("Padding is a token like others: the mask is for attention.", says="padding is asked for", subtle=True)
 def _(ids, mask, rng, vocab, special=SPECIAL, p=0.15):
     return corrupt(ids, np.ones(ids.shape, bool), rng, vocab, special, p)
 
 
-@mlm.believe("The label is what the model gets to see.", says="after the corruption")
+@mlm.wrong_answer("The label is what the model gets to see.", says="after the corruption")
 def _(ids, mask, rng, vocab, special=SPECIAL, p=0.15):
     new, labels = corrupt(ids, mask, rng, vocab, special, p)
     return new, np.where(labels == -100, -100, new)
@@ -183,7 +188,7 @@ pool = Exercise(
 
 @st.composite
 def batches(draw):
-    "(losses, weights) of some batches, the losses quarters."
+    """(losses, weights) of some batches, the losses quarters."""
     n = draw(sizes())
     return [v / 4 for v in draw(array((n,), range(17))).tolist()], draw(array((n,), range(1, 5))).tolist()
 
@@ -221,25 +226,25 @@ def _(f, n):
     close(pooled(f, [1000.0] * n, [1.0] * n), np.array([1000.0, math.exp(700)]), "(loss, perplexity)")
 
 
-@pool.believe("The perplexity of a text is the mean of its batches' perplexities.", says="mean of the perplexities")
+@pool.wrong_answer("The perplexity of a text is the mean of its batches' perplexities.", says="mean of the perplexities")
 def _(losses, weights):
     share = [w / sum(weights) for w in weights]
     return sum(s * l for s, l in zip(share, losses)), sum(s * math.exp(min(l, 700)) for s, l in zip(share, losses))
 
 
-@pool.believe("The loss of all batches is the mean of their losses.", says="small batches", subtle=True)
+@pool.wrong_answer("The loss of all batches is the mean of their losses.", says="small batches", subtle=True)
 def _(losses, weights):
     loss = sum(losses) / len(losses)
     return loss, math.exp(min(loss, 700))
 
 
-@pool.believe("Perplexity is 2 to the entropy.", says="2 to the loss")
+@pool.wrong_answer("Perplexity is 2 to the entropy.", says="2 to the loss")
 def _(losses, weights):
     loss = sum(w * l for w, l in zip(weights, losses)) / sum(weights)
     return loss, 2**min(loss, 700)
 
 
-@pool.believe("e to a number is a number.", says="OverflowError", subtle=True)
+@pool.wrong_answer("e to a number is a number.", says="OverflowError", subtle=True)
 def _(losses, weights):
     loss = sum(w * l for w, l in zip(weights, losses)) / sum(weights)
     return loss, math.exp(loss)

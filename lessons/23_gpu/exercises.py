@@ -1,4 +1,6 @@
-"""Lesson 23: two kernels in CUDA C, a bias on its way forward and back; tensors laid end to end; what a captured step may not bake in."""
+"""Lesson 23: two kernels in CUDA C, a bias on its way forward and back; tensors laid end to end;
+what a captured step may not bake in.
+"""
 from __future__ import annotations
 
 import numpy as np
@@ -6,7 +8,7 @@ from hypothesis import strategies as st
 
 from tinyft.array import asarray, asnumpy
 from tinyft.kernels.cuda import optimizer
-from tinyft.learn.cuda.exercise import Kernel
+from tinyft.learn.cuda import Kernel
 from tinyft.learn.diagnose import Unusable, close
 from tinyft.learn.exercise import Exercise
 from tinyft.learn.sizes import array, sizes
@@ -14,7 +16,7 @@ from tinyft.optim import buffers
 from tinyft.tensor import Tensor
 
 F, HALF = np.float32, np.float16
-UNWRITTEN = 99.0                                         # what an array to be filled holds before
+UNWRITTEN = 99.0  # what an array to be filled holds before
 
 # ── add_bias ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 add_bias = Kernel(
@@ -91,7 +93,7 @@ def stretched(g, each):
 
 @st.composite
 def tall(draw):
-    "More rows than a block has threads for, or more columns."
+    """More rows than a block has threads for, or more columns."""
     g = draw(array((draw(sizes()), draw(sizes()))))
     return np.tile(g, (9, 1)) if draw(st.booleans()) else np.tile(g, (1, 33))
 
@@ -176,27 +178,27 @@ def _(f, lr, t, decay):
     close(rates(f, lr, decay, t)[2], 1 - lr * decay, "shrink", guesses)
 
 
-@adam_rates.believe("Corrections make things smaller.", says="so divide")
+@adam_rates.wrong_answer("Corrections make things smaller.", says="so divide")
 def _(lr, b1, b2, decay, t):
     return lr * (1 - b1**t), (1 - b2**t)**-0.5, 1 - lr * decay
 
 
-@adam_rates.believe("Steps count from zero.", says="one too many")
+@adam_rates.wrong_answer("Steps count from zero.", says="one too many")
 def _(lr, b1, b2, decay, t):
     return optimizer.adam_rates(lr, b1, b2, decay, t + 1)
 
 
-@adam_rates.believe("Both moments are corrected in the same way.", says="the root is missing", subtle=True)
+@adam_rates.wrong_answer("Both moments are corrected in the same way.", says="the root is missing", subtle=True)
 def _(lr, b1, b2, decay, t):
     return lr / (1 - b1**t), 1 / (1 - b2**t), 1 - lr * decay
 
 
-@adam_rates.believe("λ is a number of its own, so it may be baked in.", says="η is left out", subtle=True)
+@adam_rates.wrong_answer("λ is a number of its own, so it may be baked in.", says="η is left out", subtle=True)
 def _(lr, b1, b2, decay, t):
     return lr / (1 - b1**t), (1 - b2**t)**-0.5, 1 - decay
 
 
-@adam_rates.believe("The rate is the rate, for the decay as well.", says="corrected rate", subtle=True)
+@adam_rates.wrong_answer("The rate is the rate, for the decay as well.", says="corrected rate", subtle=True)
 def _(lr, b1, b2, decay, t):
     return lr / (1 - b1**t), (1 - b2**t)**-0.5, 1 - lr / (1 - b1**t) * decay
 
@@ -215,7 +217,9 @@ lay_out = Exercise(
 
 @st.composite
 def tensors(draw, large=False):
-    """Arrays of different shapes with the values 1, 2, 3, ...; if large, one has more than LARGE elements."""
+    """Arrays of different shapes with the values 1, 2, 3, ...; if large, one has more than LARGE
+    elements.
+    """
     shapes = []
     for _ in range(draw(sizes())):
         shapes.append(tuple(draw(sizes()) for _ in range(draw(st.integers(0, 2)))))
@@ -331,14 +335,14 @@ def copied_into(group):
         group.views[name][...] = p.data
 
 
-@lay_out.believe("A tensor is its values; where they lie does not matter.", says="they are copies", subtle=True)
+@lay_out.wrong_answer("A tensor is its values; where they lie does not matter.", says="they are copies", subtle=True)
 def _(self, moments):
     laid_out(self, moments)
     self.make_views()
     copied_into(self)
 
 
-@lay_out.believe("A view is all that a tensor needs.", says="not copied into it")
+@lay_out.wrong_answer("A view is all that a tensor needs.", says="not copied into it")
 def _(self, moments):
     laid_out(self, moments)
     self.make_views()
@@ -346,14 +350,14 @@ def _(self, moments):
         p.data = self.views[name]
 
 
-@lay_out.believe("Zeros are zeros.", says="the dtype is float64")
+@lay_out.wrong_answer("Zeros are zeros.", says="the dtype is float64")
 def _(self, moments):
     laid_out(self, moments, dtype=np.float64)
     self.make_views()
     self.reclaim_values()
 
 
-@lay_out.believe("Two moments begin alike, so one array of zeros will do.", says="several names", subtle=True)
+@lay_out.wrong_answer("Two moments begin alike, so one array of zeros will do.", says="several names", subtle=True)
 def _(self, moments):
     laid_out(self, moments)
     self.moments = self.moments[:1] * moments
@@ -361,7 +365,7 @@ def _(self, moments):
     self.reclaim_values()
 
 
-@lay_out.believe("A name stays where it is.", says="the slice of another tensor", subtle=True)
+@lay_out.wrong_answer("A name stays where it is.", says="the slice of another tensor", subtle=True)
 def _(self, moments):
     laid_out(self, moments)
     right = self.offsets
@@ -373,7 +377,7 @@ def _(self, moments):
     self.offsets = wrong
 
 
-@lay_out.believe("One order is as good as another.", says="the large one comes last", subtle=True)
+@lay_out.wrong_answer("One order is as good as another.", says="the large one comes last", subtle=True)
 def _(self, moments):
     laid_out(self, moments, order=range(len(self.tensors)))
     self.make_views()

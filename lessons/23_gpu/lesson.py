@@ -12,8 +12,7 @@ import numpy as np
 
 import tinyft as ft
 from tinyft.kernels.cuda import launch, layers, optimizer
-from tinyft.learn.cuda import CpuKernel, KernelError
-from tinyft.learn.cuda.exercise import emulating
+from tinyft.kernels.cuda.cpu_kernel import CpuKernel, KernelError, emulating
 from tinyft.learn.lessons import figure, quote, show
 from tinyft.strict import StrictError, counts
 

@@ -1,4 +1,6 @@
-"""Lesson 24: who computes in 16 bits and who in float32, a float32 copy that keeps what rounding hides, and the search for the loss's scale."""
+"""Lesson 24: who computes in 16 bits and who in float32, a float32 copy that keeps what rounding
+hides, and the search for the loss's scale.
+"""
 from __future__ import annotations
 
 import numpy as np
@@ -31,7 +33,7 @@ products, sums, halves, floats = (st.sampled_from(some) for some in (sorted(PROD
 
 
 def handed(f, name, arrays, kw, to):
-    "What the op is given under autocast(to): a list of host arrays, and a dict."
+    """What the op is given under autocast(to): a list of host arrays, and a dict."""
     with precision.autocast(to):
         out = f(name, [asarray(a) if isinstance(a, np.ndarray) else a for a in arrays], {k: asarray(a) for k, a in kw.items()})
     if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[0], (list, tuple)) and isinstance(out[1], dict)):
@@ -42,7 +44,7 @@ def handed(f, name, arrays, kw, to):
 
 
 def same(got, want, what, dtype=None):
-    "As close does, dtypes too; compared in float64."
+    """As close does, dtypes too; compared in float64."""
     want = want if dtype is None else want.astype(dtype)
     if not is_array(got):
         raise Unusable(f"{what} should be an array; yours is {got!r:.60}")
@@ -93,7 +95,7 @@ def _(f, a, name, to):
 
 
 def policy(name, arrays, kw, to, kinds=ROUNDABLE, keywords=True):
-    "The answer, with the usual errors in it on demand."
+    """The answer, with the usual errors in it on demand."""
     if to is None:
         return arrays, kw
     cast = lambda a: rounded(a, to) if is_array(a) and a.dtype in kinds else a
@@ -104,37 +106,37 @@ def wanted(name):
     return precision.here.to if name in PRODUCTS else np.dtype(F) if name in SUMS else None
 
 
-@given.believe("Autocast computes in 16 bits.", says="is bfloat16, expected float32", subtle=True)
+@given.wrong_answer("Autocast computes in 16 bits.", says="is bfloat16, expected float32", subtle=True)
 def _(name, arrays, kw):
     return policy(name, arrays, kw, precision.here.to if name in PRODUCTS | SUMS else None)
 
 
-@given.believe("Float32 in, float32 added up: nothing to do for a sum.", says="expected float32", subtle=True)
+@given.wrong_answer("Float32 in, float32 added up: nothing to do for a sum.", says="expected float32", subtle=True)
 def _(name, arrays, kw):
     return policy(name, arrays, kw, precision.here.to if name in PRODUCTS else None)
 
 
-@given.believe("What is no product is float32.", says="is float32, expected", subtle=True)
+@given.wrong_answer("What is no product is float32.", says="is float32, expected", subtle=True)
 def _(name, arrays, kw):
     return policy(name, arrays, kw, precision.here.to if name in PRODUCTS else np.dtype(F))
 
 
-@given.believe("What has 16 bits already may stay.", says="is float16, expected bfloat16", subtle=True)
+@given.wrong_answer("What has 16 bits already may stay.", says="is float16, expected bfloat16", subtle=True)
 def _(name, arrays, kw):
     return policy(name, arrays, kw, wanted(name), {np.dtype(F)} if name in PRODUCTS else ROUNDABLE)
 
 
-@given.believe("An array is an array.", says="expected int64")
+@given.wrong_answer("An array is an array.", says="expected int64")
 def _(name, arrays, kw):
     return policy(name, arrays, kw, wanted(name), {*ROUNDABLE, np.dtype(np.float64), np.dtype(np.int64), np.dtype(bool)})
 
 
-@given.believe("Floating point is floating point.", says="expected float64", subtle=True)
+@given.wrong_answer("Floating point is floating point.", says="expected float64", subtle=True)
 def _(name, arrays, kw):
     return policy(name, arrays, kw, wanted(name), {*ROUNDABLE, np.dtype(np.float64)})
 
 
-@given.believe("Keywords are options, not numbers.", says="the keyword bias is float32", subtle=True)
+@given.wrong_answer("Keywords are options, not numbers.", says="the keyword bias is float32", subtle=True)
 def _(name, arrays, kw):
     return policy(name, arrays, kw, wanted(name), keywords=False)
 
@@ -151,11 +153,13 @@ reclaim_values = Exercise(
         "First find the written tensors, all of them.  Then call Group.reclaim_values(self): it makes every "
         "p.data its view again.  Then self.w[self.offsets[name]] = widen(self.views[name]).reshape(-1) for "
         "the written ones."))
-HIDDEN = 2.0**-10                                        # beside 1, too small to be visible in bfloat16
+HIDDEN = 2.0**-10  # beside 1, too small to be visible in bfloat16
 
 
 def bound(*arrays):
-    """A group of tensors in bfloat16 whose master weights have moved by less than bfloat16 can show."""
+    """A group of tensors in bfloat16 whose master weights have moved by less than bfloat16 can
+    show.
+    """
     made = {f"tensor {i}": Tensor(asarray(a.astype(bfloat16)), requires_grad=True) for i, a in enumerate(arrays)}
     group = MasterWeights(0.1, 0.0, dict(made))
     group.lay_out(0)
@@ -172,7 +176,9 @@ def joined(arrays):
 
 
 def check_values(group, want, before, what="w"):
-    """w holds the wanted values, the tensors hold them rounded, and every tensor is a view of the flat array."""
+    """w holds the wanted values, the tensors hold them rounded, and every tensor is a view of the
+    flat array.
+    """
     in_16_bits = [np.asarray(a).astype(bfloat16).astype(F) for a in want]
     guesses = {"what rounding hides is lost: w was overwritten with the 16-bit values, though nobody wrote there":
                joined(in_16_bits),
@@ -231,39 +237,39 @@ def counted(group):
     return {name for name, p in group.tensors.items() if p.version[0] != group.versions[name]}
 
 
-@reclaim_values.believe("The tensors are the model; the copy follows them.", says="what rounding hides is lost")
+@reclaim_values.wrong_answer("The tensors are the model; the copy follows them.", says="what rounding hides is lost")
 def _(self):
     reclaimed(self, set(self.tensors))
 
 
-@reclaim_values.believe("The copy is the model; the tensors follow it.", says="was not noticed")
+@reclaim_values.wrong_answer("The copy is the model; the tensors follow it.", says="was not noticed")
 def _(self):
     Group.reclaim_values(self)
     self.write_rounded()
 
 
-@reclaim_values.believe("To write is to put another array there.", says="was not noticed")
+@reclaim_values.wrong_answer("To write is to put another array there.", says="was not noticed")
 def _(self):
     reclaimed(self, replaced(self))
 
 
-@reclaim_values.believe("The version counts every write.", says="was not noticed", subtle=True)
+@reclaim_values.wrong_answer("The version counts every write.", says="was not noticed", subtle=True)
 def _(self):
     reclaimed(self, counted(self))
 
 
-@reclaim_values.believe("First reclaim the tensors, then look for writes.", says="was not noticed", subtle=True)
+@reclaim_values.wrong_answer("First reclaim the tensors, then look for writes.", says="was not noticed", subtle=True)
 def _(self):
     Group.reclaim_values(self)
     reclaimed(self, replaced(self) | counted(self))
 
 
-@reclaim_values.believe("A tensor that nobody wrote to has version 0.", says="what rounding hides is lost")
+@reclaim_values.wrong_answer("A tensor that nobody wrote to has version 0.", says="what rounding hides is lost")
 def _(self):
     reclaimed(self, replaced(self) | {name for name, p in self.tensors.items() if p.version[0] > 0})
 
 
-@reclaim_values.believe("Where the values are the same, nobody wrote.", says="was not noticed", subtle=True)
+@reclaim_values.wrong_answer("Where the values are the same, nobody wrote.", says="was not noticed", subtle=True)
 def _(self):
     different = set()
     for name, p in self.tensors.items():
@@ -285,7 +291,7 @@ settings = {"S": st.sampled_from([8.0, 64.0, 1024.0]), "growth": st.sampled_from
 
 
 def updated(f, S, growth, backoff, interval, good, finite):
-    "(S, count) after a step."
+    """(S, count) after a step."""
     scaler = GradScaler(S, growth, backoff, interval)
     scaler.good_steps, scaler.finite = good, finite
     f(scaler)
@@ -332,7 +338,7 @@ def _(f, steps):
 
 
 def moved(scaler, good, row=True, anew=True):
-    "The answer, growing when `good` is the interval; without the resets on demand."
+    """The answer, growing when `good` is the interval; without the resets on demand."""
     if not scaler.enabled:
         return
     scaler.good_steps = good if scaler.finite or not row else 0
@@ -342,26 +348,26 @@ def moved(scaler, good, row=True, anew=True):
         scaler.current_scale, scaler.good_steps = scaler.current_scale * scaler.growth_factor, 0 if anew else scaler.good_steps
 
 
-@update.believe("Backing off is halving.", says="whatever backoff_factor", subtle=True)
+@update.wrong_answer("Backing off is halving.", says="whatever backoff_factor", subtle=True)
 def _(self):
     before = self.current_scale
     moved(self, self.good_steps + 1)
     self.current_scale = self.current_scale if self.finite or not self.enabled else before / 2
 
 
-@update.believe("What grew too far is undone by growth_factor.", says="divided by growth_factor", subtle=True)
+@update.wrong_answer("What grew too far is undone by growth_factor.", says="divided by growth_factor", subtle=True)
 def _(self):
     before = self.current_scale
     moved(self, self.good_steps + 1)
     self.current_scale = self.current_scale if self.finite or not self.enabled else before / self.growth_factor
 
 
-@update.believe("So many good steps, whenever they were.", says="in a row", subtle=True)
+@update.wrong_answer("So many good steps, whenever they were.", says="in a row", subtle=True)
 def _(self):
     moved(self, self.good_steps + self.finite, row=False)
 
 
-@update.believe("After N good steps: at the next one.", says="did not grow")
+@update.wrong_answer("After N good steps: at the next one.", says="did not grow")
 def _(self):
     if self.enabled and self.finite and self.good_steps == self.growth_interval:
         self.current_scale, self.good_steps = self.current_scale * self.growth_factor, 0
@@ -369,12 +375,12 @@ def _(self):
         self.current_scale, self.good_steps = (self.current_scale, self.good_steps + 1) if self.finite else (self.current_scale * self.backoff_factor, 0)
 
 
-@update.believe("The count tells how long all has gone well.", says="the count goes on", subtle=True)
+@update.wrong_answer("The count tells how long all has gone well.", says="the count goes on", subtle=True)
 def _(self):
     moved(self, self.good_steps + 1, anew=False)
 
 
-@update.believe("S = 1 at the start is what switched off means.", says="it grows though", subtle=True)
+@update.wrong_answer("S = 1 at the start is what switched off means.", says="it grows though", subtle=True)
 def _(self):
     was, self.enabled = self.enabled, True
     moved(self, self.good_steps + 1)

@@ -1,7 +1,8 @@
 """These tests want the emulated GPU: `make test-emulated`, or TINYFT_BACKEND=emulated where its CuPy is installed.
 
-On a device (TINYFT_BACKEND=cupy) the one that compares CuPy with NumPy is run there, and the end of the run names the others.  Elsewhere
-none is collected."""
+On a device (TINYFT_BACKEND=cupy) the one that compares CuPy with NumPy is run there, and the end of the run names the
+others.  Elsewhere none is collected.
+"""
 from __future__ import annotations
 
 import os
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-EMULATED, DEVICE = "emulate" in sys.modules, os.environ.get("TINYFT_BACKEND") == "cupy"     # tests/conftest.py has installed it, or not
+# tests/conftest.py has installed it, or not
+EMULATED, DEVICE = "emulate" in sys.modules, os.environ.get("TINYFT_BACKEND") == "cupy"
 collect_ignore = [] if EMULATED else [p.name for p in Path(__file__).parent.glob("test_*.py") if not (DEVICE and p.name == "test_on_cupy.py")]
 
 
@@ -25,7 +27,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_terminal_summary(terminalreporter):
-    "The table of test_cost.py.  On a device: what was left out, since it is about the emulated one."
+    """The table of test_cost.py.  On a device: what was left out, since it is about the emulated one."""
     if DEVICE and not EMULATED:
         terminalreporter.write_line(f"not run on a device: tests/emulated/{{{','.join(sorted(collect_ignore))}}}, which are about the emulated GPU")
     table = getattr(sys.modules.get("test_cost"), "TABLE", [])

@@ -16,13 +16,15 @@ import subprocess
 from pathlib import Path
 
 HERE = Path(__file__).parent / "include"
-COMPILER = ["g++", "-std=c++17", "-O1", "-fPIC", "-w", "-U_FORTIFY_SOURCE"]       # fortified, longjmp refuses to go from stack to stack
-BARRIERS = r"__sync|__shfl|__ballot|__any_sync|__all_sync"         # a kernel that has none needs no fibers: its threads run one after another
-PRELUDE = "#include <cuda_cpu.h>\n"                        # and the headers named to CpuModule
+# fortified, longjmp refuses to go from stack to stack
+COMPILER = ["g++", "-std=c++17", "-O1", "-fPIC", "-w", "-U_FORTIFY_SOURCE"]
+# a kernel that has none needs no fibers: its threads run one after another
+BARRIERS = r"__sync|__shfl|__ballot|__any_sync|__all_sync"
+PRELUDE = "#include <cuda_cpu.h>\n"  # and the headers named to CpuModule
 
 
 def cuda_include() -> tuple[str, ...]:
-    "NVIDIA's own headers (half, bfloat16, vector types), from the wheels nvidia-cuda-runtime, -crt and -cccl."
+    """NVIDIA's own headers (half, bfloat16, vector types), from the wheels nvidia-cuda-runtime, -crt and -cccl."""
     try:
         import nvidia.cu13
     except ImportError:
@@ -37,7 +39,7 @@ def digest(*parts: object) -> str:
 
 @functools.cache
 def prelude(headers: tuple[str, ...], include: tuple[str, ...], folder: Path) -> tuple[Path, str]:
-    "A precompiled header (a kernel then takes 0.15 s to compile and not 0.5), and what tells it from another."
+    """A precompiled header (a kernel then takes 0.15 s to compile and not 0.5), and what tells it from another."""
     text = PRELUDE + "".join(f"#include <{h}>\n" for h in headers)
     version = subprocess.run([COMPILER[0], "--version"], capture_output=True, text=True, check=True).stdout
     key = digest(version, COMPILER, text, include, *((p, p.read_text()) for p in sorted(HERE.rglob("*.*h"))))
@@ -52,7 +54,7 @@ def prelude(headers: tuple[str, ...], include: tuple[str, ...], folder: Path) ->
 
 
 class Compilation:
-    "A compiler at work.  result() waits for it and raises RuntimeError with what it said if it failed."
+    """A compiler at work.  result() waits for it and raises RuntimeError with what it said if it failed."""
 
     def __init__(self, command: list[str]):
         self.process, self.said = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True), ""
@@ -65,7 +67,9 @@ class Compilation:
 
 
 class CpuModule:
-    """The kernels of one CUDA source.  names: {name it is launched by: how C++ calls it};  headers: those that come precompiled."""
+    """The kernels of one CUDA source.  names: {name it is launched by: how C++ calls it};  headers: those that come
+    precompiled.
+    """
 
     def __init__(self, source: str, names: dict[str, str], folder: Path, headers: tuple[str, ...] = (), include: tuple[str, ...] = (),
                  defines: tuple[str, ...] = ()):
@@ -100,13 +104,16 @@ class CpuModule:
         return self.lib
 
     def launch(self, name: str, sizes: int, shared: int, params: int) -> None:
-        "sizes: the address of six unsigned numbers, the grid's and the block's.  RuntimeError with the reason if the kernel could not run."
+        """sizes: the address of six unsigned numbers, the grid's and the block's.
+
+        RuntimeError with the reason if the kernel could not run.
+        """
         f = getattr(self.lib or self.load(), f"emu_{self.names.index(name)}")
         error = f(sizes, shared, params)
         if error:
             raise RuntimeError(error.decode())
 
     def parameters(self, name: str) -> list[int]:
-        "The sizes of a kernel's parameters, in bytes."
+        """The sizes of a kernel's parameters, in bytes."""
         out = (ctypes.c_uint * 256)()
         return out[:self.load()[f"emu_sizes_{self.names.index(name)}"](out)]

@@ -23,12 +23,14 @@ import numpy as np
 from cpu_module import CpuModule, digest
 
 FOLDER = Path(os.environ.get("TINYFT_EMULATED_CACHE") or Path(sys.prefix) / "emulated")
-HEADERS = tuple(f"cupy/{h}" for h in ("complex.cuh", "carray.cuh", "atomics.cuh", "math_constants.h"))       # what CuPy's own kernels start with
-modules: dict[bytes, CpuModule] = {}                     # what a compilation gave CuPy in place of a cubin -> the kernels
+# what CuPy's own kernels start with
+HEADERS = tuple(f"cupy/{h}" for h in ("complex.cuh", "carray.cuh", "atomics.cuh", "math_constants.h"))
+# what a compilation gave CuPy in place of a cubin -> the kernels
+modules: dict[bytes, CpuModule] = {}
 
 
 def install() -> None:
-    "Real CuPy on an emulated GPU from here on.  Once a process; fake_gpu.Unsupported if this is another CuPy."
+    """Real CuPy on an emulated GPU from here on.  Once a process; fake_gpu.Unsupported if this is another CuPy."""
     if fake_gpu.execute is not None:
         return
     fake_gpu.install(FOLDER)
@@ -46,7 +48,7 @@ def _execute(name: str, module: bytes, sizes: int, shared: int, params: int) -> 
 
 
 def _take_sources(cupy: Any) -> None:
-    "Compile each source twice: by NVRTC (unless it accepted this one before) and by g++."
+    """Compile each source twice: by NVRTC (unless it accepted this one before) and by g++."""
     from cupy.cuda import compiler
     nvrtc, own = compiler._compile_using_nvrtc_no_warning, Path(cupy.__file__).parent / "_core" / "include"
     include = (str(own), str(own / "cupy" / "_cccl" / "libcudacxx"))
@@ -56,14 +58,16 @@ def _take_sources(cupy: Any) -> None:
         key = digest("nvrtc", fake_gpu.VERSION, compiler._get_nvrtc_version(), source, options, arch, name_expressions)
         defines, accepted = tuple(o for o in options if o.startswith("-D")), FOLDER / f"{key}.json"
         names = {n: n for n in re.findall(r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(', source)}
-        text = re.sub(r"#include <type_traits>", "", source)             # NVRTC's own; the shim has included the host's
-        ours = CpuModule(text, names, FOLDER, HEADERS, include, defines) if not name_expressions else None       # g++ works while NVRTC does
+        # NVRTC's own; the shim has included the host's
+        text = re.sub(r"#include <type_traits>", "", source)
+        # g++ works while NVRTC does
+        ours = CpuModule(text, names, FOLDER, HEADERS, include, defines) if not name_expressions else None
         if accepted.exists():
             mapping = json.loads(accepted.read_text())
         else:
             _, mapping = nvrtc(source, options, arch, filename, name_expressions, *more, **kw)
             accepted.write_text(json.dumps(mapping))
-        if ours is None:                                                 # templates: NVRTC tells the names they are launched by
+        if ours is None:  # templates: NVRTC tells the names they are launched by
             ours = CpuModule(text, {v: k for k, v in mapping.items()}, FOLDER, HEADERS, include, defines)
         modules[key.encode()] = ours
         return key.encode(), mapping
@@ -71,7 +75,7 @@ def _take_sources(cupy: Any) -> None:
 
 
 def _replace_thrust() -> None:
-    "sort and argsort come compiled, but are reached by way of Python: NumPy does them."
+    """sort and argsort come compiled, but are reached by way of Python: NumPy does them."""
     from cupy.cuda import thrust
 
     def host(address: int, dtype: Any, shape: Any) -> np.ndarray:
@@ -87,7 +91,7 @@ def _replace_thrust() -> None:
 
 
 def _poison(cupy: Any) -> None:
-    "What is read before it was written is NaN, or −1: a used block of the pool would often hold the right numbers."
+    """What is read before it was written is NaN, or −1: a used block of the pool would often hold the right numbers."""
     pool = cupy.get_default_memory_pool()
 
     def malloc(size: int) -> Any:

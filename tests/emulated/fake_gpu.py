@@ -29,18 +29,19 @@ from typing import Any, NamedTuple
 HERE = Path(__file__).parent
 PACKAGE, VERSION = "cupy-cuda13x", "14.2.0"
 execute: Callable[[str, bytes, int, int, int], None] | None = None
-parameters: Callable[[str, bytes], list[int]] | None = None                      # f(kernel name, its module): the sizes of what it is given
-launched: Counter[str] = Counter()                       # kernels by name, since reset()
+# f(kernel name, its module): the sizes of what it is given
+parameters: Callable[[str, bytes], list[int]] | None = None
+launched: Counter[str] = Counter()  # kernels by name, since reset()
 LIMITS = dict(threads=1024, shared=232448, grid_yz=65535)
 _modules: dict[int, bytes] = {}
 _functions: dict[int, tuple[str, bytes]] = {}
-_keep: list[Any] = []                                    # what C holds pointers to
+_keep: list[Any] = []  # what C holds pointers to
 _lib: Any = None
 _cublas: Any = None
 
 
 class Unsupported(RuntimeError):
-    "This CuPy is not the one the fake GPU was written for."
+    """This CuPy is not the one the fake GPU was written for."""
 
 
 # ── the entry points easier to write in Python: rarely called ────────────────────────────────────────────────────────
@@ -78,7 +79,9 @@ TYPES = {"intptr_t": C.c_ssize_t, "PyObject *": C.py_object, "int": C.c_int, "si
 
 
 def _types(signature: str) -> tuple[str, tuple[str, ...]]:
-    "'PyObject *(intptr_t, unsigned int flags, int __pyx_skip_dispatch)' -> ('PyObject *', ('intptr_t', 'unsigned int', 'int'))"
+    """'PyObject *(intptr_t, unsigned int flags, int __pyx_skip_dispatch)' -> ('PyObject *', ('intptr_t', 'unsigned
+    int', 'int'))
+    """
     result, _, inside = signature.rstrip(")").partition("(")
 
     def plain(word: str) -> str:
@@ -89,7 +92,7 @@ def _types(signature: str) -> tuple[str, tuple[str, ...]]:
 
 
 def _compile(source: Path | str, target: Path, *more: str) -> Path:
-    "A shared library in `target`, made anew when the source changed."
+    """A shared library in `target`, made anew when the source changed."""
     text = source if isinstance(source, str) else source.read_text()
     stamp = target.with_suffix(".c")
     if not target.exists() or not stamp.exists() or stamp.read_text() != text:
@@ -101,9 +104,11 @@ def _compile(source: Path | str, target: Path, *more: str) -> Path:
 
 
 def _load_cublas(folder: Path) -> Any:
-    """fake_cublas.c under cuBLAS's name, with every function CuPy's binding wants: those it has not answer NOT_SUPPORTED.
+    """fake_cublas.c under cuBLAS's name, with every function CuPy's binding wants: those it has not answer
+    NOT_SUPPORTED.
 
-    Loaded for all to see before CuPy looks for the real one, it is taken for it."""
+    Loaded for all to see before CuPy looks for the real one, it is taken for it.
+    """
     binding = next((Path(importlib.util.find_spec("cupy_backends").origin).parent / "cuda" / "libs").glob("cublas.*.so"))
     wanted = subprocess.run(["nm", "-D", "--undefined-only", str(binding)], capture_output=True, text=True, check=True).stdout
     text = (HERE / "fake_cublas.c").read_text()
@@ -119,7 +124,7 @@ def _load_cublas(folder: Path) -> Any:
 
 
 def _run(function: int, sizes: int, shared: int, params: int) -> int:
-    "One launch.  An error is handed to C, which raises it where CuPy launched."
+    """One launch.  An error is handed to C, which raises it where CuPy launched."""
     name = "?"
     try:
         name, module = _functions[function]
@@ -136,11 +141,11 @@ def _run(function: int, sizes: int, shared: int, params: int) -> int:
         return 1
 
 
-_graphs: list[list[tuple]] = []                          # what each notes: a graph is its place here, and one
+_graphs: list[list[tuple]] = []  # what each notes: a graph is its place here, and one
 
 
 def _note(kind: int, a: int, b: int, c: int, d: int) -> int:
-    "What C tells of a capture: the kinds are those of fake_gpu.c."
+    """What C tells of a capture: the kinds are those of fake_gpu.c."""
     try:
         if kind == 4:
             _graphs.append([])
@@ -149,7 +154,7 @@ def _note(kind: int, a: int, b: int, c: int, d: int) -> int:
         elif kind == 6:
             for node in _graphs[a - 1]:
                 _again(*node)
-        elif kind == 0:                                  # a launch: the parameters are copied, as a driver does
+        elif kind == 0:  # a launch: the parameters are copied, as a driver does
             name, module = _functions[a]
             addresses = (C.c_void_p * 256).from_address(d)
             held = [C.create_string_buffer(C.string_at(addresses[i], n), n) for i, n in enumerate(parameters(name, module))]
@@ -176,7 +181,7 @@ def _again(kind: int, a: int, b: Any, c: int, held: list | None = None) -> None:
 
 
 def check_version() -> None:
-    "Raise Unsupported unless the CuPy installed is the one this was written for."
+    """Raise Unsupported unless the CuPy installed is the one this was written for."""
     try:
         found = importlib.metadata.version(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
@@ -186,14 +191,15 @@ def check_version() -> None:
 
 
 def install(folder: Path) -> None:
-    "Put the fake GPU under CuPy.  Unsupported if this is another CuPy, or one whose entry points have other types."
+    """Put the fake GPU under CuPy.  Unsupported if this is another CuPy, or one whose entry points have other types."""
     global _lib, _cublas
     check_version()
     if "cupy" in sys.modules:
         raise RuntimeError("the fake GPU must be installed before cupy is imported")
     folder.mkdir(parents=True, exist_ok=True)
-    os.environ["CUPY_ACCELERATORS"] = ""                 # CUB's kernels come compiled for a GPU
-    os.environ["CUPY_CACHE_IN_MEMORY"] = "1"             # CuPy's own cache would keep the sources from emulate.py
+    os.environ["CUPY_ACCELERATORS"] = ""  # CUB's kernels come compiled for a GPU
+    # CuPy's own cache would keep the sources from emulate.py
+    os.environ["CUPY_CACHE_IN_MEMORY"] = "1"
     _cublas, _lib = _load_cublas(folder), C.PyDLL(str(_compile(HERE / "fake_gpu.c", folder / "fake_gpu.so")))
     callback = C.PYFUNCTYPE(C.c_int, C.c_ssize_t, C.c_ssize_t, C.c_uint, C.c_ssize_t)(_run)
     _keep.append(callback)
@@ -211,7 +217,9 @@ def install(folder: Path) -> None:
 
 
 def replace(runtime: Any, driver: Any, ours: dict[str, str]) -> None:
-    "Every entry point that we have, in the place of CuPy's; the others stay CuPy's own, and say that there is no driver."
+    """Every entry point that we have, in the place of CuPy's; the others stay CuPy's own, and say that there is no
+    driver.
+    """
     name_of, new = C.pythonapi.PyCapsule_GetName, C.pythonapi.PyCapsule_New
     name_of.restype, name_of.argtypes = C.c_char_p, [C.py_object]
     new.restype, new.argtypes = C.py_object, [C.c_void_p, C.c_char_p, C.c_void_p]
@@ -231,20 +239,22 @@ def replace(runtime: Any, driver: Any, ours: dict[str, str]) -> None:
             f = getattr(_lib, f"f_{name}")
         if name in ATTRIBUTES:
             setattr(module, name, ATTRIBUTES[name])
-        _keep.extend((f, theirs))                        # the capsule points to both
+        _keep.extend((f, theirs))  # the capsule points to both
         module.__pyx_capi__[name] = new(C.cast(f, C.c_void_p).value, C.cast(theirs, C.c_char_p), None)
 
 
 # ── what it cost ─────────────────────────────────────────────────────────────────────────────────────────────────────
-FIELDS = "launches mallocs memsets waits h2d d2h d2d h2d_bytes d2h_bytes graphs bytes peak".split()       # of `fake` in fake_gpu.c
+# of `fake` in fake_gpu.c
+FIELDS = "launches mallocs memsets waits h2d d2h d2d h2d_bytes d2h_bytes graphs bytes peak".split()
 
 
 class Counts(NamedTuple):
     """What the device was asked to do since reset().
 
-    launches, products: kernels, and calls of cuBLAS;  waits: times the host waited for the device;  h2d, d2h, d2d: copies from host to device,
-    back, and within;  memsets;  mallocs: memory that CuPy's pool did not have;  bytes: of device and pinned memory in use;  peak: their
-    maximum;  graphs: replays, whose launches and products count as such"""
+    launches, products: kernels, and calls of cuBLAS;  waits: times the host waited for the device;  h2d, d2h, d2d:
+    copies from host to device, back, and within;  memsets;  mallocs: memory that CuPy's pool did not have;  bytes: of
+    device and pinned memory in use;  peak: their maximum;  graphs: replays, whose launches and products count as such
+    """
     launches: int
     products: int
     waits: int
@@ -265,13 +275,13 @@ class _Fake(C.Structure):
 
 
 def counts() -> Counts:
-    "The counts now."
+    """The counts now."""
     now = _Fake.in_dll(_lib, "fake")
     return Counts(products=C.c_long.in_dll(_cublas, "fake_products").value, **{n: getattr(now, n) for n in FIELDS})
 
 
 def reset() -> None:
-    "Count from zero.  The memory in use stays what it is, and its peak starts from there."
+    """Count from zero.  The memory in use stays what it is, and its peak starts from there."""
     now = _Fake.in_dll(_lib, "fake")
     for n in FIELDS[:10]:
         setattr(now, n, 0)

@@ -1,4 +1,6 @@
-"""make bench-gpu from end to end on emulated CuPy: every section runs, what it computes is right, and a kernel that is wrong is noticed."""
+"""make bench-gpu from end to end on emulated CuPy: every section runs, what it computes is right, and a kernel that is
+wrong is noticed.
+"""
 from __future__ import annotations
 
 import json
@@ -33,7 +35,8 @@ def test_the_whole_script_runs(tmp_path):
     assert list(found) == list(gpu.LIMITS) and set(found) == set(gpu_sections.SECTIONS)
     rows = [(name, r) for name, s in found.items() for r in s["rows"]]
     assert not [r for _, r in rows if "error" in r or r.get("right") is False or r.get("captured is eager") is False] and len(rows) > 60
-    assert {name for name, r in rows if set(r) - {"what", "note"}} >= set(found) - {"compiled"}      # which is PyTorch's alone, where there is one
+    # which is PyTorch's alone, where there is one
+    assert {name for name, r in rows if set(r) - {"what", "note"}} >= set(found) - {"compiled"}
     kinds = {r["what"].split(",")[0] for n, r in rows if n == "kernels"}
     assert kinds == {*layers.NAMES, "adam", "uniform"}
     page = (tmp_path / "gpu.md").read_text()
@@ -41,7 +44,9 @@ def test_the_whole_script_runs(tmp_path):
 
 
 def spoiled(name, right):
-    "The kernel, its value or its gradients too large by half: sixteen bits and a sum over many rows are allowed a lot."
+    """The kernel, its value or its gradients too large by half: sixteen bits and a sum over many rows are allowed a
+    lot.
+    """
     def wrong(*args, **kw):
         y, pulls = right(*args, **kw)
         if name == "value":

@@ -55,11 +55,13 @@ def test_batched_products(rng):
         assert np.allclose(cp.asnumpy(dev(x) @ dev(y)), x @ y, rtol=1e-5, atol=1e-6)
         assert np.allclose(cp.asnumpy(dev(x).swapaxes(-1, -2).copy().swapaxes(-1, -2) @ dev(y)), x @ y, rtol=1e-5, atol=1e-6)
         assert np.allclose(cp.asnumpy(dev(x) @ dev(y[0, 0])), x @ y[0, 0], rtol=1e-5, atol=1e-6)
-    with pytest.raises(TypeError, match="not understood"):                       # CuPy's own limit, and what the library must go round
+    # CuPy's own limit, and what the library must go round
+    with pytest.raises(TypeError, match="not understood"):
         dev(a.astype(ml_dtypes.bfloat16)) @ dev(b.astype(ml_dtypes.bfloat16))
 
 
-COUNTED = {     # what is done with a float32 array x on the device: launches, products, waits, h2d, d2h, d2d
+# what is done with a float32 array x on the device: launches, products, waits, h2d, d2h, d2d
+COUNTED = {
     "x + 1": (lambda x: x + 1, (1, 0, 0, 0, 0, 0)),
     "x.sum()": (lambda x: x.sum(), (1, 0, 0, 0, 0, 0)),
     "float(x[0, 0])": (lambda x: float(x[0, 0]), (0, 0, 1, 0, 1, 0)),
@@ -97,7 +99,7 @@ def test_bytes_are_counted():
 
 def test_memory_never_written_shows():
     old = cp.ones(1000, np.float32)
-    del old                                                                      # its block goes back to the pool, ones and all
+    del old  # its block goes back to the pool, ones and all
     assert bool(cp.isnan(cp.empty(1000, np.float32)).all()) and int(cp.empty(3, np.int32)[0]) == -1
 
 
@@ -142,7 +144,7 @@ def test_what_cannot_run_raises_where_it_was_launched():
     with pytest.raises(cp.cuda.compiler.CompileException, match="identifier"):
         cp.RawKernel('extern "C" __global__ void f(float *x) { x[0] = y; }', "f")((1,), (1,), (y,))
     bad = CpuModule("void f(int *x) { x = y; }", {"f": "f"}, emulate.FOLDER)
-    for _ in range(2):                                                           # the second launch of a bad kernel says it as well
+    for _ in range(2):  # the second launch of a bad kernel says it as well
         with pytest.raises(RuntimeError, match="g\\+\\+ does not compile .*\n.*was not declared|not declared"):
             bad.load()
 

@@ -1,4 +1,6 @@
-"""Real CuPy where something is missing: each situation is made, in a process of its own, and answered by one sentence with the command that helps."""
+"""Real CuPy where something is missing: each situation is made, in a process of its own, and answered by one sentence
+with the command that helps.
+"""
 from __future__ import annotations
 
 import os
@@ -10,7 +12,7 @@ import emulate
 import pytest
 
 HERE = Path(__file__).parent
-SITUATIONS = {     # what is done before the library looks: what it then says
+SITUATIONS = {  # what is done before the library looks: what it then says
     "no driver": ("", "there is no NVIDIA driver: sudo ubuntu-drivers install (on Ubuntu), or docker run --gpus all"),
     "an old driver": ("from cupy.cuda import runtime; runtime.driverGetVersion = lambda: 12040",
                       'the NVIDIA driver knows CUDA 12 and this CuPy wants 13: pip uninstall -y cupy-cuda13x && pip install "tinyft[gpu12]"'),

@@ -1,4 +1,6 @@
-"""The library on CuPy is the library on NumPy: ops, noise, models, methods, training, text, files.  The GPU is emulated, CuPy is not."""
+"""The library on CuPy is the library on NumPy: ops, noise, models, methods, training, text, files.  The GPU is
+emulated, CuPy is not.
+"""
 from __future__ import annotations
 
 import contextlib
@@ -22,7 +24,7 @@ from tinyft.train.batch import compute_loss, read_batch
 
 
 def on(backend, f, *args, fast=False, **more):
-    "f's result with everything made on this backend: by the definitions, or with the kernels there are for it."
+    """f's result with everything made on this backend: by the definitions, or with the kernels there are for it."""
     array.use(backend)
     try:
         with contextlib.nullcontext() if fast else kernels.definitions():
@@ -36,7 +38,10 @@ def both(f, *args):
 
 
 def apart(a, b):
-    "The largest difference, relative to the largest number, or to 1 if that is more.  Infinite if shape or dtype differ."
+    """The largest difference, relative to the largest number, or to 1 if that is more.
+
+    Infinite if shape or dtype differ.
+    """
     if a.shape != b.shape or a.dtype != b.dtype:
         return np.inf
     return float(np.abs(a - b).max(initial=0) / max(np.abs(b).max(initial=0), 1))
@@ -44,7 +49,7 @@ def apart(a, b):
 
 # ── ops ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 def value_and_gradients(f, make, shapes, seed, dtype):
-    "An op's value on a drawn example, and its gradients along a drawn covector, brought to the host."
+    """An op's value on a drawn example, and its gradients along a drawn covector, brought to the host."""
     rng = np.random.default_rng(seed)
     e = make(rng, shapes)
     ts = [leaf(a, dtype) for a in e.inputs]
@@ -95,13 +100,13 @@ def test_initial_weights_are_the_same_bit_for_bit(kind, method):
     want, got = both(start)
     assert want.keys() == got.keys() and all(np.array_equal(want[n], got[n]) for n in want)
     other = on("cupy", start, 1)
-    assert any(not np.array_equal(other[n], got[n]) for n in got)               # the seed is what they come from
+    assert any(not np.array_equal(other[n], got[n]) for n in got)  # the seed is what they come from
 
 
 @pytest.mark.parametrize("keep", [True, False], ids=["kernel", "definition"])
 def test_dropout_draws_the_same_bits_in_every_layer_of_a_pass(keep):
     def drawn(seed):
-        "What each dropout of a training pass let through, in order."
+        """What each dropout of a training pass let through, in order."""
         model, out, right = GPT(GPTConfig(40, 16, 24, 2, 4, dropout=0.3)).train(), [], array.uniform_like
 
         def noted(x, key):
@@ -128,7 +133,7 @@ def test_the_order_of_the_data_is_the_same():
 
 # ── moving ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 def test_a_run_goes_on_where_the_model_moved_to():
-    "Three steps of AdamW on NumPy and three on CuPy, one optimiser: what six on NumPy give."
+    """Three steps of AdamW on NumPy and three on CuPy, one optimiser: what six on NumPy give."""
     def steps(route):
         model, out = on("numpy", build, "gpt"), []
         on("numpy", ft.attach, model, LoRA(r=2, targets=("attn.[qv]", "mlp.up")))
@@ -161,7 +166,7 @@ STEPS = 5
 
 
 def train(kind, method, **more):
-    "The losses of some steps of AdamW, and what the model then says, in float32."
+    """The losses of some steps of AdamW, and what the model then says, in float32."""
     model = build(kind)
     if method is not None:
         ft.attach(model, method)
@@ -181,16 +186,20 @@ def test_training_is_numpys(kind, method):
     for fast in (False, True):
         got, z = on("cupy", train, kind, METHODS[method], fast=fast)
         assert np.abs(got / want - 1).max() < (4e-6 if fast else 1e-6) and len(want) == STEPS
-        assert apart(z, y) < 2e-4                                                # Adam blows up the rounding of what has no gradient, as a key's bias
-    assert np.abs(np.diff(want)).min() > 1e-4                                    # something was learned: had it stood still, all would agree
+        # Adam blows up the rounding of what has no gradient, as a key's bias
+        assert apart(z, y) < 2e-4
+    # something was learned: had it stood still, all would agree
+    assert np.abs(np.diff(want)).min() > 1e-4
 
 
 @pytest.mark.parametrize("method", ["everything", "lora, dropout"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", ["bfloat16", "float16"])
 def test_training_in_16_bits_is_numpys(how, kind, method, monkeypatch):
-    """But for what rounds the other way, since it was added up in another order; the kernels also round probabilities and the gradients of
-    scores, which are factors of products there.  Adam makes much of little where a gradient is almost nothing.  S is small enough for all."""
+    """But for what rounds the other way, since it was added up in another order; the kernels also round probabilities
+    and the gradients of scores, which are factors of products there.  Adam makes much of little where a gradient is
+    almost nothing.  S is small enough for all.
+    """
     monkeypatch.setattr(train_module, "GradScaler", partial(ft.GradScaler, 2.0**8))
     first = {"bfloat16": 3e-3, "float16": 4e-4}[how]
     want, y = on("numpy", train, kind, METHODS[method], autocast=how)
@@ -199,7 +208,7 @@ def test_training_in_16_bits_is_numpys(how, kind, method, monkeypatch):
         got, z = on("cupy", train, kind, METHODS[method], fast=fast, autocast=how)
         off = np.abs(got - want) / want[0]
         assert off[0] < (first if fast else 1e-6) and off.max() < (2e-2 if fast else 2e-3) and apart(z, y) < 0.1
-    assert np.abs(want / exact - 1).max() > 1e-6                                 # it was rounded
+    assert np.abs(want / exact - 1).max() > 1e-6  # it was rounded
 
 
 @pytest.mark.parametrize("dtype", [bfloat16, np.float16], ids=["bfloat16", "float16"])
@@ -241,7 +250,7 @@ def test_evaluation_and_resuming(tmp_path):
     (want, judged), (got, also) = both(lambda: run(tmp_path / array.backend()))
     assert np.abs(got / want - 1).max() < 1e-6 and judged.keys() == also.keys()
     assert all(abs(judged[k] - also[k]) <= 1e-5 * abs(judged[k]) for k in judged)
-    (tmp_path / "moved").mkdir()                                                 # begun on NumPy, ended on CuPy: the state is host arrays
+    (tmp_path / "moved").mkdir()  # begun on NumPy, ended on CuPy: the state is host arrays
     (tmp_path / "moved" / "checkpoint.safetensors").write_bytes((tmp_path / "numpy" / "checkpoint.safetensors").read_bytes())
     again, same = on("cupy", run, tmp_path / "moved")
     assert np.array_equal(again, want) and abs(same["loss"] - judged["loss"]) < 1e-6
@@ -291,7 +300,7 @@ def test_adapters_and_models_go_from_one_backend_to_the_other(tmp_path):
 @pytest.mark.parametrize("sampling", [dict(), dict(temperature=0.8, top_k=5), dict(temperature=1.2, top_p=0.7)], ids=str)
 def test_text_is_the_same(cache, sampling):
     def write():
-        model = tuned().to(dtype=np.float64)                                     # so that no rounding decides between two tokens
+        model = tuned().to(dtype=np.float64)  # so that no rounding decides between two tokens
         mask = np.ones((4, 7), bool)
         mask[1, :2] = False
         return ft.generate(model, tokens(), 6, mask=mask, cache=cache, rng=np.random.default_rng(1), **sampling)
@@ -300,7 +309,7 @@ def test_text_is_the_same(cache, sampling):
 
 
 class Int8(Packed):
-    "W = s C, C int8, one s per row."
+    """W = s C, C int8, one s per row."""
 
     def __init__(self, W):
         m = array.xp(W)
@@ -355,7 +364,7 @@ def test_arrays_of_two_places_are_refused_and_both_are_named(what):
 
 def test_a_model_and_an_input_of_two_places():
     model = build("gpt")
-    assert host(model(tokens())).shape == (4, 7, Sizes.V)                        # host ids are put beside the weights
+    assert host(model(tokens())).shape == (4, 7, Sizes.V)  # host ids are put beside the weights
     assert host(on("numpy", build, "gpt")(dev(tokens()))).shape == (4, 7, Sizes.V)
     model.blocks[1].mlp.up.weight.data = cp.asnumpy(model.blocks[1].mlp.up.weight.data)
     with pytest.raises(BackendError, match="linear: arrays on cupy and numpy"):

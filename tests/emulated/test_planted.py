@@ -1,4 +1,5 @@
-"""Mistakes that work on NumPy and go wrong, or slow, on a GPU, planted one at a time in a copy of a function: this harness must notice.
+"""Mistakes that work on NumPy and go wrong, or slow, on a GPU, planted one at a time in a copy of a function: this
+harness must notice.
 
 Noticed is an exception, or a difference in the losses, in the dtypes, or in what two training steps ask of the device.
 """
@@ -21,7 +22,7 @@ from tinyft.train.batch import compute_loss, read_batch
 
 @dataclass
 class Mistake:
-    "In `function` (an op's name, or module.name) `right` is replaced by `wrong`; `noticed`: by which sign."
+    """In `function` (an op's name, or module.name) `right` is replaced by `wrong`; `noticed`: by which sign."""
     function: str
     right: str
     wrong: str
@@ -40,7 +41,8 @@ MISTAKES = {
     "a loop that asks the device": Mistake("attention", EXP, EXP + "\n    assert e.max() <= 1", "waits"),
     "a factor of np.float64": Mistake("attention", "q.shape[-1]**-0.5", "np.float64(q.shape[-1])**-0.5", "dtype"),
     "a factor of np.float64 in an activation": Mistake("gelu_tanh", "(2 / math.pi)**0.5", "np.sqrt(2 / np.pi)", "dtype"),
-    "the default dtype": Mistake("embedding", "m.zeros(shape, g.dtype)", "m.zeros(shape)", "kernels"),      # the engine rounds it: one launch more
+    # the engine rounds it: one launch more
+    "the default dtype": Mistake("embedding", "m.zeros(shape, g.dtype)", "m.zeros(shape)", "kernels"),
     "+= with repeated indices": Mistake("embedding", "m.add.at(d, ids, g)", "d[ids] += g", "loss"),
     "boolean-mask assignment": Mistake("attention", "s = m.where(may, s, -math.inf)", "s[m.broadcast_to(~may, s.shape)] = -math.inf", "waits"),
     "a selection by mask": Mistake("cross_entropy", "w.sum()", "w[real].sum()", "waits"),
@@ -72,10 +74,10 @@ HOMES = {"optim": optim, "nn": nn, "tensor": tensor}
 
 
 def planted(f, m):
-    "A copy of the function f with the mistake in it."
+    """A copy of the function f with the mistake in it."""
     source = textwrap.dedent(inspect.getsource(f))
     assert source.count(m.right) >= 1, f"{m.function} has changed: it no longer says {m.right!r}; plant this mistake anew"
-    while source.startswith(("@", "#")):                                         # the decorator
+    while source.startswith(("@", "#")):  # the decorator
         source = source.partition("\n")[2]
     names: dict = {**f.__globals__, "np": np}
     exec(compile(source.replace(m.right, m.wrong), f"<{m.function}>", "exec"), names)
@@ -83,7 +85,7 @@ def planted(f, m):
 
 
 def plant(m, monkeypatch):
-    if m.function in OPS:                                                        # as a kernel is put in an op's place
+    if m.function in OPS:  # as a kernel is put in an op's place
         monkeypatch.setitem(dispatch.KERNELS, (OPS[m.function], cp.ndarray), [planted(inspect.unwrap(OPS[m.function].definition), m)])
         return
     home, _, name = m.function.partition(".")
@@ -94,7 +96,7 @@ def plant(m, monkeypatch):
 
 
 def signs():
-    "What can be seen of three training steps."
+    """What can be seen of three training steps."""
     model, seen = build("gpt"), {}
     optimizer = AdamW(0.01).start(edit.trained(model))
     losses, dtypes = [], set()
@@ -111,7 +113,7 @@ def signs():
 
 
 def noticed(right, monkeypatch, m):
-    "By which signs a mistake shows."
+    """By which signs a mistake shows."""
     plant(m, monkeypatch)
     try:
         got = signs()
@@ -131,7 +133,7 @@ def right():
 
 @pytest.fixture(autouse=True)
 def _plain(definitions):
-    "By the definitions: a kernel in an op's place would hide what is planted."
+    """By the definitions: a kernel in an op's place would hide what is planted."""
 
 
 def test_nothing_is_noticed_where_nothing_is_planted(right, monkeypatch):

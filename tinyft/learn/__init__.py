@@ -16,9 +16,11 @@ __all__ = ["check"]
 
 
 def check(name: str, function: Callable | str) -> bool:
-    """Check your own function (the text of a kernel) as the exercise `name`, and say what is wrong:  tinyft.check("autograd.sum_to", sum_to)
+    """Check your own function (the text of a kernel) as the exercise `name`, and say what is wrong:
+    tinyft.check("autograd.sum_to", sum_to)
 
-    True if every law holds.  ValueError if there is no such exercise."""
+    True if every law holds.  ValueError if there is no such exercise.
+    """
     from .checker import check_here
     from .exercise import find
     from .show import Page

@@ -1,6 +1,7 @@
 """Annotated source: a module as a page of prose beside code.  The prose is the module's own docstrings and comments.
 
-blocks cuts the text, page writes it as Markdown (MyST) for Sphinx; what is shown is taken from the source each time, so it cannot drift.
+blocks cuts the text, page writes it as Markdown (MyST) for Sphinx; what is shown is taken from the source each time, so
+it cannot drift.
 """
 from __future__ import annotations
 
@@ -15,14 +16,17 @@ import tokenize
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from .skeleton import first_line
+from .sources import first_line
 
-WIDE = 88                                                                        # columns of code beside the prose; longer lines scroll
+WIDE = 88  # columns of code beside the prose; longer lines scroll
 
 
 @dataclasses.dataclass
 class Block:
-    "What is said and the code it is said of.  name: of the function or class that begins here;  heading: of the part of the file that begins here."
+    """What is said and the code it is said of.
+
+    name: of the function or class that begins here;  heading: of the part of the file that begins here.
+    """
     name: str = ""
     prose: str = ""
     code: str = ""
@@ -32,9 +36,11 @@ class Block:
 def blocks(text: str) -> list[Block]:
     """A module's text, cut where a class or function begins and where a comment stands on lines of its own.
 
-    Every line of code is in one block, in order.  A comment after code stays there, or above it where the line would be too long."""
+    Every line of code is in one block, in order.  A comment after code stays there, or above it where the line would be
+    too long.
+    """
     tree, lines = ast.parse(text), text.splitlines()
-    starts, said = {}, _docstring(tree)                                          # {line: (name, whether to cut)}, {line: (last, prose)}
+    starts, said = {}, _docstring(tree)  # {line: (name, whether to cut)}, {line: (last, prose)}
     for holder in (tree, *(n for n in tree.body if isinstance(n, ast.ClassDef))):
         for node in holder.body:
             if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
@@ -49,7 +55,8 @@ def blocks(text: str) -> list[Block]:
         return found[-1]
     while (n := n + 1) <= len(lines):
         line, at = lines[n - 1], comments.get(n)
-        if n in starts and (starts[n][1] or found[-1].prose and "." in found[-1].name):      # silent methods stay together, or with their class
+        # silent methods stay together, or with their class
+        if n in starts and (starts[n][1] or found[-1].prose and "." in found[-1].name):
             fresh().name = starts[n][0]
         if n in said:
             last, prose = said[n]
@@ -70,14 +77,14 @@ def blocks(text: str) -> list[Block]:
 
 
 def _docstring(node: ast.AST) -> dict[int, tuple[int, str]]:
-    "{its first line: (its last line, the text)}, if the docstring has lines of its own."
+    """{its first line: (its last line, the text)}, if the docstring has lines of its own."""
     text = ast.get_docstring(node, clean=False)
     first = node.body[0] if text else None
     return {first.lineno: (first.end_lineno, inspect.cleandoc(text))} if text and first.lineno > getattr(node, "lineno", 0) else {}
 
 
 def _narrow(line: str, at: int) -> str:
-    "A line with a comment at its end: without the gap between them, or with the comment above."
+    """A line with a comment at its end: without the gap between them, or with the comment above."""
     code, comment = line[:at].rstrip(), line[at:]
     if len(code) + len(comment) + 2 <= WIDE:
         return f"{code}  {comment}"
@@ -85,7 +92,9 @@ def _narrow(line: str, at: int) -> str:
 
 
 def cuda_blocks(text: str) -> list[Block]:
-    "The same of CUDA C: a block to each stretch between blank lines that begins at the margin, its prose the comment it begins with."
+    """The same of CUDA C: a block to each stretch between blank lines that begins at the margin, its prose the comment
+    it begins with.
+    """
     found = []
     for part in re.split(r"\n\n+(?=\S)", text.strip()):
         said = re.match(r"(?://[^\n]*(?:\n|$))*", part)[0]
@@ -95,13 +104,15 @@ def cuda_blocks(text: str) -> list[Block]:
 
 
 def first_sentence(text: str) -> str:
-    "What a file says of itself in its first line."
+    """What a file says of itself in its first line."""
     return text.lstrip("\"'/ ").splitlines()[0].rstrip("\"'")
 
 
 # ── as Markdown ──────────────────────────────────────────────────────────────────────────────────────────────────────
 def escaped(text: str) -> str:
-    "Plain text as Markdown that shows it unchanged, but for `code`, which is code, and arXiv:numbers, which are links."
+    """Plain text as Markdown that shows it unchanged, but for `code`, which is code, and arXiv:numbers, which are
+    links.
+    """
     parts = re.split(r"(`[^`]+`)", text)
     parts[::2] = [re.sub(r"[\\*_\[\]<>$|~{}#%^`]", r"\\\g<0>", p) for p in parts[::2]]
     parts[::2] = [re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", p) for p in parts[::2]]
@@ -109,12 +120,15 @@ def escaped(text: str) -> str:
 
 
 def markdown(doc: str) -> str:
-    "A docstring as Markdown: indented lines and columns stay as they are, paragraphs flow; a wide gap within one begins a new line."
+    """A docstring as Markdown: indented lines and columns stay as they are, paragraphs flow; a wide gap within one
+    begins a new line.
+    """
     out = []
     for kind, group in itertools.groupby(doc.splitlines(), lambda row: "blank" if not row.strip() else "kept" if row[:4] == "    " else "flows"):
         rows = list(group)
         columns = len(rows) > 1 and sum(bool(re.search(r"\S {3,}\S", row)) for row in rows) > len(rows) / 2
-        if kind == "kept" and len(rows) > 1 and all(len(row) > 90 and not re.search(r"\S {3,}\S", row) for row in rows[:-1]):      # sentences
+        # sentences
+        if kind == "kept" and len(rows) > 1 and all(len(row) > 90 and not re.search(r"\S {3,}\S", row) for row in rows[:-1]):
             out.append("> " + escaped(" ".join(row.strip() for row in rows)))
         elif kind == "kept" or kind == "flows" and columns:
             out.append("````text\n" + "\n".join(squeezed(textwrap.dedent("\n".join(rows)).splitlines())) + "\n````")
@@ -124,7 +138,7 @@ def markdown(doc: str) -> str:
 
 
 def squeezed(rows: list[str]) -> list[str]:
-    "Columns closer together: where all rows are blank for more than four columns, four stay."
+    """Columns closer together: where all rows are blank for more than four columns, four stay."""
     wide = max(map(len, rows))
     blank = "".join(" " if all(row[i:i + 1] in ("", " ") for row in rows) else "x" for i in range(wide))
     for gap in reversed([*re.finditer(r" {5,}", blank)]):
@@ -133,14 +147,17 @@ def squeezed(rows: list[str]) -> list[str]:
 
 
 def page(path: str, text: str, notes: Mapping[str, str] = MappingProxyType({})) -> str:
-    "The page of the module at `path`, functions and classes under anchors of their names.  notes: {name: Markdown to add to its prose}."
+    """The page of the module at `path`, functions and classes under anchors of their names.
+
+    notes: {name: Markdown to add to its prose}.
+    """
     first, *rest = blocks(text)
     fold = f"<details><summary>what it imports</summary>\n\n````python\n{first.code}\n````\n\n</details>\n" if first.code else ""
     return "\n".join([_top(path, text), markdown(first.prose), fold, *(_beside(b, notes, "python") for b in rest)])
 
 
 def cuda_page(path: str, text: str, notes: Mapping[str, str] = MappingProxyType({})) -> str:
-    "The page of a file of CUDA C, kernels under anchors of their names."
+    """The page of a file of CUDA C, kernels under anchors of their names."""
     return "\n".join([_top(path, text), *(_beside(b, notes, "cuda") for b in cuda_blocks(text))])
 
 
@@ -149,7 +166,7 @@ def _top(path: str, text: str) -> str:
 
 
 def _beside(b: Block, notes: Mapping[str, str], language: str) -> str:
-    "A block as prose beside code, below the heading of its part."
+    """A block as prose beside code, below the heading of its part."""
     heading = f"## {escaped(b.heading)}\n\n" if b.heading else ""
     anchor = f'<a id="{b.name}"></a>\n\n' if b.name else ""
     prose = "\n\n".join(filter(None, [markdown(b.prose), notes.get(b.name, "")]))

@@ -20,15 +20,16 @@ from .annotate import cuda_page, escaped, first_sentence, markdown, page
 from .exercise import Exercise, exercises, of_lesson
 from .folders import Lesson, lessons
 from .lessons import Failed, parse, run
-from .skeleton import statement
 
 HERE = Path(__file__).parent
-CORE = ("tensor", "ops", "nn", "edit", "optim")                                  # in reading order
+CORE = ("tensor", "ops", "nn", "edit", "optim")  # in reading order
 
 
 # ── the pages, as Markdown ───────────────────────────────────────────────────────────────────────────────────────────
 def pages() -> dict[str, str]:
-    "{name without ending: Markdown} of all pages but the lessons, which are notebooks: index, exercises/<lesson>, source/<module>."
+    """{name without ending: Markdown} of all pages but the lessons, which are notebooks: index, exercises/<lesson>,
+    source/<module>.
+    """
     found = {f"exercises/{name}": _exercises(lesson) for name, lesson in lessons().items()}
     for module in sources():
         mine = {e.target.split(":")[1]: f"Exercise: [{e.function}](/exercises/{e.lesson}.md) {stars(e)}"
@@ -40,7 +41,7 @@ def pages() -> dict[str, str]:
 
 
 def sources() -> list[str]:
-    "The modules that have a page: the core, every method, and where else an exercise comes from."
+    """The modules that have a page: the core, every method, and where else an exercise comes from."""
     every = [*CORE, *(_of(m) for m in methods()), *(e.target.split(":")[0] for e in exercises().values())]
     return list(dict.fromkeys(every))
 
@@ -50,11 +51,11 @@ def stars(e: Exercise) -> str:
 
 
 def _exercises(lesson: Lesson) -> str:
-    "Each exercise of a lesson: effort, what the learner starts from, the laws, how to check, three hints, folded."
+    """Each exercise of a lesson: effort, what the learner starts from, the laws, how to check, three hints, folded."""
     out = [f"# Exercises {lesson.title[:2]}\n\nFor the lesson [{lesson.title}](/lessons/{lesson.folder}.ipynb)."]
     for e in of_lesson(lesson.name):
         module, name = e.target.split(":")
-        signature, said = statement(e)
+        signature, said = e.statement()
         language = "python" if e.suffix == ".py" else "cuda"
         out.append(f"\n## {escaped(e.function)}\n\n{stars(e)} <span class=\"effort\">about {e.minutes} minutes · {e.name}</span>\n\n"
                    f"````{language}\n{signature}\n````\n\n{markdown(said)}\n\nIt is right when:\n")
@@ -67,7 +68,7 @@ def _exercises(lesson: Lesson) -> str:
 
 
 def _index() -> str:
-    "The path through the book: lesson, exercises, the sources it teaches; then the methods; then the rest."
+    """The path through the book: lesson, exercises, the sources it teaches; then the methods; then the rest."""
     out = ["# tinyft", "Fine-tuning of transformers from scratch: lessons that run, exercises that check themselves, and a library that is short "
            "enough to be read. Each lesson ends with functions of the library to be written again; when all laws hold, read the original.",
            "```console\n$ tinyft lesson autograd      # read and run a lesson in the terminal\n"
@@ -110,14 +111,16 @@ def _says(module: str) -> str:
 
 
 def _file(module: str) -> Path:
-    "A module's source: Python, or CUDA C."
+    """A module's source: Python, or CUDA C."""
     stem = HERE.parent.joinpath(*module.split("."))
     return next(p for p in (stem.with_suffix(".py"), stem / "__init__.py", stem.with_suffix(".cu")) if p.exists())
 
 
 # ── the lessons, with their results ──────────────────────────────────────────────────────────────────────────────────
 def executed(out: Path) -> dict[str, str]:
-    "{lessons/NN_name: notebook}; what `out` has of them is taken if it is newer than the lesson and the library, and no short run by TINYFT_FAST."
+    """{lessons/NN_name: notebook}; what `out` has of them is taken if it is newer than the lesson and the library, and
+    no short run by TINYFT_FAST.
+    """
     newest = max(p.stat().st_mtime for p in HERE.parent.rglob("*") if p.suffix in (".py", ".cu", ".cuh"))
     found, short = {}, bool(os.environ.get("TINYFT_FAST"))
     for lesson in lessons().values():
@@ -128,7 +131,7 @@ def executed(out: Path) -> dict[str, str]:
                 pass
         book = read()
         for cell in book["cells"]:
-            if "quote(" in cell["source"]:                                       # what it prints is Python
+            if "quote(" in cell["source"]:  # what it prints is Python
                 cell["metadata"]["mystnb"] = {"text_lexer": "python"}
             pictures = [o["data"]["text/plain"] for o in cell.get("outputs", ()) if "image/png" in o.get("data", {})]
             if len(pictures) == 1:
@@ -140,11 +143,13 @@ def executed(out: Path) -> dict[str, str]:
 
 # ── as HTML ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 def render(files: dict[str, str], source: Path, out: Path) -> int:
-    "Write the files {name with ending: text} and make the site of them; how many warnings Sphinx had, each of which is printed."
+    """Write the files {name with ending: text} and make the site of them; how many warnings Sphinx had, each of which
+    is printed.
+    """
     from sphinx.application import Sphinx
     for old in (p for p in source.rglob("*") if p.is_file() and p.relative_to(source).as_posix() not in files):
         old.unlink()
-    for name, text in files.items():                                             # what has not changed keeps its time, and is not made again
+    for name, text in files.items():  # what has not changed keeps its time, and is not made again
         path = source / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists() or path.read_text(encoding="utf-8") != text:
@@ -160,7 +165,8 @@ CONFIG = {
     "nb_execution_mode": "off", "html_show_sourcelink": False, "html_copy_source": False,
     "html_static_path": [str(HERE / "site")], "html_css_files": ["book.css"], "templates_path": [], "html_show_copyright": False,
     "mathjax_path": "mathjax/tex-mml-chtml.js", "mathjax3_config": {"tex": {"macros": {}}}, "html_show_sphinx": False,
-    "html_favicon": str(HERE / "site" / "icon.svg"), "suppress_warnings": ["misc.highlighting_failure"],      # results are not all Python
+    # results are not all Python
+    "html_favicon": str(HERE / "site" / "icon.svg"), "suppress_warnings": ["misc.highlighting_failure"],
 }
 
 

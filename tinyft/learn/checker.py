@@ -1,4 +1,5 @@
-"""Laws run on a function: ever larger inputs until one fails, the smallest input that does, and what it says about the error."""
+"""Laws checked on a function: ever larger inputs until one fails, then the smallest input that fails, and a diagnosis.
+"""
 from __future__ import annotations
 
 import contextlib
@@ -19,33 +20,38 @@ from .. import array, kernels
 from . import sizes
 from .diagnose import Mismatch, Unusable, diagnose
 from .exercise import Exercise, Law
-from .show import Outcome, Problem, said_inputs, said_pair
-from .subject import Changed, ReferenceUsed, Refused, Stop, Subject, closed, load, place, said_at
+from .loading import Refused, Stop, in_words, place, quoted_line
+from .show import Outcome, Problem, inputs_as_text, pair_as_text
+from .subject import Changed, ReferenceUsed, Subject, closed
 
-ONE_CALL, ONE_LAW = 2.0, 5.0                                                     # seconds: what runs longer is cut off
+ONE_CALL = 2.0                                           # seconds after which one call is cut off
+ONE_LAW = 5.0                                            # seconds after which the search for one law ends
+SEARCH_ONLY = (Phase.explicit, Phase.generate)
 LEARNER = settings(
-    derandomize=True,                                                            # the same input fails until the code changes
+    derandomize=True,                                    # the same input fails until the code changes
     database=None, deadline=None, print_blob=False, verbosity=Verbosity.quiet,
-    report_multiple_bugs=False,                                                  # one at a time
-    phases=(Phase.explicit, Phase.generate, Phase.shrink), suppress_health_check=list(HealthCheck))
+    report_multiple_bugs=False,                          # one error at a time
+    phases=(*SEARCH_ONLY, Phase.shrink), suppress_health_check=list(HealthCheck))
 
 
 class TooLong(Stop):
-    "A call that does not come back."
+    """A call that does not return."""
 
 
 class Enough(Stop):
-    "The time for one law is over: the smallest failing input so far will do."
+    """The time for one law is over; the smallest failing input so far is reported."""
 
 
 # ── a whole exercise ─────────────────────────────────────────────────────────────────────────────────────────────────
 def check_file(exercise: Exercise, path: Path) -> Iterator[Outcome]:
-    "The laws of an exercise on the function in a file, up to the first that fails."
-    yield from _check(exercise, str(path.resolve()) if exercise.suffix == ".py" else "", lambda: load(exercise, path.resolve()))
+    """The outcomes of an exercise's laws on the function in a file, up to the first law that fails."""
+    path = path.resolve()
+    filename = str(path) if exercise.suffix == ".py" else ""
+    yield from _check(exercise, filename, lambda: exercise.load(path))
 
 
 def check_here(exercise: Exercise, function: Callable) -> Iterator[Outcome]:
-    "The same on a function of this process."
+    """The same for a function of this process."""
     code = getattr(getattr(function, "definition", function), "__code__", None)
     yield from _check(exercise, code.co_filename if code else "", lambda: function)
 
@@ -57,8 +63,11 @@ def _check(exercise: Exercise, filename: str, get: Callable[[], Callable]) -> It
             with captured(printed), limited(ONE_CALL):
                 function = get()
             subject = Subject(exercise, function)
-        except (Refused, Stop) as e:
-            yield Outcome("", Problem("refused", message=f"{e}{said_at(e, filename) if isinstance(e, Stop) else ''}", printed=printed.lines()))
+        except Refused as e:
+            yield Outcome("", Problem("refused", message=str(e), printed=printed.lines()))
+            return
+        except Stop as e:
+            yield Outcome("", Problem("refused", message=f"{e}{quoted_line(e, filename)}", printed=printed.lines()))
             return
         for law in exercise.laws:
             outcome = run(law, subject, filename)
@@ -68,58 +77,82 @@ def _check(exercise: Exercise, filename: str, get: Callable[[], Callable]) -> It
 
 
 def run(law: Law, subject: Subject, filename: str = "", seed: int | None = None, shrink: bool = True) -> Outcome:
-    "One law.  Without a seed the inputs are the same every time.  shrink=False only asks whether it holds, with inputs of middle size."
-    trial = Trial(law, subject, filename, seed, shrink)
-    return Outcome(law.title, trial.search(), time.monotonic() - trial.start)
+    """Check one law.
+
+    Without a seed the inputs are the same every time.  With shrink=False inputs of middle size only tell whether it
+    holds.
+    """
+    start = time.monotonic()
+    problem = Trial(law, subject, filename, seed, shrink).search()
+    return Outcome(law.title, problem, time.monotonic() - start)
 
 
 class Trial:
-    "The search for the smallest input that breaks a law."
+    """The search for the smallest input that breaks a law.
+
+    failed: (exception, inputs, output) of the last input that failed, the smallest so far.
+    mismatches: every comparison that failed, for the diagnosis.
+    """
 
     def __init__(self, law: Law, subject: Subject, filename: str = "", seed: int | None = None, shrink: bool = True):
-        self.law, self.subject, self.filename, self.seed, self.shrink = law, subject, filename, seed, shrink
-        self.start, self.tried, self.limit = time.monotonic(), 0, 0
+        self.law = law
+        self.subject = subject
+        self.filename = filename
+        self.seed = seed
+        self.shrink = shrink
+        self.start = time.monotonic()
+        self.tried = 0
+        self.largest = 0                                 # size of the inputs that are being tried
         self.inputs: dict[str, Any] = {}
         self.failed: tuple[BaseException, dict, Printed] | None = None
         self.mismatches: list[Mismatch] = []
 
     def search(self) -> Problem | None:
+        """The problem with the smallest input that was found; None if the law holds."""
         for largest, examples in sizes.GROWING if self.shrink else sizes.GROWING[1:2]:
-            self.limit = largest
+            self.largest = largest
             sizes.limit(largest)
             try:
-                self.explore(examples, self.once)
+                self._explore(examples, self._once)
             except errors.Flaky:
-                return self.unsteady()
+                return self._unsteady()
             except Enough:
-                return self.problem()
+                return self._problem()
             except Stop as e:
-                return self.problem(e)
+                return self._problem(e)
             except (Exception, SystemExit):
-                if not self.failed:                                              # the engine's own fault
+                if not self.failed:                      # an error of this engine
                     raise
                 if not self.same_again():
-                    return self.unsteady()
+                    return self._unsteady()
                 if self.shrink:
-                    self.more_mismatches()
-                return self.problem()
+                    self._collect_mismatches()
+                return self._problem()
         return None
 
-    def explore(self, examples: int, test: Callable[[tuple], None]) -> None:
+    def _explore(self, examples: int, test: Callable[[tuple], None]) -> None:
+        """Run a test on drawn inputs with Hypothesis."""
         def law(drawn: tuple) -> None:
             test(drawn)
-        law.__qualname__ = law.__name__ = "".join(c if c.isascii() and c.isalnum() else "_" for c in f"{self.subject.exercise.name} {self.law.title}")
-        phases = LEARNER.phases if self.shrink else LEARNER.phases[:2]
-        conf = settings(LEARNER, max_examples=examples, phases=phases, derandomize=self.seed is None)
+        # Hypothesis derives its random numbers from the name.
+        title = f"{self.subject.exercise.name} {self.law.title}"
+        law.__name__ = "".join(c if c.isascii() and c.isalnum() else "_" for c in title)
+        law.__qualname__ = law.__name__
+        phases = LEARNER.phases if self.shrink else SEARCH_ONLY
+        configure = settings(LEARNER, max_examples=examples, phases=phases, derandomize=self.seed is None)
         wrapped = given(sizes.draws(self.law.inputs))(law)
-        conf(wrapped if self.seed is None else seeded(self.seed)(wrapped))()
+        if self.seed is not None:
+            wrapped = seeded(self.seed)(wrapped)
+        configure(wrapped)()
 
-    def once(self, drawn: tuple) -> None:
-        "The law on one input."
+    def _once(self, drawn: tuple) -> None:
+        """The law on one input."""
         self.inputs, letters = drawn
         self.tried += 1
         if time.monotonic() - self.start > ONE_LAW:
-            raise Enough if self.failed else TooLong(f"after {ONE_LAW:g} seconds only {self.tried} small inputs are done: far too slow")
+            if self.failed:
+                raise Enough
+            raise TooLong(f"after {ONE_LAW:g} seconds only {self.tried} small inputs are done: far too slow")
         printed = Printed()
         try:
             with captured(printed), limited(ONE_CALL):
@@ -128,97 +161,115 @@ class Trial:
             if isinstance(e, Mismatch):
                 e.sizes = letters
                 self.mismatches.append(e)
-            self.failed = e, self.inputs, printed
+            self.failed = (e, self.inputs, printed)
             raise
 
     def same_again(self) -> bool:
-        "Does the input that failed fail in the same way once more?"
+        """True if the input that failed fails in the same way once more."""
         error, inputs, _ = self.failed
         try:
             with captured(Printed()), limited(ONE_CALL):
                 self.law.test(self.subject, **inputs)
         except Mismatch as e:
-            return isinstance(error, Mismatch) and np.array_equal(e.got, error.got, equal_nan=e.got.dtype.kind == "f")
+            same_nan = e.got.dtype.kind == "f"
+            return isinstance(error, Mismatch) and np.array_equal(e.got, error.got, equal_nan=same_nan)
         except TooLong:
-            return True                                                          # a slow moment of the machine is no other answer
+            return True                                  # a slow moment of the machine is no other answer
         except (Exception, SystemExit) as e:
             return type(e) is type(error)
         return False
 
-    def more_mismatches(self) -> None:
-        "What else fails, at larger sizes: it tells 1/2 from 1/n.  The one that is shown stays last."
+    def _collect_mismatches(self) -> None:
+        """Failures at larger sizes, which tell a factor 1/2 from 1/n.  The reported one stays last."""
         if not self.failed or not isinstance(self.failed[0], Mismatch):
             return
-        shown, found = self.failed, []
-
-        def note(drawn: tuple) -> None:
-            with contextlib.suppress(Exception, SystemExit, TooLong, Enough):
-                self.once(drawn)
-            if self.failed is not shown and isinstance(self.failed[0], Mismatch):
-                found.append(self.failed[0])
+        reported = self.failed
         tried = self.tried
+        found = []
+
+        def collect(drawn: tuple) -> None:
+            with contextlib.suppress(Exception, SystemExit, TooLong, Enough):
+                self._once(drawn)
+            if self.failed is not reported and isinstance(self.failed[0], Mismatch):
+                found.append(self.failed[0])
+
         for n in (2, 4):
             sizes.limit(n)
             with contextlib.suppress(Exception):
-                self.explore(12, note)
-        self.failed, self.tried, self.mismatches = shown, tried, [*found, shown[0]]
+                self._explore(12, collect)
+        self.failed = reported
+        self.tried = tried
+        self.mismatches = [*found, reported[0]]
 
-    # what came out
-    def shown(self) -> list[tuple[str, str]]:
-        return said_inputs(self.failed[1] if self.failed else self.inputs)
+    # ── in words ─────────────────────────────────────────────────────────────────────────────────────────────────────
+    def _inputs_as_text(self) -> list[tuple[str, str]]:
+        return inputs_as_text(self.failed[1] if self.failed else self.inputs)
 
-    def unsteady(self) -> Problem:
-        return Problem("returned", self.shown(), "for one and the same input it gives different answers: does it draw random numbers of its own, "
+    def _unsteady(self) -> Problem:
+        return Problem("returned", self._inputs_as_text(),
+                       "for one and the same input it gives different answers: does it draw random numbers of its own, "
                        "or keep something from call to call?", tried=self.tried)
 
-    def problem(self, stop: Stop | None = None) -> Problem:
-        "The failure in words."
+    def _problem(self, stop: Stop | None = None) -> Problem:
+        """The failure in words.  stop: what ended the search, if it was not the failure of a law."""
         e, _, printed = self.failed or (stop, {}, Printed())
         e = stop or e
-        common = dict(inputs=self.shown(), printed=printed.lines(), tried=self.tried, size=self.limit)
         if isinstance(e, NotImplementedError) and (place(e, self.filename) or not self.filename):
             return Problem("unwritten", message="not written yet")
         if isinstance(e, ReferenceUsed):
-            return Problem("refused", message=f"{e}{said_at(e, self.filename)}", printed=printed.lines())
+            return Problem("refused", message=f"{e}{quoted_line(e, self.filename)}", printed=printed.lines())
+        common = dict(inputs=self._inputs_as_text(), printed=printed.lines(), tried=self.tried, size=self.largest)
         if isinstance(e, TooLong):
-            return Problem("stopped", message=f"{e}{said_at(e, self.filename)}", **common)
+            return Problem("stopped", message=f"{e}{quoted_line(e, self.filename)}", **common)
         if isinstance(e, Mismatch):
-            yours, expected = said_pair(e)
-            return Problem("mismatch", message=e.what, yours=yours, expected=expected, diagnosis=diagnose(self.mismatches or [e]), **common)
+            yours, expected = pair_as_text(e)
+            sentence = diagnose(self.mismatches or [e])
+            return Problem("mismatch", message=e.what, yours=yours, expected=expected, diagnosis=sentence, **common)
         if isinstance(e, (Unusable, Changed)):
             return Problem("returned", message=str(e), **common)
         if place(e, self.filename) is None and self.filename:
-            return Problem("raised", message=f"the check cannot use what your function gives back: {type(e).__name__}: {e}", **common)
+            message = f"the check cannot use what your function gives back: {type(e).__name__}: {e}"
+            return Problem("raised", message=message, **common)
         while e.__cause__ is not None:
             e = e.__cause__
-        elsewhere = array.backend() != "numpy"
-        there = f"\nThe arrays are on the backend {array.backend()!r}: xp(x).exp(x) takes the place of np.exp(x)" if elsewhere else ""
-        return Problem("raised", message=f"{type(e).__name__}{f': {e}' if str(e) else ''}{said_at(e, self.filename)}{there}", **common)
+        message = f"{in_words(e)}{quoted_line(e, self.filename)}"
+        if array.backend() != "numpy":
+            message += f"\nThe arrays are on the backend {array.backend()!r}: xp(x).exp(x) takes the place of np.exp(x)"
+        return Problem("raised", message=message, **common)
 
 
-# ── what surrounds a call ────────────────────────────────────────────────────────────────────────────────────────────
+# ── around a call ────────────────────────────────────────────────────────────────────────────────────────────────────
 class Printed(io.StringIO):
-    "What was printed, of which the first part is kept; and the warnings."
+    """The beginning of the text that a call printed, and its warnings."""
     KEEP = 4000
 
     def __init__(self) -> None:
         super().__init__()
-        self.lost, self.warned = 0, []
+        self.lost = 0
+        self.warned: list[warnings.WarningMessage] = []
 
     def write(self, s: str) -> int:
+        """Keep the first KEEP characters and count the others."""
         room = max(self.KEEP - self.tell(), 0)
         self.lost += max(len(s) - room, 0)
         super().write(s[:room])
         return len(s)
 
     def lines(self) -> list[str]:
-        said = [f"{w.category.__name__}: {w.message}   {Path(w.filename).name}:{w.lineno}" for w in self.warned[:3]]
-        return [*self.getvalue().splitlines()[:20], *([f"... and {self.lost:,} more characters"] if self.lost else []), *said]
+        """At most 20 lines, a line about the rest, and three warnings."""
+        found = self.getvalue().splitlines()[:20]
+        if self.lost:
+            found.append(f"... and {self.lost:,} more characters")
+        for w in self.warned[:3]:
+            found.append(f"{w.category.__name__}: {w.message}   {Path(w.filename).name}:{w.lineno}")
+        return found
 
 
 @contextlib.contextmanager
 def captured(printed: Printed) -> Iterator[None]:
-    with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+    """Collect standard output, standard error and warnings."""
+    with (warnings.catch_warnings(record=True) as caught,
+          contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed)):
         warnings.simplefilter("default")
         try:
             yield
@@ -228,15 +279,20 @@ def captured(printed: Printed) -> Iterator[None]:
 
 @contextlib.contextmanager
 def limited(seconds: float) -> Iterator[None]:
-    "TooLong, raised in the line that is running, after so many seconds.  Where there is no such alarm, the parent process has the last word."
+    """Raise TooLong in the line that is running after so many seconds.
+
+    Where there is no such alarm, the parent process ends the check (isolated.py).
+    """
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def ring(number: int, frame: Any) -> None:
         raise TooLong(f"it was still running after {seconds:g} seconds: an endless loop?")
+
     old = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 0.5)                           # again and again: what is raised in a callback is lost
+    # The alarm repeats: an exception raised inside a callback of C code is lost.
+    signal.setitimer(signal.ITIMER_REAL, seconds, 0.5)
     try:
         yield
     finally:
@@ -245,7 +301,7 @@ def limited(seconds: float) -> Iterator[None]:
 
 
 def use_backend(name: str) -> None:
-    "Run what follows on another backend.  ValueError, with the reason, where it cannot be."
+    """Use another backend from now on.  ValueError, with the reason, where it cannot be used."""
     try:
         array.use(name)
     except array.BackendError as e:

@@ -28,7 +28,7 @@ COMMANDS = {
 
 
 def register(sub: argparse._SubParsersAction) -> None:
-    "Add the commands to the parser of `tinyft`."
+    """Add the commands to the parser of `tinyft`."""
     for command, (takes, text) in COMMANDS.items():
         c = sub.add_parser(command, help=text, description=text)
         if takes == "names":
@@ -48,7 +48,7 @@ def register(sub: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    "One command.  Its exit status is 0 when all is well."
+    """One command.  Its exit status is 0 when all is well."""
     from .show import Page
     from .work import Work
     names = getattr(args, "names", []) or []
@@ -82,7 +82,7 @@ def _check_one(e: Exercise, backend: str, work: Work, page) -> bool:
     page.line(f"{e.name}   {path}")
     right = page.report(e, check(e.name, path, backend))
     if right != work.solved(e):
-        work.note(e, solved=right)
+        work.record(e, solved=right)
     if right:
         after = work.next()
         page.line(f"\n  All {len(e.laws)} laws hold.  " + (f"Next:  tinyft start {after.name}" if after else "That was the last exercise."))
@@ -91,7 +91,7 @@ def _check_one(e: Exercise, backend: str, work: Work, page) -> bool:
 
 
 def _watch(args: argparse.Namespace, work: Work, page) -> bool:
-    "Until Ctrl-C.  It never goes on to the next exercise by itself."
+    """Until Ctrl-C.  It never goes on to the next exercise by itself."""
     from . import checker  # noqa: F401    imported once, so that each check begins with it
     seen: dict[str, int] = {}
     page.line(f"watching {work.folder}; Ctrl-C ends it")
@@ -99,7 +99,8 @@ def _watch(args: argparse.Namespace, work: Work, page) -> bool:
         chosen = work.chosen(args.names) if args.names else work.started()
         stamps = {e.name: work.path(e).stat().st_mtime_ns for e in chosen if work.path(e).exists()}
         changed = [e for e in chosen if e.name in stamps and seen.get(e.name) != stamps[e.name]]
-        for e in changed if seen or args.names else changed[:1]:                 # at first only the file that was changed last
+        # at first only the file that was changed last
+        for e in changed if seen or args.names else changed[:1]:
             page.line()
             _check_one(e, args.backend, work, page)
         seen.update(stamps)
@@ -107,24 +108,25 @@ def _watch(args: argparse.Namespace, work: Work, page) -> bool:
 
 
 def _reset(args: argparse.Namespace, work: Work, page) -> bool:
-    e, = work.chosen(args.names, whole_lessons=False)
+    e = work.one(args.names)
     kept = work.reset(e)
     page.line(f"{work.path(e)} is as at the start" + (f"; yours is kept as {kept}" if kept else ""))
     return True
 
 
 def _debug(args: argparse.Namespace, work: Work, page) -> bool:
-    "In this process, as a debugger needs the terminal."
+    """In this process, as a debugger needs the terminal."""
     import pdb
 
     from .checker import Trial
-    from .subject import Refused, Subject, load
-    e, = work.chosen(args.names, whole_lessons=False)
+    from .loading import Refused
+    from .subject import Subject
+    e = work.one(args.names)
     path = work.path(e)
     if e.suffix != ".py":
         raise ValueError(f"{path} is no Python: there is no stepping through it here")
     try:
-        subject = Subject(e, load(e, path.resolve()))
+        subject = Subject(e, e.load(path.resolve()))
     except Refused as refusal:
         raise ValueError(str(refusal)) from None
     for law in e.laws:
@@ -136,7 +138,7 @@ def _debug(args: argparse.Namespace, work: Work, page) -> bool:
             debugger, code = pdb.Pdb(readrc=False), subject.f.__code__
             first = min(line for _, _, line in code.co_lines() if line and line > code.co_firstlineno)
             debugger.set_break(str(path.resolve()), first, temporary=True)
-            debugger.rcLines = ["continue"]                                      # from the law to the learner's first line
+            debugger.rcLines = ["continue"]  # from the law to the learner's first line
             try:
                 debugger.runcall(law.test, subject, **trial.inputs)
             except Exception as error:
@@ -171,9 +173,9 @@ def _status(args: argparse.Namespace, work: Work, page) -> bool:
 
 
 def _hint(args: argparse.Namespace, work: Work, page) -> bool:
-    e, = work.chosen(args.names, whole_lessons=False)
+    e = work.one(args.names)
     n = min(work.hints(e) + 1, len(e.hints))
-    work.note(e, hints=n)
+    work.record(e, hints=n)
     page.line(f"{e.name}, hint {n} of {len(e.hints)}\n")
     page.block(e.hints[n - 1], 2)
     page.line("\n  That was the last.  The answer:  tinyft solution " + e.name if n == len(e.hints) else f"\n  More:  tinyft hint {e.name}")
@@ -181,33 +183,30 @@ def _hint(args: argparse.Namespace, work: Work, page) -> bool:
 
 
 def _solution(args: argparse.Namespace, work: Work, page) -> bool:
-    from .skeleton import source
-    e, = work.chosen(args.names, whole_lessons=False)
+    e = work.one(args.names)
     page.line(f"{'#' if e.suffix == '.py' else '//'} {e.file}\n")
-    page.line(source(e))
+    page.line(e.source())
     return True
 
 
 def _diff(args: argparse.Namespace, work: Work, page) -> bool:
     import difflib
 
-    from .skeleton import source
-    e, = work.chosen(args.names, whole_lessons=False)
+    e = work.one(args.names)
     text = work.written(e).read_text(encoding="utf-8", errors="replace")
-    mine = text[text.find("@op") if e.is_op and "@op" in text else max(text.find(f"def {e.function}"), text.find(source(e).splitlines()[0]), 0):]
-    for line in difflib.unified_diff(mine.splitlines(), source(e).splitlines(), f"yours   {work.path(e)}", e.file, n=99, lineterm=""):
+    mine = text[text.find("@op") if e.is_op and "@op" in text else max(text.find(f"def {e.function}"), text.find(e.source().splitlines()[0]), 0):]
+    for line in difflib.unified_diff(mine.splitlines(), e.source().splitlines(), f"yours   {work.path(e)}", e.file, n=99, lineterm=""):
         page.line(page.paint(line, "right" if line[:1] == "+" else "wrong" if line[:1] == "-" else ""))
     return True
 
 
 def _read(args: argparse.Namespace, work: Work, page) -> bool:
     from .exercise import exercises
-    from .skeleton import head
     name, every = args.names[0], exercises()
     found = [e for n, e in every.items() if name in (n, e.function)]
     if found:
         e = found[0]
-        page.line(f"{e.name}   {page.stars(e.difficulty)}  about {e.minutes} min\n\n{head(e)[0]}\n\nIt is right when:")
+        page.line(f"{e.name}   {page.stars(e.difficulty)}  about {e.minutes} min\n\n{e.head()}\n\nIt is right when:")
         for law in e.laws:
             page.block(law.title, 4, f"  {page.sign('todo')} ")
         return True

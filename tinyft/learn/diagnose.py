@@ -1,7 +1,7 @@
-"""Two arrays that should be equal and are not: what is the error behind it?
+"""A diagnosis of two arrays that should be equal and are not.
 
-`close` compares what the learner's function gave with what is expected.  `diagnose` looks at many failures at once, since a 1×1 result
-says little: a factor that is 1/2 in one input may be 1/n, and shows as that only beside inputs of other sizes.
+`close` compares the result of the learner's function with the expected one.  `diagnose` looks at many failures at once,
+since a 1×1 result says little: a factor 1/2 in one input may be 1/n, which only inputs of other sizes can show.
 """
 from __future__ import annotations
 
@@ -13,16 +13,20 @@ import numpy as np
 from .. import array
 from ..tensor import Tensor, sum_to
 
-undo_broadcasting = sum_to                                                       # kept from before any exercise closes it
+undo_broadcasting = sum_to                               # a name that stays when an exercise closes sum_to
 
 
 class Unusable(AssertionError):
-    "The function gave back something that is no answer: a list, None, an array of another kind."
+    """The function returned something that is no answer: a list, None, an array of another kind."""
 
 
 @dataclass
 class Mismatch(AssertionError):
-    "got and want: host arrays;  what: their name in words;  guesses: {diagnosis: the array a known error gives};  sizes: {letter: size}."
+    """A result that differs from the expected one.
+
+    got, want: NumPy arrays.  what: their name in words.  guesses: {diagnosis: the array that a known error gives}.
+    sizes: {letter: size} of the input.
+    """
     got: np.ndarray
     want: np.ndarray
     what: str
@@ -31,101 +35,124 @@ class Mismatch(AssertionError):
 
 
 def host(a: Any, what: str = "the result", want: Any = None) -> np.ndarray:
-    "A Tensor, a device array or a number as a NumPy array.  Unusable if it is anything else."
+    """A Tensor, a device array or a number as a NumPy array.  Unusable if it is anything else."""
     if isinstance(a, Tensor):
         a = a.data
-    number = isinstance(a, (bool, int, float, np.generic)) and (want is None or np.ndim(want) == 0)
-    if (array.is_array(a) and np.dtype(a.dtype).kind in "biufV") or number:      # V: bfloat16
+    numeric = array.is_array(a) and np.dtype(a.dtype).kind in "biufV"    # V: bfloat16
+    scalar = isinstance(a, (bool, int, float, np.generic)) and (want is None or np.ndim(want) == 0)
+    if numeric or scalar:
         return array.asnumpy(a)
-    raise Unusable(f"{what} should be an array{'' if want is None else f' of shape {np.shape(want)}'}; yours is {described(a)}")
+    shape = "" if want is None else f" of shape {np.shape(want)}"
+    raise Unusable(f"{what} should be an array{shape}; yours is {described(a)}")
 
 
 def described(a: Any) -> str:
-    "A thing in a few words."
+    """Any object in a few words, for a message."""
     if a is None:
         return "None: is a `return` missing?"
     if array.is_array(a):
         return f"an array of dtype {a.dtype}"
     text = repr(a)
+    if len(text) >= 60:
+        text = text[:57] + "..."
     kind = type(a).__name__
-    return f"a{'n' * (kind[0] in 'aeiou')} {kind}, {text if len(text) < 60 else text[:57] + '...'}"
+    article = "an" if kind[0] in "aeiou" else "a"
+    return f"{article} {kind}, {text}"
 
 
-def close(got: Any, want: Any, what: str = "the result", guesses: dict[str, Any] | None = None, rtol: float = 1e-6, atol: float = 1e-9,
-          dtype: bool = False) -> None:
-    """Raise Mismatch unless got is want, to rounding; with dtype=True in dtype too.  Booleans and numbers are never the same.
+def close(got: Any, want: Any, what: str = "the result", guesses: dict[str, Any] | None = None, rtol: float = 1e-6,
+          atol: float = 1e-9, dtype: bool = False) -> None:
+    """Raise Mismatch unless got equals want up to rounding; with dtype=True also in dtype.
 
-    guesses: {"what was done instead": the result of doing that}."""
+    A boolean never equals a number.  guesses: {"a known error in words": the result that it gives}.
+    """
     want = np.asarray(want)
     g = host(got, what, want)
-    alike = (g.dtype == want.dtype) if dtype else (g.dtype == bool) == (want.dtype == bool)
-    if g.shape != want.shape or not alike or not equal(g, want, rtol, atol):
+    same_kind = g.dtype == want.dtype if dtype else (g.dtype == bool) == (want.dtype == bool)
+    if g.shape != want.shape or not same_kind or not equal(g, want, rtol, atol):
         raise Mismatch(g.copy(), want, what, {k: np.asarray(v) for k, v in (guesses or {}).items()})
 
 
 def equal(a: np.ndarray, b: np.ndarray, rtol: float = 1e-6, atol: float = 1e-9) -> bool:
+    """True if two arrays have one shape and are equal up to rounding."""
     with np.errstate(all="ignore"):
         return a.shape == b.shape and bool(np.allclose(a, b, rtol=rtol, atol=atol))
 
 
-# ── what it may be ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the rules: each returns a sentence that is true of all failures, or "" ───────────────────────────────────────────
+TRANSPOSED = "it is the expected result transposed: swap the factors, or add a transpose"
+
+
 def diagnose(failures: list[Mismatch]) -> str:
-    "One sentence that is true of all the failures; the last one is the one that is shown."
+    """One sentence that is true of all failures.  The last failure is the one that the learner sees."""
     last = failures[-1]
-    alike = [f for f in failures if f.what == last.what]
+    same_law = [f for f in failures if f.what == last.what]
     for rule in (_guessed, _not_finite, _shape, _dtype, _opposite, _transposed, _factor, _offset, _triangle, _axis):
-        if said := rule(alike):
-            return said
+        sentence = rule(same_law)
+        if sentence:
+            return sentence
     return _worst(last)
 
 
 def _guessed(failures: list[Mismatch]) -> str:
-    fits = lambda f, guess: guess in f.guesses and equal(f.got, f.guesses[guess])
-    return next((guess for guess in failures[-1].guesses if all(fits(f, guess) for f in failures)), "")
+    for guess in failures[-1].guesses:
+        if all(guess in f.guesses and equal(f.got, f.guesses[guess]) for f in failures):
+            return guess
+    return ""
 
 
 def _not_finite(failures: list[Mismatch]) -> str:
-    got = failures[-1].got
-    bad = int((~np.isfinite(got)).sum()) if got.dtype.kind == "f" else 0
-    return f"{bad} of {got.size} entries are nan or inf" if bad and np.isfinite(failures[-1].want).all() else ""
+    last = failures[-1]
+    if last.got.dtype.kind != "f" or not np.isfinite(last.want).all():
+        return ""
+    bad = int((~np.isfinite(last.got)).sum())
+    return f"{bad} of {last.got.size} entries are nan or inf" if bad else ""
 
 
 def _shape(failures: list[Mismatch]) -> str:
     other = [f for f in failures if f.got.shape != f.want.shape]
     if not other:
         return ""
-    g, w = other[-1].got, other[-1].want
     if all(f.got.ndim > 1 and equal(f.got.swapaxes(-1, -2), f.want) for f in failures):
-        return "it is the expected result transposed: swap the factors, or add a transpose"
-    if all(_repeated(f.got, f.want) for f in other):
+        return TRANSPOSED
+    if all(_not_summed(f.got, f.want) for f in other):
         return "the axes along which it was repeated are not summed: broadcasting is not undone"
-    same = "the right numbers, but " if g.size == w.size and equal(g.ravel(), w.ravel()) else ""
-    return f"{same}its shape is {g.shape}, expected {w.shape}"
+    g, w = other[-1].got, other[-1].want
+    same_numbers = g.size == w.size and equal(g.ravel(), w.ravel())
+    sentence = f"its shape is {g.shape}, expected {w.shape}"
+    return f"the right numbers, but {sentence}" if same_numbers else sentence
 
 
-def _repeated(g: np.ndarray, w: np.ndarray) -> bool:
-    "Is w what comes of g when broadcasting is undone?"
-    return g.ndim >= w.ndim and all(n in (1, m) for n, m in zip(w.shape[::-1], g.shape[::-1])) and equal(undo_broadcasting(g, w.shape), w)
+def _not_summed(g: np.ndarray, w: np.ndarray) -> bool:
+    """True if undoing the broadcasting of g gives w."""
+    if g.ndim < w.ndim:
+        return False
+    fits = all(n in (1, m) for n, m in zip(w.shape[::-1], g.shape[::-1]))
+    return fits and equal(undo_broadcasting(g, w.shape), w)
 
 
 def _dtype(failures: list[Mismatch]) -> str:
-    right = all(equal(f.got.astype(float), f.want.astype(float)) for f in failures)
-    return f"the numbers are right, the dtype is {failures[-1].got.dtype}, expected {failures[-1].want.dtype}" if right else ""
+    last = failures[-1]
+    if all(equal(f.got.astype(float), f.want.astype(float)) for f in failures):
+        return f"the numbers are right, the dtype is {last.got.dtype}, expected {last.want.dtype}"
+    return ""
 
 
 def _opposite(failures: list[Mismatch]) -> str:
-    both = [f for f in failures if f.got.dtype == f.want.dtype == bool]
-    return "it is True where False is expected, and the other way round" if both == failures and all((f.got != f.want).all() for f in both) else ""
+    boolean = all(f.got.dtype == f.want.dtype == bool for f in failures)
+    if boolean and all((f.got != f.want).all() for f in failures):
+        return "it is True where False is expected, and the other way round"
+    return ""
 
 
 def _transposed(failures: list[Mismatch]) -> str:
-    turned = all(f.want.ndim > 1 and equal(f.got.swapaxes(-1, -2), f.want) for f in failures)
-    return "it is the expected result transposed: swap the factors, or add a transpose" if turned else ""
+    return TRANSPOSED if all(f.want.ndim > 1 and equal(f.got.swapaxes(-1, -2), f.want) for f in failures) else ""
 
 
 def ratio(f: Mismatch) -> float | None:
-    "r if got = r want everywhere, else None.  NaN if want is zero everywhere."
-    g, w = f.got.astype(float), f.want.astype(float)
+    """r if got = r want everywhere, else None.  NaN if both are zero everywhere."""
+    g = f.got.astype(float)
+    w = f.want.astype(float)
     if not w.any():
         return None if g.any() else np.nan
     r = float((g * w).sum() / (w * w).sum())
@@ -136,60 +163,80 @@ def _factor(failures: list[Mismatch]) -> str:
     ratios = [ratio(f) for f in failures]
     if any(r is None for r in ratios):
         return ""
-    first = ratios[-1]
-    if np.allclose(ratios, first, rtol=1e-5):
-        if abs(first) < 1e-12:
+    last = ratios[-1]
+    if np.allclose(ratios, last, rtol=1e-5):
+        if abs(last) < 1e-12:
             return "it is zero everywhere"
-        if np.isclose(first, -1):
+        if np.isclose(last, -1):
             return "it is the expected result with the sign turned round"
-        return f"it is {first:.4g} x the expected result everywhere, in all {len(ratios)} inputs that fail: a missing or doubled factor?"
-    for letter in failures[-1].sizes:
-        n = np.array([f.sizes.get(letter, 0) for f in failures], float)
-        for power, said in ((-1, f"1/{letter}"), (1, letter), (-0.5, f"1/√{letter}"), (0.5, f"√{letter}")):
-            if n.all() and np.allclose(ratios, n**power, rtol=1e-5):
-                return f"it is {said} x the expected result ({letter} = {int(n[-1])} here): a mean for a sum, or a sum for a mean?"
-    if max(f.want.size for f in failures) == 1:                                  # any number is a multiple of any other
+        return (f"it is {last:.4g} x the expected result everywhere, in all {len(ratios)} inputs that fail: "
+                "a missing or doubled factor?")
+    by_size = _factor_of_a_size(failures, ratios)
+    if by_size:
+        return by_size
+    if max(f.want.size for f in failures) == 1:          # any number is a multiple of any other
         return ""
     return "it is a multiple of the expected result, another one for each input: a factor that depends on the input?"
 
 
+def _factor_of_a_size(failures: list[Mismatch], ratios: list[float]) -> str:
+    """A sentence if the ratios are n, 1/n, √n or 1/√n for one of the sizes n."""
+    for letter in failures[-1].sizes:
+        n = np.array([f.sizes.get(letter, 0) for f in failures], float)
+        for power, text in ((-1, f"1/{letter}"), (1, letter), (-0.5, f"1/√{letter}"), (0.5, f"√{letter}")):
+            if n.all() and np.allclose(ratios, n**power, rtol=1e-5):
+                return (f"it is {text} x the expected result ({letter} = {int(n[-1])} here): "
+                        "a mean for a sum, or a sum for a mean?")
+    return ""
+
+
 def _offset(failures: list[Mismatch]) -> str:
     gaps = [f.got.astype(float) - f.want.astype(float) for f in failures]
-    if not all(np.allclose(d, d.flat[0]) for d in gaps) or max(d.size for d in gaps) == 1:
+    constant = all(np.allclose(d, d.flat[0]) for d in gaps)
+    if not constant or max(d.size for d in gaps) == 1:
         return ""
-    always = np.allclose([d.flat[0] for d in gaps], gaps[-1].flat[0])
-    return f"it is off by {f'{gaps[-1].flat[0]:+.4g}' if always else 'the same amount'} everywhere: a missing or doubled term?"
+    last = gaps[-1].flat[0]
+    same_for_all = np.allclose([d.flat[0] for d in gaps], last)
+    amount = f"{last:+.4g}" if same_for_all else "the same amount"
+    return f"it is off by {amount} everywhere: a missing or doubled term?"
 
 
 def _triangle(failures: list[Mismatch]) -> str:
     if any(f.want.ndim < 2 for f in failures) or max(min(f.want.shape[-2:]) for f in failures) < 2:
         return ""
-    below, on, above = (set() for _ in range(3))
+    below = on = above = False                           # whether entries below, on, above the diagonal differ
     for f in failures:
         i, j = np.nonzero(~np.isclose(f.got.astype(float), f.want.astype(float)))[-2:]
-        shift = f.want.shape[-1] - f.want.shape[-2]
-        for part, where in ((below, j < i + shift), (on, j == i + shift), (above, j > i + shift)):
-            part.update(where.tolist())
-    if True in above and True not in on | below:
-        return "only entries above the diagonal differ: may a place see what comes after it?"
-    return "only the diagonal differs: may a place see itself?" if True in on and True not in below | above else ""
+        diagonal = i + f.want.shape[-1] - f.want.shape[-2]
+        below = below or bool((j < diagonal).any())
+        on = on or bool((j == diagonal).any())
+        above = above or bool((j > diagonal).any())
+    if above and not (on or below):
+        return "only entries above the diagonal differ: may a position see the positions after it?"
+    if on and not (above or below):
+        return "only the diagonal differs: may a position see itself?"
+    return ""
 
 
 def _axis(failures: list[Mismatch]) -> str:
-    "Rows that should add up to one number (softmax: 1, a normalised row: 0) and do so along another axis."
+    """Rows that should sum to one number (softmax: 1, a normalised row: 0) and do so along another axis."""
     found = None
     for f in failures:
         total = f.want.astype(float).sum(-1) if f.want.ndim > 1 else np.array([])
         if not total.size or not np.allclose(total, total.flat[0]):
             return ""
-        along = {a for a in range(f.want.ndim - 1) if np.allclose(f.got.astype(float).sum(a), total.flat[0])}
-        found = along if found is None else found & along
+        got = f.got.astype(float)
+        axes = {a for a in range(f.want.ndim - 1) if np.allclose(got.sum(a), total.flat[0])}
+        found = axes if found is None else found & axes
     return f"it adds up along axis {min(found)}, expected along the last: the wrong axis?" if found else ""
 
 
 def _worst(f: Mismatch) -> str:
-    g, w = f.got.astype(float), f.want.astype(float)
+    g = f.got.astype(float)
+    w = f.want.astype(float)
     if g.ndim == 0:
         return f"it is {g - w:+.6g} off"
     i = np.unravel_index(np.argmax(np.abs(g - w)), g.shape)
-    return f"{int((~np.isclose(g, w)).sum())} of {g.size} entries differ; the worst, at {[int(k) for k in i]}, is {g[i]:.6g}, expected {w[i]:.6g}"
+    different = int((~np.isclose(g, w)).sum())
+    return (f"{different} of {g.size} entries differ; the worst, at {[int(k) for k in i]}, "
+            f"is {g[i]:.6g}, expected {w[i]:.6g}")

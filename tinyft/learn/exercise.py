@@ -1,7 +1,8 @@
-"""What an exercise is: a function of the library, what it asks of the learner, the laws it must obey, and wrong answers to it.
+"""An exercise: a function of the library to write again, the laws that it must obey, and wrong answers that break them.
 
-The exercises of a lesson stand beside it, in lessons/NN_name/exercises.py and exercises_*.py, in reading order.  A law takes the function under test as its first
-argument, the other arguments are drawn (sizes.py).  A wrong answer is what someone writes who believes something that is not so.
+The exercises of a lesson stand beside it, in lessons/NN_name/exercises.py and exercises_*.py, in reading order.
+A law takes the function under test as its first argument; its other arguments are drawn at random (sizes.py).
+A wrong answer is the code of a typical misconception: it tests the laws, which must reject it.
 """
 from __future__ import annotations
 
@@ -11,22 +12,33 @@ import importlib
 import inspect
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any, ClassVar
 
 from .folders import exercise_modules, lessons
+from .loading import load_function
+from .sources import LibraryFunction, find_function, import_lines
 
 
 @dataclasses.dataclass(frozen=True)
 class Law:
-    "title: the law in words;  test(f, **drawn) raises where f breaks it;  inputs: {name: strategy or shape string}, as in sizes.draws."
+    """One law.
+
+    title: the law in words.  test(f, **drawn): raises where f breaks the law.
+    inputs: {name: strategy or shape string}, as sizes.draws takes them.
+    """
     title: str
     test: Callable[..., None]
     inputs: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Wrong:
-    "belief: what makes it look right;  says: words that the diagnosis must hold;  subtle: it breaks one law only;  function: or its CUDA C."
+class WrongAnswer:
+    """The answer of a learner who believes something false.
+
+    belief: the misconception in a sentence.  function: the answer; for a kernel, its CUDA C.
+    says: words that the diagnosis of the failure must contain.  subtle: the answer breaks one law only.
+    """
     belief: str
     function: Callable | str
     says: str
@@ -35,9 +47,13 @@ class Wrong:
 
 @dataclasses.dataclass
 class Exercise:
-    """target: "module:function" or "module:Class.method", in tinyft;  difficulty 1-5;  minutes: for who knows the lesson;  hints: three, each
-    telling more.  closed: other targets that hold the answer, so that they are closed to the learner as well.  in_place: it writes into its
-    arguments.  on_host: it works on NumPy arrays whatever the backend.  lines: how many a plain answer needs, where the library's has more."""
+    """One exercise in Python.
+
+    target: "module:function" or "module:Class.method", in tinyft.  difficulty: 1 to 5.  minutes: for a reader of the
+    lesson. hints: three, each telling more.  closed: other targets that contain the answer, which the learner may not
+    call either. in_place: the function writes into its arguments.  on_host: it works on NumPy arrays whatever the
+    backend. lines: the length of a plain answer, where the library's is longer.
+    """
     target: str
     difficulty: int
     minutes: int
@@ -48,18 +64,38 @@ class Exercise:
     lines: int = 0
     lesson: str = ""
     laws: list[Law] = dataclasses.field(default_factory=list)
-    wrong: list[Wrong] = dataclasses.field(default_factory=list)
-    suffix: ClassVar[str] = ".py"                                                # of the learner's file, and of the library's
-    missing: ClassVar[str] = ""                                                  # why it cannot be checked here, if it cannot
+    wrong_answers: list[WrongAnswer] = dataclasses.field(default_factory=list)
+    suffix: ClassVar[str] = ".py"                        # of the learner's file and of the library's
+    missing: ClassVar[str] = ""                          # the reason why it cannot be checked on this machine
 
-    function = property(lambda self: self.target.split(".")[-1].split(":")[-1], doc="the name the learner's function must have")
-    name = property(lambda self: f"{self.lesson}.{self.function}")
-    file = property(lambda self: f"tinyft/{self.target.split(':')[0].replace('.', '/')}{self.suffix}", doc="where the library has it")
-    shut = property(lambda self: (self.target, *self.closed), doc="what the learner's code may not call")
-    is_op = property(lambda self: hasattr(self.reference(), "definition"), doc="an op: arrays -> (value, pullbacks), under @op")
+    @property
+    def function(self) -> str:
+        """The name that the learner's function must have."""
+        return self.target.split(".")[-1].split(":")[-1]
 
+    @property
+    def name(self) -> str:
+        """The name of the exercise: "autograd.sum_to"."""
+        return f"{self.lesson}.{self.function}"
+
+    @property
+    def file(self) -> str:
+        """The library's file that holds the function, from the root of the repository."""
+        return f"tinyft/{self.target.split(':')[0].replace('.', '/')}{self.suffix}"
+
+    @property
+    def forbidden(self) -> tuple[str, ...]:
+        """The targets that the learner's code may not call."""
+        return (self.target, *self.closed)
+
+    @property
+    def is_op(self) -> bool:
+        """True for an op: a function of arrays under @op that returns (value, pullbacks)."""
+        return getattr(self.reference(), "definition", None) is not None
+
+    # ── the library's function ───────────────────────────────────────────────────────────────────────────────────────
     def owner(self, target: str = "") -> tuple[Any, str]:
-        "The module or class that holds the target, and the target's name in it."
+        """The module or class that holds the target, and the target's name in it."""
         module, path = (target or self.target).split(":")
         *classes, name = path.split(".")
         holder = importlib.import_module(f"tinyft.{module}")
@@ -68,53 +104,121 @@ class Exercise:
         return holder, name
 
     def reference(self) -> Callable:
+        """The library's function, which is the right answer."""
         holder, name = self.owner()
         return getattr(holder, name)
 
     def signature(self) -> inspect.Signature:
+        """The signature of the library's function."""
         return inspect.signature(self.reference())
 
-    def usable(self, function: Any) -> Callable:
-        "What the laws can call, made of what the learner gave."
-        return function
+    def _definition(self) -> LibraryFunction:
+        return find_function(*self.owner())
 
+    def _helpers(self) -> list[LibraryFunction]:
+        """The private functions that contain part of the answer: closed, and shown with the solution."""
+        private = [t for t in self.closed if t.split(":")[1].startswith("_")]
+        return [find_function(*self.owner(t)) for t in private]
+
+    # ── its text ─────────────────────────────────────────────────────────────────────────────────────────────────────
+    def source(self) -> str:
+        """The solution: the library's function, after the private helpers that contain part of the answer."""
+        return "\n\n\n".join(f.text for f in (*self._helpers(), self._definition()))
+
+    def head(self) -> str:
+        """The part of the function that the learner is given: decorators, signature and docstring."""
+        return self._definition().head
+
+    def statement(self) -> tuple[str, str]:
+        """(decorators and signature, docstring)."""
+        definition = self._definition()
+        return definition.signature, definition.docstring
+
+    def answer_lines(self) -> int:
+        """About how many lines the learner has to write."""
+        return self.lines or self._definition().body_lines + sum(len(h.node.body) for h in self._helpers())
+
+    def first_line(self) -> str:
+        """The first line of the learner's file."""
+        title = lessons()[self.lesson].title
+        return f"{self.name}: {title}, about {self.minutes} minutes.   Check it with:  tinyft check {self.name}"
+
+    def imports(self) -> str:
+        """The import lines of the learner's file: every public name that the library's function uses and that is not
+        closed.
+        """
+        closed = {t.split(":")[1] for t in self.forbidden}
+        return import_lines(self._definition(), self._helpers(), closed)
+
+    def skeleton(self) -> str:
+        """The learner's file as `tinyft start` writes it."""
+        n = self.answer_lines()
+        return f'''"""{self.first_line()}"""
+from __future__ import annotations
+
+{self.imports()}
+
+
+{self.head()}
+    raise NotImplementedError                            # yours to write, in about {n} line{"s" * (n > 1)}
+'''
+
+    # ── the learner's answer ─────────────────────────────────────────────────────────────────────────────────────────
+    def load(self, path: Path) -> Any:
+        """The answer in the learner's file.  Refused, with the line, if there is none."""
+        return load_function(path, self.function, f"work_{self.name.replace('.', '_')}")
+
+    def usable(self, answer: Any) -> Callable:
+        """The function that the laws call, made from the learner's answer."""
+        return answer
+
+    # ── writing an exercise ──────────────────────────────────────────────────────────────────────────────────────────
     def law(self, title: str, **inputs: Any) -> Callable:
-        "Decorator of a test(f, **drawn).  Laws are checked in the order they stand: the simple ones first."
-        def note(test: Callable) -> Callable:
+        """Decorator of a test(f, **drawn).  Laws are checked in the order of the file: put the simple ones first."""
+        def register(test: Callable) -> Callable:
             self.laws.append(Law(title, test, inputs))
             return test
-        return note
+        return register
 
-    def believe(self, belief: str, says: str, subtle: bool = False) -> Callable:
-        "Decorator of a wrong answer."
-        def note(f: Callable) -> Callable:
-            self.wrong.append(Wrong(belief, f, says, subtle))
+    def wrong_answer(self, belief: str, says: str, subtle: bool = False) -> Callable:
+        """Decorator of a wrong answer."""
+        def register(f: Callable) -> Callable:
+            self.wrong_answers.append(WrongAnswer(belief, f, says, subtle))
             return f
-        return note
+        return register
 
 
+# ── all exercises ────────────────────────────────────────────────────────────────────────────────────────────────────
 def exercises() -> dict[str, Exercise]:
-    "Every exercise by its name, lesson by lesson."
+    """{name: exercise} of all lessons, in reading order."""
     return {e.name: e for lesson in lessons() for e in of_lesson(lesson)}
 
 
 @cache
 def of_lesson(lesson: str) -> list[Exercise]:
-    "The exercises of one lesson, in order."
-    found = [e for m in exercise_modules(lessons()[lesson]) for e in vars(m).values() if isinstance(e, Exercise)]
+    """The exercises of the lesson of this name, in reading order."""
+    found = []
+    for module in exercise_modules(lessons()[lesson]):
+        found += [value for value in vars(module).values() if isinstance(value, Exercise)]
     for e in found:
         e.lesson = lesson
     return found
 
 
 def find(name: str) -> Exercise:
-    "An exercise by its name, or by the part after the dot if that is one exercise's.  ValueError, with the nearest names, if there is none."
-    if name.split(".")[0] in lessons():                                            # one lesson to read, not all
-        for e in of_lesson(name.split(".")[0]):
+    """An exercise by its name ("autograd.sum_to"), or by its function ("sum_to").  ValueError, with the nearest names,
+    if there is none.
+    """
+    lesson = name.split(".")[0]
+    if lesson in lessons():                              # imports the exercises of one lesson instead of all
+        for e in of_lesson(lesson):
             if e.name == name:
                 return e
     every = exercises()
-    if same := [e for n, e in every.items() if n.split(".")[1] == name]:
-        return same[0]
-    near = difflib.get_close_matches(name, [*every, *(n.split(".")[1] for n in every)], 3, 0.5)
-    raise ValueError(f"there is no exercise {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else "") + "  `tinyft status` lists them")
+    for e in every.values():
+        if e.function == name:
+            return e
+    functions = [e.function for e in every.values()]
+    near = difflib.get_close_matches(name, [*every, *functions], 3, 0.5)
+    suggestion = f"; did you mean {' or '.join(near)}?" if near else ""
+    raise ValueError(f"there is no exercise {name!r}{suggestion}  `tinyft status` lists them")

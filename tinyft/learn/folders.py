@@ -1,6 +1,8 @@
-"""The folders of the lessons: lessons/NN_name/ holds lesson.py and exercises.py, in a clone and inside the installed package.
+"""The folders of the lessons: lessons/NN_name/ holds lesson.py and exercises.py, in a clone and inside the installed
+package.
 
-A longer set of exercises continues in exercises_*.py.  A lesson is found by the name of its folder, so there is no table of lessons in code.
+A longer set of exercises continues in exercises_*.py.  A lesson is found by the name of its folder, so there is no
+table of lessons in code.
 """
 from __future__ import annotations
 
@@ -53,12 +55,15 @@ def exercise_modules(lesson: Lesson) -> list[ModuleType]:
         return [_load(lesson, file) for file in sorted(lesson.file.parent.glob("exercises*.py"))]
     except ImportError as e:
         if e.name == "hypothesis":
-            raise ValueError('the exercises are checked with Hypothesis, which is not installed: pip install "tinyft[lessons]"') from None
+            raise ValueError("the exercises are checked with Hypothesis, which is not installed: "
+                             'pip install "tinyft[lessons]"') from None
         raise
 
 
 def _load(lesson: Lesson, file: Path) -> ModuleType:
-    """One file as a module.  It is registered as lesson_<name>_<file>, so that inspect and pickle find it; it is no part of the package tinyft."""
+    """One file as a module.  It is registered as lesson_<name>_<file>, so that inspect and pickle find it; it is no
+    part of the package tinyft.
+    """
     name = f"lesson_{lesson.name}_{file.stem}"
     if name in sys.modules:
         return sys.modules[name]

@@ -28,7 +28,10 @@ __all__ = ["quote", "figure", "show", "parse", "run", "notebook", "Cell", "Faile
 
 # ── for use in a lesson ──────────────────────────────────────────────────────────────────────────────────────────────
 def quote(thing: Any) -> None:
-    "Print the library's own source of a function, an op, a method or a class.  ValueError if it is not the library's."
+    """Print the library's own source of a function, an op, a method or a class.
+
+    ValueError if it is not the library's.
+    """
     thing = inspect.unwrap(getattr(thing, "definition", thing))
     module = getattr(thing, "__module__", "")
     if not module.startswith("tinyft."):
@@ -40,14 +43,19 @@ STYLE = {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon":
 
 
 def figure(columns: int = 1, height: float = 2.8) -> tuple[Any, Any]:
-    "(figure, axes): as wide as the page, 640 pixels; height in hundreds of pixels.  With several columns, an array of axes."
+    """(figure, axes): as wide as the page, 640 pixels; height in hundreds of pixels.
+
+    With several columns, an array of axes.
+    """
     import matplotlib.pyplot as plt
     plt.rcParams.update(STYLE)
     return plt.subplots(1, columns, figsize=(6.4, height), layout="constrained")
 
 
 def show(caption: str = "") -> None:
-    "Show what was drawn, under a cell of a notebook or in a file, NN_name-1.png, ...; a lesson run as a script writes to work/figures."
+    """Show what was drawn, under a cell of a notebook or in a file, NN_name-1.png, ...; a lesson run as a script writes
+    to work/figures.
+    """
     global _album
     if _album is None:
         if "ipykernel" in sys.modules:
@@ -58,14 +66,15 @@ def show(caption: str = "") -> None:
 
 
 class Album:
-    "The figures of a lesson on their way to folder/name-1.png, ..."
+    """The figures of a lesson on their way to folder/name-1.png, ..."""
 
     def __init__(self, name: str, folder: Path, aloud: bool = False):
-        self.name, self.folder, self.aloud, self.count, self.fresh = name, folder, aloud, 0, []      # fresh: since the last cell
+        # fresh: since the last cell
+        self.name, self.folder, self.aloud, self.count, self.fresh = name, folder, aloud, 0, []
 
     def take(self, caption: str = "") -> None:
-        "Save and close the figures that are open."
-        plt = sys.modules.get("matplotlib.pyplot")                               # nobody has drawn if it was not imported
+        """Save and close the figures that are open."""
+        plt = sys.modules.get("matplotlib.pyplot")  # nobody has drawn if it was not imported
         for number in plt.get_fignums() if plt else ():
             self.count += 1
             path = self.folder / f"{self.name}-{self.count}.png"
@@ -77,13 +86,16 @@ class Album:
                 print(f"figure: {path}  {caption}".rstrip())
 
 
-_album: Album | None = None                                                      # of the lesson that runs
+_album: Album | None = None  # of the lesson that runs
 
 
 # ── parsing ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 @dataclasses.dataclass
 class Cell:
-    "A cell and what it gave.  kind: code or markdown (source without #).  line: its first in the file.  number: among code cells, from 1."
+    """A cell and what it gave.
+
+    kind: code or markdown (source without #). line: its first in the file. number: among code cells, from 1.
+    """
     kind: str
     source: str
     line: int
@@ -93,11 +105,14 @@ class Cell:
 
 
 class Failed(Exception):
-    "A cell did not run; the message has the place and the reason."
+    """A cell did not run; the message has the place and the reason."""
 
 
 def parse(text: str) -> list[Cell]:
-    "The cells of a file in percent format.  Empty ones are left out; ValueError where a text cell holds something else than comments."
+    """The cells of a file in percent format.
+
+    Empty ones are left out; ValueError where a text cell holds something else than comments.
+    """
     found: list[Cell] = []
     kind, start, lines = "code", 1, text.splitlines()
     for n, line in enumerate([*lines, "# %%"], 1):
@@ -117,9 +132,11 @@ def parse(text: str) -> list[Cell]:
 
 # ── running ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 def run(path: Path, out: Path) -> Iterator[Cell]:
-    """Run a lesson, giving each cell as soon as it is done; figures go to out/NN_name-K.png, at the end the notebook beside them.
+    """Run a lesson, giving each cell as soon as it is done; figures go to out/NN_name-K.png, at the end the notebook
+    beside them.
 
-    Where a cell fails it is given, and Failed raised with line and reason; no notebook is written then."""
+    Where a cell fails it is given, and Failed raised with line and reason; no notebook is written then.
+    """
     global _album
     try:
         import matplotlib
@@ -134,7 +151,8 @@ def run(path: Path, out: Path) -> Iterator[Cell]:
         if cell.kind == "code":
             kept, _album = _album, album
             try:
-                with contextlib.redirect_stdout(printed):                        # the empty lines in front make line numbers those of the file
+                # the empty lines in front make line numbers those of the file
+                with contextlib.redirect_stdout(printed):
                     exec(compile("\n" * (cell.line - 1) + cell.source, str(path), "exec", dont_inherit=True), names)
                     album.take()
             except (Exception, SystemExit) as e:
@@ -151,7 +169,7 @@ def run(path: Path, out: Path) -> Iterator[Cell]:
 
 
 def _place(e: BaseException, path: Path, cell: Cell) -> str:
-    "Which line of the lesson failed, and why; and where in the library, if it was raised there."
+    """Which line of the lesson failed, and why; and where in the library, if it was raised there."""
     frames = traceback.extract_tb(e.__traceback__)
     mine = [f.lineno for f in frames if f.filename == str(path)]
     line = e.lineno if isinstance(e, SyntaxError) else mine[-1] if mine else cell.line
@@ -162,7 +180,7 @@ def _place(e: BaseException, path: Path, cell: Cell) -> str:
 
 
 def notebook(cells: list[Cell]) -> dict:
-    "The cells with their results as a notebook, format 4.4; figures are inside."
+    """The cells with their results as a notebook, format 4.4; figures are inside."""
     made = []
     for cell in cells:
         one: dict[str, Any] = {"cell_type": cell.kind, "metadata": {}, "source": cell.source}

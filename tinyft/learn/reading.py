@@ -12,7 +12,10 @@ from .show import Page, width
 
 
 def read(name: str, out: Path, page: Page) -> bool:
-    "Run the lesson of this name (autograd, 01 or 01_autograd), showing text, code and results as they come.  True if every cell ran."
+    """Run the lesson of this name (autograd, 01 or 01_autograd), showing text, code and results as they come.
+
+    True if every cell ran.
+    """
     found = [lesson for lesson in lessons().values() if name in (lesson.name, lesson.folder, lesson.folder[:2])]
     if not found:
         raise ValueError(f"there is no lesson {name!r}; there are {', '.join(lessons()) or 'none here'}")
@@ -27,7 +30,7 @@ def read(name: str, out: Path, page: Page) -> bool:
 
 
 def run_all(out: Path, page: Page) -> bool:
-    "Every lesson, one line each.  True if every cell of every lesson ran."
+    """Every lesson, one line each.  True if every cell of every lesson ran."""
     right = True
     for lesson in lessons().values():
         start, name = time.perf_counter(), lesson.folder
@@ -42,7 +45,7 @@ def run_all(out: Path, page: Page) -> bool:
 
 
 def tell(cell: Cell, page: Page) -> None:
-    "A cell and its results: text folded, code behind a bar."
+    """A cell and its results: text folded, code behind a bar."""
     for line in cell.source.splitlines() if cell.kind == "code" else ():
         page.line(page.paint(f"  {'|' if page.plain else '│'} {line}", "faint"))
     for part in re.split(r"\n\s*\n", re.sub(r"^(#.*)", r"\n\1\n", cell.source, flags=re.M).strip()) if cell.kind == "markdown" else ():
@@ -64,7 +67,10 @@ SIGNS = dict(zip(TEX.split(), "αβγεθλμσηℓ∂×·Σᵀ≤≥≈⊙√�
 
 
 def plain(text: str, page: Page) -> str:
-    "A paragraph without Markdown's marks, its mathematics in Unicode as far as a line can hold it.  `Code` stays as it is."
+    """A paragraph without Markdown's marks, its mathematics in Unicode as far as a line can hold it.
+
+    `Code` stays as it is.
+    """
     def formula(m: re.Match) -> str:
         t = re.sub(r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r"(\1)/(\2)", m[1]).replace(r"^\top", r"\top")
         t = re.sub(r"\\([a-zA-Z]+)( ?)", lambda m: m[1] + " " if page.plain else SIGNS.get(m[1], m[1]) + m[2], t)

@@ -12,7 +12,8 @@ def probabilities(x: np.ndarray) -> np.ndarray:
     return e / e.sum(axis=-1, keepdims=True)
 
 
-def numerical_gradient(f: Callable[[np.ndarray], np.ndarray], x: np.ndarray, g: np.ndarray, h: float = 1e-5) -> np.ndarray:
+def numerical_gradient(f: Callable[[np.ndarray], np.ndarray], x: np.ndarray, g: np.ndarray,
+                       h: float = 1e-5) -> np.ndarray:
     """d Σ g f(x) / dx by central differences, one entry of x at a time.  The result has the shape of x."""
     gradient = np.zeros(x.shape)
     step = np.zeros(x.shape)

@@ -1,4 +1,4 @@
-"""The checks as pytest tests: what work/test_exercises.py calls.  One test for each law of each exercise that was started."""
+"""The checks as pytest tests, for work/test_exercises.py: one test for each law of each exercise that was started."""
 from __future__ import annotations
 
 import io
@@ -12,26 +12,32 @@ from .work import Work
 
 
 @cache
-def _outcomes(exercise: str, path: Path, changed: int) -> list[Outcome]:
+def _outcomes(exercise: str, path: Path, modified: int) -> list[Outcome]:
+    """The outcomes of one version of a file: `modified` is its time of modification."""
     return list(check_file(find(exercise), path))
 
 
 def laws(file: str) -> list[tuple[str, str]]:
-    "(exercise, law) of everything started in the folder of this file."
-    return [(e.name, law.title) for e in Work(Path(file).parent).started()[::-1] for law in e.laws]
+    """(exercise, law) of every exercise started in the folder of this file."""
+    started = Work(Path(file).parent).started()
+    return [(e.name, law.title) for e in reversed(started) for law in e.laws]
 
 
 def verify(file: str, exercise: str, law: str) -> None:
-    "Passes if the law holds, fails with what `tinyft check` would say, is skipped if an earlier law does not hold or nothing is written."
+    """Pass if the law holds, fail with the text of `tinyft check` if it does not.
+
+    Skipped if nothing is written, or if an earlier law does not hold.
+    """
     import pytest
     e = find(exercise)
     path = Work(Path(file).parent).path(e)
     for outcome in _outcomes(exercise, path, path.stat().st_mtime_ns):
-        if outcome.problem and outcome.problem.kind == "unwritten":
+        problem = outcome.problem
+        if problem and problem.kind == "unwritten":
             pytest.skip("not written yet")
-        if outcome.problem and outcome.title in ("", law):
+        if problem and outcome.title in ("", law):
             page = Page(io.StringIO())
-            page.problem(e, outcome.title, outcome.problem)
+            page.problem(e, outcome.title, problem)
             pytest.fail(page.out.getvalue(), pytrace=False)
         if outcome.title == law:
             return

@@ -1,4 +1,4 @@
-"""What the learner sees: the law in words, the smallest input that fails, yours above the expected, what it may be, and what to do next.
+"""The text that the learner sees: the law, the smallest input that fails, both results, a diagnosis, the next command.
 
 Plain on a terminal without colour (NO_COLOR) or without Unicode, and folded where it is narrow.
 """
@@ -10,24 +10,24 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from .. import array
 from ..tensor import Tensor
+from .diagnose import Mismatch
 from .exercise import Exercise
-
-if TYPE_CHECKING:
-    from .diagnose import Mismatch
 
 
 @dataclasses.dataclass
 class Problem:
-    """Why a law does not hold, in words, so that it can be sent from the process that found it.
+    """The reason why a law does not hold, in words, so that one process can send it to another.
 
-    kind: mismatch (yours, expected, diagnosis), raised, returned, stopped, refused or unwritten.  inputs: (name, text).  printed: what the
-    function printed for this input.  size: the largest size that was needed to find it."""
+    kind: mismatch (then yours, expected and diagnosis are set), raised, returned, stopped, refused or unwritten.
+    inputs: (name, text).  printed: lines that the function printed for this input.  tried: number of inputs tried.
+    size: the largest size that was needed to find it.
+    """
     kind: str
     inputs: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     message: str = ""
@@ -41,59 +41,66 @@ class Problem:
 
 @dataclasses.dataclass
 class Outcome:
-    "How a law went.  problem: None if it holds."
+    """The result of one law.  title: the law in words.  problem: None if it holds."""
     title: str
     problem: Problem | None = None
     seconds: float = 0.0
 
 
-# ── arrays in words ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── arrays as text ───────────────────────────────────────────────────────────────────────────────────────────────────
 def width() -> int:
+    """The columns of the terminal, at least 40."""
     return max(shutil.get_terminal_size((100, 24)).columns, 40)
 
 
-def said(a: Any, shape: bool = False) -> str:
-    "A value as text: small arrays in one line, larger ones in several."
+def as_text(a: Any, with_shape: bool = False) -> str:
+    """A value as text: small arrays in one line, larger ones in several."""
     if isinstance(a, Tensor):
         a = a.data
     if not array.is_array(a):
         return f"{a:.6g}" if isinstance(a, float) else repr(a)
     a = array.asnumpy(a)
-    text = np.array2string(a, precision=5, suppress_small=True, threshold=80, edgeitems=3, max_line_width=max(width() - 18, 20))
+    room = width() - 18
+    text = np.array2string(a, precision=5, suppress_small=True, threshold=80, edgeitems=3, max_line_width=max(room, 20))
     flat = " ".join(text.split()).replace("[ ", "[").replace(" ]", "]")
-    text = flat if len(flat) <= width() - 18 else text.replace("\n\n", "\n")
-    return text + (f"   shape {a.shape}" if shape else "")
+    text = flat if len(flat) <= room else text.replace("\n\n", "\n")
+    return f"{text}   shape {a.shape}" if with_shape else text
 
 
-def said_inputs(inputs: dict[str, Any]) -> list[tuple[str, str]]:
-    return [(name, said(a)) for name, a in inputs.items()]
+def inputs_as_text(inputs: dict[str, Any]) -> list[tuple[str, str]]:
+    """(name, text) of each input."""
+    return [(name, as_text(a)) for name, a in inputs.items()]
 
 
-def said_pair(e: Mismatch) -> tuple[str, str]:
-    "Yours and the expected, with the shapes, and with the dtypes where they differ in kind."
-    kinds = e.got.dtype != e.want.dtype and (e.got.dtype.kind != e.want.dtype.kind or e.got.dtype.itemsize != e.want.dtype.itemsize)
-    return tuple(said(a, True) + (f", {a.dtype}" if kinds else "") for a in (e.got, e.want))
+def pair_as_text(e: Mismatch) -> tuple[str, str]:
+    """The result and the expected one with their shapes, and with their dtypes where these differ."""
+    texts = [as_text(a, with_shape=True) for a in (e.got, e.want)]
+    same_kind = e.got.dtype.kind == e.want.dtype.kind and e.got.dtype.itemsize == e.want.dtype.itemsize
+    if e.got.dtype != e.want.dtype and not same_kind:
+        texts = [f"{text}, {a.dtype}" for text, a in zip(texts, (e.got, e.want))]
+    return texts[0], texts[1]
 
 
 # ── the page ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-SIGNS = {"right": ("✓", "ok"), "wrong": ("✕", "x"), "todo": ("·", "-"), "arrow": ("→", "->"), "full": ("★", "*"), "empty": ("☆", "."),
-         "x": ("×", "x")}
-ASCII = {"ᵀ": "^T", "ˣ": "^x", "²": "^2", "³": "^3", "ᵗ": "^t", "ᵢ": "_i", "ⱼ": "_j", "⁷": "^7", "⁰": "0", "√": "sqrt", "Σ": "sum", "π": "pi",
-         "σ": "sigma", "μ": "mu", "ε": "eps", "η": "lr", "ĝ": "g^", "x̂": "x^", "m̂": "m^", "v̂": "v^", "−": "-", "·": "*", "≤": "<=",
-         "×": "x", "ℓ": "l"}
+# name: (in Unicode, in ASCII)
+SIGNS = {"right": ("✓", "ok"), "wrong": ("✕", "x"), "todo": ("·", "-"), "arrow": ("→", "->"), "full": ("★", "*"),
+         "empty": ("☆", "."), "x": ("×", "x")}
+ASCII = {"ᵀ": "^T", "ˣ": "^x", "²": "^2", "³": "^3", "ᵗ": "^t", "ᵢ": "_i", "ⱼ": "_j", "⁷": "^7", "⁰": "0", "√": "sqrt",
+         "Σ": "sum", "π": "pi", "σ": "sigma", "μ": "mu", "ε": "eps", "η": "lr", "ĝ": "g^", "x̂": "x^", "m̂": "m^",
+         "v̂": "v^", "−": "-", "·": "*", "≤": "<=", "×": "x", "ℓ": "l"}
 COLOURS = {"right": "32", "wrong": "31", "todo": "33", "arrow": "36", "faint": "2"}
 
 
 class Page:
-    "Writes to standard output (or what is given), as well as that can show it."
+    """Writes to standard output, or another stream, with the characters and colours that it can show."""
 
     def __init__(self, out: Any = None):
         self.out = out or sys.stdout
-        self.plain = not self._can("✓✕→★☆·×")
-        term = os.environ.get("TERM", "")
-        self.colour = "NO_COLOR" not in os.environ and term != "dumb" and getattr(self.out, "isatty", lambda: False)()
+        self.plain = not self._can_show("✓✕→★☆·×")
+        is_terminal = getattr(self.out, "isatty", lambda: False)()
+        self.colour = is_terminal and "NO_COLOR" not in os.environ and os.environ.get("TERM", "") != "dumb"
 
-    def _can(self, text: str) -> bool:
+    def _can_show(self, text: str) -> bool:
         try:
             text.encode(getattr(self.out, "encoding", None) or "utf-8")
         except (UnicodeEncodeError, LookupError):
@@ -101,68 +108,80 @@ class Page:
         return True
 
     def sign(self, name: str) -> str:
+        """One of SIGNS, in its colour."""
         return self.paint(SIGNS[name][self.plain], name)
 
     def paint(self, text: str, colour: str) -> str:
+        """The text in one of COLOURS; any other name leaves it as it is."""
         return f"\033[{COLOURS[colour]}m{text}\033[0m" if self.colour and colour in COLOURS else text
 
     def line(self, text: str = "") -> None:
-        "One line; what the terminal has no character for is written in ASCII."
-        if not self._can(text):
+        """Write one line.  Characters that the stream cannot show are written in ASCII."""
+        if not self._can_show(text):
             for sign, plain in ASCII.items():
-                text = text if self._can(sign) else text.replace(sign, plain)
+                if not self._can_show(sign):
+                    text = text.replace(sign, plain)
             text = text.encode(self.out.encoding, "replace").decode(self.out.encoding)
         print(text, file=self.out, flush=True)
 
     def block(self, text: str, indent: int = 4, first: str = "") -> None:
-        "A paragraph, folded, every line indented."
-        for i, line in enumerate(text.splitlines() or [""]):
-            lead = first if i == 0 and first else " " * indent
-            bare = SIGNS["arrow"][self.plain] + " " if first else ""
-            for piece in textwrap.wrap(line, max(width() - indent - 2, 20), subsequent_indent=" " * (len(bare) * bool(first))) or [""]:
+        """Write a paragraph, folded and indented.  first: the beginning of its first line, in place of the indent."""
+        hanging = len(SIGNS["arrow"][self.plain]) + 1 if first else 0
+        lead = first or " " * indent
+        for line in text.splitlines() or [""]:
+            columns = max(width() - indent - 2, 20)
+            for piece in textwrap.wrap(line, columns, subsequent_indent=" " * hanging) or [""]:
                 self.line(lead + piece)
                 lead = " " * indent
 
     def named(self, name: str, text: str, pad: int) -> None:
-        "name = text, the lines of an array below each other."
+        """Write name = text, with the lines of an array below each other."""
         lead = f"      {name:<{pad}} = "
         self.line(lead + text.replace("\n", "\n" + " " * len(lead)))
 
     def stars(self, n: int) -> str:
+        """Five stars, n of them full."""
         return SIGNS["full"][self.plain] * n + SIGNS["empty"][self.plain] * (5 - n)
 
     def report(self, exercise: Exercise, outcomes: Iterable[Outcome]) -> bool:
-        "One line for each law that holds, all about the first that does not.  True if all hold."
+        """One line for each law that holds, and the problem of the first that does not.  True if all hold."""
         for outcome in outcomes:
-            if outcome.problem is None:
-                self.line(f"  {self.sign('right')} {outcome.title}  {self.paint(f'({outcome.seconds:.1f}s)', 'faint')}")
-            else:
+            if outcome.problem:
                 self.problem(exercise, outcome.title, outcome.problem)
                 return False
+            seconds = self.paint(f"({outcome.seconds:.1f}s)", "faint")
+            self.line(f"  {self.sign('right')} {outcome.title}  {seconds}")
         return True
 
     def problem(self, exercise: Exercise, title: str, p: Problem) -> None:
+        """Write why a law does not hold."""
         if p.kind == "unwritten":
             self.line(f"  {self.sign('todo')} not written yet")
             return
         if title:
             self.line(f"  {self.sign('wrong')} {title}")
         if p.inputs:
-            self.line(f"\n    The smallest input that fails (of {p.tried} tried):" if p.kind != "stopped" else "\n    With this input:")
-            pad = max(len(name) for name, _ in p.inputs)
-            for name, text in p.inputs:
-                self.named(name, text, pad)
+            self._inputs(p)
         if p.kind == "mismatch":
             self.line(f"    {p.message}:")
             self.named("yours", p.yours, 8)
             self.named("expected", p.expected, 8)
-            self.block(f"{SIGNS['arrow'][self.plain]} {p.diagnosis}", 4, " " * 4)
+            self.block(f"{SIGNS['arrow'][self.plain]} {p.diagnosis}", 4, first=" " * 4)
         else:
             self.line()
-            self.block(p.message, 4) if title else self.block(p.message, 4, f"  {self.sign('wrong')} ")
+            self.block(p.message, 4, first="" if title else f"  {self.sign('wrong')} ")
         if p.printed:
             self.line("\n    Your function printed:")
             for text in p.printed:
                 self.line(f"      {text[:max(width() - 6, 20)]}")
         if p.kind != "refused":
             self.line(f"\n    Stuck?  tinyft hint {exercise.name}")
+
+    def _inputs(self, p: Problem) -> None:
+        if p.kind == "stopped":
+            self.line("\n    With this input:")
+        else:
+            self.line(f"\n    The smallest input that fails (of {p.tried} tried):")
+        pad = max(len(name) for name, _ in p.inputs)
+        for name, text in p.inputs:
+            self.named(name, text, pad)

@@ -1,4 +1,4 @@
-"""The learner's folder: work/<exercise>.py, what was solved, how many hints were taken, and a shim that shows the checks in an IDE."""
+"""The learner's folder: work/<exercise>.py, the progress, and a test file that shows the checks in an IDE."""
 from __future__ import annotations
 
 import json
@@ -8,9 +8,8 @@ from pathlib import Path
 from ..files import write_atomically
 from .exercise import Exercise, exercises, find, of_lesson
 from .folders import lessons
-from .skeleton import skeleton
 
-SHIM = '''"The checks of the exercises in this folder as tests, for an IDE's test panel:  python -m pytest work"
+SHIM = '''"""The checks of the exercises in this folder as tests, for an IDE's test panel:  python -m pytest work"""
 import pytest
 
 from tinyft.learn.shim import laws, verify
@@ -23,77 +22,103 @@ def test(exercise, law):
 
 
 class Work:
-    "A folder of exercises.  progress: {exercise: {solved, hints}}; a damaged progress file counts as empty."
+    """A folder of exercises.
+
+    progress: {exercise: {"solved": bool, "hints": number taken}}.  A damaged progress file counts as empty.
+    """
 
     def __init__(self, folder: Path | str = "work"):
         self.folder = Path(folder)
-        self.state = self.folder / ".progress.json"
+        self.file = self.folder / ".progress.json"
+        self.progress = self._read()
+
+    def _read(self) -> dict[str, dict]:
         try:
-            found = json.loads(self.state.read_text(encoding="utf-8"))
-            self.progress = {k: v for k, v in found.items() if isinstance(v, dict)}
+            found = json.loads(self.file.read_text(encoding="utf-8"))
+            return {name: facts for name, facts in found.items() if isinstance(facts, dict)}
         except (OSError, ValueError, AttributeError):
-            self.progress = {}
+            return {}
 
     def path(self, e: Exercise) -> Path:
+        """The learner's file of an exercise, written or not."""
         return self.folder / f"{e.name}{e.suffix}"
 
     def written(self, e: Exercise) -> Path:
-        "The learner's file.  ValueError, with what to do, if there is none."
+        """The learner's file.  ValueError, with the command to run, if there is none."""
         if not self.path(e).exists():
             raise ValueError(f"{self.path(e)} is not there: `tinyft start {e.name}` writes it")
         return self.path(e)
 
-    def note(self, e: Exercise, **facts: int | bool) -> None:
-        "Remember something of an exercise; written at once, all or nothing."
+    def record(self, e: Exercise, **facts: int | bool) -> None:
+        """Save facts about an exercise.  The file is replaced as a whole."""
         self.progress.setdefault(e.name, {}).update(facts)
-        write_atomically({self.state: json.dumps(self.progress, indent=1).encode()})
+        write_atomically({self.file: json.dumps(self.progress, indent=1).encode()})
 
     def solved(self, e: Exercise) -> bool:
+        """True if the last check of the exercise passed."""
         return bool(self.progress.get(e.name, {}).get("solved"))
 
     def hints(self, e: Exercise) -> int:
+        """The number of hints taken."""
         return int(self.progress.get(e.name, {}).get("hints", 0))
 
     def started(self) -> list[Exercise]:
-        "What has a file, the file touched last coming first."
-        have = [e for e in exercises().values() if self.path(e).exists()]
-        return sorted(have, key=lambda e: -self.path(e).stat().st_mtime)
+        """The exercises that have a file, the file changed last coming first."""
+        found = [e for e in exercises().values() if self.path(e).exists()]
+        return sorted(found, key=lambda e: -self.path(e).stat().st_mtime)
 
     def start(self, e: Exercise) -> bool:
-        "Write the skeleton; False, and nothing written, if the file is there."
+        """Write the skeleton.  False, and nothing written, if the file exists."""
         self.folder.mkdir(parents=True, exist_ok=True)
         shim = self.folder / "test_exercises.py"
         if not shim.exists():
             shim.write_text(SHIM, encoding="utf-8")
         try:
             with open(self.path(e), "x", encoding="utf-8") as f:
-                f.write(skeleton(e))
+                f.write(e.skeleton())
         except FileExistsError:
             return False
         return True
 
     def reset(self, e: Exercise) -> Path | None:
-        "A fresh skeleton; the old file is kept under another name, which is returned."
-        path, kept = self.path(e), None
-        if path.exists():
-            kept = path.with_name(f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}.bak")
-            n = 1
-            while kept.exists():
-                kept, n = kept.with_name(f"{kept.name.removesuffix('.bak')}-{n}.bak"), n + 1
-            path.rename(kept)
+        """A fresh skeleton.  The old file is renamed, never deleted; its new path is returned."""
+        backup = self._rename(self.path(e)) if self.path(e).exists() else None
         self.start(e)
-        self.note(e, solved=False)
-        return kept
+        self.record(e, solved=False)
+        return backup
 
-    def chosen(self, names: list[str], whole_lessons: bool = True) -> list[Exercise]:
-        "The exercises of these names; a lesson's name is all of its.  Without names: the one worked on last."
+    @staticmethod
+    def _rename(path: Path) -> Path:
+        """Rename a file to name.TIME.bak, with a number where that exists."""
+        stem = f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}"
+        backup = path.with_name(f"{stem}.bak")
+        n = 1
+        while backup.exists():
+            backup = path.with_name(f"{stem}-{n}.bak")
+            n += 1
+        path.rename(backup)
+        return backup
+
+    def chosen(self, names: list[str]) -> list[Exercise]:
+        """The exercises of these names; the name of a lesson stands for all of its exercises.  Without names: as `one`.
+        """
         if not names:
-            if not (mine := self.started()):
-                raise ValueError(f"nothing is started in {self.folder}: `tinyft start` writes the first exercise")
-            return mine[:1]
-        return [e for name in names for e in (of_lesson(name) if whole_lessons and name in lessons() else [find(name)])]
+            return [self.one(names)]
+        found = []
+        for name in names:
+            found += of_lesson(name) if name in lessons() else [find(name)]
+        return found
+
+    def one(self, names: list[str]) -> Exercise:
+        """The exercise of this one name; without a name the one whose file changed last."""
+        if names:
+            name, = names
+            return find(name)
+        started = self.started()
+        if not started:
+            raise ValueError(f"nothing is started in {self.folder}: `tinyft start` writes the first exercise")
+        return started[0]
 
     def next(self) -> Exercise | None:
-        "The first exercise that is not solved."
+        """The first exercise that is not solved."""
         return next((e for e in exercises().values() if not self.solved(e)), None)
-

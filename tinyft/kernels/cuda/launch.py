@@ -3,7 +3,7 @@
     launch("gelu.cu", "gelu", blocks(n), 256, x, y, n, T=x.dtype)
 
 COMPILERS says what compiles CUDA C for arrays of a type: cupy.RawKernel on a device.  Whatever has its call will do, so the same
-lines launch a kernel on the CPU (tinyft.learn.cuda.CpuKernel), which is how they are tested.
+lines launch a kernel on the CPU (cpu_kernel.CpuKernel), which is how they are tested.
 """
 from __future__ import annotations
 

@@ -1,0 +1,83 @@
+"""The learner's file, read as a module; and the errors that end a check."""
+from __future__ import annotations
+
+import importlib.util
+import linecache
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+from ..tensor import OPS
+
+
+class Refused(Exception):
+    """The learner's function cannot be checked at all; the message says why in one sentence."""
+
+
+class Stop(BaseException):
+    """Ends a check at once.  Not an Exception, so `except Exception` in the learner's code does not catch it."""
+
+
+def load_function(path: Path, function: str, module_name: str) -> Callable:
+    """The function in the learner's file.  Refused, with the line, if the file cannot be read or holds no such
+    function.
+    """
+    name = f"{path.parent.name}/{path.name}"
+    module = _run(path, name, module_name)
+    found = getattr(module, function, None)
+    if not callable(found):
+        defined = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module_name]
+        others = f", only {', '.join(defined)}" if defined else ""
+        raise Refused(f"{name} has no function {function}{others}: the check calls it by that name")
+    return found
+
+
+def _run(path: Path, name: str, module_name: str) -> ModuleType:
+    """The file executed as a module.  Ops that it defines with @op are not added to the library's table."""
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    module = importlib.util.module_from_spec(spec)
+    ops_before = dict(OPS)
+    write_bytecode = sys.dont_write_bytecode
+    sys.dont_write_bytecode = True
+    linecache.checkcache(str(path))
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as e:
+        line = f"\n  {e.text.strip()}" if e.text else ""
+        raise Refused(f"Python cannot read {name}: {e.msg}, line {e.lineno}{line}") from None
+    except Stop:
+        raise
+    except (Exception, SystemExit) as e:
+        raise Refused(f"{name} ends with {in_words(e)} while it is read{quoted_line(e, str(path))}") from None
+    finally:
+        sys.dont_write_bytecode = write_bytecode
+        OPS.clear()
+        OPS.update(ops_before)
+    return module
+
+
+def in_words(e: BaseException) -> str:
+    """An exception as text: its type, and its message if it has one."""
+    return f"{type(e).__name__}: {e}" if str(e) else type(e).__name__
+
+
+def place(e: BaseException, filename: str) -> tuple[str, int] | None:
+    """(file, line) in the learner's file from which an exception came: the innermost frame, of its first cause.  None
+    if it has no frame there.
+    """
+    while e.__cause__ is not None:
+        e = e.__cause__
+    found = None
+    step = e.__traceback__
+    while step:
+        if step.tb_frame.f_code.co_filename == filename:
+            found = (filename, step.tb_lineno)
+        step = step.tb_next
+    return found
+
+
+def quoted_line(e: BaseException, filename: str) -> str:
+    """The learner's line from which an exception came, as a line of a message; "" if there is none."""
+    found = place(e, filename)
+    return f"\n  {Path(found[0]).name}:{found[1]}   {linecache.getline(*found).strip()}" if found else ""
