@@ -102,6 +102,8 @@ class Poisoned:
     def empty(shape: tuple, dtype: Any) -> np.ndarray:
         return np.full(shape, np.nan, dtype)
 
+    ascontiguousarray = staticmethod(np.ascontiguousarray)
+
 
 @pytest.fixture(autouse=True)
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -149,15 +151,27 @@ def inputs(name: str, shape: tuple, dtype: Any, rng: np.random.Generator) -> tup
         kw = [{}, {"ignore_index": 1}, {"label_smoothing": 0.1, "ignore_index": 0}, {"weight": abs(make(n))}][rng.integers(4)]
         return [make(*shape), labels.astype(rng.choice([np.int32, np.int64]))], kw
     if name == "attention":
-        t, keys = shape[-2], n
-        wide = (*shape[:-2], t, keys)
-        masks = [None, rng.random(wide) < 0.6, rng.random((*(1,) * (len(shape) - 2), 1, keys)) < 0.5, np.zeros((t, 1), bool), rng.random(keys) < 0.5]
-        keep = (rng.random(wide) < 0.7).astype(dtype) / dtype.type(0.7) if rng.random() < 0.5 else None
-        kw = {"seen": masks[rng.integers(5)], "causal": bool(rng.random() < 0.5), "scale": [None, 0.3][rng.integers(2)], "keep": keep}
-        return [make(*shape[:-2], t, 6), make(*shape[:-2], keys, 6), make(*shape[:-2], keys, 4)], kw
+        return attention_inputs(shape, dtype, make, rng)
     if name == "dropout":
         return [make(*shape), [0.0, 0.1, 0.5][rng.integers(3)], int(rng.integers(2**63)) << int(rng.integers(2) * 60)], {}
     return [make(*shape)], {}
+
+
+def attention_inputs(shape: tuple, dtype: Any, make: Callable, rng: np.random.Generator) -> tuple[list, dict]:
+    "q, k, v and perhaps a bias for scores of this shape (..., H, Tq, Tk); masks of every kind; perhaps fewer key/value heads."
+    *lead, t, keys = shape
+    kv_lead = list(lead)
+    if lead and rng.random() < 0.5:
+        kv_lead[-1] = int(rng.choice([h for h in range(1, lead[-1] + 1) if lead[-1] % h == 0]))
+    masks = [None, rng.random(shape) < 0.6, rng.random((*(1,) * len(lead), 1, keys)) < 0.5, np.zeros((t, 1), bool), rng.random(keys) < 0.5]
+    dropout_mask = (rng.random(shape) < 0.7).astype(dtype) / dtype.type(0.7) if rng.random() < 0.5 else None
+    kw = {"key_mask": masks[rng.integers(5)], "causal": bool(rng.random() < 0.5), "scale": [None, 0.3][rng.integers(2)],
+          "dropout_mask": dropout_mask}
+    arrays = [make(*lead, t, 6), make(*kv_lead, keys, 6), make(*kv_lead, keys, 4)]
+    if rng.random() < 0.5:
+        some = tuple(size if rng.random() < 0.6 else 1 for size in shape)
+        arrays.append(make(*some[int(rng.integers(len(lead) + 1)):]))
+    return arrays, kw
 
 
 def wide(a: Any) -> Any:
@@ -180,7 +194,7 @@ def agree(name: str, shape: tuple, dtype: Any, rng: np.random.Generator) -> None
     arrays, kw = [on_device(a) for a in host], {k: on_device(v) for k, v in options.items()}
     m, tol = array.xp(arrays[0]), {"float32": 5e-6, "float16": 3e-3, "bfloat16": 2e-2, "float64": 1e-12}
     wider = np.promote_types(dtype, np.float32)
-    summed = {"embedding": [0], "linear": [1, 2], "layer_norm": [1, 2]}.get(name, [])    # over the batch: these stay in float32
+    summed = {"embedding": [0], "linear": [1, 2], "layer_norm": [1, 2], "attention": [3]}.get(name, [])    # over the batch: these stay in float32
     kept = lambda i: wider if i in summed else dtype
     with np.errstate(all="ignore"):
         want, defined = OPS[name].definition(*map(wide, host), **{k: wide(v) for k, v in options.items()})
@@ -208,7 +222,8 @@ def agree(name: str, shape: tuple, dtype: Any, rng: np.random.Generator) -> None
                 d = got.pop(0)
                 assert (d is None) == (r is None)
                 if r is not None and d is not None:
-                    assert d.dtype == kept(i) and near(sum_to(d, a.shape), sum_to(r, a.shape), tol[d.dtype.name] * rows**0.5), "pullback"
+                    exact = tol[np.dtype(dtype).name if name == "attention" else d.dtype.name]      # its probabilities are rounded
+                    assert d.dtype == kept(i) and near(sum_to(d, a.shape), sum_to(r, a.shape), exact * rows**0.5), "pullback"
     assert all(isinstance(b, (int, float)) or np.array_equal(array.asnumpy(a), b) for a, b in zip(arrays, host)), "an input was written to"
 
 
@@ -283,7 +298,7 @@ def test_what_a_kernel_was_not_written_for_goes_to_the_definition(rng):
     for name, args, kw in [("gelu", (x[:, ::2],), {}), ("gelu_tanh", (x[:0],), {}), ("layer_norm", (x, W[0].astype(np.float64), W[1]), {}),
                            ("linear", (x[:0], W), {}), ("embedding", (W, many), {}), ("embedding", (W, many[:0]), {}),
                            ("matmul", (x[None, None], W.T[None]), {}),
-                           ("attention", (x, W, W[:, :2]), {"seen": np.float32(1) * np.ones((4, 5), np.float32) > 2, "keep": None, "scale": None}),
+                           ("attention", (x, W, W[:, :2]), {"key_mask": np.zeros((4, 5), bool), "dropout_mask": None, "scale": None}),
                            ("cross_entropy", (x, np.array([0, 1, 2, 3])), {"weight": x[0], "label_smoothing": 0.1})]:
         if name == "attention":
             args = tuple(a.astype(np.float64) for a in args)
@@ -315,9 +330,9 @@ def test_linear_takes_what_is_not_contiguous(how, dtype, rng):
 def in_parts(rng: np.random.Generator, dtype: Any = np.float32, parts: Callable | None = None) -> None:
     "Attention whose causal texts go three queries at a time."
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(layers, "LONG", 3)
+        m.setattr(cuda.attention, "LONG", 3)
         if parts:
-            m.setattr(layers, "_parts", parts)
+            m.setattr(cuda.attention, "_parts", parts)
         for shape in [(2, 2, 10, 13), (1, 6, 6), (3, 17, 17), (8, 9)] * 4:
             agree("attention", shape, dtype, rng)
 
@@ -325,9 +340,9 @@ def in_parts(rng: np.random.Generator, dtype: Any = np.float32, parts: Callable 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_attention_of_a_long_causal_text_goes_in_parts(dtype, rng, monkeypatch):
     in_parts(rng, dtype)
-    monkeypatch.setattr(layers, "LONG", 16)
-    sizes, scores = [], layers._Scores.__init__
-    monkeypatch.setattr(layers._Scores, "__init__", lambda self, *a: (scores(self, *a), sizes.append(self.p.size))[0])
+    monkeypatch.setattr(cuda.attention, "LONG", 16)
+    sizes, scores = [], cuda.attention._Scores.__init__
+    monkeypatch.setattr(cuda.attention._Scores, "__init__", lambda self, *a: (scores(self, *a), sizes.append(self.p.size))[0])
     q = array.asarray(rng.standard_normal((2, 64, 4)).astype(dtype))
     for causal, share in ((True, 10 / 16), (False, 1)):
         sizes.clear()
@@ -342,7 +357,7 @@ def test_attention_of_a_long_causal_text_goes_in_parts(dtype, rng, monkeypatch):
     "a part too few": lambda rows, keys, t, n: (rows, keys) if rows.start else (slice(0, 1), slice(0, n - t + 1)),
     "the causal mask counts from the first key": lambda rows, keys, t, n: (rows, slice(0, n))}.items())
 def test_wrong_parts_are_caught(name, wrong, rng):
-    right = layers._parts
+    right = cuda.attention._parts
     with pytest.raises((AssertionError, KernelError)), np.errstate(all="ignore"):
         in_parts(rng, parts=lambda t, n, causal: [wrong(*part, t, n) for part in right(t, n, causal)] if len(right(t, n, causal)) > 1 else
                  right(t, n, causal))
@@ -359,11 +374,11 @@ def test_parts_that_do_not_add_up_are_caught(rng, monkeypatch):
 @no_device
 def test_scores_far_from_zero_and_rows_that_see_nothing(rng):
     q, k, v = (rng.standard_normal((2, 3, 40, 8)).astype(np.float32) for _ in range(3))
-    for kw in ({"seen": np.zeros((1, 1, 40), bool)}, {"scale": 500.0}, {"causal": True, "seen": np.arange(40) > 20}):
+    for kw in ({"key_mask": np.zeros((1, 1, 40), bool)}, {"scale": 500.0}, {"causal": True, "key_mask": np.arange(40) > 20}):
         y, back = layers.attention(q, k, v, **kw)
         want, right = OPS["attention"].definition(q, k, v, **kw)
         assert near(y, want, 2e-4) and all(near(a, b, 1e-3) for a, b in zip(back(v, [True] * 3), right(v, [True] * 3))) and np.isfinite(y).all()
-    hidden, _ = layers.attention(q, k, v, seen=np.zeros((1, 1, 40), bool))
+    hidden, _ = layers.attention(q, k, v, key_mask=np.zeros((1, 1, 40), bool))
     assert not hidden.any()
     z = (rng.standard_normal((3, 50)) + [[0], [1e4], [-1e4]]).astype(np.float32)
     value, back = layers.cross_entropy(z, np.array([3, 4, 5]))
@@ -519,14 +534,19 @@ FAULTS = [                                               # what, file, right, wr
     ("width of the scatter", "embedding.cu", "if (first + 32 * k < width) d[", "d[", several("embedding")),
     ("the present is the future", "attention.cu", "i + n - t + 1", "i + n - t", several("attention")),
     ("without the keys that came before", "attention.cu", "i + n - t + 1", "i + 1", several("attention")),
-    ("stride of the mask", "attention.cu", "may[j * by_key]", "may[j]", several("attention")),
-    ("mask of another row", "attention.cu", "i * by_query", "row * by_query", several("attention")),
-    ("mask of another head", "attention.cu", "row / t % heads * by_head", "row / t * by_head", several("attention", [(2, 2, 5, 37)], 12)),
+    ("stride of the mask", "attention.cu", "may[j * mask_key]", "may[j]", several("attention")),
+    ("mask of another row", "attention.cu", "row % t * by.query", "row * by.query", several("attention")),
+    ("mask of another head", "attention.cu", "row / t % heads * by.head", "row / t * by.head", several("attention", [(2, 2, 5, 37)], 12)),
     ("a row that sees nothing", "attention.cu", "sum == 0 ? 0 : 1 / sum", "1 / sum", lambda rng: sees_only_minus_infinity()),
     ("minus infinity less itself", "attention.cu", "if (top == NEVER) top = 0;", "", lambda rng: sees_only_minus_infinity()),
     ("dropout forgotten on the way back", "attention.cu",
-     "dp[j] * (keep ? (float)keep[j] : 1) - along", "dp[j] - along", several("attention")),
-    ("scale forgotten on the way back", "attention.cu", "(T)(alpha * (float)p[j]", "(T)((float)p[j]", several("attention")),
+     "dp[j] * (dropout_mask ? (float)dropout_mask[j] : 1) - along", "dp[j] - along", several("attention")),
+    ("scale forgotten on the way back", "attention.cu", "(T)(alpha * d)", "(T)d", several("attention")),
+    ("stride of the bias", "attention.cu", "add[j * bias_key]", "add[j]", several("attention")),
+    ("bias before the scale", "attention.cu", "alpha * s[j] + (add ? (float)add[j * bias_key] : 0.0f)",
+     "alpha * (s[j] + (add ? (float)add[j * bias_key] : 0.0f))", several("attention")),
+    ("bias forgotten in the sum", "attention.cu", "sum += expf(score(j) - top)", "sum += expf(alpha * s[j] - top)", several("attention")),
+    ("bias's gradient with the scale", "attention.cu", "db[j] = d", "db[j] = alpha * d", several("attention")),
     ("what is ignored counts", "cross_entropy.cu", "if (y != ignored)", "if (true)", several("cross_entropy")),
     ("mean without weights", "cross_entropy.cu", "w = there ? (weight ? weight[y] : 1)", "w = there ? (1)", several("cross_entropy")),
     ("smoothing over n − 1", "cross_entropy.cu", "+ smoothing / n", "+ smoothing / (n - 1)", several("cross_entropy")),

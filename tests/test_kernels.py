@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import lora_curve
+from helpers import accepted, lora_curve
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -46,20 +46,32 @@ def inputs(name: str, shape: tuple, dtype: Any, rng: np.random.Generator) -> tup
     if name == "dropout":
         return [x], {"p": float(rng.choice([0.0, 0.1, 0.7])), "key": int(rng.integers(2**63))}
     if name == "attention":
-        *lead, t, d = (1,) * (4 - len(shape)) + shape[-4:]
+        *lead, t, d = (int(rng.integers(1, 3)),) * (4 - len(shape)) + shape[-4:]
         return attention_inputs((*lead, t, t + int(rng.integers(0, 4)), d), dtype, rng)
     return [x], {}
 
 
-def attention_inputs(sizes: tuple, dtype: Any, rng: np.random.Generator) -> tuple[list, dict]:
-    "q, k, v of sizes (B, H, t, s, d) as models make them (views of (B, t, H, d)), masks of every kind, scores from small to enormous."
+def attention_inputs(sizes: tuple, dtype: Any, rng: np.random.Generator, group: int | None = None) -> tuple[list, dict]:
+    """q, k, v of sizes (B, H, Tq, Tk, D) as models make them, views of (B, T, H, D), and perhaps a bias; masks of every kind; scores
+    from small to enormous.  group: query heads to a key/value head; None: drawn."""
     B, H, t, s, d = sizes
-    q, k, v = (rng.standard_normal((B, n, H, d)).astype(dtype).transpose(0, 2, 1, 3) for n in (t, s, s))
-    some = lambda *shape: rng.random(shape) < 0.7
-    seen = [None, some(B, 1, 1, s), some(B, 1, t, s), some(t, s), np.zeros((B, 1, 1, s), bool)][rng.integers(5)]
-    keep = None if rng.random() < 0.6 else ((rng.random((B, H, t, s)) < 0.8) / 0.8).astype(dtype)
-    return [q * dtype(rng.choice([0.1, 1, 10]) * min(1, 8 / d)), k, v], {"seen": seen, "causal": bool(rng.integers(2)), "keep": keep,
-                                                         "scale": [None, 0.7][rng.integers(2)]}
+    divisors = [n for n in range(1, H + 1) if H % n == 0] or [1]
+    group = int(rng.choice(divisors)) if group is None else group
+
+    def heads(time: int, count: int) -> np.ndarray:
+        return rng.standard_normal((B, time, count, d)).astype(dtype).transpose(0, 2, 1, 3)
+
+    def some(*shape: int) -> np.ndarray:
+        return rng.random(shape) < 0.7
+    q = heads(t, H) * dtype(rng.choice([0.1, 1, 10]) * min(1, 8 / d))
+    arrays = [q, heads(s, H // group), heads(s, H // group)]
+    if rng.random() < 0.5:
+        shape = tuple(n if rng.random() < 0.6 else 1 for n in (B, H, t, s))
+        arrays.append((rng.standard_normal(shape) * rng.choice([1, 30])).astype(dtype))
+    key_mask = [None, some(B, 1, 1, s), some(B, 1, t, s), some(t, s), np.zeros((B, 1, 1, s), bool)][rng.integers(5)]
+    dropout_mask = None if rng.random() < 0.6 else (some(B, H, t, s) / 0.7).astype(dtype)
+    return arrays, {"key_mask": key_mask, "causal": bool(rng.integers(2)), "scale": [None, 0.7][rng.integers(2)],
+                    "dropout_mask": dropout_mask}
 
 
 def near(a: np.ndarray, b: np.ndarray, tol: float) -> bool:
@@ -78,7 +90,7 @@ def must_take(name: str, arrays: list, kw: dict) -> bool:
     if any(a.dtype != np.float32 for a in floats) or not arrays[0].size:
         return False
     if name == "attention":
-        q, k, _ = arrays
+        q, k, *_ = arrays
         return q.ndim == 4 and (k.shape[2] >= q.shape[2] or not kw.get("causal"))
     if name == "cross_entropy":
         return arrays[0].flags.c_contiguous and kw.get("weight") is None and not kw.get("label_smoothing")
@@ -114,9 +126,14 @@ def agree_together(pulls: Callable, defined: Callable, y: np.ndarray, arrays: li
     "One pullback for all inputs: what is asked for is there and right, alone and together, and a second time."
     g = rng.standard_normal(y.shape).astype(y.dtype)
     full = defined(g, [True] * len(arrays))
-    for needed in ([True] * 3, [True, False, False], [False, True, False], [False, False, True], [True] * 3):
-        for i, (got, n, right) in enumerate(zip(pulls(g, needed), needed, full)):
-            assert not n or near(got, right, 4 * tol * max(1, np.abs(full[0]).max(initial=0))), f"pullback {i}"
+    every = [True] * len(arrays)
+    alone = [[i == j for j in range(len(arrays))] for i in range(len(arrays))]
+    for needed in (every, *alone, every):
+        for i, (got, n, right, a) in enumerate(zip(pulls(g, needed), needed, full, arrays)):
+            summed = np.abs(right).max(initial=0) if right.shape != a.shape else 0     # a sum that cancels is as exact as its terms
+            size = max(1, np.abs(full[0]).max(initial=0), summed)
+            if n:
+                assert got is not None and near(folded(got, a.shape), folded(right, a.shape), 4 * tol * size), f"pullback {i}"
     assert all(np.array_equal(a, b) for a, b in zip(arrays, kept)), "an input was written to"
 
 
@@ -194,8 +211,8 @@ def test_attention_in_many_tiles(sizes, loud, rng, monkeypatch):
     for tile in (1 << 17, 1 << 12):
         monkeypatch.setattr(tiled, "TILE", tile)
         for _ in range(4):
-            (q, k, v), kw = attention_inputs(sizes, np.float32, rng)
-            agree("attention", fast.attention, [q * np.float32(6 if loud else 0.01), k, v], kw, rng)
+            (q, *others), kw = attention_inputs(sizes, np.float32, rng)
+            agree("attention", fast.attention, [q * np.float32(6 if loud else 0.01), *others], kw, rng)
 
 
 def test_attention_keeps_no_scores():
@@ -203,14 +220,14 @@ def test_attention_keeps_no_scores():
     q = np.ones((1, 2, 600, 8), np.float32)
     _, back = fast.attention(q, q, q, causal=True)
     a = next(c.cell_contents for c in back.__closure__ if isinstance(c.cell_contents, tiled._Attention))
-    assert sum(x.size for x in vars(a).values() if isinstance(x, np.ndarray)) <= 5 * q.size + 64 * 64 + 600 and a.kept is None
+    assert sum(x.size for x in vars(a).values() if isinstance(x, np.ndarray)) <= 5 * q.size + 64 * 64 + 600 and a.saved is None
 
 
 @pytest.mark.parametrize("sizes", [(1, 2, 5, 3, 4), (0, 2, 3, 3, 4)], ids=["fewer keys than queries", "no rows"])
 def test_attention_leaves_what_is_rare_to_its_definition(sizes, rng):
-    (q, k, v), _ = attention_inputs(sizes, np.float32, rng)
+    arrays, _ = attention_inputs(sizes, np.float32, rng)
     for causal in (False, True):
-        agree("attention", fast.attention, [q, k, v], {"causal": causal}, rng)
+        agree("attention", fast.attention, arrays, {"causal": causal}, rng)
 
 
 @pytest.mark.parametrize("kw", [{"weight": np.arange(1, 5, dtype=np.float32)}, {"label_smoothing": 0.1}, {"ignore_index": 2}], ids=str)
@@ -266,29 +283,81 @@ def biased(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float = 1e-5) -> An
     return (y - b) * np.float32(((n - 1) / n)**0.5) + b, pulls
 
 
+def tiled_attention(*arrays: np.ndarray, **kw: Any) -> Any:
+    return accepted(fast.attention, OPS["attention"].definition, *arrays, **kw)
+
+
 def attention_but(**wrong: Any) -> Callable:
     "The kernel with one of its settings overridden."
-    return lambda *arrays, **kw: fast.attention(*arrays, **(kw | wrong))
+    return lambda *arrays, **kw: tiled_attention(*arrays, **(kw | wrong))
 
 
-def one_late(q: np.ndarray, k: np.ndarray, v: np.ndarray, causal: bool = False, seen: Any = None, **kw: Any) -> Any:
-    "The causal mask off by one."
-    past = np.tril(np.ones((q.shape[-2], k.shape[-2]), bool), k.shape[-2] - q.shape[-2] + 1)
-    return fast.attention(q, k, v, seen=seen if not causal else past if seen is None else past & seen, **kw)
+def causal_from(shift: Callable) -> Callable:
+    "The kernel with its causal mask at another diagonal, shift(Tq, Tk)."
+    def kernel(q: np.ndarray, k: np.ndarray, v: np.ndarray, *bias: np.ndarray, causal: bool = False, key_mask: Any = None, **kw: Any) -> Any:
+        if causal:
+            t, s = q.shape[-2], k.shape[-2]
+            past = np.tril(np.ones((t, s), bool), shift(t, s))
+            key_mask = past if key_mask is None else past & key_mask
+        return tiled_attention(q, k, v, *bias, key_mask=key_mask, **kw)
+    return kernel
+
+
+def groups_in_turn(q: np.ndarray, k: np.ndarray, v: np.ndarray, *bias: np.ndarray, **kw: Any) -> Any:
+    "Key/value heads repeated one after the other, a b a b in place of a a b b."
+    group = q.shape[1] // k.shape[1]
+    y, back = tiled_attention(q, np.tile(k, (1, group, 1, 1)), np.tile(v, (1, group, 1, 1)), *bias, **kw)
+
+    def wrong(g: np.ndarray, needed: list) -> tuple:
+        dq, dk, dv, *db = back(g, needed)
+        dk, dv = (d if d is None else d.reshape(len(d), group, -1, *d.shape[2:]).sum(1) for d in (dk, dv))
+        return dq, dk, dv, *db
+    return y, wrong
+
+
+def first_of_the_group(q: np.ndarray, k: np.ndarray, v: np.ndarray, *bias: np.ndarray, **kw: Any) -> Any:
+    "The gradients of shared heads are those of the first query head of the group."
+    group = q.shape[1] // k.shape[1]
+    y, back = tiled_attention(q, np.repeat(k, group, 1), np.repeat(v, group, 1), *bias, **kw)
+
+    def wrong(g: np.ndarray, needed: list) -> tuple:
+        dq, dk, dv, *db = back(g, needed)
+        return dq, dk if dk is None else dk[:, ::group], dv if dv is None else dv[:, ::group], *db
+    return y, wrong
+
+
+def bias_forgotten(q: np.ndarray, k: np.ndarray, v: np.ndarray, *bias: np.ndarray, **kw: Any) -> Any:
+    y, back = tiled_attention(q, k, v, **kw)
+    return y, lambda g, needed: (*back(g, needed[:3]), *(np.zeros_like(b) for b in bias))
+
+
+def bias_scaled(q: np.ndarray, k: np.ndarray, v: np.ndarray, *bias: np.ndarray, scale: float | None = None, **kw: Any) -> Any:
+    "The bias joins before the scale: α (Q Kᵀ + B)."
+    alpha = np.float32(q.shape[-1]**-0.5 if scale is None else scale)
+    return tiled_attention(q, k, v, *(b * alpha for b in bias), scale=scale, **kw)
+
+
+def first_bias_only(back: Callable) -> Callable:
+    "The gradient of a bias that all rows of a batch share is that of the first row."
+    def wrong(g: np.ndarray, needed: list) -> tuple:
+        first = np.zeros_like(g)
+        first[:1] = g[:1]
+        return *back(g, needed)[:3], *back(first, needed)[3:]
+    return wrong
 
 
 def shares(wrong: Callable) -> Callable:
     "The kernel with its shared pullback gone through `wrong`."
     def kernel(*arrays: np.ndarray, **kw: Any) -> Any:
-        y, back = fast.attention(*arrays, **kw)
+        y, back = tiled_attention(*arrays, **kw)
         return y, wrong(back)
     return kernel
 
 
 def keys_and_values_swapped(back: Callable) -> Callable:
     def wrong(g: np.ndarray, needed: list) -> tuple:
-        dq, dk, dv = back(g, [True] * 3)
-        return dq, dv, dk
+        dq, dk, dv, *db = back(g, [True] * len(needed))
+        return dq, dv, dk, *db
     return wrong
 
 
@@ -311,8 +380,11 @@ def divided_by_all(z: np.ndarray, y: np.ndarray) -> Any:
 
 WRONG = [*((n, scaled(n, i)) for n, k in (("gelu", 1), ("gelu_tanh", 1), ("layer_norm", 3), ("embedding", 1), ("linear", 3), ("cross_entropy", 1))
            for i in range(-1, k)),
-         ("linear", lambda x, W, b=None: fast.linear(x, W)), ("attention", attention_but(seen=None)), ("attention", attention_but(causal=False)),
-         ("attention", attention_but(keep=None)), ("attention", attention_but(scale=None)), ("attention", one_late),
+         ("linear", lambda x, W, b=None: fast.linear(x, W)), ("attention", attention_but(key_mask=None)), ("attention", attention_but(causal=False)),
+         ("attention", attention_but(dropout_mask=None)), ("attention", attention_but(scale=None)),
+         ("attention", causal_from(lambda t, s: s - t + 1)), ("attention", causal_from(lambda t, s: 0)),
+         ("attention", groups_in_turn), ("attention", first_of_the_group), ("attention", bias_scaled),
+         ("attention", bias_forgotten), ("attention", shares(first_bias_only)),
          ("attention", shares(keys_and_values_swapped)), ("attention", shares(once_only)),
          ("cross_entropy", nothing_ignored), ("cross_entropy", divided_by_all),
          ("gelu", fast.gelu_tanh), ("gelu_tanh", fast.gelu), ("gelu", in_place), ("gelu", first_block_only), ("layer_norm", biased),

@@ -226,7 +226,7 @@ def test_dropout_acts_on_the_embeddings_the_probabilities_and_what_enters_the_re
     with no_grad():                                                              # no generator, or not training: none
         near(model.eval()(ids, rng=np.random.default_rng(0)), host(model.train()(ids)))
     paths, types = {id(m): n for n, m in model.named_modules()}, types if kind.startswith("bert") else None
-    forward, draw = Dropout.forward, Attention.noise
+    forward, draw = Dropout.forward, Attention.dropout_mask
 
     def noted(self: Any, x: Any, ctx: Any) -> Any:
         y = forward(self, x, ctx)
@@ -239,7 +239,7 @@ def test_dropout_acts_on_the_embeddings_the_probabilities_and_what_enters_the_re
         factors.append(host(keep))
         where.append(paths[id(self)])
         return keep
-    with replaced(Dropout, "forward", noted), replaced(Attention, "noise", noted_noise):
+    with replaced(Dropout, "forward", noted), replaced(Attention, "dropout_mask", noted_noise):
         out = model(ids, token_type_ids=types, mask=RIGHT, rng=np.random.default_rng(0))
     in_block = [f"blocks.{i}.{n}" for i in range(L) for n in ("attn", "attn.drop", "mlp.drop")]
     assert where == ["drop", *in_block, *(["head.drop"] if kind.endswith("classes") else [])]
@@ -282,7 +282,7 @@ WRONG_NOISE = {
 
 
 def test_attentions_noise_thins_the_probabilities_and_keeps_their_mean():
-    check_noise(Attention.noise)
+    check_noise(Attention.dropout_mask)
 
 
 @pytest.mark.parametrize("belief", WRONG_NOISE)
@@ -295,7 +295,7 @@ def test_noise_keeps_what_lies_on_the_line(monkeypatch):
     "u >= p is kept, as in ops.dropout: u = p has probability 2^−24, but the two must be one."
     monkeypatch.setattr(array, "uniform_like", lambda like, key: dev(np.full(like.shape, 0.25, np.float32)))
     q = Tensor(dev(np.zeros((1, H, 2, 4))))
-    assert (host(Attention(C, H, rng=np.random.default_rng(0), causal=True, dropout=0.25).noise(q, q, 0)) == 1 / 0.75).all()
+    assert (host(Attention(C, H, rng=np.random.default_rng(0), causal=True, dropout=0.25).dropout_mask(q, q, 0)) == 1 / 0.75).all()
 
 
 # ── parts ────────────────────────────────────────────────────────────────────────────────────────────────────────────

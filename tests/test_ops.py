@@ -253,34 +253,60 @@ def _(rng, shapes):
     return Example([normal(rng, s) * 2 + 1 for s in shapes], lambda f, x, w: f(x, w, eps=eps), want)
 
 
-def attend(q, k, v, seen=None, causal=False, scale=None, keep=None):
-    "Attention one query at a time: softmax over the keys it may see, and nothing else."
-    lead = np.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
-    q, k, v = (np.broadcast_to(a, lead + a.shape[-2:]) for a in (q, k, v))
-    (t, d), s = q.shape[-2:], k.shape[-2]
-    out, scale = np.zeros(q.shape), 1 / math.sqrt(d) if scale is None else scale
+def attend(q, k, v, bias=None, key_mask=None, causal=False, scale=None, dropout_mask=None):
+    "Attention one query at a time: softmax over the keys that it may look at, and nothing else."
+    *lead, t, d = q.shape
+    s = k.shape[-2]
+    group = q.shape[-3] // k.shape[-3] if lead else 1
+    scale = 1 / math.sqrt(d) if scale is None else scale
+    everywhere = (*lead, t, s)
+    bias = np.broadcast_to(0.0 if bias is None else bias, everywhere)
+    key_mask = np.broadcast_to(True if key_mask is None else key_mask, everywhere)
+    factors = np.broadcast_to(1.0 if dropout_mask is None else dropout_mask, everywhere)
+    out = np.zeros((*lead, t, v.shape[-1]))
     for at in np.ndindex(*lead, t):
-        row, i = at[:-1], at[-1]
-        may = [j for j in range(s) if (seen is None or np.broadcast_to(seen, (*lead, t, s))[(*at, j)]) and (not causal or j <= i + s - t)]
-        weights = {j: math.exp(scale * float(np.dot(q[at], k[(*row, j)]))) for j in may}
+        *row, i = at
+        shared = (*row[:-1], row[-1] // group) if lead else ()                   # the key/value head of this query head
+        may = [j for j in range(s) if key_mask[(*at, j)] and (not causal or j <= i + s - t)]
+        weights = {j: math.exp(scale * float(np.dot(q[at], k[(*shared, j)])) + bias[(*at, j)]) for j in may}
         for j, w in weights.items():
-            out[at] += w / sum(weights.values()) * (1 if keep is None else np.broadcast_to(keep, (*lead, t, s))[(*at, j)]) * v[(*row, j)]
+            out[at] += w / sum(weights.values()) * factors[(*at, j)] * v[(*shared, j)]
     return out
+
+
+def an_attention(rng, shapes, with_bias):
+    "Masks of every kind, and perhaps fewer key/value heads than query heads."
+    q, k, v = (normal(rng, s) for s in shapes[:3])
+    *lead, t, _ = q.shape
+    s = k.shape[-2]
+    if lead:
+        kv_heads = int(rng.choice([n for n in range(1, lead[-1] + 1) if lead[-1] % n == 0]))
+        k, v = (a[..., :kv_heads, :, :] for a in (k, v))
+    kw: dict[str, Any] = dict(causal=bool(rng.integers(2)), scale=None if rng.integers(2) else 0.7)
+    kind = rng.integers(4)
+    if kind:                                                                     # none; keys of each row; all pairs; a prefix of the keys
+        key_mask = rng.random([(*lead, 1, s), (*lead, t, s)][int(kind == 2)]) < 0.6 if kind < 3 else np.arange(s) < rng.integers(1, s + 1)
+        kw["key_mask"] = np.asarray(key_mask)
+    if rng.integers(2):
+        kw["dropout_mask"] = np.asarray((rng.random((*lead, t, s)) < 0.7) / 0.7)
+    inputs = [q, k, v]
+    if with_bias:
+        some = tuple(n if rng.random() < 0.6 else 1 for n in (*lead, t, s))
+        inputs.append(normal(rng, some[rng.integers(len(lead) + 1):]))
+
+    def on(dtype):
+        return {name: a if not isinstance(a, np.ndarray) else dev(a, dtype if name == "dropout_mask" else None) for name, a in kw.items()}
+    return Example(inputs, lambda f, *arrays: f(*arrays, **on(arrays[0].dtype)), lambda *arrays: attend(*arrays, **kw))
 
 
 @case("attention")
 def _(rng, shapes):
-    q, k, v = (normal(rng, s) for s in shapes)
-    lead, t, s = np.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2]), q.shape[-2], k.shape[-2]
-    kw: dict[str, Any] = dict(causal=bool(rng.integers(2)), scale=None if rng.integers(2) else 0.7)
-    kind = rng.integers(4)
-    if kind:                                                                     # none; keys of each row; all pairs; a prefix of the keys
-        seen = rng.random([(*lead, 1, s), (*lead, t, s)][int(kind == 2)]) < 0.6 if kind < 3 else np.arange(s) < rng.integers(1, s + 1)
-        kw["seen"] = np.asarray(seen)
-    if rng.integers(2):
-        kw["keep"] = np.asarray((rng.random((*lead, t, s)) < 0.7) / 0.7)
-    on = lambda dtype: {k: a if not isinstance(a, np.ndarray) else dev(a, dtype if k == "keep" else None) for k, a in kw.items()}
-    return Example([q, k, v], lambda f, q, k, v: f(q, k, v, **on(q.dtype)), lambda q, k, v: attend(q, k, v, **kw))
+    return an_attention(rng, shapes, with_bias=False)
+
+
+@case("attention")
+def _(rng, shapes):
+    return an_attention(rng, shapes, with_bias=True)
 
 
 def loss(z, y, weight=None, ignore_index=-100, eps=0.0):
@@ -327,9 +353,12 @@ def _(rng, shapes):
     q, k, v = (normal(rng, s) for s in shapes)
     t, s = q.shape[-2], k.shape[-2]
     causal = bool(rng.integers(2)) and t <= s
-    seen = None if rng.integers(2) else np.asarray((rng.random((t, s)) < 0.6) | (np.arange(s) == 0))        # key 0 is for everybody
-    call = lambda f, q, k, v: f(q, k, v, None if seen is None else dev(seen), causal)
-    return Example([q, k, v], call, lambda q, k, v: attend(q, k, v, seen, causal))
+    key_mask = None if rng.integers(2) else np.asarray((rng.random((t, s)) < 0.6) | (np.arange(s) == 0))     # every query may look at key 0
+
+    def want(q, k, v):
+        lead = np.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
+        return attend(*(np.broadcast_to(a, lead + a.shape[-2:]) for a in (q, k, v)), key_mask=key_mask, causal=causal)
+    return Example([q, k, v], lambda f, q, k, v: f(q, k, v, None if key_mask is None else dev(key_mask), causal), want)
 
 
 @case("mse_loss")
@@ -407,7 +436,7 @@ def spec_of(name):
     return OPS[name].shapes if name in OPS else COMPOSED[name]
 
 
-ALONE = {"cross_entropy", "gather", "mse_loss", "kl_divergence", "soft_cross_entropy"}     # their "..." are one and the same, not broadcast
+ALONE = {"attention", "cross_entropy", "gather", "mse_loss", "kl_divergence", "soft_cross_entropy"}     # their "..." are one and the same, not broadcast
 
 
 def examples(name: str) -> st.SearchStrategy:
@@ -588,16 +617,16 @@ def test_layer_norm_makes_mean_zero_and_deviation_one():
 # ── attention ────────────────────────────────────────────────────────────────────────────────────────────────────────
 @given(st.data())
 def test_attention_is_softmax_attention(data):
-    shapes, _ = data.draw(shapes_of(OPS["attention"].shapes))
+    shapes, _ = data.draw(shapes_of(OPS["attention"].shapes, broadcast=False))
     rng = data.draw(seeds())
-    q, k, v = (normal(rng, s) for s in shapes)
+    q, k, v = (normal(rng, s) for s in shapes[:3])
     t, s = q.shape[-2], k.shape[-2]
     causal = data.draw(st.booleans()) and t <= s
-    seen = dev((rng.random((t, s)) < 0.5) | (np.arange(s) == 0)) if data.draw(st.booleans()) else None
+    key_mask = dev((rng.random((t, s)) < 0.5) | (np.arange(s) == 0)) if data.draw(st.booleans()) else None
     grads = []
     for f in (ops.attention, F.softmax_attention):
         a, b, c = leaf(q), leaf(k), leaf(v)
-        y = f(a, b, c, seen, causal)
+        y = f(a, b, c, key_mask=key_mask, causal=causal)
         y.backward(dev(np.cos(np.arange(y.size)).reshape(y.shape)))
         grads.append([host(y), *(host(p.grad) for p in (a, b, c))])
     for one, two in zip(*grads):
@@ -607,9 +636,9 @@ def test_attention_is_softmax_attention(data):
 def test_a_query_that_sees_nothing_gives_zero_and_harms_nobody():
     rng = np.random.default_rng(1)
     q, k, v = (leaf(rng.standard_normal((2, 3, 4)), np.float32) for _ in range(3))
-    seen = np.ones((2, 3, 3), bool)
-    seen[0, 1] = False
-    y = ops.attention(q, k, v, dev(seen))
+    key_mask = np.ones((2, 3, 3), bool)
+    key_mask[0, 1] = False
+    y = ops.attention(q, k, v, key_mask=dev(key_mask))
     y.backward(dev(rng.standard_normal((2, 3, 4)), np.float32))
     assert (host(y)[0, 1] == 0).all() and (host(y)[0, 0] != 0).all()
     assert (host(q.grad)[0, 1] == 0).all() and (host(q.grad)[0, 0] != 0).any()

@@ -12,7 +12,7 @@ from typing import Any
 
 from tinyft import array, ops, tensor
 from tinyft.array import xp
-from tinyft.ops import _softmax, flat, same, t
+from tinyft.ops import _softmax, flat, repeat_heads, same, t
 from tinyft.tensor import OPS
 
 
@@ -255,61 +255,141 @@ def rms_norm_centred(x, w, eps=1e-6):
     return y, (dx, dw)
 
 
-@instead_of("attention", "The scale is 1/√C, C the width of the model, heads times d.")
-def attention_root_of_width(q, k, v, scale=None, **kw):
+@instead_of("attention", "The scale is 1/√C, C the width of the model, heads times D.")
+def attention_root_of_width(q, k, v, bias=None, *, scale=None, **kw):
     heads = q.shape[-3] if q.ndim > 2 else 1
-    return ops.attention.definition(q, k, v, scale=(heads * q.shape[-1])**-0.5 if scale is None else scale, **kw)
+    return ops.attention.definition(q, k, v, bias, scale=(heads * q.shape[-1])**-0.5 if scale is None else scale, **kw)
+
+
+def diagonal_mask(q, k, key_mask, diagonal):
+    "key_mask, and of keys and queries the lower triangle under this diagonal."
+    m = xp(q)
+    past = m.tril(m.ones((q.shape[-2], k.shape[-2]), dtype=bool), diagonal)
+    return past if key_mask is None else past & key_mask
 
 
 @instead_of("attention", "The mask sets weights to zero, so it comes after the softmax.")
-def attention_masks_afterwards(q, k, v, seen=None, causal=False, scale=None, keep=None):
-    m, may = xp(q), None if seen is None else seen
-    if causal:
-        past = m.tril(m.ones((q.shape[-2], k.shape[-2]), dtype=bool), k.shape[-2] - q.shape[-2])
-        may = past if may is None else past & may
-    factor = keep if may is None else may.astype(q.dtype) if keep is None else may * keep
-    return ops.attention.definition(q, k, v, scale=scale, keep=factor)
+def attention_masks_afterwards(q, k, v, bias=None, *, key_mask=None, causal=False, scale=None, dropout_mask=None):
+    may = diagonal_mask(q, k, key_mask, k.shape[-2] - q.shape[-2]) if causal else key_mask
+    factor = dropout_mask
+    if may is not None:
+        factor = may.astype(q.dtype) if dropout_mask is None else may * dropout_mask
+    return ops.attention.definition(q, k, v, bias, scale=scale, dropout_mask=factor)
 
 
 @instead_of("attention", "Causal: query i looks at keys j < i.")
-def attention_cannot_see_itself(q, k, v, seen=None, causal=False, **kw):
-    m = xp(q)
-    if causal:
-        past = m.tril(m.ones((q.shape[-2], k.shape[-2]), dtype=bool), k.shape[-2] - q.shape[-2] - 1)
-        seen = past if seen is None else past & seen
-    return ops.attention.definition(q, k, v, seen, **kw)
+def attention_cannot_see_itself(q, k, v, bias=None, *, key_mask=None, causal=False, **kw):
+    may = diagonal_mask(q, k, key_mask, k.shape[-2] - q.shape[-2] - 1) if causal else key_mask
+    return ops.attention.definition(q, k, v, bias, key_mask=may, **kw)
 
 
 @instead_of("attention", "Causal: query i looks at keys j ≤ i, also when older keys were put in front.")
-def attention_ignores_the_cache(q, k, v, seen=None, causal=False, **kw):
-    m = xp(q)
-    if causal:
-        past = m.tril(m.ones((q.shape[-2], k.shape[-2]), dtype=bool))
-        seen = past if seen is None else past & seen
-    return ops.attention.definition(q, k, v, seen, **kw)
+def attention_ignores_the_cache(q, k, v, bias=None, *, key_mask=None, causal=False, **kw):
+    may = diagonal_mask(q, k, key_mask, 0) if causal else key_mask
+    return ops.attention.definition(q, k, v, bias, key_mask=may, **kw)
 
 
-@instead_of("attention", "A large negative number is minus infinity: a row that sees nothing then averages over everything.")
-def attention_with_a_large_number(q, k, v, seen=None, causal=False, scale=None, keep=None):
-    m, may = xp(q), seen
-    if causal:
-        past = m.tril(m.ones((q.shape[-2], k.shape[-2]), dtype=bool), k.shape[-2] - q.shape[-2])
-        may = past if may is None else past & may
-    s = (q @ t(k)) * (q.shape[-1]**-0.5 if scale is None else scale)
-    p = _softmax(s if may is None else m.where(may, s, -1e30))
-    return (p if keep is None else p * keep) @ v, ops.attention.definition(q, k, v, seen, causal, scale, keep)[1]
+@instead_of("attention", "A large negative number is minus infinity: a query without keys then averages over everything.")
+def attention_with_a_large_number(q, k, v, bias=None, *, key_mask=None, causal=False, scale=None, dropout_mask=None):
+    may = diagonal_mask(q, k, key_mask, k.shape[-2] - q.shape[-2]) if causal else key_mask
+    group = q.shape[-3] // k.shape[-3] if q.ndim > 2 else 1
+    s = (q @ t(repeat_heads(k, group))) * (q.shape[-1]**-0.5 if scale is None else scale)
+    if bias is not None:
+        s = s + bias
+    p = _softmax(s if may is None else xp(q).where(may, s, -1e30))
+    _, back = ops.attention.definition(q, k, v, bias, key_mask=key_mask, causal=causal, scale=scale, dropout_mask=dropout_mask)
+    return (p if dropout_mask is None else p * dropout_mask) @ repeat_heads(v, group), back
 
 
 @instead_of("attention", "Dropout acts on P, so dP needs no mask of its own.")
-def attention_forgets_dropout_in_dp(q, k, v, keep=None, **kw):
-    y, _ = ops.attention.definition(q, k, v, keep=keep, **kw)
-    _, plain = ops.attention.definition(q, k, v, **kw)
+def attention_forgets_dropout_in_dp(q, k, v, bias=None, *, dropout_mask=None, **kw):
+    y, _ = ops.attention.definition(q, k, v, bias, dropout_mask=dropout_mask, **kw)
+    _, plain = ops.attention.definition(q, k, v, bias, **kw)
     return y, plain
 
 
+@instead_of("attention", "Scores are scaled: (Q Kᵀ + B) / √D.")
+def attention_scales_the_bias(q, k, v, bias=None, *, scale=None, **kw):
+    alpha = q.shape[-1]**-0.5 if scale is None else scale
+    y, back = ops.attention.definition(q, k, v, None if bias is None else bias * alpha, scale=scale, **kw)
+
+    def wrong(g, needed):
+        dq, dk, dv, *db = back(g, needed)
+        return dq, dk, dv, *(d if d is None else d * alpha for d in db)
+    return y, wrong
+
+
+@instead_of("attention", "The bias of a masked key unmasks it: masks first, then the bias.")
+def attention_masks_before_the_bias(q, k, v, bias=None, *, key_mask=None, **kw):
+    if bias is None or key_mask is None:
+        return ops.attention.definition(q, k, v, bias, key_mask=key_mask, **kw)
+    masked = xp(q).where(key_mask, bias, bias - 4)       # a number that another bias can outweigh
+    return ops.attention.definition(q, k, v, masked, **kw)
+
+
+@instead_of("attention", "A bias is added, so its gradient is that of the scores, scale and all.")
+def attention_scales_the_gradient_of_the_bias(q, k, v, bias=None, *, scale=None, **kw):
+    y, back = ops.attention.definition(q, k, v, bias, scale=scale, **kw)
+    alpha = q.shape[-1]**-0.5 if scale is None else scale
+
+    def wrong(g, needed):
+        dq, dk, dv, *db = back(g, needed)
+        return dq, dk, dv, *(d if d is None else d * alpha for d in db)
+    return y, wrong
+
+
+@instead_of("attention", "All rows of a batch share the bias, so the first row knows its gradient.")
+def attention_takes_the_bias_gradient_of_one_row(q, k, v, bias=None, **kw):
+    y, back = ops.attention.definition(q, k, v, bias, **kw)
+    if bias is None:
+        return y, back
+
+    def wrong(g, needed):
+        *others, db = back(g, needed)
+        if db is not None and db.ndim > bias.ndim:
+            db = db[(0,) * (db.ndim - bias.ndim)]
+        for axis, n in enumerate(bias.shape if db is not None else ()):
+            if n == 1:
+                db = db.take([0], axis=axis)
+        return *others, db
+    return y, wrong
+
+
+def with_repeated_heads(q, k, v, bias, repeat, **kw):
+    "Attention with the key/value heads repeated by repeat(heads, group), as if none were shared; and the size of a group."
+    group = q.shape[-3] // k.shape[-3] if q.ndim > 2 else 1
+    return ops.attention.definition(q, repeat(k, group), repeat(v, group), bias, **kw), group
+
+
+@instead_of("attention", "Query heads take the key/value heads in turn: a b a b.")
+def attention_tiles_the_heads(q, k, v, bias=None, **kw):
+    def tiled(a, group):
+        return a if group == 1 else xp(a).concatenate([a] * group, axis=-3)
+    (y, back), group = with_repeated_heads(q, k, v, bias, tiled, **kw)
+
+    def wrong(g, needed):
+        dq, dk, dv, *db = back(g, needed)
+        if group > 1:
+            dk, dv = (d if d is None else d.reshape(*d.shape[:-3], group, -1, *d.shape[-2:]).sum(axis=-4) for d in (dk, dv))
+        return dq, dk, dv, *db
+    return y, wrong
+
+
+@instead_of("attention", "A group shares its keys, so one of its heads knows their gradient.")
+def attention_takes_the_gradient_of_one_head(q, k, v, bias=None, **kw):
+    (y, back), group = with_repeated_heads(q, k, v, bias, repeat_heads, **kw)
+
+    def wrong(g, needed):
+        dq, dk, dv, *db = back(g, needed)
+        if group > 1:
+            dk, dv = (d if d is None else d[..., ::group, :, :] for d in (dk, dv))
+        return dq, dk, dv, *db
+    return y, wrong
+
+
 @instead_of("softmax_attention", "Scores need no scale: the softmax normalises.")
-def softmax_attention_unscaled(q, k, v, seen=None, causal=False):
-    return ops.attention(q, k, v, seen, causal, scale=1.0)
+def softmax_attention_unscaled(q, k, v, key_mask=None, causal=False):
+    return ops.attention(q, k, v, key_mask=key_mask, causal=causal, scale=1.0)
 
 
 @instead_of("cross_entropy", "p − 1 at the label; the mean is taken care of elsewhere.")

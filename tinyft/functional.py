@@ -8,17 +8,17 @@ from .tensor import Tensor
 __all__ = ["softmax_attention", "mse_loss", "kl_divergence", "soft_cross_entropy", "normalize", "topk", "stack"]
 
 
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, seen: Array = None, causal: bool = False) -> Tensor:
-    """softmax(Q Kᵀ / √d) V written out, step by step: what ops.attention does in one.  q (..., t, d), k and v (..., s, d) -> (..., t, d)
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Array = None, causal: bool = False) -> Tensor:
+    """softmax(Q Kᵀ / √D) V, written out step by step; ops.attention is the same in one op.
 
-    seen: bool, broadcast to (..., t, s).  Every query must be allowed to look somewhere."""
-    m, (n, s) = xp(q.data), (q.shape[-2], k.shape[-2])
-    scores = (q @ k.T) * q.shape[-1]**-0.5                                       # (..., t, s)
+    q (..., Tq, D), k and v (..., Tk, D) -> (..., Tq, D).  key_mask: bool, broadcasts to (..., Tq, Tk), True where a query may look at
+    a key.  causal: query i may look at keys j ≤ i + Tk − Tq.  Every query must be allowed to look at one key."""
+    scores = (q @ k.T) * q.shape[-1]**-0.5                                       # (..., Tq, Tk)
     if causal:
-        past = ops.causal_mask(n, s, m)
-        seen = past if seen is None else seen & past
-    if seen is not None:
-        scores = ops.where(seen, scores, -1e30)
+        past = ops.causal_mask(q.shape[-2], k.shape[-2], xp(q.data))
+        key_mask = past if key_mask is None else key_mask & past
+    if key_mask is not None:
+        scores = ops.where(key_mask, scores, -1e30)
     return ops.softmax(scores) @ v
 
 

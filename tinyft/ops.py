@@ -398,35 +398,77 @@ def causal_mask(t: int, s: int, m: ModuleType = np) -> Array:
     return m.tril(m.ones((t, s), dtype=bool), s - t)
 
 
-@op("... t d, ... s d, ... s d -> ... t d")
-def attention(q, k, v, seen=None, causal=False, scale=None, keep=None):
-    """O = (P ⊙ keep) V,  P = softmax(α Q Kᵀ), each query looking only where it may.    α = 1/√d unless `scale` is given.
+def attention_shape(q: Array, k: Array, v: Array, bias: Array | None = None, key_mask: Array | None = None,
+                    dropout_mask: Array | None = None) -> tuple[int, ...]:
+    "The shape (..., H, Tq, Tk) of the scores of these arrays.  ValueError for arrays that do not fit (the engine makes it a ShapeError)."
+    shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
+    if q.ndim < 2 or k.ndim != q.ndim or k.shape[:-1] != v.shape[:-1] or q.shape[-1] != k.shape[-1] or q.shape[:-3] != k.shape[:-3]:
+        raise ValueError(f"attention wants q (..., H, Tq, D), k (..., Hkv, Tk, D) and v (..., Hkv, Tk, E), got {shapes}")
+    if q.ndim > 2 and q.shape[-3] != k.shape[-3] and (k.shape[-3] == 0 or q.shape[-3] % k.shape[-3]):
+        raise ValueError(f"attention wants a number of query heads that its key/value heads divide, got {shapes}")
+    if bias is not None and bias.dtype == bool:
+        raise TypeError("attention wants a bias of numbers, which is added to the scores; a mask is key_mask=...")
+    shape = (*q.shape[:-1], k.shape[-2])
+    for name, a in (("bias", bias), ("key_mask", key_mask), ("dropout_mask", dropout_mask)):
+        if a is not None and (a.ndim > len(shape) or any(n not in (1, m) for n, m in zip(a.shape[::-1], shape[::-1]))):
+            raise ValueError(f"attention wants a {name} that broadcasts to the scores {shape}, got {a.shape}")
+    return shape
 
-    seen: bool, broadcast to (..., t, s): which keys a query may look at.  causal: query i of t looks at keys j ≤ i + s − t,
-    which is right with cached or prepended keys.  keep: dropout's factors on P.  A query that may look nowhere gives zeros.
 
-        dV = (P ⊙ keep)ᵀ G,   dP = G Vᵀ ⊙ keep,   dS = α P (dP − Σ dP P),   dQ = dS K,   dK = dSᵀ Q"""
-    m, alpha = xp(q), q.shape[-1]**-0.5 if scale is None else scale
-    s = (q @ t(k)) * alpha                                                       # (..., t, s)
-    may = seen
+def repeat_heads(a: Array, group: int) -> Array:
+    "(..., Hkv, T, D) -> (..., Hkv group, T, D): every head `group` times, one copy after another."
+    return a if group == 1 else xp(a).repeat(a, group, axis=-3)
+
+
+def sum_heads(g: Array, group: int) -> Array:
+    "The adjoint of repeat_heads: the sum over the copies of each head."
+    return g if group == 1 else g.reshape(*g.shape[:-3], g.shape[-3] // group, group, *g.shape[-2:]).sum(axis=-3)
+
+
+@op("... t d, ... s d, ... s e, ... t s -> ... t e")
+def attention(q, k, v, bias=None, *, key_mask=None, causal=False, scale=None, dropout_mask=None):
+    """O = (P ⊙ M) V,  P = softmax(α Q Kᵀ + B).    α = 1/√D unless `scale` is given
+
+    q (..., H, Tq, D), k (..., Hkv, Tk, D), v (..., Hkv, Tk, E) -> (..., H, Tq, E).  Hkv divides H: query heads h H/Hkv to (h + 1) H/Hkv − 1
+    share key/value head h (grouped-query attention, Ainslie et al. 2023).  The other arrays broadcast to the scores (..., H, Tq, Tk):
+    bias B; key_mask, bool, True where a query may look at a key; dropout_mask M, factors of P.  causal: query i may look at keys
+    j ≤ i + Tk − Tq, so cached and prefix keys come before all queries.  A query that may look at no key gives zeros.
+
+        dV = (P ⊙ M)ᵀ G,   dP = G Vᵀ ⊙ M,   dB = P (dP − Σ dP P),   dQ = α dB K,   dK = α dBᵀ Q,      dK and dV summed over a group
+
+    ShapeError for heads, lengths or widths that do not fit, and for a bias or mask that does not broadcast to the scores."""
+    attention_shape(q, k, v, bias, key_mask, dropout_mask)
+    m = xp(q)
+    alpha = q.shape[-1]**-0.5 if scale is None else scale
+    group = q.shape[-3] // k.shape[-3] if q.ndim > 2 and k.shape[-3] else 1
+    k = repeat_heads(k, group)
+    v = repeat_heads(v, group)
+    s = (q @ t(k)) * alpha                                                       # (..., H, Tq, Tk)
+    if bias is not None:
+        s = s + bias
+    may = key_mask
     if causal:
         past = causal_mask(*s.shape[-2:], m)
         may = past if may is None else may & past
     if may is not None:
         s = m.where(may, s, -math.inf)
     top = s.max(axis=-1, keepdims=True)
-    e = m.exp(s - m.where(top == -math.inf, 0, top))                             # a row that sees nothing: all zeros, not NaN
-    p = e / m.maximum(e.sum(axis=-1, keepdims=True), 1)                          # a row that sees a key sums to 1 or more
-    pk = p if keep is None else p * keep
+    e = m.exp(s - m.where(top == -math.inf, 0, top))                             # a query without keys: all zeros, not NaN
+    p = e / m.maximum(e.sum(axis=-1, keepdims=True), 1)                          # a row with a key sums to 1 or more
+    pm = p if dropout_mask is None else p * dropout_mask
 
     def back(g, needed):
-        dv = t(pk) @ g if needed[2] else None
-        if not (needed[0] or needed[1]):
-            return None, None, dv
-        dp = g @ t(v) if keep is None else (g @ t(v)) * keep
-        ds = p * (dp - (dp * p).sum(axis=-1, keepdims=True)) * alpha
-        return ds @ k if needed[0] else None, t(ds) @ q if needed[1] else None, dv
-    return pk @ v, back
+        dq = dk = db = None
+        dv = sum_heads(t(pm) @ g, group) if needed[2] else None
+        if needed[0] or needed[1] or any(needed[3:]):
+            dp = g @ t(v) if dropout_mask is None else (g @ t(v)) * dropout_mask
+            ds = p * (dp - (dp * p).sum(axis=-1, keepdims=True))
+            db = ds if any(needed[3:]) else None
+            ds = ds * alpha
+            dq = ds @ k if needed[0] else None
+            dk = sum_heads(t(ds) @ q, group) if needed[1] else None
+        return (dq, dk, dv, db)[:len(needed)]
+    return pm @ v, back
 
 
 @op("... v, ..., v ->")

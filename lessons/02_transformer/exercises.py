@@ -77,9 +77,9 @@ def _(t, s, m=np):
 softmax_attention = Exercise(
     "functional:softmax_attention", difficulty=3, minutes=20, closed=("ops:attention",), hints=(
         "Every query is compared with every key (a product), the scores of a query become weights (a softmax), the weights mix the values.",
-        "Scores grow with the length d of the vectors: divide by √d.  What may not be seen gets the score -1e30 before the softmax, so its weight "
+        "Scores grow with the length d of the vectors: divide by √d.  A key that a query may not look at gets the score -1e30 before the softmax, so its weight "
         "is 0.",
-        "ops.where(mask, scores, -1e30) sets scores.  With both masks a query sees what both allow: seen & ops.causal_mask(t, s, m)."))
+        "ops.where(mask, scores, -1e30) sets scores.  With both masks a query sees what both allow: key_mask & ops.causal_mask(t, s, m)."))
 
 
 def attended(q, k, v, may=None, scale=None):
@@ -105,7 +105,7 @@ def _(f, q, k, v):
     close(f(*tensors(q, k, v)), attended(q, k, v), "the output", wide)
 
 
-@softmax_attention.law("causal: nothing is seen that comes later", q="t d", k="t d", v="t d")
+@softmax_attention.law("causal: no query looks at a later key", q="t d", k="t d", v="t d")
 def _(f, q, k, v):
     past = may_look(len(q), len(q), 0)
     s = q @ k.T * q.shape[-1]**-0.5
@@ -114,21 +114,21 @@ def _(f, q, k, v):
     close(f(*tensors(q, k, v), causal=True), attended(q, k, v, past), "the output", guesses)
 
 
-@softmax_attention.law("seen: keys that are padding get no weight", q="t d", k="s d", v="s d", seen=booleans("s"))
-def _(f, q, k, v, seen):
-    seen[0] = True
+@softmax_attention.law("key_mask: keys that are padding get no weight", q="t d", k="s d", v="s d", key_mask=booleans("s"))
+def _(f, q, k, v, key_mask):
+    key_mask[0] = True
     s = q @ k.T * q.shape[-1]**-0.5
-    guesses = {"the mask comes after the softmax, so the weights no longer add up to 1": (probabilities(s) * seen) @ v}
-    close(f(*tensors(q, k, v), seen=asarray(seen)), attended(q, k, v, seen), "the output", guesses)
+    guesses = {"the mask comes after the softmax, so the weights no longer add up to 1": (probabilities(s) * key_mask) @ v}
+    close(f(*tensors(q, k, v), key_mask=asarray(key_mask)), attended(q, k, v, key_mask), "the output", guesses)
 
 
-@softmax_attention.law("both masks at once, and older keys in front", q="t d", k="s d", v="s d", seen=booleans("s"))
-def _(f, q, k, v, seen):
-    seen[0] = True
+@softmax_attention.law("both masks at once, and older keys in front", q="t d", k="s d", v="s d", key_mask=booleans("s"))
+def _(f, q, k, v, key_mask):
+    key_mask[0] = True
     q = q[:len(k)]
     past = may_look(len(q), len(k), len(k) - len(q))
-    guesses = {"with causal=True, seen is forgotten": attended(q, k, v, past)}
-    close(f(*tensors(q, k, v), seen=asarray(seen), causal=True), attended(q, k, v, past & seen), "the output", guesses)
+    guesses = {"with causal=True, key_mask is forgotten": attended(q, k, v, past)}
+    close(f(*tensors(q, k, v), key_mask=asarray(key_mask), causal=True), attended(q, k, v, past & key_mask), "the output", guesses)
 
 
 @softmax_attention.law("queries, keys and values all get their gradient", q="t d", k="s d", v="s d", g="t d")
@@ -142,42 +142,42 @@ def _(f, q, k, v, g):
         close(np.zeros(want.shape) if x.grad is None else x.grad, want, f"the gradient of {name}")
 
 
-def attention(q, k, v, seen=None, causal=False, scale=None, after=False, both=True):
+def attention(q, k, v, key_mask=None, causal=False, scale=None, after=False, both=True):
     m = xp(q.data)
     scores = (q @ k.T) * (q.shape[-1]**-0.5 if scale is None else scale)
     if causal:
         past = ops.causal_mask(q.shape[-2], k.shape[-2], m)
-        seen = past if seen is None or not both else past & seen
+        key_mask = past if key_mask is None or not both else past & key_mask
     if after:
         p = ops.softmax(scores)
-        return (p if seen is None else ops.where(seen, p, 0.0)) @ v
-    return ops.softmax(scores if seen is None else ops.where(seen, scores, -1e30)) @ v
+        return (p if key_mask is None else ops.where(key_mask, p, 0.0)) @ v
+    return ops.softmax(scores if key_mask is None else ops.where(key_mask, scores, -1e30)) @ v
 
 
 @softmax_attention.wrong_answer("The softmax normalises, so scores need no scale.", says="not divided by √d")
-def _(q, k, v, seen=None, causal=False):
-    return attention(q, k, v, seen, causal, 1.0)
+def _(q, k, v, key_mask=None, causal=False):
+    return attention(q, k, v, key_mask, causal, 1.0)
 
 
 @softmax_attention.wrong_answer("The scale is 1/√C, with the width of the model.", says="width of the model")
-def _(q, k, v, seen=None, causal=False):
+def _(q, k, v, key_mask=None, causal=False):
     heads = q.shape[-3] if q.ndim > 2 else 1
-    return attention(q, k, v, seen, causal, (heads * q.shape[-1])**-0.5)
+    return attention(q, k, v, key_mask, causal, (heads * q.shape[-1])**-0.5)
 
 
 @softmax_attention.wrong_answer("The mask sets weights to zero, so it comes after the softmax.", says="after the softmax")
-def _(q, k, v, seen=None, causal=False):
-    return attention(q, k, v, seen, causal, after=True)
+def _(q, k, v, key_mask=None, causal=False):
+    return attention(q, k, v, key_mask, causal, after=True)
 
 
-@softmax_attention.wrong_answer("There is one mask: the causal one, or the one that is given.", says="seen is forgotten", subtle=True)
-def _(q, k, v, seen=None, causal=False):
-    return attention(q, k, v, seen, causal, both=False)
+@softmax_attention.wrong_answer("There is one mask: the causal one, or the one that is given.", says="key_mask is forgotten", subtle=True)
+def _(q, k, v, key_mask=None, causal=False):
+    return attention(q, k, v, key_mask, causal, both=False)
 
 
 @softmax_attention.wrong_answer("Computing with arrays is computing with tensors.", says="the gradient of q", subtle=True)
-def _(q, k, v, seen=None, causal=False):
-    return attention(q.detach(), k.detach(), v, seen, causal)
+def _(q, k, v, key_mask=None, causal=False):
+    return attention(q.detach(), k.detach(), v, key_mask, causal)
 
 
 # ── Attention.split ──────────────────────────────────────────────────────────────────────────────────────────────────

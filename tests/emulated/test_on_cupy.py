@@ -349,8 +349,8 @@ MIXED = {
     "where, host mask": lambda: ops.where(H > 0, Tensor(D), 0.0), "where, host value": lambda: ops.where(D > 0, Tensor(D), Tensor(H)),
     "gather, host indices": lambda: ops.gather(Tensor(D), np.zeros((2, 1), int)),
     "attention, host keys": lambda: ops.attention(Tensor(D), Tensor(H), Tensor(D)),
-    "attention, host mask": lambda: ops.attention(Tensor(D), Tensor(D), Tensor(D), seen=np.ones((2, 2), bool)),
-    "attention, host noise": lambda: ops.attention(Tensor(D), Tensor(D), Tensor(D), keep=np.ones((2, 2), np.float32)),
+    "attention, host mask": lambda: ops.attention(Tensor(D), Tensor(D), Tensor(D), key_mask=np.ones((2, 2), bool)),
+    "attention, host noise": lambda: ops.attention(Tensor(D), Tensor(D), Tensor(D), dropout_mask=np.ones((2, 2), np.float32)),
     "cross_entropy, host labels": lambda: ops.cross_entropy(Tensor(D), np.array([0, 1])),
     "cross_entropy, host weights": lambda: ops.cross_entropy(Tensor(D), cp.array([0, 1]), np.ones(3, np.float32)),
 }

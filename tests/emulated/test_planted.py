@@ -60,8 +60,8 @@ MISTAKES = {
     "the norm read twice": Mistake("optim.optimizers.clip_norm", "m.minimum(limit / (norm + 1e-6), 1.0)", "min(limit / (float(norm) + 1e-6), 1.0)", "waits"),
     "a host array beside the moments": Mistake("optim.optimizers.adam_update", "+ eps)", "+ np.full(w.shape, eps, np.float32))", "TypeError"),
     "a step size of np.float64": Mistake("optim.optimizers.adam_update", "(1 - b1) * g", "np.float64(1 - b1) * g.astype(np.float64)", "kernels"),
-    "positions made on the host": Mistake("nn.Context.positions", "m.cumsum(keys.astype(np.int64), axis=1)",
-                                             "m.asarray(np.cumsum(m.asnumpy(keys), axis=1))", "d2h"),
+    "positions made on the host": Mistake("nn.Context.positions", "m.cumsum(key_mask.astype(np.int64), axis=1)",
+                                             "m.asarray(np.cumsum(m.asnumpy(key_mask), axis=1))", "d2h"),
     "a size asked of the device": Mistake("tensor.sum_to", "g.ndim - len(shape)", "int(xp(g).asarray(g.ndim)) - len(shape)", "waits"),
 }
 

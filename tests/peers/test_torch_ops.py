@@ -130,15 +130,15 @@ def sdpa(mask: np.ndarray | None, scale: float | None = None) -> Callable:
 
 
 row("attention", ops.attention, sdpa(None), *QKV)
-row("attention", lambda *x: ops.attention(*x, dev(SEEN[:, None, None])), sdpa(SEEN[:, None, None]), *QKV, note="padding")
-row("attention", lambda *x: ops.attention(*x, dev(FREE)), sdpa(FREE), *QKV, note="any mask")
+row("attention", lambda *x: ops.attention(*x, key_mask=dev(SEEN[:, None, None])), sdpa(SEEN[:, None, None]), *QKV, note="padding")
+row("attention", lambda *x: ops.attention(*x, key_mask=dev(FREE)), sdpa(FREE), *QKV, note="any mask")
 row("attention", lambda *x: ops.attention(*x, causal=True), sdpa(CAUSAL), *QKV, note="causal, cached keys")
 row("attention", lambda *x: ops.attention(*x, causal=True), lambda *x: F.scaled_dot_product_attention(*x, is_causal=True),
     *([(2, 3, 5, 4)] * 3), note="causal")
-row("attention", lambda *x: ops.attention(*x, dev(SEEN[:, None, None]), causal=True), sdpa(SEEN[:, None, None] & CAUSAL), *QKV,
+row("attention", lambda *x: ops.attention(*x, key_mask=dev(SEEN[:, None, None]), causal=True), sdpa(SEEN[:, None, None] & CAUSAL), *QKV,
     note="causal and padding")
 row("attention", lambda *x: ops.attention(*x, scale=1.0), sdpa(None, 1.0), *QKV, note="scale")
-row("attention", lambda *x: ops.attention(*x, keep=dev(KEEP)),
+row("attention", lambda *x: ops.attention(*x, dropout_mask=dev(KEEP)),
     lambda q, k, v: (F.softmax(q @ k.transpose(-1, -2) / math.sqrt(4), -1) * torch.tensor(KEEP)) @ v, *QKV, note="dropout's factors")
 
 LABELS = np.array([[1, -100, 4], [0, 2, 2]])

@@ -1,11 +1,12 @@
-"""Attention on NumPy without its scores: tile by tile they are made, used and thrown away, and made again for the gradient.
+"""Attention on NumPy that never keeps its scores: they are computed tile by tile, used, and computed again for the gradient.
 
-With S = α Q Kᵀ, E = e^(S − top) and z the row sums of E, the probabilities P = E/z are never written:
+With S = α Q Kᵀ + B, E = e^(S − top) and z the row sums of E, the probabilities P = E/z are never written:
 
-    O = E V / z,        Ĝ = G / z,   dV = Eᵀ Ĝ,   dS = E ⊙ (Ĝ Vᵀ − Σ Ĝ O),   dQ = α dS K,   dK = dSᵀ (α Q)
+    O = E V / z,        Ĝ = G / z,   dV = Eᵀ Ĝ,   dB = E ⊙ (Ĝ Vᵀ − Σ Ĝ O),   dQ = α dB K,   dK = dBᵀ (α Q)
 
-so memory grows with the length of the text, not with its square; of a causal square only the tiles that can be seen are made; and the
-seven passes over a tile stay in the cache.  (Dao et al. 2022, FlashAttention, with the tile a block of queries by all their keys.)
+So memory grows with the length of the sequence, not with its square; of a causal square only the tiles below the diagonal are
+computed; and the seven passes over a tile stay in the cache.  (Dao et al. 2022, FlashAttention, with a tile of some queries by all
+their keys.)
 """
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from .. import ops
+from ..tensor import sum_to
 from .threads import each, get_num_threads
 
 TILE = 1 << 17                                           # scores in a tile: 512 kB
@@ -22,40 +24,72 @@ ROWS = 64                                                # queries in a tile of 
 SAFE = 40                                                # e⁴⁰ and e⁻⁴⁰, summed and multiplied, stay far inside float32
 
 
-def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, seen: np.ndarray | None = None, causal: bool = False, scale: float | None = None,
-              keep: np.ndarray | None = None) -> Any:
-    "Saves the (B, H, t, s) scores.  For q (B, H, t, d), k and v (B, H, s, d) in float32, with s >= t where causal; else the definition."
-    if not (q.ndim == 4 and q.size and k.shape[2] and k.shape == v.shape == (*q.shape[:2], k.shape[2], q.shape[3])
-            and q.dtype == k.dtype == v.dtype == np.float32 and (k.shape[2] >= q.shape[2] or not causal)):
+def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, bias: np.ndarray | None = None, *, key_mask: np.ndarray | None = None,
+              causal: bool = False, scale: float | None = None, dropout_mask: np.ndarray | None = None) -> Any:
+    """Saves the (B, H, Tq, Tk) scores, and the copies of key/value heads that several query heads share.
+
+    For q (B, H, Tq, D), k and v (B, Hkv, Tk, D) in float32, with Tk >= Tq where causal."""
+    ops.attention_shape(q, k, v, bias, key_mask, dropout_mask)
+    arrays = [q, k, v] if bias is None else [q, k, v, bias]
+    if not (q.ndim == 4 and q.size and k.size and k.shape == v.shape and all(a.dtype == np.float32 for a in arrays)
+            and (k.shape[2] >= q.shape[2] or not causal)):
         return NotImplemented
-    a = _Attention(q, k, v, seen, causal, q.shape[-1]**-0.5 if scale is None else scale, keep)
-    each(a.groups, a.forward)
+    alpha = q.shape[-1]**-0.5 if scale is None else scale
+    y = np.empty_like(q)                                                         # in the memory layout of q
+    tiled = _Attention(q, k, v, y, bias, key_mask, causal, alpha, dropout_mask)
+    each(tiled.groups, tiled.forward)
 
     def back(g: np.ndarray, needed: list[bool]) -> tuple:
-        d = [np.empty_like(x) if n else None for x, n in zip((q, k, v), needed)]
-        each(a.groups, lambda tiles: a.backward(tiles, g, *d))
-        return tuple(d)
-    return a.y, back
+        gradients = [np.empty_like(a) if n else None for a, n in zip((q, k, v), needed)]
+        db = np.zeros_like(bias) if any(needed[3:]) else None
+        tiled.gradients(g, *gradients, db)
+        return (*gradients, db)[:len(needed)]
+    return y, back
 
 
 class _Attention:
-    "What the tiles of one call share.  y: the output (as q lies in memory), z: the row sums, top: what was taken off the scores, None for nothing."
+    """The arrays and the tiles of one call.
 
-    def __init__(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, seen: np.ndarray | None, causal: bool, alpha: float, keep: np.ndarray | None):
-        (B, H, t, _), s, one = q.shape, k.shape[2], np.float32
-        self.q, self.k, self.v, self.alpha, self.keep = q, k, v, one(alpha), keep
-        self.hide = None if seen is None else np.where(seen, one(0), one(-math.inf))
-        self.future = np.triu(np.full((queries(t),) * 2, -math.inf, np.float32), 1) if causal else None
-        self.y, self.z, self.ones = np.empty_like(q), np.empty((B, H, t, 1), np.float32), np.ones(s, np.float32)
-        longest = lambda a: np.einsum("bhtd,bhtd->bht", a, a).max()**0.5
+    All arrays have the leading axes (B, H), or (B, Hkv, H/Hkv) where query heads share key/value heads; k and v then have length 1
+    on the third.  y: the output;  z: the row sums;  top: the maximum subtracted from each row of scores, None for no subtraction."""
+
+    def __init__(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, y: np.ndarray, bias: np.ndarray | None, key_mask: np.ndarray | None,
+                 causal: bool, alpha: float, dropout_mask: np.ndarray | None):
+        (B, H, t, _), s = q.shape, k.shape[2]
+        self.heads, self.kv_heads = H, k.shape[1]
+        self.q, self.k, self.v, self.y = self.grouped(q), self.grouped(k), self.grouped(v), self.grouped(y)
+        self.alpha = np.float32(alpha)
+        self.bias = None if bias is None else self.grouped(bias)
+        self.dropout_mask = None if dropout_mask is None else self.grouped(dropout_mask)
+        self.hide = None
+        if key_mask is not None:
+            self.hide = self.grouped(np.where(key_mask, np.float32(0), np.float32(-math.inf)))
+        self.future = None
+        if causal:
+            rows = queries(t)
+            self.future = np.triu(np.full((rows, rows), -math.inf, np.float32), 1)
+        self.z = np.empty((*self.q.shape[:-1], 1), np.float32)
+        self.ones = np.ones(s, np.float32)
         bound = abs(alpha) * longest(q) * longest(k)                             # no score is larger: |q·k| <= |q| |k|
+        if bias is not None:
+            bound += np.abs(bias).max()
         self.top = None if bound <= SAFE else np.empty_like(self.z)
-        self.groups = tiles(B, H, t, s, causal)
-        self.kept: dict | None = {} if B * H * t * s <= TILE else None           # what fits the cache need not be made again
+        self.groups = tiles(B, H, self.kv_heads, t, s, causal)
+        self.saved: dict | None = {} if B * H * t * s <= TILE else None          # scores that fit the cache are kept for the gradient
+
+    def grouped(self, a: np.ndarray) -> np.ndarray:
+        "A view with the leading axes of the tiles.  a broadcasts to (B, H, Tq, Tk), or has one head for each key/value head."
+        a = a.reshape((1,) * (4 - a.ndim) + a.shape)
+        if self.heads == self.kv_heads:
+            return a
+        B, H, *matrix = a.shape
+        return a.reshape(B, self.kv_heads, -1, *matrix) if H > 1 else a.reshape(B, 1, 1, *matrix)
 
     def scores(self, at: tuple, rows: slice, cols: slice) -> np.ndarray:
-        "α Q Kᵀ, −∞ where nothing may be seen"
-        x = (self.q[at][:, :, rows] * self.alpha) @ ops.t(self.k[at][:, :, cols])
+        "α Q Kᵀ + B of a tile, −∞ where a query may not look."
+        x = (self.q[at][..., rows, :] * self.alpha) @ ops.t(self.k[at][..., cols, :])
+        if self.bias is not None:
+            x += part(self.bias, at, rows, cols)
         if self.future is not None:
             n = rows.stop - rows.start
             x[..., -n:] += self.future[:n, :n]
@@ -64,77 +98,120 @@ class _Attention:
         return x
 
     def forward(self, group: list) -> None:
+        "The output and the row sums of a group of tiles."
         for tile in group:
             at, rows, cols = tile
-            e, z = self.scores(*tile), self.z[at][:, :, rows]
+            e = self.scores(*tile)
+            z = self.z[at][..., rows, :]
             if self.top is not None:
-                top = e.max(axis=-1, keepdims=True, out=self.top[at][:, :, rows])
+                top = e.max(axis=-1, keepdims=True, out=self.top[at][..., rows, :])
                 top[top == -math.inf] = 0
                 e -= top
             np.exp(e, out=e)
             z[..., 0] = e @ self.ones[cols]
-            z += z == 0                                                          # a query that may look nowhere gives zeros
-            if self.kept is not None:
-                self.kept[_key(*tile)] = e
-            if self.keep is not None:
-                e = e * part(self.keep, at, rows, cols)
-            o = np.matmul(e, self.v[at][:, :, cols], out=self.y[at][:, :, rows])
+            z += z == 0                                                          # a query that may look at no key gives zeros
+            if self.saved is not None:
+                self.saved[_key(*tile)] = e
+            if self.dropout_mask is not None:
+                e = e * part(self.dropout_mask, at, rows, cols)
+            o = np.matmul(e, self.v[at][..., cols, :], out=self.y[at][..., rows, :])
             o /= z
 
-    def backward(self, group: list, g: np.ndarray, dq: np.ndarray | None, dk: np.ndarray | None, dv: np.ndarray | None) -> None:
+    def gradients(self, g: np.ndarray, dq: np.ndarray | None, dk: np.ndarray | None, dv: np.ndarray | None, db: np.ndarray | None) -> None:
+        "Fill dq, dk and dv, and add to db; None for a gradient that is not wanted."
+        g, *wanted = (None if a is None else self.grouped(a) for a in (g, dq, dk, dv, db))
+        groups = self.groups if db is None else merged(self.groups, wanted[3])
+        each(groups, lambda group: self.backward(group, g, *wanted))
+
+    def backward(self, group: list, g: np.ndarray, dq: np.ndarray | None, dk: np.ndarray | None, dv: np.ndarray | None,
+                 db: np.ndarray | None) -> None:
+        "The gradients that come from a group of tiles."
         for tile in group:
             at, rows, cols = tile
-            e = self.kept[_key(*tile)] if self.kept is not None else self.again(*tile)
-            G, noise = g[at][:, :, rows] / self.z[at][:, :, rows], None if self.keep is None else part(self.keep, at, rows, cols)
+            e = self.saved[_key(*tile)] if self.saved is not None else self.again(*tile)
+            G = g[at][..., rows, :] / self.z[at][..., rows, :]
+            mask = None if self.dropout_mask is None else part(self.dropout_mask, at, rows, cols)
             if dv is not None:
-                self.add(dv[at], ops.t(e if noise is None else e * noise), G, rows, cols)
-            if dq is None and dk is None:
+                self.add(dv[at], ops.t(e if mask is None else e * mask), G, rows, cols)
+            if dq is None and dk is None and db is None:
                 continue
-            ds = G @ ops.t(self.v[at][:, :, cols])
-            if noise is not None:
-                ds *= noise
-            ds -= np.einsum("bhtd,bhtd->bht", G, self.y[at][:, :, rows])[..., None]
+            ds = G @ ops.t(self.v[at][..., cols, :])
+            if mask is not None:
+                ds *= mask
+            ds -= np.einsum("...td,...td->...t", G, self.y[at][..., rows, :])[..., None]
             ds *= e
+            if db is not None:
+                there = part(db, at, rows, cols)
+                there += sum_to(ds, there.shape)
             if dk is not None:
-                self.add(dk[at], ops.t(ds), self.q[at][:, :, rows] * self.alpha, rows, cols)
+                self.add(dk[at], ops.t(ds), self.q[at][..., rows, :] * self.alpha, rows, cols)
             if dq is not None:
-                o = np.matmul(ds, self.k[at][:, :, cols], out=dq[at][:, :, rows])
+                o = np.matmul(ds, self.k[at][..., cols, :], out=dq[at][..., rows, :])
                 o *= self.alpha
 
     def again(self, at: tuple, rows: slice, cols: slice) -> np.ndarray:
+        "E of a tile, computed a second time."
         e = self.scores(at, rows, cols)
         if self.top is not None:
-            e -= self.top[at][:, :, rows]
+            e -= self.top[at][..., rows, :]
         return np.exp(e, out=e)
 
     def add(self, d: np.ndarray, a: np.ndarray, b: np.ndarray, rows: slice, cols: slice) -> None:
-        "d ← a b for the last queries, who come first and see every key; d += a b for the others."
-        if rows.stop == self.q.shape[2]:
-            np.matmul(a, b, out=d)
+        """d ← a b for the last queries, which come first and look at every key; d += a b for the others.
+
+        Where query heads share a key/value head, their products are summed."""
+        first = rows.stop == self.q.shape[-2]
+        if self.heads != self.kv_heads:
+            product = (a @ b).sum(axis=2, keepdims=True)
+        elif first:
+            product = np.matmul(a, b, out=d)
         else:
-            d[:, :, cols] += a @ b
+            product = a @ b
+        if not first:
+            d[..., cols, :] += product
+        elif product is not d:
+            d[...] = product
+
+
+def longest(a: np.ndarray) -> float:
+    "The largest norm of a row of a (B, H, T, D)."
+    return np.einsum("bhtd,bhtd->bht", a, a).max()**0.5
 
 
 def queries(t: int) -> int:
-    "How many queries of t a tile of causal attention has: few leave out more of what cannot be seen, many make better products."
+    "The number of queries of t in a tile of causal attention: with few, more of the upper triangle is left out; many make better products."
     return min(t, max(ROWS, t // 8))
 
 
-def tiles(B: int, H: int, t: int, s: int, causal: bool) -> list[list[tuple]]:
-    "For each group of heads its tiles, the last queries first: (batch rows and heads, queries, the keys they may see).  Groups are independent."
-    r = queries(t) if causal else min(t, max(ROWS, TILE // s))
-    shared = get_num_threads() if B * H * t * s >= 4 * TILE else 1               # less is not worth the handing over
-    size = min(TILE, -(-B * H * r * s // shared))                                # at least a group for each thread
-    h = min(H, max(1, size // (r * s)))
-    b = max(1, size // (r * s * H)) if h == H else 1
+def tiles(B: int, H: int, kv_heads: int, t: int, s: int, causal: bool) -> list[list[tuple]]:
+    """For each group of heads its tiles, the last queries first: (slices of the leading axes, queries, the keys that they may look at).
+
+    Groups are independent.  Query heads that share a key/value head are in one tile."""
+    shared = H // kv_heads
+    r = queries(t) if causal else min(t, max(ROWS, TILE // (s * shared)))
+    threads = get_num_threads() if B * H * t * s >= 4 * TILE else 1              # less is not worth the handing over
+    size = min(TILE, -(-B * H * r * s // threads))                               # at least a group for each thread
+    scores = r * s * shared                                                      # of one key/value head
+    h = min(kv_heads, max(1, size // scores))
+    b = max(1, size // (scores * kv_heads)) if h == kv_heads else 1
+    together = () if shared == 1 else (slice(None),)
     ends = [(i, min(i + r, t)) for i in reversed(range(0, t, r))]
-    return [[((slice(i, i + b), slice(j, j + h)), slice(m, n), slice(0, n + s - t if causal else s)) for m, n in ends]
-            for i in range(0, B, b) for j in range(0, H, h)]
+    return [[((slice(i, i + b), slice(j, j + h), *together), slice(m, n), slice(0, n + s - t if causal else s)) for m, n in ends]
+            for i in range(0, B, b) for j in range(0, kv_heads, h)]
+
+
+def merged(groups: list[list[tuple]], db: np.ndarray) -> list[list[tuple]]:
+    "The groups of tiles, those that add to the same part of db made one: independent again, and added in a fixed order."
+    found: dict[tuple, list[tuple]] = {}
+    for group in groups:
+        batch, heads = group[0][0][:2]
+        part_of_db = (batch.start if db.shape[0] > 1 else 0, heads.start if db.shape[1] > 1 else 0)
+        found.setdefault(part_of_db, []).extend(group)
+    return list(found.values())
 
 
 def part(a: np.ndarray, at: tuple, rows: slice, cols: slice) -> np.ndarray:
-    "A tile of what broadcasts to (B, H, t, s)."
-    a = a.reshape((1,) * (4 - a.ndim) + a.shape)
+    "A tile of an array that broadcasts to the scores, a view."
     return a[tuple(slice(None) if n == 1 else i for n, i in zip(a.shape, (*at, rows, cols)))]
 
 

@@ -55,10 +55,11 @@ class Attention(Module):
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         q, k, v = self.project(x, ctx)                                           # (B, H, T, D)
         k, v, key_mask = self.kv((k, v, ctx.key_mask()), ctx)                    # (B, H, Tk, D)
-        seen = None if key_mask is None else key_mask[:, None, None, :]          # (B, 1, 1, Tk)
+        if key_mask is not None:
+            key_mask = key_mask[:, None, None, :]                                # (B, 1, 1, Tk)
         key = self.drop_p.key(ctx)
-        keep = None if key is None else self.noise(q, k, key)
-        y = ops.attention(q, k, v, seen, causal=self.causal, keep=keep)          # (B, H, T, D)
+        dropout_mask = None if key is None else self.dropout_mask(q, k, key)
+        y = ops.attention(q, k, v, key_mask=key_mask, causal=self.causal, dropout_mask=dropout_mask)     # (B, H, T, D)
         return self.drop(self.o(y.permute(0, 2, 1, 3).reshape(x.shape), ctx), ctx)
 
     def project(self, x: Tensor, ctx: Context) -> Sequence[Tensor]:
@@ -74,8 +75,8 @@ class Attention(Module):
         B, T, C = x.shape
         return x.reshape(B, T, self.h, C // self.h).permute(0, 2, 1, 3)
 
-    def noise(self, q: Tensor, k: Tensor, key: int) -> Array:
-        "Dropout's factors on the probabilities, (B, H, T, Tk): what it makes of ones"
+    def dropout_mask(self, q: Tensor, k: Tensor, key: int) -> Array:
+        "Factors of the probabilities, (B, H, T, Tk): the dropout of ones."
         return ops.dropout(Tensor(xp(q.data).ones((*q.shape[:-1], k.shape[-2]), q.dtype)), self.drop_p.p, key).data
 
 

@@ -1,6 +1,7 @@
 """CUDA kernels: the library's ops on CuPy arrays, each in a readable .cu file, each held to its definition in ops.py.
 
-    layers.py    the drop-ins: linear, matmul, project, layer_norm, gelu, attention, cross_entropy, embedding, dropout
+    layers.py    the drop-ins: linear, matmul, project, layer_norm, gelu, cross_entropy, embedding, dropout
+    attention.py attention
     optimizer.py AdamW over all tensors at once
     int4.py      products with a weight of four bits a number
     gemm.py      matrix products straight through cuBLAS

@@ -55,6 +55,11 @@ def matmul(a: Array, b: Array, out: Array | None = None, add: bool = False) -> A
     return out
 
 
+def matmul_float32(a: Array, b: Array) -> Array:
+    "a @ b in float32, as it was summed: scores, and the gradient of a weight, which is float32 itself where training is mixed."
+    return matmul(a, b, out=empty(a, (*a.shape[:-1], b.shape[-1]), np.float32))
+
+
 class Layout(NamedTuple):
     "How cuBLAS is to read an array: transposed?, numbers from one row (of the memory) to the next, numbers from one matrix to the next."
     transposed: bool

@@ -21,6 +21,7 @@ from ...array import Array, bfloat16, is_array, xp
 HERE = Path(__file__).parent
 COMPILERS: dict[type, Callable[[str, str], Callable]] = {}                       # array type -> (source, name) -> a kernel
 C_TYPES = {np.dtype(np.float32): ("float", ""), np.dtype(np.float16): ("__half", "cuda_fp16.h"), bfloat16: ("__nv_bfloat16", "cuda_bf16.h")}
+THREADS = 256                                                                    # in a block
 BLOCKS = 4096                                                                    # enough to fill a large device several times over
 
 
@@ -38,6 +39,16 @@ def launch(file: str, name: str, grid: int | tuple, block: int | tuple, *args: A
 def blocks(n: int, per: int = 256) -> int:
     "How many blocks for n numbers: not more than keep a device busy, each thread then takes several."
     return min(-(-n // per), BLOCKS)
+
+
+def warp_blocks(rows: int) -> int:
+    "The number of blocks of THREADS threads for this many rows, a warp of 32 threads to a row."
+    return -(-rows // (THREADS // 32))
+
+
+def contiguous(a: Array) -> Array:
+    "a, or a C-contiguous copy."
+    return a if a.flags.c_contiguous else xp(a).ascontiguousarray(a)
 
 
 def empty(like: Array, shape: tuple, dtype: Any = None) -> Array:
