@@ -1,5 +1,9 @@
-"""Directories in and out, without torch.  Two references written from the files' own layout, x W + b with W stored (in, out) for GPT-2,
-say what a file computes; `computes` holds a loader to them, and a test requires it to refuse loaders with a planted error."""
+"""Directories in and out, without torch.
+
+Two references compute what a file says, from the file's own layout: x W + b with W stored (in, out) for GPT-2,
+x Wᵀ + b for BERT. `computes` holds a loader to them. A test plants errors in the loader, and `computes` must
+reject each of them.
+"""
 from __future__ import annotations
 
 import errno
@@ -22,134 +26,204 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from tinyft import edit
-from tinyft.formats import classifier, huggingface, layout, load, save
+from tinyft.formats import classifier, huggingface, load, save
 from tinyft.formats.bert import BERTFamily
 from tinyft.formats.gpt2 import GPT2Family
+from tinyft.formats.layout import FileTensor, Plan, Table, file_tensors
 from tinyft.methods import BitFit, LoRA
 from tinyft.models import BERT, GPT, BERTConfig, GPTConfig
 from tinyft.nn import Linear, Packed
 
-V, T, C, L, H, F = 50, 12, 16, 2, 2, 16                  # F = C: every matrix of a block is square, and a wrong transpose fits
+# Vocabulary, positions, width, layers, heads, feed-forward width. F = C makes every matrix of a block square, so that a
+# wrong transpose has the right shape.
+V, T, C, L, H, F = 50, 12, 16, 2, 2, 16
 IDS = np.array([[3, 1, 4, 1, 5, 9], [2, 6, 49, 3, 5, 8]])
 TYPES = np.array([[0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 1]])
+SMALL_GPT = GPTConfig(V, T, C, L, H)
+SMALL_BERT = BERTConfig(V, T, 2, C, L, H)
+ONE_LAYER = BERTConfig(V, T, 2, C, 1, H)
 Tensors = dict[str, np.ndarray]
 
 
-# ── files as others write them ───────────────────────────────────────────────────────────────────────────────────────
+# ── files as other libraries write them ──────────────────────────────────────────────────────────────────────────────
+class Draw:
+    """Draws the float32 tensors of a file: d(3, 4) is a matrix of standard deviation 0.4."""
+
+    def __init__(self, rng: np.random.Generator):
+        self.rng = rng
+
+    def __call__(self, *shape: int) -> np.ndarray:
+        return (self.rng.standard_normal(shape) * 0.4).astype(np.float32)
+
+
 def gpt2_file(rng: np.random.Generator, head: str = "lm") -> tuple[dict, Tensors]:
-    "config.json and tensors, named as the hub names them: no prefix."
-    n = lambda *shape: (rng.standard_normal(shape) * 0.4).astype(np.float32)
-    out = {"wte.weight": n(V, C), "wpe.weight": n(T, C), "ln_f.weight": n(C), "ln_f.bias": n(C)}
+    """config.json and tensors, named as the hub names them: no prefix."""
+    draw = Draw(rng)
+    out = {"wte.weight": draw(V, C), "wpe.weight": draw(T, C), "ln_f.weight": draw(C), "ln_f.bias": draw(C)}
+    linear_maps = {"attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C), "mlp.c_fc": (C, F), "mlp.c_proj": (F, C)}
     for i in range(L):
-        for name, in_features, out_features in (("attn.c_attn", C, 3 * C), ("attn.c_proj", C, C), ("mlp.c_fc", C, F), ("mlp.c_proj", F, C)):
-            out |= {f"h.{i}.{name}.weight": n(in_features, out_features), f"h.{i}.{name}.bias": n(out_features)}
-        out |= {f"h.{i}.ln_{j}.{k}": n(C) for j in (1, 2) for k in ("weight", "bias")}
-    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": V, "n_positions": T, "n_ctx": T, "n_embd": C,
-              "n_layer": L, "n_head": H, "n_inner": F, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "resid_pdrop": 0.1,
-              "embd_pdrop": 0.0, "attn_pdrop": 0.2}
+        for name, (in_features, out_features) in linear_maps.items():
+            out[f"h.{i}.{name}.weight"] = draw(in_features, out_features)
+            out[f"h.{i}.{name}.bias"] = draw(out_features)
+        for j in (1, 2):
+            for end in ("weight", "bias"):
+                out[f"h.{i}.ln_{j}.{end}"] = draw(C)
+    config = {
+        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"],
+        "vocab_size": V, "n_positions": T, "n_ctx": T, "n_embd": C, "n_layer": L, "n_head": H, "n_inner": F,
+        "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+        "resid_pdrop": 0.1, "embd_pdrop": 0.0, "attn_pdrop": 0.2}
     if head == "classes":
-        out |= {"score.weight": n(3, C)}
-        config |= {"architectures": ["GPT2ForSequenceClassification"], "id2label": {"0": "a", "1": "b", "2": "c"}}
+        out["score.weight"] = draw(3, C)
+        config["architectures"] = ["GPT2ForSequenceClassification"]
+        config["id2label"] = {"0": "a", "1": "b", "2": "c"}
     return config, out
 
 
 def bert_file(rng: np.random.Generator, head: str | None = "mlm") -> tuple[dict, Tensors]:
-    n = lambda *shape: (rng.standard_normal(shape) * 0.4).astype(np.float32)
-    out = {f"bert.embeddings.{k}_embeddings.weight": n(m, C) for k, m in (("word", V), ("position", T), ("token_type", 2))}
+    """config.json and tensors, named as transformers names them: with the prefix `bert.`."""
+    draw = Draw(rng)
+    rows = {"word": V, "position": T, "token_type": 2}
+    out = {f"bert.embeddings.{kind}_embeddings.weight": draw(n, C) for kind, n in rows.items()}
 
     def linear(name: str, in_features: int, out_features: int) -> None:
-        out.update({f"{name}.weight": n(out_features, in_features), f"{name}.bias": n(out_features)})
+        out[f"{name}.weight"] = draw(out_features, in_features)
+        out[f"{name}.bias"] = draw(out_features)
 
     def norm(name: str) -> None:
-        out.update({f"{name}.weight": n(C), f"{name}.bias": n(C)})
+        out[f"{name}.weight"] = draw(C)
+        out[f"{name}.bias"] = draw(C)
+
     norm("bert.embeddings.LayerNorm")
     for i in range(L):
-        at = f"bert.encoder.layer.{i}"
-        for k in ("query", "key", "value"):
-            linear(f"{at}.attention.self.{k}", C, C)
-        linear(f"{at}.attention.output.dense", C, C)
-        linear(f"{at}.intermediate.dense", C, F)
-        linear(f"{at}.output.dense", F, C)
-        norm(f"{at}.attention.output.LayerNorm")
-        norm(f"{at}.output.LayerNorm")
+        layer = f"bert.encoder.layer.{i}"
+        for kind in ("query", "key", "value"):
+            linear(f"{layer}.attention.self.{kind}", C, C)
+        linear(f"{layer}.attention.output.dense", C, C)
+        linear(f"{layer}.intermediate.dense", C, F)
+        linear(f"{layer}.output.dense", F, C)
+        norm(f"{layer}.attention.output.LayerNorm")
+        norm(f"{layer}.output.LayerNorm")
     architecture = {"mlm": "BertForMaskedLM", "classes": "BertForSequenceClassification", None: "BertModel"}[head]
-    config = {"model_type": "bert", "architectures": [architecture], "vocab_size": V, "max_position_embeddings": T, "type_vocab_size": 2,
-              "hidden_size": C, "num_hidden_layers": L, "intermediate_size": F, "num_attention_heads": H,
-              "hidden_act": "gelu", "layer_norm_eps": 1e-12, "hidden_dropout_prob": 0.1}
+    config = {
+        "model_type": "bert", "architectures": [architecture],
+        "vocab_size": V, "max_position_embeddings": T, "type_vocab_size": 2, "hidden_size": C, "num_hidden_layers": L,
+        "intermediate_size": F, "num_attention_heads": H,
+        "hidden_act": "gelu", "layer_norm_eps": 1e-12, "hidden_dropout_prob": 0.1}
     if head == "mlm":
         linear("cls.predictions.transform.dense", C, C)
         norm("cls.predictions.transform.LayerNorm")
-        out["cls.predictions.bias"] = n(V)
+        out["cls.predictions.bias"] = draw(V)
     else:
         linear("bert.pooler.dense", C, C)
     if head == "classes":
         linear("classifier", C, 3)
-        config |= {"id2label": {"0": "a", "1": "b", "2": "c"}}
+        config["id2label"] = {"0": "a", "1": "b", "2": "c"}
     return config, out
 
 
-def normed(x: np.ndarray, t: Tensors, name: str, eps: float) -> np.ndarray:
-    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps) * t[f"{name}.weight"] + t[f"{name}.bias"]
+# ── what a file computes, in float64 ─────────────────────────────────────────────────────────────────────────────────
+class Reference:
+    """The parts of a forward pass, on the tensors of a file."""
+
+    def __init__(self, tensors: Tensors, eps: float, transposed: bool):
+        self.t = {name: a.astype(np.float64) for name, a in tensors.items()}
+        self.eps = eps
+        self.transposed = transposed                       # True if linear weights are stored (in, out)
+
+    def linear(self, x: np.ndarray, name: str) -> np.ndarray:
+        """x Wᵀ + b"""
+        W = self.t[f"{name}.weight"]
+        return x @ (W if self.transposed else W.T) + self.t[f"{name}.bias"]
+
+    def norm(self, x: np.ndarray, name: str) -> np.ndarray:
+        """(x - mean) / √(var + ε) · w + b"""
+        centred = x - x.mean(-1, keepdims=True)
+        scaled = centred / np.sqrt(x.var(-1, keepdims=True) + self.eps)
+        return scaled * self.t[f"{name}.weight"] + self.t[f"{name}.bias"]
 
 
-def heads(q: np.ndarray, k: np.ndarray, v: np.ndarray, causal: bool) -> np.ndarray:
-    "Attention, one row of the batch and one head at a time."
-    out, D = np.zeros_like(q), C // H
+def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, causal: bool) -> np.ndarray:
+    """Attention, one row of the batch and one head at a time."""
+    out = np.zeros_like(q)
+    D = C // H
     for b in range(len(q)):
         for j in range(0, C, D):
-            s = q[b, :, j:j + D] @ k[b, :, j:j + D].T / math.sqrt(D)
-            s = np.where(np.tri(len(s)) > 0, s, -np.inf) if causal else s
-            p = np.exp(s - s.max(-1, keepdims=True))
+            scores = q[b, :, j:j + D] @ k[b, :, j:j + D].T / math.sqrt(D)
+            if causal:
+                scores = np.where(np.tri(len(scores)) > 0, scores, -np.inf)
+            p = np.exp(scores - scores.max(-1, keepdims=True))
             out[b, :, j:j + D] = p / p.sum(-1, keepdims=True) @ v[b, :, j:j + D]
     return out
 
 
+def gelu_tanh(x: np.ndarray) -> np.ndarray:
+    """GPT-2's GELU."""
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    """BERT's GELU."""
+    return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+
+
 def run_gpt2(tensors: Tensors) -> np.ndarray:
-    "What a GPT-2 file computes on IDS, in float64."
-    t = {k: v.astype(np.float64) for k, v in tensors.items()}
-    linear = lambda x, name: x @ t[f"{name}.weight"] + t[f"{name}.bias"]
-    x = t["wte.weight"][IDS] + t["wpe.weight"][:IDS.shape[1]]
+    """The output of a GPT-2 file on IDS."""
+    f = Reference(tensors, eps=1e-5, transposed=True)
+    x = f.t["wte.weight"][IDS] + f.t["wpe.weight"][:IDS.shape[1]]
     for i in range(L):
-        q, k, v = np.split(linear(normed(x, t, f"h.{i}.ln_1", 1e-5), f"h.{i}.attn.c_attn"), 3, axis=-1)
-        x = x + linear(heads(q, k, v, True), f"h.{i}.attn.c_proj")
-        up = linear(normed(x, t, f"h.{i}.ln_2", 1e-5), f"h.{i}.mlp.c_fc")
-        x = x + linear(0.5 * up * (1 + np.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up**3))), f"h.{i}.mlp.c_proj")
-    x = normed(x, t, "ln_f", 1e-5)
-    return x[:, -1] @ t["score.weight"].T if "score.weight" in t else x @ t["wte.weight"].T
+        fused = f.linear(f.norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn")
+        q, k, v = np.split(fused, 3, axis=-1)
+        x = x + f.linear(attention(q, k, v, causal=True), f"h.{i}.attn.c_proj")
+        up = f.linear(f.norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")
+        x = x + f.linear(gelu_tanh(up), f"h.{i}.mlp.c_proj")
+    x = f.norm(x, "ln_f")
+    if "score.weight" in f.t:
+        return x[:, -1] @ f.t["score.weight"].T
+    return x @ f.t["wte.weight"].T
 
 
 def run_bert(tensors: Tensors) -> np.ndarray:
-    "What a BERT file computes on IDS and TYPES, in float64."
-    t = {k.removeprefix("bert."): v.astype(np.float64) for k, v in tensors.items()}
-    linear = lambda x, name: x @ t[f"{name}.weight"].T + t[f"{name}.bias"]
-    gelu = lambda x: 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
-    at = lambda k: t[f"embeddings.{k}_embeddings.weight"]
-    x = normed(at("word")[IDS] + at("position")[:IDS.shape[1]] + at("token_type")[TYPES], t, "embeddings.LayerNorm", 1e-12)
+    """The output of a BERT file on IDS and TYPES."""
+    f = Reference({name.removeprefix("bert."): a for name, a in tensors.items()}, eps=1e-12, transposed=False)
+    word = f.t["embeddings.word_embeddings.weight"]
+    position = f.t["embeddings.position_embeddings.weight"]
+    token_type = f.t["embeddings.token_type_embeddings.weight"]
+    x = f.norm(word[IDS] + position[:IDS.shape[1]] + token_type[TYPES], "embeddings.LayerNorm")
     for i in range(L):
-        n = f"encoder.layer.{i}"
-        a = heads(*(linear(x, f"{n}.attention.self.{k}") for k in ("query", "key", "value")), False)
-        x = normed(x + linear(a, f"{n}.attention.output.dense"), t, f"{n}.attention.output.LayerNorm", 1e-12)
-        x = normed(x + linear(gelu(linear(x, f"{n}.intermediate.dense")), f"{n}.output.dense"), t, f"{n}.output.LayerNorm", 1e-12)
-    if "classifier.weight" in t:
-        return linear(np.tanh(linear(x[:, 0], "pooler.dense")), "classifier")
-    if "cls.predictions.bias" not in t:
+        layer = f"encoder.layer.{i}"
+        q, k, v = [f.linear(x, f"{layer}.attention.self.{kind}") for kind in ("query", "key", "value")]
+        attended = f.linear(attention(q, k, v, causal=False), f"{layer}.attention.output.dense")
+        x = f.norm(x + attended, f"{layer}.attention.output.LayerNorm")
+        up = gelu(f.linear(x, f"{layer}.intermediate.dense"))
+        x = f.norm(x + f.linear(up, f"{layer}.output.dense"), f"{layer}.output.LayerNorm")
+    if "classifier.weight" in f.t:
+        return f.linear(np.tanh(f.linear(x[:, 0], "pooler.dense")), "classifier")
+    if "cls.predictions.bias" not in f.t:
         return x
-    x = normed(gelu(linear(x, "cls.predictions.transform.dense")), t, "cls.predictions.transform.LayerNorm", 1e-12)
-    return x @ at("word").T + t["cls.predictions.bias"]
+    x = gelu(f.linear(x, "cls.predictions.transform.dense"))
+    return f.norm(x, "cls.predictions.transform.LayerNorm") @ word.T + f.t["cls.predictions.bias"]
 
 
+# Name -> (makes the file, its head, computes its output).
 CASES: dict[str, tuple[Callable, Any, Callable]] = {
-    "gpt2": (gpt2_file, "lm", run_gpt2), "gpt2-classes": (gpt2_file, "classes", run_gpt2), "bert": (bert_file, "mlm", run_bert),
-    "bert-classes": (bert_file, "classes", run_bert), "bert-hidden": (bert_file, None, run_bert)}
+    "gpt2": (gpt2_file, "lm", run_gpt2),
+    "gpt2-classes": (gpt2_file, "classes", run_gpt2),
+    "bert": (bert_file, "mlm", run_bert),
+    "bert-classes": (bert_file, "classes", run_bert),
+    "bert-hidden": (bert_file, None, run_bert),
+}
 EVERY = pytest.mark.parametrize("case", CASES)
 
 
 def made(case: str, seed: int = 0) -> tuple[dict, Tensors]:
+    """config.json and tensors of a case."""
     make, head, _ = CASES[case]
     return make(np.random.default_rng(seed), head)
 
 
 def write(folder: Path, config: dict, tensors: Tensors) -> Path:
+    """Write a directory without a tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     save_file(tensors, folder / "model.safetensors")
@@ -157,28 +231,37 @@ def write(folder: Path, config: dict, tensors: Tensors) -> Path:
 
 
 def outputs(model: Any) -> np.ndarray:
-    return host(model(dev(IDS), **({"token_type_ids": dev(TYPES)} if isinstance(model, BERT) else {})))
+    """The model's output on IDS, for a BERT with TYPES."""
+    if isinstance(model, BERT):
+        return host(model(dev(IDS), token_type_ids=dev(TYPES)))
+    return host(model(dev(IDS)))
 
 
-def computes(folder: Path, case: str, tensors: Tensors, tol: float = 1e-9) -> None:
-    "The model that load makes of this directory computes what the file says."
+def computes(folder: Path, case: str, tensors: Tensors, tolerance: float = 1e-9) -> None:
+    """The model that load makes of this directory computes what the file says."""
     model, _ = load(folder, np.float64)
-    want = CASES[case][2](tensors)
-    np.testing.assert_allclose(outputs(model), want, rtol=0, atol=tol * np.abs(want).max())
+    reference = CASES[case][2]
+    want = reference(tensors)
+    np.testing.assert_allclose(outputs(model), want, rtol=0, atol=tolerance * np.abs(want).max())
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
+    """{path: content} of every file below a folder."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def parameters(model: Any) -> Tensors:
-    return {n: host(p) for n, p in model.named_parameters().items()}
+    """{name: host array} of a model's parameters."""
+    return {name: host(p) for name, p in model.named_parameters().items()}
 
 
 def identical(a: Tensors, b: Tensors) -> None:
+    """Same names, dtypes, shapes and bytes."""
     assert a.keys() == b.keys()
-    for n in a:
-        assert a[n].dtype == b[n].dtype and a[n].shape == b[n].shape and a[n].tobytes() == b[n].tobytes(), n
+    for name in a:
+        assert a[name].dtype == b[name].dtype, name
+        assert a[name].shape == b[name].shape, name
+        assert a[name].tobytes() == b[name].tobytes(), name
 
 
 # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -188,173 +271,227 @@ def test_the_model_computes_what_the_file_says(case, tmp_path):
     computes(write(tmp_path / "m", config, tensors), case, tensors)
 
 
+def with_other_prefix(case: str, name: str) -> str:
+    """The name without `bert.`, or with `transformer.` where GPT-2's classes write it."""
+    if "bert" in case:
+        return name.removeprefix("bert.")
+    return name if name.startswith("score.") else f"transformer.{name}"
+
+
 @EVERY
-def test_with_and_without_the_prefix(case, tmp_path):
+def test_a_file_may_have_the_prefix_or_not(case, tmp_path):
+    """Both spellings load. A file with both spellings of one tensor is refused."""
     config, tensors = made(case)
-    own = ("cls.", "classifier.", "score.")
-    other = {k.removeprefix("bert.") if "bert" in case else k if k.startswith(own) else f"transformer.{k}": a for k, a in tensors.items()}
+    other = {with_other_prefix(case, name): a for name, a in tensors.items()}
     computes(write(tmp_path / "m", config, other), case, tensors)
+    both = {**tensors, **other, "wte.weight": tensors.get("wte.weight", np.ones(1))}
     with pytest.raises(ValueError, match="two spellings"):
-        load(write(tmp_path / "both", config, {**tensors, **other, "wte.weight": tensors.get("wte.weight", np.ones(1))}))
+        load(write(tmp_path / "both", config, both))
 
 
 @EVERY
-def test_without_architectures_the_tensors_tell(case, tmp_path):
+def test_without_architectures_the_tensors_decide_on_the_head(case, tmp_path):
     config, tensors = made(case)
     del config["architectures"]
     computes(write(tmp_path / "m", config, tensors), case, tensors)
 
 
-def swap(a: str, b: str) -> Callable[[dict], dict]:
-    "Exchange two tensors of the table."
-    def wrong(places: dict) -> dict:
-        out = dict(places)
+# ── planted errors ───────────────────────────────────────────────────────────────────────────────────────────────────
+def swap(first: str, second: str) -> Callable[[Table], Table]:
+    """An error: two tensors of the table are exchanged. # stands for the number of the block."""
+    def wrong(table: Table) -> Table:
+        out = dict(table)
         for i in range(L):
             for end in ("weight", "bias"):
-                p, q = f"{a}.{end}".replace("#", str(i)), f"{b}.{end}".replace("#", str(i))
-                if p in out and q in out:
-                    out[p], out[q] = places[q], places[p]
+                a = f"{first}.{end}".replace("#", str(i))
+                b = f"{second}.{end}".replace("#", str(i))
+                if a in out and b in out:
+                    out[a], out[b] = table[b], table[a]
         return out
     return wrong
 
 
-def edited(pattern: str, **fields: Any) -> Callable[[dict], dict]:
-    "Places whose names match, with other fields."
-    def wrong(places: dict) -> dict:
-        hit = {n for n in places if re.fullmatch(pattern, n)}
-        assert hit
-        return {n: layout.FileTensor(**{**vars(p), **fields}) if n in hit else p for n, p in places.items()}
+def changed(pattern: str, **fields: Any) -> Callable[[Table], Table]:
+    """An error: the entries whose names match have other fields."""
+    def wrong(table: Table) -> Table:
+        matching = {name for name in table if re.fullmatch(pattern, name)}
+        assert matching
+        out = dict(table)
+        for name in matching:
+            out[name] = FileTensor(**{**vars(table[name]), **fields})
+        return out
     return wrong
 
 
-class Interleaved(layout.FileTensor):
-    "q, k, v taken head by head, as other checkpoints have them: the shapes fit, the model is another."
+class Interleaved(FileTensor):
+    """q, k and v fused head by head, as other checkpoints have them. The shapes fit; the model is another."""
 
-    def read(self, a):
-        a = a.T if self.transposed else a
-        return a if self.third is None else a.reshape(H, 3, C // H, *a.shape[1:])[:, self.third].reshape(self.shape)
+    def read(self, stored):
+        whole = stored.T if self.transposed else stored
+        if self.third is None:
+            return whole
+        by_head = whole.reshape(H, 3, C // H, *whole.shape[1:])
+        return by_head[:, self.third].reshape(self.shape)
 
 
-def reversed_blocks(places: dict) -> dict:
-    return {re.sub(r"^blocks\.(\d)", lambda m: f"blocks.{L - 1 - int(m[1])}", n): p for n, p in places.items()}
+def interleaved(table: Table) -> Table:
+    """An error: fused tensors are read as interleaved."""
+    return {name: Interleaved(**vars(entry)) for name, entry in table.items()}
 
 
-WRONG = {
+def reversed_blocks(table: Table) -> Table:
+    """An error: the first block is read as the last."""
+    def other_block(name: str) -> str:
+        return re.sub(r"^blocks\.(\d)", lambda match: f"blocks.{L - 1 - int(match[1])}", name)
+    return {other_block(name): entry for name, entry in table.items()}
+
+
+WRONG: dict[str, dict[str, Callable[[Table], Table]]] = {
     "gpt2": {
-        "attn.o not transposed": edited(r".*attn\.o\.weight", transposed=False),
-        "mlp.up not transposed": edited(r".*mlp\.up\.weight", transposed=False),
-        "mlp.down not transposed": edited(r".*mlp\.down\.weight", transposed=False),
+        "attn.o not transposed": changed(r".*attn\.o\.weight", transposed=False),
+        "mlp.up not transposed": changed(r".*mlp\.up\.weight", transposed=False),
+        "mlp.down not transposed": changed(r".*mlp\.down\.weight", transposed=False),
         "q and k exchanged": swap("blocks.#.attn.q", "blocks.#.attn.k"),
         "k and v exchanged": swap("blocks.#.attn.k", "blocks.#.attn.v"),
-        "the bias of v is that of k": edited(r".*attn\.v\.bias", third=1),
-        "interleaved heads": lambda places: {n: Interleaved(**vars(p)) for n, p in places.items()},
+        "the bias of v is that of k": changed(r".*attn\.v\.bias", third=1),
+        "interleaved heads": interleaved,
         "norms exchanged": swap("blocks.#.norm1", "blocks.#.norm2"),
         "up and down exchanged": swap("blocks.#.mlp.up", "blocks.#.mlp.down"),
-        "the last norm is a block's": edited(r"norm\.weight", name="h.1.ln_2.weight"),
-        "blocks in reverse": reversed_blocks},
+        "the last norm is a block's": changed(r"norm\.weight", name="h.1.ln_2.weight"),
+        "blocks in reverse": reversed_blocks,
+    },
     "bert": {
-        "attn.o transposed": edited(r".*attn\.o\.weight", transposed=True),
-        "attn.q transposed": edited(r".*attn\.q\.weight", transposed=True),
-        "the head transposed": edited(r"head\.dense\.weight", transposed=True),
+        "attn.o transposed": changed(r".*attn\.o\.weight", transposed=True),
+        "attn.q transposed": changed(r".*attn\.q\.weight", transposed=True),
+        "the head transposed": changed(r"head\.dense\.weight", transposed=True),
         "q and k exchanged": swap("blocks.#.attn.q", "blocks.#.attn.k"),
         "k and v exchanged": swap("blocks.#.attn.k", "blocks.#.attn.v"),
         "norms exchanged": swap("blocks.#.norm1", "blocks.#.norm2"),
         "the head's norm exchanged": swap("norm0", "head.norm"),
         "up and down exchanged": swap("blocks.#.mlp.up", "blocks.#.mlp.down"),
-        "blocks in reverse": reversed_blocks}}
+        "blocks in reverse": reversed_blocks,
+    },
+}
 
 
-@pytest.mark.parametrize("family,error", [(f, e) for f in WRONG for e in WRONG[f]])
+@pytest.mark.parametrize("family, error", [(family, error) for family, errors in WRONG.items() for error in errors])
 def test_planted_errors_are_caught(family, error, tmp_path, monkeypatch):
+    """By the name of a tensor that is left over, or by the output."""
     config, tensors = made(family)
     folder = write(tmp_path / "m", config, tensors)
     computes(folder, family, tensors)
     cls = {"gpt2": GPT2Family, "bert": BERTFamily}[family]
     right = cls.table
-    monkeypatch.setattr(cls, "table", lambda self, plan: WRONG[family][error](right(self, plan)))
-    with pytest.raises((AssertionError, ValueError)) as caught:                # by name if a tensor is left over, else by what it computes
+
+    def wrong_table(self: Any, plan: Plan) -> Table:
+        return WRONG[family][error](right(self, plan))
+
+    monkeypatch.setattr(cls, "table", wrong_table)
+    with pytest.raises((AssertionError, ValueError)) as caught:
         computes(folder, family, tensors)
     assert caught.type is AssertionError or "unexpected" in str(caught.value)
 
 
-@pytest.mark.parametrize("key,value", [("layer_norm_epsilon", 1e-3), ("n_head", 4)])
-def test_settings_of_gpt2_reach_the_model(key, value, tmp_path):
-    config, tensors = made("gpt2")
+@pytest.mark.parametrize("case, key, value", [
+    ("gpt2", "layer_norm_epsilon", 1e-3),
+    ("gpt2", "n_head", 4),
+    ("bert", "layer_norm_eps", 1e-5),
+    ("bert", "num_attention_heads", 8),
+])
+def test_settings_reach_the_model(case, key, value, tmp_path):
+    """A model with another setting computes another output."""
+    config, tensors = made(case)
     with pytest.raises(AssertionError, match="Not equal"):
-        computes(write(tmp_path / "m", {**config, key: value}, tensors), "gpt2", tensors)
+        computes(write(tmp_path / "m", {**config, key: value}, tensors), case, tensors)
 
 
-@pytest.mark.parametrize("key,value", [("layer_norm_eps", 1e-5), ("num_attention_heads", 8)])
-def test_settings_of_bert_reach_the_model(key, value, tmp_path):
+# ── names ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+def with_old_names(name: str) -> str:
+    """gamma and beta for the weight and the bias of a layer norm."""
+    return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+
+
+def test_gamma_and_beta_are_weight_and_bias_of_a_layer_norm(tmp_path):
+    """Only after `LayerNorm.`, and not beside a weight of the same norm."""
     config, tensors = made("bert")
-    with pytest.raises(AssertionError, match="Not equal"):
-        computes(write(tmp_path / "m", {**config, key: value}, tensors), "bert", tensors)
-
-
-def test_gamma_and_beta(tmp_path):
-    config, tensors = made("bert")
-    old = {k.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): a for k, a in tensors.items()}
-    assert sum(k.endswith("gamma") for k in old) == 2 * L + 2
+    old = {with_old_names(name): a for name, a in tensors.items()}
+    assert sum(name.endswith("gamma") for name in old) == 2 * L + 2
     computes(write(tmp_path / "m", config, old), "bert", tensors)
     both = {**tensors, "bert.embeddings.LayerNorm.gamma": np.ones(C, np.float32)}
     with pytest.raises(ValueError, match="LayerNorm.gamma are two spellings|LayerNorm.weight are two spellings"):
         load(write(tmp_path / "both", config, both))
-    with pytest.raises(ValueError, match="unexpected other.gamma"):              # renamed only after `LayerNorm.`
+    with pytest.raises(ValueError, match="unexpected other.gamma"):
         load(write(tmp_path / "other", config, {**tensors, "other.gamma": np.ones(C, np.float32)}))
 
 
-def test_what_is_no_weight_is_skipped(tmp_path):
+def test_causal_masks_are_skipped(tmp_path):
+    """`attn.bias` is a mask; `attn.c_attn.bias` is a parameter and must be there."""
     config, tensors = made("gpt2")
-    masks = {f"h.{i}.attn.bias": np.tril(np.ones((1, 1, T, T), np.uint8)) for i in range(L)} | {"h.0.attn.masked_bias": np.array(-1e4)}
+    masks = {f"h.{i}.attn.bias": np.tril(np.ones((1, 1, T, T), np.uint8)) for i in range(L)}
+    masks["h.0.attn.masked_bias"] = np.array(-1e4)
     computes(write(tmp_path / "gpt2", config, tensors | masks), "gpt2", tensors)
     del tensors["h.0.attn.c_attn.bias"]
-    with pytest.raises(ValueError, match="missing h.0.attn.c_attn.bias"):        # not one of the masks
+    with pytest.raises(ValueError, match="missing h.0.attn.c_attn.bias"):
         load(write(tmp_path / "less", config, tensors | masks))
+
+
+@pytest.mark.parametrize("architecture", ["BertForMaskedLM", "BertForPreTraining"])
+def test_positions_and_the_next_sentence_head_are_skipped(architecture, tmp_path):
     config, tensors = made("bert")
-    more = {"bert.embeddings.position_ids": np.arange(T)[None], "cls.seq_relationship.weight": np.ones((2, C), np.float32),
-            "cls.seq_relationship.bias": np.ones(2, np.float32)}
-    for i, architecture in enumerate(("BertForMaskedLM", "BertForPreTraining")):
-        computes(write(tmp_path / f"bert{i}", {**config, "architectures": [architecture]}, tensors | more), "bert", tensors)
+    config["architectures"] = [architecture]
+    more = {
+        "bert.embeddings.position_ids": np.arange(T)[None],
+        "cls.seq_relationship.weight": np.ones((2, C), np.float32),
+        "cls.seq_relationship.bias": np.ones(2, np.float32)}
+    computes(write(tmp_path / "m", config, tensors | more), "bert", tensors)
 
 
-def test_the_tied_output_layer(tmp_path):
-    for case, alias, name in (("gpt2", "lm_head.weight", "wte.weight"),
-                              ("bert", "cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
-                              ("bert", "cls.predictions.decoder.bias", "cls.predictions.bias")):
-        config, tensors = made(case)
-        computes(write(tmp_path / f"{alias}.same", config, {**tensors, alias: tensors[name].copy()}), case, tensors)
-        with pytest.raises(ValueError, match=f"{re.escape(alias)} differs from .*an output layer of its own"):
-            load(write(tmp_path / f"{alias}.other", config, {**tensors, alias: tensors[name] + np.float32(1e-3)}))
-        under = {alias if k == name else k: a for k, a in tensors.items()}
-        computes(write(tmp_path / f"{alias}.only", config, under), case, tensors)
-        if alias.endswith("weight"):
-            with pytest.raises(ValueError, match="output layer is not the embedding"):
-                load(write(tmp_path / f"{alias}.untied", {**config, "tie_word_embeddings": False}, tensors))
+@pytest.mark.parametrize("case, alias, name", [
+    ("gpt2", "lm_head.weight", "wte.weight"),
+    ("bert", "cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
+    ("bert", "cls.predictions.decoder.bias", "cls.predictions.bias"),
+])
+def test_a_tied_tensor_may_have_either_name_or_both(case, alias, name, tmp_path):
+    """Both names must hold the same values, and an output layer of its own is refused."""
+    config, tensors = made(case)
+    computes(write(tmp_path / "same", config, {**tensors, alias: tensors[name].copy()}), case, tensors)
+    with pytest.raises(ValueError, match=f"{re.escape(alias)} differs from .*an output layer of its own"):
+        load(write(tmp_path / "other", config, {**tensors, alias: tensors[name] + np.float32(1e-3)}))
+    renamed = {alias if key == name else key: a for key, a in tensors.items()}
+    computes(write(tmp_path / "only", config, renamed), case, tensors)
+    if alias.endswith("weight"):
+        with pytest.raises(ValueError, match="output layer is not the embedding"):
+            load(write(tmp_path / "untied", {**config, "tie_word_embeddings": False}, tensors))
 
 
-def test_a_pooler_is_optional(tmp_path):
+def test_a_pooler_is_optional_except_for_a_classifier(tmp_path):
     config, tensors = made("bert-hidden")
     assert load(write(tmp_path / "with", config, tensors))[0].pooler is not None
-    less = {k: a for k, a in tensors.items() if "pooler" not in k}
-    assert load(write(tmp_path / "without", config, less))[0].pooler is None
+    without = {name: a for name, a in tensors.items() if "pooler" not in name}
+    assert load(write(tmp_path / "without", config, without))[0].pooler is None
     computes(tmp_path / "without", "bert-hidden", tensors)
     config, tensors = made("bert-classes")
+    without = {name: a for name, a in tensors.items() if "pooler" not in name}
     with pytest.raises(ValueError, match="missing pooler.dense.weight"):
-        load(write(tmp_path / "classes", config, {k: a for k, a in tensors.items() if "pooler" not in k}))
+        load(write(tmp_path / "classes", config, without))
 
 
-@pytest.mark.parametrize("kind", [np.float16, ml_dtypes.bfloat16, np.float64])
+# ── dtypes ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
 @EVERY
-def test_half_precision_files(case, kind, tmp_path):
+def test_files_of_other_dtypes(case, dtype, tmp_path):
+    """Read without rounding; the model has float32 unless another dtype is asked for."""
     config, tensors = made(case)
-    stored = {k: a.astype(kind) for k, a in tensors.items()}
+    stored = {name: a.astype(dtype) for name, a in tensors.items()}
     folder = write(tmp_path / "m", config, stored)
     computes(folder, case, stored)
-    assert {a.dtype for a in parameters(load(folder)[0]).values()} == {np.dtype(np.float32)}
-    assert {a.dtype for a in parameters(load(folder, "bfloat16")[0]).values()} == {np.dtype(ml_dtypes.bfloat16)}
+    default = parameters(load(folder)[0])
+    half = parameters(load(folder, "bfloat16")[0])
+    assert {a.dtype for a in default.values()} == {np.dtype(np.float32)}
+    assert {a.dtype for a in half.values()} == {np.dtype(ml_dtypes.bfloat16)}
 
 
-def test_what_is_loaded_belongs_to_the_model(tmp_path):
+def test_writing_to_a_loaded_model_leaves_the_file_alone(tmp_path):
     config, tensors = made("gpt2")
     folder = write(tmp_path / "m", config, tensors)
     model = load(folder)[0]
@@ -374,37 +511,53 @@ def test_only_floating_point_weights(tmp_path):
 
 
 # ── shards ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-def shards(folder: Path, config: dict, tensors: Tensors) -> dict:
+INDEX = "model.safetensors.index.json"
+
+
+def write_shards(folder: Path, config: dict, tensors: Tensors) -> dict[str, str]:
+    """Write a directory with three shards. Returns {tensor: file}."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    names = [f"model-0000{i + 1}-of-00003.safetensors" for i in range(3)]
-    where = {k: names[i % 3] for i, k in enumerate(tensors)}
-    for name in names:
-        save_file({k: tensors[k] for k in tensors if where[k] == name}, folder / name)
-    index = {"metadata": {"total_size": 1}, "weight_map": where}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return index
+    files = [f"model-0000{i + 1}-of-00003.safetensors" for i in range(3)]
+    file_of = {name: files[i % 3] for i, name in enumerate(tensors)}
+    for file in files:
+        save_file({name: tensors[name] for name in tensors if file_of[name] == file}, folder / file)
+    write_index(folder, file_of)
+    return file_of
+
+
+def write_index(folder: Path, file_of: dict) -> None:
+    """Write the index of a directory with shards."""
+    index = {"metadata": {"total_size": 1}, "weight_map": file_of}
+    (folder / INDEX).write_text(json.dumps(index))
 
 
 def test_shards(tmp_path):
+    """Read as one file would be. An index that disagrees with the shards, or leads outside, is refused."""
     config, tensors = made("bert")
-    index, folder = shards(tmp_path / "m", config, tensors), tmp_path / "m"
+    folder = tmp_path / "m"
+    file_of = write_shards(folder, config, tensors)
     computes(folder, "bert", tensors)
     name = next(iter(tensors))
-    for change, message in (({name: "../m/model-00001-of-00003.safetensors"}, "files beside it"), ({name: 3}, "files beside it"),
-                            ({name: "model-00009-of-00003.safetensors"}, "has no model-00009"),
-                            ({"new": index["weight_map"][name]}, "new stands in")):
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {**index["weight_map"], **change}}))
+    faults = [
+        ({name: "../m/model-00001-of-00003.safetensors"}, "files beside it"),
+        ({name: 3}, "files beside it"),
+        ({name: "model-00009-of-00003.safetensors"}, "has no model-00009"),
+        ({"new": file_of[name]}, "new stands in"),
+    ]
+    for change, message in faults:
+        write_index(folder, {**file_of, **change})
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             load(folder)
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    save_file({name: tensors[name]}, folder / sorted(set(index["weight_map"].values()) - {index["weight_map"][name]})[0])
+    write_index(folder, file_of)
+    other_file = min(set(file_of.values()) - {file_of[name]})
+    save_file({name: tensors[name]}, folder / other_file)
     with pytest.raises(ValueError, match="in two shards"):
         load(folder)
 
 
 # ── bad input ────────────────────────────────────────────────────────────────────────────────────────────────────────
-@pytest.mark.parametrize("change,message", [
+@pytest.mark.parametrize("change, message", [
     ({"model_type": "llama"}, "type 'llama'; wanted one of gpt2, bert"),
     ({"architectures": ["GPT2DoubleHeadsModel"]}, "GPT2DoubleHeadsModel"),
     ({"architectures": 3}, "architectures wants .*got 3"),
@@ -423,22 +576,25 @@ def test_shards(tmp_path):
     ({"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx False, got True"),
     ({"resid_pdrop": 1.0}, "resid_pdrop"),
     ({"layer_norm_epsilon": "small"}, "layer_norm_epsilon"),
-    ({"add_cross_attention": True}, "add_cross_attention")])
+    ({"add_cross_attention": True}, "add_cross_attention"),
+])
 def test_a_config_that_does_not_fit_is_refused_in_one_sentence(change, message, tmp_path):
     config, tensors = made("gpt2")
     with pytest.raises(ValueError, match=message) as e:
         load(write(tmp_path / "m", {**config, **change}, tensors))
-    assert str(tmp_path / "m") in str(e.value) and "\n" not in str(e.value)
+    assert str(tmp_path / "m") in str(e.value)
+    assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("change,message", [
+@pytest.mark.parametrize("change, message", [
     ({"hidden_act": "gelu_new"}, "this library's BERT wants hidden_act 'gelu', got 'gelu_new'"),
     ({"position_embedding_type": "relative_key"}, "relative_key"),
     ({"is_decoder": True}, "is_decoder"),
     ({"architectures": ["BertForQuestionAnswering"]}, "BertForQuestionAnswering"),
     ({"architectures": ["BertModel"]}, "unexpected cls.predictions"),
-    ({"type_vocab_size": 3}, "token_type_embeddings.weight wants shape")])
-def test_a_config_of_bert_that_does_not_fit(change, message, tmp_path):
+    ({"type_vocab_size": 3}, "token_type_embeddings.weight wants shape"),
+])
+def test_a_config_of_bert_that_does_not_fit_is_refused(change, message, tmp_path):
     config, tensors = made("bert")
     with pytest.raises(ValueError, match=message):
         load(write(tmp_path / "m", {**config, **change}, tensors))
@@ -449,62 +605,79 @@ def test_dropout_is_the_largest_rate(tmp_path):
     assert load(write(tmp_path / "bert", *made("bert")))[0].config.dropout == 0.1
 
 
-def test_missing_and_damaged_files(tmp_path):
-    config, tensors = made("gpt2")
+def test_missing_files_are_named(tmp_path):
+    config, _ = made("gpt2")
     with pytest.raises(FileNotFoundError, match="wanted a directory"):
         load(tmp_path / "none")
     (tmp_path / "file").write_text("")
     with pytest.raises(FileNotFoundError, match="is a file"):
         load(str(tmp_path / "file"))
-    (tmp_path / "empty").mkdir()
+    folder = tmp_path / "empty"
+    folder.mkdir()
     with pytest.raises(FileNotFoundError, match="has no config.json"):
-        load(tmp_path / "empty")
-    (tmp_path / "empty" / "config.json").write_text(json.dumps(config))
+        load(folder)
+    (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(FileNotFoundError, match="has no model.safetensors"):
-        load(tmp_path / "empty")
-    (tmp_path / "empty" / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+        load(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     with pytest.raises(FileNotFoundError, match="only pytorch_model.bin.*pickle.*convert it"):
-        load(tmp_path / "empty")
-    folder = write(tmp_path / "m", config, tensors)
-    for text in ("", "{", "[]", "[" * 10**5, "\udcff"):
-        (folder / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
-        with pytest.raises(ValueError, match="config.json is damaged"):
-            load(folder)
+        load(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 10**5, "\udcff"], ids=["empty", "open", "list", "deep", "bytes"])
+def test_a_damaged_config_is_refused(text, tmp_path):
+    folder = write(tmp_path / "m", *made("gpt2"))
+    (folder / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match="config.json is damaged"):
+        load(folder)
+
+
+def entry(dtype: str = "F32", shape: Any = (4,), offsets: Any = (0, 16)) -> dict:
+    """One tensor of a safetensors header."""
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
 
 
 HOSTILE = {
-    "offsets beyond the file": {"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 1 << 40]}},
-    "offsets that run back": {"a": {"dtype": "F32", "shape": [4], "data_offsets": [16, 0]}},
-    "a shape of another size": {"a": {"dtype": "F32", "shape": [1 << 60, 1 << 60], "data_offsets": [0, 16]}},
-    "overlap": {"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}, "b": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}},
-    "a gap": {"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}},
-    "a negative size": {"a": {"dtype": "F32", "shape": [-4], "data_offsets": [0, 16]}},
-    "another kind": {"a": {"dtype": "F31", "shape": [4], "data_offsets": [0, 16]}},
+    "offsets beyond the file": {"a": entry(offsets=(0, 1 << 40))},
+    "offsets that run back": {"a": entry(offsets=(16, 0))},
+    "a shape of another size": {"a": entry(shape=(1 << 60, 1 << 60))},
+    "overlap": {"a": entry(), "b": entry()},
+    "a gap": {"a": entry(shape=(2,), offsets=(8, 16))},
+    "a negative size": {"a": entry(shape=(-4,))},
+    "another dtype": {"a": entry(dtype="F31")},
     "no offsets": {"a": {"dtype": "F32", "shape": [4]}},
-    "a list": []}
+    "a list": [],
+}
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_headers_are_refused(name, tmp_path):
-    head = json.dumps(HOSTILE[name]).encode()
+    header = json.dumps(HOSTILE[name]).encode()
     (tmp_path / "config.json").write_text(json.dumps(made("gpt2")[0]))
-    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + bytes(16))
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(16))
     with pytest.raises(ValueError, match="is damaged"):
         load(tmp_path)
 
 
 @given(st.data())
-def test_a_damaged_file_never_does_more_than_raise(tmp_path_factory, data):
+def test_a_truncated_file_is_refused(tmp_path_factory, data):
     folder = write(tmp_path_factory.mktemp("m"), *made("gpt2"))
-    whole = (folder / "model.safetensors").read_bytes()
-    if data.draw(st.booleans()):
-        (folder / "model.safetensors").write_bytes(whole[:data.draw(st.integers(0, len(whole) - 1))])
-        with pytest.raises(ValueError, match="is damaged"):
-            load(folder)
-        return
-    end = 8 + int.from_bytes(whole[:8], "little")                                # one byte of the header
-    at, byte = data.draw(st.integers(0, end - 1)), data.draw(st.integers(0, 255))
-    (folder / "model.safetensors").write_bytes(whole[:at] + bytes([byte]) + whole[at + 1:])
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:data.draw(st.integers(0, len(whole) - 1))])
+    with pytest.raises(ValueError, match="is damaged"):
+        load(folder)
+
+
+@given(st.data())
+def test_a_changed_byte_of_the_header_never_does_more_than_raise(tmp_path_factory, data):
+    folder = write(tmp_path_factory.mktemp("m"), *made("gpt2"))
+    file = folder / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    end_of_header = 8 + int.from_bytes(content[:8], "little")
+    position = data.draw(st.integers(0, end_of_header - 1))
+    content[position] = data.draw(st.integers(0, 255))
+    file.write_bytes(content)
     try:
         model, _ = load(folder)
     except ValueError as e:
@@ -514,47 +687,58 @@ def test_a_damaged_file_never_does_more_than_raise(tmp_path_factory, data):
 
 
 # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-@pytest.mark.parametrize("kind", [None, np.float16, ml_dtypes.bfloat16, np.float64])
+@pytest.mark.parametrize("dtype", [None, np.float16, ml_dtypes.bfloat16, np.float64])
 @EVERY
-def test_round_trip(case, kind, tmp_path):
+def test_round_trip(case, dtype, tmp_path):
+    """A saved model is loaded bitwise; saving it again writes the same bytes."""
     model, _ = load(write(tmp_path / "a", *made(case)))
-    if kind is not None:
-        model.to(dtype=kind)
+    if dtype is not None:
+        model.to(dtype=dtype)
     save(model, tmp_path / "b")
-    again, _ = load(tmp_path / "b", kind)
+    again, _ = load(tmp_path / "b", dtype)
     identical(parameters(model), parameters(again))
-    assert again.config == model.config and type(again.head) is type(model.head) and (getattr(again, "pooler", None) is None) == (
-        getattr(model, "pooler", None) is None)
-    if kind is None:
+    assert again.config == model.config
+    assert type(again.head) is type(model.head)
+    if isinstance(model, BERT):
+        assert (again.pooler is None) == (model.pooler is None)
+    if dtype is None:
         np.testing.assert_array_equal(outputs(model), outputs(again))
         computes(tmp_path / "b", case, made(case)[1])
-    save(again, tmp_path / "c")                                                  # what was written once is written the same again
+    save(again, tmp_path / "c")
     assert snapshot(tmp_path / "b") == snapshot(tmp_path / "c")
+
+
+def without_prefix(tensors: Tensors) -> Tensors:
+    """The tensors without the prefixes of both families."""
+    return {name.removeprefix("transformer.").removeprefix("bert."): a for name, a in tensors.items()}
 
 
 @EVERY
 def test_the_file_written_is_the_file_read(case, tmp_path):
+    """Except for dropout: the model has one rate, the file has three."""
     config, tensors = made(case)
     save(load(write(tmp_path / "a", config, tensors))[0], tmp_path / "b")
-    strip = lambda d: {k.removeprefix("transformer.").removeprefix("bert."): a for k, a in d.items()}
-    identical(strip(load_file(tmp_path / "b" / "model.safetensors")), strip(tensors))
-    wrote = json.loads((tmp_path / "b" / "config.json").read_text())
-    dropouts = {"resid_pdrop", "embd_pdrop", "attn_pdrop", "n_ctx"}
-    assert {k: v for k, v in wrote.items() if k in config and k not in dropouts} == {k: v for k, v in config.items() if k not in dropouts}
+    stored = load_file(tmp_path / "b" / "model.safetensors")
+    identical(without_prefix(stored), without_prefix(tensors))
+    written = json.loads((tmp_path / "b" / "config.json").read_text())
+    others = config.keys() - {"resid_pdrop", "embd_pdrop", "attn_pdrop", "n_ctx"}
+    assert {key: written.get(key) for key in others} == {key: config[key] for key in others}
 
 
 def test_new_models_are_written_and_read(tmp_path):
     sizes = BERTConfig(V, T, 2, C, L, H, dropout=0.3)
-    gpt = GPT(GPTConfig(V, T, C, L, H), seed=1)
-    for i, model in enumerate((gpt, BERT(sizes, seed=1), BERT(sizes, head=None), BERT(sizes, pooler=True))):
+    new = [GPT(SMALL_GPT, seed=1), BERT(sizes, seed=1), BERT(sizes, head=None), BERT(sizes, pooler=True)]
+    for i, model in enumerate(new):
         save(model, tmp_path / str(i))
         again, tokenizer = load(tmp_path / str(i))
         identical(parameters(model), parameters(again))
-        assert tokenizer is None and again.config.dropout == model.config.dropout
+        assert tokenizer is None
+        assert again.config.dropout == model.config.dropout
 
 
-def test_numbers_too_large_for_the_file_are_refused(tmp_path):
-    model = GPT(GPTConfig(V, T, C, L, H))
+def test_values_too_large_for_the_file_are_refused(tmp_path):
+    """The error names the tensor, and the directory keeps its files."""
+    model = GPT(SMALL_GPT)
     save(model, tmp_path / "m")
     before = snapshot(tmp_path / "m")
     model.blocks[1].mlp.up.weight.data[0, 0] = 1e6
@@ -568,171 +752,221 @@ def test_numbers_too_large_for_the_file_are_refused(tmp_path):
 
 @pytest.mark.parametrize("nth", range(4))
 @pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
-@pytest.mark.parametrize("there", [True, False])
-def test_an_interrupted_save_leaves_what_was_there(fault, nth, there, tmp_path, monkeypatch):
+@pytest.mark.parametrize("exists", [True, False])
+def test_an_interrupted_save_leaves_the_directory_as_it_was(fault, nth, exists, tmp_path, monkeypatch):
+    """The fault strikes while the nth file is flushed to the disk."""
     path = tmp_path / "models" / "m"
-    if there:
-        save(GPT(GPTConfig(V, T, C, L, H)), path, tokenizer())
+    if exists:
+        save(GPT(SMALL_GPT), path, tokenizer())
         (path / "README.md").write_text("mine")
-    before, real, calls = snapshot(tmp_path), os.fsync, []
+    before = snapshot(tmp_path)
+    real = os.fsync
+    calls = []
 
-    def flush(f: int) -> None:
-        calls.append(f)
+    def flush(descriptor: int) -> None:
+        calls.append(descriptor)
         if len(calls) == nth + 1:
             raise fault
-        real(f)
+        real(descriptor)
+
     monkeypatch.setattr(os, "fsync", flush)
     with pytest.raises(type(fault)) as e:
-        save(BERT(BERTConfig(V, T, 2, C, 1, H)), path, tokenizer())
-    assert snapshot(tmp_path) == before and len(calls) == nth + 1
+        save(BERT(ONE_LAYER), path, tokenizer())
+    assert snapshot(tmp_path) == before
+    assert len(calls) == nth + 1
     if isinstance(fault, OSError):
-        assert e.value.errno == errno.ENOSPC and "what was there before is untouched" in str(e.value)
+        assert e.value.errno == errno.ENOSPC
+        assert "what was there before is untouched" in str(e.value)
 
 
 @pytest.mark.parametrize("links", [True, False])
 @pytest.mark.parametrize("fault", [OSError(errno.EACCES, "Permission denied"), KeyboardInterrupt()])
 @pytest.mark.parametrize("nth", range(4))
 def test_a_save_that_fails_between_two_moves_is_undone(nth, fault, links, tmp_path, monkeypatch):
+    """The fault strikes while the nth file is moved; also on a file system without hard links."""
     path = tmp_path / "m"
-    save(GPT(GPTConfig(V, T, C, L, H)), path)                                    # no tokenizer: its files are new
+    save(GPT(SMALL_GPT), path)                             # without a tokenizer: its files are new
     (path / "README.md").write_text("mine")
-    before, real, calls = snapshot(tmp_path), os.replace, []
+    before = snapshot(tmp_path)
+    real = os.replace
+    calls = []
 
-    def replace(a: Any, b: Any) -> None:
-        calls.append(b)
+    def replace(source: Any, target: Any) -> None:
+        calls.append(target)
         if len(calls) == nth + 1:
             raise fault
-        real(a, b)
+        real(source, target)
 
     def no_link(*_: Any) -> None:
         raise OSError(errno.EPERM, "no links here")
+
     monkeypatch.setattr(os, "replace", replace)
     if not links:
         monkeypatch.setattr(os, "link", no_link)
     with pytest.raises(type(fault)):
-        save(BERT(BERTConfig(V, T, 2, C, 1, H)), path, tokenizer())
+        save(BERT(ONE_LAYER), path, tokenizer())
     assert snapshot(tmp_path) == before
     monkeypatch.setattr(os, "replace", real)
-    save(BERT(BERTConfig(V, T, 2, C, 1, H)), path, tokenizer())
-    assert isinstance(load(path)[0], BERT) and (path / "README.md").read_text() == "mine"
+    save(BERT(ONE_LAYER), path, tokenizer())
+    assert isinstance(load(path)[0], BERT)
+    assert (path / "README.md").read_text() == "mine"
 
 
-def test_save_refuses_what_a_directory_cannot_hold(tmp_path):
-    model = GPT(GPTConfig(V, T, C, L, H))
+class Codes(Packed):
+    """A packed weight without values."""
+    shape = (C, C)
+
+
+def test_save_refuses_a_model_with_edits(tmp_path):
+    """Merged, or with a method that trains the base itself, it is an ordinary model."""
+    model = GPT(SMALL_GPT)
     edit.attach(model, LoRA(r=2))
     with pytest.raises(ValueError, match="lora is attached: .*merge.*save_adapter"):
         save(model, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
     edit.merge(model)
     save(model, tmp_path / "merged")
-    edit.attach(model, BitFit())                                                 # trains the base itself: nothing stands beside it
+    edit.attach(model, BitFit())
     save(model, tmp_path / "bitfit")
-    edit.detach(model)
 
-    class Codes(Packed):
-        shape = (C, C)
-    model.blocks[0].attn.q.weight = Codes()
+
+def test_save_refuses_other_models(tmp_path):
+    """Packed weights, a model without one of its blocks, a model of no family."""
+    packed = GPT(SMALL_GPT)
+    packed.blocks[0].attn.q.weight = Codes()
     with pytest.raises(ValueError, match="blocks.0.attn.q.weight is packed"):
-        save(model, tmp_path / "m")
-    model = GPT(GPTConfig(V, T, C, L, H))
-    del model.blocks[1]
+        save(packed, tmp_path / "m")
+    shorter = GPT(SMALL_GPT)
+    del shorter.blocks[1]
     with pytest.raises(ValueError, match="no longer what its config says"):
-        save(model, tmp_path / "m")
+        save(shorter, tmp_path / "m")
     with pytest.raises(ValueError, match="wants a GPT or BERT, got a Linear"):
         save(Linear(2, 2, rng=np.random.default_rng(0)), tmp_path / "m")
     assert not (tmp_path / "m").exists()
+
+
+def test_save_refuses_the_path_of_a_file(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(FileExistsError, match="is a file"):
-        save(GPT(GPTConfig(V, T, C, L, H)), tmp_path / "file")
+        save(GPT(SMALL_GPT), tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
 
 
-# ── tokenizers, heads, names ─────────────────────────────────────────────────────────────────────────────────────────
+# ── tokenizers, heads, shipped models ────────────────────────────────────────────────────────────────────────────────
 def tokenizer() -> Tokenizer:
+    """A byte-level tokenizer with every special token."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "<|endoftext|>"]
+    trainer = trainers.BpeTrainer(vocab_size=V, special_tokens=special, show_progress=False)
     out = Tokenizer(models.BPE())
     out.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    out.train_from_iterator(["one two three, two three four"] * 3, trainers.BpeTrainer(
-        vocab_size=V, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "<|endoftext|>"], show_progress=False))
+    out.train_from_iterator(["one two three, two three four"] * 3, trainer)
     return out
 
 
 def test_tokenizer_round_trip(tmp_path):
-    kept = tokenizer()
-    save(GPT(GPTConfig(V, T, C, L, H)), tmp_path / "m", kept)
-    _, again = load(tmp_path / "m")
-    assert json.loads(again.to_str()) == json.loads(kept.to_str())
+    saved = tokenizer()
+    save(GPT(SMALL_GPT), tmp_path / "m", saved)
+    _, loaded = load(tmp_path / "m")
+    assert json.loads(loaded.to_str()) == json.loads(saved.to_str())
     text = "two three one, four <|endoftext|>"
-    assert again.encode(text).ids == kept.encode(text).ids
+    assert loaded.encode(text).ids == saved.encode(text).ids
     config = json.loads((tmp_path / "m" / "config.json").read_text())
-    assert (config["pad_token_id"], config["eos_token_id"]) == (0, 5)
+    assert config["pad_token_id"] == 0
+    assert config["eos_token_id"] == 5
     (tmp_path / "m" / "tokenizer.json").write_text('{"model": 3}')
     with pytest.raises(ValueError, match="tokenizer.json is damaged"):
         load(tmp_path / "m")
 
 
-def test_names_of_classes_pass_through_and_go_with_the_head(tmp_path):
+def saved_labels(model: Any, folder: Path) -> dict[str, str]:
+    """The class names in config.json after saving."""
+    save(model, folder)
+    return json.loads((folder / "config.json").read_text())["id2label"]
+
+
+def test_class_names_are_kept_until_the_head_is_replaced(tmp_path):
     model, _ = load(write(tmp_path / "a", *made("bert-classes")))
-    save(model, tmp_path / "b")
-    assert json.loads((tmp_path / "b" / "config.json").read_text())["id2label"] == {"0": "a", "1": "b", "2": "c"}
-    save(classifier(model, 5), tmp_path / "b")
-    assert len(json.loads((tmp_path / "b" / "config.json").read_text())["id2label"]) == 5
+    assert saved_labels(model, tmp_path / "b") == {"0": "a", "1": "b", "2": "c"}
+    assert len(saved_labels(classifier(model, 5), tmp_path / "b")) == 5
 
 
 @pytest.mark.parametrize("case", ["gpt2", "bert", "bert-hidden", "bert-classes"])
 def test_a_new_head(case, tmp_path):
+    """Drawn from the seed, in the model's dtype; saved and loaded it is part of the model and no new head."""
     folder = write(tmp_path / "a", *made(case))
     model = classifier(load(folder, np.float64)[0], classes=20, seed=3)
-    assert outputs(model).shape == (2, 20) and {a.dtype for a in parameters(model).values()} == {np.dtype(np.float64)}
-    identical(parameters(model), parameters(classifier(load(folder, np.float64)[0], 20, seed=3)))
-    other = parameters(classifier(load(folder, np.float64)[0], 20, seed=4))
-    assert (other["head.out.weight"] != parameters(model)["head.out.weight"]).any()
+    assert outputs(model).shape == (2, 20)
+    assert {a.dtype for a in parameters(model).values()} == {np.dtype(np.float64)}
+    same_seed = parameters(classifier(load(folder, np.float64)[0], 20, seed=3))
+    identical(parameters(model), same_seed)
+    other_seed = parameters(classifier(load(folder, np.float64)[0], 20, seed=4))
+    assert (other_seed["head.out.weight"] != parameters(model)["head.out.weight"]).any()
     assert edit.is_head(model, "head.out.weight")
     save(model, tmp_path / "b")
     again, _ = load(tmp_path / "b", np.float64)
     identical(parameters(model), parameters(again))
-    assert not edit.is_head(again, "head.out.weight")                            # read from a file, it is part of the model
+    assert not edit.is_head(again, "head.out.weight")
     np.testing.assert_array_equal(outputs(model), outputs(again))
 
 
-def test_a_new_head_comes_before_what_is_attached():
-    model = GPT(GPTConfig(V, T, C, L, H))
+def test_classifier_refuses_attached_methods_bad_sizes_and_other_models():
+    model = GPT(SMALL_GPT)
     edit.attach(model, LoRA(r=2))
     with pytest.raises(ValueError, match="put the head on first"):
         classifier(model, 3)
     for bad in (0, -1, 2.0, "2"):
         with pytest.raises(ValueError, match="at least one class"):
-            classifier(GPT(GPTConfig(V, T, C, L, H)), bad)
+            classifier(GPT(SMALL_GPT), bad)
     with pytest.raises(TypeError, match="takes no new head"):
         classifier(Linear(2, 2, rng=np.random.default_rng(0)), 3)
 
 
 def test_models_that_ship_are_found_by_name(tmp_path, monkeypatch):
+    """A directory of the same name goes first; a path with a separator is never the name of a shipped model."""
     monkeypatch.setattr(huggingface, "ASSETS", tmp_path / "assets")
-    save(GPT(GPTConfig(V, T, C, L, H)), tmp_path / "assets" / "base-gpt", tokenizer())
-    save(BERT(BERTConfig(V, T, 2, C, L, H)), tmp_path / "assets" / "base-bert")
+    save(GPT(SMALL_GPT), tmp_path / "assets" / "base-gpt", tokenizer())
+    save(BERT(SMALL_BERT), tmp_path / "assets" / "base-bert")
     (tmp_path / "assets" / "other").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert isinstance(load("base-gpt")[0], GPT) and isinstance(load("base-bert")[0], BERT)
-    assert load("base-gpt")[1].encode("[MASK]").ids != [4]                       # in a text it is text, as in data.shipped_tokenizer
+    assert isinstance(load("base-gpt")[0], GPT)
+    assert isinstance(load("base-bert")[0], BERT)
+    assert load("base-gpt")[1].encode("[MASK]").ids != [4], "in a text it is text, as in data.shipped_tokenizer"
     for name in ("base-llama", "other"):
         with pytest.raises(FileNotFoundError, match=f"'{name}'.*models that ship: base-bert, base-gpt"):
             load(name)
     with pytest.raises(FileNotFoundError, match="wanted a directory"):
         load("./base-gpt")
-    save(BERT(BERTConfig(V, T, 2, C, 1, H)), "base-gpt")                         # a directory here goes first
+    save(BERT(ONE_LAYER), "base-gpt")
     assert isinstance(load("base-gpt")[0], BERT)
 
 
-def test_the_layout_is_the_models(tmp_path):
-    "Every tensor has one place, every place one tensor, and the parts of a fused tensor cover it."
-    small, masked = GPTConfig(V, T, C, L, H), BERTConfig(V, T, 2, C, L, H)
-    for family, plan in ((GPT2Family(), layout.Plan(small, "lm")), (GPT2Family(), layout.Plan(small, "classes", 3)),
-                         (BERTFamily(), layout.Plan(masked, "mlm", pooler=True)), (BERTFamily(), layout.Plan(masked, None))):
-        model, places = family.build(plan), family.table(plan)
-        assert {n: p.shape for n, p in model.named_parameters().items()} == {n: p.shape for n, p in places.items()}
-        assert sum(int(np.prod(s)) for s in {p.name: p.file_shape for p in places.values()}.values()) == sum(p.size for p in model.parameters())
-        assert family.plan_of(model) == plan
-        rng = np.random.default_rng(0)
-        ours = {n: rng.standard_normal(p.shape) for n, p in places.items()}
-        stored = layout.file_tensors(places, ours)
-        identical({n: np.ascontiguousarray(p.read(stored[p.name])) for n, p in places.items()}, ours)
-    assert not any(a.any() for n, a in parameters(GPT2Family().build(layout.Plan(small, "lm"))).items() if "norm" not in n)
+@pytest.mark.parametrize("family, plan", [
+    (GPT2Family(), Plan(SMALL_GPT, "lm")),
+    (GPT2Family(), Plan(SMALL_GPT, "classes", 3)),
+    (BERTFamily(), Plan(SMALL_BERT, "mlm", pooler=True)),
+    (BERTFamily(), Plan(SMALL_BERT, None)),
+])
+def test_the_table_describes_the_model(family, plan):
+    """One entry for every tensor; the thirds of a fused tensor cover it; `file_tensors` is the inverse of `read`."""
+    model = family.build(plan)
+    table = family.table(plan)
+    assert {name: p.shape for name, p in model.named_parameters().items()} == {n: e.shape for n, e in table.items()}
+    file_shapes = {e.name: e.file_shape for e in table.values()}
+    assert sum(math.prod(shape) for shape in file_shapes.values()) == sum(p.size for p in model.parameters())
+    assert family.plan_of(model) == plan
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.standard_normal(e.shape) for name, e in table.items()}
+    stored = file_tensors(table, arrays)
+    read = {name: np.ascontiguousarray(e.read(stored[e.name])) for name, e in table.items()}
+    identical(read, arrays)
+
+
+def test_a_built_model_has_zeros_in_its_matrices():
+    built = parameters(GPT2Family().build(Plan(SMALL_GPT, "lm")))
+    assert not any(a.any() for name, a in built.items() if "norm" not in name)
+
+
+def test_every_family_is_found_by_its_type_and_its_model():
+    types = [family.model_type for family in huggingface.FAMILIES]
+    classes = [family.model for family in huggingface.FAMILIES]
+    assert len(set(types)) == len(types) and len(set(classes)) == len(classes)
