@@ -12,6 +12,7 @@ Facts in its header: the settings that a resumed run must share, the position in
 """
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Mapping
 from dataclasses import fields
@@ -234,15 +235,35 @@ def from_version_0_1(run: Run, arrays: dict[str, np.ndarray], facts: dict[str, A
             new[("best/" if head == "best" else "") + _new_name(rest)] = value
     history = {name: facts[name] for name in ("losses", "evaluations", "stopped")} | {"skipped": facts.get("skipped", [])}
     history["terms"] = {"loss": list(facts["losses"])}
-    methods = "; ".join(f"{a.name}: {a.method!r}" for a in edit.attached(run.model))
-    if facts["methods"] != methods:
-        raise ValueError(f"this checkpoint is of another run: its methods: {facts['methods'] or 'none'}; here: {methods or 'none'}")
+    if not are_methods_of_0_1(facts["methods"], edit.attached(run.model)):
+        ours = to_text(run.identity["methods"])
+        raise ValueError(f"this checkpoint is of another run: its methods: {facts['methods'] or 'none'}; here: {ours}")
     new_facts = {name: facts[name] for name in ("steps", "accumulate", "clip", "optimizer", "autocast", "t", "done", "rng", "batches") if name in facts}
     new_facts |= dict(
         loss=describe(CrossEntropy()), stage=facts["phase"], phase_evaluations=0, history=history,
         scaler=facts.get("scaler", run.scaler.state_dict()), trainable=run.identity["trained"], shared_masks={},
     )
     return new, new_facts
+
+
+def are_methods_of_0_1(text: str, attached: tuple[edit.Attached, ...]) -> bool:
+    """True if version 0.1 would have described the attached methods by this text, "lora: LoRA(r=2, alpha=16.0); ...".
+
+    Only fields that the methods still have are compared: version 0.1 had others, which found the modules by their names.
+    """
+    parts = text.split("; ") if text else []
+    if len(parts) != len(attached):
+        return False
+    for part_text, a in zip(parts, attached):
+        name, _, call_text = part_text.partition(": ")
+        call = ast.parse(call_text, mode="eval").body
+        if not isinstance(call, ast.Call) or name != a.name or ast.unparse(call.func) != type(a.method).__name__:
+            return False
+        for keyword in call.keywords:
+            value = ast.literal_eval(keyword.value)
+            if getattr(a.method, str(keyword.arg), value) != value:
+                return False
+    return True
 
 
 def _new_name(old: str) -> str:

@@ -195,7 +195,7 @@ def add_gradients(run: Run, batches: list[Targets], rng: np.random.Generator) ->
     for targets in batches:
         with run.autocast(), np.errstate(**run.ignored_warnings):
             ctx, loss = run.loss(run.model, targets, rng)
-            terms = {"loss": loss, **compute_penalties(run, ctx), **vars(ctx).get("losses", {})}
+            terms = {"loss": loss, **compute_penalties(run, ctx), **ctx.losses}
             for name, value in terms.items():
                 loss = loss if name == "loss" else loss + value
         if len(batches) > 1:                                            # Σ wᵢ ℓᵢ / Σ wᵢ, not a mean of means
