@@ -32,7 +32,9 @@ from .edit import (
 from .formats.huggingface import classifier, load, save
 from .kernels import capture, get_num_threads, set_num_threads
 from .learn import check
-from .methods import BitFit, Full, Houlsby, LoRA, Partial, PrefixTuning, PromptTuning, methods
+from .methods import *  # noqa: F403                    every method of its table: a new one needs no line here
+from .methods import ALL as _METHODS
+from .methods import methods
 from .models import BERT, GPT, BERTConfig, GPTConfig
 from .nn import Cache, Context, Module, Packed, Parameter
 from .optim import SGD, Adam, AdamW, GradScaler, constant_schedule, cosine_schedule, linear_schedule
@@ -51,7 +53,7 @@ __all__ = [
     "attach", "detach", "without", "merge", "eject", "combine", "count", "trained", "save_adapter", "load_adapter",
     "Edit", "Method", "Phase", "Attached", "Count", "CannotMerge",
     # methods
-    "methods", "Full", "Partial", "BitFit", "Houlsby", "PromptTuning", "PrefixTuning", "LoRA",
+    "methods", *(cls.__name__ for cls in _METHODS),
     # training
     "fit", "evaluate", "perplexity", "History", "Loss", "CrossEntropy", "Targets", "AdamW", "Adam", "SGD",
     "constant_schedule", "linear_schedule", "cosine_schedule",

@@ -35,6 +35,7 @@ class Edit(Module):
     Its Tensors train, its arrays are buffers; both are saved. An attribute `_x` refers to a part that something else owns."""
 
     takes_packed = False                                 # True if `tensor` accepts a Packed weight
+    keeps_shape = True                                   # False if `after` gives an output of another shape
 
     def tensor(self, name: str, p: Any) -> Any:
         """Another weight (or bias) `name` in place of p: the module is read through it."""

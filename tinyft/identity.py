@@ -6,8 +6,10 @@ are described by a fingerprint of their content, so they are never stored.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import sys
+import types
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
@@ -20,6 +22,7 @@ from .nn import Module
 from .tensor import Tensor
 
 POSITION = ("epoch", "batch", "count")                   # attributes that say where a stream of data stands
+FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType)
 LONG = 100                                               # a list with more entries counts as data
 
 
@@ -109,7 +112,9 @@ def _update(digest: Any, obj: Any, above: list[int]) -> None:
         digest.update(f"sequence of {len(obj)};".encode())
         for v in obj:
             _update(digest, v, above)
-    elif isinstance(obj, type) or hasattr(obj, "__code__"):
+    elif isinstance(obj, functools.partial):
+        _update(digest, [obj.func, obj.args, obj.keywords], above)
+    elif isinstance(obj, (type, *FUNCTIONS)):
         _update_function(digest, obj, above)
     elif isinstance(obj, np.random.Generator):
         digest.update(b"generator;")                     # its state is a position
@@ -126,10 +131,12 @@ def _update_array(digest: Any, a: np.ndarray, above: list[int]) -> None:
 
 
 def _update_function(digest: Any, f: Any, above: list[int]) -> None:
-    """A function counts by its name and the values that it closes over, a class by its name."""
+    """A class counts by its name; a function by its name, the values that it closes over, and the object it is bound to."""
     digest.update(f"{f.__module__}.{f.__qualname__};".encode())
     for cell in getattr(f, "__closure__", None) or ():
         _update(digest, cell.cell_contents, above)
+    if isinstance(f, types.MethodType):
+        _update(digest, f.__self__, above)
 
 
 def _update_object(digest: Any, obj: Any, above: list[int]) -> None:

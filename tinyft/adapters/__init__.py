@@ -1,4 +1,4 @@
-"Adapters: saved, loaded and combined."
+"""Adapters: saved, loaded and combined."""
 from .combine import combine
 from .files import load_adapter, save_adapter
 

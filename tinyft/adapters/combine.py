@@ -1,7 +1,7 @@
 """Several adapters as one: the weighted sum of their changes."""
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +15,15 @@ __all__ = ["combine"]
 
 
 class Weighted(Edit):
-    "y + Σ cⱼ (eⱼ(x, y) − y): several edits of one module at once, each from the same starting point."
+    """y + Σ cⱼ (eⱼ(x, y) − y): several edits of one module at once, all from the same starting point."""
 
-    def __init__(self, inner: list[Edit], weights: list[float]):
-        self.inner, self.weights = inner, np.asarray(weights)
+    def __init__(self, inner: list[Edit], weights: Sequence[float]):
+        self.inner = inner
+        self.weights = np.asarray(weights)
 
     def _sum(self, y: Any, changed: Iterable[Any]) -> Any:
         total = y
-        for c, z in zip(self.weights.tolist(), changed):
+        for c, z in zip(self.weights.tolist(), changed, strict=True):
             total = total + (z - y) * c
         return total
 
@@ -31,24 +32,37 @@ class Weighted(Edit):
 
     def fold(self, p: dict[str, Array]) -> dict[str, Array]:
         folded = [e.fold(p) for e in self.inner]
-        return {n: self._sum(w, [f[n] for f in folded]) for n, w in p.items()}
+        return {name: self._sum(w, [f[name] for f in folded]) for name, w in p.items()}
 
 
 @dataclass(frozen=True)
 class Combined(Method):
-    "What combine gives: the weighted sum of several adapters."
+    """The method of the adapter that `combine` makes: a weighted sum of several adapters."""
 
 
-def combine(adapters: list[Attached], weights: list[float] | None = None, name: str = "combined") -> Attached:
-    """Several detached adapters as one, ready to attach: each change times its weight, summed, all from the same base.  Exact: for
-    LoRA it is ΔW = Σ cⱼ ΔWⱼ, no mixing of factors.  The adapters must change outputs only, and train no base tensor."""
-    weights = [1.0] * len(adapters) if weights is None else list(weights)
+def combine(adapters: list[Attached], weights: Sequence[float] | None = None, name: str = "combined") -> Attached:
+    """Several detached adapters as one, ready to attach: the sum of their changes to the same base, each times its weight.
+
+    The sum is exact: for LoRA it is ΔW = Σ cⱼ ΔWⱼ, and no factors are mixed. Raises ValueError unless there is one
+    weight for each adapter, and every adapter changes outputs only and trains no tensor of the base."""
+    if weights is None:
+        weights = [1.0] * len(adapters)
     if len(weights) != len(adapters) or not adapters:
         raise ValueError(f"combine wants one weight per adapter; got {len(weights)} for {len(adapters)}")
+    edits: dict[str, Edit] = {}
+    for path in dict.fromkeys(path for a in adapters for path in a.edits):
+        pairs = [(a.edits[path], c) for a, c in zip(adapters, weights, strict=True) if path in a.edits]
+        edits[path] = Weighted([e for e, _ in pairs], [c for _, c in pairs])
     for a in adapters:
-        bad = [p for p, e in a.edits.items() if not e.overrides("after") or e.overrides("before") or e.overrides("tensor") or p.endswith(".kv")]
-        if a.base or bad:
-            raise ValueError(f"{a.name} {'trains ' + next(iter(a.base)) if a.base else 'edits ' + bad[0]}: only changes of outputs can be summed")
-    paths = list(dict.fromkeys(p for a in adapters for p in a.edits))
-    have = {p: [(a.edits[p], c) for a, c in zip(adapters, weights) if p in a.edits] for p in paths}
-    return Attached(Combined(), name, {p: Weighted([e for e, _ in es], [c for _, c in es]) for p, es in have.items()})
+        _check_sums(a)
+    return Attached(Combined(), name, edits)
+
+
+def _check_sums(a: Attached) -> None:
+    """Raise ValueError unless an adapter changes only outputs that can be added."""
+    if a.base:
+        raise ValueError(f"{a.name} trains {next(iter(a.base))}: only changes of outputs can be summed")
+    for path, e in a.edits.items():
+        sums = e.overrides("after") and not e.overrides("before") and not e.overrides("tensor")
+        if not sums or not e.keeps_shape:
+            raise ValueError(f"{a.name} edits {path}: only changes of outputs can be summed")

@@ -1,8 +1,8 @@
 """Every method, in the taxonomy of the field; one file per paper.
 
     selective           a subset of the base's own tensors trains
-    additive            new parts beside the base
-    reparameterized     an update of the weights in few numbers
+    additive            new modules beside the base
+    reparameterized     an update of the weights that has few parameters
 """
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from .selective.bitfit import BitFit
 from .selective.full import Full
 from .selective.partial import Partial
 
-__all__ = ["Full", "Partial", "BitFit", "Houlsby", "PromptTuning", "PrefixTuning", "LoRA", "methods", "Entry"]
-
 ALL: tuple[type[Method], ...] = (Full, Partial, BitFit, Houlsby, PromptTuning, PrefixTuning, LoRA)
+
+__all__ = [*(cls.__name__ for cls in ALL), "methods", "Entry"]
 
 
 class Entry(NamedTuple):
-    "One line of the table of methods."
+    """One row of the table of methods: the class, its family, the title of its paper, and one line about its fields."""
+
     cls: type[Method]
     family: str
     paper: str
@@ -32,9 +33,11 @@ class Entry(NamedTuple):
 
 
 def methods() -> list[Entry]:
-    "Every method class with its family, its paper and one line.  Each can be made without arguments."
-    out = []
+    """Every method class with its family, its paper and one line. Each class is constructible without arguments."""
+    table = []
     for cls in ALL:
-        head = sys.modules[cls.__module__].__doc__.strip().splitlines()[0]
-        out.append(Entry(cls, cls.__module__.split(".")[-2], head, (cls.__doc__ or "").strip().splitlines()[0]))
-    return out
+        family = cls.__module__.split(".")[-2]
+        paper = sys.modules[cls.__module__].__doc__.strip().splitlines()[0]
+        line = (cls.__doc__ or "").strip().splitlines()[0]
+        table.append(Entry(cls, family, paper, line))
+    return table

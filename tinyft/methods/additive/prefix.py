@@ -68,6 +68,8 @@ class PrefixTuning(Method):
 class Prefix(Edit):
     """P_K and P_V in front of the keys and values. The cache has joined before, and does not hold them."""
 
+    keeps_shape = False
+
     def __init__(self, K: Array, V: Array):
         self.K = Parameter(K, decay=False)               # (H, p, D)
         self.V = Parameter(V, decay=False)

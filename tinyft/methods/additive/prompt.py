@@ -47,6 +47,8 @@ class PromptTuning(Method):
 class SoftPrompt(Edit):
     """P in front of the embeddings."""
 
+    keeps_shape = False
+
     def __init__(self, embed: Embedding, p: int, init: str, rng: np.random.Generator):
         if init == "uniform":
             P = rng.uniform(-0.5, 0.5, (p, embed.out_features)).astype(np.float32)
@@ -66,6 +68,8 @@ class SoftPrompt(Edit):
 
 class Drop(Edit):
     """Remove the rows of the prompt."""
+
+    keeps_shape = False
 
     def __init__(self, p: int):
         self._p = p

@@ -1,0 +1,149 @@
+"""The identity of methods and losses: equal for equal content, another for any other content, and never moved by reading."""
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from contract import build
+from helpers import dev, host
+
+from tinyft import LoRA, PrefixTuning
+from tinyft.data import Batches
+from tinyft.identity import describe, fingerprint, qualified_name
+from tinyft.tensor import Tensor
+
+
+@dataclass(frozen=True)
+class Keep:
+    """A retention method or a distillation loss: plain fields, and fields that hold data or a model."""
+
+    old: Any = None
+    beta: float = 1.0
+    inner: Any = None
+    ranks: dict[str, int] = field(default_factory=dict)
+
+
+def stream(n: int = 7, seed: int = 3, scale: int = 1) -> Batches:
+    return Batches(list(np.arange(n * 4).reshape(n, 4) * scale), 2, seed=seed)
+
+
+def test_a_method_is_described_by_its_class_and_its_fields():
+    facts = describe(LoRA(r=3, targets=("attn.q", "embed")))
+    assert facts["class"] == "tinyft.methods.reparameterized.lora.LoRA"
+    assert facts["fields"] == {"r": 3, "alpha": 16.0, "dropout": 0.0, "targets": ["attn.q", "embed"]}
+    assert describe(PrefixTuning())["fields"]["mlp"] is None
+
+
+def test_a_description_survives_json():
+    for obj in (LoRA(), Keep(old=[np.ones(2)], inner=Keep(beta=2.0), ranks={"blocks.0.attn.q": 4})):
+        assert json.loads(json.dumps(describe(obj))) == describe(obj)
+
+
+def test_a_nested_dataclass_is_described_in_the_same_way():
+    inner = describe(Keep(inner=Keep(beta=2.0)))["fields"]["inner"]
+    assert inner["class"] == qualified_name(Keep) and inner["fields"]["beta"] == 2.0
+
+
+def test_an_object_that_is_no_dataclass_is_identified_by_its_class_alone():
+    class Plain:
+        def __init__(self):
+            self.t = 0
+    plain = Plain()
+    before = describe(plain)
+    plain.t = 5                                          # a counter that training moves
+    assert describe(plain) == before == {"class": qualified_name(Plain), "fields": {}}
+
+
+@pytest.mark.parametrize("make", [
+    lambda: np.arange(6.0).reshape(2, 3),
+    lambda: Tensor(dev(np.arange(6.0))),
+    lambda: [{"ids": np.arange(4).reshape(1, 4), "mask": np.ones((1, 4), bool)}],
+    lambda: build("gpt"),
+    lambda: stream(),
+    lambda: functools.partial(np.add, 3),
+    lambda: list(range(1000)),
+], ids=["array", "tensor", "batches in a list", "model", "Batches", "partial", "long list"])
+def test_content_is_described_by_a_fingerprint_that_equal_content_shares(make):
+    one = describe(Keep(old=make()))["fields"]["old"]
+    other = describe(Keep(old=make()))["fields"]["old"]
+    assert set(one) == {"fingerprint"} and one == other
+
+
+def moved_weight() -> Any:
+    model = build("gpt")
+    weight = host(model.blocks[1].mlp.up.weight).copy()
+    weight[0, 0] = np.nextafter(weight[0, 0], 9, dtype=np.float32)
+    model.blocks[1].mlp.up.weight.copy_(weight)
+    return model
+
+
+def test_any_other_content_has_another_fingerprint():
+    a = np.arange(6.0).reshape(2, 3)
+    different = [
+        a, a.reshape(3, 2), a.astype(np.float32), a + 1e-12, a.tolist() * 60, [a], {"a": a}, {"b": a},
+        build("gpt"), moved_weight(), build("bert"),
+        stream(), stream(n=8), stream(seed=4), stream(scale=2), list(stream().examples),
+    ]
+    prints = [fingerprint(v) for v in different]
+    assert len(set(prints)) == len(prints)
+
+
+def test_reading_data_does_not_change_its_identity():
+    data = stream()
+    before = fingerprint(data)
+    for _ in range(9):                                   # past the end of an epoch
+        next(data)
+    assert fingerprint(data) == before
+
+
+def test_the_values_that_a_function_closes_over_count():
+    def scaled(factor: float) -> Any:
+        return lambda x: x * factor
+    assert fingerprint(scaled(2.0)) == fingerprint(scaled(2.0)) != fingerprint(scaled(3.0))
+
+
+def test_a_structure_that_contains_itself_has_a_fingerprint():
+    loop: list = [1, 2]
+    loop.append(loop)
+    assert fingerprint(loop) == fingerprint(loop)
+
+
+def test_an_iterator_that_is_used_up_has_no_content_to_identify():
+    with pytest.raises(TypeError, match="cannot be identified by its content"):
+        describe(Keep(old=iter([np.ones(2)])))
+
+
+def test_a_class_that_was_run_as_a_script_has_the_name_of_its_file():
+    cls = type("Mine", (), {"__module__": "__main__"})
+    assert qualified_name(cls).endswith(".Mine") and not qualified_name(cls).startswith("__main__")
+
+
+# ── planted mistakes ─────────────────────────────────────────────────────────────────────────────────────────────────
+def by_repr(obj: Any) -> Any:
+    """The identity that version 0.1 used: NumPy's repr leaves out the middle of a long array."""
+    return repr(obj)
+
+
+def by_position(obj: Any) -> Any:
+    """Counts the position of a stream as well."""
+    return repr(sorted((k, str(v)) for k, v in vars(obj).items() if not callable(v)))
+
+
+def test_the_checks_reject_an_identity_that_shortens_arrays_or_counts_the_position():
+    long = np.zeros(5000)
+    other = long.copy()
+    other[2500] = 1
+    assert by_repr(Keep(old=long)) == by_repr(Keep(old=other))
+    assert fingerprint(long) != fingerprint(other)
+    data = stream()
+    before = by_position(data)
+    next(data)
+    assert by_position(data) != before
+
+
+def test_describing_is_unaffected_by_replace():
+    assert describe(replace(Keep(), beta=2.0)) != describe(Keep()) == describe(replace(Keep()))
