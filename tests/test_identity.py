@@ -1,4 +1,4 @@
-"""The identity of methods and losses: equal for equal content, another for any other content, and never moved by reading."""
+"""The identity of methods and losses: equal for equal content, different for any other, and unchanged by reading."""
 from __future__ import annotations
 
 import functools

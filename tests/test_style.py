@@ -82,9 +82,6 @@ tests/test_threads.py: columns assigned_lambda nested_lambda
 tests/test_train.py: columns nested_lambda nested_comprehension positional_boolean
 tests/test_wrong.py: columns
 tests/wrong.py: columns
-tinyft/adapters/__init__.py: quotes
-tinyft/adapters/combine.py: columns nested_comprehension quotes
-tinyft/adapters/files.py: columns
 tinyft/array.py: columns assigned_lambda quotes
 tinyft/assets/make.py: columns nested_comprehension
 tinyft/cli.py: columns quotes
@@ -94,7 +91,6 @@ tinyft/compare/run.py: columns assigned_lambda nested_comprehension quotes
 tinyft/data/baselines.py: type_hints
 tinyft/decode.py: columns quotes
 tinyft/doctor.py: columns assigned_lambda quotes
-tinyft/edit.py: columns
 tinyft/files.py: columns assigned_lambda nested_comprehension quotes
 tinyft/functional.py: columns quotes
 tinyft/kernels/__init__.py: columns quotes
@@ -115,13 +111,6 @@ tinyft/learn/book.py: columns assigned_lambda quotes
 tinyft/learn/commands.py: columns quotes
 tinyft/learn/lessons.py: columns quotes
 tinyft/learn/reading.py: columns quotes
-tinyft/methods/__init__.py: columns quotes
-tinyft/methods/additive/houlsby.py: columns
-tinyft/methods/additive/prefix.py: columns
-tinyft/methods/additive/prompt.py: columns
-tinyft/methods/reparameterized/lora.py: columns
-tinyft/methods/selective/bitfit.py: columns
-tinyft/methods/selective/partial.py: columns
 tinyft/models/__init__.py: quotes
 tinyft/models/bert.py: columns quotes
 tinyft/models/blocks.py: columns assigned_lambda quotes

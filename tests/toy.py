@@ -40,18 +40,19 @@ class CrossAttention(Module):
         B, T, C = x.shape
         group = QUERY_HEADS // KV_HEADS
         source = ctx.scratch["source"]
-        q = self.q(x, ctx).reshape(B, T, KV_HEADS, group, self.head_width).permute(0, 2, 3, 1, 4)      # (B, H, G, T, D)
-        k = self.split(self.k(source, ctx))                                                            # (B, H, Tk, D)
+        q = self.q(x, ctx).reshape(B, T, KV_HEADS, group, self.head_width)
+        q = q.permute(0, 2, 3, 1, 4)                                             # (B, H, G, T, D)
+        k = self.split(self.k(source, ctx))                                      # (B, H, Tk, D)
         v = self.split(self.v(source, ctx))
         k, v, key_mask = self.kv((k, v, ctx.mask), ctx)
         Tk = k.shape[2]
         k = k.reshape(B, KV_HEADS, 1, Tk, self.head_width)
         v = v.reshape(B, KV_HEADS, 1, Tk, self.head_width)
-        scores = (q @ k.permute(0, 1, 2, 4, 3)) * self.head_width**-0.5                                # (B, H, G, T, Tk)
+        scores = (q @ k.permute(0, 1, 2, 4, 3)) * self.head_width**-0.5          # (B, H, G, T, Tk)
         if key_mask is not None:
-            hidden = ~key_mask[:, None, None, None, :]                                                 # (B, 1, 1, 1, Tk)
+            hidden = ~key_mask[:, None, None, None, :]                           # (B, 1, 1, 1, Tk)
             scores = scores + hidden.astype(scores.dtype) * -1e9
-        y = ops.softmax(scores) @ v                                                                    # (B, H, G, T, D)
+        y = ops.softmax(scores) @ v                                              # (B, H, G, T, D)
         return self.o(y.permute(0, 3, 1, 2, 4).reshape(B, T, C), ctx)
 
     def split(self, x: Tensor) -> Tensor:
@@ -104,7 +105,9 @@ class EncoderDecoder(Module):
 
     @property
     def stacks(self) -> dict[str, list[str]]:
-        return {name: [f"{name}.{i}" for i in range(LAYERS)] for name in ("encoder", "decoder")}
+        encoder = [f"encoder.{i}" for i in range(LAYERS)]
+        decoder = [f"decoder.{i}" for i in range(LAYERS)]
+        return {"encoder": encoder, "decoder": decoder}
 
     def forward(self, ids: Any, ctx: Context) -> Tensor:
         ctx.begin(ids, self.embed.weight.data)

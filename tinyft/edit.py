@@ -32,7 +32,8 @@ class CannotMerge(Exception):
 class Edit(Module):
     """One small change to one module.
 
-    Its Tensors train, its arrays are buffers; both are saved. An attribute `_x` refers to a part that something else owns."""
+    Its Tensors train, its arrays are buffers; both are saved. An attribute `_x` refers to a part that another module
+    owns: it is used, not walked."""
 
     takes_packed = False                                 # True if `tensor` accepts a Packed weight
     keeps_shape = True                                   # False if `after` gives an output of another shape
@@ -66,7 +67,7 @@ class Phase:
 
     share   this phase's part of all steps; the shares of a method sum to 1, and a last phase may have share 0
     setup   called once, as setup(model, edits, batches, rng), when the phase starts; not again when a run is resumed.
-            It may change values, masks and requires_grad, never names or shapes. The batches that it takes are consumed."""
+            It may change values, masks and requires_grad, never names or shapes. Batches that it takes are consumed."""
 
     share: float
     setup: Callable | None = None
@@ -168,7 +169,8 @@ def select(model: Module, globs: str | Iterable[str]) -> dict[str, Module]:
         pattern = _pattern(glob)
         hits = {path for path in modules if path and pattern.search(path)}
         if not hits:
-            raise LookupError(f"{glob!r} names no module of this model; there are {', '.join(_nearest(glob, modules))} ...")
+            near = ", ".join(_nearest(glob, modules))
+            raise LookupError(f"{glob!r} names no module of this model; there are {near} ...")
         chosen |= hits
     return {path: m for path, m in modules.items() if path in chosen}
 
@@ -233,7 +235,8 @@ def get_attached(model: Module, name: str | None = None) -> Attached:
 
 
 # ── attach and detach ────────────────────────────────────────────────────────────────────────────────────────────────
-def attach(model: Module, method: Method | Attached, name: str | None = None, seed: int = 0, train_head: bool = True) -> Attached:
+def attach(model: Module, method: Method | Attached, name: str | None = None, seed: int = 0,
+           train_head: bool = True) -> Attached:
     """Put a method on a model, or put back what `detach` gave. From then on, only what its methods train is trainable.
 
     A new task head trains too unless train_head=False; the first method to be attached carries it.
@@ -270,7 +273,8 @@ def _make(model: Module, method: Method, name: str, seed: int, train_head: bool)
     if not train_head:
         trainable -= head
     if not edits and not trainable and type(method).penalty is Method.penalty:
-        raise ValueError(f"{name} would train nothing on this model: none of its tensors is one that {type(method).__name__} trains")
+        raise ValueError(f"{name} would train nothing on this model: "
+                         f"none of its tensors is one that {type(method).__name__} trains")
     if train_head:
         trainable |= head - taken
     base = {n: p.data.copy() for n, p in parameters.items() if n in trainable}
@@ -383,7 +387,8 @@ def merge(model: Module, *names: str) -> Module:
     written |= {name for a in merged for name in a.base}
     for a in kept:
         if a.base.keys() & written:
-            raise CannotMerge(f"{a.name} trains the same tensors, and to detach it would undo the merge: merge it too, or detach it first")
+            raise CannotMerge(f"{a.name} trains the same tensors, and to detach it would undo the merge: "
+                              "merge it too, or detach it first")
     for path, m in base_modules(model).items():             # every edit agreed: now write
         for name, w in folded.get(path, {}).items():
             getattr(m, name).copy_(w)
@@ -411,7 +416,8 @@ def _fold(path: str, m: Module, edits: list[Edit]) -> dict[str, Array]:
     """{name: new array} for the module's own tensors that these edits change."""
     packed = [name for name, v in vars(m).items() if isinstance(v, Packed)]
     if packed:
-        raise CannotMerge(f"{path}.{packed[0]} is packed: keep the adapter beside it, or unpack the base first (tinyft.unpack) and merge then")
+        raise CannotMerge(f"{path}.{packed[0]} is packed: keep the adapter beside it, "
+                          "or unpack the base first (tinyft.unpack) and merge then")
     # From the weight outwards: the outputs in order, then the inputs, the last one first.
     outputs = [e for e in edits if e.overrides("after")]
     inputs = [e for e in edits if e.overrides("before") and not e.overrides("after")]
@@ -420,7 +426,8 @@ def _fold(path: str, m: Module, edits: list[Edit]) -> dict[str, Array]:
         if e.overrides("before") and len(activations) > 1:
             raise CannotMerge(f"{path}: {type(e).__name__} changes input and output, and is not alone")
     if activations and m.tied:
-        raise CannotMerge(f"{path}: its weight is also the head's, and {type(activations[0]).__name__} changes only the output of {path}")
+        raise CannotMerge(f"{path}: its weight is also the head's, "
+                          f"and {type(activations[0]).__name__} changes only the output of {path}")
     own = m.own()
     tensors = dict(own)
     for e in edits:
@@ -466,7 +473,7 @@ def trained(model: Module) -> dict[str, Tensor]:
 
 
 def count(model: Module) -> Count:
-    """The number of trainable parameters and of all parameters. A masked tensor counts only the entries that may move."""
+    """The numbers of trainable and of all parameters. A masked tensor counts only the entries that may move."""
     sizes = {name: _free_entries(p) for name, p in trained(model).items()}
     head = sum(size for name, size in sizes.items() if is_head(model, name))
     dense = sum(p.size for name, p in base_parameters(model).items() if not is_head(model, name))
@@ -481,7 +488,7 @@ def _free_entries(p: Tensor) -> int:
 
 # ── state ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 def named_state(model: Module, a: Attached) -> dict[str, Any]:
-    """{name: Tensor or buffer} of everything that belongs to an attached method: its edits, and the base tensors it trains.
+    """{name: Tensor or buffer} of all that belongs to an attached method: its edits, and the base tensors it trains.
 
     The names are those of the model's state_dict: `blocks.0.attn.q.edits.lora.A`. A part that several modules share
     appears once. Buffers that are not persistent are left out."""

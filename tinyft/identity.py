@@ -131,7 +131,7 @@ def _update_array(digest: Any, a: np.ndarray, above: list[int]) -> None:
 
 
 def _update_function(digest: Any, f: Any, above: list[int]) -> None:
-    """A class counts by its name; a function by its name, the values that it closes over, and the object it is bound to."""
+    """A class counts by its name. A function counts by its name, its closure's values and the object it is bound to."""
     digest.update(f"{f.__module__}.{f.__qualname__};".encode())
     for cell in getattr(f, "__closure__", None) or ():
         _update(digest, cell.cell_contents, above)

@@ -32,7 +32,10 @@ class Weighted(Edit):
 
     def fold(self, p: dict[str, Array]) -> dict[str, Array]:
         folded = [e.fold(p) for e in self.inner]
-        return {name: self._sum(w, [f[name] for f in folded]) for name, w in p.items()}
+        summed = {}
+        for name, w in p.items():
+            summed[name] = self._sum(w, [tensors[name] for tensors in folded])
+        return summed
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Combined(Method):
 
 
 def combine(adapters: list[Attached], weights: Sequence[float] | None = None, name: str = "combined") -> Attached:
-    """Several detached adapters as one, ready to attach: the sum of their changes to the same base, each times its weight.
+    """Several detached adapters as one, ready to attach: the sum of their changes, each times its weight.
 
     The sum is exact: for LoRA it is ΔW = Σ cⱼ ΔWⱼ, and no factors are mixed. Raises ValueError unless there is one
     weight for each adapter, and every adapter changes outputs only and trains no tensor of the base."""

@@ -58,7 +58,7 @@ def save_adapter(model: Module, path: str | os.PathLike, name: str | None = None
 
 
 def _name_in_file(a: Attached, name: str) -> str:
-    """`blocks.0.attn.q:A` for the tensor `blocks.0.attn.q.edits.lora.A`: an adapter may be loaded under another name."""
+    """`blocks.0.attn.q:A` for `blocks.0.attn.q.edits.lora.A`: an adapter may be loaded under another name."""
     return name.replace(f".edits.{a.name}.", ":", 1)
 
 
@@ -199,7 +199,8 @@ def check_base(wanted: dict[str, Any], got: dict[str, Any]) -> None:
     }
     for key, text in descriptions.items():
         if wanted.get(key) != got[key]:
-            raise ValueError(f"this adapter was trained on {text.format(wanted.get(key))}; this is {text.format(got[key])}")
+            trained_on = text.format(wanted.get(key))
+            raise ValueError(f"this adapter was trained on {trained_on}; this is {text.format(got[key])}")
 
 
 def digest(facts: dict[str, Any]) -> str:

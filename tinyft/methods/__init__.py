@@ -24,7 +24,7 @@ __all__ = [*(cls.__name__ for cls in ALL), "methods", "Entry"]
 
 
 class Entry(NamedTuple):
-    """One row of the table of methods: the class, its family, the title of its paper, and one line about its fields."""
+    """One row of the table of methods: a class, its family, its paper, a line about its fields."""
 
     cls: type[Method]
     family: str
@@ -33,7 +33,7 @@ class Entry(NamedTuple):
 
 
 def methods() -> list[Entry]:
-    """Every method class with its family, its paper and one line. Each class is constructible without arguments."""
+    """Every method class, as a table. Each class is constructible without arguments."""
     table = []
     for cls in ALL:
         family = cls.__module__.split(".")[-2]

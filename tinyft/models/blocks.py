@@ -144,7 +144,9 @@ def embed_tokens(embed: Embedding, ids: Any, ctx: Context, positions: int) -> Te
     An edit of `embed` may lengthen the sequence (a soft prompt); ctx then knows.  IndexError for an id outside the vocabulary,
     ValueError for a sequence that is longer than the model's number of positions."""
     check_ids(ids, embed.in_features)
-    ctx.begin(ids, embed.weight.data)
+    weight = embed.weight
+    on_device = weight.data if isinstance(weight, Tensor) else next(iter(weight.own(Array).values()))
+    ctx.begin(ids, on_device)
     T = ctx.ids.shape[1]
     x = embed(ids if isinstance(ids, Tensor) else ctx.ids, ctx)                  # (B, T, C)
     check_length(x, ctx, T, positions)

@@ -1,10 +1,12 @@
-"""Adapters: Parameter-Efficient Transfer Learning for NLP.  Houlsby et al., ICML 2019.  arXiv:1902.00751
+"""Adapters: Parameter-Efficient Transfer Learning for NLP.  Houlsby et al., ICML 2019.
+arXiv:1902.00751
 
-    h ← h + W_up g(W_down h + b_down) + b_up        W_down (m, C),  W_up (C, m),  g = GELU     §2.1, fig. 2
+    h ← h + W_up g(W_down h + b_down) + b_up                                       §2.1, fig. 2
+    W_down (m, C),  W_up (C, m),  g = GELU
 
-Each sublayer (attention, cross-attention, MLP) gets one adapter on its output, before the residual sum.
-The layer norms train too, and so does the head. Weights are drawn from N(0, σ²), cut at 2σ, with
-σ = 1e-2; biases are 0. So the model starts near the base, not exactly at it.
+Each sublayer (attention, cross-attention, MLP) gets one adapter on its output, before the residual
+sum. The layer norms train too, and so does the head. Weights are drawn from N(0, σ²), cut at 2σ,
+with σ = 1e-2; biases are 0. So the model starts near the base, not exactly at it.
 
 Departures: none in the method; σ is the paper's (its code uses 1e-3).
 """

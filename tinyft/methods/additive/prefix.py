@@ -1,16 +1,17 @@
-"""Prefix-Tuning: Optimizing Continuous Prompts for Generation.  Li & Liang, ACL 2021.  arXiv:2101.00190
+"""Prefix-Tuning: Optimizing Continuous Prompts for Generation.  Li & Liang, ACL 2021.
+arXiv:2101.00190
 
-    K ← [P_K; K],  V ← [P_V; V]  in every layer        P_K, P_V (H, p, D) per layer              §4.2
-    with `mlp`, while training:  [P_K P_V]_ℓ = W₂ℓ tanh(W₁ E + b₁) + b₂ℓ                           §4.3
-                                 E (p, C),  W₁ (k, C),  W₂ℓ (2 H D, k)
+    K ← [P_K; K],  V ← [P_V; V]  in every layer      P_K, P_V (H, p, D) per layer           §4.2
+    with `mlp`, while training:                                                             §4.3
+    [P_K P_V]_ℓ = W₂ℓ tanh(W₁ E + b₁) + b₂ℓ          E (p, C),  W₁ (k, C),  W₂ℓ (2 H D, k)
 
 A prefix is a cache of keys and values without tokens. It changes the output even if it is all zero:
-zero keys still take attention weight from the text. H is the number of key/value heads, which may be
-smaller than that of the query heads. In an encoder-decoder, cross-attention gets a prefix as well.
+zero keys still take attention weight from the text. H is the number of key/value heads, which may
+be smaller than that of the query heads. In an encoder-decoder, cross-attention gets a prefix too.
 
-Departures: without the MLP the prefix starts at N(0, std²) (PEFT: N(0, 1)); in the paper it starts at
-activations of real words. `shift` puts the text at positions p, p + 1, ..., as implementations with
-past_key_values do; the paper's mathematics has no positions.
+Departures: without the MLP the prefix starts at N(0, std²) (PEFT: N(0, 1)); in the paper it starts
+at activations of real words. `shift` puts the text at positions p, p + 1, ..., as implementations
+with past_key_values do; the paper's mathematics has no positions.
 """
 from __future__ import annotations
 
@@ -28,8 +29,8 @@ from ...tensor import Tensor, no_grad
 
 @dataclass(frozen=True)
 class PrefixTuning(Method):
-    """p: prefix length;  mlp: width k of the reparameterisation, None for none;  std: of the initial
-    prefix;  shift: the text starts at position p;  targets: the attentions' key/value parts."""
+    """p: prefix length;  mlp: width k of the reparameterisation, None for none;  std: of the
+    initial prefix;  shift: the text starts at position p;  targets: the key/value parts."""
 
     p: int = 10
     mlp: int | None = None
@@ -60,13 +61,15 @@ class PrefixTuning(Method):
         return edits
 
     def eject(self, edits: dict[str, Edit]) -> tuple[Method, dict[str, Edit]]:
-        """The prefixes as plain tensors, without the MLP that made them. Bitwise the same outputs."""
+        """The prefixes as plain tensors, without the MLP that made them. Outputs stay bitwise."""
         ejected = {path: e.ejected() if isinstance(e, Prefix) else e for path, e in edits.items()}
         return replace(self, mlp=None), ejected
 
 
 class Prefix(Edit):
-    """P_K and P_V in front of the keys and values. The cache has joined before, and does not hold them."""
+    """P_K and P_V in front of the keys and values.
+
+    The cache joins before this edit, so it never holds a prefix."""
 
     keeps_shape = False
 
@@ -132,7 +135,9 @@ class Reparameterized(Prefix):
 
 
 class Shift(Edit):
-    """The text starts at position p. An edit of the token embedding, which runs before positions are read."""
+    """The text starts at position p.
+
+    An edit of the token embedding: it runs before the model reads its positions."""
 
     def __init__(self, p: int):
         self._p = p

@@ -3,11 +3,12 @@ Lester, Al-Rfou, Constant, EMNLP 2021.  arXiv:2104.08691
 
     X ← [P; E(x)]        P (p, C) trains, everything else is frozen                              §2
 
-The prompt has the positions 0 .. p − 1; the text starts at p. The rows of the prompt are dropped after
-the last block, so that logits, labels and BERT's [CLS] keep their positions.
+The prompt has the positions 0 .. p − 1; the text starts at p. The rows of the prompt are dropped
+after the last block, so that logits, labels and BERT's [CLS] keep their positions.
 
 Departures: the rows of P start as embeddings of random tokens, the paper's second choice;
-`init="uniform"` is its first, ±0.5. The paper's Adafactor with a constant rate of 0.3 is AdamW here.
+`init="uniform"` is its first, ±0.5. The paper trains with Adafactor at a constant learning rate of
+0.3; here it is AdamW.
 """
 from __future__ import annotations
 
@@ -32,13 +33,15 @@ class PromptTuning(Method):
     def find(self, model: Module) -> dict[str, Module]:
         """The token embedding and the last block. TypeError if there is more than one stack."""
         if len(stacks(model)) != 1:
-            raise TypeError(f"PromptTuning wants a model with one stack, got {', '.join(stacks(model))}")
+            names = ", ".join(stacks(model))
+            raise TypeError(f"PromptTuning wants a model with one stack, got {names}")
         (blocks,) = stacks(model).values()
         return {**token_embedding(model), blocks[-1]: base_modules(model)[blocks[-1]]}
 
     def edit(self, path: str, module: Module, rng: np.random.Generator) -> Edit:
         if self.init not in ("vocabulary", "uniform"):
-            raise ValueError(f"PromptTuning wants init 'vocabulary' or 'uniform', got {self.init!r}")
+            raise ValueError(
+                f"PromptTuning wants init 'vocabulary' or 'uniform', got {self.init!r}")
         if isinstance(module, Embedding):
             return SoftPrompt(module, self.p, self.init, rng)
         return Drop(self.p)

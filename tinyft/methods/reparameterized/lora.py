@@ -1,11 +1,12 @@
 """LoRA: Low-Rank Adaptation of Large Language Models.  Hu et al., ICLR 2022.  arXiv:2106.09685
 
-    y = x W₀ᵀ + b + (α/r) (x Aᵀ) Bᵀ      W₀ (out, in) frozen,  A (r, in) ~ U(±1/√in),  B (out, r) = 0   §4.1, eq. 3
+    y = x W₀ᵀ + b + (α/r) (x Aᵀ) Bᵀ                                                §4.1, eq. 3
+    W₀ (out, in) frozen,  A (r, in) ~ U(±1/√in),  B (out, r) = 0
     merged:  W = W₀ + (α/r) B A
 
 As a change of the output, it costs two thin products and never builds the (out, in) gradient of W.
-The input of an embedding is token ids. So there the weight itself is changed, and a tied head, which
-reads the same weight, sees the change too.
+The input of an embedding is token ids. So there the weight itself is changed, and a tied head,
+which reads the same weight, sees the change too.
 
 Departures: the paper draws A from a Gaussian; its code, PEFT and we draw it uniformly from ±1/√in.
 """

@@ -12,7 +12,7 @@ from ...nn import Module
 
 @dataclass(frozen=True)
 class Full(Method):
-    """Everything trains. Learning rates of 1e-5 to 1e-3: the larger the model, the lower the rate."""
+    """Everything trains. Learning rates of 1e-5 to 1e-3, lower for larger models."""
 
     def trains(self, model: Module) -> set[str]:
         return set(base_parameters(model))

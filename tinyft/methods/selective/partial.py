@@ -3,10 +3,10 @@ Howard & Ruder, ACL 2018; Houlsby et al., ICML 2019, §3.4.
 
     trained:  {blocks L−k .. L−1 of every stack}  ∪  {final norm, pooler}  ∪  {head}
 
-With k = 0 the norms stay frozen too, and the head alone trains: a linear probe. Gradients stop below
-the lowest trained block: nothing is computed there.
+With k = 0 the norms stay frozen too, and the head alone trains: a linear probe. Gradients stop
+below the lowest trained block: nothing is computed there.
 
-Departures: a tied head is the input embedding, which stays frozen. Untied heads and new heads train.
+Departures: a tied head is the input embedding, which stays frozen. Untied and new heads train.
 """
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ class Partial(Method):
         modules = base_modules(model)
         paths = set(model.top_modules)
         if self.k == 0:
-            paths = {path for path in paths if not isinstance(modules.get(path), (LayerNorm, RMSNorm))}
+            norms = (LayerNorm, RMSNorm)
+            paths = {path for path in paths if not isinstance(modules.get(path), norms)}
         for blocks in stacks(model).values():
             paths.update(blocks[len(blocks) - self.k:])
         return {name for name in base_parameters(model) if inside(name, paths)}
