@@ -292,7 +292,7 @@ def test_a_terminal_without_unicode_gets_its_own_signs(small, tmp_path):
     path, out = small(SMALL), open(tmp_path / "page", "w+", encoding="ascii")
     with out:
         for cell in run(path, tmp_path / "out"):
-            reading.tell(cell, Page(out))
+            reading.write_cell(cell, Page(out))
         out.seek(0)
         text = out.read()
     assert "  | x = 1\n" in text and "About alpha  cdot" in text.replace("alpha cdot", "alpha  cdot") and "?" not in text

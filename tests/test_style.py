@@ -105,12 +105,6 @@ tinyft/kernels/cuda/optimizer.py: columns
 tinyft/kernels/numpy.py: columns quotes
 tinyft/kernels/system.py: columns quotes
 tinyft/kernels/threads.py: columns quotes
-tinyft/learn/__init__.py: columns
-tinyft/learn/annotate.py: columns nested_comprehension quotes
-tinyft/learn/book.py: columns assigned_lambda quotes
-tinyft/learn/commands.py: columns quotes
-tinyft/learn/lessons.py: columns quotes
-tinyft/learn/reading.py: columns quotes
 tinyft/models/__init__.py: quotes
 tinyft/models/bert.py: columns quotes
 tinyft/models/blocks.py: columns assigned_lambda quotes

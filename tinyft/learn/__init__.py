@@ -1,12 +1,13 @@
-"""The exercises: functions of the library to be written again, checked by their laws.
+"""The exercises: functions of the library to write again, checked by their laws.
 
     tinyft start · check · watch · hint · solution · ...     on the command line
     tinyft.check("autograd.sum_to", sum_to)                  in a notebook
 
-An exercise is a function of the library (exercise.py), or a kernel in CUDA C (cuda/exercise.py): its skeleton is cut from the library's
-own source (skeleton.py), its laws are run on the learner's function (checker.py) with inputs that grow (sizes.py), and what fails is
-explained (diagnose.py, show.py).
-Only Hypothesis is needed beside tinyft:  pip install "tinyft[lessons]".
+An exercise is a function of the library (exercise.py), or a kernel in CUDA C (cuda.py).
+Its skeleton is cut from the library's own source (sources.py).
+Its laws are checked on the learner's function (checker.py) with inputs that grow (sizes.py).
+A failure is explained (diagnose.py, show.py).
+The exercises themselves stand beside their lessons (folders.py).  They need Hypothesis:  pip install "tinyft[lessons]".
 """
 from __future__ import annotations
 
@@ -16,8 +17,9 @@ __all__ = ["check"]
 
 
 def check(name: str, function: Callable | str) -> bool:
-    """Check your own function (the text of a kernel) as the exercise `name`, and say what is wrong:
-    tinyft.check("autograd.sum_to", sum_to)
+    """Check your own function (the text of a kernel) as the exercise `name`, and say what is wrong.
+
+        tinyft.check("autograd.sum_to", sum_to)
 
     True if every law holds.  ValueError if there is no such exercise.
     """

@@ -1,7 +1,7 @@
 """Annotated source: a module as a page of prose beside code.  The prose is the module's own docstrings and comments.
 
-blocks cuts the text, page writes it as Markdown (MyST) for Sphinx; what is shown is taken from the source each time, so
-it cannot drift.
+`blocks` cuts the text of a module; `page` writes it as Markdown (MyST) for Sphinx.  Both read the source each time, so
+the page cannot drift from it.
 """
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from types import MappingProxyType
 
 from .sources import first_line
 
-WIDE = 88  # columns of code beside the prose; longer lines scroll
+WIDE = 88                                                # columns of code beside the prose; longer lines scroll
+NO_NOTES: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclasses.dataclass
 class Block:
-    """What is said and the code it is said of.
+    """A piece of code and the prose beside it.
 
-    name: of the function or class that begins here;  heading: of the part of the file that begins here.
+    name: of the function or class that begins here.  heading: of the part of the file that begins here.
     """
     name: str = ""
     prose: str = ""
@@ -39,138 +40,214 @@ def blocks(text: str) -> list[Block]:
     Every line of code is in one block, in order.  A comment after code stays there, or above it where the line would be
     too long.
     """
-    tree, lines = ast.parse(text), text.splitlines()
-    starts, said = {}, _docstring(tree)  # {line: (name, whether to cut)}, {line: (last, prose)}
-    for holder in (tree, *(n for n in tree.body if isinstance(n, ast.ClassDef))):
+    return _Cutter(text).cut()
+
+
+class _Cutter:
+    """The state of `blocks`.
+
+    starts: {first line of a definition: its name}.  documented: the lines of `starts` at which a block begins always;
+    at the others, methods without a docstring, one begins only after a documented method, so that they stay together.
+    docstrings: {first line: (last line, text)}.  comments: {line: column}.
+    """
+
+    def __init__(self, text: str):
+        self.lines = text.splitlines()
+        self.starts: dict[int, str] = {}
+        self.documented: set[int] = set()
+        tree = ast.parse(text)
+        self.docstrings = _docstring(tree)
+        self._add_definitions(tree, "")
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef):
+                self._add_definitions(node, f"{node.name}.")
+        tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+        self.comments = {t.start[0]: t.start[1] for t in tokens if t.type == tokenize.COMMENT}
+        self.found = [Block()]
+
+    def _add_definitions(self, holder: ast.Module | ast.ClassDef, prefix: str) -> None:
         for node in holder.body:
             if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
-                starts[first_line(node)] = f"{getattr(holder, 'name', '')}.{node.name}".lstrip("."), holder is tree or bool(ast.get_docstring(node))
-                said |= _docstring(node)
-    comments = {t.start[0]: t.start[1] for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.type == tokenize.COMMENT}
-    found, n = [Block()], 0
+                line = first_line(node)
+                self.starts[line] = prefix + node.name
+                if not prefix or ast.get_docstring(node):
+                    self.documented.add(line)
+                self.docstrings |= _docstring(node)
 
-    def fresh() -> Block:
-        if found[-1].code.strip():
-            found.append(Block())
-        return found[-1]
-    while (n := n + 1) <= len(lines):
-        line, at = lines[n - 1], comments.get(n)
-        # silent methods stay together, or with their class
-        if n in starts and (starts[n][1] or found[-1].prose and "." in found[-1].name):
-            fresh().name = starts[n][0]
-        if n in said:
-            last, prose = said[n]
-            found[-1].prose, n = f"{found[-1].prose}\n\n{prose}".strip(), last
-            while n < len(lines) and not lines[n].strip():
-                n += 1
-        elif at is not None and not line[:at].strip():
-            if part := re.fullmatch(r"\s*# [─-]{2,} ?(.*?)[ ─-]*", line):
-                fresh().heading = part[1]
-            else:
-                block = fresh()
-                block.prose = f"{block.prose}\n{line[at:].lstrip('# ')}".strip()
+    def cut(self) -> list[Block]:
+        n = 1
+        while n <= len(self.lines):
+            n = self._take(n)
+        for b in self.found:
+            b.code = re.sub(r"\n{3,}", "\n\n", b.code.strip("\n"))
+        return [b for b in self.found if b.prose or b.code or b.heading]
+
+    def _take(self, n: int) -> int:
+        """Put line n, or the docstring that begins there, into a block.  Returns the next line."""
+        if n in self.starts:
+            after_documented_method = bool(self.found[-1].prose) and "." in self.found[-1].name
+            if n in self.documented or after_documented_method:
+                self._block().name = self.starts[n]
+        if n in self.docstrings:
+            last, prose = self.docstrings[n]
+            block = self.found[-1]
+            block.prose = f"{block.prose}\n\n{prose}".strip()
+            while last < len(self.lines) and not self.lines[last].strip():
+                last += 1
+            return last + 1
+        line = self.lines[n - 1]
+        column = self.comments.get(n)
+        if column is None:
+            self.found[-1].code += line + "\n"
+        elif line[:column].strip():
+            self.found[-1].code += _narrow(line, column) + "\n"
         else:
-            found[-1].code += (_narrow(line, at) if at is not None else line) + "\n"
-    for b in found:
-        b.code = re.sub(r"\n{3,}", "\n\n", b.code.strip("\n"))
-    return [b for b in found if b.prose or b.code or b.heading]
+            self._take_comment(line[column:])
+        return n + 1
+
+    def _take_comment(self, comment: str) -> None:
+        """A comment on a line of its own: the heading of a part, or prose of the code below it."""
+        block = self._block()
+        heading = re.fullmatch(r"# [─-]{2,} ?(.*?)[ ─-]*", comment)
+        if heading:
+            block.heading = heading[1]
+        else:
+            block.prose = f"{block.prose}\n{comment.lstrip('# ')}".strip()
+
+    def _block(self) -> Block:
+        """The last block if it has no code yet, else a new one."""
+        if self.found[-1].code.strip():
+            self.found.append(Block())
+        return self.found[-1]
 
 
 def _docstring(node: ast.AST) -> dict[int, tuple[int, str]]:
     """{its first line: (its last line, the text)}, if the docstring has lines of its own."""
     text = ast.get_docstring(node, clean=False)
-    first = node.body[0] if text else None
-    return {first.lineno: (first.end_lineno, inspect.cleandoc(text))} if text and first.lineno > getattr(node, "lineno", 0) else {}
+    if not text or node.body[0].lineno <= getattr(node, "lineno", 0):
+        return {}
+    first = node.body[0]
+    return {first.lineno: (first.end_lineno, inspect.cleandoc(text))}
 
 
-def _narrow(line: str, at: int) -> str:
-    """A line with a comment at its end: without the gap between them, or with the comment above."""
-    code, comment = line[:at].rstrip(), line[at:]
+def _narrow(line: str, column: int) -> str:
+    """A line with a comment at its end: with two spaces between them, or with the comment above."""
+    code = line[:column].rstrip()
+    comment = line[column:]
     if len(code) + len(comment) + 2 <= WIDE:
         return f"{code}  {comment}"
-    return f"{re.match(' *', code)[0]}{comment}\n{code}"
+    indent = re.match(" *", code)[0]
+    return f"{indent}{comment}\n{code}"
 
 
 def cuda_blocks(text: str) -> list[Block]:
-    """The same of CUDA C: a block to each stretch between blank lines that begins at the margin, its prose the comment
-    it begins with.
+    """The blocks of CUDA C: the stretches between blank lines that begin at the margin.
+
+    The comment at the beginning of a block is its prose.
     """
     found = []
     for part in re.split(r"\n\n+(?=\S)", text.strip()):
-        said = re.match(r"(?://[^\n]*(?:\n|$))*", part)[0]
+        comment = re.match(r"(?://[^\n]*(?:\n|$))*", part)[0]
         name = re.search(r"^extern \"C\" __global__ void (\w+)", part, re.MULTILINE)
-        found.append(Block(name[1] if name else "", re.sub(r"^// ?", "", said, flags=re.MULTILINE).rstrip(), part[len(said):].rstrip()))
+        prose = re.sub(r"^// ?", "", comment, flags=re.MULTILINE).rstrip()
+        found.append(Block(name[1] if name else "", prose, part[len(comment):].rstrip()))
     return found
 
 
 def first_sentence(text: str) -> str:
-    """What a file says of itself in its first line."""
+    """The first line of a file's docstring or comment."""
     return text.lstrip("\"'/ ").splitlines()[0].rstrip("\"'")
 
 
 # ── as Markdown ──────────────────────────────────────────────────────────────────────────────────────────────────────
 def escaped(text: str) -> str:
-    """Plain text as Markdown that shows it unchanged, but for `code`, which is code, and arXiv:numbers, which are
-    links.
-    """
+    """Plain text as Markdown that shows it unchanged, except that `code` is code and arXiv:numbers are links."""
     parts = re.split(r"(`[^`]+`)", text)
-    parts[::2] = [re.sub(r"[\\*_\[\]<>$|~{}#%^`]", r"\\\g<0>", p) for p in parts[::2]]
-    parts[::2] = [re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", p) for p in parts[::2]]
+    for i in range(0, len(parts), 2):                    # between the pieces of code
+        part = re.sub(r"[\\*_\[\]<>$|~{}#%^`]", r"\\\g<0>", parts[i])
+        parts[i] = re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", part)
     return "".join(parts)
 
 
+COLUMN_GAP = re.compile(r"\S {3,}\S")                    # three spaces inside a line: a table
+
+
 def markdown(doc: str) -> str:
-    """A docstring as Markdown: indented lines and columns stay as they are, paragraphs flow; a wide gap within one
-    begins a new line.
+    """A docstring as Markdown.  Indented lines and columns stay as they are, paragraphs flow; a wide gap begins a new
+    line.
     """
     out = []
-    for kind, group in itertools.groupby(doc.splitlines(), lambda row: "blank" if not row.strip() else "kept" if row[:4] == "    " else "flows"):
+    for kind, group in itertools.groupby(doc.splitlines(), _kind_of_row):
         rows = list(group)
-        columns = len(rows) > 1 and sum(bool(re.search(r"\S {3,}\S", row)) for row in rows) > len(rows) / 2
-        # sentences
-        if kind == "kept" and len(rows) > 1 and all(len(row) > 90 and not re.search(r"\S {3,}\S", row) for row in rows[:-1]):
+        gaps = sum(bool(COLUMN_GAP.search(row)) for row in rows)
+        is_table = len(rows) > 1 and gaps > len(rows) / 2
+        if kind == "indented" and _is_indented_text(rows):
             out.append("> " + escaped(" ".join(row.strip() for row in rows)))
-        elif kind == "kept" or kind == "flows" and columns:
-            out.append("````text\n" + "\n".join(squeezed(textwrap.dedent("\n".join(rows)).splitlines())) + "\n````")
-        elif kind == "flows":
-            out.append("\\\n".join(escaped(part) for part in re.split(r" {4,}", " ".join(rows))))
+        elif kind == "indented" or kind == "text" and is_table:
+            kept = textwrap.dedent("\n".join(rows)).splitlines()
+            out.append("````text\n" + "\n".join(squeezed(kept)) + "\n````")
+        elif kind == "text":
+            lines = re.split(r" {4,}", " ".join(rows))
+            out.append("\\\n".join(escaped(line) for line in lines))
     return "\n\n".join(out)
+
+
+def _kind_of_row(row: str) -> str:
+    if not row.strip():
+        return "blank"
+    return "indented" if row.startswith("    ") else "text"
+
+
+def _is_indented_text(rows: list[str]) -> bool:
+    """True for sentences over several lines, without columns."""
+    return len(rows) > 1 and all(len(row) > 90 and not COLUMN_GAP.search(row) for row in rows[:-1])
 
 
 def squeezed(rows: list[str]) -> list[str]:
     """Columns closer together: where all rows are blank for more than four columns, four stay."""
-    wide = max(map(len, rows))
-    blank = "".join(" " if all(row[i:i + 1] in ("", " ") for row in rows) else "x" for i in range(wide))
-    for gap in reversed([*re.finditer(r" {5,}", blank)]):
+    width = max(len(row) for row in rows)
+    filled = ["x"] * width
+    for i in range(width):
+        if all(row[i:i + 1] in ("", " ") for row in rows):
+            filled[i] = " "
+    for gap in reversed([*re.finditer(r" {5,}", "".join(filled))]):
         rows = [row[:gap.start() + 4] + row[gap.end():] for row in rows]
     return [row.rstrip() for row in rows]
 
 
-def page(path: str, text: str, notes: Mapping[str, str] = MappingProxyType({})) -> str:
-    """The page of the module at `path`, functions and classes under anchors of their names.
+def page(path: str, text: str, notes: Mapping[str, str] = NO_NOTES) -> str:
+    """The page of the Python module at `path`, with functions and classes under anchors of their names.
 
     notes: {name: Markdown to add to its prose}.
     """
     first, *rest = blocks(text)
-    fold = f"<details><summary>what it imports</summary>\n\n````python\n{first.code}\n````\n\n</details>\n" if first.code else ""
-    return "\n".join([_top(path, text), markdown(first.prose), fold, *(_beside(b, notes, "python") for b in rest)])
+    parts = [_top(path, text), markdown(first.prose), ""]
+    if first.code:
+        parts[-1] = (f"<details><summary>what it imports</summary>\n\n````python\n{first.code}\n````\n\n"
+                     "</details>\n")
+    parts += [_beside(block, notes, "python") for block in rest]
+    return "\n".join(parts)
 
 
-def cuda_page(path: str, text: str, notes: Mapping[str, str] = MappingProxyType({})) -> str:
-    """The page of a file of CUDA C, kernels under anchors of their names."""
-    return "\n".join([_top(path, text), *(_beside(b, notes, "cuda") for b in cuda_blocks(text))])
+def cuda_page(path: str, text: str, notes: Mapping[str, str] = NO_NOTES) -> str:
+    """The page of a file of CUDA C, with kernels under anchors of their names."""
+    return "\n".join([_top(path, text), *(_beside(block, notes, "cuda") for block in cuda_blocks(text))])
 
 
 def _top(path: str, text: str) -> str:
-    return f"---\nhide-toc: true\n---\n\n# {escaped(path.split('/')[-1])}\n\n`{path}`, {text.count(chr(10))} lines\n"
+    name = path.split("/")[-1]
+    lines = text.count("\n")
+    return f"---\nhide-toc: true\n---\n\n# {escaped(name)}\n\n`{path}`, {lines} lines\n"
 
 
-def _beside(b: Block, notes: Mapping[str, str], language: str) -> str:
+def _beside(block: Block, notes: Mapping[str, str], language: str) -> str:
     """A block as prose beside code, below the heading of its part."""
-    heading = f"## {escaped(b.heading)}\n\n" if b.heading else ""
-    anchor = f'<a id="{b.name}"></a>\n\n' if b.name else ""
-    prose = "\n\n".join(filter(None, [markdown(b.prose), notes.get(b.name, "")]))
-    code = f"````{language}\n{b.code}\n````\n" if b.code else ""
-    said = f":::{{container}} prose\n{prose}\n:::\n" if prose else ""
-    over = " wide" * any(len(row) > 52 for kept in re.findall(r"````text\n(.*?)````", prose, re.S) for row in kept.splitlines())
-    return f"{heading}{anchor}::::{{container}} beside{over}\n{said}{code}::::\n"
+    heading = f"## {escaped(block.heading)}\n\n" if block.heading else ""
+    anchor = f'<a id="{block.name}"></a>\n\n' if block.name else ""
+    prose = "\n\n".join(part for part in (markdown(block.prose), notes.get(block.name, "")) if part)
+    prose_box = f":::{{container}} prose\n{prose}\n:::\n" if prose else ""
+    code_box = f"````{language}\n{block.code}\n````\n" if block.code else ""
+    kept = re.findall(r"````text\n(.*?)````", prose, re.S)
+    is_wide = any(len(row) > 52 for text in kept for row in text.splitlines())
+    box = "beside wide" if is_wide else "beside"
+    return f"{heading}{anchor}::::{{container}} {box}\n{prose_box}{code_box}::::\n"

@@ -5,12 +5,9 @@ import argparse
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from .exercise import Exercise
-    from .work import Work
-
+# command: (its arguments, help)
 COMMANDS = {
     "lesson": ("names", "run a lesson; without a name: the list of lessons"),
     "start": ("names", "write the file of an exercise, or of all of a lesson; without a name: the next one"),
@@ -21,7 +18,7 @@ COMMANDS = {
     "diff": ("name", "yours and the library's, line by line"),
     "reset": ("name", "begin again; your file is kept as a .bak"),
     "status": ("", "all exercises, and what is solved"),
-    "read": ("what", "what is asked and which laws are checked; or the source of a module, such as tensor or lora"),
+    "read": ("subject", "the task and the laws of an exercise; or the source of a module, such as tensor or lora"),
     "debug": ("name", "step through your function with the smallest input that fails (pdb)"),
     "selftest": ("names", "test the exercises themselves: wrong answers must be caught and explained"),
 }
@@ -32,123 +29,143 @@ def register(sub: argparse._SubParsersAction) -> None:
     for command, (takes, text) in COMMANDS.items():
         c = sub.add_parser(command, help=text, description=text)
         if takes == "names":
-            c.add_argument("names", nargs="*", metavar="NAME", help="exercises (sum_to, autograd.sum_to) or lessons (autograd)")
-        elif takes:
-            c.add_argument("names", nargs=1 if takes == "what" else "?", metavar="NAME", help="an exercise; the one you changed last if left out")
+            c.add_argument("names", nargs="*", metavar="NAME",
+                           help="exercises (sum_to, autograd.sum_to) or lessons (autograd)")
+        elif takes == "name":
+            c.add_argument("names", nargs="?", metavar="NAME", help="an exercise; the one you changed last if left out")
+        elif takes == "subject":
+            c.add_argument("names", nargs=1, metavar="NAME", help="an exercise or a module")
         if command in ("check", "watch", "selftest"):
             c.add_argument("--backend", default="numpy", choices=("numpy", "strict", "cupy"),
                            help="where the arrays are (strict: CuPy's rules on NumPy)")
         if command == "check":
             c.add_argument("--all", action="store_true", help="every exercise that is started")
-            c.add_argument("--gpu", dest="backend", action="store_const", const="cupy", help="the same as --backend cupy")
+            c.add_argument("--gpu", dest="backend", action="store_const", const="cupy",
+                           help="the same as --backend cupy")
         if command == "lesson":
-            c.add_argument("--all", action="store_true", help="every lesson: notebooks and figures in work/lessons, no text here")
-        c.add_argument("--work", type=Path, default=Path(os.environ.get("TINYFT_WORK", "work")), help="the folder of your files (default: work)")
+            c.add_argument("--all", action="store_true",
+                           help="every lesson: notebooks and figures in work/lessons, no text here")
+        c.add_argument("--work", type=Path, default=Path(os.environ.get("TINYFT_WORK", "work")),
+                       help="the folder of your files (default: work)")
         c.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """One command.  Its exit status is 0 when all is well."""
+    """Run one command.  The exit status is 0 when all is well."""
     from .show import Page
     from .work import Work
     names = getattr(args, "names", []) or []
     args.names = [names] if isinstance(names, str) else list(names)
-    return int(not globals()[f"_{args.command}"](args, Work(args.work), Page()))
+    command = globals()[f"_{args.command}"]
+    succeeded = command(args, Work(args.work), Page())
+    return 0 if succeeded else 1
 
 
 # ── doing ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-def _start(args: argparse.Namespace, work: Work, page) -> bool:
+# Each command takes (args, work: Work, page: Page) and returns True when all is well.
+def _start(args: argparse.Namespace, work: Any, page: Any) -> bool:
     if not args.names and not work.next():
         page.line("All exercises are solved.")
         return True
     chosen = work.chosen(args.names) if args.names else [work.next()]
     for e in chosen:
-        fresh = work.start(e)
-        there = "" if fresh else "   (it is there already; nothing was changed)"
-        page.line(f"{work.path(e)}   {page.stars(e.difficulty)}  about {e.minutes} min{there}")
-    page.line(f"\nWrite the body, then:  tinyft check{'' if len(chosen) == 1 else ' ' + chosen[0].name}")
+        is_new = work.start(e)
+        remark = "" if is_new else "   (it is there already; nothing was changed)"
+        page.line(f"{work.path(e)}   {page.stars(e.difficulty)}  about {e.minutes} min{remark}")
+    example = "" if len(chosen) == 1 else f" {chosen[0].name}"
+    page.line(f"\nWrite the body, then:  tinyft check{example}")
     return True
 
 
-def _check(args: argparse.Namespace, work: Work, page) -> bool:
+def _check(args: argparse.Namespace, work: Any, page: Any) -> bool:
     chosen = work.started() if args.all else work.chosen(args.names)
-    chosen = [e for e in chosen if work.path(e).exists()] if len(chosen) > 1 else chosen
-    return all([_check_one(e, args.backend, work, page) for e in chosen])
+    if len(chosen) > 1:
+        chosen = [e for e in chosen if work.path(e).exists()]
+    results = [_check_one(e, args.backend, work, page) for e in chosen]
+    return all(results)
 
 
-def _check_one(e: Exercise, backend: str, work: Work, page) -> bool:
+def _check_one(e: Any, backend: str, work: Any, page: Any) -> bool:
     from .isolated import check
     path = work.written(e)
     page.line(f"{e.name}   {path}")
-    right = page.report(e, check(e.name, path, backend))
-    if right != work.solved(e):
-        work.record(e, solved=right)
-    if right:
+    solved = page.report(e, check(e.name, path, backend))
+    if solved != work.solved(e):
+        work.record(e, solved=solved)
+    if solved:
         after = work.next()
-        page.line(f"\n  All {len(e.laws)} laws hold.  " + (f"Next:  tinyft start {after.name}" if after else "That was the last exercise."))
+        advice = f"Next:  tinyft start {after.name}" if after else "That was the last exercise."
+        page.line(f"\n  All {len(e.laws)} laws hold.  {advice}")
         page.line(f"  The library's own:  tinyft diff {e.name}")
-    return right
+    return solved
 
 
-def _watch(args: argparse.Namespace, work: Work, page) -> bool:
-    """Until Ctrl-C.  It never goes on to the next exercise by itself."""
-    from . import checker  # noqa: F401    imported once, so that each check begins with it
-    seen: dict[str, int] = {}
+def _watch(args: argparse.Namespace, work: Any, page: Any) -> bool:
+    """Check what was saved until Ctrl-C.  It never goes on to the next exercise by itself."""
+    from . import checker  # noqa: F401    imported once, so that the forked checks have it already
+    checked: dict[str, int] = {}                         # {exercise: time of modification}
     page.line(f"watching {work.folder}; Ctrl-C ends it")
     while True:
         chosen = work.chosen(args.names) if args.names else work.started()
-        stamps = {e.name: work.path(e).stat().st_mtime_ns for e in chosen if work.path(e).exists()}
-        changed = [e for e in chosen if e.name in stamps and seen.get(e.name) != stamps[e.name]]
-        # at first only the file that was changed last
-        for e in changed if seen or args.names else changed[:1]:
+        modified = {e.name: work.path(e).stat().st_mtime_ns for e in chosen if work.path(e).exists()}
+        changed = [e for e in chosen if e.name in modified and checked.get(e.name) != modified[e.name]]
+        if not checked and not args.names:               # at first only the file that was changed last
+            changed = changed[:1]
+        for e in changed:
             page.line()
             _check_one(e, args.backend, work, page)
-        seen.update(stamps)
+        checked.update(modified)
         time.sleep(0.3)
 
 
-def _reset(args: argparse.Namespace, work: Work, page) -> bool:
+def _reset(args: argparse.Namespace, work: Any, page: Any) -> bool:
     e = work.one(args.names)
-    kept = work.reset(e)
-    page.line(f"{work.path(e)} is as at the start" + (f"; yours is kept as {kept}" if kept else ""))
+    backup = work.reset(e)
+    remark = f"; yours is kept as {backup}" if backup else ""
+    page.line(f"{work.path(e)} is as at the start{remark}")
     return True
 
 
-def _debug(args: argparse.Namespace, work: Work, page) -> bool:
-    """In this process, as a debugger needs the terminal."""
-    import pdb
-
+def _debug(args: argparse.Namespace, work: Any, page: Any) -> bool:
+    """Runs in this process, as a debugger needs the terminal."""
     from .checker import Trial
     from .loading import Refused
     from .subject import Subject
     e = work.one(args.names)
-    path = work.path(e)
+    path = work.path(e).resolve()
     if e.suffix != ".py":
-        raise ValueError(f"{path} is no Python: there is no stepping through it here")
+        raise ValueError(f"{work.path(e)} is no Python: there is no stepping through it here")
     try:
-        subject = Subject(e, e.load(path.resolve()))
+        subject = Subject(e, e.load(path))
     except Refused as refusal:
         raise ValueError(str(refusal)) from None
     for law in e.laws:
-        trial = Trial(law, subject, str(path.resolve()))
+        trial = Trial(law, subject, str(path))
         problem = trial.search()
         if problem:
             page.problem(e, law.title, problem)
             page.line("\n  n: next line   s: step in   p NAME: print   c: go on   q: quit")
-            debugger, code = pdb.Pdb(readrc=False), subject.f.__code__
-            first = min(line for _, _, line in code.co_lines() if line and line > code.co_firstlineno)
-            debugger.set_break(str(path.resolve()), first, temporary=True)
-            debugger.rcLines = ["continue"]  # from the law to the learner's first line
-            try:
-                debugger.runcall(law.test, subject, **trial.inputs)
-            except Exception as error:
-                page.line(f"  it ended with {type(error).__name__}: {error}")
+            _step_through(law, subject, path, trial.inputs, page)
             return False
     page.line(f"{e.name}: all laws hold, there is nothing to step through")
     return True
 
 
-def _selftest(args: argparse.Namespace, work: Work, page) -> bool:
+def _step_through(law: Any, subject: Any, path: Path, inputs: dict[str, Any], page: Any) -> None:
+    """Run a law under pdb, from the first line of the learner's function."""
+    import pdb
+    debugger = pdb.Pdb(readrc=False)
+    code = subject.f.__code__
+    first = min(line for _, _, line in code.co_lines() if line and line > code.co_firstlineno)
+    debugger.set_break(str(path), first, temporary=True)
+    debugger.rcLines = ["continue"]                      # from the law to the learner's first line
+    try:
+        debugger.runcall(law.test, subject, **inputs)
+    except Exception as error:
+        page.line(f"  it ended with {type(error).__name__}: {error}")
+
+
+def _selftest(args: argparse.Namespace, work: Any, page: Any) -> bool:
     from .checker import use_backend
     from .exercise import exercises
     from .selftest import selftest
@@ -157,69 +174,87 @@ def _selftest(args: argparse.Namespace, work: Work, page) -> bool:
 
 
 # ── telling ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-def _status(args: argparse.Namespace, work: Work, page) -> bool:
+def _status(args: argparse.Namespace, work: Any, page: Any) -> bool:
     from .exercise import exercises, of_lesson
     from .folders import lessons
     for lesson in lessons().values():
         page.line(f"\n{lesson.title}   (tinyft lesson {lesson.name})")
         for e in of_lesson(lesson.name):
-            sign = "right" if work.solved(e) else "todo"
-            taken = f"   {work.hints(e)} hint{'s' * (work.hints(e) != 1)}" if work.hints(e) else ""
-            state = "solved" if work.solved(e) else "started" if work.path(e).exists() else ""
-            page.line(f"  {page.sign(sign)} {e.name:<30} {page.stars(e.difficulty)} {e.minutes:>3} min  {state}{taken}")
+            _status_line(e, work, page)
     every = exercises().values()
-    page.line(f"\n{sum(work.solved(e) for e in every)} of {len(every)} solved")
+    solved = sum(work.solved(e) for e in every)
+    page.line(f"\n{solved} of {len(every)} solved")
     return True
 
 
-def _hint(args: argparse.Namespace, work: Work, page) -> bool:
+def _status_line(e: Any, work: Any, page: Any) -> None:
+    if work.solved(e):
+        state = "solved"
+    else:
+        state = "started" if work.path(e).exists() else ""
+    sign = page.sign("right" if work.solved(e) else "todo")
+    taken = work.hints(e)
+    hints = f"   {taken} hint{'s' * (taken != 1)}" if taken else ""
+    page.line(f"  {sign} {e.name:<30} {page.stars(e.difficulty)} {e.minutes:>3} min  {state}{hints}")
+
+
+def _hint(args: argparse.Namespace, work: Any, page: Any) -> bool:
     e = work.one(args.names)
     n = min(work.hints(e) + 1, len(e.hints))
     work.record(e, hints=n)
     page.line(f"{e.name}, hint {n} of {len(e.hints)}\n")
     page.block(e.hints[n - 1], 2)
-    page.line("\n  That was the last.  The answer:  tinyft solution " + e.name if n == len(e.hints) else f"\n  More:  tinyft hint {e.name}")
+    if n == len(e.hints):
+        page.line(f"\n  That was the last.  The answer:  tinyft solution {e.name}")
+    else:
+        page.line(f"\n  More:  tinyft hint {e.name}")
     return True
 
 
-def _solution(args: argparse.Namespace, work: Work, page) -> bool:
+def _solution(args: argparse.Namespace, work: Any, page: Any) -> bool:
     e = work.one(args.names)
-    page.line(f"{'#' if e.suffix == '.py' else '//'} {e.file}\n")
+    comment = "#" if e.suffix == ".py" else "//"
+    page.line(f"{comment} {e.file}\n")
     page.line(e.source())
     return True
 
 
-def _diff(args: argparse.Namespace, work: Work, page) -> bool:
+def _diff(args: argparse.Namespace, work: Any, page: Any) -> bool:
     import difflib
-
     e = work.one(args.names)
+    solution = e.source()
     text = work.written(e).read_text(encoding="utf-8", errors="replace")
-    mine = text[text.find("@op") if e.is_op and "@op" in text else max(text.find(f"def {e.function}"), text.find(e.source().splitlines()[0]), 0):]
-    for line in difflib.unified_diff(mine.splitlines(), e.source().splitlines(), f"yours   {work.path(e)}", e.file, n=99, lineterm=""):
-        page.line(page.paint(line, "right" if line[:1] == "+" else "wrong" if line[:1] == "-" else ""))
+    starts = [text.find(f"def {e.function}"), text.find(solution.splitlines()[0]), 0]
+    start = text.find("@op") if e.is_op and "@op" in text else max(starts)
+    names = (f"yours   {work.path(e)}", e.file)
+    for line in difflib.unified_diff(text[start:].splitlines(), solution.splitlines(), *names, n=99, lineterm=""):
+        colour = {"+": "right", "-": "wrong"}.get(line[:1], "")
+        page.line(page.paint(line, colour))
     return True
 
 
-def _read(args: argparse.Namespace, work: Work, page) -> bool:
+def _read(args: argparse.Namespace, work: Any, page: Any) -> bool:
     from .exercise import exercises
-    name, every = args.names[0], exercises()
-    found = [e for n, e in every.items() if name in (n, e.function)]
-    if found:
-        e = found[0]
-        page.line(f"{e.name}   {page.stars(e.difficulty)}  about {e.minutes} min\n\n{e.head()}\n\nIt is right when:")
-        for law in e.laws:
-            page.block(law.title, 4, f"  {page.sign('todo')} ")
-        return True
-    root = Path(__file__).parent.parent
-    files = sorted((p for p in root.rglob("*.py") if p.stem == name.replace("/", ".").removesuffix(".py").split(".")[-1]), key=lambda p: len(p.parts))
+    name = args.names[0]
+    for e in exercises().values():
+        if name in (e.name, e.function):
+            page.line(f"{e.name}   {page.stars(e.difficulty)}  about {e.minutes} min\n")
+            page.line(f"{e.head()}\n\nIt is right when:")
+            for law in e.laws:
+                page.block(law.title, 4, first=f"  {page.sign('todo')} ")
+            return True
+    package = Path(__file__).parent.parent
+    module = name.replace("/", ".").removesuffix(".py").split(".")[-1]
+    files = sorted(package.rglob(f"{module}.py"), key=lambda p: len(p.parts))
     if not files:
-        raise ValueError(f"there is neither an exercise nor a module {name!r}: try tensor, ops, nn, edit, lora, or `tinyft status`")
-    page.line(f"# {files[0].relative_to(root.parent).as_posix()}\n")
+        raise ValueError(f"there is neither an exercise nor a module {name!r}: try tensor, ops, nn, edit, lora, "
+                         "or `tinyft status`")
+    page.line(f"# {files[0].relative_to(package.parent).as_posix()}\n")
     page.line(files[0].read_text(encoding="utf-8").rstrip())
     return True
 
 
-def _lesson(args: argparse.Namespace, work: Work, page) -> bool:
+def _lesson(args: argparse.Namespace, work: Any, page: Any) -> bool:
     from . import reading
     from .exercise import of_lesson
     from .folders import lessons
@@ -228,6 +263,8 @@ def _lesson(args: argparse.Namespace, work: Work, page) -> bool:
     if not args.names:
         for lesson in lessons().values():
             mine = of_lesson(lesson.name)
-            page.line(f"  tinyft lesson {lesson.name:<14} {lesson.title:<26} {sum(work.solved(e) for e in mine)} of {len(mine)} exercises solved")
+            solved = sum(work.solved(e) for e in mine)
+            page.line(f"  tinyft lesson {lesson.name:<14} {lesson.title:<26} {solved} of {len(mine)} exercises solved")
         return True
-    return all([reading.read(name, args.work / "lessons", page) for name in args.names])
+    results = [reading.read(name, args.work / "lessons", page) for name in args.names]
+    return all(results)

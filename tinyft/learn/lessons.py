@@ -1,10 +1,11 @@
-"""The lessons: lessons/NN_name/lesson.py in percent format, run in this process, with what they print and draw.
+"""The runner of the lessons: each lessons/NN_name/lesson.py, in percent format, with its output and figures.
 
     tinyft lesson autograd        one lesson, read in the terminal
     tinyft lesson --all           every lesson: NN_name.ipynb with its results, NN_name-1.png, ...      (make lessons)
 
-A cell begins with `# %%`; after `# %% [markdown]` it is text, written as comments.  So a lesson is a script as well, and opens as a
-notebook in VS Code and with Jupytext.  In a lesson: `quote` prints the library's own source, `figure` and `show` draw.
+A cell begins with `# %%`; after `# %% [markdown]` it is text, written as comments.  So a lesson is also a script, and
+opens as a notebook in VS Code and with Jupytext.  In a lesson, `quote` prints the library's own source, `figure` and
+`show` draw.
 """
 from __future__ import annotations
 
@@ -23,29 +24,32 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .loading import in_words
+
 __all__ = ["quote", "figure", "show", "parse", "run", "notebook", "Cell", "Failed"]
 
 
 # ── for use in a lesson ──────────────────────────────────────────────────────────────────────────────────────────────
 def quote(thing: Any) -> None:
-    """Print the library's own source of a function, an op, a method or a class.
-
-    ValueError if it is not the library's.
+    """Print the library's own source of a function, an op, a method or a class.  ValueError if it is not the library's.
     """
     thing = inspect.unwrap(getattr(thing, "definition", thing))
     module = getattr(thing, "__module__", "")
     if not module.startswith("tinyft."):
-        raise ValueError(f"quote wants something of the library; {thing!r} is {'from ' + module if module else 'not'}")
-    print(f"# {module.replace('.', '/')}.py: {thing.__qualname__}\n{textwrap.dedent(inspect.getsource(thing)).rstrip()}")
+        origin = f"from {module}" if module else "not"
+        raise ValueError(f"quote wants something of the library; {thing!r} is {origin}")
+    source = textwrap.dedent(inspect.getsource(thing)).rstrip()
+    print(f"# {module.replace('.', '/')}.py: {thing.__qualname__}\n{source}")
 
 
-STYLE = {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "axes.titlesize": 10, "lines.linewidth": 1.8}
+STYLE = {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "axes.titlesize": 10,
+         "lines.linewidth": 1.8}
 
 
 def figure(columns: int = 1, height: float = 2.8) -> tuple[Any, Any]:
     """(figure, axes): as wide as the page, 640 pixels; height in hundreds of pixels.
 
-    With several columns, an array of axes.
+    With several columns, axes is an array.
     """
     import matplotlib.pyplot as plt
     plt.rcParams.update(STYLE)
@@ -53,55 +57,64 @@ def figure(columns: int = 1, height: float = 2.8) -> tuple[Any, Any]:
 
 
 def show(caption: str = "") -> None:
-    """Show what was drawn, under a cell of a notebook or in a file, NN_name-1.png, ...; a lesson run as a script writes
-    to work/figures.
+    """Show the open figures: under a cell of a notebook, or in files NN_name-1.png, ...
+
+    A lesson that is run as a script writes them to work/figures.
     """
     global _album
     if _album is None:
         if "ipykernel" in sys.modules:
             sys.modules["matplotlib.pyplot"].show()
             return
-        _album = Album(Path(getattr(sys.modules["__main__"], "__file__", "script/lesson.py")).resolve().parent.name, Path("work/figures"), aloud=True)
+        script = Path(getattr(sys.modules["__main__"], "__file__", "script/lesson.py")).resolve()
+        _album = Album(script.parent.name, Path("work/figures"), announce=True)
     _album.take(caption)
 
 
 class Album:
-    """The figures of a lesson on their way to folder/name-1.png, ..."""
+    """The figures of a lesson, saved as folder/name-1.png, ...
 
-    def __init__(self, name: str, folder: Path, aloud: bool = False):
-        # fresh: since the last cell
-        self.name, self.folder, self.aloud, self.count, self.fresh = name, folder, aloud, 0, []
+    announce: print the path of each.  recent: (path, caption) of the figures since the last cell.
+    """
+
+    def __init__(self, name: str, folder: Path, announce: bool = False):
+        self.name = name
+        self.folder = folder
+        self.announce = announce
+        self.count = 0
+        self.recent: list[tuple[Path, str]] = []
 
     def take(self, caption: str = "") -> None:
-        """Save and close the figures that are open."""
-        plt = sys.modules.get("matplotlib.pyplot")  # nobody has drawn if it was not imported
+        """Save and close the open figures."""
+        plt = sys.modules.get("matplotlib.pyplot")       # nothing is drawn if it was not imported
         for number in plt.get_fignums() if plt else ():
             self.count += 1
             path = self.folder / f"{self.name}-{self.count}.png"
             self.folder.mkdir(parents=True, exist_ok=True)
             plt.figure(number).savefig(path, dpi=200, metadata={"Software": None})
             plt.close(number)
-            self.fresh.append((path, caption))
-            if self.aloud:
+            self.recent.append((path, caption))
+            if self.announce:
                 print(f"figure: {path}  {caption}".rstrip())
 
 
-_album: Album | None = None  # of the lesson that runs
+_album: Album | None = None                              # of the lesson that is running
 
 
-# ── parsing ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── parsing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 @dataclasses.dataclass
 class Cell:
-    """A cell and what it gave.
+    """A cell and its results.
 
-    kind: code or markdown (source without #). line: its first in the file. number: among code cells, from 1.
+    kind: code or markdown (then source has no #).  line: its first in the file.  number: among code cells, from 1.
+    figures: (file, caption).
     """
     kind: str
     source: str
     line: int
     number: int = 0
     printed: str = ""
-    figures: list[tuple[Path, str]] = dataclasses.field(default_factory=list)    # (file, caption)
+    figures: list[tuple[Path, str]] = dataclasses.field(default_factory=list)
 
 
 class Failed(Exception):
@@ -109,87 +122,123 @@ class Failed(Exception):
 
 
 def parse(text: str) -> list[Cell]:
-    """The cells of a file in percent format.
+    """The cells of a file in percent format, without empty ones.
 
-    Empty ones are left out; ValueError where a text cell holds something else than comments.
+    ValueError if a text cell holds a line that is not a comment.
     """
     found: list[Cell] = []
-    kind, start, lines = "code", 1, text.splitlines()
-    for n, line in enumerate([*lines, "# %%"], 1):
-        if re.match(r"# ?%%(\s|$)", line):
-            while start < n and not lines[start - 1].strip():
-                start += 1
-            body = "\n".join(lines[start - 1:n - 1]).rstrip()
-            if kind == "markdown":
-                if bad := [start + i for i, row in enumerate(body.splitlines()) if row.strip() and row[0] != "#"]:
-                    raise ValueError(f"line {bad[0]}: a text cell is written in comments; code wants a `# %%` before it")
-                body = re.sub(r"^# ?", "", body, flags=re.M)
-            if body:
-                found.append(Cell(kind, body, start, 1 + sum(c.kind == "code" for c in found) if kind == "code" else 0))
-            kind, start = "markdown" if re.search(r"\[(markdown|md)\]", line) else "code", n + 1
+    code_cells = 0
+    lines = text.splitlines()
+    kind = "code"
+    start = 1                                            # the first line of the cell
+    for n, line in enumerate([*lines, "# %%"], start=1):
+        if not re.match(r"# ?%%(\s|$)", line):
+            continue
+        while start < n and not lines[start - 1].strip():
+            start += 1
+        body = "\n".join(lines[start - 1:n - 1]).rstrip()
+        if kind == "markdown":
+            body = _without_marks(body, start)
+        if body:
+            code_cells += kind == "code"
+            found.append(Cell(kind, body, start, code_cells if kind == "code" else 0))
+        kind = "markdown" if re.search(r"\[(markdown|md)\]", line) else "code"
+        start = n + 1
     return found
+
+
+def _without_marks(body: str, start: int) -> str:
+    """A text cell without the # of its lines."""
+    for n, line in enumerate(body.splitlines(), start):
+        if line.strip() and not line.startswith("#"):
+            raise ValueError(f"line {n}: a text cell is written in comments; code wants a `# %%` before it")
+    return re.sub(r"^# ?", "", body, flags=re.M)
 
 
 # ── running ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 def run(path: Path, out: Path) -> Iterator[Cell]:
-    """Run a lesson, giving each cell as soon as it is done; figures go to out/NN_name-K.png, at the end the notebook
-    beside them.
+    """Run a lesson and yield each cell as soon as it is done.
 
-    Where a cell fails it is given, and Failed raised with line and reason; no notebook is written then.
+    Figures go to out/NN_name-K.png, at the end the notebook beside them.  A cell that fails is yielded too, and then
+    Failed is raised with line and reason; no notebook is written.
     """
-    global _album
     try:
         import matplotlib
     except ImportError:
-        raise ValueError('lessons draw with Matplotlib, which is not installed: pip install "tinyft[lessons]"') from None
+        raise ValueError("lessons draw with Matplotlib, which is not installed: "
+                         'pip install "tinyft[lessons]"') from None
     matplotlib.use("Agg")
-    for old in out.glob(f"{path.parent.name}-*.png"):
+    name = path.parent.name
+    for old in out.glob(f"{name}-*.png"):
         old.unlink()
-    album, names, done = Album(path.parent.name, out), {"__name__": "__main__", "__file__": str(path)}, []
+    album = Album(name, out)
+    variables = {"__name__": "__main__", "__file__": str(path)}
+    done = []
     for cell in parse(path.read_text(encoding="utf-8")):
-        failed, printed = None, io.StringIO()
-        if cell.kind == "code":
-            kept, _album = _album, album
-            try:
-                # the empty lines in front make line numbers those of the file
-                with contextlib.redirect_stdout(printed):
-                    exec(compile("\n" * (cell.line - 1) + cell.source, str(path), "exec", dont_inherit=True), names)
-                    album.take()
-            except (Exception, SystemExit) as e:
-                failed = Failed(_place(e, path, cell))
-            finally:
-                _album = kept
-            cell.printed, cell.figures, album.fresh = printed.getvalue(), album.fresh, []
+        failure = _run_cell(cell, path, album, variables) if cell.kind == "code" else None
         done.append(cell)
         yield cell
-        if failed:
-            raise failed
+        if failure:
+            raise failure
     out.mkdir(parents=True, exist_ok=True)
-    (out / f"{path.parent.name}.ipynb").write_text(json.dumps(notebook(done), indent=1, ensure_ascii=False), encoding="utf-8")
+    text = json.dumps(notebook(done), indent=1, ensure_ascii=False)
+    (out / f"{name}.ipynb").write_text(text, encoding="utf-8")
 
 
-def _place(e: BaseException, path: Path, cell: Cell) -> str:
-    """Which line of the lesson failed, and why; and where in the library, if it was raised there."""
+def _run_cell(cell: Cell, path: Path, album: Album, variables: dict[str, Any]) -> Failed | None:
+    """Run one code cell, and store its output and figures in it."""
+    global _album
+    outer = _album
+    _album = album
+    printed = io.StringIO()
+    failure = None
+    try:
+        with contextlib.redirect_stdout(printed):
+            # The empty lines in front make line numbers those of the file.
+            code = compile("\n" * (cell.line - 1) + cell.source, str(path), "exec", dont_inherit=True)
+            exec(code, variables)
+            album.take()
+    except (Exception, SystemExit) as e:
+        failure = Failed(_explain(e, path, cell))
+    finally:
+        _album = outer
+    cell.printed = printed.getvalue()
+    cell.figures = album.recent
+    album.recent = []
+    return failure
+
+
+def _explain(e: BaseException, path: Path, cell: Cell) -> str:
+    """The line of the lesson that failed and the reason; also the line in the library, if it was raised there."""
     frames = traceback.extract_tb(e.__traceback__)
-    mine = [f.lineno for f in frames if f.filename == str(path)]
-    line = e.lineno if isinstance(e, SyntaxError) else mine[-1] if mine else cell.line
-    text = (path.read_text(encoding="utf-8").splitlines()[line - 1] if line else "").strip()
-    inside = f"   ({frames[-1].filename}, line {frames[-1].lineno})" if mine and frames[-1].filename != str(path) else ""
-    why = f"{type(e).__name__}{f': {e}' if str(e) else ''}"
-    return f"{path}, line {line}, code cell {cell.number}:\n    {text}\n{why}{inside}"
+    in_lesson = [f.lineno for f in frames if f.filename == str(path)]
+    if isinstance(e, SyntaxError):
+        line = e.lineno
+    else:
+        line = in_lesson[-1] if in_lesson else cell.line
+    text = path.read_text(encoding="utf-8").splitlines()[line - 1].strip() if line else ""
+    inside = ""
+    if in_lesson and frames[-1].filename != str(path):
+        inside = f"   ({frames[-1].filename}, line {frames[-1].lineno})"
+    return f"{path}, line {line}, code cell {cell.number}:\n    {text}\n{in_words(e)}{inside}"
 
 
 def notebook(cells: list[Cell]) -> dict:
-    """The cells with their results as a notebook, format 4.4; figures are inside."""
-    made = []
-    for cell in cells:
-        one: dict[str, Any] = {"cell_type": cell.kind, "metadata": {}, "source": cell.source}
-        if cell.kind == "code":
-            outputs: list[dict] = [{"output_type": "stream", "name": "stdout", "text": cell.printed}] if cell.printed else []
-            outputs += [{"output_type": "display_data", "metadata": {}, "data": {
-                "image/png": base64.b64encode(path.read_bytes()).decode(), "text/plain": caption or path.name}} for path, caption in cell.figures]
-            one |= {"execution_count": cell.number, "outputs": outputs}
-        made.append(one)
+    """The cells with their results as a notebook, format 4.4, with the figures inside."""
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    return {"nbformat": 4, "nbformat_minor": 4, "cells": made,
-            "metadata": {"kernelspec": kernel, "language_info": {"name": "python"}, "short": bool(os.environ.get("TINYFT_FAST"))}}
+    short = bool(os.environ.get("TINYFT_FAST"))
+    metadata = {"kernelspec": kernel, "language_info": {"name": "python"}, "short": short}
+    return {"nbformat": 4, "nbformat_minor": 4, "cells": [_notebook_cell(cell) for cell in cells], "metadata": metadata}
+
+
+def _notebook_cell(cell: Cell) -> dict[str, Any]:
+    made: dict[str, Any] = {"cell_type": cell.kind, "metadata": {}, "source": cell.source}
+    if cell.kind != "code":
+        return made
+    outputs: list[dict] = []
+    if cell.printed:
+        outputs.append({"output_type": "stream", "name": "stdout", "text": cell.printed})
+    for path, caption in cell.figures:
+        data = {"image/png": base64.b64encode(path.read_bytes()).decode(), "text/plain": caption or path.name}
+        outputs.append({"output_type": "display_data", "metadata": {}, "data": data})
+    return made | {"execution_count": cell.number, "outputs": outputs}

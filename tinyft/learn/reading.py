@@ -14,51 +14,70 @@ from .show import Page, width
 def read(name: str, out: Path, page: Page) -> bool:
     """Run the lesson of this name (autograd, 01 or 01_autograd), showing text, code and results as they come.
 
-    True if every cell ran.
+    True if every cell ran.  ValueError if there is no such lesson.
     """
     found = [lesson for lesson in lessons().values() if name in (lesson.name, lesson.folder, lesson.folder[:2])]
     if not found:
         raise ValueError(f"there is no lesson {name!r}; there are {', '.join(lessons()) or 'none here'}")
+    lesson = found[0]
     try:
-        for cell in run(found[0].file, out):
-            tell(cell, page)
+        for cell in run(lesson.file, out):
+            write_cell(cell, page)
     except Failed as e:
         page.line(f"{page.sign('wrong')} {e}")
         return False
-    page.line(page.paint(f"as a notebook: {out / found[0].folder}.ipynb", "faint"))
+    page.line(page.paint(f"as a notebook: {out / lesson.folder}.ipynb", "faint"))
     return True
 
 
 def run_all(out: Path, page: Page) -> bool:
-    """Every lesson, one line each.  True if every cell of every lesson ran."""
-    right = True
+    """Run every lesson, one line each.  True if every cell of every lesson ran."""
+    all_ran = True
     for lesson in lessons().values():
-        start, name = time.perf_counter(), lesson.folder
+        start = time.perf_counter()
         try:
-            drawn = sum(len(cell.figures) for cell in run(lesson.file, out))
-            took = f"{time.perf_counter() - start:5.1f} s   {drawn} figure{' ' if drawn == 1 else 's'}"
-            page.line(f"{page.sign('right')} {name:<20} {took}   {out / name}.ipynb")
+            figures = sum(len(cell.figures) for cell in run(lesson.file, out))
         except Failed as e:
-            right = False
-            page.line(f"{page.sign('wrong')} {name}\n{textwrap.indent(str(e), '    ')}")
-    return right
+            all_ran = False
+            page.line(f"{page.sign('wrong')} {lesson.folder}\n{textwrap.indent(str(e), '    ')}")
+            continue
+        seconds = time.perf_counter() - start
+        noun = "figure " if figures == 1 else "figures"
+        page.line(f"{page.sign('right')} {lesson.folder:<20} {seconds:5.1f} s   {figures} {noun}   "
+                  f"{out / lesson.folder}.ipynb")
+    return all_ran
 
 
-def tell(cell: Cell, page: Page) -> None:
-    """A cell and its results: text folded, code behind a bar."""
-    for line in cell.source.splitlines() if cell.kind == "code" else ():
-        page.line(page.paint(f"  {'|' if page.plain else '│'} {line}", "faint"))
-    for part in re.split(r"\n\s*\n", re.sub(r"^(#.*)", r"\n\1\n", cell.source, flags=re.M).strip()) if cell.kind == "markdown" else ():
-        for row in part.splitlines() if part[:1] in "|`" else re.split(r"\n(?=- |\d+\. |\*\*)", part):
-            text = row if part[:3] == "```" else plain(row, page)
-            for line in [text] if part[:1] in "|`" else textwrap.wrap(text.lstrip("# "), min(width(), 100)):
-                page.line(page.paint(line, "arrow" if row[:1] == "#" else ""))
+def write_cell(cell: Cell, page: Page) -> None:
+    """Write a cell and its results: text folded, code behind a bar."""
+    if cell.kind == "markdown":
+        _write_text(cell.source, page)
+        return
+    bar = "|" if page.plain else "│"
+    for line in cell.source.splitlines():
+        page.line(page.paint(f"  {bar} {line}", "faint"))
+    if cell.printed:
         page.line()
-    for line in ("\n" + cell.printed).splitlines() if cell.printed else ():
-        page.line(line)
+        for line in cell.printed.splitlines():
+            page.line(line)
     for path, caption in cell.figures:
         page.line(f"\nfigure {path}   {caption}")
-    if cell.kind == "code":
+    page.line()
+
+
+def _write_text(markdown: str, page: Page) -> None:
+    """Write Markdown paragraph by paragraph.  Tables and blocks of code are not folded."""
+    headings_apart = re.sub(r"^(#.*)", r"\n\1\n", markdown, flags=re.M).strip()
+    for paragraph in re.split(r"\n\s*\n", headings_apart):
+        if paragraph[:1] in ("|", "`"):
+            is_code = paragraph[:3] == "```"
+            for row in paragraph.splitlines():
+                page.line(row if is_code else plain(row, page))
+        else:
+            for item in re.split(r"\n(?=- |\d+\. |\*\*)", paragraph):
+                colour = "arrow" if item[:1] == "#" else ""
+                for line in textwrap.wrap(plain(item, page).lstrip("# "), min(width(), 100)):
+                    page.line(page.paint(line, colour))
         page.line()
 
 
@@ -67,14 +86,17 @@ SIGNS = dict(zip(TEX.split(), "αβγεθλμσηℓ∂×·Σᵀ≤≥≈⊙√�
 
 
 def plain(text: str, page: Page) -> str:
-    """A paragraph without Markdown's marks, its mathematics in Unicode as far as a line can hold it.
+    """A paragraph without Markdown's marks, its formulas in Unicode as far as possible.  `Code` stays as it is."""
+    def formula(found: re.Match) -> str:
+        text = re.sub(r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r"(\1)/(\2)", found[1]).replace(r"^\top", r"\top")
+        text = re.sub(r"\\([a-zA-Z]+)( ?)", command, text)
+        return re.sub(r"\\[,; ]", " ", text).replace("{", "").replace("}", "").strip()
 
-    `Code` stays as it is.
-    """
-    def formula(m: re.Match) -> str:
-        t = re.sub(r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r"(\1)/(\2)", m[1]).replace(r"^\top", r"\top")
-        t = re.sub(r"\\([a-zA-Z]+)( ?)", lambda m: m[1] + " " if page.plain else SIGNS.get(m[1], m[1]) + m[2], t)
-        return re.sub(r"\\[,; ]", " ", t).replace("{", "").replace("}", "").strip()
+    def command(found: re.Match) -> str:
+        name = found[1]
+        return f"{name} " if page.plain else SIGNS.get(name, name) + found[2]
+
     parts = re.split(r"(`[^`]*`)", text)
-    parts[::2] = [re.sub(r"\$\$?(.+?)\$\$?", formula, p, flags=re.S).replace("**", "") for p in parts[::2]]
+    for i in range(0, len(parts), 2):                    # between the pieces of code
+        parts[i] = re.sub(r"\$\$?(.+?)\$\$?", formula, parts[i], flags=re.S).replace("**", "")
     return "".join(parts)

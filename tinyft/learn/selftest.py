@@ -105,5 +105,6 @@ def selftest(chosen: list[Exercise], page: Page) -> bool:
     examined = [e for e in chosen if not e.missing]
     wrong_answers = sum(len(e.wrong_answers) for e in examined)
     verdict = f"; {faulty} not in order" if faulty else ""
-    page.line(f"\n  {len(examined)} exercises, {wrong_answers} wrong answers, {time.monotonic() - start:.1f} s{verdict}")
+    seconds = time.monotonic() - start
+    page.line(f"\n  {len(examined)} exercises, {wrong_answers} wrong answers, {seconds:.1f} s{verdict}")
     return not faulty
