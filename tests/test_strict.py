@@ -1,6 +1,7 @@
-"""The strict double refuses what fails, or is undefined, or is needlessly slow on a GPU; lets right code pass; and counts what waits.
+"""The strict backend refuses code that fails, is undefined or is needlessly slow on a GPU. It runs right code
+as NumPy does and counts the cost.
 
-Also here: the static check (tests/tools/xpcheck.py) finds planted faults, and the library has none.
+The static check (tests/tools/xpcheck.py) finds planted faults, and the library has none.
 """
 from __future__ import annotations
 
@@ -32,17 +33,20 @@ BF = X.astype(ml_dtypes.bfloat16)
 
 
 class Stranger:
-    """A class that knows nothing of arrays, such as a tensor handed to xp by mistake."""
+    """An object that is no array, such as a tensor passed to xp by mistake."""
 
 
-# ---- mistakes
-
+# ── mistakes ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 def write(index, value, onto=X):
     onto.copy()[index] = value
 
 
 def grow(target, value):
     target += value
+
+
+def grow_at(target, index, value):
+    target[index] += value
 
 
 MISTAKES = {
@@ -67,7 +71,7 @@ MISTAKES = {
     "round(dev 0-d)": lambda: round(X.sum()),
     "dict key": lambda: {X: 1},
     "memoryview(dev)": lambda: memoryview(X),
-    # operands of two worlds
+    # operands on host and device
     "dev + host": lambda: X + HOST,
     "host + dev": lambda: HOST + X,
     "dev @ host": lambda: X @ HOST.T,
@@ -93,7 +97,7 @@ MISTAKES = {
     "xp.full(shape, host)": lambda: xp.full((4, 6), HOST),
     "xp.exp(out=host)": lambda: xp.exp(X, out=HOST),
     "Array(list)": lambda: Array([1, 2]),
-    # device numbers where the host must know them
+    # device values where the host must know them
     "xp.zeros(dev 0-d)": lambda: xp.zeros(xp.asarray(3)),
     "xp.arange(dev 0-d)": lambda: xp.arange(xp.asarray(3)),
     "reshape(dev 0-d)": lambda: X.reshape(xp.asarray(24)),
@@ -112,7 +116,7 @@ MISTAKES = {
     "add.at(host index)": lambda: xp.add.at(X.copy(), np.array([0]), 1.0),
     "add.at(host value)": lambda: xp.add.at(X.copy(), xp.asarray([0]), HOST[:1]),
     "add.at(host array)": lambda: xp.add.at(HOST, xp.asarray([0]), 1.0),
-    # what CuPy lacks
+    # functions and keywords that CuPy lacks
     "no function: vecdot": lambda: xp.vecdot(X, X),
     "no function: errstate": lambda: xp.errstate(all="ignore"),
     "no function: linalg.vector_norm": lambda: xp.linalg.vector_norm(X),
@@ -151,10 +155,6 @@ MISTAKES = {
 }
 
 
-def grow_at(target, index, value):
-    target[index] += value
-
-
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_refused(name):
     with pytest.raises((TypeError, AttributeError, IndexError)) as e:
@@ -162,8 +162,8 @@ def test_a_mistake_is_refused(name):
     assert len(str(e.value)) > 5
 
 
-def test_numpy_itself_would_have_forgiven_most_of_them():
-    """The list above is worth something only because NumPy, given the same code, says nothing."""
+def test_numpy_itself_accepts_such_mistakes():
+    """The list above is of use because NumPy raises nothing for the same code."""
     HOST.copy()[np.array([0, 0])] = HOST[:2]
     assert np.sum(HOST, where=HOST > 0) > 0
     assert np.take(HOST, [9], mode="clip").shape == (1,)
@@ -172,9 +172,10 @@ def test_numpy_itself_would_have_forgiven_most_of_them():
 
 
 def test_errors_say_what_to_do():
-    with pytest.raises(StrictError, match=r"move once, with xp\.asarray"):
+    with pytest.raises(StrictError, match=r"wants a device array, got a ndarray; .* move once, with xp\.asarray"):
         xp.exp(HOST)
-    with pytest.raises(StrictError, match=r"xp\.sum\(\) has no argument 'where' in CuPy .* knows: a axis dtype out keepdims"):
+    message = r"xp\.sum\(\) has no argument 'where' in CuPy .* knows: a axis dtype out keepdims"
+    with pytest.raises(StrictError, match=message):
         xp.sum(X, where=X > 0)
     with pytest.raises(AttributeError, match="cupy has no vecdot"):
         _ = xp.vecdot
@@ -182,20 +183,40 @@ def test_errors_say_what_to_do():
         _ = xp.RawKernel
 
 
-# ---- right code
+# ── right code ───────────────────────────────────────────────────────────────────────────────────────────────────────
+def softmax(m, x):
+    e = m.exp(x - x.max(axis=-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
 
-SAME = {        # computed with NumPy and with the double: the same values, dtypes and shapes
+
+def shapes(m, x):
+    y = m.expand_dims(x.reshape(2, 2, 6).transpose(2, 0, 1), 1)
+    return m.swapaxes(y, 0, 1).squeeze(0).ravel()[::-1].copy()
+
+
+def gathering(m, x):
+    sorted_by_index = m.take_along_axis(x, m.argsort(x, axis=1), axis=1)
+    return sorted_by_index - m.sort(x, axis=1) + x[:, m.argmax(x, axis=1)[:1]]
+
+
+def creation(m, x):
+    triangles = m.tril(m.full((3, 3), 2.0)) + m.zeros_like(m.triu(m.ones((3, 3))))
+    return m.ones((3, 3)) + m.eye(3) + m.tri(3) + triangles
+
+
+# Computed with NumPy and with the strict backend: the values, dtypes and shapes must be the same.
+SAME = {
     "operators": lambda m, x: (2 - x) * x / 3 + x**2 - (-x) @ x.T @ x,
     "comparisons": lambda m, x: (x > 0) & ~(x == 1) | (x <= -1),
     "integers": lambda m, x: (m.arange(6) // 2 % 3) << 1 ^ 1,
     "reductions": lambda m, x: m.stack([x.sum(), x.mean(), x.max(), x.std(), x.var(), m.sqrt(m.square(x).sum())]),
-    "softmax": lambda m, x: m.exp(x - x.max(axis=-1, keepdims=True)) / m.exp(x - x.max(axis=-1, keepdims=True)).sum(-1, keepdims=True),
-    "shapes": lambda m, x: m.swapaxes(m.expand_dims(x.reshape(2, 2, 6).transpose(2, 0, 1), 1), 0, 1).squeeze(0).ravel()[::-1].copy(),
+    "softmax": softmax,
+    "shapes": shapes,
     "T and mT": lambda m, x: x.T.mT @ x.swapaxes(0, 1),
     "joining": lambda m, x: m.concatenate([m.stack([x, x]), m.broadcast_to(x, (2, 4, 6))], axis=1),
     "splitting": lambda m, x: m.split(x, [1, 3], axis=1)[1] + m.split(x, 3, axis=1)[0],
-    "gathering": lambda m, x: m.take_along_axis(x, m.argsort(x, axis=1), axis=1) - m.sort(x, axis=1) + x[:, m.argmax(x, axis=1)[:1]],
-    "creation": lambda m, x: m.ones((3, 3)) + m.eye(3) + m.tri(3) + m.tril(m.full((3, 3), 2.0)) + m.zeros_like(m.triu(m.ones((3, 3)))),
+    "gathering": gathering,
+    "creation": creation,
     "ranges": lambda m, x: m.linspace(0, 1, 5, dtype=m.float32) + m.arange(5, dtype=m.float32),
     "choosing": lambda m, x: m.clip(m.where(x > 0, x, m.nan_to_num(m.float32(0) * x)), None, 0.5),
     "padding": lambda m, x: m.pad(m.cumsum(x, axis=1), ((0, 0), (1, 1)), constant_values=-1),
@@ -216,13 +237,14 @@ SAME = {        # computed with NumPy and with the double: the same values, dtyp
 @pytest.mark.parametrize("name", SAME)
 def test_right_code_gives_numpys_values(name):
     host = np.random.default_rng(1).standard_normal((4, 6)).astype(np.float32)
-    want, got = SAME[name](np, host), SAME[name](xp, xp.asarray(host))
+    want = SAME[name](np, host)
+    got = SAME[name](xp, xp.asarray(host))
     assert isinstance(got, Array)
     assert (got.dtype, got.shape) == (want.dtype, want.shape)
     assert np.array_equal(xp.asnumpy(got), want, equal_nan=True)
 
 
-def test_it_looks_like_cupys_ndarray():
+def test_an_array_has_the_attributes_of_cupys_ndarray():
     assert xp.ndarray is Array
     assert not isinstance(X, np.ndarray)
     assert (X.shape, X.ndim, X.size, X.nbytes, X.itemsize, X.strides) == ((4, 6), 2, 24, 96, 4, (24, 4))
@@ -236,7 +258,8 @@ def test_it_looks_like_cupys_ndarray():
 
 
 def test_results_are_0d_arrays():
-    for result in (X.sum(), X[0, 0], xp.argmax(X), xp.allclose(X, X), xp.count_nonzero(X), X.sum() * 2, X.min() < 0):
+    results = [X.sum(), X[0, 0], xp.argmax(X), xp.allclose(X, X), xp.count_nonzero(X), X.sum() * 2, X.min() < 0]
+    for result in results:
         assert isinstance(result, Array) and result.shape == ()
 
 
@@ -256,7 +279,7 @@ def test_data_are_copied_between_host_and_device():
     assert xp.asnumpy(device).max() < 99
 
 
-def test_what_keeps_its_identity():
+def test_in_place_operations_and_out_keep_the_object():
     y = before = X.copy()
     y += X
     y *= 2.0
@@ -289,7 +312,7 @@ def test_basic_indices_give_views_even_of_one_number():
 def test_writing_at_indices():
     y = xp.zeros(5)
     y[xp.asarray([3, 1])] = xp.asarray([3.0, 1.0])
-    y[xp.asarray([4, 4])] = 4.0                                 # repeated, but it is one value: defined on a GPU too
+    y[xp.asarray([4, 4])] = 4.0                            # repeated, but one value: defined on a GPU too
     xp.add.at(y, xp.asarray([0, 0, 0]), xp.asarray([1.0, 2.0, 3.0]))
     assert y.tolist() == [6, 1, 0, 3, 4]
 
@@ -317,11 +340,12 @@ def test_a_class_that_asks_for_it_gets_its_own_operator_called():
 
     assert X + Tensor() == "tensor"
     assert np.float32(2) * X is not NotImplemented and (np.float32(2) * X).dtype == np.float32
-    assert (np.float64(2) * X).dtype == np.float64              # NEP 50, in CuPy too
+    assert (np.float64(2) * X).dtype == np.float64         # NEP 50, in CuPy too
 
 
-# ---- what it costs
-
+# ── the cost ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+INTS = xp.asarray([0, 1, 1])
+# The number of times the host waits for the device.
 WAITS = {
     "float": (1, lambda: float(X.sum())),
     "int": (1, lambda: int(X.sum())),
@@ -351,7 +375,6 @@ WAITS = {
     "shape and dtype": (0, lambda: (X.shape, X.dtype, len(X), X.nbytes)),
     "asarray": (0, lambda: xp.asarray(HOST)),
 }
-INTS = xp.asarray([0, 1, 1])
 
 
 @pytest.mark.parametrize("name", WAITS)
@@ -363,21 +386,45 @@ def test_waiting_is_counted(name):
     assert sum(n for what, n in counts.items() if what.startswith("sync ")) == times
 
 
-def test_copies_to_the_device_are_counted():
-    for times, f in {"array": (1, lambda: xp.asarray(HOST)), "list": (1, lambda: xp.array([1, 2])), "number": (1, lambda: xp.asarray(2.0)),
-                     "list index": (1, lambda: X[[0, 1]]), "two lists": (2, lambda: X[[0, 1], [0, 1]]), "device": (0, lambda: xp.asarray(X)),
-                     "device list": (0, lambda: xp.asarray([X.sum(), X.max()])), "zeros": (0, lambda: xp.zeros(3) + 1.0)}.values():
-        counts.clear()
-        f()
-        assert counts["h2d"] == times
+# The number of copies from host to device.
+COPIES = {
+    "array": (1, lambda: xp.asarray(HOST)),
+    "list": (1, lambda: xp.array([1, 2])),
+    "number": (1, lambda: xp.asarray(2.0)),
+    "list index": (1, lambda: X[[0, 1]]),
+    "two lists": (2, lambda: X[[0, 1], [0, 1]]),
+    "device": (0, lambda: xp.asarray(X)),
+    "device list": (0, lambda: xp.asarray([X.sum(), X.max()])),
+    "zeros": (0, lambda: xp.zeros(3) + 1.0),
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_copies_to_the_device_are_counted(name):
+    times, f = COPIES[name]
+    counts.clear()
+    f()
+    assert counts["h2d"] == times
 
 
 @pytest.mark.parametrize("launches, passes, f", [
-    (1, 2, lambda x: x * 2.0), (1, 2, lambda x: x * x), (1, 2, lambda x: xp.exp(x)), (0, 0, lambda x: x.T),
-    (0, 0, lambda x: x[1:]), (0, 0, lambda x: x.reshape(-1)), (0, 0, lambda x: xp.asarray(x)), (0, 0, lambda x: xp.ascontiguousarray(x)),
-    (1, 2, lambda x: xp.array(x)), (1, 1.25, lambda x: x.sum(axis=0)), (1, 2, lambda x: operator.imul(x, 2.0)),
-    (1, 2, lambda x: x.__setitem__(..., xp.asarray(x))), (1, 2, lambda x: x.T.reshape(-1)), (0, 0, lambda x: xp.split(x, 2))])
+    (1, 2, lambda x: x * 2.0),
+    (1, 2, lambda x: x * x),
+    (1, 2, lambda x: xp.exp(x)),
+    (1, 2, lambda x: xp.array(x)),
+    (1, 1.25, lambda x: x.sum(axis=0)),
+    (1, 2, lambda x: operator.imul(x, 2.0)),
+    (1, 2, lambda x: x.__setitem__(..., xp.asarray(x))),
+    (1, 2, lambda x: x.T.reshape(-1)),
+    (0, 0, lambda x: x.T),
+    (0, 0, lambda x: x[1:]),
+    (0, 0, lambda x: x.reshape(-1)),
+    (0, 0, lambda x: xp.asarray(x)),
+    (0, 0, lambda x: xp.ascontiguousarray(x)),
+    (0, 0, lambda x: xp.split(x, 2)),
+])
 def test_launches_and_the_bytes_they_move_are_counted(launches, passes, f):
+    """`passes`: the bytes moved, in sizes of x."""
     x = xp.asarray(np.ones((4, 4), np.float32))
     counts.clear()
     f(x)
@@ -385,40 +432,44 @@ def test_launches_and_the_bytes_they_move_are_counted(launches, passes, f):
 
 
 def test_a_training_step_waits_for_nothing_and_copies_its_batch():
-    W, seen = xp.zeros((6, 3), dtype=xp.float32), HOST.shape[0]
+    W = xp.zeros((6, 3), dtype=xp.float32)
+    rows = HOST.shape[0]
     counts.clear()
-    x, y = xp.asarray(HOST), xp.asarray([0, 2, 1, 2])
+    x = xp.asarray(HOST)
+    y = xp.asarray([0, 2, 1, 2])
     z = x @ W
     p = xp.exp(z - z.max(axis=-1, keepdims=True))
     p /= p.sum(axis=-1, keepdims=True)
-    loss = -xp.log(p[xp.arange(seen), y]).mean()
-    xp.add.at(p, (xp.arange(seen), y), -1.0)
-    W -= 0.1 * (x.T @ p) / seen
+    loss = -xp.log(p[xp.arange(rows), y]).mean()
+    xp.add.at(p, (xp.arange(rows), y), -1.0)
+    W -= 0.1 * (x.T @ p) / rows
     assert counts["sync"] == 0 and counts["h2d"] == 2 and counts["call"] > 10
     assert float(loss) == pytest.approx(np.log(3)) and counts["sync float"] == 1
 
 
-# ---- the list of CuPy's names, and the static check
-
-def test_the_list_is_small_and_the_double_offers_most_of_it():
+# ── the list of CuPy's names, and the static check ───────────────────────────────────────────────────────────────────
+def test_the_list_is_small_and_the_strict_backend_offers_most_of_it():
     assert (PACKAGE / "cupy_api.json").stat().st_size < 45_000
     assert re.fullmatch(r"1[4-9]\.\d+\.\d+", strict.API["version"])
-    missing = [n for n in strict.API["functions"] if hasattr(np, n) and not hasattr(xp, n)]
+    missing = [name for name in strict.API["functions"] if hasattr(np, name) and not hasattr(xp, name)]
     assert missing == []
-    assert {n for n in [*strict.API["methods"], *strict.API["properties"]] if not hasattr(Array, n)} <= \
-        {"set", "dump", "dumps", "tofile", "choose", "flat"}
+    attributes = [*strict.API["methods"], *strict.API["properties"]]
+    not_offered = {name for name in attributes if not hasattr(Array, name)}
+    assert not_offered <= {"set", "dump", "dumps", "tofile", "choose", "flat"}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("cupy") is None, reason="CuPy is not installed")
 def test_the_list_is_what_the_installed_cupy_offers():
-    done = subprocess.run([sys.executable, TOOLS / "cupy_api.py", "--check"], capture_output=True, text=True, check=False)
+    command = [sys.executable, TOOLS / "cupy_api.py", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     version = re.search(r'\+ "version": "([\d.]+)"', done.stdout)
     if version:
         pytest.skip(f"the installed CuPy is {version[1]}, the list is of {strict.API['version']}")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-BAD = {     # a line of a function that gets an array x: what the check says about it
+# A line of a function with an array x -> the message of the check.
+BAD = {
     "y = xp(x).vecdot(x, x)": "no vecdot",
     "y = m.exp(x, where=x > 0)": "exp has no argument 'where'",
     "y = m.max(x, axis=-1, initial=0.0)": "max has no argument 'initial'",
@@ -485,5 +536,5 @@ def test_the_check_passes_right_code():
     assert xpcheck.check(GOOD) == []
 
 
-def test_the_library_asks_only_for_what_cupy_has():
+def test_the_library_uses_only_names_that_cupy_has():
     assert xpcheck.check_tree(PACKAGE) == []
