@@ -1,8 +1,8 @@
 """Flat storage: the tensors that an optimiser updates lie end to end in one array.
 
-An optimiser keeps one Group per dtype, learning rate and weight decay.  The values of a group are one flat array `w`, and
-each tensor's data becomes a view of it.  The moments are flat arrays of the same length.  An update is then a few passes over
-long vectors, however many tensors there are.
+An optimiser keeps one Group per dtype, learning rate and weight decay.  The values of a group are one flat array `w`,
+and each tensor's data becomes a view of it.  The moments are flat arrays of the same length.  An update is then a few
+passes over long vectors, however many tensors there are.
 """
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..array import Array, xp
 from ..precision import widen
 from ..tensor import Tensor
 
-LARGE = 1 << 15                                # elements; a larger tensor is updated by itself, without a copy of its gradient
+LARGE = 1 << 15                                # elements; a larger tensor is updated by itself, its gradient not copied
 
 
 @dataclass
@@ -99,8 +99,8 @@ class Group:
             if p.data is view:
                 continue
             if p.dtype != view.dtype:
-                raise TypeError(f"the tensors of this optimiser were {view.dtype} when it was started, and are {p.dtype} now: "
-                                "start it again")
+                raise TypeError(f"the tensors of this optimiser were {view.dtype} when it was started, and are "
+                                f"{p.dtype} now: start it again")
             moved = moved or type(p.data) is not type(view)
         if moved:
             data = [p.data for p in self.tensors.values()]
@@ -117,11 +117,11 @@ class Group:
     def pieces(self) -> list[Piece]:
         """The stretches to update, with their gradients.
 
-        All small tensors are one piece: their gradients are copied end to end, and each .grad becomes a view of the copy.  A
-        large tensor is a piece of its own, and its gradient stays where it is.  The gradient of a masked entry is 0, so that
-        it counts neither in the norm nor in the moments."""
+        All small tensors are one piece: their gradients are copied end to end, and each .grad becomes a view of the
+        copy.  A large tensor is a piece of its own, and its gradient stays where it is.  The gradient of a masked entry
+        is 0, so that it counts neither in the norm nor in the moments."""
         small = [name for name in self.offsets if self.tensors[name].size <= LARGE]
-        large = [name for name in self.offsets if self.tensors[name].size > LARGE]
+        large = list(self.offsets)[len(small):]
         pieces = []
         if any(self.tensors[name].grad is not None for name in small):
             pieces.append(self.joint_piece(small))
@@ -150,17 +150,17 @@ class Group:
         return self.piece(slice(0, end), g)
 
     def piece(self, offset: slice, g: Array) -> Piece:
+        """The piece at this slice of the flat arrays, with the gradient g."""
         return Piece(self.w[offset], g, [a[offset] for a in self.moments], self.decay)
 
     def frozen_entries(self, masked_only: bool = False) -> list[Frozen]:
         """Snapshots of the entries that an update must not change, to restore them after it.
 
-        These are the masked entries and, unless masked_only, the small tensors without a gradient, which pieces() updates
-        together with the other small tensors."""
+        These are the masked entries and, unless masked_only, the small tensors without a gradient: pieces() updates
+        them together with the other small tensors."""
         frozen = []
         for name, p in self.tensors.items():
-            without_gradient = p.grad is None and p.size <= LARGE and not masked_only
-            if p.mask is None and not without_gradient:
+            if p.mask is None and (masked_only or p.grad is not None or p.size > LARGE):
                 continue
             mask = None if p.grad is None else xp(p.data).broadcast_to(p.mask, p.shape).reshape(-1)
             offset = self.offsets[name]
@@ -193,10 +193,10 @@ def masked_gradient(p: Tensor) -> Array:
 
 def read_version_0_1(state: dict[str, np.ndarray], groups: list[Group],
                      moment_names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """The optimiser state of version 0.1 in today's form, one name per tensor.  ValueError if it does not fit these groups.
+    """The optimiser state of version 0.1 in today's form, one name per tensor.
 
-    Version 0.1 stored flat arrays: "t" is the step count, "i.j" the j-th array of the i-th group.  In a flat array the tensors
-    of at most 32768 elements come first."""
+    Version 0.1 stored flat arrays: "t" is the step count, "i.j" the j-th array of the i-th group.  In a flat array the
+    tensors of at most 32768 elements come first.  ValueError if the arrays do not fit these groups."""
     limit = 32768
     named = {"step": state["t"]}
     flat_keys = set()
@@ -208,7 +208,8 @@ def read_version_0_1(state: dict[str, np.ndarray], groups: list[Group],
             key = f"{i}.{j}"
             flat_keys.add(key)
             if key not in state or state[key].shape != (total,):
-                raise ValueError(f"this optimiser state belongs to other tensors: its array {key} should have {total} elements")
+                raise ValueError("this optimiser state belongs to other tensors: "
+                                 f"its array {key} should have {total} elements")
             end = 0
             for name in small + large:
                 p = group.tensors[name]
@@ -217,5 +218,6 @@ def read_version_0_1(state: dict[str, np.ndarray], groups: list[Group],
                 named[f"{kind}.{name}"] = state[key][start:end].reshape(p.shape)
     extra = sorted(state.keys() - flat_keys - {"t"})
     if extra:
-        raise ValueError(f"this optimiser state belongs to other tensors: nothing here has the arrays {', '.join(extra)}")
+        raise ValueError("this optimiser state belongs to other tensors: "
+                         f"nothing here has the arrays {', '.join(extra)}")
     return named

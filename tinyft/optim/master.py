@@ -1,7 +1,8 @@
 """Master weights: the float32 values of tensors that are stored in 16 bits.
 
-A step of a thousandth of a weight is lost in the 8 significant bits of bfloat16, and so are a thousand such steps.  The optimiser
-therefore updates a float32 copy of the weights and writes it, rounded, to the tensors.      Micikevicius et al. 2018, §3.1
+A step of a thousandth of a weight is lost in the 8 significant bits of bfloat16, and so are a thousand such steps.
+The optimiser therefore updates a float32 copy of the weights, and writes it, rounded, to the tensors.
+Micikevicius et al. 2018, §3.1
 """
 from __future__ import annotations
 
@@ -17,10 +18,10 @@ from .buffers import Group
 
 @dataclass
 class MasterWeights(Group):
-    """A group of 16-bit tensors.  w and the moments are float32; the tensors are views of `rounded`, which is w in 16 bits.
+    """A group of 16-bit tensors.  w and the moments are float32; the tensors are views of `rounded`: w in 16 bits.
 
-    Writes from outside are noticed if they go through p.copy_ or p.touch, or put another array in p.data.  A new optimiser
-    starts from the rounded 16-bit values.
+    A write from outside is noticed if it goes through p.copy_ or p.touch, or puts another array in p.data.  A new
+    optimiser starts from the rounded 16-bit values.
 
     versions   {name: the tensor's version after the last update}
     """
@@ -36,8 +37,8 @@ class MasterWeights(Group):
     def reclaim_values(self) -> None:
         """Reclaim the tensors as Group does; w takes the values that were written from outside.
 
-        A tensor was written from outside if p.data is another array, or if p.version[0] has changed since record_versions.
-        The other master weights keep their full precision."""
+        A tensor was written from outside if p.data is another array, or if p.version[0] has changed since
+        record_versions.  The other master weights keep their full precision."""
         written = []
         for name, version in self.versions.items():
             p = self.tensors[name]
@@ -50,7 +51,8 @@ class MasterWeights(Group):
     def move_beside(self, like: Array) -> None:
         self.rounded = array.put_like(array.asnumpy(self.rounded), like)
         super().move_beside(like)
-        for name, p in self.tensors.items():                       # moved, but not written to: w keeps its full precision
+        for name, p in self.tensors.items():
+            # A tensor that was only moved becomes a view again, so that reclaim_values keeps its master weights.
             if np.array_equal(array.asnumpy(p.data), array.asnumpy(self.views[name])):
                 p.data = self.views[name]
 

@@ -4,10 +4,10 @@ The equations are functions of plain arrays, which they update in place:
 
     θ  parameters      g  gradient      η  learning rate, lr      λ  weight decay      t = 1, 2, ...  number of the step
 
-An Optimizer is made from hyper-parameters; `start` binds it to named tensors.  It stores the tensors end to end (buffers.py), so
-that an update is a few passes over long vectors, and keeps float32 master weights of 16-bit tensors (master.py).  Frozen tensors
-have no state.  Weight decay applies to matrices: it leaves out tensors with fewer than two axes (biases, norms, gates) and tensors
-with `decay=False` (soft prompts).
+An Optimizer is made from hyper-parameters; `start` binds it to named tensors.  It stores the tensors end to end
+(buffers.py), so that an update is a few passes over long vectors, and keeps float32 master weights of 16-bit tensors
+(master.py).  Frozen tensors have no state.  Weight decay applies to matrices: it leaves out tensors with fewer than two
+axes (biases, norms, gates) and tensors with `decay=False` (soft prompts).
 """
 from __future__ import annotations
 
@@ -31,18 +31,21 @@ __all__ = ["SGD", "Adam", "AdamW", "Optimizer", "adam_update", "clip_norm", "sgd
 def sgd_update(w: Array, g: Array, u: Array, lr: float, momentum: float, decay: float) -> None:
     """u ← μ u + g + λ θ;    θ ← θ − η u
 
-    w: θ, g, u: the velocity; arrays of one length.  w and u are updated in place.  μ: momentum.      As torch.optim.SGD"""
+    w: θ, g, u: the velocity; arrays of one length.  w and u are updated in place.  μ: momentum.
+    As torch.optim.SGD"""
     u *= momentum
     u += g + decay * w
     w -= lr * u
 
 
-def adam_update(w: Array, g: Array, m: Array, v: Array, lr: float, b1: float, b2: float, eps: float, decay: float, t: int) -> None:
+def adam_update(w: Array, g: Array, m: Array, v: Array, lr: float, b1: float, b2: float, eps: float, decay: float,
+                t: int) -> None:
     """m ← β₁ m + (1 − β₁) g;    v ← β₂ v + (1 − β₂) g²;    θ ← θ − η (m̂ / (√v̂ + ε) + λ θ)
 
-    with m̂ = m / (1 − β₁ᵗ) and v̂ = v / (1 − β₂ᵗ).  w: θ, g, m, v: arrays of one length.  w, m and v are updated in place.
+    with m̂ = m / (1 − β₁ᵗ) and v̂ = v / (1 − β₂ᵗ).  This is AdamW: the decay acts on θ, not through the gradient.
 
-    This is AdamW: the decay acts on θ, not through the gradient.      Loshchilov & Hutter 2019"""
+    w: θ, g, m, v: arrays of one length.  w, m and v are updated in place.  b1: β₁, b2: β₂, eps: ε.
+    Loshchilov & Hutter 2019"""
     m *= b1
     m += (1 - b1) * g
     v *= b2
@@ -55,8 +58,9 @@ def adam_update(w: Array, g: Array, m: Array, v: Array, lr: float, b1: float, b2
 def clip_norm(gradients: list[Array], limit: float | None) -> Array:
     """n = √Σ g²;    g ← g min(limit / (n + 1e-6), 1)
 
-    Scale all gradients in place by one factor, so that their common norm is at most `limit` (None: do not scale).  Returns n, the
-    norm before.  FloatingPointError, with nothing scaled, if n is not finite.      Pascanu et al. 2013"""
+    Scale all gradients in place by one factor, so that their common norm is at most `limit` (None: do not scale).
+    Returns n, the norm before.  FloatingPointError, with nothing scaled, if n is not finite.
+    Pascanu et al. 2013"""
     m = xp(*gradients)
     norm = m.sqrt(m.asarray(sum(m.linalg.norm(g)**2 for g in gradients)))
     if not math.isfinite(float(norm)):
@@ -72,15 +76,17 @@ class Optimizer:
     """The base class: learning rates and decay by tensor name, flat storage, clipping, state.
 
     lr, weight_decay   the hyper-parameters of all tensors
-    groups             {glob over tensor names: {"lr": ..., "weight_decay": ...}}: other values for some; the first glob that matches wins
+    groups             {glob over tensor names: {"lr": ..., "weight_decay": ...}}: other values for the tensors that the
+                       glob matches; the first glob that matches a name wins
 
-    After `start`, `self.groups` holds the tensors in flat storage, and `self.t` counts the updates.  A subclass names its moments in
-    `moment_names` (PyTorch's names, as in state_dict), and implements update(piece, lr)."""
+    After `start`, `self.groups` holds the tensors in flat storage, and `self.t` counts the updates.  A subclass names
+    its moments in `moment_names` (PyTorch's names, as in state_dict), and implements update(piece, lr)."""
     moment_names: tuple[str, ...] = ()
 
     def __init__(self, lr: float, weight_decay: float = 0.0, groups: dict[str, dict] | None = None):
         if not lr > 0 or weight_decay < 0:
-            raise ValueError(f"an optimiser wants lr > 0 and weight_decay >= 0; got lr={lr}, weight_decay={weight_decay}")
+            raise ValueError("an optimiser wants lr > 0 and weight_decay >= 0; "
+                             f"got lr={lr}, weight_decay={weight_decay}")
         for glob, rule in (groups or {}).items():
             extra = sorted(rule.keys() - {"lr", "weight_decay"})
             if extra:
@@ -135,18 +141,21 @@ class Optimizer:
     def step(self, factor: float = 1.0, clip: float | None = None, scale: float = 1.0) -> Array:
         """One update with the learning rate factor · lr.  Returns the norm of all gradients, before clipping.
 
-        The gradients are first divided by `scale`, the factor of the loss (GradScaler); then all of them are scaled to a common norm
-        of at most `clip`.  As in PyTorch, this changes the `.grad` of the tensors.  FloatingPointError, with nothing updated, if the
-        norm is not finite; a captured step does not raise it: call check_norm(norm) when the norm is read."""
+        The gradients are first divided by `scale`, the factor of the loss (GradScaler); then all of them are scaled to
+        a common norm of at most `clip`.  As in PyTorch, this changes the `.grad` of the tensors.  FloatingPointError,
+        with nothing updated, if the norm is not finite; a captured step does not raise it: call check_norm(norm) when
+        the norm is read."""
         norm = self.launch_step(factor, clip, scale=scale)
         if array.recording is None:
             self.check_norm(float(norm))
         return norm
 
-    def launch_step(self, factor: float = 1.0, clip: float | None = None, loss: Array | None = None, scale: float = 1.0) -> Array:
-        """`step`, without waiting for the device.  Nothing is updated if the norm, or the loss, is not finite; check_norm(norm) says so.
+    def launch_step(self, factor: float = 1.0, clip: float | None = None, loss: Array | None = None,
+                    scale: float = 1.0) -> Array:
+        """`step`, without waiting for the device.  Nothing is updated if the norm is not finite; see check_norm.
 
-        loss: a scalar that must be finite as well.  Where there is no kernel, FloatingPointError is raised here already."""
+        loss: a scalar; if it is not finite, the norm is not finite either.  Without a kernel FloatingPointError is
+        raised here already."""
         if not self.groups:
             raise RuntimeError("this optimiser was not started: start(named tensors) says what it updates")
         self.reclaim_tensors()
@@ -158,7 +167,8 @@ class Optimizer:
     def update_pieces(self, factor: float, clip: float | None, loss: Array | None, scale: float) -> Array:
         """launch_step by its definition: one piece after the other.  A kernel may take its place (dispatch.py)."""
         if array.recording is not None:
-            raise array.CannotCapture(f"an update by {type(self).__name__} cannot be captured; one by AdamW can, with kernels")
+            raise array.CannotCapture(f"an update by {type(self).__name__} cannot be captured; "
+                                      "an update by AdamW can, with kernels")
         if loss is not None and not math.isfinite(float(loss)):
             raise FloatingPointError(f"the loss is {float(loss)}")
         pieces = [group.pieces() for group in self.groups]
@@ -177,7 +187,9 @@ class Optimizer:
         return norm
 
     def check_norm(self, norm: float) -> None:
-        """FloatingPointError if the norm of the last launch_step is not finite: then it has updated nothing, and is not counted."""
+        """FloatingPointError if this norm, of the last launch_step, is not finite: that step has updated nothing.
+
+        The step is then not counted."""
         if not math.isfinite(norm):
             self.t -= 1
             raise FloatingPointError(f"the gradient's norm is {norm}")
@@ -205,7 +217,8 @@ class Optimizer:
     def state_dict(self) -> dict[str, np.ndarray]:
         """The step count, the moments and the master weights: host arrays in the tensors' shapes.
 
-        Keys: "step", "exp_avg.<tensor name>", "master.<tensor name>", ...  On NumPy these are views: copy an array to keep it."""
+        Keys: "step", "exp_avg.<tensor name>", "master.<tensor name>", ...  On NumPy the arrays are views of the
+        optimiser's own: copy them to keep them."""
         state = {"step": np.array(self.t)}
         for key, view in self.named_state().items():
             state[key] = array.asnumpy(view)
@@ -219,10 +232,10 @@ class Optimizer:
             state = read_version_0_1(state, self.groups, self.moment_names)
         views = self.named_state()
         shapes = {key: view.shape for key, view in views.items()} | {"step": ()}
-        wrong = [key for key in shapes | state if key not in shapes or key not in state or state[key].shape != shapes[key]]
-        if wrong:
-            raise ValueError("this optimiser state belongs to other tensors: what trains, the groups or the optimiser differ.  The first "
-                             f"difference is {wrong[0]}")
+        for key in shapes | state:
+            if key not in shapes or key not in state or state[key].shape != shapes[key]:
+                raise ValueError("this optimiser state belongs to other tensors: the trained tensors, the groups or "
+                                 f"the optimiser differ, first in {key}")
         self.t = int(state["step"])
         for key, view in views.items():
             view[...] = array.put_like(state[key], view)
@@ -249,7 +262,8 @@ class SGD(Optimizer):
     """Stochastic gradient descent with momentum; see sgd_update.      As torch.optim.SGD"""
     moment_names = ("momentum",)
 
-    def __init__(self, lr: float, momentum: float = 0.0, weight_decay: float = 0.0, groups: dict[str, dict] | None = None):
+    def __init__(self, lr: float, momentum: float = 0.0, weight_decay: float = 0.0,
+                 groups: dict[str, dict] | None = None):
         super().__init__(lr, weight_decay, groups)
         self.momentum = momentum
 
@@ -261,23 +275,28 @@ class AdamW(Optimizer):
     """Adam with decoupled weight decay; see adam_update.      Loshchilov & Hutter 2019"""
     moment_names = ("exp_avg", "exp_avg_sq")
 
-    def __init__(self, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.01,
-                 groups: dict[str, dict] | None = None):
+    def __init__(self, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+                 weight_decay: float = 0.01, groups: dict[str, dict] | None = None):
         super().__init__(lr, weight_decay, groups)
         self.betas = betas
         self.eps = eps
 
     def update(self, piece: Piece, lr: float) -> None:
-        dispatch.run(adam_update, type(piece.w), piece.w, piece.g, *piece.moments, lr, *self.betas, self.eps, piece.decay, self.t)
+        self.run_update(piece, piece.g, lr, piece.decay)
+
+    def run_update(self, piece: Piece, g: Array, lr: float, decay: float) -> None:
+        """adam_update, or its kernel, on one piece with the gradient g."""
+        dispatch.run(adam_update, type(piece.w), piece.w, g, *piece.moments, lr, *self.betas, self.eps, decay, self.t)
 
 
 class Adam(AdamW):
-    """AdamW with the decay inside the gradient: g ← g + λ θ.  Without decay the two are the same.      Kingma & Ba 2015"""
+    """AdamW with the decay inside the gradient, g ← g + λ θ.  Without decay the two are the same.
 
-    def __init__(self, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,
-                 groups: dict[str, dict] | None = None):
+    Kingma & Ba 2015"""
+
+    def __init__(self, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+                 weight_decay: float = 0.0, groups: dict[str, dict] | None = None):
         super().__init__(lr, betas, eps, weight_decay, groups)
 
     def update(self, piece: Piece, lr: float) -> None:
-        g = piece.g + piece.decay * piece.w
-        dispatch.run(adam_update, type(piece.w), piece.w, g, *piece.moments, lr, *self.betas, self.eps, 0.0, self.t)
+        self.run_update(piece, piece.g + piece.decay * piece.w, lr, decay=0.0)

@@ -1,13 +1,14 @@
 """Loss scaling, for gradients in float16.
 
-The smallest positive number of float16 is 6e-8.  Many gradients of a transformer are smaller, and would become 0: about a quarter of
-them for a loss over 500 tokens, more for more tokens, since the loss is their mean.  So the loss is multiplied by a scale S, and with
-it every gradient.  Before the gradients are used they are divided by S:
+The smallest positive number of float16 is 6e-8.  Many gradients of a transformer are smaller, and would become 0: about
+a quarter of them for a loss over 500 tokens, and more for more tokens, since the loss is their mean.  So the loss is
+multiplied by a scale S, and with it every gradient.  Before the gradients are used they are divided by S:
 
     backward from S ℓ;     g ← g / S;     then clip, then update
 
-S is a power of two, so the multiplication is exact.  The largest S that does not overflow is found by trial: after N good steps in a
-row S is doubled; when a gradient overflows, the step is skipped and S is halved.      Micikevicius et al. 2018, §3.2
+S is a power of two, so the multiplication is exact.  The largest S that does not overflow is found by trial: after N
+good steps in a row S is doubled; when a gradient overflows, the step is skipped and S is halved.
+Micikevicius et al. 2018, §3.2
 
 bfloat16 has the range of float32 and needs no loss scaling.
 """
@@ -43,8 +44,9 @@ class GradScaler:
     def __init__(self, init_scale: float = 65536.0, growth_factor: float = 2.0, backoff_factor: float = 0.5,
                  growth_interval: int = 2000, enabled: bool = True):
         if not (init_scale > 0 and growth_factor > 1 > backoff_factor > 0 and growth_interval > 0):
-            raise ValueError("a GradScaler wants init_scale > 0, growth_factor > 1 > backoff_factor > 0 and growth_interval > 0; "
-                             f"got {init_scale}, {growth_factor}, {backoff_factor}, {growth_interval}")
+            raise ValueError(
+                "a GradScaler wants init_scale > 0, growth_factor > 1 > backoff_factor > 0 and growth_interval > 0; "
+                f"got {init_scale}, {growth_factor}, {backoff_factor}, {growth_interval}")
         self.growth_factor = growth_factor
         self.backoff_factor = backoff_factor
         self.growth_interval = growth_interval
@@ -62,15 +64,15 @@ class GradScaler:
         if not self.enabled:
             return loss
         if array.recording is not None:
-            raise array.CannotCapture("the scale of the loss changes from step to step, which a replay could not: capture a step in "
-                                      "bfloat16, which needs none")
+            raise array.CannotCapture("the scale of the loss changes from step to step, and a replay cannot change it: "
+                                      "capture a step in bfloat16, which needs no scale")
         return ops.mul(loss, self.current_scale)
 
     def step(self, optimizer: Optimizer, factor: float = 1.0, clip: float | None = None) -> Array | float:
         """optimizer.step(factor, clip) with gradients divided by S.  Returns their norm.
 
-        If a gradient overflowed, nothing is updated and the norm is infinite.  FloatingPointError if a gradient is not finite though
-        S is 1 or less: then S was not the cause."""
+        If a gradient overflowed, nothing is updated and the norm is infinite.  FloatingPointError if a gradient is not
+        finite though S is 1 or less: then S was not the cause."""
         norm: Array | float = math.inf
         with self.skipping():
             norm = optimizer.step(factor, clip, scale=self.current_scale)
@@ -78,9 +80,10 @@ class GradScaler:
 
     @contextlib.contextmanager
     def skipping(self, *losses: Array) -> Iterator[None]:
-        """with scaler.skipping(): an update.  If it raises FloatingPointError, the step counts as skipped, and `finite` is False.
+        """with scaler.skipping(): an update.  A FloatingPointError in it means a skipped step: `finite` is then False.
 
-        The error is raised all the same if S was not the cause: S is 1 or less, or one of these losses is not finite itself."""
+        The error is raised all the same if S was not the cause: if S is 1 or less, or if one of these losses is not
+        finite itself."""
         try:
             yield
             self.finite = True
@@ -93,7 +96,8 @@ class GradScaler:
     def update(self) -> None:
         """Adapt S after a step.
 
-        After a skipped step S is multiplied by backoff_factor; after growth_interval good steps in a row, by growth_factor."""
+        After a skipped step S is multiplied by backoff_factor, after growth_interval good steps in a row by
+        growth_factor."""
         if not self.enabled:
             return
         if not self.finite:

@@ -1,6 +1,7 @@
-"""AdamW in a few launches, however many tensors there are: the norm of all gradients, the factor that clips them, the update.
+"""AdamW in a few launches, however many tensors there are: the norm of all gradients, their scale, the update.
 
-Gradients are used where backward left them.  The host does not wait: the device finds that a norm is not finite, and then updates nothing.
+Gradients are used where backward left them.  The host does not wait for the norm: if it is not finite, the device
+updates nothing.
 """
 from __future__ import annotations
 
@@ -24,19 +25,22 @@ ACROSS = 256                                                       # at most so 
 
 
 def adam_rates(lr: float, b1: float, b2: float, decay: float, t: int) -> tuple[float, float, float]:
-    """(rate, root, shrink), with which AdamW's update is  w ← shrink w − rate m / (root √v + ε),  m and v without correction.
+    """(rate, root, shrink), with which AdamW's update is  w ← shrink w − rate m / (root √v + ε).
 
-    These are the numbers that change with the step t = 1, 2, ...; a captured step reads them from the device.  lr: η, decay: λ;
-    the equations: optim.adam_update."""
+    m and v are the moments without bias correction.  These three change with the step t = 1, 2, ...; a captured step
+    reads them from the device.  lr: η, decay: λ; the equations: optim.adam_update."""
     return lr / (1 - b1**t), (1 - b2**t)**-0.5, 1 - lr * decay
 
 
-def adam_update(w: Array, g: Array, m: Array, v: Array, lr: float, b1: float, b2: float, eps: float, decay: float, t: int) -> None:
+def adam_update(w: Array, g: Array, m: Array, v: Array, lr: float, b1: float, b2: float, eps: float, decay: float,
+                t: int) -> Any:
     """optim.adam_update in one launch, which reads and writes each array once."""
     if w.dtype != np.float32 or not suits(w, g, m, v):
         return NotImplemented
     rates = adam_rates(lr, b1, b2, decay, t)
-    launch.launch("adam.cu", "adam", blocks(w.size), THREADS, w, g, m, v, *rates, *_betas(b1, b2), float(eps), np.int64(w.size), T=w.dtype)
+    launch.launch("adam.cu", "adam", blocks(w.size), THREADS, w, g, m, v, *rates, *_betas(b1, b2), float(eps),
+                  np.int64(w.size), T=w.dtype)
+    return None
 
 
 def update_pieces(opt: Optimizer, factor: float, clip: float | None, loss: Array | None, scale: float = 1.0) -> Array:
@@ -60,7 +64,7 @@ def update_pieces(opt: Optimizer, factor: float, clip: float | None, loss: Array
 
 
 def _rates(opt: AdamW, factor: Any) -> Any:
-    """adam_rates of every group at the next step.  In a captured step: a device array, which every replay fills anew."""
+    """adam_rates of every group at the next step; in a captured step a device array, which every replay refills."""
     def rates_at(factor: float) -> list[tuple]:
         opt.t += 1
         return [adam_rates(group.lr * factor, *opt.betas, group.decay, opt.t) for group in opt.groups]
@@ -83,15 +87,17 @@ def _contiguous_gradient(p: Tensor) -> Array:
 
 
 def norm_and_scale(gradients: list[Array], clip: float | None, loss: Array | None = None, scale: float = 1.0) -> Array:
-    """(2,): the norm of all gradients divided by `scale`, and the factor that divides by `scale` and brings the norm to `clip`."""
+    """(2,): n, the norm of all gradients divided by `scale`, and their factor min(clip / n, 1) / scale."""
     across = min(blocks(max(g.size for g in gradients)), ACROSS)
     parts = empty(gradients[0], (len(gradients), across), np.float32)
     state = empty(gradients[0], (2,), np.float32)
     done = 0
     for some in _per_launch(gradients):
-        launch.launch("adam.cu", "squares", (across, len(some)), THREADS, table(some), parts[done:done + len(some)], T=state.dtype)
+        sums = parts[done:done + len(some)]
+        launch.launch("adam.cu", "squares", (across, len(some)), THREADS, table(some), sums, T=state.dtype)
         done += len(some)
-    launch.launch("adam.cu", "norm_and_scale", 1, 1024, parts, parts.size, float(clip or 0), 1 / scale, loss, state, T=state.dtype)
+    launch.launch("adam.cu", "norm_and_scale", 1, 1024, parts, parts.size, float(clip or 0), 1 / scale, loss, state,
+                  T=state.dtype)
     return state
 
 
@@ -101,14 +107,17 @@ def _per_launch(tensors: list) -> list[list]:
 
 
 def update(group: Group, rows: list[tuple[Array, slice]], state: Array, rates: tuple | Array, opt: AdamW) -> None:
-    """Update one group.  rows: pairs of a gradient and its slice of the group's flat arrays; rates: adam_rates, or an array of them."""
+    """Update one group.
+
+    rows: [(gradient, its slice of the group's flat arrays)];  rates: adam_rates, or a device array of them."""
     by_value, from_device = (rates, None) if isinstance(rates, tuple) else ((0.0, 0.0, 0.0), rates)
     for some in _per_launch(rows):
         gradients = [g for g, _ in some]
         starts = [offset.start for _, offset in some]
         across = min(blocks(max(g.size for g in gradients)), ACROSS)
-        launch.launch("adam.cu", "adam_tensors", (across, len(gradients)), THREADS, table(gradients, starts), group.w, *group.moments,
-                      group.rounded, state, from_device, *by_value, *_betas(*opt.betas), float(opt.eps), T=group.stored.dtype)
+        launch.launch("adam.cu", "adam_tensors", (across, len(gradients)), THREADS, table(gradients, starts),
+                      group.w, *group.moments, group.rounded, state, from_device, *by_value, *_betas(*opt.betas),
+                      float(opt.eps), T=group.stored.dtype)
 
 
 def table(gradients: list[Array], starts: list[int] | None = None) -> np.void:
