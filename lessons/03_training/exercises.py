@@ -138,90 +138,108 @@ def _(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
     return ops.cross_entropy.definition(z, y, weight, ignore_index, label_smoothing * V / max(V - 1, 1))
 
 
-# ── clip_norm ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── clip_norm ────────────────────────────────────────────────────────────────────────────────────
 clip_norm = Exercise(
     "optim.optimizers:clip_norm", difficulty=2, minutes=10, in_place=True, hints=(
-        "All gradients together are one long vector; its norm decides, and one factor scales all of it, so that the direction stays.",
-        "The factor is limit / norm, but never more than 1: a short gradient stays as it is.  Write into the arrays: g *= factor.",
-        "norm = sqrt(sum of (g * g).sum() over the arrays), computed before anything is scaled; then min(limit / (norm + 1e-6), 1.0) for all."))
+        "All gradients together are one long vector.  Its norm decides, and one factor scales all "
+        "of it, so that the direction stays.",
+        "The factor is limit / norm, but never more than 1: a short gradient stays as it is.  "
+        "Write into the arrays: g *= factor.",
+        "norm = sqrt(sum of (g * g).sum() over the arrays), computed before anything is scaled; "
+        "then min(limit / (norm + 1e-6), 1.0) for all of them."))
 
 
 def clipped(f, arrays, limit):
+    """(what f returns, all gradients after it, as one vector)."""
     mine = [asarray(a.copy()) for a in arrays]
     norm = f(mine, limit)
     return norm, np.concatenate([asnumpy(a).ravel() for a in mine])
 
 
-@clip_norm.law("it gives back the norm of all gradients together", a="n m", b="k", limit=st.sampled_from([None, 0.5, 100.0]))
+def norm_of(*arrays):
+    return math.sqrt(sum((a * a).sum() for a in arrays))
+
+
+@clip_norm.law("it returns the norm of all gradients together", a="n m", b="k",
+               limit=st.sampled_from([None, 0.5, 100.0]))
 def _(f, a, b, limit):
-    want = math.sqrt((a * a).sum() + (b * b).sum())
-    guesses = {"it is the norm after clipping; wanted is the one before": min(want, limit or want),
-               "the root is missing": want**2, "norms were added up; squares add up": math.sqrt((a * a).sum()) + math.sqrt((b * b).sum())}
+    want = norm_of(a, b)
+    guesses = {"it is the norm after clipping, expected the norm before": min(want, limit or want),
+               "the root is missing": want**2,
+               "norms were added up; squares add up": norm_of(a) + norm_of(b)}
     close(clipped(f, (a, b), limit)[0], want, "the norm", guesses, rtol=1e-5)
 
 
-@clip_norm.law("gradients shorter than the limit stay as they are, and so do all without a limit", a="n m", b="k",
-               limit=st.sampled_from([None, 100.0]))
+@clip_norm.law("gradients shorter than the limit stay as they are, and so do all without a limit",
+               a="n m", b="k", limit=st.sampled_from([None, 100.0]))
 def _(f, a, b, limit):
     close(clipped(f, (a, b), limit)[1], np.concatenate([a.ravel(), b]), "the gradients")
 
 
 @clip_norm.law("longer ones come down to the limit, all by the same factor", a="n m", b="k")
 def _(f, a, b):
-    g, limit = np.concatenate([a.ravel(), b]), 0.5
-    own = np.concatenate([x.ravel() * min(1.0, limit / (math.sqrt((x * x).sum()) + 1e-6)) for x in (a, b)])
+    limit = 0.5
+    g = np.concatenate([a.ravel(), b])
+    own = np.concatenate([x.ravel() * min(1.0, limit / (norm_of(x) + 1e-6)) for x in (a, b)])
     guesses = {"each array is clipped by its own norm; one norm, of all together, decides": own,
-               "each entry is clipped: that turns the gradient": g.clip(-limit, limit)}
-    close(clipped(f, (a, b), limit)[1], g * min(1.0, limit / (math.sqrt((g * g).sum()) + 1e-6)), "the gradients, for the limit 0.5", guesses,
-          rtol=1e-5)
+               "each entry is clipped, which turns the gradient": g.clip(-limit, limit)}
+    want = g * min(1.0, limit / (norm_of(g) + 1e-6))
+    after = clipped(f, (a, b), limit)[1]
+    close(after, want, "the gradients, for the limit 0.5", guesses, rtol=1e-5)
+
+
+def common_norm(gradients):
+    return xp(gradients[0]).sqrt(sum((g * g).sum() for g in gradients))
 
 
 @clip_norm.wrong_answer("Every array is clipped by itself.", says="own norm", subtle=True)
 def _(gradients, limit):
-    m = xp(gradients[0])
-    whole = m.sqrt(sum((g * g).sum() for g in gradients))
+    norm = common_norm(gradients)
     for g in gradients:
         if limit is not None:
-            g *= m.minimum(limit / (m.sqrt((g * g).sum()) + 1e-6), 1.0)
-    return whole
+            g *= xp(g).minimum(limit / (common_norm([g]) + 1e-6), 1.0)
+    return norm
 
 
-@clip_norm.wrong_answer("Clipping is cutting off what is too large.", says="each entry", subtle=True)
+@clip_norm.wrong_answer("Clipping is cutting off what is too large.",
+                        says="each entry", subtle=True)
 def _(gradients, limit):
-    m = xp(gradients[0])
-    whole = m.sqrt(sum((g * g).sum() for g in gradients))
+    norm = common_norm(gradients)
     for g in gradients:
         if limit is not None:
-            g[...] = m.clip(g, -limit, limit)
-    return whole
+            g[...] = xp(g).clip(g, -limit, limit)
+    return norm
 
 
-@clip_norm.wrong_answer("The norm to report is the one that is used for the step.", says="after clipping", subtle=True)
+@clip_norm.wrong_answer("The norm to report is that of the gradients that are used.",
+                   says="after clipping", subtle=True)
 def _(gradients, limit):
-    m = xp(gradients[0])
-    whole = m.sqrt(sum((g * g).sum() for g in gradients))
+    norm = common_norm(gradients)
     if limit is not None:
         for g in gradients:
-            g *= m.minimum(limit / (whole + 1e-6), 1.0)
-    return m.sqrt(sum((g * g).sum() for g in gradients))
+            g *= xp(g).minimum(limit / (norm + 1e-6), 1.0)
+    return common_norm(gradients)
 
 
-@clip_norm.wrong_answer("Clipping gives the gradient the norm `limit`.", says="the gradients", subtle=True)
+@clip_norm.wrong_answer("Clipping gives the gradient the norm `limit`.",
+                        says="the gradients", subtle=True)
 def _(gradients, limit):
-    m = xp(gradients[0])
-    whole = m.sqrt(sum((g * g).sum() for g in gradients))
+    norm = common_norm(gradients)
     if limit is not None:
         for g in gradients:
-            g *= limit / (whole + 1e-6)
-    return whole
+            g *= limit / (norm + 1e-6)
+    return norm
 
 
-# ── adam_update ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── adam_update ──────────────────────────────────────────────────────────────────────────────────
 adam_update = Exercise(
     "optim.optimizers:adam_update", difficulty=3, minutes=20, in_place=True, hints=(
-        "m and v are running means of g and g²: they keep b1 (b2) of what they were.  All is written into w, m and v; nothing is returned.",
-        "At the start m and v are too small, having begun at zero: m / (1 - b1**t) and v / (1 - b2**t) set that right.  t counts from 1.",
-        "The decay has nothing to do with m and v: w ← w (1 - lr decay).  Then w ← w - lr m̂ / (√v̂ + ε): the root first, then ε."))
+        "m and v are running means of g and g²: b1 m + (1 - b1) g, and the same with b2 and g².  "
+        "Everything is written into w, m and v; nothing is returned.",
+        "m and v begin at zero, so at first they are too small: m / (1 - b1**t) and "
+        "v / (1 - b2**t) correct that.  t counts from 1.",
+        "The decay does not enter m and v: w ← w (1 - lr decay).  Then w ← w - lr m̂ / (√v̂ + ε): "
+        "first the root, then ε."))
 
 LR, B1, B2 = 0.5, 0.75, 0.9375
 
@@ -234,30 +252,41 @@ def step(f, w, g, m, v, eps=1e-8, decay=0.0, t=1):
 
 
 def adam(w, g, m, v, eps=1e-8, decay=0.0, t=1, corrected=True, inside=False):
-    """The equations, with the usual errors in them on demand."""
-    m, v = B1 * m + (1 - B1) * g, B2 * v + (1 - B2) * g * g
-    mh, vh = (m / (1 - B1**t), v / (1 - B2**t)) if corrected else (m, v)
-    return w - LR * (mh / (np.sqrt(vh + eps) if inside else np.sqrt(vh) + eps) + decay * w)
+    """w after one update by the equations, with the usual errors in them on demand."""
+    m = B1 * m + (1 - B1) * g
+    v = B2 * v + (1 - B2) * g * g
+    if corrected:
+        m = m / (1 - B1**t)
+        v = v / (1 - B2**t)
+    divisor = np.sqrt(v + eps) if inside else np.sqrt(v) + eps
+    return w - LR * (m / divisor + decay * w)
+
+
+UNCORRECTED = "the bias of m and v is not corrected: divide by 1 − b1ᵗ and 1 − b2ᵗ"
 
 
 @adam_update.law("m and v are running means of g and g²", w="n", g="n", m="n", v=positive("n"))
 def _(f, w, g, m, v):
     _, m1, v1 = step(f, w, g, m, v)
-    close(m1, B1 * m + (1 - B1) * g, f"m for b1 = {B1}", {"it is b1 m + g: the new part is weighted with 1 − b1": B1 * m + g})
-    close(v1, B2 * v + (1 - B2) * g * g, f"v for b2 = {B2}", {"it is a mean of g; v is one of g²": B2 * v + (1 - B2) * g})
+    guesses = {"it is b1 m + g: the new part is weighted with 1 − b1": B1 * m + g}
+    close(m1, B1 * m + (1 - B1) * g, f"m for b1 = {B1}", guesses)
+    guesses = {"it is a mean of g; v is a mean of g²": B2 * v + (1 - B2) * g}
+    close(v1, B2 * v + (1 - B2) * g * g, f"v for b2 = {B2}", guesses)
 
 
-@adam_update.law("the first step has the length of the rate, whatever the gradient (t = 1, m = v = 0)", w="n", g="n")
+@adam_update.law("the first step changes each weight by the learning rate, whatever the gradient "
+                 "(t = 1, m = v = 0)", w="n", g="n")
 def _(f, w, g):
     zero = np.zeros(w.shape)
-    guesses = {"the bias of m and v is not corrected: divide by 1 − b1ᵗ and 1 − b2ᵗ": adam(w, g, zero, zero, corrected=False),
+    guesses = {UNCORRECTED: adam(w, g, zero, zero, corrected=False),
                "it goes uphill": w + LR * np.sign(g)}
     close(step(f, w, g, zero, zero)[0], w - LR * np.sign(g), "w", guesses, rtol=1e-5, atol=1e-6)
 
 
-@adam_update.law("step t: w − η m̂ / (√v̂ + ε)", w="n", g="n", m="n", v=positive("n"), t=st.integers(1, 5))
+@adam_update.law("step t: w − η m̂ / (√v̂ + ε)", w="n", g="n", m="n", v=positive("n"),
+                 t=st.integers(1, 5))
 def _(f, w, g, m, v, t):
-    guesses = {"the bias of m and v is not corrected: divide by 1 − b1ᵗ and 1 − b2ᵗ": adam(w, g, m, v, t=t, corrected=False)}
+    guesses = {UNCORRECTED: adam(w, g, m, v, t=t, corrected=False)}
     close(step(f, w, g, m, v, t=t)[0], adam(w, g, m, v, t=t), "w", guesses)
 
 
@@ -267,11 +296,13 @@ def _(f, w, g, m, v):
     close(step(f, w, g, m, v, eps=1.0)[0], adam(w, g, m, v, eps=1.0), "w for ε = 1", guesses)
 
 
-@adam_update.law("the decay takes lr · decay of w, and m and v do not see it", w="n", g="n", m="n", v=positive("n"))
+@adam_update.law("the decay takes lr · decay · w from w, and does not enter m and v",
+                 w="n", g="n", m="n", v=positive("n"))
 def _(f, w, g, m, v):
     w1, m1, _ = step(f, w, g, m, v, decay=0.5)
     inside = adam(w, g + 0.5 * w, m, v)
-    guesses = {"the decay is inside the gradient (Adam with L2, which Adam then divides by √v̂); AdamW takes it off w": inside}
+    guesses = {"the decay is inside the gradient (Adam with L2, which Adam then divides by √v̂); "
+               "AdamW takes it off w": inside}
     close(w1, adam(w, g, m, v, decay=0.5), "w for decay = 0.5", guesses)
     close(m1, B1 * m + (1 - B1) * g, "m for decay = 0.5")
 
@@ -286,12 +317,14 @@ def _(w, g, m, v, lr, b1, b2, eps, decay, t):
     w -= lr * m / (xp(w).sqrt(v) + eps)
 
 
-@adam_update.wrong_answer("Weight decay is L2 regularisation: add it to the gradient.", says="inside the gradient", subtle=True)
+@adam_update.wrong_answer("Weight decay is L2 regularisation: add it to the gradient.",
+                     says="inside the gradient", subtle=True)
 def _(w, g, m, v, lr, b1, b2, eps, decay, t):
     reference_update(w, g + decay * w, m, v, lr, b1, b2, eps, 0.0, t)
 
 
-@adam_update.wrong_answer("ε keeps the root from zero, so it stands under it.", says="under the root", subtle=True)
+@adam_update.wrong_answer("ε keeps the root from zero, so it stands under it.",
+                          says="under the root", subtle=True)
 def _(w, g, m, v, lr, b1, b2, eps, decay, t):
     before = w * (1 - lr * decay)
     reference_update(w, g, m, v, lr, b1, b2, eps, decay, t)
@@ -308,70 +341,101 @@ def _(w, g, m, v, lr, b1, b2, eps, decay, t):
     w -= lr * m / (1 - b1**t) / (xp(w).sqrt(v / (1 - b2**t)) + eps)
 
 
-# ── cosine ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── cosine_schedule ──────────────────────────────────────────────────────────────────────────────
 cosine_schedule = Exercise(
-    "optim.schedules:cosine_schedule", difficulty=2, minutes=10, closed=("optim.schedules:with_warmup",), hints=(
-        "cosine_schedule gives back a function factor(t, T).  During the first `warmup` steps it rises in a straight line and reaches 1 at the last of them.",
-        "Step t = 0 is the first and should move already: (t + 1) / warmup.  Afterwards let s run from 0 towards 1: s = (t - warmup) / (T - warmup).",
-        "floor + (1 - floor) (1 + cos(π s)) / 2.  A warmup below 1 is a share of all steps: round(warmup T)."))
+    "optim.schedules:cosine_schedule", difficulty=2, minutes=10,
+    closed=("optim.schedules:with_warmup",), hints=(
+        "cosine_schedule returns a function factor(t, T).  During the first `warmup` steps the "
+        "factor rises in a straight line, and it reaches 1 at the last of them.",
+        "Step t = 0 is the first, and should already move: (t + 1) / warmup.  Afterwards let s run "
+        "from 0 towards 1: s = (t - warmup) / (T - warmup).",
+        "floor + (1 - floor) (1 + cos(π s)) / 2.  A warmup below 1 is a fraction of all steps: "
+        "round(warmup T)."))
 
 
 def factors(f, T, **kw):
+    """The factors of T steps."""
     schedule = f(**kw)
     return np.array([schedule(t, T) for t in range(T)], float)
 
 
-def falling(T, w, floor=0.0):
-    return np.array([(t + 1) / w if t < w else floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (t - w) / max(T - w, 1))) for t in range(T)])
+def half_cosine(s):
+    return 0.5 * (1 + math.cos(math.pi * s))
+
+
+def falling(T, warmup, floor=0.0):
+    """The answer, for a warm-up in steps."""
+    out = []
+    for t in range(T):
+        if t < warmup:
+            out.append((t + 1) / warmup)
+        else:
+            out.append(floor + (1 - floor) * half_cosine((t - warmup) / max(T - warmup, 1)))
+    return np.array(out)
 
 
 @cosine_schedule.law("half a cosine from 1 towards 0", T=st.integers(1, 8))
 def _(f, T):
     line = np.array([1 - t / T for t in range(T)])
-    guesses = {"it falls in a straight line": line,
-               "it is a whole wave: down and up again": np.array([0.5 * (1 + math.cos(2 * math.pi * t / T)) for t in range(T)])}
+    wave = np.array([half_cosine(2 * t / T) for t in range(T)])
+    guesses = {"it falls in a straight line": line, "it is a whole wave: down and up again": wave}
     close(factors(f, T), falling(T, 0), f"the factors of {T} steps", guesses)
 
 
-@cosine_schedule.law("it falls to the floor", T=st.integers(1, 8), floor=st.sampled_from([0.5, 0.25]))
+@cosine_schedule.law("it falls to the floor", T=st.integers(1, 8),
+                     floor=st.sampled_from([0.5, 0.25]))
 def _(f, T, floor):
-    guesses = {"it is cut off at the floor; the curve should be squeezed above it": falling(T, 0).clip(floor)}
-    close(factors(f, T, floor=floor), falling(T, 0, floor), f"the factors of {T} steps, floor {floor}", guesses)
+    cut_off = falling(T, 0).clip(floor)
+    guesses = {"it is cut off at the floor; the curve should be squeezed above it": cut_off}
+    what = f"the factors of {T} steps, floor {floor}"
+    close(factors(f, T, floor=floor), falling(T, 0, floor), what, guesses)
 
 
-@cosine_schedule.law("a warm-up of w steps: 1/w, 2/w, ... 1, then the cosine", T=st.integers(2, 8), w=st.integers(1, 4))
+@cosine_schedule.law("a warm-up of w steps: 1/w, 2/w, ... 1, then the cosine",
+                     T=st.integers(2, 8), w=st.integers(1, 4))
 def _(f, T, w):
     from_zero = np.array([t / w if t < w else x for t, x in enumerate(falling(T, w))])
-    guesses = {"the first step has the rate 0, and is lost": from_zero}
-    close(factors(f, T, warmup=w), falling(T, w), f"the factors of {T} steps, {w} of them warm-up", guesses)
+    guesses = {"the factor of the first step is 0, so that step is lost": from_zero}
+    what = f"the factors of {T} steps, {w} of them warm-up"
+    close(factors(f, T, warmup=w), falling(T, w), what, guesses)
 
 
-@cosine_schedule.law("a warm-up below 1 is a share of all steps", T=st.sampled_from([4, 8]))
+@cosine_schedule.law("a warm-up below 1 is a fraction of all steps", T=st.sampled_from([4, 8]))
 def _(f, T):
-    close(factors(f, T, warmup=0.5), falling(T, T // 2), f"the factors of {T} steps, half of them warm-up")
+    what = f"the factors of {T} steps, half of them warm-up"
+    close(factors(f, T, warmup=0.5), falling(T, T // 2), what)
+
+
+def steps_of(warmup, T):
+    return round(warmup * T) if 0 < warmup < 1 else int(warmup)
 
 
 @cosine_schedule.wrong_answer("The warm-up begins at zero.", says="is lost")
 def _(warmup=0, floor=0.0):
     def factor(t, T):
-        w = round(warmup * T) if 0 < warmup < 1 else int(warmup)
-        return t / w if t < w else floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (t - w) / max(T - w, 1)))
+        w = steps_of(warmup, T)
+        return t / w if t < w else falling(T, w, floor)[t]
     return factor
 
 
 @cosine_schedule.wrong_answer("The floor is a lower limit.", says="squeezed", subtle=True)
 def _(warmup=0, floor=0.0):
     def factor(t, T):
-        w = round(warmup * T) if 0 < warmup < 1 else int(warmup)
-        return (t + 1) / w if t < w else max(floor, 0.5 * (1 + math.cos(math.pi * (t - w) / max(T - w, 1))))
+        w = steps_of(warmup, T)
+        return (t + 1) / w if t < w else max(floor, falling(T, w)[t])
     return factor
 
 
 @cosine_schedule.wrong_answer("A cosine is a wave.", says="whole wave")
 def _(warmup=0, floor=0.0):
-    return lambda t, T: floor + (1 - floor) * 0.5 * (1 + math.cos(2 * math.pi * t / T))
+    def factor(t, T):
+        return floor + (1 - floor) * half_cosine(2 * t / T)
+    return factor
 
 
-@cosine_schedule.wrong_answer("A warm-up is a number of steps.", says="factors of 4 steps, half", subtle=True)
+@cosine_schedule.wrong_answer("A warm-up is a number of steps.",
+                              says="factors of 4 steps, half", subtle=True)
 def _(warmup=0, floor=0.0):
-    return lambda t, T: falling(T, int(warmup), floor)[t]
+    def factor(t, T):
+        return falling(T, int(warmup), floor)[t]
+    return factor

@@ -203,16 +203,17 @@ def _(lr, b1, b2, decay, t):
     return lr / (1 - b1**t), (1 - b2**t)**-0.5, 1 - lr / (1 - b1**t) * decay
 
 
-# ── lay_out ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── lay_out ───────────────────────────────────────────────────────────────────────────────────────
 lay_out = Exercise(
     "optim.buffers:Group.lay_out", difficulty=3, minutes=25, in_place=True, lines=12, hints=(
         "One flat array w holds all values, and each tensor's data becomes a view of it: "
         "w[offset].reshape(shape) makes no copy.  Then an update of w updates every tensor.",
-        "self.tensors is {name: tensor}.  Go through the names, those of tensors with more than LARGE "
-        "elements last, and give each name a slice: self.offsets[name] = slice(start, start + size).",
-        "w and each moment is an m.zeros(total, dtype) of its own, with m = xp(a tensor's data).  At the "
-        "end self.make_views() makes self.views, and self.reclaim_values() copies each tensor's values "
-        "into its view and makes the view its data."))
+        "self.tensors is {name: tensor}.  Go through the names, those of tensors with more than "
+        "LARGE elements last, and give each name a slice: "
+        "self.offsets[name] = slice(start, start + size).",
+        "w and each moment is an m.zeros(total, dtype) of its own, with m = xp(a tensor's data).  "
+        "At the end self.make_views() makes self.views, and self.reclaim_values() copies each "
+        "tensor's values into its view and makes the view its data."))
 
 
 @st.composite
@@ -233,7 +234,9 @@ def tensors(draw, large=False):
 
 def laid(f, arrays, moments=2):
     """(group, {name: tensor}) after f(group, moments)."""
-    made = {f"tensor {i}": Tensor(asarray(a.copy()), requires_grad=True) for i, a in enumerate(arrays)}
+    made = {}
+    for i, a in enumerate(arrays):
+        made[f"tensor {i}"] = Tensor(asarray(a.copy()), requires_grad=True)
     group = buffers.Group(0.1, 0.0, dict(made))
     f(group, moments)
     for name in ("w", "moments", "offsets", "views"):
@@ -275,7 +278,8 @@ def _(f, arrays):
 def _(f, arrays):
     group, made = laid(f, arrays)
     group.w += 10
-    guesses = {"the tensors did not change: they are copies; a reshaped slice is a view": flat(arrays)}
+    guesses = {"the tensors did not change: they are copies; a reshaped slice is a view":
+               flat(arrays)}
     after = flat([asnumpy(p.data) for p in made.values()])
     close(after, flat(arrays) + 10, "the tensors after w += 10", guesses)
 
@@ -292,7 +296,8 @@ def _(f, arrays, moments):
         m += 1
 
 
-@lay_out.law("large tensors lie last; offsets and views belong to the names", arrays=tensors(large=True))
+@lay_out.law("large tensors lie last; offsets and views belong to the names",
+             arrays=tensors(large=True))
 def _(f, arrays):
     group, _ = laid(f, arrays)
     in_order_starts = {}
@@ -305,7 +310,8 @@ def _(f, arrays):
     crossed = np.array([in_order_starts[i] for i in in_order(arrays)])
     starts = np.array([group.offsets[f"tensor {i}"].start for i in range(len(arrays))])
     lengths = np.array([group.offsets[f"tensor {i}"].stop for i in range(len(arrays))]) - starts
-    guesses = {"the tensors lie in the order in which they were given: the large one comes last": given_starts,
+    guesses = {"the tensors lie in the order in which they were given: the large one comes last":
+               given_starts,
                "a name got the slice of another tensor: slices belong to the tensors": crossed}
     close(starts, shifted, "the starts of the slices", guesses)
     close(lengths, np.array([a.size for a in arrays]), "the lengths of the slices")
@@ -335,7 +341,8 @@ def copied_into(group):
         group.views[name][...] = p.data
 
 
-@lay_out.wrong_answer("A tensor is its values; where they lie does not matter.", says="they are copies", subtle=True)
+@lay_out.wrong_answer("A tensor is its values; where they lie does not matter.",
+                      says="they are copies", subtle=True)
 def _(self, moments):
     laid_out(self, moments)
     self.make_views()
@@ -357,7 +364,8 @@ def _(self, moments):
     self.reclaim_values()
 
 
-@lay_out.wrong_answer("Two moments begin alike, so one array of zeros will do.", says="several names", subtle=True)
+@lay_out.wrong_answer("Two moments begin alike, so one array of zeros will do.",
+                      says="several names", subtle=True)
 def _(self, moments):
     laid_out(self, moments)
     self.moments = self.moments[:1] * moments
@@ -377,7 +385,8 @@ def _(self, moments):
     self.offsets = wrong
 
 
-@lay_out.wrong_answer("One order is as good as another.", says="the large one comes last", subtle=True)
+@lay_out.wrong_answer("One order is as good as another.",
+                      says="the large one comes last", subtle=True)
 def _(self, moments):
     laid_out(self, moments, order=range(len(self.tensors)))
     self.make_views()

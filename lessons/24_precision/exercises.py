@@ -141,18 +141,18 @@ def _(name, arrays, kw):
     return policy(name, arrays, kw, wanted(name), keywords=False)
 
 
-# ── reclaim_values ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── reclaim_values ────────────────────────────────────────────────────────────────────────────────
 reclaim_values = Exercise(
     "optim.master:MasterWeights.reclaim_values", difficulty=3, minutes=20, in_place=True, hints=(
-        "self.w is float32, and more exact than the 16-bit tensors.  To copy the tensors into it would undo "
-        "every step that is still too small to be visible in 16 bits.  So copy only the tensors that were "
-        "written from outside.",
-        "There are two ways to write: p.data = another array, after which p.data is not self.views[name]; or "
-        "into the array itself (p.copy_), which p.version[0] counts.  self.versions[name] is the count at the "
-        "optimiser's own last write.",
-        "First find the written tensors, all of them.  Then call Group.reclaim_values(self): it makes every "
-        "p.data its view again.  Then self.w[self.offsets[name]] = widen(self.views[name]).reshape(-1) for "
-        "the written ones."))
+        "self.w is float32, and more exact than the 16-bit tensors.  To copy the tensors into it "
+        "would undo every step that is still too small to be visible in 16 bits.  So copy only the "
+        "tensors that were written from outside.",
+        "There are two ways to write: p.data = another array, after which p.data is not "
+        "self.views[name]; or into the array itself (p.copy_), which p.version[0] counts.  "
+        "self.versions[name] is the count at the optimiser's own last write.",
+        "First find the written tensors, all of them.  Then call Group.reclaim_values(self): it "
+        "makes every p.data its view again.  Then self.w[self.offsets[name]] = "
+        "widen(self.views[name]).reshape(-1) for the written ones."))
 HIDDEN = 2.0**-10  # beside 1, too small to be visible in bfloat16
 
 
@@ -160,7 +160,9 @@ def bound(*arrays):
     """A group of tensors in bfloat16 whose master weights have moved by less than bfloat16 can
     show.
     """
-    made = {f"tensor {i}": Tensor(asarray(a.astype(bfloat16)), requires_grad=True) for i, a in enumerate(arrays)}
+    made = {}
+    for i, a in enumerate(arrays):
+        made[f"tensor {i}"] = Tensor(asarray(a.astype(bfloat16)), requires_grad=True)
     group = MasterWeights(0.1, 0.0, dict(made))
     group.lay_out(0)
     group.w += HIDDEN
@@ -180,14 +182,15 @@ def check_values(group, want, before, what="w"):
     flat array.
     """
     in_16_bits = [np.asarray(a).astype(bfloat16).astype(F) for a in want]
-    guesses = {"what rounding hides is lost: w was overwritten with the 16-bit values, though nobody wrote there":
-               joined(in_16_bits),
+    guesses = {"what rounding hides is lost: w was overwritten with the 16-bit values, though "
+               "nobody wrote there": joined(in_16_bits),
                "a write from outside was not noticed": joined(before)}
     close(asnumpy(group.w), joined(want), what, guesses, dtype=True)
     close(asnumpy(widen(group.rounded)), joined(in_16_bits), "the values of the tensors")
     for name, p in group.tensors.items():
         if p.data is not group.views[name]:
-            raise Unusable(f"the data of {name} is not its view of the flat array: it would miss the next step")
+            raise Unusable(f"the data of {name} is not its view of the flat array: "
+                           "it would miss the next step")
 
 
 @reclaim_values.law("nobody wrote: w keeps what rounding hides", a=positive("n m"), b=positive("k"))
@@ -203,7 +206,8 @@ def _(f, a, b):
     group, (p, _) = bound(a, b)
     p.data = asarray((a + 8).astype(bfloat16))
     f(group)
-    check_values(group, [a + 8, b + HIDDEN], [a + HIDDEN, b + HIDDEN], "w, after p.data = ... of the first tensor")
+    before = [a + HIDDEN, b + HIDDEN]
+    check_values(group, [a + 8, b + HIDDEN], before, "w, after p.data = ... of the first tensor")
 
 
 @reclaim_values.law("p.data was written in place: w takes it", a=positive("n m"), b=positive("k"))
@@ -211,7 +215,8 @@ def _(f, a, b):
     group, (_, p) = bound(a, b)
     p.copy_(b + 8)
     f(group)
-    check_values(group, [a + HIDDEN, b + 8], [a + HIDDEN, b + HIDDEN], "w, after p.copy_(...) of the second tensor")
+    before = [a + HIDDEN, b + HIDDEN]
+    check_values(group, [a + HIDDEN, b + 8], before, "w, after p.copy_(...) of the second tensor")
 
 
 @reclaim_values.law("a write of the very value that is there counts as a write", a=positive("n m"))
@@ -237,12 +242,14 @@ def counted(group):
     return {name for name, p in group.tensors.items() if p.version[0] != group.versions[name]}
 
 
-@reclaim_values.wrong_answer("The tensors are the model; the copy follows them.", says="what rounding hides is lost")
+@reclaim_values.wrong_answer("The tensors are the model; the copy follows them.",
+                             says="what rounding hides is lost")
 def _(self):
     reclaimed(self, set(self.tensors))
 
 
-@reclaim_values.wrong_answer("The copy is the model; the tensors follow it.", says="was not noticed")
+@reclaim_values.wrong_answer("The copy is the model; the tensors follow it.",
+                             says="was not noticed")
 def _(self):
     Group.reclaim_values(self)
     self.write_rounded()
@@ -258,18 +265,22 @@ def _(self):
     reclaimed(self, counted(self))
 
 
-@reclaim_values.wrong_answer("First reclaim the tensors, then look for writes.", says="was not noticed", subtle=True)
+@reclaim_values.wrong_answer("First reclaim the tensors, then look for writes.",
+                             says="was not noticed", subtle=True)
 def _(self):
     Group.reclaim_values(self)
     reclaimed(self, replaced(self) | counted(self))
 
 
-@reclaim_values.wrong_answer("A tensor that nobody wrote to has version 0.", says="what rounding hides is lost")
+@reclaim_values.wrong_answer("A tensor that nobody wrote to has version 0.",
+                             says="what rounding hides is lost")
 def _(self):
-    reclaimed(self, replaced(self) | {name for name, p in self.tensors.items() if p.version[0] > 0})
+    ever_written = {name for name, p in self.tensors.items() if p.version[0] > 0}
+    reclaimed(self, replaced(self) | ever_written)
 
 
-@reclaim_values.wrong_answer("Where the values are the same, nobody wrote.", says="was not noticed", subtle=True)
+@reclaim_values.wrong_answer("Where the values are the same, nobody wrote.",
+                             says="was not noticed", subtle=True)
 def _(self):
     different = set()
     for name, p in self.tensors.items():
@@ -279,109 +290,137 @@ def _(self):
     reclaimed(self, different)
 
 
-# ── update ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── update ───────────────────────────────────────────────────────────────────────────────────────
 update = Exercise(
     "optim.scaler:GradScaler.update", difficulty=1, minutes=10, in_place=True, hints=(
-        "self.finite is False if the last step was skipped, self.good_steps counts good steps in a row, "
-        "self.current_scale is S.",
-        "Three cases: a step that was skipped shrinks S; the last of growth_interval good steps lets it grow; any other good step is counted.",
-        "In a row: a skipped step sets the count to 0, and so does growth.  If not self.enabled, nothing changes."))
-settings = {"S": st.sampled_from([8.0, 64.0, 1024.0]), "growth": st.sampled_from([2.0, 4.0]), "backoff": st.sampled_from([0.5, 0.25]),
-            "interval": st.integers(2, 4)}
+        "self.finite is False if the last step was skipped, self.good_steps counts good steps in a "
+        "row, self.current_scale is S.",
+        "Three cases: a skipped step makes S smaller; the last of growth_interval good steps makes "
+        "it larger; any other good step is counted.",
+        "In a row: a skipped step sets the count to 0, and so does growth.  If not self.enabled, "
+        "nothing changes."))
+settings = {"S": st.sampled_from([8.0, 64.0, 1024.0]), "growth": st.sampled_from([2.0, 4.0]),
+            "backoff": st.sampled_from([0.5, 0.25]), "interval": st.integers(2, 4)}
 
 
 def updated(f, S, growth, backoff, interval, good, finite):
-    """(S, count) after a step."""
+    """(S, number of good steps) after a step."""
     scaler = GradScaler(S, growth, backoff, interval)
-    scaler.good_steps, scaler.finite = good, finite
+    scaler.good_steps = good
+    scaler.finite = finite
     f(scaler)
     return scaler.current_scale, scaler.good_steps
 
 
-@update.law("after a step that was skipped S is smaller by backoff_factor", **settings, good=st.integers(0, 1))
+@update.law("after a skipped step S is multiplied by backoff_factor", **settings,
+            good=st.integers(0, 1))
 def _(f, S, growth, backoff, interval, good):
-    guesses = {"it is halved, whatever backoff_factor is": S / 2, "S is as before": S, "it is divided by growth_factor": S / growth}
-    close(updated(f, S, growth, backoff, interval, good, False)[0], S * backoff, "S", guesses)
+    guesses = {"it is halved, whatever backoff_factor is": S / 2, "S is as before": S,
+               "it is divided by growth_factor": S / growth}
+    scale, _ = updated(f, S, growth, backoff, interval, good, finite=False)
+    close(scale, S * backoff, "S", guesses)
 
 
 @update.law("a good step is counted, and S stays", **settings)
 def _(f, S, growth, backoff, interval):
-    now, good = updated(f, S, growth, backoff, interval, interval - 2, True)
-    close(now, S, f"S after {interval - 1} good steps in a row, for growth_interval = {interval}", {"it grew a step too early": S * growth})
+    scale, good = updated(f, S, growth, backoff, interval, interval - 2, finite=True)
+    what = f"S after {interval - 1} good steps in a row, for growth_interval = {interval}"
+    close(scale, S, what, {"it grew a step too early": S * growth})
     close(good, interval - 1, "the count", {"the step is not counted": interval - 2})
 
 
 @update.law("the last of growth_interval good steps in a row: S grows by growth_factor", **settings)
 def _(f, S, growth, backoff, interval):
-    guesses = {"S did not grow: this was the last of so many, not one before": S, "it is doubled, whatever growth_factor is": 2 * S}
-    close(updated(f, S, growth, backoff, interval, interval - 1, True)[0], S * growth, f"S after {interval} good steps in a row", guesses)
+    guesses = {"S did not grow: this was the last of so many steps, not one before": S,
+               "it is doubled, whatever growth_factor is": 2 * S}
+    scale, _ = updated(f, S, growth, backoff, interval, interval - 1, finite=True)
+    close(scale, S * growth, f"S after {interval} good steps in a row", guesses)
 
 
-@update.law("a row ends with a skipped step: the count begins anew", **settings, good=st.integers(1, 3))
+@update.law("a skipped step ends the row: the count starts at 0", **settings,
+            good=st.integers(1, 3))
 def _(f, S, growth, backoff, interval, good):
-    guesses = {"good steps are counted through; they are to be in a row": good, "the skipped step is counted as a good one": good + 1}
-    close(updated(f, S, growth, backoff, interval + 3, good, False)[1], 0, "the count after a skipped step", guesses)
+    guesses = {"skipped steps do not reset the count: good steps must be in a row": good,
+               "the skipped step is counted as a good one": good + 1}
+    _, count = updated(f, S, growth, backoff, interval + 3, good, finite=False)
+    close(count, 0, "the count after a skipped step", guesses)
 
 
-@update.law("a row ends where S has grown: the count begins anew", **settings)
+@update.law("growth ends the row: the count starts at 0", **settings)
 def _(f, S, growth, backoff, interval):
-    guesses = {"the count goes on, so that S never grows again, or grows at once": interval}
-    close(updated(f, S, growth, backoff, interval, interval - 1, True)[1], 0, "the count after S has grown", guesses)
+    guesses = {"the count goes on, so that S never grows again, or grows at every step": interval}
+    _, count = updated(f, S, growth, backoff, interval, interval - 1, finite=True)
+    close(count, 0, "the count after S has grown", guesses)
 
 
-@update.law("enabled=False: S is 1 for good", steps=st.integers(1, 3))
+@update.law("enabled=False: S stays 1", steps=st.integers(1, 3))
 def _(f, steps):
     scaler = GradScaler(8.0, growth_interval=1, enabled=False)
     for _ in range(steps):
         f(scaler)
-    close(scaler.current_scale, 1.0, f"S, after {steps} good steps for growth_interval = 1", {"it grows though it is switched off": 2.0**steps})
+    what = f"S, after {steps} good steps for growth_interval = 1"
+    close(scaler.current_scale, 1.0, what, {"it grows though enabled is False": 2.0**steps})
 
 
-def moved(scaler, good, row=True, anew=True):
+def moved(scaler, good, in_a_row=True, reset=True):
     """The answer, growing when `good` is the interval; without the resets on demand."""
     if not scaler.enabled:
         return
-    scaler.good_steps = good if scaler.finite or not row else 0
+    scaler.good_steps = good if scaler.finite or not in_a_row else 0
     if not scaler.finite:
         scaler.current_scale *= scaler.backoff_factor
     elif scaler.good_steps == scaler.growth_interval:
-        scaler.current_scale, scaler.good_steps = scaler.current_scale * scaler.growth_factor, 0 if anew else scaler.good_steps
+        scaler.current_scale *= scaler.growth_factor
+        if reset:
+            scaler.good_steps = 0
 
 
 @update.wrong_answer("Backing off is halving.", says="whatever backoff_factor", subtle=True)
 def _(self):
     before = self.current_scale
     moved(self, self.good_steps + 1)
-    self.current_scale = self.current_scale if self.finite or not self.enabled else before / 2
+    if self.enabled and not self.finite:
+        self.current_scale = before / 2
 
 
-@update.wrong_answer("What grew too far is undone by growth_factor.", says="divided by growth_factor", subtle=True)
+@update.wrong_answer("A growth that went too far is undone by growth_factor.",
+                says="divided by growth_factor", subtle=True)
 def _(self):
     before = self.current_scale
     moved(self, self.good_steps + 1)
-    self.current_scale = self.current_scale if self.finite or not self.enabled else before / self.growth_factor
+    if self.enabled and not self.finite:
+        self.current_scale = before / self.growth_factor
 
 
-@update.wrong_answer("So many good steps, whenever they were.", says="in a row", subtle=True)
+@update.wrong_answer("So many good steps, in a row or not.", says="must be in a row", subtle=True)
 def _(self):
-    moved(self, self.good_steps + self.finite, row=False)
+    moved(self, self.good_steps + self.finite, in_a_row=False)
 
 
 @update.wrong_answer("After N good steps: at the next one.", says="did not grow")
 def _(self):
-    if self.enabled and self.finite and self.good_steps == self.growth_interval:
-        self.current_scale, self.good_steps = self.current_scale * self.growth_factor, 0
-    elif self.enabled:
-        self.current_scale, self.good_steps = (self.current_scale, self.good_steps + 1) if self.finite else (self.current_scale * self.backoff_factor, 0)
+    if not self.enabled:
+        return
+    if not self.finite:
+        self.current_scale *= self.backoff_factor
+        self.good_steps = 0
+    elif self.good_steps == self.growth_interval:
+        self.current_scale *= self.growth_factor
+        self.good_steps = 0
+    else:
+        self.good_steps += 1
 
 
-@update.wrong_answer("The count tells how long all has gone well.", says="the count goes on", subtle=True)
+@update.wrong_answer("The count says how long all has gone well.",
+                     says="the count goes on", subtle=True)
 def _(self):
-    moved(self, self.good_steps + 1, anew=False)
+    moved(self, self.good_steps + 1, reset=False)
 
 
-@update.wrong_answer("S = 1 at the start is what switched off means.", says="it grows though", subtle=True)
+@update.wrong_answer("enabled=False means that S is 1 at the start.",
+                     says="it grows though", subtle=True)
 def _(self):
-    was, self.enabled = self.enabled, True
+    enabled = self.enabled
+    self.enabled = True
     moved(self, self.good_steps + 1)
-    self.enabled = was
+    self.enabled = enabled
