@@ -1,4 +1,4 @@
-"""Where the tensors of a model stand in a file, and how the two are converted into each other.
+"""The places of a model's tensors in a file, and the conversion in both directions.
 
 A family (gpt2.py, bert.py) gives a table {name in the model: FileTensor}. Reading and writing use the same
 table, so they agree.
@@ -16,7 +16,7 @@ from ..nn import Module
 
 @dataclass(frozen=True)
 class FileTensor:
-    """Where one tensor of the model stands in a file.
+    """The place of one tensor of the model in a file.
 
     name        the tensor in the file
     shape       the shape in the model; a weight is (out, in)
