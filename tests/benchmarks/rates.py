@@ -1,9 +1,10 @@
-"""Which rate suits each contender of the comparison: a sweep judged on validation modules, never on test ones.
+"""The learning rate that suits each contender of the comparison: a sweep on the validation modules, never on test ones.
 
     python tests/benchmarks/rates.py [--task intact] [--names lora,bitfit] [--seeds 2]
 
-Prints one line per contender and rate; the winners stand in tinyft/compare.py.
+Prints one line per contender and learning rate; the best ones are in tinyft/compare/rates.json.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -11,9 +12,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from tinyft.compare.run import PRESETS, Contender, progress, workers
+from tinyft.compare import PRESETS, Contender
+from tinyft.compare.run import train_all, workers
 
-GRID = (1 / 3, 1, 3)
+FACTORS = (1 / 3, 1, 3)
 
 
 def main() -> None:
@@ -24,17 +26,24 @@ def main() -> None:
     p.add_argument("--seeds", type=int, default=2)
     p.add_argument("--steps", type=int)
     p.add_argument("--jobs", type=int, default=2)
-    args = p.parse_args()
-    s = replace(PRESETS[args.preset, args.task], seeds=args.seeds, **({"steps": args.steps} if args.steps else {}), split="valid",
-                names=tuple(args.names.split(",")) if args.names else ())
-    rows = [Contender(f"{c.name} @ {c.lr * k:.1g}", c.method, c.lr * k) for c in s.chosen() for k in GRID]
-    scores: dict[str, list[float]] = {}
-    with workers(args.jobs) as pool:
-        for c, _, metrics in progress(s, rows, pool):
-            scores.setdefault(c.name, []).append(metrics[s.quality])
-    for c in rows:
-        v = np.array(scores[c.name])
-        print(f"{c.name:<34} {v.mean():.4f} ± {v.std(ddof=1) if len(v) > 1 else 0:.4f}")
+    options = p.parse_args()
+    s = replace(PRESETS[options.preset, options.task], seeds=options.seeds, split="valid")
+    if options.steps is not None:
+        s = replace(s, steps=options.steps)
+    if options.names:
+        s = replace(s, names=tuple(options.names.split(",")))
+    rows = []
+    for c in s.chosen():
+        for factor in FACTORS:
+            lr = c.lr * factor
+            rows.append(Contender(f"{c.name} @ {lr:.1g}", c.method, lr))
+    scores: dict[str, list[float]] = {c.name: [] for c in rows}
+    with workers(options.jobs) as pool:
+        for c, _, metrics in train_all(s, rows, pool):
+            scores[c.name].append(metrics[s.quality])
+    for name, values in scores.items():
+        deviation = np.std(values, ddof=1) if len(values) > 1 else 0
+        print(f"{name:<34} {np.mean(values):.4f} ± {deviation:.4f}")
 
 
 if __name__ == "__main__":

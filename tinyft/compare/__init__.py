@@ -1,4 +1,6 @@
-"The comparison of methods on one task."
-from .run import PRESETS, Settings, compare, contenders
+"""The comparison of methods on one task."""
 
-__all__ = ["PRESETS", "Settings", "compare", "contenders"]
+from .run import compare
+from .settings import PRESETS, Contender, Settings, contenders
+
+__all__ = ["PRESETS", "Contender", "Settings", "compare", "contenders"]

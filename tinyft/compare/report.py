@@ -1,7 +1,8 @@
-"""What a comparison says: the table, what its numbers support, the figure.  A report is the dict that compare writes as JSON."""
+"""The results of a comparison: table, conclusions, figure.  A report is the dict that `compare` writes as JSON."""
+
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,99 +12,185 @@ __all__ = ["table", "verdict", "draw", "interval"]
 
 @dataclass
 class Summary:
-    "One row's numbers over seeds."
+    """One row of the table: metrics over seeds, and costs ({} for a simple model)."""
+
     name: str
-    values: np.ndarray
-    second: np.ndarray
-    cost: dict = field(default_factory=dict)
+    quality: np.ndarray  # (seeds,) accuracy, or perplexity for domain
+    second: np.ndarray  # (seeds,) macro-F1, or perplexity on prose; NaN if not measured
+    costs: dict
+
+    @property
+    def mean(self) -> float:
+        """The mean quality over seeds."""
+        return float(self.quality.mean())
+
+    @property
+    def trained(self) -> int:
+        """Trained parameters, head included."""
+        return self.costs.get("trained", 0) + self.costs.get("head", 0)
+
+
+def is_lm(report: dict) -> bool:
+    """True for the language modelling task, where a lower quality (perplexity) is better."""
+    return report["settings"]["task"] == "domain"
 
 
 def summaries(report: dict) -> list[Summary]:
-    lm = report["settings"]["task"] == "domain"
-    first, second = ("perplexity", "prose") if lm else ("accuracy", "macro_f1")
-    rows = [Summary(n, np.array([r[first] for r in rs]), np.array([r.get(second, np.nan) for r in rs]), report["costs"].get(n, {}))
-            for n, rs in report["results"].items()]
-    return sorted(rows, key=lambda r: (bool(r.cost), r.cost.get("trained", 0) + r.cost.get("head", 0)))
+    """All rows: simple models first, then the contenders by number of trained parameters."""
+    first, second = ("perplexity", "prose") if is_lm(report) else ("accuracy", "macro_f1")
+    rows = []
+    for name, metrics in report["results"].items():
+        quality = np.array([m[first] for m in metrics])
+        other = np.array([m.get(second, np.nan) for m in metrics])
+        rows.append(Summary(name, quality, other, report["costs"].get(name, {})))
+    return sorted(rows, key=lambda r: (bool(r.costs), r.trained))
+
+
+# ---------------------------------------------------------------------------------------------------- the table
+NOTE = """trained: parameters, head included.  stored: bytes per task.  memory: peak of training, weights included.
+step: time relative to full fine-tuning.  inference: time relative to the base.  ±: standard deviation over seeds."""
 
 
 def table(report: dict) -> str:
-    "The comparison as text, 110 columns."
-    lm = report["settings"]["task"] == "domain"
-    heads = ("method", "trained", "stored", "memory", "step", "perplexity" if lm else "accuracy", "on prose" if lm else "macro-F1", "inference")
-    rows = [heads]
+    """The comparison as text, 110 columns."""
+    lm = is_lm(report)
+    metrics = ("perplexity", "on prose") if lm else ("accuracy", "macro-F1")
+    rows = [("method", "trained", "stored", "memory", "step", *metrics, "inference")]
+    digits = 1 if lm else 3
     for r in summaries(report):
-        c, digits = r.cost, 1 if lm else 3
-        pm = lambda v: "" if np.isnan(v).any() else f"{v.mean():.{digits}f}" + (f" ± {v.std(ddof=1):.{digits}f}" if len(v) > 1 else "")
-        rows.append((r.name, f"{c['trained'] + c['head']:,}" if c else "", size(c["stored"]) if c else "", size(c["memory"]) if c else "",
-                     f"{c['step_ratio']:.2f} ×" if c else "", pm(r.values), pm(r.second), f"{c['inference_ratio']:.2f} ×" if c else ""))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
-    lines = ["  ".join(v.ljust(w) if i == 0 else v.rjust(w) for i, (v, w) in enumerate(zip(row, widths))) for row in rows]
-    note = ("trained: numbers, head included.  stored: bytes one task adds.  memory: peak of training, weights included.\n"
-            "step: time beside full fine-tuning.  inference: time beside the base.  ± is the standard deviation over seeds.")
-    return "\n".join(["", lines[0], "-" * len(lines[0]), *lines[1:], "", note])
+        quality = spread(r.quality, digits)
+        second = spread(r.second, digits)
+        if not r.costs:
+            rows.append((r.name, "", "", "", "", quality, second, ""))
+            continue
+        sizes = (f"{r.trained:,}", size(r.costs["stored"]), size(r.costs["memory"]))
+        step = f"{r.costs['step_ratio']:.2f} ×"
+        inference = f"{r.costs['inference_ratio']:.2f} ×"
+        rows.append((r.name, *sizes, step, quality, second, inference))
+    lines = align(rows)
+    return "\n".join(["", lines[0], "-" * len(lines[0]), *lines[1:], "", NOTE])
+
+
+def align(rows: list[tuple[str, ...]]) -> list[str]:
+    """Rows as lines: the first column on the left, the others on the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for name, *values in rows:
+        parts = [name.ljust(widths[0])]
+        parts += [value.rjust(width) for value, width in zip(values, widths[1:])]
+        lines.append("  ".join(parts))
+    return lines
+
+
+def spread(values: np.ndarray, digits: int) -> str:
+    """mean ± standard deviation; "" if a value is missing."""
+    if np.isnan(values).any():
+        return ""
+    text = f"{values.mean():.{digits}f}"
+    if len(values) > 1:
+        text += f" ± {values.std(ddof=1):.{digits}f}"
+    return text
 
 
 def size(n: float) -> str:
+    """Bytes as text."""
     return f"{n / 1e6:.1f} MB" if n >= 1e6 else f"{n / 1e3:.1f} kB"
 
 
-T95 = (0, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)        # Student's t, two-sided 95 %, by degrees of freedom
+# ---------------------------------------------------------------------------------------------------- conclusions
+# Student's t, two-sided 95 %, by degrees of freedom
+T95 = (0, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def interval(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
-    "Mean and 95 % interval of the paired differences a − b."
-    d = a - b
-    half = T95[min(len(d) - 1, 9)] * d.std(ddof=1) / len(d)**0.5 if len(d) > 1 else float("inf")
-    return float(d.mean()), float(d.mean() - half), float(d.mean() + half)
+    """Mean and 95 % interval of the paired differences a - b; the interval is infinite for one pair."""
+    difference = a - b
+    mean = float(difference.mean())
+    n = len(difference)
+    if n == 1:
+        return mean, -np.inf, np.inf
+    half = float(T95[min(n - 1, 9)] * difference.std(ddof=1) / n**0.5)
+    return mean, mean - half, mean + half
 
 
 def verdict(report: dict) -> str:
-    "What the numbers support, and who wins."
-    rows, lm = {r.name: r for r in summaries(report)}, report["settings"]["task"] == "domain"
-    sign = -1 if lm else 1
+    """The conclusions: differences from full fine-tuning and from scratch, and whether a simple model wins."""
+    rows = summaries(report)
     lines = []
-    for ref in ("full", "from scratch"):
-        if ref in rows and report["settings"]["seeds"] > 1:
-            lines.append(f"against {ref} (mean difference, paired 95 % interval over {report['settings']['seeds']} seeds):")
-            for r in rows.values():
-                if r.name != ref and r.cost:
-                    mean, low, high = interval(r.values, rows[ref].values)
-                    said = "no difference shown" if low <= 0 <= high else "better" if sign * mean > 0 else "worse"
-                    lines.append(f"  {r.name:<18} {mean:+.3f}  [{low:+.3f}, {high:+.3f}]  {said}")
-    simple = [r for r in rows.values() if not r.cost and not r.name.startswith("base")]
-    tuned = [r for r in rows.values() if r.cost]
+    if report["settings"]["seeds"] > 1:
+        for name in ("full", "from scratch"):
+            for reference in rows:
+                if reference.name == name:
+                    lines += differences(report, rows, reference)
+    simple = [r for r in rows if not r.costs and not r.name.startswith("base")]
+    tuned = [r for r in rows if r.costs]
     if simple and tuned:
-        s, t = (max(rs, key=lambda r: sign * r.values.mean()) for rs in (simple, tuned))
-        wins = sign * s.values.mean() >= sign * t.values.mean()
-        lines.append(f"{s.name} {'wins' if wins else 'loses'} here: {s.values.mean():.3f} against {t.values.mean():.3f} "
-                     f"of the best fine-tuned model ({t.name})")
+        lines.append(best_of_both(report, simple, tuned))
     return "\n".join(lines)
 
 
+def differences(report: dict, rows: list[Summary], reference: Summary) -> list[str]:
+    """Every contender's difference from one contender."""
+    sign = -1 if is_lm(report) else 1
+    seeds = report["settings"]["seeds"]
+    lines = [f"against {reference.name} (mean difference, paired 95 % interval over {seeds} seeds):"]
+    for r in rows:
+        if r.name == reference.name or not r.costs:
+            continue
+        mean, low, high = interval(r.quality, reference.quality)
+        if low <= 0 <= high:
+            conclusion = "no difference shown"
+        else:
+            conclusion = "better" if sign * mean > 0 else "worse"
+        lines.append(f"  {r.name:<18} {mean:+.3f}  [{low:+.3f}, {high:+.3f}]  {conclusion}")
+    return lines
+
+
+def best_of_both(report: dict, simple: list[Summary], tuned: list[Summary]) -> str:
+    """The best simple model against the best fine-tuned model, in one sentence."""
+    sign = -1 if is_lm(report) else 1
+    best_simple = max(simple, key=lambda r: sign * r.mean)
+    best_tuned = max(tuned, key=lambda r: sign * r.mean)
+    outcome = "wins" if sign * best_simple.mean >= sign * best_tuned.mean else "loses"
+    return (
+        f"{best_simple.name} {outcome} here: {best_simple.mean:.3f} against {best_tuned.mean:.3f} "
+        f"of the best fine-tuned model ({best_tuned.name})"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- the figure
 def draw(report: dict, path: Path) -> bool:
-    "Quality against how much trains, on a logarithmic axis, with error bars; what needs no network as lines across."
+    """Quality over the number of trained parameters, with error bars; simple models as horizontal lines.
+
+    False if matplotlib is not installed.
+    """
     try:
         import matplotlib
     except ImportError:
         return False
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    s, rows = report["settings"], summaries(report)
-    lm = s["task"] == "domain"
+
+    rows = summaries(report)
+    tuned = [r for r in rows if r.costs]
+    simple = [r for r in rows if not r.costs]
     fig, ax = plt.subplots(figsize=(8.4, 5.2), dpi=120)
-    tuned = [r for r in rows if r.cost]
     colours = plt.get_cmap("tab20")
     for i, r in enumerate(tuned):
-        x = r.cost["trained"] + r.cost["head"]
-        ax.errorbar(x, r.values.mean(), yerr=r.values.std(ddof=1) if len(r.values) > 1 else 0, fmt="s" if r.name == "from scratch" else "o", ms=7,
-                    capsize=3, color=colours(i), label=r.name)
-    for r, style in zip([r for r in rows if not r.cost], (":", "--", "-.")):
-        if not (lm and r.values.mean() > 3 * max(t.values.mean() for t in tuned)):
-            ax.axhline(r.values.mean(), ls=style, color="0.45", lw=1.2, label=r.name)
+        deviation = r.quality.std(ddof=1) if len(r.quality) > 1 else 0
+        marker = "s" if r.name == "from scratch" else "o"
+        ax.errorbar(
+            r.trained, r.mean, yerr=deviation, fmt=marker, ms=7, capsize=3, color=colours(i), label=r.name
+        )
+    highest = max(r.mean for r in tuned)
+    for r, style in zip(simple, (":", "--", "-.")):
+        far_off = is_lm(report) and r.mean > 3 * highest  # such a line would flatten all others
+        if not far_off:
+            ax.axhline(r.mean, ls=style, color="0.45", lw=1.2, label=r.name)
     ax.set_xscale("log")
-    ax.set_xlabel("numbers trained (head included)")
-    ax.set_ylabel("held-out perplexity on source code (lower is better)" if lm else "held-out accuracy")
-    ax.set_title(f"{s['task']}: {s['train']:,} training {'tokens' if lm else 'examples'}, {s['steps']} steps, {s['seeds']} seeds", fontsize=11)
+    ax.set_xlabel("trained parameters (head included)")
+    ax.set_ylabel("held-out perplexity on source code (lower is better)" if is_lm(report) else "held-out accuracy")
+    ax.set_title(title(report), fontsize=11)
     ax.grid(True, which="major", color="0.9")
     ax.set_axisbelow(True)
     ax.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1.01, 0.5))
@@ -111,3 +198,10 @@ def draw(report: dict, path: Path) -> bool:
     fig.savefig(path)
     plt.close(fig)
     return True
+
+
+def title(report: dict) -> str:
+    """The title of the figure."""
+    s = report["settings"]
+    unit = "tokens" if is_lm(report) else "examples"
+    return f"{s['task']}: {s['train']:,} training {unit}, {s['steps']} steps, {s['seeds']} seeds"

@@ -1,0 +1,221 @@
+"""The cells of the table: training one contender with one seed, its costs, and the simple models."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from .. import array, data, edit
+from ..data import baselines
+from ..formats.huggingface import classifier, load
+from ..methods import Full
+from ..models import BERT
+from ..nn import Context, Module, no_grad
+from ..optim import AdamW, linear_schedule
+from ..train import evaluate, fit
+from ..train.batch import compute_loss, read_batch
+from .settings import PROMPT, Contender, Settings
+
+__all__ = ["Material", "build", "fit_length", "load_base", "load_material", "measure_costs", "run_simple", "train_one"]
+
+FULL = Contender("full", Full(), 1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------- models and data
+def load_base(s: Settings) -> tuple[Module, Tokenizer]:
+    """A new copy of the base model, and its tokenizer."""
+    return load(s.model or ("base-gpt" if s.lm else "base-bert"))
+
+
+def build(s: Settings, c: Contender, seed: int) -> Module:
+    """The base model as this contender changes it, ready to train."""
+    model, _ = load_base(s)
+    if c.method is None:
+        model = type(model)(model.config, seed=seed)
+    if s.classes:
+        classifier(model, s.classes, seed=seed)
+    if c.method is not None:
+        edit.attach(model, c.method, seed=seed)
+    return model
+
+
+def fit_length(s: Settings) -> Settings:
+    """The settings with T lowered so that a text and a prompt fit into the model's positions.
+
+    ValueError if the model has too few positions for any text.
+    """
+    model, _ = load_base(s)
+    positions = model.pos.in_features
+    if positions < PROMPT + 8:
+        raise ValueError(f"the comparison wants a model of at least {PROMPT + 8} positions; this one has {positions}")
+    return replace(s, T=min(s.T, positions - PROMPT))
+
+
+@dataclass(frozen=True)
+class Material:
+    """The data of one seed."""
+
+    task: data.Task
+    train: data.Batches
+    held_out: Any  # Examples, or tokens (N,) for domain
+    test: list[dict]  # batches of held_out
+    prose: list[dict]  # domain: batches of held-out prose, on which forgetting is measured
+
+
+@lru_cache(maxsize=4)
+def load_material(s: Settings, seed: int) -> Material:
+    """The task with this seed, its training batches and its test batches."""
+    model, tokenizer = load_base(s)
+    if s.lm:
+        task = data.task(s.task, seed, s.train, tokenizer)
+        held_out = getattr(task, s.split)[: s.test * s.T]
+        train = data.lm_batches(task.train, s.T, s.batch, seed)
+        test = data.lm_batches(held_out, s.T, s.batch)
+        prose = data.lm_batches(task.kept[: s.test * s.T], s.T, s.batch)
+        return Material(task, train, held_out, list(test.once()), list(prose.once()))
+    task = data.task(s.task, seed, s.train)
+    form = "bert" if isinstance(model, BERT) else "gpt"
+    held_out = by_length(getattr(task, s.split), s.test)
+    options = {"form": form, "group_by_length": True}
+    train = data.text_batches(task.train, tokenizer, s.batch, s.T, seed, **options)
+    test = data.text_batches(held_out, tokenizer, s.batch, s.T, seed, **options)
+    return Material(task, train, held_out, list(test.once()), [])
+
+
+def by_length(examples: data.Examples, count: int) -> data.Examples:
+    """The first `count` examples, shortest first: batches of texts of similar length need less padding."""
+    texts = examples.texts[:count]
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    return data.Examples([texts[i] for i in order], examples.labels[order])
+
+
+# ---------------------------------------------------------------------------------------------------- quality
+def train_one(s: Settings, c: Contender, seed: int) -> dict[str, float]:
+    """Train one contender with one seed; its held-out metrics, and the seconds it took."""
+    start = time.time()
+    material = load_material(s, seed)
+    model = build(s, c, seed)
+    batches = material.train
+    batches.load_state_dict({**batches.state_dict(), "epoch": 0, "batch": 0})
+    fit(model, batches, s.steps, AdamW(c.lr), linear_schedule(0.1), seed=seed, progress=False)
+    metrics = evaluate(model, material.test)
+    if s.lm:
+        metrics["prose"] = evaluate(model, material.prose)["perplexity"]
+    return metrics | {"seconds": time.time() - start}
+
+
+def run_simple(s: Settings, seed: int) -> dict[str, dict[str, float]]:
+    """{name: metrics} of models without training of a network.
+
+    Classification: majority class, TF-IDF with logistic regression. Domain: unigrams, bigrams, the untouched base.
+    """
+    m = load_material(s, seed)
+    if s.lm:
+        model, _ = load_base(s)
+        V = model.embed.in_features
+        unigrams = baselines.unigram_perplexity(m.task.train, m.held_out, V)
+        bigrams = baselines.bigram_perplexity(m.task.train, m.task.valid, m.held_out, V)
+        untouched = evaluate(model, m.test)["perplexity"]
+        on_prose = evaluate(model, m.prose)["perplexity"]
+        return {
+            "unigrams": {"perplexity": unigrams},
+            "bigrams": {"perplexity": bigrams},
+            "base, untouched": {"perplexity": untouched, "prose": on_prose},
+        }
+    metrics = {}
+    for name, predicted in baselines.simple(m.task.train, m.task.valid, m.held_out, s.classes).items():
+        metrics[name] = {
+            "accuracy": baselines.accuracy(m.held_out.labels, predicted),
+            "macro_f1": baselines.macro_f1(m.held_out.labels, predicted),
+        }
+    return metrics
+
+
+# ---------------------------------------------------------------------------------------------------- costs
+def measure_costs(s: Settings, c: Contender, rounds: int = 5) -> dict[str, Any]:
+    """Trained parameters, stored bytes, peak memory of training, and times relative to full fine-tuning and the base.
+
+    Each round measures both sides of a ratio, one after the other; the result is the median of the rounds' ratios.
+    """
+    batch = next(load_material(s, 0).train.once())  # the same batch for all; its longest text has length T
+    model = build(s, c, 0)
+    unchanged = build(s, FULL if c.method is not None else c, 0)
+    steps = paired_times(make_step(build(s, c, 0), batch), make_step(build(s, FULL, 0), batch), rounds)
+    inferences = paired_times(partial(infer, model, batch), partial(infer, unchanged, batch), rounds)
+    with array.peak_memory() as peak:  # weights, activations, gradients, moments
+        make_step(build(s, c, 0), batch)()
+    count = edit.count(model)
+    stored = count.nbytes if c.method is not None else sum(p.data.nbytes for p in model.parameters())
+    return {
+        "trained": count.trained,
+        "head": count.head,
+        "stored": stored,
+        "memory": peak["bytes"],
+        "step_ms": 1e3 * float(np.median([own for own, _ in steps])),
+        "step_ratio": float(np.median([own / full for own, full in steps])),
+        "inference_ratio": float(np.median([own / base for own, base in inferences])),
+    }
+
+
+def paired_times(f: Callable[[], Any], g: Callable[[], Any], rounds: int) -> list[tuple[float, float]]:
+    """Seconds of both functions, `rounds` times, after one round that is not counted."""
+    times = [(timed(f), timed(g)) for _ in range(rounds + 1)]
+    return times[1:]
+
+
+def make_step(model: Module, batch: Any) -> Callable[[], None]:
+    """One training step as a function: forward, backward, update."""
+    optimizer = AdamW(1e-4).start(edit.trained(model))
+    rng = np.random.default_rng(0)
+    targets = read_batch(batch)
+    model.train()
+
+    def step() -> None:
+        _, loss = compute_loss(model, targets, rng)
+        loss.backward()
+        optimizer.step(clip=1.0)
+        model.zero_grad()
+
+    return step
+
+
+def infer(model: Module, batch: Any) -> None:
+    """One forward pass."""
+    with no_grad():
+        model(batch["ids"], Context(mask=batch.get("mask")))
+
+
+def timed(f: Callable[[], Any]) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    f()
+    return time.perf_counter() - start
+
+
+# ---------------------------------------------------------------------------------------------------- the forecast
+def measure_pace(s: Settings) -> tuple[float, float]:
+    """Seconds of one full fine-tuning step, and of one evaluation, in this process."""
+    material = load_material(s, 0)
+    model = build(s, FULL, 0)
+    steps = [make_step(model, batch) for batch in islice(material.train, 8)]
+    for step in steps:  # the first call is slower
+        step()
+    step_seconds = sum(timed(step) for step in steps) / len(steps)
+    some = material.test[::4]
+    evaluation = sum(timed(partial(infer, model, batch)) for batch in some) * len(material.test) / len(some)
+    return step_seconds, evaluation
+
+
+def forecast(s: Settings, pace: tuple[float, float], rows: int, jobs: int) -> float:
+    """Seconds that the comparison will take: training, evaluations, costs and the start."""
+    step, evaluation = pace
+    evaluations = 2 if s.lm else 1
+    training = s.seeds * (0.9 * step * s.steps + evaluations * evaluation + 1)
+    return rows * (training / jobs + 20 * step) + 15
