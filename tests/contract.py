@@ -1,7 +1,8 @@
-"""What every fine-tuning method is held to, written once: G1 to G11 of the specification, and what follows from them.
+"""The contract that every fine-tuning method is held to, written once: G1 to G11 of the specification, and their consequences.
 
-A Row says what a method claims.  A check builds a small model, puts the method on it and asserts one property; it is given wrong methods
-too (test_methods.py, test_protocol.py), and must refuse them.  A new method is one more Row.
+A Row says what a method claims. A check builds a small model, attaches the method and asserts one property. Wrong
+methods go through the same checks (test_methods.py, test_protocol.py, test_stacks.py), and must be rejected.
+A new method is one more Row.
 """
 from __future__ import annotations
 
@@ -38,7 +39,10 @@ CLASSES = 3
 
 @dataclass(frozen=True)
 class Sizes:
-    "V vocabulary, P positions, S token types, C width, L layers, F feed-forward width; tail: the numbers above the blocks."
+    """Sizes of the small models, and the number of parameters of their parts.
+
+    V vocabulary, P positions, S token types, C width, L layers, H heads, F feed-forward width."""
+
     kind: str
     V: int = 23
     P: int = 24
@@ -48,30 +52,76 @@ class Sizes:
     H: int = 3
     F: int = 20
 
-    gpt = property(lambda s: s.kind.startswith("gpt"))
-    classes = property(lambda s: s.kind.endswith("classes"))
-    block = property(lambda s: 4 * (s.C**2 + s.C) + 2 * s.C * s.F + s.F + s.C + 4 * s.C)
-    mlm = property(lambda s: 0 if s.gpt or s.classes else s.C**2 + s.C + 2 * s.C + s.V)
-    tail = property(lambda s: 2 * s.C if s.gpt else s.mlm)
-    bottom = property(lambda s: (s.V + s.P) * s.C + (0 if s.gpt else s.S * s.C + 2 * s.C))
-    total = property(lambda s: s.bottom + s.L * s.block + s.tail)
-    head = property(lambda s: 0 if not s.classes else s.C * CLASSES if s.gpt else s.C * CLASSES + CLASSES + s.C**2 + s.C)
+    @property
+    def gpt(self) -> bool:
+        return self.kind.startswith("gpt")
+
+    @property
+    def classes(self) -> bool:
+        return self.kind.endswith("classes")
+
+    @property
+    def block(self) -> int:
+        """Parameters of one block: attention, MLP and two norms."""
+        attention = 4 * (self.C**2 + self.C)
+        mlp = 2 * self.C * self.F + self.F + self.C
+        return attention + mlp + 4 * self.C
+
+    @property
+    def mlm(self) -> int:
+        """Parameters of BERT's masked-language-model head, whose decoder is tied: dense, norm, bias."""
+        if self.gpt or self.classes:
+            return 0
+        return self.C**2 + self.C + 2 * self.C + self.V
+
+    @property
+    def tail(self) -> int:
+        """Parameters above the blocks, a new head aside."""
+        return 2 * self.C if self.gpt else self.mlm
+
+    @property
+    def bottom(self) -> int:
+        """Parameters below the blocks: embeddings, and BERT's first norm."""
+        tables = (self.V + self.P) * self.C
+        return tables if self.gpt else tables + self.S * self.C + 2 * self.C
+
+    @property
+    def total(self) -> int:
+        return self.bottom + self.L * self.block + self.tail
+
+    @property
+    def head(self) -> int:
+        """Parameters of a new head: GPT's classifier has no bias, BERT's comes with a pooler."""
+        if not self.classes:
+            return 0
+        if self.gpt:
+            return self.C * CLASSES
+        return self.C * CLASSES + CLASSES + self.C**2 + self.C
+
+
+def no_base_tensor(name: str) -> bool:
+    return False
 
 
 @dataclass(frozen=True)
 class Row:
     """A method and what it claims.
 
-    start     "same": the output is the base's, bitwise, when it is attached;  "near": almost;  "other": it is not
-    merges    can be worked into the base's weights
-    count     the numbers that train, a new head aside, from the model's sizes
-    base      which of the base's tensors train as well, a new head aside
-    on        the models it is for;   drops: it drops out;   still: tensors of its edits that need not move"""
+    start    the output right after attaching: "same" as the base's, bitwise; "near" it; or "other"
+    merges   True if the method can be merged into the base's weights
+    count    the number of trainable parameters, a new head aside, from the model's sizes
+    base     True for the name of a base tensor that trains as well, a new head aside
+    on       the models that the method is for
+    drops    True if the method has dropout
+    still    last names of edit tensors that need not move
+    lr       learning rate of the short runs
+    caches   True if decoding through the cache works"""
+
     method: Method
     start: str
     merges: bool
     count: Callable[[Sizes], int]
-    base: Callable[[str], bool] = lambda name: False
+    base: Callable[[str], bool] = no_base_tensor
     on: tuple[str, ...] = KINDS
     drops: bool = False
     still: tuple[str, ...] = ()
@@ -79,10 +129,11 @@ class Row:
     caches: bool = True
 
 
-# ── small models, batches, and what to do with them ──────────────────────────────────────────────────────────────────
+# ── small models and batches ─────────────────────────────────────────────────────────────────────────────────────────
 def build(kind: str, seed: int = 0) -> Any:
-    "A small model of this kind, in eval mode, no tensor of it zero or one."
-    s, rng = Sizes(kind), np.random.default_rng(seed + 100)
+    """A small model of this kind, in eval mode. No entry of its tensors is zero or one."""
+    s = Sizes(kind)
+    rng = np.random.default_rng(seed + 100)
     if s.gpt:
         model = GPT(GPTConfig(s.V, s.P, s.C, s.L, s.H, s.F), seed)
     else:
@@ -90,161 +141,197 @@ def build(kind: str, seed: int = 0) -> Any:
     if s.classes:
         model.new_head(CLASSES, rng)
     for p in model.parameters():
-        p.copy_(host(p) + rng.standard_normal(p.shape) * (0.3 if p.ndim > 1 else 0.1))
+        std = 0.3 if p.ndim > 1 else 0.1
+        p.copy_(host(p) + rng.standard_normal(p.shape) * std)
     return model.eval()
 
 
 def tokens(n: int = 4, T: int = 7, seed: int = 5) -> np.ndarray:
+    """Random ids (n, T)."""
     return np.random.default_rng(seed).integers(0, Sizes.V, (n, T))
 
 
 def batch(kind: str, seed: int, n: int = 4, T: int = 7) -> dict:
-    "What fit takes: next tokens, hidden tokens or classes; some of it padding."
-    rng, ids, mask = np.random.default_rng(seed), tokens(n, T, seed + 50), np.ones((n, T), bool)
+    """A batch for fit, with some padding: next tokens, masked tokens or classes, as the model's head wants them."""
+    rng = np.random.default_rng(seed)
+    ids = tokens(n, T, seed + 50)
+    mask = np.ones((n, T), bool)
     mask[-1, T - 2:] = False
     if kind.endswith("classes"):
         return {"ids": ids, "mask": mask, "labels": rng.integers(0, CLASSES, n)}
     if kind == "gpt":
         return {"ids": ids, "mask": mask}
-    return {"ids": ids, "mask": mask, "labels": np.where(mask & (rng.random((n, T)) < 0.4), ids, -100)}
+    chosen = mask & (rng.random((n, T)) < 0.4)
+    return {"ids": ids, "mask": mask, "labels": np.where(chosen, ids, -100)}
 
 
-def run(model: Any, ids: Any = None, **about: Any) -> np.ndarray:
+# ── running and comparing ────────────────────────────────────────────────────────────────────────────────────────────
+def run(model: Any, ids: Any = None, **facts: Any) -> np.ndarray:
+    """The model's output, on the host."""
     with no_grad():
-        return host(model(tokens() if ids is None else ids, **about))
+        return host(model(tokens() if ids is None else ids, **facts))
 
 
 def noise(model: Any, std: float = 0.3, seed: int = 1) -> Any:
-    "Move every tensor that trains away from its special start."
+    """Move every trainable tensor away from its special start."""
     rng = np.random.default_rng(seed)
     for p in edit.trained(model).values():
-        p.copy_(host(p) + rng.standard_normal(p.shape) * (std if p.ndim > 1 else std / 3))
+        scale = std if p.ndim > 1 else std / 3
+        p.copy_(host(p) + rng.standard_normal(p.shape) * scale)
     return model
 
 
 def put_on(row: Row, kind: str, seed: int = 0) -> tuple[Any, edit.Attached]:
+    """A small model with the row's method on it."""
     model = build(kind)
     a = edit.attach(model, row.method, seed=seed)
     return model.eval(), a
 
 
 def tuned(row: Row, kind: str, std: float = 0.3) -> tuple[Any, edit.Attached]:
-    "In float64, every trained tensor at a generic point."
+    """The same in float64, every trainable tensor at a generic point."""
     model, a = put_on(row, kind)
     return noise(model, std).to(dtype=np.float64).eval(), a
 
 
 def short_fit(model: Any, kind: str, row: Row, steps: int = 4, decay: float = 0.1, **more: Any) -> AdamW:
+    """Train for a few steps; the optimiser that did it."""
     optimizer = AdamW(row.lr, weight_decay=decay)
     fit(model, [batch(kind, 0), batch(kind, 1)], steps, optimizer, progress=False, **more)
     return optimizer
 
 
 def values(model: Any) -> dict[str, np.ndarray]:
-    return {n: np.array(host(v)) for n, v in model.state_dict().items()}
+    """Copies of all parameters and buffers by name."""
+    return {name: np.array(host(v)) for name, v in model.state_dict().items()}
 
 
 def same(a: np.ndarray, b: np.ndarray) -> bool:
+    """True if the arrays are equal bitwise."""
     return a.shape == b.shape and np.array_equal(a, b)
 
 
+def all_same(now: dict[str, np.ndarray], before: dict[str, np.ndarray]) -> bool:
+    """True if both hold the same names and the same values, bitwise."""
+    return now.keys() == before.keys() and all(same(now[name], v) for name, v in before.items())
+
+
 def near(a: np.ndarray, b: np.ndarray, tol: float = 1e-12) -> bool:
-    "Equal to within tol of the largest number; masks altogether."
+    """True if the arrays are equal to within tol of the largest number; masks must be equal."""
     if a.dtype == bool:
         return same(a, b)
-    return a.shape == b.shape and bool(np.abs(a - b).max() <= tol * max(np.abs(b).max(), 1))
+    if a.shape != b.shape:
+        return False
+    return bool(np.abs(a - b).max() <= tol * max(np.abs(b).max(), 1))
 
 
 def the_loss(model: Any, b: dict, rng: Any = None) -> Any:
-    "The loss of a batch as the trainer forms it, penalties included."
+    """The loss of a batch as the trainer forms it, penalties included."""
     ctx, loss = compute_loss(model, read_batch(b), rng)
     for a in edit.attached(model):
         loss = loss + a.method.penalty(a.edits, model, ctx)
     return loss
 
 
-def started(row: Row, a: edit.Attached) -> None:
-    "What the trainer does before a step."
+def begin_step(row: Row, a: edit.Attached) -> None:
+    """The method's own work before a step, as the trainer calls it."""
     row.method.begin(a.edits, 0, 10, np.random.default_rng(3))
 
 
 # ── the checks ───────────────────────────────────────────────────────────────────────────────────────────────────────
 def check_moves(row: Row, kind: str) -> None:
-    "G1: training moves what the row says, under weight decay, and every other number stays as it is, bitwise."
-    model, a = put_on(row, kind)
-    fresh = getattr(model, "head_modules", ())
-    base = {n for n in edit.base_parameters(model) if row.base(n) or n.split(".")[0] in fresh}
-    assert {n for n, p in edit.base_parameters(model).items() if p.requires_grad} == base
+    """G1: training moves the tensors that the row names, under weight decay; all others stay as they are, bitwise."""
+    model, _ = put_on(row, kind)
+    parameters = edit.base_parameters(model)
+    base = {name for name in parameters if row.base(name) or edit.is_head(model, name)}
+    assert {name for name, p in parameters.items() if p.requires_grad} == base
     before = values(model)
     short_fit(model, kind, row)
-    moved = {n for n, v in values(model).items() if not same(v, before[n])}
-    ours = {n for n in moved if "edits" not in n.split(".")}
-    assert ours <= base, f"moved as well: {sorted(ours - base)}"
-    asked = base | {n for n in model.named_parameters() if "edits" in n.split(".")}
-    silent = {n for n in asked if n.endswith("attn.k.bias") or n.split(".")[-1] in row.still}      # softmax does not see the key's bias
-    assert asked <= moved | silent, f"did not move: {sorted(asked - moved - silent)}"
+    moved = {name for name, v in values(model).items() if not same(v, before[name])}
+    extra = {name for name in moved if not edit.is_in_edit(name)} - base
+    assert not extra, f"moved as well: {sorted(extra)}"
+    wanted = base | {name for name in model.named_parameters() if edit.is_in_edit(name)}
+    key_biases = {name for name in wanted if name.endswith("attn.k.bias")}       # softmax ignores them
+    still = {name for name in wanted if name.split(".")[-1] in row.still}
+    missing = wanted - moved - key_biases - still
+    assert not missing, f"did not move: {sorted(missing)}"
 
 
 def check_count(row: Row, kind: str) -> None:
-    "G2: how much trains is the closed form; so is the size of the base."
+    """G2: the number of trainable parameters is the closed form, and so is the size of the base."""
     model, _ = put_on(row, kind)
-    s, c = Sizes(kind), edit.count(model)
+    s = Sizes(kind)
+    c = edit.count(model)
     assert (c.trained, c.head, c.total) == (row.count(s), s.head, s.total)
 
 
 def check_start(row: Row, kind: str) -> None:
-    "G3: what the output is when the method has just been attached."
-    y0, y = run(build(kind)), run(put_on(row, kind)[0])
-    assert y.shape == y0.shape
-    away = np.abs(y - y0).max()
-    claimed = away == 0 if row.start == "same" else 0 < away < 0.02 if row.start == "near" else away > 0.01
-    assert claimed, f"{row.start}, but {away:.2g} away"
+    """G3: right after attaching, the output is the base's, near it, or another, as the row says."""
+    base = run(build(kind))
+    y = run(put_on(row, kind)[0])
+    assert y.shape == base.shape
+    away = np.abs(y - base).max()
+    claims = {"same": away == 0, "near": 0 < away < 0.02, "other": away > 0.01}
+    assert claims[row.start], f"{row.start}, but {away:.2g} away"
 
 
 def check_gradients(row: Row, kind: str) -> None:
-    "G4: the gradient of every tensor that trains, along a random direction, by central differences in float64 at a generic point."
+    """G4: gradients agree with central differences, in float64 at a generic point, along a random direction per tensor."""
     model, a = tuned(row, kind)
-    started(row, a)
-    b, rng, h = batch(kind, 2), np.random.default_rng(4), 1e-4
+    begin_step(row, a)
+    b = batch(kind, 2)
+    rng = np.random.default_rng(4)
     model.zero_grad()
     the_loss(model, b).backward()
-    grads = {n: p.grad for n, p in edit.trained(model).items()}
+    gradients = {name: p.grad for name, p in edit.trained(model).items()}
     alive = 0
-    for n, p in edit.trained(model).items():
-        v, was = rng.standard_normal(p.shape), np.array(host(p))
-        v /= np.sqrt((v * v).sum())
-        exact = 0.0 if grads[n] is None else float((host(grads[n]) * v).sum())
-        at = {}
-        for e in (h, -h, 2 * h, -2 * h):
-            p.copy_(was + e * v)
-            with no_grad():
-                at[e] = float(the_loss(model, b).data)
-        p.copy_(was)
-        numeric = (8 * (at[h] - at[-h]) - (at[2 * h] - at[-2 * h])) / (12 * h)          # the error is of the fourth order in h
+    for name, p in edit.trained(model).items():
+        direction = rng.standard_normal(p.shape)
+        direction /= np.sqrt((direction * direction).sum())
+        g = gradients[name]
+        exact = 0.0 if g is None else float((host(g) * direction).sum())
+        numeric = directional_derivative(model, p, b, direction)
         alive += abs(exact) > 1e-6
-        assert abs(numeric - exact) <= 2e-6 * abs(exact) + 1e-9, f"{n}: by differences {numeric:.9g}, by backward {exact:.9g}"
+        close = abs(numeric - exact) <= 2e-6 * abs(exact) + 1e-9
+        assert close, f"{name}: by differences {numeric:.9g}, by backward {exact:.9g}"
     assert alive, "no gradient at all"
 
 
+def directional_derivative(model: Any, p: Any, b: dict, direction: np.ndarray, h: float = 1e-4) -> float:
+    """The derivative of the loss along a direction of p, by differences whose error is of the fourth order in h."""
+    center = np.array(host(p))
+    losses = {}
+    for step in (h, -h, 2 * h, -2 * h):
+        p.copy_(center + step * direction)
+        with no_grad():
+            losses[step] = float(the_loss(model, b).data)
+    p.copy_(center)
+    return (8 * (losses[h] - losses[-h]) - (losses[2 * h] - losses[-2 * h])) / (12 * h)
+
+
 def check_save(row: Row, kind: str) -> None:
-    "G5: what was saved, put on another copy of the base, gives the same output and the same state, bitwise.  Through a file as well."
+    """G5: a saved state, put on another copy of the base, gives the same output and the same state, bitwise; in a file too.
+
+    A state that does not fit is refused, and changes nothing."""
     model, a = put_on(row, kind)
     short_fit(model, kind, row)
-    y, kept = run(model), edit.state_dict(model, a)
-    assert set(kept) == {f"{p}.edits.{a.name}.{n}" for p, n in _first_names(a)} | set(a.base)
+    y = run(model)
+    saved = edit.state_dict(model, a)
+    assert set(saved) == edit_names(a) | set(a.base)
     other = build(kind)
     b = edit.attach(other, row.method, seed=9)
-    edit.load_state_dict(other, b, kept)
+    edit.load_state_dict(other, b, saved)
     assert same(run(other.eval()), y)
-    again = edit.state_dict(other, b)
-    assert kept.keys() == again.keys() and all(same(again[n], v) for n, v in kept.items())
+    assert all_same(edit.state_dict(other, b), saved)
     third = build(kind)
     with tempfile.TemporaryDirectory() as folder:
         adapters.save_adapter(model, folder)
         c = adapters.load_adapter(third, folder, name="third", method=type(row.method))
     assert same(run(third.eval()), y)
     assert describe(c.method) == describe(a.method)
-    for bad in ({}, {n: v for n, v in list(kept.items())[1:]}, kept | {"nobody": np.zeros(2)}, {n: np.zeros(99) for n in kept}):
+    one_less = dict(list(saved.items())[1:])
+    other_shapes = {name: np.zeros(99) for name in saved}
+    for bad in ({}, one_less, saved | {"nobody": np.zeros(2)}, other_shapes):
         try:
             edit.load_state_dict(other, b, bad)
         except ValueError:
@@ -253,93 +340,111 @@ def check_save(row: Row, kind: str) -> None:
             raise AssertionError("a state that does not fit was loaded")
 
 
-def _first_names(a: edit.Attached) -> list[tuple[str, str]]:
-    "(path, name) of everything in an adapter, shared parts once."
-    seen, out = set(), []
+def edit_names(a: edit.Attached) -> set[str]:
+    """The names of all tensors and buffers in an adapter; a shared part has the name of its first module."""
+    seen = set()
+    names = set()
     for path, e in a.edits.items():
-        for n, v in {**e.named_parameters(), **e.named_buffers()}.items():
+        for name, v in {**e.named_parameters(), **e.named_buffers()}.items():
             if id(v) not in seen:
                 seen.add(id(v))
-                out.append((path, n))
-    return out
+                names.add(f"{path}.edits.{a.name}.{name}")
+    return names
 
 
 def check_off_and_on(row: Row, kind: str) -> None:
-    "G6: without the method the model is the base, bitwise, under the base's names; with it again, what it was."
+    """G6: without the method the model is the base, bitwise, under the base's names; with it again, as before."""
     base = build(kind)
-    y0, before = run(base), values(base)
+    base_output = run(base)
+    before = values(base)
     model, a = put_on(row, kind)
     assert set(before) <= set(values(model))
     short_fit(model, kind, row)
-    y, state = run(model), edit.state_dict(model, a)
-    assert not near(y, y0, 1e-6)
+    y = run(model)
+    state = edit.state_dict(model, a)
+    assert not near(y, base_output, 1e-6)
 
-    def bare() -> bool:
-        now = values(model)
-        return now.keys() == before.keys() and all(same(now[n], v) for n, v in before.items()) and same(run(model), y0)
+    def is_base() -> bool:
+        return all_same(values(model), before) and same(run(model), base_output)
+
     with edit.without(model):
-        assert bare()
+        assert is_base()
     assert same(run(model), y)
-    assert edit.detach(model) is a and bare() and all(p.requires_grad for p in model.parameters())
+    assert edit.detach(model) is a
+    assert is_base()
+    assert all(p.requires_grad for p in model.parameters())
     edit.attach(model, a)
-    assert same(run(model), y) and all(same(v, state[n]) for n, v in edit.state_dict(model, a).items())
+    assert same(run(model), y)
+    assert all_same(edit.state_dict(model, a), state)
 
 
 def check_merge(row: Row, kind: str) -> None:
-    "G7: merged is unmerged, to 1e-12, under the base's names; or CannotMerge, and nothing changed.  fold writes nothing in place."
+    """G7: the merged model equals the unmerged one to 1e-12, under the base's names; or CannotMerge, and nothing changed.
+
+    fold writes nothing in place."""
     model, a = tuned(row, kind)
-    y, before = run(model), values(model)
-    for p, e in a.edits.items():
-        own = {n: w.data for n, w in edit.base_modules(model)[p].own().items()}
+    y = run(model)
+    before = values(model)
+    for path, e in a.edits.items():
+        own = {name: w.data for name, w in edit.base_modules(model)[path].own().items()}
         try:
             e.fold(own)
         except CannotMerge as reason:
             assert str(reason)
-        assert all(same(host(w), before[f"{p}.{n}"]) for n, w in own.items()), "fold wrote into what it was given"
+        unwritten = all(same(host(w), before[f"{path}.{name}"]) for name, w in own.items())
+        assert unwritten, "fold wrote into its argument"
     try:
         edit.merge(model)
     except CannotMerge:
-        now = values(model)
-        assert not row.merges and now.keys() == before.keys() and all(same(v, before[n]) for n, v in now.items()) and same(run(model), y)
+        assert not row.merges
+        assert all_same(values(model), before)
+        assert same(run(model), y)
     else:
-        assert row.merges and set(values(model)) == set(values(build(kind))) and not edit.attached(model)
+        assert row.merges
+        assert set(values(model)) == set(values(build(kind)))
+        assert not edit.attached(model)
         assert near(run(model), y)
 
 
 def check_rows(row: Row, kind: str) -> None:
-    "G8: a row's output does not depend on the other rows, nor on their order."
+    """G8: the output of a row of the batch does not depend on the other rows, nor on their order."""
     model, a = tuned(row, kind)
-    started(row, a)
-    y, order = run(model), np.array([2, 0, 3, 1])
+    begin_step(row, a)
+    y = run(model)
+    order = np.array([2, 0, 3, 1])
     assert near(run(model, tokens()[order]), y[order])
     for i in range(4):
         assert near(run(model, tokens()[i:i + 1]), y[i:i + 1])
 
 
 def check_optimizer(row: Row, kind: str) -> None:
-    "G9: Adam holds two numbers for each one that trains, and nothing else."
+    """G9: Adam holds two numbers for each trainable parameter, and nothing else."""
     model, _ = put_on(row, kind)
     optimizer = short_fit(model, kind, row)
-    assert sum(m.size for g in optimizer.groups for m in g.moments) == 2 * sum(p.size for p in edit.trained(model).values())
-    assert {n for g in optimizer.groups for n in g.tensors} == set(edit.trained(model))
+    trained = edit.trained(model)
+    moments = [m for group in optimizer.groups for m in group.moments]
+    names = {name for group in optimizer.groups for name in group.tensors}
+    assert sum(m.size for m in moments) == 2 * sum(p.size for p in trained.values())
+    assert names == set(trained)
 
 
 def check_dropout(row: Row, kind: str) -> None:
-    "G10: only what the row says drops out, only while training, only in the branch; eval mode is deterministic."
-    model, a = put_on(row, kind)
-    y, rng = run(model), np.random.default_rng(0)
+    """G10: dropout acts only if the row says so, only while training, only in the branch; eval mode is deterministic."""
+    model, _ = put_on(row, kind)
+    rng = np.random.default_rng(0)
+    y = run(model)
     assert same(run(model, rng=rng), y) and same(run(model), y)
-    if row.start == "same":                                                      # the branch gives nothing yet, however it is thinned
+    if row.start == "same":                              # the branch gives zero yet, whatever is dropped from it
         assert same(run(model.train(), rng=rng), y)
     noise(model)
     y = run(model.eval())
     assert same(run(model, rng=rng), y)
-    thinned = run(model.train(), rng=rng)
-    assert same(thinned, y) != row.drops
+    in_training = run(model.train(), rng=rng)
+    assert same(in_training, y) != row.drops
 
 
 def check_learns(row: Row, kind: str) -> None:
-    "G11: two batches can be fitted, and the same seed gives the same numbers."
+    """G11: training lowers the loss of two batches, and the same seed gives the same values."""
     ends = []
     for _ in range(2):
         model, a = put_on(row, kind)
@@ -348,36 +453,59 @@ def check_learns(row: Row, kind: str) -> None:
         short_fit(model, kind, row, steps=16, decay=0.0)
         assert evaluate(model, pair)["loss"] < first - 2e-3
         ends.append(edit.state_dict(model, a))
-    scatter = array.backend() == "cupy"                                          # a GPU adds colliding rows in any order
-    assert all(near(v, ends[1][n], 1e-4) if scatter else same(v, ends[1][n]) for n, v in ends[0].items())
+    one, other = ends
+    if array.backend() == "cupy":                        # a GPU adds colliding rows in any order
+        assert all(near(v, other[name], 1e-4) for name, v in one.items())
+    else:
+        assert all_same(one, other)
 
 
 def check_padding(row: Row, kind: str) -> None:
-    "Padding on either side changes nothing.  BERT's [CLS] stands first, so for it on the right only."
+    """Padding on either side changes nothing. BERT's [CLS] stands first, so a BERT classifier is padded on the right only."""
     model, a = tuned(row, kind)
-    started(row, a)
-    ids, pad = tokens(4, 5), np.full((4, 3), 2)
-    y, on, off = run(model, ids), np.ones((4, 5), bool), np.zeros((4, 3), bool)
-    rows = (lambda z, i: z) if kind.endswith("classes") else (lambda z, i: z[:, i:i + 5])
-    assert near(rows(run(model, np.c_[ids, pad], mask=np.c_[on, off]), 0), y)
+    begin_step(row, a)
+    ids = tokens(4, 5)
+    padding = np.full((4, 3), 2)
+    real = np.ones((4, 5), bool)
+    hidden = np.zeros((4, 3), bool)
+    y = run(model, ids)
+
+    def at_text(z: np.ndarray, start: int) -> np.ndarray:
+        return z if kind.endswith("classes") else z[:, start:start + 5]
+
+    padded_right = run(model, np.c_[ids, padding], mask=np.c_[real, hidden])
+    assert near(at_text(padded_right, 0), y)
     if kind != "bert-classes":
-        assert near(rows(run(model, np.c_[pad, ids], mask=np.c_[off, on]), 3), y)
+        padded_left = run(model, np.c_[padding, ids], mask=np.c_[hidden, real])
+        assert near(at_text(padded_left, 3), y)
 
 
 def check_cache(row: Row, kind: str) -> None:
-    "Decoding through the cache, in chunks, is one pass over the whole; with padding in front too."
+    """Decoding through the cache, in chunks, equals one pass over the whole; with padding in front too."""
     if kind != "gpt" or not row.caches:
         return
     model, a = tuned(row, kind)
-    started(row, a)
-    mask = np.ones((4, 7), bool)
-    mask[0, :2] = mask[1, :1] = False
-    for m in (None, mask):
-        whole, cache = run(model, mask=m), Cache()
-        steps = [run(model, tokens()[:, i:j], mask=None if m is None else m[:, i:j], cache=cache) for i, j in ((0, 3), (3, 4), (4, 7))]
-        got = np.concatenate(steps, axis=1)
-        real = mask if m is not None else np.ones_like(mask)
-        assert got.shape == whole.shape and near(got[real], whole[real])
+    begin_step(row, a)
+    everything_real = np.ones((4, 7), bool)
+    padded = everything_real.copy()
+    padded[0, :2] = False
+    padded[1, :1] = False
+    for mask in (None, padded):
+        whole = run(model, mask=mask)
+        cache = Cache()
+        chunks = []
+        for start, end in ((0, 3), (3, 4), (4, 7)):
+            part = None if mask is None else mask[:, start:end]
+            chunks.append(run(model, tokens()[:, start:end], mask=part, cache=cache))
+        in_chunks = np.concatenate(chunks, axis=1)
+        real = everything_real if mask is None else mask
+        assert in_chunks.shape == whole.shape
+        assert near(in_chunks[real], whole[real])
 
 
-CHECKS = {name[6:]: f for name, f in list(globals().items()) if name.startswith("check_")}
+CHECKS = {
+    "moves": check_moves, "count": check_count, "start": check_start, "gradients": check_gradients,
+    "save": check_save, "off_and_on": check_off_and_on, "merge": check_merge, "rows": check_rows,
+    "optimizer": check_optimizer, "dropout": check_dropout, "learns": check_learns, "padding": check_padding,
+    "cache": check_cache,
+}

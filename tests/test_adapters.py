@@ -49,7 +49,7 @@ def small(cls: type[Method]) -> Method:
 
 
 def trained(kind: str, method: Method, name: str | None = None) -> Any:
-    "A model with this method on it, away from where it started."
+    """A model with this method on it, away from where it started."""
     model = build(kind)
     attach(model, method, name=name)
     fit(model, [batch(kind, 0)], 2, AdamW(0.05), progress=False)
@@ -103,7 +103,7 @@ def test_an_adapter_can_come_back_under_another_name_and_beside_others(tmp_path)
 
 
 def test_an_adapter_goes_onto_a_base_that_trains_something_else_by_now(tmp_path):
-    "The base is known by what it was before anything was attached."
+    """The base is known by what it was before anything was attached."""
     save_adapter(trained("gpt", LoRA(r=2)), tmp_path)
     model = trained("gpt", BitFit())
     load_adapter(model, tmp_path)
@@ -135,7 +135,7 @@ def with_head(classes: int) -> Any:
 
 
 def rewritten(**change: Any) -> Callable[[Path], None]:
-    "The JSON with some entries replaced."
+    """The JSON with some entries replaced."""
     def go(path: Path) -> None:
         facts = json.loads((path / "adapter.json").read_text())
         (path / "adapter.json").write_text(json.dumps(facts | change))
@@ -143,7 +143,7 @@ def rewritten(**change: Any) -> Callable[[Path], None]:
 
 
 def consistent(**change: Any) -> Callable[[Path], None]:
-    "Both files as another program, or another version, might have written them."
+    """Both files as another program, or another version, might have written them."""
     def go(path: Path) -> None:
         from tinyft.adapters.files import digest
         facts = json.loads((path / "adapter.json").read_text()) | change
@@ -166,7 +166,7 @@ def flipped(path: Path) -> None:
 
 
 def mixed(file: str) -> Callable[[Path], None]:
-    "One of the files from another saving."
+    """One of the files from another saving."""
     def go(path: Path) -> None:
         other = path / "other"
         save_adapter(trained("gpt", LoRA(r=2, alpha=5.0)), other)
@@ -245,7 +245,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence_and_the_model_is_unchanged
 
 
 def test_without_any_of_that_the_same_folder_loads(tmp_path):
-    "So it was the fault that was refused, above."
+    """So it was the fault that was refused, above."""
     model = trained("gpt", LoRA(r=2, alpha=3.0))
     save_adapter(model, tmp_path)
     consistent()(tmp_path)
@@ -258,7 +258,7 @@ def test_without_any_of_that_the_same_folder_loads(tmp_path):
 @pytest.mark.parametrize("call", [1, 2])
 @pytest.mark.parametrize("where", ["fsync", "write", "replace"])
 def test_a_full_disk_leaves_the_old_adapter_readable_and_no_rubbish(where, call, tmp_path, monkeypatch):
-    "Also when it fills up between the two files."
+    """Also when it fills up between the two files."""
     if (where, call) == ("replace", 2):
         pytest.skip("a move within a folder takes no space: the disk is full before the first of them, or at neither")
     old = trained("gpt", LoRA(r=2))
@@ -301,7 +301,7 @@ def detached(model: Any) -> Any:
 
 @dataclass(frozen=True)
 class Homemade(Method):
-    "A method of a user's own: it lives in no module of tinyft."
+    """A method of a user's own: it lives in no module of tinyft."""
     targets: Any = "attn.q"
 
     def edit(self, path: str, module: Any, rng: np.random.Generator) -> edit.Edit:
@@ -309,7 +309,7 @@ class Homemade(Method):
 
 
 class Plain(Method):
-    "Not even a dataclass."
+    """Not even a dataclass."""
     def trains(self, model: Any) -> set[str]:
         return {name for name in edit.base_parameters(model) if name.endswith(".bias")}
 

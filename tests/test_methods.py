@@ -146,7 +146,7 @@ def wide(kind: str = "gpt") -> Any:
 
 
 def on(method: Method, kind: str = "gpt", model: Any = None) -> tuple[Any, edit.Attached]:
-    "A float64 model with the method on it, at its start."
+    """A float64 model with the method on it, at its start."""
     model = build(kind) if model is None else model
     a = attach(model, method)
     return model.to(dtype=np.float64).eval(), a
@@ -164,7 +164,7 @@ def draw(shape: tuple, seed: int = 0) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Bottom(Method):
-    "What Partial(k = L) leaves out."
+    """What Partial(k = L) leaves out."""
 
     def trains(self, model: Module) -> set[str]:
         return {n for n in edit.base_parameters(model) if n.split(".")[0] in ("embed", "pos", "type", "norm0")}
@@ -245,7 +245,7 @@ def test_the_keys_bias_gets_no_gradient_and_every_other_bias_does(kind):
 
 @GPTS
 def test_a_biass_gradient_is_the_column_sum_of_the_gradient_that_arrives(kind):
-    "db = Σ g, seen through an edit that adds a tensor of zeros to the same output."
+    """db = Σ g, seen through an edit that adds a tensor of zeros to the same output."""
     class Tap(Edit):
         def __init__(self, shape: tuple):
             self.z = Parameter(dev(np.zeros(shape)))
@@ -264,7 +264,7 @@ def test_a_biass_gradient_is_the_column_sum_of_the_gradient_that_arrives(kind):
 
 
 def check_last_name(method: Method) -> None:
-    "T5's relative_attention_bias is a table, its weight no bias."
+    """T5's relative_attention_bias is a table, its weight no bias."""
     model = build("gpt")
     model.blocks[0].attn.relative_attention_bias = Embedding(4, 3, rng=np.random.default_rng(0))
     attach(model, method)
@@ -325,7 +325,7 @@ def test_one_step_of_SGD_gives_the_update_minus_eta_s_squared_dW_AtA(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_loras_gradients_are_those_of_the_merged_weight_through_the_factors(kind):
-    "dB = s ∇W Aᵀ,  dA = s Bᵀ ∇W"
+    """dB = s ∇W Aᵀ,  dA = s Bᵀ ∇W"""
     model, a = tuned(replace(ROWS["lora-all"], method=LoRA(r=3, alpha=5, targets=LINEARS)), kind)
     s, b = 5 / 3, batch(kind, 0)
     mine = grads(model, b)
@@ -343,7 +343,7 @@ def test_loras_gradients_are_those_of_the_merged_weight_through_the_factors(kind
 
 
 def a_linear(r: int = 3, alpha: float = 6.0, seed: int = 0) -> tuple[Linear, LowRank, Tensor]:
-    "A linear map with a LoRA away from its start, and an input; all float64."
+    """A linear map with a LoRA away from its start, and an input; all float64."""
     lin = Linear(5, 7, rng=np.random.default_rng(seed), std=0.5)
     e = LoRA(r=r, alpha=alpha).edit("lin", lin, np.random.default_rng(seed + 1))
     lin.edits = {"lora": e}
@@ -389,7 +389,7 @@ def test_loras_A_is_drawn_from_plus_minus_one_over_root_in_and_B_is_zero():
 
 
 def test_two_loras_side_by_side_are_their_sum():
-    "Both attached, both combined, and one of twice the rank whose factors are stacked: the same model."
+    """Both attached, both combined, and one of twice the rank whose factors are stacked: the same model."""
     base = wide()
     parts = []
     for seed, r in ((1, 2), (2, 3)):
@@ -424,7 +424,7 @@ def test_lora_on_a_tied_embedding_is_seen_by_the_head_and_merges_exactly():
 
 
 def test_lora_on_an_embedding_is_its_equation_packed_or_not():
-    "W + (α/r) B A, for all who read W."
+    """W + (α/r) B A, for all who read W."""
     W = draw((7, 5))
     for weight in (Parameter(dev(W)), Int8(W)):
         table = Embedding(7, 5, rng=np.random.default_rng(0)).to(dtype=np.float64)
@@ -467,7 +467,7 @@ def test_an_adapter_whose_upper_matrix_is_zero_is_not_there(kind):
 
 
 def test_an_adapter_is_its_equation_and_stands_before_the_residual_sum():
-    "h + W_up gelu(W_down h + b) + b', with h what attention (or the MLP) gives out"
+    """h + W_up gelu(W_down h + b) + b', with h what attention (or the MLP) gives out"""
     model, a = tuned(ROWS["houlsby"], "bert")
     block, x = model.blocks[0], Tensor(dev(draw((2, 4, 12), 1)))
     e, ctx = block.attn.edits["houlsby"], Context(ids=tokens(2, 4))
@@ -536,7 +536,7 @@ def head_outputs(K: np.ndarray, V: np.ndarray, causal: bool = False) -> tuple[np
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_head_with_a_prefix_mixes_its_own_view_with_the_prefixs(causal):
-    "(1 − λ) Attn(q, K, V) + λ Attn(q, P_K, P_V)"
+    """(1 − λ) Attn(q, K, V) + λ Attn(q, P_K, P_V)"""
     got, own, pre, lam = head_outputs(draw((2, 5, 3), 1), draw((2, 5, 3), 2), causal)
     assert near(got, (1 - lam) * own + lam * pre)
 
@@ -617,7 +617,7 @@ def test_a_shifted_text_needs_room_among_the_positions():
 
 @GPTS
 def test_a_shift_moves_the_text_by_p_positions(kind):
-    "A shifted prefix is an unshifted one on a model whose positions start at p."
+    """A shifted prefix is an unshifted one on a model whose positions start at p."""
     model, a = tuned(ROWS["prefix-shift"], kind)
     y = run(model)
     model.embed.edits = {}
@@ -687,7 +687,7 @@ class Wrong(Method):
 
 
 def lora_like(**hooks: Any) -> Method:
-    "LoRA with another `after`, `fold` or start."
+    """LoRA with another `after`, `fold` or start."""
     body = type("WrongLowRank", (LowRank,), {k: v for k, v in hooks.items() if k != "targets"})
     return type("WrongLoRA", (Wrong,), {"kind": body, "targets": hooks.get("targets", Wrong.targets)})()
 
@@ -707,7 +707,7 @@ def folds_in_place(self: Any, p: dict) -> dict:
 
 
 class Careless(Method):
-    "Writes into the base's weight instead of standing beside it."
+    """Writes into the base's weight instead of standing beside it."""
     targets = "attn.q"
 
     def edit(self, path: str, m: Module, rng: np.random.Generator) -> Edit:
@@ -716,14 +716,14 @@ class Careless(Method):
 
 
 class Outside(Bottleneck):
-    "The nonlinearity around the residual sum, not inside the branch."
+    """The nonlinearity around the residual sum, not inside the branch."""
 
     def after(self, x: Any, y: Any, ctx: Any) -> Any:
         return ops.gelu(y + self.up(self.down(y, ctx), ctx))
 
 
 class Blind(Prefix):
-    "Its columns of the mask say that nobody is there."
+    """Its columns of the mask say that nobody is there."""
 
     def after(self, x: Any, y: Any, ctx: Any) -> Any:
         k, v, seen = super().after(x, y, ctx)
@@ -733,7 +733,7 @@ class Blind(Prefix):
 
 
 class CachedTwice(Prefix):
-    "Stands before the cache, so every call leaves another prefix in it."
+    """Stands before the cache, so every call leaves another prefix in it."""
 
     def before(self, x: Any, ctx: Any) -> Any:
         return Prefix.after(self, None, x, ctx)
@@ -758,7 +758,7 @@ class SomePrefix(Method):
 
 
 class Kept(Method):
-    "A prompt whose rows stay."
+    """A prompt whose rows stay."""
     targets = "embed"
 
     def edit(self, path: str, m: Module, rng: np.random.Generator) -> Edit:
@@ -766,7 +766,7 @@ class Kept(Method):
 
 
 class Forgetful(SoftPrompt):
-    "Puts the prompt in again at every call, cache or not."
+    """Puts the prompt in again at every call, cache or not."""
 
     def after(self, x: Any, y: Any, ctx: Any) -> Any:
         ctx.prepend(3)
@@ -781,7 +781,7 @@ class AlwaysPrompt(Method):
 
 
 class Crowd(LowRank):
-    "Looks at the mean of the batch."
+    """Looks at the mean of the batch."""
 
     def after(self, x: Any, y: Any, ctx: Any) -> Any:
         return y + ops.linear(ops.linear(x - x.mean(axis=0, keepdims=True), self.A), self.B)
@@ -789,7 +789,7 @@ class Crowd(LowRank):
 
 
 class Secret(LowRank):
-    "A random projection that is not among its buffers."
+    """A random projection that is not among its buffers."""
 
     def __init__(self, in_features: int, out_features: int, r: int, s: float, dropout: float, rng: np.random.Generator):
         super().__init__(in_features, out_features, r, s, dropout, rng)
@@ -807,14 +807,14 @@ class Substring(Method):
 
 
 class Leaky(Method):
-    "Trains a little more than it says."
+    """Trains a little more than it says."""
 
     def trains(self, model: Module) -> set[str]:
         return {n for n in edit.base_parameters(model) if n.split(".")[-1] == "bias" or n == "norm.weight"}
 
 
 class HalfGradient(LowRank):
-    "Half of the input's gradient is lost on the way."
+    """Half of the input's gradient is lost on the way."""
 
     def after(self, x: Any, y: Any, ctx: Any) -> Any:
         z = ops.linear(x, self.A)
@@ -865,7 +865,7 @@ def test_the_checks_refuse_a_wrong_method(name):
 
 
 def test_the_checks_pass_what_the_wrong_methods_were_made_of():
-    "The planted mistakes are refused for the mistake, not for how they are built."
+    """The planted mistakes are refused for the mistake, not for how they are built."""
     right = {"lora": (lora_like(), replace(LORA)), "prefix": (some_prefix(), replace(PREFIX)), "shift": (some_prefix(), PREFIX)}
     for method, row in right.values():
         for check in ("moves", "gradients", "save", "off_and_on", "merge", "rows", "dropout", "padding", "cache", "learns"):

@@ -58,7 +58,7 @@ BOTH = pytest.mark.parametrize("kind", ["gpt", "bert"])
 
 
 def plain(method: Method, merges: bool = False) -> Row:
-    "A row for checks that ask neither for the start nor for the count."
+    """A row for checks that ask neither for the start nor for the count."""
     return Row(method, "other", merges, lambda s: 0)
 
 
@@ -105,7 +105,7 @@ class Top(Edit):
 
 @dataclass(frozen=True)
 class DyLoRA(Method):
-    "y + (α/b) (x A[:b]ᵀ) B[:, :b]ᵀ.  A step draws one b for the whole model and moves row b of A and column b of B only (FROZEN)."
+    """y + (α/b) (x A[:b]ᵀ) B[:, :b]ᵀ.  A step draws one b for the whole model and moves row b of A and column b of B only (FROZEN)."""
     r: int = 4
     alpha: float = 4.0
     targets: Any = "attn.[qv]"
@@ -141,7 +141,7 @@ class Nested(LowRank):
 
 @dataclass(frozen=True)
 class Budget(Method):
-    "y + ((x Qᵀ) ⊙ λ) Pᵀ;  after every step the b(t) triplets that matter most, |λ ∂L/∂λ|, of all modules are kept (AdaLoRA's idea)."
+    """y + ((x Qᵀ) ⊙ λ) Pᵀ;  after every step the b(t) triplets that matter most, |λ ∂L/∂λ|, of all modules are kept (AdaLoRA's idea)."""
     r: int = 3
     last: int = 5
     gamma: float = 0.1
@@ -151,7 +151,7 @@ class Budget(Method):
         return Triplets(m.in_features, m.out_features, self.r, rng)
 
     def penalty(self, edits: dict[str, Edit], model: Module, ctx: Context) -> Any:
-        "γ Σ ‖PᵀP − I‖² + ‖QQᵀ − I‖²"
+        """γ Σ ‖PᵀP − I‖² + ‖QQᵀ − I‖²"""
         eye = dev(np.eye(self.r)).astype(next(iter(edits.values())).P.dtype)
         off = [M @ M.T - eye for e in edits.values() for M in (e.P.T, e.Q)]
         return sum(((d * d).sum() for d in off), Tensor(0.0)) * self.gamma
@@ -182,7 +182,7 @@ class Triplets(Edit):
 
 
 def largest(scores: list[np.ndarray], K: int) -> list[np.ndarray]:
-    "Exactly K Trues over several arrays together; ties by position."
+    """Exactly K Trues over several arrays together; ties by position."""
     flat = np.concatenate([s.ravel() for s in scores])
     keep = np.zeros(flat.size, bool)
     keep[np.argsort(-flat, kind="stable")[:K]] = True
@@ -222,7 +222,7 @@ class Delta(Edit):
 
 @dataclass(frozen=True)
 class KL(Method):
-    "β KL(p₀ ‖ p) to the model without what trains.  No edits of its own, no second copy."
+    """β KL(p₀ ‖ p) to the model without what trains.  No edits of its own, no second copy."""
     beta: float = 1.0
 
     def penalty(self, edits: dict[str, Edit], model: Module, ctx: Context) -> Any:
@@ -233,7 +233,7 @@ class KL(Method):
 
 
 class Int8(Packed):
-    "A row is codes times its largest absolute value / 127."
+    """A row is codes times its largest absolute value / 127."""
 
     def __init__(self, W: array.Array):
         self.scale = abs(W).max(axis=1, keepdims=True) / 127
@@ -244,7 +244,7 @@ class Int8(Packed):
 
 
 class Int4(Packed):
-    "Two codes in a byte, a scale and a zero for each group of 4 in a row."
+    """Two codes in a byte, a scale and a zero for each group of 4 in a row."""
 
     def __init__(self, W: array.Array, group: int = 4):
         g = W.reshape(W.shape[0], -1, group)
@@ -259,7 +259,7 @@ class Int4(Packed):
 
 
 def pack(model: Any, kind: Any = Int8, targets: Any = ("attn.[qkvo]", "mlp.up", "mlp.down")) -> Any:
-    "Packed weights in the place of dense ones, which are gone."
+    """Packed weights in the place of dense ones, which are gone."""
     for m in select(model, targets).values():
         m.weight = kind(m.weight.data)
     return model
@@ -284,7 +284,7 @@ def test_a_method_that_bends_the_protocol_keeps_the_contract(check, row, kind):
 
 # ═════════════════════════════ ladder: nothing comes back through the backbone ═════════════════════════════
 def kept_by(y: Tensor) -> dict[int, Any]:
-    "The arrays that the pullbacks behind y keep alive, views as what they are views of."
+    """The arrays that the pullbacks behind y keep alive, views as what they are views of."""
     found, seen = {}, set()
     todo: list = [back for n in topological(y) if isinstance(n, Record) for _, back in n.pulls]
     while todo:
@@ -344,7 +344,7 @@ def test_a_ladders_gates_choose_between_the_side_and_the_backbone():
 
 # ═════════════════════════════ DyLoRA: one row a step ═════════════════════════════
 def watch(model: Any, kind: str, steps: int, look: Any, seed: int = 0, decay: float = 0.1, lr: float = 0.02, **more: Any) -> None:
-    "Train, and call look() after every step."
+    """Train, and call look() after every step."""
     def note() -> dict:
         look()
         return {"loss": 0.0}
@@ -353,7 +353,7 @@ def watch(model: Any, kind: str, steps: int, look: Any, seed: int = 0, decay: fl
 
 
 def check_one_row_a_step(method: Method) -> None:
-    "Only row b of A and column b of B move in a step, under weight decay and whatever momentum is left."
+    """Only row b of A and column b of B move in a step, under weight decay and whatever momentum is left."""
     model = build("gpt")
     a = attach(model, method)
     noise(model)
@@ -436,7 +436,7 @@ def test_the_orthogonality_penalty_is_zero_for_orthonormal_factors_only():
 
 # ═════════════════════════════ phases ═════════════════════════════
 def check_ticket(method: Ticket) -> None:
-    "Exactly K numbers may differ from the base, and do; the second phase begins at the base with a fresh optimiser."
+    """Exactly K numbers may differ from the base, and do; the second phase begins at the base with a fresh optimiser."""
     model, base = build("gpt"), build("gpt")
     a = attach(model, method)
     sizes = []
@@ -457,11 +457,11 @@ def test_a_ticket_changes_exactly_K_numbers_and_starts_again_from_the_base():
 
 
 class Killed(Exception):
-    "The process is gone."
+    """The process is gone."""
 
 
 class Dying:
-    "Batches that kill the process when the n-th is asked for."
+    """Batches that kill the process when the n-th is asked for."""
 
     def __init__(self, batches: list, n: int):
         self.batches, self.left = batches, n
@@ -502,7 +502,7 @@ TRAINERS = [LoRA(r=2), BitFit(), Full(), LoRA(r=2, targets="embed"), Houlsby(m=3
 
 
 def check_kl_starts_at_zero(method: Method, packed: bool = False, kind: str = "gpt", trainer: Method = TRAINERS[0]) -> None:
-    "Zero with zero gradient on every batch while nothing has moved; after that not."
+    """Zero with zero gradient on every batch while nothing has moved; after that not."""
     model = build(kind)
     model.to(dtype=np.float64)
     if packed:
@@ -698,7 +698,7 @@ def test_a_prompt_is_in_the_cache_once():
 
 @dataclass(frozen=True)
 class Rows(Method):
-    "LoRA on an embedding as a change of the rows it gives: y + s A[:, x]ᵀ Bᵀ.  The head does not see it."
+    """LoRA on an embedding as a change of the rows it gives: y + s A[:, x]ᵀ Bᵀ.  The head does not see it."""
     targets: Any = "embed"
 
     def edit(self, path: str, m: Module, rng: np.random.Generator) -> Edit:
@@ -720,7 +720,7 @@ def test_what_changes_only_the_rows_a_tied_embedding_gives_out_refuses_to_merge(
 
 # ═════════════════════════════ order ═════════════════════════════
 class In(Edit):
-    "x ⊙ l"
+    """x ⊙ l"""
 
     def __init__(self, in_features: int, out_features: int, rng: np.random.Generator):
         self.l = Parameter(dev(rng.uniform(0.5, 1.5, in_features)))
@@ -733,7 +733,7 @@ class In(Edit):
 
 
 class Out(Edit):
-    "y ⊙ l"
+    """y ⊙ l"""
 
     def __init__(self, in_features: int, out_features: int, rng: np.random.Generator):
         self.l = Parameter(dev(rng.uniform(0.5, 1.5, out_features)))
@@ -746,7 +746,7 @@ class Out(Edit):
 
 
 class Turn(Edit):
-    "x → x Q in front, Qᵀ back behind: a change on both sides."
+    """x → x Q in front, Qᵀ back behind: a change on both sides."""
 
     def __init__(self, in_features: int, out_features: int, rng: np.random.Generator):
         self.Q, self.R = (Parameter(dev(rng.standard_normal((n, n)))) for n in (in_features, out_features))
@@ -762,7 +762,7 @@ class Turn(Edit):
 
 
 class Hole(Edit):
-    "W ⊙ M"
+    """W ⊙ M"""
 
     def __init__(self, in_features: int, out_features: int, rng: np.random.Generator):
         self.M = dev((rng.random((out_features, in_features)) < 0.6).astype(np.float64))
@@ -779,7 +779,7 @@ class Low(LowRank):
 
 @dataclass(frozen=True)
 class One(Method):
-    "One edit of one kind on one linear map."
+    """One edit of one kind on one linear map."""
     kind: type = Low
     targets: Any = "up"
 
@@ -788,7 +788,7 @@ class One(Method):
 
 
 class Map(Module):
-    "A model of one linear map."
+    """A model of one linear map."""
 
     def __init__(self):
         self.up = Linear(5, 4, rng=np.random.default_rng(8), std=1.0)
@@ -813,7 +813,7 @@ def through(model: Map) -> np.ndarray:
 
 
 def orders(kinds: list, least: int = 1) -> list[tuple]:
-    "Every order of every choice of at least so many."
+    """Every order of every choice of at least so many."""
     out: list[tuple] = [()]
     for _ in kinds:
         out += [o + (k,) for o in out for k in kinds if k not in o]
@@ -1051,7 +1051,7 @@ def test_a_fact_that_was_not_given_is_asked_for_by_name():
 
 @dataclass(frozen=True)
 class Twice(Method):
-    "The same low-rank change on two maps: one pair of factors."
+    """The same low-rank change on two maps: one pair of factors."""
     targets: Any = ("attn.q", "attn.v")
 
     def edits(self, found: dict[str, Module], rng: np.random.Generator) -> dict[str, Edit]:
@@ -1093,7 +1093,7 @@ def adapters(methods: list[Method], kind: str = "gpt") -> list[Attached]:
 
 
 def check_combined(together: Any) -> None:
-    "W₀ + Σ cⱼ sⱼ Bⱼ Aⱼ, by hand."
+    """W₀ + Σ cⱼ sⱼ Bⱼ Aⱼ, by hand."""
     parts, weights = adapters([LoRA(r=2, alpha=6), LoRA(r=3, targets=("attn.q", "mlp.up"))]), [0.7, -1.5]
     model, hand = build("gpt").to(dtype=np.float64), build("gpt").to(dtype=np.float64)
     for a, c in zip(parts, weights):
@@ -1147,7 +1147,7 @@ def test_a_combination_with_a_nonlinear_part_runs_and_refuses_to_merge():
 
 # ═════════════════════════════ planted mistakes ═════════════════════════════
 class Attentive(Rung):
-    "Forgets to cut the backbone off."
+    """Forgets to cut the backbone off."""
 
     def after(self, x: Tensor, y: Tensor, ctx: Context) -> Tensor:
         ctx.scratch["ladder"] = self.side(self.D(y, ctx), ctx)
@@ -1161,7 +1161,7 @@ class WarmLadder(Ladder):
 
 @dataclass(frozen=True)
 class WarmBackbone(Method):
-    "A ladder and a backbone that trains a little."
+    """A ladder and a backbone that trains a little."""
     inner: Any = Ladder()
     targets: Any = Ladder.targets
 
@@ -1173,7 +1173,7 @@ class WarmBackbone(Method):
 
 
 class OwnRank(DyLoRA):
-    "Every module draws its own rank."
+    """Every module draws its own rank."""
 
     def begin(self, edits: dict[str, Edit], t: int, T: int, rng: np.random.Generator) -> None:
         for p, e in edits.items():
@@ -1181,7 +1181,7 @@ class OwnRank(DyLoRA):
 
 
 class GradientOnly(DyLoRA):
-    "Rows other than b get no gradient, and that is all: momentum and decay still move them."
+    """Rows other than b get no gradient, and that is all: momentum and decay still move them."""
 
     def begin(self, edits: dict[str, Edit], t: int, T: int, rng: np.random.Generator) -> None:
         super().begin(edits, t, T, rng)
@@ -1190,7 +1190,7 @@ class GradientOnly(DyLoRA):
 
 
 class TicketByGradient(Ticket):
-    "Chooses the entries, and lets everything move."
+    """Chooses the entries, and lets everything move."""
 
     def rewind(self, model: Any, edits: dict[str, Edit], batches: Any, rng: np.random.Generator) -> None:
         super().rewind(model, edits, batches, rng)
@@ -1200,7 +1200,7 @@ class TicketByGradient(Ticket):
 
 
 class NoRewind(Ticket):
-    "Goes on from where the dense phase ended."
+    """Goes on from where the dense phase ended."""
 
     def rewind(self, model: Any, edits: dict[str, Edit], batches: Any, rng: np.random.Generator) -> None:
         kept = [{n: host(d).copy() for n, d in e.d.items()} for e in edits.values()]
@@ -1211,7 +1211,7 @@ class NoRewind(Ticket):
 
 
 class PerModule(Budget):
-    "Every module keeps its share, whatever the others need."
+    """Every module keeps its share, whatever the others need."""
 
     def step(self, edits: dict[str, Edit], t: int, T: int) -> None:
         for e in edits.values():
@@ -1221,7 +1221,7 @@ class PerModule(Budget):
 
 @dataclass(frozen=True, eq=False)
 class Stale(KL):
-    "Keeps the first answer it was given."
+    """Keeps the first answer it was given."""
     first: Any = None
 
     def penalty(self, edits: dict[str, Edit], model: Module, ctx: Context) -> Any:
@@ -1234,14 +1234,14 @@ class Stale(KL):
 
 
 class ToItself(KL):
-    "Compares the model with itself."
+    """Compares the model with itself."""
 
     def penalty(self, edits: dict[str, Edit], model: Module, ctx: Context) -> Any:
         return kl_divergence(ctx.output.detach(), ctx.output) * self.beta
 
 
 class NotWithout(KL):
-    "Forgets the mask of the batch."
+    """Forgets the mask of the batch."""
 
     def penalty(self, edits: dict[str, Edit], model: Module, ctx: Context) -> Any:
         with no_grad(), without(model):
@@ -1250,7 +1250,7 @@ class NotWithout(KL):
 
 
 def mixed_factors(parts: list[Attached], weights: list[float]) -> Attached:
-    "PEFT's `linear`: sums factors, not updates."
+    """PEFT's `linear`: sums factors, not updates."""
     paths = dict.fromkeys(p for a in parts for p in a.edits)
     out = {}
     for p in paths:

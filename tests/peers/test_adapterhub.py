@@ -23,7 +23,7 @@ BERT = dict(vocab_size=V, max_position_embeddings=24, hidden_size=C, num_hidden_
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize("wrong", [False, True], ids=["houlsby", "one per layer"])
 def test_houlsbys_adapters_stand_where_adapterhub_puts_them(wrong, padded, dtype, tol, tmp_path):
-    "With `wrong`, the comparison must see that AdapterHub's adapters stand after the feed-forward layer only (Pfeiffer's place)."
+    """With `wrong`, the comparison must see that AdapterHub's adapters stand after the feed-forward layer only (Pfeiffer's place)."""
     torch.manual_seed(0)
     precision, rng = torch.float64 if dtype == np.float64 else torch.float32, np.random.default_rng(1)
     base = transformers.BertModel(transformers.BertConfig(**BERT))
@@ -73,7 +73,7 @@ def test_houlsbys_adapters_stand_where_adapterhub_puts_them(wrong, padded, dtype
 
 
 def test_adapterhub_trains_the_adapters_only_and_houlsby_the_norms_too():
-    "The paper trains layer norms; AdapterHub leaves them frozen.  norms=False is its count."
+    """The paper trains layer norms; AdapterHub leaves them frozen.  norms=False is its count."""
     base = transformers.BertModel(transformers.BertConfig(**BERT))
     adapters.init(base)
     base.add_adapter("a", config=adapters.DoubleSeqBnConfig(reduction_factor=C / m))

@@ -28,7 +28,7 @@ BOTH = pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["single",
 
 
 class Pair:
-    "One model twice: theirs and ours, in one precision, with the ids and the covector that both are asked with."
+    """One model twice: theirs and ours, in one precision, with the ids and the covector that both are asked with."""
 
     def __init__(self, kind: str, dtype: Any, folder: Any, mask: bool = False):
         torch.manual_seed(0)
@@ -51,7 +51,7 @@ class Pair:
             self.cover *= self.mask[..., None]                                   # what is said at a padded place means nothing
 
     def wrap(self, config: Any) -> dict[str, Any]:
-        "PEFT on their model, its adapter at a generic point.  {name: parameter} of what trains."
+        """PEFT on their model, its adapter at a generic point.  {name: parameter} of what trains."""
         self.theirs = peft.get_peft_model(self.base, config).to(self.precision).eval()
         adapter = {n: p for n, p in self.theirs.named_parameters() if p.requires_grad}
         with torch.no_grad():
