@@ -1,4 +1,4 @@
-"""The contract that every fine-tuning method is held to, written once: G1 to G11 of the specification, and their consequences.
+"""The contract of every fine-tuning method, written once: G1 to G11 of the specification, and their consequences.
 
 A Row says what a method claims. A check builds a small model, attaches the method and asserts one property. Wrong
 methods go through the same checks (test_methods.py, test_protocol.py, test_stacks.py), and must be rejected.
@@ -240,7 +240,7 @@ def begin_step(row: Row, a: edit.Attached) -> None:
 
 # ── the checks ───────────────────────────────────────────────────────────────────────────────────────────────────────
 def check_moves(row: Row, kind: str) -> None:
-    """G1: training moves the tensors that the row names, under weight decay; all others stay as they are, bitwise."""
+    """G1: training moves the tensors that the row names, under weight decay; all others stay bitwise."""
     model, _ = put_on(row, kind)
     parameters = edit.base_parameters(model)
     base = {name for name in parameters if row.base(name) or edit.is_head(model, name)}
@@ -276,7 +276,7 @@ def check_start(row: Row, kind: str) -> None:
 
 
 def check_gradients(row: Row, kind: str) -> None:
-    """G4: gradients agree with central differences, in float64 at a generic point, along a random direction per tensor."""
+    """G4: gradients agree with central differences, in float64, at a generic point, along random directions."""
     model, a = tuned(row, kind)
     begin_step(row, a)
     b = batch(kind, 2)
@@ -310,9 +310,9 @@ def directional_derivative(model: Any, p: Any, b: dict, direction: np.ndarray, h
 
 
 def check_save(row: Row, kind: str) -> None:
-    """G5: a saved state, put on another copy of the base, gives the same output and the same state, bitwise; in a file too.
+    """G5: a saved state, put on another copy of the base, gives the same output and the same state, bitwise.
 
-    A state that does not fit is refused, and changes nothing."""
+    The same holds through a file. A state that does not fit is refused, and changes nothing."""
     model, a = put_on(row, kind)
     short_fit(model, kind, row)
     y = run(model)
@@ -379,9 +379,9 @@ def check_off_and_on(row: Row, kind: str) -> None:
 
 
 def check_merge(row: Row, kind: str) -> None:
-    """G7: the merged model equals the unmerged one to 1e-12, under the base's names; or CannotMerge, and nothing changed.
+    """G7: the merged model equals the unmerged one to 1e-12; or CannotMerge is raised, and nothing changed.
 
-    fold writes nothing in place."""
+    The names are the base's. fold writes nothing in place."""
     model, a = tuned(row, kind)
     y = run(model)
     before = values(model)
@@ -461,7 +461,7 @@ def check_learns(row: Row, kind: str) -> None:
 
 
 def check_padding(row: Row, kind: str) -> None:
-    """Padding on either side changes nothing. BERT's [CLS] stands first, so a BERT classifier is padded on the right only."""
+    """Padding on either side changes nothing. A BERT classifier reads the first position: pad on the right only."""
     model, a = tuned(row, kind)
     begin_step(row, a)
     ids = tokens(4, 5)

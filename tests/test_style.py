@@ -38,7 +38,6 @@ tests/benchmarks/side_floor.py: columns assigned_lambda
 tests/benchmarks/side_tinygrad.py: columns
 tests/benchmarks/side_torch.py: columns
 tests/conftest.py: columns
-tests/contract.py: columns assigned_lambda
 tests/emulated/conftest.py: columns
 tests/emulated/cpu_module.py: columns
 tests/emulated/emulate.py: columns assigned_lambda
