@@ -970,3 +970,39 @@ def test_every_family_is_found_by_its_type_and_its_model():
     types = [family.model_type for family in huggingface.FAMILIES]
     classes = [family.model for family in huggingface.FAMILIES]
     assert len(set(types)) == len(types) and len(set(classes)) == len(classes)
+
+
+class OtherGPT(GPT):
+    """A model of another family."""
+
+
+class OtherFamily(GPT2Family):
+    """A family with another type, another model and another name for the embedding."""
+    model_type = "other"
+    model = OtherGPT
+
+    def table_name(self, name: str) -> str | None:
+        """The embedding is called `tokens` in the file."""
+        return super().table_name(name.replace("tokens.", "wte."))
+
+    def file_name(self, name: str, plan: Plan) -> str:
+        """The inverse of table_name."""
+        return super().file_name(name, plan).replace("wte.", "tokens.")
+
+    def build(self, plan: Plan) -> OtherGPT:
+        """The model, with random values that loading must replace."""
+        return OtherGPT(plan.config, seed=5)
+
+
+def test_a_new_family_is_one_class_and_one_entry(tmp_path, monkeypatch):
+    """Nothing else of the package knows a family."""
+    model = OtherGPT(SMALL_GPT, seed=1)
+    with pytest.raises(ValueError, match="save wants a GPT or BERT, got a OtherGPT"):
+        save(model, tmp_path / "m")
+    monkeypatch.setattr(huggingface, "FAMILIES", (*huggingface.FAMILIES, OtherFamily()))
+    save(model, tmp_path / "m")
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["model_type"] == "other"
+    assert "transformer.tokens.weight" in load_file(tmp_path / "m" / "model.safetensors")
+    again, _ = load(tmp_path / "m")
+    assert type(again) is OtherGPT
+    identical(parameters(again), parameters(model))
