@@ -15,7 +15,7 @@ ADAPTERS = {"none": None, "lora": LoRA(r=2), "lora on the tied embedding": LoRA(
 
 
 def model_with(name: str) -> GPT:
-    "In float64: two ways to the same logits must not differ by a rounding at a tie."
+    """In float64: two ways to the same logits must not differ by a rounding at a tie."""
     model = build("gpt")
     if ADAPTERS[name] is not None:
         attach(model, ADAPTERS[name])
@@ -29,7 +29,7 @@ def rows() -> list[list[int]]:
 
 
 def by_hand(model: GPT, row: list[int], n: int = N) -> list[int]:
-    "The argmax of a full forward pass, n times."
+    """The argmax of a full forward pass, n times."""
     row = list(row)
     for _ in range(n):
         row.append(int(host(model(np.array([row])))[0, -1].argmax()))
@@ -37,7 +37,7 @@ def by_hand(model: GPT, row: list[int], n: int = N) -> list[int]:
 
 
 def check_greedy(model: GPT, go) -> None:
-    "Each row of a left-padded batch goes on as it does alone, token by token."
+    """Each row of a left-padded batch goes on as it does alone, token by token."""
     ids, mask = pad_left(rows())
     out = go(model, ids, N, mask=mask)
     assert out.shape == (4, 5 + N) and np.array_equal(out[:, :5], ids)
@@ -106,7 +106,7 @@ CASES = [(dict(), [0, 1, 2, 3, 4]), (dict(temperature=0.5), [0, 1, 2, 3, 4]), (d
 
 
 def check_sampling(sample=choose) -> None:
-    "Only what may be drawn is drawn, as often as it should be: within five deviations."
+    """Only what may be drawn is drawn, as often as it should be: within five deviations."""
     for how, keep in CASES:
         p, f = wanted(keep, how.get("temperature", 1.0)), frequencies(sample, **how)
         assert (f[p == 0] == 0).all(), how

@@ -127,7 +127,7 @@ def agree_together(pulls: Callable, defined: Callable, y: np.ndarray, arrays: li
     g = rng.standard_normal(y.shape).astype(y.dtype)
     full = defined(g, [True] * len(arrays))
     every = [True] * len(arrays)
-    alone = [[i == j for j in range(len(arrays))] for i in range(len(arrays))]
+    alone = np.eye(len(arrays), dtype=bool).tolist()
     for needed in (every, *alone, every):
         for i, (got, n, right, a) in enumerate(zip(pulls(g, needed), needed, full, arrays)):
             summed = np.abs(right).max(initial=0) if right.shape != a.shape else 0     # a sum that cancels is as exact as its terms

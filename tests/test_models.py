@@ -43,7 +43,7 @@ every = pytest.mark.parametrize("kind", KINDS)
 
 
 def new(kind: str, seed: int = 0, **more: Any) -> Any:
-    "As it is made."
+    """As it is made."""
     if kind.startswith("gpt"):
         model = GPT(GPTConfig(V, P, C, L, H, F, eps=EPS, **more), seed)
     else:
@@ -54,7 +54,7 @@ def new(kind: str, seed: int = 0, **more: Any) -> Any:
 
 
 def generic(kind: str, **more: Any) -> Any:
-    "In float64, every number of it drawn anew."
+    """In float64, every number of it drawn anew."""
     model, rng = new(kind, **more).to(dtype=np.float64), np.random.default_rng(7)
     for p in model.parameters():
         p.copy_(rng.standard_normal(p.shape) * (0.6 if p.ndim > 1 else 1.0))
@@ -80,7 +80,7 @@ def gelu_tanh(x: np.ndarray) -> np.ndarray:
 
 
 class Reference:
-    "w: the weights by name;  drop: dropout's factors, in the order in which they act."
+    """w: the weights by name;  drop: dropout's factors, in the order in which they act."""
 
     def __init__(self, kind: str, w: dict[str, np.ndarray], drop: Iterator = itertools.repeat(1.0)):
         self.gpt, self.classes, self.bare, self.w, self.drop = kind.startswith("gpt"), kind.endswith("classes"), kind.endswith("bare"), w, drop
@@ -147,7 +147,7 @@ def near(got: Any, want: np.ndarray) -> None:
 
 
 def check_model(kind: str, wrong: Callable | None = None) -> None:
-    "Logits, scores, hidden states and output_hidden_states, with and without padding.  `wrong` is what spoils the model meanwhile."
+    """Logits, scores, hidden states and output_hidden_states, with and without padding.  `wrong` is what spoils the model meanwhile."""
     model, (ids, types) = generic(kind), batch()
     with wrong(model) if wrong else contextmanager(lambda: (yield))():
         for mask in (None, RIGHT, *([LEFT] if model.blocks[0].attn.causal or not kind.endswith("classes") else [])):
@@ -173,9 +173,9 @@ def _other_norm(self: Any, x: Any, ctx: Any) -> Any:
     return x + self.mlp(x, ctx)
 
 
-def _interleaved(self: Any, x: Any) -> Any:
+def _interleaved(x: Any, heads: int) -> Any:
     B, T, width = x.shape
-    return x.reshape(B, T, width // self.h, self.h).permute(0, 3, 1, 2)
+    return x.reshape(B, T, width // heads, heads).permute(0, 3, 1, 2)
 
 
 def _without_types(self: Any, ids: Any, like: Any, begin: Callable = Context.begin) -> None:
@@ -191,7 +191,7 @@ WRONG = {
     "Where the norm stands makes no difference.": ("bert", lambda m: replaced(PostNormBlock, "forward", PreNormBlock.forward)),
     "Where it stands makes none in a GPT either.": ("gpt", lambda m: replaced(PreNormBlock, "forward", PostNormBlock.forward)),
     "The sum goes on from what the norm gave.": ("gpt", lambda m: replaced(PreNormBlock, "forward", _other_norm)),
-    "Heads take turns among the features.": ("bert", lambda m: replaced(Attention, "split", _interleaved)),
+    "Heads take turns among the features.": ("bert", lambda m: replaced(blocks, "split_heads", _interleaved)),
     "GELU is GELU.": ("gpt", lambda m: replaced(m.blocks[1].mlp, "_activation", ops.gelu)),
     "GELU is GELU in BERT as well.": ("bert", lambda m: replaced(m.blocks[0].mlp, "_activation", ops.gelu_tanh)),
     "A position is a column, padded or not.": ("gpt", lambda m: replaced(Context, "positions", _places_in_the_row)),
@@ -221,7 +221,7 @@ def test_a_wrong_model_is_caught(belief):
 # ── dropout ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 @every
 def test_dropout_acts_on_the_embeddings_the_probabilities_and_what_enters_the_residual_stream(kind):
-    "Each factor is written down as it acts; the formula with these factors is the model."
+    """Each factor is written down as it acts; the formula with these factors is the model."""
     model, (ids, types), factors, where = generic(kind, dropout=0.4).train(), batch(), [], []
     with no_grad():                                                              # no generator, or not training: none
         near(model.eval()(ids, rng=np.random.default_rng(0)), host(model.train()(ids)))
@@ -250,7 +250,7 @@ def test_dropout_acts_on_the_embeddings_the_probabilities_and_what_enters_the_re
 
 
 def check_noise(noise: Callable) -> None:
-    "Factors 0 and 1/(1 − p), zero with probability p, every one drawn for itself, of the shape and dtype of the probabilities."
+    """Factors 0 and 1/(1 − p), zero with probability p, every one drawn for itself, of the shape and dtype of the probabilities."""
     attn = Attention(C, H, rng=np.random.default_rng(0), causal=True, dropout=0.25)
     for dtype in (np.float32, np.float64):
         q, k = (Tensor(dev(np.zeros((5, H, t, 4)), dtype)) for t in (30, 40))
@@ -292,7 +292,7 @@ def test_wrong_noise_is_caught(belief):
 
 
 def test_noise_keeps_what_lies_on_the_line(monkeypatch):
-    "u >= p is kept, as in ops.dropout: u = p has probability 2^−24, but the two must be one."
+    """u >= p is kept, as in ops.dropout: u = p has probability 2^−24, but the two must be one."""
     monkeypatch.setattr(array, "uniform_like", lambda like, key: dev(np.full(like.shape, 0.25, np.float32)))
     q = Tensor(dev(np.zeros((1, H, 2, 4))))
     assert (host(Attention(C, H, rng=np.random.default_rng(0), causal=True, dropout=0.25).dropout_mask(q, q, 0)) == 1 / 0.75).all()
@@ -385,7 +385,7 @@ WIDE = 96
 
 
 def deviations(model: Any, bound: dict[str, float]) -> None:
-    "Every matrix normal with the deviation of its name's end, every bias 0, every gain 1."
+    """Every matrix normal with the deviation of its name's end, every bias 0, every gain 1."""
     for n, p in model.named_parameters().items():
         a = host(p)
         assert a.dtype == np.float32
@@ -480,7 +480,7 @@ def test_what_is_just_allowed_is_allowed_and_the_rest_says_why_not():
 
 @pytest.mark.skipif(array.backend() != "numpy", reason="the others have a kernel, or none")
 def test_one_product_for_queries_keys_and_values_is_taken_only_where_nothing_is_attached(rng, monkeypatch):
-    "With its definition as the kernel: the same logits; and with edits on the three maps, theirs."
+    """With its definition as the kernel: the same logits; and with edits on the three maps, theirs."""
     calls: list[int] = []
 
     def kernel(*args: Any, **kw: Any) -> Any:
@@ -501,7 +501,7 @@ def test_one_product_for_queries_keys_and_values_is_taken_only_where_nothing_is_
 
 @every
 def test_a_model_names_its_stacks_its_top_modules_and_the_sublayers_of_its_blocks(kind):
-    "Every path names a module; the embeddings, the blocks and the top modules together own every parameter."
+    """Every path names a module; the embeddings, the blocks and the top modules together own every parameter."""
     model = new(kind)
     modules = dict(model.named_modules())
     assert model.stacks == {"decoder" if kind.startswith("gpt") else "encoder": ["blocks.0", "blocks.1"]}
@@ -514,5 +514,5 @@ def test_a_model_names_its_stacks_its_top_modules_and_the_sublayers_of_its_block
         for module, norm in modules[path].sublayers:
             assert modules[f"{path}.{module}"].in_features == C and isinstance(modules[f"{path}.{norm}"], LayerNorm)
     below = ("embed", "pos", "type", "norm0")
-    owners = (*below, *paths, *model.top_modules)
-    assert all(name.startswith(tuple(f"{owner}." for owner in owners)) for name in model.named_parameters())
+    owners = tuple(f"{owner}." for owner in (*below, *paths, *model.top_modules))
+    assert all(name.startswith(owners) for name in model.named_parameters())

@@ -614,64 +614,6 @@ def test_layer_norm_makes_mean_zero_and_deviation_one():
         assert host(f(tiny, *w))[0, 0] == pytest.approx(1e-3 / math.sqrt(1e-6 + (1e-5 if n == 3 else 1e-6)), rel=1e-9)
 
 
-# ── attention ────────────────────────────────────────────────────────────────────────────────────────────────────────
-@given(st.data())
-def test_attention_is_softmax_attention(data):
-    shapes, _ = data.draw(shapes_of(OPS["attention"].shapes, broadcast=False))
-    rng = data.draw(seeds())
-    q, k, v = (normal(rng, s) for s in shapes[:3])
-    t, s = q.shape[-2], k.shape[-2]
-    causal = data.draw(st.booleans()) and t <= s
-    key_mask = dev((rng.random((t, s)) < 0.5) | (np.arange(s) == 0)) if data.draw(st.booleans()) else None
-    grads = []
-    for f in (ops.attention, F.softmax_attention):
-        a, b, c = leaf(q), leaf(k), leaf(v)
-        y = f(a, b, c, key_mask=key_mask, causal=causal)
-        y.backward(dev(np.cos(np.arange(y.size)).reshape(y.shape)))
-        grads.append([host(y), *(host(p.grad) for p in (a, b, c))])
-    for one, two in zip(*grads):
-        np.testing.assert_allclose(one, two, rtol=1e-9, atol=1e-12)
-
-
-def test_a_query_that_sees_nothing_gives_zero_and_harms_nobody():
-    rng = np.random.default_rng(1)
-    q, k, v = (leaf(rng.standard_normal((2, 3, 4)), np.float32) for _ in range(3))
-    key_mask = np.ones((2, 3, 3), bool)
-    key_mask[0, 1] = False
-    y = ops.attention(q, k, v, key_mask=dev(key_mask))
-    y.backward(dev(rng.standard_normal((2, 3, 4)), np.float32))
-    assert (host(y)[0, 1] == 0).all() and (host(y)[0, 0] != 0).all()
-    assert (host(q.grad)[0, 1] == 0).all() and (host(q.grad)[0, 0] != 0).any()
-    assert all(np.isfinite(host(p.grad)).all() for p in (q, k, v))
-
-
-def test_causal_with_cached_keys_is_the_end_of_the_whole():
-    rng = np.random.default_rng(2)
-    q, k, v = (Tensor(dev(rng.standard_normal((1, 5, 4)))) for _ in range(3))
-    whole = host(ops.attention(q, k, v, causal=True))
-    np.testing.assert_allclose(host(ops.attention(q[:, 3:], k, v, causal=True)), whole[:, 3:], rtol=1e-12)
-    np.testing.assert_allclose(whole[:, 0], host(v)[:, 0], rtol=1e-12)           # the first query sees itself alone
-    later = host(k) + np.array([0, 0, 0, 0, 9.0])[:, None]
-    np.testing.assert_array_equal(host(ops.attention(q, Tensor(dev(later)), v, causal=True))[:, :4], whole[:, :4])
-
-
-def test_attention_makes_only_what_is_needed():
-    rng = np.random.default_rng(2)
-    arrays = [dev(rng.standard_normal((3, 4))) for _ in range(3)]
-    full = [Tensor(a, requires_grad=True) for a in arrays]
-    ops.attention(*full, causal=True).sum().backward()
-    for mask in range(1, 8):
-        ts = [Tensor(a, requires_grad=bool(mask >> i & 1)) for i, a in enumerate(arrays)]
-        y = ops.attention(*ts, causal=True)
-        back = [h for h in OPS["attention"].definition(*arrays, causal=True)[1](dev(np.ones((3, 4))), [t.requires_grad for t in ts])]
-        assert [b is not None for b in back] == [t.requires_grad for t in ts]
-        y.sum().backward()
-        for t, f in zip(ts, full):
-            assert (t.grad is None) == (not t.requires_grad)
-            if t.requires_grad:
-                np.testing.assert_array_equal(host(t.grad), host(f.grad))
-
-
 # ── cross-entropy ────────────────────────────────────────────────────────────────────────────────────────────────────
 def test_cross_entropy_by_hand():
     z = leaf(np.log([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7], [0.3, 0.3, 0.4]]))

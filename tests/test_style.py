@@ -92,7 +92,6 @@ tinyft/doctor.py: columns assigned_lambda quotes
 tinyft/files.py: columns assigned_lambda nested_comprehension quotes
 tinyft/functional.py: columns quotes
 tinyft/kernels/__init__.py: columns quotes
-tinyft/kernels/attention.py: columns nested_comprehension quotes
 tinyft/kernels/cuda/__init__.py: columns quotes
 tinyft/kernels/cuda/capture.py: columns nested_comprehension quotes
 tinyft/kernels/cuda/gemm.py: columns positional_boolean quotes
@@ -101,10 +100,6 @@ tinyft/kernels/cuda/launch.py: columns assigned_lambda quotes
 tinyft/kernels/cuda/layers.py: columns assigned_lambda quotes
 tinyft/kernels/cuda/optimizer.py: columns
 tinyft/kernels/numpy.py: columns quotes
-tinyft/models/__init__.py: quotes
-tinyft/models/bert.py: columns quotes
-tinyft/models/blocks.py: columns assigned_lambda quotes
-tinyft/models/gpt.py: columns quotes
 tinyft/nn.py: columns
 tinyft/ops.py: columns assigned_lambda nested_lambda nested_comprehension quotes
 tinyft/optim/optimizers.py: columns

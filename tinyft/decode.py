@@ -57,7 +57,7 @@ def generate(model: Module, ids: Any, max_new_tokens: int, *, mask: Any = None, 
 
 
 def choose(logits: np.ndarray, temperature: float, top_k: int | None, top_p: float | None, rng: np.random.Generator | None) -> np.ndarray:
-    "One token per row of logits (B, V)."
+    """One token per row of logits (B, V)."""
     if temperature == 0:
         return logits.argmax(-1)
     order = np.argsort(-logits, axis=-1, kind="stable")
@@ -77,7 +77,7 @@ def choose(logits: np.ndarray, temperature: float, top_k: int | None, top_p: flo
 
 
 def pad_left(rows: list[list[int]], pad: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    "Rows of ids -> ids (B, T) and mask (B, T), the padding on the left, where generation wants it."
+    """Rows of ids -> ids (B, T) and mask (B, T), the padding on the left, where generation wants it."""
     if not rows or not all(rows):
         raise ValueError("pad_left wants rows with at least one token each")
     T = max(map(len, rows))

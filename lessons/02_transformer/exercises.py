@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 from hypothesis import strategies as st
@@ -180,65 +179,65 @@ def _(q, k, v, key_mask=None, causal=False):
     return attention(q.detach(), k.detach(), v, key_mask, causal)
 
 
-# ── Attention.split ──────────────────────────────────────────────────────────────────────────────────────────────────
-split = Exercise(
-    "models.blocks:Attention.split", difficulty=2, minutes=10, hints=(
-        "self.h is the number of heads, x a Tensor.  Head h owns the features h D to (h + 1) D of every place in time.",
+# ── split_heads ───────────────────────────────────────────────────────────────────────────────────────────────────────
+split_heads = Exercise(
+    "models.blocks:split_heads", difficulty=2, minutes=10, hints=(
+        "x is a Tensor.  Head h owns the features h D to (h + 1) D of every position.",
         "A reshape never changes the order of the numbers.  Cut the last axis into (H, D) first, then move the axis H before T.",
         "x.reshape(B, T, H, D) and then x.permute(0, 2, 1, 3); B, T, C = x.shape."))
 
 
-def heads(x, h):
+def by_head(x, h):
     B, T, C = x.shape
     return np.stack([x[:, :, i * C // h:(i + 1) * C // h] for i in range(h)], axis=1)
 
 
 def split_by(f, x, h):
-    return f(SimpleNamespace(h=h), Tensor(asarray(x.copy())))
+    return f(Tensor(asarray(x.copy())), h)
 
 
-@split.law("one head: only an axis is new", x="b t c")
+@split_heads.law("one head: only an axis is new", x="b t c")
 def _(f, x):
-    close(split_by(f, x, 1), x[:, None], "split(x)")
+    close(split_by(f, x, 1), x[:, None], "split_heads(x, heads)")
 
 
-@split.law("the result has the axes batch, head, time, feature", x="b t c", h="size")
+@split_heads.law("the result has the axes batch, head, time, feature", x="b t c", h="size")
 def _(f, x, h):
-    got = host(split_by(f, np.concatenate([x] * h, -1), h), "split(x)")
-    close(np.array(got.shape), np.array((x.shape[0], h, *x.shape[1:])), "the shape of split(x)")
+    got = host(split_by(f, np.concatenate([x] * h, -1), h), "split_heads(x, heads)")
+    close(np.array(got.shape), np.array((x.shape[0], h, *x.shape[1:])), "the shape of split_heads(x, heads)")
 
 
-@split.law("head h has the features h D to (h + 1) D of each place", x="b t c", h="size")
+@split_heads.law("head h has the features h D to (h + 1) D of each position", x="b t c", h="size")
 def _(f, x, h):
     x = np.concatenate([x + 10 * i for i in range(h)], -1)
     B, T, C = x.shape
     guesses = {"time and heads are mixed: a reshape alone does not move an axis": x.reshape(B, h, T, C // h),
                "the features are dealt out like cards; a head has neighbours": x.reshape(B, T, C // h, h).transpose(0, 3, 1, 2)}
-    close(split_by(f, x, h), heads(x, h), f"split(x) for {h} heads", guesses)
+    close(split_by(f, x, h), by_head(x, h), f"split_heads(x, {h})", guesses)
 
 
-@split.wrong_answer("A reshape to (B, H, T, D) gives (B, H, T, D).", says="does not move an axis", subtle=True)
-def _(self, x):
+@split_heads.wrong_answer("A reshape to (B, H, T, D) gives (B, H, T, D).", says="does not move an axis", subtle=True)
+def _(x, heads):
     B, T, C = x.shape
-    return x.reshape(B, self.h, T, C // self.h)
+    return x.reshape(B, heads, T, C // heads)
 
 
-@split.wrong_answer("Features are dealt out to the heads in turn.", says="like cards", subtle=True)
-def _(self, x):
+@split_heads.wrong_answer("Features are dealt out to the heads in turn.", says="like cards", subtle=True)
+def _(x, heads):
     B, T, C = x.shape
-    return x.reshape(B, T, C // self.h, self.h).permute(0, 3, 1, 2)
+    return x.reshape(B, T, C // heads, heads).permute(0, 3, 1, 2)
 
 
-@split.wrong_answer("Heads are the last thing but one.", says="shape")
-def _(self, x):
+@split_heads.wrong_answer("Heads are the last thing but one.", says="shape")
+def _(x, heads):
     B, T, C = x.shape
-    return x.reshape(B, T, self.h, C // self.h)
+    return x.reshape(B, T, heads, C // heads)
 
 
-@split.wrong_answer("D is a constant of the model, 64.", says="ShapeError")
-def _(self, x):
+@split_heads.wrong_answer("D is a constant of the model, 64.", says="ShapeError")
+def _(x, heads):
     B, T, C = x.shape
-    return x.reshape(B, T, self.h, 64).permute(0, 2, 1, 3)
+    return x.reshape(B, T, heads, 64).permute(0, 2, 1, 3)
 
 
 # ── gelu_tanh ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -2,7 +2,7 @@
 # # 02 The transformer
 #
 # **Minutes:** 35, with the exercises 85. **Prerequisites:** lesson 01.
-# **Exercises:** causal_mask, softmax_attention, split, gelu_tanh
+# **Exercises:** causal_mask, softmax_attention, split_heads, gelu_tanh
 #
 # A transformer holds a text as a table of vectors, one row per token, and improves the rows layer by layer. Attention moves
 # information between rows; the MLP works on each row alone. Here attention is computed by hand inside a pretrained model, and at
@@ -147,4 +147,4 @@ for name, part, change in (("nothing", "", 1), ("√D", "attn.q", D**0.5), ("pos
 # Without its MLPs the model is worse than one that guesses, ln 2048 = 7.62: what is left was trained to lean on them. So this table tells
 # what the parts do in this model, not what a model could learn without them. Attention also costs $T^2$ weights for each head.
 #
-# **Exercises:** `tinyft start causal_mask`, `tinyft start softmax_attention`, `tinyft start split`, `tinyft start gelu_tanh`
+# **Exercises:** `tinyft start causal_mask`, `tinyft start softmax_attention`, `tinyft start split_heads`, `tinyft start gelu_tanh`

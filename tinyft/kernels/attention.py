@@ -1,12 +1,12 @@
-"""Attention on NumPy that never keeps its scores: they are computed tile by tile, used, and computed again for the gradient.
+"""Attention on NumPy that keeps no scores: they are computed tile by tile, and computed again for the gradient.
 
 With S = α Q Kᵀ + B, E = e^(S − top) and z the row sums of E, the probabilities P = E/z are never written:
 
     O = E V / z,        Ĝ = G / z,   dV = Eᵀ Ĝ,   dB = E ⊙ (Ĝ Vᵀ − Σ Ĝ O),   dQ = α dB K,   dK = dBᵀ (α Q)
 
-So memory grows with the length of the sequence, not with its square; of a causal square only the tiles below the diagonal are
-computed; and the seven passes over a tile stay in the cache.  (Dao et al. 2022, FlashAttention, with a tile of some queries by all
-their keys.)
+So memory grows with the length of the sequence, not with its square; of a causal square only the tiles below the
+diagonal are computed; and the seven passes over a tile stay in the cache.  (FlashAttention, Dao et al. 2022; here a
+tile has some queries and all their keys.)
 """
 from __future__ import annotations
 
@@ -24,8 +24,17 @@ ROWS = 64                                                # queries in a tile of 
 SAFE = 40                                                # e⁴⁰ and e⁻⁴⁰, summed and multiplied, stay far inside float32
 
 
-def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, bias: np.ndarray | None = None, *, key_mask: np.ndarray | None = None,
-              causal: bool = False, scale: float | None = None, dropout_mask: np.ndarray | None = None) -> Any:
+def attention(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    bias: np.ndarray | None = None,
+    *,
+    key_mask: np.ndarray | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    dropout_mask: np.ndarray | None = None,
+) -> Any:
     """Saves the (B, H, Tq, Tk) scores, and the copies of key/value heads that several query heads share.
 
     For q (B, H, Tq, D), k and v (B, Hkv, Tk, D) in float32, with Tk >= Tq where causal."""
@@ -50,14 +59,30 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, bias: np.ndarray | No
 class _Attention:
     """The arrays and the tiles of one call.
 
-    All arrays have the leading axes (B, H), or (B, Hkv, H/Hkv) where query heads share key/value heads; k and v then have length 1
-    on the third.  y: the output;  z: the row sums;  top: the maximum subtracted from each row of scores, None for no subtraction."""
+    All arrays have the leading axes (B, H), or (B, Hkv, H/Hkv) where query heads share key/value heads; k and v then
+    have length 1 on the third. y: the output;  z: the row sums;  top: the maximum subtracted from each row of scores,
+    None for no subtraction."""
 
-    def __init__(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, y: np.ndarray, bias: np.ndarray | None, key_mask: np.ndarray | None,
-                 causal: bool, alpha: float, dropout_mask: np.ndarray | None):
-        (B, H, t, _), s = q.shape, k.shape[2]
-        self.heads, self.kv_heads = H, k.shape[1]
-        self.q, self.k, self.v, self.y = self.grouped(q), self.grouped(k), self.grouped(v), self.grouped(y)
+    def __init__(
+        self,
+        q: np.ndarray,
+        k: np.ndarray,
+        v: np.ndarray,
+        y: np.ndarray,
+        bias: np.ndarray | None,
+        key_mask: np.ndarray | None,
+        causal: bool,
+        alpha: float,
+        dropout_mask: np.ndarray | None,
+    ):
+        B, H, t, _ = q.shape
+        s = k.shape[2]
+        self.heads = H
+        self.kv_heads = k.shape[1]
+        self.q = self.grouped(q)
+        self.k = self.grouped(k)
+        self.v = self.grouped(v)
+        self.y = self.grouped(y)
         self.alpha = np.float32(alpha)
         self.bias = None if bias is None else self.grouped(bias)
         self.dropout_mask = None if dropout_mask is None else self.grouped(dropout_mask)
@@ -75,10 +100,12 @@ class _Attention:
             bound += np.abs(bias).max()
         self.top = None if bound <= SAFE else np.empty_like(self.z)
         self.groups = tiles(B, H, self.kv_heads, t, s, causal)
-        self.saved: dict | None = {} if B * H * t * s <= TILE else None          # scores that fit the cache are kept for the gradient
+        self.saved: dict | None = {} if B * H * t * s <= TILE else None          # scores that fit the cache are kept
 
     def grouped(self, a: np.ndarray) -> np.ndarray:
-        "A view with the leading axes of the tiles.  a broadcasts to (B, H, Tq, Tk), or has one head for each key/value head."
+        """A view with the leading axes of the tiles.
+
+        a broadcasts to (B, H, Tq, Tk), or has one head for each key/value head."""
         a = a.reshape((1,) * (4 - a.ndim) + a.shape)
         if self.heads == self.kv_heads:
             return a
@@ -86,7 +113,7 @@ class _Attention:
         return a.reshape(B, self.kv_heads, -1, *matrix) if H > 1 else a.reshape(B, 1, 1, *matrix)
 
     def scores(self, at: tuple, rows: slice, cols: slice) -> np.ndarray:
-        "α Q Kᵀ + B of a tile, −∞ where a query may not look."
+        """α Q Kᵀ + B of a tile, −∞ where a query may not look."""
         x = (self.q[at][..., rows, :] * self.alpha) @ ops.t(self.k[at][..., cols, :])
         if self.bias is not None:
             x += part(self.bias, at, rows, cols)
@@ -98,7 +125,7 @@ class _Attention:
         return x
 
     def forward(self, group: list) -> None:
-        "The output and the row sums of a group of tiles."
+        """The output and the row sums of a group of tiles."""
         for tile in group:
             at, rows, cols = tile
             e = self.scores(*tile)
@@ -109,7 +136,7 @@ class _Attention:
                 e -= top
             np.exp(e, out=e)
             z[..., 0] = e @ self.ones[cols]
-            z += z == 0                                                          # a query that may look at no key gives zeros
+            z += z == 0                                  # a query that may look at no key gives zeros
             if self.saved is not None:
                 self.saved[_key(*tile)] = e
             if self.dropout_mask is not None:
@@ -117,15 +144,30 @@ class _Attention:
             o = np.matmul(e, self.v[at][..., cols, :], out=self.y[at][..., rows, :])
             o /= z
 
-    def gradients(self, g: np.ndarray, dq: np.ndarray | None, dk: np.ndarray | None, dv: np.ndarray | None, db: np.ndarray | None) -> None:
-        "Fill dq, dk and dv, and add to db; None for a gradient that is not wanted."
-        g, *wanted = (None if a is None else self.grouped(a) for a in (g, dq, dk, dv, db))
+    def gradients(
+        self,
+        g: np.ndarray,
+        dq: np.ndarray | None,
+        dk: np.ndarray | None,
+        dv: np.ndarray | None,
+        db: np.ndarray | None,
+    ) -> None:
+        """Fill dq, dk and dv, and add to db; None for a gradient that is not wanted."""
+        wanted = [None if a is None else self.grouped(a) for a in (dq, dk, dv, db)]
         groups = self.groups if db is None else merged(self.groups, wanted[3])
+        g = self.grouped(g)
         each(groups, lambda group: self.backward(group, g, *wanted))
 
-    def backward(self, group: list, g: np.ndarray, dq: np.ndarray | None, dk: np.ndarray | None, dv: np.ndarray | None,
-                 db: np.ndarray | None) -> None:
-        "The gradients that come from a group of tiles."
+    def backward(
+        self,
+        group: list,
+        g: np.ndarray,
+        dq: np.ndarray | None,
+        dk: np.ndarray | None,
+        dv: np.ndarray | None,
+        db: np.ndarray | None,
+    ) -> None:
+        """The gradients that come from a group of tiles."""
         for tile in group:
             at, rows, cols = tile
             e = self.saved[_key(*tile)] if self.saved is not None else self.again(*tile)
@@ -150,7 +192,7 @@ class _Attention:
                 o *= self.alpha
 
     def again(self, at: tuple, rows: slice, cols: slice) -> np.ndarray:
-        "E of a tile, computed a second time."
+        """E of a tile, computed a second time."""
         e = self.scores(at, rows, cols)
         if self.top is not None:
             e -= self.top[at][..., rows, :]
@@ -174,19 +216,21 @@ class _Attention:
 
 
 def longest(a: np.ndarray) -> float:
-    "The largest norm of a row of a (B, H, T, D)."
+    """The largest norm of a row of a (B, H, T, D)."""
     return np.einsum("bhtd,bhtd->bht", a, a).max()**0.5
 
 
 def queries(t: int) -> int:
-    "The number of queries of t in a tile of causal attention: with few, more of the upper triangle is left out; many make better products."
+    """The number of queries, of t, in a tile of causal attention.
+
+    With few, more of the upper triangle is left out; with many, products are faster."""
     return min(t, max(ROWS, t // 8))
 
 
 def tiles(B: int, H: int, kv_heads: int, t: int, s: int, causal: bool) -> list[list[tuple]]:
-    """For each group of heads its tiles, the last queries first: (slices of the leading axes, queries, the keys that they may look at).
+    """For each group of heads its tiles, the last queries first: (slices of the leading axes, queries, their keys).
 
-    Groups are independent.  Query heads that share a key/value head are in one tile."""
+    Groups are independent. Query heads that share a key/value head are in one tile."""
     shared = H // kv_heads
     r = queries(t) if causal else min(t, max(ROWS, TILE // (s * shared)))
     threads = get_num_threads() if B * H * t * s >= 4 * TILE else 1              # less is not worth the handing over
@@ -195,13 +239,21 @@ def tiles(B: int, H: int, kv_heads: int, t: int, s: int, causal: bool) -> list[l
     h = min(kv_heads, max(1, size // scores))
     b = max(1, size // (scores * kv_heads)) if h == kv_heads else 1
     together = () if shared == 1 else (slice(None),)
-    ends = [(i, min(i + r, t)) for i in reversed(range(0, t, r))]
-    return [[((slice(i, i + b), slice(j, j + h), *together), slice(m, n), slice(0, n + s - t if causal else s)) for m, n in ends]
-            for i in range(0, B, b) for j in range(0, kv_heads, h)]
+    rows = []
+    for start in reversed(range(0, t, r)):
+        end = min(start + r, t)
+        keys = end + s - t if causal else s
+        rows.append((slice(start, end), slice(0, keys)))
+    groups = []
+    for i in range(0, B, b):
+        for j in range(0, kv_heads, h):
+            at = (slice(i, i + b), slice(j, j + h), *together)
+            groups.append([(at, queries_of_tile, keys) for queries_of_tile, keys in rows])
+    return groups
 
 
 def merged(groups: list[list[tuple]], db: np.ndarray) -> list[list[tuple]]:
-    "The groups of tiles, those that add to the same part of db made one: independent again, and added in a fixed order."
+    """The groups of tiles; those that add to the same part of db are made one. Independent, and in a fixed order."""
     found: dict[tuple, list[tuple]] = {}
     for group in groups:
         batch, heads = group[0][0][:2]
@@ -211,7 +263,7 @@ def merged(groups: list[list[tuple]], db: np.ndarray) -> list[list[tuple]]:
 
 
 def part(a: np.ndarray, at: tuple, rows: slice, cols: slice) -> np.ndarray:
-    "A tile of an array that broadcasts to the scores, a view."
+    """A tile of an array that broadcasts to the scores, a view."""
     return a[tuple(slice(None) if n == 1 else i for n, i in zip(a.shape, (*at, rows, cols)))]
 
 

@@ -1,4 +1,4 @@
-"The transformers, each in one file; their parts are in blocks.py."
+"""The transformers, each in one file; their parts are in blocks.py."""
 from .bert import BERT, BERTConfig
 from .gpt import GPT, GPTConfig
 

@@ -2,7 +2,7 @@
 
     x = norm0(E[ids] + P[pos] + S[types]);   L × (x ← norm1(x + attn x);  x ← norm2(x + mlp x))
 
-Heads: masked language model  logits = norm(gelu(W x + b)) Eᵀ + b';  classifier  Wc tanh(Wp x_[CLS] + bp) + bc;  or none.
+Heads: masked language model  logits = norm(gelu(W x + b)) Eᵀ + b';  classifier  Wc tanh(Wp x_[CLS] + bp) + bc;  none.
 Linear maps N(0, std²), embeddings N(0, 0.02²); GELU in its exact form; ε = 1e-12 everywhere.
 """
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .blocks import MLP, Attention, Classifier, PostNormBlock, apply_head, embed
 
 @dataclass(frozen=True)
 class BERTConfig:
-    "Sizes: vocabulary V, positions T, token types S, width C, layers L, heads H, feed-forward width F (4 C if None)."
+    """Sizes: vocabulary V, positions T, token types S, width C, layers L, heads H, feed-forward width F (None: 4 C)."""
     vocab: int = 30522
     positions: int = 512
     token_types: int = 2
@@ -35,7 +35,7 @@ class BERTConfig:
 
 
 class MaskedHead(Module):
-    "logits = norm(gelu(W x + b)) Eᵀ + b'.    (..., C) -> (..., V)"
+    """logits = norm(gelu(W x + b)) Eᵀ + b'.    (..., C) -> (..., V)"""
 
     def __init__(self, embed: Embedding, *, eps: float, rng: np.random.Generator):
         width = embed.out_features
@@ -51,10 +51,10 @@ class MaskedHead(Module):
 
 
 class Pooler(Module):
-    "tanh(W x_[CLS] + b).    (B, C) -> (B, C)"
+    """tanh(W x_[CLS] + b).    (B, C) -> (B, C)"""
 
     def __init__(self, width: int, *, rng: np.random.Generator):
-        self.dense = Linear(width, width, rng=rng, std=width**-0.5)              # keeps the size of its input, as Classifier does
+        self.dense = Linear(width, width, rng=rng, std=width**-0.5)     # a new pooler keeps the size of its input
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         return ops.tanh(self.dense(x, ctx))
@@ -63,10 +63,16 @@ class Pooler(Module):
 class BERT(Module):
     """model(ids (B, T), mask=..., token_type_ids=...) -> the output of its head.
 
-    head="mlm": logits (B, T, V) of the masked-language-model head.  head=None: hidden states (B, T, C).  With a new head
-    (tinyft.classifier): class scores (B, classes)."""
+    head="mlm": logits (B, T, V) of the masked-language-model head.  head=None: hidden states (B, T, C).  With a new
+    head (tinyft.classifier): class scores (B, classes)."""
 
-    def __init__(self, config: BERTConfig = BERTConfig(), seed: int = 0, head: str | None = "mlm", pooler: bool = False):
+    def __init__(
+        self,
+        config: BERTConfig = BERTConfig(),
+        seed: int = 0,
+        head: str | None = "mlm",
+        pooler: bool = False,
+    ):
         c = config
         rng = np.random.default_rng(seed)
         hidden = c.hidden or 4 * c.width
@@ -90,12 +96,12 @@ class BERT(Module):
 
     @property
     def stacks(self) -> dict[str, list[str]]:
-        "The paths of the blocks of each stack, bottom to top."
+        """The paths of the blocks of each stack, bottom to top."""
         return {"encoder": [f"blocks.{i}" for i in range(len(self.blocks))]}
 
     @property
     def top_modules(self) -> tuple[str, ...]:
-        "The paths of the modules above the blocks."
+        """The paths of the modules above the blocks."""
         return tuple(name for name in ("pooler", "head") if getattr(self, name) is not None)
 
     def forward(self, ids: Any, ctx: Context) -> Tensor:

@@ -6,6 +6,7 @@ B batch, T time, C width, H heads, D = C/H head width, F feed-forward width, V v
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,73 +19,210 @@ from ..tensor import Tensor
 
 
 class KV(Module):
-    """(k, v, key_mask) -> the keys and values that the queries look at.    k, v (B, H, Tk, D);  key_mask (B, Tk) bool, None if all keys are real
+    """(k, v, key_mask) -> the keys and values that the queries look at.
 
-    The cache joins here.  A prefix is an edit of this part: it comes after the cache, so it is never cached twice."""
+    k, v (B, H, Tk, D), H the number of key/value heads; key_mask (B, Tk) bool, None if all keys are real. The cache
+    joins here. A prefix is an edit of this part: it comes after the cache, so it is never cached twice.
 
-    def __init__(self, heads: int, head_width: int):
+    cached: False for cross-attention, whose keys and values do not grow with the text."""
+
+    def __init__(self, heads: int, head_width: int, *, cached: bool = True):
         self.heads = heads
         self.head_width = head_width
+        self.cached = cached
 
     def forward(self, kv: tuple, ctx: Context) -> tuple:
         k, v, key_mask = kv
-        if ctx.cache is not None:
+        if self.cached and ctx.cache is not None:
             k, v = ctx.cache.join(self, k, v)
         return k, v, key_mask
 
 
+class Rotary:
+    """Rotary positions: the pair (xᵢ, xᵢ₊D⸝₂) of a head is rotated by the angle position · base^(−2i/D).
+
+    q · k then depends on the distance of their positions alone. The pairs are Llama's: the two halves of a head, not
+    neighbours.  Su et al. 2021, §3.2
+
+    width: the width D of a head, an even number."""
+
+    def __init__(self, width: int, *, base: float = 10000.0):
+        if width % 2:
+            raise ValueError(f"rotary positions want heads of an even width, got {width}")
+        self.width = width
+        self.base = base
+
+    def __call__(self, x: Tensor, ctx: Context) -> Tensor:
+        """x (B, H, T, D), rotated by the positions of ctx."""
+        cos, sin = self.factors(x, ctx)
+        half = self.width // 2
+        turned = ops.concatenate(-x[..., half:], x[..., :half], axis=-1)
+        return x * cos + turned * sin
+
+    def factors(self, x: Tensor, ctx: Context) -> tuple[Array, Array]:
+        """cos and sin of the angles, (B or 1, 1, T, D), both halves the same. Computed once in a pass."""
+        key = ("rotary", self.width, self.base, x.shape[2])
+        if key not in ctx.scratch:
+            positions = ctx.positions()                                          # (B or 1, T)
+            m = xp(positions)
+            dtype = np.promote_types(x.dtype, np.float32)
+            frequencies = m.exp(m.arange(0, self.width, 2).astype(dtype) * (-math.log(self.base) / self.width))
+            angles = positions[:, None, :, None].astype(dtype) * frequencies     # (B or 1, 1, T, D/2)
+            angles = m.concatenate([angles, angles], axis=-1)
+            ctx.scratch[key] = m.cos(angles).astype(x.dtype), m.sin(angles).astype(x.dtype)
+        return ctx.scratch[key]
+
+
 class Attention(Module):
-    """softmax(q kᵀ / √D) v over H heads, then o.    (B, T, C) -> (B, T, C)
+    """softmax(α q kᵀ + bias) v over H heads, then o.    (B, T, C) -> (B, T, C)
 
-    std: standard deviation of the initial maps; out_std: of the map o, if it is another."""
+    Self-attention; with cross=True the keys and values come from `ctx.source`, the encoder's Context: its last hidden
+    state (B, Ts, C) and its mask. In order: project, rotate, `kv` (cache, prefix), bias, attention, o.
 
-    def __init__(self, width: int, heads: int, *, rng: np.random.Generator, causal: bool, dropout: float = 0.0, std: float = 0.02,
-                 out_std: float | None = None):
-        if width % heads:
-            raise ValueError(f"{heads} heads do not divide a width of {width}")
-        self.h, self.causal = heads, causal
+    heads H; key_value_heads, a divisor of H: fewer heads of keys and values (None: H); head_width D (None: C / H)
+    causal: no query looks at a later key;  scale α (None: 1/√D);  bias: of the maps q, k, v and o
+    rotary: a Rotary, which rotates queries and keys
+    relative_bias: a module, (Tq, Tk) -> bias (1, H, Tq, Tk), with the last query at the position of the last key
+    std: standard deviation of the initial maps;  out_std: of the map o, if it is another"""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        rng: np.random.Generator,
+        causal: bool = False,
+        cross: bool = False,
+        key_value_heads: int | None = None,
+        head_width: int | None = None,
+        scale: float | None = None,
+        bias: bool = True,
+        rotary: Rotary | None = None,
+        relative_bias: Module | None = None,
+        dropout: float = 0.0,
+        std: float = 0.02,
+        out_std: float | None = None,
+    ):
+        if head_width is None:
+            if width % heads:
+                raise ValueError(f"{heads} heads do not divide a width of {width}")
+            head_width = width // heads
+        key_value_heads = heads if key_value_heads is None else key_value_heads
+        if heads % key_value_heads:
+            raise ValueError(f"{key_value_heads} key/value heads do not divide {heads} heads")
+        if cross and (causal or rotary is not None):
+            raise ValueError("cross-attention wants neither causal nor rotary: source and text do not share positions")
+        if rotary is not None and rotary.width != head_width:
+            raise ValueError(f"rotary positions of width {rotary.width} do not fit heads of width {head_width}")
+        self.heads = heads
+        self.key_value_heads = key_value_heads
+        self.head_width = head_width
+        self.causal = causal
+        self.cross = cross
+        self.scale = scale
         self.in_features = self.out_features = width
-        self.q = Linear(width, width, rng=rng, std=std)
-        self.k = Linear(width, width, rng=rng, std=std)
-        self.v = Linear(width, width, rng=rng, std=std)
-        self.kv = KV(heads, width // heads)
-        self.o = Linear(width, width, rng=rng, std=out_std or std)
+        self.q = Linear(width, heads * head_width, rng=rng, bias=bias, std=std)
+        self.k = Linear(width, key_value_heads * head_width, rng=rng, bias=bias, std=std)
+        self.v = Linear(width, key_value_heads * head_width, rng=rng, bias=bias, std=std)
+        self.kv = KV(key_value_heads, head_width, cached=not cross)
+        self.o = Linear(heads * head_width, width, rng=rng, bias=bias, std=out_std or std)
         self.drop_p = Dropout(dropout)
         self.drop = Dropout(dropout)
+        self.relative_bias = relative_bias
+        self._rotary = rotary
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        q, k, v = self.project(x, ctx)                                           # (B, H, T, D)
-        k, v, key_mask = self.kv((k, v, ctx.key_mask()), ctx)                    # (B, H, Tk, D)
+        if self.cross:
+            q = split_heads(self.q(x, ctx), self.heads)                          # (B, H, Tq, D)
+            k, v, key_mask = self.read_source(ctx)                               # (B, Hkv, Tk, D)
+        else:
+            q, k, v = self.project(x, ctx)
+            key_mask = ctx.key_mask()                                            # (B, Tk)
+        if self._rotary is not None:
+            q = self._rotary(q, ctx)
+            k = self._rotary(k, ctx)
+        k, v, key_mask = self.kv((k, v, key_mask), ctx)
         if key_mask is not None:
             key_mask = key_mask[:, None, None, :]                                # (B, 1, 1, Tk)
+        bias = None if self.relative_bias is None else self.read_bias(q, k, ctx)
         key = self.drop_p.key(ctx)
         dropout_mask = None if key is None else self.dropout_mask(q, k, key)
-        y = ops.attention(q, k, v, key_mask=key_mask, causal=self.causal, dropout_mask=dropout_mask)     # (B, H, T, D)
-        return self.drop(self.o(y.permute(0, 2, 1, 3).reshape(x.shape), ctx), ctx)
+        inputs = (q, k, v) if bias is None else (q, k, v, bias)
+        y = ops.attention(*inputs, key_mask=key_mask, causal=self.causal, scale=self.scale, dropout_mask=dropout_mask)
+        B, H, T, D = y.shape
+        return self.drop(self.o(y.permute(0, 2, 1, 3).reshape((B, T, H * D)), ctx), ctx)
 
     def project(self, x: Tensor, ctx: Context) -> Sequence[Tensor]:
-        "Queries, keys and values, by heads.  Where nothing is attached to the three maps, and a kernel can, they are one product."
-        maps = self.q, self.k, self.v
-        plain = lambda f: type(f) is Linear and not f.edits and type(f.weight) is Parameter and f.bias is not None
-        if dispatch.find(ops.project, type(x.data)) and all(map(plain, maps)):
-            return ops.project(x, *(p for f in maps for p in (f.weight, f.bias)), heads=self.h)
-        return [self.split(f(x, ctx)) for f in maps]
+        """Queries, keys and values of x, by heads: (B, T, C) -> (B, H, T, D) and two of (B, Hkv, T, D).
 
-    def split(self, x: Tensor) -> Tensor:
-        "(B, T, C) -> (B, H, T, D): head h owns the features h D : (h + 1) D"
-        B, T, C = x.shape
-        return x.reshape(B, T, self.h, C // self.h).permute(0, 2, 1, 3)
+        One product, if there is a kernel for it and nothing is attached to the three maps."""
+        maps = (self.q, self.k, self.v)
+        together = self.heads == self.key_value_heads and dispatch.find(ops.project, type(x.data))
+        if together and all(is_plain(linear) for linear in maps):
+            weights = [p for linear in maps for p in (linear.weight, linear.bias)]
+            return ops.project(x, *weights, heads=self.heads)
+        q = split_heads(self.q(x, ctx), self.heads)
+        k = split_heads(self.k(x, ctx), self.key_value_heads)
+        v = split_heads(self.v(x, ctx), self.key_value_heads)
+        return q, k, v
+
+    def read_source(self, ctx: Context) -> tuple[Tensor, Tensor, Array | None]:
+        """Keys and values of the source (B, Hkv, Ts, D), and its mask (B, Ts).
+
+        Once in a pass, or once for all passes that share a cache."""
+        source = ctx.need("source")
+        if source.last_hidden_state is None:
+            raise ValueError("cross-attention wants a source on which the encoder has run, got no hidden states")
+
+        def compute() -> tuple[Tensor, Tensor]:
+            x = source.last_hidden_state                                         # (B, Ts, C)
+            k = split_heads(self.k(x, source), self.key_value_heads)
+            return k, split_heads(self.v(x, source), self.key_value_heads)
+        k, v = compute() if ctx.cache is None else ctx.cache.once(self, compute)
+        return k, v, source.key_mask()
+
+    def read_bias(self, q: Tensor, k: Tensor, ctx: Context) -> Tensor:
+        """The relative-position bias (1, H, Tq, Tk). 0 for the keys of a prefix, which come first."""
+        queries = q.shape[2]
+        keys = ctx.source.last_hidden_state.shape[1] if self.cross else ctx.past_length + queries
+        bias = self.relative_bias((queries, keys), ctx)                          # (1, H, Tq, Tk without prefix)
+        prefix = k.shape[2] - keys
+        if prefix == 0:
+            return bias
+        zeros = xp(bias.data).zeros((*bias.shape[:-1], prefix), bias.dtype)
+        return ops.concatenate(Tensor(zeros), bias, axis=-1)
 
     def dropout_mask(self, q: Tensor, k: Tensor, key: int) -> Array:
-        "Factors of the probabilities, (B, H, T, Tk): the dropout of ones."
-        return ops.dropout(Tensor(xp(q.data).ones((*q.shape[:-1], k.shape[-2]), q.dtype)), self.drop_p.p, key).data
+        """Factors of the probabilities, (B, H, Tq, Tk): the dropout of ones."""
+        ones = xp(q.data).ones((*q.shape[:-1], k.shape[-2]), q.dtype)
+        return ops.dropout(Tensor(ones), self.drop_p.p, key).data
+
+
+def is_plain(linear: Module) -> bool:
+    """True for a dense Linear with a bias and without edits."""
+    return type(linear) is Linear and not linear.edits and type(linear.weight) is Parameter and linear.bias is not None
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, T, H D) -> (B, H, T, D): head h owns the features h D : (h + 1) D."""
+    B, T, width = x.shape
+    return x.reshape(B, T, heads, width // heads).permute(0, 2, 1, 3)
 
 
 class MLP(Module):
-    "down(act(up(x))).    (..., C) -> (..., F) -> (..., C)"
+    """down(act(up(x))).    (..., C) -> (..., F) -> (..., C)"""
 
-    def __init__(self, width: int, hidden: int, *, activation: Callable, rng: np.random.Generator, dropout: float = 0.0, std: float = 0.02,
-                 out_std: float | None = None):
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        *,
+        activation: Callable,
+        rng: np.random.Generator,
+        dropout: float = 0.0,
+        std: float = 0.02,
+        out_std: float | None = None,
+    ):
         self.in_features = self.out_features = width
         self.up = Linear(width, hidden, rng=rng, std=std)
         self.down = Linear(hidden, width, rng=rng, std=out_std or std)
@@ -96,7 +234,7 @@ class MLP(Module):
 
 
 class PreNormBlock(Module):
-    "x ← x + attn(norm1 x);  x ← x + mlp(norm2 x)      (GPT-2)"
+    """x ← x + attn(norm1 x);  x ← x + mlp(norm2 x)      (GPT-2)"""
     sublayers = [("attn", "norm1"), ("mlp", "norm2")]    # (module, its norm), in the order in which they run
 
     def __init__(self, attn: Attention, mlp: MLP, *, eps: float):
@@ -113,7 +251,7 @@ class PreNormBlock(Module):
 
 
 class PostNormBlock(Module):
-    "x ← norm1(x + attn x);  x ← norm2(x + mlp x)      (BERT, and the transformer of 2017)"
+    """x ← norm1(x + attn x);  x ← norm2(x + mlp x)      (BERT, and the transformer of 2017)"""
     sublayers = [("attn", "norm1"), ("mlp", "norm2")]
 
     def __init__(self, attn: Attention, mlp: MLP, *, eps: float):
@@ -130,10 +268,9 @@ class PostNormBlock(Module):
 
 
 def run_blocks(blocks: Sequence[Module], x: Tensor, ctx: Context) -> Tensor:
-    "x (B, T, C) through a stack of blocks, bottom to top -> (B, T, C).  If asked, ctx keeps the input of every block."
+    """x (B, T, C) through a stack of blocks, bottom to top -> (B, T, C). If asked, ctx keeps every block's input."""
     for block in blocks:
-        if ctx.output_hidden_states:
-            ctx.hidden_states.append(x)
+        ctx.add_hidden_state(x)
         x = block(x, ctx)
     return x
 
@@ -141,8 +278,8 @@ def run_blocks(blocks: Sequence[Module], x: Tensor, ctx: Context) -> Tensor:
 def embed_tokens(embed: Embedding, ids: Any, ctx: Context, positions: int) -> Tensor:
     """ids (B, T), or embeddings (B, T, C) in their place, -> (B, T, C).  The first line of a model's forward pass.
 
-    An edit of `embed` may lengthen the sequence (a soft prompt); ctx then knows.  IndexError for an id outside the vocabulary,
-    ValueError for a sequence that is longer than the model's number of positions."""
+    An edit of `embed` may lengthen the sequence (a soft prompt); ctx then knows. IndexError for an id outside the
+    vocabulary, ValueError for a sequence that is longer than the model's number of positions."""
     check_ids(ids, embed.in_features)
     weight = embed.weight
     on_device = weight.data if isinstance(weight, Tensor) else next(iter(weight.own(Array).values()))
@@ -156,11 +293,10 @@ def embed_tokens(embed: Embedding, ids: Any, ctx: Context, positions: int) -> Te
 def apply_head(head: Module | None, hidden: Tensor, ctx: Context, pooler: Module | None = None) -> Tensor:
     """The output of a model from its last hidden states (B, T, C).  Both are kept in ctx.
 
-    A classifier reads one position of each sequence, through the pooler if there is one -> (B, classes).  Another head reads
-    every position, or those of ctx.logit_positions -> (..., V).  Without a head the hidden states are the output."""
+    A classifier reads one position of each sequence, through the pooler if there is one -> (B, classes). Another head
+    reads every position, or those of ctx.logit_positions -> (..., V). Without a head: the hidden states."""
     ctx.last_hidden_state = hidden
-    if ctx.output_hidden_states:
-        ctx.hidden_states.append(hidden)
+    ctx.add_hidden_state(hidden)
     if isinstance(head, Classifier):
         pooled = head.row(hidden, ctx)                                           # (B, C)
         if pooler is not None:
@@ -174,39 +310,56 @@ def apply_head(head: Module | None, hidden: Tensor, ctx: Context, pooler: Module
 
 
 def sinusoids(T: int, c: int) -> np.ndarray:
-    "(T, C): sin(p wᵢ) in the first half, cos(p wᵢ) in the second, wᵢ = 10000^(−2i/C).  A shift is a rotation of it.  Vaswani et al. 2017, §3.5"
+    """(T, C): sin(p wᵢ) in the first half, cos(p wᵢ) in the second, wᵢ = 10000^(−2i/C).    Vaswani et al. 2017, §3.5
+
+    A shift of the positions rotates each pair (sin, cos)."""
     angle = np.arange(T)[:, None] * 10000.0**(-np.arange(0, c, 2) / c)
     return np.concatenate([np.sin(angle), np.cos(angle)], axis=1).astype(np.float32)
 
 
 class Classifier(Module):
-    """Scores of a row's class.    (B, T, C) -> (B, classes)
+    """Class scores of a sequence, from one of its positions.    (B, C) -> (B, classes)
 
-    Which row speaks: the first (BERT's [CLS]) or the last real one (GPT).  Drawn from N(0, 1/C), so that a narrow model hears its task
-    from the first step as a wide one does; with the 0.02 that suits C = 768, one of 128 hears a quarter of it at the start."""
+    last: read the last real position (GPT); otherwise the first (BERT's [CLS]).
 
-    def __init__(self, width: int, classes: int, *, rng: np.random.Generator, last: bool, bias: bool = True, dropout: float = 0.0):
+    The weight is N(0, 1/C), so that the scores of a narrow model are as large at the start as those of a wide one. With
+    the usual 0.02, which suits C = 768, the scores of a model with C = 128 would start at a quarter of that size."""
+
+    def __init__(
+        self,
+        width: int,
+        classes: int,
+        *,
+        rng: np.random.Generator,
+        last: bool,
+        bias: bool = True,
+        dropout: float = 0.0,
+    ):
         self.last = last
         self.drop = Dropout(dropout)
         self.out = Linear(width, classes, rng=rng, bias=bias, std=width**-0.5)
 
-    in_features, out_features = property(lambda self: self.out.in_features), property(lambda self: self.out.out_features)
+    in_features = property(lambda self: self.out.in_features)
+    out_features = property(lambda self: self.out.out_features)
 
     def row(self, x: Tensor, ctx: Context) -> Tensor:
-        "(B, T, C) -> (B, C)"
+        """(B, T, C) -> (B, C)"""
         if not self.last:
             return x[:, 0]
         if ctx.mask is None:
             return x[:, -1]
-        m, (B, T) = xp(x.data), x.shape[:2]
-        return x[m.arange(B), T - 1 - m.argmax(m.flip(ctx.mask[:, -T:], axis=1), axis=1)]      # a soft prompt's rows are gone from x
+        m = xp(x.data)
+        B, T = x.shape[:2]
+        real = ctx.mask[:, -T:]          # the rows of a soft prompt are gone from x
+        last = T - 1 - m.argmax(m.flip(real, axis=1), axis=1)
+        return x[m.arange(B), last]
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         return self.out(self.drop(x, ctx), ctx)
 
 
 def check_ids(ids: object, rows: int) -> None:
-    "One clear sentence for what would otherwise be a wrong row.  Host arrays only: a device is not waited for."
+    """One clear sentence for what would otherwise be a wrong row.  Host arrays only: a device is not waited for."""
     if isinstance(ids, (np.ndarray, list)):
         a = np.asarray(ids)
         if a.size and a.dtype.kind not in "iu":
@@ -216,7 +369,7 @@ def check_ids(ids: object, rows: int) -> None:
 
 
 def check_length(x: Tensor, ctx: Context, T: int, positions: int) -> None:
-    "x (B, T + prompt, C) after the cached rows must fit the positions."
+    """x (B, T + prompt, C) after the cached rows must fit the positions."""
     total = ctx.past_length + ctx.position_shift + x.shape[1]
     if total > positions:
         parts = {"cached": ctx.past_length, "a prefix": ctx.position_shift, "a soft prompt": x.shape[1] - T}

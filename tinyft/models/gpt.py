@@ -2,7 +2,8 @@
 
     x = E[ids] + P[pos];   L × (x ← x + attn(norm1 x);  x ← x + mlp(norm2 x));   logits = norm(x) Eᵀ
 
-Linear maps N(0, std²), those that write into the residual stream N(0, std²/2L); embeddings N(0, 0.02²); GELU in its tanh form; ε = 1e-5.
+Linear maps N(0, std²), those that write into the residual stream N(0, std²/2L); embeddings N(0, 0.02²); GELU in its
+tanh form; ε = 1e-5.
 """
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from .blocks import MLP, Attention, Classifier, PreNormBlock, apply_head, embed_
 
 @dataclass(frozen=True)
 class GPTConfig:
-    "Sizes: vocabulary V, positions T, width C, layers L, heads H, feed-forward width F (4 C if None)."
+    """Sizes: vocabulary V, positions T, width C, layers L, heads H, feed-forward width F (4 C if None)."""
     vocab: int = 50257
     positions: int = 1024
     width: int = 768
@@ -32,7 +33,9 @@ class GPTConfig:
 
 
 class GPT(Module):
-    "model(ids (B, T)) -> logits (B, T, V).  With a new head (tinyft.classifier): (B, classes), from the last real token."
+    """model(ids (B, T)) -> logits (B, T, V).
+
+    With a new head (tinyft.classifier): class scores (B, classes), from the last real token."""
 
     def __init__(self, config: GPTConfig = GPTConfig(), seed: int = 0):
         c = config
@@ -58,7 +61,7 @@ class GPT(Module):
 
     @property
     def stacks(self) -> dict[str, list[str]]:
-        "The paths of the blocks of each stack, bottom to top."
+        """The paths of the blocks of each stack, bottom to top."""
         return {"decoder": [f"blocks.{i}" for i in range(len(self.blocks))]}
 
     def forward(self, ids: Any, ctx: Context) -> Tensor:
@@ -70,7 +73,7 @@ class GPT(Module):
         return apply_head(self.head, hidden, ctx)
 
     def new_head(self, classes: int, rng: np.random.Generator) -> None:
-        "Put a classifier of the last real token in the place of the language-model head."
+        """Put a classifier of the last real token in the place of the language-model head."""
         self.head = Classifier(self.config.width, classes, rng=rng, last=True, bias=False)
         self.embed.tied = False
         self.head_modules = ("head",)

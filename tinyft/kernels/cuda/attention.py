@@ -1,7 +1,7 @@
-"""Attention on CUDA: products by cuBLAS that read heads where they lie, and between them one kernel over the scores (attention.cu).
+"""Attention on CUDA: products by cuBLAS, and between them one kernel over the scores (attention.cu).
 
-Query heads that share a key/value head are one matrix in a product, their rows one below the other: keys and values are not copied,
-and the product sums their gradients over the group.
+The products read heads where they lie. Query heads that share a key/value head are one matrix in a product, their rows
+one below the other: keys and values are not copied, and the product sums their gradients over the group.
 """
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from .launch import C_TYPES, THREADS, contiguous, empty, launch, warp_blocks
 LONG = 256                                                                       # queries of a part
 
 
-def attention(q: Array, k: Array, v: Array, bias: Array | None = None, *, key_mask: Array | None = None, causal: bool = False,
-              scale: float | None = None, dropout_mask: Array | None = None) -> Any:
+def attention(q: Array, k: Array, v: Array, bias: Array | None = None, *, key_mask: Array | None = None,
+              causal: bool = False, scale: float | None = None, dropout_mask: Array | None = None) -> Any:
     """Saves the masks, the copies of shared key/value heads, and all passes but one over the scores.
 
-    Of a long causal sequence it also saves the scores that no query looks at: queries are processed in parts, each beside the keys
-    up to its end."""
+    Of a long causal sequence it also saves the scores that no query looks at: queries are processed in parts, each
+    beside the keys up to its end."""
     shape = ops.attention_shape(q, k, v, bias, key_mask, dropout_mask)           # (..., H, Tq, Tk)
     floats = [a for a in (q, k, v, bias, dropout_mask) if a is not None]
     if not (q.ndim <= 4 and q.dtype in C_TYPES and all(a.dtype == q.dtype and a.size for a in floats)
             and (key_mask is None or key_mask.dtype == bool)):
         return NotImplemented
     group = q.shape[-3] // k.shape[-3] if q.ndim > 2 else 1
-    q, k, v = (gemm.readable(a) for a in (q, k, v))                              # copied at most once, for both directions
+    q, k, v = (gemm.readable(a) for a in (q, k, v))      # copied at most once, for both directions
     alpha = float(q.shape[-1]**-0.5 if scale is None else scale)
     bias_shape = None if bias is None else bias.shape
     bias = _all_axes(bias, shape)
@@ -41,20 +41,21 @@ def attention(q: Array, k: Array, v: Array, bias: Array | None = None, *, key_ma
     y = empty(q, (*shape[:-1], v.shape[-1]))
     parts = []
     for rows, keys in _parts(*shape[-2:], causal):
-        part = _Scores(_rows(q, rows), _rows(k, keys), _cut(bias, rows, keys), _cut(key_mask, rows, keys), causal, alpha,
-                       _cut(dropout_mask, rows, keys), group)
+        masks = [_cut(a, rows, keys) for a in (bias, key_mask, dropout_mask)]
+        part = _Scores(_rows(q, rows), _rows(k, keys), *masks, causal, alpha, group)
         _multiply_into(_rows(y, rows), part.dropped, _rows(v, keys), group)
         part.dropped = None
         parts.append((rows, keys, part))
 
     def back(g: Array, needed: list[bool]) -> tuple:
         g = gemm.readable(g)
-        wide = np.float32 if len(parts) > 1 else q.dtype                         # the sum of several parts is rounded at the end
+        wide = np.float32 if len(parts) > 1 else q.dtype                # a sum of several parts is rounded last
         dq = empty(q, q.shape) if needed[0] else None
         dk = empty(q, k.shape, wide) if needed[1] else None
         dv = empty(q, v.shape, wide) if needed[2] else None
         db = xp(q).zeros(bias.shape, np.float32) if any(needed[3:]) else None
-        for i, (rows, keys, part) in enumerate(reversed(parts)):                 # the last part has all keys, and writes; the others add
+        # The last part has all keys: it comes first and writes. The others add.
+        for i, (rows, keys, part) in enumerate(reversed(parts)):
             G = _fold(_rows(g, rows), group)
             if dv is not None:
                 gemm.matmul(t(_fold(part.after_dropout(), group)), G, out=_rows(dv, keys), add=i > 0)
@@ -76,41 +77,45 @@ def attention(q: Array, k: Array, v: Array, bias: Array | None = None, *, key_ma
 
 
 class _Scores:
-    """The probabilities of some queries over some keys.    p (..., H, t, n);  dropped: p after dropout, for the product with v
+    """The probabilities p (..., H, t, n) of some queries over some keys, and `dropped`, the same after dropout.
 
     q (..., H, t, D) and k (..., Hkv, n, D); the other arrays broadcast to p, with as many axes."""
 
-    def __init__(self, q: Array, k: Array, bias: Array | None, key_mask: Array | None, causal: bool, alpha: float,
-                 dropout_mask: Array | None, group: int):
+    def __init__(self, q: Array, k: Array, bias: Array | None, key_mask: Array | None, dropout_mask: Array | None,
+                 causal: bool, alpha: float, group: int):
         queries, n = q.shape[-2], k.shape[-2]
         s = gemm.matmul_float32(_fold(q, group), t(k))
         if group > 1:
             s = s.reshape(*q.shape[:-1], n)
         rows = s.size // n
         heads = s.shape[-3] if s.ndim > 2 else 1
-        self.dropout_mask, self.alpha = dropout_mask, alpha
+        self.dropout_mask = dropout_mask
+        self.alpha = alpha
         self.sizes = np.int64(rows), n
-        self.p = s if s.dtype == q.dtype else empty(q, s.shape)                  # in the memory of the scores, if it can be
+        self.p = s if s.dtype == q.dtype else empty(q, s.shape)         # over the scores, if they have its dtype
         self.dropped = self.p if dropout_mask is None else empty(q, s.shape)
-        launch("attention.cu", "masked_softmax", warp_blocks(rows), THREADS, s, bias, key_mask, dropout_mask, self.p, self.dropped,
-               *self.sizes, queries, heads, causal, alpha, *_strides(bias), *_strides(key_mask), T=q.dtype)
+        launch("attention.cu", "masked_softmax", warp_blocks(rows), THREADS,
+               s, bias, key_mask, dropout_mask, self.p, self.dropped, *self.sizes, queries, heads, causal, alpha,
+               *_strides(bias), *_strides(key_mask), T=q.dtype)
 
     def after_dropout(self) -> Array:
         return self.p if self.dropout_mask is None else self.p * self.dropout_mask
 
     def back(self, dp: Array, bias_needed: bool) -> tuple[Array, Array | None]:
-        "dP (float32), whose memory may be written over -> dS (..., H, t, n), and dB in float32 if it is needed"
+        """dP (float32), whose memory may be written over -> dS (..., H, t, n), and dB in float32 if it is needed"""
         p, (rows, n) = self.p, self.sizes
         dp = dp.reshape(p.shape)
         ds = dp if dp.dtype == p.dtype else empty(p, p.shape)
         db = empty(p, p.shape, np.float32) if bias_needed else None
-        launch("attention.cu", "masked_softmax_back", warp_blocks(int(rows)), THREADS, p, self.dropout_mask, dp, ds, db, rows, n, self.alpha,
-               T=p.dtype)
+        launch("attention.cu", "masked_softmax_back", warp_blocks(int(rows)), THREADS,
+               p, self.dropout_mask, dp, ds, db, rows, n, self.alpha, T=p.dtype)
         return ds, db
 
 
 def _parts(queries: int, keys: int, causal: bool) -> list[tuple[slice, slice]]:
-    "The queries of each part, and the keys that they may look at.  A causal sequence of several times LONG has several parts."
+    """The queries of each part, and the keys that they may look at.
+
+    A causal sequence of several times LONG has several parts."""
     if not causal or queries < 2 * LONG or keys < queries:
         return [(slice(0, queries), slice(0, keys))]
     ends = [(start, min(start + LONG, queries)) for start in range(0, queries, LONG)]
@@ -118,17 +123,19 @@ def _parts(queries: int, keys: int, causal: bool) -> list[tuple[slice, slice]]:
 
 
 def _rows(a: Array, rows: slice) -> Array:
-    "These rows of each matrix; all of them: a itself, since a view costs the host as much as a launch."
+    """These rows of each matrix; all of them: a itself, since a view costs the host as much as a launch."""
     return a if rows.stop - rows.start == a.shape[-2] else a[..., rows, :]
 
 
 def _fold(a: Array, group: int) -> Array:
-    "(..., H, m, n) -> (..., H/group, group m, n): the matrices of a group of heads one below the other.  A copy if a is not contiguous."
+    """(..., H, m, n) -> (..., H/group, group m, n): the matrices of a group of heads, one below the other.
+
+    A copy if a is not contiguous."""
     return a if group == 1 else a.reshape(*a.shape[:-3], a.shape[-3] // group, group * a.shape[-2], a.shape[-1])
 
 
 def _multiply_into(out: Array, a: Array, b: Array, group: int) -> None:
-    "out ← a b;  a (..., H, m, n) contiguous, b (..., Hkv, n, k), out (..., H, m, k)"
+    """out ← a b;  a (..., H, m, n) contiguous, b (..., Hkv, n, k), out (..., H, m, k)"""
     if group == 1:
         gemm.matmul(a, b, out=out)
     elif out.flags.c_contiguous:
@@ -138,12 +145,12 @@ def _multiply_into(out: Array, a: Array, b: Array, group: int) -> None:
 
 
 def _all_axes(a: Array | None, shape: tuple) -> Array | None:
-    "a with as many axes as the scores, contiguous."
+    """a with as many axes as the scores, contiguous."""
     return None if a is None else contiguous(a.reshape((1,) * (len(shape) - a.ndim) + a.shape))
 
 
 def _view(a: Array, rows: slice, keys: slice) -> Array:
-    "These rows and keys of an array that has one of each, or all."
+    """These rows and keys of an array that has one of each, or all."""
     every = slice(None)
     return a[..., rows if a.shape[-2] > 1 else every, keys if a.shape[-1] > 1 else every]
 
@@ -153,7 +160,7 @@ def _cut(a: Array | None, rows: slice, keys: slice) -> Array | None:
 
 
 def _strides(a: Array | None) -> tuple[np.int64, ...]:
-    "Entries from one to the next along the axes (lead, head, query, key) of the scores, zero along axes of length one."
+    """The strides, in entries, along the axes (lead, head, query, key) of the scores; zero along axes of length one."""
     if a is None:
         return (np.int64(0),) * 4
     steps = [0 if n == 1 else step // a.itemsize for n, step in zip(a.shape, a.strides)]
