@@ -1,5 +1,8 @@
-"""`tinyft doctor`, the choice of a backend, and the sentences for what is missing; the rest of those, which only a real CuPy
-can say, are in tests/emulated/test_missing.py."""
+"""`tinyft doctor`, the choice of a backend, and the sentences about missing parts.
+
+The sentences that need a real CuPy are tested in tests/emulated/test_missing.py.
+"""
+
 from __future__ import annotations
 
 import importlib.metadata
@@ -17,7 +20,7 @@ NO_CUPY = r'CuPy is not installed: pip install "tinyft\[gpu13\]" for a driver of
 
 @pytest.fixture
 def fresh(monkeypatch):
-    "No backend chosen in this thread yet, and none opened but NumPy's: as in a new process."
+    """The state of a new process: no backend is chosen in this thread, and only NumPy's is open."""
     monkeypatch.setattr(array, "_local", SimpleNamespace())
     monkeypatch.setattr(array, "_names", {np.ndarray: "numpy"})
     monkeypatch.setattr(array, "_modules", {np.ndarray: np})
@@ -26,21 +29,26 @@ def fresh(monkeypatch):
 
 
 def installed(monkeypatch, **packages):
-    "Let pip know of these distributions."
-    named = [SimpleNamespace(metadata={"Name": n.replace("_", "-")}, version=v) for n, v in packages.items()]
-    monkeypatch.setattr(importlib.metadata, "distributions", lambda: named)
+    """Pretend that exactly these distributions are installed."""
+    found = []
+    for name, version in packages.items():
+        found.append(SimpleNamespace(metadata={"Name": name.replace("_", "-")}, version=version))
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda: found)
 
 
-def said(capsys) -> tuple[int, str]:
+def run_doctor(capsys) -> tuple[int, str]:
+    """The exit status and the output of `tinyft doctor`."""
     return cli.main(["doctor"]), capsys.readouterr().out
 
 
-# ── choosing ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-@pytest.mark.parametrize("asked, name", [(None, "numpy"), ("numpy", "numpy"), ("strict", "strict"), ("auto", "numpy")])
-def test_the_environment_chooses_the_backend(fresh, asked, name):
-    fresh.setitem(sys.modules, "cupy", None)             # an import of it fails, as where it is not installed
-    if asked:
-        fresh.setenv("TINYFT_BACKEND", asked)
+# ---------------------------------------------------------------------------------------------------- choosing
+@pytest.mark.parametrize(
+    "requested, name", [(None, "numpy"), ("numpy", "numpy"), ("strict", "strict"), ("auto", "numpy")]
+)
+def test_the_environment_chooses_the_backend(fresh, requested, name):
+    fresh.setitem(sys.modules, "cupy", None)  # its import fails, as if it were not installed
+    if requested:
+        fresh.setenv("TINYFT_BACKEND", requested)
     assert tinyft.backend() == name and array.name_of(array.asarray([1.0])) == name
 
 
@@ -57,19 +65,34 @@ def test_asking_for_cupy_where_there_is_none_says_what_to_install(fresh):
 
 
 def pretended(product=89.0, devices=1):
-    "A CuPy whose products are all this number."
-    class Few:
+    """A CuPy in which every element of every matrix product is this number."""
+
+    class Array:
         T = property(lambda self: self)
-        def reshape(self, *shape): return self
-        def __mul__(self, other): return self
-        def __add__(self, other): return self
-        def __matmul__(self, other): return np.full((2, 2), product)
+
+        def reshape(self, *shape):
+            return self
+
+        def __mul__(self, other):
+            return self
+
+        def __add__(self, other):
+            return self
+
+        def __matmul__(self, other):
+            return np.full((2, 2), product)
+
     runtime = SimpleNamespace(getDeviceCount=lambda: devices, runtimeGetVersion=lambda: 13000)
-    return SimpleNamespace(arange=lambda n, dtype: Few(), cuda=SimpleNamespace(runtime=runtime))
+    return SimpleNamespace(arange=lambda n, dtype: Array(), cuda=SimpleNamespace(runtime=runtime))
 
 
 def test_auto_takes_cupy_only_if_its_product_is_right(fresh):
-    for module, reason in ((pretended(), None), (pretended(product=88.0), "wrong product"), (pretended(devices=0), "shows no device")):
+    cases = (
+        (pretended(), None),
+        (pretended(product=88.0), "wrong product"),
+        (pretended(devices=0), "shows no device"),
+    )
+    for module, reason in cases:
         fresh.setitem(sys.modules, "cupy", module)
         why = array.why_no_cupy()
         assert why is None if reason is None else reason in why
@@ -79,70 +102,84 @@ def test_auto_takes_cupy_only_if_its_product_is_right(fresh):
     assert tinyft.backend() == "numpy"
 
 
-@pytest.mark.parametrize("visible, words", [(None, "nvidia-smi -L lists"), ("", "CUDA_VISIBLE_DEVICES is '', so unset CUDA_VISIBLE_DEVICES"),
-                                            ("7", "CUDA_VISIBLE_DEVICES is '7'")])
-def test_a_device_that_is_hidden_is_told_from_one_that_is_not_there(fresh, visible, words):
-    fresh.delenv("CUDA_VISIBLE_DEVICES", raising=False) if visible is None else fresh.setenv("CUDA_VISIBLE_DEVICES", visible)
+@pytest.mark.parametrize(
+    "visible, words",
+    [
+        (None, "nvidia-smi -L lists"),
+        ("", "CUDA_VISIBLE_DEVICES is '', so unset CUDA_VISIBLE_DEVICES"),
+        ("7", "CUDA_VISIBLE_DEVICES is '7'"),
+    ],
+)
+def test_a_hidden_device_and_a_missing_device_have_different_sentences(fresh, visible, words):
+    if visible is None:
+        fresh.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        fresh.setenv("CUDA_VISIBLE_DEVICES", visible)
     fresh.setitem(sys.modules, "cupy", pretended(devices=0))
     assert words in array.why_no_cupy()
 
 
-# ── the doctor ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ---------------------------------------------------------------------------------------------------- the doctor
 def test_a_machine_without_a_gpu_is_healthy(fresh, capsys):
     fresh.setitem(sys.modules, "cupy", None)
     installed(fresh, numpy="2.0")
-    status, text = said(capsys)
+    status, text = run_doctor(capsys)
     assert status == 0 and "ERROR" not in text and "backend  numpy, the default" in text and "CuPy is not installed: pip install" in text
-    for what in (f"tinyft   {tinyft.__version__}", "Python   3.", f"NumPy    {np.__version__}, BLAS ", "thread", "kernels  of NumPy: attention"):
-        assert what in text
+    assert f"tinyft   {tinyft.__version__}" in text and "Python   3." in text
+    assert f"NumPy    {np.__version__}, BLAS " in text and "thread" in text and "kernels  of NumPy: attention" in text
 
 
-def test_what_was_asked_for_and_cannot_be_is_an_error(fresh, capsys):
+def test_a_requested_backend_that_cannot_be_used_is_an_error(fresh, capsys):
     fresh.setitem(sys.modules, "cupy", None)
     installed(fresh)
     fresh.setenv("TINYFT_BACKEND", "cupy")
-    status, text = said(capsys)
+    status, text = run_doctor(capsys)
     assert status == 1 and "backend  none: TINYFT_BACKEND=cupy cannot be used" in text
     assert "ERROR    cannot use the backend 'cupy': CuPy is not installed: pip install" in text
     fresh.setenv("TINYFT_BACKEND", "auto")
-    status, text = said(capsys)
+    status, text = run_doctor(capsys)
     assert status == 0 and "backend  numpy, by TINYFT_BACKEND=auto: CuPy does not work here" in text
     tinyft.use("strict")
-    assert "backend  strict, chosen by tinyft.use (TINYFT_BACKEND is auto)" in said(capsys)[1]
+    assert "backend  strict, chosen by tinyft.use (TINYFT_BACKEND is auto)" in run_doctor(capsys)[1]
 
 
-def test_two_packages_of_cupy_are_an_error_with_the_commands_that_mend_it(fresh, capsys):
+def test_two_packages_of_cupy_are_an_error_with_the_commands_that_help(fresh, capsys):
     fresh.setitem(sys.modules, "cupy", pretended(devices=0))
     installed(fresh, cupy_cuda12x="14.1.0", cupy_cuda13x="14.2.0", cupydemo="1")
-    status, text = said(capsys)
+    status, text = run_doctor(capsys)
     assert status == 1 and "cupy-cuda12x 14.1.0, cupy-cuda13x 14.2.0, does not work" in text and "cupydemo" not in text
-    assert ('ERROR    2 packages of CuPy write into one folder: pip uninstall -y cupy-cuda12x cupy-cuda13x, then pip install "tinyft[gpu13]"') in text
-    assert text.count("ERROR") == 2                      # and the device that is not there
+    assert "ERROR    2 packages of CuPy write into one folder: pip uninstall -y cupy-cuda12x cupy-cuda13x" in text
+    assert 'cupy-cuda12x cupy-cuda13x, then pip install "tinyft[gpu13]"' in text
+    assert text.count("ERROR") == 2  # the other error is the missing device
     installed(fresh, cupy="13.0", cupy_cuda12x="14.1.0")
-    assert 'pip uninstall -y cupy cupy-cuda12x, then pip install "tinyft[gpu12]"' in said(capsys)[1]
+    assert 'pip uninstall -y cupy cupy-cuda12x, then pip install "tinyft[gpu12]"' in run_doctor(capsys)[1]
     installed(fresh, cupy_cuda12x="14.1.0")
-    assert said(capsys)[1].count("ERROR") == 1
+    assert run_doctor(capsys)[1].count("ERROR") == 1
 
 
-def test_an_error_is_said_once(fresh, capsys):
+def test_an_error_is_printed_once(fresh, capsys):
     fresh.setitem(sys.modules, "cupy", pretended(product=1.0))
     fresh.setenv("TINYFT_BACKEND", "cupy")
     installed(fresh, cupy_cuda13x="14.2.0")
-    status, text = said(capsys)
+    status, text = run_doctor(capsys)
     assert status == 1 and text.count("wrong product") == 1
 
 
 def test_a_device_is_described(fresh, capsys):
     fake = pretended()
-    vars(fake.cuda.runtime).update(getDevice=lambda: 0, driverGetVersion=lambda: 13010, memGetInfo=lambda: (3 * 2**30, 2**32),
-                                   getDeviceProperties=lambda i: dict(name=b"A GPU", major=9, minor=0, multiProcessorCount=132))
+    runtime = fake.cuda.runtime
+    runtime.getDevice = lambda: 0
+    runtime.driverGetVersion = lambda: 13010
+    runtime.memGetInfo = lambda: (3 * 2**30, 2**32)
+    runtime.getDeviceProperties = lambda i: {"name": b"A GPU", "major": 9, "minor": 0, "multiProcessorCount": 132}
     fake.ndarray = type("ndarray", (), {})
     fresh.setitem(sys.modules, "cupy", fake)
     fresh.setattr(array, "_when_opened", {})
     installed(fresh, cupy_cuda13x="14.2.0")
     fresh.setenv("TINYFT_BACKEND", "auto")
-    status, text = said(capsys)
-    assert status == 0 and "cupy-cuda13x 14.2.0, works" in text and "backend  cupy, by TINYFT_BACKEND=auto: CuPy works" in text
+    status, text = run_doctor(capsys)
+    assert status == 0 and "cupy-cuda13x 14.2.0, works" in text
+    assert "backend  cupy, by TINYFT_BACKEND=auto: CuPy works" in text
     assert "CUDA 13.1" in text and "A GPU, compute capability 9.0, 132 multiprocessors; 3.0 of 4.0 GiB free" in text
 
 
@@ -150,4 +187,5 @@ def test_numpy_without_kernels_or_a_known_blas(monkeypatch):
     monkeypatch.setattr(doctor.system, "libraries", lambda: [])
     with tinyft.kernels.definitions():
         lines = dict(doctor.examine()[0])
-    assert "BLAS of the system, whose threads cannot be set" in lines["NumPy"] and lines["kernels"].startswith("off")
+    assert "BLAS of the system, whose threads cannot be set" in lines["NumPy"]
+    assert lines["kernels"].startswith("off")

@@ -1,10 +1,11 @@
-"""What this machine has, and what would help: `tinyft doctor`.
+"""The state of this machine for tinyft, what is wrong, and the command that helps: `tinyft doctor`.
 
-    lines, errors = examine()        lines: (what, what was found);   errors: sentences, each with the command that mends it
+    lines, errors = examine()        lines: (name, text);   errors: sentences, each with a command that helps
 
-An error is what stands in the way of something asked for: a backend named by TINYFT_BACKEND, a CuPy that is installed.  A machine without a
-GPU, and without CuPy, is a healthy one.
+An error is only a problem with something that was requested: a backend named by TINYFT_BACKEND, an installed CuPy. A
+machine without a GPU and without CuPy is healthy.
 """
+
 from __future__ import annotations
 
 import importlib.metadata
@@ -23,70 +24,118 @@ from .tensor import OPS
 
 __all__ = ["examine", "wheels"]
 
+Lines = list[tuple[str, str]]
 
-def examine() -> tuple[list[tuple[str, str]], list[str]]:
-    "Look at everything once.  Nothing is raised: what is wrong comes back as a sentence."
+
+def examine() -> tuple[Lines, list[str]]:
+    """Examine everything once. Nothing is raised: problems are returned as sentences."""
     from . import __version__
-    lines = [("tinyft", __version__), ("Python", f"{platform.python_version()}, {platform.system()} {platform.machine()}"), ("NumPy", _numpy()),
-             ("kernels", _kernels())]
+
     errors: list[str] = []
-    _cupy(lines, errors)
+    lines = [
+        ("tinyft", __version__),
+        ("Python", f"{platform.python_version()}, {platform.system()} {platform.machine()}"),
+        ("NumPy", _numpy()),
+        ("kernels", _kernels()),
+    ]
+    lines += _cupy(errors)
     lines.append(("backend", _backend(errors)))
-    lines += [("lessons", f"{'Hypothesis is there' if find_spec('hypothesis') else 'Hypothesis is missing: pip install tinyft[lessons]'}, "
-                          f"{'Matplotlib is there' if find_spec('matplotlib') else 'no Matplotlib, so no figures'}"),
-              ("screen", f"{shutil.get_terminal_size().columns} columns, {getattr(sys.stdout, 'encoding', None)}")]
+    lines.append(("lessons", _lessons()))
+    encoding = getattr(sys.stdout, "encoding", None)
+    lines.append(("screen", f"{shutil.get_terminal_size().columns} columns, {encoding}"))
     return lines, errors
 
 
 def wheels() -> dict[str, str]:
-    "CuPy as pip knows it: {distribution: version}.  All of them write into one folder, so that two are one too many."
-    found = ((d.metadata["Name"] or "", d.version) for d in importlib.metadata.distributions())
-    return {name: version for name, version in sorted(found) if re.fullmatch(r"cupy([-_](cuda|rocm).*)?", name)}
+    """The installed packages of CuPy: {distribution: version}. All write into one folder, so two are an error."""
+    found = {}
+    for distribution in importlib.metadata.distributions():
+        name = distribution.metadata["Name"] or ""
+        if re.fullmatch(r"cupy([-_](cuda|rocm).*)?", name):
+            found[name] = distribution.version
+    return dict(sorted(found.items()))
 
 
 def _numpy() -> str:
-    about = [f"{lib.internal_api} {lib.version or ''}".strip() + f" ({getattr(lib, 'architecture', None) or 'architecture not known'})"
-             for lib in system.libraries()]
-    n = kernels.get_num_threads()
-    return f"{np.__version__}, BLAS {' and '.join(about) or 'of the system, whose threads cannot be set'}, {n} thread{'s' * (n != 1)}"
+    """NumPy's version, its BLAS and the number of threads."""
+    libraries = []
+    for library in system.libraries():
+        name = f"{library.internal_api} {library.version or ''}".strip()
+        architecture = getattr(library, "architecture", None) or "architecture not known"
+        libraries.append(f"{name} ({architecture})")
+    blas = " and ".join(libraries) or "of the system, whose threads cannot be set"
+    threads = kernels.get_num_threads()
+    return f"{np.__version__}, BLAS {blas}, {threads} thread{'s' * (threads != 1)}"
 
 
 def _kernels() -> str:
-    names = [name for name, f in OPS.items() if dispatch.find(f, np.ndarray)]
-    return f"of NumPy: {', '.join(sorted(names))}" if names else "off (TINYFT_KERNELS): every op is its definition"
+    """The ops that have a kernel for NumPy arrays."""
+    names = sorted(name for name, f in OPS.items() if dispatch.find(f, np.ndarray))
+    if not names:
+        return "off (TINYFT_KERNELS): every op is its definition"
+    return f"of NumPy: {', '.join(names)}"
 
 
-def _cupy(lines: list, errors: list) -> None:
-    "CuPy, the driver and the device."
-    have, reason = wheels(), array.why_no_cupy()
-    named = ", ".join(f"{name} {version}" for name, version in have.items())
-    lines.append(("CuPy", f"{named or 'there'}{', works' if reason is None else ', does not work' if have else ': no'}"))
-    if len(have) > 1:
-        newest = "13" if any("cuda13" in name for name in have) else "12"
-        errors.append(f"{len(have)} packages of CuPy write into one folder: pip uninstall -y {' '.join(have)}, "
-                      f'then pip install "{array.EXTRA}{newest}]"')
-    if reason is None:
-        d, gib = array.about_device(), lambda n: f"{n / 2**30:.1f}"
-        lines += [("driver", f"CUDA {d['driver']}; CuPy's runtime is of {d['runtime']}"),
-                  ("device", f"{d['name']}, compute capability {d['capability']}, {d['multiprocessors']} multiprocessors; "
-                             f"{gib(d['free'])} of {gib(d['total'])} GiB free")]
-    elif have:
-        errors.append(reason)
+def _lessons() -> str:
+    """The libraries that only the lessons need."""
+    texts = []
+    if find_spec("hypothesis"):
+        texts.append("Hypothesis is there")
     else:
-        lines[-1] = ("CuPy", reason)
+        texts.append("Hypothesis is missing: pip install tinyft[lessons]")
+    texts.append("Matplotlib is there" if find_spec("matplotlib") else "no Matplotlib, so no figures")
+    return ", ".join(texts)
 
 
-def _backend(errors: list) -> str:
-    "The backend in use and why."
-    asked = os.environ.get("TINYFT_BACKEND")
+def _cupy(errors: list[str]) -> Lines:
+    """CuPy, the driver and the device."""
+    packages = wheels()
+    reason = array.why_no_cupy()
+    if len(packages) > 1:
+        errors.append(_too_many(packages))
+    names = ", ".join(f"{name} {version}" for name, version in packages.items()) or "there"
+    if reason is None:
+        return [("CuPy", f"{names}, works"), *_device()]
+    if packages:
+        errors.append(reason)
+        return [("CuPy", f"{names}, does not work")]
+    return [("CuPy", reason)]
+
+
+def _too_many(packages: dict[str, str]) -> str:
+    """The error for several packages of CuPy."""
+    cuda = "13" if any("cuda13" in name for name in packages) else "12"
+    uninstall = f"pip uninstall -y {' '.join(packages)}"
+    install = f'pip install "{array.EXTRA}{cuda}]"'
+    return f"{len(packages)} packages of CuPy write into one folder: {uninstall}, then {install}"
+
+
+def _device() -> Lines:
+    """The driver and the device of a CuPy that works."""
+    d = array.about_device()
+    free = f"{d['free'] / 2**30:.1f}"
+    total = f"{d['total'] / 2**30:.1f}"
+    kind = f"{d['name']}, compute capability {d['capability']}, {d['multiprocessors']} multiprocessors"
+    return [
+        ("driver", f"CUDA {d['driver']}; CuPy's runtime is of {d['runtime']}"),
+        ("device", f"{kind}; {free} of {total} GiB free"),
+    ]
+
+
+def _backend(errors: list[str]) -> str:
+    """The backend in use and the reason for it."""
+    requested = os.environ.get("TINYFT_BACKEND")
     try:
         name = array.backend()
     except array.BackendError as e:
         if not any(known in str(e) for known in errors):
             errors.append(str(e))
-        return f"none: TINYFT_BACKEND={asked} cannot be used"
-    if asked is None:
+        return f"none: TINYFT_BACKEND={requested} cannot be used"
+    if requested is None:
         return f"{name}, the default" if name == "numpy" else f"{name}, chosen by tinyft.use"
-    if asked == "auto" and name != "strict":
-        return f"{name}, by TINYFT_BACKEND=auto: CuPy {'works' if name == 'cupy' else 'does not work here'}"
-    return f"{name}, by TINYFT_BACKEND" if name == asked else f"{name}, chosen by tinyft.use (TINYFT_BACKEND is {asked})"
+    if requested == "auto" and name != "strict":
+        works = "works" if name == "cupy" else "does not work here"
+        return f"{name}, by TINYFT_BACKEND=auto: CuPy {works}"
+    if name == requested:
+        return f"{name}, by TINYFT_BACKEND"
+    return f"{name}, chosen by tinyft.use (TINYFT_BACKEND is {requested})"
