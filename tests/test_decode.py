@@ -7,7 +7,7 @@ from contract import build, noise
 from helpers import host
 
 from tinyft import BERT, GPT, BERTConfig, GPTConfig, LoRA, PrefixTuning, PromptTuning, attach, decode, generate
-from tinyft.decode import choose, pad_left
+from tinyft.decode import choose_token, pad_left
 
 N = 6                                                                            # tokens to generate
 ADAPTERS = {"none": None, "lora": LoRA(r=2), "lora on the tied embedding": LoRA(r=2, targets="embed"), "prefix": PrefixTuning(p=3),
@@ -88,7 +88,7 @@ LOGITS = np.log(np.array([0.05, 0.4, 0.1, 0.25, 0.2]))
 DRAWS = 20_000
 
 
-def frequencies(sample=choose, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> np.ndarray:
+def frequencies(sample=choose_token, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> np.ndarray:
     tokens = sample(np.tile(LOGITS, (DRAWS, 1)), temperature, top_k, top_p, np.random.default_rng(0))
     return np.bincount(tokens, minlength=5) / DRAWS
 
@@ -105,7 +105,7 @@ CASES = [(dict(), [0, 1, 2, 3, 4]), (dict(temperature=0.5), [0, 1, 2, 3, 4]), (d
          (dict(top_k=4, top_p=0.5, temperature=2.0), [1, 3])]
 
 
-def check_sampling(sample=choose) -> None:
+def check_sampling(sample=choose_token) -> None:
     """Only what may be drawn is drawn, as often as it should be: within five deviations."""
     for how, keep in CASES:
         p, f = wanted(keep, how.get("temperature", 1.0)), frequencies(sample, **how)
@@ -118,13 +118,13 @@ def test_sampling_draws_from_the_right_set_with_the_right_frequencies():
 
 
 WRONG = {
-    "temperature the wrong way round": lambda z, t, k, p, r: choose(z, 1 / t, k, p, r),
-    "one too many": lambda z, t, k, p, r: choose(z, t, None if k is None else k + 1, p, r),
-    "the token that crosses the line left out": lambda z, t, k, p, r: choose(z, t, k, None if p is None else max(p - 0.25, 0.01), r),
-    "top_p forgotten": lambda z, t, k, p, r: choose(z, t, k, None, r),
-    "top_p before the temperature": lambda z, t, k, p, r: choose(z, 1.0, k, p, r) if p else choose(z, t, k, p, r),
-    "greedy": lambda z, t, k, p, r: choose(z, 0.0, k, p, r),
-    "evenly": lambda z, t, k, p, r: choose(np.where(z < np.sort(z)[:, [-(k or 5)]], -1e9, 0.0) if (k or 5) <= 5 else z * 0, t, None, p, r),
+    "temperature the wrong way round": lambda z, t, k, p, r: choose_token(z, 1 / t, k, p, r),
+    "one too many": lambda z, t, k, p, r: choose_token(z, t, None if k is None else k + 1, p, r),
+    "the token that crosses the line left out": lambda z, t, k, p, r: choose_token(z, t, k, None if p is None else max(p - 0.25, 0.01), r),
+    "top_p forgotten": lambda z, t, k, p, r: choose_token(z, t, k, None, r),
+    "top_p before the temperature": lambda z, t, k, p, r: choose_token(z, 1.0, k, p, r) if p else choose_token(z, t, k, p, r),
+    "greedy": lambda z, t, k, p, r: choose_token(z, 0.0, k, p, r),
+    "evenly": lambda z, t, k, p, r: choose_token(np.where(z < np.sort(z)[:, [-(k or 5)]], -1e9, 0.0) if (k or 5) <= 5 else z * 0, t, None, p, r),
 }
 
 
@@ -138,9 +138,9 @@ def test_wrong_sampling_is_caught(name):
 def test_as_the_temperature_goes_to_zero_sampling_becomes_greedy(temperature):
     rng = np.random.default_rng(0)
     z = rng.standard_normal((50, 30)) * 3
-    assert np.array_equal(choose(z, temperature, None, None, rng), z.argmax(-1)) or temperature == 1e-2
-    assert (choose(z, temperature, None, None, rng) == z.argmax(-1)).mean() > 0.9
-    assert (choose(z, 5.0, None, None, rng) == z.argmax(-1)).mean() < 0.7
+    assert np.array_equal(choose_token(z, temperature, None, None, rng), z.argmax(-1)) or temperature == 1e-2
+    assert (choose_token(z, temperature, None, None, rng) == z.argmax(-1)).mean() > 0.9
+    assert (choose_token(z, 5.0, None, None, rng) == z.argmax(-1)).mean() < 0.7
 
 
 def test_sampled_text_is_set_by_its_seed_and_the_same_with_and_without_a_cache():
@@ -163,6 +163,16 @@ IDS, RNG = np.array([[1, 2, 3]]), np.random.default_rng(0)
 def test_bad_arguments_get_one_clear_sentence(ids, more, words):
     with pytest.raises(ValueError, match=words):
         generate(model_with("none"), ids, 3, **more)
+
+
+@pytest.mark.parametrize("keyword, near", [
+    ("do_sample", "temperature"), ("temprature", "temperature"), ("attention_mask", "mask"), ("eos_token_id", "end"),
+    ("max_length", "max_new_tokens"), ("use_cache", "cache"), ("topk", "top_k"), ("tasks", "task"), ("seed", "rng")])
+def test_an_unknown_keyword_is_refused_and_the_near_one_named(keyword, near):
+    with pytest.raises(TypeError, match=f"generate got an unknown keyword '{keyword}': did you mean '{near}'"):
+        generate(model_with("none"), IDS, 1, **{keyword: True})
+    with pytest.raises(TypeError, match="'token_type_ids'"):
+        generate(model_with("none"), IDS, 1, token_type_ids=IDS)
 
 
 @pytest.mark.parametrize("cache", [True, False])

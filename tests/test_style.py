@@ -87,7 +87,6 @@ tinyft/compare/__init__.py: quotes
 tinyft/compare/report.py: columns assigned_lambda nested_comprehension positional_boolean quotes
 tinyft/compare/run.py: columns assigned_lambda nested_comprehension quotes
 tinyft/data/baselines.py: type_hints
-tinyft/decode.py: columns quotes
 tinyft/doctor.py: columns assigned_lambda quotes
 tinyft/files.py: columns assigned_lambda nested_comprehension quotes
 tinyft/functional.py: columns quotes

@@ -406,6 +406,8 @@ def attention_shape(q: Array, k: Array, v: Array, bias: Array | None = None, key
         raise ValueError(f"attention wants q (..., H, Tq, D), k (..., Hkv, Tk, D) and v (..., Hkv, Tk, E), got {shapes}")
     if q.ndim > 2 and q.shape[-3] != k.shape[-3] and (k.shape[-3] == 0 or q.shape[-3] % k.shape[-3]):
         raise ValueError(f"attention wants a number of query heads that its key/value heads divide, got {shapes}")
+    if isinstance(bias, Tensor):
+        raise TypeError("attention wants its bias by position, attention(q, k, v, bias): a keyword gets no gradient")
     if bias is not None and bias.dtype == bool:
         raise TypeError("attention wants a bias of numbers, which is added to the scores; a mask is key_mask=...")
     shape = (*q.shape[:-1], k.shape[-2])
