@@ -38,9 +38,10 @@ from tinyft import (
     train,
 )
 from tinyft.array import bfloat16
+from tinyft.kernels.cuda import casts
 from tinyft.optim import scaler as scaler_module
 from tinyft.optim.optimizers import Optimizer, clip_norm
-from tinyft.precision import HALVES, LOSSES, MIXING, PICKS, PRODUCTS, SUMS, VIEWS, narrow, rounded, widen
+from tinyft.precision import HALVES, LOSSES, MIXING, PICKS, PRODUCTS, SUMS, VIEWS, has_16_bit, rounded, to_float32
 from tinyft.tensor import OPS
 
 F16, F32 = np.dtype(np.float16), np.dtype(np.float32)
@@ -56,7 +57,7 @@ def same(a: Any, b: Any, dtype: np.dtype, name: str = "") -> bool:
     a, b = host(a), host(b)
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    a, b = widen(a), widen(b)
+    a, b = to_float32(a), to_float32(b)
     if EXACT:
         return np.array_equal(a, b, equal_nan=True)
     return bool(np.abs(a - b).max(initial=0) <= 4 * ULP[dtype] * np.abs(b).max(initial=name == "attention") + 1e-6)
@@ -64,7 +65,7 @@ def same(a: Any, b: Any, dtype: np.dtype, name: str = "") -> bool:
 
 def of_rounded(name: str, dtype: np.dtype) -> Callable[..., Tensor]:
     "The op, given in float32 what of its arrays (weights, factors of dropout) an op in 16 bits would be given in those."
-    seen = lambda a: widen(rounded(a, dtype)) if array.is_array(a) and a.dtype.kind == "f" else a
+    seen = lambda a: to_float32(rounded(a, dtype)) if array.is_array(a) and a.dtype.kind == "f" else a
     return lambda *args, **kw: OPS[name](*map(seen, args), **{k: seen(v) for k, v in kw.items()})
 
 
@@ -80,11 +81,11 @@ def walked(op: Callable[..., Tensor], e: Example, leaves: list[Tensor], seed: in
 def agrees_with_rounding_once(name: str, e: Example, dtype: np.dtype) -> None:
     "In 16 bits: what float32 gives of the same numbers, rounded once; a loss is not rounded."
     narrow_ones = [leaf(a, dtype) for a in e.inputs]
-    wide = [leaf(widen(host(p))) for p in narrow_ones]
+    wide = [leaf(to_float32(host(p))) for p in narrow_ones]
     y, *got = walked(OPS[name], e, narrow_ones, 1)
     assert y.dtype == (F32 if name in LOSSES else dtype), f"the value is {y.dtype}"
     z = e.call(of_rounded(name, dtype), *wide)
-    z.backward(dev(widen(np.random.default_rng(1).standard_normal(y.shape).astype(np.float16).astype(y.dtype))))
+    z.backward(dev(to_float32(np.random.default_rng(1).standard_normal(y.shape).astype(np.float16).astype(y.dtype))))
     for what, a, b in [("value", y, host(z)), *((f"gradient {i}", a, host(p.grad)) for i, (a, p) in enumerate(zip(got, wide)))]:
         assert (a is None) == (b is None), what
         assert a is None or same(a, rounded(b, dtype) if what == "value" and name not in LOSSES else b, dtype, name), what
@@ -99,7 +100,7 @@ def test_an_op_adds_up_in_float32_and_rounds_once(name, data):
 
 
 WRONG_OPS = {
-    "16 bits go through the definitions as they are": ("layer_norm", lambda m: m.setattr(precision, "narrow", lambda arrays: False)),
+    "16 bits go through the definitions as they are": ("layer_norm", lambda m: m.setattr(precision, "has_16_bit", lambda arrays: False)),
     "the value stays in float32": ("tanh", lambda m: m.setattr(precision, "rounded", lambda a, dtype: a)),
     "a loss is rounded like all else": ("cross_entropy", lambda m: m.setattr(precision, "LOSSES", set())),
     "picking entries adds nothing up, so neither does its gradient": ("embedding", lambda m: m.setattr(precision, "VIEWS", VIEWS | PICKS))}
@@ -172,8 +173,8 @@ def test_autocast_does_what_its_tables_say(name, data):
 
 
 WRONG_POLICIES = {
-    "softmax in 16 bits": ("softmax", "given", lambda name, arrays, kw: ([rounded(a, bfloat16) for a in arrays], kw)),
-    "products in float32": ("matmul", "given", lambda name, arrays, kw: (arrays, kw)),
+    "softmax in 16 bits": ("softmax", "cast_inputs", lambda name, arrays, kw: ([rounded(a, bfloat16) for a in arrays], kw)),
+    "products in float32": ("matmul", "cast_inputs", lambda name, arrays, kw: (arrays, kw)),
     "sums in 16 bits stay so": ("sum", "SUMS", set()),
     "an activation is cast": ("tanh", "PRODUCTS", PRODUCTS | {"tanh"})}
 
@@ -230,7 +231,7 @@ def test_a_pass_under_autocast_keeps_weights_and_their_gradients_in_float32(dtyp
     loss.backward()
     assert all(p.dtype == p.grad.dtype == F32 for p in model.parameters())
     W = model.blocks[0].mlp.up.weight
-    assert not np.array_equal(host(W.grad), widen(rounded(host(W.grad), dtype)))          # as it was summed: not rounded on the way
+    assert not np.array_equal(host(W.grad), to_float32(rounded(host(W.grad), dtype)))          # as it was summed: not rounded on the way
 
 
 def agrees_after_an_update(dtype: np.dtype) -> None:
@@ -247,13 +248,20 @@ def agrees_after_an_update(dtype: np.dtype) -> None:
             q.copy_(np.full((4, 3), 7.0))
             assert same(ops.linear(x, q), np.full((3, 4), 7.0, dtype), dtype)
         assert same(ops.linear(x, q), np.full((3, 4), 7.0, dtype), dtype), "written to in a part that is over"
-    assert not precision.here.casts
+    assert precision.autocast_state.cache is None
+
+
+def cast_flat_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parameters are cast as on a device, all of an optimiser's together."""
+    monkeypatch.setitem(dispatch.KERNELS, (precision.cast_parameter, type(dev([0.0]))), [casts.cast_parameter])
 
 
 @both
 def test_weights_that_were_cast_are_cast_anew_when_written_to(dtype, monkeypatch):
     agrees_after_an_update(dtype)
-    monkeypatch.setattr(Tensor, "touch", lambda self: None)                      # nobody is told
+    cast_flat_arrays(monkeypatch)
+    agrees_after_an_update(dtype)
+    monkeypatch.setattr(Tensor, "mark_written", lambda self: None)                      # nobody is told
     with pytest.raises(AssertionError):
         agrees_after_an_update(dtype)
 
@@ -262,7 +270,9 @@ def test_weights_that_lie_end_to_end_are_cast_at_once():
     ps, x, seen = {n: leaf(np.ones((2, 3)), F32) for n in "abc"}, Tensor(dev(np.ones((1, 3)), F32)), []
     optimizer = AdamW(0.1).start(ps)
     with pytest.MonkeyPatch.context() as m, autocast():
-        @precision.takes_halves
+        cast_flat_arrays(m)
+
+        @precision.takes_16_bit
         def recorder(x, W, b=None):
             seen.append(W)
             return NotImplemented
@@ -428,7 +438,7 @@ def test_beside_float32_nothing_is_rounded(name, data):
     "The first input in 16 bits, all others in float32: float32's value and gradients of the same numbers."
     e, _, _ = data.draw(examples(name))
     first, *rest = e.inputs
-    mixed, wide = [leaf(first, bfloat16), *(leaf(a, F32) for a in rest)], [leaf(widen(first.astype(bfloat16))), *(leaf(a, F32) for a in rest)]
+    mixed, wide = [leaf(first, bfloat16), *(leaf(a, F32) for a in rest)], [leaf(to_float32(first.astype(bfloat16))), *(leaf(a, F32) for a in rest)]
     if rest:
         f = of_rounded(name, bfloat16)
         (y, *got), (z, *want) = walked(f, e, mixed, 3), walked(f, e, wide, 3)
@@ -437,7 +447,7 @@ def test_beside_float32_nothing_is_rounded(name, data):
 
 def test_what_needs_no_copy_in_float32_gets_none(monkeypatch):
     x, y, seen = Tensor(dev(np.ones((4, 3)), bfloat16)), Tensor(dev(np.ones((4, 3)), F32)), []
-    monkeypatch.setattr(precision, "widen", lambda a: (seen.append(a), widen(a))[1])
+    monkeypatch.setattr(precision, "to_float32", lambda a: (seen.append(a), to_float32(a))[1])
     m = array.xp(x.data)
     assert m.may_share_memory(x[1:3].data, x.data) and m.may_share_memory(x.T.data, x.data)
     assert (x + y).dtype == (x * y).dtype == (y - x).dtype == F32 and not seen
@@ -448,13 +458,13 @@ def test_what_needs_no_copy_in_float32_gets_none(monkeypatch):
 def test_an_op_of_several_values_rounds_each(dtype, rng):
     "q, k, v at once are three linear maps, in values and gradients; a value that nobody uses sends nothing back."
     x, *ws = (leaf(rng.standard_normal(s), dtype) for s in ((2, 5, 6), (4, 6), (4,), (4, 6), (4,), (4, 6), (4,)))
-    wide = [leaf(widen(host(p))) for p in (x, *ws)]
+    wide = [leaf(to_float32(host(p))) for p in (x, *ws)]
     G = rng.standard_normal((2, 2, 5, 2)).astype(dtype)
     for used in ((0, 1, 2), (1,)):
         ys, zs = ops.project(x, *ws, heads=2), ops.project(*wide, heads=2)
         for i in used:
             ys[i].backward(dev(G), retain_graph=True)
-            zs[i].backward(dev(widen(G)), retain_graph=True)
+            zs[i].backward(dev(to_float32(G)), retain_graph=True)
         assert all(same(y, rounded(host(z), dtype), dtype) for y, z in zip(ys, zs))
         for p, q in zip((x, *ws), wide):
             assert (p.grad is None) == (q.grad is None) and (p.grad is None or same(p.grad, host(q.grad), dtype))
@@ -487,7 +497,7 @@ def test_an_optimiser_follows_a_model_in_16_bits(dtype):
             assert np.array_equal(host(p), rounded(host(group.w), dtype))
         return np.array(host(p)), np.array(host(group.w))
     for a, b in zip(run("numpy", "strict", "strict", "numpy"), run(*["numpy"] * 4)):
-        assert np.allclose(widen(a), widen(b), rtol=1e-6)
+        assert np.allclose(to_float32(a), to_float32(b), rtol=1e-6)
 
 
 def test_a_model_that_changes_its_dtype_says_to_start_again():
@@ -507,7 +517,7 @@ def test_tensors_of_both_widths_have_one_norm():
         p.grad = dev(values[n], dtypes[n])
     norm = float(optimizer.step(clip=0.5))
     assert norm == pytest.approx((6 * 4 + 16 + 5 * 9)**0.5, rel=1e-6)
-    assert all(np.allclose(widen(host(p.grad)), values[n] * 0.5 / norm, rtol=0.01) for n, p in ps.items())
+    assert all(np.allclose(to_float32(host(p.grad)), values[n] * 0.5 / norm, rtol=0.01) for n, p in ps.items())
 
 
 # ── the scale of the loss ────────────────────────────────────────────────────────────────────────────────────────────
@@ -811,7 +821,7 @@ def test_class_weights_are_not_rounded():
     batch = {"ids": TOKENS[:, :12], "labels": np.array([0, 1, 2, 0, 1, 2]), "class_weight": np.array([0.1, 1.0, 2.7])}
     with autocast():
         a = train.batch.compute_loss(model, train.read_batch(batch))[1]
-    z = widen(host(train.batch.compute_loss(model, train.read_batch(batch))[0].output))
+    z = to_float32(host(train.batch.compute_loss(model, train.read_batch(batch))[0].output))
     assert a.dtype == F32 and float(a.data) == pytest.approx(float(ops.cross_entropy(Tensor(dev(z)), dev(batch["labels"]), dev(
         batch["class_weight"], F32)).data), rel=0.01)
 
@@ -831,5 +841,5 @@ def test_the_precision_of_float32_products_is_set_by_its_word():
 
 
 def test_16_bits_are_known_by_their_dtype_and_not_by_their_size():
-    assert narrow([1, None, dev([1.0], bfloat16)]) and narrow([dev([1.0], F16)]) and HALVES == {F16, bfloat16}
-    assert not narrow([dev([1.0], F32), dev(np.array([1], np.int16)), (2, 3), "two"])
+    assert has_16_bit([1, None, dev([1.0], bfloat16)]) and has_16_bit([dev([1.0], F16)]) and HALVES == {F16, bfloat16}
+    assert not has_16_bit([dev([1.0], F32), dev(np.array([1], np.int16)), (2, 3), "two"])

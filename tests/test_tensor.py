@@ -13,7 +13,7 @@ from helpers import dev, gradcheck, host, leaf, seeds, shapes_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyft import array, dispatch, ops, tensor
+from tinyft import array, dispatch, kernels, ops, tensor
 from tinyft.nn import no_grad
 from tinyft.tensor import OPS, ShapeError, Tensor, detect_anomaly, op, sum_to, topological
 
@@ -163,6 +163,77 @@ def test_a_gradient_of_one_number_is_an_array():
     y = leaf(np.array(2.0))
     ops.exp(ops.mean(y * y)).backward()
     assert array.is_array(y.grad)
+
+
+@pytest.mark.parametrize("f", [lambda x: x.mean() + (x * x).mean(), lambda x: (x * x).mean() + x.mean(),
+                               lambda x: x.sum() + (x * x).sum(), lambda x: x.mean(axis=0).sum() + (x * x).sum()])
+def test_a_broadcast_gradient_of_one_number_is_not_written_to(f):
+    """mean and sum give back a view of one number; NumPy makes such views read-only."""
+    x = leaf(np.ones(1, np.float32))
+    f(x).backward()
+    assert values(x) == [3]
+    x.grad += 1
+    assert values(x) == [4]
+
+
+@pytest.mark.parametrize("f", [lambda p: p.mean(axis=1).sum(), lambda p: p.sum(axis=-1).sum(), lambda p: p.sum(),
+                               lambda p: p.mean(axis=1, keepdims=True).sum()])
+def test_the_gradient_that_a_leaf_keeps_is_a_writable_array_of_its_own(f):
+    p = leaf(np.ones((400, 1), np.float32))
+    f(p).backward()
+    p.grad += 1
+    assert (host(p.grad) == 2).all() and p.grad.flags.c_contiguous
+    q = leaf(np.ones((3, 4), np.float32))
+    q.sum(axis=0).sum().backward()
+    q.grad[0] += 1                                           # no other row shows the same numbers
+    assert host(q.grad).tolist() == [[2] * 4, [1] * 4, [1] * 4]
+
+
+def test_a_pullback_may_give_back_any_view(new_op):
+    """Read-only views, broadcast views, views of its argument: none is written to, and the sum is right."""
+    views = [lambda g: np.broadcast_to(g, (1, 2)), lambda g: np.broadcast_to(g[:, :1] + 0, (1, 2)), lambda g: g[::-1], lambda g: (g + 0)[:]]
+    for view in views if array.backend() == "numpy" else views[2:]:
+        @new_op("... -> ...")
+        def seen(x, view=view):
+            return x + 0, (view,)
+        x, given = leaf(np.ones((1, 2))), dev(np.ones((1, 2)))
+        (seen(x) + x + seen(x)).backward(given)
+        assert values(x) == [[3, 3]] and (host(given) == 1).all()
+        x.grad += 1
+        assert values(x) == [[4, 4]] and (host(given) == 1).all()
+
+
+def always_owned(monkeypatch):
+    monkeypatch.setattr(tensor, "_is_own", lambda d, given: True)
+
+
+def owned_unless_given(monkeypatch):
+    monkeypatch.setattr(tensor, "_is_own", lambda d, given: d is not given)
+
+
+def never_summed(monkeypatch):
+    def add(self, node, g, owned=False):
+        self.arrays[id(node)] = g
+    monkeypatch.setattr(tensor.Gradients, "add", add)
+
+
+def in_place_always(monkeypatch):
+    def add(self, node, g, owned=False):
+        if id(node) in self.arrays:
+            self.arrays[id(node)] += g
+        else:
+            self.arrays[id(node)] = g
+    monkeypatch.setattr(tensor.Gradients, "add", add)
+
+
+@pytest.mark.parametrize("wrong", [always_owned, owned_unless_given, never_summed, in_place_always])
+def test_wrong_owners_are_caught(wrong, monkeypatch):
+    wrong(monkeypatch)
+    with pytest.raises((AssertionError, ValueError)):
+        for join in (lambda a, b: a + b, lambda a, b: a.reshape(4) + b.reshape(4), lambda a, b: a + b + a):
+            test_gradients_are_not_shared(join)
+        test_a_broadcast_gradient_of_one_number_is_not_written_to(lambda x: ops.broadcast_to(x, (1,)) + (x * x).mean())
+        test_a_tensor_used_twice_counts_twice()
 
 
 def test_the_seed_of_the_walk_is_not_kept():
@@ -406,7 +477,7 @@ def test_writing_what_the_walk_still_needs_is_refused():
     loss = (W * x).sum()
     loss.backward()
     assert values(x) == [[5]]
-    W.touch()
+    W.mark_written()
     (W * x).sum().backward()                                                     # a new graph sees the new version
     b = x * 2
     with pytest.raises(RuntimeError, match="only a leaf"):
@@ -486,3 +557,16 @@ def test_to_makes_a_leaf_elsewhere():
     a = Tensor([1.0], requires_grad=True, decay=False)
     b = a.to("strict").to("numpy")
     assert b.requires_grad and b.decay is False and b.device == "numpy" and host(b).tolist() == [1]
+
+
+@pytest.mark.parametrize("call", [
+    lambda x: ops.add(x, x, alpha=2), lambda x: ops.gelu(x, approximate="tanh"), lambda x: ops.softmax(x, dim=-1),
+    lambda x: ops.linear(x, x, bias=None), lambda x: ops.dropout(x, 0.5, 1, training=True), lambda x: ops.embedding(x, dev([0]), padding_idx=0),
+    lambda x: ops.layer_norm(x, x[0], x[0], epsilon=1e-5), lambda x: x.sum(dim=0), lambda x: x.mean(dim=0), lambda x: x.reshape(4, order="C"),
+    lambda x: x.permute(0, 1, copy=True), lambda x: x.sum().backward(create_graph=True), lambda x: x.to("numpy", copy=True),
+    lambda x: x.detach(copy=True), lambda x: x.numpy(force=True), lambda x: Tensor(x.data, dtype=np.float32)])
+def test_an_unknown_keyword_is_a_type_error(call):
+    with pytest.raises(TypeError, match="keyword|takes no"):
+        call(leaf(np.ones((2, 2), np.float32)))
+    with kernels.definitions(), pytest.raises(TypeError, match="keyword|takes no"):
+        call(leaf(np.ones((2, 2), np.float32)))

@@ -206,19 +206,26 @@ def _back(g: Array, shape: tuple, axis: Any, keepdims: bool) -> Array:
     return g.reshape(tuple(1 if i in axes else n for i, n in enumerate(shape)))
 
 
+def _spread(g: Array, shape: tuple) -> Array:
+    """g repeated to this shape, without a copy.  Where nothing is repeated it is no broadcast view, which NumPy makes read-only."""
+    if g.size == math.prod(shape):
+        return g.reshape(shape)
+    return xp(g).broadcast_to(g, shape)
+
+
 @op("... -> ...")
 def sum(x, axis=None, keepdims=False):
     "y = Σ x.    dx = g along the summed axes"
-    m, shape = xp(x), x.shape
-    return x.sum(axis=axis, keepdims=keepdims), (lambda g: m.broadcast_to(_back(g, shape, axis, keepdims), shape),)
+    shape = x.shape
+    return x.sum(axis=axis, keepdims=keepdims), (lambda g: _spread(_back(g, shape, axis, keepdims), shape),)
 
 
 @op("... -> ...")
 def mean(x, axis=None, keepdims=False):
     "y = Σ x / n.    dx = g / n"
     y = x.mean(axis=axis, keepdims=keepdims)
-    m, shape, n = xp(x), x.shape, x.size // (y.size or 1)
-    return y, (lambda g: m.broadcast_to(_back(g, shape, axis, keepdims) / n, shape),)
+    shape, n = x.shape, x.size // (y.size or 1)
+    return y, (lambda g: _spread(_back(g, shape, axis, keepdims) / n, shape),)
 
 
 @op("... -> ...")

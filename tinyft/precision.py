@@ -1,26 +1,28 @@
-"""Mixed precision: what is computed in 16 bits and what is not.
+"""Mixed precision: which ops compute in 16 bits.
 
                  bits of exponent, fraction     largest      smallest       next after 1
     float32              8          23          3e38         1e-45          1 + 2⁻²³
     bfloat16             8           7          3e38         9e-41          1 + 2⁻⁷
     float16              5          10          65,504       6e-8           1 + 2⁻¹⁰
 
-16 bits are for keeping and for multiplying: half the memory, half the traffic, and tensor cores.  They are not for adding up: to 256
-bfloat16 cannot add 1.  So, wherever 16-bit numbers meet an op:
+16-bit numbers are for storage and for matrix products: half the memory, half the traffic, and tensor cores.  They are not
+for sums: 256 + 1 is 256 in bfloat16.  So these rules hold wherever an op gets 16-bit inputs:
 
-    inside     it computes in float32 and rounds what it gives, once.  A kernel may take 16-bit factors as they are, if it adds up in float32.
-    autocast   PRODUCTS get their inputs rounded, SUMS get theirs in float32, all others take them as they come (of two kinds, the wider).
-    gradients  have the dtype of what they are the gradient of, and are summed over a batch before they are rounded; `.grad` is float32.
-    weights    that train stay in float32: under autocast the model's own; of a model in 16 bits, a copy that the optimiser keeps (optim.py).
-    float16    has gradients too small for it: the loss is multiplied first, and the gradients divided (scaler.py).
+    an op      computes in float32 and rounds its value once.  A kernel may take 16-bit factors if it sums in float32.
+    autocast   PRODUCTS get their inputs in 16 bits, SUMS in float32; all other ops take their inputs as they are (of two
+               dtypes the wider one).
+    gradients  have the dtype of their tensor, and are summed over a batch before they are rounded; `.grad` is float32.
+    weights    that train stay in float32: under autocast the model's own, for a model in 16 bits a copy that the optimiser
+               keeps (optim/master.py).
+    float16    cannot hold small gradients: the loss is multiplied by a scale, and the gradients are divided by it
+               (optim/scaler.py).
 
-On NumPy, which has no fast products of 16 bits, this rounds as on a device (but inside attention, whose kernel there rounds probabilities,
-since they are factors of a product), and saves nothing.
+NumPy has no fast 16-bit products: there the results are rounded as on a device, and nothing is saved.  (Attention differs:
+the kernel on a device also rounds the probabilities, since they are factors of a product.)
 """
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,155 +30,182 @@ from typing import Any
 import numpy as np
 
 from . import dispatch
-from .array import Array, address, bfloat16, is_array, xp
+from .array import Array, bfloat16, is_array, xp
 
 HALVES = {np.dtype(np.float16), bfloat16}
-ROUNDABLE = {np.dtype(np.float32), *HALVES}              # float64 is for checking gradients, and stays what it is
+FLOAT32 = np.dtype(np.float32)
+ROUNDABLE = {FLOAT32, *HALVES}                                 # float64 is for checking gradients: no rule changes it
 
 # ── the policy ───────────────────────────────────────────────────────────────────────────────────────────────────────
 PRODUCTS = {"linear", "matmul", "project", "attention", "_packed_linear"}
-SUMS = {"sum", "mean", "cumsum", "softmax", "log_softmax", "layer_norm", "rms_norm", "exp", "log", "power"}      # and what soon overflows
-LOSSES = {"cross_entropy"}                               # float32 whatever they are given, with autocast or without
-VIEWS = {"reshape", "permute", "transpose", "broadcast_to"}                      # nothing is computed, either way
-PICKS = {"getitem", "gather", "embedding"}               # nothing is computed; on the way back, sums
-MIXING = {"add", "sub", "mul"}                           # with float32 on the other side: the array module widens as it goes
+SUMS = {"sum", "mean", "cumsum", "softmax", "log_softmax", "layer_norm", "rms_norm",
+        "exp", "log", "power"}                                 # the last three overflow soon
+LOSSES = {"cross_entropy"}                                     # their value is float32, with autocast or without
+VIEWS = {"reshape", "permute", "transpose", "broadcast_to"}    # compute nothing, in either pass
+PICKS = {"getitem", "gather", "embedding"}                     # compute nothing; their gradients are sums
+MIXING = {"add", "sub", "mul"}                                 # with float32 on the other side the array module widens
 
 
-class _Here(threading.local):
-    """What holds in this thread.  to: what autocast computes in, or None;  casts: {address of an array: (it, it in 16 bits)}, as of `writes`.
+class _AutocastState(threading.local):
+    """The autocast region of this thread.
 
-    An optimiser lays weights out end to end: they are cast together, once in a pass, and lie end to end again."""
-    to: np.dtype | None = None
-    casts: dict[int, tuple[Array, Array]] = {}
-    then = -1
+    dtype: the dtype in which autocast computes, or None outside a region.
+    cache: what kernels/cuda/casts.py keeps for this region, None at its start."""
+    dtype: np.dtype | None = None
+    cache: Any = None
 
 
-here = _Here()
-writes = 0                                               # to leaves, anywhere: casts made before the last one are out of date
+autocast_state = _AutocastState()
+writes = 0                                                     # in-place writes to leaves so far, in all threads
 
 
 @contextlib.contextmanager
 def autocast(dtype: Any = "bfloat16", enabled: bool = True) -> Iterator[None]:
-    """with autocast("bfloat16"): loss = ...      products in 16 bits, sums in float32, as this file's first lines say.
+    """with autocast("bfloat16"): loss = ...      matrix products in 16 bits, sums in float32, by the rules of this file.
 
-    For the forward pass and the loss; backward goes the way that forward went.  float16 wants a GradScaler besides.  enabled=False: not
-    in this part.  Of this thread alone.  TypeError for another dtype.      As torch.autocast; Micikevicius et al. 2018"""
-    to, was = half(dtype) if enabled else None, (here.to, here.casts, here.then)
-    here.to, here.casts = to, {}
+    For the forward pass and the loss; backward uses the dtypes of the forward pass.  float16 wants a GradScaler as well.
+    enabled=False switches autocast off inside a region.  The region holds for this thread alone.
+    TypeError for a dtype other than float16 and bfloat16.      As torch.autocast; Micikevicius et al. 2018"""
+    before = (autocast_state.dtype, autocast_state.cache)
+    autocast_state.dtype = half(dtype) if enabled else None
+    autocast_state.cache = None
     try:
         yield
     finally:
-        here.to, here.casts, here.then = was
+        autocast_state.dtype, autocast_state.cache = before
 
 
 def half(dtype: Any) -> np.dtype:
-    "float16 or bfloat16, from its name or itself.  TypeError for anything else."
-    with contextlib.suppress(TypeError):                                         # of what NumPy does not know by this name
+    """float16 or bfloat16, from its name or itself.  TypeError for anything else."""
+    with contextlib.suppress(TypeError):                       # NumPy raises it for a name that it does not know
         if np.dtype(dtype) in HALVES:
             return np.dtype(dtype)
     raise TypeError(f"autocast computes in float16 or bfloat16, got {dtype!r}")
 
 
-def given(name: str, arrays: list, kw: dict[str, Any]) -> tuple[list, dict[str, Any]]:
-    "What the op `name` is given in place of these under autocast: of what is ROUNDABLE, PRODUCTS get it in here.to, SUMS in float32."
-    to = here.to if name in PRODUCTS else np.dtype(np.float32) if name in SUMS else None
-    if to is None:
-        return arrays, kw
-    cast = lambda a: rounded(a, to) if is_array(a) and a.dtype in ROUNDABLE else a
-    return [cast(a) for a in arrays], {k: cast(a) for k, a in kw.items()}
+# ── the wrapper around an op ─────────────────────────────────────────────────────────────────────────────────────────
+def run(op: Callable, arrays: list, kwargs: dict[str, Any], leaves: list[bool]) -> tuple:
+    """(value, pullbacks) of an op by the rules of this file.  leaves[i]: input i is a leaf, such as a parameter.
+
+    The engine calls it in an autocast region, and for an op of which an input has 16 bits; all other ops do not come here."""
+    name = op.__name__
+    dtype = autocast_state.dtype
+    if dtype is not None:
+        if name in PRODUCTS:
+            arrays = [dispatch.run(cast_parameter, type(a), a, dtype) if leaf else a for a, leaf in zip(arrays, leaves)]
+        arrays, kwargs = cast_inputs(name, arrays, kwargs)
+    if not has_16_bit(arrays):
+        return dispatch.run(op, type(arrays[0]), *arrays, **kwargs)
+    for kernel in dispatch.find(op, type(arrays[0])):
+        result = compute(kernel, name, arrays, kwargs)
+        if result is not NotImplemented:
+            return result
+    return compute(op.definition, name, arrays, kwargs)
 
 
-def weight(a: Array) -> Array:
-    "A weight for a product under autocast: rounded with all that an optimiser laid out beside it, once, until a leaf is written to."
-    flat = a.base
-    if a.dtype != np.float32 or flat is None or flat.ndim != 1 or flat.dtype != a.dtype or not a.flags.c_contiguous:
-        return a
-    if here.then != writes:
-        here.casts.clear()
-        here.then = writes
-    at = address(flat)
-    if at not in here.casts:
-        here.casts[at] = flat, rounded(flat, here.to)
-    (_, cast), start = here.casts[at], (address(a) - at) // a.itemsize
-    return cast[start:start + a.size].reshape(a.shape)
+def cast_inputs(name: str, arrays: list, kwargs: dict[str, Any]) -> tuple[list, dict[str, Any]]:
+    """The inputs of the op `name` under autocast: PRODUCTS get them in 16 bits, SUMS in float32, other ops as they are.
+
+    Only arrays of a ROUNDABLE dtype change."""
+    if name in PRODUCTS:
+        dtype = autocast_state.dtype
+    elif name in SUMS:
+        dtype = FLOAT32
+    else:
+        return arrays, kwargs
+
+    def cast(a: Any) -> Any:
+        return rounded(a, dtype) if is_array(a) and a.dtype in ROUNDABLE else a
+    return [cast(a) for a in arrays], {k: cast(a) for k, a in kwargs.items()}
 
 
-# ── inside an op ─────────────────────────────────────────────────────────────────────────────────────────────────────
-def narrow(arrays: Any) -> bool:
-    "Whether there is an array of 16-bit floating-point numbers among these."
+def cast_parameter(a: Array, dtype: np.dtype) -> Array:
+    """A parameter for a matrix product under autocast; cast_inputs rounds it if it has 32 bits still.
+
+    This is the definition.  kernels/cuda/casts.py casts the parameters of an optimiser together, once until a write."""
+    return a
+
+
+def compute(f: Callable, name: str, arrays: list, kwargs: dict[str, Any]) -> Any:
+    """(value, pullbacks) of an op's definition or kernel f on 16-bit inputs; NotImplemented if the kernel declines.
+
+    Compute in float32 and round the value to 16 bits; the engine rounds the gradients.  A kernel that sums 16-bit inputs in
+    float32 itself (takes_16_bit) gets them as they are."""
+    if name in VIEWS or getattr(f, "takes_16_bit", False):
+        return f(*arrays, **kwargs)
+    dtypes = {a.dtype for a in arrays if is_array(a) and a.dtype.kind in "fV"}       # V: bfloat16
+    mixes = name in MIXING and len(dtypes) == 2 and FLOAT32 in dtypes
+    if name in PICKS or mixes:
+        result = f(*arrays, **kwargs)
+    else:
+        result = f(*map(to_float32, arrays), **{k: to_float32(a) for k, a in kwargs.items()})
+    if result is NotImplemented:
+        return NotImplemented
+    value, pullbacks = result
+    if len(dtypes) == 1 and name not in LOSSES and name not in PICKS:
+        dtype, = dtypes
+        value = tuple(rounded(v, dtype) for v in value) if isinstance(value, tuple) else rounded(value, dtype)
+    if callable(pullbacks):
+        return value, _joint_in_float32(pullbacks)
+    return value, [back and _in_float32(back) for back in pullbacks]
+
+
+def _in_float32(back: Callable) -> Callable:
+    return lambda g: back(to_float32(g))
+
+
+def _joint_in_float32(back: Callable) -> Callable:
+    """A pullback for several inputs that gets g in float32.
+
+    The engine sees only the 16-bit g.  It could not tell that two inputs share the float32 g, and would add to it in place;
+    so no gradient is that array or a view of it."""
+    def joint(g: Any, needed: list[bool]) -> list:
+        wide = [to_float32(a) for a in g] if isinstance(g, list) else to_float32(g)
+        arrays = wide if isinstance(wide, list) else [wide]
+
+        def is_shared(d: Array) -> bool:
+            return any(a is not None and xp(a).may_share_memory(d, a) for a in arrays)
+        return [d.copy() if d is not None and is_shared(d) else d for d in back(wide, needed)]
+    return joint
+
+
+def takes_16_bit(kernel: Callable) -> Callable:
+    """Mark a kernel that takes 16-bit inputs as they are and sums in float32."""
+    kernel.takes_16_bit = True
+    return kernel
+
+
+# ── dtypes ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+def has_16_bit(arrays: Any) -> bool:
+    """True if one of these is an array of 16-bit floating-point numbers."""
     for a in arrays:
         if getattr(a, "itemsize", None) == 2 and a.dtype in HALVES:
             return True
     return False
 
 
-def widen(a: Any) -> Any:
-    "16-bit numbers in float32, exactly; anything else as it is."
+def to_float32(a: Any) -> Any:
+    """A 16-bit array in float32, exactly; anything else as it is."""
     return a.astype(np.float32) if is_array(a) and a.dtype in HALVES else a
 
 
 def rounded(a: Any, dtype: np.dtype) -> Any:
-    "a in this dtype; what is too large for it is infinite, and NumPy need not warn of that: a GradScaler finds it."
+    """a in this dtype.  A number that is too large for it becomes infinite, without a warning: a GradScaler finds it."""
     if a.dtype == dtype:
         return a
     with np.errstate(over="ignore"):
         return a.astype(dtype)
 
 
-def run(op: Callable, name: str, arrays: list, kw: dict[str, Any]) -> tuple:
-    """dispatch.run for an op of which an input has 16 bits."""
-    for kernel in dispatch.find(op, type(arrays[0])):
-        result = in_float32(kernel, name)(*arrays, **kw)
-        if result is not NotImplemented:
-            return result
-    return in_float32(op.definition, name)(*arrays, **kw)
-
-
-def in_float32(f: Callable, name: str) -> Callable:
-    "The op's function f, adding up in float32 what comes in 16 bits: arrays -> (value, pullbacks), the value rounded, gradients not yet."
-    if name in VIEWS or getattr(f, "takes_halves", False):
-        return f
-
-    @functools.wraps(f)
-    def wide(*arrays: Any, **kw: Any) -> tuple:
-        if not narrow(arrays):
-            return f(*arrays, **kw)
-        floats = {a.dtype for a in arrays if is_array(a) and a.dtype.kind in "fV"}
-        unchanged = name in PICKS or (name in MIXING and len(floats) == 2 and np.dtype(np.float32) in floats)
-        result = f(*arrays, **kw) if unchanged else f(*map(widen, arrays), **{k: widen(a) for k, a in kw.items()})
-        if result is NotImplemented:
-            return NotImplemented
-        value, pulls = result
-        if not unchanged:
-            if len(floats) == 1 and name not in LOSSES:
-                value = tuple(rounded(v, *floats) for v in value) if isinstance(value, tuple) else rounded(value, *floats)
-        if callable(pulls):
-            return value, lambda g, needed: _apart(pulls, [widen(a) for a in g] if isinstance(g, list) else widen(g), needed)
-        return value, [back and (lambda g, back=back: back(widen(g))) for back in pulls]
-    return wide
-
-
-def _apart(pulls: Callable, g: Any, needed: list[bool]) -> list:
-    "The gradients, none of them the widened g or a view of it: the engine knows only the narrow one, and would add to what two inputs share."
-    mine = g if isinstance(g, list) else [g]
-    shared = lambda d: any(w is not None and xp(w).may_share_memory(d, w) for w in mine)
-    return [d.copy() if d is not None and shared(d) else d for d in pulls(g, needed)]
-
-
-def takes_halves(kernel: Callable) -> Callable:
-    "Note of a kernel that it takes 16-bit numbers as they are, and adds up in float32."
-    kernel.takes_halves = True
-    return kernel
-
-
-# ── products of float32 ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── matrix products of float32 ───────────────────────────────────────────────────────────────────────────────────────
 tf32 = False
 
 
 def set_float32_matmul_precision(precision: str) -> None:
-    """How exact a device's products of float32 are.  "highest": as float32.  "high": factors rounded to TF32, ten bits of fraction, sums in float32.
+    """How a device multiplies float32 matrices.  "highest": in float32.  "high": factors rounded to TF32, sums in float32.
 
-    Several times faster on tensor cores; on NumPy it changes nothing.  For all threads.  ValueError for another word.      As PyTorch's"""
+    TF32 has ten bits of fraction, and is several times faster on tensor cores.  NumPy always computes in float32.  For all
+    threads.  ValueError for another word.      As PyTorch's"""
     global tf32
     if precision not in ("highest", "high"):
         raise ValueError(f"the precision of float32 products is 'highest' or 'high' (TF32), got {precision!r}")
@@ -184,6 +213,5 @@ def set_float32_matmul_precision(precision: str) -> None:
 
 
 def get_float32_matmul_precision() -> str:
-    "What set_float32_matmul_precision set."
+    """The word that set_float32_matmul_precision set."""
     return "high" if tf32 else "highest"
-

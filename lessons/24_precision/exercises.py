@@ -14,15 +14,15 @@ from tinyft.learn.sizes import positive
 from tinyft.optim import GradScaler
 from tinyft.optim.buffers import Group
 from tinyft.optim.master import MasterWeights
-from tinyft.precision import PRODUCTS, ROUNDABLE, SUMS, rounded, widen
+from tinyft.precision import PRODUCTS, ROUNDABLE, SUMS, rounded, to_float32
 from tinyft.tensor import Tensor
 
 F = np.float32
 
-# ── given ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-given = Exercise(
-    "precision:given", difficulty=2, minutes=15, hints=(
-        "First which dtype this op wants, if any: here.to for one of PRODUCTS, float32 for one of SUMS.  All others are given what came.",
+# ── cast_inputs ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+cast_inputs = Exercise(
+    "precision:cast_inputs", difficulty=2, minutes=15, hints=(
+        "First which dtype this op wants, if any: autocast_state.dtype for one of PRODUCTS, float32 for one of SUMS.  All others are given what came.",
         "Not everything that comes is a number to be rounded: there are token ids, masks, None, plain numbers, and float64 to check gradients with.  "
         "ROUNDABLE has the dtypes that may be changed.",
         "cast = lambda a: rounded(a, to) if is_array(a) and a.dtype in ROUNDABLE else a; then a list of cast(a) for the arrays, and a dict of them "
@@ -53,26 +53,26 @@ def same(got, want, what, dtype=None):
     close(asnumpy(got).astype(float), want.astype(float), what)
 
 
-@given.law("a product gets all its inputs in 16 bits, of the kind that autocast was told", a="n m", name=products, of=floats, to=halves)
+@cast_inputs.law("a product gets all its inputs in 16 bits, of the kind that autocast was told", a="n m", name=products, of=floats, to=halves)
 def _(f, a, name, of, to):
     (x, y), _ = handed(f, name, [a.astype(F) / 3, a.astype(of)], {}, to)
     same(x, a.astype(F) / 3, f"{name}: what came as float32", to)
     same(y, a.astype(of), f"{name}: what came as {of}", to)
 
 
-@given.law("a sum gets them in float32", a="n m", name=sums, of=floats, to=halves)
+@cast_inputs.law("a sum gets them in float32", a="n m", name=sums, of=floats, to=halves)
 def _(f, a, name, of, to):
     (x,), _ = handed(f, name, [a.astype(of)], {}, to)
     same(x, a, f"{name}: what came as {of}", F)
 
 
-@given.law("every other op gets what came", a="n m", name=others, of=floats, to=halves)
+@cast_inputs.law("every other op gets what came", a="n m", name=others, of=floats, to=halves)
 def _(f, a, name, of, to):
     (x,), _ = handed(f, name, [a.astype(of)], {}, to)
     same(x, a.astype(of), f"{name}: what came as {of}")
 
 
-@given.law("token ids, masks, None and plain numbers stay what they are", a="n m", name=st.one_of(products, sums), to=halves)
+@cast_inputs.law("token ids, masks, None and plain numbers stay what they are", a="n m", name=st.one_of(products, sums), to=halves)
 def _(f, a, name, to):
     ids, mask = a.astype(np.int64), a > 0
     (x, y, none, number), _ = handed(f, name, [ids, mask, None, 0.1], {}, to)
@@ -82,13 +82,13 @@ def _(f, a, name, to):
         raise Unusable(f"{name} was to be given None and 0.1 as they came; yours gives {none!r} and {number!r}")
 
 
-@given.law("float64, in which gradients are checked, stays", a="n m", name=st.one_of(products, sums), to=halves)
+@cast_inputs.law("float64, in which gradients are checked, stays", a="n m", name=st.one_of(products, sums), to=halves)
 def _(f, a, name, to):
     (x,), _ = handed(f, name, [a / 3], {}, to)
     same(x, a / 3, f"{name}: what came as float64")
 
 
-@given.law("what comes by keyword is an input too", a="n m", name=products, to=halves)
+@cast_inputs.law("what comes by keyword is an input too", a="n m", name=products, to=halves)
 def _(f, a, name, to):
     _, kw = handed(f, name, [], {"bias": a.astype(F) / 3}, to)
     same(kw.get("bias"), a.astype(F) / 3, f"{name}: the keyword bias", to)
@@ -103,42 +103,42 @@ def policy(name, arrays, kw, to, kinds=ROUNDABLE, keywords=True):
 
 
 def wanted(name):
-    return precision.here.to if name in PRODUCTS else np.dtype(F) if name in SUMS else None
+    return precision.autocast_state.dtype if name in PRODUCTS else np.dtype(F) if name in SUMS else None
 
 
-@given.wrong_answer("Autocast computes in 16 bits.", says="is bfloat16, expected float32", subtle=True)
-def _(name, arrays, kw):
-    return policy(name, arrays, kw, precision.here.to if name in PRODUCTS | SUMS else None)
+@cast_inputs.wrong_answer("Autocast computes in 16 bits.", says="is bfloat16, expected float32", subtle=True)
+def _(name, arrays, kwargs):
+    return policy(name, arrays, kwargs, precision.autocast_state.dtype if name in PRODUCTS | SUMS else None)
 
 
-@given.wrong_answer("Float32 in, float32 added up: nothing to do for a sum.", says="expected float32", subtle=True)
-def _(name, arrays, kw):
-    return policy(name, arrays, kw, precision.here.to if name in PRODUCTS else None)
+@cast_inputs.wrong_answer("Float32 in, float32 added up: nothing to do for a sum.", says="expected float32", subtle=True)
+def _(name, arrays, kwargs):
+    return policy(name, arrays, kwargs, precision.autocast_state.dtype if name in PRODUCTS else None)
 
 
-@given.wrong_answer("What is no product is float32.", says="is float32, expected", subtle=True)
-def _(name, arrays, kw):
-    return policy(name, arrays, kw, precision.here.to if name in PRODUCTS else np.dtype(F))
+@cast_inputs.wrong_answer("What is no product is float32.", says="is float32, expected", subtle=True)
+def _(name, arrays, kwargs):
+    return policy(name, arrays, kwargs, precision.autocast_state.dtype if name in PRODUCTS else np.dtype(F))
 
 
-@given.wrong_answer("What has 16 bits already may stay.", says="is float16, expected bfloat16", subtle=True)
-def _(name, arrays, kw):
-    return policy(name, arrays, kw, wanted(name), {np.dtype(F)} if name in PRODUCTS else ROUNDABLE)
+@cast_inputs.wrong_answer("What has 16 bits already may stay.", says="is float16, expected bfloat16", subtle=True)
+def _(name, arrays, kwargs):
+    return policy(name, arrays, kwargs, wanted(name), {np.dtype(F)} if name in PRODUCTS else ROUNDABLE)
 
 
-@given.wrong_answer("An array is an array.", says="expected int64")
-def _(name, arrays, kw):
-    return policy(name, arrays, kw, wanted(name), {*ROUNDABLE, np.dtype(np.float64), np.dtype(np.int64), np.dtype(bool)})
+@cast_inputs.wrong_answer("An array is an array.", says="expected int64")
+def _(name, arrays, kwargs):
+    return policy(name, arrays, kwargs, wanted(name), {*ROUNDABLE, np.dtype(np.float64), np.dtype(np.int64), np.dtype(bool)})
 
 
-@given.wrong_answer("Floating point is floating point.", says="expected float64", subtle=True)
-def _(name, arrays, kw):
-    return policy(name, arrays, kw, wanted(name), {*ROUNDABLE, np.dtype(np.float64)})
+@cast_inputs.wrong_answer("Floating point is floating point.", says="expected float64", subtle=True)
+def _(name, arrays, kwargs):
+    return policy(name, arrays, kwargs, wanted(name), {*ROUNDABLE, np.dtype(np.float64)})
 
 
-@given.wrong_answer("Keywords are options, not numbers.", says="the keyword bias is float32", subtle=True)
-def _(name, arrays, kw):
-    return policy(name, arrays, kw, wanted(name), keywords=False)
+@cast_inputs.wrong_answer("Keywords are options, not numbers.", says="the keyword bias is float32", subtle=True)
+def _(name, arrays, kwargs):
+    return policy(name, arrays, kwargs, wanted(name), keywords=False)
 
 
 # ── reclaim_values ────────────────────────────────────────────────────────────────────────────────
@@ -152,7 +152,7 @@ reclaim_values = Exercise(
         "self.versions[name] is the count at the optimiser's own last write.",
         "First find the written tensors, all of them.  Then call Group.reclaim_values(self): it "
         "makes every p.data its view again.  Then self.w[self.offsets[name]] = "
-        "widen(self.views[name]).reshape(-1) for the written ones."))
+        "to_float32(self.views[name]).reshape(-1) for the written ones."))
 HIDDEN = 2.0**-10  # beside 1, too small to be visible in bfloat16
 
 
@@ -168,7 +168,7 @@ def bound(*arrays):
     group.w += HIDDEN
     group.write_rounded()
     for p in made.values():
-        p.touch()
+        p.mark_written()
     group.record_versions()
     return group, list(made.values())
 
@@ -186,7 +186,7 @@ def check_values(group, want, before, what="w"):
                "nobody wrote there": joined(in_16_bits),
                "a write from outside was not noticed": joined(before)}
     close(asnumpy(group.w), joined(want), what, guesses, dtype=True)
-    close(asnumpy(widen(group.rounded)), joined(in_16_bits), "the values of the tensors")
+    close(asnumpy(to_float32(group.rounded)), joined(in_16_bits), "the values of the tensors")
     for name, p in group.tensors.items():
         if p.data is not group.views[name]:
             raise Unusable(f"the data of {name} is not its view of the flat array: "
@@ -231,7 +231,7 @@ def reclaimed(group, written):
     """The answer, for these names."""
     Group.reclaim_values(group)
     for name in written:
-        group.w[group.offsets[name]] = widen(group.views[name]).reshape(-1)
+        group.w[group.offsets[name]] = to_float32(group.views[name]).reshape(-1)
 
 
 def replaced(group):

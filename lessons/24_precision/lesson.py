@@ -1,6 +1,6 @@
 # %% [markdown]
 # # 24 Sixteen bits
-# **Minutes:** 60, with the exercises 100. **Prerequisites:** 01, 02, 03. **Exercises:** given, reclaim_values, update
+# **Minutes:** 60, with the exercises 100. **Prerequisites:** 01, 02, 03. **Exercises:** cast_inputs, reclaim_values, update
 #
 # Half the bits are half the memory and half the traffic, and tensor cores multiply them several times as fast. What is lost, and what helps?
 # The answer in one line: **16 bits are for keeping and for multiplying, float32 is for adding up.** NumPy rounds what an op gives as a GPU does.
@@ -148,4 +148,4 @@ for name, (model, optimizer, losses) in runs.items():
 assert [round(sum(row[:3])) for row in rows] == [16, 18, 10, 16] and min(row[3] for row in rows) == rows[0][3]
 # %% [markdown]
 # Nothing is saved: NumPy has no products of 16 bits, computes in float32 inside and holds both. No speed was measured here, on no device.
-# **Exercises.** `tinyft start given` (autocast's rule), `tinyft start reclaim_values` (masters), `tinyft start update` (who finds $S$).
+# **Exercises.** `tinyft start cast_inputs` (autocast's rule), `tinyft start reclaim_values` (masters), `tinyft start update` (who finds $S$).

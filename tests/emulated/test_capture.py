@@ -5,7 +5,6 @@ import contextlib
 import itertools
 import re
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import cupy as cp
 import fake_gpu
@@ -13,8 +12,8 @@ import numpy as np
 import pytest
 
 import tinyft as ft
-from tinyft import GPT, SGD, AdamW, CannotCapture, GPTConfig, array, edit, kernels, ops
-from tinyft.kernels.cuda import capture, gemm, optimizer
+from tinyft import GPT, SGD, AdamW, CannotCapture, GPTConfig, array, dispatch, edit, kernels, ops
+from tinyft.kernels.cuda import capture, casts, gemm, optimizer
 from tinyft.tensor import Tensor
 from tinyft.train.batch import next_tokens
 
@@ -282,11 +281,13 @@ def test_a_scale_that_changes_is_refused_and_bfloat16_needs_none():
 
 def weights_stay_as_cast(m):
     "Weights that were cast before the step was noted: no kernel of the graph casts them."
-    kept, right = {}, ft.precision.weight
+    kept = {}
 
-    def weight(a):
-        return right(a) if array.recording is None else kept.setdefault(array.address(a), ft.precision.rounded(a, ft.precision.here.to))
-    m.setattr(ft.precision, "weight", weight)
+    def cast(a, dtype):
+        if array.recording is None:
+            return casts.cast_parameter(a, dtype)
+        return kept.setdefault(array.address(a), ft.precision.rounded(a, dtype))
+    m.setitem(dispatch.KERNELS, (ft.precision.cast_parameter, cp.ndarray), [cast])
 
 
 def test_weights_are_cast_at_each_replay():
@@ -297,7 +298,7 @@ def test_weights_are_cast_at_each_replay():
 def test_what_was_cast_before_a_captured_pass_is_cast_again_inside(forgotten, monkeypatch):
     "autocast opened once, around it all: replays see what weights are now, not what an earlier pass has cast."
     if forgotten:
-        monkeypatch.setattr(capture, "precision", SimpleNamespace(here=SimpleNamespace(casts={})))
+        monkeypatch.setattr(casts, "forget", lambda: None)
     training, ids = Training(), BATCHES[0]
     with ft.no_grad(), ft.autocast("bfloat16"):
         step = ft.capture(lambda ids: training.model(ids))

@@ -13,7 +13,7 @@ import numpy as np
 
 from .. import array
 from ..array import Array, xp
-from ..precision import widen
+from ..precision import to_float32
 from ..tensor import Tensor
 
 LARGE = 1 << 15                                # elements; a larger tensor is updated by itself, its gradient not copied
@@ -187,7 +187,7 @@ class Group:
 
 def masked_gradient(p: Tensor) -> Array:
     """The gradient of p, with 0 where p.mask is False; in float32 if the gradient has 16 bits."""
-    g = widen(p.grad)
+    g = to_float32(p.grad)
     return g if p.mask is None else xp(g).where(p.mask, g, 0)
 
 

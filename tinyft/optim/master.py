@@ -12,7 +12,7 @@ import numpy as np
 
 from .. import array
 from ..array import Array
-from ..precision import widen
+from ..precision import to_float32
 from .buffers import Group
 
 
@@ -20,7 +20,7 @@ from .buffers import Group
 class MasterWeights(Group):
     """A group of 16-bit tensors.  w and the moments are float32; the tensors are views of `rounded`: w in 16 bits.
 
-    A write from outside is noticed if it goes through p.copy_ or p.touch, or puts another array in p.data.  A new
+    A write from outside is noticed if it goes through p.copy_ or p.mark_written, or puts another array in p.data.  A new
     optimiser starts from the rounded 16-bit values.
 
     versions   {name: the tensor's version after the last update}
@@ -30,8 +30,8 @@ class MasterWeights(Group):
     def lay_out(self, moments: int) -> None:
         super().lay_out(moments)
         self.rounded = self.w                                      # the tensors are views of this array
-        self.w = widen(self.rounded)
-        self.moments = [widen(a) for a in self.moments]
+        self.w = to_float32(self.rounded)
+        self.moments = [to_float32(a) for a in self.moments]
         self.record_versions()
 
     def reclaim_values(self) -> None:
@@ -46,7 +46,7 @@ class MasterWeights(Group):
                 written.append(name)
         Group.reclaim_values(self)
         for name in written:
-            self.w[self.offsets[name]] = widen(self.views[name]).reshape(-1)
+            self.w[self.offsets[name]] = to_float32(self.views[name]).reshape(-1)
 
     def move_beside(self, like: Array) -> None:
         self.rounded = array.put_like(array.asnumpy(self.rounded), like)

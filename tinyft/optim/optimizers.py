@@ -204,7 +204,7 @@ class Optimizer:
         """Mark all tensors as written in place, by this optimiser."""
         for group in self.groups:
             for p in group.tensors.values():
-                p.touch()
+                p.mark_written()
             group.record_versions()
 
     def zero_grad(self) -> None:

@@ -16,9 +16,9 @@ from types import ModuleType
 
 from ... import array, dispatch
 from ...optim.optimizers import Optimizer, adam_update
-from ...precision import takes_halves
+from ...precision import cast_parameter, takes_16_bit
 from ...tensor import OPS
-from . import gemm, layers, optimizer
+from . import casts, gemm, layers, optimizer
 from .launch import COMPILERS
 
 
@@ -33,6 +33,7 @@ def register(kind: type, module: ModuleType) -> None:
 def put_in_place(kind: type) -> None:
     "Let the drop-ins answer for arrays of this type."
     for name in layers.NAMES:
-        dispatch.register(OPS[name], kind, takes_halves(getattr(layers, name)))
+        dispatch.register(OPS[name], kind, takes_16_bit(getattr(layers, name)))
+    dispatch.register(cast_parameter, kind, casts.cast_parameter)
     dispatch.register(adam_update, kind, optimizer.adam_update)
     dispatch.register(Optimizer.update_pieces, kind, optimizer.update_pieces)

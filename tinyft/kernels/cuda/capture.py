@@ -21,10 +21,11 @@ from typing import Any
 import cupy
 import numpy as np
 
-from ... import array, precision
+from ... import array
 from ...array import Array, CannotCapture
 from ...optim.optimizers import Optimizer
 from ...tensor import Tensor
+from . import casts
 
 WATCHED = 2                                                                      # calls before the one that is noted
 GRAPHS = 8                                                                       # shapes a step may come with
@@ -174,7 +175,7 @@ class Recording:
     def run(self) -> Any:
         "The step, watched."
         self.before, self.notes, self.optimizers, self.fed, array.recording = self.notes, [], [], 0, self
-        precision.here.casts.clear()                                             # weights are cast within the step, at each replay
+        casts.forget()                                                           # parameters are cast within the step, at each replay
         try:
             out = self.step(*self.inputs)
         finally:
