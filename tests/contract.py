@@ -429,7 +429,7 @@ def check_optimizer(row: Row, kind: str) -> None:
 
 
 def check_dropout(row: Row, kind: str) -> None:
-    """G10: dropout acts only if the row says so, only while training, only in the branch; eval mode is deterministic."""
+    """G10: dropout acts only if the row says so, while training, and in the branch; eval mode is deterministic."""
     model, _ = put_on(row, kind)
     rng = np.random.default_rng(0)
     y = run(model)
