@@ -509,16 +509,115 @@ def test_every_method_is_fitted_by_replays_or_refused(method, kind, monkeypatch)
     assert np.array_equal(losses, same) and np.array_equal(weights, too) and some.graphs >= 3
 
 
-@pytest.mark.parametrize("name, replayed", [
-    ("dropout, LoRA", lambda run, q, factor: run.replay(vars(q) | {"weight": 1}, 1.0, run.rng)),
-    ("dropout, LoRA", lambda run, q, factor: run.replay(vars(q) | {"weight": 1}, factor, np.random.default_rng(0))),
-    ("a class a row", lambda run, q, factor: run.replay(vars(q) | {"weight": 1, "facts": {}}, factor, run.rng)),
-    ("two phases", lambda run, q, factor: (setattr(run.opt, "t", 1), run.replay(vars(q) | {"weight": 1}, factor, run.rng))[1])],
-    ids=["no schedule", "other dropout", "no mask", "t stays"])
-def test_a_replay_of_something_else_is_noticed(name, replayed, monkeypatch):
-    monkeypatch.setattr(ft.train.loop.Run, "replayed", replayed)
+def without_schedule(run, targets, factor):
+    return run.replay(type(targets), vars(targets) | {"weight": 1}, 1.0, run.rng)
+
+
+def with_other_dropout(run, targets, factor):
+    return run.replay(type(targets), vars(targets) | {"weight": 1}, factor, np.random.default_rng(0))
+
+
+def without_mask(run, targets, factor):
+    return run.replay(type(targets), vars(targets) | {"weight": 1, "facts": {}}, factor, run.rng)
+
+
+def with_t_at_one(run, targets, factor):
+    run.optimizer.t = 1
+    return run.replay(type(targets), vars(targets) | {"weight": 1}, factor, run.rng)
+
+
+@pytest.mark.parametrize("name, replay_step", [
+    ("dropout, LoRA", without_schedule), ("dropout, LoRA", with_other_dropout), ("a class a row", without_mask), ("two phases", with_t_at_one)])
+def test_a_replay_of_something_else_is_noticed(name, replay_step, monkeypatch):
+    monkeypatch.setattr(ft.train.loop, "replay_step", replay_step)
     (losses, weights, _), (same, too, _) = fitted(name, False), fitted(name, True)
     assert not np.array_equal(losses, same) and not np.array_equal(weights, too)
+
+
+# ── losses and terms ──
+@dataclass(frozen=True, eq=False)
+class Distillation(ft.Loss):
+    """KL(teacher ‖ student), and the distance of projected hidden states. The projection trains; the dropout mask is the student's."""
+    teacher: ft.Module
+    projection: ft.Module
+    hidden_states = True
+
+    @property
+    def module(self):
+        return self.projection
+
+    def __call__(self, model, targets, rng=None):
+        ctx = targets.context(rng)
+        logits = model(targets.ids, ctx)
+        with ft.no_grad():
+            teacher_ctx = targets.context()
+            teacher_logits = self.teacher(targets.ids, teacher_ctx)
+        difference = self.projection(ctx.hidden_states[1], ctx) - teacher_ctx.hidden_states[1]
+        loss = ft.functional.kl_divergence(teacher_logits, logits, 2.0)
+        return ctx, loss + (difference * difference).mean()
+
+
+class Balanced(ft.Module):
+    """An MLP that adds an auxiliary loss."""
+
+    def __init__(self, mlp):
+        self.mlp = mlp
+
+    def forward(self, x, ctx):
+        y = self.mlp(x, ctx)
+        ctx.add_loss("balance", (y * y).mean() * 100)
+        return y
+
+
+def fit_terms(capturing, **more):
+    "Every term of every step, and all values, of a distillation with an auxiliary loss and a penalty."
+    model = GPT(GPTConfig(50, 32, 24, 2, 4, dropout=0.1))
+    for block in model.blocks:
+        block.mlp = Balanced(block.mlp)
+    ft.attach(model, Pull())
+    loss = Distillation(GPT(GPTConfig(50, 32, 16, 2, 4), seed=3), ft.nn.Linear(24, 16, rng=np.random.default_rng(1)))
+    fake_gpu.reset()
+    history = ft.fit(model, TEXT, 14, AdamW(0.01), loss=loss, progress=False, capture=capturing, **more)
+    tensors = [*edit.trained(model).values(), *loss.projection.parameters()]
+    return history, np.concatenate([array.asnumpy(p.data).ravel() for p in tensors]), fake_gpu.counts()
+
+
+def check_terms():
+    "Replays give the terms and the values of a run without capture, bitwise."
+    history, values, _ = fit_terms(False)
+    replayed, same, counts = fit_terms(True)
+    assert counts.graphs >= 4
+    assert history.terms.keys() == {"loss", "penalty.pull", "balance"}
+    assert all(len(set(term)) > 7 for term in history.terms.values())
+    assert history == replayed
+    assert np.array_equal(values, same)
+
+
+def test_a_replay_returns_every_term_of_a_users_loss():
+    check_terms()
+
+
+def test_terms_of_the_first_replay_are_noticed(monkeypatch):
+    right, first = ft.train.loop.replay_step, []
+
+    def stale(run, targets, factor):
+        loss, terms, norm = right(run, targets, factor)
+        first.append(terms)
+        return loss, first[0], norm
+    monkeypatch.setattr(ft.train.loop, "replay_step", stale)
+    with pytest.raises(AssertionError):
+        check_terms()
+
+
+def test_all_terms_of_a_step_leave_the_device_in_one_transfer():
+    counts = []
+    for steps in (14, 18):
+        model = GPT(GPTConfig(50, 32, 24, 2, 4))
+        ft.attach(model, Pull())
+        fake_gpu.reset()
+        ft.fit(model, TEXT[:1], steps, AdamW(0.01), progress=False)
+        counts.append(fake_gpu.counts())
+    assert counts[1].waits - counts[0].waits == counts[1].d2h - counts[0].d2h == 4
 
 
 def test_a_step_of_fit_waits_once_and_a_replay_is_one_word():

@@ -14,8 +14,8 @@ import pytest
 
 import tinyft as ft
 from tinyft import BERT, GPT, AdamW, BERTConfig, GPTConfig, LoRA, edit, kernels
-from tinyft.train.batch import compute_loss, read_batch
-from tinyft.train.loop import Run
+from tinyft.train.batch import BatchStream, compute_loss, read_batch
+from tinyft.train.loop import Run, Settings, train_step
 
 PHASES = ("forward", "backward", "loss", "update")
 TABLE: list[tuple[str, str, fake_gpu.Counts]] = []       # (model, phase, counts): printed by conftest.py
@@ -106,7 +106,7 @@ def test_forward_and_backward_never_wait_and_copy_only_the_batch(kind):
     forward, backward = found["forward"][0], found["backward"][0]
     q = read_batch(a_batch(kind))
     assert forward.waits == backward.waits == forward.d2h == backward.d2h == backward.h2d == 0
-    assert forward.h2d_bytes == sum(a.nbytes for a in (q.ids, q.labels, q.at) if a is not None)
+    assert forward.h2d_bytes == sum(a.nbytes for a in (q.ids, q.labels, q.logit_positions) if a is not None)
 
 
 def test_a_layer_costs_the_same_wherever_it_stands():
@@ -120,12 +120,13 @@ def test_a_layer_costs_the_same_wherever_it_stands():
 def test_the_trainers_own_step_asks_for_no_more_and_waits_once():
     apart = of_a_step("gpt", 2)
     model = made("gpt", 2)
-    run = Run(model, [a_batch("gpt")], 4, AdamW(1e-3), ft.constant_schedule(), 1.0, 1, 0, None, 0, 0, "loss")
-    steps = run.walk(None)
-    next(steps)
-    next(steps)
+    settings = Settings(steps=4, clip=1.0, accumulate=1, evaluate=None, patience=0, monitor="loss", autocast=None, capture=False)
+    run = Run(model, ft.CrossEntropy(), BatchStream([a_batch("gpt")]), AdamW(1e-3), ft.constant_schedule(), np.random.default_rng(0), settings)
+    phase = next(run.remaining_phases())
+    train_step(run, phase.steps)
+    train_step(run, phase.steps)
     fake_gpu.reset()
-    next(steps)
+    train_step(run, phase.steps)
     whole, parts = fake_gpu.counts(), [apart[p][0] for p in PHASES]
     assert whole.launches - sum(c.launches for c in parts) == 4, "the loss and the norm, put together to be read at once"
     assert whole.waits == whole.d2h == 1

@@ -4,5 +4,6 @@ from .evaluate import evaluate, perplexity
 from .loop import Diverged, History, fit
 
 __all__ = [
-    "CrossEntropy", "Diverged", "History", "Loss", "Targets", "compute_loss", "evaluate", "fit", "next_tokens", "perplexity", "read_batch",
+    "CrossEntropy", "Diverged", "History", "Loss", "Targets", "compute_loss", "evaluate", "fit", "next_tokens",
+    "perplexity", "read_batch",
 ]

@@ -30,6 +30,9 @@ from ..tensor import Tensor
 
 CONTEXT_FACTS = ("mask", "token_type_ids", "task", "route")             # keys of a batch that the model receives
 IGNORE = -100                                                           # the label of a position without a target
+ONE_LABEL_PER_SEQUENCE = "This model has a sequence classification head: give one label per sequence, shape (B,)"
+ONE_LABEL_PER_TOKEN = ("This model gives logits at every position: give one label per token, shape (B, T), "
+                       "or add a classifier (tinyft.classifier)")
 
 
 @dataclass
@@ -40,7 +43,7 @@ class Targets:
     facts                   keyword arguments of the pass's Context
     labels                  (n,) one per row of logits; IGNORE where nothing is predicted; None if the loss has no labels
     logit_positions         flat indices, into (B·T,), of the positions at which logits are computed; None: all
-    weight                  the number of labels (or the sum of their class weights): the weight of this batch's mean loss
+    weight                  the weight of this batch's mean loss: the number of labels, or the sum of their class weights
     class_weight            (classes,) or None
     output_hidden_states    True if the trainer wants the pass to keep all hidden states
     """
@@ -54,7 +57,8 @@ class Targets:
 
     def context(self, rng: np.random.Generator | None = None) -> Context:
         """A Context for one pass over this batch. Dropout is active only if a generator is given."""
-        return Context(logit_positions=self.logit_positions, rng=rng, output_hidden_states=self.output_hidden_states, **self.facts)
+        return Context(logit_positions=self.logit_positions, rng=rng, output_hidden_states=self.output_hidden_states,
+                       **self.facts)
 
 
 class Loss:
@@ -73,7 +77,9 @@ class Loss:
         """Read a batch on the host. The result is a `Targets`, or a subclass of it with further arrays."""
         return read_batch(batch)
 
-    def __call__(self, model: Module, targets: Targets, rng: np.random.Generator | None = None) -> tuple[Context, Tensor]:
+    def __call__(
+        self, model: Module, targets: Targets, rng: np.random.Generator | None = None,
+    ) -> tuple[Context, Tensor]:
         """(Context of the model's pass, mean loss). Uses device arrays only, so that the step can be captured.
 
         The auxiliary losses of the Context that is returned are added by `fit`; those of any other pass do not count.
@@ -95,29 +101,32 @@ class Loss:
 class CrossEntropy(Loss):
     """ℓ = − Σᵢ w[yᵢ] log softmax(zᵢ)[yᵢ] / Σᵢ w[yᵢ]        over the labels y that are not -100;  w = class_weight or 1"""
 
-    def __call__(self, model: Module, targets: Targets, rng: np.random.Generator | None = None) -> tuple[Context, Tensor]:
+    def __call__(
+        self, model: Module, targets: Targets, rng: np.random.Generator | None = None,
+    ) -> tuple[Context, Tensor]:
         ctx = targets.context(rng)
         logits = model(targets.ids, ctx)                                # (B, classes), (B, T, V) or (n, V)
         return ctx, cross_entropy(model, logits, targets)
 
 
-def compute_loss(model: Module, targets: Targets, rng: np.random.Generator | None = None) -> tuple[Context, Tensor]:
+def compute_loss(
+    model: Module, targets: Targets, rng: np.random.Generator | None = None,
+) -> tuple[Context, Tensor]:
     """(Context of the pass, mean cross-entropy) of a model on one batch."""
     return CrossEntropy()(model, targets, rng)
 
 
 def cross_entropy(model: Module, logits: Tensor, targets: Targets) -> Tensor:
-    """The mean cross-entropy of the logits with the labels. ValueError if their numbers differ, or the model has no head."""
+    """The mean cross-entropy of the logits with the labels. ValueError if there is not one label per row of logits."""
     head = getattr(model, "head", logits)
     if head is None:
-        raise ValueError("this model has no head, so it gives no logits to compare with labels: add one (tinyft.classifier)")
+        raise ValueError("this model has no head, so it has no logits to compare with labels: add one (tinyft.classifier)")
     rows = math.prod(logits.shape[:-1])
     is_classifier = isinstance(head, Classifier)
     if len(targets.labels) != rows or (is_classifier and targets.logit_positions is not None):
-        advice = ("This model has a sequence classification head: give one label per sequence, shape (B,)" if is_classifier else
-                  "This model gives logits at every position: give one label per token, shape (B, T), or add a classifier "
-                  "(tinyft.classifier)")
-        raise ValueError(f"the loss wants one label per row of logits, got {len(targets.labels)} labels and {rows} rows. {advice}")
+        advice = ONE_LABEL_PER_SEQUENCE if is_classifier else ONE_LABEL_PER_TOKEN
+        raise ValueError(f"the loss wants one label per row of logits, got {len(targets.labels)} labels and {rows} rows. "
+                         + advice)
     check_labels(targets.labels, logits.shape[-1])
     labels = array.put_like(targets.labels, logits.data)
     class_weight = targets.class_weight
@@ -127,7 +136,7 @@ def cross_entropy(model: Module, logits: Tensor, targets: Targets) -> Tensor:
 
 
 def check_labels(labels: Any, classes: int) -> None:
-    """IndexError if a label is outside the classes. Device arrays are not checked, since a check would wait for the device."""
+    """IndexError if a label is outside the classes. Device arrays are not checked: that would wait for the device."""
     if not isinstance(labels, np.ndarray):
         return
     labels = labels[labels != IGNORE]
@@ -157,8 +166,8 @@ def read_batch(batch: Any) -> Targets:
     if labels.dtype.kind not in "iu":
         raise TypeError(f"a batch wants integer labels, got {labels.dtype}")
     if labels.shape not in (ids.shape[:1], ids.shape[:2]):
-        raise ValueError(f"a batch wants labels of shape {ids.shape[:1]} (a class per row) or {ids.shape[:2]} (a token per position), "
-                         f"got {labels.shape}")
+        raise ValueError(f"a batch wants labels of shape {ids.shape[:1]} (a class per row) or {ids.shape[:2]} (a token per "
+                         f"position), got {labels.shape}")
     has_label = labels != IGNORE
     if not has_label.any():
         raise ValueError(f"this batch of shape {ids.shape[:2]} has nothing to predict: every label is -100 or padding")
@@ -212,7 +221,7 @@ class Endless(Protocol):
 
 
 class BatchStream:
-    """The batches of an iterable, again and again. An iterable that is not Resumable is counted, and advanced on resume."""
+    """The batches of an iterable, repeated without end. One that is not Resumable is counted, and advanced on resume."""
 
     def __init__(self, batches: Iterable):
         self.batches = batches
@@ -241,7 +250,8 @@ class BatchStream:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to the position that `state_dict` gave. ValueError if it is of another kind of batches."""
         if ("own" in state) != isinstance(self.batches, Resumable):
-            raise ValueError("this checkpoint is of a run over another kind of batches: one has a state_dict, the other is counted")
+            raise ValueError("this checkpoint is of a run over another kind of batches: one has a state_dict, the other is "
+                             "counted")
         if "own" in state:
             self.batches.load_state_dict(state["own"])
             self.iterator = iter(self.batches)

@@ -2,7 +2,7 @@
 
 Tensors in the file:
 
-    model/<name>        a tensor or buffer of the model: every edit, every tensor that trains, every tensor that a setup changed
+    model/<name>        a tensor or buffer of the model: of an edit, or one that trains, or one that a setup changed
     loss/<name>         a tensor or buffer of the loss's module
     mask/<name>         the mask of a tensor
     optimizer/<key>     the state of the optimiser, once the training phase has taken a step
@@ -56,7 +56,7 @@ def named_buffers(model: Module, loss: Loss) -> dict[str, Array]:
 
 
 def saved_tensors(run: Run) -> dict[str, Tensor]:
-    """The tensors that a checkpoint holds: every edit, every tensor that trains or trained, every tensor written to since the start."""
+    """The tensors that a checkpoint holds: those of all methods, those that train, those written to since the start."""
     model, loss = run.model, run.loss
     names = set(trainable_tensors(model, loss))
     for attached in edit.attached(model):
@@ -84,13 +84,19 @@ def copy_values(run: Run) -> dict[str, np.ndarray]:
 
 
 def load_values(run: Run, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write values, buffers and masks that `copy_values` gave. ValueError if they are of other tensors; then nothing is changed."""
+    """Write values, buffers and masks that `copy_values` gave.
+
+    ValueError if they are of other tensors; then nothing is changed.
+    """
     tensors = {file_name(name): p for name, p in named_tensors(run.model, run.loss).items()}
     buffers = {file_name(name): buffer for name, buffer in named_buffers(run.model, run.loss).items()}
     here = tensors | buffers
     wanted = {file_name(name) for name in saved_tensors(run)} | set(buffers)
     values = {name: a for name, a in arrays.items() if not name.startswith("mask/")}
-    wrong = sorted(wanted - set(values)) + sorted(name for name in values if name not in here or here[name].shape != values[name].shape)
+    wrong = sorted(wanted - set(values))
+    for name in sorted(values):
+        if name not in here or here[name].shape != values[name].shape:
+            wrong.append(name)
     if wrong:
         names = ", ".join(wrong[:3]) + (" ..." if len(wrong) > 3 else "")
         raise ValueError(f"this checkpoint is of another run: {names} not in both, or of another shape")
@@ -98,7 +104,8 @@ def load_values(run: Run, arrays: Mapping[str, np.ndarray]) -> None:
         if name in tensors:
             tensors[name].copy_(value)
         else:
-            buffers[name][...] = array.put_like(value, buffers[name], buffers[name].dtype)        # a buffer keeps its identity
+            buffer = buffers[name]                                      # it keeps its identity
+            buffer[...] = array.put_like(value, buffer, buffer.dtype)
     for name, p in named_tensors(run.model, run.loss).items():
         set_mask(p, arrays.get(f"mask/{name}"))
 
@@ -116,7 +123,8 @@ def set_mask(p: Tensor, mask: np.ndarray | None) -> None:
 def shared_masks(run: Run) -> dict[str, str]:
     """{name of a tensor: name of a buffer} where the tensor's mask is that buffer itself."""
     buffers = {id(buffer): name for name, buffer in named_buffers(run.model, run.loss).items()}
-    return {name: buffers[id(p.mask)] for name, p in named_tensors(run.model, run.loss).items() if id(p.mask) in buffers}
+    tensors = named_tensors(run.model, run.loss)
+    return {name: buffers[id(p.mask)] for name, p in tensors.items() if id(p.mask) in buffers}
 
 
 # ── the whole run ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -160,7 +168,7 @@ def load_state_dict(run: Run, arrays: dict[str, np.ndarray], facts: dict[str, An
     run.scaler.load_state_dict(facts["scaler"])
     for name, value in facts["history"].items():
         setattr(run.history, name, value)
-    run.history.evaluations = [(step, metrics) for step, metrics in facts["history"]["evaluations"]]     # JSON has no tuples
+    run.history.evaluations = [(step, metrics) for step, metrics in run.history.evaluations]        # JSON has no tuples
 
 
 def part(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
@@ -183,7 +191,7 @@ def describe_run(run: Run) -> dict[str, Any]:
 
 
 def describe_loss(loss: Loss) -> dict[str, Any]:
-    """The class and fields of a loss. Of its trainable module only the shapes count, since its values are in the checkpoint."""
+    """The class and fields of a loss. Of its trainable module the shapes count; its values are in the checkpoint."""
     description = describe(loss)
     if loss.module is not None:
         shapes = {name: list(p.shape) for name, p in loss.module.named_parameters().items()}
@@ -221,7 +229,9 @@ def to_text(value: Any) -> str:
 
 
 # ── files of version 0.1 ─────────────────────────────────────────────────────────────────────────────────────────────
-def from_version_0_1(run: Run, arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def from_version_0_1(
+    run: Run, arrays: dict[str, np.ndarray], facts: dict[str, Any],
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """A checkpoint of version 0.1 in today's form. It knew one loss, one phase per run, and these names:
 
         value/base/<name>    value/edit/<adapter>/<path>:<name>    value/mask/...    optimizer/<group>.<moment>    best/...
@@ -237,8 +247,10 @@ def from_version_0_1(run: Run, arrays: dict[str, np.ndarray], facts: dict[str, A
     history["terms"] = {"loss": list(facts["losses"])}
     if not are_methods_of_0_1(facts["methods"], edit.attached(run.model)):
         ours = to_text(run.identity["methods"])
-        raise ValueError(f"this checkpoint is of another run: its methods: {facts['methods'] or 'none'}; here: {ours}")
-    new_facts = {name: facts[name] for name in ("steps", "accumulate", "clip", "optimizer", "autocast", "t", "done", "rng", "batches") if name in facts}
+        theirs = facts["methods"] or "none"
+        raise ValueError(f"this checkpoint is of another run: its methods: {theirs}; here: {ours}")
+    kept = ("steps", "accumulate", "clip", "optimizer", "autocast", "t", "done", "rng", "batches")
+    new_facts = {name: facts[name] for name in kept if name in facts}
     new_facts |= dict(
         loss=describe(CrossEntropy()), stage=facts["phase"], phase_evaluations=0, history=history,
         scaler=facts.get("scaler", run.scaler.state_dict()), trainable=run.identity["trained"], shared_masks={},
@@ -267,7 +279,12 @@ def are_methods_of_0_1(text: str, attached: tuple[edit.Attached, ...]) -> bool:
 
 
 def _new_name(old: str) -> str:
-    """edit/lora/blocks.0.attn.q:A -> model/blocks.0.attn.q.edits.lora.A;   base/norm.bias -> model/norm.bias;   mask/ in front of either"""
+    """The name of today.
+
+        base/norm.bias                    ->  model/norm.bias
+        edit/lora/blocks.0.attn.q:A       ->  model/blocks.0.attn.q.edits.lora.A
+        mask/ in front of either          ->  mask/ in front of the name
+    """
     if old.startswith("mask/"):
         return "mask/" + _new_name(old.removeprefix("mask/")).removeprefix("model/")
     if old.startswith("base/"):

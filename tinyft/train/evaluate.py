@@ -17,7 +17,7 @@ from .batch import IGNORE, CrossEntropy, Endless, Loss, Targets, cross_entropy
 def evaluate(model: Module, batches: Iterable, loss: Loss | None = None) -> dict[str, float]:
     """Metrics over an iterable of batches. Of an endless `data.Batches`, every example is taken once.
 
-    loss                    the mean loss over all labels (over all targets of another `loss`), without penalties and auxiliary losses
+    loss                    the mean loss over all labels, without penalties and auxiliary losses
     perplexity, accuracy    if the logits have integer labels;  macro_f1    for a sequence classification head
     further metrics         those of `loss.metrics`, averaged with the weights of the batches
 
@@ -100,12 +100,13 @@ def pool(losses: Sequence[float], weights: Sequence[float]) -> tuple[float, floa
 
     ℓ = Σ wᵢ ℓᵢ / Σ wᵢ,   perplexity = e^ℓ
 
-    losses: the mean loss ℓᵢ of each batch. weights: the number wᵢ of tokens that it is the mean of. ℓ is cut off at 700 in e^ℓ, which overflows there.
+    losses: the mean loss ℓᵢ of each batch. weights: the number wᵢ of tokens that it is the mean of. In e^ℓ, which
+    overflows, ℓ is at most 700.
     """
     loss = sum(w * l for w, l in zip(weights, losses)) / sum(weights)
     return loss, math.exp(min(loss, 700))
 
 
 def perplexity(model: Module, batches: Iterable) -> float:
-    """e to the mean negative log-likelihood of a token, over all tokens of all batches. It is not the mean of perplexities."""
+    """e to the mean negative log-likelihood over all tokens of all batches. It is not the mean of perplexities."""
     return evaluate(model, batches)["perplexity"]

@@ -1,17 +1,25 @@
 """The training loop. `train_step` is one whole step.
 
-From `fit` to a matrix product, a call passes these functions:
+From `fit` to a matrix product a call passes these functions:
 
-    fit                     the loop over steps: evaluation, checkpoints, Ctrl-C
-    train_step              one step, in the order of its parts
-    add_gradients           the loss of each micro-batch, and backward; this is the part that a CUDA graph replays
-    CrossEntropy            the loss; a user's own loss stands here
-    Module.__call__         the edits of a module, then its forward. Again for the model, a block, its attention and a Linear
-    GPT.forward             the model; run_blocks; Block.forward; Attention.forward; Linear.forward: one for each level of the model
-    Op.__call__             records the op for backward
-    dispatch.run            chooses the kernel for this kind of array; the kernel computes the product
+    fit                        the loop over steps, with evaluation, checkpoints and Ctrl-C
+    train_step                 the parts of a step, in order
+    add_gradients              forward and backward for each micro-batch: the part that a CUDA graph replays
+    CrossEntropy.__call__      the loss; a user's own loss stands in its place
+    GPT.forward, run_blocks, Block.forward, Attention.forward, project, Linear.forward
+                               one function for each level of the model. Module.__call__ stands before every forward:
+                               it applies the edits
+    the op ops.linear          records the product for backward (tensor.py)
+    dispatch.run               chooses the kernel for this kind of array
+    the kernel                 computes the product
 
-and to the equations of AdamW: fit, train_step, Optimizer.launch_step, AdamW.update for each flat buffer, and its kernel.
+and to the equations of AdamW:
+
+    fit, train_step
+    Optimizer.launch_step      all tensors at once, if there is a kernel for that (dispatch.run); else the next three
+    update_pieces              clipping, and one update for each flat buffer
+    AdamW.update, run_update   the arguments of the equations, and the kernel for them (dispatch.run)
+    adam_update                the equations
 """
 from __future__ import annotations
 
@@ -52,7 +60,8 @@ class History:
     """The record of a run.
 
     losses          the loss of every step, with penalties and auxiliary losses
-    terms           {name: value of every step}: "loss" (the loss alone), "penalty.<method>", and auxiliary losses under their own names
+    terms           {name: value of every step}: "loss" (the loss alone), "penalty.<method>", and the auxiliary losses
+                    of the modules under their own names
     evaluations     (step, metrics) of every evaluation
     stopped         the reason of an early stop, or ""
     skipped         the steps, counted from 0, that float16 skipped
@@ -90,37 +99,44 @@ class Settings:
 
 
 # ── the loop ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-def fit(model: Module, batches: Any, steps: int, optimizer: Optimizer | None = None, schedule: Schedule | None = None, *,
-        loss: Loss | None = None, clip: float | None = 1.0, accumulate: int = 1, seed: int = 0,
-        out: str | os.PathLike | None = None, resume: bool = False, save_every: int = 100, progress: bool = True,
-        evaluate: Callable[[], dict[str, float]] | None = None, evaluate_every: int = 0, patience: int = 0, monitor: str = "loss",
-        autocast: Any = None, capture: bool = False) -> History:
-    """Train the parameters that the attached methods train (all parameters if no method is attached), for `steps` updates.
+def fit(
+    model: Module, batches: Any, steps: int, optimizer: Optimizer | None = None, schedule: Schedule | None = None, *,
+    loss: Loss | None = None, clip: float | None = 1.0, accumulate: int = 1, seed: int = 0,
+    out: str | os.PathLike | None = None, resume: bool = False, save_every: int = 100, progress: bool = True,
+    evaluate: Callable[[], dict[str, float]] | None = None, evaluate_every: int = 0, patience: int = 0,
+    monitor: str = "loss", autocast: Any = None, capture: bool = False,
+) -> History:
+    """Train the parameters that the attached methods train (without a method: all parameters), for `steps` updates.
 
-    batches         an iterable of batches, repeated without end. One with state_dict and load_state_dict (data.Batches) resumes at once
+    batches         an iterable of batches, repeated without end. If it has state_dict and load_state_dict (data.Batches),
+                    a resumed run does not read the earlier batches again
     optimizer       AdamW(1e-3) if None
     schedule        (t, T) -> factor on the learning rate
     loss            a Loss; CrossEntropy() if None
     clip            the largest norm of all gradients together
     accumulate      batches per update, weighted by their numbers of labels: the gradient is that of one large batch
-    out             a folder. The state is written to out/checkpoint.safetensors every `save_every` steps, before and after the
-                    setup of a phase, and at the end, atomically
-    resume          continue from the checkpoint in `out`, bitwise as if never stopped; without one, start from the beginning
-    evaluate        called every `evaluate_every` steps, returns metrics. With patience > 0, training stops after so many evaluations
-                    without a better metric `monitor` (lower is better for names that end in loss or perplexity), and the best state
-                    is restored
-    autocast        "bfloat16" or "float16": matrix products in 16 bits (tinyft.autocast). float16 uses a GradScaler, which skips steps
-                    that overflow
-    capture         on CuPy, replay steps as CUDA graphs (tinyft.capture); after the first eight shapes, other shapes run uncaptured. No
-                    effect on NumPy. CannotCapture for accumulate > 1, float16, and methods that override begin or step
+    out             a folder. The state is written to out/checkpoint.safetensors every `save_every` steps, before and
+                    after the setup of a phase, and at the end, atomically
+    resume          continue from the checkpoint in `out`, bitwise as if never stopped; without one, start anew
+    evaluate        called every `evaluate_every` steps, returns metrics. With patience > 0, training stops after so many
+                    evaluations without a better metric `monitor` (lower is better for names that end in loss or
+                    perplexity), and the best state is restored
+    autocast        "bfloat16" or "float16": matrix products in 16 bits (tinyft.autocast). float16 uses a GradScaler, which
+                    skips steps that overflow
+    capture         on CuPy, replay steps as CUDA graphs (tinyft.capture); after the first eight shapes, other shapes run
+                    uncaptured. No effect on NumPy. CannotCapture for accumulate > 1, float16, and methods that override
+                    begin or step
 
-    Ctrl-C finishes the step, writes the checkpoint and raises KeyboardInterrupt. Diverged if a loss or a norm of gradients is not
-    finite; then nothing was updated or written.
+    Ctrl-C finishes the step, writes the checkpoint and raises KeyboardInterrupt. Diverged if a loss or a norm of gradients
+    is not finite; then nothing was updated or written.
     """
+    loss = CrossEntropy() if loss is None else loss
+    optimizer = optimizer or AdamW(1e-3)
+    schedule = schedule or constant_schedule()
     autocast = None if autocast is None else str(precision.half(autocast))
-    settings = Settings(steps, clip, accumulate, evaluate, patience, monitor, autocast, capture and array.backend() == "cupy")
-    run = Run(model, CrossEntropy() if loss is None else loss, BatchStream(batches), optimizer or AdamW(1e-3), schedule or constant_schedule(),
-              np.random.default_rng(seed), settings, out)
+    capture = capture and array.backend() == "cupy"
+    settings = Settings(steps, clip, accumulate, evaluate, patience, monitor, autocast, capture)
+    run = Run(model, loss, BatchStream(batches), optimizer, schedule, np.random.default_rng(seed), settings, out)
     kernels.keep_memory()
     if run.path:
         sweep(run.path)
@@ -198,16 +214,16 @@ def add_gradients(run: Run, batches: list[Targets], rng: np.random.Generator) ->
             terms = {"loss": loss, **compute_penalties(run, ctx), **ctx.losses}
             for name, value in terms.items():
                 loss = loss if name == "loss" else loss + value
-        if len(batches) > 1:                                            # Σ wᵢ ℓᵢ / Σ wᵢ, not a mean of means
-            share = targets.weight / total_weight
-            loss = loss * share
-            terms = {name: value * share for name, value in terms.items()}
+        share = targets.weight / total_weight
+        if len(batches) > 1:
+            loss = loss * share                                         # Σ wᵢ ℓᵢ / Σ wᵢ, not a mean of means
         with np.errstate(**run.ignored_warnings):
             run.scaler.scale(loss).backward()
         total = loss.data if total is None else total + loss.data
         if len(terms) > 1:
             for name, value in terms.items():
                 value = value.data if isinstance(value, Tensor) else value
+                value = value * share if len(batches) > 1 else value
                 totals[name] = totals[name] + value if name in totals else value
     return total, totals
 
@@ -235,8 +251,9 @@ def explain_divergence(run: Run, loss: float, factor: float, error: FloatingPoin
     step = run.done + 1
     if math.isfinite(loss):
         return f"{error} at step {step}: lower the learning rate or warm up longer; tinyft.detect_anomaly() names the op"
-    return (f"the loss is {loss} at step {step} (learning rate {run.optimizer.lr * factor:.2g}): lower the learning rate or warm up "
-            "longer; tinyft.detect_anomaly() names the op where it began")
+    rate = run.optimizer.lr * factor
+    return (f"the loss is {loss} at step {step} (learning rate {rate:.2g}): lower the learning rate or warm up longer; "
+            "tinyft.detect_anomaly() names the op where it began")
 
 
 # ── a step as one CUDA graph ─────────────────────────────────────────────────────────────────────────────────────────
@@ -247,7 +264,9 @@ def replay_step(run: Run, targets: Targets, factor: float) -> tuple[Array, dict[
     return run.replay(type(targets), fields, float(factor), run.rng)
 
 
-def captured_step(run: Run, kind: type[Targets], fields: dict[str, Any], factor: Any, rng: Any) -> tuple[Array, dict[str, Any], Array]:
+def captured_step(
+    run: Run, kind: type[Targets], fields: dict[str, Any], factor: Any, rng: Any,
+) -> tuple[Array, dict[str, Any], Array]:
     """The step that is captured: forward, backward and update on one batch."""
     loss, terms = add_gradients(run, [kind(**fields)], rng)
     norm = run.optimizer.launch_step(factor, run.settings.clip, loss)
@@ -258,20 +277,23 @@ def captured_step(run: Run, kind: type[Targets], fields: dict[str, Any], factor:
 def check_capture(run: Run) -> None:
     """CannotCapture for a run whose steps a graph cannot hold."""
     if run.settings.accumulate > 1:
-        raise array.CannotCapture(f"gradients of {run.settings.accumulate} batches are added up before an update: capture wants accumulate=1")
+        raise array.CannotCapture(f"gradients of {run.settings.accumulate} batches are added up before an update: "
+                                  "capture wants accumulate=1")
     for a in edit.attached(run.model):
         kind = type(a.method)
         if kind.begin is not Method.begin or kind.step is not Method.step:
-            raise array.CannotCapture(f"{kind.__name__} has work of its own before or after each step, which a replay would leave out: "
-                                      "fit it without capture")
+            raise array.CannotCapture(f"{kind.__name__} has work of its own before or after each step, which a replay "
+                                      "would leave out: fit it without capture")
 
 
 # ── a run ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 class Run:
     """Settings and progress of one call of `fit`."""
 
-    def __init__(self, model: Module, loss: Loss, stream: BatchStream, optimizer: Optimizer, schedule: Schedule, rng: np.random.Generator,
-                 settings: Settings, out: str | os.PathLike | None = None):
+    def __init__(
+        self, model: Module, loss: Loss, stream: BatchStream, optimizer: Optimizer, schedule: Schedule,
+        rng: np.random.Generator, settings: Settings, out: str | os.PathLike | None = None,
+    ):
         if not isinstance(loss, Loss):
             raise TypeError(f"fit wants loss=, an instance of a subclass of tinyft.Loss; got {type(loss).__name__}")
         self.model = model
@@ -317,7 +339,10 @@ class Run:
 
     # ── phases ──
     def remaining_phases(self) -> Iterator[Stage]:
-        """Run the setups, and yield every training phase that is not finished, started. An early stop skips to the final setups."""
+        """Run the setups, and yield every training phase that is not finished, after its start.
+
+        An early stop skips all stages but the final setups.
+        """
         while self.stage < len(self.stages):
             stage = self.stages[self.stage]
             is_skipped = self.history.stopped and self.t == 0 and not stage.is_final
@@ -351,7 +376,8 @@ class Run:
         stage.setup(self.model, stage.method.edits, self.stream, self.rng)
         after = {name: p.shape for name, p in checkpoint.named_tensors(self.model, self.loss).items()}
         if before != after:
-            raise ValueError(f"the setup of {stage.method.name} changed names or shapes of tensors, which a checkpoint cannot restore")
+            raise ValueError(f"the setup of {stage.method.name} changed names or shapes of tensors, which a checkpoint "
+                             "cannot restore")
         self.zero_grad()
 
     # ── evaluation ──

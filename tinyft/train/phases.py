@@ -21,7 +21,7 @@ class Stage:
 
 
 def make_stages(attached: Sequence[Attached], steps: int) -> list[Stage]:
-    """The stages of a run, in order: before each training phase the setups of all methods, in the order of attachment.
+    """The stages of a run, in order. Before each training phase stand the setups of all methods, in order of attachment.
 
     A method with one training phase joins the first training phase of the run; its setups after that phase run at the end.
     ValueError if the shares of a method do not sum to 1, or if two methods have several training phases.
@@ -63,5 +63,6 @@ def training_shares(a: Attached) -> list[float]:
     """The shares of a method's training phases. ValueError if they do not sum to 1."""
     shares = [phase.share for phase in a.method.phases()]
     if any(share < 0 for share in shares) or not math.isclose(sum(shares), 1.0, abs_tol=1e-9):
-        raise ValueError(f"the phases of {a.name} want shares of the steps that sum to 1, got {', '.join(map(str, shares)) or 'none'}")
+        text = " + ".join(map(str, shares)) or "none"
+        raise ValueError(f"the phases of {a.name} want shares of the steps that sum to 1, got {text}")
     return [share for share in shares if share > 0]
