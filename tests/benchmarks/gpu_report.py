@@ -1,4 +1,5 @@
-"""results/gpu.md, from what gpu.py measured: the targets first, then a table for each section, whatever its rows hold."""
+"""results/gpu.md, from the measurements of gpu.py: the targets, then one table for each section."""
+
 from __future__ import annotations
 
 import math
@@ -9,7 +10,8 @@ TITLES = {
     "environment": "The machine",
     "bandwidth": "Bytes per second",
     "agreement": "The CPU and the GPU learn the same",
-    "kernels": "Kernels: each is its definition, and its time over the bytes that must move at the rate of a copy (time on the device alone)",
+    "kernels": "Kernels: each is its definition, and its time over the bytes that must move at the rate of a copy "
+    "(time on the device alone)",
     "int4": "Four-bit matrix times vector, against the rate of a copy",
     "lesson": "A training step at the lessons' sizes",
     "gpt2": "A training step of GPT-2 small (8 texts of 1,024 tokens)",
@@ -24,7 +26,8 @@ HIDDEN = {"what", "reaches", "error"}
 
 @dataclass(frozen=True)
 class Target:
-    "What was asked for: rows that say `reaches: {key: number}` are held to it, the worst of them counts."
+    """A target for all rows with `reaches: {key: number}`; the smallest number counts."""
+
     key: str
     says: str
     least: float
@@ -41,55 +44,103 @@ TARGETS = [
 
 
 def value(x: Any) -> str:
-    "A cell: three digits of a number; a ratio as median [quartiles]."
+    """A cell of a table: three digits of a number; a ratio as median [quartiles]."""
     if isinstance(x, dict):
         return f"{value(x['ratio'])} [{value(x['low'])}, {value(x['high'])}]"
-    if isinstance(x, bool) or not isinstance(x, (int, float)):
-        return "yes" if x is True else "**no**" if x is False else "" if x is None else str(x).replace("|", "/").replace("\n", " ")
-    if isinstance(x, int) or x == 0 or not math.isfinite(x):
-        return f"{x:,}" if isinstance(x, int) else f"{x:g}"
-    return f"{x:.1e}" if abs(x) < 1e-3 else f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}"
+    if x is None:
+        return ""
+    if isinstance(x, bool):
+        return "yes" if x else "**no**"
+    if isinstance(x, int):
+        return f"{x:,}"
+    if isinstance(x, float):
+        return decimal(x)
+    return str(x).replace("|", "/").replace("\n", " ")
+
+
+def decimal(x: float) -> str:
+    """A float with three digits."""
+    if x == 0 or not math.isfinite(x):
+        return f"{x:g}"
+    if abs(x) < 1e-3:
+        return f"{x:.1e}"
+    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}"
 
 
 def line(row: dict[str, Any]) -> str:
-    "A row as it is printed while the script runs."
-    cells = "   ".join(f"{k} {value(v)}" for k, v in row.items() if k not in HIDDEN and v is not None)
-    return f"{row.get('what', '')}   {'ERROR ' + row['error'] if 'error' in row else cells}"
+    """A row as it is printed while the script runs."""
+    what = row.get("what", "")
+    if "error" in row:
+        return f"{what}   ERROR {row['error']}"
+    cells = [f"{name} {value(x)}" for name, x in row.items() if name not in HIDDEN and x is not None]
+    return f"{what}   {'   '.join(cells)}"
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    "One column for each name that any row has, in the order of their first appearance."
-    names = list(dict.fromkeys(k for r in rows for k in r if k not in HIDDEN))
-    out = [f"| {' | '.join(['', *names])} |", "|" + "---|" * (len(names) + 1)]
-    return out + [f"| {' | '.join([str(r.get('what', '')), *(value(r.get(n)) for n in names)])} |" for r in rows]
+    """One column for each name that occurs in a row, in the order of first appearance."""
+    names: dict[str, None] = {}
+    for row in rows:
+        names |= dict.fromkeys(name for name in row if name not in HIDDEN)
+    lines = [f"| {' | '.join(['', *names])} |", "|" + "---|" * (len(names) + 1)]
+    for row in rows:
+        cells = [str(row.get("what", "")), *(value(row.get(name)) for name in names)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def targets(sections: dict[str, Any]) -> list[str]:
-    "Every target beside what was measured."
-    out = ["| target | wanted | measured | |", "|---|---|---|---|"]
+    """Every target beside its measurement."""
+    lines = ["| target | wanted | measured | |", "|---|---|---|---|"]
+    all_rows = [row for section in sections.values() for row in section["rows"]]
     for t in TARGETS:
-        got = [r["reaches"][t.key] for s in sections.values() for r in s["rows"] if t.key in r.get("reaches", {})]
-        measured = f"{value(min(got))}{t.unit}" + (f" (the worst of {len(got)})" if len(got) > 1 else "") if got else "not measured"
-        out.append(f"| {t.says} | ≥ {t.least:g}{t.unit} | {measured} | {'' if not got else 'reached' if min(got) >= t.least else '**missed**'} |")
-    return out
+        reached = [row["reaches"][t.key] for row in all_rows if t.key in row.get("reaches", {})]
+        measured = "not measured"
+        outcome = ""
+        if reached:
+            measured = f"{value(min(reached))}{t.unit}"
+            outcome = "reached" if min(reached) >= t.least else "**missed**"
+        if len(reached) > 1:
+            measured += f" (the worst of {len(reached)})"
+        lines.append(f"| {t.says} | ≥ {t.least:g}{t.unit} | {measured} | {outcome} |")
+    return lines
+
+
+NOT_RUN = (
+    "**Not yet run on a device.** `make bench-gpu` measures all of this where there is one, and writes this page."
+)
+EXPLANATION = (
+    "Sides of a row took turns in one process; `a / b` is the median of paired rounds of a's time over b's, "
+    "[its quartiles]."
+)
 
 
 def report(results: dict[str, Any]) -> str:
-    "The whole page.  Of nothing: what is still to be measured."
+    """The whole page; without results, the targets and a sentence that nothing was measured."""
     sections = results.get("sections", {})
-    machine = {r["what"]: r.get("value") for r in sections.get("environment", {}).get("rows", [])}
     lines = ["# tinyft on a GPU", ""]
     if not sections:
-        lines += ["**Not yet run on a device.** `make bench-gpu` measures all of this where there is one, and writes this page.", ""]
+        lines.append(NOT_RUN)
     else:
-        lines += [f"{results.get('date', '')}: {machine.get('device', 'a device that is not known')}. `make bench-gpu` writes this page.",
-                  "Sides of a row took turns in one process; `a / b` is the median of paired rounds of a's time over b's, [its quartiles].", ""]
-    lines += ["## Targets", "", *targets(sections), ""]
-    for name, s in sections.items():
-        lines += [f"## {TITLES.get(name, name)}", ""]
-        good = [r for r in s["rows"] if "error" not in r]
-        lines += [*table(good), ""] if good else []
-        failed = [f"{r.get('what', '')}: {r['error']}" for r in s["rows"] if "error" in r] + ([s["error"]] if s["error"] else [])
-        lines += [f"- **failed**, {value(f)}" for f in failed] + [""] * bool(failed)
-        lines += [f"({s['seconds']:g} s)", ""]
+        environment = sections.get("environment", {"rows": []})
+        machine = {row["what"]: row.get("value") for row in environment["rows"]}
+        device = machine.get("device", "a device that is not known")
+        lines.append(f"{results.get('date', '')}: {device}. `make bench-gpu` writes this page.")
+        lines.append(EXPLANATION)
+    lines += ["", "## Targets", "", *targets(sections), ""]
+    for name, section in sections.items():
+        lines += [f"## {TITLES.get(name, name)}", "", *section_lines(section)]
     return "\n".join(lines)
+
+
+def section_lines(section: dict[str, Any]) -> list[str]:
+    """The table of a section, its failures and its duration."""
+    lines = []
+    good = [row for row in section["rows"] if "error" not in row]
+    if good:
+        lines += [*table(good), ""]
+    failed = [f"{row.get('what', '')}: {row['error']}" for row in section["rows"] if "error" in row]
+    if section["error"]:
+        failed.append(section["error"])
+    if failed:
+        lines += [*(f"- **failed**, {value(text)}" for text in failed), ""]
+    return [*lines, f"({section['seconds']:g} s)", ""]

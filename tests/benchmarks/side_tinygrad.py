@@ -1,4 +1,5 @@
 """tinygrad's side: the same GPT, its step compiled once (TinyJit), on its CPU device (which needs clang)."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -9,19 +10,28 @@ from tinygrad import Context, Tensor, TinyJit, nn
 
 class Block:
     def __init__(self, c: Case):
-        self.c, self.norm1, self.norm2 = c, nn.LayerNorm(c.C), nn.LayerNorm(c.C)
-        self.qkv, self.o, self.up, self.down = nn.Linear(c.C, 3 * c.C), nn.Linear(c.C, c.C), nn.Linear(c.C, 4 * c.C), nn.Linear(4 * c.C, c.C)
+        self.c = c
+        self.norm1 = nn.LayerNorm(c.C)
+        self.qkv = nn.Linear(c.C, 3 * c.C)
+        self.o = nn.Linear(c.C, c.C)
+        self.norm2 = nn.LayerNorm(c.C)
+        self.up = nn.Linear(c.C, 4 * c.C)
+        self.down = nn.Linear(4 * c.C, c.C)
 
     def __call__(self, x: Tensor) -> Tensor:
         B, T, C = x.shape
-        q, k, v = (t.reshape(B, T, self.c.H, C // self.c.H).transpose(1, 2) for t in self.qkv(self.norm1(x)).chunk(3, dim=-1))
-        x = x + self.o(q.scaled_dot_product_attention(k, v, is_causal=True).transpose(1, 2).reshape(B, T, C))
+        parts = self.qkv(self.norm1(x)).chunk(3, dim=-1)
+        q, k, v = (part.reshape(B, T, self.c.H, C // self.c.H).transpose(1, 2) for part in parts)
+        y = q.scaled_dot_product_attention(k, v, is_causal=True)
+        x = x + self.o(y.transpose(1, 2).reshape(B, T, C))
         return x + self.down(self.up(self.norm2(x)).gelu())
 
 
 class Model:
     def __init__(self, c: Case):
-        self.embed, self.pos, self.norm = nn.Embedding(c.V, c.C), nn.Embedding(c.T, c.C), nn.LayerNorm(c.C)
+        self.embed = nn.Embedding(c.V, c.C)
+        self.pos = nn.Embedding(c.T, c.C)
+        self.norm = nn.LayerNorm(c.C)
         self.blocks = [Block(c) for _ in range(c.L)]
 
     def __call__(self, ids: Tensor) -> Tensor:
@@ -49,4 +59,5 @@ def start(model: Model, c: Case) -> tuple[Callable[[], float], int]:
     def step() -> float:
         with Context(TRAINING=1):
             return once(ids, labels).item()
+
     return step, sum(p.numel() for p in nn.state.get_parameters(model))
