@@ -1,4 +1,4 @@
-"""Adapters on disk: every method, both families, with and without a new head; and every way in which a folder can be wrong."""
+"""Adapters on disk: every method, both families, with and without a new head; and every way a folder can be wrong."""
 from __future__ import annotations
 
 import errno
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from contract import batch, build, noise, run, same, values
+from contract import all_same, batch, build, noise, run, same, values
 from helpers import host
 
 from tinyft import (
@@ -41,7 +41,12 @@ from tinyft.methods import ALL
 
 FILES = ["adapter.json", "adapter.safetensors"]
 KINDS = ("gpt", "bert", "gpt-classes", "bert-classes")
-SMALL: dict[str, Any] = {"LoRA": dict(r=2, alpha=3.0), "Houlsby": dict(m=3), "PrefixTuning": dict(p=2, mlp=5), "PromptTuning": dict(p=2)}
+SMALL: dict[str, Any] = {
+    "LoRA": {"r": 2, "alpha": 3.0},
+    "Houlsby": {"m": 3},
+    "PrefixTuning": {"p": 2, "mlp": 5},
+    "PromptTuning": {"p": 2},
+}
 
 
 def small(cls: type[Method]) -> Method:
@@ -57,9 +62,11 @@ def trained(kind: str, method: Method, name: str | None = None) -> Any:
 
 
 def untouched(model: Any, before: dict[str, np.ndarray], output: np.ndarray, names: list[str]) -> bool:
-    now = values(model)
-    return now.keys() == before.keys() and all(same(now[n], v) for n, v in before.items()) and same(run(model), output) \
-        and [a.name for a in edit.attached(model)] == names and all(p.requires_grad for p in model.parameters()) == (not names)
+    """True if the model has the values, the output and the attached methods that it had before."""
+    if not all_same(values(model), before) or not same(run(model), output):
+        return False
+    everything_trains = all(p.requires_grad for p in model.parameters())
+    return [a.name for a in edit.attached(model)] == names and everything_trains == (not names)
 
 
 # ── there and back ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -68,7 +75,9 @@ def untouched(model: Any, before: dict[str, np.ndarray], output: np.ndarray, nam
 def test_a_loaded_adapter_gives_the_same_output_bitwise(cls, kind, tmp_path):
     model = trained(kind, small(cls))
     y = run(model)
-    assert save_adapter(model, tmp_path / "a") == tmp_path / "a" and sorted(p.name for p in (tmp_path / "a").iterdir()) == FILES
+    folder = tmp_path / "a"
+    assert save_adapter(model, folder) == folder
+    assert sorted(p.name for p in folder.iterdir()) == FILES
     fresh = build(kind)
     before, y0 = values(fresh), run(fresh)
     a = load_adapter(fresh, str(tmp_path / "a"))
@@ -83,10 +92,12 @@ def test_what_is_stored_is_what_trained_and_no_more(tmp_path):
     model = trained("gpt-classes", LoRA(r=2))
     save_adapter(model, tmp_path)
     arrays, _ = read_tensors(tmp_path / "adapter.safetensors")
-    assert sorted(arrays) == sorted([f"blocks.{i}.attn.{p}:{m}" for i in (0, 1) for p in "qv" for m in "AB"] + ["head.out.weight"])
+    factors = [f"blocks.{i}.attn.{p}:{m}" for i in (0, 1) for p in "qv" for m in "AB"]
+    assert sorted(arrays) == sorted([*factors, "head.out.weight"])
     assert sum(a.nbytes for a in arrays.values()) == edit.count(model).nbytes
     facts = json.loads((tmp_path / "adapter.json").read_text())
-    assert facts["method"]["class"].endswith(".LoRA") and facts["method"]["fields"]["r"] == 2 and facts["seed"] == 0 and facts["head"] == ["head.out.weight"] and facts["base"]["family"] == "GPT"
+    assert facts["method"]["class"].endswith(".LoRA") and facts["method"]["fields"]["r"] == 2
+    assert facts["seed"] == 0 and facts["head"] == ["head.out.weight"] and facts["base"]["family"] == "GPT"
 
 
 def test_an_adapter_can_come_back_under_another_name_and_beside_others(tmp_path):
@@ -148,7 +159,8 @@ def consistent(**change: Any) -> Callable[[Path], None]:
         from tinyft.adapters.files import digest
         facts = json.loads((path / "adapter.json").read_text()) | change
         (path / "adapter.json").write_text(json.dumps(facts))
-        write_tensors(path / "adapter.safetensors", read_tensors(path / "adapter.safetensors")[0], {"sum": digest(facts)})
+        arrays, _ = read_tensors(path / "adapter.safetensors")
+        write_tensors(path / "adapter.safetensors", arrays, {"sum": digest(facts)})
     return go
 
 

@@ -70,7 +70,6 @@ tests/test_nn.py: columns
 tests/test_ops.py: columns assigned_lambda nested_comprehension
 tests/test_optim.py: nested_comprehension
 tests/test_precision.py: columns assigned_lambda nested_lambda positional_boolean
-tests/test_protocol.py: columns assigned_lambda nested_comprehension positional_boolean
 tests/test_tensor.py: columns nested_comprehension
 tests/test_threads.py: columns assigned_lambda nested_lambda
 tests/test_train.py: columns nested_comprehension
