@@ -362,7 +362,7 @@ def test_positions_by_hand():
 
 @given(seeds(), st.booleans(), st.integers(1, 3), st.integers(1, 4), st.integers(1, 4))
 def test_positions_count_real_tokens_and_continue_after_the_cache(rng, padded, B, T1, T2):
-    """The position of a real token is the number of real tokens before it, whether a row comes in one part or in two."""
+    """The position of a real token is the number of real tokens before it, for a row in one part or in two."""
     T = T1 + T2
     cache = Cache()
     mask = rng.random((B, T)) < 0.6 if padded else None

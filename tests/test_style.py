@@ -54,7 +54,6 @@ tests/peers/test_peft.py: columns
 tests/peers/test_torch_amp.py: columns assigned_lambda positional_boolean
 tests/peers/test_torch_ops.py: columns
 tests/test_adapters.py: columns
-tests/test_baselines.py: assigned_lambda
 tests/test_bench_gpu.py: columns assigned_lambda positional_boolean
 tests/test_book.py: columns assigned_lambda
 tests/test_cuda.py: columns assigned_lambda nested_comprehension
@@ -66,18 +65,14 @@ tests/test_kernels.py: columns assigned_lambda
 tests/test_learn.py: columns assigned_lambda positional_boolean
 tests/test_lessons.py: columns nested_comprehension
 tests/test_models.py: columns assigned_lambda nested_lambda positional_boolean
-tests/test_nn.py: columns
 tests/test_ops.py: columns assigned_lambda nested_comprehension
 tests/test_optim.py: nested_comprehension
 tests/test_precision.py: columns assigned_lambda nested_lambda positional_boolean
 tests/test_tensor.py: columns nested_comprehension
 tests/test_threads.py: columns assigned_lambda nested_lambda
 tests/test_train.py: columns nested_comprehension
-tests/test_wrong.py: columns
 tests/wrong.py: columns
 tinyft/array.py: columns assigned_lambda quotes
-tinyft/assets/make.py: columns
-tinyft/compare/report.py: positional_boolean
 tinyft/data/baselines.py: type_hints
 tinyft/functional.py: columns quotes
 tinyft/kernels/__init__.py: columns quotes
@@ -88,7 +83,6 @@ tinyft/kernels/cuda/int4.py: columns quotes
 tinyft/kernels/cuda/launch.py: columns assigned_lambda quotes
 tinyft/kernels/cuda/layers.py: columns assigned_lambda quotes
 tinyft/kernels/numpy.py: columns quotes
-tinyft/nn.py: columns
 tinyft/ops.py: columns assigned_lambda nested_lambda nested_comprehension quotes
 tinyft/precision.py: columns
 tinyft/tensor.py: columns
@@ -107,8 +101,10 @@ COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 DOCUMENTED = (ast.Module, ast.ClassDef, *FUNCTIONS)
 QUESTION = re.compile(r"(What|Whether|Where|How|Those|That which|Whose)\b")
 # Calls whose boolean argument cannot have a name, or reads without one.
-TAKE_BOOLEANS = {"append", "asarray", "bool_", "full", "get", "getattr", "isinstance", "param", "pop", "requires_grad_",
-                 "setattr", "setdefault", "train"}
+TAKE_BOOLEANS = {
+    "append", "asarray", "bool_", "full", "get", "getattr", "grid", "param", "pop", "requires_grad_", "set_axisbelow",
+    "setattr", "setdefault", "train",
+}
 
 
 def exempt() -> dict[str, set[str]]:
@@ -156,10 +152,15 @@ def function_length(text: str, path: str) -> Faults:
 def assigned_lambda(text: str, path: str) -> Faults:
     """Lambdas that are given a name: a `def` says the same and has a name in tracebacks."""
     for node in ast.walk(parse(text)):
-        if isinstance(node, (ast.Assign, ast.AnnAssign, ast.NamedExpr)):
+        if isinstance(node, (ast.Assign, ast.AnnAssign, ast.NamedExpr)) and not is_attribute(node):
             values = node.value.elts if isinstance(node.value, ast.Tuple) else [node.value]
             if any(isinstance(value, ast.Lambda) for value in values):
                 yield node.lineno, "assigns a lambda"
+
+
+def is_attribute(node: ast.Assign | ast.AnnAssign | ast.NamedExpr) -> bool:
+    """True for `fake.method = ...`: a test puts a small function into an object."""
+    return isinstance(node, ast.Assign) and all(isinstance(target, ast.Attribute) for target in node.targets)
 
 
 def nested_lambda(text: str, path: str) -> Faults:
@@ -314,6 +315,7 @@ ALLOWED: list[tuple[Rule, str]] = [
     (columns, "x" * 120),
     (function_length, "def long():\n" + "    pass\n" * 59),
     (assigned_lambda, "value = sorted(xs, key=lambda x: -x)"),
+    (assigned_lambda, "fake.runtime.device = lambda: 0"),
     (nested_lambda, "return a + b, (lambda g: g, lambda g: g)"),
     (nested_comprehension, "[x for row in rows for x in row]"),
     (nested_comprehension, "a = [x for x in xs]\nb = [y for y in a]"),

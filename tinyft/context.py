@@ -27,7 +27,8 @@ SYNONYMS = {
 }
 
 
-def refuse_keywords(caller: str, unknown: Iterable[str], known: Iterable[str], synonyms: dict[str, str] = SYNONYMS) -> None:
+def refuse_keywords(caller: str, unknown: Iterable[str], known: Iterable[str],
+                    synonyms: dict[str, str] = SYNONYMS) -> None:
     """Raise TypeError if there is an unknown keyword; the message names the nearest known keyword."""
     for keyword in unknown:
         known = sorted(known)
@@ -115,7 +116,7 @@ class Context:
 
     # ── filled in by the pass ──
     def add_loss(self, name: str, value: Tensor) -> None:
-        """Add an auxiliary loss, a scalar that is already weighted and excludes padding. Values of one name are summed."""
+        """Add an auxiliary loss: a scalar, already weighted, without padding. Values of one name are summed."""
         if value.size != 1:
             raise ValueError(f"add_loss({name!r}) wants a scalar, got shape {value.shape}")
         self.losses[name] = self.losses[name] + value if name in self.losses else value
@@ -154,9 +155,9 @@ class Context:
     # ── rows and positions ──
     def prepend(self, p: int) -> None:
         """Record that p rows were put before the activations, a soft prompt: real positions without a token (id -1)."""
-        self.ids = _prepended(self.ids, p, -1)
-        self.mask = _prepended(self.mask, p, True)
-        self.token_type_ids = _prepended(self.token_type_ids, p, 0)
+        self.ids = _prepended(self.ids, p, value=-1)
+        self.mask = _prepended(self.mask, p, value=True)
+        self.token_type_ids = _prepended(self.token_type_ids, p, value=0)
 
     @property
     def past_length(self) -> int:

@@ -4,9 +4,10 @@
     find(definition, array_type)                   the kernels, fastest first
     run(definition, array_type, *args, **kwargs)   the first kernel that takes these arguments, at last the definition
 
-A definition is an op of ops.py, an update of an optimiser, or a function that draws random numbers.  A kernel has the
-signature of its definition.  It returns NotImplemented for dtypes, shapes or options that it does not take; then the next
-kernel is tried.  The library is right without any kernel: `with definitions_only()` runs the definitions alone.
+A definition is an op of ops.py, an update of an optimiser, or a function that draws random numbers.  A kernel
+has the signature of its definition.  It returns NotImplemented for dtypes, shapes or options that it does not
+take; then the next kernel is tried.  The library is right without any kernel: `with definitions_only()` runs
+the definitions alone.
 """
 from __future__ import annotations
 

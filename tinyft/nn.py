@@ -201,7 +201,8 @@ class _Mover:
     def __init__(self, backend: str | None, dtype: Any):
         self.backend = backend
         self.dtype = dtype
-        self.moved: dict[int, tuple[Array, Array]] = {}  # id -> (new, old); the old array is kept so that its id stays taken
+        # id -> (new array, old array). The old array is kept so that its id stays taken.
+        self.moved: dict[int, tuple[Array, Array]] = {}
 
     def __call__(self, value: Any) -> Any:
         if not array.is_array(value):

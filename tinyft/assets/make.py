@@ -58,10 +58,10 @@ LIMIT = 3_000_000  # bytes of text.json.xz
 SPLITS = ("train", "valid", "test")
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
-# Packages with at least five modules, without test modules, in each of Python 3.10, 3.11, 3.12 and 3.13, and the numbers
-# of modules. Found by `count_modules` in the libraries of 3.10.13, 3.11.7, 3.12.1 and 3.13.0; `main` checks the
-# libraries that it is given. (distutils and lib2to3 were removed, re and tomllib are too new or too small, and dbm,
-# html, logging, xmlrpc and zoneinfo are too small.)
+# Packages with at least five modules, without test modules, in each of Python 3.10, 3.11, 3.12 and 3.13, and
+# the numbers of modules. Found by `count_modules` in the libraries of 3.10.13, 3.11.7, 3.12.1 and 3.13.0;
+# `main` checks the libraries that it is given. (distutils and lib2to3 were removed, re and tomllib are too new
+# or too small, and dbm, html, logging, xmlrpc and zoneinfo are too small.)
 CLASSES = {
     "asyncio": (31, 33, 33, 33),
     "concurrent": (5, 5, 5, 5),

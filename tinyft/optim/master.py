@@ -20,8 +20,8 @@ from .buffers import Group
 class MasterWeights(Group):
     """A group of 16-bit tensors.  w and the moments are float32; the tensors are views of `rounded`: w in 16 bits.
 
-    A write from outside is noticed if it goes through p.copy_ or p.mark_written, or puts another array in p.data.  A new
-    optimiser starts from the rounded 16-bit values.
+    A write from outside is noticed if it goes through p.copy_ or p.mark_written, or puts another array in
+    p.data.  A new optimiser starts from the rounded 16-bit values.
 
     versions   {name: the tensor's version after the last update}
     """

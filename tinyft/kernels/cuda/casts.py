@@ -1,9 +1,9 @@
 """The 16-bit copies of parameters under autocast.
 
-An optimiser keeps its parameters as views of one flat array.  Casting that array takes one launch; casting each parameter
-takes one launch each.  So the whole flat array is cast at the first use, and the copy is kept for the autocast region until
-a leaf is written to.  The cast parameters lie next to each other as the parameters do, which joins three products to one
-(layers.project).
+An optimiser keeps its parameters as views of one flat array.  Casting that array takes one launch; casting each
+parameter takes one launch each.  So the whole flat array is cast at the first use, and the copy is kept for the
+autocast region until a leaf is written to.  The cast parameters lie next to each other as the parameters do,
+which joins three products to one (layers.project).
 """
 from __future__ import annotations
 
