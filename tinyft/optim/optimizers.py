@@ -73,7 +73,7 @@ def clip_norm(gradients: list[Array], limit: float | None) -> Array:
 
 # ── the optimisers ───────────────────────────────────────────────────────────────────────────────────────────────────
 class Optimizer:
-    """The base class: learning rates and decay by tensor name, flat storage, clipping, state.
+    """Base class of the optimisers: learning rates and decay by tensor name, flat storage, clipping, state.
 
     lr, weight_decay   the hyper-parameters of all tensors
     groups             {glob over tensor names: {"lr": ..., "weight_decay": ...}}: other values for the tensors that the
@@ -99,8 +99,8 @@ class Optimizer:
 
     def __repr__(self) -> str:
         """The class with its hyper-parameters.  A checkpoint holds this text, to recognise another optimiser."""
-        hyper_parameters = {k: v for k, v in vars(self).items() if k not in ("t", "groups")}
-        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in hyper_parameters.items())})"
+        fields = [f"{name}={value!r}" for name, value in vars(self).items() if name not in ("t", "groups")]
+        return f"{type(self).__name__}({', '.join(fields)})"
 
     def update(self, piece: Piece, lr: float) -> None:
         """Update the values and moments of one piece in place."""
@@ -134,8 +134,9 @@ class Optimizer:
         """The learning rate and the weight decay of one tensor."""
         rule = next((rule for glob, rule in self.rules.items() if matches(glob, name)), {})
         lr = rule.get("lr", self.lr)
+        weight_decay = rule.get("weight_decay", self.weight_decay)
         decays = p.ndim >= 2 if p.decay is None else p.decay
-        return lr, rule.get("weight_decay", self.weight_decay) if decays else 0.0
+        return lr, weight_decay if decays else 0.0
 
     # ── a step ──
     def step(self, factor: float = 1.0, clip: float | None = None, scale: float = 1.0) -> Array:
