@@ -59,7 +59,6 @@ tests/test_book.py: columns assigned_lambda
 tests/test_cuda.py: columns assigned_lambda nested_comprehension
 tests/test_cuda_cpu.py: columns
 tests/test_data.py: nested_lambda nested_comprehension
-tests/test_decode.py: columns assigned_lambda
 tests/test_doctor.py: columns
 tests/test_kernels.py: columns assigned_lambda
 tests/test_learn.py: columns assigned_lambda positional_boolean
