@@ -198,7 +198,7 @@ def reshaped(path: Path) -> None:
     write_tensors(path / "adapter.safetensors", arrays | {"blocks.0.attn.q:A": arrays["blocks.0.attn.q:A"].T}, facts)
 
 
-def same_folder(path: Path) -> None:
+def unchanged(path: Path) -> None:
     pass
 
 
@@ -211,47 +211,83 @@ def base() -> Any:
     return build("gpt")
 
 
-WRONG: dict[str, tuple[Callable[[Path], None], Callable[[], Any], dict, type, str]] = {
-    "other weights": (same_folder, other_weights, {}, ValueError, "a base with other weights"),
-    "other sizes": (same_folder, lambda: GPT(GPTConfig(23, 24, 12, 3, 3, 20)), {}, ValueError, r"a base of [\d,]+ parameters; this is a base of"),
-    "as many numbers in other shapes": (same_folder, lambda: GPT(GPTConfig(24, 23, 12, 2, 3, 20)), {}, ValueError, "with other shapes"),
-    "another family": (same_folder, lambda: BERT(BERTConfig(23, 24, 2, 12, 2, 3, 20)), {}, ValueError, "family GPT; this is .* family BERT"),
-    "a head where there was none": (same_folder, lambda: with_head(3), {}, ValueError, "new head has shapes"),
-    "another method wanted": (same_folder, base, dict(method=Houlsby), ValueError, "holds a LoRA, not a Houlsby"),
-    "an unknown method": (consistent(method=lora_facts("Telepathy", r=2)), base, {}, ValueError, "'Telepathy', which this tinyft does not know"),
-    "a field of a later version": (consistent(method=lora_facts(r=2, alpha=3.0, warp=9)), base, {}, ValueError, "another version of LoRA: .*warp"),
-    "another rank": (consistent(method=lora_facts(r=3, alpha=3.0)), base, {}, ValueError, r"attn.q.edits.lora.A has shape \(2, 12\), not \(3, 12\)"),
-    "a rank below one": (consistent(method=lora_facts(r=0, alpha=3.0)), base, {}, (ValueError, ZeroDivisionError), "rank r >= 1"),
-    "targets that are not there": (consistent(method=lora_facts(r=2, targets="nowhere")), base, {}, LookupError, "'nowhere' names no module"),
-    "a missing tensor": (fewer, base, {}, ValueError, "does not fit: blocks.0.attn.q.edits.lora.A is missing"),
-    "a transposed tensor": (reshaped, base, {}, ValueError, r"blocks.0.attn.q.edits.lora.A has shape \(12, 2\), not \(2, 12\)"),
-    "changed fields": (rewritten(method=lora_facts(r=2, alpha=99.0)), base, {}, ValueError, "not of one saving"),
-    "a cut json": (cut("adapter.json", 0.5), base, {}, ValueError, "adapter.json is damaged"),
-    "an empty json": (cut("adapter.json", 0), base, {}, ValueError, "adapter.json is damaged"),
-    "a json that is a list": (lambda p: (p / "adapter.json").write_text("[1, 2]"), base, {}, ValueError, "adapter.json is damaged"),
-    "a json of bytes": (lambda p: (p / "adapter.json").write_bytes(b"\xff\xfe\x00"), base, {}, ValueError, "adapter.json is damaged"),
-    "cut tensors": (cut("adapter.safetensors", 0.7), base, {}, ValueError, "adapter.safetensors is damaged"),
-    "empty tensors": (cut("adapter.safetensors", 0), base, {}, ValueError, "adapter.safetensors is damaged"),
-    "one bit flipped": (flipped, base, {}, ValueError, "adapter.safetensors is damaged"),
-    "the json of another saving": (mixed("adapter.json"), base, {}, ValueError, "not of one saving"),
-    "the tensors of another saving": (mixed("adapter.safetensors"), base, {}, ValueError, "not of one saving"),
-    "no json": (lambda p: (p / "adapter.json").unlink(), base, {}, FileNotFoundError, "it has no adapter.json"),
-    "no tensors": (lambda p: (p / "adapter.safetensors").unlink(), base, {}, FileNotFoundError, "it has no adapter.safetensors"),
-    "no folder": (shutil.rmtree, base, {}, FileNotFoundError, "is no adapter"),
-    "a taken name": (same_folder, lambda: trained("gpt", BitFit(), name="lora"), {}, ValueError, "'lora' is attached already"),
+def overwritten(content: bytes) -> Callable[[Path], None]:
+    """The JSON file with this content."""
+    def go(path: Path) -> None:
+        (path / "adapter.json").write_bytes(content)
+    return go
+
+
+def removed(file: str) -> Callable[[Path], None]:
+    def go(path: Path) -> None:
+        (path / file).unlink()
+    return go
+
+
+def refused(words: str, spoil: Callable[[Path], None] = unchanged, model: Callable[[], Any] = base,
+            error: Any = ValueError, **arguments: Any) -> tuple:
+    """A case: spoil the folder, load it onto a model with these arguments, and expect the error with these words."""
+    return words, spoil, model, error, arguments
+
+
+def other_method(**fields: Any) -> Callable[[Path], None]:
+    return consistent(method=lora_facts(**fields))
+
+
+WRONG = {
+    "other weights": refused("a base with other weights", model=other_weights),
+    "other sizes": refused(
+        r"a base of [\d,]+ parameters; this is a base of", model=lambda: GPT(GPTConfig(23, 24, 12, 3, 3, 20))),
+    "as many parameters in other shapes": refused(
+        "with other shapes", model=lambda: GPT(GPTConfig(24, 23, 12, 2, 3, 20))),
+    "another family": refused(
+        "family GPT; this is .* family BERT", model=lambda: BERT(BERTConfig(23, 24, 2, 12, 2, 3, 20))),
+    "a head where there was none": refused("new head has shapes", model=lambda: with_head(3)),
+    "another method wanted": refused("holds a LoRA, not a Houlsby", method=Houlsby),
+    "an unknown method": refused(
+        "'Telepathy', which this tinyft does not know", consistent(method=lora_facts("Telepathy", r=2))),
+    "a field of a later version": refused("another version of LoRA: .*warp", other_method(r=2, alpha=3.0, warp=9)),
+    "another rank": refused(
+        r"attn.q.edits.lora.A has shape \(2, 12\), not \(3, 12\)", other_method(r=3, alpha=3.0)),
+    "a rank below one": refused(
+        "rank r >= 1", other_method(r=0, alpha=3.0), error=(ValueError, ZeroDivisionError)),
+    "targets that are not there": refused(
+        "'nowhere' names no module", other_method(r=2, targets="nowhere"), error=LookupError),
+    "a missing tensor": refused("does not fit: blocks.0.attn.q.edits.lora.A is missing", fewer),
+    "a transposed tensor": refused(
+        r"blocks.0.attn.q.edits.lora.A has shape \(12, 2\), not \(2, 12\)", reshaped),
+    "changed fields": refused("not of one saving", rewritten(method=lora_facts(r=2, alpha=99.0))),
+    "a cut json": refused("adapter.json is damaged", cut("adapter.json", 0.5)),
+    "an empty json": refused("adapter.json is damaged", cut("adapter.json", 0)),
+    "a json that is a list": refused("adapter.json is damaged", overwritten(b"[1, 2]")),
+    "a json of bytes": refused("adapter.json is damaged", overwritten(b"\xff\xfe\x00")),
+    "a json without its facts": refused("adapter.json is damaged: it has no base", overwritten(b'{"name": "lora"}')),
+    "a method that is a number": refused("adapter.json is damaged: it does not name a method", consistent(method=3)),
+    "cut tensors": refused("adapter.safetensors is damaged", cut("adapter.safetensors", 0.7)),
+    "empty tensors": refused("adapter.safetensors is damaged", cut("adapter.safetensors", 0)),
+    "one bit flipped": refused("adapter.safetensors is damaged", flipped),
+    "the json of another saving": refused("not of one saving", mixed("adapter.json")),
+    "the tensors of another saving": refused("not of one saving", mixed("adapter.safetensors")),
+    "no json": refused("it has no adapter.json", removed("adapter.json"), error=FileNotFoundError),
+    "no tensors": refused("it has no adapter.safetensors", removed("adapter.safetensors"), error=FileNotFoundError),
+    "no folder": refused("is no adapter", shutil.rmtree, error=FileNotFoundError),
+    "a taken name": refused(
+        "'lora' is attached already", model=lambda: trained("gpt", BitFit(), name="lora")),
 }
 
 
 @pytest.mark.parametrize("why", WRONG)
 def test_what_does_not_fit_is_refused_in_one_sentence_and_the_model_is_unchanged(why, tmp_path):
-    spoil, make, more, kind, words = WRONG[why]
+    words, spoil, make, error, arguments = WRONG[why]
     folder = tmp_path / "adapter"
     save_adapter(trained("gpt", LoRA(r=2, alpha=3.0)), folder)
     spoil(folder)
     model = make().eval()
-    before, y, names = values(model), run(model), [a.name for a in edit.attached(model)]
-    with pytest.raises(kind, match=words) as e:
-        load_adapter(model, folder, **more)
+    before = values(model)
+    y = run(model)
+    names = [a.name for a in edit.attached(model)]
+    with pytest.raises(error, match=words) as e:
+        load_adapter(model, folder, **arguments)
     assert "\n" not in str(e.value)
     assert untouched(model, before, y, names)
 
@@ -272,12 +308,12 @@ def test_without_any_of_that_the_same_folder_loads(tmp_path):
 def test_a_full_disk_leaves_the_old_adapter_readable_and_no_rubbish(where, call, tmp_path, monkeypatch):
     """Also when it fills up between the two files."""
     if (where, call) == ("replace", 2):
-        pytest.skip("a move within a folder takes no space: the disk is full before the first of them, or at neither")
+        pytest.skip("a move within a folder takes no space: the disk is full before the first move, or at neither")
     old = trained("gpt", LoRA(r=2))
     save_adapter(old, tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     new = trained("gpt", PrefixTuning(p=7))
-    if where == "write":                                                         # the system itself stops the write half way
+    if where == "write":                                 # the system itself stops the write half way
         resource = pytest.importorskip("resource", reason="needs POSIX limits")
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100 * call, hard))
@@ -380,7 +416,8 @@ def test_neither_is_a_weighted_sum_of_adapters_nor_nothing(tmp_path):
 
 
 def test_every_method_is_known_by_its_name():
-    assert all(find_method(cls.__name__) is cls for cls in ALL) and find_method("Method") is None and find_method("Homemade") is None
+    assert all(find_method(cls.__name__) is cls for cls in ALL)
+    assert find_method("Method") is None and find_method("Homemade") is None
     assert find_method("Full") is Full
 
 

@@ -481,7 +481,7 @@ def test_the_orthogonality_penalty_is_zero_for_orthonormal_factors_only():
 
 # ═════════════════════════════ phases ═════════════════════════════
 def check_ticket(method: Ticket) -> None:
-    """Exactly K entries differ from the base at the end. The second phase starts at the base, with a fresh optimiser."""
+    """Exactly K entries differ from the base at the end. The second phase starts at the base with a fresh optimiser."""
     model, base = build("gpt"), build("gpt")
     a = attach(model, method)
     sizes = []

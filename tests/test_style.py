@@ -53,7 +53,6 @@ tests/peers/test_adapterhub.py: columns
 tests/peers/test_peft.py: columns
 tests/peers/test_torch_amp.py: columns assigned_lambda positional_boolean
 tests/peers/test_torch_ops.py: columns
-tests/test_adapters.py: columns
 tests/test_bench_gpu.py: columns assigned_lambda positional_boolean
 tests/test_book.py: columns assigned_lambda
 tests/test_cuda.py: columns assigned_lambda nested_comprehension
