@@ -1,7 +1,9 @@
-"""The sides of a training step on a device: tinyft's, the same captured, PyTorch's, and that compiled.  Each is a call that returns its loss.
+"""The sides of a training step on a device: tinyft, tinyft captured, PyTorch, PyTorch compiled.
 
-What belongs to a step: forward, backward, AdamW, gradients forgotten.  The batch lies on the device, and the loss stays there.
+A side is a function that takes one step and returns the loss. A step is: forward, backward, AdamW, clearing of
+gradients. The batch is on the device, and the loss stays there.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -24,7 +26,7 @@ Step = Callable[[], Any]
 
 @contextlib.contextmanager
 def precision(how: str) -> Iterator[None]:
-    "Products of float32 by tensor cores or not, on both sides.  bf16 is for `mixed` and torch.autocast."
+    """Products of float32 on tensor cores or not, on both sides.  bf16 is for `mixed` and torch.autocast."""
     fast = how != "fp32"
     torch = importlib.import_module("torch") if importlib.util.find_spec("torch") else None
     ft.set_float32_matmul_precision("high" if fast else "highest")
@@ -38,15 +40,16 @@ def precision(how: str) -> Iterator[None]:
             torch.set_float32_matmul_precision("highest")
 
 
-# ── tinyft ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ---------------------------------------------------------------------------------------------------- tinyft
 def mixed(how: str) -> contextlib.AbstractContextManager:
-    "Around the forward pass."
+    """The autocast around the forward pass."""
     return ft.autocast("bfloat16", enabled=how == "bf16")
 
 
 def tinyft_step(case: Case, how: str, capture: bool = False) -> Step:
-    "capture: noted as one CUDA graph at its third call, and replayed."
-    model, b = side_tinyft.build(case), {k: cp.asarray(v) for k, v in batch(case).items()}
+    """tinyft's step.  capture: captured as one CUDA graph at its third call, then replayed."""
+    model = side_tinyft.build(case)
+    b = {name: cp.asarray(array) for name, array in batch(case).items()}
     optimizer = ft.AdamW(1e-3).start(ft.trained(model))
 
     def step(ids: Any, labels: Any) -> Any:
@@ -56,19 +59,21 @@ def tinyft_step(case: Case, how: str, capture: bool = False) -> Step:
         optimizer.step()
         optimizer.zero_grad()
         return loss
+
     run = ft.capture(step) if capture else step
     return lambda: run(b["ids"], b["labels"])
 
 
 def tinyft_captured(case: Case, how: str) -> Step:
+    """tinyft's captured step."""
     if not hasattr(ft, "capture"):
         raise Missing("tinyft has no captured step (tinyft.capture)")
     return tinyft_step(case, how, capture=True)
 
 
-# ── PyTorch ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ---------------------------------------------------------------------------------------------------- PyTorch
 def torch_there(c: Clock) -> tuple[Any, str]:
-    "(torch, the device it runs on).  Without a GPU only in a smoke run."
+    """(torch, its device). Missing without torch, or without a GPU except in a smoke run."""
     try:
         import torch
     except ImportError:
@@ -79,6 +84,7 @@ def torch_there(c: Clock) -> tuple[Any, str]:
 
 
 def torch_step(c: Clock, case: Case, how: str, compiler: Callable | None = None) -> Step:
+    """PyTorch's step; `compiler` is applied to the model."""
     torch, where = torch_there(c)
     if case.method.startswith("lora"):
         try:
@@ -89,7 +95,8 @@ def torch_step(c: Clock, case: Case, how: str, compiler: Callable | None = None)
     model = side_torch.build(case).to(where)
     b = {k: torch.from_numpy(v).to(where) for k, v in batch(case).items()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
-    forward, labels = compiler(model) if compiler else model, b["labels"].flatten()
+    forward = compiler(model) if compiler else model
+    labels = b["labels"].flatten()
 
     def step() -> Any:
         optimizer.zero_grad()
@@ -98,16 +105,19 @@ def torch_step(c: Clock, case: Case, how: str, compiler: Callable | None = None)
         loss.backward()
         optimizer.step()
         return loss.detach()
+
     return step
 
 
 def compiled(c: Clock, case: Case, how: str) -> Step:
+    """PyTorch's step with torch.compile."""
     torch, _ = torch_there(c)
-    return torch_step(c, case, how, lambda model: torch.compile(model, backend="eager" if c.smoke else "inductor"))
+    backend = "eager" if c.smoke else "inductor"
+    return torch_step(c, case, how, lambda model: torch.compile(model, backend=backend))
 
 
 def torch_peak(c: Clock, case: Case, how: str) -> tuple[int, int]:
-    "(bytes in use at most during three steps, what PyTorch's pool held for them)"
+    """(most bytes in use during three steps, bytes that PyTorch's pool held for them)."""
     torch, where = torch_there(c)
     if where == "cpu":
         raise Missing("PyTorch on the CPU does not count its memory")
@@ -120,21 +130,29 @@ def torch_peak(c: Clock, case: Case, how: str) -> tuple[int, int]:
     return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
 
 
-# ── the floor ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ---------------------------------------------------------------------------------------------------- the floor
 def flops(k: Case) -> float:
-    "Multiplications and additions of a full step's products: three times 2 N·12C² a layer, 4 N·T·C for attention as full squares, 2 N·C·V."
+    """Multiplications and additions of a full step's products, three times those of the forward pass.
+
+    Forward, with N = B T: 2 N·12 C² per layer, 4 N·T·C for attention as full squares, 2 N·C·V for the head.
+    """
     n = k.B * k.T
-    return 3.0 * (k.L * (2 * n * 12 * k.C**2 + 4 * n * k.T * k.C) + 2 * n * k.C * k.V)
+    layer = 2 * n * 12 * k.C**2 + 4 * n * k.T * k.C
+    head = 2 * n * k.C * k.V
+    return 3.0 * (k.L * layer + head)
 
 
 def numbers(k: Case) -> int:
+    """Parameters of a case's GPT."""
     return k.V * k.C + k.T * k.C + k.L * (12 * k.C**2 + 13 * k.C) + 2 * k.C
 
 
 def least_bytes(k: Case, how: str) -> float:
-    """Bytes a full step must move if every product and every elementwise op is one pass, and attention keeps no scores.
+    """Bytes that a full step must move if every product and elementwise op is one pass, and attention keeps no scores.
 
-    Weights: read forward and back, gradient written, AdamW 28 (float32).  Activations, 16 C a token and layer and the logits: written and
-    read forward; read back, their gradient written and read."""
+    A parameter: read forward and backward, its gradient written, and 28 bytes for AdamW (float32). An activation (16 C
+    per token and layer, and the logits): written and read forward, read backward, its gradient written and read.
+    """
     size = 2 if how == "bf16" else 4
-    return numbers(k) * (3 * size + 28) + 5.0 * size * k.B * k.T * (16 * k.C * k.L + k.V)
+    activations = k.B * k.T * (16 * k.C * k.L + k.V)
+    return numbers(k) * (3 * size + 28) + 5.0 * size * activations

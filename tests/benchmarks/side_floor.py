@@ -1,7 +1,7 @@
 """The floor: only the matrix products that a full step needs, by NumPy, repeated into the same memory.
 
-Attention's products are counted as full squares, as one product of the whole computes them; `triangle` in the results has
-the lower half alone.
+Attention's products are counted as full squares, as one product of the whole computes them; `triangle` in the results
+has the lower half alone.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""PyTorch's side: the plain model a PyTorch user writes (SDPA, fused AdamW), with PEFT's LoRA where LoRA is asked for."""
+"""PyTorch's side: the plain model that a PyTorch user writes (SDPA, fused AdamW), and PEFT's LoRA."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -12,11 +13,16 @@ from torch.nn import functional as F
 class Attention(nn.Module):
     def __init__(self, c: Case, fused: bool):
         super().__init__()
-        self.H, self.fused, self.causal, self.prefix = c.H, fused, c.model == "gpt", None
-        if fused:                                        # one product for q, k, v: what a plain model does when nothing is attached
+        self.H = c.H
+        self.fused = fused
+        self.causal = c.model == "gpt"
+        self.prefix = None
+        if fused:  # one product for q, k, v, as in a plain model to which nothing is attached
             self.qkv = nn.Linear(c.C, 3 * c.C)
         else:
-            self.q, self.k, self.v = (nn.Linear(c.C, c.C) for _ in "qkv")
+            self.q = nn.Linear(c.C, c.C)
+            self.k = nn.Linear(c.C, c.C)
+            self.v = nn.Linear(c.C, c.C)
         self.o = nn.Linear(c.C, c.C)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -25,8 +31,13 @@ class Attention(nn.Module):
         q, k, v = (t.view(B, T, self.H, C // self.H).transpose(1, 2) for t in (q, k, v))
         if self.prefix is not None:
             K, V = (P.expand(B, -1, -1, -1) for P in self.prefix)
-            k, v, p = torch.cat([K, k], 2), torch.cat([V, v], 2), K.shape[2]
-            mask = torch.ones(T, T + p, dtype=torch.bool).tril(p) if self.causal else F.pad(mask, (p, 0), value=True)
+            k = torch.cat([K, k], 2)
+            v = torch.cat([V, v], 2)
+            p = K.shape[2]
+            if self.causal:
+                mask = torch.ones(T, T + p, dtype=torch.bool).tril(p)
+            else:
+                mask = F.pad(mask, (p, 0), value=True)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.causal and mask is None)
         return self.o(y.transpose(1, 2).reshape(B, T, C))
 
@@ -34,7 +45,9 @@ class Attention(nn.Module):
 class Houlsby(nn.Module):
     def __init__(self, inner: nn.Module, c: int):
         super().__init__()
-        self.inner, self.down, self.up = inner, nn.Linear(c, BOTTLENECK), nn.Linear(BOTTLENECK, c)
+        self.inner = inner
+        self.down = nn.Linear(c, BOTTLENECK)
+        self.up = nn.Linear(BOTTLENECK, c)
 
     def forward(self, *args: Tensor) -> Tensor:
         y = self.inner(*args)
@@ -46,8 +59,11 @@ class Block(nn.Module):
         super().__init__()
         self.pre = c.model == "gpt"
         eps = 1e-5 if self.pre else 1e-12
-        self.norm1, self.attn, self.norm2 = nn.LayerNorm(c.C, eps), Attention(c, fused), nn.LayerNorm(c.C, eps)
-        self.mlp = nn.Sequential(nn.Linear(c.C, 4 * c.C), nn.GELU("tanh" if self.pre else "none"), nn.Linear(4 * c.C, c.C))
+        self.norm1 = nn.LayerNorm(c.C, eps)
+        self.attn = Attention(c, fused)
+        self.norm2 = nn.LayerNorm(c.C, eps)
+        gelu = nn.GELU("tanh" if self.pre else "none")
+        self.mlp = nn.Sequential(nn.Linear(c.C, 4 * c.C), gelu, nn.Linear(4 * c.C, c.C))
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         if self.pre:
@@ -60,12 +76,16 @@ class Block(nn.Module):
 class Model(nn.Module):
     def __init__(self, c: Case):
         super().__init__()
-        self.case, gpt = c, c.model == "gpt"
-        self.embed, self.pos = nn.Embedding(c.V, c.C), nn.Embedding(c.T + PREFIX, c.C)
+        self.case = c
+        gpt = c.model == "gpt"
+        self.embed = nn.Embedding(c.V, c.C)
+        self.pos = nn.Embedding(c.T + PREFIX, c.C)
         self.blocks = nn.ModuleList(Block(c, fused=c.method == "full") for _ in range(c.L))
         self.norm = nn.LayerNorm(c.C, 1e-5 if gpt else 1e-12)
         if not gpt:
-            self.kinds, self.dense, self.norm_head = nn.Embedding(2, c.C), nn.Linear(c.C, c.C), nn.LayerNorm(c.C, 1e-12)
+            self.token_types = nn.Embedding(2, c.C)
+            self.dense = nn.Linear(c.C, c.C)
+            self.norm_head = nn.LayerNorm(c.C, 1e-12)
             self.bias = nn.Parameter(torch.zeros(c.V))
         if c.method == "head":
             self.pooler = None if gpt else nn.Linear(c.C, c.C)
@@ -74,11 +94,11 @@ class Model(nn.Module):
             if p.ndim == 2:
                 nn.init.normal_(p, std=0.02)
 
-    def forward(self, ids: Tensor, mask: Tensor | None, at: Tensor | None) -> Tensor:
+    def forward(self, ids: Tensor, mask: Tensor | None, logit_positions: Tensor | None) -> Tensor:
         c = self.case
         x = self.embed(ids) + self.pos.weight[:ids.shape[1]]
         if c.model == "bert":
-            x = self.norm(x + self.kinds.weight[0])
+            x = self.norm(x + self.token_types.weight[0])
         for block in self.blocks:
             x = block(x, None if mask is None else mask[:, None, None, :])
         if c.model == "gpt":
@@ -87,7 +107,7 @@ class Model(nn.Module):
             return self.head(x[:, -1]) if self.pooler is None else self.head(torch.tanh(self.pooler(x[:, 0])))
         if c.model == "gpt":
             return x @ self.embed.weight.T
-        rows = x.flatten(0, 1)[at]                       # the vocabulary only where it is asked for, as tinyft does
+        rows = x.flatten(0, 1)[logit_positions]  # logits only at labelled positions, as in tinyft
         return F.linear(self.norm_head(F.gelu(self.dense(rows))), self.embed.weight, self.bias)
 
 
@@ -111,7 +131,8 @@ def build(c: Case) -> nn.Module:
             p.requires_grad_(p.requires_grad or "norm" in name)
     elif c.method == "prefix":
         for b in model.blocks:
-            b.attn.prefix = nn.ParameterList(nn.Parameter(torch.randn(c.H, PREFIX, c.C // c.H) * 0.02) for _ in range(2))
+            prefixes = [torch.randn(c.H, PREFIX, c.C // c.H) * 0.02 for _ in range(2)]
+            b.attn.prefix = nn.ParameterList(map(nn.Parameter, prefixes))
     else:
         for part in (model.pooler, model.head):
             if part is not None:
@@ -121,18 +142,21 @@ def build(c: Case) -> nn.Module:
 
 def start(model: nn.Module, c: Case) -> tuple[Callable[[], float], int]:
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer, b = torch.optim.AdamW(trained, lr=1e-3, fused=True), {k: torch.from_numpy(v) for k, v in batch(c).items()}
-    labels, at = b["labels"].flatten(), None
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
+    b = {name: torch.from_numpy(array) for name, array in batch(c).items()}
+    labels = b["labels"].flatten()
+    logit_positions = None
     if c.model == "bert" and c.method != "head":
-        at = (labels != -100).nonzero()[:, 0]
-        labels = labels[at]
+        logit_positions = (labels != -100).nonzero()[:, 0]
+        labels = labels[logit_positions]
 
     def step() -> float:
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(b["ids"], b.get("mask"), at).flatten(0, -2), labels)
+        loss = F.cross_entropy(model(b["ids"], b.get("mask"), logit_positions).flatten(0, -2), labels)
         loss.backward()
         optimizer.step()
         return loss.item()
+
     return step, sum(p.numel() for p in trained)
 
 
