@@ -796,15 +796,22 @@ def test_a_schedule_warms_up_falls_to_its_end_and_takes_fractions(make):
 
 @pytest.mark.parametrize("make", [linear_schedule, cosine_schedule])
 @pytest.mark.parametrize("wrong", [
-    lambda make: lambda t, T: make(10)(t + 1, T),
-    lambda make: lambda t, T: make(10)(t, 2 * T),
-    lambda make: lambda t, T: make(11)(t, T),
-    lambda make: lambda t, T: 1.0,
-    lambda make: lambda t, T: make(10)(t, T) * 0.5,
+    lambda right, longer, t, T: right(t + 1, T),
+    lambda right, longer, t, T: right(t, 2 * T),
+    lambda right, longer, t, T: longer(t, T),
+    lambda right, longer, t, T: 1.0,
+    lambda right, longer, t, T: right(t, T) * 0.5,
 ], ids=["a step early", "half the way", "a longer warm-up", "constant", "half the size"])
 def test_a_wrong_schedule_is_rejected(make, wrong):
+    right = make(10)
+    longer = make(11)
+
+    def wrong_schedule(t: int, T: int) -> float:
+        return wrong(right, longer, t, T)
+
+    falls_after_a_warm_up(right, 10, 100)
     with pytest.raises(AssertionError):
-        falls_after_a_warm_up(wrong(make), 10, 100)
+        falls_after_a_warm_up(wrong_schedule, 10, 100)
 
 
 def test_the_cosine_schedule_is_a_cosine_and_stops_at_its_floor():

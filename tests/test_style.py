@@ -26,15 +26,11 @@ lessons/04_pretraining/exercises.py: columns assigned_lambda
 lessons/23_gpu/exercises.py: columns
 lessons/24_precision/exercises.py: columns assigned_lambda
 tests/benchmarks/bench.py: nested_comprehension
-tests/benchmarks/gpu.py: columns
 tests/benchmarks/gpu_clock.py: columns
-tests/benchmarks/gpu_report.py: columns nested_comprehension
 tests/benchmarks/gpu_sections.py: columns assigned_lambda nested_lambda nested_comprehension
 tests/benchmarks/gpu_sides.py: columns
 tests/benchmarks/gpu_steps.py: columns nested_comprehension
-tests/benchmarks/side_autograd.py: columns assigned_lambda
-tests/benchmarks/side_floor.py: columns assigned_lambda
-tests/benchmarks/side_tinygrad.py: columns
+tests/benchmarks/side_floor.py: columns
 tests/benchmarks/side_torch.py: columns
 tests/conftest.py: columns
 tests/emulated/conftest.py: columns
@@ -53,7 +49,7 @@ tests/peers/test_adapterhub.py: columns
 tests/peers/test_peft.py: columns
 tests/peers/test_torch_amp.py: columns assigned_lambda positional_boolean
 tests/peers/test_torch_ops.py: columns
-tests/test_bench_gpu.py: columns assigned_lambda positional_boolean
+tests/test_bench_gpu.py: positional_boolean
 tests/test_book.py: columns assigned_lambda
 tests/test_cuda.py: columns assigned_lambda nested_comprehension
 tests/test_cuda_cpu.py: columns

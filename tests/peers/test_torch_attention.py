@@ -1,4 +1,4 @@
-"""ops.attention against torch.nn.functional.scaled_dot_product_attention: values and gradients, in float32 and float64."""
+"""Values and gradients of ops.attention against torch.nn.functional.scaled_dot_product_attention."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -15,9 +15,10 @@ sdpa = torch.nn.functional.scaled_dot_product_attention
 
 B, H, TQ, TK, D = 2, 6, 5, 7, 4
 NEVER = float("-inf")
+Arrays = list[np.ndarray]
 
 
-def inputs(kv_heads: int, bias_shape: tuple | None, time: tuple[int, int], rng: np.random.Generator) -> list[np.ndarray]:
+def inputs(kv_heads: int, bias_shape: tuple | None, time: tuple[int, int], rng: np.random.Generator) -> Arrays:
     """q, k, v and perhaps a bias."""
     queries, keys = time
     shapes = [(B, H, queries, D), (B, kv_heads, keys, D), (B, kv_heads, keys, D)]
@@ -31,7 +32,7 @@ def causal_mask(queries: int, keys: int) -> np.ndarray:
     return np.tri(queries, keys, keys - queries, dtype=bool)
 
 
-def theirs(arrays: list, key_mask: np.ndarray | None, causal: bool, scale: float | None, g: np.ndarray) -> list[np.ndarray]:
+def theirs(arrays: list, key_mask: np.ndarray | None, causal: bool, scale: float | None, g: np.ndarray) -> Arrays:
     """Value and gradients by torch: the masks are -inf in its additive mask."""
     tensors = [torch.tensor(a, requires_grad=True) for a in arrays]
     q, k, v, *bias = tensors
@@ -49,7 +50,8 @@ def theirs(arrays: list, key_mask: np.ndarray | None, causal: bool, scale: float
     return [y.detach().numpy(), *(t.grad.numpy() for t in tensors)]
 
 
-def ours(arrays: list, key_mask: np.ndarray | None, causal: bool, scale: float | None, g: np.ndarray) -> list[np.ndarray]:
+def ours(arrays: list, key_mask: np.ndarray | None, causal: bool, scale: float | None, g: np.ndarray) -> Arrays:
+    """Value and gradients by ops.attention."""
     tensors = [leaf(a) for a in arrays]
     y = ops.attention(*tensors, key_mask=None if key_mask is None else dev(key_mask), causal=causal, scale=scale)
     y.backward(dev(g))
@@ -71,8 +73,10 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def agree(mine: Callable, dtype: type, kv_heads: int = H, bias_shape: tuple | None = None, time: tuple[int, int] = (TQ, TK),
-          key_mask: np.ndarray | None = None, causal: bool = False, scale: float | None = None) -> None:
+def agree(mine: Callable, dtype: type, kv_heads: int = H, bias_shape: tuple | None = None,
+          time: tuple[int, int] = (TQ, TK), key_mask: np.ndarray | None = None, causal: bool = False,
+          scale: float | None = None) -> None:
+    """`mine` gives torch's value and gradients on random inputs."""
     rng = np.random.default_rng(0)
     arrays = [a.astype(dtype) for a in inputs(kv_heads, bias_shape, time, rng)]
     g = rng.standard_normal((B, H, time[0], D)).astype(dtype)

@@ -103,7 +103,11 @@ class Settings:
             if not any(c.is_called(name) for c in rows):
                 known = ", ".join(c.name for c in rows)
                 raise ValueError(f"there is no method {name.lower()!r} to compare; there are {known}")
-        return [c for c in rows if any(c.is_called(name) for name in self.names)]
+        chosen = []
+        for c in rows:
+            if any(c.is_called(name) for name in self.names):
+                chosen.append(c)
+        return chosen
 
 
 PRESETS = {

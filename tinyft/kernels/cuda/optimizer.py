@@ -48,8 +48,10 @@ def update_pieces(opt: Optimizer, factor: float, clip: float | None, loss: Array
     taken = type(opt).update is AdamW.update and all(group.w.dtype == np.float32 for group in opt.groups)
     if not taken or (loss is not None and loss.dtype != np.float32):
         return NotImplemented
-    rows = [[(_contiguous_gradient(p), group.offsets[name]) for name, p in group.tensors.items() if p.grad is not None]
-            for group in opt.groups]
+    rows = []
+    for group in opt.groups:
+        trained = {name: p for name, p in group.tensors.items() if p.grad is not None}
+        rows.append([(_contiguous_gradient(p), group.offsets[name]) for name, p in trained.items()])
     gradients = [g for of_group in rows for g, _ in of_group]
     if not gradients:
         return NotImplemented
