@@ -45,8 +45,6 @@ tests/emulated/test_missing.py: columns
 tests/emulated/test_on_cupy.py: columns assigned_lambda
 tests/emulated/test_planted.py: columns
 tests/helpers.py: columns assigned_lambda nested_comprehension
-tests/peers/test_adapterhub.py: columns
-tests/peers/test_peft.py: columns
 tests/peers/test_torch_amp.py: columns assigned_lambda positional_boolean
 tests/peers/test_torch_ops.py: columns
 tests/test_bench_gpu.py: positional_boolean

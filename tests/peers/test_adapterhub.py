@@ -1,4 +1,4 @@
-"""AdapterHub beside ours: Houlsby adapters (`double_seq_bn`) in the same tiny random BERT: hidden states, gradients of the adapters."""
+"""AdapterHub beside ours: Houlsby adapters (`double_seq_bn`) in the same tiny BERT; equal outputs and gradients."""
 from __future__ import annotations
 
 import numpy as np
@@ -15,17 +15,21 @@ adapters = pytest.importorskip("adapters", reason="adapters is not installed: pi
 pytestmark = pytest.mark.peers
 
 V, B, T, C, L, m = 31, 3, 6, 12, 2, 4
-BERT = dict(vocab_size=V, max_position_embeddings=24, hidden_size=C, num_hidden_layers=L, num_attention_heads=3, intermediate_size=20,
-            initializer_range=0.25, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+BERT = {
+    "vocab_size": V, "max_position_embeddings": 24, "hidden_size": C, "num_hidden_layers": L,
+    "num_attention_heads": 3, "intermediate_size": 20, "initializer_range": 0.25,
+    "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+}
 
 
 @pytest.mark.parametrize("dtype, tol", [(np.float32, 1e-5), (np.float64, 1e-9)], ids=["single", "double"])
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize("wrong", [False, True], ids=["houlsby", "one per layer"])
 def test_houlsbys_adapters_stand_where_adapterhub_puts_them(wrong, padded, dtype, tol, tmp_path):
-    """With `wrong`, the comparison must see that AdapterHub's adapters stand after the feed-forward layer only (Pfeiffer's place)."""
+    """With `wrong`, AdapterHub's adapters stand after the MLP only (Pfeiffer's place); the comparison must see it."""
     torch.manual_seed(0)
-    precision, rng = torch.float64 if dtype == np.float64 else torch.float32, np.random.default_rng(1)
+    precision = torch.float64 if dtype == np.float64 else torch.float32
+    rng = np.random.default_rng(1)
     base = transformers.BertModel(transformers.BertConfig(**BERT))
     with torch.no_grad():
         for p in base.parameters():
@@ -42,18 +46,21 @@ def test_houlsbys_adapters_stand_where_adapterhub_puts_them(wrong, padded, dtype
     base.to(precision).eval()
     pairs = []
     for i in range(L):
-        layer, places = base.encoder.layer[i], {"mlp": "output"} if wrong else {"attn": "attention", "mlp": "output"}
+        layer = base.encoder.layer[i]
+        places = {"mlp": layer.output} if wrong else {"attn": layer.attention.output, "mlp": layer.output}
         for part, place in places.items():
-            bottleneck = (layer.attention.output if place == "attention" else layer.output).adapters["a"]
+            bottleneck = place.adapters["a"]
             e = a.edits[f"blocks.{i}.{part}"]
-            pairs += [(t, o) for theirs, mine in ((bottleneck.adapter_down[0], e.down), (bottleneck.adapter_up, e.up))
-                      for t, o in ((theirs.weight, mine.weight), (theirs.bias, mine.bias))]
+            for theirs, mine in ((bottleneck.adapter_down[0], e.down), (bottleneck.adapter_up, e.up)):
+                pairs += [(theirs.weight, mine.weight), (theirs.bias, mine.bias)]
     with torch.no_grad():
         for t, o in pairs:
             t.copy_(torch.tensor(rng.standard_normal(tuple(t.shape)) * 0.4))
             o.copy_(array.asarray(t.numpy()))
 
-    ids, mask, cover = rng.integers(0, V, (B, T)), np.ones((B, T), bool), rng.standard_normal((B, T, C)).astype(dtype)
+    ids = rng.integers(0, V, (B, T))
+    mask = np.ones((B, T), bool)
+    cover = rng.standard_normal((B, T, C)).astype(dtype)
     if padded:
         mask[1, 4:] = False
         cover *= mask[..., None]
@@ -73,7 +80,7 @@ def test_houlsbys_adapters_stand_where_adapterhub_puts_them(wrong, padded, dtype
 
 
 def test_adapterhub_trains_the_adapters_only_and_houlsby_the_norms_too():
-    """The paper trains layer norms; AdapterHub leaves them frozen.  norms=False is its count."""
+    """The paper trains layer norms; AdapterHub leaves them frozen, as norms=False does."""
     base = transformers.BertModel(transformers.BertConfig(**BERT))
     adapters.init(base)
     base.add_adapter("a", config=adapters.DoubleSeqBnConfig(reduction_factor=C / m))
@@ -85,4 +92,5 @@ def test_adapterhub_trains_the_adapters_only_and_houlsby_the_norms_too():
         model = Bert(BERTConfig(V, 24, 2, C, L, 3, 20), head=None)
         edit.attach(model, Houlsby(m=m, norms=norms))
         counts.append(edit.count(model).trained)
-    assert sum(p.numel() for p in base.parameters() if p.requires_grad) == counts[1] and counts[0] == counts[1] + (2 * L + 1) * 2 * C
+    assert sum(p.numel() for p in base.parameters() if p.requires_grad) == counts[1]
+    assert counts[0] == counts[1] + (2 * L + 1) * 2 * C
