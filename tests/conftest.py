@@ -44,7 +44,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 @pytest.fixture(autouse=True)
 def _backend():
-    "Every test starts on the suite's backend, whatever the one before it used."
+    """Every test starts on the suite's backend, whatever the one before it used."""
     array.use(BACKEND)
 
 
@@ -55,6 +55,6 @@ def rng() -> np.random.Generator:
 
 @pytest.fixture
 def definitions():
-    "The plain ops of ops.py, without their kernels."
+    """The plain ops of ops.py, without their kernels."""
     with kernels.definitions():
         yield

@@ -13,19 +13,19 @@ from tinyft.tensor import Tensor
 
 
 def dev(a: Any, dtype: Any = None) -> array.Array:
-    "Host numbers as an array on the backend in use; float64 stays float64."
+    """Host numbers as an array on the backend in use; float64 stays float64."""
     a = np.asarray(a)
     with np.errstate(over="ignore"):                                             # a number too large for half precision is inf there
         return array.asarray(a if dtype is None else a.astype(dtype))
 
 
 def leaf(a: Any, dtype: Any = None) -> Tensor:
-    "A tensor that trains."
+    """A tensor that trains."""
     return Tensor(dev(a, dtype), requires_grad=True)
 
 
 def host(a: Any) -> np.ndarray | None:
-    "A tensor or a device array as a NumPy array; None stays None."
+    """A tensor or a device array as a NumPy array; None stays None."""
     return None if a is None else array.asnumpy(a.data if isinstance(a, Tensor) else a)
 
 
@@ -54,7 +54,7 @@ def gradcheck(f: Callable[..., Tensor], arrays: Sequence[np.ndarray], rng: np.ra
 
 
 def seeds() -> st.SearchStrategy[np.random.Generator]:
-    "A generator: every number of an example comes from this one stream."
+    """A generator: every number of an example comes from this one stream."""
     return st.integers(0, 2**32 - 1).map(np.random.default_rng)
 
 
@@ -88,7 +88,7 @@ def shapes_of(draw: Callable, spec: str, broadcast: bool = True) -> tuple[list[t
 
 
 def lora_curve(steps: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    "The losses of a small GPT that LoRA trains, with dropout and padding in batches of `rows` texts, and a matrix B at the end."
+    """The losses of a small GPT that LoRA trains, with dropout and padding in batches of `rows` texts, and a matrix B at the end."""
     model = GPT(GPTConfig(19, 12, 16, 2, 2, dropout=0.1), seed=1)
     attach(model, LoRA(r=2, targets=("attn.[qv]", "mlp.up")))
     rng = np.random.default_rng(0)

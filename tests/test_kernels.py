@@ -27,7 +27,7 @@ BLOCK = threads.BLOCK
 
 
 def inputs(name: str, shape: tuple, dtype: Any, rng: np.random.Generator) -> tuple[list, dict]:
-    "Arrays of the right kinds for an op, x of this shape."
+    """Arrays of the right kinds for an op, x of this shape."""
     x = (rng.standard_normal(shape) * 3).astype(dtype)
     if name == "layer_norm":
         c = shape[-1]
@@ -75,7 +75,7 @@ def attention_inputs(sizes: tuple, dtype: Any, rng: np.random.Generator, group: 
 
 
 def near(a: np.ndarray, b: np.ndarray, tol: float) -> bool:
-    "Of one shape and dtype, and equal to within tol of the largest number."
+    """Of one shape and dtype, and equal to within tol of the largest number."""
     return a.shape == b.shape and a.dtype == b.dtype and bool(np.abs(a - b).max(initial=0) <= tol * max(np.abs(b).max(initial=0), 1))
 
 
@@ -98,7 +98,7 @@ def must_take(name: str, arrays: list, kw: dict) -> bool:
 
 
 def agree(name: str, kernel: Callable, arrays: list, kw: dict, rng: np.random.Generator) -> None:
-    "Value and every pullback, and neither input is written to."
+    """Value and every pullback, and neither input is written to."""
     tol = 1e-12 if arrays[0].dtype == np.float64 else 4e-6
     kept = [a.copy() for a in arrays]
     result = kernel(*arrays, **kw)
@@ -123,7 +123,7 @@ def agree(name: str, kernel: Callable, arrays: list, kw: dict, rng: np.random.Ge
 
 
 def agree_together(pulls: Callable, defined: Callable, y: np.ndarray, arrays: list, kept: list, tol: float, rng: np.random.Generator) -> None:
-    "One pullback for all inputs: what is asked for is there and right, alone and together, and a second time."
+    """One pullback for all inputs: what is asked for is there and right, alone and together, and a second time."""
     g = rng.standard_normal(y.shape).astype(y.dtype)
     full = defined(g, [True] * len(arrays))
     every = [True] * len(arrays)
@@ -163,7 +163,7 @@ def test_at_the_ends_of_the_line_too(name, x, rng):
 
 
 def check_dropout(kernel: Callable) -> None:
-    "To the bit, whatever p is, and where a number that is drawn is p itself; far apart in p as well."
+    """To the bit, whatever p is, and where a number that is drawn is p itself; far apart in p as well."""
     x = np.arange(1, BLOCK + 8, dtype=np.float32)
     for key in (0, 1, 2**63 - 1):
         u = array.uniform_like(x, key)
@@ -182,7 +182,7 @@ def test_dropout_is_its_definition_to_the_bit():
 
 
 def dropped_by(keeps: Callable = np.greater_equal, shift: int = 0, scaled: bool = True, redrawn: int = 0) -> Callable:
-    "Dropout with one thing in it different."
+    """Dropout with one thing in it different."""
     def kernel(x: np.ndarray, p: float, key: int) -> Any:
         factor = lambda key: keeps(array.uniform_like(x, key), np.float32(p)) * (np.float32(1) / np.float32(1 - p) if scaled else np.float32(1))
         there, back = np.roll(factor(key), shift), factor(key + redrawn)
@@ -207,7 +207,7 @@ def test_a_row_of_equal_numbers_is_normalised_to_nothing(x, eps, rng):
 @pytest.mark.parametrize("loud", [False, True], ids=["small scores", "scores that need their maximum"])
 @pytest.mark.parametrize("sizes", [(2, 3, 70, 70, 4), (3, 2, 130, 150, 8), (1, 5, 257, 257, 16), (9, 4, 64, 64, 8), (2, 2, 1, 300, 4)], ids=str)
 def test_attention_in_many_tiles(sizes, loud, rng, monkeypatch):
-    "Tiles that do not divide the text, several per group of heads, several groups; with a tiny cache too."
+    """Tiles that do not divide the text, several per group of heads, several groups; with a tiny cache too."""
     for tile in (1 << 17, 1 << 12):
         monkeypatch.setattr(tiled, "TILE", tile)
         for _ in range(4):
@@ -216,7 +216,7 @@ def test_attention_in_many_tiles(sizes, loud, rng, monkeypatch):
 
 
 def test_attention_keeps_no_scores():
-    "What it holds for the gradient grows with the length of the text, not with its square."
+    """What it holds for the gradient grows with the length of the text, not with its square."""
     q = np.ones((1, 2, 600, 8), np.float32)
     _, back = fast.attention(q, q, q, causal=True)
     a = next(c.cell_contents for c in back.__closure__ if isinstance(c.cell_contents, tiled._Attention))
@@ -237,7 +237,7 @@ def test_cross_entropy_with_more_to_it(kw, rng):
 
 
 def scaled(name: str, what: int, by: float = 1.01) -> Callable:
-    "The kernel with its value (−1) or one pullback off by a factor."
+    """The kernel with its value (−1) or one pullback off by a factor."""
     def kernel(*arrays: np.ndarray, **kw: Any) -> Any:
         y, pulls = getattr(fast, name)(*arrays, **kw)
         return (y * np.float32(by), pulls) if what < 0 else (y, tuple(
@@ -246,7 +246,7 @@ def scaled(name: str, what: int, by: float = 1.01) -> Callable:
 
 
 def last_only(W: np.ndarray, ids: np.ndarray) -> Any:
-    "= where += belongs"
+    """= where += belongs"""
     def back(g: np.ndarray) -> np.ndarray:
         d = np.zeros_like(W)
         d[ids] = g
@@ -255,7 +255,7 @@ def last_only(W: np.ndarray, ids: np.ndarray) -> Any:
 
 
 def unaware_of_the_end(W: np.ndarray, ids: np.ndarray) -> Any:
-    "Takes −1 and the last row for two rows."
+    """Takes −1 and the last row for two rows."""
     def back(g: np.ndarray) -> np.ndarray:
         d, flat = np.zeros_like(W), ids.reshape(-1)
         for row in np.unique(flat):
@@ -277,7 +277,7 @@ def first_block_only(x: np.ndarray) -> Any:
 
 
 def biased(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float = 1e-5) -> Any:
-    "σ² over n − 1"
+    """σ² over n − 1"""
     n = x.shape[-1]
     y, pulls = OPS["layer_norm"].definition(x, w, b, eps=eps)
     return (y - b) * np.float32(((n - 1) / n)**0.5) + b, pulls
@@ -288,12 +288,12 @@ def tiled_attention(*arrays: np.ndarray, **kw: Any) -> Any:
 
 
 def attention_but(**wrong: Any) -> Callable:
-    "The kernel with one of its settings overridden."
+    """The kernel with one of its settings overridden."""
     return lambda *arrays, **kw: tiled_attention(*arrays, **(kw | wrong))
 
 
 def causal_from(shift: Callable) -> Callable:
-    "The kernel with its causal mask at another diagonal, shift(Tq, Tk)."
+    """The kernel with its causal mask at another diagonal, shift(Tq, Tk)."""
     def kernel(q: np.ndarray, k: np.ndarray, v: np.ndarray, *bias: np.ndarray, causal: bool = False, key_mask: Any = None, **kw: Any) -> Any:
         if causal:
             t, s = q.shape[-2], k.shape[-2]
@@ -304,7 +304,7 @@ def causal_from(shift: Callable) -> Callable:
 
 
 def groups_in_turn(q: np.ndarray, k: np.ndarray, v: np.ndarray, *bias: np.ndarray, **kw: Any) -> Any:
-    "Key/value heads repeated one after the other, a b a b in place of a a b b."
+    """Key/value heads repeated one after the other, a b a b in place of a a b b."""
     group = q.shape[1] // k.shape[1]
     y, back = tiled_attention(q, np.tile(k, (1, group, 1, 1)), np.tile(v, (1, group, 1, 1)), *bias, **kw)
 
@@ -316,7 +316,7 @@ def groups_in_turn(q: np.ndarray, k: np.ndarray, v: np.ndarray, *bias: np.ndarra
 
 
 def first_of_the_group(q: np.ndarray, k: np.ndarray, v: np.ndarray, *bias: np.ndarray, **kw: Any) -> Any:
-    "The gradients of shared heads are those of the first query head of the group."
+    """The gradients of shared heads are those of the first query head of the group."""
     group = q.shape[1] // k.shape[1]
     y, back = tiled_attention(q, np.repeat(k, group, 1), np.repeat(v, group, 1), *bias, **kw)
 
@@ -332,13 +332,13 @@ def bias_forgotten(q: np.ndarray, k: np.ndarray, v: np.ndarray, *bias: np.ndarra
 
 
 def bias_scaled(q: np.ndarray, k: np.ndarray, v: np.ndarray, *bias: np.ndarray, scale: float | None = None, **kw: Any) -> Any:
-    "The bias joins before the scale: α (Q Kᵀ + B)."
+    """The bias joins before the scale: α (Q Kᵀ + B)."""
     alpha = np.float32(q.shape[-1]**-0.5 if scale is None else scale)
     return tiled_attention(q, k, v, *(b * alpha for b in bias), scale=scale, **kw)
 
 
 def first_bias_only(back: Callable) -> Callable:
-    "The gradient of a bias that all rows of a batch share is that of the first row."
+    """The gradient of a bias that all rows of a batch share is that of the first row."""
     def wrong(g: np.ndarray, needed: list) -> tuple:
         first = np.zeros_like(g)
         first[:1] = g[:1]
@@ -347,7 +347,7 @@ def first_bias_only(back: Callable) -> Callable:
 
 
 def shares(wrong: Callable) -> Callable:
-    "The kernel with its shared pullback gone through `wrong`."
+    """The kernel with its shared pullback gone through `wrong`."""
     def kernel(*arrays: np.ndarray, **kw: Any) -> Any:
         y, back = tiled_attention(*arrays, **kw)
         return y, wrong(back)
@@ -362,7 +362,7 @@ def keys_and_values_swapped(back: Callable) -> Callable:
 
 
 def once_only(back: Callable) -> Callable:
-    "Uses up what it kept."
+    """Uses up what it kept."""
     calls: list = []
     return lambda g, needed: (calls.append(0), tuple(d * np.float32(len(calls) == 1) if d is not None else d for d in back(g, needed)))[1]
 
@@ -372,7 +372,7 @@ def nothing_ignored(z: np.ndarray, y: np.ndarray) -> Any:
 
 
 def divided_by_all(z: np.ndarray, y: np.ndarray) -> Any:
-    "The mean over all rows, not over those that are asked."
+    """The mean over all rows, not over those that are asked."""
     value, pulls = fast.cross_entropy(z, y)
     share = np.float32((y != -100).mean())
     return value * share, (lambda g: pulls[0](g) * share, None, None)

@@ -28,7 +28,7 @@ EVERY_OP = sorted(set(OPS) - {"_packed_linear", "project"})                     
 
 @dataclass
 class Example:
-    "inputs: float64 arrays;  call(f, *tensors) -> Tensor;  want(*arrays) -> the value in plain NumPy."
+    """inputs: float64 arrays;  call(f, *tensors) -> Tensor;  want(*arrays) -> the value in plain NumPy."""
     inputs: list[np.ndarray]
     call: Callable[..., Tensor]
     want: Callable[..., Any]
@@ -39,7 +39,7 @@ plain = lambda f, *x: f(*x)
 
 
 def case(name: str) -> Callable:
-    "A way to draw an Example for an op (or a function of functional.py): make(rng, shapes of its inputs) -> Example."
+    """A way to draw an Example for an op (or a function of functional.py): make(rng, shapes of its inputs) -> Example."""
     return lambda make: CASES.setdefault(name, []).append(make) or make
 
 
@@ -57,13 +57,13 @@ def off_zero(rng, shape):
 
 
 def apart(rng, shape, shift=0.0):
-    "Numbers at least 0.2 from each other, and from those of another shift (0 or 1/2)."
+    """Numbers at least 0.2 from each other, and from those of another shift (0 or 1/2)."""
     n = math.prod(shape)
     return ((rng.permutation(n) - n // 2 + shift).reshape(shape) * 0.9 + rng.uniform(-0.1, 0.1, shape)).astype(float)
 
 
 def an_axis(rng, ndim):
-    "None, one axis counted from either end, or several."
+    """None, one axis counted from either end, or several."""
     kind = rng.integers(4) if ndim else 0
     if kind == 0:
         return None
@@ -254,7 +254,7 @@ def _(rng, shapes):
 
 
 def attend(q, k, v, bias=None, key_mask=None, causal=False, scale=None, dropout_mask=None):
-    "Attention one query at a time: softmax over the keys that it may look at, and nothing else."
+    """Attention one query at a time: softmax over the keys that it may look at, and nothing else."""
     *lead, t, d = q.shape
     s = k.shape[-2]
     group = q.shape[-3] // k.shape[-3] if lead else 1
@@ -275,7 +275,7 @@ def attend(q, k, v, bias=None, key_mask=None, causal=False, scale=None, dropout_
 
 
 def an_attention(rng, shapes, with_bias):
-    "Masks of every kind, and perhaps fewer key/value heads than query heads."
+    """Masks of every kind, and perhaps fewer key/value heads than query heads."""
     q, k, v = (normal(rng, s) for s in shapes[:3])
     *lead, t, _ = q.shape
     s = k.shape[-2]
@@ -310,7 +310,7 @@ def _(rng, shapes):
 
 
 def loss(z, y, weight=None, ignore_index=-100, eps=0.0):
-    "−Σ w ln p / Σ w, row by row, with label smoothing: (1 − ε) of it on the label, ε/V on every class."
+    """−Σ w ln p / Σ w, row by row, with label smoothing: (1 − ε) of it on the label, ε/V on every class."""
     V, top, bottom = z.shape[-1], 0.0, 0.0
     w = np.ones(V) if weight is None else weight
     for row, label in zip(z.reshape(-1, V), y.reshape(-1)):
@@ -405,7 +405,7 @@ def _(rng, shapes):
 
 # ── the checks ───────────────────────────────────────────────────────────────────────────────────────────────────────
 def check_value(f, e: Example) -> None:
-    "The value is that of plain NumPy, and of its shape."
+    """The value is that of plain NumPy, and of its shape."""
     got, want = host(e.call(f, *map(Tensor, map(dev, e.inputs)))), np.asarray(e.want(*e.inputs))
     assert got.shape == want.shape, f"shape {got.shape}, not {want.shape}"
     assert got.dtype == np.float64
@@ -417,7 +417,7 @@ def check_gradient(f, e: Example, rng) -> None:
 
 
 def check_dtype(f, e: Example, dtype) -> None:
-    "A narrow dtype stays, in the value and in every gradient; and the numbers are the wide ones', less precise."
+    """A narrow dtype stays, in the value and in every gradient; and the numbers are the wide ones', less precise."""
     ts = [leaf(a, dtype) for a in e.inputs]
     y = e.call(f, *ts)
     assert y.dtype == (np.float32 if f.__name__ in LOSSES and np.dtype(dtype) in HALVES else dtype), f"{dtype} in, {y.dtype} out"
@@ -440,13 +440,13 @@ ALONE = {"attention", "cross_entropy", "gather", "mse_loss", "kl_divergence", "s
 
 
 def examples(name: str) -> st.SearchStrategy:
-    "(Example, rng it came from, drawn output shape) of one op."
+    """(Example, rng it came from, drawn output shape) of one op."""
     return st.builds(lambda make, shapes, rng: (make(rng, shapes[0]), rng, shapes[1]),
                      st.sampled_from(CASES[name]), shapes_of(spec_of(name), broadcast=name not in ALONE), seeds())
 
 
 def check(f, name: str, e: Example, rng: np.random.Generator) -> None:
-    "All an op must pass: what the tests below do to the real ones, and test_wrong.py to the wrong ones."
+    """All an op must pass: what the tests below do to the real ones, and test_wrong.py to the wrong ones."""
     check_value(f, e)
     check_gradient(f, e, rng)
     check_dtype(f, e, np.float32)
@@ -759,7 +759,7 @@ def test_cross_entropy_of_one_class_and_of_other_dtypes():
 
 
 def test_dropout_keeps_what_lies_on_the_line(monkeypatch):
-    "P(u >= p) is 1 - p for u in [0, 1) with 24 bits, exactly; P(u > p) is not."
+    """P(u >= p) is 1 - p for u in [0, 1) with 24 bits, exactly; P(u > p) is not."""
     monkeypatch.setattr(array, "uniform_like", lambda x, key: dev([0.0, 0.25, 0.5, 0.75], np.float32))
     assert host(ops.dropout(leaf(np.ones(4)), 0.5, 1)).tolist() == [0, 0, 2, 2]
     assert host(ops.dropout(leaf(np.ones(4)), 0.0, 1)).tolist() == [1, 1, 1, 1]
@@ -775,7 +775,7 @@ def test_broadcasting_both_ways():
 
 
 def test_the_cases_are_not_all_alike():
-    "Over a hundred draws, attention meets masks, causality, dropout and blind rows; cross-entropy weights and smoothing."
+    """Over a hundred draws, attention meets masks, causality, dropout and blind rows; cross-entropy weights and smoothing."""
     rng = np.random.default_rng(0)
     shapes = [(2, 3, 4), (2, 3, 4), (2, 3, 4)]
     blind = [(host(e.want(*e.inputs)) == 0).all(-1).any() for e in (CASES["attention"][0](rng, shapes) for _ in range(100))]
@@ -788,7 +788,7 @@ def test_packed_linear_is_in_the_table_of_test_nn():
 
 # ── several values at once ───────────────────────────────────────────────────────────────────────────────────────────
 def three_maps(x, Wq, bq, Wk, bk, Wv, bv, heads):
-    "The same by linear, and a loop over heads."
+    """The same by linear, and a loop over heads."""
     maps = [ops.linear(x, W, b) for W, b in ((Wq, bq), (Wk, bk), (Wv, bv))]
     d = Wq.shape[0] // heads
     return tuple(F.stack([y[..., h * d:(h + 1) * d] for h in range(heads)], axis=-3) for y in maps)
@@ -810,7 +810,7 @@ def test_project_is_three_linear_maps_cut_into_heads(rng, lead, t, c, heads, d):
 
 
 def test_project_makes_the_products_that_are_needed_and_no_others(rng):
-    "One head unless told otherwise; of x and the three W exactly those gradients that are asked for, each what it is beside all others."
+    """One head unless told otherwise; of x and the three W exactly those gradients that are asked for, each what it is beside all others."""
     arrays = list(map(dev, drawn(rng, (2,), 3, 2, 1, 4)))
     y, back = ops.project.definition(*arrays)
     g, products = [dev(normal(rng, (2, 1, 3, 4))) for _ in range(3)], (0, 1, 3, 5)

@@ -64,13 +64,13 @@ def same(a: Any, b: Any, dtype: np.dtype, name: str = "") -> bool:
 
 
 def of_rounded(name: str, dtype: np.dtype) -> Callable[..., Tensor]:
-    "The op, given in float32 what of its arrays (weights, factors of dropout) an op in 16 bits would be given in those."
+    """The op, given in float32 what of its arrays (weights, factors of dropout) an op in 16 bits would be given in those."""
     seen = lambda a: to_float32(rounded(a, dtype)) if array.is_array(a) and a.dtype.kind == "f" else a
     return lambda *args, **kw: OPS[name](*map(seen, args), **{k: seen(v) for k, v in kw.items()})
 
 
 def walked(op: Callable[..., Tensor], e: Example, leaves: list[Tensor], seed: int) -> list[Any]:
-    "An op's value and the gradients of its inputs, for a covector of the value's dtype."
+    """An op's value and the gradients of its inputs, for a covector of the value's dtype."""
     y = e.call(op, *leaves)
     covector = np.random.default_rng(seed).standard_normal(y.shape).astype(np.float16).astype(y.dtype)       # exact in every dtype here but bfloat16
     y.backward(dev(covector))
@@ -79,7 +79,7 @@ def walked(op: Callable[..., Tensor], e: Example, leaves: list[Tensor], seed: in
 
 # ── an op ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 def agrees_with_rounding_once(name: str, e: Example, dtype: np.dtype) -> None:
-    "In 16 bits: what float32 gives of the same numbers, rounded once; a loss is not rounded."
+    """In 16 bits: what float32 gives of the same numbers, rounded once; a loss is not rounded."""
     narrow_ones = [leaf(a, dtype) for a in e.inputs]
     wide = [leaf(to_float32(host(p))) for p in narrow_ones]
     y, *got = walked(OPS[name], e, narrow_ones, 1)
@@ -116,7 +116,7 @@ def test_another_way_with_16_bits_is_refused(what, monkeypatch):
 
 
 def refused(agrees: Callable[[str, Example, np.dtype], None], name: str) -> bool:
-    "Whether one of the op's examples does not agree."
+    """Whether one of the op's examples does not agree."""
     for e, _, _ in draws(name):
         try:
             agrees(name, e, bfloat16)
@@ -145,9 +145,9 @@ def test_the_tables_name_ops_and_each_once():
 
 
 def agrees_with_the_policy(name: str, e: Example, dtype: np.dtype) -> None:
-    "Of float32: products are those of the rounded factors, all else is as it was.  Of 16 bits: sums are float32's, all else as it was."
+    """Of float32: products are those of the rounded factors, all else is as it was.  Of 16 bits: sums are float32's, all else as it was."""
     def op(dtype_in: np.dtype, cast: bool) -> list:
-        "Value and gradients, of inputs rounded to `dtype` if `cast`."
+        """Value and gradients, of inputs rounded to `dtype` if `cast`."""
         leaves = [leaf(a.astype(dtype) if cast else a, dtype_in) for a in e.inputs]
         return walked(OPS[name], e, leaves, 2)
     with autocast(dtype):
@@ -235,7 +235,7 @@ def test_a_pass_under_autocast_keeps_weights_and_their_gradients_in_float32(dtyp
 
 
 def agrees_after_an_update(dtype: np.dtype) -> None:
-    "Two weights that an optimiser laid out: what a pass under autocast sees of them is what they are now, rounded."
+    """Two weights that an optimiser laid out: what a pass under autocast sees of them is what they are now, rounded."""
     p, q, x = leaf(np.linspace(-1, 1, 12).reshape(4, 3), F32), leaf(np.linspace(2, 3, 12).reshape(4, 3), F32), Tensor(dev(np.eye(3), F32))
     optimizer = ft.SGD(0.5).start({"p": p, "q": q})
     with autocast(dtype):
@@ -308,7 +308,7 @@ def curve(how: Any = None, dtype: Any = None, steps: int = 120, lr: float = 0.00
 
 
 def agrees_with_float32(losses: np.ndarray, reference: np.ndarray) -> None:
-    "It learns, and the loss is float32's at every step: but for 1 % of the first at the beginning, then 5 %, since small differences grow."
+    """It learns, and the loss is float32's at every step: but for 1 % of the first at the beginning, then 5 %, since small differences grow."""
     assert reference[-1] < reference[0] / 4, "the reference must learn something"
     assert np.abs(losses - reference)[:20].max() < 0.01 * reference[0] and np.abs(losses - reference).max() < 0.05 * reference[0]
 
@@ -327,7 +327,7 @@ def test_a_model_in_16_bits_trains_as_in_float32(dtype):
 
 @slow_there
 def test_without_master_weights_small_steps_are_lost(monkeypatch):
-    "Steps of 0.00003 on weights of 0.1, near which bfloat16 has its numbers 0.0005 apart."
+    """Steps of 0.00003 on weights of 0.1, near which bfloat16 has its numbers 0.0005 apart."""
     ids = np.random.default_rng(0).integers(0, 2048, (4, 17))
 
     def gained(dtype: Any) -> float:
@@ -342,7 +342,7 @@ def test_without_master_weights_small_steps_are_lost(monkeypatch):
 
 # ── weights in 16 bits, and what the optimiser keeps of them ─────────────────────────────────────────────────────────
 def quarter(optimizer: Optimizer, p: Tensor, g: float, n: int) -> None:
-    "n steps with the gradient g everywhere."
+    """n steps with the gradient g everywhere."""
     for _ in range(n):
         p.grad = dev(np.full(p.shape, g), p.dtype)
         optimizer.step()
@@ -408,7 +408,7 @@ def test_state_holds_the_exact_values_and_a_resumed_optimiser_goes_on_bitwise(dt
 
 @both
 def test_gradients_are_added_up_in_float32(dtype):
-    "300 uses of a weight in one pass, and 300 passes: in bfloat16 the sum would stay at 256, in float16 four of these overflow."
+    """300 uses of a weight in one pass, and 300 passes: in bfloat16 the sum would stay at 256, in float16 four of these overflow."""
     size = 1.0 if dtype == bfloat16 else 30000.0
     p, q = leaf(np.ones(1), dtype), leaf(np.ones(1), dtype)
     total = Tensor(dev([0.0], F32))
@@ -421,7 +421,7 @@ def test_gradients_are_added_up_in_float32(dtype):
 
 @both
 def test_what_two_inputs_share_is_not_added_to_twice(dtype):
-    "A pullback that gives the same g to two inputs, of which one has another use."
+    """A pullback that gives the same g to two inputs, of which one has another use."""
     for same_g in (lambda g, needed: (g, g), lambda g, needed: (g, g.reshape(g.shape)), lambda g, needed: (g, None)):
         pair = tensor.op("... , ... -> ...")(lambda a, b: (a + b, same_g))
         del OPS["<lambda>"]
@@ -435,7 +435,7 @@ def test_what_two_inputs_share_is_not_added_to_twice(dtype):
 @pytest.mark.parametrize("name", [n for n in EVERY_OP if n not in MIXING])
 @given(st.data())
 def test_beside_float32_nothing_is_rounded(name, data):
-    "The first input in 16 bits, all others in float32: float32's value and gradients of the same numbers."
+    """The first input in 16 bits, all others in float32: float32's value and gradients of the same numbers."""
     e, _, _ = data.draw(examples(name))
     first, *rest = e.inputs
     mixed, wide = [leaf(first, bfloat16), *(leaf(a, F32) for a in rest)], [leaf(to_float32(first.astype(bfloat16))), *(leaf(a, F32) for a in rest)]
@@ -456,7 +456,7 @@ def test_what_needs_no_copy_in_float32_gets_none(monkeypatch):
 
 @both
 def test_an_op_of_several_values_rounds_each(dtype, rng):
-    "q, k, v at once are three linear maps, in values and gradients; a value that nobody uses sends nothing back."
+    """q, k, v at once are three linear maps, in values and gradients; a value that nobody uses sends nothing back."""
     x, *ws = (leaf(rng.standard_normal(s), dtype) for s in ((2, 5, 6), (4, 6), (4,), (4, 6), (4,), (4, 6), (4,)))
     wide = [leaf(to_float32(host(p))) for p in (x, *ws)]
     G = rng.standard_normal((2, 2, 5, 2)).astype(dtype)
@@ -522,7 +522,7 @@ def test_tensors_of_both_widths_have_one_norm():
 
 # ── the scale of the loss ────────────────────────────────────────────────────────────────────────────────────────────
 def stepped(scaler: Any, clip: float | None, steps: int = 4) -> list[np.ndarray]:
-    "Weights, moments, norms and gradients of some steps of a float32 model; without a scaler if None."
+    """Weights, moments, norms and gradients of some steps of a float32 model; without a scaler if None."""
     model, out = small(), []
     optimizer = AdamW(0.01).start(ft.trained(model))
     for _ in range(steps):
@@ -537,7 +537,7 @@ def stepped(scaler: Any, clip: float | None, steps: int = 4) -> list[np.ndarray]
 
 
 def agrees_with_no_scaler(make: Callable[..., GradScaler]) -> None:
-    "A power of two costs no digit: float32 training is the same to the bit, whatever S is, clipped or not."
+    """A power of two costs no digit: float32 training is the same to the bit, whatever S is, clipped or not."""
     for clip in (None, 0.05, 1e6):
         for scaler in (make(init_scale=2.0**12, growth_interval=2), make(init_scale=2.0**-3), make(init_scale=2.0)):
             got = stepped(scaler, clip)
@@ -545,7 +545,7 @@ def agrees_with_no_scaler(make: Callable[..., GradScaler]) -> None:
 
 
 def overflowed(make: Callable[..., GradScaler], bad: float) -> tuple[GradScaler, Optimizer, list[np.ndarray], list[np.ndarray]]:
-    "Three good steps and one that overflows, with what there was before and after it."
+    """Three good steps and one that overflows, with what there was before and after it."""
     p, q = leaf(np.ones((2, 3)), F32), leaf(np.ones(4), F32)
     optimizer, scaler = AdamW(0.1).start({"p": p, "q": q}), make(init_scale=8.0, growth_interval=5)
     held = lambda: [np.array(host(a)) for g in optimizer.groups for a in (g.w, *g.moments)]
@@ -558,7 +558,7 @@ def overflowed(make: Callable[..., GradScaler], bad: float) -> tuple[GradScaler,
 
 
 def agrees_on_overflow(make: Callable[..., GradScaler]) -> None:
-    "Nothing moves and no step is counted; S is halved; the count of good steps begins anew."
+    """Nothing moves and no step is counted; S is halved; the count of good steps begins anew."""
     for bad in (np.inf, -np.inf, np.nan):
         scaler, optimizer, before, after = overflowed(make, bad)
         assert all(np.array_equal(a, b) for a, b in zip(before, after)), "something moved"
@@ -567,7 +567,7 @@ def agrees_on_overflow(make: Callable[..., GradScaler]) -> None:
 
 
 def agrees_on_growth(make: Callable[..., GradScaler]) -> None:
-    "S doubles after so many good steps in a row, and then the count begins anew."
+    """S doubles after so many good steps in a row, and then the count begins anew."""
     p = leaf(np.ones(2), F32)
     optimizer, scaler, seen = AdamW(0.1).start({"p": p}), make(init_scale=4.0, growth_interval=3), []
     for bad in (0, 0, 0, 0, 1, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0):
@@ -587,13 +587,13 @@ def test_the_scaler(agrees):
 
 
 class NeverDivides(GradScaler):
-    "Adam divides by √v, so a factor on all gradients cancels."
+    """Adam divides by √v, so a factor on all gradients cancels."""
     def step(self, optimizer, factor=1.0, clip=None):
         return optimizer.step(factor, clip)
 
 
 class ClipsFirst(GradScaler):
-    "Clipping is scaling as well, so the order does not matter."
+    """Clipping is scaling as well, so the order does not matter."""
     def step(self, optimizer, factor=1.0, clip=None):
         norm = clip_norm([p.grad for g in optimizer.groups for p in g.tensors.values()], clip)
         optimizer.step(factor, None, self.current_scale)
@@ -601,13 +601,13 @@ class ClipsFirst(GradScaler):
 
 
 class ReportsTheScaled(GradScaler):
-    "The norm is what the optimiser saw."
+    """The norm is what the optimiser saw."""
     def step(self, optimizer, factor=1.0, clip=None):
         return super().step(optimizer, factor, clip) * self.current_scale
 
 
 class TakesTheRest(GradScaler):
-    "What is not finite counts as nothing; the rest of the gradient is good."
+    """What is not finite counts as nothing; the rest of the gradient is good."""
     def step(self, optimizer, factor=1.0, clip=None):
         for g in optimizer.groups:
             for p in g.tensors.values():
@@ -617,7 +617,7 @@ class TakesTheRest(GradScaler):
 
 
 class CountsTheStep(GradScaler):
-    "A step is a step."
+    """A step is a step."""
     def step(self, optimizer, factor=1.0, clip=None):
         norm = super().step(optimizer, factor, clip)
         optimizer.t += not self.finite
@@ -625,21 +625,21 @@ class CountsTheStep(GradScaler):
 
 
 class NeverBacksOff(GradScaler):
-    "The next batch will not overflow."
+    """The next batch will not overflow."""
     def update(self):
         self.finite = True
         super().update()
 
 
 class NeverGrows(GradScaler):
-    "It fitted once."
+    """It fitted once."""
     def update(self):
         super().update()
         self.good_steps = 0
 
 
 class CountsAllGoodSteps(GradScaler):
-    "Good steps are good steps, in a row or not."
+    """Good steps are good steps, in a row or not."""
     def update(self):
         good = self.good_steps
         super().update()
@@ -648,7 +648,7 @@ class CountsAllGoodSteps(GradScaler):
 
 
 class GrowsForEver(GradScaler):
-    "Once there were so many good steps, every further one doubles."
+    """Once there were so many good steps, every further one doubles."""
     def update(self):
         good = self.good_steps
         super().update()
@@ -667,7 +667,7 @@ def test_a_wrong_scaler_is_refused(wrong):
 
 
 def test_what_float16_would_lose_is_there_once_scaled():
-    "y = (a x) w with a gradient of 1e-9 at a x: nothing in float16, a thousandth off with S."
+    """y = (a x) w with a gradient of 1e-9 at a x: nothing in float16, a thousandth off with S."""
     x, w, want = np.full((4, 3), 0.5, np.float32), np.full((2, 3), 1e-4, np.float32), 1e-9
 
     def gradient(how: Any, scaler: GradScaler | None) -> np.ndarray:
@@ -736,7 +736,7 @@ def test_a_captured_step_has_no_changing_scale(monkeypatch):
 
 # ── fit ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 class Wild(GradScaler):
-    "Begins where everything overflows."
+    """Begins where everything overflows."""
     def __init__(self, **more: Any):
         super().__init__(init_scale=2.0**22, growth_interval=4, **more)
 
@@ -797,7 +797,7 @@ class Stop(Exception):
 
 
 class Stops:
-    "Batches that raise after so many."
+    """Batches that raise after so many."""
 
     def __init__(self, batches: list, n: int):
         self.batches, self.n, self.at = batches, n, 0

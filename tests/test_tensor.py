@@ -24,7 +24,7 @@ def values(t: Tensor) -> list:
 
 @pytest.fixture
 def new_op():
-    "Make ops that leave the table of all ops as it was."
+    """Make ops that leave the table of all ops as it was."""
     known = dict(OPS)
     yield op
     OPS.clear()
@@ -49,7 +49,7 @@ def test_diamonds(rng):
 
 @given(st.data())
 def test_random_graphs(data):
-    "Any graph of a few ops, each on earlier results, with sharing: a walk in the wrong order would lose a part."
+    """Any graph of a few ops, each on earlier results, with sharing: a walk in the wrong order would lose a part."""
     rng, steps = data.draw(seeds()), data.draw(st.integers(1, 12))
     plan = [(int(rng.integers(4)), *(int(i) for i in rng.integers(0, 2 + n, 2))) for n in range(steps)]
 
@@ -74,7 +74,7 @@ def test_a_deep_graph_neither_recurses_nor_repeats(monkeypatch):
 
 
 def test_a_ladder_of_diamonds_is_walked_once(monkeypatch):
-    "2^50 paths lead from the loss to x; each of the 50 sums is visited once."
+    """2^50 paths lead from the loss to x; each of the 50 sums is visited once."""
     x, pulls, asked = leaf([1.0]), [], []
     y = x
     for _ in range(50):
@@ -255,7 +255,7 @@ def test_a_second_walk_does_not_change_the_gradients_of_the_first():
 # ── nothing for what is frozen ───────────────────────────────────────────────────────────────────────────────────────
 @pytest.fixture
 def products(monkeypatch):
-    "Counts matrix products: linear's and matmul's definitions, forward and back, through the @ of an array that counts."
+    """Counts matrix products: linear's and matmul's definitions, forward and back, through the @ of an array that counts."""
     count = [0]
 
     def counted(f):
@@ -299,7 +299,7 @@ def test_frozen_inputs_cost_no_products(products):
 
 
 def test_the_arrays_count_the_products_too():
-    "The same, counted at the @ of the arrays themselves."
+    """The same, counted at the @ of the arrays themselves."""
     class Counting(np.ndarray):
         n = 0
 
@@ -322,7 +322,7 @@ def test_the_arrays_count_the_products_too():
 
 
 def held(y: Tensor) -> list[int]:
-    "The ids of every array that can be reached from y's record: through pullbacks, their closures, and what these hold."
+    """The ids of every array that can be reached from y's record: through pullbacks, their closures, and what these hold."""
     found, seen, todo = [], set(), [y.record]
     while todo:
         o = todo.pop()
@@ -396,7 +396,7 @@ def test_memory_is_let_go_as_the_walk_passes(new_op):
     alive, refs = [], []
 
     class Saved:
-        "Something a pullback holds."
+        """Something a pullback holds."""
 
     @new_op("... -> ...")
     def holding(x):

@@ -17,7 +17,7 @@ FEW = settings(max_examples=60, derandomize=True, database=None, deadline=None, 
 
 
 def draws(name, n=60):
-    "The examples that `check` is given: the same for a real op and a wrong one."
+    """The examples that `check` is given: the same for a real op and a wrong one."""
     found = []
 
     @FEW
@@ -58,7 +58,7 @@ def test_there_are_many():
 
 
 def test_a_sum_loss_misses_what_the_random_covector_catches():
-    "The softmax's pullback checked through .sum() is zero, and zero is right there."
+    """The softmax's pullback checked through .sum() is zero, and zero is right there."""
     x = leaf(np.random.default_rng(0).standard_normal((3, 4)))
     WRONG["softmax_zero"].f(x).sum().backward()
     right = Tensor(x.data, requires_grad=True)

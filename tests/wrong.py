@@ -18,7 +18,7 @@ from tinyft.tensor import OPS
 
 @dataclass
 class Wrong:
-    "target: whose place it takes;  belief: what makes it look right;  f: the op;  context: in which the real op is wrong."
+    """target: whose place it takes;  belief: what makes it look right;  f: the op;  context: in which the real op is wrong."""
     target: str
     belief: str
     f: Callable[..., Any]
@@ -262,7 +262,7 @@ def attention_root_of_width(q, k, v, bias=None, *, scale=None, **kw):
 
 
 def diagonal_mask(q, k, key_mask, diagonal):
-    "key_mask, and of keys and queries the lower triangle under this diagonal."
+    """key_mask, and of keys and queries the lower triangle under this diagonal."""
     m = xp(q)
     past = m.tril(m.ones((q.shape[-2], k.shape[-2]), dtype=bool), diagonal)
     return past if key_mask is None else past & key_mask
@@ -356,7 +356,7 @@ def attention_takes_the_bias_gradient_of_one_row(q, k, v, bias=None, **kw):
 
 
 def with_repeated_heads(q, k, v, bias, repeat, **kw):
-    "Attention with the key/value heads repeated by repeat(heads, group), as if none were shared; and the size of a group."
+    """Attention with the key/value heads repeated by repeat(heads, group), as if none were shared; and the size of a group."""
     group = q.shape[-3] // k.shape[-3] if q.ndim > 2 else 1
     return ops.attention.definition(q, repeat(k, group), repeat(v, group), bias, **kw), group
 

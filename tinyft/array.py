@@ -1,7 +1,7 @@
-"""Where arrays live: on NumPy, on CuPy, or on the strict double that keeps NumPy code honest about CuPy.
+"""The backends of arrays: NumPy, CuPy, and "strict", a NumPy array that takes only the calls that CuPy takes.
 
 The library computes on plain arrays and asks an array for its own module: `xp(a)` is `numpy` or `cupy`, so one definition
-of an op serves every backend.  A move between backends is always written down: `asarray`, `to`, `asnumpy`.
+of an op serves every backend.  A move between backends is always explicit: `asarray`, `to`, `asnumpy`.
 Only this file and kernels/cuda* import CuPy.
 """
 from __future__ import annotations
@@ -19,32 +19,33 @@ import numpy as np
 
 from . import dispatch
 
-__all__ = ["BackendError", "CannotCapture", "use", "backend", "xp", "name_of", "is_array", "asarray", "asnumpy", "to", "put_like",
-           "normal", "uniform_like", "peak_memory", "bfloat16"]
+__all__ = ["BackendError", "CannotCapture", "use", "backend", "xp", "name_of", "is_array", "asarray", "asnumpy", "to",
+           "put_like", "normal", "uniform_like", "peak_memory", "bfloat16"]
 
 Array = Any                                             # numpy.ndarray, cupy.ndarray or strict.Array
 bfloat16 = np.dtype(ml_dtypes.bfloat16)
 NAMES = ("numpy", "cupy", "strict")
-EXTRA = "tinyft[gpu"                                    # what pip is asked for: tinyft[gpu12], tinyft[gpu13]
+EXTRA = "tinyft[gpu"                                    # the start of tinyft[gpu12] and tinyft[gpu13]
 _modules: dict[type, Any] = {np.ndarray: np}            # array type -> its module
 _names: dict[type, str] = {np.ndarray: "numpy"}
 _local = threading.local()                              # each thread may use another backend
-_when_opened: dict[str, Callable[[type, Any], None]] = {}                        # backend -> what its kernels do when it is first used
-recording: Any = None                                   # what notes a training step for its replay, while it does (kernels/cuda/capture.py)
+_when_opened: dict[str, Callable[[type, Any], None]] = {}      # backend -> function that registers its kernels
+recording: Any = None                                   # the active CUDA-graph capture, or None
 
 
 class CannotCapture(RuntimeError):
-    "A step that cannot be noted once and replayed; the message says what in it."
+    """Raised when a training step cannot be captured as a CUDA graph; the message names the cause."""
 
 
 class BackendError(RuntimeError):
-    "A backend that cannot be used, or arrays of two backends in one operation."
+    """Raised for a backend that cannot be used, and for arrays of two backends in one operation."""
 
 
 def use(name: str) -> None:
-    """Put what is created from now on (in this thread) on `name`: 'numpy', 'cupy', 'strict', or 'auto' (CuPy where it works).
+    """Create arrays on the backend `name` from now on, in this thread.
 
-    Raises BackendError with the reason when CuPy cannot be used."""
+    name: 'numpy', 'cupy', 'strict', or 'auto' (CuPy if it works, else NumPy).
+    BackendError with the reason if CuPy cannot be used."""
     if name == "auto":
         name = "numpy" if why_no_cupy() else "cupy"
     _open(name)
@@ -52,14 +53,14 @@ def use(name: str) -> None:
 
 
 def backend() -> str:
-    "The name of the backend in use: that of the last `use`, else of TINYFT_BACKEND, else 'numpy'."
+    """The name of the backend in use: of the last `use`, else of TINYFT_BACKEND, else 'numpy'."""
     if not hasattr(_local, "name"):
         use(os.environ.get("TINYFT_BACKEND", "numpy"))
     return _local.name
 
 
 def _open(name: str) -> Any:
-    "The array module called `name`, imported at its first use."
+    """The array module of a backend, imported at its first use."""
     if name in _names.values():
         return next(_modules[kind] for kind, n in _names.items() if n == name)
     if name == "strict":
@@ -81,40 +82,45 @@ def _register(name: str, kind: type, module: Any) -> Any:
 
 
 def on_open(name: str, f: Callable[[type, Any], None]) -> None:
-    "Call f(array type, module) when the backend `name` is first used; at once if it is in use already."
+    """Call f(array type, module) when the backend `name` is first used; now if it is in use already."""
     _when_opened[name] = f
     for kind in [k for k, n in _names.items() if n == name]:
         f(kind, _modules[kind])
 
 
 def why_no_cupy() -> str | None:
-    """None if CuPy compiles a kernel and multiplies two matrices rightly here; else one sentence: what is missing, and the command that helps.
+    """None if CuPy works here: it compiles a kernel and multiplies two matrices.  Else the reason and the remedy, in a sentence.
 
-    Not cupy.is_available(): that asks for a driver and a device alone, and a first product may still fail for want of cuBLAS."""
+    cupy.is_available() asks only for a driver and a device; the first matrix product may still fail for want of cuBLAS."""
     try:
         import cupy
     except ImportError as e:
-        other = f"CuPy cannot be imported ({e}): pip install --force-reinstall cupy-cuda13x, or cupy-cuda12x"
-        return f'CuPy is not installed: pip install "{EXTRA}13]" for a driver of CUDA 13, "{EXTRA}12]" for CUDA 12' if e.name == "cupy" else other
+        if e.name == "cupy":
+            return f'CuPy is not installed: pip install "{EXTRA}13]" for a driver of CUDA 13, "{EXTRA}12]" for CUDA 12'
+        return f"CuPy cannot be imported ({e}): pip install --force-reinstall cupy-cuda13x, or cupy-cuda12x"
     try:
         if cupy.cuda.runtime.getDeviceCount() == 0:
             return _no_device()
         a = cupy.arange(6, dtype=np.float32).reshape(2, 3) * 2 + 1
-        return None if float((a @ a.T)[0, 1]) == 89 else "the GPU computed a wrong product: tinyft doctor says which driver and CuPy these are"
+        if float((a @ a.T)[0, 1]) != 89:
+            return "the GPU computed a wrong product: tinyft doctor says which driver and CuPy these are"
+        return None
     except Exception as e:                              # the driver, NVRTC and cuBLAS each raise types of their own
         return _missing(cupy.cuda.runtime, e)
 
 
 def _missing(runtime: Any, e: Exception) -> str:
-    "What this error of CuPy's says is missing."
-    said, wants = str(e), runtime.runtimeGetVersion() // 1000
+    """The missing part that an error of CuPy's names, and the remedy."""
+    said = str(e)
+    wants = runtime.runtimeGetVersion() // 1000               # major version of CUDA
     if "cudaErrorNoDevice" in said:
         return _no_device()
     if "cudaErrorInsufficientDriver" in said:
         if knows := runtime.driverGetVersion() // 1000:
             return (f"the NVIDIA driver knows CUDA {knows} and this CuPy wants {wants}: "
                     f'pip uninstall -y cupy-cuda{wants}x && pip install "{EXTRA}{knows}]"')
-        return "there is no NVIDIA driver: sudo ubuntu-drivers install (on Ubuntu), or docker run --gpus all ... where the host has one"
+        return ("there is no NVIDIA driver: sudo ubuntu-drivers install (on Ubuntu), "
+                "or docker run --gpus all ... where the host has one")
     for name, does in (("nvrtc", "NVRTC, which compiles kernels"), ("cublas", "cuBLAS, which multiplies matrices")):
         if f'Failure finding "lib{name}' in said:
             return f'{does}, is not installed: pip install "{EXTRA}{wants}]"'
@@ -122,26 +128,38 @@ def _missing(runtime: Any, e: Exception) -> str:
 
 
 def _no_device() -> str:
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return "the NVIDIA driver shows no device: " + (
-        "nvidia-smi -L lists those there are" if seen is None else f"CUDA_VISIBLE_DEVICES is {seen!r}, so unset CUDA_VISIBLE_DEVICES")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return "the NVIDIA driver shows no device: nvidia-smi -L lists those there are"
+    return f"the NVIDIA driver shows no device: CUDA_VISIBLE_DEVICES is {visible!r}, so unset CUDA_VISIBLE_DEVICES"
 
 
 def about_device() -> dict[str, Any]:
-    "The device CuPy uses: its name and compute capability, its multiprocessors, the driver's CUDA, bytes of memory free and in all."
+    """The device that CuPy uses: name, compute capability, multiprocessors, CUDA versions, bytes of memory free and total."""
     runtime = _open("cupy").cuda.runtime
-    about, (free, total) = runtime.getDeviceProperties(runtime.getDevice()), runtime.memGetInfo()
-    version = lambda n: f"{n // 1000}.{n % 1000 // 10}"
-    return {"name": about["name"].decode(), "capability": f"{about['major']}.{about['minor']}", "multiprocessors": about["multiProcessorCount"],
-            "driver": version(runtime.driverGetVersion()), "runtime": version(runtime.runtimeGetVersion()), "free": free, "total": total}
+    properties = runtime.getDeviceProperties(runtime.getDevice())
+    free, total = runtime.memGetInfo()
+
+    def version(n: int) -> str:
+        return f"{n // 1000}.{n % 1000 // 10}"
+    return {
+        "name": properties["name"].decode(),
+        "capability": f"{properties['major']}.{properties['minor']}",
+        "multiprocessors": properties["multiProcessorCount"],
+        "driver": version(runtime.driverGetVersion()),
+        "runtime": version(runtime.runtimeGetVersion()),
+        "free": free,
+        "total": total,
+    }
 
 
 def is_array(a: object) -> bool:
+    """True if a is an array of a backend that was opened."""
     return type(a) in _modules
 
 
 def xp(*arrays: Array) -> ModuleType:
-    "The module these arrays belong to.  Scalars go with any; arrays of two backends raise BackendError."
+    """The array module of these arrays.  Scalars go with any module; arrays of two backends raise BackendError."""
     found = None
     for a in arrays:
         m = _modules.get(type(a))
@@ -153,12 +171,12 @@ def xp(*arrays: Array) -> ModuleType:
 
 
 def name_of(a: Array) -> str:
-    "The backend an array is on."
+    """The backend an array is on."""
     return _names.get(type(a), "numpy")
 
 
 def asarray(a: Array, dtype: Any = None, like: Array = None) -> Array:
-    "`a` (an array, list or number) as an array on the backend in use, or on that of `like`."
+    """`a` (an array, list or number) as an array on the backend in use, or on that of `like`."""
     if isinstance(a, (list, tuple, int, float, np.generic)) and not isinstance(a, np.generic):
         a = np.asarray(a)
         if dtype is None and a.dtype == np.float64:
@@ -168,7 +186,7 @@ def asarray(a: Array, dtype: Any = None, like: Array = None) -> Array:
 
 
 def to(a: Array, name: str) -> Array:
-    "`a` on the backend `name`; the same array if it is there already."
+    """`a` on the backend `name`; the same array if it is there already."""
     if name_of(a) == name:
         return a
     host = asnumpy(a)
@@ -176,33 +194,38 @@ def to(a: Array, name: str) -> Array:
 
 
 def asnumpy(a: Array) -> np.ndarray:
-    "`a` as a NumPy array: the one place that waits for a device."
+    """`a` as a NumPy array.  Only here does the host wait for a device."""
     return a if isinstance(a, np.ndarray) else np.asarray(a) if not is_array(a) else xp(a).asnumpy(a)
 
 
 def address(a: Array) -> int:
-    "Where in memory an array begins."
+    """The address of an array's first number."""
     return a.__array_interface__["data"][0] if isinstance(a, np.ndarray) else a.data.ptr
 
 
 def numbers(*scalars: Any) -> tuple[float, ...]:
-    "Arrays of one number each as Python floats, waiting for a device once for all of them."
+    """Arrays of one number each as Python floats, in one transfer."""
     m = xp(*scalars)
-    return tuple(map(float, scalars)) if m is np else tuple(asnumpy(m.stack([m.asarray(a, dtype=np.float64).reshape(()) for a in scalars])).tolist())
+    if m is np:
+        return tuple(map(float, scalars))
+    together = m.stack([m.asarray(a, dtype=np.float64).reshape(()) for a in scalars])
+    return tuple(asnumpy(together).tolist())
 
 
 def put_like(a: Any, like: Array, dtype: Any = None) -> Array:
-    "Host data `a` beside `like`: ids, masks and labels on their way to a model."
+    """Host data `a` on the backend of `like`, such as ids, masks and labels for a model."""
     return asarray(np.asarray(a) if not is_array(a) else a, dtype, like)
 
 
 def normal(rng: np.random.Generator, shape: tuple, std: float = 1.0, dtype: Any = np.float32) -> Array:
-    "Normal numbers of deviation `std`, drawn on the host so that every backend starts from the same bits."
+    """Normal numbers of standard deviation `std`.  Drawn on the host, so that every backend starts from the same bits."""
     return asarray((rng.standard_normal(shape) * std).astype(dtype))
 
 
 def uniform_like(x: Array, key: int) -> Array:
-    "float32 in [0, 1) of x's shape, the number at each place set by `key` alone: the same bits on every backend (Philox, 24 bits)."
+    """Uniform float32 numbers in [0, 1) of x's shape, determined by `key` alone: the same bits on every backend.
+
+    Philox, of whose words the upper 24 bits are used."""
     return dispatch.run(draw_uniform, type(x), x, key)
 
 
@@ -213,7 +236,7 @@ def draw_uniform(x: Array, key: int) -> Array:
 
 
 def random_words(n: int, key: int) -> np.ndarray:
-    "n words of 32 random bits on the host, number i set by `key` alone."
+    """n words of 32 random bits on the host; word i is determined by `key` and i alone."""
     return np.random.Philox(key=key).random_raw(n // 2 + 1).view(np.uint32)[:n]
 
 
@@ -221,7 +244,7 @@ def random_words(n: int, key: int) -> np.ndarray:
 def peak_memory() -> Iterator[dict]:
     """with peak_memory() as m: ...     then m["bytes"] is the largest rise of array memory above the start, in bytes.
 
-    NumPy tells Python's tracemalloc of every allocation; on CuPy the figure is the rise of the memory pool."""
+    NumPy reports every allocation to Python's tracemalloc; on CuPy the figure is the rise of the memory pool."""
     out = {"bytes": 0}
     if backend() == "cupy":
         pool = _open("cupy").get_default_memory_pool()

@@ -1,4 +1,4 @@
-"""Compositions of ops: what the library and its users write more than once."""
+"""Compositions of ops: losses, attention written out, and small helpers."""
 from __future__ import annotations
 
 from . import ops
@@ -23,15 +23,16 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Array = None, c
 
 
 def mse_loss(x: Tensor, y: Tensor) -> Tensor:
-    "mean (x − y)², over all entries."
+    """mean (x − y)², over all entries."""
     d = x - y
     return (d * d).mean()
 
 
 def kl_divergence(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """T² mean Σ p (ln p − ln q),  p and q the softmax of logits / T.  The gradient with respect to the q logits is T (q − p) / N.
+    """T² mean Σ p (ln p − ln q),  p = softmax(p_logits / T),  q = softmax(q_logits / T).
 
-    Logits (..., V); the mean is over all rows.  T² keeps the gradient's size independent of T (Hinton et al. 2015)."""
+    Logits (..., V); the mean is over all N rows.  The gradient with respect to q_logits is T (q − p) / N; the factor T²
+    keeps its size independent of T (Hinton et al. 2015)."""
     p = ops.log_softmax(p_logits * (1 / temperature))
     q = ops.log_softmax(q_logits * (1 / temperature))
     rows = q.size // q.shape[-1]
@@ -39,17 +40,19 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) 
 
 
 def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    "−mean Σ t ln softmax(logits), for rows of probabilities t.  logits, target (..., V)"
+    """−mean Σ t ln softmax(logits), for rows of probabilities t.  logits, target (..., V)"""
     return (ops.log_softmax(logits) * target).sum() * (-logits.shape[-1] / logits.size)
 
 
 def normalize(x: Tensor, axis: int = -1, eps: float = 1e-12) -> Tensor:
-    "x / max(‖x‖, eps) along one axis."
+    """x / max(‖x‖, eps) along one axis."""
     return x / ops.maximum(ops.sqrt((x * x).sum(axis=axis, keepdims=True)), eps)
 
 
 def topk(x: Tensor, k: int) -> tuple[Tensor, Array]:
-    "The k largest entries of each row, largest first, and where they are.  x (..., n) -> (..., k), (..., k).  Ties: lower index first."
+    """The k largest entries of each row, largest first, and their indices.  x (..., n) -> (..., k), (..., k).
+
+    Of equal entries the lower index comes first.  ValueError if k is not in 1 .. n."""
     if not 0 < k <= x.shape[-1]:
         raise ValueError(f"topk wants 0 < k <= {x.shape[-1]}, the length of a row; got {k}")
     order = xp(x.data).argsort(-x.data, axis=-1)[..., :k]
@@ -57,7 +60,7 @@ def topk(x: Tensor, k: int) -> tuple[Tensor, Array]:
 
 
 def stack(xs: list[Tensor], axis: int = 0) -> Tensor:
-    "Tensors of one shape side by side along a new axis."
+    """Tensors of one shape side by side along a new axis."""
     shape = list(xs[0].shape)
     shape.insert(axis % (len(shape) + 1), 1)
     return ops.concatenate(*[x.reshape(shape) for x in xs], axis=axis)

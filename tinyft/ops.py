@@ -1,4 +1,4 @@
-"""The primitives.  Each op is one function on plain arrays that returns its value and its pullbacks; it reads as the mathematics.
+"""The primitives.  Each op is one function on plain arrays that returns its value and its pullbacks.
 
 g is the gradient of the loss with respect to the op's value.  Everything else is composed from these (functional.py).  Ops ask
 the array for its module, `xp(x)`, so they run on every backend.  kernels/ holds faster drop-ins for some of them; these
@@ -23,7 +23,7 @@ def t(a: Array) -> Array:
 
 
 def flat(a: Array) -> Array:
-    "(..., n) -> (N, n)"
+    """(..., n) -> (N, n)"""
     return a.reshape(-1, a.shape[-1])
 
 
@@ -34,61 +34,65 @@ def same(g: Array) -> Array:
 # ── arithmetic ───────────────────────────────────────────────────────────────────────────────────────────────────────
 @op("..., ... -> ...")
 def add(a, b):
-    "y = a + b.    da = g,  db = g"
+    """y = a + b.    da = g,  db = g"""
     return a + b, (same, same)
 
 
 @op("..., ... -> ...")
 def sub(a, b):
-    "y = a − b.    da = g,  db = −g"
+    """y = a − b.    da = g,  db = −g"""
     return a - b, (same, lambda g: -g)
 
 
 @op("..., ... -> ...")
 def mul(a, b):
-    "y = a b.    da = g b,  db = g a"
+    """y = a b.    da = g b,  db = g a"""
     return a * b, (lambda g: g * b, lambda g: g * a)
 
 
 @op("..., ... -> ...")
 def div(a, b):
-    "y = a / b.    da = g / b,  db = −g a / b²"
+    """y = a / b.    da = g / b,  db = −g a / b²"""
     y = a / b
     return y, (lambda g: g / b, lambda g: -g * y / b)
 
 
 @op("... -> ...")
 def neg(x):
-    "y = −x.    dx = −g"
+    """y = −x.    dx = −g"""
     return -x, (lambda g: -g,)
 
 
 @op("... -> ...")
 def power(x, p):
-    "y = xᵖ for a number p.    dx = g p xᵖ⁻¹"
+    """y = xᵖ for a number p.    dx = g p xᵖ⁻¹"""
     return x**p, (lambda g: g * (p * x**(p - 1)), None)
 
 
 @op("... n k, ... k m -> ... n m")
 def matmul(a, b):
-    "C = A B.    dA = G Bᵀ,  dB = Aᵀ G"
+    """C = A B.    dA = G Bᵀ,  dB = Aᵀ G"""
     return a @ b, (lambda g: g @ t(b), lambda g: t(a) @ g)
 
 
 @op("... k, n k, n -> ... n")
 def linear(x, W, b=None):
-    "y = x Wᵀ + b.    dx = g W,  dW = gᵀ x,  db = Σ g"
+    """y = x Wᵀ + b.    dx = g W,  dW = gᵀ x,  db = Σ g"""
     y = (flat(x) @ W.T).reshape(*x.shape[:-1], W.shape[0])
     if b is not None:
         y = y + b
-    return y, (lambda g: (flat(g) @ W).reshape(*g.shape[:-1], W.shape[1]), lambda g: flat(g).T @ flat(x), same)      # dx needs no x
+    def dx(g):                                                # holds no x
+        return (flat(g) @ W).reshape(*g.shape[:-1], W.shape[1])
+    return y, (dx, lambda g: flat(g).T @ flat(x), same)
 
 
 @op("... t c, n c, n, n c, n, n c, n -> ... h t d")
 def project(x, Wq, bq, Wk, bk, Wv, bv, heads=1):
-    """q, k, v = x Wᵀ + b for three W, each cut into heads: (..., T, C) -> three of (..., H, T, D), head h owning the features h D : (h + 1) D.
+    """q, k, v = x Wᵀ + b for three W, each cut into heads: (..., T, C) -> three of (..., H, T, D).
 
-        dx = Σ g W,   dW = gᵀ x,   db = Σ g,      g with its heads side by side again"""
+    Head h has the features h D to (h + 1) D − 1.
+
+        dx = Σ g W,   dW = gᵀ x,   db = Σ g,      g with its heads joined again"""
     m, X, n = xp(x), flat(x), Wq.shape[0]
 
     def cut(y):
@@ -97,74 +101,80 @@ def project(x, Wq, bq, Wk, bk, Wv, bv, heads=1):
     def back(g, needed):
         q, k, v = (m.zeros((len(X), n), x.dtype) if a is None else a.swapaxes(-2, -3).reshape(-1, n) for a in g)
         dx = (q @ Wq + k @ Wk + v @ Wv).reshape(x.shape) if needed[0] else None
-        return dx, *(d for i, a in enumerate((q, k, v)) for d in (a.T @ X if needed[1 + 2 * i] else None, a.sum(axis=0)))
+        gradients = [dx]
+        for i, a in enumerate((q, k, v)):
+            gradients.append(a.T @ X if needed[1 + 2 * i] else None)          # dW
+            gradients.append(a.sum(axis=0))                                   # db
+        return gradients
     return tuple(cut(X @ W.T + b) for W, b in ((Wq, bq), (Wk, bk), (Wv, bv))), back
 
 
 # ── elementwise functions ────────────────────────────────────────────────────────────────────────────────────────────
 @op("... -> ...")
 def exp(x):
-    "y = eˣ.    dx = g y"
+    """y = eˣ.    dx = g y"""
     y = xp(x).exp(x)
     return y, (lambda g: g * y,)
 
 
 @op("... -> ...")
 def log(x):
-    "y = ln x.    dx = g / x"
+    """y = ln x.    dx = g / x"""
     return xp(x).log(x), (lambda g: g / x,)
 
 
 @op("... -> ...")
 def sqrt(x):
-    "y = √x.    dx = g / 2y"
+    """y = √x.    dx = g / 2y"""
     y = xp(x).sqrt(x)
     return y, (lambda g: g / (2 * y),)
 
 
 @op("... -> ...")
 def tanh(x):
-    "y = tanh x.    dx = g (1 − y²)"
+    """y = tanh x.    dx = g (1 − y²)"""
     y = xp(x).tanh(x)
     return y, (lambda g: g * (1 - y * y),)
 
 
 @op("... -> ...")
 def sigmoid(x):
-    "y = σ(x) = (1 + tanh(x/2)) / 2, which never overflows.    dx = g y (1 − y)"
+    """y = σ(x) = (1 + tanh(x/2)) / 2, which never overflows.    dx = g y (1 − y)"""
     y = 0.5 * (1 + xp(x).tanh(0.5 * x))
     return y, (lambda g: g * y * (1 - y),)
 
 
 @op("... -> ...")
 def absolute(x):
-    "y = |x|.    dx = g sign x"
+    """y = |x|.    dx = g sign x"""
     return abs(x), (lambda g: g * xp(x).sign(x),)
 
 
 @op("... -> ...")
 def relu(x):
-    "y = max(x, 0).    dx = g [x > 0]"
+    """y = max(x, 0).    dx = g [x > 0]"""
     return xp(x).maximum(x, 0), (lambda g: g * (x > 0),)
 
 
 @op("... -> ...")
 def silu(x):
-    "y = x σ(x).    dx = g σ (1 + x (1 − σ))"
+    """y = x σ(x).    dx = g σ (1 + x (1 − σ))"""
     s = 0.5 * (1 + xp(x).tanh(0.5 * x))
     return x * s, (lambda g: g * s * (1 + x * (1 - s)),)
 
 
 @op("... -> ...")
 def gelu(x):
-    "y = x Φ(x),  Φ(x) = (1 + erf(x/√2)) / 2.    dx = g (Φ + x φ),  φ = e^(−x²/2) / √2π      (BERT)"
+    """y = x Φ(x),  Φ(x) = (1 + erf(x/√2)) / 2.    dx = g (Φ + x φ),  φ = e^(−x²/2) / √2π      (BERT)"""
     cdf = 0.5 * (1 + erf(x * 0.5**0.5))
     return x * cdf, (lambda g: g * (cdf + x * xp(x).exp(-0.5 * x * x) * (2 * math.pi)**-0.5),)
 
 
 @op("... -> ...")
 def gelu_tanh(x):
-    "y = x (1 + h)/2,  h = tanh(√(2/π) (x + 0.044715 x³)).    dx = g ((1 + h)/2 + x (1 − h²)/2 √(2/π) (1 + 0.134145 x²))      (GPT-2)"
+    """y = x (1 + h)/2,  h = tanh(c (x + 0.044715 x³)),  c = √(2/π).      (GPT-2)
+
+    dx = g ((1 + h)/2 + x (1 − h²)/2 c (1 + 0.134145 x²))"""
     c = (2 / math.pi)**0.5
     h = xp(x).tanh(c * (x + 0.044715 * (x * x * x)))
     return 0.5 * x * (1 + h), (lambda g: g * (0.5 * (1 + h) + 0.5 * x * (1 - h * h) * c * (1 + 0.134145 * (x * x))),)
@@ -187,7 +197,7 @@ def erf(x: Array) -> Array:
 
 @lru_cache(None)
 def _erfc_polynomial(degree: int) -> list[float]:
-    "Chebyshev coefficients of ln(erfc(z) e^(z²) / u) as a function of 2u − 1, u = 1 / (1 + z/2)."
+    """Chebyshev coefficients of ln(erfc(z) e^(z²) / u) as a function of 2u − 1, u = 1 / (1 + z/2)."""
     def at(s: float) -> float:
         z = 2 / ((s + 1) / 2) - 2
         if z < 20:
@@ -199,7 +209,7 @@ def _erfc_polynomial(degree: int) -> list[float]:
 
 # ── reductions ───────────────────────────────────────────────────────────────────────────────────────────────────────
 def _back(g: Array, shape: tuple, axis: Any, keepdims: bool) -> Array:
-    "g with the reduced axes of an array of this shape put back, as length one."
+    """g with the axes that a reduction of an array of this shape removed, as axes of length one."""
     if axis is None or keepdims:
         return g                                                                 # a single number broadcasts as it is
     axes = {a % len(shape) for a in (axis if isinstance(axis, tuple) else (axis,))}
@@ -207,7 +217,9 @@ def _back(g: Array, shape: tuple, axis: Any, keepdims: bool) -> Array:
 
 
 def _spread(g: Array, shape: tuple) -> Array:
-    """g repeated to this shape, without a copy.  Where nothing is repeated it is no broadcast view, which NumPy makes read-only."""
+    """g repeated to this shape, without a copy.
+
+    If nothing is repeated, a plain view: NumPy makes broadcast views read-only."""
     if g.size == math.prod(shape):
         return g.reshape(shape)
     return xp(g).broadcast_to(g, shape)
@@ -215,14 +227,14 @@ def _spread(g: Array, shape: tuple) -> Array:
 
 @op("... -> ...")
 def sum(x, axis=None, keepdims=False):
-    "y = Σ x.    dx = g along the summed axes"
+    """y = Σ x.    dx = g along the summed axes"""
     shape = x.shape
     return x.sum(axis=axis, keepdims=keepdims), (lambda g: _spread(_back(g, shape, axis, keepdims), shape),)
 
 
 @op("... -> ...")
 def mean(x, axis=None, keepdims=False):
-    "y = Σ x / n.    dx = g / n"
+    """y = Σ x / n.    dx = g / n"""
     y = x.mean(axis=axis, keepdims=keepdims)
     shape, n = x.shape, x.size // (y.size or 1)
     return y, (lambda g: _spread(_back(g, shape, axis, keepdims) / n, shape),)
@@ -230,7 +242,7 @@ def mean(x, axis=None, keepdims=False):
 
 @op("... -> ...")
 def amax(x, axis=None, keepdims=False):
-    "y = max x.    dx = g where x is the maximum, shared equally among ties"
+    """y = max x.    dx = g where x is the maximum, shared equally among ties"""
     y = x.max(axis=axis, keepdims=keepdims)
 
     def back(g):
@@ -241,7 +253,7 @@ def amax(x, axis=None, keepdims=False):
 
 @op("... n -> ... n")
 def cumsum(x, axis=-1):
-    "yᵢ = Σ_{j≤i} xⱼ.    dxⱼ = Σ_{i≥j} gᵢ"
+    """yᵢ = Σ_{j≤i} xⱼ.    dxⱼ = Σ_{i≥j} gᵢ"""
     m = xp(x)
     return m.cumsum(x, axis=axis), (lambda g: m.flip(m.cumsum(m.flip(g, axis=axis), axis=axis), axis=axis),)
 
@@ -249,32 +261,33 @@ def cumsum(x, axis=-1):
 # ── choosing ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 @op("..., ..., ... -> ...")
 def where(c, a, b):
-    "y = a where c, else b.    da = g [c],  db = g [not c]"
+    """y = a where c, else b.    da = g [c],  db = g [not c]"""
     return xp(c).where(c, a, b), (None, lambda g: g * c, lambda g: g * ~c)
 
 
 @op("..., ... -> ...")
 def maximum(a, b):
-    "y = max(a, b).    da = g [a > b] + g [a = b] / 2"
-    share = lambda p, q: (p > q) + 0.5 * (p == q)
+    """y = max(a, b).    da = g [a > b] + g [a = b] / 2"""
+    def share(p, q):
+        return (p > q) + 0.5 * (p == q)
     return xp(a, b).maximum(a, b), (lambda g: g * share(a, b), lambda g: g * share(b, a))
 
 
 @op("... -> ...")
 def clip(x, low, high):
-    "y = min(max(x, low), high).    dx = g where low ≤ x ≤ high"
+    """y = min(max(x, low), high).    dx = g where low ≤ x ≤ high"""
     return xp(x).clip(x, low, high), (lambda g: g * ((x >= low) & (x <= high)), None, None)
 
 
 @op("..., ... -> ...")
 def straight_through(hard, soft):
-    "y = hard, as if it were soft.    d soft = g      (Bengio et al. 2013)"
+    """y = hard, as if it were soft.    d soft = g      (Bengio et al. 2013)"""
     return hard, (None, same)
 
 
 @op("... n, ... k -> ... k")
 def gather(x, i, axis=-1):
-    "yⱼ = x[iⱼ] along one axis, the indices different in each row.    dx[iⱼ] += gⱼ"
+    """yⱼ = x[iⱼ] along one axis, the indices different in each row.    dx[iⱼ] += gⱼ"""
     m, shape = xp(x), x.shape
 
     def back(g):
@@ -288,7 +301,7 @@ def gather(x, i, axis=-1):
 
 @op("v c, ... -> ... c")
 def embedding(W, ids):
-    "y = W[ids], rows of W.    dW[ids] += g"
+    """y = W[ids], rows of W.    dW[ids] += g"""
     m, shape = xp(W), W.shape
 
     def back(g):
@@ -300,7 +313,7 @@ def embedding(W, ids):
 
 @op("... -> ...")
 def getitem(x, index):
-    "y = x[index] for slices, integers and integer arrays.    dx[index] += g"
+    """y = x[index] for slices, integers and integer arrays.    dx[index] += g"""
     parts = index if isinstance(index, tuple) else (index,)
     m, shape = xp(x, *parts), x.shape
     plain = all(isinstance(p, (int, slice)) or p is None or p is Ellipsis for p in parts)
@@ -318,38 +331,43 @@ def getitem(x, index):
 # ── shape ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 @op("... -> ...")
 def reshape(x, shape):
-    "The same numbers in another shape.    dx = g, reshaped back"
+    """The same numbers in another shape.    dx = g, reshaped back"""
     old = x.shape
     return x.reshape(shape), (lambda g: g.reshape(old), None)
 
 
 @op("... -> ...")
 def permute(x, axes):
-    "The axes in another order.    dx = g with the order undone"
+    """The axes in another order.    dx = g with the order undone"""
     back = tuple(sorted(range(len(axes)), key=lambda i: axes[i] % len(axes)))
     return x.transpose(axes), (lambda g: g.transpose(back), None)
 
 
 @op("... n m -> ... m n")
 def transpose(x):
-    "The last two axes swapped."
+    """The last two axes swapped."""
     return t(x), (t,)
 
 
 @op("... -> ...")
 def broadcast_to(x, shape):
-    "x repeated along axes of length one, without copies.    dx = Σ g, which the engine does"
+    """x repeated along axes of length one, without copies.    dx = Σ g, which the engine does"""
     return xp(x).broadcast_to(x, shape), (same, None)
 
 
 @op("... -> ...")
 def concatenate(*xs, axis=0):
-    "One after another along an axis.    Each gets its own stretch of g"
+    """One after another along an axis.    Each gets its own stretch of g"""
     ends = [0]
     for x in xs:
         ends.append(ends[-1] + x.shape[axis])
-    part = lambda i: lambda g: g[(slice(None),) * (axis % g.ndim) + (slice(ends[i], ends[i + 1]),)]
-    return xp(*xs).concatenate(xs, axis=axis), tuple(part(i) for i in range(len(xs)))
+
+    def pullback(i):
+        def back(g):
+            before = (slice(None),) * (axis % g.ndim)
+            return g[(*before, slice(ends[i], ends[i + 1]))]
+        return back
+    return xp(*xs).concatenate(xs, axis=axis), tuple(pullback(i) for i in range(len(xs)))
 
 
 # ── layers ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -361,14 +379,14 @@ def _softmax(x: Array) -> Array:
 
 @op("... n -> ... n")
 def softmax(x):
-    "p = eˣ / Σ eˣ.    dx = p (g − Σ g p)"
+    """p = eˣ / Σ eˣ.    dx = p (g − Σ g p)"""
     p = _softmax(x)
     return p, (lambda g: p * (g - (g * p).sum(axis=-1, keepdims=True)),)
 
 
 @op("... n -> ... n")
 def log_softmax(x):
-    "y = x − ln Σ eˣ.    dx = g − eʸ Σ g"
+    """y = x − ln Σ eˣ.    dx = g − eʸ Σ g"""
     m = xp(x)
     y = x - x.max(axis=-1, keepdims=True)
     y = y - m.log(m.exp(y).sum(axis=-1, keepdims=True))
@@ -377,7 +395,9 @@ def log_softmax(x):
 
 @op("... c, c, c -> ... c")
 def layer_norm(x, w, b, eps=1e-5):
-    "y = w x̂ + b,  x̂ = (x − μ)/σ,  σ² = mean (x − μ)² + ε.    dx = (ĝ − mean ĝ − x̂ mean ĝx̂)/σ,  ĝ = w g;   dw = Σ g x̂;   db = Σ g"
+    """y = w x̂ + b,  x̂ = (x − μ)/σ,  σ² = mean (x − μ)² + ε.
+
+    dx = (ĝ − mean ĝ − x̂ mean ĝx̂)/σ,  ĝ = w g;   dw = Σ g x̂;   db = Σ g"""
     centred = x - x.mean(axis=-1, keepdims=True)
     s = xp(x).sqrt((centred * centred).mean(axis=-1, keepdims=True) + eps)
     h = centred / s
@@ -390,7 +410,7 @@ def layer_norm(x, w, b, eps=1e-5):
 
 @op("... c, c -> ... c")
 def rms_norm(x, w, eps=1e-6):
-    "y = w x̂,  x̂ = x/σ,  σ² = mean x² + ε.    dx = (ĝ − x̂ mean ĝx̂)/σ,  ĝ = w g;   dw = Σ g x̂      (T5, Llama)"
+    """y = w x̂,  x̂ = x/σ,  σ² = mean x² + ε.    dx = (ĝ − x̂ mean ĝx̂)/σ,  ĝ = w g;   dw = Σ g x̂      (T5, Llama)"""
     s = xp(x).sqrt((x * x).mean(axis=-1, keepdims=True) + eps)
     h = x / s
 
@@ -401,13 +421,15 @@ def rms_norm(x, w, eps=1e-6):
 
 
 def causal_mask(t: int, s: int, m: ModuleType = np) -> Array:
-    "(t, s) bool, an array of module m: query i of t may look at keys j ≤ i + s − t.  The first s − t keys came before (a cache, a prefix)."
+    """(t, s) bool, an array of module m: query i of t may look at keys j ≤ i + s − t.
+
+    The first s − t keys come before all queries: from a cache or a prefix."""
     return m.tril(m.ones((t, s), dtype=bool), s - t)
 
 
 def attention_shape(q: Array, k: Array, v: Array, bias: Array | None = None, key_mask: Array | None = None,
                     dropout_mask: Array | None = None) -> tuple[int, ...]:
-    "The shape (..., H, Tq, Tk) of the scores of these arrays.  ValueError for arrays that do not fit (the engine makes it a ShapeError)."
+    """The shape (..., H, Tq, Tk) of the scores of these arrays.  ValueError for arrays that do not fit (the engine makes it a ShapeError)."""
     shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
     if q.ndim < 2 or k.ndim != q.ndim or k.shape[:-1] != v.shape[:-1] or q.shape[-1] != k.shape[-1] or q.shape[:-3] != k.shape[:-3]:
         raise ValueError(f"attention wants q (..., H, Tq, D), k (..., Hkv, Tk, D) and v (..., Hkv, Tk, E), got {shapes}")
@@ -425,12 +447,12 @@ def attention_shape(q: Array, k: Array, v: Array, bias: Array | None = None, key
 
 
 def repeat_heads(a: Array, group: int) -> Array:
-    "(..., Hkv, T, D) -> (..., Hkv group, T, D): every head `group` times, one copy after another."
+    """(..., Hkv, T, D) -> (..., Hkv group, T, D): every head `group` times, one copy after another."""
     return a if group == 1 else xp(a).repeat(a, group, axis=-3)
 
 
 def sum_heads(g: Array, group: int) -> Array:
-    "The adjoint of repeat_heads: the sum over the copies of each head."
+    """The adjoint of repeat_heads: the sum over the copies of each head."""
     return g if group == 1 else g.reshape(*g.shape[:-3], g.shape[-3] // group, group, *g.shape[-2:]).sum(axis=-3)
 
 
@@ -482,10 +504,10 @@ def attention(q, k, v, bias=None, *, key_mask=None, causal=False, scale=None, dr
 
 @op("... v, ..., v ->")
 def cross_entropy(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
-    """ℓ = Σₙ w_{yₙ} (−ln p_{yₙ}) / Σₙ w_{yₙ},  p = softmax z.    dz = (w_y p − q) / Σ w,  q = w_y at y      (as torch.nn.CrossEntropyLoss)
+    """ℓ = Σₙ w_{yₙ} (−ln p_{yₙ}) / Σₙ w_{yₙ},  p = softmax z.    dz = (w_y p − q) / Σ w,  q = w_y at y
 
-    y: integers; rows with y = ignore_index count nowhere.  weight: one number per class.  With label smoothing ε the target is
-    (1 − ε) of the label and ε/V of every class, each class carrying its own weight."""
+    z (..., V); y (...) integers, rows with y = ignore_index count nowhere.  weight (V,).  With label smoothing ε the target
+    is (1 − ε) of the label and ε/V of every class, each class with its own weight.      As torch.nn.CrossEntropyLoss"""
     m, rows, labels, shape, dtype = xp(z), flat(z), y.reshape(-1), z.shape, z.dtype
     real = labels != ignore_index
     labels = m.where(real, labels, 0)
@@ -513,23 +535,59 @@ def cross_entropy(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
 
 @op("... -> ...")
 def dropout(x, p, key):
-    "y = x keep / (1 − p), keep ~ Bernoulli(1 − p), drawn from `key` alone: the same on every backend.    dx = g keep / (1 − p)"
+    """y = x keep / (1 − p),  keep ~ Bernoulli(1 − p).    dx = g keep / (1 − p)
+
+    The mask is determined by `key` alone, and the same on every backend."""
     keep = (array.uniform_like(x, key) >= p).astype(x.dtype) / (1 - p)
     return x * keep, (lambda g: g * keep, None, None)
 
 
 # ── operators ────────────────────────────────────────────────────────────────────────────────────────────────────────
-Tensor.__add__ = Tensor.__radd__ = add
-Tensor.__mul__ = Tensor.__rmul__ = mul
-Tensor.__sub__, Tensor.__rsub__ = sub, lambda a, b: sub(b, a)
-Tensor.__truediv__, Tensor.__rtruediv__ = div, lambda a, b: div(b, a)
-Tensor.__matmul__, Tensor.__rmatmul__ = matmul, lambda a, b: matmul(b, a)
-Tensor.__neg__, Tensor.__pow__, Tensor.__abs__ = neg, power, absolute
+def _reflected(f):
+    """The op f with its operands exchanged, for an array or a number on the left of a tensor."""
+    def operator(b, a):
+        return f(a, b)
+    return operator
+
+
+def _axes(args: tuple) -> tuple:
+    """The arguments of x.reshape(2, 3), or of x.reshape((2, 3)), as one tuple."""
+    return args if len(args) != 1 or isinstance(args[0], int) else args[0]
+
+
+def _reshape(x, *shape):
+    """x in another shape: x.reshape(2, 3) or x.reshape((2, 3)).    dx = g, reshaped back"""
+    return reshape(x, _axes(shape))
+
+
+def _permute(x, *axes):
+    """The axes of x in another order: x.permute(1, 0) or x.permute((1, 0)).    dx = g with the order undone"""
+    return permute(x, _axes(axes))
+
+
+Tensor.__add__ = add
+Tensor.__radd__ = add
+Tensor.__mul__ = mul
+Tensor.__rmul__ = mul
+Tensor.__sub__ = sub
+Tensor.__rsub__ = _reflected(sub)
+Tensor.__truediv__ = div
+Tensor.__rtruediv__ = _reflected(div)
+Tensor.__matmul__ = matmul
+Tensor.__rmatmul__ = _reflected(matmul)
+Tensor.__neg__ = neg
+Tensor.__pow__ = power
+Tensor.__abs__ = absolute
 Tensor.__getitem__ = getitem
-Tensor.__array_ufunc__ = None                                                    # array + tensor is the tensor's business
-Tensor.sum, Tensor.mean, Tensor.amax = sum, mean, amax
-Tensor.exp, Tensor.log, Tensor.sqrt, Tensor.tanh = exp, log, sqrt, tanh
+Tensor.__array_ufunc__ = None                                # NumPy leaves array + tensor to the tensor
+Tensor.sum = sum
+Tensor.mean = mean
+Tensor.amax = amax
+Tensor.exp = exp
+Tensor.log = log
+Tensor.sqrt = sqrt
+Tensor.tanh = tanh
 Tensor.T = property(transpose)
 Tensor.transpose = transpose
-Tensor.reshape = lambda x, *shape: reshape(x, shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
-Tensor.permute = lambda x, *axes: permute(x, axes[0] if len(axes) == 1 and not isinstance(axes[0], int) else axes)
+Tensor.reshape = _reshape
+Tensor.permute = _permute

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.peers
 
 # ── the scale ────────────────────────────────────────────────────────────────────────────────────────────────────────
 def apart(ours: Any, pattern: list[int], **how: Any) -> float:
-    "The largest difference of S and of a weight, over steps that overflow where the pattern says 1."
+    """The largest difference of S and of a weight, over steps that overflow where the pattern says 1."""
     rng, start, worst = np.random.default_rng(0), np.linspace(-1, 1, 6).astype(np.float32), 0.0
     p, q = leaf(start.copy()), torch.nn.Parameter(torch.tensor(start))
     mine, other = AdamW(0.05).start({"p": p}), torch.optim.AdamW([q], lr=0.05, weight_decay=0.0)
@@ -49,7 +49,7 @@ def test_the_scale_and_what_comes_of_it(how):
 
 
 class Late(GradScaler):
-    "The count goes on over a skipped step."
+    """The count goes on over a skipped step."""
     def update(self):
         good = self.good_steps
         super().update()
@@ -69,7 +69,7 @@ def test_a_scaler_that_is_not_theirs_is_noticed(wrong):
 
 # ── autocast ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 def both_passes(dtype: Any, enabled: bool) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    "Logits and the gradients of all parameters of one GPT, ours and as torch modules, under autocast or not."
+    """Logits and the gradients of all parameters of one GPT, ours and as torch modules, under autocast or not."""
     model = ft.GPT(ft.GPTConfig(50, 24, 32, 2, 4), seed=3)
     rng = np.random.default_rng(1)
     for p in model.parameters():
@@ -89,7 +89,7 @@ def both_passes(dtype: Any, enabled: bool) -> tuple[dict[str, np.ndarray], dict[
 
 
 def as_torch(W: dict, ids: Any) -> Any:
-    "GPT-2 with our names, in PyTorch's functions."
+    """GPT-2 with our names, in PyTorch's functions."""
     F, (B, T) = torch.nn.functional, ids.shape
     x = W["embed.weight"][ids] + W["pos.weight"][:T]
     norm = lambda name, x: F.layer_norm(x, x.shape[-1:], W[f"{name}.weight"], W[f"{name}.bias"], 1e-5)
@@ -105,7 +105,7 @@ def as_torch(W: dict, ids: Any) -> Any:
 
 
 def errors(dtype: str) -> dict[str, tuple[float, float]]:
-    "name -> how far autocast takes a result from float32's, ours and theirs, relative to its size."
+    """name -> how far autocast takes a result from float32's, ours and theirs, relative to its size."""
     exact, same = both_passes(dtype, False)
     assert all(np.abs(exact[n] - same[n]).max() < 2e-5 * max(1, np.abs(same[n]).max()) for n in same), "two models"
     ours, theirs = both_passes(dtype, True)
@@ -124,7 +124,7 @@ def test_autocast_rounds_as_much_as_theirs_and_no_more(dtype):
 
 
 def together(found: dict) -> float:
-    "All our errors over all of theirs."
+    """All our errors over all of theirs."""
     return sum(mine for mine, _ in found.values()) / sum(other for _, other in found.values())
 
 

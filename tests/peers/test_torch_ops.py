@@ -26,7 +26,7 @@ TABLE: dict[str, list[tuple[str, Callable, Callable, Draw]]] = {}
 
 
 def row(op: str, ours: Callable, theirs: Callable, *shapes: Any, draw: Draw | None = None, note: str = "") -> None:
-    "One comparison.  Inputs are normal numbers of these shapes, or what `draw` gives."
+    """One comparison.  Inputs are normal numbers of these shapes, or what `draw` gives."""
     TABLE.setdefault(op, []).append((note, ours, theirs, draw or (lambda rng: [rng.standard_normal(s) for s in shapes])))
 
 
@@ -35,7 +35,7 @@ def positive(*shapes: Any) -> Draw:
 
 
 def ties(*shapes: Any) -> Draw:
-    "Small whole numbers: many are equal, and many are zero."
+    """Small whole numbers: many are equal, and many are zero."""
     return lambda rng: [rng.integers(-2, 3, s).astype(np.float64) for s in shapes]
 
 
@@ -160,7 +160,7 @@ for smoothing in (0.0, 0.3):
 
 
 class Dense(nn.Packed):
-    "A packed weight that is its own code."
+    """A packed weight that is its own code."""
 
     def __init__(self, W: np.ndarray):
         self.W, self.shape = dev(W), W.shape
@@ -176,7 +176,7 @@ EVERY = [pytest.param(op, i, id=f"{op}{' ' * bool(note)}{note}") for op, rows in
 
 
 def agree(ours: Callable, theirs: Callable, arrays: list[np.ndarray], rng: np.random.Generator) -> None:
-    "The same value, and the same gradients of its product with a random covector, which a sum of all entries would not see."
+    """The same value, and the same gradients of its product with a random covector, which a sum of all entries would not see."""
     mine, torchs = [Tensor(dev(a), requires_grad=True) for a in arrays], [torch.tensor(a, requires_grad=True) for a in arrays]
     y, want = ours(*mine), theirs(*torchs)
     covector = np.asarray(rng.standard_normal(tuple(want.shape)))
@@ -211,7 +211,7 @@ WRONG = {
 
 @pytest.mark.parametrize("op", WRONG)
 def test_wrong_ops_are_caught(op, rng):
-    "Another form, another subgradient at a kink, a right value with a wrong gradient, an error of 1e-9: each is refused."
+    """Another form, another subgradient at a kink, a right value with a wrong gradient, an error of 1e-9: each is refused."""
     caught = 0
     for _, _, theirs, draw in TABLE[op]:
         try:
@@ -225,7 +225,7 @@ def test_wrong_ops_are_caught(op, rng):
 @pytest.mark.skipif(array.backend() != "numpy", reason="these kernels are NumPy's")
 @pytest.mark.parametrize("op", ["gelu", "gelu_tanh", "layer_norm", "embedding"])
 def test_kernels_in_single_precision(op, rng):
-    "The fast drop-ins work in float32, where they are what runs: to 1e-5 of PyTorch."
+    """The fast drop-ins work in float32, where they are what runs: to 1e-5 of PyTorch."""
     assert dispatch.find(OPS[op], np.ndarray), "the kernels are not installed"
     for note, ours, theirs, _ in TABLE[op]:
         if note == "the tails":

@@ -1,9 +1,11 @@
-"""Faster drop-ins for some ops, each held to its definition in ops.py by a property.  The library is right without them.
+"""Kernels: faster implementations of some ops, each held to its definition in ops.py by a property.
+
+The library is right without them; dispatch.py chooses among them.
 
     numpy.py     for NumPy arrays        cuda/        for CuPy arrays: CUDA kernels, and products by cuBLAS
 
-    install()     put them in place (done when tinyft is imported, unless TINYFT_KERNELS=off)
-    with definitions(): ...     the plain ops, for the length of a `with`
+    install()                   register the kernels (done when tinyft is imported, unless TINYFT_KERNELS=off)
+    with definitions(): ...     run the definitions alone
 """
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ __all__ = ["capture", "install", "remove", "definitions", "keep_memory", "set_nu
 
 
 def install() -> None:
-    "Register the kernels; those for CuPy when that backend is first used.  A kernel has its definition's signature: arrays -> (value, pullbacks)."
+    """Register the kernels for NumPy now, and the kernels for CuPy when that backend is first used."""
     from . import numpy as fast
     for name in ("linear", "gelu", "gelu_tanh", "layer_norm", "embedding", "attention", "cross_entropy", "dropout"):
         dispatch.register(OPS[name], np.ndarray, getattr(fast, name))
@@ -37,7 +39,7 @@ def _register_cuda(kind: type, module: ModuleType) -> None:
 
 
 def capture(step: Callable, otherwise: Callable | None = None) -> Callable:
-    """`step`, noted as one CUDA graph and replayed.  On NumPy `step` itself, so that the same lines run anywhere.
+    """`step`, captured as one CUDA graph and replayed.  On NumPy, `step` itself: the same lines run on every backend.
 
         def step(ids, labels, factor, rng):
             loss = ops.cross_entropy(model(ids, rng=rng), labels)
@@ -48,13 +50,14 @@ def capture(step: Callable, otherwise: Callable | None = None) -> Callable:
         step = ft.capture(step)
         loss = step(ids, labels, schedule(t, T), rng)
 
-    What changes from call to call comes as an argument: arrays, a float for the optimiser's factor, a generator for dropout.  The first
-    two calls with arguments of the same shapes run as they are; from the third on the graph is replayed, and no Python of the step
-    runs.  What it returns are copies.  Eight shapes get a graph each; what comes in others is `otherwise`'s, or refused without one.  A norm
+    Everything that changes from call to call is an argument: arrays, a float for the optimiser's factor, a generator for
+    dropout.  The first two calls with arguments of the same shapes run eagerly; from the third on the graph is replayed, and
+    no Python of the step runs.  The results are copies.  Eight shapes get a graph each; a call with another shape goes to
+    `otherwise`, or raises without one.  A norm
     that is not finite updates nothing; optimizer.check_norm(float(norm)) says so.
 
-    CannotCapture, naming the line, if the step waits for the device, brings host data with it, or gives kernels other numbers at each
-    call.  What no one can see: a Python number of the step's own, multiplied with a whole array, stays what it was."""
+    CannotCapture, naming the line, if the step waits for the device, transfers host data, or gives kernels other numbers at
+    each call.  One change goes unnoticed: a Python number of the step's own that multiplies a whole array keeps its value."""
     if array.backend() != "cupy":
         return step
     from .cuda.capture import Captured

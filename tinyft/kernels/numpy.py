@@ -1,7 +1,7 @@
-"""NumPy kernels: the same functions, working through blocks that stay in the cache, with no temporaries of full size.
+"""NumPy kernels: the same functions, in blocks that stay in the cache, without temporaries of full size.
 
-Each falls back on its definition for what it was not written for (another dtype, an array that is not contiguous).  The blocks go to
-threads where there are some to spare (threads.py).
+A kernel returns NotImplemented for another dtype and for an array that is not contiguous.  The blocks are shared among
+threads (threads.py).
 """
 from __future__ import annotations
 
@@ -18,29 +18,36 @@ from .attention import SAFE, attention
 from .threads import blocks
 
 __all__ = ["linear", "gelu", "gelu_tanh", "layer_norm", "embedding", "attention", "cross_entropy", "dropout", "adam_update"]
-SMALL = 1 << 17                                          # numbers that are kept rather than computed again
+SMALL = 1 << 17                                          # up to this size, a result is kept rather than computed again
 
 
 def _plain(x: np.ndarray) -> bool:
+    """True for a contiguous float32 array that is not empty."""
     return x.dtype == np.float32 and x.flags.c_contiguous and x.size > 0
 
 
 def linear(x: np.ndarray, W: np.ndarray, b: np.ndarray | None = None) -> Any:
-    "Saves a copy of the output for the bias, and a slow reduction for the bias's gradient."
+    """linear, without a copy of the output for the bias, and without a slow reduction for the gradient of the bias."""
     y = ops.flat(x) @ W.T
     if b is not None:
         y += b
     shape = x.shape
-    return y.reshape(*shape[:-1], len(W)), (lambda g: (ops.flat(g) @ W).reshape(shape), lambda g: ops.flat(g).T @ ops.flat(x), _column_sum(len(W)))
+
+    def dx(g: np.ndarray) -> np.ndarray:
+        return (ops.flat(g) @ W).reshape(shape)
+
+    def dW(g: np.ndarray) -> np.ndarray:
+        return ops.flat(g).T @ ops.flat(x)
+    return y.reshape(*shape[:-1], len(W)), (dx, dW, _column_sum(len(W)))
 
 
 def _column_sum(n: int) -> Callable:
-    "Σ over rows as a product with ones: BLAS is faster than a reduction."
+    """The pullback g -> Σ over rows, as a matrix product with ones: BLAS is faster than a reduction."""
     return lambda g: np.ones(g.size // n, g.dtype) @ g.reshape(-1, n)
 
 
 def _cdf(a: np.ndarray, z: np.ndarray, P: list[float], out: np.ndarray) -> np.ndarray:
-    "Φ = (1 + tanh(a P(z))) / 2, by Horner's rule."
+    """Φ = (1 + tanh(a P(z))) / 2, by Horner's rule."""
     np.multiply(z, np.float32(P[-1]), out=out)
     for p in P[-2:0:-1]:
         out += np.float32(p)
@@ -58,23 +65,31 @@ TANH_FORM = [(2 / math.pi)**0.5, 0.044715 * (2 / math.pi)**0.5]
 
 @lru_cache(None)
 def _normal_form() -> list[float]:
-    "P with tanh(x P(x²)) = erf(x/√2): interpolated, of degree 7 in x² up to 25.  Then x Φ(x) is off by 4e-7 at most."
-    def at(z: float) -> float:
+    """Coefficients of P with tanh(x P(x²)) = erf(x/√2), interpolated with degree 7 in x² on [0, 25].
+
+    x Φ(x) is then off by 4e-7 at most."""
+    def at(z: float) -> float:                               # artanh(erf(x/√2)) / x  for z = x²
         x = max(z, 1e-8)**0.5
-        return math.log((1 + math.erf(x * 0.5**0.5)) / math.erfc(x * 0.5**0.5)) / (2 * x)        # artanh(erf(x/√2)) / x
-    P = np.polynomial.Chebyshev(np.polynomial.chebyshev.chebinterpolate(lambda u: np.array([at(v) for v in (u + 1) * 12.5]), 7), [0, 25])
+        return math.log((1 + math.erf(x * 0.5**0.5)) / math.erfc(x * 0.5**0.5)) / (2 * x)
+
+    def at_nodes(u: np.ndarray) -> np.ndarray:               # Chebyshev nodes in [−1, 1]
+        return np.array([at(v) for v in (u + 1) * 12.5])
+    coefficients = np.polynomial.chebyshev.chebinterpolate(at_nodes, 7)
+    P = np.polynomial.Chebyshev(coefficients, [0, 25])
     return P.convert(kind=np.polynomial.Polynomial).coef.tolist()
 
 
 def gelu(x: np.ndarray) -> Any:
-    "Saves the thirty full passes of erf: a tanh is one."
+    """gelu with one tanh in place of the thirty full passes of erf."""
     if not _plain(x):
         return NotImplemented
-    X, cdf, y = x.reshape(-1), np.empty(x.size, np.float32), np.empty(x.size, np.float32)
+    X = x.reshape(-1)
+    cdf = np.empty(x.size, np.float32)
+    y = np.empty(x.size, np.float32)
 
     def block(i: slice) -> None:
         z = np.multiply(X[i], X[i], out=y[i])
-        np.minimum(z, np.float32(25), out=z)                                     # the tanh is 1 from there on
+        np.minimum(z, np.float32(25), out=z)                 # beyond, the tanh is 1
         np.multiply(X[i], _cdf(X[i], z, _normal_form(), cdf[i]), out=y[i])
     blocks(x.size, block)
 
@@ -96,10 +111,12 @@ def gelu(x: np.ndarray) -> Any:
 
 
 def gelu_tanh(x: np.ndarray) -> Any:
-    "Saves the temporaries, and where x is large keeps nothing but x: a tanh in the cache costs less than memory."
+    """gelu_tanh without temporaries; for a large x it keeps only x: a tanh in the cache costs less than memory traffic."""
     if not _plain(x):
         return NotImplemented
-    X, y, kept = x.reshape(-1), np.empty(x.size, np.float32), np.empty(x.size, np.float32) if x.size <= SMALL else None
+    X = x.reshape(-1)
+    y = np.empty(x.size, np.float32)
+    kept = np.empty(x.size, np.float32) if x.size <= SMALL else None        # Φ
 
     def cdf(i: slice, z: np.ndarray) -> np.ndarray:
         return _cdf(X[i], z, TANH_FORM, np.empty_like(X[i]) if kept is None else kept[i])
@@ -112,8 +129,9 @@ def gelu_tanh(x: np.ndarray) -> Any:
     def back(g: np.ndarray) -> np.ndarray:
         G, d = np.ascontiguousarray(g).reshape(-1), np.empty(x.size, np.float32)
 
-        def block(i: slice) -> None:                                             # Φ (1 + 2 x (1 − Φ) (x P(x²))')
-            a, e = X[i], np.multiply(X[i], X[i], out=d[i])
+        def block(i: slice) -> None:                         # g Φ (1 + 2 x (1 − Φ) (x P(x²))')
+            a = X[i]
+            e = np.multiply(a, a, out=d[i])
             p = cdf(i, e) if kept is None else kept[i]
             e *= np.float32(6 * TANH_FORM[1])
             e += np.float32(2 * TANH_FORM[0])
@@ -128,12 +146,14 @@ def gelu_tanh(x: np.ndarray) -> Any:
 
 
 def layer_norm(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float = 1e-5) -> Any:
-    "Saves five full temporaries; the sums over rows are matrix products with ones."
+    """layer_norm without five full temporaries; the sums over rows are matrix products with ones."""
     if not (_plain(x) and w.dtype == b.dtype == np.float32):
         return NotImplemented
     shape, n = x.shape, x.shape[-1]
     X, ones = x.reshape(-1, n), np.ones(n, np.float32)
-    h, y, r = np.empty_like(X), np.empty_like(X), np.empty((len(X), 1), np.float32)
+    h = np.empty_like(X)                                     # x̂
+    y = np.empty_like(X)
+    r = np.empty((len(X), 1), np.float32)                    # 1/σ
 
     def block(s: slice) -> None:
         np.subtract(X[s], (X[s] @ ones)[:, None] / np.float32(n), out=h[s])
@@ -148,7 +168,8 @@ def layer_norm(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float = 1e-5) -
 
         def block(s: slice) -> None:
             e = np.multiply(G[s], w, out=d[s])
-            shift, scale = e @ ones / np.float32(n), np.einsum("ij,ij->i", e, h[s]) / np.float32(n)
+            shift = e @ ones / np.float32(n)
+            scale = np.einsum("ij,ij->i", e, h[s]) / np.float32(n)
             e -= shift[:, None]
             e -= h[s] * scale[:, None]
             e *= r[s]
@@ -158,9 +179,12 @@ def layer_norm(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float = 1e-5) -
 
 
 def embedding(W: np.ndarray, ids: np.ndarray) -> Any:
-    "Saves add.at's one-by-one additions: sort the ids, sum each run of equal ones at once.  Positions are sorted, and each there once."
+    """embedding without the single additions of add.at: the ids are sorted, and each run of equal ids is summed at once.
+
+    Position ids are sorted and different already."""
     def back(g: np.ndarray) -> np.ndarray:
-        d, flat = np.zeros(W.shape, g.dtype), ids.reshape(-1) % len(W)           # −1 is the last row
+        d = np.zeros(W.shape, g.dtype)
+        flat = ids.reshape(-1) % len(W)                      # −1 is the last row
         if (flat[1:] > flat[:-1]).all():
             d[flat] = g.reshape(-1, W.shape[1])
         else:
@@ -172,15 +196,21 @@ def embedding(W: np.ndarray, ids: np.ndarray) -> Any:
     return W[ids], (back, None)
 
 
-def cross_entropy(z: np.ndarray, y: np.ndarray, weight: np.ndarray | None = None, ignore_index: int = -100, label_smoothing: float = 0.0) -> Any:
-    "Saves three arrays as large as the logits: of them only the sums of their exponentials are kept."
+def cross_entropy(z: np.ndarray, y: np.ndarray, weight: np.ndarray | None = None, ignore_index: int = -100,
+                  label_smoothing: float = 0.0) -> Any:
+    """cross_entropy without three arrays as large as the logits: only the sums of exponentials are kept."""
     if not _plain(z) or weight is not None or label_smoothing:
         return NotImplemented
-    Z, labels, one = ops.flat(z), y.reshape(-1), np.float32
-    real = labels != ignore_index
-    labels, w = np.where(real, labels, 0), real.astype(np.float32)
-    n, top, ones = len(Z), np.zeros((len(Z), 1), np.float32), np.ones(Z.shape[1], np.float32)
-    sums, safe, total = np.empty(n, np.float32), max(Z.max(), -Z.min()) <= SAFE, w.sum()
+    Z = ops.flat(z)                                          # (N, V)
+    n = len(Z)
+    real = y.reshape(-1) != ignore_index
+    labels = np.where(real, y.reshape(-1), 0)
+    w = real.astype(np.float32)
+    total = w.sum()
+    ones = np.ones(Z.shape[1], np.float32)
+    sums = np.empty(n, np.float32)                           # Σ e^(z − top)
+    top = np.zeros((n, 1), np.float32)
+    safe = max(Z.max(), -Z.min()) <= SAFE                    # then top is 0
 
     def block(s: slice) -> None:
         x = Z[s]
@@ -191,7 +221,8 @@ def cross_entropy(z: np.ndarray, y: np.ndarray, weight: np.ndarray | None = None
     value = (w * (np.log(sums) + top[:, 0] - Z[np.arange(n), labels])).sum() / total
 
     def back(g: np.ndarray) -> np.ndarray:
-        d, share = np.empty_like(Z), w * (one(g) / total)
+        d = np.empty_like(Z)
+        share = w * (np.float32(g) / total)
 
         def block(s: slice) -> None:
             p = np.exp(Z[s] if safe else Z[s] - top[s], out=d[s])
@@ -199,15 +230,18 @@ def cross_entropy(z: np.ndarray, y: np.ndarray, weight: np.ndarray | None = None
             p[np.arange(len(p)), labels[s]] -= share[s]
         blocks(n, block, Z.shape[1])
         return d.reshape(z.shape)
-    return one(value), (back, None, None)
+    return np.float32(value), (back, None, None)
 
 
 def dropout(x: np.ndarray, p: float, key: int) -> Any:
-    "Saves the numbers in [0, 1) that p is compared with: random bits are, and the factors are written over them."
-    least = math.ceil(np.float32(p) * 2.0**24) << 8                              # the word from which on u, of its upper 24 bits, is p or more
+    """dropout that compares random words with p, without making uniform numbers of them; the factors overwrite the words."""
+    least = math.ceil(np.float32(p) * 2.0**24) << 8          # the smallest word whose upper 24 bits give a number u >= p
     if not (_plain(x) and 0 <= least < 2**32):
         return NotImplemented
-    X, y, words, scale = x.reshape(-1), np.empty(x.size, np.float32), random_words(x.size, key), np.float32(1) / np.float32(1 - p)
+    X = x.reshape(-1)
+    y = np.empty(x.size, np.float32)
+    words = random_words(x.size, key)
+    scale = np.float32(1) / np.float32(1 - p)
     keep = words.view(np.float32)
 
     def block(i: slice) -> None:
@@ -218,11 +252,12 @@ def dropout(x: np.ndarray, p: float, key: int) -> Any:
     return y.reshape(x.shape), (lambda g: g * keep, None, None)
 
 
-def adam_update(w: np.ndarray, g: np.ndarray, m: np.ndarray, v: np.ndarray, lr: float, b1: float, b2: float, eps: float, decay: float,
-                t: int) -> None:
-    "Saves eight passes over arrays as long as the model."
+def adam_update(w: np.ndarray, g: np.ndarray, m: np.ndarray, v: np.ndarray, lr: float, b1: float, b2: float, eps: float,
+                decay: float, t: int) -> None:
+    """AdamW's update without eight passes over arrays as long as the model."""
     one = w.dtype.type
-    rate, root = one(lr / (1 - b1**t)), one((1 - b2**t)**-0.5)
+    rate = one(lr / (1 - b1**t))
+    root = one((1 - b2**t)**-0.5)
 
     def block(i: slice) -> None:
         a, d, p, q = w[i], g[i], m[i], v[i]

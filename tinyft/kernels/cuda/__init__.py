@@ -23,7 +23,7 @@ from .launch import COMPILERS
 
 
 def register(kind: type, module: ModuleType) -> None:
-    "Put the kernels in place for arrays of this type, CuPy's."
+    """Put the kernels in place for arrays of this type, CuPy's."""
     COMPILERS[kind] = module.RawKernel
     gemm.LIBRARIES[kind] = gemm.Cublas()
     dispatch.register(array.draw_uniform, kind, layers.uniform_like)
@@ -31,7 +31,7 @@ def register(kind: type, module: ModuleType) -> None:
 
 
 def put_in_place(kind: type) -> None:
-    "Let the drop-ins answer for arrays of this type."
+    """Let the drop-ins answer for arrays of this type."""
     for name in layers.NAMES:
         dispatch.register(OPS[name], kind, takes_16_bit(getattr(layers, name)))
     dispatch.register(cast_parameter, kind, casts.cast_parameter)

@@ -32,7 +32,7 @@ GRAPHS = 8                                                                      
 
 
 class Captured:
-    "A step that is replayed, from its third call with arguments of the same shapes.  otherwise: what does the work for more shapes than GRAPHS."
+    """A step that is replayed, from its third call with arguments of the same shapes.  otherwise: what does the work for more shapes than GRAPHS."""
 
     def __init__(self, step: Callable, otherwise: Callable | None = None):
         self.step, self.otherwise, self.graphs = step, otherwise, {}
@@ -61,7 +61,7 @@ class Captured:
 
 
 class Number:
-    "A float that was given to the step: `now` at this call.  It has no arithmetic, whose result would be of one call only."
+    """A float that was given to the step: `now` at this call.  It has no arithmetic, whose result would be of one call only."""
     def __init__(self, now: float):
         self.now = now
 
@@ -70,14 +70,14 @@ class Number:
 
 
 class Keys:
-    "A generator that was given to the step: draws what it would, and puts it on the device."
+    """A generator that was given to the step: draws what it would, and puts it on the device."""
 
     def __init__(self, recording: Recording):
         self.recording, self.rng, self.n, self.most = recording, None, 0, 0
         self.drawn = cupy.zeros(4096, np.uint64)
 
     def begin(self, rng: np.random.Generator) -> None:
-        "A call of the step: to be noted, or not."
+        """A call of the step: to be noted, or not."""
         self.rng, self.n = rng, 0
 
     def integers(self, high: int) -> Array:
@@ -91,13 +91,13 @@ class Keys:
         return key
 
     def send(self) -> None:
-        "The keys of a replay."
+        """The keys of a replay."""
         if self.most:
             self.drawn[:self.most].set(np.array([self.rng.integers(2**63) for _ in range(self.most)], np.uint64))
 
 
 class Recording:
-    "One graph, or the calls on the way to it.  array.recording, while the step runs under it."
+    """One graph, or the calls on the way to it.  array.recording, while the step runs under it."""
 
     def __init__(self, step: Callable, stream: Any):
         self.step, self.stream, self.pool, self.calls, self.graph = step, stream, cupy.cuda.MemoryPool(), 0, None
@@ -105,7 +105,7 @@ class Recording:
 
     # ── what the library tells it ──
     def note(self, what: str, numbers: tuple) -> None:
-        "A kernel, and what it was given by the host."
+        """A kernel, and what it was given by the host."""
         self.notes.append((what, numbers))
 
     def feed(self, f: Callable[[], np.ndarray], shape: tuple) -> Array:
@@ -121,7 +121,7 @@ class Recording:
         return a
 
     def now(self, number: Any) -> Callable[[], float]:
-        "What a number is at each call: of a plain one, the same."
+        """What a number is at each call: of a plain one, the same."""
         if isinstance(number, Number):
             return lambda: number.now
         self.note("optimizer.step", (number,))
@@ -152,7 +152,7 @@ class Recording:
             return mapped(out, lambda a: Tensor(a.data.copy()) if isinstance(a, Tensor) else a.copy() if array.is_array(a) else a)
 
     def place(self, a: Any) -> Any:
-        "What the step is given for an argument, at every call."
+        """What the step is given for an argument, at every call."""
         if isinstance(a, np.random.Generator):
             return Keys(self)
         if isinstance(a, (np.ndarray, cupy.ndarray)):
@@ -161,7 +161,7 @@ class Recording:
 
     @staticmethod
     def put(there: Any, a: Any) -> Any:
-        "This call's argument, where the step looks for it."
+        """This call's argument, where the step looks for it."""
         if isinstance(there, Keys):
             there.begin(a)
         elif isinstance(there, Number):
@@ -173,7 +173,7 @@ class Recording:
         return there
 
     def run(self) -> Any:
-        "The step, watched."
+        """The step, watched."""
         self.before, self.notes, self.optimizers, self.fed, array.recording = self.notes, [], [], 0, self
         casts.forget()                                                           # parameters are cast within the step, at each replay
         try:
@@ -187,7 +187,7 @@ class Recording:
         return out
 
     def record(self) -> Any:
-        "The step once more, noted and not done.  Nothing has happened if it is refused."
+        """The step once more, noted and not done.  Nothing has happened if it is refused."""
         groups = [g for o, *_ in self.optimizers for g in o.groups]
         self.stream.synchronize()
         self.noting = True
@@ -211,11 +211,11 @@ class Recording:
         return out
 
     def watch(self, opt: Optimizer) -> None:
-        "An optimiser of this step, with what it updates."
+        """An optimiser of this step, with what it updates."""
         self.optimizers.append((opt, opt.groups, [g.w for g in opt.groups]))
 
     def outdated(self) -> bool:
-        "Whether what the graph updates is no longer what its optimisers would: one was started again, or has followed its tensors elsewhere."
+        """Whether what the graph updates is no longer what its optimisers would: one was started again, or has followed its tensors elsewhere."""
         for o, *_ in self.optimizers:
             o.reclaim_tensors()
         return any(o.groups is not groups or any(g.w is not w for g, w in zip(groups, values)) for o, groups, values in self.optimizers)
@@ -223,7 +223,7 @@ class Recording:
 
 # ── arguments and results: tuples, lists and dicts of things ─────────────────────────────────────────────────────────
 def mapped(tree: Any, f: Callable, *others: Any) -> Any:
-    "f of every leaf (and of the leaves of others of the same form)."
+    """f of every leaf (and of the leaves of others of the same form)."""
     if isinstance(tree, (tuple, list)):
         return type(tree)(mapped(a, f, *(o[i] for o in others)) for i, a in enumerate(tree))
     if isinstance(tree, dict):
@@ -238,7 +238,7 @@ def leaves(tree: Any) -> list:
 
 
 def _kind(a: Any) -> Any:
-    "What of an argument a graph is made for."
+    """What of an argument a graph is made for."""
     if isinstance(a, (np.ndarray, cupy.ndarray)):
         return a.dtype.str, a.shape
     return type(a).__name__ if isinstance(a, (float, np.random.Generator)) else a
@@ -257,7 +257,7 @@ def _difference(before: list, now: list) -> str:
 
 
 def _where(e: BaseException) -> str:
-    "What was refused, and at which line of the step."
+    """What was refused, and at which line of the step."""
     ours = (str(Path(array.__file__).parent), str(Path(cupy.__file__).parent))
     frames = [f for f in traceback.extract_tb(e.__traceback__) if f.filename.endswith(".py")]
     theirs = [f for f in frames if not f.filename.startswith(ours)] or frames
