@@ -1,7 +1,7 @@
-"""GPT and BERT, and the blocks they are made of, against the same mathematics in plain NumPy: head by head, query by query, in float64.
+"""GPT and BERT, and their blocks, against the same formulas in plain NumPy: head by head, query by query, in float64.
 
-Every weight is a generic number, gains, shifts and biases too, so that no term of a formula is silent.  The checks take what they
-check, so that wrong models (WRONG, WRONG_NOISE, WRONG_ROWS) can be shown to them as well.
+Every weight is a generic number, gains, shifts and biases too, so that every term of a formula shows in the result. The
+checks take the function that they check, so that wrong models (WRONG, WRONG_NOISE, WRONG_ROWS) can be given to them.
 """
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ from tinyft.models.blocks import KV, MLP, Attention, Classifier, PostNormBlock, 
 from tinyft.nn import Dropout, LayerNorm
 
 KINDS = ("gpt", "bert", "gpt-classes", "bert-classes", "bert-bare")
-V, P, S, C, L, H, F, K = 11, 9, 3, 12, 2, 3, 10, 4                               # vocabulary, positions, types, width, layers, heads, hidden, classes
+V, P, S = 11, 9, 3                                       # vocabulary, positions, token types
+C, L, H, F = 12, 2, 3, 10                                # width, layers, heads, feed-forward width
+K = 4                                                    # classes
 EPS = 0.1                                                                        # large, so that it is seen
 every = pytest.mark.parametrize("kind", KINDS)
 
@@ -47,7 +49,8 @@ def new(kind: str, seed: int = 0, **more: Any) -> Any:
     if kind.startswith("gpt"):
         model = GPT(GPTConfig(V, P, C, L, H, F, eps=EPS, **more), seed)
     else:
-        model = BERT(BERTConfig(V, P, S, C, L, H, F, eps=EPS, **more), seed, head=None if kind == "bert-bare" else "mlm")
+        head = None if kind == "bert-bare" else "mlm"
+        model = BERT(BERTConfig(V, P, S, C, L, H, F, eps=EPS, **more), seed, head=head)
     if kind.endswith("classes"):
         model.new_head(K, np.random.default_rng(seed + 1))
     return model
@@ -83,14 +86,19 @@ class Reference:
     """w: the weights by name;  drop: dropout's factors, in the order in which they act."""
 
     def __init__(self, kind: str, w: dict[str, np.ndarray], drop: Iterator = itertools.repeat(1.0)):
-        self.gpt, self.classes, self.bare, self.w, self.drop = kind.startswith("gpt"), kind.endswith("classes"), kind.endswith("bare"), w, drop
+        self.gpt = kind.startswith("gpt")
+        self.classes = kind.endswith("classes")
+        self.bare = kind.endswith("bare")
+        self.w = w
+        self.drop = drop
 
     def linear(self, at: str, x: np.ndarray) -> np.ndarray:
         return x @ self.w[f"{at}.weight"].T + self.w.get(f"{at}.bias", 0.0)
 
     def norm(self, at: str, x: np.ndarray) -> np.ndarray:
         centred = x - x.mean(-1, keepdims=True)
-        return self.w[f"{at}.weight"] * centred / np.sqrt((centred**2).mean(-1, keepdims=True) + EPS) + self.w[f"{at}.bias"]
+        deviation = np.sqrt((centred**2).mean(-1, keepdims=True) + EPS)
+        return self.w[f"{at}.weight"] * centred / deviation + self.w[f"{at}.bias"]
 
     def attend(self, at: str, x: np.ndarray, real: np.ndarray) -> np.ndarray:
         q, k, v = (self.linear(f"{at}.{n}", x) for n in "qkv")
@@ -105,9 +113,12 @@ class Reference:
         return self.linear(f"{at}.o", y) * next(self.drop)
 
     def mlp(self, at: str, x: np.ndarray) -> np.ndarray:
-        return self.linear(f"{at}.down", (gelu_tanh if self.gpt else gelu)(self.linear(f"{at}.up", x))) * next(self.drop)
+        activation = gelu_tanh if self.gpt else gelu
+        return self.linear(f"{at}.down", activation(self.linear(f"{at}.up", x))) * next(self.drop)
 
-    def __call__(self, ids: np.ndarray, types: np.ndarray | None = None, mask: np.ndarray | None = None) -> dict[str, Any]:
+    def __call__(
+        self, ids: np.ndarray, types: np.ndarray | None = None, mask: np.ndarray | None = None
+    ) -> dict[str, Any]:
         w, real = self.w, np.ones(ids.shape, bool) if mask is None else mask
         places = np.maximum(np.cumsum(real, 1) - 1, 0)
         x = w["embed.weight"][ids] + w["pos.weight"][places]
@@ -134,7 +145,9 @@ class Reference:
             return self.linear("head.out", np.stack([row[np.flatnonzero(r)[-1]] for row, r in zip(x, real)]))
         if self.classes:
             return self.linear("head.out", np.tanh(self.linear("pooler.dense", x[:, 0])) * next(self.drop))
-        return x @ E.T if self.gpt else self.norm("head.norm", gelu(self.linear("head.dense", x))) @ E.T + self.w["head.decoder.bias"]
+        if self.gpt:
+            return x @ E.T
+        return self.norm("head.norm", gelu(self.linear("head.dense", x))) @ E.T + self.w["head.decoder.bias"]
 
 
 def weights(model: Any) -> dict[str, np.ndarray]:
@@ -147,7 +160,9 @@ def near(got: Any, want: np.ndarray) -> None:
 
 
 def check_model(kind: str, wrong: Callable | None = None) -> None:
-    """Logits, scores, hidden states and output_hidden_states, with and without padding.  `wrong` is what spoils the model meanwhile."""
+    """Logits, class scores and all hidden states, with and without padding.
+
+    wrong: a context manager in which the model is wrong."""
     model, (ids, types) = generic(kind), batch()
     with wrong(model) if wrong else contextmanager(lambda: (yield))():
         for mask in (None, RIGHT, *([LEFT] if model.blocks[0].attn.causal or not kind.endswith("classes") else [])):
@@ -187,34 +202,68 @@ def _places_in_the_row(self: Any) -> Any:
     return dev(np.arange(self.ids.shape[1]))[None]
 
 
+def _same_keys_and_values(self: Any, kv: Any, ctx: Any) -> Any:
+    k, _, key_mask = kv
+    return k, k, key_mask
+
+
+def _last_column(self: Any, x: Any, ctx: Any) -> Any:
+    return x[:, -1]
+
+
+def _mean_of_the_row(self: Any, x: Any, ctx: Any) -> Any:
+    return x.mean(axis=1)
+
+
+def _identity(self: Any, x: Any, ctx: Any) -> Any:
+    return x
+
+
+def _no_mask(self: Any) -> None:
+    return None
+
+
+def _one_block_looks_both_ways(model: Any) -> Any:
+    return replaced(model.blocks[1].attn, "causal", f=False)
+
+
+def _one_block_looks_back(model: Any) -> Any:
+    return replaced(model.blocks[1].attn, "causal", f=True)
+
+
 WRONG = {
-    "Where the norm stands makes no difference.": ("bert", lambda m: replaced(PostNormBlock, "forward", PreNormBlock.forward)),
-    "Where it stands makes none in a GPT either.": ("gpt", lambda m: replaced(PreNormBlock, "forward", PostNormBlock.forward)),
+    "Where the norm stands makes no difference.":
+        ("bert", lambda m: replaced(PostNormBlock, "forward", PreNormBlock.forward)),
+    "Where it stands makes none in a GPT either.":
+        ("gpt", lambda m: replaced(PreNormBlock, "forward", PostNormBlock.forward)),
     "The sum goes on from what the norm gave.": ("gpt", lambda m: replaced(PreNormBlock, "forward", _other_norm)),
     "Heads take turns among the features.": ("bert", lambda m: replaced(blocks, "split_heads", _interleaved)),
     "GELU is GELU.": ("gpt", lambda m: replaced(m.blocks[1].mlp, "_activation", ops.gelu)),
     "GELU is GELU in BERT as well.": ("bert", lambda m: replaced(m.blocks[0].mlp, "_activation", ops.gelu_tanh)),
     "A position is a column, padded or not.": ("gpt", lambda m: replaced(Context, "positions", _places_in_the_row)),
-    "Padding is a token like any other.": ("bert", lambda m: replaced(Context, "key_mask", lambda self: None)),
+    "Padding is a token like any other.": ("bert", lambda m: replaced(Context, "key_mask", _no_mask)),
     "Token types are for pairs; leave them out.": ("bert", lambda m: replaced(Context, "begin", _without_types)),
     "ε is too small to matter.": ("gpt", lambda m: replaced(m.norm, "eps", 1e-5)),
-    "One block may look both ways.": ("gpt", lambda m: replaced(m.blocks[1].attn, "causal", False)),
-    "BERT reads from the left.": ("bert", lambda m: replaced(m.blocks[1].attn, "causal", True)),
-    "Keys and values are the same thing.": ("gpt", lambda m: replaced(KV, "forward", lambda self, kv, ctx: (kv[0], kv[0], kv[2]))),
-    "The class is read off the last column.": ("gpt-classes", lambda m: replaced(Classifier, "row", lambda self, x, ctx: x[:, -1])),
-    "The class is read off the mean.": ("bert-classes", lambda m: replaced(Classifier, "row", lambda self, x, ctx: x.mean(axis=1))),
-    "BERT's classifier needs no pooler.": ("bert-classes", lambda m: replaced(type(m.pooler), "forward", lambda self, x, ctx: x)),
+    "One block may look both ways.": ("gpt", _one_block_looks_both_ways),
+    "BERT reads from the left.": ("bert", _one_block_looks_back),
+    "Keys and values are the same thing.": ("gpt", lambda m: replaced(KV, "forward", _same_keys_and_values)),
+    "The class is read off the last column.": ("gpt-classes", lambda m: replaced(Classifier, "row", _last_column)),
+    "The class is read off the mean.": ("bert-classes", lambda m: replaced(Classifier, "row", _mean_of_the_row)),
+    "BERT's classifier needs no pooler.": ("bert-classes", lambda m: replaced(type(m.pooler), "forward", _identity)),
     "The tied head needs no bias of its own.": ("bert", lambda m: replaced(m.head.decoder, "bias", None)),
 }
 
 
 @pytest.mark.parametrize("belief", WRONG)
-@pytest.mark.usefixtures("definitions")                                          # a kernel would do what the wrong part does not
+@pytest.mark.usefixtures("definitions")                  # a kernel would do what the wrong part does not
 def test_a_wrong_model_is_caught(belief):
     kind, wrong = WRONG[belief]
     reference = Reference.__call__
-    kept = weights(generic(kind))
-    with replaced(Reference, "__call__", lambda self, *a: reference(Reference(kind, kept), *a)), pytest.raises(AssertionError):
+    right = weights(generic(kind))
+
+    def of_the_right_weights(self: Reference, *facts: Any) -> dict[str, Any]:
+        return reference(Reference(kind, right), *facts)
+    with replaced(Reference, "__call__", of_the_right_weights), pytest.raises(AssertionError):
         check_model(kind, wrong)
 
 
@@ -243,21 +292,22 @@ def test_dropout_acts_on_the_embeddings_the_probabilities_and_what_enters_the_re
         out = model(ids, token_type_ids=types, mask=RIGHT, rng=np.random.default_rng(0))
     in_block = [f"blocks.{i}.{n}" for i in range(L) for n in ("attn", "attn.drop", "mlp.drop")]
     assert where == ["drop", *in_block, *(["head.drop"] if kind.endswith("classes") else [])]
-    used = [f for f, n in zip(factors, where) if (kind, n) != ("gpt-classes", "head.drop")]      # GPT's classifier drops nothing
-    assert all((f == 0).any() and np.allclose(f[f != 0], 1 / 0.6) for f in used) and all((f == 1).all() for f in factors[len(used):])
+    used = [f for f, n in zip(factors, where) if (kind, n) != ("gpt-classes", "head.drop")]     # GPT's classifier: none
+    assert all((f == 0).any() and np.allclose(f[f != 0], 1 / 0.6) for f in used)
+    assert all((f == 1).all() for f in factors[len(used):])
     want = Reference(kind, weights(model), iter(used))(ids, types, RIGHT)["out"]
     near(*((host(out), want) if kind.endswith("classes") else (host(out)[RIGHT], want[RIGHT])))
 
 
 def check_noise(noise: Callable) -> None:
-    """Factors 0 and 1/(1 − p), zero with probability p, every one drawn for itself, of the shape and dtype of the probabilities."""
+    """Factors 0 and 1/(1 − p), 0 with probability p, drawn independently, of the probabilities' shape and dtype."""
     attn = Attention(C, H, rng=np.random.default_rng(0), causal=True, dropout=0.25)
     for dtype in (np.float32, np.float64):
         q, k = (Tensor(dev(np.zeros((5, H, t, 4)), dtype)) for t in (30, 40))
         f = host(noise(attn, q, k, 11))
         assert f.shape == (5, H, 30, 40) and f.dtype == dtype
         assert set(np.unique(f)) == {0, dtype(1) / dtype(0.75)}
-        for axes in ((1, 2, 3), (0, 2, 3), (0, 1, 3), (0, 1, 2)):                # every row, head, query and key loses its share
+        for axes in ((1, 2, 3), (0, 2, 3), (0, 1, 3), (0, 1, 2)):    # every row, head, query and key loses its share
             share, n = (f == 0).mean(axes), f.size / f.shape[({0, 1, 2, 3} - set(axes)).pop()]
             assert np.abs(share - 0.25).max() < 5 * math.sqrt(0.25 * 0.75 / n)
         for axis in range(4):
@@ -269,15 +319,39 @@ def uniform(q: Any, k: Any, key: int, *cut: Any) -> np.ndarray:
     return host(array.uniform_like(np.zeros((*q.shape[:-1], k.shape[-2]))[cut], key))
 
 
+def no_factor(attention, q, k, key):
+    return (uniform(q, k, key) >= 0.25).astype(q.dtype)
+
+
+def keeps_the_share_to_drop(attention, q, k, key):
+    return (uniform(q, k, key) < 0.25).astype(q.dtype) / q.dtype.type(0.75)
+
+
+def same_for_all_heads(attention, q, k, key):
+    kept = uniform(q, k, key, slice(None), slice(0, 1)) >= 0.25
+    return np.repeat(kept.astype(q.dtype), H, 1) / q.dtype.type(0.75)
+
+
+def whole_rows(attention, q, k, key):
+    kept = uniform(q, k, key, ..., slice(0, 1)) >= 0.25
+    return np.repeat(kept.astype(q.dtype), 40, 3) / q.dtype.type(0.75)
+
+
+def any_dtype(attention, q, k, key):
+    return (uniform(q, k, key) >= 0.25) / 0.75
+
+
+def one_key(attention, q, k, key):
+    return (uniform(q, k, 0) >= 0.25).astype(q.dtype) / q.dtype.type(0.75)
+
+
 WRONG_NOISE = {
-    "Dropout sets probabilities to zero. That is all.": lambda a, q, k, key: (uniform(q, k, key) >= 0.25).astype(q.dtype),
-    "p is what is kept.": lambda a, q, k, key: (uniform(q, k, key) < 0.25).astype(q.dtype) / q.dtype.type(0.75),
-    "A key is dropped for all heads at once.":
-        lambda a, q, k, key: np.repeat((uniform(q, k, key, slice(None), slice(0, 1)) >= 0.25).astype(q.dtype), H, 1) / q.dtype.type(0.75),
-    "A query's row is dropped whole.":
-        lambda a, q, k, key: np.repeat((uniform(q, k, key, ..., slice(0, 1)) >= 0.25).astype(q.dtype), 40, 3) / q.dtype.type(0.75),
-    "The dtype takes care of itself.": lambda a, q, k, key: (uniform(q, k, key) >= 0.25) / 0.75,
-    "Noise is noise, whatever the key.": lambda a, q, k, key: (uniform(q, k, 0) >= 0.25).astype(q.dtype) / q.dtype.type(0.75),
+    "Dropout sets probabilities to zero. That is all.": no_factor,
+    "p is the share that is kept.": keeps_the_share_to_drop,
+    "A key is dropped for all heads at once.": same_for_all_heads,
+    "A query's row is dropped whole.": whole_rows,
+    "The dtype takes care of itself.": any_dtype,
+    "Noise is noise, whatever the key.": one_key,
 }
 
 
@@ -295,17 +369,25 @@ def test_noise_keeps_what_lies_on_the_line(monkeypatch):
     """u >= p is kept, as in ops.dropout: u = p has probability 2^−24, but the two must be one."""
     monkeypatch.setattr(array, "uniform_like", lambda like, key: dev(np.full(like.shape, 0.25, np.float32)))
     q = Tensor(dev(np.zeros((1, H, 2, 4))))
-    assert (host(Attention(C, H, rng=np.random.default_rng(0), causal=True, dropout=0.25).dropout_mask(q, q, 0)) == 1 / 0.75).all()
+    attention = Attention(C, H, rng=np.random.default_rng(0), causal=True, dropout=0.25)
+    assert (host(attention.dropout_mask(q, q, 0)) == 1 / 0.75).all()
 
 
 # ── parts ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 def check_rows(row: Callable) -> None:
     x = Tensor(dev(np.arange(40.0).reshape(2, 5, 4)))
-    seen = lambda last, mask: (host(row(Classifier(4, 2, rng=np.random.default_rng(0), last=last), x, made(mask)))[:, 0] / 4).tolist()
-    made = lambda mask: Context(mask=None if mask is None else dev(np.array(mask, bool)))
-    for mask, last in ((None, [4, 9]), ([[1, 1, 1, 0, 0], [1, 0, 1, 1, 0]], [2, 8]), ([[0, 0, 1, 1, 1], [1, 0, 0, 0, 0]], [4, 5]),
-                       ([[1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 0, 1, 0]], [2, 8])):      # two rows of a soft prompt, gone from x
-        assert seen(True, mask) == last and seen(False, mask) == [0, 5]
+    def read(mask: Any, *, last: bool) -> list[float]:
+        classifier = Classifier(4, 2, rng=np.random.default_rng(0), last=last)
+        ctx = Context(mask=None if mask is None else dev(np.array(mask, bool)))
+        return (host(row(classifier, x, ctx))[:, 0] / 4).tolist()
+    cases = [
+        (None, [4, 9]),
+        ([[1, 1, 1, 0, 0], [1, 0, 1, 1, 0]], [2, 8]),
+        ([[0, 0, 1, 1, 1], [1, 0, 0, 0, 0]], [4, 5]),
+        ([[1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 0, 1, 0]], [2, 8]),        # two rows of a soft prompt, gone from x
+    ]
+    for mask, want in cases:
+        assert read(mask, last=True) == want and read(mask, last=False) == [0, 5]
 
 
 def at(x: Tensor, rows: Any) -> Tensor:
@@ -346,7 +428,8 @@ def test_gradients_reach_all_that_attention_is_made_of():
         p.copy_(rng.standard_normal(p.shape))
     x, ctx = Tensor(dev(rng.standard_normal((2, 5, C))), requires_grad=True), Context()
     attn(x, ctx).sum().backward()
-    assert all(p.grad is not None for p in (x, *attn.parameters())) and (attn.in_features, attn.out_features) == (C, C) == (attn.kv.heads * attn.kv.head_width, C)
+    assert all(p.grad is not None for p in (x, *attn.parameters()))
+    assert attn.in_features == attn.out_features == attn.kv.heads * attn.kv.head_width == C
 
 
 @pytest.mark.parametrize("mask", [None, LEFT], ids=["whole", "padded"])
@@ -371,7 +454,7 @@ def test_embeddings_may_stand_in_place_of_ids_and_the_head_where_it_is_wanted(ki
         at = np.array([0, 5, 13])
         near(model(ids, logit_positions=at), y.reshape(-1, V)[at])
     ctx = Context()
-    assert model(ids, ctx).shape == y.shape and ctx.hidden_states == []                 # no output_hidden_states unless asked for
+    assert model(ids, ctx).shape == y.shape and ctx.hidden_states == []          # none unless asked for
 
 
 @every
@@ -398,7 +481,7 @@ def deviations(model: Any, bound: dict[str, float]) -> None:
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_initial_values_have_the_deviations_of_the_paper(seed):
-    thin = 0.05 / math.sqrt(2 * 3)                                               # what writes into the residual stream, three layers deep
+    thin = 0.05 / math.sqrt(2 * 3)                       # maps that write into the residual stream, three layers
     gpt = GPT(GPTConfig(60, 50, WIDE, 3, 4, std=0.05), seed)
     same = dict(embed=0.02, pos=0.02, type=0.02, q=0.05, k=0.05, v=0.05, up=0.05)
     deviations(gpt, {**same, "o": thin, "down": thin})
@@ -410,8 +493,10 @@ def test_initial_values_have_the_deviations_of_the_paper(seed):
         model.new_head(30, np.random.default_rng(seed))
         deviations(model, {**same, "o": thin if model is gpt else 0.05, "down": thin if model is gpt else 0.05,
                            "head.out": WIDE**-0.5, "pooler.dense": WIDE**-0.5})
-        assert not model.embed.tied and (model.head.in_features, model.head.out_features) == (WIDE, 30) == (model.out_features, 30)
-    assert gpt.head_modules == ("head",) and bert.head_modules == ("head", "pooler") and gpt.head.out.bias is None is not bert.head.out.bias
+        assert not model.embed.tied and model.head.out_features == 30
+        assert model.head.in_features == model.out_features == WIDE
+    assert gpt.head_modules == ("head",) and bert.head_modules == ("head", "pooler")
+    assert gpt.head.out.bias is None and bert.head.out.bias is not None
 
 
 def test_a_pooler_that_was_trained_is_no_part_of_a_new_head():
@@ -423,12 +508,16 @@ def test_a_pooler_that_was_trained_is_no_part_of_a_new_head():
 
 def test_parts_have_the_defaults_they_say():
     rng = np.random.default_rng(0)
-    attn, mlp, head = Attention(WIDE, 4, rng=rng, causal=False), MLP(WIDE, 300, activation=ops.gelu, rng=rng), Classifier(WIDE, 50, rng=rng, last=False)
+    attn = Attention(WIDE, 4, rng=rng)
+    mlp = MLP(WIDE, 300, activation=ops.gelu, rng=rng)
+    head = Classifier(WIDE, 50, rng=rng, last=False)
     deviations(attn, dict.fromkeys("qkvo", 0.02))
     deviations(mlp, dict(up=0.02, down=0.02))
     deviations(head, dict(out=WIDE**-0.5))
-    for first in (Attention(C, H, rng=np.random.default_rng(5), causal=False).q, MLP(C, C, activation=ops.gelu, rng=np.random.default_rng(5)).up):
-        assert np.array_equal(host(first.weight), (np.random.default_rng(5).standard_normal((C, C)) * 0.02).astype(np.float32))
+    drawn = (np.random.default_rng(5).standard_normal((C, C)) * 0.02).astype(np.float32)
+    assert np.array_equal(host(Attention(C, H, rng=np.random.default_rng(5)).q.weight), drawn)
+    assert np.array_equal(host(MLP(C, C, activation=ops.gelu, rng=np.random.default_rng(5)).up.weight), drawn)
+    assert not attn.causal
     assert attn.drop.p == attn.drop_p.p == mlp.drop.p == head.drop.p == 0 and head.out.bias is not None
     deviations(Attention(WIDE, 4, rng=rng, causal=True, out_std=0.1), {**dict.fromkeys("qkv", 0.02), "o": 0.1})
     deviations(MLP(WIDE, 300, activation=ops.gelu, rng=rng, out_std=0.1), dict(up=0.02, down=0.1))
@@ -436,7 +525,8 @@ def test_parts_have_the_defaults_they_say():
         assert {m.eps for m in model.modules() if isinstance(m, LayerNorm)} == {eps}
         assert {m.p for m in model.modules() if isinstance(m, Dropout)} == {0.0}
         block = model.blocks[0]
-        assert block.in_features == block.out_features == block.mlp.in_features == block.mlp.out_features == C and model.config.width == model.out_features
+        assert block.in_features == block.out_features == block.mlp.in_features == block.mlp.out_features == C
+        assert model.config.width == model.out_features
 
 
 @every
@@ -444,9 +534,9 @@ def test_a_seed_is_the_same_numbers_and_another_seed_is_others(kind):
     one, two, other = (weights(new(kind, **s)) for s in ({}, {"seed": 0}, {"seed": 1}))
     assert all(np.array_equal(v, two[n]) for n, v in one.items())
     assert not any(np.array_equal(v, other[n]) for n, v in one.items() if v.ndim > 1)
-    made = {"gpt": lambda: GPT(GPTConfig(V, P, C, L, H, F)), "bert": lambda: BERT(BERTConfig(V, P, S, C, L, H, F))}.get(kind)
-    if made:                                                                     # without a seed: seed 0; BERT without a head named: its own
-        assert all(np.array_equal(v, one[n]) for n, v in weights(made()).items())
+    defaults = {"gpt": lambda: GPT(GPTConfig(V, P, C, L, H, F)), "bert": lambda: BERT(BERTConfig(V, P, S, C, L, H, F))}
+    if kind in defaults:                                 # the default is seed 0, and BERT's own head
+        assert all(np.array_equal(v, one[n]) for n, v in weights(defaults[kind]()).items())
     a, b = (host(m.attn.q.weight) for m in new(kind).blocks)
     assert not np.array_equal(a, b)
 
@@ -455,7 +545,8 @@ def test_a_seed_is_the_same_numbers_and_another_seed_is_others(kind):
 @pytest.mark.parametrize("kind", ["gpt", "bert"])
 @pytest.mark.parametrize("ids, error, words", [
     ([[1.0, 2.0]], TypeError, "token ids are integers; got float64"), (np.array([[True]]), TypeError, "got bool"),
-    ([[1, V]], IndexError, f"token id {V} is outside the vocabulary of {V}"), (np.array([[-1, V]]), IndexError, "token id -1 is outside"),
+    ([[1, V]], IndexError, f"token id {V} is outside the vocabulary of {V}"),
+    (np.array([[-1, V]]), IndexError, "token id -1 is outside"),
     (np.zeros((1, P + 1), int), ValueError, rf"a sequence of {P + 1} tokens is longer than the model's {P} positions"),
     (np.zeros(3, int), ValueError, r"\(B, T\)")])
 def test_bad_ids_get_one_clear_sentence(kind, ids, error, words):
@@ -475,7 +566,8 @@ def test_what_is_just_allowed_is_allowed_and_the_rest_says_why_not():
         Attention(12, 5, rng=np.random.default_rng(0), causal=True)
     with pytest.raises(ValueError, match="BERT looks both ways"):
         new("bert")(np.array(full), cache=Cache())
-    assert blocks.check_ids([], V) is None and blocks.check_ids(dev([[V + 5]]) if array.backend() != "numpy" else None, V) is None
+    on_device = dev([[V + 5]]) if array.backend() != "numpy" else None   # not read: that would wait for the device
+    assert blocks.check_ids([], V) is None and blocks.check_ids(on_device, V) is None
 
 
 @pytest.mark.skipif(array.backend() != "numpy", reason="the others have a kernel, or none")

@@ -56,7 +56,6 @@ tests/test_doctor.py: columns
 tests/test_kernels.py: columns assigned_lambda
 tests/test_learn.py: columns assigned_lambda positional_boolean
 tests/test_lessons.py: columns nested_comprehension
-tests/test_models.py: columns assigned_lambda nested_lambda positional_boolean
 tests/test_ops.py: columns assigned_lambda nested_comprehension
 tests/test_optim.py: nested_comprehension
 tests/test_precision.py: columns assigned_lambda nested_lambda positional_boolean
