@@ -18,14 +18,17 @@ from tinyft.kernels.cuda import cpu_kernel
 from tinyft.kernels.cuda.cpu_kernel import CpuKernel, KernelError
 
 pytestmark = [pytest.mark.skipif(array.backend() != "numpy", reason="CpuKernel works on NumPy arrays"),
-              pytest.mark.skipif(not any(shutil.which(c) for c in ("g++", "c++", "clang++")), reason="no C++ compiler: install g++")]
+              pytest.mark.skipif(not any(shutil.which(c) for c in ("g++", "c++", "clang++")),
+                                 reason="no C++ compiler: install g++")]
 F, I = np.float32, np.int32
 
 
-def run(body: str, *args: Any, grid: tuple = (1,), block: tuple = (64,), parameters: str = "float* x, float* y", before: str = "",
+def run(body: str, *args: Any, grid: tuple = (1,), block: tuple = (64,), parameters: str = "float* x, float* y",
+        before: str = "",
         options: tuple = (), shared_mem: int = 0) -> None:
     """One kernel of these parameters with this body."""
-    CpuKernel(f'{before}\nextern "C" __global__ void k({parameters}) {{\n{body}\n}}', "k", options)(grid, block, args, shared_mem=shared_mem)
+    CpuKernel(f'{before}\nextern "C" __global__ void k({parameters}) {{\n{body}\n}}', "k",
+              options)(grid, block, args, shared_mem=shared_mem)
 
 
 TOTAL = """__shared__ float part[32];
@@ -34,12 +37,17 @@ for (int i = threadIdx.x; i < n; i += blockDim.x) s += x[i];
 for (int o = 16; o; o >>= 1) s += __shfl_xor_sync(0xffffffffu, s, o);
 if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = s;
 __syncthreads();
-if (threadIdx.x == 0) { float sum = 0; for (int w = 0; w < blockDim.x / 32; w++) sum += part[w]; y[blockIdx.x] = sum; }"""
+if (threadIdx.x == 0) {
+  float sum = 0;
+  for (int w = 0; w < blockDim.x / 32; w++) sum += part[w];
+  y[blockIdx.x] = sum;
+}"""
 
 
 def total(body: str = TOTAL, n: int = 1000, options: tuple = (), grid: int = 3) -> np.ndarray:
     y = np.full(grid, np.nan, F)
-    run(body, np.arange(1000, dtype=F), y, I(n), grid=(grid,), block=(256,), parameters="const float* x, float* y, int n", options=options)
+    run(body, np.arange(1000, dtype=F), y, I(n), grid=(grid,), block=(256,),
+        parameters="const float* x, float* y, int n", options=options)
     return y
 
 
@@ -81,7 +89,8 @@ def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch, tmp_path):
 def test_an_error_in_the_source_is_told_with_its_line():
     with pytest.raises(KernelError, match=r"kernel.cu:3:.*flot"):
         run("flot a = 0;", np.zeros(1, F), np.zeros(1, F))
-    for source in ("__global__ void k(float* x) {}", 'extern "C" __global__ void other(float* x) {}', '// extern "C" __global__ void k(float* x) {}',
+    for source in ("__global__ void k(float* x) {}", 'extern "C" __global__ void other(float* x) {}',
+                   '// extern "C" __global__ void k(float* x) {}',
                    'extern "C" template <class A> __global__ void k(A* x) {}'):
         with pytest.raises(KernelError, match=r'no extern "C" __global__ void k\('):
             CpuKernel(source, "k")
@@ -91,10 +100,12 @@ def test_an_error_in_the_source_is_told_with_its_line():
 
 # ── what goes wrong ──────────────────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("right, wrong, said", [
-    ("__syncthreads();", "if (threadIdx.x < 40) __syncthreads();", "thread 0 waits at the barrier in line 8 for threads that never come"),
+    ("__syncthreads();", "if (threadIdx.x < 40) __syncthreads();",
+     "thread 0 waits at the barrier in line 8 for threads that never come"),
     ("__syncthreads();", "if (threadIdx.x < 40) __syncthreads();\nelse __syncthreads();",
      "thread 0 waits at the barrier in line 8, thread 40 at .* in line 9"),
-    ("s += __shfl", "if (threadIdx.x != 3) s += __shfl", "thread 0 waits at the warp intrinsic in line 6, thread 3 at the barrier in line 8"),
+    ("s += __shfl", "if (threadIdx.x != 3) s += __shfl",
+     "thread 0 waits at the warp intrinsic in line 6, thread 3 at the barrier in line 8"),
     ("float s = 0;", "float s = 0; if (threadIdx.x >= n - 900) return;", "never come"),
     ("0xffffffffu", "0x0000fffeu", "a mask that leaves it out"),
     ("y[blockIdx.x] =", "y[blockIdx.x + 1] =", r"argument 1, float32 of shape \(3,\), and wrote past the end"),
@@ -159,7 +170,8 @@ def test_arguments_that_a_device_would_misread_are_refused(args, said):
 
 def test_what_cannot_be_launched_is_refused():
     x = np.zeros(4, F)
-    for grid, block, shared, said in (((1,), (1025,), 0, "1 to 1024 threads"), ((1,), (1, 1, 65), 0, "1 to 1024 threads"),
+    for grid, block, shared, said in (((1,), (1025,), 0, "1 to 1024 threads"),
+                                      ((1,), (1, 1, 65), 0, "1 to 1024 threads"),
                                       ((0,), (1,), 0, "at least one block"), ((1, 65536), (1,), 0, "at most 65535"),
                                       ((1,), (1,), 50000, "49152 unless it asks")):
         with pytest.raises(KernelError, match=said):
@@ -188,10 +200,13 @@ def test_warp_intrinsics_mean_what_they_mean_on_a_device():
     t = np.arange(64)
     l, warp = t % 32, t // 32 * 32
     for expression, want in [
-            ("__shfl_sync(~0u, t, 5)", warp + 5), ("__shfl_sync(~0u, t, l + 1)", warp + (l + 1) % 32), ("__shfl_sync(~0u, t, 3, 8)", t // 8 * 8 + 3),
+            ("__shfl_sync(~0u, t, 5)", warp + 5), ("__shfl_sync(~0u, t, l + 1)", warp + (l + 1) % 32),
+            ("__shfl_sync(~0u, t, 3, 8)", t // 8 * 8 + 3),
             ("__shfl_xor_sync(~0u, t, 6)", warp + (l ^ 6)), ("__shfl_down_sync(~0u, t, 3)", np.where(l < 29, t + 3, t)),
-            ("__shfl_up_sync(~0u, t, 3)", np.where(l >= 3, t - 3, t)), ("__shfl_down_sync(~0u, t, 3, 8)", np.where(l % 8 < 5, t + 3, t)),
-            ("__popc(__ballot_sync(~0u, t % 3 == 0))", np.where(t < 32, 11, 11)), ("__any_sync(~0u, t == 40)", (t >= 32)),
+            ("__shfl_up_sync(~0u, t, 3)", np.where(l >= 3, t - 3, t)),
+            ("__shfl_down_sync(~0u, t, 3, 8)", np.where(l % 8 < 5, t + 3, t)),
+            ("__popc(__ballot_sync(~0u, t % 3 == 0))", np.where(t < 32, 11, 11)),
+            ("__any_sync(~0u, t == 40)", (t >= 32)),
             ("__all_sync(~0u, t != 40)", (t < 32)), ("__ffs(__ballot_sync(~0u, l > 4))", 6), ("__clz(1 << l)", 31 - l),
             # each half its own mask
             ("l < 16 ? __shfl_sync(0xffffu, t, 2) : __shfl_sync(0xffff0000u, t, 20)", warp + np.where(l < 16, 2, 20)),
@@ -205,25 +220,31 @@ def test_warp_intrinsics_mean_what_they_mean_on_a_device():
 
 def test_a_lane_that_returned_is_not_waited_for_and_gives_nothing():
     y = np.zeros(32, I)
-    run("int t = threadIdx.x; if (t >= 16) return; y[t] = __shfl_xor_sync(~0u, t, 16);", y, block=(32,), parameters="int* y")
+    run("int t = threadIdx.x; if (t >= 16) return; y[t] = __shfl_xor_sync(~0u, t, 16);", y, block=(32,),
+        parameters="int* y")
     assert (y[:16] == 0x7f7f7f7f).all() and not y[16:].any()
 
 
 def test_blocks_threads_and_vectors_have_their_axes():
     y = np.zeros((2, 3, 2, 5, 4), I)
-    body = """int at = (((blockIdx.y * gridDim.x + blockIdx.x) * blockDim.z + threadIdx.z) * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
+    body = """int block = blockIdx.y * gridDim.x + blockIdx.x;
+              int at = ((block * blockDim.z + threadIdx.z) * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
               atomicAdd(&y[at], 10 * at + 1);"""
     run(body, y, grid=(3, 2), block=(4, 5, 2), parameters="int* y")
     assert np.array_equal(y.reshape(-1), 10 * np.arange(240) + 1)
     x = np.arange(16, dtype=F)
-    run("float4 a = ((float4*)x)[threadIdx.x]; ((float4*)x)[threadIdx.x] = make_float4(a.w, a.z, a.y, a.x);", x, block=(4,), parameters="float* x")
+    run("float4 a = ((float4*)x)[threadIdx.x]; ((float4*)x)[threadIdx.x] = make_float4(a.w, a.z, a.y, a.x);", x,
+        block=(4,), parameters="float* x")
     assert np.array_equal(x.reshape(4, 4), np.arange(16).reshape(4, 4)[:, ::-1])
 
 
 def test_atomics_give_back_what_was_there():
     y, f = np.array([0, 5, 5, -1, 0, 0], I), np.zeros(1, F)
-    run("""atomicAdd(&y[0], 1); atomicMax(&y[1], (int)threadIdx.x); atomicMin(&y[2], (int)threadIdx.x); atomicAnd(&y[3], ~(int)threadIdx.x);
-           if (atomicCAS(&y[4], 0, 9) == 0) atomicExch(&y[5], 3); atomicAdd(f, 0.5f);""", y, f, parameters="int* y, float* f")
+    body = """int t = threadIdx.x;
+              atomicAdd(&y[0], 1); atomicMax(&y[1], t); atomicMin(&y[2], t); atomicAnd(&y[3], ~t);
+              if (atomicCAS(&y[4], 0, 9) == 0) atomicExch(&y[5], 3);
+              atomicAdd(f, 0.5f);"""
+    run(body, y, f, parameters="int* y, float* f")
     assert y.tolist() == [64, 63, 0, ~63, 9, 3] and f == 32
 
 
@@ -235,14 +256,17 @@ def test_half_precision_is_that_of_numpy():
     for name, dtype in (("__half", np.dtype(np.float16)), ("__nv_bfloat16", bfloat16)):
         h, wide, narrow = every.view(dtype), np.zeros(65536, F), np.zeros(len(floats), dtype)
         body = f"int i = blockIdx.x * blockDim.x + threadIdx.x; if (i < n) y[i] = ({'{}'})x[i];"
-        run(body.format("float"), h, wide, I(65536), grid=(512,), block=(128,), parameters=f"const {name}* x, float* y, int n")
-        run(body.format(name), floats, narrow, I(len(floats)), grid=(2048,), block=(128,), parameters=f"const float* x, {name}* y, int n")
+        run(body.format("float"), h, wide, I(65536), grid=(512,), block=(128,),
+            parameters=f"const {name}* x, float* y, int n")
+        run(body.format(name), floats, narrow, I(len(floats)), grid=(2048,), block=(128,),
+            parameters=f"const float* x, {name}* y, int n")
         with np.errstate(all="ignore"):
             assert np.array_equal(wide, h.astype(F), equal_nan=True)
             assert np.array_equal(narrow.astype(F), floats.astype(dtype).astype(F), equal_nan=True)
             assert np.array_equal(np.signbit(narrow), np.signbit(floats.astype(dtype)))
             sums = np.zeros(65536, dtype)
-            run("int i = blockIdx.x * blockDim.x + threadIdx.x; y[i] = x[i] + x[i] * x[65535 - i];", h, sums, grid=(512,), block=(128,),
+            run("int i = blockIdx.x * blockDim.x + threadIdx.x; y[i] = x[i] + x[i] * x[65535 - i];", h, sums,
+                grid=(512,), block=(128,),
                 parameters=f"const {name}* x, {name}* y")
             assert np.array_equal(sums.astype(F), (h + h * h[::-1]).astype(F), equal_nan=True)
 
@@ -258,6 +282,8 @@ def test_fortran_order_scalars_and_arrays_without_axes_arrive():
 
 def test_the_library_alone_does_not_open_it():
     env = {**os.environ, "PYTHONPATH": str(Path(tinyft.__file__).parents[1])}
-    out = subprocess.run([sys.executable, "-c", "import tinyft, sys; print([m for m in sys.modules if 'tinyft' in m and 'cuda' in m])"], env=env,
+    out = subprocess.run([sys.executable, "-c",
+                          "import tinyft, sys; print([m for m in sys.modules if 'tinyft' in m and 'cuda' in m])"],
+                         env=env,
                          capture_output=True, text=True)
     assert out.stdout.strip() == "[]", out.stdout + out.stderr

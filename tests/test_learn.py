@@ -41,7 +41,8 @@ def learner(tmp_path, monkeypatch, capsys):
         def run(self, *words: str) -> str:
             self.status = cli.main(list(words))
             self.out, self.err = capsys.readouterr()
-            assert "Traceback" not in self.out + self.err and "site-packages" not in self.out + self.err
+            assert "Traceback" not in self.out + self.err
+            assert "site-packages" not in self.out + self.err
             return self.out + self.err
 
         def __call__(self, name: str, text: str, *words: str) -> str:
@@ -74,9 +75,11 @@ def test_the_selftest_can_fail():
     try:
         assert any("not caught" in s or "subtle" in s for s in selftest.examine(e, seeds=1)), "a law is missing"
         e.laws.append(law)
-        e.wrong_answers = [type(kept[0])(kept[0].belief, kept[0].function, "something else", True)]
+        e.wrong_answers = [type(kept[0])(kept[0].belief, kept[0].function, "something else", subtle=True)]
         found = "\n".join(selftest.examine(e, seeds=1))
-        assert "three wrong answers" in found and "does not say" in found and "no subtle error" in found
+        assert "three wrong answers" in found
+        assert "does not say" in found
+        assert "no subtle error" in found
     finally:
         e.wrong_answers[:], e.laws = kept, e.laws if law in e.laws else [*e.laws, law]
 
@@ -84,19 +87,30 @@ def test_the_selftest_can_fail():
 def test_the_skeleton_of_a_kernel_is_its_comment_and_signature():
     e = find("sum_rows")
     text, kernel = e.skeleton(), e.source()
-    assert text.startswith("// gpu.sum_rows: 23 The GPU") and kernel.split("{")[0] in text and "__syncthreads" not in text + e.statement()[1]
-    assert text.rstrip().endswith("// yours to write, in about 10 lines\n}") and kernel.endswith("parts[(size_t)blockIdx.y * n + column] = sum;\n}")
-    assert "add_bias" not in text + kernel and (Path(tinyft.__file__).parents[1] / e.file).name == "bias.cu"
+    assert text.startswith("// gpu.sum_rows: 23 The GPU")
+    assert kernel.split("{")[0] in text
+    assert "__syncthreads" not in text + e.statement()[1]
+    assert text.rstrip().endswith("// yours to write, in about 10 lines\n}")
+    assert kernel.endswith("parts[(size_t)blockIdx.y * n + column] = sum;\n}")
+    assert "add_bias" not in text + kernel
+    assert (Path(tinyft.__file__).parents[1] / e.file).name == "bias.cu"
     with pytest.raises(ValueError, match="0 times in sum_rows, not once"):
         e.instead("A belief that has drifted.", "__syncwarp();", "", "nothing")
 
 
 def test_the_skeleton_has_signature_and_docstring_but_no_body():
     text = find("autograd.layer_norm").skeleton()
-    assert "@op(" in text and "def layer_norm(x, w, b, eps=1e-5):" in text and "x̂ = (x − μ)/σ" in text and "centred" not in text
-    assert "from tinyft.tensor import op" in text and "from tinyft.array import xp" in text and "raise NotImplementedError" in text
-    assert "_softmax" not in find("softmax").skeleton() and "def _softmax" in find("softmax").source()
-    assert "def backward(self" in find("backward").skeleton() and "_state" not in find("backward").imports()
+    assert "@op(" in text
+    assert "def layer_norm(x, w, b, eps=1e-5):" in text
+    assert "x̂ = (x − μ)/σ" in text
+    assert "centred" not in text
+    assert "from tinyft.tensor import op" in text
+    assert "from tinyft.array import xp" in text
+    assert "raise NotImplementedError" in text
+    assert "_softmax" not in find("softmax").skeleton()
+    assert "def _softmax" in find("softmax").source()
+    assert "def backward(self" in find("backward").skeleton()
+    assert "_state" not in find("backward").imports()
 
 
 # ── bad input: one friendly message each ─────────────────────────────────────────────────────────────────────────────
@@ -114,7 +128,8 @@ def test_the_skeleton_has_signature_and_docstring_but_no_body():
     ("def sum_to(g, shape):\n    pass\n", ["should be an array of shape (1, 1)", "is a `return` missing?"]),
     ("def sum_to(g, shape):\n    return g.tolist()\n", ["should be an array", "a list, [[0.0]]"]),
     ("def sum_to(g, shape):\n    return 3\n", ["should be an array", "an int, 3"]),
-    ("def sum_to(g, shape):\n    return shape.sum()\n", ["AttributeError", "autograd.sum_to.py:3   return shape.sum()"]),
+    ("def sum_to(g, shape):\n    return shape.sum()\n",
+     ["AttributeError", "autograd.sum_to.py:3   return shape.sum()"]),
     ("def sum_to(g, shape):\n    exit()\n", ["SystemExit"]),
     ("def sum_to(g, shape):\n    raise KeyboardInterrupt\n", ["ended with KeyboardInterrupt", "sum_to.py:3"]),
     ("def sum_to(g, shape):\n    return g.astype(object)\n", ["an array of dtype object"]),
@@ -126,9 +141,11 @@ def test_the_skeleton_has_signature_and_docstring_but_no_body():
     ("from tinyft.tensor import sum_to\n", ["the library's own sum_to"]),
     ("import tinyft.tensor as t\ndef sum_to(g, shape):\n    return t.sum_to(g, shape)\n",
      ["which is the answer", "sum_to.py:4   return t.sum_to(g, shape)"]),
-    ("from tinyft.tensor import sum_to as f\ndef sum_to(g, shape):\n    try:\n        return f(g, shape)\n    except Exception:\n        return g\n",
+    ("from tinyft.tensor import sum_to as f\n"
+     "def sum_to(g, shape):\n    try:\n        return f(g, shape)\n    except Exception:\n        return g\n",
      ["which is the answer"]),
-    ("def sum_to(g, shape):\n    print('x' * 10**6)\n    return g.sum()\n", ["Your function printed", "996,001 more characters"]),
+    ("def sum_to(g, shape):\n    print('x' * 10**6)\n    return g.sum()\n",
+     ["Your function printed", "996,001 more characters"]),
     ("def sum_to(g, shape):\n    print('seen', g.shape)\n    return -g\n", ["the sign turned round", "seen (1, 1)"]),
     ("def sum_to(g, shape):\n    return 1 / (0 * g)\n", ["nan or inf", "RuntimeWarning: divide by zero"]),
     ("def sum_to(g, shape):\n    raise NotImplementedError\n", ["not written yet"])])
@@ -140,14 +157,19 @@ def test_bad_input_gets_one_friendly_message(learner, text, said):
     assert len(out.splitlines()) < 30
 
 
-@pytest.mark.parametrize("text", ["while True:\n    pass\n", "def sum_to(g, shape):\n    while True:\n        try:\n            g = g + 0\n"
+@pytest.mark.parametrize("text",
+                         ["while True:\n    pass\n",
+                          "def sum_to(g, shape):\n    while True:\n        try:\n            g = g + 0\n"
                                   "        except Exception:\n            pass\n"])
 def test_an_endless_loop_is_cut_off(learner, text, monkeypatch):
     monkeypatch.setattr(checker, "ONE_CALL", 0.3)
     monkeypatch.setattr(isolated, "SILENCE", 2.0)  # Python 3.10 looks at no signal before a `try`
     begun = time.monotonic()
     out = learner("sum_to", text)
-    assert "an endless loop?" in out and "autograd.sum_to.py:" in out and learner.status == 1 and time.monotonic() - begun < 5
+    assert "an endless loop?" in out
+    assert "autograd.sum_to.py:" in out
+    assert learner.status == 1
+    assert time.monotonic() - begun < 5
 
 
 def test_a_slow_moment_does_not_take_back_what_was_found(monkeypatch):
@@ -164,16 +186,19 @@ def test_a_slow_moment_does_not_take_back_what_was_found(monkeypatch):
 def test_what_cannot_be_interrupted_is_killed(learner, monkeypatch):
     monkeypatch.setattr(checker, "ONE_CALL", 0.2)
     monkeypatch.setattr(isolated, "SILENCE", 1.0)
-    out = learner("sum_to", "import time\ndef sum_to(g, shape):\n    while True:\n        try:\n            while True: time.sleep(0.01)\n"
-                  "        except BaseException: pass\n")
-    assert "nothing came back for 1 seconds" in out and "sum_to.py:6   while True" in out and learner.status == 1
+    out = learner("sum_to", "import time\ndef sum_to(g, shape):\n    while True:\n        try:\n"
+                  "            while True: time.sleep(0.01)\n        except BaseException: pass\n")
+    assert "nothing came back for 1 seconds" in out
+    assert "sum_to.py:6   while True" in out
+    assert learner.status == 1
 
 
 @pytest.mark.parametrize("text, said", [
     ("def softmax(x):\n    return x\n", ["gives back two things, its value and a tuple of pullbacks"]),
     ("def softmax(x):\n    return x, (x,)\n", ["a tuple of functions"]),
     ("def softmax(x):\n    return x.tolist(), (lambda g: g,)\n", ["the value of softmax should be an array"]),
-    ("from tinyft.tensor import op\n@op('... n -> ... n')\ndef softmax(x):\n    return np.exp(x) / np.exp(x).sum(), (lambda g: g,)\n",
+    ("from tinyft.tensor import op\n@op('... n -> ... n')\ndef softmax(x):\n"
+     "    return np.exp(x) / np.exp(x).sum(), (lambda g: g,)\n",
      ["wrong axis"]),
     ("from tinyft import ops\ndef softmax(x):\n    return ops.softmax.definition(x)\n", ["which is the answer"]),
     ("from tinyft import ops\ndef softmax(x):\n    return ops._softmax(x), (lambda g: g,)\n", ["which is the answer"])])
@@ -196,7 +221,8 @@ STEP = "for (long long i = blockIdx.x * blockDim.x + threadIdx.x; i < size; i +=
     ("__global__ void add_bias(float* y) { y[0] = 1; }", ['holds no extern "C" __global__ void add_bias']),
     (BIAS % "y[0] += b[0];", ["yours    = [[64.]]", "b = [1.]"]),
     (BIAS % (STEP % "y[i] += b[i / n];"), ["The smallest input that fails", "memory that nobody wrote"]),
-    (BIAS % "for (int i = 0; i < size; i++) y[i] = threadIdx.x;", ["depends on the order of the threads: at [0, 0] it is 63, and 0 when"]),
+    (BIAS % "for (int i = 0; i < size; i++) y[i] = threadIdx.x;",
+     ["depends on the order of the threads: at [0, 0] it is 63, and 0 when"]),
     (BIAS % "y[threadIdx.x] += 1;", ["and wrote past the end of it"]),
     (BIAS % "if (threadIdx.x < 3) __syncthreads();", ["deadlock in block (0, 0, 0)"])])
 def test_a_kernel_of_the_learners(learner, text, said):
@@ -209,19 +235,27 @@ def test_a_kernel_of_the_learners(learner, text, said):
 @pytest.mark.skipif(bool(find("add_bias").missing), reason="no C++ compiler: install g++")
 def test_a_kernel_in_a_notebook_and_the_commands(learner, capsys):
     assert tinyft.check("add_bias", find("add_bias").source()) is True
-    assert tinyft.check("add_bias", print) is False and "is written in CUDA C" in capsys.readouterr().out
-    assert "work/gpu.add_bias.cu" in learner.run("start", "add_bias") and "not written yet" in learner.run("check")
-    assert "// tinyft/kernels/cuda/bias.cu" in learner.run("solution") and "+    y[i] = (T)(" in learner.run("diff")
-    assert "several blocks share the numbers" in learner.run("read", "add_bias") and "no Python" in learner.run("debug")
+    assert tinyft.check("add_bias", print) is False
+    assert "is written in CUDA C" in capsys.readouterr().out
+    assert "work/gpu.add_bias.cu" in learner.run("start", "add_bias")
+    assert "not written yet" in learner.run("check")
+    assert "// tinyft/kernels/cuda/bias.cu" in learner.run("solution")
+    assert "+    y[i] = (T)(" in learner.run("diff")
+    assert "several blocks share the numbers" in learner.run("read", "add_bias")
+    assert "no Python" in learner.run("debug")
     assert "is kept as work/gpu.add_bias.cu." in learner.run("reset")
 
 
 def test_without_a_compiler_kernels_are_left_out_and_said_to_be(learner, monkeypatch):
     learner.run("start", "add_bias")
     Path("work/gpu.add_bias.cu").write_text(BIAS % "y[0] = 1;")
-    monkeypatch.setattr("tinyft.learn.cuda.compiler", lambda: (_ for _ in ()).throw(KernelError("no C++ compiler found: install g++")))
+    monkeypatch.setattr("tinyft.learn.cuda.compiler",
+                        lambda: (_ for _ in ()).throw(KernelError("no C++ compiler found: install g++")))
     out = learner.run("selftest", "add_bias", "adam_rates")
-    assert "add_bias" in out and "no C++ compiler found" in out and "gpu.adam_rates               3 laws" in out and learner.status == 0
+    assert "add_bias" in out
+    assert "no C++ compiler found" in out
+    assert "gpu.adam_rates               3 laws" in out
+    assert learner.status == 0
     assert "no C++ compiler found" in learner.run("check", "add_bias") and learner.status == 1
 
 
@@ -229,7 +263,9 @@ def test_a_check_leaves_the_library_as_it_was(learner):
     from tinyft import dispatch, ops, tensor
     before = (tensor.sum_to, ops.softmax, ops.softmax.definition, dict(tensor.OPS), tensor.Tensor.backward,
               {key: list(found) for key, found in dispatch.KERNELS.items()})
-    for name, text in (("softmax", "from tinyft.tensor import op\n@op('... n -> ... n')\ndef softmax(x):\n    return x\n"), ("sum_to", "1 / 0")):
+    for name, text in (("softmax",
+                        "from tinyft.tensor import op\n@op('... n -> ... n')\ndef softmax(x):\n    return x\n"),
+                       ("sum_to", "1 / 0")):
         Work().folder.mkdir(exist_ok=True)
         path = Work().path(find(name))
         path.write_text(text)
@@ -244,13 +280,19 @@ def test_from_start_to_solved(learner):
     assert "work/autograd.sum_to.py   ★★☆☆☆  about 10 min" in out and "tinyft check" in out
     assert "not written yet" in learner.run("check") and learner.status == 1
     assert "it is there already" in learner.run("start", "sum_to")
-    assert "hint 1 of 3" in learner.run("hint") and "hint 2 of 3" in learner.run("hint") and "tinyft solution" in learner.run("hint")
+    assert "hint 1 of 3" in learner.run("hint")
+    assert "hint 2 of 3" in learner.run("hint")
+    assert "tinyft solution" in learner.run("hint")
     out = learner("sum_to", RIGHT["autograd.sum_to"])
-    assert learner.status == 0 and out.count("✓") == 4 and "All 4 laws hold.  Next:  tinyft start autograd.matmul" in out
+    assert learner.status == 0
+    assert out.count("✓") == 4
+    assert "All 4 laws hold.  Next:  tinyft start autograd.matmul" in out
     assert "solved   3 hints" in learner.run("status")
-    assert "def sum_to" in learner.run("solution") and "+    if g.shape == shape:" in learner.run("diff")
+    assert "def sum_to" in learner.run("solution")
+    assert "+    if g.shape == shape:" in learner.run("diff")
     assert "autograd.matmul" in learner.run("start") and Path("work/autograd.matmul.py").exists()
-    assert "is kept as" in learner.run("reset", "sum_to") and "raise NotImplementedError" in Path("work/autograd.sum_to.py").read_text()
+    assert "is kept as" in learner.run("reset", "sum_to")
+    assert "raise NotImplementedError" in Path("work/autograd.sum_to.py").read_text()
     assert len(list(Path("work").glob("*.bak"))) == 1
     learner.run("start", "autograd")
     assert len(list(Path("work").glob("autograd.*.py"))) == 6
@@ -263,7 +305,8 @@ def test_start_never_overwrites(learner):
 
 
 @pytest.mark.parametrize("words, said", [
-    (["check"], "nothing is started"), (["check", "sum_two"], "did you mean sum_to"), (["hint", "nonsense"], "there is no exercise 'nonsense'"),
+    (["check"], "nothing is started"), (["check", "sum_two"], "did you mean sum_to"),
+    (["hint", "nonsense"], "there is no exercise 'nonsense'"),
     (["check", "matmul"], "`tinyft start autograd.matmul` writes it"), (["lesson", "nonsense"], "there is no lesson"),
     (["read", "nonsense"], "neither an exercise nor a module"), (["diff", "matmul"], "is not there")])
 def test_wrong_commands_say_what_to_do(learner, words, said):
@@ -273,8 +316,10 @@ def test_wrong_commands_say_what_to_do(learner, words, said):
 def test_read_shows_what_is_asked_and_the_sources(learner):
     out = learner.run("read", "matmul")
     assert "C = A B" in out and "the gradient of B is Aᵀ G" in out and "a @ b" not in out
-    assert "def sum_to" in learner.run("read", "tensor") and "class LoRA" in learner.run("read", "lora")
-    assert "01 Tensors and autograd" in learner.run("lesson") and "Hypothesis is there" in learner.run("doctor")
+    assert "def sum_to" in learner.run("read", "tensor")
+    assert "class LoRA" in learner.run("read", "lora")
+    assert "01 Tensors and autograd" in learner.run("lesson")
+    assert "Hypothesis is there" in learner.run("doctor")
 
 
 def test_a_damaged_progress_file_is_no_drama(learner):
@@ -286,12 +331,14 @@ def test_a_damaged_progress_file_is_no_drama(learner):
 
 
 def test_a_notebook_checks_a_function_of_its_own(capsys):
-    assert tinyft.check("sum_to", lambda g, shape: -g) is False and "the sign turned round" in capsys.readouterr().out
+    assert tinyft.check("sum_to", lambda g, shape: -g) is False
+    assert "the sign turned round" in capsys.readouterr().out
     scope = {}
     code = compile(RIGHT["autograd.sum_to"], "cell", "exec")
     exec(code, scope)
     assert tinyft.check("autograd.sum_to", scope["sum_to"]) is True
-    assert tinyft.check("sum_to", tinyft.tensor.sum_to) is False and "the library's own sum_to" in capsys.readouterr().out
+    assert tinyft.check("sum_to", tinyft.tensor.sum_to) is False
+    assert "the library's own sum_to" in capsys.readouterr().out
     with pytest.raises(ValueError, match="there is no exercise"):
         tinyft.check("nonsense", print)
 
@@ -310,9 +357,12 @@ def test_a_system_that_cannot_fork_starts_a_new_process(learner, monkeypatch):
 def test_the_file_in_the_folder_shows_the_laws_to_pytest(learner, tmp_path):
     learner("sum_to", "def sum_to(g, shape):\n    if g.shape == shape:\n        return g\n    return g.sum(axis=0)\n")
     learner.run("start", "matmul")
-    out = subprocess.run([sys.executable, "-m", "pytest", "work", "-q", "-p", "no:cacheprovider"], capture_output=True, text=True,
+    out = subprocess.run([sys.executable, "-m", "pytest", "work", "-q", "-p", "no:cacheprovider"], capture_output=True,
+                         text=True,
                          env={**os.environ, "PYTHONPATH": str(Path(tinyft.__file__).parents[1])}).stdout
-    assert "1 failed, 2 passed, 5 skipped" in out and "The smallest input that fails" in out and "checker.py" not in out
+    assert "1 failed, 2 passed, 5 skipped" in out
+    assert "The smallest input that fails" in out
+    assert "checker.py" not in out
 
 
 def test_watch_checks_what_was_saved_and_names_the_next_command(learner, monkeypatch):
@@ -329,7 +379,9 @@ def test_watch_checks_what_was_saved_and_names_the_next_command(learner, monkeyp
             raise KeyboardInterrupt
     monkeypatch.setattr(time, "sleep", nap)
     out = learner.run("watch")
-    assert out.index("Next:  tinyft start") < out.index("the sign turned round") and learner.status == 130 and out.count("autograd.sum_to   ") == 2
+    assert out.index("Next:  tinyft start") < out.index("the sign turned round")
+    assert learner.status == 130
+    assert out.count("autograd.sum_to   ") == 2
 
 
 def test_debug_stops_in_the_learners_function_with_the_failing_input(learner, monkeypatch):
@@ -345,7 +397,11 @@ class Terminal:
     def __init__(self, encoding, tty=True):
         self.encoding, self.tty, self.text = encoding, tty, ""
 
-    isatty, flush = (lambda self: self.tty), (lambda self: None)
+    def isatty(self):
+        return self.tty
+
+    def flush(self):
+        pass
 
     def write(self, s):
         s.encode(self.encoding)
@@ -354,11 +410,16 @@ class Terminal:
 
 def failing():
     e = find("softmax")
-    p = lambda x: tinyft.array.xp(x).exp(x) / tinyft.array.xp(x).exp(x).sum()
+
+    def p(x):
+        e = tinyft.array.xp(x).exp(x)
+        return e / e.sum()
+
     return e, list(checker.check_here(e, lambda x: (p(x), (None,))))
 
 
-@pytest.mark.parametrize("encoding, environment", [("utf-8", {}), ("ascii", {}), ("cp437", {}), ("utf-8", {"NO_COLOR": ""}),
+@pytest.mark.parametrize("encoding, environment",
+                         [("utf-8", {}), ("ascii", {}), ("cp437", {}), ("utf-8", {"NO_COLOR": ""}),
                                                    ("utf-8", {"TERM": "dumb"})])
 def test_every_terminal_can_show_it(monkeypatch, encoding, environment):
     monkeypatch.delenv("NO_COLOR", raising=False)
@@ -367,8 +428,11 @@ def test_every_terminal_can_show_it(monkeypatch, encoding, environment):
         monkeypatch.setenv(k, v)
     terminal = Terminal(encoding)
     assert show.Page(terminal).report(*failing()) is False
-    assert ("\033[" in terminal.text) == (not environment) and ("✕" in terminal.text) == (encoding == "utf-8")
-    assert "yours    =" in terminal.text and "Stuck?" in terminal.text and ("p = e^x / sum e^x" in terminal.text) == (encoding == "ascii")
+    assert ("\033[" in terminal.text) == (not environment)
+    assert ("✕" in terminal.text) == (encoding == "utf-8")
+    assert "yours    =" in terminal.text
+    assert "Stuck?" in terminal.text
+    assert ("p = e^x / sum e^x" in terminal.text) == (encoding == "ascii")
     assert "\033[" not in (show.Page(Terminal("utf-8", tty=False)).sign("right"))
 
 
@@ -381,7 +445,8 @@ def test_a_narrow_terminal_gets_narrow_lines(monkeypatch):
 
 def test_the_smallest_input_the_law_yours_and_the_expected_in_this_order(learner):
     out = learner("matmul", "def matmul(a, b):\n    return a @ b, (lambda g: g @ b.T, lambda g: a.T @ g / len(a))\n")
-    parts = ["✓ C = A B", "✕ the gradient of B is Aᵀ G", "The smallest input that fails", "a = [[", "the gradient of B:", "yours    =", "expected =",
+    parts = ["✓ C = A B", "✕ the gradient of B is Aᵀ G", "The smallest input that fails", "a = [[",
+             "the gradient of B:", "yours    =", "expected =",
              "→ it is 1/n x the expected result (n = 2 here)", "Stuck?  tinyft hint autograd.matmul"]
     assert sorted(parts, key=out.index) == parts
 
@@ -391,15 +456,19 @@ A, B = np.array([[1., 2], [3, 5]]), np.array([[2., 0, 1], [1, 4, 6]])
 
 
 @pytest.mark.parametrize("pairs, said", [
-    ([(A.T, A)], "transposed"), ([(B.T, B)], "transposed"), ([(-A, A), (-B, B)], "sign turned round"), ([(0 * A, A)], "zero everywhere"),
-    ([(A / 2, A), (B / 2, B)], "0.5 x the expected result everywhere"), ([(A / 2, A), (B / 3, B)], "1/n x the expected"),
+    ([(A.T, A)], "transposed"), ([(B.T, B)], "transposed"), ([(-A, A), (-B, B)], "sign turned round"),
+    ([(0 * A, A)], "zero everywhere"),
+    ([(A / 2, A), (B / 2, B)], "0.5 x the expected result everywhere"),
+    ([(A / 2, A), (B / 3, B)], "1/n x the expected"),
     ([(A * 2**0.5, A), (B * 3**0.5, B)], "√n x"), ([(A * 5, A), (B * 7, B)], "another one for each input"),
     ([(A + 1, A), (B + 1, B)], "off by +1 everywhere"), ([(A + 1, A), (B + 2, B)], "off by the same amount"),
     ([(A * np.nan, A)], "4 of 4 entries are nan or inf"), ([(A, A.sum(0))], "broadcasting is not undone"),
     ([(A.ravel(), A)], "the right numbers, but"),
-    ([(A[:1], A)], "its shape is (1, 2), expected (2, 2)"), ([(A.astype(np.float32), A)], "dtype is float32, expected float64"),
+    ([(A[:1], A)], "its shape is (1, 2), expected (2, 2)"),
+    ([(A.astype(np.float32), A)], "dtype is float32, expected float64"),
     ([(A + np.triu(A, 1), A)], "above the diagonal"), ([(A + np.diag([1, 7]), A)], "only the diagonal"),
-    ([(np.array([[.5, .25], [.5, .75]]), np.array([[.25, .75], [.5, .5]]))], "along axis 0"), ([(A > 2, A <= 2)], "other way round"),
+    ([(np.array([[.5, .25], [.5, .75]]), np.array([[.25, .75], [.5, .5]]))], "along axis 0"),
+    ([(A > 2, A <= 2)], "other way round"),
     ([(A + [[0, 0], [4, 1]], A)], "2 of 4 entries differ; the worst, at [1, 0], is 7, expected 3"),
     ([(np.array(3.), np.array(1.)), (np.array(7.), np.array(1.))], "it is +6 off")])
 def test_each_diagnosis(pairs, said):

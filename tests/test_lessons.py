@@ -27,14 +27,19 @@ TEXTS = {name: lesson.file.read_text(encoding="utf-8") for name, lesson in lesso
 FOLDERS = {name: lesson.folder for name, lesson in lessons().items()}
 LINES = 151
 
-# What a lesson may use of the library, beside what the lessons before it may.  A name opens what is below it: "ops.mul" one op, "data" all.
-OPS = "add sub mul div neg power matmul exp log sqrt tanh sigmoid absolute relu sum mean amax maximum softmax log_softmax layer_norm"
+# The names of the library that a lesson introduces; later lessons may use them too.  A name allows everything below it:
+# "ops.mul" allows one op, "data" the whole package.
+OPS = ("add sub mul div neg power matmul exp log sqrt tanh sigmoid absolute relu sum mean amax maximum softmax "
+       "log_softmax layer_norm")
 TEACHES = {
-    "autograd": {*(f"ops.{name}" for name in OPS.split()), "Tensor", "no_grad", "detect_anomaly", "tensor", "data", "peak_memory", "use",
+    "autograd": {*(f"ops.{name}" for name in OPS.split()), "Tensor", "no_grad", "detect_anomaly", "tensor", "data",
+                 "peak_memory", "use",
                  "backend", "learn.lessons", "check"},
-    "transformer": {"ops", "functional.softmax_attention", "nn", "models", "load", "Context", "Cache", "Module", "Parameter",
+    "transformer": {"ops", "functional.softmax_attention", "nn", "models", "load", "Context", "Cache", "Module",
+                    "Parameter",
                     "GPT", "GPTConfig", "BERT", "BERTConfig", "array", "count"},
-    "training": {"optim", "SGD", "Adam", "AdamW", "constant_schedule", "linear_schedule", "cosine_schedule", "fit", "evaluate", "train", "History", "Diverged", "kernels",
+    "training": {"optim", "SGD", "Adam", "AdamW", "constant_schedule", "linear_schedule", "cosine_schedule", "fit",
+                 "evaluate", "train", "History", "Diverged", "kernels",
                  "classifier", "functional", "batches", "baselines", "strict"},
     "pretraining": {"pretrain", "perplexity", "generate", "decode", "save", "formats"},
     "gpu": {"kernels.cuda"},
@@ -48,7 +53,8 @@ def tree(text: str) -> list[ast.Module]:
 
 
 def calls(text: str, function: str) -> list[ast.Call]:
-    return [n for cell in tree(text) for n in ast.walk(cell) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == function]
+    return [n for cell in tree(text) for n in ast.walk(cell) if isinstance(n, ast.Call) and getattr(n.func, "id", "")
+            == function]
 
 
 # ── header, length, exercises ────────────────────────────────────────────────────────────────────────────────────────
@@ -58,13 +64,14 @@ def named(text: str, mark: str) -> str:
 
 
 def wanting(name: str, text: str) -> list[str]:
-    """What a lesson lacks of its outer form."""
+    """The parts of its outer form that a lesson lacks."""
     cells, found = parse(text), []
     head, words = cells[0].source, " ".join(c.source for c in cells if c.kind == "markdown")
     exercises = [e.function for e in of_lesson(name)]
     if cells[0].kind != "markdown" or not head.startswith(f"# {FOLDERS[name][:2]} "):
         found.append(f"the title # {FOLDERS[name][:2]} ...")
-    found += [f"**{mark}:** in the header" for mark in ("Minutes", "Prerequisites", "Exercises") if not named(head, mark)]
+    found += [f"**{mark}:** in the header" for mark in ("Minutes", "Prerequisites",
+                                                        "Exercises") if not named(head, mark)]
     if text.count("\n") > LINES:
         found.append(f"brevity: {text.count(chr(10))} lines, at most {LINES}")
     started = re.findall(r"tinyft start ([\w.]+)", words)
@@ -73,7 +80,9 @@ def wanting(name: str, text: str) -> list[str]:
         found.append(f"its exercises in the header and as `tinyft start` commands: {', '.join(exercises)}")
     if "**Predict first" not in words:
         found.append("a question before a result: **Predict first**")
-    if not any(isinstance(n, ast.Assert) for cell in tree(text) for n in ast.walk(cell)) or not calls(text, "quote") or not calls(text, "show"):
+    if not any(isinstance(n,
+                          ast.Assert) for cell in tree(text)
+               for n in ast.walk(cell)) or not calls(text, "quote") or not calls(text, "show"):
         found.append("an assert, a quote and a figure with show")
     return found
 
@@ -89,17 +98,23 @@ def test_lessons_stand_in_the_order_of_their_numbers_and_have_at_least_two_exerc
         assert lesson.title.startswith(f"{lesson.folder[:2]} ") and len(of_lesson(name)) >= 2
 
 
-@pytest.mark.parametrize("old, new", [("# # 01 T", "# # T"), ("**Minutes:** 30", "30 minutes"), ("**Prerequisites:**", ""),
-                                      ("layer_norm, topo", "topo"), ("tinyft start sum_to", "tinyft start sum_too"), ("**Predict first", "**Now"),
+@pytest.mark.parametrize("old, new",
+                         [("# # 01 T", "# # T"), ("**Minutes:** 30", "30 minutes"), ("**Prerequisites:**", ""),
+                                      ("layer_norm, topo", "topo"), ("tinyft start sum_to", "tinyft start sum_too"),
+                          ("**Predict first", "**Now"),
                                       ("assert ", "bool or "),
-                                      ("quote(", "print("), ("show(", "str("), ("import numpy", "\n" * 30 + "import numpy")])
+                                      ("quote(", "print("), ("show(", "str("),
+                          ("import numpy", "\n" * 30 + "import numpy")])
 def test_a_lesson_out_of_form_is_caught(old, new):
     assert old in TEXTS["autograd"] and wanting("autograd", TEXTS["autograd"].replace(old, new))
 
 
 # ── nothing from later lessons ───────────────────────────────────────────────────────────────────────────────────────
 def dotted(node: ast.AST) -> str:
-    return node.id if isinstance(node, ast.Name) else f"{dotted(node.value)}.{node.attr}" if isinstance(node, ast.Attribute) else ""
+    """A name or a chain of attributes as text: "ft.ops.mul"; "" for any other expression."""
+    if isinstance(node, ast.Name):
+        return node.id
+    return f"{dotted(node.value)}.{node.attr}" if isinstance(node, ast.Attribute) else ""
 
 
 def uses(text: str) -> set[str]:
@@ -110,7 +125,9 @@ def uses(text: str) -> set[str]:
     found = set()
     for node in (n for cell in tree(text) for n in ast.walk(cell)):
         if isinstance(node, ast.Import):
-            ours |= {a.asname or "tinyft": a.name if a.asname else "tinyft" for a in node.names if a.name.split(".")[0] == "tinyft"}
+            for a in node.names:
+                if a.name.split(".")[0] == "tinyft":
+                    ours[a.asname or "tinyft"] = a.name if a.asname else "tinyft"
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "tinyft":
             ours |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
             found |= {f"{node.module}.{a.name}" for a in node.names}
@@ -119,14 +136,25 @@ def uses(text: str) -> set[str]:
         if head in ours:
             found.add(f"{ours[head]}.{rest}")
     found = {f.removeprefix("tinyft.") for f in found} - {"tinyft"}
-    modules = {f for f in found if any(other.startswith(f + ".") for other in found)}
-    return found - modules  # ft.ops on the way to ft.ops.mul is no use of its own
+    # ft.ops on the way to ft.ops.mul is no use of its own.
+    return {name for name in found if not is_prefix_of_one(name, found)}
+
+
+def is_prefix_of_one(name: str, names: set[str]) -> bool:
+    """True if one of the names lies below this one: "ops" of "ops.mul"."""
+    return any(other.startswith(name + ".") for other in names)
 
 
 def too_early(name: str, text: str) -> list[str]:
+    """The names that a lesson uses before a lesson introduces them."""
     order = list(TEACHES)
     known = set().union(*(TEACHES[n] for n in order[:order.index(name) + 1]))
-    return sorted(u for u in uses(text) if not any(u == k or u.startswith(k + ".") for k in known))
+    return sorted(name for name in uses(text) if not is_allowed(name, known))
+
+
+def is_allowed(name: str, known: set[str]) -> bool:
+    """True if the name, or a name above it, is known."""
+    return any(name == k or name.startswith(k + ".") for k in known)
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -135,16 +163,19 @@ def test_a_lesson_uses_nothing_from_later_lessons(name):
 
 
 @pytest.mark.parametrize("line", ["ft.load('base-gpt')", "ft.ops.attention(x, x, x)", "from tinyft.optim import AdamW",
-                                  "import tinyft.models as m\nm.GPT()", "from tinyft import fit", "f = ft.ops\nft.LoRA()",
+                                  "import tinyft.models as m\nm.GPT()", "from tinyft import fit",
+                                  "f = ft.ops\nft.LoRA()",
                                   "from tinyft.ops import gelu"])
 def test_what_comes_too_early_is_caught(line):
     assert too_early("autograd", TEXTS["autograd"] + f"\n# %%\n{line}\n")
-    assert not too_early("autograd", TEXTS["autograd"] + "\n# %%\nfrom tinyft.ops import mul\ntf.ops.tanh(x).data.attention\n")
+    assert not too_early("autograd",
+                         TEXTS["autograd"] + "\n# %%\nfrom tinyft.ops import mul\ntf.ops.tanh(x).data.attention\n")
 
 
 # ── quoted, not copied ───────────────────────────────────────────────────────────────────────────────────────────────
 def bare(text: str) -> list[str]:
-    return [" ".join(line.split("  #")[0].split()) for line in text.splitlines() if line.strip() and line.strip()[:1] not in "#\""]
+    return [" ".join(line.split("  #")[0].split()) for line in text.splitlines() if line.strip()
+            and line.strip()[:1] not in "#\""]
 
 
 @cache
@@ -159,8 +190,13 @@ def copied(text: str) -> list[tuple[str, ...]]:
     cell.
     """
     lines = bare("\n".join(c.source for c in parse(text) if c.kind == "code"))
-    pairs = [p for p in zip(lines, lines[1:]) if p in library() and min(map(len, p)) > 12 and not p[0].startswith(("import", "from"))]
-    return pairs + [("a def in a text cell",) for c in parse(text) if c.kind == "markdown" and re.search(r"^\s*(def|class) \w+", c.source, re.M)]
+    pairs = [p for p in zip(lines,
+                            lines[1:]) if p in library() and min(map(len,
+                                                                     p)) > 12
+             and not p[0].startswith(("import", "from"))]
+    return pairs + [("a def in a text cell",
+                     ) for c in parse(text) if c.kind == "markdown"
+                    and re.search(r"^\s*(def|class) \w+", c.source, re.M)]
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -180,7 +216,9 @@ def test_a_copy_is_caught():
 def test_quote_prints_the_librarys_own_source(capsys):
     quote(tinyft.ops.tanh)
     out = capsys.readouterr().out
-    assert out.startswith("# tinyft/ops.py: tanh\n@op(") and out.count("\n") == 6 and "g * (1 - y * y)" in out
+    assert out.startswith("# tinyft/ops.py: tanh\n@op(")
+    assert out.count("\n") == 6
+    assert "g * (1 - y * y)" in out
     quote(tinyft.models.blocks.PreNormBlock.forward)
     assert "PreNormBlock.forward\ndef forward(self" in capsys.readouterr().out
     quote(tinyft.nn.Dropout)
@@ -196,7 +234,8 @@ def test_cells_with_their_kinds_numbers_and_lines():
     text += "\ny = '''\n#%\n'''\n\n# %% a title\n\n#%%\nz = 2\n"
     found = [(c.kind, c.line, c.number) for c in parse(text)]
     assert found == [("code", 1, 1), ("markdown", 4, 0), ("code", 11, 2), ("code", 20, 3)]
-    assert parse(text)[1].source == "# Title\n\ntext $x$\n   indented" and parse(text)[2].source.endswith("y = '''\n#%\n'''")
+    assert parse(text)[1].source == "# Title\n\ntext $x$\n   indented"
+    assert parse(text)[2].source.endswith("y = '''\n#%\n'''")
     assert parse("") == parse("# %%\n\n# %% [md]\n\n") == []
     with pytest.raises(ValueError, match="line 3: a text cell"):
         parse("# %% [markdown]\n# text\nx = 1\n")
@@ -247,31 +286,38 @@ def test_a_lesson_runs_with_what_it_prints_and_draws(small, tmp_path, capsys):
     cells = list(run(path, out))
     assert [c.printed for c in cells] == ["", "said 1\n", ""] and capsys.readouterr().out == ""
     assert cells[2].figures == [(out / "01_small1-1.png", "A line."), (out / "01_small1-2.png", "")]
-    assert sorted(p.name for p in out.iterdir()) == ["01_small1-1.png", "01_small1-2.png", "01_small1.ipynb"] and runner._album is None
+    assert sorted(p.name for p in out.iterdir()) == ["01_small1-1.png", "01_small1-2.png", "01_small1.ipynb"]
+    assert runner._album is None
     made = json.loads((out / "01_small1.ipynb").read_text(encoding="utf-8"))
     assert made == notebook(cells) and (made["nbformat"], made["nbformat_minor"]) == (4, 4)
-    kinds = [[o["output_type"] for o in c.get("outputs", [])] for c in made["cells"]]
-    assert kinds == [[], ["stream"], ["display_data"] * 2] and made["cells"][2]["execution_count"] == 2
+    text, printing, drawing = made["cells"]
+    assert "outputs" not in text
+    assert [o["output_type"] for o in printing["outputs"]] == ["stream"]
+    assert [o["output_type"] for o in drawing["outputs"]] == ["display_data"] * 2
+    assert made["cells"][2]["execution_count"] == 2
     drawn = made["cells"][2]["outputs"][0]["data"]
     assert drawn["image/png"].startswith("iVBOR") and drawn["text/plain"] == "A line."
 
 
 def test_figures_are_readable_at_640_pixels_and_the_same_in_every_run(small, tmp_path):
     path = small(SMALL)
-    first, second = ([f.read_bytes() for c in run(path, tmp_path / d) for f, _ in c.figures] for d in "ab")
+    first = [file.read_bytes() for cell in run(path, tmp_path / "a") for file, _ in cell.figures]
+    second = [file.read_bytes() for cell in run(path, tmp_path / "b") for file, _ in cell.figures]
     assert first == second and int.from_bytes(first[0][16:20], "big") == 2 * 640
 
 
 @pytest.mark.parametrize("line, why", [("assert x == 2, 'not two'", "AssertionError: not two"), ("x +", "SyntaxError"),
                                        ("raise SystemExit(3)", "SystemExit: 3"),
-                                       ("import tinyft; tinyft.ops.matmul(x, x)", r"Error: .*tensor\.py, line \d+\)|ops\.py")])
+                                       ("import tinyft; tinyft.ops.matmul(x, x)",
+                                        r"Error: .*tensor\.py, line \d+\)|ops\.py")])
 def test_a_failing_cell_is_reported_with_its_line(small, tmp_path, line, why):
     path, seen = small(SMALL + f"\n# %%\nprint('so far')\n\n{line}\n"), []
     with pytest.raises(Failed, match=why) as e:
         for cell in run(path, tmp_path / "out"):
             seen.append(cell)
     n = SMALL.count("\n") + 5
-    assert f"lesson.py, line {n}, code cell 3:\n    {line}\n" in str(e.value) and seen[-1].printed in ("so far\n", "")
+    assert f"lesson.py, line {n}, code cell 3:\n    {line}\n" in str(e.value)
+    assert seen[-1].printed in ("so far\n", "")
     assert not (tmp_path / "out/01_small1.ipynb").exists() and runner._album is None
 
 
@@ -279,12 +325,18 @@ def test_the_command_shows_a_lesson_and_fails_with_it(small, capsys):
     small(SMALL, "# %%\nx = 1\n\n# %%\nassert x == 2\n")
     assert cli.main(["lesson", "small1"]) == 0
     out = capsys.readouterr().out
-    assert "\nsaid 1\n" in out and '  │ print("said", x)' in out and "| 1 | 2 |" in out and "A line." in out
+    assert "\nsaid 1\n" in out
+    assert '  │ print("said", x)' in out
+    assert "| 1 | 2 |" in out
+    assert "A line." in out
     assert "About α · (1)/(2) and `$code`, bold." in out
     assert cli.main(["lesson", "02"]) == 1 and "code cell 2" in capsys.readouterr().out
     assert cli.main(["lesson", "--all"]) == 1
     out = capsys.readouterr().out
-    assert "✓ 01_small1" in out and "2 figures" in out and "✕ 02_small2\n" in out and "AssertionError" in out
+    assert "✓ 01_small1" in out
+    assert "2 figures" in out
+    assert "✕ 02_small2\n" in out
+    assert "AssertionError" in out
     assert cli.main(["lesson", "none"]) == 1 and "small1, small2" in capsys.readouterr().err
 
 
@@ -295,7 +347,9 @@ def test_a_terminal_without_unicode_gets_its_own_signs(small, tmp_path):
             reading.write_cell(cell, Page(out))
         out.seek(0)
         text = out.read()
-    assert "  | x = 1\n" in text and "About alpha  cdot" in text.replace("alpha cdot", "alpha  cdot") and "?" not in text
+    assert "  | x = 1\n" in text
+    assert "About alpha  cdot" in text.replace("alpha cdot", "alpha  cdot")
+    assert "?" not in text
 
 
 def test_a_script_saves_its_figures_and_says_where(small, tmp_path, monkeypatch, capsys):
@@ -306,4 +360,5 @@ def test_a_script_saves_its_figures_and_says_where(small, tmp_path, monkeypatch,
     matplotlib.use("Agg")
     runner.figure(height=1.0)
     runner.show("One.")
-    assert "01_small1-1.png  One." in capsys.readouterr().out and (tmp_path / "work/figures/01_small1-1.png").exists()
+    assert "01_small1-1.png  One." in capsys.readouterr().out
+    assert (tmp_path / "work/figures/01_small1-1.png").exists()

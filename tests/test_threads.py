@@ -87,7 +87,10 @@ def test_an_error_comes_out_and_the_threads_are_given_back(where):
 def test_sharing_inside_sharing_and_from_two_threads_at_once_is_no_deadlock():
     set_num_threads(2)
     done: list = []
-    inner = lambda i: threads.each(range(3), lambda j: done.append((i, j)))
+
+    def inner(i):
+        threads.each(range(3), lambda j: done.append((i, j)))
+
     others = [threading.Thread(target=threads.each, args=(range(10 * k, 10 * k + 4), inner)) for k in range(3)]
     for t in others:
         t.start()
@@ -96,7 +99,8 @@ def test_sharing_inside_sharing_and_from_two_threads_at_once_is_no_deadlock():
     assert len(done) == len(set(done)) == 36 and not threads._busy.locked()
 
 
-@pytest.mark.parametrize("n, width", [(0, 1), (1, 1), (10, 0), (threads.BLOCK * 3 + 1, 1), (4 * threads.SHARE + 7, 1), (5000, 300),
+@pytest.mark.parametrize("n, width",
+                         [(0, 1), (1, 1), (10, 0), (threads.BLOCK * 3 + 1, 1), (4 * threads.SHARE + 7, 1), (5000, 300),
                                       (3, threads.SHARE * 2)])
 @pytest.mark.parametrize("many", [1, 2])
 def test_blocks_cover_the_rows(n, width, many):
@@ -140,7 +144,9 @@ def test_results_do_not_depend_on_the_number_of_threads(monkeypatch):
         monkeypatch.setattr(threads, name, size)
     monkeypatch.setattr(tiled, "TILE", 1 << 11)
     one, two, three = curve(1), curve(2), curve(3)
-    assert np.allclose(one, two, rtol=1e-5) and np.allclose(one, three, rtol=1e-5) and one[-1] < one[0] - 0.3
+    assert np.allclose(one, two, rtol=1e-5)
+    assert np.allclose(one, three, rtol=1e-5)
+    assert one[-1] < one[0] - 0.3
 
 
 def test_sharing_is_used_where_it_pays(monkeypatch):
@@ -159,9 +165,11 @@ def test_sharing_is_used_where_it_pays(monkeypatch):
 def test_at_the_start_it_is_what_blas_was_told():
     if not system.libraries():
         pytest.skip("this BLAS cannot be asked for its threads")
-    code = "import tinyft as t; print(t.get_num_threads()); t.set_num_threads(3); print(t.get_num_threads(), t.kernels.system.threads())"
+    code = ("import tinyft as t; print(t.get_num_threads()); t.set_num_threads(3); "
+            "print(t.get_num_threads(), t.kernels.system.threads())")
     env = os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(Path(tinyft.__file__).parents[1])}
-    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout.split()
+    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True,
+                         check=True).stdout.split()
     assert out[:2] == ["1", "3"] and int(out[2]) <= 3
 
 
@@ -182,5 +190,6 @@ print(os.waitpid(pid, 0)[1])
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_fork_finds_threads_of_its_own():
     env = os.environ | {"PYTHONPATH": str(Path(tinyft.__file__).parents[1])}
-    out = subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], env=env, capture_output=True, text=True, timeout=60)
+    out = subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], env=env, capture_output=True, text=True,
+                         timeout=60)
     assert out.stdout.strip() == "0", out.stderr

@@ -1,5 +1,6 @@
-"""Lesson 01: sums over what was repeated, and three ops with their pullbacks.  The walk through the
-graph: exercises_graphs.py.
+"""Lesson 01: undoing broadcasting, and three ops with their pullbacks.
+
+The walk through the graph: exercises_graphs.py.
 """
 from __future__ import annotations
 
@@ -12,23 +13,28 @@ from tinyft.learn.exercise import Exercise
 from tinyft.learn.references import numerical_gradient, probabilities
 from tinyft.learn.sizes import array, positive, sizes
 
-# ── sum_to ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── sum_to ────────────────────────────────────────────────────────────────────────────────────────
 sum_to = Exercise(
     "tensor:sum_to", difficulty=2, minutes=10, hints=(
-        "NumPy repeats an array in two ways: it puts new axes in front, and it stretches axes of length one.  Every copy of an entry has a gradient "
-        "of its own, and they add up.",
-        "First sum away the axes in front, of which g has g.ndim - len(shape).  Then sum along each axis where shape has 1 and g has more.",
-        "g.sum(axis=(0, 1)) sums over two axes at once, over none with axis=(); keepdims=True leaves an axis of length one where the sum was."))
+        "NumPy repeats an array in two ways: it puts new axes in front, and it stretches axes of "
+        "length one.  Every copy of an entry has a gradient of its own, and they add up.",
+        "First sum away the axes in front, of which g has g.ndim - len(shape).  Then sum along "
+        "each axis where shape has 1 and g has more.",
+        "g.sum(axis=(0, 1)) sums over two axes at once, over none with axis=(); keepdims=True "
+        "leaves an axis of length one where the sum was."))
 
 
 @st.composite
 def repeated(draw):
     """(shape, g): g has a shape to which `shape` broadcasts."""
-    front, own = ([draw(sizes()) for _ in range(draw(st.integers(0, 2)))] for _ in "ab")
-    return tuple(n if draw(st.booleans()) else 1 for n in own), draw(array((*front, *own)))
+    front = [draw(sizes()) for _ in range(draw(st.integers(0, 2)))]
+    own = [draw(sizes()) for _ in range(draw(st.integers(0, 2)))]
+    shape = tuple(n if draw(st.booleans()) else 1 for n in own)
+    return shape, draw(array((*front, *own)))
 
 
 def added_one_by_one(g, shape):
+    """The gradient of an input of this shape, one entry of g at a time."""
     want = np.zeros(shape)
     for i in np.ndindex(g.shape):
         own = i[g.ndim - len(shape):]
@@ -43,16 +49,23 @@ def _(f, g):
 
 @sum_to.law("new axes in front are summed away", g="k n m")
 def _(f, g):
-    close(f(g, g.shape[1:]), g.sum(axis=0), guesses={"it is the gradient of one copy; the copies add up": g[0]})
+    close(f(g, g.shape[1:]), g.sum(axis=0),
+          guesses={"it is the gradient of one copy; the copies add up": g[0]})
 
 
-@sum_to.law("an axis of length one that was repeated keeps its place, and its copies add up", g="n m")
+@sum_to.law("an axis of length one that was repeated stays, and its copies add up",
+            g="n m")
 def _(f, g):
-    for shape, want, first in (((1, g.shape[1]), g.sum(axis=0, keepdims=True), g[:1]), ((g.shape[0], 1), g.sum(axis=1, keepdims=True), g[:, :1])):
-        close(f(g, shape), want, f"sum_to(g, {shape})", {"it is the gradient of one copy; the copies add up": first})
+    one_copy = "it is the gradient of one copy; the copies add up"
+    rows = (1, g.shape[1])
+    close(f(g, rows), g.sum(axis=0, keepdims=True), f"sum_to(g, {rows})", {one_copy: g[:1]})
+    columns = (g.shape[0], 1)
+    close(f(g, columns), g.sum(axis=1, keepdims=True), f"sum_to(g, {columns})",
+          {one_copy: g[:, :1]})
 
 
-@sum_to.law("both at once, in any number: every entry of g is added where it came from", drawn=repeated())
+@sum_to.law("both at once, in any number: every entry of g is added where it came from",
+            drawn=repeated())
 def _(f, drawn):
     shape, g = drawn
     close(f(g, shape), added_one_by_one(g, shape))
@@ -61,10 +74,12 @@ def _(f, drawn):
 @sum_to.wrong_answer("Copies share the gradient, so take their mean.", says="a mean for a sum")
 def _(g, shape):
     g = g.mean(axis=tuple(range(g.ndim - len(shape))))
-    return g.mean(axis=tuple(i for i, n in enumerate(shape) if n == 1 and g.shape[i] != 1), keepdims=True)
+    return g.mean(axis=tuple(i for i, n in enumerate(shape) if n == 1 and g.shape[i] != 1),
+                  keepdims=True)
 
 
-@sum_to.wrong_answer("All copies hold the same number, so one of them speaks for all.", says="one copy")
+@sum_to.wrong_answer("All copies hold the same number, so one of them speaks for all.",
+                     says="one copy")
 def _(g, shape):
     g = g[(0,) * (g.ndim - len(shape))]
     return g[tuple(slice(0, 1) if n == 1 else slice(None) for n in shape)]
@@ -76,20 +91,24 @@ def _(g, shape):
     return g.sum(axis=tuple(i for i, n in enumerate(shape) if n == 1 and g.shape[i] != 1))
 
 
-@sum_to.wrong_answer("Either axes were put in front or some were stretched, never both.", says="not summed", subtle=True)
+@sum_to.wrong_answer("Either axes were put in front or some were stretched, never both.",
+                     says="not summed", subtle=True)
 def _(g, shape):
     if g.ndim > len(shape):
         return g.sum(axis=tuple(range(g.ndim - len(shape))))
-    return g.sum(axis=tuple(i for i, n in enumerate(shape) if n == 1 and g.shape[i] != 1), keepdims=True)
+    return g.sum(axis=tuple(i for i, n in enumerate(shape) if n == 1 and g.shape[i] != 1),
+                 keepdims=True)
 
 
-# ── matmul ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── matmul ────────────────────────────────────────────────────────────────────────────────────────
 matmul = Exercise(
     "ops:matmul", difficulty=2, minutes=10, hints=(
-        "An op gives back two things: its value, and a tuple with one function per input that takes the gradient g of C to the gradient of that "
-        "input.",
-        "dA must have the shape of A, (n, k), and is made of G (n, m) and B (k, m): there is one way to multiply them that gives that shape.",
-        "Stacks of matrices have more axes in front.  ops.t swaps the last two only; .T turns all of them round."))
+        "An op gives back two things: its value, and a tuple with one function per input that "
+        "takes the gradient g of C to the gradient of that input.",
+        "dA must have the shape of A, (n, k), and is made of G (n, m) and B (k, m): there is one "
+        "way to multiply them that gives that shape.",
+        "Stacks of matrices have more axes in front.  ops.t swaps the last two only; .T turns all "
+        "of them round."))
 
 
 def product(a, b):
@@ -107,12 +126,14 @@ def _(f, a, b):
 
 @matmul.law("the gradient of A is G Bᵀ", a="n k", b="k m", g="n m")
 def _(f, a, b, g):
-    close(f(a, b)[1][0](g), g @ b.T, "the gradient of A", {"it is the gradient of B: the two changed places": a.T @ g})
+    close(f(a, b)[1][0](g), g @ b.T, "the gradient of A",
+          {"it is the gradient of B: the two changed places": a.T @ g})
 
 
 @matmul.law("the gradient of B is Aᵀ G", a="n k", b="k m", g="n m")
 def _(f, a, b, g):
-    close(f(a, b)[1][1](g), a.T @ g, "the gradient of B", {"it is the gradient of A: the two changed places": g @ b.T})
+    close(f(a, b)[1][1](g), a.T @ g, "the gradient of B",
+          {"it is the gradient of A: the two changed places": g @ b.T})
 
 
 @matmul.law("a stack of matrices: each is multiplied by its own", a="s n k", b="s k m", g="s n m")
@@ -120,8 +141,10 @@ def _(f, a, b, g):
     c, (da, db) = f(a, b)
     close(c, np.stack([x @ y for x, y in zip(a, b)]), "C")
     turned = ".T turns all axes round, the stack's too; only the last two should change places"
-    close(da(g), np.stack([x @ y.T for x, y in zip(g, b)]), "the gradient of A", {turned: product(g, b.T)})
-    close(db(g), np.stack([x.T @ y for x, y in zip(a, g)]), "the gradient of B", {turned: product(a.T, g)})
+    close(da(g), np.stack([x @ y.T for x, y in zip(g, b)]), "the gradient of A",
+          {turned: product(g, b.T)})
+    close(db(g), np.stack([x.T @ y for x, y in zip(a, g)]), "the gradient of B",
+          {turned: product(a.T, g)})
 
 
 @matmul.wrong_answer("dB = Gᵀ A: the same letters, the same numbers.", says="transposed")
@@ -134,7 +157,8 @@ def _(a, b):
     return a @ b, (lambda g: ops.t(a) @ g, lambda g: g @ ops.t(b))
 
 
-@matmul.wrong_answer("The gradient of a product is averaged over the rows, as losses are means.", says="a mean for a sum")
+@matmul.wrong_answer("The gradient of a product is averaged over the rows, as losses are means.",
+                     says="a mean for a sum")
 def _(a, b):
     return a @ b, (lambda g: g @ ops.t(b), lambda g: ops.t(a) @ g / a.shape[-2])
 
@@ -144,17 +168,22 @@ def _(a, b):
     return a @ b, (lambda g: g @ b.T, lambda g: a.T @ g)
 
 
-# ── softmax ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── softmax ───────────────────────────────────────────────────────────────────────────────────────
 softmax = Exercise(
     "ops:softmax", difficulty=3, minutes=15, closed=("ops:_softmax",), hints=(
-        "Each row becomes probabilities: positive, with sum 1.  e^1000 overflows; but a number taken off all scores of a row changes nothing.",
-        "Take off the row's maximum before exp.  Every p of a row depends on every x of it: dpᵢ/dxⱼ = pᵢ ([i = j] - pⱼ).",
-        "With keepdims=True the sums stay beside their rows: dx = p (g - (g p).sum(axis=-1, keepdims=True))."))
+        "Each row becomes probabilities: positive, with sum 1.  e^1000 overflows; but a number "
+        "taken off all scores of a row changes nothing.",
+        "Take off the row's maximum before exp.  Every p of a row depends on every x of it: "
+        "dpᵢ/dxⱼ = pᵢ ([i = j] - pⱼ).",
+        "With keepdims=True the sums stay beside their rows: dx = p (g - (g p).sum(axis=-1, "
+        "keepdims=True))."))
 
 
 @softmax.law("p = eˣ / Σ eˣ along the last axis", x="n m")
 def _(f, x):
-    guesses = {"it is divided by the sum over everything, expected along the last axis: the wrong axis": np.exp(x) / np.exp(x).sum()}
+    over_everything = np.exp(x) / np.exp(x).sum()
+    guesses = {"it is divided by the sum over everything, expected along the last axis: "
+               "the wrong axis": over_everything}
     close(f(x)[0], probabilities(x), "p", guesses)
 
 
@@ -174,7 +203,8 @@ def _(f, x, g):
     # the Jacobian of each row, times g
     want = np.stack([(np.diag(row) - np.outer(row, row)) @ back for row, back in zip(p, g)])
     close(f(x)[1][0](g), want, "the gradient of x",
-          {"it is g p (1 - p), the diagonal of the Jacobian alone: each p depends on every x": g * p * (1 - p)})
+          {"it is g p (1 - p), the diagonal of the Jacobian alone: each p depends on every x":
+               g * p * (1 - p)})
 
 
 @softmax.wrong_answer("Sum means .sum().", says="wrong axis")
@@ -191,24 +221,28 @@ def _(x):
         return e / e.sum(axis=-1, keepdims=True), ops.softmax.definition(x)[1]
 
 
-@softmax.wrong_answer("dx = g p (1 - p), as for the sigmoid.", says="diagonal of the Jacobian", subtle=True)
+@softmax.wrong_answer("dx = g p (1 - p), as for the sigmoid.", says="diagonal of the Jacobian",
+                      subtle=True)
 def _(x):
     p, _ = ops.softmax.definition(x)
     return p, (lambda g: g * p * (1 - p),)
 
 
-@softmax.wrong_answer("The probabilities add up to one whatever x is, so nothing comes back.", says="zero everywhere", subtle=True)
+@softmax.wrong_answer("The probabilities add up to one whatever x is, so nothing comes back.",
+                      says="zero everywhere", subtle=True)
 def _(x):
     return ops.softmax.definition(x)[0], (lambda g: g * 0,)
 
 
-# ── layer_norm ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── layer_norm ────────────────────────────────────────────────────────────────────────────────────
 layer_norm = Exercise(
     "ops:layer_norm", difficulty=4, minutes=25, hints=(
-        "Three inputs, so three pullbacks: for x, for w and for b.  The engine sums the last two over the rows: give it g times what w is "
-        "multiplied with.",
-        "x moves y in three ways: by itself, through the mean, and through σ.  Let ĝ = w g; taking the mean off x takes mean ĝ off the gradient.",
-        "Through σ comes x̂ mean(ĝ x̂): dx = (ĝ - mean ĝ - x̂ mean(ĝ x̂)) / σ, all means along the last axis with keepdims=True."))
+        "Three inputs, so three pullbacks: for x, for w and for b.  The engine sums the last two "
+        "over the rows: give it g times what w is multiplied with.",
+        "x moves y in three ways: by itself, through the mean, and through σ.  Let ĝ = w g; taking "
+        "the mean off x takes mean ĝ off the gradient.",
+        "Through σ comes x̂ mean(ĝ x̂): dx = (ĝ - mean ĝ - x̂ mean(ĝ x̂)) / σ, all means along "
+        "the last axis with keepdims=True."))
 
 
 def normalised(x, eps, ddof=0):
@@ -218,35 +252,46 @@ def normalised(x, eps, ddof=0):
 
 @layer_norm.law("each row of x̂ has mean 0 and variance 1;  y = w x̂ + b", x="n c", w="c", b="c")
 def _(f, x, w, b):
-    guesses = {"the variance is divided by n - 1, as of a sample; here it is by n": w * normalised(x, 1e-12, 1) + b}
+    guesses = {"the variance is divided by n - 1, as of a sample; here it is by n":
+                   w * normalised(x, 1e-12, 1) + b}
     close(f(x, w, b, eps=1e-12)[0], w * normalised(x, 1e-12) + b, "y", guesses)
 
 
-@layer_norm.law("ε is added to the variance, under the root", x="n c", w="c", b="c", eps=st.sampled_from([0.25, 1.0, 4.0]))
+@layer_norm.law("ε is added to the variance, under the root", x="n c", w="c", b="c",
+                eps=st.sampled_from([0.25, 1.0, 4.0]))
 def _(f, x, w, b, eps):
     c = x - x.mean(axis=-1, keepdims=True)
     outside = w * c / (np.sqrt((c * c).mean(axis=-1, keepdims=True)) + eps) + b
-    close(f(x, w, b, eps=eps)[0], w * normalised(x, eps) + b, "y", {"ε is added to σ; it belongs to σ², under the root": outside})
+    close(f(x, w, b, eps=eps)[0], w * normalised(x, eps) + b, "y",
+          {"ε is added to σ; it belongs to σ², under the root": outside})
 
 
-@layer_norm.law("the gradient of x is what small steps of x show", x="n c", w=positive("c"), g="n c")
+@layer_norm.law("the gradient of x is what small steps of x show", x="n c", w=positive("c"),
+                g="n c")
 def _(f, x, w, g):
     h = normalised(x, 1.0)
     gh, s = w * g, np.sqrt(x.var(axis=-1, keepdims=True) + 1.0)
-    guesses = {"the mean moves with x in it, σ does not: the term with x̂ is missing": (gh - gh.mean(axis=-1, keepdims=True)) / s,
+    guesses = {"the mean moves with x in it, σ does not: the term with x̂ is missing":
+                   (gh - gh.mean(axis=-1, keepdims=True)) / s,
                "neither the mean nor σ moves with x in it: two terms are missing": gh / s,
-               "σ moves with x in it, the mean does not: mean ĝ is missing": (gh - h * (gh * h).mean(axis=-1, keepdims=True)) / s}
-    close(f(x, w, 0 * w, eps=1.0)[1][0](g), numerical_gradient(lambda x: w * normalised(x, 1.0), x, g), "the gradient of x", guesses, 1e-5, 1e-7)
+               "σ moves with x in it, the mean does not: mean ĝ is missing":
+                   (gh - h * (gh * h).mean(axis=-1, keepdims=True)) / s}
+    close(f(x, w, 0 * w, eps=1.0)[1][0](g),
+          numerical_gradient(lambda x: w * normalised(x, 1.0), x, g), "the gradient of x", guesses,
+          1e-5, 1e-7)
 
 
-@layer_norm.law("the gradients of w and b: g x̂ and g, one row for each row", x="n c", w="c", b="c", g="n c")
+@layer_norm.law("the gradients of w and b: g x̂ and g, one row for each row", x="n c", w="c", b="c",
+                g="n c")
 def _(f, x, w, b, g):
     _, (_, dw, db) = f(x, w, b)
-    close(dw(g), g * normalised(x, 1e-5), "the gradient of w, before the engine sums it", {"it is g x: what w is multiplied with is x̂": g * x})
+    close(dw(g), g * normalised(x, 1e-5), "the gradient of w, before the engine sums it",
+          {"it is g x: what w is multiplied with is x̂": g * x})
     close(db(g), g, "the gradient of b, before the engine sums it")
 
 
-@layer_norm.wrong_answer("Only the mean moves with x; σ is a scale.", says="σ does not", subtle=True)
+@layer_norm.wrong_answer("Only the mean moves with x; σ is a scale.", says="σ does not",
+                         subtle=True)
 def _(x, w, b, eps=1e-5):
     y, (_, dw, db) = ops.layer_norm.definition(x, w, b, eps=eps)
     s = ops.xp(x).sqrt(((x - x.mean(axis=-1, keepdims=True))**2).mean(axis=-1, keepdims=True) + eps)
@@ -257,13 +302,17 @@ def _(x, w, b, eps=1e-5):
 def _(x, w, b, eps=1e-5):
     n, back = x.shape[-1], ops.layer_norm.definition(x, w, b, eps=eps)[1]
     c = x - x.mean(axis=-1, keepdims=True)
-    return w * c / ops.xp(x).sqrt((c * c).sum(axis=-1, keepdims=True) / max(n - 1, 1) + eps) + b, back
+    return w * c / ops.xp(x).sqrt((c * c).sum(axis=-1,
+                                              keepdims=True) / max(n - 1, 1) + eps) + b, back
 
 
-@layer_norm.wrong_answer("ε keeps the divisor from zero, so it is added to the divisor.", says="under the root", subtle=True)
+@layer_norm.wrong_answer("ε keeps the divisor from zero, so it is added to the divisor.",
+                         says="under the root", subtle=True)
 def _(x, w, b, eps=1e-5):
     c = x - x.mean(axis=-1, keepdims=True)
-    return w * c / (ops.xp(x).sqrt((c * c).mean(axis=-1, keepdims=True)) + eps) + b, ops.layer_norm.definition(x, w, b, eps=eps)[1]
+    return w * c / (ops.xp(x).sqrt((c * c).mean(axis=-1,
+                                                keepdims=True))
+                    + eps) + b, ops.layer_norm.definition(x, w, b, eps=eps)[1]
 
 
 @layer_norm.wrong_answer("w is multiplied with x.", says="x̂", subtle=True)

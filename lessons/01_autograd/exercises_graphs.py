@@ -15,13 +15,15 @@ def tensor(a):
     return Tensor(asarray(np.array(a, np.float64)), requires_grad=True)
 
 
-# ── topological, backward ────────────────────────────────────────────────────────────────────────────────────────────
+# ── topological, backward ─────────────────────────────────────────────────────────────────────────
 topological_order = Exercise(
     "tensor:topological", difficulty=3, minutes=20, hints=(
-        "A node is a Record, which knows its parents(), or a leaf.  Start at root.node.  A node may come into the order when all its parents are "
-        "in it.",
-        "Look at a node twice: when it is first met, put its parents on the stack above it; when it is met again, they are done, and so is it.",
-        "The stack holds pairs (node, done).  Push (node, True), then (p, False) for each parent; keep the ids of the nodes that were met in a set."))
+        "A node is a Record, which knows its parents(), or a leaf.  Start at root.node.  A node "
+        "may come into the order when all its parents are in it.",
+        "Look at a node twice: when it is first met, put its parents on the stack above it; when "
+        "it is met again, they are done, and so is it.",
+        "The stack holds pairs (node, done).  Push (node, True), then (p, False) for each parent; "
+        "keep the ids of the nodes that were met in a set."))
 
 
 @st.composite
@@ -49,23 +51,32 @@ def below(node):
     return found
 
 
-@topological_order.law("every node that the root was made from stands in the list, once", graph=graphs())
+@topological_order.law("every node that the root was made from stands in the list, once",
+                       graph=graphs())
 def _(f, graph):
     made = built(graph)
-    used, order = [t.node for t in made if id(t.node) in below(made[-1].node)], [id(n) for n in f(made[-1])]
+    below_root = below(made[-1].node)
+    used = [t.node for t in made if id(t.node) in below_root]
+    order = [id(n) for n in f(made[-1])]
     times = np.array([order.count(id(n)) for n in used])
-    close(times, np.ones(len(used)), "how often each node is in the list", {"the leaf is left out": np.array([0, *np.ones(len(used) - 1)])})
+    close(times, np.ones(len(used)), "how often each node is in the list",
+          {"the leaf is left out": np.array([0, *np.ones(len(used) - 1)])})
 
 
 @topological_order.law("the inputs of a node stand before it", graph=graphs())
 def _(f, graph):
-    order, seen, late = f(built(graph)[-1]), set(), []
+    order = f(built(graph)[-1])
+    seen = set()
+    late = []
     for n in order:
         seen.add(id(n))
         late.append(0 if isinstance(n, Tensor) else sum(id(p) not in seen for p in n.parents()))
     last = [0 if isinstance(n, Tensor) else len(list(n.parents())) for n in order]
-    guesses = {"it is the order turned round, outputs before inputs": np.array(last)} if late == last else {}
-    close(np.array(late), np.zeros(len(late)), "how many inputs of each node come after it", guesses)
+    guesses = {}
+    if late == last:
+        guesses["it is the order turned round, outputs before inputs"] = np.array(last)
+    close(np.array(late), np.zeros(len(late)), "how many inputs of each node come after it",
+          guesses)
 
 
 @topological_order.law("a graph of 3,000 nodes in a row is no deeper than one of three", x="size")
@@ -92,7 +103,8 @@ def by_recursion(root, after=True):
     return order
 
 
-@topological_order.wrong_answer("Recursion is how one walks a graph.", says="RecursionError", subtle=True)
+@topological_order.wrong_answer("Recursion is how one walks a graph.", says="RecursionError",
+                                subtle=True)
 def _(root):
     return by_recursion(root)
 
@@ -109,12 +121,15 @@ def _(root):
     return order
 
 
-@topological_order.wrong_answer("The walk goes from the output to the inputs, so that is the order.", says="turned round", subtle=True)
+@topological_order.wrong_answer(
+    "The walk goes from the output to the inputs, so that is the order.",
+    says="turned round", subtle=True)
 def _(root):
     return topological(root)[::-1]
 
 
-@topological_order.wrong_answer("Leaves were not computed, so they are no nodes.", says="leaf is left out")
+@topological_order.wrong_answer("Leaves were not computed, so they are no nodes.",
+                                says="leaf is left out")
 def _(root):
     return [n for n in topological(root) if not isinstance(n, Tensor)]
 
@@ -126,12 +141,12 @@ def _(root):
 
 backward = Exercise(
     "tensor:Tensor.backward", difficulty=4, minutes=30, lines=12, hints=(
-        "Keep the gradient of every node in a dict, by id(node).  It starts with {id(self.node): gradient}; a tensor of one element begins with a "
-        "one.",
-        "Go through topological(self) from its end.  A leaf (a Tensor) adds what arrived to its .grad; a Record gives node.pull(g), pairs of a "
-        "parent "
-        "and what comes back to it.",
-        "What comes back has the shape of the result; sum_to(gp, p.shape) brings it to the parent's.  It is added to what the parent has already."))
+        "Keep the gradient of every node in a dict, by id(node).  It starts with {id(self.node): "
+        "gradient}; a tensor of one element begins with a one.",
+        "Go through topological(self) from its end.  A leaf (a Tensor) adds what arrived to its "
+        ".grad; a Record gives node.pull(g), pairs of a parent and what comes back to it.",
+        "What comes back has the shape of the result; sum_to(gp, p.shape) brings it to the "
+        "parent's.  It is added to what the parent has already."))
 
 
 @backward.law("y = 3 x sends 3 g back to x", x="n", g="n")
@@ -152,19 +167,22 @@ def _(f, x):
 def _(f, x, g):
     x = tensor(x)
     f(x * 2.0 + x * 3.0, g)
-    guesses = {"one of its two uses is lost: parts are added up, not put in each other's place": 2 * g,
+    guesses = {"one of its two uses is lost: parts are added up, not put in each other's place":
+                   2 * g,
                "one of its two uses is lost: the second": 3 * g}
     close(x.grad, 5 * g, "x.grad of 2x + 3x", guesses)
 
 
-@backward.law("a node waits until everything made of it has reported:  b = 3a;  y = a + b", x="n", g="n")
+@backward.law("a node waits until everything made of it has reported:  b = 3a;  y = a + b", x="n",
+              g="n")
 def _(f, x, g):
     for turned in (False, True):
         leaf = tensor(x)
         a = leaf * 2.0
         b = a * 3.0
         f(b + a if turned else a + b, g)
-        guesses = {"a was passed before b had reported to it: outputs must come before inputs (topological)": 2 * g,
+        guesses = {"a was passed before b had reported to it: outputs must come before inputs "
+                   "(topological)": 2 * g,
                    "one of the two ways to a is lost": 6 * g}
         close(leaf.grad, 8 * g, "x.grad of a + 3a, a = 2x", guesses)
 
@@ -229,7 +247,8 @@ def _(self, gradient=None, retain_graph=False):
     walk(self, gradient, as_met)
 
 
-@backward.wrong_answer("What comes back has the shape of what went in.", says="not summed", subtle=True)
+@backward.wrong_answer("What comes back has the shape of what went in.", says="not summed",
+                       subtle=True)
 def _(self, gradient=None, retain_graph=False):
     walk(self, gradient, undo=lambda g, shape: g)
 

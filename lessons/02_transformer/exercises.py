@@ -14,16 +14,22 @@ from tinyft.learn.references import numerical_gradient, probabilities
 from tinyft.learn.sizes import booleans
 from tinyft.tensor import Tensor
 
-# ── causal_mask ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── causal_mask ───────────────────────────────────────────────────────────────────────────────────
 causal_mask = Exercise(
     "ops:causal_mask", difficulty=1, minutes=5, hints=(
-        "Row i says what query i may see: itself and all before it, nothing after it.  True where it may look.",
-        "With s > t keys the first s - t were there before, so the queries are the last t places: query i stands at place i + s - t.",
-        "m.tril(a, k) keeps what is on or below the k-th diagonal, j <= i + k; m.ones((t, s), dtype=bool) is all True."))
+        "Row i says what query i may see: itself and all before it, nothing after it.  True where "
+        "it may look.",
+        "With s > t keys the first s - t were there before, so the queries are the last t places: "
+        "query i stands at place i + s - t.",
+        "m.tril(a, k) keeps what is on or below the k-th diagonal, j <= i + k; m.ones((t, s), "
+        "dtype=bool) is all True."))
 
 
 def may_look(t, s, shift):
-    return np.array([[j <= i + shift for j in range(s)] for i in range(t)])
+    """(t, s): True where query i may see key j, j ≤ i + shift."""
+    query = np.arange(t)[:, None]
+    key = np.arange(s)[None, :]
+    return key <= query + shift
 
 
 @causal_mask.law("as many keys as queries: query i sees the keys 0 to i", t="size")
@@ -40,7 +46,8 @@ def _(f, t, more):
     close(f(t, t + more)[-1], np.ones(t + more, bool), "the last row of the mask", guesses)
 
 
-@causal_mask.law("keys that were there before (a cache, a prefix) are seen by all", t="size", more=st.integers(0, 3))
+@causal_mask.law("keys that were there before (a cache, a prefix) are seen by all", t="size",
+                 more=st.integers(0, 3))
 def _(f, t, more):
     guesses = {"it counts the keys as if none had come before": may_look(t, t + more, 0),
                "it sees what comes before it, but not itself": may_look(t, t + more, more - 1)}
@@ -67,18 +74,21 @@ def _(t, s, m=np):
     return m.tril(m.ones((t, s), dtype=bool))
 
 
-@causal_mask.wrong_answer("With older keys in front, everything is the past.", says="entries", subtle=True)
+@causal_mask.wrong_answer("With older keys in front, everything is the past.", says="entries",
+                          subtle=True)
 def _(t, s, m=np):
     return m.tril(m.ones((t, s), dtype=bool)) if s == t else m.ones((t, s), dtype=bool)
 
 
-# ── softmax_attention ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── softmax_attention ─────────────────────────────────────────────────────────────────────────────
 softmax_attention = Exercise(
     "functional:softmax_attention", difficulty=3, minutes=20, closed=("ops:attention",), hints=(
-        "Every query is compared with every key (a product), the scores of a query become weights (a softmax), the weights mix the values.",
-        "Scores grow with the length d of the vectors: divide by √d.  A key that a query may not look at gets the score -1e30 before the softmax, so its weight "
-        "is 0.",
-        "ops.where(mask, scores, -1e30) sets scores.  With both masks a query sees what both allow: key_mask & ops.causal_mask(t, s, m)."))
+        "Every query is compared with every key (a product), the scores of a query become weights "
+        "(a softmax), the weights mix the values.",
+        "Scores grow with the length d of the vectors: divide by √d.  A key that a query may not "
+        "look at gets the score -1e30 before the softmax, so its weight is 0.",
+        "ops.where(mask, scores, -1e30) sets scores.  With both masks a query sees what both "
+        "allow: key_mask & ops.causal_mask(t, s, m)."))
 
 
 def attended(q, k, v, may=None, scale=None):
@@ -93,14 +103,16 @@ def tensors(*arrays):
 @softmax_attention.law("softmax(Q Kᵀ / √d) V", q="t d", k="s d", v="s d")
 def _(f, q, k, v):
     guesses = {"the scores are not divided by √d": attended(q, k, v, scale=1.0),
-               "the scores are divided by d, expected by √d": attended(q, k, v, scale=1 / q.shape[-1])}
+               "the scores are divided by d, expected by √d":
+                   attended(q, k, v, scale=1 / q.shape[-1])}
     close(f(*tensors(q, k, v)), attended(q, k, v), "the output", guesses)
 
 
 @softmax_attention.law("heads: stacks of queries, keys and values", q="h t d", k="h s d", v="h s d")
 def _(f, q, k, v):
     by_width = attended(q, k, v, scale=(q.shape[0] * q.shape[-1])**-0.5)
-    wide = {"the scores are divided by √(h d), the width of the model; expected √d, of one head": by_width}
+    wide = {"the scores are divided by √(h d), the width of the model; expected √d, of one head":
+                by_width}
     close(f(*tensors(q, k, v)), attended(q, k, v), "the output", wide)
 
 
@@ -108,29 +120,36 @@ def _(f, q, k, v):
 def _(f, q, k, v):
     past = may_look(len(q), len(q), 0)
     s = q @ k.T * q.shape[-1]**-0.5
-    guesses = {"the mask comes after the softmax, so the weights no longer add up to 1": (probabilities(s) * past) @ v,
+    guesses = {"the mask comes after the softmax, so the weights no longer add up to 1":
+                   (probabilities(s) * past) @ v,
                "the causal mask has no effect": attended(q, k, v)}
     close(f(*tensors(q, k, v), causal=True), attended(q, k, v, past), "the output", guesses)
 
 
-@softmax_attention.law("key_mask: keys that are padding get no weight", q="t d", k="s d", v="s d", key_mask=booleans("s"))
+@softmax_attention.law("key_mask: keys that are padding get no weight", q="t d", k="s d", v="s d",
+                       key_mask=booleans("s"))
 def _(f, q, k, v, key_mask):
     key_mask[0] = True
     s = q @ k.T * q.shape[-1]**-0.5
-    guesses = {"the mask comes after the softmax, so the weights no longer add up to 1": (probabilities(s) * key_mask) @ v}
-    close(f(*tensors(q, k, v), key_mask=asarray(key_mask)), attended(q, k, v, key_mask), "the output", guesses)
+    guesses = {"the mask comes after the softmax, so the weights no longer add up to 1":
+                   (probabilities(s) * key_mask) @ v}
+    close(f(*tensors(q, k, v), key_mask=asarray(key_mask)), attended(q, k, v, key_mask),
+          "the output", guesses)
 
 
-@softmax_attention.law("both masks at once, and older keys in front", q="t d", k="s d", v="s d", key_mask=booleans("s"))
+@softmax_attention.law("both masks at once, and older keys in front", q="t d", k="s d", v="s d",
+                       key_mask=booleans("s"))
 def _(f, q, k, v, key_mask):
     key_mask[0] = True
     q = q[:len(k)]
     past = may_look(len(q), len(k), len(k) - len(q))
     guesses = {"with causal=True, key_mask is forgotten": attended(q, k, v, past)}
-    close(f(*tensors(q, k, v), key_mask=asarray(key_mask), causal=True), attended(q, k, v, past & key_mask), "the output", guesses)
+    close(f(*tensors(q, k, v), key_mask=asarray(key_mask), causal=True),
+          attended(q, k, v, past & key_mask), "the output", guesses)
 
 
-@softmax_attention.law("queries, keys and values all get their gradient", q="t d", k="s d", v="s d", g="t d")
+@softmax_attention.law("queries, keys and values all get their gradient", q="t d", k="s d", v="s d",
+                       g="t d")
 def _(f, q, k, v, g):
     made, p, scale = tensors(q, k, v), probabilities(q @ k.T * q.shape[-1]**-0.5), q.shape[-1]**-0.5
     dp = g @ v.T
@@ -153,37 +172,43 @@ def attention(q, k, v, key_mask=None, causal=False, scale=None, after=False, bot
     return ops.softmax(scores if key_mask is None else ops.where(key_mask, scores, -1e30)) @ v
 
 
-@softmax_attention.wrong_answer("The softmax normalises, so scores need no scale.", says="not divided by √d")
+@softmax_attention.wrong_answer("The softmax normalises, so scores need no scale.",
+                                says="not divided by √d")
 def _(q, k, v, key_mask=None, causal=False):
     return attention(q, k, v, key_mask, causal, 1.0)
 
 
-@softmax_attention.wrong_answer("The scale is 1/√C, with the width of the model.", says="width of the model")
+@softmax_attention.wrong_answer("The scale is 1/√C, with the width of the model.",
+                                says="width of the model")
 def _(q, k, v, key_mask=None, causal=False):
     heads = q.shape[-3] if q.ndim > 2 else 1
     return attention(q, k, v, key_mask, causal, (heads * q.shape[-1])**-0.5)
 
 
-@softmax_attention.wrong_answer("The mask sets weights to zero, so it comes after the softmax.", says="after the softmax")
+@softmax_attention.wrong_answer("The mask sets weights to zero, so it comes after the softmax.",
+                                says="after the softmax")
 def _(q, k, v, key_mask=None, causal=False):
     return attention(q, k, v, key_mask, causal, after=True)
 
 
-@softmax_attention.wrong_answer("There is one mask: the causal one, or the one that is given.", says="key_mask is forgotten", subtle=True)
+@softmax_attention.wrong_answer("There is one mask: the causal one, or the one that is given.",
+                                says="key_mask is forgotten", subtle=True)
 def _(q, k, v, key_mask=None, causal=False):
     return attention(q, k, v, key_mask, causal, both=False)
 
 
-@softmax_attention.wrong_answer("Computing with arrays is computing with tensors.", says="the gradient of q", subtle=True)
+@softmax_attention.wrong_answer("Computing with arrays is computing with tensors.",
+                                says="the gradient of q", subtle=True)
 def _(q, k, v, key_mask=None, causal=False):
     return attention(q.detach(), k.detach(), v, key_mask, causal)
 
 
-# ── split_heads ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── split_heads ───────────────────────────────────────────────────────────────────────────────────
 split_heads = Exercise(
     "models.blocks:split_heads", difficulty=2, minutes=10, hints=(
         "x is a Tensor.  Head h owns the features h D to (h + 1) D of every position.",
-        "A reshape never changes the order of the numbers.  Cut the last axis into (H, D) first, then move the axis H before T.",
+        "A reshape never changes the order of the numbers.  Cut the last axis into (H, D) first, "
+        "then move the axis H before T.",
         "x.reshape(B, T, H, D) and then x.permute(0, 2, 1, 3); B, T, C = x.shape."))
 
 
@@ -204,25 +229,30 @@ def _(f, x):
 @split_heads.law("the result has the axes batch, head, time, feature", x="b t c", h="size")
 def _(f, x, h):
     got = host(split_by(f, np.concatenate([x] * h, -1), h), "split_heads(x, heads)")
-    close(np.array(got.shape), np.array((x.shape[0], h, *x.shape[1:])), "the shape of split_heads(x, heads)")
+    close(np.array(got.shape), np.array((x.shape[0], h, *x.shape[1:])),
+          "the shape of split_heads(x, heads)")
 
 
 @split_heads.law("head h has the features h D to (h + 1) D of each position", x="b t c", h="size")
 def _(f, x, h):
     x = np.concatenate([x + 10 * i for i in range(h)], -1)
     B, T, C = x.shape
-    guesses = {"time and heads are mixed: a reshape alone does not move an axis": x.reshape(B, h, T, C // h),
-               "the features are dealt out like cards; a head has neighbours": x.reshape(B, T, C // h, h).transpose(0, 3, 1, 2)}
+    guesses = {"time and heads are mixed: a reshape alone does not move an axis":
+                   x.reshape(B, h, T, C // h),
+               "the features are dealt out like cards; a head has neighbours":
+                   x.reshape(B, T, C // h, h).transpose(0, 3, 1, 2)}
     close(split_by(f, x, h), by_head(x, h), f"split_heads(x, {h})", guesses)
 
 
-@split_heads.wrong_answer("A reshape to (B, H, T, D) gives (B, H, T, D).", says="does not move an axis", subtle=True)
+@split_heads.wrong_answer("A reshape to (B, H, T, D) gives (B, H, T, D).",
+                          says="does not move an axis", subtle=True)
 def _(x, heads):
     B, T, C = x.shape
     return x.reshape(B, heads, T, C // heads)
 
 
-@split_heads.wrong_answer("Features are dealt out to the heads in turn.", says="like cards", subtle=True)
+@split_heads.wrong_answer("Features are dealt out to the heads in turn.", says="like cards",
+                          subtle=True)
 def _(x, heads):
     B, T, C = x.shape
     return x.reshape(B, T, C // heads, heads).permute(0, 3, 1, 2)
@@ -240,12 +270,15 @@ def _(x, heads):
     return x.reshape(B, T, heads, 64).permute(0, 2, 1, 3)
 
 
-# ── gelu_tanh ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── gelu_tanh ─────────────────────────────────────────────────────────────────────────────────────
 gelu_tanh = Exercise(
     "ops:gelu_tanh", difficulty=3, minutes=15, hints=(
-        "y = x (1 + h) / 2 is a product of two things that both depend on x; h is a tanh of something, so the chain rule comes in twice.",
-        "The derivative of tanh u is 1 - tanh² u, and that of √(2/π) (x + 0.044715 x³) is √(2/π) (1 + 3 · 0.044715 x²).",
-        "dx = g ((1 + h) / 2 + x (1 - h²) / 2 · √(2/π) (1 + 0.134145 x²)).  Compute h once; the pullback may keep it."))
+        "y = x (1 + h) / 2 is a product of two things that both depend on x; h is a tanh of "
+        "something, so the chain rule comes in twice.",
+        "The derivative of tanh u is 1 - tanh² u, and that of √(2/π) (x + 0.044715 x³) is √(2/π) "
+        "(1 + 3 · 0.044715 x²).",
+        "dx = g ((1 + h) / 2 + x (1 - h²) / 2 · √(2/π) (1 + 0.134145 x²)).  Compute h once; the "
+        "pullback may keep it."))
 
 ROOT = math.sqrt(2 / math.pi)
 
@@ -257,7 +290,8 @@ def gelu(x):
 @gelu_tanh.law("y = x (1 + tanh(√(2/π) (x + 0.044715 x³))) / 2", x="n m")
 def _(f, x):
     exact = x * np.vectorize(lambda v: 0.5 * (1 + math.erf(v / math.sqrt(2))))(x)
-    guesses = {"it is the exact GELU, with erf; GPT-2's has tanh, and differs in the fourth digit": exact,
+    guesses = {"it is the exact GELU, with erf; GPT-2's has tanh, and differs in the fourth digit":
+                   exact,
                "it is the sigmoid form, x σ(1.702 x)": x / (1 + np.exp(-1.702 * x)),
                "√(2/π) is missing": 0.5 * x * (1 + np.tanh(x + 0.044715 * x**3))}
     close(f(x)[0], gelu(x), "y", guesses)
@@ -277,11 +311,13 @@ def _(f, x, g):
     close(f(x)[1][0](g), numerical_gradient(gelu, x, g), "the gradient of x", guesses, 1e-5, 1e-7)
 
 
-@gelu_tanh.wrong_answer("The derivative of 0.044715 x³ is 0.044715 x².", says="did not come down", subtle=True)
+@gelu_tanh.wrong_answer("The derivative of 0.044715 x³ is 0.044715 x².", says="did not come down",
+                        subtle=True)
 def _(x):
     y, _ = ops.gelu_tanh.definition(x)
     h = xp(x).tanh(ROOT * (x + 0.044715 * x**3))
-    return y, (lambda g: g * (0.5 * (1 + h) + 0.5 * x * (1 - h * h) * ROOT * (1 + 0.044715 * x * x)),)
+    return y, (lambda g: g
+               * (0.5 * (1 + h) + 0.5 * x * (1 - h * h) * ROOT * (1 + 0.044715 * x * x)),)
 
 
 @gelu_tanh.wrong_answer("h is a gate, and gates are constants.", says="product rule", subtle=True)

@@ -14,16 +14,18 @@ from tinyft.learn.references import probabilities
 from tinyft.learn.sizes import array, integers, positive, sizes
 from tinyft.optim.optimizers import adam_update as reference_update
 
-# ── cross_entropy ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── cross_entropy ─────────────────────────────────────────────────────────────────────────────────
 cross_entropy = Exercise(
-    "ops:cross_entropy", difficulty=4, minutes=30, closed=("functional:soft_cross_entropy",), hints=(
-        "One law at a time: first the mean of -ln p at the labels, p = softmax z.  Take each row's maximum off before exp, as in softmax.",
-        "Give every row a weight: 0 where y is ignore_index, else weight[y] or 1.  The loss is the weighted sum over the sum of the weights.  Its "
-        "gradient "
-        "is w (p - one-hot) over the same sum.",
-        "Label smoothing is a target that is (1 - ε) at the label plus ε/V everywhere; the loss is -Σ target ln p.  z may have any axes in front: "
-        "work on "
-        "z.reshape(-1, V) and give the gradient z's shape again."))
+    "ops:cross_entropy", difficulty=4, minutes=30, closed=("functional:soft_cross_entropy",),
+    hints=(
+        "One law at a time: first the mean of -ln p at the labels, p = softmax z.  Take each row's "
+        "maximum off before exp, as in softmax.",
+        "Give every row a weight: 0 where y is ignore_index, else weight[y] or 1.  The loss is the "
+        "weighted sum over the sum of the weights.  Its gradient is w (p - one-hot) over the same "
+        "sum.",
+        "Label smoothing is a target that is (1 - ε) at the label plus ε/V everywhere; the loss "
+        "is -Σ target ln p.  z may have any axes in front: work on z.reshape(-1, V) and give the "
+        "gradient z's shape again."))
 
 
 @st.composite
@@ -61,7 +63,8 @@ def _(f, drawn):
 def _(f, drawn, g):
     z, y = drawn
     d = probabilities(z) - (np.arange(z.shape[1]) == y[:, None])
-    guesses = {"1/N is missing: the loss is a mean, so its gradient is too": g * d, "g, the gradient of the loss itself, is left out": d / len(y)}
+    guesses = {"1/N is missing: the loss is a mean, so its gradient is too": g * d,
+               "g, the gradient of the loss itself, is left out": d / len(y)}
     close(f(z, y)[1][0](np.asarray(float(g))), g * d / len(y), "the gradient of z", guesses)
 
 
@@ -70,17 +73,21 @@ def _(f, drawn):
     z, y = drawn
     each, real = losses(z, y), y >= 0
     loss, (back, *_) = f(z, y)
-    close(loss, np.asarray(each.sum() / real.sum()), "the loss", {"it is divided by all rows, those to be ignored too": each.mean()})
+    close(loss, np.asarray(each.sum() / real.sum()), "the loss",
+          {"it is divided by all rows, those to be ignored too": each.mean()})
     d = (probabilities(z) - (np.arange(z.shape[1]) == y[:, None])) * real[:, None]
-    close(back(np.asarray(1.0)), d / real.sum(), "the gradient of z", {"it is divided by all rows, those to be ignored too": d / len(y)})
+    close(back(np.asarray(1.0)), d / real.sum(), "the gradient of z",
+          {"it is divided by all rows, those to be ignored too": d / len(y)})
 
 
-@cross_entropy.law("class weights: the weighted mean, over the sum of the weights", drawn=scored(), weight=positive("c"))
+@cross_entropy.law("class weights: the weighted mean, over the sum of the weights", drawn=scored(),
+                   weight=positive("c"))
 def _(f, drawn, weight):
     z, y = drawn
     weight = np.resize(weight, z.shape[1])
     w, each = weight[y], losses(z, y)
-    guesses = {"it is divided by the number of rows, expected by the sum of their weights": (w * each).mean()}
+    guesses = {"it is divided by the number of rows, expected by the sum of their weights":
+                   (w * each).mean()}
     close(f(z, y, weight)[0], np.asarray((w * each).sum() / w.sum()), "the loss", guesses)
 
 
@@ -89,20 +96,27 @@ def _(f, drawn):
     z, y = drawn
     n, v = z.shape
     target = 0.75 * (np.arange(v) == y[:, None]) + 0.25 / v
-    others = 0.75 * (np.arange(v) == y[:, None]) + 0.25 / max(v - 1, 1) * (np.arange(v) != y[:, None])
+    others = 0.75 * (np.arange(v) == y[:,
+                                       None]) + 0.25 / max(v - 1, 1) * (np.arange(v) != y[:, None])
     loss, (back, *_) = f(z, y, label_smoothing=0.25)
-    guesses = {"ε is shared among the other classes; it is among all, the label too": -(others * np.log(probabilities(z))).sum() / n}
-    close(loss, np.asarray(-(target * np.log(probabilities(z))).sum() / n), "the loss for ε = 0.25", guesses)
+    guesses = {"ε is shared among the other classes; it is among all, the label too":
+                   -(others * np.log(probabilities(z))).sum() / n}
+    close(loss, np.asarray(-(target * np.log(probabilities(z))).sum() / n), "the loss for ε = 0.25",
+          guesses)
     close(back(np.asarray(1.0)), (probabilities(z) - target) / n, "the gradient of z for ε = 0.25",
-          {"ε is shared among the other classes; it is among all, the label too": (probabilities(z) - others) / n})
+          {"ε is shared among the other classes; it is among all, the label too":
+               (probabilities(z) - others) / n})
 
 
-@cross_entropy.law("any axes in front, and the gradient has z's shape", z="a b v", y=integers("a b", 0, 0))
+@cross_entropy.law("any axes in front, and the gradient has z's shape", z="a b v",
+                   y=integers("a b", 0, 0))
 def _(f, z, y):
     loss, (back, *_) = f(z, y)
     rows, labels = z.reshape(-1, z.shape[-1]), y.reshape(-1)
     close(loss, np.asarray(losses(rows, labels).mean()), "the loss")
-    close(back(np.asarray(1.0)), ((probabilities(rows) - (np.arange(z.shape[-1]) == 0)) / len(rows)).reshape(z.shape), "the gradient of z")
+    close(back(np.asarray(1.0)),
+          ((probabilities(rows) - (np.arange(z.shape[-1]) == 0)) / len(rows)).reshape(z.shape),
+          "the gradient of z")
 
 
 def scaled(z, y, weight, ignore_index, label_smoothing, value=1.0, gradient=1.0):
@@ -115,7 +129,8 @@ def _(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
     return scaled(z, y, weight, ignore_index, label_smoothing, y.size, y.size)
 
 
-@cross_entropy.wrong_answer("p − 1 at the label; who takes the mean takes care of N.", says="1/N is missing")
+@cross_entropy.wrong_answer("p − 1 at the label; who takes the mean takes care of N.",
+                            says="1/N is missing")
 def _(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
     return scaled(z, y, weight, ignore_index, label_smoothing, 1.0, y.size)
 
@@ -126,19 +141,22 @@ def _(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
     return scaled(z, y, weight, ignore_index, label_smoothing, share, share)
 
 
-@cross_entropy.wrong_answer("Weights multiply; what one divides by is the number of rows.", says="sum of their weights", subtle=True)
+@cross_entropy.wrong_answer("Weights multiply; what one divides by is the number of rows.",
+                            says="sum of their weights", subtle=True)
 def _(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
     share = 1.0 if weight is None else float(weight[y].sum()) / y.size
     return scaled(z, y, weight, ignore_index, label_smoothing, share, share)
 
 
-@cross_entropy.wrong_answer("Smoothing takes from the label and gives to the others.", says="label too", subtle=True)
+@cross_entropy.wrong_answer("Smoothing takes from the label and gives to the others.",
+                            says="label too", subtle=True)
 def _(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
     V = z.shape[-1]
-    return ops.cross_entropy.definition(z, y, weight, ignore_index, label_smoothing * V / max(V - 1, 1))
+    return ops.cross_entropy.definition(z, y, weight, ignore_index,
+                                        label_smoothing * V / max(V - 1, 1))
 
 
-# ── clip_norm ────────────────────────────────────────────────────────────────────────────────────
+# ── clip_norm ─────────────────────────────────────────────────────────────────────────────────────
 clip_norm = Exercise(
     "optim.optimizers:clip_norm", difficulty=2, minutes=10, in_place=True, hints=(
         "All gradients together are one long vector.  Its norm decides, and one factor scales all "
@@ -231,13 +249,13 @@ def _(gradients, limit):
     return norm
 
 
-# ── adam_update ──────────────────────────────────────────────────────────────────────────────────
+# ── adam_update ───────────────────────────────────────────────────────────────────────────────────
 adam_update = Exercise(
     "optim.optimizers:adam_update", difficulty=3, minutes=20, in_place=True, hints=(
         "m and v are running means of g and g²: b1 m + (1 - b1) g, and the same with b2 and g².  "
         "Everything is written into w, m and v; nothing is returned.",
-        "m and v begin at zero, so at first they are too small: m / (1 - b1**t) and "
-        "v / (1 - b2**t) correct that.  t counts from 1.",
+        "m and v begin at zero, so at first they are too small: m / (1 - b1**t) and v / (1 - "
+        "b2**t) correct that.  t counts from 1.",
         "The decay does not enter m and v: w ← w (1 - lr decay).  Then w ← w - lr m̂ / (√v̂ + ε): "
         "first the root, then ε."))
 
@@ -341,7 +359,7 @@ def _(w, g, m, v, lr, b1, b2, eps, decay, t):
     w -= lr * m / (1 - b1**t) / (xp(w).sqrt(v / (1 - b2**t)) + eps)
 
 
-# ── cosine_schedule ──────────────────────────────────────────────────────────────────────────────
+# ── cosine_schedule ───────────────────────────────────────────────────────────────────────────────
 cosine_schedule = Exercise(
     "optim.schedules:cosine_schedule", difficulty=2, minutes=10,
     closed=("optim.schedules:with_warmup",), hints=(

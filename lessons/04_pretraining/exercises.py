@@ -18,51 +18,61 @@ PAD, CLS, MASK = SPECIAL["[PAD]"], SPECIAL["[CLS]"], SPECIAL["[MASK]"]
 # the ids that are no special token
 FIRST, VOCAB = max(SPECIAL.values()) + 1, max(SPECIAL.values()) + 5
 
-# ── next_tokens ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── next_tokens ───────────────────────────────────────────────────────────────────────────────────
 next_tokens = Exercise(
     "train.batch:next_tokens", difficulty=2, minutes=10, on_host=True, hints=(
-        "The model reads all tokens but the last, and at each must say the one after it.  So the labels are the ids, moved by one place.",
-        "A place asks nothing (-100) where the token to be said is padding, and where the token that is read there is padding: padding may stand "
-        "on the "
-        "left as well.",
-        "np.where(both real, ids[:, 1:], -100) with mask[:, 1:] and mask[:, :-1].  Without a mask every token is real."))
+        "The model reads all tokens but the last, and at each must say the one after it.  So the "
+        "labels are the ids, moved by one place.",
+        "A place asks nothing (-100) where the token to be said is padding, and where the token "
+        "that is read there is padding: padding may stand on the left as well.",
+        "np.where(both real, ids[:, 1:], -100) with mask[:, 1:] and mask[:, :-1].  Without a mask "
+        "every token is real."))
 
 
-@next_tokens.law("without padding: the label of a place is the id after it", ids=integers("b t", 0, 9))
+@next_tokens.law("without padding: the label of a place is the id after it",
+                 ids=integers("b t", 0, 9))
 def _(f, ids):
     ids = np.concatenate([ids, ids[:, :1] + 10], axis=1)
     guesses = {"it is the id of the place itself: nothing is left to predict": ids[:, :-1]}
     close(f(ids), ids[:, 1:], f"the labels of {ids.tolist()}", guesses)
 
 
-@next_tokens.law("padding on the right is not asked for", ids=integers("b t", 0, 9), real=st.integers(1, 4))
+@next_tokens.law("padding on the right is not asked for", ids=integers("b t", 0, 9),
+                 real=st.integers(1, 4))
 def _(f, ids, real):
     mask = np.broadcast_to(np.arange(ids.shape[1]) < real, ids.shape)
     want = np.where(mask[:, 1:], ids[:, 1:], -100)
-    close(f(ids, mask), want, f"the labels with the mask {mask[0].tolist()}", {"padding is predicted too: the mask has no effect": ids[:, 1:]})
+    close(f(ids, mask), want, f"the labels with the mask {mask[0].tolist()}",
+          {"padding is predicted too: the mask has no effect": ids[:, 1:]})
 
 
-@next_tokens.law("any mask: both the place and the one after it must be real", ids=integers("b t", 1, 9), mask=booleans("b t"))
+@next_tokens.law("any mask: both the place and the one after it must be real",
+                 ids=integers("b t", 1, 9), mask=booleans("b t"))
 def _(f, ids, mask):
-    ids, mask = np.concatenate([ids, ids[:, :1]], axis=1), np.concatenate([mask, ~mask[:, -1:]], axis=1)
+    ids = np.concatenate([ids, ids[:, :1]], axis=1)
+    mask = np.concatenate([mask, ~mask[:, -1:]], axis=1)
     want = np.where(mask[:, 1:] & mask[:, :-1], ids[:, 1:], -100)
-    guesses = {"only the token to be said is looked at; padding that is read asks nothing either": np.where(mask[:, 1:], ids[:, 1:], -100),
+    guesses = {"only the token to be said is looked at; padding that is read asks nothing either":
+                   np.where(mask[:, 1:], ids[:, 1:], -100),
                "only the token that is read is looked at": np.where(mask[:, :-1], ids[:, 1:], -100)}
     close(f(ids, mask), want, f"the labels with the mask {mask.astype(int).tolist()}", guesses)
 
 
-@next_tokens.wrong_answer("The labels are the ids; the model shifts them itself.", says="the place itself")
+@next_tokens.wrong_answer("The labels are the ids; the model shifts them itself.",
+                          says="the place itself")
 def _(ids, mask=None):
     return ids[:, :-1] if mask is None else np.where(mask[:, :-1], ids[:, :-1], -100)
 
 
-@next_tokens.wrong_answer("A mask is for attention; the loss sees every place.", says="padding is predicted")
+@next_tokens.wrong_answer("A mask is for attention; the loss sees every place.",
+                          says="padding is predicted")
 def _(ids, mask=None):
     return ids[:, 1:].copy()
 
 
-@next_tokens.wrong_answer("Padding stands on the right, so a real token is always read where a real one follows.", says="padding that is read",
-                     subtle=True)
+@next_tokens.wrong_answer(
+    "Padding stands on the right, so a real token is always read where a real one follows.",
+    says="padding that is read", subtle=True)
 def _(ids, mask=None):
     return ids[:, 1:].copy() if mask is None else np.where(mask[:, 1:], ids[:, 1:], -100)
 
@@ -72,15 +82,17 @@ def _(ids, mask=None):
     return ids[:, 1:].copy() if mask is None else np.where(mask[:, :-1], ids[:, 1:], -100)
 
 
-# ── mlm ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── mlm ───────────────────────────────────────────────────────────────────────────────────────────
 mlm = Exercise(
     "data.batches:mlm", difficulty=4, minutes=25, on_host=True, hints=(
-        "Choose places first: real ones (mask) that hold no special token, each with probability p.  Only they get a label: what stood there.",
-        "np.flatnonzero finds the free places, rng.random(len(free)) < p chooses among them; if none was chosen, take rng.choice(free, 1).  "
-        "a.flat[places] "
-        "reads and writes at flat places.",
-        "Draw one number u per chosen place: u < 0.8 becomes special[\"[MASK]\"], 0.8 <= u < 0.9 a random id that is not special "
-        "(np.setdiff1d(np.arange(vocab), special ids)), the rest stays."))
+        "Choose places first: real ones (mask) that hold no special token, each with probability "
+        "p.  Only they get a label: what stood there.",
+        "np.flatnonzero finds the free places, rng.random(len(free)) < p chooses among them; if "
+        "none was chosen, take rng.choice(free, 1).  a.flat[places] reads and writes at flat "
+        "places.",
+        "Draw one number u per chosen place: u < 0.8 becomes special[\"[MASK]\"], 0.8 <= u < 0.9 a "
+        "random id that is not special (np.setdiff1d(np.arange(vocab), special ids)), the rest "
+        "stays."))
 
 
 @st.composite
@@ -103,16 +115,20 @@ def _(f, drawn, seed):
     ids, mask = drawn
     new, labels = f(ids, mask, np.random.default_rng(seed), VOCAB, SPECIAL, 0.5)
     asked = np.asarray(labels) != -100
-    guesses = {"they are the ids after the corruption: what is to be found again is what stood there": np.where(asked, new, -100)}
+    guesses = {"they are the ids after the corruption: the label is the id before it":
+                   np.where(asked, new, -100)}
     close(labels, np.where(asked, ids, -100), "the labels", guesses)
 
 
-@mlm.law("a place that is not asked keeps its token, padding and special tokens are not asked", drawn=texts(), seed=seeds)
+@mlm.law("a place that is not asked keeps its token, padding and special tokens are not asked",
+         drawn=texts(), seed=seeds)
 def _(f, drawn, seed):
     ids, mask = drawn
     new, labels = f(ids, mask, np.random.default_rng(seed), VOCAB, SPECIAL, 1.0)
     free = mask & (ids >= FIRST)
-    guesses = {"every place is asked: the loss is on tokens that can be read off": np.ones(ids.shape, bool), "padding is asked for": ids >= FIRST,
+    guesses = {"every place is asked: the loss is on tokens that can be read off":
+                   np.ones(ids.shape, bool),
+               "padding is asked for": ids >= FIRST,
                "special tokens are asked for": mask}
     close(np.asarray(labels) != -100, free, "where a label is, for p = 1", guesses)
     close(np.where(free, 0, new), np.where(free, 0, ids), "the new ids where nothing is asked")
@@ -122,21 +138,29 @@ def _(f, drawn, seed):
 def _(f, drawn, seed):
     ids, mask = drawn
     new, labels = f(ids, mask, np.random.default_rng(seed), VOCAB, SPECIAL, 1e-9)
-    close(np.asarray((np.asarray(labels) != -100).sum()), np.asarray(1), "the number of places that are asked",
+    close(np.asarray((np.asarray(labels) != -100).sum()), np.asarray(1),
+          "the number of places that are asked",
           {"no place is asked: nothing to learn": 0})
 
 
-@mlm.law("of 20,000 words a share of p is asked; 80 % of these are [MASK], a tenth another word, a tenth as before", seed=seeds)
+@mlm.law("of 20,000 words a share of p has a label; 80 % of these are [MASK], a tenth another "
+         "word, a tenth as before", seed=seeds)
 def _(f, seed):
+    def share(where):
+        return round(float(where.mean()), 1)
+
     ids = np.full((100, 200), FIRST)
-    new, labels = f(ids, np.ones(ids.shape, bool), np.random.default_rng(seed), FIRST + 1000, SPECIAL, 0.5)
+    new, labels = f(ids, np.ones(ids.shape, bool), np.random.default_rng(seed), FIRST + 1000,
+                    SPECIAL, 0.5)
     asked = np.asarray(labels) != -100
-    share = lambda where: round(float(where.mean()), 1)
-    got = [share(asked), share(np.asarray(new)[asked] == MASK), share((np.asarray(new) != ids)[asked] & (np.asarray(new)[asked] != MASK)),
+    got = [share(asked), share(np.asarray(new)[asked] == MASK),
+           share((np.asarray(new) != ids)[asked] & (np.asarray(new)[asked] != MASK)),
            share((np.asarray(new) == ids)[asked])]
-    guesses = {"all that are asked become [MASK]; then the model never meets a word that may be wrong": [0.5, 1.0, 0.0, 0.0],
+    guesses = {"all that are asked become [MASK]; then the model never meets a word that may be "
+               "wrong": [0.5, 1.0, 0.0, 0.0],
                "a share of 15 % is asked whatever p is": [share(np.arange(100) < 15), *got[1:]]}
-    close(np.array(got), np.array([0.5, 0.8, 0.1, 0.1]), "the shares asked, [MASK], another word, as before (for p = 0.5)", guesses)
+    close(np.array(got), np.array([0.5, 0.8, 0.1, 0.1]),
+          "the shares asked, [MASK], another word, as before (for p = 0.5)", guesses)
 
 
 @mlm.law("the other words come from the whole vocabulary, without the special tokens", seed=seeds)
@@ -145,11 +169,14 @@ def _(f, seed):
     new, labels = f(ids, np.ones(ids.shape, bool), np.random.default_rng(seed), VOCAB, SPECIAL, 1.0)
     met = np.array([i in np.asarray(new) for i in range(VOCAB)])
     guesses = {"special tokens are drawn as words": np.ones(VOCAB, bool),
-               "the last id of the vocabulary is never drawn": (np.arange(VOCAB) >= FIRST) & (np.arange(VOCAB) < VOCAB - 1)}
-    close(met, (np.arange(VOCAB) >= FIRST) | (np.arange(VOCAB) == MASK), f"which of the ids 0 to {VOCAB - 1} stand in the new text", guesses)
+               "the last id of the vocabulary is never drawn":
+                   (np.arange(VOCAB) >= FIRST) & (np.arange(VOCAB) < VOCAB - 1)}
+    close(met, (np.arange(VOCAB) >= FIRST) | (np.arange(VOCAB) == MASK),
+          f"which of the ids 0 to {VOCAB - 1} stand in the new text", guesses)
 
 
-@mlm.wrong_answer("The model should give back the whole text, so every place has a label.", says="every place is asked")
+@mlm.wrong_answer("The model should give back the whole text, so every place has a label.",
+                  says="every place is asked")
 def _(ids, mask, rng, vocab, special=SPECIAL, p=0.15):
     return corrupt(ids, mask, rng, vocab, special, p)[0], ids.copy()
 
@@ -160,14 +187,16 @@ def _(ids, mask, rng, vocab, special=SPECIAL, p=0.15):
     return np.where(labels != -100, special["[MASK]"], ids), labels
 
 
-@mlm.wrong_answer("A random token is a random number below the vocabulary's size.", says="special tokens are drawn", subtle=True)
+@mlm.wrong_answer("A random token is a random number below the vocabulary's size.",
+                  says="special tokens are drawn", subtle=True)
 def _(ids, mask, rng, vocab, special=SPECIAL, p=0.15):
     new, labels = corrupt(ids, mask, rng, vocab, special, p)
     random = (labels != -100) & (new != special["[MASK]"]) & (new != ids)
     return np.where(random, rng.integers(0, vocab, ids.shape), new), labels
 
 
-@mlm.wrong_answer("Padding is a token like others: the mask is for attention.", says="padding is asked for", subtle=True)
+@mlm.wrong_answer("Padding is a token like others: the mask is for attention.",
+                  says="padding is asked for", subtle=True)
 def _(ids, mask, rng, vocab, special=SPECIAL, p=0.15):
     return corrupt(ids, np.ones(ids.shape, bool), rng, vocab, special, p)
 
@@ -178,11 +207,13 @@ def _(ids, mask, rng, vocab, special=SPECIAL, p=0.15):
     return new, np.where(labels == -100, -100, new)
 
 
-# ── pool ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── pool ──────────────────────────────────────────────────────────────────────────────────────────
 pool = Exercise(
     "train.evaluate:pool", difficulty=1, minutes=5, on_host=True, hints=(
-        "A batch of 10 tokens must not count as much as one of 1,000: what is averaged are tokens, not batches.",
-        "The loss of all is Σ wᵢ ℓᵢ / Σ wᵢ.  The perplexity is e to that loss: averaging perplexities would favour the worst batch.",
+        "A batch of 10 tokens must not count as much as one of 1,000: what is averaged are tokens, "
+        "not batches.",
+        "The loss of all is Σ wᵢ ℓᵢ / Σ wᵢ.  The perplexity is e to that loss: averaging "
+        "perplexities would favour the worst batch.",
         "math.exp raises OverflowError above 709: math.exp(min(loss, 700))."))
 
 
@@ -190,7 +221,8 @@ pool = Exercise(
 def batches(draw):
     """(losses, weights) of some batches, the losses quarters."""
     n = draw(sizes())
-    return [v / 4 for v in draw(array((n,), range(17))).tolist()], draw(array((n,), range(1, 5))).tolist()
+    return [v / 4 for v in draw(array((n,),
+                                      range(17))).tolist()], draw(array((n,), range(1, 5))).tolist()
 
 
 def pooled(f, losses, weights):
@@ -203,36 +235,47 @@ def _(f, l, w):
     loss, weight = l / 2, float(w[0])
     guesses = {"it is 2 to the loss; the loss is in nats, so e": [loss, 2**loss],
                "the loss is multiplied with the weight": [loss * weight, math.exp(loss * weight)]}
-    close(pooled(f, [loss], [weight]), np.array([loss, math.exp(loss)]), "(loss, perplexity)", guesses)
+    close(pooled(f, [loss], [weight]), np.array([loss, math.exp(loss)]), "(loss, perplexity)",
+          guesses)
 
 
-@pool.law("batches of one size: the mean loss, and e to it", losses=st.lists(st.integers(0, 8), min_size=1, max_size=4))
+@pool.law("batches of one size: the mean loss, and e to it",
+          losses=st.lists(st.integers(0, 8), min_size=1, max_size=4))
 def _(f, losses):
     mean, losses = sum(losses) / len(losses), [float(l) for l in losses]
-    guesses = {"it is the mean of the perplexities; e goes to the mean of the losses": [mean, sum(map(math.exp, losses)) / len(losses)]}
-    close(pooled(f, losses, [2.0] * len(losses)), np.array([mean, math.exp(mean)]), "(loss, perplexity)", guesses)
+    guesses = {"it is the mean of the perplexities; e goes to the mean of the losses":
+                   [mean, sum(map(math.exp, losses)) / len(losses)]}
+    close(pooled(f, losses, [2.0] * len(losses)), np.array([mean, math.exp(mean)]),
+          "(loss, perplexity)", guesses)
 
 
 @pool.law("every token counts the same, so large batches count more", drawn=batches())
 def _(f, drawn):
     losses, weights = drawn
-    loss, plain = sum(l * w for l, w in zip(losses, weights)) / sum(weights), sum(losses) / len(losses)
-    guesses = {"it is the mean over batches; small batches count as much as large ones": [plain, math.exp(plain)]}
-    close(pooled(f, losses, weights), np.array([loss, math.exp(loss)]), "(loss, perplexity)", guesses)
+    loss, plain = sum(l * w for l,
+                      w in zip(losses, weights)) / sum(weights), sum(losses) / len(losses)
+    guesses = {"it is the mean over batches; small batches count as much as large ones":
+                   [plain, math.exp(plain)]}
+    close(pooled(f, losses, weights), np.array([loss, math.exp(loss)]), "(loss, perplexity)",
+          guesses)
 
 
 @pool.law("a loss of 1,000 has the perplexity e⁷⁰⁰, not an error", n="size")
 def _(f, n):
-    close(pooled(f, [1000.0] * n, [1.0] * n), np.array([1000.0, math.exp(700)]), "(loss, perplexity)")
+    close(pooled(f, [1000.0] * n, [1.0] * n), np.array([1000.0, math.exp(700)]),
+          "(loss, perplexity)")
 
 
-@pool.wrong_answer("The perplexity of a text is the mean of its batches' perplexities.", says="mean of the perplexities")
+@pool.wrong_answer("The perplexity of a text is the mean of its batches' perplexities.",
+                   says="mean of the perplexities")
 def _(losses, weights):
     share = [w / sum(weights) for w in weights]
-    return sum(s * l for s, l in zip(share, losses)), sum(s * math.exp(min(l, 700)) for s, l in zip(share, losses))
+    return sum(s * l for s, l in zip(share, losses)), sum(s * math.exp(min(l, 700)) for s,
+                                                          l in zip(share, losses))
 
 
-@pool.wrong_answer("The loss of all batches is the mean of their losses.", says="small batches", subtle=True)
+@pool.wrong_answer("The loss of all batches is the mean of their losses.", says="small batches",
+                   subtle=True)
 def _(losses, weights):
     loss = sum(losses) / len(losses)
     return loss, math.exp(min(loss, 700))

@@ -18,13 +18,15 @@ from tinyft.tensor import Tensor
 F, HALF = np.float32, np.float16
 UNWRITTEN = 99.0  # what an array to be filled holds before
 
-# ── add_bias ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── add_bias ──────────────────────────────────────────────────────────────────────────────────────
 add_bias = Kernel(
     "kernels.cuda.bias:add_bias", difficulty=2, minutes=15, hints=(
-        "A thread knows its number: blockIdx.x * blockDim.x + threadIdx.x.  There are gridDim.x * blockDim.x threads, and that may be more than "
-        "there are numbers, or fewer.",
-        "A loop does for both: it begins at the thread's number, goes on by the number of all threads, and ends before size.",
-        "long long i, since size may be past 2³¹.  Number i of y stands in column i % n.  Compute in float: (T)((float)y[i] + (float)b[i % n])."))
+        "A thread knows its number: blockIdx.x * blockDim.x + threadIdx.x.  There are gridDim.x * "
+        "blockDim.x threads, and that may be more than there are numbers, or fewer.",
+        "A loop does for both: it begins at the thread's number, goes on by the number of all "
+        "threads, and ends before size.",
+        "long long i, since size may be past 2³¹.  Number i of y stands in column i % n.  Compute "
+        "in float: (T)((float)y[i] + (float)b[i % n])."))
 
 
 def biased(f, y, b, grid, block):
@@ -33,50 +35,67 @@ def biased(f, y, b, grid, block):
     return y
 
 
-@add_bias.law("a thread for each number, and some to spare: nothing is written past the end", y="r n", b="n")
+@add_bias.law("a thread for each number, and some to spare: nothing is written past the end",
+              y="r n", b="n")
 def _(f, y, b):
     close(biased(f, y, b, 1, 64), (y + b).astype(F), "y", {"nothing is added": y})
 
 
-@add_bias.law("fewer threads than numbers: each takes several", y="r n", b="n", block=st.integers(1, 3))
+@add_bias.law("fewer threads than numbers: each takes several", y="r n", b="n",
+              block=st.integers(1, 3))
 def _(f, y, b, block):
     number = np.arange(y.size).reshape(y.shape)
     guesses = {"only as many numbers as there are threads got their bias": y + b * (number < block),
-               "it adds b[threadIdx.x]; the column of number i is i % n": y + np.resize(b, block)[number % block]}
+               "it adds b[threadIdx.x]; the column of number i is i % n":
+                   y + np.resize(b, block)[number % block]}
     close(biased(f, y, b, 1, block), (y + b).astype(F), "y", guesses)
 
 
-@add_bias.law("several blocks share the numbers", y="r n", b="n", grid=st.integers(2, 3), block=st.integers(1, 3))
+@add_bias.law("several blocks share the numbers", y="r n", b="n", grid=st.integers(2, 3),
+              block=st.integers(1, 3))
 def _(f, y, b, grid, block):
     number = np.arange(y.size).reshape(y.shape)
-    guesses = {"a number got its bias from every block that came by: the stride is the number of threads of the whole grid":
-               y + b * sum(number >= block * k for k in range(grid))}
+    guesses = {"a number got its bias from every block that came by: the stride is the number of "
+               "threads of the whole grid":
+                   y + b * sum(number >= block * k for k in range(grid))}
     close(biased(f, y, b, grid, block), (y + b).astype(F), "y", guesses)
 
 
 BODY = add_bias.text().split("{\n", 1)[1].rsplit("}", 1)[0]
-LOOP = """  for (long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; i < size; i += gridDim.x * (long long)blockDim.x)
+LOOP = """  for (long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; i < size;
+       i += gridDim.x * (long long)blockDim.x)
     y[i] = (T)((float)y[i] + (float)b[i % n]);
 """
-ONE = "  long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x;\n  {}y[i] = (T)((float)y[i] + (float)b[i % n]);\n"
+ONE = """  long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x;
+  {}y[i] = (T)((float)y[i] + (float)b[i % n]);
+"""
 add_bias.instead("There are as many threads as numbers.", BODY, ONE.format(""), says="past the end")
-add_bias.instead("A thread takes one number.", BODY, ONE.format("if (i < size) "), says="as many numbers as there are threads")
-add_bias.instead("The next number of a thread is a block further on.", BODY, LOOP.replace("+= gridDim.x * (long long)blockDim.x", "+= blockDim.x"),
+add_bias.instead("A thread takes one number.", BODY, ONE.format("if (i < size) "),
+                 says="as many numbers as there are threads")
+add_bias.instead("The next number of a thread is a block further on.", BODY,
+                 LOOP.replace("+= gridDim.x * (long long)blockDim.x", "+= blockDim.x"),
                  says="from every block", subtle=True)
-add_bias.instead("Row after row: i / n.", BODY, LOOP.replace("i % n", "i / n"), says="outside an array")
-add_bias.instead("A thread's number in its block is its column.", BODY, LOOP.replace("i % n", "threadIdx.x % n"), says="b[threadIdx.x]")
-add_bias.instead("The last number is number size.", BODY, LOOP.replace("i < size", "i <= size"), says="past the end")
+add_bias.instead("Row after row: i / n.", BODY, LOOP.replace("i % n", "i / n"),
+                 says="outside an array")
+add_bias.instead("A thread's number in its block is its column.", BODY,
+                 LOOP.replace("i % n", "threadIdx.x % n"), says="b[threadIdx.x]")
+add_bias.instead("The last number is number size.", BODY, LOOP.replace("i < size", "i <= size"),
+                 says="past the end")
 
 
-# ── sum_rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── sum_rows ──────────────────────────────────────────────────────────────────────────────────────
 sum_rows = Kernel(
     "kernels.cuda.bias:sum_rows", difficulty=4, minutes=35, hints=(
-        "Two steps with a barrier between them.  First every thread adds up its own rows and writes its sum into shared memory; then one of the "
-        "eight threads of a column adds up eight sums.",
-        "__shared__ float sums[8][32] has a place for each thread: sums[threadIdx.y][threadIdx.x].  What lies there at the start is "
-        "anything at all, so every thread writes, a zero if it has no row; then __syncthreads(), which all threads must reach.",
-        "for (int row = blockIdx.y * each + k; row < last; row += 8), with last = min(rows, (blockIdx.y + 1) * each), and only where "
-        "column = blockIdx.x * 32 + c is below n.  No return before the barrier; after it all leave but those with k == 0 and column < n."))
+        "Two steps with a barrier between them.  First every thread adds up its own rows and "
+        "writes its sum into shared memory; then one of the eight threads of a column adds up "
+        "eight sums.",
+        "__shared__ float sums[8][32] has a place for each thread: "
+        "sums[threadIdx.y][threadIdx.x].  What lies there at the start is anything at all, so "
+        "every thread writes, a zero if it has no row; then __syncthreads(), which all threads "
+        "must reach.",
+        "for (int row = blockIdx.y * each + k; row < last; row += 8), with last = min(rows, "
+        "(blockIdx.y + 1) * each), and only where column = blockIdx.x * 32 + c is below n.  No "
+        "return before the barrier; after it all leave but those with k == 0 and column < n."))
 
 
 def summed(f, g, each, dtype=F):
@@ -102,21 +121,25 @@ def tall(draw):
 def _(f, g):
     want = g.sum(axis=0, keepdims=True)
     guesses = {"nothing is written": 0 * want + UNWRITTEN, "it is the first row alone": g[:1],
-               "thread k adds up all rows from row k on, so that row 1 counts twice, row 2 three times": (np.arange(1, len(g) + 1) @ g)[None]}
+               "thread k adds up all rows from row k on, so that row 1 counts twice, row 2 three "
+               "times": (np.arange(1, len(g) + 1) @ g)[None]}
     close(summed(f, g, len(g)), want, "parts", guesses)
 
 
-@sum_rows.law("several stretches: each block adds up its own rows, fewer in the last", g="r n", each=st.integers(1, 3))
+@sum_rows.law("several stretches: each block adds up its own rows, fewer in the last", g="r n",
+              each=st.integers(1, 3))
 def _(f, g, each):
     want = stretched(g, each)
-    guesses = {"a stretch begins at the first row of all, expected at s·each": np.cumsum(want, axis=0)}
+    guesses = {"a stretch begins at the first row of all, expected at s·each":
+                   np.cumsum(want, axis=0)}
     close(summed(f, g, each), want, "parts", guesses)
 
 
 @sum_rows.law("more rows than 8 and more columns than 32", g=tall())
 def _(f, g):
     early = sum(g[k:k + 1] for k in range(min(8, len(g))))
-    guesses = {"it is the sum of the first 8 rows: after row k thread k goes on with row k + 8": early}
+    guesses = {"it is the sum of the first 8 rows: after row k thread k goes on with row k + 8":
+                   early}
     close(summed(f, g, len(g)), g.sum(axis=0, keepdims=True), "parts", guesses)
 
 
@@ -126,27 +149,36 @@ def _(f, g):
     close(summed(f, g, len(g), HALF), g.sum(axis=0, keepdims=True), "parts, for T = half")
 
 
-sum_rows.instead("Threads of a block run in step, so what one wrote the others see.", "  __syncthreads();\n", "",
+sum_rows.instead("Threads of a block run in step, so what one wrote the others see.",
+                 "  __syncthreads();\n", "",
                  says="is a __syncthreads() missing?")
-sum_rows.instead("A thread without a column has nothing to do, so it may leave.", "  float sum = 0;\n",
+sum_rows.instead("A thread without a column has nothing to do, so it may leave.",
+                 "  float sum = 0;\n",
                  "  if (column >= n) return;\n  float sum = 0;\n", says="threads that never come")
-sum_rows.instead("There are as many columns as threads.", "if (k > 0 || column >= n) return;", "if (k > 0) return;", says="past the end")
-sum_rows.instead("All eight threads of a column know the total, so any of them may write it.", "if (k > 0 || column >= n) return;",
+sum_rows.instead("There are as many columns as threads.", "if (k > 0 || column >= n) return;",
+                 "if (k > 0) return;", says="past the end")
+sum_rows.instead("All eight threads of a column know the total, so any of them may write it.",
+                 "if (k > 0 || column >= n) return;",
                  "if (column >= n) return;", says="a race")
-sum_rows.instead("Every thread goes through the rows of its stretch.", "row += 8", "row++", says="counts twice")
-sum_rows.instead("A loop over rows goes on by the width of a block.", "row += 8", "row += blockDim.x", says="first 8 rows", subtle=True)
-sum_rows.instead("The first row of a block is its row k.", "row = blockIdx.y * each + k", "row = k", says="first row of all", subtle=True)
-sum_rows.instead("A sum has the type of what is added.", "  float sum = 0;\n", "  T sum = 0;\n", says="parts, for T = half", subtle=True)
+sum_rows.instead("Every thread goes through the rows of its stretch.", "row += 8", "row++",
+                 says="counts twice")
+sum_rows.instead("A loop over rows goes on by the width of a block.", "row += 8",
+                 "row += blockDim.x", says="first 8 rows", subtle=True)
+sum_rows.instead("The first row of a block is its row k.", "row = blockIdx.y * each + k", "row = k",
+                 says="first row of all", subtle=True)
+sum_rows.instead("A sum has the type of what is added.", "  float sum = 0;\n", "  T sum = 0;\n",
+                 says="parts, for T = half", subtle=True)
 
 
-# ── adam_rates ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── adam_rates ────────────────────────────────────────────────────────────────────────────────────
 adam_rates = Exercise(
     "kernels.cuda.optimizer:adam_rates", difficulty=2, minutes=10, hints=(
-        "Write AdamW's update with m and v as they are: w ← w (1 − ηλ) − η (m / (1 − β₁ᵗ)) / (√(v / (1 − β₂ᵗ)) + ε).  What in it changes from step "
-        "to step?",
-        "η changes, with the schedule, and t.  So rate = η / (1 − β₁ᵗ) stands before m, root before √v, and shrink before w: "
-        "w ← shrink w − rate m / (root √v + ε).",
-        "√(v / (1 − β₂ᵗ)) = √v / √(1 − β₂ᵗ), so root = (1 - b2**t)**-0.5.  The decay takes η λ of w, whatever the corrections."))
+        "Write AdamW's update with m and v as they are: w ← w (1 − ηλ) − η (m / (1 − β₁ᵗ)) / (√(v "
+        "/ (1 − β₂ᵗ)) + ε).  What in it changes from step to step?",
+        "η changes, with the schedule, and t.  So rate = η / (1 − β₁ᵗ) stands before m, root "
+        "before √v, and shrink before w: w ← shrink w − rate m / (root √v + ε).",
+        "√(v / (1 − β₂ᵗ)) = √v / √(1 − β₂ᵗ), so root = (1 - b2**t)**-0.5.  The decay takes η λ of "
+        "w, whatever the corrections."))
 given = {"lr": st.sampled_from([1.0, 0.5, 0.25]), "t": st.integers(1, 4)}
 b1, b2 = 0.75, 0.9375
 
@@ -161,20 +193,24 @@ def rates(f, lr, decay, t):
 @adam_rates.law("rate = η / (1 − β₁ᵗ), t = 1, 2, ...", **given)
 def _(f, lr, t):
     guesses = {"it is multiplied with 1 − β₁ᵗ; m is too small, so divide": lr * (1 - b1**t),
-               "t is one too many: it counts from 1, and that is the step to be taken": lr / (1 - b1**(t + 1)), "m is not corrected": lr}
+               "t is one too many: it counts from 1, and that is the step to be taken":
+                   lr / (1 - b1**(t + 1)), "m is not corrected": lr}
     close(rates(f, lr, 0.0, t)[0], lr / (1 - b1**t), "rate", guesses)
 
 
 @adam_rates.law("root = 1 / √(1 − β₂ᵗ), which stands before √v", **given)
 def _(f, lr, t):
-    guesses = {"the root is missing: it stands before √v, not before v": 1 / (1 - b2**t), "v is not corrected": 1.0}
+    guesses = {"the root is missing: it stands before √v, not before v": 1 / (1 - b2**t),
+               "v is not corrected": 1.0}
     close(rates(f, lr, 0.0, t)[1], (1 - b2**t)**-0.5, "root", guesses)
 
 
 @adam_rates.law("shrink = 1 − ηλ", **given, decay=st.sampled_from([0.0, 0.5, 1.0]))
 def _(f, lr, t, decay):
-    guesses = {"η is left out: the decay follows the schedule too": 1 - decay, "it is what is taken off w, expected what stays": lr * decay,
-               "the decay is scaled by the corrected rate; it has nothing to do with m": 1 - lr / (1 - b1**t) * decay}
+    guesses = {"η is left out: the decay follows the schedule too": 1 - decay,
+               "it is what is taken off w, expected what stays": lr * decay,
+               "the decay is scaled by the corrected rate; it has nothing to do with m":
+                   1 - lr / (1 - b1**t) * decay}
     close(rates(f, lr, decay, t)[2], 1 - lr * decay, "shrink", guesses)
 
 
@@ -188,17 +224,20 @@ def _(lr, b1, b2, decay, t):
     return optimizer.adam_rates(lr, b1, b2, decay, t + 1)
 
 
-@adam_rates.wrong_answer("Both moments are corrected in the same way.", says="the root is missing", subtle=True)
+@adam_rates.wrong_answer("Both moments are corrected in the same way.", says="the root is missing",
+                         subtle=True)
 def _(lr, b1, b2, decay, t):
     return lr / (1 - b1**t), 1 / (1 - b2**t), 1 - lr * decay
 
 
-@adam_rates.wrong_answer("λ is a number of its own, so it may be baked in.", says="η is left out", subtle=True)
+@adam_rates.wrong_answer("λ is a number of its own, so it may be baked in.", says="η is left out",
+                         subtle=True)
 def _(lr, b1, b2, decay, t):
     return lr / (1 - b1**t), (1 - b2**t)**-0.5, 1 - decay
 
 
-@adam_rates.wrong_answer("The rate is the rate, for the decay as well.", says="corrected rate", subtle=True)
+@adam_rates.wrong_answer("The rate is the rate, for the decay as well.", says="corrected rate",
+                         subtle=True)
 def _(lr, b1, b2, decay, t):
     return lr / (1 - b1**t), (1 - b2**t)**-0.5, 1 - lr / (1 - b1**t) * decay
 
@@ -209,8 +248,8 @@ lay_out = Exercise(
         "One flat array w holds all values, and each tensor's data becomes a view of it: "
         "w[offset].reshape(shape) makes no copy.  Then an update of w updates every tensor.",
         "self.tensors is {name: tensor}.  Go through the names, those of tensors with more than "
-        "LARGE elements last, and give each name a slice: "
-        "self.offsets[name] = slice(start, start + size).",
+        "LARGE elements last, and give each name a slice: self.offsets[name] = slice(start, start "
+        "+ size).",
         "w and each moment is an m.zeros(total, dtype) of its own, with m = xp(a tensor's data).  "
         "At the end self.make_views() makes self.views, and self.reclaim_values() copies each "
         "tensor's values into its view and makes the view its data."))

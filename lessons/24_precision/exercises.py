@@ -19,24 +19,31 @@ from tinyft.tensor import Tensor
 
 F = np.float32
 
-# ── cast_inputs ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── cast_inputs ───────────────────────────────────────────────────────────────────────────────────
 cast_inputs = Exercise(
     "precision:cast_inputs", difficulty=2, minutes=15, hints=(
-        "First which dtype this op wants, if any: autocast_state.dtype for one of PRODUCTS, float32 for one of SUMS.  All others are given what came.",
-        "Not everything that comes is a number to be rounded: there are token ids, masks, None, plain numbers, and float64 to check gradients with.  "
-        "ROUNDABLE has the dtypes that may be changed.",
-        "cast = lambda a: rounded(a, to) if is_array(a) and a.dtype in ROUNDABLE else a; then a list of cast(a) for the arrays, and a dict of them "
-        "for the keywords."))
+        "First which dtype this op wants, if any: autocast_state.dtype for one of PRODUCTS, "
+        "float32 for one of SUMS.  All others are given what came.",
+        "Not everything that comes is a number to be rounded: there are token ids, masks, None, "
+        "plain numbers, and float64 to check gradients with.  ROUNDABLE has the dtypes that may be "
+        "changed.",
+        "cast = lambda a: rounded(a, to) if is_array(a) and a.dtype in ROUNDABLE else a; then a "
+        "list of cast(a) for the arrays, and a dict of them for the keywords."))
 KINDS = (np.dtype(F), np.dtype(np.float16), bfloat16)
 others = st.sampled_from(("add", "mul", "gelu", "reshape", "embedding", "cross_entropy"))
-products, sums, halves, floats = (st.sampled_from(some) for some in (sorted(PRODUCTS), sorted(SUMS), (bfloat16, np.dtype(np.float16)), KINDS))
+products = st.sampled_from(sorted(PRODUCTS))
+sums = st.sampled_from(sorted(SUMS))
+halves = st.sampled_from((bfloat16, np.dtype(np.float16)))
+floats = st.sampled_from(KINDS)
 
 
 def handed(f, name, arrays, kw, to):
-    """What the op is given under autocast(to): a list of host arrays, and a dict."""
+    """The arguments of the op under autocast(to): a list of host arrays, and a dict."""
     with precision.autocast(to):
-        out = f(name, [asarray(a) if isinstance(a, np.ndarray) else a for a in arrays], {k: asarray(a) for k, a in kw.items()})
-    if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[0], (list, tuple)) and isinstance(out[1], dict)):
+        out = f(name, [asarray(a) if isinstance(a, np.ndarray) else a for a in arrays],
+                {k: asarray(a) for k, a in kw.items()})
+    is_pair = isinstance(out, tuple) and len(out) == 2
+    if not is_pair or not isinstance(out[0], (list, tuple)) or not isinstance(out[1], dict):
         raise Unusable(f"(list of arrays, dict of keywords) is asked for; yours is {out!r:.60}")
     close(len(out[0]), len(arrays), "the number of arrays")
     close(len(out[1]), len(kw), "the number of keywords")
@@ -53,7 +60,8 @@ def same(got, want, what, dtype=None):
     close(asnumpy(got).astype(float), want.astype(float), what)
 
 
-@cast_inputs.law("a product gets all its inputs in 16 bits, of the kind that autocast was told", a="n m", name=products, of=floats, to=halves)
+@cast_inputs.law("a product gets all its inputs in 16 bits, of the kind that autocast was told",
+                 a="n m", name=products, of=floats, to=halves)
 def _(f, a, name, of, to):
     (x, y), _ = handed(f, name, [a.astype(F) / 3, a.astype(of)], {}, to)
     same(x, a.astype(F) / 3, f"{name}: what came as float32", to)
@@ -72,17 +80,20 @@ def _(f, a, name, of, to):
     same(x, a.astype(of), f"{name}: what came as {of}")
 
 
-@cast_inputs.law("token ids, masks, None and plain numbers stay what they are", a="n m", name=st.one_of(products, sums), to=halves)
+@cast_inputs.law("token ids, masks, None and plain numbers stay what they are", a="n m",
+                 name=st.one_of(products, sums), to=halves)
 def _(f, a, name, to):
     ids, mask = a.astype(np.int64), a > 0
     (x, y, none, number), _ = handed(f, name, [ids, mask, None, 0.1], {}, to)
     same(x, ids, f"{name}: an array of int64")
     same(y, mask, f"{name}: an array of bool")
     if none is not None or type(number) is not float or number != 0.1:
-        raise Unusable(f"{name} was to be given None and 0.1 as they came; yours gives {none!r} and {number!r}")
+        raise Unusable(f"{name} was to be given None and 0.1 as they came; "
+                       f"yours gives {none!r} and {number!r}")
 
 
-@cast_inputs.law("float64, in which gradients are checked, stays", a="n m", name=st.one_of(products, sums), to=halves)
+@cast_inputs.law("float64, in which gradients are checked, stays", a="n m",
+                 name=st.one_of(products, sums), to=halves)
 def _(f, a, name, to):
     (x,), _ = handed(f, name, [a / 3], {}, to)
     same(x, a / 3, f"{name}: what came as float64")
@@ -98,37 +109,52 @@ def policy(name, arrays, kw, to, kinds=ROUNDABLE, keywords=True):
     """The answer, with the usual errors in it on demand."""
     if to is None:
         return arrays, kw
-    cast = lambda a: rounded(a, to) if is_array(a) and a.dtype in kinds else a
+
+    def cast(a):
+        return rounded(a, to) if is_array(a) and a.dtype in kinds else a
+
     return [cast(a) for a in arrays], {k: cast(a) if keywords else a for k, a in kw.items()}
 
 
 def wanted(name):
-    return precision.autocast_state.dtype if name in PRODUCTS else np.dtype(F) if name in SUMS else None
+    """The dtype that autocast wants for an op; None if the op takes its inputs as they are."""
+    if name in PRODUCTS:
+        return precision.autocast_state.dtype
+    return np.dtype(F) if name in SUMS else None
 
 
-@cast_inputs.wrong_answer("Autocast computes in 16 bits.", says="is bfloat16, expected float32", subtle=True)
+@cast_inputs.wrong_answer("Autocast computes in 16 bits.", says="is bfloat16, expected float32",
+                          subtle=True)
 def _(name, arrays, kwargs):
-    return policy(name, arrays, kwargs, precision.autocast_state.dtype if name in PRODUCTS | SUMS else None)
+    return policy(name, arrays, kwargs,
+                  precision.autocast_state.dtype if name in PRODUCTS | SUMS else None)
 
 
-@cast_inputs.wrong_answer("Float32 in, float32 added up: nothing to do for a sum.", says="expected float32", subtle=True)
+@cast_inputs.wrong_answer("Float32 in, float32 added up: nothing to do for a sum.",
+                          says="expected float32", subtle=True)
 def _(name, arrays, kwargs):
-    return policy(name, arrays, kwargs, precision.autocast_state.dtype if name in PRODUCTS else None)
+    return policy(name, arrays, kwargs,
+                  precision.autocast_state.dtype if name in PRODUCTS else None)
 
 
-@cast_inputs.wrong_answer("What is no product is float32.", says="is float32, expected", subtle=True)
+@cast_inputs.wrong_answer("What is no product is float32.", says="is float32, expected",
+                          subtle=True)
 def _(name, arrays, kwargs):
-    return policy(name, arrays, kwargs, precision.autocast_state.dtype if name in PRODUCTS else np.dtype(F))
+    return policy(name, arrays, kwargs,
+                  precision.autocast_state.dtype if name in PRODUCTS else np.dtype(F))
 
 
-@cast_inputs.wrong_answer("What has 16 bits already may stay.", says="is float16, expected bfloat16", subtle=True)
+@cast_inputs.wrong_answer("What has 16 bits already may stay.",
+                          says="is float16, expected bfloat16", subtle=True)
 def _(name, arrays, kwargs):
-    return policy(name, arrays, kwargs, wanted(name), {np.dtype(F)} if name in PRODUCTS else ROUNDABLE)
+    return policy(name, arrays, kwargs, wanted(name),
+                  {np.dtype(F)} if name in PRODUCTS else ROUNDABLE)
 
 
 @cast_inputs.wrong_answer("An array is an array.", says="expected int64")
 def _(name, arrays, kwargs):
-    return policy(name, arrays, kwargs, wanted(name), {*ROUNDABLE, np.dtype(np.float64), np.dtype(np.int64), np.dtype(bool)})
+    return policy(name, arrays, kwargs, wanted(name),
+                  {*ROUNDABLE, np.dtype(np.float64), np.dtype(np.int64), np.dtype(bool)})
 
 
 @cast_inputs.wrong_answer("Floating point is floating point.", says="expected float64", subtle=True)
@@ -136,7 +162,8 @@ def _(name, arrays, kwargs):
     return policy(name, arrays, kwargs, wanted(name), {*ROUNDABLE, np.dtype(np.float64)})
 
 
-@cast_inputs.wrong_answer("Keywords are options, not numbers.", says="the keyword bias is float32", subtle=True)
+@cast_inputs.wrong_answer("Keywords are options, not numbers.", says="the keyword bias is float32",
+                          subtle=True)
 def _(name, arrays, kwargs):
     return policy(name, arrays, kwargs, wanted(name), keywords=False)
 
@@ -290,7 +317,7 @@ def _(self):
     reclaimed(self, different)
 
 
-# ── update ───────────────────────────────────────────────────────────────────────────────────────
+# ── update ────────────────────────────────────────────────────────────────────────────────────────
 update = Exercise(
     "optim.scaler:GradScaler.update", difficulty=1, minutes=10, in_place=True, hints=(
         "self.finite is False if the last step was skipped, self.good_steps counts good steps in a "

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 # tests/conftest.py has installed it, or not
-EMULATED, DEVICE = "emulate" in sys.modules, os.environ.get("TINYFT_BACKEND") == "cupy"
-collect_ignore = [] if EMULATED else [p.name for p in Path(__file__).parent.glob("test_*.py") if not (DEVICE and p.name == "test_on_cupy.py")]
+EMULATED = "emulate" in sys.modules
+DEVICE = os.environ.get("TINYFT_BACKEND") == "cupy"
+collect_ignore = [] if EMULATED else [p.name for p in Path(__file__).parent.glob("test_*.py")
+                                      if not (DEVICE and p.name == "test_on_cupy.py")]
 
 
 OWN_PROCESS = {"test_a_process_killed_at_random_moments_and_resumed_ends_bitwise_the_same",
@@ -27,12 +29,16 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """The table of test_cost.py.  On a device: what was left out, since it is about the emulated one."""
+    """The table of test_cost.py.  On a device: the files left out, which are about the emulated GPU."""
     if DEVICE and not EMULATED:
-        terminalreporter.write_line(f"not run on a device: tests/emulated/{{{','.join(sorted(collect_ignore))}}}, which are about the emulated GPU")
+        left_out = ",".join(sorted(collect_ignore))
+        terminalreporter.write_line(f"not run on a device: tests/emulated/{{{left_out}}}, "
+                                    "which are about the emulated GPU")
     table = getattr(sys.modules.get("test_cost"), "TABLE", [])
     if table:
         terminalreporter.section("what a training step asks of the device")
-        terminalreporter.write_line(f"{'':53}{'launches':>9}{'products':>9}{'waits':>7}{'to device':>11}{'to host':>9}{'within':>8}")
+        heads = f"{'launches':>9}{'products':>9}{'waits':>7}{'to device':>11}{'to host':>9}{'within':>8}"
+        terminalreporter.write_line(f"{'':53}{heads}")
     for model, phase, c in table:
-        terminalreporter.write_line(f"{model:43}{phase:10}{c.launches:9}{c.products:9}{c.waits:7}{c.h2d:11}{c.d2h:9}{c.d2d:8}")
+        counts = f"{c.launches:9}{c.products:9}{c.waits:7}{c.h2d:11}{c.d2h:9}{c.d2d:8}"
+        terminalreporter.write_line(f"{model:43}{phase:10}{counts}")

@@ -1,9 +1,10 @@
-"""CUDA C source, compiled by g++ and run on the parameter block of a launch: include/cuda_cpu.h says what its words mean on a CPU.
+"""CUDA C source, compiled by g++ and run on the parameter block of a launch.  include/cuda_cpu.h defines the language.
 
     module = CpuModule(source, {"f": "f"}, folder)         starts the compiler, and does not wait for it
-    module.launch("f", grid, block, shared, params)        waits, loads and runs; params is the address of an array of addresses
+    module.launch("f", grid, block, shared, params)        waits, loads and runs
 
-What was compiled stays in `folder`, under a name made from all that went in.
+params is the address of an array of addresses.  The compiled libraries stay in `folder`, named by a digest of their
+sources and options.
 """
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def cuda_include() -> tuple[str, ...]:
     try:
         import nvidia.cu13
     except ImportError:
-        raise RuntimeError("no CUDA headers: pip install nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl") from None
+        raise RuntimeError("no CUDA headers: "
+                           "pip install nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl") from None
     base = list(nvidia.cu13.__path__)[0]
     return f"{base}/include", f"{base}/include/cccl"
 
@@ -48,7 +50,8 @@ def prelude(headers: tuple[str, ...], include: tuple[str, ...], folder: Path) ->
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
         made = f"{path}.{os.getpid()}"
-        Compilation([*COMPILER, *(f"-I{i}" for i in include), "-x", "c++-header", str(path), "-o", made]).result("the headers")
+        Compilation([*COMPILER, *(f"-I{i}" for i in include), "-x", "c++-header", str(path), "-o",
+                     made]).result("the headers")
         os.replace(made, path.with_suffix(".h.gch"))
     return path, key
 
@@ -57,7 +60,8 @@ class Compilation:
     """A compiler at work.  result() waits for it and raises RuntimeError with what it said if it failed."""
 
     def __init__(self, command: list[str]):
-        self.process, self.said = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True), ""
+        self.process, self.said = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                                                   text=True), ""
 
     def result(self, what: str) -> None:
         if self.process.returncode is None:
@@ -71,7 +75,8 @@ class CpuModule:
     precompiled.
     """
 
-    def __init__(self, source: str, names: dict[str, str], folder: Path, headers: tuple[str, ...] = (), include: tuple[str, ...] = (),
+    def __init__(self, source: str, names: dict[str, str], folder: Path, headers: tuple[str, ...] = (),
+                 include: tuple[str, ...] = (),
                  defines: tuple[str, ...] = ()):
         self.names, self.lib, self.compiling = list(names), None, None
         include = (str(HERE), *include, *cuda_include())
@@ -87,7 +92,8 @@ class CpuModule:
         self.so, self.made = stem.with_suffix(".so"), stem.with_suffix(f".{os.getpid()}")
         if not self.so.exists():
             stem.with_suffix(".cpp").write_text(source)
-            self.compiling = Compilation([*COMPILER, "-shared", *defines, *(f"-I{i}" for i in include), "-include", str(first),
+            self.compiling = Compilation([*COMPILER, "-shared", *defines, *(f"-I{i}" for i in include), "-include",
+                                          str(first),
                                   str(stem.with_suffix(".cpp")), "-o", str(self.made)])
 
     def load(self) -> ctypes.CDLL:

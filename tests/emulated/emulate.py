@@ -1,10 +1,10 @@
-"""Give the fake GPU numbers: each kernel CuPy launches runs on the CPU.
+"""Let the fake GPU compute: each kernel that CuPy launches runs on the CPU.
 
     emulate.install()          before anything imports cupy; then `import cupy` is the real one, and computes
 
-CuPy hands NVRTC the CUDA source of every kernel, its own and ours.  Here NVRTC does compile it for sm_90, which proves that it compiles,
-and g++ does too, for this machine; a launch then calls that, on the very parameter block the driver would get.  What NVRTC has
-accepted and what g++ has made are kept in a folder, so a second run starts at once.
+CuPy hands NVRTC the CUDA source of every kernel, its own and ours.  Here NVRTC compiles it for sm_90, which proves that
+it compiles, and g++ compiles it for this machine.  A launch calls the latter, on the same parameter block that the
+driver would get.  The results of both compilers are kept in a folder, so a second run starts at once.
 
 Fresh memory is filled with NaN bits at each allocation, also when CuPy's pool hands out a used block.
 """
@@ -38,7 +38,12 @@ def install() -> None:
     _take_sources(cupy)
     _replace_thrust()
     _poison(cupy)
-    fake_gpu.execute, fake_gpu.parameters = _execute, lambda name, module: modules[module].parameters(name)
+    fake_gpu.execute = _execute
+    fake_gpu.parameters = _parameters
+
+
+def _parameters(name: str, module: bytes) -> Any:
+    return modules[module].parameters(name)
 
 
 def _execute(name: str, module: bytes, sizes: int, shared: int, params: int) -> None:
@@ -53,11 +58,14 @@ def _take_sources(cupy: Any) -> None:
     nvrtc, own = compiler._compile_using_nvrtc_no_warning, Path(cupy.__file__).parent / "_core" / "include"
     include = (str(own), str(own / "cupy" / "_cccl" / "libcudacxx"))
 
-    def compile_(source: str, options: tuple = (), arch: Any = None, filename: str = "kern.cu", name_expressions: Any = None,
+    def compile_(source: str, options: tuple = (), arch: Any = None, filename: str = "kern.cu",
+                 name_expressions: Any = None,
                  *more: Any, **kw: Any) -> tuple[bytes, dict | None]:
         key = digest("nvrtc", fake_gpu.VERSION, compiler._get_nvrtc_version(), source, options, arch, name_expressions)
         defines, accepted = tuple(o for o in options if o.startswith("-D")), FOLDER / f"{key}.json"
-        names = {n: n for n in re.findall(r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(', source)}
+        names = {n: n
+                 for n in re.findall(r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(',
+                                     source)}
         # NVRTC's own; the shim has included the host's
         text = re.sub(r"#include <type_traits>", "", source)
         # g++ works while NVRTC does
@@ -91,7 +99,7 @@ def _replace_thrust() -> None:
 
 
 def _poison(cupy: Any) -> None:
-    """What is read before it was written is NaN, or −1: a used block of the pool would often hold the right numbers."""
+    """Fill new memory with NaN, or −1: a used block of the pool would often hold the right numbers."""
     pool = cupy.get_default_memory_pool()
 
     def malloc(size: int) -> Any:

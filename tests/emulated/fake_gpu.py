@@ -3,13 +3,16 @@
     fake_gpu.install(folder)           before anything imports cupy; `folder` keeps what is compiled
     fake_gpu.execute = f               f(kernel name, its module, sizes, shared, params): emulate.py
 
-CuPy's compiled modules reach CUDA through C functions that cupy_backends.cuda.api.runtime and .driver export in `__pyx_capi__`, and that
-every other module reads once, when it is imported.  `install` puts those of fake_gpu.c there first.  So signatures, dtypes, casts, error
-texts, the memory pool, launches, copies and waits are CuPy's own.  Its cuBLAS is fake_cublas.c.
+CuPy's compiled modules reach CUDA through C functions that cupy_backends.cuda.api.runtime and .driver export in
+`__pyx_capi__`, and that every other module reads once, when it is imported.  `install` puts those of fake_gpu.c there
+first.  So signatures, dtypes, casts, error texts, the memory pool, launches, copies and waits are CuPy's own.  Its
+cuBLAS is fake_cublas.c.
 
-A stream that is captured notes what it is asked, with a copy of every parameter, and a graph does it again, on whatever lies at those addresses then.
+A captured stream records each operation with a copy of every parameter.  A graph repeats them on the arrays that lie at
+those addresses then.
 
-Not there: what CuPy ships compiled for a GPU (thrust, CUB), cuRAND, cuSOLVER, cuSPARSE, asynchrony, a fault at a wrong address.
+Not there: CuPy's libraries that come compiled for a GPU (thrust, CUB), cuRAND, cuSOLVER, cuSPARSE, asynchrony, a fault
+at a wrong address.
 Written for one version of CuPy, and it refuses any other.  The library never imports this.
 """
 from __future__ import annotations
@@ -64,7 +67,8 @@ def occupancyMaxPotentialBlockSize(f: int, shared: int, most: int, _: int = 0) -
 
 
 def getDeviceProperties(device: int, _: int = 0) -> dict:
-    return dict(name=b"fake GPU", multiProcessorCount=132, major=9, minor=0, totalGlobalMem=2**37, maxThreadsPerBlock=1024,
+    return dict(name=b"fake GPU", multiProcessorCount=132, major=9, minor=0, totalGlobalMem=2**37,
+                maxThreadsPerBlock=1024,
                 sharedMemPerBlock=49152, warpSize=32)
 
 
@@ -72,7 +76,8 @@ PYTHON = {"moduleLoadData": "intptr_t (PyObject *, int)", "moduleGetFunction": "
           "memGetInfo": "PyObject * (int)", "occupancyMaxPotentialBlockSize": "PyObject * (intptr_t, size_t, int, int)",
           "getDeviceProperties": "PyObject * (int, int)"}
 # What Python code calls by way of the module, and not of its C functions.
-ATTRIBUTES = {"getDevice": lambda: 0, "streamIsCapturing": lambda stream: _lib.f_streamIsCapturing(C.c_ssize_t(stream), 0),
+ATTRIBUTES = {"getDevice": lambda: 0,
+              "streamIsCapturing": lambda stream: _lib.f_streamIsCapturing(C.c_ssize_t(stream), 0),
               "getDeviceCount": lambda: 1, "driverGetVersion": lambda: 13000,
               "setDevice": lambda device: None, "deviceSynchronize": lambda: _lib.f_deviceSynchronize(0)}
 TYPES = {"intptr_t": C.c_ssize_t, "PyObject *": C.py_object, "int": C.c_int, "size_t": C.c_size_t}
@@ -109,17 +114,21 @@ def _load_cublas(folder: Path) -> Any:
 
     Loaded for all to see before CuPy looks for the real one, it is taken for it.
     """
-    binding = next((Path(importlib.util.find_spec("cupy_backends").origin).parent / "cuda" / "libs").glob("cublas.*.so"))
-    wanted = subprocess.run(["nm", "-D", "--undefined-only", str(binding)], capture_output=True, text=True, check=True).stdout
+    binding = next((Path(importlib.util.find_spec("cupy_backends").origin).parent / "cuda"
+                    / "libs").glob("cublas.*.so"))
+    wanted = subprocess.run(["nm", "-D", "--undefined-only", str(binding)], capture_output=True, text=True,
+                            check=True).stdout
     text = (HERE / "fake_cublas.c").read_text()
     here = set(re.findall(r"^int (cublas\w+)\(", text, re.M))
-    _keep.append(C.CDLL(str(_compile("int nothing(void) { return 0; }\n", folder / "libcublasLt.so.13", "-Wl,-soname,libcublasLt.so.13")),
+    _keep.append(C.CDLL(str(_compile("int nothing(void) { return 0; }\n", folder / "libcublasLt.so.13",
+                                     "-Wl,-soname,libcublasLt.so.13")),
                         mode=C.RTLD_GLOBAL))
     soname = "libcublas.so.13"
     missing = sorted(set(re.findall(rf"\b(cublas\w+)@{re.escape(soname)}", wanted)) - here)
     text += "".join(f"int {name}(void) {{ return NOT_SUPPORTED; }}\n" for name in missing)
     (folder / "cublas.map").write_text(f"{soname} {{ global: *; }};\n")
-    return C.CDLL(str(_compile(text, folder / soname, f"-Wl,-soname,{soname}", f"-Wl,--version-script={folder / 'cublas.map'}")),
+    return C.CDLL(str(_compile(text, folder / soname, f"-Wl,-soname,{soname}",
+                               f"-Wl,--version-script={folder / 'cublas.map'}")),
                   mode=C.RTLD_GLOBAL)
 
 
@@ -130,8 +139,11 @@ def _run(function: int, sizes: int, shared: int, params: int) -> int:
         name, module = _functions[function]
         launched[name] += 1
         gx, gy, gz, bx, by, bz = (C.c_uint * 6).from_address(sizes)
-        if not 0 < bx * by * bz <= LIMITS["threads"] or shared > LIMITS["shared"] or max(gy, gz) > LIMITS["grid_yz"] or not gx * gy * gz:
-            raise RuntimeError(f"invalid launch: grid {gx, gy, gz}, block {bx, by, bz}, {shared} bytes of shared memory")
+        block_fits = 0 < bx * by * bz <= LIMITS["threads"] and shared <= LIMITS["shared"]
+        grid_fits = max(gy, gz) <= LIMITS["grid_yz"] and gx * gy * gz > 0
+        if not block_fits or not grid_fits:
+            raise RuntimeError(f"invalid launch: grid {gx, gy, gz}, block {bx, by, bz}, "
+                               f"{shared} bytes of shared memory")
         if execute is None:
             raise RuntimeError("nothing runs kernels: emulate.install() does")
         execute(name, module, sizes, shared, params)
@@ -157,7 +169,8 @@ def _note(kind: int, a: int, b: int, c: int, d: int) -> int:
         elif kind == 0:  # a launch: the parameters are copied, as a driver does
             name, module = _functions[a]
             addresses = (C.c_void_p * 256).from_address(d)
-            held = [C.create_string_buffer(C.string_at(addresses[i], n), n) for i, n in enumerate(parameters(name, module))]
+            held = [C.create_string_buffer(C.string_at(addresses[i], n), n) for i,
+                    n in enumerate(parameters(name, module))]
             _graphs[-1].append((kind, a, (C.c_uint * 6)(*(C.c_uint * 6).from_address(b)), c, held))
         else:
             _graphs[-1].append((kind, a, b, c))
@@ -185,7 +198,8 @@ def check_version() -> None:
     try:
         found = importlib.metadata.version(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
-        raise Unsupported(f"the emulated GPU wants {PACKAGE}=={VERSION}, which is not installed: `make test-emulated` does it all") from None
+        raise Unsupported(f"the emulated GPU wants {PACKAGE}=={VERSION}, which is not installed: "
+                          "`make test-emulated` does it all") from None
     if found != VERSION:
         raise Unsupported(f"the emulated GPU is written for {PACKAGE} {VERSION}; {found} is installed")
 
@@ -230,7 +244,8 @@ def replace(runtime: Any, driver: Any, ours: dict[str, str]) -> None:
         module, capsule = there[name]
         theirs = C.create_string_buffer(name_of(capsule))
         if _types(theirs.value.decode()) != _types(signature):
-            raise Unsupported(f"this CuPy changed {name}: {theirs.value.decode()!r} is not {signature!r}; update fake_gpu")
+            raise Unsupported(f"this CuPy changed {name}: {theirs.value.decode()!r} is not {signature!r}; "
+                              "update fake_gpu")
         if name in PYTHON:
             result, arguments = _types(signature)
             f = C.PYFUNCTYPE(TYPES[result], *(TYPES[a] for a in arguments))(globals()[name])

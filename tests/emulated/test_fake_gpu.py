@@ -23,23 +23,30 @@ def dev(a):
 
 
 def test_this_is_cupy_and_the_library_takes_it():
-    assert cp.__version__ == fake_gpu.VERSION and cp.is_available() and cp.cuda.Device().compute_capability == "90"
+    assert cp.__version__ == fake_gpu.VERSION
+    assert cp.is_available()
+    assert cp.cuda.Device().compute_capability == "90"
     assert array.why_no_cupy() is None and array.backend() == "cupy"
     assert isinstance(array.asarray([1.0]), cp.ndarray)
 
 
 @pytest.mark.parametrize("f", [
-    lambda m, x: m.exp(x), lambda m, x: x + x[::-1] * 2, lambda m, x: x.sum(axis=0), lambda m, x: x.T.copy(), lambda m, x: m.where(x > 0, x, -1),
-    lambda m, x: x.max(axis=-1, keepdims=True), lambda m, x: x.mean(), lambda m, x: m.argmax(x, axis=1), lambda m, x: m.cumsum(x, axis=1),
-    lambda m, x: m.sort(x, axis=1), lambda m, x: m.argsort(x, axis=1), lambda m, x: m.concatenate([x, x[:2]]), lambda m, x: x.astype(np.float64) / 3,
-    lambda m, x: m.tril(m.ones((4, 4), bool), 1), lambda m, x: x[m.arange(3), m.arange(3)], lambda m, x: (x > 0).any(axis=1),
+    lambda m, x: m.exp(x), lambda m, x: x + x[::-1] * 2, lambda m, x: x.sum(axis=0), lambda m, x: x.T.copy(), lambda m,
+    x: m.where(x > 0, x, -1),
+    lambda m, x: x.max(axis=-1, keepdims=True), lambda m, x: x.mean(), lambda m, x: m.argmax(x, axis=1), lambda m,
+    x: m.cumsum(x, axis=1),
+    lambda m, x: m.sort(x, axis=1), lambda m, x: m.argsort(x, axis=1), lambda m, x: m.concatenate([x, x[:2]]), lambda m,
+    x: x.astype(np.float64) / 3,
+    lambda m, x: m.tril(m.ones((4, 4), bool), 1), lambda m, x: x[m.arange(3), m.arange(3)], lambda m,
+    x: (x > 0).any(axis=1),
     lambda m, x: x.var(axis=1), lambda m, x: m.take_along_axis(x, m.argsort(x, axis=1)[:, :2], axis=1)])
 def test_it_computes_what_numpy_computes(f):
     got, want = cp.asnumpy(f(cp, dev(X))), f(np, X)
     assert got.dtype == want.dtype and np.allclose(got, want, rtol=2e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype, tol", [(np.float64, 1e-14), (np.float32, 1e-6), (np.float16, 2e-3), (ml_dtypes.bfloat16, 1e-2)])
+@pytest.mark.parametrize("dtype, tol",
+                         [(np.float64, 1e-14), (np.float32, 1e-6), (np.float16, 2e-3), (ml_dtypes.bfloat16, 1e-2)])
 @pytest.mark.parametrize("layout", ["a b", "at b", "a bt", "at bt"])
 def test_products_in_every_dtype_and_layout(dtype, tol, layout, rng):
     a, b = (rng.standard_normal(s).astype(dtype) for s in ((3, 5), (5, 4)))
@@ -53,7 +60,8 @@ def test_batched_products(rng):
     for dtype in (np.float32, np.float64):
         x, y = a.astype(dtype), b.astype(dtype)
         assert np.allclose(cp.asnumpy(dev(x) @ dev(y)), x @ y, rtol=1e-5, atol=1e-6)
-        assert np.allclose(cp.asnumpy(dev(x).swapaxes(-1, -2).copy().swapaxes(-1, -2) @ dev(y)), x @ y, rtol=1e-5, atol=1e-6)
+        assert np.allclose(cp.asnumpy(dev(x).swapaxes(-1, -2).copy().swapaxes(-1, -2) @ dev(y)), x @ y, rtol=1e-5,
+                           atol=1e-6)
         assert np.allclose(cp.asnumpy(dev(x) @ dev(y[0, 0])), x @ y[0, 0], rtol=1e-5, atol=1e-6)
     # CuPy's own limit, and what the library must go round
     with pytest.raises(TypeError, match="not understood"):
@@ -108,16 +116,26 @@ extern "C" __global__ void sums(const float *x, float *y, int n) {              
     __shared__ float part[64];
     int i = blockIdx.x * 64 + threadIdx.x;
     part[threadIdx.x] = i < n ? x[i] : 0.0f;
-    for (int k = 32; k; k /= 2) { __syncthreads(); if (threadIdx.x < k) part[threadIdx.x] += part[threadIdx.x + k]; }
+    for (int k = 32; k; k /= 2) {
+        __syncthreads();
+        if (threadIdx.x < k) part[threadIdx.x] += part[threadIdx.x + k];
+    }
     if (threadIdx.x == 0) y[blockIdx.x] = part[0];
 }
-extern "C" __global__ void votes(const float *x, int *y) {                     // blocks of 40: a warp, and a quarter of one
+// blocks of 40: a warp, and a quarter of one
+extern "C" __global__ void votes(const float *x, int *y) {
     int i = threadIdx.x;
     int n = __syncthreads_count(x[i] > 0), any = __syncthreads_or(x[i] > 38), all = __syncthreads_and(x[i] > 0);
-    if (i < 36) { int b = __any_sync(~0u, x[i] == 33.0f), a = __all_sync(~0u, x[i] >= 0.0f), c = __popc(__ballot_sync(~0u, x[i] > 3.0f));
-                  y[i] = n + 100 * any + 200 * all + 1000 * b + 2000 * a + 10000 * c; }
+    if (i < 36) {
+        int b = __any_sync(~0u, x[i] == 33.0f), a = __all_sync(~0u, x[i] >= 0.0f);
+        int c = __popc(__ballot_sync(~0u, x[i] > 3.0f));
+        y[i] = n + 100 * any + 200 * all + 1000 * b + 2000 * a + 10000 * c;
+    }
 }
-extern "C" __global__ void half_a_barrier(float *y) { if (threadIdx.x < 16) __syncthreads(); else __syncwarp(); y[threadIdx.x] = 1; }
+extern "C" __global__ void half_a_barrier(float *y) {
+    if (threadIdx.x < 16) __syncthreads(); else __syncwarp();
+    y[threadIdx.x] = 1;
+}
 """
 
 
@@ -127,8 +145,10 @@ def test_a_hand_written_kernel_runs():
     assert cp.asnumpy(y).tolist() == [sum(range(64)), sum(range(64, 100))]
     votes = cp.empty(36, np.int32)
     cp.RawKernel(SOURCE, "votes")((1,), (40,), (cp.arange(40, dtype=np.float32), votes))
-    assert set(cp.asnumpy(votes)[:32].tolist()) == {39 + 100 + 2000 + 280000} and set(cp.asnumpy(votes)[32:].tolist()) == {39 + 100 + 3000 + 40000}
-    template = cp.RawModule(code="template <class T> __global__ void twice(T *x) { x[threadIdx.x] *= 2; }", name_expressions=["twice<float>"])
+    assert set(cp.asnumpy(votes)[:32].tolist()) == {39 + 100 + 2000 + 280000}
+    assert set(cp.asnumpy(votes)[32:].tolist()) == {39 + 100 + 3000 + 40000}
+    template = cp.RawModule(code="template <class T> __global__ void twice(T *x) { x[threadIdx.x] *= 2; }",
+                            name_expressions=["twice<float>"])
     template.get_function("twice<float>")((1,), (100,), (x,))
     assert cp.asnumpy(x).tolist() == [2.0 * i for i in range(100)]
 
@@ -176,7 +196,8 @@ def test_another_cupy_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("name, signature, says", [
     ("malloc", "intptr_t (size_t, int, int)", "changed malloc"), ("malloc", "intptr_t (int, int)", "changed malloc"),
-    ("free", "int (intptr_t, int)", "changed free"), ("mallocQuickly", "intptr_t (size_t, int)", "has no mallocQuickly")])
+    ("free", "int (intptr_t, int)", "changed free"),
+    ("mallocQuickly", "intptr_t (size_t, int)", "has no mallocQuickly")])
 def test_an_entry_point_of_another_type_is_refused(name, signature, says):
     from cupy_backends.cuda.api import driver, runtime
     kept = dict(runtime.__pyx_capi__)
@@ -186,9 +207,10 @@ def test_an_entry_point_of_another_type_is_refused(name, signature, says):
 
 
 def test_types_are_read_off_a_signature():
-    assert fake_gpu._types("PyObject *(intptr_t, unsigned int, int __pyx_skip_dispatch, struct a_b *__pyx_optional_args)") == \
-        ("PyObject *", ("intptr_t", "unsigned int", "int", "void *"))
-    assert fake_gpu._types("PyObject *(void)") == ("PyObject *", ()) and fake_gpu._types("float (int s)") == ("float", ("int",))
+    signature = "PyObject *(intptr_t, unsigned int, int __pyx_skip_dispatch, struct a_b *__pyx_optional_args)"
+    assert fake_gpu._types(signature) == ("PyObject *", ("intptr_t", "unsigned int", "int", "void *"))
+    assert fake_gpu._types("PyObject *(void)") == ("PyObject *", ())
+    assert fake_gpu._types("float (int s)") == ("float", ("int",))
     assert ctypes.sizeof(fake_gpu._Fake) == 8 * len(fake_gpu.FIELDS)
 
 
@@ -206,7 +228,8 @@ def test_a_graph_does_again_what_was_noted_on_what_lies_there_then():
         fake_gpu.reset()
         graph.launch(stream)
         assert fake_gpu.counts().graphs == 1
-        assert np.array_equal(cp.asnumpy(y), n * 2 * np.arange(6)) and np.array_equal(cp.asnumpy(other), cp.asnumpy(y))
+        assert np.array_equal(cp.asnumpy(y), n * 2 * np.arange(6))
+        assert np.array_equal(cp.asnumpy(other), cp.asnumpy(y))
     x[...] = 1
     graph.launch(stream)
     assert np.array_equal(cp.asnumpy(y), 4 * np.arange(6) + 2)

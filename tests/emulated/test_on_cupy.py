@@ -90,7 +90,8 @@ def test_the_noise_is_the_same_bit_for_bit(shape):
     assert np.array_equal(want, got)
 
 
-@pytest.mark.parametrize("method", [LoRA(r=2), ft.Houlsby(), ft.PrefixTuning(p=2), ft.PromptTuning(p=2)], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("method", [LoRA(r=2), ft.Houlsby(), ft.PrefixTuning(p=2), ft.PromptTuning(p=2)],
+                         ids=lambda m: type(m).__name__)
 @pytest.mark.parametrize("kind", KINDS)
 def test_initial_weights_are_the_same_bit_for_bit(kind, method):
     def start(seed=0):
@@ -149,13 +150,17 @@ def test_a_run_goes_on_where_the_model_moved_to():
     want, values_, state = steps(["numpy"] * 6)
     got, there, moments = steps(["numpy"] * 3 + ["cupy"] * 3)
     assert np.abs(got / want - 1).max() < 4e-6 and want[-1] < want[0] - 1e-3
-    assert all(apart(there[n], values_[n]) < 2e-4 for n in there) and all(apart(moments[k], state[k]) < 2e-4 for k in state)
+    assert all(apart(there[n], values_[n]) < 2e-4 for n in there)
+    assert all(apart(moments[k], state[k]) < 2e-4 for k in state)
 
 
 def test_tensors_move_only_when_told_to():
     x = Tensor(np.arange(6, dtype=np.float32).reshape(2, 3), requires_grad=True)
     y = x.to("cupy")
-    assert y.device == "cupy" and y.requires_grad and x.device == "numpy" and y.to("cupy").data is y.data
+    assert y.device == "cupy"
+    assert y.requires_grad
+    assert x.device == "numpy"
+    assert y.to("cupy").data is y.data
     assert np.array_equal(host(y.to("numpy")), host(x)) and y.to("numpy").device == "numpy"
     with pytest.raises(BackendError, match="add: arrays on cupy and numpy"):
         x + y
@@ -175,8 +180,10 @@ def train(kind, method, **more):
         return np.array(history.losses), host(model(tokens()))
 
 
-METHODS = {"everything": None, "lora": LoRA(r=2, targets=("attn.[qv]", "mlp.up")), "lora, dropout": LoRA(r=2, dropout=0.3), "bitfit": ft.BitFit(),
-           "houlsby": ft.Houlsby(), "prefix": ft.PrefixTuning(p=2), "prompt": ft.PromptTuning(p=2), "partial": ft.Partial()}
+METHODS = {"everything": None, "lora": LoRA(r=2, targets=("attn.[qv]", "mlp.up")),
+           "lora, dropout": LoRA(r=2, dropout=0.3), "bitfit": ft.BitFit(),
+           "houlsby": ft.Houlsby(), "prefix": ft.PrefixTuning(p=2), "prompt": ft.PromptTuning(p=2),
+           "partial": ft.Partial()}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -207,7 +214,9 @@ def test_training_in_16_bits_is_numpys(how, kind, method, monkeypatch):
     for fast in (False, True):
         got, z = on("cupy", train, kind, METHODS[method], fast=fast, autocast=how)
         off = np.abs(got - want) / want[0]
-        assert off[0] < (first if fast else 1e-6) and off.max() < (2e-2 if fast else 2e-3) and apart(z, y) < 0.1
+        assert off[0] < (first if fast else 1e-6)
+        assert off.max() < (2e-2 if fast else 2e-3)
+        assert apart(z, y) < 0.1
     assert np.abs(want / exact - 1).max() > 1e-6  # it was rounded
 
 
@@ -243,15 +252,20 @@ def test_evaluation_and_resuming(tmp_path):
     def run(folder):
         model = build("bert")
         ft.attach(model, LoRA(r=2))
-        judge = lambda: ft.evaluate(model, [batch("bert", 2)])
+
+        def run_evaluation():
+            return ft.evaluate(model, [batch("bert", 2)])
+
         pair = [batch("bert", 0), batch("bert", 1)]
-        history = ft.fit(model, pair, 4, AdamW(0.01), progress=False, out=folder, resume=True, evaluate=judge, evaluate_every=2)
-        return np.array(history.losses), judge()
+        history = ft.fit(model, pair, 4, AdamW(0.01), progress=False, out=folder, resume=True, evaluate=run_evaluation,
+                         evaluate_every=2)
+        return np.array(history.losses), run_evaluation()
     (want, judged), (got, also) = both(lambda: run(tmp_path / array.backend()))
     assert np.abs(got / want - 1).max() < 1e-6 and judged.keys() == also.keys()
     assert all(abs(judged[k] - also[k]) <= 1e-5 * abs(judged[k]) for k in judged)
     (tmp_path / "moved").mkdir()  # begun on NumPy, ended on CuPy: the state is host arrays
-    (tmp_path / "moved" / "checkpoint.safetensors").write_bytes((tmp_path / "numpy" / "checkpoint.safetensors").read_bytes())
+    (tmp_path / "moved"
+     / "checkpoint.safetensors").write_bytes((tmp_path / "numpy" / "checkpoint.safetensors").read_bytes())
     again, same = on("cupy", run, tmp_path / "moved")
     assert np.array_equal(again, want) and abs(same["loss"] - judged["loss"]) < 1e-6
 
@@ -273,7 +287,10 @@ def test_merging_detaching_and_coming_back(kind):
         ft.attach(model, adapter)
         back = host(model(tokens()))
         merged = host(ft.merge(model)(tokens()))
-        assert np.array_equal(plain, base) and np.array_equal(back, edited) and apart(merged, edited) < 1e-5 and apart(edited, base) > 1e-2
+        assert np.array_equal(plain, base)
+        assert np.array_equal(back, edited)
+        assert apart(merged, edited) < 1e-5
+        assert apart(edited, base) > 1e-2
         return edited, merged
     for want, got in zip(*both(life)):
         assert apart(got, want) < 1e-5
@@ -297,7 +314,8 @@ def test_adapters_and_models_go_from_one_backend_to_the_other(tmp_path):
 
 
 @pytest.mark.parametrize("cache", [True, False], ids=["cached", "uncached"])
-@pytest.mark.parametrize("sampling", [dict(), dict(temperature=0.8, top_k=5), dict(temperature=1.2, top_p=0.7)], ids=str)
+@pytest.mark.parametrize("sampling", [dict(), dict(temperature=0.8, top_k=5), dict(temperature=1.2, top_p=0.7)],
+                         ids=str)
 def test_text_is_the_same(cache, sampling):
     def write():
         model = tuned().to(dtype=np.float64)  # so that no rounding decides between two tokens
@@ -336,21 +354,27 @@ def test_a_step_over_a_packed_base():
 # ── two places ───────────────────────────────────────────────────────────────────────────────────────────────────────
 H, D = np.ones((2, 3), np.float32), cp.ones((2, 3), np.float32)
 MIXED = {
-    "add": lambda: Tensor(D) + Tensor(H), "add, the other way": lambda: Tensor(H) + Tensor(D), "add an array": lambda: Tensor(D) + H,
+    "add": lambda: Tensor(D) + Tensor(H), "add, the other way": lambda: Tensor(H) + Tensor(D),
+    "add an array": lambda: Tensor(D) + H,
     "mul": lambda: Tensor(D) * Tensor(H), "sub": lambda: H - Tensor(D), "div": lambda: Tensor(H) / Tensor(D),
     "matmul": lambda: Tensor(D) @ Tensor(H.T), "maximum": lambda: ops.maximum(Tensor(D), Tensor(H)),
     "concatenate": lambda: ops.concatenate(Tensor(D), Tensor(H)),
     "linear": lambda: ops.linear(Tensor(D), Tensor(np.ones((4, 3), np.float32))),
-    "linear, host bias": lambda: ops.linear(Tensor(D), Tensor(cp.ones((4, 3), np.float32)), Tensor(np.ones(4, np.float32))),
-    "layer_norm, host weights": lambda: ops.layer_norm(Tensor(D), Tensor(np.ones(3, np.float32)), Tensor(np.zeros(3, np.float32))),
+    "linear, host bias": lambda: ops.linear(Tensor(D), Tensor(cp.ones((4, 3), np.float32)),
+                                            Tensor(np.ones(4, np.float32))),
+    "layer_norm, host weights": lambda: ops.layer_norm(Tensor(D), Tensor(np.ones(3, np.float32)),
+                                                       Tensor(np.zeros(3, np.float32))),
     "embedding, host ids": lambda: ops.embedding(Tensor(D), np.array([0, 1])),
     "embedding, host rows": lambda: ops.embedding(Tensor(H), cp.array([0, 1])),
-    "getitem, host index": lambda: Tensor(D)[np.array([0, 1])], "getitem, in a tuple": lambda: Tensor(D)[:, np.array([0, 1])],
-    "where, host mask": lambda: ops.where(H > 0, Tensor(D), 0.0), "where, host value": lambda: ops.where(D > 0, Tensor(D), Tensor(H)),
+    "getitem, host index": lambda: Tensor(D)[np.array([0, 1])],
+    "getitem, in a tuple": lambda: Tensor(D)[:, np.array([0, 1])],
+    "where, host mask": lambda: ops.where(H > 0, Tensor(D), 0.0),
+    "where, host value": lambda: ops.where(D > 0, Tensor(D), Tensor(H)),
     "gather, host indices": lambda: ops.gather(Tensor(D), np.zeros((2, 1), int)),
     "attention, host keys": lambda: ops.attention(Tensor(D), Tensor(H), Tensor(D)),
     "attention, host mask": lambda: ops.attention(Tensor(D), Tensor(D), Tensor(D), key_mask=np.ones((2, 2), bool)),
-    "attention, host noise": lambda: ops.attention(Tensor(D), Tensor(D), Tensor(D), dropout_mask=np.ones((2, 2), np.float32)),
+    "attention, host noise": lambda: ops.attention(Tensor(D), Tensor(D), Tensor(D),
+                                                   dropout_mask=np.ones((2, 2), np.float32)),
     "cross_entropy, host labels": lambda: ops.cross_entropy(Tensor(D), np.array([0, 1])),
     "cross_entropy, host weights": lambda: ops.cross_entropy(Tensor(D), cp.array([0, 1]), np.ones(3, np.float32)),
 }

@@ -31,38 +31,56 @@ class Mistake:
 
 EXP = "e = m.exp(s - m.where(top == -math.inf, 0, top))"
 MISTAKES = {
-    "a host mask in where": Mistake("attention", "causal_mask(*s.shape[-2:], m)", "causal_mask(*s.shape[-2:], np)", "TypeError"),
+    "a host mask in where": Mistake("attention", "causal_mask(*s.shape[-2:], m)", "causal_mask(*s.shape[-2:], np)",
+                                    "TypeError"),
     "a host arange as an index": Mistake("cross_entropy", "m.arange(rows.shape[0])", "np.arange(rows.shape[0])", "h2d"),
     "a list as an index": Mistake("cross_entropy", "m.arange(rows.shape[0])", "list(range(rows.shape[0]))", "h2d"),
     "sum(where=)": Mistake("cross_entropy", "w.sum()", "w.sum(where=real)", "TypeError"),
-    "max(initial=)": Mistake("cross_entropy", "rows.max(axis=-1, keepdims=True)", "rows.max(axis=-1, keepdims=True, initial=-1e9)", "TypeError"),
-    "float(loss) inside the loss": Mistake("cross_entropy", "(value / total)", "m.asarray(float(value) / total)", "waits"),
+    "max(initial=)": Mistake("cross_entropy", "rows.max(axis=-1, keepdims=True)",
+                             "rows.max(axis=-1, keepdims=True, initial=-1e9)", "TypeError"),
+    "float(loss) inside the loss": Mistake("cross_entropy", "(value / total)", "m.asarray(float(value) / total)",
+                                           "waits"),
     "an item of a device array": Mistake("cross_entropy", "(g / total)", "(g / total.item())", "waits"),
     "a loop that asks the device": Mistake("attention", EXP, EXP + "\n    assert e.max() <= 1", "waits"),
     "a factor of np.float64": Mistake("attention", "q.shape[-1]**-0.5", "np.float64(q.shape[-1])**-0.5", "dtype"),
-    "a factor of np.float64 in an activation": Mistake("gelu_tanh", "(2 / math.pi)**0.5", "np.sqrt(2 / np.pi)", "dtype"),
+    "a factor of np.float64 in an activation": Mistake("gelu_tanh", "(2 / math.pi)**0.5", "np.sqrt(2 / np.pi)",
+                                                       "dtype"),
     # the engine rounds it: one launch more
     "the default dtype": Mistake("embedding", "m.zeros(shape, g.dtype)", "m.zeros(shape)", "kernels"),
     "+= with repeated indices": Mistake("embedding", "m.add.at(d, ids, g)", "d[ids] += g", "loss"),
-    "boolean-mask assignment": Mistake("attention", "s = m.where(may, s, -math.inf)", "s[m.broadcast_to(~may, s.shape)] = -math.inf", "waits"),
+    "boolean-mask assignment": Mistake("attention", "s = m.where(may, s, -math.inf)",
+                                       "s[m.broadcast_to(~may, s.shape)] = -math.inf", "waits"),
     "a selection by mask": Mistake("cross_entropy", "w.sum()", "w[real].sum()", "waits"),
-    "np.zeros for a gradient on the device": Mistake("embedding", "m.zeros(shape, g.dtype)", "np.zeros(shape, g.dtype)", "AttributeError"),
-    "m.empty for zeros": Mistake("embedding", "m.zeros(shape, g.dtype)", "m.empty(shape, g.dtype)", "FloatingPointError"),
-    "a constant uploaded at every call": Mistake("layer_norm", "+ eps)", "+ xp(x).asarray(np.array([eps], np.float32)))", "h2d"),
-    "a detour by the host": Mistake("layer_norm", "h = centred / s", "h = xp(x).asarray(xp(x).asnumpy(centred) / xp(x).asnumpy(s))", "d2h"),
-    "np.asarray of a device array": Mistake("layer_norm", "h = centred / s", "h = np.asarray(centred) / s", "TypeError"),
+    "np.zeros for a gradient on the device": Mistake("embedding", "m.zeros(shape, g.dtype)", "np.zeros(shape, g.dtype)",
+                                                     "AttributeError"),
+    "m.empty for zeros": Mistake("embedding", "m.zeros(shape, g.dtype)", "m.empty(shape, g.dtype)",
+                                 "FloatingPointError"),
+    "a constant uploaded at every call": Mistake("layer_norm", "+ eps)",
+                                                 "+ xp(x).asarray(np.array([eps], np.float32)))", "h2d"),
+    "a detour by the host": Mistake("layer_norm", "h = centred / s",
+                                    "h = xp(x).asarray(xp(x).asnumpy(centred) / xp(x).asnumpy(s))", "d2h"),
+    "np.asarray of a device array": Mistake("layer_norm", "h = centred / s", "h = np.asarray(centred) / s",
+                                            "TypeError"),
     "one kernel more than needed": Mistake("layer_norm", "h = centred / s", "h = 1 * centred / s", "launches"),
-    "a product more than needed": Mistake("linear", "(flat(x) @ W.T)", "(flat(x) @ W.T + 0 * (flat(x) @ W.T))", "products"),
+    "a product more than needed": Mistake("linear", "(flat(x) @ W.T)", "(flat(x) @ W.T + 0 * (flat(x) @ W.T))",
+                                          "products"),
     "a kernel for each row": Mistake("embedding", "return W[ids]", "return m.stack([W[i] for i in ids])", "launches"),
-    "CuPy's own random numbers": Mistake("embedding", "return W[ids]", "return W[ids] + 0 * m.random.standard_normal(W[ids].shape)", "ImportError"),
-    "a name CuPy lacks": Mistake("attention", "q @ t(k)", "m.vecdot(q[..., :, None, :], k[..., None, :, :])", "AttributeError"),
-    "a keyword CuPy lacks": Mistake("attention", EXP, "e = m.exp(s - m.where(top == -math.inf, 0, top), where=may)", "TypeError"),
-    "the norm read twice": Mistake("optim.optimizers.clip_norm", "m.minimum(limit / (norm + 1e-6), 1.0)", "min(limit / (float(norm) + 1e-6), 1.0)", "waits"),
-    "a host array beside the moments": Mistake("optim.optimizers.adam_update", "+ eps)", "+ np.full(w.shape, eps, np.float32))", "TypeError"),
-    "a step size of np.float64": Mistake("optim.optimizers.adam_update", "(1 - b1) * g", "np.float64(1 - b1) * g.astype(np.float64)", "kernels"),
+    "CuPy's own random numbers": Mistake("embedding", "return W[ids]",
+                                         "return W[ids] + 0 * m.random.standard_normal(W[ids].shape)", "ImportError"),
+    "a name CuPy lacks": Mistake("attention", "q @ t(k)", "m.vecdot(q[..., :, None, :], k[..., None, :, :])",
+                                 "AttributeError"),
+    "a keyword CuPy lacks": Mistake("attention", EXP, "e = m.exp(s - m.where(top == -math.inf, 0, top), where=may)",
+                                    "TypeError"),
+    "the norm read twice": Mistake("optim.optimizers.clip_norm", "m.minimum(limit / (norm + 1e-6), 1.0)",
+                                   "min(limit / (float(norm) + 1e-6), 1.0)", "waits"),
+    "a host array beside the moments": Mistake("optim.optimizers.adam_update", "+ eps)",
+                                               "+ np.full(w.shape, eps, np.float32))", "TypeError"),
+    "a step size of np.float64": Mistake("optim.optimizers.adam_update", "(1 - b1) * g",
+                                         "np.float64(1 - b1) * g.astype(np.float64)", "kernels"),
     "positions made on the host": Mistake("nn.Context.positions", "m.cumsum(key_mask.astype(np.int64), axis=1)",
                                              "m.asarray(np.cumsum(m.asnumpy(key_mask), axis=1))", "d2h"),
-    "a size asked of the device": Mistake("tensor.sum_to", "g.ndim - len(shape)", "int(xp(g).asarray(g.ndim)) - len(shape)", "waits"),
+    "a size asked of the device": Mistake("tensor.sum_to", "g.ndim - len(shape)",
+                                          "int(xp(g).asarray(g.ndim)) - len(shape)", "waits"),
 }
 
 # What real CuPy does not mind: the strict double does (test_strict.py).
@@ -76,7 +94,8 @@ HOMES = {"optim": optim, "nn": nn, "tensor": tensor}
 def planted(f, m):
     """A copy of the function f with the mistake in it."""
     source = textwrap.dedent(inspect.getsource(f))
-    assert source.count(m.right) >= 1, f"{m.function} has changed: it no longer says {m.right!r}; plant this mistake anew"
+    message = f"{m.function} has changed: it no longer says {m.right!r}; plant this mistake anew"
+    assert source.count(m.right) >= 1, message
     while source.startswith(("@", "#")):  # the decorator
         source = source.partition("\n")[2]
     names: dict = {**f.__globals__, "np": np}
@@ -86,7 +105,8 @@ def planted(f, m):
 
 def plant(m, monkeypatch):
     if m.function in OPS:  # as a kernel is put in an op's place
-        monkeypatch.setitem(dispatch.KERNELS, (OPS[m.function], cp.ndarray), [planted(inspect.unwrap(OPS[m.function].definition), m)])
+        monkeypatch.setitem(dispatch.KERNELS, (OPS[m.function], cp.ndarray),
+                            [planted(inspect.unwrap(OPS[m.function].definition), m)])
         return
     home, _, name = m.function.partition(".")
     owner = HOMES[home]
@@ -105,7 +125,8 @@ def signs():
         ctx, loss = compute_loss(model, read_batch(batch("gpt", 0)))
         loss.backward()
         losses.append(float(loss.data))
-        dtypes |= {str(loss.dtype), str(ctx.output.dtype), *(str(p.grad.dtype) for p in model.parameters() if p.grad is not None)}
+        dtypes |= {str(loss.dtype), str(ctx.output.dtype),
+                   *(str(p.grad.dtype) for p in model.parameters() if p.grad is not None)}
         optimizer.step(1.0, 0.01)
         model.zero_grad()
         seen = fake_gpu.counts()._asdict() | {"kernels": dict(fake_gpu.launched)}
@@ -119,7 +140,8 @@ def noticed(right, monkeypatch, m):
         got = signs()
     except Exception as e:
         return [c.__name__ for c in type(e).__mro__]
-    differ = [k for k in ("launches", "products", "waits", "h2d", "d2h", "d2d", "kernels", "dtype") if got[k] != right[k]]
+    differ = [k for k in ("launches", "products", "waits", "h2d", "d2h", "d2d", "kernels",
+                          "dtype") if got[k] != right[k]]
     return differ + ["loss"] * (not np.allclose(got["loss"], right["loss"], rtol=1e-6, atol=0))
 
 
