@@ -1,8 +1,10 @@
-// y += b on every row, and back: db = Σ g over rows, in two steps, so that many blocks share the work and the order of the sum is fixed.
+// y += b on every row; and its gradient db = Σ g over rows, in two steps, so that many blocks share the work and the order of
+// the sum is fixed.
 
-// y[row][column] += b[column], on all numbers of y (size / n, n), b (n).  Any grid and block will do: thread t of all the N that there are
-// takes the numbers t, t + N, t + 2N, ... below size, so that neighbours in a warp read neighbours in memory.  Added as float.  Number i of y
-// stands in column i % n, which costs more than the rest: so a thread divides once, and from then on goes the same way to the right.
+// y[row][column] += b[column] for all elements of y (size / n, n), b (n).  The sum is computed in float.
+// Any grid and block work: with N threads in all, thread t takes the elements t, t + N, t + 2N, ... below size, so that the
+// threads of a warp read adjacent elements.  Element i of y is in column i % n.  An integer division costs more than the rest,
+// so a thread divides once, and then moves by the same number of columns at each step.
 extern "C" __global__ void add_bias(T* y, const T* b, long long size, int n) {
   unsigned first = blockIdx.x * blockDim.x + threadIdx.x, threads = gridDim.x * blockDim.x, column = first % n, on = threads % n;
   for (long long i = first; i < size; i += threads) {
@@ -12,9 +14,11 @@ extern "C" __global__ void add_bias(T* y, const T* b, long long size, int n) {
   }
 }
 
-// g (rows, n) -> parts (stretches, n): parts[s] is the sum of the rows s·each, s·each + 1, ... of g, `each` of them, fewer in the last stretch.
-// Grid (⌈n/32⌉, stretches), block (32, 8): thread (c, k) adds up, in a float, the rows k, k + 8, k + 16, ... of its stretch in one column, so
-// that a warp reads 32 neighbours.  Then the eight sums of a column meet in shared memory, and one thread of the eight writes their total.
+// g (rows, n) -> parts (stretches, n): parts[s] is the sum of the rows s·each, s·each + 1, ... of g, `each` of them, fewer in
+// the last stretch.
+// Grid (⌈n/32⌉, stretches), block (32, 8): thread (c, k) sums, in float, the rows k, k + 8, k + 16, ... of its stretch in one
+// column, so that a warp reads 32 adjacent elements.  Then the eight sums of a column are added in shared memory, and one thread
+// of the eight writes the result.
 extern "C" __global__ void sum_rows(const T* g, float* parts, int rows, int n, int each) {
   __shared__ float sums[8][32];
   int c = threadIdx.x, k = threadIdx.y, column = blockIdx.x * 32 + c, last = min(rows, (int)(blockIdx.y + 1) * each);

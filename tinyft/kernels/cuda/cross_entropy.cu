@@ -1,8 +1,8 @@
 // ℓ = Σ w_y (−ln p_y) / Σ w_y,  p = softmax z.        z (rows, n);  a block to a row: the vocabulary is long
 //
-// The largest number of a row is taken off before anything is exponentiated, and stays apart from the logarithm of the sum: adding the
-// two first would lose the digits in which a loss lives.  With smoothing ε (then without weights) a row's target is (1 − ε) of its
-// label and ε/n of every class.  A label outside the classes makes the loss NaN.
+// The maximum of a row is subtracted before exp.  It is stored apart from the logarithm of the sum: their sum would lose the
+// digits that a small loss consists of.  With smoothing ε (then without weights) a row's target is (1 − ε) of its label and ε/n
+// of every class.  A label outside the classes makes the loss NaN.
 #include "rows.cuh"
 
 // stats (3, rows): the row's maximum, ln Σ e^(z − maximum), its weight.   losses (rows): weighted

@@ -1,7 +1,8 @@
 // dW[ids] += g, where ids repeat.        ids (N), g (N, width) -> d (rows of W, width), zero before
 //
-// A warp to a position and to 128 columns.  The warp whose position holds an id for the first time gathers all later ones, in order; the
-// others leave.  Looking at N² ids costs less than adding up rows out of order would lose: no atomics, and the same bits every time.
+// A warp to a position and to 128 columns.  The warp at the first position of an id sums the rows of all later positions of
+// that id, in order; the other warps return.  Comparing N² ids is the price of a fixed order of the sum: there are no atomic
+// additions, and the bits are the same every time.
 #define ALL_LANES 0xffffffffu
 #define COLUMNS 4                                        // per lane, 32 apart
 

@@ -1,11 +1,11 @@
-// y = x Φ(x).  One thread takes every (gridDim.x · blockDim.x)-th number, so that neighbours in a warp read neighbours in memory.
+// y = x Φ(x).  A thread takes every (gridDim.x · blockDim.x)-th element, so that the threads of a warp read adjacent elements.
 //
 //   exact:  Φ(x) = erfc(−x/√2) / 2,                             Φ + x φ,  φ = e^(−x²/2) / √2π
 //   tanh:   (1 + h)/2,  h = tanh(√(2/π) (x + 0.044715 x³)),     (1 + h)/2 + x (1 − h²)/2 √(2/π) (1 + 0.134145 x²)
 
 #define EACH(i, n) (long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; i < n; i += gridDim.x * (long long)blockDim.x)
 
-__device__ float cdf(float x) { return 0.5f * erfcf(-0.70710678f * x); }          // 1 + erf would lose what is small
+__device__ float cdf(float x) { return 0.5f * erfcf(-0.70710678f * x); }          // 1 + erf would lose the digits of small results
 __device__ float h(float x) { return tanhf(0.79788456f * (x + 0.044715f * x * x * x)); }
 
 extern "C" __global__ void gelu(const T* x, T* y, long long n) {

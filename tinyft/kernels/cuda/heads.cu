@@ -1,10 +1,11 @@
 // Queries, keys and values from rows of a product to heads, with their biases; and their gradients back to rows.
 //
 //   cut_heads    y -> qkv (3, B, H, time, D):  part p of row r of y starts at p by_part + r by_row
-//   join_heads   three (B, H, time, D) -> g (B time, 3 H D);  what is null is zero
+//   join_heads   three (B, H, time, D) -> g (B time, 3 H D);  a null pointer stands for zeros
 
-// Neither is more than a copy, so where a number goes is not worked out for each one: a division of integers costs as much as ten of them.
-// Grid (3 B H, ⌈time/8⌉), block (32, 8): a block to a head of one of the three in one text, at eight times; a warp to one of these.
+// Both kernels only copy, and an integer division costs as much as copying ten elements: so indices are computed per row, not per
+// element.  Grid (3 B H, ⌈time/8⌉), block (32, 8): a block takes eight positions of one head of one part of one text, a warp one
+// position.
 #define PLACE int h = blockIdx.x % H, b = blockIdx.x / H % B, part = blockIdx.x / H / B, t = blockIdx.y * 8 + threadIdx.y
 
 extern "C" __global__ void cut_heads(const T* y, const T* bq, const T* bk, const T* bv, T* qkv, int B, int time, int H, int D, long long by_part,

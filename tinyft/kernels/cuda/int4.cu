@@ -3,14 +3,15 @@
 // codes (N, ⌈K/8⌉): eight to a 32-bit word, the first in the lowest four bits.  scale, zero (N, ⌈K/group⌉).  group: a multiple of 8
 // T is the type of x and y, S that of scale and zero.
 #include "rows.cuh"
-#define TILE 4096                                        // numbers of x that lie in shared memory at a time: 16 kB
+#define TILE 4096                                        // elements of x in shared memory at a time: 16 kB
 #define ROWS 4                                           // of Ŵ, to a warp
 #define THREADS 256
 
-struct alignas(16) Codes { unsigned word[4]; };          // 32 codes, which a lane fetches at once
+struct alignas(16) Codes { unsigned word[4]; };          // 32 codes, which a lane reads at once
 
-// Σ x code / 16 + Σ x over eight numbers.  1 + code / 16 is the float whose fraction begins with the four bits of the code, so nothing is
-// converted: every second code is shifted to where the fraction begins in its byte, and a float made of that byte and the first of 1.0.
+// Σ x code / 16 + Σ x over eight elements.  1 + code / 16 is the float whose fraction begins with the four bits of the code, so no
+// integer is converted: every second code is shifted to the bits where the fraction begins in its byte, and a float is made of that
+// byte and the first byte of 1.0.
 __device__ float dot(unsigned eight, const float x[8]) {
   unsigned even = eight << 3 & 0x78787878u | 0x80808080u, odd = eight >> 1 & 0x78787878u | 0x80808080u;
   float sum = 0;
@@ -22,10 +23,11 @@ __device__ float dot(unsigned eight, const float x[8]) {
 }
 
 // A warp to four rows of Ŵ, blockIdx.y to a row of x (M, K).  K and group: multiples of 32.
-// Reads 4.5 bits where a dense weight has 16 or 32: at one row of x the time is that of reading the weight, so this is what makes a packed
-// model fast as well as small, if arithmetic keeps up (34 instructions a word; one that takes code by code needs 90).  So
-//   four rows   are fetched together, and what a lane has taken of x serves all four.  128 registers, two blocks to a multiprocessor
-//   xs          has x[k] of a tile at [k % 32][k / 32]: the lanes, each at 32 numbers of its own, read neighbours, from 32 banks
+// Reads 4.5 bits where a dense weight has 16 or 32.  For one row of x, the time is that of reading the weight, so a packed model is
+// fast as well as small if the arithmetic keeps up (34 instructions a word; a loop over single codes needs 90).  Therefore:
+//   four rows   are read together, and the elements of x that a lane has read serve all four.  128 registers, two blocks to a
+//               multiprocessor
+//   xs          has x[k] of a tile at [k % 32][k / 32]: the lanes, each at 32 elements of its own, read from 32 banks
 extern "C" __global__ void __launch_bounds__(THREADS, 2) int4_matvec(const Codes* codes, const S* scale, const S* zero, const T* x, T* y,
                                                                      int N, int K, int group) {
   __shared__ float xs[32][TILE / 32 + 1];                // one more: 32 neighbours are written to 32 banks too

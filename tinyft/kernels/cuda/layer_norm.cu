@@ -1,12 +1,12 @@
 // y = w x̂ + b,  x̂ = (x − μ) r,  r = 1/√(mean (x − μ)² + ε).        x (rows, n);  a warp to a row, blockDim.x / 32 rows to a block
 //
 //   dx = r (ĝ − mean ĝ − x̂ mean ĝx̂),  ĝ = w g          a warp to a row again
-//   dw = Σ g x̂,  db = Σ g  over rows                    columns: partial sums here, their total in bias.cu
+//   dw = Σ g x̂,  db = Σ g  over rows                    a thread to a column: partial sums here, their sum in bias.cu
 #include "rows.cuh"
 
 extern "C" __global__ void layer_norm(const T* x, const T* w, const T* b, T* y, float* mean, float* r, int rows, int n, float eps) {
   int row = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5), lane = threadIdx.x & 31;
-  if (row >= rows) return;                               // a whole warp leaves, and no barrier follows: allowed
+  if (row >= rows) return;                               // allowed: a whole warp returns, and no barrier follows
   const T* xs = x + (size_t)row * n;
   float sum = 0, squares = 0;
   for (int i = lane; i < n; i += 32) sum += (float)xs[i];

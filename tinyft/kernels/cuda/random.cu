@@ -1,7 +1,7 @@
-// Uniform numbers in [0, 1) from a key and a place alone: Philox4x64-10, bit for bit as numpy.random.Philox(key) gives them.
+// Uniform numbers in [0, 1) from a key and an index alone: Philox4x64-10, bit for bit as numpy.random.Philox(key) gives them.
 //
-// A generator without a state: ten rounds of multiplying and mixing turn the counter into four numbers of 64 bits.  So thread i makes
-// the numbers 8i ... 8i + 7 without knowing the others, and the way back makes them anew where a mask would have to be kept.
+// A generator without a state: ten rounds of multiplying and mixing turn the counter into four numbers of 64 bits.  So thread i
+// computes the numbers 8i ... 8i + 7 without the others, and dropout's gradient computes them anew instead of keeping a mask.
 // Salmon et al. 2011, Parallel random numbers: as easy as 1, 2, 3.
 #include "rows.cuh"
 
@@ -22,7 +22,7 @@ __device__ float uniform_of(const unsigned long long c[4], int j) { return (floa
 
 extern "C" __global__ void uniform(T* u, const unsigned long long* from, unsigned long long key, unsigned long long key_high, long long n) {
   unsigned long long c[4];
-  if (from) key = *from;                                 // of a captured step, the key lies on the device: each replay brings another
+  if (from) key = *from;                                 // a captured step reads its key from the device: each replay has another
   for EIGHTS(i, n) {
     philox(i + 1, key, key_high, c);                     // NumPy counts before it draws
     Eight eight;

@@ -1,8 +1,8 @@
-// A row of numbers belongs to one warp or to one block.  Each thread takes every 32nd (every blockDim.x-th) number; these put together
-// what the threads found, and every thread gets the result.  T is the type of the arrays; sums are always in float.
+// Reductions over a row that belongs to one warp or to one block.  Each thread has reduced every 32nd (every blockDim.x-th) element;
+// these functions combine the threads' results, and every thread gets the total.  T is the type of the arrays; sums are in float.
 
 #define ALL_LANES 0xffffffffu
-#define NEVER __int_as_float(0xff800000)                // minus infinity: what the maximum of nothing is
+#define NEVER __int_as_float(0xff800000)                // minus infinity, the maximum of no numbers
 
 __device__ float warp_sum(float v) {                     // halves of the warp exchange, then quarters, ...: five steps
   for (int apart = 16; apart; apart >>= 1) v += __shfl_xor_sync(ALL_LANES, v, apart);
@@ -16,7 +16,7 @@ __device__ float warp_max(float v) {
 
 __device__ float block_sum(float v, float* part) {       // part: shared, one number per warp
   v = warp_sum(v);
-  __syncthreads();                                       // whoever still reads what an earlier call left there
+  __syncthreads();                                       // other threads may still read the result of an earlier call
   if ((threadIdx.x & 31) == 0) part[threadIdx.x >> 5] = v;
   __syncthreads();
   float sum = 0;
