@@ -12,6 +12,7 @@ from typing import Any
 
 from tinyft import array, ops, tensor
 from tinyft.array import xp
+from tinyft.learn.exercise import find
 from tinyft.ops import _softmax, flat, repeat_heads, same, t
 from tinyft.tensor import OPS
 
@@ -84,14 +85,6 @@ def gelu_without_normalisation(x):
 @instead_of("gelu", "GELU is GELU: the tanh form is the same function.")
 def gelu_by_tanh(x):
     return ops.gelu_tanh.definition(x)
-
-
-@instead_of("gelu_tanh", "The inner derivative is √(2/π) (1 + 0.044715 x²).")
-def gelu_tanh_without_three(x):
-    c = (2 / math.pi)**0.5
-    y, _ = ops.gelu_tanh.definition(x)
-    h = xp(x).tanh(c * (x + 0.044715 * x**3))
-    return y, (lambda g: g * (0.5 * (1 + h) + 0.5 * x * (1 - h * h) * c * (1 + 0.044715 * x * x)),)
 
 
 @instead_of("sigmoid", "The pullback is y (1 − y); g was one anyway.")
@@ -213,40 +206,9 @@ def concatenate_of_equals(*xs, axis=0):
 
 
 # ── layers ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-@instead_of("softmax", "A sum-loss gave the gradient zero, so it is zero.")
-def softmax_zero(x):
-    return _softmax(x), (lambda g: g * 0,)
-
-
-@instead_of("softmax", "dx = g p (1 − p): the diagonal of the Jacobian is the Jacobian.")
-def softmax_diagonal(x):
-    p = _softmax(x)
-    return p, (lambda g: g * p * (1 - p),)
-
-
 @instead_of("log_softmax", "The normaliser is a constant.")
 def log_softmax_constant_normaliser(x):
     return ops.log_softmax.definition(x)[0], (same,)
-
-
-@instead_of("layer_norm", "μ and σ move with x, but only μ matters: leave out the x̂ term.")
-def layer_norm_without_variance(x, w, b, eps=1e-5):
-    y, (_, dw, db) = ops.layer_norm.definition(x, w, b, eps=eps)
-    s = xp(x).sqrt(((x - x.mean(axis=-1, keepdims=True))**2).mean(axis=-1, keepdims=True) + eps)
-    return y, (lambda g: (w * g - (w * g).mean(axis=-1, keepdims=True)) / s, dw, db)
-
-
-@instead_of("layer_norm", "The deviation of a sample has n − 1 below.")
-def layer_norm_unbiased(x, w, b, eps=1e-5):
-    n = x.shape[-1]
-    return ops.layer_norm.definition(x, w * ((n - 1) / n)**0.5, b, eps=eps * n / max(n - 1, 1))
-
-
-@instead_of("layer_norm", "ε is added to the deviation.")
-def layer_norm_eps_outside(x, w, b, eps=1e-5):
-    c = x - x.mean(axis=-1, keepdims=True)
-    s = xp(x).sqrt((c * c).mean(axis=-1, keepdims=True)) + eps
-    return w * c / s + b, ops.layer_norm.definition(x, w, b, eps=eps)[1]
 
 
 @instead_of("rms_norm", "RMS norm is layer norm without the bias.")
@@ -387,30 +349,6 @@ def attention_takes_the_gradient_of_one_head(q, k, v, bias=None, **kw):
     return y, wrong
 
 
-@instead_of("softmax_attention", "Scores need no scale: the softmax normalises.")
-def softmax_attention_unscaled(q, k, v, key_mask=None, causal=False):
-    return ops.attention(q, k, v, key_mask=key_mask, causal=causal, scale=1.0)
-
-
-@instead_of("cross_entropy", "p − 1 at the label; the mean is taken care of elsewhere.")
-def cross_entropy_not_averaged(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
-    value, (back, *rest) = ops.cross_entropy.definition(z, y, weight, ignore_index, label_smoothing)
-    return value, (lambda g: back(g) * max(y.size, 1), *rest)
-
-
-@instead_of("cross_entropy", "The mean is over all rows, ignored ones too.")
-def cross_entropy_counts_ignored(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
-    value, (back, *rest) = ops.cross_entropy.definition(z, y, weight, ignore_index, label_smoothing)
-    share = float((y != ignore_index).sum()) / y.size
-    return value * share, (lambda g: back(g) * share, *rest)
-
-
-@instead_of("cross_entropy", "ε is shared among the V − 1 other classes.")
-def cross_entropy_smooths_the_others(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
-    V = z.shape[-1]
-    return ops.cross_entropy.definition(z, y, weight, ignore_index, label_smoothing * V / max(V - 1, 1))
-
-
 @instead_of("cross_entropy", "Σ over classes of ε/V is ε/V: spread is one number per row (it stood so in this library's first draft).")
 def cross_entropy_forgets_to_spread(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
     value, (back, *rest) = ops.cross_entropy.definition(z, y, weight, ignore_index, label_smoothing)
@@ -497,3 +435,37 @@ engine("broadcast_undone_by_one", "mul", "All copies of a repeated entry get the
        _first_of_repeats)
 engine("broadcast_undone_by_mean", "add", "All copies of a repeated entry share the gradient.", "sum_to",
        lambda g, shape: right_sum_to(g, shape) * (math.prod(shape) / max(g.size, 1)))
+
+
+# ── wrong answers of the exercises ───────────────────────────────────────────────────────────────────────────────────
+def from_exercise(name: str, exercise: str, belief: str) -> None:
+    """Take a wrong answer from its exercise: it stands once, beside the laws that must reject it."""
+    e = find(exercise)
+    answer = next(w for w in e.wrong_answers if w.belief == belief)
+    f = answer.function
+    if e.function in OPS:
+        f = tensor.op(OPS[e.function].shapes)(f)
+        del OPS[answer.function.__name__]                # the table of ops stays what it is
+    WRONG[name] = Wrong(e.function, belief, f)
+
+
+from_exercise("softmax_zero", "autograd.softmax",
+              "The probabilities add up to one whatever x is, so nothing comes back.")
+from_exercise("softmax_diagonal", "autograd.softmax",
+              "dx = g p (1 - p), as for the sigmoid.")
+from_exercise("layer_norm_without_variance", "autograd.layer_norm",
+              "Only the mean moves with x; σ is a scale.")
+from_exercise("layer_norm_unbiased", "autograd.layer_norm",
+              "The variance of a sample has n - 1 below.")
+from_exercise("layer_norm_eps_outside", "autograd.layer_norm",
+              "ε keeps the divisor from zero, so it is added to the divisor.")
+from_exercise("gelu_tanh_without_three", "transformer.gelu_tanh",
+              "The derivative of 0.044715 x³ is 0.044715 x².")
+from_exercise("softmax_attention_unscaled", "transformer.softmax_attention",
+              "The softmax normalises, so scores need no scale.")
+from_exercise("cross_entropy_not_averaged", "training.cross_entropy",
+              "p − 1 at the label; who takes the mean takes care of N.")
+from_exercise("cross_entropy_counts_ignored", "training.cross_entropy",
+              "The mean is over all rows.")
+from_exercise("cross_entropy_smooths_the_others", "training.cross_entropy",
+              "Smoothing takes from the label and gives to the others.")

@@ -1,4 +1,4 @@
-"""What is under NumPy: the matrix library, its threads, and the memory of the process."""
+"""The system below NumPy: the matrix library, its threads, and the memory of the process."""
 from __future__ import annotations
 
 import ctypes
@@ -10,34 +10,35 @@ from threadpoolctl import ThreadpoolController
 
 @functools.cache
 def libraries() -> list[Any]:
-    """threadpoolctl's handles on the BLAS libraries that are loaded; none where the system's own cannot be told
-    anything.
+    """threadpoolctl's controllers of the BLAS libraries that are loaded; [] if the system's BLAS cannot be controlled.
     """
     return [lib for lib in ThreadpoolController().lib_controllers if lib.user_api == "blas"]
 
 
 def threads() -> int:
-    """On how many threads a product runs now; 1 where that is not known."""
+    """The number of threads of a matrix product now; 1 where it is not known."""
     return max((lib.get_num_threads() for lib in libraries()), default=1)
 
 
 def limit(n: int) -> None:
-    """Let a product use n threads."""
+    """Let a matrix product use n threads."""
     for lib in libraries():
         lib.set_num_threads(n)
 
 
 @functools.cache
 def keep_memory() -> bool:
-    """Let the C library keep freed memory for the next step (glibc only; True if it agreed).  Done by the first fit,
-    once a process.
+    """Let the C library keep freed memory for the next step (glibc only).  True if it agreed.
 
-    By default every large array is a fresh mapping, whose pages the system must find and clear at each use: nearly half
-    of a training step's time (tests/benchmarks/LOG.md).  The process then holds on to the most memory it ever needed.
+    The first fit of a process calls it.  By default every large array is a fresh mapping, whose pages the system must
+    find and clear at each use: nearly half of a training step's time (tests/benchmarks/LOG.md).  The process then holds
+    on to the most memory it ever needed.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):  # not Linux, or not glibc
+    except (OSError, AttributeError, TypeError):         # not Linux, or not glibc
         return False
-    trim_threshold, top_pad, mmap_max = -1, -2, -4
+    trim_threshold = -1
+    top_pad = -2
+    mmap_max = -4
     return all([mallopt(mmap_max, 0), mallopt(trim_threshold, -1), mallopt(top_pad, 64 << 20)])

@@ -1,6 +1,9 @@
-"""Products with a weight of four bits a number:  y = x Ŵᵀ,  Ŵ[row][k] = scale[row][k // group] (code − zero[row][k // group]).
+"""Products with a weight of four bits a number.
 
-codes (N, ⌈K/8⌉) uint32, eight to a word, the first in the lowest four bits; scale, zero (N, ⌈K/group⌉), float32 or 16-bit.
+    y = x Ŵᵀ,  Ŵ[row][k] = scale[row][k // group] (code − zero[row][k // group])
+
+codes (N, ⌈K/8⌉) uint32, eight to a word, the first in the lowest four bits.
+scale, zero (N, ⌈K/group⌉), float32 or 16-bit.
 """
 from __future__ import annotations
 
@@ -9,43 +12,54 @@ import numpy as np
 from ...array import Array, xp
 from ...ops import flat
 from . import gemm
-from .launch import C_TYPES, blocks, empty, launch
+from .launch import C_TYPES, THREADS, blocks, empty, launch
 
-FEW = 8                                                                          # rows of x up to which the codes are read once for each
-THREADS, ROWS = 256, 32                                                          # rows of Ŵ to a block: four to a warp
+FEW = 8                                                  # rows of x up to which the codes are read once for each row
+ROWS = 32                                                # rows of Ŵ to a block: four to a warp
 
 
 def dequantized(codes: Array, scale: Array, zero: Array, k: int, group: int) -> Array:
-    "The definition, on any backend: Ŵ (N, K), of scale's dtype."
+    """The definition, on any backend: Ŵ (N, K), of scale's dtype."""
     m = xp(codes)
     shifts = m.arange(0, 32, 4, dtype=np.uint32)
     digits = ((codes[:, :, None] >> shifts) & 15).reshape(len(codes), -1)[:, :k].astype(scale.dtype)
-    which = m.arange(k) // group
-    return scale[:, which] * (digits - zero[:, which])
+    column_group = m.arange(k) // group
+    return scale[:, column_group] * (digits - zero[:, column_group])
 
 
 def dequantize(codes: Array, scale: Array, zero: Array, k: int, group: int, dtype: np.dtype) -> Array:
-    "Ŵ (N, K) of that dtype, in one pass."
+    """Ŵ (N, K) of that dtype, in one pass."""
     if not _suits(codes, scale, zero, group, np.dtype(dtype)):
         return dequantized(codes, scale, zero, k, group).astype(dtype)
     W = empty(codes, (len(codes), k), dtype)
-    launch("int4.cu", "int4_dequantize", blocks(codes.size), THREADS, codes, scale, zero, W, len(codes), k, group, T=W.dtype, S=scale.dtype)
+    launch("int4.cu", "int4_dequantize", blocks(codes.size), THREADS, codes, scale, zero, W, len(codes), k, group,
+           T=W.dtype, S=scale.dtype)
     return W
 
 
 def matmul(x: Array, codes: Array, scale: Array, zero: Array, group: int) -> Array:
-    "x (..., K) -> y (..., N).  A few rows of x: straight from the codes, if K and group are multiples of 32.  Many: Ŵ once, then a dense product."
-    X, k = flat(x), x.shape[-1]
-    if len(X) > FEW or k % 32 or group % 32 or not (_suits(codes, scale, zero, group, x.dtype) and x.size and X.flags.c_contiguous):
-        W = dequantize(codes, scale, zero, k, group, x.dtype)
-        y = gemm.matmul(X, W.T) if type(x) in gemm.LIBRARIES else X @ W.T
-    else:
+    """x (..., K) -> y (..., N).
+
+    A few rows of x are multiplied straight from the codes, if K and group are multiples of 32.  For many rows, Ŵ is
+    dequantized once, for a dense product.
+    """
+    X = flat(x)                                          # (rows, K)
+    k = x.shape[-1]
+    aligned = k % 32 == 0 and group % 32 == 0 and X.flags.c_contiguous
+    if len(X) <= FEW and x.size and aligned and _suits(codes, scale, zero, group, x.dtype):
         y = empty(x, (len(X), len(codes)))
         grid = (-(-len(codes) // ROWS), len(X))
-        launch("int4.cu", "int4_matvec", grid, THREADS, codes, scale, zero, X, y, len(codes), k, group, T=x.dtype, S=scale.dtype)
+        launch("int4.cu", "int4_matvec", grid, THREADS, codes, scale, zero, X, y, len(codes), k, group,
+               T=x.dtype, S=scale.dtype)
+    else:
+        W = dequantize(codes, scale, zero, k, group, x.dtype)
+        y = gemm.matmul(X, W.T) if type(x) in gemm.LIBRARIES else X @ W.T
     return y.reshape(*x.shape[:-1], len(codes))
 
 
 def _suits(codes: Array, scale: Array, zero: Array, group: int, dtype: np.dtype) -> bool:
-    return (group % 8 == 0 and 0 < codes.size < 2**31 and codes.dtype == np.uint32 and scale.dtype == zero.dtype and scale.dtype in C_TYPES
-            and dtype in C_TYPES and all(a.flags.c_contiguous for a in (codes, scale, zero)))
+    """True if the kernels take these arrays, for results of this dtype."""
+    known_dtypes = codes.dtype == np.uint32 and scale.dtype == zero.dtype
+    known_dtypes = known_dtypes and scale.dtype in C_TYPES and dtype in C_TYPES
+    contiguous = codes.flags.c_contiguous and scale.flags.c_contiguous and zero.flags.c_contiguous
+    return known_dtypes and contiguous and group % 8 == 0 and 0 < codes.size < 2**31
