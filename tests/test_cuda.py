@@ -1,9 +1,9 @@
-"""The CUDA kernels, without a GPU: NVRTC compiles them, and the same source, launched by the same lines, runs on the CPU and is its definition.
-On the backend cupy the first tests run there.
+"""The CUDA kernels, without a GPU: NVRTC compiles them, and the same source, launched by the same lines, runs on the
+CPU and is its definition. On the backend cupy the first tests run there.
 
-Products go to a stand-in of cuBLAS that is given the very arguments and reads memory column by column, as cuBLAS does.  What the
-kernels fill is NaN before; shared memory and the surroundings of arrays are poisoned; every launch runs twice, with the threads in the
-reverse order and another poison the second time, and must give the same bits.
+Products go to a stand-in of cuBLAS that is given the very arguments and reads memory column by column, as cuBLAS does.
+What the kernels fill is NaN before; shared memory and the surroundings of arrays are poisoned; every launch runs twice,
+with the threads in the reverse order and another poison the second time, and must give the same bits.
 """
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ from tinyft.tensor import OPS, sum_to
 
 nvrtc = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "tools" / "nvrtc.py")))
 no_compiler = not any(shutil.which(c) for c in ("g++", "c++", "clang++"))
-pytestmark = [pytest.mark.skipif(array.backend() == "strict", reason="kernels work on memory, which the strict double does not give away"),
+pytestmark = [pytest.mark.skipif(array.backend() == "strict",
+                                 reason="kernels work on memory, which the strict double does not give away"),
               pytest.mark.skipif(no_compiler and array.backend() == "numpy", reason="no C++ compiler: install g++")]
 no_device = pytest.mark.skipif(array.backend() != "numpy", reason="of the CPU's stand-ins for a device")
 FILES = sorted(p.name for p in launch.HERE.glob("*.cu"))
@@ -49,15 +50,20 @@ def test_every_kernel_compiles_for_a_device_and_keeps_its_numbers_in_registers(f
     for t, s in [(DTYPES[0], DTYPES[1])] + [(DTYPES[1], DTYPES[1]), (DTYPES[2], DTYPES[0])] * (arch == "sm_90"):
         binary, log = nvrtc.compile_cuda(launch.source(file, (("T", t), ("S", s))), arch)
         assert binary[:4] == b"\x7fELF" and "entry function" in log
-        assert "0 bytes spill stores, 0 bytes spill loads" in log and all(
-            line.split("frame, ")[1].startswith("0 bytes spill stores, 0") for line in log.splitlines() if "stack frame" in line)
+        assert "0 bytes spill stores, 0 bytes spill loads" in log
+        assert all(
+            line.split("frame, ")[1].startswith("0 bytes spill stores, 0") for line in log.splitlines()
+            if "stack frame" in line)
     with pytest.raises(RuntimeError, match="error"):
         nvrtc.compile_cuda(launch.source(file, (("T", t), ("S", s))).replace("blockIdx", "blockIndex"), arch)
 
 
 # ── the stand-ins ────────────────────────────────────────────────────────────────────────────────────────────────────
 class FakeCublas:
-    "cublasGemmStridedBatchedEx on host memory.  `change` may spoil the arguments; reading or writing outside an array is an error."
+    """cublasGemmStridedBatchedEx on host memory.
+
+    `change` may spoil the arguments; reading or writing outside an array is an error.
+    """
 
     def __init__(self, change: Callable[[list], Any] | None = None):
         self.change, self.calls = change, 0
@@ -70,10 +76,15 @@ class FakeCublas:
         self.calls += 1
         self.run((a, b, out), *given)
 
-    def run(self, known: tuple, transa: int, transb: int, m: int, n: int, k: int, alpha: float, A: int, ta: int, lda: int, sa: int, B: int, tb: int,
-            ldb: int, sb: int, beta: float, C: int, tc: int, ldc: int, sc: int, count: int, compute: int, algorithm: int) -> None:
+    def run(self, known: tuple, transa: int, transb: int, m: int, n: int, k: int, alpha: float, A: int, ta: int,
+            lda: int, sa: int, B: int, tb: int,
+            ldb: int, sb: int, beta: float, C: int, tc: int, ldc: int, sc: int, count: int, compute: int,
+            algorithm: int) -> None:
         double = ta == gemm.TYPES[np.dtype(np.float64)]
-        assert ta == tb and (tc == ta or tc == 0) and compute in ((70,) if double else (68, 77)) and algorithm == -1
+        assert ta == tb
+        assert (tc == ta or tc == 0)
+        assert compute in ((70,) if double else (68, 77))
+        assert algorithm == -1
         wide = np.float64 if double else np.float32
         for i in range(count):
             x = column_major(known, A, ta, i * sa, (k, m) if transa else (m, k), lda).astype(wide)
@@ -84,7 +95,7 @@ class FakeCublas:
 
 
 def column_major(known: tuple, address: int, kind: int, offset: int, shape: tuple, leading: int) -> np.ndarray:
-    "The matrix that lies there, column after column `leading` numbers apart."
+    """The matrix that lies there, column after column `leading` numbers apart."""
     dtype = next(d for d, number in gemm.TYPES.items() if number == kind)
     (rows, columns), size = shape, dtype.itemsize
     if leading < max(rows, 1):
@@ -97,7 +108,7 @@ def column_major(known: tuple, address: int, kind: int, offset: int, shape: tupl
 
 
 class Poisoned:
-    "NumPy, whose empty arrays are full of NaN."
+    """NumPy, whose empty arrays are full of NaN."""
     @staticmethod
     def empty(shape: tuple, dtype: Any) -> np.ndarray:
         return np.full(shape, np.nan, dtype)
@@ -107,12 +118,13 @@ class Poisoned:
 
 @pytest.fixture(autouse=True)
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    "NumPy arrays in the place of CuPy's."
+    """NumPy arrays in the place of CuPy's."""
     if array.backend() != "numpy":
         yield
         return
     monkeypatch.setattr(launch, "xp", lambda like: Poisoned)
-    monkeypatch.setattr(launch, "BLOCKS", 2)                                     # so that every thread has more than one number to see to
+    # so that every thread has more than one number to see to
+    monkeypatch.setattr(launch, "BLOCKS", 2)
     monkeypatch.setitem(gemm.LIBRARIES, np.ndarray, FakeCublas())
     monkeypatch.setitem(launch.COMPILERS, np.ndarray, CpuKernel)
     launch._kernel.cache_clear()
@@ -121,7 +133,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def both_ways(run: Callable[[], list]) -> list:
-    "What `run` gives with the threads in order; the same bits in the reverse order, among another poison."
+    """What `run` gives with the threads in order; the same bits in the reverse order, among another poison."""
     with pytest.MonkeyPatch.context() as m:
         m.setenv("EMU_REVERSE", "0")
         first = run()
@@ -135,8 +147,10 @@ def both_ways(run: Callable[[], list]) -> list:
 
 # ── a kernel is its definition ───────────────────────────────────────────────────────────────────────────────────────
 def inputs(name: str, shape: tuple, dtype: Any, rng: np.random.Generator) -> tuple[list, dict]:
-    "Arrays of the right kinds for an op, x of this shape."
-    make = lambda *s: (rng.standard_normal(s) * 2).astype(dtype)
+    """Arrays of the right kinds for an op, x of this shape."""
+    def make(*shape: int) -> np.ndarray:
+        return (rng.standard_normal(shape) * 2).astype(dtype)
+
     n = shape[-1]
     if name == "layer_norm":
         return [make(*shape), make(n), make(n)], {"eps": 1e-5}
@@ -148,22 +162,27 @@ def inputs(name: str, shape: tuple, dtype: Any, rng: np.random.Generator) -> tup
         return [make(7, n), rng.integers(-7, 7, shape)], {}
     if name == "cross_entropy":
         labels = rng.integers(-n, n, shape[:-1])
-        kw = [{}, {"ignore_index": 1}, {"label_smoothing": 0.1, "ignore_index": 0}, {"weight": abs(make(n))}][rng.integers(4)]
+        kw = [{}, {"ignore_index": 1}, {"label_smoothing": 0.1, "ignore_index": 0},
+              {"weight": abs(make(n))}][rng.integers(4)]
         return [make(*shape), labels.astype(rng.choice([np.int32, np.int64]))], kw
     if name == "attention":
         return attention_inputs(shape, dtype, make, rng)
     if name == "dropout":
-        return [make(*shape), [0.0, 0.1, 0.5][rng.integers(3)], int(rng.integers(2**63)) << int(rng.integers(2) * 60)], {}
+        return [make(*shape), [0.0, 0.1, 0.5][rng.integers(3)],
+                int(rng.integers(2**63)) << int(rng.integers(2) * 60)], {}
     return [make(*shape)], {}
 
 
 def attention_inputs(shape: tuple, dtype: Any, make: Callable, rng: np.random.Generator) -> tuple[list, dict]:
-    "q, k, v and perhaps a bias for scores of this shape (..., H, Tq, Tk); masks of every kind; perhaps fewer key/value heads."
+    """q, k, v and perhaps a bias for scores of this shape (..., H, Tq, Tk); masks of every kind; perhaps fewer
+    key/value heads.
+    """
     *lead, t, keys = shape
     kv_lead = list(lead)
     if lead and rng.random() < 0.5:
         kv_lead[-1] = int(rng.choice([h for h in range(1, lead[-1] + 1) if lead[-1] % h == 0]))
-    masks = [None, rng.random(shape) < 0.6, rng.random((*(1,) * len(lead), 1, keys)) < 0.5, np.zeros((t, 1), bool), rng.random(keys) < 0.5]
+    masks = [None, rng.random(shape) < 0.6, rng.random((*(1,) * len(lead), 1, keys)) < 0.5, np.zeros((t, 1), bool),
+             rng.random(keys) < 0.5]
     dropout_mask = (rng.random(shape) < 0.7).astype(dtype) / dtype.type(0.7) if rng.random() < 0.5 else None
     kw = {"key_mask": masks[rng.integers(5)], "causal": bool(rng.random() < 0.5), "scale": [None, 0.3][rng.integers(2)],
           "dropout_mask": dropout_mask}
@@ -175,41 +194,59 @@ def attention_inputs(shape: tuple, dtype: Any, make: Callable, rng: np.random.Ge
 
 
 def wide(a: Any) -> Any:
-    "16-bit numbers as float32: what the definition computes with, since a kernel rounds only at its ends."
+    """16-bit numbers as float32: what the definition computes with, since a kernel rounds only at its ends."""
     return a.astype(np.float32) if isinstance(a, np.ndarray) and a.dtype in DTYPES else a
 
 
 def near(a: np.ndarray, b: np.ndarray, tol: float) -> bool:
-    a, bound = a.astype(np.float64), tol * max(np.abs(b).max(initial=0), 1)
-    return a.shape == b.shape and bool((np.abs(a - b) <= bound).all() if np.isfinite(b).all() else np.array_equal(np.isnan(a), np.isnan(b)))
+    """True if a equals b up to tol times the largest value of b; where b is not finite, if a has the same NaNs."""
+    a = a.astype(np.float64)
+    if a.shape != b.shape:
+        return False
+    if not np.isfinite(b).all():
+        return np.array_equal(np.isnan(a), np.isnan(b))
+    bound = tol * max(np.abs(b).max(initial=0), 1)
+    return bool((np.abs(a - b) <= bound).all())
 
 
 def on_device(a: Any) -> Any:
     return array.asarray(a) if isinstance(a, np.ndarray) else a
 
 
+def gradients(pullbacks: Any, g: Any, inputs: int) -> list:
+    """The gradient of every input, from one shared pullback or from one for each input."""
+    if callable(pullbacks):
+        return list(pullbacks(g, [True] * inputs))
+    return [None if back is None else back(g) for back in pullbacks[:inputs]]
+
+
 def agree(name: str, shape: tuple, dtype: Any, rng: np.random.Generator) -> None:
-    "Value and every pullback, both ways; no input is written to.  On a device, if the suite runs on one."
+    """Value and every pullback, both ways; no input is written to.  On a device, if the suite runs on one."""
     host, options = inputs(name, shape, np.dtype(dtype), rng)
-    arrays, kw = [on_device(a) for a in host], {k: on_device(v) for k, v in options.items()}
-    m, tol = array.xp(arrays[0]), {"float32": 5e-6, "float16": 3e-3, "bfloat16": 2e-2, "float64": 1e-12}
+    arrays = [on_device(a) for a in host]
+    kw = {k: on_device(v) for k, v in options.items()}
+    m = array.xp(arrays[0])
+    tol = {"float32": 5e-6, "float16": 3e-3, "bfloat16": 2e-2, "float64": 1e-12}
     wider = np.promote_types(dtype, np.float32)
-    summed = {"embedding": [0], "linear": [1, 2], "layer_norm": [1, 2], "attention": [3]}.get(name, [])    # over the batch: these stay in float32
-    kept = lambda i: wider if i in summed else dtype
+    # Gradients that are sums over the batch stay in float32.
+    summed = {"embedding": [0], "linear": [1, 2], "layer_norm": [1, 2], "attention": [3]}.get(name, [])
     with np.errstate(all="ignore"):
         want, defined = OPS[name].definition(*map(wide, host), **{k: wide(v) for k, v in options.items()})
     want = np.asarray(want)
     g = on_device(np.asarray(rng.standard_normal(want.shape)).astype(wider if name in LOSSES else dtype))
-    layouts = [g]                                                                # any g that backward may hand over
+    layouts = [g]  # any g that backward may hand over
     if g.ndim > 1:
         layouts += [m.broadcast_to(g[..., :1], g.shape), m.ascontiguousarray(g.swapaxes(-1, -2)).swapaxes(-1, -2)]
 
     def run() -> list:
         kernel = getattr(layers, name)
-        y, pulls = accepted(kernel, OPS[name].definition, *arrays, **kw) if dtype == np.float64 else kernel(*arrays, **kw)
+        if dtype == np.float64:
+            y, pulls = accepted(kernel, OPS[name].definition, *arrays, **kw)
+        else:
+            y, pulls = kernel(*arrays, **kw)
         out = [y]
         for h in layouts:
-            out += pulls(h, [True] * len(arrays)) if callable(pulls) else [back and back(h) for back, _ in zip(pulls, arrays)]
+            out += gradients(pulls, h, len(arrays))
         return [a if a is None else np.asarray(array.asnumpy(a)) for a in out]
     with np.errstate(all="ignore"):
         y, *got = both_ways(run)
@@ -217,24 +254,28 @@ def agree(name: str, shape: tuple, dtype: Any, rng: np.random.Generator) -> None
         rows = max(1, math.prod(shape[:-1]))
         for h in layouts:
             h = wide(array.asnumpy(h))
-            right = defined(h, [True] * len(arrays)) if callable(defined) else [back and back(h) for back, _ in zip(defined, arrays)]
+            right = gradients(defined, h, len(arrays))
             for i, (a, r) in enumerate(zip(arrays, right)):
                 d = got.pop(0)
                 assert (d is None) == (r is None)
                 if r is not None and d is not None:
-                    exact = tol[np.dtype(dtype).name if name == "attention" else d.dtype.name]      # its probabilities are rounded
-                    assert d.dtype == kept(i) and near(sum_to(d, a.shape), sum_to(r, a.shape), exact * rows**0.5), "pullback"
-    assert all(isinstance(b, (int, float)) or np.array_equal(array.asnumpy(a), b) for a, b in zip(arrays, host)), "an input was written to"
+                    # The probabilities of attention are rounded.
+                    exact = tol[np.dtype(dtype).name if name == "attention" else d.dtype.name]
+                    assert d.dtype == (wider if i in summed else dtype), "pullback"
+                    assert near(sum_to(d, a.shape), sum_to(r, a.shape), exact * rows**0.5), "pullback"
+    for a, b in zip(arrays, host):
+        assert isinstance(b, (int, float)) or np.array_equal(array.asnumpy(a), b), "an input was written to"
 
 
-ONE_VALUE = [n for n in layers.NAMES if n != "project"]                          # that one gives three
+ONE_VALUE = [n for n in layers.NAMES if n != "project"]  # that one gives three
 SHAPES = [(1, 1), (3, 5), (2, 3, 33), (9, 64), (70, 40), (1, 300), (2, 2, 5, 37), (130, 3)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", ONE_VALUE)
 def test_a_kernel_is_its_definition(name, shape, rng):
-    for _ in range(4 if name in ("attention", "cross_entropy") else 1):          # these have more to choose from
+    # these have more to choose from
+    for _ in range(4 if name in ("attention", "cross_entropy") else 1):
         agree(name, shape, np.float32, rng)
 
 
@@ -258,22 +299,27 @@ def test_queries_keys_and_values_are_three_linear_maps_by_heads(sizes, lie, dtyp
 
 
 def by_heads(B: int, T: int, heads: int, width: int, c: int, lie: str, dtype: Any, rng: np.random.Generator) -> None:
-    "However the weights lie, and whichever gradients are wanted or missing."
-    n, dtype = heads * width, np.dtype(dtype)
-    x, weights, *biases = (on_device(rng.standard_normal(s).astype(dtype)) for s in ((B, T, c), (3, n, c), (n,), (n,), (n,)))
+    """However the weights lie, and whichever gradients are wanted or missing."""
+    n = heads * width
+    dtype = np.dtype(dtype)
+    x, weights, *biases = (on_device(rng.standard_normal(s).astype(dtype))
+                           for s in ((B, T, c), (3, n, c), (n,), (n,), (n,)))
     Ws = {"together": [0, 1, 2], "apart": [0, 1, 2], "in another order": [1, 0, 2]}[lie]
     Ws = [weights[i].copy() if lie == "apart" else weights[i] for i in Ws]
     args = (x, Ws[0], biases[0], Ws[1], biases[1], Ws[2], biases[2])
     assert (layers.one_after_another(tuple(Ws)) is not None) == (lie == "together")
     host = [wide(array.asnumpy(a)) for a in args]
-    (want, defined), tol = OPS["project"].definition(*host, heads=heads), {"float32": 5e-6, "float16": 6e-3, "bfloat16": 4e-2}[dtype.name]
+    want, defined = OPS["project"].definition(*host, heads=heads)
+    tol = {"float32": 5e-6, "float16": 6e-3, "bfloat16": 4e-2}[dtype.name]
     G = [rng.standard_normal((B, heads, T, width)).astype(dtype) for _ in range(3)]
-    for missing, needed in ((None, [True] * 7), (1, [True] * 7), (None, [True] + [False] * 6), (None, [False, True, False, False, True, True, True])):
+    for missing, needed in ((None, [True] * 7), (1, [True] * 7), (None, [True] + [False] * 6),
+                            (None, [False, True, False, False, True, True, True])):
         g = [None if i == missing else a for i, a in enumerate(G)]
 
         def run() -> list:
             values, back = layers.project(*args, heads=heads)
-            return [*map(array.asnumpy, values), *(a if a is None else array.asnumpy(a) for a in back([on_device(a) for a in g], needed))]
+            found = back([on_device(a) for a in g], needed)
+            return [*map(array.asnumpy, values), *(a if a is None else array.asnumpy(a) for a in found)]
         *values, dx, dWq, dbq, dWk, dbk, dWv, dbv = both_ways(run)
         assert all(a.dtype == dtype and near(a, b, tol) for a, b in zip(values, want))
         for d, right, on in zip((dx, dWq, dbq, dWk, dbk, dWv, dbv), defined([wide(a) for a in g], [True] * 7), needed):
@@ -292,43 +338,53 @@ def test_three_maps_that_are_not_alike_go_to_the_definition(rng):
 def test_what_a_kernel_was_not_written_for_goes_to_the_definition(rng):
     for name in ONE_VALUE:
         agree(name, (3, 5), np.float64, rng)
-    launch.COMPILERS[np.ndarray] = lambda source, name: pytest.fail("a kernel was launched")
+
+    def compiler(source: str, name: str) -> None:
+        pytest.fail("a kernel was launched")
+
+    launch.COMPILERS[np.ndarray] = compiler
     x, W = rng.standard_normal((4, 6)).astype(np.float32), rng.standard_normal((5, 6)).astype(np.float32)
     many = np.zeros((layers.SAME_ORDER + 1,), np.int64)
-    for name, args, kw in [("gelu", (x[:, ::2],), {}), ("gelu_tanh", (x[:0],), {}), ("layer_norm", (x, W[0].astype(np.float64), W[1]), {}),
+    for name, args, kw in [("gelu", (x[:, ::2],), {}), ("gelu_tanh", (x[:0],), {}),
+                           ("layer_norm", (x, W[0].astype(np.float64), W[1]), {}),
                            ("linear", (x[:0], W), {}), ("embedding", (W, many), {}), ("embedding", (W, many[:0]), {}),
                            ("matmul", (x[None, None], W.T[None]), {}),
-                           ("attention", (x, W, W[:, :2]), {"key_mask": np.zeros((4, 5), bool), "dropout_mask": None, "scale": None}),
+                           ("attention", (x, W, W[:, :2]),
+                            {"key_mask": np.zeros((4, 5), bool), "dropout_mask": None, "scale": None}),
                            ("cross_entropy", (x, np.array([0, 1, 2, 3])), {"weight": x[0], "label_smoothing": 0.1})]:
         if name == "attention":
             args = tuple(a.astype(np.float64) for a in args)
         with np.errstate(all="ignore"):
             assert getattr(layers, name)(*args, **kw) is NotImplemented
-            OPS[name].definition(*args, **kw)                                    # which takes them
+            OPS[name].definition(*args, **kw)  # which takes them
 
 
 def strided(rng: np.random.Generator, dtype: Any) -> dict[str, Any]:
-    "Inputs of a product as models cut them: none is contiguous."
+    """Inputs of a product as models cut them: none is contiguous."""
     x = array.asarray(rng.standard_normal((4, 5, 6)).astype(dtype))
-    return {"first row of each text": x[:, 0], "last": x[:, -1], "behind a prompt": x[:, 2:], "every other column": x[..., ::2], "transposed": x[0].T}
+    return {"first row of each text": x[:, 0], "last": x[:, -1], "behind a prompt": x[:, 2:],
+            "every other column": x[..., ::2], "transposed": x[0].T}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("how", strided(np.random.default_rng(0), np.float32))
 def test_linear_takes_what_is_not_contiguous(how, dtype, rng):
-    "By one product, as if it were: a classifier's row of each text does not go to CuPy's own product, which no graph can hold."
+    """By one product, as if it were: a classifier's row of each text does not go to CuPy's own product, which no graph
+    can hold.
+    """
     x, before = strided(rng, dtype)[how], gemm.LIBRARIES[np.ndarray].calls if array.backend() == "numpy" else 0
     W, b, g = (array.asarray(rng.standard_normal(s).astype(dtype)) for s in ((3, x.shape[-1]), 3, (*x.shape[:-1], 3)))
     (y, pulls), (want, defined) = layers.linear(x, W, b), layers.linear(array.xp(x).ascontiguousarray(x), W, b)
     assert not x.flags.c_contiguous
     for a, right in ((y, want), *((back(g), same(g)) for back, same in zip(pulls, defined))):
         a, right = map(array.asnumpy, (a, right))
-        assert a.dtype == right.dtype and near(a, wide(right), {"float32": 5e-6, "float16": 3e-3, "bfloat16": 2e-2}[a.dtype.name])
+        assert a.dtype == right.dtype
+        assert near(a, wide(right), {"float32": 5e-6, "float16": 3e-3, "bfloat16": 2e-2}[a.dtype.name])
     assert array.backend() != "numpy" or gemm.LIBRARIES[np.ndarray].calls - before == 6
 
 
 def in_parts(rng: np.random.Generator, dtype: Any = np.float32, parts: Callable | None = None) -> None:
-    "Attention whose causal texts go three queries at a time."
+    """Attention whose causal texts go three queries at a time."""
     with pytest.MonkeyPatch.context() as m:
         m.setattr(cuda.attention, "LONG", 3)
         if parts:
@@ -342,12 +398,14 @@ def test_attention_of_a_long_causal_text_goes_in_parts(dtype, rng, monkeypatch):
     in_parts(rng, dtype)
     monkeypatch.setattr(cuda.attention, "LONG", 16)
     sizes, scores = [], cuda.attention._Scores.__init__
-    monkeypatch.setattr(cuda.attention._Scores, "__init__", lambda self, *a: (scores(self, *a), sizes.append(self.p.size))[0])
+    monkeypatch.setattr(cuda.attention._Scores, "__init__", lambda self,
+                        *a: (scores(self, *a), sizes.append(self.p.size))[0])
     q = array.asarray(rng.standard_normal((2, 64, 4)).astype(dtype))
     for causal, share in ((True, 10 / 16), (False, 1)):
         sizes.clear()
         layers.attention(q, q, q, causal=causal)
-        assert sum(sizes) == share * 2 * 64 * 64                                 # what lies behind every query of a part is not made
+        # what lies behind every query of a part is not made
+        assert sum(sizes) == share * 2 * 64 * 64
 
 
 @no_device
@@ -359,7 +417,8 @@ def test_attention_of_a_long_causal_text_goes_in_parts(dtype, rng, monkeypatch):
 def test_wrong_parts_are_caught(name, wrong, rng):
     right = cuda.attention._parts
     with pytest.raises((AssertionError, KernelError)), np.errstate(all="ignore"):
-        in_parts(rng, parts=lambda t, n, causal: [wrong(*part, t, n) for part in right(t, n, causal)] if len(right(t, n, causal)) > 1 else
+        in_parts(rng, parts=lambda t, n,
+                 causal: [wrong(*part, t, n) for part in right(t, n, causal)] if len(right(t, n, causal)) > 1 else
                  right(t, n, causal))
 
 
@@ -374,24 +433,30 @@ def test_parts_that_do_not_add_up_are_caught(rng, monkeypatch):
 @no_device
 def test_scores_far_from_zero_and_rows_that_see_nothing(rng):
     q, k, v = (rng.standard_normal((2, 3, 40, 8)).astype(np.float32) for _ in range(3))
-    for kw in ({"key_mask": np.zeros((1, 1, 40), bool)}, {"scale": 500.0}, {"causal": True, "key_mask": np.arange(40) > 20}):
+    for kw in ({"key_mask": np.zeros((1, 1, 40), bool)}, {"scale": 500.0},
+               {"causal": True, "key_mask": np.arange(40) > 20}):
         y, back = layers.attention(q, k, v, **kw)
         want, right = OPS["attention"].definition(q, k, v, **kw)
-        assert near(y, want, 2e-4) and all(near(a, b, 1e-3) for a, b in zip(back(v, [True] * 3), right(v, [True] * 3))) and np.isfinite(y).all()
+        assert near(y, want, 2e-4)
+        assert all(near(a, b, 1e-3) for a, b in zip(back(v, [True] * 3), right(v, [True] * 3)))
+        assert np.isfinite(y).all()
     hidden, _ = layers.attention(q, k, v, key_mask=np.zeros((1, 1, 40), bool))
     assert not hidden.any()
     z = (rng.standard_normal((3, 50)) + [[0], [1e4], [-1e4]]).astype(np.float32)
     value, back = layers.cross_entropy(z, np.array([3, 4, 5]))
     want, right = OPS["cross_entropy"].definition(z, np.array([3, 4, 5]))
-    assert near(value, want, 1e-6) and near(back[0](np.float32(1)[None].reshape(())), right[0](np.float32(1)), 1e-6)
-    for labels, ignored in (([7, 7, 7], 7), ([0, 50, 1], -100), ([0, -51, 1], -100)):    # nothing counts; a label that is no class
+    assert near(value, want, 1e-6)
+    assert near(back[0](np.float32(1)[None].reshape(())), right[0](np.float32(1)), 1e-6)
+    # nothing counts; a label that is no class
+    for labels, ignored in (([7, 7, 7], 7), ([0, 50, 1], -100), ([0, -51, 1], -100)):
         value, (back, *_) = layers.cross_entropy(z, np.array(labels), ignore_index=ignored)
         assert np.isnan(value) and np.isnan(back(np.ones((), np.float32))).any()
 
 
 def sees_only_minus_infinity() -> None:
     q, k, v = np.ones((2, 1), np.float32), np.full((3, 1), -np.inf, np.float32), np.ones((3, 2), np.float32)
-    assert not layers.attention(q, k, v)[0].any() and not OPS["attention"].definition(q, k, v)[0].any()
+    assert not layers.attention(q, k, v)[0].any()
+    assert not OPS["attention"].definition(q, k, v)[0].any()
 
 
 @no_device
@@ -402,7 +467,8 @@ def test_scores_of_minus_infinity_weigh_nothing():
 def test_uniform_numbers_are_numpys_bit_for_bit():
     for n, key in ((1, 0), (7, 1), (8, 2**64 - 1), (1001, 2**100 + 12345)):
         raw = np.random.Philox(key=key).random_raw(n // 2 + 1).view(np.uint32)[:n]
-        got, = both_ways(lambda n=n, key=key: [array.asnumpy(layers.uniform_like(array.asarray(np.zeros(n, np.float32)), key))])
+        got, = both_ways(lambda n=n,
+                         key=key: [array.asnumpy(layers.uniform_like(array.asarray(np.zeros(n, np.float32)), key))])
         assert np.array_equal(got, (raw >> np.uint32(8)) * np.float32(2.0**-24))
 
 
@@ -414,14 +480,16 @@ def test_only_the_gradients_that_are_needed_are_computed(rng):
     back, products = layers.attention(x, x, x)[1], gemm.LIBRARIES[np.ndarray]
     for needed, count in (([True] * 3, 4), ([False, False, True], 1), ([True, False, False], 2)):
         before = products.calls
-        assert [d is not None for d in back(x, needed)] == needed and products.calls - before == count
+        assert [d is not None for d in back(x, needed)] == needed
+        assert products.calls - before == count
 
 
 @no_device
 def test_a_pullback_holds_nothing_but_what_it_needs(rng):
-    "The way back through a frozen matrix needs no input: LoRA's memory."
+    """The way back through a frozen matrix needs no input: LoRA's memory."""
     x, W = rng.standard_normal((4, 6)).astype(np.float32), np.ones((5, 6), np.float32)
-    for name, i, held in (("linear", 0, False), ("linear", 1, True), ("linear", 2, False), ("matmul", 0, False), ("matmul", 1, True)):
+    for name, i, held in (("linear", 0, False), ("linear", 1, True), ("linear", 2, False), ("matmul", 0, False),
+                          ("matmul", 1, True)):
         mine = x.copy()
         seen = weakref.ref(mine)
         back = getattr(layers, name)(mine, W if name == "linear" else W.T.copy())[1][i]
@@ -431,7 +499,7 @@ def test_a_pullback_holds_nothing_but_what_it_needs(rng):
 
 # ── the optimiser, and int4 ──────────────────────────────────────────────────────────────────────────────────────────
 def check_adam(rng: np.random.Generator, n: int = 1000) -> None:
-    "Three steps as the definition takes them."
+    """Three steps as the definition takes them."""
     start = [rng.standard_normal(n).astype(np.float32) for _ in range(3)] + [rng.random(n).astype(np.float32)]
     for decay in (0.0, 0.1):
         def run(decay: float = decay) -> list:
@@ -451,7 +519,8 @@ def test_adam_is_its_definition(rng):
         check_adam(rng, n)
     w, g, m, v = (rng.standard_normal(6) for _ in range(4))
     v, expected = abs(v), [a.copy() for a in (w, g, m, abs(v))]
-    assert optimizer.adam_update(w, g, m, v, 0.1, 0.9, 0.99, 1e-8, 0.0, 1) is NotImplemented         # float64: declined, nothing written
+    # float64: declined, nothing written
+    assert optimizer.adam_update(w, g, m, v, 0.1, 0.9, 0.99, 1e-8, 0.0, 1) is NotImplemented
     assert all(map(np.array_equal, (w, g, m, v), expected))
 
 
@@ -459,12 +528,18 @@ def check_int4(rng: np.random.Generator, dtype: Any = np.float32) -> None:
     by_the_dense_weight = ((12, 5, 64, 32), (1, 1, 8, 8), (2, 9, 43, 16), (2, 3, 40, 64))
     for rows, n, k, group in ((1, 1, 32, 32), (3, 5, 64, 32), (2, 37, 96, 64), (1, 6, 4256, 128), *by_the_dense_weight):
         codes = rng.integers(0, 2**32, (n, -(-k // 8)), dtype=np.uint32)
-        scale, zero = rng.uniform(0.01, 0.1, (n, -(-k // group))).astype(np.float16), rng.integers(0, 16, (n, -(-k // group))).astype(np.float16)
+        groups = -(-k // group)
+        scale = rng.uniform(0.01, 0.1, (n, groups)).astype(np.float16)
+        zero = rng.integers(0, 16, (n, groups)).astype(np.float16)
         x = rng.standard_normal((rows, 1, k)).astype(dtype)
-        digits = np.array([[int(w) >> 4 * i & 15 for w in row for i in range(8)] for row in codes])[:, :k]
-        W = np.repeat(scale.astype(np.float64), group, 1)[:, :k] * (digits - np.repeat(zero.astype(np.float64), group, 1)[:, :k])
-        dense, y = both_ways(lambda: [int4.dequantize(codes, scale, zero, k, group, np.dtype(np.float32)), int4.matmul(x, codes, scale, zero, group)])
-        assert near(int4.dequantized(codes, scale, zero, k, group), W, 1e-3) and near(dense, W, 1e-6)
+        digits = np.stack([codes >> 4 * i & 15 for i in range(8)], axis=-1).reshape(n, -1)[:, :k].astype(int)
+        scales = np.repeat(scale.astype(np.float64), group, 1)[:, :k]
+        zeros = np.repeat(zero.astype(np.float64), group, 1)[:, :k]
+        W = scales * (digits - zeros)
+        dense, y = both_ways(lambda: [int4.dequantize(codes, scale, zero, k, group, np.dtype(np.float32)),
+                                      int4.matmul(x, codes, scale, zero, group)])
+        assert near(int4.dequantized(codes, scale, zero, k, group), W, 1e-3)
+        assert near(dense, W, 1e-6)
         tol = 2e-6 if dtype == np.float32 else 2e-2
         assert y.dtype == dtype and near(y, x.astype(np.float64) @ W.T, tol)
 
@@ -474,7 +549,7 @@ def test_int4_products_are_those_of_the_dense_weight(rng):
     check_int4(rng)
     check_int4(rng, bfloat16)
     x, codes, s = np.ones((1, 16), np.float64), np.full((1, 2), 0x76543210, np.uint32), np.ones((1, 2), np.float32)
-    assert int4.matmul(x, codes, s, 0 * s, 8).item() == 56                       # float64: by the definition
+    assert int4.matmul(x, codes, s, 0 * s, 8).item() == 56  # float64: by the definition
 
 
 @no_device
@@ -495,74 +570,94 @@ def several(name: str, shapes: list = SHAPES, times: int = 6) -> Callable:
     return lambda rng: [agree(name, shape, np.float32, rng) for shape in shapes for _ in range(often)]
 
 
-FAULTS = [                                               # what, file, right, wrong, who must notice
+FAULTS = [  # what, file, right, wrong, who must notice
     ("missing barrier before columns meet", "layer_norm.cu", "  __syncthreads();\n", "", several("layer_norm")),
     ("a number's column goes on from its number", "bias.cu", "column += on;", "column += threads;", several("linear")),
     ("the row's end is passed over", "bias.cu", "if (column >= n) column -= n;", "", several("linear")),
-    ("heads of the text before", "heads.cu", "b = blockIdx.x / H % B", "b = blockIdx.x / H % B / 2", several("project")),
+    ("heads of the text before", "heads.cu", "b = blockIdx.x / H % B", "b = blockIdx.x / H % B / 2",
+     several("project")),
     ("a head's bias is the first one's", "heads.cu", ": bv) + h * D", ": bv)", several("project")),
     ("only the first 32 of a head", "heads.cu", "d < D; d += 32) head", "d < 32; d += 32) head", several("project")),
     ("parts apart by rows", "heads.cu", "part * by_part", "part * by_row", several("project")),
-    ("gradients of q, k and v one after another", "heads.cu", "* 3 + part) * H + h) * D", "+ part * B * time) * H + h) * D", several("project")),
+    ("gradients of q, k and v one after another", "heads.cu", "* 3 + part) * H + h) * D",
+     "+ part * B * time) * H + h) * D", several("project")),
     ("missing barrier before rows meet", "bias.cu", "  __syncthreads();\n", "", several("linear")),
     ("a second sum begins before the first is read", "rows.cuh",
-     "  __syncthreads();                                       // whoever", "  // whoever",
+     "  __syncthreads();                                       // other", "  // other",
      several("cross_entropy", [(2, 300)])),
     ("read before the warps have written", "rows.cuh",
      "part[threadIdx.x >> 5] = v;\n  __syncthreads();\n  float sum", "part[threadIdx.x >> 5] = v;\n  float sum",
      several("cross_entropy", [(2, 300)])),
     ("threads return before a barrier", "cross_entropy.cu",
      "  float log_sum", "  if (threadIdx.x >= n) return;\n  float log_sum", several("cross_entropy")),
-    ("barrier in a branch", "cross_entropy.cu", "if (smoothing) all", "if (threadIdx.x < n) all", several("cross_entropy")),
+    ("barrier in a branch", "cross_entropy.cu", "if (smoothing) all", "if (threadIdx.x < n) all",
+     several("cross_entropy")),
     ("shuffle in divergent lanes", "layer_norm.cu",
      "float mu = warp_sum(sum) / n", "float mu = lane < n ? warp_sum(sum) / n : 0", several("layer_norm")),
-    ("missing tail of rows", "layer_norm.cu", "if (row >= rows) return;                               // a", "// a", several("layer_norm")),
+    ("missing tail of rows", "layer_norm.cu", "if (row >= rows) return;                               // a", "// a",
+     several("layer_norm")),
     ("missing tail of columns", "bias.cu", "if (k > 0 || column >= n) return", "if (k > 0) return", several("linear")),
-    ("one number too many", "gelu.cu", "blockDim.x + threadIdx.x; i < n;", "blockDim.x + threadIdx.x; i <= n;", several("gelu")),
-    ("wrong stride of the grid", "gelu.cu", "i += gridDim.x * (long long)blockDim.x", "i += gridDim.x * 2ll * blockDim.x", several("gelu")),
+    ("one number too many", "gelu.cu", "blockDim.x + threadIdx.x; i < n;", "blockDim.x + threadIdx.x; i <= n;",
+     several("gelu")),
+    ("wrong stride of the grid", "gelu.cu", "i += gridDim.x * (long long)blockDim.x",
+     "i += gridDim.x * 2ll * blockDim.x", several("gelu")),
     ("x scaled twice", "gelu.cu", "a * 0.39894228f", "0.39894228f", several("gelu")),
     ("factor of the cubic", "gelu.cu", "0.134145f", "0.044715f", several("gelu_tanh")),
-    ("variance about zero", "layer_norm.cu", "float c = (float)xs[i] - mu", "float c = (float)xs[i]", several("layer_norm")),
+    ("variance about zero", "layer_norm.cu", "float c = (float)xs[i] - mu", "float c = (float)xs[i]",
+     several("layer_norm")),
     ("gradient without its mean", "layer_norm.cu", "- shift - xhat", "- xhat", several("layer_norm")),
     ("only the first stretch is summed", "bias.cu", "s < stretches", "s < 1", several("linear")),
-    ("wrong stride of a stretch", "layer_norm.cu", "parts[((size_t)k * gridDim.y", "parts[((size_t)k * gridDim.x", several("layer_norm")),
+    ("wrong stride of a stretch", "layer_norm.cu", "parts[((size_t)k * gridDim.y", "parts[((size_t)k * gridDim.x",
+     several("layer_norm")),
     ("= for += in the scatter", "embedding.cu", "sum[k] += ", "sum[k] = ", several("embedding")),
-    ("every position writes its row", "embedding.cu", "start + lane < i && ids", "start + lane < 0 && ids", several("embedding")),
+    ("every position writes its row", "embedding.cu", "start + lane < i && ids", "start + lane < 0 && ids",
+     several("embedding")),
     ("a race: all add where they meet", "embedding.cu", "int id = ids[i];", "int id = ids[i];\n"
-     "  for (int c = first; c < min(width, first + 1); c += 32) d[(size_t)id * width + c] += g[(size_t)i * width + c]; return;",
+     "  for (int c = first; c < min(width, first + 1); c += 32)\n"
+     "    d[(size_t)id * width + c] += g[(size_t)i * width + c];\n"
+     "  return;",
      several("embedding")),
     ("width of the scatter", "embedding.cu", "if (first + 32 * k < width) d[", "d[", several("embedding")),
     ("the present is the future", "attention.cu", "i + n - t + 1", "i + n - t", several("attention")),
     ("without the keys that came before", "attention.cu", "i + n - t + 1", "i + 1", several("attention")),
     ("stride of the mask", "attention.cu", "may[j * mask_key]", "may[j]", several("attention")),
     ("mask of another row", "attention.cu", "row % t * by.query", "row * by.query", several("attention")),
-    ("mask of another head", "attention.cu", "row / t % heads * by.head", "row / t * by.head", several("attention", [(2, 2, 5, 37)], 12)),
-    ("a row that sees nothing", "attention.cu", "sum == 0 ? 0 : 1 / sum", "1 / sum", lambda rng: sees_only_minus_infinity()),
-    ("minus infinity less itself", "attention.cu", "if (top == NEVER) top = 0;", "", lambda rng: sees_only_minus_infinity()),
+    ("mask of another head", "attention.cu", "row / t % heads * by.head", "row / t * by.head",
+     several("attention", [(2, 2, 5, 37)], 12)),
+    ("a row that sees nothing", "attention.cu", "sum == 0 ? 0 : 1 / sum", "1 / sum",
+     lambda rng: sees_only_minus_infinity()),
+    ("minus infinity less itself", "attention.cu", "if (top == NEVER) top = 0;", "",
+     lambda rng: sees_only_minus_infinity()),
     ("dropout forgotten on the way back", "attention.cu",
      "dp[j] * (dropout_mask ? (float)dropout_mask[j] : 1) - along", "dp[j] - along", several("attention")),
     ("scale forgotten on the way back", "attention.cu", "(T)(alpha * d)", "(T)d", several("attention")),
     ("stride of the bias", "attention.cu", "add[j * bias_key]", "add[j]", several("attention")),
     ("bias before the scale", "attention.cu", "alpha * s[j] + (add ? (float)add[j * bias_key] : 0.0f)",
      "alpha * (s[j] + (add ? (float)add[j * bias_key] : 0.0f))", several("attention")),
-    ("bias forgotten in the sum", "attention.cu", "sum += expf(score(j) - top)", "sum += expf(alpha * s[j] - top)", several("attention")),
+    ("bias forgotten in the sum", "attention.cu", "sum += expf(score(j) - top)", "sum += expf(alpha * s[j] - top)",
+     several("attention")),
     ("bias's gradient with the scale", "attention.cu", "db[j] = d", "db[j] = alpha * d", several("attention")),
     ("what is ignored counts", "cross_entropy.cu", "if (y != ignored)", "if (true)", several("cross_entropy")),
-    ("mean without weights", "cross_entropy.cu", "w = there ? (weight ? weight[y] : 1)", "w = there ? (1)", several("cross_entropy")),
+    ("mean without weights", "cross_entropy.cu", "w = there ? (weight ? weight[y] : 1)", "w = there ? (1)",
+     several("cross_entropy")),
     ("smoothing over n − 1", "cross_entropy.cu", "+ smoothing / n", "+ smoothing / (n - 1)", several("cross_entropy")),
-    ("−1 is not the last class", "cross_entropy.cu", "? labels[row] + n :", "? labels[row] :", several("cross_entropy")),
+    ("−1 is not the last class", "cross_entropy.cu", "? labels[row] + n :", "? labels[row] :",
+     several("cross_entropy")),
     ("nibble order", "int4.cu", "even = eight << 3", "even = eight >> 1", check_int4),
     ("byte order", "int4.cu", "sum += x[2 * i] * __uint_as_float(__byte_perm(even, 0x3f000000u, 0x7044 | i << 8)",
      "sum += x[2 * i] * __uint_as_float(__byte_perm(even, 0x3f000000u, 0x7044 | (3 - i) << 8)", check_int4),
-    ("a neighbour's bits in the fraction", "int4.cu", "eight << 3 & 0x78787878u", "eight << 3 & 0x7f7f7f7fu", check_int4),
+    ("a neighbour's bits in the fraction", "int4.cu", "eight << 3 & 0x78787878u", "eight << 3 & 0x7f7f7f7fu",
+     check_int4),
     ("nibble order of the dense weight", "int4.cu", "codes[i] >> 4 * j", "codes[i] >> (28 - 4 * j)", check_int4),
     ("stride of the scales", "int4.cu", "of = row[r] * groups", "of = row[r] * across", check_int4),
     ("zero point forgotten", "int4.cu", "(16 + (float)zero[of])", "16", check_int4),
     ("the one of 1 + code / 16 forgotten", "int4.cu", "(16 + (float)zero[of])", "(float)zero[of]", check_int4),
-    ("missing barrier after staging", "int4.cu", "    __syncthreads();\n    for (int at", "    for (int at", check_int4),
+    ("missing barrier after staging", "int4.cu", "    __syncthreads();\n    for (int at", "    for (int at",
+     check_int4),
     ("staging over what is still read", "int4.cu",
      "    __syncthreads();                                     // no warp", "    // no warp", check_int4),
-    ("rows leave before the barrier", "int4.cu", "  float sum[ROWS] = {};", "  float sum[ROWS] = {}; if (first >= N) return;", check_int4),
+    ("rows leave before the barrier", "int4.cu", "  float sum[ROWS] = {};",
+     "  float sum[ROWS] = {}; if (first >= N) return;", check_int4),
     ("rows past the last are written", "int4.cu", "lane == 0 && first + r < N", "lane == 0", check_int4),
     ("every tile is the first", "int4.cu", "* K + 32 * start + k]", "* K + k]", check_int4),
     ("past the end of a row", "int4.cu", "K - k, K % 8 == 0", "8, K % 8 == 0", check_int4),
@@ -599,23 +694,29 @@ def heads(x: np.ndarray) -> np.ndarray:
 
 
 R = np.random.default_rng(1).standard_normal
-PRODUCTS = {                                             # a, b, how many of them cuBLAS cannot read where they lie
-    "plain": (R((5, 7)), R((7, 3)), 0), "three axes by two": (R((2, 5, 7)), R((7, 3)), 0), "two by three": (R((5, 7)), R((2, 7, 3)), 0),
-    "batched": (R((2, 4, 5, 7)), R((2, 4, 7, 3)), 0), "b transposed": (R((2, 4, 5, 7)), R((2, 4, 3, 7)).swapaxes(-1, -2), 0),
+PRODUCTS = {  # a, b, how many of them cuBLAS cannot read where they lie
+    "plain": (R((5, 7)), R((7, 3)), 0), "three axes by two": (R((2, 5, 7)), R((7, 3)), 0),
+            "two by three": (R((5, 7)), R((2, 7, 3)), 0),
+    "batched": (R((2, 4, 5, 7)), R((2, 4, 7, 3)), 0),
+            "b transposed": (R((2, 4, 5, 7)), R((2, 4, 3, 7)).swapaxes(-1, -2), 0),
     "a transposed": (R((2, 4, 7, 5)).swapaxes(-1, -2), R((2, 4, 7, 3)), 0), "both": (R((7, 5)).T, R((3, 7)).T, 0),
-    "square, a transposed": (R((4, 4)).T, R((4, 4)), 0), "square, b transposed": (R((2, 4, 4)), R((2, 4, 4)).swapaxes(-1, -2), 0),
+    "square, a transposed": (R((4, 4)).T, R((4, 4)), 0),
+            "square, b transposed": (R((2, 4, 4)), R((2, 4, 4)).swapaxes(-1, -2), 0),
     "heads of one text": (heads(R((1, 5, 4, 7))), heads(R((1, 6, 4, 7))).swapaxes(-1, -2), 0),
     "heads of three": (heads(R((3, 5, 4, 7))), heads(R((3, 6, 4, 7))).swapaxes(-1, -2), 2),
     "columns": (R((5, 20))[:, 3:10], R((7, 9))[:, 2:5], 0), "every other column": (R((5, 14))[:, ::2], R((7, 3)), 1),
     "backwards": (R((5, 7))[::-1], R((7, 3)), 1),
     "rows 1": (R((1, 7)), R((7, 1)), 0), "inner 1": (R((5, 1)), R((1, 4)), 0), "one number": (R((1, 1)), R((1, 1)), 0),
-    "a row of columns": (R((20, 1)).T, R((20, 3)), 0), "repeated": (np.broadcast_to(R((1, 5, 7)), (4, 5, 7)), R((4, 7, 3)), 0),
-    "repeated rows": (np.broadcast_to(R((1, 7)), (5, 7)), R((7, 3)), 1), "one of a batch": (R((6, 5, 7))[2:3], R((1, 7, 3)), 0),
-    "every other of a batch": (R((6, 5, 7))[::2], R((3, 7, 3)), 0), "nothing to sum": (R((5, 0)), R((0, 3)), 0), "no rows": (R((0, 5)), R((5, 3)), 0)}
+    "a row of columns": (R((20, 1)).T, R((20, 3)), 0),
+            "repeated": (np.broadcast_to(R((1, 5, 7)), (4, 5, 7)), R((4, 7, 3)), 0),
+    "repeated rows": (np.broadcast_to(R((1, 7)), (5, 7)), R((7, 3)), 1),
+            "one of a batch": (R((6, 5, 7))[2:3], R((1, 7, 3)), 0),
+    "every other of a batch": (R((6, 5, 7))[::2], R((3, 7, 3)), 0), "nothing to sum": (R((5, 0)), R((0, 3)), 0),
+            "no rows": (R((0, 5)), R((5, 3)), 0)}
 
 
 def like(x: np.ndarray, dtype: Any) -> np.ndarray:
-    "The same numbers as another dtype, with the same layout."
+    """The same numbers as another dtype, with the same layout."""
     base = x
     while base.base is not None:
         base = base.base
@@ -638,7 +739,8 @@ def multiplies(case: str, dtype: Any) -> None:
         assert near(out, 1 + want, tol)
         gemm.matmul(a, b, out=out)
         assert near(out, want, tol)
-        *lead, rows, columns = want.shape                # into some rows and columns of each matrix of a larger array
+        # into some rows and columns of each matrix of a larger array
+        *lead, rows, columns = want.shape
         around = np.ones((*lead, rows + 2, columns + 3), out.dtype)
         gemm.matmul(a, b, out=around[..., 1:-1, :columns])
         gemm.matmul(a, b, out=around[..., 1:-1, :columns], add=True)
@@ -648,7 +750,8 @@ def multiplies(case: str, dtype: Any) -> None:
 
 
 @no_device
-@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, bfloat16], ids=["float32", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, bfloat16],
+                         ids=["float32", "float64", "float16", "bfloat16"])
 @pytest.mark.parametrize("case", PRODUCTS)
 def test_cublas_is_given_arguments_that_mean_the_product(case, dtype):
     multiplies(case, dtype)
@@ -664,10 +767,14 @@ def put(i: int, value: Any) -> Callable:
     return lambda given: given.__setitem__(i, value(given) if callable(value) else value)
 
 
-SPOILT = {"a not transposed": put(1, 0), "b not transposed": put(0, 0), "always transposed": put(0, 1), "m and n": swap(2, 3), "n and k": swap(2, 4),
-          "operands in order": swap(6, 10), "leading dimensions": swap(8, 12), "leading dimension is k": put(8, lambda g: g[4]),
-          "one step for all": put(9, 0), "steps": swap(9, 13), "beta forgotten": put(14, 0.0), "beta always": put(14, 1.0), "alpha": put(5, 2.0),
-          "leading dimension of the result": put(17, lambda g: g[3]), "step of the result": put(18, 0), "one product": put(19, 1),
+SPOILT = {"a not transposed": put(1, 0), "b not transposed": put(0, 0), "always transposed": put(0, 1),
+          "m and n": swap(2, 3), "n and k": swap(2, 4),
+          "operands in order": swap(6, 10), "leading dimensions": swap(8, 12),
+          "leading dimension is k": put(8, lambda g: g[4]),
+          "one step for all": put(9, 0), "steps": swap(9, 13), "beta forgotten": put(14, 0.0),
+          "beta always": put(14, 1.0), "alpha": put(5, 2.0),
+          "leading dimension of the result": put(17, lambda g: g[3]), "step of the result": put(18, 0),
+          "one product": put(19, 1),
           "compute as double": put(20, 70), "dtype": put(7, 1), "dtype of the result": put(16, lambda g: g[7])}
 
 
@@ -696,8 +803,10 @@ def test_tf32_is_a_switch_that_touches_float32_alone(monkeypatch):
 @no_device
 def test_products_that_do_not_fit_say_so():
     x = np.ones((2, 3), np.float32)
-    for a, b, error in ((x, x, ValueError), (x, x.T.astype(np.float64), TypeError), (x.astype(int), x.T.astype(int), TypeError),
-                        (x[0], x.T, ValueError), (np.ones((2, 2, 3), np.float32), np.ones((3, 3, 2), np.float32), ValueError)):
+    for a, b, error in ((x, x, ValueError), (x, x.T.astype(np.float64), TypeError),
+                        (x.astype(int), x.T.astype(int), TypeError),
+                        (x[0], x.T, ValueError),
+                        (np.ones((2, 2, 3), np.float32), np.ones((3, 3, 2), np.float32), ValueError)):
         with pytest.raises(error, match="matmul"):
             gemm.matmul(a, b)
     with pytest.raises(ValueError, match="out must be of shape"):
@@ -709,7 +818,7 @@ def test_products_that_do_not_fit_say_so():
 # ── in the library ───────────────────────────────────────────────────────────────────────────────────────────────────
 @pytest.fixture
 def no_cupy() -> Iterator[None]:
-    "What is registered now is registered afterwards, and nothing else."
+    """What is registered now is registered afterwards, and nothing else."""
     tables = (array._modules, array._names, array._when_opened, launch.COMPILERS, gemm.LIBRARIES)
     kept = [dict(t) for t in tables]
     with kernels.definitions():
@@ -732,7 +841,7 @@ def test_kernels_are_put_in_place_when_the_backend_is_opened(no_cupy):
     assert dispatch.find(optim.optimizers.adam_update, Array) == [optimizer.adam_update]
     assert launch.COMPILERS[Array] is CpuKernel and array._open("cupy") is cupy
     kernels.remove()
-    kernels.install()                                    # it is open already
+    kernels.install()  # it is open already
     assert all(dispatch.find(OPS[n], Array) for n in layers.NAMES)
 
 
@@ -743,5 +852,6 @@ def test_training_goes_the_same_way_on_the_cuda_kernels():
         cuda.put_in_place(np.ndarray)
         losses, weights = lora_curve(4, 4)
         kernels.remove()
-    assert np.allclose(losses, plain, rtol=2e-5) and np.allclose(weights, plain_weights, rtol=1e-2, atol=1e-4)
+    assert np.allclose(losses, plain, rtol=2e-5)
+    assert np.allclose(weights, plain_weights, rtol=1e-2, atol=1e-4)
     assert gemm.LIBRARIES[np.ndarray].calls > 50 and not np.array_equal(losses, plain), "the kernels were not used"

@@ -167,7 +167,8 @@ def _(f, x):
 def _(f, x, g):
     x = tensor(x)
     f(x * 2.0 + x * 3.0, g)
-    guesses = {"one of its two uses is lost: parts are added up, not put in each other's place":
+    guesses = {"one of its two uses is lost: parts are added up, the second does not replace the "
+               "first":
                    2 * g,
                "one of its two uses is lost: the second": 3 * g}
     close(x.grad, 5 * g, "x.grad of 2x + 3x", guesses)
@@ -213,7 +214,7 @@ def _(f, x, g, h):
 
 
 def walk(self, gradient=None, order=topological, parts="add", leaves="add", undo=undo_broadcasting):
-    """A plain backward with a place for each error."""
+    """A plain backward, with an argument for each error."""
     grads = {id(self.node): xp(self.data).ones(self.shape) if gradient is None else gradient}
     for node in reversed(order(self)):
         g = grads.pop(id(node), None)

@@ -19,8 +19,8 @@ causal_mask = Exercise(
     "ops:causal_mask", difficulty=1, minutes=5, hints=(
         "Row i says what query i may see: itself and all before it, nothing after it.  True where "
         "it may look.",
-        "With s > t keys the first s - t were there before, so the queries are the last t places: "
-        "query i stands at place i + s - t.",
+        "With s > t keys, the first s - t are older than the queries: query i stands at position i "
+        "+ s - t.",
         "m.tril(a, k) keeps what is on or below the k-th diagonal, j <= i + k; m.ones((t, s), "
         "dtype=bool) is all True."))
 
@@ -46,7 +46,7 @@ def _(f, t, more):
     close(f(t, t + more)[-1], np.ones(t + more, bool), "the last row of the mask", guesses)
 
 
-@causal_mask.law("keys that were there before (a cache, a prefix) are seen by all", t="size",
+@causal_mask.law("every query sees the older keys (a cache, a prefix)", t="size",
                  more=st.integers(0, 3))
 def _(f, t, more):
     guesses = {"it counts the keys as if none had come before": may_look(t, t + more, 0),
@@ -69,7 +69,7 @@ def _(t, s, m=np):
     return m.tril(m.ones((t, s), dtype=np.float64), s - t)
 
 
-@causal_mask.wrong_answer("Query i and key i stand in the same place.", says="none had come")
+@causal_mask.wrong_answer("Query i and key i stand at the same position.", says="none had come")
 def _(t, s, m=np):
     return m.tril(m.ones((t, s), dtype=bool))
 

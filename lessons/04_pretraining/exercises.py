@@ -1,4 +1,4 @@
-"""Lesson 04: what a language model is asked (the next token, the masked ones), and how its answers
+"""Lesson 04: the labels of a language model (next token, masked tokens), and how its losses
 are added up.
 """
 from __future__ import annotations
@@ -22,22 +22,22 @@ FIRST, VOCAB = max(SPECIAL.values()) + 1, max(SPECIAL.values()) + 5
 next_tokens = Exercise(
     "train.batch:next_tokens", difficulty=2, minutes=10, on_host=True, hints=(
         "The model reads all tokens but the last, and at each must say the one after it.  So the "
-        "labels are the ids, moved by one place.",
-        "A place asks nothing (-100) where the token to be said is padding, and where the token "
-        "that is read there is padding: padding may stand on the left as well.",
+        "labels are the ids, moved by one position.",
+        "A position has no label (-100) where the next token is padding, and where the token that "
+        "is read there is padding: padding may stand on the left as well.",
         "np.where(both real, ids[:, 1:], -100) with mask[:, 1:] and mask[:, :-1].  Without a mask "
         "every token is real."))
 
 
-@next_tokens.law("without padding: the label of a place is the id after it",
+@next_tokens.law("without padding: the label of a position is the next id",
                  ids=integers("b t", 0, 9))
 def _(f, ids):
     ids = np.concatenate([ids, ids[:, :1] + 10], axis=1)
-    guesses = {"it is the id of the place itself: nothing is left to predict": ids[:, :-1]}
+    guesses = {"it is the id of the position itself: nothing is left to predict": ids[:, :-1]}
     close(f(ids), ids[:, 1:], f"the labels of {ids.tolist()}", guesses)
 
 
-@next_tokens.law("padding on the right is not asked for", ids=integers("b t", 0, 9),
+@next_tokens.law("padding on the right gets no label", ids=integers("b t", 0, 9),
                  real=st.integers(1, 4))
 def _(f, ids, real):
     mask = np.broadcast_to(np.arange(ids.shape[1]) < real, ids.shape)
@@ -46,7 +46,7 @@ def _(f, ids, real):
           {"padding is predicted too: the mask has no effect": ids[:, 1:]})
 
 
-@next_tokens.law("any mask: both the place and the one after it must be real",
+@next_tokens.law("any mask: the position and the next one must both be real",
                  ids=integers("b t", 1, 9), mask=booleans("b t"))
 def _(f, ids, mask):
     ids = np.concatenate([ids, ids[:, :1]], axis=1)
@@ -59,12 +59,12 @@ def _(f, ids, mask):
 
 
 @next_tokens.wrong_answer("The labels are the ids; the model shifts them itself.",
-                          says="the place itself")
+                          says="the position itself")
 def _(ids, mask=None):
     return ids[:, :-1] if mask is None else np.where(mask[:, :-1], ids[:, :-1], -100)
 
 
-@next_tokens.wrong_answer("A mask is for attention; the loss sees every place.",
+@next_tokens.wrong_answer("A mask is for attention; the loss sees every position.",
                           says="padding is predicted")
 def _(ids, mask=None):
     return ids[:, 1:].copy()
@@ -77,7 +77,8 @@ def _(ids, mask=None):
     return ids[:, 1:].copy() if mask is None else np.where(mask[:, 1:], ids[:, 1:], -100)
 
 
-@next_tokens.wrong_answer("A place is asked if it is real.", says="padding is predicted")
+@next_tokens.wrong_answer("A position has a label if its token is real.",
+                          says="padding is predicted")
 def _(ids, mask=None):
     return ids[:, 1:].copy() if mask is None else np.where(mask[:, :-1], ids[:, 1:], -100)
 
@@ -85,13 +86,14 @@ def _(ids, mask=None):
 # ── mlm ───────────────────────────────────────────────────────────────────────────────────────────
 mlm = Exercise(
     "data.batches:mlm", difficulty=4, minutes=25, on_host=True, hints=(
-        "Choose places first: real ones (mask) that hold no special token, each with probability "
+        "Choose positions first: real ones (mask) without a special token, each with probability "
         "p.  Only they get a label: what stood there.",
-        "np.flatnonzero finds the free places, rng.random(len(free)) < p chooses among them; if "
-        "none was chosen, take rng.choice(free, 1).  a.flat[places] reads and writes at flat "
-        "places.",
-        "Draw one number u per chosen place: u < 0.8 becomes special[\"[MASK]\"], 0.8 <= u < 0.9 a "
-        "random id that is not special (np.setdiff1d(np.arange(vocab), special ids)), the rest "
+        "np.flatnonzero finds the free positions, rng.random(len(free)) < p chooses among them; if "
+        "none was chosen, take rng.choice(free, 1).  a.flat[indices] reads and writes at flat "
+        "indices.",
+        "Draw one number u per chosen position: u < 0.8 becomes special[\"[MASK]\"], "
+        "0.8 <= u < 0.9 "
+        "a random id that is not special (np.setdiff1d(np.arange(vocab), special ids)), the rest "
         "stays."))
 
 
@@ -110,37 +112,37 @@ def texts(draw):
 seeds = st.integers(0, 20)
 
 
-@mlm.law("the label of a place is what stood there, or -100: not asked", drawn=texts(), seed=seeds)
+@mlm.law("the label of a position is its original id, or -100: no label", drawn=texts(), seed=seeds)
 def _(f, drawn, seed):
     ids, mask = drawn
     new, labels = f(ids, mask, np.random.default_rng(seed), VOCAB, SPECIAL, 0.5)
-    asked = np.asarray(labels) != -100
+    labelled = np.asarray(labels) != -100
     guesses = {"they are the ids after the corruption: the label is the id before it":
-                   np.where(asked, new, -100)}
-    close(labels, np.where(asked, ids, -100), "the labels", guesses)
+                   np.where(labelled, new, -100)}
+    close(labels, np.where(labelled, ids, -100), "the labels", guesses)
 
 
-@mlm.law("a place that is not asked keeps its token, padding and special tokens are not asked",
+@mlm.law("positions without a label keep their token; padding and special tokens get no label",
          drawn=texts(), seed=seeds)
 def _(f, drawn, seed):
     ids, mask = drawn
     new, labels = f(ids, mask, np.random.default_rng(seed), VOCAB, SPECIAL, 1.0)
     free = mask & (ids >= FIRST)
-    guesses = {"every place is asked: the loss is on tokens that can be read off":
+    guesses = {"every position has a label: the loss is on tokens that can be read off":
                    np.ones(ids.shape, bool),
-               "padding is asked for": ids >= FIRST,
-               "special tokens are asked for": mask}
+               "padding gets labels": ids >= FIRST,
+               "special tokens get labels": mask}
     close(np.asarray(labels) != -100, free, "where a label is, for p = 1", guesses)
-    close(np.where(free, 0, new), np.where(free, 0, ids), "the new ids where nothing is asked")
+    close(np.where(free, 0, new), np.where(free, 0, ids), "the new ids where there is no label")
 
 
-@mlm.law("at least one place is asked, however small p is", drawn=texts(), seed=seeds)
+@mlm.law("at least one position has a label, however small p is", drawn=texts(), seed=seeds)
 def _(f, drawn, seed):
     ids, mask = drawn
     new, labels = f(ids, mask, np.random.default_rng(seed), VOCAB, SPECIAL, 1e-9)
     close(np.asarray((np.asarray(labels) != -100).sum()), np.asarray(1),
-          "the number of places that are asked",
-          {"no place is asked: nothing to learn": 0})
+          "the number of labels",
+          {"no position has a label: nothing to learn": 0})
 
 
 @mlm.law("of 20,000 words a share of p has a label; 80 % of these are [MASK], a tenth another "
@@ -152,15 +154,15 @@ def _(f, seed):
     ids = np.full((100, 200), FIRST)
     new, labels = f(ids, np.ones(ids.shape, bool), np.random.default_rng(seed), FIRST + 1000,
                     SPECIAL, 0.5)
-    asked = np.asarray(labels) != -100
-    got = [share(asked), share(np.asarray(new)[asked] == MASK),
-           share((np.asarray(new) != ids)[asked] & (np.asarray(new)[asked] != MASK)),
-           share((np.asarray(new) == ids)[asked])]
-    guesses = {"all that are asked become [MASK]; then the model never meets a word that may be "
+    labelled = np.asarray(labels) != -100
+    got = [share(labelled), share(np.asarray(new)[labelled] == MASK),
+           share((np.asarray(new) != ids)[labelled] & (np.asarray(new)[labelled] != MASK)),
+           share((np.asarray(new) == ids)[labelled])]
+    guesses = {"all with a label become [MASK]; then the model never meets a word that may be "
                "wrong": [0.5, 1.0, 0.0, 0.0],
-               "a share of 15 % is asked whatever p is": [share(np.arange(100) < 15), *got[1:]]}
+               "a share of 15 % has labels whatever p is": [share(np.arange(100) < 15), *got[1:]]}
     close(np.array(got), np.array([0.5, 0.8, 0.1, 0.1]),
-          "the shares asked, [MASK], another word, as before (for p = 0.5)", guesses)
+          "the shares with a label, [MASK], another word, as before (for p = 0.5)", guesses)
 
 
 @mlm.law("the other words come from the whole vocabulary, without the special tokens", seed=seeds)
@@ -175,13 +177,13 @@ def _(f, seed):
           f"which of the ids 0 to {VOCAB - 1} stand in the new text", guesses)
 
 
-@mlm.wrong_answer("The model should give back the whole text, so every place has a label.",
-                  says="every place is asked")
+@mlm.wrong_answer("The model should give back the whole text, so every position has a label.",
+                  says="every position has a label")
 def _(ids, mask, rng, vocab, special=SPECIAL, p=0.15):
     return corrupt(ids, mask, rng, vocab, special, p)[0], ids.copy()
 
 
-@mlm.wrong_answer("Masked language modelling masks.", says="all that are asked")
+@mlm.wrong_answer("Masked language modelling masks.", says="all with a label")
 def _(ids, mask, rng, vocab, special=SPECIAL, p=0.15):
     _, labels = corrupt(ids, mask, rng, vocab, special, p)
     return np.where(labels != -100, special["[MASK]"], ids), labels
@@ -196,7 +198,7 @@ def _(ids, mask, rng, vocab, special=SPECIAL, p=0.15):
 
 
 @mlm.wrong_answer("Padding is a token like others: the mask is for attention.",
-                  says="padding is asked for", subtle=True)
+                  says="padding gets labels", subtle=True)
 def _(ids, mask, rng, vocab, special=SPECIAL, p=0.15):
     return corrupt(ids, np.ones(ids.shape, bool), rng, vocab, special, p)
 

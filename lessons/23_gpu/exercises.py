@@ -89,7 +89,7 @@ sum_rows = Kernel(
         "Two steps with a barrier between them.  First every thread adds up its own rows and "
         "writes its sum into shared memory; then one of the eight threads of a column adds up "
         "eight sums.",
-        "__shared__ float sums[8][32] has a place for each thread: "
+        "__shared__ float sums[8][32] has an element for each thread: "
         "sums[threadIdx.y][threadIdx.x].  What lies there at the start is anything at all, so "
         "every thread writes, a zero if it has no row; then __syncthreads(), which all threads "
         "must reach.",
@@ -186,7 +186,7 @@ b1, b2 = 0.75, 0.9375
 def rates(f, lr, decay, t):
     out = f(lr, b1, b2, decay, t)
     if not (isinstance(out, tuple) and len(out) == 3):
-        raise Unusable(f"three numbers are asked for, (rate, root, shrink); yours is {out!r}")
+        raise Unusable(f"three numbers are wanted, (rate, root, shrink); yours is {out!r}")
     return out
 
 
@@ -209,7 +209,7 @@ def _(f, lr, t):
 def _(f, lr, t, decay):
     guesses = {"η is left out: the decay follows the schedule too": 1 - decay,
                "it is what is taken off w, expected what stays": lr * decay,
-               "the decay is scaled by the corrected rate; it has nothing to do with m":
+               "the decay is scaled by the corrected learning rate; it has nothing to do with m":
                    1 - lr / (1 - b1**t) * decay}
     close(rates(f, lr, decay, t)[2], 1 - lr * decay, "shrink", guesses)
 
@@ -236,7 +236,8 @@ def _(lr, b1, b2, decay, t):
     return lr / (1 - b1**t), (1 - b2**t)**-0.5, 1 - decay
 
 
-@adam_rates.wrong_answer("The rate is the rate, for the decay as well.", says="corrected rate",
+@adam_rates.wrong_answer("The learning rate is the same for the decay.",
+                         says="corrected learning rate",
                          subtle=True)
 def _(lr, b1, b2, decay, t):
     return lr / (1 - b1**t), (1 - b2**t)**-0.5, 1 - lr / (1 - b1**t) * decay

@@ -44,7 +44,7 @@ def handed(f, name, arrays, kw, to):
                 {k: asarray(a) for k, a in kw.items()})
     is_pair = isinstance(out, tuple) and len(out) == 2
     if not is_pair or not isinstance(out[0], (list, tuple)) or not isinstance(out[1], dict):
-        raise Unusable(f"(list of arrays, dict of keywords) is asked for; yours is {out!r:.60}")
+        raise Unusable(f"(list of arrays, dict of keywords) is wanted; yours is {out!r:.60}")
     close(len(out[0]), len(arrays), "the number of arrays")
     close(len(out[1]), len(kw), "the number of keywords")
     return out

@@ -57,7 +57,7 @@ def prelude(headers: tuple[str, ...], include: tuple[str, ...], folder: Path) ->
 
 
 class Compilation:
-    """A compiler at work.  result() waits for it and raises RuntimeError with what it said if it failed."""
+    """A running compiler.  result() waits for it and raises RuntimeError with its message if it failed."""
 
     def __init__(self, command: list[str]):
         self.process, self.said = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,

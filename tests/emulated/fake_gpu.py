@@ -157,7 +157,7 @@ _graphs: list[list[tuple]] = []  # what each notes: a graph is its place here, a
 
 
 def _note(kind: int, a: int, b: int, c: int, d: int) -> int:
-    """What C tells of a capture: the kinds are those of fake_gpu.c."""
+    """An event of a capture, called from C: the kinds are those of fake_gpu.c."""
     try:
         if kind == 4:
             _graphs.append([])
@@ -264,7 +264,7 @@ FIELDS = "launches mallocs memsets waits h2d d2h d2d h2d_bytes d2h_bytes graphs 
 
 
 class Counts(NamedTuple):
-    """What the device was asked to do since reset().
+    """Counts of the device's operations since reset().
 
     launches, products: kernels, and calls of cuBLAS;  waits: times the host waited for the device;  h2d, d2h, d2d:
     copies from host to device, back, and within;  memsets;  mallocs: memory that CuPy's pool did not have;  bytes: of

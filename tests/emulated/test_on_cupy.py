@@ -107,7 +107,7 @@ def test_initial_weights_are_the_same_bit_for_bit(kind, method):
 @pytest.mark.parametrize("keep", [True, False], ids=["kernel", "definition"])
 def test_dropout_draws_the_same_bits_in_every_layer_of_a_pass(keep):
     def drawn(seed):
-        """What each dropout of a training pass let through, in order."""
+        """The outputs of the dropouts of a training pass, in order."""
         model, out, right = GPT(GPTConfig(40, 16, 24, 2, 4, dropout=0.3)).train(), [], array.uniform_like
 
         def noted(x, key):

@@ -116,7 +116,7 @@ def plant(m, monkeypatch):
 
 
 def signs():
-    """What can be seen of three training steps."""
+    """The visible results of three training steps."""
     model, seen = build("gpt"), {}
     optimizer = AdamW(0.01).start(edit.trained(model))
     losses, dtypes = [], set()
