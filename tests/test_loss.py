@@ -1,4 +1,4 @@
-"""Losses that a user writes, auxiliary losses of modules, and penalties of methods: in `fit`, `evaluate` and checkpoints."""
+"""Losses of users, auxiliary losses of modules, and penalties of methods: in `fit`, `evaluate` and checkpoints."""
 from __future__ import annotations
 
 import dataclasses
@@ -12,7 +12,7 @@ import pytest
 from helpers import host
 
 import tinyft as ft
-from tinyft import functional, train
+from tinyft import array, functional, train
 from tinyft.files import read_tensors
 from tinyft.nn import Context, Linear, Module
 from tinyft.train.batch import compute_loss, read_batch
@@ -57,7 +57,7 @@ class Distillation(ft.Loss):
 
 @dataclass(frozen=True, eq=False)
 class HiddenStateLoss(ft.Loss):
-    """Cross-entropy, and the squared distance of a projected hidden state to that of a smaller teacher. The projection trains."""
+    """Cross-entropy, and the squared distance of a projected hidden state to a teacher's. The projection trains."""
     teacher: Module
     projection: Linear
     hidden_states = True
@@ -140,12 +140,15 @@ def equal(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
 
 
 # ── distillation ─────────────────────────────────────────────────────────────────────────────────────────────────────
-def distil(out: Path | None = None, teacher_seed: int = 3, temperature: float = 2.0, stop: int = 0, resume: bool = True) -> tuple[ft.GPT, ft.History]:
+def distil(
+    out: Path | None = None, teacher_seed: int = 3, temperature: float = 2.0, stop: int = 0,
+) -> tuple[ft.GPT, ft.History]:
     model = make_gpt(dropout=0.1)
     ft.attach(model, ft.LoRA(r=2))
     loss = Distillation(make_gpt(teacher_seed, dropout=0.3), temperature)
     schedule = stop_at(stop) if stop else None
-    history = ft.fit(model, BATCHES, 8, ft.AdamW(0.02), schedule, loss=loss, out=out, resume=resume, save_every=2, accumulate=2, progress=False)
+    history = ft.fit(model, BATCHES, 8, ft.AdamW(0.02), schedule, loss=loss, out=out, resume=True, save_every=2,
+                     accumulate=2, progress=False)
     return model, history
 
 
@@ -174,7 +177,8 @@ def test_a_teacher_is_never_saved_and_never_trained(tmp_path):
     assert equal(values_of(teacher), before)
     assert all(p.grad is None for p in teacher.parameters())
     arrays, _ = read_tensors(tmp_path / "checkpoint.safetensors")
-    assert {name for name in arrays if name.startswith("model/")} == {f"model/{name}" for name in model.named_parameters()}
+    saved = {name for name in arrays if name.startswith("model/")}
+    assert saved == {f"model/{name}" for name in model.named_parameters()}
     assert not any(np.array_equal(a, b) for a in arrays.values() for b in before if b.std() > 0)
     assert not model.training and not teacher.training
 
@@ -225,11 +229,14 @@ def close(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
 def check_auxiliary_loss(loss: ft.Loss | None = None) -> None:
     """An auxiliary loss is added to the gradient and logged under its name."""
     batch = BATCHES[0]
-    wanted, cross_entropy, balance = expected_gradients(make_balanced_gpt().to(dtype=np.float64), batch, with_balance=True)
-    got, history = gradients_of_a_step(make_balanced_gpt().to(dtype=np.float64), [batch], loss=loss)
+    model = make_balanced_gpt().to(dtype=np.float64)
+    wanted, cross_entropy, balance = expected_gradients(model, batch, with_balance=True)
+    got, history = gradients_of_a_step(model, [batch], loss=loss)
     assert close(wanted, got)
     assert history.losses == [pytest.approx(cross_entropy + balance, rel=1e-9)]
-    assert history.terms == {"loss": [pytest.approx(cross_entropy, rel=1e-9)], "balance": [pytest.approx(balance, rel=1e-9)]}
+    assert history.terms.keys() == {"loss", "balance"}
+    assert history.terms["loss"] == [pytest.approx(cross_entropy, rel=1e-9)]
+    assert history.terms["balance"] == [pytest.approx(balance, rel=1e-9)]
 
 
 def test_an_auxiliary_loss_is_added_and_logged():
@@ -390,11 +397,14 @@ def test_a_term_that_begins_late_counts_zero_before():
 
 
 # ── a loss with trainable parts ──────────────────────────────────────────────────────────────────────────────────────
-def fit_with_projection(out: Path, loss: HiddenStateLoss | None = None, stop: int = 0) -> tuple[ft.GPT, HiddenStateLoss, ft.History]:
+def fit_with_projection(
+    out: Path, loss: HiddenStateLoss | None = None, stop: int = 0,
+) -> tuple[ft.GPT, HiddenStateLoss, ft.History]:
     model = make_gpt(dropout=0.1)
     loss = make_hidden_state_loss() if loss is None else loss
     schedule = stop_at(stop) if stop else None
-    history = ft.fit(model, BATCHES, 8, ft.AdamW(0.02), schedule, loss=loss, out=out, resume=True, save_every=2, progress=False)
+    history = ft.fit(model, BATCHES, 8, ft.AdamW(0.02), schedule, loss=loss, out=out, resume=True, save_every=2,
+                     progress=False)
     return model, loss, history
 
 
@@ -453,6 +463,15 @@ def test_the_module_of_a_loss_is_in_training_mode_while_it_trains_and_a_teacher_
     ft.fit(model, BATCHES, 1, loss=loss, progress=False)
     ft.evaluate(model, BATCHES, loss=loss)
     assert modes == [(True, True, False)] + [(False, False, False)] * 3
+
+
+def test_the_module_of_a_loss_follows_the_model_to_its_device():
+    loss = make_hidden_state_loss()                                     # on the backend in use
+    ft.use("strict")
+    model = make_gpt()
+    loss.teacher.to("strict")
+    ft.fit(model, BATCHES, 2, ft.AdamW(0.02), loss=loss, progress=False)
+    assert all(array.name_of(p.data) == "strict" for p in loss.projection.parameters())
 
 
 def test_the_module_of_a_loss_is_not_saved_with_the_model(tmp_path):

@@ -1,6 +1,7 @@
 """Runs that are killed and resumed, and their checkpoints.
 
-Run as a script, `python test_resume.py RECIPE FOLDER`, this file trains one of RECIPES and prints a line per step: tests kill it.
+Run as a script, `python test_resume.py RECIPE FOLDER`, this file trains one of RECIPES and prints a line per step.
+The tests kill such processes.
 """
 from __future__ import annotations
 
@@ -104,7 +105,7 @@ kill_setup_after = [0]                                   # kill the n-th setup c
 
 @dataclass(frozen=True)
 class Staged(LoRA):
-    """LoRA with a setup at the start, in the middle and at the end. Setups draw random numbers, take batches, freeze and mask."""
+    """LoRA with a setup at the start, in the middle and at the end. They draw numbers, take batches and freeze."""
 
     def phases(self) -> list[Phase]:
         return [Phase(0.4, self.initialise), Phase(0.6, self.freeze), Phase(0, self.round)]
@@ -158,7 +159,8 @@ Recipe = tuple[Any, Any, dict[str, Any]]                 # model, batches, argum
 def lora() -> Recipe:
     model = make_gpt(dropout=0.1)
     attach(model, LoRA(r=2, dropout=0.1))
-    return model, make_batches(), dict(steps=14, optimizer=AdamW(0.02), schedule=ft.cosine_schedule(warmup=3), accumulate=2)
+    schedule = ft.cosine_schedule(warmup=3)
+    return model, make_batches(), dict(steps=14, optimizer=AdamW(0.02), schedule=schedule, accumulate=2)
 
 
 def full() -> Recipe:
@@ -202,7 +204,8 @@ def distance_to_goal(model: Any) -> float:
 def a_list_of_batches() -> Recipe:
     model = make_gpt(dropout=0.1)
     attach(model, LoRA(r=2), name="model")               # a name that looks like a part of a checkpoint
-    return model, [make_ids(2, seed=s) for s in range(5)], dict(steps=14, optimizer=SGD(0.1, momentum=0.9), accumulate=2)
+    batches = [make_ids(2, seed=s) for s in range(5)]
+    return model, batches, dict(steps=14, optimizer=SGD(0.1, momentum=0.9), accumulate=2)
 
 
 ALL_RECIPES = [lora, full, phases, phases_with_a_mask_on_the_tensor, setups, early_stopping, a_list_of_batches]
@@ -245,7 +248,9 @@ def read_checkpoint(folder: Path) -> tuple[dict, dict]:
     return read_tensors(folder / "checkpoint.safetensors")
 
 
-def check_equal_runs(straight: tuple[Any, ft.History], resumed: tuple[Any, ft.History], folder: Path, other: Path) -> None:
+def check_equal_runs(
+    straight: tuple[Any, ft.History], resumed: tuple[Any, ft.History], folder: Path, other: Path,
+) -> None:
     """Two runs have the same history, the same model and the same checkpoint, bitwise."""
     assert straight[1] == resumed[1], "the histories differ"
     arrays, facts = read_checkpoint(folder)
@@ -451,7 +456,7 @@ def test_an_early_stop_leaves_out_later_phases_but_not_the_final_setup(calls):
 
 # ── processes that are killed ────────────────────────────────────────────────────────────────────────────────────────
 def start_process(recipe: str, out: Path, suicide: str = "") -> subprocess.Popen:
-    """Run a recipe in a process of its own. suicide: "fsync 2" sends SIGKILL in place of the second call of os.fsync."""
+    """Run a recipe in its own process. suicide: "fsync 2" sends SIGKILL in place of the second call of os.fsync."""
     root = Path(ft.__file__).parents[1]
     env = {**os.environ, "PYTHONPATH": str(root), "TINYFT_BACKEND": array.backend(), "OPENBLAS_NUM_THREADS": "1"}
     command = [sys.executable, __file__, recipe, str(out), suicide]
@@ -482,7 +487,8 @@ def test_a_process_killed_at_random_moments_and_resumed_ends_bitwise_the_same(tm
     run_recipe("lora", straight)
     draw = random.Random(1)
     codes = []
-    for suicide in ("", "", "fsync 1", "", "replace 2"):                # fsync: in the middle of a write; replace: before the move
+    # A kill at fsync is in the middle of a write, a kill at replace is before the file moves.
+    for suicide in ("", "", "fsync 1", "", "replace 2"):
         process = start_process("lora", killed, suicide)
         if suicide:
             code, _ = finish_process(process, 99)
@@ -644,7 +650,8 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole_and_no_other_file(where, tm
     else:
         monkeypatch.setattr(os, where, raise_full_disk)
     try:
-        with pytest.raises(OSError, match=r"could not write .*checkpoint\.safetensors.* what was there before is untouched"):
+        words = r"could not write .*checkpoint\.safetensors.* what was there before is untouched"
+        with pytest.raises(OSError, match=words):
             run_recipe("lora", tmp_path)
     finally:
         monkeypatch.undo()
@@ -716,7 +723,7 @@ def resume_old_run(name: str, folder: Path, method: Method | None = None) -> tup
 def test_a_run_of_version_0_1_resumes_to_the_losses_and_values_of_version_0_1(name, tmp_path):
     expected, _ = read_tensors(OLD / "expected.safetensors")
     model, history = resume_old_run(name, tmp_path)
-    tolerance = 2e-3 if name == "run-float16" else 1e-6                 # kernels differ from version 0.1 in the last digit
+    tolerance = 2e-3 if name == "run-float16" else 1e-6                 # kernels may differ in the last digit
     assert np.allclose(history.losses, expected[f"{name}/losses"], rtol=0, atol=tolerance)
     compared = 0
     for tensor, p in ft.trained(model).items():

@@ -179,7 +179,7 @@ class Delta(Edit):
 
 @dataclass(frozen=True)
 class TwoPhases(Method):
-    """Train δ; select the 30 % of its entries that moved furthest and set δ to 0; train these. Records every `begin`."""
+    """Train δ; select the 30 % of its entries that moved furthest; set δ to 0; train these. Records every `begin`."""
     optimizer: Any = None
     records: Any = None
     targets: Any = "attn.[qv]"
@@ -450,8 +450,8 @@ def test_training_stops_after_patience_and_restores_the_best_state(monitor, scor
         assert not model.training
         states.append(state_of(model))
         return {monitor: np.float32(next(remaining)), "other": 0}
-    history = fit(model, [make_ids()], 20, AdamW(0.01), evaluate=run_evaluation, evaluate_every=3, patience=2, monitor=monitor,
-                  progress=False)
+    history = fit(model, [make_ids()], 20, AdamW(0.01), evaluate=run_evaluation, evaluate_every=3, patience=2,
+                  monitor=monitor, progress=False)
     assert len(history.evaluations) == evaluations
     assert history.evaluations[0][0] == 3
     assert len(history.losses) == 3 * evaluations
@@ -506,7 +506,8 @@ BAD_BATCHES: dict[str, tuple] = {
     "class too large":
         (make_classifier, labelled([0, 1, 2, 3]), IndexError, "label 3 is outside the 3 classes"),
     "labels of another shape":
-        (make_gpt, labelled(np.zeros((4, 7), int)), ValueError, r"wants labels of shape \(4,\).* or \(4, 8\).*got \(4, 7\)"),
+        (make_gpt, labelled(np.zeros((4, 7), int)), ValueError,
+         r"wants labels of shape \(4,\).* or \(4, 8\).*got \(4, 7\)"),
     "labels that are not integers":
         (make_gpt, labelled(np.zeros((4, 8))), TypeError, "wants integer labels, got float64"),
     "classes for a language model":
@@ -537,7 +538,8 @@ BAD_BATCHES: dict[str, tuple] = {
         (make_gpt, {"ids": make_ids(), "mask": np.ones((4, 9), bool)}, ValueError,
          r"wants a mask of the shape of its ids.* got \(4, 9\)"),
     "token types of another shape":
-        (make_bert, labelled(ONES, token_type_ids=np.zeros((4, 7), int)), ValueError, r"wants a token_type_ids .* got \(4, 7\)"),
+        (make_bert, labelled(ONES, token_type_ids=np.zeros((4, 7), int)), ValueError,
+         r"wants a token_type_ids .* got \(4, 7\)"),
 }
 
 
@@ -570,7 +572,7 @@ def fit_with_evaluation_of_f1() -> None:
 @pytest.mark.parametrize("call, kind, words", [
     (fit_a_frozen_model, ValueError, "nothing trains"),
     (lambda: fit(make_gpt(), [], 3, progress=False), ValueError, "batches have come to an end"),
-    (lambda: fit(make_gpt(), iter([make_ids()]), 3, progress=False), ValueError, "batches have come to an end: give a list"),
+    (lambda: fit(make_gpt(), iter([make_ids()]), 3, progress=False), ValueError, "come to an end: give a list"),
     (lambda: fit(make_gpt(), [make_ids()], -1, progress=False), ValueError, "steps >= 0"),
     (lambda: fit(make_gpt(), [make_ids()], 1, accumulate=0, progress=False), ValueError, "accumulate >= 1"),
     (lambda: evaluate(make_gpt(), []), ValueError, "no batches"),
@@ -604,7 +606,8 @@ class Spoiler(Method):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("spoiled, words", [("loss", "the loss is nan at step 5"), ("gradient", "norm is nan at step 5")])
+@pytest.mark.parametrize("spoiled, words", [
+    ("loss", "the loss is nan at step 5"), ("gradient", "norm is nan at step 5")])
 def test_a_loss_or_gradient_that_is_not_finite_raises_diverged_and_updates_nothing(spoiled, words, tmp_path):
     model = make_gpt()
     attach(model, Spoiler(spoiled))

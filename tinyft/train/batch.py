@@ -41,9 +41,9 @@ class Targets:
 
     ids                     the model's input
     facts                   keyword arguments of the pass's Context
-    labels                  (n,) one per row of logits; IGNORE where nothing is predicted; None if the loss has no labels
+    labels                  (n,) one per row of logits; IGNORE where nothing is predicted; None if there are no labels
     logit_positions         flat indices, into (B·T,), of the positions at which logits are computed; None: all
-    weight                  the weight of this batch's mean loss: the number of labels, or the sum of their class weights
+    weight                  weight of this batch's mean loss: the number of labels, or the sum of their class weights
     class_weight            (classes,) or None
     output_hidden_states    True if the trainer wants the pass to keep all hidden states
     """
@@ -70,7 +70,7 @@ class Loss:
 
     @property
     def module(self) -> Module | None:
-        """A Module that trains with the model. It is in the checkpoint under "loss/", and is not saved with the model."""
+        """A Module that trains with the model. Checkpoints hold it under "loss/"; it is not saved with the model."""
         return None
 
     def read(self, batch: Any) -> Targets:
@@ -99,7 +99,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class CrossEntropy(Loss):
-    """ℓ = − Σᵢ w[yᵢ] log softmax(zᵢ)[yᵢ] / Σᵢ w[yᵢ]        over the labels y that are not -100;  w = class_weight or 1"""
+    """ℓ = − Σᵢ w[yᵢ] log softmax(zᵢ)[yᵢ] / Σᵢ w[yᵢ]        over the labels yᵢ ≠ -100;  w = class_weight or 1"""
 
     def __call__(
         self, model: Module, targets: Targets, rng: np.random.Generator | None = None,
@@ -120,13 +120,14 @@ def cross_entropy(model: Module, logits: Tensor, targets: Targets) -> Tensor:
     """The mean cross-entropy of the logits with the labels. ValueError if there is not one label per row of logits."""
     head = getattr(model, "head", logits)
     if head is None:
-        raise ValueError("this model has no head, so it has no logits to compare with labels: add one (tinyft.classifier)")
+        raise ValueError("this model has no head, so it has no logits to compare with labels: "
+                         "add one (tinyft.classifier)")
     rows = math.prod(logits.shape[:-1])
     is_classifier = isinstance(head, Classifier)
     if len(targets.labels) != rows or (is_classifier and targets.logit_positions is not None):
         advice = ONE_LABEL_PER_SEQUENCE if is_classifier else ONE_LABEL_PER_TOKEN
-        raise ValueError(f"the loss wants one label per row of logits, got {len(targets.labels)} labels and {rows} rows. "
-                         + advice)
+        raise ValueError("the loss wants one label per row of logits, "
+                         f"got {len(targets.labels)} labels and {rows} rows. {advice}")
     check_labels(targets.labels, logits.shape[-1])
     labels = array.put_like(targets.labels, logits.data)
     class_weight = targets.class_weight
@@ -166,8 +167,8 @@ def read_batch(batch: Any) -> Targets:
     if labels.dtype.kind not in "iu":
         raise TypeError(f"a batch wants integer labels, got {labels.dtype}")
     if labels.shape not in (ids.shape[:1], ids.shape[:2]):
-        raise ValueError(f"a batch wants labels of shape {ids.shape[:1]} (a class per row) or {ids.shape[:2]} (a token per "
-                         f"position), got {labels.shape}")
+        raise ValueError(f"a batch wants labels of shape {ids.shape[:1]} (a class per row) or {ids.shape[:2]} "
+                         f"(a token per position), got {labels.shape}")
     has_label = labels != IGNORE
     if not has_label.any():
         raise ValueError(f"this batch of shape {ids.shape[:2]} has nothing to predict: every label is -100 or padding")
@@ -191,7 +192,8 @@ def _read_facts(batch: dict[str, Any], ids: Any) -> dict[str, Any]:
     facts = {name: batch[name] for name in CONTEXT_FACTS if batch.get(name) is not None}
     for name in ("mask", "token_type_ids"):
         if name in facts and np.shape(facts[name]) != ids.shape[:2]:
-            raise ValueError(f"a batch wants a {name} of the shape of its ids, {ids.shape[:2]}; got {np.shape(facts[name])}")
+            raise ValueError(f"a batch wants a {name} of the shape of its ids, {ids.shape[:2]}; "
+                             f"got {np.shape(facts[name])}")
     if "mask" in facts and np.asarray(facts["mask"]).all():
         del facts["mask"]                                               # attention is faster without a mask
     return facts
@@ -221,7 +223,7 @@ class Endless(Protocol):
 
 
 class BatchStream:
-    """The batches of an iterable, repeated without end. One that is not Resumable is counted, and advanced on resume."""
+    """The batches of an iterable, repeated without end. If it is not Resumable, a resume skips the batches taken."""
 
     def __init__(self, batches: Iterable):
         self.batches = batches
@@ -250,8 +252,8 @@ class BatchStream:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to the position that `state_dict` gave. ValueError if it is of another kind of batches."""
         if ("own" in state) != isinstance(self.batches, Resumable):
-            raise ValueError("this checkpoint is of a run over another kind of batches: one has a state_dict, the other is "
-                             "counted")
+            raise ValueError("this checkpoint is of a run over another kind of batches: "
+                             "one has a state_dict, the other is counted")
         if "own" in state:
             self.batches.load_state_dict(state["own"])
             self.iterator = iter(self.batches)

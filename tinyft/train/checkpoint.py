@@ -32,7 +32,7 @@ Run = Any                                                               # loop.R
 
 # ── names of tensors ─────────────────────────────────────────────────────────────────────────────────────────────────
 def named_tensors(model: Module, loss: Loss) -> dict[str, Tensor]:
-    """All tensors of a run: those of the model under their names, those of the loss's module under "loss." and theirs."""
+    """All tensors of a run by name; a tensor of the loss's module has "loss." before its name."""
     named = dict(model.named_parameters())
     if loss.module is not None:
         named |= {f"loss.{name}": p for name, p in loss.module.named_parameters().items()}
@@ -181,7 +181,10 @@ def describe_run(run: Run) -> dict[str, Any]:
     """The settings that a resumed run must share with the run that wrote the checkpoint; JSON-able."""
     settings = run.settings
     identity = {
-        "steps": settings.steps, "accumulate": settings.accumulate, "clip": settings.clip, "autocast": settings.autocast,
+        "steps": settings.steps,
+        "accumulate": settings.accumulate,
+        "clip": settings.clip,
+        "autocast": settings.autocast,
         "optimizer": repr(run.optimizer),
         "methods": {a.name: describe(a.method) for a in edit.attached(run.model)},
         "loss": describe_loss(run.loss),
@@ -234,7 +237,8 @@ def from_version_0_1(
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """A checkpoint of version 0.1 in today's form. It knew one loss, one phase per run, and these names:
 
-        value/base/<name>    value/edit/<adapter>/<path>:<name>    value/mask/...    optimizer/<group>.<moment>    best/...
+        value/base/<name>    value/edit/<adapter>/<path>:<name>    value/mask/...    optimizer/<group>.<moment>
+        best/...
     """
     new = {}
     for name, value in arrays.items():
@@ -243,7 +247,8 @@ def from_version_0_1(
             new[name] = value
         else:
             new[("best/" if head == "best" else "") + _new_name(rest)] = value
-    history = {name: facts[name] for name in ("losses", "evaluations", "stopped")} | {"skipped": facts.get("skipped", [])}
+    history = {name: facts[name] for name in ("losses", "evaluations", "stopped")}
+    history["skipped"] = facts.get("skipped", [])
     history["terms"] = {"loss": list(facts["losses"])}
     if not are_methods_of_0_1(facts["methods"], edit.attached(run.model)):
         ours = to_text(run.identity["methods"])
@@ -261,7 +266,7 @@ def from_version_0_1(
 def are_methods_of_0_1(text: str, attached: tuple[edit.Attached, ...]) -> bool:
     """True if version 0.1 would have described the attached methods by this text, "lora: LoRA(r=2, alpha=16.0); ...".
 
-    Only fields that the methods still have are compared: version 0.1 had others, which found the modules by their names.
+    Only fields that the methods still have are compared. Version 0.1 had others, which named modules.
     """
     parts = text.split("; ") if text else []
     if len(parts) != len(attached):

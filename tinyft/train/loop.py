@@ -108,8 +108,8 @@ def fit(
 ) -> History:
     """Train the parameters that the attached methods train (without a method: all parameters), for `steps` updates.
 
-    batches         an iterable of batches, repeated without end. If it has state_dict and load_state_dict (data.Batches),
-                    a resumed run does not read the earlier batches again
+    batches         an iterable of batches, repeated without end. If it has state_dict and load_state_dict
+                    (data.Batches), a resumed run does not read the earlier batches again
     optimizer       AdamW(1e-3) if None
     schedule        (t, T) -> factor on the learning rate
     loss            a Loss; CrossEntropy() if None
@@ -118,17 +118,17 @@ def fit(
     out             a folder. The state is written to out/checkpoint.safetensors every `save_every` steps, before and
                     after the setup of a phase, and at the end, atomically
     resume          continue from the checkpoint in `out`, bitwise as if never stopped; without one, start anew
-    evaluate        called every `evaluate_every` steps, returns metrics. With patience > 0, training stops after so many
-                    evaluations without a better metric `monitor` (lower is better for names that end in loss or
+    evaluate        called every `evaluate_every` steps, returns metrics. With patience > 0, training stops after so
+                    many evaluations without a better metric `monitor` (lower is better for names that end in loss or
                     perplexity), and the best state is restored
-    autocast        "bfloat16" or "float16": matrix products in 16 bits (tinyft.autocast). float16 uses a GradScaler, which
-                    skips steps that overflow
-    capture         on CuPy, replay steps as CUDA graphs (tinyft.capture); after the first eight shapes, other shapes run
-                    uncaptured. No effect on NumPy. CannotCapture for accumulate > 1, float16, and methods that override
-                    begin or step
+    autocast        "bfloat16" or "float16": matrix products in 16 bits (tinyft.autocast). float16 uses a GradScaler,
+                    which skips steps that overflow
+    capture         on CuPy, replay steps as CUDA graphs (tinyft.capture); after the first eight shapes, other shapes
+                    run uncaptured. No effect on NumPy. CannotCapture for accumulate > 1, float16, and methods that
+                    override begin or step
 
-    Ctrl-C finishes the step, writes the checkpoint and raises KeyboardInterrupt. Diverged if a loss or a norm of gradients
-    is not finite; then nothing was updated or written.
+    Ctrl-C finishes the step, writes the checkpoint and raises KeyboardInterrupt. Diverged if a loss or a norm of
+    gradients is not finite; then nothing was updated or written.
     """
     loss = CrossEntropy() if loss is None else loss
     optimizer = optimizer or AdamW(1e-3)
@@ -250,7 +250,8 @@ def explain_divergence(run: Run, loss: float, factor: float, error: FloatingPoin
     """The message of Diverged."""
     step = run.done + 1
     if math.isfinite(loss):
-        return f"{error} at step {step}: lower the learning rate or warm up longer; tinyft.detect_anomaly() names the op"
+        return (f"{error} at step {step}: lower the learning rate or warm up longer; "
+                "tinyft.detect_anomaly() names the op")
     rate = run.optimizer.lr * factor
     return (f"the loss is {loss} at step {step} (learning rate {rate:.2g}): lower the learning rate or warm up longer; "
             "tinyft.detect_anomaly() names the op where it began")
@@ -258,9 +259,9 @@ def explain_divergence(run: Run, loss: float, factor: float, error: FloatingPoin
 
 # ── a step as one CUDA graph ─────────────────────────────────────────────────────────────────────────────────────────
 def replay_step(run: Run, targets: Targets, factor: float) -> tuple[Array, dict[str, Any], Array]:
-    """A step replayed as a CUDA graph: (loss, terms, norm). Checks the batch on the host first, since a graph cannot."""
+    """A step replayed as a CUDA graph: (loss, terms, norm). The batch is checked on the host, since a graph cannot."""
     run.loss.check(run.model, targets)
-    fields = vars(targets) | {"weight": 1}                              # the weight counts beside other micro-batches only
+    fields = vars(targets) | {"weight": 1}                              # of one batch, the weight does not count
     return run.replay(type(targets), fields, float(factor), run.rng)
 
 
@@ -308,11 +309,11 @@ class Run:
         self.ignored_warnings = {"over": "ignore", "invalid": "ignore"} if self.scaler.enabled else {}
         self.stages = make_stages(edit.attached(model), settings.steps)
         self.history = History()
-        self.stage = 0                                                  # position: the stage, the step in it, steps in all
-        self.t = 0
-        self.done = 0
+        self.stage = 0                                                  # index of the current stage
+        self.t = 0                                                      # steps taken in this stage
+        self.done = 0                                                   # steps taken in all
         self.phase_evaluations = 0                                      # evaluations before this training phase
-        self.best: dict[str, np.ndarray] | None = None                  # values at the best evaluation of this training phase
+        self.best: dict[str, np.ndarray] | None = None                  # values at the best evaluation of this phase
         self.optimizer_state: dict[str, np.ndarray] | None = None       # from a checkpoint, for the next start
         self.replay: Callable | None = None                             # the captured step
         self.tokens = 0

@@ -21,9 +21,10 @@ class Stage:
 
 
 def make_stages(attached: Sequence[Attached], steps: int) -> list[Stage]:
-    """The stages of a run, in order. Before each training phase stand the setups of all methods, in order of attachment.
+    """The stages of a run, in order. Before each training phase come the setups of all methods, as they were attached.
 
-    A method with one training phase joins the first training phase of the run; its setups after that phase run at the end.
+    A method with one training phase has its first setups before the first training phase of the run, and its last
+    ones at the end.
     ValueError if the shares of a method do not sum to 1, or if two methods have several training phases.
     """
     shares = [1.0]
