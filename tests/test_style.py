@@ -20,12 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 EXEMPT = """
 lessons/01_autograd/exercises_graphs.py: columns
 tests/benchmarks/bench.py: nested_comprehension
-tests/benchmarks/gpu_clock.py: columns
 tests/benchmarks/gpu_sections.py: columns assigned_lambda nested_lambda nested_comprehension
-tests/benchmarks/gpu_sides.py: columns
-tests/benchmarks/gpu_steps.py: columns nested_comprehension
-tests/benchmarks/side_floor.py: columns
-tests/benchmarks/side_torch.py: columns
+tests/benchmarks/gpu_steps.py: nested_comprehension
 tests/conftest.py: columns
 tests/emulated/test_capture.py: columns assigned_lambda nested_lambda nested_comprehension positional_boolean
 tests/emulated/test_cost.py: columns
@@ -56,8 +52,8 @@ tinyft/tensor.py: columns
 tinyft/train/batch.py: columns
 tinyft/train/loop.py: columns
 """
-RIDDLES_LEFT = 17                         # docstrings in tinyft/ that begin with a question word; may only fall
-UNDOCUMENTED_LEFT = 176                   # public names in tinyft/ without a docstring; may only fall
+RIDDLES_LEFT = 15                         # docstrings in tinyft/ that begin with a question word; may only fall
+UNDOCUMENTED_LEFT = 70                    # public names in tinyft/ without a docstring; may only fall
 
 COLUMNS = 120
 METHOD_COLUMNS = 100                                       # also of the exercises
