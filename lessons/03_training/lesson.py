@@ -104,7 +104,7 @@ assert free[150] < 0.05 and np.allclose(clipped, 1, atol=1e-3) and np.allclose(d
 # **Accumulation.** A batch too large for memory goes through in parts, and gradients add up. The loss of a part is a mean over *its* labels. So one
 # with 53 labels must not weigh as much as one with 98. The mean of the means is a common error. The library's step weights by labels:
 # %%
-quote(ft.train.Run.step)
+quote(ft.train.loop.add_gradients)
 sentences = [s for record in ft.data.snapshot()[:60] for s in ft.data.sentences(record.text)][:8]
 ids, mask = ft.data.pad(sorted((e.ids for e in ft.data.shipped_tokenizer().encode_batch(sentences)), key=len))
 gradients, labels = [], []
