@@ -427,14 +427,24 @@ def causal_mask(t: int, s: int, m: ModuleType = np) -> Array:
     return m.tril(m.ones((t, s), dtype=bool), s - t)
 
 
-def attention_shape(q: Array, k: Array, v: Array, bias: Array | None = None, key_mask: Array | None = None,
-                    dropout_mask: Array | None = None) -> tuple[int, ...]:
-    """The shape (..., H, Tq, Tk) of the scores of these arrays.  ValueError for arrays that do not fit (the engine makes it a ShapeError)."""
-    shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
-    if q.ndim < 2 or k.ndim != q.ndim or k.shape[:-1] != v.shape[:-1] or q.shape[-1] != k.shape[-1] or q.shape[:-3] != k.shape[:-3]:
-        raise ValueError(f"attention wants q (..., H, Tq, D), k (..., Hkv, Tk, D) and v (..., Hkv, Tk, E), got {shapes}")
+def attention_shape(
+    q: Array,
+    k: Array,
+    v: Array,
+    bias: Array | None = None,
+    key_mask: Array | None = None,
+    dropout_mask: Array | None = None,
+) -> tuple[int, ...]:
+    """The shape (..., H, Tq, Tk) of the scores of these arrays.
+
+    ValueError, which the engine makes a ShapeError, for arrays that do not fit; TypeError for a bias that is none."""
+    if (q.ndim < 2 or k.ndim != q.ndim or k.shape[:-1] != v.shape[:-1]
+            or q.shape[-1] != k.shape[-1] or q.shape[:-3] != k.shape[:-3]):
+        raise ValueError("attention wants q (..., H, Tq, D), k (..., Hkv, Tk, D) and v (..., Hkv, Tk, E), "
+                         f"got {q.shape}, {k.shape} and {v.shape}")
     if q.ndim > 2 and q.shape[-3] != k.shape[-3] and (k.shape[-3] == 0 or q.shape[-3] % k.shape[-3]):
-        raise ValueError(f"attention wants a number of query heads that its key/value heads divide, got {shapes}")
+        raise ValueError("attention wants a number of query heads that the number of key/value heads divides, "
+                         f"got q {q.shape} and k {k.shape}")
     if isinstance(bias, Tensor):
         raise TypeError("attention wants its bias by position, attention(q, k, v, bias): a keyword gets no gradient")
     if bias is not None and bias.dtype == bool:
@@ -453,21 +463,25 @@ def repeat_heads(a: Array, group: int) -> Array:
 
 def sum_heads(g: Array, group: int) -> Array:
     """The adjoint of repeat_heads: the sum over the copies of each head."""
-    return g if group == 1 else g.reshape(*g.shape[:-3], g.shape[-3] // group, group, *g.shape[-2:]).sum(axis=-3)
+    if group == 1:
+        return g
+    return g.reshape(*g.shape[:-3], g.shape[-3] // group, group, *g.shape[-2:]).sum(axis=-3)
 
 
 @op("... t d, ... s d, ... s e, ... t s -> ... t e")
 def attention(q, k, v, bias=None, *, key_mask=None, causal=False, scale=None, dropout_mask=None):
     """O = (P ⊙ M) V,  P = softmax(α Q Kᵀ + B).    α = 1/√D unless `scale` is given
 
-    q (..., H, Tq, D), k (..., Hkv, Tk, D), v (..., Hkv, Tk, E) -> (..., H, Tq, E).  Hkv divides H: query heads h H/Hkv to (h + 1) H/Hkv − 1
-    share key/value head h (grouped-query attention, Ainslie et al. 2023).  The other arrays broadcast to the scores (..., H, Tq, Tk):
-    bias B; key_mask, bool, True where a query may look at a key; dropout_mask M, factors of P.  causal: query i may look at keys
-    j ≤ i + Tk − Tq, so cached and prefix keys come before all queries.  A query that may look at no key gives zeros.
+    q (..., H, Tq, D), k (..., Hkv, Tk, D), v (..., Hkv, Tk, E) -> (..., H, Tq, E). Hkv divides H: each key/value head
+    serves a group of H/Hkv neighbouring query heads (grouped-query attention, Ainslie et al. 2023).
+    Three arrays broadcast to the scores (..., H, Tq, Tk): the bias B; key_mask, bool, True where a query may look at a
+    key; dropout_mask M, the factors of P. causal: query i may look at keys j ≤ i + Tk − Tq, so cached keys and prefix
+    keys come before all queries. A query that may look at no key gives zeros, with zero gradients.
 
-        dV = (P ⊙ M)ᵀ G,   dP = G Vᵀ ⊙ M,   dB = P (dP − Σ dP P),   dQ = α dB K,   dK = α dBᵀ Q,      dK and dV summed over a group
+        dV = (P ⊙ M)ᵀ G,   dP = G Vᵀ ⊙ M,   dB = P (dP − Σ dP P),   dQ = α dB K,   dK = α dBᵀ Q
 
-    ShapeError for heads, lengths or widths that do not fit, and for a bias or mask that does not broadcast to the scores."""
+    dK and dV are summed over a group. ShapeError for heads, lengths or widths that do not fit, and for a bias or mask
+    that does not broadcast to the scores."""
     attention_shape(q, k, v, bias, key_mask, dropout_mask)
     m = xp(q)
     alpha = q.shape[-1]**-0.5 if scale is None else scale
