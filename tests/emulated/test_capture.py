@@ -118,7 +118,7 @@ def feed_in_the_graphs_own_memory(m):
     "An array made while the graph is noted: earlier kernels of the graph have used its memory."
     def feed(self, f, shape):
         a = cp.empty(shape, np.float32)
-        if self.noting:
+        if self.capturing:
             self.feeds.append((a, f))
         else:
             a.set(f().astype(np.float32))
@@ -141,7 +141,7 @@ def count_on_the_host(m):
     def stuck(opt, factor):
         t = opt.t + 1
         rates = right(opt, factor)
-        if array.recording is not None and array.recording.noting:
+        if array.recording is not None and array.recording.capturing:
             (a, f), = array.recording.feeds
             array.recording.feeds[:] = [(a, lambda: (setattr(opt, "t", t - 1), f())[1])]
         return rates

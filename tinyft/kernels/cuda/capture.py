@@ -1,14 +1,15 @@
-"""A whole training step, noted once as a CUDA graph and replayed: the host then says one word where it said hundreds.
+"""A whole training step as one CUDA graph, captured once and replayed: one launch in place of hundreds.
 
-A graph holds kernels with their arguments: numbers as they were, and addresses.  So
+A graph holds kernels with their arguments, which are fixed: numbers and addresses.  So
 
-    memory      comes from a pool of the graph's own, which lives as long as the graph: no one else is given those addresses
-    inputs      are copied into arrays that stay; of other shapes, another graph is made
-    numbers     that change (rates, bias corrections, keys of dropout) lie on the device, and are sent before each replay
-    the stream  is one of its own, since the default one cannot be captured; events keep the order with all other work
+    memory      comes from the graph's own pool, which lives as long as the graph: no other array gets these addresses
+    inputs      are copied into arrays that stay; another graph is captured for other shapes
+    numbers     that change (learning rates, bias corrections, dropout keys) lie on the device, and are sent before a replay
+    the stream  is the graph's own, since the default stream cannot be captured; events keep the order with other work
 
-The first two calls run as they are, which compiles kernels and fills the pool, and are watched: a number that the host gave a kernel, and
-that is another at the next call, would be wrong for ever after.  Such a step is refused, as is one that waits for the device or brings host data.
+The first two calls run eagerly, which compiles kernels and fills the pool.  They record every number that the host gives a
+kernel: a number that differs in the next call would stay wrong in every replay.  Such a step is refused, and so is a step
+that waits for the device or transfers host data.
 """
 from __future__ import annotations
 
@@ -27,15 +28,19 @@ from ...optim.optimizers import Optimizer
 from ...tensor import Tensor
 from . import casts
 
-WATCHED = 2                                                                      # calls before the one that is noted
-GRAPHS = 8                                                                       # shapes a step may come with
+WATCHED = 2                                              # eager calls before the capture
+GRAPHS = 8                                               # different shapes of the arguments, each with its graph
 
 
 class Captured:
-    """A step that is replayed, from its third call with arguments of the same shapes.  otherwise: what does the work for more shapes than GRAPHS."""
+    """A step that is replayed from its third call with arguments of the same shapes on.
+
+    otherwise: a function for the calls with further shapes, once there are GRAPHS graphs; None refuses them."""
 
     def __init__(self, step: Callable, otherwise: Callable | None = None):
-        self.step, self.otherwise, self.graphs = step, otherwise, {}
+        self.step = step
+        self.otherwise = otherwise
+        self.graphs: dict[str, Recording] = {}
         self.stream = cupy.cuda.Stream(non_blocking=True)
 
     def __call__(self, *args: Any) -> Any:
@@ -46,8 +51,8 @@ class Captured:
             if len(self.graphs) == GRAPHS and self.otherwise:
                 return self.otherwise(*args)
             if len(self.graphs) == GRAPHS:
-                raise CannotCapture(f"this step comes with ever other shapes or numbers: {GRAPHS} graphs are made, and now {key}.  Pass ids of "
-                                    "one shape, and what changes as a float or an array")
+                raise CannotCapture(f"this step comes with ever other shapes or numbers: {GRAPHS} graphs are made, "
+                                    f"and now {key}.  Pass ids of one shape, and what changes as a float or an array")
             self.graphs[key] = Recording(self.step, self.stream)
         here = cupy.cuda.get_current_stream()
         self.stream.wait_event(here.record())
@@ -61,67 +66,87 @@ class Captured:
 
 
 class Number:
-    """A float that was given to the step: `now` at this call.  It has no arithmetic, whose result would be of one call only."""
+    """A float argument of the step; `now` is its value in this call.
+
+    It has no arithmetic: the result would hold for one call only."""
     def __init__(self, now: float):
         self.now = now
 
     def __float__(self) -> float:
-        raise CannotCapture("a float given to a captured step is for optimizer.step(factor) alone: give other numbers as arrays")
+        raise CannotCapture("a float given to a captured step is for optimizer.step(factor) alone: "
+                            "give other numbers as arrays")
 
 
 class Keys:
-    """A generator that was given to the step: draws what it would, and puts it on the device."""
+    """A generator argument of the step: the same draws, on the device."""
 
     def __init__(self, recording: Recording):
-        self.recording, self.rng, self.n, self.most = recording, None, 0, 0
+        self.recording = recording
+        self.rng = None
+        self.n = 0                                           # draws in this call
+        self.most = 0                                        # draws in any call
         self.drawn = cupy.zeros(4096, np.uint64)
 
     def begin(self, rng: np.random.Generator) -> None:
-        """A call of the step: to be noted, or not."""
-        self.rng, self.n = rng, 0
+        """Begin a call of the step."""
+        self.rng = rng
+        self.n = 0
 
     def integers(self, high: int) -> Array:
         if high != 2**63 or self.n == len(self.drawn):
-            raise CannotCapture(f"of a generator given to a captured step only dropout may draw, and {len(self.drawn)} times")
+            raise CannotCapture("of a generator given to a captured step only dropout may draw, "
+                                f"and {len(self.drawn)} times")
         key = self.drawn[self.n:self.n + 1]
-        if not self.recording.noting:
+        if not self.recording.capturing:
             key.set(np.array([self.rng.integers(high)], np.uint64))
         self.n += 1
         self.most = max(self.most, self.n)
         return key
 
     def send(self) -> None:
-        """The keys of a replay."""
+        """Send the keys of a replay to the device."""
         if self.most:
-            self.drawn[:self.most].set(np.array([self.rng.integers(2**63) for _ in range(self.most)], np.uint64))
+            keys = [self.rng.integers(2**63) for _ in range(self.most)]
+            self.drawn[:self.most].set(np.array(keys, np.uint64))
 
 
 class Recording:
-    """One graph, or the calls on the way to it.  array.recording, while the step runs under it."""
+    """One graph, and the eager calls before its capture.  It is array.recording while the step runs."""
 
     def __init__(self, step: Callable, stream: Any):
-        self.step, self.stream, self.pool, self.calls, self.graph = step, stream, cupy.cuda.MemoryPool(), 0, None
-        self.noting, self.notes, self.before, self.feeds, self.fed, self.optimizers = False, [], [], [], 0, []
+        self.step = step
+        self.stream = stream
+        self.pool = cupy.cuda.MemoryPool()
+        self.calls = 0
+        self.graph = None
+        self.capturing = False
+        self.notes: list[tuple] = []                         # (kernel, numbers from the host), of this call
+        self.before: list[tuple] = []                        # the same, of the call before
+        self.feeds: list[tuple] = []                         # (array on the device, function that computes it), sent before a replay
+        self.fed = 0                                         # feeds of this call so far
+        self.optimizers: list[tuple] = []
 
-    # ── what the library tells it ──
+    # ── called by the library while the step runs ──
     def note(self, what: str, numbers: tuple) -> None:
-        """A kernel, and what it was given by the host."""
+        """Record a kernel, and the numbers that the host gave it."""
         self.notes.append((what, numbers))
 
     def feed(self, f: Callable[[], np.ndarray], shape: tuple) -> Array:
-        """An array on the device that holds f() at each call, float32.  The same array at every call, made at the first: were it made while the
-        graph is noted, its memory could be what an earlier kernel of the graph has used and let go of, and would write to again."""
+        """A float32 array on the device that holds f() in each call.
+
+        It is allocated in the first call.  Memory from the capture itself could be memory that an earlier kernel of the graph
+        has freed and would write to again."""
         if self.fed == len(self.feeds):
             self.feeds.append((cupy.empty(shape, np.float32), f))
         a = self.feeds[self.fed][0]
         self.feeds[self.fed] = a, f
         self.fed += 1
-        if not self.noting:
+        if not self.capturing:
             a.set(f().astype(np.float32))
         return a
 
     def now(self, number: Any) -> Callable[[], float]:
-        """What a number is at each call: of a plain one, the same."""
+        """A function that returns a number's value in each call; for a plain number, always the same."""
         if isinstance(number, Number):
             return lambda: number.now
         self.note("optimizer.step", (number,))
@@ -129,6 +154,7 @@ class Recording:
 
     # ── a call ──
     def call(self, args: tuple) -> Any:
+        """Run the step eagerly, capture it, or replay its graph."""
         with cupy.cuda.using_allocator(self.pool.malloc), self.stream:
             if self.calls == 0:
                 self.inputs = mapped(args, self.place)
@@ -139,20 +165,24 @@ class Recording:
             else:
                 if self.graph is None:
                     self.out = self.record()
-                for a, f in self.feeds:
-                    a.set(f().astype(np.float32))
-                for k in leaves(self.inputs):
-                    if isinstance(k, Keys):
-                        k.send()
-                self.graph.launch(self.stream)
-                for o, *_ in self.optimizers:
-                    o.mark_written()
+                self.replay()
                 out = self.out
-        with self.stream:                                                        # copies: the graph's own arrays are written to by the next call
-            return mapped(out, lambda a: Tensor(a.data.copy()) if isinstance(a, Tensor) else a.copy() if array.is_array(a) else a)
+        with self.stream:
+            return mapped(out, _copied)                      # the next call writes to the graph's own arrays
+
+    def replay(self) -> None:
+        """Send the numbers that change, launch the graph, and record that the parameters were written to."""
+        for a, f in self.feeds:
+            a.set(f().astype(np.float32))
+        for argument in leaves(self.inputs):
+            if isinstance(argument, Keys):
+                argument.send()
+        self.graph.launch(self.stream)
+        for optimizer, *_ in self.optimizers:
+            optimizer.mark_written()
 
     def place(self, a: Any) -> Any:
-        """What the step is given for an argument, at every call."""
+        """The object that stands for an argument in every call of the step."""
         if isinstance(a, np.random.Generator):
             return Keys(self)
         if isinstance(a, (np.ndarray, cupy.ndarray)):
@@ -161,7 +191,7 @@ class Recording:
 
     @staticmethod
     def put(there: Any, a: Any) -> Any:
-        """This call's argument, where the step looks for it."""
+        """Write this call's argument into the object that stands for it."""
         if isinstance(there, Keys):
             there.begin(a)
         elif isinstance(there, Number):
@@ -173,24 +203,29 @@ class Recording:
         return there
 
     def run(self) -> Any:
-        """The step, watched."""
-        self.before, self.notes, self.optimizers, self.fed, array.recording = self.notes, [], [], 0, self
-        casts.forget()                                                           # parameters are cast within the step, at each replay
+        """Run the step, and record the numbers that the host gives its kernels."""
+        self.before = self.notes
+        self.notes = []
+        self.optimizers = []
+        self.fed = 0
+        array.recording = self
+        casts.forget()                                       # parameters are cast within the step, at each replay
         try:
             out = self.step(*self.inputs)
         finally:
             array.recording = None
         if any(p.grad is not None for o, *_ in self.optimizers for g in o.groups for p in g.tensors.values()):
-            raise CannotCapture("this step leaves gradients behind, which the next would add to: end it with optimizer.zero_grad()")
+            raise CannotCapture("this step leaves gradients behind, which the next would add to: "
+                                "end it with optimizer.zero_grad()")
         if self.calls > 1 and self.before != self.notes:
             raise CannotCapture(_difference(self.before, self.notes))
         return out
 
     def record(self) -> Any:
-        """The step once more, noted and not done.  Nothing has happened if it is refused."""
+        """Capture the step, without running its kernels.  If it is refused, nothing has changed."""
         groups = [g for o, *_ in self.optimizers for g in o.groups]
         self.stream.synchronize()
-        self.noting = True
+        self.capturing = True
         self.stream.begin_capture()
         try:
             out = self.run()
@@ -201,29 +236,31 @@ class Recording:
             try:
                 self.stream.end_capture()
             except cupy.cuda.runtime.CUDARuntimeError:
-                pass                                                             # spoilt by what is told here
+                pass                                         # the capture is invalid; e has the cause
             if not isinstance(e, (RuntimeError, TypeError)) or isinstance(e, CannotCapture):
                 raise
             raise CannotCapture(_where(e)) from e
         finally:
-            self.noting = False
+            self.capturing = False
         self.graph = self.stream.end_capture()
         return out
 
     def watch(self, opt: Optimizer) -> None:
-        """An optimiser of this step, with what it updates."""
+        """Record an optimiser of this step, with its groups of tensors and their flat arrays."""
         self.optimizers.append((opt, opt.groups, [g.w for g in opt.groups]))
 
     def outdated(self) -> bool:
-        """Whether what the graph updates is no longer what its optimisers would: one was started again, or has followed its tensors elsewhere."""
-        for o, *_ in self.optimizers:
-            o.reclaim_tensors()
-        return any(o.groups is not groups or any(g.w is not w for g, w in zip(groups, values)) for o, groups, values in self.optimizers)
+        """True if an optimiser no longer updates the arrays of the graph: it was started again, or its tensors have moved."""
+        for optimizer, groups, values in self.optimizers:
+            optimizer.reclaim_tensors()
+            if optimizer.groups is not groups or any(g.w is not w for g, w in zip(groups, values)):
+                return True
+        return False
 
 
-# ── arguments and results: tuples, lists and dicts of things ─────────────────────────────────────────────────────────
+# ── arguments and results: tuples, lists and dicts ───────────────────────────────────────────────────────────────────
 def mapped(tree: Any, f: Callable, *others: Any) -> Any:
-    """f of every leaf (and of the leaves of others of the same form)."""
+    """The tree with f(leaf, leaves of the others at the same place) in the place of each leaf."""
     if isinstance(tree, (tuple, list)):
         return type(tree)(mapped(a, f, *(o[i] for o in others)) for i, a in enumerate(tree))
     if isinstance(tree, dict):
@@ -232,13 +269,21 @@ def mapped(tree: Any, f: Callable, *others: Any) -> Any:
 
 
 def leaves(tree: Any) -> list:
+    """The leaves of a tree, in order."""
     out: list = []
     mapped(tree, out.append)
     return out
 
 
+def _copied(a: Any) -> Any:
+    """A copy of a tensor or an array of the step's result; anything else as it is."""
+    if isinstance(a, Tensor):
+        return Tensor(a.data.copy())
+    return a.copy() if array.is_array(a) else a
+
+
 def _kind(a: Any) -> Any:
-    """What of an argument a graph is made for."""
+    """The properties of an argument for which a graph holds: an array's dtype and shape, the type of a float, else the value."""
     if isinstance(a, (np.ndarray, cupy.ndarray)):
         return a.dtype.str, a.shape
     return type(a).__name__ if isinstance(a, (float, np.random.Generator)) else a
@@ -246,18 +291,20 @@ def _kind(a: Any) -> Any:
 
 # ── refusals ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 def _difference(before: list, now: list) -> str:
+    """The message for two calls whose kernels or numbers differ."""
     for (name, a), (other, b) in zip(before, now):
         if name != other:
             return f"this step does something else at each call: {name} before, {other} now"
         if a != b:
             one, two = next((x, y) for x, y in zip(a, b) if x != y)
-            return (f"this step gives {name} another number at each call, which a replay could not: {one} before, {two} now.  Give what "
-                    "changes to the step as an argument: a float for optimizer.step, a generator for dropout, arrays for all else")
+            return (f"this step gives {name} another number at each call, which a replay could not: {one} before, "
+                    f"{two} now.  Give what changes to the step as an argument: a float for optimizer.step, "
+                    "a generator for dropout, arrays for all else")
     return f"this step does something else at each call: {len(before)} kernels before, {len(now)} now"
 
 
 def _where(e: BaseException) -> str:
-    """What was refused, and at which line of the step."""
+    """The message for an error in the capture: the cause, and the line of the step."""
     ours = (str(Path(array.__file__).parent), str(Path(cupy.__file__).parent))
     frames = [f for f in traceback.extract_tb(e.__traceback__) if f.filename.endswith(".py")]
     theirs = [f for f in frames if not f.filename.startswith(ours)] or frames
@@ -269,5 +316,6 @@ def _where(e: BaseException) -> str:
         why = "it brings host data to the device: give that to the step as an argument"
     elif isinstance(e, NotImplementedError):
         why = "CuPy's own product cannot be captured: the kernels are off, or the dtypes differ"
-    f = theirs[-1]
-    return f"this step cannot be captured: {why}.  {Path(f.filename).name}, line {f.lineno}: {linecache.getline(f.filename, f.lineno).strip()}"
+    frame = theirs[-1]
+    line = linecache.getline(frame.filename, frame.lineno).strip()
+    return f"this step cannot be captured: {why}.  {Path(frame.filename).name}, line {frame.lineno}: {line}"
