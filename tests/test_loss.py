@@ -294,6 +294,18 @@ def test_a_teachers_auxiliary_losses_do_not_count():
         check_only_the_students_losses_count(SharedContextTeacher)
 
 
+def test_an_auxiliary_loss_named_loss_is_refused():
+    class Replacing(BalancedMLP):
+        def forward(self, x: ft.Tensor, ctx: Context) -> ft.Tensor:
+            y = self.mlp(x, ctx)
+            ctx.add_loss("loss", (y * y).mean())
+            return y
+    model = make_gpt()
+    model.blocks[0].mlp = Replacing(model.blocks[0].mlp)
+    with pytest.raises(ValueError, match="another name than 'loss'"):
+        ft.fit(model, BATCHES, 1, progress=False)
+
+
 # ── penalties that read hidden states ────────────────────────────────────────────────────────────────────────────────
 def fit_with_penalty(**more: Any) -> ft.History:
     model = make_gpt()

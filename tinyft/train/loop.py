@@ -211,9 +211,10 @@ def add_gradients(run: Run, batches: list[Targets], rng: np.random.Generator) ->
     for targets in batches:
         with run.autocast(), np.errstate(**run.ignored_warnings):
             ctx, loss = run.loss(run.model, targets, rng)
-            terms = {"loss": loss, **compute_penalties(run, ctx), **ctx.losses}
-            for name, value in terms.items():
-                loss = loss if name == "loss" else loss + value
+            added = compute_added_terms(run, ctx)
+            terms = {"loss": loss, **added}
+            for value in added.values():
+                loss = loss + value
         share = targets.weight / total_weight
         if len(batches) > 1:
             loss = loss * share                                         # Σ wᵢ ℓᵢ / Σ wᵢ, not a mean of means
@@ -228,13 +229,18 @@ def add_gradients(run: Run, batches: list[Targets], rng: np.random.Generator) ->
     return total, totals
 
 
-def compute_penalties(run: Run, ctx: Context) -> dict[str, Any]:
-    """{"penalty.<name>": penalty} of every attached method that has one."""
-    penalties = {}
+def compute_added_terms(run: Run, ctx: Context) -> dict[str, Any]:
+    """The terms that are added to the loss: "penalty.<name>" of every method that has one, and the auxiliary losses."""
+    terms = {}
     for a in edit.attached(run.model):
         if type(a.method).penalty is not Method.penalty:
-            penalties[f"penalty.{a.name}"] = a.method.penalty(a.edits, run.model, ctx)
-    return penalties
+            terms[f"penalty.{a.name}"] = a.method.penalty(a.edits, run.model, ctx)
+    taken = {"loss", *terms}
+    for name, value in ctx.losses.items():
+        if name in taken:
+            raise ValueError(f"add_loss wants another name than {name!r}, which fit logs itself")
+        terms[name] = value
+    return terms
 
 
 def read_values(loss: Array, norm: Any, terms: dict[str, Any]) -> tuple[float, float, dict[str, float]]:
