@@ -42,7 +42,7 @@ def as_command(name: str, smoke: bool) -> list[str]:
 
 def test_a_section_that_fails_is_written_down_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "LIMITS", {name: 2 if "hangs" in name else 300 for name in SECTIONS})
-    failed = gpu.measure(list(SECTIONS), tmp_path, False, 5, as_command)
+    failed = gpu.measure(list(SECTIONS), tmp_path, smoke=False, minutes=5, command=as_command)
     found = json.loads((tmp_path / "gpu.json").read_text())["sections"]
     for name, (_, rows, error) in SECTIONS.items():
         assert len(found[name]["rows"]) == rows and found[name]["error"] == error, name
@@ -53,7 +53,7 @@ def test_a_section_that_fails_is_written_down_and_the_rest_goes_on(tmp_path, mon
 
 
 def test_a_section_without_time_left_is_reported(tmp_path, capsys):
-    assert gpu.measure(["good"], tmp_path, False, 0.0, as_command) == ["good: not begun: no time was left"]
+    assert gpu.measure(["good"], tmp_path, smoke=False, minutes=0.0, command=as_command) == ["good: not begun: no time was left"]
 
 
 def test_rows_are_on_disk_before_the_section_ends(tmp_path, monkeypatch, capsys):
@@ -66,7 +66,7 @@ def test_rows_are_on_disk_before_the_section_ends(tmp_path, monkeypatch, capsys)
         counts.append(len(written["sections"]["good"]["rows"]))
 
     monkeypatch.setattr(gpu.Results, "write", write)
-    gpu.measure(["good"], tmp_path, False, 1, as_command)
+    gpu.measure(["good"], tmp_path, smoke=False, minutes=1, command=as_command)
     assert counts == [1, 1]
 
 

@@ -45,7 +45,7 @@ def line_of(text: str, name: str) -> str:
 
 # ---------------------------------------------------------------------------------------------------- statistics
 def coverage(interval_of) -> float:
-    """How often the interval contains the true difference 1, in 5,000 draws of five paired seeds."""
+    """The share of 5,000 draws of five paired seeds in which the interval contains the true difference 1."""
     rng = np.random.default_rng(0)
     hits = 0
     for _ in range(5000):

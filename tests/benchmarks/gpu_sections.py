@@ -1,4 +1,5 @@
-"""What gpu.py measures: each section is a function that yields rows, one thing measured in each, fenced one by one."""
+"""The measurements of gpu.py: each section is a function that yields (name, function that measures one row)."""
+
 from __future__ import annotations
 
 import importlib.metadata
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import cupy as cp
@@ -29,7 +31,10 @@ TOLERANCE = {"fp32": 5e-6, "tf32": 2e-3, "fp16": 3e-3, "bf16": 2e-2}
 
 
 def rows(name: str, smoke: bool) -> Iterator[Row]:
-    "The rows of a section.  One that cannot be measured says why under `error`, or under `note` where a part is not installed."
+    """The rows of a section.
+
+    A row that fails has the reason under `error`; a row whose library is not installed, under `note`.
+    """
     array.use("cupy")
     for what, measure in SECTIONS[name](Clock(smoke)):
         try:
@@ -44,36 +49,59 @@ def rows(name: str, smoke: bool) -> Iterator[Row]:
             yield {"what": what, **row}
 
 
-# ── the machine, and its bytes per second ────────────────────────────────────────────────────────────────────────────
-def environment(c: Clock) -> Work:
-    "Device, driver and versions."
-    def version(name: str) -> str | None:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-    d = array.about_device()
+# ---------------------------------------------------------------------------------------------------- the machine
+def version(name: str) -> str | None:
+    """The version of an installed distribution."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def driver_facts() -> str:
+    """Driver, clocks of processors and memory, power and ECC, as nvidia-smi prints them; "" without nvidia-smi."""
     smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return ""
     query = "--query-gpu=driver_version,clocks.max.sm,clocks.max.mem,power.limit,ecc.mode.current"
-    asked = subprocess.run([smi, query, "--format=csv,noheader"], capture_output=True, text=True, timeout=20).stdout.strip() if smi else None
-    found = {"device": f"{d['name']}, {d['multiprocessors']} multiprocessors, {d['total'] / 2**30:.0f} GiB, compute capability {d['capability']}",
-             "driver": f"CUDA {d['driver']}" + (f"; driver, clocks of processors and memory, power, ECC: {asked}" if asked else ""),
-             "CUDA runtime of CuPy": d["runtime"], "Python": f"{platform.python_version()}, {platform.system()} {platform.machine()}",
-             "processor cores": len(os.sched_getaffinity(0)), "tinyft": ft.__version__,
-             "CuPy": cp.__version__ + f", accelerators {os.environ.get('CUPY_ACCELERATORS', 'as it chooses')!r}",
-             **{n: version(n) for n in ("numpy", "torch", "triton", "peft", "transformers", "nvidia-cublas")}}
+    run = subprocess.run([smi, query, "--format=csv,noheader"], capture_output=True, text=True, timeout=20)
+    return run.stdout.strip()
+
+
+def environment(c: Clock) -> Work:
+    """Device, driver and versions."""
+    d = array.about_device()
+    memory_size = f"{d['total'] / 2**30:.0f} GiB"
+    driver = f"CUDA {d['driver']}"
+    facts = driver_facts()
+    if facts:
+        driver += f"; driver, clocks of processors and memory, power, ECC: {facts}"
+    accelerators = os.environ.get("CUPY_ACCELERATORS", "default")
+    found = {
+        "device": f"{d['name']}, {d['multiprocessors']} multiprocessors, {memory_size}, "
+        f"compute capability {d['capability']}",
+        "driver": driver,
+        "CUDA runtime of CuPy": d["runtime"],
+        "Python": f"{platform.python_version()}, {platform.system()} {platform.machine()}",
+        "processor cores": len(os.sched_getaffinity(0)),
+        "tinyft": ft.__version__,
+        "CuPy": f"{cp.__version__}, accelerators {accelerators!r}",
+    }
+    for name in ("numpy", "torch", "triton", "peft", "transformers", "nvidia-cublas"):
+        found[name] = version(name)
     for what, value in found.items():
         yield what, lambda v=value: {"value": v or "not installed"}
 
 
 def bandwidth(c: Clock) -> Work:
-    "A copy, CuPy's elementwise kernels, one of ours, and PyTorch's copy; 4 GiB each way."
+    """A copy, CuPy's elementwise kernels, one of ours, and PyTorch's copy; 4 GiB each way."""
     n = c.size(1 << 30, 1 << 10)
     a = cp.ones(n, np.float32)
     b = cp.empty_like(a)
 
     def rate(f: Callable, arrays: int) -> Row:
         return {"TB/s": 4 * arrays * n / c.best(f) / 1e12}
+
     yield "copy", lambda: rate(lambda: cp.copyto(b, a), 2)
     yield "CuPy: y = x + 1", lambda: rate(lambda: cp.add(a, 1, out=b), 2)
     yield "CuPy: z = x + z", lambda: rate(lambda: cp.add(a, b, out=b), 3)
@@ -81,18 +109,21 @@ def bandwidth(c: Clock) -> Work:
     yield "CuPy: sums of rows of 1,024", lambda: rate(lambda: a.reshape(-1, 1024).sum(axis=1), 1)
     yield "tinyft: sums of columns", lambda: rate(lambda: layers.sum_rows(a.reshape(-1, min(n, 4096))), 1)
 
-    def torchs() -> Row:
+    def torch_copy() -> Row:
         torch, where = torch_there(c)
         x = torch.ones(n, device=where)
         y = torch.empty_like(x)
         return rate(lambda: y.copy_(x), 2)
-    yield "PyTorch: copy", torchs
+
+    yield "PyTorch: copy", torch_copy
 
 
-# ── the CPU and the GPU ──────────────────────────────────────────────────────────────────────────────────────────────
+# ---------------------------------------------------------------------------------------------------- CPU and GPU
 def agreement(c: Clock) -> Work:
-    "Losses of the shipped small GPT, fine-tuned on Python source on NumPy and on CuPy: same seeds, weights, batches and noise."
-    steps, T, B = c.size(60, 3), c.size(64, 16), c.size(8, 2)
+    """Losses of the shipped small GPT on Python source, on NumPy and on CuPy, with the same seeds and weights."""
+    steps = c.size(60, 3)
+    T = c.size(64, 16)
+    B = c.size(8, 2)
 
     def curve(backend: str, method: Any, how: str = "fp32") -> np.ndarray:
         array.use(backend)
@@ -100,239 +131,416 @@ def agreement(c: Clock) -> Work:
             model, _ = ft.load("base-gpt-small")
             if method is not None:
                 ft.attach(model, method)
-            batches = ft.data.lm_batches(ft.data.task("domain", train_size=20_000).train, T=T, batch_size=B)
+            tokens = ft.data.task("domain", train_size=20_000).train
+            batches = ft.data.lm_batches(tokens, T=T, batch_size=B)
             with precision(how):
                 return np.array(ft.fit(model, batches, steps, ft.AdamW(1e-3), progress=False).losses)
         finally:
             array.use("cupy")
+
     host: dict[str, np.ndarray] = {}
-    for name, method in (("full", None), ("LoRA, dropout 0.1", ft.LoRA(r=8, dropout=0.1))):
-        for how in ("fp32", "tf32") if name == "full" else ("fp32",):
-            def compare(name: str = name, method: Any = method, how: str = how) -> Row:
-                want = host.setdefault(name, curve("numpy", method))
-                apart = np.abs(curve("cupy", method, how) / want - 1)
-                return {"steps": steps, "loss, first": want[0], "loss, last": want[-1], "apart, first 5 steps": apart[:5].max(),
-                        "apart, at most": apart.max(), "right": c.check(bool(apart[:5].max() < 10 * TOLERANCE[how] and apart.max() < 0.02))}
-            yield f"{name}, {how}", compare
+
+    def compare(name: str, method: Any, how: str) -> Row:
+        if name not in host:
+            host[name] = curve("numpy", method)
+        want = host[name]
+        difference = np.abs(curve("cupy", method, how) / want - 1)
+        start = difference[:5].max()
+        right = start < 10 * TOLERANCE[how] and difference.max() < 0.02
+        return {
+            "steps": steps,
+            "loss, first": want[0],
+            "loss, last": want[-1],
+            "apart, first 5 steps": start,
+            "apart, at most": difference.max(),
+            "right": c.check(bool(right)),
+        }
+
+    lora = ft.LoRA(r=8, dropout=0.1)
+    for name, method, how in (
+        ("full", None, "fp32"),
+        ("full", None, "tf32"),
+        ("LoRA, dropout 0.1", lora, "fp32"),
+    ):
+        yield f"{name}, {how}", partial(compare, name, method, how)
 
 
-# ── kernels ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ---------------------------------------------------------------------------------------------------- kernels
 def examples(c: Clock) -> dict[str, tuple[Callable, tuple | None]]:
-    """Op -> (make(dtype) -> (inputs, options), how many numbers must move forward and back).  GPT-2 small's sizes, 8 texts of 1,024 tokens.
+    """{op: (make(dtype) -> (inputs, options), (elements that must move forward, backward) or None)}.
 
-    Of attention by products that is: the scores once written and once read, and their gradient likewise."""
-    N, C, F, V, B, H, T, D = c.size((8192, 768, 3072, 50257, 8, 12, 1024, 64), (6, 40, 72, 50, 1, 2, 16, 4))
+    The sizes are those of GPT-2 small with 8 texts of 1,024 tokens. For attention by products the elements are the
+    scores, written once and read once, and their gradient likewise.
+    """
+    real = (8192, 768, 3072, 50257, 8, 12, 1024, 64)
+    N, C, F, V, B, H, T, D = c.size(real, (6, 40, 72, 50, 1, 2, 16, 4))
     rng = np.random.default_rng(0)
-    make = lambda dtype, *s: normal(rng, s).astype(dtype)
-    ids = lambda n: cp.asarray(rng.integers(0, V, n))
-    scores = B * H * T * T
+
+    def make(dtype: np.dtype, *shape: int) -> Any:
+        return normal(rng, shape).astype(dtype)
+
+    def ids(n: int) -> Any:
+        return cp.asarray(rng.integers(0, V, n))
 
     def projections(t: np.dtype) -> tuple:
-        "Three weights and biases as an optimiser lays them out: one after another."
-        W, b = make(t, 3, C, C), make(t, 3, C)
+        """Three weights and biases in one array each, as an optimiser lays them out."""
+        W = make(t, 3, C, C)
+        b = make(t, 3, C)
         return [make(t, B, N // B, C), W[0], b[0], W[1], b[1], W[2], b[2]], {"heads": H}
+
+    elementwise = (2 * N * F, 3 * N * F)
+    scores = B * H * T * T
     return {
         "linear": (lambda t: ([make(t, N, C), make(t, F, C), make(t, F)], {}), None),
         "matmul": (lambda t: ([make(t, B, H, T, D), make(t, B, H, D, T)], {}), None),
         "project": (projections, None),
-        "layer_norm": (lambda t: ([make(t, N, C), make(t, C), make(t, C)], {"eps": 1e-5}), (2 * N * C, 3 * N * C)),
-        "gelu": (lambda t: ([make(t, N, F)], {}), (2 * N * F, 3 * N * F)),
-        "gelu_tanh": (lambda t: ([make(t, N, F)], {}), (2 * N * F, 3 * N * F)),
+        "layer_norm": (
+            lambda t: ([make(t, N, C), make(t, C), make(t, C)], {"eps": 1e-5}),
+            (2 * N * C, 3 * N * C),
+        ),
+        "gelu": (lambda t: ([make(t, N, F)], {}), elementwise),
+        "gelu_tanh": (lambda t: ([make(t, N, F)], {}), elementwise),
         "dropout": (lambda t: ([make(t, N, F), 0.1, 12345], {}), (2 * N * F, 2 * N * F)),
         "embedding": (lambda t: ([make(t, V, C), ids(N)], {}), (2 * N * C, N * C + V * C)),
         "cross_entropy": (lambda t: ([make(t, N, V), ids(N)], {}), (N * V, 2 * N * V)),
-        "attention": (lambda t: ([make(t, B, H, T, D) for _ in "qkv"], {"causal": True}), (2 * scores, 3 * scores)),
+        "attention": (
+            lambda t: ([make(t, B, H, T, D) for _ in "qkv"], {"causal": True}),
+            (2 * scores, 3 * scores),
+        ),
     }
 
 
 def normal(rng: np.random.Generator, shape: tuple) -> Any:
-    "float32 on the device.  Not more than four million are drawn; the host would need seconds for the logits of a batch."
-    drawn = cp.asarray(rng.standard_normal(max(1, min(math.prod(shape), 1 << 22)), np.float32))
-    return cp.resize(drawn, shape)
+    """Normal random numbers, float32 on the device.
+
+    At most four million are drawn and then repeated: the host would need seconds for the logits of a batch.
+    """
+    count = max(1, min(math.prod(shape), 1 << 22))
+    return cp.resize(cp.asarray(rng.standard_normal(count, np.float32)), shape)
 
 
 def wide(a: Any) -> Any:
+    """A floating-point array in float32; anything else unchanged."""
     return a.astype(np.float32) if array.is_array(a) and a.dtype in DTYPES.values() else a
 
 
 def pulled(pulls: Any, g: Any, inputs: list) -> list:
-    "The gradients of the inputs, None where there is none."
-    return list(pulls(g, [True] * len(inputs))) if callable(pulls) else [None if p is None else p(g) for p, _ in zip(pulls, inputs)]
+    """The gradients of the inputs, None where there is none."""
+    if callable(pulls):
+        return list(pulls(g, [True] * len(inputs)))
+    return [None if pull is None else pull(g) for pull, _ in zip(pulls, inputs)]
 
 
 def apart(a: Any, b: Any) -> float:
-    "The largest difference over the largest number, on the device."
+    """The largest difference over the largest value, on the device."""
     b = wide(b)
     return float(cp.abs(wide(a) - b).max() / cp.maximum(cp.abs(b).max(), 1e-20))
 
 
+def several(y: Any) -> tuple:
+    """The values of an op as a tuple."""
+    return y if isinstance(y, tuple) else (y,)
+
+
 def one_kernel(c: Clock, name: str, dtype: str, copy: float) -> Row:
-    "Value and pullbacks beside the definition's, in float32; then time."
+    """Value and pullbacks beside the definition's in float32 (CuPy has no bfloat16 in batched products); then time."""
+    kernel = getattr(layers, name)
+    definition = OPS[name].definition
     make, move = examples(c)[name]
     inputs, options = make(DTYPES[dtype])
-    several = lambda y: y if isinstance(y, tuple) else (y,)
-    plain = [wide(a) for a in inputs]                    # float32: CuPy has no bfloat16 in batched products
-    y, pulls = getattr(layers, name)(*inputs, **options)
-    want, defined = OPS[name].definition(*plain, **options)
-    value, rng = max(map(apart, several(y), several(want))), np.random.default_rng(1)
-    given = [normal(rng, v.shape).astype(DTYPES[dtype]) for v in several(y)]
-    g, exact = (given, [wide(a) for a in given]) if isinstance(y, tuple) else (given[0], wide(given[0]))
-    worst = max(apart(sum_to(d, a.shape), sum_to(e, a.shape))
-                for a, d, e in zip(inputs, pulled(pulls, g, inputs), pulled(defined, exact, plain)) if d is not None)
+    plain = [wide(a) for a in inputs]
+    y, pulls = kernel(*inputs, **options)
+    want, defined = definition(*plain, **options)
+    value = max(map(apart, several(y), several(want)))
+    rng = np.random.default_rng(1)
+    gradients = [normal(rng, v.shape).astype(DTYPES[dtype]) for v in several(y)]
+    g = gradients if isinstance(y, tuple) else gradients[0]
+    exact = [wide(a) for a in gradients] if isinstance(y, tuple) else wide(gradients[0])
+    worst = 0.0
+    for a, d, e in zip(inputs, pulled(pulls, g, inputs), pulled(defined, exact, plain)):
+        if d is not None:
+            worst = max(worst, apart(sum_to(d, a.shape), sum_to(e, a.shape)))
     first = several(y)[0]
     length = max(1, first.size // first.shape[-1] if first.ndim else inputs[0].shape[0])
     right = value < TOLERANCE[dtype] and worst < TOLERANCE[dtype] * length**0.5
     del want, defined, y, pulls, first
-    turn = itertools.cycle([inputs] + [make(DTYPES[dtype])[0] for _ in range(c.copies(sum(a.nbytes for a in inputs if array.is_array(a))) - 1)])
-    _, back = getattr(layers, name)(*inputs, **options)
-    forward, backward = c.device(lambda: getattr(layers, name)(*next(turn), **options)), c.device(lambda: pulled(back, g, inputs))
-    slow = c.device(lambda: OPS[name].definition(*plain, **options))
-    row = {"apart": value, "apart, back": worst, "right": c.check(right), "ms": forward * 1e3, "ms, back": backward * 1e3,
-           "definition (float32) / kernel": slow / forward}
+    copies = c.copies(sum(a.nbytes for a in inputs if array.is_array(a)))
+    turn = itertools.cycle([inputs] + [make(DTYPES[dtype])[0] for _ in range(copies - 1)])
+    _, back = kernel(*inputs, **options)
+    forward = c.device(lambda: kernel(*next(turn), **options))
+    backward = c.device(lambda: pulled(back, g, inputs))
+    slow = c.device(lambda: definition(*plain, **options))
+    row = {
+        "apart": value,
+        "apart, back": worst,
+        "right": c.check(right),
+        "ms": forward * 1e3,
+        "ms, back": backward * 1e3,
+        "definition (float32) / kernel": slow / forward,
+    }
     if move:
         size = DTYPES[dtype].itemsize
-        row |= {"over a copy": forward / (move[0] * size / copy), "over a copy, back": backward / (move[1] * size / copy)}
+        row["over a copy"] = forward / (move[0] * size / copy)
+        row["over a copy, back"] = backward / (move[1] * size / copy)
     return row
 
 
 def adam(c: Clock, copy: float) -> Row:
-    "AdamW over 64 million numbers: four read, three written."
+    """AdamW over 64 million parameters: four arrays read, three written."""
     n = c.size(1 << 26, 1000)
     start = [cp.abs(normal(np.random.default_rng(i), (n,))) for i in range(4)]
-    ours, theirs = [a.copy() for a in start], [a.copy() for a in start]
+    ours = [a.copy() for a in start]
+    defined = [a.copy() for a in start]
     options = (1e-3, 0.9, 0.999, 1e-8, 0.01, 3)
     optimizer.adam_update(*ours, *options)
-    optim.optimizers.adam_update(*theirs, *options)
-    error = max(apart(a, b) for a, b in zip(ours, theirs))
+    optim.optimizers.adam_update(*defined, *options)
+    error = max(apart(a, b) for a, b in zip(ours, defined))
     seconds = c.device(lambda: optimizer.adam_update(*ours, *options))
-    return {"apart": error, "right": c.check(error < 1e-6), "ms": seconds * 1e3, "over a copy": seconds / (28 * n / copy),
-            "definition (float32) / kernel": c.device(lambda: optim.optimizers.adam_update(*theirs, *options)) / seconds}
+    slow = c.device(lambda: optim.optimizers.adam_update(*defined, *options))
+    return {
+        "apart": error,
+        "right": c.check(error < 1e-6),
+        "ms": seconds * 1e3,
+        "over a copy": seconds / (28 * n / copy),
+        "definition (float32) / kernel": slow / seconds,
+    }
 
 
 def noise(c: Clock, copy: float) -> Row:
-    "Uniform numbers: bit for bit NumPy's."
+    """Uniform random numbers: bit for bit those of NumPy."""
     x = cp.empty(c.size(1 << 28, 1000), np.float32)
     few = c.size(1 << 20, 1000)
     raw = np.random.Philox(key=7).random_raw(few // 2 + 1).view(np.uint32)[:few]
-    same = np.array_equal(cp.asnumpy(layers.uniform_like(x, 7)[:few]), (raw >> np.uint32(8)) * np.float32(2.0**-24))
+    want = (raw >> np.uint32(8)) * np.float32(2.0**-24)
+    same = np.array_equal(cp.asnumpy(layers.uniform_like(x, 7)[:few]), want)
     seconds = c.device(lambda: layers.uniform_like(x, 7))
-    return {"apart": 0.0 if same else 1.0, "right": c.check(same), "ms": seconds * 1e3, "over a copy": seconds / (x.nbytes / copy)}
+    return {
+        "apart": 0.0 if same else 1.0,
+        "right": c.check(same),
+        "ms": seconds * 1e3,
+        "over a copy": seconds / (x.nbytes / copy),
+    }
 
 
 def kernels_(c: Clock) -> Work:
-    "Each of layers.NAMES in float32 and bfloat16; AdamW; uniform noise."
+    """Each of layers.NAMES in float32 and bfloat16; AdamW; uniform random numbers."""
     copy = c.copy_rate()
     for name in layers.NAMES:
         for dtype in ("fp32", "bf16"):
-            yield f"{name}, {dtype}", lambda n=name, d=dtype: one_kernel(c, n, d, copy)
-    yield "adam, fp32", lambda: adam(c, copy)
-    yield "uniform", lambda: noise(c, copy)
+            yield f"{name}, {dtype}", partial(one_kernel, c, name, dtype, copy)
+    yield "adam, fp32", partial(adam, c, copy)
+    yield "uniform", partial(noise, c, copy)
 
 
 def four_bits(c: Clock) -> Work:
-    "Codes in turn from several matrices, so that none is still in the cache.  8 MB of codes take two microseconds: no target for those."
-    group = c.size(128, 32)
+    """Four-bit matrix times vector, with several matrices in turn, so that none is still in the cache.
 
-    def measure(n: int, rows_: int, dtype: str) -> Row:
-        rng = np.random.default_rng(0)
-        codes = rng.integers(0, 2**32, (n, n // 8), np.uint32)
-        scale, zero = rng.uniform(0.01, 0.1, (n, n // group)).astype(np.float16), rng.integers(0, 16, (n, n // group)).astype(np.float16)
-        x = rng.standard_normal((rows_, n)).astype(DTYPES[dtype])
-        digits = ((codes[:8, :, None] >> np.arange(0, 32, 4, np.uint32)) & 15).reshape(8, n).astype(np.float64)
-        which = np.arange(n) // group
-        want = x.astype(np.float64) @ (scale[:8, which].astype(np.float64) * (digits - zero[:8, which])).T
-        weight, moved = [cp.asarray(a) for a in (codes, scale, zero)], codes.nbytes + 2 * scale.nbytes
-        X = cp.asarray(x)
-        got = cp.asnumpy(int4.matmul(X, *weight, group)[:, :8]).astype(np.float64)
-        error = float(np.abs(got - want).max() / np.abs(want).max())
-        turn = itertools.cycle([weight] + [[a.copy() for a in weight] for _ in range(c.copies(moved) - 1)])
-        seconds = c.device(lambda: int4.matmul(X, *next(turn), group))
-        share = moved / seconds / c.copy_rate()
-        return {"error (float64)": error, "right": c.check(error < TOLERANCE[dtype]), "µs": seconds * 1e6, "TB/s": moved / seconds / 1e12,
-                "share of a copy": share, **({"reaches": {"int4": share}} if rows_ == 1 and n != 4096 else {})}
+    The smallest matrix has no target: its 8 MB of codes take two microseconds.
+    """
     for n in c.size((4096, 8192, 16384), (64,)):
-        for rows_, dtype in ((1, "fp16"), (1, "fp32"), (8, "fp16")):
-            yield f"{n:,} × {n:,}, {rows_} row{'s' * (rows_ > 1)}, {dtype}", lambda a=(n, rows_, dtype): measure(*a)
+        for count, dtype in ((1, "fp16"), (1, "fp32"), (8, "fp16")):
+            yield f"{n:,} × {n:,}, {count} row{'s' * (count > 1)}, {dtype}", partial(one_int4, c, n, count, dtype)
 
 
-# ── products, and what an operation costs the host ───────────────────────────────────────────────────────────────────
+def one_int4(c: Clock, n: int, count: int, dtype: str) -> Row:
+    """`count` vectors times one (n, n) matrix; the error is of the first eight outputs, against float64."""
+    group = c.size(128, 32)
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 2**32, (n, n // 8), np.uint32)
+    scale = rng.uniform(0.01, 0.1, (n, n // group)).astype(np.float16)
+    zero = rng.integers(0, 16, (n, n // group)).astype(np.float16)
+    x = rng.standard_normal((count, n)).astype(DTYPES[dtype])
+    digits = ((codes[:8, :, None] >> np.arange(0, 32, 4, np.uint32)) & 15).reshape(8, n).astype(np.float64)
+    groups = np.arange(n) // group
+    rows_ = scale[:8, groups].astype(np.float64) * (digits - zero[:8, groups])
+    want = x.astype(np.float64) @ rows_.T
+    weight = [cp.asarray(a) for a in (codes, scale, zero)]
+    moved = codes.nbytes + 2 * scale.nbytes
+    X = cp.asarray(x)
+    result = cp.asnumpy(int4.matmul(X, *weight, group)[:, :8]).astype(np.float64)
+    error = float(np.abs(result - want).max() / np.abs(want).max())
+    weights = [weight]
+    for _ in range(c.copies(moved) - 1):
+        weights.append([a.copy() for a in weight])
+    turn = itertools.cycle(weights)
+    seconds = c.device(lambda: int4.matmul(X, *next(turn), group))
+    share = moved / seconds / c.copy_rate()
+    row = {
+        "error (float64)": error,
+        "right": c.check(error < TOLERANCE[dtype]),
+        "µs": seconds * 1e6,
+        "TB/s": moved / seconds / 1e12,
+        "share of a copy": share,
+    }
+    if count == 1 and n != 4096:
+        row["reaches"] = {"int4": share}
+    return row
+
+
+# ---------------------------------------------------------------------------------------------------- products
 def products(c: Clock) -> Work:
-    "TFLOP/s.  Errors: Frobenius norm, against float64, of the first rows."
-    N, rows_, C, F, V, B, T, D = c.size((8192, 8192, 768, 3072, 50257, 96, 1024, 64), (24, 6, 8, 12, 20, 2, 8, 4))
-    shapes = {"square": ((N, N), (N, N), False), "linear": ((rows_, C), (F, C), True), "head": ((rows_, C), (V, C), True),
-              "scores": ((B, T, D), (B, T, D), True), "weighted values": ((B, T, T), (B, T, D), False)}
-
-    def measure(a_shape: tuple, b_shape: tuple, transposed: bool, how: str) -> Row:
-        dtype, rng = DTYPES["fp32" if how == "tf32" else how], np.random.default_rng(0)
-        a, b = (normal(rng, s).astype(dtype) for s in (a_shape, b_shape))
-        turned = b.swapaxes(-1, -2) if transposed else b
-        first = (0,) * (a.ndim - 2) + (slice(8),)
-        exact = lambda x: cp.asnumpy(x).astype(np.float64)
-        want = exact(a[first]) @ exact(turned[first[:-1]] if a.ndim > 2 else turned)
-        error = lambda y: float(np.linalg.norm(exact(y[first]) - want) / np.linalg.norm(want))
-        sides, notes = {"tinyft": lambda: gemm.matmul(a, turned)}, []
-        if how != "tf32" and not (how == "bf16" and a.ndim > 2):                 # CuPy has no TF32 in batches, and no bfloat16 there
-            sides["CuPy"] = lambda: a @ turned
-        with precision(how):
-            off = error(sides["tinyft"]())
-            try:
-                torch, where = torch_there(c)
-                x, y = (torch.from_numpy(cp.asnumpy(m.astype(np.float32))).to(where, getattr(torch, str(dtype))) for m in (a, b))
-                sides["PyTorch"] = lambda: x @ (y.mT if transposed else y)
-            except Missing as e:
-                notes.append(str(e))
-            times = list(c.turns(sides))
-        work = 2 * want.shape[-1] * a.size
-        row = {"error (float64)": off, "right": c.check(off < TOLERANCE[how])}
-        row |= {f"{k}, TFLOP/s": work / float(np.median([t[k] for t in times])) / 1e12 for k in sides}
-        row |= {f"{k} / tinyft": ratio(times, k, "tinyft") for k in sides if k != "tinyft"}
-        return row | ({"note": "not available: " + "; ".join(notes)} if notes else {})
+    """TFLOP/s of matrix products.  Errors: Frobenius norm of the first rows, relative to float64."""
+    real = (8192, 8192, 768, 3072, 50257, 96, 1024, 64)
+    N, M, C, F, V, B, T, D = c.size(real, (24, 6, 8, 12, 20, 2, 8, 4))
+    # name: shape of a, shape of b, True for a @ bᵀ
+    shapes = {
+        "square": ((N, N), (N, N), False),
+        "linear": ((M, C), (F, C), True),
+        "head": ((M, C), (V, C), True),
+        "scores": ((B, T, D), (B, T, D), True),
+        "weighted values": ((B, T, T), (B, T, D), False),
+    }
     for name, (a, b, transposed) in shapes.items():
+        left = " × ".join(map(str, a))
+        right = b[-2] if transposed else b[-1]
         for how in ("fp32", "tf32", "fp16", "bf16"):
-            yield f"{name} {' × '.join(map(str, a))} by {b[-2] if transposed else b[-1]}, {how}", lambda s=(a, b, transposed, how): measure(*s)
+            yield f"{name} {left} by {right}, {how}", partial(one_product, c, a, b, transposed, how)
 
 
+def to_float64(x: Any) -> np.ndarray:
+    """A device array on the host, in float64."""
+    return cp.asnumpy(x).astype(np.float64)
+
+
+def one_product(c: Clock, a_shape: tuple, b_shape: tuple, transposed: bool, how: str) -> Row:
+    """One product in one precision by tinyft, CuPy and PyTorch."""
+    dtype = DTYPES["fp32" if how == "tf32" else how]
+    rng = np.random.default_rng(0)
+    a, b = (normal(rng, shape).astype(dtype) for shape in (a_shape, b_shape))
+    turned = b.swapaxes(-1, -2) if transposed else b
+    first = (0,) * (a.ndim - 2) + (slice(8),)
+    want = to_float64(a[first]) @ to_float64(turned[first[:-1]] if a.ndim > 2 else turned)
+    sides = {"tinyft": lambda: gemm.matmul(a, turned)}
+    batched_bf16 = how == "bf16" and a.ndim > 2
+    if how != "tf32" and not batched_bf16:  # CuPy has neither TF32 nor bfloat16 in batches
+        sides["CuPy"] = lambda: a @ turned
+    note = None
+    with precision(how):
+        result = to_float64(sides["tinyft"]()[first])
+        error = float(np.linalg.norm(result - want) / np.linalg.norm(want))
+        try:
+            sides["PyTorch"] = torch_product(c, a, b, transposed)
+        except Missing as e:
+            note = f"not available: {e}"
+        times = list(c.turns(sides))
+    row = {"error (float64)": error, "right": c.check(error < TOLERANCE[how])}
+    work = 2 * want.shape[-1] * a.size
+    for name in sides:
+        row[f"{name}, TFLOP/s"] = work / float(np.median([seconds[name] for seconds in times])) / 1e12
+    for name in sides:
+        if name != "tinyft":
+            row[f"{name} / tinyft"] = ratio(times, name, "tinyft")
+    if note is not None:
+        row["note"] = note
+    return row
+
+
+def torch_product(c: Clock, a: Any, b: Any, transposed: bool) -> Callable:
+    """The same product in PyTorch, as a function."""
+    torch, where = torch_there(c)
+    x, y = (
+        torch.from_numpy(cp.asnumpy(m.astype(np.float32))).to(where, getattr(torch, str(m.dtype))) for m in (a, b)
+    )
+    return lambda: x @ (y.mT if transposed else y)
+
+
+# ---------------------------------------------------------------------------------------------------- host overhead
 def overhead(c: Clock) -> Work:
-    "Microseconds until a call returns; arrays so small that the device is never waited for.  tinyft: an op, recorded for backward."
+    """Microseconds until a call returns; the arrays are so small that no call waits for the device.
+
+    tinyft: an op, recorded for backward.
+    """
     shape = (8, 64)
-    x, y, W, E = cp.zeros(shape, np.float32), cp.zeros(shape, np.float32), cp.zeros((64, 64), np.float32), cp.zeros((100, 64), np.float32)
-    ids, host = cp.zeros(8, np.int64), np.zeros(shape, np.float32)
+    x = cp.zeros(shape, np.float32)
+    y = cp.zeros(shape, np.float32)
+    W = cp.zeros((64, 64), np.float32)
+    E = cp.zeros((100, 64), np.float32)
+    ids = cp.zeros(8, np.int64)
+    host = np.zeros(shape, np.float32)
     X, Y, M, N = (ft.Tensor(a, requires_grad=True) for a in (x, y, W, E))
     ones = ft.Tensor(cp.ones(64, np.float32), requires_grad=True)
-    o = ft.ops
-    table: dict[str, tuple] = {                          # CuPy, tinyft, PyTorch (torch, x, y, W, E, ids)
-        "x + y": (lambda: x + y, lambda: X + Y, lambda t, x, y, W, E, i: x + y),
-        "2 x": (lambda: x * 2.0, lambda: X * 2.0, lambda t, x, y, W, E, i: x * 2.0),
-        "exp": (lambda: cp.exp(x), lambda: o.exp(X), lambda t, x, y, W, E, i: t.exp(x)),
-        "sum of rows": (lambda: x.sum(axis=-1), lambda: X.sum(axis=-1), lambda t, x, y, W, E, i: x.sum(-1)),
-        "product": (lambda: x @ W, lambda: X @ M, lambda t, x, y, W, E, i: x @ W),
-        "product with a transposed matrix": (lambda: x @ W.T, lambda: o.linear(X, M), lambda t, x, y, W, E, i: t.nn.functional.linear(x, W)),
-        "layer norm": (None, lambda: o.layer_norm(X, ones, ones), lambda t, x, y, W, E, i: t.nn.functional.layer_norm(x, (64,), W[0], W[1])),
-        "GELU": (None, lambda: o.gelu_tanh(X), lambda t, x, y, W, E, i: t.nn.functional.gelu(x, approximate="tanh")),
-        "rows by number": (lambda: E[ids], lambda: o.embedding(N, ids), lambda t, x, y, W, E, i: E[i]),
-        "reshape": (lambda: x.reshape(64, 8), lambda: X.reshape(64, 8), lambda t, x, y, W, E, i: x.reshape(64, 8)),
-        "zeros": (lambda: cp.zeros(shape, np.float32), None, lambda t, x, y, W, E, i: t.zeros(shape, device=x.device)),
-        "host array to device": (lambda: cp.asarray(host), lambda: array.put_like(host, x), lambda t, x, y, W, E, i: t.from_numpy(host).to(x.device)),
-        "a number read (waits)": (lambda: float(x[0, 0]), lambda: X.data[0, 0].item(), lambda t, x, y, W, E, i: x[0, 0].item()),
-    }
     raw = cp.RawKernel('extern "C" __global__ void nothing(const float *x, float *y, int n) {}', "nothing")
     yield "an own kernel, launched", lambda: {"CuPy, µs": c.host(lambda: raw((1,), (32,), (x, y, np.int32(1)))) * 1e6}
 
-    def measure(cupys: Callable | None, ours: Callable | None, theirs: Callable) -> Row:
-        row = {"CuPy, µs": cupys and c.host(cupys) * 1e6, "tinyft, µs": ours and c.host(ours) * 1e6}
+    cupy_calls = {
+        "x + y": lambda: x + y,
+        "2 x": lambda: x * 2.0,
+        "exp": lambda: cp.exp(x),
+        "sum of rows": lambda: x.sum(axis=-1),
+        "product": lambda: x @ W,
+        "product with a transposed matrix": lambda: x @ W.T,
+        "rows by number": lambda: E[ids],
+        "reshape": lambda: x.reshape(64, 8),
+        "zeros": lambda: cp.zeros(shape, np.float32),
+        "host array to device": lambda: cp.asarray(host),
+        "a number read (waits)": lambda: float(x[0, 0]),
+    }
+    tinyft_calls = {
+        "x + y": lambda: X + Y,
+        "2 x": lambda: X * 2.0,
+        "exp": lambda: ft.ops.exp(X),
+        "sum of rows": lambda: X.sum(axis=-1),
+        "product": lambda: X @ M,
+        "product with a transposed matrix": lambda: ft.ops.linear(X, M),
+        "layer norm": lambda: ft.ops.layer_norm(X, ones, ones),
+        "GELU": lambda: ft.ops.gelu_tanh(X),
+        "rows by number": lambda: ft.ops.embedding(N, ids),
+        "reshape": lambda: X.reshape(64, 8),
+        "host array to device": lambda: array.put_like(host, x),
+        "a number read (waits)": lambda: X.data[0, 0].item(),
+    }
+
+    def measure(name: str) -> Row:
+        row: Row = {}
+        for library, calls in (("CuPy", cupy_calls), ("tinyft", tinyft_calls)):
+            row[f"{library}, µs"] = c.host(calls[name]) * 1e6 if name in calls else None
         try:
-            torch, where = torch_there(c)
-            arrays = [torch.zeros(a.shape, device=where, requires_grad=True) for a in (x, y, W, E)]
-            rows_ = torch.zeros(8, dtype=torch.int64, device=where)
-            row["PyTorch, µs"] = c.host(lambda: theirs(torch, *arrays, rows_)) * 1e6
+            row["PyTorch, µs"] = c.host(torch_calls(c, host)[name]) * 1e6
         except Missing as e:
             row["note"] = f"not available: {e}"
         return row
-    for what, sides in table.items():
-        yield what, lambda s=sides: measure(*s)
+
+    for name in dict.fromkeys([*tinyft_calls, *cupy_calls]):
+        yield name, partial(measure, name)
+
+
+def torch_calls(c: Clock, host: np.ndarray) -> dict[str, Callable]:
+    """The same calls in PyTorch."""
+    torch, where = torch_there(c)
+    functional = torch.nn.functional
+    x, y, W, E = (
+        torch.zeros(shape, device=where, requires_grad=True) for shape in (host.shape, host.shape, (64, 64), (100, 64))
+    )
+    ids = torch.zeros(8, dtype=torch.int64, device=where)
+    return {
+        "x + y": lambda: x + y,
+        "2 x": lambda: x * 2.0,
+        "exp": lambda: torch.exp(x),
+        "sum of rows": lambda: x.sum(-1),
+        "product": lambda: x @ W,
+        "product with a transposed matrix": lambda: functional.linear(x, W),
+        "layer norm": lambda: functional.layer_norm(x, (64,), W[0], W[1]),
+        "GELU": lambda: functional.gelu(x, approximate="tanh"),
+        "rows by number": lambda: E[ids],
+        "reshape": lambda: x.reshape(64, 8),
+        "zeros": lambda: torch.zeros(host.shape, device=where),
+        "host array to device": lambda: torch.from_numpy(host).to(where),
+        "a number read (waits)": lambda: x[0, 0].item(),
+    }
 
 
 SECTIONS: dict[str, Callable[[Clock], Work]] = {
-    "environment": environment, "bandwidth": bandwidth, "agreement": agreement, "kernels": kernels_, "int4": four_bits, "lesson": lesson,
-    "gpt2": gpt2, "lora": lora, "products": products, "overhead": overhead, "memory": memory, "compiled": compilers}
+    "environment": environment,
+    "bandwidth": bandwidth,
+    "agreement": agreement,
+    "kernels": kernels_,
+    "int4": four_bits,
+    "lesson": lesson,
+    "gpt2": gpt2,
+    "lora": lora,
+    "products": products,
+    "overhead": overhead,
+    "memory": memory,
+    "compiled": compilers,
+}
 __all__ = ["SECTIONS", "rows"]

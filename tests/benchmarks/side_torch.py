@@ -116,7 +116,7 @@ def build(c: Case) -> nn.Module:
     model = Model(c)
     if c.method == "full":
         return model
-    model.requires_grad_(False)
+    model.requires_grad_(requires_grad=False)
     if c.method.startswith("lora"):
         from peft import LoraConfig, inject_adapter_in_model
         targets = ["q", "v"] if c.method == "lora_qv" else ["q", "k", "v", "o", "mlp.0", "mlp.2"]
@@ -136,7 +136,7 @@ def build(c: Case) -> nn.Module:
     else:
         for part in (model.pooler, model.head):
             if part is not None:
-                part.requires_grad_(True)
+                part.requires_grad_(requires_grad=True)
     return model
 
 

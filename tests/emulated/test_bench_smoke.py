@@ -67,7 +67,7 @@ def test_a_kernel_that_is_wrong_is_an_error_and_the_others_are_measured(op, wher
     rows = list(gpu_sections.rows("kernels", smoke=True))
     assert {r["what"] for r in rows if "error" in r} == {f"{op}, fp32", f"{op}, bf16"}
     assert len(rows) == 6
-    assert all("what was computed is wrong" in r["error"] for r in rows if "error" in r)
+    assert all("the computed result is wrong" in r["error"] for r in rows if "error" in r)
 
 
 def test_wrong_products_codes_noise_and_training_are_errors(monkeypatch):

@@ -99,15 +99,14 @@ class Settings:
         rows = contenders(self.task)
         if not self.names:
             return rows
+        chosen = set()
         for name in self.names:
-            if not any(c.is_called(name) for c in rows):
+            found = [c.name for c in rows if c.is_called(name)]
+            if not found:
                 known = ", ".join(c.name for c in rows)
                 raise ValueError(f"there is no method {name.lower()!r} to compare; there are {known}")
-        chosen = []
-        for c in rows:
-            if any(c.is_called(name) for name in self.names):
-                chosen.append(c)
-        return chosen
+            chosen.update(found)
+        return [c for c in rows if c.name in chosen]
 
 
 PRESETS = {
