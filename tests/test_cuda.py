@@ -133,7 +133,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def both_ways(run: Callable[[], list]) -> list:
-    """What `run` gives with the threads in order; the same bits in the reverse order, among another poison."""
+    """The result of `run` with the threads in order.  The reverse order and another poison must give the same bits."""
     with pytest.MonkeyPatch.context() as m:
         m.setenv("EMU_REVERSE", "0")
         first = run()
@@ -299,7 +299,7 @@ def test_queries_keys_and_values_are_three_linear_maps_by_heads(sizes, lie, dtyp
 
 
 def by_heads(B: int, T: int, heads: int, width: int, c: int, lie: str, dtype: Any, rng: np.random.Generator) -> None:
-    """However the weights lie, and whichever gradients are wanted or missing."""
+    """`project` is its definition for every layout of the weights, and for wanted and missing gradients."""
     n = heads * width
     dtype = np.dtype(dtype)
     x, weights, *biases = (on_device(rng.standard_normal(s).astype(dtype))
@@ -818,7 +818,7 @@ def test_products_that_do_not_fit_say_so():
 # ── in the library ───────────────────────────────────────────────────────────────────────────────────────────────────
 @pytest.fixture
 def no_cupy() -> Iterator[None]:
-    """What is registered now is registered afterwards, and nothing else."""
+    """Restore the registered kernels afterwards."""
     tables = (array._modules, array._names, array._when_opened, launch.COMPILERS, gemm.LIBRARIES)
     kept = [dict(t) for t in tables]
     with kernels.definitions():
