@@ -37,13 +37,8 @@ tests/test_precision.py: columns assigned_lambda nested_lambda positional_boolea
 tests/test_tensor.py: columns nested_comprehension
 tests/test_train.py: nested_comprehension
 tests/wrong.py: columns
-tinyft/array.py: columns
 tinyft/data/baselines.py: type_hints
-tinyft/functional.py: columns
-tinyft/kernels/__init__.py: columns
-tinyft/kernels/cuda/__init__.py: columns
 tinyft/kernels/cuda/capture.py: columns nested_comprehension
-tinyft/kernels/numpy.py: columns
 tinyft/ops.py: columns nested_comprehension
 tinyft/precision.py: columns
 tinyft/tensor.py: columns

@@ -1,7 +1,7 @@
 """The backends of arrays: NumPy, CuPy, and "strict", a NumPy array that takes only the calls that CuPy takes.
 
-The library computes on plain arrays and asks an array for its own module: `xp(a)` is `numpy` or `cupy`, so one definition
-of an op serves every backend.  A move between backends is always explicit: `asarray`, `to`, `asnumpy`.
+The library computes on plain arrays and asks an array for its own module: `xp(a)` is `numpy` or `cupy`, so one
+definition of an op serves every backend.  A move between backends is always explicit: `asarray`, `to`, `asnumpy`.
 Only this file and kernels/cuda* import CuPy.
 """
 from __future__ import annotations
@@ -89,9 +89,11 @@ def on_open(name: str, f: Callable[[type, Any], None]) -> None:
 
 
 def why_no_cupy() -> str | None:
-    """None if CuPy works here: it compiles a kernel and multiplies two matrices.  Else the reason and the remedy, in a sentence.
+    """None if CuPy works here: it compiles a kernel and multiplies two matrices.  Else one sentence: the reason and the
+    remedy.
 
-    cupy.is_available() asks only for a driver and a device; the first matrix product may still fail for want of cuBLAS."""
+    cupy.is_available() asks only for a driver and a device; the first matrix product may still fail for want of
+    cuBLAS."""
     try:
         import cupy
     except ImportError as e:
@@ -135,7 +137,8 @@ def _no_device() -> str:
 
 
 def about_device() -> dict[str, Any]:
-    """The device that CuPy uses: name, compute capability, multiprocessors, CUDA versions, bytes of memory free and total."""
+    """The device that CuPy uses: name, compute capability, multiprocessors, CUDA versions, bytes of memory free and
+    total."""
     runtime = _open("cupy").cuda.runtime
     properties = runtime.getDeviceProperties(runtime.getDevice())
     free, total = runtime.memGetInfo()
@@ -180,7 +183,7 @@ def asarray(a: Array, dtype: Any = None, like: Array = None) -> Array:
     if isinstance(a, (list, tuple, int, float, np.generic)) and not isinstance(a, np.generic):
         a = np.asarray(a)
         if dtype is None and a.dtype == np.float64:
-            dtype = np.float32                          # a list of Python floats becomes float32; an array keeps its dtype
+            dtype = np.float32                              # for Python floats; an array keeps its dtype
     a = to(np.asarray(a) if isinstance(a, np.generic) else a, name_of(like) if like is not None else backend())
     return a if dtype is None or a.dtype == dtype else a.astype(dtype)
 
@@ -218,7 +221,9 @@ def put_like(a: Any, like: Array, dtype: Any = None) -> Array:
 
 
 def normal(rng: np.random.Generator, shape: tuple, std: float = 1.0, dtype: Any = np.float32) -> Array:
-    """Normal numbers of standard deviation `std`.  Drawn on the host, so that every backend starts from the same bits."""
+    """Normal numbers of standard deviation `std`.
+
+    Drawn on the host, so that every backend starts from the same bits."""
     return asarray((rng.standard_normal(shape) * std).astype(dtype))
 
 

@@ -1,8 +1,8 @@
 """The primitives.  Each op is one function on plain arrays that returns its value and its pullbacks.
 
-g is the gradient of the loss with respect to the op's value.  Everything else is composed from these (functional.py).  Ops ask
-the array for its module, `xp(x)`, so they run on every backend.  kernels/ holds faster drop-ins for some of them; these
-definitions are what the drop-ins are held to.
+g is the gradient of the loss with respect to the op's value.  Everything else is composed from these (functional.py).
+Ops ask the array for its module, `xp(x)`, so they run on every backend.  kernels/ holds faster drop-ins for some of
+them; these definitions are what the drop-ins are held to.
 """
 from __future__ import annotations
 
@@ -181,10 +181,12 @@ def gelu_tanh(x):
 
 
 def erf(x: Array) -> Array:
-    """The error function, on an array: erf(x) = sign x (1 − u e^(P(u) − x²)) with u = 1 / (1 + |x|/2) and a polynomial P.
+    """The error function, on an array: erf(x) = sign x (1 − u e^(P(u) − x²)) with u = 1 / (1 + |x|/2) and a polynomial
+    P.
 
     P interpolates the complementary error function of the standard library at Chebyshev nodes, of degree 10 for single
-    precision and 22 for double: the error is below 1e-7 and 1e-13.  Evaluated in double, since a rounded P costs 3e-7."""
+    precision and 22 for double: the error is below 1e-7 and 1e-13.  Evaluated in double, since a rounded P costs
+    3e-7."""
     m, z = xp(x), abs(x).astype(np.float64)
     c = _erfc_polynomial(22 if x.dtype == np.float64 else 10)
     u = 1 / (1 + 0.5 * z)
@@ -202,7 +204,7 @@ def _erfc_polynomial(degree: int) -> list[float]:
         z = 2 / ((s + 1) / 2) - 2
         if z < 20:
             return math.log(math.erfc(z)) + z * z + math.log(1 + z / 2)
-        series = 1 - 1 / (2 * z * z) + 3 / (4 * z**4) - 15 / (8 * z**6)          # erfc(z) e^(z²) z √π, where erfc itself underflows
+        series = 1 - 1 / (2 * z * z) + 3 / (4 * z**4) - 15 / (8 * z**6)      # erfc(z) e^(z²) z √π
         return math.log(series * (1 + z / 2) / (z * math.pi**0.5))
     return np.polynomial.chebyshev.chebinterpolate(lambda s: np.array([at(v) for v in s]), degree).tolist()     # host
 
@@ -498,8 +500,8 @@ def attention(q, k, v, bias=None, *, key_mask=None, causal=False, scale=None, dr
     if may is not None:
         s = m.where(may, s, -math.inf)
     top = s.max(axis=-1, keepdims=True)
-    e = m.exp(s - m.where(top == -math.inf, 0, top))                             # a query without keys: all zeros, not NaN
-    p = e / m.maximum(e.sum(axis=-1, keepdims=True), 1)                          # a row with a key sums to 1 or more
+    e = m.exp(s - m.where(top == -math.inf, 0, top))      # a query without keys: all zeros, not NaN
+    p = e / m.maximum(e.sum(axis=-1, keepdims=True), 1)       # a row with a key sums to 1 or more
     pm = p if dropout_mask is None else p * dropout_mask
 
     def back(g, needed):
@@ -520,8 +522,8 @@ def attention(q, k, v, bias=None, *, key_mask=None, causal=False, scale=None, dr
 def cross_entropy(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
     """ℓ = Σₙ w_{yₙ} (−ln p_{yₙ}) / Σₙ w_{yₙ},  p = softmax z.    dz = (w_y p − q) / Σ w,  q = w_y at y
 
-    z (..., V); y (...) integers, rows with y = ignore_index count nowhere.  weight (V,).  With label smoothing ε the target
-    is (1 − ε) of the label and ε/V of every class, each class with its own weight.      As torch.nn.CrossEntropyLoss"""
+    z (..., V); y (...) integers, rows with y = ignore_index count nowhere.  weight (V,).  With label smoothing ε the
+    target is (1 − ε) of the label and ε/V of every class, each class with its own weight.      As torch.nn.CrossEntropyLoss"""
     m, rows, labels, shape, dtype = xp(z), flat(z), y.reshape(-1), z.shape, z.dtype
     real = labels != ignore_index
     labels = m.where(real, labels, 0)

@@ -5,20 +5,20 @@
     bfloat16             8           7          3e38         9e-41          1 + 2⁻⁷
     float16              5          10          65,504       6e-8           1 + 2⁻¹⁰
 
-16-bit numbers are for storage and for matrix products: half the memory, half the traffic, and tensor cores.  They are not
-for sums: 256 + 1 is 256 in bfloat16.  So these rules hold wherever an op gets 16-bit inputs:
+16-bit numbers are for storage and for matrix products: half the memory, half the traffic, and tensor cores.  They are
+not for sums: 256 + 1 is 256 in bfloat16.  So these rules hold wherever an op gets 16-bit inputs:
 
     an op      computes in float32 and rounds its value once.  A kernel may take 16-bit factors if it sums in float32.
-    autocast   PRODUCTS get their inputs in 16 bits, SUMS in float32; all other ops take their inputs as they are (of two
-               dtypes the wider one).
+    autocast   PRODUCTS get their inputs in 16 bits, SUMS in float32; all other ops take their inputs as they are (of
+               two dtypes the wider one).
     gradients  have the dtype of their tensor, and are summed over a batch before they are rounded; `.grad` is float32.
-    weights    that train stay in float32: under autocast the model's own, for a model in 16 bits a copy that the optimiser
-               keeps (optim/master.py).
+    weights    that train stay in float32: under autocast the model's own, for a model in 16 bits a copy that the
+               optimiser keeps (optim/master.py).
     float16    cannot hold small gradients: the loss is multiplied by a scale, and the gradients are divided by it
                (optim/scaler.py).
 
-NumPy has no fast 16-bit products: there the results are rounded as on a device, and nothing is saved.  (Attention differs:
-the kernel on a device also rounds the probabilities, since they are factors of a product.)
+NumPy has no fast 16-bit products: there the results are rounded as on a device, and nothing is saved.  (Attention
+differs: the kernel on a device also rounds the probabilities, since they are factors of a product.)
 """
 from __future__ import annotations
 
@@ -61,10 +61,11 @@ writes = 0                                                     # in-place writes
 
 @contextlib.contextmanager
 def autocast(dtype: Any = "bfloat16", enabled: bool = True) -> Iterator[None]:
-    """with autocast("bfloat16"): loss = ...      matrix products in 16 bits, sums in float32, by the rules of this file.
+    """with autocast("bfloat16"): loss = ...      matrix products in 16 bits, sums in float32, by the rules of this
+    file.
 
-    For the forward pass and the loss; backward uses the dtypes of the forward pass.  float16 wants a GradScaler as well.
-    enabled=False switches autocast off inside a region.  The region holds for this thread alone.
+    For the forward pass and the loss; backward uses the dtypes of the forward pass.  float16 wants a GradScaler as
+    well. enabled=False switches autocast off inside a region.  The region holds for this thread alone.
     TypeError for a dtype other than float16 and bfloat16.      As torch.autocast; Micikevicius et al. 2018"""
     before = (autocast_state.dtype, autocast_state.cache)
     autocast_state.dtype = half(dtype) if enabled else None
@@ -87,7 +88,8 @@ def half(dtype: Any) -> np.dtype:
 def run(op: Callable, arrays: list, kwargs: dict[str, Any], leaves: list[bool]) -> tuple:
     """(value, pullbacks) of an op by the rules of this file.  leaves[i]: input i is a leaf, such as a parameter.
 
-    The engine calls it in an autocast region, and for an op of which an input has 16 bits; all other ops do not come here."""
+    The engine calls it in an autocast region, and for an op of which an input has 16 bits; all other ops do not come
+    here."""
     name = op.__name__
     dtype = autocast_state.dtype
     if dtype is not None:
@@ -129,8 +131,8 @@ def cast_parameter(a: Array, dtype: np.dtype) -> Array:
 def compute(f: Callable, name: str, arrays: list, kwargs: dict[str, Any]) -> Any:
     """(value, pullbacks) of an op's definition or kernel f on 16-bit inputs; NotImplemented if the kernel declines.
 
-    Compute in float32 and round the value to 16 bits; the engine rounds the gradients.  A kernel that sums 16-bit inputs in
-    float32 itself (takes_16_bit) gets them as they are."""
+    Compute in float32 and round the value to 16 bits; the engine rounds the gradients.  A kernel that sums 16-bit inputs
+    in float32 itself (takes_16_bit) gets them as they are."""
     if name in VIEWS or getattr(f, "takes_16_bit", False):
         return f(*arrays, **kwargs)
     dtypes = {a.dtype for a in arrays if is_array(a) and a.dtype.kind in "fV"}       # V: bfloat16
@@ -157,8 +159,8 @@ def _in_float32(back: Callable) -> Callable:
 def _joint_in_float32(back: Callable) -> Callable:
     """A pullback for several inputs that gets g in float32.
 
-    The engine sees only the 16-bit g.  It could not tell that two inputs share the float32 g, and would add to it in place;
-    so no gradient is that array or a view of it."""
+    The engine sees only the 16-bit g.  It could not tell that two inputs share the float32 g, and would add to it in
+    place; so no gradient is that array or a view of it."""
     def joint(g: Any, needed: list[bool]) -> list:
         wide = [to_float32(a) for a in g] if isinstance(g, list) else to_float32(g)
         arrays = wide if isinstance(wide, list) else [wide]
@@ -190,7 +192,8 @@ def to_float32(a: Any) -> Any:
 
 
 def rounded(a: Any, dtype: np.dtype) -> Any:
-    """a in this dtype.  A number that is too large for it becomes infinite, without a warning: a GradScaler finds it."""
+    """a in this dtype.  A number that is too large for it becomes infinite, without a warning: a GradScaler finds
+    it."""
     if a.dtype == dtype:
         return a
     with np.errstate(over="ignore"):
@@ -202,10 +205,11 @@ tf32 = False
 
 
 def set_float32_matmul_precision(precision: str) -> None:
-    """How a device multiplies float32 matrices.  "highest": in float32.  "high": factors rounded to TF32, sums in float32.
+    """How a device multiplies float32 matrices.  "highest": in float32.  "high": factors rounded to TF32, sums in
+    float32.
 
-    TF32 has ten bits of fraction, and is several times faster on tensor cores.  NumPy always computes in float32.  For all
-    threads.  ValueError for another word.      As PyTorch's"""
+    TF32 has ten bits of fraction, and is several times faster on tensor cores.  NumPy always computes in float32.  For
+    all threads.  ValueError for another word.      As PyTorch's"""
     global tf32
     if precision not in ("highest", "high"):
         raise ValueError(f"the precision of float32 products is 'highest' or 'high' (TF32), got {precision!r}")

@@ -1,12 +1,12 @@
 """Tensor, @op and backward: the autograd engine.
 
-    A Tensor is an array and the record of how it was made.  An op computes its value and its pullbacks: for each input a
-    function that takes the gradient of the output to the gradient of that input.  `backward` walks the records from the loss
-    to the leaves, in reverse topological order, and adds up the gradients.
+    A Tensor is an array and the record of how it was made.  An op computes its value and its pullbacks: for each input
+    a function that takes the gradient of the output to the gradient of that input.  `backward` walks the records from
+    the loss to the leaves, in reverse topological order, and adds up the gradients.
 
-Three rules make fine-tuning cheap.  A pullback that no trainable leaf needs is dropped when the op runs, together with the
-arrays it holds; so nothing is computed for frozen tensors, and the walk never enters a part where nothing trains.  Records
-are released as the walk passes them.  Only leaves keep a gradient.
+Three rules make fine-tuning cheap.  A pullback that no trainable leaf needs is dropped when the op runs, together with
+the arrays it holds; so nothing is computed for frozen tensors, and the walk never enters a part where nothing trains.
+Records are released as the walk passes them.  Only leaves keep a gradient.
 """
 from __future__ import annotations
 
@@ -114,8 +114,8 @@ class Tensor:
     def backward(self, gradient: Any = None, retain_graph: bool = False) -> None:
         """Add d(self)/d(leaf) to the `.grad` of every trainable leaf.
 
-        gradient: d(loss)/d(self), of this tensor's shape; 1 for a tensor of one element.  The walk releases the graph as it
-        goes; retain_graph=True keeps it for a second walk."""
+        gradient: d(loss)/d(self), of this tensor's shape; 1 for a tensor of one element.  The walk releases the graph
+        as it goes; retain_graph=True keeps it for a second walk."""
         gradients = Gradients()
         gradients.add(self.node, _seed(self, gradient))
         order = topological(self)
@@ -152,8 +152,8 @@ class Tensor:
 class Gradients:
     """The gradients of one backward pass, by node.
 
-    A gradient that a pullback returns is borrowed: it may be the pullback's own argument, a view, or a broadcast array that
-    shows one number many times.  Only an owned array, which nobody else sees, is added to in place."""
+    A gradient that a pullback returns is borrowed: it may be the pullback's own argument, a view, or a broadcast array
+    that shows one number many times.  Only an owned array, which nobody else sees, is added to in place."""
 
     def __init__(self) -> None:
         self.arrays: dict[int, Any] = {}                       # id(node) -> gradient so far
@@ -173,7 +173,9 @@ class Gradients:
             self.owned.add(key)
 
     def add_part(self, part: Part, g: Array) -> None:
-        """Note the gradient of one value of an op with several.  The op's record gets a list, None where no gradient came."""
+        """Note the gradient of one value of an op with several.
+
+        The op's record gets a list, None where no gradient came."""
         self.arrays.setdefault(id(part.whole), [None] * part.of)[part.i] = g
 
     def pop(self, node: Record | Part | Tensor) -> tuple[Any, bool]:
@@ -250,10 +252,11 @@ def sum_to(g: Array, shape: tuple) -> Array:
 
 # ── the graph ────────────────────────────────────────────────────────────────────────────────────────────────────────
 class Record:
-    """The record of one op's call: its name, the value's shape and dtype, the pullbacks, the version of every leaf it read.
+    """The record of one op's call: its name, the value's shape and dtype, the pullbacks, the version of every leaf it
+    read.
 
-    A node is the Record of a computed tensor, or a leaf.  So the graph holds the arrays that pullbacks hold, and no value
-    for its own sake.      pulls: pairs (parent nodes, function from g to one gradient for each of these parents)."""
+    A node is the Record of a computed tensor, or a leaf.  So the graph holds the arrays that pullbacks hold, and no
+    value for its own sake.      pulls: pairs (parent nodes, function from g to one gradient for each of these parents)."""
     __slots__ = ("name", "shape", "dtype", "pulls", "leaves")
     grad_dtype = property(lambda self: self.dtype)
 
@@ -312,13 +315,13 @@ OPS: dict[str, Callable] = {}                                  # every op by nam
 def op(shapes: str) -> Callable[[Callable], Callable[..., Tensor]]:
     """Make an op of a function on plain arrays that returns (value, pullbacks).
 
-    pullbacks: a tuple with one function g -> gradient per input (None where there is no gradient); or, where inputs share
-    costly work, one function (g, needed) -> a gradient per input, where needed[i] is True if input i needs one.  A pullback
-    returns g itself, a view of g, or a new array; the engine undoes broadcasting.  Keyword arguments get no gradient.
+    pullbacks: a tuple with one function g -> gradient per input (None where there is no gradient); or, where inputs
+    share costly work, one function (g, needed) -> a gradient per input, needed[i] being True if input i needs one.  A
+    pullback returns g itself, a view of g, or a new array; the engine undoes broadcasting.  Keyword arguments get no gradient.
     A value that is a tuple makes as many tensors; then g is a list with one gradient each, None where none came.
     shapes: such as "... n k, ... k m -> ... n m"; for readers, error messages and tests.
 
-    The function stays there as the op's `definition`; dispatch.py finds faster kernels.  precision.py has the 16-bit rules.
+    The function is the op's `definition`; dispatch.py finds faster kernels, precision.py has the 16-bit rules.
     """
     def wrap(definition: Callable) -> Callable[..., Tensor]:
         name = definition.__name__

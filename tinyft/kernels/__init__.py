@@ -50,14 +50,15 @@ def capture(step: Callable, otherwise: Callable | None = None) -> Callable:
         step = ft.capture(step)
         loss = step(ids, labels, schedule(t, T), rng)
 
-    Everything that changes from call to call is an argument: arrays, a float for the optimiser's factor, a generator for
-    dropout.  The first two calls with arguments of the same shapes run eagerly; from the third on the graph is replayed, and
-    no Python of the step runs.  The results are copies.  Eight shapes get a graph each; a call with another shape goes to
-    `otherwise`, or raises without one.  A norm
+    Everything that changes from call to call is an argument: arrays, a float for the optimiser's factor, a generator
+    for dropout.  The first two calls with arguments of the same shapes run eagerly; from the third on the graph is
+    replayed, and no Python of the step runs.  The results are copies.  Eight shapes get a graph each; a call with
+    another shape goes to `otherwise`, or raises without one.  A norm
     that is not finite updates nothing; optimizer.check_norm(float(norm)) says so.
 
-    CannotCapture, naming the line, if the step waits for the device, transfers host data, or gives kernels other numbers at
-    each call.  One change goes unnoticed: a Python number of the step's own that multiplies a whole array keeps its value."""
+    CannotCapture, naming the line, if the step waits for the device, transfers host data, or gives kernels other
+    numbers at each call.  One change goes unnoticed: a Python number of the step's own that multiplies a whole array
+    keeps its value."""
     if array.backend() != "cupy":
         return step
     from .cuda.capture import Captured

@@ -17,7 +17,8 @@ from ..array import random_words
 from .attention import SAFE, attention
 from .threads import blocks
 
-__all__ = ["linear", "gelu", "gelu_tanh", "layer_norm", "embedding", "attention", "cross_entropy", "dropout", "adam_update"]
+__all__ = ["linear", "gelu", "gelu_tanh", "layer_norm", "embedding", "attention", "cross_entropy", "dropout",
+           "adam_update"]
 SMALL = 1 << 17                                          # up to this size, a result is kept rather than computed again
 
 
@@ -111,7 +112,9 @@ def gelu(x: np.ndarray) -> Any:
 
 
 def gelu_tanh(x: np.ndarray) -> Any:
-    """gelu_tanh without temporaries; for a large x it keeps only x: a tanh in the cache costs less than memory traffic."""
+    """gelu_tanh without temporaries.
+
+    For a large x it keeps only x: a tanh in the cache costs less than memory traffic."""
     if not _plain(x):
         return NotImplemented
     X = x.reshape(-1)
@@ -179,7 +182,8 @@ def layer_norm(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float = 1e-5) -
 
 
 def embedding(W: np.ndarray, ids: np.ndarray) -> Any:
-    """embedding without the single additions of add.at: the ids are sorted, and each run of equal ids is summed at once.
+    """embedding without the single additions of add.at: the ids are sorted, and each run of equal ids is summed at
+    once.
 
     Position ids are sorted and different already."""
     def back(g: np.ndarray) -> np.ndarray:
@@ -234,8 +238,10 @@ def cross_entropy(z: np.ndarray, y: np.ndarray, weight: np.ndarray | None = None
 
 
 def dropout(x: np.ndarray, p: float, key: int) -> Any:
-    """dropout that compares random words with p, without making uniform numbers of them; the factors overwrite the words."""
-    least = math.ceil(np.float32(p) * 2.0**24) << 8          # the smallest word whose upper 24 bits give a number u >= p
+    """dropout that compares random words with p, without making uniform numbers of them.
+
+    The factors overwrite the words."""
+    least = math.ceil(np.float32(p) * 2.0**24) << 8      # the smallest word whose upper 24 bits give u >= p
     if not (_plain(x) and 0 <= least < 2**32):
         return NotImplemented
     X = x.reshape(-1)

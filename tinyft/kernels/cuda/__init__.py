@@ -6,7 +6,8 @@
     int4.py      products with a weight of four bits a number
     gemm.py      matrix products straight through cuBLAS
     launch.py    from a .cu file to a running kernel
-    *.cu         the kernels; the same source runs on the CPU, through cpu_kernel.py, where the tests hold it to the definitions
+    *.cu         the kernels; the same source runs on the CPU, through cpu_kernel.py, where the tests hold it to the
+                 definitions
 
 Nothing here imports CuPy by itself: `register` is called when the backend is opened.
 """

@@ -4,12 +4,13 @@ A graph holds kernels with their arguments, which are fixed: numbers and address
 
     memory      comes from the graph's own pool, which lives as long as the graph: no other array gets these addresses
     inputs      are copied into arrays that stay; another graph is captured for other shapes
-    numbers     that change (learning rates, bias corrections, dropout keys) lie on the device, and are sent before a replay
+    numbers     that change (learning rates, bias corrections, dropout keys) lie on the device, and are sent before a
+                replay
     the stream  is the graph's own, since the default stream cannot be captured; events keep the order with other work
 
-The first two calls run eagerly, which compiles kernels and fills the pool.  They record every number that the host gives a
-kernel: a number that differs in the next call would stay wrong in every replay.  Such a step is refused, and so is a step
-that waits for the device or transfers host data.
+The first two calls run eagerly, which compiles kernels and fills the pool.  They record every number that the host
+gives a kernel: a number that differs in the next call would stay wrong in every replay.  Such a step is refused, and so
+is a step that waits for the device or transfers host data.
 """
 from __future__ import annotations
 
@@ -122,7 +123,7 @@ class Recording:
         self.capturing = False
         self.notes: list[tuple] = []                         # (kernel, numbers from the host), of this call
         self.before: list[tuple] = []                        # the same, of the call before
-        self.feeds: list[tuple] = []                         # (array on the device, function that computes it), sent before a replay
+        self.feeds: list[tuple] = []                         # (array on the device, function that computes it)
         self.fed = 0                                         # feeds of this call so far
         self.optimizers: list[tuple] = []
 
@@ -134,8 +135,8 @@ class Recording:
     def feed(self, f: Callable[[], np.ndarray], shape: tuple) -> Array:
         """A float32 array on the device that holds f() in each call.
 
-        It is allocated in the first call.  Memory from the capture itself could be memory that an earlier kernel of the graph
-        has freed and would write to again."""
+        It is allocated in the first call.  Memory from the capture itself could be memory that an earlier kernel of the
+        graph has freed and would write to again."""
         if self.fed == len(self.feeds):
             self.feeds.append((cupy.empty(shape, np.float32), f))
         a = self.feeds[self.fed][0]
@@ -250,7 +251,7 @@ class Recording:
         self.optimizers.append((opt, opt.groups, [g.w for g in opt.groups]))
 
     def outdated(self) -> bool:
-        """True if an optimiser no longer updates the arrays of the graph: it was started again, or its tensors have moved."""
+        """True if an optimiser no longer updates the arrays of the graph: it was started again, or its tensors moved."""
         for optimizer, groups, values in self.optimizers:
             optimizer.reclaim_tensors()
             if optimizer.groups is not groups or any(g.w is not w for g, w in zip(groups, values)):
@@ -283,7 +284,7 @@ def _copied(a: Any) -> Any:
 
 
 def _kind(a: Any) -> Any:
-    """The properties of an argument for which a graph holds: an array's dtype and shape, the type of a float, else the value."""
+    """The part of an argument that is fixed in a graph: an array's dtype and shape, a float's type, else the value."""
     if isinstance(a, (np.ndarray, cupy.ndarray)):
         return a.dtype.str, a.shape
     return type(a).__name__ if isinstance(a, (float, np.random.Generator)) else a
@@ -311,7 +312,8 @@ def _where(e: BaseException) -> str:
     said = str(e).splitlines()[0] if str(e) else type(e).__name__
     why = said
     if "D2H" in said or "StreamCapture" in said:
-        why = "it reads a number from the device, or waits for it (float(), item(), asnumpy, a boolean mask as an index ...)"
+        why = ("it reads a number from the device, or waits for it "
+               "(float(), item(), asnumpy, a boolean mask as an index ...)")
     elif "H2D" in said:
         why = "it brings host data to the device: give that to the step as an argument"
     elif isinstance(e, NotImplementedError):
