@@ -53,7 +53,8 @@ def test_a_section_that_fails_is_written_down_and_the_rest_goes_on(tmp_path, mon
 
 
 def test_a_section_without_time_left_is_reported(tmp_path, capsys):
-    assert gpu.measure(["good"], tmp_path, smoke=False, minutes=0.0, command=as_command) == ["good: not begun: no time was left"]
+    failed = gpu.measure(["good"], tmp_path, smoke=False, minutes=0.0, command=as_command)
+    assert failed == ["good: not begun: no time was left"]
 
 
 def test_rows_are_on_disk_before_the_section_ends(tmp_path, monkeypatch, capsys):

@@ -301,7 +301,7 @@ def test_drawing_with_replacement_is_found():
 
 def test_shuffle_and_drop_last():
     batches = numbers(10, batch_size=4, seed=1, drop_last=True)
-    epochs = [np.concatenate([next(batches)["ids"] for _ in range(len(batches))]) for _ in range(3)]
+    epochs = [np.concatenate(epoch) for epoch in next_epochs(batches, 3)]
     assert len(batches) == 2 and all(len(set(epoch)) == 8 for epoch in epochs)
     assert not np.array_equal(epochs[0], epochs[1])
     plain = numbers(10, batch_size=4, shuffle=False)
@@ -310,17 +310,26 @@ def test_shuffle_and_drop_last():
     assert not np.array_equal(one, two)
 
 
+def next_epochs(batches: Batches, n: int) -> list[list[np.ndarray]]:
+    """The ids of every batch of the next n epochs."""
+    epochs = []
+    for _ in range(n):
+        epochs.append([next(batches)["ids"] for _ in range(len(batches))])
+    return epochs
+
+
 def groups_by_length(batches: Batches, lengths: np.ndarray) -> bool:
     """True if batches hold examples of similar length, and the order is still random.
 
     Whole epochs; little padding; short and long batches mixed; examples change companions between epochs.
     """
-    epochs = [[next(batches)["ids"] for _ in range(len(batches))] for _ in range(3)]
+    epochs = next_epochs(batches, 3)
     whole = all(sorted(np.concatenate(epoch)) == list(range(len(lengths))) for epoch in epochs)
     padding = np.mean([lengths[ids].max() - lengths[ids].mean() for ids in epochs[0]])
     longest = [lengths[ids].max() for ids in epochs[0]]
     correlation = np.corrcoef(longest[:-1], longest[1:])[0, 1]
-    first, second = ({tuple(sorted(ids)) for ids in epoch} for epoch in epochs[:2])
+    first = {tuple(sorted(ids)) for ids in epochs[0]}
+    second = {tuple(sorted(ids)) for ids in epochs[1]}
     return whole and padding < 3 and abs(correlation) < 0.3 and len(first & second) < 3
 
 
@@ -418,8 +427,11 @@ def test_noise_that_is_not_in_the_state_is_found():
         def load_state_dict(self, state):
             super().load_state_dict({**state, "batch": 0})
 
+    def unmoved():
+        return Unmoved(np.arange(7), 3, collate=lambda chosen, _: {"ids": np.array(chosen)})
+
     assert not resumes(forgetful)
-    assert not resumes(lambda: Unmoved(np.arange(7), 3, collate=lambda chosen, _: {"ids": np.array(chosen)}))
+    assert not resumes(unmoved)
 
 
 @pytest.mark.parametrize("change", [{"examples": 8}, {"batch_size": 2}, {"shuffle": False}, {"epoch": None}])

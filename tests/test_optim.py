@@ -549,9 +549,11 @@ def test_launch_step_is_a_step_at_the_full_learning_rate_without_clipping_or_sca
 # ── state ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 @each_optimizer
 def test_an_optimiser_whose_state_was_loaded_continues_bitwise(make, rng):
-    shapes = {"a": (3, 2), "b": (4,)}
-    start = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
-    gradients = [{name: rng.standard_normal(shape) for name, shape in shapes.items()} for _ in range(6)]
+    def draw() -> dict[str, np.ndarray]:
+        return {"a": rng.standard_normal((3, 2)), "b": rng.standard_normal((4,))}
+
+    start = draw()
+    gradients = [draw() for _ in range(6)]
 
     def leaves(values: dict[str, np.ndarray]) -> dict[str, Tensor]:
         return {name: leaf(v) for name, v in values.items()}

@@ -254,7 +254,9 @@ def gradients_and_loss(model: Any, batches: list[dict]) -> dict[str, np.ndarray]
 def check_accumulation(make: Callable[[], tuple]) -> None:
     """The gradient and the loss of k batches of unequal size are those of one large batch."""
     model, parts = make()
-    large = {key: np.concatenate([part[key] for part in parts]) for key in parts[0] if key != "class_weight"}
+    large = {}
+    for key in parts[0].keys() - {"class_weight"}:
+        large[key] = np.concatenate([part[key] for part in parts])
     if "class_weight" in parts[0]:
         large["class_weight"] = parts[0]["class_weight"]
     one = gradients_and_loss(model, [large])
@@ -380,7 +382,10 @@ def check_evaluation(measure: Callable[[Any, list], dict]) -> None:
 
 def mean_over_batches(model: Any, batches: list) -> dict[str, float]:
     metrics = [evaluate(model, [batch]) for batch in batches]
-    return {name: float(np.mean([of_batch[name] for of_batch in metrics])) for name in metrics[0]}
+    means = {}
+    for name in metrics[0]:
+        means[name] = float(np.mean([of_batch[name] for of_batch in metrics]))
+    return means
 
 
 def mean_of_perplexities(model: Any, batches: list) -> dict[str, float]:

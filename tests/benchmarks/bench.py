@@ -59,7 +59,9 @@ def measure(sides: list[Callable[[], Side]], n: int) -> dict[str, Any]:
         opened = [stack.enter_context(make()) for make in sides]
         rows = list(rounds(opened, n))
     first, *others = [side.name for side in opened]
-    seconds = {name: statistics.median(row[name] for row in rows) for name in (first, *others)}
+    seconds = {}
+    for name in (first, *others):
+        seconds[name] = statistics.median(row[name] for row in rows)
     ratios = {name: ratio(rows, name, first) for name in others}
     return {"seconds": seconds, "ratios": ratios}
 
@@ -198,8 +200,10 @@ def machine() -> dict[str, Any]:
 
 def merge(old: list[dict], new: list[dict]) -> list[dict]:
     """The rows of both; a new row replaces the old row of the same key."""
-    rows = {tuple(row.get(column) for column in KEY): row for row in old}
-    rows |= {tuple(row.get(column) for column in KEY): row for row in new}
+    rows = {}
+    for row in [*old, *new]:
+        key = tuple(row.get(column) for column in KEY)
+        rows[key] = row
     return list(rows.values())
 
 

@@ -74,7 +74,9 @@ def compare_steps(c: Clock, case: Case, how: str, reaches: str = "", capture_cou
     with precision(how):
         sides, notes = make_sides(c, case, how)
         own = [name for name in sides if name != "PyTorch"]
-        losses = {name: [number(step()) for _ in range(8)] for name, step in sides.items()}
+        losses = {}
+        for name, step in sides.items():
+            losses[name] = [number(step()) for _ in range(8)]
         if "captured" in losses:
             row["captured is eager"] = c.check(goes_on(losses["captured"][2:6], losses["tinyft"]))
         times = list(c.turns(sides))

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .batches import Examples
+
 
 def accuracy(labels: np.ndarray, predicted: np.ndarray) -> float:
     """Share of predictions (N,) that equal the labels (N,). Raises ValueError for different shapes or no labels."""
@@ -199,7 +201,7 @@ def _lbfgs_direction(gradient: np.ndarray, pairs: list[tuple[np.ndarray, np.ndar
     return direction
 
 
-def simple(train, valid, test, classes: int) -> dict[str, np.ndarray]:
+def simple(train: Examples, valid: Examples, test: Examples, classes: int) -> dict[str, np.ndarray]:
     """Test predictions of the majority class and of TF-IDF with logistic regression: {"majority", "tfidf": (N,)}.
 
     Splits have .texts and .labels. C is the best of 1, 10, 100 on the validation split, by macro-F1.
