@@ -49,7 +49,8 @@ assert np.allclose(P @ v, library, atol=1e-5) and np.allclose(P.sum(axis=1), 1)
 # %%
 context = ft.Context(output_hidden_states=True)
 bert(ids, context)
-q, k = (bert.blocks[0].attn.split(part(context.hidden_states[0], context)) for part in (bert.blocks[0].attn.q, bert.blocks[0].attn.k))
+attention = bert.blocks[0].attn
+q, k = (ft.models.blocks.split_heads(part(context.hidden_states[0], context), attention.heads) for part in (attention.q, attention.k))
 heads = ft.ops.softmax(q @ k.T * D**-0.5).data[0]          # (H, T, T), no mask
 before, after = (max(heads, key=lambda p: np.diag(p, offset).mean()) for offset in (-1, 1))
 print(f"mean weight on the token before: {np.diag(before, -1).mean():.2f}, and in another head on the next: {np.diag(after, 1).mean():.2f}")

@@ -127,7 +127,7 @@ assert right[chosen & same].mean() > 0.85 > right[seen == 4].mean() + 0.2 and ri
 gpt = models["base-gpt"]
 
 def cost(sentences):
-    ids, mask = ft.data.pad([[ft.data.END, *e.ids] for e in tokenizer.encode_batch(sentences)])
+    ids, mask = ft.data.pad([[ft.data.text.END, *e.ids] for e in tokenizer.encode_batch(sentences)])
     return (nats(gpt, ids) * mask[:, 1:]).sum(1)
 
 held_out = [s for r in ft.data.snapshot() if r.split == "test" and r.kind == "docstring" for s in ft.data.sentences(r.text)][:60]
