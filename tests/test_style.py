@@ -49,7 +49,7 @@ QUESTION = re.compile(r"(What|Whether|Where|How|Those|That which|Whose)\b")
 # Calls whose boolean argument cannot have a name, or reads without one.
 TAKE_BOOLEANS = {
     "append", "asarray", "bool_", "full", "get", "getattr", "grid", "param", "pop", "requires_grad_", "set_axisbelow",
-    "setattr", "setdefault", "train",
+    "set_training_mode", "setattr", "setdefault", "train",
 }
 
 
