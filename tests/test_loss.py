@@ -31,7 +31,10 @@ def make_batch(lengths: list[int], seed: int = 0, T: int = 8) -> dict[str, np.nd
 
 
 def join(batches: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
+    joined = {}
+    for key in batches[0]:
+        joined[key] = np.concatenate([batch[key] for batch in batches])
+    return joined
 
 
 BATCHES = [make_batch([8, 3, 5], seed=1), make_batch([2, 4], seed=2), make_batch([7, 8, 8], seed=3)]
