@@ -1108,3 +1108,16 @@ def test_a_method_is_a_frozen_value():
     with pytest.raises(AttributeError):
         m.r = 4
     assert m == LoRA(r=3) and m != LoRA(r=4) and "r=3" in repr(m)
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda: LoRA(lora_alpha=8), "LoRA got an unknown keyword 'lora_alpha': did you mean 'alpha'"),
+    (lambda: LoRA(rnk=8), "it takes alpha, dropout, r, targets"),
+    (lambda: LoRA(target_modules="attn.q"), "did you mean 'targets'"),
+    (lambda: PromptTuning(num_virtual_tokens=3), "did you mean 'p'"),
+    (lambda: Full(k=1), "it takes no keywords"),
+])
+def test_an_unknown_hyper_parameter_is_refused_and_the_near_one_named(make, words):
+    with pytest.raises(TypeError, match=words):
+        make()
+    assert replace(LoRA(r=2), alpha=3.0) == LoRA(2, 3.0)

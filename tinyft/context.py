@@ -35,7 +35,7 @@ def refuse_keywords(caller: str, unknown: Iterable[str], known: Iterable[str],
         near = synonyms.get(keyword)
         if near not in known:
             near = next(iter(difflib.get_close_matches(keyword, known, 1, 0.6)), None)
-        hint = f"did you mean {near!r}?" if near else f"it takes {', '.join(known)}"
+        hint = f"did you mean {near!r}?" if near else f"it takes {', '.join(known) or 'no keywords'}"
         raise TypeError(f"{caller} got an unknown keyword {keyword!r}: {hint}")
 
 

@@ -20,8 +20,17 @@ import numpy as np
 
 from . import array
 from .array import Array
+from .context import refuse_keywords
 from .nn import Context, Embedding, Module, Packed, Parameter
 from .tensor import Tensor
+
+
+# Hyper-parameters under the names of PEFT and AdapterHub, and their names here.
+PEFT_NAMES = {
+    "lora_alpha": "alpha", "lora_dropout": "dropout", "lora_r": "r", "rank": "r", "target_modules": "targets",
+    "num_virtual_tokens": "p", "prompt_length": "p", "prefix_length": "p", "bottleneck_size": "m",
+    "encoder_hidden_size": "mlp", "num_layers": "k",
+}
 
 
 class CannotMerge(Exception):
@@ -81,6 +90,13 @@ class Method:
 
     targets: Any = ()                                    # globs over module paths, matched at a path's end: "attn.[qv]"
     hidden_states = False                                # True if `penalty` reads ctx.hidden_states
+
+    def __new__(cls, *args: Any, **fields: Any) -> Method:
+        """Raise TypeError, naming the nearest field, for a keyword that is no field of the dataclass."""
+        known = getattr(cls, "__dataclass_fields__", None)
+        if known is not None:
+            refuse_keywords(cls.__name__, fields.keys() - known.keys(), known, PEFT_NAMES)
+        return super().__new__(cls)
 
     def find(self, model: Module) -> dict[str, Module]:
         """The modules to edit, by path: by default those that `targets` names."""
