@@ -78,8 +78,8 @@ class HiddenStateLoss(ft.Loss):
         return ctx, loss + (difference * difference).mean()
 
 
-def make_hidden_state_loss(seed: int = 0) -> HiddenStateLoss:
-    return HiddenStateLoss(make_gpt(seed=5, width=6), Linear(WIDTH, 6, rng=np.random.default_rng(seed)))
+def make_hidden_state_loss(seed: int = 0, kind: type = HiddenStateLoss) -> Any:
+    return kind(make_gpt(seed=5, width=6), Linear(WIDTH, 6, rng=np.random.default_rng(seed)))
 
 
 class BalancedMLP(Module):
@@ -201,9 +201,47 @@ def test_resuming_with_another_loss_is_refused(changes, words, tmp_path):
         ft.fit(model, BATCHES, 8, ft.AdamW(0.02), out=tmp_path, resume=True, accumulate=2, progress=False)
 
 
-def test_fit_refuses_an_object_that_is_not_a_loss():
-    with pytest.raises(TypeError, match="wants loss=.*got function"):
-        ft.fit(make_gpt(), BATCHES, 1, loss=stop_at, progress=False)
+@pytest.mark.parametrize("loss, name", [(stop_at, "function"), (Distillation, "Distillation"), (3, "int")])
+def test_fit_and_evaluate_refuse_an_object_that_is_not_a_loss(loss, name):
+    with pytest.raises(TypeError, match=f"a loss wants read.*got {name}"):
+        ft.fit(make_gpt(), BATCHES, 1, loss=loss, progress=False)
+    with pytest.raises(TypeError, match=f"a loss wants read.*got {name}"):
+        ft.evaluate(make_gpt(), BATCHES, loss=loss)
+
+
+@dataclass(frozen=True, eq=False)
+class PlainLoss:
+    """A loss that derives from no class of the library: only `read` and `__call__`."""
+    teacher: Module
+
+    def read(self, batch: Any) -> ft.Targets:
+        return read_batch(batch)
+
+    def __call__(self, model: Module, targets: ft.Targets, rng: Any = None) -> tuple[Context, ft.Tensor]:
+        return Distillation(self.teacher)(model, targets, rng)
+
+
+@dataclass(frozen=True, eq=False)
+class PlainHiddenStateLoss:
+    """HiddenStateLoss with its optional members, but derived from no class of the library."""
+    teacher: Module
+    projection: Linear
+    hidden_states = True
+    module = HiddenStateLoss.module
+    read = PlainLoss.read
+    __call__ = HiddenStateLoss.__call__
+
+
+def test_a_loss_need_not_derive_from_a_class_of_the_library(tmp_path):
+    teacher = make_gpt(3)
+    results = []
+    for loss in (PlainLoss(teacher), Distillation(teacher)):
+        history = ft.fit(make_gpt(), BATCHES, 3, ft.AdamW(0.02), loss=loss, progress=False)
+        results.append((history.losses, ft.evaluate(make_gpt(), BATCHES, loss=loss)["loss"]))
+    assert results[0] == results[1]
+    check_projection_resumes(tmp_path, PlainHiddenStateLoss)
+    with pytest.raises(ValueError, match="its loss: PlainHiddenStateLoss.*here: CrossEntropy"):
+        ft.fit(make_gpt(dropout=0.1), BATCHES, 8, ft.AdamW(0.02), out=tmp_path / "straight", resume=True, progress=False)
 
 
 # ── auxiliary losses ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -423,12 +461,12 @@ def fit_with_projection(
     return model, loss, history
 
 
-def check_projection_resumes(folder: Path) -> None:
+def check_projection_resumes(folder: Path, kind: type = HiddenStateLoss) -> None:
     """A run whose loss has a trainable module resumes bitwise, the module as well."""
-    model, loss, history = fit_with_projection(folder / "straight")
+    model, loss, history = fit_with_projection(folder / "straight", make_hidden_state_loss(kind=kind))
     with pytest.raises(Stop):
-        fit_with_projection(folder / "stopped", stop=6)
-    resumed, same_loss, same_history = fit_with_projection(folder / "stopped")
+        fit_with_projection(folder / "stopped", make_hidden_state_loss(kind=kind), stop=6)
+    resumed, same_loss, same_history = fit_with_projection(folder / "stopped", make_hidden_state_loss(kind=kind))
     assert history == same_history
     assert equal(values_of(model, loss.projection), values_of(resumed, same_loss.projection))
 

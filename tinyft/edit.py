@@ -24,7 +24,6 @@ from .context import refuse_keywords
 from .nn import Context, Embedding, Module, Packed, Parameter
 from .tensor import Tensor
 
-
 # Hyper-parameters under the names of PEFT and AdapterHub, and their names here.
 PEFT_NAMES = {
     "lora_alpha": "alpha", "lora_dropout": "dropout", "lora_r": "r", "rank": "r", "target_modules": "targets",

@@ -96,6 +96,58 @@ class Loss:
         """Further metrics of one batch for `evaluate`, which averages them with the weights of the batches."""
         return {}
 
+    @property
+    def original(self) -> Any:
+        """The user's object: its class and fields identify the loss in a checkpoint."""
+        return self
+
+
+@dataclass(frozen=True)
+class WrappedLoss(Loss):
+    """A loss whose class does not derive from Loss. Members that it lacks, except read and __call__, are the defaults."""
+    inner: Any
+
+    @property
+    def original(self) -> Any:
+        return self.inner
+
+    @property
+    def hidden_states(self) -> bool:
+        return getattr(self.inner, "hidden_states", False)
+
+    @property
+    def module(self) -> Module | None:
+        return getattr(self.inner, "module", None)
+
+    def read(self, batch: Any) -> Targets:
+        return self.inner.read(batch)
+
+    def __call__(
+        self, model: Module, targets: Targets, rng: np.random.Generator | None = None,
+    ) -> tuple[Context, Tensor]:
+        return self.inner(model, targets, rng)
+
+    def check(self, model: Module, targets: Targets) -> None:
+        getattr(self.inner, "check", super().check)(model, targets)
+
+    def metrics(self, ctx: Context, targets: Targets) -> dict[str, float]:
+        return getattr(self.inner, "metrics", super().metrics)(ctx, targets)
+
+
+def as_loss(loss: Any) -> Loss:
+    """CrossEntropy() for None; a Loss itself; any object with read(batch) and __call__(model, targets, rng), wrapped.
+
+    TypeError for another object."""
+    if loss is None:
+        return CrossEntropy()
+    if isinstance(loss, Loss):
+        return loss
+    if isinstance(loss, type) or not callable(loss) or not callable(getattr(loss, "read", None)):
+        name = loss.__name__ if isinstance(loss, type) else type(loss).__name__
+        raise TypeError("a loss wants read(batch) and __call__(model, targets, rng), such as an instance of a subclass "
+                        f"of tinyft.Loss; got {name}")
+    return WrappedLoss(loss)
+
 
 @dataclass(frozen=True)
 class CrossEntropy(Loss):

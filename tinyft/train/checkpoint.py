@@ -195,11 +195,11 @@ def describe_run(run: Run) -> dict[str, Any]:
 
 def describe_loss(loss: Loss) -> dict[str, Any]:
     """The class and fields of a loss. Of its trainable module the shapes count; its values are in the checkpoint."""
-    description = describe(loss)
+    description = describe(loss.original)
     if loss.module is not None:
         shapes = {name: list(p.shape) for name, p in loss.module.named_parameters().items()}
-        for field in fields(loss):
-            if getattr(loss, field.name) is loss.module:
+        for field in fields(loss.original):
+            if getattr(loss.original, field.name) is loss.module:
                 description["fields"][field.name] = {"shapes": shapes}
     return description
 

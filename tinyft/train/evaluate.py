@@ -11,7 +11,7 @@ import numpy as np
 from .. import array
 from ..models.blocks import Classifier
 from ..nn import Context, Module, no_grad
-from .batch import IGNORE, CrossEntropy, Endless, Loss, Targets, cross_entropy
+from .batch import IGNORE, CrossEntropy, Endless, Loss, Targets, as_loss, cross_entropy
 
 
 def evaluate(model: Module, batches: Iterable, loss: Loss | None = None) -> dict[str, float]:
@@ -23,7 +23,7 @@ def evaluate(model: Module, batches: Iterable, loss: Loss | None = None) -> dict
 
     Dropout is inactive and no gradients are recorded. The mode of every module stays as it was.
     """
-    loss = CrossEntropy() if loss is None else loss
+    loss = as_loss(loss)
     if isinstance(batches, Endless):
         batches = batches.once()
     modules = [*model.modules(), *(loss.module.modules() if loss.module is not None else ())]

@@ -47,7 +47,7 @@ from ..nn import Context, Module
 from ..optim import AdamW, GradScaler, Optimizer, Schedule, constant_schedule
 from ..tensor import Tensor
 from . import checkpoint
-from .batch import BatchStream, CrossEntropy, Loss, Targets
+from .batch import BatchStream, Loss, Targets, as_loss
 from .phases import Stage, make_stages
 
 
@@ -130,7 +130,7 @@ def fit(
     Ctrl-C finishes the step, writes the checkpoint and raises KeyboardInterrupt. Diverged if a loss or a norm of
     gradients is not finite; then nothing was updated or written.
     """
-    loss = CrossEntropy() if loss is None else loss
+    loss = as_loss(loss)
     optimizer = optimizer or AdamW(1e-3)
     schedule = schedule or constant_schedule()
     autocast = None if autocast is None else str(precision.half(autocast))
@@ -301,8 +301,6 @@ class Run:
         self, model: Module, loss: Loss, stream: BatchStream, optimizer: Optimizer, schedule: Schedule,
         rng: np.random.Generator, settings: Settings, out: str | os.PathLike | None = None,
     ):
-        if not isinstance(loss, Loss):
-            raise TypeError(f"fit wants loss=, an instance of a subclass of tinyft.Loss; got {type(loss).__name__}")
         self.model = model
         self.loss = loss
         self.stream = stream
