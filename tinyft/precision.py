@@ -43,7 +43,7 @@ SUMS = {"sum", "mean", "cumsum", "softmax", "log_softmax", "layer_norm", "rms_no
 LOSSES = {"cross_entropy"}                                     # their value is float32, with autocast or without
 VIEWS = {"reshape", "permute", "transpose", "broadcast_to"}    # compute nothing, in either pass
 PICKS = {"getitem", "gather", "embedding"}                     # compute nothing; their gradients are sums
-MIXING = {"add", "sub", "mul"}                                 # with float32 on the other side the array module widens
+MIXING = {"add", "sub", "mul"}                                 # of a float32 and a 16-bit array, computed in float32
 
 
 class _AutocastState(threading.local):
@@ -61,11 +61,10 @@ writes = 0                                                     # in-place writes
 
 @contextlib.contextmanager
 def autocast(dtype: Any = "bfloat16", enabled: bool = True) -> Iterator[None]:
-    """with autocast("bfloat16"): loss = ...      matrix products in 16 bits, sums in float32, by the rules of this
-    file.
+    """with autocast("bfloat16"): loss = ...      matrix products in 16 bits, sums in float32.
 
     For the forward pass and the loss; backward uses the dtypes of the forward pass.  float16 wants a GradScaler as
-    well. enabled=False switches autocast off inside a region.  The region holds for this thread alone.
+    well.  enabled=False switches autocast off inside a region.  The region holds for this thread alone.
     TypeError for a dtype other than float16 and bfloat16.      As torch.autocast; Micikevicius et al. 2018"""
     before = (autocast_state.dtype, autocast_state.cache)
     autocast_state.dtype = half(dtype) if enabled else None
@@ -131,8 +130,8 @@ def cast_parameter(a: Array, dtype: np.dtype) -> Array:
 def compute(f: Callable, name: str, arrays: list, kwargs: dict[str, Any]) -> Any:
     """(value, pullbacks) of an op's definition or kernel f on 16-bit inputs; NotImplemented if the kernel declines.
 
-    Compute in float32 and round the value to 16 bits; the engine rounds the gradients.  A kernel that sums 16-bit inputs
-    in float32 itself (takes_16_bit) gets them as they are."""
+    Compute in float32 and round the value to 16 bits; the engine rounds the gradients.  A kernel that sums 16-bit
+    inputs in float32 itself (takes_16_bit) gets them as they are."""
     if name in VIEWS or getattr(f, "takes_16_bit", False):
         return f(*arrays, **kwargs)
     dtypes = {a.dtype for a in arrays if is_array(a) and a.dtype.kind in "fV"}       # V: bfloat16
@@ -153,6 +152,7 @@ def compute(f: Callable, name: str, arrays: list, kwargs: dict[str, Any]) -> Any
 
 
 def _in_float32(back: Callable) -> Callable:
+    """A pullback for one input that gets g in float32."""
     return lambda g: back(to_float32(g))
 
 
@@ -192,8 +192,7 @@ def to_float32(a: Any) -> Any:
 
 
 def rounded(a: Any, dtype: np.dtype) -> Any:
-    """a in this dtype.  A number that is too large for it becomes infinite, without a warning: a GradScaler finds
-    it."""
+    """The array in this dtype.  Too large a number becomes infinite, without a warning: a GradScaler finds it."""
     if a.dtype == dtype:
         return a
     with np.errstate(over="ignore"):
@@ -205,11 +204,11 @@ tf32 = False
 
 
 def set_float32_matmul_precision(precision: str) -> None:
-    """How a device multiplies float32 matrices.  "highest": in float32.  "high": factors rounded to TF32, sums in
-    float32.
+    """Set the precision in which a device multiplies float32 matrices, for all threads.
 
-    TF32 has ten bits of fraction, and is several times faster on tensor cores.  NumPy always computes in float32.  For
-    all threads.  ValueError for another word.      As PyTorch's"""
+    "highest" computes in float32.  "high" rounds the factors to TF32 (ten bits of fraction) and sums in float32, which
+    is several times faster on tensor cores.  NumPy always computes in float32.
+    ValueError for another word.      As PyTorch's"""
     global tf32
     if precision not in ("highest", "high"):
         raise ValueError(f"the precision of float32 products is 'highest' or 'high' (TF32), got {precision!r}")

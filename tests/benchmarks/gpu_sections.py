@@ -100,14 +100,20 @@ def bandwidth(c: Clock) -> Work:
     b = cp.empty_like(a)
 
     def rate(f: Callable, arrays: int) -> Row:
+        """The rate of a function that reads and writes so many arrays of the size of `a`."""
         return {"TB/s": 4 * arrays * n / c.best(f) / 1e12}
 
-    yield "copy", lambda: rate(lambda: cp.copyto(b, a), 2)
-    yield "CuPy: y = x + 1", lambda: rate(lambda: cp.add(a, 1, out=b), 2)
-    yield "CuPy: z = x + z", lambda: rate(lambda: cp.add(a, b, out=b), 3)
-    yield "tinyft: GELU", lambda: rate(lambda: layers.gelu(a), 2)
-    yield "CuPy: sums of rows of 1,024", lambda: rate(lambda: a.reshape(-1, 1024).sum(axis=1), 1)
-    yield "tinyft: sums of columns", lambda: rate(lambda: layers.sum_rows(a.reshape(-1, min(n, 4096))), 1)
+    # name: (function, arrays that it reads and writes)
+    functions = {
+        "copy": (lambda: cp.copyto(b, a), 2),
+        "CuPy: y = x + 1": (lambda: cp.add(a, 1, out=b), 2),
+        "CuPy: z = x + z": (lambda: cp.add(a, b, out=b), 3),
+        "tinyft: GELU": (lambda: layers.gelu(a), 2),
+        "CuPy: sums of rows of 1,024": (lambda: a.reshape(-1, 1024).sum(axis=1), 1),
+        "tinyft: sums of columns": (lambda: layers.sum_rows(a.reshape(-1, min(n, 4096))), 1),
+    }
+    for name, (f, arrays) in functions.items():
+        yield name, partial(rate, f, arrays)
 
     def torch_copy() -> Row:
         torch, where = torch_there(c)
@@ -410,10 +416,10 @@ def one_product(c: Clock, a_shape: tuple, b_shape: tuple, transposed: bool, how:
     turned = b.swapaxes(-1, -2) if transposed else b
     first = (0,) * (a.ndim - 2) + (slice(8),)
     want = to_float64(a[first]) @ to_float64(turned[first[:-1]] if a.ndim > 2 else turned)
-    sides = {"tinyft": lambda: gemm.matmul(a, turned)}
+    sides: dict[str, Callable] = {"tinyft": partial(gemm.matmul, a, turned)}
     batched_bf16 = how == "bf16" and a.ndim > 2
     if how != "tf32" and not batched_bf16:  # CuPy has neither TF32 nor bfloat16 in batches
-        sides["CuPy"] = lambda: a @ turned
+        sides["CuPy"] = partial(cp.matmul, a, turned)
     note = None
     with precision(how):
         result = to_float64(sides["tinyft"]()[first])
@@ -460,7 +466,8 @@ def overhead(c: Clock) -> Work:
     X, Y, M, N = (ft.Tensor(a, requires_grad=True) for a in (x, y, W, E))
     ones = ft.Tensor(cp.ones(64, np.float32), requires_grad=True)
     raw = cp.RawKernel('extern "C" __global__ void nothing(const float *x, float *y, int n) {}', "nothing")
-    yield "an own kernel, launched", lambda: {"CuPy, µs": c.host(lambda: raw((1,), (32,), (x, y, np.int32(1)))) * 1e6}
+    launch = partial(raw, (1,), (32,), (x, y, np.int32(1)))
+    yield "an own kernel, launched", lambda: {"CuPy, µs": c.host(launch) * 1e6}
 
     cupy_calls = {
         "x + y": lambda: x + y,

@@ -115,17 +115,15 @@ def fit(
     loss            a Loss; CrossEntropy() if None
     clip            the largest norm of all gradients together
     accumulate      batches per update, weighted by their numbers of labels: the gradient is that of one large batch
-    out             a folder. The state is written to out/checkpoint.safetensors every `save_every` steps, before and
-                    after the setup of a phase, and at the end, atomically
+    out             a folder for checkpoint.safetensors: written, atomically, every `save_every` steps, before and after
+                    the setup of a phase, and at the end
     resume          continue from the checkpoint in `out`, bitwise as if never stopped; without one, start anew
     evaluate        called every `evaluate_every` steps, returns metrics. With patience > 0, training stops after so
                     many evaluations without a better metric `monitor` (lower is better for names that end in loss or
                     perplexity), and the best state is restored
-    autocast        "bfloat16" or "float16": matrix products in 16 bits (tinyft.autocast). float16 uses a GradScaler,
-                    which skips steps that overflow
-    capture         on CuPy, replay steps as CUDA graphs (tinyft.capture); after the first eight shapes, other shapes
-                    run uncaptured. No effect on NumPy. CannotCapture for accumulate > 1, float16, and methods that
-                    override begin or step
+    autocast        "bfloat16" or "float16": matrix products in 16 bits. With float16, steps that overflow are skipped
+    capture         on CuPy, replay steps as CUDA graphs, of the first eight shapes (tinyft.capture). CannotCapture for
+                    accumulate > 1, float16, and methods that override begin or step
 
     Ctrl-C finishes the step, writes the checkpoint and raises KeyboardInterrupt. Diverged if a loss or a norm of
     gradients is not finite; then nothing was updated or written.
@@ -153,9 +151,7 @@ def fit(
                     bar.update(run.done - bar.n)
                     bar.set_postfix_str(run.status(), refresh=False)
                     if is_interrupted():
-                        run.save()
-                        advice = "; fit(..., resume=True) goes on" if out else ""
-                        raise KeyboardInterrupt(f"stopped after step {run.done} of {steps}{advice}")
+                        run.interrupt()
                     if save_every and run.done % save_every == 0:
                         run.save()
         run.save()
@@ -443,6 +439,12 @@ class Run:
         """Write the checkpoint, atomically."""
         if self.path:
             write_tensors(self.path, *self.state_dict())
+
+    def interrupt(self) -> None:
+        """Write the checkpoint and raise KeyboardInterrupt, with the number of steps taken."""
+        self.save()
+        advice = "; fit(..., resume=True) goes on" if self.path else ""
+        raise KeyboardInterrupt(f"stopped after step {self.done} of {self.settings.steps}{advice}")
 
     def load(self) -> None:
         """Go to the state in the checkpoint, if there is one."""

@@ -34,7 +34,7 @@ GRAPHS = 8                                               # different shapes of t
 
 
 class Captured:
-    """A step that is replayed from its third call with arguments of the same shapes on.
+    """A step that is replayed, from the third call with arguments of the same shapes.
 
     otherwise: a function for the calls with further shapes, once there are GRAPHS graphs; None refuses them."""
 
@@ -53,7 +53,7 @@ class Captured:
                 return self.otherwise(*args)
             if len(self.graphs) == GRAPHS:
                 raise CannotCapture(f"this step comes with ever other shapes or numbers: {GRAPHS} graphs are made, "
-                                    f"and now {key}.  Pass ids of one shape, and what changes as a float or an array")
+                                    f"and now {key}.  Pass ids of one shape, and changing values as floats or arrays")
             self.graphs[key] = Recording(self.step, self.stream)
         here = cupy.cuda.get_current_stream()
         self.stream.wait_event(here.record())
@@ -94,6 +94,7 @@ class Keys:
         self.n = 0
 
     def integers(self, high: int) -> Array:
+        """A dropout key, on the device.  CannotCapture for another kind of draw, or for too many draws."""
         if high != 2**63 or self.n == len(self.drawn):
             raise CannotCapture("of a generator given to a captured step only dropout may draw, "
                                 f"and {len(self.drawn)} times")
@@ -128,9 +129,9 @@ class Recording:
         self.optimizers: list[tuple] = []
 
     # ── called by the library while the step runs ──
-    def note(self, what: str, numbers: tuple) -> None:
+    def note(self, kernel: str, numbers: tuple) -> None:
         """Record a kernel, and the numbers that the host gave it."""
-        self.notes.append((what, numbers))
+        self.notes.append((kernel, numbers))
 
     def feed(self, f: Callable[[], np.ndarray], shape: tuple) -> Array:
         """A float32 array on the device that holds f() in each call.
@@ -216,7 +217,7 @@ class Recording:
         finally:
             array.recording = None
         if any(p.grad is not None for o, *_ in self.optimizers for g in o.groups for p in g.tensors.values()):
-            raise CannotCapture("this step leaves gradients behind, which the next would add to: "
+            raise CannotCapture("this step leaves gradients behind, and the next step would add to them: "
                                 "end it with optimizer.zero_grad()")
         if self.calls > 1 and self.before != self.notes:
             raise CannotCapture(_difference(self.before, self.notes))
@@ -251,7 +252,7 @@ class Recording:
         self.optimizers.append((opt, opt.groups, [g.w for g in opt.groups]))
 
     def outdated(self) -> bool:
-        """True if an optimiser no longer updates the arrays of the graph: it was started again, or its tensors moved."""
+        """True if an optimiser was started again, or if its tensors moved: the graph updates other arrays then."""
         for optimizer, groups, values in self.optimizers:
             optimizer.reclaim_tensors()
             if optimizer.groups is not groups or any(g.w is not w for g, w in zip(groups, values)):
@@ -261,12 +262,17 @@ class Recording:
 
 # ── arguments and results: tuples, lists and dicts ───────────────────────────────────────────────────────────────────
 def mapped(tree: Any, f: Callable, *others: Any) -> Any:
-    """The tree with f(leaf, leaves of the others at the same place) in the place of each leaf."""
+    """A tree of f(leaf, leaves of the other trees at the same position)."""
     if isinstance(tree, (tuple, list)):
-        return type(tree)(mapped(a, f, *(o[i] for o in others)) for i, a in enumerate(tree))
+        return type(tree)(mapped(a, f, *at(others, i)) for i, a in enumerate(tree))
     if isinstance(tree, dict):
-        return {k: mapped(a, f, *(o[k] for o in others)) for k, a in tree.items()}
+        return {key: mapped(a, f, *at(others, key)) for key, a in tree.items()}
     return f(tree, *others)
+
+
+def at(trees: tuple, key: Any) -> list:
+    """The branch under this index or key, of every tree."""
+    return [tree[key] for tree in trees]
 
 
 def leaves(tree: Any) -> list:
@@ -299,7 +305,7 @@ def _difference(before: list, now: list) -> str:
         if a != b:
             one, two = next((x, y) for x, y in zip(a, b) if x != y)
             return (f"this step gives {name} another number at each call, which a replay could not: {one} before, "
-                    f"{two} now.  Give what changes to the step as an argument: a float for optimizer.step, "
+                    f"{two} now.  Pass changing values as arguments of the step: a float for optimizer.step, "
                     "a generator for dropout, arrays for all else")
     return f"this step does something else at each call: {len(before)} kernels before, {len(now)} now"
 
