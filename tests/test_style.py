@@ -29,8 +29,6 @@ tests/test_ops.py: columns assigned_lambda nested_comprehension
 tests/test_precision.py: columns assigned_lambda nested_lambda positional_boolean
 tests/test_tensor.py: columns nested_comprehension
 tests/wrong.py: columns
-tinyft/ops.py: columns nested_comprehension
-tinyft/tensor.py: columns
 """
 RIDDLES_LEFT = 15                         # docstrings in tinyft/ that begin with a question word; may only fall
 UNDOCUMENTED_LEFT = 70                    # public names in tinyft/ without a docstring; may only fall

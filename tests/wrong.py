@@ -123,13 +123,13 @@ def maximum_is_a(a, b):
 @instead_of("mean", "n is the number of entries of x, whatever the axis.")
 def mean_over_everything(x, axis=None, keepdims=False):
     m, shape = xp(x), x.shape
-    return x.mean(axis=axis, keepdims=keepdims), (lambda g: m.broadcast_to(ops._back(g, shape, axis, keepdims) / x.size, shape),)
+    return x.mean(axis=axis, keepdims=keepdims), (lambda g: m.broadcast_to(ops._restore_axes(g, shape, axis, keepdims) / x.size, shape),)
 
 
 @instead_of("amax", "Every entry gets g: the maximum depends on all of them.")
 def amax_for_all(x, axis=None, keepdims=False):
     m, shape = xp(x), x.shape
-    return x.max(axis=axis, keepdims=keepdims), (lambda g: m.broadcast_to(ops._back(g, shape, axis, keepdims), shape),)
+    return x.max(axis=axis, keepdims=keepdims), (lambda g: m.broadcast_to(ops._restore_axes(g, shape, axis, keepdims), shape),)
 
 
 @instead_of("mean", "Dividing by a count is dividing by a number: the dtype stays.")

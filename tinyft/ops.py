@@ -19,6 +19,7 @@ from .tensor import Tensor, op
 
 
 def t(a: Array) -> Array:
+    """The last two axes swapped."""
     return a.swapaxes(-1, -2)
 
 
@@ -28,6 +29,7 @@ def flat(a: Array) -> Array:
 
 
 def same(g: Array) -> Array:
+    """The pullback of an input whose gradient is g."""
     return g
 
 
@@ -93,20 +95,27 @@ def project(x, Wq, bq, Wk, bk, Wv, bv, heads=1):
     Head h has the features h D to (h + 1) D − 1.
 
         dx = Σ g W,   dW = gᵀ x,   db = Σ g,      g with its heads joined again"""
-    m, X, n = xp(x), flat(x), Wq.shape[0]
+    m = xp(x)
+    X = flat(x)                                               # (N, C)
+    n = Wq.shape[0]                                           # H D
 
-    def cut(y):
+    def split_heads(y):
         return y.reshape(*x.shape[:-1], heads, -1).swapaxes(-2, -3)
 
+    def join_heads(a):
+        if a is None:                                         # no gradient came to this value
+            return m.zeros((len(X), n), x.dtype)
+        return a.swapaxes(-2, -3).reshape(-1, n)              # (N, H D)
+
     def back(g, needed):
-        q, k, v = (m.zeros((len(X), n), x.dtype) if a is None else a.swapaxes(-2, -3).reshape(-1, n) for a in g)
-        dx = (q @ Wq + k @ Wk + v @ Wv).reshape(x.shape) if needed[0] else None
+        gq, gk, gv = (join_heads(a) for a in g)
+        dx = (gq @ Wq + gk @ Wk + gv @ Wv).reshape(x.shape) if needed[0] else None
         gradients = [dx]
-        for i, a in enumerate((q, k, v)):
+        for i, a in enumerate((gq, gk, gv)):
             gradients.append(a.T @ X if needed[1 + 2 * i] else None)          # dW
             gradients.append(a.sum(axis=0))                                   # db
         return gradients
-    return tuple(cut(X @ W.T + b) for W, b in ((Wq, bq), (Wk, bk), (Wv, bv))), back
+    return tuple(split_heads(X @ W.T + b) for W, b in ((Wq, bq), (Wk, bk), (Wv, bv))), back
 
 
 # ── elementwise functions ────────────────────────────────────────────────────────────────────────────────────────────
@@ -181,39 +190,45 @@ def gelu_tanh(x):
 
 
 def erf(x: Array) -> Array:
-    """The error function, on an array: erf(x) = sign x (1 − u e^(P(u) − x²)) with u = 1 / (1 + |x|/2) and a polynomial
-    P.
+    """erf(x) = sign x (1 − u e^(P(u) − x²)),  u = 1 / (1 + |x|/2),  P a polynomial.
 
     P interpolates the complementary error function of the standard library at Chebyshev nodes, of degree 10 for single
     precision and 22 for double: the error is below 1e-7 and 1e-13.  Evaluated in double, since a rounded P costs
     3e-7."""
-    m, z = xp(x), abs(x).astype(np.float64)
+    m = xp(x)
+    z = abs(x).astype(np.float64)
     c = _erfc_polynomial(22 if x.dtype == np.float64 else 10)
     u = 1 / (1 + 0.5 * z)
-    s = 4 * u - 2                                         # Clenshaw's rule: Σ cⱼ Tⱼ(2u − 1), with s twice the argument
+    # P(u) = Σ cⱼ Tⱼ(2u − 1) by Clenshaw's recurrence; s is twice the argument of the Chebyshev polynomials Tⱼ.
+    s = 4 * u - 2
     a, b = c[-1], 0
     for cj in c[-2:0:-1]:
         a, b = s * a - b + cj, a
-    return (m.sign(x) * (1 - u * m.exp(0.5 * s * a - b + c[0] - z * z))).astype(x.dtype)
+    return (m.sign(x) * (1 - u * m.exp(0.5 * s * a - b + c[0] - z * z))).astype(x.dtype)       # P = s a/2 − b + c₀
 
 
 @lru_cache(None)
 def _erfc_polynomial(degree: int) -> list[float]:
     """Chebyshev coefficients of ln(erfc(z) e^(z²) / u) as a function of 2u − 1, u = 1 / (1 + z/2)."""
-    def at(s: float) -> float:
+    def log_ratio(s: float) -> float:                         # s = 2u − 1
         z = 2 / ((s + 1) / 2) - 2
         if z < 20:
             return math.log(math.erfc(z)) + z * z + math.log(1 + z / 2)
         series = 1 - 1 / (2 * z * z) + 3 / (4 * z**4) - 15 / (8 * z**6)      # erfc(z) e^(z²) z √π
         return math.log(series * (1 + z / 2) / (z * math.pi**0.5))
-    return np.polynomial.chebyshev.chebinterpolate(lambda s: np.array([at(v) for v in s]), degree).tolist()     # host
+
+    def log_ratios(s: np.ndarray) -> np.ndarray:
+        return np.array([log_ratio(v) for v in s])            # host
+    return np.polynomial.chebyshev.chebinterpolate(log_ratios, degree).tolist()                             # host
 
 
 # ── reductions ───────────────────────────────────────────────────────────────────────────────────────────────────────
-def _back(g: Array, shape: tuple, axis: Any, keepdims: bool) -> Array:
-    """g with the axes that a reduction of an array of this shape removed, as axes of length one."""
+def _restore_axes(g: Array, shape: tuple, axis: Any, keepdims: bool) -> Array:
+    """g, the gradient of a reduced value, with the reduced axes put back as axes of length one.
+
+    shape: of the array before the reduction. With axis=None g is a single number and broadcasts as it is."""
     if axis is None or keepdims:
-        return g                                                                 # a single number broadcasts as it is
+        return g
     axes = {a % len(shape) for a in (axis if isinstance(axis, tuple) else (axis,))}
     return g.reshape(tuple(1 if i in axes else n for i, n in enumerate(shape)))
 
@@ -221,7 +236,7 @@ def _back(g: Array, shape: tuple, axis: Any, keepdims: bool) -> Array:
 def _spread(g: Array, shape: tuple) -> Array:
     """g repeated to this shape, without a copy.
 
-    If nothing is repeated, a plain view: NumPy makes broadcast views read-only."""
+    If nothing is repeated, the result is an ordinary view: a view that NumPy broadcasts is read-only."""
     if g.size == math.prod(shape):
         return g.reshape(shape)
     return xp(g).broadcast_to(g, shape)
@@ -231,7 +246,7 @@ def _spread(g: Array, shape: tuple) -> Array:
 def sum(x, axis=None, keepdims=False):
     """y = Σ x.    dx = g along the summed axes"""
     shape = x.shape
-    return x.sum(axis=axis, keepdims=keepdims), (lambda g: _spread(_back(g, shape, axis, keepdims), shape),)
+    return x.sum(axis=axis, keepdims=keepdims), (lambda g: _spread(_restore_axes(g, shape, axis, keepdims), shape),)
 
 
 @op("... -> ...")
@@ -239,7 +254,7 @@ def mean(x, axis=None, keepdims=False):
     """y = Σ x / n.    dx = g / n"""
     y = x.mean(axis=axis, keepdims=keepdims)
     shape, n = x.shape, x.size // (y.size or 1)
-    return y, (lambda g: _spread(_back(g, shape, axis, keepdims) / n, shape),)
+    return y, (lambda g: _spread(_restore_axes(g, shape, axis, keepdims) / n, shape),)
 
 
 @op("... -> ...")
@@ -248,8 +263,9 @@ def amax(x, axis=None, keepdims=False):
     y = x.max(axis=axis, keepdims=keepdims)
 
     def back(g):
-        at = x == _back(y, x.shape, axis, keepdims)
-        return _back(g, x.shape, axis, keepdims) * at / at.sum(axis=axis, keepdims=True)
+        is_max = x == _restore_axes(y, x.shape, axis, keepdims)
+        ties = is_max.sum(axis=axis, keepdims=True)
+        return _restore_axes(g, x.shape, axis, keepdims) * is_max / ties
     return y, (back,)
 
 
@@ -270,7 +286,7 @@ def where(c, a, b):
 @op("..., ... -> ...")
 def maximum(a, b):
     """y = max(a, b).    da = g [a > b] + g [a = b] / 2"""
-    def share(p, q):
+    def share(p, q):                                          # the part of g that goes to p
         return (p > q) + 0.5 * (p == q)
     return xp(a, b).maximum(a, b), (lambda g: g * share(a, b), lambda g: g * share(b, a))
 
@@ -283,20 +299,24 @@ def clip(x, low, high):
 
 @op("..., ... -> ...")
 def straight_through(hard, soft):
-    """y = hard, as if it were soft.    d soft = g      (Bengio et al. 2013)"""
+    """y = hard; the gradient goes to soft as if it had been the value.    d soft = g      (Bengio et al. 2013)"""
     return hard, (None, same)
 
 
 @op("... n, ... k -> ... k")
 def gather(x, i, axis=-1):
     """yⱼ = x[iⱼ] along one axis, the indices different in each row.    dx[iⱼ] += gⱼ"""
-    m, shape = xp(x), x.shape
+    m = xp(x)
+    shape = x.shape
+
+    def along(k, n):                                          # 0 ... n − 1 along axis k, to broadcast with i
+        return m.arange(n).reshape([-1 if a == k else 1 for a in range(i.ndim)])
 
     def back(g):
         d = m.zeros(shape, g.dtype)
-        grid = [m.arange(n).reshape([-1 if a == k else 1 for a in range(i.ndim)]) for k, n in enumerate(i.shape)]
-        grid[axis] = i
-        m.add.at(d, tuple(grid), g)
+        index = [along(k, n) for k, n in enumerate(i.shape)]
+        index[axis] = i
+        m.add.at(d, tuple(index), g)
         return d
     return m.take_along_axis(x, i, axis=axis), (back, None)
 
@@ -304,7 +324,8 @@ def gather(x, i, axis=-1):
 @op("v c, ... -> ... c")
 def embedding(W, ids):
     """y = W[ids], rows of W.    dW[ids] += g"""
-    m, shape = xp(W), W.shape
+    m = xp(W)
+    shape = W.shape
 
     def back(g):
         d = m.zeros(shape, g.dtype)
@@ -317,7 +338,9 @@ def embedding(W, ids):
 def getitem(x, index):
     """y = x[index] for slices, integers and integer arrays.    dx[index] += g"""
     parts = index if isinstance(index, tuple) else (index,)
-    m, shape = xp(x, *parts), x.shape
+    m = xp(x, *parts)
+    shape = x.shape
+    # Without integer arrays every entry is selected at most once, so g is assigned, not added.
     plain = all(isinstance(p, (int, slice)) or p is None or p is Ellipsis for p in parts)
 
     def back(g):
@@ -359,7 +382,7 @@ def broadcast_to(x, shape):
 
 @op("... -> ...")
 def concatenate(*xs, axis=0):
-    """One after another along an axis.    Each gets its own stretch of g"""
+    """The arrays end to end along an axis.    dxᵢ = the slice of g at the place of xᵢ"""
     ends = [0]
     for x in xs:
         ends.append(ends[-1] + x.shape[axis])
@@ -423,7 +446,7 @@ def rms_norm(x, w, eps=1e-6):
 
 
 def causal_mask(t: int, s: int, m: ModuleType = np) -> Array:
-    """(t, s) bool, an array of module m: query i of t may look at keys j ≤ i + s − t.
+    """(t, s) bool, an array of module m: True where query i of t may look at key j of s, j ≤ i + s − t.
 
     The first s − t keys come before all queries: from a cache or a prefix."""
     return m.tril(m.ones((t, s), dtype=bool), s - t)
@@ -439,7 +462,8 @@ def attention_shape(
 ) -> tuple[int, ...]:
     """The shape (..., H, Tq, Tk) of the scores of these arrays.
 
-    ValueError, which the engine makes a ShapeError, for arrays that do not fit; TypeError for a bias that is none."""
+    ValueError for shapes that do not fit; the engine turns it into a ShapeError. TypeError for a bias that is a mask
+    or was given by keyword."""
     if (q.ndim < 2 or k.ndim != q.ndim or k.shape[:-1] != v.shape[:-1]
             or q.shape[-1] != k.shape[-1] or q.shape[:-3] != k.shape[:-3]):
         raise ValueError("attention wants q (..., H, Tq, D), k (..., Hkv, Tk, D) and v (..., Hkv, Tk, E), "
@@ -493,18 +517,18 @@ def attention(q, k, v, bias=None, *, key_mask=None, causal=False, scale=None, dr
     s = (q @ t(k)) * alpha                                                       # (..., H, Tq, Tk)
     if bias is not None:
         s = s + bias
-    may = key_mask
+    visible = key_mask
     if causal:
         past = causal_mask(*s.shape[-2:], m)
-        may = past if may is None else may & past
-    if may is not None:
-        s = m.where(may, s, -math.inf)
+        visible = past if visible is None else visible & past
+    if visible is not None:
+        s = m.where(visible, s, -math.inf)
     top = s.max(axis=-1, keepdims=True)
     e = m.exp(s - m.where(top == -math.inf, 0, top))      # a query without keys: all zeros, not NaN
     p = e / m.maximum(e.sum(axis=-1, keepdims=True), 1)       # a row with a key sums to 1 or more
     pm = p if dropout_mask is None else p * dropout_mask
 
-    def back(g, needed):
+    def back(g, needed):                                      # needed[3] only if the caller gave a bias
         dq = dk = db = None
         dv = sum_heads(t(pm) @ g, group) if needed[2] else None
         if needed[0] or needed[1] or any(needed[3:]):
@@ -520,21 +544,27 @@ def attention(q, k, v, bias=None, *, key_mask=None, causal=False, scale=None, dr
 
 @op("... v, ..., v ->")
 def cross_entropy(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
-    """ℓ = Σₙ w_{yₙ} (−ln p_{yₙ}) / Σₙ w_{yₙ},  p = softmax z.    dz = (w_y p − q) / Σ w,  q = w_y at y
+    """ℓ = Σₙ w_{yₙ} (−ln p_{yₙ}) / Σₙ w_{yₙ},  p = softmax z.    dz = (w_y p − q) / Σ w,  q = w_y in column y, else 0
 
-    z (..., V); y (...) integers, rows with y = ignore_index count nowhere.  weight (V,).  With label smoothing ε the
-    target is (1 − ε) of the label and ε/V of every class, each class with its own weight.      As torch.nn.CrossEntropyLoss"""
-    m, rows, labels, shape, dtype = xp(z), flat(z), y.reshape(-1), z.shape, z.dtype
+    z (..., V); y (...) integers; rows with y = ignore_index are left out of both sums.  weight (V,).  With label
+    smoothing ε the target is (1 − ε) of the label and ε/V of every class, each class with its own weight.
+    As torch.nn.CrossEntropyLoss."""
+    m = xp(z)
+    shape = z.shape
+    dtype = z.dtype
+    rows = flat(z)                                                             # (N, V)
+    labels = y.reshape(-1)                                                     # (N,)
     real = labels != ignore_index
     labels = m.where(real, labels, 0)
     w = real.astype(dtype) if weight is None else weight[labels] * real        # (N,)
     shifted = rows - rows.max(axis=-1, keepdims=True)
     lse = m.log(m.exp(shifted).sum(axis=-1, keepdims=True))
-    total, each = w.sum(), m.arange(rows.shape[0])
-    value = (w * (lse[:, 0] - shifted[each, labels])).sum()
+    total = w.sum()
+    n = m.arange(rows.shape[0])
+    value = (w * (lse[:, 0] - shifted[n, labels])).sum()
     if label_smoothing:
-        every = m.ones(rows.shape[-1], dtype) if weight is None else weight
-        spread = label_smoothing / rows.shape[-1] * (real[:, None] * every)      # (N, V)
+        class_weight = m.ones(rows.shape[-1], dtype) if weight is None else weight
+        spread = label_smoothing / rows.shape[-1] * (real[:, None] * class_weight)      # (N, V)
         value = (1 - label_smoothing) * value + (spread * (lse - shifted)).sum()
 
     def back(g):
@@ -544,7 +574,7 @@ def cross_entropy(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
             d = p * (q[:, None] + spread.sum(axis=-1, keepdims=True)) - spread
         else:
             d = p * q[:, None]
-        d[each, labels] -= q
+        d[n, labels] -= q
         return (d * (g / total)).reshape(shape)
     return (value / total).astype(dtype), (back, None, None)
 

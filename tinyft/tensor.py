@@ -45,7 +45,7 @@ class Tensor:
         self.record = None
         self.mask = None
         self.decay = decay
-        self.version = [0]
+        self.version = [0]                                     # writes so far; a list, so that a Record can share it
         if requires_grad:
             self.train(True)
 
@@ -91,7 +91,7 @@ class Tensor:
 
     def train(self, on: bool) -> None:
         """Set requires_grad.  TypeError if the dtype is not a floating-point one."""
-        if on and np.dtype(self.dtype).kind not in "fV":       # V: bfloat16
+        if on and np.dtype(self.dtype).kind not in "fV":       # bfloat16 is of kind V
             raise TypeError(f"only floating-point tensors train; this one is {self.dtype}")
         self.requires_grad = on
 
@@ -133,12 +133,13 @@ class Tensor:
                     fitted = _fit(d, parent)
                     if _state.anomaly:
                         _check_gradient(node, fitted)
-                    gradients.add(parent, fitted, fitted is not d or _is_own(d, g))
+                    owned = fitted is not d or _is_own(d, g)   # allocated by _fit, or by the pullback
+                    gradients.add(parent, fitted, owned)
                 if not retain_graph:
                     node.release()
 
     def accumulate(self, g: Array, owned: bool) -> None:
-        """Add g to the `.grad` of this leaf.  owned: g itself may become `.grad`, since nobody else sees it."""
+        """Add g to the `.grad` of this leaf.  owned: no other code holds g, so g itself may become `.grad`."""
         if not self.requires_grad:                             # frozen after its use
             return
         if self.grad is not None:
@@ -173,10 +174,11 @@ class Gradients:
             self.owned.add(key)
 
     def add_part(self, part: Part, g: Array) -> None:
-        """Note the gradient of one value of an op with several.
+        """Store the gradient g of one value of an op that returns several values.
 
-        The op's record gets a list, None where no gradient came."""
-        self.arrays.setdefault(id(part.whole), [None] * part.of)[part.i] = g
+        The gradient of the op's Record is a list with one entry for each value, None where no gradient came."""
+        by_value = self.arrays.setdefault(id(part.whole), [None] * part.count)
+        by_value[part.i] = g
 
     def pop(self, node: Record | Part | Tensor) -> tuple[Any, bool]:
         """The complete gradient of a node, None if no gradient reached it; and True if that array is owned."""
@@ -202,7 +204,9 @@ def _seed(root: Tensor, gradient: Any) -> Array:
 
 
 def _fit(d: Array, parent: Record | Part | Tensor) -> Array:
-    """The gradient d in the parent's shape and dtype: summed over the axes of broadcasting, then rounded."""
+    """The gradient d in the parent's shape and dtype: summed over the axes of broadcasting, then rounded.
+
+    A leaf of 16 bits gets its gradient in float32."""
     if d.shape == parent.shape and d.dtype == parent.dtype and d.itemsize != 2:
         return d
     return precision.rounded(sum_to(d, parent.shape), parent.grad_dtype)
@@ -223,9 +227,9 @@ def _is_own(d: Array, given: Any) -> bool:
 
 
 def topological(root: Tensor) -> list[Record | Part | Tensor]:
-    """The nodes from which the root was made and that need a gradient, inputs before outputs.
+    """The nodes that need a gradient: the root's and all that it depends on, inputs before outputs.
 
-    The search keeps a stack of its own, so a deep graph does not exhaust Python's."""
+    The search uses a list as its stack, not recursion, so a deep graph does not exceed Python's recursion limit."""
     order, seen, stack = [], set(), [(root.node, False)]
     while stack:
         node, parents_done = stack.pop()
@@ -252,11 +256,14 @@ def sum_to(g: Array, shape: tuple) -> Array:
 
 # ── the graph ────────────────────────────────────────────────────────────────────────────────────────────────────────
 class Record:
-    """The record of one op's call: its name, the value's shape and dtype, the pullbacks, the version of every leaf it
-    read.
+    """The record of one call of an op.
 
-    A node is the Record of a computed tensor, or a leaf.  So the graph holds the arrays that pullbacks hold, and no
-    value for its own sake.      pulls: pairs (parent nodes, function from g to one gradient for each of these parents)."""
+    A node of the graph is the Record of a computed tensor, or a leaf.  A Record does not hold the value, so the graph
+    keeps only the arrays that pullbacks need.
+
+    shape, dtype: of the value.
+    pulls: pairs (parent nodes, function from g to one gradient for each of these parents); None once released.
+    leaves: a pair (version list, version at the call) for each input that is a leaf."""
     __slots__ = ("name", "shape", "dtype", "pulls", "leaves")
     grad_dtype = property(lambda self: self.dtype)
 
@@ -292,14 +299,14 @@ class Record:
 
 
 class Part:
-    """Value number i of the `of` values of one op call; `whole` is the Record of the call."""
-    __slots__ = ("whole", "i", "of", "shape", "dtype")
+    """The node of value number i, where one call of an op returns `count` values; `whole` is the Record of the call."""
+    __slots__ = ("whole", "i", "count", "shape", "dtype")
     grad_dtype = property(lambda self: self.dtype)
 
-    def __init__(self, whole: Record, i: int, of: int, value: Array):
+    def __init__(self, whole: Record, i: int, count: int, value: Array):
         self.whole = whole
         self.i = i
-        self.of = of
+        self.count = count
         self.shape = value.shape
         self.dtype = value.dtype
 
@@ -316,9 +323,10 @@ def op(shapes: str) -> Callable[[Callable], Callable[..., Tensor]]:
     """Make an op of a function on plain arrays that returns (value, pullbacks).
 
     pullbacks: a tuple with one function g -> gradient per input (None where there is no gradient); or, where inputs
-    share costly work, one function (g, needed) -> a gradient per input, needed[i] being True if input i needs one.  A
-    pullback returns g itself, a view of g, or a new array; the engine undoes broadcasting.  Keyword arguments get no gradient.
-    A value that is a tuple makes as many tensors; then g is a list with one gradient each, None where none came.
+    share costly work, one function (g, needed) -> a gradient per input, needed[i] being True if input i needs one.
+    A pullback returns g itself, a view of g, or a new array; the engine undoes broadcasting.
+    Keyword arguments get no gradient.
+    An op whose value is a tuple returns a tuple of tensors; then g is a list of their gradients, None where none came.
     shapes: such as "... n k, ... k m -> ... n m"; for readers, error messages and tests.
 
     The function is the op's `definition`; dispatch.py finds faster kernels, precision.py has the 16-bit rules.
@@ -379,10 +387,12 @@ def _as_tensor(value: Any) -> Tensor:
 
 
 def _single(back: Callable) -> Callable:
+    """The pullback of one input in the form of Record.pulls: from g to a tuple of gradients."""
     return lambda g: (back(g),)
 
 
 def _joint(back: Callable, needed: list[bool]) -> Callable:
+    """The joint pullback (g, needed) in the form of Record.pulls: from g to the gradients that are needed."""
     return lambda g: [d for d, n in zip(back(g, needed), needed) if n]
 
 
@@ -442,7 +452,8 @@ def _explained(e: Exception, name: str, shapes: str, arrays: list) -> Exception:
     if isinstance(e, array.BackendError):
         return array.BackendError(f"{name}: {e}")
     if not isinstance(e, ValueError):
-        kind = TypeError if isinstance(e, TypeError) else type(e)      # NumPy's own type errors want more arguments
+        # A plain TypeError in place of NumPy's own subclasses, which cannot be made from a message alone.
+        kind = TypeError if isinstance(e, TypeError) else type(e)
         return kind(f"{name}({_sizes(arrays)}): {e}")
     sizes: dict[str, set] = {}                                 # letter of the shape string -> its sizes
     for spec, a in zip(shapes.split("->")[0].split(","), arrays):
