@@ -307,7 +307,7 @@ def by_heads(B: int, T: int, heads: int, width: int, c: int, lie: str, dtype: An
     Ws = {"together": [0, 1, 2], "apart": [0, 1, 2], "in another order": [1, 0, 2]}[lie]
     Ws = [weights[i].copy() if lie == "apart" else weights[i] for i in Ws]
     args = (x, Ws[0], biases[0], Ws[1], biases[1], Ws[2], biases[2])
-    assert (layers.one_after_another(tuple(Ws)) is not None) == (lie == "together")
+    assert (layers.as_one_matrix(tuple(Ws)) is not None) == (lie == "together")
     host = [wide(array.asnumpy(a)) for a in args]
     want, defined = OPS["project"].definition(*host, heads=heads)
     tol = {"float32": 5e-6, "float16": 6e-3, "bfloat16": 4e-2}[dtype.name]

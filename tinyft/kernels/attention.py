@@ -1,12 +1,15 @@
-"""Attention on NumPy that keeps no scores: they are computed tile by tile, and computed again for the gradient.
+"""Attention on NumPy without an array of all scores: they are computed tile by tile, and again for the gradient.
 
-With S = α Q Kᵀ + B, E = e^(S − top) and z the row sums of E, the probabilities P = E/z are never written:
+A tile is a rectangle of the scores: some queries of some heads, and all keys that these queries may look at.
+
+With S = α Q Kᵀ + B, `top` the maximum of each row of S, E = e^(S − top) and z the row sums of E, the probabilities are
+P = E/z. They are never stored. G is the gradient of the output O:
 
     O = E V / z,        Ĝ = G / z,   dV = Eᵀ Ĝ,   dB = E ⊙ (Ĝ Vᵀ − Σ Ĝ O),   dQ = α dB K,   dK = dBᵀ (α Q)
 
-So memory grows with the length of the sequence, not with its square; of a causal square only the tiles below the
-diagonal are computed; and the seven passes over a tile stay in the cache.  (FlashAttention, Dao et al. 2022; here a
-tile has some queries and all their keys.)
+Where no score can be large, top is 0 (see SAFE). Memory grows with the length of the sequence, not with its square.
+Causal attention computes only the tiles that reach below the diagonal. The seven passes over a tile stay in the cache.
+FlashAttention, Dao et al. 2022
 """
 from __future__ import annotations
 
@@ -20,8 +23,9 @@ from ..tensor import sum_to
 from .threads import each, get_num_threads
 
 TILE = 1 << 17                                           # scores in a tile: 512 kB
-ROWS = 64                                                # queries in a tile of causal attention, at least
-SAFE = 40                                                # e⁴⁰ and e⁻⁴⁰, summed and multiplied, stay far inside float32
+ROWS = 64                                                # queries in a tile, at least
+SAFE = 40                                                # if all |scores| <= 40, exp needs no maximum subtracted:
+                                                         # sums and products of e⁴⁰ and e⁻⁴⁰ stay far inside float32
 
 
 def attention(
@@ -35,13 +39,15 @@ def attention(
     scale: float | None = None,
     dropout_mask: np.ndarray | None = None,
 ) -> Any:
-    """Saves the (B, H, Tq, Tk) scores, and the copies of key/value heads that several query heads share.
+    """ops.attention without an array of all scores (B, H, Tq, Tk), and without copies of shared key/value heads.
 
-    For q (B, H, Tq, D), k and v (B, Hkv, Tk, D) in float32, with Tk >= Tq where causal."""
+    For q (B, H, Tq, D), k and v (B, Hkv, Tk, D) in float32, with Tk >= Tq if causal; else NotImplemented."""
     ops.attention_shape(q, k, v, bias, key_mask, dropout_mask)
     arrays = [q, k, v] if bias is None else [q, k, v, bias]
-    if not (q.ndim == 4 and q.size and k.size and k.shape == v.shape and all(a.dtype == np.float32 for a in arrays)
-            and (k.shape[2] >= q.shape[2] or not causal)):
+    shapes_fit = q.ndim == 4 and q.size > 0 and k.size > 0 and k.shape == v.shape
+    if not shapes_fit or any(a.dtype != np.float32 for a in arrays):
+        return NotImplemented
+    if causal and k.shape[2] < q.shape[2]:
         return NotImplemented
     alpha = q.shape[-1]**-0.5 if scale is None else scale
     y = np.empty_like(q)                                                         # in the memory layout of q
@@ -49,7 +55,7 @@ def attention(
     each(tiled.groups, tiled.forward)
 
     def back(g: np.ndarray, needed: list[bool]) -> tuple:
-        gradients = [np.empty_like(a) if n else None for a, n in zip((q, k, v), needed)]
+        gradients = [np.empty_like(a) if is_needed else None for a, is_needed in zip((q, k, v), needed)]
         db = np.zeros_like(bias) if any(needed[3:]) else None
         tiled.gradients(g, *gradients, db)
         return (*gradients, db)[:len(needed)]
@@ -59,9 +65,17 @@ def attention(
 class _Attention:
     """The arrays and the tiles of one call.
 
-    All arrays have the leading axes (B, H), or (B, Hkv, H/Hkv) where query heads share key/value heads; k and v then
-    have length 1 on the third. y: the output;  z: the row sums;  top: the maximum subtracted from each row of scores,
-    None for no subtraction."""
+    All arrays have the leading axes (B, H), or (B, Hkv, H/Hkv) where query heads share key/value heads. In the second
+    case the third axis of k and v has length 1.
+
+    y             the output
+    z             (..., Tq, 1) the row sums of E
+    top           (..., Tq, 1) the maximum that is subtracted from each row of scores; None: nothing is subtracted
+    hidden_keys   0 where key_mask is True, −∞ where it is False; None without a key_mask
+    future        (n, n) −∞ above the diagonal, for the n queries of a tile; None if not causal
+    groups        lists of tiles; see `tiles`. A tile is (at, rows, cols): `at` indexes the leading axes, the slice
+                  `rows` the queries, the slice `cols` their keys
+    saved         {tile: E}, if all scores fit the cache; None: E is computed again for the gradient"""
 
     def __init__(
         self,
@@ -86,31 +100,33 @@ class _Attention:
         self.alpha = np.float32(alpha)
         self.bias = None if bias is None else self.grouped(bias)
         self.dropout_mask = None if dropout_mask is None else self.grouped(dropout_mask)
-        self.hide = None
+        self.hidden_keys = None
         if key_mask is not None:
-            self.hide = self.grouped(np.where(key_mask, np.float32(0), np.float32(-math.inf)))
+            self.hidden_keys = self.grouped(np.where(key_mask, np.float32(0), np.float32(-math.inf)))
         self.future = None
         if causal:
-            rows = queries(t)
-            self.future = np.triu(np.full((rows, rows), -math.inf, np.float32), 1)
+            n = causal_tile_rows(t)
+            self.future = np.triu(np.full((n, n), -math.inf, np.float32), 1)
         self.z = np.empty((*self.q.shape[:-1], 1), np.float32)
         self.ones = np.ones(s, np.float32)
-        bound = abs(alpha) * longest(q) * longest(k)                             # no score is larger: |q·k| <= |q| |k|
+        bound = abs(alpha) * largest_norm(q) * largest_norm(k)                   # of |score|, since |q·k| <= |q| |k|
         if bias is not None:
             bound += np.abs(bias).max()
         self.top = None if bound <= SAFE else np.empty_like(self.z)
         self.groups = tiles(B, H, self.kv_heads, t, s, causal)
-        self.saved: dict | None = {} if B * H * t * s <= TILE else None          # scores that fit the cache are kept
+        self.saved: dict | None = {} if B * H * t * s <= TILE else None
 
     def grouped(self, a: np.ndarray) -> np.ndarray:
-        """A view with the leading axes of the tiles.
+        """A view of `a` with the leading axes (B, H), or (B, Hkv, H/Hkv) where query heads share key/value heads.
 
-        a broadcasts to (B, H, Tq, Tk), or has one head for each key/value head."""
+        a: an array that broadcasts to (B, H, Tq, Tk); or q, k, v or a gradient, with H or Hkv heads."""
         a = a.reshape((1,) * (4 - a.ndim) + a.shape)
         if self.heads == self.kv_heads:
             return a
         B, H, *matrix = a.shape
-        return a.reshape(B, self.kv_heads, -1, *matrix) if H > 1 else a.reshape(B, 1, 1, *matrix)
+        if H == 1:                                                               # one for all heads
+            return a.reshape(B, 1, 1, *matrix)
+        return a.reshape(B, self.kv_heads, -1, *matrix)
 
     def scores(self, at: tuple, rows: slice, cols: slice) -> np.ndarray:
         """α Q Kᵀ + B of a tile, −∞ where a query may not look."""
@@ -119,9 +135,9 @@ class _Attention:
             x += part(self.bias, at, rows, cols)
         if self.future is not None:
             n = rows.stop - rows.start
-            x[..., -n:] += self.future[:n, :n]
-        if self.hide is not None:
-            x += part(self.hide, at, rows, cols)
+            x[..., -n:] += self.future[:n, :n]           # the last n keys are at the positions of the n queries
+        if self.hidden_keys is not None:
+            x += part(self.hidden_keys, at, rows, cols)
         return x
 
     def forward(self, group: list) -> None:
@@ -132,11 +148,11 @@ class _Attention:
             z = self.z[at][..., rows, :]
             if self.top is not None:
                 top = e.max(axis=-1, keepdims=True, out=self.top[at][..., rows, :])
-                top[top == -math.inf] = 0
+                top[top == -math.inf] = 0                # a query that may look at no key: −∞ − (−∞) would be NaN
                 e -= top
             np.exp(e, out=e)
             z[..., 0] = e @ self.ones[cols]
-            z += z == 0                                  # a query that may look at no key gives zeros
+            z += z == 0                                  # such a query has z = 0 and gives zeros: divide by 1
             if self.saved is not None:
                 self.saved[_key(*tile)] = e
             if self.dropout_mask is not None:
@@ -152,9 +168,9 @@ class _Attention:
         dv: np.ndarray | None,
         db: np.ndarray | None,
     ) -> None:
-        """Fill dq, dk and dv, and add to db; None for a gradient that is not wanted."""
+        """Fill dq, dk and dv, and add to db, from the gradient g of the output. None: that gradient is not wanted."""
         wanted = [None if a is None else self.grouped(a) for a in (dq, dk, dv, db)]
-        groups = self.groups if db is None else merged(self.groups, wanted[3])
+        groups = self.groups if db is None else merge_groups(self.groups, wanted[3])
         g = self.grouped(g)
         each(groups, lambda group: self.backward(group, g, *wanted))
 
@@ -167,14 +183,14 @@ class _Attention:
         dv: np.ndarray | None,
         db: np.ndarray | None,
     ) -> None:
-        """The gradients that come from a group of tiles."""
+        """Write or add the parts of dq, dk, dv and db that come from a group of tiles."""
         for tile in group:
             at, rows, cols = tile
-            e = self.saved[_key(*tile)] if self.saved is not None else self.again(*tile)
+            e = self.saved[_key(*tile)] if self.saved is not None else self.recompute(*tile)
             G = g[at][..., rows, :] / self.z[at][..., rows, :]
             mask = None if self.dropout_mask is None else part(self.dropout_mask, at, rows, cols)
             if dv is not None:
-                self.add(dv[at], ops.t(e if mask is None else e * mask), G, rows, cols)
+                self.add_product(dv[at], ops.t(e if mask is None else e * mask), G, rows, cols)
             if dq is None and dk is None and db is None:
                 continue
             ds = G @ ops.t(self.v[at][..., cols, :])
@@ -183,25 +199,26 @@ class _Attention:
             ds -= np.einsum("...td,...td->...t", G, self.y[at][..., rows, :])[..., None]
             ds *= e
             if db is not None:
-                there = part(db, at, rows, cols)
-                there += sum_to(ds, there.shape)
+                db_of_tile = part(db, at, rows, cols)
+                db_of_tile += sum_to(ds, db_of_tile.shape)
             if dk is not None:
-                self.add(dk[at], ops.t(ds), self.q[at][..., rows, :] * self.alpha, rows, cols)
+                self.add_product(dk[at], ops.t(ds), self.q[at][..., rows, :] * self.alpha, rows, cols)
             if dq is not None:
-                o = np.matmul(ds, self.k[at][..., cols, :], out=dq[at][..., rows, :])
-                o *= self.alpha
+                dq_of_tile = np.matmul(ds, self.k[at][..., cols, :], out=dq[at][..., rows, :])
+                dq_of_tile *= self.alpha
 
-    def again(self, at: tuple, rows: slice, cols: slice) -> np.ndarray:
+    def recompute(self, at: tuple, rows: slice, cols: slice) -> np.ndarray:
         """E of a tile, computed a second time."""
         e = self.scores(at, rows, cols)
         if self.top is not None:
             e -= self.top[at][..., rows, :]
         return np.exp(e, out=e)
 
-    def add(self, d: np.ndarray, a: np.ndarray, b: np.ndarray, rows: slice, cols: slice) -> None:
-        """d ← a b for the last queries, which come first and look at every key; d += a b for the others.
+    def add_product(self, d: np.ndarray, a: np.ndarray, b: np.ndarray, rows: slice, cols: slice) -> None:
+        """Add a b to the rows `cols` of d. The first tile of a group fills all of d instead: d is not initialised.
 
-        Where query heads share a key/value head, their products are summed."""
+        The first tile has the last queries, which look at every key. Where query heads share a key/value head, their
+        products are summed."""
         first = rows.stop == self.q.shape[-2]
         if self.heads != self.kv_heads:
             product = (a @ b).sum(axis=2, keepdims=True)
@@ -215,45 +232,51 @@ class _Attention:
             d[...] = product
 
 
-def longest(a: np.ndarray) -> float:
-    """The largest norm of a row of a (B, H, T, D)."""
+def largest_norm(a: np.ndarray) -> float:
+    """The largest Euclidean norm of a row of a (B, H, T, D)."""
     return np.einsum("bhtd,bhtd->bht", a, a).max()**0.5
 
 
-def queries(t: int) -> int:
-    """The number of queries, of t, in a tile of causal attention.
+def causal_tile_rows(t: int) -> int:
+    """The number of queries in a tile of causal attention over t queries.
 
-    With few, more of the upper triangle is left out; with many, products are faster."""
+    Lower tiles leave out more of the upper triangle; higher tiles make faster products."""
     return min(t, max(ROWS, t // 8))
 
 
 def tiles(B: int, H: int, kv_heads: int, t: int, s: int, causal: bool) -> list[list[tuple]]:
-    """For each group of heads its tiles, the last queries first: (slices of the leading axes, queries, their keys).
+    """The tiles (at, rows, cols) in groups: one group for each block of sequences and heads, the last queries first.
 
-    Groups are independent. Query heads that share a key/value head are in one tile."""
-    shared = H // kv_heads
-    r = queries(t) if causal else min(t, max(ROWS, TILE // (s * shared)))
-    threads = get_num_threads() if B * H * t * s >= 4 * TILE else 1              # less is not worth the handing over
-    size = min(TILE, -(-B * H * r * s // threads))                               # at least a group for each thread
-    scores = r * s * shared                                                      # of one key/value head
-    h = min(kv_heads, max(1, size // scores))
-    b = max(1, size // (scores * kv_heads)) if h == kv_heads else 1
-    together = () if shared == 1 else (slice(None),)
-    rows = []
-    for start in reversed(range(0, t, r)):
-        end = min(start + r, t)
+    t: queries;  s: keys. Groups are independent: each may run on a thread of its own. Query heads that share a
+    key/value head are in one tile."""
+    shared = H // kv_heads                                                       # query heads for a key/value head
+    n_rows = causal_tile_rows(t) if causal else min(t, max(ROWS, TILE // (s * shared)))
+    threads = get_num_threads() if B * H * t * s >= 4 * TILE else 1              # less is not worth more threads
+    scores_per_thread = -(-B * H * n_rows * s // threads)                        # rounded up
+    tile_size = min(TILE, scores_per_thread)
+    scores_per_head = n_rows * s * shared                                        # of one key/value head
+    n_heads = min(kv_heads, max(1, tile_size // scores_per_head))
+    n_sequences = 1
+    if n_heads == kv_heads:
+        n_sequences = max(1, tile_size // (scores_per_head * kv_heads))
+    query_head_axis = () if shared == 1 else (slice(None),)
+    stripes = []                                                                 # (queries, their keys)
+    for start in reversed(range(0, t, n_rows)):
+        end = min(start + n_rows, t)
         keys = end + s - t if causal else s
-        rows.append((slice(start, end), slice(0, keys)))
+        stripes.append((slice(start, end), slice(0, keys)))
     groups = []
-    for i in range(0, B, b):
-        for j in range(0, kv_heads, h):
-            at = (slice(i, i + b), slice(j, j + h), *together)
-            groups.append([(at, queries_of_tile, keys) for queries_of_tile, keys in rows])
+    for i in range(0, B, n_sequences):
+        for j in range(0, kv_heads, n_heads):
+            at = (slice(i, i + n_sequences), slice(j, j + n_heads), *query_head_axis)
+            groups.append([(at, rows, cols) for rows, cols in stripes])
     return groups
 
 
-def merged(groups: list[list[tuple]], db: np.ndarray) -> list[list[tuple]]:
-    """The groups of tiles; those that add to the same part of db are made one. Independent, and in a fixed order."""
+def merge_groups(groups: list[list[tuple]], db: np.ndarray) -> list[list[tuple]]:
+    """The groups, with all groups that add to the same part of db joined, so that no two threads write to one part.
+
+    A bias that is broadcast over the batch or the heads has one part for all of them. The order is fixed."""
     found: dict[tuple, list[tuple]] = {}
     for group in groups:
         batch, heads = group[0][0][:2]
@@ -263,9 +286,10 @@ def merged(groups: list[list[tuple]], db: np.ndarray) -> list[list[tuple]]:
 
 
 def part(a: np.ndarray, at: tuple, rows: slice, cols: slice) -> np.ndarray:
-    """A tile of an array that broadcasts to the scores, a view."""
+    """The part of `a` that belongs to a tile, as a view. `a` broadcasts to the scores: an axis of length 1 is kept."""
     return a[tuple(slice(None) if n == 1 else i for n, i in zip(a.shape, (*at, rows, cols)))]
 
 
 def _key(at: tuple, rows: slice, cols: slice) -> tuple[int, ...]:
+    """The key of a tile in `saved`; slices cannot be keys."""
     return at[0].start, at[1].start, rows.start

@@ -1,7 +1,10 @@
-"""NumPy kernels: the same functions, in blocks that stay in the cache, without temporaries of full size.
+"""The NumPy kernels: the ops of ops.py and the update of AdamW, without temporary arrays of full size.
 
-A kernel returns NotImplemented for another dtype and for an array that is not contiguous.  The blocks are shared among
-threads (threads.py).
+A kernel has its definition's signature and results.  It works in blocks that stay in the cache, and the threads share
+the blocks (threads.py).  It returns NotImplemented for other dtypes and for arrays that are not contiguous.
+
+In a function block(i), the slice i is the part of the flat arrays (or of the rows) that one call computes.  Its local
+names are views of that part, and `out=` reuses them for intermediate results.
 """
 from __future__ import annotations
 
@@ -19,16 +22,16 @@ from .threads import blocks
 
 __all__ = ["linear", "gelu", "gelu_tanh", "layer_norm", "embedding", "attention", "cross_entropy", "dropout",
            "adam_update"]
-SMALL = 1 << 17                                          # up to this size, a result is kept rather than computed again
+SMALL = 1 << 17                                          # elements; up to this size, gelu_tanh keeps Φ for its gradient
 
 
-def _plain(x: np.ndarray) -> bool:
+def _is_plain(x: np.ndarray) -> bool:
     """True for a contiguous float32 array that is not empty."""
     return x.dtype == np.float32 and x.flags.c_contiguous and x.size > 0
 
 
 def linear(x: np.ndarray, W: np.ndarray, b: np.ndarray | None = None) -> Any:
-    """linear, without a copy of the output for the bias, and without a slow reduction for the gradient of the bias."""
+    """ops.linear, without a copy of the output for the bias, and with a fast sum for the gradient of the bias."""
     y = ops.flat(x) @ W.T
     if b is not None:
         y += b
@@ -43,12 +46,12 @@ def linear(x: np.ndarray, W: np.ndarray, b: np.ndarray | None = None) -> Any:
 
 
 def _column_sum(n: int) -> Callable:
-    """The pullback g -> Σ over rows, as a matrix product with ones: BLAS is faster than a reduction."""
+    """The pullback g (..., n) -> Σ g over all rows (n,), as a matrix product with ones: BLAS is faster than np.sum."""
     return lambda g: np.ones(g.size // n, g.dtype) @ g.reshape(-1, n)
 
 
 def _cdf(a: np.ndarray, z: np.ndarray, P: list[float], out: np.ndarray) -> np.ndarray:
-    """Φ = (1 + tanh(a P(z))) / 2, by Horner's rule."""
+    """Φ = (1 + tanh(a P(z))) / 2, written to `out`.  The polynomial P, constant term first, by Horner's rule."""
     np.multiply(z, np.float32(P[-1]), out=out)
     for p in P[-2:0:-1]:
         out += np.float32(p)
@@ -61,49 +64,52 @@ def _cdf(a: np.ndarray, z: np.ndarray, P: list[float], out: np.ndarray) -> np.nd
     return out
 
 
-TANH_FORM = [(2 / math.pi)**0.5, 0.044715 * (2 / math.pi)**0.5]
+TANH_FORM = [(2 / math.pi)**0.5, 0.044715 * (2 / math.pi)**0.5]   # P of gelu_tanh: x P(x²) = √(2/π) (x + 0.044715 x³)
 
 
 @lru_cache(None)
 def _normal_form() -> list[float]:
-    """Coefficients of P with tanh(x P(x²)) = erf(x/√2), interpolated with degree 7 in x² on [0, 25].
+    """P of gelu: tanh(x P(x²)) = erf(x/√2), so that Φ = (1 + tanh(x P(x²))) / 2.  Constant term first.
 
-    x Φ(x) is then off by 4e-7 at most."""
-    def at(z: float) -> float:                               # artanh(erf(x/√2)) / x  for z = x²
+    P is interpolated with degree 7 in z = x² on [0, 25].  The error of x Φ(x) is at most 4e-7."""
+    def exact(z: float) -> float:                            # P(z) = artanh(erf(x/√2)) / x  for x = √z
         x = max(z, 1e-8)**0.5
         return math.log((1 + math.erf(x * 0.5**0.5)) / math.erfc(x * 0.5**0.5)) / (2 * x)
 
-    def at_nodes(u: np.ndarray) -> np.ndarray:               # Chebyshev nodes in [−1, 1]
-        return np.array([at(v) for v in (u + 1) * 12.5])
+    def at_nodes(u: np.ndarray) -> np.ndarray:               # u: Chebyshev nodes in [−1, 1], scaled to [0, 25]
+        return np.array([exact(z) for z in (u + 1) * 12.5])
     coefficients = np.polynomial.chebyshev.chebinterpolate(at_nodes, 7)
     P = np.polynomial.Chebyshev(coefficients, [0, 25])
     return P.convert(kind=np.polynomial.Polynomial).coef.tolist()
 
 
 def gelu(x: np.ndarray) -> Any:
-    """gelu with one tanh in place of the thirty full passes of erf."""
-    if not _plain(x):
+    """ops.gelu with one tanh in place of the thirty full passes of erf: y = x Φ, dx = g (Φ + x φ).
+
+    Φ = (1 + tanh(x P(x²))) / 2 with P of _normal_form, and φ = e^(−x²/2) / √(2π)."""
+    if not _is_plain(x):
         return NotImplemented
     X = x.reshape(-1)
     cdf = np.empty(x.size, np.float32)
     y = np.empty(x.size, np.float32)
 
     def block(i: slice) -> None:
-        z = np.multiply(X[i], X[i], out=y[i])
-        np.minimum(z, np.float32(25), out=z)                 # beyond, the tanh is 1
+        z = np.multiply(X[i], X[i], out=y[i])                # x², for now in the place of the result
+        np.minimum(z, np.float32(25), out=z)                 # for larger x² the tanh is 1
         np.multiply(X[i], _cdf(X[i], z, _normal_form(), cdf[i]), out=y[i])
     blocks(x.size, block)
 
     def back(g: np.ndarray) -> np.ndarray:
-        G, d = np.ascontiguousarray(g).reshape(-1), np.empty(x.size, np.float32)
+        G = np.ascontiguousarray(g).reshape(-1)
+        d = np.empty(x.size, np.float32)
 
         def block(i: slice) -> None:
-            a, e = X[i], d[i]
-            np.multiply(a, a, out=e)
+            a = X[i]
+            e = np.multiply(a, a, out=d[i])
             e *= np.float32(-0.5)
             np.exp(e, out=e)
             e *= a
-            e *= np.float32((2 * math.pi)**-0.5)
+            e *= np.float32((2 * math.pi)**-0.5)             # x φ
             e += cdf[i]
             e *= G[i]
         blocks(x.size, block)
@@ -112,10 +118,11 @@ def gelu(x: np.ndarray) -> Any:
 
 
 def gelu_tanh(x: np.ndarray) -> Any:
-    """gelu_tanh without temporaries.
+    """ops.gelu_tanh without temporary arrays: y = x Φ with Φ = (1 + tanh(x P(x²))) / 2 and P of TANH_FORM.
 
-    For a large x it keeps only x: a tanh in the cache costs less than memory traffic."""
-    if not _plain(x):
+    Φ of a large x is not kept but computed again for the gradient: a tanh in the cache costs less than memory
+    traffic."""
+    if not _is_plain(x):
         return NotImplemented
     X = x.reshape(-1)
     y = np.empty(x.size, np.float32)
@@ -125,19 +132,20 @@ def gelu_tanh(x: np.ndarray) -> Any:
         return _cdf(X[i], z, TANH_FORM, np.empty_like(X[i]) if kept is None else kept[i])
 
     def block(i: slice) -> None:
-        z = np.multiply(X[i], X[i], out=y[i])
+        z = np.multiply(X[i], X[i], out=y[i])                # x², for now in the place of the result
         np.multiply(X[i], cdf(i, z), out=z)
     blocks(x.size, block)
 
     def back(g: np.ndarray) -> np.ndarray:
-        G, d = np.ascontiguousarray(g).reshape(-1), np.empty(x.size, np.float32)
+        G = np.ascontiguousarray(g).reshape(-1)
+        d = np.empty(x.size, np.float32)
 
         def block(i: slice) -> None:                         # g Φ (1 + 2 x (1 − Φ) (x P(x²))')
             a = X[i]
             e = np.multiply(a, a, out=d[i])
-            p = cdf(i, e) if kept is None else kept[i]
+            p = cdf(i, e) if kept is None else kept[i]       # Φ
             e *= np.float32(6 * TANH_FORM[1])
-            e += np.float32(2 * TANH_FORM[0])
+            e += np.float32(2 * TANH_FORM[0])                # 2 (x P(x²))'
             e *= a
             e *= 1 - p
             e += 1
@@ -149,11 +157,15 @@ def gelu_tanh(x: np.ndarray) -> Any:
 
 
 def layer_norm(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float = 1e-5) -> Any:
-    """layer_norm without five full temporaries; the sums over rows are matrix products with ones."""
-    if not (_plain(x) and w.dtype == b.dtype == np.float32):
+    """ops.layer_norm without five temporary arrays.  Sums along a row are matrix products with ones.
+
+        y = x̂ w + b,   x̂ = (x − mean) / σ;      dx = (e − mean(e) − x̂ mean(e x̂)) / σ   with e = g w"""
+    if not (_is_plain(x) and w.dtype == b.dtype == np.float32):
         return NotImplemented
-    shape, n = x.shape, x.shape[-1]
-    X, ones = x.reshape(-1, n), np.ones(n, np.float32)
+    shape = x.shape
+    n = shape[-1]
+    X = x.reshape(-1, n)
+    ones = np.ones(n, np.float32)
     h = np.empty_like(X)                                     # x̂
     y = np.empty_like(X)
     r = np.empty((len(X), 1), np.float32)                    # 1/σ
@@ -167,14 +179,15 @@ def layer_norm(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float = 1e-5) -
     blocks(len(X), block, n)
 
     def dx(g: np.ndarray) -> np.ndarray:
-        G, d = np.ascontiguousarray(g).reshape(-1, n), np.empty_like(h)
+        G = np.ascontiguousarray(g).reshape(-1, n)
+        d = np.empty_like(h)
 
         def block(s: slice) -> None:
             e = np.multiply(G[s], w, out=d[s])
-            shift = e @ ones / np.float32(n)
-            scale = np.einsum("ij,ij->i", e, h[s]) / np.float32(n)
-            e -= shift[:, None]
-            e -= h[s] * scale[:, None]
+            mean_e = e @ ones / np.float32(n)
+            mean_eh = np.einsum("ij,ij->i", e, h[s]) / np.float32(n)
+            e -= mean_e[:, None]
+            e -= h[s] * mean_eh[:, None]
             e *= r[s]
         blocks(len(X), block, n)
         return d.reshape(shape)
@@ -182,10 +195,10 @@ def layer_norm(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float = 1e-5) -
 
 
 def embedding(W: np.ndarray, ids: np.ndarray) -> Any:
-    """embedding without the single additions of add.at: the ids are sorted, and each run of equal ids is summed at
-    once.
+    """ops.embedding without np.add.at, which adds row by row.
 
-    Position ids are sorted and different already."""
+    The gradient: sort the ids, then sum the rows of each run of equal ids at once.  Ids that increase strictly, such as
+    positions, need neither: their rows are assigned."""
     def back(g: np.ndarray) -> np.ndarray:
         d = np.zeros(W.shape, g.dtype)
         flat = ids.reshape(-1) % len(W)                      # −1 is the last row
@@ -202,23 +215,25 @@ def embedding(W: np.ndarray, ids: np.ndarray) -> Any:
 
 def cross_entropy(z: np.ndarray, y: np.ndarray, weight: np.ndarray | None = None, ignore_index: int = -100,
                   label_smoothing: float = 0.0) -> Any:
-    """cross_entropy without three arrays as large as the logits: only the sums of exponentials are kept."""
-    if not _plain(z) or weight is not None or label_smoothing:
+    """ops.cross_entropy without three arrays as large as the logits: only one sum of exponentials per row is kept.
+
+    `top` is the maximum of each row of logits; if no logit is large (SAFE), 0 does as well."""
+    if not _is_plain(z) or weight is not None or label_smoothing:
         return NotImplemented
     Z = ops.flat(z)                                          # (N, V)
     n = len(Z)
-    real = y.reshape(-1) != ignore_index
-    labels = np.where(real, y.reshape(-1), 0)
-    w = real.astype(np.float32)
+    has_label = y.reshape(-1) != ignore_index
+    labels = np.where(has_label, y.reshape(-1), 0)
+    w = has_label.astype(np.float32)                         # 1 for a row with a label, else 0
     total = w.sum()
     ones = np.ones(Z.shape[1], np.float32)
     sums = np.empty(n, np.float32)                           # Σ e^(z − top)
     top = np.zeros((n, 1), np.float32)
-    safe = max(Z.max(), -Z.min()) <= SAFE                    # then top is 0
+    is_safe = max(Z.max(), -Z.min()) <= SAFE                 # then top stays 0
 
     def block(s: slice) -> None:
         x = Z[s]
-        if not safe:
+        if not is_safe:
             x = x - x.max(axis=-1, keepdims=True, out=top[s])
         sums[s] = np.exp(x) @ ones
     blocks(n, block, Z.shape[1])
@@ -229,8 +244,8 @@ def cross_entropy(z: np.ndarray, y: np.ndarray, weight: np.ndarray | None = None
         share = w * (np.float32(g) / total)
 
         def block(s: slice) -> None:
-            p = np.exp(Z[s] if safe else Z[s] - top[s], out=d[s])
-            p *= (share[s] / sums[s])[:, None]
+            p = np.exp(Z[s] if is_safe else Z[s] - top[s], out=d[s])
+            p *= (share[s] / sums[s])[:, None]               # share · softmax(z)
             p[np.arange(len(p)), labels[s]] -= share[s]
         blocks(n, block, Z.shape[1])
         return d.reshape(z.shape)
@@ -238,48 +253,48 @@ def cross_entropy(z: np.ndarray, y: np.ndarray, weight: np.ndarray | None = None
 
 
 def dropout(x: np.ndarray, p: float, key: int) -> Any:
-    """dropout that compares random words with p, without making uniform numbers of them.
+    """ops.dropout, which compares random 32-bit words with p and makes no uniform numbers of them.
 
-    The factors overwrite the words."""
-    least = math.ceil(np.float32(p) * 2.0**24) << 8      # the smallest word whose upper 24 bits give u >= p
-    if not (_plain(x) and 0 <= least < 2**32):
+    The factors, 0 or 1 / (1 − p), overwrite the words: they are as long in memory."""
+    least = math.ceil(np.float32(p) * 2.0**24) << 8          # the smallest word whose upper 24 bits give u >= p
+    if not (_is_plain(x) and 0 <= least < 2**32):
         return NotImplemented
     X = x.reshape(-1)
     y = np.empty(x.size, np.float32)
     words = random_words(x.size, key)
     scale = np.float32(1) / np.float32(1 - p)
-    keep = words.view(np.float32)
+    factors = words.view(np.float32)                         # the memory of the words
 
     def block(i: slice) -> None:
-        np.multiply(words[i] >= np.uint32(least), scale, out=keep[i])
-        np.multiply(X[i], keep[i], out=y[i])
+        np.multiply(words[i] >= np.uint32(least), scale, out=factors[i])
+        np.multiply(X[i], factors[i], out=y[i])
     blocks(x.size, block)
-    keep = keep.reshape(x.shape)
-    return y.reshape(x.shape), (lambda g: g * keep, None, None)
+    factors = factors.reshape(x.shape)
+    return y.reshape(x.shape), (lambda g: g * factors, None, None)
 
 
 def adam_update(w: np.ndarray, g: np.ndarray, m: np.ndarray, v: np.ndarray, lr: float, b1: float, b2: float, eps: float,
                 decay: float, t: int) -> None:
-    """AdamW's update without eight passes over arrays as long as the model."""
-    one = w.dtype.type
-    rate = one(lr / (1 - b1**t))
-    root = one((1 - b2**t)**-0.5)
+    """optim.adam_update without eight passes over arrays as long as the model."""
+    to_dtype = w.dtype.type                                  # so that no product is computed in float64
+    step_size = to_dtype(lr / (1 - b1**t))
+    root_factor = to_dtype((1 - b2**t)**-0.5)                # √v̂ = root_factor √v
 
     def block(i: slice) -> None:
-        a, d, p, q = w[i], g[i], m[i], v[i]
-        e = d * one(1 - b1)
-        p *= one(b1)
-        p += e
-        q *= one(b2)
-        np.multiply(d, d, out=e)
-        e *= one(1 - b2)
-        q += e
+        wi, gi, mi, vi = w[i], g[i], m[i], v[i]
+        e = gi * to_dtype(1 - b1)
+        mi *= to_dtype(b1)
+        mi += e
+        vi *= to_dtype(b2)
+        np.multiply(gi, gi, out=e)
+        e *= to_dtype(1 - b2)
+        vi += e
         if decay:
-            a *= one(1 - lr * decay)
-        np.sqrt(q, out=e)
-        e *= root
-        e += one(eps)
-        np.divide(p, e, out=e)
-        e *= rate
-        a -= e
+            wi *= to_dtype(1 - lr * decay)
+        np.sqrt(vi, out=e)
+        e *= root_factor
+        e += to_dtype(eps)
+        np.divide(mi, e, out=e)                              # m / (√v̂ + ε)
+        e *= step_size
+        wi -= e
     blocks(w.size, block)

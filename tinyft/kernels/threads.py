@@ -1,8 +1,9 @@
 """Threads: their number, and the blocks of a kernel distributed over them.
 
 NumPy's own loops run on one thread, but release the interpreter's lock.  Its matrix products run on the threads of its
-BLAS.  `each` runs Python functions on several threads, and holds BLAS to one thread meanwhile, so the two never
-compete. No item depends on another, so results depend on the number of threads only by BLAS's rounding.
+BLAS.  `each` calls a Python function on several threads, and limits BLAS to one thread meanwhile: the two kinds of
+threads never compete for the cores.  The calls are independent of each other.  Results therefore depend on the number
+of threads only by the rounding of BLAS.
 """
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ from typing import Any
 from . import system
 
 BLOCK = 1 << 15                              # elements in a block: 128 kB of float32, half of a small L2 cache
-SHARE = 1 << 17                              # elements in a block for a thread; with smaller ones threads wait
-_busy = threading.Lock()
+SHARE = 1 << 17                              # elements in a block where threads share the work; smaller ones do not pay
+_busy = threading.Lock()                     # held while `each` runs on several threads
 _threads = 0                                 # 0: the number of BLAS's threads
 _pool: tuple[int, int, ThreadPoolExecutor | None] = (0, 0, None)  # process, threads, the pool
 
@@ -43,7 +44,7 @@ def get_num_threads() -> int:
 
 
 def each(items: Iterable, f: Callable[[Any], None]) -> None:
-    """f(item) for every item, on the threads in use."""
+    """Call f(item) for every item, on up to get_num_threads() threads.  The first exception of a call is raised."""
     items = list(items)
     blas_threads = system.threads()          # 1 inside `each`, and where threadpoolctl's limits say so
     n = min(get_num_threads(), blas_threads, len(items))
@@ -73,14 +74,15 @@ def each(items: Iterable, f: Callable[[Any], None]) -> None:
 
 
 def blocks(n: int, f: Callable[[slice], None], width: int = 1) -> None:
-    """f(slice) for n rows of `width` elements, in blocks.
+    """Call f(slice) for consecutive slices that cover n rows of `width` elements.
 
-    On one thread a block fits the cache; on several a block is large enough to be worth handing to a thread.
+    On one thread a block fits the cache.  On several threads a block is larger, to be worth handing to a thread.
     """
-    shared = get_num_threads() > 1 and n * width >= 4 * SHARE
-    step = max((SHARE if shared else BLOCK) // max(width, 1), 1)
+    is_shared = get_num_threads() > 1 and n * width >= 4 * SHARE
+    elements = SHARE if is_shared else BLOCK
+    step = max(elements // max(width, 1), 1)
     slices = [slice(i, min(i + step, n)) for i in range(0, n, step)]
-    if shared:
+    if is_shared:
         each(slices, f)
     else:
         for s in slices:

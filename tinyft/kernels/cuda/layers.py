@@ -4,6 +4,8 @@ Each has its definition's signature, arrays -> (value, pullbacks), and returns N
 shapes. They take float32, float16 and bfloat16 arrays, C-contiguous, and sum in float32.  The gradients that are sums
 over a batch stay in float32.  Every sum is computed in a fixed order: the same inputs give the same bits. An operation
 that CuPy does in one launch already (adding a residual, gathering the rows of an embedding) stays with CuPy.
+
+X and G are x (B, T, C) and g as matrices of rows (B T, C).
 """
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ def suits(*arrays: Array) -> bool:
 
 # ── products ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 def matmul(a: Array, b: Array) -> Any:
-    """Makes no copies of transposed factors."""
+    """ops.matmul, without copies of transposed factors."""
     known = a.dtype == b.dtype and a.dtype in gemm.TYPES and a.size > 0 and b.size > 0
     if not known or a.ndim < 2 or b.ndim < 2 or a.shape[-1] != b.shape[-2]:
         return NotImplemented
@@ -42,9 +44,9 @@ def matmul(a: Array, b: Array) -> Any:
 
 
 def linear(x: Array, W: Array, b: Array | None = None) -> Any:
-    """Saves a pass for the bias, and the many small launches of a product of three axes by two.
+    """ops.linear as one product of matrices: CuPy would launch many small products for an x of three axes.
 
-    x need not be contiguous: it may be one row of each text.
+    x need not be contiguous: it may hold one position of each sequence.
     """
     known = x.size > 0 and x.dtype == W.dtype and suits(W) and (b is None or suits(W, b))
     if not (known and W.ndim == 2 and x.shape[-1] == W.shape[1] and (b is None or b.shape == W.shape[:1])):
@@ -54,8 +56,8 @@ def linear(x: Array, W: Array, b: Array | None = None) -> Any:
     y = gemm.matmul(X, W.T)
     if b is not None:
         launch("bias.cu", "add_bias", blocks(y.size), THREADS, y, b, np.int64(y.size), n, T=y.dtype)
-    shape = x.shape                                      # dx must not hold x: where W is frozen nothing else does
-    rows = _remembered(lambda g: flat(contiguous(g)))    # (N, out)
+    shape = x.shape                                      # dx must not keep x alive: if W is frozen, nothing else does
+    rows = _cache_last(lambda g: flat(contiguous(g)))    # (N, out)
 
     def dx(g: Array) -> Array:
         return gemm.matmul(rows(g), W).reshape(shape)
@@ -70,7 +72,9 @@ def linear(x: Array, W: Array, b: Array | None = None) -> Any:
 
 
 def project(x: Array, Wq: Array, bq: Array, Wk: Array, bk: Array, Wv: Array, bv: Array, heads: int = 1) -> Any:
-    """Saves two products of three where the weights are adjacent in memory, and the copies that bring heads together.
+    """ops.project: the three linear maps of attention -> q, k, v, each (B, heads, T, n / heads).
+
+    If the weights are adjacent in memory, one product replaces three. One launch adds the biases and splits the heads.
     """
     weights = (Wq, Wk, Wv)
     biases = (bq, bk, bv)
@@ -81,7 +85,8 @@ def project(x: Array, Wq: Array, bq: Array, Wk: Array, bk: Array, Wv: Array, bv:
     if any(W.shape != (n, C) for W in weights):
         return NotImplemented
     X = flat(x)                                          # (B T, C)
-    W = one_after_another(weights)                       # (3 n, C)
+    W = as_one_matrix(weights)                           # (3 n, C) or None
+    # part_step, row_step: the distance in memory from q to k to v, and from one row to the next
     if W is not None:
         y = gemm.matmul(X, W.T)                          # (B T, 3 n)
         part_step = n
@@ -99,19 +104,20 @@ def project(x: Array, Wq: Array, bq: Array, Wk: Array, bk: Array, Wv: Array, bv:
            T=x.dtype)
 
     def back(g: list, needed: list[bool]) -> tuple:
-        G = empty(x, (len(X), 3 * n))
+        G = empty(x, (len(X), 3 * n))                    # the gradients of q, k and v, side by side
         gradients = [None if a is None else contiguous(a) for a in g]
         launch("heads.cu", "join_heads", grid, (32, 8), *gradients, G, *sizes, T=x.dtype)
         parts = [G[:, i * n:(i + 1) * n] for i in range(3)]
         dx = None
         if needed[0]:
             dx = _project_dx(G, parts, W, weights).reshape(x.shape)
-        needs_W = needed[1::2]
+        needs_W = needed[1::2]                           # of Wq, Wk, Wv
+        needs_b = needed[2::2]
         if all(needs_W):
             dW = gemm.matmul_float32(G.T, X).reshape(3, n, C)
         else:
-            dW = [gemm.matmul_float32(part.T, X) if wanted else None for part, wanted in zip(parts, needs_W)]
-        db = sum_rows(G).reshape(3, n) if any(needed[2::2]) else (None,) * 3
+            dW = [gemm.matmul_float32(part.T, X) if is_needed else None for part, is_needed in zip(parts, needs_W)]
+        db = sum_rows(G).reshape(3, n) if any(needs_b) else (None,) * 3
         return dx, dW[0], db[0], dW[1], db[1], dW[2], db[2]
 
     return (qkv[0], qkv[1], qkv[2]), back
@@ -127,23 +133,23 @@ def _project_dx(G: Array, parts: list[Array], W: Array | None, weights: tuple[Ar
     return dx
 
 
-def one_after_another(matrices: tuple[Array, ...]) -> Array | None:
-    """Matrices of one shape as one, one below the other, if they are adjacent in memory, as an optimiser lays them out.
+def as_one_matrix(matrices: tuple[Array, ...]) -> Array | None:
+    """A view of k matrices (n, C) as one matrix (k n, C), one below the other. None if they are not adjacent in memory.
 
-    No copy is made; None if they are not adjacent.
+    They are adjacent where an optimiser has moved them into one flat array (optim/buffers.py).
     """
     first = matrices[0]
     base = first.base
     addresses = [address(a) for a in matrices]
-    gaps = any(b - a != first.nbytes for a, b in zip(addresses, addresses[1:]))
-    if gaps or base is None or not base.flags.c_contiguous or any(a.base is not base for a in matrices):
+    has_gaps = any(b - a != first.nbytes for a, b in zip(addresses, addresses[1:]))
+    if has_gaps or base is None or not base.flags.c_contiguous or any(a.base is not base for a in matrices):
         return None
     start = (addresses[0] - address(base)) // first.itemsize
     return base.reshape(-1)[start:start + len(matrices) * first.size].reshape(-1, first.shape[1])
 
 
-def _remembered(f: Callable[[Array], Array]) -> Callable[[Array], Array]:
-    """f, computed once for pullbacks that are called with the same g one after another."""
+def _cache_last(f: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    """f with its last result cached: pullbacks that are called with the same array g one after another share f(g)."""
     last: list = [None, None]                            # g, f(g)
 
     def call(g: Array) -> Array:
@@ -156,20 +162,23 @@ def _remembered(f: Callable[[Array], Array]) -> Callable[[Array], Array]:
 def sum_rows(g: Array) -> Array:
     """(N, n) -> (n,): the gradient of a bias, in float32."""
     rows, n = g.shape
-    stretches, each = _stretches(rows)
-    parts = empty(g, (1, stretches, n), np.float32)
-    launch("bias.cu", "sum_rows", (-(-n // 32), stretches), (32, 8), g, parts, rows, n, each, T=g.dtype)
+    stretches, rows_of_each = _stretches(rows)
+    parts = empty(g, (1, stretches, n), np.float32)      # a partial sum for each stretch of rows
+    launch("bias.cu", "sum_rows", (-(-n // 32), stretches), (32, 8), g, parts, rows, n, rows_of_each, T=g.dtype)
     return _sum_parts(parts)[0]
 
 
 def _stretches(rows: int) -> tuple[int, int]:
-    """(number of stretches into which a sum over rows is cut, rows of each)."""
-    each = max(64, -(-rows // 256))
-    return -(-rows // each), each
+    """(number of stretches of rows that are summed in parallel, rows of each).
+
+    At most 256 stretches, of 64 rows or more.
+    """
+    rows_of_each = max(64, -(-rows // 256))
+    return -(-rows // rows_of_each), rows_of_each
 
 
 def _sum_parts(parts: Array) -> Array:
-    """(sums, stretches, n) -> (sums, n)."""
+    """Add the partial sums of all stretches: (sums, stretches, n) -> (sums, n)."""
     sums, stretches, n = parts.shape
     y = empty(parts, (sums, n))
     launch("bias.cu", "sum_parts", (-(-n // THREADS), sums), THREADS, parts, y, stretches, n, T=parts.dtype)
@@ -178,8 +187,9 @@ def _sum_parts(parts: Array) -> Array:
 
 # ── elementwise, and along rows ──────────────────────────────────────────────────────────────────────────────────────
 def _gelu(name: str) -> Any:
+    """The kernel of ops.gelu or ops.gelu_tanh, by the name of its function in gelu.cu."""
     def kernel(x: Array) -> Any:
-        """One pass instead of several."""
+        """The op in one pass instead of several."""
         if not suits(x):
             return NotImplemented
         y = empty(x, x.shape)
@@ -200,7 +210,7 @@ gelu_tanh = _gelu("gelu_tanh")
 
 
 def layer_norm(x: Array, w: Array, b: Array, eps: float = 1e-5) -> Any:
-    """Two passes instead of eleven; keeps mean and 1/σ of each row instead of a copy of x."""
+    """ops.layer_norm in two passes instead of eleven. Keeps mean and 1/σ of each row instead of a copy of x."""
     if not (suits(x, w, b) and w.shape == b.shape == x.shape[-1:]):
         return NotImplemented
     n = x.shape[-1]
@@ -219,11 +229,11 @@ def layer_norm(x: Array, w: Array, b: Array, eps: float = 1e-5) -> Any:
             launch("layer_norm.cu", "layer_norm_back", warp_blocks(rows), THREADS, x, w, g, mean, r, dx, rows, n,
                    T=x.dtype)
         if needed[1] or needed[2]:
-            stretches, each = _stretches(rows)
-            parts = empty(x, (2, stretches, n), np.float32)
+            stretches, rows_of_each = _stretches(rows)
+            parts = empty(x, (2, stretches, n), np.float32)      # of dw and db
             grid = (-(-n // 32), stretches)
-            launch("layer_norm.cu", "layer_norm_back_weights", grid, (32, 8), x, g, mean, r, parts, rows, n, each,
-                   T=x.dtype)
+            launch("layer_norm.cu", "layer_norm_back_weights", grid, (32, 8), x, g, mean, r, parts, rows, n,
+                   rows_of_each, T=x.dtype)
             sums = _sum_parts(parts)
             dw = sums[0] if needed[1] else None
             db = sums[1] if needed[2] else None
@@ -232,9 +242,9 @@ def layer_norm(x: Array, w: Array, b: Array, eps: float = 1e-5) -> Any:
 
 
 def embedding(W: Array, ids: Array) -> Any:
-    """Sums the gradient in a fixed order, without atomic additions.
+    """ops.embedding, whose gradient is summed in a fixed order, without atomic additions.
 
-    Each position is compared with each, so there may be at most SAME_ORDER positions.
+    The kernel compares every position with every other, so it takes at most SAME_ORDER positions.
     """
     if not (W.ndim == 2 and suits(W) and 0 < ids.size <= SAME_ORDER):
         return NotImplemented
@@ -252,7 +262,7 @@ def embedding(W: Array, ids: Array) -> Any:
 # ── the loss ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 def cross_entropy(z: Array, y: Array, weight: Array | None = None, ignore_index: int = -100,
                   label_smoothing: float = 0.0) -> Any:
-    """Three passes over the logits; keeps three numbers per row instead of the logits' softmax."""
+    """ops.cross_entropy in three passes over the logits. Keeps three numbers per row instead of the softmax."""
     fits = suits(z) and z.ndim >= 2 and y.size * z.shape[-1] == z.size and y.dtype.kind in "iu"
     weight_fits = weight is None or (weight.shape == z.shape[-1:] and not label_smoothing)
     if not fits or not weight_fits:
@@ -262,7 +272,7 @@ def cross_entropy(z: Array, y: Array, weight: Array | None = None, ignore_index:
     labels = contiguous(y.astype(np.int64))
     weight = None if weight is None else contiguous(weight.astype(np.float32))
     losses = empty(z, (rows,), np.float32)
-    stats = empty(z, (3, rows), np.float32)
+    stats = empty(z, (3, rows), np.float32)              # maximum of a row, ln Σ e^(z − maximum), weight of its label
     value = empty(z, (), np.float32)
     total = empty(z, (), np.float32)                     # the sum of the rows' weights
     smoothing = float(label_smoothing)
@@ -296,7 +306,7 @@ def uniform_like(x: Array, key: int) -> Array:
 
 
 def dropout(x: Array, p: float, key: int) -> Any:
-    """Keeps no mask: the pullback draws it anew from the key."""
+    """ops.dropout without a stored mask: the pullback draws the mask anew from the key."""
     if not (suits(x) and 0 <= p < 1):
         return NotImplemented
 
