@@ -320,8 +320,12 @@ def test_hidden_states_are_kept_only_on_request():
 def test_begin_moves_facts_to_the_device_of_the_weights():
     ctx = begun(ids=[[1, 2]], mask=[[1, 0]], token_type_ids=[[0, 1]], logit_positions=[1], task=[3])
     for a in (ctx.ids, ctx.mask, ctx.token_type_ids, ctx.logit_positions, ctx.task):
+        assert array.is_array(a)
         assert array.name_of(a) == array.backend()
     assert host(ctx.mask).dtype == bool
+    without = begun(ids=[[1, 2]])
+    for a in (without.mask, without.token_type_ids, without.logit_positions, without.task):
+        assert a is None
     ctx = Context()
     ctx.begin(Tensor(dev(np.zeros((2, 3, 4)), np.float32)), dev([0.0]))
     assert host(ctx.ids).tolist() == [[-1] * 3] * 2
@@ -385,12 +389,16 @@ def test_positions_count_real_tokens_and_continue_after_the_cache(rng, padded, B
         np.testing.assert_array_equal(host(cache.mask), mask)
 
 
-def test_the_key_mask_if_only_one_part_has_a_mask():
-    for first, second in ((None, [[True, False]]), ([[True, False]], None)):
+@pytest.mark.parametrize("cached", [[True], [False], [True, False]])
+def test_the_key_mask_if_only_one_part_has_a_mask(cached):
+    """The key mask covers the cache, of one position or more, and the new positions: True where no mask was given."""
+    new = [True, False]
+    real = [True] * len(cached)
+    for first, second in ((None, new), (cached, None), (cached, new)):
         cache = Cache()
-        cache.advance(begun(ids=[[1, 1]], mask=first, cache=cache))
-        key_mask = begun(ids=[[1, 1]], mask=second, cache=cache).key_mask()
-        assert host(key_mask).tolist() == [(first or [[True, True]])[0] + (second or [[True, True]])[0]]
+        cache.advance(begun(ids=[[1] * len(cached)], mask=first and [first], cache=cache))
+        key_mask = begun(ids=[[1, 1]], mask=second and [second], cache=cache).key_mask()
+        assert host(key_mask).tolist() == [(first or real) + (second or [True, True])]
     assert begun(ids=[[1]]).key_mask() is None
 
 
