@@ -1,8 +1,16 @@
-"""One suite for every backend: TINYFT_BACKEND = numpy (the default), strict (the double that keeps CuPy's rules), cupy, or emulated
-(real CuPy on a GPU made of host memory, for the tests alone: tests/emulated).
+"""One suite for every backend and Hypothesis profile, chosen by two environment variables.
 
-Hypothesis profiles, chosen by HYPOTHESIS_PROFILE: dev (the default), ci (more examples), learner (few, and short reports), audit
-(few, no shrinking: tests/audit.py only wants to know whether something fails).
+TINYFT_BACKEND:
+    numpy       the default
+    strict      a NumPy backend that enforces CuPy's rules
+    cupy
+    emulated    real CuPy on a GPU made of host memory, for the tests alone (tests/emulated)
+
+HYPOTHESIS_PROFILE:
+    dev         the default
+    ci          more examples
+    learner     few examples, short reports
+    audit       few examples, no shrinking: tests/audit.py only counts failures
 """
 from __future__ import annotations
 
@@ -17,7 +25,7 @@ from hypothesis import HealthCheck, Phase, settings
 from tinyft import array, kernels
 
 BACKEND = os.environ.get("TINYFT_BACKEND", "numpy")
-if BACKEND == "emulated":                                # to the library it is CuPy; before anything imports that
+if BACKEND == "emulated":                                # must run before the first import of CuPy
     sys.path.insert(0, str(Path(__file__).parent / "emulated"))
     import emulate
     emulate.install()
@@ -26,8 +34,12 @@ QUIET = dict(deadline=None, suppress_health_check=list(HealthCheck))
 
 settings.register_profile("dev", max_examples=25, derandomize=True, database=None, **QUIET)
 settings.register_profile("ci", max_examples=150, print_blob=True, **QUIET)
-settings.register_profile("learner", max_examples=15, derandomize=True, database=None, report_multiple_bugs=False, **QUIET)
-settings.register_profile("audit", max_examples=12, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate], **QUIET)
+settings.register_profile(
+    "learner", max_examples=15, derandomize=True, database=None, report_multiple_bugs=False, **QUIET,
+)
+settings.register_profile(
+    "audit", max_examples=12, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate], **QUIET,
+)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 
@@ -39,12 +51,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    return f"tinyft: backend {array.backend()}, NumPy {np.__version__}, Hypothesis profile {settings.get_current_profile_name()}"
+    profile = settings.get_current_profile_name()
+    return f"tinyft: backend {array.backend()}, NumPy {np.__version__}, Hypothesis profile {profile}"
 
 
 @pytest.fixture(autouse=True)
 def _backend():
-    """Every test starts on the suite's backend, whatever the one before it used."""
+    """Start every test on the suite's backend, also after a test that changed the backend."""
     array.use(BACKEND)
 
 

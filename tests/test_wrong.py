@@ -17,13 +17,14 @@ FEW = settings(max_examples=60, derandomize=True, database=None, deadline=None, 
 
 
 def draws(name, n=60):
-    """The examples that `check` is given: the same for a real op and a wrong one."""
+    """The examples for `check`: the same for a real op and a wrong op."""
     found = []
 
     @FEW
     @given(st.data())
     def collect(data):
         found.append(data.draw(examples(name)))
+
     collect()
     return found[:n]
 
@@ -36,31 +37,34 @@ def _definitions():
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_answer_is_rejected(name):
-    w = WRONG[name]
-    assert w.belief.endswith((".", ")")) and len(w.belief) > 20
-    with w.context():
-        for e, rng, _ in draws(w.target):
+    wrong = WRONG[name]
+    assert wrong.belief.endswith((".", ")"))
+    assert len(wrong.belief) > 20
+    with wrong.context():
+        for example, rng, _ in draws(wrong.target):
             try:
-                check(w.f, w.target, e, rng)
+                check(wrong.f, wrong.target, example, rng)
             except AssertionError:
                 return
-    pytest.fail(f"{name} passes for {w.target}")
+    pytest.fail(f"{name} passes for {wrong.target}")
 
 
-@pytest.mark.parametrize("name", sorted({w.target for w in WRONG.values()}))
+@pytest.mark.parametrize("name", sorted({wrong.target for wrong in WRONG.values()}))
 def test_the_right_answer_passes_the_same_examples(name):
-    for e, rng, _ in draws(name):
-        check(function(name), name, e, rng)
+    for example, rng, _ in draws(name):
+        check(function(name), name, example, rng)
 
 
-def test_there_are_many():
-    assert len(WRONG) >= 20 and len({w.belief for w in WRONG.values()}) == len(WRONG)
+def test_there_are_many_wrong_answers_with_different_beliefs():
+    assert len(WRONG) >= 20
+    assert len({wrong.belief for wrong in WRONG.values()}) == len(WRONG)
 
 
-def test_a_sum_loss_misses_what_the_random_covector_catches():
-    """The softmax's pullback checked through .sum() is zero, and zero is right there."""
+def test_a_sum_loss_accepts_a_wrong_softmax():
+    """Through .sum(), the right gradient of softmax is zero: so a pullback that always returns zero looks right."""
     x = leaf(np.random.default_rng(0).standard_normal((3, 4)))
     WRONG["softmax_zero"].f(x).sum().backward()
     right = Tensor(x.data, requires_grad=True)
     ops.softmax(right).sum().backward()
-    assert (host(x.grad) == 0).all() and np.abs(host(right.grad)).max() < 1e-15
+    assert (host(x.grad) == 0).all()
+    assert np.abs(host(right.grad)).max() < 1e-15
