@@ -1,6 +1,6 @@
-"""Wrong ops, each with the belief behind it.  test_wrong.py requires the checks that the real ops pass to reject every one.
+"""Wrong ops, each with the belief behind it.  The checks that the real ops pass must reject all of them: test_wrong.py.
 
-Most are errors that stood for years in libraries people rely on; the others are what a tired person writes.
+Most are errors that stood for years in well-known libraries; the others are typical slips.
 """
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ from tinyft.tensor import OPS
 
 @dataclass
 class Wrong:
-    """target: whose place it takes;  belief: what makes it look right;  f: the op;  context: in which the real op is wrong."""
+    """A wrong answer.
+
+    target      name of the op or function that it replaces
+    belief      the false belief that makes it look right
+    f           the wrong function
+    context     a context in which f is wrong; for a wrong engine, f is the real op
+    """
     target: str
     belief: str
     f: Callable[..., Any]
@@ -29,16 +35,22 @@ class Wrong:
 WRONG: dict[str, Wrong] = {}
 
 
+def as_op(target: str, f: Callable) -> Callable:
+    """f as an op with the shape string of the target, outside the table of ops; f itself if the target is no op."""
+    if target not in OPS:
+        return f
+    made = tensor.op(OPS[target].shapes)(f)
+    del OPS[f.__name__]
+    return made
+
+
 def instead_of(target: str, belief: str) -> Callable:
-    def note(f: Callable) -> Callable:
-        if target in OPS:
-            made = tensor.op(OPS[target].shapes)(f)
-            del OPS[f.__name__]                                                  # the table of ops stays what it is
-        else:
-            made = f
+    """Decorator: register the function in WRONG."""
+    def register(f: Callable) -> Callable:
+        made = as_op(target, f)
         WRONG[f.__name__] = Wrong(target, belief, made)
         return made
-    return note
+    return register
 
 
 # ── arithmetic ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -122,14 +134,16 @@ def maximum_is_a(a, b):
 # ── reductions ───────────────────────────────────────────────────────────────────────────────────────────────────────
 @instead_of("mean", "n is the number of entries of x, whatever the axis.")
 def mean_over_everything(x, axis=None, keepdims=False):
-    m, shape = xp(x), x.shape
-    return x.mean(axis=axis, keepdims=keepdims), (lambda g: m.broadcast_to(ops._restore_axes(g, shape, axis, keepdims) / x.size, shape),)
+    def back(g):
+        return xp(x).broadcast_to(ops._restore_axes(g, x.shape, axis, keepdims) / x.size, x.shape)
+    return x.mean(axis=axis, keepdims=keepdims), (back,)
 
 
 @instead_of("amax", "Every entry gets g: the maximum depends on all of them.")
 def amax_for_all(x, axis=None, keepdims=False):
-    m, shape = xp(x), x.shape
-    return x.max(axis=axis, keepdims=keepdims), (lambda g: m.broadcast_to(ops._restore_axes(g, shape, axis, keepdims), shape),)
+    def back(g):
+        return xp(x).broadcast_to(ops._restore_axes(g, x.shape, axis, keepdims), x.shape)
+    return x.max(axis=axis, keepdims=keepdims), (back,)
 
 
 @instead_of("mean", "Dividing by a count is dividing by a number: the dtype stays.")
@@ -153,13 +167,12 @@ def cumsum_back_along_the_last(x, axis=-1):
 # ── choosing and shape ───────────────────────────────────────────────────────────────────────────────────────────────
 @instead_of("embedding", "d[ids] = g puts each gradient in its row.")
 def embedding_assigns(W, ids):
-    m, shape = xp(W), W.shape
-
     def back(g):
-        d = m.zeros(shape, g.dtype)
-        rows, g = ids.reshape(-1), g.reshape(-1, shape[1])
+        d = xp(W).zeros(W.shape, g.dtype)
+        rows = ids.reshape(-1)
+        gradients = g.reshape(-1, W.shape[1])
         for i in range(len(rows)):
-            d[int(rows[i])] = g[i]
+            d[int(rows[i])] = gradients[i]
         return d
     return W[ids], (back, None)
 
@@ -167,7 +180,8 @@ def embedding_assigns(W, ids):
 @instead_of("gather", "The rows of a gather are all alike: use the first one's indices.")
 def gather_with_one_row(x, i, axis=-1):
     one = i[(slice(0, 1),) * (i.ndim - 1)] if axis == -1 else i
-    return xp(x).take_along_axis(x, i, axis=axis), (ops.gather.definition(x, xp(x).broadcast_to(one, i.shape), axis)[1][0], None)
+    _, (back, _) = ops.gather.definition(x, xp(x).broadcast_to(one, i.shape), axis)
+    return xp(x).take_along_axis(x, i, axis=axis), (back, None)
 
 
 @instead_of("getitem", "A slice of x gets its gradient at the front.")
@@ -188,10 +202,12 @@ def straight_through_zero(hard, soft):
 
 @instead_of("permute", "Permuting again undoes a permutation.")
 def permute_again(x, axes):
+    y, (right, _) = ops.permute.definition(x, axes)
+
     def back(g):
         d = g.transpose(axes)
-        return d if d.shape == x.shape else g.transpose(tuple(sorted(range(len(axes)), key=lambda i: axes[i] % len(axes))))
-    return x.transpose(axes), (back, None)
+        return d if d.shape == x.shape else right(g)
+    return y, (back, None)
 
 
 @instead_of("concatenate", "All pieces are as long as the first.")
@@ -224,7 +240,7 @@ def attention_root_of_width(q, k, v, bias=None, *, scale=None, **kw):
 
 
 def diagonal_mask(q, k, key_mask, diagonal):
-    """key_mask, and of keys and queries the lower triangle under this diagonal."""
+    """key_mask and the lower triangle, under this diagonal, of the scores."""
     m = xp(q)
     past = m.tril(m.ones((q.shape[-2], k.shape[-2]), dtype=bool), diagonal)
     return past if key_mask is None else past & key_mask
@@ -232,35 +248,42 @@ def diagonal_mask(q, k, key_mask, diagonal):
 
 @instead_of("attention", "The mask sets weights to zero, so it comes after the softmax.")
 def attention_masks_afterwards(q, k, v, bias=None, *, key_mask=None, causal=False, scale=None, dropout_mask=None):
-    may = diagonal_mask(q, k, key_mask, k.shape[-2] - q.shape[-2]) if causal else key_mask
+    allowed = diagonal_mask(q, k, key_mask, k.shape[-2] - q.shape[-2]) if causal else key_mask
     factor = dropout_mask
-    if may is not None:
-        factor = may.astype(q.dtype) if dropout_mask is None else may * dropout_mask
+    if allowed is not None:
+        factor = allowed.astype(q.dtype) if dropout_mask is None else allowed * dropout_mask
     return ops.attention.definition(q, k, v, bias, scale=scale, dropout_mask=factor)
 
 
 @instead_of("attention", "Causal: query i looks at keys j < i.")
 def attention_cannot_see_itself(q, k, v, bias=None, *, key_mask=None, causal=False, **kw):
-    may = diagonal_mask(q, k, key_mask, k.shape[-2] - q.shape[-2] - 1) if causal else key_mask
-    return ops.attention.definition(q, k, v, bias, key_mask=may, **kw)
+    allowed = diagonal_mask(q, k, key_mask, k.shape[-2] - q.shape[-2] - 1) if causal else key_mask
+    return ops.attention.definition(q, k, v, bias, key_mask=allowed, **kw)
 
 
 @instead_of("attention", "Causal: query i looks at keys j ≤ i, also when older keys were put in front.")
 def attention_ignores_the_cache(q, k, v, bias=None, *, key_mask=None, causal=False, **kw):
-    may = diagonal_mask(q, k, key_mask, 0) if causal else key_mask
-    return ops.attention.definition(q, k, v, bias, key_mask=may, **kw)
+    allowed = diagonal_mask(q, k, key_mask, 0) if causal else key_mask
+    return ops.attention.definition(q, k, v, bias, key_mask=allowed, **kw)
 
 
-@instead_of("attention", "A large negative number is minus infinity: a query without keys then averages over everything.")
+# A query without keys then gives the mean of all values in place of zeros.
+@instead_of("attention", "A large negative number is minus infinity.")
 def attention_with_a_large_number(q, k, v, bias=None, *, key_mask=None, causal=False, scale=None, dropout_mask=None):
-    may = diagonal_mask(q, k, key_mask, k.shape[-2] - q.shape[-2]) if causal else key_mask
+    masks = {"key_mask": key_mask, "causal": causal, "dropout_mask": dropout_mask}
+    _, back = ops.attention.definition(q, k, v, bias, scale=scale, **masks)
+    allowed = diagonal_mask(q, k, key_mask, k.shape[-2] - q.shape[-2]) if causal else key_mask
+    alpha = q.shape[-1]**-0.5 if scale is None else scale
     group = q.shape[-3] // k.shape[-3] if q.ndim > 2 else 1
-    s = (q @ t(repeat_heads(k, group))) * (q.shape[-1]**-0.5 if scale is None else scale)
+    s = (q @ t(repeat_heads(k, group))) * alpha
     if bias is not None:
         s = s + bias
-    p = _softmax(s if may is None else xp(q).where(may, s, -1e30))
-    _, back = ops.attention.definition(q, k, v, bias, key_mask=key_mask, causal=causal, scale=scale, dropout_mask=dropout_mask)
-    return (p if dropout_mask is None else p * dropout_mask) @ repeat_heads(v, group), back
+    if allowed is not None:
+        s = xp(q).where(allowed, s, -1e30)
+    p = _softmax(s)
+    if dropout_mask is not None:
+        p = p * dropout_mask
+    return p @ repeat_heads(v, group), back
 
 
 @instead_of("attention", "Dropout acts on P, so dP needs no mask of its own.")
@@ -318,9 +341,14 @@ def attention_takes_the_bias_gradient_of_one_row(q, k, v, bias=None, **kw):
 
 
 def with_repeated_heads(q, k, v, bias, repeat, **kw):
-    """Attention with the key/value heads repeated by repeat(heads, group), as if none were shared; and the size of a group."""
+    """(attention with key/value heads copied by repeat(heads, group), so that none is shared; the size of a group)."""
     group = q.shape[-3] // k.shape[-3] if q.ndim > 2 else 1
     return ops.attention.definition(q, repeat(k, group), repeat(v, group), bias, **kw), group
+
+
+def sum_copies(d, group):
+    """The sum over the copies of heads that were repeated as a b a b; None stays None."""
+    return d if d is None else d.reshape(*d.shape[:-3], group, -1, *d.shape[-2:]).sum(axis=-4)
 
 
 @instead_of("attention", "Query heads take the key/value heads in turn: a b a b.")
@@ -332,7 +360,8 @@ def attention_tiles_the_heads(q, k, v, bias=None, **kw):
     def wrong(g, needed):
         dq, dk, dv, *db = back(g, needed)
         if group > 1:
-            dk, dv = (d if d is None else d.reshape(*d.shape[:-3], group, -1, *d.shape[-2:]).sum(axis=-4) for d in (dk, dv))
+            dk = sum_copies(dk, group)
+            dv = sum_copies(dv, group)
         return dq, dk, dv, *db
     return y, wrong
 
@@ -344,24 +373,32 @@ def attention_takes_the_gradient_of_one_head(q, k, v, bias=None, **kw):
     def wrong(g, needed):
         dq, dk, dv, *db = back(g, needed)
         if group > 1:
-            dk, dv = (d if d is None else d[..., ::group, :, :] for d in (dk, dv))
+            dk = dk if dk is None else dk[..., ::group, :, :]
+            dv = dv if dv is None else dv[..., ::group, :, :]
         return dq, dk, dv, *db
     return y, wrong
 
 
-@instead_of("cross_entropy", "Σ over classes of ε/V is ε/V: spread is one number per row (it stood so in this library's first draft).")
+@instead_of("cross_entropy", "Σ over classes of ε/V is ε/V: spread is one number per row (this library's first draft).")
 def cross_entropy_forgets_to_spread(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
     value, (back, *rest) = ops.cross_entropy.definition(z, y, weight, ignore_index, label_smoothing)
     real = (y.reshape(-1) != ignore_index)[:, None]
     missing = label_smoothing * (1 - 1 / z.shape[-1]) / max(int(real.sum()), 1)
-    return value, (lambda g: back(g) - (g * (_softmax(flat(z)) * real * missing)).reshape(z.shape).astype(z.dtype), *rest)
+
+    def wrong(g):
+        lost = g * (_softmax(flat(z)) * real * missing)
+        return back(g) - lost.reshape(z.shape).astype(z.dtype)
+    return value, (wrong, *rest)
 
 
 @instead_of("cross_entropy", "Class weights multiply the loss; what one divides by is the number of rows.")
 def cross_entropy_divides_by_rows(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
     value, (back, *rest) = ops.cross_entropy.definition(z, y, weight, ignore_index, label_smoothing)
-    real = y != ignore_index
-    share = 1.0 if weight is None else float((weight[xp(y).where(real, y, 0)] * real).sum()) / float(real.sum())
+    share = 1.0
+    if weight is not None:
+        real = y != ignore_index
+        weights = weight[xp(y).where(real, y, 0)] * real
+        share = float(weights.sum()) / float(real.sum())
     return value * share, (lambda g: back(g) * share, *rest)
 
 
@@ -371,28 +408,34 @@ def dropout_without_rescale(x, p, key):
     return x * keep, (lambda g: g * keep, None, None)
 
 
-@instead_of("dropout", "Going back, new noise is as good as the old.")
+@instead_of("dropout", "In the backward pass, a new dropout mask is as good as the first one.")
 def dropout_draws_again(x, p, key):
     y, _ = ops.dropout.definition(x, p, key)
-    return y, (ops.dropout.definition(x, p, key + 1)[1][0], None, None)
+    _, pullbacks = ops.dropout.definition(x, p, key + 1)
+    return y, pullbacks
 
 
 # ── compositions ─────────────────────────────────────────────────────────────────────────────────────────────────────
+def log_probabilities(p, q, temperature):
+    """The two log-softmaxes at this temperature."""
+    return ops.log_softmax(p * (1 / temperature)), ops.log_softmax(q * (1 / temperature))
+
+
 @instead_of("kl_divergence", "The temperature softens both; the gradient stays the size it was.")
 def kl_without_t_squared(p, q, temperature=1.0):
-    p, q = ops.log_softmax(p * (1 / temperature)), ops.log_softmax(q * (1 / temperature))
+    p, q = log_probabilities(p, q, temperature)
     return (ops.exp(p) * (p - q)).sum() * (q.shape[-1] / q.size)
 
 
 @instead_of("kl_divergence", "KL is symmetric enough.")
 def kl_reversed(p, q, temperature=1.0):
-    p, q = ops.log_softmax(p * (1 / temperature)), ops.log_softmax(q * (1 / temperature))
+    p, q = log_probabilities(p, q, temperature)
     return (ops.exp(q) * (q - p)).sum() * (temperature**2 * q.shape[-1] / q.size)
 
 
 @instead_of("kl_divergence", "batchmean and mean are one (torch's `mean` divides by the classes as well).")
 def kl_over_all_entries(p, q, temperature=1.0):
-    p, q = ops.log_softmax(p * (1 / temperature)), ops.log_softmax(q * (1 / temperature))
+    p, q = log_probabilities(p, q, temperature)
     return (ops.exp(p) * (p - q)).mean() * temperature**2
 
 
@@ -410,6 +453,7 @@ def topk_smallest_first(x, k):
 # ── the engine ───────────────────────────────────────────────────────────────────────────────────────────────────────
 @contextlib.contextmanager
 def replaced(owner: Any, name: str, f: Any) -> Iterator[None]:
+    """A context in which owner.name is f."""
     old = getattr(owner, name)
     setattr(owner, name, f)
     try:
@@ -419,34 +463,39 @@ def replaced(owner: Any, name: str, f: Any) -> Iterator[None]:
 
 
 def engine(name: str, target: str, belief: str, attribute: str, f: Callable) -> None:
+    """Register an engine that is wrong in one function; its error shows in the target."""
     WRONG[name] = Wrong(target, belief, OPS[target], lambda: replaced(tensor, attribute, f))
 
 
 right_sum_to = tensor.sum_to
 
 
-def _first_of_repeats(g, shape):
+def unchanged(g, shape):
+    return g
+
+
+def first_of_repeats(g, shape):
     g = g[(0,) * (g.ndim - len(shape))]
     return g[tuple(slice(0, 1) if n == 1 else slice(None) for n in shape)]
 
 
-engine("broadcast_not_undone", "add", "Addition passes g on, whatever the shapes were.", "sum_to", lambda g, shape: g)
-engine("broadcast_undone_by_one", "mul", "All copies of a repeated entry get the same gradient: take the first.", "sum_to",
-       _first_of_repeats)
-engine("broadcast_undone_by_mean", "add", "All copies of a repeated entry share the gradient.", "sum_to",
-       lambda g, shape: right_sum_to(g, shape) * (math.prod(shape) / max(g.size, 1)))
+def mean_of_repeats(g, shape):
+    return right_sum_to(g, shape) * (math.prod(shape) / max(g.size, 1))
+
+
+engine("broadcast_not_undone", "add", "Addition passes g on, whatever the shapes were.", "sum_to", unchanged)
+engine("broadcast_undone_by_one", "mul", "All copies of a repeated entry get the same gradient: take the first.",
+       "sum_to", first_of_repeats)
+engine("broadcast_undone_by_mean", "add", "All copies of a repeated entry share the gradient.",
+       "sum_to", mean_of_repeats)
 
 
 # ── wrong answers of the exercises ───────────────────────────────────────────────────────────────────────────────────
 def from_exercise(name: str, exercise: str, belief: str) -> None:
-    """Take a wrong answer from its exercise: it stands once, beside the laws that must reject it."""
+    """Register a wrong answer of an exercise. Its code stands only there, beside the laws that must reject it."""
     e = find(exercise)
     answer = next(w for w in e.wrong_answers if w.belief == belief)
-    f = answer.function
-    if e.function in OPS:
-        f = tensor.op(OPS[e.function].shapes)(f)
-        del OPS[answer.function.__name__]                # the table of ops stays what it is
-    WRONG[name] = Wrong(e.function, belief, f)
+    WRONG[name] = Wrong(e.function, belief, as_op(e.function, answer.function))
 
 
 from_exercise("softmax_zero", "autograd.softmax",
