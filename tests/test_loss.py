@@ -241,7 +241,8 @@ def test_a_loss_need_not_derive_from_a_class_of_the_library(tmp_path):
     assert results[0] == results[1]
     check_projection_resumes(tmp_path, PlainHiddenStateLoss)
     with pytest.raises(ValueError, match="its loss: PlainHiddenStateLoss.*here: CrossEntropy"):
-        ft.fit(make_gpt(dropout=0.1), BATCHES, 8, ft.AdamW(0.02), out=tmp_path / "straight", resume=True, progress=False)
+        ft.fit(make_gpt(dropout=0.1), BATCHES, 8, ft.AdamW(0.02), out=tmp_path / "straight", resume=True,
+               progress=False)
 
 
 # ── auxiliary losses ─────────────────────────────────────────────────────────────────────────────────────────────────

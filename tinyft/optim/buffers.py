@@ -31,7 +31,8 @@ class Piece:
 class Frozen(NamedTuple):
     """A snapshot of one tensor's values and moments, taken before an update.
 
-    mask: True where the update holds; None if it holds nowhere.  values: copies of w and of each moment at `offset`."""
+    offset: the tensor's slice of the flat arrays.  mask: True at the entries that the update may change; None if it may
+    change none.  values: copies of w and of each moment at `offset`."""
     offset: slice
     mask: Array | None
     values: list[Array]
@@ -50,7 +51,7 @@ class Group:
     lr: float
     decay: float
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    rounded = None                             # MasterWeights has a 16-bit copy of w here
+    rounded = None                             # in MasterWeights: the 16-bit copy of w
 
     @property
     def stored(self) -> Array:
@@ -93,7 +94,7 @@ class Group:
         """Move values and moments to the device that model.to moved the tensors to.
 
         BackendError if the tensors are on more than one device; TypeError if their dtype has changed."""
-        moved = False
+        has_moved = False
         for name, p in self.tensors.items():
             view = self.views[name]
             if p.data is view:
@@ -101,10 +102,10 @@ class Group:
             if p.dtype != view.dtype:
                 raise TypeError(f"the tensors of this optimiser were {view.dtype} when it was started, and are "
                                 f"{p.dtype} now: start it again")
-            moved = moved or type(p.data) is not type(view)
-        if moved:
+            has_moved = has_moved or type(p.data) is not type(view)
+        if has_moved:
             data = [p.data for p in self.tensors.values()]
-            xp(*data)                                              # raises BackendError, which names both devices
+            xp(*data)                                              # BackendError if they are on two devices
             self.move_beside(data[0])
 
     def move_beside(self, like: Array) -> None:
@@ -168,7 +169,7 @@ class Group:
         return frozen
 
     def restore(self, frozen: list[Frozen]) -> None:
-        """Undo an update where it must not hold."""
+        """Undo an update at the frozen entries."""
         for offset, mask, values in frozen:
             for a, before in zip((self.w, *self.moments), values):
                 a[offset] = before if mask is None else xp(a).where(mask, a[offset], before)
@@ -177,7 +178,7 @@ class Group:
         """Write the updated values to the tensors.  Here the tensors are views of w already; MasterWeights rounds."""
 
     def record_versions(self) -> None:
-        """Remember which writes to the tensors were the optimiser's own.  Only MasterWeights needs this."""
+        """Called after each update.  MasterWeights remembers here which writes to the tensors were the optimiser's."""
 
     # ── state ──
     def persistent_arrays(self, moment_names: tuple[str, ...]) -> dict[str, Array]:

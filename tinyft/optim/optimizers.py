@@ -166,31 +166,31 @@ class Optimizer:
         return norm
 
     def update_pieces(self, factor: float, clip: float | None, loss: Array | None, scale: float) -> Array:
-        """launch_step by its definition: one piece after the other.  A kernel may take its place (dispatch.py)."""
+        """The definition of launch_step: one piece after the other.  A kernel may take its place (dispatch.py)."""
         if array.recording is not None:
             raise array.CannotCapture(f"an update by {type(self).__name__} cannot be captured; "
                                       "an update by AdamW can, with kernels")
         if loss is not None and not math.isfinite(float(loss)):
             raise FloatingPointError(f"the loss is {float(loss)}")
-        pieces = [group.pieces() for group in self.groups]
-        gradients = [piece.g for of_group in pieces for piece in of_group]
+        pieces_of_groups = [group.pieces() for group in self.groups]
+        gradients = [piece.g for pieces in pieces_of_groups for piece in pieces]
         if scale != 1:
             for g in gradients:
                 g *= 1 / scale
         norm = clip_norm(gradients, clip)
         self.t += 1
-        for group, of_group in zip(self.groups, pieces):
+        for group, pieces in zip(self.groups, pieces_of_groups):
             frozen = group.frozen_entries()
-            for piece in of_group:
+            for piece in pieces:
                 self.update(piece, group.lr * factor)
             group.restore(frozen)
             group.write_rounded()
         return norm
 
     def check_norm(self, norm: float) -> None:
-        """FloatingPointError if this norm, of the last launch_step, is not finite: that step has updated nothing.
+        """FloatingPointError if `norm`, the result of the last launch_step, is not finite.
 
-        The step is then not counted."""
+        That step has updated nothing, and is not counted in self.t."""
         if not math.isfinite(norm):
             self.t -= 1
             raise FloatingPointError(f"the gradient's norm is {norm}")

@@ -80,10 +80,10 @@ class GradScaler:
 
     @contextlib.contextmanager
     def skipping(self, *losses: Array) -> Iterator[None]:
-        """with scaler.skipping(): an update.  A FloatingPointError in it means a skipped step: `finite` is then False.
+        """The context of an update.  A FloatingPointError of the update is caught: the step counts as skipped.
 
-        The error is raised all the same if S was not the cause: if S is 1 or less, or if one of these losses is not
-        finite itself."""
+        Sets `finite`: False if the step was skipped.  An error that S did not cause is raised: if S is 1 or less, or if
+        one of these losses is not finite itself."""
         try:
             yield
             self.finite = True

@@ -40,7 +40,7 @@ class Targets:
     """A batch as the trainer uses it.
 
     ids                     the model's input
-    facts                   keyword arguments of the pass's Context
+    facts                   the facts of the batch, such as its mask: keyword arguments of the pass's Context
     labels                  (n,) one per row of logits; IGNORE where nothing is predicted; None if there are no labels
     logit_positions         flat indices, into (B·T,), of the positions at which logits are computed; None: all
     weight                  weight of this batch's mean loss: the number of labels, or the sum of their class weights
@@ -104,7 +104,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class WrappedLoss(Loss):
-    """A loss whose class does not derive from Loss. Members that it lacks, except read and __call__, are the defaults."""
+    """A loss whose class does not derive from Loss. Members that it lacks, except read and __call__, are Loss's."""
     inner: Any
 
     @property
@@ -170,12 +170,11 @@ def compute_loss(
 
 def cross_entropy(model: Module, logits: Tensor, targets: Targets) -> Tensor:
     """The mean cross-entropy of the logits with the labels. ValueError if there is not one label per row of logits."""
-    head = getattr(model, "head", logits)
-    if head is None:
+    if getattr(model, "head", logits) is None:                          # a model without the attribute gives logits too
         raise ValueError("this model has no head, so it has no logits to compare with labels: "
                          "add one (tinyft.classifier)")
     rows = math.prod(logits.shape[:-1])
-    is_classifier = isinstance(head, Classifier)
+    is_classifier = isinstance(getattr(model, "head", None), Classifier)
     if len(targets.labels) != rows or (is_classifier and targets.logit_positions is not None):
         advice = ONE_LABEL_PER_SEQUENCE if is_classifier else ONE_LABEL_PER_TOKEN
         raise ValueError("the loss wants one label per row of logits, "
@@ -184,7 +183,8 @@ def cross_entropy(model: Module, logits: Tensor, targets: Targets) -> Tensor:
     labels = array.put_like(targets.labels, logits.data)
     class_weight = targets.class_weight
     if class_weight is not None:
-        class_weight = array.put_like(class_weight, logits.data, np.promote_types(logits.dtype, np.float32))
+        dtype = np.promote_types(logits.dtype, np.float32)              # float32 for 16-bit logits
+        class_weight = array.put_like(class_weight, logits.data, dtype)
     return ops.cross_entropy(logits, labels, class_weight)
 
 
@@ -203,7 +203,10 @@ def check_labels(labels: Any, classes: int) -> None:
 
 # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 def read_batch(batch: Any) -> Targets:
-    """Read a batch. ValueError if it has nothing to predict, or if its shapes do not agree."""
+    """Read a batch into Targets. Without labels, the label of each position is the next id, and the last id is cut off.
+
+    ValueError if there is nothing to predict, or if the shapes do not agree; TypeError if labels are not integers.
+    """
     if not isinstance(batch, dict):
         batch = {"ids": batch}
     ids = batch["ids"] if isinstance(batch["ids"], Tensor) else np.asarray(batch["ids"])
@@ -238,8 +241,12 @@ def read_batch(batch: Any) -> Targets:
 
 
 def _read_facts(batch: dict[str, Any], ids: Any) -> dict[str, Any]:
-    """The keyword arguments of the pass's Context, checked against the shape of the ids."""
-    if ids.ndim != (3 if isinstance(ids, Tensor) else 2):
+    """The keyword arguments of the pass's Context, checked against the shape of the ids.
+
+    A mask that is True everywhere is left out.
+    """
+    axes = 3 if isinstance(ids, Tensor) else 2                          # a Tensor holds embeddings
+    if ids.ndim != axes:
         raise ValueError(f"a batch wants ids of shape (B, T), or embeddings (B, T, C); got {ids.shape}")
     facts = {name: batch[name] for name in CONTEXT_FACTS if batch.get(name) is not None}
     for name in ("mask", "token_type_ids"):
@@ -275,7 +282,10 @@ class Endless(Protocol):
 
 
 class BatchStream:
-    """The batches of an iterable, repeated without end. If it is not Resumable, a resume skips the batches taken."""
+    """The batches of an iterable, repeated without end.
+
+    A resumed run asks Resumable batches to go to their position. Of any other batches it skips those already taken.
+    """
 
     def __init__(self, batches: Iterable):
         self.batches = batches
@@ -298,7 +308,7 @@ class BatchStream:
     def state_dict(self) -> dict[str, Any]:
         """The position in the batches; JSON-able."""
         if isinstance(self.batches, Resumable):
-            return {"own": self.batches.state_dict()}
+            return {"own": self.batches.state_dict()}                   # the batches' own position
         return {"count": self.count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -56,7 +56,11 @@ def named_buffers(model: Module, loss: Loss) -> dict[str, Array]:
 
 
 def saved_tensors(run: Run) -> dict[str, Tensor]:
-    """The tensors that a checkpoint holds: those of all methods, those that train, those written to since the start."""
+    """The tensors that a checkpoint holds, by name.
+
+    They are the tensors of all methods, the trainable tensors, the tensors that were written to since the start of the
+    run (by a setup), and the tensors of the loss's module. All others are as in the base model.
+    """
     model, loss = run.model, run.loss
     names = set(trainable_tensors(model, loss))
     for attached in edit.attached(model):
@@ -84,18 +88,18 @@ def copy_values(run: Run) -> dict[str, np.ndarray]:
 
 
 def load_values(run: Run, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write values, buffers and masks that `copy_values` gave.
+    """Write values, buffers and masks that `copy_values` gave. A tensor without a mask among them has none after this.
 
     ValueError if they are of other tensors; then nothing is changed.
     """
     tensors = {file_name(name): p for name, p in named_tensors(run.model, run.loss).items()}
     buffers = {file_name(name): buffer for name, buffer in named_buffers(run.model, run.loss).items()}
-    here = tensors | buffers
-    wanted = {file_name(name) for name in saved_tensors(run)} | set(buffers)
+    destinations = tensors | buffers
+    required = {file_name(name) for name in saved_tensors(run)} | set(buffers)
     values = {name: a for name, a in arrays.items() if not name.startswith("mask/")}
-    wrong = sorted(wanted - set(values))
+    wrong = sorted(required - set(values))
     for name in sorted(values):
-        if name not in here or here[name].shape != values[name].shape:
+        if name not in destinations or destinations[name].shape != values[name].shape:
             wrong.append(name)
     if wrong:
         names = ", ".join(wrong[:3]) + (" ..." if len(wrong) > 3 else "")
@@ -104,7 +108,7 @@ def load_values(run: Run, arrays: Mapping[str, np.ndarray]) -> None:
         if name in tensors:
             tensors[name].copy_(value)
         else:
-            buffer = buffers[name]                                      # it keeps its identity
+            buffer = buffers[name]                                      # in place: other parts may hold the same array
             buffer[...] = array.put_like(value, buffer, buffer.dtype)
     for name, p in named_tensors(run.model, run.loss).items():
         set_mask(p, arrays.get(f"mask/{name}"))
@@ -131,7 +135,7 @@ def shared_masks(run: Run) -> dict[str, str]:
 def state_dict(run: Run) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """(arrays, facts): the state of a run."""
     arrays = copy_values(run)
-    if run.t > 0:                                                       # in a training phase
+    if run.t > 0:                                                       # the optimiser has a state in this phase
         arrays |= {f"optimizer/{key}": value for key, value in run.optimizer.state_dict().items()}
     arrays |= {f"best/{name}": value for name, value in (run.best or {}).items()}
     facts = dict(
@@ -207,14 +211,14 @@ def describe_loss(loss: Loss) -> dict[str, Any]:
 def check_identity(here: dict[str, Any], saved: dict[str, Any]) -> None:
     """ValueError, naming the first difference, if a checkpoint is of another run."""
     for key, value in here.items():
-        if key not in saved or saved[key] == value:
+        if key not in saved or saved[key] == value:                     # version 0.1 saved fewer settings
             continue
         if key == "trained":
             names = sorted(set(value) ^ set(saved[key]))
             raise ValueError(f"this checkpoint is of another run: {', '.join(names[:3])} trains in one of the two only")
         theirs = to_text(saved[key])
         ours = to_text(value)
-        if theirs == ours:                                              # classes of one name from two files
+        if theirs == ours:                                              # two classes of one name: show the full names
             theirs = str(saved[key])
             ours = str(value)
         raise ValueError(f"this checkpoint is of another run: its {key}: {theirs}; here: {ours}")
@@ -284,7 +288,7 @@ def are_methods_of_0_1(text: str, attached: tuple[edit.Attached, ...]) -> bool:
 
 
 def _new_name(old: str) -> str:
-    """The name of today.
+    """The name in today's file of a tensor or mask of version 0.1.
 
         base/norm.bias                    ->  model/norm.bias
         edit/lora/blocks.0.attn.q:A       ->  model/blocks.0.attn.q.edits.lora.A

@@ -56,7 +56,7 @@ class Results:
         self.labels: list[np.ndarray] = []
 
     def add(self, loss: float, ctx: Context, targets: Targets) -> None:
-        """Add one batch."""
+        """Add one batch: its mean loss, the Context of its pass with the logits in ctx.output, and its targets."""
         self.weights.append(targets.weight)
         self.means["loss"].append(loss)
         if has_labels(ctx, targets):
@@ -74,11 +74,11 @@ class Results:
         """The metrics over all batches."""
         if not sum(self.weights):
             raise ValueError("evaluate was given no batches")
-        means = {name: pool(values, self.weights)[0] for name, values in self.means.items()}
-        metrics = {"loss": means.pop("loss")}
-        if "cross_entropy" in means:
+        further = {name: pool(values, self.weights)[0] for name, values in self.means.items()}
+        metrics = {"loss": further.pop("loss")}
+        if "cross_entropy" in further:
             metrics["perplexity"] = pool(self.means["cross_entropy"], self.weights)[1]
-            del means["cross_entropy"]
+            del further["cross_entropy"]
             labels = np.concatenate(self.labels)
             predictions = np.concatenate(self.predictions)[labels != IGNORE]
             labels = labels[labels != IGNORE]
@@ -86,7 +86,7 @@ class Results:
             if isinstance(getattr(self.model, "head", None), Classifier):
                 from ..data.baselines import macro_f1
                 metrics["macro_f1"] = macro_f1(labels, predictions)
-        return metrics | means
+        return metrics | further
 
 
 def has_labels(ctx: Context, targets: Targets) -> bool:
@@ -100,8 +100,8 @@ def pool(losses: Sequence[float], weights: Sequence[float]) -> tuple[float, floa
 
     ℓ = Σ wᵢ ℓᵢ / Σ wᵢ,   perplexity = e^ℓ
 
-    losses: the mean loss ℓᵢ of each batch. weights: the number wᵢ of tokens that it is the mean of. In e^ℓ, which
-    overflows, ℓ is at most 700.
+    losses: the mean loss ℓᵢ of each batch. weights: the number wᵢ of tokens in each batch. Where ℓ > 700, the
+    perplexity is e^700: e^ℓ would overflow.
     """
     loss = sum(w * l for w, l in zip(weights, losses)) / sum(weights)
     return loss, math.exp(min(loss, 700))

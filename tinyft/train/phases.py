@@ -1,4 +1,8 @@
-"""The stages of a run, from the phases of all attached methods."""
+"""The stages of a run, from the phases of all attached methods.
+
+A method has phases: each has an optional setup, and a share of the training steps (edit.Phase). A run has stages, which
+follow one another: each is one setup, or one stretch of training steps, in which all methods train together.
+"""
 from __future__ import annotations
 
 import math
@@ -21,41 +25,45 @@ class Stage:
 
 
 def make_stages(attached: Sequence[Attached], steps: int) -> list[Stage]:
-    """The stages of a run, in order. Before each training phase come the setups of all methods, as they were attached.
+    """The stages of a run, in order.
 
-    A method with one training phase has its first setups before the first training phase of the run, and its last
-    ones at the end.
+    The run has the training phases of the method that has several; all other methods train in all of them. Setups of
+    different methods at one point of the run are in the order in which the methods were attached. A method with one
+    training phase has the setups that precede this phase at the start of the run, and the setups that follow it at the
+    end.
+
     ValueError if the shares of a method do not sum to 1, or if two methods have several training phases.
     """
-    shares = [1.0]
-    several = []
+    shares = [1.0]                                                      # of the training phases of the run
+    several = []                                                        # methods with several training phases
     for a in attached:
-        own = training_shares(a)
-        if len(own) > 1:
+        own_shares = training_shares(a)
+        if len(own_shares) > 1:
             several.append(a.name)
-            shares = own
+            shares = own_shares
     if len(several) > 1:
         raise ValueError(f"fit wants at most one method with several training phases, got {', '.join(several)}")
 
-    setups: list[list[Stage]] = [[] for _ in range(len(shares) + 1)]    # before each training phase, and after the last
+    # setups[i]: the setups before training phase i of the run; the last list: those after all training
+    setups: list[list[Stage]] = [[] for _ in range(len(shares) + 1)]
     for a in attached:
-        count = len(training_shares(a))
-        done = 0                                                        # training phases of this method so far
+        own_count = len(training_shares(a))
+        own_index = 0                                                   # training phases of this method so far
         for phase in a.method.phases():
             if phase.setup is not None:
-                is_final = done == count
-                place = len(shares) if is_final else done
-                setups[place].append(Stage(0, a, phase.setup, is_final))
+                is_final = own_index == own_count
+                index = len(shares) if is_final else own_index
+                setups[index].append(Stage(0, a, phase.setup, is_final))
             if phase.share > 0:
-                done += 1
+                own_index += 1
 
     stages = []
     total_share = 0.0
     steps_before = 0
-    for share, before in zip(shares, setups):
+    for share, setups_before in zip(shares, setups):
         total_share += share
         steps_after = round(total_share * steps)
-        stages += [*before, Stage(steps_after - steps_before)]
+        stages += [*setups_before, Stage(steps_after - steps_before)]
         steps_before = steps_after
     return stages + setups[-1]
 
