@@ -61,7 +61,8 @@ class Context:
     losses                auxiliary losses by name, from `add_loss`. The encoder's and the decoder's Context share them
     scratch               a dict in which edits keep values for later edits of the same pass
 
-    ids, mask and token_type_ids describe the rows of the activations. An edit that prepends rows calls `prepend`.
+    ids, mask and token_type_ids describe the positions of the activations (B, T, C). An edit that puts positions before
+    them calls `prepend`.
     An unknown keyword raises TypeError.
     """
 
@@ -110,7 +111,8 @@ class Context:
     def again(self, **changes: Any) -> Context:
         """A new Context of the same batch, for a second pass (a teacher, the base). It has no generator: no dropout."""
         inputs = {**self.inputs, "rng": None, **changes}
-        if inputs["source"] is self.source is not None:
+        keeps_source = self.source is not None and inputs["source"] is self.source
+        if keeps_source:                                       # the encoder runs again as well
             inputs["source"] = self.source.again()
         return Context(**inputs)
 
@@ -131,7 +133,7 @@ class Context:
 
         x: (B, T) ids, or (B, T, C) embeddings in their place. ValueError if the shapes of the facts differ from it."""
         self.inputs["ids"] = x
-        if isinstance(x, Tensor):
+        if isinstance(x, Tensor):                              # embeddings: the ids are unknown
             self.ids = xp(like).full(x.shape[:2], -1)
         else:
             self.ids = array.put_like(x, like)
@@ -147,6 +149,7 @@ class Context:
             self.task = array.put_like(self.task, like)
 
     def _per_token(self, fact: str, like: Array, dtype: Any = None) -> Array:
+        """A fact of shape (B, T), on the device of `like`. ValueError if its shape is not that of the ids."""
         value = array.put_like(vars(self)[fact], like, dtype)
         if value.shape != self.ids.shape:
             raise ValueError(f"{fact} has shape {value.shape}, the ids {self.ids.shape}: both want one entry per token")
@@ -154,7 +157,7 @@ class Context:
 
     # ── rows and positions ──
     def prepend(self, p: int) -> None:
-        """Record that p rows were put before the activations, a soft prompt: real positions without a token (id -1)."""
+        """Record that p positions of a soft prompt were put before the tokens of every row: mask True, id -1."""
         self.ids = _prepended(self.ids, p, value=-1)
         self.mask = _prepended(self.mask, p, value=True)
         self.token_type_ids = _prepended(self.token_type_ids, p, value=0)
@@ -190,14 +193,14 @@ class Context:
         return m.maximum(counts - 1, 0)[:, -T:] + self.position_shift
 
     def select_positions(self, x: Tensor) -> Tensor:
-        """The rows of x at `logit_positions`: (B, T, C) -> (n, C), or x itself if logits are computed everywhere."""
+        """x at the `logit_positions`: (B, T, C) -> (n, C). x itself if logits are computed at every position."""
         if self.logit_positions is None:
             return x
         return x.reshape(-1, x.shape[-1])[self.logit_positions]
 
 
 def _prepended(a: Array | None, p: int, value: Any) -> Array | None:
-    """a (B, T) with p columns of one value before it."""
+    """a, (B, T), with p columns of one value put before it: (B, p + T)."""
     if a is None:
         return None
     m = xp(a)
@@ -207,9 +210,10 @@ def _prepended(a: Array | None, p: int, value: Any) -> Array | None:
 class Cache:
     """Keys and values of earlier positions, for each attention module.
 
-    kv      {module: (keys, values)}, each (B, H, T, D); of self-attention, longer after each pass
-    source  the same of cross-attention: the keys and values of the source, which stay as they are
-    mask    (B, T) True at real positions, or None if all are;  length: T
+    kv      {module: (keys, values)} of self-attention, each (B, H, T, D). T grows with each pass
+    source  {module: (keys, values)} of cross-attention, computed from the encoder's output in the first pass
+    mask    (B, T), True at real positions. None: all positions are real
+    length  T
     """
 
     def __init__(self) -> None:
@@ -228,7 +232,7 @@ class Cache:
         return k, v
 
     def once(self, key: Any, compute: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Keys and values of the source for cross-attention module `key`: computed at the first pass, then reused."""
+        """The keys and values of the cross-attention module `key`: computed in the first pass, then reused."""
         if key not in self.source:
             self.source[key] = compute()
         return self.source[key]
@@ -239,7 +243,7 @@ class Cache:
         self.length += ctx.ids.shape[1]
 
     def rows(self, index: Array) -> Cache:
-        """The cache of some rows of the batch, as beam search needs it."""
+        """A cache of the rows `index` of the batch, in this order. Beam search needs it."""
         out = Cache()
         out.kv = {key: (k[index], v[index]) for key, (k, v) in self.kv.items()}
         out.source = {key: (k[index], v[index]) for key, (k, v) in self.source.items()}

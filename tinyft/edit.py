@@ -40,28 +40,29 @@ class CannotMerge(Exception):
 class Edit(Module):
     """One small change to one module.
 
-    Its Tensors train, its arrays are buffers; both are saved. An attribute `_x` refers to a part that another module
-    owns: it is used, not walked."""
+    Its Tensors train, its arrays are buffers; both are saved. An attribute whose name begins with an underscore refers
+    to a part that another module owns: it is used, but not trained or saved here."""
 
     takes_packed = False                                 # True if `tensor` accepts a Packed weight
     keeps_shape = True                                   # False if `after` gives an output of another shape
 
     def tensor(self, name: str, p: Any) -> Any:
-        """Another weight (or bias) `name` in place of p: the module is read through it."""
+        """The weight or bias to use in place of p, the module's tensor `name`. Module.read calls it."""
         return p
 
     def before(self, x: Any, ctx: Context) -> Any:
-        """Another input in place of x."""
+        """The input to use in place of x."""
         return x
 
     def after(self, x: Any, y: Any, ctx: Context) -> Any:
-        """Another output in place of y, the module's output for the input x."""
+        """The output to use in place of y, the module's output for the input x."""
         return y
 
     def fold(self, p: dict[str, Array]) -> dict[str, Array]:
-        """The module's own tensors {name: array} with `before` and `after` worked in.
+        """New arrays, {name: array}, for the module's own tensors p, with `before` and `after` folded in.
 
-        Pure: p is not written to. Raises CannotMerge, with the reason, if no tensors give the same outputs."""
+        Without this edit they give the same outputs as p gives with it. p is not written to.
+        Raises CannotMerge, with the reason, if no such arrays exist."""
         raise CannotMerge(f"{type(self).__name__} acts on activations, not on weights")
 
     def overrides(self, hook: str) -> bool:
@@ -137,8 +138,9 @@ class Attached:
     """A method on a model.
 
     edits   its edits by module path
-    base    the base tensors that it trains, by name, with their values from before it was attached
-    seed    the seed from which `attach` drew its edits"""
+    base    {name: array} for the base tensors that it trains. While it is attached: the values from before; while it
+            is detached: the trained values
+    seed    the seed of the generator that initialised the edits"""
 
     method: Method
     name: str
@@ -252,8 +254,9 @@ def get_attached(model: Module, name: str | None = None) -> Attached:
 # ── attach and detach ────────────────────────────────────────────────────────────────────────────────────────────────
 def attach(model: Module, method: Method | Attached, name: str | None = None, seed: int = 0,
            train_head: bool = True) -> Attached:
-    """Put a method on a model, or put back what `detach` gave. From then on, only what its methods train is trainable.
+    """Put a method on a model, or put back what `detach` returned.
 
+    From then on only the tensors that the attached methods train are trainable.
     A new task head trains too unless train_head=False; the first method to be attached carries it.
     Raises ValueError if the name is taken or nothing would train."""
     modules = base_modules(model)
@@ -264,8 +267,9 @@ def attach(model: Module, method: Method | Attached, name: str | None = None, se
         raise ValueError(f"{name!r} is attached already; give this one another name: attach(..., name=...)")
     if isinstance(method, Attached):
         a = method
-        if lacking := sorted((a.edits.keys() - modules.keys()) | (a.base.keys() - base_parameters(model).keys())):
-            raise ValueError(f"{name} was attached to another model: this one has no {lacking[0]}")
+        missing = (a.edits.keys() - modules.keys()) | (a.base.keys() - base_parameters(model).keys())
+        if missing:
+            raise ValueError(f"{name} was attached to another model: this one has no {min(missing)}")
         a.name = name
         _swap_base(model, a)
     else:
@@ -280,10 +284,11 @@ def _make(model: Module, method: Method, name: str, seed: int, train_head: bool)
     """The edits of a method for this model, and copies of the base tensors that it trains. The model is not changed."""
     parameters = base_parameters(model)
     head = {n for n in parameters if is_head(model, n)}
-    taken = {n for a in attached(model) for n in a.base}
+    trained_before = {n for a in attached(model) for n in a.base}
     trainable = set(method.trains(model))
-    if unknown := sorted(trainable - parameters.keys()):
-        raise ValueError(f"{name} wants to train {unknown[0]}, which is not a tensor of this model")
+    unknown = trainable - parameters.keys()
+    if unknown:
+        raise ValueError(f"{name} wants to train {min(unknown)}, which is not a tensor of this model")
     edits = method.edits(method.find(model), np.random.default_rng(seed))
     if not train_head:
         trainable -= head
@@ -291,7 +296,7 @@ def _make(model: Module, method: Method, name: str, seed: int, train_head: bool)
         raise ValueError(f"{name} would train nothing on this model: "
                          f"none of its tensors is one that {type(method).__name__} trains")
     if train_head:
-        trainable |= head - taken
+        trainable |= head - trained_before
     base = {n: p.data.copy() for n, p in parameters.items() if n in trainable}
     return Attached(method, name, edits, base, seed)
 
@@ -334,15 +339,17 @@ def _is_trainable(a: Attached) -> bool:
 
 
 def _remove_edits(model: Module, names: Iterable[str]) -> None:
+    """Remove the edits of these methods from all modules."""
     for m in base_modules(model).values():
         if m.edits:
             m.edits = {name: e for name, e in m.edits.items() if name not in names}
 
 
 def _check_uncovered(model: Module, off: list[Attached]) -> None:
-    """Raise ValueError if a method that stays has trained, after one of these, the same tensors.
+    """Raise ValueError if a method of `off` is covered: a method that stays was attached later and trains the same base
+    tensors.
 
-    The values of the two cannot be told apart."""
+    The later method continued from the values of the earlier one, so the earlier one cannot be taken off alone."""
     order = attached(model)
     for a in off:
         later = [b for b in order[order.index(a) + 1:] if b not in off]
@@ -352,18 +359,20 @@ def _check_uncovered(model: Module, off: list[Attached]) -> None:
 
 
 def _swap_base(model: Module, a: Attached) -> None:
-    """Exchange the base tensors that a method trains with the values that it keeps.
+    """Exchange the values of the base tensors that a method trains with the values stored in `a.base`.
 
     The arrays are swapped, so that a graph recorded earlier keeps the values it was computed with."""
     parameters = base_parameters(model)
-    for name, kept in a.base.items():
+    for name, stored in a.base.items():
         p = parameters[name]
         a.base[name] = p.data
-        p.data = array.put_like(kept, p.data, p.dtype)
+        p.data = array.put_like(stored, p.data, p.dtype)
 
 
 def _set_attached(model: Module, methods: tuple[Attached, ...]) -> None:
-    """Record which methods are attached. The base trains what its methods train; with no method on it, all of it."""
+    """Record which methods are attached, and set requires_grad of the base tensors.
+
+    The tensors that the methods train are trainable; without a method, all tensors."""
     model._attached = methods
     trainable = {name for a in methods for name in a.base}
     for name, p in base_parameters(model).items():
@@ -372,7 +381,7 @@ def _set_attached(model: Module, methods: tuple[Attached, ...]) -> None:
 
 # ── eject and merge ──────────────────────────────────────────────────────────────────────────────────────────────────
 def eject(model: Module, name: str | None = None) -> Attached:
-    """Put the simpler form that serves after training in a method's place. The model's outputs stay the same.
+    """Replace a method with the simpler form that suffices after training. The model's outputs stay the same.
 
     A prefix loses the MLP that made it; a method without a simpler form stays as it is. See Method.eject."""
     a = get_attached(model, name)
@@ -380,13 +389,14 @@ def eject(model: Module, name: str | None = None) -> Attached:
     ejected = Attached(method, a.name, edits, a.base, a.seed)
     for path, m in base_modules(model).items():
         if a.name in m.edits or path in edits:
-            m.edits = {n: e for n, e in {**m.edits, a.name: edits.get(path)}.items() if e is not None}
+            replaced = {**m.edits, a.name: edits.get(path)}              # in the same place of the order
+            m.edits = {name: e for name, e in replaced.items() if e is not None}
     _set_attached(model, tuple(ejected if b is a else b for b in attached(model)))
     return ejected
 
 
 def merge(model: Module, *names: str) -> Module:
-    """Work edits into the base's own weights and drop them: those of the methods named, or all.
+    """Fold the edits of the named methods (of all methods without names) into the base's own weights, and remove them.
 
     First every weight edit, then every activation edit, in order of attachment. Raises CannotMerge, with the reason,
     if one of them cannot be merged exactly; then nothing was changed."""
@@ -404,7 +414,7 @@ def merge(model: Module, *names: str) -> Module:
         if a.base.keys() & written:
             raise CannotMerge(f"{a.name} trains the same tensors, and to detach it would undo the merge: "
                               "merge it too, or detach it first")
-    for path, m in base_modules(model).items():             # every edit agreed: now write
+    for path, m in base_modules(model).items():             # no edit raised CannotMerge: write
         for name, w in folded.get(path, {}).items():
             getattr(m, name).copy_(w)
     _remove_edits(model, merging)
@@ -413,7 +423,9 @@ def merge(model: Module, *names: str) -> Module:
 
 
 def _check_order(path: str, edits: dict[str, Edit], merging: set[str]) -> None:
-    """Raise CannotMerge unless the edits to merge act before all others of their module."""
+    """Raise CannotMerge if merging some edits of a module would change the order in which its edits act.
+
+    Merged edits become a part of the weights. So they act first on weights and outputs, and last on the input."""
     first = [name for name in edits if name in merging]
     rest = [name for name in edits if name not in merging]
 
@@ -421,7 +433,9 @@ def _check_order(path: str, edits: dict[str, Edit], merging: set[str]) -> None:
         return any(edits[name].overrides(hook) for name in names)
 
     in_front = list(edits)[:len(first)] == first
+    # Another edit would get the input as it is before the merged `before`, no longer as it is after it.
     input_changes = bool(rest) and any_overrides("before", first)
+    # A weight edit would get the weights with the merged `after` folded in.
     weight_changes = any_overrides("tensor", rest) and any_overrides("after", first)
     if not in_front or input_changes or weight_changes:
         raise CannotMerge(f"{path}: {', '.join(edits)} act in this order, so {', '.join(first)} cannot go first")
@@ -433,7 +447,8 @@ def _fold(path: str, m: Module, edits: list[Edit]) -> dict[str, Array]:
     if packed:
         raise CannotMerge(f"{path}.{packed[0]} is packed: keep the adapter beside it, "
                           "or unpack the base first (tinyft.unpack) and merge then")
-    # From the weight outwards: the outputs in order, then the inputs, the last one first.
+    # Fold from the weight outwards: output edits in their order, then input edits in reverse, since the last one acts
+    # directly on the weight.
     outputs = [e for e in edits if e.overrides("after")]
     inputs = [e for e in edits if e.overrides("before") and not e.overrides("after")]
     activations = outputs + inputs[::-1]
@@ -498,6 +513,7 @@ def count(model: Module) -> Count:
 
 
 def _free_entries(p: Tensor) -> int:
+    """The number of entries that an optimiser may change."""
     return p.size if p.mask is None else int(np.broadcast_to(array.asnumpy(p.mask), p.shape).sum())
 
 
@@ -509,10 +525,13 @@ def named_state(model: Module, a: Attached) -> dict[str, Any]:
     appears once. Buffers that are not persistent are left out."""
     if a not in attached(model):
         raise LookupError(f"{a.name!r} is not attached to this model")
-    mine = {id(v) for e in a.edits.values() for v in [*e.named_parameters().values(), *e.named_buffers().values()]}
+    in_edits = set()                                        # ids of the tensors and buffers of its edits
+    for e in a.edits.values():
+        in_edits |= {id(v) for v in e.named_parameters().values()}
+        in_edits |= {id(v) for v in e.named_buffers().values()}
     saved = model.state_dict().keys()
     named = {**model.named_parameters(), **model.named_buffers()}
-    return {name: v for name, v in named.items() if name in a.base or (id(v) in mine and name in saved)}
+    return {name: v for name, v in named.items() if name in a.base or (id(v) in in_edits and name in saved)}
 
 
 def state_dict(model: Module, a: Attached) -> dict[str, np.ndarray]:

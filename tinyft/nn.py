@@ -41,7 +41,7 @@ class Module:
     edits: dict[str, Any] = {}                           # adapter name -> Edit; see edit.py
     training = False
     tied = False                                         # True: the weight is also the output layer's weight
-    _non_persistent: frozenset[str] = frozenset()
+    _non_persistent: frozenset[str] = frozenset()        # names of the module's own buffers that are not saved
 
     def __call__(self, x: Any, ctx: Context | None = None, **facts: Any) -> Any:
         if type(ctx) is not Context or facts:
@@ -58,7 +58,9 @@ class Module:
         raise NotImplementedError(f"{type(self).__name__} has no forward")
 
     def read(self, name: str) -> Any:
-        """The module's own tensor through its edits. Every forward reads its tensors here, and so does a tied head."""
+        """The module's own tensor `name`, changed by the edits of the module.
+
+        Every forward gets its tensors from here. A tied head reads the embedding's weight here as well."""
         p = getattr(self, name)
         for edit in self.edits.values():
             if isinstance(p, Packed) and edit.overrides("tensor") and not edit.takes_packed:
@@ -101,7 +103,8 @@ class Module:
         return {name: value for name, value in self.parts() if isinstance(value, kind)}
 
     def _named(self, kind: Any, persistent_only: bool = False) -> dict[str, Any]:
-        """{full name: tensor or buffer}. A shared one appears once, under its first name."""
+        """{full name: value} of all tensors (kind=Tensor) or buffers (kind=Array). A shared one is listed once, under
+        its first name."""
         named = {}
         seen = set()
         for path, module in self.named_modules():
@@ -125,8 +128,9 @@ class Module:
         return self._named(Array, persistent_only)
 
     def register_buffer(self, name: str, value: Array, persistent: bool = True) -> None:
-        """Keep an array under `name`. It moves with the model. persistent=False: it is not saved (it can be made again
-        from a seed)."""
+        """Keep an array under `name`. It moves with the model.
+
+        persistent=False: the array is not saved, for example because a seed determines it."""
         setattr(self, name, value)
         if not persistent:
             self._non_persistent = self._non_persistent | {name}
@@ -182,7 +186,8 @@ class Module:
             p.data = move(p.data)
             p.mask = move(p.mask)
             p.grad = None
-        for module in {id(module): module for module in self.modules()}.values():
+        distinct = {id(module): module for module in self.modules()}         # a shared module is listed twice
+        for module in distinct.values():
             for name, value in list(vars(module).items()):
                 if name[0] == "_":
                     continue
