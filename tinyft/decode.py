@@ -18,7 +18,7 @@ DECODING_SYNONYMS = {
     "max_length": "max_new_tokens", "max_tokens": "max_new_tokens", "use_cache": "cache", "generator": "rng",
     "seed": "rng",
 }
-FACTS = ("task", "route", "source")                      # of the Context, the same at every step
+FACTS = ("task", "route", "source")                      # keywords of Context, passed on unchanged at every step
 
 
 def generate(
@@ -58,7 +58,7 @@ def generate(
     try:
         with no_grad():
             for _ in range(max_new_tokens):
-                last = np.arange(1, len(ids) + 1) * new.shape[1] - 1             # of each row, in (B·T,)
+                last = np.arange(1, len(ids) + 1) * new.shape[1] - 1             # last position of each row, in (B·T,)
                 ctx = Context(mask=mask, cache=past, logit_positions=last, **facts)
                 logits = array.asnumpy(model(new, ctx).data).astype(np.float64)  # (B, V)
                 token = choose_token(logits, temperature, top_k, top_p, rng)     # (B,)
@@ -117,7 +117,7 @@ def choose_token(
         return logits.argmax(-1)
     order = np.argsort(-logits, axis=-1, kind="stable")                          # most probable first
     z = np.take_along_axis(logits, order, -1)
-    with np.errstate(over="ignore"):                     # a tiny temperature: −∞ for all but the first
+    with np.errstate(over="ignore"):                     # a tiny temperature: exp(−∞) = 0 for all but the best
         p = np.exp((z - z[:, :1]) / temperature)
     p /= p.sum(-1, keepdims=True)
     allowed = np.ones_like(p, bool)
@@ -128,7 +128,7 @@ def choose_token(
     p = np.where(allowed, p, 0)
     u = rng.random((len(p), 1)) * p.sum(-1, keepdims=True)
     drawn = (p.cumsum(-1) <= u).sum(-1)                                          # inverse transform sampling
-    drawn = np.minimum(drawn, allowed.sum(-1) - 1)       # rounding must not leave the allowed set
+    drawn = np.minimum(drawn, allowed.sum(-1) - 1)       # rounding may draw one token too far
     return np.take_along_axis(order, drawn[:, None], -1)[:, 0]
 
 

@@ -57,7 +57,9 @@ def _keep(path: Path, beside: Path) -> None:
 
 
 def _move(new: dict[Path, Path], old: dict[Path, Path]) -> None:
-    """Move the new files to their paths, one at a time; on any exception move the old ones back."""
+    """Move the new files to their paths, one at a time; on any exception move the old ones back.
+
+    new, old   {path: temporary file} with the new content, and with the content before, if the path existed."""
     try:
         for path in new:
             os.replace(new[path], path)

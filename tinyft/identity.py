@@ -21,7 +21,7 @@ from . import array
 from .nn import Module
 from .tensor import Tensor
 
-POSITION = ("epoch", "batch", "count")                   # attributes that say where a stream of data stands
+POSITION = ("epoch", "batch", "count")                   # attributes that hold the position in a stream of data
 FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType)
 LONG = 100                                               # a list with more entries counts as data
 
@@ -33,7 +33,10 @@ def qualified_name(cls: type) -> str:
         main = sys.modules["__main__"]
         spec = getattr(main, "__spec__", None)
         file = getattr(main, "__file__", None)
-        module = spec.name if spec else Path(file).stem if file else module
+        if spec:
+            module = spec.name
+        elif file:
+            module = Path(file).stem
     return f"{module}.{cls.__qualname__}"
 
 
@@ -140,7 +143,7 @@ def _update_function(digest: Any, f: Any, above: list[int]) -> None:
 
 
 def _update_object(digest: Any, obj: Any, above: list[int]) -> None:
-    """Any other object counts by its class and its public attributes, those of its position left out."""
+    """Any other object counts by its class and its public attributes, except those in POSITION."""
     digest.update(f"{qualified_name(type(obj))};".encode())
     attributes = getattr(obj, "__dict__", None)
     if attributes is None:

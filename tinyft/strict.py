@@ -126,6 +126,7 @@ def _unwrap(where: str, name: str, value: Any, arrays: dict[int, Array]) -> Any:
 def _unwrap_sequence(where: str, name: str, value: list | tuple, arrays: dict[int, Array]) -> list | tuple:
     """The NumPy values of a list or tuple. A parameter for device arrays takes no list of host values."""
     inner = [_unwrap(where, name, v, arrays) for v in value]
+    # `args` and `operands` are the *args of einsum, broadcast_shapes and others, which also take host values.
     takes_host_values = name in HOST_PARAMETERS or name in ("args", "operands") or not inner
     if not takes_host_values and not any(isinstance(v, (np.ndarray, list, tuple)) for v in inner):
         raise StrictError(f"{where}: {name} is a {type(value).__name__} of host values where device arrays are needed")
@@ -300,7 +301,7 @@ class Array:
 
 # ── the array's operators, conversions, methods and properties ───────────────────────────────────────────────────────
 def _binary(name: str, f: Callable, reflected: bool = False) -> Callable:
-    """An operator of two operands."""
+    """The method of Array for an operator of two operands; `f` is the function of the `operator` module."""
     def method(self: Array, other: Any) -> Any:
         if not isinstance(other, (Array, *SCALARS)):
             if _wants_own_operator(other):
@@ -474,7 +475,9 @@ class _Module(ModuleType):
         if full in API["functions"] or full in API["ufuncs"]:
             if isinstance(f, np.ufunc):
                 return Ufunc(name)
-            return f and partial(_run, "xp." + full, f, API["functions"].get(full, "x"))
+            if f is None:                                  # CuPy has it, NumPy does not
+                return None
+            return partial(_run, "xp." + full, f, API["functions"].get(full, "x"))
         if full in API["other"]:
             offered = (np.generic, np.dtype, np.finfo, np.iinfo, np.linalg.LinAlgError)
             is_offered = isinstance(f, float) or (isinstance(f, type) and issubclass(f, offered))

@@ -57,15 +57,15 @@ def combine(adapters: list[Attached], weights: Sequence[float] | None = None, na
         pairs = [(a.edits[path], c) for a, c in zip(adapters, weights, strict=True) if path in a.edits]
         edits[path] = Weighted([e for e, _ in pairs], [c for _, c in pairs])
     for a in adapters:
-        _check_sums(a)
+        _check_summable(a)
     return Attached(Combined(), name, edits)
 
 
-def _check_sums(a: Attached) -> None:
+def _check_summable(a: Attached) -> None:
     """Raise ValueError unless an adapter changes only outputs that can be added."""
     if a.base:
         raise ValueError(f"{a.name} trains {next(iter(a.base))}: only changes of outputs can be summed")
     for path, e in a.edits.items():
-        sums = e.overrides("after") and not e.overrides("before") and not e.overrides("tensor")
-        if not sums or not e.keeps_shape:
+        changes_output_only = e.overrides("after") and not e.overrides("before") and not e.overrides("tensor")
+        if not changes_output_only or not e.keeps_shape:
             raise ValueError(f"{a.name} edits {path}: only changes of outputs can be summed")

@@ -3,7 +3,7 @@
     adapter.safetensors   the trained tensors and the buffers of one attached method
     adapter.json          the method's class and fields, its name and seed, and the identity of the base model
 
-Both are written together. Class names in a file are compared with known classes; nothing is imported by name.
+Both are written together. A class name in a file is only compared with known classes; no class is imported by name.
 """
 from __future__ import annotations
 
@@ -74,11 +74,12 @@ def load_adapter(model: Module, path: str | os.PathLike, name: str | None = None
     method   the class of a method defined outside the library, or, for a method with data among its fields, the
              method itself; with one of the library's methods, it must be the one in the file
 
-    Raises FileNotFoundError, or ValueError naming the difference, if the folder is damaged, the base or the method is
-    another, or the shapes differ; then the model is unchanged."""
+    Raises FileNotFoundError, or ValueError naming the difference, if the folder is damaged, or if the base, the
+    method or the shapes differ; then the model is unchanged."""
     path = Path(path)
     facts, arrays = _read(path)
-    made = _make_method(path, *_class_and_fields(path, facts), method)
+    class_name, fields = _class_and_fields(path, facts)
+    made = _make_method(path, class_name, fields, method)
     check_base(facts["base"], identify_base(model))
     a = edit.attach(model, made, name or facts["name"], facts.get("seed", 0), train_head=bool(facts["head"]))
     try:
@@ -90,7 +91,7 @@ def load_adapter(model: Module, path: str | os.PathLike, name: str | None = None
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """(facts, arrays) of the two files of one saving."""
+    """(facts, arrays) of the two files. ValueError if they are damaged or were not written together."""
     for file in ("adapter.json", "adapter.safetensors"):
         if not (path / file).exists():
             raise FileNotFoundError(f"{path} is no adapter: it has no {file}")
@@ -108,21 +109,21 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def _class_and_fields(path: Path, facts: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The qualified class name and the fields of the method, as this version calls them."""
+    """The qualified class name and the fields of the method, under this version's names."""
     try:
         if isinstance(facts["method"], dict):
             return facts["method"]["class"], dict(facts["method"]["fields"])
         cls = facts["method"]                            # version 0.1: the class's own name
         renamed = FIELDS_OF_0_1.get(cls, {})
         fields = {renamed.get(field, field): v for field, v in facts["fields"].items()}
-        fields.pop(None, None)
+        fields.pop(None, None)                           # a field that is gone was renamed to None
         return f"tinyft.{cls}", fields
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise ValueError(f"{path / 'adapter.json'} is damaged: it does not name a method ({e})") from e
 
 
 def _make_method(path: Path, class_name: str, fields: dict[str, Any], given: type[Method] | Method | None) -> Method:
-    """The method of a file: from its fields, or the one that was given, if it is the same."""
+    """The method of a file: made from its fields, or the method `given` to load_adapter, if it agrees with the file."""
     short = class_name.split(".")[-1]
     cls = type(given) if isinstance(given, Method) else given
     known = find_method(short) if class_name.startswith("tinyft.") else None
@@ -137,8 +138,9 @@ def _make_method(path: Path, class_name: str, fields: dict[str, Any], given: typ
             if fields.get(field) != ours.get(field):
                 raise ValueError(f"{path} was made by a {short} with another {field}")
         return given
-    if content := [field for field, v in fields.items() if isinstance(v, dict) and v.keys() & {"fingerprint", "class"}]:
-        raise ValueError(f"{path}: the {content[0]} of its {short} is data, which is not saved; "
+    data_fields = [field for field, v in fields.items() if _is_data(v)]
+    if data_fields:
+        raise ValueError(f"{path}: the {data_fields[0]} of its {short} is data, which is not saved; "
                          f"pass the method itself: load_adapter(..., method={short}(...))")
     try:
         return (cls or known)(**{field: _tuples(v) for field, v in fields.items()})
@@ -146,8 +148,13 @@ def _make_method(path: Path, class_name: str, fields: dict[str, Any], given: typ
         raise ValueError(f"{path} was saved by another version of {short}: {e}") from e
 
 
+def _is_data(value: Any) -> bool:
+    """True if a field holds a fingerprint or another object, from which no value can be made again (identity.py)."""
+    return isinstance(value, dict) and ("fingerprint" in value or "class" in value)
+
+
 def _tuples(value: Any) -> Any:
-    """JSON has lists only; the fields of a method are tuples."""
+    """The value with tuples for lists, at any depth: JSON has lists only, the fields of a method are tuples."""
     return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
 
 
@@ -161,9 +168,9 @@ def find_method(name: str) -> type[Method] | None:
 
 # ── the base model ───────────────────────────────────────────────────────────────────────────────────────────────────
 def identify_base(model: Module) -> dict[str, Any]:
-    """The family and the sizes of a model, and a digest of its weights from before anything was attached.
+    """The family and the sizes of a model, and a digest of its original weights, without any adapter.
 
-    Of a new head, only the shapes count: its weights are part of the adapter."""
+    Only the shapes of a new head are included: its weights are part of the adapter."""
     original: dict[str, Any] = {}                        # the first method that trains a tensor keeps the original
     for a in reversed(edit.attached(model)):
         original.update(a.base)
@@ -204,5 +211,6 @@ def check_base(wanted: dict[str, Any], got: dict[str, Any]) -> None:
 
 
 def digest(facts: dict[str, Any]) -> str:
-    """A checksum of the facts. Both files hold it, so that files of two savings are told apart."""
+    """A checksum of the facts in adapter.json. The header of adapter.safetensors holds it, to show that both files were
+    written together."""
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8).hexdigest()

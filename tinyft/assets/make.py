@@ -164,7 +164,7 @@ def distinct_docstrings(objects: list) -> list[str]:
 
 
 def comments(text: str) -> list[str]:
-    """Runs of whole-line comments, often the best prose in a library."""
+    """The texts of whole-line comments, often the best prose in a library. Adjacent lines are one text."""
     runs = []
     last = None  # row and column of the previous comment
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
@@ -344,7 +344,7 @@ def gather(libs: list[Path], numpy: Path) -> dict[str, dict[str, list[str]]]:
     raw = {module: {"prose": [text]} for module, text in topics.items()}
     files = {}
     for lib in libs:
-        files = {**modules(lib), **files}
+        files = {**modules(lib), **files}  # an earlier library wins
     files = {**files, **modules(numpy.parent, "numpy")}
     for module, file in sorted(files.items()):
         if module != "pydoc_data.topics" and not module.startswith(NOT_READ):

@@ -72,7 +72,7 @@ def table(report: dict) -> str:
 
 
 def align(rows: list[tuple[str, ...]]) -> list[str]:
-    """Rows as lines: the first column on the left, the others on the right."""
+    """Rows as lines: the first column is aligned left, the others right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = []
     for name, *values in rows:
@@ -98,7 +98,7 @@ def size(n: float) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------- conclusions
-# Student's t, two-sided 95 %, by degrees of freedom
+# Student's t, two-sided 95 %, by degrees of freedom; the last entry also serves for more of them
 T95 = (0, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
@@ -109,7 +109,7 @@ def interval(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
     n = len(difference)
     if n == 1:
         return mean, -np.inf, np.inf
-    half = float(T95[min(n - 1, 9)] * difference.std(ddof=1) / n**0.5)
+    half = float(T95[min(n - 1, len(T95) - 1)] * difference.std(ddof=1) / n**0.5)
     return mean, mean - half, mean + half
 
 
@@ -122,10 +122,11 @@ def verdict(report: dict) -> str:
             for reference in rows:
                 if reference.name == name:
                     lines += differences(report, rows, reference)
+    # The untouched base has no costs either, but it is no simple model.
     simple = [r for r in rows if not r.costs and not r.name.startswith("base")]
     tuned = [r for r in rows if r.costs]
     if simple and tuned:
-        lines.append(best_of_both(report, simple, tuned))
+        lines.append(compare_best(report, simple, tuned))
     return "\n".join(lines)
 
 
@@ -146,7 +147,7 @@ def differences(report: dict, rows: list[Summary], reference: Summary) -> list[s
     return lines
 
 
-def best_of_both(report: dict, simple: list[Summary], tuned: list[Summary]) -> str:
+def compare_best(report: dict, simple: list[Summary], tuned: list[Summary]) -> str:
     """The best simple model against the best fine-tuned model, in one sentence."""
     sign = -1 if is_lm(report) else 1
     best_simple = max(simple, key=lambda r: sign * r.mean)

@@ -1,6 +1,6 @@
 """The comparison: every method on one real task, beside training from scratch, the head alone, and simple models.
 
-Five measures by which users choose: bytes stored per task, peak memory of a training step, time of a step, held-out
+Users choose by five measures: bytes stored per task, peak memory of a training step, time of a step, held-out
 quality with its spread over seeds, and the cost of inference relative to the base. All contenders train on the same
 examples in the same order. A difference counts only if its paired 95 % interval over seeds excludes zero.
 """

@@ -63,7 +63,7 @@ class Settings:
     task    intact | package | domain
     model   a directory or a shipped base; "": base-bert, or base-gpt for domain
     train   training examples (tokens for domain)
-    test    held-out examples, at most (windows for domain), of the split `split`
+    test    largest number of held-out examples (windows for domain), from the split `split`
     T       longest text in tokens
     names   contenders by full or short name; () means all
     """

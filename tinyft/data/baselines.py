@@ -32,7 +32,7 @@ def macro_f1(labels: np.ndarray, predicted: np.ndarray) -> float:
 
     Rare classes count as much as frequent ones. Raises ValueError for different shapes or no labels.
     """
-    accuracy(labels, predicted)  # the same checks of the shapes
+    accuracy(labels, predicted)  # raises if the shapes are wrong
     labels = np.asarray(labels)
     predicted = np.asarray(predicted)
     scores = []
@@ -44,7 +44,7 @@ def macro_f1(labels: np.ndarray, predicted: np.ndarray) -> float:
 
 
 def majority(train_labels: np.ndarray, count: int) -> np.ndarray:
-    """The most frequent training label (the smallest one of several), `count` times: (count,)."""
+    """The most frequent training label (the smallest at a tie), `count` times: (count,)."""
     return np.full(count, np.bincount(train_labels).argmax())
 
 
@@ -69,7 +69,7 @@ class Sparse(NamedTuple):
 
 
 class TfIdf:
-    """(1 + log count) (1 + log((1 + n) / (1 + document frequency))) of words and word pairs, rows of length 1.
+    """(1 + log count) (1 + log((1 + n) / (1 + document frequency))) of words and word pairs; each row has norm 1.
 
     n is the number of training texts. A term (a word, or a pair of neighbouring words) must occur in at least `least`
     training texts: a term of a single text teaches little, and most terms are such.
@@ -102,9 +102,9 @@ class TfIdf:
         row_indices = np.array(rows, int)
         column_indices = np.array(columns, int)
         values = (1 + np.log(np.array(counts, int))) * self.idf[column_indices]
-        lengths = np.sqrt(np.bincount(row_indices, values**2, len(texts)))
+        norms = np.sqrt(np.bincount(row_indices, values**2, len(texts)))
         shape = (len(texts), len(self.columns))
-        return Sparse(row_indices, column_indices, values / lengths[row_indices], shape)
+        return Sparse(row_indices, column_indices, values / norms[row_indices], shape)
 
     @staticmethod
     def terms(text: str) -> list[str]:

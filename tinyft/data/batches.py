@@ -19,8 +19,8 @@ from .text import CLS, PAD, SEP, SPECIAL, check_choice
 
 IGNORE = -100  # the label of a position at which nothing is predicted
 CHOOSE, SWAP, FIXED, ORDER, NOISE, ONCE = range(6)  # the purposes of random streams: no two purposes share a stream
-POSITION = ("seed", "epoch", "batch")  # the attributes that say where a stream of batches stands
-POOL = 16  # batches among which examples are sorted by length
+POSITION = ("seed", "epoch", "batch")  # the attributes that hold the position in a stream of batches
+POOL = 16  # examples are sorted by length within pools of this many batches
 
 
 def generator(seed: int, *stream: int) -> np.random.Generator:
@@ -109,7 +109,7 @@ class Batches:
         return position | self._settings()
 
     def load_state_dict(self, state: Mapping[str, int | bool]) -> None:
-        """Continue exactly where `state` was taken.
+        """Go to the position at which `state` was taken.
 
         Raises ValueError if the state belongs to other examples or settings; then the stream stays where it is.
         """

@@ -145,8 +145,8 @@ def _intact_sentences(record: Record) -> list[tuple[str, int]]:
 def _half_swapped(texts: Sequence[str], rng: np.random.Generator) -> Examples:
     """The texts with two words swapped in half of them, label 0; the other half is intact, label 1."""
     labels = rng.permutation(np.arange(len(texts)) % 2).astype(np.int64)
-    shown = [text if label == 1 else swap_two(text, rng) for text, label in zip(texts, labels, strict=True)]
-    return Examples(tuple(shown), labels)
+    examples = [text if label == 1 else swap_two(text, rng) for text, label in zip(texts, labels, strict=True)]
+    return Examples(tuple(examples), labels)
 
 
 def _intact(seed: int, size: int | None) -> Task:
@@ -176,7 +176,7 @@ NAMES = re.compile("|".join(_name_pattern(name) for name in PACKAGES))
 
 
 def mask_names(text: str) -> str:
-    """The text with every class name as "_", also inside longer names: `asyncio.run` -> `_.run`, XMLParser -> _Parser.
+    """The text with "_" for every class name, also inside longer names: `asyncio.run` -> `_.run`, XMLParser -> _Parser.
 
     The names of all classes are masked: another package's name would tell which class the text does not have.
     """

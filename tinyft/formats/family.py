@@ -17,8 +17,8 @@ class Family(ABC):
 
     model_type  the value of `model_type` in config.json
     model       the class of the model
-    tied        {second name: first name} of tensors that a file may hold under two names; the first is the table's.
-                The weight of a tied output layer is the first entry
+    tied        {second name: first name} of tensors that a file may hold under two names; the table has the first name.
+                If the output layer is tied, its weight is the first entry
     """
     model_type: str
     model: type[Module]
@@ -26,7 +26,7 @@ class Family(ABC):
 
     @abstractmethod
     def table_name(self, name: str) -> str | None:
-        """The name of a file's tensor as the table has it; None for a tensor that is no weight of the model."""
+        """The table's name of a tensor in a file; None for a tensor that is no weight of the model."""
 
     @abstractmethod
     def read_config(self, config: dict, names: Collection[str]) -> Plan:

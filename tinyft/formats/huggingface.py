@@ -69,7 +69,9 @@ def load(path: str | os.PathLike, dtype: Any = None) -> tuple[Module, Tokenizer 
         table = family.table(plan)
         _check_tensors(table, stored)
     except ValueError as e:
-        raise ValueError(str(e) if str(folder) in str(e) else f"{folder}: {e}") from e
+        if str(folder) in str(e):
+            raise
+        raise ValueError(f"{folder}: {e}") from e
     tokenizer = _read_tokenizer(folder)
     arrays = {}
     for name, place in table.items():

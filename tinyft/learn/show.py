@@ -125,7 +125,10 @@ class Page:
         print(text, file=self.out, flush=True)
 
     def block(self, text: str, indent: int = 4, first: str = "") -> None:
-        """Write a paragraph, folded and indented.  first: the beginning of its first line, in place of the indent."""
+        """Write a paragraph, folded and indented.
+
+        first   the beginning of its first line, in place of the indent; folded lines are then indented further, by the
+                width of an arrow and a space"""
         hanging = len(SIGNS["arrow"][self.plain]) + 1 if first else 0
         lead = first or " " * indent
         for line in text.splitlines() or [""]:
@@ -166,6 +169,7 @@ class Page:
             self.line(f"    {p.message}:")
             self.named("yours", p.yours, 8)
             self.named("expected", p.expected, 8)
+            # With `first`, folded lines stand below the text after the arrow.
             self.block(f"{SIGNS['arrow'][self.plain]} {p.diagnosis}", 4, first=" " * 4)
         else:
             self.line()

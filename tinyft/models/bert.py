@@ -54,7 +54,7 @@ class Pooler(Module):
     """tanh(W x_[CLS] + b).    (B, C) -> (B, C)"""
 
     def __init__(self, width: int, *, rng: np.random.Generator):
-        self.dense = Linear(width, width, rng=rng, std=width**-0.5)     # a new pooler keeps the size of its input
+        self.dense = Linear(width, width, rng=rng, std=width**-0.5)     # so W x is about as large as x
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         return ops.tanh(self.dense(x, ctx))

@@ -19,10 +19,10 @@ from ..tensor import Tensor
 
 
 class KV(Module):
-    """(k, v, key_mask) -> the keys and values that the queries look at.
+    """(k, v, key_mask) -> the keys and values that the queries attend to.
 
-    k, v (B, H, Tk, D), H the number of key/value heads; key_mask (B, Tk) bool, None if all keys are real. The cache
-    joins here. A prefix is an edit of this part: it comes after the cache, so it is never cached twice.
+    k, v (B, H, Tk, D), H the number of key/value heads; key_mask (B, Tk) bool, None if all keys are real. Cached
+    keys and values are joined here. A prefix is an edit of this part: it runs after the join, so it is never cached.
 
     cached: False for cross-attention, whose keys and values do not grow with the text."""
 
@@ -80,7 +80,7 @@ class Attention(Module):
     state (B, Ts, C) and its mask. In order: project, rotate, `kv` (cache, prefix), bias, attention, o.
 
     heads H; key_value_heads, a divisor of H: fewer heads of keys and values (None: H); head_width D (None: C / H)
-    causal: no query looks at a later key;  scale α (None: 1/√D);  bias: of the maps q, k, v and o
+    causal: no query attends to a later key;  scale α (None: 1/√D);  bias: of the maps q, k, v and o
     rotary: a Rotary, which rotates queries and keys
     relative_bias: a module, (Tq, Tk) -> bias (1, H, Tq, Tk), with the last query at the position of the last key
     std: standard deviation of the initial maps;  out_std: of the map o, if it is another"""
@@ -155,10 +155,11 @@ class Attention(Module):
     def project(self, x: Tensor, ctx: Context) -> Sequence[Tensor]:
         """Queries, keys and values of x, by heads: (B, T, C) -> (B, H, T, D) and two of (B, Hkv, T, D).
 
-        One product, if there is a kernel for it and nothing is attached to the three maps."""
+        One joint product, if there is a kernel for it and the three maps are plain (is_plain)."""
         maps = (self.q, self.k, self.v)
-        together = self.heads == self.key_value_heads and dispatch.find(ops.project, type(x.data))
-        if together and all(is_plain(linear) for linear in maps):
+        same_heads = self.heads == self.key_value_heads
+        is_joint = same_heads and dispatch.find(ops.project, type(x.data))
+        if is_joint and all(is_plain(linear) for linear in maps):
             weights = [p for linear in maps for p in (linear.weight, linear.bias)]
             return ops.project(x, *weights, heads=self.heads)
         q = split_heads(self.q(x, ctx), self.heads)
@@ -169,7 +170,7 @@ class Attention(Module):
     def read_source(self, ctx: Context) -> tuple[Tensor, Tensor, Array | None]:
         """Keys and values of the source (B, Hkv, Ts, D), and its mask (B, Ts).
 
-        Once in a pass, or once for all passes that share a cache."""
+        Computed once in a pass, or once for all passes that share a cache."""
         source = ctx.need("source")
         if source.last_hidden_state is None:
             raise ValueError("cross-attention wants a source on which the encoder has run, got no hidden states")
@@ -193,7 +194,7 @@ class Attention(Module):
         return ops.concatenate(Tensor(zeros), bias, axis=-1)
 
     def dropout_mask(self, q: Tensor, k: Tensor, key: int) -> Array:
-        """Factors of the probabilities, (B, H, Tq, Tk): the dropout of ones."""
+        """0 or 1/(1 − p) for each attention probability, (B, H, Tq, Tk): the dropout of an array of ones."""
         ones = xp(q.data).ones((*q.shape[:-1], k.shape[-2]), q.dtype)
         return ops.dropout(Tensor(ones), self.drop_p.p, key).data
 
@@ -268,7 +269,9 @@ class PostNormBlock(Module):
 
 
 def run_blocks(blocks: Sequence[Module], x: Tensor, ctx: Context) -> Tensor:
-    """x (B, T, C) through a stack of blocks, bottom to top -> (B, T, C). If asked, ctx keeps every block's input."""
+    """x (B, T, C) through a stack of blocks, bottom to top -> (B, T, C).
+
+    With output_hidden_states, ctx keeps every block's input."""
     for block in blocks:
         ctx.add_hidden_state(x)
         x = block(x, ctx)
@@ -278,11 +281,14 @@ def run_blocks(blocks: Sequence[Module], x: Tensor, ctx: Context) -> Tensor:
 def embed_tokens(embed: Embedding, ids: Any, ctx: Context, positions: int) -> Tensor:
     """ids (B, T), or embeddings (B, T, C) in their place, -> (B, T, C).  The first line of a model's forward pass.
 
-    An edit of `embed` may lengthen the sequence (a soft prompt); ctx then knows. IndexError for an id outside the
-    vocabulary, ValueError for a sequence that is longer than the model's number of positions."""
+    An edit of `embed` may lengthen the sequence (a soft prompt), and records it with ctx.prepend. IndexError for an
+    id outside the vocabulary, ValueError for a sequence that is longer than the model's number of positions."""
     check_ids(ids, embed.in_features)
     weight = embed.weight
-    on_device = weight.data if isinstance(weight, Tensor) else next(iter(weight.own(Array).values()))
+    if isinstance(weight, Tensor):
+        on_device = weight.data
+    else:                                                # a packed weight: any of its arrays shows the device
+        on_device = next(iter(weight.own(Array).values()))
     ctx.begin(ids, on_device)
     T = ctx.ids.shape[1]
     x = embed(ids if isinstance(ids, Tensor) else ctx.ids, ctx)                  # (B, T, C)
@@ -359,7 +365,9 @@ class Classifier(Module):
 
 
 def check_ids(ids: object, rows: int) -> None:
-    """One clear sentence for what would otherwise be a wrong row.  Host arrays only: a device is not waited for."""
+    """Raise TypeError for ids that are not integers, IndexError for ids outside the vocabulary of `rows` tokens.
+
+    Only host arrays and lists are checked: reading a device array would wait for the device."""
     if isinstance(ids, (np.ndarray, list)):
         a = np.asarray(ids)
         if a.size and a.dtype.kind not in "iu":
@@ -369,7 +377,7 @@ def check_ids(ids: object, rows: int) -> None:
 
 
 def check_length(x: Tensor, ctx: Context, T: int, positions: int) -> None:
-    """x (B, T + prompt, C) after the cached rows must fit the positions."""
+    """Raise ValueError if the cached rows, a prefix and x (B, T + prompt, C) do not fit the model's positions."""
     total = ctx.past_length + ctx.position_shift + x.shape[1]
     if total > positions:
         parts = {"cached": ctx.past_length, "a prefix": ctx.position_shift, "a soft prompt": x.shape[1] - T}

@@ -320,6 +320,7 @@ class Run:
         self.start_time = time.perf_counter()
         if loss.module is not None:
             loss.module.to(array.name_of(model.parameters()[0].data))
+        # Versions at the start: a checkpoint holds every tensor that is written to later.
         self.first_versions = {name: p.version[0] for name, p in checkpoint.named_tensors(model, loss).items()}
         self.identity = checkpoint.describe_run(self) if self.path else {}
         if settings.capture:
@@ -346,6 +347,7 @@ class Run:
         """
         while self.stage < len(self.stages):
             stage = self.stages[self.stage]
+            # A phase with t > 0 is resumed even if it has stopped early: its best values are still to be restored.
             is_skipped = self.history.stopped and self.t == 0 and not stage.is_final
             if stage.setup is not None and not is_skipped:
                 self.run_setup(stage)

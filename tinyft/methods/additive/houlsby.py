@@ -6,7 +6,7 @@ arXiv:1902.00751
 
 Each sublayer (attention, cross-attention, MLP) gets one adapter on its output, before the residual
 sum. The layer norms train too, and so does the head. Weights are drawn from N(0, σ²), cut at 2σ,
-with σ = 1e-2; biases are 0. So the model starts near the base, not exactly at it.
+with σ = 1e-2; biases are 0. So the first outputs are near those of the base, not equal to them.
 
 Departures: none in the method; σ is the paper's (its code uses 1e-3).
 """
@@ -67,7 +67,7 @@ class Bottleneck(Edit):
 
 
 def truncated_normal(rng: np.random.Generator, shape: tuple, std: float) -> np.ndarray:
-    """N(0, std²), drawn again beyond 2 std."""
+    """N(0, std²) truncated at ±2 std: numbers beyond are drawn again."""
     z = rng.standard_normal(shape)                       # host
     far = abs(z) > 2
     while far.any():

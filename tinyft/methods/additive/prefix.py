@@ -61,7 +61,7 @@ class PrefixTuning(Method):
         return edits
 
     def eject(self, edits: dict[str, Edit]) -> tuple[Method, dict[str, Edit]]:
-        """The prefixes as plain tensors, without the MLP that made them. Outputs stay bitwise."""
+        """The prefixes as plain tensors, without their MLP. Outputs stay bitwise the same."""
         ejected = {path: e.ejected() if isinstance(e, Prefix) else e for path, e in edits.items()}
         return replace(self, mlp=None), ejected
 
@@ -69,7 +69,7 @@ class PrefixTuning(Method):
 class Prefix(Edit):
     """P_K and P_V in front of the keys and values.
 
-    The cache joins before this edit, so it never holds a prefix."""
+    Cached keys and values are joined before this edit runs, so the cache never holds a prefix."""
 
     keeps_shape = False
 
@@ -89,8 +89,8 @@ class Prefix(Edit):
         k = ops.concatenate(ops.broadcast_to(P_K, (B, H, p, D)), k, axis=2)      # (B, H, p + Tk, D)
         v = ops.concatenate(ops.broadcast_to(P_V, (B, H, p, D)), v, axis=2)
         if key_mask is not None:
-            real = xp(key_mask).ones((B, p), dtype=bool)
-            key_mask = xp(key_mask).concatenate([real, key_mask], axis=1)        # (B, p + Tk)
+            prefix_mask = xp(key_mask).ones((B, p), dtype=bool)
+            key_mask = xp(key_mask).concatenate([prefix_mask, key_mask], axis=1)  # (B, p + Tk)
         return k, v, key_mask
 
     def ejected(self) -> Prefix:

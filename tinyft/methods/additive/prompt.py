@@ -78,4 +78,6 @@ class Drop(Edit):
         self._p = p
 
     def after(self, x: Tensor, y: Tensor, ctx: Context) -> Tensor:
-        return y if ctx.past_length else y[:, self._p:]
+        if ctx.past_length:                              # the prompt is in the cache, not in y
+            return y
+        return y[:, self._p:]

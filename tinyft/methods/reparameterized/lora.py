@@ -4,9 +4,9 @@
     W₀ (out, in) frozen,  A (r, in) ~ U(±1/√in),  B (out, r) = 0
     merged:  W = W₀ + (α/r) B A
 
-As a change of the output, it costs two thin products and never builds the (out, in) gradient of W.
-The input of an embedding is token ids. So there the weight itself is changed, and a tied head,
-which reads the same weight, sees the change too.
+LoRA changes the output of a linear map: this costs two thin products, and the (out, in) gradient of
+W is never built. An embedding has token ids as input, so there LoRA changes the weight itself. A
+tied head reads the same weight, and so gets the change too.
 
 Departures: the paper draws A from a Gaussian; its code, PEFT and we draw it uniformly from ±1/√in.
 """
@@ -42,8 +42,8 @@ class LoRA(Method):
         if self.r < 1:
             raise ValueError(f"LoRA wants a rank r >= 1, got {self.r}")
         rows, columns = weight.shape
-        kind = LowRankWeight if isinstance(module, Embedding) else LowRank
-        return kind(columns, rows, self.r, self.alpha / self.r, self.dropout, rng)
+        edit_class = LowRankWeight if isinstance(module, Embedding) else LowRank
+        return edit_class(columns, rows, self.r, self.alpha / self.r, self.dropout, rng)
 
 
 class LowRank(Edit):
@@ -79,6 +79,7 @@ class LowRankWeight(LowRank):
     There is no dropout: the branch has no input of its own."""
 
     takes_packed = True
+    # The output is not changed a second time: `tensor` alone applies the update.
     after = Edit.after
     fold = Edit.fold
 

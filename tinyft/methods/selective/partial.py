@@ -3,8 +3,8 @@ Howard & Ruder, ACL 2018; Houlsby et al., ICML 2019, §3.4.
 
     trained:  {blocks L−k .. L−1 of every stack}  ∪  {final norm, pooler}  ∪  {head}
 
-With k = 0 the norms stay frozen too, and the head alone trains: a linear probe. Gradients stop
-below the lowest trained block: nothing is computed there.
+With k = 0 the norms stay frozen too, and the head alone trains: a linear probe. No gradient
+is computed below the lowest trained block.
 
 Departures: a tied head is the input embedding, which stays frozen. Untied and new heads train.
 """
