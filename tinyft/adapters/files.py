@@ -159,7 +159,7 @@ def _tuples(value: Any) -> Any:
 
 
 def find_method(name: str) -> type[Method] | None:
-    """The library's method class of this name."""
+    """The library's method class of this name, or None."""
     for cls in Method.__subclasses__():
         if cls.__name__ == name and cls.__module__.startswith("tinyft.methods."):
             return cls

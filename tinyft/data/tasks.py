@@ -137,6 +137,7 @@ def swap_two(sentence: str, rng: np.random.Generator) -> str:
 
 
 def _intact_sentences(record: Record) -> list[tuple[str, int]]:
+    """(sentence, 1) for each sentence of a record; [] for source code."""
     if record.kind == "source":
         return []
     return [(sentence, 1) for sentence in sentences(record.text)]
@@ -184,6 +185,7 @@ def mask_names(text: str) -> str:
 
 
 def _masked_docstring(record: Record) -> list[tuple[str, int]]:
+    """[(masked docstring, class)] of a docstring in one of PACKAGES; [] for other records and for short texts."""
     package = record.module.split(".")[0]
     if record.kind != "docstring" or package not in PACKAGES:
         return []

@@ -78,7 +78,7 @@ def load(path: str | os.PathLike, dtype: Any = None) -> tuple[Module, Tokenizer 
         host = _cast(place.read(stored[place.name]), dtype, name)
         arrays[name] = array.asarray(host)
     model = set_parameters(family.build(plan), arrays)
-    model._about = {key: config[key] for key in KEPT if key in config}
+    model._kept_config = {key: config[key] for key in KEPT if key in config}
     return model, tokenizer
 
 
@@ -338,7 +338,7 @@ def _known(tokenizer: Tokenizer | None, spellings: Iterable[str]) -> list[str]:
 
 def _kept_entries(model: Module, plan: Plan, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """The entries that `load` kept, with class names that fit the head and the special tokens of the tokenizer."""
-    kept = dict(getattr(model, "_about", {}))
+    kept = dict(getattr(model, "_kept_config", {}))
     if len(kept.get("id2label") or ()) != plan.classes:    # another head than the one that was loaded
         for key in ("id2label", "label2id", "problem_type"):
             kept.pop(key, None)

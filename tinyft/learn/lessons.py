@@ -232,6 +232,7 @@ def notebook(cells: list[Cell]) -> dict:
 
 
 def _notebook_cell(cell: Cell) -> dict[str, Any]:
+    """The cell as nbformat 4 stores it, with its printed text and its figures as outputs."""
     made: dict[str, Any] = {"cell_type": cell.kind, "metadata": {}, "source": cell.source}
     if cell.kind != "code":
         return made

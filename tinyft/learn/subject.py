@@ -132,6 +132,7 @@ class Subject:
         return made
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The result of the function, called with copies. Changed if it wrote to one of them."""
         args = [self._copy(a) for a in args]
         kwargs = {name: self._copy(a) for name, a in kwargs.items()}
         named = [*zip(self.exercise.signature().parameters, args), *kwargs.items()]

@@ -155,8 +155,8 @@ class Optimizer:
                     scale: float = 1.0) -> Array:
         """`step`, without waiting for the device.  Nothing is updated if the norm is not finite; see check_norm.
 
-        loss: a scalar; if it is not finite, the norm is not finite either.  Without a kernel FloatingPointError is
-        raised here already."""
+        loss: a scalar; if it is not finite, the norm is not finite either.  Without a kernel for these arrays
+        FloatingPointError is raised here, and not only in check_norm."""
         if not self.groups:
             raise RuntimeError("this optimiser was not started: start(named tensors) says what it updates")
         self.reclaim_tensors()

@@ -34,7 +34,7 @@ def launch(file: str, name: str, grid: int | tuple, block: int | tuple, *args: A
 
     types: the dtype behind each type name in the source, T=x.dtype.
     A Python int goes as int32, a float as float32, None as a null pointer, NumPy scalars as they are.
-    Arrays must be C-contiguous.
+    Arrays must be C-contiguous. A step that is recorded for capture notes the numbers, which must not change.
     """
     kind = next(type(a) for a in args if is_array(a))
     if array.recording is not None:

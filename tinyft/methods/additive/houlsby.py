@@ -67,7 +67,7 @@ class Bottleneck(Edit):
 
 
 def truncated_normal(rng: np.random.Generator, shape: tuple, std: float) -> np.ndarray:
-    """N(0, std²) truncated at ±2 std: numbers beyond are drawn again."""
+    """N(0, std²) truncated at ±2 std, on the host: numbers beyond are drawn again."""
     z = rng.standard_normal(shape)                       # host
     far = abs(z) > 2
     while far.any():
