@@ -89,7 +89,7 @@ def on_open(name: str, f: Callable[[type, Any], None]) -> None:
 
 
 def why_no_cupy() -> str | None:
-    """None if CuPy works here: it compiles a kernel and multiplies two matrices.  Else one sentence: the reason and the
+    """None if CuPy compiles a kernel and multiplies two matrices here.  Otherwise one sentence: the reason and the
     remedy.
 
     cupy.is_available() asks only for a driver and a device; the first matrix product may still fail for want of
@@ -103,8 +103,8 @@ def why_no_cupy() -> str | None:
     try:
         if cupy.cuda.runtime.getDeviceCount() == 0:
             return _no_device()
-        a = cupy.arange(6, dtype=np.float32).reshape(2, 3) * 2 + 1
-        if float((a @ a.T)[0, 1]) != 89:
+        a = cupy.arange(6, dtype=np.float32).reshape(2, 3) * 2 + 1               # [[1, 3, 5], [7, 9, 11]]
+        if float((a @ a.T)[0, 1]) != 1 * 7 + 3 * 9 + 5 * 11:
             return "the GPU computed a wrong product: tinyft doctor says which driver and CuPy these are"
         return None
     except Exception as e:                              # the driver, NVRTC and cuBLAS each raise types of their own
@@ -112,13 +112,14 @@ def why_no_cupy() -> str | None:
 
 
 def _missing(runtime: Any, e: Exception) -> str:
-    """The missing part that an error of CuPy's names, and the remedy."""
+    """One sentence for an error of CuPy's: the part that is missing, and the remedy."""
     said = str(e)
     wants = runtime.runtimeGetVersion() // 1000               # major version of CUDA
     if "cudaErrorNoDevice" in said:
         return _no_device()
     if "cudaErrorInsufficientDriver" in said:
-        if knows := runtime.driverGetVersion() // 1000:
+        knows = runtime.driverGetVersion() // 1000            # 0 without a driver
+        if knows:
             return (f"the NVIDIA driver knows CUDA {knows} and this CuPy wants {wants}: "
                     f'pip uninstall -y cupy-cuda{wants}x && pip install "{EXTRA}{knows}]"')
         return ("there is no NVIDIA driver: sudo ubuntu-drivers install (on Ubuntu), "

@@ -79,15 +79,17 @@ def _sync(cause: str, times: int = 1) -> None:
 # ── one operation: check the call, unwrap the arguments, run NumPy, wrap the result ──────────────────────────────────
 class Signature(NamedTuple):
     """The parameters of a function of CuPy."""
-    positional: list[str]
-    all: list[str]
+    positional: list[str]                                  # names of the parameters before any star
+    words: list[str]                                       # names of all parameters, and the stars
     variadic: str                                          # the name of *args; empty without it
     any_keyword: bool                                      # True with **kwargs
 
 
 @cache
 def _parse(signature: str) -> Signature:
-    """The signature in a string of cupy_api.json, such as "tup axis out * dtype casting"."""
+    """The signature in a string of cupy_api.json: names, "*name" for *args, "**name" for **kwargs, "*" before
+    keyword-only names. For example "tup axis out * dtype casting".
+    """
     words = signature.split()
     stars = [word for word in words if word.startswith("*")]
     positional = words[:words.index(stars[0])] if stars else words
@@ -96,40 +98,40 @@ def _parse(signature: str) -> Signature:
     return Signature(positional, words, variadic[0] if variadic else "", any_keyword)
 
 
-def _bind(where: str, signature: str, args: tuple, kwargs: dict) -> list[str]:
-    """The name of the parameter of each argument. StrictError if CuPy takes no such argument."""
+def _bind(call: str, signature: str, args: tuple, kwargs: dict) -> list[str]:
+    """For each argument, positional ones first, the name of its parameter. StrictError if CuPy lacks the parameter."""
     known = _parse(signature)
     extra = len(args) - len(known.positional)
     if extra > 0 and not known.variadic:
-        raise StrictError(f"{where}() takes {len(known.positional)} positional arguments in {CUPY}, not {len(args)}")
-    unknown = [name for name in kwargs if name not in known.all]
+        raise StrictError(f"{call}() takes {len(known.positional)} positional arguments in {CUPY}, not {len(args)}")
+    unknown = [name for name in kwargs if name not in known.words]
     if unknown and not known.any_keyword:
-        raise StrictError(f"{where}() has no argument {unknown[0]!r} in {CUPY}, which knows: {signature or 'none'}")
+        raise StrictError(f"{call}() has no argument {unknown[0]!r} in {CUPY}, which knows: {signature or 'none'}")
     return [*known.positional[:len(args)], *[known.variadic] * extra, *kwargs]
 
 
-def _unwrap(where: str, name: str, value: Any, arrays: dict[int, Array]) -> Any:
+def _unwrap(call: str, name: str, value: Any, arrays: dict[int, Array]) -> Any:
     """The NumPy value of an argument. `arrays` collects the device arrays by the id of their NumPy arrays."""
     if isinstance(value, Array):
         if name in HOST_PARAMETERS:
-            raise StrictError(f"{where}: {name} must be plain numbers; for a device array the host would have to wait")
+            raise StrictError(f"{call}: {name} must be plain numbers; for a device array the host would have to wait")
         arrays[id(value._a)] = value
         return value._a
     if isinstance(value, (list, tuple)):
-        return _unwrap_sequence(where, name, value, arrays)
+        return _unwrap_sequence(call, name, value, arrays)
     if not isinstance(value, PLAIN):
-        raise StrictError(f"{where} wants a device array, got a {type(value).__name__}; "
+        raise StrictError(f"{call} wants a device array, got a {type(value).__name__}; "
                           "host data move once, with xp.asarray")
     return value
 
 
-def _unwrap_sequence(where: str, name: str, value: list | tuple, arrays: dict[int, Array]) -> list | tuple:
+def _unwrap_sequence(call: str, name: str, value: list | tuple, arrays: dict[int, Array]) -> list | tuple:
     """The NumPy values of a list or tuple. A parameter for device arrays takes no list of host values."""
-    inner = [_unwrap(where, name, v, arrays) for v in value]
+    inner = [_unwrap(call, name, v, arrays) for v in value]
     # `args` and `operands` are the *args of einsum, broadcast_shapes and others, which also take host values.
     takes_host_values = name in HOST_PARAMETERS or name in ("args", "operands") or not inner
     if not takes_host_values and not any(isinstance(v, (np.ndarray, list, tuple)) for v in inner):
-        raise StrictError(f"{where}: {name} is a {type(value).__name__} of host values where device arrays are needed")
+        raise StrictError(f"{call}: {name} is a {type(value).__name__} of host values where device arrays are needed")
     return type(value)(inner)
 
 
@@ -148,35 +150,42 @@ def _wrap(result: Any, arrays: dict[int, Array]) -> Any:
     return result
 
 
-def _run(where: str, f: Callable, signature: str, /, *args: Any, **kwargs: Any) -> Any:
-    """f(*args, **kwargs) under CuPy's rules. `f` is NumPy's function, `signature` is CuPy's."""
+def _run(call: str, f: Callable, signature: str, /, *args: Any, **kwargs: Any) -> Any:
+    """f(*args, **kwargs) under CuPy's rules.
+
+    call: the name for messages, such as "xp.matmul".  f: NumPy's function.  signature: CuPy's."""
     arrays: dict[int, Array] = {}
-    names = _bind(where, signature, args, kwargs)
+    names = _bind(call, signature, args, kwargs)
     given = (*args, *kwargs.values())
-    values = [_unwrap(where, name, value, arrays) for name, value in zip(names, given)]
-    short = where.rpartition(".")[2]
+    values = [_unwrap(call, name, value, arrays) for name, value in zip(names, given)]
+    name = call.rpartition(".")[2]                         # without "xp." or "x."
     counts["call"] += 1
-    if short in SYNCS or (short == "where" and len(args) == 1):
-        _sync(short, SYNCS.get(short, 1))
+    if name == "where" and len(args) == 1:                 # where(mask) is nonzero(mask)
+        _sync(name)
+    elif name in SYNCS:
+        _sync(name, SYNCS[name])
     half = [a for a in arrays.values() if a.dtype == BFLOAT16]
-    is_batched_product = short == "matmul" and any(a.ndim > 2 for a in arrays.values())
-    if half and (short in NO_BFLOAT16 or is_batched_product):
-        raise StrictError(f"{where}: {CUPY} fails here with bfloat16, or changes the dtype; compute in float32")
+    is_batched_product = name == "matmul" and any(a.ndim > 2 for a in arrays.values())
+    if half and (name in NO_BFLOAT16 or is_batched_product):
+        raise StrictError(f"{call}: {CUPY} fails here with bfloat16, or changes the dtype; compute in float32")
     with np.errstate(all="ignore"):                        # a device raises no floating-point errors
         result = f(*values[:len(args)], **dict(zip(kwargs, values[len(args):])))
-    is_half_product = short in ("matmul", "dot", "tensordot") and half and len(half) == len(arrays)
+    is_half_product = name in ("matmul", "dot", "tensordot") and half and len(half) == len(arrays)
     if is_half_product and result.dtype != BFLOAT16:
         result = np.asarray(result, dtype=BFLOAT16)        # NumPy widens this product to float32, CuPy does not
-    _count_launch(short, result, arrays)
-    return _wrap(np.asarray(result) if short in AS_ARRAYS else result, arrays)
+    _count_launch(name, result, arrays)
+    if name in AS_ARRAYS:
+        result = np.asarray(result)
+    return _wrap(result, arrays)
 
 
-def _count_launch(short: str, result: Any, arrays: dict[int, Array]) -> None:
-    """Count an operation that makes more than a view: it reads its arguments and writes its result."""
+def _count_launch(name: str, result: Any, arrays: dict[int, Array]) -> None:
+    """Count a launch of the function `name`, unless its result is a view: it reads its arguments and writes its result.
+    """
     results = result if isinstance(result, (list, tuple)) else [result]
     results = [r for r in results if isinstance(r, (np.ndarray, np.generic))]
     for r in results:
-        is_argument = id(r) in arrays and short not in CREATING
+        is_argument = id(r) in arrays and name not in CREATING             # such as out=...
         if not is_argument and _shares_memory(r, arrays):
             return
     counts["launch"] += 1
@@ -192,7 +201,7 @@ def _shares_memory(result: np.ndarray | np.generic, arrays: dict[int, Array]) ->
 LISTS = (list, tuple, range)
 
 
-def _index(where: str, index: Any) -> tuple:
+def _index(call: str, index: Any) -> tuple:
     """An index as NumPy takes it.
 
     Host arrays are refused. Lists (copied at every use) and masks (the host waits) are counted.
@@ -200,10 +209,10 @@ def _index(where: str, index: Any) -> tuple:
     parts = index if isinstance(index, tuple) else (index,)
     for part in parts:
         if isinstance(part, np.ndarray):
-            raise StrictError(f"{where}: a NumPy array as index is copied to the device at every use; "
+            raise StrictError(f"{call}: a NumPy array as index is copied to the device at every use; "
                               "move it once, with xp.asarray")
         if isinstance(part, Array) and part.dtype == bool:
-            _sync(where + " with a mask")
+            _sync(call + " with a mask")
         if isinstance(part, LISTS):
             counts["h2d"] += 1
     return tuple(part._a if isinstance(part, Array) else part for part in parts)
@@ -405,22 +414,22 @@ class Ufunc:
         """`reduce` and `accumulate`, for the two ufuncs that have them in CuPy."""
         if method not in ("reduce", "accumulate") or self.__name__ not in API["reduce"]:
             raise AttributeError(f"cupy.{self.__name__}.{method} is not implemented in {CUPY}")
-        where = f"xp.{self.__name__}.{method}"
-        return partial(_run, where, getattr(self._f, method), "array axis dtype out keepdims")
+        call = f"xp.{self.__name__}.{method}"
+        return partial(_run, call, getattr(self._f, method), "array axis dtype out keepdims")
 
     def at(self, a: Array, indices: Any, b: Any) -> None:
         """a[indices] op= b, right with repeated indices, for the ufuncs and dtypes of CuPy's atomic operations."""
-        where = f"xp.{self.__name__}.at"
+        call = f"xp.{self.__name__}.at"
         kind = a.dtype if isinstance(a, Array) else type(a).__name__
         dtypes = AT_DTYPES.get(self.__name__, AT_INTEGERS)
         if self.__name__ not in API["at"] or not isinstance(a, Array) or a.dtype.char not in dtypes:
-            raise StrictError(f"{where} does not take {kind} in {CUPY}")
-        index = _index(where, indices)
+            raise StrictError(f"{call} does not take {kind} in {CUPY}")
+        index = _index(call, indices)
 
         def scatter(x: np.ndarray, y: Any) -> None:
             self._f.at(x, index, y)
 
-        _run(where, scatter, "a b", a, b)
+        _run(call, scatter, "a b", a, b)
 
 
 def _empty(shape: Any, dtype: Any = float, order: str = "C") -> Array:

@@ -272,7 +272,8 @@ def clean(text: str, seen: set[str], training: str = "") -> str:
     text = text.expandtabs().replace("\r", "").replace("\f", "\n")
     text = re.sub(r":[\w:-]+:`~?([^`<]*?)(\s*<[^`]*>)?`", r"`\1`", text)  # :func:`x` -> `x`
     text = re.sub(r"(?m)^\s*([-=*~^#\"_.+])\1{2,}\s*$", "", text.replace("``", "`"))  # underlines
-    text = re.sub(r"(?m)^\s*\.\. .*$|(?m:[ ]+$)", "", text).replace("::\n", ":\n")
+    text = re.sub(r"(?m)^\s*\.\. .*$|(?m:[ ]+$)", "", text)  # directives (.. note::), spaces at the end of a line
+    text = text.replace("::\n", ":\n")
     kept = []
     for block in re.split(r"\n\s*\n", text):
         if ">>>" in block:  # a doctest ends at a blank line
@@ -314,19 +315,22 @@ def split(sizes: dict[str, int]) -> dict[str, str]:
 
 
 def split_group(sizes: dict[str, int], shares: tuple[float, float]) -> dict[str, str]:
-    """The same for one group; modules are tried in the order of `sizes`."""
+    """{module: split} for one group, {module: size} in the order in which modules are tried.
+
+    shares   the largest shares of test and of valid in the group's size
+    """
     total = sum(sizes.values())
     largest = max(sizes, key=sizes.get)
     split_of = {}
     for part, share in zip(("test", "valid"), shares, strict=True):
         used = 0
-        left = [module for module in sizes if module not in split_of and module != largest]
-        for module in left:
+        free = [module for module in sizes if module not in split_of and module != largest]
+        for module in free:
             if used + sizes[module] <= share * total:
                 split_of[module] = part
                 used += sizes[module]
-        if not used:
-            split_of[min(left, key=sizes.get)] = part
+        if not used:  # no module fits into the share
+            split_of[min(free, key=sizes.get)] = part
     for module in sizes:
         split_of.setdefault(module, "train")
     return split_of
@@ -419,9 +423,14 @@ def records(raw: dict[str, dict[str, list[str]]]) -> list[list[str]]:
 def documentation(
     raw: dict[str, dict[str, list[str]]], split_of: dict[str, str], seen: set[str]
 ) -> list[list[str]]:
-    """The records of prose and docstrings, each text once.
+    """The records of prose and docstrings. A paragraph that occurs again is dropped.
 
-    Train comes before valid and test, so that a repeated paragraph stays in training; asyncio before _asyncio.
+    raw         {module: {kind: texts}}
+    split_of    {module: split}
+    seen        keys of the paragraphs of earlier records; keys are added
+
+    Modules of train come first, so that a repeated paragraph stays in training. In each split modules whose names
+    begin with an underscore come last: asyncio before _asyncio.
     """
 
     def priority(module: str) -> tuple:
@@ -430,7 +439,7 @@ def documentation(
     found = []
     training = ""
     for module in sorted(split_of, key=priority):
-        if split_of[module] != "train" and not training:
+        if split_of[module] != "train" and not training:  # the first module after those of training
             training = "\n".join(sorted(seen))
         for kind in ("prose", "docstring"):
             for raw_text in raw[module].get(kind, []):

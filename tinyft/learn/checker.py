@@ -35,11 +35,11 @@ LEARNER = settings(
 
 
 class TooLong(Stop):
-    """A call that does not return."""
+    """Raised when a call, or the small inputs together, take too long."""
 
 
 class Enough(Stop):
-    """The time for one law is over; the smallest failing input so far is reported."""
+    """Raised when the time for one law is over and an input has failed: the smallest one so far is reported."""
 
 
 # ── a whole exercise ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -51,7 +51,7 @@ def check_file(exercise: Exercise, path: Path) -> Iterator[Outcome]:
 
 
 def check_here(exercise: Exercise, function: Callable) -> Iterator[Outcome]:
-    """The same for a function of this process."""
+    """The outcomes of an exercise's laws on a function of this process, up to the first law that fails."""
     code = getattr(getattr(function, "definition", function), "__code__", None)
     yield from _check(exercise, code.co_filename if code else "", lambda: function)
 
@@ -146,8 +146,8 @@ class Trial:
         configure(wrapped)()
 
     def _once(self, drawn: tuple) -> None:
-        """The law on one input."""
-        self.inputs, letters = drawn
+        """Test the law on drawn inputs.  drawn: (inputs, size of each letter of their shapes)."""
+        self.inputs, letter_sizes = drawn
         self.tried += 1
         if time.monotonic() - self.start > ONE_LAW:
             if self.failed:
@@ -159,7 +159,7 @@ class Trial:
                 self.law.test(self.subject, **self.inputs)
         except BaseException as e:
             if isinstance(e, Mismatch):
-                e.sizes = letters
+                e.sizes = letter_sizes
                 self.mismatches.append(e)
             self.failed = (e, self.inputs, printed)
             raise
@@ -171,10 +171,10 @@ class Trial:
             with captured(Printed()), limited(ONE_CALL):
                 self.law.test(self.subject, **inputs)
         except Mismatch as e:
-            same_nan = e.got.dtype.kind == "f"
-            return isinstance(error, Mismatch) and np.array_equal(e.got, error.got, equal_nan=same_nan)
+            is_float = e.got.dtype.kind == "f"
+            return isinstance(error, Mismatch) and np.array_equal(e.got, error.got, equal_nan=is_float)
         except TooLong:
-            return True                                  # a slow moment of the machine is no other answer
+            return True                                  # the machine was slow: the function may still give that answer
         except (Exception, SystemExit) as e:
             return type(e) is type(error)
         return False

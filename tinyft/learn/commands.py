@@ -224,8 +224,11 @@ def _diff(args: argparse.Namespace, work: Any, page: Any) -> bool:
     e = work.one(args.names)
     solution = e.source()
     text = work.written(e).read_text(encoding="utf-8", errors="replace")
-    starts = [text.find(f"def {e.function}"), text.find(solution.splitlines()[0]), 0]
-    start = text.find("@op") if e.is_op and "@op" in text else max(starts)
+    # The learner's function, without the text above it. find gives -1 for a line that is not there.
+    if e.is_op and "@op" in text:
+        start = text.find("@op")
+    else:
+        start = max(text.find(f"def {e.function}"), text.find(solution.splitlines()[0]), 0)
     names = (f"yours   {work.path(e)}", e.file)
     for line in difflib.unified_diff(text[start:].splitlines(), solution.splitlines(), *names, n=99, lineterm=""):
         colour = {"+": "right", "-": "wrong"}.get(line[:1], "")

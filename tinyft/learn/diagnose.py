@@ -219,7 +219,8 @@ def _triangle(failures: list[Mismatch]) -> str:
 
 
 def _axis(failures: list[Mismatch]) -> str:
-    """Rows that should sum to one number (softmax: 1, a normalised row: 0) and do so along another axis."""
+    """A sentence if the rows should have equal sums (softmax: 1, a normalised row: 0), and the result has these sums
+    along another axis."""
     found = None
     for f in failures:
         total = f.want.astype(float).sum(-1) if f.want.ndim > 1 else np.array([])

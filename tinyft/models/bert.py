@@ -108,10 +108,13 @@ class BERT(Module):
         if ctx.cache is not None:
             raise ValueError("BERT looks both ways: its keys and values cannot be cached; call it without cache=")
         x = embed_tokens(self.embed, ids, ctx, positions=self.pos.in_features)   # (B, T, C)
-        types = xp(ctx.ids).zeros_like(ctx.ids) if ctx.token_type_ids is None else ctx.token_type_ids
-        x = x + self.pos(ctx.positions(), ctx) + self.type(types, ctx)
+        token_type_ids = ctx.token_type_ids
+        if token_type_ids is None:
+            token_type_ids = xp(ctx.ids).zeros_like(ctx.ids)
+        x = x + self.pos(ctx.positions(), ctx) + self.type(token_type_ids, ctx)
         x = self.drop(self.norm0(x, ctx), ctx)
-        return apply_head(self.head, run_blocks(self.blocks, x, ctx), ctx, self.pooler)
+        x = run_blocks(self.blocks, x, ctx)
+        return apply_head(self.head, x, ctx, self.pooler)
 
     def new_head(self, classes: int, rng: np.random.Generator) -> None:
         """Put a classifier of the pooled [CLS] in the place of the masked-language-model head.

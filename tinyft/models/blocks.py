@@ -349,7 +349,7 @@ class Classifier(Module):
     out_features = property(lambda self: self.out.out_features)
 
     def row(self, x: Tensor, ctx: Context) -> Tensor:
-        """(B, T, C) -> (B, C)"""
+        """The hidden state of the position that is classified: (B, T, C) -> (B, C)."""
         if not self.last:
             return x[:, 0]
         if ctx.mask is None:
@@ -373,7 +373,8 @@ def check_ids(ids: object, rows: int) -> None:
         if a.size and a.dtype.kind not in "iu":
             raise TypeError(f"token ids are integers; got {a.dtype}")
         if a.size and (a.min() < 0 or a.max() >= rows):
-            raise IndexError(f"token id {a.min() if a.min() < 0 else a.max()} is outside the vocabulary of {rows}")
+            wrong = a.min() if a.min() < 0 else a.max()
+            raise IndexError(f"token id {wrong} is outside the vocabulary of {rows}")
 
 
 def check_length(x: Tensor, ctx: Context, T: int, positions: int) -> None:

@@ -457,7 +457,7 @@ class Run:
 # ── the terminal ─────────────────────────────────────────────────────────────────────────────────────────────────────
 @contextlib.contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C sets a flag, so that the step can finish. A second Ctrl-C stops at once."""
+    """Gives a function that returns True after Ctrl-C, so that the step can finish. A second Ctrl-C stops at once."""
     presses: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False

@@ -21,7 +21,7 @@ class BitFit(Method):
     """Every tensor that is the `bias` of its module trains."""
 
     def trains(self, model: Module) -> set[str]:
-        """Raises ValueError on a model without biases: the head alone would not be BitFit."""
+        """The names of all biases. ValueError if no module below the head has a bias."""
         own = [module.own() for module in base_modules(model).values()]
         biases = {id(tensors["bias"]) for tensors in own if "bias" in tensors}
         names = {name for name, p in base_parameters(model).items() if id(p) in biases}
