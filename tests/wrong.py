@@ -333,9 +333,9 @@ def attention_takes_the_bias_gradient_of_one_row(q, k, v, bias=None, **kw):
         *others, db = back(g, needed)
         if db is not None and db.ndim > bias.ndim:
             db = db[(0,) * (db.ndim - bias.ndim)]
-        for axis, n in enumerate(bias.shape if db is not None else ()):
-            if n == 1:
-                db = db.take([0], axis=axis)
+        if db is not None:
+            first = tuple(slice(0, 1) if n == 1 else slice(None) for n in bias.shape)
+            db = db[first]
         return *others, db
     return y, wrong
 
