@@ -1,6 +1,7 @@
-"""16 bits: every op computes in float32 and rounds once; autocast does what its tables say; training in 16 bits goes the way of float32's.
+"""Mixed precision: an op on 16-bit inputs computes in float32 and rounds once; autocast follows its tables; training in
+16 bits follows training in float32.
 
-Each `agrees_*` is a check that must also refuse the wrong answers beside it.
+Each `check_*` must accept the library and reject the wrong answers that stand beside it.
 """
 from __future__ import annotations
 
@@ -44,161 +45,214 @@ from tinyft.optim.optimizers import Optimizer, clip_norm
 from tinyft.precision import HALVES, LOSSES, MIXING, PICKS, PRODUCTS, SUMS, VIEWS, has_16_bit, rounded, to_float32
 from tinyft.tensor import OPS
 
-F16, F32 = np.dtype(np.float16), np.dtype(np.float32)
-both = pytest.mark.parametrize("dtype", [F16, bfloat16], ids=str)
-EXACT = array.backend() != "cupy"                        # there products are added up in another order, and attention keeps its scores in 16 bits
-slow_there = pytest.mark.skipif("emulate" in sys.modules, reason="minutes on the emulated GPU; emulated/test_on_cupy.py trains in 16 bits")
+F16 = np.dtype(np.float16)
+F32 = np.dtype(np.float32)
 ULP = {F16: 2.0**-10, bfloat16: 2.0**-7}
+both_dtypes = pytest.mark.parametrize("dtype", [F16, bfloat16], ids=str)
+# On a device, products add in another order, and attention rounds its probabilities to 16 bits.
+EXACT = array.backend() != "cupy"
+slow_when_emulated = pytest.mark.skipif(
+    "emulate" in sys.modules, reason="minutes on the emulated GPU; emulated/test_on_cupy.py trains in 16 bits",
+)
 
 
-def same(a: Any, b: Any, dtype: np.dtype, name: str = "") -> bool:
-    """The same numbers in the same dtype, to the bit.  On a device, but for some last places of the largest; of attention's factors, which
-    are rounded there and cancel, of 1."""
-    a, b = host(a), host(b)
+def is_same(a: Any, b: Any, dtype: np.dtype, name: str = "") -> bool:
+    """True for equal dtypes, shapes and values.
+
+    On a device, values may differ by 4 ulp of the largest one. For attention, by 4 ulp of at least 1: its rounded
+    probabilities are factors of sums that cancel.
+    """
+    a = host(a)
+    b = host(b)
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    a, b = to_float32(a), to_float32(b)
+    a = to_float32(a)
+    b = to_float32(b)
     if EXACT:
         return np.array_equal(a, b, equal_nan=True)
-    return bool(np.abs(a - b).max(initial=0) <= 4 * ULP[dtype] * np.abs(b).max(initial=name == "attention") + 1e-6)
+    largest = np.abs(b).max(initial=name == "attention")
+    return bool(np.abs(a - b).max(initial=0) <= 4 * ULP[dtype] * largest + 1e-6)
 
 
-def of_rounded(name: str, dtype: np.dtype) -> Callable[..., Tensor]:
-    """The op, given in float32 what of its arrays (weights, factors of dropout) an op in 16 bits would be given in those."""
-    seen = lambda a: to_float32(rounded(a, dtype)) if array.is_array(a) and a.dtype.kind == "f" else a
-    return lambda *args, **kw: OPS[name](*map(seen, args), **{k: seen(v) for k, v in kw.items()})
+def on_rounded(name: str, dtype: np.dtype) -> Callable[..., Tensor]:
+    """The op, with its arrays (weights, dropout factors) rounded to `dtype` and widened to float32."""
+    def rounded_in_float32(a: Any) -> Any:
+        return to_float32(rounded(a, dtype)) if array.is_array(a) and a.dtype.kind == "f" else a
+
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        return OPS[name](*map(rounded_in_float32, args), **{k: rounded_in_float32(a) for k, a in kwargs.items()})
+    return call
 
 
-def walked(op: Callable[..., Tensor], e: Example, leaves: list[Tensor], seed: int) -> list[Any]:
-    """An op's value and the gradients of its inputs, for a covector of the value's dtype."""
+def make_covector(shape: tuple, dtype: np.dtype, seed: int) -> np.ndarray:
+    """Random numbers that float16, and so float32, hold exactly."""
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float16).astype(dtype)
+
+
+def run_op(op: Callable[..., Tensor], e: Example, leaves: list[Tensor], seed: int) -> list[Any]:
+    """The value of an op and the gradients of its inputs, for a covector of the value's dtype."""
     y = e.call(op, *leaves)
-    covector = np.random.default_rng(seed).standard_normal(y.shape).astype(np.float16).astype(y.dtype)       # exact in every dtype here but bfloat16
-    y.backward(dev(covector))
+    y.backward(dev(make_covector(y.shape, y.dtype, seed)))
     return [y, *(p.grad for p in leaves)]
 
 
 # ── an op ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-def agrees_with_rounding_once(name: str, e: Example, dtype: np.dtype) -> None:
-    """In 16 bits: what float32 gives of the same numbers, rounded once; a loss is not rounded."""
-    narrow_ones = [leaf(a, dtype) for a in e.inputs]
-    wide = [leaf(to_float32(host(p))) for p in narrow_ones]
-    y, *got = walked(OPS[name], e, narrow_ones, 1)
+def check_rounds_once(name: str, e: Example, dtype: np.dtype) -> None:
+    """The value on 16-bit inputs is the float32 value, rounded once. The value of a loss is not rounded."""
+    narrow_leaves = [leaf(a, dtype) for a in e.inputs]
+    wide_leaves = [leaf(to_float32(host(p))) for p in narrow_leaves]
+    y, *gradients = run_op(OPS[name], e, narrow_leaves, 1)
     assert y.dtype == (F32 if name in LOSSES else dtype), f"the value is {y.dtype}"
-    z = e.call(of_rounded(name, dtype), *wide)
-    z.backward(dev(to_float32(np.random.default_rng(1).standard_normal(y.shape).astype(np.float16).astype(y.dtype))))
-    for what, a, b in [("value", y, host(z)), *((f"gradient {i}", a, host(p.grad)) for i, (a, p) in enumerate(zip(got, wide)))]:
-        assert (a is None) == (b is None), what
-        assert a is None or same(a, rounded(b, dtype) if what == "value" and name not in LOSSES else b, dtype, name), what
+    z = e.call(on_rounded(name, dtype), *wide_leaves)
+    z.backward(dev(to_float32(make_covector(y.shape, y.dtype, 1))))
+    want = host(z) if name in LOSSES else rounded(host(z), dtype)
+    assert is_same(y, want, dtype, name), "value"
+    for i, (g, p) in enumerate(zip(gradients, wide_leaves, strict=True)):
+        assert (g is None) == (p.grad is None), f"gradient {i}"
+        assert g is None or is_same(g, host(p.grad), dtype, name), f"gradient {i}"
 
 
 @pytest.mark.parametrize("name", EVERY_OP)
 @given(st.data())
-def test_an_op_adds_up_in_float32_and_rounds_once(name, data):
+def test_an_op_sums_in_float32_and_rounds_once(name, data):
     e, _, _ = data.draw(examples(name))
     for dtype in (F16, bfloat16):
-        agrees_with_rounding_once(name, e, dtype)
+        check_rounds_once(name, e, dtype)
 
 
+# mistake: (op that shows it, attribute of precision.py, its wrong value)
 WRONG_OPS = {
-    "16 bits go through the definitions as they are": ("layer_norm", lambda m: m.setattr(precision, "has_16_bit", lambda arrays: False)),
-    "the value stays in float32": ("tanh", lambda m: m.setattr(precision, "rounded", lambda a, dtype: a)),
-    "a loss is rounded like all else": ("cross_entropy", lambda m: m.setattr(precision, "LOSSES", set())),
-    "picking entries adds nothing up, so neither does its gradient": ("embedding", lambda m: m.setattr(precision, "VIEWS", VIEWS | PICKS))}
+    "the definitions compute in 16 bits": ("layer_norm", "has_16_bit", lambda arrays: False),
+    "the value stays in float32": ("tanh", "rounded", lambda a, dtype: a),
+    "a loss is rounded like any value": ("cross_entropy", "LOSSES", set()),
+    "the gradient of picked entries is not a sum": ("embedding", "VIEWS", VIEWS | PICKS),
+}
 
 
-@pytest.mark.skipif(array.backend() != "numpy", reason="the mistakes are made in what NumPy runs")
-@pytest.mark.parametrize("what", WRONG_OPS)
-def test_another_way_with_16_bits_is_refused(what, monkeypatch):
-    name, plant = WRONG_OPS[what]
+@pytest.mark.skipif(array.backend() != "numpy", reason="the mistakes are made in the NumPy backend")
+@pytest.mark.parametrize("mistake", WRONG_OPS)
+def test_a_wrong_treatment_of_16_bits_is_rejected(mistake, monkeypatch):
+    name, attribute, wrong = WRONG_OPS[mistake]
     with ft.kernels.definitions():
-        plant(monkeypatch)
-        assert refused(agrees_with_rounding_once, name)
+        monkeypatch.setattr(precision, attribute, wrong)
+        assert is_rejected(check_rounds_once, name)
 
 
-def refused(agrees: Callable[[str, Example, np.dtype], None], name: str) -> bool:
-    """Whether one of the op's examples does not agree."""
+def is_rejected(check: Callable[[str, Example, np.dtype], None], name: str) -> bool:
+    """True if the check fails for one of the op's examples."""
     for e, _, _ in draws(name):
         try:
-            agrees(name, e, bfloat16)
+            check(name, e, bfloat16)
         except AssertionError:
             return True
     return False
 
 
-def test_256_and_1_in_bfloat16():
+def test_256_plus_1_in_bfloat16():
+    """bfloat16 has no 257. Sums of the library are right all the same, a running sum in bfloat16 is not."""
     ones = Tensor(dev(np.ones(1000), bfloat16))
-    assert float((Tensor(dev([256.0], bfloat16)) + Tensor(dev([1.0], bfloat16))).data[0]) == 256       # there is no 257
-    assert float(ones.sum().data) == 1000 and ones.sum().dtype == bfloat16
+    total = Tensor(dev([256.0], bfloat16)) + Tensor(dev([1.0], bfloat16))
+    assert float(total.data[0]) == 256
+    assert float(ones.sum().data) == 1000
+    assert ones.sum().dtype == bfloat16
     assert float(ops.cumsum(ones).data[-1]) == 1000
-    assert host(tensor.sum_to(dev(np.ones((1000, 2)), bfloat16), (2,))).tolist() == [1000, 1000]      # of a bias, over a batch
-    total = np.ones(2, bfloat16)
+    of_bias = tensor.sum_to(dev(np.ones((1000, 2)), bfloat16), (2,))             # over a batch
+    assert host(of_bias).tolist() == [1000, 1000]
+    running = np.ones(2, bfloat16)
     for row in np.ones((999, 2), bfloat16):
-        total += row
-    assert total.tolist() == [256, 256]                                          # what came of it otherwise
+        running += row
+    assert running.tolist() == [256, 256]
 
 
 # ── autocast ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-def test_the_tables_name_ops_and_each_once():
+def test_every_name_in_the_tables_is_an_op_and_stands_in_one_table():
     tables = [PRODUCTS, SUMS, LOSSES, VIEWS, PICKS, MIXING]
-    assert set().union(*tables) <= OPS.keys() and len(set().union(*tables)) == sum(map(len, tables))
-    assert {n for n in OPS if "matmul" in n or "linear" in n} <= PRODUCTS        # a new product does not stay out by oversight
+    names = set().union(*tables)
+    assert names <= OPS.keys()
+    assert len(names) == sum(map(len, tables))
+    assert {n for n in OPS if "matmul" in n or "linear" in n} <= PRODUCTS        # a new product is not forgotten
 
 
-def agrees_with_the_policy(name: str, e: Example, dtype: np.dtype) -> None:
-    """Of float32: products are those of the rounded factors, all else is as it was.  Of 16 bits: sums are float32's, all else as it was."""
-    def op(dtype_in: np.dtype, cast: bool) -> list:
-        """Value and gradients, of inputs rounded to `dtype` if `cast`."""
-        leaves = [leaf(a.astype(dtype) if cast else a, dtype_in) for a in e.inputs]
-        return walked(OPS[name], e, leaves, 2)
+def check_policy(name: str, e: Example, dtype: np.dtype) -> None:
+    """Autocast rounds the float32 inputs of products and widens the 16-bit inputs of sums. Other ops do not change."""
+    def run(leaf_dtype: np.dtype, *, rounds: bool = False) -> list:
+        """Value and gradients for leaves of this dtype; with `rounds`, their values are rounded to `dtype` before."""
+        leaves = [leaf(a.astype(dtype) if rounds else a, leaf_dtype) for a in e.inputs]
+        return run_op(OPS[name], e, leaves, 2)
+
     with autocast(dtype):
-        of_float32, of_16 = op(F32, False), op(dtype, False)
+        of_float32 = run(F32)
+        of_16 = run(dtype)
     if name in PRODUCTS:
-        want = op(dtype, False)                                                  # gradients of the float32 factors are not rounded
-        assert of_float32[0].dtype == dtype and same(of_float32[0], want[0], dtype, name), "product"
-        for a, b in zip(of_float32[1:], want[1:]):
-            assert a.dtype == F32 and same(a, b, dtype, name), "gradient of a factor"
+        want = run(dtype)
+        assert of_float32[0].dtype == dtype, "product"
+        assert is_same(of_float32[0], want[0], dtype, name), "product"
+        for a, b in zip(of_float32[1:], want[1:]):                               # gradients are not rounded
+            assert a.dtype == F32, "gradient of a factor"
+            assert is_same(a, b, dtype, name), "gradient of a factor"
     else:
-        assert all(same(a, b, dtype) for a, b in zip(of_float32, op(F32, False))), "what is no product"
-    want = op(F32, True) if name in SUMS else op(dtype, False)
-    assert same(of_16[0], want[0], dtype, name), "of 16 bits"
-    assert all(a.dtype == F32 and same(a, b, dtype, name) for a, b in zip(of_16[1:], want[1:])), "gradient of 16 bits"
+        assert all(is_same(a, b, dtype) for a, b in zip(of_float32, run(F32))), "not a product"
+    want = run(F32, rounds=True) if name in SUMS else run(dtype)
+    assert is_same(of_16[0], want[0], dtype, name), "of 16 bits"
+    for a, b in zip(of_16[1:], want[1:]):
+        assert a.dtype == F32, "gradient of 16 bits"
+        assert is_same(a, b, dtype, name), "gradient of 16 bits"
 
 
 @pytest.mark.parametrize("name", EVERY_OP)
 @given(st.data())
-def test_autocast_does_what_its_tables_say(name, data):
+def test_autocast_follows_its_tables(name, data):
     e, _, _ = data.draw(examples(name))
     for dtype in (F16, bfloat16):
-        agrees_with_the_policy(name, e, dtype)
+        check_policy(name, e, dtype)
+
+
+def round_all(name: str, arrays: list, kwargs: dict) -> tuple[list, dict]:
+    """Wrong: every op gets 16-bit inputs."""
+    return [rounded(a, bfloat16) for a in arrays], kwargs
+
+
+def round_none(name: str, arrays: list, kwargs: dict) -> tuple[list, dict]:
+    """Wrong: no op gets other inputs."""
+    return arrays, kwargs
 
 
 WRONG_POLICIES = {
-    "softmax in 16 bits": ("softmax", "cast_inputs", lambda name, arrays, kw: ([rounded(a, bfloat16) for a in arrays], kw)),
-    "products in float32": ("matmul", "cast_inputs", lambda name, arrays, kw: (arrays, kw)),
-    "sums in 16 bits stay so": ("sum", "SUMS", set()),
-    "an activation is cast": ("tanh", "PRODUCTS", PRODUCTS | {"tanh"})}
+    "softmax in 16 bits": ("softmax", "cast_inputs", round_all),
+    "products in float32": ("matmul", "cast_inputs", round_none),
+    "sums of 16-bit inputs in 16 bits": ("sum", "SUMS", set()),
+    "the input of an activation is cast": ("tanh", "PRODUCTS", PRODUCTS | {"tanh"}),
+}
 
 
-@pytest.mark.parametrize("what", WRONG_POLICIES)
-def test_another_policy_is_refused(what, monkeypatch):
-    name, target, wrong = WRONG_POLICIES[what]
-    monkeypatch.setattr(precision, target, wrong)
-    assert refused(agrees_with_the_policy, name)
+@pytest.mark.parametrize("mistake", WRONG_POLICIES)
+def test_another_policy_is_rejected(mistake, monkeypatch):
+    name, attribute, wrong = WRONG_POLICIES[mistake]
+    monkeypatch.setattr(precision, attribute, wrong)
+    assert is_rejected(check_policy, name)
 
 
-def test_float64_is_left_alone_and_so_are_integers():
-    a, b = leaf(np.ones((2, 3))), leaf(np.ones((3, 2)))
+def test_autocast_leaves_float64_and_integers_alone():
+    a = leaf(np.ones((2, 3)))
+    b = leaf(np.ones((3, 2)))
     with autocast():
-        assert (a @ b).dtype == np.float64 and a.sum().dtype == np.float64 and Tensor(dev([1, 2])).sum().dtype.kind == "i"
+        assert (a @ b).dtype == np.float64
+        assert a.sum().dtype == np.float64
+        assert Tensor(dev([1, 2])).sum().dtype.kind == "i"
 
 
-def test_autocast_is_of_this_thread_nests_and_ends():
-    x, seen = Tensor(dev(np.ones((2, 2)), F32)), []
-    product = lambda: (x @ x).dtype
+def test_autocast_holds_for_one_thread_nests_and_ends():
+    x = Tensor(dev(np.ones((2, 2)), F32))
+    in_thread = []
+
+    def product() -> np.dtype:
+        """The dtype of a product here."""
+        return (x @ x).dtype
+
     with autocast("float16"):
-        there = threading.Thread(target=lambda: seen.append(product()))
-        there.start()
-        there.join()
+        thread = threading.Thread(target=lambda: in_thread.append(product()))
+        thread.start()
+        thread.join()
         with autocast("bfloat16"):
             assert product() == bfloat16
             with autocast(enabled=False):
@@ -208,83 +262,97 @@ def test_autocast_is_of_this_thread_nests_and_ends():
         with contextlib.suppress(KeyError), autocast():
             raise KeyError
         assert product() == F16
-    assert product() == F32 and seen == [F32]
+    assert product() == F32
+    assert in_thread == [F32]
+
+    @autocast("bfloat16")
+    def step() -> Any:
+        return product()
+    assert step() == step() == bfloat16
+    assert product() == F32
+
+
+def test_autocast_refuses_other_dtypes():
     for wrong in ("float32", "int8", np.float64, "fp16", None):
         with pytest.raises(TypeError, match="autocast computes in float16 or bfloat16, got"), autocast(wrong):
             pass
     with pytest.raises(TypeError, match="float16 or bfloat16, got 'fp16'"):
         fit(small(), [TOKENS], 1, autocast="fp16")
 
-    @autocast("bfloat16")
-    def step() -> Any:
-        return product()
-    assert step() == step() == bfloat16 and product() == F32
 
-
-@both
-def test_a_pass_under_autocast_keeps_weights_and_their_gradients_in_float32(dtype):
+@both_dtypes
+def test_under_autocast_weights_and_their_gradients_stay_in_float32(dtype):
     model = small()
     with autocast(dtype):
         logits = model(TOKENS[:, :-1])
         loss = ops.cross_entropy(logits, dev(TOKENS[:, 1:]))
-    assert logits.dtype == dtype and loss.dtype == F32
+    assert logits.dtype == dtype
+    assert loss.dtype == F32
     loss.backward()
     assert all(p.dtype == p.grad.dtype == F32 for p in model.parameters())
-    W = model.blocks[0].mlp.up.weight
-    assert not np.array_equal(host(W.grad), to_float32(rounded(host(W.grad), dtype)))          # as it was summed: not rounded on the way
+    gradient = host(model.blocks[0].mlp.up.weight.grad)
+    assert not np.array_equal(gradient, to_float32(rounded(gradient, dtype))), "the sum was rounded on the way"
 
 
-def agrees_after_an_update(dtype: np.dtype) -> None:
-    """Two weights that an optimiser laid out: what a pass under autocast sees of them is what they are now, rounded."""
-    p, q, x = leaf(np.linspace(-1, 1, 12).reshape(4, 3), F32), leaf(np.linspace(2, 3, 12).reshape(4, 3), F32), Tensor(dev(np.eye(3), F32))
+def check_casts_follow_updates(dtype: np.dtype) -> None:
+    """Two weights of one optimiser: a pass under autocast uses their present values, rounded."""
+    p = leaf(np.linspace(-1, 1, 12).reshape(4, 3), F32)
+    q = leaf(np.linspace(2, 3, 12).reshape(4, 3), F32)
+    x = Tensor(dev(np.eye(3), F32))
+    sevens = np.full((3, 4), 7.0, dtype)
     optimizer = ft.SGD(0.5).start({"p": p, "q": q})
     with autocast(dtype):
         for step in range(3):
             for w in (q, p):
-                assert same(ops.linear(x, w), rounded(host(w).T, dtype), dtype), step
-            p.grad, q.grad = dev(np.ones((4, 3)), F32), dev(-np.ones((4, 3)), F32)
+                assert is_same(ops.linear(x, w), rounded(host(w).T, dtype), dtype), step
+            p.grad = dev(np.ones((4, 3)), F32)
+            q.grad = dev(-np.ones((4, 3)), F32)
             optimizer.step()
         with autocast(dtype):
             q.copy_(np.full((4, 3), 7.0))
-            assert same(ops.linear(x, q), np.full((3, 4), 7.0, dtype), dtype)
-        assert same(ops.linear(x, q), np.full((3, 4), 7.0, dtype), dtype), "written to in a part that is over"
+            assert is_same(ops.linear(x, q), sevens, dtype)
+        assert is_same(ops.linear(x, q), sevens, dtype), "written to in an inner region that has ended"
     assert precision.autocast_state.cache is None
 
 
 def cast_flat_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parameters are cast as on a device, all of an optimiser's together."""
+    """Cast parameters as on a device: all parameters of an optimiser together."""
     monkeypatch.setitem(dispatch.KERNELS, (precision.cast_parameter, type(dev([0.0]))), [casts.cast_parameter])
 
 
-@both
-def test_weights_that_were_cast_are_cast_anew_when_written_to(dtype, monkeypatch):
-    agrees_after_an_update(dtype)
+@both_dtypes
+def test_a_cast_weight_is_cast_again_after_a_write(dtype, monkeypatch):
+    check_casts_follow_updates(dtype)
     cast_flat_arrays(monkeypatch)
-    agrees_after_an_update(dtype)
-    monkeypatch.setattr(Tensor, "mark_written", lambda self: None)                      # nobody is told
+    check_casts_follow_updates(dtype)
+    monkeypatch.setattr(Tensor, "mark_written", lambda self: None)               # wrong: writes are not recorded
     with pytest.raises(AssertionError):
-        agrees_after_an_update(dtype)
+        check_casts_follow_updates(dtype)
 
 
-def test_weights_that_lie_end_to_end_are_cast_at_once():
-    ps, x, seen = {n: leaf(np.ones((2, 3)), F32) for n in "abc"}, Tensor(dev(np.ones((1, 3)), F32)), []
-    optimizer = AdamW(0.1).start(ps)
+def test_the_weights_of_an_optimiser_are_cast_together():
+    """The 16-bit copies lie end to end in one array: 2·3 numbers of two bytes each."""
+    weights = {n: leaf(np.ones((2, 3)), F32) for n in "abc"}
+    x = Tensor(dev(np.ones((1, 3)), F32))
+    optimizer = AdamW(0.1).start(weights)
+    cast = []
+
+    @precision.takes_16_bit
+    def record(x, W, b=None):
+        cast.append(W)
+        return NotImplemented
+
     with pytest.MonkeyPatch.context() as m, autocast():
         cast_flat_arrays(m)
-
-        @precision.takes_16_bit
-        def recorder(x, W, b=None):
-            seen.append(W)
-            return NotImplemented
-        m.setitem(dispatch.KERNELS, (ops.linear, type(x.data)), [recorder])
-        for p in ps.values():
+        m.setitem(dispatch.KERNELS, (ops.linear, type(x.data)), [record])
+        for p in weights.values():
             ops.linear(x, p)
-    assert [array.address(w) - array.address(seen[0]) for w in seen] == [0, 12, 24]
-    assert seen[0].base.size == optimizer.groups[0].w.size
+    assert [array.address(w) - array.address(cast[0]) for w in cast] == [0, 12, 24]
+    assert cast[0].base.size == optimizer.groups[0].w.size
 
 
-@both
-def test_anomalies_are_named_in_16_bits_too(dtype):
+@both_dtypes
+def test_detect_anomaly_names_ops_in_16_bits(dtype):
     x = Tensor(dev([60000.0, 1.0], F32), requires_grad=True)
     with ft.detect_anomaly(), pytest.raises(FloatingPointError, match="reshape|mul"):
         ops.reshape(Tensor(dev([np.inf], dtype)), (1, 1))
@@ -297,195 +365,260 @@ TOKENS = np.random.default_rng(5).integers(0, 19, (6, 13))
 
 
 def small(seed: int = 1) -> GPT:
+    """A GPT of two layers."""
     return GPT(GPTConfig(19, 12, 16, 2, 2), seed=seed)
 
 
-def curve(how: Any = None, dtype: Any = None, steps: int = 120, lr: float = 0.003, **more: Any) -> np.ndarray:
+def loss_curve(autocast: Any = None, dtype: Any = None) -> np.ndarray:
+    """The losses of 120 steps, under autocast or with a model of this dtype."""
     model = small()
     if dtype is not None:
         model.to(dtype=dtype)
-    return np.array(fit(model, [TOKENS], steps, AdamW(lr), autocast=how, progress=False, **more).losses)
+    return np.array(fit(model, [TOKENS], 120, AdamW(0.003), autocast=autocast, progress=False).losses)
 
 
-def agrees_with_float32(losses: np.ndarray, reference: np.ndarray) -> None:
-    """It learns, and the loss is float32's at every step: but for 1 % of the first at the beginning, then 5 %, since small differences grow."""
+def check_follows_float32(losses: np.ndarray, reference: np.ndarray) -> None:
+    """The loss differs from float32's by 1 % of the first loss in 20 steps, then by 5 %: small differences grow."""
     assert reference[-1] < reference[0] / 4, "the reference must learn something"
-    assert np.abs(losses - reference)[:20].max() < 0.01 * reference[0] and np.abs(losses - reference).max() < 0.05 * reference[0]
+    difference = np.abs(losses - reference)
+    assert difference[:20].max() < 0.01 * reference[0]
+    assert difference.max() < 0.05 * reference[0]
 
 
-@slow_there
-@pytest.mark.parametrize("how", ["bfloat16", "float16", np.float16])
-def test_under_autocast_training_goes_as_in_float32(how):
-    agrees_with_float32(curve(how), curve())
+@slow_when_emulated
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", np.float16])
+def test_training_under_autocast_follows_float32(dtype):
+    check_follows_float32(loss_curve(autocast=dtype), loss_curve())
 
 
-@slow_there
-@both
-def test_a_model_in_16_bits_trains_as_in_float32(dtype):
-    agrees_with_float32(curve(dtype=dtype), curve())
+@slow_when_emulated
+@both_dtypes
+def test_training_a_model_in_16_bits_follows_float32(dtype):
+    check_follows_float32(loss_curve(dtype=dtype), loss_curve())
 
 
-@slow_there
+@slow_when_emulated
 def test_without_master_weights_small_steps_are_lost(monkeypatch):
-    """Steps of 0.00003 on weights of 0.1, near which bfloat16 has its numbers 0.0005 apart."""
+    """Steps of 0.00003 on weights of about 0.1: there, bfloat16 numbers are 0.0005 apart."""
     ids = np.random.default_rng(0).integers(0, 2048, (4, 17))
 
-    def gained(dtype: Any) -> float:
+    def gain(dtype: Any) -> float:
         model, _ = ft.load("base-gpt-small")
         losses = fit(model.to(dtype=dtype), [ids], 40, AdamW(3e-5), progress=False).losses
         return losses[0] - losses[-1]
-    reference = gained(F32)
-    assert reference > 2 and gained(bfloat16) > 0.9 * reference
-    monkeypatch.setattr(optim.optimizers, "HALVES", set())
-    assert gained(bfloat16) < 0.2 * reference
+
+    reference = gain(F32)
+    assert reference > 2
+    assert gain(bfloat16) > 0.9 * reference
+    monkeypatch.setattr(optim.optimizers, "HALVES", set())                       # wrong: no master weights
+    assert gain(bfloat16) < 0.2 * reference
 
 
-# ── weights in 16 bits, and what the optimiser keeps of them ─────────────────────────────────────────────────────────
-def quarter(optimizer: Optimizer, p: Tensor, g: float, n: int) -> None:
-    """n steps with the gradient g everywhere."""
+# ── weights in 16 bits and their master weights ──────────────────────────────────────────────────────────────────────
+def take_steps(optimizer: Optimizer, p: Tensor, n: int) -> None:
+    """n steps in which every entry of the gradient is 1."""
     for _ in range(n):
-        p.grad = dev(np.full(p.shape, g), p.dtype)
+        p.grad = dev(np.ones(p.shape), p.dtype)
         optimizer.step()
 
 
-@both
-def test_a_thousand_steps_too_small_for_16_bits_are_all_there(dtype):
+@both_dtypes
+def test_a_thousand_steps_too_small_for_16_bits_add_up(dtype):
     p = leaf(np.ones((2, 3)), dtype)
     optimizer = ft.SGD(2.0**-15).start({"p": p})
-    quarter(optimizer, p, 1.0, 1000)
+    take_steps(optimizer, p, 1000)
     group, = optimizer.groups
-    assert p.dtype == dtype and group.w.dtype == group.moments[0].dtype == F32
+    assert p.dtype == dtype
+    assert group.w.dtype == group.moments[0].dtype == F32
     assert np.allclose(host(group.w), 1 - 1000 * 2.0**-15, rtol=1e-6)
     assert np.array_equal(host(p), rounded(host(group.w), dtype).reshape(2, 3))
 
 
-@both
-def test_what_others_write_into_a_tensor_is_seen(dtype):
-    for write in (lambda p: p.copy_(np.full((2, 3), 5.0)), lambda p: setattr(p, "data", dev(np.full((2, 3), 5.0), dtype))):
+@both_dtypes
+def test_the_master_weights_follow_a_write_to_the_tensor(dtype):
+    fives = np.full((2, 3), 5.0)
+
+    def copy_values(p: Tensor) -> None:
+        p.copy_(fives)
+
+    def replace_data(p: Tensor) -> None:
+        p.data = dev(fives, dtype)
+
+    for write in (copy_values, replace_data):
         p = leaf(np.ones((2, 3)), dtype)
         optimizer = ft.SGD(2.0**-15).start({"p": p})
-        quarter(optimizer, p, 1.0, 3)
+        take_steps(optimizer, p, 3)
         write(p)
-        quarter(optimizer, p, 1.0, 1)
+        take_steps(optimizer, p, 1)
         assert np.allclose(host(optimizer.groups[0].w), 5 - 2.0**-15, rtol=1e-7)
 
 
-@both
-def test_a_mask_holds_the_rounded_value_and_the_exact_one(dtype):
-    p, free = leaf(np.full((2, 3), 1.5), dtype), np.array([[True, False, True]] * 2)
-    p.mask = dev(free)
+@both_dtypes
+def test_a_mask_freezes_the_rounded_and_the_master_value(dtype):
+    p = leaf(np.full((2, 3), 1.5), dtype)
+    trainable = np.array([[True, False, True]] * 2)
+    p.mask = dev(trainable)
     optimizer = AdamW(0.1).start({"p": p})
-    quarter(optimizer, p, 1.0, 3)
+    take_steps(optimizer, p, 3)
     group, = optimizer.groups
-    moved = host(p).astype(np.float32) != 1.5
-    assert np.array_equal(moved, free) and np.array_equal(host(group.w).reshape(2, 3) != 1.5, free)
-    assert all(np.array_equal(host(m).reshape(2, 3) != 0, free) for m in group.moments)
+    assert np.array_equal(host(p).astype(np.float32) != 1.5, trainable)
+    assert np.array_equal(host(group.w).reshape(2, 3) != 1.5, trainable)
+    for moment in group.moments:
+        assert np.array_equal(host(moment).reshape(2, 3) != 0, trainable)
 
 
-@both
-def test_state_holds_the_exact_values_and_a_resumed_optimiser_goes_on_bitwise(dtype):
-    def run(n: int, split: int | None) -> tuple[np.ndarray, np.ndarray]:
-        p = leaf(np.linspace(-1, 1, 40000).reshape(200, 200), dtype)             # a large tensor and, below, a small one
-        q = leaf(np.ones(3), dtype)
-        make = lambda: AdamW(1e-4, weight_decay=0.1).start({"p": p, "q": q})
-        optimizer = make()
-        for i in range(n):
-            if i == split:
-                state, values = optimizer.state_dict(), [np.array(host(x)) for x in (p, q)]
-                for x in (p, q):
+@both_dtypes
+def test_an_optimiser_resumes_with_the_exact_master_weights(dtype):
+    def run(steps: int, restart_at: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """The weights and master weights; the optimiser is started again, from its state, before one step."""
+        p = leaf(np.linspace(-1, 1, 40000).reshape(200, 200), dtype)             # a large tensor
+        q = leaf(np.ones(3), dtype)                                              # a small one
+        tensors = {"p": p, "q": q}
+        optimizer = AdamW(1e-4, weight_decay=0.1).start(tensors)
+        for i in range(steps):
+            if i == restart_at:
+                state = optimizer.state_dict()
+                values = {n: np.array(host(x)) for n, x in tensors.items()}
+                for x in tensors.values():
                     x.copy_(np.zeros(x.shape))
-                optimizer = make()
-                for x, v in zip((p, q), values):
-                    x.copy_(v)
-                optimizer.load_state_dict({k: np.array(v) for k, v in state.items()})
-            for x in (p, q):
+                optimizer = AdamW(1e-4, weight_decay=0.1).start(tensors)
+                for n, x in tensors.items():
+                    x.copy_(values[n])
+                optimizer.load_state_dict({k: np.array(a) for k, a in state.items()})
+            for x in tensors.values():
                 x.grad = dev(np.cos(np.arange(x.size) + i).reshape(x.shape), dtype)
             optimizer.step(clip=1.0)
         return np.array(host(p)), np.concatenate([host(g.w) for g in optimizer.groups])
+
     for a, b in zip(run(8, None), run(8, 4)):
         assert np.array_equal(a, b)
 
 
-@both
-def test_gradients_are_added_up_in_float32(dtype):
-    """300 uses of a weight in one pass, and 300 passes: in bfloat16 the sum would stay at 256, in float16 four of these overflow."""
+@both_dtypes
+def test_gradients_accumulate_in_float32(dtype):
+    """300 uses of a weight in one pass, and 300 passes.
+
+    A bfloat16 sum would stay at 256; in float16, the sum of three of these gradients overflows.
+    """
     size = 1.0 if dtype == bfloat16 else 30000.0
-    p, q = leaf(np.ones(1), dtype), leaf(np.ones(1), dtype)
+    p = leaf(np.ones(1), dtype)
+    q = leaf(np.ones(1), dtype)
     total = Tensor(dev([0.0], F32))
     for _ in range(300):
         total = total + p
         (q * 1.0).backward(dev([size], dtype))
     total.backward(dev([size], F32))
-    assert p.grad.dtype == q.grad.dtype == F32 and float(p.grad[0]) == float(q.grad[0]) == 300 * size
+    assert p.grad.dtype == q.grad.dtype == F32
+    assert float(p.grad[0]) == float(q.grad[0]) == 300 * size
 
 
-@both
-def test_what_two_inputs_share_is_not_added_to_twice(dtype):
-    """A pullback that gives the same g to two inputs, of which one has another use."""
-    for same_g in (lambda g, needed: (g, g), lambda g, needed: (g, g.reshape(g.shape)), lambda g, needed: (g, None)):
-        pair = tensor.op("... , ... -> ...")(lambda a, b: (a + b, same_g))
-        del OPS["<lambda>"]
+def sum_with_pullback(pullback: Callable) -> Callable[..., Tensor]:
+    """The op a + b with this joint pullback. It does not stay in the table of ops."""
+    @tensor.op("... , ... -> ...")
+    def pair(a, b):
+        return a + b, pullback
+    del OPS["pair"]
+    return pair
+
+
+@both_dtypes
+def test_a_gradient_that_two_inputs_share_is_not_added_to_in_place(dtype):
+    """The pullback returns one array for two inputs, of which one has another use: earlier or later in backward."""
+    for pullback in (lambda g, needed: (g, g), lambda g, needed: (g, g.reshape(g.shape)), lambda g, needed: (g, None)):
+        pair = sum_with_pullback(pullback)
         for shape in ((3,), ()):
-            for total in (lambda a, b: pair(a, b) + a * 4.0, lambda a, b: a * 4.0 + pair(a, b)):     # one of the two goes back first
-                a, b = leaf(np.ones(shape), dtype), leaf(np.ones(shape), dtype)
-                total(a, b).sum().backward()
-                assert (host(a.grad) == 5).all() and (b.grad is None or (host(b.grad) == 1).all())
+            for pair_is_first in (True, False):
+                a = leaf(np.ones(shape), dtype)
+                b = leaf(np.ones(shape), dtype)
+                total = pair(a, b) + a * 4.0 if pair_is_first else a * 4.0 + pair(a, b)
+                total.sum().backward()
+                assert (host(a.grad) == 5).all()
+                assert b.grad is None or (host(b.grad) == 1).all()
 
 
 @pytest.mark.parametrize("name", [n for n in EVERY_OP if n not in MIXING])
 @given(st.data())
-def test_beside_float32_nothing_is_rounded(name, data):
-    """The first input in 16 bits, all others in float32: float32's value and gradients of the same numbers."""
+def test_with_a_float32_input_nothing_is_rounded(name, data):
+    """The first input in 16 bits, all others in float32: the value and the gradients are those of float32."""
     e, _, _ = data.draw(examples(name))
     first, *rest = e.inputs
-    mixed, wide = [leaf(first, bfloat16), *(leaf(a, F32) for a in rest)], [leaf(to_float32(first.astype(bfloat16))), *(leaf(a, F32) for a in rest)]
-    if rest:
-        f = of_rounded(name, bfloat16)
-        (y, *got), (z, *want) = walked(f, e, mixed, 3), walked(f, e, wide, 3)
-        assert y.dtype == F32 and all((a is None and b is None) or same(a, b, bfloat16) for a, b in zip([y, *got], [z, *want]))
+    if not rest:
+        return
+    float32_leaves = [leaf(a, F32) for a in rest]
+    op = on_rounded(name, bfloat16)
+    y, *got = run_op(op, e, [leaf(first, bfloat16), *float32_leaves], 3)
+    float32_leaves = [leaf(a, F32) for a in rest]
+    z, *want = run_op(op, e, [leaf(to_float32(first.astype(bfloat16))), *float32_leaves], 3)
+    assert y.dtype == F32
+    for a, b in zip([y, *got], [z, *want], strict=True):
+        assert (a is None and b is None) or is_same(a, b, bfloat16)
 
 
-def test_what_needs_no_copy_in_float32_gets_none(monkeypatch):
-    x, y, seen = Tensor(dev(np.ones((4, 3)), bfloat16)), Tensor(dev(np.ones((4, 3)), F32)), []
-    monkeypatch.setattr(precision, "to_float32", lambda a: (seen.append(a), to_float32(a))[1])
+def test_views_and_mixed_sums_make_no_float32_copy(monkeypatch):
+    x = Tensor(dev(np.ones((4, 3)), bfloat16))
+    y = Tensor(dev(np.ones((4, 3)), F32))
+    widened = []
+
+    def record(a: Any) -> Any:
+        widened.append(a)
+        return to_float32(a)
+
+    monkeypatch.setattr(precision, "to_float32", record)
     m = array.xp(x.data)
-    assert m.may_share_memory(x[1:3].data, x.data) and m.may_share_memory(x.T.data, x.data)
-    assert (x + y).dtype == (x * y).dtype == (y - x).dtype == F32 and not seen
-    assert (x + x).dtype == bfloat16 and seen
+    assert m.may_share_memory(x[1:3].data, x.data)
+    assert m.may_share_memory(x.T.data, x.data)
+    assert (x + y).dtype == (x * y).dtype == (y - x).dtype == F32
+    assert not widened
+    assert (x + x).dtype == bfloat16
+    assert widened
 
 
-@both
-def test_an_op_of_several_values_rounds_each(dtype, rng):
-    """q, k, v at once are three linear maps, in values and gradients; a value that nobody uses sends nothing back."""
-    x, *ws = (leaf(rng.standard_normal(s), dtype) for s in ((2, 5, 6), (4, 6), (4,), (4, 6), (4,), (4, 6), (4,)))
-    wide = [leaf(to_float32(host(p))) for p in (x, *ws)]
+@both_dtypes
+def test_an_op_with_several_values_rounds_each(dtype, rng):
+    """q, k, v together are three linear maps, in values and gradients. An unused value sends no gradient back."""
+    shapes = [(2, 5, 6), (4, 6), (4,), (4, 6), (4,), (4, 6), (4,)]
+    narrow = [leaf(rng.standard_normal(shape), dtype) for shape in shapes]
+    wide = [leaf(to_float32(host(p))) for p in narrow]
     G = rng.standard_normal((2, 2, 5, 2)).astype(dtype)
     for used in ((0, 1, 2), (1,)):
-        ys, zs = ops.project(x, *ws, heads=2), ops.project(*wide, heads=2)
+        ys = ops.project(*narrow, heads=2)
+        zs = ops.project(*wide, heads=2)
         for i in used:
             ys[i].backward(dev(G), retain_graph=True)
             zs[i].backward(dev(to_float32(G)), retain_graph=True)
-        assert all(same(y, rounded(host(z), dtype), dtype) for y, z in zip(ys, zs))
-        for p, q in zip((x, *ws), wide):
-            assert (p.grad is None) == (q.grad is None) and (p.grad is None or same(p.grad, host(q.grad), dtype))
-            p.grad = q.grad = None
-    both_used = ops.project(x, *ws, heads=2)
-    (both_used[0].sum() + both_used[2].sum()).backward()
-    assert x.grad.dtype == F32 and ws[2].grad is None or not host(ws[2].grad).any()
+        assert all(is_same(y, rounded(host(z), dtype), dtype) for y, z in zip(ys, zs, strict=True))
+        for p, q in zip(narrow, wide, strict=True):
+            assert (p.grad is None) == (q.grad is None)
+            assert p.grad is None or is_same(p.grad, host(q.grad), dtype)
+            p.grad = None
+            q.grad = None
+    q, k, v = ops.project(*narrow, heads=2)
+    (q.sum() + v.sum()).backward()
+    assert narrow[0].grad.dtype == F32
+    of_k = narrow[3].grad
+    assert of_k is None or not host(of_k).any()
 
 
-def test_a_weight_that_lies_otherwise_in_a_flat_array_is_cast_by_itself():
+def test_a_weight_with_another_layout_is_cast_alone():
+    """Views of a flat array whose entries are not in the array's order, or not all of them."""
     flat = dev(np.arange(12) / 8, F32)
     x = Tensor(dev(np.eye(4), F32))
-    for view in (flat.reshape(3, 4).T, flat.reshape(4, 3)[::-1], flat.reshape(4, 3)[:, :2], flat.reshape(2, 6)[:, 1:5].reshape(4, 2)):
+    views = [
+        flat.reshape(3, 4).T,
+        flat.reshape(4, 3)[::-1],
+        flat.reshape(4, 3)[:, :2],
+        flat.reshape(2, 6)[:, 1:5].reshape(4, 2),
+    ]
+    for view in views:
         with autocast():
-            assert same(x @ Tensor(view), host(view).astype(bfloat16), bfloat16)
+            assert is_same(x @ Tensor(view), host(view).astype(bfloat16), bfloat16)
 
 
-@pytest.mark.skipif(array.backend() != "numpy", reason="moves from NumPy to the strict double and back")
-@both
-def test_an_optimiser_follows_a_model_in_16_bits(dtype):
+@pytest.mark.skipif(array.backend() != "numpy", reason="moves from NumPy to the strict backend and back")
+@both_dtypes
+def test_an_optimiser_follows_a_model_in_16_bits_to_another_device(dtype):
     def run(*route: str) -> tuple[np.ndarray, np.ndarray]:
+        """Weights and master weights after one step on each of these backends."""
         p = leaf(np.linspace(1, 2, 6), dtype)
         optimizer = AdamW(1e-4).start({"p": p})
         for backend in route:
@@ -493,14 +626,17 @@ def test_an_optimiser_follows_a_model_in_16_bits(dtype):
             p.grad = array.to(np.cos(np.arange(6)).astype(np.float32), backend)
             optimizer.step()
             group, = optimizer.groups
-            assert p.device == backend and p.dtype == dtype and p.data is group.views["p"]
+            assert p.device == backend
+            assert p.dtype == dtype
+            assert p.data is group.views["p"]
             assert np.array_equal(host(p), rounded(host(group.w), dtype))
         return np.array(host(p)), np.array(host(group.w))
+
     for a, b in zip(run("numpy", "strict", "strict", "numpy"), run(*["numpy"] * 4)):
         assert np.allclose(to_float32(a), to_float32(b), rtol=1e-6)
 
 
-def test_a_model_that_changes_its_dtype_says_to_start_again():
+def test_an_optimiser_refuses_tensors_of_another_dtype():
     model = small().to(dtype=bfloat16)
     optimizer = AdamW(0.01).start(ft.trained(model))
     model.to(dtype="float32")
@@ -508,106 +644,125 @@ def test_a_model_that_changes_its_dtype_says_to_start_again():
         optimizer.step()
 
 
-def test_tensors_of_both_widths_have_one_norm():
+def test_tensors_of_several_dtypes_have_one_norm():
     values = {"a": np.full((3, 2), 2.0), "b": np.full((4, 4), 1.0), "c": np.full((5,), 3.0)}
     dtypes = {"a": bfloat16, "b": F32, "c": F16}
-    ps = {n: leaf(v, dtypes[n]) for n, v in values.items()}
-    optimizer = AdamW(0.01).start(ps)
-    for n, p in ps.items():
+    tensors = {n: leaf(v, dtypes[n]) for n, v in values.items()}
+    optimizer = AdamW(0.01).start(tensors)
+    for n, p in tensors.items():
         p.grad = dev(values[n], dtypes[n])
     norm = float(optimizer.step(clip=0.5))
     assert norm == pytest.approx((6 * 4 + 16 + 5 * 9)**0.5, rel=1e-6)
-    assert all(np.allclose(to_float32(host(p.grad)), values[n] * 0.5 / norm, rtol=0.01) for n, p in ps.items())
+    for n, p in tensors.items():
+        assert np.allclose(to_float32(host(p.grad)), values[n] * 0.5 / norm, rtol=0.01)
 
 
 # ── the scale of the loss ────────────────────────────────────────────────────────────────────────────────────────────
-def stepped(scaler: Any, clip: float | None, steps: int = 4) -> list[np.ndarray]:
-    """Weights, moments, norms and gradients of some steps of a float32 model; without a scaler if None."""
-    model, out = small(), []
+def optimizer_arrays(optimizer: Optimizer) -> list[np.ndarray]:
+    """Copies of the weights and moments of an optimiser."""
+    return [np.array(host(a)) for group in optimizer.groups for a in (group.w, *group.moments)]
+
+
+def train_with(scaler: GradScaler | None, clip: float | None) -> list[np.ndarray]:
+    """Norms and gradients of four steps of a float32 model, and the weights and moments after them."""
+    model = small()
+    found = []
     optimizer = AdamW(0.01).start(ft.trained(model))
-    for _ in range(steps):
+    for _ in range(4):
         loss = ops.cross_entropy(model(TOKENS[:, :-1]), dev(TOKENS[:, 1:]))
-        (loss if scaler is None else scaler.scale(loss)).backward()
-        out.append(np.array(float(optimizer.step(0.5, clip) if scaler is None else scaler.step(optimizer, 0.5, clip))))
-        out += [np.array(host(p.grad)) for p in model.parameters()]
+        if scaler is None:
+            loss.backward()
+            norm = optimizer.step(0.5, clip)
+        else:
+            scaler.scale(loss).backward()
+            norm = scaler.step(optimizer, 0.5, clip)
+        found.append(np.array(float(norm)))
+        found += [np.array(host(p.grad)) for p in model.parameters()]
         if scaler is not None:
             scaler.update()
         optimizer.zero_grad()
-    return out + [np.array(host(a)) for g in optimizer.groups for a in (g.w, *g.moments)]
+    return found + optimizer_arrays(optimizer)
 
 
-def agrees_with_no_scaler(make: Callable[..., GradScaler]) -> None:
-    """A power of two costs no digit: float32 training is the same to the bit, whatever S is, clipped or not."""
+def check_scale_is_exact(make_scaler: Callable[..., GradScaler]) -> None:
+    """A scale that is a power of two changes no bit of float32 training, with clipping and without."""
     for clip in (None, 0.05, 1e6):
-        for scaler in (make(init_scale=2.0**12, growth_interval=2), make(init_scale=2.0**-3), make(init_scale=2.0)):
-            got = stepped(scaler, clip)
-            assert all(np.array_equal(a, b) for a, b in zip(got, stepped(None, clip), strict=True)), clip
+        want = train_with(None, clip)
+        scalers = [
+            make_scaler(init_scale=2.0**12, growth_interval=2),
+            make_scaler(init_scale=2.0**-3),
+            make_scaler(init_scale=2.0),
+        ]
+        for scaler in scalers:
+            got = train_with(scaler, clip)
+            assert all(np.array_equal(a, b) for a, b in zip(got, want, strict=True)), clip
 
 
-def overflowed(make: Callable[..., GradScaler], bad: float) -> tuple[GradScaler, Optimizer, list[np.ndarray], list[np.ndarray]]:
-    """Three good steps and one that overflows, with what there was before and after it."""
-    p, q = leaf(np.ones((2, 3)), F32), leaf(np.ones(4), F32)
-    optimizer, scaler = AdamW(0.1).start({"p": p, "q": q}), make(init_scale=8.0, growth_interval=5)
-    held = lambda: [np.array(host(a)) for g in optimizer.groups for a in (g.w, *g.moments)]
-    for values in (1.0, 1.0, 1.0, bad):
-        p.grad, q.grad = dev(np.full((2, 3), 8.0), F32), dev(np.array([8.0, 8.0, values, 8.0]), F32)
-        before = held()
-        scaler.step(optimizer, clip=1.0)
-        scaler.update()
-    return scaler, optimizer, before, held()
-
-
-def agrees_on_overflow(make: Callable[..., GradScaler]) -> None:
-    """Nothing moves and no step is counted; S is halved; the count of good steps begins anew."""
+def check_overflow(make_scaler: Callable[..., GradScaler]) -> None:
+    """After an overflow, no array has changed, no step is counted, S is halved, and the count of good steps is 0."""
     for bad in (np.inf, -np.inf, np.nan):
-        scaler, optimizer, before, after = overflowed(make, bad)
-        assert all(np.array_equal(a, b) for a, b in zip(before, after)), "something moved"
+        p = leaf(np.ones((2, 3)), F32)
+        q = leaf(np.ones(4), F32)
+        optimizer = AdamW(0.1).start({"p": p, "q": q})
+        scaler = make_scaler(init_scale=8.0, growth_interval=5)
+        for value in (1.0, 1.0, 1.0, bad):
+            p.grad = dev(np.full((2, 3), 8.0), F32)
+            q.grad = dev(np.array([8.0, 8.0, value, 8.0]), F32)
+            before = optimizer_arrays(optimizer)
+            scaler.step(optimizer, clip=1.0)
+            scaler.update()
+        after = optimizer_arrays(optimizer)
+        assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True)), "an array has changed"
         assert optimizer.t == 3, "the step was counted"
-        assert scaler.get_scale() == 4 and scaler.state_dict() == {"scale": 4.0, "good": 0}
+        assert scaler.get_scale() == 4
+        assert scaler.state_dict() == {"scale": 4.0, "good": 0}
 
 
-def agrees_on_growth(make: Callable[..., GradScaler]) -> None:
-    """S doubles after so many good steps in a row, and then the count begins anew."""
+def check_growth(make_scaler: Callable[..., GradScaler]) -> None:
+    """S doubles after three good steps in a row, and the count begins again."""
     p = leaf(np.ones(2), F32)
-    optimizer, scaler, seen = AdamW(0.1).start({"p": p}), make(init_scale=4.0, growth_interval=3), []
-    for bad in (0, 0, 0, 0, 1, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0):
-        p.grad = dev(np.array([np.inf if bad else 1.0, 1.0]), F32)
+    optimizer = AdamW(0.1).start({"p": p})
+    scaler = make_scaler(init_scale=4.0, growth_interval=3)
+    scales = []
+    for overflow in (0, 0, 0, 0, 1, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0):
+        p.grad = dev(np.array([np.inf if overflow else 1.0, 1.0]), F32)
         scaler.step(optimizer)
         scaler.update()
-        seen.append(scaler.get_scale())
-    assert seen == [4, 4, 8, 8, 4, 4, 4, 2, 1, 1, 1, 2, 2, 2, 4] and optimizer.t == 12
+        scales.append(scaler.get_scale())
+    assert scales == [4, 4, 8, 8, 4, 4, 4, 2, 1, 1, 1, 2, 2, 2, 4]
+    assert optimizer.t == 12
 
 
-SCALER_CHECKS = [agrees_with_no_scaler, agrees_on_overflow, agrees_on_growth]
+SCALER_CHECKS = [check_scale_is_exact, check_overflow, check_growth]
 
 
-@pytest.mark.parametrize("agrees", SCALER_CHECKS, ids=lambda f: f.__name__)
-def test_the_scaler(agrees):
-    agrees(GradScaler)
+@pytest.mark.parametrize("check", SCALER_CHECKS, ids=lambda f: f.__name__)
+def test_the_scaler(check):
+    check(GradScaler)
 
 
 class NeverDivides(GradScaler):
-    """Adam divides by √v, so a factor on all gradients cancels."""
+    """Wrong: the gradients keep the scale, since it cancels in Adam's update."""
     def step(self, optimizer, factor=1.0, clip=None):
         return optimizer.step(factor, clip)
 
 
 class ClipsFirst(GradScaler):
-    """Clipping is scaling as well, so the order does not matter."""
+    """Wrong: clips the scaled gradients, then divides."""
     def step(self, optimizer, factor=1.0, clip=None):
         norm = clip_norm([p.grad for g in optimizer.groups for p in g.tensors.values()], clip)
         optimizer.step(factor, None, self.current_scale)
         return norm / self.current_scale
 
 
-class ReportsTheScaled(GradScaler):
-    """The norm is what the optimiser saw."""
+class ReturnsTheScaledNorm(GradScaler):
+    """Wrong: returns the norm of the scaled gradients."""
     def step(self, optimizer, factor=1.0, clip=None):
         return super().step(optimizer, factor, clip) * self.current_scale
 
 
-class TakesTheRest(GradScaler):
-    """What is not finite counts as nothing; the rest of the gradient is good."""
+class ZeroesTheOverflow(GradScaler):
+    """Wrong: sets the entries that are not finite to 0 and updates with the others."""
     def step(self, optimizer, factor=1.0, clip=None):
         for g in optimizer.groups:
             for p in g.tensors.values():
@@ -617,7 +772,7 @@ class TakesTheRest(GradScaler):
 
 
 class CountsTheStep(GradScaler):
-    """A step is a step."""
+    """Wrong: a skipped step counts for the optimiser."""
     def step(self, optimizer, factor=1.0, clip=None):
         norm = super().step(optimizer, factor, clip)
         optimizer.t += not self.finite
@@ -625,21 +780,21 @@ class CountsTheStep(GradScaler):
 
 
 class NeverBacksOff(GradScaler):
-    """The next batch will not overflow."""
+    """Wrong: S stays after an overflow."""
     def update(self):
         self.finite = True
         super().update()
 
 
 class NeverGrows(GradScaler):
-    """It fitted once."""
+    """Wrong: S never doubles."""
     def update(self):
         super().update()
         self.good_steps = 0
 
 
 class CountsAllGoodSteps(GradScaler):
-    """Good steps are good steps, in a row or not."""
+    """Wrong: an overflow does not reset the count of good steps."""
     def update(self):
         good = self.good_steps
         super().update()
@@ -647,8 +802,8 @@ class CountsAllGoodSteps(GradScaler):
             self.good_steps = good
 
 
-class GrowsForEver(GradScaler):
-    """Once there were so many good steps, every further one doubles."""
+class GrowsAtEveryStep(GradScaler):
+    """Wrong: after the first doubling, S doubles at every good step."""
     def update(self):
         good = self.good_steps
         super().update()
@@ -656,113 +811,154 @@ class GrowsForEver(GradScaler):
             self.good_steps = self.growth_interval - 1
 
 
-WRONG_SCALERS = [NeverDivides, ClipsFirst, ReportsTheScaled, TakesTheRest, CountsTheStep, NeverBacksOff, NeverGrows, CountsAllGoodSteps, GrowsForEver]
+WRONG_SCALERS = [
+    NeverDivides, ClipsFirst, ReturnsTheScaledNorm, ZeroesTheOverflow, CountsTheStep, NeverBacksOff, NeverGrows,
+    CountsAllGoodSteps, GrowsAtEveryStep,
+]
 
 
 @pytest.mark.parametrize("wrong", WRONG_SCALERS)
-def test_a_wrong_scaler_is_refused(wrong):
+def test_a_wrong_scaler_is_rejected(wrong):
     with pytest.raises((AssertionError, FloatingPointError)):
-        for agrees in SCALER_CHECKS:
-            agrees(wrong)
+        for check in SCALER_CHECKS:
+            check(wrong)
 
 
-def test_what_float16_would_lose_is_there_once_scaled():
-    """y = (a x) w with a gradient of 1e-9 at a x: nothing in float16, a thousandth off with S."""
-    x, w, want = np.full((4, 3), 0.5, np.float32), np.full((2, 3), 1e-4, np.float32), 1e-9
+def test_the_scaler_keeps_gradients_that_float16_would_lose():
+    """y = (a x) w has a gradient of 1e-9 at a x. It is 0 in float16, and right to a thousandth with a scale."""
+    x = np.full((4, 3), 0.5, np.float32)
+    w = np.full((2, 3), 1e-4, np.float32)
+    want = 2 * 1e-9
 
-    def gradient(how: Any, scaler: GradScaler | None) -> np.ndarray:
+    def gradient(dtype: str | None, scaler: GradScaler | None = None) -> np.ndarray:
         a = leaf(x, F32)
-        with autocast(how) if how else contextlib.nullcontext():
+        with autocast(dtype or "float16", enabled=dtype is not None):
             loss = ops.linear(ops.linear(a, dev(np.eye(3), F32)), dev(w)).sum() * 1e-5
-        (scaler.scale(loss) if scaler else loss).backward()
-        return host(a.grad) / (scaler.get_scale() if scaler else 1)
-    assert np.allclose(gradient(None, None), 2 * want, rtol=1e-5)
-    assert not gradient("float16", None).any()
-    assert np.allclose(gradient("float16", GradScaler()), 2 * want, rtol=2e-3)
-    assert np.allclose(gradient("bfloat16", None), 2 * want, rtol=2e-2)
+        if scaler is None:
+            loss.backward()
+            return host(a.grad)
+        scaler.scale(loss).backward()
+        return host(a.grad) / scaler.get_scale()
+
+    assert np.allclose(gradient(None), want, rtol=1e-5, atol=0)
+    assert not gradient("float16").any()
+    assert np.allclose(gradient("float16", GradScaler()), want, rtol=2e-3, atol=0)
+    assert np.allclose(gradient("bfloat16"), want, rtol=2e-2, atol=0)
 
 
-def test_a_scaler_gives_up_where_it_was_not_the_scale():
+def test_a_scaler_raises_if_a_smaller_scale_cannot_help():
     p = leaf(np.ones(2), F32)
     optimizer = AdamW(0.1).start({"p": p})
     for scaler in (GradScaler(init_scale=1.0), GradScaler(enabled=False)):
         p.grad = dev([np.nan, 1.0], F32)
         with pytest.raises(FloatingPointError, match="the gradient's norm is nan"):
             scaler.step(optimizer)
-    assert optimizer.t == 0 and np.array_equal(host(p), [1, 1])
-    off = GradScaler(init_scale=2.0**10, enabled=False)
+    assert optimizer.t == 0
+    assert np.array_equal(host(p), [1, 1])
+
+
+def test_a_scaler_that_is_not_enabled_has_the_scale_1():
+    scaler = GradScaler(init_scale=2.0**10, enabled=False)
     loss = leaf(np.array(2.0))
-    assert off.get_scale() == 1 and off.scale(loss) is loss
-    off.update()
-    assert off.get_scale() == 1
+    assert scaler.get_scale() == 1
+    assert scaler.scale(loss) is loss
+    scaler.update()
+    assert scaler.get_scale() == 1
 
 
-def test_a_scaler_wants_sensible_numbers_and_remembers_where_it_stood():
-    for wrong in ({"init_scale": 0}, {"growth_factor": 1.0}, {"backoff_factor": 1.0}, {"backoff_factor": 0}, {"growth_interval": 0}):
-        with pytest.raises(ValueError, match="a GradScaler wants init_scale > 0, growth_factor > 1 > backoff_factor > 0"):
+def test_a_scaler_has_the_defaults_of_torch_and_refuses_wrong_options():
+    scaler = GradScaler()
+    options = (scaler.get_scale(), scaler.growth_factor, scaler.backoff_factor, scaler.growth_interval)
+    assert options == (65536, 2, 0.5, 2000)
+    refused = [
+        {"init_scale": 0},
+        {"growth_factor": 1.0},
+        {"backoff_factor": 1.0},
+        {"backoff_factor": 0},
+        {"growth_interval": 0},
+    ]
+    message = "a GradScaler wants init_scale > 0, growth_factor > 1 > backoff_factor > 0"
+    for wrong in refused:
+        with pytest.raises(ValueError, match=message):
             GradScaler(**wrong)
-    usual = GradScaler()
-    assert (usual.get_scale(), usual.growth_factor, usual.backoff_factor, usual.growth_interval) == (65536, 2, 0.5, 2000)      # as PyTorch's
-    one, two = GradScaler(init_scale=4.0, growth_interval=3), GradScaler(growth_interval=3)
-    one.update()
-    one.update()
-    two.load_state_dict(one.state_dict())
-    two.update()
-    assert two.state_dict() == {"scale": 8.0, "good": 0}
 
 
-def test_a_step_is_at_the_full_rate_unless_told():
-    def moved(*how: float) -> np.ndarray:
+def test_a_scaler_resumes_from_its_state():
+    first = GradScaler(init_scale=4.0, growth_interval=3)
+    second = GradScaler(growth_interval=3)
+    first.update()
+    first.update()
+    second.load_state_dict(first.state_dict())
+    second.update()
+    assert second.state_dict() == {"scale": 8.0, "good": 0}
+
+
+def test_the_factor_of_a_scaled_step_is_1_by_default():
+    def weights_after(*factor: float) -> list[float]:
         p = leaf(np.ones(2), F32)
         optimizer = ft.SGD(0.25).start({"p": p})
         p.grad = dev([8.0, 8.0], F32)
-        GradScaler(init_scale=8.0).step(optimizer, *how)
-        return host(p)
-    assert moved().tolist() == [0.75, 0.75] and moved(0.5).tolist() == [0.875, 0.875]
+        GradScaler(init_scale=8.0).step(optimizer, *factor)
+        return host(p).tolist()
+
+    assert weights_after() == [0.75, 0.75]
+    assert weights_after(0.5) == [0.875, 0.875]
 
 
-def test_the_scale_does_not_grow_out_of_float32():
+def test_the_square_of_the_scale_stays_finite_in_float32():
     scaler = GradScaler(init_scale=2.0**60, growth_interval=1)
     for _ in range(100):
         scaler.update()
     assert scaler.get_scale() == scaler_module.LARGEST < np.finfo(np.float32).max**0.5
 
 
-def test_a_captured_step_has_no_changing_scale(monkeypatch):
+def test_a_captured_step_refuses_a_changing_scale(monkeypatch):
     monkeypatch.setattr(array, "recording", object())
     with pytest.raises(CannotCapture, match="capture a step in bfloat16"):
         GradScaler().scale(leaf(np.array(1.0)))
 
 
 # ── fit ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
-class Wild(GradScaler):
-    """Begins where everything overflows."""
-    def __init__(self, **more: Any):
-        super().__init__(init_scale=2.0**22, growth_interval=4, **more)
+class LargeScaler(GradScaler):
+    """A scaler that begins with a scale at which every step overflows."""
+    def __init__(self, **options: Any):
+        super().__init__(init_scale=2.0**22, growth_interval=4, **options)
 
 
-@slow_there
-def test_fit_skips_what_overflows_and_then_goes_on(monkeypatch):
-    monkeypatch.setattr(train.loop, "GradScaler", Wild)
+@slow_when_emulated
+def test_fit_skips_overflowing_steps_and_then_trains(monkeypatch):
+    monkeypatch.setattr(train.loop, "GradScaler", LargeScaler)
     history = fit(small(), [TOKENS], 120, AdamW(0.003), autocast="float16", progress=False)
-    losses, reference = np.array(history.losses), curve()
+    losses = np.array(history.losses)
+    reference = loss_curve()
+    # While nothing moves, the same batch has the same loss; the first step that is taken still has it.
     skipped = int((losses[:30] == losses[0]).sum()) - 1
-    assert 1 <= skipped <= 10 and history.skipped[:skipped] == list(range(skipped))       # nothing moved: the same batch, the same loss
-    assert np.abs(losses[skipped:skipped + 3] - reference[:3]).max() < 1e-3 and losses[-1] < reference[0] / 4
+    assert 1 <= skipped <= 10
+    assert history.skipped[:skipped] == list(range(skipped))
+    assert np.abs(losses[skipped:skipped + 3] - reference[:3]).max() < 1e-3
+    assert losses[-1] < reference[0] / 4
 
 
-def test_a_method_looks_at_no_gradients_of_a_skipped_step(monkeypatch):
-    monkeypatch.setattr(train.loop, "GradScaler", Wild)
-    looks = []
-    monkeypatch.setattr(ft.LoRA, "step", lambda self, edits, t, T: looks.append(
-        (t, all(np.isfinite(host(p.grad)).all() for e in edits.values() for p in e.own().values() if p.grad is not None))))
+def test_the_step_of_a_method_is_not_called_for_a_skipped_step(monkeypatch):
+    monkeypatch.setattr(train.loop, "GradScaler", LargeScaler)
+    calls = []                                                                   # (step, all gradients are finite)
+
+    def record(self, edits, t, T):
+        gradients = [p.grad for e in edits.values() for p in e.own().values() if p.grad is not None]
+        calls.append((t, all(np.isfinite(host(g)).all() for g in gradients)))
+
+    monkeypatch.setattr(ft.LoRA, "step", record)
     model = small()
     ft.attach(model, ft.LoRA(r=2))
     losses = fit(model, [TOKENS], 30, AdamW(0.01), autocast="float16", progress=False).losses
-    assert len(losses) == 30 and 0 < len(looks) < 30 and looks[0][0] > 0 and all(finite for _, finite in looks)
+    assert len(losses) == 30
+    assert 0 < len(calls) < 30
+    first_step, _ = calls[0]
+    assert first_step > 0
+    assert all(is_finite for _, is_finite in calls)
 
 
-def test_a_loss_that_is_not_finite_is_no_matter_of_scale():
+def test_a_loss_that_is_not_finite_raises_and_is_not_skipped():
     model = small()
     p = next(iter(model.parameters()))
     p.copy_(np.full(p.shape, np.nan))
@@ -770,76 +966,97 @@ def test_a_loss_that_is_not_finite_is_no_matter_of_scale():
         fit(model, [TOKENS], 3, AdamW(0.01), autocast="float16", progress=False)
 
 
-@pytest.mark.parametrize("how, dtype", [("float16", None), ("bfloat16", None), (None, bfloat16), ("float16", F16)], ids=str)
-def test_a_run_in_16_bits_resumes_bitwise(how, dtype, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.loop, "GradScaler", Wild)
+@pytest.mark.parametrize(
+    "autocast, dtype", [("float16", None), ("bfloat16", None), (None, bfloat16), ("float16", F16)], ids=str,
+)
+def test_a_run_in_16_bits_resumes_bitwise(autocast, dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.loop, "GradScaler", LargeScaler)
 
     def run(out: Path, *stops: int) -> tuple[list, list]:
-        for n in stops:
+        """The history and the values of the first attempt that is not stopped; attempt i stops at batch stops[i]."""
+        for stop in stops:
             model = small()
             if dtype is not None:
                 model.to(dtype=dtype)
-            batches = Stops([TOKENS, TOKENS[::-1].copy()], n)
-            try:
-                history = fit(model, batches, 24, AdamW(0.003), autocast=how, out=out, resume=True, save_every=1, progress=False)
-            except Stop:
-                continue
-        return [history.losses, history.skipped], [np.array(host(p)) for p in model.parameters()]
-    (a, values), (b, others) = run(tmp_path / "one", 99), run(tmp_path / "two", 13, 20, 99)
-    assert a == b and all(np.array_equal(x, y) for x, y in zip(values, others)) and bool(a[1]) == (how == "float16")
-    another = "bfloat16" if how != "bfloat16" else None
+            batches = StoppingBatches([TOKENS, TOKENS[::-1].copy()], stop)
+            with contextlib.suppress(Stop):
+                history = fit(
+                    model, batches, 24, AdamW(0.003),
+                    autocast=autocast, out=out, resume=True, save_every=1, progress=False,
+                )
+                return [history.losses, history.skipped], [np.array(host(p)) for p in model.parameters()]
+        raise AssertionError("every attempt was stopped")
+
+    history, values = run(tmp_path / "whole", 99)
+    resumed_history, resumed_values = run(tmp_path / "resumed", 13, 20, 99)
+    assert history == resumed_history
+    assert all(np.array_equal(a, b) for a, b in zip(values, resumed_values, strict=True))
+    _, skipped = history
+    assert bool(skipped) == (autocast == "float16")
+    another = "bfloat16" if autocast != "bfloat16" else None
     with pytest.raises(ValueError, match="its autocast"):
-        fit(small(), [TOKENS], 24, AdamW(0.003), autocast=another, out=tmp_path / "one", resume=True, progress=False)
+        fit(small(), [TOKENS], 24, AdamW(0.003), autocast=another, out=tmp_path / "whole", resume=True, progress=False)
 
 
 class Stop(Exception):
-    pass
+    """Raised in place of a batch."""
 
 
-class Stops:
-    """Batches that raise after so many."""
+class StoppingBatches:
+    """Batches that raise Stop after `stop` batches. Their state is the number of batches so far."""
 
-    def __init__(self, batches: list, n: int):
-        self.batches, self.n, self.at = batches, n, 0
+    def __init__(self, batches: list, stop: int):
+        self.batches = batches
+        self.stop = stop
+        self.n = 0
 
     def __iter__(self) -> Iterator:
         while True:
-            if self.at == self.n:
+            if self.n == self.stop:
                 raise Stop
-            self.at += 1
-            yield self.batches[(self.at - 1) % len(self.batches)]
+            self.n += 1
+            yield self.batches[(self.n - 1) % len(self.batches)]
 
     def state_dict(self) -> int:
-        return self.at
+        return self.n
 
     def load_state_dict(self, state: int) -> None:
-        self.at = state
+        self.n = state
 
 
 def test_class_weights_are_not_rounded():
     model = ft.classifier(small(), 3)
-    batch = {"ids": TOKENS[:, :12], "labels": np.array([0, 1, 2, 0, 1, 2]), "class_weight": np.array([0.1, 1.0, 2.7])}
+    labels = np.array([0, 1, 2, 0, 1, 2])
+    weights = np.array([0.1, 1.0, 2.7])
+    batch = {"ids": TOKENS[:, :12], "labels": labels, "class_weight": weights}
     with autocast():
-        a = train.batch.compute_loss(model, train.read_batch(batch))[1]
-    z = to_float32(host(train.batch.compute_loss(model, train.read_batch(batch))[0].output))
-    assert a.dtype == F32 and float(a.data) == pytest.approx(float(ops.cross_entropy(Tensor(dev(z)), dev(batch["labels"]), dev(
-        batch["class_weight"], F32)).data), rel=0.01)
+        _, loss = train.batch.compute_loss(model, train.read_batch(batch))
+    ctx, _ = train.batch.compute_loss(model, train.read_batch(batch))
+    logits = Tensor(dev(to_float32(host(ctx.output))))
+    want = ops.cross_entropy(logits, dev(labels), dev(weights, F32))
+    assert loss.dtype == F32
+    assert float(loss.data) == pytest.approx(float(want.data), rel=0.01)
 
 
 # ── products of float32 ──────────────────────────────────────────────────────────────────────────────────────────────
-def test_the_precision_of_float32_products_is_set_by_its_word():
+def test_the_precision_of_float32_products_is_highest_or_high():
     assert ft.get_float32_matmul_precision() == "highest"
     try:
         ft.set_float32_matmul_precision("high")
-        assert ft.get_float32_matmul_precision() == "high" and precision.tf32
+        assert ft.get_float32_matmul_precision() == "high"
+        assert precision.tf32
     finally:
         ft.set_float32_matmul_precision("highest")
     for wrong in ("medium", "tf32", True):
         with pytest.raises(ValueError, match="'highest' or 'high'"):
             ft.set_float32_matmul_precision(wrong)
-    assert ft.get_float32_matmul_precision() == "highest" and not precision.tf32
+    assert ft.get_float32_matmul_precision() == "highest"
+    assert not precision.tf32
 
 
-def test_16_bits_are_known_by_their_dtype_and_not_by_their_size():
-    assert has_16_bit([1, None, dev([1.0], bfloat16)]) and has_16_bit([dev([1.0], F16)]) and HALVES == {F16, bfloat16}
+def test_a_16_bit_array_is_recognised_by_its_dtype():
+    """int16 has the same size, and is not a floating-point dtype."""
+    assert has_16_bit([1, None, dev([1.0], bfloat16)])
+    assert has_16_bit([dev([1.0], F16)])
+    assert HALVES == {F16, bfloat16}
     assert not has_16_bit([dev([1.0], F32), dev(np.array([1], np.int16)), (2, 3), "two"])

@@ -21,7 +21,6 @@ EXEMPT = """
 tests/emulated/test_capture.py: columns assigned_lambda nested_lambda nested_comprehension positional_boolean
 tests/test_kernels.py: columns assigned_lambda
 tests/test_ops.py: columns assigned_lambda nested_comprehension
-tests/test_precision.py: columns assigned_lambda nested_lambda positional_boolean
 """
 RIDDLES_LEFT = 15                         # docstrings in tinyft/ that begin with a question word; may only fall
 UNDOCUMENTED_LEFT = 70                    # public names in tinyft/ without a docstring; may only fall
