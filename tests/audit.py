@@ -54,7 +54,7 @@ SUITES = {
     "precision.py": ["test_precision.py"],
     "train/batch.py": ["test_train.py", "test_loss.py"],
     "train/evaluate.py": ["test_train.py", "test_loss.py"],
-    "train/phases.py": ["test_train.py", "test_resume.py"],
+    "train/phases.py": ["test_train.py", "test_protocol.py"],
     "adapters/combine.py": ["test_adapters.py"],
     "decode.py": ["test_decode.py"],
 }

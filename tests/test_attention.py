@@ -275,6 +275,7 @@ def by_formula(
         k, v = (np.concatenate([np.broadcast_to(P, (len(x), *P.shape)), a], 2) for P, a in zip(prefix, (k, v)))
         real = np.concatenate([np.ones((len(x), p), bool), real], 1)
     B, _, T, _ = q.shape
+    before = k.shape[2] - p - T                          # keys before the first query: the last two are at one position
     y = np.zeros((B, T, H * D))
     for b, h, i in np.ndindex(B, H, T):
         may = [j for j in range(k.shape[2]) if real[b, j] and (not attention.causal or j <= i + k.shape[2] - T)]
@@ -282,7 +283,7 @@ def by_formula(
         scores = [q[b, h, i] @ k[b, shared, j] / math.sqrt(D) for j in may]
         if attention.relative_bias is not None:
             table, most = w["relative_bias.table"], attention.relative_bias._most
-            scores = [s + (table[j - p - i + most, h] if j >= p else 0) for s, j in zip(scores, may)]
+            scores = [s + (table[j - p - i - before + most, h] if j >= p else 0) for s, j in zip(scores, may)]
         if may:
             weights = np.exp(scores) / np.exp(scores).sum()
             y[b, i, h * D:(h + 1) * D] = sum(n * v[b, shared, j] for n, j in zip(weights, may))
@@ -379,6 +380,18 @@ def test_rotary_scores_depend_on_distances_alone(rng, shift, width):
     gradcheck(lambda x: rotary(x, context(1, 5)), [rng.standard_normal((1, 2, 5, width))], rng)
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_rotary_positions_keep_the_dtype(rng, dtype):
+    """The result has the dtype of x, and is as exact as this dtype can show."""
+    rotary = Rotary(4)
+    assert rotary.base == 10000.0
+    x = rng.standard_normal((1, 2, 5, 4)).astype(dtype)
+    got = rotary(Tensor(dev(x, dtype)), context(1, 5))
+    assert got.dtype == dtype
+    want = rotated(x.astype(np.float64), np.arange(5)[None])
+    np.testing.assert_allclose(host(got), want, rtol=0, atol=20 * np.finfo(dtype).eps)
+
+
 @pytest.mark.parametrize("mask", [None, LEFT], ids=["whole", "padded"])
 @pytest.mark.parametrize("name", ["grouped", "rotary", "relative bias, causal"])
 @pytest.mark.parametrize("prefix", [False, True], ids=["", "prefix"])
@@ -402,13 +415,14 @@ def test_a_cached_pass_is_the_whole_pass(name, mask, prefix):
     assert [k.shape for k, _ in cache.kv.values()] == [(2, KV_HEADS, 5, D)]
 
 
+@pytest.mark.parametrize("p", [1, 3])
 @pytest.mark.parametrize("name", SELF)
-def test_a_prefix_has_no_position_no_bias_and_the_heads_of_the_keys(name):
+def test_a_prefix_has_no_position_no_bias_and_the_heads_of_the_keys(name, p):
     attention = make(**SELF[name])
-    attach(attention, PrefixTuning(p=3, std=1.0))
+    attach(attention, PrefixTuning(p=p, std=1.0))
     attention.to(dtype=np.float64)
     edit = attention.kv.edits["prefixtuning"]
-    assert edit.K.shape == (attention.kv.heads, 3, attention.kv.head_width)
+    assert edit.K.shape == (attention.kv.heads, p, attention.kv.head_width)
     x = np.random.default_rng(1).standard_normal((2, 5, C))
     base = None if attention._rotary is None else attention._rotary.base
     want = by_formula(attention, x, RIGHT, base=base, prefix=(host(edit.K), host(edit.V)))
@@ -425,9 +439,11 @@ def source_context(x: np.ndarray, mask: Any) -> Context:
 
 @pytest.mark.parametrize("mask", [None, RIGHT, LEFT], ids=["whole", "right", "left"])
 @pytest.mark.parametrize("prefix", [False, True], ids=["", "prefix"])
-def test_cross_attention_reads_the_source(mask, prefix):
-    """Its keys, values and mask; a prefix comes before the source."""
-    attention, rng = make(cross=True), np.random.default_rng(2)
+@pytest.mark.parametrize("distances", [False, True], ids=["", "relative bias"])
+def test_cross_attention_reads_the_source(mask, prefix, distances):
+    """Its keys, values and mask; a prefix comes before the source; a relative bias is for the keys of the source."""
+    attention = make(cross=True, distances=distances)
+    rng = np.random.default_rng(2)
     P = None
     if prefix:
         attach(attention, PrefixTuning(p=2, std=1.0))

@@ -518,6 +518,7 @@ def test_parts_have_the_defaults_they_say():
     assert np.array_equal(host(Attention(C, H, rng=np.random.default_rng(5)).q.weight), drawn)
     assert np.array_equal(host(MLP(C, C, activation=ops.gelu, rng=np.random.default_rng(5)).up.weight), drawn)
     assert not attn.causal
+    assert blocks.KV(2, 3).cached
     assert attn.drop.p == attn.drop_p.p == mlp.drop.p == head.drop.p == 0 and head.out.bias is not None
     deviations(Attention(WIDE, 4, rng=rng, causal=True, out_std=0.1), {**dict.fromkeys("qkv", 0.02), "o": 0.1})
     deviations(MLP(WIDE, 300, activation=ops.gelu, rng=rng, out_std=0.1), dict(up=0.02, down=0.1))
@@ -562,6 +563,11 @@ def test_what_is_just_allowed_is_allowed_and_the_rest_says_why_not():
         model(np.array(full)[:, :7], cache=cache)
         with pytest.raises(ValueError, match=r"a sequence of 10 tokens \(7 of them cached\) is longer"):
             model(np.array(full)[:, :3], cache=cache)
+        prefixed, too_long = Context(), Context()
+        prefixed.position_shift = too_long.position_shift = 2
+        assert model(np.array(full)[:, :7], prefixed).shape == (1, 7, V)
+        with pytest.raises(ValueError, match=r"a sequence of 10 tokens \(2 of them a prefix\) is longer"):
+            model(np.array(full)[:, :8], too_long)
     with pytest.raises(ValueError, match="5 heads do not divide a width of 12"):
         Attention(12, 5, rng=np.random.default_rng(0), causal=True)
     with pytest.raises(ValueError, match="BERT looks both ways"):

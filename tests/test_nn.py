@@ -626,6 +626,16 @@ def test_a_packed_weight_in_a_parameters_place(rng, kind):
     assert (host(Int8.dequantize(module.weight)) == 0).all()
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5])
+def test_a_product_in_blocks_is_the_product(rng, rows):
+    """One block, two blocks and three, the last one whole or not."""
+    packed = double(Int8Blocks(rng.standard_normal((rows, 3))))
+    x = rng.standard_normal((2, 3))
+    y = packed.matmul(Tensor(dev(x)))
+    np.testing.assert_allclose(host(y), x @ host(Int8.dequantize(packed)).T, rtol=1e-12, atol=1e-15)
+    gradcheck(lambda x: packed.matmul(x), [x], rng)
+
+
 def test_a_packed_embedding_and_its_tied_head(rng):
     embed = double(Embedding(5, 3, rng=rng))
     embed.weight = Int8Blocks(host(embed.weight))
