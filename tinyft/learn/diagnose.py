@@ -110,14 +110,15 @@ def _not_finite(failures: list[Mismatch]) -> str:
 
 
 def _shape(failures: list[Mismatch]) -> str:
-    other = [f for f in failures if f.got.shape != f.want.shape]
-    if not other:
+    wrong_shape = [f for f in failures if f.got.shape != f.want.shape]
+    if not wrong_shape:
         return ""
     if all(f.got.ndim > 1 and equal(f.got.swapaxes(-1, -2), f.want) for f in failures):
         return TRANSPOSED
-    if all(_not_summed(f.got, f.want) for f in other):
+    if all(_not_summed(f.got, f.want) for f in wrong_shape):
         return "the axes along which it was repeated are not summed: broadcasting is not undone"
-    g, w = other[-1].got, other[-1].want
+    g = wrong_shape[-1].got
+    w = wrong_shape[-1].want
     same_numbers = g.size == w.size and equal(g.ravel(), w.ravel())
     sentence = f"its shape is {g.shape}, expected {w.shape}"
     return f"the right numbers, but {sentence}" if same_numbers else sentence
@@ -233,6 +234,7 @@ def _axis(failures: list[Mismatch]) -> str:
 
 
 def _worst(f: Mismatch) -> str:
+    """The number of entries that differ, and the one that differs most: the sentence if no rule holds."""
     g = f.got.astype(float)
     w = f.want.astype(float)
     if g.ndim == 0:

@@ -71,7 +71,10 @@ def _refused(message: str) -> Outcome:
 
 
 def _line(stack: Path, path: Path) -> str:
-    """The learner's line in the stack that a hanging child wrote; "" if there is none."""
+    """The learner's line (path, number, text) in the stack that a hanging child wrote to a file; "" if there is none.
+
+    The stack names the innermost call first, so the first line of the learner's file is the one that hangs.
+    """
     if not stack.exists():
         return ""
     text = stack.read_text(encoding="utf-8", errors="replace")

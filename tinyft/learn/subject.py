@@ -35,7 +35,10 @@ VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def check_signature(exercise: Exercise, function: Callable) -> None:
-    """Refused unless the function takes the arguments of the library's."""
+    """Refused unless the learner's function has the argument names, order and defaults of the library's function.
+
+    Further arguments are allowed if they have defaults.
+    """
     wanted = exercise.signature().parameters
     try:
         got = inspect.signature(function).parameters

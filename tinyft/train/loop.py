@@ -168,7 +168,7 @@ def train_step(run: Run, T: int) -> None:
     for a in attached:
         a.method.begin(a.edits, run.t, T, run.rng)
 
-    factor = run.schedule(run.t, T)                                     # of the learning rate
+    factor = run.schedule(run.t, T)                                     # the learning rate is optimizer.lr · factor
     if run.replay is None:
         loss, terms = add_gradients(run, batches, run.rng)
         norm = None
@@ -186,9 +186,9 @@ def train_step(run: Run, T: int) -> None:
     if run.scaler.finite:
         for a in attached:
             a.method.step(a.edits, run.t, T)                            # the gradients are still there
-    else:
+    else:                                                               # a skipped step: nothing was updated
         run.history.skipped.append(run.done)
-        value, _, values = read_values(loss, math.inf, terms)
+        value, _, values = read_values(loss, math.inf, terms)           # launch_step may have raised before the first
     run.scaler.update()
     run.optimizer.zero_grad()
     run.history.add_step(value, values)
@@ -229,7 +229,7 @@ def compute_added_terms(run: Run, ctx: Context) -> dict[str, Any]:
     """The terms that are added to the loss: "penalty.<name>" of every method that has one, and the auxiliary losses."""
     terms = {}
     for a in edit.attached(run.model):
-        if type(a.method).penalty is not Method.penalty:
+        if type(a.method).penalty is not Method.penalty:                # the default penalty is no term
             terms[f"penalty.{a.name}"] = a.method.penalty(a.edits, run.model, ctx)
     taken = {"loss", *terms}
     for name, value in ctx.losses.items():
@@ -240,7 +240,10 @@ def compute_added_terms(run: Run, ctx: Context) -> dict[str, Any]:
 
 
 def read_values(loss: Array, norm: Any, terms: dict[str, Any]) -> tuple[float, float, dict[str, float]]:
-    """The loss, the norm and all terms as Python floats, in one transfer from the device."""
+    """The loss, the norm and all terms as Python floats, in one transfer from the device.
+
+    Without terms (see add_gradients), the only term is the loss.
+    """
     on_device = {name: value for name, value in terms.items() if not isinstance(value, float)}
     loss_value, norm_value, *values = array.numbers(loss, norm, *on_device.values())
     host = {name: float(value) for name, value in terms.items() if isinstance(value, float)}
@@ -263,7 +266,9 @@ def explain_divergence(run: Run, loss: float, factor: float, error: FloatingPoin
 def replay_step(run: Run, targets: Targets, factor: float) -> tuple[Array, dict[str, Any], Array]:
     """A step replayed as a CUDA graph: (loss, terms, norm). The batch is checked on the host, since a graph cannot."""
     run.loss.check(run.model, targets)
-    fields = vars(targets) | {"weight": 1}                              # of one batch, the weight does not count
+    # A graph treats an int as a constant, and a float as a value that changes. The mean over one batch does not depend
+    # on its weight, so the weight is a constant.
+    fields = vars(targets) | {"weight": 1}
     return run.replay(type(targets), fields, float(factor), run.rng)
 
 
@@ -316,7 +321,7 @@ class Run:
         self.best: dict[str, np.ndarray] | None = None                  # values at the best evaluation of this phase
         self.optimizer_state: dict[str, np.ndarray] | None = None       # from a checkpoint, for the next start
         self.replay: Callable | None = None                             # the captured step
-        self.tokens = 0
+        self.tokens = 0                                                 # read so far, for the progress bar
         self.start_time = time.perf_counter()
         if loss.module is not None:
             loss.module.to(array.name_of(model.parameters()[0].data))
@@ -341,9 +346,10 @@ class Run:
 
     # ── phases ──
     def remaining_phases(self) -> Iterator[Stage]:
-        """Run the setups, and yield every training phase that is not finished, after its start.
+        """Go through the remaining stages: run the setups, start each training phase and yield it to the loop of fit.
 
-        An early stop skips all stages but the final setups.
+        The rest of a phase's work, such as restoring the best values, follows when the loop asks for the next phase. An
+        early stop skips all later stages but the final setups.
         """
         while self.stage < len(self.stages):
             stage = self.stages[self.stage]
@@ -370,7 +376,7 @@ class Run:
             self.phase_evaluations = len(self.history.evaluations)
         if self.settings.capture:
             step = functools.partial(captured_step, self)
-            self.replay = kernels.capture(step, step)
+            self.replay = kernels.capture(step, otherwise=step)         # further shapes run uncaptured
 
     def run_setup(self, stage: Stage) -> None:
         """Run the setup of a method, once. A process that is killed in it starts it again from the checkpoint."""

@@ -29,7 +29,7 @@ from ...optim.optimizers import Optimizer
 from ...tensor import Tensor
 from . import casts
 
-WATCHED = 2                                              # eager calls before the capture
+EAGER_CALLS = 2                                          # calls of the step before the capture
 GRAPHS = 8                                               # different shapes of the arguments, each with its graph
 
 
@@ -67,9 +67,9 @@ class Captured:
 
 
 class Number:
-    """A float argument of the step; `now` is its value in this call.
+    """The object that a captured step receives for a float argument; `now` is the float in this call.
 
-    It has no arithmetic: the result would hold for one call only."""
+    It has no arithmetic: a graph would keep the result of the captured call."""
     def __init__(self, now: float):
         self.now = now
 
@@ -79,37 +79,39 @@ class Number:
 
 
 class Keys:
-    """A generator argument of the step: the same draws, on the device."""
+    """The object that a captured step receives for a generator argument.
+
+    It draws the same dropout keys as the generator, into an array on the device. A replay draws new keys into it."""
 
     def __init__(self, recording: Recording):
         self.recording = recording
         self.rng = None
-        self.n = 0                                           # draws in this call
-        self.most = 0                                        # draws in any call
-        self.drawn = cupy.zeros(4096, np.uint64)
+        self.count = 0                                       # keys drawn in this call
+        self.max_count = 0                                   # keys drawn in the call that drew most
+        self.keys = cupy.zeros(4096, np.uint64)
 
     def begin(self, rng: np.random.Generator) -> None:
         """Begin a call of the step."""
         self.rng = rng
-        self.n = 0
+        self.count = 0
 
     def integers(self, high: int) -> Array:
         """A dropout key, on the device.  CannotCapture for another kind of draw, or for too many draws."""
-        if high != 2**63 or self.n == len(self.drawn):
+        if high != 2**63 or self.count == len(self.keys):
             raise CannotCapture("of a generator given to a captured step only dropout may draw, "
-                                f"and {len(self.drawn)} times")
-        key = self.drawn[self.n:self.n + 1]
+                                f"and {len(self.keys)} times")
+        key = self.keys[self.count:self.count + 1]
         if not self.recording.capturing:
             key.set(np.array([self.rng.integers(high)], np.uint64))
-        self.n += 1
-        self.most = max(self.most, self.n)
+        self.count += 1
+        self.max_count = max(self.max_count, self.count)
         return key
 
     def send(self) -> None:
         """Send the keys of a replay to the device."""
-        if self.most:
-            keys = [self.rng.integers(2**63) for _ in range(self.most)]
-            self.drawn[:self.most].set(np.array(keys, np.uint64))
+        if self.max_count:
+            keys = [self.rng.integers(2**63) for _ in range(self.max_count)]
+            self.keys[:self.max_count].set(np.array(keys, np.uint64))
 
 
 class Recording:
@@ -162,7 +164,7 @@ class Recording:
                 self.inputs = mapped(args, self.place)
             mapped(self.inputs, self.put, args)
             self.calls += 1
-            if self.calls <= WATCHED:
+            if self.calls <= EAGER_CALLS:
                 out = self.run()
             else:
                 if self.graph is None:
@@ -239,9 +241,10 @@ class Recording:
                 self.stream.end_capture()
             except cupy.cuda.runtime.CUDARuntimeError:
                 pass                                         # the capture is invalid; e has the cause
-            if not isinstance(e, (RuntimeError, TypeError)) or isinstance(e, CannotCapture):
+            needs_message = isinstance(e, (RuntimeError, TypeError)) and not isinstance(e, CannotCapture)
+            if not needs_message:
                 raise
-            raise CannotCapture(_where(e)) from e
+            raise CannotCapture(_explain(e)) from e
         finally:
             self.capturing = False
         self.graph = self.stream.end_capture()
@@ -310,20 +313,20 @@ def _difference(before: list, now: list) -> str:
     return f"this step does something else at each call: {len(before)} kernels before, {len(now)} now"
 
 
-def _where(e: BaseException) -> str:
-    """The message for an error in the capture: the cause, and the line of the step."""
-    ours = (str(Path(array.__file__).parent), str(Path(cupy.__file__).parent))
+def _explain(e: BaseException) -> str:
+    """The message for an error in the capture: the cause, and the line of the user's code."""
+    libraries = (str(Path(array.__file__).parent), str(Path(cupy.__file__).parent))
     frames = [f for f in traceback.extract_tb(e.__traceback__) if f.filename.endswith(".py")]
-    theirs = [f for f in frames if not f.filename.startswith(ours)] or frames
-    said = str(e).splitlines()[0] if str(e) else type(e).__name__
-    why = said
-    if "D2H" in said or "StreamCapture" in said:
-        why = ("it reads a number from the device, or waits for it "
-               "(float(), item(), asnumpy, a boolean mask as an index ...)")
-    elif "H2D" in said:
-        why = "it brings host data to the device: give that to the step as an argument"
+    user_frames = [f for f in frames if not f.filename.startswith(libraries)] or frames
+    message = str(e).splitlines()[0] if str(e) else type(e).__name__
+    cause = message
+    if "D2H" in message or "StreamCapture" in message:
+        cause = ("it reads a number from the device, or waits for it "
+                 "(float(), item(), asnumpy, a boolean mask as an index ...)")
+    elif "H2D" in message:
+        cause = "it brings host data to the device: give that to the step as an argument"
     elif isinstance(e, NotImplementedError):
-        why = "CuPy's own product cannot be captured: the kernels are off, or the dtypes differ"
-    frame = theirs[-1]
+        cause = "CuPy's own product cannot be captured: the kernels are off, or the dtypes differ"
+    frame = user_frames[-1]
     line = linecache.getline(frame.filename, frame.lineno).strip()
-    return f"this step cannot be captured: {why}.  {Path(frame.filename).name}, line {frame.lineno}: {line}"
+    return f"this step cannot be captured: {cause}.  {Path(frame.filename).name}, line {frame.lineno}: {line}"
