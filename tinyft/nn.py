@@ -214,7 +214,7 @@ class _Mover:
             return value
         if id(value) not in self.moved:
             new = value if self.backend is None else array.to(value, self.backend)
-            if self.dtype is not None and new.dtype.kind in "fV":                # V: bfloat16
+            if self.dtype is not None and new.dtype.kind in "fV":       # bfloat16 is of kind V
                 new = new.astype(self.dtype)
             self.moved[id(value)] = new, value
         return self.moved[id(value)][0]

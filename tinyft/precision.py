@@ -134,7 +134,7 @@ def compute(f: Callable, name: str, arrays: list, kwargs: dict[str, Any]) -> Any
     inputs in float32 itself (takes_16_bit) gets them as they are."""
     if name in VIEWS or getattr(f, "takes_16_bit", False):
         return f(*arrays, **kwargs)
-    dtypes = {a.dtype for a in arrays if is_array(a) and a.dtype.kind in "fV"}       # V: bfloat16
+    dtypes = {a.dtype for a in arrays if is_array(a) and a.dtype.kind in "fV"}       # bfloat16 is of kind V
     mixes = name in MIXING and len(dtypes) == 2 and FLOAT32 in dtypes
     if name in PICKS or mixes:
         result = f(*arrays, **kwargs)

@@ -75,6 +75,7 @@ class _Cutter:
                 self.docstrings |= _docstring(node)
 
     def cut(self) -> list[Block]:
+        """The blocks of the module that are not empty, in order."""
         n = 1
         while n <= len(self.lines):
             n = self._take(n)
@@ -85,6 +86,7 @@ class _Cutter:
     def _take(self, n: int) -> int:
         """Put line n, or the docstring that begins there, into a block.  Returns the next line."""
         if n in self.starts:
+            # A method without a docstring stays in the block before it, unless that block is about another method.
             after_documented_method = bool(self.found[-1].prose) and "." in self.found[-1].name
             if n in self.documented or after_documented_method:
                 self._block().name = self.starts[n]

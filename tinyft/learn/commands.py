@@ -119,7 +119,7 @@ def _watch(args: argparse.Namespace, work: Any, page: Any) -> bool:
 
 
 def _reset(args: argparse.Namespace, work: Any, page: Any) -> bool:
-    e = work.one(args.names)
+    e = work.chosen_one(args.names)
     backup = work.reset(e)
     remark = f"; yours is kept as {backup}" if backup else ""
     page.line(f"{work.path(e)} is as at the start{remark}")
@@ -127,11 +127,12 @@ def _reset(args: argparse.Namespace, work: Any, page: Any) -> bool:
 
 
 def _debug(args: argparse.Namespace, work: Any, page: Any) -> bool:
-    """Runs in this process, as a debugger needs the terminal."""
+    """Step with the debugger through the first law that fails. It runs in this process: a debugger needs the terminal.
+    """
     from .checker import Trial
     from .loading import Refused
     from .subject import Subject
-    e = work.one(args.names)
+    e = work.chosen_one(args.names)
     path = work.path(e).resolve()
     if e.suffix != ".py":
         raise ValueError(f"{work.path(e)} is no Python: there is no stepping through it here")
@@ -199,7 +200,7 @@ def _status_line(e: Any, work: Any, page: Any) -> None:
 
 
 def _hint(args: argparse.Namespace, work: Any, page: Any) -> bool:
-    e = work.one(args.names)
+    e = work.chosen_one(args.names)
     n = min(work.hints(e) + 1, len(e.hints))
     work.record(e, hints=n)
     page.line(f"{e.name}, hint {n} of {len(e.hints)}\n")
@@ -212,7 +213,7 @@ def _hint(args: argparse.Namespace, work: Any, page: Any) -> bool:
 
 
 def _solution(args: argparse.Namespace, work: Any, page: Any) -> bool:
-    e = work.one(args.names)
+    e = work.chosen_one(args.names)
     comment = "#" if e.suffix == ".py" else "//"
     page.line(f"{comment} {e.file}\n")
     page.line(e.source())
@@ -221,7 +222,7 @@ def _solution(args: argparse.Namespace, work: Any, page: Any) -> bool:
 
 def _diff(args: argparse.Namespace, work: Any, page: Any) -> bool:
     import difflib
-    e = work.one(args.names)
+    e = work.chosen_one(args.names)
     solution = e.source()
     text = work.written(e).read_text(encoding="utf-8", errors="replace")
     # The learner's function, without the text above it. find gives -1 for a line that is not there.

@@ -38,7 +38,7 @@ def host(a: Any, what: str = "the result", want: Any = None) -> np.ndarray:
     """A Tensor, a device array or a number as a NumPy array.  Unusable if it is anything else."""
     if isinstance(a, Tensor):
         a = a.data
-    numeric = array.is_array(a) and np.dtype(a.dtype).kind in "biufV"    # V: bfloat16
+    numeric = array.is_array(a) and np.dtype(a.dtype).kind in "biufV"    # bfloat16 is of kind V
     scalar = isinstance(a, (bool, int, float, np.generic)) and (want is None or np.ndim(want) == 0)
     if numeric or scalar:
         return array.asnumpy(a)
@@ -192,6 +192,7 @@ def _factor_of_a_size(failures: list[Mismatch], ratios: list[float]) -> str:
 
 
 def _offset(failures: list[Mismatch]) -> str:
+    """A sentence if the result differs from the expected one by the same amount everywhere."""
     gaps = [f.got.astype(float) - f.want.astype(float) for f in failures]
     constant = all(np.allclose(d, d.flat[0]) for d in gaps)
     if not constant or max(d.size for d in gaps) == 1:

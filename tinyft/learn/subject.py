@@ -67,8 +67,9 @@ def _default(p: inspect.Parameter) -> str:
 # ── the answer is closed ─────────────────────────────────────────────────────────────────────────────────────────────
 @contextlib.contextmanager
 def closed(exercise: Exercise, filename: str) -> Iterator[None]:
-    """While this lasts, the exercise's forbidden functions raise when called from this file.  The library can still use
-    them.
+    """Within the `with`, the exercise's forbidden functions raise when the file of this name calls them.
+
+    The library can still call them.
     """
     undo: list[tuple[Any, str, Any]] = []
 

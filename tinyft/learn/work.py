@@ -100,17 +100,19 @@ class Work:
         return backup
 
     def chosen(self, names: list[str]) -> list[Exercise]:
-        """The exercises of these names; the name of a lesson stands for all of its exercises.  Without names: as `one`.
+        """The exercises of these names; the name of a lesson stands for all of its exercises.
+
+        Without names: the exercise whose file changed last.
         """
         if not names:
-            return [self.one(names)]
+            return [self.chosen_one(names)]
         found = []
         for name in names:
             found += of_lesson(name) if name in lessons() else [find(name)]
         return found
 
-    def one(self, names: list[str]) -> Exercise:
-        """The exercise of this one name; without a name the one whose file changed last."""
+    def chosen_one(self, names: list[str]) -> Exercise:
+        """The exercise of the one name in the list; without a name the exercise whose file changed last."""
         if names:
             name, = names
             return find(name)

@@ -125,10 +125,10 @@ class Recording:
         self.graph = None
         self.capturing = False
         self.notes: list[tuple] = []                         # (kernel, numbers from the host), of this call
-        self.before: list[tuple] = []                        # the same, of the call before
+        self.previous_notes: list[tuple] = []                # the same, of the previous call
         self.feeds: list[tuple] = []                         # (array on the device, function that computes it)
         self.fed = 0                                         # feeds of this call so far
-        self.optimizers: list[tuple] = []
+        self.optimizers: list[tuple] = []                    # of this call: (optimiser, its groups, their flat arrays)
 
     # ── called by the library while the step runs ──
     def note(self, kernel: str, numbers: tuple) -> None:
@@ -207,8 +207,11 @@ class Recording:
         return there
 
     def run(self) -> Any:
-        """Run the step, and record the numbers that the host gives its kernels."""
-        self.before = self.notes
+        """Run the Python code of the step, eagerly or while the stream is captured.  Returns the step's result.
+
+        Records the numbers that the host gives to kernels.  CannotCapture if they differ from those of the previous
+        call, or if the step leaves gradients behind."""
+        self.previous_notes = self.notes
         self.notes = []
         self.optimizers = []
         self.fed = 0
@@ -218,11 +221,12 @@ class Recording:
             out = self.step(*self.inputs)
         finally:
             array.recording = None
-        if any(p.grad is not None for o, *_ in self.optimizers for g in o.groups for p in g.tensors.values()):
+        groups = [g for optimizer, *_ in self.optimizers for g in optimizer.groups]
+        if any(p.grad is not None for g in groups for p in g.tensors.values()):
             raise CannotCapture("this step leaves gradients behind, and the next step would add to them: "
                                 "end it with optimizer.zero_grad()")
-        if self.calls > 1 and self.before != self.notes:
-            raise CannotCapture(_difference(self.before, self.notes))
+        if self.calls > 1 and self.previous_notes != self.notes:
+            raise CannotCapture(_difference(self.previous_notes, self.notes))
         return out
 
     def record(self) -> Any:
