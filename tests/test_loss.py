@@ -232,6 +232,17 @@ class PlainHiddenStateLoss:
     __call__ = HiddenStateLoss.__call__
 
 
+class ObjectLoss:
+    """The same as an ordinary object, not a dataclass: a checkpoint identifies it by its class alone."""
+    hidden_states = True
+    read = PlainLoss.read
+    __call__ = HiddenStateLoss.__call__
+
+    def __init__(self, teacher: Module, projection: Linear):
+        self.teacher = teacher
+        self.projection = self.module = projection
+
+
 def test_a_loss_need_not_derive_from_a_class_of_the_library(tmp_path):
     teacher = make_gpt(3)
     results = []
@@ -239,6 +250,7 @@ def test_a_loss_need_not_derive_from_a_class_of_the_library(tmp_path):
         history = ft.fit(make_gpt(), BATCHES, 3, ft.AdamW(0.02), loss=loss, progress=False)
         results.append((history.losses, ft.evaluate(make_gpt(), BATCHES, loss=loss)["loss"]))
     assert results[0] == results[1]
+    check_projection_resumes(tmp_path / "object", ObjectLoss)
     check_projection_resumes(tmp_path, PlainHiddenStateLoss)
     with pytest.raises(ValueError, match="its loss: PlainHiddenStateLoss.*here: CrossEntropy"):
         ft.fit(make_gpt(dropout=0.1), BATCHES, 8, ft.AdamW(0.02), out=tmp_path / "straight", resume=True,

@@ -15,7 +15,7 @@ from __future__ import annotations
 import ast
 import json
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -200,7 +200,7 @@ def describe_run(run: Run) -> dict[str, Any]:
 def describe_loss(loss: Loss) -> dict[str, Any]:
     """The class and fields of a loss. Of its trainable module the shapes count; its values are in the checkpoint."""
     description = describe(loss.original)
-    if loss.module is not None:
+    if loss.module is not None and is_dataclass(loss.original):
         shapes = {name: list(p.shape) for name, p in loss.module.named_parameters().items()}
         for field in fields(loss.original):
             if getattr(loss.original, field.name) is loss.module:
