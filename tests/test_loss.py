@@ -250,6 +250,7 @@ def test_a_loss_need_not_derive_from_a_class_of_the_library(tmp_path):
         history = ft.fit(make_gpt(), BATCHES, 3, ft.AdamW(0.02), loss=loss, progress=False)
         results.append((history.losses, ft.evaluate(make_gpt(), BATCHES, loss=loss)["loss"]))
     assert results[0] == results[1]
+    assert not train.batch.as_loss(PlainLoss(teacher)).hidden_states
     check_projection_resumes(tmp_path / "object", ObjectLoss)
     check_projection_resumes(tmp_path, PlainHiddenStateLoss)
     with pytest.raises(ValueError, match="its loss: PlainHiddenStateLoss.*here: CrossEntropy"):
@@ -527,8 +528,10 @@ def test_the_module_of_a_loss_is_in_training_mode_while_it_trains_and_a_teacher_
     loss = Watched(right.teacher, right.projection)
     model = make_gpt()
     ft.fit(model, BATCHES, 1, loss=loss, progress=False)
+    loss.projection.train()
     ft.evaluate(model, BATCHES, loss=loss)
     assert modes == [(True, True, False)] + [(False, False, False)] * 3
+    assert loss.projection.training
 
 
 def test_the_module_of_a_loss_follows_the_model_to_its_device():

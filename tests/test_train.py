@@ -36,6 +36,7 @@ from tinyft.nn import Context
 from tinyft.optim.optimizers import Optimizer
 from tinyft.tensor import OPS, op
 from tinyft.train.batch import compute_loss, read_batch
+from tinyft.train.evaluate import pool
 
 VOCAB, POSITIONS, WIDTH, CLASSES = 19, 12, 12, 3
 
@@ -239,8 +240,9 @@ def uneven_classes() -> tuple[Any, list[dict]]:
     """A classifier, and batches with unequal class weights."""
     class_weight = np.array([0.2, 1.0, 5.0])
     batches = []
-    for seed, labels in enumerate(([0, 0], [2, 2], [1, 2])):
-        batches.append({"ids": make_ids(2, seed=seed), "labels": np.array(labels), "class_weight": class_weight})
+    for seed, labels in enumerate(([0, 0], [2, 2, 1], [1])):
+        ids = make_ids(len(labels), seed=seed)
+        batches.append({"ids": ids, "labels": np.array(labels), "class_weight": class_weight})
     return make_classifier().to(dtype=np.float64), batches
 
 
@@ -358,6 +360,41 @@ def test_an_all_true_mask_changes_nothing():
     assert not np.allclose(without_mask, host(model(make_ids(), mask=all_true & (np.arange(8) > 1))), atol=1e-3)
 
 
+def test_a_position_or_a_next_id_that_is_padding_has_no_label():
+    ids = np.array([[5, 6, 7, 8, 9]])
+    for mask, labels in (([1, 1, 1, 0, 0], [6, 7, -100, -100]), ([0, 0, 1, 1, 1], [-100, -100, 8, 9]),
+                         ([1, 1, 0, 1, 1], [6, -100, -100, 9])):
+        assert train.batch.next_tokens(ids, np.array([mask])).tolist() == [labels]
+
+
+def test_ids_may_be_lists_and_embeddings_stay_a_tensor():
+    assert np.array_equal(read_batch(make_ids().tolist()).ids, make_ids()[:, :-1])
+    embeddings = ft.Tensor(array.asarray(np.zeros((4, 8, WIDTH), np.float32)))
+    assert read_batch({"ids": embeddings, "labels": ONES}).ids is embeddings
+
+
+def test_the_check_before_a_replay_finds_ids_and_labels_that_do_not_fit():
+    """A replay cannot raise, so `check` raises what the pass would. A model without a head has no classes."""
+    loss = train.batch.CrossEntropy()
+    model = make_gpt()
+    loss.check(model, read_batch(make_ids()))
+    loss.check(make_bert(head=None), read_batch(labelled(ONES)))
+    with pytest.raises(IndexError, match=f"outside the vocabulary of {VOCAB}"):
+        loss.check(model, read_batch(make_ids() + VOCAB))
+    with pytest.raises(IndexError, match=f"label {VOCAB} is outside the {VOCAB} classes"):
+        loss.check(model, read_batch(labelled(np.full((4, 8), VOCAB))))
+
+
+def test_batches_without_a_state_are_counted_and_resumed_after_the_last_one():
+    batches = ["a", "b", "c"]
+    stream = train.batch.BatchStream(batches)
+    assert [next(stream) for _ in range(4)] == ["a", "b", "c", "a"]
+    assert stream.state_dict() == {"count": 4}
+    resumed = train.batch.BatchStream(batches)
+    resumed.load_state_dict({"count": 4})
+    assert next(resumed) == "b"
+
+
 # ── evaluation ───────────────────────────────────────────────────────────────────────────────────────────────────────
 def check_evaluation(measure: Callable[[Any, list], dict]) -> None:
     """The loss is the mean over tokens, not over batches; the perplexity is e to it."""
@@ -397,6 +434,7 @@ def test_the_loss_is_weighted_by_tokens_and_the_perplexity_is_that_of_the_mean()
     for wrong in (mean_over_batches, mean_of_perplexities):
         with pytest.raises(AssertionError):
             check_evaluation(wrong)
+    assert pool([1e6], [1.0]) == (1e6, math.exp(700)), "a perplexity that would overflow is cut off"
     model = make_gpt()
     assert perplexity(model, [make_ids()]) == evaluate(model, [make_ids()])["perplexity"]
 
@@ -506,6 +544,9 @@ BAD_BATCHES: dict[str, tuple] = {
         (make_gpt, make_ids(4, 1), ValueError, "has nothing to predict"),
     "label too large":
         (make_gpt, labelled(np.full((4, 8), VOCAB)), IndexError, f"label {VOCAB} is outside the {VOCAB} classes"),
+    "the only label too large":
+        (make_gpt, labelled(np.where(np.arange(32).reshape(4, 8) == 5, VOCAB, -100)), IndexError,
+         f"label {VOCAB} is outside the {VOCAB} classes"),
     "label below zero":
         (make_gpt, labelled(np.full((4, 8), -7)), IndexError, "label -7 is outside"),
     "class too large":
