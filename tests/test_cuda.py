@@ -267,27 +267,27 @@ def agree(name: str, shape: tuple, dtype: Any, rng: np.random.Generator) -> None
         assert isinstance(b, (int, float)) or np.array_equal(array.asnumpy(a), b), "an input was written to"
 
 
-ONE_VALUE = [n for n in layers.NAMES if n != "project"]  # that one gives three
+ONE_VALUE = [n for n in layers.NAMES if n != "project"]  # project gives three values
 SHAPES = [(1, 1), (3, 5), (2, 3, 33), (9, 64), (70, 40), (1, 300), (2, 2, 5, 37), (130, 3)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", ONE_VALUE)
-def test_a_kernel_is_its_definition(name, shape, rng):
-    # these have more to choose from
+def test_a_kernel_equals_its_definition(name, shape, rng):
+    # more draws for the ops with more options
     for _ in range(4 if name in ("attention", "cross_entropy") else 1):
         agree(name, shape, np.float32, rng)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, bfloat16], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize("name", ONE_VALUE)
-def test_a_kernel_is_its_definition_in_sixteen_bits(name, dtype, rng):
+def test_a_kernel_equals_its_definition_in_sixteen_bits(name, dtype, rng):
     for shape in SHAPES[:4]:
         agree(name, shape, dtype, rng)
 
 
 @given(st.sampled_from(ONE_VALUE), st.lists(st.integers(1, 40), min_size=2, max_size=3), st.integers(0, 2**32 - 1))
-def test_a_kernel_is_its_definition_for_any_shape(name, shape, seed):
+def test_a_kernel_equals_its_definition_for_any_shape(name, shape, seed):
     agree(name, tuple(shape), np.float32, np.random.default_rng(seed))
 
 
@@ -326,7 +326,7 @@ def by_heads(B: int, T: int, heads: int, width: int, c: int, lie: str, dtype: An
             assert (d is not None and near(d, right, tol * (B * T)**0.5)) or not on
 
 
-def test_three_maps_that_are_not_alike_go_to_the_definition(rng):
+def test_project_declines_weights_of_two_dtypes(rng):
     x, W, b = (on_device(rng.standard_normal(s).astype(np.float32)) for s in ((2, 3, 4), (6, 4), (6,)))
     half = W.astype(np.float16)
     assert layers.project(x, W, b, half, b, W, b, heads=2) is NotImplemented
@@ -335,7 +335,7 @@ def test_three_maps_that_are_not_alike_go_to_the_definition(rng):
 
 
 @no_device
-def test_what_a_kernel_was_not_written_for_goes_to_the_definition(rng):
+def test_a_kernel_declines_arguments_that_it_was_not_written_for(rng):
     for name in ONE_VALUE:
         agree(name, (3, 5), np.float64, rng)
 
@@ -343,48 +343,61 @@ def test_what_a_kernel_was_not_written_for_goes_to_the_definition(rng):
         pytest.fail("a kernel was launched")
 
     launch.COMPILERS[np.ndarray] = compiler
-    x, W = rng.standard_normal((4, 6)).astype(np.float32), rng.standard_normal((5, 6)).astype(np.float32)
+    x = rng.standard_normal((4, 6)).astype(np.float32)
+    W = rng.standard_normal((5, 6)).astype(np.float32)
     many = np.zeros((layers.SAME_ORDER + 1,), np.int64)
-    for name, args, kw in [("gelu", (x[:, ::2],), {}), ("gelu_tanh", (x[:0],), {}),
-                           ("layer_norm", (x, W[0].astype(np.float64), W[1]), {}),
-                           ("linear", (x[:0], W), {}), ("embedding", (W, many), {}), ("embedding", (W, many[:0]), {}),
-                           ("matmul", (x[None, None], W.T[None]), {}),
-                           ("attention", (x, W, W[:, :2]),
-                            {"key_mask": np.zeros((4, 5), bool), "dropout_mask": None, "scale": None}),
-                           ("cross_entropy", (x, np.array([0, 1, 2, 3])), {"weight": x[0], "label_smoothing": 0.1})]:
-        if name == "attention":
-            args = tuple(a.astype(np.float64) for a in args)
+    qkv = tuple(a.astype(np.float64) for a in (x, W, W[:, :2]))
+    cases = [
+        ("gelu", (x[:, ::2],), {}),
+        ("gelu_tanh", (x[:0],), {}),
+        ("layer_norm", (x, W[0].astype(np.float64), W[1]), {}),
+        ("linear", (x[:0], W), {}),
+        ("embedding", (W, many), {}),
+        ("embedding", (W, many[:0]), {}),
+        ("matmul", (x[None, None], W.T[None]), {}),
+        ("attention", qkv, {"key_mask": np.zeros((4, 5), bool), "dropout_mask": None, "scale": None}),
+        ("cross_entropy", (x, np.array([0, 1, 2, 3])), {"weight": x[0], "label_smoothing": 0.1}),
+    ]
+    for name, args, kw in cases:
         with np.errstate(all="ignore"):
             assert getattr(layers, name)(*args, **kw) is NotImplemented
-            OPS[name].definition(*args, **kw)  # which takes them
+            OPS[name].definition(*args, **kw)  # the definition takes them
 
 
 def strided(rng: np.random.Generator, dtype: Any) -> dict[str, Any]:
-    """Inputs of a product as models cut them: none is contiguous."""
+    """Slices of an array, as models make them. None is contiguous."""
     x = array.asarray(rng.standard_normal((4, 5, 6)).astype(dtype))
-    return {"first row of each text": x[:, 0], "last": x[:, -1], "behind a prompt": x[:, 2:],
-            "every other column": x[..., ::2], "transposed": x[0].T}
+    return {
+        "first row of each text": x[:, 0],
+        "last": x[:, -1],
+        "behind a prompt": x[:, 2:],
+        "every other column": x[..., ::2],
+        "transposed": x[0].T,
+    }
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("how", strided(np.random.default_rng(0), np.float32))
-def test_linear_takes_what_is_not_contiguous(how, dtype, rng):
-    """By one product, as if it were: a classifier's row of each text does not go to CuPy's own product, which no graph
-    can hold.
-    """
-    x, before = strided(rng, dtype)[how], gemm.LIBRARIES[np.ndarray].calls if array.backend() == "numpy" else 0
+def test_linear_takes_an_input_that_is_not_contiguous(how, dtype, rng):
+    """One product for any strides. CuPy's own product, the alternative, cannot be captured in a CUDA graph."""
+    x = strided(rng, dtype)[how]
+    before = gemm.LIBRARIES[np.ndarray].calls if array.backend() == "numpy" else 0
     W, b, g = (array.asarray(rng.standard_normal(s).astype(dtype)) for s in ((3, x.shape[-1]), 3, (*x.shape[:-1], 3)))
-    (y, pulls), (want, defined) = layers.linear(x, W, b), layers.linear(array.xp(x).ascontiguousarray(x), W, b)
+    y, pulls = layers.linear(x, W, b)
+    expected, right_pulls = layers.linear(array.xp(x).ascontiguousarray(x), W, b)
     assert not x.flags.c_contiguous
-    for a, right in ((y, want), *((back(g), same(g)) for back, same in zip(pulls, defined))):
-        a, right = map(array.asnumpy, (a, right))
+    pairs = [(y, expected)]
+    pairs += [(back(g), right_back(g)) for back, right_back in zip(pulls, right_pulls)]
+    for a, right in pairs:
+        a = array.asnumpy(a)
+        right = array.asnumpy(right)
         assert a.dtype == right.dtype
         assert near(a, wide(right), {"float32": 5e-6, "float16": 3e-3, "bfloat16": 2e-2}[a.dtype.name])
     assert array.backend() != "numpy" or gemm.LIBRARIES[np.ndarray].calls - before == 6
 
 
 def in_parts(rng: np.random.Generator, dtype: Any = np.float32, parts: Callable | None = None) -> None:
-    """Attention whose causal texts go three queries at a time."""
+    """Check attention that takes the queries of a causal text in parts of three."""
     with pytest.MonkeyPatch.context() as m:
         m.setattr(cuda.attention, "LONG", 3)
         if parts:
@@ -397,14 +410,18 @@ def in_parts(rng: np.random.Generator, dtype: Any = np.float32, parts: Callable 
 def test_attention_of_a_long_causal_text_goes_in_parts(dtype, rng, monkeypatch):
     in_parts(rng, dtype)
     monkeypatch.setattr(cuda.attention, "LONG", 16)
-    sizes, scores = [], cuda.attention._Scores.__init__
-    monkeypatch.setattr(cuda.attention._Scores, "__init__", lambda self,
-                        *a: (scores(self, *a), sizes.append(self.p.size))[0])
+    sizes = []
+    make_scores = cuda.attention._Scores.__init__
+
+    def recording(self, *args):
+        make_scores(self, *args)
+        sizes.append(self.p.size)
+    monkeypatch.setattr(cuda.attention._Scores, "__init__", recording)
     q = array.asarray(rng.standard_normal((2, 64, 4)).astype(dtype))
     for causal, share in ((True, 10 / 16), (False, 1)):
         sizes.clear()
         layers.attention(q, q, q, causal=causal)
-        # what lies behind every query of a part is not made
+        # the scores of keys after the last query of a part are not computed
         assert sum(sizes) == share * 2 * 64 * 64
 
 
@@ -416,10 +433,13 @@ def test_attention_of_a_long_causal_text_goes_in_parts(dtype, rng, monkeypatch):
     "the causal mask counts from the first key": lambda rows, keys, t, n: (rows, slice(0, n))}.items())
 def test_wrong_parts_are_caught(name, wrong, rng):
     right = cuda.attention._parts
+
+    def wrong_parts(t: int, n: int, causal: bool) -> list:
+        parts = right(t, n, causal)
+        return [wrong(*part, t, n) for part in parts] if len(parts) > 1 else parts
+
     with pytest.raises((AssertionError, KernelError)), np.errstate(all="ignore"):
-        in_parts(rng, parts=lambda t, n,
-                 causal: [wrong(*part, t, n) for part in right(t, n, causal)] if len(right(t, n, causal)) > 1 else
-                 right(t, n, causal))
+        in_parts(rng, parts=wrong_parts)
 
 
 @no_device
@@ -431,7 +451,7 @@ def test_parts_that_do_not_add_up_are_caught(rng, monkeypatch):
 
 
 @no_device
-def test_scores_far_from_zero_and_rows_that_see_nothing(rng):
+def test_large_scores_and_queries_without_keys(rng):
     q, k, v = (rng.standard_normal((2, 3, 40, 8)).astype(np.float32) for _ in range(3))
     for kw in ({"key_mask": np.zeros((1, 1, 40), bool)}, {"scale": 500.0},
                {"causal": True, "key_mask": np.arange(40) > 20}):
@@ -447,28 +467,35 @@ def test_scores_far_from_zero_and_rows_that_see_nothing(rng):
     want, right = OPS["cross_entropy"].definition(z, np.array([3, 4, 5]))
     assert near(value, want, 1e-6)
     assert near(back[0](np.float32(1)[None].reshape(())), right[0](np.float32(1)), 1e-6)
-    # nothing counts; a label that is no class
+    # no row has a label; a label is outside the classes
     for labels, ignored in (([7, 7, 7], 7), ([0, 50, 1], -100), ([0, -51, 1], -100)):
         value, (back, *_) = layers.cross_entropy(z, np.array(labels), ignore_index=ignored)
         assert np.isnan(value) and np.isnan(back(np.ones((), np.float32))).any()
 
 
-def sees_only_minus_infinity() -> None:
-    q, k, v = np.ones((2, 1), np.float32), np.full((3, 1), -np.inf, np.float32), np.ones((3, 2), np.float32)
+def check_scores_of_minus_infinity() -> None:
+    """A query whose scores are all −∞ gives zeros."""
+    q = np.ones((2, 1), np.float32)
+    k = np.full((3, 1), -np.inf, np.float32)
+    v = np.ones((3, 2), np.float32)
     assert not layers.attention(q, k, v)[0].any()
     assert not OPS["attention"].definition(q, k, v)[0].any()
 
 
 @no_device
-def test_scores_of_minus_infinity_weigh_nothing():
-    sees_only_minus_infinity()
+def test_scores_of_minus_infinity_have_no_weight():
+    check_scores_of_minus_infinity()
 
 
 def test_uniform_numbers_are_numpys_bit_for_bit():
     for n, key in ((1, 0), (7, 1), (8, 2**64 - 1), (1001, 2**100 + 12345)):
         raw = np.random.Philox(key=key).random_raw(n // 2 + 1).view(np.uint32)[:n]
-        got, = both_ways(lambda n=n,
-                         key=key: [array.asnumpy(layers.uniform_like(array.asarray(np.zeros(n, np.float32)), key))])
+
+        def draw(n: int = n, key: int = key) -> list:
+            x = array.asarray(np.zeros(n, np.float32))
+            return [array.asnumpy(layers.uniform_like(x, key))]
+
+        got, = both_ways(draw)
         assert np.array_equal(got, (raw >> np.uint32(8)) * np.float32(2.0**-24))
 
 
@@ -625,9 +652,9 @@ FAULTS = [  # what, file, right, wrong, who must notice
     ("mask of another head", "attention.cu", "row / t % heads * by.head", "row / t * by.head",
      several("attention", [(2, 2, 5, 37)], 12)),
     ("a row that sees nothing", "attention.cu", "sum == 0 ? 0 : 1 / sum", "1 / sum",
-     lambda rng: sees_only_minus_infinity()),
+     lambda rng: check_scores_of_minus_infinity()),
     ("minus infinity less itself", "attention.cu", "if (top == NEVER) top = 0;", "",
-     lambda rng: sees_only_minus_infinity()),
+     lambda rng: check_scores_of_minus_infinity()),
     ("dropout forgotten on the way back", "attention.cu",
      "dp[j] * (dropout_mask ? (float)dropout_mask[j] : 1) - along", "dp[j] - along", several("attention")),
     ("scale forgotten on the way back", "attention.cu", "(T)(alpha * d)", "(T)d", several("attention")),
@@ -764,24 +791,39 @@ def swap(i: int, j: int) -> Callable:
 
 
 def put(i: int, value: Any) -> Callable:
-    return lambda given: given.__setitem__(i, value(given) if callable(value) else value)
+    """A function that sets argument i to the value, or to value(arguments)."""
+    def change(given: list) -> None:
+        given[i] = value(given) if callable(value) else value
+    return change
 
 
-SPOILT = {"a not transposed": put(1, 0), "b not transposed": put(0, 0), "always transposed": put(0, 1),
-          "m and n": swap(2, 3), "n and k": swap(2, 4),
-          "operands in order": swap(6, 10), "leading dimensions": swap(8, 12),
-          "leading dimension is k": put(8, lambda g: g[4]),
-          "one step for all": put(9, 0), "steps": swap(9, 13), "beta forgotten": put(14, 0.0),
-          "beta always": put(14, 1.0), "alpha": put(5, 2.0),
-          "leading dimension of the result": put(17, lambda g: g[3]), "step of the result": put(18, 0),
-          "one product": put(19, 1),
-          "compute as double": put(20, 70), "dtype": put(7, 1), "dtype of the result": put(16, lambda g: g[7])}
+WRONG_ARGUMENTS = {
+    "a not transposed": put(1, 0),
+    "b not transposed": put(0, 0),
+    "always transposed": put(0, 1),
+    "m and n": swap(2, 3),
+    "n and k": swap(2, 4),
+    "operands in order": swap(6, 10),
+    "leading dimensions": swap(8, 12),
+    "leading dimension is k": put(8, lambda g: g[4]),
+    "one step for all": put(9, 0),
+    "steps": swap(9, 13),
+    "beta forgotten": put(14, 0.0),
+    "beta always": put(14, 1.0),
+    "alpha": put(5, 2.0),
+    "leading dimension of the result": put(17, lambda g: g[3]),
+    "step of the result": put(18, 0),
+    "one product": put(19, 1),
+    "compute as double": put(20, 70),
+    "dtype": put(7, 1),
+    "dtype of the result": put(16, lambda g: g[7]),
+}
 
 
 @no_device
-@pytest.mark.parametrize("what", SPOILT)
-def test_a_wrong_argument_is_caught(what):
-    gemm.LIBRARIES[np.ndarray] = FakeCublas(SPOILT[what])
+@pytest.mark.parametrize("fault", WRONG_ARGUMENTS)
+def test_a_wrong_argument_is_caught(fault):
+    gemm.LIBRARIES[np.ndarray] = FakeCublas(WRONG_ARGUMENTS[fault])
     with np.errstate(all="ignore"), pytest.raises((AssertionError, ValueError)):
         for case in PRODUCTS:
             for dtype in (np.float32, np.float16):
