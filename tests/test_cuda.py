@@ -66,7 +66,8 @@ class FakeCublas:
     """
 
     def __init__(self, change: Callable[[list], Any] | None = None):
-        self.change, self.calls = change, 0
+        self.change = change
+        self.calls = 0
 
     def gemm(self, a: np.ndarray, la: Any, b: np.ndarray, lb: Any, out: np.ndarray, add: bool) -> None:
         given = list(gemm.arguments(a, la, b, lb, out, add, lambda x: x.ctypes.data, lambda double, x: float(x)))
@@ -95,12 +96,14 @@ class FakeCublas:
 
 
 def column_major(known: tuple, address: int, kind: int, offset: int, shape: tuple, leading: int) -> np.ndarray:
-    """The matrix that lies there, column after column `leading` numbers apart."""
+    """The matrix at this address. Its columns start `leading` numbers apart."""
     dtype = next(d for d, number in gemm.TYPES.items() if number == kind)
-    (rows, columns), size = shape, dtype.itemsize
+    rows, columns = shape
+    size = dtype.itemsize
     if leading < max(rows, 1):
         raise ValueError("cuBLAS status 7: a leading dimension below the number of rows")
-    first, extent = address + offset * size, (leading * (columns - 1) + rows) * size
+    first = address + offset * size
+    extent = (leading * (columns - 1) + rows) * size
     spans = [np.lib.array_utils.byte_bounds(a) for a in known]
     assert any(low <= first and first + extent <= high for low, high in spans), "cuBLAS reads outside its operands"
     memory = np.frombuffer((ctypes.c_char * extent).from_address(first), dtype)
@@ -108,7 +111,7 @@ def column_major(known: tuple, address: int, kind: int, offset: int, shape: tupl
 
 
 class Poisoned:
-    """NumPy, whose empty arrays are full of NaN."""
+    """NumPy, but `empty` fills the array with NaN."""
     @staticmethod
     def empty(shape: tuple, dtype: Any) -> np.ndarray:
         return np.full(shape, np.nan, dtype)
@@ -123,7 +126,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
         return
     monkeypatch.setattr(launch, "xp", lambda like: Poisoned)
-    # so that every thread has more than one number to see to
+    # so that every thread computes more than one element
     monkeypatch.setattr(launch, "BLOCKS", 2)
     monkeypatch.setitem(gemm.LIBRARIES, np.ndarray, FakeCublas())
     monkeypatch.setitem(launch.COMPILERS, np.ndarray, CpuKernel)
@@ -302,28 +305,37 @@ def by_heads(B: int, T: int, heads: int, width: int, c: int, lie: str, dtype: An
     """`project` is its definition for every layout of the weights, and for wanted and missing gradients."""
     n = heads * width
     dtype = np.dtype(dtype)
-    x, weights, *biases = (on_device(rng.standard_normal(s).astype(dtype))
-                           for s in ((B, T, c), (3, n, c), (n,), (n,), (n,)))
-    Ws = {"together": [0, 1, 2], "apart": [0, 1, 2], "in another order": [1, 0, 2]}[lie]
-    Ws = [weights[i].copy() if lie == "apart" else weights[i] for i in Ws]
+    shapes = ((B, T, c), (3, n, c), (n,), (n,), (n,))
+    x, weights, *biases = (on_device(rng.standard_normal(s).astype(dtype)) for s in shapes)
+    order = [1, 0, 2] if lie == "in another order" else [0, 1, 2]
+    Ws = [weights[i].copy() if lie == "apart" else weights[i] for i in order]
     args = (x, Ws[0], biases[0], Ws[1], biases[1], Ws[2], biases[2])
     assert (layers.as_one_matrix(tuple(Ws)) is not None) == (lie == "together")
     host = [wide(array.asnumpy(a)) for a in args]
-    want, defined = OPS["project"].definition(*host, heads=heads)
+    expected, right_back = OPS["project"].definition(*host, heads=heads)
     tol = {"float32": 5e-6, "float16": 6e-3, "bfloat16": 4e-2}[dtype.name]
     G = [rng.standard_normal((B, heads, T, width)).astype(dtype) for _ in range(3)]
-    for missing, needed in ((None, [True] * 7), (1, [True] * 7), (None, [True] + [False] * 6),
-                            (None, [False, True, False, False, True, True, True])):
+    every = [True] * 7
+    only_x = [True] + [False] * 6
+    some = [False, True, False, False, True, True, True]
+    for missing, needed in ((None, every), (1, every), (None, only_x), (None, some)):
         g = [None if i == missing else a for i, a in enumerate(G)]
 
         def run() -> list:
             values, back = layers.project(*args, heads=heads)
             found = back([on_device(a) for a in g], needed)
             return [*map(array.asnumpy, values), *(a if a is None else array.asnumpy(a) for a in found)]
-        *values, dx, dWq, dbq, dWk, dbk, dWv, dbv = both_ways(run)
-        assert all(a.dtype == dtype and near(a, b, tol) for a, b in zip(values, want))
-        for d, right, on in zip((dx, dWq, dbq, dWk, dbk, dWv, dbv), defined([wide(a) for a in g], [True] * 7), needed):
-            assert (d is not None and near(d, right, tol * (B * T)**0.5)) or not on
+
+        q, k, v, *found = both_ways(run)
+        for a, b in zip((q, k, v), expected):
+            assert a.dtype == dtype
+            assert near(a, b, tol)
+        right = right_back([wide(a) for a in g], every)
+        assert len(found) == len(right) == len(needed)
+        for d, right_d, is_needed in zip(found, right, needed):
+            if is_needed:
+                assert d is not None
+                assert near(d, right_d, tol * (B * T)**0.5)
 
 
 def test_project_declines_weights_of_two_dtypes(rng):
@@ -331,7 +343,8 @@ def test_project_declines_weights_of_two_dtypes(rng):
     half = W.astype(np.float16)
     assert layers.project(x, W, b, half, b, W, b, heads=2) is NotImplemented
     q, _, v = OPS["project"](x, W, b, half, b, W, b, heads=2)
-    assert q.shape == (2, 2, 3, 3) and near(q.numpy(), v.numpy(), 0)
+    assert q.shape == (2, 2, 3, 3)
+    assert near(q.numpy(), v.numpy(), 0)
 
 
 @no_device
@@ -563,25 +576,31 @@ def check_int4(rng: np.random.Generator, dtype: Any = np.float32) -> None:
         scales = np.repeat(scale.astype(np.float64), group, 1)[:, :k]
         zeros = np.repeat(zero.astype(np.float64), group, 1)[:, :k]
         W = scales * (digits - zeros)
-        dense, y = both_ways(lambda: [int4.dequantize(codes, scale, zero, k, group, np.dtype(np.float32)),
-                                      int4.matmul(x, codes, scale, zero, group)])
+        dense, y = both_ways(lambda: [
+            int4.dequantize(codes, scale, zero, k, group, np.dtype(np.float32)),
+            int4.matmul(x, codes, scale, zero, group),
+        ])
         assert near(int4.dequantized(codes, scale, zero, k, group), W, 1e-3)
         assert near(dense, W, 1e-6)
         tol = 2e-6 if dtype == np.float32 else 2e-2
-        assert y.dtype == dtype and near(y, x.astype(np.float64) @ W.T, tol)
+        assert y.dtype == dtype
+        assert near(y, x.astype(np.float64) @ W.T, tol)
 
 
 @no_device
 def test_int4_products_are_those_of_the_dense_weight(rng):
     check_int4(rng)
     check_int4(rng, bfloat16)
-    x, codes, s = np.ones((1, 16), np.float64), np.full((1, 2), 0x76543210, np.uint32), np.ones((1, 2), np.float32)
-    assert int4.matmul(x, codes, s, 0 * s, 8).item() == 56  # float64: by the definition
+    x = np.ones((1, 16), np.float64)
+    codes = np.full((1, 2), 0x76543210, np.uint32)
+    scale = np.ones((1, 2), np.float32)
+    assert int4.matmul(x, codes, scale, 0 * scale, 8).item() == 56  # the definition computes float64
 
 
 @no_device
 def test_the_sum_of_an_embedding_has_the_same_bits_in_any_order_of_blocks(rng):
-    ids, g = rng.integers(0, 3, 500), rng.standard_normal((500, 4)).astype(np.float32)
+    ids = rng.integers(0, 3, 500)
+    g = rng.standard_normal((500, 4)).astype(np.float32)
     d = layers.embedding(np.zeros((3, 4), np.float32), ids)[1][0](g)
     in_order = np.zeros((3, 4), np.float32)
     for i, row in zip(ids, g):
