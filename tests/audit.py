@@ -54,7 +54,7 @@ SUITES = {
     "precision.py": ["test_precision.py"],
     "train/batch.py": ["test_train.py", "test_loss.py"],
     "train/evaluate.py": ["test_train.py", "test_loss.py"],
-    "train/phases.py": ["test_train.py", "test_protocol.py"],
+    "train/phases.py": ["test_train.py"],
     "adapters/combine.py": ["test_adapters.py"],
     "decode.py": ["test_decode.py"],
 }
@@ -454,8 +454,9 @@ class Audit:
         return passed
 
     def tests(self, m: Mutant) -> list[Any]:
-        """The tests that enter the mutated function: tests named after it first, then the fastest."""
-        items = self.entered.get((m.file, m.inner), [])
+        """The tests of the file's suites that enter the function: those named after it first, then the fastest."""
+        own = suites_of(m.file)
+        items = [item for item in self.entered.get((m.file, m.inner), []) if item.path.name in own]
         return sorted(items, key=lambda item: (m.function[-1] not in item.name, self.seconds[item.nodeid]))
 
     def child(self, m: Mutant, tree: ast.Module, out: int) -> None:
@@ -560,6 +561,11 @@ def equivalents() -> dict[str, str]:
             key, _, reason = line.partition("⟂")
             out[key.strip()] = reason.strip()
     return out
+
+
+def suites_of(file: str) -> list[str]:
+    """The test files that must notice the errors of this file."""
+    return next(tests for name, tests in SUITES.items() if file == name or file.startswith(name + "/"))
 
 
 def files_and_suites(only: list[str] | None) -> tuple[list[str], list[str]]:

@@ -37,6 +37,7 @@ from tinyft.optim.optimizers import Optimizer
 from tinyft.tensor import OPS, op
 from tinyft.train.batch import compute_loss, read_batch
 from tinyft.train.evaluate import pool
+from tinyft.train.phases import Stage, make_stages
 
 VOCAB, POSITIONS, WIDTH, CLASSES = 19, 12, 12, 3
 
@@ -219,6 +220,30 @@ def test_every_phase_counts_its_own_steps_and_starts_with_a_fresh_optimiser():
         mask = host(edit.delta.mask)
         assert (moved <= mask).all()
         assert 0 < moved.sum() <= 0.31 * mask.size + 1
+
+
+@dataclass(frozen=True)
+class Planned(ft.LoRA):
+    """A method with these phases."""
+    parts: tuple = ()
+
+    def phases(self) -> list[Phase]:
+        return list(self.parts)
+
+
+def test_the_stages_of_a_run_are_the_setups_of_all_methods_before_each_training_phase():
+    """A phase with a share of 0 is a setup: before the next training phase, or after the last one."""
+    model = make_gpt()
+    several = (Phase(0.5, "first"), Phase(0.0, "between"), Phase(0.5, "second"), Phase(0.0, "after"))
+    a = attach(model, Planned(r=2, parts=several), name="a")
+    b = attach(model, Planned(r=2, parts=(Phase(0.0, "before"), Phase(1.0), Phase(0.0, "at the end"))), name="b")
+    assert make_stages([a, b], 7) == [
+        Stage(0, a, "first"), Stage(0, b, "before"), Stage(4),
+        Stage(0, a, "between"), Stage(0, a, "second"), Stage(3),
+        Stage(0, a, "after", is_final=True), Stage(0, b, "at the end", is_final=True),
+    ]
+    assert make_stages([b], 7)[1:] == [Stage(7), Stage(0, b, "at the end", is_final=True)]
+    assert make_stages([], 7) == [Stage(7)]
 
 
 def test_only_one_method_may_have_several_training_phases():
