@@ -183,6 +183,38 @@ def test_as_the_temperature_goes_to_zero_sampling_becomes_greedy(temperature):
     assert (choose_token(z, 5.0, None, None, rng) == z.argmax(-1)).mean() < 0.7
 
 
+class Always:
+    """A generator whose numbers are all the same."""
+
+    def __init__(self, number: float):
+        self.number = number
+
+    def random(self, shape: tuple) -> np.ndarray:
+        return np.full(shape, self.number)
+
+
+@pytest.mark.parametrize("number, top_k, top_p, token", [
+    (0.0, None, None, 1), (0.5, None, None, 3), (0.499, None, None, 1),
+    (0.999, None, 0.5, 1),                               # the first token alone has a probability of 0.5
+    (1.0, 1, None, 1), (1.0, 2, None, 3),                # no number, whatever its rounding, leaves the allowed tokens
+])
+def test_a_number_on_a_boundary_draws_the_later_token_and_never_one_that_is_not_allowed(number, top_k, top_p, token):
+    """Tokens 1 and 3 have the probability 1/2 each: token 1 has the interval [0, 1/2), token 3 has [1/2, 1)."""
+    logits = np.array([[-np.inf, 0.0, -np.inf, 0.0]])
+    assert choose_token(logits, 1.0, top_k, top_p, Always(number)).tolist() == [token]
+
+
+def test_tokens_are_drawn_in_double_precision(monkeypatch):
+    dtypes = []
+
+    def recording(logits: np.ndarray, *options: object) -> np.ndarray:
+        dtypes.append(logits.dtype)
+        return choose_token(logits, *options)
+    monkeypatch.setattr(decode, "choose_token", recording)
+    generate(model_with("none"), IDS, 2, temperature=1.0, rng=np.random.default_rng(0))
+    assert dtypes == [np.float64] * 2
+
+
 def test_sampled_text_is_set_by_its_seed_and_the_same_with_and_without_a_cache():
     model, (ids, mask) = model_with("none"), pad_left(rows())
 
@@ -238,6 +270,7 @@ def test_bert_says_that_it_cannot_continue_from_a_cache():
 def test_padding_on_the_left_keeps_every_row_whole():
     ids, mask = pad_left([[1, 2, 3], [4]], pad=9)
     assert ids.tolist() == [[1, 2, 3], [9, 9, 4]] and mask.tolist() == [[True] * 3, [False, False, True]]
+    assert pad_left([[1, 2], [4]])[0].tolist() == [[1, 2], [0, 4]]
     for bad in ([], [[1], []]):
         with pytest.raises(ValueError, match="at least one token each"):
             pad_left(bad)

@@ -32,7 +32,7 @@ from contract import (
 from helpers import dev, host
 from test_nn import Int8
 
-from tinyft import array, combine, edit, fit, no_grad, ops
+from tinyft import GPT, GPTConfig, array, combine, edit, fit, no_grad, ops
 from tinyft.edit import Edit, Method, Phase, attach, count, detach, eject, merge, trained
 from tinyft.methods import ALL, BitFit, Full, Houlsby, LoRA, Partial, PrefixTuning, PromptTuning
 from tinyft.methods.additive.houlsby import Bottleneck, truncated_normal
@@ -577,6 +577,14 @@ def test_an_adapters_weights_start_normal_cut_at_two_sigma():
         assert 0.015 < np.abs(w).max() <= 0.02 and abs(w.std() - 0.0088) < 0.001 and not host(layer.bias).any()
 
 
+def test_numbers_within_two_sigma_are_those_drawn_first():
+    for seed in range(60):
+        first = np.random.default_rng(seed).standard_normal(3)
+        z = truncated_normal(np.random.default_rng(seed), (3,), 0.5)
+        near = np.abs(first) <= 2
+        assert np.array_equal(z[near], first[near] * 0.5) and np.abs(z).max() <= 1.0
+
+
 # ── prefix ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 def test_keys_and_values_of_real_text_as_a_prefix_are_that_text():
     base, ids, cache = wide(), tokens(1, 7), Cache()
@@ -590,6 +598,14 @@ def test_keys_and_values_of_real_text_as_a_prefix_are_that_text():
     assert near(run(model, ids[:, 3:]), run(base, ids)[:, 3:])
     rows = np.repeat(ids[:, 3:], 2, axis=0)
     assert near(run(model, rows)[1:], run(base, ids)[:, 3:])
+
+
+def test_two_shifted_prefixes_shift_the_text_twice():
+    model, _ = on(PrefixTuning(p=3, shift=True))
+    attach(model, PrefixTuning(p=2, shift=True), name="second")
+    ctx = Context()
+    model(tokens(1, 4), ctx)
+    assert ctx.position_shift == 5
 
 
 def head_outputs(K: np.ndarray, V: np.ndarray, *, causal: bool = False) -> tuple[np.ndarray, ...]:
@@ -743,6 +759,13 @@ def test_a_prompt_is_embeddings_put_in_front_by_hand_and_so_is_its_gradient(kind
     y.backward(dev(cover))
     y0.backward(dev(np.concatenate([np.zeros((4, 3, Sizes.V)), cover], axis=1)))
     assert near(host(P.grad), host(whole.grad)[:, :3].sum(0))
+
+
+def test_a_prompt_leaves_after_the_last_block():
+    model = GPT(GPTConfig(23, 24, 12, 4, 3))
+    found = PromptTuning().find(model)
+    assert list(found) == ["embed", "blocks.3"]
+    assert found["blocks.3"] is model.blocks[3]
 
 
 def test_a_prompt_starts_as_rows_of_the_vocabulary_or_within_one_half():
@@ -1100,6 +1123,7 @@ def test_a_method_that_says_nothing_adds_nothing():
 
 def test_a_count_reads_as_a_sentence():
     assert str(edit.Count(1200, 0, 4800, 99)) == "1,200 trained (25.00 % of 4,800); 99 bytes to store"
+    assert str(edit.Count(1, 0, 1, 4)) == "1 trained (100.00 % of 1); 4 bytes to store"
     assert str(edit.Count(0, 7, 0, 28)) == "0 trained (0.00 % of 0) and 7 in the head; 28 bytes to store"
 
 

@@ -921,6 +921,27 @@ def test_merging_some_of_them_is_exact_or_refuses():
     assert merged > 10
 
 
+class Mix(Edit):
+    """x → Q x: a change of the input alone."""
+
+    def __init__(self, in_features: int, out_features: int, rng: np.random.Generator):
+        self.Q = Parameter(dev(rng.standard_normal((in_features, in_features))))
+
+    def before(self, x: Tensor, ctx: Context) -> Tensor:
+        return ops.linear(x, self.Q)
+
+    def fold(self, p: dict) -> dict:
+        return {**p, "weight": p["weight"] @ self.Q.data}
+
+
+@pytest.mark.parametrize("order", [(In, Mix), (Mix, In), (Out, Mix, In)], ids=str)
+def test_changes_of_the_input_merge_in_reverse_order(order):
+    model = stack(order)
+    y = through(model)
+    merge(model)
+    assert near(through(model), y, 1e-11)
+
+
 def test_edits_act_in_the_order_of_attachment():
     y = {order: through(stack(order)) for order in ((Out, Low), (Low, Out))}
     assert not near(*y.values(), 1e-3)
@@ -977,6 +998,14 @@ def test_without_leaves_a_frozen_adapter_where_it_is():
                     p.train(False)
     with without(model):
         assert same(run(model), y)
+
+
+def test_of_methods_that_train_the_same_tensors_the_last_one_can_always_come_off():
+    model = build("gpt")
+    for name in ("one", "two", "three"):
+        attach(model, BitFit(), name=name)
+    for name in ("three", "two", "one"):
+        assert detach(model, name).name == name
 
 
 def test_two_methods_that_train_the_same_tensors_come_off_in_reverse():
@@ -1048,6 +1077,14 @@ def test_a_method_that_fails_half_way_leaves_the_model_as_it_was():
 
 
 # ═════════════════════════════ names, contexts, shared parts ═════════════════════════════
+def test_the_names_that_an_error_offers_are_few_and_two_parts_long():
+    """At most four that look like the glob, else the first eight; layers under one name."""
+    paths = [f"top.blocks.{i}.part.{letter}" for i in (0, 1) for letter in "abcdefghijkl"]
+    assert edit._nearest("zzz", ["", *paths]) == [f"part.{letter}" for letter in "abcdefgh"]
+    near = edit._nearest("part.x", paths)
+    assert len(near) == 4 and set(near) <= {f"part.{letter}" for letter in "abcdefghijkl"}
+
+
 def test_a_glob_that_names_nothing_says_what_there_is():
     wrong = {"layers.*.q": "attn.q", "attn.query": "attn.q", "mlp.wown": "mlp.down", "blocks.7.attn": "attn"}
     for glob, there in wrong.items():

@@ -241,6 +241,25 @@ def test_an_ejected_prefix_has_lost_its_mlp_and_trains_on():
     assert not same(run(model), y)
 
 
+@dataclass(frozen=True)
+class Lower(LoRA):
+    """Its ejected form has no edits outside the first block."""
+
+    def eject(self, edits: dict[str, Edit]) -> tuple[Method, dict[str, Edit]]:
+        return self, {path: e for path, e in edits.items() if path.startswith("blocks.0")}
+
+
+def test_an_ejected_form_may_have_fewer_edits_and_other_methods_stay():
+    model = build("gpt")
+    first = attach(model, LoRA(r=2))
+    attach(model, Lower(r=2, targets="attn.q"))
+    last = attach(model, Houlsby(m=2, norms=False))
+    a = eject(model, "lower")
+    assert attached(model) == (first, a, last)
+    assert list(a.edits) == [path for path, m in edit.base_modules(model).items() if "lower" in m.edits]
+    assert list(a.edits) == ["blocks.0.attn.q"]
+
+
 # ── one name for one tensor ──────────────────────────────────────────────────────────────────────────────────────────
 @dataclass(frozen=True)
 class Shared(Method):
@@ -352,6 +371,16 @@ def test_lora_on_a_packed_embedding_is_seen_by_the_tied_head_and_no_dense_weight
     for name, p in edit.trained(model).items():
         np.testing.assert_allclose(host(p.grad), host(wanted[name].grad), rtol=1e-3, atol=1e-4)
     assert Watched.built == 0
+
+
+def test_a_packed_weight_without_edits_keeps_no_other_module_from_merging():
+    model = packed_embedding()
+    attach(model, LoRA(r=2, targets="attn.q"))
+    noise(model)
+    y = run(model)
+    merge(model)
+    assert attached(model) == ()
+    np.testing.assert_allclose(run(model), y, rtol=1e-4, atol=1e-4)
 
 
 def test_two_loras_stand_on_one_packed_embedding():
