@@ -211,7 +211,8 @@ def test_tokens_are_drawn_in_double_precision(monkeypatch):
         dtypes.append(logits.dtype)
         return choose_token(logits, *options)
     monkeypatch.setattr(decode, "choose_token", recording)
-    generate(model_with("none"), IDS, 2, temperature=1.0, rng=np.random.default_rng(0))
+    model = model_with("none").to(dtype=np.float32)
+    generate(model, IDS, 2, temperature=1.0, rng=np.random.default_rng(0))
     assert dtypes == [np.float64] * 2
 
 

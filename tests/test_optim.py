@@ -689,6 +689,33 @@ def test_a_wrong_reading_of_version_0_1_is_rejected(monkeypatch):
         agrees_with_version_0_1("run-prefix-mlp")
 
 
+def test_in_version_0_1_a_tensor_of_exactly_the_limit_is_small():
+    """A flat array of version 0.1 holds tensors of up to 32768 elements first, then the larger ones."""
+    tensors = {"larger": leaf(np.zeros(32769)), "limit": leaf(np.zeros(32768)), "small": leaf(np.zeros(2))}
+    optimizer = AdamW(0.1).start(tensors)
+    numbers = np.arange(32768.0 + 2 + 32769)
+    optimizer.load_state_dict({"t": np.array(3), "0.0": numbers, "0.1": -numbers})
+    state = optimizer.state_dict()
+    for kind, sign in (("exp_avg", 1), ("exp_avg_sq", -1)):
+        assert np.array_equal(state[f"{kind}.limit"], sign * numbers[:32768])
+        assert np.array_equal(state[f"{kind}.small"], sign * numbers[32768:32770])
+        assert np.array_equal(state[f"{kind}.larger"], sign * numbers[32770:])
+
+
+@each_optimizer
+def test_a_step_writes_in_place(make):
+    """No step replaces the data of a tensor or an array of the optimiser."""
+    p = leaf(np.ones((3, 2)))
+    optimizer = make().start({"p": p})
+    (group,) = optimizer.groups
+    before = [p.data, group.w, group.views["p"], *group.moments]
+    for _ in range(2):
+        p.grad = dev(np.ones((3, 2)))
+        optimizer.step()
+    after = [p.data, group.w, group.views["p"], *group.moments]
+    assert all(a is b for a, b in zip(before, after))
+
+
 def test_a_state_of_version_0_1_of_another_run_is_refused():
     arrays, _ = read_tensors(VERSION_0_1 / "run-lora" / "checkpoint.safetensors")
     state = parts(arrays, "optimizer/")
