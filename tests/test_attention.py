@@ -73,12 +73,27 @@ def test_causal_with_cached_keys_is_the_end_of_the_whole():
     np.testing.assert_array_equal(host(ops.attention(q, Tensor(dev(later)), v, causal=True))[:, :4], whole[:, :4])
 
 
-def test_attention_makes_only_what_is_needed():
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_key_mask_and_the_causal_mask_act_together(rng, causal):
+    """Of softmax attention and of the op: a key that either mask hides has no influence."""
+    q, k, v = (rng.standard_normal((3, 4)) for _ in range(3))
+    key_mask = np.array([[1, 1, 1], [1, 0, 1], [1, 1, 0]], bool)
+    may = key_mask & np.tri(3, dtype=bool) if causal else key_mask
+    weights = np.where(may, np.exp(q @ k.T / 2), 0)
+    want = weights / weights.sum(-1, keepdims=True) @ v
+    for f in (ops.attention, F.softmax_attention):
+        y = f(*(Tensor(dev(a)) for a in (q, k, v)), key_mask=dev(key_mask), causal=causal)
+        np.testing.assert_allclose(host(y), want, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("inputs", [3, 4], ids=["", "bias"])
+def test_attention_makes_only_what_is_needed(inputs):
     rng = np.random.default_rng(2)
-    arrays = [dev(rng.standard_normal((3, 4))) for _ in range(3)]
+    shapes = [(3, 4), (3, 4), (3, 4), (3, 3)]
+    arrays = [dev(rng.standard_normal(shape)) for shape in shapes[:inputs]]
     full = [Tensor(a, requires_grad=True) for a in arrays]
     ops.attention(*full, causal=True).sum().backward()
-    for mask in range(1, 8):
+    for mask in range(1, 2**inputs):
         ts = [Tensor(a, requires_grad=bool(mask >> i & 1)) for i, a in enumerate(arrays)]
         y = ops.attention(*ts, causal=True)
         needed = [t.requires_grad for t in ts]

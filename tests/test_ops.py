@@ -652,6 +652,7 @@ def test_operators_and_methods():
         (-x, -a), (x**2, a * a), (abs(y), abs(b)), (2 - x, 2 - a), (2 / x, 2 / a),
         (dev(a) + y, a + b), (dev(a) - y, a - b), (dev(a) / y, a / b), (dev(a) @ y, a @ b),
         (x.T, a.T), (x.transpose(), a.T), (x.permute(1, 0), a.T), (x.permute((1, 0)), a.T),
+        (x[0].permute(0), a[0]), (x[0, 0].reshape(), a[0, 0]),
         (x.reshape(4), a.ravel()), (x.reshape(1, 4), a.reshape(1, 4)), (x.reshape((4, 1)), a.reshape(4, 1)),
         (x[1, 0], a[1, 0]), (x.sum(axis=0), a.sum(0)), (x.mean(), a.mean()), (x.amax(axis=1), a.max(1)),
         (x.exp(), np.exp(a)), (x.log(), np.log(a)), (x.sqrt(), np.sqrt(a)), (x.tanh(), np.tanh(a)),
