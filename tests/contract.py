@@ -317,7 +317,7 @@ def check_save(row: Row, kind: str) -> None:
     short_fit(model, kind, row)
     y = run(model)
     saved = edit.state_dict(model, a)
-    assert set(saved) == edit_names(a) | set(a.base)
+    assert set(saved) == edit_names(a) | set(a.base_values)
     other = build(kind)
     b = edit.attach(other, row.method, seed=9)
     edit.load_state_dict(other, b, saved)

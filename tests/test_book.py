@@ -119,6 +119,8 @@ def test_prose_and_code_of_kernels_come_in_order():
              "Exercise: one", "````cuda\nextern", "// inside", "+= 1"]
     places = [text.find(s) for s in order]
     assert -1 not in places and places == sorted(places), dict(zip(order, places))
+    bounded = 'extern "C" __global__ void __launch_bounds__(256, 2) two(int n) {\n}\n'
+    assert [b.name for b in annotate.cuda_blocks(bounded)] == ["two"]
     assert annotate.first_sentence(KERNELS).startswith("y = a_b")
     assert annotate.first_sentence(SMALL) == "A module."
     assert annotate.first_sentence('"One line."\nimport os\n') == "One line."

@@ -1109,8 +1109,8 @@ def test_the_first_method_to_come_carries_the_new_head():
     model = build("gpt-classes")
     first = attach(model, LoRA(r=2), "first")
     second = attach(model, BitFit(), "second")
-    assert set(first.base) == {"head.out.weight"}
-    assert "head.out.weight" not in second.base and second.base
+    assert set(first.base_values) == {"head.out.weight"}
+    assert "head.out.weight" not in second.base_values and second.base_values
 
 
 def test_a_method_that_says_nothing_adds_nothing():

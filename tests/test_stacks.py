@@ -74,21 +74,21 @@ def check_houlsby(method: Method) -> None:
     sublayers = [f"encoder.{i}.{m}" for i in range(2) for m in ("attn", "mlp")]
     sublayers += [f"decoder.{i}.{m}" for i in range(2) for m in ("attn", "cross_attn", "mlp")]
     assert sorted(a.edits) == sorted(sublayers)
-    assert set(a.base) == {f"{norm}.{p}" for norm in NORMS for p in ("weight", "bias")}
+    assert set(a.base_values) == {f"{norm}.{p}" for norm in NORMS for p in ("weight", "bias")}
 
 
 def check_partial(method: Method) -> None:
     """The top block of both stacks trains, with the norms above them and the head."""
     model = toy.build_toy()
     a = attach(model, method)
-    assert set(a.base) == {name for name in edit.base_parameters(model) if name.startswith(TOPS)}
+    assert set(a.base_values) == {name for name in edit.base_parameters(model) if name.startswith(TOPS)}
 
 
 def check_bitfit(method: Method) -> None:
     """Exactly the biases train; a table whose name contains "bias" does not."""
     model = toy.build_toy()
     a = attach(model, method)
-    assert set(a.base) == {name for name in edit.base_parameters(model) if name.endswith(".bias")}
+    assert set(a.base_values) == {name for name in edit.base_parameters(model) if name.endswith(".bias")}
 
 
 def test_houlsby_finds_every_sublayer_and_the_third_norm():
@@ -98,7 +98,7 @@ def test_houlsby_finds_every_sublayer_and_the_third_norm():
 def test_partial_takes_the_top_blocks_of_both_stacks():
     check_partial(Partial(k=1))
     model = toy.build_toy()
-    assert set(attach(model, Partial(k=0)).base) == {"head.weight", "head.bias"}
+    assert set(attach(model, Partial(k=0)).base_values) == {"head.weight", "head.bias"}
     with pytest.raises(ValueError, match="0 <= k <= 2"):
         attach(toy.build_toy(), Partial(k=3))
 
@@ -281,7 +281,7 @@ def check_names(walk: Any) -> None:
         everything = model.named_parameters() | model.named_buffers()
         assert named.keys() <= everything.keys() and all(everything[n] is v for n, v in named.items())
         assert len({id(v) for v in named.values()}) == len(named)
-        mine = {n for n in everything if ".edits.mine." in n} | set(a.base)
+        mine = {n for n in everything if ".edits.mine." in n} | set(a.base_values)
         assert set(named) == mine
         assert {n for n in edit.trained(model) if ".edits.other." not in n} <= set(named)
 
@@ -491,12 +491,12 @@ def walks_edits(model: Any, a: Any) -> dict[str, Any]:
         for n, v in {**e.named_parameters(), **e.named_buffers()}.items():
             named[f"{path}.edits.{a.name}.{n}"] = v
     parameters = edit.base_parameters(model)
-    return named | {n: parameters[n] for n in a.base}
+    return named | {n: parameters[n] for n in a.base_values}
 
 
 def walks_without_base(model: Any, a: Any) -> dict[str, Any]:
     """Forgets the base tensors that the method trains."""
-    return {n: v for n, v in edit.named_state(model, a).items() if n not in a.base}
+    return {n: v for n, v in edit.named_state(model, a).items() if n not in a.base_values}
 
 
 PLANTED = {

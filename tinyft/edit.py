@@ -137,15 +137,15 @@ class Method:
 class Attached:
     """A method on a model.
 
-    edits   its edits by module path
-    base    {name: array} for the base tensors that it trains. While it is attached: the values from before; while it
-            is detached: the trained values
-    seed    the seed of the generator that initialised the edits"""
+    edits         its edits by module path
+    base_values   {name: array} of the base tensors that it trains. While it is attached: their values from before;
+                  while it is detached: the trained values
+    seed          the seed of the generator that initialised the edits"""
 
     method: Method
     name: str
     edits: dict[str, Edit]
-    base: dict[str, Array] = field(default_factory=dict)
+    base_values: dict[str, Array] = field(default_factory=dict)
     seed: int = 0
 
 
@@ -267,7 +267,7 @@ def attach(model: Module, method: Method | Attached, name: str | None = None, se
         raise ValueError(f"{name!r} is attached already; give this one another name: attach(..., name=...)")
     if isinstance(method, Attached):
         a = method
-        missing = (a.edits.keys() - modules.keys()) | (a.base.keys() - base_parameters(model).keys())
+        missing = (a.edits.keys() - modules.keys()) | (a.base_values.keys() - base_parameters(model).keys())
         if missing:
             raise ValueError(f"{name} was attached to another model: this one has no {min(missing)}")
         a.name = name
@@ -284,7 +284,7 @@ def _make(model: Module, method: Method, name: str, seed: int, train_head: bool)
     """The edits of a method for this model, and copies of the base tensors that it trains. The model is not changed."""
     parameters = base_parameters(model)
     head = {n for n in parameters if is_head(model, n)}
-    trained_before = {n for a in attached(model) for n in a.base}
+    trained_before = {n for a in attached(model) for n in a.base_values}
     trainable = set(method.trains(model))
     unknown = trainable - parameters.keys()
     if unknown:
@@ -335,7 +335,7 @@ def without(model: Module, *names: str) -> Iterator[None]:
 
 def _is_trainable(a: Attached) -> bool:
     """True if the method trains a tensor of the base or of one of its edits."""
-    return bool(a.base) or any(p.requires_grad for e in a.edits.values() for p in e.parameters())
+    return bool(a.base_values) or any(p.requires_grad for e in a.edits.values() for p in e.parameters())
 
 
 def _remove_edits(model: Module, names: Iterable[str]) -> None:
@@ -353,19 +353,19 @@ def _check_uncovered(model: Module, off: list[Attached]) -> None:
     order = attached(model)
     for a in off:
         later = [b for b in order[order.index(a) + 1:] if b not in off]
-        clash = [b.name for b in later if b.base.keys() & a.base.keys()]
+        clash = [b.name for b in later if b.base_values.keys() & a.base_values.keys()]
         if clash:
             raise ValueError(f"{', '.join(clash)} trained the same tensors after {a.name}: detach them first")
 
 
 def _swap_base(model: Module, a: Attached) -> None:
-    """Exchange the values of the base tensors that a method trains with the values stored in `a.base`.
+    """Exchange the values of the base tensors that a method trains with the values stored in `a.base_values`.
 
     The arrays are swapped, so that a graph recorded earlier keeps the values it was computed with."""
     parameters = base_parameters(model)
-    for name, stored in a.base.items():
+    for name, stored in a.base_values.items():
         p = parameters[name]
-        a.base[name] = p.data
+        a.base_values[name] = p.data
         p.data = array.put_like(stored, p.data, p.dtype)
 
 
@@ -374,7 +374,7 @@ def _set_attached(model: Module, methods: tuple[Attached, ...]) -> None:
 
     The tensors that the methods train are trainable; without a method, all tensors."""
     model._attached = methods
-    trainable = {name for a in methods for name in a.base}
+    trainable = {name for a in methods for name in a.base_values}
     for name, p in base_parameters(model).items():
         p.requires_grad = not methods or name in trainable
 
@@ -386,7 +386,7 @@ def eject(model: Module, name: str | None = None) -> Attached:
     A prefix loses the MLP that made it; a method without a simpler form stays as it is. See Method.eject."""
     a = get_attached(model, name)
     method, edits = a.method.eject(dict(a.edits))
-    ejected = Attached(method, a.name, edits, a.base, a.seed)
+    ejected = Attached(method, a.name, edits, a.base_values, a.seed)
     for path, m in base_modules(model).items():
         if a.name in m.edits or path in edits:
             replaced = {**m.edits, a.name: edits.get(path)}              # in the same place of the order
@@ -409,9 +409,9 @@ def merge(model: Module, *names: str) -> Module:
             _check_order(path, m.edits, merging)
             folded[path] = _fold(path, m, [e for name, e in m.edits.items() if name in merging])
     written = {f"{path}.{name}" for path, tensors in folded.items() for name in tensors}
-    written |= {name for a in merged for name in a.base}
+    written |= {name for a in merged for name in a.base_values}
     for a in kept:
-        if a.base.keys() & written:
+        if a.base_values.keys() & written:
             raise CannotMerge(f"{a.name} trains the same tensors, and to detach it would undo the merge: "
                               "merge it too, or detach it first")
     for path, m in base_modules(model).items():             # no edit raised CannotMerge: write
@@ -531,7 +531,7 @@ def named_state(model: Module, a: Attached) -> dict[str, Any]:
         in_edits |= {id(v) for v in e.named_buffers().values()}
     saved = model.state_dict().keys()
     named = {**model.named_parameters(), **model.named_buffers()}
-    return {name: v for name, v in named.items() if name in a.base or (id(v) in in_edits and name in saved)}
+    return {name: v for name, v in named.items() if name in a.base_values or (id(v) in in_edits and name in saved)}
 
 
 def state_dict(model: Module, a: Attached) -> dict[str, np.ndarray]:

@@ -34,10 +34,10 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) 
 
     Logits (..., V); the mean is over all N rows.  The gradient with respect to q_logits is T (q − p) / N; the factor T²
     keeps its size independent of T (Hinton et al. 2015)."""
-    p = ops.log_softmax(p_logits * (1 / temperature))
-    q = ops.log_softmax(q_logits * (1 / temperature))
-    rows = q.size // q.shape[-1]
-    return (ops.exp(p) * (p - q)).sum() * (temperature**2 / rows)
+    log_p = ops.log_softmax(p_logits * (1 / temperature))
+    log_q = ops.log_softmax(q_logits * (1 / temperature))
+    rows = log_q.size // log_q.shape[-1]
+    return (ops.exp(log_p) * (log_p - log_q)).sum() * (temperature**2 / rows)
 
 
 def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:

@@ -44,8 +44,12 @@ class Module:
     _non_persistent: frozenset[str] = frozenset()        # names of the module's own buffers that are not saved
 
     def __call__(self, x: Any, ctx: Context | None = None, **facts: Any) -> Any:
+        """The module's output for the input x, changed by its edits, which act in the order of their attachment.
+
+        The outermost call gives the facts of its Context by keyword, model(ids, mask=...); inner calls pass the
+        Context on. TypeError if both are given. `after` gets the input that every `before` has changed."""
         if type(ctx) is not Context or facts:
-            ctx = _make_context(ctx, facts)
+            ctx = _context_of_call(ctx, facts)
         for edit in self.edits.values():
             x = edit.before(x, ctx)
         y = self.forward(x, ctx)
@@ -71,7 +75,9 @@ class Module:
 
     # ── the tree ──
     def parts(self) -> Iterator[tuple[str, Any]]:
-        """(name, value) of every attribute; the entries of lists and dicts one by one, as `name.0` or `name.key`."""
+        """(name, value) of every attribute of this module whose name has no leading underscore, of any type.
+
+        The entries of lists and dicts come one by one, as `name.0` or `name.key`; so an edit is `edits.lora`."""
         for name, value in vars(self).items():
             if name[0] == "_":
                 continue
@@ -220,7 +226,7 @@ class _Mover:
         return self.moved[id(value)][0]
 
 
-def _make_context(ctx: Any, facts: dict[str, Any]) -> Context:
+def _context_of_call(ctx: Any, facts: dict[str, Any]) -> Context:
     """The Context of an outermost call, from its keywords. TypeError for a second argument that is no Context."""
     if ctx is None:
         return Context(**facts)

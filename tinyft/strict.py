@@ -452,7 +452,7 @@ def _asnumpy(a: Any, stream: None = None, order: str = "C", out: np.ndarray | No
 
 
 def _creating(name: str) -> Callable:
-    """xp.asarray and the like: the only functions that take host data. Each copy from the host is counted."""
+    """Make xp.<name>, for xp.asarray and the like: the functions that take host data. They count each copy from it."""
     def create(a: Any, *args: Any, **kwargs: Any) -> Array:
         parts = a if isinstance(a, (list, tuple)) else (a,)
         if not any(isinstance(part, Array) for part in parts):
@@ -480,7 +480,8 @@ class _Module(ModuleType):
         return value
 
     def _find(self, full: str, name: str, f: Any) -> Any:
-        """The stand-in for cupy.<full>, made of NumPy's `f`; None if there is none. AttributeError if CuPy lacks it."""
+        """The stand-in for cupy.<full>, made of NumPy's `f`; None if CuPy has it and the
+        strict backend does not offer it. AttributeError if CuPy lacks it."""
         if full in API["functions"] or full in API["ufuncs"]:
             if isinstance(f, np.ufunc):
                 return Ufunc(name)

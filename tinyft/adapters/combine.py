@@ -63,8 +63,8 @@ def combine(adapters: list[Attached], weights: Sequence[float] | None = None, na
 
 def _check_summable(a: Attached) -> None:
     """Raise ValueError unless an adapter changes only outputs that can be added."""
-    if a.base:
-        raise ValueError(f"{a.name} trains {next(iter(a.base))}: only changes of outputs can be summed")
+    if a.base_values:
+        raise ValueError(f"{a.name} trains {next(iter(a.base_values))}: only changes of outputs can be summed")
     for path, e in a.edits.items():
         changes_output_only = e.overrides("after") and not e.overrides("before") and not e.overrides("tensor")
         if not changes_output_only or not e.keeps_shape:

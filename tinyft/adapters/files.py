@@ -34,18 +34,21 @@ FIELDS_OF_0_1: dict[str, dict[str, str | None]] = {
 
 # ── save ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 def save_adapter(model: Module, path: str | os.PathLike, name: str | None = None) -> Path:
-    """Write one attached method (the last one, or `name`) to the folder `path`, with a new head if it carries one.
+    """Write one attached method (the last one, or `name`) to the folder `path`, which is made if it is missing.
 
-    Both files are written before either takes its place: a full disk leaves the old adapter as it was."""
+    A new task head that the method trains is written too. Tensors are stored without the adapter's name, so that it
+    can be loaded under another name. Both files are written before either takes its place: a full disk leaves the old
+    adapter as it was. LookupError if nothing is attached under `name`; ValueError if load_adapter could not make the
+    method again."""
     a = edit.get_attached(model, name)
     cls = type(a.method)
-    if a.edits and cls.edit is Method.edit and cls.edits is Method.edits:
+    if a.edits and cls.edit is Method.edit and cls.edits is Method.edits:      # made by `combine`
         raise ValueError(f"{cls.__name__} is not a method that load_adapter could make again: it has no `edit`")
     facts = {
         "method": describe(a.method),
         "name": a.name,
         "seed": a.seed,
-        "head": [n for n in a.base if edit.is_head(model, n)],
+        "head": [n for n in a.base_values if edit.is_head(model, n)],
         "base": identify_base(model),
     }
     tensors = {_name_in_file(a, n): v for n, v in edit.state_dict(model, a).items()}
@@ -173,7 +176,7 @@ def identify_base(model: Module) -> dict[str, Any]:
     Only the shapes of a new head are included: its weights are part of the adapter."""
     original: dict[str, Any] = {}                        # the first method that trains a tensor keeps the original
     for a in reversed(edit.attached(model)):
-        original.update(a.base)
+        original.update(a.base_values)
     parameters = edit.base_parameters(model)
     buffers = {n: v for n, v in model.named_buffers(persistent_only=True).items() if not edit.is_in_edit(n)}
     shapes = {}

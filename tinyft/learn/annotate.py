@@ -16,6 +16,7 @@ import tokenize
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from ..kernels.cuda.cpu_kernel import BOUNDS
 from .sources import first_line
 
 WIDE = 88                                                # columns of code beside the prose; longer lines scroll
@@ -143,14 +144,14 @@ def _narrow(line: str, column: int) -> str:
 
 
 def cuda_blocks(text: str) -> list[Block]:
-    """The blocks of CUDA C: the stretches between blank lines that begin at the margin.
+    """The blocks of a CUDA C file. A block begins at a line without indentation after a blank line.
 
-    The comment at the beginning of a block is its prose.
+    Its first lines that begin with // are its prose. The name of its kernel, if it has one, is its name.
     """
     found = []
     for part in re.split(r"\n\n+(?=\S)", text.strip()):
         comment = re.match(r"(?://[^\n]*(?:\n|$))*", part)[0]
-        name = re.search(r"^extern \"C\" __global__ void (\w+)", part, re.MULTILINE)
+        name = re.search(rf"^extern \"C\" __global__ {BOUNDS}void {BOUNDS}(\w+)", part, re.MULTILINE)
         prose = re.sub(r"^// ?", "", comment, flags=re.MULTILINE).rstrip()
         found.append(Block(name[1] if name else "", prose, part[len(comment):].rstrip()))
     return found
