@@ -371,6 +371,8 @@ def test_lora_on_a_packed_embedding_is_seen_by_the_tied_head_and_no_dense_weight
     for name, p in edit.trained(model).items():
         np.testing.assert_allclose(host(p.grad), host(wanted[name].grad), rtol=1e-3, atol=1e-4)
     assert Watched.built == 0
+    whole = host(model.embed.read("weight").dequantize())
+    np.testing.assert_allclose(whole, host(dense_model.embed.read("weight")), rtol=1e-4, atol=1e-4)
 
 
 def test_a_packed_weight_without_edits_keeps_no_other_module_from_merging():
