@@ -55,7 +55,7 @@ SUITES = {
     "train/batch.py": ["test_train.py", "test_loss.py"],
     "train/evaluate.py": ["test_train.py", "test_loss.py"],
     "train/phases.py": ["test_train.py"],
-    "adapters/combine.py": ["test_methods.py"],
+    "adapters/combine.py": ["test_protocol.py", "test_methods.py"],
     "decode.py": ["test_decode.py"],
 }
 SECONDS = 20                                               # of processor time for a test, plus ten times its usual
