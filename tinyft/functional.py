@@ -9,11 +9,11 @@ __all__ = ["softmax_attention", "mse_loss", "kl_divergence", "soft_cross_entropy
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Array = None, causal: bool = False) -> Tensor:
-    """softmax(Q Kᵀ / √D) V, written out step by step; ops.attention is the same in one op.
+    """softmax(Q Kᵀ / √D) V, written out step by step. ops.attention is one op for it.
 
     q (..., Tq, D), k and v (..., Tk, D) -> (..., Tq, D). key_mask: bool, broadcasts to (..., Tq, Tk), True where a
     query may look at a key. causal: query i may look at keys j ≤ i + Tk − Tq. Every query must be allowed to look at
-    one key."""
+    one key or more."""
     scores = (q @ k.T) * q.shape[-1]**-0.5                                       # (..., Tq, Tk)
     if causal:
         past = ops.causal_mask(q.shape[-2], k.shape[-2], xp(q.data))

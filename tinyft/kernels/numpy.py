@@ -1,7 +1,8 @@
 """The NumPy kernels: the ops of ops.py and the update of AdamW, without temporary arrays of full size.
 
-A kernel has its definition's signature and results.  It works in blocks that stay in the cache, and the threads share
-the blocks (threads.py).  It returns NotImplemented for other dtypes and for arrays that are not contiguous.
+A kernel has its definition's signature and results.  Most kernels work in blocks that stay in the cache, and the
+threads share the blocks (threads.py).  Most return NotImplemented for other dtypes and for arrays that are not
+contiguous.
 
 In a function block(i), the slice i is the part of the flat arrays (or of the rows) that one call computes.  Its local
 names are views of that part, and `out=` reuses them for intermediate results.

@@ -14,7 +14,8 @@ from .show import Page, width
 def read(name: str, out: Path, page: Page) -> bool:
     """Run the lesson of this name (autograd, 01 or 01_autograd), showing text, code and results as they come.
 
-    True if every cell ran.  ValueError if there is no such lesson.
+    Its figures, and its notebook if every cell ran, are written to the folder `out`.  True if every cell ran.
+    ValueError if there is no such lesson, or no Matplotlib.
     """
     found = [lesson for lesson in lessons().values() if name in (lesson.name, lesson.folder, lesson.folder[:2])]
     if not found:

@@ -18,15 +18,16 @@ CAUGHT_AT = 2                                            # the largest size that
 
 
 def examine(exercise: Exercise, seeds: int = 3) -> list[str]:
-    """The faults of an exercise, in sentences; [] if there are none.  seeds: the number of times the reference is
-    tried.
+    """The faults of an exercise, in sentences; [] if there are none, or if this machine cannot check it (no compiler).
+
+    seeds: the number of times that the reference is tried.
     """
     if exercise.missing:
         return []
     found = []
     few = len(exercise.hints) != 3 or len(exercise.laws) < 3 or len(exercise.wrong_answers) < 3
     if few or not 1 <= exercise.difficulty <= 5:
-        found.append("it wants a difficulty of 1-5, three hints, three laws and three wrong answers at least")
+        found.append("it wants a difficulty of 1-5, exactly three hints, and at least three laws and three wrong answers")
     if not any(wrong.subtle for wrong in exercise.wrong_answers):
         found.append("no wrong answer is subtle: one that breaks a single law")
     with kernels.definitions():
