@@ -27,7 +27,7 @@ def examine(exercise: Exercise, seeds: int = 3) -> list[str]:
     found = []
     few = len(exercise.hints) != 3 or len(exercise.laws) < 3 or len(exercise.wrong_answers) < 3
     if few or not 1 <= exercise.difficulty <= 5:
-        found.append("it wants a difficulty of 1-5, exactly three hints, and at least three laws and three wrong answers")
+        found.append("it wants a difficulty of 1-5, three hints, and at least three laws and three wrong answers")
     if not any(wrong.subtle for wrong in exercise.wrong_answers):
         found.append("no wrong answer is subtle: one that breaks a single law")
     with kernels.definitions():
