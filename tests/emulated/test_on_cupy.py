@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 import tinyft as ft
 from tinyft import GPT, AdamW, BackendError, GPTConfig, LoRA, Tensor, array, kernels, ops, optim
-from tinyft import train as train_module
 from tinyft.array import bfloat16
 from tinyft.nn import Linear, Packed
+from tinyft.train import loop as train_loop
 from tinyft.train.batch import compute_loss, read_batch
 
 
@@ -62,7 +62,7 @@ def value_and_gradients(f, make, shapes, seed, dtype):
 @settings(max_examples=8)
 @given(st.data())
 def test_every_op_is_numpys_forward_and_backward(name, data):
-    shapes, _ = data.draw(shapes_of(test_ops.spec_of(name), broadcast=name not in test_ops.ALONE))
+    shapes, _ = data.draw(shapes_of(test_ops.shape_string(name), broadcast=name not in test_ops.SAME_LEADING_SIZES))
     make, seed = data.draw(st.sampled_from(test_ops.CASES[name])), data.draw(st.integers(0, 2**32 - 1))
     f, drawn = test_ops.function(name), (make, shapes, seed, np.float32)
     want = on("numpy", value_and_gradients, f, *drawn)
@@ -207,7 +207,7 @@ def test_training_in_16_bits_is_numpys(how, kind, method, monkeypatch):
     and the gradients of scores, which are factors of products there.  Adam makes much of little where a gradient is
     almost nothing.  S is small enough for all.
     """
-    monkeypatch.setattr(train_module, "GradScaler", partial(ft.GradScaler, 2.0**8))
+    monkeypatch.setattr(train_loop, "GradScaler", partial(ft.GradScaler, 2.0**8))
     first = {"bfloat16": 3e-3, "float16": 4e-4}[how]
     want, y = on("numpy", train, kind, METHODS[method], autocast=how)
     exact, _ = on("numpy", train, kind, METHODS[method])
