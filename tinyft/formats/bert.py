@@ -18,7 +18,7 @@ from ..models.blocks import Classifier
 from ..nn import Module
 from .config import architecture, check_setting, class_count, number, size
 from .family import Family
-from .layout import FileTensor, Plan, Table, ZeroGenerator
+from .layout import FileTensor, Plan, Table, ZeroGenerator, add_stored_classifier
 
 # The head of each class of transformers.
 HEADS = {
@@ -108,8 +108,7 @@ class BERTFamily(Family):
         head = "mlm" if plan.head == "mlm" else None
         model = BERT(plan.config, seed=ZeroGenerator(), head=head, pooler=plan.pooler)
         if plan.head == "classes":
-            model.new_head(plan.classes, ZeroGenerator())
-            model.head_modules = ()                        # read from a file: part of the model, not a new head
+            add_stored_classifier(model, plan.classes)
         return model
 
     def plan_of(self, model: Module) -> Plan:

@@ -17,7 +17,7 @@ from ..models.blocks import Classifier
 from ..nn import Module, TiedHead
 from .config import architecture, check_setting, class_count, number, size
 from .family import Family
-from .layout import FileTensor, Plan, Table, ZeroGenerator
+from .layout import FileTensor, Plan, Table, ZeroGenerator, add_stored_classifier
 
 # The head of each class of transformers. Our GPT always has its tied head.
 HEADS = {"GPT2LMHeadModel": "lm", "GPT2Model": "lm", "GPT2ForSequenceClassification": "classes"}
@@ -84,8 +84,7 @@ class GPT2Family(Family):
         """The GPT of a plan, with zeros in its matrices."""
         model = GPT(plan.config, seed=ZeroGenerator())
         if plan.head == "classes":
-            model.new_head(plan.classes, ZeroGenerator())
-            model.head_modules = ()                        # read from a file: part of the model, not a new head
+            add_stored_classifier(model, plan.classes)
         return model
 
     def plan_of(self, model: Module) -> Plan:

@@ -358,7 +358,7 @@ class Run:
             if stage.setup is not None and not is_skipped:
                 self.run_setup(stage)
             elif not is_skipped:
-                self.start(stage)
+                self.start()
                 yield stage
                 self.restore_best()
             self.stage += 1
@@ -366,7 +366,7 @@ class Run:
             if stage.setup is not None and not is_skipped:
                 self.save()
 
-    def start(self, stage: Stage) -> None:
+    def start(self) -> None:
         """Start the optimiser for a training phase, or continue it from a checkpoint."""
         self.optimizer.start(checkpoint.trainable_tensors(self.model, self.loss))
         if self.optimizer_state is not None:
