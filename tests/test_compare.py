@@ -193,11 +193,11 @@ def test_a_small_comparison_from_end_to_end(task, tmp_path):
 def test_texts_leave_room_for_the_prompt(tmp_path):
     """A model of 64 positions holds texts of 48 tokens and a prompt of 16."""
     model = tiny(tmp_path)
-    assert cells.fit_length(Settings(model=model)).T == 48
-    assert cells.fit_length(Settings(model=model, T=20)).T == 20
+    assert cells.limit_text_length(Settings(model=model)).T == 48
+    assert cells.limit_text_length(Settings(model=model, T=20)).T == 20
     short = tiny(tmp_path / "short", positions=20)
     with pytest.raises(ValueError, match="at least 24 positions; this one has 20"):
-        cells.fit_length(Settings(model=short))
+        cells.limit_text_length(Settings(model=short))
 
 
 @pytest.mark.parametrize("line, after", [("intact", 0.0), ("intact", 0.3), ("about", 2.0)])

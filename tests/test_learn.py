@@ -146,7 +146,7 @@ def test_the_skeleton_has_signature_and_docstring_but_no_body():
      ["which is the answer"]),
     ("def sum_to(g, shape):\n    print('x' * 10**6)\n    return g.sum()\n",
      ["Your function printed", "996,001 more characters"]),
-    ("def sum_to(g, shape):\n    print('seen', g.shape)\n    return -g\n", ["the sign turned round", "seen (1, 1)"]),
+    ("def sum_to(g, shape):\n    print('seen', g.shape)\n    return -g\n", ["the opposite sign", "seen (1, 1)"]),
     ("def sum_to(g, shape):\n    return 1 / (0 * g)\n", ["nan or inf", "RuntimeWarning: divide by zero"]),
     ("def sum_to(g, shape):\n    raise NotImplementedError\n", ["not written yet"])])
 def test_bad_input_gets_one_friendly_message(learner, text, said):
@@ -332,7 +332,7 @@ def test_a_damaged_progress_file_is_no_drama(learner):
 
 def test_a_notebook_checks_a_function_of_its_own(capsys):
     assert tinyft.check("sum_to", lambda g, shape: -g) is False
-    assert "the sign turned round" in capsys.readouterr().out
+    assert "the opposite sign" in capsys.readouterr().out
     scope = {}
     code = compile(RIGHT["autograd.sum_to"], "cell", "exec")
     exec(code, scope)
@@ -379,7 +379,7 @@ def test_watch_checks_what_was_saved_and_names_the_next_command(learner, monkeyp
             raise KeyboardInterrupt
     monkeypatch.setattr(time, "sleep", nap)
     out = learner.run("watch")
-    assert out.index("Next:  tinyft start") < out.index("the sign turned round")
+    assert out.index("Next:  tinyft start") < out.index("the opposite sign")
     assert learner.status == 130
     assert out.count("autograd.sum_to   ") == 2
 
@@ -456,7 +456,7 @@ A, B = np.array([[1., 2], [3, 5]]), np.array([[2., 0, 1], [1, 4, 6]])
 
 
 @pytest.mark.parametrize("pairs, said", [
-    ([(A.T, A)], "transposed"), ([(B.T, B)], "transposed"), ([(-A, A), (-B, B)], "sign turned round"),
+    ([(A.T, A)], "transposed"), ([(B.T, B)], "transposed"), ([(-A, A), (-B, B)], "opposite sign"),
     ([(0 * A, A)], "zero everywhere"),
     ([(A / 2, A), (B / 2, B)], "0.5 x the expected result everywhere"),
     ([(A / 2, A), (B / 3, B)], "1/n x the expected"),

@@ -72,17 +72,18 @@ def is_norm(name: str) -> bool:
 
 # ── numbers of trainable parameters, in closed form ──────────────────────────────────────────────────────────────────
 def count_norms(s: Sizes) -> int:
-    """Two norms a block, and GPT's last or BERT's first."""
+    """Two norms a block, and GPT's last or BERT's first. A norm has 2 C parameters."""
     return s.L * 4 * s.C + 2 * s.C
 
 
 def count_biases(s: Sizes) -> int:
+    """Per block: q, k, v, o, mlp.down and two norms (7 C) and mlp.up (F). Then one more norm, and the MLM head."""
     in_mlm_head = 2 * s.C + s.V if s.mlm else 0
     return s.L * (7 * s.C + s.F) + s.C + in_mlm_head
 
 
 def count_qv(r: int) -> Callable[[Sizes], int]:
-    """LoRA of rank r on the queries and values."""
+    """LoRA of rank r on the queries and values: A (r, C) and B (C, r) for each of the two."""
     return lambda s: s.L * 2 * r * 2 * s.C
 
 
@@ -102,7 +103,7 @@ def count_prefix(s: Sizes) -> int:
 
 
 def count_prefix_mlp(s: Sizes) -> int:
-    """E, W₁ and b₁, and W₂ and b₂ of each block, for p = 3 and k = 6."""
+    """p = 3 rows E (3, C); W₁ (6, C), b₁ (6); in each block, for keys and for values, W₂ (C, 6) and b₂ (C)."""
     return 3 * s.C + 6 * s.C + 6 + s.L * 2 * (6 * s.C + s.C)
 
 
@@ -110,18 +111,21 @@ def count_adapters_and_norms(s: Sizes) -> int:
     return count_adapters(s) + count_norms(s)
 
 
-def mergeable(method: Method, start: str, count_: Callable[[Sizes], int], **more: Any) -> Row:
-    return Row(method, start, merges=True, count=count_, **more)
+def mergeable(method: Method, start: str, formula: Callable[[Sizes], int], **more: Any) -> Row:
+    return Row(method, start, merges=True, count=formula, **more)
 
 
-def not_mergeable(method: Method, start: str, count_: Callable[[Sizes], int], **more: Any) -> Row:
-    return Row(method, start, merges=False, count=count_, **more)
+def not_mergeable(method: Method, start: str, formula: Callable[[Sizes], int], **more: Any) -> Row:
+    return Row(method, start, merges=False, count=formula, **more)
 
 
 # ── one row a method ─────────────────────────────────────────────────────────────────────────────────────────────────
+# In each row: the method; its output right after attach, compared with the base's ("same" bitwise, "near" or "other");
+# the number of trainable parameters; `base`: the base tensors that train as well. contract.Row has all fields.
 ROWS = {
     "full": mergeable(Full(), "same", lambda s: s.total, base=every_tensor),
     "partial": mergeable(Partial(k=1), "same", lambda s: s.block + s.tail, base=in_top_block_or_above),
+    # Not on GPT, whose tied head has no tensor of its own. A new classification head is counted apart.
     "head": mergeable(Partial(k=0), "same", lambda s: s.mlm, base=in_head, on=KINDS[1:]),
     "bitfit": mergeable(BitFit(), "same", count_biases, base=is_bias),
     "lora": mergeable(LoRA(r=4), "same", count_qv(4)),
@@ -138,72 +142,72 @@ ROWS = {
     "prompt-uniform": not_mergeable(PromptTuning(p=3, init="uniform"), "other", lambda s: 3 * s.C),
 }
 CASES = [pytest.param(row, kind, id=f"{name}-{kind}") for name, row in ROWS.items() for kind in row.on]
-every = pytest.mark.parametrize("row, kind", CASES)
+every_row_and_model = pytest.mark.parametrize("row, kind", CASES)
 
 
 # ── the contract ─────────────────────────────────────────────────────────────────────────────────────────────────────
-@every
-def test_exactly_what_trains_moves_bitwise_under_weight_decay(row, kind):
+@every_row_and_model
+def test_training_changes_the_trainable_tensors_and_no_other_bit(row, kind):
     contract.check_moves(row, kind)
 
 
-@every
-def test_the_numbers_that_train_are_the_closed_form(row, kind):
+@every_row_and_model
+def test_the_number_of_trainable_parameters(row, kind):
     contract.check_count(row, kind)
 
 
-@every
-def test_the_start_is_the_base_where_that_is_claimed_and_only_there(row, kind):
+@every_row_and_model
+def test_the_output_right_after_attach_is_as_the_row_says(row, kind):
     contract.check_start(row, kind)
 
 
-@every
+@every_row_and_model
 def test_gradients_agree_with_differences_away_from_the_start(row, kind):
     contract.check_gradients(row, kind)
 
 
-@every
-def test_what_was_saved_comes_back_bitwise(row, kind):
+@every_row_and_model
+def test_a_saved_adapter_loads_bitwise(row, kind):
     contract.check_save(row, kind)
 
 
-@every
-def test_off_is_the_base_and_on_again_is_what_it_was_bitwise(row, kind):
+@every_row_and_model
+def test_detach_restores_the_base_and_attach_restores_the_method(row, kind):
     contract.check_off_and_on(row, kind)
 
 
-@every
-def test_merged_is_unmerged_or_merging_refuses_and_changes_nothing(row, kind):
+@every_row_and_model
+def test_merge_keeps_the_output_or_raises_and_changes_nothing(row, kind):
     contract.check_merge(row, kind)
 
 
-@every
-def test_rows_of_a_batch_know_nothing_of_each_other(row, kind):
+@every_row_and_model
+def test_rows_of_a_batch_are_independent(row, kind):
     contract.check_rows(row, kind)
 
 
-@every
-def test_the_optimiser_holds_two_numbers_for_each_that_trains(row, kind):
+@every_row_and_model
+def test_adamw_keeps_two_moments_per_trainable_parameter(row, kind):
     contract.check_optimizer(row, kind)
 
 
-@every
+@every_row_and_model
 def test_dropout_is_in_the_branch_only_and_eval_is_deterministic(row, kind):
     contract.check_dropout(row, kind)
 
 
-@every
-def test_two_batches_can_be_learned_and_a_seed_gives_the_same_bits(row, kind):
+@every_row_and_model
+def test_the_loss_of_two_batches_falls_and_a_seed_repeats_the_run(row, kind):
     contract.check_learns(row, kind)
 
 
-@every
+@every_row_and_model
 def test_padding_changes_nothing(row, kind):
     contract.check_padding(row, kind)
 
 
 @pytest.mark.parametrize("row", [pytest.param(r, id=n) for n, r in ROWS.items() if "gpt" in r.on])
-def test_decoding_through_the_cache_is_one_pass(row):
+def test_decoding_through_the_cache_gives_the_logits_of_one_pass(row):
     contract.check_cache(row, "gpt")
 
 

@@ -100,8 +100,8 @@ def test_sharing_inside_sharing_and_from_two_threads_at_once_is_no_deadlock():
 
 
 @pytest.mark.parametrize("n, width",
-                         [(0, 1), (1, 1), (10, 0), (threads.BLOCK * 3 + 1, 1), (4 * threads.SHARE + 7, 1), (5000, 300),
-                                      (3, threads.SHARE * 2)])
+                         [(0, 1), (1, 1), (10, 0), (threads.BLOCK * 3 + 1, 1), (4 * threads.SHARED_BLOCK + 7, 1),
+                          (5000, 300), (3, threads.SHARED_BLOCK * 2)])
 @pytest.mark.parametrize("many", [1, 2])
 def test_blocks_cover_the_rows(n, width, many):
     set_num_threads(many)
@@ -140,7 +140,7 @@ def curve(n: int) -> np.ndarray:
 
 
 def test_results_do_not_depend_on_the_number_of_threads(monkeypatch):
-    for name, size in (("BLOCK", 64), ("SHARE", 200)):
+    for name, size in (("BLOCK", 64), ("SHARED_BLOCK", 200)):
         monkeypatch.setattr(threads, name, size)
     monkeypatch.setattr(tiled, "TILE", 1 << 11)
     one, two, three = curve(1), curve(2), curve(3)

@@ -27,15 +27,19 @@ LONG = 100                                               # a list with more entr
 
 
 def qualified_name(cls: type) -> str:
-    """`module.QualName` of a class. A script counts as the module that its file would be if it were imported."""
+    """`module.ClassName` of a class.
+
+    A class of the script that is run has the module `__main__`. It gets the module name of the script's file instead,
+    so that its adapters also load where the file is imported. The name of a script's package is not known here.
+    """
     module = cls.__module__
     if module == "__main__":
         main = sys.modules["__main__"]
         spec = getattr(main, "__spec__", None)
         file = getattr(main, "__file__", None)
-        if spec:
+        if spec:                                         # python -m package.module
             module = spec.name
-        elif file:
+        elif file:                                       # python file.py; a notebook has no file
             module = Path(file).stem
     return f"{module}.{cls.__qualname__}"
 

@@ -1,6 +1,6 @@
 """Modules: a tree of parts with names, and the layers that every model is made of.
 
-    Module      a part of a model. `__call__` is the only place that knows that edits exist (edit.py)
+    Module      a part of a model. `__call__` and `read` apply its edits (edit.py), so that no forward mentions them
     Packed      a compressed weight in a Parameter's place
     Linear, Embedding, TiedHead, LayerNorm, RMSNorm, Dropout
 """
@@ -23,7 +23,10 @@ __all__ = [
 
 
 class Parameter(Tensor):
-    """A trainable tensor that a module owns."""
+    """A trainable tensor that a module owns.
+
+    decay: True or False, if weight decay applies; None for the rule of the optimisers (matrices yes, vectors no).
+    """
 
     __slots__ = ()
 
@@ -38,16 +41,17 @@ class Module:
     not listed under this module. Subclasses write `forward(x, ctx)`.
     """
 
-    edits: dict[str, Any] = {}                           # adapter name -> Edit; see edit.py
-    training = False
+    edits: dict[str, Any] = {}                           # adapter name -> Edit; attach sets a new dict on a module
+    training = False                                     # unlike in PyTorch; fit switches training mode on and off
     tied = False                                         # True: the weight is also the output layer's weight
     _non_persistent: frozenset[str] = frozenset()        # names of the module's own buffers that are not saved
 
     def __call__(self, x: Any, ctx: Context | None = None, **facts: Any) -> Any:
         """The module's output for the input x, changed by its edits, which act in the order of their attachment.
 
-        The outermost call gives the facts of its Context by keyword, model(ids, mask=...); inner calls pass the
-        Context on. TypeError if both are given. `after` gets the input that every `before` has changed."""
+        Every edit's `before` changes the input; then every edit's `after` changes the output, and gets the same input
+        as the forward. The outermost call takes the fields of its Context as keywords, model(ids, mask=...); inner
+        calls pass the Context on. TypeError if both are given."""
         if type(ctx) is not Context or facts:
             ctx = _context_of_call(ctx, facts)
         for edit in self.edits.values():
@@ -77,7 +81,7 @@ class Module:
     def parts(self) -> Iterator[tuple[str, Any]]:
         """(name, value) of every attribute of this module whose name has no leading underscore, of any type.
 
-        The entries of lists and dicts come one by one, as `name.0` or `name.key`; so an edit is `edits.lora`."""
+        The entries of lists and dicts come one by one, as `name.0` or `name.key`: an adapter's edit is `edits.lora`."""
         for name, value in vars(self).items():
             if name[0] == "_":
                 continue
@@ -91,7 +95,7 @@ class Module:
                 yield name, value
 
     def named_modules(self, path: str = "") -> Iterator[tuple[str, Module]]:
-        """(path, module) of this module and of all below it."""
+        """(path, module) of this module and of all below it. A shared module comes once for each of its paths."""
         yield path, self
         for name, value in self.parts():
             if isinstance(value, Module):
@@ -241,8 +245,8 @@ def _context_of_call(ctx: Any, facts: dict[str, Any]) -> Context:
 class Packed(Module):
     """A compressed weight W (out, in) in a Parameter's place. Its codes and scales are buffers.
 
-    Subclasses set `shape` and write dequantize(). If parts can be decompressed alone, they also write
-    dequantize_rows and set `rows_per_block`: products then never hold more than one block of the dense weight.
+    Subclasses set `shape` and write dequantize(). A subclass that can decompress some rows alone also writes
+    dequantize_rows and sets `rows_per_block`: a product then holds at most so many dense rows at a time.
     """
 
     shape: tuple
@@ -292,7 +296,8 @@ def _packed_linear(x, packed=None):
         for rows in blocks[1:]:
             dx += g[:, rows] @ packed.dequantize_rows(rows)
         return dx.reshape(shape)
-    return forward(ops.flat(x)).reshape(*shape[:-1], packed.shape[0]), (back,)
+    y = forward(ops.flat(x))
+    return y.reshape(*shape[:-1], packed.shape[0]), (back,)
 
 
 def dense(weight: Any) -> Array:
@@ -402,7 +407,9 @@ class Dropout(Module):
         self.p = p
 
     def key(self, ctx: Context) -> Any:
-        """The random key of this call, or None if dropout is inactive. In a captured step it lies on the device."""
+        """The random key of this call, or None if dropout is inactive.
+
+        An int; while a step is captured as a CUDA graph, an array of one integer on the device."""
         active = self.training and self.p and ctx.rng is not None
         return ctx.rng.integers(2**63) if active else None
 

@@ -1,6 +1,7 @@
 """The primitives.  Each op is one function on plain arrays that returns its value and its pullbacks.
 
-g is the gradient of the loss with respect to the op's value.  Everything else is composed from these (functional.py).
+g is the gradient of the loss with respect to the op's value.  A pullback may leave out the sum over broadcast axes
+(Σ in the equations): the engine does it.  Everything else is composed from these (functional.py).
 Ops ask the array for its module, `xp(x)`, so they run on every backend.  kernels/ holds faster drop-ins for some of
 them; these definitions are what the drop-ins are held to.
 """
@@ -422,7 +423,7 @@ def log_softmax(x):
 def layer_norm(x, w, b, eps=1e-5):
     """y = w x̂ + b,  x̂ = (x − μ)/σ,  σ² = mean (x − μ)² + ε.
 
-    dx = (ĝ − mean ĝ − x̂ mean ĝx̂)/σ,  ĝ = w g;   dw = Σ g x̂;   db = Σ g"""
+    dx = (ĝ − mean ĝ − x̂ mean(ĝ x̂))/σ,  ĝ = w g;   dw = Σ g x̂;   db = Σ g"""
     centred = x - x.mean(axis=-1, keepdims=True)
     s = xp(x).sqrt((centred * centred).mean(axis=-1, keepdims=True) + eps)
     h = centred / s
@@ -435,7 +436,9 @@ def layer_norm(x, w, b, eps=1e-5):
 
 @op("... c, c -> ... c")
 def rms_norm(x, w, eps=1e-6):
-    """y = w x̂,  x̂ = x/σ,  σ² = mean x² + ε.    dx = (ĝ − x̂ mean ĝx̂)/σ,  ĝ = w g;   dw = Σ g x̂      (T5, Llama)"""
+    """y = w x̂,  x̂ = x/σ,  σ² = mean x² + ε.    The norm of T5 and Llama.
+
+    dx = (ĝ − x̂ mean(ĝ x̂))/σ,  ĝ = w g;   dw = Σ g x̂"""
     s = xp(x).sqrt((x * x).mean(axis=-1, keepdims=True) + eps)
     h = x / s
 

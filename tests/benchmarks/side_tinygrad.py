@@ -1,4 +1,8 @@
-"""tinygrad's side: the same GPT, its step compiled once (TinyJit), on its CPU device (which needs clang)."""
+"""The GPT training step of the benchmarks in tinygrad, on its default device. worker.py imports it and times `step`.
+
+Only GPT, and only full fine-tuning. TinyJit compiles the step in its first calls, which are not timed. tinygrad's CPU
+device needs clang.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +39,7 @@ class Model:
         self.blocks = [Block(c) for _ in range(c.L)]
 
     def __call__(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids) + self.pos.weight
+        x = self.embed(ids) + self.pos.weight  # every batch has c.T positions
         for b in self.blocks:
             x = b(x)
         return self.norm(x) @ self.embed.weight.T
@@ -46,18 +50,21 @@ def build(c: Case) -> Model:
 
 
 def start(model: Model, c: Case) -> tuple[Callable[[], float], int]:
-    ids, labels = (Tensor(a.astype("int32")) for a in batch(c).values())
+    """(a function that takes one step and returns the loss, the number of trained parameters)."""
+    data = batch(c)
+    ids = Tensor(data["ids"].astype("int32"))
+    labels = Tensor(data["labels"].astype("int32"))
     optimizer = nn.optim.AdamW(nn.state.get_parameters(model), lr=1e-3)
 
     @TinyJit
-    def once(ids: Tensor, labels: Tensor) -> Tensor:
+    def update(ids: Tensor, labels: Tensor) -> Tensor:
         optimizer.zero_grad()
         loss = model(ids).sparse_categorical_crossentropy(labels)
         loss.backward()
-        return loss.realize(*optimizer.schedule_step())
+        return loss.realize(*optimizer.schedule_step())  # tinygrad is lazy: this computes loss and update together
 
     def step() -> float:
-        with Context(TRAINING=1):
-            return once(ids, labels).item()
+        with Context(TRAINING=1):  # tinygrad's optimisers refuse to step outside training mode
+            return update(ids, labels).item()
 
     return step, sum(p.numel() for p in nn.state.get_parameters(model))

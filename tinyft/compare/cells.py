@@ -21,11 +21,14 @@ from ..nn import Context, Module, no_grad
 from ..optim import AdamW, linear_schedule
 from ..train import evaluate, fit
 from ..train.batch import compute_loss, read_batch
-from .settings import PROMPT, Contender, Settings
+from .settings import PROMPT_ROWS, Contender, Settings
 
-__all__ = ["Material", "build", "fit_length", "load_base", "load_material", "measure_costs", "run_simple", "train_one"]
+__all__ = [
+    "Material", "build", "limit_text_length", "load_base", "load_material", "measure_costs", "run_simple", "train_one",
+]  # fmt: skip
 
 FULL = Contender("full", Full(), 1e-4)
+SHORTEST_TEXT = 8  # tokens: a comparison on shorter texts makes no sense
 
 
 # ---------------------------------------------------------------------------------------------------- models and data
@@ -46,16 +49,19 @@ def build(s: Settings, c: Contender, seed: int) -> Module:
     return model
 
 
-def fit_length(s: Settings) -> Settings:
-    """The settings with T lowered so that a text and a prompt fit into the model's positions.
+def limit_text_length(s: Settings) -> Settings:
+    """The settings with T, the longest text in tokens, lowered to fit the model.
 
-    ValueError if the model has too few positions for any text.
+    The rows of prompt tuning's soft prompt take positions too. All contenders get the same texts, so T is lowered for
+    all of them. ValueError if fewer than SHORTEST_TEXT positions remain for a text.
     """
     model, _ = load_base(s)
-    positions = model.pos.in_features
-    if positions < PROMPT + 8:
-        raise ValueError(f"the comparison wants a model of at least {PROMPT + 8} positions; this one has {positions}")
-    return replace(s, T=min(s.T, positions - PROMPT))
+    positions = model.pos.in_features  # rows of the table of positions
+    for_text = positions - PROMPT_ROWS
+    if for_text < SHORTEST_TEXT:
+        wanted = PROMPT_ROWS + SHORTEST_TEXT
+        raise ValueError(f"the comparison wants a model of at least {wanted} positions; this one has {positions}")
+    return replace(s, T=min(s.T, for_text))
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def compare(s: Settings, out: Path, jobs: int | None = None, say: Callable[[str]
     Returns the content of the JSON file. `jobs` contenders train at a time (default: 2 on NumPy, 1 on a device).
     """
     start = time.time()
-    s = cells.fit_length(s)
+    s = cells.limit_text_length(s)
     rows = s.chosen()
     if jobs is None:
         jobs = min(2, os.cpu_count() or 1) if array.backend() == "numpy" else 1

@@ -10,15 +10,15 @@ from pathlib import Path
 from .. import data, edit
 from ..methods import BitFit, Full, Houlsby, LoRA, Partial, PrefixTuning, PromptTuning
 
-__all__ = ["Contender", "Settings", "PRESETS", "PROMPT", "contenders"]
+__all__ = ["Contender", "Settings", "PRESETS", "PROMPT_ROWS", "contenders"]
 
-PROMPT = 16  # rows of the soft prompt, which take positions from the text
+PROMPT_ROWS = 16  # of prompt tuning's soft prompt: they take positions from the text
 ALL_LINEAR = ("attn.[qkvo]", "mlp.up", "mlp.down")
 METHODS: dict[str, edit.Method | None] = {
     "from scratch": None,
     "head only": Partial(k=0),
     "BitFit": BitFit(),
-    "prompt (p=16)": PromptTuning(p=PROMPT),
+    "prompt (p=16)": PromptTuning(p=PROMPT_ROWS),
     "prefix (p=16)": PrefixTuning(p=16),
     "prefix, MLP": PrefixTuning(p=16, mlp=64),
     "LoRA (r=8; q, v)": LoRA(r=8, alpha=16),

@@ -19,7 +19,7 @@ from .text import CLS, PAD, SEP, SPECIAL, check_choice
 
 IGNORE = -100  # the label of a position at which nothing is predicted
 CHOOSE, SWAP, FIXED, ORDER, NOISE, ONCE = range(6)  # the purposes of random streams: no two purposes share a stream
-POSITION = ("seed", "epoch", "batch")  # the attributes that hold the position in a stream of batches
+STREAM_STATE = ("seed", "epoch", "batch")  # the attributes that determine all batches to come
 POOL = 16  # examples are sorted by length within pools of this many batches
 
 
@@ -104,27 +104,31 @@ class Batches:
             yield self._collate(chosen, generator(self.seed, ONCE, start))
 
     def state_dict(self) -> dict[str, int | bool]:
-        """The position in the stream, and the settings that must agree on loading. JSON-able."""
-        position = {name: getattr(self, name) for name in POSITION}
+        """The position in the stream with its seed, and the settings that must agree on loading. JSON-able."""
+        position = {name: getattr(self, name) for name in STREAM_STATE}
         return position | self._settings()
 
     def load_state_dict(self, state: Mapping[str, int | bool]) -> None:
-        """Go to the position at which `state` was taken.
+        """Go to the position at which `state` was taken, and take its seed.
 
-        Raises ValueError if the state belongs to other examples or settings; then the stream stays where it is.
+        ValueError if the state belongs to another number of examples or to other settings; then the stream stays at
+        its position. The content of the examples is not compared.
         """
-        wrong = []
+        wanted = []
         for name, value in self._settings().items():
             if state.get(name) != value:
-                wrong.append(f"{name} {value}, got {state.get(name)}")
-        for name in POSITION:
-            if not isinstance(state.get(name), int):
-                wrong.append(f"an integer {name}, got {state.get(name)!r}")
-        if wrong:
-            raise ValueError(f"Batches.load_state_dict wants a state with {'; '.join(wrong)}")
-        for name in POSITION:
+                wanted.append(f"{name} {value}, got {state.get(name)}")
+        for name in STREAM_STATE:
+            value = state.get(name)
+            if not isinstance(value, int) or value < 0:
+                wanted.append(f"a whole number {name} of at least 0, got {value!r}")
+            elif name == "batch" and value > len(self):
+                wanted.append(f"a batch of at most {len(self)}, got {value}")
+        if wanted:
+            raise ValueError(f"Batches.load_state_dict wants a state with {'; '.join(wanted)}")
+        for name in STREAM_STATE:
             setattr(self, name, state[name])
-        self._order = self._epoch_order()
+        self._order = self._epoch_order()  # depends on the seed and the epoch
 
     def _settings(self) -> dict[str, int | bool]:
         return {

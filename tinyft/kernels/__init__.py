@@ -38,7 +38,7 @@ def _register_cuda(kind: type, module: ModuleType) -> None:
     cuda.register(kind, module)
 
 
-def capture(step: Callable, otherwise: Callable | None = None) -> Callable:
+def capture(step: Callable, fallback: Callable | None = None) -> Callable:
     """`step`, captured as one CUDA graph and replayed.  On NumPy, `step` itself: the same lines run on every backend.
 
         def step(ids, labels, factor, rng):
@@ -53,7 +53,7 @@ def capture(step: Callable, otherwise: Callable | None = None) -> Callable:
     Everything that changes from call to call is an argument: arrays, a float for the optimiser's factor, a generator
     for dropout.  The first two calls with arguments of the same shapes run eagerly; from the third on the graph is
     replayed, and no Python of the step runs.  The results are copies.  Eight shapes get a graph each; a call with
-    another shape goes to `otherwise`, or raises without one.  A norm
+    another shape goes to `fallback`, or raises without one.  A norm
     that is not finite updates nothing; optimizer.check_norm(float(norm)) says so.
 
     CannotCapture, naming the line, if the step waits for the device, transfers host data, or gives kernels other
@@ -62,7 +62,7 @@ def capture(step: Callable, otherwise: Callable | None = None) -> Callable:
     if array.backend() != "cupy":
         return step
     from .cuda.capture import Captured
-    return Captured(step, otherwise)
+    return Captured(step, fallback)
 
 
 def remove() -> None:

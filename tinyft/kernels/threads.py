@@ -16,8 +16,8 @@ from typing import Any
 
 from . import system
 
-BLOCK = 1 << 15                              # elements in a block: 128 kB of float32, half of a small L2 cache
-SHARE = 1 << 17                              # elements in a block where threads share the work; smaller ones do not pay
+BLOCK = 1 << 15                              # elements in a block on one thread: 128 kB of float32, half an L2 cache
+SHARED_BLOCK = 1 << 17                       # elements in a block where threads share the work; smaller ones do not pay
 _busy = threading.Lock()                     # held while `each` runs on several threads
 _threads = 0                                 # 0: the number of BLAS's threads
 _pool: tuple[int, int, ThreadPoolExecutor | None] = (0, 0, None)  # process, threads, the pool
@@ -74,12 +74,13 @@ def each(items: Iterable, f: Callable[[Any], None]) -> None:
 
 
 def blocks(n: int, f: Callable[[slice], None], width: int = 1) -> None:
-    """Call f(slice) for consecutive slices that cover n rows of `width` elements.
+    """Call f(slice) for slices that cover n rows of `width` elements.  f must not depend on their order.
 
-    On one thread a block fits the cache.  On several threads a block is larger, to be worth handing to a thread.
+    On one thread a block fits the cache.  On several threads a block is larger, to be worth handing to a thread; work
+    of fewer than four such blocks stays on one thread.
     """
-    is_shared = get_num_threads() > 1 and n * width >= 4 * SHARE
-    elements = SHARE if is_shared else BLOCK
+    is_shared = get_num_threads() > 1 and n * width >= 4 * SHARED_BLOCK
+    elements = SHARED_BLOCK if is_shared else BLOCK
     step = max(elements // max(width, 1), 1)
     slices = [slice(i, min(i + step, n)) for i in range(0, n, step)]
     if is_shared:

@@ -1,7 +1,8 @@
 """A diagnosis of two arrays that should be equal and are not.
 
 `close` compares the result of the learner's function with the expected one.  `diagnose` looks at many failures at once,
-since a 1×1 result says little: a factor 1/2 in one input may be 1/n, which only inputs of other sizes can show.
+because one says little: if a result for n = 2 is half of the expected one, the missing factor may be 1/2 or 1/n, and
+failures with another n decide.
 """
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ import numpy as np
 from .. import array
 from ..tensor import Tensor, sum_to
 
-undo_broadcasting = sum_to                               # a name that stays when an exercise closes sum_to
+# In the exercise on sum_to, tinyft's own sum_to raises for the learner's code. The exercise's own code uses this name.
+undo_broadcasting = sum_to
 
 
 class Unusable(AssertionError):
@@ -24,8 +26,10 @@ class Unusable(AssertionError):
 class Mismatch(AssertionError):
     """A result that differs from the expected one.
 
-    got, want: NumPy arrays.  what: their name in words.  guesses: {diagnosis: the array that a known error gives}.
-    sizes: {letter: size} of the input.
+    got, want    the result and the expected one, NumPy arrays
+    what         the name of the result in words, such as "the gradient of x"
+    guesses      {sentence: the result that this known error would give}
+    sizes        {letter: size} of the input, such as {"n": 3}
     """
     got: np.ndarray
     want: np.ndarray
@@ -35,7 +39,9 @@ class Mismatch(AssertionError):
 
 
 def host(a: Any, what: str = "the result", want: Any = None) -> np.ndarray:
-    """A Tensor, a device array or a number as a NumPy array.  Unusable if it is anything else."""
+    """A Tensor or a device array as a NumPy array; also a number, if the expected result `want` is one or is not given.
+
+    Unusable for anything else; `what` and the shape of `want` stand in its message."""
     if isinstance(a, Tensor):
         a = a.data
     numeric = array.is_array(a) and np.dtype(a.dtype).kind in "biufV"    # bfloat16 is of kind V
@@ -62,13 +68,17 @@ def described(a: Any) -> str:
 
 def close(got: Any, want: Any, what: str = "the result", guesses: dict[str, Any] | None = None, rtol: float = 1e-6,
           atol: float = 1e-9, dtype: bool = False) -> None:
-    """Raise Mismatch unless got equals want up to rounding; with dtype=True also in dtype.
+    """Raise Mismatch unless got equals want up to rounding (np.allclose).  Unusable if got is no array or number.
 
-    A boolean never equals a number.  guesses: {"a known error in words": the result that it gives}.
+    Booleans equal only booleans; with dtype=True the dtypes must be the same.
+    guesses: {"a known error in words": the result that it gives}.
     """
     want = np.asarray(want)
     g = host(got, what, want)
-    same_kind = g.dtype == want.dtype if dtype else (g.dtype == bool) == (want.dtype == bool)
+    if dtype:
+        same_kind = g.dtype == want.dtype
+    else:
+        same_kind = (g.dtype == bool) == (want.dtype == bool)
     if g.shape != want.shape or not same_kind or not equal(g, want, rtol, atol):
         raise Mismatch(g.copy(), want, what, {k: np.asarray(v) for k, v in (guesses or {}).items()})
 
@@ -79,16 +89,19 @@ def equal(a: np.ndarray, b: np.ndarray, rtol: float = 1e-6, atol: float = 1e-9) 
         return a.shape == b.shape and bool(np.allclose(a, b, rtol=rtol, atol=atol))
 
 
-# ── the rules: each returns a sentence that is true of all failures, or "" ───────────────────────────────────────────
+# ── the rules: each gets the failures of one result, and returns a sentence, or "" if it does not fit them ───────────
 TRANSPOSED = "it is the expected result transposed: swap the factors, or add a transpose"
 
 
 def diagnose(failures: list[Mismatch]) -> str:
-    """One sentence that is true of all failures.  The last failure is the one that the learner sees."""
+    """The diagnosis of the last failure, the one that the learner sees, in one sentence.
+
+    The first rule that fits gives it.  A rule must fit the other failures of the same result too, since one failure
+    may fit it by accident."""
     last = failures[-1]
-    same_law = [f for f in failures if f.what == last.what]
+    same_result = [f for f in failures if f.what == last.what]
     for rule in (_guessed, _not_finite, _shape, _dtype, _opposite, _transposed, _factor, _offset, _triangle, _axis):
-        sentence = rule(same_law)
+        sentence = rule(same_result)
         if sentence:
             return sentence
     return _worst(last)
@@ -151,7 +164,7 @@ def _transposed(failures: list[Mismatch]) -> str:
 
 
 def ratio(f: Mismatch) -> float | None:
-    """r if got = r want everywhere, else None.  NaN if both are zero everywhere."""
+    """The number r with got = r · want in every entry; None if there is none; NaN if both are zero everywhere."""
     g = f.got.astype(float)
     w = f.want.astype(float)
     if not w.any():
@@ -169,7 +182,7 @@ def _factor(failures: list[Mismatch]) -> str:
         if abs(last) < 1e-12:
             return "it is zero everywhere"
         if np.isclose(last, -1):
-            return "it is the expected result with the sign turned round"
+            return "it is the expected result with the opposite sign"
         return (f"it is {last:.4g} x the expected result everywhere, in all {len(ratios)} inputs that fail: "
                 "a missing or doubled factor?")
     by_size = _factor_of_a_size(failures, ratios)
@@ -208,11 +221,13 @@ def _triangle(failures: list[Mismatch]) -> str:
         return ""
     below = on = above = False                           # whether entries below, on, above the diagonal differ
     for f in failures:
-        i, j = np.nonzero(~np.isclose(f.got.astype(float), f.want.astype(float)))[-2:]
-        diagonal = i + f.want.shape[-1] - f.want.shape[-2]
-        below = below or bool((j < diagonal).any())
-        on = on or bool((j == diagonal).any())
-        above = above or bool((j > diagonal).any())
+        different = ~np.isclose(f.got.astype(float), f.want.astype(float))
+        row, column = np.nonzero(different)[-2:]
+        rows, columns = f.want.shape[-2:]
+        diagonal = row + columns - rows                  # of a causal mask: the last column that this row may see
+        below = below or bool((column < diagonal).any())
+        on = on or bool((column == diagonal).any())
+        above = above or bool((column > diagonal).any())
     if above and not (on or below):
         return "only entries above the diagonal differ: may a position see the positions after it?"
     if on and not (above or below):
@@ -221,7 +236,7 @@ def _triangle(failures: list[Mismatch]) -> str:
 
 
 def _axis(failures: list[Mismatch]) -> str:
-    """A sentence if the rows should have equal sums (softmax: 1, a normalised row: 0), and the result has these sums
+    """A sentence if all rows of `want` have the same sum (1 after softmax, 0 after centring), and `got` has this sum
     along another axis."""
     found = None
     for f in failures:

@@ -58,17 +58,17 @@ def named_buffers(model: Module, loss: Loss) -> dict[str, Array]:
 def saved_tensors(run: Run) -> dict[str, Tensor]:
     """The tensors that a checkpoint holds, by name.
 
-    They are the tensors of all methods, the trainable tensors, the tensors that were written to since the start of the
-    run (by a setup), and the tensors of the loss's module. All others are as in the base model.
+    They are the tensors of all edits, the trainable tensors, the tensors that were written to since the start of the
+    run (by the setup of a phase), and the tensors of the loss's module. All others are as at the start of the run.
     """
     model, loss = run.model, run.loss
-    names = set(trainable_tensors(model, loss))
+    always_saved = set(trainable_tensors(model, loss))
     for attached in edit.attached(model):
-        names |= set(edit.named_state(model, attached))
+        always_saved |= set(edit.named_state(model, attached))           # also names of buffers: see named_buffers
     saved = {}
     for name, p in named_tensors(model, loss).items():
         is_written = p.version[0] != run.first_versions[name]
-        if name in names or is_written or name.startswith("loss."):
+        if name in always_saved or is_written or name.startswith("loss."):
             saved[name] = p
     return saved
 
@@ -182,7 +182,9 @@ def part(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
 
 # ── the settings that a resumed run must share ───────────────────────────────────────────────────────────────────────
 def describe_run(run: Run) -> dict[str, Any]:
-    """The settings that a resumed run must share with the run that wrote the checkpoint; JSON-able."""
+    """The settings that a resumed run must share with the run that wrote the checkpoint; JSON-able.
+
+    check_identity compares them. The batches check their own settings."""
     settings = run.settings
     identity = {
         "steps": settings.steps,
@@ -194,7 +196,7 @@ def describe_run(run: Run) -> dict[str, Any]:
         "loss": describe_loss(run.loss),
         "trained": sorted(trainable_tensors(run.model, run.loss)),
     }
-    return json.loads(json.dumps(identity))                             # as it reads in a file: tuples become lists
+    return json.loads(json.dumps(identity))                             # as it is read from a file: tuples become lists
 
 
 def describe_loss(loss: Loss) -> dict[str, Any]:
@@ -250,7 +252,7 @@ def from_version_0_1(
         if head == "optimizer":
             new[name] = value
         else:
-            new[("best/" if head == "best" else "") + _new_name(rest)] = value
+            new[("best/" if head == "best" else "") + name_from_version_0_1(rest)] = value
     history = {name: facts[name] for name in ("losses", "evaluations", "stopped")}
     history["skipped"] = facts.get("skipped", [])
     history["terms"] = {"loss": list(facts["losses"])}
@@ -287,17 +289,17 @@ def are_methods_of_0_1(text: str, attached: tuple[edit.Attached, ...]) -> bool:
     return True
 
 
-def _new_name(old: str) -> str:
-    """The name in today's file of a tensor or mask of version 0.1.
+def name_from_version_0_1(old: str) -> str:
+    """The name in today's file of a tensor or mask of version 0.1, given without its `value/` or `best/`.
 
         base/norm.bias                    ->  model/norm.bias
         edit/lora/blocks.0.attn.q:A       ->  model/blocks.0.attn.q.edits.lora.A
-        mask/ in front of either          ->  mask/ in front of the name
+        mask/base/norm.bias               ->  mask/norm.bias
     """
     if old.startswith("mask/"):
-        return "mask/" + _new_name(old.removeprefix("mask/")).removeprefix("model/")
+        return "mask/" + name_from_version_0_1(old.removeprefix("mask/")).removeprefix("model/")
     if old.startswith("base/"):
         return f"model/{old.removeprefix('base/')}"
-    _, adapter, rest = old.split("/", 2)
+    _, method_name, rest = old.split("/", 2)                            # edit/<method>/<path>:<name>
     path, name = rest.split(":")
-    return f"model/{path}.edits.{adapter}.{name}"
+    return f"model/{path}.edits.{method_name}.{name}"

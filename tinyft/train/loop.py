@@ -376,7 +376,7 @@ class Run:
             self.phase_evaluations = len(self.history.evaluations)
         if self.settings.capture:
             step = functools.partial(captured_step, self)
-            self.replay = kernels.capture(step, otherwise=step)         # further shapes run uncaptured
+            self.replay = kernels.capture(step, fallback=step)          # further shapes run uncaptured
 
     def run_setup(self, stage: Stage) -> None:
         """Run the setup of a method, once. A process that is killed in it starts it again from the checkpoint."""

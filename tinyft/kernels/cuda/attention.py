@@ -77,9 +77,11 @@ def attention(q: Array, k: Array, v: Array, bias: Array | None = None, *, key_ma
 
 
 class _Scores:
-    """The probabilities p (..., H, t, n) of some queries over some keys, and `dropped`, the same after dropout.
+    """The probabilities P (..., H, t, n) of some queries over some keys, and `dropped`, P ⊙ M, the same after dropout.
 
-    q (..., H, t, D) and k (..., Hkv, n, D); the other arrays broadcast to p, with as many axes."""
+        S = α Q Kᵀ + B,    P = softmax(S) over the keys that the masks allow,    dropped = P ⊙ M
+
+    q (..., H, t, D) and k (..., Hkv, n, D); the other arrays broadcast to P, with as many axes."""
 
     def __init__(self, q: Array, k: Array, bias: Array | None, key_mask: Array | None, dropout_mask: Array | None,
                  causal: bool, alpha: float, group: int):
@@ -91,7 +93,7 @@ class _Scores:
         heads = s.shape[-3] if s.ndim > 2 else 1
         self.dropout_mask = dropout_mask
         self.alpha = alpha
-        self.sizes = np.int64(rows), n
+        self.sizes = np.int64(rows), n                                  # the kernel's `rows` is a long long
         self.p = s if s.dtype == q.dtype else empty(q, s.shape)         # over the scores, if they have its dtype
         self.dropped = self.p if dropout_mask is None else empty(q, s.shape)
         launch("attention.cu", "masked_softmax", warp_blocks(rows), THREADS,
@@ -102,9 +104,13 @@ class _Scores:
         return self.p if self.dropout_mask is None else self.p * self.dropout_mask
 
     def back(self, dp: Array, bias_needed: bool) -> tuple[Array, Array | None]:
-        """dP (float32), whose memory may be written over -> dS (..., H, t, n), and dB in float32 if it is needed"""
+        """The gradient of `dropped` (float32) -> those of Q Kᵀ and, if needed, of S (float32), both (..., H, t, n).
+
+            dP = d(dropped) ⊙ M,    dS = P (dP − Σ dP P),    d(Q Kᵀ) = α dS
+
+        dP and dS are 0 at keys that are masked, since P is.  The memory of the argument may be written over."""
         p, (rows, n) = self.p, self.sizes
-        dp = dp.reshape(p.shape)
+        dp = dp.reshape(p.shape)                                        # undoes _fold
         ds = dp if dp.dtype == p.dtype else empty(p, p.shape)
         db = empty(p, p.shape, np.float32) if bias_needed else None
         launch("attention.cu", "masked_softmax_back", warp_blocks(int(rows)), THREADS,

@@ -30,39 +30,43 @@ from ...tensor import Tensor
 from . import casts
 
 EAGER_CALLS = 2                                          # calls of the step before the capture
-GRAPHS = 8                                               # different shapes of the arguments, each with its graph
+MAX_GRAPHS = 8                                           # of one step: for different shapes, or different ints
 
 
 class Captured:
     """A step that is replayed, from the third call with arguments of the same shapes.
 
-    otherwise: a function for the calls with further shapes, once there are GRAPHS graphs; None refuses them."""
+    fallback: a function for the calls with further shapes, once there are MAX_GRAPHS graphs; None refuses them."""
 
-    def __init__(self, step: Callable, otherwise: Callable | None = None):
+    def __init__(self, step: Callable, fallback: Callable | None = None):
         self.step = step
-        self.otherwise = otherwise
+        self.fallback = fallback
         self.graphs: dict[str, Recording] = {}
         self.stream = cupy.cuda.Stream(non_blocking=True)
 
     def __call__(self, *args: Any) -> Any:
-        key = repr(mapped(args, _kind))
+        """Run the step eagerly, capture it, or replay its graph, for arguments of this kind.
+
+        The graph's stream waits for earlier work of the caller's stream, and later work there waits for the graph."""
+        key = repr(mapped(args, _kind))                      # shapes and dtypes of arrays, values of ints and strings
         if key in self.graphs and self.graphs[key].outdated():
             del self.graphs[key]
         if key not in self.graphs:
-            if len(self.graphs) == GRAPHS and self.otherwise:
-                return self.otherwise(*args)
-            if len(self.graphs) == GRAPHS:
-                raise CannotCapture(f"this step comes with ever other shapes or numbers: {GRAPHS} graphs are made, "
-                                    f"and now {key}.  Pass ids of one shape, and changing values as floats or arrays")
+            if len(self.graphs) == MAX_GRAPHS and self.fallback:
+                return self.fallback(*args)
+            if len(self.graphs) == MAX_GRAPHS:
+                raise CannotCapture(f"this step is called with too many different shapes or values: {MAX_GRAPHS} "
+                                    f"graphs are made, and now {key}.  Pass ids of one shape, and changing values as "
+                                    "floats or arrays")
             self.graphs[key] = Recording(self.step, self.stream)
-        here = cupy.cuda.get_current_stream()
-        self.stream.wait_event(here.record())
+        caller_stream = cupy.cuda.get_current_stream()
+        self.stream.wait_event(caller_stream.record())
         try:
             out = self.graphs[key].call(args)
         except BaseException:
-            del self.graphs[key]
+            del self.graphs[key]                             # half recorded: the next call begins again
             raise
-        here.wait_event(self.stream.record())
+        caller_stream.wait_event(self.stream.record())
         return out
 
 
@@ -226,7 +230,7 @@ class Recording:
             raise CannotCapture("this step leaves gradients behind, and the next step would add to them: "
                                 "end it with optimizer.zero_grad()")
         if self.calls > 1 and self.previous_notes != self.notes:
-            raise CannotCapture(_difference(self.previous_notes, self.notes))
+            raise CannotCapture(_difference_message(self.previous_notes, self.notes))
         return out
 
     def record(self) -> Any:
@@ -304,17 +308,17 @@ def _kind(a: Any) -> Any:
 
 
 # ── refusals ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-def _difference(before: list, now: list) -> str:
-    """The message for two calls whose kernels or numbers differ."""
-    for (name, a), (other, b) in zip(before, now):
-        if name != other:
-            return f"this step does something else at each call: {name} before, {other} now"
-        if a != b:
-            one, two = next((x, y) for x, y in zip(a, b) if x != y)
-            return (f"this step gives {name} another number at each call, which a replay could not: {one} before, "
-                    f"{two} now.  Pass changing values as arguments of the step: a float for optimizer.step, "
-                    "a generator for dropout, arrays for all else")
-    return f"this step does something else at each call: {len(before)} kernels before, {len(now)} now"
+def _difference_message(before: list[tuple[str, tuple]], now: list[tuple[str, tuple]]) -> str:
+    """The message for two calls with different notes, (kernel, numbers from the host): see Recording.notes."""
+    for (old_name, old_numbers), (name, numbers) in zip(before, now):
+        if old_name != name:
+            return f"this step does something else at each call: {old_name} before, {name} now"
+        for old, new in zip(old_numbers, numbers):
+            if old != new:
+                return (f"this step gives {name} a different number at each call, and a replay would repeat the first: "
+                        f"{old} before, {new} now.  Pass changing values as arguments of the step: a float for "
+                        "optimizer.step, a generator for dropout, arrays for all else")
+    return f"this step does something else at each call: {len(before)} operations before, {len(now)} now"
 
 
 def _explain(e: BaseException) -> str:

@@ -41,9 +41,10 @@ class LoRA(Method):
                 f"LoRA adapts a weight matrix; {path} is a {type(module).__name__} and has none")
         if self.r < 1:
             raise ValueError(f"LoRA wants a rank r >= 1, got {self.r}")
-        rows, columns = weight.shape
+        out_features, in_features = weight.shape     # of an embedding: (vocabulary, width)
+        s = self.alpha / self.r
         edit_class = LowRankWeight if isinstance(module, Embedding) else LowRank
-        return edit_class(columns, rows, self.r, self.alpha / self.r, self.dropout, rng)
+        return edit_class(in_features, out_features, self.r, s, self.dropout, rng)
 
 
 class LowRank(Edit):
