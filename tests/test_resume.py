@@ -384,8 +384,8 @@ def test_a_setup_that_runs_twice_is_caught(tmp_path, calls, monkeypatch):
 
     def one_stage_back(run: train.loop.Run, arrays: dict, facts: dict) -> None:
         right(run, arrays, facts)
-        if run.t == 0 and run.stage:
-            run.stage -= 1
+        if run.t == 0 and run.stage_index:
+            run.stage_index -= 1
     monkeypatch.setattr(train.loop.Run, "load_state_dict", one_stage_back)
     with pytest.raises(AssertionError):
         test_a_setup_runs_once_and_not_again_after_a_kill(1, tmp_path, calls)

@@ -1,11 +1,11 @@
-"""The one mechanism by which a model is changed.
+"""Fine-tuning methods on a model: attach, detach, merge, count.
 
-    Edit      one small change to one module: another weight, another input or another output
+    Edit      replaces one module's weight, input or output
     Method    a way to fine-tune: the hyper-parameters of a paper, and the edits that they make
     attach, detach, without, merge, eject, count      written once, for every method
 
-The base's names never change. The edit of an adapter `lora` on the module `blocks.0.attn.q` is the module
-`blocks.0.attn.q.edits.lora`; `detach` removes it without a trace.
+The base is the model without any method. The names of its tensors never change. The edit of an adapter `lora` on the
+module `blocks.0.attn.q` is the module `blocks.0.attn.q.edits.lora`; `detach` removes it without a trace.
 """
 from __future__ import annotations
 
@@ -47,21 +47,22 @@ class Edit(Module):
     keeps_shape = True                                   # False if `after` gives an output of another shape
 
     def tensor(self, name: str, p: Any) -> Any:
-        """The weight or bias to use in place of p, the module's tensor `name`. Module.read calls it."""
+        """The weight or bias to use in place of p, the module's tensor `name` of the same shape. For Module.read."""
         return p
 
     def before(self, x: Any, ctx: Context) -> Any:
-        """The input to use in place of x."""
+        """The input to use in place of x, the module's input as the edits before this one changed it."""
         return x
 
     def after(self, x: Any, y: Any, ctx: Context) -> Any:
-        """The output to use in place of y, the module's output for the input x."""
+        """The output to use in place of y, the module's output for the input x; of y's shape if keeps_shape."""
         return y
 
     def fold(self, p: dict[str, Array]) -> dict[str, Array]:
-        """New arrays, {name: array}, for the module's own tensors p, with `before` and `after` folded in.
+        """New arrays for the module's own tensors, p = {name: array}, that make this edit unnecessary.
 
-        Without this edit they give the same outputs as p gives with it. p is not written to.
+        The module with the new arrays and without this edit gives the same outputs as with p and this edit. p is not
+        written to. Covers `before` and `after`; an edit with `tensor` is merged through `tensor`.
         Raises CannotMerge, with the reason, if no such arrays exist."""
         raise CannotMerge(f"{type(self).__name__} acts on activations, not on weights")
 
@@ -74,9 +75,10 @@ class Edit(Module):
 class Phase:
     """One phase of a method's training.
 
-    share   this phase's part of all steps; the shares of a method sum to 1, and a last phase may have share 0
+    share   the fraction of the run's steps; the shares of a method sum to 1. With 0 only the setup runs
     setup   called once, as setup(model, edits, batches, rng), when the phase starts; not again when a run is resumed.
-            It may change values, masks and requires_grad, never names or shapes. Batches that it takes are consumed."""
+            It may change values, masks and requires_grad, never names or shapes. The batches that it takes from
+            `batches` are not trained on afterwards"""
 
     share: float
     setup: Callable | None = None
@@ -115,14 +117,18 @@ class Method:
         return set()
 
     def begin(self, edits: dict[str, Edit], t: int, T: int, rng: np.random.Generator) -> None:
-        """Called before step t of T: to sample a rank or a gate."""
+        """Called before the forward pass of step t = 0 ... T − 1 of a training phase: to sample a rank or a gate."""
 
     def penalty(self, edits: dict[str, Edit], model: Module, ctx: Context) -> Any:
-        """A term that is added to the loss. ctx is the forward pass of this batch."""
+        """A term that is added to the loss, a scalar Tensor or a float. Called once for each micro-batch.
+
+        ctx: the Context of the forward pass of this micro-batch."""
         return 0.0
 
     def step(self, edits: dict[str, Edit], t: int, T: int) -> None:
-        """Called after the update, before the gradients are cleared: for importances, budgets and masks."""
+        """Called after the update of step t, before the gradients are cleared: for importances, budgets and masks.
+
+        The gradients are unscaled and clipped. Not called for a step that float16 skips."""
 
     def phases(self) -> list[Phase]:
         """The phases of training, in order. Each starts with a fresh optimiser."""
@@ -247,8 +253,10 @@ def get_attached(model: Module, name: str | None = None) -> Attached:
     for a in reversed(attached(model)):
         if name is None or a.name == name:
             return a
-    names = [a.name for a in attached(model)]
-    raise LookupError(f"{name or 'nothing'!r} is not attached; there is {', '.join(names) or 'nothing'}")
+    names = ", ".join(a.name for a in attached(model))
+    if not names:
+        raise LookupError("no method is attached to this model")
+    raise LookupError(f"{name!r} is not attached; there is {names}")
 
 
 # ── attach and detach ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -256,9 +264,14 @@ def attach(model: Module, method: Method | Attached, name: str | None = None, se
            train_head: bool = True) -> Attached:
     """Put a method on a model, or put back what `detach` returned.
 
-    From then on only the tensors that the attached methods train are trainable.
-    A new task head trains too unless train_head=False; the first method to be attached carries it.
-    Raises ValueError if the name is taken or nothing would train."""
+    From then on only the tensors that the attached methods train are trainable. A new task head trains too, with the
+    first method that is attached with train_head=True, and is saved with it.
+
+    name        the class's name in lower case if None
+    seed        of the initial values; ignored, as train_head is, for what `detach` returned
+
+    TypeError if `method` is no Method; LookupError if no module matches its targets; ValueError if the name is taken,
+    if the method has no edits, trains no tensor and adds no penalty, or if `detach` took it from another model."""
     modules = base_modules(model)
     if not isinstance(method, (Method, Attached)):
         raise TypeError(f"attach wants a Method, such as LoRA(r=8), or what detach gave; got {method!r}")
@@ -304,7 +317,7 @@ def _make(model: Module, method: Method, name: str, seed: int, train_head: bool)
 def detach(model: Module, name: str | None = None) -> Attached:
     """Take a method off: the model is what it was before, bitwise. `attach` puts the returned object on again."""
     a = get_attached(model, name)
-    _check_uncovered(model, [a])
+    _check_no_later_training(model, [a])
     _remove_edits(model, {a.name})
     _swap_base(model, a)
     _set_attached(model, tuple(b for b in attached(model) if b is not a))
@@ -319,7 +332,7 @@ def without(model: Module, *names: str) -> Iterator[None]:
     names = names or tuple(a.name for a in attached(model) if _is_trainable(a))
     wanted = [get_attached(model, n) for n in names]
     off = [a for a in attached(model) if a in wanted]
-    _check_uncovered(model, off)
+    _check_no_later_training(model, off)
     before = [(m, m.edits) for m in base_modules(model).values() if m.edits]
     _remove_edits(model, names)
     for a in reversed(off):
@@ -345,9 +358,8 @@ def _remove_edits(model: Module, names: Iterable[str]) -> None:
             m.edits = {name: e for name, e in m.edits.items() if name not in names}
 
 
-def _check_uncovered(model: Module, off: list[Attached]) -> None:
-    """Raise ValueError if a method of `off` is covered: a method that stays was attached later and trains the same base
-    tensors.
+def _check_no_later_training(model: Module, off: list[Attached]) -> None:
+    """ValueError if a method that stays was attached after one of `off`, and trains the same base tensors.
 
     The later method continued from the values of the earlier one, so the earlier one cannot be taken off alone."""
     order = attached(model)
@@ -396,10 +408,11 @@ def eject(model: Module, name: str | None = None) -> Attached:
 
 
 def merge(model: Module, *names: str) -> Module:
-    """Fold the edits of the named methods (of all methods without names) into the base's own weights, and remove them.
+    """Fold the edits of the named methods into the base's own weights, and remove them. No names: all methods.
 
-    First every weight edit, then every activation edit, in order of attachment. Raises CannotMerge, with the reason,
-    if one of them cannot be merged exactly; then nothing was changed."""
+    On each module: weight edits and then output edits, as they were attached, and then input edits, the last one first.
+    LookupError if a name is not attached. CannotMerge, with the reason, if an edit cannot be merged exactly, or if a
+    method that stays trains a tensor that would be written; then nothing was changed."""
     merging = {get_attached(model, n).name for n in names} if names else {a.name for a in attached(model)}
     merged = [a for a in attached(model) if a.name in merging]
     kept = [a for a in attached(model) if a.name not in merging]
@@ -423,20 +436,22 @@ def merge(model: Module, *names: str) -> Module:
 
 
 def _check_order(path: str, edits: dict[str, Edit], merging: set[str]) -> None:
-    """Raise CannotMerge if merging some edits of a module would change the order in which its edits act.
+    """CannotMerge if the edits of a module that stay would no longer see the same weight, input and output.
 
-    Merged edits become a part of the weights. So they act first on weights and outputs, and last on the input."""
+    A merged edit acts inside the module's weights, and no longer where it stands in the order of the edits. So
+
+        1.  the merged edits must be the first of the module's edits
+        2.  if one of them changes the input, no other edit may stay: it would see the input before that change
+        3.  if one of them changes the output, no weight edit may stay: it would see the changed weights"""
     first = [name for name in edits if name in merging]
     rest = [name for name in edits if name not in merging]
 
     def any_overrides(hook: str, names: list[str]) -> bool:
         return any(edits[name].overrides(hook) for name in names)
 
-    in_front = list(edits)[:len(first)] == first
-    # Another edit would get the input as it is before the merged `before`, no longer as it is after it.
-    input_changes = bool(rest) and any_overrides("before", first)
-    # A weight edit would get the weights with the merged `after` folded in.
-    weight_changes = any_overrides("tensor", rest) and any_overrides("after", first)
+    in_front = list(edits)[:len(first)] == first                                        # 1
+    input_changes = bool(rest) and any_overrides("before", first)                       # 2
+    weight_changes = any_overrides("tensor", rest) and any_overrides("after", first)    # 3
     if not in_front or input_changes or weight_changes:
         raise CannotMerge(f"{path}: {', '.join(edits)} act in this order, so {', '.join(first)} cannot go first")
 
@@ -469,7 +484,7 @@ def _fold(path: str, m: Module, edits: list[Edit]) -> dict[str, Array]:
 
 
 def unpack(model: Module) -> Module:
-    """Replace every packed weight with its dense values, in place. The rounding of the packing stays."""
+    """Replace every packed weight with its dense values, in place, and return the model. The values stay rounded."""
     for m in model.modules():
         packed = {name: v for name, v in vars(m).items() if isinstance(v, Packed)}
         for name, weight in packed.items():
@@ -483,8 +498,10 @@ def unpack(model: Module) -> Module:
 class Count:
     """Sizes of a model with its methods.
 
-    trained   trainable parameters in edits and base        head     trainable parameters in a new task head
-    total     all parameters of the base                    nbytes   bytes that one task stores"""
+    trained   trainable parameters in edits and base, without a new task head
+    head      trainable parameters in a new task head
+    total     all parameters of the base, without a new task head; a packed weight counts its dense entries
+    nbytes    bytes of the trainable tensors, head included; buffers are not counted"""
 
     trained: int
     head: int

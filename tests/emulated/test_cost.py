@@ -164,11 +164,11 @@ def test_a_step_of_the_trainer_costs_no_more_and_waits_once():
     run = Run(
         make_model("gpt", 2), ft.CrossEntropy(), stream, AdamW(1e-3), ft.constant_schedule(), rng, settings,
     )
-    phase = next(run.remaining_phases())
-    train_step(run, phase.steps)
-    train_step(run, phase.steps)
+    stage = next(run.remaining_training_stages())
+    train_step(run, stage.steps)
+    train_step(run, stage.steps)
     fake_gpu.reset()
-    train_step(run, phase.steps)
+    train_step(run, stage.steps)
     whole = fake_gpu.counts()
     assert whole.launches - sum(c.launches for c in parts) == 4, "the loss and the norm are joined, for one transfer"
     assert whole.waits == whole.d2h == 1

@@ -139,7 +139,7 @@ def state_dict(run: Run) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         arrays |= {f"optimizer/{key}": value for key, value in run.optimizer.state_dict().items()}
     arrays |= {f"best/{name}": value for name, value in (run.best or {}).items()}
     facts = dict(
-        run.identity, version=2, stage=run.stage, t=run.t, done=run.done, phase_evaluations=run.phase_evaluations,
+        run.identity, version=2, stage=run.stage_index, t=run.t, done=run.done, first_evaluation=run.first_evaluation,
         trainable=sorted(trainable_tensors(run.model, run.loss)), shared_masks=shared_masks(run),
         rng=run.rng.bit_generator.state, batches=run.stream.state_dict(), scaler=run.scaler.state_dict(),
         history=vars(run.history),
@@ -162,10 +162,10 @@ def load_state_dict(run: Run, arrays: dict[str, np.ndarray], facts: dict[str, An
     buffers = named_buffers(run.model, run.loss)
     for name, buffer in facts["shared_masks"].items():
         tensors[name].mask = buffers[buffer]
-    run.stage = facts["stage"]
+    run.stage_index = facts["stage"]
     run.t = facts["t"]
     run.done = facts["done"]
-    run.phase_evaluations = facts["phase_evaluations"]
+    run.first_evaluation = facts["first_evaluation"]
     run.best = part(arrays, "best/") or None
     run.optimizer_state = part(arrays, "optimizer/") or None
     run.rng.bit_generator.state = facts["rng"]
@@ -263,7 +263,7 @@ def from_version_0_1(
     kept = ("steps", "accumulate", "clip", "optimizer", "autocast", "t", "done", "rng", "batches")
     new_facts = {name: facts[name] for name in kept if name in facts}
     new_facts |= dict(
-        loss=describe(CrossEntropy()), stage=facts["phase"], phase_evaluations=0, history=history,
+        loss=describe(CrossEntropy()), stage=facts["phase"], first_evaluation=0, history=history,
         scaler=facts.get("scaler", run.scaler.state_dict()), trainable=run.identity["trained"], shared_masks={},
     )
     return new, new_facts

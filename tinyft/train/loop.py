@@ -1,5 +1,8 @@
 """The training loop. `train_step` is one whole step.
 
+A method has phases; a run has stages, made from the phases of all its methods (phases.py). A stage is the setup of one
+method, or a stretch of training steps.
+
 From `fit` to a matrix product a call passes these functions:
 
     fit                        the loop over steps, with evaluation, checkpoints and Ctrl-C
@@ -8,7 +11,7 @@ From `fit` to a matrix product a call passes these functions:
     CrossEntropy.__call__      the loss; a user's own loss stands in its place
     GPT.forward, run_blocks, Block.forward, Attention.forward, project, Linear.forward
                                one function for each level of the model. Module.__call__ stands before every forward:
-                               it applies the edits
+                               it applies the edits of the input and the output (Module.read: those of the weights)
     the op ops.linear          records the product for backward (tensor.py)
     dispatch.run               chooses the kernel for this kind of array
     the kernel                 computes the product
@@ -16,10 +19,11 @@ From `fit` to a matrix product a call passes these functions:
 and to the equations of AdamW:
 
     fit, train_step
-    Optimizer.launch_step      all tensors at once, if there is a kernel for that (dispatch.run); else the next three
-    update_pieces              clipping, and one update for each flat buffer
-    AdamW.update, run_update   the arguments of the equations, and the kernel for them (dispatch.run)
-    adam_update                the equations
+    Optimizer.launch_step      all tensors at once, if there is a kernel for that (dispatch.run); else:
+        update_pieces          clipping, and one update for each flat buffer
+        AdamW.update           the arguments of the equations
+        run_update             the kernel for them (dispatch.run); without a kernel:
+        adam_update            the equations
 """
 from __future__ import annotations
 
@@ -59,10 +63,10 @@ class Diverged(ArithmeticError):
 class History:
     """The record of a run.
 
-    losses          the loss of every step, with penalties and auxiliary losses
+    losses          the loss of every step, with penalties and auxiliary losses; CrossEntropy: nats, mean per label
     terms           {name: value of every step}: "loss" (the loss alone), "penalty.<method>", and the auxiliary losses
                     of the modules under their own names
-    evaluations     (step, metrics) of every evaluation
+    evaluations     (number of steps taken before it, metrics) of every evaluation
     stopped         the reason of an early stop, or ""
     skipped         the steps, counted from 0, that float16 skipped
     """
@@ -111,22 +115,27 @@ def fit(
     batches         an iterable of batches, repeated without end. If it has state_dict and load_state_dict
                     (data.Batches), a resumed run does not read the earlier batches again
     optimizer       AdamW(1e-3) if None
-    schedule        (t, T) -> factor on the learning rate
+    schedule        (t, T) -> factor on the learning rate of step t of the T steps of a training phase
     loss            a Loss; CrossEntropy() if None
-    clip            the largest norm of all gradients together
+    clip            the largest norm of all gradients together (Pascanu et al. 2013); None: no limit
     accumulate      batches per update, weighted by their numbers of labels: the gradient is that of one large batch
-    out             a folder for checkpoint.safetensors: written, atomically, every `save_every` steps, before and after
-                    the setup of a phase, and at the end
+    seed            of dropout, and of the random draws of the methods
+    out             a folder for checkpoint.safetensors: written, atomically, every `save_every` steps (0: not), before
+                    and after the setup of a phase, and at the end
     resume          continue from the checkpoint in `out`, bitwise as if never stopped; without one, start anew
-    evaluate        called every `evaluate_every` steps, returns metrics. With patience > 0, training stops after so
-                    many evaluations without a better metric `monitor` (lower is better for names that end in loss or
-                    perplexity), and the best state is restored
+    evaluate        returns metrics, {name: number}; called every `evaluate_every` steps, never if that is 0
+    patience        if not 0: training stops after so many evaluations in a row without a better metric `monitor` (lower
+                    is better for names that end in loss or perplexity). At the end of a training phase, the values of
+                    its best evaluation are restored
     autocast        "bfloat16" or "float16": matrix products in 16 bits. With float16, steps that overflow are skipped
-    capture         on CuPy, replay steps as CUDA graphs, of the first eight shapes (tinyft.capture). CannotCapture for
-                    accumulate > 1, float16, and methods that override begin or step
+    capture         on CuPy, replay each step as a CUDA graph (tinyft.capture): eight shapes of batches get a graph,
+                    others run as without. Ignored on NumPy. CannotCapture for accumulate > 1, float16, methods that
+                    override begin or step, and optimisers without a kernel for it
 
     Ctrl-C finishes the step, writes the checkpoint and raises KeyboardInterrupt. Diverged if a loss or a norm of
-    gradients is not finite; then nothing was updated or written.
+    gradients is not finite; then nothing was updated or written. ValueError if nothing trains, if steps or accumulate
+    make no sense, or if the checkpoint is of another run. Afterwards the model is in evaluation mode, and its gradients
+    are None.
     """
     loss = as_loss(loss)
     optimizer = optimizer or AdamW(1e-3)
@@ -135,21 +144,16 @@ def fit(
     capture = capture and array.backend() == "cupy"
     settings = Settings(steps, clip, accumulate, evaluate, patience, monitor, autocast, capture)
     run = Run(model, loss, BatchStream(batches), optimizer, schedule, np.random.default_rng(seed), settings, out)
-    kernels.keep_memory()
-    if run.path:
-        sweep(run.path)
-    if resume:
-        run.load()
+    run.prepare(resume)
     try:
         run.set_training_mode(True)
         with interruptible() as is_interrupted, progress_bar(progress, steps) as bar:
-            for phase in run.remaining_phases():
-                while run.t < phase.steps and not run.history.stopped:
-                    train_step(run, phase.steps)
+            for stage in run.remaining_training_stages():
+                while run.t < stage.steps and not run.history.stopped:
+                    train_step(run, stage.steps)
                     if evaluate and evaluate_every and run.done % evaluate_every == 0:
                         run.run_evaluation()
-                    bar.update(run.done - bar.n)
-                    bar.set_postfix_str(run.status(), refresh=False)
+                    run.show_progress(bar)
                     if is_interrupted():
                         run.interrupt()
                     if save_every and run.done % save_every == 0:
@@ -162,7 +166,9 @@ def fit(
 
 
 def train_step(run: Run, T: int) -> None:
-    """Step run.t of the T steps of this phase: one update of the trainable parameters. Diverged if it is not finite."""
+    """Step run.t of the T steps of a training stage: one update of the trainable parameters.
+
+    Diverged if the loss or the norm of the gradients is not finite; in float16 such a step is skipped."""
     attached = edit.attached(run.model)
     batches = [run.read_batch() for _ in range(run.settings.accumulate)]
     for a in attached:
@@ -175,11 +181,13 @@ def train_step(run: Run, T: int) -> None:
     else:
         loss, terms, norm = replay_step(run, batches[0], factor)
     try:
+        # float16: if gradients overflow, `skipping` catches the error, and sets scaler.finite to False
         with run.scaler.skipping(loss):
             if norm is None:
                 norm = run.optimizer.launch_step(factor, run.settings.clip, loss, run.scaler.get_scale())
-            value, norm, values = read_values(loss, norm, terms)        # the one time that a step waits for the device
-            run.optimizer.check_norm(norm)
+            # the one time that a step waits for the device
+            loss_value, norm_value, term_values = read_values(loss, norm, terms)
+            run.optimizer.check_norm(norm_value)
     except FloatingPointError as error:
         raise Diverged(explain_divergence(run, float(loss), factor, error)) from error
 
@@ -188,10 +196,11 @@ def train_step(run: Run, T: int) -> None:
             a.method.step(a.edits, run.t, T)                            # the gradients are still there
     else:                                                               # a skipped step: nothing was updated
         run.history.skipped.append(run.done)
-        value, _, values = read_values(loss, math.inf, terms)           # launch_step may have raised before the first
+        # If launch_step raised, the values were not read.
+        loss_value, _, term_values = read_values(loss, math.inf, terms)
     run.scaler.update()
     run.optimizer.zero_grad()
-    run.history.add_step(value, values)
+    run.history.add_step(loss_value, term_values)
     run.t += 1
     run.done += 1
 
@@ -199,7 +208,7 @@ def train_step(run: Run, T: int) -> None:
 def add_gradients(run: Run, batches: list[Targets], rng: np.random.Generator) -> tuple[Array, dict[str, Any]]:
     """Forward and backward. Adds the gradients of the mean loss over all micro-batches to the parameters.
 
-    Returns (mean loss, {name: term}). The terms are empty if the loss has one term only.
+    Returns (mean loss, {name: term}), scalars on the device. The terms are empty if the loss has one term only.
     """
     total_weight = sum(targets.weight for targets in batches)
     total = None
@@ -226,7 +235,9 @@ def add_gradients(run: Run, batches: list[Targets], rng: np.random.Generator) ->
 
 
 def compute_added_terms(run: Run, ctx: Context) -> dict[str, Any]:
-    """The terms that are added to the loss: "penalty.<name>" of every method that has one, and the auxiliary losses."""
+    """The terms that are added to the loss: "penalty.<name>" of every method that has one, and the auxiliary losses.
+
+    ValueError if an auxiliary loss has a name that fit logs itself."""
     terms = {}
     for a in edit.attached(run.model):
         if type(a.method).penalty is not Method.penalty:                # the default penalty is no term
@@ -266,8 +277,8 @@ def explain_divergence(run: Run, loss: float, factor: float, error: FloatingPoin
 def replay_step(run: Run, targets: Targets, factor: float) -> tuple[Array, dict[str, Any], Array]:
     """A step replayed as a CUDA graph: (loss, terms, norm). The batch is checked on the host, since a graph cannot."""
     run.loss.check(run.model, targets)
-    # A graph treats an int as a constant, and a float as a value that changes. The mean over one batch does not depend
-    # on its weight, so the weight is a constant.
+    # With one batch per update the weight cancels out. It is replaced by the int 1, a constant of the graph: a float
+    # that changes may be used by the optimiser only.
     fields = vars(targets) | {"weight": 1}
     return run.replay(type(targets), fields, float(factor), run.rng)
 
@@ -314,18 +325,18 @@ class Run:
         self.ignored_warnings = {"over": "ignore", "invalid": "ignore"} if self.scaler.enabled else {}
         self.stages = make_stages(edit.attached(model), settings.steps)
         self.history = History()
-        self.stage = 0                                                  # index of the current stage
+        self.stage_index = 0                                            # of the current stage
         self.t = 0                                                      # steps taken in this stage
         self.done = 0                                                   # steps taken in all
-        self.phase_evaluations = 0                                      # evaluations before this training phase
-        self.best: dict[str, np.ndarray] | None = None                  # values at the best evaluation of this phase
+        self.first_evaluation = 0                                       # index of this stage's first, in the history
+        self.best: dict[str, np.ndarray] | None = None                  # values at the best evaluation of this stage
         self.optimizer_state: dict[str, np.ndarray] | None = None       # from a checkpoint, for the next start
         self.replay: Callable | None = None                             # the captured step
         self.tokens = 0                                                 # read so far, for the progress bar
         self.start_time = time.perf_counter()
         if loss.module is not None:
             loss.module.to(array.name_of(model.parameters()[0].data))
-        # Versions at the start: a checkpoint holds every tensor that is written to later.
+        # Counts of writes at the start. A tensor with another count when a checkpoint is saved is saved in it.
         self.first_versions = {name: p.version[0] for name, p in checkpoint.named_tensors(model, loss).items()}
         self.identity = checkpoint.describe_run(self) if self.path else {}
         if settings.capture:
@@ -344,36 +355,36 @@ class Run:
         name = self.settings.autocast
         return precision.autocast(name or "bfloat16", enabled=name is not None)
 
-    # ── phases ──
-    def remaining_phases(self) -> Iterator[Stage]:
-        """Go through the remaining stages: run the setups, start each training phase and yield it to the loop of fit.
+    # ── stages ──
+    def remaining_training_stages(self) -> Iterator[Stage]:
+        """Go through the remaining stages: run the setups, and yield each training stage to the loop of fit.
 
-        The rest of a phase's work, such as restoring the best values, follows when the loop asks for the next phase. An
-        early stop skips all later stages but the final setups.
+        The best values of a training stage are restored when the loop asks for the next stage.
         """
-        while self.stage < len(self.stages):
-            stage = self.stages[self.stage]
-            # A phase with t > 0 is resumed even if it has stopped early: its best values are still to be restored.
-            is_skipped = self.history.stopped and self.t == 0 and not stage.is_final
+        while self.stage_index < len(self.stages):
+            stage = self.stages[self.stage_index]
+            # After an early stop only the final setups run. A stage with t > 0 is resumed all the same: its best values
+            # are still to be restored.
+            is_skipped = bool(self.history.stopped) and self.t == 0 and not stage.is_final
             if stage.setup is not None and not is_skipped:
                 self.run_setup(stage)
             elif not is_skipped:
                 self.start()
                 yield stage
                 self.restore_best()
-            self.stage += 1
+            self.stage_index += 1
             self.t = 0
             if stage.setup is not None and not is_skipped:
                 self.save()
 
     def start(self) -> None:
-        """Start the optimiser for a training phase, or continue it from a checkpoint."""
+        """Start the optimiser for a training stage, or continue it from a checkpoint."""
         self.optimizer.start(checkpoint.trainable_tensors(self.model, self.loss))
         if self.optimizer_state is not None:
             self.optimizer.load_state_dict(self.optimizer_state)
             self.optimizer_state = None
         if self.t == 0:
-            self.phase_evaluations = len(self.history.evaluations)
+            self.first_evaluation = len(self.history.evaluations)
         if self.settings.capture:
             step = functools.partial(captured_step, self)
             self.replay = kernels.capture(step, fallback=step)          # further shapes run uncaptured
@@ -382,16 +393,16 @@ class Run:
         """Run the setup of a method, once. A process that is killed in it starts it again from the checkpoint."""
         self.save()
         before = {name: p.shape for name, p in checkpoint.named_tensors(self.model, self.loss).items()}
-        stage.setup(self.model, stage.method.edits, self.stream, self.rng)
+        stage.setup(self.model, stage.attached.edits, self.stream, self.rng)
         after = {name: p.shape for name, p in checkpoint.named_tensors(self.model, self.loss).items()}
         if before != after:
-            raise ValueError(f"the setup of {stage.method.name} changed names or shapes of tensors, which a checkpoint "
-                             "cannot restore")
+            raise ValueError(f"the setup of {stage.attached.name} changed names or shapes of tensors, "
+                             "which a checkpoint cannot restore")
         self.zero_grad()
 
     # ── evaluation ──
     def run_evaluation(self) -> None:
-        """Evaluate. Copy the state if it is the best of this phase; set history.stopped if patience has run out."""
+        """Evaluate. Copy the state if it is the best of this stage; set history.stopped if patience has run out."""
         self.set_training_mode(False)
         metrics = {name: float(value) for name, value in self.settings.evaluate().items()}
         self.set_training_mode(True)
@@ -403,7 +414,7 @@ class Run:
             raise KeyError(f"fit wants evaluate to return its monitor {monitor!r}, got {', '.join(metrics)}")
         sign = -1 if monitor.endswith(("loss", "perplexity")) else 1
         scores = []
-        for _, metrics in self.history.evaluations[self.phase_evaluations:]:
+        for _, metrics in self.history.evaluations[self.first_evaluation:]:
             value = metrics[monitor]
             scores.append(sign * value if math.isfinite(value) else -math.inf)
         best = scores.index(max(scores))
@@ -419,7 +430,7 @@ class Run:
             self.best = None
 
     def set_training_mode(self, on: bool) -> None:
-        """Set the mode of the model and of the loss's module. A teacher keeps its mode."""
+        """Set the mode of the model and of the loss's module. A frozen teacher in the loss keeps its mode."""
         self.model.train(on)
         if self.loss.module is not None:
             self.loss.module.train(on)
@@ -429,14 +440,15 @@ class Run:
         for p in checkpoint.named_tensors(self.model, self.loss).values():
             p.grad = None
 
-    def status(self) -> str:
-        """The loss and the speed, for the progress bar."""
+    def show_progress(self, bar: tqdm) -> None:
+        """Show the loss and the speed in the progress bar. The speed counts padding, and all time since the start."""
         speed = self.tokens / max(time.perf_counter() - self.start_time, 1e-9)
-        return f"loss {self.history.losses[-1]:.3f}, {speed:,.0f} tokens/s"
+        bar.update(self.done - bar.n)
+        bar.set_postfix_str(f"loss {self.history.losses[-1]:.3f}, {speed:,.0f} tokens/s", refresh=False)
 
     # ── state ──
     def state_dict(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """(arrays, facts) of the whole run."""
+        """(arrays, values that JSON can hold) of the whole run."""
         return checkpoint.state_dict(self)
 
     def load_state_dict(self, arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> None:
@@ -454,10 +466,13 @@ class Run:
         advice = "; fit(..., resume=True) goes on" if self.path else ""
         raise KeyboardInterrupt(f"stopped after step {self.done} of {self.settings.steps}{advice}")
 
-    def load(self) -> None:
-        """Go to the state in the checkpoint, if there is one."""
-        if self.path and self.path.exists():
-            self.load_state_dict(*read_tensors(self.path))
+    def prepare(self, resume: bool) -> None:
+        """Remove the temporary files of a run that was killed; with resume, go to the state in the checkpoint."""
+        kernels.keep_memory()                                           # freed memory stays with the process: faster
+        if self.path:
+            sweep(self.path)
+            if resume and self.path.exists():
+                self.load_state_dict(*read_tensors(self.path))
 
 
 # ── the terminal ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -19,7 +19,7 @@ class Stage:
     is_final: True for the setups after the last training steps, which run after an early stop too.
     """
     steps: int = 0
-    method: Attached | None = None
+    attached: Attached | None = None
     setup: Callable | None = None
     is_final: bool = False
 
