@@ -29,7 +29,10 @@ SYNONYMS = {
 
 def refuse_keywords(caller: str, unknown: Iterable[str], known: Iterable[str],
                     synonyms: dict[str, str] = SYNONYMS) -> None:
-    """Raise TypeError if there is an unknown keyword; the message names the nearest known keyword."""
+    """Raise TypeError if there is an unknown keyword; the message names the nearest known keyword.
+
+    caller     the function or class that got them, for the message
+    synonyms   {another library's name: the name here}; used only if the name here is in `known`"""
     for keyword in unknown:
         known = sorted(known)
         near = synonyms.get(keyword)
@@ -83,15 +86,16 @@ class Context:
         output_hidden_states: bool = False,
         **unknown: Any,
     ):
+        """Keep the facts as attributes of these names; the class describes them. TypeError for an unknown keyword."""
         if unknown:
             refuse_keywords("a forward pass", unknown, self.FACTS)
-        self.inputs = {
+        self.inputs = {                                        # as they were given, for `again`
             "ids": ids, "mask": mask, "token_type_ids": token_type_ids, "logit_positions": logit_positions,
             "task": task, "route": route, "source": source, "cache": cache, "rng": rng,
             "output_hidden_states": output_hidden_states,
         }
         vars(self).update(self.inputs)
-        self.position_shift = 0
+        self.position_shift = 0                                # added to every position: a prefix may set it
         self.last_hidden_state: Tensor | None = None
         self.hidden_states: list[Tensor] = []
         self.output: Any = None
@@ -129,11 +133,12 @@ class Context:
             self.hidden_states.append(x)
 
     def begin(self, x: Any, like: Array) -> None:
-        """Move the facts to the device of the weights, `like`. A model's forward calls it first.
+        """Take x as the ids and move the facts to the device of the weights. A model's forward calls it first.
 
-        x: (B, T) ids, or (B, T, C) embeddings in their place. ValueError if the shapes of the facts differ from it."""
-        self.inputs["ids"] = x
-        if isinstance(x, Tensor):                              # embeddings: the ids are unknown
+        x: (B, T) ids, or (B, T, C) embeddings in their place. like: an array of the weights, on the wanted device.
+        ValueError if x has another shape, or if mask or token_type_ids are not (B, T)."""
+        self.inputs["ids"] = x                                 # for `again`
+        if isinstance(x, Tensor):                              # embeddings: the ids are unknown, −1 stands for them
             self.ids = xp(like).full(x.shape[:2], -1)
         else:
             self.ids = array.put_like(x, like)
@@ -168,7 +173,9 @@ class Context:
         return 0 if self.cache is None else self.cache.length
 
     def key_mask(self) -> Array | None:
-        """(B, Tk), True at real keys, cached keys first. None: all keys are real."""
+        """(B, Tk), True at real keys, False at padding. None: all keys are real.
+
+        Tk counts the keys that the cache holds, which come first, and the T tokens of this pass."""
         past = None if self.cache is None else self.cache.mask
         if self.past_length == 0 or (past is None and self.mask is None):
             return self.mask
@@ -182,14 +189,16 @@ class Context:
     def positions(self) -> Array:
         """(B, T) or (1, T): the position of each token among the real tokens of its row, plus `position_shift`.
 
-        Padding is not counted, so left and right padding give the same positions."""
+        Padding is not counted, so left and right padding give the same positions. Cached tokens are counted first.
+        position_shift is 0 unless an edit sets it: a prefix that takes positions."""
         m = xp(self.ids)
         T = self.ids.shape[1]
         key_mask = self.key_mask()
         if key_mask is None:
             start = self.past_length + self.position_shift
             return m.arange(start, start + T)[None]
-        counts = m.cumsum(key_mask.astype(np.int64), axis=1)
+        counts = m.cumsum(key_mask.astype(np.int64), axis=1)     # (B, Tk): real keys so far, cached ones included
+        # The last T keys are the tokens of this pass. Padding before the first real token gets position 0.
         return m.maximum(counts - 1, 0)[:, -T:] + self.position_shift
 
     def select_positions(self, x: Tensor) -> Tensor:
@@ -223,7 +232,9 @@ class Cache:
         self.length = 0
 
     def join(self, key: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k and v (B, H, T, D) to the keys and values of module `key`; return all of them."""
+        """Append k and v (B, H, T, D) to the cached ones of an attention module; return all, (B, H, Tk, D).
+
+        key: the module whose keys and values they are. Others keep their own."""
         if key in self.kv:
             past_k, past_v = self.kv[key]
             k = ops.concatenate(past_k, k, axis=2)
@@ -243,7 +254,7 @@ class Cache:
         self.length += ctx.ids.shape[1]
 
     def rows(self, index: Array) -> Cache:
-        """A cache of the rows `index` of the batch, in this order. Beam search needs it."""
+        """A new cache whose row i is row index[i] of this one. Beam search needs it: beams are reordered."""
         out = Cache()
         out.kv = {key: (k[index], v[index]) for key, (k, v) in self.kv.items()}
         out.source = {key: (k[index], v[index]) for key, (k, v) in self.source.items()}

@@ -182,15 +182,16 @@ def is_head(model: Module, name: str) -> bool:
 
 
 def select(model: Module, globs: str | Iterable[str]) -> dict[str, Module]:
-    """The modules whose paths end in one of the globs, in the order of the model.
+    """{path: module} of the modules whose paths end in one of the globs, in the order of the model.
 
-    "*" stands for one name, "**" for any number of names, "[qv]" for one of these letters.
+    "attn.[qv]" matches "blocks.0.attn.q". "*" stands for one name, "**" for any number of names, "[qv]" for one of
+    these letters. Edits and packed weights are no modules here.
     Raises LookupError, with the nearest names, for a glob that matches nothing."""
     modules = base_modules(model)
     chosen = set()
     for glob in [globs] if isinstance(globs, str) else globs:
         pattern = _pattern(glob)
-        hits = {path for path in modules if path and pattern.search(path)}
+        hits = {path for path in modules if path and pattern.search(path)}      # "" is the path of the model itself
         if not hits:
             near = ", ".join(_nearest(glob, modules))
             raise LookupError(f"{glob!r} names no module of this model; there are {near} ...")
@@ -207,7 +208,9 @@ def _pattern(glob: str) -> re.Pattern[str]:
 
 
 def _nearest(glob: str, paths: Iterable[str]) -> list[str]:
-    """Endings of paths, two names long, that look like the glob."""
+    """For an error message: up to four endings of the paths that resemble the glob, or else the first eight.
+
+    An ending is a path's last two names, block numbers written as *: "attn.q", "blocks.*"."""
     ends = set()
     for path in paths:
         if path:
@@ -225,7 +228,9 @@ def stacks(model: Module) -> dict[str, list[str]]:
 
 
 def sublayers(model: Module) -> dict[str, str]:
-    """{path of a sublayer: path of its norm} of every block of every stack, in the order in which they run."""
+    """{path of a sublayer: path of its norm} of every block of every stack, in the order in which they run.
+
+    Each block's class names them in `sublayers`, as pairs such as ("attn", "norm1")."""
     modules = base_modules(model)
     found = {}
     for blocks in stacks(model).values():
@@ -249,7 +254,7 @@ def attached(model: Module) -> tuple[Attached, ...]:
 
 
 def get_attached(model: Module, name: str | None = None) -> Attached:
-    """The method attached under this name; without a name, the last one. LookupError if there is none."""
+    """The method attached under this name; without a name, the last attached. LookupError if there is none."""
     for a in reversed(attached(model)):
         if name is None or a.name == name:
             return a
@@ -262,7 +267,7 @@ def get_attached(model: Module, name: str | None = None) -> Attached:
 # ── attach and detach ────────────────────────────────────────────────────────────────────────────────────────────────
 def attach(model: Module, method: Method | Attached, name: str | None = None, seed: int = 0,
            train_head: bool = True) -> Attached:
-    """Put a method on a model, or put back what `detach` returned.
+    """Put a method on a model, or put back what `detach` returned. The model is changed in place.
 
     From then on only the tensors that the attached methods train are trainable. A new task head trains too, with the
     first method that is attached with train_head=True, and is saved with it.
@@ -284,17 +289,20 @@ def attach(model: Module, method: Method | Attached, name: str | None = None, se
         if missing:
             raise ValueError(f"{name} was attached to another model: this one has no {min(missing)}")
         a.name = name
-        _swap_base(model, a)
+        _swap_base(model, a)                                # its trained base values go into the model
     else:
         a = _make(model, method, name, seed, train_head)
     for path, e in a.edits.items():
-        modules[path].edits = {**modules[path].edits, name: e}
+        modules[path].edits = {**modules[path].edits, name: e}      # a new dict: modules without edits share one
     _set_attached(model, (*attached(model), a))
     return a
 
 
 def _make(model: Module, method: Method, name: str, seed: int, train_head: bool) -> Attached:
-    """The edits of a method for this model, and copies of the base tensors that it trains. The model is not changed."""
+    """A new Attached: the method's edits, and copies of the base tensors that it trains. The model is not changed.
+
+    `detach` puts the copies back. A new task head trains too, unless train_head is False or a method attached before
+    trains it. ValueError if the method trains an unknown tensor, or if it has no edits, no tensors and no penalty."""
     parameters = base_parameters(model)
     head = {n for n in parameters if is_head(model, n)}
     trained_before = {n for a in attached(model) for n in a.base_values}
@@ -315,7 +323,10 @@ def _make(model: Module, method: Method, name: str, seed: int, train_head: bool)
 
 
 def detach(model: Module, name: str | None = None) -> Attached:
-    """Take a method off: the model is what it was before, bitwise. `attach` puts the returned object on again."""
+    """Take a method off, the last one if `name` is None: the model is what it was before, bitwise.
+
+    The returned object holds the edits and the trained values of base tensors; `attach` puts it on again. LookupError
+    if it is not attached; ValueError if a method attached later trains the same base tensors."""
     a = get_attached(model, name)
     _check_no_later_training(model, [a])
     _remove_edits(model, {a.name})
@@ -331,11 +342,11 @@ def without(model: Module, *names: str) -> Iterator[None]:
     Without names it takes off every method that trains something, so that a frozen adapter stays part of the base."""
     names = names or tuple(a.name for a in attached(model) if _is_trainable(a))
     wanted = [get_attached(model, n) for n in names]
-    off = [a for a in attached(model) if a in wanted]
+    off = [a for a in attached(model) if a in wanted]       # in the order in which they were attached
     _check_no_later_training(model, off)
     before = [(m, m.edits) for m in base_modules(model).values() if m.edits]
     _remove_edits(model, names)
-    for a in reversed(off):
+    for a in reversed(off):                                 # in reverse: each restores the values from before it
         _swap_base(model, a)
     try:
         yield
@@ -384,7 +395,8 @@ def _swap_base(model: Module, a: Attached) -> None:
 def _set_attached(model: Module, methods: tuple[Attached, ...]) -> None:
     """Record which methods are attached, and set requires_grad of the base tensors.
 
-    The tensors that the methods train are trainable; without a method, all tensors."""
+    The base tensors that the methods train are trainable, the others are frozen. Without a method, all are trainable.
+    The tensors of edits keep their requires_grad."""
     model._attached = methods
     trainable = {name for a in methods for name in a.base_values}
     for name, p in base_parameters(model).items():
@@ -402,7 +414,7 @@ def eject(model: Module, name: str | None = None) -> Attached:
     for path, m in base_modules(model).items():
         if a.name in m.edits or path in edits:
             replaced = {**m.edits, a.name: edits.get(path)}              # in the same place of the order
-            m.edits = {name: e for name, e in replaced.items() if e is not None}
+            m.edits = {name: e for name, e in replaced.items() if e is not None}     # None: no edit in the new form
     _set_attached(model, tuple(ejected if b is a else b for b in attached(model)))
     return ejected
 
@@ -457,7 +469,10 @@ def _check_order(path: str, edits: dict[str, Edit], merging: set[str]) -> None:
 
 
 def _fold(path: str, m: Module, edits: list[Edit]) -> dict[str, Array]:
-    """{name: new array} for the module's own tensors that these edits change."""
+    """{name: new array} for the module's own tensors that these edits change. Nothing is written.
+
+    With the new arrays and without these edits the module gives the same outputs. Raises CannotMerge, with the reason,
+    if that is not possible."""
     packed = [name for name, v in vars(m).items() if isinstance(v, Packed)]
     if packed:
         raise CannotMerge(f"{path}.{packed[0]} is packed: keep the adapter beside it, "
@@ -480,16 +495,19 @@ def _fold(path: str, m: Module, edits: list[Edit]) -> dict[str, Array]:
     arrays = {name: p.data for name, p in tensors.items()}
     for e in activations:
         arrays = e.fold(arrays)
+    # A tensor that no edit changed still has its own array.
     return {name: w for name, w in arrays.items() if w is not own[name].data}
 
 
 def unpack(model: Module) -> Module:
-    """Replace every packed weight with its dense values, in place, and return the model. The values stay rounded."""
+    """Replace every packed weight with its dense values, in place, and return the model.
+
+    The values stay those of the packed weight, rounded by the compression; the original ones are lost."""
     for m in model.modules():
         packed = {name: v for name, v in vars(m).items() if isinstance(v, Packed)}
         for name, weight in packed.items():
             setattr(m, name, Parameter(weight.dequantize()))
-    _set_attached(model, attached(model))
+    _set_attached(model, attached(model))                   # freezes the new parameters that no method trains
     return model
 
 
@@ -523,6 +541,7 @@ def count(model: Module) -> Count:
     """The numbers of trainable and of all parameters. A masked tensor counts only the entries that may move."""
     sizes = {name: _free_entries(p) for name, p in trained(model).items()}
     head = sum(size for name, size in sizes.items() if is_head(model, name))
+    # A Packed weight is a module with buffers, not a parameter.
     dense = sum(p.size for name, p in base_parameters(model).items() if not is_head(model, name))
     packed = sum(int(np.prod(m.shape)) for m in model.modules() if isinstance(m, Packed))
     nbytes = sum(p.data.nbytes for p in trained(model).values())
@@ -558,7 +577,7 @@ def state_dict(model: Module, a: Attached) -> dict[str, np.ndarray]:
 
 
 def load_state_dict(model: Module, a: Attached, arrays: dict[str, np.ndarray]) -> None:
-    """Copy everything that belongs to an attached method back in.
+    """Copy arrays, as `state_dict` gave them, into everything that belongs to an attached method.
 
     Raises ValueError, naming what is missing, unexpected or of another shape; then nothing was changed."""
     named = named_state(model, a)

@@ -52,7 +52,7 @@ class Module:
         Every edit's `before` changes the input; then every edit's `after` changes the output, and gets the same input
         as the forward. The outermost call takes the fields of its Context as keywords, model(ids, mask=...); inner
         calls pass the Context on. TypeError if both are given."""
-        if type(ctx) is not Context or facts:
+        if type(ctx) is not Context or facts:            # an outermost call, or a wrong argument
             ctx = _context_of_call(ctx, facts)
         for edit in self.edits.values():
             x = edit.before(x, ctx)
@@ -81,6 +81,7 @@ class Module:
     def parts(self) -> Iterator[tuple[str, Any]]:
         """(name, value) of every attribute of this module whose name has no leading underscore, of any type.
 
+        An underscore marks a reference to another module's part, which is not listed here.
         The entries of lists and dicts come one by one, as `name.0` or `name.key`: an adapter's edit is `edits.lora`."""
         for name, value in vars(self).items():
             if name[0] == "_":
@@ -167,8 +168,9 @@ class Module:
         return values | self.named_buffers(persistent_only=True)
 
     def load_state_dict(self, state: dict[str, Any], strict: bool = True) -> None:
-        """Copy arrays in by name. strict: the names must be exactly the module's.
+        """Copy arrays into the parameters and saved buffers of their names.
 
+        strict: the names must be exactly the module's. Otherwise only the names in both are copied.
         KeyError if names differ, ValueError if shapes differ; then nothing was changed."""
         targets = self.named_parameters() | self.named_buffers(persistent_only=True)
         missing = [name for name in targets if name not in state]
@@ -184,22 +186,23 @@ class Module:
         for name, target in present.items():
             if isinstance(target, Tensor):
                 target.copy_(state[name])
-            else:
+            else:                                        # a buffer: in place, since other parts may hold the same array
                 target[...] = array.put_like(state[name], target, target.dtype)
 
     def to(self, backend: str | None = None, dtype: Any = None) -> Module:
-        """Move all parameters and buffers to a backend, and the floating-point ones to a dtype.
+        """Move all parameters and buffers to a backend ("numpy", "cupy"), and the floating-point ones to a dtype.
 
-        In place. Gradients are dropped. Arrays that were shared stay shared."""
+        None leaves the backend or the dtype as it is. The module itself is changed and returned. Gradients are
+        dropped. Arrays that were shared stay shared."""
         move = _Mover(backend, dtype)
         for p in self.parameters():
             p.data = move(p.data)
             p.mask = move(p.mask)
             p.grad = None
         distinct = {id(module): module for module in self.modules()}         # a shared module is listed twice
-        for module in distinct.values():
+        for module in distinct.values():                                     # move the buffers
             for name, value in list(vars(module).items()):
-                if name[0] == "_":
+                if name[0] == "_":                                           # belongs to another module
                     continue
                 if isinstance(value, list):
                     value[:] = [move(entry) for entry in value]
@@ -220,6 +223,10 @@ class _Mover:
         self.moved: dict[int, tuple[Array, Array]] = {}
 
     def __call__(self, value: Any) -> Any:
+        """The array on the backend and in the dtype of this mover. Another value is returned as it is.
+
+        An array that was moved before gives the same new array again, so that shared arrays stay shared. Integers and
+        Booleans keep their dtype."""
         if not array.is_array(value):
             return value
         if id(value) not in self.moved:
@@ -231,7 +238,9 @@ class _Mover:
 
 
 def _context_of_call(ctx: Any, facts: dict[str, Any]) -> Context:
-    """The Context of an outermost call, from its keywords. TypeError for a second argument that is no Context."""
+    """The Context of a module's call: a new one from the keywords `facts`, or ctx if it is one.
+
+    TypeError for a ctx that is no Context, and for a Context together with keywords."""
     if ctx is None:
         return Context(**facts)
     if not isinstance(ctx, Context):
@@ -282,16 +291,19 @@ class Packed(Module):
 
 @op("... k -> ... n")
 def _packed_linear(x, packed=None):
-    """y = x Wᵀ, W decompressed block by block.    dx = g W, W decompressed again"""
+    """y = x Wᵀ, W decompressed block by block.    dx = g W, W decompressed again
+
+    packed: a Packed weight (out, in). A block is a slice of its rows; the dense rows of one block are held at a time.
+    W is frozen, so only x gets a gradient. Returns (y, pullbacks), as every op's function."""
     shape = x.shape
     blocks = packed.blocks()
 
-    def forward(a):
+    def forward(a):                                          # a: (N, in)
         parts = [a @ packed.dequantize_rows(rows).T for rows in blocks]
         return parts[0] if len(parts) == 1 else array.xp(a).concatenate(parts, axis=-1)
 
-    def back(g):
-        g = ops.flat(g)
+    def back(g):                                             # g: the gradient of y
+        g = ops.flat(g)                                      # (N, out)
         dx = g[:, blocks[0]] @ packed.dequantize_rows(blocks[0])
         for rows in blocks[1:]:
             dx += g[:, rows] @ packed.dequantize_rows(rows)

@@ -73,6 +73,7 @@ class BERT(Module):
         head: str | None = "mlm",
         pooler: bool = False,
     ):
+        """The parts, with random values from `seed`. head: "mlm" or None. pooler: a tanh layer for a classifier."""
         c = config
         rng = np.random.default_rng(seed)
         hidden = c.hidden or 4 * c.width
@@ -105,6 +106,9 @@ class BERT(Module):
         return tuple(name for name in ("pooler", "head") if getattr(self, name) is not None)
 
     def forward(self, ids: Any, ctx: Context) -> Tensor:
+        """The head's output for ids (B, T), or for embeddings (B, T, C) in their place; see apply_head.
+
+        ctx holds mask and token types; without token types, all are 0. ValueError if ctx has a cache."""
         if ctx.cache is not None:
             raise ValueError("BERT looks both ways: its keys and values cannot be cached; call it without cache=")
         x = embed_tokens(self.embed, ids, ctx, positions=self.pos.in_features)   # (B, T, C)
@@ -117,12 +121,13 @@ class BERT(Module):
         return apply_head(self.head, x, ctx, self.pooler)
 
     def new_head(self, classes: int, rng: np.random.Generator) -> None:
-        """Put a classifier of the pooled [CLS] in the place of the masked-language-model head.
+        """Put a classifier of the pooled [CLS] in the place of the present head, with values from rng.
 
-        A model without a pooler gets one; it is then part of the new head."""
+        A model without a pooler gets one; it is then part of the new head. `head_modules` names the new parts: the
+        first method that is attached trains them too, and its adapter file holds them."""
         self.head_modules = ("head",)
         if self.pooler is None:
             self.pooler = Pooler(self.config.width, rng=rng)
             self.head_modules = ("head", "pooler")
         self.head = Classifier(self.config.width, classes, rng=rng, last=False, dropout=self.config.dropout)
-        self.embed.tied = False
+        self.embed.tied = False                          # the masked-language-model head shared the embedding's weight

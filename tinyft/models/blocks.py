@@ -60,7 +60,10 @@ class Rotary:
         return x * cos + turned * sin
 
     def factors(self, x: Tensor, ctx: Context) -> tuple[Array, Array]:
-        """cos and sin of the angles, (B or 1, 1, T, D), both halves the same. Computed once in a pass."""
+        """cos and sin of the angles position · base^(−2i/D) for x (B, H, T, D): two arrays (B or 1, 1, T, D).
+
+        The two halves of a head's width are rotated together, so both halves hold the same angles. All layers of a pass
+        share the result, which ctx.scratch keeps."""
         key = ("rotary", self.width, self.base, x.shape[2])
         if key not in ctx.scratch:
             positions = ctx.positions()                                          # (B or 1, T)
@@ -103,6 +106,7 @@ class Attention(Module):
         std: float = 0.02,
         out_std: float | None = None,
     ):
+        """Make the four linear maps and the parts; the class describes the arguments. ValueError if they do not fit."""
         if head_width is None:
             if width % heads:
                 raise ValueError(f"{heads} heads do not divide a width of {width}")
@@ -132,6 +136,10 @@ class Attention(Module):
         self._rotary = rotary
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        """x (B, Tq, C) -> (B, Tq, C). The queries come from x; keys and values too, or from ctx.source if cross.
+
+        The steps: project, rotate, `kv` (joins the cache; a prefix is its edit), bias, attention, the map o, dropout.
+        D is the width of a head, Hkv the number of key/value heads."""
         if self.cross:
             q = split_heads(self.q(x, ctx), self.heads)                          # (B, H, Tq, D)
             k, v, key_mask = self.read_source(ctx)                               # (B, Hkv, Tk, D)
@@ -155,7 +163,8 @@ class Attention(Module):
     def project(self, x: Tensor, ctx: Context) -> Sequence[Tensor]:
         """Queries, keys and values of x, by heads: (B, T, C) -> (B, H, T, D) and two of (B, Hkv, T, D).
 
-        One joint product, if there is a kernel for it and the three maps are plain (is_plain)."""
+        If there is a joint kernel for the device, it computes all three. It reads the weights directly, so the three
+        maps must be plain (is_plain): without edits, which would be skipped."""
         maps = (self.q, self.k, self.v)
         same_heads = self.heads == self.key_value_heads
         is_joint = same_heads and dispatch.find(ops.project, type(x.data))
@@ -168,9 +177,10 @@ class Attention(Module):
         return q, k, v
 
     def read_source(self, ctx: Context) -> tuple[Tensor, Tensor, Array | None]:
-        """Keys and values of the source (B, Hkv, Ts, D), and its mask (B, Ts).
+        """Keys and values for cross-attention, (B, Hkv, Ts, D), and their mask (B, Ts), None if all are real.
 
-        Computed once in a pass, or once for all passes that share a cache."""
+        They are computed from ctx.source, the encoder's Context. Generation passes the same cache to every pass: then
+        they are computed in the first pass only. ValueError if the encoder has not run."""
         source = ctx.need("source")
         if source.last_hidden_state is None:
             raise ValueError("cross-attention wants a source on which the encoder has run, got no hidden states")
@@ -183,11 +193,13 @@ class Attention(Module):
         return k, v, source.key_mask()
 
     def read_bias(self, q: Tensor, k: Tensor, ctx: Context) -> Tensor:
-        """The relative-position bias (1, H, Tq, Tk). 0 for the keys of a prefix, which come first."""
+        """The relative-position bias (1, H, Tq, Tk), which attention adds to its scores, for q and k (B, H, T, D).
+
+        A prefix, learned keys before all others, has no positions: its keys get the bias 0."""
         queries = q.shape[2]
         keys = ctx.source.last_hidden_state.shape[1] if self.cross else ctx.past_length + queries
         bias = self.relative_bias((queries, keys), ctx)                          # (1, H, Tq, Tk without prefix)
-        prefix = k.shape[2] - keys
+        prefix = k.shape[2] - keys                                               # the number of its keys
         if prefix == 0:
             return bias
         zeros = xp(bias.data).zeros((*bias.shape[:-1], prefix), bias.dtype)
@@ -224,6 +236,7 @@ class MLP(Module):
         std: float = 0.02,
         out_std: float | None = None,
     ):
+        """width C, hidden F. std: standard deviation of the initial maps;  out_std: of `down`, if it is another."""
         self.in_features = self.out_features = width
         self.up = Linear(width, hidden, rng=rng, std=std)
         self.down = Linear(hidden, width, rng=rng, std=out_std or std)
@@ -271,7 +284,7 @@ class PostNormBlock(Module):
 def run_blocks(blocks: Sequence[Module], x: Tensor, ctx: Context) -> Tensor:
     """x (B, T, C) through a stack of blocks, bottom to top -> (B, T, C).
 
-    With output_hidden_states, ctx keeps every block's input."""
+    If output_hidden_states is set, ctx.hidden_states collects every block's input; apply_head adds the last output."""
     for block in blocks:
         ctx.add_hidden_state(x)
         x = block(x, ctx)
@@ -297,7 +310,7 @@ def embed_tokens(embed: Embedding, ids: Any, ctx: Context, positions: int) -> Te
 
 
 def apply_head(head: Module | None, hidden: Tensor, ctx: Context, pooler: Module | None = None) -> Tensor:
-    """The output of a model from its last hidden states (B, T, C).  Both are kept in ctx.
+    """The output of a model from its last hidden states (B, T, C).  ctx keeps the hidden states and the output.
 
     A classifier reads one position of each sequence, through the pooler if there is one -> (B, classes). Another head
     reads every position, or those of ctx.logit_positions -> (..., V). Without a head: the hidden states."""
@@ -341,6 +354,7 @@ class Classifier(Module):
         bias: bool = True,
         dropout: float = 0.0,
     ):
+        """width C. last: classify the last real position, else the first. The class gives the reason for this std."""
         self.last = last
         self.drop = Dropout(dropout)
         self.out = Linear(width, classes, rng=rng, bias=bias, std=width**-0.5)
@@ -349,7 +363,9 @@ class Classifier(Module):
     out_features = property(lambda self: self.out.out_features)
 
     def row(self, x: Tensor, ctx: Context) -> Tensor:
-        """The hidden state of the position that is classified: (B, T, C) -> (B, C)."""
+        """The hidden state of the position that is classified, for each sequence: (B, T, C) -> (B, C).
+
+        The first position; with `last`, the last real token. ctx.mask is True at real tokens."""
         if not self.last:
             return x[:, 0]
         if ctx.mask is None:
@@ -357,7 +373,7 @@ class Classifier(Module):
         m = xp(x.data)
         B, T = x.shape[:2]
         real = ctx.mask[:, -T:]          # the rows of a soft prompt are gone from x
-        last = T - 1 - m.argmax(m.flip(real, axis=1), axis=1)
+        last = T - 1 - m.argmax(m.flip(real, axis=1), axis=1)     # argmax: the first True of the reversed row
         return x[m.arange(B), last]
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
@@ -378,7 +394,10 @@ def check_ids(ids: object, rows: int) -> None:
 
 
 def check_length(x: Tensor, ctx: Context, T: int, positions: int) -> None:
-    """Raise ValueError if the cached rows, a prefix and x (B, T + prompt, C) do not fit the model's positions."""
+    """Raise ValueError if a sequence is longer than the model's number of positions.
+
+    x: the embeddings (B, prompt + T, C) of T tokens, with the rows of a soft prompt before them. Cached tokens and a
+    prefix that takes positions (position_shift) count too."""
     total = ctx.past_length + ctx.position_shift + x.shape[1]
     if total > positions:
         parts = {"cached": ctx.past_length, "a prefix": ctx.position_shift, "a soft prompt": x.shape[1] - T}

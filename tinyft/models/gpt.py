@@ -38,6 +38,7 @@ class GPT(Module):
     With a new head (tinyft.classifier): class scores (B, classes), from the last real token."""
 
     def __init__(self, config: GPTConfig = GPTConfig(), seed: int = 0):
+        """The parts, with random values from `seed`. Linear maps N(0, std²), those with out_std N(0, std²/2L)."""
         c = config
         rng = np.random.default_rng(seed)
         hidden = c.hidden or 4 * c.width

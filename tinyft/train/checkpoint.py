@@ -45,7 +45,10 @@ def trainable_tensors(model: Module, loss: Loss) -> dict[str, Tensor]:
 
 
 def named_buffers(model: Module, loss: Loss) -> dict[str, Array]:
-    """The buffers that training may change, by name: those of the edits and of the loss's module."""
+    """The buffers that training may change, by name: those of the edits and of the loss's module, if it has one.
+
+    A buffer is an array that a module owns and that gets no gradient. The loss's have "loss." before their names.
+    """
     named = {}
     for attached in edit.attached(model):
         state = edit.named_state(model, attached)
@@ -67,7 +70,7 @@ def saved_tensors(run: Run) -> dict[str, Tensor]:
         always_saved |= set(edit.named_state(model, attached))           # also names of buffers: see named_buffers
     saved = {}
     for name, p in named_tensors(model, loss).items():
-        is_written = p.version[0] != run.first_versions[name]
+        is_written = p.version[0] != run.first_versions[name]            # a version counts the writes to a tensor
         if name in always_saved or is_written or name.startswith("loss."):
             saved[name] = p
     return saved
@@ -88,9 +91,10 @@ def copy_values(run: Run) -> dict[str, np.ndarray]:
 
 
 def load_values(run: Run, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write values, buffers and masks that `copy_values` gave. A tensor without a mask among them has none after this.
+    """Write values, buffers and masks that `copy_values` gave into the model and the loss's module.
 
-    ValueError if they are of other tensors; then nothing is changed.
+    arrays: by their names in the file. A mask restricts which entries of a tensor an optimiser may change; a tensor
+    without one in `arrays` has none after this. ValueError if they are of other tensors; then nothing is changed.
     """
     tensors = {file_name(name): p for name, p in named_tensors(run.model, run.loss).items()}
     buffers = {file_name(name): buffer for name, buffer in named_buffers(run.model, run.loss).items()}
@@ -115,7 +119,10 @@ def load_values(run: Run, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def set_mask(p: Tensor, mask: np.ndarray | None) -> None:
-    """Set the mask of a tensor; in place where it has one of this shape, since an edit may hold the same array."""
+    """Set the mask of a tensor, on its device; None removes it.
+
+    A mask of the same shape is overwritten in place, since an edit may hold the same array.
+    """
     if mask is None:
         p.mask = None
     elif p.mask is None or p.mask.shape != mask.shape:
@@ -133,9 +140,12 @@ def shared_masks(run: Run) -> dict[str, str]:
 
 # ── the whole run ────────────────────────────────────────────────────────────────────────────────────────────────────
 def state_dict(run: Run) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """(arrays, facts): the state of a run."""
+    """(arrays, facts): all that a later process needs to continue the run. facts can be written as JSON.
+
+    The names of the arrays are explained at the top of this file. shared_masks says which masks are an edit's buffer.
+    """
     arrays = copy_values(run)
-    if run.t > 0:                                                       # the optimiser has a state in this phase
+    if run.t > 0:                                                       # steps were taken in this stage
         arrays |= {f"optimizer/{key}": value for key, value in run.optimizer.state_dict().items()}
     arrays |= {f"best/{name}": value for name, value in (run.best or {}).items()}
     facts = dict(
@@ -148,7 +158,10 @@ def state_dict(run: Run) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def load_state_dict(run: Run, arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> None:
-    """Go to the state that `state_dict` gave. ValueError if it is of another run, naming the first difference."""
+    """Go to the state that `state_dict` gave. ValueError if it is of another run, naming the first difference.
+
+    The optimiser is not started yet: its state waits in run.optimizer_state until the stage starts it.
+    """
     if not isinstance(facts, dict) or "done" not in facts:
         raise ValueError("this is no checkpoint of fit: it does not hold the position in a run")
     if "version" not in facts:
@@ -161,7 +174,7 @@ def load_state_dict(run: Run, arrays: dict[str, np.ndarray], facts: dict[str, An
         p.requires_grad = name in facts["trainable"]
     buffers = named_buffers(run.model, run.loss)
     for name, buffer in facts["shared_masks"].items():
-        tensors[name].mask = buffers[buffer]
+        tensors[name].mask = buffers[buffer]                            # the same array again, not a copy
     run.stage_index = facts["stage"]
     run.t = facts["t"]
     run.done = facts["done"]
@@ -200,7 +213,10 @@ def describe_run(run: Run) -> dict[str, Any]:
 
 
 def describe_loss(loss: Loss) -> dict[str, Any]:
-    """The class and fields of a loss. Of its trainable module the shapes count; its values are in the checkpoint."""
+    """The class and fields of a loss, as JSON-able facts, to recognise it when a run is resumed.
+
+    Its trainable module is described by shapes alone: training changes the values, and the checkpoint holds them.
+    """
     description = describe(loss.original)
     if loss.module is not None and is_dataclass(loss.original):
         shapes = {name: list(p.shape) for name, p in loss.module.named_parameters().items()}
@@ -210,9 +226,12 @@ def describe_loss(loss: Loss) -> dict[str, Any]:
     return description
 
 
-def check_identity(here: dict[str, Any], saved: dict[str, Any]) -> None:
-    """ValueError, naming the first difference, if a checkpoint is of another run."""
-    for key, value in here.items():
+def check_identity(identity: dict[str, Any], saved: dict[str, Any]) -> None:
+    """ValueError, naming the first difference, if a checkpoint is of another run.
+
+    identity: describe_run of this run; saved: the facts of the checkpoint, which include those of its run.
+    """
+    for key, value in identity.items():
         if key not in saved or saved[key] == value:                     # version 0.1 saved fewer settings
             continue
         if key == "trained":
@@ -227,7 +246,10 @@ def check_identity(here: dict[str, Any], saved: dict[str, Any]) -> None:
 
 
 def to_text(value: Any) -> str:
-    """A setting as one readable line: LoRA(r=2, alpha=16.0) for the description of a method."""
+    """A setting as one readable line, for an error message.
+
+    The description of a method or a loss, {"class": ..., "fields": ...}, becomes LoRA(r=2, alpha=16.0).
+    """
     if isinstance(value, dict) and value.keys() == {"class", "fields"}:
         name = value["class"].rpartition(".")[2]
         inside = ", ".join(f"{field}={to_text(entry)}" for field, entry in value["fields"].items())
@@ -241,10 +263,12 @@ def to_text(value: Any) -> str:
 def from_version_0_1(
     run: Run, arrays: dict[str, np.ndarray], facts: dict[str, Any],
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """A checkpoint of version 0.1 in today's form. It knew one loss, one phase per run, and these names:
+    """(arrays, facts) of a checkpoint of version 0.1 in today's form. ValueError if it has other methods than this run.
+
+    Version 0.1 knew one loss, one phase per run, and these names:
 
         value/base/<name>    value/edit/<adapter>/<path>:<name>    value/mask/...    optimizer/<group>.<moment>
-        best/...
+        best/...             as value/
     """
     new = {}
     for name, value in arrays.items():
@@ -272,7 +296,8 @@ def from_version_0_1(
 def are_methods_of_0_1(text: str, attached: tuple[edit.Attached, ...]) -> bool:
     """True if version 0.1 would have described the attached methods by this text, "lora: LoRA(r=2, alpha=16.0); ...".
 
-    Only fields that the methods still have are compared. Version 0.1 had others, which named modules.
+    It wrote the repr of each method, which is parsed here as a call with keywords. Only fields that the methods still
+    have are compared. Version 0.1 had others, which named modules.
     """
     parts = text.split("; ") if text else []
     if len(parts) != len(attached):
@@ -284,7 +309,7 @@ def are_methods_of_0_1(text: str, attached: tuple[edit.Attached, ...]) -> bool:
             return False
         for keyword in call.keywords:
             value = ast.literal_eval(keyword.value)
-            if getattr(a.method, str(keyword.arg), value) != value:
+            if getattr(a.method, str(keyword.arg), value) != value:     # a field that is gone counts as equal
                 return False
     return True
 
