@@ -11,7 +11,7 @@ ARGS   ?=
 EMULATED := tests/emulated $(addprefix tests/test_,$(addsuffix .py,ops attention nn optim models tensor strict decode adapters formats precision cuda doctor))
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help install run test selftest test-strict test-emulated test-gpu bench-gpu test-peers lessons site audit bench base lint clean
+.PHONY: help install install-peers install-site run test selftest test-strict test-emulated test-gpu bench-gpu test-peers lessons site audit bench base lint clean
 
 help:  ## this help
 	@echo "tinyft: fine-tuning and compression of transformers, from scratch"
@@ -56,16 +56,20 @@ test-gpu:  ## the whole suite on CuPy; fails where there is no device, and names
 bench-gpu:  ## tinyft, CuPy and PyTorch on a device, in under ten minutes: tests/benchmarks/results/gpu.md
 	@cd "$(HERE)" && PYTHONPATH="$(HERE)" "$(GPU_PY)" tests/benchmarks/gpu.py $(ARGS)
 
-test-peers: $(STAMP)  ## against PyTorch, transformers, PEFT and adapters (installs them)
+install-peers: $(STAMP)
 	@"$(PY)" -c 'import torch' 2>/dev/null || "$(PY)" -m pip install -q --disable-pip-version-check "torch==2.13.0"
 	@cd "$(HERE)" && "$(PY)" -c 'import peft, transformers, adapters' 2>/dev/null || "$(PY)" -m pip install -q --disable-pip-version-check -e "$(HERE)[peers]"
+
+test-peers: install-peers  ## against PyTorch, transformers, PEFT and adapters (installs them)
 	@cd "$(HERE)" && HF_HUB_OFFLINE=1 "$(PY)" -m pytest tests/peers $(ARGS)
 
 lessons: $(STAMP)  ## run every lesson: notebooks with results, and figures, in work/lessons (TINYFT_FAST=1: shorter)
 	@cd "$(HERE)" && "$(VENV)/bin/tinyft" lesson --all $(ARGS)
 
-site: $(STAMP)  ## the book, in work/site: lessons with their results, exercises, annotated sources (installs Sphinx)
+install-site: $(STAMP)
 	@"$(PY)" -c 'import furo, myst_nb' 2>/dev/null || "$(PY)" -m pip install -q --disable-pip-version-check -e "$(HERE)[site]"
+
+site: install-site  ## the book, in work/site: lessons with their results, exercises, annotated sources (installs Sphinx)
 	@cd "$(HERE)" && "$(PY)" -m tinyft.learn.book $(ARGS)
 
 audit: $(STAMP)  ## change the library's own formulas, one at a time: the tests must notice
