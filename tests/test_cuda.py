@@ -412,7 +412,7 @@ def test_linear_takes_an_input_that_is_not_contiguous(how, dtype, rng):
 def in_parts(rng: np.random.Generator, dtype: Any = np.float32, parts: Callable | None = None) -> None:
     """Check attention that takes the queries of a causal text in parts of three."""
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(cuda.attention, "LONG", 3)
+        m.setattr(cuda.attention, "PART_QUERIES", 3)
         if parts:
             m.setattr(cuda.attention, "_parts", parts)
         for shape in [(2, 2, 10, 13), (1, 6, 6), (3, 17, 17), (8, 9)] * 4:
@@ -422,7 +422,7 @@ def in_parts(rng: np.random.Generator, dtype: Any = np.float32, parts: Callable 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_attention_of_a_long_causal_text_goes_in_parts(dtype, rng, monkeypatch):
     in_parts(rng, dtype)
-    monkeypatch.setattr(cuda.attention, "LONG", 16)
+    monkeypatch.setattr(cuda.attention, "PART_QUERIES", 16)
     sizes = []
     make_scores = cuda.attention._Scores.__init__
 

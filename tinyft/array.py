@@ -60,7 +60,9 @@ def backend() -> str:
 
 
 def _open(name: str) -> Any:
-    """The array module of a backend, imported at its first use."""
+    """The array module of a backend: numpy, cupy or strict.xp.  Imported, and its kernels registered, at its first use.
+
+    BackendError if there is no such backend, or if CuPy cannot be used."""
     if name in _names.values():
         return next(_modules[kind] for kind, n in _names.items() if n == name)
     if name == "strict":
@@ -112,22 +114,24 @@ def why_no_cupy() -> str | None:
 
 
 def _missing(runtime: Any, e: Exception) -> str:
-    """One sentence for an error of CuPy's: the part that is missing, and the remedy."""
-    said = str(e)
-    wants = runtime.runtimeGetVersion() // 1000               # major version of CUDA
-    if "cudaErrorNoDevice" in said:
+    """One sentence for an error of CuPy's: the part that is missing, and the remedy.
+
+    runtime: the module cupy.cuda.runtime."""
+    message = str(e)
+    cupy_cuda = runtime.runtimeGetVersion() // 1000           # major version of the CUDA that this CuPy is built for
+    if "cudaErrorNoDevice" in message:
         return _no_device()
-    if "cudaErrorInsufficientDriver" in said:
-        knows = runtime.driverGetVersion() // 1000            # 0 without a driver
-        if knows:
-            return (f"the NVIDIA driver knows CUDA {knows} and this CuPy wants {wants}: "
-                    f'pip uninstall -y cupy-cuda{wants}x && pip install "{EXTRA}{knows}]"')
+    if "cudaErrorInsufficientDriver" in message:
+        driver_cuda = runtime.driverGetVersion() // 1000      # 0 without a driver
+        if driver_cuda:
+            return (f"the NVIDIA driver knows CUDA {driver_cuda} and this CuPy wants {cupy_cuda}: "
+                    f'pip uninstall -y cupy-cuda{cupy_cuda}x && pip install "{EXTRA}{driver_cuda}]"')
         return ("there is no NVIDIA driver: sudo ubuntu-drivers install (on Ubuntu), "
                 "or docker run --gpus all ... where the host has one")
-    for name, does in (("nvrtc", "NVRTC, which compiles kernels"), ("cublas", "cuBLAS, which multiplies matrices")):
-        if f'Failure finding "lib{name}' in said:
-            return f'{does}, is not installed: pip install "{EXTRA}{wants}]"'
-    return f"{type(e).__name__}: {(said.splitlines() or [''])[0][:160]}"
+    for name, what in (("nvrtc", "NVRTC, which compiles kernels"), ("cublas", "cuBLAS, which multiplies matrices")):
+        if f'Failure finding "lib{name}' in message:
+            return f'{what}, is not installed: pip install "{EXTRA}{cupy_cuda}]"'
+    return f"{type(e).__name__}: {(message.splitlines() or [''])[0][:160]}"
 
 
 def _no_device() -> str:
@@ -144,7 +148,7 @@ def about_device() -> dict[str, Any]:
     properties = runtime.getDeviceProperties(runtime.getDevice())
     free, total = runtime.memGetInfo()
 
-    def version(n: int) -> str:
+    def version(n: int) -> str:                               # 12040 -> "12.4"
         return f"{n // 1000}.{n % 1000 // 10}"
     return {
         "name": properties["name"].decode(),
@@ -163,7 +167,9 @@ def is_array(a: object) -> bool:
 
 
 def xp(*arrays: Array) -> ModuleType:
-    """The array module of these arrays.  Scalars go with any module; arrays of two backends raise BackendError."""
+    """The array module of these arrays: numpy, cupy or strict.xp; numpy if there is none but scalars.
+
+    BackendError for arrays of two backends: nothing is moved silently."""
     found = None
     for a in arrays:
         m = _modules.get(type(a))
@@ -180,11 +186,13 @@ def name_of(a: Array) -> str:
 
 
 def asarray(a: Array, dtype: Any = None, like: Array = None) -> Array:
-    """`a` (an array, list or number) as an array on the backend in use, or on that of `like`."""
-    if isinstance(a, (list, tuple, int, float, np.generic)) and not isinstance(a, np.generic):
+    """`a` (an array, list or number) as an array on the backend in use, or on that of `like`.
+
+    dtype: by default that of an array; float32 for Python floats, as in PyTorch."""
+    if isinstance(a, (list, tuple, int, float, np.generic)) and not isinstance(a, np.generic):   # np.float64 is a float
         a = np.asarray(a)
         if dtype is None and a.dtype == np.float64:
-            dtype = np.float32                              # for Python floats; an array keeps its dtype
+            dtype = np.float32
     a = to(np.asarray(a) if isinstance(a, np.generic) else a, name_of(like) if like is not None else backend())
     return a if dtype is None or a.dtype == dtype else a.astype(dtype)
 
@@ -250,7 +258,8 @@ def random_words(n: int, key: int) -> np.ndarray:
 def peak_memory() -> Iterator[dict]:
     """with peak_memory() as m: ...     then m["bytes"] is the largest rise of array memory above the start, in bytes.
 
-    NumPy reports every allocation to Python's tracemalloc; on CuPy the figure is the rise of the memory pool."""
+    NumPy reports every allocation to Python's tracemalloc, also that of other objects.  On CuPy the figure is the rise
+    of the memory pool, from the bytes in use at the start."""
     out = {"bytes": 0}
     if backend() == "cupy":
         pool = _open("cupy").get_default_memory_pool()

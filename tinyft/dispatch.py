@@ -35,7 +35,8 @@ def find(definition: Callable, array_type: type) -> list[Callable]:
 def run(definition: Callable, array_type: type, *args: Any, **kwargs: Any) -> Any:
     """The result of the first kernel that does not return NotImplemented, at last of the definition.
 
-    An op's definition on plain arrays is its attribute `definition`; any other definition is called itself."""
+    `definition` is also the key of the registry.  An op is a function on Tensors, whose attribute `definition` is the
+    function on plain arrays; any other definition is called itself."""
     for kernel in KERNELS.get((definition, array_type), _NO_KERNELS):
         result = kernel(*args, **kwargs)
         if result is not NotImplemented:
@@ -45,9 +46,9 @@ def run(definition: Callable, array_type: type, *args: Any, **kwargs: Any) -> An
 
 @contextlib.contextmanager
 def only(accepts: Callable[[Callable], bool]) -> Iterator[None]:
-    """with only(accepts): of the registered kernels only those with accepts(kernel) run, in all threads.
+    """with only(accepts): of the kernels registered before, only those with accepts(kernel) run, in all threads.
 
-    A kernel that is registered inside runs as well."""
+    A kernel that is registered inside runs as well.  Afterwards every list that there was is as before."""
     before = dict(KERNELS)
     for key, kernels in before.items():
         KERNELS[key] = [kernel for kernel in kernels if accepts(kernel)]

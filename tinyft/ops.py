@@ -109,6 +109,7 @@ def project(x, Wq, bq, Wk, bk, Wv, bv, heads=1):
         return a.swapaxes(-2, -3).reshape(-1, n)              # (N, H D)
 
     def back(g, needed):
+        """The gradients of x, Wq, bq, Wk, bk, Wv, bv from g, the gradients of q, k and v."""
         gq, gk, gv = (join_heads(a) for a in g)
         dx = (gq @ Wq + gk @ Wk + gv @ Wv).reshape(x.shape) if needed[0] else None
         gradients = [dx]
@@ -215,6 +216,7 @@ def _erfc_polynomial(degree: int) -> list[float]:
         z = 2 / ((s + 1) / 2) - 2
         if z < 20:
             return math.log(math.erfc(z)) + z * z + math.log(1 + z / 2)
+        # For larger z erfc(z) is near the smallest double; this is its asymptotic series.
         series = 1 - 1 / (2 * z * z) + 3 / (4 * z**4) - 15 / (8 * z**6)      # erfc(z) e^(z²) z √π
         return math.log(series * (1 + z / 2) / (z * math.pi**0.5))
 
@@ -225,9 +227,10 @@ def _erfc_polynomial(degree: int) -> list[float]:
 
 # ── reductions ───────────────────────────────────────────────────────────────────────────────────────────────────────
 def _restore_axes(g: Array, shape: tuple, axis: Any, keepdims: bool) -> Array:
-    """g, the gradient of a reduced value, with the reduced axes put back as axes of length one.
+    """g, the gradient of a reduced value, with the reduced axes put back as axes of length one, to broadcast with x.
 
-    shape: of the array before the reduction. With axis=None g is a single number and broadcasts as it is."""
+    shape: of x, the array before the reduction. axis, keepdims: of the reduction. With axis=None g is a single number
+    and broadcasts as it is."""
     if axis is None or keepdims:
         return g
     axes = {a % len(shape) for a in (axis if isinstance(axis, tuple) else (axis,))}
@@ -529,9 +532,10 @@ def attention(q, k, v, bias=None, *, key_mask=None, causal=False, scale=None, dr
     top = s.max(axis=-1, keepdims=True)
     e = m.exp(s - m.where(top == -math.inf, 0, top))      # a query without keys: all zeros, not NaN
     p = e / m.maximum(e.sum(axis=-1, keepdims=True), 1)       # a row with a key sums to 1 or more
-    pm = p if dropout_mask is None else p * dropout_mask
+    pm = p if dropout_mask is None else p * dropout_mask      # P ⊙ M
 
     def back(g, needed):                                      # needed[3] only if the caller gave a bias
+        """The gradients of q, k, v and bias from the gradient g of O; None where needed[i] is False."""
         dq = dk = db = None
         dv = sum_heads(t(pm) @ g, group) if needed[2] else None
         if needed[0] or needed[1] or any(needed[3:]):
@@ -571,6 +575,7 @@ def cross_entropy(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
         value = (1 - label_smoothing) * value + (spread * (lse - shifted)).sum()
 
     def back(g):
+        """dz = g (w_y p − q) / Σ w of the docstring above, where `d` is w_y p − q."""
         p = m.exp(shifted - lse)
         q = w * (1 - label_smoothing)
         if label_smoothing:

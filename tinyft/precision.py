@@ -85,17 +85,18 @@ def half(dtype: Any) -> np.dtype:
 
 # ── the wrapper around an op ─────────────────────────────────────────────────────────────────────────────────────────
 def run(op: Callable, arrays: list, kwargs: dict[str, Any], leaves: list[bool]) -> tuple:
-    """(value, pullbacks) of an op by the rules of this file.  leaves[i]: input i is a leaf, such as a parameter.
+    """(value, pullbacks) of an op on plain arrays, in mixed precision: cast the inputs under autocast, then compute.
 
-    The engine calls it in an autocast region, and for an op of which an input has 16 bits; all other ops do not come
-    here."""
+    leaves[i]: input i is a leaf, such as a parameter, whose 16-bit copy is kept.  The engine calls `run` in an autocast
+    region, and for an op of which an input has 16 bits.  The first kernel that takes the inputs computes, at last the
+    definition."""
     name = op.__name__
     dtype = autocast_state.dtype
     if dtype is not None:
         if name in PRODUCTS:
             arrays = [dispatch.run(cast_parameter, type(a), a, dtype) if leaf else a for a, leaf in zip(arrays, leaves)]
         arrays, kwargs = cast_inputs(name, arrays, kwargs)
-    if not has_16_bit(arrays):
+    if not has_16_bit(arrays):                                 # no rule is left to apply
         return dispatch.run(op, type(arrays[0]), *arrays, **kwargs)
     for kernel in dispatch.find(op, type(arrays[0])):
         result = compute(kernel, name, arrays, kwargs)
@@ -121,7 +122,7 @@ def cast_inputs(name: str, arrays: list, kwargs: dict[str, Any]) -> tuple[list, 
 
 
 def cast_parameter(a: Array, dtype: np.dtype) -> Array:
-    """A parameter for a matrix product under autocast; cast_inputs rounds it if it has 32 bits still.
+    """A parameter for a matrix product under autocast: `a` itself, which cast_inputs then rounds to `dtype`.
 
     This is the definition.  kernels/cuda/casts.py casts the parameters of an optimiser together, once until a write."""
     return a
@@ -130,12 +131,13 @@ def cast_parameter(a: Array, dtype: np.dtype) -> Array:
 def compute(f: Callable, name: str, arrays: list, kwargs: dict[str, Any]) -> Any:
     """(value, pullbacks) of an op's definition or kernel f on 16-bit inputs; NotImplemented if the kernel declines.
 
-    Compute in float32 and round the value to 16 bits; the engine rounds the gradients.  A kernel that sums 16-bit
-    inputs in float32 itself (takes_16_bit) gets them as they are."""
+    name: the op's.  Compute in float32 and round the value to 16 bits; the engine rounds the gradients.  16-bit inputs
+    stay as they are for a kernel that sums them in float32 itself (takes_16_bit), and for ops that compute nothing
+    (VIEWS, PICKS).  The value stays in float32 if it is a loss, or if the inputs have two dtypes."""
     if name in VIEWS or getattr(f, "takes_16_bit", False):
         return f(*arrays, **kwargs)
     dtypes = {a.dtype for a in arrays if is_array(a) and a.dtype.kind in "fV"}       # bfloat16 is of kind V
-    mixes = name in MIXING and len(dtypes) == 2 and FLOAT32 in dtypes
+    mixes = name in MIXING and len(dtypes) == 2 and FLOAT32 in dtypes                # the array module widens
     if name in PICKS or mixes:
         result = f(*arrays, **kwargs)
     else:
@@ -157,10 +159,10 @@ def _in_float32(back: Callable) -> Callable:
 
 
 def _joint_in_float32(back: Callable) -> Callable:
-    """A pullback for several inputs that gets g in float32.
+    """The joint pullback `back` (g, needed) of several inputs, made to get g in float32.
 
-    The engine sees only the 16-bit g.  It could not tell that two inputs share the float32 g, and would add to it in
-    place; so no gradient is that array or a view of it."""
+    The engine adds in place to a gradient that shares no memory with the g it gave, the 16-bit one.  If two inputs got
+    the float32 g or views of it, that would corrupt the other; so such gradients are copied."""
     def joint(g: Any, needed: list[bool]) -> list:
         wide = [to_float32(a) for a in g] if isinstance(g, list) else to_float32(g)
         arrays = wide if isinstance(wide, list) else [wide]

@@ -111,7 +111,10 @@ def _bind(call: str, signature: str, args: tuple, kwargs: dict) -> list[str]:
 
 
 def _unwrap(call: str, name: str, value: Any, arrays: dict[int, Array]) -> Any:
-    """The NumPy value of an argument. `arrays` collects the device arrays by the id of their NumPy arrays."""
+    """The NumPy value of an argument for the parameter `name` of the function `call`.
+
+    `arrays` collects the device arrays by the id of their NumPy arrays, for _wrap. StrictError for host data where CuPy
+    wants device arrays, and the other way round."""
     if isinstance(value, Array):
         if name in HOST_PARAMETERS:
             raise StrictError(f"{call}: {name} must be plain numbers; for a device array the host would have to wait")
@@ -151,9 +154,10 @@ def _wrap(result: Any, arrays: dict[int, Array]) -> Any:
 
 
 def _run(call: str, f: Callable, signature: str, /, *args: Any, **kwargs: Any) -> Any:
-    """f(*args, **kwargs) under CuPy's rules.
+    """f(*args, **kwargs) under CuPy's rules: check the arguments, count the cost, return device arrays.
 
-    call: the name for messages, such as "xp.matmul".  f: NumPy's function.  signature: CuPy's."""
+    call: the name for messages, such as "xp.matmul".  f: NumPy's function.  signature: CuPy's parameters, a string of
+    cupy_api.json.  StrictError for a call that fails in CuPy."""
     arrays: dict[int, Array] = {}
     names = _bind(call, signature, args, kwargs)
     given = (*args, *kwargs.values())
@@ -262,6 +266,7 @@ class Array:
         return _wrap(self._a[index], {})
 
     def __setitem__(self, i: Any, value: Any) -> None:
+        """x[i] = value, counted as one launch.  StrictError for host data, and for integer indices that repeat."""
         if not isinstance(value, (Array, *SCALARS)):
             raise StrictError(f"x[i] = v: v must be a device array or a scalar, not {type(value).__name__}")
         index = _index("x[i] = v", i)
@@ -310,8 +315,10 @@ class Array:
 
 # ── the array's operators, conversions, methods and properties ───────────────────────────────────────────────────────
 def _binary(name: str, f: Callable, reflected: bool = False) -> Callable:
-    """The method of Array for an operator of two operands; `f` is the function of the `operator` module."""
-    def method(self: Array, other: Any) -> Any:
+    """The method of Array for an operator of two operands; `f` is the function of the `operator` module.
+
+    reflected: the method is __radd__ or the like, and `self` is the right operand."""
+    def method(self: Array, other: Any) -> Any:              # as CuPy: device arrays and scalars only
         if not isinstance(other, (Array, *SCALARS)):
             if _wants_own_operator(other):
                 return NotImplemented
@@ -336,7 +343,9 @@ def _unary(name: str) -> Callable:
 
 
 def _waiting(name: str, f: Callable) -> Callable:
-    """A conversion to a host value, for which the host waits."""
+    """The method of Array for a conversion to a host value, such as float(x) or x.item(), for which the host waits.
+
+    f: the same conversion of the NumPy array."""
     def method(self: Array, *args: Any) -> Any:
         _bind("x." + name, API["methods"].get(name, "format"), args, {})
         _sync(name)
@@ -345,7 +354,7 @@ def _waiting(name: str, f: Callable) -> Callable:
 
 
 def _method(name: str, signature: str) -> Callable:
-    """A method of NumPy's arrays with CuPy's signature."""
+    """The method of Array that runs NumPy's method `name`, with the parameters that CuPy's has (`signature`)."""
     f = getattr(np.ndarray, name)
 
     def method(self: Array, *args: Any, **kwargs: Any) -> Any:
@@ -418,7 +427,7 @@ class Ufunc:
         return partial(_run, call, getattr(self._f, method), "array axis dtype out keepdims")
 
     def at(self, a: Array, indices: Any, b: Any) -> None:
-        """a[indices] op= b, right with repeated indices, for the ufuncs and dtypes of CuPy's atomic operations."""
+        """a[indices] op= b, where repeated indices all count. StrictError for ufuncs and dtypes that CuPy lacks."""
         call = f"xp.{self.__name__}.at"
         kind = a.dtype if isinstance(a, Array) else type(a).__name__
         dtypes = AT_DTYPES.get(self.__name__, AT_INTEGERS)
@@ -452,7 +461,9 @@ def _asnumpy(a: Any, stream: None = None, order: str = "C", out: np.ndarray | No
 
 
 def _creating(name: str) -> Callable:
-    """Make xp.<name>, for xp.asarray and the like: the functions that take host data. They count each copy from it."""
+    """The function xp.<name>, for those that take host data (CREATING), such as xp.asarray.
+
+    It counts each copy of host data to the device."""
     def create(a: Any, *args: Any, **kwargs: Any) -> Array:
         parts = a if isinstance(a, (list, tuple)) else (a,)
         if not any(isinstance(part, Array) for part in parts):
@@ -480,8 +491,9 @@ class _Module(ModuleType):
         return value
 
     def _find(self, full: str, name: str, f: Any) -> Any:
-        """The stand-in for cupy.<full>, made of NumPy's `f`; None if CuPy has it and the
-        strict backend does not offer it. AttributeError if CuPy lacks it."""
+        """The stand-in for cupy.<full>, made of NumPy's `f`. full: such as "linalg.norm"; name: its last part.
+
+        None if CuPy has it and the strict backend does not offer it. AttributeError if CuPy lacks it."""
         if full in API["functions"] or full in API["ufuncs"]:
             if isinstance(f, np.ufunc):
                 return Ufunc(name)

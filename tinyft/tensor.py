@@ -41,8 +41,8 @@ class Tensor:
     def __init__(self, data: Any, requires_grad: bool = False, decay: bool | None = None):
         self.data: Array = data if array.is_array(data) else array.asarray(data)
         self.requires_grad = False
-        self.grad = None
-        self.record = None
+        self.grad = None                                       # an Array, after backward
+        self.record = None                                     # of the op that made this tensor; None for a leaf
         self.mask = None
         self.decay = decay
         self.version = [0]                                     # writes so far; a list, so that a Record can share it
@@ -112,10 +112,10 @@ class Tensor:
         precision.writes += 1
 
     def backward(self, gradient: Any = None, retain_graph: bool = False) -> None:
-        """Add d(self)/d(leaf) to the `.grad` of every trainable leaf.
+        """Add d(loss)/d(leaf) to the `.grad` of every trainable leaf.
 
-        gradient: d(loss)/d(self), of this tensor's shape; 1 for a tensor of one element.  The walk releases the graph
-        as it goes; retain_graph=True keeps it for a second walk."""
+        gradient: d(loss)/d(self), of this tensor's shape; 1 by default, if this tensor is the loss.  The walk releases
+        the graph as it goes; retain_graph=True keeps it for a second walk."""
         gradients = Gradients()
         gradients.add(self.node, _seed(self, gradient))
         order = topological(self)
@@ -139,7 +139,9 @@ class Tensor:
                     node.release()
 
     def accumulate(self, g: Array, owned: bool) -> None:
-        """Add g to the `.grad` of this leaf.  owned: no other code holds g, so g itself may become `.grad`."""
+        """Add g to the `.grad` of this leaf.
+
+        owned: no other code holds the array g, so g itself may become `.grad`; else a copy does."""
         if not self.requires_grad:                             # frozen after its use
             return
         if self.grad is not None:
@@ -161,7 +163,9 @@ class Gradients:
         self.owned: set[int] = set()                           # ids of the nodes whose gradient is an owned array
 
     def add(self, node: Record | Part | Tensor, g: Array, owned: bool = False) -> None:
-        """Add g to the gradient of a node.  owned: nobody else sees the array g."""
+        """Add g to the gradient of a node.
+
+        owned: nobody else sees the array g, so that a later call may add to it in place."""
         key = id(node)
         if key not in self.arrays:
             self.arrays[key] = g
@@ -190,7 +194,9 @@ class Gradients:
 
 
 def _seed(root: Tensor, gradient: Any) -> Array:
-    """The gradient with which the walk starts at the root."""
+    """The gradient with which backward from `root` starts: the caller's `gradient`, or 1 for a tensor of one element.
+
+    RuntimeError if nothing trains, or if a larger tensor has no `gradient`; ShapeError for another shape."""
     if not root.requires_grad:
         raise RuntimeError("nothing to do: this tensor depends on no tensor that trains")
     if gradient is None:
@@ -213,9 +219,9 @@ def _fit(d: Array, parent: Record | Part | Tensor) -> Array:
 
 
 def _is_own(d: Array, given: Any) -> bool:
-    """True if a pullback allocated d, or the array of which d is a view, so that nobody else sees it.
+    """True if a pullback allocated d, or the array of which d is a view, so that it may be added to in place.
 
-    given: the argument of the pullback, an array or a list of arrays."""
+    given: the argument of the pullback, an array or a list of arrays; d must share no memory with it."""
     if d is given:
         return False
     arrays = given if isinstance(given, list) else (given,)
@@ -283,7 +289,10 @@ class Record:
             yield from parents
 
     def pull(self, g: Array) -> Iterator[tuple[Record | Part | Tensor, Array]]:
-        """Pairs (parent, gradient), from the gradient g of the value.  RuntimeError if a leaf was written meanwhile."""
+        """Pairs (parent, gradient), from the gradient g of the value.
+
+        RuntimeError if an input that is a leaf was written in place since the call: pullbacks hold its array, which has
+        other values now."""
         for version, then in self.leaves:
             if version[0] != then:
                 raise RuntimeError(f"an input of {self.name!r} was written in place after the op used it: "
@@ -332,10 +341,12 @@ def op(shapes: str) -> Callable[[Callable], Callable[..., Tensor]]:
     The function is the op's `definition`; dispatch.py finds faster kernels, precision.py has the 16-bit rules.
     """
     def wrap(definition: Callable) -> Callable[..., Tensor]:
+        """The op on Tensors for a definition on plain arrays; also entered in OPS."""
         name = definition.__name__
 
         @functools.wraps(definition)
         def call(*args: Any, **kwargs: Any) -> Tensor:
+            # Run the definition, or a kernel, on the arrays of the arguments, and record the call for backward.
             arrays = [a.data if isinstance(a, Tensor) else a for a in args]
             try:
                 xp(*arrays, *kwargs.values())                  # refuses arrays of two backends
@@ -357,7 +368,9 @@ def op(shapes: str) -> Callable[[Callable], Callable[..., Tensor]]:
 
 
 def _recorded(name: str, args: tuple, value: Any, pullbacks: Any) -> Tensor | tuple[Tensor, ...]:
-    """The value as a tensor, or as several, with the record of the op's call if an input needs a gradient."""
+    """The value of an op's call as a tensor, or a tuple of them, with a Record if an input needs a gradient.
+
+    Keeps only the pullbacks of inputs that need a gradient: the others are freed, with the arrays they hold."""
     several = isinstance(value, tuple)
     result = tuple(map(_as_tensor, value)) if several else _as_tensor(value)
     needed = [isinstance(a, Tensor) and a.requires_grad for a in args]
@@ -448,7 +461,9 @@ def _sizes(arrays: list) -> str:
 
 
 def _explained(e: Exception, name: str, shapes: str, arrays: list) -> Exception:
-    """The library's error for an array module's error: the op, the shapes it wants, the shapes it got."""
+    """The library's error for an error e that the op `name` raised: a ShapeError for a ValueError.
+
+    The message holds the shape string of the op, the shapes it got, and the letters that got two sizes."""
     if isinstance(e, array.BackendError):
         return array.BackendError(f"{name}: {e}")
     if not isinstance(e, ValueError):

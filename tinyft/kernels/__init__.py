@@ -25,7 +25,9 @@ __all__ = ["capture", "install", "remove", "definitions", "keep_memory", "set_nu
 
 
 def install() -> None:
-    """Register the kernels for NumPy now, and the kernels for CuPy when that backend is first used."""
+    """Register the kernels for NumPy now, and the kernels for CuPy when that backend is first used.
+
+    dispatch.py then prefers them to the definitions in ops.py."""
     from . import numpy as fast
     for name in ("linear", "gelu", "gelu_tanh", "layer_norm", "embedding", "attention", "cross_entropy", "dropout"):
         dispatch.register(OPS[name], np.ndarray, getattr(fast, name))
@@ -53,8 +55,8 @@ def capture(step: Callable, fallback: Callable | None = None) -> Callable:
     Everything that changes from call to call is an argument: arrays, a float for the optimiser's factor, a generator
     for dropout.  The first two calls with arguments of the same shapes run eagerly; from the third on the graph is
     replayed, and no Python of the step runs.  The results are copies.  Eight shapes get a graph each; a call with
-    another shape goes to `fallback`, or raises without one.  A norm
-    that is not finite updates nothing; optimizer.check_norm(float(norm)) says so.
+    another shape goes to `fallback`, or raises without one.  A norm that is not finite updates nothing;
+    optimizer.check_norm(float(norm)) raises then.
 
     CannotCapture, naming the line, if the step waits for the device, transfers host data, or gives kernels other
     numbers at each call.  One change goes unnoticed: a Python number of the step's own that multiplies a whole array

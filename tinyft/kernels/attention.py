@@ -55,6 +55,7 @@ def attention(
     each(tiled.groups, tiled.forward)
 
     def back(g: np.ndarray, needed: list[bool]) -> tuple:
+        """The gradients of q, k, v and bias, None where needed[i] is False."""
         gradients = [np.empty_like(a) if is_needed else None for a, is_needed in zip((q, k, v), needed)]
         db = np.zeros_like(bias) if any(needed[3:]) else None
         tiled.gradients(g, *gradients, db)
@@ -89,6 +90,9 @@ class _Attention:
         alpha: float,
         dropout_mask: np.ndarray | None,
     ):
+        """Group the heads of all arrays and cut the scores into tiles. Computes no scores.
+
+        y: the array that `forward` fills.  alpha: the factor on Q Kᵀ."""
         B, H, t, _ = q.shape
         s = k.shape[2]
         self.heads = H
@@ -108,7 +112,7 @@ class _Attention:
             n = causal_tile_rows(t)
             self.future = np.triu(np.full((n, n), -math.inf, np.float32), 1)
         self.z = np.empty((*self.q.shape[:-1], 1), np.float32)
-        self.ones = np.ones(s, np.float32)
+        self.ones = np.ones(s, np.float32)                                       # e @ ones is a fast sum over rows
         bound = abs(alpha) * largest_norm(q) * largest_norm(k)                   # of |score|, since |q·k| <= |q| |k|
         if bias is not None:
             bound += np.abs(bias).max()
@@ -124,12 +128,14 @@ class _Attention:
         if self.heads == self.kv_heads:
             return a
         B, H, *matrix = a.shape
-        if H == 1:                                                               # one for all heads
+        if H == 1:                                                               # `a` is broadcast over all heads
             return a.reshape(B, 1, 1, *matrix)
         return a.reshape(B, self.kv_heads, -1, *matrix)
 
     def scores(self, at: tuple, rows: slice, cols: slice) -> np.ndarray:
-        """α Q Kᵀ + B of a tile, −∞ where a query may not look."""
+        """α Q Kᵀ + B of the tile (at, rows, cols), −∞ where a query may not look.
+
+        at: an index of the leading axes;  rows: a slice of the queries;  cols: the slice of their keys."""
         x = (self.q[at][..., rows, :] * self.alpha) @ ops.t(self.k[at][..., cols, :])
         if self.bias is not None:
             x += part(self.bias, at, rows, cols)
@@ -141,10 +147,14 @@ class _Attention:
         return x
 
     def forward(self, group: list) -> None:
-        """The output and the row sums of a group of tiles."""
+        """Write the output y and the row sums z of a group of tiles (at, rows, cols).
+
+            top = max S,   E = e^(S − top),   z = Σ E,   O = (E ⊙ M) V / z,      M: dropout_mask
+
+        E is saved for the gradient only if all scores fit the cache."""
         for tile in group:
             at, rows, cols = tile
-            e = self.scores(*tile)
+            e = self.scores(*tile)                       # S, and in its memory E
             z = self.z[at][..., rows, :]
             if self.top is not None:
                 top = e.max(axis=-1, keepdims=True, out=self.top[at][..., rows, :])
@@ -183,20 +193,24 @@ class _Attention:
         dv: np.ndarray | None,
         db: np.ndarray | None,
     ) -> None:
-        """Write or add the parts of dq, dk, dv and db that come from a group of tiles."""
+        """Write or add the parts of dq, dk, dv and db that come from a group of tiles. None: not wanted.
+
+            Ĝ = g / z,   dV = (E ⊙ M)ᵀ Ĝ,   dB = E ⊙ (Ĝ Vᵀ ⊙ M − Σ Ĝ O),   dQ = α dB K,   dK = dBᵀ (α Q)
+
+        O is the output, M the dropout mask, and z the row sums of E."""
         for tile in group:
             at, rows, cols = tile
             e = self.saved[_key(*tile)] if self.saved is not None else self.recompute(*tile)
-            G = g[at][..., rows, :] / self.z[at][..., rows, :]
+            g_over_z = g[at][..., rows, :] / self.z[at][..., rows, :]
             mask = None if self.dropout_mask is None else part(self.dropout_mask, at, rows, cols)
             if dv is not None:
-                self.add_product(dv[at], ops.t(e if mask is None else e * mask), G, rows, cols)
+                self.add_product(dv[at], ops.t(e if mask is None else e * mask), g_over_z, rows, cols)
             if dq is None and dk is None and db is None:
                 continue
-            ds = G @ ops.t(self.v[at][..., cols, :])
+            ds = g_over_z @ ops.t(self.v[at][..., cols, :])                      # becomes dB, the gradient of S
             if mask is not None:
                 ds *= mask
-            ds -= np.einsum("...td,...td->...t", G, self.y[at][..., rows, :])[..., None]
+            ds -= np.einsum("...td,...td->...t", g_over_z, self.y[at][..., rows, :])[..., None]
             ds *= e
             if db is not None:
                 db_of_tile = part(db, at, rows, cols)
@@ -215,10 +229,10 @@ class _Attention:
         return np.exp(e, out=e)
 
     def add_product(self, d: np.ndarray, a: np.ndarray, b: np.ndarray, rows: slice, cols: slice) -> None:
-        """Add a b to the rows `cols` of d. The first tile of a group fills all of d instead: d is not initialised.
+        """Add the product a b to d[..., cols, :], where d is the part of dk or dv that a group of tiles computes.
 
-        The first tile has the last queries, which look at every key. Where query heads share a key/value head, their
-        products are summed."""
+        d is not initialised. The first tile of the group has the last queries (`rows`), which look at every key: it
+        writes all of d, and the others add. Where query heads share a key/value head, their products are summed."""
         first = rows.stop == self.q.shape[-2]
         if self.heads != self.kv_heads:
             product = (a @ b).sum(axis=2, keepdims=True)
@@ -247,8 +261,9 @@ def causal_tile_rows(t: int) -> int:
 def tiles(B: int, H: int, kv_heads: int, t: int, s: int, causal: bool) -> list[list[tuple]]:
     """The tiles (at, rows, cols) in groups: one group for each block of sequences and heads, the last queries first.
 
-    t: queries;  s: keys. Groups are independent: each may run on a thread of its own. Query heads that share a
-    key/value head are in one tile."""
+    at: slices of the leading axes;  rows: a slice of the t queries;  cols: the slice of the s keys that they look at.
+    Groups are independent: each may run on a thread of its own. Query heads that share a key/value head are in one
+    tile. A tile has about TILE scores, or fewer, so that every thread gets some."""
     shared = H // kv_heads                                                       # query heads for a key/value head
     n_rows = causal_tile_rows(t) if causal else min(t, max(ROWS, TILE // (s * shared)))
     threads = get_num_threads() if B * H * t * s >= 4 * TILE else 1              # less is not worth more threads
@@ -279,7 +294,7 @@ def merge_groups(groups: list[list[tuple]], db: np.ndarray) -> list[list[tuple]]
     A bias that is broadcast over the batch or the heads has one part for all of them. The order is fixed."""
     found: dict[tuple, list[tuple]] = {}
     for group in groups:
-        batch, heads = group[0][0][:2]
+        batch, heads = group[0][0][:2]                   # of `at`, which all tiles of a group share
         part_of_db = (batch.start if db.shape[0] > 1 else 0, heads.start if db.shape[1] > 1 else 0)
         found.setdefault(part_of_db, []).extend(group)
     return list(found.values())

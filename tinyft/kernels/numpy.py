@@ -52,7 +52,9 @@ def _column_sum(n: int) -> Callable:
 
 
 def _cdf(a: np.ndarray, z: np.ndarray, P: list[float], out: np.ndarray) -> np.ndarray:
-    """Φ = (1 + tanh(a P(z))) / 2, written to `out`.  The polynomial P, constant term first, by Horner's rule."""
+    """Φ = (1 + tanh(a P(z))) / 2, written to `out` and returned.
+
+    P: the coefficients of the polynomial, constant term first; evaluated by Horner's rule."""
     np.multiply(z, np.float32(P[-1]), out=out)
     for p in P[-2:0:-1]:
         out += np.float32(p)
@@ -94,17 +96,18 @@ def gelu(x: np.ndarray) -> Any:
     cdf = np.empty(x.size, np.float32)
     y = np.empty(x.size, np.float32)
 
-    def block(i: slice) -> None:
+    def block(i: slice) -> None:                             # y[i] and cdf[i]; blocks() calls it with slices of X
         z = np.multiply(X[i], X[i], out=y[i])                # x², for now in the place of the result
         np.minimum(z, np.float32(25), out=z)                 # for larger x² the tanh is 1
         np.multiply(X[i], _cdf(X[i], z, _normal_form(), cdf[i]), out=y[i])
     blocks(x.size, block)
 
     def back(g: np.ndarray) -> np.ndarray:
+        """dx = g (Φ + x φ), block by block, with Φ kept from the forward pass."""
         G = np.ascontiguousarray(g).reshape(-1)
-        d = np.empty(x.size, np.float32)
+        d = np.empty(x.size, np.float32)                     # dx
 
-        def block(i: slice) -> None:
+        def block(i: slice) -> None:                         # d[i] = G[i] (Φ + x φ)
             a = X[i]
             e = np.multiply(a, a, out=d[i])
             e *= np.float32(-0.5)
@@ -138,10 +141,11 @@ def gelu_tanh(x: np.ndarray) -> Any:
     blocks(x.size, block)
 
     def back(g: np.ndarray) -> np.ndarray:
+        """dx = g Φ (1 + 2 x (1 − Φ) (x P(x²))'), block by block; Φ is computed again for a large x."""
         G = np.ascontiguousarray(g).reshape(-1)
-        d = np.empty(x.size, np.float32)
+        d = np.empty(x.size, np.float32)                     # dx
 
-        def block(i: slice) -> None:                         # g Φ (1 + 2 x (1 − Φ) (x P(x²))')
+        def block(i: slice) -> None:                         # d[i] = G[i] Φ (1 + 2 x (1 − Φ) (x P(x²))')
             a = X[i]
             e = np.multiply(a, a, out=d[i])
             p = cdf(i, e) if kept is None else kept[i]       # Φ
@@ -180,6 +184,7 @@ def layer_norm(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float = 1e-5) -
     blocks(len(X), block, n)
 
     def dx(g: np.ndarray) -> np.ndarray:
+        """(e − mean(e) − x̂ mean(e x̂)) / σ with e = g w, block by block of rows."""
         G = np.ascontiguousarray(g).reshape(-1, n)
         d = np.empty_like(h)
 
@@ -198,8 +203,8 @@ def layer_norm(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float = 1e-5) -
 def embedding(W: np.ndarray, ids: np.ndarray) -> Any:
     """ops.embedding without np.add.at, which adds row by row.
 
-    The gradient: sort the ids, then sum the rows of each run of equal ids at once.  Ids that increase strictly, such as
-    positions, need neither: their rows are assigned."""
+    The gradient: sort the ids, then sum the rows of g in each run of equal ids at once.  Ids that increase strictly,
+    such as positions, need neither: no id comes twice, and the rows of g are assigned."""
     def back(g: np.ndarray) -> np.ndarray:
         d = np.zeros(W.shape, g.dtype)
         flat = ids.reshape(-1) % len(W)                      # −1 is the last row
@@ -208,7 +213,7 @@ def embedding(W: np.ndarray, ids: np.ndarray) -> Any:
         else:
             order = np.argsort(flat, kind="stable")
             run = flat[order]
-            starts = np.flatnonzero(np.r_[True, run[1:] != run[:-1]])
+            starts = np.flatnonzero(np.r_[True, run[1:] != run[:-1]])        # of the runs of equal ids
             d[run[starts]] = np.add.reduceat(g.reshape(-1, W.shape[1])[order], starts, axis=0)
         return d
     return W[ids], (back, None)
@@ -218,7 +223,8 @@ def cross_entropy(z: np.ndarray, y: np.ndarray, weight: np.ndarray | None = None
                   label_smoothing: float = 0.0) -> Any:
     """ops.cross_entropy without three arrays as large as the logits: only one sum of exponentials per row is kept.
 
-    `top` is the maximum of each row of logits; if no logit is large (SAFE), 0 does as well."""
+    `top` is the maximum of each row of logits, subtracted so that exp does not overflow; 0 if no logit is large (SAFE).
+    NotImplemented with class weights or label smoothing."""
     if not _is_plain(z) or weight is not None or label_smoothing:
         return NotImplemented
     Z = ops.flat(z)                                          # (N, V)
@@ -241,8 +247,9 @@ def cross_entropy(z: np.ndarray, y: np.ndarray, weight: np.ndarray | None = None
     value = (w * (np.log(sums) + top[:, 0] - Z[np.arange(n), labels])).sum() / total
 
     def back(g: np.ndarray) -> np.ndarray:
+        """dz = share (softmax(z) − one-hot(y)), block by block of rows; share is 0 for an ignored row."""
         d = np.empty_like(Z)
-        share = w * (np.float32(g) / total)
+        share = w * (np.float32(g) / total)                  # of each row in the mean
 
         def block(s: slice) -> None:
             p = np.exp(Z[s] if is_safe else Z[s] - top[s], out=d[s])
@@ -254,9 +261,10 @@ def cross_entropy(z: np.ndarray, y: np.ndarray, weight: np.ndarray | None = None
 
 
 def dropout(x: np.ndarray, p: float, key: int) -> Any:
-    """ops.dropout, which compares random 32-bit words with p and makes no uniform numbers of them.
+    """ops.dropout, which compares random 32-bit words with p and makes no uniform numbers u of them.
 
-    The factors, 0 or 1 / (1 − p), overwrite the words: they are as long in memory."""
+    An entry is kept if u >= p.  The factors, 0 or 1 / (1 − p), overwrite the words: they are as long in memory.  They
+    are kept for the gradient."""
     least = math.ceil(np.float32(p) * 2.0**24) << 8          # the smallest word whose upper 24 bits give u >= p
     if not (_is_plain(x) and 0 <= least < 2**32):
         return NotImplemented
@@ -276,14 +284,14 @@ def dropout(x: np.ndarray, p: float, key: int) -> Any:
 
 def adam_update(w: np.ndarray, g: np.ndarray, m: np.ndarray, v: np.ndarray, lr: float, b1: float, b2: float, eps: float,
                 decay: float, t: int) -> None:
-    """optim.adam_update without eight passes over arrays as long as the model."""
+    """optim.adam_update (AdamW's equations, in place) without eight passes over arrays as long as the model."""
     to_dtype = w.dtype.type                                  # so that no product is computed in float64
     step_size = to_dtype(lr / (1 - b1**t))
     root_factor = to_dtype((1 - b2**t)**-0.5)                # √v̂ = root_factor √v
 
-    def block(i: slice) -> None:
+    def block(i: slice) -> None:                             # the whole update, of the entries i
         wi, gi, mi, vi = w[i], g[i], m[i], v[i]
-        e = gi * to_dtype(1 - b1)
+        e = gi * to_dtype(1 - b1)                            # e: each intermediate result, in one array
         mi *= to_dtype(b1)
         mi += e
         vi *= to_dtype(b2)

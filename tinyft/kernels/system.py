@@ -38,7 +38,8 @@ def keep_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):         # not Linux, or not glibc
         return False
-    trim_threshold = -1
+    trim_threshold = -1                                  # the parameters' numbers in glibc's malloc.h
     top_pad = -2
     mmap_max = -4
+    # No array gets a mapping of its own; no memory is given back; the system is asked for 64 MB more than needed.
     return all([mallopt(mmap_max, 0), mallopt(trim_threshold, -1), mallopt(top_pad, 64 << 20)])

@@ -47,7 +47,7 @@ def each(items: Iterable, f: Callable[[Any], None]) -> None:
     """Call f(item) for every item, on up to get_num_threads() threads.  The first exception of a call is raised."""
     items = list(items)
     blas_threads = system.threads()          # 1 inside `each`, and where threadpoolctl's limits say so
-    n = min(get_num_threads(), blas_threads, len(items))
+    n = min(get_num_threads(), blas_threads, len(items))                 # so `each` inside `each` runs on one thread
     # If another thread of the program is in `each`, run here, so that no more threads are used than asked for.
     if n < 2 or not _busy.acquire(blocking=False):
         for i in items:

@@ -59,7 +59,7 @@ class Group:
         return self.w if self.rounded is None else self.rounded
 
     def lay_out(self, moments: int) -> None:
-        """Move the tensors into one flat array.
+        """Move the tensors into one flat array; small tensors come first, so that `pieces` can update them as one.
 
         Sets `offsets`, in the order of the tensors, but tensors of more than LARGE elements last; `w`, with all values;
         `moments`: this many arrays of zeros, with w's length and dtype; `views`, which become the tensors' data."""
@@ -83,7 +83,9 @@ class Group:
         self.views = {name: self.stored[self.offsets[name]].reshape(p.shape) for name, p in self.tensors.items()}
 
     def reclaim_values(self) -> None:
-        """Copy data that was replaced from outside into the flat array, and make it a view again."""
+        """Copy data that was replaced from outside (p.data = ...) into the flat array, and make it a view again.
+
+        An update writes to the flat array, so the data of every tensor must be a view of it."""
         for name, p in self.tensors.items():
             view = self.views[name]
             if p.data is not view:
@@ -118,9 +120,10 @@ class Group:
     def pieces(self) -> list[Piece]:
         """The stretches to update, with their gradients.
 
-        All small tensors are one piece: their gradients are copied end to end, and each .grad becomes a view of the
-        copy.  A large tensor is a piece of its own, and its gradient stays where it is.  The gradient of a masked entry
-        is 0, so that it counts neither in the norm nor in the moments."""
+        All tensors of at most LARGE elements are one piece: their gradients are copied end to end, and each .grad
+        becomes a view of the copy, so that clipping changes it too.  A larger tensor is a piece of its own, and its
+        gradient stays where it is.  In a piece the gradient of a masked entry is 0, so that it counts neither in the
+        norm nor in the moments; the .grad of a tensor with a mask is left alone."""
         small = [name for name in self.offsets if self.tensors[name].size <= LARGE]
         large = list(self.offsets)[len(small):]
         pieces = []
@@ -136,7 +139,10 @@ class Group:
         return pieces
 
     def joint_piece(self, small: list[str]) -> Piece:
-        """One piece of all small tensors, which lie at the start of w.  A tensor without a gradient counts as zero."""
+        """One piece of all small tensors, which lie at the start of w.
+
+        A tensor without a gradient gets zeros; frozen_entries keeps its values.  Each .grad becomes a view of the
+        piece's gradient, unless the tensor has a mask."""
         end = self.offsets[small[-1]].stop
         g = xp(self.w).empty(end, self.w.dtype)
         for name in small:
@@ -157,8 +163,9 @@ class Group:
     def frozen_entries(self, masked_only: bool = False) -> list[Frozen]:
         """Snapshots of the entries that an update must not change, to restore them after it.
 
-        These are the masked entries and, unless masked_only, the small tensors without a gradient: pieces() updates
-        them together with the other small tensors."""
+        These are the entries where a mask is False: with gradient 0, moments and weight decay would still move them.
+        Unless masked_only, also the small tensors without a gradient: pieces() updates them with the other small
+        tensors."""
         frozen = []
         for name, p in self.tensors.items():
             if p.mask is None and (masked_only or p.grad is not None or p.size > LARGE):

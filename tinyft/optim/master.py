@@ -28,6 +28,7 @@ class MasterWeights(Group):
     versions: dict[str, int] = field(default_factory=dict)
 
     def lay_out(self, moments: int) -> None:
+        """Lay the 16-bit tensors out as Group does; then w and the moments become float32 copies."""
         super().lay_out(moments)
         self.rounded = self.w                                      # the tensors are views of this array
         self.w = to_float32(self.rounded)
@@ -49,6 +50,7 @@ class MasterWeights(Group):
             self.w[self.offsets[name]] = to_float32(self.views[name]).reshape(-1)
 
     def move_beside(self, like: Array) -> None:
+        """Move w, the moments and `rounded` to the device of the array `like`, where the tensors are already."""
         self.rounded = array.put_like(array.asnumpy(self.rounded), like)
         super().move_beside(like)
         for name, p in self.tensors.items():

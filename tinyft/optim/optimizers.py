@@ -84,6 +84,7 @@ class Optimizer:
     moment_names: tuple[str, ...] = ()
 
     def __init__(self, lr: float, weight_decay: float = 0.0, groups: dict[str, dict] | None = None):
+        """Keep the hyper-parameters; `start` binds the tensors.  ValueError for values outside their range."""
         if not lr > 0 or weight_decay < 0:
             raise ValueError("an optimiser wants lr > 0 and weight_decay >= 0; "
                              f"got lr={lr}, weight_decay={weight_decay}")
@@ -95,7 +96,7 @@ class Optimizer:
         self.weight_decay = weight_decay
         self.rules = groups or {}
         self.t = 0
-        self.groups: list[Group] = []
+        self.groups: list[Group] = []                              # set by `start`
 
     def __repr__(self) -> str:
         """The class with its hyper-parameters.  A checkpoint holds this text, to recognise another optimiser."""
@@ -131,7 +132,9 @@ class Optimizer:
         return self
 
     def rates(self, name: str, p: Tensor) -> tuple[float, float]:
-        """The learning rate and the weight decay of one tensor."""
+        """(learning rate, weight decay) of one tensor: of the first glob that matches its name, else of the optimiser.
+
+        Weight decay is 0 for vectors, unless p.decay says otherwise."""
         rule = next((rule for glob, rule in self.rules.items() if matches(glob, name)), {})
         lr = rule.get("lr", self.lr)
         weight_decay = rule.get("weight_decay", self.weight_decay)
@@ -166,7 +169,10 @@ class Optimizer:
         return norm
 
     def update_pieces(self, factor: float, clip: float | None, loss: Array | None, scale: float) -> Array:
-        """The definition of launch_step: one piece after the other.  A kernel may take its place (dispatch.py)."""
+        """Divide the gradients by `scale`, clip them, and update piece by piece.  Returns the norm before clipping.
+
+        The definition of launch_step, in place of which a kernel may run (dispatch.py).  FloatingPointError, with
+        nothing updated, if the loss or the norm is not finite."""
         if array.recording is not None:
             raise array.CannotCapture(f"an update by {type(self).__name__} cannot be captured; "
                                       "an update by AdamW can, with kernels")
@@ -180,7 +186,7 @@ class Optimizer:
         norm = clip_norm(gradients, clip)
         self.t += 1
         for group, pieces in zip(self.groups, pieces_of_groups):
-            frozen = group.frozen_entries()
+            frozen = group.frozen_entries()                        # masked entries, and tensors without a gradient
             for piece in pieces:
                 self.update(piece, group.lr * factor)
             group.restore(frozen)
@@ -190,7 +196,7 @@ class Optimizer:
     def check_norm(self, norm: float) -> None:
         """FloatingPointError if `norm`, the result of the last launch_step, is not finite.
 
-        That step has updated nothing, and is not counted in self.t."""
+        That step has updated nothing.  It was counted in self.t before its norm was known; the count is taken back."""
         if not math.isfinite(norm):
             self.t -= 1
             raise FloatingPointError(f"the gradient's norm is {norm}")
@@ -226,7 +232,7 @@ class Optimizer:
         return state
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        """Load what state_dict of an optimiser of the same tensors gave, or a state of version 0.1.
+        """Load what state_dict of an optimiser of the same tensors gave, or a state of version 0.1 (it has a key "t").
 
         ValueError, with nothing changed, if the state belongs to other tensors or to another optimiser."""
         if "t" in state:

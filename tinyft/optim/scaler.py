@@ -43,6 +43,7 @@ class GradScaler:
 
     def __init__(self, init_scale: float = 65536.0, growth_factor: float = 2.0, backoff_factor: float = 0.5,
                  growth_interval: int = 2000, enabled: bool = True):
+        """ValueError unless growth_factor increases S and backoff_factor decreases it."""
         if not (init_scale > 0 and growth_factor > 1 > backoff_factor > 0 and growth_interval > 0):
             raise ValueError(
                 "a GradScaler wants init_scale > 0, growth_factor > 1 > backoff_factor > 0 and growth_interval > 0; "
@@ -51,9 +52,9 @@ class GradScaler:
         self.backoff_factor = backoff_factor
         self.growth_interval = growth_interval
         self.enabled = enabled
-        self.current_scale = float(init_scale) if enabled else 1.0
-        self.good_steps = 0
-        self.finite = True
+        self.current_scale = float(init_scale) if enabled else 1.0           # S
+        self.good_steps = 0                                                  # since S last changed
+        self.finite = True                                                   # False if the last step was skipped
 
     def get_scale(self) -> float:
         """The scale S."""
@@ -97,7 +98,7 @@ class GradScaler:
         """Adapt S after a step.
 
         After a skipped step S is multiplied by backoff_factor, after growth_interval good steps in a row by
-        growth_factor."""
+        growth_factor, up to LARGEST."""
         if not self.enabled:
             return
         if not self.finite:

@@ -37,7 +37,7 @@ def cosine_schedule(warmup: float = 0, floor: float = 0.0) -> Schedule:
 
 
 def with_warmup(warmup: float, decay: Callable[[float], float]) -> Schedule:
-    """A schedule that rises linearly to 1 during the warm-up, and then is decay(s).
+    """A schedule, (t, T) -> factor, that rises linearly to 1 during the warm-up, and then is decay(s).
 
     warmup: as for constant_schedule.  s: the fraction of the steps after the warm-up that is done."""
     def factor(t: int, T: int) -> float:

@@ -17,22 +17,23 @@ from ...tensor import sum_to
 from . import gemm
 from .launch import C_TYPES, THREADS, contiguous, empty, launch, warp_blocks
 
-LONG = 256                                                                       # queries of a part
+PART_QUERIES = 256                                       # queries of a part, where causal attention is cut into parts
 
 
 def attention(q: Array, k: Array, v: Array, bias: Array | None = None, *, key_mask: Array | None = None,
               causal: bool = False, scale: float | None = None, dropout_mask: Array | None = None) -> Any:
-    """Saves the masks, the copies of shared key/value heads, and all passes but one over the scores.
+    """ops.attention: products by cuBLAS, and one kernel for bias, masks, softmax and dropout.
 
-    Of a long causal sequence it also saves the scores that no query looks at: queries are processed in parts, each
-    beside the keys up to its end."""
+    Makes no array of the causal mask and no copies of shared key/value heads. A long causal sequence is processed in
+    parts of its queries, each with the keys up to its end: later scores are not computed. The P of every part is kept.
+    NotImplemented unless all floats are of one dtype, float32 or 16-bit, not empty, with at most 4 axes."""
     shape = ops.attention_shape(q, k, v, bias, key_mask, dropout_mask)           # (..., H, Tq, Tk)
     floats = [a for a in (q, k, v, bias, dropout_mask) if a is not None]
     if not (q.ndim <= 4 and q.dtype in C_TYPES and all(a.dtype == q.dtype and a.size for a in floats)
             and (key_mask is None or key_mask.dtype == bool)):
         return NotImplemented
-    group = q.shape[-3] // k.shape[-3] if q.ndim > 2 else 1
-    q, k, v = (gemm.readable(a) for a in (q, k, v))      # copied at most once, for both directions
+    group = q.shape[-3] // k.shape[-3] if q.ndim > 2 else 1       # query heads that share a key/value head
+    q, k, v = (gemm.readable(a) for a in (q, k, v))      # a copy only if cuBLAS cannot read it; backward uses it too
     alpha = float(q.shape[-1]**-0.5 if scale is None else scale)
     bias_shape = None if bias is None else bias.shape
     bias = _all_axes(bias, shape)
@@ -44,27 +45,28 @@ def attention(q: Array, k: Array, v: Array, bias: Array | None = None, *, key_ma
         masks = [_cut(a, rows, keys) for a in (bias, key_mask, dropout_mask)]
         part = _Scores(_rows(q, rows), _rows(k, keys), *masks, causal, alpha, group)
         _multiply_into(_rows(y, rows), part.dropped, _rows(v, keys), group)
-        part.dropped = None
+        part.dropped = None                              # back computes it again
         parts.append((rows, keys, part))
 
     def back(g: Array, needed: list[bool]) -> tuple:
+        """The gradients of q, k, v and bias, None where needed[i] is False. g: the gradient of y."""
         g = gemm.readable(g)
-        wide = np.float32 if len(parts) > 1 else q.dtype                # a sum of several parts is rounded last
+        sum_dtype = np.float32 if len(parts) > 1 else q.dtype           # a sum of several parts is rounded last
         dq = empty(q, q.shape) if needed[0] else None
-        dk = empty(q, k.shape, wide) if needed[1] else None
-        dv = empty(q, v.shape, wide) if needed[2] else None
+        dk = empty(q, k.shape, sum_dtype) if needed[1] else None
+        dv = empty(q, v.shape, sum_dtype) if needed[2] else None
         db = xp(q).zeros(bias.shape, np.float32) if any(needed[3:]) else None
         # The last part has all keys: it comes first and writes. The others add.
         for i, (rows, keys, part) in enumerate(reversed(parts)):
-            G = _fold(_rows(g, rows), group)
+            g_rows = _fold(_rows(g, rows), group)
             if dv is not None:
-                gemm.matmul(t(_fold(part.after_dropout(), group)), G, out=_rows(dv, keys), add=i > 0)
+                gemm.matmul(t(_fold(part.after_dropout(), group)), g_rows, out=_rows(dv, keys), add=i > 0)
             if dq is None and dk is None and db is None:
                 continue
-            ds, db_part = part.back(gemm.matmul_float32(G, t(_rows(v, keys))), db is not None)
+            ds, db_part = part.back(gemm.matmul_float32(g_rows, t(_rows(v, keys))), db is not None)
             if db is not None:
-                there = _view(db, rows, keys)
-                there += sum_to(db_part, there.shape)
+                db_view = _view(db, rows, keys)
+                db_view += sum_to(db_part, db_view.shape)               # undoes the broadcasting of the bias
             if dq is not None:
                 _multiply_into(_rows(dq, rows), ds, _rows(k, keys), group)
             if dk is not None:
@@ -85,11 +87,12 @@ class _Scores:
 
     def __init__(self, q: Array, k: Array, bias: Array | None, key_mask: Array | None, dropout_mask: Array | None,
                  causal: bool, alpha: float, group: int):
+        """Compute P and `dropped`. group: the number of query heads that share a key/value head."""
         queries, n = q.shape[-2], k.shape[-2]
         s = gemm.matmul_float32(_fold(q, group), t(k))
         if group > 1:
-            s = s.reshape(*q.shape[:-1], n)
-        rows = s.size // n
+            s = s.reshape(*q.shape[:-1], n)                             # undoes _fold
+        rows = s.size // n                                              # over all leading axes
         heads = s.shape[-3] if s.ndim > 2 else 1
         self.dropout_mask = dropout_mask
         self.alpha = alpha
@@ -119,12 +122,14 @@ class _Scores:
 
 
 def _parts(queries: int, keys: int, causal: bool) -> list[tuple[slice, slice]]:
-    """The queries of each part, and the keys that they may look at.
+    """Pairs (a slice of the queries, the slice of the keys that they may look at), in order.
 
-    A causal sequence of several times LONG has several parts."""
-    if not causal or queries < 2 * LONG or keys < queries:
+    Causal attention over at least 2 PART_QUERIES queries has several parts. Its queries stand at the last positions of
+    the keys, so the part that ends with query `end` looks at the first keys − queries + end keys. Else there is one
+    part."""
+    if not causal or queries < 2 * PART_QUERIES or keys < queries:
         return [(slice(0, queries), slice(0, keys))]
-    ends = [(start, min(start + LONG, queries)) for start in range(0, queries, LONG)]
+    ends = [(start, min(start + PART_QUERIES, queries)) for start in range(0, queries, PART_QUERIES)]
     return [(slice(start, end), slice(0, keys - queries + end)) for start, end in ends]
 
 
@@ -141,7 +146,10 @@ def _fold(a: Array, group: int) -> Array:
 
 
 def _multiply_into(out: Array, a: Array, b: Array, group: int) -> None:
-    """out ← a b;  a (..., H, m, n) contiguous, b (..., Hkv, n, k), out (..., H, m, k)"""
+    """out ← a b, each head of a with its key/value head of b.
+
+    a (..., H, m, n) contiguous, b (..., Hkv, n, k), out (..., H, m, k); group = H / Hkv. The heads of a group are
+    multiplied as one matrix (_fold)."""
     if group == 1:
         gemm.matmul(a, b, out=out)
     elif out.flags.c_contiguous:
@@ -166,7 +174,9 @@ def _cut(a: Array | None, rows: slice, keys: slice) -> Array | None:
 
 
 def _strides(a: Array | None) -> tuple[np.int64, ...]:
-    """The strides, in entries, along the axes (lead, head, query, key) of the scores; zero along axes of length one."""
+    """The strides, in entries, along the axes (batch, head, query, key) of the scores, for the kernel.
+
+    Zero along axes of length one and along missing leading axes: the kernel broadcasts so. All zero for None."""
     if a is None:
         return (np.int64(0),) * 4
     steps = [0 if n == 1 else step // a.itemsize for n, step in zip(a.shape, a.strides)]

@@ -49,7 +49,7 @@ class Captured:
 
         The graph's stream waits for earlier work of the caller's stream, and later work there waits for the graph."""
         key = repr(mapped(args, _kind))                      # shapes and dtypes of arrays, values of ints and strings
-        if key in self.graphs and self.graphs[key].outdated():
+        if key in self.graphs and self.graphs[key].outdated():           # it would update other arrays
             del self.graphs[key]
         if key not in self.graphs:
             if len(self.graphs) == MAX_GRAPHS and self.fallback:
@@ -100,7 +100,10 @@ class Keys:
         self.count = 0
 
     def integers(self, high: int) -> Array:
-        """A dropout key, on the device.  CannotCapture for another kind of draw, or for too many draws."""
+        """A dropout key on the device, in place of the int that Generator.integers(2**63) gives nn.Dropout.
+
+        During the capture no key is drawn: `send` does it before each replay.  CannotCapture for another kind of draw,
+        or for more draws in a call than `keys` has room for."""
         if high != 2**63 or self.count == len(self.keys):
             raise CannotCapture("of a generator given to a captured step only dropout may draw, "
                                 f"and {len(self.keys)} times")
@@ -140,10 +143,11 @@ class Recording:
         self.notes.append((kernel, numbers))
 
     def feed(self, f: Callable[[], np.ndarray], shape: tuple) -> Array:
-        """A float32 array on the device that holds f() in each call.
+        """A float32 array on the device that holds f() in each call and each replay, such as learning rates.
 
-        It is allocated in the first call.  Memory from the capture itself could be memory that an earlier kernel of the
-        graph has freed and would write to again."""
+        The n-th feed of every call is the same array: the graph holds its address.  It is allocated in the first call.
+        Memory from the capture itself could be memory that an earlier kernel of the graph has freed and would write to
+        again.  During the capture f is not called: `replay` calls it."""
         if self.fed == len(self.feeds):
             self.feeds.append((cupy.empty(shape, np.float32), f))
         a = self.feeds[self.fed][0]
@@ -162,11 +166,13 @@ class Recording:
 
     # ── a call ──
     def call(self, args: tuple) -> Any:
-        """Run the step eagerly, capture it, or replay its graph."""
+        """Run the step eagerly (the first EAGER_CALLS times), then capture it once and replay it.  Returns its result.
+
+        All memory comes from the graph's own pool, all work goes to its stream."""
         with cupy.cuda.using_allocator(self.pool.malloc), self.stream:
             if self.calls == 0:
-                self.inputs = mapped(args, self.place)
-            mapped(self.inputs, self.put, args)
+                self.inputs = mapped(args, self.place)       # the step always gets these objects
+            mapped(self.inputs, self.put, args)              # this call's values go into them
             self.calls += 1
             if self.calls <= EAGER_CALLS:
                 out = self.run()
@@ -190,7 +196,9 @@ class Recording:
             optimizer.mark_written()
 
     def place(self, a: Any) -> Any:
-        """The object that stands for an argument in every call of the step."""
+        """The object that the step gets in every call in place of the argument `a`; `put` gives it the call's value.
+
+        An int or a string stands for itself: another value has another graph."""
         if isinstance(a, np.random.Generator):
             return Keys(self)
         if isinstance(a, (np.ndarray, cupy.ndarray)):
@@ -198,17 +206,17 @@ class Recording:
         return Number(a) if isinstance(a, float) else a
 
     @staticmethod
-    def put(there: Any, a: Any) -> Any:
-        """Write this call's argument into the object that stands for it."""
-        if isinstance(there, Keys):
-            there.begin(a)
-        elif isinstance(there, Number):
-            there.now = a
+    def put(placed: Any, a: Any) -> Any:
+        """Write this call's argument `a` into the object that `place` made for it."""
+        if isinstance(placed, Keys):
+            placed.begin(a)
+        elif isinstance(placed, Number):
+            placed.now = a
         elif isinstance(a, np.ndarray):
-            there.set(a)
+            placed.set(a)
         elif isinstance(a, cupy.ndarray):
-            there[...] = a
-        return there
+            placed[...] = a
+        return placed
 
     def run(self) -> Any:
         """Run the Python code of the step, eagerly or while the stream is captured.  Returns the step's result.
@@ -234,7 +242,9 @@ class Recording:
         return out
 
     def record(self) -> Any:
-        """Capture the step, without running its kernels.  If it is refused, nothing has changed."""
+        """Capture the step as self.graph, without running its kernels.  Returns the arrays that a replay will fill.
+
+        CannotCapture if the step is refused; then nothing has changed."""
         groups = [g for o, *_ in self.optimizers for g in o.groups]
         self.stream.synchronize()
         self.capturing = True
@@ -244,7 +254,7 @@ class Recording:
         except BaseException as e:
             for g in groups:
                 for p in g.tensors.values():
-                    p.grad = None
+                    p.grad = None                            # its kernels never ran
             try:
                 self.stream.end_capture()
             except cupy.cuda.runtime.CUDARuntimeError:
@@ -263,9 +273,11 @@ class Recording:
         self.optimizers.append((opt, opt.groups, [g.w for g in opt.groups]))
 
     def outdated(self) -> bool:
-        """True if an optimiser was started again, or if its tensors moved: the graph updates other arrays then."""
+        """True if an optimiser was started again, or if its tensors moved to another device since the last call.
+
+        The graph updates the arrays that it was captured with, and these are no longer the optimiser's."""
         for optimizer, groups, values in self.optimizers:
-            optimizer.reclaim_tensors()
+            optimizer.reclaim_tensors()                      # after a move it makes new flat arrays g.w
             if optimizer.groups is not groups or any(g.w is not w for g, w in zip(groups, values)):
                 return True
         return False
@@ -273,7 +285,9 @@ class Recording:
 
 # ── arguments and results: tuples, lists and dicts ───────────────────────────────────────────────────────────────────
 def mapped(tree: Any, f: Callable, *others: Any) -> Any:
-    """A tree of f(leaf, leaves of the other trees at the same position)."""
+    """A tree of f(leaf, leaves of the other trees at the same position).
+
+    tree: tuples, lists and dicts, nested; everything else is a leaf.  The others have the same nesting."""
     if isinstance(tree, (tuple, list)):
         return type(tree)(mapped(a, f, *at(others, i)) for i, a in enumerate(tree))
     if isinstance(tree, dict):
@@ -301,7 +315,8 @@ def _copied(a: Any) -> Any:
 
 
 def _kind(a: Any) -> Any:
-    """The part of an argument that is fixed in a graph: an array's dtype and shape, a float's type, else the value."""
+    """The part of an argument that is fixed in a graph: an array's dtype and shape, the type of a float or a generator,
+    else the value."""
     if isinstance(a, (np.ndarray, cupy.ndarray)):
         return a.dtype.str, a.shape
     return type(a).__name__ if isinstance(a, (float, np.random.Generator)) else a
@@ -322,13 +337,13 @@ def _difference_message(before: list[tuple[str, tuple]], now: list[tuple[str, tu
 
 
 def _explain(e: BaseException) -> str:
-    """The message for an error in the capture: the cause, and the line of the user's code."""
+    """The message for an error in the capture: the cause, and the innermost line of code outside tinyft and CuPy."""
     libraries = (str(Path(array.__file__).parent), str(Path(cupy.__file__).parent))
     frames = [f for f in traceback.extract_tb(e.__traceback__) if f.filename.endswith(".py")]
     user_frames = [f for f in frames if not f.filename.startswith(libraries)] or frames
     message = str(e).splitlines()[0] if str(e) else type(e).__name__
     cause = message
-    if "D2H" in message or "StreamCapture" in message:
+    if "D2H" in message or "StreamCapture" in message:       # D2H, H2D: CuPy's words for a copy to or from the host
         cause = ("it reads a number from the device, or waits for it "
                  "(float(), item(), asnumpy, a boolean mask as an index ...)")
     elif "H2D" in message:

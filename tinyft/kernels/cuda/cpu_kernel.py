@@ -51,6 +51,7 @@ class CpuKernel:
     """
 
     def __init__(self, source: str, name: str, options: Sequence[str] = ()):
+        """Compile the source and find the kernel's entry and its parameter types.  options: for the C++ compiler."""
         self.name = name
         if name not in kernels(source) or 'extern "C"' not in source:
             found = ", ".join(kernels(source)) or "none"
@@ -60,9 +61,12 @@ class CpuKernel:
         self.entry.restype = ctypes.c_char_p
         signature = library[f"emu_signature_{name}"]
         signature.restype = ctypes.c_char_p
-        self.parameters = signature().decode().split()
+        self.parameters = signature().decode().split()       # such as ["pf4", "vi8"]; see _check_argument
 
     def __call__(self, grid: Sequence[int], block: Sequence[int], args: Sequence[Any], *, shared_mem: int = 0) -> None:
+        """Check the call as a device would, run the kernel on guarded copies of the arrays, and copy the results back.
+
+        shared_mem: bytes of dynamic shared memory.  KernelError for a wrong call or a forbidden access."""
         grid = _three_sizes(grid)
         block = _three_sizes(block)
         self._check_launch(grid, block, shared_mem)
@@ -88,7 +92,7 @@ class CpuKernel:
             return self.entry(sizes, ctypes.c_size_t(shared), reverse, _poison(), pointers)
 
     def _check_launch(self, grid: tuple, block: tuple, shared: int) -> None:
-        """KernelError for sizes that a device refuses."""
+        """KernelError for sizes that a device refuses: the limits of CUDA."""
         threads = block[0] * block[1] * block[2]
         if not 1 <= threads <= 1024 or block[2] > 64:
             raise KernelError(f"{self.name}: a block has 1 to 1024 threads (z at most 64); got {block}")
@@ -102,7 +106,8 @@ class CpuKernel:
     def _check_argument(self, i: int, a: Any, wanted: str) -> None:
         """KernelError unless an argument has the type of its parameter: a device would reinterpret its bytes.
 
-        wanted: "pf4" is a pointer to float32, "vi8" an int64 by value, as emu::signature writes them.
+        wanted: as emu::signature writes it: "p" for a pointer or "v" for a value; "f" for floats, "i" for integers, "?"
+        for another type, which is not checked; then the bytes.  "pf4" is a pointer to float32, "vi8" an int64 by value.
         """
         is_pointer = wanted[0] == "p"
         kind = wanted[1]
@@ -123,8 +128,9 @@ class CpuKernel:
                               "contiguous")
 
     def _guard(self, arrays: list[np.ndarray]) -> dict[tuple, _Guarded]:
-        """{place: guarded copy} of the arrays; an array that is given twice has one copy.  KernelError if two overlap.
-        """
+        """{_place(array): its guarded copy}; an array that is given twice has one copy.  KernelError if two overlap.
+
+        In two copies an overlap would not show: the kernel's write to one would not reach the other."""
         found: dict[tuple, _Guarded] = {}
         for a in arrays:
             place = _place(a)
@@ -237,14 +243,18 @@ def translate(source: str) -> str:
     Line numbers do not change.  Half precision is in cuda_cpu.h, so CUDA's own headers are left out.
     """
     body = CUDA_HEADER.sub("", source)
+    # `extern __shared__ float a[];` becomes a pointer into memory of the launch's size.
     body = DYNAMIC.sub(r"\1 *\2 = (\1 *)emu::dynamic_shared();", body)
+    # A kernel that never waits for other threads runs without fibers, which is faster.
     waits = "true" if WAITS.search(COMMENT.sub("", source)) else "false"
     entries = "".join(_entry(name, waits) for name in kernels(source))
     return f'#include "cuda_cpu.h"\nnamespace {{\n#line 1 "kernel.cu"\n{body}\n}}\n{entries}'
 
 
 def _entry(name: str, waits: str) -> str:
-    """The two C functions through which Python reads a kernel's signature and runs it."""
+    """C++ of the two functions through which Python reads a kernel's signature and runs it.
+
+    waits: "true" if a thread may wait for others, at a barrier or a shuffle."""
     return f"""
 extern "C" const char *emu_signature_{name}() {{ return emu::signature({name}); }}
 extern "C" const char *emu_run_{name}(const unsigned *size, size_t shared, int reverse, int poison, void **values) {{
@@ -277,7 +287,7 @@ def _library(code: str, options: tuple[str, ...]) -> ctypes.CDLL:
 
 def _compile(cxx: str, code: str, options: tuple[str, ...], built: Path) -> None:
     """Compile C++ into the shared library `built`, which appears complete or not at all."""
-    # Fortified, longjmp refuses to go from stack to stack.
+    # Fibers change stacks with longjmp, which _FORTIFY_SOURCE would abort.
     flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-pthread", "-U_FORTIFY_SOURCE", f"-I{HERE}", *options]
     with tempfile.TemporaryDirectory() as folder:
         cpp = Path(folder) / "kernel.cpp"
@@ -286,7 +296,7 @@ def _compile(cxx: str, code: str, options: tuple[str, ...], built: Path) -> None
         done = subprocess.run([cxx, *flags, str(cpp), "-o", str(so)], capture_output=True, text=True)
         if done.returncode:
             raise KernelError(f"{cxx} does not take this kernel:\n{done.stderr.replace(folder, '')[:3000]}")
-        unfinished = built.with_suffix(f".{os.getpid()}")
+        unfinished = built.with_suffix(f".{os.getpid()}")    # another process may build the same library now
         shutil.copy(so, unfinished)
         os.replace(unfinished, built)
 

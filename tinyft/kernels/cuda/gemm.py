@@ -59,7 +59,7 @@ def matmul(a: Array, b: Array, out: Array | None = None, add: bool = False) -> A
     elif out.shape != shape or not writable(out):
         raise ValueError(f"matmul: out must be of shape {shape}, each row contiguous, the matrices evenly apart; "
                          f"got {out.shape}")
-    if not (out.size and a.shape[-1]):
+    if not (out.size and a.shape[-1]):                   # a sum of no products is 0
         if not add:
             out.fill(0)
         return out
@@ -92,6 +92,10 @@ def layout(x: Array) -> Layout | None:
 
 @lru_cache(4096)
 def _layout(shape: tuple, strides: tuple, itemsize: int) -> Layout | None:
+    """`layout` for an array of this shape and these strides in bytes; cached, since a training step repeats them.
+
+    One of the last two axes must have stride 1, and the leading axes must have even steps.  The stride of an axis of
+    length one does not count."""
     strides = tuple(n // itemsize for n in strides)
     step = _even_step(shape[:-2], strides[:-2])
     if step is None:
@@ -106,8 +110,9 @@ def _layout(shape: tuple, strides: tuple, itemsize: int) -> Layout | None:
 
 
 def _even_step(shape: tuple, strides: tuple) -> int | None:
-    """Elements from one matrix to the next, in order of the leading axes; None if the steps differ.  0 for one matrix.
-    """
+    """Elements from each matrix to the next; None if they are not evenly apart, 0 for one matrix.
+
+    shape, strides: of the leading axes, which count the matrices; strides in elements."""
     count = 1                                            # matrices in the axes so far, the last axis first
     step = 0
     for n, stride in zip(reversed(shape), reversed(strides)):
@@ -144,7 +149,8 @@ def arguments(a: Array, a_layout: Layout, b: Array, b_layout: Layout, out: Array
               scalars: Any) -> tuple:
     """The arguments of cublasGemmStridedBatchedEx after its handle, for Cᵀ = Bᵀ Aᵀ.
 
-    address(array): its address.  scalars(double, 0 or 1): the address of that number, in float64 or float32.
+    address(array): its address.  scalars(double, 0 or 1): the address of that number, in float64 or float32.  cuBLAS
+    computes C ← 1 A B + β C, with β = 1 if `add`.
     """
     m, k = a.shape[-2:]
     n = b.shape[-1]
@@ -185,7 +191,7 @@ class Cublas:
         from cuda import pathfinder
         pathfinder.load_nvidia_dynamic_lib("cublas")
         library = ctypes.CDLL(f"libcublas.so.{cupy.cuda.runtime.runtimeGetVersion() // 1000}")
-        p = ctypes.c_void_p
+        p = ctypes.c_void_p                              # one letter each, for the list of 23 parameter types below
         i = ctypes.c_int
         l = ctypes.c_longlong
         library.cublasGemmStridedBatchedEx.argtypes = [
@@ -209,7 +215,7 @@ class Cublas:
     def follow_stream(self) -> None:
         """Work on CuPy's current stream.
 
-        Another stream takes the workspace away, so it is set again: else cuBLAS allocates, which no capture allows.
+        cublasSetStream resets the workspace, so it is set again: else cuBLAS allocates, which no graph capture allows.
         """
         import cupy
         if self.library is None:

@@ -19,7 +19,9 @@ ROWS = 32                                                # rows of Ŵ to a block
 
 
 def dequantized(codes: Array, scale: Array, zero: Array, k: int, group: int) -> Array:
-    """The definition, on any backend: Ŵ (N, K), of scale's dtype."""
+    """Ŵ (N, K), Ŵ[row][k] = scale (code − zero), in scale's dtype: the definition, on any backend.
+
+    codes (N, ⌈K/8⌉) uint32, eight codes to a word; scale, zero (N, ⌈K/group⌉); k: K."""
     m = xp(codes)
     shifts = m.arange(0, 32, 4, dtype=np.uint32)
     digits = ((codes[:, :, None] >> shifts) & 15).reshape(len(codes), -1)[:, :k].astype(scale.dtype)
@@ -28,7 +30,7 @@ def dequantized(codes: Array, scale: Array, zero: Array, k: int, group: int) -> 
 
 
 def dequantize(codes: Array, scale: Array, zero: Array, k: int, group: int, dtype: np.dtype) -> Array:
-    """Ŵ (N, K) of that dtype, in one pass."""
+    """Ŵ (N, K) in that dtype, as `dequantized` defines it: by a kernel in one pass, if it takes these arrays."""
     if not _suits(codes, scale, zero, group, np.dtype(dtype)):
         return dequantized(codes, scale, zero, k, group).astype(dtype)
     W = empty(codes, (len(codes), k), dtype)
@@ -38,7 +40,7 @@ def dequantize(codes: Array, scale: Array, zero: Array, k: int, group: int, dtyp
 
 
 def matmul(x: Array, codes: Array, scale: Array, zero: Array, group: int) -> Array:
-    """x (..., K) -> y (..., N).
+    """y = x Ŵᵀ:  x (..., K) -> y (..., N), with Ŵ packed as codes, scale and zero.
 
     A few rows of x are multiplied straight from the codes, if K and group are multiples of 32.  For many rows, Ŵ is
     dequantized once, for a dense product.

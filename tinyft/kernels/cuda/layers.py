@@ -57,7 +57,7 @@ def linear(x: Array, W: Array, b: Array | None = None) -> Any:
     if b is not None:
         launch("bias.cu", "add_bias", blocks(y.size), THREADS, y, b, np.int64(y.size), n, T=y.dtype)
     shape = x.shape                                      # dx must not keep x alive: if W is frozen, nothing else does
-    rows = _cache_last(lambda g: flat(contiguous(g)))    # (N, out)
+    rows = _cache_last(lambda g: flat(contiguous(g)))    # g (..., out) -> (N, out), once for the three pullbacks
 
     def dx(g: Array) -> Array:
         return gemm.matmul(rows(g), W).reshape(shape)
@@ -104,6 +104,7 @@ def project(x: Array, Wq: Array, bq: Array, Wk: Array, bk: Array, Wv: Array, bv:
            T=x.dtype)
 
     def back(g: list, needed: list[bool]) -> tuple:
+        """The gradients of x, Wq, bq, Wk, bk, Wv, bv from g = [dq, dk, dv], in which None stands for zeros."""
         G = empty(x, (len(X), 3 * n))                    # the gradients of q, k and v, side by side
         gradients = [None if a is None else contiguous(a) for a in g]
         launch("heads.cu", "join_heads", grid, (32, 8), *gradients, G, *sizes, T=x.dtype)
@@ -124,7 +125,9 @@ def project(x: Array, Wq: Array, bq: Array, Wk: Array, bk: Array, Wv: Array, bv:
 
 
 def _project_dx(G: Array, parts: list[Array], W: Array | None, weights: tuple[Array, ...]) -> Array:
-    """The gradient of x: one product with the joined weight, or the sum of three."""
+    """The gradient of x in `project`: G W with the joined weight W, or the sum of three products if W is None.
+
+    G (B T, 3 n): the gradients of q, k and v side by side;  parts: its three blocks of columns."""
     if W is not None:
         return gemm.matmul(G, W)
     dx = gemm.matmul(parts[0], weights[0])
@@ -160,7 +163,7 @@ def _cache_last(f: Callable[[Array], Array]) -> Callable[[Array], Array]:
 
 
 def sum_rows(g: Array) -> Array:
-    """(N, n) -> (n,): the gradient of a bias, in float32."""
+    """g (N, n) -> Σ g over the rows (n,), in float32: the gradient of a bias."""
     rows, n = g.shape
     stretches, rows_of_each = _stretches(rows)
     parts = empty(g, (1, stretches, n), np.float32)      # a partial sum for each stretch of rows
@@ -189,7 +192,7 @@ def _sum_parts(parts: Array) -> Array:
 def _gelu(name: str) -> Any:
     """The kernel of ops.gelu or ops.gelu_tanh, by the name of its function in gelu.cu."""
     def kernel(x: Array) -> Any:
-        """The op in one pass instead of several."""
+        """(y, pullbacks) of the op; each direction is one pass, where the definition takes several."""
         if not suits(x):
             return NotImplemented
         y = empty(x, x.shape)
@@ -222,6 +225,7 @@ def layer_norm(x: Array, w: Array, b: Array, eps: float = 1e-5) -> Any:
            T=x.dtype)
 
     def back(g: Array, needed: list[bool]) -> tuple:
+        """The gradients of x, w and b, None where needed[i] is False; dw and db in float32."""
         g = contiguous(g)
         dx = dw = db = None
         if needed[0]:
@@ -242,9 +246,9 @@ def layer_norm(x: Array, w: Array, b: Array, eps: float = 1e-5) -> Any:
 
 
 def embedding(W: Array, ids: Array) -> Any:
-    """ops.embedding, whose gradient is summed in a fixed order, without atomic additions.
+    """W[ids], and a kernel for its gradient: summed in a fixed order, without atomic additions, so bits are repeatable.
 
-    The kernel compares every position with every other, so it takes at most SAME_ORDER positions.
+    The kernel compares every position of ids with every other, so NotImplemented for more than SAME_ORDER positions.
     """
     if not (W.ndim == 2 and suits(W) and 0 < ids.size <= SAME_ORDER):
         return NotImplemented
@@ -271,7 +275,7 @@ def cross_entropy(z: Array, y: Array, weight: Array | None = None, ignore_index:
     rows = z.size // n
     labels = contiguous(y.astype(np.int64))
     weight = None if weight is None else contiguous(weight.astype(np.float32))
-    losses = empty(z, (rows,), np.float32)
+    losses = empty(z, (rows,), np.float32)               # of each row, times its weight
     stats = empty(z, (3, rows), np.float32)              # maximum of a row, ln Σ e^(z − maximum), weight of its label
     value = empty(z, (), np.float32)
     total = empty(z, (), np.float32)                     # the sum of the rows' weights
@@ -291,7 +295,9 @@ def cross_entropy(z: Array, y: Array, weight: Array | None = None, ignore_index:
 
 # ── dropout ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 def _key(key: Any) -> tuple:
-    """A random key as a kernel takes it: (array on the device, 0, 0), or (None, its low half, its high half)."""
+    """A random key as a kernel takes it: (array on the device, 0, 0), or (None, its low half, its high half).
+
+    It is an array only while a step is captured: each replay finds another key there."""
     if is_array(key):
         return key, np.uint64(0), np.uint64(0)
     return None, np.uint64(int(key) % 2**64), np.uint64(int(key) >> 64)

@@ -44,11 +44,15 @@ def adam_update(w: Array, g: Array, m: Array, v: Array, lr: float, b1: float, b2
 
 
 def update_pieces(opt: Optimizer, factor: float, clip: float | None, loss: Array | None, scale: float = 1.0) -> Array:
-    """Optimizer.update_pieces for AdamW on float32 arrays."""
+    """Optimizer.update_pieces for AdamW on float32 arrays: clip and update.  Returns the norm, on the device.
+
+    If the norm or the loss is not finite, the device updates nothing and the norm is not finite; the host does not wait
+    for it.  NotImplemented for another optimiser or dtype, and without any gradient.
+    factor: on the learning rate.  clip: the largest norm, None for no limit.  scale: the factor of the loss."""
     taken = type(opt).update is AdamW.update and all(group.w.dtype == np.float32 for group in opt.groups)
     if not taken or (loss is not None and loss.dtype != np.float32):
         return NotImplemented
-    rows = []
+    rows = []                                                      # for each group: [(gradient, its slice)]
     for group in opt.groups:
         trained = {name: p for name, p in group.tensors.items() if p.grad is not None}
         rows.append([(_contiguous_gradient(p), group.offsets[name]) for name, p in trained.items()])
@@ -57,7 +61,7 @@ def update_pieces(opt: Optimizer, factor: float, clip: float | None, loss: Array
         return NotImplemented
     state = norm_and_scale(gradients, clip, loss, scale)
     for group, of_group, rates in zip(opt.groups, rows, _rates(opt, factor)):
-        frozen = group.frozen_entries(masked_only=True)
+        frozen = group.frozen_entries(masked_only=True)            # those without a gradient are not updated at all
         update(group, of_group, state, rates, opt)
         if frozen:
             group.restore(frozen)
@@ -66,7 +70,9 @@ def update_pieces(opt: Optimizer, factor: float, clip: float | None, loss: Array
 
 
 def _rates(opt: AdamW, factor: Any) -> Any:
-    """adam_rates of every group at the next step; in a captured step a device array, which every replay refills."""
+    """Count the step in opt.t, and return adam_rates of every group for it.
+
+    In a captured step it is a device array, which every replay fills anew, counting the step as well."""
     def rates_at(factor: float) -> list[tuple]:
         opt.t += 1
         return [adam_rates(group.lr * factor, *opt.betas, group.decay, opt.t) for group in opt.groups]
@@ -89,7 +95,10 @@ def _contiguous_gradient(p: Tensor) -> Array:
 
 
 def norm_and_scale(gradients: list[Array], clip: float | None, loss: Array | None = None, scale: float = 1.0) -> Array:
-    """(2,): n, the norm of all gradients divided by `scale`, and their factor min(clip / n, 1) / scale."""
+    """On the device, (2,): n, the norm of all gradients divided by `scale`; and min(clip / (n + 1e-6), 1) / scale.
+
+    The update multiplies the gradients by the second number.  clip=None: it is 1 / scale.  n is not finite if the loss
+    is not."""
     across = min(blocks(max(g.size for g in gradients)), ACROSS)
     parts = empty(gradients[0], (len(gradients), across), np.float32)
     state = empty(gradients[0], (2,), np.float32)
@@ -99,7 +108,7 @@ def norm_and_scale(gradients: list[Array], clip: float | None, loss: Array | Non
         launch.launch("adam.cu", "squares", (across, len(some)), THREADS, table(some), sums, T=state.dtype)
         done += len(some)
     launch.launch("adam.cu", "norm_and_scale", 1, 1024, parts, parts.size, float(clip or 0), 1 / scale, loss, state,
-                  T=state.dtype)
+                  T=state.dtype)                                   # one block of 1024 threads; a clip of 0 is no limit
     return state
 
 
@@ -109,9 +118,11 @@ def _per_launch(tensors: list) -> list[list]:
 
 
 def update(group: Group, rows: list[tuple[Array, slice]], state: Array, rates: tuple | Array, opt: AdamW) -> None:
-    """Update one group.
+    """AdamW's update of the tensors of one group, in place; of the 16-bit copies too, if the group has them.
 
-    rows: [(gradient, its slice of the group's flat arrays)];  rates: adam_rates, or a device array of them."""
+    rows    [(gradient, the tensor's slice of the group's flat arrays)]
+    state   the result of norm_and_scale
+    rates   adam_rates of this step; in a captured step a device array of them"""
     by_value, from_device = (rates, None) if isinstance(rates, tuple) else ((0.0, 0.0, 0.0), rates)
     for some in _per_launch(rows):
         gradients = [g for g, _ in some]
@@ -123,7 +134,9 @@ def update(group: Group, rows: list[tuple[Array, slice]], state: Array, rates: t
 
 
 def table(gradients: list[Array], starts: list[int] | None = None) -> np.void:
-    """The Table of adam.cu: addresses and sizes of the gradients, and where in the group each tensor starts."""
+    """The argument `table` of the kernels in adam.cu, a struct Table that is passed by value.
+
+    It holds addresses and sizes of the gradients; starts: the position of each tensor in the group's flat arrays."""
     out = np.zeros((), TABLE)
     n = len(gradients)
     out["g"][:n] = [address(g) for g in gradients]
