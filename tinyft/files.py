@@ -23,12 +23,12 @@ def write_atomically(files: Mapping[str | os.PathLike, bytes]) -> None:
     If anything is raised on the way, also by Ctrl-C, every file is as it was before. OSError (a full disk) says so.
     """
     content = {Path(path): data for path, data in files.items()}
-    new = {path: _temporary(path) for path in content}
-    old = {path: _temporary(path) for path in content}
+    new = {path: _temporary(path) for path in content}  # names for the new content
+    old = {path: _temporary(path) for path in content}  # second names of the files that exist, to move back if needed
     try:
         for path, data in content.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(new[path], "xb") as f:
+            with open(new[path], "xb") as f:  # x: raises if the name exists
                 f.write(data)
                 f.flush()
                 os.fsync(f.fileno())
@@ -69,7 +69,7 @@ def _move(new: dict[Path, Path], old: dict[Path, Path]) -> None:
                 continue
             if old[path].exists():
                 os.replace(old[path], path)
-            else:
+            else:  # nothing was at this path before
                 path.unlink(missing_ok=True)
         raise
 
@@ -99,7 +99,7 @@ def write_tensors(path: str | os.PathLike, arrays: dict[str, np.ndarray], facts:
 
 
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The arrays and facts of a file by write_tensors.
+    """({name: array}, facts) of a safetensors file that write_tensors wrote; the facts are JSON in its header.
 
     FileNotFoundError if there is no file; ValueError if it is damaged or of another kind.
     """
@@ -118,7 +118,7 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[s
 
 
 def checksum(arrays: dict[str, np.ndarray], text: str) -> str:
-    """CRC-32 of a text and of arrays with their names, dtypes and shapes, in hexadecimal."""
+    """CRC-32 of a text and of arrays with their names, dtypes and shapes, in hexadecimal: to detect a damaged file."""
     crc = zlib.crc32(text.encode())
     for name in sorted(arrays):
         a = arrays[name]

@@ -59,7 +59,9 @@ def describe(obj: Any) -> Any:
 
 
 def _describe_value(value: Any) -> Any:
-    """The description of one field."""
+    """The JSON-able description of one field: the value itself, or a fingerprint if it is data or a long list.
+
+    A dataclass is described by its class and fields. A tuple becomes a list, as JSON has no tuples."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return describe(value)
     if not _is_short(value):
@@ -94,7 +96,11 @@ def fingerprint(obj: Any) -> str:
 
 
 def _update(digest: Any, obj: Any, above: list[int]) -> None:
-    """Add an object to a digest. `above` holds the ids of the objects that contain it, so that a cycle ends."""
+    """Add an object's content to a hashlib digest, in place; equal contents give equal digests.
+
+    The order of a mapping's keys and of a set's members does not count. The names of types and the lengths keep
+    contents apart that would run together as bytes. `above` holds the ids of the objects that contain this one, so that
+    a cycle ends."""
     if id(obj) in above:
         digest.update(b"cycle;")
         return
@@ -147,7 +153,10 @@ def _update_function(digest: Any, f: Any, above: list[int]) -> None:
 
 
 def _update_object(digest: Any, obj: Any, above: list[int]) -> None:
-    """Any other object counts by its class and its public attributes, except those in POSITION."""
+    """Add the class and the public attributes of any other object to a digest.
+
+    POSITION names attributes that change while data is read, such as the epoch: they are left out. TypeError for an
+    object without attributes."""
     digest.update(f"{qualified_name(type(obj))};".encode())
     attributes = getattr(obj, "__dict__", None)
     if attributes is None:

@@ -46,6 +46,8 @@ class Combined(Method):
 def combine(adapters: list[Attached], weights: Sequence[float] | None = None, name: str = "combined") -> Attached:
     """Several detached adapters as one, ready to attach: the sum of their changes, each times its weight.
 
+    An adapter here is what edit.detach returned; the base must be the same. weights: 1 for each if None. A module that
+    only some adapters edit gets the sum of theirs.
     The sum is exact: for LoRA it is ΔW = Σ cⱼ ΔWⱼ, and no factors are mixed. Raises ValueError unless there is one
     weight for each adapter, and every adapter changes outputs only and trains no tensor of the base."""
     if weights is None:
@@ -53,7 +55,7 @@ def combine(adapters: list[Attached], weights: Sequence[float] | None = None, na
     if len(weights) != len(adapters) or not adapters:
         raise ValueError(f"combine wants one weight per adapter; got {len(weights)} for {len(adapters)}")
     edits: dict[str, Edit] = {}
-    for path in dict.fromkeys(path for a in adapters for path in a.edits):
+    for path in dict.fromkeys(path for a in adapters for path in a.edits):      # every path once, in order
         pairs = [(a.edits[path], c) for a, c in zip(adapters, weights, strict=True) if path in a.edits]
         edits[path] = Weighted([e for e, _ in pairs], [c for _, c in pairs])
     for a in adapters:
@@ -62,7 +64,9 @@ def combine(adapters: list[Attached], weights: Sequence[float] | None = None, na
 
 
 def _check_summable(a: Attached) -> None:
-    """Raise ValueError unless an adapter changes only outputs that can be added."""
+    """Raise ValueError unless an adapter changes only outputs, and keeps their shape, and trains no base tensor.
+
+    A sum needs changes that all start from the same output; an edit of an input or a weight has no such change."""
     if a.base_values:
         raise ValueError(f"{a.name} trains {next(iter(a.base_values))}: only changes of outputs can be summed")
     for path, e in a.edits.items():

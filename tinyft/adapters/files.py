@@ -42,7 +42,8 @@ def save_adapter(model: Module, path: str | os.PathLike, name: str | None = None
     method again."""
     a = edit.get_attached(model, name)
     cls = type(a.method)
-    if a.edits and cls.edit is Method.edit and cls.edits is Method.edits:      # made by `combine`
+    # An adapter made by `combine` has edits that its class cannot make.
+    if a.edits and cls.edit is Method.edit and cls.edits is Method.edits:
         raise ValueError(f"{cls.__name__} is not a method that load_adapter could make again: it has no `edit`")
     facts = {
         "method": describe(a.method),
@@ -84,6 +85,7 @@ def load_adapter(model: Module, path: str | os.PathLike, name: str | None = None
     class_name, fields = _class_and_fields(path, facts)
     made = _make_method(path, class_name, fields, method)
     check_base(facts["base"], identify_base(model))
+    # The adapter trains a new task head exactly if its file holds one.
     a = edit.attach(model, made, name or facts["name"], facts.get("seed", 0), train_head=bool(facts["head"]))
     try:
         edit.load_state_dict(model, a, {_name_in_model(a, n): v for n, v in arrays.items()})
@@ -94,14 +96,16 @@ def load_adapter(model: Module, path: str | os.PathLike, name: str | None = None
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """(facts, arrays) of the two files. ValueError if they are damaged or were not written together."""
+    """(the facts in adapter.json, the arrays in adapter.safetensors by their names there) of the folder `path`.
+
+    ValueError if the files are damaged or were not written together, which the checksum of the facts shows."""
     for file in ("adapter.json", "adapter.safetensors"):
         if not (path / file).exists():
             raise FileNotFoundError(f"{path} is no adapter: it has no {file}")
     try:
         facts = json.loads((path / "adapter.json").read_text())
         missing = {"method", "name", "head", "base"} - facts.keys()
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as e:
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as e:     # AttributeError: no JSON object
         raise ValueError(f"{path / 'adapter.json'} is damaged: {e}") from e
     if missing:
         raise ValueError(f"{path / 'adapter.json'} is damaged: it has no {min(missing)}")
@@ -112,7 +116,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def _class_and_fields(path: Path, facts: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The qualified class name and the fields of the method, under this version's names."""
+    """The qualified class name of the method in a file, and its fields {name: value} under this version's names.
+
+    facts: the content of adapter.json. Files of version 0.1 hold older names. ValueError if no method is named."""
     try:
         if isinstance(facts["method"], dict):
             return facts["method"]["class"], dict(facts["method"]["fields"])
@@ -126,7 +132,10 @@ def _class_and_fields(path: Path, facts: dict[str, Any]) -> tuple[str, dict[str,
 
 
 def _make_method(path: Path, class_name: str, fields: dict[str, Any], given: type[Method] | Method | None) -> Method:
-    """The method of a file: made from its fields, or the method `given` to load_adapter, if it agrees with the file."""
+    """The method of a file: made from its fields, or the method `given` to load_adapter, if it agrees with the file.
+
+    class_name and fields are those in the file; given may also be the class alone. A class of the library is found by
+    its short name. ValueError if the class is unknown or another, or if a field differs or cannot be made again."""
     short = class_name.split(".")[-1]
     cls = type(given) if isinstance(given, Method) else given
     known = find_method(short) if class_name.startswith("tinyft.") else None
@@ -173,8 +182,10 @@ def find_method(name: str) -> type[Method] | None:
 def identify_base(model: Module) -> dict[str, Any]:
     """The family and the sizes of a model, and a digest of its original weights, without any adapter.
 
-    Only the shapes of a new head are included: its weights are part of the adapter."""
-    original: dict[str, Any] = {}                        # the first method that trains a tensor keeps the original
+    An adapter file holds it, so that load_adapter can refuse another base. Only the shapes of a new head are included:
+    its weights are part of the adapter. float16 and float64 weights are compared as float32."""
+    # {name: values from before any method trained it}. The first method that trains a tensor keeps them.
+    original: dict[str, Any] = {}
     for a in reversed(edit.attached(model)):
         original.update(a.base_values)
     parameters = edit.base_parameters(model)
@@ -198,7 +209,10 @@ def identify_base(model: Module) -> dict[str, Any]:
 
 
 def check_base(wanted: dict[str, Any], got: dict[str, Any]) -> None:
-    """Raise ValueError, naming the first difference, unless an adapter's base is this one."""
+    """Raise ValueError, naming the first difference, unless an adapter's base is this one.
+
+    wanted: from the adapter's file; got: of this model. Both are as identify_base gives them. The differences that
+    explain most come first."""
     descriptions = {
         "family": "a model of the family {}",
         "numbers": "a base of {:,} parameters",

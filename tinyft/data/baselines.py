@@ -79,7 +79,11 @@ class TfIdf:
         self.least = least
 
     def fit(self, texts: Sequence[str]) -> TfIdf:
-        """Choose the terms and compute their inverse document frequencies."""
+        """Choose the terms, and compute their inverse document frequencies 1 + log((1 + n) / (1 + frequency)).
+
+        A term is a word or a pair of neighbouring words. n is the number of texts, frequency the number of texts that
+        contain the term; it is chosen if that is at least `least`.
+        """
         counts: Counter[str] = Counter()
         for text in texts:
             counts.update(set(self.terms(text)))
@@ -90,7 +94,10 @@ class TfIdf:
         return self
 
     def transform(self, texts: Sequence[str]) -> Sparse:
-        """n texts -> (n, d). Terms outside the vocabulary are left out."""
+        """n texts -> (n, d): row i holds (1 + log count) idf of every term in text i, divided by the row's norm.
+
+        d is the number of terms that `fit` chose. Other terms are left out.
+        """
         rows: list[int] = []
         columns: list[int] = []
         counts: list[int] = []
@@ -125,7 +132,10 @@ class LogisticRegression:
         self.C = C
 
     def loss(self, theta: np.ndarray, X: Sparse, labels: np.ndarray) -> tuple[float, np.ndarray]:
-        """Loss and gradient at theta = [W; b] flattened, ((d + 1) K,)."""
+        """Mean cross-entropy + |W|² / (2 C n), and its gradient, at theta = [W; b] flattened, ((d + 1) K,).
+
+        X (n, d); labels (n,) in 0 .. K − 1. C is the inverse strength of the penalty, as in scikit-learn.
+        """
         W, b = self._split(theta)
         n = X.shape[0]
         z = X.dot(W) + b  # (n, K)
@@ -159,6 +169,8 @@ def inner(a: np.ndarray, b: np.ndarray) -> float:
 def lbfgs(f: Callable, x: np.ndarray, steps: int, memory: int = 6, tolerance: float = 1e-5) -> np.ndarray:
     """Minimise a smooth convex f: x -> (value, gradient).   Nocedal & Wright, Numerical Optimization, 2006, alg. 7.4
 
+    Starts at x (n,) and returns the last x.
+
     memory      number of pairs (change of x, change of the gradient) that approximate the curvature
     tolerance   stop when no entry of the gradient is larger
     """
@@ -171,12 +183,13 @@ def lbfgs(f: Callable, x: np.ndarray, steps: int, memory: int = 6, tolerance: fl
         slope = inner(gradient, direction)
         step_size = 1.0
         new_value, new_gradient = f(x + step_size * direction)
+        # Armijo's condition: halve the step until the value falls by a small part, 1e-4, of what the slope promises.
         while new_value > value + 1e-4 * step_size * slope and step_size > 1e-10:
             step_size /= 2
             new_value, new_gradient = f(x + step_size * direction)
         s = step_size * direction
         y = new_gradient - gradient
-        if inner(s, y) > 1e-12:
+        if inner(s, y) > 1e-12:  # positive curvature: keeps the approximation positive definite
             pairs.append((s, y))
         pairs = pairs[-memory:]
         x = x + s
@@ -185,14 +198,17 @@ def lbfgs(f: Callable, x: np.ndarray, steps: int, memory: int = 6, tolerance: fl
 
 
 def _lbfgs_direction(gradient: np.ndarray, pairs: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """-H⁻¹ gradient, with H⁻¹ approximated from the pairs (the two-loop recursion)."""
+    """-H⁻¹ gradient, with the inverse Hessian H⁻¹ approximated from the pairs by the two-loop recursion of L-BFGS.
+
+    pairs   (s, y) = (change of x, change of the gradient) of the last steps, oldest first; without pairs H⁻¹ = 1
+    """
     direction = -gradient
     alphas = []
     for s, y in reversed(pairs):
         alpha = inner(s, direction) / inner(s, y)
         alphas.append(alpha)
         direction = direction - alpha * y
-    if pairs:
+    if pairs:  # between the loops: H⁻¹ ≈ (s·y / y·y) times the identity, from the latest pair
         s, y = pairs[-1]
         direction = direction * (inner(s, y) / inner(y, y))
     for (s, y), alpha in zip(pairs, reversed(alphas), strict=True):
@@ -204,7 +220,8 @@ def _lbfgs_direction(gradient: np.ndarray, pairs: list[tuple[np.ndarray, np.ndar
 def simple(train: Examples, valid: Examples, test: Examples, classes: int) -> dict[str, np.ndarray]:
     """Test predictions of the majority class and of TF-IDF with logistic regression: {"majority", "tfidf": (N,)}.
 
-    Splits have .texts and .labels. C is the best of 1, 10, 100 on the validation split, by macro-F1.
+    A fine-tuned model is worth its cost only if it beats both. classes: the number of classes. C, the inverse strength
+    of the penalty, is the best of 1, 10, 100 on the validation split, by macro-F1.
     """
     features = TfIdf().fit(train.texts)
     X, X_valid, X_test = (features.transform(split.texts) for split in (train, valid, test))
@@ -233,7 +250,8 @@ def unigram_perplexity(train: np.ndarray, test: np.ndarray, vocab: int) -> float
 def bigram_perplexity(train: np.ndarray, valid: np.ndarray, test: np.ndarray, vocab: int) -> float:
     """Perplexity of p(b | a) = (count(ab) + m p(b)) / (count(a) + m) over all test tokens but the first.
 
-    m is the best of seven values on the validation tokens.
+    The counts, and p(b) with one added to every count, are of the training tokens; b follows a. m is the best of seven
+    values on the validation tokens. Token arrays are (N,), of ids below vocab.
     """
     unigram = _unigram_probabilities(train, vocab)
     pairs = _pair_counts(train, vocab)
@@ -254,9 +272,10 @@ def unigram_mlm_accuracy(train: np.ndarray, test: np.ndarray) -> float:
 
 
 def bigram_mlm_accuracy(train: np.ndarray, test: np.ndarray, vocab: int, limit: int = 10_000) -> float:
-    """Accuracy of argmax_b p(b | left) p(right | b), with m = 16, on `limit` test tokens.
+    """Accuracy of argmax_b p(b | left) p(right | b), on the first `limit` test tokens that have two neighbours.
 
-    Both neighbours are visible, which is easier than masking 15 % of the tokens.
+    p(b | a) = (count(ab) + m p(b)) / (count(a) + m) with m = 16; counts are of the training tokens. Both neighbours are
+    visible, so the task is easier than for a model that sees 15 % of the tokens masked.
     """
     unigram = _unigram_probabilities(train, vocab)
     pairs = _pair_counts(train, vocab)

@@ -52,6 +52,10 @@ class Batches:
         drop_last: bool = False,
         lengths: Sequence[int] | None = None,
     ) -> None:
+        """Start at the first batch of epoch 0. The class describes the arguments; ValueError if they do not fit.
+
+        Without `collate`, the examples are arrays of token ids of one length.
+        """
         if len(examples) == 0:
             raise ValueError("Batches wants at least one example, got an empty dataset")
         if batch_size < 1:
@@ -84,6 +88,10 @@ class Batches:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
+        """The next batch. After the last batch of an epoch a new epoch begins, in its own order.
+
+        The generator for `collate` depends on (seed, epoch, batch) alone, so a resumed stream gives the same batches.
+        """
         if self.batch == len(self):
             self.epoch += 1
             self.batch = 0
@@ -94,9 +102,9 @@ class Batches:
         return self._collate(chosen, generator(self.seed, NOISE, self.epoch, self.batch))
 
     def once(self) -> Iterator[dict[str, np.ndarray]]:
-        """Every example once, in the given order, the same each time. The last batch may be short.
+        """Batches of every example once, in the given order, for evaluation. The last batch may be short.
 
-        The stream does not advance.
+        Each call gives the same batches, random corruption included. The stream does not advance.
         """
         indices = np.arange(len(self.examples))
         for start in range(0, len(indices), self.batch_size):
@@ -131,6 +139,7 @@ class Batches:
         self._order = self._epoch_order()  # depends on the seed and the epoch
 
     def _settings(self) -> dict[str, int | bool]:
+        """The settings that decide the order of the batches: a saved position fits only a stream with the same ones."""
         return {
             "examples": len(self.examples),
             "batch_size": self.batch_size,
@@ -140,14 +149,18 @@ class Batches:
         }
 
     def _epoch_order(self) -> np.ndarray:
-        """The indices of all examples in the order of this epoch, (N,)."""
+        """The indices of all examples in the order of this epoch, (N,). It depends on seed and epoch alone.
+
+        With `lengths`, examples of similar length are neighbours, so that they share a batch and need little padding.
+        """
         if not self.shuffle:
             return np.arange(len(self.examples))
         rng = generator(self.seed, ORDER, self.epoch)
         order = rng.permutation(len(self.examples))
         if self.lengths is None:
             return order
-        # Sort by length within pools of POOL batches, then shuffle the batches. The short batch stays last.
+        # Sort by length within pools of POOL batches, then shuffle the batches. The short batch stays last,
+        # since __next__ cuts the order every batch_size indices.
         full = len(order) - len(order) % self.batch_size
         pools = np.split(order[:full], range(POOL * self.batch_size, full, POOL * self.batch_size))
         by_length = [pool[np.argsort(self.lengths[pool], kind="stable")] for pool in pools]
@@ -257,7 +270,8 @@ def lm_batches(
 ) -> Batches:
     """Batches for causal language modelling: ids (B, T), mask (B, T) all True.
 
-    There are no labels: each token is the label of the token before it.
+    The rows are cut from the tokens (N,) without overlap. There are no labels: each token is the label of the token
+    before it.
     """
     return Batches(windows(tokens, T), batch_size, seed, shuffle, _stack, drop_last)
 
@@ -272,9 +286,10 @@ def mlm_batches(
     p: float = 0.15,
     drop_last: bool = False,
 ) -> Batches:
-    """Batches for masked language modelling: [CLS] T-2 tokens [SEP], corrupted by `mlm` anew in every epoch.
+    """Batches for masked language modelling: ids (B, T) are [CLS] T−2 tokens [SEP], corrupted anew in every epoch.
 
-    Labels are (B, T), -100 at positions that are not predicted.
+    `mlm` corrupts them: p is the share of positions that are predicted. Labels are (B, T), -100 at all other positions.
+    The tokens (N,) are cut without overlap.
     """
     if T < 3:
         raise ValueError(f"mlm_batches wants T of at least 3 ([CLS], a token, [SEP]), got {T}")

@@ -70,9 +70,10 @@ def _choose(count: int, seed: int, size: int | None) -> np.ndarray:
 
 @functools.cache
 def _labelled_by_split(label: Callable[[Record], list[tuple[str, int]]]) -> dict[str, list[tuple[str, int]]]:
-    """{split: (text, label) pairs of all records}, in random order.
+    """{split: (text, label) pairs of all records}, in random order. label(record) gives the pairs of one record.
 
-    A text that occurs several times is kept once, in the first split that contains it.
+    A text that occurs several times is kept once, in the first split that contains it, training first. So no text is
+    in two splits. `key` decides which texts count as the same: it ignores case and white space.
     """
     pairs = {split: [] for split in SPLITS}
     seen = set()
@@ -96,7 +97,10 @@ PLAIN = re.compile(r"""(["'`*(\[]*)([a-z]+(?:['-][a-z]+)*)(["'`*)\],;:.!?]*)$"""
 
 
 def sentences(text: str) -> list[str]:
-    """The full sentences of 6 to 40 words in a text, at least two thirds of them plain lower-case words."""
+    """The full sentences of 6 to 40 words in a text, at least two thirds of them plain lower-case words.
+
+    They are the examples of *intact*, in which two such words are swapped. A sentence does not go beyond its line.
+    """
     found = []
     for line in text.split("\n"):
         for sentence in SENTENCE_END.split(line):
@@ -128,6 +132,7 @@ def swap_two(sentence: str, rng: np.random.Generator) -> str:
         raise ValueError(f"swap_two wants a sentence with two different lower-case words, got {sentence!r}")
     i = positions[rng.integers(len(positions))]
     open_i, word_i, close_i = PLAIN.match(words[i]).groups()
+    # A match of PLAIN has three groups: opening marks, the word, closing marks.
     others = [j for j in positions if PLAIN.match(words[j])[2] != word_i]
     j = others[rng.integers(len(others))]
     open_j, word_j, close_j = PLAIN.match(words[j]).groups()

@@ -58,14 +58,18 @@ class BERTFamily(Family):
         return re.sub(r"\bLayerNorm\.(gamma|beta)$", lambda match: LAYER_NORM[match[0]], name)
 
     def read_config(self, config: dict, names: Collection[str]) -> Plan:
-        """The BERT that config.json describes. Its dropout rate is the largest of the three in config.json."""
+        """The plan of the BERT that config.json describes. Its dropout rate is the largest of the three in config.json.
+
+        names: of the file's tensors, without `bert.`. They decide on the pooler, and on the head if config.json names
+        no class. ValueError for a setting that our BERT does not have.
+        """
         check_setting(config, "hidden_act", ["gelu"], "BERT")
         check_setting(config, "position_embedding_type", ["absolute", None], "BERT")
         check_setting(config, "is_decoder", [False], "BERT")
         check_setting(config, "add_cross_attention", [False], "BERT")
         named = architecture(config, HEADS)
         head = HEADS[named] if named is not None else head_among(names)
-        sizes = BERTConfig(
+        model_config = BERTConfig(
             vocab=size(config, "vocab_size", 30522),
             positions=size(config, "max_position_embeddings", 512),
             token_types=size(config, "type_vocab_size", 2),
@@ -76,10 +80,10 @@ class BERTFamily(Family):
             dropout=max(number(config, key, default, below=1) for key, default in DROPOUTS.items()),
             eps=number(config, "layer_norm_eps", 1e-12))
         pooler = head == "classes" or any(name.startswith("pooler.") for name in names)
-        return Plan(sizes, head, class_count(config) if head == "classes" else 0, pooler=pooler)
+        return Plan(model_config, head, class_count(config) if head == "classes" else 0, pooler=pooler)
 
     def table(self, plan: Plan) -> Table:
-        """{name in the model: FileTensor}."""
+        """{name in the model: FileTensor}: the name in a file and the shape of every tensor of the plan's BERT."""
         c = plan.config
         C = c.width
         F = c.hidden or 4 * C
@@ -112,7 +116,10 @@ class BERTFamily(Family):
         return model
 
     def plan_of(self, model: Module) -> Plan:
-        """The plan of this BERT. ValueError for a head other than the masked one, the classifier and none."""
+        """The plan of this BERT. ValueError for a head other than the masked one, the classifier and none.
+
+        The classifier must have a bias and read the pooler, as BertForSequenceClassification does.
+        """
         head = model.head
         pooler = model.pooler is not None
         if head is None:
@@ -125,7 +132,7 @@ class BERTFamily(Family):
                          f"got a {type(head).__name__}")
 
     def write_config(self, plan: Plan) -> dict[str, Any]:
-        """The config.json of a plan."""
+        """The config.json of a plan, with transformers' keys. Our one dropout rate stands under all three keys."""
         c = plan.config
         return {
             "model_type": self.model_type,

@@ -62,7 +62,10 @@ def read_all(folder: Path) -> dict[str, np.ndarray]:
 
 
 def _read_shards(folder: Path, index: Path) -> dict[str, np.ndarray]:
-    """The tensors of all shards. Each tensor must stand in exactly one shard."""
+    """{name: view into its shard} of all tensors. index: the JSON file whose weight_map is {tensor: shard's file name}.
+
+    ValueError unless each tensor stands in exactly one shard, FileNotFoundError if a shard is missing.
+    """
     shard_of = read_json(index).get("weight_map")
     if not isinstance(shard_of, dict) or not all(map(_is_file_name, shard_of.values())):
         raise ValueError(f"{index} is damaged: wanted a weight_map from tensors to files beside it")
@@ -85,8 +88,9 @@ def _is_file_name(name: Any) -> bool:
 
 
 def read_file(file: Path) -> dict[str, np.ndarray]:
-    """{name: view} of one safetensors file. ValueError if it is damaged.
+    """{name: view into the mapped file} of one safetensors file. ValueError if it is damaged.
 
+    The file is 8 bytes with the length of the header, the JSON header, and the data.
     The safetensors library checks the header: its JSON, and that shapes, dtypes and offsets cover the file
     exactly. The views are made here, since not every version of the library gives bfloat16 to NumPy.
     """

@@ -37,7 +37,11 @@ class GPT2Family(Family):
         return None if CAUSAL_MASK.fullmatch(name) else name
 
     def read_config(self, config: dict, names: Collection[str]) -> Plan:
-        """The GPT that config.json describes. Its dropout rate is the largest of the three in config.json."""
+        """The plan of the GPT that config.json describes. Its dropout rate is the largest of the three in config.json.
+
+        names: of the file's tensors, without `transformer.`. They decide on the head if config.json names no class.
+        ValueError for a setting that our GPT does not have.
+        """
         check_setting(config, "activation_function", ["gelu_new", "gelu_pytorch_tanh"], "GPT-2")
         check_setting(config, "scale_attn_weights", [True], "GPT-2")
         check_setting(config, "scale_attn_by_inverse_layer_idx", [False], "GPT-2")
@@ -47,7 +51,7 @@ class GPT2Family(Family):
             head = HEADS[named]
         else:
             head = "classes" if "score.weight" in names else "lm"
-        sizes = GPTConfig(
+        model_config = GPTConfig(
             vocab=size(config, "vocab_size", 50257),
             positions=size(config, "n_positions", config.get("n_ctx", 1024)),
             width=size(config, "n_embd", 768),
@@ -56,10 +60,13 @@ class GPT2Family(Family):
             hidden=None if config.get("n_inner") is None else size(config, "n_inner"),
             dropout=max(number(config, key, 0.1, below=1) for key in DROPOUTS),
             eps=number(config, "layer_norm_epsilon", 1e-5))
-        return Plan(sizes, head, class_count(config) if head == "classes" else 0)
+        return Plan(model_config, head, class_count(config) if head == "classes" else 0)
 
     def table(self, plan: Plan) -> Table:
-        """{name in the model: FileTensor}."""
+        """{name in the model: FileTensor}: the name in a file and the shape of every tensor of the plan's GPT.
+
+        The file's c_attn holds q, k and v, so three tensors of the model name it, each with its third.
+        """
         c = plan.config
         C = c.width
         F = c.hidden or 4 * C
@@ -88,7 +95,10 @@ class GPT2Family(Family):
         return model
 
     def plan_of(self, model: Module) -> Plan:
-        """The plan of this GPT. ValueError for a head other than the tied one and the classifier."""
+        """The plan of this GPT. ValueError for a head other than the tied one and the classifier.
+
+        Neither may have a bias: the classes of transformers have none.
+        """
         head = model.head
         if type(head) is Classifier and head.out.bias is None:
             return Plan(model.config, "classes", head.out_features)
@@ -98,7 +108,7 @@ class GPT2Family(Family):
                          f"got a {type(head).__name__}")
 
     def write_config(self, plan: Plan) -> dict[str, Any]:
-        """The config.json of a plan."""
+        """The config.json of a plan, with transformers' keys. Our one dropout rate stands under all three keys."""
         c = plan.config
         named = "GPT2ForSequenceClassification" if plan.head == "classes" else "GPT2LMHeadModel"
         return {

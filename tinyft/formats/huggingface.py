@@ -69,7 +69,7 @@ def load(path: str | os.PathLike, dtype: Any = None) -> tuple[Module, Tokenizer 
         table = family.table(plan)
         _check_tensors(table, stored)
     except ValueError as e:
-        if str(folder) in str(e):
+        if str(folder) in str(e):                          # the message names the directory already
             raise
         raise ValueError(f"{folder}: {e}") from e
     tokenizer = _read_tokenizer(folder)
@@ -78,6 +78,7 @@ def load(path: str | os.PathLike, dtype: Any = None) -> tuple[Module, Tokenizer 
         host = _cast(place.read(stored[place.name]), dtype, name)
         arrays[name] = array.asarray(host)
     model = set_parameters(family.build(plan), arrays)
+    # `save` writes these entries again.
     model._kept_config = {key: config[key] for key in KEPT if key in config}
     return model, tokenizer
 
@@ -114,7 +115,11 @@ def _family_of_type(model_type: Any, folder: Path) -> Family:
 
 
 def _under_table_names(family: Family, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The tensors under the names of the family's table. ValueError if two tensors have the same table name."""
+    """The tensors of a file under the names of the family's table, such as without the prefix `bert.`.
+
+    Tensors that are no weights of the model are left out. ValueError if two tensors have the same table name: files may
+    spell a name in several ways.
+    """
     out: dict[str, np.ndarray] = {}
     spelling: dict[str, str] = {}
     for name, tensor in tensors.items():
@@ -140,8 +145,9 @@ def _check_sizes(plan: Plan, stored: dict[str, np.ndarray]) -> None:
 def _without_aliases(family: Family, plan: Plan, config: dict, stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The tensors with one name each: the second name of a tied tensor is replaced by its first.
 
-    ValueError if the two names of a tied tensor hold different values, or if config.json asks for an output
-    layer of its own.
+    family.tied is {second name: first name}; the output layer shares the weight of the embedding. ValueError if the two
+    names of a tied tensor hold different values, or if config.json asks for an output layer of its own that the file
+    does not hold.
     """
     output_layer = next((alias for alias in family.tied if alias.endswith(".weight")), None)
     is_untied = config.get("tie_word_embeddings") is False and plan.head in ("lm", "mlm")
@@ -168,7 +174,10 @@ def _equal(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def _check_tensors(table: Table, stored: dict[str, np.ndarray]) -> None:
-    """ValueError that names all missing and unexpected tensors, and all tensors of a wrong shape or dtype."""
+    """Raise ValueError unless the file's tensors are those of the table, with its shapes and a floating-point dtype.
+
+    The message names the missing, the unexpected and the wrong tensors, four of each.
+    """
     shapes = {place.name: place.file_shape for place in table.values()}
     missing = [name for name in shapes if name not in stored]
     unexpected = [name for name in stored if name not in shapes]
@@ -199,7 +208,7 @@ def _read_tokenizer(folder: Path) -> Tokenizer | None:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as e:                                 # the library raises plain Exception
         raise ValueError(f"{file} is damaged: {e}") from e
-    if folder.parent == ASSETS:
+    if folder.parent == ASSETS:                            # a model that ships with tinyft
         tokenizer.encode_special_tokens = True             # as in data.shipped_tokenizer: "[MASK]" in a text is text
     return tokenizer
 
@@ -208,6 +217,7 @@ def _cast(a: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     """A copy of a in C order and of this dtype. OverflowError if a finite value would become infinite."""
     with np.errstate(over="ignore"):
         b = np.array(a, dtype, order="C")
+    # A wider dtype holds every value. float16 and bfloat16 are equally wide, but float16 has the smaller range.
     may_overflow = dtype != a.dtype and dtype.itemsize <= a.dtype.itemsize
     if may_overflow and not np.isfinite(b[np.isfinite(a)]).all():
         raise OverflowError(f"{name} holds a value too large for {dtype}: choose a wider dtype")
@@ -320,7 +330,10 @@ def _json(values: dict) -> bytes:
 
 
 def _tokenizer_config(tokenizer: Tokenizer, plan: Plan) -> dict[str, Any]:
-    """The tokenizer_config.json that transformers reads."""
+    """The tokenizer_config.json that transformers reads: the longest input, and the special tokens.
+
+    A special token is written if the tokenizer's vocabulary has one of its spellings.
+    """
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": plan.config.positions}
     for kind, spellings in SPECIAL.items():
         known = _known(tokenizer, spellings)
@@ -337,7 +350,11 @@ def _known(tokenizer: Tokenizer | None, spellings: Iterable[str]) -> list[str]:
 
 
 def _kept_entries(model: Module, plan: Plan, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """The entries that `load` kept, with class names that fit the head and the special tokens of the tokenizer."""
+    """Entries of config.json: those that `load` kept from the model's file, brought up to date.
+
+    The class names are replaced if their number is not that of the head; the ids of special tokens, if the tokenizer
+    has them. A model that was not loaded has no kept entries.
+    """
     kept = dict(getattr(model, "_kept_config", {}))
     if len(kept.get("id2label") or ()) != plan.classes:    # another head than the one that was loaded
         for key in ("id2label", "label2id", "problem_type"):

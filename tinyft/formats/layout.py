@@ -99,7 +99,10 @@ def add_stored_classifier(model: Any, classes: int) -> None:
 
 
 def set_parameters(model: Module, arrays: Mapping[str, Any]) -> Module:
-    """Replace the data of every parameter by the array of its name. Nothing is copied."""
+    """Replace the data of every parameter by the array of its name; return the model. Nothing is copied.
+
+    AssertionError if names or shapes differ: then the family's table is wrong, not the file.
+    """
     parameters = model.named_parameters()
     shapes = {name: p.shape for name, p in parameters.items()}
     if shapes != {name: a.shape for name, a in arrays.items()}:

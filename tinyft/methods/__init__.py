@@ -36,7 +36,7 @@ def methods() -> list[Entry]:
     """Every method class, as a table. Each class is constructible without arguments."""
     table = []
     for cls in ALL:
-        family = cls.__module__.split(".")[-2]
+        family = cls.__module__.split(".")[-2]           # tinyft.methods.<family>.<file>
         paper = sys.modules[cls.__module__].__doc__.strip().splitlines()[0]
         line = (cls.__doc__ or "").strip().splitlines()[0]
         table.append(Entry(cls, family, paper, line))

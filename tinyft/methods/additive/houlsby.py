@@ -43,7 +43,9 @@ class Houlsby(Method):
         return Bottleneck(module.out_features, self.m, self.std, rng)
 
     def trains(self, model: Module) -> set[str]:
-        """The tensors of all layer norms, except those inside the head or the pooler."""
+        """The names of the tensors of all layer norms, except those inside the head or the pooler.
+
+        The empty set if norms=False. `top_modules` are the modules above the blocks."""
         if not self.norms:
             return set()
         norms = set(sublayers(model).values())

@@ -43,6 +43,10 @@ class PrefixTuning(Method):
         return {**token_embedding(model), **found} if self.shift else found
 
     def edits(self, found: dict[str, Module], rng: np.random.Generator) -> dict[str, Edit]:
+        """{path: edit} for the modules that `find` gave: a prefix for every `kv` of an attention.
+
+        With `mlp`, all prefixes are computed from one shared part. If `shift` is True, found holds
+        the token embedding too; its edit moves the positions of the text."""
         shared = None                                    # the part of the MLP that all layers share
         edits: dict[str, Edit] = {}
         for path, module in found.items():
@@ -82,6 +86,9 @@ class Prefix(Edit):
         return self.K, self.V
 
     def after(self, x: tuple, y: tuple, ctx: Context) -> tuple:
+        """(k, v, key_mask) with the prefix in front, the same one for every row of the batch.
+
+        y: k and v (B, H, Tk, D), key_mask (B, Tk) or None. x, the module's input, is not used."""
         k, v, key_mask = y
         P_K, P_V = self.prefix(ctx)
         B = k.shape[0]

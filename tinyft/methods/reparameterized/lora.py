@@ -35,6 +35,9 @@ class LoRA(Method):
     targets: Any = "attn.[qv]"
 
     def edit(self, path: str, module: Module, rng: np.random.Generator) -> Edit:
+        """The edit of one linear map or embedding. TypeError for a module without a weight matrix.
+
+        ValueError for a rank below 1."""
         weight = vars(module).get("weight")
         if len(getattr(weight, "shape", ())) != 2:
             raise TypeError(
@@ -52,6 +55,7 @@ class LowRank(Edit):
 
     def __init__(self, in_features: int, out_features: int, r: int, s: float, dropout: float,
                  rng: np.random.Generator):
+        """A (r, in) ~ U(±1/√in) and B (out, r) = 0, so the first output is the base's. s = α/r."""
         bound = in_features**-0.5
         A = rng.uniform(-bound, bound, (r, in_features)).astype(np.float32)
         self.A = Parameter(array.asarray(A))

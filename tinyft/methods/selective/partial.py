@@ -23,7 +23,10 @@ class Partial(Method):
     k: int = 1
 
     def trains(self, model: Module) -> set[str]:
-        """Raises ValueError unless every stack has k blocks."""
+        """Names of the tensors of the top k blocks of every stack and of the modules above them.
+
+        With k = 0 the norms above the blocks are left out. ValueError unless every stack has k
+        blocks."""
         depth = min(len(blocks) for blocks in stacks(model).values())
         if not 0 <= self.k <= depth:
             raise ValueError(
