@@ -16,25 +16,32 @@ EXPECTED_ERRORS = (ValueError, LookupError, OSError, ArithmeticError, RuntimeErr
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; the exit status is 0, or 1 with one sentence on standard error."""
+    """Run a command; the exit status is 0, or 1 if it fails or finds a fault.
+
+    An expected error is one sentence on standard error. As in a shell, the status is 130 after Ctrl-C, and 141 if the
+    reader of the output has closed it.
+    """
     args = parser().parse_args(argv)
     try:
         return args.run(args)
     except BrokenPipeError:  # `tinyft status | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails again when it flushes
         return 141
     except KeyboardInterrupt as e:
         text = str(e)
         print("\nstopped" + (f": {text}" if text else ""), file=sys.stderr)
         return 130
     except EXPECTED_ERRORS as e:
-        text = e.args[0] if isinstance(e, KeyError) and e.args else e
+        text = e.args[0] if isinstance(e, KeyError) and e.args else e  # str of a KeyError has quotes
         print(f"tinyft: {text}", file=sys.stderr)
         return 1
 
 
 def parser() -> argparse.ArgumentParser:
-    """All commands and their arguments."""
+    """All commands and their arguments; the learner's are added by learn.commands.register.
+
+    Each command sets `run`, the function that `main` calls with the arguments.
+    """
     p = argparse.ArgumentParser(prog="tinyft", description="fine-tuning and compression of transformers, from scratch")
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
     c = commands.add_parser(
@@ -65,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _compare(args: argparse.Namespace) -> int:
+    """Run the comparison with the settings of args.preset, changed by the options given. Returns the exit status."""
     from .compare import PRESETS, compare
 
     settings = {}
@@ -83,6 +91,7 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _methods(args: argparse.Namespace) -> int:
+    """Print every method under its family, with its paper and one line. Returns the exit status, 0."""
     from .methods import methods
 
     family = None
@@ -98,6 +107,7 @@ def _methods(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
+    """Print the state of this machine, and what is wrong with it. The exit status is 1 if there is an error."""
     from .doctor import examine
 
     lines, errors = examine()

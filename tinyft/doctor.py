@@ -28,7 +28,9 @@ Lines = list[tuple[str, str]]
 
 
 def examine() -> tuple[Lines, list[str]]:
-    """Examine everything once. Nothing is raised: problems are returned as sentences."""
+    """(lines, errors): the state of this machine as pairs (name, text), and what is wrong, in sentences.
+
+    Nothing is raised."""
     from . import __version__
 
     errors: list[str] = []
@@ -47,7 +49,8 @@ def examine() -> tuple[Lines, list[str]]:
 
 
 def wheels() -> dict[str, str]:
-    """The installed packages of CuPy: {distribution: version}. All write into one folder, so two are an error."""
+    """The installed packages of CuPy, such as cupy-cuda12x: {package: version}. Two are an error: they write the same
+    files."""
     found = {}
     for distribution in importlib.metadata.distributions():
         name = distribution.metadata["Name"] or ""
@@ -57,7 +60,7 @@ def wheels() -> dict[str, str]:
 
 
 def _numpy() -> str:
-    """NumPy's version, its BLAS and the number of threads."""
+    """NumPy's version, its BLAS (the library that multiplies its matrices) and the threads of that, as text."""
     libraries = []
     for library in system.libraries():
         name = f"{library.internal_api} {library.version or ''}".strip()
@@ -69,7 +72,7 @@ def _numpy() -> str:
 
 
 def _kernels() -> str:
-    """The ops that have a kernel for NumPy arrays."""
+    """The ops that have a kernel, a faster drop-in, for NumPy arrays; as text."""
     names = sorted(name for name, f in OPS.items() if dispatch.find(f, np.ndarray))
     if not names:
         return "off (TINYFT_KERNELS): every op is its definition"
@@ -77,7 +80,7 @@ def _kernels() -> str:
 
 
 def _lessons() -> str:
-    """The libraries that only the lessons need."""
+    """The state of the libraries that only the lessons need, as text."""
     texts = []
     if find_spec("hypothesis"):
         texts.append("Hypothesis is there")
@@ -88,7 +91,9 @@ def _lessons() -> str:
 
 
 def _cupy(errors: list[str]) -> Lines:
-    """CuPy, the driver and the device."""
+    """The lines on CuPy, and if it works on the driver and the device. What is wrong is added to `errors`.
+
+    A machine on which no package of CuPy is installed is healthy."""
     packages = wheels()
     reason = array.why_no_cupy()
     if len(packages) > 1:
@@ -103,7 +108,7 @@ def _cupy(errors: list[str]) -> Lines:
 
 
 def _too_many(packages: dict[str, str]) -> str:
-    """The error for several packages of CuPy."""
+    """The error for several packages of CuPy, {package: version}: remove all, and install the one for this CUDA."""
     cuda = "13" if any("cuda13" in name for name in packages) else "12"
     uninstall = f"pip uninstall -y {' '.join(packages)}"
     install = f'pip install "{array.EXTRA}{cuda}]"'
@@ -123,7 +128,9 @@ def _device() -> Lines:
 
 
 def _backend(errors: list[str]) -> str:
-    """The backend in use and the reason for it."""
+    """The backend in use and the reason for it, as text.
+
+    A backend that TINYFT_BACKEND names and that cannot be used is added to `errors`, unless its reason is there."""
     requested = os.environ.get("TINYFT_BACKEND")
     try:
         name = array.backend()
@@ -133,7 +140,7 @@ def _backend(errors: list[str]) -> str:
         return f"none: TINYFT_BACKEND={requested} cannot be used"
     if requested is None:
         return f"{name}, the default" if name == "numpy" else f"{name}, chosen by tinyft.use"
-    if requested == "auto" and name != "strict":
+    if requested == "auto" and name != "strict":         # auto chooses cupy or numpy; only tinyft.use chooses strict
         works = "works" if name == "cupy" else "does not work here"
         return f"{name}, by TINYFT_BACKEND=auto: CuPy {works}"
     if name == requested:

@@ -38,7 +38,10 @@ def load_base(s: Settings) -> tuple[Module, Tokenizer]:
 
 
 def build(s: Settings, c: Contender, seed: int) -> Module:
-    """The base model as this contender changes it, ready to train."""
+    """A new copy of the base model with the contender's method attached, and a classifier if the task has classes.
+
+    A contender without a method trains from scratch: its model has the base's architecture and random weights.
+    """
     model, _ = load_base(s)
     if c.method is None:
         model = type(model)(model.config, seed=seed)
@@ -77,14 +80,17 @@ class Material:
 
 @lru_cache(maxsize=4)
 def load_material(s: Settings, seed: int) -> Material:
-    """The task with this seed, its training batches and its test batches."""
+    """The task with this seed, its training batches and its test batches.
+
+    Cached: all contenders of a worker process share the same object.
+    """
     model, tokenizer = load_base(s)
     if s.lm:
         task = data.task(s.task, seed, s.train, tokenizer)
-        held_out = getattr(task, s.split)[: s.test * s.T]
+        held_out = getattr(task, s.split)[: s.test * s.T]  # s.test windows of s.T tokens
         train = data.lm_batches(task.train, s.T, s.batch, seed)
         test = data.lm_batches(held_out, s.T, s.batch)
-        prose = data.lm_batches(task.kept[: s.test * s.T], s.T, s.batch)
+        prose = data.lm_batches(task.kept[: s.test * s.T], s.T, s.batch)  # of the base's own domain
         return Material(task, train, held_out, list(test.once()), list(prose.once()))
     task = data.task(s.task, seed, s.train)
     form = "bert" if isinstance(model, BERT) else "gpt"
@@ -104,11 +110,15 @@ def by_length(examples: data.Examples, count: int) -> data.Examples:
 
 # ---------------------------------------------------------------------------------------------------- quality
 def train_one(s: Settings, c: Contender, seed: int) -> dict[str, float]:
-    """Train one contender with one seed; its held-out metrics, and the seconds it took."""
+    """Train one contender with one seed; {metric: value} on held-out data, and "seconds", the time that it took.
+
+    For domain, "prose" is the perplexity on the base's own domain, which shows forgetting.
+    """
     start = time.time()
     material = load_material(s, seed)
     model = build(s, c, seed)
     batches = material.train
+    # The batches are shared (load_material is cached): back to the start, so every contender sees the same ones.
     batches.load_state_dict({**batches.state_dict(), "epoch": 0, "batch": 0})
     fit(model, batches, s.steps, AdamW(c.lr), linear_schedule(0.1), seed=seed, progress=False)
     metrics = evaluate(model, material.test)
@@ -118,7 +128,7 @@ def train_one(s: Settings, c: Contender, seed: int) -> dict[str, float]:
 
 
 def run_simple(s: Settings, seed: int) -> dict[str, dict[str, float]]:
-    """{name: metrics} of models without training of a network.
+    """{name: {metric: value}} on held-out data, of models for which no network is trained.
 
     Classification: majority class, TF-IDF with logistic regression. Domain: unigrams, bigrams, the untouched base.
     """
@@ -146,13 +156,20 @@ def run_simple(s: Settings, seed: int) -> dict[str, dict[str, float]]:
 
 # ---------------------------------------------------------------------------------------------------- costs
 def measure_costs(s: Settings, c: Contender, rounds: int = 5) -> dict[str, Any]:
-    """Trained parameters, stored bytes, peak memory of training, and times relative to full fine-tuning and the base.
+    """The costs of one contender, by name.
+
+    trained, head      trained parameters of the method, and of the classifier
+    stored             bytes to store for the task: what was trained; from scratch, the whole model
+    memory             peak bytes of array memory in a training step
+    step_ms            milliseconds of a training step
+    step_ratio         its time relative to a step of full fine-tuning
+    inference_ratio    time of a forward pass relative to the base without the method
 
     Each round measures both sides of a ratio, one after the other; the result is the median of the rounds' ratios.
     """
     batch = next(load_material(s, 0).train.once())  # the same batch for all; its longest text has length T
     model = build(s, c, 0)
-    unchanged = build(s, FULL if c.method is not None else c, 0)
+    unchanged = build(s, FULL if c.method is not None else c, 0)  # full fine-tuning adds nothing to the base
     steps = paired_times(make_step(build(s, c, 0), batch), make_step(build(s, FULL, 0), batch), rounds)
     inferences = paired_times(partial(infer, model, batch), partial(infer, unchanged, batch), rounds)
     with array.peak_memory() as peak:  # weights, activations, gradients, moments
@@ -171,13 +188,16 @@ def measure_costs(s: Settings, c: Contender, rounds: int = 5) -> dict[str, Any]:
 
 
 def paired_times(f: Callable[[], Any], g: Callable[[], Any], rounds: int) -> list[tuple[float, float]]:
-    """Seconds of both functions, `rounds` times, after one round that is not counted."""
+    """(seconds of f, seconds of g), `rounds` times, after one round that is not counted: first calls are slower."""
     times = [(timed(f), timed(g)) for _ in range(rounds + 1)]
     return times[1:]
 
 
 def make_step(model: Module, batch: Any) -> Callable[[], None]:
-    """One training step as a function: forward, backward, update."""
+    """A function that runs one training step of the model on this batch: forward, backward, update.
+
+    Only its time and memory are measured, so the learning rate does not matter.
+    """
     optimizer = AdamW(1e-4).start(edit.trained(model))
     rng = np.random.default_rng(0)
     targets = read_batch(batch)
@@ -207,14 +227,17 @@ def timed(f: Callable[[], Any]) -> float:
 
 # ---------------------------------------------------------------------------------------------------- the forecast
 def measure_pace(s: Settings) -> tuple[float, float]:
-    """Seconds of one full fine-tuning step, and of one evaluation, in this process."""
+    """(seconds of one step of full fine-tuning, seconds of one evaluation on all test batches), in this process.
+
+    Both are estimated from a few batches.
+    """
     material = load_material(s, 0)
     model = build(s, FULL, 0)
     steps = [make_step(model, batch) for batch in islice(material.train, 8)]
     for step in steps:  # the first call is slower
         step()
     step_seconds = sum(timed(step) for step in steps) / len(steps)
-    some = material.test[::4]
+    some = material.test[::4]  # every fourth, so that short and long texts both count
     evaluation = sum(timed(partial(infer, model, batch)) for batch in some) * len(material.test) / len(some)
     return step_seconds, evaluation
 
@@ -222,6 +245,7 @@ def measure_pace(s: Settings) -> tuple[float, float]:
 def forecast(s: Settings, pace: tuple[float, float], rows: int, jobs: int) -> float:
     """Seconds that the comparison will take: training, evaluations, costs and the start.
 
+    pace: as measure_pace gives it. rows: the number of contenders. jobs: runs at a time.
     The constants are rough estimates: a contender's step takes 0.9 of a full step, each run 1 s more, a row's costs
     20 steps, the start 15 s."""
     step, evaluation = pace

@@ -36,7 +36,10 @@ def is_lm(report: dict) -> bool:
 
 
 def summaries(report: dict) -> list[Summary]:
-    """All rows: simple models first, then the contenders by number of trained parameters."""
+    """All rows: simple models first, then the contenders by number of trained parameters.
+
+    report["results"] is {name: one dict of metrics for each seed}; report["costs"] has the contenders only.
+    """
     first, second = ("perplexity", "prose") if is_lm(report) else ("accuracy", "macro_f1")
     rows = []
     for name, metrics in report["results"].items():
@@ -52,7 +55,7 @@ step: time relative to full fine-tuning.  inference: time relative to the base. 
 
 
 def table(report: dict) -> str:
-    """The comparison as text, 110 columns."""
+    """The comparison as a table of text, one row for each model. Simple models have no costs, so those stay empty."""
     lm = is_lm(report)
     metrics = ("perplexity", "on prose") if lm else ("accuracy", "macro-F1")
     rows = [("method", "trained", "stored", "memory", "step", *metrics, "inference")]
@@ -103,7 +106,10 @@ T95 = (0, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def interval(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
-    """Mean and 95 % interval of the paired differences a - b; the interval is infinite for one pair."""
+    """(mean, low, high): the mean of the paired differences a - b, and its 95 % interval by Student's t.
+
+    a, b: (seeds,) quality of two contenders with the same seeds. The interval is infinite for one pair.
+    """
     difference = a - b
     mean = float(difference.mean())
     n = len(difference)
@@ -114,7 +120,10 @@ def interval(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
 
 
 def verdict(report: dict) -> str:
-    """The conclusions: differences from full fine-tuning and from scratch, and whether a simple model wins."""
+    """The conclusions: differences from full fine-tuning and from scratch, and whether a simple model wins.
+
+    A difference wants an interval over seeds, so with one seed there is none.
+    """
     rows = summaries(report)
     lines = []
     if report["settings"]["seeds"] > 1:
@@ -131,8 +140,11 @@ def verdict(report: dict) -> str:
 
 
 def differences(report: dict, rows: list[Summary], reference: Summary) -> list[str]:
-    """Every contender's difference from one contender."""
-    sign = -1 if is_lm(report) else 1
+    """Lines of text: every contender's difference in quality from the contender `reference`, and the conclusion.
+
+    A difference counts only if its interval excludes zero.
+    """
+    sign = -1 if is_lm(report) else 1  # a lower perplexity is better, a higher accuracy
     seeds = report["settings"]["seeds"]
     lines = [f"against {reference.name} (mean difference, paired 95 % interval over {seeds} seeds):"]
     for r in rows:
@@ -148,8 +160,8 @@ def differences(report: dict, rows: list[Summary], reference: Summary) -> list[s
 
 
 def compare_best(report: dict, simple: list[Summary], tuned: list[Summary]) -> str:
-    """The best simple model against the best fine-tuned model, in one sentence."""
-    sign = -1 if is_lm(report) else 1
+    """The best simple model against the best fine-tuned model, in one sentence; if they are equal, the simple wins."""
+    sign = -1 if is_lm(report) else 1  # a lower perplexity is better, a higher accuracy
     best_simple = max(simple, key=lambda r: sign * r.mean)
     best_tuned = max(tuned, key=lambda r: sign * r.mean)
     outcome = "wins" if sign * best_simple.mean >= sign * best_tuned.mean else "loses"
@@ -161,9 +173,9 @@ def compare_best(report: dict, simple: list[Summary], tuned: list[Summary]) -> s
 
 # ---------------------------------------------------------------------------------------------------- the figure
 def draw(report: dict, path: Path) -> bool:
-    """Quality over the number of trained parameters, with error bars; simple models as horizontal lines.
+    """Save a figure at `path`: quality over the number of trained parameters, simple models as horizontal lines.
 
-    False if matplotlib is not installed.
+    Error bars are the standard deviation over seeds. False, and no figure, if matplotlib is not installed.
     """
     try:
         import matplotlib

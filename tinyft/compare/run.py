@@ -56,7 +56,7 @@ def compare(s: Settings, out: Path, jobs: int | None = None, say: Callable[[str]
         say(f"about {seconds / 60:.1f} minutes on this machine ({len(rows)} contenders, {jobs} at a time)")
         bar = tqdm(rows, "costs", disable=not sys.stderr.isatty(), leave=False)
         costs = {c.name: call(pool, cells.measure_costs, s, c) for c in bar}
-        results = {c.name: [None] * s.seeds for c in rows}
+        results = {c.name: [None] * s.seeds for c in rows}  # runs end in any order
         for c, seed, metrics in train_all(s, rows, pool):
             results[c.name][seed] = metrics
     for seed in range(s.seeds):
@@ -125,7 +125,10 @@ def train_all(
 def finished(
     s: Settings, runs: list[tuple[Contender, int]], pool: ProcessPoolExecutor | None
 ) -> Iterator[tuple[Contender, int, dict]]:
-    """(contender, seed, metrics) of each run, in the order in which the runs end."""
+    """Train each (contender, seed) of `runs`; yield (contender, seed, metrics) in the order in which they end.
+
+    They run in the workers of the pool, or one after another in this process if there is none.
+    """
     if pool is None:
         for c, seed in runs:
             yield c, seed, cells.train_one(s, c, seed)
@@ -138,7 +141,10 @@ def finished(
 
 @contextmanager
 def workers(jobs: int) -> Iterator[ProcessPoolExecutor | None]:
-    """A pool of processes with one thread each, so that they do not wait for each other; None for one job."""
+    """A pool of `jobs` processes with one thread each, so that they do not wait for each other; None for one job.
+
+    If the `with` ends with an exception, the processes are terminated.
+    """
     if jobs == 1:
         kernels.keep_memory()
         yield None
@@ -146,9 +152,9 @@ def workers(jobs: int) -> Iterator[ProcessPoolExecutor | None]:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, initializer=start_worker) as pool:
         try:
-            with interrupts_blocked():
+            with interrupts_blocked():  # the processes start here, so Ctrl-C never reaches them
                 for _ in range(jobs):
-                    pool.submit(int)  # starts a process
+                    pool.submit(int)  # a call that does nothing; it starts a process
             yield pool
         except BaseException:  # also Ctrl-C: do not wait for the runs that have begun
             for process in multiprocessing.active_children():

@@ -20,6 +20,7 @@ from ..kernels.cuda.cpu_kernel import BOUNDS
 from .sources import first_line
 
 WIDE = 88                                                # columns of code beside the prose; longer lines scroll
+PROSE_COLUMNS = 52                                       # columns of the prose; the page gives a wider table more room
 NO_NOTES: Mapping[str, str] = MappingProxyType({})
 
 
@@ -53,6 +54,7 @@ class _Cutter:
     """
 
     def __init__(self, text: str):
+        """Parse the module's text: find its definitions, its docstrings and its comments."""
         self.lines = text.splitlines()
         self.starts: dict[int, str] = {}
         self.documented: set[int] = set()
@@ -64,9 +66,14 @@ class _Cutter:
                 self._add_definitions(node, f"{node.name}.")
         tokens = tokenize.generate_tokens(io.StringIO(text).readline)
         self.comments = {t.start[0]: t.start[1] for t in tokens if t.type == tokenize.COMMENT}
-        self.found = [Block()]
+        self.found = [Block()]                           # the blocks so far; lines are added to the last one
 
     def _add_definitions(self, holder: ast.Module | ast.ClassDef, prefix: str) -> None:
+        """Add the classes and functions directly inside `holder` to `starts`, `documented` and `docstrings`.
+
+        prefix: "" for the module, "Name." for a class.  A definition of the module begins a block in any case, so it
+        counts as documented; a method only with a docstring.
+        """
         for node in holder.body:
             if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
                 line = first_line(node)
@@ -77,7 +84,7 @@ class _Cutter:
 
     def cut(self) -> list[Block]:
         """The blocks of the module that are not empty, in order."""
-        n = 1
+        n = 1                                            # number of the line to take next
         while n <= len(self.lines):
             n = self._take(n)
         for b in self.found:
@@ -85,7 +92,10 @@ class _Cutter:
         return [b for b in self.found if b.prose or b.code or b.heading]
 
     def _take(self, n: int) -> int:
-        """Put line n, or the docstring that begins there, into a block.  Returns the next line."""
+        """Put line n into the last block, or into a new one if a definition or a comment begins one there.
+
+        A docstring that begins at line n goes into the prose as a whole.  Returns the number of the next line to take.
+        """
         if n in self.starts:
             # A method without a docstring stays in the block before it, unless that block is about another method.
             after_documented_method = bool(self.found[-1].prose) and "." in self.found[-1].name
@@ -96,13 +106,13 @@ class _Cutter:
             block = self.found[-1]
             block.prose = f"{block.prose}\n\n{prose}".strip()
             while last < len(self.lines) and not self.lines[last].strip():
-                last += 1
+                last += 1                                # skip the blank lines after the docstring
             return last + 1
         line = self.lines[n - 1]
         column = self.comments.get(n)
         if column is None:
             self.found[-1].code += line + "\n"
-        elif line[:column].strip():
+        elif line[:column].strip():                      # a comment after code
             self.found[-1].code += _narrow(line, column) + "\n"
         else:
             self._take_comment(line[column:])
@@ -125,7 +135,10 @@ class _Cutter:
 
 
 def _docstring(node: ast.AST) -> dict[int, tuple[int, str]]:
-    """{its first line: (its last line, the text)}, if the docstring has lines of its own."""
+    """{first line: (last line, text)} of the docstring of a module, class or function.
+
+    {} if it has none, or one on the line of `def` or `class`: that one stays in the code.
+    """
     text = ast.get_docstring(node, clean=False)
     if not text or node.body[0].lineno <= getattr(node, "lineno", 0):
         return {}
@@ -134,7 +147,10 @@ def _docstring(node: ast.AST) -> dict[int, tuple[int, str]]:
 
 
 def _narrow(line: str, column: int) -> str:
-    """A line with a comment at its end: with two spaces between them, or with the comment above."""
+    """A line of code with a comment that begins at `column`, made narrower: only two spaces stay between them.
+
+    If that is still wider than WIDE, the comment moves to a line of its own above the code.
+    """
     code = line[:column].rstrip()
     comment = line[column:]
     if len(code) + len(comment) + 2 <= WIDE:
@@ -176,14 +192,16 @@ COLUMN_GAP = re.compile(r"\S {3,}\S")                    # three spaces inside a
 
 
 def markdown(doc: str) -> str:
-    """A docstring as Markdown.  Indented lines and columns stay as they are, paragraphs flow; a wide gap begins a new
-    line.
+    """A docstring as Markdown.
+
+    Tables and indented lines are kept as they are, in a block of text.  Indented sentences become a quotation.  Other
+    paragraphs flow; four spaces inside them begin a new line.
     """
     out = []
     for kind, group in itertools.groupby(doc.splitlines(), _kind_of_row):
         rows = list(group)
-        gaps = sum(bool(COLUMN_GAP.search(row)) for row in rows)
-        is_table = len(rows) > 1 and gaps > len(rows) / 2
+        rows_with_gap = sum(bool(COLUMN_GAP.search(row)) for row in rows)
+        is_table = len(rows) > 1 and rows_with_gap > len(rows) / 2
         if kind == "indented" and _is_indented_text(rows):
             out.append("> " + escaped(" ".join(row.strip() for row in rows)))
         elif kind == "indented" or kind == "text" and is_table:
@@ -202,28 +220,28 @@ def _kind_of_row(row: str) -> str:
 
 
 def _is_indented_text(rows: list[str]) -> bool:
-    """True for sentences over several lines, without columns."""
+    """True for sentences over several lines, without columns: every row but the last is filled to the margin."""
     return len(rows) > 1 and all(len(row) > 90 and not COLUMN_GAP.search(row) for row in rows[:-1])
 
 
 def squeezed(rows: list[str]) -> list[str]:
-    """Columns closer together: where all rows are blank for more than four columns, four stay."""
+    """The rows of a table with its columns closer together: of more than four blank columns in all rows, four stay."""
     width = max(len(row) for row in rows)
-    filled = ["x"] * width
+    filled = ["x"] * width                               # " " for a character column that is blank in all rows
     for i in range(width):
         if all(row[i:i + 1] in ("", " ") for row in rows):
             filled[i] = " "
-    for gap in reversed([*re.finditer(r" {5,}", "".join(filled))]):
+    for gap in reversed([*re.finditer(r" {5,}", "".join(filled))]):      # from the right, so positions stay valid
         rows = [row[:gap.start() + 4] + row[gap.end():] for row in rows]
     return [row.rstrip() for row in rows]
 
 
 def page(path: str, text: str, notes: Mapping[str, str] = NO_NOTES) -> str:
-    """The page of the Python module at `path`, with functions and classes under anchors of their names.
+    """The page, in Markdown, of the Python module at `path`; its functions and classes have anchors of their names.
 
-    notes: {name: Markdown to add to its prose}.
+    text: the module's source.  notes: {name of a function or class: Markdown to add to its prose}.
     """
-    first, *rest = blocks(text)
+    first, *rest = blocks(text)                          # first: the module's docstring and its imports
     parts = [_top(path, text), markdown(first.prose), ""]
     if first.code:
         parts[-1] = (f"<details><summary>what it imports</summary>\n\n````python\n{first.code}\n````\n\n"
@@ -244,13 +262,16 @@ def _top(path: str, text: str) -> str:
 
 
 def _beside(block: Block, notes: Mapping[str, str], language: str) -> str:
-    """A block as prose beside code, below the heading of its part."""
+    """A block, in Markdown, as prose beside code, below the heading of its part of the file.
+
+    notes: {name: Markdown to add to the prose of the block of this name}.  language: of the code, to colour it.
+    """
     heading = f"## {escaped(block.heading)}\n\n" if block.heading else ""
     anchor = f'<a id="{block.name}"></a>\n\n' if block.name else ""
     prose = "\n\n".join(part for part in (markdown(block.prose), notes.get(block.name, "")) if part)
     prose_box = f":::{{container}} prose\n{prose}\n:::\n" if prose else ""
     code_box = f"````{language}\n{block.code}\n````\n" if block.code else ""
-    kept = re.findall(r"````text\n(.*?)````", prose, re.S)
-    is_wide = any(len(row) > 52 for text in kept for row in text.splitlines())
+    tables = re.findall(r"````text\n(.*?)````", prose, re.S)             # as `markdown` keeps them
+    is_wide = any(len(row) > PROSE_COLUMNS for text in tables for row in text.splitlines())
     box = "beside wide" if is_wide else "beside"
     return f"{heading}{anchor}::::{{container}} {box}\n{prose_box}{code_box}::::\n"

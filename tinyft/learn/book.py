@@ -52,10 +52,15 @@ def stars(e: Exercise) -> str:
 
 
 def _source_page(module: str) -> str:
-    notes = {}
+    """The page of a module's annotated source; a function that an exercise asks for has a link to the exercise.
+
+    module: its name in tinyft, such as "optim.schedules".
+    """
+    notes = {}                                           # {function: link}
     for e in exercises().values():
         if _target_module(e) == module:
-            notes[e.target.split(":")[1]] = f"Exercise: [{e.function}](/exercises/{e.lesson}.md) {stars(e)}"
+            function = e.target.split(":")[1]            # a target is "module:function"
+            notes[function] = f"Exercise: [{e.function}](/exercises/{e.lesson}.md) {stars(e)}"
     path = _file(module)
     write = page if path.suffix == ".py" else cuda_page
     return write(path.relative_to(PACKAGE.parent).as_posix(), path.read_text(encoding="utf-8"), notes)
@@ -126,7 +131,7 @@ def _lesson_entry(lesson: Lesson) -> str:
     cells = [c for c in parse(lesson.file.read_text(encoding="utf-8")) if c.kind == "markdown"]
     text = cells[0].source
     minutes = re.search(r"\*\*Minutes:\*\*\s*(\d+)", text)
-    introduction = [p for p in text.split("\n\n") if p[:1] not in ("#", "*")]
+    introduction = [p for p in text.split("\n\n") if p[:1] not in ("#", "*")]    # no heading, no **Minutes:** line
     facts = []
     if minutes:
         facts.append(f"Lesson: {minutes[1]} minutes")
@@ -183,10 +188,10 @@ def _file(module: str) -> Path:
 
 # ── the lessons, with their results ──────────────────────────────────────────────────────────────────────────────────
 def executed(out: Path) -> dict[str, str]:
-    """{lessons/NN_name: notebook} of every lesson.
+    """{lessons/NN_name: notebook as JSON} of every lesson, run if necessary, with a link to its exercises at the end.
 
-    A notebook in `out` is reused if it is newer than the lesson and the library, and no short run by TINYFT_FAST
-    unless this run is short too.
+    A notebook in `out` is reused if it is newer than the lesson and the library, and not from a short run
+    (TINYFT_FAST).  A short run itself reuses both kinds.
     """
     code = [p for p in PACKAGE.rglob("*") if p.suffix in (".py", ".cu", ".cuh")]
     newest = max(p.stat().st_mtime for p in code)
@@ -194,7 +199,7 @@ def executed(out: Path) -> dict[str, str]:
     for lesson in lessons().values():
         file = out / f"{lesson.folder}.ipynb"
         if not _reusable(file, max(newest, lesson.file.stat().st_mtime)):
-            for _ in run(lesson.file, out):
+            for _ in run(lesson.file, out):              # writes the notebook
                 pass
         book = json.loads(file.read_text(encoding="utf-8"))
         for cell in book["cells"]:
@@ -206,7 +211,10 @@ def executed(out: Path) -> dict[str, str]:
 
 
 def _reusable(file: Path, newest: float) -> bool:
-    """True if a notebook is newer than this time, and as long as this run would make it."""
+    """True if the notebook `file` exists, is not older than the time `newest`, and is not too short for this run.
+
+    With TINYFT_FAST lessons train for fewer steps; such a notebook is too short for a run without TINYFT_FAST.
+    """
     if not file.exists() or file.stat().st_mtime < newest:
         return False
     is_short = json.loads(file.read_text(encoding="utf-8"))["metadata"].get("short", True)
@@ -214,7 +222,10 @@ def _reusable(file: Path, newest: float) -> bool:
 
 
 def _prepare_for_book(cell: dict) -> None:
-    """Tell MyST-NB to colour quoted sources as Python, and to show a single picture with its caption."""
+    """Tell MyST-NB to colour quoted sources as Python, and to show a single picture with its caption.
+
+    cell: of a notebook, as JSON; its metadata is changed.  A picture's caption is its text/plain (lessons.py).
+    """
     options = {}
     if "quote(" in cell["source"]:
         options["text_lexer"] = "python"

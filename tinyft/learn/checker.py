@@ -57,6 +57,12 @@ def check_here(exercise: Exercise, function: Callable) -> Iterator[Outcome]:
 
 
 def _check(exercise: Exercise, filename: str, get: Callable[[], Callable]) -> Iterator[Outcome]:
+    """The outcomes of an exercise's laws, up to the first law that fails.
+
+    get: returns the learner's function, such as by running his file.  If that fails, the one outcome, without a title,
+    says why.  filename: the learner's file, whose lines are quoted and may not call the library's answer; "" if there
+    is none.  Meanwhile every op of tinyft runs as its definition, without faster kernels.
+    """
     printed = Printed()
     with kernels.definitions(), closed(exercise, filename):
         try:
@@ -77,10 +83,12 @@ def _check(exercise: Exercise, filename: str, get: Callable[[], Callable]) -> It
 
 
 def run(law: Law, subject: Subject, filename: str = "", seed: int | None = None, shrink: bool = True) -> Outcome:
-    """Check one law.
+    """Check one law on the subject, the function under test.
 
-    Without a seed the inputs are the same every time.  With shrink=False inputs of middle size only tell whether it
-    holds.
+    filename: the learner's file, of which errors quote a line; "" if there is none.
+    seed: of the random inputs.  With None the inputs are the same every time.
+    shrink: False to learn only if the law holds: inputs of one size, no search for the smallest input, no diagnosis
+    from further failures.
     """
     start = time.monotonic()
     problem = Trial(law, subject, filename, seed, shrink).search()
@@ -95,26 +103,31 @@ class Trial:
     """
 
     def __init__(self, law: Law, subject: Subject, filename: str = "", seed: int | None = None, shrink: bool = True):
+        """The arguments are those of `run`."""
         self.law = law
         self.subject = subject
         self.filename = filename
         self.seed = seed
         self.shrink = shrink
         self.start = time.monotonic()
-        self.tried = 0
+        self.tried = 0                                   # number of inputs tried
         self.largest = 0                                 # size of the inputs that are being tried
-        self.inputs: dict[str, Any] = {}
+        self.inputs: dict[str, Any] = {}                 # those being tried
         self.failed: tuple[BaseException, dict, Printed] | None = None
         self.mismatches: list[Mismatch] = []
 
     def search(self) -> Problem | None:
-        """The problem with the smallest input that was found; None if the law holds."""
-        for largest, examples in sizes.GROWING if self.shrink else sizes.GROWING[1:2]:
+        """The problem with the smallest input that was found; None if the law holds.
+
+        The largest size grows from round to round, so the first input that fails is small; Hypothesis makes it smaller.
+        """
+        rounds = sizes.GROWING if self.shrink else sizes.GROWING[1:2]
+        for largest, examples in rounds:
             self.largest = largest
             sizes.limit(largest)
             try:
                 self._explore(examples, self._once)
-            except errors.Flaky:
+            except errors.Flaky:                         # Hypothesis: one input failed, and passed when repeated
                 return self._unsteady()
             except Enough:
                 return self._problem()
@@ -131,7 +144,10 @@ class Trial:
         return None
 
     def _explore(self, examples: int, test: Callable[[tuple], None]) -> None:
-        """Run a test on drawn inputs with Hypothesis."""
+        """Run `test` on at most `examples` drawn inputs with Hypothesis, until it raises.
+
+        With self.shrink, Hypothesis then runs it on ever simpler inputs, and raises for the simplest that fails.
+        """
         def law(drawn: tuple) -> None:
             test(drawn)
         # Hypothesis derives its random numbers from the name.
@@ -146,7 +162,11 @@ class Trial:
         configure(wrapped)()
 
     def _once(self, drawn: tuple) -> None:
-        """Test the law on drawn inputs.  drawn: (inputs, size of each letter of their shapes)."""
+        """Test the law on drawn inputs.  drawn: (inputs, size of each letter of their shapes).
+
+        What the law raises is stored in self.failed and raised again, for Hypothesis.  After ONE_LAW seconds the search
+        ends: Enough if an input has failed, else TooLong.
+        """
         self.inputs, letter_sizes = drawn
         self.tried += 1
         if time.monotonic() - self.start > ONE_LAW:
@@ -165,7 +185,7 @@ class Trial:
             raise
 
     def same_again(self) -> bool:
-        """True if the input that failed fails in the same way once more."""
+        """True if the input that failed fails once more: with the same wrong result, or an error of the same type."""
         error, inputs, _ = self.failed
         try:
             with captured(Printed()), limited(ONE_CALL):
@@ -180,7 +200,10 @@ class Trial:
         return False
 
     def _collect_mismatches(self) -> None:
-        """Failures at larger sizes, which tell a factor 1/2 from 1/n.  The reported one stays last."""
+        """Collect failures at larger sizes in self.mismatches: they tell a missing factor 1/2 from 1/n.
+
+        The failure to report stays the last one; self.failed and self.tried stay as they are.
+        """
         if not self.failed or not isinstance(self.failed[0], Mismatch):
             return
         reported = self.failed
@@ -196,7 +219,7 @@ class Trial:
         for n in (2, 4):
             sizes.limit(n)
             with contextlib.suppress(Exception):
-                self._explore(12, collect)
+                self._explore(12, collect)                   # 12 inputs of sizes up to n
         self.failed = reported
         self.tried = tried
         self.mismatches = [*found, reported[0]]
@@ -211,10 +234,13 @@ class Trial:
                        "or keep something from call to call?", tried=self.tried)
 
     def _problem(self, stop: Stop | None = None) -> Problem:
-        """The failure in words.  stop: what ended the search, if it was not the failure of a law."""
+        """The failure in words.  stop: the exception that ended the search, if it was not the failure of a law.
+
+        place(e, filename) is None for an exception without a line in the learner's file.
+        """
         e, _, printed = self.failed or (stop, {}, Printed())
         e = stop or e
-        if isinstance(e, NotImplementedError) and (place(e, self.filename) or not self.filename):
+        if isinstance(e, NotImplementedError) and (place(e, self.filename) or not self.filename):   # the skeleton
             return Problem("unwritten", message="not written yet")
         if isinstance(e, ReferenceUsed):
             return Problem("refused", message=f"{e}{quoted_line(e, self.filename)}", printed=printed.lines())
@@ -227,7 +253,7 @@ class Trial:
             return Problem("mismatch", message=e.what, yours=yours, expected=expected, diagnosis=sentence, **common)
         if isinstance(e, (Unusable, Changed)):
             return Problem("returned", message=str(e), **common)
-        if place(e, self.filename) is None and self.filename:
+        if place(e, self.filename) is None and self.filename:            # the law raised it, on the learner's result
             message = f"the check cannot use what your function gives back: {type(e).__name__}: {e}"
             return Problem("raised", message=message, **common)
         while e.__cause__ is not None:
@@ -256,7 +282,7 @@ class Printed(io.StringIO):
         return len(s)
 
     def lines(self) -> list[str]:
-        """At most 20 lines, a line about the rest, and three warnings."""
+        """At most 20 lines of the text, a line with the number of characters not kept, and at most three warnings."""
         found = self.getvalue().splitlines()[:20]
         if self.lost:
             found.append(f"... and {self.lost:,} more characters")
@@ -267,7 +293,8 @@ class Printed(io.StringIO):
 
 @contextlib.contextmanager
 def captured(printed: Printed) -> Iterator[None]:
-    """Collect standard output, standard error and warnings."""
+    """Inside the `with`, standard output and standard error go to `printed`; warnings are in printed.warned after it.
+    """
     with (warnings.catch_warnings(record=True) as caught,
           contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed)):
         warnings.simplefilter("default")
@@ -279,9 +306,10 @@ def captured(printed: Printed) -> Iterator[None]:
 
 @contextlib.contextmanager
 def limited(seconds: float) -> Iterator[None]:
-    """Raise TooLong in the line that is running after so many seconds.
+    """Inside the `with`, raise TooLong in the line that is running after so many seconds.
 
-    Where there is no such alarm, the parent process ends the check (isolated.py).
+    Only the main thread of a Unix process has such an alarm. Elsewhere nothing happens here; the parent process ends
+    the check (isolated.py).
     """
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield

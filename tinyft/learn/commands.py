@@ -25,7 +25,7 @@ COMMANDS = {
 
 
 def register(sub: argparse._SubParsersAction) -> None:
-    """Add the commands to the parser of `tinyft`."""
+    """Add the learner's commands to the subparsers of `tinyft`.  Each calls `run` with its arguments."""
     for command, (takes, text) in COMMANDS.items():
         c = sub.add_parser(command, help=text, description=text)
         if takes == "names":
@@ -51,10 +51,10 @@ def register(sub: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run one command.  The exit status is 0 when all is well."""
+    """Run the command args.command, the function of its name below.  The exit status is 0 when all is well."""
     from .show import Page
     from .work import Work
-    names = getattr(args, "names", []) or []
+    names = getattr(args, "names", []) or []             # a list, one string, None, or no such argument
     args.names = [names] if isinstance(names, str) else list(names)
     command = globals()[f"_{args.command}"]
     succeeded = command(args, Work(args.work), Page())
@@ -64,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
 # ── doing ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 # Each command takes (args, work: Work, page: Page) and returns True when all is well.
 def _start(args: argparse.Namespace, work: Any, page: Any) -> bool:
+    """Write the learner's files of the exercises in args.names, or of the first one that is not solved."""
     if not args.names and not work.next():
         page.line("All exercises are solved.")
         return True
@@ -78,6 +79,10 @@ def _start(args: argparse.Namespace, work: Any, page: Any) -> bool:
 
 
 def _check(args: argparse.Namespace, work: Any, page: Any) -> bool:
+    """Check the exercises in args.names, or with --all every one that is started.  True if all are solved.
+
+    Of several, those without a file are left out; of a single one, a missing file is an error.
+    """
     chosen = work.started() if args.all else work.chosen(args.names)
     if len(chosen) > 1:
         chosen = [e for e in chosen if work.path(e).exists()]
@@ -86,6 +91,7 @@ def _check(args: argparse.Namespace, work: Any, page: Any) -> bool:
 
 
 def _check_one(e: Any, backend: str, work: Any, page: Any) -> bool:
+    """Check one exercise in a process of its own, print the outcomes, and save if it is solved.  True if it is."""
     from .isolated import check
     path = work.written(e)
     page.line(f"{e.name}   {path}")
@@ -101,9 +107,9 @@ def _check_one(e: Any, backend: str, work: Any, page: Any) -> bool:
 
 
 def _watch(args: argparse.Namespace, work: Any, page: Any) -> bool:
-    """Check what was saved until Ctrl-C.  It never goes on to the next exercise by itself."""
+    """Check a file whenever it is saved, until Ctrl-C ends it.  It never starts the next exercise by itself."""
     from . import checker  # noqa: F401    imported once, so that the forked checks have it already
-    checked: dict[str, int] = {}                         # {exercise: time of modification}
+    checked: dict[str, int] = {}                         # {exercise: modification time of its file when checked}
     page.line(f"watching {work.folder}; Ctrl-C ends it")
     while True:
         chosen = work.chosen(args.names) if args.names else work.started()
@@ -153,13 +159,14 @@ def _debug(args: argparse.Namespace, work: Any, page: Any) -> bool:
 
 
 def _step_through(law: Any, subject: Any, path: Path, inputs: dict[str, Any], page: Any) -> None:
-    """Run a law under pdb, from the first line of the learner's function."""
+    """Run a law on the inputs under pdb, which stops at the first line of the learner's function, in the file `path`.
+    """
     import pdb
     debugger = pdb.Pdb(readrc=False)
     code = subject.f.__code__
     first = min(line for _, _, line in code.co_lines() if line and line > code.co_firstlineno)
     debugger.set_break(str(path), first, temporary=True)
-    debugger.rcLines = ["continue"]                      # from the law to the learner's first line
+    debugger.rcLines = ["continue"]                      # its first command: go from the law to the breakpoint
     try:
         debugger.runcall(law.test, subject, **inputs)
     except Exception as error:
@@ -176,6 +183,7 @@ def _selftest(args: argparse.Namespace, work: Any, page: Any) -> bool:
 
 # ── telling ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 def _status(args: argparse.Namespace, work: Any, page: Any) -> bool:
+    """Print every exercise under its lesson, with its state, and the number of exercises solved."""
     from .exercise import exercises, of_lesson
     from .folders import lessons
     for lesson in lessons().values():
@@ -189,6 +197,7 @@ def _status(args: argparse.Namespace, work: Any, page: Any) -> bool:
 
 
 def _status_line(e: Any, work: Any, page: Any) -> None:
+    """Print one exercise: its name, difficulty, minutes, state, and the number of hints taken."""
     if work.solved(e):
         state = "solved"
     else:
@@ -200,6 +209,7 @@ def _status_line(e: Any, work: Any, page: Any) -> None:
 
 
 def _hint(args: argparse.Namespace, work: Any, page: Any) -> bool:
+    """Print the next hint of an exercise, and save that it was taken.  After the last, print the last again."""
     e = work.chosen_one(args.names)
     n = min(work.hints(e) + 1, len(e.hints))
     work.record(e, hints=n)
@@ -221,6 +231,7 @@ def _solution(args: argparse.Namespace, work: Any, page: Any) -> bool:
 
 
 def _diff(args: argparse.Namespace, work: Any, page: Any) -> bool:
+    """Print the differences between the learner's function and the library's, with all lines of both."""
     import difflib
     e = work.chosen_one(args.names)
     solution = e.source()
@@ -229,7 +240,7 @@ def _diff(args: argparse.Namespace, work: Any, page: Any) -> bool:
     if e.is_op and "@op" in text:
         start = text.find("@op")
     else:
-        start = max(text.find(f"def {e.function}"), text.find(solution.splitlines()[0]), 0)
+        start = max(text.find(f"def {e.function}"), text.find(solution.splitlines()[0]), 0)     # Python, CUDA C
     names = (f"yours   {work.path(e)}", e.file)
     for line in difflib.unified_diff(text[start:].splitlines(), solution.splitlines(), *names, n=99, lineterm=""):
         colour = {"+": "right", "-": "wrong"}.get(line[:1], "")
@@ -238,6 +249,7 @@ def _diff(args: argparse.Namespace, work: Any, page: Any) -> bool:
 
 
 def _read(args: argparse.Namespace, work: Any, page: Any) -> bool:
+    """Print the task and the laws of the exercise args.names[0], or the source of the module of this name."""
     from .exercise import exercises
     name = args.names[0]
     for e in exercises().values():
@@ -249,7 +261,7 @@ def _read(args: argparse.Namespace, work: Any, page: Any) -> bool:
             return True
     package = Path(__file__).parent.parent
     module = name.replace("/", ".").removesuffix(".py").split(".")[-1]
-    files = sorted(package.rglob(f"{module}.py"), key=lambda p: len(p.parts))
+    files = sorted(package.rglob(f"{module}.py"), key=lambda p: len(p.parts))    # of two, the one less deep
     if not files:
         raise ValueError(f"there is neither an exercise nor a module {name!r}: try tensor, ops, nn, edit, lora, "
                          "or `tinyft status`")
@@ -259,6 +271,8 @@ def _read(args: argparse.Namespace, work: Any, page: Any) -> bool:
 
 
 def _lesson(args: argparse.Namespace, work: Any, page: Any) -> bool:
+    """Run the lessons in args.names, or with --all every lesson; without either, list them.  True if all of them ran.
+    """
     from . import reading
     from .exercise import of_lesson
     from .folders import lessons

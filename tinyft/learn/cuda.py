@@ -76,6 +76,7 @@ class Kernel(Exercise):
         return self.lines or body.strip("{} \n").count("\n") + 1
 
     def skeleton(self) -> str:
+        """The learner's file as `tinyft start` writes it: the kernel's comment and signature, with an empty body."""
         n = self.answer_lines()
         return f"""// {self.first_line()}
 // T stands for float or half.  The check launches it on the CPU, as a GPU would run it.
@@ -94,7 +95,10 @@ class Kernel(Exercise):
             raise Refused(f"{path.parent.name}/{path.name} cannot be read: {e}") from None
 
     def usable(self, answer: Any) -> Callable:
-        """The compiled kernel of the learner's text."""
+        """The kernel of the learner's text, compiled; `unwritten`, which raises, if its body is empty.
+
+        Refused, with the reason, if the text has no kernel of this name, does not compile or has other parameters.
+        """
         if not isinstance(answer, str):
             raise Refused(f"{self.name} is written in CUDA C: what is checked is the text of the kernel")
         if self.missing:
@@ -113,7 +117,10 @@ class Kernel(Exercise):
         return kernel
 
     def instead(self, belief: str, right: str, wrong: str, says: str, subtle: bool = False) -> None:
-        """Add a wrong answer: the library's kernel with the text `right` replaced by `wrong`."""
+        """Add a wrong answer: the library's kernel with the text `right`, which it has once, replaced by `wrong`.
+
+        belief, says, subtle: see WrongAnswer.
+        """
         count = self.text().count(right)
         if count != 1:
             raise ValueError(f"{self.file} has {right!r} {count} times in {self.function}, not once")
@@ -150,17 +157,22 @@ class CheckedKernel:
     """A kernel compiled for each dtype of T, whose launches are repeated to find races and uninitialised reads."""
 
     def __init__(self, text: str, name: str):
+        """Compile the kernel `name` of a text.  KernelError, with the line, if it does not compile."""
         self.kernels = {}
         for dtype in DTYPES:
             self.kernels[dtype] = CpuKernel(f'{preamble((("T", dtype),))}#line 1 "{name}.cu"\n{text}', name)
         self.parameters = self.kernels[DTYPES[0]].parameters
 
     def __call__(self, grid: Sequence[int], block: Sequence[int], args: Sequence[Any]) -> None:
-        """Launch on the arrays in place.  Unusable, in a sentence, for errors that a device would not report."""
+        """Launch on the arrays in `args`, which the kernel writes to, and twice more on copies of them.
+
+        Unusable, in a sentence, if the launches differ or the emulator finds an error; a GPU would report neither.
+        """
         kernel = self.kernels[next(a.dtype for a in args if isinstance(a, np.ndarray))]
         other_poison = [_copied(a) for a in args]
         reverse_order = [_copied(a) for a in args]
         try:
+            # poison: the value of every byte of memory that nobody wrote
             with emulating(reverse=False, poison=255):                   # as a float: NaN
                 kernel(grid, block, args)
             with emulating(reverse=False, poison=64):                    # as a float: 3.0
@@ -179,7 +191,11 @@ def _copied(a: Any) -> Any:
 
 
 def _require_same(result: np.ndarray, other_poison: np.ndarray, reverse_order: np.ndarray) -> None:
-    """Unusable unless three launches gave the same bits."""
+    """Unusable unless one array has the same bits after three launches.
+
+    other_poison: after the launch with other bytes in uninitialised memory.
+    reverse_order: after the launch with the threads in reverse order.
+    """
     if result.tobytes() != other_poison.tobytes():
         raise Unusable("the result depends on memory that nobody wrote: something was read too early "
                        "(is a __syncthreads() missing?), or from outside an array")

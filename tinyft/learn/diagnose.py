@@ -39,12 +39,13 @@ class Mismatch(AssertionError):
 
 
 def host(a: Any, what: str = "the result", want: Any = None) -> np.ndarray:
-    """A Tensor or a device array as a NumPy array; also a number, if the expected result `want` is one or is not given.
+    """A Tensor, a device array or a number as a NumPy array; a number only if `want`, the expected result, is none or
+    has no axes.
 
     Unusable for anything else; `what` and the shape of `want` stand in its message."""
     if isinstance(a, Tensor):
         a = a.data
-    numeric = array.is_array(a) and np.dtype(a.dtype).kind in "biufV"    # bfloat16 is of kind V
+    numeric = array.is_array(a) and np.dtype(a.dtype).kind in "biufV"    # bool, integers, floats; bfloat16 is V
     scalar = isinstance(a, (bool, int, float, np.generic)) and (want is None or np.ndim(want) == 0)
     if numeric or scalar:
         return array.asnumpy(a)
@@ -96,8 +97,8 @@ TRANSPOSED = "it is the expected result transposed: swap the factors, or add a t
 def diagnose(failures: list[Mismatch]) -> str:
     """The diagnosis of the last failure, the one that the learner sees, in one sentence.
 
-    The first rule that fits gives it.  A rule must fit the other failures of the same result too, since one failure
-    may fit it by accident."""
+    Each rule gets all failures of this result (such as "the gradient of x"), since one alone may fit it by accident.
+    It returns its sentence, or "" if it does not fit.  The first sentence counts; without one, `_worst` gives it."""
     last = failures[-1]
     same_result = [f for f in failures if f.what == last.what]
     for rule in (_guessed, _not_finite, _shape, _dtype, _opposite, _transposed, _factor, _offset, _triangle, _axis):
@@ -108,6 +109,7 @@ def diagnose(failures: list[Mismatch]) -> str:
 
 
 def _guessed(failures: list[Mismatch]) -> str:
+    """A guess of the law, an error in words, whose result every failure has."""
     for guess in failures[-1].guesses:
         if all(guess in f.guesses and equal(f.got, f.guesses[guess]) for f in failures):
             return guess
@@ -115,6 +117,7 @@ def _guessed(failures: list[Mismatch]) -> str:
 
 
 def _not_finite(failures: list[Mismatch]) -> str:
+    """A sentence if the last result has nan or inf, and the expected one has none."""
     last = failures[-1]
     if last.got.dtype.kind != "f" or not np.isfinite(last.want).all():
         return ""
@@ -123,6 +126,7 @@ def _not_finite(failures: list[Mismatch]) -> str:
 
 
 def _shape(failures: list[Mismatch]) -> str:
+    """A sentence if a result has another shape than expected, with the reason where it can be told."""
     wrong_shape = [f for f in failures if f.got.shape != f.want.shape]
     if not wrong_shape:
         return ""
@@ -146,6 +150,7 @@ def _not_summed(g: np.ndarray, w: np.ndarray) -> bool:
 
 
 def _dtype(failures: list[Mismatch]) -> str:
+    """A sentence if all numbers are right: since the results count as different, their dtypes differ."""
     last = failures[-1]
     if all(equal(f.got.astype(float), f.want.astype(float)) for f in failures):
         return f"the numbers are right, the dtype is {last.got.dtype}, expected {last.want.dtype}"
@@ -153,6 +158,7 @@ def _dtype(failures: list[Mismatch]) -> str:
 
 
 def _opposite(failures: list[Mismatch]) -> str:
+    """A sentence if every boolean is the opposite of the expected one."""
     boolean = all(f.got.dtype == f.want.dtype == bool for f in failures)
     if boolean and all((f.got != f.want).all() for f in failures):
         return "it is True where False is expected, and the other way round"
@@ -169,11 +175,12 @@ def ratio(f: Mismatch) -> float | None:
     w = f.want.astype(float)
     if not w.any():
         return None if g.any() else np.nan
-    r = float((g * w).sum() / (w * w).sum())
+    r = float((g * w).sum() / (w * w).sum())             # least squares
     return r if equal(g, r * w) else None
 
 
 def _factor(failures: list[Mismatch]) -> str:
+    """A sentence if every result is a multiple of the expected one; the factors of the failures may differ."""
     ratios = [ratio(f) for f in failures]
     if any(r is None for r in ratios):
         return ""
@@ -194,7 +201,10 @@ def _factor(failures: list[Mismatch]) -> str:
 
 
 def _factor_of_a_size(failures: list[Mismatch], ratios: list[float]) -> str:
-    """A sentence if the ratios are n, 1/n, √n or 1/√n for one of the sizes n."""
+    """A sentence if the ratio of every failure is n, 1/n, √n or 1/√n, for a size n of its input.
+
+    ratios: result / expected result, one for each failure.  sizes, of a failure: {letter of the law's shapes: size}.
+    """
     for letter in failures[-1].sizes:
         n = np.array([f.sizes.get(letter, 0) for f in failures], float)
         for power, text in ((-1, f"1/{letter}"), (1, letter), (-0.5, f"1/√{letter}"), (0.5, f"√{letter}")):
@@ -217,6 +227,7 @@ def _offset(failures: list[Mismatch]) -> str:
 
 
 def _triangle(failures: list[Mismatch]) -> str:
+    """A sentence if the matrices differ only above the diagonal, or only on it: a mistake in a causal mask?"""
     if any(f.want.ndim < 2 for f in failures) or max(min(f.want.shape[-2:]) for f in failures) < 2:
         return ""
     below = on = above = False                           # whether entries below, on, above the diagonal differ
@@ -250,7 +261,7 @@ def _axis(failures: list[Mismatch]) -> str:
 
 
 def _worst(f: Mismatch) -> str:
-    """The number of entries that differ, and the one that differs most: the sentence if no rule holds."""
+    """The number of entries that differ, and the one that differs most: the sentence if no rule fits."""
     g = f.got.astype(float)
     w = f.want.astype(float)
     if g.ndim == 0:

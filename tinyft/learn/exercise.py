@@ -95,7 +95,7 @@ class Exercise:
 
     # ── the library's function ───────────────────────────────────────────────────────────────────────────────────────
     def owner(self, target: str = "") -> tuple[Any, str]:
-        """The module or class that holds the target, and the target's name in it."""
+        """(the module or class that holds the target, its name there).  "": the exercise's own target."""
         module, path = (target or self.target).split(":")
         *classes, name = path.split(".")
         holder = importlib.import_module(f"tinyft.{module}")
@@ -144,14 +144,14 @@ class Exercise:
         return f"{self.name}: {title}, about {self.minutes} minutes.   Check it with:  tinyft check {self.name}"
 
     def imports(self) -> str:
-        """The import lines of the learner's file: every public name that the library's function uses and that is not
-        closed.
+        """The import lines of the learner's file: every public name that the library's function and its helpers use,
+        except those that are the answer or contain it.
         """
         closed = {t.split(":")[1] for t in self.forbidden}
         return import_lines(self._definition(), self._helpers(), closed)
 
     def skeleton(self) -> str:
-        """The learner's file as `tinyft start` writes it."""
+        """The learner's file as `tinyft start` writes it: imports, signature and docstring, with the body left out."""
         n = self.answer_lines()
         return f'''"""{self.first_line()}"""
 from __future__ import annotations
@@ -174,14 +174,18 @@ from __future__ import annotations
 
     # ── writing an exercise ──────────────────────────────────────────────────────────────────────────────────────────
     def law(self, title: str, **inputs: Any) -> Callable:
-        """Decorator of a test(f, **drawn).  Laws are checked in the order of the file: put the simple ones first."""
+        """Decorator that adds a law: test(f, **drawn) raises where f, the function under test, breaks it.
+
+        title: the law in words.  inputs: {argument: strategy or shape string}, from which `drawn` is drawn.
+        Laws are checked in the order of the file: put the simple ones first.
+        """
         def register(test: Callable) -> Callable:
             self.laws.append(Law(title, test, inputs))
             return test
         return register
 
     def wrong_answer(self, belief: str, says: str, subtle: bool = False) -> Callable:
-        """Decorator of a wrong answer."""
+        """Decorator that adds a function as a wrong answer.  belief, says, subtle: see WrongAnswer."""
         def register(f: Callable) -> Callable:
             self.wrong_answers.append(WrongAnswer(belief, f, says, subtle))
             return f
@@ -201,7 +205,7 @@ def of_lesson(lesson: str) -> list[Exercise]:
     for module in exercise_modules(lessons()[lesson]):
         found += [value for value in vars(module).values() if isinstance(value, Exercise)]
     for e in found:
-        e.lesson = lesson
+        e.lesson = lesson                                # exercises.py does not repeat the name
     return found
 
 

@@ -32,17 +32,20 @@ def check(name: str, path: Path, backend: str) -> Iterator[Outcome]:
 
 
 def _watched(name: str, path: Path, backend: str, stack: Path) -> Iterator[Outcome]:
-    """The child's outcomes, and one of ours if the child hangs or dies.  stack: the file to which a hanging child
-    writes its stack.
+    """Check the file `path` in a child process; yield its outcomes as they come.
+
+    If the child hangs or dies, the last outcome is one of this process, which says so.  name: of the exercise.
+    stack: the file to which a hanging child writes its stack.
     """
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" and backend != "cupy" else "spawn")
+    can_fork = sys.platform == "linux" and backend != "cupy"             # CUDA does not work in a forked process
+    context = multiprocessing.get_context("fork" if can_fork else "spawn")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_serve, args=(sender, name, str(path), backend, str(stack)), daemon=True)
     with warnings.catch_warnings():
         # Python warns that threads are not forked. The child needs none.
         warnings.simplefilter("ignore", DeprecationWarning)
         child.start()
-    sender.close()
+    sender.close()                                       # the child has its own: EOFError once that one is closed
     try:
         while True:
             if not receiver.poll(SILENCE):
@@ -56,7 +59,7 @@ def _watched(name: str, path: Path, backend: str, stack: Path) -> Iterator[Outco
                 yield _refused(f"your code ended the whole process (exit status {child.exitcode}): out of memory, "
                                "os._exit, or a crash")
                 return
-            if sent is None:
+            if sent is None:                             # the end of the check
                 return
             problem = sent.pop("problem")
             yield Outcome(problem=problem and Problem(**problem), **sent)
@@ -86,7 +89,11 @@ def _line(stack: Path, path: Path) -> str:
 
 
 def _serve(sender: Any, name: str, path: str, backend: str, stack: str) -> None:
-    """The child: send every outcome as JSON, then null.  Its standard error is thrown away."""
+    """The child: check the file `path`, and send every outcome as JSON, then null.  Its standard error is thrown away.
+
+    name: of the exercise.  stack: the file to which it writes its stack when no outcome has come for 0.9 · SILENCE,
+    just before the parent gives up and reads the file.
+    """
     from .checker import check_file, use_backend
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 

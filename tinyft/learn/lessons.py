@@ -32,6 +32,8 @@ __all__ = ["quote", "figure", "show", "parse", "run", "notebook", "Cell", "Faile
 # ── for use in a lesson ──────────────────────────────────────────────────────────────────────────────────────────────
 def quote(thing: Any) -> None:
     """Print the library's own source of a function, an op, a method or a class.  ValueError if it is not the library's.
+
+    An op is printed as its definition: the function of arrays that @op turned into a function of tensors.
     """
     thing = inspect.unwrap(getattr(thing, "definition", thing))
     module = getattr(thing, "__module__", "")
@@ -57,9 +59,9 @@ def figure(columns: int = 1, height: float = 2.8) -> tuple[Any, Any]:
 
 
 def show(caption: str = "") -> None:
-    """Show the open figures: under a cell of a notebook, or in files NN_name-1.png, ...
+    """Show Matplotlib's open figures: in Jupyter under the cell, else saved as NN_name-1.png, ... and closed.
 
-    A lesson that is run as a script writes them to work/figures.
+    `run` chooses their folder.  A lesson that is run as a script writes them to work/figures.
     """
     global _album
     if _album is None:
@@ -85,10 +87,10 @@ class Album:
         self.recent: list[tuple[Path, str]] = []
 
     def take(self, caption: str = "") -> None:
-        """Save and close the open figures."""
+        """Save and close Matplotlib's open figures, and add them to `recent` with this caption."""
         plt = sys.modules.get("matplotlib.pyplot")       # nothing is drawn if it was not imported
         for number in plt.get_fignums() if plt else ():
-            self.count += 1
+            self.count += 1                              # the figures of a lesson are numbered from 1
             path = self.folder / f"{self.name}-{self.count}.png"
             self.folder.mkdir(parents=True, exist_ok=True)
             plt.figure(number).savefig(path, dpi=200, metadata={"Software": None})
@@ -131,7 +133,7 @@ def parse(text: str) -> list[Cell]:
     lines = text.splitlines()
     kind = "code"
     start = 1                                            # the first line of the cell
-    for n, line in enumerate([*lines, "# %%"], start=1):
+    for n, line in enumerate([*lines, "# %%"], start=1):                 # the added mark ends the last cell
         if not re.match(r"# ?%%(\s|$)", line):
             continue
         while start < n and not lines[start - 1].strip():
@@ -157,10 +159,11 @@ def _without_marks(body: str, start: int) -> str:
 
 # ── running ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 def run(path: Path, out: Path) -> Iterator[Cell]:
-    """Run a lesson and yield each cell as soon as it is done.
+    """Run the lesson.py at `path` and yield each cell as soon as it is done, text cells too.
 
-    Figures go to out/NN_name-K.png, at the end the notebook beside them.  A cell that fails is yielded too, and then
-    Failed is raised with line and reason; no notebook is written.
+    Figures are written to out/NN_name-K.png; those of an earlier run are deleted.  The notebook, out/NN_name.ipynb, is
+    written at the end.  A cell that fails is yielded too; then Failed is raised with line and reason, and no notebook
+    is written.
     """
     try:
         import matplotlib
@@ -186,7 +189,10 @@ def run(path: Path, out: Path) -> Iterator[Cell]:
 
 
 def _run_cell(cell: Cell, path: Path, album: Album, variables: dict[str, Any]) -> Failed | None:
-    """Run one code cell, and store its output and figures in it."""
+    """Run one code cell, and store its output and figures in it.  Failed, returned, if it raises; else None.
+
+    variables: the global names of the lesson, which its cells share.  `show` in the cell draws into `album`.
+    """
     global _album
     outer = _album
     _album = album
@@ -197,7 +203,7 @@ def _run_cell(cell: Cell, path: Path, album: Album, variables: dict[str, Any]) -
             # The empty lines in front make line numbers those of the file.
             code = compile("\n" * (cell.line - 1) + cell.source, str(path), "exec", dont_inherit=True)
             exec(code, variables)
-            album.take()
+            album.take()                                 # the figures that the cell drew without `show`
     except (Exception, SystemExit) as e:
         failure = Failed(_explain(e, path, cell))
     finally:
@@ -209,10 +215,13 @@ def _run_cell(cell: Cell, path: Path, album: Album, variables: dict[str, Any]) -
 
 
 def _explain(e: BaseException, path: Path, cell: Cell) -> str:
-    """The line of the lesson that failed and the reason; also the line in the library, if it was raised there."""
-    frames = traceback.extract_tb(e.__traceback__)
+    """The line of the lesson that failed and the reason; also the line in the library, if it was raised there.
+
+    path: the lesson's file.  cell: the code cell that raised e.
+    """
+    frames = traceback.extract_tb(e.__traceback__)       # the innermost call is last
     in_lesson = [f.lineno for f in frames if f.filename == str(path)]
-    if isinstance(e, SyntaxError):
+    if isinstance(e, SyntaxError):                       # the cell did not compile, so it has no frame
         line = e.lineno
     else:
         line = in_lesson[-1] if in_lesson else cell.line
@@ -224,7 +233,10 @@ def _explain(e: BaseException, path: Path, cell: Cell) -> str:
 
 
 def notebook(cells: list[Cell]) -> dict:
-    """The cells with their results as a notebook, format 4.4, with the figures inside."""
+    """The cells with their results as a Jupyter notebook (format 4.4), with the figures inside.
+
+    Its metadata `short` is True if the lesson ran short (TINYFT_FAST): book.py then does not reuse it for a full run.
+    """
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     short = bool(os.environ.get("TINYFT_FAST"))
     metadata = {"kernelspec": kernel, "language_info": {"name": "python"}, "short": short}

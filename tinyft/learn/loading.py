@@ -20,8 +20,9 @@ class Stop(BaseException):
 
 
 def load_function(path: Path, function: str, module_name: str) -> Callable:
-    """The function in the learner's file.  Refused, with the line, if the file cannot be read or holds no such
-    function.
+    """The function of this name in the learner's file, which is executed as a module named `module_name`.
+
+    Refused, with the reason, if the file cannot be executed or holds no such function.
     """
     name = f"{path.parent.name}/{path.name}"
     module = _run(path, name, module_name)
@@ -34,13 +35,16 @@ def load_function(path: Path, function: str, module_name: str) -> Callable:
 
 
 def _run(path: Path, name: str, module_name: str) -> ModuleType:
-    """The file executed as a module.  Ops that it defines with @op are not added to the library's table."""
+    """The file executed as a module.  Refused, with the reason, if it raises.  name: of the file, for messages.
+
+    Ops that it defines with @op are not left in the library's table.
+    """
     spec = importlib.util.spec_from_file_location(module_name, path)
     module = importlib.util.module_from_spec(spec)
     ops_before = dict(OPS)
     write_bytecode = sys.dont_write_bytecode
-    sys.dont_write_bytecode = True
-    linecache.checkcache(str(path))
+    sys.dont_write_bytecode = True                       # no __pycache__ in the learner's folder
+    linecache.checkcache(str(path))                      # the file may have changed: messages quote its lines
     try:
         spec.loader.exec_module(module)
     except SyntaxError as e:
@@ -63,8 +67,9 @@ def in_words(e: BaseException) -> str:
 
 
 def place(e: BaseException, filename: str) -> tuple[str, int] | None:
-    """(file, line) in the learner's file from which an exception came: the innermost frame, of its first cause.  None
-    if it has no frame there.
+    """(filename, line number) of the learner's innermost call from which an exception came; None if there is none.
+
+    filename: the learner's file.  Of an exception with a cause (raise ... from ...), the first cause counts.
     """
     while e.__cause__ is not None:
         e = e.__cause__

@@ -32,7 +32,10 @@ def read(name: str, out: Path, page: Page) -> bool:
 
 
 def run_all(out: Path, page: Page) -> bool:
-    """Run every lesson, one line each.  True if every cell of every lesson ran."""
+    """Run every lesson and print one line for each: the seconds and the figures, or the failure.
+
+    Figures and notebooks are written to the folder `out`.  True if every cell of every lesson ran.
+    """
     all_ran = True
     for lesson in lessons().values():
         start = time.perf_counter()
@@ -67,7 +70,7 @@ def write_cell(cell: Cell, page: Page) -> None:
 
 
 def _write_text(markdown: str, page: Page) -> None:
-    """Write Markdown paragraph by paragraph.  Tables and blocks of code are not folded."""
+    """Write Markdown paragraph by paragraph, headings in colour.  Tables and blocks of code are not folded."""
     headings_apart = re.sub(r"^(#.*)", r"\n\1\n", markdown, flags=re.M).strip()
     for paragraph in re.split(r"\n\s*\n", headings_apart):
         if paragraph[:1] in ("|", "`"):
@@ -75,7 +78,7 @@ def _write_text(markdown: str, page: Page) -> None:
             for row in paragraph.splitlines():
                 page.line(row if is_code else plain(row, page))
         else:
-            for item in re.split(r"\n(?=- |\d+\. |\*\*)", paragraph):
+            for item in re.split(r"\n(?=- |\d+\. |\*\*)", paragraph):       # list items, lines that begin in bold
                 colour = "arrow" if item[:1] == "#" else ""
                 for line in textwrap.wrap(plain(item, page).lstrip("# "), min(width(), 100)):
                     page.line(page.paint(line, colour))
@@ -87,7 +90,10 @@ SIGNS = dict(zip(TEX.split(), "αβγεθλμσηℓ∂×·Σᵀ≤≥≈⊙√�
 
 
 def plain(text: str, page: Page) -> str:
-    """A paragraph without Markdown's marks, its formulas in Unicode as far as possible.  `Code` stays as it is."""
+    """A paragraph without Markdown's $ and **, its TeX formulas in Unicode as far as possible.  `Code` stays as it is.
+
+    On a plain page, which cannot show Unicode, TeX's commands become their names.
+    """
     def formula(found: re.Match) -> str:
         text = re.sub(r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r"(\1)/(\2)", found[1]).replace(r"^\top", r"\top")
         text = re.sub(r"\\([a-zA-Z]+)( ?)", command, text)

@@ -39,7 +39,9 @@ def examine(exercise: Exercise, seeds: int = 3) -> list[str]:
 
 
 def examine_reference(exercise: Exercise, seed: int) -> list[str]:
-    """The laws that the library's own function breaks."""
+    """A fault, in a sentence, for each law that the library's own function breaks; [] as it should be.  seed: of the
+    inputs.
+    """
     found = []
     for law in exercise.laws:
         problem = run(law, Subject.of_reference(exercise), seed=seed).problem
@@ -50,12 +52,16 @@ def examine_reference(exercise: Exercise, seed: int) -> list[str]:
 
 
 def examine_wrong(exercise: Exercise, wrong: WrongAnswer) -> list[str]:
-    """The faults in how a wrong answer is caught: not, too late, without the right diagnosis, or not by one law only.
+    """The faults in how a wrong answer is caught, in sentences; [] if there are none.
+
+    At least one law must break, at a size of at most CAUGHT_AT, with a diagnosis that contains wrong.says.  A subtle
+    wrong answer must break exactly one law.
     """
-    broken: list[Outcome] = []
+    broken: list[Outcome] = []                           # of the laws that it breaks; only a subtle one tries them all
     filename = wrong.function.__code__.co_filename if callable(wrong.function) else ""
     for law in exercise.laws:
-        outcome = run(law, Subject(exercise, wrong.function), filename, shrink=not broken)
+        is_first = not broken                            # the diagnosis of the first law to break is examined
+        outcome = run(law, Subject(exercise, wrong.function), filename, shrink=is_first)
         if outcome.problem:
             broken.append(outcome)
             if not wrong.subtle:
@@ -76,7 +82,7 @@ def examine_wrong(exercise: Exercise, wrong: WrongAnswer) -> list[str]:
 
 
 def examine_skeleton(exercise: Exercise) -> list[str]:
-    """A fault if the check of the skeleton says something else than "not written"."""
+    """[the fault] if the check of the file that `tinyft start` writes does not end with "not written"; else []."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{exercise.name}{exercise.suffix}"
         path.write_text(exercise.skeleton(), encoding="utf-8")
@@ -88,7 +94,10 @@ def examine_skeleton(exercise: Exercise) -> list[str]:
 
 
 def selftest(chosen: list[Exercise], page: Page) -> bool:
-    """Examine exercises, one line for each.  True if none has a fault."""
+    """Examine exercises, and print one line for each, its faults, and the totals.  True if none has a fault.
+
+    An exercise that this machine cannot check (no compiler) is listed with the reason, and is no fault.
+    """
     start = time.monotonic()
     faulty = 0
     for e in chosen:

@@ -24,9 +24,10 @@ def laws(file: str) -> list[tuple[str, str]]:
 
 
 def verify(file: str, exercise: str, law: str) -> None:
-    """Pass if the law holds, fail with the text of `tinyft check` if it does not.
+    """Body of one pytest test: pass if the law holds, fail with the text of `tinyft check` if it does not.
 
-    Skipped if nothing is written, or if an earlier law does not hold.
+    Skipped if nothing is written, or if an earlier law does not hold.  file: any file in the folder of exercises.
+    exercise: its name.  law: its title.  An outcome without a title means that the file cannot be checked at all.
     """
     import pytest
     e = find(exercise)

@@ -54,13 +54,13 @@ def width() -> int:
 
 
 def as_text(a: Any, with_shape: bool = False) -> str:
-    """A value as text: small arrays in one line, larger ones in several."""
+    """A value as text: an array in one line if it fits the terminal, else in several."""
     if isinstance(a, Tensor):
         a = a.data
     if not array.is_array(a):
         return f"{a:.6g}" if isinstance(a, float) else repr(a)
     a = array.asnumpy(a)
-    room = width() - 18
+    room = width() - 18                                  # columns left beside the name of the value
     text = np.array2string(a, precision=5, suppress_small=True, threshold=80, edgeitems=3, max_line_width=max(room, 20))
     flat = " ".join(text.split()).replace("[ ", "[").replace(" ]", "]")
     text = flat if len(flat) <= room else text.replace("\n\n", "\n")
@@ -73,7 +73,10 @@ def inputs_as_text(inputs: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def pair_as_text(e: Mismatch) -> tuple[str, str]:
-    """The result and the expected one with their shapes, and with their dtypes where these differ."""
+    """The result and the expected one as text, with their shapes, and with their dtypes where these differ.
+
+    Two dtypes of one kind and one size count as the same, whatever their byte order.
+    """
     texts = [as_text(a, with_shape=True) for a in (e.got, e.want)]
     same_kind = e.got.dtype.kind == e.want.dtype.kind and e.got.dtype.itemsize == e.want.dtype.itemsize
     if e.got.dtype != e.want.dtype and not same_kind:
@@ -101,6 +104,7 @@ class Page:
         self.colour = is_terminal and "NO_COLOR" not in os.environ and os.environ.get("TERM", "") != "dumb"
 
     def _can_show(self, text: str) -> bool:
+        """True if the encoding of the stream has all characters of the text."""
         try:
             text.encode(getattr(self.out, "encoding", None) or "utf-8")
         except (UnicodeEncodeError, LookupError):
@@ -125,10 +129,10 @@ class Page:
         print(text, file=self.out, flush=True)
 
     def block(self, text: str, indent: int = 4, first: str = "") -> None:
-        """Write a paragraph, folded and indented.
+        """Write a text, folded and indented by `indent` columns.
 
-        first   the beginning of its first line, in place of the indent; folded lines are then indented further, by the
-                width of an arrow and a space"""
+        first   the beginning of the first line, in place of the indent; folded lines then stand below the text after
+                an arrow and a space"""
         hanging = len(SIGNS["arrow"][self.plain]) + 1 if first else 0
         lead = first or " " * indent
         for line in text.splitlines() or [""]:
@@ -138,7 +142,7 @@ class Page:
                 lead = " " * indent
 
     def named(self, name: str, text: str, pad: int) -> None:
-        """Write name = text, with the lines of an array below each other."""
+        """Write name = text, the name filled up to `pad` columns, and all lines of an array below its first."""
         lead = f"      {name:<{pad}} = "
         self.line(lead + text.replace("\n", "\n" + " " * len(lead)))
 
@@ -147,7 +151,7 @@ class Page:
         return SIGNS["full"][self.plain] * n + SIGNS["empty"][self.plain] * (5 - n)
 
     def report(self, exercise: Exercise, outcomes: Iterable[Outcome]) -> bool:
-        """One line for each law that holds, and the problem of the first that does not.  True if all hold."""
+        """Print one line for each law that holds, then the problem of the first that does not.  True if all hold."""
         for outcome in outcomes:
             if outcome.problem:
                 self.problem(exercise, outcome.title, outcome.problem)
@@ -157,7 +161,7 @@ class Page:
         return True
 
     def problem(self, exercise: Exercise, title: str, p: Problem) -> None:
-        """Write why a law does not hold."""
+        """Write why the law `title` does not hold; "": why the exercise cannot be checked."""
         if p.kind == "unwritten":
             self.line(f"  {self.sign('todo')} not written yet")
             return
@@ -182,6 +186,10 @@ class Page:
             self.line(f"\n    Stuck?  tinyft hint {exercise.name}")
 
     def _inputs(self, p: Problem) -> None:
+        """Write the inputs of a problem under a line that says if they are the smallest that fail.
+
+        A check that was stopped for its time (kind "stopped") did not search for smaller ones.
+        """
         if p.kind == "stopped":
             self.line("\n    With this input:")
         else:

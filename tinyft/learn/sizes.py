@@ -29,7 +29,10 @@ def sizes(draw: Callable) -> int:
 
 @st.composite
 def array(draw: Callable, shape: tuple, values: Sequence = WHOLE, dtype: Any = np.float64) -> np.ndarray:
-    """An array of this shape and of these values.  Drawn as one string of bytes: ten times faster than entry by entry.
+    """A random array of this shape, each entry one of `values`.
+
+    Drawn as one string of bytes, a byte for each entry: ten times faster than entry by entry.  Hypothesis makes bytes
+    smaller when it simplifies a failing input, so the first of `values` should be the simplest.
     """
     n = int(np.prod(shape))
     indices = np.frombuffer(draw(st.binary(min_size=n, max_size=n)), np.uint8)
@@ -62,9 +65,10 @@ def positive(shape: str) -> Shaped:
 
 @st.composite
 def draws(draw: Callable, inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
-    """(the drawn inputs of a law, the size of each letter).
+    """(the drawn inputs of a law, {letter: size}), for inputs = {argument of the law: what to draw}.
 
-    Each input is a shape string, a Shaped, or a strategy.  A letter as a name (n="size") gives the size of that letter.
+    An input is a shape string such as "n k", whose letters are sizes from 1 to the limit; a Shaped, the same with other
+    values; or a Hypothesis strategy.  An argument n="size" gets the size of the letter n itself.
     """
     specs = {}
     letters = set()

@@ -78,7 +78,10 @@ def first_line(node: Definition) -> int:
 
 
 def import_lines(function: LibraryFunction, helpers: list[LibraryFunction], closed: set[str]) -> str:
-    """Import lines for the public names that a function and its helpers use, except the names in `closed`."""
+    """The import lines, absolute, for the public names that a function and its helpers use, except those in `closed`.
+
+    The names are those that the function's module imports or defines itself.
+    """
     module = function.module.__name__
     used = {"np"}
     for f in (function, *helpers):
@@ -92,7 +95,8 @@ def import_lines(function: LibraryFunction, helpers: list[LibraryFunction], clos
         elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             own.append(node.name)
         elif isinstance(node, ast.Assign):
-            own += [t.id for t in ast.walk(node) if isinstance(t, ast.Name) and isinstance(t.ctx, ast.Store)]
+            stored = [t for t in ast.walk(node) if isinstance(t, ast.Name) and isinstance(t.ctx, ast.Store)]
+            own += [t.id for t in stored]
     names = sorted({name for name in own if name in used and name not in closed and not name.startswith("_")})
     if names:
         found.add(f"from {module} import {', '.join(names)}")
@@ -100,21 +104,24 @@ def import_lines(function: LibraryFunction, helpers: list[LibraryFunction], clos
 
 
 def _import_line(node: ast.Import | ast.ImportFrom, names: list[ast.alias], module: str) -> set[str]:
-    """{the import of these names as an absolute import}; empty if there are no names."""
+    """{one import line}: the import statement `node` of the module, with these names only, as an absolute import.
+
+    Empty without names, and for `from __future__`, which every learner's file has already.
+    """
     if not names:
         return set()
     listed = ", ".join(f"{a.name} as {a.asname}" if a.asname and a.asname != a.name else a.name for a in names)
     if isinstance(node, ast.Import):
         return {f"import {listed}"}
     start = node.module or ""
-    if node.level:
+    if node.level:                                       # a relative import: the number of its dots
         package = module.split(".")[:-node.level]
         start = ".".join([*package, start] if start else package)
     return set() if start == "__future__" else {f"from {start} import {listed}"}
 
 
 def _sorted_imports(lines: set[str]) -> str:
-    """The standard library, NumPy, tinyft: three groups with a blank line between them."""
+    """Import lines as text: the standard library, NumPy, tinyft, in groups with a blank line between them."""
     ours = sorted(line for line in lines if line.startswith("from tinyft"))
     numpy = sorted(line for line in lines if line.startswith("import numpy"))
     standard = sorted(lines - set(ours) - set(numpy))

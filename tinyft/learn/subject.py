@@ -35,9 +35,9 @@ VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def check_signature(exercise: Exercise, function: Callable) -> None:
-    """Refused unless the learner's function has the argument names, order and defaults of the library's function.
+    """Refused unless the learner's function has the library's arguments, in its order, with a default where it has one.
 
-    Further arguments are allowed if they have defaults.
+    The values of the defaults may differ.  Further arguments are allowed if they have defaults.
     """
     wanted = exercise.signature().parameters
     try:
@@ -69,9 +69,9 @@ def _default(p: inspect.Parameter) -> str:
 def closed(exercise: Exercise, filename: str) -> Iterator[None]:
     """Within the `with`, the exercise's forbidden functions raise when the file of this name calls them.
 
-    The library can still call them.
+    The library can still call them.  Modules that imported such a function by name get its guard too.
     """
-    undo: list[tuple[Any, str, Any]] = []
+    undo: list[tuple[Any, str, Any]] = []                # (module or class, name, what stood there)
 
     def replace(holder: Any, name: str, stub: Any) -> None:
         undo.append((holder, name, getattr(holder, name)))
@@ -81,7 +81,7 @@ def closed(exercise: Exercise, filename: str) -> Iterator[None]:
         holder, name = exercise.owner(target)
         real = getattr(holder, name)
         stub = _guard(real, name, filename)
-        definition = getattr(real, "definition", None)
+        definition = getattr(real, "definition", None)   # of an op: the function of arrays under @op
         if definition is not None:
             stub.definition = _guard(definition, name, filename)
         replace(holder, name, stub)
@@ -102,6 +102,7 @@ def _library_modules() -> list[Any]:
 
 
 def _guard(real: Callable, name: str, filename: str) -> Callable:
+    """The library's function `name`, which raises ReferenceUsed if it is called from the file of this name."""
     @functools.wraps(real)
     def stub(*args: Any, **kwargs: Any) -> Any:
         if sys._getframe(1).f_code.co_filename == filename:
@@ -119,6 +120,10 @@ class Subject:
     """
 
     def __init__(self, exercise: Exercise, function: Callable):
+        """Refused, with the reason, if `function` cannot be checked, such as for its signature.
+
+        function: the learner's answer; of an exercise in CUDA C, its text.
+        """
         function = exercise.usable(function)
         if inspect.unwrap(function) is inspect.unwrap(exercise.reference()):
             raise Refused(f"this is the library's own {exercise.function}: write yours under that name")
@@ -128,7 +133,7 @@ class Subject:
 
     @classmethod
     def of_reference(cls, exercise: Exercise) -> Subject:
-        """The library's own function as the subject."""
+        """The library's own function as the subject, without the checks of `__init__`, which would refuse it."""
         made = cls.__new__(cls)
         made.exercise = exercise
         reference = exercise.reference()
@@ -136,7 +141,10 @@ class Subject:
         return made
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The result of the function, called with copies. Changed if it wrote to one of them."""
+        """The result of the function, called with copies of the arguments; of an op, the checked (value, pullbacks).
+
+        Changed, an error, if it wrote to a copy; an in-place exercise gets the arguments themselves and may write.
+        """
         args = [self._copy(a) for a in args]
         kwargs = {name: self._copy(a) for name, a in kwargs.items()}
         named = [*zip(self.exercise.signature().parameters, args), *kwargs.items()]
@@ -150,7 +158,10 @@ class Subject:
         return self._op_result(out, len(args)) if self.exercise.is_op else out
 
     def _copy(self, a: Any) -> Any:
-        """An argument as the learner's function gets it."""
+        """An argument as the learner's function gets it: a copy, for NumPy arrays as an array of the backend in use.
+
+        No copy if the function is to write into its arguments, or for types other than those below.
+        """
         if self.exercise.in_place:
             return a
         if isinstance(a, np.ndarray) and not self.exercise.on_host:
@@ -158,7 +169,10 @@ class Subject:
         return copy.deepcopy(a) if isinstance(a, (np.ndarray, list, dict, np.random.Generator)) else a
 
     def _op_result(self, out: Any, inputs: int) -> tuple[Any, tuple]:
-        """The (value, pullbacks) of an op.  Unusable, in one sentence, if the function returned something else."""
+        """The (value, pullbacks) of an op.  Unusable, in one sentence, if the function returned something else.
+
+        out: the result of the function.  inputs: the number of its arguments, each of which wants a pullback or None.
+        """
         name = self.exercise.function
         if not (isinstance(out, tuple) and len(out) == 2):
             raise Unusable("an op gives back two things, its value and a tuple of pullbacks; "

@@ -33,6 +33,7 @@ class Work:
         self.progress = self._read()
 
     def _read(self) -> dict[str, dict]:
+        """The progress in the file; {} if the file is missing or damaged."""
         try:
             found = json.loads(self.file.read_text(encoding="utf-8"))
             return {name: facts for name, facts in found.items() if isinstance(facts, dict)}
@@ -68,7 +69,10 @@ class Work:
         return sorted(found, key=lambda e: -self.path(e).stat().st_mtime)
 
     def start(self, e: Exercise) -> bool:
-        """Write the skeleton.  False, and nothing written, if the file exists."""
+        """Write the learner's file, with the body to be written.  False, and nothing written, if the file exists.
+
+        With the first exercise, test_exercises.py is written too.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         shim = self.folder / "test_exercises.py"
         if not shim.exists():
@@ -89,7 +93,7 @@ class Work:
 
     @staticmethod
     def _rename(path: Path) -> Path:
-        """Rename a file to name.TIME.bak, with a number where that exists."""
+        """Rename a file to name.TIME.bak, or name.TIME-1.bak, ... if that exists.  Returns the new path."""
         stem = f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}"
         backup = path.with_name(f"{stem}.bak")
         n = 1
