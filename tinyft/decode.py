@@ -42,7 +42,8 @@ def generate(
     temperature   0: the most probable token (greedy). Above 0: logits are divided by it, and `rng` draws a token
     top_k, top_p  draw from the k most probable tokens, or from the smallest set of tokens with probability p
     end           a token that ends a row. The rest of the row is filled with it
-    cache         False: every step runs the whole text
+    cache         True: a step runs the newest token only, with the keys and values of the others from a cache.
+                  False: every step runs the whole text
     facts         task=, route=, source=: passed to the model at every step
 
     ValueError if the text outgrows the model's positions; TypeError, naming the near keyword, for an unknown one."""
@@ -52,7 +53,7 @@ def generate(
     refuse_unknown(facts)
     was_training = model.training
     past = Cache() if cache else None
-    ended = np.zeros(len(ids), bool)
+    ended = np.zeros(len(ids), bool)                                             # rows that have given `end`
     new = ids                                                                    # the tokens that this step runs
     model.eval()
     try:
@@ -85,7 +86,7 @@ def check_request(
     top_p: float | None,
     rng: np.random.Generator | None,
 ) -> None:
-    """ValueError for arguments of `generate` that do not go together."""
+    """ValueError for arguments of `generate` that are out of range or do not go together."""
     if ids.ndim != 2 or ids.shape[1] < 1:
         raise ValueError(f"generate wants ids of shape (B, T) with T >= 1, got {ids.shape}")
     if temperature < 0 or (temperature > 0 and rng is None):
@@ -112,7 +113,9 @@ def choose_token(
     top_p: float | None,
     rng: np.random.Generator | None,
 ) -> np.ndarray:
-    """One token for each row of logits (B, V) -> (B,)."""
+    """One token for each row of logits (B, V) -> (B,): the most probable at temperature 0, else drawn with `rng`.
+
+    top_k, top_p: draw from the k most probable tokens, or from the smallest set of tokens with probability p."""
     if temperature == 0:
         return logits.argmax(-1)
     order = np.argsort(-logits, axis=-1, kind="stable")                          # most probable first
@@ -124,16 +127,19 @@ def choose_token(
     if top_k is not None:
         allowed[:, top_k:] = False
     if top_p is not None:
-        allowed &= p.cumsum(-1) - p < top_p              # the token that crosses top_p stays allowed
+        allowed &= p.cumsum(-1) - p < top_p              # the sum before a token: the one that crosses top_p stays
     p = np.where(allowed, p, 0)
-    u = rng.random((len(p), 1)) * p.sum(-1, keepdims=True)
+    u = rng.random((len(p), 1)) * p.sum(-1, keepdims=True)                       # p no longer sums to 1
     drawn = (p.cumsum(-1) <= u).sum(-1)                                          # inverse transform sampling
     drawn = np.minimum(drawn, allowed.sum(-1) - 1)       # rounding may draw one token too far
     return np.take_along_axis(order, drawn[:, None], -1)[:, 0]
 
 
 def pad_left(rows: list[list[int]], pad: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of ids -> ids (B, T) and mask (B, T), with the padding on the left, as generation wants it."""
+    """Rows of token ids, of different lengths -> ids (B, T) and mask (B, T), True at real tokens.
+
+    The padding, the id `pad`, is on the left, so that every row ends in the last column, where `generate` continues.
+    """
     if not rows or not all(rows):
         raise ValueError("pad_left wants rows with at least one token each")
     T = max(len(row) for row in rows)

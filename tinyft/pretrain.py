@@ -55,9 +55,10 @@ class Recipe:
     def model(self) -> Module:
         """The model with random weights.
 
-        At width 128 and N(0, 0.02²) the masked-LM loss stays for 1,500 steps at the level reached without context. It
-        leaves that plateau at step 400 if the attention scores are as spread as at width 768 (std 0.05) and the
-        position vectors, sinusoids, differ clearly from the token vectors.
+        A BERT gets sinusoids as position vectors. Reason: at width 128 with weights of N(0, 0.02²), the masked-LM loss
+        stays for 1,500 steps at the level reached without context. It leaves that plateau at step 400 if the attention
+        scores are as spread as at width 768 (by config.std = 0.05), and the position vectors differ clearly from the
+        token vectors.
         """
         if not self.masked:
             return GPT(self.config, self.seed)
@@ -66,12 +67,15 @@ class Recipe:
         return model
 
     def batches(self, split: str) -> Stages:
-        """Batches of each length in turn."""
+        """Batches of each length in turn, each for its share of the steps. split: train, valid or test."""
         counts = [round(share * self.steps) for share in self.lengths.values()]
         return Stages([self.batches_of(split, length) for length in self.lengths], counts)
 
     def batches_of(self, split: str, length: int) -> data.Batches:
-        """Batches of one length, `tokens` in each."""
+        """Endless batches (B, length) of about self.tokens tokens each. split: train, valid or test.
+
+        For BERT some tokens are masked, and are the labels.
+        """
         tokens = data.pretraining("prose", split)
         batch_size = self.tokens // length
         if self.masked:
@@ -91,7 +95,8 @@ class Stages:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        left = self.given
+        """The next batch, of the source whose turn it is: the first `counts[0]` are of source 0, and so on."""
+        left = self.given                                # batches returned since this source's first one
         self.given += 1
         for source, count in zip(self.sources[:-1], self.counts):
             if left < count:
@@ -125,16 +130,17 @@ RECIPES = {
 
 
 def pretrain(name: str, work: Path, assets: Path = ASSETS, steps: int | None = None) -> dict[str, float]:
-    """Train one base model, or continue from work/NAME. Write it and its card to assets/NAME.
+    """Train one base model, or continue from the checkpoint in work/NAME.
 
-    Returns its metrics on the test split.
+    Writes the model, its card (README.md), history.json and loss.png to assets/NAME. Returns its metrics on the test
+    split. steps: in place of the recipe's.
     """
     from .formats.huggingface import save
 
     recipe = RECIPES[name]
     if steps is not None:
         recipe = replace(recipe, steps=steps)
-    longest = list(recipe.lengths)[-1]
+    longest = list(recipe.lengths)[-1]  # held-out metrics are on texts of this length
     valid = recipe.batches_of("valid", longest)
     test = recipe.batches_of("test", longest)
     model = recipe.model()
@@ -147,7 +153,7 @@ def pretrain(name: str, work: Path, assets: Path = ASSETS, steps: int | None = N
         recipe.batches("train"),
         recipe.steps,
         AdamW(recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.decay),
-        cosine_schedule(recipe.warmup, 0.1),
+        cosine_schedule(recipe.warmup, 0.1),  # from the peak to a tenth of it
         out=work / name,
         resume=True,
         save_every=100,
@@ -167,7 +173,10 @@ def pretrain(name: str, work: Path, assets: Path = ASSETS, steps: int | None = N
 
 
 def references(recipe: Recipe) -> dict[str, float]:
-    """Held-out metrics of models that only count tokens: unigrams and bigrams."""
+    """{name: value}: the test metric of models that only count training tokens, unigrams and bigrams.
+
+    Accuracy at masked tokens for BERT, perplexity for GPT; the card shows them beside the trained model.
+    """
     train, valid, test = (data.pretraining("prose", split) for split in data.SPLITS)
     V = recipe.config.vocab
     if recipe.masked:
@@ -206,7 +215,10 @@ It knows a little about English and Python's documentation, and nothing else.  M
 
 
 def card(name: str, recipe: Recipe, metrics: dict[str, float]) -> str:
-    """The model card, Markdown: architecture, training, held-out metrics beside those of counting models."""
+    """The model card, Markdown: architecture, training, and the test metrics beside those of models that count tokens.
+
+    name: of the base model.  metrics: of the trained model on the test split.
+    """
     accuracy = f"{100 * metrics['accuracy']:.1f} %"
     perplexity = f"{metrics['perplexity']:.1f}"
     if recipe.masked:
@@ -240,7 +252,7 @@ def smooth(values: list[float], points: int = 200) -> list[float]:
 
 
 def draw(history: History, path: Path, name: str) -> None:
-    """Draw the training and held-out loss, if matplotlib is installed."""
+    """Save a figure of the training and held-out loss at `path`, with `name` as title, if matplotlib is installed."""
     try:
         import matplotlib
     except ImportError:
@@ -263,7 +275,7 @@ def draw(history: History, path: Path, name: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; the exit status."""
+    """Train the base models named on the command line, or all, and print their metrics. Returns the exit status."""
     p = argparse.ArgumentParser(prog="tinyft.pretrain", description=__doc__.splitlines()[0])
     p.add_argument("names", nargs="*", default=[], help=f"which of {', '.join(RECIPES)} (default: all)")
     p.add_argument("--work", type=Path, default=Path("work/base"), help="folder for checkpoints")

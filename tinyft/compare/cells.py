@@ -158,7 +158,7 @@ def run_simple(s: Settings, seed: int) -> dict[str, dict[str, float]]:
 def measure_costs(s: Settings, c: Contender, rounds: int = 5) -> dict[str, Any]:
     """The costs of one contender, by name.
 
-    trained, head      trained parameters of the method, and of the classifier
+    trained, head      number of trained parameters outside the classifier, and inside
     stored             bytes to store for the task: what was trained; from scratch, the whole model
     memory             peak bytes of array memory in a training step
     step_ms            milliseconds of a training step

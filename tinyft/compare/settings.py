@@ -95,7 +95,7 @@ class Settings:
         return "perplexity" if self.lm else "accuracy"
 
     def chosen(self) -> list[Contender]:
-        """The contenders to compare, those in `names` or all, in the order of METHODS. ValueError for an unknown name."""
+        """The contenders to compare: those in `names`, or all, in METHODS' order. ValueError for an unknown name."""
         rows = contenders(self.task)
         if not self.names:
             return rows

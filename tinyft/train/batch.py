@@ -135,9 +135,10 @@ class WrappedLoss(Loss):
 
 
 def as_loss(loss: Any) -> Loss:
-    """CrossEntropy() for None; a Loss itself; any object with read(batch) and __call__(model, targets, rng), wrapped.
+    """Any loss that a user may give, as a Loss.
 
-    TypeError for another object."""
+    None becomes CrossEntropy(); a Loss is returned itself; an object with read(batch) and __call__(model, targets, rng)
+    is wrapped in a WrappedLoss. TypeError for another object, also for a class given in place of its instance."""
     if loss is None:
         return CrossEntropy()
     if isinstance(loss, Loss):
@@ -169,12 +170,15 @@ def compute_loss(
 
 
 def cross_entropy(model: Module, logits: Tensor, targets: Targets) -> Tensor:
-    """The mean cross-entropy of the logits with the labels. ValueError if there is not one label per row of logits."""
+    """The mean cross-entropy of the logits with targets.labels, as a scalar Tensor; weighted by class_weight if given.
+
+    ValueError if there is not one label per row of logits; IndexError for a label outside the classes."""
     if getattr(model, "head", logits) is None:                          # a model without the attribute gives logits too
         raise ValueError("this model has no head, so it has no logits to compare with labels: "
                          "add one (tinyft.classifier)")
     rows = math.prod(logits.shape[:-1])
     is_classifier = isinstance(getattr(model, "head", None), Classifier)
+    # logit_positions come from labels per token, which a sequence classifier does not take.
     if len(targets.labels) != rows or (is_classifier and targets.logit_positions is not None):
         advice = ONE_LABEL_PER_SEQUENCE if is_classifier else ONE_LABEL_PER_TOKEN
         raise ValueError("the loss wants one label per row of logits, "
@@ -189,7 +193,9 @@ def cross_entropy(model: Module, logits: Tensor, targets: Targets) -> Tensor:
 
 
 def check_labels(labels: Any, classes: int) -> None:
-    """IndexError if a label is outside the classes. Device arrays are not checked: that would wait for the device."""
+    """IndexError if a label, other than IGNORE, is outside 0 ... classes − 1.
+
+    Device arrays are not checked: that would wait for the device."""
     if not isinstance(labels, np.ndarray):
         return
     labels = labels[labels != IGNORE]
@@ -227,8 +233,8 @@ def read_batch(batch: Any) -> Targets:
     has_label = labels != IGNORE
     if not has_label.any():
         raise ValueError(f"this batch of shape {ids.shape[:2]} has nothing to predict: every label is -100 or padding")
-    logit_positions = None
-    if labels.ndim == 2 and not has_label.all():
+    logit_positions = None                                              # logits at all positions
+    if labels.ndim == 2 and not has_label.all():                        # save the logits without a label
         logit_positions = np.flatnonzero(has_label)
     labels = labels.reshape(-1) if logit_positions is None else labels.reshape(-1)[logit_positions]
     class_weight = batch.get("class_weight")
@@ -241,9 +247,9 @@ def read_batch(batch: Any) -> Targets:
 
 
 def _read_facts(batch: dict[str, Any], ids: Any) -> dict[str, Any]:
-    """The keyword arguments of the pass's Context, checked against the shape of the ids.
+    """The facts of a batch, such as its mask: keyword arguments of the pass's Context, as {name: value}.
 
-    A mask that is True everywhere is left out.
+    A mask that is True everywhere is left out. ValueError if ids, mask or token_type_ids have a wrong shape.
     """
     axes = 3 if isinstance(ids, Tensor) else 2                          # a Tensor holds embeddings
     if ids.ndim != axes:
@@ -296,6 +302,7 @@ class BatchStream:
         return self
 
     def __next__(self) -> Any:
+        """The next batch; after the last one the iterable begins again. ValueError if it then gives none."""
         batch = next(self.iterator, None)
         if batch is None:
             self.iterator = iter(self.batches)
@@ -319,6 +326,6 @@ class BatchStream:
         if "own" in state:
             self.batches.load_state_dict(state["own"])
             self.iterator = iter(self.batches)
-        else:
+        else:                                                           # a new stream: take the batches, and drop them
             while self.count < state["count"]:
                 next(self)

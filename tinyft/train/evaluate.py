@@ -48,15 +48,19 @@ class Results:
     """The values of all batches of one evaluation."""
 
     def __init__(self, model: Module, loss: Loss):
+        """An evaluation without batches so far; `add` adds one."""
         self.model = model
         self.loss = loss
-        self.weights: list[float] = []
+        self.weights: list[float] = []                                  # of the batches' mean losses
         self.means: dict[str, list[float]] = defaultdict(list)          # name -> one mean per batch
-        self.predictions: list[np.ndarray] = []
-        self.labels: list[np.ndarray] = []
+        self.predictions: list[np.ndarray] = []                         # (n,) classes or tokens, one array per batch
+        self.labels: list[np.ndarray] = []                              # (n,) those expected, IGNORE where none is
 
     def add(self, loss: float, ctx: Context, targets: Targets) -> None:
-        """Add one batch: its mean loss, the Context of its pass with the logits in ctx.output, and its targets."""
+        """Add one batch: its mean loss, the Context of its pass with the logits in ctx.output, and its targets.
+
+        Perplexity wants the cross-entropy, which is computed here if the loss is another one.
+        """
         self.weights.append(targets.weight)
         self.means["loss"].append(loss)
         if has_labels(ctx, targets):
@@ -71,13 +75,16 @@ class Results:
             self.means[name].append(float(value))
 
     def metrics(self) -> dict[str, float]:
-        """The metrics over all batches."""
+        """{name: value} over all batches: means with the batches' weights; accuracy and macro-F1 over all labels.
+
+        ValueError if no batch was added.
+        """
         if not sum(self.weights):
             raise ValueError("evaluate was given no batches")
         further = {name: pool(values, self.weights)[0] for name, values in self.means.items()}
         metrics = {"loss": further.pop("loss")}
         if "cross_entropy" in further:
-            metrics["perplexity"] = pool(self.means["cross_entropy"], self.weights)[1]
+            metrics["perplexity"] = pool(self.means["cross_entropy"], self.weights)[1]  # not a mean of perplexities
             del further["cross_entropy"]
             labels = np.concatenate(self.labels)
             predictions = np.concatenate(self.predictions)[labels != IGNORE]

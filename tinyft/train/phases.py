@@ -25,7 +25,7 @@ class Stage:
 
 
 def make_stages(attached: Sequence[Attached], steps: int) -> list[Stage]:
-    """The stages of a run, in order.
+    """The stages of a run of `steps` training steps, in order. attached: its methods, each with its edits.
 
     The run has the training phases of the method that has several; all other methods train in all of them. Setups of
     different methods at one point of the run are in the order in which the methods were attached. A method with one
@@ -62,7 +62,7 @@ def make_stages(attached: Sequence[Attached], steps: int) -> list[Stage]:
     steps_before = 0
     for share, setups_before in zip(shares, setups):
         total_share += share
-        steps_after = round(total_share * steps)
+        steps_after = round(total_share * steps)                        # rounding the sum: the stages add up to `steps`
         stages += [*setups_before, Stage(steps_after - steps_before)]
         steps_before = steps_after
     return stages + setups[-1]
