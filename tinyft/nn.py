@@ -68,7 +68,8 @@ class Module:
     def read(self, name: str) -> Any:
         """The module's own tensor `name`, changed by the edits of the module.
 
-        Every forward gets its tensors from here. A tied head reads the embedding's weight here as well."""
+        Every forward gets its tensors from here. A tied head reads the embedding's weight here as well. TypeError if
+        the weight is packed (compressed), and an edit would change it that can change dense weights only."""
         p = getattr(self, name)
         for edit in self.edits.values():
             if isinstance(p, Packed) and edit.overrides("tensor") and not edit.takes_packed:

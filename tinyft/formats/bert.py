@@ -92,9 +92,9 @@ class BERTFamily(Family):
             "pos.weight": FileTensor("embeddings.position_embeddings.weight", (c.positions, C)),
             "type.weight": FileTensor("embeddings.token_type_embeddings.weight", (c.token_types, C))}
         table |= weight_and_bias("norm0", "embeddings.LayerNorm", C)
-        shapes = {"mlp.up": (F, C), "mlp.down": (C, F), "norm1": (C,), "norm2": (C,)}
+        shapes = {"mlp.up": (F, C), "mlp.down": (C, F), "norm1": (C,), "norm2": (C,)}       # all others are (C, C)
         for i in range(c.layers):
-            for ours, stored in BLOCK.items():
+            for ours, stored in BLOCK.items():              # the names of a block's parts, here and in the file
                 shape = shapes.get(ours, (C, C))
                 table |= weight_and_bias(f"blocks.{i}.{ours}", f"encoder.layer.{i}.{stored}", *shape)
         if plan.pooler:

@@ -110,6 +110,7 @@ def read_file(file: Path) -> dict[str, np.ndarray]:
         data = np.empty(0, np.uint8)                       # an empty file cannot be mapped
     tensors = {}
     for name, entry in header.items():
+        # OTHERS are the dtypes of masks and positions: the families skip such tensors, or refuse them as weights.
         dtype = FLOATS.get(entry["dtype"]) or OTHERS.get(entry["dtype"])
         if dtype is None:
             raise ValueError(f"{file}: {name} wants one of the dtypes {', '.join(FLOATS)}, got {entry['dtype']}")

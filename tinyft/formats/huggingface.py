@@ -74,7 +74,7 @@ def load(path: str | os.PathLike, dtype: Any = None) -> tuple[Module, Tokenizer 
         raise ValueError(f"{folder}: {e}") from e
     tokenizer = _read_tokenizer(folder)
     arrays = {}
-    for name, place in table.items():
+    for name, place in table.items():                      # read: transposes or cuts the file's tensor where needed
         host = _cast(place.read(stored[place.name]), dtype, name)
         arrays[name] = array.asarray(host)
     model = set_parameters(family.build(plan), arrays)
@@ -255,11 +255,11 @@ def classifier(model: Module, classes: int, seed: int = 0) -> Module:
     if attached := edit.attached(model):
         raise ValueError(f"put the head on first: {attached[-1].name} is attached; "
                          "detach it, and attach it again afterwards")
-    embedding = next(iter(model.named_parameters().values())).data
+    embedding = next(iter(model.named_parameters().values())).data      # its device and dtype are the model's
     before = {id(p) for p in model.parameters()}
     model.new_head(int(classes), np.random.default_rng(seed))
     for p in model.parameters():
-        if id(p) not in before:                            # on the device and in the dtype of the model
+        if id(p) not in before:                            # a tensor of the new head
             p.data = array.to(p.data, array.name_of(embedding)).astype(embedding.dtype)
     return model
 

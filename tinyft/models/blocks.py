@@ -167,7 +167,7 @@ class Attention(Module):
         maps must be plain (is_plain): without edits, which would be skipped."""
         maps = (self.q, self.k, self.v)
         same_heads = self.heads == self.key_value_heads
-        is_joint = same_heads and dispatch.find(ops.project, type(x.data))
+        is_joint = same_heads and dispatch.find(ops.project, type(x.data))       # a kernel for this type of array
         if is_joint and all(is_plain(linear) for linear in maps):
             weights = [p for linear in maps for p in (linear.weight, linear.bias)]
             return ops.project(x, *weights, heads=self.heads)

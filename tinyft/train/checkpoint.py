@@ -99,7 +99,7 @@ def load_values(run: Run, arrays: Mapping[str, np.ndarray]) -> None:
     tensors = {file_name(name): p for name, p in named_tensors(run.model, run.loss).items()}
     buffers = {file_name(name): buffer for name, buffer in named_buffers(run.model, run.loss).items()}
     destinations = tensors | buffers
-    required = {file_name(name) for name in saved_tensors(run)} | set(buffers)
+    required = {file_name(name) for name in saved_tensors(run)} | set(buffers)      # must be among the arrays
     values = {name: a for name, a in arrays.items() if not name.startswith("mask/")}
     wrong = sorted(required - set(values))
     for name in sorted(values):
@@ -142,7 +142,8 @@ def shared_masks(run: Run) -> dict[str, str]:
 def state_dict(run: Run) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """(arrays, facts): all that a later process needs to continue the run. facts can be written as JSON.
 
-    The names of the arrays are explained at the top of this file. shared_masks says which masks are an edit's buffer.
+    The arrays are the values as copy_values gives them, the optimiser's state as optimizer/<key>, and the values at the
+    best evaluation as best/<name>. shared_masks names the masks that are the very array of a buffer.
     """
     arrays = copy_values(run)
     if run.t > 0:                                                       # steps were taken in this stage
@@ -272,11 +273,11 @@ def from_version_0_1(
     """
     new = {}
     for name, value in arrays.items():
-        head, _, rest = name.partition("/")
-        if head == "optimizer":
+        kind, _, rest = name.partition("/")
+        if kind == "optimizer":
             new[name] = value
         else:
-            new[("best/" if head == "best" else "") + name_from_version_0_1(rest)] = value
+            new[("best/" if kind == "best" else "") + name_from_version_0_1(rest)] = value
     history = {name: facts[name] for name in ("losses", "evaluations", "stopped")}
     history["skipped"] = facts.get("skipped", [])
     history["terms"] = {"loss": list(facts["losses"])}

@@ -38,7 +38,7 @@ class LoRA(Method):
         """The edit of one linear map or embedding. TypeError for a module without a weight matrix.
 
         ValueError for a rank below 1."""
-        weight = vars(module).get("weight")
+        weight = vars(module).get("weight")          # a tied head has none of its own
         if len(getattr(weight, "shape", ())) != 2:
             raise TypeError(
                 f"LoRA adapts a weight matrix; {path} is a {type(module).__name__} and has none")
