@@ -99,7 +99,7 @@ class Context:
         self.last_hidden_state: Tensor | None = None
         self.hidden_states: list[Tensor] = []
         self.output: Any = None
-        self.losses: dict[str, Tensor] = {} if source is None else source.losses
+        self.losses: dict[str, Tensor] = {} if source is None else source.losses         # shared with the encoder
         self.scratch: dict[Any, Any] = {}
 
     def __getattr__(self, name: str) -> Any:

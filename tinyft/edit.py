@@ -339,7 +339,8 @@ def detach(model: Module, name: str | None = None) -> Attached:
 def without(model: Module, *names: str) -> Iterator[None]:
     """The model without these methods for the length of a `with`; afterwards everything is as before, order included.
 
-    Without names it takes off every method that trains something, so that a frozen adapter stays part of the base."""
+    Without names it takes off every method that trains something, so that a frozen adapter stays part of the base.
+    ValueError if a method that stays was attached later and trains the same base tensors."""
     names = names or tuple(a.name for a in attached(model) if _is_trainable(a))
     wanted = [get_attached(model, n) for n in names]
     off = [a for a in attached(model) if a in wanted]       # in the order in which they were attached
@@ -434,7 +435,7 @@ def merge(model: Module, *names: str) -> Module:
             _check_order(path, m.edits, merging)
             folded[path] = _fold(path, m, [e for name, e in m.edits.items() if name in merging])
     written = {f"{path}.{name}" for path, tensors in folded.items() for name in tensors}
-    written |= {name for a in merged for name in a.base_values}
+    written |= {name for a in merged for name in a.base_values}      # their trained values stay in the base
     for a in kept:
         if a.base_values.keys() & written:
             raise CannotMerge(f"{a.name} trains the same tensors, and to detach it would undo the merge: "
@@ -558,7 +559,7 @@ def named_state(model: Module, a: Attached) -> dict[str, Any]:
     """{name: Tensor or buffer} of all that belongs to an attached method: its edits, and the base tensors it trains.
 
     The names are those of the model's state_dict: `blocks.0.attn.q.edits.lora.A`. A part that several modules share
-    appears once. Buffers that are not persistent are left out."""
+    appears once. Buffers that are not persistent are left out. LookupError if the method is not attached."""
     if a not in attached(model):
         raise LookupError(f"{a.name!r} is not attached to this model")
     in_edits = set()                                        # ids of the tensors and buffers of its edits

@@ -98,9 +98,9 @@ def fingerprint(obj: Any) -> str:
 def _update(digest: Any, obj: Any, above: list[int]) -> None:
     """Add an object's content to a hashlib digest, in place; equal contents give equal digests.
 
-    The order of a mapping's keys and of a set's members does not count. The names of types and the lengths keep
-    contents apart that would run together as bytes. `above` holds the ids of the objects that contain this one, so that
-    a cycle ends."""
+    The order of a mapping's keys and of a set's members does not count. Type names and lengths are added too: without
+    them, different contents could give the same bytes. `above` holds the ids of the objects that contain this one: a
+    cycle ends there."""
     if id(obj) in above:
         digest.update(b"cycle;")
         return

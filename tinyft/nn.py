@@ -201,7 +201,7 @@ class Module:
             p.mask = move(p.mask)
             p.grad = None
         distinct = {id(module): module for module in self.modules()}         # a shared module is listed twice
-        for module in distinct.values():                                     # move the buffers
+        for module in distinct.values():                                     # the buffers: attributes that are arrays
             for name, value in list(vars(module).items()):
                 if name[0] == "_":                                           # belongs to another module
                     continue

@@ -211,8 +211,8 @@ def identify_base(model: Module) -> dict[str, Any]:
 def check_base(wanted: dict[str, Any], got: dict[str, Any]) -> None:
     """Raise ValueError, naming the first difference, unless an adapter's base is this one.
 
-    wanted: from the adapter's file; got: of this model. Both are as identify_base gives them. The differences that
-    explain most come first."""
+    wanted: from the adapter's file; got: of this model. Both are as identify_base gives them. They are compared in the
+    order below: a model of another family has other weights too, but its family explains more."""
     descriptions = {
         "family": "a model of the family {}",
         "numbers": "a base of {:,} parameters",

@@ -82,7 +82,7 @@ class TfIdf:
         """Choose the terms, and compute their inverse document frequencies 1 + log((1 + n) / (1 + frequency)).
 
         A term is a word or a pair of neighbouring words. n is the number of texts, frequency the number of texts that
-        contain the term; it is chosen if that is at least `least`.
+        contain the term. A term is chosen if its frequency is at least `least`.
         """
         counts: Counter[str] = Counter()
         for text in texts:

@@ -54,7 +54,8 @@ class Batches:
     ) -> None:
         """Start at the first batch of epoch 0. The class describes the arguments; ValueError if they do not fit.
 
-        Without `collate`, the examples are arrays of token ids of one length.
+        collate makes a batch of a list of examples. Without it, the examples are arrays of token ids of one length.
+        With lengths, a batch holds examples of similar length.
         """
         if len(examples) == 0:
             raise ValueError("Batches wants at least one example, got an empty dataset")
@@ -91,6 +92,7 @@ class Batches:
         """The next batch. After the last batch of an epoch a new epoch begins, in its own order.
 
         The generator for `collate` depends on (seed, epoch, batch) alone, so a resumed stream gives the same batches.
+        NOISE is the number of its random stream: no other use shares it.
         """
         if self.batch == len(self):
             self.epoch += 1
@@ -126,7 +128,7 @@ class Batches:
         for name, value in self._settings().items():
             if state.get(name) != value:
                 wanted.append(f"{name} {value}, got {state.get(name)}")
-        for name in STREAM_STATE:
+        for name in STREAM_STATE:  # seed, epoch, batch
             value = state.get(name)
             if not isinstance(value, int) or value < 0:
                 wanted.append(f"a whole number {name} of at least 0, got {value!r}")

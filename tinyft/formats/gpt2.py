@@ -53,7 +53,7 @@ class GPT2Family(Family):
             head = "classes" if "score.weight" in names else "lm"
         model_config = GPTConfig(
             vocab=size(config, "vocab_size", 50257),
-            positions=size(config, "n_positions", config.get("n_ctx", 1024)),
+            positions=size(config, "n_positions", config.get("n_ctx", 1024)),       # n_ctx: its name in old files
             width=size(config, "n_embd", 768),
             layers=size(config, "n_layer", 12),
             heads=size(config, "n_head", 12),

@@ -244,7 +244,7 @@ class TakesNewHead(Protocol):
 def classifier(model: Module, classes: int, seed: int = 0) -> Module:
     """The model with a new head that scores `classes` classes, (B, T) ids -> (B, classes); in place.
 
-    The head is drawn from `seed`. It trains with every method that is attached afterwards. ValueError if
+    The head is drawn from `seed`. The first method that is attached afterwards trains it too. ValueError if
     `classes` is not a whole number of at least 1, or if something is attached already; TypeError for a model
     that takes no new head.
     """

@@ -33,7 +33,9 @@ class Entry(NamedTuple):
 
 
 def methods() -> list[Entry]:
-    """Every method class, as a table. Each class is constructible without arguments."""
+    """Every method class, as a table. Each class is constructible without arguments.
+
+    paper and line are the first lines of the docstrings of the class's file and of the class."""
     table = []
     for cls in ALL:
         family = cls.__module__.split(".")[-2]           # tinyft.methods.<family>.<file>

@@ -68,7 +68,7 @@ class Rotary:
         if key not in ctx.scratch:
             positions = ctx.positions()                                          # (B or 1, T)
             m = xp(positions)
-            dtype = np.promote_types(x.dtype, np.float32)
+            dtype = np.promote_types(x.dtype, np.float32)                        # 16 bits hold no large positions
             frequencies = m.exp(m.arange(0, self.width, 2).astype(dtype) * (-math.log(self.base) / self.width))
             angles = positions[:, None, :, None].astype(dtype) * frequencies     # (B or 1, 1, T, D/2)
             angles = m.concatenate([angles, angles], axis=-1)
@@ -106,7 +106,10 @@ class Attention(Module):
         std: float = 0.02,
         out_std: float | None = None,
     ):
-        """Make the four linear maps and the parts; the class describes the arguments. ValueError if they do not fit."""
+        """Make the maps q, k, v and o, each with random values, and the other parts. ValueError if they do not fit.
+
+        cross: keys and values come from an encoder. heads, key_value_heads: of the queries; of the keys and values.
+        std, out_std: standard deviation of the initial maps; of o, if it is another. The class describes the rest."""
         if head_width is None:
             if width % heads:
                 raise ValueError(f"{heads} heads do not divide a width of {width}")
@@ -153,7 +156,7 @@ class Attention(Module):
         if key_mask is not None:
             key_mask = key_mask[:, None, None, :]                                # (B, 1, 1, Tk)
         bias = None if self.relative_bias is None else self.read_bias(q, k, ctx)
-        key = self.drop_p.key(ctx)
+        key = self.drop_p.key(ctx)                                               # a random key; None: no dropout
         dropout_mask = None if key is None else self.dropout_mask(q, k, key)
         inputs = (q, k, v) if bias is None else (q, k, v, bias)
         y = ops.attention(*inputs, key_mask=key_mask, causal=self.causal, scale=self.scale, dropout_mask=dropout_mask)
@@ -354,7 +357,9 @@ class Classifier(Module):
         bias: bool = True,
         dropout: float = 0.0,
     ):
-        """width C. last: classify the last real position, else the first. The class gives the reason for this std."""
+        """width C. last: classify the last real position, else the first.
+
+        With the standard deviation width^(−1/2), the first scores of a narrow model are as large as a wide one's."""
         self.last = last
         self.drop = Dropout(dropout)
         self.out = Linear(width, classes, rng=rng, bias=bias, std=width**-0.5)

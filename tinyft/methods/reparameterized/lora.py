@@ -45,7 +45,8 @@ class LoRA(Method):
         if self.r < 1:
             raise ValueError(f"LoRA wants a rank r >= 1, got {self.r}")
         out_features, in_features = weight.shape     # of an embedding: (vocabulary, width)
-        s = self.alpha / self.r
+        s = self.alpha / self.r                      # the update of the weight is s B A
+        # A linear map gets it on its output. An embedding reads ids: there the weight is changed.
         edit_class = LowRankWeight if isinstance(module, Embedding) else LowRank
         return edit_class(in_features, out_features, self.r, s, self.dropout, rng)
 

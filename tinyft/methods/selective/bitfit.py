@@ -23,7 +23,7 @@ class BitFit(Method):
     def trains(self, model: Module) -> set[str]:
         """The names of all biases. ValueError if no module below the head has a bias.
 
-        Biases are matched by identity: a tensor that is the `bias` of some module is one."""
+        A tensor is a bias if some module holds it as its attribute `bias`."""
         own = [module.own() for module in base_modules(model).values()]
         biases = {id(tensors["bias"]) for tensors in own if "bias" in tensors}
         names = {name for name, p in base_parameters(model).items() if id(p) in biases}
