@@ -428,8 +428,8 @@ def layer_norm(x, w, b, eps=1e-5):
 
     dx = (ĝ − mean ĝ − x̂ mean(ĝ x̂))/σ,  ĝ = w g;   dw = Σ g x̂;   db = Σ g"""
     centred = x - x.mean(axis=-1, keepdims=True)
-    s = xp(x).sqrt((centred * centred).mean(axis=-1, keepdims=True) + eps)
-    h = centred / s
+    s = xp(x).sqrt((centred * centred).mean(axis=-1, keepdims=True) + eps)    # σ
+    h = centred / s                                           # x̂
 
     def dx(g):
         gh = w * g
@@ -442,8 +442,8 @@ def rms_norm(x, w, eps=1e-6):
     """y = w x̂,  x̂ = x/σ,  σ² = mean x² + ε.    The norm of T5 and Llama.
 
     dx = (ĝ − x̂ mean(ĝ x̂))/σ,  ĝ = w g;   dw = Σ g x̂"""
-    s = xp(x).sqrt((x * x).mean(axis=-1, keepdims=True) + eps)
-    h = x / s
+    s = xp(x).sqrt((x * x).mean(axis=-1, keepdims=True) + eps)                # σ
+    h = x / s                                                 # x̂
 
     def dx(g):
         gh = w * g
@@ -477,7 +477,7 @@ def attention_shape(
     if q.ndim > 2 and q.shape[-3] != k.shape[-3] and (k.shape[-3] == 0 or q.shape[-3] % k.shape[-3]):
         raise ValueError("attention wants a number of query heads that the number of key/value heads divides, "
                          f"got q {q.shape} and k {k.shape}")
-    if isinstance(bias, Tensor):
+    if isinstance(bias, Tensor):                              # the engine unwraps positional arguments only
         raise TypeError("attention wants its bias by position, attention(q, k, v, bias): a keyword gets no gradient")
     if bias is not None and bias.dtype == bool:
         raise TypeError("attention wants a bias of numbers, which is added to the scores; a mask is key_mask=...")
@@ -561,13 +561,13 @@ def cross_entropy(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
     dtype = z.dtype
     rows = flat(z)                                                             # (N, V)
     labels = y.reshape(-1)                                                     # (N,)
-    real = labels != ignore_index
+    real = labels != ignore_index                                              # the rows that count
     labels = m.where(real, labels, 0)
     w = real.astype(dtype) if weight is None else weight[labels] * real        # (N,)
     shifted = rows - rows.max(axis=-1, keepdims=True)
-    lse = m.log(m.exp(shifted).sum(axis=-1, keepdims=True))
+    lse = m.log(m.exp(shifted).sum(axis=-1, keepdims=True))                    # −ln p = lse − shifted
     total = w.sum()
-    n = m.arange(rows.shape[0])
+    n = m.arange(rows.shape[0])                                                # shifted[n, labels]: one a row
     value = (w * (lse[:, 0] - shifted[n, labels])).sum()
     if label_smoothing:
         class_weight = m.ones(rows.shape[-1], dtype) if weight is None else weight

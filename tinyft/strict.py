@@ -129,7 +129,9 @@ def _unwrap(call: str, name: str, value: Any, arrays: dict[int, Array]) -> Any:
 
 
 def _unwrap_sequence(call: str, name: str, value: list | tuple, arrays: dict[int, Array]) -> list | tuple:
-    """The NumPy values of a list or tuple. A parameter for device arrays takes no list of host values."""
+    """The NumPy values of a list or tuple that is the argument for the parameter `name`; see _unwrap.
+
+    StrictError for a list of host values where CuPy wants device arrays."""
     inner = [_unwrap(call, name, v, arrays) for v in value]
     # `args` and `operands` are the *args of einsum, broadcast_shapes and others, which also take host values.
     takes_host_values = name in HOST_PARAMETERS or name in ("args", "operands") or not inner
@@ -141,7 +143,8 @@ def _unwrap_sequence(call: str, name: str, value: list | tuple, arrays: dict[int
 def _wrap(result: Any, arrays: dict[int, Array]) -> Any:
     """Device arrays for NumPy's results. A scalar becomes a 0-d array.
 
-    A result that was an argument (out=, +=, copy=False) stays the same object.
+    arrays: {id of a NumPy array: its device array}, of the arguments. A result that was an argument (out=, +=,
+    copy=False) stays the same object.
     """
     if isinstance(result, np.ndarray):
         return arrays[id(result)] if id(result) in arrays else Array(result)
@@ -184,7 +187,10 @@ def _run(call: str, f: Callable, signature: str, /, *args: Any, **kwargs: Any) -
 
 
 def _count_launch(name: str, result: Any, arrays: dict[int, Array]) -> None:
-    """Count a launch of the function `name`, unless its result is a view: it reads its arguments and writes its result.
+    """Count a launch of the function `name`, and the bytes that it reads and writes, unless its result is a view.
+
+    arrays: the device arrays among the arguments. An argument that is returned was written to (out=...), so it counts;
+    but xp.asarray and the like (CREATING) return their argument unchanged.
     """
     results = result if isinstance(result, (list, tuple)) else [result]
     results = [r for r in results if isinstance(r, (np.ndarray, np.generic))]
@@ -269,7 +275,7 @@ class Array:
         """x[i] = value, counted as one launch.  StrictError for host data, and for integer indices that repeat."""
         if not isinstance(value, (Array, *SCALARS)):
             raise StrictError(f"x[i] = v: v must be a device array or a scalar, not {type(value).__name__}")
-        index = _index("x[i] = v", i)
+        index = _index("x[i] = v", i)                          # as NumPy takes it
         counts["call"] += 1
         counts["launch"] += 1
         if not isinstance(value, Array):
@@ -427,7 +433,9 @@ class Ufunc:
         return partial(_run, call, getattr(self._f, method), "array axis dtype out keepdims")
 
     def at(self, a: Array, indices: Any, b: Any) -> None:
-        """a[indices] op= b, where repeated indices all count. StrictError for ufuncs and dtypes that CuPy lacks."""
+        """a[indices] op= b for this ufunc's op, where repeated indices all count.
+
+        StrictError for ufuncs and dtypes that CuPy does not take."""
         call = f"xp.{self.__name__}.at"
         kind = a.dtype if isinstance(a, Array) else type(a).__name__
         dtypes = AT_DTYPES.get(self.__name__, AT_INTEGERS)
@@ -466,7 +474,7 @@ def _creating(name: str) -> Callable:
     It counts each copy of host data to the device."""
     def create(a: Any, *args: Any, **kwargs: Any) -> Array:
         parts = a if isinstance(a, (list, tuple)) else (a,)
-        if not any(isinstance(part, Array) for part in parts):
+        if not any(isinstance(part, Array) for part in parts):         # a list of device arrays needs no copy
             counts["h2d"] += 1
             a = Array(np.array(a))
         return _run("xp." + name, getattr(np, name), API["functions"][name], a, *args, **kwargs)

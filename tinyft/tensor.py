@@ -236,7 +236,7 @@ def topological(root: Tensor) -> list[Record | Part | Tensor]:
     """The nodes that need a gradient: the root's and all that it depends on, inputs before outputs.
 
     The search uses a list as its stack, not recursion, so a deep graph does not exceed Python's recursion limit."""
-    order, seen, stack = [], set(), [(root.node, False)]
+    order, seen, stack = [], set(), [(root.node, False)]       # stack: (node, True once its parents are in `order`)
     while stack:
         node, parents_done = stack.pop()
         if parents_done:

@@ -32,7 +32,7 @@ def _is_plain(x: np.ndarray) -> bool:
 
 
 def linear(x: np.ndarray, W: np.ndarray, b: np.ndarray | None = None) -> Any:
-    """ops.linear, without a copy of the output for the bias, and with a fast sum for the gradient of the bias."""
+    """(x Wᵀ + b, pullbacks), without a copy of the output for the bias, and with a fast sum for its gradient."""
     y = ops.flat(x) @ W.T
     if b is not None:
         y += b
@@ -74,7 +74,8 @@ TANH_FORM = [(2 / math.pi)**0.5, 0.044715 * (2 / math.pi)**0.5]   # P of gelu_ta
 def _normal_form() -> list[float]:
     """P of gelu: tanh(x P(x²)) = erf(x/√2), so that Φ = (1 + tanh(x P(x²))) / 2.  Constant term first.
 
-    P is interpolated with degree 7 in z = x² on [0, 25].  The error of x Φ(x) is at most 4e-7."""
+    P is interpolated with degree 7 in z = x² on [0, 25]; for larger z the tanh is 1.  The error of x Φ(x) is at most
+    4e-7."""
     def exact(z: float) -> float:                            # P(z) = artanh(erf(x/√2)) / x  for x = √z
         x = max(z, 1e-8)**0.5
         return math.log((1 + math.erf(x * 0.5**0.5)) / math.erfc(x * 0.5**0.5)) / (2 * x)
@@ -87,7 +88,7 @@ def _normal_form() -> list[float]:
 
 
 def gelu(x: np.ndarray) -> Any:
-    """ops.gelu with one tanh in place of the thirty full passes of erf: y = x Φ, dx = g (Φ + x φ).
+    """(y, pullbacks) of ops.gelu with one tanh in place of the thirty passes of erf: y = x Φ, dx = g (Φ + x φ).
 
     Φ = (1 + tanh(x P(x²))) / 2 with P of _normal_form, and φ = e^(−x²/2) / √(2π)."""
     if not _is_plain(x):
@@ -107,7 +108,8 @@ def gelu(x: np.ndarray) -> Any:
         G = np.ascontiguousarray(g).reshape(-1)
         d = np.empty(x.size, np.float32)                     # dx
 
-        def block(i: slice) -> None:                         # d[i] = G[i] (Φ + x φ)
+        def block(i: slice) -> None:
+            """d[i] = g (Φ + x φ) for the entries i of flat x and g (X, G); cdf holds Φ."""
             a = X[i]
             e = np.multiply(a, a, out=d[i])
             e *= np.float32(-0.5)
@@ -122,10 +124,10 @@ def gelu(x: np.ndarray) -> Any:
 
 
 def gelu_tanh(x: np.ndarray) -> Any:
-    """ops.gelu_tanh without temporary arrays: y = x Φ with Φ = (1 + tanh(x P(x²))) / 2 and P of TANH_FORM.
+    """(y, pullbacks) of ops.gelu_tanh without temporary arrays: y = x Φ,  Φ = (1 + tanh(x P(x²))) / 2.
 
-    Φ of a large x is not kept but computed again for the gradient: a tanh in the cache costs less than memory
-    traffic."""
+    P: the polynomial TANH_FORM.  For an x of more than SMALL elements Φ is not kept, but computed again for the
+    gradient: a tanh in the cache costs less than memory traffic."""
     if not _is_plain(x):
         return NotImplemented
     X = x.reshape(-1)
@@ -141,16 +143,17 @@ def gelu_tanh(x: np.ndarray) -> Any:
     blocks(x.size, block)
 
     def back(g: np.ndarray) -> np.ndarray:
-        """dx = g Φ (1 + 2 x (1 − Φ) (x P(x²))'), block by block; Φ is computed again for a large x."""
+        """dx = g Φ (1 + 2 x (1 − Φ) (x P(x²))'), block by block; Φ is kept or computed again."""
         G = np.ascontiguousarray(g).reshape(-1)
         d = np.empty(x.size, np.float32)                     # dx
 
-        def block(i: slice) -> None:                         # d[i] = G[i] Φ (1 + 2 x (1 − Φ) (x P(x²))')
+        def block(i: slice) -> None:
+            """d[i] = g Φ (1 + 2 x (1 − Φ) (x P(x²))') for the entries i of flat x and g (X, G)."""
             a = X[i]
             e = np.multiply(a, a, out=d[i])
             p = cdf(i, e) if kept is None else kept[i]       # Φ
             e *= np.float32(6 * TANH_FORM[1])
-            e += np.float32(2 * TANH_FORM[0])                # 2 (x P(x²))'
+            e += np.float32(2 * TANH_FORM[0])                # 2 (x P(x²))', where P(z) = TANH_FORM[0] + TANH_FORM[1] z
             e *= a
             e *= 1 - p
             e += 1
@@ -162,7 +165,7 @@ def gelu_tanh(x: np.ndarray) -> Any:
 
 
 def layer_norm(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float = 1e-5) -> Any:
-    """ops.layer_norm without five temporary arrays.  Sums along a row are matrix products with ones.
+    """(y, pullbacks) of ops.layer_norm without five temporary arrays.  Sums along a row are matrix products with ones.
 
         y = x̂ w + b,   x̂ = (x − mean) / σ;      dx = (e − mean(e) − x̂ mean(e x̂)) / σ   with e = g w"""
     if not (_is_plain(x) and w.dtype == b.dtype == np.float32):
@@ -201,7 +204,7 @@ def layer_norm(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float = 1e-5) -
 
 
 def embedding(W: np.ndarray, ids: np.ndarray) -> Any:
-    """ops.embedding without np.add.at, which adds row by row.
+    """(W[ids], pullbacks) of ops.embedding without np.add.at, which adds row by row.
 
     The gradient: sort the ids, then sum the rows of g in each run of equal ids at once.  Ids that increase strictly,
     such as positions, need neither: no id comes twice, and the rows of g are assigned."""
@@ -221,7 +224,7 @@ def embedding(W: np.ndarray, ids: np.ndarray) -> Any:
 
 def cross_entropy(z: np.ndarray, y: np.ndarray, weight: np.ndarray | None = None, ignore_index: int = -100,
                   label_smoothing: float = 0.0) -> Any:
-    """ops.cross_entropy without three arrays as large as the logits: only one sum of exponentials per row is kept.
+    """(mean loss, pullbacks) without three arrays as large as the logits z: keeps one sum of exponentials per row.
 
     `top` is the maximum of each row of logits, subtracted so that exp does not overflow; 0 if no logit is large (SAFE).
     NotImplemented with class weights or label smoothing."""
@@ -261,7 +264,7 @@ def cross_entropy(z: np.ndarray, y: np.ndarray, weight: np.ndarray | None = None
 
 
 def dropout(x: np.ndarray, p: float, key: int) -> Any:
-    """ops.dropout, which compares random 32-bit words with p and makes no uniform numbers u of them.
+    """(y, pullbacks) of ops.dropout.  Compares random 32-bit words with p and makes no uniform numbers u of them.
 
     An entry is kept if u >= p.  The factors, 0 or 1 / (1 − p), overwrite the words: they are as long in memory.  They
     are kept for the gradient."""
@@ -289,7 +292,8 @@ def adam_update(w: np.ndarray, g: np.ndarray, m: np.ndarray, v: np.ndarray, lr: 
     step_size = to_dtype(lr / (1 - b1**t))
     root_factor = to_dtype((1 - b2**t)**-0.5)                # √v̂ = root_factor √v
 
-    def block(i: slice) -> None:                             # the whole update, of the entries i
+    def block(i: slice) -> None:
+        """The whole update of the entries i; they stay in the cache meanwhile."""
         wi, gi, mi, vi = w[i], g[i], m[i], v[i]
         e = gi * to_dtype(1 - b1)                            # e: each intermediate result, in one array
         mi *= to_dtype(b1)

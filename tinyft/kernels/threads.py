@@ -44,7 +44,9 @@ def get_num_threads() -> int:
 
 
 def each(items: Iterable, f: Callable[[Any], None]) -> None:
-    """Call f(item) for every item, on up to get_num_threads() threads.  The first exception of a call is raised."""
+    """Call f(item) for every item, on up to get_num_threads() threads.  The first exception of a call is raised.
+
+    Meanwhile BLAS runs on one thread, so that the two kinds of threads do not compete for the cores."""
     items = list(items)
     blas_threads = system.threads()          # 1 inside `each`, and where threadpoolctl's limits say so
     n = min(get_num_threads(), blas_threads, len(items))                 # so `each` inside `each` runs on one thread

@@ -111,6 +111,7 @@ class Optimizer:
     def start(self, named: dict[str, Tensor]) -> Optimizer:
         """Bind to these tensors, with moments of zero and no steps taken.  Their data become views of flat arrays.
 
+        Tensors of one learning rate, weight decay and dtype share a Group; 16-bit tensors get float32 master weights.
         ValueError if there are none; LookupError if a glob of `groups` matches none of them."""
         if not named:
             raise ValueError("nothing trains: attach a method, or call model.parameters() with requires_grad")
@@ -145,10 +146,10 @@ class Optimizer:
     def step(self, factor: float = 1.0, clip: float | None = None, scale: float = 1.0) -> Array:
         """One update with the learning rate factor · lr.  Returns the norm of all gradients, before clipping.
 
-        The gradients are first divided by `scale`, the factor of the loss (GradScaler); then all of them are scaled to
-        a common norm of at most `clip`.  As in PyTorch, this changes the `.grad` of the tensors.  FloatingPointError,
-        with nothing updated, if the norm is not finite; a captured step does not raise it: call check_norm(norm) when
-        the norm is read."""
+        factor: of a learning-rate schedule.  The gradients are first divided by `scale`, the factor of the loss
+        (GradScaler); then all of them are scaled to a common norm of at most `clip`.  As in PyTorch, this changes the
+        `.grad` of the tensors.  FloatingPointError, with nothing updated, if the norm is not finite; a captured step
+        does not raise it: call check_norm(norm) when the norm is read."""
         norm = self.launch_step(factor, clip, scale=scale)
         if array.recording is None:
             self.check_norm(float(norm))
@@ -251,7 +252,9 @@ class Optimizer:
             group.record_versions()
 
     def named_state(self) -> dict[str, Array]:
-        """The moments and master weights of each tensor, as views of the flat arrays in the tensor's shape."""
+        """The moments and master weights of each tensor, as views of the flat arrays in the tensor's shape.
+
+        Keys: "exp_avg.<tensor name>", "master.<tensor name>", ..."""
         views = {}
         for group in self.groups:
             for kind, flat in group.persistent_arrays(self.moment_names).items():

@@ -83,8 +83,8 @@ class GradScaler:
     def skipping(self, *losses: Array) -> Iterator[None]:
         """The context of an update.  A FloatingPointError of the update is caught: the step counts as skipped.
 
-        Sets `finite`: False if the step was skipped.  An error that S did not cause is raised: if S is 1 or less, or if
-        one of these losses is not finite itself."""
+        Sets `finite`: False if the step was skipped.  An error that S, the scale of the loss, did not cause is raised:
+        if S is 1 or less, or if one of these losses is not finite itself."""
         try:
             yield
             self.finite = True
@@ -95,7 +95,7 @@ class GradScaler:
             self.finite = False
 
     def update(self) -> None:
-        """Adapt S after a step.
+        """Adapt S, the scale of the loss, after a step.
 
         After a skipped step S is multiplied by backoff_factor, after growth_interval good steps in a row by
         growth_factor, up to LARGEST."""

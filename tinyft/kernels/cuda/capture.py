@@ -125,11 +125,11 @@ class Recording:
     """One graph, and the eager calls before its capture.  It is array.recording while the step runs."""
 
     def __init__(self, step: Callable, stream: Any):
-        self.step = step
+        self.step = step                                     # the user's function
         self.stream = stream
         self.pool = cupy.cuda.MemoryPool()
-        self.calls = 0
-        self.graph = None
+        self.calls = 0                                       # of the step so far, replays included
+        self.graph = None                                    # set by the capture, after EAGER_CALLS calls
         self.capturing = False
         self.notes: list[tuple] = []                         # (kernel, numbers from the host), of this call
         self.previous_notes: list[tuple] = []                # the same, of the previous call
@@ -228,7 +228,7 @@ class Recording:
         self.optimizers = []
         self.fed = 0
         array.recording = self
-        casts.forget()                                       # parameters are cast within the step, at each replay
+        casts.forget()                                       # so that the step casts its parameters, at each replay too
         try:
             out = self.step(*self.inputs)
         finally:

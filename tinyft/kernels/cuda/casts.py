@@ -38,9 +38,9 @@ def cast_parameter(a: Array, dtype: np.dtype) -> Any:
     flat = a.base
     if a.dtype != np.float32 or flat is None or flat.ndim != 1 or flat.dtype != a.dtype or not a.flags.c_contiguous:
         return NotImplemented
-    casts = autocast_state.cache
+    casts = autocast_state.cache                             # None at the start of a region
     if casts is None or casts.writes != precision.writes:
-        casts = autocast_state.cache = Casts()
+        casts = autocast_state.cache = Casts()               # else the copies are of old values
     start = (address(a) - address(flat)) // a.itemsize
     return casts.get(flat, dtype)[start:start + a.size].reshape(a.shape)
 

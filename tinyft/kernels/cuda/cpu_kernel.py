@@ -83,7 +83,9 @@ class CpuKernel:
             raise KernelError(f"{self.name}: {error.decode()}")
 
     def _run(self, grid: tuple, block: tuple, shared: int, values: list[Any]) -> bytes | None:
-        """Call the compiled kernel with the addresses of the values.  Returns its error message, or None."""
+        """Call the compiled kernel with the addresses of the values.  Returns its error message, or None.
+
+        Reads the environment: EMU_REVERSE=1 runs the threads in reverse order, EMU_POISON fills unwritten memory."""
         addresses = [v.ctypes.data if isinstance(v, np.ndarray) else ctypes.addressof(v) for v in values]
         sizes = (ctypes.c_uint * 6)(*grid, *block)
         pointers = (ctypes.c_void_p * max(len(addresses), 1))(*addresses)
@@ -274,7 +276,9 @@ def compiler() -> str:
 
 @functools.lru_cache(None)
 def _library(code: str, options: tuple[str, ...]) -> ctypes.CDLL:
-    """The compiled library of some C++.  Compiled once and kept in the user's cache."""
+    """The compiled library of some C++.  Compiled once and kept in the user's cache.
+
+    Its file name is a hash of everything that the library depends on."""
     cxx = compiler()
     header = (HERE / "cuda_cpu.h").read_bytes()
     ingredients = [code.encode(), header, cxx.encode(), repr(options).encode(), sys.platform.encode()]

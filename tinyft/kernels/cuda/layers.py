@@ -34,7 +34,9 @@ def suits(*arrays: Array) -> bool:
 
 # ── products ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 def matmul(a: Array, b: Array) -> Any:
-    """ops.matmul, without copies of transposed factors."""
+    """(a @ b, pullbacks) without copies of transposed factors; NotImplemented leaves the call to ops.matmul.
+
+    For two arrays of one dtype that cuBLAS knows, with the same leading axes, or one of them a plain matrix."""
     known = a.dtype == b.dtype and a.dtype in gemm.TYPES and a.size > 0 and b.size > 0
     if not known or a.ndim < 2 or b.ndim < 2 or a.shape[-1] != b.shape[-2]:
         return NotImplemented
@@ -44,9 +46,9 @@ def matmul(a: Array, b: Array) -> Any:
 
 
 def linear(x: Array, W: Array, b: Array | None = None) -> Any:
-    """ops.linear as one product of matrices: CuPy would launch many small products for an x of three axes.
+    """(x Wᵀ + b, pullbacks) as one product of matrices: CuPy would launch many small products for an x of three axes.
 
-    x need not be contiguous: it may hold one position of each sequence.
+    x need not be contiguous: it may hold one position of each sequence.  NotImplemented leaves the call to ops.linear.
     """
     known = x.size > 0 and x.dtype == W.dtype and suits(W) and (b is None or suits(W, b))
     if not (known and W.ndim == 2 and x.shape[-1] == W.shape[1] and (b is None or b.shape == W.shape[:1])):
@@ -75,6 +77,7 @@ def project(x: Array, Wq: Array, bq: Array, Wk: Array, bk: Array, Wv: Array, bv:
     """ops.project: the three linear maps of attention -> q, k, v, each (B, heads, T, n / heads).
 
     If the weights are adjacent in memory, one product replaces three. One launch adds the biases and splits the heads.
+    Returns ((q, k, v), their joint pullback); NotImplemented leaves the call to ops.project.
     """
     weights = (Wq, Wk, Wv)
     biases = (bq, bk, bv)
@@ -99,7 +102,7 @@ def project(x: Array, Wq: Array, bq: Array, Wk: Array, bk: Array, Wv: Array, bv:
         row_step = n
     qkv = empty(x, (3, B, heads, T, n // heads))
     sizes = (B, T, heads, n // heads)
-    grid = (3 * B * heads, -(-T // 8))
+    grid = (3 * B * heads, -(-T // 8))                   # a block of (32, 8) threads copies 8 positions of one head
     launch("heads.cu", "cut_heads", grid, (32, 8), y, *biases, qkv, *sizes, np.int64(part_step), np.int64(row_step),
            T=x.dtype)
 
@@ -166,7 +169,7 @@ def sum_rows(g: Array) -> Array:
     """g (N, n) -> Σ g over the rows (n,), in float32: the gradient of a bias."""
     rows, n = g.shape
     stretches, rows_of_each = _stretches(rows)
-    parts = empty(g, (1, stretches, n), np.float32)      # a partial sum for each stretch of rows
+    parts = empty(g, (1, stretches, n), np.float32)      # a partial sum for each stretch of rows, in parallel
     launch("bias.cu", "sum_rows", (-(-n // 32), stretches), (32, 8), g, parts, rows, n, rows_of_each, T=g.dtype)
     return _sum_parts(parts)[0]
 
@@ -213,7 +216,10 @@ gelu_tanh = _gelu("gelu_tanh")
 
 
 def layer_norm(x: Array, w: Array, b: Array, eps: float = 1e-5) -> Any:
-    """ops.layer_norm in two passes instead of eleven. Keeps mean and 1/σ of each row instead of a copy of x."""
+    """(y, joint pullback) of y = w (x − mean) / σ + b, in two passes instead of eleven.
+
+    Keeps mean and 1/σ of each row for the gradient instead of a normalised copy of x. NotImplemented leaves the call to
+    ops.layer_norm."""
     if not (suits(x, w, b) and w.shape == b.shape == x.shape[-1:]):
         return NotImplemented
     n = x.shape[-1]
@@ -235,7 +241,7 @@ def layer_norm(x: Array, w: Array, b: Array, eps: float = 1e-5) -> Any:
         if needed[1] or needed[2]:
             stretches, rows_of_each = _stretches(rows)
             parts = empty(x, (2, stretches, n), np.float32)      # of dw and db
-            grid = (-(-n // 32), stretches)
+            grid = (-(-n // 32), stretches)                      # a block sums 32 columns of one stretch of rows
             launch("layer_norm.cu", "layer_norm_back_weights", grid, (32, 8), x, g, mean, r, parts, rows, n,
                    rows_of_each, T=x.dtype)
             sums = _sum_parts(parts)
@@ -257,7 +263,7 @@ def embedding(W: Array, ids: Array) -> Any:
     def back(g: Array) -> Array:
         d = xp(W).zeros(W.shape, np.float32)
         flat_ids = (ids.reshape(-1) % rows).astype(np.int32)     # −1 is the last row
-        grid = (warp_blocks(ids.size), -(-width // 128))
+        grid = (warp_blocks(ids.size), -(-width // 128))         # a warp to a position and to 128 columns
         launch("embedding.cu", "embedding_back", grid, THREADS, flat_ids, contiguous(g), d, ids.size, width, T=W.dtype)
         return d
     return W[ids], (back, None)
@@ -266,7 +272,10 @@ def embedding(W: Array, ids: Array) -> Any:
 # ── the loss ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 def cross_entropy(z: Array, y: Array, weight: Array | None = None, ignore_index: int = -100,
                   label_smoothing: float = 0.0) -> Any:
-    """ops.cross_entropy in three passes over the logits. Keeps three numbers per row instead of the softmax."""
+    """(mean loss, pullbacks) in three passes over the logits z. Keeps three numbers per row instead of the softmax.
+
+    y: the labels;  weight: of each class, or None. NotImplemented, as for weight together with label_smoothing, leaves
+    the call to ops.cross_entropy."""
     fits = suits(z) and z.ndim >= 2 and y.size * z.shape[-1] == z.size and y.dtype.kind in "iu"
     weight_fits = weight is None or (weight.shape == z.shape[-1:] and not label_smoothing)
     if not fits or not weight_fits:
@@ -312,13 +321,16 @@ def uniform_like(x: Array, key: int) -> Array:
 
 
 def dropout(x: Array, p: float, key: int) -> Any:
-    """ops.dropout without a stored mask: the pullback draws the mask anew from the key."""
+    """(x keep / (1 − p), pullbacks) without a stored mask: the pullback draws the mask anew from the key.
+
+    NotImplemented leaves the call to ops.dropout."""
     if not (suits(x) and 0 <= p < 1):
         return NotImplemented
 
-    def drop(a: Array) -> Array:
+    def drop(a: Array) -> Array:                         # x, or in the pullback g: the same mask and scale
         y = empty(a, a.shape)
         a = contiguous(a)
+        # A thread draws eight numbers.
         launch("random.cu", "dropout", blocks(-(-a.size // 8)), THREADS, a, y, float(p), 1 / (1 - p), *_key(key),
                np.int64(a.size), T=a.dtype)
         return y

@@ -81,7 +81,7 @@ def _rates(opt: AdamW, factor: Any) -> Any:
     if recording is None:
         return rates_at(factor)
     recording.watch(opt)
-    now = recording.now(factor)
+    now = recording.now(factor)                                    # a function: `factor` may be another at each replay
     return recording.feed(lambda: np.array(rates_at(now())), (len(opt.groups), 3))
 
 
@@ -99,7 +99,7 @@ def norm_and_scale(gradients: list[Array], clip: float | None, loss: Array | Non
 
     The update multiplies the gradients by the second number.  clip=None: it is 1 / scale.  n is not finite if the loss
     is not."""
-    across = min(blocks(max(g.size for g in gradients)), ACROSS)
+    across = min(blocks(max(g.size for g in gradients)), ACROSS)   # thread blocks for each tensor
     parts = empty(gradients[0], (len(gradients), across), np.float32)
     state = empty(gradients[0], (2,), np.float32)
     done = 0
@@ -127,7 +127,7 @@ def update(group: Group, rows: list[tuple[Array, slice]], state: Array, rates: t
     for some in _per_launch(rows):
         gradients = [g for g, _ in some]
         starts = [offset.start for _, offset in some]
-        across = min(blocks(max(g.size for g in gradients)), ACROSS)
+        across = min(blocks(max(g.size for g in gradients)), ACROSS)           # thread blocks for each tensor
         launch.launch("adam.cu", "adam_tensors", (across, len(gradients)), THREADS, table(gradients, starts),
                       group.w, *group.moments, group.rounded, state, from_device, *by_value, *_betas(*opt.betas),
                       float(opt.eps), T=group.stored.dtype)
