@@ -68,7 +68,7 @@ def autocast(dtype: Any = "bfloat16", enabled: bool = True) -> Iterator[None]:
     TypeError for a dtype other than float16 and bfloat16.      As torch.autocast; Micikevicius et al. 2018"""
     before = (autocast_state.dtype, autocast_state.cache)
     autocast_state.dtype = half(dtype) if enabled else None
-    autocast_state.cache = None
+    autocast_state.cache = None                                # 16-bit copies of parameters, of one region
     try:
         yield
     finally:
@@ -108,7 +108,7 @@ def run(op: Callable, arrays: list, kwargs: dict[str, Any], leaves: list[bool]) 
 def cast_inputs(name: str, arrays: list, kwargs: dict[str, Any]) -> tuple[list, dict[str, Any]]:
     """The inputs of the op `name` under autocast: PRODUCTS get them in 16 bits, SUMS in float32, other ops as they are.
 
-    Only arrays of a ROUNDABLE dtype change."""
+    PRODUCTS are matmul, linear and the like.  Arrays change only if their dtype is ROUNDABLE: float32 or 16-bit."""
     if name in PRODUCTS:
         dtype = autocast_state.dtype
     elif name in SUMS:

@@ -41,7 +41,8 @@ def attention(
 ) -> Any:
     """ops.attention without an array of all scores (B, H, Tq, Tk), and without copies of shared key/value heads.
 
-    For q (B, H, Tq, D), k and v (B, Hkv, Tk, D) in float32, with Tk >= Tq if causal; else NotImplemented."""
+    Returns (y, joint pullback) for q (B, H, Tq, D), k and v (B, Hkv, Tk, D) in float32, with Tk >= Tq if causal; else
+    NotImplemented."""
     ops.attention_shape(q, k, v, bias, key_mask, dropout_mask)
     arrays = [q, k, v] if bias is None else [q, k, v, bias]
     shapes_fit = q.ndim == 4 and q.size > 0 and k.size > 0 and k.shape == v.shape
@@ -104,10 +105,10 @@ class _Attention:
         self.alpha = np.float32(alpha)
         self.bias = None if bias is None else self.grouped(bias)
         self.dropout_mask = None if dropout_mask is None else self.grouped(dropout_mask)
-        self.hidden_keys = None
+        self.hidden_keys = None                                                  # 0 or −∞, added to the scores
         if key_mask is not None:
             self.hidden_keys = self.grouped(np.where(key_mask, np.float32(0), np.float32(-math.inf)))
-        self.future = None
+        self.future = None                                                       # the same, above the diagonal
         if causal:
             n = causal_tile_rows(t)
             self.future = np.triu(np.full((n, n), -math.inf, np.float32), 1)

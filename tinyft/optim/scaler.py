@@ -61,7 +61,7 @@ class GradScaler:
         return self.current_scale
 
     def scale(self, loss: Tensor) -> Tensor:
-        """S ℓ, to call backward on.  CannotCapture in a captured step, where S could not change."""
+        """S times the loss, to call backward on.  CannotCapture in a captured step, where S could not change."""
         if not self.enabled:
             return loss
         if array.recording is not None:
@@ -70,7 +70,7 @@ class GradScaler:
         return ops.mul(loss, self.current_scale)
 
     def step(self, optimizer: Optimizer, factor: float = 1.0, clip: float | None = None) -> Array | float:
-        """optimizer.step(factor, clip) with gradients divided by S.  Returns their norm.
+        """optimizer.step(factor, clip) with gradients divided by S, the scale of the loss.  Returns their norm.
 
         If a gradient overflowed, nothing is updated and the norm is infinite.  FloatingPointError if a gradient is not
         finite though S is 1 or less: then S was not the cause."""

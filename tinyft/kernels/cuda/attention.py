@@ -22,7 +22,7 @@ PART_QUERIES = 256                                       # queries of a part, wh
 
 def attention(q: Array, k: Array, v: Array, bias: Array | None = None, *, key_mask: Array | None = None,
               causal: bool = False, scale: float | None = None, dropout_mask: Array | None = None) -> Any:
-    """ops.attention: products by cuBLAS, and one kernel for bias, masks, softmax and dropout.
+    """(y, joint pullback) of ops.attention: products by cuBLAS, one kernel for bias, masks, softmax and dropout.
 
     Makes no array of the causal mask and no copies of shared key/value heads. A long causal sequence is processed in
     parts of its queries, each with the keys up to its end: later scores are not computed. The P of every part is kept.
@@ -87,7 +87,9 @@ class _Scores:
 
     def __init__(self, q: Array, k: Array, bias: Array | None, key_mask: Array | None, dropout_mask: Array | None,
                  causal: bool, alpha: float, group: int):
-        """Compute P and `dropped`. group: the number of query heads that share a key/value head."""
+        """Compute P = softmax(α Q Kᵀ + B), and `dropped`, P after dropout. `back` needs only P and the dropout mask.
+
+        group: the number of query heads that share a key/value head."""
         queries, n = q.shape[-2], k.shape[-2]
         s = gemm.matmul_float32(_fold(q, group), t(k))
         if group > 1:
@@ -114,8 +116,8 @@ class _Scores:
         dP and dS are 0 at keys that are masked, since P is.  The memory of the argument may be written over."""
         p, (rows, n) = self.p, self.sizes
         dp = dp.reshape(p.shape)                                        # undoes _fold
-        ds = dp if dp.dtype == p.dtype else empty(p, p.shape)
-        db = empty(p, p.shape, np.float32) if bias_needed else None
+        ds = dp if dp.dtype == p.dtype else empty(p, p.shape)           # becomes α dS
+        db = empty(p, p.shape, np.float32) if bias_needed else None     # becomes dS
         launch("attention.cu", "masked_softmax_back", warp_blocks(int(rows)), THREADS,
                p, self.dropout_mask, dp, ds, db, rows, n, self.alpha, T=p.dtype)
         return ds, db

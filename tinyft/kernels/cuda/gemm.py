@@ -147,10 +147,11 @@ def readable(x: Array) -> Array:
 # ── the call ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 def arguments(a: Array, a_layout: Layout, b: Array, b_layout: Layout, out: Array, add: bool, address: Any,
               scalars: Any) -> tuple:
-    """The arguments of cublasGemmStridedBatchedEx after its handle, for Cᵀ = Bᵀ Aᵀ.
+    """The arguments of cublasGemmStridedBatchedEx after its handle, for out = a @ b, or out += a @ b if `add`.
 
-    address(array): its address.  scalars(double, 0 or 1): the address of that number, in float64 or float32.  cuBLAS
-    computes C ← 1 A B + β C, with β = 1 if `add`.
+    cuBLAS reads an array by columns, as its transpose, so the call is Cᵀ = Bᵀ Aᵀ: b comes first.
+    address(array): its address.  scalars(double, 0 or 1): the address of that number, in float64 or float32: the
+    factors of the product and of the old `out`.
     """
     m, k = a.shape[-2:]
     n = b.shape[-1]

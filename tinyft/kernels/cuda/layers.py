@@ -121,6 +121,7 @@ def project(x: Array, Wq: Array, bq: Array, Wk: Array, bk: Array, Wv: Array, bv:
             dW = gemm.matmul_float32(G.T, X).reshape(3, n, C)
         else:
             dW = [gemm.matmul_float32(part.T, X) if is_needed else None for part, is_needed in zip(parts, needs_W)]
+        # Of all three biases at once; the engine drops a gradient that is not needed.
         db = sum_rows(G).reshape(3, n) if any(needs_b) else (None,) * 3
         return dx, dW[0], db[0], dW[1], db[1], dW[2], db[2]
 
@@ -260,7 +261,7 @@ def embedding(W: Array, ids: Array) -> Any:
         return NotImplemented
     rows, width = W.shape
 
-    def back(g: Array) -> Array:
+    def back(g: Array) -> Array:                                 # d[ids] += g
         d = xp(W).zeros(W.shape, np.float32)
         flat_ids = (ids.reshape(-1) % rows).astype(np.int32)     # −1 is the last row
         grid = (warp_blocks(ids.size), -(-width // 128))         # a warp to a position and to 128 columns
@@ -293,7 +294,7 @@ def cross_entropy(z: Array, y: Array, weight: Array | None = None, ignore_index:
            np.int64(ignore_index), smoothing, T=z.dtype)
     launch("cross_entropy.cu", "cross_entropy_mean", 1, 1024, losses, stats[2], value, total, rows, T=losses.dtype)
 
-    def back(g: Array) -> Array:
+    def back(g: Array) -> Array:                         # the gradient of z;  g: of the loss, a scalar
         d = empty(z, z.shape)
         g = xp(z).asarray(g, dtype=np.float32)           # NumPy makes a scalar of an array without axes
         launch("cross_entropy.cu", "cross_entropy_back", rows, THREADS, z, labels, stats, total, g, d, n, smoothing,
