@@ -233,7 +233,7 @@ def measure_pace(s: Settings) -> tuple[float, float]:
     """
     material = load_material(s, 0)
     model = build(s, FULL, 0)
-    steps = [make_step(model, batch) for batch in islice(material.train, 8)]
+    steps = [make_step(model, batch) for batch in islice(material.train, 8)]  # 8 batches: their lengths differ
     for step in steps:  # the first call is slower
         step()
     step_seconds = sum(timed(step) for step in steps) / len(steps)

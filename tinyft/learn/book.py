@@ -239,9 +239,9 @@ def _prepare_for_book(cell: dict) -> None:
 
 # ── as HTML ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 def render(files: dict[str, str], source: Path, out: Path) -> int:
-    """Write the files {name with ending: text} to `source` and make the site of them.
+    """Write the files {name with ending: text} to the folder `source`, and make the site of them in the folder `out`.
 
-    Returns the number of Sphinx's warnings, each of which is printed.
+    Other files in `source`, of an earlier site, are deleted.  Returns the number of Sphinx's warnings; each is printed.
     """
     from sphinx.application import Sphinx
     for old in [p for p in source.rglob("*") if p.is_file()]:

@@ -5,7 +5,13 @@ import argparse
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .exercise import Exercise, Law
+    from .show import Page
+    from .subject import Subject
+    from .work import Work
 
 # command: (its arguments, help)
 COMMANDS = {
@@ -62,8 +68,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 # ── doing ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-# Each command takes (args, work: Work, page: Page) and returns True when all is well.
-def _start(args: argparse.Namespace, work: Any, page: Any) -> bool:
+# Each command takes the arguments, the learner's folder and the page to print on; it returns True when all is well.
+def _start(args: argparse.Namespace, work: Work, page: Page) -> bool:
     """Write the learner's files of the exercises in args.names, or of the first one that is not solved."""
     if not args.names and not work.next():
         page.line("All exercises are solved.")
@@ -78,7 +84,7 @@ def _start(args: argparse.Namespace, work: Any, page: Any) -> bool:
     return True
 
 
-def _check(args: argparse.Namespace, work: Any, page: Any) -> bool:
+def _check(args: argparse.Namespace, work: Work, page: Page) -> bool:
     """Check the exercises in args.names, or with --all every one that is started.  True if all are solved.
 
     Of several, those without a file are left out; of a single one, a missing file is an error.
@@ -90,7 +96,7 @@ def _check(args: argparse.Namespace, work: Any, page: Any) -> bool:
     return all(results)
 
 
-def _check_one(e: Any, backend: str, work: Any, page: Any) -> bool:
+def _check_one(e: Exercise, backend: str, work: Work, page: Page) -> bool:
     """Check one exercise in a process of its own, print the outcomes, and save if it is solved.  True if it is."""
     from .isolated import check
     path = work.written(e)
@@ -106,7 +112,7 @@ def _check_one(e: Any, backend: str, work: Any, page: Any) -> bool:
     return solved
 
 
-def _watch(args: argparse.Namespace, work: Any, page: Any) -> bool:
+def _watch(args: argparse.Namespace, work: Work, page: Page) -> bool:
     """Check a file whenever it is saved, until Ctrl-C ends it.  It never starts the next exercise by itself."""
     from . import checker  # noqa: F401    imported once, so that the forked checks have it already
     checked: dict[str, int] = {}                         # {exercise: modification time of its file when checked}
@@ -124,7 +130,7 @@ def _watch(args: argparse.Namespace, work: Any, page: Any) -> bool:
         time.sleep(0.3)
 
 
-def _reset(args: argparse.Namespace, work: Any, page: Any) -> bool:
+def _reset(args: argparse.Namespace, work: Work, page: Page) -> bool:
     e = work.chosen_one(args.names)
     backup = work.reset(e)
     remark = f"; yours is kept as {backup}" if backup else ""
@@ -132,7 +138,7 @@ def _reset(args: argparse.Namespace, work: Any, page: Any) -> bool:
     return True
 
 
-def _debug(args: argparse.Namespace, work: Any, page: Any) -> bool:
+def _debug(args: argparse.Namespace, work: Work, page: Page) -> bool:
     """Step with the debugger through the first law that fails. It runs in this process: a debugger needs the terminal.
     """
     from .checker import Trial
@@ -158,7 +164,7 @@ def _debug(args: argparse.Namespace, work: Any, page: Any) -> bool:
     return True
 
 
-def _step_through(law: Any, subject: Any, path: Path, inputs: dict[str, Any], page: Any) -> None:
+def _step_through(law: Law, subject: Subject, path: Path, inputs: dict[str, Any], page: Page) -> None:
     """Run a law on the inputs under pdb, which stops at the first line of the learner's function, in the file `path`.
     """
     import pdb
@@ -173,7 +179,7 @@ def _step_through(law: Any, subject: Any, path: Path, inputs: dict[str, Any], pa
         page.line(f"  it ended with {type(error).__name__}: {error}")
 
 
-def _selftest(args: argparse.Namespace, work: Any, page: Any) -> bool:
+def _selftest(args: argparse.Namespace, work: Work, page: Page) -> bool:
     from .checker import use_backend
     from .exercise import exercises
     from .selftest import selftest
@@ -182,7 +188,7 @@ def _selftest(args: argparse.Namespace, work: Any, page: Any) -> bool:
 
 
 # ── telling ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-def _status(args: argparse.Namespace, work: Any, page: Any) -> bool:
+def _status(args: argparse.Namespace, work: Work, page: Page) -> bool:
     """Print every exercise under its lesson, with its state, and the number of exercises solved."""
     from .exercise import exercises, of_lesson
     from .folders import lessons
@@ -196,7 +202,7 @@ def _status(args: argparse.Namespace, work: Any, page: Any) -> bool:
     return True
 
 
-def _status_line(e: Any, work: Any, page: Any) -> None:
+def _status_line(e: Exercise, work: Work, page: Page) -> None:
     """Print one exercise: its name, difficulty, minutes, state, and the number of hints taken."""
     if work.solved(e):
         state = "solved"
@@ -208,7 +214,7 @@ def _status_line(e: Any, work: Any, page: Any) -> None:
     page.line(f"  {sign} {e.name:<30} {page.stars(e.difficulty)} {e.minutes:>3} min  {state}{hints}")
 
 
-def _hint(args: argparse.Namespace, work: Any, page: Any) -> bool:
+def _hint(args: argparse.Namespace, work: Work, page: Page) -> bool:
     """Print the next hint of an exercise, and save that it was taken.  After the last, print the last again."""
     e = work.chosen_one(args.names)
     n = min(work.hints(e) + 1, len(e.hints))
@@ -222,7 +228,7 @@ def _hint(args: argparse.Namespace, work: Any, page: Any) -> bool:
     return True
 
 
-def _solution(args: argparse.Namespace, work: Any, page: Any) -> bool:
+def _solution(args: argparse.Namespace, work: Work, page: Page) -> bool:
     e = work.chosen_one(args.names)
     comment = "#" if e.suffix == ".py" else "//"
     page.line(f"{comment} {e.file}\n")
@@ -230,7 +236,7 @@ def _solution(args: argparse.Namespace, work: Any, page: Any) -> bool:
     return True
 
 
-def _diff(args: argparse.Namespace, work: Any, page: Any) -> bool:
+def _diff(args: argparse.Namespace, work: Work, page: Page) -> bool:
     """Print the differences between the learner's function and the library's, with all lines of both."""
     import difflib
     e = work.chosen_one(args.names)
@@ -248,7 +254,7 @@ def _diff(args: argparse.Namespace, work: Any, page: Any) -> bool:
     return True
 
 
-def _read(args: argparse.Namespace, work: Any, page: Any) -> bool:
+def _read(args: argparse.Namespace, work: Work, page: Page) -> bool:
     """Print the task and the laws of the exercise args.names[0], or the source of the module of this name."""
     from .exercise import exercises
     name = args.names[0]
@@ -270,7 +276,7 @@ def _read(args: argparse.Namespace, work: Any, page: Any) -> bool:
     return True
 
 
-def _lesson(args: argparse.Namespace, work: Any, page: Any) -> bool:
+def _lesson(args: argparse.Namespace, work: Work, page: Page) -> bool:
     """Run the lessons in args.names, or with --all every lesson; without either, list them.  True if all of them ran.
     """
     from . import reading

@@ -39,8 +39,8 @@ class Mismatch(AssertionError):
 
 
 def host(a: Any, what: str = "the result", want: Any = None) -> np.ndarray:
-    """A Tensor, a device array or a number as a NumPy array; a number only if `want`, the expected result, is none or
-    has no axes.
+    """A Tensor, a device array or a number as a NumPy array; a number only if `want`, the expected result, is not
+    given or has no axes.
 
     Unusable for anything else; `what` and the shape of `want` stand in its message."""
     if isinstance(a, Tensor):

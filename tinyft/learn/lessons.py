@@ -150,7 +150,7 @@ def parse(text: str) -> list[Cell]:
 
 
 def _without_marks(body: str, start: int) -> str:
-    """A text cell without the # of its lines."""
+    """A text cell without the # of its lines.  start: the number of its first line, for ValueError's message."""
     for n, line in enumerate(body.splitlines(), start):
         if line.strip() and not line.startswith("#"):
             raise ValueError(f"line {n}: a text cell is written in comments; code wants a `# %%` before it")

@@ -20,7 +20,8 @@ CAUGHT_AT = 2                                            # the largest size that
 def examine(exercise: Exercise, seeds: int = 3) -> list[str]:
     """The faults of an exercise, in sentences; [] if there are none, or if this machine cannot check it (no compiler).
 
-    seeds: the number of times that the reference is tried.
+    Its laws must hold for the library's own function, tried with this number of random seeds; they must catch and
+    explain every wrong answer, a subtle one by a single law; and the file of `tinyft start` must be "not written".
     """
     if exercise.missing:
         return []

@@ -87,7 +87,10 @@ class Loss:
         raise NotImplementedError(f"{type(self).__name__} has no __call__(model, targets, rng)")
 
     def check(self, model: Module, targets: Targets) -> None:
-        """Check the targets on the host before a captured step is replayed. Raises what the pass itself would raise."""
+        """Raise for ids or labels out of range what the model's pass would raise.
+
+        Called on the host before a step that was captured as a CUDA graph is replayed: a replay runs no Python checks.
+        """
         check_ids(targets.ids, model.embed.in_features)
         if model.head is not None and targets.labels is not None:
             check_labels(targets.labels, model.head.out_features)

@@ -69,7 +69,10 @@ def make_stages(attached: Sequence[Attached], steps: int) -> list[Stage]:
 
 
 def training_shares(a: Attached) -> list[float]:
-    """The shares of a method's training phases. ValueError if they do not sum to 1."""
+    """The shares of a method's training phases, without phases of share 0, which only run a setup.
+
+    ValueError if the shares are negative or do not sum to 1.
+    """
     shares = [phase.share for phase in a.method.phases()]
     if any(share < 0 for share in shares) or not math.isclose(sum(shares), 1.0, abs_tol=1e-9):
         text = " + ".join(map(str, shares)) or "none"
