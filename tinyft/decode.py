@@ -68,7 +68,7 @@ def generate(
                     ended |= token == end
                 ids = np.concatenate([ids, token[:, None]], axis=1)
                 new = token[:, None] if cache else ids
-                if mask is not None:
+                if mask is not None:                                             # of the tokens of one pass
                     real = np.ones((len(ids), 1), bool)
                     mask = real if cache else np.concatenate([mask, real], axis=1)
                 if ended.all():

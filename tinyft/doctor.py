@@ -60,7 +60,7 @@ def wheels() -> dict[str, str]:
 
 
 def _numpy() -> str:
-    """NumPy's version, its BLAS (the library that multiplies its matrices) and the threads of that, as text."""
+    """NumPy's version, its BLAS (the library that multiplies its matrices) and the number of BLAS threads, as text."""
     libraries = []
     for library in system.libraries():
         name = f"{library.internal_api} {library.version or ''}".strip()
@@ -95,7 +95,7 @@ def _cupy(errors: list[str]) -> Lines:
 
     A machine on which no package of CuPy is installed is healthy."""
     packages = wheels()
-    reason = array.why_no_cupy()
+    reason = array.why_no_cupy()                         # None if CuPy works
     if len(packages) > 1:
         errors.append(_too_many(packages))
     names = ", ".join(f"{name} {version}" for name, version in packages.items()) or "there"

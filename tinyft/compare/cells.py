@@ -93,7 +93,7 @@ def load_material(s: Settings, seed: int) -> Material:
         prose = data.lm_batches(task.kept[: s.test * s.T], s.T, s.batch)  # of the base's own domain
         return Material(task, train, held_out, list(test.once()), list(prose.once()))
     task = data.task(s.task, seed, s.train)
-    form = "bert" if isinstance(model, BERT) else "gpt"
+    form = "bert" if isinstance(model, BERT) else "gpt"  # the special tokens that a text gets
     held_out = by_length(getattr(task, s.split), s.test)
     options = {"form": form, "group_by_length": True}
     train = data.text_batches(task.train, tokenizer, s.batch, s.T, seed, **options)

@@ -86,7 +86,7 @@ def align(rows: list[tuple[str, ...]]) -> list[str]:
 
 
 def spread(values: np.ndarray, digits: int) -> str:
-    """mean ± standard deviation; "" if a value is missing."""
+    """The mean ± the standard deviation of values over seeds, as text; with one seed the mean; "" if a value is NaN."""
     if np.isnan(values).any():
         return ""
     text = f"{values.mean():.{digits}f}"
@@ -115,7 +115,8 @@ def interval(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
     n = len(difference)
     if n == 1:
         return mean, -np.inf, np.inf
-    half = float(T95[min(n - 1, len(T95) - 1)] * difference.std(ddof=1) / n**0.5)
+    quantile = T95[min(n - 1, len(T95) - 1)]  # by degrees of freedom, n - 1
+    half = float(quantile * difference.std(ddof=1) / n**0.5)
     return mean, mean - half, mean + half
 
 

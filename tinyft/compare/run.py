@@ -87,7 +87,7 @@ def headline(s: Settings) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """The machine and the versions."""
+    """The machine, the backend, and the versions of Python, NumPy and tinyft, for the report. JSON-able."""
     from .. import __version__
 
     return {
@@ -146,7 +146,7 @@ def workers(jobs: int) -> Iterator[ProcessPoolExecutor | None]:
     If the `with` ends with an exception, the processes are terminated.
     """
     if jobs == 1:
-        kernels.keep_memory()
+        kernels.keep_memory()  # as in a worker: freed memory is kept for the next step, which is faster
         yield None
         return
     context = multiprocessing.get_context("spawn")

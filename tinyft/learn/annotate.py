@@ -149,7 +149,7 @@ def _docstring(node: ast.AST) -> dict[int, tuple[int, str]]:
 def _narrow(line: str, column: int) -> str:
     """A line of code with a comment that begins at `column`, made narrower: only two spaces stay between them.
 
-    If that is still wider than WIDE, the comment moves to a line of its own above the code.
+    If that is still wider than WIDE, the columns that the page shows, the comment moves to a line above the code.
     """
     code = line[:column].rstrip()
     comment = line[column:]

@@ -75,7 +75,7 @@ def _exercises(lesson: Lesson) -> str:
 
 
 def _exercise(e: Exercise) -> str:
-    """One exercise: effort, signature, task, laws, commands, three hints (folded) and a link to the answer."""
+    """One exercise in Markdown: effort, signature, task, laws, commands, three folded hints, a link to the answer."""
     module, name = e.target.split(":")
     signature, task = e.statement()
     language = "python" if e.suffix == ".py" else "cuda"
@@ -108,7 +108,10 @@ $ tinyft check                # what holds, and the smallest input that does not
 
 
 def _index() -> str:
-    """The front page: the path of lessons, exercises and sources; then the methods; then the library."""
+    """The front page, in Markdown: the path of lessons, exercises and sources; then the methods; then the library.
+
+    The toctrees at its end are not shown here: Sphinx makes the navigation of all pages from them.
+    """
     parts = [INTRODUCTION]
     parts += [_lesson_entry(lesson) for lesson in lessons().values()]
     parts += ["## The methods", "One file each, and each reads like its paper."]

@@ -129,9 +129,9 @@ class Trial:
                 self._explore(examples, self._once)
             except errors.Flaky:                         # Hypothesis: one input failed, and passed when repeated
                 return self._unsteady()
-            except Enough:
+            except Enough:                               # the time is over, and an input has failed
                 return self._problem()
-            except Stop as e:
+            except Stop as e:                            # a call took too long, or called the library's answer
                 return self._problem(e)
             except (Exception, SystemExit):
                 if not self.failed:                      # an error of this engine
@@ -150,7 +150,7 @@ class Trial:
         """
         def law(drawn: tuple) -> None:
             test(drawn)
-        # Hypothesis derives its random numbers from the name.
+        # Hypothesis derives its random numbers from the name, so every law gets a name of its own.
         title = f"{self.subject.exercise.name} {self.law.title}"
         law.__name__ = "".join(c if c.isascii() and c.isalnum() else "_" for c in title)
         law.__qualname__ = law.__name__

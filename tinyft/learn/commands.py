@@ -85,9 +85,9 @@ def _start(args: argparse.Namespace, work: Work, page: Page) -> bool:
 
 
 def _check(args: argparse.Namespace, work: Work, page: Page) -> bool:
-    """Check the exercises in args.names, or with --all every one that is started.  True if all are solved.
+    """Check the exercises in args.names, without names the file changed last, with --all every one that is started.
 
-    Of several, those without a file are left out; of a single one, a missing file is an error.
+    True if all are solved.  Of several, those without a file are left out; of a single one, a missing file is an error.
     """
     chosen = work.started() if args.all else work.chosen(args.names)
     if len(chosen) > 1:
@@ -139,7 +139,9 @@ def _reset(args: argparse.Namespace, work: Work, page: Page) -> bool:
 
 
 def _debug(args: argparse.Namespace, work: Work, page: Page) -> bool:
-    """Step with the debugger through the first law that fails. It runs in this process: a debugger needs the terminal.
+    """Step with the debugger through the first law that fails. True if all laws hold, so there is nothing to step.
+
+    The function runs in this process, not in one of its own as for `check`: a debugger needs the terminal.
     """
     from .checker import Trial
     from .loading import Refused

@@ -54,7 +54,7 @@ def host(a: Any, what: str = "the result", want: Any = None) -> np.ndarray:
 
 
 def described(a: Any) -> str:
-    """Any object in a few words, for a message."""
+    """A wrong result, any object, in a few words for a message: "a list, [1, 2]"."""
     if a is None:
         return "None: is a `return` missing?"
     if array.is_array(a):

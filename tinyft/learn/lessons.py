@@ -64,7 +64,7 @@ def show(caption: str = "") -> None:
     `run` chooses their folder.  A lesson that is run as a script writes them to work/figures.
     """
     global _album
-    if _album is None:
+    if _album is None:                                   # the lesson is not run by `run`
         if "ipykernel" in sys.modules:
             sys.modules["matplotlib.pyplot"].show()
             return
@@ -126,6 +126,7 @@ class Failed(Exception):
 def parse(text: str) -> list[Cell]:
     """The cells of a file in percent format, without empty ones.
 
+    A line `# %%` begins a code cell, `# %% [markdown]` a text cell, whose lines are comments.
     ValueError if a text cell holds a line that is not a comment.
     """
     found: list[Cell] = []

@@ -158,9 +158,10 @@ class Subject:
         return self._op_result(out, len(args)) if self.exercise.is_op else out
 
     def _copy(self, a: Any) -> Any:
-        """An argument as the learner's function gets it: a copy, for NumPy arrays as an array of the backend in use.
+        """An argument as the learner's function gets it.
 
-        No copy if the function is to write into its arguments, or for types other than those below.
+        A NumPy array becomes a copy on the backend in use, or on NumPy if exercise.on_host.  Lists, dicts and
+        generators are copied.  Anything else, and all arguments of an in-place exercise, are given as they are.
         """
         if self.exercise.in_place:
             return a

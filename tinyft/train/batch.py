@@ -241,7 +241,7 @@ def read_batch(batch: Any) -> Targets:
         logit_positions = np.flatnonzero(has_label)
     labels = labels.reshape(-1) if logit_positions is None else labels.reshape(-1)[logit_positions]
     class_weight = batch.get("class_weight")
-    if class_weight is None:
+    if class_weight is None:                                            # weight: of the mean loss of this batch
         weight = float(has_label.sum())
     else:
         class_weight = np.asarray(class_weight)

@@ -35,7 +35,7 @@ def evaluate(model: Module, batches: Iterable, loss: Loss | None = None) -> dict
         with no_grad():
             for batch in batches:
                 targets = loss.read(batch)
-                targets.output_hidden_states = loss.hidden_states
+                targets.output_hidden_states = loss.hidden_states       # kept only if the loss uses them
                 ctx, value = loss(model, targets)
                 results.add(float(value.data), ctx, targets)
     finally:
@@ -83,7 +83,7 @@ class Results:
             raise ValueError("evaluate was given no batches")
         further = {name: pool(values, self.weights)[0] for name, values in self.means.items()}
         metrics = {"loss": further.pop("loss")}
-        if "cross_entropy" in further:
+        if "cross_entropy" in further:                                  # some batch had labels
             metrics["perplexity"] = pool(self.means["cross_entropy"], self.weights)[1]  # not a mean of perplexities
             del further["cross_entropy"]
             labels = np.concatenate(self.labels)

@@ -51,7 +51,7 @@ def make_stages(attached: Sequence[Attached], steps: int) -> list[Stage]:
         own_index = 0                                                   # training phases of this method so far
         for phase in a.method.phases():
             if phase.setup is not None:
-                is_final = own_index == own_count
+                is_final = own_index == own_count                       # no training phase of this method follows
                 index = len(shares) if is_final else own_index
                 setups[index].append(Stage(0, a, phase.setup, is_final))
             if phase.share > 0:
