@@ -109,7 +109,7 @@ def project(x, Wq, bq, Wk, bk, Wv, bv, heads=1):
         return a.swapaxes(-2, -3).reshape(-1, n)              # (N, H D)
 
     def back(g, needed):
-        """The gradients of x, Wq, bq, Wk, bk, Wv, bv from g, the gradients of q, k and v."""
+        """The gradients of x, Wq, bq, Wk, bk, Wv, bv from g = [dq, dk, dv], in which None stands for zeros."""
         gq, gk, gv = (join_heads(a) for a in g)
         dx = (gq @ Wq + gk @ Wk + gv @ Wv).reshape(x.shape) if needed[0] else None
         gradients = [dx]
@@ -535,7 +535,7 @@ def attention(q, k, v, bias=None, *, key_mask=None, causal=False, scale=None, dr
     pm = p if dropout_mask is None else p * dropout_mask      # P ⊙ M
 
     def back(g, needed):                                      # needed[3] only if the caller gave a bias
-        """The gradients of q, k, v and bias from the gradient g of O; None where needed[i] is False."""
+        """The gradients of q, k, v and bias from the gradient g of O = (P ⊙ M) V; None where needed[i] is False."""
         dq = dk = db = None
         dv = sum_heads(t(pm) @ g, group) if needed[2] else None
         if needed[0] or needed[1] or any(needed[3:]):
@@ -575,7 +575,9 @@ def cross_entropy(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
         value = (1 - label_smoothing) * value + (spread * (lse - shifted)).sum()
 
     def back(g):
-        """dz = g (w_y p − q) / Σ w of the docstring above, where `d` is w_y p − q."""
+        """dz = g (p Σ target − target) / Σ w,  p = softmax(z).
+
+        The target of a row is q = w (1 − ε) in its label's column, plus `spread` in every column."""
         p = m.exp(shifted - lse)
         q = w * (1 - label_smoothing)
         if label_smoothing:

@@ -187,7 +187,7 @@ def layer_norm(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float = 1e-5) -
     blocks(len(X), block, n)
 
     def dx(g: np.ndarray) -> np.ndarray:
-        """(e − mean(e) − x̂ mean(e x̂)) / σ with e = g w, block by block of rows."""
+        """(e − mean(e) − x̂ mean(e x̂)) / σ with e = g w, block by block of rows.  h holds x̂, and r 1/σ."""
         G = np.ascontiguousarray(g).reshape(-1, n)
         d = np.empty_like(h)
 
@@ -250,7 +250,9 @@ def cross_entropy(z: np.ndarray, y: np.ndarray, weight: np.ndarray | None = None
     value = (w * (np.log(sums) + top[:, 0] - Z[np.arange(n), labels])).sum() / total
 
     def back(g: np.ndarray) -> np.ndarray:
-        """dz = share (softmax(z) − one-hot(y)), block by block of rows; share is 0 for an ignored row."""
+        """dz = share (softmax(z) − one-hot(y)), block by block of rows; share is 0 for an ignored row.
+
+        softmax(z) is computed again, as e^(z − top) / sums."""
         d = np.empty_like(Z)
         share = w * (np.float32(g) / total)                  # of each row in the mean
 

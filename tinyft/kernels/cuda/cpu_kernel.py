@@ -210,7 +210,9 @@ def _c_type(kind: str, size: int) -> str:
 
 @contextlib.contextmanager
 def emulating(reverse: bool, poison: int) -> Iterator[None]:
-    """Set the order of the threads, and the byte that fills memory nobody wrote, for the launches in this block."""
+    """Set the order of the threads, and the byte that fills memory nobody wrote, for the launches in this block.
+
+    A correct kernel's result depends on neither."""
     new = {"EMU_REVERSE": str(int(reverse)), "EMU_POISON": str(poison)}
     old = {name: os.environ.get(name) for name in new}
     os.environ.update(new)
@@ -239,10 +241,10 @@ def kernels(source: str) -> list[str]:
 
 
 def translate(source: str) -> str:
-    """The C++ of CUDA C: the source with the few constructs rewritten that a header cannot express, then an entry to
-    each kernel.
+    """The C++ of CUDA C: the source, in which cuda_cpu.h defines most of the language, and an entry to each kernel.
 
-    Line numbers do not change.  Half precision is in cuda_cpu.h, so CUDA's own headers are left out.
+    Only what a header cannot express is rewritten.  Line numbers do not change.  Half precision is in cuda_cpu.h, so
+    CUDA's own headers are left out.
     """
     body = CUDA_HEADER.sub("", source)
     # `extern __shared__ float a[];` becomes a pointer into memory of the launch's size.
