@@ -98,7 +98,7 @@ def test_the_sentence_names_both_ends():
 
 def test_flags_are_true_or_false():
     assert checks.flag("resume", np.True_) is True
-    assert checks.flag("resume", False) is False
+    assert checks.flag("resume", value=False) is False
     for value in (1, 0, None, "no", [], np.array([True])):
         with pytest.raises(TypeError, match="resume wants True or False, got "):
             checks.flag("resume", value)
