@@ -44,6 +44,53 @@ def test_scores_refuse_lists_that_do_not_match(lists):
             score(*lists)
 
 
+X = sparse(np.ones((2, 3)))
+TOKENS = np.arange(5)
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: majority(np.array([]), 3), "labels"),
+    (lambda: majority([0.5], 3), "labels"),
+    (lambda: majority([-1], 3), "labels"),
+    (lambda: majority([1], "3"), "count"),
+    (lambda: TfIdf(least=0), "least"),
+    (lambda: TfIdf().fit([]), "at least one text"),
+    (lambda: TfIdf().fit("a text"), "a sequence"),
+    (lambda: TfIdf().fit(["a", None]), "a string, got None"),
+    (lambda: LogisticRegression(0), "classes"),
+    (lambda: LogisticRegression(2, C=0), "C wants a finite number > 0, got 0"),
+    (lambda: LogisticRegression(2).fit(X, [0, 2]), "from 0 to 1"),
+    (lambda: LogisticRegression(2).fit(X, [0]), "wants 2 labels"),
+    (lambda: LogisticRegression(2).fit(X, [0.0, 1.0]), "whole numbers"),
+    (lambda: unigram_perplexity(TOKENS, TOKENS, 4), "below the vocab of 4, got 4"),
+    (lambda: unigram_perplexity([], TOKENS, 5), "at least 1 tokens, got 0"),
+    (lambda: bigram_perplexity(TOKENS, TOKENS, TOKENS[:1], 5), "at least 2 tokens, got 1"),
+    (lambda: bigram_perplexity(TOKENS, TOKENS * 1.0, TOKENS, 5), "whole numbers"),
+    (lambda: bigram_perplexity("some text", TOKENS, TOKENS, 5), "whole numbers"),
+    (lambda: bigram_mlm_accuracy(TOKENS, TOKENS, 5.0), "vocab wants a whole number >= 1, got 5.0"),
+])
+def test_wrong_arguments_get_one_sentence(call, message):
+    with pytest.raises((TypeError, ValueError), match=message) as error:
+        call()
+    assert " wants " in str(error.value) and " got " in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32])
+def test_tokens_of_any_integer_dtype(dtype):
+    """Pairs of ids are counted without overflow: 200 · 250 does not fit into 8 bits."""
+    tokens = np.random.default_rng(0).integers(0, 250, 2000)
+    train, valid, test = np.split(tokens, [1200, 1600])
+    narrow = [part.astype(dtype) for part in (train, valid, test)]
+    assert bigram_perplexity(*narrow, 250) == bigram_perplexity(train, valid, test, 250)
+    assert bigram_mlm_accuracy(narrow[0], narrow[2], 250) == bigram_mlm_accuracy(train, test, 250)
+
+
+def test_a_large_vocabulary_takes_no_table_of_pairs():
+    """GPT-2's would take 20 GB. Unseen tokens change the smoothed probabilities, not the counts of pairs."""
+    cycle = np.tile(np.arange(5), 100)
+    assert bigram_perplexity(cycle, cycle, cycle, 50_257) < 1.1
+
+
 def test_majority():
     assert majority(np.array([2, 1, 1, 2, 2]), 3).tolist() == [2, 2, 2]
 

@@ -10,7 +10,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from tinyft import data
+from tinyft import data, pretrain
 from tinyft.data import IGNORE, SPECIAL, SPLITS, Batches, Record
 from tinyft.data.text import CLS, END, PAD, SEP
 
@@ -239,34 +239,133 @@ def test_domain(tokenizer):
 
 REAL = np.ones((1, 3), bool)
 UNEQUAL = data.Examples(("a",), np.array([0, 1]))
+SHIPPED = data.shipped_tokenizer()
+
+
+def texts(examples, batch_size=1, max_len=8, tokenizer=SHIPPED, **options):
+    return data.text_batches(examples, tokenizer, batch_size, max_len, **options)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: data.task("nonsense"), "intact, package, domain; got 'nonsense'"),
-        (lambda: data.task("intact", train_size=0), "train_size from 1 to"),
+        (lambda: data.task("nonsense"), "one of 'intact', 'package', 'domain', got 'nonsense'"),
+        (lambda: data.task(["intact"]), r"got \['intact'\]"),
+        (lambda: data.task("intact", seed="1"), "seed wants a whole number >= 0, got '1'"),
+        (lambda: data.task("intact", seed=-1), "seed wants a whole number >= 0, got -1"),
+        (lambda: data.task("intact", train_size=0), "train_size wants a whole number >= 1, got 0"),
+        (lambda: data.task("intact", train_size=2.5), "train_size wants a whole number >= 1, got 2.5"),
         (lambda: data.task("package", train_size=10**6), "got 1000000"),
+        (lambda: data.task("domain", tokenizer="base-gpt"), "tokenizers.Tokenizer .*got 'base-gpt'"),
         (lambda: data.pretraining("poetry"), "kind"),
         (lambda: data.pretraining("prose", "dev"), "split"),
-        (lambda: data.windows(np.arange(5), 6), "got T=6"),
-        (lambda: data.encode(data.shipped_tokenizer(), "a", 2), "max_len of at least 3"),
+        (lambda: data.pretraining(tokenizer=3), "tokenizers.Tokenizer"),
+        (lambda: data.key(3), "a string"),
+        (lambda: data.sentences(None), "a string"),
+        (lambda: data.mask_names(b"email"), "a string"),
+        (lambda: data.swap_two(3, np.random.default_rng(0)), "a string"),
+        (lambda: data.swap_two("The cat sat on a mat.", 0), "a random generator"),
+        (lambda: data.windows(np.arange(5), 6), "5"),
+        (lambda: data.windows(np.arange(5), 0), "T wants a whole number >= 1, got 0"),
+        (lambda: data.windows(np.arange(6).reshape(2, 3), 2), r"shape \(2, 3\)"),
+        (lambda: data.encode(SHIPPED, "a", 2), "max_len of at least 3"),
+        (lambda: data.encode(SHIPPED, "a", "8"), "max_len wants a whole number, got '8'"),
+        (lambda: data.encode(SHIPPED, None, 8), "a string, got None"),
+        (lambda: data.encode(SHIPPED, "a", 8, "t5"), "form wants one of 'bert', 'gpt', got 't5'"),
+        (lambda: data.encode(None, "a", 8), "tokenizers.Tokenizer .*got None"),
+        (lambda: data.encode(SHIPPED, "\ud800", 8), "a text that the tokenizer can encode"),
         (lambda: Batches([], 2), "empty"),
-        (lambda: Batches([1], 0), "batch_size of at least 1, got 0"),
+        (lambda: Batches([1], 0), "batch_size wants a whole number >= 1, got 0"),
+        (lambda: Batches([1], 2.5), "batch_size wants a whole number >= 1, got 2.5"),
+        (lambda: Batches([1], batch_size=True), "batch_size .* got True"),
+        (lambda: Batches([1], 1, seed="a"), "seed"),
+        (lambda: Batches([1], 1, seed=-1), "seed"),
+        (lambda: Batches([1], 1, shuffle="no"), "shuffle wants True or False, got 'no'"),
+        (lambda: Batches([1], 1, drop_last=None), "drop_last"),
+        (lambda: Batches([1], 1, collate=3), "collate"),
+        (lambda: Batches((i for i in range(3)), 1), "a sequence"),
+        (lambda: Batches("text", 1), "a sequence"),
+        (lambda: Batches({"ids": [1]}, 1), "a sequence"),
         (lambda: Batches([1], 2, drop_last=True), "one full batch"),
         (lambda: Batches([1], 1, lengths=[1, 2]), "one length per example, got 2"),
-        (lambda: data.mlm_batches(np.arange(99), 2, 4, VOCAB), "T of at least 3"),
+        (lambda: Batches([1], 1, lengths=3), "lengths"),
+        (lambda: Batches([1], 1, lengths=["a"]), "lengths"),
+        (lambda: next(Batches([[1, 2], [3]], 2)), "token ids of one length"),
+        (lambda: next(Batches(["a", "b"], 2)), "token ids of one length, got '[ab]', '[ab]'"),
+        (lambda: Batches([1], 1).load_state_dict(None), "the dict of state_dict"),
+        (lambda: data.lm_batches("hello", 4, 2), "the ids of a text.* got the text itself, 'hello'"),
+        (lambda: data.lm_batches(["hello", "you"], 1, 2), "whole numbers"),
+        (lambda: data.lm_batches(np.arange(9.0), 4, 2), "whole numbers"),
+        (lambda: data.lm_batches([[1, 2], [3]], 1, 2), "whole numbers"),
+        (lambda: data.lm_batches([1, -2, 3], 1, 2), "at least 0; got -2"),
+        (lambda: data.lm_batches(None, 4, 2), "got None"),
+        (lambda: data.lm_batches([], 4, 2), "at least 4 tokens for T=4, got 0"),
+        (lambda: data.lm_batches(np.arange(3), 4, 2), "at least 4 tokens for T=4, got 3"),
+        (lambda: data.lm_batches(np.arange(9), 2.5, 2), "T wants a whole number >= 1, got 2.5"),
+        (lambda: data.lm_batches(np.arange(9), 4, 0), "batch_size"),
+        (lambda: data.mlm_batches(np.arange(99), 2, 4, VOCAB), "T wants a whole number >= 3, got 2"),
+        (lambda: data.mlm_batches("hello", 8, 4), "the text itself"),
+        (lambda: data.mlm_batches(np.arange(99), 8, 4, p=2), "p wants a finite number"),
+        (lambda: data.mlm_batches(np.arange(99), 8, 4, p="all"), "p wants a finite number"),
+        (lambda: data.mlm_batches(np.arange(99), 8, 4, 500), "tokenizer of these tokens"),
+        (lambda: data.mlm_batches(np.full(99, VOCAB), 8, 4), "below the vocab of 2048, got the id 2048"),
         (lambda: data.pad([[]]), "at least one row with a token"),
+        (lambda: data.pad(3), "a sequence"),
+        (lambda: data.pad([["a"]]), "whole numbers"),
+        (lambda: data.pad([[1.5]]), "whole numbers"),
+        (lambda: data.pad([[7]], multiple=0), "multiple"),
+        (lambda: data.pad([[7]], 2.5), "max_len"),
+        (lambda: data.pad([[7]], pad_id=None), "pad_id"),
         (lambda: data.pad([[7] * 9], 8), "at most 8 tokens, got one of 9"),
         (lambda: data.mlm(np.full((1, 3), CLS), REAL, np.random.default_rng(0), VOCAB), "nothing to predict"),
-        (lambda: data.mlm(np.full((1, 3), 9), REAL, np.random.default_rng(0), VOCAB, p=0.0), "probability"),
-        (lambda: data.text_batches(UNEQUAL, data.shipped_tokenizer(), 1, 8), "one label per text"),
+        (lambda: data.mlm(np.full((1, 3), 9), REAL, np.random.default_rng(0), VOCAB, p=0.0), "p wants a finite"),
+        (lambda: data.mlm(np.full((1, 3), 9), REAL, np.random.default_rng(0), 6), "not special, got 6"),
+        (lambda: data.mlm(np.full((1, 3), 9), REAL, np.random.default_rng(0), 9, {"[CLS]": 1}), r"an id of \[MASK\]"),
+        (lambda: data.mlm(np.full((2, 3), 9), REAL, np.random.default_rng(0), 9), "one shape"),
+        (lambda: texts(UNEQUAL), "one label per text"),
+        (lambda: texts((["a", "b"], [0])), "one label per text, got 2 texts and 1 labels"),
+        (lambda: texts([]), "at least one example"),
+        (lambda: texts("hello"), "a pair .*; got 'hello'"),
+        (lambda: texts(["a", "b", "c"]), r"a pair \(texts, labels\)"),
+        (lambda: texts(("hello", [0])), "texts wants a sequence"),
+        (lambda: texts((["a"], None)), "labels wants a sequence"),
+        (lambda: texts((["a"], ["positive"])), "a label, the number of a class, wants a whole number <= 2147483648, got 'positive'"),
+        (lambda: texts((["a"], [0.0])), "a label, the number of a class, wants a whole number <= 2147483648, got 0.0"),
+        (lambda: texts([("a", 1.5)]), "a label, the number of a class, wants a whole number <= 2147483648, got 1.5"),
+        (lambda: texts([("a", "good")]), "number of its class"),
+        (lambda: texts([("a", "good"), ("b", "bad")]), "the number of a class, wants a whole number"),
+        (lambda: texts([("a", 10**40)]), "the number of a class, wants"),
+        (lambda: texts([("a", -1)]), r"a class \(0, 1, ...\) or -100 for none, got -1"),
+        (lambda: texts(([None], [0])), "a string, got None"),
+        (lambda: texts([("a", 0)], batch_size=0), "batch_size"),
+        (lambda: texts([("a", 0)], max_len=None), "max_len wants a whole number, got None"),
+        (lambda: texts([("a", 0)], form="bart"), "form"),
+        (lambda: texts([("a", 0)], tokenizer="base-bert"), "tokenizers.Tokenizer"),
+        (lambda: texts([("a", 0)], group_by_length=1), "group_by_length wants True or False, got 1"),
     ],
 )
 def test_bad_input_gets_one_clear_sentence(call, message):
-    with pytest.raises(ValueError, match=message) as error:
+    """Of this library, never of NumPy or Python: one sentence, short, with the wanted and the given value."""
+    with pytest.raises((ValueError, TypeError), match=message) as error:
         call()
     assert re.fullmatch(r"[^\n]* wants [^\n]*\bgot\b[^\n]*", str(error.value))
+    assert len(str(error.value)) < 300
+
+
+def test_one_training_example():
+    """train_size=1 gives one example, and one token; no size gives all."""
+    for name in ("intact", "package"):
+        task = data.task(name, seed=2, train_size=1)
+        assert len(task.train.texts) == len(task.train.labels) == 1
+        assert len(task.test.texts) > 100
+    assert data.task("domain", seed=2, train_size=1).train.shape == (1,)
+
+
+def test_writing_to_a_task_does_not_change_the_next_one():
+    first = data.task("intact", train_size=3)
+    kept = first.test.labels.copy()
+    first.test.labels[:] = 7
+    assert np.array_equal(data.task("intact", train_size=3).test.labels, kept)
 
 
 # ---------------------------------------------------------------------------------------------------- batches
@@ -402,6 +501,28 @@ def resumes(make) -> bool:
     return True
 
 
+def stages() -> pretrain.Stages:
+    """Three batches of one length, then batches of another."""
+    sources = [data.lm_batches(TOKENS, 16, 4, seed=2), data.mlm_batches(TOKENS, 32, 2, seed=3)]
+    return pretrain.Stages(sources, [3, 3])
+
+
+def test_stages_resume_and_refuse_a_state_of_other_sources():
+    """From every point, also in the second source; after a refusal nothing has moved."""
+    first = stages()
+    for _ in range(8):
+        state = json.loads(json.dumps(first.state_dict()))
+        again = stages()
+        again.load_state_dict(state)
+        assert same(next(again), next(first))
+    other = pretrain.Stages([data.lm_batches(TOKENS, 16, 4), data.lm_batches(TOKENS, 32, 2)], [3, 3])
+    before = other.state_dict()
+    for wrong in (state, {**state, "sources": state["sources"][:1]}, {**before, "given": 2.5}):
+        with pytest.raises((TypeError, ValueError), match=" wants .* got "):
+            other.load_state_dict(wrong)
+        assert other.state_dict() == before
+
+
 TOKENS = np.random.default_rng(0).integers(6, VOCAB, 300)
 STREAMS = {
     "plain": lambda: numbers(7, batch_size=3, seed=1),
@@ -434,13 +555,102 @@ def test_noise_that_is_not_in_the_state_is_found():
     assert not resumes(unmoved)
 
 
-@pytest.mark.parametrize("change", [{"examples": 8}, {"batch_size": 2}, {"shuffle": False}, {"epoch": None}])
+def test_the_epoch_of_the_state():
+    """It is 0 until the last batch of the first epoch was given, and 1 from the first batch of the second on."""
+    batches = numbers(7, batch_size=3)
+    for count in (1, 2, 3):
+        next(batches)
+        state = batches.state_dict()
+        assert (state["epoch"], state["batch"]) == (0, count)
+    next(batches)
+    state = batches.state_dict()
+    assert (state["epoch"], state["batch"]) == (1, 1)
+
+
+@pytest.mark.parametrize("change", [
+    {"examples": 8}, {"batch_size": 2}, {"shuffle": False}, {"epoch": None}, {"batch": True},
+])
 def test_a_state_of_other_batches_is_refused(change):
     batches = numbers(7, batch_size=3)
     before = batches.state_dict()
     with pytest.raises(ValueError, match=next(iter(change))):
         batches.load_state_dict({**before, **change})
     assert batches.state_dict() == before
+
+
+LABELLED = [("one text", 0), ("two", 1), ("a third", 1)]
+TWO_LABELS = [("one text", 1), ("two", 1), ("a third", 1)]
+TWO_TEXTS = [("one texts", 0), ("two", 1), ("a third", 1)]
+SAME_COUNT = {
+    "arrays": (lambda: Batches(np.arange(12).reshape(3, 4), 2), lambda: Batches(np.arange(1, 13).reshape(3, 4), 2)),
+    "lists": (lambda: Batches([[1, 2], [3, 4]], 2), lambda: Batches([[1, 2], [4, 3]], 2)),
+    "tokens": (lambda: data.lm_batches(np.arange(90), 9, 2), lambda: data.lm_batches(np.arange(90)[::-1], 9, 2)),
+    "labels": (lambda: texts(LABELLED), lambda: texts(TWO_LABELS)),
+    "texts": (lambda: texts(LABELLED), lambda: texts(TWO_TEXTS)),
+    "form": (lambda: texts(LABELLED), lambda: texts(LABELLED, form="gpt")),
+    "corruption": (lambda: data.mlm_batches(TOKENS, 9, 2), lambda: data.mlm_batches(TOKENS, 9, 2, p=0.2)),
+}
+
+
+@pytest.mark.parametrize("name", SAME_COUNT)
+def test_a_state_of_other_examples_of_the_same_number_is_refused(name):
+    """A state without a fingerprint, as older versions wrote it, is taken."""
+    make, make_other = SAME_COUNT[name]
+    batches = make()
+    next(batches)
+    state = json.loads(json.dumps(batches.state_dict()))
+    other = make_other()
+    before = other.state_dict()
+    with pytest.raises(ValueError, match="wants a state with the examples of this stream, got one of other examples"):
+        other.load_state_dict(state)
+    assert other.state_dict() == before
+    make().load_state_dict(state)
+    del state["content"]
+    other.load_state_dict(state)
+    assert other.state_dict() == {**before, "batch": 1}
+
+
+def test_examples_are_read_once_for_their_fingerprint(monkeypatch):
+    """Not when the stream is made and not at every state; examples of the user's own class are not read."""
+    calls = []
+    right = data.batches.fingerprint
+
+    def counted(content):
+        calls.append(content)
+        return right(content)
+
+    monkeypatch.setattr(data.batches, "fingerprint", counted)
+    batches = numbers(7, batch_size=3)
+    next(batches)
+    assert calls == []
+    assert batches.state_dict()["content"] == batches.state_dict()["content"]
+    assert len(calls) == 1
+
+    class Lazy:
+        def __len__(self):
+            return 7
+
+        def __getitem__(self, i):
+            return np.array([i])
+
+    assert "content" not in Batches(Lazy(), 2).state_dict()
+    assert "content" not in Batches([object(), object()], 2, collate=lambda chosen, rng: {}).state_dict()
+    assert len(calls) == 2
+
+
+def test_text_batches_from_plain_lists():
+    """Lists, tuples and arrays of texts and labels, and pairs, give the batches of Examples."""
+    words = ["one text", "two", "a third"]
+    forms = [
+        data.Examples(tuple(words), np.array([0, 1, 1])), (words, [0, 1, 1]), (tuple(words), np.array([0, 1, 1], "u1")),
+        [words, [False, True, True]], (np.array(words), (0, 1, 1)), LABELLED, tuple(LABELLED),
+    ]
+    wanted = list(texts(forms[0], 2).once())
+    for form in forms[1:]:
+        assert all(same(a, b) for a, b in zip(wanted, texts(form, 2).once(), strict=True))
+    two = list(texts((["a", "b"], [0, 1]), 2).once())
+    assert two[0]["labels"].tolist() == [0, 1]
+    assert next(texts([("a", -100)]))["labels"].tolist() == [-100]
 
 
 def test_padding_and_mask_agree(tokenizer):

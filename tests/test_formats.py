@@ -587,7 +587,7 @@ def test_a_config_that_does_not_fit_is_refused_in_one_sentence(change, message, 
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"hidden_act": "gelu_new"}, "this library's BERT wants hidden_act 'gelu', got 'gelu_new'"),
+    ({"hidden_act": "gelu_new"}, "this library's BERT wants hidden_act 'gelu' or 'gelu_python', got 'gelu_new'"),
     ({"position_embedding_type": "relative_key"}, "relative_key"),
     ({"is_decoder": True}, "is_decoder"),
     ({"architectures": ["BertForQuestionAnswering"]}, "BertForQuestionAnswering"),

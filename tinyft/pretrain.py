@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import data
+from . import checks, data
 from .data import baselines
 from .models import BERT, GPT, BERTConfig, GPTConfig
 from .models.blocks import sinusoids
@@ -109,10 +109,20 @@ class Stages:
         return {"given": self.given, "sources": [source.state_dict() for source in self.sources]}
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue exactly where `state` was taken. ValueError if it belongs to other sources."""
-        self.given = state["given"]
-        for source, source_state in zip(self.sources, state["sources"]):
-            source.load_state_dict(source_state)
+        """Continue exactly where `state` was taken. ValueError if it belongs to other sources; then nothing moves."""
+        given = checks.whole("Stages.load_state_dict: given", state["given"], 0)
+        if len(state["sources"]) != len(self.sources):
+            raise ValueError(f"Stages.load_state_dict wants a state of {len(self.sources)} sources, "
+                             f"got one of {len(state['sources'])}")
+        before = [source.state_dict() for source in self.sources]
+        try:
+            for source, source_state in zip(self.sources, state["sources"]):
+                source.load_state_dict(source_state)
+        except Exception:
+            for source, source_state in zip(self.sources, before):
+                source.load_state_dict(source_state)
+            raise
+        self.given = given
 
 
 BERT_CONFIG = BERTConfig(vocab=2048, positions=128, width=128, layers=4, heads=4, std=0.05)
@@ -133,13 +143,13 @@ def pretrain(name: str, work: Path, assets: Path = ASSETS, steps: int | None = N
     """Train one base model, or continue from the checkpoint in work/NAME.
 
     Writes the model, its card (README.md), history.json and loss.png to assets/NAME. Returns its metrics on the test
-    split. steps: in place of the recipe's.
+    split. steps: in place of the recipe's. ValueError for another name, or steps below 1.
     """
     from .formats.huggingface import save
 
-    recipe = RECIPES[name]
+    recipe = RECIPES[checks.one_of("pretrain: name", name, list(RECIPES))]
     if steps is not None:
-        recipe = replace(recipe, steps=steps)
+        recipe = replace(recipe, steps=checks.whole("pretrain: steps", steps, 1))
     longest = list(recipe.lengths)[-1]  # held-out metrics are on texts of this length
     valid = recipe.batches_of("valid", longest)
     test = recipe.batches_of("test", longest)
@@ -285,6 +295,8 @@ def main(argv: list[str] | None = None) -> int:
     unknown = set(args.names) - RECIPES.keys()
     if unknown:
         p.error(f"there is no base model {', '.join(unknown)}; there are {', '.join(RECIPES)}")
+    if args.steps is not None and args.steps < 1:
+        p.error(f"--steps wants a whole number of at least 1, got {args.steps}")
     for name in args.names or RECIPES:
         metrics = pretrain(name, args.work, args.assets, args.steps)
         rounded = {metric: round(value, 3) for metric, value in metrics.items()}

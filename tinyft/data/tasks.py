@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from .. import checks
+from ..tokens import plain
 from .batches import CHOOSE, FIXED, SWAP, Examples, generator
-from .text import SPLITS, Record, check_choice, key, pretraining, snapshot
+from .text import SPLITS, Record, key, pretraining, snapshot
 
 # The classes of *package*: standard packages with at least five modules in each of Python 3.10-3.13.
 # assets/make.py records the counts.
@@ -51,9 +53,16 @@ def task(name: str, seed: int = 0, train_size: int | None = None, tokenizer: Tok
     seed        chooses, orders and swaps training examples. valid and test are the same for every seed, so that
                 results are paired, and their examples are in random order.
     train_size  number of training examples (tokens for "domain"); None takes all.
-    tokenizer   for "domain" only; the shipped one by default.
+    tokenizer   for "domain" only; the shipped one by default. See `pretraining`
+
+    ValueError for another name, a negative seed, or a train_size that is less than 1 or more than there is.
     """
-    check_choice("task", "name", name, ("intact", "package", "domain"))
+    checks.one_of("task: name", name, ("intact", "package", "domain"))
+    seed = checks.whole("task: seed", seed, 0)
+    if train_size is not None:
+        train_size = checks.whole("task: train_size", train_size, 1)
+    if tokenizer is not None:
+        tokenizer = plain("task", tokenizer)
     if name == "intact":
         return _intact(seed, train_size)
     if name == "package":
@@ -63,8 +72,8 @@ def task(name: str, seed: int = 0, train_size: int | None = None, tokenizer: Tok
 
 def _choose(count: int, seed: int, size: int | None) -> np.ndarray:
     """Indices of `size` of `count` examples, in random order."""
-    if size is not None and not 1 <= size <= count:
-        raise ValueError(f"task wants a train_size from 1 to {count} (the number of examples), got {size}")
+    if size is not None:
+        checks.whole("task: train_size", size, 1, count)
     return generator(seed, CHOOSE).permutation(count)[:size]
 
 
@@ -101,6 +110,7 @@ def sentences(text: str) -> list[str]:
 
     They are the examples of *intact*, in which two such words are swapped. A sentence does not go beyond its line.
     """
+    checks.instance("sentences: text", text, str, "a string")
     found = []
     for line in text.split("\n"):
         for sentence in SENTENCE_END.split(line):
@@ -126,6 +136,8 @@ def swap_two(sentence: str, rng: np.random.Generator) -> str:
 
     Raises ValueError for a sentence without two different lower-case words.
     """
+    checks.instance("swap_two: sentence", sentence, str, "a string")
+    checks.random_generator("swap_two: rng", rng)
     words = sentence.split()
     positions = _swappable_positions(words)
     if not positions:
@@ -160,7 +172,9 @@ def _intact(seed: int, size: int | None) -> Task:
     chosen = [pool[i] for i in _choose(len(pool), seed, size)]
     train = _half_swapped(chosen, generator(seed, SWAP))
     classes = ("swapped", "intact")
-    return Task("intact", "classify", classes, train, _held_out("valid"), _held_out("test"), metric="accuracy")
+    # _held_out is cached: a caller that writes to the labels must not change the next caller's.
+    valid, test = (Examples(e.texts, e.labels.copy()) for e in (_held_out("valid"), _held_out("test")))
+    return Task("intact", "classify", classes, train, valid, test, metric="accuracy")
 
 
 @functools.cache
@@ -186,6 +200,7 @@ def mask_names(text: str) -> str:
 
     The names of all classes are masked: another package's name would tell which class the text does not have.
     """
+    checks.instance("mask_names: text", text, str, "a string")
     return NAMES.sub("_", text)
 
 

@@ -12,17 +12,20 @@ from __future__ import annotations
 import functools
 import json
 import lzma
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from .. import checks
+from ..tokens import plain, special_ids
+
 ASSETS = Path(__file__).parent.parent / "assets"
 SPLITS = ("train", "valid", "test")
 KINDS = ("prose", "source")
 
+# The special tokens of the shipped tokenizer. Another tokenizer has other ids: see tokens.py.
 SPECIAL = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4, "<|endoftext|>": 5}
 PAD = SPECIAL["[PAD]"]
 CLS = SPECIAL["[CLS]"]
@@ -61,26 +64,26 @@ def shipped_tokenizer() -> Tokenizer:
 
 
 def pretraining(kind: str = "prose", split: str = "train", tokenizer: Tokenizer | None = None) -> np.ndarray:
-    """All text of one kind and split as token ids, (N,) int64, with <|endoftext|> after each text.
+    """All text of one kind and split as token ids, (N,) int64, with the end of text after each text.
 
-    kind    "prose": language reference, docstrings and comments;  "source": Python code
+    kind        "prose": language reference, docstrings and comments;  "source": Python code
+    tokenizer   the shipped one by default. Its token for the end of text is <|endoftext|>, or </s>, or the one that
+                `load` read as eos_token. The tokenizer is not changed; padding and truncation stored in it are not
+                applied
+
+    ValueError for another kind or split, or if the tokenizer has no token for the end of text.
     """
-    check_choice("pretraining", "kind", kind, KINDS)
-    check_choice("pretraining", "split", split, SPLITS)
+    checks.one_of("pretraining: kind", kind, KINDS)
+    checks.one_of("pretraining: split", split, SPLITS)
+    tokenizer = shipped_tokenizer() if tokenizer is None else plain("pretraining", tokenizer)
+    (end,) = special_ids("pretraining", tokenizer, "eos")
     is_source = kind == "source"
     texts = [r.text for r in snapshot() if r.split == split and (r.kind == "source") == is_source]
-    if tokenizer is None:
-        tokenizer = shipped_tokenizer()
     encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
-    return np.concatenate([np.array([*text.ids, END], np.int64) for text in encoded])
+    return np.concatenate([np.array([*text.ids, end], np.int64) for text in encoded])
 
 
 def key(text: str) -> str:
     """The text in lower case with single spaces. Two texts with the same key count as the same text."""
+    checks.instance("key: text", text, str, "a string")
     return " ".join(text.lower().split())
-
-
-def check_choice(function: str, argument: str, value: str, choices: Sequence[str]) -> None:
-    """Raise ValueError unless an argument is one of the choices."""
-    if value not in choices:
-        raise ValueError(f"{function} wants a {argument} of {', '.join(choices)}; got {value!r}")

@@ -5,6 +5,7 @@
     family.py        Family: the protocol of a model family
     gpt2.py bert.py  one family each: its names, shapes and conventions
     layout.py        FileTensor: where a tensor stands in a file; Plan: the model that a directory describes
+    tokenizer.py     the tokenizer, and the settings of tokenizer_config.json
     config.py        values of a config.json, read with checks
 """
 from .huggingface import classifier, load, save

@@ -16,7 +16,16 @@ from ..models import BERT, BERTConfig
 from ..models.bert import MaskedHead
 from ..models.blocks import Classifier
 from ..nn import Module
-from .config import architecture, check_setting, class_count, number, size
+from .config import (
+    architecture,
+    check_labels,
+    check_settings,
+    check_tied,
+    check_token_ids,
+    class_count,
+    number,
+    size,
+)
 from .family import Family
 from .layout import FileTensor, Plan, Table, ZeroGenerator, add_stored_classifier
 
@@ -30,6 +39,12 @@ HEADS = {
 WRITTEN_AS = {"mlm": "BertForMaskedLM", "classes": "BertForSequenceClassification", None: "BertModel"}
 # The dropout rates in config.json and their defaults. Our BERT has one rate.
 DROPOUTS = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "classifier_dropout": 0.0}
+# Settings of which our BERT has one value. With a position_embedding_type of null, transformers adds no positions.
+FIXED = {
+    "hidden_act": ("gelu", "gelu_python"),
+    "position_embedding_type": ("absolute",),
+    "is_decoder": (False,),
+}
 LAYER_NORM = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 BLOCK = {
     "attn.q": "attention.self.query",
@@ -63,12 +78,13 @@ class BERTFamily(Family):
         names: of the file's tensors, without `bert.`. They decide on the pooler, and on the head if config.json names
         no class. ValueError for a setting that our BERT does not have.
         """
-        check_setting(config, "hidden_act", ["gelu"], "BERT")
-        check_setting(config, "position_embedding_type", ["absolute", None], "BERT")
-        check_setting(config, "is_decoder", [False], "BERT")
-        check_setting(config, "add_cross_attention", [False], "BERT")
+        check_settings(config, FIXED, "BERT")
+        check_labels(config)
+        check_token_ids(config)
         named = architecture(config, HEADS)
         head = HEADS[named] if named is not None else head_among(names)
+        if head == "mlm":
+            check_tied(config, "BERT")
         model_config = BERTConfig(
             vocab=size(config, "vocab_size", 30522),
             positions=size(config, "max_position_embeddings", 512),

@@ -15,12 +15,35 @@ from typing import Any
 from ..models import GPT, GPTConfig
 from ..models.blocks import Classifier
 from ..nn import Module, TiedHead
-from .config import architecture, check_setting, class_count, number, size
+from .config import (
+    architecture,
+    check_labels,
+    check_settings,
+    check_tied,
+    check_token_ids,
+    class_count,
+    number,
+    size,
+    with_one_name,
+)
 from .family import Family
 from .layout import FileTensor, Plan, Table, ZeroGenerator, add_stored_classifier
 
 # The head of each class of transformers. Our GPT always has its tied head.
 HEADS = {"GPT2LMHeadModel": "lm", "GPT2Model": "lm", "GPT2ForSequenceClassification": "classes"}
+# Other names of settings: transformers' attribute_map.
+ALIASES = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+}
+# Settings of which our GPT has one value. All four activations are the tanh form of GELU.
+FIXED = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate"),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+}
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 CAUSAL_MASK = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")                   # not attn.c_attn.bias
 
@@ -42,15 +65,17 @@ class GPT2Family(Family):
         names: of the file's tensors, without `transformer.`. They decide on the head if config.json names no class.
         ValueError for a setting that our GPT does not have.
         """
-        check_setting(config, "activation_function", ["gelu_new", "gelu_pytorch_tanh"], "GPT-2")
-        check_setting(config, "scale_attn_weights", [True], "GPT-2")
-        check_setting(config, "scale_attn_by_inverse_layer_idx", [False], "GPT-2")
-        check_setting(config, "add_cross_attention", [False], "GPT-2")
+        config = with_one_name(config, ALIASES)
+        check_settings(config, FIXED, "GPT-2")
+        check_labels(config)
+        check_token_ids(config)
         named = architecture(config, HEADS)
         if named is not None:
             head = HEADS[named]
         else:
             head = "classes" if "score.weight" in names else "lm"
+        if head == "lm":
+            check_tied(config, "GPT-2")
         model_config = GPTConfig(
             vocab=size(config, "vocab_size", 50257),
             positions=size(config, "n_positions", config.get("n_ctx", 1024)),       # n_ctx: its name in old files

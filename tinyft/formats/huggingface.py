@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,11 +20,13 @@ from tokenizers import Tokenizer
 from .. import array, edit
 from ..files import write_atomically
 from ..nn import Module, Packed
+from ..tokens import special_token
 from .bert import BERTFamily
 from .directory import FLOATS, first_names, read_all, read_json
 from .family import Family
 from .gpt2 import GPT2Family
 from .layout import Plan, Table, file_tensors, set_parameters
+from .tokenizer import configure, tokenizer_config
 
 __all__ = ["load", "save", "classifier", "FAMILIES", "Family"]
 
@@ -33,23 +34,14 @@ FAMILIES: tuple[Family, ...] = (GPT2Family(), BERTFamily())
 ASSETS = Path(__file__).parent.parent / "assets"
 # Entries of config.json that the library does not use. `load` keeps them and `save` writes them again.
 KEPT = ("id2label", "label2id", "problem_type", "pad_token_id", "bos_token_id", "eos_token_id")
-# The spellings of each special token, the usual one first.
-SPECIAL = {
-    "pad": ("[PAD]", "<pad>", "<|pad|>"),
-    "unk": ("[UNK]", "<unk>"),
-    "cls": ("[CLS]",),
-    "sep": ("[SEP]",),
-    "mask": ("[MASK]",),
-    "bos": ("<|endoftext|>",),
-    "eos": ("<|endoftext|>",),
-}
 
 
 # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 def load(path: str | os.PathLike, dtype: Any = None) -> tuple[Module, Tokenizer | None]:
     """(model, tokenizer) from a directory, or from the name of a model that ships.
 
-    The tokenizer is None if the directory has no tokenizer.json.
+    The tokenizer is None if the directory has no tokenizer.json. It neither pads nor truncates, whatever the file says;
+    settings of tokenizer_config.json that change its ids are applied (formats/tokenizer.py).
 
     dtype  of the model's parameters; float32 unless given, whatever the file holds
 
@@ -65,7 +57,7 @@ def load(path: str | os.PathLike, dtype: Any = None) -> tuple[Module, Tokenizer 
         stored = _under_table_names(family, read_all(folder))
         plan = family.read_config(config, stored.keys())
         _check_sizes(plan, stored)
-        stored = _without_aliases(family, plan, config, stored)
+        stored = _without_aliases(family, stored)
         table = family.table(plan)
         _check_tensors(table, stored)
     except ValueError as e:
@@ -142,18 +134,12 @@ def _check_sizes(plan: Plan, stored: dict[str, np.ndarray]) -> None:
         raise ValueError(f"config.json asks for {c.layers} layers; the file holds {len(stored)} tensors in all")
 
 
-def _without_aliases(family: Family, plan: Plan, config: dict, stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _without_aliases(family: Family, stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The tensors with one name each: the second name of a tied tensor is replaced by its first.
 
     family.tied is {second name: first name}; the output layer shares the weight of the embedding. ValueError if the two
-    names of a tied tensor hold different values, or if config.json asks for an output layer of its own that the file
-    does not hold.
+    names of a tied tensor hold different values.
     """
-    output_layer = next((alias for alias in family.tied if alias.endswith(".weight")), None)
-    is_untied = config.get("tie_word_embeddings") is False and plan.head in ("lm", "mlm")
-    if is_untied and output_layer is not None and output_layer not in stored:
-        raise ValueError("config.json says that the output layer is not the embedding, "
-                         f"and the file holds no {output_layer}")
     out = dict(stored)
     for alias, name in family.tied.items():
         if alias not in out:
@@ -208,6 +194,7 @@ def _read_tokenizer(folder: Path) -> Tokenizer | None:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as e:                                 # the library raises plain Exception
         raise ValueError(f"{file} is damaged: {e}") from e
+    configure(tokenizer, folder)
     if folder.parent == ASSETS:                            # a model that ships with tinyft
         tokenizer.encode_special_tokens = True             # as in data.shipped_tokenizer: "[MASK]" in a text is text
     return tokenizer
@@ -289,7 +276,7 @@ def save(model: Module, path: str | os.PathLike, tokenizer: Tokenizer | None = N
     files = {"config.json": _json(config), "model.safetensors": safetensors.numpy.save(weights, metadata=metadata)}
     if tokenizer is not None:
         files["tokenizer.json"] = _json(json.loads(tokenizer.to_str()))
-        files["tokenizer_config.json"] = _json(_tokenizer_config(tokenizer, plan))
+        files["tokenizer_config.json"] = _json(tokenizer_config(tokenizer, plan.config.positions))
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} is a file; save wants a directory")
@@ -329,26 +316,6 @@ def _json(values: dict) -> bytes:
     return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _tokenizer_config(tokenizer: Tokenizer, plan: Plan) -> dict[str, Any]:
-    """The tokenizer_config.json that transformers reads: the longest input, and the special tokens.
-
-    A special token is written if the tokenizer's vocabulary has one of its spellings.
-    """
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": plan.config.positions}
-    for kind, spellings in SPECIAL.items():
-        known = _known(tokenizer, spellings)
-        if known:
-            config[f"{kind}_token"] = known[-1]
-    return config
-
-
-def _known(tokenizer: Tokenizer | None, spellings: Iterable[str]) -> list[str]:
-    """The spellings that the tokenizer has in its vocabulary."""
-    if tokenizer is None:
-        return []
-    return [token for token in spellings if tokenizer.token_to_id(token) is not None]
-
-
 def _kept_entries(model: Module, plan: Plan, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """Entries of config.json: those that `load` kept from the model's file, brought up to date.
 
@@ -364,7 +331,7 @@ def _kept_entries(model: Module, plan: Plan, tokenizer: Tokenizer | None) -> dic
             kept["id2label"] = {str(i): label for i, label in enumerate(labels)}
             kept["label2id"] = {label: i for i, label in enumerate(labels)}
     for kind in ("pad", "bos", "eos"):
-        known = _known(tokenizer, SPECIAL[kind])
-        if known:
-            kept[f"{kind}_token_id"] = tokenizer.token_to_id(known[0])
+        token = None if tokenizer is None else special_token(tokenizer, kind)
+        if token is not None:
+            kept[f"{kind}_token_id"] = tokenizer.token_to_id(token)
     return kept

@@ -1,0 +1,108 @@
+"""Every key of a config.json of GPT-2 and BERT: read, refused unless it has a value that our model has, or harmless.
+
+    READ      {key: another valid value}: it reaches the model
+    REFUSED   {key: (values that load, values that do not)}: it changes the mathematics, and our model has one value
+    HARMLESS  {key: another value}: the outputs of the classes that we read do not depend on it
+    ALIASES   {other name: name}
+
+Values fit the configurations GPT2 and BERT. test_config.py holds our reader to the table; peers/test_configurations.py
+holds the table to transformers.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+GPT2: dict[str, Any] = {
+    "model_type": "gpt2", "vocab_size": 50, "n_positions": 32, "n_embd": 24, "n_layer": 2, "n_head": 3,
+    "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+}
+BERT: dict[str, Any] = {
+    "model_type": "bert", "vocab_size": 50, "max_position_embeddings": 32, "hidden_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 3, "intermediate_size": 24, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+}
+
+# ── of every class ───────────────────────────────────────────────────────────────────────────────────────────────────
+FLAG_OFF = ([False], [True, "yes", None])
+REFUSED_EVERYWHERE = {
+    "is_encoder_decoder": FLAG_OFF,
+    "tie_encoder_decoder": FLAG_OFF,
+    "add_cross_attention": FLAG_OFF,
+    "torchscript": FLAG_OFF,
+    "tie_word_embeddings": ([True], [False, None, 0, "no"]),             # of a language model
+    "pruned_heads": ([{}, None], [{"0": [1]}, [0]]),
+    "quantization_config": ([None], [{"load_in_8bit": True}]),
+}
+# Defaults of generate, which takes them as arguments here.
+GENERATION = {
+    "max_length": 5, "min_length": 2, "do_sample": True, "early_stopping": True, "num_beams": 3, "temperature": 0.5,
+    "top_k": 3, "top_p": 0.5, "typical_p": 0.5, "repetition_penalty": 2.0, "length_penalty": 2.0,
+    "no_repeat_ngram_size": 2, "encoder_no_repeat_ngram_size": 2, "bad_words_ids": [[1]], "num_return_sequences": 2,
+    "output_scores": True, "return_dict_in_generate": True, "forced_bos_token_id": 1, "forced_eos_token_id": 1,
+    "remove_invalid_values": True, "exponential_decay_length_penalty": [1, 1.5], "suppress_tokens": [1],
+    "begin_suppress_tokens": [1], "num_beam_groups": 3, "diversity_penalty": 0.5, "decoder_start_token_id": 1,
+    "prefix": "Once", "task_specific_params": {"text-generation": {"do_sample": True}},
+}
+# What a call returns and how it computes, notes about the file, and initial values of new weights.
+HARMLESS_EVERYWHERE = {
+    **GENERATION,
+    "return_dict": False, "output_hidden_states": True, "output_attentions": True, "use_cache": False,
+    "dtype": "float16", "torch_dtype": "float16", "use_bfloat16": True, "tf_legacy_loss": True,
+    "chunk_size_feed_forward": 3, "initializer_range": 0.5, "finetuning_task": "mnli", "tokenizer_class": "X",
+    "sep_token_id": 3, "cross_attention_hidden_size": 5, "_name_or_path": "x", "transformers_version": "4.0.0",
+    "label2id": {"a": 0, "b": 1}, "problem_type": "regression",
+    "bos_token_id": 7, "eos_token_id": 7, "pad_token_id": 0,
+}
+# Of a classifier, as is id2label. The two contradict each other if their numbers differ.
+READ_BY_A_CLASSIFIER = {"num_labels": 4, "id2label": {"0": "a", "1": "b", "2": "c", "3": "d"}}
+
+# ── GPT-2 ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+GPT2_READ = {
+    "vocab_size": 61, "n_positions": 41, "n_embd": 36, "n_layer": 3, "n_head": 4, "n_inner": 20,
+    "layer_norm_epsilon": 0.1, "resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3,
+}
+GPT2_ALIASES = {
+    "hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+}
+GPT2_REFUSED = {
+    **REFUSED_EVERYWHERE,
+    "activation_function": (
+        ["gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate"],
+        ["gelu", "relu", "silu", "swish", "quick_gelu", "tanh", "gelu_10", "mish", None, 3, ["gelu_new"]],
+    ),
+    "scale_attn_weights": ([True], [False, None, "yes"]),
+    "scale_attn_by_inverse_layer_idx": FLAG_OFF,
+}
+GPT2_HARMLESS = {
+    **HARMLESS_EVERYWHERE,
+    "reorder_and_upcast_attn": True, "is_decoder": True, "n_ctx": 5,
+    "summary_type": "mean", "summary_use_proj": False, "summary_activation": "tanh", "summary_first_dropout": 0.5,
+    "summary_proj_to_labels": False,
+}
+
+# ── BERT ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+BERT_READ = {
+    "vocab_size": 61, "max_position_embeddings": 41, "type_vocab_size": 5, "hidden_size": 36, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "intermediate_size": 20, "layer_norm_eps": 0.1,
+    "hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.3, "classifier_dropout": 0.3,
+}
+BERT_REFUSED = {
+    **REFUSED_EVERYWHERE,
+    "hidden_act": (
+        ["gelu", "gelu_python"],
+        ["gelu_new", "gelu_pytorch_tanh", "gelu_fast", "relu", "silu", "swish", "quick_gelu", None, 3],
+    ),
+    "position_embedding_type": (["absolute"], [None, "relative_key", "relative_key_query", "rotary", 3]),
+    "is_decoder": FLAG_OFF,
+}
+BERT_HARMLESS = {
+    **HARMLESS_EVERYWHERE,
+    "directionality": "uni", "pooler_type": "last", "gradient_checkpointing": True,
+}
+
+CONFIG = {"gpt2": GPT2, "bert": BERT}
+READ = {"gpt2": GPT2_READ, "bert": BERT_READ}
+REFUSED = {"gpt2": GPT2_REFUSED, "bert": BERT_REFUSED}
+HARMLESS = {"gpt2": GPT2_HARMLESS, "bert": BERT_HARMLESS}
+ALIASES: dict[str, dict[str, str]] = {"gpt2": GPT2_ALIASES, "bert": {}}
+FAMILIES = tuple(CONFIG)
