@@ -267,8 +267,8 @@ def _read_label(label: Any) -> int:
     """A label as a class number, or -100 for none. True and False are the classes 1 and 0."""
     if isinstance(label, (bool, np.bool_)):
         return int(label)
-    number = checks.whole("text_batches: a label, the number of a class,", label, most=2**31)
-    if number < 0 and number != IGNORE:
+    number = checks.whole("text_batches: a label, the number of a class,", label)
+    if not 0 <= number < 2**31 and number != IGNORE:
         raise ValueError(f"text_batches: a label wants a class (0, 1, ...) or {IGNORE} for none, got {number}")
     return number
 
@@ -519,11 +519,7 @@ def mlm(
     """
     ids = np.asarray(ids)
     mask = np.asarray(mask, bool)
-    checks.number("mlm: p", p, above=0, high=1)
-    if ids.shape != mask.shape or "[MASK]" not in special:
-        raise ValueError(
-            f"mlm wants ids and mask of one shape, and an id of [MASK]; got {ids.shape}, {mask.shape} and {special}"
-        )
+    _check_mlm(ids, mask, rng, vocab, special, p)
     special_ids = np.array(sorted(special.values()))
     candidates = np.flatnonzero(mask & ~np.isin(ids, special_ids))
     if not len(candidates):
@@ -537,8 +533,22 @@ def mlm(
     draw = rng.random(len(chosen))
     corrupted.flat[chosen[draw < 0.8]] = special["[MASK]"]
     replaced = chosen[(draw >= 0.8) & (draw < 0.9)]
-    ordinary = np.setdiff1d(np.arange(checks.whole("mlm: vocab", vocab, 1)), special_ids)
-    if not len(ordinary):
-        raise ValueError(f"mlm wants a vocab with a token that is not special, got {vocab}")
+    ordinary = np.setdiff1d(np.arange(vocab), special_ids)
     corrupted.flat[replaced] = rng.choice(ordinary, len(replaced))
     return corrupted, labels
+
+
+def _check_mlm(ids: np.ndarray, mask: np.ndarray, rng: Any, vocab: Any, special: Any, p: Any) -> None:
+    """Raise TypeError or ValueError unless the arguments of `mlm` fit each other."""
+    checks.random_generator("mlm: rng", rng)
+    checks.number("mlm: p", p, above=0, high=1)
+    checks.whole("mlm: vocab", vocab, 1)
+    if ids.dtype.kind not in "iu" or ids.shape != mask.shape:
+        raise ValueError(
+            f"mlm wants ids (B, T), whole numbers, and a mask of their shape, got {ids.dtype} ids {ids.shape} "
+            f"and a mask {mask.shape}"
+        )
+    if not isinstance(special, Mapping) or "[MASK]" not in special:
+        raise ValueError(f"mlm wants the ids of special tokens with one of [MASK], got {checks.brief(special)}")
+    if sum(0 <= number < vocab for number in set(special.values())) == vocab:
+        raise ValueError(f"mlm wants a vocab with a token that is not special, got {vocab}")
