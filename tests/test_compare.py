@@ -238,25 +238,6 @@ def test_the_stored_results_can_be_shown(task):
 
 
 # ---------------------------------------------------------------------------------------------------- one number
-def test_the_base_has_one_perplexity_wherever_it_is_quoted():
-    """In the fifteen lines, the table and the sentences of the README, and in the stored results."""
-    model, _ = ft.load("base-gpt")
-    code = data.task("domain", train_size=200_000)
-    source = ft.perplexity(model, data.held_out_batches(code.test))
-    prose = ft.perplexity(model, data.held_out_batches(code.kept))
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"# {source:.0f}: it has never seen code" in readme
-    row = re.search(r"^base, untouched +0 +0.0 kB +(\S+) +(\S+) ", readme, re.MULTILINE)
-    assert row.groups() == (f"{source:.1f}", f"{prose:.1f}")
-    assert f"falls from {source:.1f} to" in readme and f"above the base's {prose:.1f}" in readme
-    stored = json.loads((ROOT / "tests/benchmarks/results/domain.json").read_text())
-    for metrics in stored["results"][cells.BASE]:
-        assert metrics["perplexity"] == pytest.approx(source, rel=1e-4)
-        assert metrics["prose"] == pytest.approx(prose, rel=1e-4)
-    lesson = (ROOT / "lessons/04_pretraining/lesson.py").read_text(encoding="utf-8")
-    assert 'ft.perplexity(gpt, ft.data.held_out_batches(ft.data.pretraining("source", "test")))' in lesson
-
-
 def test_the_comparison_measures_by_the_protocol():
     """The same windows as held_out_batches with its defaults, in both presets."""
     for preset in ("quick", "full"):
@@ -326,12 +307,12 @@ def test_presets_have_one_or_two_contenders_of_each_family():
 
 
 def test_a_preset_does_not_grow_with_the_methods(monkeypatch):
-    before = {key: [c.name for c in s.chosen()] for key, s in PRESETS.items()}
+    before = {key: s.chosen() for key, s in PRESETS.items()}
     more = {f"LoRA (r={r}; all)": ft.LoRA(r=r) for r in (1, 2, 4)}
     monkeypatch.setattr(settings, "METHODS", METHODS | more)
     rates = {task: learning_rates()[task] | dict.fromkeys(more, 1e-3) for task in ("domain", "intact", "package")}
     monkeypatch.setattr(settings, "learning_rates", lambda: rates)
-    assert {key: [c.name for c in s.chosen()] for key, s in PRESETS.items()} == before
+    assert {key: s.chosen() for key, s in PRESETS.items()} == before
     assert len(Settings("domain").chosen()) == len(before["quick", "domain"]) + 6
 
 
