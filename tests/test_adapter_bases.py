@@ -9,6 +9,7 @@ from helpers import host
 import tinyft as ft
 from tinyft import BitFit, LoRA, PromptTuning, attach
 from tinyft.adapters.files import check_base, identify_base
+from tinyft.identity import describe
 
 # ── one base in several dtypes ───────────────────────────────────────────────────────────────────────────────────────
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -79,3 +80,19 @@ def test_an_adapter_of_a_classifier_names_the_call_that_a_bare_base_lacks(kind, 
     assert same(run(bare.eval()), run(model.eval()))
     with pytest.raises(ValueError, match="whose new head has shapes"):
         ft.load_adapter(ft.classifier(build(kind), 4), tmp_path)
+
+
+# ── fields and seeds from NumPy ──────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("method", [
+    LoRA(r=np.int64(2), alpha=np.float32(3)), LoRA(r=2, targets={"attn.q", "attn.v"}), LoRA(r=2, targets=["attn.q"]),
+], ids=["NumPy", "set", "list"])
+def test_fields_and_seeds_that_are_numpy_numbers_or_sets_are_saved_as_values(method, tmp_path):
+    model = build("gpt")
+    attach(model, method, seed=np.int64(7))
+    noise(model)
+    assert run(model).dtype == np.float32
+    ft.save_adapter(model, tmp_path)
+    again = build("gpt")
+    a = ft.load_adapter(again, tmp_path)
+    assert same(run(again), run(model)) and a.seed == 7 and type(a.seed) is int
+    assert describe(a.method) == describe(method)

@@ -17,7 +17,8 @@ from test_half_done import check_unchanged, snapshot
 import tinyft as ft
 from tinyft import BERT, GPT, BERTConfig, GPTConfig, attach, combine, count, detach, eject, merge, unpack, without
 from tinyft.methods import ALL, Houlsby, LoRA, Partial, PrefixTuning, PromptTuning
-from tinyft.nn import Context, Dropout
+from tinyft.models.blocks import Attention
+from tinyft.nn import Context, Dropout, Embedding, LayerNorm, Linear, RMSNorm
 
 NAN = float("nan")
 INF = float("inf")
@@ -278,3 +279,36 @@ def test_the_snapshot_of_an_untouched_model_is_stable():
     before = snapshot(model)
     model(IDS, Context(mask=np.ones((2, 3), bool)))
     assert snapshot(model) == before
+
+
+# ── layers ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+RNG = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda: Linear(-1, 2, rng=RNG), "in_features wants a whole number"),
+    (lambda: Linear(2, 2.5, rng=RNG), "out_features wants a whole number"),
+    (lambda: Linear(2, 2, rng=5), "rng wants a random generator"),
+    (lambda: Embedding(-2, 3, rng=RNG), "num_embeddings wants a whole number"),
+    (lambda: Embedding(2, "3", rng=RNG), "embedding_dim wants a whole number"),
+    (lambda: LayerNorm(0), "width wants a whole number"), (lambda: RMSNorm(2.5), "width wants a whole number"),
+    (lambda: LayerNorm(2, eps=NAN), "eps wants a finite number"),
+    (lambda: Attention(4, 0, rng=RNG), "heads wants a whole number"),
+    (lambda: Attention(4, 2, rng=RNG, key_value_heads=0), "key_value_heads wants a whole number"),
+    (lambda: Context().add_loss("z", 3.0), "wants a scalar Tensor"),
+    (lambda: build("gpt").to(device="cuda"), "unknown keyword 'device': did you mean 'backend'"),
+])
+def test_a_layer_of_a_size_without_sense(make, words):
+    check_sentence(make, (TypeError, ValueError), words)
+
+
+def test_numpy_numbers_in_fields_keep_the_model_in_float32():
+    """NumPy would compute the product of a float32 array and an np.float64 in float64."""
+    half = np.float64(0.5)
+    config = GPTConfig(np.int64(23), np.int32(24), 12, 2, 3, eps=np.float64(1e-5), dropout=half, std=half)
+    model = GPT(config)
+    for method in (LoRA(r=np.int64(2), alpha=half, dropout=half), Houlsby(m=2, std=half), PrefixTuning(p=2, std=half)):
+        attach(model, method)
+        assert model.train()(IDS, rng=np.random.default_rng(0)).dtype == np.float32
+        assert {p.dtype for p in model.parameters()} == {np.dtype(np.float32)}
+        detach(model)

@@ -145,6 +145,7 @@ class Context:
     # ── filled in by the pass ──
     def add_loss(self, name: str, value: Tensor) -> None:
         """Add an auxiliary loss: a scalar, already weighted, without padding. Values of one name are summed."""
+        checks.instance(f"add_loss({name!r})", value, Tensor, "a scalar Tensor")
         if value.size != 1:
             raise ValueError(f"add_loss({name!r}) wants a scalar, got shape {value.shape}")
         self.losses[name] = self.losses[name] + value if name in self.losses else value

@@ -101,6 +101,15 @@ class Method:
             refuse_keywords(cls.__name__, fields.keys() - known.keys(), known, PEFT_NAMES)
         return super().__new__(cls)
 
+    def __post_init__(self) -> None:
+        """Keep NumPy numbers in fields as Python numbers: an np.float64 would turn float32 activations into float64.
+
+        A subclass that checks its fields calls this one first."""
+        for name in getattr(type(self), "__dataclass_fields__", ()):
+            value = getattr(self, name)
+            if isinstance(value, np.generic):
+                object.__setattr__(self, name, value.item())     # a frozen dataclass refuses self.name = ...
+
     def find(self, model: Module) -> dict[str, Module]:
         """The modules to edit, by path: by default those that `targets` names."""
         return select(model, self.targets)
@@ -337,7 +346,7 @@ def attach(model: Module, method: Method | Attached, name: str | None = None, se
         a = method
         _check_fit(model, a)
     else:
-        a = _make(model, method, name, seed, train_head)
+        a = _make(model, method, name, int(seed), train_head)
     modules = base_modules(model)
     if isinstance(method, Attached):
         a.name = name

@@ -13,7 +13,7 @@ import numpy as np
 
 from . import array, checks, ops, printing
 from .array import Array
-from .context import Cache, Context
+from .context import Cache, Context, refuse_keywords
 from .tensor import Tensor, no_grad, op
 
 __all__ = [
@@ -215,14 +215,15 @@ class Module:
         present = {name: target for name, target in targets.items() if name in state}
         copy_all(present, {name: state[name] for name in present})
 
-    def to(self, backend: str | None = None, dtype: Any = None) -> Module:
+    def to(self, backend: str | None = None, dtype: Any = None, **unknown: Any) -> Module:
         """Move all parameters and buffers to a backend ("numpy", "cupy"), and the floating-point ones to a dtype.
 
         None leaves the backend or the dtype as it is. The module itself is changed and returned. Gradients are
         dropped. Arrays that were shared stay shared.
 
-        dtype: float64, float32, float16 or bfloat16, as a name or a NumPy dtype. TypeError for another one;
-        BackendError for a backend that does not exist or cannot be used. Then nothing was changed."""
+        dtype: float64, float32, float16 or bfloat16, as a name or a NumPy dtype. TypeError for another one, and for an
+        unknown keyword; BackendError for a backend that does not exist or cannot be used. Then nothing was changed."""
+        refuse_keywords("to", unknown, ("backend", "dtype"), {"device": "backend"})
         _check_backend(backend)
         move = _Mover(backend, None if dtype is None else float_dtype("to", dtype))
         parameters = self.parameters()
@@ -452,6 +453,10 @@ class Linear(Module):
 
     def __init__(self, in_features: int, out_features: int, *, rng: np.random.Generator, bias: bool = True,
                  std: float = 0.02):
+        """The map with random values from rng. TypeError or ValueError for sizes that are no whole numbers >= 0."""
+        checks.whole("Linear: in_features", in_features, least=0)
+        checks.whole("Linear: out_features", out_features, least=0)
+        checks.random_generator("Linear: rng", rng)
         self.weight: Any = Parameter(array.normal(rng, (out_features, in_features), std))
         self.bias = Parameter(_zeros(out_features)) if bias else None
 
@@ -467,6 +472,10 @@ class Embedding(Module):
     """y = W[ids].    W (V, C) ~ N(0, std²),  ids (...) -> (..., C).  A Tensor in place of ids passes through."""
 
     def __init__(self, num_embeddings: int, embedding_dim: int, *, rng: np.random.Generator, std: float = 0.02):
+        """The table with random values from rng. TypeError or ValueError for sizes that are no whole numbers >= 0."""
+        checks.whole("Embedding: num_embeddings", num_embeddings, least=0)
+        checks.whole("Embedding: embedding_dim", embedding_dim, least=0)
+        checks.random_generator("Embedding: rng", rng)
         self.weight: Any = Parameter(array.normal(rng, (num_embeddings, embedding_dim), std))
 
     in_features = property(lambda self: self.weight.shape[0])
@@ -502,9 +511,11 @@ class LayerNorm(Module):
     """y = w (x − μ)/σ + b over the last axis.    w = 1, b = 0, both (C,);  σ² = variance + ε"""
 
     def __init__(self, width: int, *, eps: float = 1e-5):
+        """The norm of rows of this width. TypeError or ValueError for a width that is no whole number >= 1."""
+        checks.whole("LayerNorm: width", width, least=1)
+        self.eps = checks.number("LayerNorm: eps", eps, low=0)
         self.weight = Parameter(_ones(width), decay=False)
         self.bias = Parameter(_zeros(width), decay=False)
-        self.eps = eps
 
     in_features = out_features = property(lambda self: self.weight.shape[0])
 
@@ -519,8 +530,10 @@ class RMSNorm(Module):
     """y = w x / σ over the last axis.    w = 1, (C,);  σ² = mean x² + ε.      Zhang & Sennrich 2019 (T5, Llama)"""
 
     def __init__(self, width: int, *, eps: float = 1e-6):
+        """The norm of rows of this width. TypeError or ValueError for a width that is no whole number >= 1."""
+        checks.whole("RMSNorm: width", width, least=1)
+        self.eps = checks.number("RMSNorm: eps", eps, low=0)
         self.weight = Parameter(_ones(width), decay=False)
-        self.eps = eps
 
     in_features = out_features = property(lambda self: self.weight.shape[0])
 

@@ -114,6 +114,10 @@ class Attention(Module):
 
         cross: keys and values come from an encoder. heads, key_value_heads: of the queries; of the keys and values.
         std, out_std: standard deviation of the initial maps; of o, if it is another. The class describes the rest."""
+        checks.whole("Attention: width", width, least=1)
+        checks.whole("Attention: heads", heads, least=1)
+        if key_value_heads is not None:
+            checks.whole("Attention: key_value_heads", key_value_heads, least=1)
         if head_width is None:
             if width % heads:
                 raise ValueError(f"{heads} heads do not divide a width of {width}")

@@ -44,6 +44,7 @@ class Houlsby(Method):
     targets: Any = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         whole("Houlsby: m", self.m, least=1)
         number("Houlsby: std", self.std, low=0)
         flag("Houlsby: norms", self.norms)

@@ -40,6 +40,7 @@ class PrefixTuning(Method):
     targets: Any = "kv"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         whole("PrefixTuning: p", self.p, least=0)
         if self.mlp is not None:
             whole("PrefixTuning: mlp", self.mlp, least=1)

@@ -32,6 +32,7 @@ class PromptTuning(Method):
     init: str = "vocabulary"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         whole("PromptTuning: p", self.p, least=0)
         one_of("PromptTuning: init", self.init, ("vocabulary", "uniform"))
 

@@ -36,6 +36,7 @@ class LoRA(Method):
     targets: Any = "attn.[qv]"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if whole("LoRA: r", self.r) < 1:
             raise ValueError(f"LoRA wants a rank r >= 1, got {self.r}")
         number("LoRA: alpha", self.alpha)

@@ -24,6 +24,7 @@ class Partial(Method):
     k: int = 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         whole("Partial: k", self.k, least=0)
 
     def trains(self, model: Module) -> set[str]:
