@@ -319,7 +319,7 @@ def get_attached(model: Module, name: str | None = None) -> Attached:
             return a
     names = ", ".join(a.name for a in attached(model))
     if not names:
-        raise LookupError("no method is attached to this model")
+        raise LookupError("no method is attached to this model, so there is nothing to take off or to save")
     raise LookupError(f"{name!r} is not attached; there is {names}")
 
 
