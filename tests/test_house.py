@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kernels": {"dispatch", "array", "precision", "tensor", "ops", "optim"},
     "models": BELOW_EDIT,
     "decode": BELOW_EDIT,
-    "predict": {*BELOW_EDIT, "decode", "models", "data"},
+    "predict": {*BELOW_EDIT, "decode", "models", "data", "tokens"},
     "methods": set(CORE),                                  # a method never imports a model
     "compress": set(CORE),
     "adapters": {*CORE, "files", "identity"},

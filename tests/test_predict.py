@@ -152,3 +152,16 @@ def test_a_batch_that_mixes_lengths_without_a_mask_would_be_noticed():
     without = host(ops.softmax(model(dev(ids))))
     with_mask = host(ops.softmax(model(dev(ids), mask=dev(mask))))
     assert np.abs(without - with_mask).max() > 1e-3
+
+
+def test_padding_and_truncation_of_the_tokenizer_are_not_applied():
+    """Some tokenizer.json files ask for both, in every text."""
+    padded = data.shipped_tokenizer()
+    padded.enable_padding(length=20)
+    padded.enable_truncation(3)
+    for kind, classes in (("bert", 3), ("gpt", None)):
+        model = make(kind, classes)
+        ours = predict(model, padded, TEXTS[1:4], max_new_tokens=5)
+        theirs = predict(model, TOKENIZER, TEXTS[1:4], max_new_tokens=5)
+        assert ours == theirs if classes is None else np.array_equal(ours.probabilities, theirs.probabilities)
+    assert padded.padding is not None and padded.truncation is not None

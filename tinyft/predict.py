@@ -17,10 +17,9 @@ from .data import encode, pad
 from .decode import generate, pad_left
 from .models.blocks import Attention, Classifier
 from .nn import Context, Module, no_grad
+from .tokens import encode_text, plain, special_token
 
 __all__ = ["Predictions", "predict"]
-
-END = "<|endoftext|>"                                    # ends a text, and stands before an empty one
 
 
 class Predictions(NamedTuple):
@@ -55,12 +54,14 @@ def predict(
     batch_size      texts in one batch
     max_len         tokens of a text that a classifier reads, special tokens included; longer texts are cut. None: as
                     many as the model has positions for
-    max_new_tokens  tokens that a language model writes at most; it ends a text earlier with <|endoftext|>
+    max_new_tokens  tokens that a language model writes at most; it ends a text earlier with <|endoftext|>, or with the
+                    end of text that its tokenizer has
     options         of `generate`, such as temperature=0.8, rng=numpy.random.default_rng(0)
 
     TypeError for a model that gives neither classes nor text, and for arguments of another kind. ValueError for texts
     that are too long to be continued, and for names of another number than the classes."""
-    _check_arguments(model, tokenizer, texts, batch_size, max_new_tokens)
+    _check_arguments(model, texts, batch_size, max_new_tokens)
+    tokenizer = plain("predict", tokenizer)              # without the padding and truncation that its file may ask for
     classifies = isinstance(getattr(model, "head", None), Classifier)
     if classifies and options:
         raise TypeError(f"predict: {min(options)} is an option of language models, and this model is a classifier")
@@ -75,10 +76,9 @@ def predict(
         return _continue(model, tokenizer, texts, batch_size, max_new_tokens, room, options)
 
 
-def _check_arguments(model: Any, tokenizer: Any, texts: Any, batch_size: Any, max_new_tokens: Any) -> None:
+def _check_arguments(model: Any, texts: Any, batch_size: Any, max_new_tokens: Any) -> None:
     """TypeError or ValueError for arguments of `predict` of another kind or value."""
     checks.instance("predict", model, Module, "a model, a Module, as its first argument")
-    checks.instance("predict", tokenizer, Tokenizer, "a tokenizer, such as load gives, as its second argument")
     checks.instance("predict", texts, (list, tuple), "a list of texts")
     for text in texts:
         checks.instance("predict", text, str, "a list of texts")
@@ -155,12 +155,13 @@ def _continue(
     options: dict[str, Any],
 ) -> list[str]:
     """The text that the model writes after each text. room: the positions for a text and its continuation."""
-    end = tokenizer.token_to_id(END)
+    token = special_token(tokenizer, "eos")              # ends a text, and stands before an empty one
+    end = None if token is None else tokenizer.token_to_id(token)
     rows = []
     for text in texts:
-        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        ids = encode_text("predict", tokenizer, text)
         if not ids and end is None:
-            raise ValueError(f"predict cannot continue an empty text: the tokenizer has no {END} to begin with")
+            raise ValueError("predict cannot continue an empty text: the tokenizer has no end of text to begin with")
         rows.append(ids or [end])
     longest = max((len(row) for row in rows), default=0)
     if longest + max_new_tokens > room:
