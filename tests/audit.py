@@ -43,9 +43,10 @@ PACKAGE = Path(tinyft.__file__).resolve().parent
 EQUIVALENT = TESTS / "audit_equivalent.txt"
 # Audited file or folder -> the test files that must notice its errors. Test files that do not exist are left out.
 SUITES = {
-    "ops.py": ["test_ops.py", "test_attention.py", "test_tensor.py"],
-    "functional.py": ["test_ops.py", "test_attention.py"],
-    "context.py": ["test_nn.py", "test_attention.py", "test_decode.py"],
+    "ops.py": ["test_ops.py", "test_attention.py", "test_tensor.py", "test_masks.py", "test_shapes.py",
+               "test_numbers.py"],
+    "functional.py": ["test_ops.py", "test_attention.py", "test_masks.py", "test_shapes.py", "test_numbers.py"],
+    "context.py": ["test_nn.py", "test_attention.py", "test_decode.py", "test_masks.py"],
     "nn.py": ["test_nn.py"],
     "edit.py": ["test_protocol.py", "test_methods.py", "test_stacks.py"],
     "methods": ["test_methods.py", "test_protocol.py", "test_stacks.py"],

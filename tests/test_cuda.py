@@ -164,9 +164,10 @@ def inputs(name: str, shape: tuple, dtype: Any, rng: np.random.Generator) -> tup
     if name == "embedding":
         return [make(7, n), rng.integers(-7, 7, shape)], {}
     if name == "cross_entropy":
-        labels = rng.integers(-n, n, shape[:-1])
+        labels = np.asarray(rng.integers(0, n, shape[:-1]))
         kw = [{}, {"ignore_index": 1}, {"label_smoothing": 0.1, "ignore_index": 0},
               {"weight": abs(make(n))}][rng.integers(4)]
+        labels[rng.random(labels.shape) < 0.2] = kw.get("ignore_index", -100)
         return [make(*shape), labels.astype(rng.choice([np.int32, np.int64]))], kw
     if name == "attention":
         return attention_inputs(shape, dtype, make, rng)
@@ -480,10 +481,49 @@ def test_large_scores_and_queries_without_keys(rng):
     want, right = OPS["cross_entropy"].definition(z, np.array([3, 4, 5]))
     assert near(value, want, 1e-6)
     assert near(back[0](np.float32(1)[None].reshape(())), right[0](np.float32(1)), 1e-6)
-    # no row has a label; a label is outside the classes
-    for labels, ignored in (([7, 7, 7], 7), ([0, 50, 1], -100), ([0, -51, 1], -100)):
-        value, (back, *_) = layers.cross_entropy(z, np.array(labels), ignore_index=ignored)
+    # a label is outside the classes: a kernel cannot raise
+    for labels in ([0, 50, 1], [0, -1, 1], [0, -51, 1]):
+        value, (back, *_) = layers.cross_entropy(z, np.array(labels))
         assert np.isnan(value) and np.isnan(back(np.ones((), np.float32))).any()
+
+
+def check_ignored_rows() -> None:
+    """An ignored row counts nowhere, whatever its logits are; the loss of no rows is NaN, and its gradient 0."""
+    z = np.linspace(-2, 2, 12, dtype=np.float32).reshape(4, 3)
+    labels = np.array([2, -100, 0, -100])
+    dirty = z.copy()
+    dirty[1] = -np.inf
+    dirty[3] = np.nan
+    one = np.ones((), np.float32)
+    value, (back, *_) = layers.cross_entropy(dirty, labels)
+    want, (right, *_) = OPS["cross_entropy"].definition(z, labels)
+    assert near(value, want, 1e-6)
+    assert near(back(one), right(one), 1e-6)
+    value, (back, *_) = layers.cross_entropy(z, np.full(4, -100))
+    assert np.isnan(value) and not back(one).any()
+
+
+@no_device
+def test_an_ignored_row_counts_nowhere():
+    check_ignored_rows()
+
+
+def check_rows_of_equal_numbers() -> None:
+    """Layer norm of a row of equal numbers is 0, and a large mean does not shift a row."""
+    x = np.full((3, 37), 1000.1, np.float32)
+    x[1] += np.linspace(-1, 1, 37, dtype=np.float32)
+    w, b, g = np.ones(37, np.float32), np.zeros(37, np.float32), np.cos(x)
+    y, back = layers.layer_norm(x, w, b, eps=1e-12)
+    want, right = OPS["layer_norm"].definition(x, w, b, eps=1e-12)
+    assert not y[[0, 2]].any()
+    assert near(y, want, 1e-5)
+    assert near(back(g, [True] * 3)[1], right[1](g).sum(0), 1e-5)
+    assert near(back(g, [True] * 3)[0][1], right[0](g)[1], 1e-4)
+
+
+@no_device
+def test_layer_norm_of_equal_numbers_is_zero():
+    check_rows_of_equal_numbers()
 
 
 def check_scores_of_minus_infinity() -> None:
@@ -649,7 +689,11 @@ FAULTS = [  # what, file, right, wrong, who must notice
      "i += gridDim.x * 2ll * blockDim.x", several("gelu")),
     ("x scaled twice", "gelu.cu", "a * 0.39894228f", "0.39894228f", several("gelu")),
     ("factor of the cubic", "gelu.cu", "0.134145f", "0.044715f", several("gelu_tanh")),
-    ("variance about zero", "layer_norm.cu", "float c = (float)xs[i] - mu", "float c = (float)xs[i]",
+    ("variance about zero", "layer_norm.cu", "float c = (float)xs[i] - first - mu", "float c = (float)xs[i]",
+     several("layer_norm")),
+    ("the mean of large numbers", "layer_norm.cu", "first = (float)xs[0], sum", "first = 0, sum",
+     lambda rng: check_rows_of_equal_numbers()),
+    ("the first entry forgotten for dw", "layer_norm.cu", "- (float)x[(size_t)row * n] - mean[row]", "- mean[row]",
      several("layer_norm")),
     ("gradient without its mean", "layer_norm.cu", "- shift - xhat", "- xhat", several("layer_norm")),
     ("only the first stretch is summed", "bias.cu", "s < stretches", "s < 1", several("linear")),
@@ -687,8 +731,8 @@ FAULTS = [  # what, file, right, wrong, who must notice
     ("mean without weights", "cross_entropy.cu", "w = there ? (weight ? weight[y] : 1)", "w = there ? (1)",
      several("cross_entropy")),
     ("smoothing over n − 1", "cross_entropy.cu", "+ smoothing / n", "+ smoothing / (n - 1)", several("cross_entropy")),
-    ("−1 is not the last class", "cross_entropy.cu", "? labels[row] + n :", "? labels[row] :",
-     several("cross_entropy")),
+    ("what is ignored reaches the gradient", "cross_entropy.cu", "w == 0 ? 0.0f : scale", "scale",
+     lambda rng: check_ignored_rows()),
     ("nibble order", "int4.cu", "even = eight << 3", "even = eight >> 1", check_int4),
     ("byte order", "int4.cu", "sum += x[2 * i] * __uint_as_float(__byte_perm(even, 0x3f000000u, 0x7044 | i << 8)",
      "sum += x[2 * i] * __uint_as_float(__byte_perm(even, 0x3f000000u, 0x7044 | (3 - i) << 8)", check_int4),

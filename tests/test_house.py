@@ -23,8 +23,7 @@ from tinyft.tensor import OPS
 
 # ── who may import whom ──────────────────────────────────────────────────────────────────────────────────────────────
 # Each part of the core may import the parts before it.
-CORE = ["dispatch", "array", "precision", "tensor", "ops", "functional", "context", "printing", "nn", "patterns",
-        "edit"]
+CORE = ["dispatch", "array", "precision", "tensor", "operands", "ops", "functional", "context", "nn", "edit"]
 BELOW_EDIT = set(CORE) - {"edit"}
 MAY_IMPORT: dict[str, set[str]] = {
     **{name: set(CORE[:i]) for i, name in enumerate(CORE)},
@@ -37,10 +36,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"tokens", "identity"},
     "identity": {"array", "tensor", "nn"},
     "optim": {"dispatch", "array", "precision", "tensor", "ops"},
-    "kernels": {"dispatch", "array", "precision", "tensor", "ops", "optim"},
+    "kernels": {"dispatch", "array", "precision", "tensor", "operands", "ops", "optim"},
     "models": BELOW_EDIT,
     "decode": BELOW_EDIT,
-    "predict": {*BELOW_EDIT, "decode", "models", "data", "tokens"},
     "methods": set(CORE),                                  # a method never imports a model
     "compress": set(CORE),
     "adapters": {*CORE, "files", "identity"},

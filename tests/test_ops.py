@@ -260,7 +260,7 @@ def _(rng, shapes):
 def _(rng, shapes):
     x = normal(rng, shapes[0])
     leading = rng.integers(1, 4, rng.integers(3)).tolist()
-    repeated = [n if n > 1 else int(rng.integers(1, 4)) for n in x.shape]
+    repeated = [n if n != 1 else int(rng.integers(1, 4)) for n in x.shape]
     shape = (*leading, *repeated)
     return Example([x], lambda f, x: f(x, shape), lambda x: x + np.zeros(shape))
 

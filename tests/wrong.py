@@ -13,6 +13,7 @@ from typing import Any
 from tinyft import array, ops, tensor
 from tinyft.array import xp
 from tinyft.learn.exercise import find
+from tinyft.operands import some_axes
 from tinyft.ops import _softmax, flat, repeat_heads, same, t
 from tinyft.tensor import OPS
 
@@ -135,14 +136,14 @@ def maximum_is_a(a, b):
 @instead_of("mean", "n is the number of entries of x, whatever the axis.")
 def mean_over_everything(x, axis=None, keepdims=False):
     def back(g):
-        return xp(x).broadcast_to(ops._restore_axes(g, x.shape, axis, keepdims) / x.size, x.shape)
+        return xp(x).broadcast_to(ops._restore_axes(g, x.shape, some_axes(axis, x), keepdims) / x.size, x.shape)
     return x.mean(axis=axis, keepdims=keepdims), (back,)
 
 
 @instead_of("amax", "Every entry gets g: the maximum depends on all of them.")
 def amax_for_all(x, axis=None, keepdims=False):
     def back(g):
-        return xp(x).broadcast_to(ops._restore_axes(g, x.shape, axis, keepdims), x.shape)
+        return xp(x).broadcast_to(ops._restore_axes(g, x.shape, some_axes(axis, x), keepdims), x.shape)
     return x.max(axis=axis, keepdims=keepdims), (back,)
 
 

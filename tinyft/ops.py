@@ -14,8 +14,27 @@ from typing import Any
 
 import numpy as np
 
-from . import array
+from . import array, checks
 from .array import Array, xp
+from .operands import (
+    as_indices,
+    as_mask,
+    as_operand,
+    attention_masks,
+    attention_shape,
+    check_cross_entropy,
+    check_embedding,
+    check_labels,
+    check_last_axis,
+    check_linear,
+    check_norm,
+    check_project,
+    index_part,
+    one_axis,
+    rows_of,
+    same_kind,
+    some_axes,
+)
 from .tensor import Tensor, op
 
 
@@ -26,7 +45,8 @@ def t(a: Array) -> Array:
 
 def flat(a: Array) -> Array:
     """(..., n) -> (N, n)"""
-    return a.reshape(-1, a.shape[-1])
+    rows = -1 if a.size else math.prod(a.shape[:-1])          # of an empty array −1 could be any number
+    return a.reshape(rows, a.shape[-1])
 
 
 def same(g: Array) -> Array:
@@ -38,24 +58,28 @@ def same(g: Array) -> Array:
 @op("..., ... -> ...")
 def add(a, b):
     """y = a + b.    da = g,  db = g"""
+    a, b = same_kind(a, b)
     return a + b, (same, same)
 
 
 @op("..., ... -> ...")
 def sub(a, b):
     """y = a − b.    da = g,  db = −g"""
+    a, b = same_kind(a, b)
     return a - b, (same, lambda g: -g)
 
 
 @op("..., ... -> ...")
 def mul(a, b):
     """y = a b.    da = g b,  db = g a"""
+    a, b = same_kind(a, b)
     return a * b, (lambda g: g * b, lambda g: g * a)
 
 
 @op("..., ... -> ...")
 def div(a, b):
     """y = a / b.    da = g / b,  db = −g a / b²"""
+    a, b = same_kind(a, b)
     y = a / b
     return y, (lambda g: g / b, lambda g: -g * y / b)
 
@@ -74,13 +98,38 @@ def power(x, p):
 
 @op("... n k, ... k m -> ... n m")
 def matmul(a, b):
-    """C = A B.    dA = G Bᵀ,  dB = Aᵀ G"""
+    """C = A B.    dA = G Bᵀ,  dB = Aᵀ G
+
+    A vector (k,) is a row on the left and a column on the right, and C lacks its axis. As NumPy and PyTorch."""
+    a, b = same_kind(a, b)
+    if getattr(a, "ndim", 0) < 2 or getattr(b, "ndim", 0) < 2:
+        return _vector_product(a, b)
     return a @ b, (lambda g: g @ t(b), lambda g: t(a) @ g)
+
+
+def _vector_product(a: Array, b: Array) -> tuple:
+    """(value, pullbacks) of matmul where an input is a vector.
+
+    A row A (1, k) or a column B (k, 1) stands in its place, and G has the axes (..., n, m) again."""
+    if not (getattr(a, "ndim", 0) and getattr(b, "ndim", 0)):
+        raise ValueError("each factor wants one axis or more: a number is multiplied with *")
+    A = a[None] if a.ndim == 1 else a
+    B = b[:, None] if b.ndim == 1 else b
+    y = a @ b
+    lead = y.shape[:y.ndim - (a.ndim > 1) - (b.ndim > 1)]
+    matrix = (*lead, A.shape[-2], B.shape[-1])
+    a_shape = (*lead, *a.shape[-2:])
+    b_shape = (*lead, *b.shape[-2:])
+    return y, (lambda g: (g.reshape(matrix) @ t(B)).reshape(a_shape),
+               lambda g: (t(A) @ g.reshape(matrix)).reshape(b_shape))
 
 
 @op("... k, n k, n -> ... n")
 def linear(x, W, b=None):
-    """y = x Wᵀ + b.    dx = g W,  dW = gᵀ x,  db = Σ g"""
+    """y = x Wᵀ + b.    dx = g W,  dW = gᵀ x,  db = Σ g
+
+    x (..., in) or (in,), W (out, in), b (out,) or None. ShapeError for other shapes."""
+    check_linear(x, W, b)
     y = (flat(x) @ W.T).reshape(*x.shape[:-1], W.shape[0])
     if b is not None:
         y = y + b
@@ -97,11 +146,12 @@ def project(x, Wq, bq, Wk, bk, Wv, bv, heads=1):
 
         dx = Σ g W,   dW = gᵀ x,   db = Σ g,      g with its heads joined again"""
     m = xp(x)
-    X = flat(x)                                               # (N, C)
     n = Wq.shape[0]                                           # H D
+    check_project(x, (Wq, Wk, Wv), (bq, bk, bv), heads)
+    X = flat(x)                                               # (N, C)
 
     def split_heads(y):
-        return y.reshape(*x.shape[:-1], heads, -1).swapaxes(-2, -3)
+        return y.reshape(*x.shape[:-1], heads, n // heads).swapaxes(-2, -3)
 
     def join_heads(a):
         if a is None:                                         # no gradient came to this value
@@ -150,9 +200,21 @@ def tanh(x):
 
 @op("... -> ...")
 def sigmoid(x):
-    """y = σ(x) = (1 + tanh(x/2)) / 2, which never overflows.    dx = g y (1 − y)"""
-    y = 0.5 * (1 + xp(x).tanh(0.5 * x))
-    return y, (lambda g: g * y * (1 - y),)
+    """y = σ(x) = 1/(1 + e^−x) = e^min(x, 0) / (1 + e),  e = e^−|x|.    dx = g σ',  σ' = e/(1 + e)²
+
+    Nothing overflows. A small y and a small σ' have all their digits, which tanh and 1 − y would lose."""
+    y, slope = _sigmoid(x)
+    return y, (lambda g: g * slope(),)
+
+
+def _sigmoid(x: Array) -> tuple:
+    """(σ(x), a function that computes its derivative)."""
+    m = xp(x)
+    e = m.exp(-abs(x))
+
+    def slope() -> Array:
+        return e / ((1 + e) * (1 + e))
+    return m.exp(m.minimum(x, 0)) / (1 + e), slope
 
 
 @op("... -> ...")
@@ -169,15 +231,15 @@ def relu(x):
 
 @op("... -> ...")
 def silu(x):
-    """y = x σ(x).    dx = g σ (1 + x (1 − σ))"""
-    s = 0.5 * (1 + xp(x).tanh(0.5 * x))
-    return x * s, (lambda g: g * s * (1 + x * (1 - s)),)
+    """y = x σ(x).    dx = g (σ + x σ')"""
+    s, slope = _sigmoid(x)
+    return x * s, (lambda g: g * (s + x * slope()),)
 
 
 @op("... -> ...")
 def gelu(x):
     """y = x Φ(x),  Φ(x) = (1 + erf(x/√2)) / 2.    dx = g (Φ + x φ),  φ = e^(−x²/2) / √2π      (BERT)"""
-    cdf = 0.5 * (1 + erf(x * 0.5**0.5))
+    cdf = _normal_cdf(x)
     return x * cdf, (lambda g: g * (cdf + x * xp(x).exp(-0.5 * x * x) * (2 * math.pi)**-0.5),)
 
 
@@ -191,22 +253,33 @@ def gelu_tanh(x):
     return 0.5 * x * (1 + h), (lambda g: g * (0.5 * (1 + h) + 0.5 * x * (1 - h * h) * c * (1 + 0.134145 * (x * x))),)
 
 
+def _normal_cdf(x: Array) -> Array:
+    """Φ(x) = erfc(−x/√2) / 2. A small Φ, of an x far below 0, has all its digits; 1 + erf would lose them."""
+    tail = 0.5 * _erfc_of_size(x, 0.5**0.5)                   # Φ(−|x|)
+    return (tail + (x > 0) * (1 - 2 * tail)).astype(x.dtype)
+
+
 def erf(x: Array) -> Array:
-    """erf(x) = sign x (1 − u e^(P(u) − x²)),  u = 1 / (1 + |x|/2),  P a polynomial.
+    """erf(x) = sign x (1 − erfc |x|)"""
+    return (xp(x).sign(x) * (1 - _erfc_of_size(x))).astype(x.dtype)
+
+
+def _erfc_of_size(x: Array, factor: float = 1.0) -> Array:
+    """erfc(z) = u e^(P(u) − z²) of z = factor · |x|, in double precision,  u = 1 / (1 + z/2),  P a polynomial.
 
     P interpolates the complementary error function of the standard library at Chebyshev nodes, of degree 10 for single
-    precision and 22 for double: the error is below 1e-7 and 1e-13.  Evaluated in double, since a rounded P costs
-    3e-7."""
+    precision and 22 for double: the relative error is below 1e-7 and 1e-13.  Evaluated in double, since a rounded P
+    costs 3e-7, and a rounded z² all digits of a small result."""
     m = xp(x)
-    z = abs(x).astype(np.float64)
     c = _erfc_polynomial(22 if x.dtype == np.float64 else 10)
+    z = abs(x).astype(np.float64) * factor
     u = 1 / (1 + 0.5 * z)
     # P(u) = Σ cⱼ Tⱼ(2u − 1) by Clenshaw's recurrence; s is twice the argument of the Chebyshev polynomials Tⱼ.
     s = 4 * u - 2
     a, b = c[-1], 0
     for cj in c[-2:0:-1]:
         a, b = s * a - b + cj, a
-    return (m.sign(x) * (1 - u * m.exp(0.5 * s * a - b + c[0] - z * z))).astype(x.dtype)       # P = s a/2 − b + c₀
+    return u * m.exp(0.5 * s * a - b + c[0] - z * z)                                           # P = s a/2 − b + c₀
 
 
 @lru_cache(None)
@@ -229,12 +302,11 @@ def _erfc_polynomial(degree: int) -> list[float]:
 def _restore_axes(g: Array, shape: tuple, axis: Any, keepdims: bool) -> Array:
     """g, the gradient of a reduced value, with the reduced axes put back as axes of length one, to broadcast with x.
 
-    shape: of x, the array before the reduction. axis, keepdims: of the reduction. With axis=None g is a single number
-    and broadcasts as it is."""
+    shape: of x, the array before the reduction. axis: the reduced axes, counted from 0, or None. keepdims: of the
+    reduction. With axis=None g is a single number and broadcasts as it is."""
     if axis is None or keepdims:
         return g
-    axes = {a % len(shape) for a in (axis if isinstance(axis, tuple) else (axis,))}
-    return g.reshape(tuple(1 if i in axes else n for i, n in enumerate(shape)))
+    return g.reshape(tuple(1 if i in axis else n for i, n in enumerate(shape)))
 
 
 def _spread(g: Array, shape: tuple) -> Array:
@@ -250,20 +322,31 @@ def _spread(g: Array, shape: tuple) -> Array:
 def sum(x, axis=None, keepdims=False):
     """y = Σ x.    dx = g along the summed axes"""
     shape = x.shape
+    axis = some_axes(axis, x)
     return x.sum(axis=axis, keepdims=keepdims), (lambda g: _spread(_restore_axes(g, shape, axis, keepdims), shape),)
 
 
 @op("... -> ...")
 def mean(x, axis=None, keepdims=False):
-    """y = Σ x / n.    dx = g / n"""
-    y = x.mean(axis=axis, keepdims=keepdims)
-    shape, n = x.shape, x.size // (y.size or 1)
+    """y = Σ x / n.    dx = g / n.    The mean of no entries is NaN, as in PyTorch."""
+    shape = x.shape
+    axis = some_axes(axis, x)
+    if x.size:
+        y = x.mean(axis=axis, keepdims=keepdims)
+    else:
+        y = x.sum(axis=axis, keepdims=keepdims) * math.nan
+    n = max(x.size // (y.size or 1), 1)
     return y, (lambda g: _spread(_restore_axes(g, shape, axis, keepdims) / n, shape),)
 
 
 @op("... -> ...")
 def amax(x, axis=None, keepdims=False):
-    """y = max x.    dx = g where x is the maximum, shared equally among ties"""
+    """y = max x.    dx = g where x is the maximum, shared equally among ties
+
+    ShapeError for an axis without entries."""
+    axis = some_axes(axis, x)
+    if 0 in (x.shape if axis is None else [x.shape[a] for a in axis]):
+        raise ValueError("a maximum wants one entry or more along each axis that is reduced")
     y = x.max(axis=axis, keepdims=keepdims)
 
     def back(g):
@@ -277,19 +360,26 @@ def amax(x, axis=None, keepdims=False):
 def cumsum(x, axis=-1):
     """yᵢ = Σ_{j≤i} xⱼ.    dxⱼ = Σ_{i≥j} gᵢ"""
     m = xp(x)
+    axis = one_axis(axis, x)
     return m.cumsum(x, axis=axis), (lambda g: m.flip(m.cumsum(m.flip(g, axis=axis), axis=axis), axis=axis),)
 
 
 # ── choosing ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 @op("..., ..., ... -> ...")
 def where(c, a, b):
-    """y = a where c, else b.    da = g [c],  db = g [not c]"""
+    """y = a where c, else b.    da = g [c],  db = g [not c]
+
+    c: True and False, or 1 and 0 of any dtype."""
+    a, b = same_kind(a, b)
+    c = as_mask(c, a if array.is_array(a) else b, "the condition")
     return xp(c).where(c, a, b), (None, lambda g: g * c, lambda g: g * ~c)
 
 
 @op("..., ... -> ...")
 def maximum(a, b):
     """y = max(a, b).    da = g [a > b] + g [a = b] / 2"""
+    a, b = same_kind(a, b)
+
     def share(p, q):                                          # the part of g that goes to p
         return (p > q) + 0.5 * (p == q)
     return xp(a, b).maximum(a, b), (lambda g: g * share(a, b), lambda g: g * share(b, a))
@@ -303,15 +393,29 @@ def clip(x, low, high):
 
 @op("..., ... -> ...")
 def straight_through(hard, soft):
-    """y = hard; the gradient goes to soft as if it had been the value.    d soft = g      (Bengio et al. 2013)"""
+    """y = hard; the gradient goes to soft as if it had been the value.    d soft = g      (Bengio et al. 2013)
+
+    y has the dtype of soft; hard may hold whole numbers or booleans, and the two shapes broadcast."""
+    hard = as_operand(hard, soft, "hard")
+    if hard.dtype.kind in "biu":
+        hard = hard.astype(soft.dtype)
+    if hard.shape != soft.shape:
+        hard = xp(hard).broadcast_to(hard, np.broadcast_shapes(hard.shape, soft.shape))
     return hard, (None, same)
 
 
 @op("... n, ... k -> ... k")
 def gather(x, i, axis=-1):
-    """yⱼ = x[iⱼ] along one axis, the indices different in each row.    dx[iⱼ] += gⱼ"""
+    """yⱼ = x[iⱼ] along one axis, the indices different in each row.    dx[iⱼ] += gⱼ
+
+    i: whole numbers of any dtype; −1 is the last entry. Its shape is that of x, except along `axis`; else ShapeError.
+    """
     m = xp(x)
     shape = x.shape
+    axis = one_axis(axis, x)
+    i = as_indices(i, x)
+    if i.ndim != x.ndim or any(n != size for a, (n, size) in enumerate(zip(i.shape, shape)) if a != axis):
+        raise ValueError(f"indices wants the shape of x except along axis {axis}")
 
     def along(k, n):                                          # 0 ... n − 1 along axis k, to broadcast with i
         return m.arange(n).reshape([-1 if a == k else 1 for a in range(i.ndim)])
@@ -322,30 +426,37 @@ def gather(x, i, axis=-1):
         index[axis] = i
         m.add.at(d, tuple(index), g)
         return d
-    return m.take_along_axis(x, i, axis=axis), (back, None)
+    try:
+        return m.take_along_axis(x, i, axis=axis), (back, None)
+    except IndexError:
+        raise IndexError(f"indices wants entries along axis {axis}, 0 to {shape[axis] - 1}") from None
 
 
 @op("v c, ... -> ... c")
 def embedding(W, ids):
-    """y = W[ids], rows of W.    dW[ids] += g"""
+    """y = W[ids], rows of W.    dW[ids] += g
+
+    W (V, C); ids (...) whole numbers of any dtype; −1 is the last row."""
     m = xp(W)
     shape = W.shape
+    ids = check_embedding(W, ids)
 
     def back(g):
         d = m.zeros(shape, g.dtype)
         m.add.at(d, ids, g)
         return d
-    return W[ids], (back, None)
+    return rows_of(W, ids), (back, None)
 
 
 @op("... -> ...")
 def getitem(x, index):
-    """y = x[index] for slices, integers and integer arrays.    dx[index] += g"""
-    parts = index if isinstance(index, tuple) else (index,)
+    """y = x[index] for slices, integers and arrays of integers or booleans.    dx[index] += g"""
+    parts = tuple(index_part(p, x) for p in (index if isinstance(index, tuple) else (index,)))
+    index = parts if isinstance(index, tuple) else parts[0]
     m = xp(x, *parts)
     shape = x.shape
     # Without integer arrays every entry is selected at most once, so g is assigned, not added.
-    plain = all(isinstance(p, (int, slice)) or p is None or p is Ellipsis for p in parts)
+    plain = all(not array.is_array(p) or p.dtype == bool for p in parts)
 
     def back(g):
         d = m.zeros(shape, g.dtype)
@@ -354,7 +465,10 @@ def getitem(x, index):
         else:
             m.add.at(d, index, g)
         return d
-    return x[index], (back, None)
+    try:
+        return x[index], (back, None)
+    except IndexError as e:
+        raise IndexError(f"an index wants to fit the shape {x.shape}: {e}") from None
 
 
 # ── shape ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -362,13 +476,19 @@ def getitem(x, index):
 def reshape(x, shape):
     """The same numbers in another shape.    dx = g, reshaped back"""
     old = x.shape
-    return x.reshape(shape), (lambda g: g.reshape(old), None)
+    y = x.reshape(shape)
+    if y.shape != shape and any(n < -1 for n in (shape if isinstance(shape, (tuple, list)) else (shape,))):
+        raise ValueError("shape wants lengths of 0 or more, and −1 for one to be computed")      # NumPy takes −2 for −1
+    return y, (lambda g: g.reshape(old), None)
 
 
 @op("... -> ...")
 def permute(x, axes):
     """The axes in another order.    dx = g with the order undone"""
-    back = tuple(sorted(range(len(axes)), key=lambda i: axes[i] % len(axes)))
+    axes = tuple(one_axis(a, x) for a in axes)
+    if len(set(axes)) < x.ndim or len(axes) > x.ndim:
+        raise ValueError("axes wants each axis of x once")
+    back = tuple(sorted(range(len(axes)), key=lambda i: axes[i]))
     return x.transpose(axes), (lambda g: g.transpose(back), None)
 
 
@@ -386,14 +506,19 @@ def broadcast_to(x, shape):
 
 @op("... -> ...")
 def concatenate(*xs, axis=0):
-    """The arrays end to end along an axis.    dxᵢ = the slice of g at the place of xᵢ"""
+    """The arrays end to end along an axis.    dxᵢ = the slice of g at the place of xᵢ
+
+    ShapeError unless the arrays have the same lengths along all other axes."""
+    axis = one_axis(axis, xs[0])
+    if any(x.ndim != xs[0].ndim for x in xs):
+        raise ValueError("each array wants the same number of axes")
     ends = [0]
     for x in xs:
         ends.append(ends[-1] + x.shape[axis])
 
     def pullback(i):
         def back(g):
-            before = (slice(None),) * (axis % g.ndim)
+            before = (slice(None),) * axis
             return g[(*before, slice(ends[i], ends[i + 1]))]
         return back
     return xp(*xs).concatenate(xs, axis=axis), tuple(pullback(i) for i in range(len(xs)))
@@ -409,6 +534,7 @@ def _softmax(x: Array) -> Array:
 @op("... n -> ... n")
 def softmax(x):
     """p = eˣ / Σ eˣ.    dx = p (g − Σ g p)"""
+    check_last_axis(x)
     p = _softmax(x)
     return p, (lambda g: p * (g - (g * p).sum(axis=-1, keepdims=True)),)
 
@@ -417,6 +543,7 @@ def softmax(x):
 def log_softmax(x):
     """y = x − ln Σ eˣ.    dx = g − eʸ Σ g"""
     m = xp(x)
+    check_last_axis(x)
     y = x - x.max(axis=-1, keepdims=True)
     y = y - m.log(m.exp(y).sum(axis=-1, keepdims=True))
     return y, (lambda g: g - m.exp(y) * g.sum(axis=-1, keepdims=True),)
@@ -426,8 +553,13 @@ def log_softmax(x):
 def layer_norm(x, w, b, eps=1e-5):
     """y = w x̂ + b,  x̂ = (x − μ)/σ,  σ² = mean (x − μ)² + ε.
 
-    dx = (ĝ − mean ĝ − x̂ mean(ĝ x̂))/σ,  ĝ = w g;   dw = Σ g x̂;   db = Σ g"""
-    centred = x - x.mean(axis=-1, keepdims=True)
+    dx = (ĝ − mean ĝ − x̂ mean(ĝ x̂))/σ,  ĝ = w g;   dw = Σ g x̂;   db = Σ g
+
+    w and b (c,), the length of a row; else ShapeError. The first entry is taken off each row before its mean: a row of
+    equal numbers gives x̂ = 0 exactly, whatever the rounding of a mean."""
+    check_norm(x, w, b)
+    centred = x - x[..., :1]
+    centred = centred - centred.mean(axis=-1, keepdims=True)
     s = xp(x).sqrt((centred * centred).mean(axis=-1, keepdims=True) + eps)    # σ
     h = centred / s                                           # x̂
 
@@ -441,7 +573,8 @@ def layer_norm(x, w, b, eps=1e-5):
 def rms_norm(x, w, eps=1e-6):
     """y = w x̂,  x̂ = x/σ,  σ² = mean x² + ε.    The norm of T5 and Llama.
 
-    dx = (ĝ − x̂ mean(ĝ x̂))/σ,  ĝ = w g;   dw = Σ g x̂"""
+    dx = (ĝ − x̂ mean(ĝ x̂))/σ,  ĝ = w g;   dw = Σ g x̂.    ShapeError unless w has the length of a row."""
+    check_norm(x, w)
     s = xp(x).sqrt((x * x).mean(axis=-1, keepdims=True) + eps)                # σ
     h = x / s                                                 # x̂
 
@@ -456,36 +589,6 @@ def causal_mask(t: int, s: int, m: ModuleType = np) -> Array:
 
     The first s − t keys come before all queries: from a cache or a prefix."""
     return m.tril(m.ones((t, s), dtype=bool), s - t)
-
-
-def attention_shape(
-    q: Array,
-    k: Array,
-    v: Array,
-    bias: Array | None = None,
-    key_mask: Array | None = None,
-    dropout_mask: Array | None = None,
-) -> tuple[int, ...]:
-    """The shape (..., H, Tq, Tk) of the scores of these arrays.
-
-    ValueError for shapes that do not fit; the engine turns it into a ShapeError. TypeError for a bias that is a mask
-    or was given by keyword."""
-    if (q.ndim < 2 or k.ndim != q.ndim or k.shape[:-1] != v.shape[:-1]
-            or q.shape[-1] != k.shape[-1] or q.shape[:-3] != k.shape[:-3]):
-        raise ValueError("attention wants q (..., H, Tq, D), k (..., Hkv, Tk, D) and v (..., Hkv, Tk, E), "
-                         f"got {q.shape}, {k.shape} and {v.shape}")
-    if q.ndim > 2 and q.shape[-3] != k.shape[-3] and (k.shape[-3] == 0 or q.shape[-3] % k.shape[-3]):
-        raise ValueError("attention wants a number of query heads that the number of key/value heads divides, "
-                         f"got q {q.shape} and k {k.shape}")
-    if isinstance(bias, Tensor):                              # the engine unwraps positional arguments only
-        raise TypeError("attention wants its bias by position, attention(q, k, v, bias): a keyword gets no gradient")
-    if bias is not None and bias.dtype == bool:
-        raise TypeError("attention wants a bias of numbers, which is added to the scores; a mask is key_mask=...")
-    shape = (*q.shape[:-1], k.shape[-2])
-    for name, a in (("bias", bias), ("key_mask", key_mask), ("dropout_mask", dropout_mask)):
-        if a is not None and (a.ndim > len(shape) or any(n not in (1, m) for n, m in zip(a.shape[::-1], shape[::-1]))):
-            raise ValueError(f"attention wants a {name} that broadcasts to the scores {shape}, got {a.shape}")
-    return shape
 
 
 def repeat_heads(a: Array, group: int) -> Array:
@@ -506,14 +609,16 @@ def attention(q, k, v, bias=None, *, key_mask=None, causal=False, scale=None, dr
 
     q (..., H, Tq, D), k (..., Hkv, Tk, D), v (..., Hkv, Tk, E) -> (..., H, Tq, E). Hkv divides H: each key/value head
     serves a group of H/Hkv neighbouring query heads (grouped-query attention, Ainslie et al. 2023).
-    Three arrays broadcast to the scores (..., H, Tq, Tk): the bias B; key_mask, bool, True where a query may look at a
-    key; dropout_mask M, the factors of P. causal: query i may look at keys j ≤ i + Tk − Tq, so cached keys and prefix
-    keys come before all queries. A query that may look at no key gives zeros, with zero gradients.
+    Three arrays broadcast to the scores (..., H, Tq, Tk): the bias B; key_mask, True (or 1) where a query may look at a
+    key, False (or 0) elsewhere; dropout_mask M, the factors of P. causal: query i may look at keys j ≤ i + Tk − Tq, so
+    cached keys and prefix keys come before all queries. A query that may look at no key gives zeros, with zero
+    gradients.
 
         dV = (P ⊙ M)ᵀ G,   dP = G Vᵀ ⊙ M,   dB = P (dP − Σ dP P),   dQ = α dB K,   dK = α dBᵀ Q
 
     dK and dV are summed over a group. ShapeError for heads, lengths or widths that do not fit, and for a bias or mask
     that does not broadcast to the scores."""
+    bias, key_mask, dropout_mask = attention_masks(q, bias, key_mask, dropout_mask)
     attention_shape(q, k, v, bias, key_mask, dropout_mask)
     m = xp(q)
     alpha = q.shape[-1]**-0.5 if scale is None else scale
@@ -529,7 +634,8 @@ def attention(q, k, v, bias=None, *, key_mask=None, causal=False, scale=None, dr
         visible = past if visible is None else visible & past
     if visible is not None:
         s = m.where(visible, s, -math.inf)
-    top = s.max(axis=-1, keepdims=True)
+    # The maximum of no keys is that of a query that may look at none.
+    top = s.max(axis=-1, keepdims=True) if s.shape[-1] else m.zeros((*s.shape[:-1], 1), s.dtype)
     e = m.exp(s - m.where(top == -math.inf, 0, top))      # a query without keys: all zeros, not NaN
     p = e / m.maximum(e.sum(axis=-1, keepdims=True), 1)       # a row with a key sums to 1 or more
     pm = p if dropout_mask is None else p * dropout_mask      # P ⊙ M
@@ -553,16 +659,19 @@ def attention(q, k, v, bias=None, *, key_mask=None, causal=False, scale=None, dr
 def cross_entropy(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
     """ℓ = Σₙ w_{yₙ} (−ln p_{yₙ}) / Σₙ w_{yₙ},  p = softmax z.    dz = (w_y p − q) / Σ w,  q = w_y in column y, else 0
 
-    z (..., V); y (...) integers; rows with y = ignore_index are left out of both sums.  weight (V,).  With label
-    smoothing ε the target is (1 − ε) of the label and ε/V of every class, each class with its own weight.
+    z (..., V); y (...), or (N,) for all N rows in order, whole numbers of any dtype; rows with y = ignore_index are
+    left out of both sums, whatever their logits are.  weight (V,).  With label smoothing ε the target is (1 − ε) of the
+    label and ε/V of every class, each class with its own weight.  The loss of no rows is NaN, its gradient 0.
+    IndexError for a label outside 0 .. V − 1; ShapeError for labels or weights of other shapes.
     As torch.nn.CrossEntropyLoss."""
     m = xp(z)
     shape = z.shape
     dtype = z.dtype
-    rows = flat(z)                                                             # (N, V)
-    labels = y.reshape(-1)                                                     # (N,)
+    labels, weight = check_cross_entropy(z, y, weight, label_smoothing)        # (N,), (V,)
     real = labels != ignore_index                                              # the rows that count
+    check_labels(labels, real, shape[-1])
     labels = m.where(real, labels, 0)
+    rows = m.where(real[:, None], flat(z), 0)                                  # (N, V)
     w = real.astype(dtype) if weight is None else weight[labels] * real        # (N,)
     shifted = rows - rows.max(axis=-1, keepdims=True)
     lse = m.log(m.exp(shifted).sum(axis=-1, keepdims=True))                    # −ln p = lse − shifted
@@ -573,6 +682,8 @@ def cross_entropy(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
         class_weight = m.ones(rows.shape[-1], dtype) if weight is None else weight
         spread = label_smoothing / rows.shape[-1] * (real[:, None] * class_weight)      # (N, V)
         value = (1 - label_smoothing) * value + (spread * (lse - shifted)).sum()
+    value = m.where(total == 0, math.nan, value)
+    total = m.where(total == 0, 1, total)
 
     def back(g):
         """dz = g (p Σ target − target) / Σ w,  p = softmax(z).
@@ -593,7 +704,8 @@ def cross_entropy(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
 def dropout(x, p, key):
     """y = x keep / (1 − p),  keep ~ Bernoulli(1 − p).    dx = g keep / (1 − p)
 
-    The mask is determined by `key` alone, and the same on every backend."""
+    The mask is determined by `key` alone, and the same on every backend. ShapeError unless 0 <= p < 1."""
+    p = checks.number("p", p, 0, below=1)
     keep = (array.uniform_like(x, key) >= p).astype(x.dtype) / (1 - p)
     return x * keep, (lambda g: g * keep, None, None)
 

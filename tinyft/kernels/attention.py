@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import ops
+from .. import operands, ops
 from ..tensor import sum_to
 from .threads import each, get_num_threads
 
@@ -43,7 +43,8 @@ def attention(
 
     Returns (y, joint pullback) for q (B, H, Tq, D), k and v (B, Hkv, Tk, D) in float32, with Tk >= Tq if causal; else
     NotImplemented."""
-    ops.attention_shape(q, k, v, bias, key_mask, dropout_mask)
+    bias, key_mask, dropout_mask = operands.attention_masks(q, bias, key_mask, dropout_mask)
+    operands.attention_shape(q, k, v, bias, key_mask, dropout_mask)
     arrays = [q, k, v] if bias is None else [q, k, v, bias]
     shapes_fit = q.ndim == 4 and q.size > 0 and k.size > 0 and k.shape == v.shape
     if not shapes_fit or any(a.dtype != np.float32 for a in arrays):

@@ -10,19 +10,19 @@ names are views of that part, and `out=` reuses them for intermediate results.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from .. import ops
+from .. import checks, operands, ops
 from ..array import random_words
 from .attention import SAFE, attention
 from .threads import blocks
 
 __all__ = ["linear", "gelu", "gelu_tanh", "layer_norm", "embedding", "attention", "cross_entropy", "dropout",
            "adam_update"]
+FLAT = np.float32(1 / 32)                                # layer_norm centres a row with σ <= FLAT · |mean| twice
 SMALL = 1 << 17                                          # elements; up to this size, gelu_tanh keeps Φ for its gradient
 
 
@@ -33,6 +33,7 @@ def _is_plain(x: np.ndarray) -> bool:
 
 def linear(x: np.ndarray, W: np.ndarray, b: np.ndarray | None = None) -> Any:
     """(x Wᵀ + b, pullbacks), without a copy of the output for the bias, and with a fast sum for its gradient."""
+    operands.check_linear(x, W, b)
     y = ops.flat(x) @ W.T
     if b is not None:
         y += b
@@ -43,12 +44,13 @@ def linear(x: np.ndarray, W: np.ndarray, b: np.ndarray | None = None) -> Any:
 
     def dW(g: np.ndarray) -> np.ndarray:
         return ops.flat(g).T @ ops.flat(x)
-    return y.reshape(*shape[:-1], len(W)), (dx, dW, _column_sum(len(W)))
+    return y.reshape(*shape[:-1], len(W)), (dx, dW, _column_sum)
 
 
-def _column_sum(n: int) -> Callable:
-    """The pullback g (..., n) -> Σ g over all rows (n,), as a matrix product with ones: BLAS is faster than np.sum."""
-    return lambda g: np.ones(g.size // n, g.dtype) @ g.reshape(-1, n)
+def _column_sum(g: np.ndarray) -> np.ndarray:
+    """g (..., n) -> Σ g over all rows (n,), as a matrix product with ones: BLAS is faster than np.sum."""
+    rows = ops.flat(g)
+    return np.ones(len(rows), g.dtype) @ rows
 
 
 def _cdf(a: np.ndarray, z: np.ndarray, P: list[float], out: np.ndarray) -> np.ndarray:
@@ -167,9 +169,13 @@ def gelu_tanh(x: np.ndarray) -> Any:
 def layer_norm(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float = 1e-5) -> Any:
     """(y, pullbacks) of ops.layer_norm without five temporary arrays.  Sums along a row are matrix products with ones.
 
-        y = x̂ w + b,   x̂ = (x − mean) / σ;      dx = (e − mean(e) − x̂ mean(e x̂)) / σ   with e = g w"""
+        y = x̂ w + b,   x̂ = (x − mean) / σ;      dx = (e − mean(e) − x̂ mean(e x̂)) / σ   with e = g w
+
+    Where a mean is large beside σ, its rounding error is too.  Such a row is centred from the differences to its first
+    entry, as in the definition: a row of equal numbers gives x̂ = 0."""
     if not (_is_plain(x) and w.dtype == b.dtype == np.float32):
         return NotImplemented
+    operands.check_norm(x, w, b)
     shape = x.shape
     n = shape[-1]
     X = x.reshape(-1, n)
@@ -179,8 +185,16 @@ def layer_norm(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float = 1e-5) -
     r = np.empty((len(X), 1), np.float32)                    # 1/σ
 
     def block(s: slice) -> None:
-        np.subtract(X[s], (X[s] @ ones)[:, None] / np.float32(n), out=h[s])
-        r[s, 0] = 1 / np.sqrt(np.einsum("ij,ij->i", h[s], h[s]) / np.float32(n) + np.float32(eps))
+        mean = (X[s] @ ones) / np.float32(n)
+        np.subtract(X[s], mean[:, None], out=h[s])
+        variance = np.einsum("ij,ij->i", h[s], h[s]) / np.float32(n)
+        is_flat = variance <= np.square(FLAT * mean)
+        if is_flat.any():
+            centred = X[s][is_flat] - X[s][is_flat, :1]
+            centred -= (centred @ ones)[:, None] / np.float32(n)
+            h[s][is_flat] = centred
+            variance[is_flat] = np.einsum("ij,ij->i", centred, centred) / np.float32(n)
+        r[s, 0] = 1 / np.sqrt(variance + np.float32(eps))
         h[s] *= r[s]
         np.multiply(h[s], w, out=y[s])
         y[s] += b
@@ -200,7 +214,7 @@ def layer_norm(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float = 1e-5) -
             e *= r[s]
         blocks(len(X), block, n)
         return d.reshape(shape)
-    return y.reshape(shape), (dx, lambda g: np.einsum("ij,ij->j", g.reshape(-1, n), h), _column_sum(n))
+    return y.reshape(shape), (dx, lambda g: np.einsum("ij,ij->j", g.reshape(-1, n), h), _column_sum)
 
 
 def embedding(W: np.ndarray, ids: np.ndarray) -> Any:
@@ -208,18 +222,20 @@ def embedding(W: np.ndarray, ids: np.ndarray) -> Any:
 
     The gradient: sort the ids, then sum the rows of g in each run of equal ids at once.  Ids that increase strictly,
     such as positions, need neither: no id comes twice, and the rows of g are assigned."""
+    ids = operands.check_embedding(W, ids)
+
     def back(g: np.ndarray) -> np.ndarray:
         d = np.zeros(W.shape, g.dtype)
         flat = ids.reshape(-1) % len(W)                      # −1 is the last row
         if (flat[1:] > flat[:-1]).all():
-            d[flat] = g.reshape(-1, W.shape[1])
+            d[flat] = g.reshape(len(flat), W.shape[1])
         else:
             order = np.argsort(flat, kind="stable")
             run = flat[order]
             starts = np.flatnonzero(np.r_[True, run[1:] != run[:-1]])        # of the runs of equal ids
-            d[run[starts]] = np.add.reduceat(g.reshape(-1, W.shape[1])[order], starts, axis=0)
+            d[run[starts]] = np.add.reduceat(g.reshape(len(flat), W.shape[1])[order], starts, axis=0)
         return d
-    return W[ids], (back, None)
+    return operands.rows_of(W, ids), (back, None)
 
 
 def cross_entropy(z: np.ndarray, y: np.ndarray, weight: np.ndarray | None = None, ignore_index: int = -100,
@@ -230,24 +246,33 @@ def cross_entropy(z: np.ndarray, y: np.ndarray, weight: np.ndarray | None = None
     NotImplemented with class weights or label smoothing."""
     if not _is_plain(z) or weight is not None or label_smoothing:
         return NotImplemented
+    y, _ = operands.check_cross_entropy(z, y, None, 0.0)
     Z = ops.flat(z)                                          # (N, V)
     n = len(Z)
-    has_label = y.reshape(-1) != ignore_index
-    labels = np.where(has_label, y.reshape(-1), 0)
+    has_label = y != ignore_index
+    operands.check_labels(y, has_label, Z.shape[1])
+    labels = np.where(has_label, y, 0)
     w = has_label.astype(np.float32)                         # 1 for a row with a label, else 0
-    total = w.sum()
+    total = w.sum() or np.float32(1)
     ones = np.ones(Z.shape[1], np.float32)
     sums = np.empty(n, np.float32)                           # Σ e^(z − top)
     top = np.zeros((n, 1), np.float32)
     is_safe = max(Z.max(), -Z.min()) <= SAFE                 # then top stays 0
 
+    def logits(s: slice) -> np.ndarray:
+        """Z[s], with zeros in place of ignored rows if these may hold anything, such as −∞."""
+        return Z[s] if is_safe or has_label[s].all() else np.where(has_label[s, None], Z[s], np.float32(0))
+
     def block(s: slice) -> None:
-        x = Z[s]
+        x = logits(s)
         if not is_safe:
             x = x - x.max(axis=-1, keepdims=True, out=top[s])
         sums[s] = np.exp(x) @ ones
     blocks(n, block, Z.shape[1])
-    value = (w * (np.log(sums) + top[:, 0] - Z[np.arange(n), labels])).sum() / total
+    picked = np.where(has_label, Z[np.arange(n), labels], np.float32(0))         # the logits of the labels
+    value = (w * (np.log(sums) + top[:, 0] - picked)).sum() / total
+    if not has_label.any():
+        value = np.float32(math.nan)                         # the mean of no terms
 
     def back(g: np.ndarray) -> np.ndarray:
         """dz = share (softmax(z) − one-hot(y)), block by block of rows; share is 0 for an ignored row.
@@ -257,7 +282,7 @@ def cross_entropy(z: np.ndarray, y: np.ndarray, weight: np.ndarray | None = None
         share = w * (np.float32(g) / total)                  # of each row in the mean
 
         def block(s: slice) -> None:
-            p = np.exp(Z[s] if is_safe else Z[s] - top[s], out=d[s])
+            p = np.exp(logits(s) if is_safe else logits(s) - top[s], out=d[s])
             p *= (share[s] / sums[s])[:, None]               # share · softmax(z)
             p[np.arange(len(p)), labels[s]] -= share[s]
         blocks(n, block, Z.shape[1])
@@ -270,6 +295,7 @@ def dropout(x: np.ndarray, p: float, key: int) -> Any:
 
     An entry is kept if u >= p.  The factors, 0 or 1 / (1 − p), overwrite the words: they are as long in memory.  They
     are kept for the gradient."""
+    p = checks.number("p", p, 0, below=1)
     least = math.ceil(np.float32(p) * 2.0**24) << 8          # the smallest word whose upper 24 bits give u >= p
     if not (_is_plain(x) and 0 <= least < 2**32):
         return NotImplemented

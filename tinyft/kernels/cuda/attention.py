@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ... import ops
+from ... import operands
 from ...array import Array, xp
 from ...ops import t
 from ...precision import rounded
@@ -27,10 +27,10 @@ def attention(q: Array, k: Array, v: Array, bias: Array | None = None, *, key_ma
     Makes no array of the causal mask and no copies of shared key/value heads. A long causal sequence is processed in
     parts of its queries, each with the keys up to its end: later scores are not computed. The P of every part is kept.
     NotImplemented unless all floats are of one dtype, float32 or 16-bit, not empty, with at most 4 axes."""
-    shape = ops.attention_shape(q, k, v, bias, key_mask, dropout_mask)           # (..., H, Tq, Tk)
+    bias, key_mask, dropout_mask = operands.attention_masks(q, bias, key_mask, dropout_mask)
+    shape = operands.attention_shape(q, k, v, bias, key_mask, dropout_mask)      # (..., H, Tq, Tk)
     floats = [a for a in (q, k, v, bias, dropout_mask) if a is not None]
-    if not (q.ndim <= 4 and q.dtype in C_TYPES and all(a.dtype == q.dtype and a.size for a in floats)
-            and (key_mask is None or key_mask.dtype == bool)):
+    if not (q.ndim <= 4 and q.dtype in C_TYPES and all(a.dtype == q.dtype and a.size for a in floats)):
         return NotImplemented
     group = q.shape[-3] // k.shape[-3] if q.ndim > 2 else 1       # query heads that share a key/value head
     q, k, v = (gemm.readable(a) for a in (q, k, v))      # a copy only if cuBLAS cannot read it; backward uses it too

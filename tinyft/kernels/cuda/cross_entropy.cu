@@ -2,7 +2,7 @@
 //
 // The maximum of a row is subtracted before exp.  It is stored apart from the logarithm of the sum: their sum would lose the
 // digits that a small loss consists of.  With smoothing ε (then without weights) a row's target is (1 − ε) of its label and ε/n
-// of every class.  A label outside the classes makes the loss NaN.
+// of every class.  A label outside the classes makes the loss NaN.  An ignored row counts nowhere, whatever its logits are.
 #include "rows.cuh"
 
 // stats (3, rows): the row's maximum, ln Σ e^(z − maximum), its weight.   losses (rows): weighted
@@ -22,7 +22,6 @@ extern "C" __global__ void cross_entropy(const T* z, const long long* labels, co
   long long y = labels[row];
   float w = 0, loss = 0;
   if (y != ignored) {
-    if (y < 0) y += n;
     bool there = y >= 0 && y < n;
     w = there ? (weight ? weight[y] : 1) : __int_as_float(0x7fffffff);
     loss = there ? w * ((1 - smoothing) * (log_sum - ((float)zs[y] - top)) + smoothing * (log_sum - all / n)) : w;
@@ -43,14 +42,14 @@ extern "C" __global__ void cross_entropy_mean(const float* losses, const float* 
   if (threadIdx.x == 0) { *value = loss / w; *total = w; }
 }
 
-// dz = w (p − target) g / Σ w
+// dz = w (p − target) g / Σ w;  0 where w = 0, also if the logits or Σ w make the rest NaN
 extern "C" __global__ void cross_entropy_back(const T* z, const long long* labels, const float* stats, const float* total, const float* g, T* dz, int n,
                                               float smoothing) {
   size_t row = blockIdx.x, rows = gridDim.x;
-  float top = stats[row], log_sum = stats[rows + row], scale = stats[2 * rows + row] * *g / *total;
-  long long y = labels[row] < 0 ? labels[row] + n : labels[row];
+  float top = stats[row], log_sum = stats[rows + row], w = stats[2 * rows + row], scale = w * *g / *total;
+  long long y = labels[row];
   for (int j = threadIdx.x; j < n; j += blockDim.x) {
     float target = (j == y ? 1 - smoothing : 0) + smoothing / n;
-    dz[row * n + j] = (T)(scale * (expf((float)z[row * n + j] - top - log_sum) - target));
+    dz[row * n + j] = (T)(w == 0 ? 0.0f : scale * (expf((float)z[row * n + j] - top - log_sum) - target));
   }
 }

@@ -2,18 +2,21 @@
 //
 //   dx = r (ĝ − mean ĝ − x̂ mean ĝx̂),  ĝ = w g          a warp to a row again
 //   dw = Σ g x̂,  db = Σ g  over rows                    a thread to a column: partial sums here, their sum in bias.cu
+//
+// The first entry of a row is taken off its entries before their mean, and the mean is kept without it: a row of equal numbers gives
+// x̂ = 0, whatever the rounding of a mean.
 #include "rows.cuh"
 
 extern "C" __global__ void layer_norm(const T* x, const T* w, const T* b, T* y, float* mean, float* r, int rows, int n, float eps) {
   int row = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5), lane = threadIdx.x & 31;
   if (row >= rows) return;                               // allowed: a whole warp returns, and no barrier follows
   const T* xs = x + (size_t)row * n;
-  float sum = 0, squares = 0;
-  for (int i = lane; i < n; i += 32) sum += (float)xs[i];
+  float first = (float)xs[0], sum = 0, squares = 0;
+  for (int i = lane; i < n; i += 32) sum += (float)xs[i] - first;
   float mu = warp_sum(sum) / n;
-  for (int i = lane; i < n; i += 32) { float c = (float)xs[i] - mu; squares += c * c; }
+  for (int i = lane; i < n; i += 32) { float c = (float)xs[i] - first - mu; squares += c * c; }
   float scale = rsqrtf(warp_sum(squares) / n + eps);
-  for (int i = lane; i < n; i += 32) y[(size_t)row * n + i] = (T)(((float)xs[i] - mu) * scale * (float)w[i] + (float)b[i]);
+  for (int i = lane; i < n; i += 32) y[(size_t)row * n + i] = (T)(((float)xs[i] - first - mu) * scale * (float)w[i] + (float)b[i]);
   if (lane == 0) { mean[row] = mu; r[row] = scale; }
 }
 
@@ -21,16 +24,16 @@ extern "C" __global__ void layer_norm_back(const T* x, const T* w, const T* g, c
   int row = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5), lane = threadIdx.x & 31;
   if (row >= rows) return;
   const T *xs = x + (size_t)row * n, *gs = g + (size_t)row * n;
-  float mu = mean[row], scale = r[row], shift = 0, along = 0;
+  float first = (float)xs[0], mu = mean[row], scale = r[row], shift = 0, along = 0;
   for (int i = lane; i < n; i += 32) {
     float gw = (float)gs[i] * (float)w[i];
     shift += gw;
-    along += gw * ((float)xs[i] - mu) * scale;
+    along += gw * ((float)xs[i] - first - mu) * scale;
   }
   shift = warp_sum(shift) / n;
   along = warp_sum(along) / n;
   for (int i = lane; i < n; i += 32) {
-    float xhat = ((float)xs[i] - mu) * scale;
+    float xhat = ((float)xs[i] - first - mu) * scale;
     dx[(size_t)row * n + i] = (T)(scale * ((float)gs[i] * (float)w[i] - shift - xhat * along));
   }
 }
@@ -45,7 +48,7 @@ extern "C" __global__ void layer_norm_back_weights(const T* x, const T* g, const
   if (column < n)
     for (int row = blockIdx.y * each + k; row < last; row += 8) {
       size_t i = (size_t)row * n + column;
-      sum_w += (float)g[i] * ((float)x[i] - mean[row]) * r[row];
+      sum_w += (float)g[i] * ((float)x[i] - (float)x[(size_t)row * n] - mean[row]) * r[row];
       sum_b += (float)g[i];
     }
   dw[k][c] = sum_w;

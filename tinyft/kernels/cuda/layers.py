@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from ... import checks
 from ...array import Array, address, is_array, xp
+from ...operands import check_cross_entropy, check_embedding
 from ...ops import flat, t
 from . import gemm
 from .attention import attention
@@ -37,7 +39,7 @@ def matmul(a: Array, b: Array) -> Any:
     """(a @ b, pullbacks) without copies of transposed factors; NotImplemented leaves the call to ops.matmul.
 
     For two arrays of one dtype that cuBLAS knows, with the same leading axes, or one of them a plain matrix."""
-    known = a.dtype == b.dtype and a.dtype in gemm.TYPES and a.size > 0 and b.size > 0
+    known = is_array(b) and a.dtype == b.dtype and a.dtype in gemm.TYPES and a.size > 0 and b.size > 0
     if not known or a.ndim < 2 or b.ndim < 2 or a.shape[-1] != b.shape[-2]:
         return NotImplemented
     if a.ndim > 2 and b.ndim > 2 and a.shape[:-2] != b.shape[:-2]:
@@ -226,7 +228,7 @@ def layer_norm(x: Array, w: Array, b: Array, eps: float = 1e-5) -> Any:
     n = x.shape[-1]
     rows = x.size // n
     y = empty(x, x.shape)
-    mean = empty(x, (rows,), np.float32)
+    mean = empty(x, (rows,), np.float32)                 # less the first entry of the row
     r = empty(x, (rows,), np.float32)                    # 1/σ
     launch("layer_norm.cu", "layer_norm", warp_blocks(rows), THREADS, x, w, b, y, mean, r, rows, n, float(eps),
            T=x.dtype)
@@ -257,7 +259,8 @@ def embedding(W: Array, ids: Array) -> Any:
 
     The kernel compares every position of ids with every other, so NotImplemented for more than SAME_ORDER positions.
     """
-    if not (W.ndim == 2 and suits(W) and 0 < ids.size <= SAME_ORDER):
+    ids = check_embedding(W, ids)
+    if not (suits(W) and 0 < ids.size <= SAME_ORDER):
         return NotImplemented
     rows, width = W.shape
 
@@ -277,9 +280,8 @@ def cross_entropy(z: Array, y: Array, weight: Array | None = None, ignore_index:
 
     y: the labels;  weight: of each class, or None. NotImplemented, as for weight together with label_smoothing, leaves
     the call to ops.cross_entropy."""
-    fits = suits(z) and z.ndim >= 2 and y.size * z.shape[-1] == z.size and y.dtype.kind in "iu"
-    weight_fits = weight is None or (weight.shape == z.shape[-1:] and not label_smoothing)
-    if not fits or not weight_fits:
+    y, weight = check_cross_entropy(z, y, weight, label_smoothing)
+    if not suits(z) or z.ndim < 2 or (weight is not None and label_smoothing):
         return NotImplemented
     n = z.shape[-1]
     rows = z.size // n
@@ -325,7 +327,8 @@ def dropout(x: Array, p: float, key: int) -> Any:
     """(x keep / (1 − p), pullbacks) without a stored mask: the pullback draws the mask anew from the key.
 
     NotImplemented leaves the call to ops.dropout."""
-    if not (suits(x) and 0 <= p < 1):
+    p = checks.number("p", p, 0, below=1)
+    if not suits(x):
         return NotImplemented
 
     def drop(a: Array) -> Array:                         # x, or in the pullback g: the same mask and scale
