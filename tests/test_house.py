@@ -30,7 +30,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "array": {"dispatch", "strict"},                       # the strict backend is imported when it is chosen
     "strict": set(),
     "checks": set(),                                       # imports nothing of ours; every part may import it
-    "files": set(),
+    "atomic": set(),
+    "files": {"atomic"},
     "assets": set(),
     "tokens": set(),
     "data": {"tokens", "identity"},

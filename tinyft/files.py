@@ -1,95 +1,159 @@
-"""One safetensors file with facts in its header, written so that an earlier good file is never damaged.  No pickle."""
+"""JSON and safetensors files, read with every check, and safetensors files with facts in their header. No pickle.
 
+A reader raises a ValueError of one line for every damaged file. It opens ordinary files only, and takes no more memory
+than a few times the size of the file.
+"""
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
-import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from ml_dtypes import bfloat16
+from safetensors import safe_open
 from safetensors.numpy import save
 
-__all__ = ["pack_tensors", "write_tensors", "read_tensors", "write_atomically", "sweep"]
+from .atomic import is_file_name, read_together, sweep, write_atomically
+
+__all__ = [
+    "DTYPES", "FLOATS", "check_ordinary", "is_file_name", "pack_tensors", "python_number", "read_json",
+    "read_safetensors", "read_tensors", "read_together", "refuse_damage", "sweep", "write_atomically", "write_tensors",
+]
+
+FLOATS = {"F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(bfloat16)}
+# The other dtypes are those of masks and positions.
+DTYPES = FLOATS | {
+    "I64": np.dtype("<i8"), "I32": np.dtype("<i4"), "I16": np.dtype("<i2"), "I8": np.dtype("i1"),
+    "U64": np.dtype("<u8"), "U32": np.dtype("<u4"), "U16": np.dtype("<u2"), "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
+LARGEST_JSON = 1 << 22                                   # bytes
+DEEPEST_JSON = 40                                        # lists and objects, one inside the other
 
 
-def write_atomically(files: Mapping[str | os.PathLike, bytes]) -> None:
-    """Write each file beside its path and flush it to the disk; when all are written, move each to its path.
+# ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+def read_json(file: Path, *, allow_nan: bool = True) -> dict[str, Any]:
+    """The JSON object in a file. FileNotFoundError if the file is missing or no ordinary file.
 
-    If anything is raised on the way, also by Ctrl-C, every file is as it was before. OSError (a full disk) says so.
-    """
-    content = {Path(path): data for path, data in files.items()}
-    new = {path: _temporary(path) for path in content}  # names for the new content
-    old = {path: _temporary(path) for path in content}  # second names of the files that exist, to move back if needed
+    ValueError if the file is damaged, larger than LARGEST_JSON or deeper than DEEPEST_JSON, or if a key stands twice in
+    an object; without allow_nan also for NaN and infinite numbers."""
+    check_ordinary(file)
+    size = file.stat().st_size
+    if size > LARGEST_JSON:
+        raise ValueError(f"{file} is damaged: wanted at most {LARGEST_JSON:,} bytes, got {size:,}")
     try:
-        for path, data in content.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(new[path], "xb") as f:  # x: raises if the name exists
-                f.write(data)
-                f.flush()
-                os.fsync(f.fileno())
-        for path in content:
-            if path.exists():
-                _keep(path, old[path])
-        _move(new, old)
-    except OSError as e:
-        raise OSError(e.errno, f"could not write {path} ({e.strerror}); what was there before is untouched") from e
-    finally:
-        for leftover in (*new.values(), *old.values()):
-            leftover.unlink(missing_ok=True)
+        values = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_object)
+        _check_json(values, allow_nan)
+    except (ValueError, RecursionError) as e:              # not UTF-8, not JSON, or nested too deeply
+        raise ValueError(f"{file} is damaged: {e}") from e
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} is damaged: wanted a JSON object, got {type(values).__name__}")
+    return values
 
 
-def _temporary(path: Path) -> Path:
-    """A new hidden name beside a file."""
-    return path.with_name(f".{path.name}.{os.urandom(4).hex()}")
+def check_ordinary(file: Path) -> None:
+    """FileNotFoundError unless this is an ordinary file: opening a pipe waits, and a device has no end."""
+    if file.is_file():
+        return
+    if os.path.lexists(file):
+        raise FileNotFoundError(f"{file} is no ordinary file")
+    raise FileNotFoundError(f"{file.parent} has no {file.name}")
 
 
-def _keep(path: Path, beside: Path) -> None:
-    """Give the file a second name, or copy it."""
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. ValueError if a key stands twice in it: readers differ in which value they take."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        for name, _ in pairs:                            # remove each key once: the first that is gone stood twice
+            if name not in values:
+                raise ValueError(f"the key {name[:60]!r} stands twice")
+            del values[name]
+    return values
+
+
+def _check_json(values: Any, allow_nan: bool) -> None:
+    """ValueError for values inside too many others, and without allow_nan for numbers that are not finite."""
+    level = [values]
+    for _ in range(DEEPEST_JSON):
+        below = []
+        for value in level:
+            if isinstance(value, dict):
+                below += value.values()
+            elif isinstance(value, list):
+                below += value
+            elif isinstance(value, float) and not allow_nan and not math.isfinite(value):
+                raise ValueError(f"wanted finite numbers, got {value}")
+        level = below
+    if level:
+        raise ValueError(f"wanted at most {DEEPEST_JSON} lists and objects inside each other")
+
+
+@contextlib.contextmanager
+def refuse_damage(file: str | os.PathLike) -> Iterator[None]:
+    """Turn every failure of a library on the content of a file into a ValueError of one line.
+
+    A panic of a library in Rust is a BaseException and no Exception."""
     try:
-        os.link(path, beside)
-    except OSError:  # a file system without links
-        shutil.copy2(path, beside)
-
-
-def _move(new: dict[Path, Path], old: dict[Path, Path]) -> None:
-    """Move the new files to their paths, one at a time; on any exception move the old ones back.
-
-    new, old   {path: temporary file} with the new content, and with the content before, if the path existed."""
-    try:
-        for path in new:
-            os.replace(new[path], path)
-    except BaseException:
-        for path in new:
-            if new[path].exists():  # not moved yet
-                continue
-            if old[path].exists():
-                os.replace(old[path], path)
-            else:  # nothing was at this path before
-                path.unlink(missing_ok=True)
+        yield
+    except OSError:
         raise
+    except BaseException as e:
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(e).split())[:200] or type(e).__name__
+        raise ValueError(f"{file} is damaged: {reason}") from e
 
 
-def sweep(path: str | os.PathLike) -> None:
-    """Remove the temporary files that a killed process left beside this file."""
-    path = Path(path)
-    for leftover in path.parent.glob(f".{path.name}.{'[0-9a-f]' * 8}"):
-        leftover.unlink(missing_ok=True)
+def read_safetensors(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """({name: view into the mapped file}, the texts of the header) of one safetensors file.
+
+    ValueError if it is damaged, FileNotFoundError if it is missing or no ordinary file.
+
+    The file is 8 bytes with the length of the header, the JSON header, and the data. The safetensors library checks the
+    header: its JSON, and that shapes, dtypes and offsets cover the file exactly. The views are made here, since not
+    every version of the library gives bfloat16 to NumPy.
+    """
+    check_ordinary(file)
+    with refuse_damage(file):
+        with safe_open(os.fspath(file), framework="numpy"):
+            pass
+        with open(file, "rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            header = json.loads(f.read(length))
+        texts = header.pop("__metadata__", None) or {}
+        start_of_data = 8 + length
+        if file.stat().st_size > start_of_data:
+            data = np.memmap(file, np.uint8, "r", offset=start_of_data)
+        else:
+            data = np.empty(0, np.uint8)                 # an empty file cannot be mapped
+        tensors = {}
+        for name, entry in header.items():
+            dtype = DTYPES.get(entry["dtype"])
+            if dtype is None:
+                raise ValueError(f"{name[:60]!r} wants one of the dtypes {', '.join(FLOATS)}, got {entry['dtype']}")
+            start, end = entry["data_offsets"]
+            tensors[name] = data[start:end].view(dtype).reshape(entry["shape"])
+        return tensors, texts
 
 
+# ── one file with arrays and facts ───────────────────────────────────────────────────────────────────────────────────
 def pack_tensors(arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> bytes:
     """The bytes of one file: arrays by name, facts that JSON can hold (NumPy numbers included), and a checksum."""
     arrays = {name: np.ascontiguousarray(a).reshape(a.shape) for name, a in arrays.items()}
-    text = json.dumps(facts, default=_python_number)
+    text = json.dumps(facts, default=python_number)
     return save(arrays, metadata={"facts": text, "sum": checksum(arrays, text)})
 
 
-def _python_number(value: Any) -> Any:
-    """A NumPy number as a Python number."""
+def python_number(value: Any) -> Any:
+    """A NumPy number as a Python number, for json.dumps. TypeError for anything else that JSON cannot hold."""
+    if not isinstance(value, np.generic):
+        raise TypeError(f"a file holds numbers, texts, lists and dicts, got a {type(value).__name__}")
     return value.item()
 
 
@@ -101,20 +165,19 @@ def write_tensors(path: str | os.PathLike, arrays: dict[str, np.ndarray], facts:
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """({name: array}, facts) of a safetensors file that write_tensors wrote; the facts are JSON in its header.
 
-    FileNotFoundError if there is no file; ValueError if it is damaged or of another kind.
+    FileNotFoundError if there is no ordinary file; ValueError if it is damaged or of another kind.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    try:
-        with safe_open(os.fspath(path), framework="numpy") as f:
-            header = f.metadata() or {}
-            facts = json.loads(header["facts"])
-            arrays = {name: f.get_tensor(name) for name in f.keys()}
-    except (SafetensorError, KeyError, ValueError, OSError) as e:
-        raise ValueError(f"{path} is damaged or not one of ours: {e}") from e
-    if "sum" in header and header["sum"] != checksum(arrays, header["facts"]):
-        raise ValueError(f"{path} is damaged: its content does not fit its checksum")
-    return arrays, facts
+    file = Path(path)
+    views, header = read_safetensors(file)
+    if "facts" not in header:
+        raise ValueError(f"{file} is damaged or not one of ours: its header holds no facts")
+    with refuse_damage(file):
+        facts = json.loads(header["facts"])
+        if not isinstance(facts, dict):
+            raise ValueError("its facts are no JSON object")
+        if "sum" in header and header["sum"] != checksum(views, header["facts"]):
+            raise ValueError("its content does not fit its checksum")
+        return {name: np.array(view) for name, view in views.items()}, facts
 
 
 def checksum(arrays: dict[str, np.ndarray], text: str) -> str:

@@ -10,6 +10,7 @@ two cores. The masked-LM loss hardly moves for the first thousand steps, then fa
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import sys
@@ -20,6 +21,7 @@ import numpy as np
 
 from . import checks, data
 from .data import baselines
+from .files import write_atomically
 from .models import BERT, GPT, BERTConfig, GPTConfig
 from .models.blocks import sinusoids
 from .nn import Module
@@ -174,10 +176,12 @@ def pretrain(name: str, work: Path, assets: Path = ASSETS, steps: int | None = N
     metrics = evaluate(model, test.once())
     folder = assets / name
     save(model, folder, data.shipped_tokenizer(), dtype=np.float16)
-    (folder / "README.md").write_text(card(name, recipe, metrics), encoding="utf-8")
     losses = [round(value, 3) for value in smooth(history.losses)]
     evaluations = [[step, round(metrics["loss"], 4)] for step, metrics in history.evaluations]
-    (folder / "history.json").write_text(json.dumps({"losses": losses, "evaluations": evaluations}))
+    write_atomically({
+        folder / "README.md": card(name, recipe, metrics).encode(),
+        folder / "history.json": json.dumps({"losses": losses, "evaluations": evaluations}).encode(),
+    })
     draw(history, folder / "loss.png", name)
     return metrics
 
@@ -280,8 +284,10 @@ def draw(history: History, path: Path, name: str) -> None:
     ax.set_ylim(0, min(8, max(curve) * 1.05))  # random weights give a loss of about ln 2048 = 7.6
     ax.legend(frameon=False)
     fig.tight_layout()
-    fig.savefig(path)
+    content = io.BytesIO()
+    fig.savefig(content, format="png")
     plt.close(fig)
+    write_atomically({path: content.getvalue()})
 
 
 def main(argv: list[str] | None = None) -> int:

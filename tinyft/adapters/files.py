@@ -7,8 +7,10 @@ Both are written together. A class name in a file is only compared with known cl
 """
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,13 @@ from typing import Any
 import numpy as np
 
 from .. import array, edit
+from ..checks import brief, instance
 from ..edit import Attached, Method
-from ..files import pack_tensors, read_tensors, write_atomically
+from ..files import FLOATS, pack_tensors, python_number, read_together, write_atomically
 from ..identity import describe, qualified_name
 from ..nn import Module
 from ..tensor import Tensor
+from .reading import check_finite, digest, read_adapter
 
 __all__ = ["save_adapter", "load_adapter"]
 
@@ -30,6 +34,9 @@ FIELDS_OF_0_1: dict[str, dict[str, str | None]] = {
     "PromptTuning": {"targets": None},
     "PrefixTuning": {"kv": "targets", "pos": None},
 }
+# An adapter is made from at most so many random numbers: per number in its file, and beside them.
+DRAWS_PER_NUMBER = 4
+MORE_DRAWS = 1024
 
 
 # ── save ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -37,9 +44,13 @@ def save_adapter(model: Module, path: str | os.PathLike, name: str | None = None
     """Write one attached method (the last one, or `name`) to the folder `path`, which is made if it is missing.
 
     A new task head that the method trains is written too. Tensors are stored without the adapter's name, so that it
-    can be loaded under another name. Both files are written before either takes its place: a full disk leaves the old
-    adapter as it was. LookupError if nothing is attached under `name`; ValueError if load_adapter could not make the
-    method again."""
+    can be loaded under another name. Both files take their places together: a full disk, or a kill at any moment,
+    leaves the old adapter as it was. LookupError if nothing is attached under `name`; ValueError if load_adapter could
+    not make the method again; OSError if the files cannot be written."""
+    instance("save_adapter", path, (str, os.PathLike), "a path")
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} is a file; save_adapter wants a directory")
     a = edit.get_attached(model, name)
     cls = type(a.method)
     # An adapter made by `combine` has edits that its class cannot make.
@@ -52,11 +63,15 @@ def save_adapter(model: Module, path: str | os.PathLike, name: str | None = None
         "head": [n for n in a.base_values if edit.is_head(model, n)],
         "base": identify_base(model),
     }
+    try:
+        text = json.dumps(facts, indent=1, default=python_number, allow_nan=False)
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"the fields of {brief(a.method)} cannot be written: {e}") from e
     tensors = {_name_in_file(a, n): v for n, v in edit.state_dict(model, a).items()}
-    path = Path(path)
+    check_finite(tensors)
     write_atomically({
-        path / "adapter.safetensors": pack_tensors(tensors, {"sum": digest(facts)}),
-        path / "adapter.json": (json.dumps(facts, indent=1) + "\n").encode(),
+        path / "adapter.safetensors": pack_tensors(tensors, {"sum": digest(json.loads(text))}),
+        path / "adapter.json": f"{text}\n".encode(),     # last: see write_atomically
     })
     return path
 
@@ -78,57 +93,60 @@ def load_adapter(model: Module, path: str | os.PathLike, name: str | None = None
     method   the class of a method defined outside the library, or, for a method with data among its fields, the
              method itself; with one of the library's methods, it must be the one in the file
 
-    Raises FileNotFoundError, or ValueError naming the difference, if the folder is damaged, or if the base, the
-    method or the shapes differ; then the model is unchanged."""
+    Raises FileNotFoundError if there is no adapter, LookupError if no module matches its targets, and ValueError,
+    naming the difference, if the folder is damaged, or if the base, the method or the shapes differ. After any
+    exception the model is unchanged. A damaged or forged folder costs little time and memory before it is refused."""
+    instance("load_adapter", model, Module, "a model")
+    instance("load_adapter", path, (str, os.PathLike), "a path")
+    if method is not None and not (isinstance(method, type) and issubclass(method, Method)):
+        instance("load_adapter", method, Method, "a Method or its class as the method")
+    if name is not None:
+        instance("load_adapter", name, str, "a text as the name")
     path = Path(path)
-    facts, arrays = _read(path)
-    class_name, fields = _class_and_fields(path, facts)
+    facts, arrays = read_together(path, "adapter.json", lambda: read_adapter(path))
+    class_name, fields = _class_and_fields(facts)
     made = _make_method(path, class_name, fields, method)
     check_base(facts["base"], identify_base(model))
+    _check_fit(path, model, made, arrays, facts["seed"])
     # The adapter trains a new task head exactly if its file holds one.
-    a = edit.attach(model, made, name or facts["name"], facts.get("seed", 0), train_head=bool(facts["head"]))
+    a = edit.attach(model, made, name or facts["name"], facts["seed"], train_head=bool(facts["head"]))
     try:
-        edit.load_state_dict(model, a, {_name_in_model(a, n): v for n, v in arrays.items()})
-    except ValueError:
+        named = {_name_in_model(a, n): v for n, v in arrays.items()}
+        for n, v in edit.named_state(model, a).items():
+            if n in named:
+                named[n] = _as_dtype(n, named[n], v.dtype)
+        edit.load_state_dict(model, a, named)
+    except BaseException:
         edit.detach(model, a.name)
         raise
     return a
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """(the facts in adapter.json, the arrays in adapter.safetensors by their names there) of the folder `path`.
+def _as_dtype(name: str, stored: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """An array of a file in the dtype of its place in the model.
 
-    ValueError if the files are damaged or were not written together, which the checksum of the facts shows."""
-    for file in ("adapter.json", "adapter.safetensors"):
-        if not (path / file).exists():
-            raise FileNotFoundError(f"{path} is no adapter: it has no {file}")
-    try:
-        facts = json.loads((path / "adapter.json").read_text())
-        missing = {"method", "name", "head", "base"} - facts.keys()
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as e:     # AttributeError: no JSON object
-        raise ValueError(f"{path / 'adapter.json'} is damaged: {e}") from e
-    if missing:
-        raise ValueError(f"{path / 'adapter.json'} is damaged: it has no {min(missing)}")
-    arrays, header = read_tensors(path / "adapter.safetensors")
-    if header.get("sum") != digest(facts):
-        raise ValueError(f"{path}: adapter.json and adapter.safetensors are not of one saving")
-    return facts, arrays
+    ValueError for whole numbers in place of floating-point ones or the reverse, or for a value too large for dtype."""
+    floats = FLOATS.values()
+    if (stored.dtype in floats) != (dtype in floats):
+        raise ValueError(f"{name} wants the dtype {dtype}, got {stored.dtype}")
+    with np.errstate(over="ignore"):
+        cast = stored.astype(dtype)
+    if dtype in floats and dtype.itemsize <= stored.dtype.itemsize and not np.isfinite(cast).all():
+        raise ValueError(f"{name} holds a value too large for {dtype}")
+    return cast
 
 
-def _class_and_fields(path: Path, facts: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def _class_and_fields(facts: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """The qualified class name of the method in a file, and its fields {name: value} under this version's names.
 
-    facts: the content of adapter.json. Files of version 0.1 hold older names. ValueError if no method is named."""
-    try:
-        if isinstance(facts["method"], dict):
-            return facts["method"]["class"], dict(facts["method"]["fields"])
-        cls = facts["method"]                            # version 0.1: the class's own name
-        renamed = FIELDS_OF_0_1.get(cls, {})
-        fields = {renamed.get(field, field): v for field, v in facts["fields"].items()}
-        fields.pop(None, None)                           # a field that is gone was renamed to None
-        return f"tinyft.{cls}", fields
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise ValueError(f"{path / 'adapter.json'} is damaged: it does not name a method ({e})") from e
+    facts: the content of adapter.json. Files of version 0.1 hold older names."""
+    method = facts["method"]
+    if isinstance(method, dict):
+        return method["class"], method["fields"]
+    renamed = FIELDS_OF_0_1.get(method, {})              # version 0.1: the class's own name
+    fields = {renamed.get(field, field): v for field, v in facts["fields"].items()}
+    fields.pop(None, None)                               # a field that is gone was renamed to None
+    return f"tinyft.{method}", fields
 
 
 def _make_method(path: Path, class_name: str, fields: dict[str, Any], given: type[Method] | Method | None) -> Method:
@@ -136,28 +154,84 @@ def _make_method(path: Path, class_name: str, fields: dict[str, Any], given: typ
 
     class_name and fields are those in the file; given may also be the class alone. A class of the library is found by
     its short name. ValueError if the class is unknown or another, or if a field differs or cannot be made again."""
-    short = class_name.split(".")[-1]
+    short = class_name[-200:].split(".")[-1]
     cls = type(given) if isinstance(given, Method) else given
     known = find_method(short) if class_name.startswith("tinyft.") else None
     if cls is not None and cls is not known and qualified_name(cls) != class_name:
         raise ValueError(f"{path} holds a {short}, not a {cls.__name__}")
     if cls is None and known is None:
-        raise ValueError(f"{path} is of the method {short!r}, which this tinyft does not know; "
+        raise ValueError(f"{path} is of the method {brief(short)}, which this tinyft does not know; "
                          "if it is your own, pass its class: load_adapter(..., method=...)")
     if isinstance(given, Method):
         ours = describe(given)["fields"]
         for field in fields.keys() | ours.keys():
             if fields.get(field) != ours.get(field):
-                raise ValueError(f"{path} was made by a {short} with another {field}")
+                raise ValueError(f"{path} was made by a {short} with another {_short(field)}")
         return given
     data_fields = [field for field, v in fields.items() if _is_data(v)]
     if data_fields:
-        raise ValueError(f"{path}: the {data_fields[0]} of its {short} is data, which is not saved; "
+        raise ValueError(f"{path}: the {_short(data_fields[0])} of its {short} is data, which is not saved; "
                          f"pass the method itself: load_adapter(..., method={short}(...))")
     try:
         return (cls or known)(**{field: _tuples(v) for field, v in fields.items()})
-    except TypeError as e:
-        raise ValueError(f"{path} was saved by another version of {short}: {e}") from e
+    except Exception as e:                               # a check of the method's own may raise anything
+        raise ValueError(f"{path} was saved by another version of {short}: {_reason(e)}") from e
+
+
+def _check_fit(path: Path, model: Module, method: Method, arrays: dict[str, np.ndarray], seed: int) -> None:
+    """ValueError if the method of a file cannot be made on this model, or not from as much as its file holds.
+
+    Its edits are made once on trial. A file of a few bytes may claim a rank of a billion: a generator that draws no
+    more than a few times as many random numbers as the file holds stops before the memory is taken. The class of a
+    user is trusted. LookupError if no module matches its targets."""
+    rng = np.random.default_rng(seed)
+    if type(method).__module__.startswith("tinyft."):
+        stored = sum(a.size for a in arrays.values())
+        rng = LimitedGenerator(seed, DRAWS_PER_NUMBER * stored + MORE_DRAWS)
+    try:
+        method.trains(model)
+        method.edits(method.find(model), rng)
+    except Exception as e:
+        if type(e) is LookupError:
+            raise
+        raise ValueError(f"{path} does not fit this model: {_reason(e)}") from e
+
+
+def _reason(e: Any) -> str:
+    """The message of an exception, or another value from a file, in one line of moderate length."""
+    return " ".join(str(e).split())[:300] or type(e).__name__
+
+
+def _short(name: str) -> str:
+    """A name from a file, for an error message: quoted and cut if it is not a plain name."""
+    return name if name.isidentifier() and len(name) <= 60 else brief(name)
+
+
+class LimitedGenerator(np.random.Generator):
+    """A random generator that raises ValueError, before it takes the memory, once it has drawn `limit` numbers."""
+
+    # The position of the argument `size` of each method. A method that is not here is not limited.
+    SIZES = {"random": 0, "standard_normal": 0, "normal": 2, "uniform": 2, "integers": 2, "choice": 1}
+
+    def __init__(self, seed: int, limit: int):
+        super().__init__(np.random.PCG64(seed))
+        self.left = limit
+
+    def draw(self, method: str, *arguments: Any, **named: Any) -> Any:
+        """Draw by a method of Generator, if the limit allows it."""
+        position = self.SIZES[method]
+        size = named.get("size", arguments[position] if len(arguments) > position else None)
+        self.left -= 1 if size is None else math.prod(np.atleast_1d(np.array(size, object)))
+        if self.left < 0:
+            raise ValueError("its fields ask for more parameters than the file holds")
+        return getattr(super(), method)(*arguments, **named)
+
+    random = functools.partialmethod(draw, "random")
+    standard_normal = functools.partialmethod(draw, "standard_normal")
+    normal = functools.partialmethod(draw, "normal")
+    uniform = functools.partialmethod(draw, "uniform")
+    integers = functools.partialmethod(draw, "integers")
+    choice = functools.partialmethod(draw, "choice")
 
 
 def _is_data(value: Any) -> bool:
@@ -225,9 +299,3 @@ def check_base(wanted: dict[str, Any], got: dict[str, Any]) -> None:
         if wanted.get(key) != got[key]:
             trained_on = text.format(wanted.get(key))
             raise ValueError(f"this adapter was trained on {trained_on}; this is {text.format(got[key])}")
-
-
-def digest(facts: dict[str, Any]) -> str:
-    """A checksum of the facts in adapter.json. The header of adapter.safetensors holds it, to show that both files were
-    written together."""
-    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8).hexdigest()

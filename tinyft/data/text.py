@@ -50,10 +50,12 @@ def snapshot() -> tuple[Record, ...]:
     """
     path = ASSETS / "text.json.xz"
     try:
-        records = json.loads(lzma.decompress(path.read_bytes()))["records"]
-    except (OSError, lzma.LZMAError, ValueError) as error:
+        records = [Record(*record) for record in json.loads(lzma.decompress(path.read_bytes()))["records"]]
+        if not all(isinstance(value, str) for record in records for value in record):
+            raise ValueError("a record holds something other than texts")
+    except (OSError, EOFError, lzma.LZMAError, ValueError, TypeError, LookupError, RecursionError) as error:
         raise ValueError(f"snapshot wants the file {path}, got no readable one: {error}") from error
-    return tuple(Record(*record) for record in records)
+    return tuple(records)
 
 
 def shipped_tokenizer() -> Tokenizer:

@@ -8,6 +8,7 @@ built. Written files replace the old ones only when all of them are on the disk.
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -18,7 +19,8 @@ import safetensors.numpy
 from tokenizers import Tokenizer
 
 from .. import array, edit
-from ..files import write_atomically
+from ..checks import brief, instance
+from ..files import check_ordinary, read_together, refuse_damage, write_atomically
 from ..nn import Module, Packed
 from ..tokens import special_token
 from .bert import BERTFamily
@@ -51,9 +53,15 @@ def load(path: str | os.PathLike, dtype: Any = None) -> tuple[Module, Tokenizer 
     """
     folder = find(path)
     dtype = _float_dtype(np.float32 if dtype is None else dtype)
+    return read_together(folder, "config.json", lambda: _read(folder, dtype))
+
+
+def _read(folder: Path, dtype: np.dtype) -> tuple[Module, Tokenizer | None]:
+    """(model, tokenizer) of a directory; see load."""
     config = read_json(folder / "config.json")
     family = _family_of_type(config.get("model_type"), folder)
     try:
+        kept = _check_kept({key: config[key] for key in KEPT if key in config})
         stored = _under_table_names(family, read_all(folder))
         plan = family.read_config(config, stored.keys())
         _check_sizes(plan, stored)
@@ -63,21 +71,25 @@ def load(path: str | os.PathLike, dtype: Any = None) -> tuple[Module, Tokenizer 
     except ValueError as e:
         if str(folder) in str(e):                          # the message names the directory already
             raise
-        raise ValueError(f"{folder}: {e}") from e
+        raise ValueError(f"{folder}: {str(e)[:1000]}") from e
     tokenizer = _read_tokenizer(folder)
     arrays = {}
     for name, place in table.items():                      # read: transposes or cuts the file's tensor where needed
         host = _cast(place.read(stored[place.name]), dtype, name)
         arrays[name] = array.asarray(host)
     model = set_parameters(family.build(plan), arrays)
-    # `save` writes these entries again.
-    model._kept_config = {key: config[key] for key in KEPT if key in config}
+    model._kept_config = kept                              # `save` writes these entries again
     return model, tokenizer
 
 
 def find(path: str | os.PathLike) -> Path:
     """The directory of this path. A bare name that is no directory names a model that ships with tinyft."""
+    instance("load", path, (str, os.PathLike), "a path")
     folder = Path(path)
+    try:
+        folder.exists()
+    except OSError as e:                                   # a name that is too long, a folder that may not be read
+        raise FileNotFoundError(e.errno, f"{brief(path)} cannot be read ({e.strerror}); wanted a directory") from e
     if not folder.exists() and _is_bare_name(path):
         folder = ASSETS / path
         if not (folder / "config.json").is_file():
@@ -97,13 +109,28 @@ def _is_bare_name(path: str | os.PathLike) -> bool:
     return isinstance(path, str) and path != "" and not separators & set(path)
 
 
+def _check_kept(kept: dict[str, Any]) -> dict[str, Any]:
+    """The entries of config.json that `save` writes again. ValueError for a value of another kind than its key has."""
+    kinds = {"id2label": dict, "label2id": dict, "problem_type": str}
+    for key, value in kept.items():
+        numbers = value if isinstance(value, list) else [value]             # eos_token_id may be a list
+        if key in kinds:
+            fits = isinstance(value, kinds[key])
+        else:
+            fits = all(type(n) is int for n in numbers)
+        if not fits and value is not None:
+            wanted = kinds[key].__name__ if key in kinds else "int"
+            raise ValueError(f"config.json: {key} wants a value of the type {wanted}, got {brief(value)}")
+    return kept
+
+
 def _family_of_type(model_type: Any, folder: Path) -> Family:
     """The family with this `model_type`. ValueError if there is none."""
     for family in FAMILIES:
         if family.model_type == model_type:
             return family
     known = ", ".join(family.model_type for family in FAMILIES)
-    raise ValueError(f"{folder} holds a model of the type {model_type!r}; wanted one of {known}")
+    raise ValueError(f"{folder} holds a model of the type {brief(model_type)}; wanted one of {known}")
 
 
 def _under_table_names(family: Family, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -188,13 +215,14 @@ def _check_tensors(table: Table, stored: dict[str, np.ndarray]) -> None:
 def _read_tokenizer(folder: Path) -> Tokenizer | None:
     """The tokenizer of a directory, or None if it has no tokenizer.json. ValueError if the file is damaged."""
     file = folder / "tokenizer.json"
-    if not file.is_file():
+    if not os.path.lexists(file):
         return None
-    try:
+    check_ordinary(file)
+    with refuse_damage(file):
         tokenizer = Tokenizer.from_file(str(file))
-    except Exception as e:                                 # the library raises plain Exception
-        raise ValueError(f"{file} is damaged: {e}") from e
     configure(tokenizer, folder)
+    with refuse_damage(file), contextlib.suppress(Exception):               # no unknown token: for other texts
+        tokenizer.encode("a b")                            # some damage is noticed only here, as a panic
     if folder.parent == ASSETS:                            # a model that ships with tinyft
         tokenizer.encode_special_tokens = True             # as in data.shipped_tokenizer: "[MASK]" in a text is text
     return tokenizer
@@ -213,9 +241,13 @@ def _cast(a: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
 
 def _float_dtype(dtype: Any) -> np.dtype:
     """The NumPy dtype. TypeError for a dtype that no model has."""
-    dtype = np.dtype(dtype)
+    wanted = "a model wants float64, float32, float16 or bfloat16 parameters"
+    try:
+        dtype = np.dtype(dtype)
+    except (TypeError, ValueError):
+        raise TypeError(f"{wanted}, got {brief(dtype)}") from None
     if dtype not in FLOATS.values():
-        raise TypeError(f"a model wants float64, float32, float16 or bfloat16 parameters, got {dtype}")
+        raise TypeError(f"{wanted}, got {dtype}")
     return dtype
 
 
@@ -261,6 +293,9 @@ def save(model: Module, path: str | os.PathLike, tokenizer: Tokenizer | None = N
     disk) or an interruption leaves the directory as it was. ValueError for a model that the format cannot hold:
     one with edits, a packed one, one of another family. OverflowError if a value is too large for dtype.
     """
+    instance("save", path, (str, os.PathLike), "a path")
+    if tokenizer is not None:
+        instance("save", tokenizer, Tokenizer, "a Tokenizer of the library tokenizers")
     family = _family_of_model(model)
     _check_plain(model)
     plan = family.plan_of(model)
@@ -273,10 +308,11 @@ def save(model: Module, path: str | os.PathLike, tokenizer: Tokenizer | None = N
     weights = {family.file_name(name, plan): a for name, a in file_tensors(table, arrays).items()}
     config = {**family.write_config(plan), "torch_dtype": str(dtype), **_kept_entries(model, plan, tokenizer)}
     metadata = {"format": "pt"}                            # transformers requires this entry
-    files = {"config.json": _json(config), "model.safetensors": safetensors.numpy.save(weights, metadata=metadata)}
+    files = {"model.safetensors": safetensors.numpy.save(weights, metadata=metadata)}
     if tokenizer is not None:
         files["tokenizer.json"] = _json(json.loads(tokenizer.to_str()))
         files["tokenizer_config.json"] = _json(tokenizer_config(tokenizer, plan.config.positions))
+    files["config.json"] = _json(config)                   # last: see write_atomically
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} is a file; save wants a directory")

@@ -1,0 +1,486 @@
+"""A seeded fuzzer for every reader: model directories, adapters, checkpoints, the shipped text.
+
+Each case damages a copy of good files and reads them. Allowed are a sane result, or one sentence of an expected
+exception, within SECONDS of processor time; the model is then what it was. Half of the damage is below the checksums:
+the files are written again with sums that fit.
+
+    TINYFT_FUZZ=5000 python -m pytest tests/test_fuzz.py -s          more cases of each reader; the default is CASES
+    TINYFT_FUZZ_SEED=1234                                            another first seed, or one that failed
+"""
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import lzma
+import os
+import signal
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import host
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+import tinyft as ft
+from tinyft import edit
+from tinyft.adapters.files import digest
+from tinyft.data import text
+from tinyft.files import pack_tensors, read_tensors
+
+CASES = 150
+SECONDS = 1.0
+FIRST_SEED = 20_000
+EXPECTED = (ValueError, OSError, LookupError, OverflowError)
+NASTY = (
+    None, True, False, 0, 1, -1, 2, 7, 1 << 31, 1 << 63, 1 << 70, 0.5, -1.5, 1e30, float("nan"), float("inf"), "", "x",
+    "a\nb", "\ud800", "é" * 300, "../x", "/dev/zero", [], [[]], [0] * 50, {}, {"": None}, {"class": "x", "fields": {}},
+    [[[[[[[[[[0]]]]]]]]]],
+)
+IDS = np.array([[1, 2, 3, 4], [5, 6, 7, 8]])
+
+Rng = np.random.Generator
+
+
+# ── damage ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+def flip_bits(data: bytes, rng: Rng) -> bytes:
+    out = bytearray(data)
+    for _ in range(int(rng.choice([1, 1, 2, 8]))):
+        if out:
+            out[rng.integers(len(out))] ^= 1 << rng.integers(8)
+    return bytes(out)
+
+
+def cut(data: bytes, rng: Rng) -> bytes:
+    return data[:rng.integers(len(data) + 1)]
+
+
+def cut_out(data: bytes, rng: Rng) -> bytes:
+    begin, end = sorted(rng.integers(len(data) + 1, size=2))
+    return data[:begin] + data[end:]
+
+
+def double(data: bytes, rng: Rng) -> bytes:
+    begin, end = sorted(rng.integers(len(data) + 1, size=2))
+    return data[:end] + data[begin:]
+
+
+def blank(data: bytes, rng: Rng) -> bytes:
+    begin, end = sorted(rng.integers(len(data) + 1, size=2))
+    filler = bytes([rng.choice([0, 32, 255])])
+    return data[:begin] + filler * (end - begin) + data[end:]
+
+
+def lengthen(data: bytes, rng: Rng) -> bytes:
+    return data + bytes(rng.integers(0, 256, rng.integers(1, 100), dtype=np.uint8))
+
+
+def noise(data: bytes, rng: Rng) -> bytes:
+    return bytes(rng.integers(0, 256, rng.integers(0, 200), dtype=np.uint8))
+
+
+BYTES = (flip_bits, flip_bits, cut, cut_out, double, blank, lengthen, noise)
+
+
+def places(values: Any) -> Iterator[tuple[Any, Any]]:
+    """(container, key) of every value inside a value of JSON."""
+    if isinstance(values, (dict, list)):
+        for key in list(values) if isinstance(values, dict) else range(len(values)):
+            yield values, key
+            yield from places(values[key])
+
+
+def damage_json(values: Any, rng: Rng) -> Any:
+    """A copy with one or two values replaced, removed, renamed or exchanged."""
+    out = copy.deepcopy(values)
+    for _ in range(rng.integers(1, 3)):
+        found = list(places(out))
+        if not found:
+            return out
+        container, key = found[rng.integers(len(found))]
+        other, other_key = found[rng.integers(len(found))]
+        kind = rng.integers(6)
+        if kind <= 2:
+            container[key] = copy.deepcopy(NASTY[rng.integers(len(NASTY))])
+        elif kind == 3:
+            del container[key]
+        elif kind == 4 and isinstance(container, dict):
+            container[f"{key}{rng.integers(10)}"] = container.pop(key)
+        elif kind == 5 and not isinstance(other[other_key], (dict, list)):
+            container[key] = other[other_key]
+    return out
+
+
+def damage_text(data: bytes, rng: Rng) -> bytes:
+    """JSON with damage in its values or, as text, a key that stands twice or a word that is no JSON."""
+    try:
+        values = json.loads(data)
+    except ValueError:
+        return flip_bits(data, rng)
+    written = json.dumps(damage_json(values, rng))
+    if rng.integers(5) == 0 and written.startswith("{") and len(written) > 2:
+        first = written[1:].split(",")[0].rstrip("}")
+        written = "{" + first + ", " + written[1:]
+    return written.encode(errors="surrogatepass")
+
+
+def damage_header(data: bytes, rng: Rng) -> bytes:
+    """A safetensors file with damage in its header, whose length fits."""
+    length = int.from_bytes(data[:8], "little")
+    header = damage_text(data[8:8 + length], rng)
+    return struct.pack("<Q", len(header)) + header + data[8 + length:]
+
+
+def damage_arrays(arrays: dict[str, np.ndarray], rng: Rng) -> dict[str, np.ndarray]:
+    """Arrays with one missing, added, exchanged, or of another shape, dtype or content."""
+    out = dict(arrays)
+    names = list(out)
+    if not names:
+        return {"x": np.ones(3)}
+    name = names[rng.integers(len(names))]
+    a = out[name]
+    kind = rng.integers(9)
+    if kind == 0:
+        del out[name]
+    elif kind == 1:
+        out[f"{name}{rng.integers(10)}"] = a
+    elif kind == 2:
+        other = names[rng.integers(len(names))]
+        out[name], out[other] = out[other], out[name]
+    elif kind == 3:
+        out[name] = a.reshape(-1) if a.ndim != 1 else a[None]
+    elif kind == 4:
+        out[name] = a.T if a.ndim == 2 else np.concatenate([a.reshape(-1), a.reshape(-1)])
+    elif kind == 5:
+        with np.errstate(all="ignore"):
+            out[name] = a.astype(rng.choice(["int64", "int8", "bool", "float64", "float16", "bfloat16", "uint32"]))
+    elif kind == 6 and a.dtype.kind == "f" and a.size:
+        out[name] = np.full(a.shape, rng.choice([np.nan, np.inf, -np.inf, 3e38]), a.dtype)
+    elif kind == 7:
+        out[name] = a.reshape(-1)[:0]
+    else:
+        out[name] = np.zeros_like(a)
+    return out
+
+
+def damage_files(folder: Path, rng: Rng) -> str:
+    """Damage one file of a folder, or exchange two, without regard to sums. Returns a description."""
+    files = sorted(p for p in folder.iterdir() if p.is_file())
+    file = files[rng.integers(len(files))]
+    if rng.integers(20) == 0:
+        other = files[rng.integers(len(files))]
+        a, b = file.read_bytes(), other.read_bytes()
+        file.write_bytes(b)
+        other.write_bytes(a)
+        return f"{file.name} and {other.name} exchanged"
+    if rng.integers(20) == 0:
+        file.unlink()
+        return f"{file.name} removed"
+    by_kind = {".json": damage_text, ".safetensors": damage_header}
+    damage = by_kind.get(file.suffix)
+    if damage is None or rng.integers(2):
+        damage = BYTES[rng.integers(len(BYTES))]
+    file.write_bytes(damage(file.read_bytes(), rng))
+    return f"{file.name}: {damage.__name__}"
+
+
+# ── readers ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+def small_model() -> Any:
+    return ft.GPT(ft.GPTConfig(23, 12, 12, 2, 3, 20), seed=1)
+
+
+def words() -> Tokenizer:
+    """A tokenizer with most parts that a tokenizer.json has."""
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b", "c", "##d"])}
+    out = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    out.pre_tokenizer = pre_tokenizers.Whitespace()
+    out.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", None, [("[CLS]", 2), ("[SEP]", 3)])
+    out.add_special_tokens(["[PAD]", "[CLS]", "[SEP]"])
+    return out
+
+
+def state(model: Any) -> dict[str, Any]:
+    """All that a refused file must leave as it was."""
+    values = {name: host(p).tobytes() for name, p in model.named_parameters().items()}
+    trains = {name: p.requires_grad for name, p in model.named_parameters().items()}
+    return {"values": values, "trains": trains, "attached": [a.name for a in edit.attached(model)]}
+
+
+class ModelReader:
+    """load: a model directory with a tokenizer."""
+
+    def write(self, folder: Path) -> None:
+        ft.save(small_model(), folder, words())
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"id2label": {"0": "x", "1": "y"}, "label2id": {"x": 0, "y": 1}, "problem_type": None}
+        (folder / "config.json").write_text(json.dumps(config))
+
+    def damage(self, folder: Path, rng: Rng) -> str:
+        return damage_files(folder, rng)
+
+    def read(self, folder: Path) -> None:
+        model, tokenizer = ft.load(folder)
+        shape = host(model(IDS % model.config.vocab)).shape
+        assert shape[:1] == (2,) and len(shape) in (2, 3)
+        if tokenizer is not None:
+            with contextlib.suppress(Exception):         # a text that the tokenizer has no words for; a panic is none
+                assert len(tokenizer.encode("a b ad x").ids) < 100
+        ft.save(model, folder.parent / "again")
+
+
+class TokenizerReader(ModelReader):
+    """load: a directory whose tokenizer has every other part: BPE, normalizers, truncation, padding."""
+
+    def write(self, folder: Path) -> None:
+        pieces = ["<s>", "</s>", "<pad>", *"abcdĠ", "Ġa", "Ġab"]
+        vocabulary = {piece: i for i, piece in enumerate(pieces)}
+        out = Tokenizer(models.BPE(vocabulary, [("Ġ", "a"), ("Ġa", "b")], unk_token="<pad>", byte_fallback=True))
+        out.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex("x+"), "a")])
+        digits = pre_tokenizers.Split(Regex(r"\d"), "isolated")
+        out.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=True)])
+        out.post_processor = processors.RobertaProcessing(("</s>", 1), ("<s>", 0))
+        out.decoder = decoders.ByteLevel()
+        out.add_special_tokens(["<s>", "</s>", "<pad>"])
+        out.add_tokens([AddedToken("ab", lstrip=True), AddedToken("new word", normalized=True)])
+        out.enable_truncation(6, stride=1)
+        out.enable_padding(pad_id=2, pad_token="<pad>", length=8)
+        ft.save(small_model(), folder, out)
+
+    def damage(self, folder: Path, rng: Rng) -> str:
+        file = folder / "tokenizer.json"
+        damage = damage_text if rng.integers(4) else BYTES[rng.integers(len(BYTES))]
+        file.write_bytes(damage(file.read_bytes(), rng))
+        return f"tokenizer.json: {damage.__name__}"
+
+
+class AdapterReader:
+    """load_adapter, onto the base that the adapter was trained on."""
+
+    def __init__(self, method: Any):
+        self.method = method
+
+    def write(self, folder: Path) -> None:
+        model = small_model()
+        ft.attach(model, self.method)
+        rng = np.random.default_rng(0)
+        for p in model.parameters():
+            if p.requires_grad:
+                p.copy_(host(p) + rng.standard_normal(p.shape) * 0.1)
+        ft.save_adapter(model, folder)
+
+    def damage(self, folder: Path, rng: Rng) -> str:
+        if rng.integers(2):
+            return damage_files(folder, rng)
+        facts = json.loads((folder / "adapter.json").read_text())
+        arrays, _ = read_tensors(folder / "adapter.safetensors")
+        forged = "arrays"
+        if rng.integers(3):
+            forged = "facts"
+            facts = damage_json(facts, rng)
+        else:
+            arrays = damage_arrays(arrays, rng)
+        (folder / "adapter.json").write_text(json.dumps(facts))
+        (folder / "adapter.safetensors").write_bytes(pack_tensors(arrays, {"sum": digest(facts)}))
+        return f"forged {forged}"
+
+    def read(self, folder: Path) -> None:
+        model = small_model()
+        before = state(model)
+        try:
+            attached = ft.load_adapter(model, folder)
+        except BaseException:
+            assert state(model) == before, "the model was changed"
+            raise
+        with np.errstate(all="ignore"):
+            assert host(model.eval()(IDS)).shape == (2, 4, 23)
+        ft.detach(model, attached.name)
+        assert state(model) == before, "detach did not give the base back"
+
+
+class CheckpointReader:
+    """fit(resume=True) from a checkpoint in the middle of a run."""
+
+    def make(self) -> Any:
+        model = small_model()
+        ft.attach(model, ft.LoRA(r=2))
+        return model
+
+    def fit(self, model: Any, folder: Path, steps: int, **arguments: Any) -> Any:
+        batches = ft.data.Batches(list(IDS.repeat(2, axis=0)), 2, seed=3)
+        return ft.fit(model, batches, 4, ft.AdamW(0.01), out=folder, resume=True, progress=False, **arguments)
+
+    def write(self, folder: Path) -> None:
+        class Stop(Exception):
+            """Ends the run after two steps."""
+
+        def schedule(t: int, T: int) -> float:
+            if t == 2:
+                raise Stop
+            return 1.0
+
+        with pytest.raises(Stop):
+            self.fit(self.make(), folder, 4, schedule=schedule, save_every=1)
+
+    def damage(self, folder: Path, rng: Rng) -> str:
+        if rng.integers(3) == 0:
+            return damage_files(folder, rng)
+        file = folder / "checkpoint.safetensors"
+        arrays, facts = read_tensors(file)
+        forged = "arrays"
+        if rng.integers(2):
+            forged = "facts"
+            facts = damage_json(facts, rng)
+        else:
+            arrays = damage_arrays(arrays, rng)
+        file.write_bytes(pack_tensors(arrays, facts))
+        return f"forged {forged}"
+
+    def read(self, folder: Path) -> None:
+        model = self.make()
+        before = state(model)
+        file = folder / "checkpoint.safetensors"
+        content = file.read_bytes() if file.exists() else None
+        try:
+            with np.errstate(all="ignore"):
+                history = self.fit(model, folder, 4)
+        except BaseException:
+            assert state(model) == before, "the model was changed"
+            assert content is None or file.read_bytes() == content, "the checkpoint was changed"
+            raise
+        assert len(history.losses) <= 4 + 50             # a forged history may be longer than the run
+
+
+class TextReader:
+    """data.snapshot: the shipped text."""
+
+    def write(self, folder: Path) -> None:
+        records = [["os", "prose", "train", "Some text."], ["sys", "source", "test", "x = 1"]]
+        folder.mkdir()
+        (folder / "text.json.xz").write_bytes(lzma.compress(json.dumps({"records": records}).encode()))
+
+    def damage(self, folder: Path, rng: Rng) -> str:
+        file = folder / "text.json.xz"
+        if rng.integers(2):
+            values = json.loads(lzma.decompress(file.read_bytes()))
+            file.write_bytes(lzma.compress(json.dumps(damage_json(values, rng)).encode()))
+            return "forged records"
+        return damage_files(folder, rng)
+
+    def read(self, folder: Path) -> None:
+        assets = text.ASSETS
+        text.ASSETS = folder
+        try:
+            for record in text.snapshot.__wrapped__():
+                assert all(isinstance(value, str) for value in record), record
+        finally:
+            text.ASSETS = assets
+
+
+READERS = {
+    "model": ModelReader(),
+    "tokenizer": TokenizerReader(),
+    "lora": AdapterReader(ft.LoRA(r=2)),
+    "houlsby": AdapterReader(ft.Houlsby(m=2)),
+    "prefix": AdapterReader(ft.PrefixTuning(p=2, mlp=3)),
+    "prompt": AdapterReader(ft.PromptTuning(p=2)),
+    "partial": AdapterReader(ft.Partial(k=1)),
+    "text": TextReader(),
+}
+
+
+# ── the fuzzer ───────────────────────────────────────────────────────────────────────────────────────────────────────
+@contextlib.contextmanager
+def limited() -> Iterator[None]:
+    """Fails if the body takes more than SECONDS of processor time, or waits."""
+    def stop(*_: Any) -> None:
+        raise AssertionError(f"it takes more than {SECONDS} s")
+
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGPROF, signal.SIGALRM)}
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, 60 * SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def fault(read: Callable[[Path], None], folder: Path) -> str | None:
+    """What is wrong with the way in which a reader takes these files; None if nothing is."""
+    try:
+        with limited():
+            read(folder)
+    except EXPECTED as e:
+        message = str(e)
+        if isinstance(e, (KeyError, IndexError, UnicodeError)):
+            return f"{type(e).__name__}: {message}"
+        if "\n" in message or not 10 <= len(message) <= 1500:
+            return f"{type(e).__name__}, no sentence: {message[:300]!r}"
+        return None
+    except BaseException as e:                           # a panic of Rust is no Exception
+        if isinstance(e, KeyboardInterrupt):
+            raise
+        return f"{type(e).__name__}: {str(e)[:300]}"
+    return None
+
+
+def run_case(reader: Any, good: dict[str, bytes], seed: int, folder: Path) -> str | None:
+    """Damage good files, {name: content}, in a folder, and read them; a fault, or None."""
+    for path in folder.iterdir():
+        if path.name not in good:
+            path.unlink()
+    for name, content in good.items():
+        (folder / name).write_bytes(content)
+    description = reader.damage(folder, np.random.default_rng(seed))
+    found = fault(reader.read, folder)
+    return f"seed {seed}, {description}: {found}" if found else None
+
+
+def good_files(reader: Any, folder: Path) -> dict[str, bytes]:
+    """{name: content} of files that the reader reads without fault."""
+    reader.write(folder)
+    assert fault(reader.read, folder) is None
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(autouse=True)
+def no_flush(monkeypatch):
+    """The disk is no part of these tests."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_damaged_files_are_read_or_refused_in_one_sentence(name, tmp_path):
+    reader = READERS[name]
+    cases = int(os.environ.get("TINYFT_FUZZ", CASES))
+    first = int(os.environ.get("TINYFT_FUZZ_SEED", FIRST_SEED))
+    good = good_files(reader, tmp_path / "case")
+    faults = []
+    for seed in range(first, first + cases):
+        found = run_case(reader, good, seed, tmp_path / "case")
+        if found:
+            faults.append(found)
+    assert not faults, f"{len(faults)} of {cases} cases of {name}:\n" + "\n".join(faults[:20])
+
+
+class Careless:
+    """A wrong reader: it believes what the file says."""
+
+    def read(self, folder: Path) -> None:
+        facts = json.loads((folder / "adapter.json").read_text())
+        assert facts["method"]["fields"]["r"] * 2 + len(facts["base"]["family"]) > 0
+
+
+def test_a_careless_reader_is_caught(tmp_path):
+    """The fuzzer can fail."""
+    reader = READERS["lora"]
+    good = good_files(reader, tmp_path / "case")
+    careless = Careless()
+    careless.damage = reader.damage
+    found = [run_case(careless, good, seed, tmp_path / "case") for seed in range(100)]
+    assert sum(f is not None for f in found) > 5
