@@ -26,7 +26,7 @@ $(STAMP): $(HERE)/pyproject.toml
 
 install: $(STAMP)  ## make the virtual environment .venv and install tinyft in it
 
-run: $(STAMP)  ## the main job: fine-tune the shipped base with every method, one table, one figure (about 5 minutes)
+run: $(STAMP)  ## the main job: fine-tune the shipped base on a real task, one table, two figures (under 5 minutes)
 	@cd "$(HERE)" && "$(VENV)/bin/tinyft" compare $(ARGS)
 
 test: $(STAMP)  ## the tests

@@ -6,7 +6,19 @@ import pytest
 from contract import build, noise
 from helpers import host
 
-from tinyft import BERT, GPT, BERTConfig, GPTConfig, LoRA, PrefixTuning, PromptTuning, attach, decode, generate
+from tinyft import (
+    BERT,
+    GPT,
+    BERTConfig,
+    GPTConfig,
+    LoRA,
+    PrefixTuning,
+    PromptTuning,
+    attach,
+    classifier,
+    decode,
+    generate,
+)
 from tinyft.decode import choose_token, pad_left
 
 N = 6                                                                            # tokens to generate
@@ -232,14 +244,70 @@ IDS, RNG = np.array([[1, 2, 3]]), np.random.default_rng(0)
 @pytest.mark.parametrize("ids, more, words", [
     (np.array([1, 2]), {}, r"ids of shape \(B, T\).* got \(2,\)"), (np.zeros((2, 0), int), {}, r"T >= 1, got \(2, 0\)"),
     (IDS, dict(temperature=1.0), "a generator: rng="), (IDS, dict(temperature=-1.0, rng=RNG), "a temperature > 0"),
-    (IDS, dict(temperature=1.0, rng=RNG, top_k=0), "top_k >= 1"),
-    (IDS, dict(temperature=1.0, rng=RNG, top_p=0.0), "0 < top_p <= 1"),
-    (IDS, dict(temperature=1.0, rng=RNG, top_p=1.1), "0 < top_p <= 1"),
+    (IDS, dict(temperature=1.0, rng=RNG, top_k=0), "top_k wants a whole number >= 1, got 0"),
+    (IDS, dict(temperature=1.0, rng=RNG, top_p=0.0), "top_p wants a finite number > 0 and <= 1, got 0.0"),
+    (IDS, dict(temperature=1.0, rng=RNG, top_p=1.1), "top_p wants a finite number > 0 and <= 1, got 1.1"),
     (IDS, dict(mask=np.ones((1, 4), bool)), r"mask has shape \(1, 4\), the ids \(1, 3\)"),
     (IDS, dict(mask=np.array([[True, True, False]])), "padding on the left")])
 def test_bad_arguments_get_one_clear_sentence(ids, more, words):
     with pytest.raises(ValueError, match=words):
         generate(model_with("none"), ids, 3, **more)
+
+
+@pytest.mark.parametrize("ids, tokens, more, words", [
+    (IDS, -1, {}, "max_new_tokens wants a whole number >= 0, got -1"),
+    (IDS, 3, dict(temperature=float("inf"), rng=RNG), "temperature wants a finite number, got inf"),
+    (IDS, 3, dict(temperature=float("nan"), rng=RNG), "temperature wants a finite number, got nan"),
+    (IDS, 3, dict(temperature=1.0, rng=RNG, top_k=-2), "top_k wants a whole number >= 1, got -2"),
+    (IDS, 3, dict(temperature=1.0, rng=RNG, top_p=float("nan")), "top_p wants a finite number > 0 and <= 1, got nan"),
+    (IDS, 3, dict(end=-1), "end wants a whole number from 0 to 22, got -1"),
+    (IDS, 3, dict(end=23), "end wants a whole number from 0 to 22, got 23"),
+    ([[1, 2], [3]], 3, {}, r"ids of shape \(B, T\), got rows of different lengths: pad_left pads them"),
+    ([], 3, {}, r"T >= 1, got \(0,\)"),
+])
+def test_values_without_sense_are_refused(ids, tokens, more, words):
+    model = model_with("none")
+    with pytest.raises(ValueError, match=words):
+        generate(model, ids, tokens, **more)
+
+
+@pytest.mark.parametrize("ids, tokens, more, words", [
+    (IDS, 2.5, {}, "max_new_tokens wants a whole number >= 0, got 2.5"),
+    (IDS, True, {}, "max_new_tokens wants a whole number >= 0, got True"),
+    (IDS, None, {}, "max_new_tokens wants a whole number >= 0, got None"),
+    (IDS, 3, dict(temperature="hot"), "temperature wants a finite number, got 'hot'"),
+    (IDS, 3, dict(temperature=1.0, rng=3), "rng wants a random generator, .* got 3"),
+    (IDS, 3, dict(temperature=1.0, rng=RNG, top_k=1.5), "top_k wants a whole number >= 1, got 1.5"),
+    (IDS, 3, dict(end="."), "end wants a whole number"),
+    (IDS, 3, dict(cache=1), "cache wants True or False, got 1"),
+    (IDS, 3, dict(mask="real"), r"mask of shape \(B, T\), got 'real'"),
+    (None, 3, {}, r"ids of shape \(B, T\), got None"),
+    ("text", 3, {}, r"ids of shape \(B, T\), got 'text'"),
+    ([["a"]], 3, {}, "of whole numbers, got <U1"),
+    (IDS * 1.0, 3, {}, "of whole numbers, got float64"),
+])
+def test_values_of_a_wrong_kind_are_refused(ids, tokens, more, words):
+    model = model_with("none")
+    with pytest.raises(TypeError, match=words):
+        generate(model, ids, tokens, **more)
+
+
+def test_only_a_language_model_generates():
+    with pytest.raises(ValueError, match="score for each of 23 tokens; got a model whose head gives 3 scores"):
+        generate(classifier(build("gpt"), 3), IDS, 1)
+    with pytest.raises(ValueError, match="got a model whose head gives 0 scores"):
+        generate(BERT(BERTConfig(23, 24, 2, 12, 1, 3), head=None), IDS, 1, cache=False)
+    for no_model in (None, "gpt", GPT):
+        with pytest.raises(TypeError, match="generate wants a model, got "):
+            generate(no_model, IDS, 1)
+
+
+def test_generating_leaves_the_mode_of_every_module_as_it_was():
+    model = model_with("none").train()
+    model.blocks[0].eval()
+    before = [module.training for module in model.modules()]
+    generate(model, IDS, 2)
+    assert [module.training for module in model.modules()] == before
 
 
 @pytest.mark.parametrize("keyword, near", [
@@ -275,6 +343,14 @@ def test_padding_on_the_left_keeps_every_row_whole():
     for bad in ([], [[1], []]):
         with pytest.raises(ValueError, match="at least one token each"):
             pad_left(bad)
+    assert pad_left([np.array([1, 2]), (4,)])[0].tolist() == [[1, 2], [0, 4]]
+    for bad, words in ((None, "a list of rows"), (3, "a list of rows"), (["ab"], "rows, each a list of token ids"),
+                       ([[1.5]], "token id of pad_left wants a whole number"), ([[True]], "wants a whole number")):
+        with pytest.raises(TypeError, match=words):
+            pad_left(bad)
+    for more in ({"pad": -1}, {"rows": [[-3]]}):
+        with pytest.raises(ValueError, match="wants a whole number >= 0, got -"):
+            pad_left(**{"rows": [[1]], **more})
 
 
 def test_only_the_last_position_goes_through_the_head_and_only_new_tokens_through_the_blocks(monkeypatch):

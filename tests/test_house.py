@@ -23,7 +23,8 @@ from tinyft.tensor import OPS
 
 # ── who may import whom ──────────────────────────────────────────────────────────────────────────────────────────────
 # Each part of the core may import the parts before it.
-CORE = ["dispatch", "array", "precision", "tensor", "operands", "ops", "functional", "context", "nn", "edit"]
+CORE = ["dispatch", "array", "precision", "tensor", "operands", "ops", "functional", "context", "printing", "nn",
+        "patterns", "edit"]
 BELOW_EDIT = set(CORE) - {"edit"}
 MAY_IMPORT: dict[str, set[str]] = {
     **{name: set(CORE[:i]) for i, name in enumerate(CORE)},
@@ -40,6 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kernels": {"dispatch", "array", "precision", "tensor", "operands", "ops", "optim"},
     "models": BELOW_EDIT,
     "decode": BELOW_EDIT,
+    "predict": {*BELOW_EDIT, "decode", "models", "data", "tokens"},
     "methods": set(CORE),                                  # a method never imports a model
     "compress": set(CORE),
     "adapters": {*CORE, "files", "identity"},

@@ -124,7 +124,7 @@ class Stop(Exception):
 
 
 def stop_at(step: int) -> Callable[[int, int], float]:
-    """A schedule that stops the run before the update of a step."""
+    """A schedule that stops the run before the update of a step; 0: never."""
     calls = iter(range(1, 1000))
 
     def schedule(t: int, T: int) -> float:
@@ -149,8 +149,7 @@ def distil(
     model = make_gpt(dropout=0.1)
     ft.attach(model, ft.LoRA(r=2))
     loss = Distillation(make_gpt(teacher_seed, dropout=0.3), temperature)
-    schedule = stop_at(stop) if stop else None
-    history = ft.fit(model, BATCHES, 8, ft.AdamW(0.02), schedule, loss=loss, out=out, resume=True, save_every=2,
+    history = ft.fit(model, BATCHES, 8, ft.AdamW(0.02), stop_at(stop), loss=loss, out=out, resume=True, save_every=2,
                      accumulate=2, progress=False)
     return model, history
 
@@ -469,8 +468,7 @@ def fit_with_projection(
 ) -> tuple[ft.GPT, HiddenStateLoss, ft.History]:
     model = make_gpt(dropout=0.1)
     loss = make_hidden_state_loss() if loss is None else loss
-    schedule = stop_at(stop) if stop else None
-    history = ft.fit(model, BATCHES, 8, ft.AdamW(0.02), schedule, loss=loss, out=out, resume=True, save_every=2,
+    history = ft.fit(model, BATCHES, 8, ft.AdamW(0.02), stop_at(stop), loss=loss, out=out, resume=True, save_every=2,
                      progress=False)
     return model, loss, history
 

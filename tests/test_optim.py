@@ -235,6 +235,16 @@ def test_a_group_sets_learning_rate_and_decay_and_the_first_match_wins():
     assert first_values(after) == pytest.approx(expected)
 
 
+def test_a_decay_that_a_group_names_acts_on_every_tensor_of_the_group():
+    """Vectors too, and tensors with decay=False: without such a group they do not decay."""
+    named = a_few_tensors()
+    no_gradients = {name: np.zeros(p.shape) for name, p in named.items()}
+    groups = {"*bias": {"weight_decay": 0.5}, "prompt.*": {"weight_decay": 0.5}, "norm.*": {"lr": 0.2}}
+    after = train(AdamW(0.1, weight_decay=0.1, groups=groups), named, [no_gradients])
+    expected = {"a.weight": 0.99, "a.bias": 0.95, "norm.weight": 1.0, "prompt.P": 0.95, "gate": 0.99}
+    assert first_values(after) == pytest.approx(expected)
+
+
 def test_a_group_that_matches_nothing_or_sets_something_else_is_an_error():
     with pytest.raises(LookupError, match=r"'b\.\*' holds no tensor"):
         SGD(0.1, groups={"b.*": {"lr": 1.0}}).start(a_few_tensors())
@@ -732,16 +742,81 @@ def test_a_state_of_version_0_1_of_another_run_is_refused():
 
 
 @pytest.mark.parametrize("make, words", [
-    (lambda: AdamW(lr=0), "lr > 0"),
-    (lambda: AdamW(lr=-1), "lr > 0"),
-    (lambda: AdamW(lr=math.nan), "lr > 0"),
-    (lambda: SGD(lr=0.1, weight_decay=-0.1), "weight_decay >= 0"),
+    (lambda: AdamW(lr=0), "lr wants a finite number > 0, got 0"),
+    (lambda: AdamW(lr=-1), "lr wants a finite number > 0, got -1"),
+    (lambda: AdamW(lr=math.nan), "lr wants a finite number > 0, got nan"),
+    (lambda: AdamW(lr=math.inf), "lr wants a finite number > 0, got inf"),
+    (lambda: SGD(lr=0.1, weight_decay=-0.1), "weight_decay wants a finite number >= 0, got -0.1"),
+    (lambda: SGD(lr=0.1, weight_decay=math.nan), "weight_decay wants a finite number >= 0, got nan"),
+    (lambda: SGD(lr=0.1, momentum=-0.5), "momentum wants a finite number >= 0 and < 1, got -0.5"),
+    (lambda: SGD(lr=0.1, momentum=1), "momentum wants a finite number >= 0 and < 1, got 1"),
+    (lambda: SGD(lr=0.1, groups={"a": {"lr": -1}}), r"groups\['a'\]: lr wants a finite number >= 0, got -1"),
+    (lambda: SGD(lr=0.1, groups={"a": {"weight_decay": math.nan}}), r"groups\['a'\]: weight_decay wants .*got nan"),
+    (lambda: SGD(lr=0.1, groups={"a": {"momentum": 0.9}}), "a group sets lr and weight_decay; 'a' sets momentum"),
+    (lambda: AdamW(0.1, betas=(1, 1)), "each of betas wants a finite number >= 0 and < 1, got 1"),
+    (lambda: AdamW(0.1, betas=(0.9, -0.1)), "each of betas wants a finite number >= 0 and < 1, got -0.1"),
+    (lambda: AdamW(0.1, eps=-1e-8), "eps wants a finite number >= 0, got -1e-08"),
+    (lambda: constant_schedule(-1), "warmup wants a finite number >= 0, got -1"),
+    (lambda: linear_schedule(math.nan), "warmup wants a finite number >= 0, got nan"),
+    (lambda: cosine_schedule(2.5), "warmup wants a whole number of steps, or a fraction below 1 .*, got 2.5"),
+    (lambda: cosine_schedule(100, 1000), "floor wants a finite number >= 0 and <= 1, got 1000"),
+    (lambda: cosine_schedule()(9, 8), "t wants a whole number from 0 to 8, got 9"),
+    (lambda: cosine_schedule()(0, 0), "T wants a whole number >= 1, got 0"),
+    (lambda: optim.clip_norm([np.ones(2)], -1.0), "limit wants a finite number > 0, got -1.0"),
+    (lambda: started().step(factor=-1), "factor wants a finite number >= 0, got -1"),
+    (lambda: started().step(clip=0), "clip wants a finite number > 0, got 0"),
+    (lambda: started().step(clip=-1.0), "clip wants a finite number > 0, got -1.0"),
+    (lambda: started().step(scale=0), "scale wants a finite number > 0, got 0"),
+    (lambda: started().load_state_dict({}), "this optimiser state belongs to other tensors"),
+    (lambda: optim.GradScaler(init_scale=math.inf), "init_scale wants a finite number, got inf"),
+    (lambda: optim.GradScaler().load_state_dict({"scale": -1.0, "good": 0}), "scale wants a finite number > 0"),
+    (lambda: optim.GradScaler().load_state_dict({"scale": 1.0}), "load_state_dict wants scale and good"),
     (lambda: AdamW(0.1).start({}), "nothing trains"),
     (lambda: AdamW(0.1).step(), "was not started"),
 ])
 def test_bad_input_gets_one_clear_sentence(make, words):
     with pytest.raises((ValueError, RuntimeError), match=words):
         make()
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda: AdamW([1.0]), "lr wants a finite number > 0"),
+    (lambda: AdamW("0.1"), "lr wants a finite number > 0, got '0.1'"),
+    (lambda: AdamW(lr=True), "lr wants a finite number > 0, got True"),
+    (lambda: AdamW(0.1, betas=0.9), "betas wants two numbers .* got 0.9"),
+    (lambda: AdamW(0.1, betas=(0.9,)), "betas wants two numbers"),
+    (lambda: SGD(0.1, groups=[0.1]), "groups wants a dict"),
+    (lambda: SGD(0.1, groups={"a": 0.1}), r"groups\['a'\] wants a dict of lr and weight_decay, got 0.1"),
+    (lambda: SGD(0.1).start([leaf(np.ones(2))]), "start wants named tensors"),
+    (lambda: SGD(0.1).start({"a": np.ones(2)}), "start wants named tensors"),
+    (lambda: started().load_state_dict(None), "load_state_dict wants a dict of arrays"),
+    (lambda: cosine_schedule("10"), "warmup wants a finite number >= 0, got '10'"),
+    (lambda: cosine_schedule()(0.5, 8), "t wants a whole number from 0 to 8, got 0.5"),
+    (lambda: optim.GradScaler(growth_interval=2.5), "growth_interval wants a whole number, got 2.5"),
+    (lambda: optim.GradScaler(enabled="no"), "enabled wants True or False, got 'no'"),
+    (lambda: optim.GradScaler().step(0.1), "step wants an optimiser"),
+    (lambda: optim.GradScaler().scale(1.0), "scale wants a Tensor"),
+])
+def test_a_value_of_a_wrong_kind_gets_one_clear_sentence(make, words):
+    with pytest.raises(TypeError, match=words) as error:
+        make()
+    assert "\n" not in str(error.value)
+
+
+def started() -> Optimizer:
+    return AdamW(0.1).start({"a": leaf(np.ones((2, 2)))})
+
+
+def test_a_refused_state_changes_nothing():
+    """A state that lacks a moment, has one too many, or counts steps below zero."""
+    optimizer = started()
+    state = {key: np.array(a) for key, a in optimizer.state_dict().items()}
+    missing = {key: a for key, a in state.items() if key != "exp_avg_sq.a"}
+    for wrong in (missing, state | {"exp_avg.b": np.ones(2)}, state | {"step": np.array(-1)}):
+        with pytest.raises(ValueError, match="belongs to other tensors|step of an optimiser state wants"):
+            optimizer.load_state_dict(wrong | {"exp_avg.a": np.ones((2, 2))})
+        assert optimizer.t == 0
+        assert not any(m.any() for m in all_moments(optimizer))
 
 
 # ── kernels ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -857,3 +932,11 @@ def test_a_constant_schedule_is_one_after_its_warm_up():
     assert (factors(constant_schedule(1), 7) == 1).all()
     assert (factors(constant_schedule(1.0), 7) == 1).all()         # one step, not all of them
     assert (factors(constant_schedule(100), 7) < 0.1).all()        # the run ends before the warm-up does
+
+
+def test_a_schedule_is_printed_as_the_call_that_made_it():
+    """Checkpoints hold this text, to recognise another schedule."""
+    assert repr(cosine_schedule(20, floor=0.1)) == "cosine_schedule(warmup=20, floor=0.1)"
+    assert repr(linear_schedule(0.25)) == "linear_schedule(warmup=0.25)"
+    assert repr(constant_schedule()) == "constant_schedule(warmup=0)"
+    assert cosine_schedule(warmup=4)(4, 4) == 0                    # the end of a run that is all warm-up

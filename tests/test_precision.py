@@ -273,11 +273,13 @@ def test_autocast_holds_for_one_thread_nests_and_ends():
 
 
 def test_autocast_refuses_other_dtypes():
-    for wrong in ("float32", "int8", np.float64, "fp16", None):
+    for wrong in ("float32", "int8", np.float64, "fp16", None, {}, [], 16, True):
         with pytest.raises(TypeError, match="autocast computes in float16 or bfloat16, got"), autocast(wrong):
             pass
     with pytest.raises(TypeError, match="float16 or bfloat16, got 'fp16'"):
         fit(small(), [TOKENS], 1, autocast="fp16")
+    with pytest.raises(TypeError, match="enabled wants True or False, got 'no'"), autocast(enabled="no"):
+        pass
 
 
 @both_dtypes

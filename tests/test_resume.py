@@ -223,7 +223,12 @@ def ignore_step(step: int) -> None:
 def run_recipe(recipe: str, out: Path | None, resume: bool = True, at_step: Callable[[int], Any] = ignore_step,
                **changes: Any) -> tuple[Any, ft.History]:
     """Run a recipe from new objects. `at_step` is called in every step with its number in this process, from 1."""
-    model, batches, arguments = RECIPES[recipe]()
+    return run_parts(*RECIPES[recipe](), out=out, resume=resume, at_step=at_step, **changes)
+
+
+def run_parts(model: Any, batches: Any, arguments: dict[str, Any], out: Path | None, resume: bool = True,
+              at_step: Callable[[int], Any] = ignore_step, **changes: Any) -> tuple[Any, ft.History]:
+    """Run the parts of a recipe; see run_recipe."""
     schedule = arguments.pop("schedule", None) or ft.constant_schedule()
     steps = iter(range(1, 1000))
 
@@ -547,7 +552,7 @@ def resume_with(**changes: Any) -> Callable[[Path], None]:
 
 
 def resume_lora(out: Path, model: Any, batches: Any) -> None:
-    fit(model, batches, 14, AdamW(0.02), out=out, resume=True, accumulate=2, progress=False)
+    run_parts(model, batches, lora()[2], out)
 
 
 def resume_with_another_method(out: Path) -> None:
@@ -706,12 +711,16 @@ def old_run(name: str) -> tuple[Any, Method | None, Any, dict[str, Any]]:
     return old_gpt().to(dtype=np.float16), ft.Full(), AdamW(0.02), {"autocast": "float16"}
 
 
+def old_batches(name: str) -> list[dict[str, np.ndarray]]:
+    expected, _ = read_tensors(OLD / "expected.safetensors")
+    if name in ("run-lora", "run-float16"):
+        return [{"ids": ids} for ids in expected["ids"]]
+    return [{"ids": ids, "labels": labels} for ids, labels in zip(expected["ids"], expected["labels"])]
+
+
 def resume_old_run(name: str, folder: Path, method: Method | None = None) -> tuple[Any, ft.History]:
     """Resume a run of version 0.1."""
-    expected, _ = read_tensors(OLD / "expected.safetensors")
-    batches = [{"ids": ids, "labels": labels} for ids, labels in zip(expected["ids"], expected["labels"])]
-    if name in ("run-lora", "run-float16"):
-        batches = [{"ids": batch["ids"]} for batch in batches]
+    batches = old_batches(name)
     shutil.copy(OLD / name / "checkpoint.safetensors", folder)
     model, old_method, optimizer, arguments = old_run(name)
     if old_method is not None:
@@ -742,7 +751,7 @@ def resume_old_run_again(name: str, folder: Path) -> tuple[Any, ft.History]:
     model, method, optimizer, arguments = old_run(name)
     if method is not None:
         attach(model, method, seed=5)
-    return model, fit(model, [{"ids": make_ids()}], 6, optimizer, out=folder, resume=True, progress=False, **arguments)
+    return model, fit(model, old_batches(name), 6, optimizer, out=folder, resume=True, progress=False, **arguments)
 
 
 def test_a_run_of_version_0_1_with_another_method_is_refused(tmp_path):

@@ -39,6 +39,7 @@ from .models import BERT, GPT, BERTConfig, GPTConfig
 from .nn import Cache, Context, Module, Packed, Parameter
 from .optim import SGD, Adam, AdamW, GradScaler, constant_schedule, cosine_schedule, linear_schedule
 from .precision import autocast, get_float32_matmul_precision, set_float32_matmul_precision
+from .predict import Predictions, predict
 from .tensor import ShapeError, Tensor, detect_anomaly, no_grad
 from .train import CrossEntropy, Diverged, History, Loss, Targets, evaluate, fit, perplexity
 
@@ -55,7 +56,8 @@ __all__ = [
     # methods
     "methods", *(cls.__name__ for cls in _METHODS),
     # training
-    "fit", "evaluate", "perplexity", "History", "Loss", "CrossEntropy", "Targets", "AdamW", "Adam", "SGD",
+    "fit", "evaluate", "perplexity", "predict", "Predictions", "History", "Loss", "CrossEntropy", "Targets",
+    "AdamW", "Adam", "SGD",
     "constant_schedule", "linear_schedule", "cosine_schedule",
     # 16 bits
     "autocast", "GradScaler", "set_float32_matmul_precision", "get_float32_matmul_precision",

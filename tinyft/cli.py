@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
+from . import checks
 from .learn.commands import register
 
 __all__ = ["main"]
@@ -23,18 +26,41 @@ def main(argv: list[str] | None = None) -> int:
     """
     args = parser().parse_args(argv)
     try:
-        return args.run(args)
+        status = args.run(args)
+        sys.stdout.flush()  # here, so that a full disk or a closed pipe is an error like any other
+        return status
     except BrokenPipeError:  # `tinyft status | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails again when it flushes
+        _discard_output()
         return 141
     except KeyboardInterrupt as e:
+        if argv is None:  # the command of a process: a second Ctrl-C must not print a traceback while it ends
+            _ignore_interrupts()
         text = str(e)
         print("\nstopped" + (f": {text}" if text else ""), file=sys.stderr)
         return 130
+    except MemoryError:
+        print("tinyft: memory ran out", file=sys.stderr)
+        return 1
     except EXPECTED_ERRORS as e:
+        if isinstance(e, OSError):
+            _discard_output()  # standard output may be the file that cannot be written
         text = e.args[0] if isinstance(e, KeyError) and e.args else e  # str of a KeyError has quotes
         print(f"tinyft: {text}", file=sys.stderr)
         return 1
+
+
+def _discard_output() -> None:
+    """Print what standard output still holds, if that is possible; else drop it, or Python fails again at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _ignore_interrupts() -> None:
+    """Ctrl-C has no effect from now on, if this is the thread that may say so."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,23 +71,25 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="tinyft", description="fine-tuning and compression of transformers, from scratch")
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
     c = commands.add_parser(
-        "compare", help="fine-tune the base on a real task with every method: one table, one figure"
+        "compare", help="fine-tune the base on a real task with several methods: one table, one figure"
     )
-    c.add_argument("--task", choices=("intact", "package", "domain"), default="intact")
+    c.add_argument("--task", choices=("domain", "intact", "package"), default="domain")
     c.add_argument(
-        "--preset", choices=("quick", "full"), default="quick", help="quick: about 5 minutes on two cores (default)"
+        "--preset", choices=("quick", "full"), default="quick", help="quick: under 5 minutes on two cores (default)"
     )
-    c.add_argument("--methods", help="some methods, separated by commas, such as lora,bitfit,full")
-    c.add_argument("--steps", type=int)
-    c.add_argument("--seeds", type=int)
-    c.add_argument("--train", type=int, help="training examples (tokens for domain)")
+    c.add_argument(
+        "--methods", help="all, or some, separated by commas, such as lora,bitfit,full (default: a few of each family)"
+    )
+    c.add_argument("--steps", help="training steps of each method")
+    c.add_argument("--seeds", help="runs of each method")
+    c.add_argument("--train", help="training tokens for domain, training examples for the others")
     c.add_argument(
         "--model",
         default="",
         help="a shipped base or a Hugging Face style directory (default: base-bert, base-gpt for domain)",
     )
     c.add_argument("--out", type=Path, default=Path("work"), help="folder of the results (default: work)")
-    c.add_argument("--jobs", type=int, help="runs at a time (default: 2)")
+    c.add_argument("--jobs", help="runs at a time (default: 2)")
     c.set_defaults(run=_compare)
     c = commands.add_parser("methods", help="every method, its paper and one line")
     c.set_defaults(run=_methods)
@@ -73,21 +101,28 @@ def parser() -> argparse.ArgumentParser:
 
 def _compare(args: argparse.Namespace) -> int:
     """Run the comparison with the settings of args.preset, changed by the options given. Returns the exit status."""
-    from .compare import PRESETS, compare
+    from .compare import PRESETS, compare, split_names
 
     settings = {}
     for name in ("steps", "seeds", "train"):
-        value = getattr(args, name)
-        if value is None:
-            continue
-        if value < 1:
-            raise ValueError(f"--{name} wants a number of at least 1, got {value}")
-        settings[name] = value
-    if args.methods:
-        settings["names"] = tuple(name.strip() for name in args.methods.split(","))
+        text = getattr(args, name)
+        if text is not None:
+            settings[name] = _whole(f"--{name}", text)
+    jobs = None if args.jobs is None else _whole("--jobs", args.jobs)
+    if args.methods is not None:
+        settings["names"] = split_names(args.methods, args.task)
     s = replace(PRESETS[args.preset, args.task], model=args.model, **settings)
-    compare(s, args.out, args.jobs)
+    compare(s, args.out, jobs)
     return 0
+
+
+def _whole(option: str, text: str) -> int:
+    """The whole number, at least 1, that was given to an option. TypeError or ValueError in one sentence."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = text
+    return checks.whole(option, value, least=1)
 
 
 def _methods(args: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from . import array, operands, ops
+from . import array, checks, ops
 from .array import Array, xp
 from .tensor import Tensor
 
@@ -26,6 +26,22 @@ SYNONYMS = {
     "past_key_values": "cache", "use_cache": "cache", "return_hidden_states": "output_hidden_states",
 }
 
+# Keywords of other libraries that are no facts of a forward pass, and what to do in their place.
+_GENERATE = "a call gives logits; text comes from generate(model, ids, max_new_tokens)"
+_LOSS = "a call gives logits; the loss comes from fit and evaluate, or from functional.cross_entropy(logits, labels)"
+_POSITIONS = "positions follow from the mask, so padding is not counted"
+ELSEWHERE = {
+    **dict.fromkeys(("labels", "label", "targets", "class_weight"), _LOSS),
+    **dict.fromkeys(("max_new_tokens", "max_length", "temperature", "top_k", "top_p"), _GENERATE),
+    **dict.fromkeys(("do_sample", "num_beams"), _GENERATE),
+    **dict.fromkeys(("position_ids", "positions"), _POSITIONS),
+    "return_dict": "a call gives one Tensor, the output of the model's head",
+    "output_attentions": "attention weights are not kept",
+    "inputs_embeds": "embeddings (B, T, C) stand in place of ids, model(embeddings)",
+    "text": "encode the text first, tokenizer.encode(text).ids",
+    "training": "dropout acts after model.train() if rng= is given",
+}
+
 
 def refuse_keywords(caller: str, unknown: Iterable[str], known: Iterable[str],
                     synonyms: dict[str, str] = SYNONYMS) -> None:
@@ -35,6 +51,8 @@ def refuse_keywords(caller: str, unknown: Iterable[str], known: Iterable[str],
     synonyms   {another library's name: the name here}; used only if the name here is in `known`"""
     for keyword in unknown:
         known = sorted(known)
+        if synonyms is SYNONYMS and keyword in ELSEWHERE:
+            raise TypeError(f"{caller} got an unknown keyword {keyword!r}: {ELSEWHERE[keyword]}")
         near = synonyms.get(keyword)
         if near not in known:
             near = next(iter(difflib.get_close_matches(keyword, known, 1, 0.6)), None)
@@ -66,7 +84,7 @@ class Context:
 
     ids, mask and token_type_ids describe the positions of the activations (B, T, C). An edit that puts positions before
     them calls `prepend`.
-    An unknown keyword raises TypeError.
+    A mask may also hold the integers or floats 0 and 1. An unknown keyword raises TypeError.
     """
 
     FACTS = ("ids", "mask", "token_type_ids", "logit_positions", "task", "route", "source", "cache", "rng",
@@ -86,9 +104,13 @@ class Context:
         output_hidden_states: bool = False,
         **unknown: Any,
     ):
-        """Keep the facts as attributes of these names; the class describes them. TypeError for an unknown keyword."""
+        """Keep the facts as attributes of these names; the class describes them.
+
+        TypeError for an unknown keyword, and for a source, cache, rng or output_hidden_states of a wrong kind. The
+        other facts are checked by `begin`, when the ids are known."""
         if unknown:
             refuse_keywords("a forward pass", unknown, self.FACTS)
+        _check_kinds(source, cache, rng, output_hidden_states)
         self.inputs = {                                        # as they were given, for `again`
             "ids": ids, "mask": mask, "token_type_ids": token_type_ids, "logit_positions": logit_positions,
             "task": task, "route": route, "source": source, "cache": cache, "rng": rng,
@@ -123,6 +145,7 @@ class Context:
     # ── filled in by the pass ──
     def add_loss(self, name: str, value: Tensor) -> None:
         """Add an auxiliary loss: a scalar, already weighted, without padding. Values of one name are summed."""
+        checks.instance(f"add_loss({name!r})", value, Tensor, "a scalar Tensor")
         if value.size != 1:
             raise ValueError(f"add_loss({name!r}) wants a scalar, got shape {value.shape}")
         self.losses[name] = self.losses[name] + value if name in self.losses else value
@@ -136,28 +159,38 @@ class Context:
         """Take x as the ids and move the facts to the device of the weights. A model's forward calls it first.
 
         x: (B, T) ids, or (B, T, C) embeddings in their place. like: an array of the weights, on the wanted device.
-        ValueError if x has another shape, or if mask or token_type_ids are not (B, T)."""
-        self.inputs["ids"] = x                                 # for `again`
+        An array on a device is not read, since that would wait for the device: its values are not checked.
+
+        ValueError if x has another shape or no token, or if mask or token_type_ids are not (B, T) or hold other values
+        than they may; TypeError for values of another kind, such as floats; IndexError for a logit position outside."""
         if isinstance(x, Tensor):                              # embeddings: the ids are unknown, −1 stands for them
-            self.ids = xp(like).full(x.shape[:2], -1)
+            if x.ndim != 3:
+                raise ValueError(f"{WANTED_IDS}, got a Tensor of shape {tuple(x.shape)}: ids are an array or lists")
+            ids = xp(like).full(x.shape[:2], -1)
         else:
-            self.ids = _beside(operands.as_indices(x, like, "ids"), like)
-        if self.ids.ndim != 2:
-            raise ValueError(f"a model wants ids of shape (B, T) or embeddings (B, T, C), got shape {tuple(x.shape)}")
+            ids = array.put_like(read_integers("ids", x, WANTED_IDS), like)
+            if ids.dtype.kind == "u":                          # a soft prompt has the id −1
+                ids = ids.astype(np.int64)
+        if ids.ndim != 2:
+            raise ValueError(f"{WANTED_IDS}, got shape {tuple(ids.shape)}")
+        if ids.shape[1] == 0:
+            raise ValueError(f"a model wants at least one token in a row, got ids of shape {tuple(ids.shape)}")
+        self.inputs["ids"] = x                                 # for `again`
+        self.ids = ids
         if self.mask is not None:
-            self.mask = self._per_token("mask", like, operands.as_mask)
+            self.mask = self._per_token("mask", array.put_like(read_mask("mask", self.mask), like, bool))
         if self.token_type_ids is not None:
-            self.token_type_ids = self._per_token("token_type_ids", like, operands.as_indices)
+            types = read_integers("token_type_ids", self.token_type_ids, WANTED_TYPES)
+            self.token_type_ids = self._per_token("token_type_ids", array.put_like(types, like))
         if self.logit_positions is not None:
-            self.logit_positions = _beside(operands.as_indices(self.logit_positions, like, "logit_positions"), like)
+            positions = read_integers("logit_positions", self.logit_positions, WANTED_POSITIONS)
+            check_range("logit position", positions, ids.size, f"the {ids.size} positions of the batch")
+            self.logit_positions = array.put_like(positions, like)
         if self.task is not None:
-            self.task = _beside(operands.as_indices(self.task, like, "task"), like)
+            self.task = array.put_like(read_integers("task", self.task, WANTED_TASK), like)
 
-    def _per_token(self, fact: str, like: Array, convert: Callable) -> Array:
-        """A fact of shape (B, T), on the device of `like`. ValueError if its shape is not that of the ids.
-
-        convert: operands.as_mask or operands.as_indices, which take arrays of any dtype."""
-        value = _beside(convert(vars(self)[fact], like, fact), like)
+    def _per_token(self, fact: str, value: Array) -> Array:
+        """The value of a fact of shape (B, T). ValueError if its shape is not that of the ids."""
         if value.shape != self.ids.shape:
             raise ValueError(f"{fact} has shape {value.shape}, the ids {self.ids.shape}: both want one entry per token")
         return value
@@ -210,9 +243,82 @@ class Context:
         return x.reshape(-1, x.shape[-1])[self.logit_positions]
 
 
-def _beside(a: Array, like: Array) -> Array:
-    """The array on the device of `like`."""
-    return array.to(a, array.name_of(like))
+# ── facts as they were given ─────────────────────────────────────────────────────────────────────────────────────────
+WANTED_IDS = "a model wants ids of shape (B, T) or embeddings (B, T, C)"
+WANTED_TYPES = "token_type_ids wants integers of the shape of the ids"
+WANTED_POSITIONS = "logit_positions wants integers, flat indices into (B·T,)"
+WANTED_TASK = "task wants integers of shape (B,)"
+
+
+def _check_kinds(source: Any, cache: Any, rng: Any, output_hidden_states: Any) -> None:
+    """TypeError for a fact of a wrong kind, such as cache=True."""
+    if source is not None:
+        checks.instance("source", source, Context, "the Context of an encoder's pass")
+    if cache is not None:
+        checks.instance("cache", cache, Cache, "a Cache()")
+    if rng is not None and not callable(getattr(rng, "integers", None)):
+        checks.random_generator("rng", rng)
+    if output_hidden_states is not False:
+        checks.flag("output_hidden_states", output_hidden_states)
+
+
+def read_integers(name: str, value: Any, wanted: str) -> Array:
+    """An array or nested lists of integers as an array, where it lies. An empty list is an empty array of integers.
+
+    wanted: the sentence's beginning, "ids wants ...". ValueError for lists of different lengths; TypeError for text,
+    None and values that are no integers."""
+    a = _read_array(name, value, wanted)
+    if a.size == 0 and isinstance(value, (list, tuple)):
+        return a.astype(np.int64)
+    if a.dtype.kind not in "iu":
+        if name == "ids":
+            raise TypeError(f"token ids are integers; got {a.dtype}")
+        raise TypeError(f"{wanted}, got {a.dtype} values")
+    return a
+
+
+def read_mask(name: str, value: Any) -> Array:
+    """A mask as an array of booleans, where it lies: True, or the number 1, where a token is real.
+
+    ValueError for other numbers than 0 and 1, TypeError for other values. The numbers of an array on a device are not
+    checked: there, every number but 0 is True."""
+    wanted = f"{name} wants True or 1 at real tokens, False or 0 at padding"
+    if array.is_array(value) and value.dtype == bool:
+        return value
+    a = _read_array(name, value, wanted)
+    if a.dtype.kind not in "biufV":                            # bfloat16 is of kind V
+        raise TypeError(f"{wanted}, got {a.dtype} values")
+    if isinstance(a, np.ndarray):
+        other = a[(a != 0) & (a != 1)]
+        if other.size:
+            raise ValueError(f"{wanted}, got {other.reshape(-1)[0]}")
+    return a.astype(bool)
+
+
+def _read_array(name: str, value: Any, wanted: str) -> Array:
+    """An array, or lists of numbers as a NumPy array. TypeError for another value, ValueError for ragged lists."""
+    if array.is_array(value):
+        return value
+    if value is None or isinstance(value, (str, bytes, dict, set, Tensor)):
+        hint = ": encode it first, tokenizer.encode(text).ids" if name == "ids" and isinstance(value, str) else ""
+        raise TypeError(f"{wanted}, got {checks.brief(value)}{hint}")
+    try:
+        a = np.asarray(value)
+    except ValueError:                                         # lists of different lengths
+        raise ValueError(f"{wanted}, got rows of different lengths: pad them, and give a mask") from None
+    return a
+
+
+def check_range(what: str, values: Any, count: int, of: str) -> None:
+    """IndexError unless all values are in 0 ... count − 1. Only a host array is checked: reading waits for a device.
+
+    what: one value in words; of: the values that there are: "token id 9 is outside the vocabulary of 7"."""
+    if not isinstance(values, np.ndarray) or values.size == 0:
+        return
+    smallest = values.min()
+    if smallest < 0 or values.max() >= count:
+        wrong = smallest if smallest < 0 else values.max()
+        raise IndexError(f"{what} {wrong} is outside {of}")
 
 
 def _prepended(a: Array | None, p: int, value: Any) -> Array | None:

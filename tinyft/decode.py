@@ -2,11 +2,12 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from . import array
+from . import array, checks
 from .context import SYNONYMS, refuse_keywords
 from .nn import Cache, Context, Module, no_grad
 
@@ -46,12 +47,16 @@ def generate(
                   False: every step runs the whole text
     facts         task=, route=, source=: passed to the model at every step
 
-    ValueError if the text outgrows the model's positions; TypeError, naming the near keyword, for an unknown one."""
-    ids = np.asarray(ids)
-    mask = None if mask is None else np.asarray(mask, bool)
-    check_request(ids, mask, temperature, top_k, top_p, rng)
+    ValueError if the text outgrows the model's positions, if the model is a classifier, or if an option is out of
+    range; TypeError, naming the near keyword, for an unknown one. The model is not changed."""
+    check_model(model, end)
     refuse_unknown(facts)
-    was_training = model.training
+    checks.whole("max_new_tokens", max_new_tokens, 0)
+    checks.flag("cache", cache)
+    ids = read_rows("ids", ids)
+    mask = None if mask is None else read_rows("mask", mask).astype(bool)
+    check_request(ids, mask, temperature, top_k, top_p, rng)
+    modes = [(module, module.training) for module in model.modules()]
     past = Cache() if cache else None
     ended = np.zeros(len(ids), bool)                                             # rows that have given `end`
     new = ids                                                                    # the tokens that this step runs
@@ -74,8 +79,40 @@ def generate(
                 if ended.all():
                     break
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
     return ids
+
+
+def check_model(model: Any, end: int | None) -> None:
+    """TypeError unless the model is a Module; ValueError if its head does not score every token of the vocabulary.
+
+    Also for a token `end` that is not in the vocabulary."""
+    checks.instance("generate", model, Module, "a model")
+    embed = getattr(model, "embed", None)
+    if end is not None:
+        checks.whole("end", end, 0, None if embed is None else embed.in_features - 1)
+    if embed is None:                                                            # a model of the user's
+        return
+    scores = getattr(getattr(model, "head", None), "out_features", 0)
+    if scores != embed.in_features:
+        raise ValueError(f"generate wants a language model, with a score for each of {embed.in_features} tokens; "
+                         f"got a model whose head gives {scores} scores")
+
+
+def read_rows(name: str, rows: Any) -> np.ndarray:
+    """ids or a mask as a host array. ValueError for rows of different lengths, TypeError for other values."""
+    wanted = f"generate wants {name} of shape (B, T)"
+    if rows is None or isinstance(rows, (str, bytes, dict, set)):
+        raise TypeError(f"{wanted}, got {checks.brief(rows)}")
+    try:
+        a = array.asnumpy(rows)
+    except ValueError:                                                           # NumPy: an inhomogeneous shape
+        raise ValueError(f"{wanted}, got rows of different lengths: pad_left pads them") from None
+    kinds = "biuf" if name == "mask" else "iu"
+    if a.size and a.dtype.kind not in kinds:
+        raise TypeError(f"{wanted}, of whole numbers, got {a.dtype}")
+    return a
 
 
 def check_request(
@@ -89,10 +126,15 @@ def check_request(
     """ValueError for arguments of `generate` that are out of range or do not go together."""
     if ids.ndim != 2 or ids.shape[1] < 1:
         raise ValueError(f"generate wants ids of shape (B, T) with T >= 1, got {ids.shape}")
+    checks.number("temperature", temperature)
+    if rng is not None:
+        checks.random_generator("rng", rng)
     if temperature < 0 or (temperature > 0 and rng is None):
         raise ValueError("sampling wants a temperature > 0 and a generator: rng=numpy.random.default_rng(seed)")
-    if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-        raise ValueError(f"sampling wants top_k >= 1 and 0 < top_p <= 1, got top_k={top_k}, top_p={top_p}")
+    if top_k is not None:
+        checks.whole("top_k", top_k, 1)
+    if top_p is not None:
+        checks.number("top_p", top_p, above=0, high=1)
     if mask is not None and mask.shape != ids.shape:
         raise ValueError(f"mask has shape {mask.shape}, the ids {ids.shape}: both want one entry per token")
     if mask is not None and not mask[:, -1].all():
@@ -135,12 +177,19 @@ def choose_token(
     return np.take_along_axis(order, drawn[:, None], -1)[:, 0]
 
 
-def pad_left(rows: list[list[int]], pad: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def pad_left(rows: Sequence[Sequence[int]], pad: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Rows of token ids, of different lengths -> ids (B, T) and mask (B, T), True at real tokens.
 
     The padding, the id `pad`, is on the left, so that every row ends in the last column, where `generate` continues.
+    TypeError unless rows holds lists of whole numbers; ValueError if a row, or `rows`, is empty.
     """
-    if not rows or not all(rows):
+    pad = checks.whole("pad", pad, 0)
+    checks.instance("pad_left", rows, (list, tuple, np.ndarray), "a list of rows of token ids")
+    for row in rows:
+        checks.instance("pad_left", row, (list, tuple, np.ndarray), "rows, each a list of token ids")
+        for token in row:
+            checks.whole("each token id of pad_left", token, 0)
+    if len(rows) == 0 or min(map(len, rows)) == 0:
         raise ValueError("pad_left wants rows with at least one token each")
     T = max(len(row) for row in rows)
     ids = np.array([[pad] * (T - len(row)) + list(row) for row in rows])

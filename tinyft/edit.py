@@ -9,19 +9,20 @@ module `blocks.0.attn.q` is the module `blocks.0.attn.q.edits.lora`; `detach` re
 """
 from __future__ import annotations
 
+import copy
 import difflib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from . import array
+from . import array, checks, patterns
 from .array import Array
 from .context import refuse_keywords
-from .nn import Context, Embedding, Module, Packed, Parameter
+from .nn import Context, Embedding, Module, Packed, Parameter, as_numbers, copy_all
 from .tensor import Tensor
 
 # Hyper-parameters under the names of PEFT and AdapterHub, and their names here.
@@ -100,6 +101,15 @@ class Method:
             refuse_keywords(cls.__name__, fields.keys() - known.keys(), known, PEFT_NAMES)
         return super().__new__(cls)
 
+    def __post_init__(self) -> None:
+        """Keep NumPy numbers in fields as Python numbers: an np.float64 would turn float32 activations into float64.
+
+        A subclass that checks its fields calls this one first."""
+        for name in getattr(type(self), "__dataclass_fields__", ()):
+            value = getattr(self, name)
+            if isinstance(value, np.generic):
+                object.__setattr__(self, name, value.item())     # a frozen dataclass refuses self.name = ...
+
     def find(self, model: Module) -> dict[str, Module]:
         """The modules to edit, by path: by default those that `targets` names."""
         return select(model, self.targets)
@@ -141,21 +151,39 @@ class Method:
 
 @dataclass(eq=False)
 class Attached:
-    """A method on a model.
+    """A method on a model, or one that `detach` took off.
 
     edits         its edits by module path
     base_values   {name: array} of the base tensors that it trains. While it is attached: their values from before;
                   while it is detached: the trained values
-    seed          the seed of the generator that initialised the edits"""
+    seed          the seed of the generator that initialised the edits
+    is_attached   True while a model has it
+    fits          {path: description} of the model, of the modules that it edits and of the base tensors that it
+                  trains; kept by `detach`, and compared with the model by `attach`"""
 
     method: Method
     name: str
     edits: dict[str, Edit]
     base_values: dict[str, Array] = field(default_factory=dict)
     seed: int = 0
+    is_attached: bool = False
+    fits: dict[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        state = "attached" if self.is_attached else "detached"
+        parts = f"{len(self.edits)} edits, {len(self.base_values)} base tensors"
+        return f"Attached({self.name!r}, {self.method!r}, {parts}, {state})"
 
 
 # ── finding parts of a model ─────────────────────────────────────────────────────────────────────────────────────────
+def check_model(caller: str, model: Any) -> None:
+    """TypeError unless `model` is a Module. caller: the function that got it."""
+    if isinstance(model, tuple) and model and isinstance(model[0], Module):
+        raise TypeError(f"{caller} wants a model, a Module, got a tuple: "
+                        "load gives two values, model, tokenizer = load(path)")
+    checks.instance(caller, model, Module, "a model, a Module, as its first argument")
+
+
 def base_modules(model: Module) -> dict[str, Module]:
     """The model's own modules by path, without edits."""
     return {path: m for path, m in model.named_modules() if not is_in_edit(path) and not isinstance(m, Packed)}
@@ -181,30 +209,55 @@ def is_head(model: Module, name: str) -> bool:
     return inside(name, getattr(model, "head_modules", ()))
 
 
-def select(model: Module, globs: str | Iterable[str]) -> dict[str, Module]:
+def select(model: Module, globs: str | Iterable[str], candidates: Iterable[str] | None = None) -> dict[str, Module]:
     """{path: module} of the modules whose paths end in one of the globs, in the order of the model.
 
     "attn.[qv]" matches "blocks.0.attn.q". "*" stands for one name, "**" for any number of names, "[qv]" for one of
-    these letters. Edits and packed weights are no modules here.
-    Raises LookupError, with the nearest names, for a glob that matches nothing."""
+    these letters, "[0-3]" for one of this range. Edits and packed weights are no modules here.
+
+    candidates: the paths that the message names if a glob matches nothing; all modules if None
+    Raises LookupError, with the nearest names, for a glob that matches nothing; TypeError or ValueError for a glob that
+    is no pattern."""
     modules = base_modules(model)
     chosen = set()
-    for glob in [globs] if isinstance(globs, str) else globs:
-        pattern = _pattern(glob)
-        hits = {path for path in modules if path and pattern.search(path)}      # "" is the path of the model itself
+    for glob in check_targets("targets", globs) if globs != () else ():
+        hits = {path for path in modules if path and patterns.ends_in(path, glob)}      # "" is the model's own path
         if not hits:
-            near = ", ".join(_nearest(glob, modules))
-            raise LookupError(f"{glob!r} names no module of this model; there are {near} ...")
+            raise LookupError(f"{glob!r} names no module of this model; {_offer(glob, modules, candidates)}")
         chosen |= hits
     return {path: m for path, m in modules.items() if path in chosen}
 
 
-def _pattern(glob: str) -> re.Pattern[str]:
-    """The glob as a regular expression that matches the end of a path."""
-    text = re.escape(glob)
-    for escaped, meaning in ((r"\[", "["), (r"\]", "]"), (r"\*\*", ".*"), (r"\*", r"[^.]*")):
-        text = text.replace(escaped, meaning)
-    return re.compile(rf"(\A|\.){text}\Z")
+def check_targets(name: str, targets: Any) -> list[str]:
+    """The globs of a `targets`: one pattern, or a list, tuple or set of them.
+
+    name: the field, for the message. TypeError for another value; ValueError for no pattern, an empty one, one with a
+    bracket that has no partner, or a very long one."""
+    wanted = f"{name} wants a pattern of module paths such as 'attn.[qv]', or several"
+    if not isinstance(targets, (str, list, tuple, set, frozenset)):
+        raise TypeError(f"{wanted}, got {checks.brief(targets)}")
+    globs = [targets] if isinstance(targets, str) else list(targets)
+    for glob in globs:
+        if not isinstance(glob, str):
+            raise TypeError(f"{wanted}, got {checks.brief(glob)} among them")
+        if len(glob) > patterns.LONGEST:
+            raise ValueError(f"{wanted}, of at most {patterns.LONGEST} characters, got {len(glob):,}")
+        if not patterns.split(glob):
+            raise ValueError(f"{wanted}, got {glob!r}")
+    if not globs:
+        raise ValueError(f"{wanted}, got none")
+    return globs
+
+
+def _offer(glob: str, paths: Iterable[str], candidates: Iterable[str] | None) -> str:
+    """For an error message: the endings of paths that resemble the glob, or, if given, the candidates.
+
+    Block numbers are written as *, so a candidate is "blocks.*.attn.q"; at most eight are named."""
+    if candidates is None:
+        return f"there are {', '.join(_nearest(glob, paths))} ..."
+    found = list(dict.fromkeys(re.sub(r"\.\d+", ".*", path) for path in candidates))
+    more = " ..." if len(found) > 8 else ""
+    return f"it has {', '.join(found[:8])}{more}"
 
 
 def _nearest(glob: str, paths: Iterable[str]) -> list[str]:
@@ -254,13 +307,19 @@ def attached(model: Module) -> tuple[Attached, ...]:
 
 
 def get_attached(model: Module, name: str | None = None) -> Attached:
-    """The method attached under this name; without a name, the last attached. LookupError if there is none."""
+    """The method attached under this name; without a name, the last attached. LookupError if there is none.
+
+    TypeError for a name that is no text."""
+    check_model("get_attached", model)
+    if name is not None and not isinstance(name, str):
+        hint = f": its name is {name.name!r}" if isinstance(name, Attached) else ""
+        raise TypeError(f"a method is called by its name, such as 'lora', got {checks.brief(name)}{hint}")
     for a in reversed(attached(model)):
         if name is None or a.name == name:
             return a
     names = ", ".join(a.name for a in attached(model))
     if not names:
-        raise LookupError("no method is attached to this model")
+        raise LookupError("no method is attached to this model, so there is nothing to take off or to save")
     raise LookupError(f"{name!r} is not attached; there is {names}")
 
 
@@ -276,26 +335,103 @@ def attach(model: Module, method: Method | Attached, name: str | None = None, se
     seed        of the initial values; ignored, as train_head is, for what `detach` returned
 
     TypeError if `method` is no Method; LookupError if no module matches its targets; ValueError if the name is taken,
-    if the method has no edits, trains no tensor and adds no penalty, or if `detach` took it from another model."""
-    modules = base_modules(model)
-    if not isinstance(method, (Method, Attached)):
-        raise TypeError(f"attach wants a Method, such as LoRA(r=8), or what detach gave; got {method!r}")
-    name = name or (method.name if isinstance(method, Attached) else type(method).__name__.lower())
+    if the method has no edits, trains no tensor and adds no penalty, or if what `detach` returned does not fit: it
+    belongs to another model, or is attached to one. Then neither the model nor `method` was changed."""
+    _check_attach(model, method, name, seed, train_head)
+    if name is None:
+        name = method.name if isinstance(method, Attached) else type(method).__name__.lower()
     if any(a.name == name for a in attached(model)):
         raise ValueError(f"{name!r} is attached already; give this one another name: attach(..., name=...)")
     if isinstance(method, Attached):
         a = method
-        missing = (a.edits.keys() - modules.keys()) | (a.base_values.keys() - base_parameters(model).keys())
-        if missing:
-            raise ValueError(f"{name} was attached to another model: this one has no {min(missing)}")
+        _check_fit(model, a)
+    else:
+        a = _make(model, method, name, int(seed), train_head)
+    modules = base_modules(model)
+    if isinstance(method, Attached):
         a.name = name
         _swap_base(model, a)                                # its trained base values go into the model
-    else:
-        a = _make(model, method, name, seed, train_head)
     for path, e in a.edits.items():
         modules[path].edits = {**modules[path].edits, name: e}      # a new dict: modules without edits share one
     _set_attached(model, (*attached(model), a))
     return a
+
+
+def _check_attach(model: Any, method: Any, name: Any, seed: Any, train_head: Any) -> None:
+    """TypeError or ValueError for an argument of `attach` of another kind."""
+    check_model("attach", model)
+    _check_not_suspended(model, "attach")
+    if not isinstance(method, (Method, Attached)):
+        is_class = isinstance(method, type) and issubclass(method, Method)
+        hint = f": write {method.__name__}()" if is_class else ""
+        raise TypeError("attach wants a Method, such as LoRA(r=8), or what detach gave; "
+                        f"got {checks.brief(method)}{hint}")
+    check_name("attach: name", name)
+    checks.whole("attach: seed", seed, least=0)
+    checks.flag("attach: train_head", train_head)
+
+
+def check_name(what: str, name: Any) -> None:
+    """TypeError or ValueError unless the name of an adapter is None or a text with characters. what: the argument."""
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"{what} wants a text, such as 'lora', got {checks.brief(name)}")
+    if name == "":
+        raise ValueError(f"{what} wants a text, such as 'lora', got an empty one")
+
+
+def _check_fit(model: Module, a: Attached) -> None:
+    """ValueError unless a detached adapter belongs to a model like this one: the same modules, of the same shapes."""
+    if a.is_attached:
+        raise ValueError(f"{a.name} is attached to a model already: detach it there first")
+    modules = base_modules(model)
+    parameters = base_parameters(model)
+    missing = (a.edits.keys() - modules.keys()) | (a.base_values.keys() - parameters.keys())
+    if missing:
+        raise ValueError(f"{a.name} was attached to another model: this one has no {min(missing)}")
+    wanted = {**a.fits, **{name: _describe_array(values) for name, values in a.base_values.items()}}
+    here = _describe_base(model, a)
+    for path, description in here.items():
+        if wanted.get(path, description) != description:
+            raise ValueError(f"{a.name} was attached to another model: {path} was {wanted[path]}; "
+                             f"here it is {description}")
+
+
+def _describe_base(model: Module, a: Attached) -> dict[str, str]:
+    """{path: description} of the model, of the modules that a method edits, and of the base tensors that it trains."""
+    modules = base_modules(model)
+    parameters = base_parameters(model)
+    described = {"the model": _describe_model(model)}
+    described |= {path: _describe_module(modules[path]) for path in a.edits if path in modules}
+    return described | {name: _describe_array(parameters[name].data) for name in a.base_values if name in parameters}
+
+
+def _describe_model(model: Module) -> str:
+    """A model's class, the numbers of blocks of its stacks, and the dtype and backend of its first parameter.
+
+    A head is not described: an adapter may be taken off, and put on again after the model got a new head."""
+    texts = [f"{len(blocks)} blocks in {name}" for name, blocks in getattr(model, "stacks", {}).items()]
+    for p in model.named_parameters().values():
+        texts.append(f"{p.dtype} on {p.device}")
+        break
+    return f"a {type(model).__name__} ({', '.join(texts)})"
+
+
+def _describe_module(module: Module) -> str:
+    """A module's class, the shapes of its own tensors, packed or dense, and its sizes.
+
+    An edit that fits one module fits every other module with the same description."""
+    texts = []
+    for name, value in module.parts():
+        if isinstance(value, (Packed, Tensor)):
+            texts.append(f"{name} {tuple(value.shape)}")
+        elif type(value) is int:
+            texts.append(f"{name} {value}")
+    return f"a {type(module).__name__} ({', '.join(texts)})"
+
+
+def _describe_array(a: Array) -> str:
+    """Shape, dtype and backend of an array."""
+    return f"of shape {tuple(a.shape)}, {a.dtype} on {array.name_of(a)}"
 
 
 def _make(model: Module, method: Method, name: str, seed: int, train_head: bool) -> Attached:
@@ -311,6 +447,11 @@ def _make(model: Module, method: Method, name: str, seed: int, train_head: bool)
     if unknown:
         raise ValueError(f"{name} wants to train {min(unknown)}, which is not a tensor of this model")
     edits = method.edits(method.find(model), np.random.default_rng(seed))
+    modules = base_modules(model)
+    for path, e in edits.items():
+        if path not in modules:
+            raise ValueError(f"{name} wants to edit {path}, which is not a module of this model")
+        checks.instance(f"{name}: the edit of {path}", e, Edit, "an Edit")
     if not train_head:
         trainable -= head
     if not edits and not trainable and type(method).penalty is Method.penalty:
@@ -327,7 +468,9 @@ def detach(model: Module, name: str | None = None) -> Attached:
 
     The returned object holds the edits and the trained values of base tensors; `attach` puts it on again. LookupError
     if it is not attached; ValueError if a method attached later trains the same base tensors."""
+    check_model("detach", model)
     a = get_attached(model, name)
+    _check_not_suspended(model, "detach")
     _check_no_later_training(model, [a])
     _remove_edits(model, {a.name})
     _swap_base(model, a)
@@ -341,6 +484,7 @@ def without(model: Module, *names: str) -> Iterator[None]:
 
     Without names it takes off every method that trains something, so that a frozen adapter stays part of the base.
     ValueError if a method that stays was attached later and trains the same base tensors."""
+    check_model("without", model)
     names = names or tuple(a.name for a in attached(model) if _is_trainable(a))
     wanted = [get_attached(model, n) for n in names]
     off = [a for a in attached(model) if a in wanted]       # in the order in which they were attached
@@ -349,13 +493,27 @@ def without(model: Module, *names: str) -> Iterator[None]:
     _remove_edits(model, names)
     for a in reversed(off):                                 # in reverse: each restores the values from before it
         _swap_base(model, a)
+    model._suspended = _is_suspended(model) + 1
     try:
         yield
     finally:
+        model._suspended -= 1
         for m, edits in before:
             m.edits = edits
         for a in off:
             _swap_base(model, a)
+
+
+def _is_suspended(model: Module) -> int:
+    """The number of `without` blocks that the model is in."""
+    return getattr(model, "_suspended", 0)
+
+
+def _check_not_suspended(model: Module, caller: str) -> None:
+    """RuntimeError inside `with without(model)`, which puts back the edits that it found."""
+    if _is_suspended(model):
+        raise RuntimeError(f"{caller} cannot change the methods of a model inside `with without(model)`: "
+                           "leave the block first")
 
 
 def _is_trainable(a: Attached) -> bool:
@@ -398,26 +556,70 @@ def _set_attached(model: Module, methods: tuple[Attached, ...]) -> None:
 
     The base tensors that the methods train are trainable, the others are frozen. Without a method, all are trainable.
     The tensors of edits keep their requires_grad."""
+    for a in attached(model):
+        if a not in methods:
+            a.is_attached = False
+            a.fits = _describe_base(model, a)
+    for a in methods:
+        a.is_attached = True
     model._attached = methods
     trainable = {name for a in methods for name in a.base_values}
     for name, p in base_parameters(model).items():
         p.requires_grad = not methods or name in trainable
 
 
+def copy_edits(edits: dict[str, Edit]) -> dict[str, Edit]:
+    """Copies of edits that share no tensor and no buffer with them. Parts that several edits share stay shared.
+
+    An attribute whose name begins with an underscore refers to a part that the base owns: the copy refers to the same
+    one, unless that part belongs to these edits too."""
+    modules = [module for e in edits.values() for module in e.modules()]
+    owned = {id(module) for module in modules}
+    for module in modules:
+        owned |= {id(value) for _, value in module.parts()}
+    kept = {}                                            # id -> the same object: deepcopy does not copy it
+    for module in modules:
+        for name, value in vars(module).items():
+            if name[0] == "_" and id(value) not in owned:
+                kept[id(value)] = value
+    return copy.deepcopy(edits, kept)
+
+
 # ── eject and merge ──────────────────────────────────────────────────────────────────────────────────────────────────
 def eject(model: Module, name: str | None = None) -> Attached:
     """Replace a method with the simpler form that suffices after training. The model's outputs stay the same.
 
-    A prefix loses the MLP that made it; a method without a simpler form stays as it is. See Method.eject."""
+    A prefix loses the MLP that made it; a method without a simpler form stays as it is. See Method.eject.
+
+    Returns the Attached of the simpler form. The one that `attach` gave is then what `detach` would have given: it
+    keeps the trained values for itself, and can be attached again. LookupError if the name is not attached; TypeError
+    or ValueError if the method's own `eject` gives something else; then nothing was changed."""
+    check_model("eject", model)
     a = get_attached(model, name)
+    _check_not_suspended(model, "eject")
     method, edits = a.method.eject(dict(a.edits))
+    checks.instance(f"{a.name}: eject", method, Method, "a method and its edits")
+    modules = base_modules(model)
+    unknown = edits.keys() - modules.keys()
+    if unknown:
+        raise ValueError(f"{a.name} wants to edit {min(unknown)}, which is not a module of this model")
     ejected = Attached(method, a.name, edits, a.base_values, a.seed)
-    for path, m in base_modules(model).items():
+    own_edits = copy_edits(a.edits)
+    own_values = _copy_base(model, a)
+    for path, m in modules.items():
         if a.name in m.edits or path in edits:
             replaced = {**m.edits, a.name: edits.get(path)}              # in the same place of the order
             m.edits = {name: e for name, e in replaced.items() if e is not None}     # None: no edit in the new form
+    a.edits = own_edits
+    a.base_values = own_values
     _set_attached(model, tuple(ejected if b is a else b for b in attached(model)))
     return ejected
+
+
+def _copy_base(model: Module, a: Attached) -> dict[str, Array]:
+    """Copies of the present values of the base tensors that a method trains."""
+    parameters = base_parameters(model)
+    return {name: parameters[name].data.copy() for name in a.base_values}
 
 
 def merge(model: Module, *names: str) -> Module:
@@ -426,6 +628,8 @@ def merge(model: Module, *names: str) -> Module:
     On each module: weight edits and then output edits, as they were attached, and then input edits, the last one first.
     LookupError if a name is not attached. CannotMerge, with the reason, if an edit cannot be merged exactly, or if a
     method that stays trains a tensor that would be written; then nothing was changed."""
+    check_model("merge", model)
+    _check_not_suspended(model, "merge")
     merging = {get_attached(model, n).name for n in names} if names else {a.name for a in attached(model)}
     merged = [a for a in attached(model) if a.name in merging]
     kept = [a for a in attached(model) if a.name not in merging]
@@ -434,18 +638,31 @@ def merge(model: Module, *names: str) -> Module:
         if merging & m.edits.keys():
             _check_order(path, m.edits, merging)
             folded[path] = _fold(path, m, [e for name, e in m.edits.items() if name in merging])
+            _check_folded(path, m, folded[path])
     written = {f"{path}.{name}" for path, tensors in folded.items() for name in tensors}
     written |= {name for a in merged for name in a.base_values}      # their trained values stay in the base
     for a in kept:
         if a.base_values.keys() & written:
             raise CannotMerge(f"{a.name} trains the same tensors, and to detach it would undo the merge: "
                               "merge it too, or detach it first")
+    # The trained values of base tensors stay in the model, and each method keeps a copy, as after `detach`.
+    trained_values = [_copy_base(model, a) for a in merged]
     for path, m in base_modules(model).items():             # no edit raised CannotMerge: write
         for name, w in folded.get(path, {}).items():
             getattr(m, name).copy_(w)
+    for a, values in zip(merged, trained_values, strict=True):
+        a.base_values = values
     _remove_edits(model, merging)
     _set_attached(model, tuple(kept))
     return model
+
+
+def _check_folded(path: str, m: Module, folded: dict[str, Array]) -> None:
+    """CannotMerge unless every new array is for a tensor of the module, and has its shape."""
+    own = m.own()
+    for name, w in folded.items():
+        if name not in own or tuple(w.shape) != tuple(own[name].shape):
+            raise CannotMerge(f"{path}: an edit gives {name} of shape {tuple(w.shape)}, which the module does not have")
 
 
 def _check_order(path: str, edits: dict[str, Edit], merging: set[str]) -> None:
@@ -504,10 +721,14 @@ def unpack(model: Module) -> Module:
     """Replace every packed weight with its dense values, in place, and return the model.
 
     The values stay those of the packed weight, rounded by the compression; the original ones are lost."""
+    check_model("unpack", model)
+    unpacked = []                                           # (module, name, its dense weight)
     for m in model.modules():
-        packed = {name: v for name, v in vars(m).items() if isinstance(v, Packed)}
-        for name, weight in packed.items():
-            setattr(m, name, Parameter(weight.dequantize()))
+        for name, weight in vars(m).items():
+            if isinstance(weight, Packed):
+                unpacked.append((m, name, Parameter(weight.dequantize())))
+    for m, name, weight in unpacked:
+        setattr(m, name, weight)
     _set_attached(model, attached(model))                   # freezes the new parameters that no method trains
     return model
 
@@ -535,11 +756,13 @@ class Count:
 
 def trained(model: Module) -> dict[str, Tensor]:
     """The trainable tensors by name."""
+    check_model("trained", model)
     return {name: p for name, p in model.named_parameters().items() if p.requires_grad}
 
 
 def count(model: Module) -> Count:
     """The numbers of trainable and of all parameters. A masked tensor counts only the entries that may move."""
+    check_model("count", model)
     sizes = {name: _free_entries(p) for name, p in trained(model).items()}
     head = sum(size for name, size in sizes.items() if is_head(model, name))
     # A Packed weight is a module with buffers, not a parameter.
@@ -580,21 +803,20 @@ def state_dict(model: Module, a: Attached) -> dict[str, np.ndarray]:
 def load_state_dict(model: Module, a: Attached, arrays: dict[str, np.ndarray]) -> None:
     """Copy arrays, as `state_dict` gave them, into everything that belongs to an attached method.
 
-    Raises ValueError, naming what is missing, unexpected or of another shape; then nothing was changed."""
+    Raises ValueError, naming what is missing, unexpected or of another shape, and TypeError for values that are no
+    numbers; then nothing was changed."""
     named = named_state(model, a)
+    checks.instance("load_state_dict", arrays, Mapping, "a dict {name: array}")
+    shapes = {name: tuple(as_numbers(name, values).shape) for name, values in arrays.items()}
     wrong = []
     for name in sorted(named.keys() | arrays.keys()):
         if name not in arrays:
             wrong.append(f"{name} is missing")
         elif name not in named:
             wrong.append(f"{name} is not expected")
-        elif named[name].shape != arrays[name].shape:
-            wrong.append(f"{name} has shape {arrays[name].shape}, not {named[name].shape}")
+        elif tuple(named[name].shape) != shapes[name]:
+            wrong.append(f"{name} has shape {shapes[name]}, not {tuple(named[name].shape)}")
     if wrong:
         more = " ..." if len(wrong) > 4 else ""
         raise ValueError(f"{a.name} does not fit: " + "; ".join(wrong[:4]) + more)
-    for name, v in named.items():
-        if isinstance(v, Tensor):
-            v.copy_(arrays[name])
-        else:
-            v[...] = array.put_like(arrays[name], v, v.dtype)      # in place: a buffer keeps its identity
+    copy_all(named, arrays)

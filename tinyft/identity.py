@@ -61,7 +61,9 @@ def describe(obj: Any) -> Any:
 def _describe_value(value: Any) -> Any:
     """The JSON-able description of one field: the value itself, or a fingerprint if it is data or a long list.
 
-    A dataclass is described by its class and fields. A tuple becomes a list, as JSON has no tuples."""
+    A dataclass is described by its class and fields. A tuple becomes a list, as JSON has no tuples; a set becomes a
+    sorted list, a NumPy number a Python number."""
+    value = _as_json_value(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return describe(value)
     if not _is_short(value):
@@ -73,12 +75,20 @@ def _describe_value(value: Any) -> Any:
     return value
 
 
+def _as_json_value(value: Any) -> Any:
+    """A NumPy number as a Python number, a set as a sorted list; every other value as it is."""
+    if isinstance(value, np.generic) and value.dtype.kind in "biuf":
+        return value.item()
+    return sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value
+
+
 def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _is_short(value: Any) -> bool:
     """True for a plain value, a dataclass, and a list or dict of few of these, at any depth."""
+    value = _as_json_value(value)
     if isinstance(value, Mapping):
         return all(isinstance(key, str) for key in value) and _is_short(list(value.values()))
     if isinstance(value, (list, tuple)):

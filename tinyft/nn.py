@@ -6,20 +6,38 @@
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from . import array, ops
+from . import array, checks, ops, printing
 from .array import Array
-from .context import Cache, Context
+from .context import Cache, Context, refuse_keywords
 from .tensor import Tensor, no_grad, op
 
 __all__ = [
     "Cache", "Context", "Dropout", "Embedding", "LayerNorm", "Linear", "Module", "Packed", "Parameter", "RMSNorm",
     "TiedHead", "dense", "no_grad",
 ]
+
+
+# The dtypes that a model's parameters may have.
+FLOATS = tuple(np.dtype(name) for name in ("float64", "float32", "float16")) + (array.bfloat16,)
+
+
+# Names of devices in PyTorch, and a hint for each.
+FOREIGN_BACKENDS = {
+    "cuda": "; an NVIDIA GPU is the backend 'cupy'", "gpu": "; an NVIDIA GPU is the backend 'cupy'",
+    "cpu": "; the CPU is the backend 'numpy'",
+}
+
+
+class _Missing:
+    """The type of the default of an argument for which None is a value."""
+
+
+MISSING = _Missing()
 
 
 class Parameter(Tensor):
@@ -46,14 +64,14 @@ class Module:
     tied = False                                         # True: the weight is also the output layer's weight
     _non_persistent: frozenset[str] = frozenset()        # names of the module's own buffers that are not saved
 
-    def __call__(self, x: Any, ctx: Context | None = None, **facts: Any) -> Any:
+    def __call__(self, x: Any = MISSING, ctx: Context | None = None, **facts: Any) -> Any:
         """The module's output for the input x, changed by its edits, which act in the order of their attachment.
 
         Every edit's `before` changes the input; then every edit's `after` changes the output, and gets the same input
         as the forward. The outermost call takes the fields of its Context as keywords, model(ids, mask=...); inner
-        calls pass the Context on. TypeError if both are given."""
+        calls pass the Context on. TypeError if both are given, or if the input is missing."""
         if type(ctx) is not Context or facts:            # an outermost call, or a wrong argument
-            ctx = _context_of_call(ctx, facts)
+            ctx = _context_of_call(self, x, ctx, facts)
         for edit in self.edits.values():
             x = edit.before(x, ctx)
         y = self.forward(x, ctx)
@@ -147,9 +165,21 @@ class Module:
         if not persistent:
             self._non_persistent = self._non_persistent | {name}
 
+    # ── the text that print shows ──
+    def extra_repr(self) -> str:
+        """The settings of this module that `print` shows, such as "p=0.1". Tensors and parts are shown without it."""
+        return ""
+
+    def __repr__(self) -> str:
+        """The module as a tree: its parts with their shapes, which of them train, and the numbers of parameters.
+
+        Neighbours of a list that look alike share one line: blocks.0-3. An edit stands below its module, after a +."""
+        return printing.describe(self)
+
     # ── state ──
     def train(self, on: bool = True) -> Module:
-        """Set training mode, in which dropout acts, for this module and all below it."""
+        """Set training mode, in which dropout acts, for this module and all below it. TypeError unless on is a bool."""
+        on = checks.flag("train", on)
         for module in self.modules():
             module.training = on
         return self
@@ -172,35 +202,42 @@ class Module:
         """Copy arrays into the parameters and saved buffers of their names.
 
         strict: the names must be exactly the module's. Otherwise only the names in both are copied.
-        KeyError if names differ, ValueError if shapes differ; then nothing was changed."""
+        KeyError if names differ, ValueError if shapes differ, TypeError for a value that is no array of numbers; then
+        nothing was changed."""
+        checks.instance("load_state_dict", state, Mapping, "a dict {name: array}")
+        checks.flag("load_state_dict: strict", strict)
         targets = self.named_parameters() | self.named_buffers(persistent_only=True)
         missing = [name for name in targets if name not in state]
-        unexpected = [name for name in state if name not in targets]
+        unexpected = [str(name) for name in state if name not in targets]
         if strict and (missing or unexpected):
             more = " ..." if len(missing) > 5 or len(unexpected) > 5 else ""
             raise KeyError(f"names do not match: missing {missing[:5]}, unexpected {unexpected[:5]}{more}")
         present = {name: target for name, target in targets.items() if name in state}
-        wrong = [f"{name}: {tuple(state[name].shape)} for {tuple(target.shape)}"
-                 for name, target in present.items() if state[name].shape != target.shape]
-        if wrong:
-            raise ValueError("shapes do not match: " + "; ".join(wrong[:5]))
-        for name, target in present.items():
-            if isinstance(target, Tensor):
-                target.copy_(state[name])
-            else:                                        # a buffer: in place, since other parts may hold the same array
-                target[...] = array.put_like(state[name], target, target.dtype)
+        copy_all(present, {name: state[name] for name in present})
 
-    def to(self, backend: str | None = None, dtype: Any = None) -> Module:
+    def to(self, backend: str | None = None, dtype: Any = None, **unknown: Any) -> Module:
         """Move all parameters and buffers to a backend ("numpy", "cupy"), and the floating-point ones to a dtype.
 
         None leaves the backend or the dtype as it is. The module itself is changed and returned. Gradients are
-        dropped. Arrays that were shared stay shared."""
-        move = _Mover(backend, dtype)
-        for p in self.parameters():
+        dropped. Arrays that were shared stay shared.
+
+        dtype: float64, float32, float16 or bfloat16, as a name or a NumPy dtype. TypeError for another one, and for an
+        unknown keyword; BackendError for a backend that does not exist or cannot be used. Then nothing was changed."""
+        refuse_keywords("to", unknown, ("backend", "dtype"), {"device": "backend"})
+        _check_backend(backend)
+        move = _Mover(backend, None if dtype is None else float_dtype("to", dtype))
+        parameters = self.parameters()
+        distinct = {id(module): module for module in self.modules()}         # a shared module is listed twice
+        for p in parameters:
+            move(p.data)
+            move(p.mask)
+        for module in distinct.values():
+            for buffer in module.own(Array).values():
+                move(buffer)
+        for p in parameters:                             # every array was moved: from here on, nothing can fail
             p.data = move(p.data)
             p.mask = move(p.mask)
             p.grad = None
-        distinct = {id(module): module for module in self.modules()}         # a shared module is listed twice
         for module in distinct.values():                                     # the buffers: attributes that are arrays
             for name, value in list(vars(module).items()):
                 if name[0] == "_":                                           # belongs to another module
@@ -212,6 +249,76 @@ class Module:
                 else:
                     setattr(module, name, move(value))
         return self
+
+
+def copy_all(targets: dict[str, Any], arrays: Mapping[str, Any]) -> None:
+    """Write arrays into the tensors and buffers of the same names, or raise and write nothing.
+
+    targets: {name: Tensor or buffer}. arrays: {name: array, Tensor or list of numbers}, with exactly these names.
+    A buffer is written in place, since other parts may hold the same array. ValueError, naming the first five, for
+    other shapes; TypeError for a value that is no array of numbers."""
+    values = {}
+    wrong = []
+    for name, target in targets.items():
+        value = as_numbers(name, arrays[name])
+        if tuple(value.shape) != tuple(target.shape):
+            wrong.append(f"{name}: {tuple(value.shape)} for {tuple(target.shape)}")
+        else:
+            like = target.data if isinstance(target, Tensor) else target
+            values[name] = array.put_like(value, like, target.dtype)
+    if wrong:
+        raise ValueError("shapes do not match: " + "; ".join(wrong[:5]))
+    for name, target in targets.items():
+        if isinstance(target, Tensor):
+            target.copy_(values[name])
+        else:
+            target[...] = values[name]
+
+
+def as_numbers(name: str, value: Any) -> Array:
+    """An array, the array of a Tensor, or nested lists of numbers as an array, where it lies.
+
+    TypeError, beginning with the name, for a value that is no array of real numbers."""
+    a = value.data if isinstance(value, Tensor) else value
+    if not array.is_array(a):
+        try:
+            a = np.asarray(a)
+        except ValueError:                               # lists of different lengths
+            raise TypeError(f"{name} wants an array of real numbers, got rows of different lengths") from None
+    if a.dtype.kind not in "biufV":                      # bfloat16 is of kind V
+        raise TypeError(f"{name} wants an array of real numbers, got {checks.brief(value)}")
+    return a
+
+
+def float_dtype(name: str, dtype: Any) -> np.dtype:
+    """The NumPy dtype of a model's parameters: float64, float32, float16 or bfloat16. TypeError for another one.
+
+    name: the function that got the dtype, for the message."""
+    if not _is_dtype(dtype):
+        wanted = ", ".join(str(known) for known in FLOATS)
+        raise TypeError(f"{name} wants one of the dtypes {wanted}, got {checks.brief(dtype)}")
+    return np.dtype(dtype)
+
+
+def _check_backend(name: Any) -> None:
+    """Raise unless `name` is None or a backend: TypeError for another kind of value, BackendError for another name."""
+    if name is None or (isinstance(name, str) and name in array.NAMES):
+        return
+    wanted = f"to wants a backend, one of {', '.join(array.NAMES)}"
+    if _is_dtype(name):
+        raise TypeError(f"{wanted}, got the dtype {name!r}: write to(dtype=...)")
+    if not isinstance(name, str):
+        raise TypeError(f"{wanted}, got {checks.brief(name)}")
+    remark = FOREIGN_BACKENDS.get(name.split(":")[0], "")
+    raise array.BackendError(f"{wanted}, got {name!r}{remark}")
+
+
+def _is_dtype(value: Any) -> bool:
+    """True for a dtype of parameters, or for its name."""
+    try:
+        return value is not None and np.dtype(value) in FLOATS
+    except (TypeError, ValueError):
+        return False
 
 
 class _Mover:
@@ -238,10 +345,14 @@ class _Mover:
         return self.moved[id(value)][0]
 
 
-def _context_of_call(ctx: Any, facts: dict[str, Any]) -> Context:
-    """The Context of a module's call: a new one from the keywords `facts`, or ctx if it is one.
+def _context_of_call(module: Module, x: Any, ctx: Any, facts: dict[str, Any]) -> Context:
+    """The Context of a module's call on the input x: a new one from the keywords `facts`, or ctx if it is one.
 
-    TypeError for a ctx that is no Context, and for a Context together with keywords."""
+    TypeError for a missing input, for a ctx that is no Context, and for a Context together with keywords."""
+    if x is MISSING:
+        got = f"only the keywords {', '.join(facts)}" if facts else "nothing"
+        raise TypeError(f"a {type(module).__name__} wants its input as the first argument, model(ids, mask=...), "
+                        f"got {got}")
     if ctx is None:
         return Context(**facts)
     if not isinstance(ctx, Context):
@@ -274,6 +385,9 @@ class Packed(Module):
     def nbytes(self) -> int:
         """Bytes of all buffers."""
         return sum(a.nbytes for a in self.own(Array).values())
+
+    def extra_repr(self) -> str:
+        return f"packed {tuple(self.shape)}, {self.nbytes:,} bytes"
 
     def matmul(self, x: Tensor) -> Tensor:
         """x Wᵀ. x (..., in) -> (..., out). The gradient of x decompresses the weight again, block by block."""
@@ -339,6 +453,10 @@ class Linear(Module):
 
     def __init__(self, in_features: int, out_features: int, *, rng: np.random.Generator, bias: bool = True,
                  std: float = 0.02):
+        """The map with random values from rng. TypeError or ValueError for sizes that are no whole numbers >= 0."""
+        checks.whole("Linear: in_features", in_features, least=0)
+        checks.whole("Linear: out_features", out_features, least=0)
+        checks.random_generator("Linear: rng", rng)
         self.weight: Any = Parameter(array.normal(rng, (out_features, in_features), std))
         self.bias = Parameter(_zeros(out_features)) if bias else None
 
@@ -354,6 +472,10 @@ class Embedding(Module):
     """y = W[ids].    W (V, C) ~ N(0, std²),  ids (...) -> (..., C).  A Tensor in place of ids passes through."""
 
     def __init__(self, num_embeddings: int, embedding_dim: int, *, rng: np.random.Generator, std: float = 0.02):
+        """The table with random values from rng. TypeError or ValueError for sizes that are no whole numbers >= 0."""
+        checks.whole("Embedding: num_embeddings", num_embeddings, least=0)
+        checks.whole("Embedding: embedding_dim", embedding_dim, least=0)
+        checks.random_generator("Embedding: rng", rng)
         self.weight: Any = Parameter(array.normal(rng, (num_embeddings, embedding_dim), std))
 
     in_features = property(lambda self: self.weight.shape[0])
@@ -377,6 +499,9 @@ class TiedHead(Module):
     in_features = property(lambda self: self._embed.out_features)
     out_features = property(lambda self: self._embed.in_features)
 
+    def extra_repr(self) -> str:
+        return f"the weight {tuple(self._embed.weight.shape)} of the token embedding"
+
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         bias = None if self.bias is None else self.read("bias")
         return _linear(x, self._embed.read("weight"), bias)
@@ -386,11 +511,16 @@ class LayerNorm(Module):
     """y = w (x − μ)/σ + b over the last axis.    w = 1, b = 0, both (C,);  σ² = variance + ε"""
 
     def __init__(self, width: int, *, eps: float = 1e-5):
+        """The norm of rows of this width. TypeError or ValueError for a width that is no whole number >= 1."""
+        checks.whole("LayerNorm: width", width, least=1)
+        self.eps = checks.number("LayerNorm: eps", eps, low=0)
         self.weight = Parameter(_ones(width), decay=False)
         self.bias = Parameter(_zeros(width), decay=False)
-        self.eps = eps
 
     in_features = out_features = property(lambda self: self.weight.shape[0])
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps}"
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         return ops.layer_norm(x, self.read("weight"), self.read("bias"), eps=self.eps)
@@ -400,10 +530,15 @@ class RMSNorm(Module):
     """y = w x / σ over the last axis.    w = 1, (C,);  σ² = mean x² + ε.      Zhang & Sennrich 2019 (T5, Llama)"""
 
     def __init__(self, width: int, *, eps: float = 1e-6):
+        """The norm of rows of this width. TypeError or ValueError for a width that is no whole number >= 1."""
+        checks.whole("RMSNorm: width", width, least=1)
+        self.eps = checks.number("RMSNorm: eps", eps, low=0)
         self.weight = Parameter(_ones(width), decay=False)
-        self.eps = eps
 
     in_features = out_features = property(lambda self: self.weight.shape[0])
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps}"
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         return ops.rms_norm(x, self.read("weight"), eps=self.eps)
@@ -415,9 +550,12 @@ class Dropout(Module):
     Acts only in training mode and in a pass that has a generator. ValueError unless 0 <= p < 1."""
 
     def __init__(self, p: float):
+        self.p = checks.number("dropout", p)
         if not 0 <= p < 1:
             raise ValueError(f"dropout wants 0 <= p < 1, got {p}")
-        self.p = p
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
 
     def key(self, ctx: Context) -> Any:
         """The random key of this call, or None if dropout is inactive.

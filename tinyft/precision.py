@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from . import dispatch
+from . import checks, dispatch
 from .array import Array, bfloat16, is_array, xp
 
 HALVES = {np.dtype(np.float16), bfloat16}
@@ -66,6 +66,7 @@ def autocast(dtype: Any = "bfloat16", enabled: bool = True) -> Iterator[None]:
     For the forward pass and the loss; backward uses the dtypes of the forward pass.  float16 wants a GradScaler as
     well.  enabled=False switches autocast off inside a region.  The region holds for this thread alone.
     TypeError for a dtype other than float16 and bfloat16.      As torch.autocast; Micikevicius et al. 2018"""
+    checks.flag("enabled", enabled)
     before = (autocast_state.dtype, autocast_state.cache)
     autocast_state.dtype = half(dtype) if enabled else None
     autocast_state.cache = None                                # 16-bit copies of parameters, of one region
@@ -77,10 +78,10 @@ def autocast(dtype: Any = "bfloat16", enabled: bool = True) -> Iterator[None]:
 
 def half(dtype: Any) -> np.dtype:
     """float16 or bfloat16, from its name or itself.  TypeError for anything else."""
-    with contextlib.suppress(TypeError):                       # NumPy raises it for a name that it does not know
+    with contextlib.suppress(TypeError, ValueError):           # NumPy raises them for what is no dtype
         if np.dtype(dtype) in HALVES:
             return np.dtype(dtype)
-    raise TypeError(f"autocast computes in float16 or bfloat16, got {dtype!r}")
+    raise TypeError(f"autocast computes in float16 or bfloat16, got {checks.brief(dtype)}")
 
 
 # ── the wrapper around an op ─────────────────────────────────────────────────────────────────────────────────────────

@@ -362,7 +362,7 @@ def _(w, g, m, v, lr, b1, b2, eps, decay, t):
 # ── cosine_schedule ───────────────────────────────────────────────────────────────────────────────
 cosine_schedule = Exercise(
     "optim.schedules:cosine_schedule", difficulty=2, minutes=10,
-    closed=("optim.schedules:with_warmup",), hints=(
+    closed=("optim.schedules:with_warmup", "optim.schedules:WarmUp"), hints=(
         "cosine_schedule returns a function factor(t, T).  During the first `warmup` steps the "
         "factor rises in a straight line, and it reaches 1 at the last of them.",
         "Step t = 0 is the first, and should already move: (t + 1) / warmup.  Afterwards let s run "

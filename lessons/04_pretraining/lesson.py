@@ -133,7 +133,7 @@ def cost(sentences):
 held_out = [s for r in ft.data.snapshot() if r.split == "test" and r.kind == "docstring" for s in ft.data.sentences(r.text)][:60]
 order = np.mean(cost(held_out) < cost([ft.data.swap_two(s, rng) for s in held_out]))
 sums = np.mean([cost([f"{i} + {j} = {k}" for k in range(10)]).argmin() == i + j for i in range(1, 6) for j in range(1, 5)])
-source = ft.perplexity(gpt, [ft.data.pretraining("source", "test")[:2048].reshape(16, 128)])
+source = ft.perplexity(gpt, ft.data.held_out_batches(ft.data.pretraining("source", "test")))
 print(f"prefers a sentence to its swapped twin: {100 * order:.0f} %;  sums: {100 * sums:.0f} %;  perplexity of Python source: {source:.0f}")
 for prompt in ("Raises ValueError if", "Paris is the capital of"):
     print(tokenizer.decode(ft.generate(gpt, [tokenizer.encode(prompt).ids], 12)[0]), "...")

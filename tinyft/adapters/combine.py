@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from .. import checks
 from ..array import Array
-from ..edit import Attached, Edit, Method
+from ..edit import Attached, Edit, Method, check_name, copy_edits
 from ..nn import Context
 
 __all__ = ["combine"]
@@ -47,20 +48,37 @@ def combine(adapters: list[Attached], weights: Sequence[float] | None = None, na
     """Several detached adapters as one, ready to attach: the sum of their changes, each times its weight.
 
     An adapter here is what edit.detach returned; the base must be the same. weights: 1 for each if None. A module that
-    only some adapters edit gets the sum of theirs.
+    only some adapters edit gets the sum of theirs. The result has copies of their tensors: to train it leaves the
+    adapters as they are.
     The sum is exact: for LoRA it is ΔW = Σ cⱼ ΔWⱼ, and no factors are mixed. Raises ValueError unless there is one
-    weight for each adapter, and every adapter changes outputs only and trains no tensor of the base."""
+    weight for each adapter, and every adapter changes outputs only and trains no tensor of the base; TypeError for
+    adapters or weights of another kind."""
+    checks.instance("combine", adapters, (list, tuple), "a list of adapters, which detach gave")
+    for a in adapters:
+        checks.instance("combine", a, Attached, "adapters, which detach gave")
     if weights is None:
         weights = [1.0] * len(adapters)
+    if isinstance(weights, np.ndarray):
+        weights = weights.tolist()
+    checks.instance("combine: weights", weights, (list, tuple), "a list of numbers")
     if len(weights) != len(adapters) or not adapters:
         raise ValueError(f"combine wants one weight per adapter; got {len(weights)} for {len(adapters)}")
-    edits: dict[str, Edit] = {}
-    for path in dict.fromkeys(path for a in adapters for path in a.edits):      # every path once, in order
-        pairs = [(a.edits[path], c) for a, c in zip(adapters, weights, strict=True) if path in a.edits]
-        edits[path] = Weighted([e for e, _ in pairs], [c for _, c in pairs])
+    for c in weights:
+        checks.number("combine: weights", c)
+    check_name("combine: name", name)
+    fits: dict[str, str] = {}
     for a in adapters:
         _check_summable(a)
-    return Attached(Combined(), name, edits)
+        for path, description in a.fits.items():
+            if fits.setdefault(path, description) != description:
+                raise ValueError(f"{a.name} belongs to another base: its {path} is {description}, "
+                                 f"that of another adapter is {fits[path]}")
+    copies = [copy_edits(a.edits) for a in adapters]
+    edits: dict[str, Edit] = {}
+    for path in dict.fromkeys(path for a in adapters for path in a.edits):      # every path once, in order
+        pairs = [(own[path], c) for own, c in zip(copies, weights, strict=True) if path in own]
+        edits[path] = Weighted([e for e, _ in pairs], [c for _, c in pairs])
+    return Attached(Combined(), name, edits, fits=fits)
 
 
 def _check_summable(a: Attached) -> None:

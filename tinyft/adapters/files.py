@@ -28,6 +28,7 @@ from .reading import check_finite, digest, read_adapter
 
 __all__ = ["save_adapter", "load_adapter"]
 
+ROUNDED = ("bfloat16", "float16")                          # the dtypes to which weights are rounded for comparison
 # Fields that methods of version 0.1 had: {class: {old field: its name now, or None if it is gone}}.
 FIELDS_OF_0_1: dict[str, dict[str, str | None]] = {
     "Partial": {"depth": None},
@@ -257,7 +258,8 @@ def identify_base(model: Module) -> dict[str, Any]:
     """The family and the sizes of a model, and a digest of its original weights, without any adapter.
 
     An adapter file holds it, so that load_adapter can refuse another base. Only the shapes of a new head are included:
-    its weights are part of the adapter. float16 and float64 weights are compared as float32."""
+    its weights are part of the adapter. "weights" is exact, float16 and float64 taken as float32; "rounded" are digests
+    of the same weights rounded to 16 bits, with which a base is compared that was loaded in another dtype."""
     # {name: values from before any method trained it}. The first method that trains a tensor keeps them.
     original: dict[str, Any] = {}
     for a in reversed(edit.attached(model)):
@@ -265,13 +267,20 @@ def identify_base(model: Module) -> dict[str, Any]:
     parameters = edit.base_parameters(model)
     buffers = {n: v for n, v in model.named_buffers(persistent_only=True).items() if not edit.is_in_edit(n)}
     shapes = {}
+    dtypes = set()
     weights = hashlib.blake2b(digest_size=16)
+    rounded = {dtype: hashlib.blake2b(digest_size=16) for dtype in ROUNDED}
     for name, v in {**parameters, **buffers}.items():
         if not edit.is_head(model, name):
             a = array.asnumpy(original.get(name, v.data if isinstance(v, Tensor) else v))
             shapes[name] = list(a.shape)
             dtype = np.float32 if a.dtype.kind == "f" else None
             weights.update(name.encode() + np.ascontiguousarray(a, dtype).tobytes())
+            is_float = a.dtype.kind == "f" or a.dtype == array.bfloat16
+            if is_float:
+                dtypes.add("float32" if a.dtype.itemsize > 2 else str(a.dtype))
+            for to, digest_of_rounded in rounded.items():
+                digest_of_rounded.update(name.encode() + _rounded(a, to if is_float else None).tobytes())
     return {
         "family": type(model).__name__,
         "shapes": hashlib.blake2b(json.dumps(shapes).encode(), digest_size=8).hexdigest(),
@@ -279,7 +288,32 @@ def identify_base(model: Module) -> dict[str, Any]:
         "tensors": len(shapes),
         "head": [list(p.shape) for name, p in parameters.items() if edit.is_head(model, name)],
         "weights": weights.hexdigest(),
+        "dtype": " ".join(sorted(dtypes)),
+        "rounded": {dtype: d.hexdigest() for dtype, d in rounded.items()},
     }
+
+
+def _rounded(a: np.ndarray, dtype: str | None) -> np.ndarray:
+    """The values in C order, rounded to a dtype if one is given."""
+    with np.errstate(over="ignore"):                       # too large for float16: infinite, as in model.to
+        return np.ascontiguousarray(a, None if dtype is None else np.dtype(dtype))
+
+
+def _same_weights(wanted: dict[str, Any], got: dict[str, Any]) -> bool:
+    """True if two bases have the same weights, as far as their dtypes show it.
+
+    Bases of one dtype are compared exactly. The same file may also be loaded in 16 bits: then both are compared as
+    rounded to the 16-bit dtype. A float16 and a bfloat16 base are not comparable, and count as the same."""
+    if wanted.get("weights") == got["weights"]:
+        return True
+    dtypes = {wanted.get("dtype"), got["dtype"]}
+    rounded_to = dtypes & set(ROUNDED)
+    if len(dtypes) == 1 or not rounded_to or "rounded" not in wanted:
+        return False
+    if len(rounded_to) == 2:
+        return True
+    (dtype,) = rounded_to
+    return wanted["rounded"][dtype] == got["rounded"][dtype]
 
 
 def check_base(wanted: dict[str, Any], got: dict[str, Any]) -> None:
@@ -295,7 +329,12 @@ def check_base(wanted: dict[str, Any], got: dict[str, Any]) -> None:
         "head": "a model whose new head has shapes {}",
         "weights": "a base with other weights ({})",
     }
+    if wanted.get("head") and not got["head"] and wanted.get("family") == got["family"]:
+        classes = wanted["head"][-1][0]                    # the last tensor of a head: (classes,) or (classes, width)
+        raise ValueError(f"this adapter was trained with a new head of {classes} classes, which this model lacks: "
+                         f"call tinyft.classifier(model, {classes}) first")
     for key, text in descriptions.items():
-        if wanted.get(key) != got[key]:
+        differs = not _same_weights(wanted, got) if key == "weights" else wanted.get(key) != got[key]
+        if differs:
             trained_on = text.format(wanted.get(key))
             raise ValueError(f"this adapter was trained on {trained_on}; this is {text.format(got[key])}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import islice
@@ -17,24 +19,32 @@ from ..data import baselines
 from ..formats.huggingface import classifier, load
 from ..methods import Full
 from ..models import BERT
+from ..models.blocks import Classifier
 from ..nn import Context, Module, no_grad
 from ..optim import AdamW, linear_schedule
-from ..train import evaluate, fit
+from ..train import Diverged, evaluate, fit
 from ..train.batch import compute_loss, read_batch
 from .settings import PROMPT_ROWS, Contender, Settings
 
 __all__ = [
-    "Material", "build", "limit_text_length", "load_base", "load_material", "measure_costs", "run_simple", "train_one",
+    "BASE", "Material", "build", "check_base", "evaluate_base", "limit_text_length", "load_base", "load_material",
+    "measure_costs", "run_simple", "train_one",
 ]  # fmt: skip
 
 FULL = Contender("full", Full(), 1e-4)
 SHORTEST_TEXT = 8  # tokens: a comparison on shorter texts makes no sense
+BASE = "base, untouched"  # the name of its row
 
 
 # ---------------------------------------------------------------------------------------------------- models and data
 def load_base(s: Settings) -> tuple[Module, Tokenizer]:
     """A new copy of the base model, and its tokenizer."""
-    return load(s.model or ("base-gpt" if s.lm else "base-bert"))
+    return load(base_name(s))
+
+
+def base_name(s: Settings) -> str:
+    """The directory of the base model, or the name of a shipped one."""
+    return s.model or ("base-gpt" if s.lm else "base-bert")
 
 
 def build(s: Settings, c: Contender, seed: int) -> Module:
@@ -50,6 +60,27 @@ def build(s: Settings, c: Contender, seed: int) -> Module:
     if c.method is not None:
         edit.attach(model, c.method, seed=seed)
     return model
+
+
+def check_base(s: Settings) -> None:
+    """Raise ValueError, in one sentence, for a base model that cannot do the task, or for one without a tokenizer."""
+    model, tokenizer = load_base(s)
+    if tokenizer is None:
+        raise ValueError(f"the comparison wants a model with its tokenizer, got no tokenizer.json in {s.model}")
+    rows = model.embed.in_features
+    if tokenizer.get_vocab_size() > rows:
+        raise ValueError(
+            f"the comparison wants an embedding for every token, got {tokenizer.get_vocab_size()} tokens in the "
+            f"tokenizer of {s.model} and {rows} rows in the embedding"
+        )
+    if s.lm and (isinstance(model, BERT) or isinstance(getattr(model, "head", None), Classifier)):
+        raise ValueError(
+            f"the task {s.task} wants a language model such as GPT-2, got a {type(model).__name__} in {s.model}; "
+            "--task intact or --task package takes it"
+        )
+    for name, p in model.named_parameters().items():
+        if not np.isfinite(array.asnumpy(p.data).astype(np.float32)).all():
+            raise ValueError(f"the comparison wants a model of finite weights, got NaN or infinity in {name}")
 
 
 def limit_text_length(s: Settings) -> Settings:
@@ -73,9 +104,16 @@ class Material:
 
     task: data.Task
     train: data.Batches
-    held_out: Any  # Examples, or tokens (N,) for domain
+    held_out: Any  # Examples, or windows (n, T) for domain
     test: list[dict]  # batches of held_out
     prose: list[dict]  # domain: batches of held-out prose, on which forgetting is measured
+
+
+@lru_cache(maxsize=1)
+def whole_domain(model: str) -> data.Task:
+    """The task domain with all training tokens, by the tokenizer of this model: the text is tokenised once."""
+    _, tokenizer = load(model)
+    return data.task("domain", tokenizer=tokenizer)
 
 
 @lru_cache(maxsize=4)
@@ -86,12 +124,13 @@ def load_material(s: Settings, seed: int) -> Material:
     """
     model, tokenizer = load_base(s)
     if s.lm:
-        task = data.task(s.task, seed, s.train, tokenizer)
-        held_out = getattr(task, s.split)[: s.test * s.T]  # s.test windows of s.T tokens
+        whole = whole_domain(base_name(s))
+        task = replace(whole, train=data.stretch(whole.train, seed, s.train))  # as data.task gives it
         train = data.lm_batches(task.train, s.T, s.batch, seed)
-        test = data.lm_batches(held_out, s.T, s.batch)
-        prose = data.lm_batches(task.kept[: s.test * s.T], s.T, s.batch)  # of the base's own domain
-        return Material(task, train, held_out, list(test.once()), list(prose.once()))
+        test = data.held_out_batches(getattr(task, s.split), s.T, s.test)
+        prose = data.held_out_batches(task.kept, s.T, s.test)  # of the base's own domain
+        held_out = np.concatenate([batch["ids"] for batch in test])
+        return Material(task, train, held_out, test, prose)
     task = data.task(s.task, seed, s.train)
     form = "bert" if isinstance(model, BERT) else "gpt"  # the special tokens that a text gets
     held_out = by_length(getattr(task, s.split), s.test)
@@ -109,10 +148,11 @@ def by_length(examples: data.Examples, count: int) -> data.Examples:
 
 
 # ---------------------------------------------------------------------------------------------------- quality
-def train_one(s: Settings, c: Contender, seed: int) -> dict[str, float]:
+def train_one(s: Settings, c: Contender, seed: int) -> dict[str, Any]:
     """Train one contender with one seed; {metric: value} on held-out data, and "seconds", the time that it took.
 
-    For domain, "prose" is the perplexity on the base's own domain, which shows forgetting.
+    For domain, "prose" is the perplexity on the base's own domain, which shows forgetting. A run that diverges has no
+    metrics but "diverged": True.
     """
     start = time.time()
     material = load_material(s, seed)
@@ -120,31 +160,50 @@ def train_one(s: Settings, c: Contender, seed: int) -> dict[str, float]:
     batches = material.train
     # The batches are shared (load_material is cached): back to the start, so every contender sees the same ones.
     batches.load_state_dict({**batches.state_dict(), "epoch": 0, "batch": 0})
-    fit(model, batches, s.steps, AdamW(c.lr), linear_schedule(0.1), seed=seed, progress=False)
+    try:
+        with np.errstate(all="ignore"):  # NumPy's warnings of overflow would fill the screen
+            fit(model, batches, s.steps, AdamW(c.lr), linear_schedule(0.1), seed=seed, progress=False)
+            metrics = measure(s, model, material)
+    except Diverged:
+        metrics = {"diverged": True}
+    return metrics | {"seconds": time.time() - start}
+
+
+def measure(s: Settings, model: Module, material: Material) -> dict[str, Any]:
+    """{metric: value} of a model on the held-out data; {"diverged": True} if the quality is not a finite number.
+
+    JSON has no NaN, so a metric that is not finite is left out.
+    """
     metrics = evaluate(model, material.test)
     if s.lm:
         metrics["prose"] = evaluate(model, material.prose)["perplexity"]
-    return metrics | {"seconds": time.time() - start}
+    finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+    return finite if s.quality in finite else {"diverged": True}
+
+
+def evaluate_base(s: Settings) -> dict[str, float]:
+    """{metric: value} of the untouched base on held-out data: one number per metric, the same for every seed.
+
+    {} for classification, since the base has no classifier.
+    """
+    if not s.lm:
+        return {}
+    model, _ = load_base(s)
+    return measure(s, model, load_material(s, 0))
 
 
 def run_simple(s: Settings, seed: int) -> dict[str, dict[str, float]]:
     """{name: {metric: value}} on held-out data, of models for which no network is trained.
 
-    Classification: majority class, TF-IDF with logistic regression. Domain: unigrams, bigrams, the untouched base.
+    Classification: majority class, TF-IDF with logistic regression. Domain: unigrams, bigrams.
     """
     m = load_material(s, seed)
     if s.lm:
         model, _ = load_base(s)
         V = model.embed.in_features
-        unigrams = baselines.unigram_perplexity(m.task.train, m.held_out, V)
+        unigrams = baselines.unigram_perplexity(m.task.train, m.held_out[:, 1:], V)
         bigrams = baselines.bigram_perplexity(m.task.train, m.task.valid, m.held_out, V)
-        untouched = evaluate(model, m.test)["perplexity"]
-        on_prose = evaluate(model, m.prose)["perplexity"]
-        return {
-            "unigrams": {"perplexity": unigrams},
-            "bigrams": {"perplexity": bigrams},
-            "base, untouched": {"perplexity": untouched, "prose": on_prose},
-        }
+        return {"unigrams": {"perplexity": unigrams}, "bigrams": {"perplexity": bigrams}}
     metrics = {}
     for name, predicted in baselines.simple(m.task.train, m.task.valid, m.held_out, s.classes).items():
         metrics[name] = {
@@ -204,9 +263,10 @@ def make_step(model: Module, batch: Any) -> Callable[[], None]:
     model.train()
 
     def step() -> None:
-        _, loss = compute_loss(model, targets, rng)
-        loss.backward()
-        optimizer.step(clip=1.0)
+        with np.errstate(all="ignore"), suppress(FloatingPointError):  # a step that overflows takes as long
+            _, loss = compute_loss(model, targets, rng)
+            loss.backward()
+            optimizer.step(clip=1.0)
         model.zero_grad()
 
     return step

@@ -1,28 +1,41 @@
-"""The results of a comparison: table, conclusions, figure.  A report is the dict that `compare` writes as JSON."""
+"""The results of a comparison: table and conclusions.  A report is the dict that `compare` writes as JSON."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-__all__ = ["table", "verdict", "draw", "interval"]
+__all__ = ["Summary", "deviation", "finished_runs", "interval", "is_lm", "summaries", "table", "verdict"]
 
 
 @dataclass
 class Summary:
-    """One row of the table: metrics over seeds, and costs ({} for a simple model)."""
+    """One row of the table: metrics over seeds, and costs ({} if none were measured)."""
 
     name: str
-    quality: np.ndarray  # (seeds,) accuracy, or perplexity for domain
+    kind: str  # "trained", "base" (untouched) or "simple" (no network)
+    family: str  # of the method; "" for training from scratch, and for a row without a method
+    quality: np.ndarray  # (seeds,) accuracy, or perplexity for domain; NaN for a run without a result
     second: np.ndarray  # (seeds,) macro-F1, or perplexity on prose; NaN if not measured
     costs: dict
+    diverged: list[int]  # seeds whose training diverged
+    missing: list[int]  # seeds whose run did not end
+
+    @property
+    def is_trained(self) -> bool:
+        """True for a contender, False for the untouched base and for a simple model."""
+        return self.kind == "trained"
 
     @property
     def mean(self) -> float:
-        """The mean quality over seeds."""
-        return float(self.quality.mean())
+        """The mean quality over the finished seeds; NaN if one diverged, or if none finished.
+
+        The mean of the other seeds would flatter a method that diverges.
+        """
+        if self.diverged or np.isnan(self.quality).all():
+            return float("nan")
+        return float(np.nanmean(self.quality))
 
     @property
     def trained(self) -> int:
@@ -36,17 +49,31 @@ def is_lm(report: dict) -> bool:
 
 
 def summaries(report: dict) -> list[Summary]:
-    """All rows: simple models first, then the contenders by number of trained parameters.
+    """All rows: simple models first, then the base, then the contenders by number of trained parameters.
 
-    report["results"] is {name: one dict of metrics for each seed}; report["costs"] has the contenders only.
+    `run.new_report` describes the report.
     """
     first, second = ("perplexity", "prose") if is_lm(report) else ("accuracy", "macro_f1")
     rows = []
-    for name, metrics in report["results"].items():
-        quality = np.array([m[first] for m in metrics])
-        other = np.array([m.get(second, np.nan) for m in metrics])
-        rows.append(Summary(name, quality, other, report["costs"].get(name, {})))
-    return sorted(rows, key=lambda r: (bool(r.costs), r.trained))
+    for name, runs in report["results"].items():
+        metrics = [run or {} for run in runs]
+        row = Summary(
+            name,
+            **report["rows"][name],
+            quality=np.array([m.get(first, np.nan) for m in metrics]),
+            second=np.array([m.get(second, np.nan) for m in metrics]),
+            costs=report["costs"].get(name, {}),
+            diverged=[seed for seed, m in enumerate(metrics) if m.get("diverged")],
+            missing=[seed for seed, run in enumerate(runs) if run is None],
+        )
+        rows.append(row)
+    kinds = ("simple", "base", "trained")
+    return sorted(rows, key=lambda r: (kinds.index(r.kind), r.trained))
+
+
+def finished_runs(report: dict) -> int:
+    """The number of contenders' runs that ended, diverged ones included."""
+    return sum(len(r.quality) - len(r.missing) for r in summaries(report) if r.is_trained)
 
 
 # ---------------------------------------------------------------------------------------------------- the table
@@ -55,23 +82,45 @@ step: time relative to full fine-tuning.  inference: time relative to the base. 
 
 
 def table(report: dict) -> str:
-    """The comparison as a table of text, one row for each model. Simple models have no costs, so those stay empty."""
+    """The comparison as a table of text, one row for each model. A cost that a row does not have stays empty."""
     lm = is_lm(report)
     metrics = ("perplexity", "on prose") if lm else ("accuracy", "macro-F1")
     rows = [("method", "trained", "stored", "memory", "step", *metrics, "inference")]
-    digits = 1 if lm else 3
     for r in summaries(report):
-        quality = spread(r.quality, digits)
-        second = spread(r.second, digits)
-        if not r.costs:
-            rows.append((r.name, "", "", "", "", quality, second, ""))
-            continue
-        sizes = (f"{r.trained:,}", size(r.costs["stored"]), size(r.costs["memory"]))
-        step = f"{r.costs['step_ratio']:.2f} ×"
-        inference = f"{r.costs['inference_ratio']:.2f} ×"
-        rows.append((r.name, *sizes, step, quality, second, inference))
+        rows.append((r.name, *costs_cells(r), *quality_cells(r, lm), ratio(r.costs, "inference_ratio")))
     lines = align(rows)
-    return "\n".join(["", lines[0], "-" * len(lines[0]), *lines[1:], "", NOTE])
+    return "\n".join(["", lines[0], "-" * len(lines[0]), *lines[1:], "", NOTE, *exceptions(report)])
+
+
+def costs_cells(r: Summary) -> tuple[str, str, str, str]:
+    """The cells of a row before its quality: trained parameters, bytes stored, peak memory, time of a step."""
+    if not r.costs:
+        return "", "", "", ""
+    memory = size(r.costs["memory"]) if "memory" in r.costs else ""
+    return f"{r.trained:,}", size(r.costs["stored"]), memory, ratio(r.costs, "step_ratio")
+
+
+def quality_cells(r: Summary, lm: bool) -> tuple[str, str]:
+    """The cells of a row for its quality and for its second metric."""
+    if r.diverged:
+        return "diverged" if r.is_trained else "not finite", ""
+    if len(r.missing) == len(r.quality):
+        return "not run", ""
+    digits = 1 if lm else 3
+    seeds = slice(None) if r.kind != "base" else slice(1)  # the base is the same for every seed: no spread
+    return spread(r.quality[seeds], digits), spread(r.second[seeds], digits)
+
+
+def exceptions(report: dict) -> list[str]:
+    """Lines of text: the runs that diverged and those that did not end."""
+    lines = []
+    for r in summaries(report):
+        if r.diverged and r.is_trained:
+            seeds = ", ".join(map(str, r.diverged))
+            lines.append(f"{r.name}: diverged with seed {seeds}; a lower learning rate may help")
+        if r.missing:
+            lines.append(f"{r.name}: {len(r.quality) - len(r.missing)} of {len(r.quality)} runs finished")
+    return lines
 
 
 def align(rows: list[tuple[str, ...]]) -> list[str]:
@@ -81,18 +130,46 @@ def align(rows: list[tuple[str, ...]]) -> list[str]:
     for name, *values in rows:
         parts = [name.ljust(widths[0])]
         parts += [value.rjust(width) for value, width in zip(values, widths[1:])]
-        lines.append("  ".join(parts))
+        lines.append("  ".join(parts).rstrip())
     return lines
 
 
 def spread(values: np.ndarray, digits: int) -> str:
-    """The mean ± the standard deviation of values over seeds, as text; with one seed the mean; "" if a value is NaN."""
-    if np.isnan(values).any():
+    """The mean ± the standard deviation of the values over seeds that are not NaN, as text; "" if all are.
+
+    One value has no deviation.
+    """
+    values = values[~np.isnan(values)]
+    if not len(values):
         return ""
-    text = f"{values.mean():.{digits}f}"
+    text = decimal(values.mean(), digits)
     if len(values) > 1:
-        text += f" ± {values.std(ddof=1):.{digits}f}"
+        text += f" ± {decimal(deviation(values), digits)}"
     return text
+
+
+def deviation(values: np.ndarray) -> float:
+    """The standard deviation over the seeds whose value is not NaN, with n - 1 in the denominator; 0 for one seed."""
+    values = values[~np.isnan(values)]
+    if len(values) < 2:
+        return 0.0
+    with np.errstate(over="ignore"):  # the square of a perplexity of 1e300 is infinite
+        return float(values.std(ddof=1))
+
+
+def decimal(value: float, digits: int) -> str:
+    """A number with this many digits after the point; a huge perplexity has an exponent, so columns stay narrow."""
+    return f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.1e}"
+
+
+def signed(value: float) -> str:
+    """A difference with its sign and three digits after the point, or with an exponent if it is huge."""
+    return f"{value:+.3f}" if abs(value) < 1e6 else f"{value:+.1e}"
+
+
+def ratio(costs: dict, name: str) -> str:
+    """A ratio of times as text; "" if it was not measured."""
+    return f"{costs[name]:.2f} ×" if name in costs else ""
 
 
 def size(n: float) -> str:
@@ -116,12 +193,12 @@ def interval(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
     if n == 1:
         return mean, -np.inf, np.inf
     quantile = T95[min(n - 1, len(T95) - 1)]  # by degrees of freedom, n - 1
-    half = float(quantile * difference.std(ddof=1) / n**0.5)
+    half = quantile * deviation(difference) / n**0.5
     return mean, mean - half, mean + half
 
 
 def verdict(report: dict) -> str:
-    """The conclusions: differences from full fine-tuning and from scratch, and whether a simple model wins.
+    """The conclusions: differences from full fine-tuning and from scratch, forgetting, and whether a simple model wins.
 
     A difference wants an interval over seeds, so with one seed there is none.
     """
@@ -130,11 +207,13 @@ def verdict(report: dict) -> str:
     if report["settings"]["seeds"] > 1:
         for name in ("full", "from scratch"):
             for reference in rows:
-                if reference.name == name:
+                if reference.name == name and reference.is_trained:
                     lines += differences(report, rows, reference)
-    # The untouched base has no costs either, but it is no simple model.
-    simple = [r for r in rows if not r.costs and not r.name.startswith("base")]
-    tuned = [r for r in rows if r.costs]
+        for base in rows:
+            if base.kind == "base":
+                lines += forgotten(rows, base)
+    simple = [r for r in rows if r.kind == "simple" and np.isfinite(r.mean)]
+    tuned = [r for r in rows if r.is_trained and np.isfinite(r.mean)]
     if simple and tuned:
         lines.append(compare_best(report, simple, tuned))
     return "\n".join(lines)
@@ -146,18 +225,47 @@ def differences(report: dict, rows: list[Summary], reference: Summary) -> list[s
     A difference counts only if its interval excludes zero.
     """
     sign = -1 if is_lm(report) else 1  # a lower perplexity is better, a higher accuracy
-    seeds = report["settings"]["seeds"]
-    lines = [f"against {reference.name} (mean difference, paired 95 % interval over {seeds} seeds):"]
+    title = f"against {reference.name} (mean difference, paired 95 % interval over {len(reference.quality)} seeds):"
+    if reference.diverged:
+        return [title, f"  {reference.name} diverged: there is nothing to compare with"]
+    lines = [title]
     for r in rows:
-        if r.name == reference.name or not r.costs:
-            continue
-        mean, low, high = interval(r.quality, reference.quality)
-        if low <= 0 <= high:
-            conclusion = "no difference shown"
-        else:
-            conclusion = "better" if sign * mean > 0 else "worse"
-        lines.append(f"  {r.name:<18} {mean:+.3f}  [{low:+.3f}, {high:+.3f}]  {conclusion}")
+        if r.is_trained and r.name != reference.name:
+            words = ("better", "worse") if sign > 0 else ("worse", "better")
+            lines.append(difference(r, r.quality, reference.quality, words))
     return lines
+
+
+def forgotten(rows: list[Summary], base: Summary) -> list[str]:
+    """Lines of text: by how much the perplexity on prose of every fine-tuned model is above the base's.
+
+    Training from scratch never knew prose, so it has nothing to forget.
+    """
+    prose = f"the base's {base.second[0]:.1f} on prose"
+    lines = [f"forgotten: perplexity above {prose} (mean, paired 95 % interval over {len(base.second)} seeds):"]
+    for r in rows:
+        if r.is_trained and r.family:
+            lines.append(difference(r, r.second, base.second, ("forgets", "gains")))
+    return lines
+
+
+def difference(r: Summary, values: np.ndarray, reference: np.ndarray, words: tuple[str, str]) -> str:
+    """One line: the row's name, the mean of values - reference with its interval, and the conclusion.
+
+    values, reference   (seeds,), paired; a seed without one of the two is left out
+    words               the conclusion for a difference above zero, and for one below
+    """
+    both = np.isfinite(values) & np.isfinite(reference)
+    if r.diverged:
+        return f"  {r.name:<18} diverged"
+    if both.sum() < 2:
+        return f"  {r.name:<18} too few runs finished"
+    mean, low, high = interval(values[both], reference[both])
+    if low <= 0 <= high:
+        conclusion = "no difference shown"
+    else:
+        conclusion = words[0] if mean > 0 else words[1]
+    return f"  {r.name:<18} {signed(mean)}  [{signed(low)}, {signed(high)}]  {conclusion}"
 
 
 def compare_best(report: dict, simple: list[Summary], tuned: list[Summary]) -> str:
@@ -170,52 +278,3 @@ def compare_best(report: dict, simple: list[Summary], tuned: list[Summary]) -> s
         f"{best_simple.name} {outcome} here: {best_simple.mean:.3f} against {best_tuned.mean:.3f} "
         f"of the best fine-tuned model ({best_tuned.name})"
     )
-
-
-# ---------------------------------------------------------------------------------------------------- the figure
-def draw(report: dict, path: Path) -> bool:
-    """Save a figure at `path`: quality over the number of trained parameters, simple models as horizontal lines.
-
-    Error bars are the standard deviation over seeds. False, and no figure, if matplotlib is not installed.
-    """
-    try:
-        import matplotlib
-    except ImportError:
-        return False
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = summaries(report)
-    tuned = [r for r in rows if r.costs]
-    simple = [r for r in rows if not r.costs]
-    fig, ax = plt.subplots(figsize=(8.4, 5.2), dpi=120)
-    colours = plt.get_cmap("tab20")
-    for i, r in enumerate(tuned):
-        deviation = r.quality.std(ddof=1) if len(r.quality) > 1 else 0
-        marker = "s" if r.name == "from scratch" else "o"
-        ax.errorbar(
-            r.trained, r.mean, yerr=deviation, fmt=marker, ms=7, capsize=3, color=colours(i), label=r.name
-        )
-    highest = max(r.mean for r in tuned)
-    for r, style in zip(simple, (":", "--", "-.")):
-        far_off = is_lm(report) and r.mean > 3 * highest  # such a line would flatten all others
-        if not far_off:
-            ax.axhline(r.mean, ls=style, color="0.45", lw=1.2, label=r.name)
-    ax.set_xscale("log")
-    ax.set_xlabel("trained parameters (head included)")
-    ax.set_ylabel("held-out perplexity on source code (lower is better)" if is_lm(report) else "held-out accuracy")
-    ax.set_title(title(report), fontsize=11)
-    ax.grid(visible=True, which="major", color="0.9")
-    ax.set_axisbelow(b=True)
-    ax.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    fig.tight_layout()
-    fig.savefig(path)
-    plt.close(fig)
-    return True
-
-
-def title(report: dict) -> str:
-    """The title of the figure."""
-    s = report["settings"]
-    unit = "tokens" if is_lm(report) else "examples"
-    return f"{s['task']}: {s['train']:,} training {unit}, {s['steps']} steps, {s['seeds']} seeds"

@@ -1,4 +1,4 @@
-"""The comparison: every method on one real task, beside training from scratch, the head alone, and simple models.
+"""The comparison: methods on one real task, beside the untouched base, training from scratch, and simple models.
 
 Users choose by five measures: bytes stored per task, peak memory of a training step, time of a step, held-out
 quality with its spread over seeds, and the cost of inference relative to the base. All contenders train on the same
@@ -8,28 +8,29 @@ examples in the same order. A difference counts only if its paired 95 % interval
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import platform
-import signal
 import sys
-import threading
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from .. import array, kernels
+from .. import array, checks
 from ..files import write_atomically
 from . import cells
-from .report import draw, table, verdict
+from .figure import draw
+from .report import finished_runs, table, verdict
 from .settings import Contender, Settings
+from .workers import call, finished, one_interrupt, workers
 
 __all__ = ["compare"]
 
@@ -38,52 +39,108 @@ QUESTIONS = {
     "package": "which of {classes} packages does a docstring come from? (their names are masked)",
     "domain": "a language model of English prose learns Python source; what does it forget?",
 }
+FILES = ("compare.json", "compare.png")
+Say = Callable[[str], None]
 
 
-def compare(s: Settings, out: Path, jobs: int | None = None, say: Callable[[str], None] = print) -> dict[str, Any]:
+def compare(s: Settings, out: str | os.PathLike, jobs: int | None = None, say: Say | None = None) -> dict[str, Any]:
     """Run the comparison and print it; write out/compare.json and out/compare.png.
 
     Returns the content of the JSON file. `jobs` contenders train at a time (default: 2 on NumPy, 1 on a device).
+    `say` prints a text.
+
+    Settings, model, data and folder are checked before anything starts: ValueError, TypeError or OSError. If the
+    comparison ends early, the finished runs are printed; after an error, also of a killed worker (RuntimeError), they
+    are written too. If a file cannot be written, the table is printed all the same, and OSError names what is missing.
     """
-    start = time.time()
-    s = cells.limit_text_length(s)
-    rows = s.chosen()
+    if say is None:
+        say = partial(print, flush=True)  # a pipe shows each line at once
+    checks.function("compare: say", say, "a function of one text")
+    out = Path(checks.instance("compare: out", out, (str, os.PathLike), "the path of a folder"))
+    with one_interrupt():
+        s, jobs = check(s, jobs)
+        check_folder(out)
+        report = run(s, out, jobs, say)
+        try:
+            say(conclusions(report))
+        finally:  # the files are written also if nobody reads the output any more
+            written = write(report, out)
+        say(f"\n{report['seconds']:.0f} s.  Written: {written}")
+    return report
+
+
+# ---------------------------------------------------------------------------------------------------- before the start
+def check(s: Settings, jobs: int | None) -> tuple[Settings, int]:
+    """The settings with T lowered to fit the model, and the number of jobs. An error, in one sentence, for bad ones."""
+    checks.instance("compare: s", s, Settings, "Settings")
+    s.check()
     if jobs is None:
         jobs = min(2, os.cpu_count() or 1) if array.backend() == "numpy" else 1
-    say(headline(s))
-    with workers(jobs) as pool:
-        seconds = cells.forecast(s, call(pool, cells.measure_pace, s), len(rows), jobs)
-        say(f"about {seconds / 60:.1f} minutes on this machine ({len(rows)} contenders, {jobs} at a time)")
-        bar = tqdm(rows, "costs", disable=not sys.stderr.isatty(), leave=False)
-        costs = {c.name: call(pool, cells.measure_costs, s, c) for c in bar}
-        results = {c.name: [None] * s.seeds for c in rows}  # runs end in any order
-        for c, seed, metrics in train_all(s, rows, pool):
-            results[c.name][seed] = metrics
-    for seed in range(s.seeds):
-        for name, metrics in cells.run_simple(s, seed).items():
-            results.setdefault(name, []).append(metrics)
-    report = {
-        "settings": asdict(s),
-        "results": results,
-        "costs": costs,
-        "seconds": round(time.time() - start, 1),
-        "machine": machine(),
-        "rates": {c.name: c.lr for c in rows},
-    }
-    write_atomically({out / "compare.json": json.dumps(report, indent=1).encode()})
-    say(f"{table(report)}\n\n{verdict(report)}")
-    drawn = draw(report, out / "compare.png")
-    figure = f", {out / 'compare.png'}" if drawn else " (no figure: matplotlib is missing)"
-    say(f"\n{time.time() - start:.0f} s.  Written: {out / 'compare.json'}{figure}")
-    return report
+    checks.whole("jobs", jobs, least=1)
+    cells.check_base(s)
+    s = cells.limit_text_length(s)
+    cells.load_material(s, 0)  # an error in the data comes now, not from a worker
+    return s, min(jobs, len(s.chosen()) * s.seeds)
+
+
+def check_folder(out: Path) -> None:
+    """Make the folder of the results. OSError, in one sentence, if its files cannot be written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out) as f:
+            f.write(bytes(300_000))  # as large as the files will be: a full disk takes an empty file
+    except OSError as e:
+        raise OSError(f"compare cannot write to the folder {out} ({e.strerror}); nothing was started") from e
+    for name in FILES:
+        if (out / name).is_dir():
+            raise OSError(f"compare writes a file {out / name}, but a folder has that name; nothing was started")
 
 
 def headline(s: Settings) -> str:
     """The task and the settings in two lines."""
     question = QUESTIONS[s.task].format(classes=s.classes)
     unit = "tokens" if s.lm else "examples"
-    sizes = f"{s.train:,} training {unit}, {s.seeds} seeds, {s.steps} steps of {s.batch}"
+    seeds = "1 seed" if s.seeds == 1 else f"{s.seeds} seeds"
+    sizes = f"{s.train:,} training {unit}, {seeds}, {s.steps} steps of {s.batch}"
     return f"{s.task}: {question}\n{sizes}; test modules are in no training text, pretraining included"
+
+
+# ---------------------------------------------------------------------------------------------------- the runs
+def run(s: Settings, out: Path, jobs: int, say: Say) -> dict[str, Any]:
+    """The report of all runs. If an error ends them early, those that finished are printed and written first."""
+    start = time.time()
+    rows = s.chosen()
+    report = new_report(s, rows)
+    say(headline(s))
+    try:
+        with workers(jobs) as pool:
+            fill(report, s, rows, pool, jobs, say)
+    except BaseException as error:
+        report["seconds"] = round(time.time() - start, 1)
+        keep_finished(report, out, say, error)
+        if isinstance(error, BrokenProcessPool):
+            raise RuntimeError(explain_killed(report, s, rows)) from error
+        raise
+    report["seconds"] = round(time.time() - start, 1)
+    return report
+
+
+def new_report(s: Settings, rows: list[Contender]) -> dict[str, Any]:
+    """A report without results. JSON-able.
+
+    rows      {name: its kind and family}; the kind is "trained", "base" (untouched) or "simple" (no network)
+    results   {name: one entry per seed}: the metrics, {"diverged": True}, or None for a run that did not end
+    costs     {name: costs} of the contenders and of the base
+    """
+    return {
+        "settings": asdict(s),
+        "rows": {c.name: {"kind": "trained", "family": c.family} for c in rows},
+        "results": {c.name: [None] * s.seeds for c in rows},
+        "costs": {},
+        "seconds": 0.0,
+        "machine": machine(),
+        "rates": {c.name: c.lr for c in rows},
+    }
 
 
 def machine() -> dict[str, Any]:
@@ -101,86 +158,90 @@ def machine() -> dict[str, Any]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------- worker processes
-def call(pool: ProcessPoolExecutor | None, f: Callable, *arguments: Any) -> Any:
-    """f(*arguments) in a worker, or here if there is no pool."""
-    if pool is None:
-        return f(*arguments)
-    return pool.submit(f, *arguments).result()
+def fill(
+    report: dict, s: Settings, rows: list[Contender], pool: ProcessPoolExecutor | None, jobs: int, say: Say
+) -> None:
+    """Run everything, and enter each result in the report as soon as it is there."""
+    seconds = cells.forecast(s, call(pool, cells.measure_pace, s), len(rows), jobs)
+    say(f"about {seconds / 60:.1f} minutes on this machine ({len(rows)} contenders, {jobs} at a time)")
+    add_untrained(report, s, pool)
+    for c in tqdm(rows, "costs", disable=not sys.stderr.isatty(), leave=False):
+        report["costs"][c.name] = call(pool, cells.measure_costs, s, c)
+    for c, seed, metrics in train_all(s, rows, pool):
+        report["results"][c.name][seed] = metrics
+
+
+def add_untrained(report: dict, s: Settings, pool: ProcessPoolExecutor | None) -> None:
+    """Enter the untouched base and the simple models in the report."""
+    base = call(pool, cells.evaluate_base, s)
+    if base:
+        report["rows"][cells.BASE] = {"kind": "base", "family": ""}
+        report["results"][cells.BASE] = [base] * s.seeds
+        report["costs"][cells.BASE] = {"trained": 0, "head": 0, "stored": 0, "inference_ratio": 1.0}
+    calls = {seed: partial(cells.run_simple, s, seed) for seed in range(s.seeds)}
+    for seed, models in finished(pool, calls):
+        for name, metrics in models.items():
+            report["rows"][name] = {"kind": "simple", "family": ""}
+            report["results"].setdefault(name, [None] * s.seeds)[seed] = metrics
 
 
 def train_all(
     s: Settings, rows: list[Contender], pool: ProcessPoolExecutor | None
 ) -> Iterator[tuple[Contender, int, dict]]:
     """Train every contender with every seed; yield (contender, seed, metrics) and print a line as each run ends."""
-    runs = [(c, seed) for seed in range(s.seeds) for c in rows]
-    with tqdm(total=len(runs), unit="run", disable=not sys.stderr.isatty(), leave=False) as bar:
-        for c, seed, metrics in finished(s, runs, pool):
+    contenders = {c.name: c for c in rows}
+    calls = {(c.name, seed): partial(cells.train_one, s, c, seed) for seed in range(s.seeds) for c in rows}
+    with tqdm(total=len(calls), unit="run", disable=not sys.stderr.isatty(), leave=False) as bar:
+        for (name, seed), metrics in finished(pool, calls):
             bar.update()
-            quality = f"{s.quality} {metrics[s.quality]:.3f}"
-            bar.write(f"  {c.name:<18} seed {seed}   {quality}   ({metrics['seconds']:.0f} s)", file=sys.stderr)
-            yield c, seed, metrics
+            quality = "diverged" if "diverged" in metrics else f"{s.quality} {metrics[s.quality]:.3f}"
+            yield contenders[name], seed, metrics  # before the line: a run that is shown as finished is kept
+            bar.write(f"  {name:<18} seed {seed}   {quality}   ({metrics['seconds']:.0f} s)", file=sys.stderr)
 
 
-def finished(
-    s: Settings, runs: list[tuple[Contender, int]], pool: ProcessPoolExecutor | None
-) -> Iterator[tuple[Contender, int, dict]]:
-    """Train each (contender, seed) of `runs`; yield (contender, seed, metrics) in the order in which they end.
-
-    They run in the workers of the pool, or one after another in this process if there is none.
-    """
-    if pool is None:
-        for c, seed in runs:
-            yield c, seed, cells.train_one(s, c, seed)
-        return
-    futures = {pool.submit(cells.train_one, s, c, seed): (c, seed) for c, seed in runs}
-    for future in as_completed(futures):
-        c, seed = futures[future]
-        yield c, seed, future.result()
+# ---------------------------------------------------------------------------------------------------- at the end
+def conclusions(report: dict) -> str:
+    """The table and the verdict."""
+    return f"{table(report)}\n\n{verdict(report)}"
 
 
-@contextmanager
-def workers(jobs: int) -> Iterator[ProcessPoolExecutor | None]:
-    """A pool of `jobs` processes with one thread each, so that they do not wait for each other; None for one job.
-
-    If the `with` ends with an exception, the processes are terminated.
-    """
-    if jobs == 1:
-        kernels.keep_memory()  # as in a worker: freed memory is kept for the next step, which is faster
-        yield None
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, initializer=start_worker) as pool:
-        try:
-            with interrupts_blocked():  # the processes start here, so Ctrl-C never reaches them
-                for _ in range(jobs):
-                    pool.submit(int)  # a call that does nothing; it starts a process
-            yield pool
-        except BaseException:  # also Ctrl-C: do not wait for the runs that have begun
-            for process in multiprocessing.active_children():
-                process.terminate()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def start_worker() -> None:
-    """The first call in a worker process."""
-    tqdm.set_lock(threading.RLock())  # tqdm's own lock is shared between processes: a terminated worker leaks it
-    kernels.set_num_threads(1)
-    kernels.keep_memory()
-
-
-@contextmanager
-def interrupts_blocked() -> Iterator[None]:
-    """Ctrl-C waits until the end of the `with`. A process that starts inside never receives it.
-
-    A terminal sends Ctrl-C to every process; only the parent shall act on it. Windows has no such mask.
-    """
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def write(report: dict, out: Path) -> str:
+    """Write compare.json and compare.png; their names, for the last line. OSError says what is missing."""
+    files = {out / "compare.json": json.dumps(report, indent=1, allow_nan=False).encode()}
+    note = ""
     try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        files[out / "compare.png"] = draw(report)
+    except ImportError:
+        note = " (no figure: matplotlib is missing)"
+    except Exception as e:  # a fault of the drawing library must not take the results with it
+        note = f" (no figure: {type(e).__name__}, {e})"
+    try:
+        write_atomically(files)
+    except OSError as e:
+        missing = " and ".join(path.name for path in files)
+        raise OSError(f"the table above is complete, but {missing} of this run are missing: {e}") from e
+    return ", ".join(str(path) for path in files) + note
+
+
+def keep_finished(report: dict, out: Path, say: Say, error: BaseException) -> None:
+    """Print the runs that ended before the error, and write them, unless the user stopped the comparison.
+
+    Then an earlier result in the folder is worth more than a part of this one.
+    """
+    if not finished_runs(report):
+        return
+    try:
+        say(conclusions(report))
+        if isinstance(error, Exception):
+            say(f"\nWritten, as far as it went: {write(report, out)}")
+    except OSError as e:  # the error before it is the one to report
+        print(e, file=sys.stderr)
+
+
+def explain_killed(report: dict, s: Settings, rows: list[Contender]) -> str:
+    """The message after a worker process was killed."""
+    total = len(rows) * s.seeds
+    return (
+        f"a worker process was killed, perhaps because memory ran out; {finished_runs(report)} of {total} runs were "
+        "finished and are kept (--jobs 1 needs less memory)"
+    )

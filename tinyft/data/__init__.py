@@ -12,11 +12,11 @@ from .batches import (
     text_batches,
     windows,
 )
-from .tasks import PACKAGES, Task, mask_names, sentences, swap_two, task
+from .tasks import PACKAGES, Task, held_out_batches, mask_names, sentences, stretch, swap_two, task
 from .text import SPECIAL, SPLITS, Record, key, pretraining, shipped_tokenizer, snapshot
 
 __all__ = [
-    "IGNORE", "PACKAGES", "SPECIAL", "SPLITS", "Batches", "Examples", "Record", "Task", "encode", "key", "lm_batches",
-    "mask_names", "mlm", "mlm_batches", "pad", "pretraining", "sentences", "shipped_tokenizer", "snapshot", "swap_two",
-    "task", "text_batches", "windows",
+    "IGNORE", "PACKAGES", "SPECIAL", "SPLITS", "Batches", "Examples", "Record", "Task", "encode", "held_out_batches",
+    "key", "lm_batches", "mask_names", "mlm", "mlm_batches", "pad", "pretraining", "sentences", "shipped_tokenizer",
+    "snapshot", "stretch", "swap_two", "task", "text_batches", "windows",
 ]

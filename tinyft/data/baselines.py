@@ -296,7 +296,10 @@ def _pair_counts(tokens: np.ndarray, vocab: int) -> np.ndarray:
 
 
 def unigram_perplexity(train: np.ndarray, test: np.ndarray, vocab: int) -> float:
-    """exp of the mean -log p(token) over test tokens (N,), with p counted in train and one added to every count."""
+    """exp of the mean -log p(token) over test tokens, with p counted in train (N,) and one added to every count.
+
+    test is (N,), or (n, T) for n windows.
+    """
     train, test = _read_tokens("unigram_perplexity", [train, test], vocab, least=1)
     p = _unigram_probabilities(train, vocab)
     return float(np.exp(-np.log(p[test]).mean()))
@@ -306,7 +309,8 @@ def bigram_perplexity(train: np.ndarray, valid: np.ndarray, test: np.ndarray, vo
     """Perplexity of p(b | a) = (count(ab) + m p(b)) / (count(a) + m) over all test tokens but the first.
 
     The counts, and p(b) with one added to every count, are of the training tokens; b follows a. m is the best of seven
-    values on the validation tokens. Token arrays are (N,), of ids below vocab.
+    values on the validation tokens. Token arrays are (N,), of ids below vocab. test may be (n, T), n windows: then the
+    first token of each window is not predicted, as by a language model.
     """
     train, valid, test = _read_tokens("bigram_perplexity", [train, valid, test], vocab, least=2)
     unigram = _unigram_probabilities(train, vocab)

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from .. import checks
 from ..tokens import plain
-from .batches import CHOOSE, FIXED, SWAP, Examples, generator
+from .batches import CHOOSE, FIXED, SWAP, Examples, generator, windows
 from .text import SPLITS, Record, key, pretraining, snapshot
 
 # The classes of *package*: standard packages with at least five modules in each of Python 3.10-3.13.
@@ -231,8 +231,42 @@ def _examples(pairs: Sequence[tuple[str, int]]) -> Examples:
 # ---------------------------------------------------------------------------------------------------- domain
 def _domain(seed: int, size: int | None, tokenizer: Tokenizer | None) -> Task:
     train, valid, test = (pretraining("source", split, tokenizer) for split in SPLITS)
-    if size is not None:
-        start = _choose(len(train), seed, size)[0]
-        train = np.roll(train, -start)[:size]  # consecutive tokens from a random start, wrapping around the end
     prose = pretraining("prose", "test", tokenizer)
-    return Task("domain", "lm", (), train, valid, test, metric="perplexity", kept=prose)
+    return Task("domain", "lm", (), stretch(train, seed, size), valid, test, metric="perplexity", kept=prose)
+
+
+def stretch(tokens: np.ndarray, seed: int, size: int | None) -> np.ndarray:
+    """`size` consecutive tokens of (N,) from a random start, wrapping around the end: the training text of *domain*.
+
+    The seed chooses the start. All tokens, as they are, for None. ValueError for a size above N.
+    """
+    if size is None:
+        return tokens
+    start = _choose(len(tokens), seed, size)[0]
+    return np.roll(tokens, -start)[:size]
+
+
+# The protocol of every perplexity on *domain*. base-gpt has 128 positions, and a soft prompt of 16 rows takes some.
+HELD_OUT_T = 112
+HELD_OUT_WINDOWS = 128
+
+
+def held_out_batches(
+    tokens: np.ndarray, T: int = HELD_OUT_T, count: int = HELD_OUT_WINDOWS, batch_size: int = 16
+) -> list[dict[str, np.ndarray]]:
+    """Batches for measuring a perplexity: `count` windows of T tokens, at equal distances in a held-out split (N,).
+
+    They stand for all modules of the split. With the defaults they are the protocol of *domain*: the table of
+    `tinyft compare`, the README and the lessons give the perplexity on these windows.
+    A split of fewer windows is taken whole. Each batch has ids (B, T) and a mask (B, T) that is all True.
+    """
+    checks.whole("held_out_batches: count", count, least=1)
+    checks.whole("held_out_batches: batch_size", batch_size, least=1)
+    rows = windows(tokens, T)
+    count = min(count, len(rows))
+    chosen = rows[np.arange(count) * len(rows) // count]
+    batches = []
+    for start in range(0, count, batch_size):
+        ids = chosen[start : start + batch_size]
+        batches.append({"ids": ids, "mask": np.ones(ids.shape, bool)})
+    return batches

@@ -19,7 +19,7 @@ import safetensors.numpy
 from tokenizers import Tokenizer
 
 from .. import array, edit
-from ..checks import brief, instance
+from ..checks import brief, instance, whole
 from ..files import check_ordinary, read_together, refuse_damage, write_atomically
 from ..nn import Module, Packed
 from ..tokens import special_token
@@ -265,21 +265,29 @@ def classifier(model: Module, classes: int, seed: int = 0) -> Module:
 
     The head is drawn from `seed`. The first method that is attached afterwards trains it too. ValueError if
     `classes` is not a whole number of at least 1, or if something is attached already; TypeError for a model
-    that takes no new head.
+    that takes no new head; MemoryError if the head is too large. Then the model was not changed.
     """
-    if not isinstance(classes, (int, np.integer)) or classes < 1:
-        raise ValueError(f"classifier wants at least one class, got {classes!r}")
-    if not isinstance(model, TakesNewHead):
-        raise TypeError(f"a {type(model).__name__} takes no new head")
+    if not isinstance(model, Module) or not isinstance(model, TakesNewHead):
+        raise TypeError(f"classifier wants a model with a head; a {type(model).__name__} takes no new head")
+    if isinstance(classes, bool) or not isinstance(classes, (int, np.integer)) or classes < 1:
+        raise ValueError(f"classifier wants at least one class, got {brief(classes)}")
+    whole("classifier: seed", seed, least=0)
     if attached := edit.attached(model):
         raise ValueError(f"put the head on first: {attached[-1].name} is attached; "
                          "detach it, and attach it again afterwards")
     embedding = next(iter(model.named_parameters().values())).data      # its device and dtype are the model's
     before = {id(p) for p in model.parameters()}
-    model.new_head(int(classes), np.random.default_rng(seed))
-    for p in model.parameters():
-        if id(p) not in before:                            # a tensor of the new head
-            p.data = array.to(p.data, array.name_of(embedding)).astype(embedding.dtype)
+    attributes = [(module, dict(vars(module))) for module in model.modules()]
+    try:
+        model.new_head(int(classes), np.random.default_rng(seed))
+        for p in model.parameters():
+            if id(p) not in before:                        # a tensor of the new head
+                p.data = array.to(p.data, array.name_of(embedding)).astype(embedding.dtype)
+    except BaseException:
+        for module, values in attributes:
+            vars(module).clear()
+            vars(module).update(values)
+        raise
     return model
 
 

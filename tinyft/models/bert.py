@@ -12,16 +12,30 @@ from typing import Any
 
 import numpy as np
 
-from .. import ops
+from .. import checks, ops
 from ..array import xp
+from ..context import WANTED_TYPES, check_range, read_integers, refuse_keywords
 from ..nn import Context, Dropout, Embedding, LayerNorm, Linear, Module, TiedHead
 from ..tensor import Tensor
-from .blocks import MLP, Attention, Classifier, PostNormBlock, apply_head, embed_tokens, run_blocks
+from .blocks import (
+    MLP,
+    SIZE_SYNONYMS,
+    Attention,
+    Classifier,
+    PostNormBlock,
+    apply_head,
+    check_config,
+    check_model_arguments,
+    embed_tokens,
+    run_blocks,
+)
 
 
 @dataclass(frozen=True)
 class BERTConfig:
-    """Sizes: vocabulary V, positions T, token types S, width C, layers L, heads H, feed-forward width F (None: 4 C)."""
+    """Sizes: vocabulary V, positions T, token types S, width C, layers L, heads H, feed-forward width F (None: 4 C).
+
+    TypeError or ValueError, naming the field, for values from which no model can be built."""
     vocab: int = 30522
     positions: int = 512
     token_types: int = 2
@@ -32,6 +46,15 @@ class BERTConfig:
     dropout: float = 0.0
     eps: float = 1e-12
     std: float = 0.02                                    # of the initial linear maps; 0.02 suits a width of 768
+
+    def __new__(cls, *args: Any, **fields: Any) -> BERTConfig:
+        """Raise TypeError, naming the nearest field, for an unknown keyword."""
+        refuse_keywords(cls.__name__, fields.keys() - cls.__dataclass_fields__.keys(), cls.__dataclass_fields__,
+                        SIZE_SYNONYMS)
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        check_config(self, ("vocab", "positions", "token_types", "width", "layers", "heads"))
 
 
 class MaskedHead(Module):
@@ -73,7 +96,12 @@ class BERT(Module):
         head: str | None = "mlm",
         pooler: bool = False,
     ):
-        """The parts, with random values from `seed`. head: "mlm" or None. pooler: a tanh layer for a classifier."""
+        """The parts, with random values from `seed`. head: "mlm" or None. pooler: a tanh layer for a classifier.
+
+        TypeError or ValueError for an argument of another kind or value."""
+        check_model_arguments("BERT", config, BERTConfig, seed)
+        checks.one_of("BERT: head", head, ("mlm", None))
+        checks.flag("BERT: pooler", pooler)
         c = config
         rng = np.random.default_rng(seed)
         hidden = c.hidden or 4 * c.width
@@ -108,9 +136,11 @@ class BERT(Module):
     def forward(self, ids: Any, ctx: Context) -> Tensor:
         """The head's output for ids (B, T), or for embeddings (B, T, C) in their place; see apply_head.
 
-        ctx holds mask and token types; without token types, all are 0. ValueError if ctx has a cache."""
+        ctx holds mask and token types; without token types, all are 0. ValueError if ctx has a cache; IndexError for a
+        token type that the model does not have."""
         if ctx.cache is not None:
             raise ValueError("BERT looks both ways: its keys and values cannot be cached; call it without cache=")
+        check_token_types(ctx.token_type_ids, self.type.in_features)
         x = embed_tokens(self.embed, ids, ctx, positions=self.pos.in_features)   # (B, T, C)
         token_type_ids = ctx.token_type_ids
         if token_type_ids is None:
@@ -125,9 +155,19 @@ class BERT(Module):
 
         A model without a pooler gets one; it is then part of the new head. `head_modules` names the new parts: the
         first method that is attached trains them too, and its adapter file holds them."""
-        self.head_modules = ("head",)
-        if self.pooler is None:
-            self.pooler = Pooler(self.config.width, rng=rng)
-            self.head_modules = ("head", "pooler")
-        self.head = Classifier(self.config.width, classes, rng=rng, last=False, dropout=self.config.dropout)
+        needs_pooler = self.pooler is None
+        pooler = Pooler(self.config.width, rng=rng) if needs_pooler else self.pooler
+        head = Classifier(self.config.width, classes, rng=rng, last=False, dropout=self.config.dropout)
+        self.pooler = pooler                             # both parts were made: nothing fails from here on
+        self.head = head
+        self.head_modules = ("head", "pooler") if needs_pooler else ("head",)
         self.embed.tied = False                          # the masked-language-model head shared the embedding's weight
+
+
+def check_token_types(token_type_ids: Any, types: int) -> None:
+    """TypeError for token types that are no integers, IndexError for one outside 0 ... types − 1.
+
+    Only host arrays and lists are checked: reading a device array would wait for the device."""
+    if isinstance(token_type_ids, (np.ndarray, list, tuple)):
+        values = read_integers("token_type_ids", token_type_ids, WANTED_TYPES)
+        check_range("token type", values, types, f"the {types} types of the model")

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from .. import dispatch, ops
-from ..array import Array, xp
+from .. import checks, dispatch, ops
+from ..array import Array, is_array, xp
+from ..context import WANTED_IDS, check_range, read_integers
 from ..nn import Context, Dropout, Embedding, LayerNorm, Linear, Module, Parameter
 from ..tensor import Tensor
 
@@ -30,6 +31,9 @@ class KV(Module):
         self.heads = heads
         self.head_width = head_width
         self.cached = cached
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, head_width={self.head_width}"
 
     def forward(self, kv: tuple, ctx: Context) -> tuple:
         k, v, key_mask = kv
@@ -110,6 +114,10 @@ class Attention(Module):
 
         cross: keys and values come from an encoder. heads, key_value_heads: of the queries; of the keys and values.
         std, out_std: standard deviation of the initial maps; of o, if it is another. The class describes the rest."""
+        checks.whole("Attention: width", width, least=1)
+        checks.whole("Attention: heads", heads, least=1)
+        if key_value_heads is not None:
+            checks.whole("Attention: key_value_heads", key_value_heads, least=1)
         if head_width is None:
             if width % heads:
                 raise ValueError(f"{heads} heads do not divide a width of {width}")
@@ -137,6 +145,10 @@ class Attention(Module):
         self.drop = Dropout(dropout)
         self.relative_bias = relative_bias
         self._rotary = rotary
+
+    def extra_repr(self) -> str:
+        kinds = {"causal": self.causal, "cross": self.cross}
+        return ", ".join([f"heads={self.heads}", *(kind for kind, holds in kinds.items() if holds)])
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """x (B, Tq, C) -> (B, Tq, C). The queries come from x; keys and values too, or from ctx.source if cross.
@@ -284,6 +296,41 @@ class PostNormBlock(Module):
         return self.norm2(x + self.mlp(x, ctx), ctx)
 
 
+# Sizes under the names of other libraries, and their names here.
+SIZE_SYNONYMS = {
+    **dict.fromkeys(("n_layer", "n_layers", "num_layers", "num_hidden_layers", "depth"), "layers"),
+    **dict.fromkeys(("n_head", "n_heads", "num_heads", "num_attention_heads"), "heads"),
+    **dict.fromkeys(("n_embd", "d_model", "dim", "hidden_size", "embed_dim"), "width"),
+    **dict.fromkeys(("n_positions", "n_ctx", "block_size", "max_position_embeddings", "context_length"), "positions"),
+    **dict.fromkeys(("n_inner", "d_ff", "intermediate_size", "ffn_dim"), "hidden"),
+    "vocab_size": "vocab", "type_vocab_size": "token_types", "layer_norm_eps": "eps", "layer_norm_epsilon": "eps",
+    "initializer_range": "std",
+}
+
+
+def check_config(config: Any, sizes: Sequence[str]) -> None:
+    """Raise TypeError or ValueError, naming the field, unless a configuration describes a model that can be built.
+
+    sizes: the names of the fields that are whole numbers of at least 1, width and heads among them."""
+    name = type(config).__name__
+    for size in sizes:
+        checks.whole(f"{name}: {size}", getattr(config, size), least=1)
+    if config.hidden is not None:
+        checks.whole(f"{name}: hidden", config.hidden, least=1)
+    if config.width % config.heads:
+        raise ValueError(f"{name}: {config.heads} heads do not divide a width of {config.width}")
+    checks.number(f"{name}: dropout", config.dropout, low=0, below=1)
+    checks.number(f"{name}: eps", config.eps, low=0)
+    checks.number(f"{name}: std", config.std, low=0)
+
+
+def check_model_arguments(name: str, config: Any, kind: type, seed: Any) -> None:
+    """TypeError or ValueError unless config is of its class and seed is a whole number, or a random generator."""
+    checks.instance(name, config, kind, f"a {kind.__name__}")
+    if not isinstance(seed, np.random.Generator):
+        checks.whole(f"{name}: seed", seed, least=0)
+
+
 def run_blocks(blocks: Sequence[Module], x: Tensor, ctx: Context) -> Tensor:
     """x (B, T, C) through a stack of blocks, bottom to top -> (B, T, C).
 
@@ -298,7 +345,12 @@ def embed_tokens(embed: Embedding, ids: Any, ctx: Context, positions: int) -> Te
     """ids (B, T), or embeddings (B, T, C) in their place, -> (B, T, C).  The first line of a model's forward pass.
 
     An edit of `embed` may lengthen the sequence (a soft prompt), and records it with ctx.prepend. IndexError for an
-    id outside the vocabulary, ValueError for a sequence that is longer than the model's number of positions."""
+    id outside the vocabulary; ValueError for embeddings of another width, and for a sequence that is longer than the
+    model's number of positions."""
+    if isinstance(ids, Tensor):
+        check_embeddings(ids, embed.out_features)
+    elif not is_array(ids):
+        ids = read_integers("ids", ids, WANTED_IDS)
     check_ids(ids, embed.in_features)
     weight = embed.weight
     if isinstance(weight, Tensor):
@@ -389,13 +441,14 @@ def check_ids(ids: object, rows: int) -> None:
     """Raise TypeError for ids that are not integers, IndexError for ids outside the vocabulary of `rows` tokens.
 
     Only host arrays and lists are checked: reading a device array would wait for the device."""
-    if isinstance(ids, (np.ndarray, list)):
-        a = np.asarray(ids)
-        if a.size and a.dtype.kind not in "iu":
-            raise TypeError(f"token ids are integers; got {a.dtype}")
-        if a.size and (a.min() < 0 or a.max() >= rows):
-            wrong = a.min() if a.min() < 0 else a.max()
-            raise IndexError(f"token id {wrong} is outside the vocabulary of {rows}")
+    if isinstance(ids, (np.ndarray, list, tuple)):
+        check_range("token id", read_integers("ids", ids, WANTED_IDS), rows, f"the vocabulary of {rows}")
+
+
+def check_embeddings(x: Tensor, width: int) -> None:
+    """ValueError unless x is (B, T, C) with the model's width C."""
+    if x.ndim != 3 or x.shape[-1] != width:
+        raise ValueError(f"{WANTED_IDS} with C = {width}, got a Tensor of shape {tuple(x.shape)}")
 
 
 def check_length(x: Tensor, ctx: Context, T: int, positions: int) -> None:

@@ -13,14 +13,28 @@ from typing import Any
 import numpy as np
 
 from .. import ops
+from ..context import refuse_keywords
 from ..nn import Context, Dropout, Embedding, LayerNorm, Module, TiedHead
 from ..tensor import Tensor
-from .blocks import MLP, Attention, Classifier, PreNormBlock, apply_head, embed_tokens, run_blocks
+from .blocks import (
+    MLP,
+    SIZE_SYNONYMS,
+    Attention,
+    Classifier,
+    PreNormBlock,
+    apply_head,
+    check_config,
+    check_model_arguments,
+    embed_tokens,
+    run_blocks,
+)
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Sizes: vocabulary V, positions T, width C, layers L, heads H, feed-forward width F (4 C if None)."""
+    """Sizes: vocabulary V, positions T, width C, layers L, heads H, feed-forward width F (4 C if None).
+
+    TypeError or ValueError, naming the field, for values from which no model can be built."""
     vocab: int = 50257
     positions: int = 1024
     width: int = 768
@@ -31,6 +45,15 @@ class GPTConfig:
     eps: float = 1e-5
     std: float = 0.02                                    # of the initial linear maps
 
+    def __new__(cls, *args: Any, **fields: Any) -> GPTConfig:
+        """Raise TypeError, naming the nearest field, for an unknown keyword."""
+        refuse_keywords(cls.__name__, fields.keys() - cls.__dataclass_fields__.keys(), cls.__dataclass_fields__,
+                        SIZE_SYNONYMS)
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        check_config(self, ("vocab", "positions", "width", "layers", "heads"))
+
 
 class GPT(Module):
     """model(ids (B, T)) -> logits (B, T, V).
@@ -38,7 +61,10 @@ class GPT(Module):
     With a new head (tinyft.classifier): class scores (B, classes), from the last real token."""
 
     def __init__(self, config: GPTConfig = GPTConfig(), seed: int = 0):
-        """The parts, with random values from `seed`. Linear maps N(0, std²), those with out_std N(0, std²/2L)."""
+        """The parts, with random values from `seed`. Linear maps N(0, std²), those with out_std N(0, std²/2L).
+
+        TypeError unless config is a GPTConfig; TypeError or ValueError for a seed that is no whole number >= 0."""
+        check_model_arguments("GPT", config, GPTConfig, seed)
         c = config
         rng = np.random.default_rng(seed)
         hidden = c.hidden or 4 * c.width

@@ -188,6 +188,10 @@ class Group:
         """Called after each update.  MasterWeights remembers here which writes to the tensors were the optimiser's."""
 
     # ── state ──
+    def kinds(self, moment_names: tuple[str, ...]) -> tuple[str, ...]:
+        """The names of persistent_arrays, also before the tensors are laid out."""
+        return moment_names
+
     def persistent_arrays(self, moment_names: tuple[str, ...]) -> dict[str, Array]:
         """The flat arrays that a checkpoint must hold beside the tensors' own values, by name."""
         return dict(zip(moment_names, self.moments))
@@ -212,7 +216,7 @@ def read_version_0_1(state: dict[str, np.ndarray], groups: list[Group],
         small = [name for name, p in group.tensors.items() if p.size <= limit]
         large = [name for name, p in group.tensors.items() if p.size > limit]
         total = sum(p.size for p in group.tensors.values())
-        for j, kind in enumerate(group.persistent_arrays(moment_names)):
+        for j, kind in enumerate(group.kinds(moment_names)):
             key = f"{i}.{j}"
             flat_keys.add(key)
             if key not in state or state[key].shape != (total,):

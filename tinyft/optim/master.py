@@ -66,5 +66,8 @@ class MasterWeights(Group):
         """Remember the version of each tensor, so that later writes from outside are noticed."""
         self.versions = {name: p.version[0] for name, p in self.tensors.items()}
 
+    def kinds(self, moment_names: tuple[str, ...]) -> tuple[str, ...]:
+        return (*moment_names, "master")
+
     def persistent_arrays(self, moment_names: tuple[str, ...]) -> dict[str, Array]:
         return super().persistent_arrays(moment_names) | {"master": self.w}

@@ -14,10 +14,12 @@ from __future__ import annotations
 import difflib
 import math
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
-from .. import array, dispatch
+from .. import array, checks, dispatch
 from ..array import Array, xp
 from ..precision import HALVES
 from ..tensor import Tensor
@@ -59,8 +61,10 @@ def clip_norm(gradients: list[Array], limit: float | None) -> Array:
     """n = √Σ g²;    g ← g min(limit / (n + 1e-6), 1)
 
     Scale all gradients in place by one factor, so that their common norm is at most `limit` (None: do not scale).
-    Returns n, the norm before.  FloatingPointError, with nothing scaled, if n is not finite.
-    Pascanu et al. 2013"""
+    Returns n, the norm before.  FloatingPointError, with nothing scaled, if n is not finite; ValueError unless
+    limit > 0.      Pascanu et al. 2013"""
+    if limit is not None:
+        checks.number("limit", limit, above=0)
     m = xp(*gradients)
     norm = m.sqrt(m.asarray(sum(m.linalg.norm(g)**2 for g in gradients)))
     if not math.isfinite(float(norm)):
@@ -77,24 +81,22 @@ class Optimizer:
 
     lr, weight_decay   the hyper-parameters of all tensors
     groups             {glob over tensor names: {"lr": ..., "weight_decay": ...}}: other values for the tensors that the
-                       glob matches; the first glob that matches a name wins
+                       glob matches; the first glob that matches a name wins. A weight decay that is given here acts on
+                       vectors too. A learning rate of 0 leaves the tensors as they are
 
     After `start`, `self.groups` holds the tensors in flat storage, and `self.t` counts the updates.  A subclass names
     its moments in `moment_names` (PyTorch's names, as in state_dict), and implements update(piece, lr)."""
     moment_names: tuple[str, ...] = ()
 
     def __init__(self, lr: float, weight_decay: float = 0.0, groups: dict[str, dict] | None = None):
-        """Keep the hyper-parameters; `start` binds the tensors.  ValueError for values outside their range."""
-        if not lr > 0 or weight_decay < 0:
-            raise ValueError("an optimiser wants lr > 0 and weight_decay >= 0; "
-                             f"got lr={lr}, weight_decay={weight_decay}")
-        for glob, rule in (groups or {}).items():
-            extra = sorted(rule.keys() - {"lr", "weight_decay"})
-            if extra:
-                raise ValueError(f"a group sets lr and weight_decay; {glob!r} sets {', '.join(extra)}")
+        """Keep the hyper-parameters; `start` binds the tensors.
+
+        ValueError for values outside their range, TypeError for values that are no numbers."""
+        checks.number("lr", lr, above=0)
+        checks.number("weight_decay", weight_decay, 0)
         self.lr = lr
         self.weight_decay = weight_decay
-        self.rules = groups or {}
+        self.rules = check_rules(groups)
         self.t = 0
         self.groups: list[Group] = []                              # set by `start`
 
@@ -112,13 +114,17 @@ class Optimizer:
         """Bind to these tensors, with moments of zero and no steps taken.  Their data become views of flat arrays.
 
         Tensors of one learning rate, weight decay and dtype share a Group; 16-bit tensors get float32 master weights.
-        ValueError if there are none; LookupError if a glob of `groups` matches none of them."""
-        if not named:
-            raise ValueError("nothing trains: attach a method, or call model.parameters() with requires_grad")
-        for glob in self.rules:
-            if not any(matches(glob, name) for name in named):
-                near = difflib.get_close_matches(glob, named, 4, 0.5) or list(named)[:4]
-                raise LookupError(f"the group {glob!r} holds no tensor that trains; there are {', '.join(near)} ...")
+        ValueError if there are none; LookupError if a glob of `groups` matches none of them.  TypeError unless `named`
+        is a dict of Tensors."""
+        self.groups = self.make_groups(named)
+        self.t = 0
+        for group in self.groups:
+            group.lay_out(len(self.moment_names))
+        return self
+
+    def make_groups(self, named: dict[str, Tensor]) -> list[Group]:
+        """The groups of these tensors, not yet laid out: nothing changes.  Errors as those of start."""
+        self.check_tensors(named)
         groups: dict[tuple, Group] = {}
         for name, p in named.items():
             lr, decay = self.rates(name, p)
@@ -126,21 +132,29 @@ class Optimizer:
             if kind not in groups:
                 groups[kind] = MasterWeights(lr, decay) if p.dtype in HALVES else Group(lr, decay)
             groups[kind].tensors[name] = p
-        self.groups = list(groups.values())
-        self.t = 0
-        for group in self.groups:
-            group.lay_out(len(self.moment_names))
-        return self
+        return list(groups.values())
+
+    def check_tensors(self, named: dict[str, Tensor]) -> None:
+        """Raise the errors of start."""
+        if not isinstance(named, Mapping) or not all(isinstance(p, Tensor) for p in named.values()):
+            raise TypeError(f"start wants named tensors, such as model.named_parameters(), got {checks.brief(named)}")
+        if not named:
+            raise ValueError("nothing trains: attach a method, or call model.parameters() with requires_grad")
+        for glob in self.rules:
+            if not any(matches(glob, name) for name in named):
+                near = difflib.get_close_matches(glob, named, 4, 0.5) or list(named)[:4]
+                raise LookupError(f"the group {glob!r} holds no tensor that trains; there are {', '.join(near)} ...")
 
     def rates(self, name: str, p: Tensor) -> tuple[float, float]:
         """(learning rate, weight decay) of one tensor: of the first glob that matches its name, else of the optimiser.
 
-        Weight decay is 0 for vectors, unless p.decay says otherwise."""
+        The optimiser's weight decay is 0 for vectors, unless p.decay says otherwise; that of a glob always acts."""
         rule = next((rule for glob, rule in self.rules.items() if matches(glob, name)), {})
         lr = rule.get("lr", self.lr)
-        weight_decay = rule.get("weight_decay", self.weight_decay)
+        if "weight_decay" in rule:
+            return lr, rule["weight_decay"]
         decays = p.ndim >= 2 if p.decay is None else p.decay
-        return lr, weight_decay if decays else 0.0
+        return lr, self.weight_decay if decays else 0.0
 
     # ── a step ──
     def step(self, factor: float = 1.0, clip: float | None = None, scale: float = 1.0) -> Array:
@@ -149,7 +163,13 @@ class Optimizer:
         factor: of a learning-rate schedule.  The gradients are first divided by `scale`, the factor of the loss
         (GradScaler); then all of them are scaled to a common norm of at most `clip`.  As in PyTorch, this changes the
         `.grad` of the tensors.  FloatingPointError, with nothing updated, if the norm is not finite; a captured step
-        does not raise it: call check_norm(norm) when the norm is read."""
+        does not raise it: call check_norm(norm) when the norm is read.  ValueError for a negative factor, and unless
+        clip and scale are above 0."""
+        if array.recording is None:                                # in a captured step the factor is no number
+            checks.number("factor", factor, 0)
+            checks.number("scale", scale, above=0)
+        if clip is not None:
+            checks.number("clip", clip, above=0)
         norm = self.launch_step(factor, clip, scale=scale)
         if array.recording is None:
             self.check_norm(float(norm))
@@ -236,20 +256,33 @@ class Optimizer:
         """Load what state_dict of an optimiser of the same tensors gave, or a state of version 0.1 (it has a key "t").
 
         ValueError, with nothing changed, if the state belongs to other tensors or to another optimiser."""
-        if "t" in state:
-            state = read_version_0_1(state, self.groups, self.moment_names)
-        views = self.named_state()
-        shapes = {key: view.shape for key, view in views.items()} | {"step": ()}
-        for key in shapes | state:
-            if key not in shapes or key not in state or state[key].shape != shapes[key]:
-                raise ValueError("this optimiser state belongs to other tensors: the trained tensors, the groups or "
-                                 f"the optimiser differ, first in {key}")
+        state = self.read_state(state, self.groups)
         self.t = int(state["step"])
-        for key, view in views.items():
+        for key, view in self.named_state().items():
             view[...] = array.put_like(state[key], view)
         for group in self.groups:
             group.write_rounded()
             group.record_versions()
+
+    def read_state(self, state: dict[str, np.ndarray], groups: list[Group]) -> dict[str, np.ndarray]:
+        """A state in today's form, checked against groups that make_groups gave.  Nothing changes.
+
+        ValueError if it belongs to other tensors or to another optimiser."""
+        checks.instance("load_state_dict", state, Mapping, "a dict of arrays, from state_dict")
+        if "t" in state:
+            state = read_version_0_1(state, groups, self.moment_names)
+        shapes: dict[str, tuple] = {"step": ()}
+        for group in groups:
+            for kind in group.kinds(self.moment_names):
+                shapes |= {f"{kind}.{name}": p.shape for name, p in group.tensors.items()}
+        for key in shapes | state:
+            if key not in shapes or key not in state or np.shape(state[key]) != shapes[key]:
+                raise ValueError("this optimiser state belongs to other tensors: the trained tensors, the groups or "
+                                 f"the optimiser differ, first in {key}")
+        step = float(state["step"])
+        if step < 0 or not step.is_integer():
+            raise ValueError(f"the step of an optimiser state wants a whole number >= 0, got {step}")
+        return state
 
     def named_state(self) -> dict[str, Array]:
         """The moments and master weights of each tensor, as views of the flat arrays in the tensor's shape.
@@ -263,6 +296,24 @@ class Optimizer:
         return views
 
 
+def check_rules(groups: Any) -> dict[str, dict]:
+    """The argument `groups` of an optimiser, {glob: {"lr": ..., "weight_decay": ...}}; {} if it is None.
+
+    TypeError or ValueError if it is of another form, or if a value is out of range."""
+    if groups is None:
+        return {}
+    checks.instance("groups", groups, Mapping, 'a dict {glob: {"lr": ..., "weight_decay": ...}}')
+    for glob, rule in groups.items():
+        checks.instance("groups", glob, str, "globs over tensor names as keys")
+        checks.instance(f"groups[{glob!r}]", rule, Mapping, "a dict of lr and weight_decay")
+        extra = sorted(map(str, rule.keys() - {"lr", "weight_decay"}))
+        if extra:
+            raise ValueError(f"a group sets lr and weight_decay; {glob!r} sets {', '.join(extra)}")
+        for name, value in rule.items():
+            checks.number(f"groups[{glob!r}]: {name}", value, 0)
+    return dict(groups)
+
+
 def matches(glob: str, name: str) -> bool:
     """True if the glob, in which * stands for any text, matches the whole name."""
     return re.fullmatch(re.escape(glob).replace(r"\*", ".*"), name) is not None
@@ -274,7 +325,9 @@ class SGD(Optimizer):
 
     def __init__(self, lr: float, momentum: float = 0.0, weight_decay: float = 0.0,
                  groups: dict[str, dict] | None = None):
+        """ValueError unless 0 <= momentum < 1; for the others see Optimizer."""
         super().__init__(lr, weight_decay, groups)
+        checks.number("momentum", momentum, 0, below=1)
         self.momentum = momentum
 
     def update(self, piece: Piece, lr: float) -> None:
@@ -287,7 +340,13 @@ class AdamW(Optimizer):
 
     def __init__(self, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
                  weight_decay: float = 0.01, groups: dict[str, dict] | None = None):
+        """betas: (β₁, β₂).  ValueError unless 0 <= β < 1 and eps >= 0; for the others see Optimizer."""
         super().__init__(lr, weight_decay, groups)
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise TypeError(f"betas wants two numbers (β₁, β₂), got {checks.brief(betas)}")
+        for beta in betas:
+            checks.number("each of betas", beta, 0, below=1)
+        checks.number("eps", eps, 0)
         self.betas = betas
         self.eps = eps
 

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-from .. import array, ops
+from .. import array, checks, ops
 from ..array import Array
 from ..tensor import Tensor
 from .optimizers import Optimizer
@@ -44,6 +44,11 @@ class GradScaler:
     def __init__(self, init_scale: float = 65536.0, growth_factor: float = 2.0, backoff_factor: float = 0.5,
                  growth_interval: int = 2000, enabled: bool = True):
         """ValueError unless growth_factor increases S and backoff_factor decreases it."""
+        checks.number("init_scale", init_scale)
+        checks.number("growth_factor", growth_factor)
+        checks.number("backoff_factor", backoff_factor)
+        checks.whole("growth_interval", growth_interval)
+        checks.flag("enabled", enabled)
         if not (init_scale > 0 and growth_factor > 1 > backoff_factor > 0 and growth_interval > 0):
             raise ValueError(
                 "a GradScaler wants init_scale > 0, growth_factor > 1 > backoff_factor > 0 and growth_interval > 0; "
@@ -62,6 +67,7 @@ class GradScaler:
 
     def scale(self, loss: Tensor) -> Tensor:
         """S times the loss, to call backward on.  CannotCapture in a captured step, where S could not change."""
+        checks.instance("scale", loss, Tensor, "a Tensor, the loss")
         if not self.enabled:
             return loss
         if array.recording is not None:
@@ -74,6 +80,7 @@ class GradScaler:
 
         If a gradient overflowed, nothing is updated and the norm is infinite.  FloatingPointError if a gradient is not
         finite though S is 1 or less: then S was not the cause."""
+        checks.instance("step", optimizer, Optimizer, "an optimiser, such as AdamW(1e-3)")
         norm: Array | float = math.inf
         with self.skipping():
             norm = optimizer.step(factor, clip, scale=self.current_scale)
@@ -115,6 +122,11 @@ class GradScaler:
         return {"scale": self.current_scale, "good": self.good_steps}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Load what state_dict gave."""
+        """Load what state_dict gave.  TypeError or ValueError, with nothing changed, for anything else."""
+        checks.instance("load_state_dict", state, Mapping, "a dict, from state_dict")
+        if not {"scale", "good"} <= state.keys():
+            raise ValueError(f"load_state_dict wants scale and good, got {checks.brief(list(state))}")
+        checks.number("scale", state["scale"], above=0)
+        checks.whole("good", state["good"], 0)
         self.current_scale = state["scale"]
         self.good_steps = state["good"]

@@ -1,8 +1,13 @@
 """Learning-rate schedules: (t, T) -> the factor on the learning rate at step t = 0 ... T − 1."""
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .. import checks
 
 __all__ = ["Schedule", "constant_schedule", "linear_schedule", "cosine_schedule"]
 
@@ -12,7 +17,8 @@ Schedule = Callable[[int, int], float]
 def constant_schedule(warmup: float = 0) -> Schedule:
     """1 after the warm-up.
 
-    warmup: the number of steps in which the factor rises linearly to 1; a number below 1 is a fraction of all steps."""
+    warmup: the number of steps in which the factor rises linearly to 1; a number below 1 is a fraction of all steps.
+    ValueError if it is negative, or a number of steps that is not whole."""
     def constant(fraction: float) -> float:
         return 1.0
     return with_warmup(warmup, constant)
@@ -30,7 +36,10 @@ def linear_schedule(warmup: float = 0) -> Schedule:
 def cosine_schedule(warmup: float = 0, floor: float = 0.0) -> Schedule:
     """floor + (1 − floor) (1 + cos π s) / 2 after the warm-up, where s = 0 ... 1 is the fraction that is done.
 
-    warmup: as for constant_schedule.      Loshchilov & Hutter 2017, without restarts"""
+    warmup: as for constant_schedule.  ValueError unless 0 <= floor <= 1.
+    Loshchilov & Hutter 2017, without restarts"""
+    checks.number("floor", floor, 0, 1)
+
     def cosine(fraction: float) -> float:
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * fraction))
     return with_warmup(warmup, cosine)
@@ -40,9 +49,31 @@ def with_warmup(warmup: float, decay: Callable[[float], float]) -> Schedule:
     """A schedule, (t, T) -> factor, that rises linearly to 1 during the warm-up, and then is decay(s).
 
     warmup: as for constant_schedule.  s: the fraction of the steps after the warm-up that is done."""
-    def factor(t: int, T: int) -> float:
-        steps = round(warmup * T) if 0 < warmup < 1 else int(warmup)
+    checks.number("warmup", warmup, 0)
+    if warmup > 1 and warmup != int(warmup):
+        raise ValueError(f"warmup wants a whole number of steps, or a fraction below 1 of all steps, got {warmup}")
+    return WarmUp(warmup, decay)
+
+
+@dataclass(frozen=True, repr=False)
+class WarmUp:
+    """The schedule that with_warmup makes.  A checkpoint holds its repr, to recognise another schedule."""
+    warmup: float
+    decay: Callable[[float], float]
+
+    def __call__(self, t: int, T: int) -> float:
+        """The factor at step t of T.  ValueError unless 0 <= t <= T."""
+        T = checks.whole("T", T, 1)
+        t = checks.whole("t", t, 0, T)
+        steps = round(self.warmup * T) if 0 < self.warmup < 1 else int(self.warmup)
         if t < steps:
             return (t + 1) / steps
-        return decay((t - steps) / (T - steps))
-    return factor
+        if t == T:
+            return self.decay(1.0)
+        return self.decay((t - steps) / (T - steps))
+
+    def __repr__(self) -> str:
+        """The call that made the schedule, such as cosine_schedule(warmup=20, floor=0.1)."""
+        maker = self.decay.__qualname__.partition(".")[0]            # decay is a function inside of cosine_schedule
+        settings: dict[str, Any] = {"warmup": self.warmup, **inspect.getclosurevars(self.decay).nonlocals}
+        return f"{maker}({', '.join(f'{name}={value!r}' for name, value in settings.items())})"

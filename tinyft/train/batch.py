@@ -17,19 +17,25 @@ A batch without labels means causal language modelling: predict the next id.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
-from .. import array, ops
-from ..models.blocks import Classifier, check_ids
+from .. import array, checks, ops
+from ..models.blocks import Attention, Classifier, check_ids
 from ..nn import Context, Module
 from ..tensor import Tensor
 
 CONTEXT_FACTS = ("mask", "token_type_ids", "task", "route")             # keys of a batch that the model receives
 IGNORE = -100                                                           # the label of a position without a target
+# Keys of other libraries, and their names here.
+FOREIGN_KEYS = {
+    "input_ids": "ids", "inputs_embeds": "ids", "attention_mask": "mask", "key_padding_mask": "mask",
+    "segment_ids": "token_type_ids",
+}
 ONE_LABEL_PER_SEQUENCE = "This model has a sequence classification head: give one label per sequence, shape (B,)"
 ONE_LABEL_PER_TOKEN = ("This model gives logits at every position: give one label per token, shape (B, T), "
                        "or add a classifier (tinyft.classifier)")
@@ -168,7 +174,8 @@ class CrossEntropy(Loss):
 def compute_loss(
     model: Module, targets: Targets, rng: np.random.Generator | None = None,
 ) -> tuple[Context, Tensor]:
-    """(Context of the pass, mean cross-entropy) of a model on one batch."""
+    """(Context of the pass, mean cross-entropy) of a model on one batch, which read_batch has read."""
+    checks.instance("compute_loss", targets, Targets, "Targets, which read_batch(batch) gives")
     return CrossEntropy()(model, targets, rng)
 
 
@@ -190,6 +197,9 @@ def cross_entropy(model: Module, logits: Tensor, targets: Targets) -> Tensor:
     labels = array.put_like(targets.labels, logits.data)
     class_weight = targets.class_weight
     if class_weight is not None:
+        if len(class_weight) != logits.shape[-1]:
+            raise ValueError(f"class_weight wants one number for each of the {logits.shape[-1]} classes, "
+                             f"got {len(class_weight)}")
         dtype = np.promote_types(logits.dtype, np.float32)              # float32 for 16-bit logits
         class_weight = array.put_like(class_weight, logits.data, dtype)
     return ops.cross_entropy(logits, labels, class_weight)
@@ -214,22 +224,24 @@ def check_labels(labels: Any, classes: int) -> None:
 def read_batch(batch: Any) -> Targets:
     """Read a batch into Targets. Without labels, the label of each position is the next id, and the last id is cut off.
 
-    ValueError if there is nothing to predict, or if the shapes do not agree; TypeError if labels are not integers.
+    ValueError if there is nothing to predict, if a key is missing, or if the shapes do not agree; TypeError if ids or
+    labels are not integers.
     """
-    if not isinstance(batch, dict):
+    if not isinstance(batch, Mapping):
         batch = {"ids": batch}
-    ids = batch["ids"] if isinstance(batch["ids"], Tensor) else np.asarray(batch["ids"])
+    _check_keys(batch)
+    ids = batch["ids"] if isinstance(batch["ids"], Tensor) else _read_integers("ids", batch["ids"])
     facts = _read_facts(batch, ids)
     labels = batch.get("labels")
     if labels is None:                                                  # causal language modelling
+        if isinstance(ids, Tensor):
+            raise ValueError("a batch of embeddings wants labels, got none: there is no next id to predict")
         labels = next_tokens(ids, facts.get("mask"))
         ids = ids[:, :-1]
         for name in ("mask", "token_type_ids"):
             if name in facts:
                 facts[name] = facts[name][:, :-1]
-    labels = np.asarray(labels)
-    if labels.dtype.kind not in "iu":
-        raise TypeError(f"a batch wants integer labels, got {labels.dtype}")
+    labels = _read_integers("labels", labels)
     if labels.shape not in (ids.shape[:1], ids.shape[:2]):
         raise ValueError(f"a batch wants labels of shape {ids.shape[:1]} (a class per row) or {ids.shape[:2]} "
                          f"(a token per position), got {labels.shape}")
@@ -244,9 +256,54 @@ def read_batch(batch: Any) -> Targets:
     if class_weight is None:                                            # weight: of the mean loss of this batch
         weight = float(has_label.sum())
     else:
-        class_weight = np.asarray(class_weight)
-        weight = float(class_weight[labels[labels != IGNORE]].sum())
+        class_weight = _read_class_weight(class_weight)
+        with_label = labels[labels != IGNORE]
+        if with_label.min() < 0 or with_label.max() >= len(class_weight):
+            raise IndexError(f"labels from {with_label.min()} to {with_label.max()} do not fit "
+                             f"a class_weight of {len(class_weight)} classes")
+        weight = float(class_weight[with_label].sum())
     return Targets(ids, facts, labels, logit_positions, weight, class_weight)
+
+
+def _check_keys(batch: Mapping[str, Any]) -> None:
+    """ValueError for a batch without ids, and for a key of another library, which would be ignored."""
+    for key, ours in FOREIGN_KEYS.items():
+        if key in batch:
+            raise ValueError(f"a batch wants the key {ours!r}, got {key!r}")
+    if batch.get("ids") is None:
+        keys = ", ".join(repr(key) for key, value in batch.items() if value is not None) or "nothing"
+        raise ValueError(f"a batch wants ids, got {keys}")
+
+
+def _read_integers(name: str, value: Any) -> np.ndarray:
+    """ids or labels as a host array. ValueError for rows of different lengths, TypeError for other values."""
+    a = _read_array(name, value)
+    if a.dtype.kind not in "iu" and a.size:
+        if name == "ids":
+            raise TypeError(f"token ids are integers; got {a.dtype}")
+        raise TypeError(f"a batch wants integer {name}, got {a.dtype}")
+    return a.astype(np.int64) if a.dtype.kind == "u" else a             # -100 is outside the unsigned integers
+
+
+def _read_array(name: str, value: Any) -> np.ndarray:
+    """An array of a batch on the host, from lists too. ValueError for rows of different lengths, TypeError for text."""
+    if value is None or isinstance(value, (str, bytes, Mapping, set, Tensor)):
+        raise TypeError(f"a batch wants an array of {name}, got {checks.brief(value)}")
+    try:
+        return array.asnumpy(value)
+    except ValueError:                                                  # NumPy's words: an inhomogeneous shape
+        raise ValueError(f"a batch wants {name} in rows of one length, got rows of different lengths: pad them, "
+                         "and give a mask") from None
+
+
+def _read_class_weight(value: Any) -> np.ndarray:
+    """The weights of the classes, (classes,). ValueError unless they are finite and not negative."""
+    weights = _read_array("class_weight", value)
+    if weights.dtype.kind not in "iuf":
+        raise TypeError(f"a batch wants numbers as class_weight, got {weights.dtype}")
+    if weights.ndim != 1 or not np.isfinite(weights).all() or (weights < 0).any():
+        raise ValueError(f"a batch wants one finite class_weight >= 0 per class, got {checks.brief(value)}")
+    return weights
 
 
 def _read_facts(batch: dict[str, Any], ids: Any) -> dict[str, Any]:
@@ -259,10 +316,12 @@ def _read_facts(batch: dict[str, Any], ids: Any) -> dict[str, Any]:
         raise ValueError(f"a batch wants ids of shape (B, T), or embeddings (B, T, C); got {ids.shape}")
     facts = {name: batch[name] for name in CONTEXT_FACTS if batch.get(name) is not None}
     for name in ("mask", "token_type_ids"):
-        if name in facts and np.shape(facts[name]) != ids.shape[:2]:
-            raise ValueError(f"a batch wants a {name} of the shape of its ids, {ids.shape[:2]}; "
-                             f"got {np.shape(facts[name])}")
-    if "mask" in facts and np.asarray(facts["mask"]).all():
+        if name in facts:
+            facts[name] = _read_array(name, facts[name])
+            if facts[name].shape != ids.shape[:2]:
+                raise ValueError(f"a batch wants a {name} of the shape of its ids, {ids.shape[:2]}; "
+                                 f"got {facts[name].shape}")
+    if "mask" in facts and facts["mask"].all():
         del facts["mask"]                                               # attention is faster without a mask
     return facts
 
@@ -271,6 +330,37 @@ def next_tokens(ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
     """ids, mask (B, T) -> labels (B, T − 1), the next id of each position; -100 where it or its position is padding."""
     real = np.ones(ids.shape, bool) if mask is None else np.asarray(mask, bool)
     return np.where(real[:, 1:] & real[:, :-1], ids[:, 1:], IGNORE)
+
+
+# ── a habit ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+def is_causal(model: Module) -> bool:
+    """True if no position of the model sees a later one: all its attention is causal."""
+    attentions = [module for module in model.modules() if isinstance(module, Attention)]
+    return bool(attentions) and all(attention.causal for attention in attentions)
+
+
+def refuse_copies(batch: Any) -> None:
+    """ValueError if the labels of a batch for a causal model are its own ids, so that it would learn to copy its input.
+
+    Elsewhere `labels=ids` is right, since the model shifts them itself. One label that happens to be its own id proves
+    nothing, and in "a a a a" the next id is the same: at least two labels must be their own and not the next id.
+    """
+    if not isinstance(batch, Mapping) or batch.get("labels") is None or isinstance(batch["ids"], Tensor):
+        return
+    ids = array.asnumpy(batch["ids"])
+    labels = array.asnumpy(batch["labels"])
+    if labels.shape != ids.shape:                                       # a class per row
+        return
+    has_label = labels != IGNORE
+    if not (labels == ids)[has_label].all():
+        return
+    is_no_next = has_label.copy()
+    is_no_next[:, :-1] &= labels[:, :-1] != ids[:, 1:]
+    has_earlier = has_label[:, :-1].any(axis=1)
+    is_no_next[:, -1] &= ~has_earlier                                   # the next id is unknown: the others decide
+    if is_no_next.sum() >= 2:
+        raise ValueError("a causal model wants as label of a position the id that follows, got labels that are the ids "
+                         "themselves: leave the labels out, or shift them, labels[:, t] = ids[:, t + 1]")
 
 
 # ── a stream of batches ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -290,6 +380,18 @@ class Endless(Protocol):
     def once(self) -> Iterator: ...
 
 
+def iterate(batches: Any) -> Iterator:
+    """An iterator over the batches. TypeError if they cannot be iterated over, or are one batch itself."""
+    wanted = "batches wants several batches, such as a list or data.Batches"
+    if batches is None or isinstance(batches, (str, bytes, Mapping, Tensor, Module)):
+        hint = ": put one batch into a list, [batch]" if isinstance(batches, (Mapping, Tensor)) else ""
+        raise TypeError(f"{wanted}, got {checks.brief(batches)}{hint}")
+    try:
+        return iter(batches)
+    except TypeError:
+        raise TypeError(f"{wanted}, got {checks.brief(batches)}") from None
+
+
 class BatchStream:
     """The batches of an iterable, repeated without end.
 
@@ -297,8 +399,9 @@ class BatchStream:
     """
 
     def __init__(self, batches: Iterable):
+        """TypeError if `batches` cannot be iterated over, or is one batch itself."""
+        self.iterator = iterate(batches)
         self.batches = batches
-        self.iterator = iter(batches)
         self.count = 0                                                  # batches taken so far
 
     def __iter__(self) -> Iterator:
@@ -323,12 +426,18 @@ class BatchStream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to the position that `state_dict` gave. ValueError if it is of another kind of batches."""
+        checks.instance("the position in the batches", state, Mapping, "a dict")
         if ("own" in state) != isinstance(self.batches, Resumable):
             raise ValueError("this checkpoint is of a run over another kind of batches: "
                              "one has a state_dict, the other is counted")
         if "own" in state:
             self.batches.load_state_dict(state["own"])
             self.iterator = iter(self.batches)
+            return
+        checks.whole("the number of batches before", state.get("count"), 0)
+        if isinstance(self.batches, (list, tuple)) and self.batches:
+            self.count = state["count"]
+            self.iterator = islice(self.batches, self.count % len(self.batches), None)
         else:                                                           # a new stream: take the batches, and drop them
             while self.count < state["count"]:
                 next(self)

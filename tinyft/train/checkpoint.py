@@ -15,19 +15,33 @@ from __future__ import annotations
 import ast
 import json
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
 
-from .. import array, edit
+from .. import array, checks, edit
 from ..array import Array
 from ..identity import describe
 from ..nn import Module
+from ..optim import GradScaler, Optimizer
 from ..tensor import Tensor
 from .batch import CrossEntropy, Loss
+from .same_run import (
+    check_base,
+    check_identity,
+    describe_base,
+    describe_data,
+    describe_loss,
+    describe_schedule,
+    to_text,
+)
 
 Run = Any                                                               # loop.Run; loop imports this module
+VERSION = 2                                                             # of the facts in the header
+# The facts of a checkpoint beside those of describe_run.
+POSITION = (
+    "stage", "t", "done", "first_evaluation", "trainable", "shared_masks", "rng", "batches", "scaler", "history",
+)
 
 
 # ── names of tensors ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -96,26 +110,50 @@ def load_values(run: Run, arrays: Mapping[str, np.ndarray]) -> None:
     arrays: by their names in the file. A mask restricts which entries of a tensor an optimiser may change; a tensor
     without one in `arrays` has none after this. ValueError if they are of other tensors; then nothing is changed.
     """
-    tensors = {file_name(name): p for name, p in named_tensors(run.model, run.loss).items()}
-    buffers = {file_name(name): buffer for name, buffer in named_buffers(run.model, run.loss).items()}
-    destinations = tensors | buffers
-    required = {file_name(name) for name in saved_tensors(run)} | set(buffers)      # must be among the arrays
-    values = {name: a for name, a in arrays.items() if not name.startswith("mask/")}
-    wrong = sorted(required - set(values))
-    for name in sorted(values):
-        if name not in destinations or destinations[name].shape != values[name].shape:
-            wrong.append(name)
-    if wrong:
-        names = ", ".join(wrong[:3]) + (" ..." if len(wrong) > 3 else "")
-        raise ValueError(f"this checkpoint is of another run: {names} not in both, or of another shape")
-    for name, value in values.items():
+    check_values(run, arrays)
+    tensors, buffers = destinations(run)
+    for name, value in arrays.items():
         if name in tensors:
             tensors[name].copy_(value)
-        else:
+        elif name in buffers:
             buffer = buffers[name]                                      # in place: other parts may hold the same array
             buffer[...] = array.put_like(value, buffer, buffer.dtype)
     for name, p in named_tensors(run.model, run.loss).items():
         set_mask(p, arrays.get(f"mask/{name}"))
+
+
+def destinations(run: Run) -> tuple[dict[str, Tensor], dict[str, Array]]:
+    """(tensors, buffers) that a checkpoint may hold, by their names in the file."""
+    tensors = {file_name(name): p for name, p in named_tensors(run.model, run.loss).items()}
+    buffers = {file_name(name): buffer for name, buffer in named_buffers(run.model, run.loss).items()}
+    return tensors, buffers
+
+
+def check_values(run: Run, arrays: Mapping[str, np.ndarray]) -> None:
+    """ValueError, naming the first ones, if values, buffers or masks do not fit this run's tensors."""
+    tensors, buffers = destinations(run)
+    masked = named_tensors(run.model, run.loss)
+    fitting = tensors | buffers
+    required = {file_name(name) for name in saved_tensors(run)} | set(buffers)      # must be among the arrays
+    wrong = sorted(required - set(arrays))
+    for name in sorted(arrays):
+        if name.startswith("mask/"):
+            p = masked.get(name.removeprefix("mask/"))
+            fits = p is not None and broadcasts_to(arrays[name].shape, p.shape)
+        else:
+            target = fitting.get(name)
+            fits = target is not None and target.shape == arrays[name].shape and target.dtype == arrays[name].dtype
+        if not fits:
+            wrong.append(name)
+    if wrong:
+        names = ", ".join(wrong[:3]) + (" ..." if len(wrong) > 3 else "")
+        raise ValueError(f"this checkpoint is of another run: {names} not in both, or of another shape or dtype")
+
+
+def broadcasts_to(shape: tuple, wanted: tuple) -> bool:
+    """True if an array of the one shape can be broadcast to the other."""
+    ends = zip(reversed(shape), reversed(wanted))
+    return len(shape) <= len(wanted) and all(size in (1, other) for size, other in ends)
 
 
 def set_mask(p: Tensor, mask: np.ndarray | None) -> None:
@@ -161,15 +199,12 @@ def state_dict(run: Run) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 def load_state_dict(run: Run, arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> None:
     """Go to the state that `state_dict` gave. ValueError if it is of another run, naming the first difference.
 
-    The optimiser is not started yet: its state waits in run.optimizer_state until the stage starts it.
+    All is checked before anything is written. The optimiser is not started yet: its state waits in run.optimizer_state
+    until the stage starts it.
     """
-    if not isinstance(facts, dict) or "done" not in facts:
-        raise ValueError("this is no checkpoint of fit: it does not hold the position in a run")
-    if "version" not in facts:
-        arrays, facts = from_version_0_1(run, arrays, facts)
-    check_identity(run.identity, facts)
-    run.stream.load_state_dict(facts["batches"])
-    load_values(run, {name: value for name, value in arrays.items() if not name.startswith(("optimizer/", "best/"))})
+    arrays, facts = check_state(run, arrays, facts)
+    load_batches(run, facts)                                            # the last check: other batches raise
+    load_values(run, values_in(arrays))
     tensors = named_tensors(run.model, run.loss)
     for name, p in tensors.items():
         p.requires_grad = name in facts["trainable"]
@@ -189,16 +224,99 @@ def load_state_dict(run: Run, arrays: dict[str, np.ndarray], facts: dict[str, An
     run.history.evaluations = [(step, metrics) for step, metrics in run.history.evaluations]        # JSON has no tuples
 
 
+def values_in(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The values, buffers and masks among the arrays of a checkpoint: not the optimiser's state, nor the best ones."""
+    return {name: value for name, value in arrays.items() if not name.startswith(("optimizer/", "best/"))}
+
+
 def part(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
     """The arrays whose names begin with a prefix, without it."""
     return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
+
+
+# ── the checks before a checkpoint is loaded ─────────────────────────────────────────────────────────────────────────
+def check_state(
+    run: Run, arrays: dict[str, np.ndarray], facts: Any,
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """(arrays, facts) of a checkpoint in today's form. ValueError if they do not fit this run. Nothing changes."""
+    if not isinstance(facts, dict) or "done" not in facts:
+        raise ValueError("this is no checkpoint of fit: it does not hold the position in a run")
+    if "version" not in facts:
+        try:
+            arrays, facts = from_version_0_1(run, arrays, facts)
+        except (KeyError, TypeError, AttributeError, SyntaxError) as e:
+            raise ValueError(f"this is no checkpoint of fit: {e!r}") from e
+    content = ("base", "data")                                          # compared below, when the names are known
+    check_identity({key: value for key, value in run.identity.items() if key not in content}, facts)
+    try:
+        check_position(run, facts)
+    except (KeyError, TypeError, ValueError, OverflowError) as e:
+        raise ValueError(f"this is no checkpoint of fit: {e}") from e
+    check_values(run, values_in(arrays))
+    if best := part(arrays, "best/"):
+        check_values(run, best)
+    check_optimizer_state(run, part(arrays, "optimizer/"), facts)
+    held = {name.removeprefix("model/") for name in arrays}
+    check_base(run.identity.get("base"), facts.get("base"), held)
+    return arrays, facts
+
+
+def check_position(run: Run, facts: dict[str, Any]) -> None:
+    """KeyError, TypeError or ValueError if a fact of the position in a run is missing or makes no sense."""
+    missing = sorted(set(POSITION) - facts.keys())
+    if missing:
+        raise ValueError(f"it does not hold {', '.join(missing)}")
+    if checks.whole("version", facts.get("version", VERSION), 1) > VERSION:
+        raise ValueError(f"a later version of the library wrote it, version {facts['version']} of its form")
+    checks.whole("stage", facts["stage"], 0, len(run.stages))
+    for name in ("t", "done"):
+        checks.whole(name, facts[name], 0, run.settings.steps)
+    checks.instance("trainable", facts["trainable"], list, "a list of names")
+    checks.instance("shared_masks", facts["shared_masks"], dict, "a dict of names")
+    unknown = {*facts["trainable"], *facts["shared_masks"]} - named_tensors(run.model, run.loss).keys()
+    unknown |= set(facts["shared_masks"].values()) - named_buffers(run.model, run.loss).keys()
+    if unknown:
+        raise ValueError(f"it names {', '.join(sorted(map(str, unknown))[:3])}, which are not in the model")
+    np.random.default_rng(0).bit_generator.state = facts["rng"]
+    GradScaler().load_state_dict(facts["scaler"])
+    history = {name: type(value) for name, value in vars(run.history).items()}
+    for name, value in checks.instance("history", facts["history"], dict, "a dict").items():
+        checks.instance(f"history: {name}", value, history[name], history[name].__name__)
+    evaluations = dict(facts["history"]["evaluations"])                 # pairs of a step and its metrics
+    checks.whole("first_evaluation", facts["first_evaluation"], 0, len(evaluations))
+
+
+def check_optimizer_state(run: Run, state: dict[str, np.ndarray], facts: dict[str, Any]) -> None:
+    """ValueError if the optimiser could not load its state, once its stage starts it.
+
+    An optimiser with a state of its own form checks it itself, when it is started."""
+    has_own_form = type(run.optimizer).load_state_dict is not Optimizer.load_state_dict
+    if has_own_form or (not state and facts["t"] == 0):                 # no step of this stage was taken
+        return
+    tensors = named_tensors(run.model, run.loss)
+    trainable = {name: p for name, p in tensors.items() if name in facts["trainable"]}
+    run.optimizer.read_state(state, run.optimizer.make_groups(trainable))
+
+
+def load_batches(run: Run, facts: dict[str, Any]) -> None:
+    """Move the stream of batches to its position. ValueError, with the stream where it was, if the data are others."""
+    before = run.stream.state_dict()
+    try:
+        run.stream.load_state_dict(facts["batches"])
+    except (TypeError, LookupError, AttributeError) as e:
+        raise ValueError(f"this is no checkpoint of fit: its position in the batches is of another form ({e})") from e
+    ours = run.identity.get("data")
+    if ours is None or facts.get("data") is None or ours == facts["data"]:          # None: cannot be compared
+        return
+    run.stream.load_state_dict(before)
+    raise ValueError("this checkpoint is of a run on other data: the batches have the same form, but another content")
 
 
 # ── the settings that a resumed run must share ───────────────────────────────────────────────────────────────────────
 def describe_run(run: Run) -> dict[str, Any]:
     """The settings that a resumed run must share with the run that wrote the checkpoint; JSON-able.
 
-    check_identity compares them. The batches check their own settings."""
+    check_identity compares them, check_base and load_batches the last two. The batches check their own settings."""
     settings = run.settings
     identity = {
         "steps": settings.steps,
@@ -209,55 +327,12 @@ def describe_run(run: Run) -> dict[str, Any]:
         "methods": {a.name: describe(a.method) for a in edit.attached(run.model)},
         "loss": describe_loss(run.loss),
         "trained": sorted(trainable_tensors(run.model, run.loss)),
+        "seed": settings.seed,
+        "schedule": describe_schedule(run.schedule),
+        "base": describe_base(run.model, set(saved_tensors(run)) | set(named_buffers(run.model, run.loss))),
+        "data": describe_data(run.stream.batches),
     }
     return json.loads(json.dumps(identity))                             # as it is read from a file: tuples become lists
-
-
-def describe_loss(loss: Loss) -> dict[str, Any]:
-    """The class and fields of a loss, as JSON-able facts, to recognise it when a run is resumed.
-
-    Its trainable module is described by shapes alone: training changes the values, and the checkpoint holds them.
-    """
-    description = describe(loss.original)
-    if loss.module is not None and is_dataclass(loss.original):
-        shapes = {name: list(p.shape) for name, p in loss.module.named_parameters().items()}
-        for field in fields(loss.original):
-            if getattr(loss.original, field.name) is loss.module:
-                description["fields"][field.name] = {"shapes": shapes}
-    return description
-
-
-def check_identity(identity: dict[str, Any], saved: dict[str, Any]) -> None:
-    """ValueError, naming the first difference, if a checkpoint is of another run.
-
-    identity: describe_run of this run; saved: the facts of the checkpoint, which include those of its run.
-    """
-    for key, value in identity.items():
-        if key not in saved or saved[key] == value:                     # version 0.1 saved fewer settings
-            continue
-        if key == "trained":
-            names = sorted(set(value) ^ set(saved[key]))
-            raise ValueError(f"this checkpoint is of another run: {', '.join(names[:3])} trains in one of the two only")
-        theirs = to_text(saved[key])
-        ours = to_text(value)
-        if theirs == ours:                                              # two classes of one name: show the full names
-            theirs = str(saved[key])
-            ours = str(value)
-        raise ValueError(f"this checkpoint is of another run: its {key}: {theirs}; here: {ours}")
-
-
-def to_text(value: Any) -> str:
-    """A setting as one readable line, for an error message.
-
-    The description of a method or a loss, {"class": ..., "fields": ...}, becomes LoRA(r=2, alpha=16.0).
-    """
-    if isinstance(value, dict) and value.keys() == {"class", "fields"}:
-        name = value["class"].rpartition(".")[2]
-        inside = ", ".join(f"{field}={to_text(entry)}" for field, entry in value["fields"].items())
-        return f"{name}({inside})"
-    if isinstance(value, dict):
-        return "; ".join(f"{name}: {to_text(entry)}" for name, entry in value.items()) or "none"
-    return "none" if value in (None, "") else str(value)
 
 
 # ── files of version 0.1 ─────────────────────────────────────────────────────────────────────────────────────────────

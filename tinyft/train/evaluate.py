@@ -8,10 +8,21 @@ from typing import Any
 
 import numpy as np
 
-from .. import array
+from .. import array, checks
 from ..models.blocks import Classifier
 from ..nn import Context, Module, no_grad
-from .batch import IGNORE, CrossEntropy, Endless, Loss, Targets, as_loss, cross_entropy
+from .batch import (
+    IGNORE,
+    CrossEntropy,
+    Endless,
+    Loss,
+    Targets,
+    as_loss,
+    cross_entropy,
+    is_causal,
+    iterate,
+    refuse_copies,
+)
 
 
 def evaluate(model: Module, batches: Iterable, loss: Loss | None = None) -> dict[str, float]:
@@ -21,11 +32,15 @@ def evaluate(model: Module, batches: Iterable, loss: Loss | None = None) -> dict
     perplexity, accuracy    if the logits have integer labels;  macro_f1    for a sequence classification head
     further metrics         those of `loss.metrics`, averaged with the weights of the batches
 
-    Dropout is inactive and no gradients are recorded. The mode of every module stays as it was.
+    Dropout is inactive and no gradients are recorded. The mode of every module stays as it was. TypeError for another
+    model, loss or batches; ValueError without a batch, and for labels of a causal model that are its own ids.
     """
+    checks.instance("evaluate", model, Module, "a model")
     loss = as_loss(loss)
     if isinstance(batches, Endless):
         batches = batches.once()
+    batches = iterate(batches)
+    wants_next_ids = isinstance(loss, CrossEntropy) and is_causal(model)
     modules = [*model.modules(), *(loss.module.modules() if loss.module is not None else ())]
     modes = [(module, module.training) for module in modules]
     for module in modules:
@@ -35,8 +50,11 @@ def evaluate(model: Module, batches: Iterable, loss: Loss | None = None) -> dict
         with no_grad():
             for batch in batches:
                 targets = loss.read(batch)
+                if wants_next_ids:
+                    refuse_copies(batch)
                 targets.output_hidden_states = loss.hidden_states       # kept only if the loss uses them
-                ctx, value = loss(model, targets)
+                with np.errstate(invalid="ignore"):                     # 0 / 0, if no label has a class weight
+                    ctx, value = loss(model, targets)
                 results.add(float(value.data), ctx, targets)
     finally:
         for module, training in modes:
@@ -77,10 +95,12 @@ class Results:
     def metrics(self) -> dict[str, float]:
         """{name: value} over all batches: means with the batches' weights; accuracy and macro-F1 over all labels.
 
-        ValueError if no batch was added.
+        ValueError if no batch was added, or if no label has a class weight.
         """
+        if not self.weights:
+            raise ValueError("evaluate wants at least one batch, got no batches")
         if not sum(self.weights):
-            raise ValueError("evaluate was given no batches")
+            raise ValueError("evaluate wants a label whose class weight is not 0, got none")
         further = {name: pool(values, self.weights)[0] for name, values in self.means.items()}
         metrics = {"loss": further.pop("loss")}
         if "cross_entropy" in further:                                  # some batch had labels
@@ -108,9 +128,9 @@ def pool(losses: Sequence[float], weights: Sequence[float]) -> tuple[float, floa
     ℓ = Σ wᵢ ℓᵢ / Σ wᵢ,   perplexity = e^ℓ
 
     losses: the mean loss ℓᵢ of each batch. weights: the number wᵢ of tokens in each batch. Where ℓ > 700, the
-    perplexity is e^700: e^ℓ would overflow.
+    perplexity is e^700: e^ℓ would overflow. A batch of weight 0 has no mean loss: it is left out.
     """
-    loss = sum(w * l for w, l in zip(weights, losses)) / sum(weights)
+    loss = sum(w * l for w, l in zip(weights, losses) if w) / sum(weights)
     return loss, math.exp(min(loss, 700))
 
 

@@ -5,7 +5,8 @@ method, or a stretch of training steps.
 
 From `fit` to a matrix product a call passes these functions:
 
-    fit                        the loop over steps, with evaluation, checkpoints and Ctrl-C
+    fit                        the arguments, which settings.py checks
+    run_stages                 the loop over steps, with evaluation, checkpoints and Ctrl-C
     train_step                 the parts of a step, in order
     add_gradients              forward and backward for each micro-batch: the part that a CUDA graph replays
     CrossEntropy.__call__      the loss; a user's own loss stands in its place
@@ -18,7 +19,7 @@ From `fit` to a matrix product a call passes these functions:
 
 and to the equations of AdamW:
 
-    fit, train_step
+    fit, run_stages, train_step
     Optimizer.launch_step      all tensors at once, if there is a kernel for that (dispatch.run); else:
         update_pieces          clipping, and one update for each flat buffer
         AdamW.update           the arguments of the equations
@@ -31,19 +32,14 @@ import contextlib
 import functools
 import math
 import os
-import signal
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from .. import array, edit, kernels, precision
+from .. import array, checks, edit, kernels, precision
 from ..array import Array
 from ..edit import Method
 from ..files import read_tensors, sweep, write_tensors
@@ -51,8 +47,10 @@ from ..nn import Context, Module
 from ..optim import AdamW, GradScaler, Optimizer, Schedule, constant_schedule
 from ..tensor import Tensor
 from . import checkpoint
-from .batch import BatchStream, Loss, Targets, as_loss
+from .batch import BatchStream, CrossEntropy, Loss, Targets, as_loss, is_causal, refuse_copies
 from .phases import Stage, make_stages
+from .settings import CHECKPOINT, Settings, check_arguments, make_folder
+from .terminal import Progress, Stop, stop_requests
 
 
 class Diverged(ArithmeticError):
@@ -85,23 +83,6 @@ class History:
         self.losses.append(loss)
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The arguments of `fit` that do not change during a run."""
-    steps: int
-    clip: float | None
-    accumulate: int
-    evaluate: Callable[[], dict[str, float]] | None
-    patience: int
-    monitor: str
-    autocast: str | None
-    capture: bool
-
-    def __post_init__(self) -> None:
-        if self.steps < 0 or self.accumulate < 1:
-            raise ValueError(f"fit wants steps >= 0 and accumulate >= 1; got {self.steps} and {self.accumulate}")
-
-
 # ── the loop ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 def fit(
     model: Module, batches: Any, steps: int, optimizer: Optimizer | None = None, schedule: Schedule | None = None, *,
@@ -127,42 +108,55 @@ def fit(
     patience        if not 0: training stops after so many evaluations in a row without a better metric `monitor` (lower
                     is better for names that end in loss or perplexity). At the end of a training phase, the values of
                     its best evaluation are restored
+    progress        a bar on a terminal and in notebooks, elsewhere a line every few seconds; then a last line (stderr)
     autocast        "bfloat16" or "float16": matrix products in 16 bits. With float16, steps that overflow are skipped
     capture         on CuPy, replay each step as a CUDA graph (tinyft.capture): eight shapes of batches get a graph,
                     others run as without. Ignored on NumPy. CannotCapture for accumulate > 1, float16, methods that
                     override begin or step, and optimisers without a kernel for it
 
-    Ctrl-C finishes the step, writes the checkpoint and raises KeyboardInterrupt. Diverged if a loss or a norm of
-    gradients is not finite; then nothing was updated or written. ValueError if nothing trains, if steps or accumulate
-    make no sense, or if the checkpoint is of another run. Afterwards the model is in evaluation mode, and its gradients
-    are None.
+    Ctrl-C finishes the step, writes the checkpoint and raises KeyboardInterrupt; with `out`, SIGTERM does the same and
+    raises SystemExit(143). The checkpoint is also written if `evaluate` or the batches raise.
+    Diverged if a loss or a norm of gradients is not finite; then nothing was updated or written. Before training:
+    TypeError or ValueError for arguments that make no sense, if nothing trains, if the checkpoint is of another run,
+    and if `out` holds a run and resume is False. Afterwards the model evaluates (model.eval()), without gradients.
     """
     loss = as_loss(loss)
-    optimizer = optimizer or AdamW(1e-3)
-    schedule = schedule or constant_schedule()
-    autocast = None if autocast is None else str(precision.half(autocast))
-    capture = capture and array.backend() == "cupy"
-    settings = Settings(steps, clip, accumulate, evaluate, patience, monitor, autocast, capture)
-    run = Run(model, loss, BatchStream(batches), optimizer, schedule, np.random.default_rng(seed), settings, out)
+    optimizer = AdamW(1e-3) if optimizer is None else optimizer
+    schedule = constant_schedule() if schedule is None else schedule
+    settings = Settings(
+        steps, clip, accumulate, evaluate, patience, monitor, autocast, capture, seed, save_every, evaluate_every,
+    )
+    check_arguments(model, optimizer, schedule, out, resume=resume, progress=progress)
+    rng = np.random.default_rng(settings.seed)
+    run = Run(model, loss, BatchStream(batches), optimizer, schedule, rng, settings, out)
     run.prepare(resume)
+    run_stages(run, progress)
+    return run.history
+
+
+def run_stages(run: Run, progress: bool) -> None:
+    """The loop of fit: the steps of all remaining stages, with evaluations, checkpoints, signals and progress."""
+    settings = run.settings
+    shown = Progress(settings.steps, run.done, visible=progress)
     try:
         run.set_training_mode(True)
-        with interruptible() as is_interrupted, progress_bar(progress, steps) as bar:
+        with stop_requests(on_sigterm=run.path is not None) as stop:
             for stage in run.remaining_training_stages():
+                run.evaluate_if_due()                                   # a resumed run whose evaluation had raised
                 while run.t < stage.steps and not run.history.stopped:
                     train_step(run, stage.steps)
-                    if evaluate and evaluate_every and run.done % evaluate_every == 0:
-                        run.run_evaluation()
-                    run.show_progress(bar)
-                    if is_interrupted():
-                        run.interrupt()
-                    if save_every and run.done % save_every == 0:
+                    run.evaluate_if_due()
+                    shown.show(run.done, run.history.losses[-1], run.tokens)
+                    if stop.signal_number:
+                        run.stop(stop)
+                    if settings.save_every and run.done % settings.save_every == 0:
                         run.save()
         run.save()
+        shown.finish(run.done, run.history.losses, run.history.stopped)
     finally:
+        shown.close()
         run.set_training_mode(False)
         run.zero_grad()
-    return run.history
 
 
 def train_step(run: Run, T: int) -> None:
@@ -170,11 +164,11 @@ def train_step(run: Run, T: int) -> None:
 
     Diverged if the loss or the norm of the gradients is not finite; in float16 such a step is skipped."""
     attached = edit.attached(run.model)
-    batches = [run.read_batch() for _ in range(run.settings.accumulate)]
+    batches = run.read_batches()
+    factor = run.read_factor(T)                                         # the learning rate is optimizer.lr · factor
     for a in attached:
         a.method.begin(a.edits, run.t, T, run.rng)
 
-    factor = run.schedule(run.t, T)                                     # the learning rate is optimizer.lr · factor
     if run.replay is None:
         loss, terms = add_gradients(run, batches, run.rng)
         norm = None
@@ -214,6 +208,8 @@ def add_gradients(run: Run, batches: list[Targets], rng: np.random.Generator) ->
     total = None
     totals: dict[str, Any] = {}
     for targets in batches:
+        if targets.weight == 0:                                         # its share is 0, and its own mean 0 / 0
+            continue
         with run.autocast(), np.errstate(**run.ignored_warnings):
             ctx, loss = run.loss(run.model, targets, rng)
             added = compute_added_terms(run, ctx)
@@ -320,7 +316,7 @@ class Run:
         self.schedule = schedule
         self.rng = rng
         self.settings = settings
-        self.path = None if out is None else Path(out) / "checkpoint.safetensors"
+        self.path = None if out is None else Path(out) / CHECKPOINT
         self.scaler = GradScaler(enabled=settings.autocast == "float16")
         self.ignored_warnings = {"over": "ignore", "invalid": "ignore"} if self.scaler.enabled else {}
         self.stages = make_stages(edit.attached(model), settings.steps)
@@ -333,22 +329,47 @@ class Run:
         self.optimizer_state: dict[str, np.ndarray] | None = None       # from a checkpoint, for the next start
         self.replay: Callable | None = None                             # the captured step
         self.tokens = 0                                                 # read so far, for the progress bar
-        self.start_time = time.perf_counter()
         if loss.module is not None:
             loss.module.to(array.name_of(model.parameters()[0].data))
         # Counts of writes at the start. A tensor with another count when a checkpoint is saved is saved in it.
         self.first_versions = {name: p.version[0] for name, p in checkpoint.named_tensors(model, loss).items()}
+        self.wants_next_ids = isinstance(loss, CrossEntropy) and is_causal(model)
         self.identity = checkpoint.describe_run(self) if self.path else {}
+        self.saved_at: tuple | None = None                              # the position of the last checkpoint written
         if settings.capture:
             check_capture(self)
 
+    def read_batches(self) -> list[Targets]:
+        """The batches of one step. If one cannot be read, the checkpoint is written as it was before this step."""
+        before = self.stream.state_dict() if self.path else None
+        try:
+            batches = [self.read_batch() for _ in range(self.settings.accumulate)]
+            weights = [targets.weight for targets in batches]
+            if not sum(weights) > 0 or min(weights) < 0:
+                raise ValueError("a step wants a label whose class weight is not 0, got batches of weights "
+                                 f"{', '.join(map(str, weights))}")
+        except Exception:
+            self.save_after_error(before)
+            raise
+        return batches
+
     def read_batch(self) -> Targets:
         """The next batch of the stream. The pass will keep hidden states if the loss or a method wants them."""
-        targets = self.loss.read(next(self.stream))
+        batch = next(self.stream)
+        targets = self.loss.read(batch)
+        if self.wants_next_ids:
+            refuse_copies(batch)
         wants = [self.loss.hidden_states, *(a.method.hidden_states for a in edit.attached(self.model))]
         targets.output_hidden_states = any(wants)
         self.tokens += math.prod(targets.ids.shape[:2])
         return targets
+
+    def read_factor(self, T: int) -> float:
+        """The factor on the learning rate at this step. TypeError or ValueError if it is no number >= 0."""
+        factor = self.schedule(self.t, T)
+        if callable(factor):
+            raise TypeError("schedule wants a function (t, T) -> factor, got one that returns a function: call it")
+        return checks.number("the factor of a schedule", factor, 0)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """The context of a forward pass: 16-bit products, if the settings ask for them."""
@@ -401,11 +422,26 @@ class Run:
         self.zero_grad()
 
     # ── evaluation ──
+    def evaluate_if_due(self) -> None:
+        """Evaluate every settings.evaluate_every steps. If it raises, the checkpoint is written."""
+        every = self.settings.evaluate_every
+        is_due = self.settings.evaluate and every and self.done and self.done % every == 0
+        evaluations = self.history.evaluations
+        if not is_due or (evaluations and evaluations[-1][0] == self.done):
+            return
+        try:
+            self.run_evaluation()
+        except Exception:
+            self.save_after_error()
+            raise
+
     def run_evaluation(self) -> None:
         """Evaluate. Copy the state if it is the best of this stage; set history.stopped if patience has run out."""
         self.set_training_mode(False)
-        metrics = {name: float(value) for name, value in self.settings.evaluate().items()}
+        metrics = self.settings.evaluate()
         self.set_training_mode(True)
+        checks.instance("evaluate", metrics, Mapping, "to return metrics, {name: number}")
+        metrics = {name: as_float(name, value) for name, value in metrics.items()}
         self.history.evaluations.append((self.done, metrics))
         monitor = self.settings.monitor
         if not self.settings.patience:
@@ -440,12 +476,6 @@ class Run:
         for p in checkpoint.named_tensors(self.model, self.loss).values():
             p.grad = None
 
-    def show_progress(self, bar: tqdm) -> None:
-        """Show the loss and the speed in the progress bar. The speed counts padding, and all time since the start."""
-        speed = self.tokens / max(time.perf_counter() - self.start_time, 1e-9)
-        bar.update(self.done - bar.n)
-        bar.set_postfix_str(f"loss {self.history.losses[-1]:.3f}, {speed:,.0f} tokens/s", refresh=False)
-
     # ── state ──
     def state_dict(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """(arrays, values that JSON can hold) of the whole run."""
@@ -459,44 +489,48 @@ class Run:
         """Write the checkpoint, atomically."""
         if self.path:
             write_tensors(self.path, *self.state_dict())
+            self.saved_at = self.position()
 
-    def interrupt(self) -> None:
-        """Write the checkpoint and raise KeyboardInterrupt, with the number of steps taken."""
+    def position(self) -> tuple[int, int, int]:
+        """The position in the run: the stage, the steps, the evaluations."""
+        return self.stage_index, self.done, len(self.history.evaluations)
+
+    def save_after_error(self, batches: dict[str, Any] | None = None) -> None:
+        """Write the checkpoint of the last whole step before an exception of the user's code goes on.
+
+        batches: the position in the batches after that step, if the stream has moved on since. Nothing is written
+        before the first step, nor if the folder holds this state. A full disk must not hide the exception."""
+        if not self.path or self.position() in ((0, 0, 0), self.saved_at):
+            return
+        arrays, facts = self.state_dict()
+        if batches is not None:
+            facts["batches"] = batches
+        with contextlib.suppress(OSError):
+            write_tensors(self.path, arrays, facts)
+
+    def stop(self, request: Stop) -> None:
+        """Write the checkpoint, and raise what the request to stop asks for, with the number of steps taken."""
         self.save()
         advice = "; fit(..., resume=True) goes on" if self.path else ""
-        raise KeyboardInterrupt(f"stopped after step {self.done} of {self.settings.steps}{advice}")
+        request.carry_out(f"stopped after step {self.done} of {self.settings.steps}{advice}")
 
     def prepare(self, resume: bool) -> None:
-        """Remove the temporary files of a run that was killed; with resume, go to the state in the checkpoint."""
+        """Remove the temporary files of a run that was killed; with resume, go to the state in the checkpoint.
+
+        Make the folder: one that cannot be made must be noticed before training. OSError."""
         kernels.keep_memory()                                           # freed memory stays with the process: faster
-        if self.path:
-            sweep(self.path)
-            if resume and self.path.exists():
-                self.load_state_dict(*read_tensors(self.path))
+        if self.path is None:
+            return
+        make_folder(self.path.parent)
+        sweep(self.path)
+        if resume and self.path.exists():
+            self.load_state_dict(*read_tensors(self.path))
+            self.saved_at = self.position()
 
 
-# ── the terminal ─────────────────────────────────────────────────────────────────────────────────────────────────────
-@contextlib.contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Gives a function that returns True after Ctrl-C, so that the step can finish. A second Ctrl-C stops at once."""
-    presses: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-
-    def handler(number: int, frame: Any) -> None:
-        if presses:
-            raise KeyboardInterrupt
-        presses.append(number)
-
-    previous = signal.signal(signal.SIGINT, handler)
+def as_float(name: str, value: Any) -> float:
+    """A metric as a float; NaN and infinity are possible. TypeError for anything but one number."""
     try:
-        yield lambda: bool(presses)
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-def progress_bar(progress: bool, steps: int) -> tqdm:
-    """A progress bar; silent unless stderr is a terminal."""
-    is_visible = progress and sys.stderr.isatty()
-    return tqdm(total=steps, disable=not is_visible, unit="step", leave=False)
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"evaluate wants to return numbers, got {checks.brief(value)} for {name!r}") from None

@@ -18,7 +18,17 @@ from typing import Any
 import numpy as np
 
 from ... import ops
-from ...edit import Edit, Method, base_modules, base_parameters, inside, select, sublayers
+from ...checks import flag, number, whole
+from ...edit import (
+    Edit,
+    Method,
+    base_modules,
+    base_parameters,
+    check_targets,
+    inside,
+    select,
+    sublayers,
+)
 from ...nn import Context, LayerNorm, Linear, Module, RMSNorm
 from ...tensor import Tensor
 
@@ -33,6 +43,14 @@ class Houlsby(Method):
     norms: bool = True
     targets: Any = ()
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        whole("Houlsby: m", self.m, least=1)
+        number("Houlsby: std", self.std, low=0)
+        flag("Houlsby: norms", self.norms)
+        if self.targets != ():
+            check_targets("Houlsby: targets", self.targets)
+
     def find(self, model: Module) -> dict[str, Module]:
         if self.targets:
             return select(model, self.targets)
@@ -40,7 +58,12 @@ class Houlsby(Method):
         return {path: m for path, m in base_modules(model).items() if path in paths}
 
     def edit(self, path: str, module: Module, rng: np.random.Generator) -> Edit:
-        return Bottleneck(module.out_features, self.m, self.std, rng)
+        """The adapter of one module. TypeError for a module whose output has no known width."""
+        width = getattr(module, "out_features", None)
+        if width is None:
+            raise TypeError(f"Houlsby wants modules with out_features, such as attn and mlp; "
+                            f"{path} is a {type(module).__name__} and has none")
+        return Bottleneck(width, self.m, self.std, rng)
 
     def trains(self, model: Module) -> set[str]:
         """The names of the tensors of all layer norms, except those inside the head or the pooler.

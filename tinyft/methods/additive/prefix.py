@@ -22,7 +22,8 @@ import numpy as np
 
 from ... import array, ops
 from ...array import Array, xp
-from ...edit import Edit, Method, select, token_embedding
+from ...checks import flag, number, whole
+from ...edit import Edit, Method, check_targets, select, token_embedding
 from ...nn import Context, Embedding, Linear, Module, Parameter
 from ...tensor import Tensor, no_grad
 
@@ -37,6 +38,15 @@ class PrefixTuning(Method):
     std: float = 0.02
     shift: bool = False
     targets: Any = "kv"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        whole("PrefixTuning: p", self.p, least=0)
+        if self.mlp is not None:
+            whole("PrefixTuning: mlp", self.mlp, least=1)
+        number("PrefixTuning: std", self.std, low=0)
+        flag("PrefixTuning: shift", self.shift)
+        check_targets("PrefixTuning: targets", self.targets)
 
     def find(self, model: Module) -> dict[str, Module]:
         found = select(model, self.targets)
@@ -53,7 +63,7 @@ class PrefixTuning(Method):
             if isinstance(module, Embedding):
                 edits[path] = Shift(self.p)
                 continue
-            heads, head_width = module.heads, module.head_width
+            heads, head_width = key_value_heads(path, module)
             if self.mlp is None:
                 K = array.normal(rng, (heads, self.p, head_width), self.std)
                 V = array.normal(rng, (heads, self.p, head_width), self.std)
@@ -68,6 +78,16 @@ class PrefixTuning(Method):
         """The prefixes as plain tensors, without their MLP. Outputs stay bitwise the same."""
         ejected = {path: e.ejected() if isinstance(e, Prefix) else e for path, e in edits.items()}
         return replace(self, mlp=None), ejected
+
+
+def key_value_heads(path: str, module: Module) -> tuple[int, int]:
+    """(heads, head width) of the `kv` of an attention. TypeError for another module."""
+    sizes = vars(module)
+    is_kv = isinstance(sizes.get("heads"), int) and isinstance(sizes.get("cached"), bool)
+    if not is_kv:
+        raise TypeError(f"PrefixTuning wants the key/value part of an attention, such as attn.kv; "
+                        f"{path} is a {type(module).__name__}")
+    return sizes["heads"], sizes["head_width"]
 
 
 class Prefix(Edit):

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ... import array, ops
+from ...checks import one_of, whole
 from ...edit import Edit, Method, base_modules, stacks, token_embedding
 from ...nn import Context, Embedding, Module, Parameter, dense
 from ...tensor import Tensor
@@ -30,6 +31,11 @@ class PromptTuning(Method):
     p: int = 20
     init: str = "vocabulary"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        whole("PromptTuning: p", self.p, least=0)
+        one_of("PromptTuning: init", self.init, ("vocabulary", "uniform"))
+
     def find(self, model: Module) -> dict[str, Module]:
         """The token embedding and the last block. TypeError if there is more than one stack."""
         if len(stacks(model)) != 1:
@@ -39,9 +45,6 @@ class PromptTuning(Method):
         return {**token_embedding(model), blocks[-1]: base_modules(model)[blocks[-1]]}
 
     def edit(self, path: str, module: Module, rng: np.random.Generator) -> Edit:
-        if self.init not in ("vocabulary", "uniform"):
-            raise ValueError(
-                f"PromptTuning wants init 'vocabulary' or 'uniform', got {self.init!r}")
         if isinstance(module, Embedding):
             return SoftPrompt(module, self.p, self.init, rng)
         return Drop(self.p)

@@ -19,7 +19,8 @@ import numpy as np
 
 from ... import array, ops
 from ...array import Array
-from ...edit import Edit, Method
+from ...checks import number, whole
+from ...edit import Edit, Method, base_modules, check_targets, select
 from ...nn import Context, Dropout, Embedding, Module, Packed, Parameter
 from ...tensor import Tensor
 
@@ -34,21 +35,37 @@ class LoRA(Method):
     dropout: float = 0.0
     targets: Any = "attn.[qv]"
 
-    def edit(self, path: str, module: Module, rng: np.random.Generator) -> Edit:
-        """The edit of one linear map or embedding. TypeError for a module without a weight matrix.
-
-        ValueError for a rank below 1."""
-        weight = vars(module).get("weight")          # a tied head has none of its own
-        if len(getattr(weight, "shape", ())) != 2:
-            raise TypeError(
-                f"LoRA adapts a weight matrix; {path} is a {type(module).__name__} and has none")
-        if self.r < 1:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if whole("LoRA: r", self.r) < 1:
             raise ValueError(f"LoRA wants a rank r >= 1, got {self.r}")
-        out_features, in_features = weight.shape     # of an embedding: (vocabulary, width)
+        number("LoRA: alpha", self.alpha)
+        number("LoRA: dropout", self.dropout, low=0, below=1)
+        check_targets("LoRA: targets", self.targets)
+
+    def find(self, model: Module) -> dict[str, Module]:
+        """The linear maps and embeddings that `targets` names. LookupError, with those that there
+        are, for a pattern that names nothing."""
+        matrices = [path for path, m in base_modules(model).items() if has_matrix(m)]
+        return select(model, self.targets, candidates=matrices)
+
+    def edit(self, path: str, module: Module, rng: np.random.Generator) -> Edit:
+        """The edit of one linear map or embedding. TypeError for a module without a matrix."""
+        if not has_matrix(module):
+            maps = [name for name, part in base_modules(module).items() if has_matrix(part)]
+            hint = f": name its maps {', '.join(maps[:4])}" if maps else ""
+            raise TypeError(f"LoRA adapts a weight matrix; "
+                            f"{path} is a {type(module).__name__} and has none{hint}")
+        out_features, in_features = module.weight.shape      # of an embedding: (vocabulary, width)
         s = self.alpha / self.r                      # the update of the weight is s B A
         # A linear map gets it on its output. An embedding reads ids: there the weight is changed.
         edit_class = LowRankWeight if isinstance(module, Embedding) else LowRank
         return edit_class(in_features, out_features, self.r, s, self.dropout, rng)
+
+
+def has_matrix(module: Module) -> bool:
+    """True for a module with a weight of two axes, dense or packed. A tied head has none."""
+    return len(getattr(vars(module).get("weight"), "shape", ())) == 2
 
 
 class LowRank(Edit):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...checks import whole
 from ...edit import Method, base_modules, base_parameters, inside, stacks
 from ...nn import LayerNorm, Module, RMSNorm
 
@@ -21,6 +22,10 @@ class Partial(Method):
     """k: the number of blocks that train, from the top of every stack."""
 
     k: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        whole("Partial: k", self.k, least=0)
 
     def trains(self, model: Module) -> set[str]:
         """Names of the tensors of the top k blocks of every stack and of the modules above them.

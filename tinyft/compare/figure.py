@@ -1,0 +1,154 @@
+"""The figure of a comparison: quality against trained parameters and, for domain, new skill against what was forgotten.
+
+Each contender has one colour, and its family one marker.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+
+from .report import Summary, deviation, is_lm, summaries
+
+__all__ = ["draw"]
+
+MARKERS = {"selective": "o", "additive": "^", "reparameterized": "s", "": "D"}  # "": from scratch
+OTHER_FAMILY = "v"
+BASE_MARKER = "*"
+FILLS = ("full", "none", "left", "bottom", "right", "top")
+LEGEND_ROWS = 24  # as many as fit beside the panels
+LINES = (":", "--", "-.")  # of simple models
+
+
+def draw(report: dict) -> bytes:
+    """The figure as the content of a PNG file. ImportError if matplotlib is not installed.
+
+    Left: quality over the number of trained parameters; right, for domain alone: perplexity on source over perplexity
+    on prose, with the same vertical axis. Error bars are the standard deviation over seeds. Simple models are
+    horizontal lines, the untouched base is a star. A contender that diverged or did not run is left out.
+    """
+    from matplotlib.figure import Figure  # without pyplot: a notebook keeps its own backend
+
+    rows = [r for r in summaries(report) if np.isfinite(r.mean)]
+    panels = 2 if is_lm(report) else 1
+    fig = Figure(figsize=(4.6 * panels + 2.6, 5.2), dpi=120, layout="constrained")
+    axes = fig.subplots(1, panels, sharey=True, squeeze=False)[0]
+    for ax in axes:
+        ax.grid(visible=True, which="major", color="0.9")
+        ax.set_axisbelow(b=True)
+    draw_quality(axes[0], rows, report)
+    if is_lm(report):
+        draw_forgetting(axes[1], rows)
+        set_log_ticks(axes[0].yaxis)
+    handles, labels = axes[0].get_legend_handles_labels()
+    columns = -(-len(labels) // LEGEND_ROWS)
+    fig.legend(handles, labels, loc="outside center right", ncols=columns, frameon=False, fontsize=9)
+    fig.suptitle(title(report), fontsize=11)
+    content = io.BytesIO()
+    fig.savefig(content, format="png")
+    return content.getvalue()
+
+
+def title(report: dict) -> str:
+    """The title of the figure."""
+    s = report["settings"]
+    unit = "tokens" if is_lm(report) else "examples"
+    return f"{s['task']}: {s['train']:,} training {unit}, {s['steps']} steps, {s['seeds']} seeds (bars: ± 1 deviation)"
+
+
+# ---------------------------------------------------------------------------------------------------- the panels
+def draw_quality(ax: Any, rows: list[Summary], report: dict) -> None:
+    """Quality over trained parameters. The base has none, so the axis begins at 0 if there is a base."""
+    for r, style in zip((r for r in rows if r.kind == "simple"), LINES):
+        ax.axhline(r.mean, ls=style, color="0.45", lw=1.2, label=r.name)
+    for r, options in zip(points(rows), styles(rows)):
+        ax.errorbar(r.trained, r.mean, yerr=deviation(r.quality), label=r.name, **options)
+    if is_lm(report):
+        ax.set_yscale("log")
+        ax.set_ylabel("perplexity on Python source, held out (lower is better)")
+    else:
+        ax.set_ylabel("held-out accuracy (share of examples, higher is better)")
+    ax.set_xlabel("trained parameters (number, head included)")
+    ax.set_title("quality against trained parameters", fontsize=10)
+    counts = [r.trained for r in rows if r.is_trained]
+    if any(r.kind == "base" for r in rows) and counts:
+        set_axis_from_zero(ax, min(counts), max(counts))
+    else:
+        ax.set_xscale("log")
+
+
+def draw_forgetting(ax: Any, rows: list[Summary]) -> None:
+    """Perplexity on source over perplexity on prose; down and left is better.
+
+    Training from scratch never knew prose, so it is left out.
+    """
+    for r, style in zip((r for r in rows if r.kind == "simple"), LINES):
+        ax.axhline(r.mean, ls=style, color="0.45", lw=1.2)
+    for r, options in zip(points(rows), styles(rows)):
+        knew_prose = r.kind == "base" or r.family
+        if knew_prose and np.isfinite(r.second).any():
+            x = np.nanmean(r.second)
+            ax.errorbar(x, r.mean, xerr=deviation(r.second), yerr=deviation(r.quality), **options)
+            if r.kind == "base":
+                ax.axvline(x, color="0.7", lw=0.8)  # to the right of it prose was forgotten
+    ax.set_xlabel("perplexity on prose, held out (right of the line: forgotten)")
+    ax.set_title("new skill against what was forgotten", fontsize=10)
+
+
+def points(rows: list[Summary]) -> list[Summary]:
+    """The rows that are points, not lines."""
+    return [r for r in rows if r.kind != "simple"]
+
+
+def styles(rows: list[Summary]) -> list[dict[str, Any]]:
+    """Colour, marker and fill of each point; when all colours were used, they come again with another fill."""
+    from matplotlib import colormaps
+
+    colours = colormaps["tab10"].colors
+    found = []
+    for i, r in enumerate(points(rows)):
+        if r.kind == "base":
+            found.append({"fmt": BASE_MARKER, "ms": 14, "color": "black"})
+            continue
+        marker = MARKERS.get(r.family, OTHER_FAMILY)
+        turn, which = divmod(i, len(colours))
+        fill = FILLS[turn % len(FILLS)]
+        found.append({"fmt": marker, "ms": 8, "capsize": 3, "color": colours[which], "fillstyle": fill})
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------- the axes
+def set_axis_from_zero(ax: Any, smallest: int, largest: int) -> None:
+    """A horizontal axis that is linear from 0 to the power of ten below `smallest`, and logarithmic from there."""
+    first = int(np.floor(np.log10(smallest)))
+    last = int(np.ceil(np.log10(largest)))
+    ax.set_xscale("symlog", linthresh=10**first, linscale=0.5)
+    ax.set_xlim(-0.25 * 10**first, 1.6 * max(largest, 10**first))
+    powers = range(first, last + 1)
+    ticks = [0] + [10**power for power in powers if 10**power <= 1.6 * largest]
+    ax.set_xticks(ticks, [short(tick) for tick in ticks])
+    ax.minorticks_off()
+
+
+def short(count: int) -> str:
+    """A round number as a short text: 0, 100, 10 k, 1 M."""
+    for unit, name in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if count >= unit:
+            return f"{count // unit} {name}"
+    return str(count)
+
+
+def set_log_ticks(axis: Any) -> None:
+    """Ticks at 1, 2 and 5 times powers of ten, as plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(plain))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def plain(value: float, position: int | None = None) -> str:
+    """The text of a tick, as matplotlib's FuncFormatter asks for it."""
+    return f"{value:g}"

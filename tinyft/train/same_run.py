@@ -1,0 +1,128 @@
+"""The settings, the base and the data that a resumed run must share with the run that wrote the checkpoint.
+
+describe_run of checkpoint.py puts them together; the facts are JSON-able.
+"""
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import numpy as np
+
+from ..data.batches import Batches
+from ..identity import describe, fingerprint, qualified_name
+from ..nn import Module
+from ..optim import Schedule
+from ..optim.schedules import WarmUp
+from .batch import Loss
+
+
+def describe_loss(loss: Loss) -> dict[str, Any]:
+    """The class and fields of a loss, as JSON-able facts, to recognise it when a run is resumed.
+
+    Its trainable module is described by shapes alone: training changes the values, and the checkpoint holds them.
+    """
+    description = describe(loss.original)
+    if loss.module is not None and is_dataclass(loss.original):
+        shapes = {name: list(p.shape) for name, p in loss.module.named_parameters().items()}
+        for field in fields(loss.original):
+            if getattr(loss.original, field.name) is loss.module:
+                description["fields"][field.name] = {"shapes": shapes}
+    return description
+
+
+def describe_schedule(schedule: Schedule) -> Any:
+    """A schedule as JSON-able facts: the library's own and dataclasses with their settings, others by their names."""
+    if isinstance(schedule, WarmUp):
+        return repr(schedule)
+    if isinstance(schedule, functools.partial):
+        arguments = describe([*schedule.args, schedule.keywords])
+        return {"function": describe_schedule(schedule.func), "arguments": arguments}
+    if is_dataclass(schedule):
+        return describe(schedule)
+    named: Any = schedule if isinstance(getattr(schedule, "__qualname__", None), str) else type(schedule)
+    return qualified_name(named)
+
+
+def describe_base(model: Module, changing: set[str]) -> dict[str, str]:
+    """{name: fingerprint} of the tensors and buffers that the run does not change: those of the base.
+
+    changing: the names of all others."""
+    values = {name: p.data for name, p in model.named_parameters().items()}
+    values |= model.named_buffers(persistent_only=True)
+    return {name: fingerprint(value) for name, value in values.items() if name not in changing}
+
+
+def describe_data(batches: Any) -> dict[str, Any] | None:
+    """The number and the fingerprint of the examples of data.Batches, or of the batches in a list.
+
+    None for all others: to read them once would use them up."""
+    content = batches.examples if isinstance(batches, Batches) else batches
+    if not isinstance(content, (list, tuple, np.ndarray)):
+        return None
+    try:
+        return {"count": len(content), "fingerprint": fingerprint(rows_as_arrays(content))}
+    except TypeError:                                                   # an object without a content to read
+        return None
+
+
+def rows_as_arrays(value: Any) -> Any:
+    """The same data with each list of numbers as an array: the fingerprint of an array is much faster."""
+    if isinstance(value, (list, tuple)):
+        if value and type(value[0]) is int:
+            return np.asarray(value)
+        return [rows_as_arrays(entry) for entry in value]
+    if isinstance(value, Mapping):
+        return {key: rows_as_arrays(entry) for key, entry in value.items()}
+    return value
+
+
+def check_identity(identity: dict[str, Any], saved: dict[str, Any]) -> None:
+    """ValueError, naming the first difference, if a checkpoint is of another run.
+
+    identity: describe_run of this run; saved: the facts of the checkpoint, which include those of its run.
+    """
+    for key, value in identity.items():
+        if key not in saved or saved[key] == value:                     # version 0.1 saved fewer settings
+            continue
+        if key == "trained" and isinstance(saved[key], list):
+            names = sorted(set(value) ^ set(map(str, saved[key])))
+            raise ValueError(f"this checkpoint is of another run: {', '.join(names[:3])} trains in one of the two only")
+        theirs = to_text(saved[key])
+        ours = to_text(value)
+        if theirs == ours:                                              # two classes of one name: show the full names
+            theirs = str(saved[key])
+            ours = str(value)
+        raise ValueError(f"this checkpoint is of another run: its {key}: {theirs}; here: {ours}")
+
+
+def check_base(ours: dict[str, str] | None, saved: dict[str, str] | None, held: set[str]) -> None:
+    """ValueError if a frozen tensor of the model has other values than in the run that wrote the checkpoint.
+
+    ours, saved: as describe_base gives them; earlier versions saved none. held: the names that the checkpoint holds,
+    which do not count: they are overwritten."""
+    if ours is None or not isinstance(saved, dict):
+        return
+    different = []
+    for name in ours.keys() | saved.keys():
+        if name not in held and ours.get(name) != saved.get(name):
+            different.append(name)
+    if different:
+        names = ", ".join(sorted(different)[:3]) + (" ..." if len(different) > 3 else "")
+        raise ValueError(f"this checkpoint is of a run on another base: the frozen {names} had other values")
+
+
+def to_text(value: Any) -> str:
+    """A setting as one readable line, for an error message.
+
+    The description of a method or a loss, {"class": ..., "fields": ...}, becomes LoRA(r=2, alpha=16.0).
+    """
+    if isinstance(value, dict) and value.keys() == {"class", "fields"} and isinstance(value["fields"], dict):
+        name = str(value["class"]).rpartition(".")[2]
+        inside = ", ".join(f"{field}={to_text(entry)}" for field, entry in value["fields"].items())
+        return f"{name}({inside})"
+    if isinstance(value, dict):
+        return "; ".join(f"{name}: {to_text(entry)}" for name, entry in value.items()) or "none"
+    return "none" if value in (None, "") else str(value)
