@@ -91,21 +91,24 @@ def with_other_examples() -> Batches:
 def test_other_data_of_the_same_form_are_refused(tmp_path):
     model, _, arguments = lora()
     begin(tmp_path / "stream")
-    words = "a run on other data: the batches have the same form"
+    words = "wants a state with the examples of this stream, got one of other examples"
     check_refused(tmp_path / "stream", words, (model, with_other_examples(), arguments))
+    words = "a run on other data: the batches have the same form"
     listed = [make_ids(2, seed=s) for s in range(5)]
     begin(tmp_path / "list", (lora()[0], listed, arguments))
     check_refused(tmp_path / "list", words, (lora()[0], [*listed[:4], listed[0]], arguments))
     check_refused(tmp_path / "list", words, (lora()[0], listed[:4], arguments))
 
 
-@pytest.mark.parametrize("rows", [[[1, 2, 3], [4, 5]], [([1, 2, 3], 0), ([4, 5], 1)], [np.arange(3), np.arange(4)]])
-def test_the_content_of_examples_counts_in_every_form(rows):
-    def description(rows: list) -> Any:
-        return train.same_run.describe_data(Batches(rows, 1))
-    ours = description(rows)
-    assert ours == description(list(rows))
-    assert ours != description(rows[::-1])
+@pytest.mark.parametrize("batches", [
+    [[[1, 2, 3]], [[4, 5, 6]]],
+    [{"ids": [[1, 2]], "labels": [3]}, {"ids": [[1, 2]], "labels": [4]}],
+    [np.arange(3)[None], np.arange(4)[None]],
+])
+def test_the_content_of_a_list_of_batches_counts_in_every_form(batches):
+    ours = train.same_run.describe_data(batches)
+    assert ours == train.same_run.describe_data(list(batches))
+    assert ours != train.same_run.describe_data(batches[::-1])
     assert json.loads(json.dumps(ours)) == ours
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from ..data.batches import Batches
 from ..identity import describe, fingerprint, qualified_name
 from ..nn import Module
 from ..optim import Schedule
@@ -56,14 +55,13 @@ def describe_base(model: Module, changing: set[str]) -> dict[str, str]:
 
 
 def describe_data(batches: Any) -> dict[str, Any] | None:
-    """The number and the fingerprint of the examples of data.Batches, or of the batches in a list.
+    """The number and the fingerprint of the batches in a list.
 
-    None for all others: to read them once would use them up."""
-    content = batches.examples if isinstance(batches, Batches) else batches
-    if not isinstance(content, (list, tuple, np.ndarray)):
+    None for all others: to read them once would use them up. data.Batches compares its examples itself."""
+    if not isinstance(batches, (list, tuple, np.ndarray)):
         return None
     try:
-        return {"count": len(content), "fingerprint": fingerprint(rows_as_arrays(content))}
+        return {"count": len(batches), "fingerprint": fingerprint(rows_as_arrays(batches))}
     except TypeError:                                                   # an object without a content to read
         return None
 
