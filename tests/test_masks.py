@@ -194,6 +194,8 @@ def same(f: Callable, argument: Any, reference: Any) -> None:
 @pytest.mark.parametrize("dtype", [*WHOLE, "float16", "float32", "float64", "list", "tensor"])
 @pytest.mark.parametrize("f", TAKE_MASKS, ids=lambda f: f.__name__)
 def test_a_mask_of_any_dtype_is_the_mask_of_booleans(f, dtype):
+    if f is mask_of_a_model and dtype == "tensor":
+        pytest.skip("a model takes arrays and lists")
     masks = {"list": MASK.astype(int).tolist(), "tensor": Tensor(dev(MASK.astype(np.int64)))}
     mask = masks[dtype] if dtype in masks else dev(MASK.astype(dtype))
     if f in (times, minus, greater, product, straight_through) and dtype == "float64":
@@ -204,8 +206,8 @@ def test_a_mask_of_any_dtype_is_the_mask_of_booleans(f, dtype):
 @pytest.mark.parametrize("dtype", [*WHOLE, "list", "tensor"])
 @pytest.mark.parametrize("f", TAKE_INDICES, ids=lambda f: f.__name__)
 def test_indices_of_any_dtype_are_those_of_int64(f, dtype):
-    if f is ids_under_a_prompt and dtype == "tensor":
-        pytest.skip("a tensor in the place of ids holds embeddings")
+    if f in (ids_under_a_prompt, token_type_ids) and dtype == "tensor":
+        pytest.skip("a model takes arrays and lists; a tensor in the place of ids holds embeddings")
     ids = SMALL_IDS if dtype == "int8" else IDS          # 250 is no int8
     others = {"list": ids.tolist(), "tensor": Tensor(dev(ids))}
     same(f, others[dtype] if dtype in others else dev(ids.astype(dtype)), dev(ids))
@@ -257,7 +259,7 @@ def test_numbers_that_are_no_mask_are_refused(f, wrong):
         pytest.skip("to look into a device array is to wait for the device")
     mask = MASK.astype(np.float32)
     mask[0, 1] = wrong
-    with pytest.raises(ValueError, match="wants True and False, or 1 and 0; got"):
+    with pytest.raises(ValueError, match=r"wants True .*, (or 1 and 0; )?got"):
         f(mask.tolist())
 
 
