@@ -179,17 +179,20 @@ WRONG_BATCHES = [
     ([{"ids": None}], ValueError, "a batch wants ids, got nothing"),
     ([{"input_ids": IDS}], ValueError, "a batch wants the key 'ids', got 'input_ids'"),
     ([{"ids": IDS, "attention_mask": IDS}], ValueError, "a batch wants the key 'mask', got 'attention_mask'"),
-    (["text"], TypeError, "a batch wants an array of ids, got 'text'"),
+    (["text"], TypeError, "a batch wants ids of shape .*, got 'text': encode it first"),
     ([[["a", "b"]]], TypeError, "token ids are integers; got <U1"),
-    ([[[1, 2], [3]]], ValueError, "a batch wants ids in rows of one length, .*: pad them"),
+    ([[[1, 2], [3]]], ValueError, "a batch wants ids .*, got rows of different lengths: pad them"),
     ([[[1, None]]], TypeError, "token ids are integers; got object"),
-    ([{"ids": IDS, "labels": "a"}], TypeError, "a batch wants an array of labels, got 'a'"),
-    ([{"ids": IDS, "labels": [[1], [2, 3]]}], ValueError, "a batch wants labels in rows of one length"),
-    ([{"ids": IDS, "mask": [[1], [1, 1]]}], ValueError, "a batch wants mask in rows of one length"),
+    ([{"ids": IDS, "labels": "a"}], TypeError, "a batch wants integer labels, got 'a'"),
+    ([{"ids": IDS, "labels": [[1], [2, 3]]}], ValueError, "integer labels, got rows of different lengths"),
+    ([{"ids": IDS, "mask": [[1], [1, 1]]}], ValueError, "mask wants True or 1 .*, got rows of different lengths"),
+    ([{"ids": IDS, "mask": np.full(IDS.shape, 2)}], ValueError, "mask wants True or 1 at real tokens, .* got 2"),
+    ([{"ids": IDS, "mask": np.full(IDS.shape, "a")}], TypeError, "mask wants True or 1 at real tokens"),
+    ([{"ids": IDS, "token_type_ids": IDS * 0.5}], TypeError, "token_type_ids wants integers .*, got float64"),
     ([{**BACK, "class_weight": [1.0]}], IndexError, "do not fit a class_weight of 1 classes"),
     ([{**BACK, "class_weight": [-1.0] * VOCAB}], ValueError, "finite class_weight >= 0"),
     ([{**BACK, "class_weight": [math.nan] * VOCAB}], ValueError, "finite class_weight >= 0"),
-    ([{**BACK, "class_weight": ["a"] * VOCAB}], TypeError, "numbers as class_weight"),
+    ([{**BACK, "class_weight": ["a"] * VOCAB}], TypeError, "finite class_weight >= 0"),
     ([{**BACK, "class_weight": [1.0] * 30}], ValueError,
      f"class_weight wants one number for each of the {VOCAB} classes, got 30"),
 ]
@@ -219,6 +222,19 @@ def test_ids_and_labels_may_be_integers_of_any_kind(dtype):
     assert evaluate(make_gpt(), batches) == evaluate(make_gpt(), [BACK])
     losses = fit(make_gpt(), [ids], 2, progress=False).losses
     assert losses == fit(make_gpt(), [IDS], 2, progress=False).losses
+
+
+@pytest.mark.parametrize("token_type", [-1, 2])
+def test_token_types_outside_the_model_are_refused(token_type):
+    """A negative one would be counted from the end of the table."""
+    batch = {"ids": IDS, "labels": IDS, "token_type_ids": np.full(IDS.shape, token_type)}
+    words = f"token type {token_type} is outside the 2 types of the model"
+    with pytest.raises(IndexError, match=words):
+        fit(make_bert(), [batch], 1, progress=False)
+    with pytest.raises(IndexError, match=words):
+        evaluate(make_bert(), [batch])
+    with pytest.raises(IndexError, match=words):                        # before a replay, which checks nothing
+        train.CrossEntropy().check(make_bert(), read_batch(batch))
 
 
 def test_embeddings_want_labels():

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from . import array, checks
-from .context import SYNONYMS, refuse_keywords
+from .context import SYNONYMS, read_integers, read_mask, refuse_keywords
 from .nn import Cache, Context, Module, no_grad
 
 __all__ = ["generate", "pad_left"]
@@ -53,8 +53,8 @@ def generate(
     refuse_unknown(facts)
     checks.whole("max_new_tokens", max_new_tokens, 0)
     checks.flag("cache", cache)
-    ids = read_rows("ids", ids)
-    mask = None if mask is None else read_rows("mask", mask).astype(bool)
+    ids = array.asnumpy(read_integers("ids", ids, "generate wants ids of shape (B, T)"))
+    mask = None if mask is None else array.asnumpy(read_mask("mask", mask))
     check_request(ids, mask, temperature, top_k, top_p, rng)
     modes = [(module, module.training) for module in model.modules()]
     past = Cache() if cache else None
@@ -98,21 +98,6 @@ def check_model(model: Any, end: int | None) -> None:
     if scores != embed.in_features:
         raise ValueError(f"generate wants a language model, with a score for each of {embed.in_features} tokens; "
                          f"got a model whose head gives {scores} scores")
-
-
-def read_rows(name: str, rows: Any) -> np.ndarray:
-    """ids or a mask as a host array. ValueError for rows of different lengths, TypeError for other values."""
-    wanted = f"generate wants {name} of shape (B, T)"
-    if rows is None or isinstance(rows, (str, bytes, dict, set)):
-        raise TypeError(f"{wanted}, got {checks.brief(rows)}")
-    try:
-        a = array.asnumpy(rows)
-    except ValueError:                                                           # NumPy: an inhomogeneous shape
-        raise ValueError(f"{wanted}, got rows of different lengths: pad_left pads them") from None
-    kinds = "biuf" if name == "mask" else "iu"
-    if a.size and a.dtype.kind not in kinds:
-        raise TypeError(f"{wanted}, of whole numbers, got {a.dtype}")
-    return a
 
 
 def check_request(

@@ -25,6 +25,8 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import numpy as np
 
 from .. import array, checks, ops
+from ..context import WANTED_TYPES, read_integers, read_mask
+from ..models.bert import check_token_types
 from ..models.blocks import Attention, Classifier, check_ids
 from ..nn import Context, Module
 from ..tensor import Tensor
@@ -98,6 +100,9 @@ class Loss:
         Called on the host before a step that was captured as a CUDA graph is replayed: a replay runs no Python checks.
         """
         check_ids(targets.ids, model.embed.in_features)
+        token_types = getattr(model, "type", None)                      # BERT's table
+        if token_types is not None:
+            check_token_types(targets.facts.get("token_type_ids"), token_types.in_features)
         if model.head is not None and targets.labels is not None:
             check_labels(targets.labels, model.head.out_features)
 
@@ -230,7 +235,9 @@ def read_batch(batch: Any) -> Targets:
     if not isinstance(batch, Mapping):
         batch = {"ids": batch}
     _check_keys(batch)
-    ids = batch["ids"] if isinstance(batch["ids"], Tensor) else _read_integers("ids", batch["ids"])
+    ids = batch["ids"]
+    if not isinstance(ids, Tensor):
+        ids = _read_integers("ids", ids, "a batch wants ids of shape (B, T)")
     facts = _read_facts(batch, ids)
     labels = batch.get("labels")
     if labels is None:                                                  # causal language modelling
@@ -241,7 +248,7 @@ def read_batch(batch: Any) -> Targets:
         for name in ("mask", "token_type_ids"):
             if name in facts:
                 facts[name] = facts[name][:, :-1]
-    labels = _read_integers("labels", labels)
+    labels = _read_integers("labels", labels, "a batch wants integer labels")
     if labels.shape not in (ids.shape[:1], ids.shape[:2]):
         raise ValueError(f"a batch wants labels of shape {ids.shape[:1]} (a class per row) or {ids.shape[:2]} "
                          f"(a token per position), got {labels.shape}")
@@ -275,34 +282,25 @@ def _check_keys(batch: Mapping[str, Any]) -> None:
         raise ValueError(f"a batch wants ids, got {keys}")
 
 
-def _read_integers(name: str, value: Any) -> np.ndarray:
-    """ids or labels as a host array. ValueError for rows of different lengths, TypeError for other values."""
-    a = _read_array(name, value)
-    if a.dtype.kind not in "iu" and a.size:
-        if name == "ids":
-            raise TypeError(f"token ids are integers; got {a.dtype}")
-        raise TypeError(f"a batch wants integer {name}, got {a.dtype}")
-    return a.astype(np.int64) if a.dtype.kind == "u" else a             # -100 is outside the unsigned integers
+def _read_integers(name: str, value: Any, wanted: str) -> np.ndarray:
+    """ids, labels or token types as a host array. ValueError for rows of different lengths, TypeError otherwise.
 
-
-def _read_array(name: str, value: Any) -> np.ndarray:
-    """An array of a batch on the host, from lists too. ValueError for rows of different lengths, TypeError for text."""
-    if value is None or isinstance(value, (str, bytes, Mapping, set, Tensor)):
-        raise TypeError(f"a batch wants an array of {name}, got {checks.brief(value)}")
-    try:
-        return array.asnumpy(value)
-    except ValueError:                                                  # NumPy's words: an inhomogeneous shape
-        raise ValueError(f"a batch wants {name} in rows of one length, got rows of different lengths: pad them, "
-                         "and give a mask") from None
+    wanted: the beginning of the sentence. Unsigned integers become int64, since -100 is a label."""
+    a = array.asnumpy(read_integers(name, value, wanted))
+    return a.astype(np.int64) if a.dtype.kind == "u" else a
 
 
 def _read_class_weight(value: Any) -> np.ndarray:
     """The weights of the classes, (classes,). ValueError unless they are finite and not negative."""
-    weights = _read_array("class_weight", value)
+    wanted = "a batch wants one finite class_weight >= 0 per class"
+    try:
+        weights = array.asnumpy(value)
+    except ValueError:                                                  # lists of different lengths
+        raise ValueError(f"{wanted}, got {checks.brief(value)}") from None
     if weights.dtype.kind not in "iuf":
-        raise TypeError(f"a batch wants numbers as class_weight, got {weights.dtype}")
+        raise TypeError(f"{wanted}, got {checks.brief(value)}")
     if weights.ndim != 1 or not np.isfinite(weights).all() or (weights < 0).any():
-        raise ValueError(f"a batch wants one finite class_weight >= 0 per class, got {checks.brief(value)}")
+        raise ValueError(f"{wanted}, got {checks.brief(value)}")
     return weights
 
 
@@ -315,12 +313,14 @@ def _read_facts(batch: dict[str, Any], ids: Any) -> dict[str, Any]:
     if ids.ndim != axes:
         raise ValueError(f"a batch wants ids of shape (B, T), or embeddings (B, T, C); got {ids.shape}")
     facts = {name: batch[name] for name in CONTEXT_FACTS if batch.get(name) is not None}
+    if "mask" in facts:
+        facts["mask"] = array.asnumpy(read_mask("mask", facts["mask"]))
+    if "token_type_ids" in facts:
+        facts["token_type_ids"] = _read_integers("token_type_ids", facts["token_type_ids"], WANTED_TYPES)
     for name in ("mask", "token_type_ids"):
-        if name in facts:
-            facts[name] = _read_array(name, facts[name])
-            if facts[name].shape != ids.shape[:2]:
-                raise ValueError(f"a batch wants a {name} of the shape of its ids, {ids.shape[:2]}; "
-                                 f"got {facts[name].shape}")
+        if name in facts and facts[name].shape != ids.shape[:2]:
+            raise ValueError(f"a batch wants a {name} of the shape of its ids, {ids.shape[:2]}; "
+                             f"got {facts[name].shape}")
     if "mask" in facts and facts["mask"].all():
         del facts["mask"]                                               # attention is faster without a mask
     return facts
