@@ -31,6 +31,13 @@ NORMALIZER = {
     "strip_accents": "strip_accents",
     "tokenize_chinese_chars": "handle_chinese_chars",
 }
+# The kinds of special tokens, in the order in which transformers adds the tokens that are not there yet.
+KINDS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+# The special tokens of a class of transformers whose settings name none.
+OF_CLASS = {
+    "BertTokenizer": {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"},
+    "GPT2Tokenizer": {"bos": "<|endoftext|>", "eos": "<|endoftext|>", "unk": "<|endoftext|>"},
+}
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized")                   # of an added token
 
 
@@ -39,6 +46,7 @@ def configure(tokenizer: Tokenizer, folder: Path) -> None:
 
     Its attribute `special_tokens` becomes {kind: token}, {"cls": "[CLS]", ...}, as the directory's files name them.
     ValueError if a file is damaged, or contradicts tokenizer.json."""
+    padding = tokenizer.padding or {}
     tokenizer.no_padding()
     tokenizer.no_truncation()
     settings = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
@@ -47,6 +55,7 @@ def configure(tokenizer: Tokenizer, folder: Path) -> None:
         _set_normalizer(tokenizer, settings)
         _set_prefix_space(tokenizer, settings)
         _add_tokens(tokenizer, settings.get("added_tokens_decoder"))
+        named = {"pad_token": padding.get("pad_token"), **_of_class(tokenizer, settings), **named}
         tokenizer.special_tokens = _add_special_tokens(tokenizer, {**named, **settings})
         if _flag(settings, "split_special_tokens"):
             tokenizer.encode_special_tokens = True
@@ -133,9 +142,16 @@ def _add_tokens(tokenizer: Tokenizer, tokens: Any) -> None:
                              f"got a tokenizer.json that has it at {got}")
 
 
+def _of_class(tokenizer: Tokenizer, settings: dict) -> dict[str, str]:
+    """The special tokens of the settings' tokenizer_class, as settings, if the tokenizer has them."""
+    name = settings.get("tokenizer_class")
+    tokens = OF_CLASS.get(name.removesuffix("Fast"), {}) if isinstance(name, str) else {}
+    return {f"{kind}_token": token for kind, token in tokens.items() if tokenizer.token_to_id(token) is not None}
+
+
 def _add_special_tokens(tokenizer: Tokenizer, settings: dict) -> dict[str, str]:
     """{kind: token} of the special tokens that the settings name. A token that is not there yet is added, in place."""
-    named = {kind: settings.get(f"{kind}_token") for kind in SPELLINGS}
+    named = {kind: settings.get(f"{kind}_token") for kind in KINDS}
     others = settings.get("additional_special_tokens")
     if others is not None and not isinstance(others, list):
         raise TypeError(f"additional_special_tokens wants a list of tokens, got {checks.brief(others)}")
