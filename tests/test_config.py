@@ -14,6 +14,7 @@ from config_keys import ALIASES, CONFIG, FAMILIES, HARMLESS, READ, READ_BY_A_CLA
 from safetensors.numpy import load_file, save_file
 
 from tinyft.formats import huggingface, load, save
+from tinyft.formats.config import check_kept
 from tinyft.formats.layout import Plan
 from tinyft.models import BERT, GPT, BERTConfig, GPTConfig
 
@@ -25,8 +26,9 @@ CLASSIFIER = {"gpt2": "GPT2ForSequenceClassification", "bert": "BertForSequenceC
 def read(config: dict) -> Plan:
     """The plan of a language model, through JSON as from a file."""
     family = next(family for family in huggingface.FAMILIES if family.model_type == config["model_type"])
-    config = {"architectures": [LANGUAGE_MODEL[family.model_type]], **config}
-    return family.read_config(json.loads(json.dumps(config)), ())
+    config = json.loads(json.dumps({"architectures": [LANGUAGE_MODEL[family.model_type]], **config}))
+    check_kept(config)
+    return family.read_config(config, ())
 
 
 def rows(table: dict[str, dict]) -> list[tuple[str, str]]:

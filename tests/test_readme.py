@@ -31,4 +31,5 @@ def test_your_own_data(tmp_path, monkeypatch, capsys):
     exec(compile(code.replace("steps=200", "steps=2, progress=False"), "README.md", "exec"), names)
     assert names["classes"] == ["bad", "good"]
     printed = capsys.readouterr().out
-    assert "accuracy" in printed and "Once upon a time" in printed
+    assert "accuracy" in printed and "probabilities" in printed
+    assert printed.splitlines()[-1].startswith("['")       # the list of one continuation

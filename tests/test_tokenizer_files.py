@@ -92,6 +92,17 @@ def test_special_tokens_have_the_names_of_the_settings(tmp_path):
     assert [first, last] == [tokenizer.token_to_id("[UNK]"), tokenizer.token_to_id("[MASK]")]
 
 
+def test_special_tokens_that_no_setting_names(tmp_path):
+    """The class of the tokenizer has some, and stored padding names its token. A setting goes before both."""
+    stored = with_padding(word_piece(SPECIAL))
+    assert read(tmp_path, stored, {}).special_tokens == {"pad": "[PAD]"}
+    found = read(tmp_path, stored, {"tokenizer_class": "BertTokenizerFast", "pad_token": "[UNK]"}).special_tokens
+    assert found == {"unk": "[UNK]", "sep": "[SEP]", "pad": "[UNK]", "cls": "[CLS]", "mask": "[MASK]"}
+    found = read(tmp_path, byte_pairs(["<|endoftext|>"]), {"tokenizer_class": "GPT2Tokenizer"}).special_tokens
+    assert found == dict.fromkeys(["bos", "eos", "unk"], "<|endoftext|>")
+    assert read(tmp_path, word_piece(["[UNK]"]), {"tokenizer_class": "GPT2Tokenizer"}).special_tokens == {}
+
+
 def test_tokens_beside_the_vocabulary(tmp_path):
     """They get the ids of the settings, and are found in texts; a special token is not there yet comes last."""
     size = word_piece(SPECIAL).get_vocab_size()

@@ -18,10 +18,8 @@ from ..models.blocks import Classifier
 from ..nn import Module
 from .config import (
     architecture,
-    check_labels,
     check_settings,
     check_tied,
-    check_token_ids,
     class_count,
     number,
     size,
@@ -79,8 +77,6 @@ class BERTFamily(Family):
         no class. ValueError for a setting that our BERT does not have.
         """
         check_settings(config, FIXED, "BERT")
-        check_labels(config)
-        check_token_ids(config)
         named = architecture(config, HEADS)
         head = HEADS[named] if named is not None else head_among(names)
         if head == "mlm":

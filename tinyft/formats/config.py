@@ -82,8 +82,14 @@ def check_tied(config: dict, model: str) -> None:
                          "its output layer is not the embedding")
 
 
-def check_labels(config: dict) -> None:
-    """Refuse class names and a kind of problem that transformers would refuse too."""
+def check_kept(config: dict) -> None:
+    """Refuse nonsense in the entries that are kept for saving: transformers would refuse them later."""
+    _check_labels(config)
+    _check_token_ids(config)
+
+
+def _check_labels(config: dict) -> None:
+    """Refuse class names that are none, and an unknown kind of problem."""
     for key in ("id2label", "label2id"):
         value = config.get(key)
         if value is not None and not isinstance(value, dict):
@@ -96,7 +102,7 @@ def check_labels(config: dict) -> None:
         raise ValueError(f"config.json: problem_type wants one of {wanted}, got {short(config['problem_type'])}")
 
 
-def check_token_ids(config: dict) -> None:
+def _check_token_ids(config: dict) -> None:
     """Refuse ids of special tokens that are no whole numbers. A model may have several ids for the end of text."""
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
         value = config.get(key)

@@ -17,10 +17,8 @@ from ..models.blocks import Classifier
 from ..nn import Module, TiedHead
 from .config import (
     architecture,
-    check_labels,
     check_settings,
     check_tied,
-    check_token_ids,
     class_count,
     number,
     size,
@@ -67,8 +65,6 @@ class GPT2Family(Family):
         """
         config = with_one_name(config, ALIASES)
         check_settings(config, FIXED, "GPT-2")
-        check_labels(config)
-        check_token_ids(config)
         named = architecture(config, HEADS)
         if named is not None:
             head = HEADS[named]

@@ -24,6 +24,7 @@ from ..files import check_ordinary, read_together, refuse_damage, write_atomical
 from ..nn import Module, Packed
 from ..tokens import special_token
 from .bert import BERTFamily
+from .config import check_kept
 from .directory import FLOATS, first_names, read_all, read_json
 from .family import Family
 from .gpt2 import GPT2Family
@@ -61,7 +62,7 @@ def _read(folder: Path, dtype: np.dtype) -> tuple[Module, Tokenizer | None]:
     config = read_json(folder / "config.json")
     family = _family_of_type(config.get("model_type"), folder)
     try:
-        kept = _check_kept({key: config[key] for key in KEPT if key in config})
+        check_kept(config)
         stored = _under_table_names(family, read_all(folder))
         plan = family.read_config(config, stored.keys())
         _check_sizes(plan, stored)
@@ -78,7 +79,8 @@ def _read(folder: Path, dtype: np.dtype) -> tuple[Module, Tokenizer | None]:
         host = _cast(place.read(stored[place.name]), dtype, name)
         arrays[name] = array.asarray(host)
     model = set_parameters(family.build(plan), arrays)
-    model._kept_config = kept                              # `save` writes these entries again
+    # `save` writes these entries again.
+    model._kept_config = {key: config[key] for key in KEPT if key in config}
     return model, tokenizer
 
 
@@ -107,21 +109,6 @@ def _is_bare_name(path: str | os.PathLike) -> bool:
     """True for a string without a path separator."""
     separators = {"/", os.sep, os.altsep}
     return isinstance(path, str) and path != "" and not separators & set(path)
-
-
-def _check_kept(kept: dict[str, Any]) -> dict[str, Any]:
-    """The entries of config.json that `save` writes again. ValueError for a value of another kind than its key has."""
-    kinds = {"id2label": dict, "label2id": dict, "problem_type": str}
-    for key, value in kept.items():
-        numbers = value if isinstance(value, list) else [value]             # eos_token_id may be a list
-        if key in kinds:
-            fits = isinstance(value, kinds[key])
-        else:
-            fits = all(type(n) is int for n in numbers)
-        if not fits and value is not None:
-            wanted = kinds[key].__name__ if key in kinds else "int"
-            raise ValueError(f"config.json: {key} wants a value of the type {wanted}, got {brief(value)}")
-    return kept
 
 
 def _family_of_type(model_type: Any, folder: Path) -> Family:
