@@ -119,7 +119,21 @@ elementwise("transpose", normal, lambda x: np.moveaxis(x, -1, -2))
 @case("power")
 def _(rng, shapes):
     p = float(rng.choice([2.0, 3.0, 0.5, -1.0, 1.7]))
-    return Example([positive(rng, shapes[0])], lambda f, x: f(x, p), lambda x: np.exp(p * np.log(x)))
+    x = positive(rng, np.broadcast_shapes(*shapes))
+    return Example([x], lambda f, x: f(x, p), lambda x: np.exp(p * np.log(x)))
+
+
+@case("power")
+def _(rng, shapes):
+    inputs = [positive(rng, shapes[0]), off_zero(rng, shapes[1])]
+    return Example(inputs, plain, lambda x, p: np.exp(p * np.log(x)))
+
+
+@case("power")
+def _(rng, shapes):
+    base = float(rng.choice([2.0, 0.5]))
+    p = normal(rng, np.broadcast_shapes(*shapes))
+    return Example([p], lambda f, p: f(base, p), lambda p: np.exp(p * np.log(base)))
 
 
 @case("linear")
@@ -190,12 +204,20 @@ def _(rng, shapes):
 
 @case("clip")
 def _(rng, shapes):
-    x = np.asarray(rng.choice([-2.0, -0.8, 0.1, 0.9, 2.0], shapes[0]) + rng.uniform(-0.05, 0.05, shapes[0]))
+    shape = np.broadcast_shapes(*shapes)
+    x = np.asarray(rng.choice([-2.0, -0.8, 0.1, 0.9, 2.0], shape) + rng.uniform(-0.05, 0.05, shape))
     low, high = [(-0.5, 0.5), (0.5, 1.5), (-1.5, 1.5)][rng.integers(3)]
 
     def expected(x):
         return np.where(x < low, low, np.where(x > high, high, x))
     return Example([x], lambda f, x: f(x, low, high), expected)
+
+
+@case("clip")
+def _(rng, shapes):
+    """Bounds that are tensors, in some entries the lower one above the upper one."""
+    inputs = [apart(rng, shapes[0]), apart(rng, shapes[1], 0.35), apart(rng, shapes[2], 0.7)]
+    return Example(inputs, plain, lambda x, low, high: np.minimum(np.maximum(x, low), high))
 
 
 @case("straight_through")

@@ -13,7 +13,7 @@ from helpers import dev, gradcheck, host, leaf, seeds, shapes_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyft import array, dispatch, kernels, ops, tensor
+from tinyft import AdamW, array, dispatch, kernels, ops, tensor
 from tinyft.nn import no_grad
 from tinyft.tensor import OPS, ShapeError, Tensor, detect_anomaly, op, sum_to, topological
 
@@ -257,6 +257,166 @@ def test_a_pullback_may_return_any_view(new_op):
         x.grad += 1
         assert values(x) == [[4, 4]]
         assert (host(seed) == 1).all()
+
+
+# Ops of one or two arrays (2, 2), and a list that takes the arrays that their pullbacks save.
+def returns_saved(new_op, saved):
+    """Ops whose pullbacks return an array that outlives the call, or a view of one."""
+    constant = dev(np.arange(4.0).reshape(2, 2))
+    saved.append(constant)
+
+    def first_row(a):
+        return array.xp(a).broadcast_to(a[:1], (2, 2))
+    views = [lambda a: a, lambda a: a[:], lambda a: a.T, lambda a: a.reshape(4).reshape(2, 2), first_row]
+
+    def make(view):
+        @new_op("... -> ...")
+        def keeps(x):
+            y = x * constant
+            saved.append(y)
+            return y, (lambda g: view(constant) if saved else view(y),)
+        return keeps
+    return [make(view) for view in views]
+
+
+def returns_views(new_op):
+    """Ops whose pullbacks return their argument, views of it, or views of one new array."""
+    def unary(view):
+        @new_op("... -> ...")
+        def viewing(x):
+            return x + 0, (view,)
+        return viewing
+
+    def joint(back):
+        @new_op("..., ... -> ...")
+        def pair(a, b):
+            return a + b, lambda g, needed: back(g)
+        return pair
+
+    def halves(g):
+        both = array.xp(g).concatenate([g * 2, g * 3])
+        return both[:2], both[2:]
+
+    def overlapping(g):
+        both = array.xp(g).concatenate([g * 2, g * 3])
+        return both[:2], both[1:3]
+
+    def twice(g):
+        d = g * 2
+        return d, d
+    ones = [unary(lambda g: g), unary(lambda g: g[:]), unary(lambda g: g[::-1]), unary(lambda g: (g * 2)[:])]
+    spread = unary(lambda g: array.xp(g).broadcast_to(g[:, :1] + 0, (2, 2)))
+    return [*ones, spread], [joint(lambda g: (g, g)), joint(halves), joint(overlapping), joint(twice)]
+
+
+LIBRARY_UNARY = [
+    lambda x: x.T, lambda x: x.reshape(4).reshape(2, 2), lambda x: x[::-1], lambda x: ops.tanh(x), lambda x: x * 0.5,
+    lambda x: x.sum(axis=0, keepdims=True), lambda x: x.mean(axis=1), lambda x: x.sum(),
+    lambda x: ops.broadcast_to(x[:1], (2, 2)), lambda x: ops.concatenate(x[:1], x[1:]), lambda x: x.permute(1, 0),
+]
+LIBRARY_BINARY = [
+    lambda x, y: x + y, lambda x, y: x * y, lambda x, y: x - y, lambda x, y: x @ y, ops.maximum,
+    lambda x, y: ops.where(dev([[True], [False]]), x, y), lambda x, y: ops.concatenate(x[:1], y[:1]),
+]
+
+
+def walk_with_copies(root, seed) -> dict[int, np.ndarray]:
+    """{id of a leaf: its gradient}: a walk that copies every array, so that nothing can be shared."""
+    found = {}
+    gradients = {id(root.node): seed.copy()}
+    for node in reversed(topological(root)):
+        g = gradients.pop(id(node), None)
+        if isinstance(node, Tensor):
+            found[id(node)] = g
+        elif g is not None:
+            for parent, d in node.pull(g):
+                d = sum_to(d.copy(), parent.shape).copy()
+                gradients[id(parent)] = gradients[id(parent)] + d if id(parent) in gradients else d
+    return found
+
+
+def check_gradients_are_owned(new_op, rng) -> None:
+    """Of a random graph: every `.grad` equals the reference's, is writable, and shares memory with nothing."""
+    saved: list = []
+    unary, binary = returns_views(new_op)
+    unary = [*unary, *returns_saved(new_op, saved), *LIBRARY_UNARY]
+    binary = [*binary, *LIBRARY_BINARY]
+    leaves = [leaf(rng.uniform(-1, 1, (2, 2))) for _ in range(3)]
+    made = list(leaves)
+    for _ in range(rng.integers(1, 9)):
+        x, y = (made[i] for i in rng.integers(0, len(made), 2))
+        if rng.integers(2):
+            z = unary[rng.integers(len(unary))](x)
+        else:
+            z = binary[rng.integers(len(binary))](x, y)
+        made.append(z if z.shape == (2, 2) else ops.broadcast_to(z, (2, 2)))
+    root = made[-1]
+    seed = dev(rng.uniform(-1, 1, (2, 2)))
+    seed_before = host(seed).copy()
+    want = walk_with_copies(root, seed)
+    kept = [host(a).copy() for a in saved]
+    for walks in (1, 2):
+        root.backward(seed, retain_graph=True)
+        reached = [x for x in leaves if want.get(id(x)) is not None]
+        for x in reached:
+            np.testing.assert_allclose(host(x.grad), walks * host(want[id(x)]))
+            assert x.grad.flags.c_contiguous
+            others = [seed, *(p.data for p in leaves), *saved, *(p.grad for p in reached if p is not x)]
+            assert not any(array.xp(seed).may_share_memory(x.grad, a) for a in others)
+    for x in reached:
+        x.grad += 1
+    assert np.array_equal(host(seed), seed_before)
+    assert all(np.array_equal(host(a), before) for a, before in zip(saved, kept))
+    if reached:
+        AdamW(0.1).start({str(i): x for i, x in enumerate(reached)}).step(clip=1.0)
+
+
+@given(seeds())
+def test_gradients_share_memory_with_nothing(rng):
+    known = dict(OPS)
+    try:
+        check_gradients_are_owned(op, rng)
+    finally:
+        OPS.clear()
+        OPS.update(known)
+
+
+@pytest.mark.parametrize("name, wrong", [
+    ("_is_kept", lambda gradients, i, g: False),
+    ("_is_own", lambda d, given: True),
+    ("_is_own", lambda d, given: d is not given),
+])
+def test_a_walk_that_shares_arrays_is_rejected(name, wrong, monkeypatch, new_op):
+    monkeypatch.setattr(tensor, name, wrong)
+    with pytest.raises((AssertionError, ValueError)):
+        for n in range(300):
+            check_gradients_are_owned(new_op, np.random.default_rng(n))
+
+
+def test_a_step_with_clipping_follows_a_broadcast_gradient():
+    """Of a tensor that is large enough to be updated where it lies."""
+    for f in (lambda p: p.mean(axis=1).sum(), lambda p: p.sum(), lambda p: ops.broadcast_to(p, (2, 40_000, 1)).sum()):
+        p = leaf(np.ones((40_000, 1), np.float32))
+        optimizer = AdamW(0.1).start({"p": p})
+        f(p).backward()
+        optimizer.step(clip=1.0)
+        assert np.allclose(host(p), 0.9, atol=1e-3)
+
+
+def test_a_new_gradient_is_not_copied(monkeypatch, new_op):
+    """A gradient that a pullback has just made becomes `.grad` itself, also as a view."""
+    made = []
+    for view in (lambda a: a, lambda a: a.reshape(2, 2), lambda a: a[:]):
+        @new_op("... -> ...")
+        def makes(x, view=view):
+            def back(g):
+                d = g * 2
+                made.append(array.address(d))
+                return view(d)
+            return x + 0, (back,)
+        x = leaf(np.ones((2, 2)))
+        makes(x).sum().backward()
+        assert array.address(x.grad) == made[-1]
 
 
 def always_owned(monkeypatch):
@@ -589,6 +749,139 @@ def test_backward_refuses_after_a_write_to_an_array_that_it_needs():
         x[0] = 1.0
 
 
+# name: a tensor that shares memory with the leaf x (2, 3)
+SHARED = {
+    "the leaf": lambda x: x,
+    "detach": lambda x: x.detach(),
+    "a slice": lambda x: x[:, 1:],
+    "a row": lambda x: x[0],
+    "reversed": lambda x: x[:, ::-1],
+    "reshape": lambda x: x.reshape(3, 2),
+    "transpose": lambda x: x.T,
+    "permute": lambda x: x.permute(1, 0),
+    "broadcast_to": lambda x: ops.broadcast_to(x, (4, 2, 3)),
+    "a view of a view": lambda x: x.T[1:].reshape(2, 2, 1)[0],
+    "its array": lambda x: Tensor(x.data),
+    "a view of its array": lambda x: Tensor(x.data[1:]),
+    "to its own backend": lambda x: x.to(x.device),
+    "a detached slice": lambda x: x[:1].detach(),
+}
+# name: a write to the memory of x, which an optimiser may hold
+WRITES = {
+    "copy_": lambda x, optimizer: x.copy_(5.0),
+    "mark_written": lambda x, optimizer: x.mark_written(),
+    "copy_ of its detached tensor": lambda x, optimizer: x.detach().copy_(5.0),
+    "copy_ of its array": lambda x, optimizer: Tensor(x.data).copy_(5.0),
+    "an update": lambda x, optimizer: optimizer.step(clip=1.0),
+}
+
+
+def check_write_is_noticed(view, write, *, trains: bool, started: bool) -> None:
+    """backward refuses after a write to x, where a product needs the values of a tensor that shares memory with x.
+
+    started: x belongs to an optimiser, together with another tensor."""
+    x = leaf(np.ones((2, 3)))
+    other = leaf(np.ones(5))
+    optimizer = AdamW(0.1).start({"other": other, "x": x}) if started else None
+    if not trains:
+        x.train(False)
+    shared = view(x)
+    w = leaf(np.ones(shared.shape))
+    y = (shared * w).sum()
+    y.backward(retain_graph=True)                        # nothing was written yet
+    other.grad = dev(np.ones(5))
+    write(x, optimizer)
+    with pytest.raises(RuntimeError, match="input of 'mul' was written in place"):
+        y.backward()
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("view", SHARED)
+def test_a_write_is_noticed_in_all_that_shares_its_memory(view, write):
+    for trains in (True, False):
+        for started in (True, False):
+            if started or write != "an update":
+                check_write_is_noticed(SHARED[view], WRITES[write], trains=trains, started=started)
+
+
+def test_a_write_through_a_view_is_noticed():
+    for view in (lambda x: x[:1], lambda x: x.T, lambda x: x.reshape(6)[2:4], lambda x: Tensor(x.data[1:, 1:])):
+        x = Tensor(dev(np.ones((2, 3))))
+        w = leaf(np.ones((2, 3)))
+        y = (x * w).sum()
+        view(x).copy_(7.0)                               # the view is gone after the write
+        with pytest.raises(RuntimeError, match="written in place"):
+            y.backward()
+
+
+def test_a_write_to_the_value_of_an_op_is_noticed():
+    x = leaf([1.0, 2.0])
+    for f in (ops.exp, ops.tanh, ops.softmax):
+        y = f(x)
+        y.detach().copy_(0.0)
+        with pytest.raises(RuntimeError, match="written in place"):
+            y.sum().backward()
+
+
+def test_a_mask_and_an_operand_that_are_plain_arrays_are_watched():
+    a = dev(np.ones((2, 2)))
+    w = leaf(np.ones((2, 2)))
+    for y in (w * a, ops.where(a > 0, w, a) * a):
+        Tensor(a).copy_(2.0)
+        with pytest.raises(RuntimeError, match="written in place"):
+            y.sum().backward()
+
+
+def test_a_write_elsewhere_is_no_reason_to_refuse():
+    """Another part of the same array, another tensor of the same optimiser, memory that was freed, and a new graph."""
+    whole = dev(np.ones((4, 3)))
+    upper, lower = Tensor(whole[:2]), Tensor(whole[2:])
+    w = leaf(np.ones((2, 3)))
+    y = (upper * w).sum()
+    lower.copy_(5.0)
+    y.backward()
+    p, q = leaf(np.ones((2, 3))), leaf(np.ones((2, 3)))
+    AdamW(0.1).start({"p": p, "q": q})                   # both are views of one flat array now
+    y = (p * w).sum()
+    q.copy_(5.0)
+    y.backward()
+    y = ((w + Tensor(dev(np.ones((2, 3))))) * 2.0).sum()
+    for _ in range(20):
+        Tensor(dev(np.ones((2, 3)))).copy_(1.0)          # perhaps in the memory of the operand, which is freed
+    y.backward()
+    assert np.array_equal(host(w.grad), np.full((2, 3), 4.0))
+    x = Tensor(dev(np.ones((2, 3))))
+    x.copy_(3.0)
+    (x * w).sum().backward()
+
+
+def test_writes_are_forgotten_with_their_memory():
+    gc.collect()
+    before = len(array._written)
+    for _ in range(50):
+        Tensor(dev(np.ones(3))).copy_(1.0)
+    x = Tensor(dev(np.ones(3)))
+    for _ in range(50):
+        x.copy_(2.0)
+    assert len(array._written) == before + 1
+    assert len(array._written[id(array.owner(x.data))][1]) == 1
+    del x
+    assert len(array._written) == before
+
+
+@pytest.mark.parametrize("name, wrong", [
+    ("was_written", lambda watched, since: False),
+    ("mark_written", lambda a: None),
+    ("owner", lambda a: a),
+    ("watch", lambda arrays: []),
+])
+def test_a_backward_that_notices_no_alias_is_rejected(name, wrong, monkeypatch):
+    monkeypatch.setattr(array, name, wrong)
+    with pytest.raises(BaseException, match="DID NOT RAISE"):
+        for view in SHARED.values():
+            check_write_is_noticed(view, WRITES["copy_"], trains=False, started=False)
+
+
 def test_copy_keeps_the_memory_and_the_dtype():
     x = leaf([1.0, 2.0], np.float32)
     memory = x.data
@@ -622,6 +915,297 @@ def test_two_backends_in_one_op():
         array.xp(Tensor([1.0]).to("numpy").data, Tensor([1.0]).to("strict").data)
     with pytest.raises(array.BackendError, match="unknown backend 'tpu'"):
         array.use("tpu")
+
+
+# ── tensors to which an op has no gradient ───────────────────────────────────────────────────────────────────────────
+def test_a_tensor_given_by_keyword_gets_its_gradient():
+    """At every parameter of every call the gradients are those of a call by position."""
+    a, b, c = (leaf(np.random.default_rng(i).uniform(0.5, 1.5, (2, 2))) for i in range(3))
+    v = leaf([0.5, 2.0])
+    u = leaf([1.0, 3.0])
+    q = a.reshape(1, 1, 2, 2)
+    calls = [
+        (ops.linear, {"x": a, "W": b, "b": v}),
+        (ops.add, {"a": a, "b": b}),
+        (ops.matmul, {"a": a, "b": b}),
+        (ops.power, {"x": a, "p": b}),
+        (ops.clip, {"x": a, "low": b, "high": c}),
+        (ops.where, {"c": dev([True, False]), "a": a, "b": b}),
+        (ops.layer_norm, {"x": a, "w": v, "b": u, "eps": 0.1}),
+        (ops.rms_norm, {"x": a, "w": v, "eps": 0.1}),
+        (ops.attention, {"q": q, "k": q * 2, "v": q * 3, "bias": b}),
+        (ops.gather, {"x": a, "i": dev([[1, 0]]), "axis": 0}),
+        (ops.cross_entropy, {"z": a, "y": dev([0, 1]), "weight": dev([1.0, 2.0])}),
+        (ops.sum, {"x": a, "axis": 0}),
+        (ops.sum, {"x": a, "keepdims": True}),
+    ]
+
+    def gradients(y):
+        for t in (a, b, c, v, u):
+            t.grad = None
+        y.backward(dev(np.arange(1.0, y.size + 1).reshape(y.shape)), retain_graph=True)
+        return [host(t.grad) for t in (a, b, c, v, u)]
+
+    for f, arguments in calls:
+        names = list(arguments)
+        want = gradients(f(**arguments))
+        for t in (a, b, c, v, u):
+            assert t.grad is not None or id(t) not in map(id, arguments.values())
+        for n in range(1, len(names) + ("keepdims" not in names)):       # n by position, the others by keyword
+            by_keyword = {name: arguments[name] for name in names[n:]}
+            got = gradients(f(*[arguments[name] for name in names[:n]], **by_keyword))
+            assert all(np.array_equal(x, y) for x, y in zip(want, got, strict=True)), f.__name__
+
+
+# What an op has no gradient for: (call of a trainable tensor t, op and input that the message names).
+DROPPED = [
+    (lambda x, t: ops.cross_entropy(x, dev([0, 1]), t[0]), "cross_entropy", "weight"),
+    (lambda x, t: ops.cross_entropy(x, dev([0, 1]), weight=t[0]), "cross_entropy", "weight"),
+    (lambda x, t: ops.dropout(x, t[0, 0], 1), "dropout", "p"),
+    (lambda x, t: ops.dropout(x, p=t[0, 0], key=1), "dropout", "p"),
+    (lambda x, t: ops.where(t, x, x), "where", "c"),
+    (lambda x, t: ops.attention(x, x, x, key_mask=t), "attention", "key_mask"),
+    (lambda x, t: ops.attention(x, x, x, dropout_mask=t), "attention", "dropout_mask"),
+    (lambda x, t: ops.attention(x, x, x, scale=t[0, 0]), "attention", "scale"),
+    (lambda x, t: ops.layer_norm(x, x[0], x[0], t[0, 0]), "layer_norm", "eps"),
+    (lambda x, t: ops.layer_norm(x, x[0], x[0], eps=t[0, 0]), "layer_norm", "eps"),
+    (lambda x, t: ops.gather(x, (t,)), "gather", "i"),
+    (lambda x, t: ops.concatenate([x, t]), "concatenate", "xs"),
+    (lambda x, t: ops.concatenate(x, x, axis=t[0, 0]), "concatenate", "axis"),
+    (lambda x, t: x[(t,)], "getitem", "index"),
+    (lambda x, t: x[0, [t]], "getitem", "index"),
+    (lambda x, t: x[t[0, 0]:], "getitem", "index"),
+    (lambda x, t: x.sum(axis=(t,)), "sum", "axis"),
+    (lambda x, t: x.reshape((t, t)), "reshape", "shape"),
+]
+
+
+@pytest.mark.parametrize("call, name, parameter", DROPPED)
+def test_a_gradient_is_not_dropped_in_silence(call, name, parameter):
+    t = leaf(np.full((2, 2), 0.5))
+    message = f"^{name} has no gradient for its input '{parameter}', and a tensor given there trains: "
+    for x in (leaf(np.ones((2, 2))), Tensor(dev(np.ones((2, 2))))):
+        with pytest.raises(TypeError, match=message):
+            call(x, t)
+
+
+def test_an_index_that_trains_is_refused():
+    x = leaf(np.ones((2, 2)))
+    for index in (leaf([1.0]), (leaf([1.0]), 0)):
+        with pytest.raises((TypeError, IndexError), match="getitem"):
+            x[index]
+
+
+def test_frozen_tensors_inside_arguments_are_arrays():
+    """Indices, masks, shapes and factors that are tensors of numbers, alone, in tuples, in slices and by keyword."""
+    x = leaf(np.arange(6.0).reshape(2, 3))
+    i = Tensor(dev([1, 0]))
+    one = Tensor(dev(1))
+    pairs = [(x[i], x.data[i.data]), (x[i, one], x.data[i.data, 1]), (x[one:], x.data[1:]), (x[:, :one], x.data[:, :1])]
+    for got, want in pairs:
+        assert np.array_equal(host(got), host(want))
+    if array.backend() == "numpy":
+        assert x.reshape(Tensor(dev([3, 2]))).shape == (3, 2)
+    with_arrays = ops.attention(x, x, x, key_mask=dev([True, False]), dropout_mask=dev([2.0, 1.0]))
+    with_tensors = ops.attention(x, x, x, key_mask=Tensor(dev([True, False])), dropout_mask=Tensor(dev([2.0, 1.0])))
+    assert np.array_equal(host(with_arrays), host(with_tensors))
+
+
+def test_the_gradient_may_stop_where_the_op_says_so(new_op):
+    assert {name: f.stops for name, f in OPS.items() if f.stops} == {"straight_through": ("hard",)}
+    hard, soft = leaf([1.0, 0.0]), leaf([0.7, 0.3])
+    ops.straight_through(hard, soft).sum().backward()
+    assert hard.grad is None
+    assert values(soft) == [1, 1]
+
+    @new_op("..., ... -> ...", stops=("a",))
+    def second(a, b):
+        return a + b, (None, lambda g: g)
+
+    @new_op("..., ... -> ...")
+    def forgets(a, b):
+        return a + b, (lambda g: g,)
+    assert not second(hard, soft.detach()).requires_grad
+    assert forgets(hard, soft.detach()).requires_grad
+    with pytest.raises(TypeError, match="forgets has no gradient for its input 'b'"):
+        forgets(hard, soft)
+    with no_grad():
+        forgets(hard, soft)
+
+
+def test_a_pullback_that_returns_nothing_is_refused(new_op):
+    @new_op("... -> ...")
+    def no_return(x):
+        def back(g):
+            g * 2
+        return x + 0, (back,)
+
+    @new_op("..., ... -> ...")
+    def too_short(a, b):
+        return a + b, lambda g, needed: [g]
+
+    x = leaf([1.0])
+    with pytest.raises(TypeError, match="a pullback of no_return wants to return an array, got None"):
+        no_return(x).backward()
+    with pytest.raises(TypeError, match="too_short has no gradient for its input 'b'"):
+        too_short(x, x).backward()
+
+
+def test_exponents_and_bounds_get_gradients():
+    """Ties as torch: a tie of clip goes to x, and 0 ln 0 = 0."""
+    x, p = leaf([2.0, 0.0, 4.0]), leaf([3.0, 2.0, 0.5])
+    (x**p).sum().backward()
+    np.testing.assert_allclose(host(p.grad), [8 * np.log(2), 0, 2 * np.log(4)])
+    np.testing.assert_allclose(host(x.grad), [12, 0, 0.25])
+    p.grad = None
+    (2.0**p).sum().backward()
+    np.testing.assert_allclose(host(p.grad), np.log(2) * 2**np.array([3.0, 2.0, 0.5]))
+    zero, exponent = leaf([0.0, 3.0]), leaf([0.0, 0.0])
+    (zero**exponent).sum().backward()
+    np.testing.assert_allclose(host(zero.grad), [0, 0])
+    np.testing.assert_allclose(host(exponent.grad), [0, np.log(3)])
+    zero.grad = None
+    (zero**0).sum().backward()
+    assert values(zero) == [0, 0]
+    x, low, high = leaf([-2.0, -1.0, 0.0, 1.0, 2.0]), leaf([-1.0]), leaf([1.0])
+    ops.clip(x, low, high).sum().backward()
+    assert (values(x), values(low), values(high)) == ([0, 1, 1, 1, 0], [1], [1])
+    x, low, high = leaf([0.0]), leaf([2.0]), leaf([1.0])
+    y = ops.clip(x, low, high)                           # the upper bound wins
+    y.sum().backward()
+    assert (host(y).tolist(), values(x), values(low), values(high)) == ([1], [0], [0], [1])
+    x = leaf([-2.0, 2.0])
+    assert host(ops.clip(x, low=0.0)).tolist() == [0, 2]
+    assert host(ops.clip(x, high=0.0)).tolist() == [-2, 0]
+    ops.clip(x, None, 0.0).sum().backward()
+    assert values(x) == [1, 0]
+
+
+# ── arguments without sense ──────────────────────────────────────────────────────────────────────────────────────────
+def two(x=None) -> Tensor:
+    """A trainable tensor of two elements."""
+    return leaf([1.0, 2.0])
+
+
+REFUSED = [
+    (lambda: Tensor(None), TypeError, "an array wants numbers, got None"),
+    (lambda: Tensor("a"), TypeError, "an array wants numbers, got 'a'"),
+    (lambda: Tensor(b"a"), TypeError, "an array wants numbers, got b'a'"),
+    (lambda: Tensor({"a": 1}), TypeError, r"an array wants numbers, got \{'a': 1\}"),
+    (lambda: Tensor(["a", 1]), TypeError, r"an array wants numbers, got \['a', 1\]"),
+    (lambda: Tensor(x for x in [1.0]), TypeError, "an array wants numbers, got "),
+    (lambda: Tensor([[1, 2], [3]]), ValueError, r"an array wants lists of equal lengths, got \[\[1, 2\], \[3\]\]"),
+    (lambda: Tensor(np.array(["a"])), TypeError, "Tensor wants real numbers, got an array of dtype <U1"),
+    (lambda: Tensor(np.array([None])), TypeError, "Tensor wants real numbers, got an array of dtype object"),
+    (lambda: Tensor(np.zeros(2, "f,f")), TypeError, "Tensor wants real numbers, got an array of dtype"),
+    (lambda: Tensor([1j]), TypeError, "Tensor wants real numbers, got an array of dtype complex128"),
+    (lambda: Tensor(two()), TypeError, r"Tensor wants an array or numbers, got a Tensor: its detach\(\)"),
+    (lambda: Tensor([two(), two()]), TypeError, r"does not become a NumPy array by itself: use \.numpy\(\)"),
+    (lambda: Tensor([1, 2], requires_grad=True), TypeError, "only floating-point tensors train; this one is int64"),
+    (lambda: Tensor([1.0], requires_grad="yes"), TypeError, "requires_grad wants True or False, got 'yes'"),
+    (lambda: Tensor([1.0], requires_grad=None), TypeError, "requires_grad wants True or False, got None"),
+    (lambda: Tensor([1.0], decay="no"), TypeError, "decay wants True or False, got 'no'"),
+    (lambda: two().train("yes"), TypeError, "requires_grad wants True or False, got 'yes'"),
+    (lambda: two().copy_([1.0, 2.0, 3.0]), ShapeError, r"copy_ .* to the shape \(2,\), got the shape \(3,\)"),
+    (lambda: two().copy_([[1.0, 2.0]]), ShapeError, r"copy_ .* to the shape \(2,\), got the shape \(1, 2\)"),
+    (lambda: two().copy_("a"), TypeError, "an array wants numbers, got 'a'"),
+    (lambda: two().copy_(None), TypeError, "an array wants numbers, got None"),
+    (lambda: two().copy_([1j, 1]), TypeError, "copy_ wants real numbers"),
+    (lambda: two().copy_(np.array(["a", "b"])), TypeError, "copy_ wants real numbers"),
+    (lambda: two().backward([1.0]), ShapeError, r"backward wants a gradient of shape \(2,\), got \(1,\)"),
+    (lambda: two().backward(1.0), ShapeError, r"backward wants a gradient of shape \(2,\), got \(\)"),
+    (lambda: two().backward("a"), TypeError, "an array wants numbers, got 'a'"),
+    (lambda: two().backward([1j, 1]), TypeError, "backward wants real numbers"),
+    (lambda: two().backward(), RuntimeError, r"shape \(2,\) wants a gradient"),
+    (lambda: two().item(), ValueError, r"a Python number wants a tensor of one element, got one of shape \(2,\)"),
+    (lambda: float(two()), ValueError, "a Python number wants a tensor of one element"),
+    (lambda: int(two()), ValueError, "a Python number wants a tensor of one element"),
+    (lambda: bool(two()), ValueError, "a Python number wants a tensor of one element"),
+    (lambda: [5, 6][two()], TypeError, "an index wants a tensor of integers, got one of float64"),
+    (lambda: len(two()[0]), TypeError, r"len wants a tensor with axes, got one of shape \(\)"),
+    (lambda: list(two()[0]), TypeError, r"len wants a tensor with axes, got one of shape \(\)"),
+    (lambda: 1.0 in two(), TypeError, "`in` does not search a tensor"),
+    (lambda: two().__setitem__(0, 1.0), TypeError, "tensors are not written in place"),
+    (lambda: np.asarray(two()), TypeError, r"does not become a NumPy array by itself: use \.numpy\(\)"),
+    (lambda: two() + "a", TypeError, "add wants tensors, arrays or numbers, got 'a'"),
+    (lambda: two() * None, TypeError, "mul"),
+    (lambda: two() @ {}, TypeError, r"matmul wants tensors, arrays or numbers, got \{\}"),
+    (lambda: two() + object(), TypeError, "add wants tensors, arrays or numbers, got <object"),
+    (lambda: ops.softmax("a"), TypeError, "softmax wants tensors, arrays or numbers, got 'a'"),
+    (lambda: ops.softmax([1.0, 2.0]), TypeError, r"softmax wants tensors, arrays or numbers, got \[1.0, 2.0\]"),
+    (lambda: ops.softmax(), TypeError, "softmax: missing a required argument: 'x'"),
+    (lambda: ops.linear(two(), b=two()), TypeError, "linear: missing a required argument: 'W'"),
+]
+
+
+@pytest.mark.parametrize("call, kind, message", REFUSED)
+def test_an_argument_without_sense_is_refused_in_one_sentence(call, kind, message):
+    with pytest.raises(kind, match=message) as error:
+        call()
+    assert type(error.value) is kind
+    assert "\n" not in str(error.value)
+
+
+def test_a_refused_copy_changes_nothing():
+    x = leaf([1.0, 2.0])
+    y = (x * x).sum()
+    for values_ in ([1.0, 2.0, 3.0], "a", None, [1j, 1]):
+        with pytest.raises((TypeError, ValueError)):
+            x.copy_(values_)
+    y.backward()                                         # nothing was written
+    assert host(x).tolist() == [1, 2]
+    if array.backend() == "numpy":
+        fixed = Tensor(np.broadcast_to(np.ones(1), 3))
+        with pytest.raises(ValueError, match="copy_ wants memory that can be written"):
+            fixed.copy_(2.0)
+
+
+def test_a_copy_broadcasts_and_casts_as_in_torch():
+    x = leaf(np.zeros((2, 3)), np.float32)
+    assert host(x.copy_(5)).tolist() == [[5] * 3] * 2
+    assert host(x.copy_([1, 2, 3])).tolist() == [[1, 2, 3]] * 2
+    assert host(x.copy_(Tensor(dev([[7.0], [8.0]])))).tolist() == [[7] * 3, [8] * 3]
+    assert x.dtype == np.float32
+
+
+def test_a_gradient_may_be_a_list_or_of_another_dtype():
+    for gradient in ([1, 2], (1.0, 2.0), dev([1, 2]), dev([1.0, 2.0], np.float64), Tensor([1.0, 2.0])):
+        x = leaf([1.0, 1.0], np.float32)
+        (x * 3).backward(gradient)
+        assert values(x) == [3, 6]
+        assert x.grad.dtype == np.float32
+
+
+def test_a_tensor_of_one_element_is_a_number():
+    for a in (2.0, [2.0], [[2.0]]):
+        for dtype in (np.float32, np.float64, np.float16, array.bfloat16):
+            x = leaf(a, dtype)
+            assert (x.item(), float(x), int(x), bool(x)) == (2, 2, 2, True)
+            assert type(x.item()) is float
+    assert not leaf(0.0)
+    assert [5, 6, 7][Tensor(dev(2))] == 7
+    assert type(Tensor(dev(2)).item()) is int
+
+
+def test_rows_identity_and_operators():
+    """Iteration gives rows that train; == and `hash` are of the object; += makes a new tensor."""
+    x = leaf([[1.0, 2.0], [3.0, 4.0]])
+    first, second = x
+    (first * second).sum().backward()
+    assert values(x) == [[3, 4], [1, 2]]
+    assert len(list(leaf(np.ones((0, 3))))) == 0
+    same = Tensor(x.data)
+    assert x == x
+    assert x != same
+    assert {x: 1, same: 2}[x] == 1
+    y = x
+    y += 1.0
+    assert y is not x
+    assert host(x).tolist() == [[1, 2], [3, 4]]
+    assert np.array_equal(np.asarray(same), host(x))
+    if array.backend() == "numpy":
+        same.numpy()[0] = 9.0                            # numpy() is the tensor's own array
+        assert host(x).tolist() == [[9, 9], [3, 4]]
 
 
 def test_only_floats_train():

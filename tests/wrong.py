@@ -67,7 +67,13 @@ def div_by_b_once(a, b):
 
 @instead_of("power", "Only the exponent comes down: p x.")
 def power_without_lowering(x, p):
-    return x**p, (lambda g: g * p * x, None)
+    return x**p, (lambda g: g * p * x, ops.power.definition(x, p)[1][1])
+
+
+@instead_of("power", "The derivative of xᵖ by p is xᵖ, as for eᵖ.")
+def power_without_logarithm(x, p):
+    y, (dx, _) = ops.power.definition(x, p)
+    return y, (dx, lambda g: g * y)
 
 
 @instead_of("matmul", "dB = Gᵀ A: it has the right numbers, and for square matrices the right shape.")
@@ -119,7 +125,13 @@ def relu_guided(x):
 
 @instead_of("clip", "Clipping is a straight line for gradients.")
 def clip_straight(x, low, high):
-    return xp(x).clip(x, low, high), (same, None, None)
+    return xp(x).clip(x, low, high), (same, *ops.clip.definition(x, low, high)[1][1:])
+
+
+@instead_of("clip", "A bound is a setting, so it gets no gradient.")
+def clip_with_fixed_bounds(x, low, high):
+    y, (dx, _, _) = ops.clip.definition(x, low, high)
+    return y, (dx, lambda g: g * 0, lambda g: g * 0)
 
 
 @instead_of("where", "The mask says where a is taken, so b gets nothing.")

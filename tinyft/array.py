@@ -10,6 +10,7 @@ import contextlib
 import os
 import threading
 import tracemalloc
+import weakref
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -18,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from . import dispatch
+from .checks import brief
 
 __all__ = ["BackendError", "CannotCapture", "use", "backend", "xp", "name_of", "is_array", "asarray", "asnumpy", "to",
            "put_like", "normal", "uniform_like", "peak_memory", "bfloat16"]
@@ -25,6 +27,7 @@ __all__ = ["BackendError", "CannotCapture", "use", "backend", "xp", "name_of", "
 Array = Any                                             # numpy.ndarray, cupy.ndarray or strict.Array
 bfloat16 = np.dtype(ml_dtypes.bfloat16)
 NAMES = ("numpy", "cupy", "strict")
+NUMERIC = "biufcV"                                      # the kinds of dtypes that hold numbers; bfloat16 is of kind V
 EXTRA = "tinyft[gpu"                                    # the start of tinyft[gpu12] and tinyft[gpu13]
 _modules: dict[type, Any] = {np.ndarray: np}            # array type -> its module
 _names: dict[type, str] = {np.ndarray: "numpy"}
@@ -185,16 +188,31 @@ def name_of(a: Array) -> str:
     return _names.get(type(a), "numpy")
 
 
-def asarray(a: Array, dtype: Any = None, like: Array = None) -> Array:
-    """`a` (an array, list or number) as an array on the backend in use, or on that of `like`.
+def asarray(a: Any, dtype: Any = None, like: Array = None) -> Array:
+    """`a` (an array, a number, or lists of numbers) as an array on the backend in use, or on that of `like`.
 
-    dtype: by default that of an array; float32 for Python floats, as in PyTorch."""
-    if isinstance(a, (list, tuple, int, float, np.generic)) and not isinstance(a, np.generic):   # np.float64 is a float
-        a = np.asarray(a)
-        if dtype is None and a.dtype == np.float64:
+    dtype: by default that of an array; float32 for Python floats, as in PyTorch.
+    TypeError for anything that holds no numbers, such as None or a string; ValueError for lists of unequal lengths."""
+    if not is_array(a):
+        is_plain = isinstance(a, (list, tuple, int, float)) and not isinstance(a, np.generic)    # np.float64 is a float
+        a = as_host_array(a)
+        if is_plain and dtype is None and a.dtype == np.float64:
             dtype = np.float32
-    a = to(np.asarray(a) if isinstance(a, np.generic) else a, name_of(like) if like is not None else backend())
+    a = to(a, name_of(like) if like is not None else backend())
     return a if dtype is None or a.dtype == dtype else a.astype(dtype)
+
+
+def as_host_array(a: Any) -> np.ndarray:
+    """Numbers, lists of numbers, or an array of another library, as a NumPy array.
+
+    TypeError for anything that holds no numbers; ValueError for lists of unequal lengths."""
+    try:
+        host = np.asarray(a)
+    except ValueError:                                  # NumPy raises it for lists of unequal lengths
+        raise ValueError(f"an array wants lists of equal lengths, got {brief(a)}") from None
+    if host.dtype.kind not in NUMERIC:
+        raise TypeError(f"an array wants numbers, got {brief(a)}")
+    return host
 
 
 def to(a: Array, name: str) -> Array:
@@ -215,6 +233,79 @@ def address(a: Array) -> int:
     return a.__array_interface__["data"][0] if isinstance(a, np.ndarray) else a.data.ptr
 
 
+# ── memory, and writes to it ─────────────────────────────────────────────────────────────────────────────────────────
+writes = 0                                              # writes in place so far, in all threads; the clock of _written
+# id(array that owns memory) -> (weak reference to it, {(first byte, end) of a write: the clock at the last one}).
+_written: dict[int, tuple[weakref.ref, dict[tuple[int, int], int]]] = {}
+
+
+def owner(a: Array) -> Array:
+    """The array that owns the memory of `a`: of a view its base, else `a` itself.  Of a strict array, a NumPy array."""
+    if name_of(a) == "strict":
+        a = a._a
+    base = a.base
+    while base is not None and (type(base) in _modules or isinstance(base, np.ndarray)):
+        a = base
+        base = a.base
+    return a
+
+
+def extent(a: Array) -> tuple[int, int]:
+    """The addresses of the first byte of `a` and of the byte after its last one."""
+    start = address(a)
+    end = start
+    if a.size:
+        steps = [(n - 1) * stride for n, stride in zip(a.shape, a.strides)]
+        start += sum(step for step in steps if step < 0)
+        end += sum(step for step in steps if step > 0) + a.itemsize
+    return start, end
+
+
+def mark_written(a: Array) -> None:
+    """Record that the memory of `a` was written to, for every array that shares it: see was_written."""
+    global writes
+    memory = owner(a)
+    key = id(memory)
+    if key not in _written:
+        def forget(_: weakref.ref, key: int = key, pop: Callable = _written.pop) -> None:
+            pop(key, None)                              # the memory was freed
+        _written[key] = weakref.ref(memory, forget), {}
+    writes += 1
+    _written[key][1][extent(a)] = writes
+
+
+def watch(arrays: list) -> list:
+    """Weak references to the memory of the arrays among these arguments, for was_written.
+
+    A reference to an array that owns its memory; for a view a pair, of references to it and to the owner."""
+    watched = []
+    for a in arrays:
+        if type(a) not in _modules:
+            continue
+        if a.base is None:
+            watched.append(weakref.ref(a))
+        else:
+            watched.append((weakref.ref(a), weakref.ref(owner(a))))
+    return watched
+
+
+def was_written(watched: list, since: int) -> bool:
+    """True if memory of a watched array was written to after the clock `writes` showed `since`.
+
+    Memory that was freed counts as not written: nobody reads it.  If a watched view is gone and its owner is not, other
+    views may be left, so that all of the owner's memory counts."""
+    for reference in watched:
+        a, memory = [r() for r in reference] if isinstance(reference, tuple) else [reference()] * 2
+        if memory is None or id(owner(memory)) not in _written:
+            continue
+        start, end = extent(memory if a is None else a)
+        for (first, last), time in _written[id(owner(memory))][1].items():
+            if time > since and first < end and start < last:
+                return True
+    return False
+
+
+# ── conversions ──────────────────────────────────────────────────────────────────────────────────────────────────────
 def numbers(*scalars: Any) -> tuple[float, ...]:
     """Arrays of one number each as Python floats, in one transfer."""
     m = xp(*scalars)
@@ -225,8 +316,10 @@ def numbers(*scalars: Any) -> tuple[float, ...]:
 
 
 def put_like(a: Any, like: Array, dtype: Any = None) -> Array:
-    """Host data `a` on the backend of `like`, such as ids, masks and labels for a model."""
-    return asarray(np.asarray(a) if not is_array(a) else a, dtype, like)
+    """Host data `a` on the backend of `like`, such as ids, masks and labels for a model.
+
+    TypeError and ValueError as asarray, of which this differs in one thing: Python floats become float64."""
+    return asarray(a if is_array(a) else as_host_array(a), dtype, like)
 
 
 def normal(rng: np.random.Generator, shape: tuple, std: float = 1.0, dtype: Any = np.float32) -> Array:

@@ -90,10 +90,22 @@ def neg(x):
     return -x, (lambda g: -g,)
 
 
-@op("... -> ...")
+@op("..., ... -> ...")
 def power(x, p):
-    """y = xᵖ for a number p.    dx = g p xᵖ⁻¹"""
-    return x**p, (lambda g: g * (p * x**(p - 1)), None)
+    """y = xᵖ.    dx = g p xᵖ⁻¹, 0 where p = 0;  dp = g y ln x, 0 where x = 0 and p ≥ 0"""
+    y = x**p
+
+    def dx(g):
+        m = xp(g)
+        if not array.is_array(p):
+            return g * (p * x**(p - 1)) if p else m.zeros_like(g)
+        return g * m.where(p == 0, 0, p * x**m.where(p == 0, 1, p - 1))       # for p = 0 there is no 0⁻¹
+
+    def dp(g):
+        m = xp(g)
+        is_zero = (x == 0) & (p >= 0)
+        return g * m.where(is_zero, 0, y * m.log(m.where(is_zero, 1, x)))     # 0 ln 0 = 0
+    return y, (dx, dp)
 
 
 @op("... n k, ... k m -> ... n m")
@@ -385,13 +397,27 @@ def maximum(a, b):
     return xp(a, b).maximum(a, b), (lambda g: g * share(a, b), lambda g: g * share(b, a))
 
 
-@op("... -> ...")
-def clip(x, low, high):
-    """y = min(max(x, low), high).    dx = g where low ≤ x ≤ high"""
-    return xp(x).clip(x, low, high), (lambda g: g * ((x >= low) & (x <= high)), None, None)
+@op("..., ..., ... -> ...")
+def clip(x, low=None, high=None):
+    """y = min(max(x, low), high).    A bound that is None does not limit.      As torch.clamp
+
+    dx = g [low ≤ x ≤ high],  dlow = g [x < low < high],  dhigh = g [x > high or low > high]"""
+    least = -math.inf if low is None else low
+    most = math.inf if high is None else high
+    y = x if low is high is None else xp(x, low, high).clip(x, low, high)
+
+    def dx(g):
+        return g * ((x >= least) & (x <= most))
+
+    def dlow(g):
+        return g * ((x < least) & (least < most))
+
+    def dhigh(g):
+        return g * ((x > most) | (least > most))
+    return y, (dx, dlow, dhigh)
 
 
-@op("..., ... -> ...")
+@op("..., ... -> ...", stops=("hard",))
 def straight_through(hard, soft):
     """y = hard; the gradient goes to soft as if it had been the value.    d soft = g      (Bengio et al. 2013)
 
@@ -745,6 +771,7 @@ Tensor.__matmul__ = matmul
 Tensor.__rmatmul__ = _reflected(matmul)
 Tensor.__neg__ = neg
 Tensor.__pow__ = power
+Tensor.__rpow__ = _reflected(power)
 Tensor.__abs__ = absolute
 Tensor.__getitem__ = getitem
 Tensor.__array_ufunc__ = None                                # NumPy leaves array + tensor to the tensor

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from . import checks, dispatch
-from .array import Array, bfloat16, is_array, xp
+from .array import Array, bfloat16, is_array
 
 HALVES = {np.dtype(np.float16), bfloat16}
 FLOAT32 = np.dtype(np.float32)
@@ -56,7 +56,6 @@ class _AutocastState(threading.local):
 
 
 autocast_state = _AutocastState()
-writes = 0                                                     # in-place writes to leaves so far, in all threads
 
 
 @contextlib.contextmanager
@@ -160,17 +159,10 @@ def _in_float32(back: Callable) -> Callable:
 
 
 def _joint_in_float32(back: Callable) -> Callable:
-    """The joint pullback `back` (g, needed) of several inputs, made to get g in float32.
-
-    The engine adds in place to a gradient that shares no memory with the g it gave, the 16-bit one.  If two inputs got
-    the float32 g or views of it, that would corrupt the other; so such gradients are copied."""
+    """A joint pullback (g, needed) of several inputs that gets g, an array or a list of arrays, in float32."""
     def joint(g: Any, needed: list[bool]) -> list:
         wide = [to_float32(a) for a in g] if isinstance(g, list) else to_float32(g)
-        arrays = wide if isinstance(wide, list) else [wide]
-
-        def is_shared(d: Array) -> bool:
-            return any(a is not None and xp(a).may_share_memory(d, a) for a in arrays)
-        return [d.copy() if d is not None and is_shared(d) else d for d in back(wide, needed)]
+        return back(wide, needed)
     return joint
 
 

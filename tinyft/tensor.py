@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import re
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from . import array, dispatch, precision
 from .array import Array, xp
+from .checks import brief, flag
 from .precision import autocast_state, has_16_bit
 
 
@@ -33,21 +36,29 @@ class Tensor:
     """An array with a gradient, `.grad`: of its dtype, or float32 if the array has 16 bits.
 
     data: an array (kept as it is, on its backend), or numbers and lists (float32 on the backend in use).
-    mask: None, or booleans; where False, an optimiser changes neither the value nor its moments.
+    requires_grad: True for a leaf that trains.
     decay: True or False, if weight decay applies; None for the rule of the optimisers (matrices yes, vectors no).
-    """
+    The attribute `mask`: None, or booleans; where False, an optimiser changes neither the value nor its moments.
+
+    x == y is identity, as for any Python object, and tensors are keys of dicts: compare values with x.data == y.data.
+    x += y is x = x + y: it gives the name x to a new tensor.
+
+    TypeError for data without numbers, and for an integer tensor that should train; ValueError for lists of unequal
+    lengths."""
     __slots__ = ("data", "requires_grad", "grad", "record", "mask", "decay", "version", "__weakref__")
 
     def __init__(self, data: Any, requires_grad: bool = False, decay: bool | None = None):
-        self.data: Array = data if array.is_array(data) else array.asarray(data)
+        self.data: Array = data if array.is_array(data) else _from_numbers(data)
+        if self.data.dtype.kind not in "fiub":
+            _check_real("Tensor", self.data)
         self.requires_grad = False
         self.grad = None                                       # an Array, after backward
         self.record = None                                     # of the op that made this tensor; None for a leaf
         self.mask = None
-        self.decay = decay
-        self.version = [0]                                     # writes so far; a list, so that a Record can share it
-        if requires_grad:
-            self.train(True)
+        self.decay = decay if decay is None else flag("decay", decay)
+        self.version = [0]                                     # writes so far; a list, which detach() shares
+        if requires_grad is not False:
+            self.train(requires_grad)
 
     shape = property(lambda self: self.data.shape)
     ndim = property(lambda self: self.data.ndim)
@@ -71,19 +82,56 @@ class Tensor:
         return f"Tensor({array.asnumpy(self.data)!r}{trains})"
 
     def __len__(self) -> int:
+        if not self.shape:
+            raise TypeError("len wants a tensor with axes, got one of shape ()")
         return len(self.data)
 
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[i] for i in range(len(self)))
+
+    def __contains__(self, value: Any) -> bool:
+        raise TypeError("`in` does not search a tensor: use (x.data == value).any()")
+
+    def __bool__(self) -> bool:
+        return bool(self.item())
+
+    def __float__(self) -> float:
+        return float(self.item())
+
+    def __int__(self) -> int:
+        return int(self.item())
+
+    def __index__(self) -> int:
+        if self.dtype.kind not in "iu":
+            raise TypeError(f"an index wants a tensor of integers, got one of {self.dtype}")
+        return self.item()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """The values, where NumPy is given a tensor.  TypeError if it needs a gradient: NumPy would drop it."""
+        if self.requires_grad:
+            raise TypeError("a tensor that needs a gradient does not become a NumPy array by itself: use .numpy()")
+        return np.array(self.numpy(), dtype, copy=copy)
+
     def numpy(self) -> np.ndarray:
-        """The values as a NumPy array."""
+        """The values as a NumPy array.
+
+        On NumPy it is the tensor's own array: a write to it changes the tensor, and backward does not notice the write
+        unless mark_written() follows.  On a device it is a copy."""
         return array.asnumpy(self.data)
 
     def item(self) -> float:
-        """The value of a tensor of one element, as a Python number."""
+        """The value of a tensor of one element, as a Python number.  ValueError for more elements, or none."""
+        if self.size != 1:
+            raise ValueError(f"a Python number wants a tensor of one element, got one of shape {self.shape}")
         return self.data.item()
 
     def detach(self) -> Tensor:
-        """The same array without its history."""
-        return Tensor(self.data)
+        """A leaf with the same array and no history.  A write to one of the two, by copy_, is a write to both."""
+        detached = Tensor(self.data)
+        detached.version = self.version
+        if self.record is not None:                            # copy_ can now write to a value that pullbacks hold
+            self.record.watch(self.data)
+        return detached
 
     def to(self, backend: str) -> Tensor:
         """A leaf with the same values on another backend."""
@@ -91,15 +139,25 @@ class Tensor:
 
     def train(self, on: bool) -> None:
         """Set requires_grad.  TypeError if the dtype is not a floating-point one."""
+        on = flag("requires_grad", on)
         if on and np.dtype(self.dtype).kind not in "fV":       # bfloat16 is of kind V
             raise TypeError(f"only floating-point tensors train; this one is {self.dtype}")
         self.requires_grad = on
 
     def copy_(self, values: Any) -> Tensor:
-        """Write into this leaf's own memory.  A backward pass that still needs the old values refuses to run."""
+        """Write into this leaf's own memory.  A backward pass that still needs the old values refuses to run.
+
+        values: a tensor, an array or numbers that broadcast to this shape, cast to this dtype.
+        RuntimeError for a computed tensor, ShapeError for another shape, ValueError for memory that is read-only."""
         if not self.is_leaf:
             raise RuntimeError("only a leaf can be written in place; this tensor was computed: make a new one instead")
-        self.data[...] = array.put_like(values.data if isinstance(values, Tensor) else values, self.data, self.dtype)
+        new = array.put_like(values.data if isinstance(values, Tensor) else values, self.data)
+        _check_real("copy_", new)
+        if not _broadcasts(new.shape, self.shape):
+            raise ShapeError(f"copy_ wants values that broadcast to the shape {self.shape}, got the shape {new.shape}")
+        if not _is_writable(self.data):
+            raise ValueError("copy_ wants memory that can be written; this tensor's array is read-only")
+        self.data[...] = precision.rounded(new, self.dtype)
         self.mark_written()
         return self
 
@@ -107,9 +165,10 @@ class Tensor:
         raise TypeError("tensors are not written in place: use where(mask, a, b), or copy_ on a leaf")
 
     def mark_written(self) -> None:
-        """Record that the memory of this leaf was written to."""
+        """Record that the memory of this leaf was written to: backward refuses a graph that uses it, or a view of it.
+        """
         self.version[0] += 1
-        precision.writes += 1
+        array.mark_written(self.data)
 
     def backward(self, gradient: Any = None, retain_graph: bool = False) -> None:
         """Add d(loss)/d(leaf) to the `.grad` of every trainable leaf.
@@ -146,9 +205,22 @@ class Tensor:
             return
         if self.grad is not None:
             g = self.grad + g
-        elif not owned:
+        elif not (owned and g.flags.c_contiguous):
             g = g.copy()
         self.grad = xp(self.data).asarray(g)                   # a NumPy result without axes is a scalar
+
+
+def _from_numbers(data: Any) -> Array:
+    """The array for Tensor(data), where data is no array: float32 for Python floats."""
+    if isinstance(data, Tensor):
+        raise TypeError("Tensor wants an array or numbers, got a Tensor: its detach() is a Tensor of the same array")
+    return array.asarray(data)
+
+
+def _check_real(name: str, a: Array) -> None:
+    """TypeError, in the name of a function, unless the array holds real numbers or booleans."""
+    if a.dtype.kind not in "fiub" and a.dtype != array.bfloat16:
+        raise TypeError(f"{name} wants real numbers, got an array of dtype {a.dtype}")
 
 
 # ── the backward pass ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -156,7 +228,8 @@ class Gradients:
     """The gradients of one backward pass, by node.
 
     A gradient that a pullback returns is borrowed: it may be the pullback's own argument, a view, or a broadcast array
-    that shows one number many times.  Only an owned array, which nobody else sees, is added to in place."""
+    that shows one number many times.  Only an owned array, which nobody else sees, is added to in place.  (Record.pull
+    has copied the arrays that a pullback keeps.)"""
 
     def __init__(self) -> None:
         self.arrays: dict[int, Any] = {}                       # id(node) -> gradient so far
@@ -203,10 +276,11 @@ def _seed(root: Tensor, gradient: Any) -> Array:
         if root.size != 1:
             raise RuntimeError(f"backward from a tensor of shape {root.shape} wants a gradient of that shape")
         return xp(root.data).ones_like(root.data)
-    g = array.put_like(gradient.data if isinstance(gradient, Tensor) else gradient, root.data, root.dtype)
+    g = array.put_like(gradient.data if isinstance(gradient, Tensor) else gradient, root.data)
     if g.shape != root.shape:
         raise ShapeError(f"backward wants a gradient of shape {root.shape}, got {g.shape}")
-    return g
+    _check_real("backward", g)
+    return precision.rounded(g, root.dtype)
 
 
 def _fit(d: Array, parent: Record | Part | Tensor) -> Array:
@@ -215,7 +289,22 @@ def _fit(d: Array, parent: Record | Part | Tensor) -> Array:
     A leaf of 16 bits gets its gradient in float32."""
     if d.shape == parent.shape and d.dtype == parent.dtype and d.itemsize != 2:
         return d
-    return precision.rounded(sum_to(d, parent.shape), parent.grad_dtype)
+    try:
+        summed = sum_to(d, parent.shape)
+    except ValueError:
+        raise ShapeError(f"a pullback wants to return a gradient that broadcasting from {parent.shape} explains, "
+                         f"got the shape {d.shape}") from None
+    return precision.rounded(summed, parent.grad_dtype)
+
+
+def _is_writable(a: Array) -> bool:
+    """True if the array may be written to.  A broadcast view of NumPy may not; CuPy has no such flag."""
+    return getattr(a.flags, "writeable", True)
+
+
+def _broadcasts(shape: tuple, to: tuple) -> bool:
+    """True if an array of the first shape broadcasts to the second one."""
+    return len(shape) <= len(to) and all(n in (1, m) for n, m in zip(shape[::-1], to[::-1]))
 
 
 def _is_own(d: Array, given: Any) -> bool:
@@ -226,8 +315,11 @@ def _is_own(d: Array, given: Any) -> bool:
         return False
     arrays = given if isinstance(given, list) else (given,)
     if getattr(d, "base", None) is None:
-        return not any(d is a for a in arrays)
-    if not d.flags.c_contiguous or not getattr(d.flags, "writeable", True):       # broadcast: one number many times
+        for a in arrays:
+            if d is a:
+                return False
+        return _is_writable(d)
+    if not d.flags.c_contiguous or not _is_writable(d):        # broadcast: one number many times
         return False
     return not any(a is not None and xp(d).may_share_memory(d, a) for a in arrays)
 
@@ -269,16 +361,18 @@ class Record:
 
     shape, dtype: of the value.
     pulls: pairs (parent nodes, function from g to one gradient for each of these parents); None once released.
-    leaves: a pair (version list, version at the call) for each input that is a leaf."""
-    __slots__ = ("name", "shape", "dtype", "pulls", "leaves")
+    watched: the memory of the inputs, from array.watch, and of the value once detach() has given it away.
+    time: the clock array.writes at the call."""
+    __slots__ = ("name", "shape", "dtype", "pulls", "watched", "time")
     grad_dtype = property(lambda self: self.dtype)
 
-    def __init__(self, name: str, value: Array, pulls: list, leaves: list):
+    def __init__(self, name: str, value: Array, pulls: list, watched: list):
         self.name = name
         self.shape = value.shape
         self.dtype = value.dtype
         self.pulls = pulls
-        self.leaves = leaves
+        self.watched = watched
+        self.time = array.writes
 
     def parents(self) -> Iterator[Record | Part | Tensor]:
         """The nodes to which the pullbacks lead.  RuntimeError if the record was released."""
@@ -291,20 +385,60 @@ class Record:
     def pull(self, g: Array) -> Iterator[tuple[Record | Part | Tensor, Array]]:
         """Pairs (parent, gradient), from the gradient g of the value.
 
-        RuntimeError if an input that is a leaf was written in place since the call: pullbacks hold its array, which has
-        other values now."""
-        for version, then in self.leaves:
-            if version[0] != then:
-                raise RuntimeError(f"an input of {self.name!r} was written in place after the op used it: "
-                                   "its gradient would be wrong")
+        RuntimeError if an input, or an array that shares memory with it, was written in place since the call: pullbacks
+        may hold it, and it has other values now.  So it is for a value that detach() gave away."""
+        if self.time != array.writes and array.was_written(self.watched, self.time):
+            raise RuntimeError(f"the value or an input of {self.name!r} was written in place after the op used it: "
+                               "its gradient would be wrong")
         for parents, back in self.pulls:
-            for parent, d in zip(parents, back(g)):
-                if d is not None:
-                    yield parent, d
+            gradients = back(g)
+            for i, parent in enumerate(parents):
+                if gradients[i] is not None:
+                    yield parent, gradients[i].copy() if _is_kept(gradients, i, g) else gradients[i]
+
+    def watch(self, value: Array) -> None:
+        """Refuse to run the pullbacks after a write to the memory of this value of the op, too."""
+        self.watched += array.watch([value])
 
     def release(self) -> None:
         """Drop the pullbacks and the arrays they hold."""
         self.pulls = None
+
+
+def _is_kept(gradients: Sequence[Array], i: int, g: Any) -> bool:
+    """True if more than the list `gradients` holds the memory of its entry i: the pullback, or another entry.
+
+    A write to the gradient would then change an array that the pullback saved, or the gradient of another input.
+    Python counts the references to an object; an array that a pullback has just made is held by the list alone.
+    g: the argument of the pullback, an array or a list of arrays; g itself and views of it do not count as kept."""
+    if gradients[i] is g:
+        return False
+    if getattr(gradients[i], "base", None) is None:
+        return sys.getrefcount(gradients[i]) > _IN_A_LIST
+    d = gradients[i]
+    if not d.flags.c_contiguous or not _is_writable(d):        # such a view is never written to
+        return False
+    memory = array.owner(d)
+    for a in g if isinstance(g, list) else (g,):
+        if a is not None and array.owner(a) is memory:
+            return False
+    views = [a for j, a in enumerate(gradients) if j != i and a is not None and array.owner(a) is memory]
+    for a in views:
+        if xp(d).may_share_memory(d, a):
+            return True
+    del d                                                      # a reference that is not the pullback's
+    if sys.getrefcount(gradients[i]) > _IN_A_LIST:
+        return True
+    of_views = len(views) + 1                                  # each view refers to its memory, and so does the name
+    return _references([memory]) > _IN_A_LIST + of_views + 1
+
+
+def _references(arrays: Sequence[Array]) -> int:
+    """The number of references to the first array of a list, as Python counts them here."""
+    return sys.getrefcount(arrays[0])
+
+
+_IN_A_LIST = _references([np.empty(1)])                        # of an array that only a list holds
 
 
 class Part:
@@ -323,20 +457,25 @@ class Part:
         """The record of the call."""
         yield self.whole
 
+    def watch(self, value: Array) -> None:
+        """As Record.watch, of the record of the call."""
+        self.whole.watch(value)
+
 
 # ── ops ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 OPS: dict[str, Callable] = {}                                  # every op by name; the tests walk this table
 
 
-def op(shapes: str) -> Callable[[Callable], Callable[..., Tensor]]:
+def op(shapes: str, stops: tuple[str, ...] = ()) -> Callable[[Callable], Callable[..., Tensor]]:
     """Make an op of a function on plain arrays that returns (value, pullbacks).
 
     pullbacks: a tuple with one function g -> gradient per input (None where there is no gradient); or, where inputs
     share costly work, one function (g, needed) -> a gradient per input, needed[i] being True if input i needs one.
-    A pullback returns g itself, a view of g, or a new array; the engine undoes broadcasting.
-    Keyword arguments get no gradient.
+    A pullback returns g itself, a view of g, or another array, and writes to none; the engine undoes broadcasting.
+    A tensor that trains, given to an input without a gradient, is a TypeError.
     An op whose value is a tuple returns a tuple of tensors; then g is a list of their gradients, None where none came.
     shapes: such as "... n k, ... k m -> ... n m"; for readers, error messages and tests.
+    stops: names of the inputs at which the gradient stops on purpose.  A tensor that trains may be given there.
 
     The function is the op's `definition`; dispatch.py finds faster kernels, precision.py has the 16-bit rules.
     """
@@ -347,7 +486,9 @@ def op(shapes: str) -> Callable[[Callable], Callable[..., Tensor]]:
         @functools.wraps(definition)
         def call(*args: Any, **kwargs: Any) -> Tensor:
             # Run the definition, or a kernel, on the arrays of the arguments, and record the call for backward.
-            arrays = [a.data if isinstance(a, Tensor) else a for a in args]
+            if not args or (kwargs and not PLAIN.issuperset(map(type, kwargs.values()))):
+                args, kwargs = _by_position(call, args, kwargs)
+            arrays = [a.data if isinstance(a, Tensor) else _plain(call, args, a) for a in args]
             try:
                 xp(*arrays, *kwargs.values())                  # refuses arrays of two backends
                 if autocast_state.dtype is None and not has_16_bit(arrays):
@@ -355,58 +496,157 @@ def op(shapes: str) -> Callable[[Callable], Callable[..., Tensor]]:
                 else:
                     leaves = [isinstance(a, Tensor) and a.record is None for a in args]
                     value, pullbacks = precision.run(call, arrays, kwargs, leaves)
-            except (ValueError, TypeError, IndexError, array.BackendError) as e:
+            except (ValueError, TypeError, IndexError, AttributeError, array.BackendError) as e:
                 raise _explained(e, name, shapes, arrays) from e
             if _state.anomaly:
                 _check_value(name, value, arrays)
-            return _recorded(name, args, value, pullbacks)
+            result = tuple(map(_as_tensor, value)) if isinstance(value, tuple) else _as_tensor(value)
+            if _state.recording:
+                _record(call, args, arrays, kwargs, result, pullbacks)
+            return result
         call.shapes = shapes
         call.definition = definition
+        call.stops = stops
         OPS[name] = call
         return call
     return wrap
 
 
-def _recorded(name: str, args: tuple, value: Any, pullbacks: Any) -> Tensor | tuple[Tensor, ...]:
-    """The value of an op's call as a tensor, or a tuple of them, with a Record if an input needs a gradient.
+def _record(call: Callable, args: tuple, arrays: list, kwargs: dict, result: Any, pullbacks: Any) -> None:
+    """Give the result of an op's call, a tensor or a tuple of them, a Record if an input needs a gradient.
 
-    Keeps only the pullbacks of inputs that need a gradient: the others are freed, with the arrays they hold."""
-    several = isinstance(value, tuple)
-    result = tuple(map(_as_tensor, value)) if several else _as_tensor(value)
+    Keeps only the pullbacks of inputs that need a gradient: the others are freed, with the arrays they hold.
+    arrays: args, with tensors as arrays.  TypeError if an input that needs a gradient has no pullback."""
     needed = [isinstance(a, Tensor) and a.requires_grad for a in args]
-    if not (_state.recording and any(needed)):
-        return result
+    if True not in needed:
+        return
     if callable(pullbacks):
         parents = [a.node for a, n in zip(args, needed) if n]
-        pulls = [(parents, _joint(pullbacks, needed))]
+        pulls = [(parents, _joint(call, pullbacks, needed))]
     else:
-        pulls = [((a.node,), _single(back)) for a, back, n in zip(args, pullbacks, needed) if n and back is not None]
-    if not pulls:
-        return result
-    leaves = [(a.version, a.version[0]) for a in args if isinstance(a, Tensor) and a.record is None]
-    if several:
-        record = Record(name, result[0].data, pulls, leaves)
+        pulls = []
+        for i, a in enumerate(args):
+            if needed[i]:
+                back = pullbacks[i] if i < len(pullbacks) else None
+                if back is not None:
+                    pulls.append(((a.node,), _single(call, back)))
+                elif _parameter(call, i) not in call.stops:
+                    raise _no_gradient(call, _parameter(call, i))
+        if not pulls:
+            return
+    watched = array.watch([*arrays, *kwargs.values()] if kwargs else arrays)
+    if isinstance(result, tuple):
+        record = Record(call.__name__, result[0].data, pulls, watched)
         for i, y in enumerate(result):
             y.requires_grad = True
             y.record = Part(record, i, len(result), y.data)
     else:
         result.requires_grad = True
-        result.record = Record(name, result.data, pulls, leaves)
-    return result
+        result.record = Record(call.__name__, result.data, pulls, watched)
 
 
 def _as_tensor(value: Any) -> Tensor:
     return Tensor(value if array.is_array(value) else np.asarray(value))          # a NumPy scalar is no array
 
 
-def _single(back: Callable) -> Callable:
+def _single(call: Callable, back: Callable) -> Callable:
     """The pullback of one input in the form of Record.pulls: from g to a tuple of gradients."""
-    return lambda g: (back(g),)
+    def single(g: Any) -> tuple[Array]:
+        d = back(g)
+        if not array.is_array(d) and not isinstance(d, np.generic):
+            raise TypeError(f"a pullback of {call.__name__} wants to return an array, got {brief(d)}")
+        return (d,)
+    return single
 
 
-def _joint(back: Callable, needed: list[bool]) -> Callable:
+def _joint(call: Callable, back: Callable, needed: list[bool]) -> Callable:
     """The joint pullback (g, needed) in the form of Record.pulls: from g to the gradients that are needed."""
-    return lambda g: [d for d, n in zip(back(g, needed), needed) if n]
+    def joint(g: Any) -> list:
+        gradients = back(g, needed)
+        for i in range(len(gradients), len(needed)):
+            if needed[i]:
+                raise _no_gradient(call, _parameter(call, i))
+        return [d for d, n in zip(gradients, needed) if n]
+    return joint
+
+
+# ── the arguments of an op ───────────────────────────────────────────────────────────────────────────────────────────
+CONTAINERS = (list, tuple, slice)                              # arguments that may hold tensors
+PLAIN = {bool, int, float, type(None), type(...), np.ndarray}  # types of arguments that hold none, for a quick look
+
+
+def _by_position(call: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of an op, where a tensor that was given by keyword is at its position, as its gradient wants it.
+
+    TypeError for a tensor that trains, given to a parameter that has no position."""
+    if args and not _holds_tensor(list(kwargs.values())):
+        return args, kwargs
+    try:
+        bound = inspect.signature(call.definition).bind(*args, **kwargs)
+    except TypeError as e:
+        raise TypeError(f"{call.__name__}: {e}") from None
+    bound.apply_defaults()
+    plain = {}
+    for name, a in bound.kwargs.items():
+        if _trains(a):
+            raise _no_gradient(call, name)
+        plain[name] = _without_tensors(a)
+    return bound.args, plain
+
+
+def _plain(call: Callable, args: tuple, a: Any) -> Any:
+    """An argument `a` of an op that is no tensor: with arrays in place of the tensors in a list, tuple or slice.
+
+    TypeError if one of these trains: a gradient goes to a tensor that is itself an argument."""
+    if type(a) in PLAIN or (type(a) is tuple and PLAIN.issuperset(map(type, a))) or not _holds_tensor(a):
+        return a
+    if _trains(a):
+        i = next(i for i, b in enumerate(args) if b is a)
+        raise _no_gradient(call, _parameter(call, i))
+    return _without_tensors(a)
+
+
+def _holds_tensor(a: Any) -> bool:
+    """True for a tensor, and for a list, tuple or slice that holds one."""
+    if isinstance(a, slice):
+        a = (a.start, a.stop, a.step)
+    if not isinstance(a, CONTAINERS):
+        return isinstance(a, Tensor)
+    return not PLAIN.issuperset(map(type, a)) and any(map(_holds_tensor, a))
+
+
+def _trains(a: Any) -> bool:
+    """True for a tensor that needs a gradient, and for a container that holds one, while calls are recorded."""
+    if isinstance(a, slice):
+        return _trains((a.start, a.stop, a.step))
+    if isinstance(a, CONTAINERS):
+        return any(map(_trains, a))
+    return _state.recording and isinstance(a, Tensor) and a.requires_grad
+
+
+def _without_tensors(a: Any) -> Any:
+    """An argument with arrays in place of tensors, and integers in place of those in a slice."""
+    if isinstance(a, slice):
+        return slice(*(int(b) if isinstance(b, Tensor) else b for b in (a.start, a.stop, a.step)))
+    if isinstance(a, CONTAINERS):
+        return type(a)(map(_without_tensors, a))
+    return a.data if isinstance(a, Tensor) else a
+
+
+def _parameter(call: Callable, i: int) -> str:
+    """The name of the parameter of an op that takes its positional argument i."""
+    names = []
+    for parameter in inspect.signature(call.definition).parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            return parameter.name
+        names.append(parameter.name)
+    return names[i]
+
+
+def _no_gradient(call: Callable, name: str) -> TypeError:
+    """The error for a tensor that trains, given to the parameter `name` of an op, which has no gradient for it."""
+    return TypeError(f"{call.__name__} has no gradient for its input {name!r}, and a tensor given there trains: "
+                     "freeze it, or give its .detach()")
 
 
 # ── switches ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -466,6 +706,11 @@ def _explained(e: Exception, name: str, shapes: str, arrays: list) -> Exception:
     The message holds the shape string of the op, the shapes it got, and the letters that got two sizes."""
     if isinstance(e, array.BackendError):
         return array.BackendError(f"{name}: {e}")
+    numbers = (int, float, np.generic, type(None))
+    lists = (list, tuple) if isinstance(e, ValueError) else ()             # NumPy makes arrays of lists where it can
+    for a in arrays[:len(shapes.split("->")[0].split(","))]:
+        if not array.is_array(a) and not isinstance(a, (*numbers, *lists)):
+            return TypeError(f"{name} wants tensors, arrays or numbers, got {brief(a)}")
     if not isinstance(e, ValueError):
         # A plain TypeError in place of NumPy's own subclasses, which cannot be made from a message alone.
         kind = TypeError if isinstance(e, TypeError) else type(e)

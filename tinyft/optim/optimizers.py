@@ -231,8 +231,9 @@ class Optimizer:
     def mark_written(self) -> None:
         """Mark all tensors as written in place, by this optimiser."""
         for group in self.groups:
+            array.mark_written(group.stored)                       # the memory of all its tensors, at once
             for p in group.tensors.values():
-                p.mark_written()
+                p.version[0] += 1
             group.record_versions()
 
     def zero_grad(self) -> None:
