@@ -198,6 +198,8 @@ def asarray(a: Any, dtype: Any = None, like: Array = None) -> Array:
         a = as_host_array(a)
         if is_plain and dtype is None and a.dtype == np.float64:
             dtype = np.float32
+    elif a.dtype.kind not in NUMERIC:
+        raise TypeError(f"an array wants numbers, got one of dtype {a.dtype}")
     a = to(a, name_of(like) if like is not None else backend())
     return a if dtype is None or a.dtype == dtype else a.astype(dtype)
 

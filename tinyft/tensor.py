@@ -134,7 +134,12 @@ class Tensor:
         return detached
 
     def to(self, backend: str) -> Tensor:
-        """A leaf with the same values on another backend."""
+        """A leaf with the same values on another backend.
+
+        RuntimeError for a computed tensor that needs a gradient: a move has no pullback."""
+        if self.requires_grad and not self.is_leaf:
+            raise RuntimeError("only a leaf moves with its gradient; this tensor was computed: move its inputs, "
+                               "or give .detach()")
         return Tensor(array.to(self.data, backend), self.requires_grad, self.decay)
 
     def train(self, on: bool) -> None:
@@ -147,7 +152,7 @@ class Tensor:
     def copy_(self, values: Any) -> Tensor:
         """Write into this leaf's own memory.  A backward pass that still needs the old values refuses to run.
 
-        values: a tensor, an array or numbers that broadcast to this shape, cast to this dtype.
+        values: an array, numbers, or a tensor, to which no gradient goes; broadcast to this shape, cast to this dtype.
         RuntimeError for a computed tensor, ShapeError for another shape, ValueError for memory that is read-only."""
         if not self.is_leaf:
             raise RuntimeError("only a leaf can be written in place; this tensor was computed: make a new one instead")
