@@ -93,6 +93,7 @@ def neg(x):
 @op("..., ... -> ...")
 def power(x, p):
     """y = xᵖ.    dx = g p xᵖ⁻¹, 0 where p = 0;  dp = g y ln x, 0 where x = 0 and p ≥ 0"""
+    x, p = same_kind(x, p)
     y = x**p
 
     def dx(g):
@@ -402,6 +403,8 @@ def clip(x, low=None, high=None):
     """y = min(max(x, low), high).    A bound that is None does not limit.      As torch.clamp
 
     dx = g [low ≤ x ≤ high],  dlow = g [x < low < high],  dhigh = g [x > high or low > high]"""
+    x, low = same_kind(x, low)
+    x, high = same_kind(x, high)
     least = -math.inf if low is None else low
     most = math.inf if high is None else high
     y = x if low is high is None else xp(x, low, high).clip(x, low, high)

@@ -712,7 +712,7 @@ def _explained(e: Exception, name: str, shapes: str, arrays: list) -> Exception:
     if isinstance(e, array.BackendError):
         return array.BackendError(f"{name}: {e}")
     numbers = (int, float, np.generic, type(None))
-    lists = (list, tuple) if isinstance(e, ValueError) else ()             # NumPy makes arrays of lists where it can
+    lists = () if isinstance(e, AttributeError) else (list, tuple)         # some ops make arrays of lists
     for a in arrays[:len(shapes.split("->")[0].split(","))]:
         if not array.is_array(a) and not isinstance(a, (*numbers, *lists)):
             return TypeError(f"{name} wants tensors, arrays or numbers, got {brief(a)}")
