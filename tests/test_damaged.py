@@ -255,6 +255,14 @@ def test_a_forged_rank_takes_no_memory(method, field, size, tmp_path):
     refuses(folder, None, ValueError)
 
 
+@pytest.mark.parametrize("glob", ["a*" * 40, "*a" * 40, "**" * 40, "**a" * 40, "[a-z]*" * 40, "*.*" * 20, "?" * 900])
+def test_a_forged_glob_takes_no_time(glob, adapter):
+    facts = facts_of(adapter)
+    facts["method"]["fields"]["targets"] = [glob, glob + "!"]
+    forge(adapter, facts)
+    refuses(adapter)
+
+
 @pytest.mark.parametrize("fields, words", [
     ({"targets": "x" * 20_000}, "texts of at most"),
     ({"targets": ["attn.q"] * 1000}, "at most 100 entries"),
@@ -527,6 +535,14 @@ def test_damaged_tokenizers(content, directory):
     load_refuses(directory, "tokenizer.json is damaged", ValueError)
 
 
+def test_a_sequence_of_normalizers_inside_a_sequence_loads(directory):
+    """The library's inner sequence is its own first part: walking through the parts would not end."""
+    inner = {"type": "Sequence", "normalizers": [{"type": "Lowercase"}]}
+    (directory / "tokenizer.json").write_bytes(bpe(normalizer={"type": "Sequence", "normalizers": [inner]}))
+    _, tokenizer = load(directory)
+    assert tokenizer.encode("AB").tokens == ["ab"]
+
+
 def test_a_panic_of_the_tokenizer_library_is_a_sentence(directory, monkeypatch):
     """A panic of Rust is a BaseException: `except Exception` lets it through. Ctrl-C still gets through."""
     class PanicException(BaseException):
@@ -623,9 +639,11 @@ def test_a_checkpoint_with_a_missing_an_extra_or_a_renamed_slot_is_refused(check
         write_tensors(checkpoint, changed, facts)
         model = GPT(CONFIG)
         attach(model, LoRA(r=2))
+        before = state(model)
         with pytest.raises(ValueError) as e:
             run_on(model, checkpoint.parent)
         assert one_line(e.value)
+        assert state(model) == before
     write_tensors(checkpoint, arrays, facts)
     with pytest.raises(Stop):                            # the good one goes on, to the same step
         small_run(checkpoint.parent)

@@ -387,6 +387,7 @@ READERS = {
     "prefix": AdapterReader(ft.PrefixTuning(p=2, mlp=3)),
     "prompt": AdapterReader(ft.PromptTuning(p=2)),
     "partial": AdapterReader(ft.Partial(k=1)),
+    "checkpoint": CheckpointReader(),
     "text": TextReader(),
 }
 

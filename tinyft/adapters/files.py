@@ -24,11 +24,10 @@ from ..files import FLOATS, pack_tensors, python_number, read_together, write_at
 from ..identity import describe, qualified_name
 from ..nn import Module
 from ..tensor import Tensor
-from .reading import check_finite, digest, read_adapter
+from .reading import ROUNDED, check_finite, digest, read_adapter
 
 __all__ = ["save_adapter", "load_adapter"]
 
-ROUNDED = ("bfloat16", "float16")                          # the dtypes to which weights are rounded for comparison
 # Fields that methods of version 0.1 had: {class: {old field: its name now, or None if it is gone}}.
 FIELDS_OF_0_1: dict[str, dict[str, str | None]] = {
     "Partial": {"depth": None},

@@ -13,12 +13,13 @@ from ..checks import brief, whole
 from ..files import FLOATS, check_ordinary, read_json, read_tensors
 from ..identity import LONG
 
-__all__ = ["check_finite", "digest", "read_adapter"]
+__all__ = ["ROUNDED", "check_finite", "digest", "read_adapter"]
 
 # The kinds of the facts in adapter.json, and of those about its base model. OPTIONAL: version 0.1 wrote none.
 FACTS = {"name": str, "head": list, "base": dict}
 BASE = {"family": str, "shapes": str, "numbers": int, "tensors": int, "head": list, "weights": str}
 OPTIONAL = {"dtype": str, "rounded": dict}
+ROUNDED = ("bfloat16", "float16")                        # the dtypes to which weights are rounded for comparison
 LARGEST_SEED = 1 << 128
 LARGEST_NUMBER = 1 << 60
 LONGEST_TEXT = 10_000                                    # characters of a field of the method
@@ -66,6 +67,8 @@ def check_facts(facts: dict[str, Any]) -> None:
     _check_kinds(facts, FACTS)
     base = facts["base"]
     _check_kinds(base, BASE | {key: kind for key, kind in OPTIONAL.items() if key in base})
+    if "rounded" in base:
+        _check_kinds(base["rounded"], dict.fromkeys(ROUNDED, str))
     for key in ("numbers", "tensors"):
         whole(key, base[key], 0, LARGEST_NUMBER)
     for shape in base["head"]:

@@ -71,12 +71,14 @@ def _flag(settings: dict, key: str) -> bool | None:
 
 # ── normalizer and pre-tokenizer ─────────────────────────────────────────────────────────────────────────────────────
 def _parts(component: Any) -> Iterator[Any]:
-    """A normalizer or pre-tokenizer, or the parts of a sequence of them. Nothing for None."""
-    if isinstance(component, (normalizers.Sequence, pre_tokenizers.Sequence)):
-        for part in component:
-            yield from _parts(part)
-    elif component is not None:
-        yield component
+    """A normalizer or pre-tokenizer, or the parts of a sequence of them. Nothing for None.
+
+    A sequence inside a sequence is left out: the library gives the inner one again as its own first part."""
+    sequences = (normalizers.Sequence, pre_tokenizers.Sequence)
+    parts = component if isinstance(component, sequences) else [component]
+    for part in parts:
+        if part is not None and not isinstance(part, sequences):
+            yield part
 
 
 def _set_normalizer(tokenizer: Tokenizer, settings: dict) -> None:
