@@ -17,6 +17,8 @@ from ..optim import Schedule
 from ..optim.schedules import WarmUp
 from .batch import Loss
 
+LONGEST = 500                                            # characters of a text from a file in a message
+
 
 def describe_loss(loss: Loss) -> dict[str, Any]:
     """The class and fields of a loss, as JSON-able facts, to recognise it when a run is resumed.
@@ -87,12 +89,14 @@ def check_identity(identity: dict[str, Any], saved: dict[str, Any]) -> None:
             continue
         if key == "trained" and isinstance(saved[key], list):
             names = sorted(set(value) ^ set(map(str, saved[key])))
-            raise ValueError(f"this checkpoint is of another run: {', '.join(names[:3])} trains in one of the two only")
+            shown = " ".join(", ".join(names[:3]).split())[:LONGEST]
+            raise ValueError(f"this checkpoint is of another run: {shown} trains in one of the two only")
         theirs = to_text(saved[key])
         ours = to_text(value)
         if theirs == ours:                                              # two classes of one name: show the full names
             theirs = str(saved[key])
             ours = str(value)
+        theirs = " ".join(theirs.split())[:LONGEST]                     # a file may hold any text
         raise ValueError(f"this checkpoint is of another run: its {key}: {theirs}; here: {ours}")
 
 
