@@ -23,9 +23,9 @@ PROBLEM_TYPES = (None, "single_label_classification", "multi_label_classificatio
 
 
 def size(config: dict, key: str, default: int | None = None) -> int:
-    """A size: a whole number of at least 1."""
+    """A size: a whole number of at least 1. JSON holds whole numbers below 2^53 exactly."""
     value = config.get(key, default)
-    if type(value) is not int or value < 1:
+    if type(value) is not int or not 1 <= value < 2**53:
         raise ValueError(f"config.json: {key} wants a whole number of at least 1, got {short(value)}")
     return value
 
