@@ -296,7 +296,7 @@ def texts(examples, batch_size=1, max_len=8, tokenizer=SHIPPED, **options):
         (lambda: data.lm_batches("hello", 4, 2), "the ids of a text.* got the text itself, 'hello'"),
         (lambda: data.lm_batches(["hello", "you"], 1, 2), "whole numbers"),
         (lambda: data.lm_batches(np.arange(9.0), 4, 2), "whole numbers"),
-        (lambda: data.lm_batches([[1, 2], [3]], 1, 2), "whole numbers"),
+        (lambda: data.lm_batches([[1, 2], [3]], 1, 2), "lists of one length"),
         (lambda: data.lm_batches([1, -2, 3], 1, 2), "at least 0; got -2"),
         (lambda: data.lm_batches(None, 4, 2), "got None"),
         (lambda: data.lm_batches([], 4, 2), "at least 4 tokens for T=4, got 0"),
@@ -360,7 +360,7 @@ def test_one_training_example():
         task = data.task(name, seed=2, train_size=1)
         assert len(task.train.texts) == len(task.train.labels) == 1
         assert len(task.test.texts) > 100
-    assert data.task("domain", seed=2, train_size=1).train.shape == (1,)
+    assert data.stretch(TOKENS, seed=2, size=1).shape == (1,)      # the training text of "domain"
 
 
 def test_writing_to_a_task_does_not_change_the_next_one():

@@ -14,13 +14,13 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import checks
-from .batches import Examples, check_sequence, check_tokens
+from .batches import LARGEST_ID, Examples, check_sequence, check_tokens, read_array, read_examples
 
 
 def accuracy(labels: np.ndarray, predicted: np.ndarray) -> float:
     """Share of predictions (N,) that equal the labels (N,). Raises ValueError for different shapes or no labels."""
-    labels = np.asarray(labels)
-    predicted = np.asarray(predicted)
+    labels = read_array("a score: labels", labels)
+    predicted = read_array("a score: predictions", predicted)
     if labels.shape != predicted.shape or labels.size == 0:
         raise ValueError(
             f"a score wants as many predictions as labels and at least one, got {predicted.shape} and {labels.shape}"
@@ -49,10 +49,10 @@ def majority(train_labels: np.ndarray, count: int) -> np.ndarray:
 
     Labels are (N,) whole numbers of at least 0; ValueError for no label.
     """
-    labels = np.asarray(train_labels)
+    labels = read_array("majority: labels", train_labels)
     if labels.ndim != 1 or not len(labels) or labels.dtype.kind not in "iub" or labels.min() < 0:
         raise ValueError(f"majority wants labels (N,), whole numbers of at least 0, got {checks.brief(train_labels)}")
-    return np.full(checks.whole("majority: count", count, 0), np.bincount(labels).argmax())
+    return np.full(checks.whole("majority: count", count, 0, LARGEST_ID), np.bincount(labels).argmax())
 
 
 # ---------------------------------------------------------------------------------------------------- classification
@@ -145,7 +145,7 @@ class LogisticRegression:
     """
 
     def __init__(self, classes: int, C: float = 10.0) -> None:
-        self.classes = checks.whole("LogisticRegression: classes", classes, 1)
+        self.classes = checks.whole("LogisticRegression: classes", classes, 1, LARGEST_ID)
         self.C = checks.number("LogisticRegression: C", C, above=0)
 
     def loss(self, theta: np.ndarray, X: Sparse, labels: np.ndarray) -> tuple[float, np.ndarray]:
@@ -165,7 +165,9 @@ class LogisticRegression:
 
     def fit(self, X: Sparse, labels: np.ndarray, steps: int = 100) -> LogisticRegression:
         """Minimise the loss from zero. ValueError unless there is one label per row of X, each in 0 .. classes − 1."""
-        labels = np.asarray(labels)
+        checks.instance("LogisticRegression: X", X, Sparse, "features as TfIdf.transform gives them, a Sparse")
+        checks.whole("LogisticRegression: steps", steps, 0)
+        labels = read_array("LogisticRegression: labels", labels)
         is_whole = labels.dtype.kind in "iub"
         if labels.shape != X.shape[:1] or not is_whole or labels.min() < 0 or labels.max() >= self.classes:
             raise ValueError(f"LogisticRegression wants {X.shape[0]} labels, whole numbers from 0 to "
@@ -245,6 +247,7 @@ def simple(train: Examples, valid: Examples, test: Examples, classes: int) -> di
     A fine-tuned model is worth its cost only if it beats both. classes: the number of classes. C, the inverse strength
     of the penalty, is the best of 1, 10, 100 on the validation split, by macro-F1.
     """
+    train, valid, test = (read_examples("simple", examples) for examples in (train, valid, test))
     features = TfIdf().fit(train.texts)
     X, X_valid, X_test = (features.transform(split.texts) for split in (train, valid, test))
     models = [LogisticRegression(classes, C).fit(X, train.labels) for C in (1.0, 10.0, 100.0)]
@@ -263,15 +266,16 @@ def _read_tokens(name: str, arrays: Sequence[np.ndarray], vocab: int, least: int
 
     ValueError for an id outside the vocab, or an array of fewer than `least` tokens.
     """
-    checks.whole(f"{name}: vocab", vocab, 1)
+    checks.whole(f"{name}: vocab", vocab, 1, LARGEST_ID + 1)
     read = []
     for tokens in arrays:
-        flat = check_tokens(name, np.ravel(tokens)).astype(np.int64)
+        tokens = read_array(f"{name}: tokens", tokens)
+        flat = check_tokens(name, tokens if tokens.ndim == 0 else tokens.ravel()).astype(np.int64)
         if len(flat) < least:
             raise ValueError(f"{name} wants at least {least} tokens, got {len(flat)}")
         if flat.max() >= vocab:
             raise ValueError(f"{name} wants tokens below the vocab of {vocab}, got {flat.max()}")
-        read.append(flat.reshape(np.shape(tokens)))
+        read.append(flat.reshape(tokens.shape))
     return read
 
 
@@ -328,6 +332,7 @@ def bigram_perplexity(train: np.ndarray, valid: np.ndarray, test: np.ndarray, vo
 
 def unigram_mlm_accuracy(train: np.ndarray, test: np.ndarray) -> float:
     """Accuracy on test tokens (N,) of always predicting the most frequent training token."""
+    test = check_tokens("unigram_mlm_accuracy", test)
     return accuracy(test, majority(train, len(test)))
 
 
@@ -337,6 +342,7 @@ def bigram_mlm_accuracy(train: np.ndarray, test: np.ndarray, vocab: int, limit: 
     p(b | a) = (count(ab) + m p(b)) / (count(a) + m) with m = 16; counts are of the training tokens. Both neighbours are
     visible, so the task is easier than for a model that sees 15 % of the tokens masked. It takes 24 V² bytes.
     """
+    limit = checks.whole("bigram_mlm_accuracy: limit", limit, 1)
     train, test = _read_tokens("bigram_mlm_accuracy", [train, test], vocab, least=3)
     unigram = _unigram_probabilities(train, vocab)
     pairs = _pair_counts(train, vocab)

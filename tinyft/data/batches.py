@@ -24,6 +24,7 @@ from .text import PAD, SPECIAL, shipped_tokenizer
 IGNORE = -100  # the label of a position at which nothing is predicted
 CHOOSE, SWAP, FIXED, ORDER, NOISE, ONCE = range(6)  # the purposes of random streams: no two purposes share a stream
 STREAM_STATE = ("seed", "epoch", "batch")  # the attributes that determine all batches to come
+LARGEST_ID = 2**31 - 1  # of a token; a vocabulary has at most one more
 POOL = 16  # examples are sorted by length within pools of this many batches
 
 
@@ -212,7 +213,8 @@ class Batches:
 def check_sequence(name: str, value: Any) -> None:
     """Raise TypeError unless a value has a length and integer indices, and is neither a string nor a mapping."""
     has_indices = isinstance(value, Sized) and callable(getattr(value, "__getitem__", None))
-    if not has_indices or isinstance(value, (str, bytes, Mapping, type)):
+    has_axis = getattr(value, "shape", None) != ()
+    if not has_indices or not has_axis or isinstance(value, (str, bytes, Mapping, type)):
         raise TypeError(f"{name} wants a sequence, such as a list or an array; got {checks.brief(value)}")
 
 
@@ -232,13 +234,25 @@ class Examples(NamedTuple):
     labels: np.ndarray
 
 
-def read_examples(examples: Any) -> Examples:
-    """Examples from Examples, a pair (texts, labels), or a list of pairs (text, label); checked.
+def read_array(name: str, value: Any) -> np.ndarray:
+    """The value as a NumPy array. TypeError for rows of different lengths, and arrays of another library."""
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} wants an array, or lists of one length; got {checks.brief(value)}") from None
+
+
+def read_examples(name: str, examples: Any) -> Examples:
+    """Examples from an object with texts and labels, a pair of these, or a list of pairs (text, label); checked.
 
     TypeError for texts that are no strings and labels that are no whole numbers; ValueError for another number of
     labels than texts, and for a label that is neither a class (0, 1, ...) nor -100 (none).
+
+    name: the function that reads them; the messages begin with it.
     """
-    wanted = "text_batches: examples wants a pair (texts, labels), or a list of pairs (text, number of its class)"
+    wanted = f"{name}: examples wants a pair (texts, labels), or a list of pairs (text, number of its class)"
+    if getattr(examples, "texts", None) is not None and getattr(examples, "labels", None) is not None:
+        examples = (examples.texts, examples.labels)
     if not isinstance(examples, (list, tuple)):
         raise TypeError(f"{wanted}; got {checks.brief(examples)}")
     if all(_is_pair(example) for example in examples):
@@ -248,12 +262,12 @@ def read_examples(examples: Any) -> Examples:
         texts, labels = examples
     else:
         raise TypeError(f"{wanted}; got {checks.brief(examples)}")
-    check_sequence("text_batches: texts", texts)
-    check_sequence("text_batches: labels", labels)
+    check_sequence(f"{name}: texts", texts)
+    check_sequence(f"{name}: labels", labels)
     if len(texts) != len(labels):
-        raise ValueError(f"text_batches wants one label per text, got {len(texts)} texts and {len(labels)} labels")
-    texts = tuple(checks.instance("text_batches: a text", text, str, "a string") for text in texts)
-    return Examples(texts, np.array([_read_label(label) for label in labels], np.int64))
+        raise ValueError(f"{name} wants one label per text, got {len(texts)} texts and {len(labels)} labels")
+    texts = tuple(checks.instance(f"{name}: a text", text, str, "a string") for text in texts)
+    return Examples(texts, np.array([_read_label(name, label) for label in labels], np.int64))
 
 
 def _is_pair(example: Any) -> bool:
@@ -263,13 +277,13 @@ def _is_pair(example: Any) -> bool:
     return isinstance(example[0], str) and not isinstance(example[1], str)
 
 
-def _read_label(label: Any) -> int:
+def _read_label(name: str, label: Any) -> int:
     """A label as a class number, or -100 for none. True and False are the classes 1 and 0."""
     if isinstance(label, (bool, np.bool_)):
         return int(label)
-    number = checks.whole("text_batches: a label, the number of a class,", label)
-    if not 0 <= number < 2**31 and number != IGNORE:
-        raise ValueError(f"text_batches: a label wants a class (0, 1, ...) or {IGNORE} for none, got {number}")
+    number = checks.whole(f"{name}: a label, the number of a class,", label)
+    if not 0 <= number <= LARGEST_ID and number != IGNORE:
+        raise ValueError(f"{name}: a label wants a class (0, 1, ...) or {IGNORE} for none, got {number}")
     return number
 
 
@@ -278,10 +292,7 @@ def check_tokens(name: str, tokens: Any) -> np.ndarray:
     wanted = f"{name}: tokens wants the ids of a text, (N,) whole numbers, such as tokenizer.encode(text).ids"
     if isinstance(tokens, (str, bytes)):
         raise TypeError(f"{wanted}; got the text itself, {checks.brief(tokens)}")
-    try:
-        array = np.asarray(tokens)
-    except (TypeError, ValueError):  # rows of different lengths; an array of another library
-        raise TypeError(f"{wanted}; got {checks.brief(tokens)}") from None
+    array = read_array(f"{name}: tokens", tokens)
     if array.size and array.dtype.kind not in "iu":
         raise TypeError(f"{wanted}; got {checks.brief(tokens)}")
     if array.ndim != 1:
@@ -347,7 +358,7 @@ def pad(
     """
     check_sequence("pad: rows", rows)
     checks.whole("pad: multiple", multiple, 1)
-    checks.whole("pad: pad_id", pad_id, 0)
+    checks.whole("pad: pad_id", pad_id, 0, LARGEST_ID)
     rows = [check_tokens("pad", row) for row in rows]
     longest = max((len(row) for row in rows), default=0)
     if longest == 0:
@@ -400,7 +411,7 @@ def text_batches(
     TypeError for texts that are no strings, or labels that are no whole numbers. ValueError for another number of
     labels than texts, a max_len without room, or a tokenizer that lacks a special token. The tokenizer is not changed.
     """
-    examples = read_examples(examples)
+    examples = read_examples("text_batches", examples)
     tokenizer = plain("text_batches", tokenizer)
     before, after, room = _special_around("text_batches", tokenizer, max_len, form)
     rows = []
@@ -479,7 +490,7 @@ def mlm_batches(
     rows = _cut("mlm_batches", tokens, T, extra=2)
     p = checks.number("mlm_batches: p", p, above=0, high=1)
     if vocab is not None:
-        vocab = checks.whole("mlm_batches: vocab", vocab, 1)
+        vocab = checks.whole("mlm_batches: vocab", vocab, 1, LARGEST_ID + 1)
     if tokenizer is not None:
         tokenizer = plain("mlm_batches", tokenizer)
     else:
@@ -517,8 +528,8 @@ def mlm(
     special: {token: id} of the special tokens; it must have [MASK]. The default is the shipped tokenizer's.
     Raises ValueError if no position can be chosen, or no token is left to draw.
     """
-    ids = np.asarray(ids)
-    mask = np.asarray(mask, bool)
+    ids = read_array("mlm: ids", ids)
+    mask = read_array("mlm: mask", mask).astype(bool)
     _check_mlm(ids, mask, rng, vocab, special, p)
     special_ids = np.array(sorted(special.values()))
     candidates = np.flatnonzero(mask & ~np.isin(ids, special_ids))
@@ -542,7 +553,7 @@ def _check_mlm(ids: np.ndarray, mask: np.ndarray, rng: Any, vocab: Any, special:
     """Raise TypeError or ValueError unless the arguments of `mlm` fit each other."""
     checks.random_generator("mlm: rng", rng)
     checks.number("mlm: p", p, above=0, high=1)
-    checks.whole("mlm: vocab", vocab, 1)
+    checks.whole("mlm: vocab", vocab, 1, LARGEST_ID + 1)
     if ids.dtype.kind not in "iu" or ids.shape != mask.shape:
         raise ValueError(
             f"mlm wants ids (B, T), whole numbers, and a mask of their shape, got {ids.dtype} ids {ids.shape} "

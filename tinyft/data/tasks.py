@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from .. import checks
 from ..tokens import plain
-from .batches import CHOOSE, FIXED, SWAP, Examples, generator, windows
+from .batches import CHOOSE, FIXED, SWAP, Examples, check_tokens, generator, windows
 from .text import SPLITS, Record, key, pretraining, snapshot
 
 # The classes of *package*: standard packages with at least five modules in each of Python 3.10-3.13.
@@ -240,6 +240,7 @@ def stretch(tokens: np.ndarray, seed: int, size: int | None) -> np.ndarray:
 
     The seed chooses the start. All tokens, as they are, for None. ValueError for a size above N.
     """
+    tokens = check_tokens("stretch", tokens)
     if size is None:
         return tokens
     start = _choose(len(tokens), seed, size)[0]
