@@ -14,6 +14,7 @@ import copy
 import json
 import lzma
 import os
+import shutil
 import signal
 import struct
 from collections.abc import Callable, Iterator
@@ -23,6 +24,8 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import host
+from safetensors.numpy import load_file, save_file
+from test_resume import OLD, old_run
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 import tinyft as ft
@@ -31,7 +34,7 @@ from tinyft.adapters.files import digest
 from tinyft.data import text
 from tinyft.files import pack_tensors, read_tensors
 
-CASES = 150
+CASES = 100
 SECONDS = 1.0
 FIRST_SEED = 20_000
 EXPECTED = (ValueError, OSError, LookupError, OverflowError)
@@ -286,8 +289,11 @@ class AdapterReader:
         (folder / "adapter.safetensors").write_bytes(pack_tensors(arrays, {"sum": digest(facts)}))
         return f"forged {forged}"
 
+    def make(self) -> Any:
+        return small_model()
+
     def read(self, folder: Path) -> None:
-        model = small_model()
+        model = self.make()
         before = state(model)
         try:
             attached = ft.load_adapter(model, folder)
@@ -295,9 +301,39 @@ class AdapterReader:
             assert state(model) == before, "the model was changed"
             raise
         with np.errstate(all="ignore"):
-            assert host(model.eval()(IDS)).shape == (2, 4, 23)
+            assert host(model.eval()(IDS)).shape == (2, 4, model.config.vocab)
         ft.detach(model, attached.name)
         assert state(model) == before, "detach did not give the base back"
+
+
+class ShardedReader(ModelReader):
+    """load: a BERT classifier in two shards."""
+
+    def write(self, folder: Path) -> None:
+        model = ft.BERT(ft.BERTConfig(23, 12, 2, 12, 2, 3, 20), seed=1)
+        ft.save(ft.classifier(model, 3), folder)
+        weights = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        names = sorted(weights)
+        shard_of = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(names)}
+        for shard in set(shard_of.values()):
+            save_file({name: weights[name] for name in names if shard_of[name] == shard}, folder / shard)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shard_of}))
+
+
+class OldAdapterReader(AdapterReader):
+    """load_adapter: an adapter of version 0.1."""
+
+    def __init__(self) -> None:
+        self.base = read_tensors(OLD / "gpt.safetensors")[0]
+
+    def make(self) -> Any:
+        model = ft.GPT(ft.GPTConfig(19, 16, 12, 2, 3, 20))
+        model.load_state_dict(self.base)
+        return model
+
+    def write(self, folder: Path) -> None:
+        shutil.copytree(OLD / "gpt-prefix-mlp", folder)
 
 
 class CheckpointReader:
@@ -353,6 +389,22 @@ class CheckpointReader:
         assert len(history.losses) <= 4 + 50             # a forged history may be longer than the run
 
 
+class OldCheckpointReader(CheckpointReader):
+    """fit(resume=True) from a checkpoint of version 0.1."""
+
+    def make(self) -> Any:
+        model, method, *_ = old_run("run-lora")
+        ft.attach(model, method, seed=5)
+        return model
+
+    def fit(self, model: Any, folder: Path, steps: int, **arguments: Any) -> Any:
+        batches = [{"ids": IDS}]
+        return ft.fit(model, batches, 6, ft.AdamW(0.02), out=folder, resume=True, progress=False, **arguments)
+
+    def write(self, folder: Path) -> None:
+        shutil.copytree(OLD / "run-lora", folder)
+
+
 class TextReader:
     """data.snapshot: the shipped text."""
 
@@ -381,13 +433,16 @@ class TextReader:
 
 READERS = {
     "model": ModelReader(),
+    "shards": ShardedReader(),
     "tokenizer": TokenizerReader(),
     "lora": AdapterReader(ft.LoRA(r=2)),
     "houlsby": AdapterReader(ft.Houlsby(m=2)),
     "prefix": AdapterReader(ft.PrefixTuning(p=2, mlp=3)),
     "prompt": AdapterReader(ft.PromptTuning(p=2)),
     "partial": AdapterReader(ft.Partial(k=1)),
+    "adapter of version 0.1": OldAdapterReader(),
     "checkpoint": CheckpointReader(),
+    "checkpoint of version 0.1": OldCheckpointReader(),
     "text": TextReader(),
 }
 

@@ -37,6 +37,7 @@ from .same_run import (
 )
 
 Run = Any                                                               # loop.Run; loop imports this module
+LONGEST_METHOD = 2000                                                   # characters of a method's repr
 VERSION = 2                                                             # of the facts in the header
 # The facts of a checkpoint beside those of describe_run.
 POSITION = (
@@ -244,8 +245,8 @@ def check_state(
     if "version" not in facts:
         try:
             arrays, facts = from_version_0_1(run, arrays, facts)
-        except (KeyError, TypeError, AttributeError, SyntaxError) as e:
-            raise ValueError(f"this is no checkpoint of fit: {e!r}") from e
+        except (KeyError, TypeError, AttributeError, SyntaxError, RecursionError, MemoryError) as e:
+            raise ValueError(f"this is no checkpoint of fit: {checks.brief(e)}") from e
     content = ("base", "data")                                          # compared below, when the names are known
     check_identity({key: value for key, value in run.identity.items() if key not in content}, facts)
     try:
@@ -279,11 +280,25 @@ def check_position(run: Run, facts: dict[str, Any]) -> None:
         raise ValueError(f"it names {', '.join(sorted(map(str, unknown))[:3])}, which are not in the model")
     np.random.default_rng(0).bit_generator.state = facts["rng"]
     GradScaler().load_state_dict(facts["scaler"])
-    history = {name: type(value) for name, value in vars(run.history).items()}
-    for name, value in checks.instance("history", facts["history"], dict, "a dict").items():
-        checks.instance(f"history: {name}", value, history[name], history[name].__name__)
-    evaluations = dict(facts["history"]["evaluations"])                 # pairs of a step and its metrics
-    checks.whole("first_evaluation", facts["first_evaluation"], 0, len(evaluations))
+    check_history(checks.instance("history", facts["history"], dict, "a dict"), vars(run.history))
+    checks.whole("first_evaluation", facts["first_evaluation"], 0, len(facts["history"]["evaluations"]))
+
+
+def check_history(history: dict[str, Any], own: dict[str, Any]) -> None:
+    """TypeError or ValueError unless a history from a file has our own entries, with values of the same kinds."""
+    if history.keys() != own.keys():
+        raise ValueError(f"history wants {', '.join(own)}, got {checks.brief(list(history))}")
+    for name, value in own.items():
+        checks.instance(f"history: {name}", history[name], type(value), f"a {type(value).__name__}")
+    for name, values in {"losses": history["losses"], **history["terms"]}.items():
+        if not isinstance(values, list) or any(type(value) not in (int, float) for value in values):
+            raise TypeError(f"history: {checks.brief(name)} wants a list of numbers, got others")
+    for step in history["skipped"]:
+        checks.whole("history: skipped", step, 0)
+    for pair in history["evaluations"]:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not isinstance(pair[1], dict):
+            raise TypeError(f"history: evaluations wants pairs of a step and its metrics, got {checks.brief(pair)}")
+        checks.whole("history: evaluations", pair[0], 0)
 
 
 def check_optimizer_state(run: Run, state: dict[str, np.ndarray], facts: dict[str, Any]) -> None:
@@ -352,13 +367,17 @@ def from_version_0_1(
         if kind == "optimizer":
             new[name] = value
         else:
-            new[("best/" if kind == "best" else "") + name_from_version_0_1(rest)] = value
+            try:
+                new_name = name_from_version_0_1(rest)
+            except ValueError:
+                raise ValueError(f"this is no checkpoint of fit: it holds {checks.brief(name)}") from None
+            new[("best/" if kind == "best" else "") + new_name] = value
     history = {name: facts[name] for name in ("losses", "evaluations", "stopped")}
     history["skipped"] = facts.get("skipped", [])
     history["terms"] = {"loss": list(facts["losses"])}
     if not are_methods_of_0_1(facts["methods"], edit.attached(run.model)):
         ours = to_text(run.identity["methods"])
-        theirs = facts["methods"] or "none"
+        theirs = " ".join(str(facts["methods"]).split())[:LONGEST_METHOD] or "none"
         raise ValueError(f"this checkpoint is of another run: its methods: {theirs}; here: {ours}")
     kept = ("steps", "accumulate", "clip", "optimizer", "autocast", "t", "done", "rng", "batches")
     new_facts = {name: facts[name] for name in kept if name in facts}
@@ -380,6 +399,8 @@ def are_methods_of_0_1(text: str, attached: tuple[edit.Attached, ...]) -> bool:
         return False
     for part_text, a in zip(parts, attached):
         name, _, call_text = part_text.partition(": ")
+        if len(call_text) > LONGEST_METHOD:                             # parsing takes memory and stack
+            return False
         call = ast.parse(call_text, mode="eval").body
         if not isinstance(call, ast.Call) or name != a.name or ast.unparse(call.func) != type(a.method).__name__:
             return False
