@@ -319,12 +319,11 @@ def _is_own(d: Array, given: Any) -> bool:
     if d is given:
         return False
     arrays = given if isinstance(given, list) else (given,)
+    if not _is_writable(d):                                    # such as a broadcast view: one number many times
+        return False
     if getattr(d, "base", None) is None:
-        for a in arrays:
-            if d is a:
-                return False
-        return _is_writable(d)
-    if not d.flags.c_contiguous or not _is_writable(d):        # broadcast: one number many times
+        return id(d) not in map(id, arrays)
+    if not d.flags.c_contiguous:
         return False
     return not any(a is not None and xp(d).may_share_memory(d, a) for a in arrays)
 
@@ -398,7 +397,9 @@ class Record:
         for parents, back in self.pulls:
             gradients = back(g)
             for i, parent in enumerate(parents):
-                if gradients[i] is not None:
+                if gradients[i] is g:
+                    yield parent, g
+                elif gradients[i] is not None:
                     yield parent, gradients[i].copy() if _is_kept(gradients, i, g) else gradients[i]
 
     def watch(self, value: Array) -> None:
@@ -415,9 +416,7 @@ def _is_kept(gradients: Sequence[Array], i: int, g: Any) -> bool:
 
     A write to the gradient would then change an array that the pullback saved, or the gradient of another input.
     Python counts the references to an object; an array that a pullback has just made is held by the list alone.
-    g: the argument of the pullback, an array or a list of arrays; g itself and views of it do not count as kept."""
-    if gradients[i] is g:
-        return False
+    g: the argument of the pullback, an array or a list of arrays; a view of it does not count as kept."""
     if getattr(gradients[i], "base", None) is None:
         return sys.getrefcount(gradients[i]) > _IN_A_LIST
     d = gradients[i]
@@ -558,7 +557,7 @@ def _single(call: Callable, back: Callable) -> Callable:
     """The pullback of one input in the form of Record.pulls: from g to a tuple of gradients."""
     def single(g: Any) -> tuple[Array]:
         d = back(g)
-        if not array.is_array(d) and not isinstance(d, np.generic):
+        if not hasattr(d, "shape"):
             raise TypeError(f"a pullback of {call.__name__} wants to return an array, got {brief(d)}")
         return (d,)
     return single
