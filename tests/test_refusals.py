@@ -96,6 +96,8 @@ def test_a_pattern_that_names_nothing_lists_the_linear_maps_of_the_model():
     for targets in ("q_proj", "c_attn", "query", ["attn.q", "all-linear"]):
         words = re.escape("names no module of this model; it has " + ", ".join(maps))
         check_unchanged(model, lambda: attach(model, LoRA(targets=targets)), LookupError, words)
+    norm = LayerNorm(3)
+    check_unchanged(norm, lambda: attach(norm, LoRA()), LookupError, "it has no module that could be named")
 
 
 @pytest.mark.parametrize("method, words", [

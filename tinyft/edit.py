@@ -256,6 +256,8 @@ def _offer(glob: str, paths: Iterable[str], candidates: Iterable[str] | None) ->
     if candidates is None:
         return f"there are {', '.join(_nearest(glob, paths))} ..."
     found = list(dict.fromkeys(re.sub(r"\.\d+", ".*", path) for path in candidates))
+    if not found:
+        return "it has no module that could be named"
     more = " ..." if len(found) > 8 else ""
     return f"it has {', '.join(found[:8])}{more}"
 
