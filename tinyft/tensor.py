@@ -557,7 +557,7 @@ def _single(call: Callable, back: Callable) -> Callable:
     """The pullback of one input in the form of Record.pulls: from g to a tuple of gradients."""
     def single(g: Any) -> tuple[Array]:
         d = back(g)
-        if not hasattr(d, "shape"):
+        if getattr(d, "shape", None) is None:
             raise TypeError(f"a pullback of {call.__name__} wants to return an array, got {brief(d)}")
         return (d,)
     return single
