@@ -86,6 +86,122 @@ def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch, tmp_path):
     assert (total() == 499500).all()
 
 
+def test_a_full_or_read_only_cache_is_done_without(monkeypatch, cache):
+    def full(files):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(cpu_kernel, "write_atomically", full)
+    for _ in range(2):
+        assert doubled() == 2
+    assert not list(cache.rglob("*.so*"))
+
+
+def test_a_user_without_a_home_and_a_relative_cache(monkeypatch, tmp_path):
+    """XDG_CACHE_HOME counts only if it is absolute; Path.home raises where there is no home."""
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setattr(Path, "home", no_home)
+    assert cpu_kernel._cache() is None
+    cpu_kernel._library.cache_clear()
+    assert doubled() == 2
+    assert not list(tmp_path.iterdir())
+
+
+DOUBLE = 'extern "C" __global__ void k(float* x) { x[threadIdx.x] *= 2; }'
+
+
+def doubled() -> float:
+    """1, doubled by a kernel that is loaded anew."""
+    cpu_kernel._library.cache_clear()
+    x = np.ones(1, F)
+    CpuKernel(DOUBLE, "k")((1,), (1,), (x,))
+    return x[0]
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path
+
+
+def damaged(content: bytes) -> dict[str, bytes]:
+    middle = len(content) // 2
+    return {"empty": b"", "cut off": content[:middle], "without its last byte": content[:-1],
+            "zeros from the middle on": content[:middle] + bytes(len(content) - middle),
+            "one bit": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:],
+            "something else": b"#!/bin/sh\n", "twice": content * 2}
+
+
+def test_a_damaged_library_in_the_cache_is_built_again(cache):
+    """The file name holds a checksum of the content, so that a damaged library is never loaded: it could crash."""
+    assert doubled() == 2
+    kept, = cache.rglob("*.so")
+    content = kept.read_bytes()
+    for name, bad in damaged(content).items():
+        kept.unlink()
+        kept.write_bytes(bad)
+        assert doubled() == 2, name
+        kept, = cache.rglob("*.so")
+        assert kept.read_bytes() == content, name
+    assert [path.name for path in kept.parent.iterdir()] == [kept.name], "nothing is left over"
+
+
+def test_an_intact_library_is_not_built_again(cache, monkeypatch):
+    assert doubled() == 2
+    monkeypatch.setattr(cpu_kernel, "_compile", lambda *args: pytest.fail("compiled again"))
+    assert doubled() == 2
+
+
+def test_a_library_that_the_system_does_not_load_is_one_sentence(cache, monkeypatch):
+    def refuse(path):
+        raise OSError("failed to map segment from shared object")
+    monkeypatch.setattr(cpu_kernel.ctypes, "CDLL", refuse)
+    with pytest.raises(KernelError, match="^the system does not load the compiled kernel: failed to map segment"):
+        doubled()
+
+
+def test_a_folder_from_which_no_code_may_run_is_avoided(cache, monkeypatch):
+    """Of the temporary folder and the cache, either may be mounted noexec."""
+    load = cpu_kernel.ctypes.CDLL
+    for forbidden in ("kernel.so", "-"):
+        def guarded(path, forbidden=forbidden):
+            if forbidden in Path(path).name:
+                raise OSError("failed to map segment from shared object")
+            return load(path)
+        monkeypatch.setattr(cpu_kernel.ctypes, "CDLL", guarded)
+        assert doubled() == 2
+
+
+@pytest.mark.parametrize("script, said", [
+    ("garbage", r"^the C\+\+ compiler .* cannot be run: Exec format error"),
+    ("#!/bin/sh\nexit 0\n", "wants to write a shared library, and wrote none"),
+    ("#!/bin/sh\necho broken >&2\nexit 1\n", "does not take this kernel:\nbroken")])
+def test_a_broken_compiler_is_one_sentence(cache, monkeypatch, script, said):
+    broken = cache / "cxx"
+    broken.write_text(script)
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    with pytest.raises(KernelError, match=said):
+        doubled()
+
+
+def test_processes_that_compile_at_once_share_one_library(cache):
+    code = f"""
+import numpy as np
+from tinyft.kernels.cuda.cpu_kernel import CpuKernel
+x = np.ones(1, np.float32)
+CpuKernel({DOUBLE!r}, "k")((1,), (1,), (x,))
+print(x[0])
+"""
+    env = {**os.environ, "PYTHONPATH": str(Path(tinyft.__file__).parents[1]), "XDG_CACHE_HOME": str(cache)}
+    processes = [subprocess.Popen([sys.executable, "-c", code], env=env, text=True, stdout=subprocess.PIPE)
+                 for _ in range(3)]
+    assert [p.communicate()[0] for p in processes] == ["2.0\n"] * 3
+    kept, = (path for path in cache.rglob("*") if path.is_file())
+    assert kept.suffix == ".so"
+
+
 def test_an_error_in_the_source_is_told_with_its_line():
     with pytest.raises(KernelError, match=r"kernel.cu:3:.*flot"):
         run("flot a = 0;", np.zeros(1, F), np.zeros(1, F))

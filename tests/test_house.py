@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"tokens", "identity"},
     "identity": {"array", "tensor", "nn"},
     "optim": {"dispatch", "array", "precision", "tensor", "ops"},
-    "kernels": {"dispatch", "array", "precision", "tensor", "operands", "ops", "optim"},
+    "kernels": {"dispatch", "atomic", "array", "precision", "tensor", "operands", "ops", "optim"},
     "models": BELOW_EDIT,
     "decode": BELOW_EDIT,
     "predict": {*BELOW_EDIT, "decode", "models", "data", "tokens"},

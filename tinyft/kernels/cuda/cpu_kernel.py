@@ -20,6 +20,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -31,6 +32,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from ...atomic import write_atomically
 
 HERE = Path(__file__).parent
 GUARD = 4096                                 # bytes of poison on each side of an array
@@ -280,43 +283,79 @@ def compiler() -> str:
 def _library(code: str, options: tuple[str, ...]) -> ctypes.CDLL:
     """The compiled library of some C++.  Compiled once and kept in the user's cache.
 
-    Its file name is a hash of everything that the library depends on."""
+    KernelError if the compiler does not take the code, or if the system does not load the library."""
     cxx = compiler()
     header = (HERE / "cuda_cpu.h").read_bytes()
-    ingredients = [code.encode(), header, cxx.encode(), repr(options).encode(), sys.platform.encode()]
+    machine = f"{sys.platform} {platform.machine()}"         # a home may be shared by machines of several kinds
+    ingredients = [code.encode(), header, cxx.encode(), repr(options).encode(), machine.encode()]
     key = hashlib.sha256(b"\0".join(ingredients)).hexdigest()[:24]
-    built = _cache() / f"{key}.so"
-    if not built.exists():
-        _compile(cxx, code, options, built)
-    return ctypes.CDLL(str(built))
+    for path in _kept(key):
+        with contextlib.suppress(OSError):
+            return ctypes.CDLL(str(path))
+    with tempfile.TemporaryDirectory() as folder:
+        built = _compile(cxx, code, options, Path(folder))
+        _keep(key, built.read_bytes())
+        # The system may forbid to run code from one of the two folders.
+        for path in (built, *_kept(key)):
+            try:
+                return ctypes.CDLL(str(path))                # on Unix the file may be removed once it is loaded
+            except OSError as e:
+                reason = e
+    raise KernelError(f"the system does not load the compiled kernel: {reason}")
 
 
-def _compile(cxx: str, code: str, options: tuple[str, ...], built: Path) -> None:
-    """Compile C++ into the shared library `built`, which appears complete or not at all."""
+def _compile(cxx: str, code: str, options: tuple[str, ...], folder: Path) -> Path:
+    """Compile C++ into a shared library in this folder.  Returns its path.  KernelError, with the compiler's words."""
     # Fibers change stacks with longjmp, which _FORTIFY_SOURCE would abort.
     flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-pthread", "-U_FORTIFY_SOURCE", f"-I{HERE}", *options]
-    with tempfile.TemporaryDirectory() as folder:
-        cpp = Path(folder) / "kernel.cpp"
-        so = Path(folder) / "kernel.so"
-        cpp.write_text(code, encoding="utf-8")
-        done = subprocess.run([cxx, *flags, str(cpp), "-o", str(so)], capture_output=True, text=True)
-        if done.returncode:
-            raise KernelError(f"{cxx} does not take this kernel:\n{done.stderr.replace(folder, '')[:3000]}")
-        unfinished = built.with_suffix(f".{os.getpid()}")    # another process may build the same library now
-        shutil.copy(so, unfinished)
-        os.replace(unfinished, built)
-
-
-def _cache() -> Path:
-    """A folder that only this user can write to, since the libraries in it are executed."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinyft" / "cuda"
+    cpp = folder / "kernel.cpp"
+    so = folder / "kernel.so"
+    cpp.write_text(code, encoding="utf-8")
     try:
+        done = subprocess.run([cxx, *flags, str(cpp), "-o", str(so)], capture_output=True, text=True, errors="replace")
+    except OSError as e:
+        raise KernelError(f"the C++ compiler {cxx} cannot be run: {e.strerror}") from None
+    if done.returncode:
+        said = done.stderr.replace(f"{folder}{os.sep}", "")[:3000]
+        raise KernelError(f"{cxx} does not take this kernel:\n{said}")
+    if not so.exists():
+        raise KernelError(f"the C++ compiler {cxx} wants to write a shared library, and wrote none")
+    return so
+
+
+# ── the cache ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# A library is kept as KEY-CHECKSUM.so.  KEY is a hash of everything that the library depends on, CHECKSUM one of its
+# bytes: a file that was damaged, or written by halves, does not fit its name, and is built again.
+def _kept(key: str) -> Iterator[Path]:
+    """The intact files of the cache with this key.  Damaged ones are removed."""
+    folder = _cache()
+    for path in sorted(folder.glob(f"{key}-*.so")) if folder else ():
+        with contextlib.suppress(OSError):                   # removed by another process, or not ours
+            if path.name == _kept_name(key, path.read_bytes()):
+                yield path
+            else:
+                path.unlink()
+
+
+def _keep(key: str, content: bytes) -> None:
+    """Write a library to the cache, complete or not at all.  Where the cache cannot be written, nothing happens."""
+    folder = _cache()
+    if folder is not None:
+        with contextlib.suppress(OSError):
+            write_atomically({folder / _kept_name(key, content): content})
+
+
+def _kept_name(key: str, content: bytes) -> str:
+    """The file name of a library with this content."""
+    return f"{key}-{hashlib.sha256(content).hexdigest()[:16]}.so"
+
+
+def _cache() -> Path | None:
+    """A folder that only this user can write to, since the libraries in it are executed.  None if there can be none."""
+    root = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        folder = (Path(root) if os.path.isabs(root) else Path.home() / ".cache") / "tinyft" / "cuda"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        return folder
-    except OSError:
-        return _temporary_folder()
-
-
-@functools.lru_cache(None)
-def _temporary_folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="tinyft-cuda-"))
+    except (OSError, RuntimeError):                          # RuntimeError: the user has no home
+        return None
+    return folder
