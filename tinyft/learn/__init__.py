@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ..checks import brief
+
 __all__ = ["check"]
 
 
@@ -21,8 +23,10 @@ def check(name: str, function: Callable | str) -> bool:
 
         tinyft.check("autograd.sum_to", sum_to)
 
-    True if every law holds.  ValueError if there is no such exercise.
+    True if every law holds.  ValueError if there is no such exercise; TypeError if the name is no string.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"check wants the name of an exercise, such as 'autograd.sum_to', got {brief(name)}")
     from .checker import check_here
     from .exercise import find
     from .show import Page

@@ -2,10 +2,14 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .loading import in_words
 
 if TYPE_CHECKING:
     from .exercise import Exercise, Law
@@ -51,7 +55,7 @@ def register(sub: argparse._SubParsersAction) -> None:
         if command == "lesson":
             c.add_argument("--all", action="store_true",
                            help="every lesson: notebooks and figures in work/lessons, no text here")
-        c.add_argument("--work", type=Path, default=Path(os.environ.get("TINYFT_WORK", "work")),
+        c.add_argument("--work", type=Path, default=Path(os.environ.get("TINYFT_WORK") or "work"),
                        help="the folder of your files (default: work)")
         c.set_defaults(run=run)
 
@@ -87,46 +91,62 @@ def _start(args: argparse.Namespace, work: Work, page: Page) -> bool:
 def _check(args: argparse.Namespace, work: Work, page: Page) -> bool:
     """Check the exercises in args.names, without names the file changed last, with --all every one that is started.
 
-    True if all are solved.  Of several, those without a file are left out; of a single one, a missing file is an error.
+    True if all are solved.  Of several, those without a file are left out; it is an error if none has a file.
     """
     chosen = work.started() if args.all else work.chosen(args.names)
-    if len(chosen) > 1:
-        chosen = [e for e in chosen if work.path(e).exists()]
-    results = [_check_one(e, args.backend, work, page) for e in chosen]
+    written = [e for e in chosen if work.version(e)]
+    if not written:
+        work.written(chosen[0] if chosen else work.chosen_one([]))           # raises: there is no file
+    results = [_check_one(e, args.backend, work, page) for e in written]
     return all(results)
 
 
 def _check_one(e: Exercise, backend: str, work: Work, page: Page) -> bool:
-    """Check one exercise in a process of its own, print the outcomes, and save if it is solved.  True if it is."""
+    """Check one exercise in a process of its own, print the outcomes, and save if it is solved.
+
+    True if it is solved and that was saved.
+    """
     from .isolated import check
     path = work.written(e)
     page.line(f"{e.name}   {path}")
     solved = page.report(e, check(e.name, path, backend))
-    if solved != work.solved(e):
-        work.record(e, solved=solved)
+    saved = _save(page, work.record, e, solved=solved)
     if solved:
         after = work.next()
         advice = f"Next:  tinyft start {after.name}" if after else "That was the last exercise."
         page.line(f"\n  All {len(e.laws)} laws hold.  {advice}")
         page.line(f"  The library's own:  tinyft diff {e.name}")
-    return solved
+    return solved and saved
+
+
+def _save(page: Page, record: Callable, e: Exercise, **facts: int | bool) -> bool:
+    """Call work.record or work.take_hint.  False, and a line with the reason, if the progress cannot be saved."""
+    try:
+        record(e, **facts)
+    except OSError as error:
+        page.line(f"\n  The progress is not saved: {error.strerror or error}")
+        return False
+    return True
 
 
 def _watch(args: argparse.Namespace, work: Work, page: Page) -> bool:
     """Check a file whenever it is saved, until Ctrl-C ends it.  It never starts the next exercise by itself."""
     from . import checker  # noqa: F401    imported once, so that the forked checks have it already
-    checked: dict[str, int] = {}                         # {exercise: modification time of its file when checked}
+    checked: dict[str, tuple] = {}                       # {exercise: the version of its file when it was checked}
     page.line(f"watching {work.folder}; Ctrl-C ends it")
     while True:
         chosen = work.chosen(args.names) if args.names else work.started()
-        modified = {e.name: work.path(e).stat().st_mtime_ns for e in chosen if work.path(e).exists()}
-        changed = [e for e in chosen if e.name in modified and checked.get(e.name) != modified[e.name]]
+        versions = {e.name: work.version(e) for e in chosen if work.version(e)}
+        changed = [e for e in chosen if e.name in versions and checked.get(e.name) != versions[e.name]]
         if not checked and not args.names:               # at first only the file that was changed last
             changed = changed[:1]
         for e in changed:
             page.line()
-            _check_one(e, args.backend, work, page)
-        checked.update(modified)
+            try:
+                _check_one(e, args.backend, work, page)
+            except ValueError as error:                  # an editor has just moved the file away
+                page.line(str(error))
+        checked.update(versions)
         time.sleep(0.3)
 
 
@@ -135,7 +155,7 @@ def _reset(args: argparse.Namespace, work: Work, page: Page) -> bool:
     backup = work.reset(e)
     remark = f"; yours is kept as {backup}" if backup else ""
     page.line(f"{work.path(e)} is as at the start{remark}")
-    return True
+    return _save(page, work.record, e, solved=False)
 
 
 def _debug(args: argparse.Namespace, work: Work, page: Page) -> bool:
@@ -143,17 +163,22 @@ def _debug(args: argparse.Namespace, work: Work, page: Page) -> bool:
 
     The function runs in this process, not in one of its own as for `check`: a debugger needs the terminal.
     """
-    from .checker import Trial
-    from .loading import Refused
+    from .checker import ONE_CALL, Trial, limited
+    from .loading import Refused, Stop
     from .subject import Subject
     e = work.chosen_one(args.names)
-    path = work.path(e).resolve()
     if e.suffix != ".py":
         raise ValueError(f"{work.path(e)} is no Python: there is no stepping through it here")
+    path = work.written(e).resolve()
     try:
-        subject = Subject(e, e.load(path))
-    except Refused as refusal:
-        raise ValueError(str(refusal)) from None
+        with limited(ONE_CALL):
+            function = e.load(path)
+        subject = Subject(e, function)
+    except (Refused, Stop) as reason:
+        raise ValueError(str(reason)) from None
+    if not inspect.isfunction(subject.f):
+        raise ValueError(f"{e.function} in {work.path(e)} wants to be a function written with `def`, "
+                         f"got a {type(subject.f).__name__}: there is no stepping through it here")
     for law in e.laws:
         trial = Trial(law, subject, str(path))
         problem = trial.search()
@@ -169,16 +194,20 @@ def _debug(args: argparse.Namespace, work: Work, page: Page) -> bool:
 def _step_through(law: Law, subject: Subject, path: Path, inputs: dict[str, Any], page: Page) -> None:
     """Run a law on the inputs under pdb, which stops at the first line of the learner's function, in the file `path`.
     """
+    import bdb
     import pdb
     debugger = pdb.Pdb(readrc=False)
     code = subject.f.__code__
-    first = min(line for _, _, line in code.co_lines() if line and line > code.co_firstlineno)
+    inside = [line for _, _, line in code.co_lines() if line and line > code.co_firstlineno]
+    first = min(inside, default=code.co_firstlineno)     # a function may stand in one line
     debugger.set_break(str(path), first, temporary=True)
     debugger.rcLines = ["continue"]                      # its first command: go from the law to the breakpoint
     try:
         debugger.runcall(law.test, subject, **inputs)
+    except bdb.BdbQuit:
+        page.line("  stopped")
     except Exception as error:
-        page.line(f"  it ended with {type(error).__name__}: {error}")
+        page.line(f"  it ended with {in_words(error)}")
 
 
 def _selftest(args: argparse.Namespace, work: Work, page: Page) -> bool:
@@ -219,15 +248,15 @@ def _status_line(e: Exercise, work: Work, page: Page) -> None:
 def _hint(args: argparse.Namespace, work: Work, page: Page) -> bool:
     """Print the next hint of an exercise, and save that it was taken.  After the last, print the last again."""
     e = work.chosen_one(args.names)
-    n = min(work.hints(e) + 1, len(e.hints))
-    work.record(e, hints=n)
+    saved = _save(page, work.take_hint, e)
+    n = work.hints(e)
     page.line(f"{e.name}, hint {n} of {len(e.hints)}\n")
     page.block(e.hints[n - 1], 2)
     if n == len(e.hints):
         page.line(f"\n  That was the last.  The answer:  tinyft solution {e.name}")
     else:
         page.line(f"\n  More:  tinyft hint {e.name}")
-    return True
+    return saved
 
 
 def _solution(args: argparse.Namespace, work: Work, page: Page) -> bool:
@@ -258,7 +287,7 @@ def _diff(args: argparse.Namespace, work: Work, page: Page) -> bool:
 
 def _read(args: argparse.Namespace, work: Work, page: Page) -> bool:
     """Print the task and the laws of the exercise args.names[0], or the source of the module of this name."""
-    from .exercise import exercises
+    from .exercise import exercises, near_names
     name = args.names[0]
     for e in exercises().values():
         if name in (e.name, e.function):
@@ -269,10 +298,14 @@ def _read(args: argparse.Namespace, work: Work, page: Page) -> bool:
             return True
     package = Path(__file__).parent.parent
     module = name.replace("/", ".").removesuffix(".py").split(".")[-1]
-    files = sorted(package.rglob(f"{module}.py"), key=lambda p: len(p.parts))    # of two, the one less deep
+    is_name = module.isidentifier()                      # no pattern such as "*"
+    found = package.rglob(f"{module}.py") if is_name else ()
+    files = sorted(found, key=lambda p: len(p.parts))    # of two, the one less deep
     if not files:
-        raise ValueError(f"there is neither an exercise nor a module {name!r}: try tensor, ops, nn, edit, lora, "
-                         "or `tinyft status`")
+        names = {path.stem for path in package.rglob("*.py")} | {e.function for e in exercises().values()}
+        suggestion = near_names(name, sorted(names)) or ": try tensor, ops, nn, edit or lora"
+        raise ValueError(f"there is neither an exercise nor a module {name!r}{suggestion}; "
+                         "`tinyft status` lists the exercises")
     page.line(f"# {files[0].relative_to(package.parent).as_posix()}\n")
     page.line(files[0].read_text(encoding="utf-8").rstrip())
     return True

@@ -49,6 +49,14 @@ def lessons_in(root: Path) -> dict[str, Lesson]:
     return {file.parent.name[3:]: Lesson(file.parent.name[3:], file) for file in files}
 
 
+def find_lesson(name: str) -> Lesson | None:
+    """The lesson of this name: autograd, 01 or 01_autograd.  None if there is none."""
+    for lesson in lessons().values():
+        if name in (lesson.name, lesson.folder, lesson.folder[:2]):
+            return lesson
+    return None
+
+
 def exercise_modules(lesson: Lesson) -> list[ModuleType]:
     """The modules exercises.py, exercises_*.py of a lesson, in order.  ValueError if Hypothesis is not installed."""
     try:

@@ -22,7 +22,9 @@ from .exercise import find
 from .loading import in_words, quoted_line
 from .show import Outcome, Problem
 
+STARTUP = 120.0                                          # seconds in which the child must have started, if it is busy
 SILENCE = 10.0                                           # seconds without an outcome, after which the child is ended
+READY = "ready"                                          # the child's first message: the learner's code runs now
 
 
 def check(name: str, path: Path, backend: str) -> Iterator[Outcome]:
@@ -46,11 +48,11 @@ def _watched(name: str, path: Path, backend: str, stack: Path) -> Iterator[Outco
         warnings.simplefilter("ignore", DeprecationWarning)
         child.start()
     sender.close()                                       # the child has its own: EOFError once that one is closed
+    is_ready = False
     try:
         while True:
-            if not receiver.poll(SILENCE):
-                yield _refused(f"nothing came back for {SILENCE:g} seconds, so it was ended: an endless loop?"
-                               + _line(stack, path))
+            if not receiver.poll(SILENCE if is_ready else STARTUP):
+                yield _refused(_silent(is_ready) + _line(stack, path))
                 return
             try:
                 sent = json.loads(receiver.recv_bytes())
@@ -61,12 +63,22 @@ def _watched(name: str, path: Path, backend: str, stack: Path) -> Iterator[Outco
                 return
             if sent is None:                             # the end of the check
                 return
+            if sent == READY:
+                is_ready = True
+                continue
             problem = sent.pop("problem")
             yield Outcome(problem=problem and Problem(**problem), **sent)
     finally:
         child.kill()
         child.join()
         receiver.close()
+
+
+def _silent(is_ready: bool) -> str:
+    """The reason why a child from which nothing came is ended, in a sentence."""
+    if is_ready:
+        return f"nothing came back for {SILENCE:g} seconds, so it was ended: an endless loop?"
+    return f"the check has not started within {STARTUP:g} seconds: is this machine busy?"
 
 
 def _refused(message: str) -> Outcome:
@@ -89,7 +101,8 @@ def _line(stack: Path, path: Path) -> str:
 
 
 def _serve(sender: Any, name: str, path: str, backend: str, stack: str) -> None:
-    """The child: check the file `path`, and send every outcome as JSON, then null.  Its standard error is thrown away.
+    """The child: send READY, check the file `path`, send every outcome as JSON, then null.  Standard error is thrown
+    away.
 
     name: of the exercise.  stack: the file to which it writes its stack when no outcome has come for 0.9 · SILENCE,
     just before the parent gives up and reads the file.
@@ -100,6 +113,7 @@ def _serve(sender: Any, name: str, path: str, backend: str, stack: str) -> None:
     def send(outcome: Outcome | None) -> None:
         sender.send_bytes(json.dumps(outcome and dataclasses.asdict(outcome)).encode())
 
+    sender.send_bytes(json.dumps(READY).encode())
     with open(stack, "w") as file:
         def dump_stack_when_silent() -> None:
             # A thread of faulthandler's own writes the stack: no signal is needed.

@@ -39,6 +39,10 @@ def _run(path: Path, name: str, module_name: str) -> ModuleType:
 
     Ops that it defines with @op are not left in the library's table.
     """
+    try:
+        path.read_bytes()
+    except OSError as e:
+        raise Refused(f"{name} cannot be read: {e.strerror}") from None
     spec = importlib.util.spec_from_file_location(module_name, path)
     module = importlib.util.module_from_spec(spec)
     ops_before = dict(OPS)
@@ -48,8 +52,9 @@ def _run(path: Path, name: str, module_name: str) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except SyntaxError as e:
-        line = f"\n  {e.text.strip()}" if e.text else ""
-        raise Refused(f"Python cannot read {name}: {e.msg}, line {e.lineno}{line}") from None
+        number = f", line {e.lineno}" if e.lineno else ""
+        line = f"\n  {shortened(e.text.strip())}" if e.text else ""
+        raise Refused(f"Python cannot read {name}: {e.msg}{number}{line}") from None
     except Stop:
         raise
     except (Exception, SystemExit) as e:
@@ -61,9 +66,27 @@ def _run(path: Path, name: str, module_name: str) -> ModuleType:
     return module
 
 
+MOST_LINES = 6                                           # of an exception's message, which a learner may have written
+MOST_CHARACTERS = 300                                    # of one of these lines
+
+
 def in_words(e: BaseException) -> str:
-    """An exception as text: its type, and its message if it has one."""
-    return f"{type(e).__name__}: {e}" if str(e) else type(e).__name__
+    """An exception as text: its type, and its message if it has one, of which a long one is shortened."""
+    kind = type(e).__name__
+    try:
+        text = str(e)
+    except Exception as failure:
+        text = f"(its __str__ raises {type(failure).__name__})"
+    return f"{kind}: {shortened(text)}" if text else kind
+
+
+def shortened(text: str) -> str:
+    """The text without the lines after MOST_LINES and the characters of a line after MOST_CHARACTERS."""
+    lines = text.split("\n")
+    kept = [line if len(line) <= MOST_CHARACTERS else f"{line[:MOST_CHARACTERS]}..." for line in lines[:MOST_LINES]]
+    if len(lines) > MOST_LINES:
+        kept.append(f"... and {len(lines) - MOST_LINES:,} more lines")
+    return "\n".join(kept)
 
 
 def place(e: BaseException, filename: str) -> tuple[str, int] | None:
@@ -85,4 +108,6 @@ def place(e: BaseException, filename: str) -> tuple[str, int] | None:
 def quoted_line(e: BaseException, filename: str) -> str:
     """The learner's line from which an exception came, as a line of a message; "" if there is none."""
     found = place(e, filename)
-    return f"\n  {Path(found[0]).name}:{found[1]}   {linecache.getline(*found).strip()}" if found else ""
+    if not found:
+        return ""
+    return f"\n  {Path(found[0]).name}:{found[1]}   {shortened(linecache.getline(*found).strip())}"

@@ -6,7 +6,8 @@ import textwrap
 import time
 from pathlib import Path
 
-from .folders import lessons
+from .exercise import near_names
+from .folders import find_lesson, lessons
 from .lessons import Cell, Failed, run
 from .show import Page, width
 
@@ -17,10 +18,10 @@ def read(name: str, out: Path, page: Page) -> bool:
     Its figures, and its notebook if every cell ran, are written to the folder `out`.  True if every cell ran.
     ValueError if there is no such lesson, or no Matplotlib.
     """
-    found = [lesson for lesson in lessons().values() if name in (lesson.name, lesson.folder, lesson.folder[:2])]
-    if not found:
-        raise ValueError(f"there is no lesson {name!r}; there are {', '.join(lessons()) or 'none here'}")
-    lesson = found[0]
+    lesson = find_lesson(name)
+    if lesson is None:
+        suggestion = near_names(name, lessons())
+        raise ValueError(f"there is no lesson {name!r}{suggestion}; there are {', '.join(lessons()) or 'none here'}")
     try:
         for cell in run(lesson.file, out):
             write_cell(cell, page)

@@ -84,6 +84,11 @@ def pair_as_text(e: Mismatch) -> tuple[str, str]:
     return texts[0], texts[1]
 
 
+def visible(text: str) -> str:
+    """The learner's text with its control characters written out: they could move the cursor or change the colours."""
+    return "".join(c if c.isprintable() or c in "\t\n" else c.encode("unicode_escape").decode() for c in text)
+
+
 # ── the page ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 # name: (in Unicode, in ASCII)
 SIGNS = {"right": ("✓", "ok"), "wrong": ("✕", "x"), "todo": ("·", "-"), "arrow": ("→", "->"), "full": ("★", "*"),
@@ -125,7 +130,8 @@ class Page:
             for sign, plain in ASCII.items():
                 if not self._can_show(sign):
                     text = text.replace(sign, plain)
-            text = text.encode(self.out.encoding, "replace").decode(self.out.encoding)
+            encoding = getattr(self.out, "encoding", None) or "utf-8"
+            text = text.encode(encoding, "replace").decode(encoding)
         print(text, file=self.out, flush=True)
 
     def block(self, text: str, indent: int = 4, first: str = "") -> None:
@@ -177,11 +183,11 @@ class Page:
             self.block(f"{SIGNS['arrow'][self.plain]} {p.diagnosis}", 4, first=" " * 4)
         else:
             self.line()
-            self.block(p.message, 4, first="" if title else f"  {self.sign('wrong')} ")
+            self.block(visible(p.message), 4, first="" if title else f"  {self.sign('wrong')} ")
         if p.printed:
             self.line("\n    Your function printed:")
             for text in p.printed:
-                self.line(f"      {text[:max(width() - 6, 20)]}")
+                self.line(f"      {visible(text)[:max(width() - 6, 20)]}")
         if p.kind != "refused":
             self.line(f"\n    Stuck?  tinyft hint {exercise.name}")
 
