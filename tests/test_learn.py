@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 
 import tinyft
-from tinyft import cli
+from tinyft import array, cli
 from tinyft.kernels.cuda.cpu_kernel import KernelError
-from tinyft.learn import checker, diagnose, isolated, selftest, show
+from tinyft.learn import checker, diagnose, isolated, selftest, show, sizes
+from tinyft.learn import work as work_module
 from tinyft.learn.diagnose import Mismatch, close
 from tinyft.learn.exercise import exercises, find
-from tinyft.learn.work import Work
+from tinyft.learn.subject import Subject
+from tinyft.learn.work import Work, fcntl
 
 ALL = exercises()
 RIGHT = {
@@ -148,13 +150,83 @@ def test_the_skeleton_has_signature_and_docstring_but_no_body():
      ["Your function printed", "996,001 more characters"]),
     ("def sum_to(g, shape):\n    print('seen', g.shape)\n    return -g\n", ["the opposite sign", "seen (1, 1)"]),
     ("def sum_to(g, shape):\n    return 1 / (0 * g)\n", ["nan or inf", "RuntimeWarning: divide by zero"]),
-    ("def sum_to(g, shape):\n    raise NotImplementedError\n", ["not written yet"])])
+    ("def sum_to(g, shape):\n    raise NotImplementedError\n", ["not written yet"]),
+    ("class E(Exception):\n    def __str__(self):\n        raise ValueError('x')\ndef sum_to(g, shape):\n    raise E\n",
+     ["The smallest input that fails", "E: (its __str__ raises ValueError)", "autograd.sum_to.py:6   raise E"]),
+    ("class E(Exception):\n    def __str__(self):\n        return None\nraise E\n", ["its __str__ raises TypeError"]),
+    ("def sum_to(g, shape):\n    raise ValueError('word\\n' * 1000)\n", ["ValueError: word", "and 995 more lines"]),
+    ("def sum_to(g, shape):\n    raise ValueError('w' * 10**6)\n", ["ValueError: www", "www..."]),
+    (f"x = {'(' * 3000}{')' * 3000}\n", ["too many nested parentheses", "(((..."]),
+    ("x = 1\0\n", ["cannot read work/autograd.sum_to.py", "null bytes"]),
+    ("def sum_to(g, shape):\n    if True:\n\treturn g\n        return g\n", ["inconsistent use of tabs", "line 4"]),
+    ("import sys\ndef sum_to(g, shape):\n    sys.stdout.buffer.write(b'bytes')\n    print(b'more')\n    return -g\n",
+     ["the opposite sign", "bytesb'more'"]),
+    ("def sum_to(g, shape):\n    print('\\x1b[2J\\x07')\n    return -g\n", ["\\x1b[2J\\x07"]),
+    ("def sum_to(g, shape):\n    print('\\ud800')\n    return -g\n", ["the opposite sign"]),
+    ("def sum_to(g, shape):\n    return input('? ')\n", ["EOFError", "Your function printed"]),
+    ("def sum_to(g, shape):\n    raise GeneratorExit\n", ["ended with GeneratorExit"]),
+    ("class L:\n    def __repr__(self):\n        raise ValueError('no')\ndef sum_to(g, shape):\n    return L()\n",
+     ["ValueError: no"]),
+    ("from nothing.like.it import x\n", ["ends with ModuleNotFoundError", "autograd.sum_to.py:2"]),
+    ("import sys\nsys.exit('bye')\n", ["ends with SystemExit: bye"]),
+    ("def sum_to(g, shape):\n    return np.ma.masked_array(g + 1, mask=True)\n", ["yours is a MaskedArray"]),
+    ("def sum_to(g, shape):\n    return g.astype(np.int8)\n", ["the dtype is int8, expected float64"]),
+    ("def sum_to(g, shape):\n    return g.astype(np.float32)\n", ["the dtype is float32, expected float64"])])
 def test_bad_input_gets_one_friendly_message(learner, text, said):
     out = learner("sum_to", text)
     assert learner.status == 1 and not learner.err
     for words in said:
         assert words in out, out
     assert len(out.splitlines()) < 30
+
+
+@pytest.mark.parametrize("change", [
+    lambda text: text.encode("utf-8-sig"), lambda text: text.replace("\n", "\r\n").encode(),
+    lambda text: text.replace("    ", "\t").encode(), lambda text: text.replace("\n", "\r\n").encode("utf-8-sig"),
+    lambda text: ("# -*- coding: latin-1 -*-\n# \xe4\n" + text).encode("latin-1")],
+    ids=["a byte order mark", "CRLF", "tabs", "both", "latin-1"])
+def test_a_file_from_any_editor_can_be_solved(learner, change):
+    Work().folder.mkdir()
+    Work().path(find("sum_to")).write_bytes(change(RIGHT["autograd.sum_to"]))
+    assert "All 6 laws hold" in learner.run("check") and learner.status == 0
+    assert "def sum_to" in learner.run("diff")
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo if hasattr(os, "mkfifo") else Path.mkdir])
+def test_something_else_in_the_place_of_a_file_is_one_sentence(learner, make):
+    Path("work").mkdir()
+    make(Work().path(find("sum_to")))
+    for command in ("check", "diff", "debug"):
+        out = learner.run(command, "sum_to")
+        assert "wants to be a file with your function" in out and len(out.splitlines()) == 1 and learner.status == 1
+    assert "it is there already" in learner.run("start", "sum_to")
+    assert "is kept as" in learner.run("reset", "sum_to")
+    assert "not written yet" in learner.run("check", "sum_to")
+
+
+@pytest.mark.parametrize("make", [Path.touch, lambda path: path.symlink_to("nowhere")], ids=["a file", "a dead link"])
+@pytest.mark.parametrize("words", ["start sum_to", "check", "check sum_to", "hint", "reset sum_to", "diff sum_to",
+                                   "debug sum_to"])
+def test_a_folder_that_is_none_is_one_sentence(learner, make, words):
+    make(Path("work"))
+    out = learner.run(*words.split())
+    assert "work wants to be the folder of your exercises" in out and len(out.splitlines()) == 1 and learner.status == 1
+    assert "def sum_to" in learner.run("solution", "sum_to") and learner.status == 0
+    assert "hint 1" in learner.run("hint", "sum_to") and "not saved" in learner.out and learner.status == 1
+
+
+def test_a_disk_that_is_full_leaves_everything_as_it_was(learner, monkeypatch):
+    learner("sum_to", "mine = 1\n")
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(Work, "_check_folder", lambda self: None)
+    monkeypatch.setattr(work_module, "_write_new", full)
+    for words in (("start", "matmul"), ("reset", "sum_to")):
+        out = learner.run(*words)
+        assert "could not write work/" in out and "No space left" in out and learner.status == 1
+    assert "mine = 1" in Work().path(find("sum_to")).read_text()
+    assert not Work().path(find("matmul")).exists() and not list(Path("work").glob("*.bak"))
 
 
 @pytest.mark.parametrize("text",
@@ -213,7 +285,7 @@ STEP = "for (long long i = blockIdx.x * blockDim.x + threadIdx.x; i < size; i +=
 
 @pytest.mark.skipif(bool(find("add_bias").missing), reason="no C++ compiler: install g++")
 @pytest.mark.parametrize("text, said", [
-    (BIAS % (STEP % "y[i] = y[i] + b[i % n];"), ["All 3 laws hold"]),
+    (BIAS % (STEP % "y[i] = y[i] + b[i % n];"), ["All 4 laws hold"]),
     (BIAS % "// yours", ["not written yet"]),
     (BIAS % "flot x;", ["does not take this kernel", "add_bias.cu:2:"]),
     (BIAS.replace("int n", "long long n") % ";", ["keep the parameters as they are", "long long size, int n)"]),
@@ -285,8 +357,8 @@ def test_from_start_to_solved(learner):
     assert "tinyft solution" in learner.run("hint")
     out = learner("sum_to", RIGHT["autograd.sum_to"])
     assert learner.status == 0
-    assert out.count("✓") == 4
-    assert "All 4 laws hold.  Next:  tinyft start autograd.matmul" in out
+    assert out.count("✓") == 6
+    assert "All 6 laws hold.  Next:  tinyft start autograd.matmul" in out
     assert "solved   3 hints" in learner.run("status")
     assert "def sum_to" in learner.run("solution")
     assert "+    if g.shape == shape:" in learner.run("diff")
@@ -306,11 +378,35 @@ def test_start_never_overwrites(learner):
 
 @pytest.mark.parametrize("words, said", [
     (["check"], "nothing is started"), (["check", "sum_two"], "did you mean sum_to"),
+    (["check", "--all"], "nothing is started"),
+    (["check", "sum_to", "matmul"], "`tinyft start autograd.sum_to` writes it"),
+    (["start", "autogard"], "did you mean autograd"), (["hint", "Sum_Two"], "did you mean sum_to"),
+    (["start", ""], "there is no exercise ''; `tinyft status`"), (["reset", "../sum_two"], "there is no exercise"),
+    (["solution", "softmaks"], "did you mean softmax"), (["debug", "add_bias"], "is no Python"),
+    (["lesson", "autogrda"], "did you mean autograd"), (["read", "tensr"], "did you mean tensor"),
+    (["read", "*"], "neither an exercise nor a module '*'"), (["read", ""], "neither an exercise nor a module"),
     (["hint", "nonsense"], "there is no exercise 'nonsense'"),
     (["check", "matmul"], "`tinyft start autograd.matmul` writes it"), (["lesson", "nonsense"], "there is no lesson"),
     (["read", "nonsense"], "neither an exercise nor a module"), (["diff", "matmul"], "is not there")])
 def test_wrong_commands_say_what_to_do(learner, words, said):
     assert said in learner.run(*words) and learner.status == 1 and not learner.out
+
+
+def test_a_name_may_be_a_path_or_the_number_of_a_lesson(learner):
+    learner.run("start", "01")
+    assert len(list(Path("work").glob("autograd.*.py"))) == 6
+    for name in ("work/autograd.sum_to.py", "autograd.sum_to.py", "sum_to", "autograd.sum_to"):
+        assert "not written yet" in learner.run("check", name)
+    assert "not written yet" in learner.run("check", "01_autograd")
+
+
+def test_a_name_of_two_exercises_is_refused_with_both(monkeypatch):
+    e = find("sum_to")
+    other = type(e)(e.target, 2, 10, e.hints, lesson="another")
+    monkeypatch.setattr("tinyft.learn.exercise.exercises", lambda: {e.name: e, other.name: other})
+    with pytest.raises(ValueError, match="name of several exercises: autograd.sum_to and another.sum_to"):
+        find("sum_to")
+    assert find("autograd.sum_to") is e
 
 
 def test_read_shows_what_is_asked_and_the_sources(learner):
@@ -322,12 +418,181 @@ def test_read_shows_what_is_asked_and_the_sources(learner):
     assert "Hypothesis is there" in learner.run("doctor")
 
 
-def test_a_damaged_progress_file_is_no_drama(learner):
+# ── the progress file ────────────────────────────────────────────────────────────────────────────────────────────────
+PROGRESS = Path("work/.progress.json")
+DAMAGED = [b"{", b"[1]", b"null", b'"solved"', b"\xff\xfe{", b"[" * 100_000, b'{"autograd.sum_to": {"hints": 1}',
+           b"\0" * 64]
+OF_ANOTHER_TYPE = ["3", "null", '{"hints": "three"}', '{"hints": null}', '{"hints": [1]}', '{"hints": {"n": 1}}',
+                   '{"hints": 1e999}', '{"hints": -5}', '{"hints": true}', '{"hints": 0.5}', '{"hints": NaN}',
+                   '{"solved": "no"}', '{"solved": 1}']
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_a_damaged_progress_file_counts_as_empty_and_is_kept(learner, content):
     learner.run("start", "sum_to")
-    for text in ("{", "[1]", '{"autograd.sum_to": 3}'):
-        Path("work/.progress.json").write_text(text)
-        assert "0 of" in learner.run("status") and "hint 1" in learner.run("hint")
-    assert json.loads(Path("work/.progress.json").read_text())["autograd.sum_to"]["hints"] == 1
+    PROGRESS.write_bytes(content)
+    assert "0 of" in learner.run("status")
+    assert PROGRESS.read_bytes() == content
+    assert "hint 1" in learner.run("hint")
+    assert json.loads(PROGRESS.read_text()) == {"autograd.sum_to": {"hints": 1}}
+    kept, = Path("work").glob(".progress.json.*.bak")
+    assert kept.read_bytes() == content
+
+
+@pytest.mark.parametrize("facts", OF_ANOTHER_TYPE)
+def test_a_fact_of_another_type_counts_as_missing(learner, facts):
+    learner.run("start", "sum_to")
+    PROGRESS.write_text(f'{{"autograd.sum_to": {facts}, "autograd.matmul": {{"solved": true}}, "theirs": [1, "x"]}}')
+    assert "1 of" in learner.run("status")
+    assert "hint 1 of 3" in learner.run("hint") and learner.status == 0
+    found = json.loads(PROGRESS.read_text())
+    assert found["autograd.sum_to"]["hints"] == 1
+    assert found["autograd.matmul"] == {"solved": True}
+    assert found["theirs"] == [1, "x"], "an entry of somebody else is kept"
+
+
+@pytest.mark.parametrize("taken", [3, 7, 10**40])
+def test_after_the_last_hint_comes_the_last_hint(learner, taken):
+    Path("work").mkdir()
+    PROGRESS.write_text(f'{{"autograd.sum_to": {{"hints": {taken}}}}}')
+    assert "hint 3 of 3" in learner.run("hint", "sum_to")
+    assert "3 hints" in learner.run("status")
+
+
+def test_an_empty_progress_file_and_one_with_a_byte_order_mark(learner):
+    Path("work").mkdir()
+    PROGRESS.write_bytes(b"")
+    assert "hint 1" in learner.run("hint", "sum_to")
+    PROGRESS.write_text(PROGRESS.read_text(), encoding="utf-8-sig")
+    assert "hint 2" in learner.run("hint", "sum_to")
+    assert not list(Path("work").glob("*.bak"))
+
+
+def test_a_progress_file_that_cannot_be_written_is_one_sentence_and_nothing_else_is_lost(learner):
+    PROGRESS.mkdir(parents=True)
+    out = learner.run("hint", "sum_to")
+    assert "hint 1 of 3" in out and "The progress is not saved: could not write" in out and learner.status == 1
+    out = learner("sum_to", RIGHT["autograd.sum_to"])
+    assert "All 6 laws hold" in out and "The progress is not saved" in out and learner.status == 1
+    assert "is as at the start; yours is kept as" in learner.run("reset", "sum_to")
+
+
+def test_a_progress_file_elsewhere_stays_a_link(learner, tmp_path):
+    Path("work").mkdir()
+    (tmp_path / "elsewhere.json").write_text("{}")
+    PROGRESS.symlink_to(tmp_path / "elsewhere.json")
+    learner.run("hint", "sum_to")
+    assert PROGRESS.is_symlink()
+    assert "sum_to" in (tmp_path / "elsewhere.json").read_text()
+
+
+def test_a_check_in_one_terminal_keeps_what_another_saved(learner):
+    """The progress is read anew before it is written: a process that read it earlier does not write old facts."""
+    one, other = Work(), Work()
+    one.record(find("sum_to"), solved=True)
+    other.record(find("matmul"), solved=True)
+    assert one.progress.keys() == {"autograd.sum_to"}
+    one.take_hint(find("matmul"))
+    for work in (one, Work()):
+        assert work.solved(find("sum_to")) and work.solved(find("matmul")) and work.hints(find("matmul")) == 1
+
+
+MANY = """
+import sys
+from tinyft.learn.exercise import exercises
+from tinyft.learn.work import Work
+n = int(sys.argv[1])
+for e in list(exercises().values())[n::4]:
+    Work().record(e, solved=True)
+for e in list(exercises().values())[:2]:
+    Work().take_hint(e)
+"""
+
+
+def run_python(code, *words, **options):
+    env = {**os.environ, "PYTHONPATH": str(Path(tinyft.__file__).parents[1])}
+    return subprocess.Popen([sys.executable, "-c", code, *words], env=env, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, **options)
+
+
+def test_four_processes_that_save_at_once_lose_nothing(learner):
+    processes = [run_python(MANY, str(n)) for n in range(4)]
+    said = [p.communicate()[0] for p in processes]
+    assert not any(said), said
+    work = Work()
+    assert all(work.solved(e) for e in ALL.values())
+    assert [work.hints(e) for e in list(ALL.values())[:2]] == [3, 3]
+
+
+def test_two_checks_at_once_are_both_saved(learner):
+    learner.run("start", "autograd")
+    for name in ("sum_to", "topological"):
+        e = find(name)
+        text = f"from tinyft.tensor import Tensor\n{e.imports()}\n" + e.source()
+        Work().path(e).write_text(text)
+    check = "import sys; from tinyft import cli; sys.exit(cli.main(['check', sys.argv[1]]))"
+    processes = [run_python(check, name) for name in ("sum_to", "topological")]
+    for p in processes:
+        assert "laws hold" in p.communicate()[0] and p.returncode == 0
+    assert Work().progress.keys() == {"autograd.sum_to", "autograd.topological"}
+
+
+HOLD = """
+import os, signal, sys, time
+from pathlib import Path
+from tinyft.learn.work import locked
+with locked(Path("work/.progress.lock")):
+    print("held", flush=True)
+    if sys.argv[1] == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(fcntl is None, reason="no locks on this system")
+def test_a_process_that_died_holding_the_lock_does_not_block_others(learner):
+    Path("work").mkdir()
+    p = run_python(HOLD, "die")
+    assert p.communicate()[0] == "held\n"
+    begun = time.monotonic()
+    Work().record(find("sum_to"), solved=True)
+    assert time.monotonic() - begun < 2 and Work().solved(find("sum_to"))
+
+
+@pytest.mark.skipif(fcntl is None, reason="no locks on this system")
+def test_a_process_that_holds_the_lock_for_ever_is_waited_for_for_a_while_only(learner, monkeypatch):
+    Path("work").mkdir()
+    p = run_python(HOLD, "wait")
+    try:
+        assert p.stdout.readline() == "held\n"
+        naps = []
+        monkeypatch.setattr(work_module, "time", Clock(naps))
+        Work().record(find("sum_to"), solved=True)
+        assert Work().solved(find("sum_to")) and len(naps) > 100
+    finally:
+        p.kill()
+        p.communicate()
+
+
+class Clock:
+    """Time that passes only in sleep."""
+
+    def __init__(self, naps):
+        self.naps = naps
+        self.strftime = time.strftime
+
+    def monotonic(self):
+        return sum(self.naps)
+
+    def sleep(self, seconds):
+        self.naps.append(seconds)
+
+
+def test_without_locks_the_progress_is_saved_all_the_same(learner, monkeypatch):
+    monkeypatch.setattr(work_module, "fcntl", None)
+    Work().record(find("sum_to"), solved=True)
+    assert Work().solved(find("sum_to"))
+    assert "hint 1" in learner.run("hint", "sum_to")
 
 
 def test_a_notebook_checks_a_function_of_its_own(capsys):
@@ -341,17 +606,21 @@ def test_a_notebook_checks_a_function_of_its_own(capsys):
     assert "the library's own sum_to" in capsys.readouterr().out
     with pytest.raises(ValueError, match="there is no exercise"):
         tinyft.check("nonsense", print)
+    with pytest.raises(TypeError, match="wants the name of an exercise, .* got the function print"):
+        tinyft.check(print, "sum_to")
+    assert tinyft.check("sum_to", 3) is False
+    assert "autograd.sum_to wants a function, got 3" in capsys.readouterr().out
 
 
 def test_the_same_laws_on_the_strict_backend(learner):
-    assert learner("sum_to", RIGHT["autograd.sum_to"], "--backend", "strict").count("✓") == 4
+    assert learner("sum_to", RIGHT["autograd.sum_to"], "--backend", "strict").count("✓") == 6
     out = learner("sum_to", "def sum_to(g, shape):\n    return np.sum(g, axis=0)\n", "--backend", "strict")
     assert "StrictError" in out and "autograd.sum_to.py:3" in out
 
 
 def test_a_system_that_cannot_fork_starts_a_new_process(learner, monkeypatch):
     monkeypatch.setattr(isolated.sys, "platform", "darwin")
-    assert learner("sum_to", RIGHT["autograd.sum_to"]).count("✓") == 4 and learner.status == 0
+    assert learner("sum_to", RIGHT["autograd.sum_to"]).count("✓") == 6 and learner.status == 0
 
 
 def test_the_file_in_the_folder_shows_the_laws_to_pytest(learner, tmp_path):
@@ -360,7 +629,7 @@ def test_the_file_in_the_folder_shows_the_laws_to_pytest(learner, tmp_path):
     out = subprocess.run([sys.executable, "-m", "pytest", "work", "-q", "-p", "no:cacheprovider"], capture_output=True,
                          text=True,
                          env={**os.environ, "PYTHONPATH": str(Path(tinyft.__file__).parents[1])}).stdout
-    assert "1 failed, 2 passed, 5 skipped" in out
+    assert "1 failed, 2 passed, 9 skipped" in out
     assert "The smallest input that fails" in out
     assert "checker.py" not in out
 
@@ -382,6 +651,62 @@ def test_watch_checks_what_was_saved_and_names_the_next_command(learner, monkeyp
     assert out.index("Next:  tinyft start") < out.index("the opposite sign")
     assert learner.status == 130
     assert out.count("autograd.sum_to   ") == 2
+
+
+def test_watch_survives_an_editor_that_saves_by_renaming(learner, monkeypatch):
+    """The file is missing for a moment, then another file has its name, with an older time of modification."""
+    learner("sum_to", RIGHT["autograd.sum_to"])
+    naps = iter(range(100))
+    path = Work().path(find("sum_to"))
+
+    def nap(seconds):
+        n = next(naps)
+        if n == 1:
+            path.rename("work/backup~")
+        if n == 2:
+            Path("work/new").write_text("def sum_to(g, shape):\n    return -g\n")
+            os.utime("work/new", (9, 9))
+            os.replace("work/new", path)
+        if n == 4:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(time, "sleep", nap)
+    out = learner.run("watch", "sum_to")
+    assert out.index("All 6 laws hold") < out.index("the opposite sign")
+    assert out.count("autograd.sum_to   ") == 2 and learner.status == 130
+
+
+def test_watch_goes_on_when_the_file_vanishes_as_it_is_checked(learner, monkeypatch):
+    learner("sum_to", RIGHT["autograd.sum_to"])
+    naps = iter(range(100))
+
+    def nap(seconds):
+        if next(naps) == 1:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(time, "sleep", nap)
+    version = Work.version
+    monkeypatch.setattr(Work, "version", lambda self, e: version(self, e) or (1,))
+    Work().path(find("sum_to")).unlink()
+    assert "is not there" in learner.run("watch", "sum_to") and learner.status == 130
+
+
+@pytest.mark.parametrize("text, said", [
+    ("def sum_to(g, shape): return -g\n", "the opposite sign"),
+    ("import functools\nsum_to = functools.partial(lambda g, shape: -g)\n", "written with `def`, got a partial"),
+    ("while True:\n    pass\n", "an endless loop?"), ("1 / 0\n", "ZeroDivisionError")])
+def test_debug_of_any_file_ends_with_a_sentence(learner, monkeypatch, text, said):
+    monkeypatch.setattr(checker, "ONE_CALL", 0.3)
+    learner.run("start", "sum_to")
+    Path("work/autograd.sum_to.py").write_text(text)
+    monkeypatch.setattr("builtins.input", lambda prompt="": "q")
+    assert said in learner.run("debug") and learner.status == 1
+
+
+def test_a_reader_that_closes_the_pipe_ends_the_check_quietly(learner):
+    learner("sum_to", "def sum_to(g, shape):\n    print('x' * 100)\n    return -g\n")
+    command = "import sys; from tinyft import cli; sys.exit(cli.main(['check']))"
+    p = run_python(command)
+    p.stdout.close()
+    assert p.wait() == 141
 
 
 def test_debug_stops_in_the_learners_function_with_the_failing_input(learner, monkeypatch):
@@ -474,6 +799,66 @@ A, B = np.array([[1., 2], [3, 5]]), np.array([[2., 0, 1], [1, 4, 6]])
 def test_each_diagnosis(pairs, said):
     failures = [Mismatch(g, w, "y", {}, {"n": max(w.shape, default=1)}) for g, w in pairs]
     assert said in diagnose.diagnose(failures)
+
+
+def test_a_diagnosis_of_rounding_and_of_the_last_digits():
+    for rounding in (np.rint, np.floor, np.trunc):
+        f = Mismatch(rounding(A / 4), A / 4, "y")
+        assert "rounded to whole numbers" in diagnose.diagnose([f])
+    assert "only the first six digits" in diagnose.diagnose([Mismatch(A * (1 + 1e-8), A, "y")])
+    f = Mismatch(A.astype(np.float64), A.astype(np.float32), "y")
+    assert "dtype is float64, expected float32 (np.sqrt(2)" in diagnose.diagnose([f])
+
+
+def test_close_wants_floats_of_the_same_width_and_integers_for_integers():
+    close(np.int32(3), np.int64(3))
+    close(2.0, np.int64(2))
+    for got in (A.astype(np.float32), A.astype(int), A.astype(np.int8), A.astype(array.bfloat16), A * (1 + 1e-8)):
+        with pytest.raises(Mismatch):
+            close(got, A)
+    for got in (A, A > 0, A.astype(np.float32)):
+        with pytest.raises(Mismatch):
+            close(got, A.astype(int))
+    with pytest.raises(diagnose.Unusable):
+        close(np.ma.masked_array(A + 1, mask=True), A)
+
+
+def test_inputs_have_large_sizes_fractions_and_axes_in_front():
+    met = {"size": 0, "axes": set(), "fraction": False}
+
+    def look(f, a, b):
+        met["size"] = max(met["size"], *b.shape)
+        met["axes"].add(a.ndim)
+        assert a.shape[:-2] == b.shape[:-2]
+        if max(*a.shape, *b.shape) > 4:
+            met["fraction"] = met["fraction"] or bool((a % 1).any())
+        if sizes._limit[0] < 7:
+            assert not (a % 1).any()
+    law = type(find("sum_to").laws[0])("look", look, {"a": "... n m", "b": "... m k"})
+    assert checker.run(law, Subject.of_reference(find("matmul"))).problem is None
+    assert met == {"size": 7, "axes": {2, 3, 4}, "fraction": True}
+
+
+def writes_to_g(p, g):
+    g += p
+    return g
+
+
+def uses_up_p(p, g):
+    p *= 2
+    return p * g
+
+
+@pytest.mark.parametrize("pullback, said", [(writes_to_g, "its pullback changed g"),
+                                            (uses_up_p, "when it is called again")])
+def test_a_pullback_may_neither_write_to_g_nor_use_up_what_it_keeps(pullback, said):
+    def softmax(x):
+        p = np.exp(x - x.max(axis=-1, keepdims=True))
+        p = p / p.sum(axis=-1, keepdims=True)
+        kept = p.copy()
+        return p, (lambda g: pullback(kept, g),)
+    outcome = list(checker.check_here(find("softmax"), softmax))[-1]
+    assert said in outcome.problem.message
 
 
 def test_close_accepts_what_is_right_and_only_that():

@@ -515,6 +515,12 @@ from_exercise("softmax_zero", "autograd.softmax",
               "The probabilities add up to one whatever x is, so nothing comes back.")
 from_exercise("softmax_diagonal", "autograd.softmax",
               "dx = g p (1 - p), as for the sigmoid.")
+from_exercise("softmax_back_along_axis_1", "autograd.softmax",
+              "Rows have two axes, so the last one is axis 1.")
+from_exercise("layer_norm_along_axis_1", "autograd.layer_norm",
+              "Rows lie along axis 1.")
+from_exercise("layer_norm_back_along_axis_1", "autograd.layer_norm",
+              "On the way back, rows lie along axis 1.")
 from_exercise("layer_norm_without_variance", "autograd.layer_norm",
               "Only the mean moves with x; σ is a scale.")
 from_exercise("layer_norm_unbiased", "autograd.layer_norm",

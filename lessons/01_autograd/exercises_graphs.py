@@ -5,7 +5,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from tinyft.array import asarray, xp
-from tinyft.learn.diagnose import close, undo_broadcasting
+from tinyft.learn.diagnose import Unusable, close, undo_broadcasting
 from tinyft.learn.exercise import Exercise
 from tinyft.learn.sizes import sizes
 from tinyft.tensor import Tensor, topological
@@ -59,8 +59,10 @@ def _(f, graph):
     used = [t.node for t in made if id(t.node) in below_root]
     order = [id(n) for n in f(made[-1])]
     times = np.array([order.count(id(n)) for n in used])
-    close(times, np.ones(len(used)), "how often each node is in the list",
-          {"the leaf is left out": np.array([0, *np.ones(len(used) - 1)])})
+    once = np.ones(len(used), int)
+    close(times, once, "how often each node is in the list",
+          {"the leaf is left out": np.array([0, *once[1:]])})
+    close(len(order), len(used), "the length of the list")
 
 
 @topological_order.law("the inputs of a node stand before it", graph=graphs())
@@ -75,8 +77,16 @@ def _(f, graph):
     guesses = {}
     if late == last:
         guesses["it is the order turned round, outputs before inputs"] = np.array(last)
-    close(np.array(late), np.zeros(len(late)), "how many inputs of each node come after it",
+    close(np.array(late), np.zeros(len(late), int), "how many inputs of each node come after it",
           guesses)
+
+
+@topological_order.law("a leaf alone is a graph of one node", x="n")
+def _(f, x):
+    leaf = tensor(x)
+    order = list(f(leaf))
+    if len(order) != 1 or order[0] is not leaf.node:
+        raise Unusable(f"for a leaf, the list should hold the leaf alone; yours: {order!r:.60}")
 
 
 @topological_order.law("a graph of 3,000 nodes in a row is no deeper than one of three", x="size")
@@ -139,6 +149,19 @@ def _(root):
     return [n for n in topological(root) for _ in (0, 1)]
 
 
+@topological_order.wrong_answer("The root was computed, so it is a Record.",
+                                says="AttributeError", subtle=True)
+def _(root):
+    if not isinstance(root.node, Tensor):
+        return topological(root)
+    return [p for p in root.node.parents()]
+
+
+@topological_order.wrong_answer("A graph has five nodes at most.", says="the length of the list")
+def _(root):
+    return topological(root)[-5:]
+
+
 backward = Exercise(
     "tensor:Tensor.backward", difficulty=4, minutes=30, lines=12, hints=(
         "Keep the gradient of every node in a dict, by id(node).  It starts with {id(self.node): "
@@ -158,9 +181,10 @@ def _(f, x, g):
 
 @backward.law("a tensor of one element needs no gradient: it starts with 1", x="size")
 def _(f, x):
-    x = tensor(x)
-    f(x * 3.0)
-    close(x.grad, 3.0, "x.grad of 3x")
+    for shape in ((), (1, 1)):
+        leaf = tensor(np.full(shape, float(x)))
+        f(leaf * 3.0)
+        close(leaf.grad, np.full(shape, 3.0), f"x.grad of 3x, x of shape {shape}")
 
 
 @backward.law("a tensor that is used twice gets both parts", x="n", g="n")
@@ -188,6 +212,61 @@ def _(f, x, g):
         close(leaf.grad, 8 * g, "x.grad of a + 3a, a = 2x", guesses)
 
 
+@backward.law("a + b: each of the two gets a gradient of its own", x="n", g="n")
+def _(f, x, g):
+    a, b = tensor(x), tensor(x)
+    f(a + b, g)
+    f(a + b, g)
+    close(a.grad, 2 * g, "a.grad after two", {"it is that of the second alone": g})
+    close(b.grad, 2 * g, "b.grad after two", {"a.grad and b.grad are one array": 3 * g})
+
+
+@backward.law("nobody else holds the array in .grad", x="n", g="n")
+def _(f, x, g):
+    a, b = tensor(x), tensor(x)
+    f(a + b, g)
+    close(b.grad, g, "b.grad of a + b")
+    a.grad += 1
+    close(b.grad, g, "b.grad, after a.grad += 1", {"they are one array": g + 1})
+
+
+@backward.law("an array that a pullback gives may be read-only:  y = Σ x + Σ x²", x="n")
+def _(f, x):
+    for turned in (False, True):
+        leaf = tensor(x)
+        total, squares = leaf.sum(), (leaf * leaf).sum()
+        f(squares + total if turned else total + squares)
+        close(leaf.grad, 1 + 2 * x, "x.grad of Σ x + Σ x²")
+
+
+@backward.law("float32 stays float32", x="size")
+def _(f, x):
+    leaf = Tensor(asarray(np.array(x, np.float32)), requires_grad=True)
+    f(leaf * leaf)
+    close(leaf.grad, np.array(2 * x, np.float32), "x.grad of x²")
+
+
+@backward.law("a leaf is a graph, and 3,000 nodes in a row are one too", x="size")
+def _(f, x):
+    leaf = tensor(float(x))
+    f(leaf)
+    close(leaf.grad, 1.0, "x.grad of x")
+    y = leaf
+    for _ in range(3000):
+        y = y + 1.0
+    f(y)
+    close(leaf.grad, 2.0, "x.grad of x and x + 1 + 1 + ...")
+
+
+@backward.law("retain_graph=True: a graph that is walked twice", x="n", g="n")
+def _(f, x, g):
+    leaf = tensor(x)
+    y = leaf * leaf
+    f(y, g, retain_graph=True)
+    f(y, g)
+    close(leaf.grad, 4 * x * g, "x.grad after two walks of x²")
+
+
 @backward.law("what was repeated by broadcasting is summed", a="n m", x="m", g="n m")
 def _(f, a, x, g):
     x = tensor(x)
@@ -213,19 +292,39 @@ def _(f, x, g, h):
     close(x.grad, g + h, "x.grad after two", {"it is that of the second alone": h})
 
 
-def walk(self, gradient=None, order=topological, parts="add", leaves="add", undo=undo_broadcasting):
+def walk(self, gradient=None, order=topological, parts="add", leaves="add", undo=undo_broadcasting,
+         seed=None, release=False):
     """A plain backward, with an argument for each error."""
-    grads = {id(self.node): xp(self.data).ones(self.shape) if gradient is None else gradient}
+    if gradient is None:
+        gradient = xp(self.data).ones(self.shape, self.dtype) if seed is None else seed
+    grads = {id(self.node): gradient}
     for node in reversed(order(self)):
         g = grads.pop(id(node), None)
         if g is None:
             continue
         if isinstance(node, Tensor):
-            node.grad = g.copy() if node.grad is None or leaves == "put" else node.grad + g
+            store(node, g, leaves)
             continue
         for p, gp in node.pull(g):
             gp = undo(gp, p.shape)
-            grads[id(p)] = grads[id(p)] + gp if id(p) in grads and parts == "add" else gp
+            if id(p) not in grads or parts == "put":
+                grads[id(p)] = gp
+            elif parts == "into":
+                grads[id(p)] += gp
+            else:
+                grads[id(p)] = grads[id(p)] + gp
+        if release:
+            node.release()
+
+
+def store(leaf, g, how):
+    """Put the gradient of a leaf into its .grad; how: "add", or one of the errors."""
+    if leaf.grad is None or how == "put":
+        leaf.grad = g if how in ("into", "borrow") else g.copy()
+    elif how == "into":
+        leaf.grad += g
+    else:
+        leaf.grad = leaf.grad + g
 
 
 @backward.wrong_answer("A gradient is assigned: .grad = g.", says="lost")
@@ -254,6 +353,50 @@ def _(self, gradient=None, retain_graph=False):
     walk(self, gradient, undo=lambda g, shape: g)
 
 
-@backward.wrong_answer("A new backward is a new gradient.", says="second alone", subtle=True)
+@backward.wrong_answer("A new backward is a new gradient.", says="second alone")
 def _(self, gradient=None, retain_graph=False):
     walk(self, gradient, leaves="put")
+
+
+@backward.wrong_answer("A gradient that has arrived is mine to add to.",
+                       says="changed its argument")
+def _(self, gradient=None, retain_graph=False):
+    walk(self, gradient, parts="into")
+
+
+@backward.wrong_answer("The array that arrives first becomes .grad.", says="a.grad after two")
+def _(self, gradient=None, retain_graph=False):
+    walk(self, gradient, leaves="into")
+
+
+@backward.wrong_answer("Nobody writes into a .grad.", says="they are one array", subtle=True)
+def _(self, gradient=None, retain_graph=False):
+    walk(self, gradient, leaves="borrow")
+
+
+@backward.wrong_answer("The loss has no axes, so it starts with the number 1.",
+                       says="should be an array of shape (1, 1)")
+def _(self, gradient=None, retain_graph=False):
+    walk(self, gradient, seed=np.float64(1.0), undo=lambda g, shape: g.reshape(g.shape))
+
+
+@backward.wrong_answer("A one is a one.", says="dtype is float64", subtle=True)
+def _(self, gradient=None, retain_graph=False):
+    walk(self, gradient, seed=asarray(np.ones(self.shape)))
+
+
+@backward.wrong_answer("A graph is walked once.", says="released", subtle=True)
+def _(self, gradient=None, retain_graph=False):
+    walk(self, gradient, release=True)
+
+
+@backward.wrong_answer("Each path from the loss to a leaf is followed by itself.",
+                       says="RecursionError")
+def _(self, gradient=None, retain_graph=False):
+    def follow(node, g):
+        if isinstance(node, Tensor):
+            node.grad = g.copy() if node.grad is None else node.grad + g
+            return
+        for p, gp in node.pull(g):
+            follow(p, undo_broadcasting(gp, p.shape))
+    follow(self.node, xp(self.data).ones(self.shape, self.dtype) if gradient is None else gradient)

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from tinyft import ops
 from tinyft.array import asarray, xp
-from tinyft.learn.diagnose import close, host
+from tinyft.learn.diagnose import Unusable, close, host
 from tinyft.learn.exercise import Exercise
 from tinyft.learn.references import numerical_gradient, probabilities
-from tinyft.learn.sizes import booleans
+from tinyft.learn.sizes import booleans, positive
 from tinyft.tensor import Tensor
 
 # ── causal_mask ───────────────────────────────────────────────────────────────────────────────────
@@ -54,6 +54,32 @@ def _(f, t, more):
     close(f(t, t + more), may_look(t, t + more, more), "the mask", guesses)
 
 
+@causal_mask.law("fewer keys than queries: the first queries see no key", t="size",
+                 less=st.integers(0, 3))
+def _(f, t, less):
+    guesses = {"it counts the keys as if the last had been left out": may_look(t + less, t, 0)}
+    close(f(t + less, t), may_look(t + less, t, -less), "the mask", guesses)
+
+
+class Recorded:
+    """NumPy as an array module, which knows if it was used."""
+
+    def __init__(self):
+        self.is_used = False
+
+    def __getattr__(self, name):
+        self.is_used = True
+        return getattr(np, name)
+
+
+@causal_mask.law("it is made with m, the array module, which may be CuPy", t="size")
+def _(f, t):
+    m = Recorded()
+    f(t, t, m)
+    if not m.is_used:
+        raise Unusable("m is not used: on a GPU, the mask would be in the host's memory")
+
+
 @causal_mask.wrong_answer("Causal: what comes before, so j < i.", says="not itself")
 def _(t, s, m=np):
     return m.tril(m.ones((t, s), dtype=bool), s - t - 1)
@@ -74,10 +100,25 @@ def _(t, s, m=np):
     return m.tril(m.ones((t, s), dtype=bool))
 
 
-@causal_mask.wrong_answer("With older keys in front, everything is the past.", says="entries",
-                          subtle=True)
+@causal_mask.wrong_answer("With older keys in front, everything is the past.", says="entries")
 def _(t, s, m=np):
     return m.tril(m.ones((t, s), dtype=bool)) if s == t else m.ones((t, s), dtype=bool)
+
+
+@causal_mask.wrong_answer("There are never fewer keys than queries.", says="as if the last",
+                          subtle=True)
+def _(t, s, m=np):
+    return m.tril(m.ones((t, s), dtype=bool), max(s - t, 0))
+
+
+@causal_mask.wrong_answer("NumPy is the array module.", says="m is not used", subtle=True)
+def _(t, s, m=np):
+    return np.tril(np.ones((t, s), dtype=bool), s - t)
+
+
+@causal_mask.wrong_answer("Nobody looks back further than four tokens.", says="entries", size=7)
+def _(t, s, m=np):
+    return m.triu(m.tril(m.ones((t, s), dtype=bool), s - t), s - t - 4)
 
 
 # ── softmax_attention ─────────────────────────────────────────────────────────────────────────────
@@ -94,6 +135,15 @@ softmax_attention = Exercise(
 def attended(q, k, v, may=None, scale=None):
     s = (q @ k.swapaxes(-1, -2)) * (q.shape[-1]**-0.5 if scale is None else scale)
     return probabilities(s if may is None else np.where(may, s, -np.inf)) @ v
+
+
+def attention_gradients(q, k, v, g, may=True):
+    """The gradients of q, k and v; may: True where a query may look at a key."""
+    scale = q.shape[-1]**-0.5
+    p = probabilities(np.where(may, q @ k.T * scale, -np.inf))
+    dp = g @ v.T
+    ds = scale * p * (dp - (dp * p).sum(axis=-1, keepdims=True))
+    return ds @ k, ds.T @ q, p.T @ g
 
 
 def tensors(*arrays):
@@ -151,13 +201,58 @@ def _(f, q, k, v, key_mask):
 @softmax_attention.law("queries, keys and values all get their gradient", q="t d", k="s d", v="s d",
                        g="t d")
 def _(f, q, k, v, g):
-    made, p, scale = tensors(q, k, v), probabilities(q @ k.T * q.shape[-1]**-0.5), q.shape[-1]**-0.5
-    dp = g @ v.T
-    ds = scale * p * (dp - (dp * p).sum(axis=-1, keepdims=True))
+    made = tensors(q, k, v)
     y = f(*made)
     y.backward(g)
-    for name, x, want in zip("qkv", made, (ds @ k, ds.T @ q, p.T @ g)):
+    for name, x, want in zip("qkv", made, attention_gradients(q, k, v, g)):
         close(np.zeros(want.shape) if x.grad is None else x.grad, want, f"the gradient of {name}")
+
+
+@softmax_attention.law("values of another width than queries and keys", q="t d", k="s d", v="s e")
+def _(f, q, k, v):
+    guesses = {"the scores are divided by the root of the values' width":
+                   attended(q, k, v, scale=v.shape[-1]**-0.5)}
+    close(f(*tensors(q, k, v)), attended(q, k, v), "the output", guesses)
+
+
+@softmax_attention.law("key_mask has any shape that broadcasts to the scores", q="b h t d",
+                       k="b h s d", v="b h s d", of_text=booleans("b s"), of_query=booleans("t s"))
+def _(f, q, k, v, of_text, of_query):
+    of_text[:, 0] = True
+    of_query[:, 0] = True
+    for mask in (of_text[:, None, None, :], of_query):
+        close(f(*tensors(q, k, v), key_mask=asarray(mask)), attended(q, k, v, mask),
+              f"the output, for a key_mask of shape {mask.shape}")
+
+
+@softmax_attention.law("large scores: a key that is masked has no weight beside them",
+                       q=positive("t d"), k=positive("s d"), v="s d", key_mask=booleans("s"))
+def _(f, q, k, v, key_mask):
+    key_mask[0] = True
+    q = -1000 * q
+    k = 1000 * k
+    close(f(*tensors(q, k, v), key_mask=asarray(key_mask)), attended(q, k, v, key_mask),
+          "the output, for scores of about -1,000,000")
+
+
+@softmax_attention.law("under a mask, too", q="t d", k="t d", v="t d", g="t d",
+                       key_mask=booleans("t"))
+def _(f, q, k, v, g, key_mask):
+    key_mask[0] = True
+    made = tensors(q, k, v)
+    f(*made, key_mask=asarray(key_mask), causal=True).backward(g)
+    may = may_look(len(q), len(q), 0) & key_mask
+    want = attention_gradients(q, k, v, g, may)
+    for name, x, w in zip("qkv", made, want):
+        close(np.zeros(w.shape) if x.grad is None else x.grad, w, f"the gradient of {name}")
+
+
+@softmax_attention.law("float32 stays float32", q="t d", k="s d", v="s d", key_mask=booleans("s"))
+def _(f, q, k, v, key_mask):
+    key_mask[0] = True
+    q, k, v = (x.astype(np.float32) for x in (q, k, v))
+    close(f(*tensors(q, k, v), key_mask=asarray(key_mask)),
+          attended(q, k, v, key_mask).astype(np.float32), "the output", rtol=1e-5, atol=1e-5)
 
 
 def attention(q, k, v, key_mask=None, causal=False, scale=None, after=False, both=True):
@@ -192,15 +287,64 @@ def _(q, k, v, key_mask=None, causal=False):
 
 
 @softmax_attention.wrong_answer("There is one mask: the causal one, or the one that is given.",
-                                says="key_mask is forgotten", subtle=True)
+                                says="key_mask is forgotten")
 def _(q, k, v, key_mask=None, causal=False):
     return attention(q, k, v, key_mask, causal, both=False)
 
 
 @softmax_attention.wrong_answer("Computing with arrays is computing with tensors.",
-                                says="the gradient of q", subtle=True)
+                                says="the gradient of q")
 def _(q, k, v, key_mask=None, causal=False):
     return attention(q.detach(), k.detach(), v, key_mask, causal)
+
+
+def scored(q, k, v, key_mask, causal, masked=-1e30, scale=None):
+    """Attention with another score for the keys that are masked, or another scale."""
+    m = xp(q.data)
+    scores = (q @ k.T) * (q.shape[-1]**-0.5 if scale is None else scale)
+    if causal:
+        past = ops.causal_mask(q.shape[-2], k.shape[-2], m)
+        key_mask = past if key_mask is None else past & key_mask
+    if key_mask is not None:
+        scores = ops.where(key_mask, scores, masked)
+    return ops.softmax(scores) @ v
+
+
+@softmax_attention.wrong_answer("A masked key has the score 0.", says="entries")
+def _(q, k, v, key_mask=None, causal=False):
+    return scored(q, k, v, key_mask, causal, masked=0.0)
+
+
+@softmax_attention.wrong_answer("-10,000 is minus infinity.", says="1,000,000", subtle=True)
+def _(q, k, v, key_mask=None, causal=False):
+    return scored(q, k, v, key_mask, causal, masked=-1e4)
+
+
+@softmax_attention.wrong_answer("All vectors of a head have one width, so any of them gives d.",
+                                says="values' width", subtle=True)
+def _(q, k, v, key_mask=None, causal=False):
+    return scored(q, k, v, key_mask, causal, scale=v.shape[-1]**-0.5)
+
+
+@softmax_attention.wrong_answer("A mask has an entry for each key.", says="a key_mask of shape",
+                                subtle=True)
+def _(q, k, v, key_mask=None, causal=False):
+    if key_mask is not None:
+        key_mask = key_mask.reshape(-1, k.shape[-2])[0]
+    return scored(q, k, v, key_mask, causal)
+
+
+@softmax_attention.wrong_answer("√d is np.sqrt(d).", says="dtype is float64", subtle=True)
+def _(q, k, v, key_mask=None, causal=False):
+    return scored(q, k, v, key_mask, causal, scale=Tensor(np.float64(q.shape[-1]**-0.5)))
+
+
+@softmax_attention.wrong_answer("Query i stands at position i.", says="entries", size=4)
+def _(q, k, v, key_mask=None, causal=False):
+    if causal:
+        past = asarray(may_look(q.shape[-2], k.shape[-2], 0))
+        key_mask = past if key_mask is None else past & key_mask
+    return scored(q, k, v, key_mask, causal=False)
 
 
 # ── split_heads ───────────────────────────────────────────────────────────────────────────────────
@@ -244,15 +388,25 @@ def _(f, x, h):
     close(split_by(f, x, h), by_head(x, h), f"split_heads(x, {h})", guesses)
 
 
+@split_heads.law("the gradient comes back to each feature", x="b t c", g="b t c", h="size")
+def _(f, x, g, h):
+    wide = Tensor(asarray(np.concatenate([x] * h, -1)), requires_grad=True)
+    back = np.concatenate([g + i for i in range(h)], -1)
+    y = f(wide, h)
+    if not isinstance(y, Tensor) or not y.requires_grad:
+        raise Unusable("no gradient comes back to x: x.data is an array without a way back")
+    y.backward(by_head(back, h))
+    close(wide.grad, back, "the gradient of x")
+
+
 @split_heads.wrong_answer("A reshape to (B, H, T, D) gives (B, H, T, D).",
-                          says="does not move an axis", subtle=True)
+                          says="does not move an axis")
 def _(x, heads):
     B, T, C = x.shape
     return x.reshape(B, heads, T, C // heads)
 
 
-@split_heads.wrong_answer("Features are dealt out to the heads in turn.", says="like cards",
-                          subtle=True)
+@split_heads.wrong_answer("Features are dealt out to the heads in turn.", says="like cards")
 def _(x, heads):
     B, T, C = x.shape
     return x.reshape(B, T, C // heads, heads).permute(0, 3, 1, 2)
@@ -268,6 +422,26 @@ def _(x, heads):
 def _(x, heads):
     B, T, C = x.shape
     return x.reshape(B, T, heads, 64).permute(0, 2, 1, 3)
+
+
+@split_heads.wrong_answer("Moving numbers is no computation, so arrays will do.",
+                          says="without a way back", subtle=True)
+def _(x, heads):
+    B, T, C = x.shape
+    return Tensor(x.data.reshape(B, T, heads, C // heads).transpose(0, 2, 1, 3))
+
+
+@split_heads.wrong_answer("A batch has one text.", says="ShapeError")
+def _(x, heads):
+    _, T, C = x.shape
+    return x.reshape(1, T, heads, C // heads).permute(0, 2, 1, 3)
+
+
+@split_heads.wrong_answer("A model has four heads.", says="the shape of", size=7)
+def _(x, heads):
+    B, T, C = x.shape
+    heads = min(heads, 4) if C % 4 == 0 else heads
+    return x.reshape(B, T, heads, C // heads).permute(0, 2, 1, 3)
 
 
 # ── gelu_tanh ─────────────────────────────────────────────────────────────────────────────────────
@@ -287,7 +461,7 @@ def gelu(x):
     return 0.5 * x * (1 + np.tanh(ROOT * (x + 0.044715 * x**3)))
 
 
-@gelu_tanh.law("y = x (1 + tanh(√(2/π) (x + 0.044715 x³))) / 2", x="n m")
+@gelu_tanh.law("y = x (1 + tanh(√(2/π) (x + 0.044715 x³))) / 2", x="... n")
 def _(f, x):
     exact = x * np.vectorize(lambda v: 0.5 * (1 + math.erf(v / math.sqrt(2))))(x)
     guesses = {"it is the exact GELU, with erf; GPT-2's has tanh, and differs in the fourth digit":
@@ -299,7 +473,9 @@ def _(f, x):
 
 @gelu_tanh.law("far from zero it is x or 0, and no nan", x="n")
 def _(f, x):
-    close(f(1e3 * x)[0], np.maximum(1e3 * x, 0), "gelu_tanh(1000 x)")
+    y, (dx,) = f(1e3 * x)
+    close(y, np.maximum(1e3 * x, 0), "gelu_tanh(1000 x)")
+    close(dx(x), x * (x > 0), "the gradient of 1000 x, for g = x")
 
 
 @gelu_tanh.law("the gradient of x is what small steps of x show", x="n m", g="n m")
@@ -311,8 +487,15 @@ def _(f, x, g):
     close(f(x)[1][0](g), numerical_gradient(gelu, x, g), "the gradient of x", guesses, 1e-5, 1e-7)
 
 
-@gelu_tanh.wrong_answer("The derivative of 0.044715 x³ is 0.044715 x².", says="did not come down",
-                        subtle=True)
+@gelu_tanh.law("float32 stays float32", x="n", g="n")
+def _(f, x, g):
+    y, (dx,) = f(x.astype(np.float32))
+    close(y, gelu(x).astype(np.float32), "y", rtol=1e-5, atol=1e-5)
+    want = numerical_gradient(gelu, x, g).astype(np.float32)
+    close(dx(g.astype(np.float32)), want, "the gradient of x", rtol=1e-4, atol=1e-4)
+
+
+@gelu_tanh.wrong_answer("The derivative of 0.044715 x³ is 0.044715 x².", says="did not come down")
 def _(x):
     y, _ = ops.gelu_tanh.definition(x)
     h = xp(x).tanh(ROOT * (x + 0.044715 * x**3))
@@ -320,7 +503,7 @@ def _(x):
                * (0.5 * (1 + h) + 0.5 * x * (1 - h * h) * ROOT * (1 + 0.044715 * x * x)),)
 
 
-@gelu_tanh.wrong_answer("h is a gate, and gates are constants.", says="product rule", subtle=True)
+@gelu_tanh.wrong_answer("h is a gate, and gates are constants.", says="product rule")
 def _(x):
     y, _ = ops.gelu_tanh.definition(x)
     return y, (lambda g: g * 0.5 * (1 + xp(x).tanh(ROOT * (x + 0.044715 * x**3))),)
@@ -334,3 +517,41 @@ def _(x):
 @gelu_tanh.wrong_answer("tanh squashes by itself; it needs no √(2/π).", says="√(2/π) is missing")
 def _(x):
     return 0.5 * x * (1 + xp(x).tanh(x + 0.044715 * x**3)), ops.gelu_tanh.definition(x)[1]
+
+
+@gelu_tanh.wrong_answer("√(2/π) is np.sqrt(2/π).", says="dtype is float64", subtle=True)
+def _(x):
+    h = xp(x).tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))
+    return 0.5 * x * (1 + h), ops.gelu_tanh.definition(x)[1]
+
+
+@gelu_tanh.wrong_answer("√(2/π) is 0.798.", says="entries")
+def _(x):
+    return 0.5 * x * (1 + xp(x).tanh(0.798 * (x + 0.044715 * x**3))), ops.gelu_tanh.definition(x)[1]
+
+
+@gelu_tanh.wrong_answer("√(2/π) is 0.7978846.", says="six digits")
+def _(x):
+    h = xp(x).tanh(0.7978846 * (x + 0.044715 * x**3))
+    return 0.5 * x * (1 + h), ops.gelu_tanh.definition(x)[1]
+
+
+@gelu_tanh.wrong_answer("The derivative of tanh u is 1 / cosh² u, which is eᵘ over something.",
+                        says="nan", subtle=True)
+def _(x):
+    y, _ = ops.gelu_tanh.definition(x)
+    u = ROOT * (x + 0.044715 * x**3)
+
+    def dx(g):
+        with np.errstate(all="ignore"):
+            m = xp(x)
+            h = m.tanh(u)
+            slope = 4 * m.exp(2 * u) / (m.exp(2 * u) + 1)**2
+            return g * (0.5 * (1 + h) + 0.5 * x * slope * ROOT * (1 + 0.134145 * x * x))
+    return y, (dx,)
+
+
+@gelu_tanh.wrong_answer("A batch has rows and columns.", says="ValueError")
+def _(x):
+    rows, columns = x.shape
+    return ops.gelu_tanh.definition(x)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tinyft import ops
 from tinyft.array import asarray, asnumpy, xp
-from tinyft.learn.diagnose import close
+from tinyft.learn.diagnose import Unusable, close
 from tinyft.learn.exercise import Exercise
 from tinyft.learn.references import probabilities
 from tinyft.learn.sizes import array, integers, positive, sizes
@@ -59,7 +59,7 @@ def _(f, drawn):
     close(f(z, y)[0], np.asarray(want.mean()), "the loss of 1000 z")
 
 
-@cross_entropy.law("its gradient is (p − one-hot) / N", drawn=scored(), g=st.integers(1, 3))
+@cross_entropy.law("its gradient is (p − one-hot) / N", drawn=scored(), g=st.integers(2, 4))
 def _(f, drawn, g):
     z, y = drawn
     d = probabilities(z) - (np.arange(z.shape[1]) == y[:, None])
@@ -88,7 +88,11 @@ def _(f, drawn, weight):
     w, each = weight[y], losses(z, y)
     guesses = {"it is divided by the number of rows, expected by the sum of their weights":
                    (w * each).mean()}
-    close(f(z, y, weight)[0], np.asarray((w * each).sum() / w.sum()), "the loss", guesses)
+    loss, (back, *_) = f(z, y, weight)
+    close(loss, np.asarray((w * each).sum() / w.sum()), "the loss", guesses)
+    d = (probabilities(z) - (np.arange(z.shape[1]) == y[:, None])) / w.sum()
+    close(back(np.asarray(1.0)), w[:, None] * d, "the gradient of z",
+          {"the weights are left out of the gradient": d * w.sum() / len(y)})
 
 
 @cross_entropy.law("label smoothing: (1 − ε) of the label, ε/V of every class", drawn=scored())
@@ -109,14 +113,57 @@ def _(f, drawn):
 
 
 @cross_entropy.law("any axes in front, and the gradient has z's shape", z="a b v",
-                   y=integers("a b", 0, 0))
+                   y=integers("a b", 0, 9))
 def _(f, z, y):
+    y = y % z.shape[-1]
     loss, (back, *_) = f(z, y)
     rows, labels = z.reshape(-1, z.shape[-1]), y.reshape(-1)
     close(loss, np.asarray(losses(rows, labels).mean()), "the loss")
-    close(back(np.asarray(1.0)),
-          ((probabilities(rows) - (np.arange(z.shape[-1]) == 0)) / len(rows)).reshape(z.shape),
+    one_hot = np.arange(z.shape[-1]) == labels[:, None]
+    close(back(np.asarray(1.0)), ((probabilities(rows) - one_hot) / len(rows)).reshape(z.shape),
           "the gradient of z")
+
+
+def with_all(z, y, weight, ignore_index, e):
+    """(the loss, the gradient of z) with all options, rows (N, V)."""
+    p, v = probabilities(z), z.shape[1]
+    real = y != ignore_index
+    one_hot = (np.arange(v) == np.where(real, y, 0)[:, None]) * real[:, None]
+    target = weight * ((1 - e) * one_hot + e / v * real[:, None])
+    total = (weight * one_hot).sum()
+    d = p * target.sum(axis=1, keepdims=True) - target
+    return -(target * np.log(p)).sum() / total, d / total
+
+
+@cross_entropy.law("another ignore_index than -100", drawn=scored(ignored=True))
+def _(f, drawn):
+    z, y = drawn
+    y = np.where(y < 0, -1, y)
+    loss, grad = with_all(z, y, np.ones(z.shape[1]), -1, 0.0)
+    got, (back, *_) = f(z, y, ignore_index=-1)
+    close(got, loss, "the loss for ignore_index = -1")
+    close(back(np.asarray(1.0)), grad, "the gradient of z for ignore_index = -1")
+
+
+@cross_entropy.law("all options at once: with smoothing, each class has its own weight",
+                   drawn=scored(ignored=True), weight=positive("c"), g=st.integers(1, 3))
+def _(f, drawn, weight, g):
+    z, y = drawn
+    weight = np.resize(weight, z.shape[1])
+    loss, grad = with_all(z, y, weight, -100, 0.25)
+    got, (back, *_) = f(z, y, weight, label_smoothing=0.25)
+    close(got, loss, "the loss for ε = 0.25, with weights")
+    close(back(np.asarray(float(g))), g * grad, "the gradient of z for ε = 0.25, with weights")
+
+
+@cross_entropy.law("float32 stays float32", drawn=scored())
+def _(f, drawn):
+    z, y = drawn
+    loss, grad = with_all(z, y, np.ones(z.shape[1]), -100, 0.0)
+    got, (back, *_) = f(z.astype(np.float32), y)
+    close(got, np.float32(loss), "the loss", rtol=1e-5, atol=1e-5)
+    close(back(np.asarray(1.0, np.float32)), grad.astype(np.float32), "the gradient of z",
+          rtol=1e-5, atol=1e-5)
 
 
 def scaled(z, y, weight, ignore_index, label_smoothing, value=1.0, gradient=1.0):
@@ -135,25 +182,84 @@ def _(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
     return scaled(z, y, weight, ignore_index, label_smoothing, 1.0, y.size)
 
 
-@cross_entropy.wrong_answer("The mean is over all rows.", says="to be ignored too", subtle=True)
+@cross_entropy.wrong_answer("The mean is over all rows.", says="to be ignored too")
 def _(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
     share = float((y != ignore_index).sum()) / y.size
     return scaled(z, y, weight, ignore_index, label_smoothing, share, share)
 
 
 @cross_entropy.wrong_answer("Weights multiply; what one divides by is the number of rows.",
-                            says="sum of their weights", subtle=True)
+                            says="sum of their weights")
 def _(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
     share = 1.0 if weight is None else float(weight[y].sum()) / y.size
     return scaled(z, y, weight, ignore_index, label_smoothing, share, share)
 
 
 @cross_entropy.wrong_answer("Smoothing takes from the label and gives to the others.",
-                            says="label too", subtle=True)
+                            says="label too")
 def _(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
     V = z.shape[-1]
     return ops.cross_entropy.definition(z, y, weight, ignore_index,
                                         label_smoothing * V / max(V - 1, 1))
+
+
+@cross_entropy.wrong_answer("The label of a row that does not count is -100.",
+                            says="ignore_index = -1", subtle=True)
+def _(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
+    y = xp(z).where(y == -100, -100, y % z.shape[-1])              # -1: the last class
+    return ops.cross_entropy.definition(z, y, weight, -100, label_smoothing)
+
+
+@cross_entropy.wrong_answer("The gradient of a weighted mean is the mean gradient.",
+                            says="left out of the gradient")
+def _(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
+    loss, pullbacks = ops.cross_entropy.definition(z, y, weight, ignore_index, label_smoothing)
+    plain = ops.cross_entropy.definition(z, y, None, ignore_index, label_smoothing)
+    return loss, (plain[1][0], *pullbacks[1:])
+
+
+@cross_entropy.wrong_answer("A weight belongs to the label, with smoothing too.",
+                            says="with weights", subtle=True)
+def _(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
+    if weight is None or not label_smoothing:
+        return ops.cross_entropy.definition(z, y, weight, ignore_index, label_smoothing)
+    m = xp(z)
+    real = y != ignore_index
+    labels = m.where(real, y, 0)
+    w = weight[labels] * real
+    one_hot = m.arange(z.shape[-1]) == labels[..., None]
+    target = w[..., None] * ((1 - label_smoothing) * one_hot + label_smoothing / z.shape[-1])
+    log_p, _ = ops.log_softmax.definition(z)
+
+    def dz(g):
+        return g * (m.exp(log_p) * target.sum(axis=-1, keepdims=True) - target) / w.sum()
+    return -(target * log_p).sum() / w.sum(), (dz, None, None)
+
+
+@cross_entropy.wrong_answer("ln 0 is avoided by a small number.", says="1000 z", subtle=True)
+def _(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
+    loss, pullbacks = ops.cross_entropy.definition(z, y, weight, ignore_index, label_smoothing)
+    return xp(z).minimum(loss, 27.6), pullbacks                # -ln 1e-12
+
+
+@cross_entropy.wrong_answer("The loss is where the way back begins, so g is 1.",
+                            says="is left out")
+def _(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
+    loss, (back, *rest) = ops.cross_entropy.definition(z, y, weight, ignore_index, label_smoothing)
+    return loss, (lambda g: back(g * 0 + 1), *rest)
+
+
+@cross_entropy.wrong_answer("The gradient has a row for each label.", says="the right numbers, but",
+                            subtle=True)
+def _(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
+    loss, (back, *rest) = ops.cross_entropy.definition(z, y, weight, ignore_index, label_smoothing)
+    return loss, (lambda g: back(g).reshape(-1, z.shape[-1]), *rest)
+
+
+@cross_entropy.wrong_answer("The number of rows is a number.", says="dtype is float64")
+def _(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
+    loss, pullbacks = ops.cross_entropy.definition(z, y, weight, ignore_index, label_smoothing)
+    return loss / np.float64(1.0), pullbacks
 
 
 # ── clip_norm ─────────────────────────────────────────────────────────────────────────────────────
@@ -164,13 +270,14 @@ clip_norm = Exercise(
         "The factor is limit / norm, but never more than 1: a short gradient stays as it is.  "
         "Write into the arrays: g *= factor.",
         "norm = sqrt(sum of (g * g).sum() over the arrays), computed before anything is scaled; "
-        "then min(limit / (norm + 1e-6), 1.0) for all of them."))
+        "raise FloatingPointError if it is not finite; then min(limit / (norm + 1e-6), 1.0) for "
+        "all of them."))
 
 
 def clipped(f, arrays, limit):
     """(what f returns, all gradients after it, as one vector)."""
-    mine = [asarray(a.copy()) for a in arrays]
-    norm = f(mine, limit)
+    mine = [asarray(a.copy("K")) for a in arrays]
+    norm = f(list(mine), limit)
     return norm, np.concatenate([asnumpy(a).ravel() for a in mine])
 
 
@@ -206,11 +313,42 @@ def _(f, a, b):
     close(after, want, "the gradients, for the limit 0.5", guesses, rtol=1e-5)
 
 
+@clip_norm.law("an array whose elements do not lie in a row in memory", a="n m", b="k")
+def _(f, a, b):
+    turned = np.asfortranarray(a)                              # column after column
+    g = np.concatenate([turned.ravel(), b])
+    want = g * min(1.0, 0.5 / (norm_of(g) + 1e-6))
+    close(clipped(f, (turned, b), 0.5)[1], want, "the gradients, for the limit 0.5", rtol=1e-5)
+
+
+@clip_norm.law("n + 1e-6 divides the limit: a norm near zero", a="n")
+def _(f, a):
+    limit = 1e-6
+    tiny = 1e-6 * a
+    want = tiny * min(1.0, limit / (norm_of(tiny) + 1e-6))
+    guesses = {"1e-6 is missing in the divisor":
+                   a * min(1.0, limit / max(norm_of(tiny), 1e-30))}
+    close(1e6 * clipped(f, (tiny,), limit)[1], 1e6 * want, "1e6 · the gradients", guesses,
+          rtol=1e-5)
+
+
+@clip_norm.law("a norm that is not finite is a FloatingPointError, and nothing is scaled", a="n m",
+               bad=st.sampled_from([np.inf, np.nan]))
+def _(f, a, bad):
+    mine = [asarray(a.copy()), asarray(np.array([bad]))]
+    try:
+        f(list(mine), 0.5)
+    except FloatingPointError:
+        close(mine[0], a, "the other gradients")
+        return
+    raise Unusable(f"a gradient is {bad}, and no FloatingPointError was raised")
+
+
 def common_norm(gradients):
     return xp(gradients[0]).sqrt(sum((g * g).sum() for g in gradients))
 
 
-@clip_norm.wrong_answer("Every array is clipped by itself.", says="own norm", subtle=True)
+@clip_norm.wrong_answer("Every array is clipped by itself.", says="own norm")
 def _(gradients, limit):
     norm = common_norm(gradients)
     for g in gradients:
@@ -220,7 +358,7 @@ def _(gradients, limit):
 
 
 @clip_norm.wrong_answer("Clipping is cutting off what is too large.",
-                        says="each entry", subtle=True)
+                        says="each entry")
 def _(gradients, limit):
     norm = common_norm(gradients)
     for g in gradients:
@@ -230,7 +368,7 @@ def _(gradients, limit):
 
 
 @clip_norm.wrong_answer("The norm to report is that of the gradients that are used.",
-                   says="after clipping", subtle=True)
+                   says="after clipping")
 def _(gradients, limit):
     norm = common_norm(gradients)
     if limit is not None:
@@ -240,12 +378,74 @@ def _(gradients, limit):
 
 
 @clip_norm.wrong_answer("Clipping gives the gradient the norm `limit`.",
-                        says="the gradients", subtle=True)
+                        says="the gradients")
 def _(gradients, limit):
     norm = common_norm(gradients)
     if limit is not None:
         for g in gradients:
             g *= limit / (norm + 1e-6)
+    return norm
+
+
+@clip_norm.wrong_answer("The list holds the gradients, so it gets the new ones.",
+                        says="the gradients, for the limit")
+def _(gradients, limit):
+    norm = common_norm(gradients)
+    if not math.isfinite(float(norm)):
+        raise FloatingPointError
+    if limit is not None:
+        for i, g in enumerate(gradients):
+            gradients[i] = g * xp(g).minimum(limit / (norm + 1e-6), 1.0)
+    return norm
+
+
+def clip_by(gradients, factor):
+    """A right norm, with a way to scale; factor: of a gradient and the norm."""
+    norm = common_norm(gradients)
+    if not math.isfinite(float(norm)):
+        raise FloatingPointError
+    for g in gradients:
+        factor(g, norm)
+    return norm
+
+
+@clip_norm.wrong_answer("A flat view of any array is written through.",
+                        says="the gradients, for the limit", subtle=True)
+def _(gradients, limit):
+    def scale(g, norm):
+        if limit is not None:
+            flat = g.reshape(-1)
+            flat *= xp(g).minimum(limit / (norm + 1e-6), 1.0)
+    return clip_by(gradients, scale)
+
+
+@clip_norm.wrong_answer("The norm is not zero, so it may divide.", says="1e-6 is missing",
+                        subtle=True)
+def _(gradients, limit):
+    def scale(g, norm):
+        if limit is not None and norm > limit:
+            g *= limit / norm
+    return clip_by(gradients, scale)
+
+
+@clip_norm.wrong_answer("A norm that is not finite shows by itself.",
+                        says="no FloatingPointError", subtle=True)
+def _(gradients, limit):
+    norm = common_norm(gradients)
+    if limit is not None:
+        for g in gradients:
+            with np.errstate(invalid="ignore"):
+                g *= xp(g).minimum(limit / (norm + 1e-6), 1.0)
+    return norm
+
+
+@clip_norm.wrong_answer("The longest array decides.", says="norm")
+def _(gradients, limit):
+    norm = max(float(common_norm([g])) for g in gradients)
+    if not math.isfinite(norm):
+        raise FloatingPointError
+    for g in gradients if limit is not None else ():
+        g *= min(limit / (norm + 1e-6), 1.0)
     return norm
 
 
@@ -262,14 +462,15 @@ adam_update = Exercise(
 LR, B1, B2 = 0.5, 0.75, 0.9375
 
 
-def step(f, w, g, m, v, eps=1e-8, decay=0.0, t=1):
+def step(f, w, g, m, v, eps=1e-12, decay=0.0, t=1):
     """w, m and v after one update."""
     mine = [asarray(a.copy()) for a in (w, g, m, v)]
     f(*mine, LR, B1, B2, eps, decay, t)
+    close(mine[1], g, "g, which the update may only read")
     return [asnumpy(a) for a in (mine[0], mine[2], mine[3])]
 
 
-def adam(w, g, m, v, eps=1e-8, decay=0.0, t=1, corrected=True, inside=False):
+def adam(w, g, m, v, eps=1e-12, decay=0.0, t=1, corrected=True, inside=False):
     """w after one update by the equations, with the usual errors in them on demand."""
     m = B1 * m + (1 - B1) * g
     v = B2 * v + (1 - B2) * g * g
@@ -302,7 +503,7 @@ def _(f, w, g):
 
 
 @adam_update.law("step t: w − η m̂ / (√v̂ + ε)", w="n", g="n", m="n", v=positive("n"),
-                 t=st.integers(1, 5))
+                 t=st.sampled_from([1, 2, 3, 4, 5, 20, 1000]))
 def _(f, w, g, m, v, t):
     guesses = {UNCORRECTED: adam(w, g, m, v, t=t, corrected=False)}
     close(step(f, w, g, m, v, t=t)[0], adam(w, g, m, v, t=t), "w", guesses)
@@ -310,19 +511,37 @@ def _(f, w, g, m, v, t):
 
 @adam_update.law("ε is added after the root", w="n", g="n", m="n", v=positive("n"))
 def _(f, w, g, m, v):
-    guesses = {"ε stands under the root": adam(w, g, m, v, eps=1.0, inside=True)}
+    m1 = B1 * m + (1 - B1) * g
+    root = np.sqrt(B2 * v + (1 - B2) * g * g)
+    outside = w - LR * m1 / (1 - B1) * (1 - B2)**0.5 / (root + 1.0)
+    guesses = {"ε stands under the root": adam(w, g, m, v, eps=1.0, inside=True),
+               "ε is left out": adam(w, g, m, v, eps=0.0),
+               "ε is added to √v, expected to √v̂: the correction comes first": outside}
     close(step(f, w, g, m, v, eps=1.0)[0], adam(w, g, m, v, eps=1.0), "w for ε = 1", guesses)
 
 
 @adam_update.law("the decay takes lr · decay · w from w, and does not enter m and v",
-                 w="n", g="n", m="n", v=positive("n"))
-def _(f, w, g, m, v):
-    w1, m1, _ = step(f, w, g, m, v, decay=0.5)
-    inside = adam(w, g + 0.5 * w, m, v)
+                 w="n", g="n", m="n", v=positive("n"),
+                 decay=st.sampled_from([0.5, 0.01, 1e-4]))
+def _(f, w, g, m, v, decay):
+    w1, m1, _ = step(f, w, g, m, v, decay=decay)
+    plain = adam(w, g, m, v)
+    inside = adam(w, g + decay * w, m, v)
     guesses = {"the decay is inside the gradient (Adam with L2, which Adam then divides by √v̂); "
-               "AdamW takes it off w": inside}
-    close(w1, adam(w, g, m, v, decay=0.5), "w for decay = 0.5", guesses)
-    close(m1, B1 * m + (1 - B1) * g, "m for decay = 0.5")
+               "AdamW takes it off w": inside,
+               "there is no decay": plain,
+               "the decay is not multiplied with the learning rate": plain - decay * w,
+               "the decay acts on w after the step, expected on w before it":
+                   plain * (1 - LR * decay)}
+    close(w1, adam(w, g, m, v, decay=decay), f"w for decay = {decay}", guesses)
+    close(m1, B1 * m + (1 - B1) * g, f"m for decay = {decay}")
+
+
+@adam_update.law("float32 arrays are written in place", w="n", g="n", m="n", v=positive("n"))
+def _(f, w, g, m, v):
+    want = adam(w, g, m, v, decay=0.5, t=2).astype(np.float32)
+    arrays = [a.astype(np.float32) for a in (w, g, m, v)]
+    close(step(f, *arrays, decay=0.5, t=2)[0], want, "w", rtol=1e-5, atol=1e-5)
 
 
 @adam_update.wrong_answer("m and v are means already; there is nothing to correct.", says="bias")
@@ -336,7 +555,7 @@ def _(w, g, m, v, lr, b1, b2, eps, decay, t):
 
 
 @adam_update.wrong_answer("Weight decay is L2 regularisation: add it to the gradient.",
-                     says="inside the gradient", subtle=True)
+                     says="inside the gradient")
 def _(w, g, m, v, lr, b1, b2, eps, decay, t):
     reference_update(w, g + decay * w, m, v, lr, b1, b2, eps, 0.0, t)
 
@@ -357,6 +576,56 @@ def _(w, g, m, v, lr, b1, b2, eps, decay, t):
     v += (1 - b2) * (g * g)
     w *= 1 - lr * decay
     w -= lr * m / (1 - b1**t) / (xp(w).sqrt(v / (1 - b2**t)) + eps)
+
+
+@adam_update.wrong_answer("Decays this small are no decays.", says="there is no decay", subtle=True)
+def _(w, g, m, v, lr, b1, b2, eps, decay, t):
+    reference_update(w, g, m, v, lr, b1, b2, eps, decay if decay > 0.1 else 0.0, t)
+
+
+@adam_update.wrong_answer("λ is a number of its own: w ← w (1 − λ).",
+                          says="not multiplied with the learning rate")
+def _(w, g, m, v, lr, b1, b2, eps, decay, t):
+    reference_update(w, g, m, v, lr, b1, b2, eps, decay / lr, t)
+
+
+@adam_update.wrong_answer("First the step, then the decay.", says="after the step")
+def _(w, g, m, v, lr, b1, b2, eps, decay, t):
+    reference_update(w, g, m, v, lr, b1, b2, eps, 0.0, t)
+    w *= 1 - lr * decay
+
+
+@adam_update.wrong_answer("ε is too small to matter.", says="ε is left out", subtle=True)
+def _(w, g, m, v, lr, b1, b2, eps, decay, t):
+    reference_update(w, g, m, v, lr, b1, b2, 1e-30, decay, t)
+
+
+@adam_update.wrong_answer("The corrections may be taken together, in front of the fraction.",
+                          says="the correction comes first", subtle=True)
+def _(w, g, m, v, lr, b1, b2, eps, decay, t):
+    reference_update(w, g, m, v, lr, b1, b2, eps * (1 - b2**t)**-0.5, decay, t)
+
+
+@adam_update.wrong_answer("After ten steps the bias is gone.", says="bias", subtle=True)
+def _(w, g, m, v, lr, b1, b2, eps, decay, t):
+    reference_update(w, g, m, v, lr, b1, b2, eps, decay, t if t < 10 else 10**6)
+
+
+@adam_update.wrong_answer("The gradient is used up, so it may hold the square.",
+                          says="may only read")
+def _(w, g, m, v, lr, b1, b2, eps, decay, t):
+    reference_update(w, g, m, v, lr, b1, b2, eps, decay, t)
+    g *= g
+    g -= 1
+
+
+@adam_update.wrong_answer("The step takes m and v as they were.", says="w")
+def _(w, g, m, v, lr, b1, b2, eps, decay, t):
+    before = [a.copy() for a in (w, m, v)]
+    reference_update(w, g, m, v, lr, b1, b2, eps, decay, t)
+    old_w, old_m, old_v = before
+    root = xp(w).sqrt(old_v / (1 - b2**t)) + eps
+    w[...] = old_w * (1 - lr * decay) - lr * old_m / (1 - b1**t) / root
 
 
 # ── cosine_schedule ───────────────────────────────────────────────────────────────────────────────
@@ -396,8 +665,10 @@ def falling(T, warmup, floor=0.0):
 def _(f, T):
     line = np.array([1 - t / T for t in range(T)])
     wave = np.array([half_cosine(2 * t / T) for t in range(T)])
-    guesses = {"it falls in a straight line": line, "it is a whole wave: down and up again": wave}
-    close(factors(f, T), falling(T, 0), f"the factors of {T} steps", guesses)
+    early = np.array([half_cosine(t / max(T - 1, 1)) for t in range(T)])
+    guesses = {"it reaches 0 at the last step, expected one step later": early,
+               "it falls in a straight line": line, "it is a whole wave: down and up again": wave}
+    close(factors(f, T), falling(T, 0), "the factors of T steps", guesses)
 
 
 @cosine_schedule.law("it falls to the floor", T=st.integers(1, 8),
@@ -424,6 +695,36 @@ def _(f, T):
     close(factors(f, T, warmup=0.5), falling(T, T // 2), what)
 
 
+@cosine_schedule.law("the fraction is rounded to whole steps",
+                     drawn=st.sampled_from([(8, 0.45, 4), (8, 0.3, 2), (5, 0.05, 0), (3, 0.5, 2)]))
+def _(f, drawn):
+    T, fraction, w = drawn
+    guesses = {"the fraction is cut off, expected rounded": falling(T, int(fraction * T)),
+               "the fraction is rounded up": falling(T, math.ceil(fraction * T))}
+    close(factors(f, T, warmup=fraction), falling(T, w),
+          f"the factors of {T} steps, {fraction} of them warm-up", guesses)
+
+
+@cosine_schedule.law("warm-up and floor together; the warm-up does not begin at the floor",
+                     T=st.integers(2, 8), w=st.integers(1, 4), floor=st.sampled_from([0.5, 0.25]))
+def _(f, T, w, floor):
+    squeezed = floor + (1 - floor) * falling(T, w)
+    guesses = {"the warm-up begins at the floor, expected at 0": squeezed,
+               "with a warm-up, the floor is forgotten": falling(T, w)}
+    close(factors(f, T, warmup=w, floor=floor), falling(T, w, floor),
+          f"the factors of {T} steps, {w} of them warm-up, floor {floor}", guesses)
+
+
+@cosine_schedule.law("one schedule serves any t and T, in any order", T=st.integers(1, 8),
+                     other=st.integers(1, 8))
+def _(f, T, other):
+    schedule = f(warmup=0.25)
+    for n in (T, other, T):
+        backwards = np.array([schedule(t, n) for t in reversed(range(n))], float)
+        close(backwards[::-1], falling(n, round(0.25 * n)),
+              f"the factors of {n} steps, the last asked for first")
+
+
 def steps_of(warmup, T):
     return round(warmup * T) if 0 < warmup < 1 else int(warmup)
 
@@ -436,7 +737,7 @@ def _(warmup=0, floor=0.0):
     return factor
 
 
-@cosine_schedule.wrong_answer("The floor is a lower limit.", says="squeezed", subtle=True)
+@cosine_schedule.wrong_answer("The floor is a lower limit.", says="squeezed")
 def _(warmup=0, floor=0.0):
     def factor(t, T):
         w = steps_of(warmup, T)
@@ -452,8 +753,55 @@ def _(warmup=0, floor=0.0):
 
 
 @cosine_schedule.wrong_answer("A warm-up is a number of steps.",
-                              says="factors of 4 steps, half", subtle=True)
+                              says="factors of 4 steps, half")
 def _(warmup=0, floor=0.0):
     def factor(t, T):
         return falling(T, int(warmup), floor)[t]
+    return factor
+
+
+@cosine_schedule.wrong_answer("A fraction of the steps is a whole number of steps.",
+                              says="cut off")
+def _(warmup=0, floor=0.0):
+    def factor(t, T):
+        return falling(T, int(warmup * T) if 0 < warmup < 1 else int(warmup), floor)[t]
+    return factor
+
+
+@cosine_schedule.wrong_answer("The factor is never below the floor.", says="begins at the floor",
+                              subtle=True)
+def _(warmup=0, floor=0.0):
+    def factor(t, T):
+        return floor + (1 - floor) * falling(T, steps_of(warmup, T))[t]
+    return factor
+
+
+@cosine_schedule.wrong_answer("T is a constant of the run, so it is read once.",
+                              says="the last asked for first", subtle=True)
+def _(warmup=0, floor=0.0):
+    found = []
+
+    def factor(t, T):
+        found.append(T)
+        w = steps_of(warmup, found[0])
+        return falling(max(T, w), w, floor)[t]
+    return factor
+
+
+@cosine_schedule.wrong_answer("The last step has the factor of the floor.", says="at the last step")
+def _(warmup=0, floor=0.0):
+    def factor(t, T):
+        w = steps_of(warmup, T)
+        if t < w:
+            return (t + 1) / w
+        return floor + (1 - floor) * half_cosine((t - w) / max(T - 1 - w, 1))
+    return factor
+
+
+@cosine_schedule.wrong_answer("The cosine begins with the first step, below the warm-up.",
+                              says="of them warm-up")
+def _(warmup=0, floor=0.0):
+    def factor(t, T):
+        w = steps_of(warmup, T)
+        return (t + 1) / w if t < w else falling(T, 0, floor)[t]
     return factor

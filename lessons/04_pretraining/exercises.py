@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tinyft.data.batches import SPECIAL
 from tinyft.data.batches import mlm as corrupt
-from tinyft.learn.diagnose import close
+from tinyft.learn.diagnose import Unusable, close
 from tinyft.learn.exercise import Exercise
 from tinyft.learn.sizes import array, booleans, integers, positive, sizes
 
@@ -33,7 +33,10 @@ next_tokens = Exercise(
                  ids=integers("b t", 0, 9))
 def _(f, ids):
     ids = np.concatenate([ids, ids[:, :1] + 10], axis=1)
-    guesses = {"it is the id of the position itself: nothing is left to predict": ids[:, :-1]}
+    both = (ids[:, :-1] != 0) & (ids[:, 1:] != 0)
+    guesses = {"it is the id of the position itself: nothing is left to predict": ids[:, :-1],
+               "the id 0 is taken for padding; only a mask says what is padding":
+                   np.where(both, ids[:, 1:], -100)}
     close(f(ids), ids[:, 1:], f"the labels of {ids.tolist()}", guesses)
 
 
@@ -58,6 +61,15 @@ def _(f, ids, mask):
     close(f(ids, mask), want, f"the labels with the mask {mask.astype(int).tolist()}", guesses)
 
 
+@next_tokens.law("a mask of ones and zeros, as tokenizers give it, is a mask",
+                 ids=integers("b t", 1, 9), mask=booleans("b t"))
+def _(f, ids, mask):
+    want = np.where(mask[:, 1:] & mask[:, :-1], ids[:, 1:], -100)
+    guesses = {"it differs from the labels for True and False: ~1 is -2, not 0": ids[:, 1:]}
+    close(f(ids, mask.astype(np.int64)), want,
+          f"the labels with the mask {mask.astype(int).tolist()}", guesses)
+
+
 @next_tokens.wrong_answer("The labels are the ids; the model shifts them itself.",
                           says="the position itself")
 def _(ids, mask=None):
@@ -72,7 +84,7 @@ def _(ids, mask=None):
 
 @next_tokens.wrong_answer(
     "Padding stands on the right, so a real token is always read where a real one follows.",
-    says="padding that is read", subtle=True)
+    says="padding that is read")
 def _(ids, mask=None):
     return ids[:, 1:].copy() if mask is None else np.where(mask[:, 1:], ids[:, 1:], -100)
 
@@ -81,6 +93,43 @@ def _(ids, mask=None):
                           says="padding is predicted")
 def _(ids, mask=None):
     return ids[:, 1:].copy() if mask is None else np.where(mask[:, :-1], ids[:, 1:], -100)
+
+
+@next_tokens.wrong_answer("A label is a number.", says="dtype is float64")
+def _(ids, mask=None):
+    if mask is None:
+        return ids[:, 1:].astype(float)
+    mask = np.asarray(mask, bool)
+    return np.where(mask[:, 1:] & mask[:, :-1], ids[:, 1:], -100.0)
+
+
+@next_tokens.wrong_answer("~ turns a mask round.", says="~1 is -2", subtle=True)
+def _(ids, mask=None):
+    labels = ids[:, 1:].copy()
+    if mask is not None:
+        labels[(~mask[:, 1:] | ~mask[:, :-1]).astype(bool) & (mask.dtype == bool)] = -100
+    return labels
+
+
+@next_tokens.wrong_answer("The mask of the first text is that of all.", says="entries")
+def _(ids, mask=None):
+    if mask is None:
+        return ids[:, 1:].copy()
+    first = np.asarray(mask, bool)[:1]
+    return np.where(first[:, 1:] & first[:, :-1], ids[:, 1:], -100)
+
+
+@next_tokens.wrong_answer("The token 0 is padding.", says="only a mask")
+def _(ids, mask=None):
+    mask = ids != 0 if mask is None else np.asarray(mask, bool)
+    return np.where(mask[:, 1:] & mask[:, :-1], ids[:, 1:], -100)
+
+
+@next_tokens.wrong_answer("A text ends with a token, so the last label is its end.", says="shape")
+def _(ids, mask=None):
+    mask = np.ones(ids.shape, bool) if mask is None else np.asarray(mask, bool)
+    labels = np.where(mask[:, 1:] & mask[:, :-1], ids[:, 1:], -100)
+    return np.concatenate([labels, np.full((len(ids), 1), -100)], axis=1)
 
 
 # ── mlm ───────────────────────────────────────────────────────────────────────────────────────────
@@ -109,7 +158,7 @@ def texts(draw):
     return ids, mask
 
 
-seeds = st.integers(0, 20)
+seeds = st.integers(0, 7)
 
 
 @mlm.law("the label of a position is its original id, or -100: no label", drawn=texts(), seed=seeds)
@@ -148,21 +197,60 @@ def _(f, drawn, seed):
 @mlm.law("of 20,000 words a share of p has a label; 80 % of these are [MASK], a tenth another "
          "word, a tenth as before", seed=seeds)
 def _(f, seed):
-    def share(where):
-        return round(float(where.mean()), 1)
-
     ids = np.full((100, 200), FIRST)
-    new, labels = f(ids, np.ones(ids.shape, bool), np.random.default_rng(seed), FIRST + 1000,
-                    SPECIAL, 0.5)
-    labelled = np.asarray(labels) != -100
-    got = [share(labelled), share(np.asarray(new)[labelled] == MASK),
-           share((np.asarray(new) != ids)[labelled] & (np.asarray(new)[labelled] != MASK)),
-           share((np.asarray(new) == ids)[labelled])]
-    guesses = {"all with a label become [MASK]; then the model never meets a word that may be "
-               "wrong": [0.5, 1.0, 0.0, 0.0],
-               "a share of 15 % has labels whatever p is": [share(np.arange(100) < 15), *got[1:]]}
-    close(np.array(got), np.array([0.5, 0.8, 0.1, 0.1]),
-          "the shares with a label, [MASK], another word, as before (for p = 0.5)", guesses)
+    got = shares(ids, *f(ids, np.ones(ids.shape, bool), np.random.default_rng(seed), FIRST + 1000,
+                         SPECIAL, 0.5), MASK)
+    guesses = {}
+    if got[1] == 1:
+        guesses["all with a label become [MASK]; then the model never meets a word that may be "
+                "wrong"] = got
+    if abs(got[0] - 0.15) < 0.02:
+        guesses["a share of 15 % has labels whatever p is"] = got
+    close(got, np.array([0.5, 0.8, 0.1, 0.1]),
+          "the shares with a label, [MASK], another word, as before (for p = 0.5)", guesses,
+          rtol=0, atol=0.02)
+
+
+def shares(ids, new, labels, mask_id):
+    """The share of positions with a label; of these, those that are [MASK], another word, as
+    before.
+    """
+    new, labelled = np.asarray(new), np.asarray(labels) != -100
+    is_mask = new == mask_id
+    of_labelled = [is_mask, (new != ids) & ~is_mask, new == ids]
+    return np.array([labelled.mean(), *(kind[labelled].mean() for kind in of_labelled)])
+
+
+@mlm.law("by default 15 % have a label, and the special tokens are those of the library",
+         seed=seeds)
+def _(f, seed):
+    ids = np.full((100, 200), FIRST)
+    ids[:, 0] = CLS
+    new, labels = f(ids, np.ones(ids.shape, bool), np.random.default_rng(seed), FIRST + 1000)
+    close(np.asarray(labels)[:, 0], np.full(100, -100), "the labels of [CLS]")
+    close(shares(ids[:, 1:], new[:, 1:], labels[:, 1:], MASK), np.array([0.15, 0.8, 0.1, 0.1]),
+          "the shares with a label, [MASK], another word, as before", rtol=0, atol=0.03)
+
+
+@mlm.law("rng decides: a generator in the same state, the same result",
+         drawn=texts(), seed=seeds)
+def _(f, drawn, seed):
+    ids, mask = drawn
+    ids, mask = np.tile(ids, (8, 8)), np.tile(mask, (8, 8))
+    new, labels = f(ids, mask, np.random.default_rng(seed), VOCAB)
+    again, labels_again = f(ids, mask, np.random.default_rng(seed), VOCAB)
+    close(again, new, "the new ids, for a generator in the same state")
+    close(labels_again, labels, "the labels, for a generator in the same state")
+
+
+@mlm.law("a ValueError, if no position can be chosen", b="size", t="size")
+def _(f, b, t):
+    ids = np.full((b, t), CLS)
+    try:
+        f(ids, np.ones(ids.shape, bool), np.random.default_rng(0), VOCAB)
+    except ValueError:
+        return
+    raise Unusable("all tokens are special, and no ValueError was raised")
 
 
 @mlm.law("the other words come from the whole vocabulary, without the special tokens", seed=seeds)
@@ -175,6 +263,20 @@ def _(f, seed):
                    (np.arange(VOCAB) >= FIRST) & (np.arange(VOCAB) < VOCAB - 1)}
     close(met, (np.arange(VOCAB) >= FIRST) | (np.arange(VOCAB) == MASK),
           f"which of the ids 0 to {VOCAB - 1} stand in the new text", guesses)
+
+
+OTHERS = {"[PAD]": 7, "[CLS]": 3, "[SEP]": 9, "[MASK]": 1}
+
+
+@mlm.law("the special tokens of another vocabulary, as `special` names them", seed=seeds)
+def _(f, seed):
+    ids = np.tile([3, 0, 2, 4, 5, 6, 8, 9], (300, 1))
+    new, labels = f(ids, np.ones(ids.shape, bool), np.random.default_rng(seed), 10, OTHERS, 1.0)
+    close(np.asarray(labels)[0], np.array([-100, 0, 2, 4, 5, 6, 8, -100]),
+          f"the labels of {ids[0].tolist()} for the special ids 1, 3, 7, 9")
+    met = np.array([i in np.asarray(new)[:, 1:-1] for i in range(10)])
+    close(met, np.isin(np.arange(10), [0, 1, 2, 4, 5, 6, 8]),
+          "which of the ids 0 to 9 stand in the new text, for the special ids 1, 3, 7, 9")
 
 
 @mlm.wrong_answer("The model should give back the whole text, so every position has a label.",
@@ -190,7 +292,7 @@ def _(ids, mask, rng, vocab, special=SPECIAL, p=0.15):
 
 
 @mlm.wrong_answer("A random token is a random number below the vocabulary's size.",
-                  says="special tokens are drawn", subtle=True)
+                  says="special tokens are drawn")
 def _(ids, mask, rng, vocab, special=SPECIAL, p=0.15):
     new, labels = corrupt(ids, mask, rng, vocab, special, p)
     random = (labels != -100) & (new != special["[MASK]"]) & (new != ids)
@@ -198,7 +300,7 @@ def _(ids, mask, rng, vocab, special=SPECIAL, p=0.15):
 
 
 @mlm.wrong_answer("Padding is a token like others: the mask is for attention.",
-                  says="padding gets labels", subtle=True)
+                  says="padding gets labels")
 def _(ids, mask, rng, vocab, special=SPECIAL, p=0.15):
     return corrupt(ids, np.ones(ids.shape, bool), rng, vocab, special, p)
 
@@ -207,6 +309,48 @@ def _(ids, mask, rng, vocab, special=SPECIAL, p=0.15):
 def _(ids, mask, rng, vocab, special=SPECIAL, p=0.15):
     new, labels = corrupt(ids, mask, rng, vocab, special, p)
     return new, np.where(labels == -100, -100, new)
+
+
+@mlm.wrong_answer("A tenth of the tokens is enough.", says="the shares", subtle=True)
+def _(ids, mask, rng, vocab, special=SPECIAL, p=0.1):
+    return corrupt(ids, mask, rng, vocab, special, p)
+
+
+@mlm.wrong_answer("p is always 15 %.", says="whatever p is")
+def _(ids, mask, rng, vocab, special=SPECIAL, p=0.15):
+    return corrupt(ids, mask, rng, vocab, special, 0.15 if p == 0.5 else p)
+
+
+@mlm.wrong_answer("Every vocabulary has the special tokens of this one.",
+                  says="for the special ids", subtle=True)
+def _(ids, mask, rng, vocab, special=SPECIAL, p=0.15):
+    return corrupt(ids, mask, rng, vocab, SPECIAL, p)
+
+
+@mlm.wrong_answer("Random is random.", says="different answers")
+def _(ids, mask, rng, vocab, special=SPECIAL, p=0.15):
+    return corrupt(ids, mask, np.random.default_rng(), vocab, special, p)
+
+
+@mlm.wrong_answer("Where nothing can be chosen, nothing is changed.", says="no ValueError",
+                  subtle=True)
+def _(ids, mask, rng, vocab, special=SPECIAL, p=0.15):
+    if not (mask & ~np.isin(ids, list(special.values()))).any():
+        return ids.copy(), np.full(ids.shape, -100)
+    return corrupt(ids, mask, rng, vocab, special, p)
+
+
+@mlm.wrong_answer("Three in four of the chosen become [MASK].", says="the shares")
+def _(ids, mask, rng, vocab, special=SPECIAL, p=0.15):
+    new, labels = corrupt(ids, mask, rng, vocab, special, p)
+    spared = (new == special["[MASK]"]) & (rng.random(ids.shape) < 0.0625)
+    return np.where(spared, ids, new), labels
+
+
+@mlm.wrong_answer("A position without a label has the label 0.", says="the labels")
+def _(ids, mask, rng, vocab, special=SPECIAL, p=0.15):
+    new, labels = corrupt(ids, mask, rng, vocab, special, p)
+    return new, np.where(labels == -100, 0, labels)
 
 
 # ── pool ──────────────────────────────────────────────────────────────────────────────────────────
@@ -223,8 +367,10 @@ pool = Exercise(
 def batches(draw):
     """(losses, weights) of some batches, the losses quarters."""
     n = draw(sizes())
-    return [v / 4 for v in draw(array((n,),
-                                      range(17))).tolist()], draw(array((n,), range(1, 5))).tolist()
+    each = [v / 4 for v in draw(array((n,), range(17))).tolist()]
+    weights = draw(array((n,), (1, 2, 3, 4, 0))).tolist()
+    weights[0] = max(weights[0], 1.0)                              # of the others some may be empty
+    return each, weights
 
 
 def pooled(f, losses, weights):
@@ -293,3 +439,34 @@ def _(losses, weights):
 def _(losses, weights):
     loss = sum(w * l for w, l in zip(weights, losses)) / sum(weights)
     return loss, math.exp(loss)
+
+
+@pool.wrong_answer("The longest batch speaks for all.", says="entries")
+def _(losses, weights):
+    loss = losses[max(range(len(losses)), key=lambda i: weights[i])]
+    return loss, math.exp(min(loss, 700))
+
+
+@pool.wrong_answer("exp may go up to 709.", says="expected", subtle=True)
+def _(losses, weights):
+    loss = sum(w * l for w, l in zip(weights, losses)) / sum(weights)
+    return loss, math.exp(min(loss, 709))
+
+
+@pool.wrong_answer("A batch counts at least as one token.", says="entries", subtle=True)
+def _(losses, weights):
+    weights = [max(w, 1) for w in weights]
+    loss = sum(w * l for w, l in zip(weights, losses)) / sum(weights)
+    return loss, math.exp(min(loss, 700))
+
+
+@pool.wrong_answer("The mean divides by the number of batches.", says="multiplied")
+def _(losses, weights):
+    loss = sum(w * l for w, l in zip(weights, losses)) / len(losses)
+    return loss, math.exp(min(loss, 700))
+
+
+@pool.wrong_answer("Two digits of a loss are enough.", says="entries")
+def _(losses, weights):
+    loss = round(sum(w * l for w, l in zip(weights, losses)) / sum(weights), 2)
+    return loss, math.exp(min(loss, 700))

@@ -61,6 +61,13 @@ def _(f, y, b, grid, block):
     close(biased(f, y, b, grid, block), (y + b).astype(F), "y", guesses)
 
 
+@add_bias.law("T = half: sixteen-bit numbers", y="r n", b="n")
+def _(f, y, b):
+    half_y, half_b = y.astype(HALF), b.astype(HALF)
+    f((1,), (64,), (half_y, half_b, np.int64(y.size), np.int32(len(b))))
+    close(half_y, (y + b).astype(HALF), "y, for T = half")
+
+
 BODY = add_bias.text().split("{\n", 1)[1].rsplit("}", 1)[0]
 LOOP = """  for (long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; i < size;
        i += gridDim.x * (long long)blockDim.x)
@@ -75,6 +82,15 @@ add_bias.instead("A thread takes one number.", BODY, ONE.format("if (i < size) "
 add_bias.instead("The next number of a thread is a block further on.", BODY,
                  LOOP.replace("+= gridDim.x * (long long)blockDim.x", "+= blockDim.x"),
                  says="from every block", subtle=True)
+add_bias.instead("T is float.", BODY,
+                 LOOP.replace("(T)((float)y[i] + (float)b[i % n])",
+                              "y[i] + (T)(*(float*)&b[i % n])"),
+                 says="memory that nobody wrote", subtle=True)
+add_bias.instead("A row has seven numbers at most.", BODY,
+                 LOOP.replace("i % n", "i % min(n, 6)"), says="y", size=7)
+add_bias.instead("Each thread begins at its own number in the block.", BODY,
+                 LOOP.replace("blockIdx.x * (long long)blockDim.x + threadIdx.x", "threadIdx.x"),
+                 says="entries differ")
 add_bias.instead("Row after row: i / n.", BODY, LOOP.replace("i % n", "i / n"),
                  says="outside an array")
 add_bias.instead("A thread's number in its block is its column.", BODY,
@@ -107,7 +123,7 @@ def summed(f, g, each, dtype=F):
 
 
 def stretched(g, each):
-    return np.stack([g[s:s + each].sum(axis=0) for s in range(0, len(g), each)])
+    return np.stack([g[s:s + each].sum(axis=0) for s in range(0, len(g), each)]).astype(F)
 
 
 @st.composite
@@ -119,7 +135,7 @@ def tall(draw):
 
 @sum_rows.law("one stretch: the sum of each column", g="r n")
 def _(f, g):
-    want = g.sum(axis=0, keepdims=True)
+    want = g.sum(axis=0, keepdims=True).astype(F)
     guesses = {"nothing is written": 0 * want + UNWRITTEN, "it is the first row alone": g[:1],
                "thread k adds up all rows from row k on, so that row 1 counts twice, row 2 three "
                "times": (np.arange(1, len(g) + 1) @ g)[None]}
@@ -140,13 +156,14 @@ def _(f, g):
     early = sum(g[k:k + 1] for k in range(min(8, len(g))))
     guesses = {"it is the sum of the first 8 rows: after row k thread k goes on with row k + 8":
                    early}
-    close(summed(f, g, len(g)), g.sum(axis=0, keepdims=True), "parts", guesses)
+    close(summed(f, g, len(g)), g.sum(axis=0, keepdims=True).astype(F), "parts", guesses)
 
 
 @sum_rows.law("sixteen-bit numbers are added up as float: 2048 + 1 + 1 is 2050", g="r n")
 def _(f, g):
     g = np.vstack([np.full((1, g.shape[1]), 2048.0), np.ones((2, g.shape[1])), np.abs(g)])
-    close(summed(f, g, len(g), HALF), g.sum(axis=0, keepdims=True), "parts, for T = half")
+    want = g.sum(axis=0, keepdims=True).astype(F)
+    close(summed(f, g, len(g), HALF), want, "parts, for T = half")
 
 
 sum_rows.instead("Threads of a block run in step, so what one wrote the others see.",
@@ -166,6 +183,18 @@ sum_rows.instead("A loop over rows goes on by the width of a block.", "row += 8"
                  "row += blockDim.x", says="first 8 rows", subtle=True)
 sum_rows.instead("The first row of a block is its row k.", "row = blockIdx.y * each + k", "row = k",
                  says="first row of all", subtle=True)
+sum_rows.instead("Each of the eight threads has a row.", "row += 8", "row += each",
+                 says="first 8 rows", subtle=True)
+sum_rows.instead("Seven threads are eight.", "for (int j = 1; j < 8; j++)",
+                 "for (int j = 1; j < 7; j++)", says="parts")
+sum_rows.instead("The result of a stretch stands in row 0.",
+                 "parts[(size_t)blockIdx.y * n + column]",
+                 "parts[column]", says="parts", subtle=True)
+sum_rows.instead("The last stretch is as long as the others.",
+                 "last = min(rows, (int)(blockIdx.y + 1) * each)",
+                 "last = (int)(blockIdx.y + 1) * each", says="outside an array", subtle=True)
+sum_rows.instead("Shared memory is for one column.", "column = blockIdx.x * 32 + c", "column = c",
+                 says="parts", subtle=True)
 sum_rows.instead("A sum has the type of what is added.", "  float sum = 0;\n", "  T sum = 0;\n",
                  says="parts, for T = half", subtle=True)
 
@@ -179,7 +208,7 @@ adam_rates = Exercise(
         "before √v, and shrink before w: w ← shrink w − rate m / (root √v + ε).",
         "√(v / (1 − β₂ᵗ)) = √v / √(1 − β₂ᵗ), so root = (1 - b2**t)**-0.5.  The decay takes η λ of "
         "w, whatever the corrections."))
-given = {"lr": st.sampled_from([1.0, 0.5, 0.25]), "t": st.integers(1, 4)}
+given = {"lr": st.sampled_from([1.0, 0.5, 0.25, 1e-3]), "t": st.sampled_from([1, 2, 3, 4, 1000])}
 b1, b2 = 0.75, 0.9375
 
 
@@ -205,7 +234,7 @@ def _(f, lr, t):
     close(rates(f, lr, 0.0, t)[1], (1 - b2**t)**-0.5, "root", guesses)
 
 
-@adam_rates.law("shrink = 1 − ηλ", **given, decay=st.sampled_from([0.0, 0.5, 1.0]))
+@adam_rates.law("shrink = 1 − ηλ", **given, decay=st.sampled_from([0.0, 0.5, 1.0, 0.01, 1e-4]))
 def _(f, lr, t, decay):
     guesses = {"η is left out: the decay follows the schedule too": 1 - decay,
                "it is what is taken off w, expected what stays": lr * decay,
@@ -243,6 +272,31 @@ def _(lr, b1, b2, decay, t):
     return lr / (1 - b1**t), (1 - b2**t)**-0.5, 1 - lr / (1 - b1**t) * decay
 
 
+@adam_rates.wrong_answer("float32 has digits enough.", says="six digits")
+def _(lr, b1, b2, decay, t):
+    return tuple(float(np.float32(r)) for r in optimizer.adam_rates(lr, b1, b2, decay, t))
+
+
+@adam_rates.wrong_answer("Decays this small are no decays.", says="shrink", subtle=True)
+def _(lr, b1, b2, decay, t):
+    return optimizer.adam_rates(lr, b1, b2, decay if decay > 0.1 else 0.0, t)
+
+
+@adam_rates.wrong_answer("After ten steps the bias is gone.", says="rate")
+def _(lr, b1, b2, decay, t):
+    return optimizer.adam_rates(lr, b1, b2, decay, t) if t <= 3 else (lr, 1.0, 1 - lr * decay)
+
+
+@adam_rates.wrong_answer("β₁ and β₂ are 0.9 and 0.999.", says="rate")
+def _(lr, b1, b2, decay, t):
+    return optimizer.adam_rates(lr, 0.9, 0.999, decay, t)
+
+
+@adam_rates.wrong_answer("The smaller root stands before √v.", says="root", subtle=True)
+def _(lr, b1, b2, decay, t):
+    return lr / (1 - b1**t), (1 - b2**t)**0.5, 1 - lr * decay
+
+
 # ── lay_out ───────────────────────────────────────────────────────────────────────────────────────
 lay_out = Exercise(
     "optim.buffers:Group.lay_out", difficulty=3, minutes=25, in_place=True, lines=12, hints=(
@@ -258,18 +312,20 @@ lay_out = Exercise(
 
 @st.composite
 def tensors(draw, large=False):
-    """Arrays of different shapes with the values 1, 2, 3, ...; if large, one has more than LARGE
-    elements.
+    """Arrays of different shapes, of one dtype, with the values 1, 2, 3, ...; if large, one has
+    more than LARGE elements and one as many.
     """
+    dtype = draw(st.sampled_from((F, np.float64)))
     shapes = []
     for _ in range(draw(sizes())):
         shapes.append(tuple(draw(sizes()) for _ in range(draw(st.integers(0, 2)))))
     if draw(st.booleans()):
         shapes.insert(0, (0,))
     if large:
+        shapes.insert(draw(st.integers(0, len(shapes))), (buffers.LARGE,))
         shapes.insert(draw(st.integers(0, len(shapes))), (buffers.LARGE + 1,))
     starts = np.cumsum([1] + [int(np.prod(s)) for s in shapes])
-    return [np.arange(a, a + np.prod(s), dtype=F).reshape(s) for a, s in zip(starts, shapes)]
+    return [np.arange(a, a + np.prod(s), dtype=dtype).reshape(s) for a, s in zip(starts, shapes)]
 
 
 def laid(f, arrays, moments=2):
@@ -322,6 +378,10 @@ def _(f, arrays):
                flat(arrays)}
     after = flat([asnumpy(p.data) for p in made.values()])
     close(after, flat(arrays) + 10, "the tensors after w += 10", guesses)
+    for name, p in made.items():
+        if p.data is not group.views[name]:
+            raise Unusable(f"self.views[{name!r}] is not the data of {name}: "
+                           "it would count as written from outside at every step")
 
 
 @lay_out.law("moments: zeros, each as long as w, each an array of its own", arrays=tensors(),
@@ -330,8 +390,11 @@ def _(f, arrays, moments):
     group, _ = laid(f, arrays, moments)
     close(len(group.moments), moments, "the number of moments")
     for i, m in enumerate(group.moments):
-        what = "moment 0" if i == 0 else f"moment {i}, after 1 was added to those before it"
-        guesses = {"they are one array under several names": 0 * flat(arrays) + i}
+        what = "moment 0"
+        guesses = {}
+        if i > 0:
+            what = f"moment {i}, after 1 was added to those before it"
+            guesses["they are one array under several names"] = 0 * flat(arrays) + i
         close(m, 0 * flat(arrays), what, guesses, dtype=True)
         m += 1
 
@@ -359,8 +422,9 @@ def _(f, arrays):
     close(views, np.array([a.size for a in arrays]), "the sizes of the views")
 
 
-def laid_out(group, moments, order=None, names=None, dtype=F):
+def laid_out(group, moments, order=None, names=None, dtype=None, moments_dtype=None):
     """The answer up to make_views, with the usual errors in it on demand."""
+    dtype = dtype or next(iter(group.tensors.values())).dtype
     given = list(group.tensors)
     sizes_of = [p.size for p in group.tensors.values()]
     if order is None:
@@ -373,7 +437,7 @@ def laid_out(group, moments, order=None, names=None, dtype=F):
         name = given[i] if names is None else names[place]
         group.offsets[name] = slice(start, end)
     group.w = asarray(np.zeros(end, dtype))
-    group.moments = [asarray(np.zeros(end, dtype)) for _ in range(moments)]
+    group.moments = [asarray(np.zeros(end, moments_dtype or dtype)) for _ in range(moments)]
 
 
 def copied_into(group):
@@ -382,7 +446,7 @@ def copied_into(group):
 
 
 @lay_out.wrong_answer("A tensor is its values; where they lie does not matter.",
-                      says="they are copies", subtle=True)
+                      says="they are copies")
 def _(self, moments):
     laid_out(self, moments)
     self.make_views()
@@ -397,9 +461,9 @@ def _(self, moments):
         p.data = self.views[name]
 
 
-@lay_out.wrong_answer("Zeros are zeros.", says="the dtype is float64")
+@lay_out.wrong_answer("Values are float32.", says="the dtype is float32")
 def _(self, moments):
-    laid_out(self, moments, dtype=np.float64)
+    laid_out(self, moments, dtype=F)
     self.make_views()
     self.reclaim_values()
 
@@ -431,3 +495,41 @@ def _(self, moments):
     laid_out(self, moments, order=range(len(self.tensors)))
     self.make_views()
     self.reclaim_values()
+
+
+@lay_out.wrong_answer("Moments are sums, so they are float64.", says="the dtype is float64",
+                      subtle=True)
+def _(self, moments):
+    laid_out(self, moments, moments_dtype=np.float64)
+    self.make_views()
+    self.reclaim_values()
+
+
+@lay_out.wrong_answer("A tensor of LARGE elements is large.", says="starts", subtle=True)
+def _(self, moments):
+    sizes_of = [p.size for p in self.tensors.values()]
+    order = sorted(range(len(sizes_of)), key=lambda i: sizes_of[i] >= buffers.LARGE)
+    laid_out(self, moments, order=order)
+    self.make_views()
+    self.reclaim_values()
+
+
+@lay_out.wrong_answer("Views may be made at any time.", says="written from outside", subtle=True)
+def _(self, moments):
+    laid_out(self, moments)
+    self.make_views()
+    self.reclaim_values()
+    self.make_views()
+
+
+@lay_out.wrong_answer("There are always two moments.", says="the number of moments", subtle=True)
+def _(self, moments):
+    laid_out(self, 2)
+    self.make_views()
+    self.reclaim_values()
+
+
+@lay_out.wrong_answer("A group has four tensors at most.", says="should be a dict", size=7)
+def _(self, moments):
+    self.lay_out(moments)
+    self.offsets = dict(list(self.offsets.items())[:4])

@@ -14,6 +14,7 @@ from tinyft.learn.sizes import positive
 from tinyft.optim import GradScaler
 from tinyft.optim.buffers import Group
 from tinyft.optim.master import MasterWeights
+from tinyft.optim.scaler import LARGEST
 from tinyft.precision import PRODUCTS, ROUNDABLE, SUMS, rounded, to_float32
 from tinyft.tensor import Tensor
 
@@ -105,6 +106,15 @@ def _(f, a, name, to):
     same(kw.get("bias"), a.astype(F) / 3, f"{name}: the keyword bias", to)
 
 
+@cast_inputs.law("a sum's keywords too; a mask stays a mask, and float64 stays float64", a="n m",
+                 name=sums, to=halves)
+def _(f, a, name, to):
+    _, kw = handed(f, name, [], {"weight": a.astype(to), "mask": a > 0, "scale": a / 3}, to)
+    same(kw.get("weight"), a, f"{name}: the keyword weight", F)
+    same(kw.get("mask"), a > 0, f"{name}: the keyword mask")
+    same(kw.get("scale"), a / 3, f"{name}: the keyword scale")
+
+
 def policy(name, arrays, kw, to, kinds=ROUNDABLE, keywords=True):
     """The answer, with the usual errors in it on demand."""
     if to is None:
@@ -123,15 +133,14 @@ def wanted(name):
     return np.dtype(F) if name in SUMS else None
 
 
-@cast_inputs.wrong_answer("Autocast computes in 16 bits.", says="is bfloat16, expected float32",
-                          subtle=True)
+@cast_inputs.wrong_answer("Autocast computes in 16 bits.", says="is bfloat16, expected float32")
 def _(name, arrays, kwargs):
     return policy(name, arrays, kwargs,
                   precision.autocast_state.dtype if name in PRODUCTS | SUMS else None)
 
 
 @cast_inputs.wrong_answer("Float32 in, float32 added up: nothing to do for a sum.",
-                          says="expected float32", subtle=True)
+                          says="expected float32")
 def _(name, arrays, kwargs):
     return policy(name, arrays, kwargs,
                   precision.autocast_state.dtype if name in PRODUCTS else None)
@@ -157,15 +166,50 @@ def _(name, arrays, kwargs):
                   {*ROUNDABLE, np.dtype(np.float64), np.dtype(np.int64), np.dtype(bool)})
 
 
-@cast_inputs.wrong_answer("Floating point is floating point.", says="expected float64", subtle=True)
+@cast_inputs.wrong_answer("Floating point is floating point.", says="expected float64")
 def _(name, arrays, kwargs):
     return policy(name, arrays, kwargs, wanted(name), {*ROUNDABLE, np.dtype(np.float64)})
 
 
-@cast_inputs.wrong_answer("Keywords are options, not numbers.", says="the keyword bias is float32",
-                          subtle=True)
+@cast_inputs.wrong_answer("Keywords are options, not numbers.", says="the keyword bias is float32")
 def _(name, arrays, kwargs):
     return policy(name, arrays, kwargs, wanted(name), keywords=False)
+
+
+@cast_inputs.wrong_answer("Only a product's keywords are numbers.", says="the keyword weight",
+                          subtle=True)
+def _(name, arrays, kwargs):
+    return policy(name, arrays, kwargs, wanted(name), keywords=name in PRODUCTS)
+
+
+@cast_inputs.wrong_answer("What comes by keyword is an array of numbers.", says="the keyword mask",
+                          subtle=True)
+def _(name, arrays, kwargs):
+    to = wanted(name)
+    if to is None:
+        return arrays, kwargs
+    return policy(name, arrays, {}, to)[0], {k: a.astype(to) for k, a in kwargs.items()}
+
+
+@cast_inputs.wrong_answer("Sixteen bits are bfloat16.", says="is bfloat16, expected float16")
+def _(name, arrays, kwargs):
+    return policy(name, arrays, kwargs, bfloat16 if name in PRODUCTS else wanted(name))
+
+
+@cast_inputs.wrong_answer("To round is to cut off.", says="entries")
+def _(name, arrays, kwargs):
+    def cut(a):
+        is_wide = is_array(a) and a.dtype == F
+        return (a.view(np.uint32) & np.uint32(0xffff0000)).view(F) if is_wide else a
+    if name in PRODUCTS:
+        arrays = [cut(a) for a in arrays]
+    return policy(name, arrays, kwargs, wanted(name))
+
+
+@cast_inputs.wrong_answer("A number is an array without axes.", says="None and 0.1", subtle=True)
+def _(name, arrays, kwargs):
+    arrays = [np.asarray(a, F) if isinstance(a, float) else a for a in arrays]
+    return policy(name, arrays, kwargs, wanted(name))
 
 
 # ── reclaim_values ────────────────────────────────────────────────────────────────────────────────
@@ -254,6 +298,17 @@ def _(f, a):
     check_values(group, [a], [a + HIDDEN], "w, after p.copy_(the value of p)")
 
 
+@reclaim_values.law("both ways at once, and p.data set to the very value that is there",
+                    a=positive("n m"), b=positive("k"))
+def _(f, a, b):
+    group, (p, q) = bound(a, b)
+    p.copy_(a + 8)
+    p.data = asarray((a + 4).astype(bfloat16))
+    q.data = asarray(b.astype(bfloat16))
+    f(group)
+    check_values(group, [a + 4, b], [a + HIDDEN, b + HIDDEN], "w, after both tensors were written")
+
+
 def reclaimed(group, written):
     """The answer, for these names."""
     Group.reclaim_values(group)
@@ -287,13 +342,13 @@ def _(self):
     reclaimed(self, replaced(self))
 
 
-@reclaim_values.wrong_answer("The version counts every write.", says="was not noticed", subtle=True)
+@reclaim_values.wrong_answer("The version counts every write.", says="was not noticed")
 def _(self):
     reclaimed(self, counted(self))
 
 
 @reclaim_values.wrong_answer("First reclaim the tensors, then look for writes.",
-                             says="was not noticed", subtle=True)
+                             says="was not noticed")
 def _(self):
     Group.reclaim_values(self)
     reclaimed(self, replaced(self) | counted(self))
@@ -307,7 +362,7 @@ def _(self):
 
 
 @reclaim_values.wrong_answer("Where the values are the same, nobody wrote.",
-                             says="was not noticed", subtle=True)
+                             says="was not noticed")
 def _(self):
     different = set()
     for name, p in self.tensors.items():
@@ -315,6 +370,45 @@ def _(self):
         if bool((p.data != from_w).any()):
             different.add(name)
     reclaimed(self, different)
+
+
+@reclaim_values.wrong_answer("An array with the same values is the same array.",
+                             says="entries", subtle=True)
+def _(self):
+    changed = set()
+    for name in replaced(self):
+        p = self.tensors[name]
+        if (to_float32(p.data) != to_float32(self.views[name])).any():
+            changed.add(name)
+    reclaimed(self, changed | counted(self))
+
+
+@reclaim_values.wrong_answer("The tensors were written, so the flat array is the old one.",
+                             says="the values of the tensors")
+def _(self):
+    for name in replaced(self) | counted(self):
+        self.w[self.offsets[name]] = to_float32(self.tensors[name].data).reshape(-1)
+
+
+@reclaim_values.wrong_answer("One tensor is written at a time.", says="entries", subtle=True)
+def _(self):
+    written = sorted(replaced(self) | counted(self))
+    reclaimed(self, written[:1])
+
+
+@reclaim_values.wrong_answer("What a tensor holds is what w holds, rounded.", says="w")
+def _(self):
+    reclaimed(self, replaced(self) | counted(self))
+    self.w[...] = to_float32(self.w.astype(bfloat16))
+
+
+@reclaim_values.wrong_answer("A write adds to what is hidden.", says="w")
+def _(self):
+    written = replaced(self) | counted(self)
+    hidden = self.w - to_float32(self.w.astype(bfloat16))
+    reclaimed(self, written)
+    for name in written:
+        self.w[self.offsets[name]] += hidden[self.offsets[name]]
 
 
 # ── update ────────────────────────────────────────────────────────────────────────────────────────
@@ -380,6 +474,28 @@ def _(f, S, growth, backoff, interval):
     close(count, 0, "the count after S has grown", guesses)
 
 
+@update.law("S grows up to LARGEST, 2⁶⁰, and is there after the last step",
+            growth=settings["growth"],
+            S=st.sampled_from([LARGEST, LARGEST / 2, LARGEST * 0.75]), interval=st.integers(1, 3))
+def _(f, growth, S, interval):
+    scale, _ = updated(f, S, growth, 0.5, interval, interval - 1, finite=True)
+    guesses = {"S grows past LARGEST: S times a loss would overflow": S * growth,
+               "S does not reach LARGEST": S}
+    close(scale, LARGEST, "S", guesses)
+
+
+@update.law("a step changes S and the count alone", **settings, good=st.integers(0, 1),
+            finite=st.booleans())
+def _(f, S, growth, backoff, interval, good, finite):
+    scaler = GradScaler(S, growth, backoff, interval)
+    scaler.good_steps = good
+    scaler.finite = finite
+    f(scaler)
+    others = [scaler.growth_factor, scaler.backoff_factor, scaler.growth_interval, scaler.finite]
+    close(np.array(others, float), np.array([growth, backoff, interval, finite], float),
+          "growth_factor, backoff_factor, growth_interval and finite")
+
+
 @update.law("enabled=False: S stays 1", steps=st.integers(1, 3))
 def _(f, steps):
     scaler = GradScaler(8.0, growth_interval=1, enabled=False)
@@ -397,7 +513,7 @@ def moved(scaler, good, in_a_row=True, reset=True):
     if not scaler.finite:
         scaler.current_scale *= scaler.backoff_factor
     elif scaler.good_steps == scaler.growth_interval:
-        scaler.current_scale *= scaler.growth_factor
+        scaler.current_scale = min(scaler.current_scale * scaler.growth_factor, LARGEST)
         if reset:
             scaler.good_steps = 0
 
@@ -451,3 +567,41 @@ def _(self):
     self.enabled = True
     moved(self, self.good_steps + 1)
     self.enabled = enabled
+
+
+@update.wrong_answer("S may grow as long as all goes well.", says="past LARGEST", subtle=True)
+def _(self):
+    before = self.current_scale
+    moved(self, self.good_steps + 1)
+    if self.current_scale == LARGEST:
+        self.current_scale = before * self.growth_factor
+
+
+@update.wrong_answer("Where S would pass LARGEST, it stays.", says="does not reach", subtle=True)
+def _(self):
+    before = self.current_scale
+    moved(self, self.good_steps + 1)
+    if self.current_scale == LARGEST:
+        self.current_scale = before
+
+
+@update.wrong_answer("After an update the step is over, so `finite` is True again.",
+                     says="growth_factor, backoff_factor", subtle=True)
+def _(self):
+    moved(self, self.good_steps + 1)
+    self.finite = True
+
+
+@update.wrong_answer("A scale that went too far grows more slowly afterwards.",
+                     says="growth_factor, backoff_factor", subtle=True)
+def _(self):
+    moved(self, self.good_steps + 1)
+    if self.enabled and not self.finite:
+        self.growth_factor = max(self.growth_factor / 2, 1.5)
+
+
+@update.wrong_answer("S is never below 16.", says="off")
+def _(self):
+    moved(self, self.good_steps + 1)
+    if self.enabled:
+        self.current_scale = max(self.current_scale, 16.0)

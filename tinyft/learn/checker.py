@@ -20,12 +20,12 @@ from .. import array, kernels
 from . import sizes
 from .diagnose import Mismatch, Unusable, diagnose
 from .exercise import Exercise, Law
-from .loading import Refused, Stop, in_words, place, quoted_line
+from .loading import Refused, Stop, in_words, place, quoted_line, shortened
 from .show import Outcome, Problem, inputs_as_text, pair_as_text
 from .subject import Changed, ReferenceUsed, Subject, closed
 
 ONE_CALL = 2.0                                           # seconds after which one call is cut off
-ONE_LAW = 5.0                                            # seconds after which the search for one law ends
+ONE_LAW = 5.0                                            # seconds of computing after which the search for one law ends
 SEARCH_ONLY = (Phase.explicit, Phase.generate)
 LEARNER = settings(
     derandomize=True,                                    # the same input fails until the code changes
@@ -109,7 +109,7 @@ class Trial:
         self.filename = filename
         self.seed = seed
         self.shrink = shrink
-        self.start = time.monotonic()
+        self.start = time.process_time()                 # a machine may be busy with something else
         self.tried = 0                                   # number of inputs tried
         self.largest = 0                                 # size of the inputs that are being tried
         self.inputs: dict[str, Any] = {}                 # those being tried
@@ -121,7 +121,7 @@ class Trial:
 
         The largest size grows from round to round, so the first input that fails is small; Hypothesis makes it smaller.
         """
-        rounds = sizes.GROWING if self.shrink else sizes.GROWING[1:2]
+        rounds = sizes.GROWING if self.shrink else sizes.QUICK
         for largest, examples in rounds:
             self.largest = largest
             sizes.limit(largest)
@@ -169,7 +169,7 @@ class Trial:
         """
         self.inputs, letter_sizes = drawn
         self.tried += 1
-        if time.monotonic() - self.start > ONE_LAW:
+        if time.process_time() - self.start > ONE_LAW:
             if self.failed:
                 raise Enough
             raise TooLong(f"after {ONE_LAW:g} seconds only {self.tried} small inputs are done: far too slow")
@@ -252,9 +252,9 @@ class Trial:
             sentence = diagnose(self.mismatches or [e])
             return Problem("mismatch", message=e.what, yours=yours, expected=expected, diagnosis=sentence, **common)
         if isinstance(e, (Unusable, Changed)):
-            return Problem("returned", message=str(e), **common)
+            return Problem("returned", message=shortened(str(e)), **common)
         if place(e, self.filename) is None and self.filename:            # the law raised it, on the learner's result
-            message = f"the check cannot use what your function gives back: {type(e).__name__}: {e}"
+            message = f"the check cannot use what your function gives back: {in_words(e)}"
             return Problem("raised", message=message, **common)
         while e.__cause__ is not None:
             e = e.__cause__
@@ -281,14 +281,32 @@ class Printed(io.StringIO):
         super().write(s[:room])
         return len(s)
 
+    @property
+    def buffer(self) -> BytesPrinted:
+        """The stream of bytes below, as of sys.stdout: sys.stdout.buffer.write(b"...")."""
+        return BytesPrinted(self)
+
     def lines(self) -> list[str]:
         """At most 20 lines of the text, a line with the number of characters not kept, and at most three warnings."""
         found = self.getvalue().splitlines()[:20]
         if self.lost:
             found.append(f"... and {self.lost:,} more characters")
         for w in self.warned[:3]:
-            found.append(f"{w.category.__name__}: {w.message}   {Path(w.filename).name}:{w.lineno}")
+            found.append(f"{in_words(w.message)}   {Path(w.filename).name}:{w.lineno}")
         return found
+
+
+class BytesPrinted(io.RawIOBase):
+    """Bytes that are printed, as text at the end of `printed`."""
+
+    def __init__(self, printed: Printed):
+        self.printed = printed
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: bytes) -> int:
+        return self.printed.write(bytes(data).decode("utf-8", "replace"))
 
 
 @contextlib.contextmanager

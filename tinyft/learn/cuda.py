@@ -90,9 +90,10 @@ class Kernel(Exercise):
     def load(self, path: Path) -> str:
         """The text of the learner's file."""
         try:
-            return path.read_text(encoding="utf-8")
+            return path.read_text(encoding="utf-8-sig")      # Notepad writes a byte order mark
         except (OSError, UnicodeDecodeError) as e:
-            raise Refused(f"{path.parent.name}/{path.name} cannot be read: {e}") from None
+            reason = e.strerror if isinstance(e, OSError) else e
+            raise Refused(f"{path.parent.name}/{path.name} cannot be read: {reason}") from None
 
     def usable(self, answer: Any) -> Callable:
         """The kernel of the learner's text, compiled; `unwritten`, which raises, if its body is empty.
@@ -116,15 +117,15 @@ class Kernel(Exercise):
             raise Refused(f"keep the parameters as they are:\n  {self._parts()[1].strip()}")
         return kernel
 
-    def instead(self, belief: str, right: str, wrong: str, says: str, subtle: bool = False) -> None:
+    def instead(self, belief: str, right: str, wrong: str, says: str, subtle: bool = False, size: int = 2) -> None:
         """Add a wrong answer: the library's kernel with the text `right`, which it has once, replaced by `wrong`.
 
-        belief, says, subtle: see WrongAnswer.
+        belief, says, subtle, size: see WrongAnswer.
         """
         count = self.text().count(right)
         if count != 1:
             raise ValueError(f"{self.file} has {right!r} {count} times in {self.function}, not once")
-        self.wrong_answers.append(WrongAnswer(belief, self.text().replace(right, wrong), says, subtle))
+        self.wrong_answers.append(WrongAnswer(belief, self.text().replace(right, wrong), says, subtle, size))
 
 
 def parts(text: str, name: str) -> tuple[str, str, str] | tuple[()]:

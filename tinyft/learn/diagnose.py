@@ -67,21 +67,30 @@ def described(a: Any) -> str:
     return f"{article} {kind}, {text}"
 
 
-def close(got: Any, want: Any, what: str = "the result", guesses: dict[str, Any] | None = None, rtol: float = 1e-6,
-          atol: float = 1e-9, dtype: bool = False) -> None:
+def close(got: Any, want: Any, what: str = "the result", guesses: dict[str, Any] | None = None, rtol: float = 1e-9,
+          atol: float = 1e-12, dtype: bool = False) -> None:
     """Raise Mismatch unless got equals want up to rounding (np.allclose).  Unusable if got is no array or number.
 
-    Booleans equal only booleans; with dtype=True the dtypes must be the same.
-    guesses: {"a known error in words": the result that it gives}.
+    Booleans equal only booleans, integers only integers, and floats only floats of the same width: an answer that
+    rounds, or that computes in float32, is wrong.  A number of Python may be an integer or a float.  With dtype=True
+    the dtypes must be the same.  guesses: {"a known error in words": the result that it gives}.
     """
     want = np.asarray(want)
     g = host(got, what, want)
+    is_number = isinstance(got, (int, float)) and not isinstance(got, (bool, np.generic))
     if dtype:
         same_kind = g.dtype == want.dtype
+    elif is_number:
+        same_kind = want.dtype != bool
     else:
-        same_kind = (g.dtype == bool) == (want.dtype == bool)
+        same_kind = _kind(g.dtype) == _kind(want.dtype)
     if g.shape != want.shape or not same_kind or not equal(g, want, rtol, atol):
         raise Mismatch(g.copy(), want, what, {k: np.asarray(v) for k, v in (guesses or {}).items()})
+
+
+def _kind(dtype: np.dtype) -> str:
+    """"integer" for all integers; of another dtype its name."""
+    return "integer" if dtype.kind in "iu" else dtype.name
 
 
 def equal(a: np.ndarray, b: np.ndarray, rtol: float = 1e-6, atol: float = 1e-9) -> bool:
@@ -101,7 +110,8 @@ def diagnose(failures: list[Mismatch]) -> str:
     It returns its sentence, or "" if it does not fit.  The first sentence counts; without one, `_worst` gives it."""
     last = failures[-1]
     same_result = [f for f in failures if f.what == last.what]
-    for rule in (_guessed, _not_finite, _shape, _dtype, _opposite, _transposed, _factor, _offset, _triangle, _axis):
+    for rule in (_guessed, _not_finite, _shape, _dtype, _digits, _rounded, _opposite, _transposed, _factor, _offset,
+                 _triangle, _axis):
         sentence = rule(same_result)
         if sentence:
             return sentence
@@ -150,10 +160,35 @@ def _not_summed(g: np.ndarray, w: np.ndarray) -> bool:
 
 
 def _dtype(failures: list[Mismatch]) -> str:
-    """A sentence if all numbers are right: since the results count as different, their dtypes differ."""
+    """A sentence if all numbers are right, and only the dtype is another."""
     last = failures[-1]
-    if all(equal(f.got.astype(float), f.want.astype(float)) for f in failures):
-        return f"the numbers are right, the dtype is {last.got.dtype}, expected {last.want.dtype}"
+    if last.got.dtype == last.want.dtype:
+        return ""
+    if all(equal(f.got.astype(float), f.want.astype(float), 1e-4, 1e-5) for f in failures):
+        is_wider = last.got.dtype == np.float64 and last.want.dtype == np.float32
+        cause = " (np.sqrt(2) is a float64 and makes float64 of a float32 array; 2**0.5 does not)" if is_wider else ""
+        return f"the numbers are right, the dtype is {last.got.dtype}, expected {last.want.dtype}{cause}"
+    return ""
+
+
+def _digits(failures: list[Mismatch]) -> str:
+    """A sentence if all numbers are nearly right."""
+    if _all_right_to_six_digits(failures):
+        return ("only the first six digits are right: was something computed in float32, was a constant rounded, or is "
+                "a small number such as ε missing, or too much?")
+    return ""
+
+
+def _all_right_to_six_digits(failures: list[Mismatch]) -> bool:
+    return all(equal(f.got.astype(float), f.want.astype(float)) for f in failures)
+
+
+def _rounded(failures: list[Mismatch]) -> str:
+    """A sentence if every result is the expected one, rounded up, down or to the nearest whole number."""
+    for rounding in (np.trunc, np.rint, np.floor, np.ceil):
+        rounded = [rounding(f.want.astype(float)) for f in failures]
+        if all(equal(f.got.astype(float), r) for f, r in zip(failures, rounded)):
+            return "it is rounded to whole numbers: is it kept in an array of integers?"
     return ""
 
 
@@ -175,8 +210,9 @@ def ratio(f: Mismatch) -> float | None:
     w = f.want.astype(float)
     if not w.any():
         return None if g.any() else np.nan
-    r = float((g * w).sum() / (w * w).sum())             # least squares
-    return r if equal(g, r * w) else None
+    with np.errstate(all="ignore"):                      # numbers such as e⁷⁰⁰ overflow
+        r = float((g * w).sum() / (w * w).sum())         # least squares
+        return r if equal(g, r * w) else None
 
 
 def _factor(failures: list[Mismatch]) -> str:
@@ -267,6 +303,6 @@ def _worst(f: Mismatch) -> str:
     if g.ndim == 0:
         return f"it is {g - w:+.6g} off"
     i = np.unravel_index(np.argmax(np.abs(g - w)), g.shape)
-    different = int((~np.isclose(g, w)).sum())
+    different = int((~np.isclose(g, w, rtol=1e-9, atol=1e-12)).sum())
     return (f"{different} of {g.size} entries differ; the worst, at {[int(k) for k in i]}, "
             f"is {g[i]:.6g}, expected {w[i]:.6g}")

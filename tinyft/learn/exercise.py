@@ -10,13 +10,14 @@ import dataclasses
 import difflib
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ..checks import brief
 from .folders import exercise_modules, lessons
-from .loading import load_function
+from .loading import Refused, load_function
 from .sources import LibraryFunction, find_function, import_lines
 
 
@@ -38,11 +39,13 @@ class WrongAnswer:
 
     belief: the misconception in a sentence.  function: the answer; for a kernel, its CUDA C.
     says: words that the diagnosis of the failure must contain.  subtle: the answer breaks one law only.
+    size: the largest size of an input that may be needed to catch it; at 7, inputs have fractions.
     """
     belief: str
     function: Callable | str
     says: str
     subtle: bool
+    size: int = 2
 
 
 @dataclasses.dataclass
@@ -169,7 +172,9 @@ from __future__ import annotations
         return load_function(path, self.function, f"work_{self.name.replace('.', '_')}")
 
     def usable(self, answer: Any) -> Callable:
-        """The function that the laws call, made from the learner's answer."""
+        """The function that the laws call, made from the learner's answer.  Refused if that is no function."""
+        if not callable(answer):
+            raise Refused(f"{self.name} wants a function, got {brief(answer)}")
         return answer
 
     # ── writing an exercise ──────────────────────────────────────────────────────────────────────────────────────────
@@ -184,10 +189,10 @@ from __future__ import annotations
             return test
         return register
 
-    def wrong_answer(self, belief: str, says: str, subtle: bool = False) -> Callable:
-        """Decorator that adds a function as a wrong answer.  belief, says, subtle: see WrongAnswer."""
+    def wrong_answer(self, belief: str, says: str, subtle: bool = False, size: int = 2) -> Callable:
+        """Decorator that adds a function as a wrong answer.  belief, says, subtle, size: see WrongAnswer."""
         def register(f: Callable) -> Callable:
-            self.wrong_answers.append(WrongAnswer(belief, f, says, subtle))
+            self.wrong_answers.append(WrongAnswer(belief, f, says, subtle, size))
             return f
         return register
 
@@ -210,19 +215,33 @@ def of_lesson(lesson: str) -> list[Exercise]:
 
 
 def find(name: str) -> Exercise:
-    """An exercise by its name ("autograd.sum_to"), or by its function ("sum_to").  ValueError, with the nearest names,
-    if there is none.
+    """An exercise by its name ("autograd.sum_to"), by its function ("sum_to") or by the path of its file
+    ("work/autograd.sum_to.py").
+
+    ValueError, with the nearest names, if there is none, or if several exercises have such a function.
     """
+    name = str(name)
+    path = Path(name)
+    if path.suffix in (".py", ".cu"):
+        name = path.stem
     lesson = name.split(".")[0]
     if lesson in lessons():                              # imports the exercises of one lesson instead of all
         for e in of_lesson(lesson):
             if e.name == name:
                 return e
     every = exercises()
-    for e in every.values():
-        if e.function == name:
-            return e
+    found = [e for e in every.values() if e.function == name]
+    if len(found) > 1:
+        raise ValueError(f"{name!r} is the name of several exercises: {' and '.join(e.name for e in found)}")
+    if found:
+        return found[0]
     functions = [e.function for e in every.values()]
-    near = difflib.get_close_matches(name, [*every, *functions], 3, 0.5)
-    suggestion = f"; did you mean {' or '.join(near)}?" if near else ""
-    raise ValueError(f"there is no exercise {name!r}{suggestion}  `tinyft status` lists them")
+    suggestion = near_names(name, [*every, *functions, *lessons()])
+    raise ValueError(f"there is no exercise {name!r}{suggestion}; `tinyft status` lists them")
+
+
+def near_names(name: str, names: Iterable[str]) -> str:
+    """"; did you mean sum_to or sum_rows?": the names that are most like this one; "" if none is."""
+    by_lower_case = {n.lower(): n for n in names}
+    near = difflib.get_close_matches(name.lower(), by_lower_case, 3, 0.5)
+    return f"; did you mean {' or '.join(by_lower_case[n] for n in near)}?" if near else ""

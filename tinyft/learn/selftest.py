@@ -10,11 +10,9 @@ from pathlib import Path
 
 from .. import kernels
 from .checker import check_file, run
-from .exercise import Exercise, WrongAnswer
+from .exercise import Exercise, Law, WrongAnswer
 from .show import Outcome, Page
 from .subject import Subject
-
-CAUGHT_AT = 2                                            # the largest size that may be needed to catch a wrong answer
 
 
 def examine(exercise: Exercise, seeds: int = 3) -> list[str]:
@@ -55,30 +53,36 @@ def examine_reference(exercise: Exercise, seed: int) -> list[str]:
 def examine_wrong(exercise: Exercise, wrong: WrongAnswer) -> list[str]:
     """The faults in how a wrong answer is caught, in sentences; [] if there are none.
 
-    At least one law must break, at a size of at most CAUGHT_AT, with a diagnosis that contains wrong.says.  A subtle
+    At least one law must break, at a size of at most wrong.size, with a diagnosis that contains wrong.says.  A subtle
     wrong answer must break exactly one law.
     """
-    broken: list[Outcome] = []                           # of the laws that it breaks; only a subtle one tries them all
     filename = wrong.function.__code__.co_filename if callable(wrong.function) else ""
+
+    def break_law(law: Law, shrink: bool) -> Outcome | None:
+        outcome = run(law, Subject(exercise, wrong.function), filename, shrink=shrink)
+        return outcome if outcome.problem else None
+
+    broken = []                                          # the laws that it breaks; only a subtle one tries them all
     for law in exercise.laws:
-        is_first = not broken                            # the diagnosis of the first law to break is examined
-        outcome = run(law, Subject(exercise, wrong.function), filename, shrink=is_first)
-        if outcome.problem:
-            broken.append(outcome)
+        if break_law(law, shrink=False):                 # quick: inputs of size 2
+            broken.append(law)
             if not wrong.subtle:
                 break
-    if not broken:
+    examined = broken[:1] or exercise.laws
+    first = next(filter(None, (break_law(law, shrink=True) for law in examined)), None)
+    if first is None:
         return [f"{wrong.belief!r} is not caught"]
     found = []
-    title = broken[0].title
-    problem = broken[0].problem
+    title = first.title
+    problem = first.problem
     text = f"{problem.message} {problem.diagnosis}"
-    if problem.size > CAUGHT_AT:
+    if problem.size > wrong.size:
         found.append(f"{wrong.belief!r} is caught only at size {problem.size}, by {title!r}")
     if wrong.says not in text:
         found.append(f"{wrong.belief!r}: the diagnosis does not say {wrong.says!r}, but: {title!r}: {text}")
     if wrong.subtle and len(broken) != 1:
-        found.append(f"{wrong.belief!r} is no subtle error: it breaks {', '.join(repr(b.title) for b in broken)}")
+        titles = ", ".join(repr(law.title) for law in broken)
+        found.append(f"{wrong.belief!r} is no subtle error: it breaks {titles or 'none at size 2'}")
     return found
 
 

@@ -185,13 +185,30 @@ class Subject:
         if not is_sequence or len(pullbacks) < inputs or not all(p is None or callable(p) for p in pullbacks):
             raise Unusable(f"the pullbacks of {name} should be a tuple of functions g -> gradient, one for each of the "
                            f"{inputs} inputs (None where there is no gradient); yours is {described(pullbacks)}")
-        return value, tuple(None if p is None else _on_backend(p) for p in pullbacks)
+        return value, tuple(None if p is None else _watched(p) for p in pullbacks)
 
 
-def _on_backend(pullback: Callable) -> Callable:
-    """The pullback, given NumPy arrays as arrays of the backend in use."""
+def _watched(pullback: Callable) -> Callable:
+    """The pullback, given copies of NumPy arrays as arrays of the backend in use, and called twice.
+
+    The function that is returned raises Changed, an error, if the pullback wrote to g, and Unusable if it gives another
+    result for the same g: backward may pull several times, and other nodes may hold the same g.
+    """
     def call(g: Any) -> Any:
-        return pullback(array.asarray(g) if isinstance(g, np.ndarray) else g)
+        given = array.asarray(g.copy()) if isinstance(g, np.ndarray) else g
+        before = _host(given)
+        first = pullback(given)
+        result = _host(first)
+        if before is None or result is None:
+            return first
+        if not _unchanged(_host(given), before):
+            raise Changed("its pullback changed g, which other nodes may hold too: "
+                          "compute a new array instead (g = g * p, not g *= p)")
+        second = _host(pullback(given))
+        if second is None or not _unchanged(second, result):
+            raise Unusable("for one and the same g the pullback gives another result when it is called again: "
+                           "does it write into an array that it keeps?")
+        return first
     return call
 
 
@@ -202,4 +219,5 @@ def _host(a: Any) -> np.ndarray | None:
 
 
 def _unchanged(now: np.ndarray, before: np.ndarray) -> bool:
+    """True if two arrays have the same shape and values, NaN too."""
     return np.array_equal(now, before, equal_nan=before.dtype.kind == "f")
