@@ -289,7 +289,7 @@ def check_history(history: dict[str, Any], own: dict[str, Any]) -> None:
     if history.keys() != own.keys():
         raise ValueError(f"history wants {', '.join(own)}, got {checks.brief(list(history))}")
     for name, value in own.items():
-        checks.instance(f"history: {name}", history[name], type(value), f"a {type(value).__name__}")
+        checks.instance(f"history: {name}", history[name], type(value), type(value).__name__)
     for name, values in {"losses": history["losses"], **history["terms"]}.items():
         if not isinstance(values, list) or any(type(value) not in (int, float) for value in values):
             raise TypeError(f"history: {checks.brief(name)} wants a list of numbers, got others")
