@@ -22,6 +22,7 @@ from test_resume import (
     check_equal_runs,
     differences,
     finish_process,
+    ignore_step,
     kill_at,
     lora,
     make_batches,
@@ -411,6 +412,37 @@ def test_batches_that_raise_leave_the_last_step_in_the_checkpoint(make, call, tm
     assert read_checkpoint(tmp_path / "stopped")[1]["done"] == 5
     resumed = run_parts(lora()[0], make(0), lora()[2], tmp_path / "stopped")
     check_equal_runs(straight, resumed, tmp_path / "straight", tmp_path / "stopped")
+
+
+def fault_in_the_schedule(model: Any) -> Callable[[int], None]:
+    def at_step(step: int) -> None:
+        if step == 6:
+            raise Fault
+    return at_step
+
+
+def fault_in_the_forward_pass(model: Any) -> Callable[[int], None]:
+    """In the second micro-batch of step 6, after dropout has drawn from the random generator."""
+    calls = iter(range(1, 1000))
+    forward = model.norm.forward
+
+    def failing(x: Any, ctx: Any) -> Any:
+        if next(calls) == 12:
+            raise Fault
+        return forward(x, ctx)
+    model.norm.forward = failing
+    return ignore_step
+
+
+@pytest.mark.parametrize("break_it", [fault_in_the_schedule, fault_in_the_forward_pass])
+def test_a_step_that_raises_before_its_update_leaves_the_step_before_it_in_the_checkpoint(break_it, tmp_path):
+    straight = run_recipe("lora", tmp_path / "straight")
+    model, batches, arguments = lora()
+    at_step = break_it(model)
+    with pytest.raises(Fault):
+        run_parts(model, batches, arguments, tmp_path / "stopped", at_step=at_step, save_every=0)
+    assert read_checkpoint(tmp_path / "stopped")[1]["done"] == 5
+    check_equal_runs(straight, run_recipe("lora", tmp_path / "stopped"), tmp_path / "straight", tmp_path / "stopped")
 
 
 def test_a_first_batch_that_raises_leaves_no_checkpoint(tmp_path):

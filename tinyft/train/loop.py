@@ -115,7 +115,7 @@ def fit(
                     override begin or step, and optimisers without a kernel for it
 
     Ctrl-C finishes the step, writes the checkpoint and raises KeyboardInterrupt; with `out`, SIGTERM does the same and
-    raises SystemExit(143). The checkpoint is also written if `evaluate` or the batches raise.
+    raises SystemExit(143). The checkpoint is also written if `evaluate`, a batch or the forward pass raises.
     Diverged if a loss or a norm of gradients is not finite; then nothing was updated or written. Before training:
     TypeError or ValueError for arguments that make no sense, if nothing trains, if the checkpoint is of another run,
     and if `out` holds a run and resume is False. Afterwards the model evaluates (model.eval()), without gradients.
@@ -164,15 +164,15 @@ def train_step(run: Run, T: int) -> None:
 
     Diverged if the loss or the norm of the gradients is not finite; in float16 such a step is skipped."""
     attached = edit.attached(run.model)
-    batches = run.read_batches()
-    factor = run.read_factor(T)                                         # the learning rate is optimizer.lr · factor
-    for a in attached:
-        a.method.begin(a.edits, run.t, T, run.rng)
-
-    if run.replay is None:
-        loss, terms = add_gradients(run, batches, run.rng)
-        norm = None
-    else:
+    norm = None
+    with run.keeping_last_step():
+        batches = run.read_batches()
+        factor = run.read_factor(T)                                     # the learning rate is optimizer.lr · factor
+        for a in attached:
+            a.method.begin(a.edits, run.t, T, run.rng)
+        if run.replay is None:
+            loss, terms = add_gradients(run, batches, run.rng)
+    if run.replay is not None:
         loss, terms, norm = replay_step(run, batches[0], factor)
     try:
         # float16: if gradients overflow, `skipping` catches the error, and sets scaler.finite to False
@@ -340,17 +340,12 @@ class Run:
             check_capture(self)
 
     def read_batches(self) -> list[Targets]:
-        """The batches of one step. If one cannot be read, the checkpoint is written as it was before this step."""
-        before = self.stream.state_dict() if self.path else None
-        try:
-            batches = [self.read_batch() for _ in range(self.settings.accumulate)]
-            weights = [targets.weight for targets in batches]
-            if not sum(weights) > 0 or min(weights) < 0:
-                raise ValueError("a step wants a label whose class weight is not 0, got batches of weights "
-                                 f"{', '.join(map(str, weights))}")
-        except Exception:
-            self.save_after_error(before)
-            raise
+        """The batches of one step. ValueError if none of their labels has a weight."""
+        batches = [self.read_batch() for _ in range(self.settings.accumulate)]
+        weights = [targets.weight for targets in batches]
+        if not sum(weights) > 0 or min(weights) < 0:
+            raise ValueError("a step wants a label whose class weight is not 0, got batches of weights "
+                             f"{', '.join(map(str, weights))}")
         return batches
 
     def read_batch(self) -> Targets:
@@ -429,11 +424,8 @@ class Run:
         evaluations = self.history.evaluations
         if not is_due or (evaluations and evaluations[-1][0] == self.done):
             return
-        try:
+        with self.keeping_last_step():
             self.run_evaluation()
-        except Exception:
-            self.save_after_error()
-            raise
 
     def run_evaluation(self) -> None:
         """Evaluate. Copy the state if it is the best of this stage; set history.stopped if patience has run out."""
@@ -495,18 +487,24 @@ class Run:
         """The position in the run: the stage, the steps, the evaluations."""
         return self.stage_index, self.done, len(self.history.evaluations)
 
-    def save_after_error(self, batches: dict[str, Any] | None = None) -> None:
-        """Write the checkpoint of the last whole step before an exception of the user's code goes on.
+    @contextlib.contextmanager
+    def keeping_last_step(self) -> Iterator[None]:
+        """The context of code that updates nothing. If it raises, the checkpoint of the last whole step is written.
 
-        batches: the position in the batches after that step, if the stream has moved on since. Nothing is written
+        The position in the batches and the random state are those from the start of the block. Nothing is written
         before the first step, nor if the folder holds this state. A full disk must not hide the exception."""
-        if not self.path or self.position() in ((0, 0, 0), self.saved_at):
+        if not self.path:
+            yield
             return
-        arrays, facts = self.state_dict()
-        if batches is not None:
-            facts["batches"] = batches
-        with contextlib.suppress(OSError):
-            write_tensors(self.path, arrays, facts)
+        before = {"batches": self.stream.state_dict(), "rng": self.rng.bit_generator.state}
+        try:
+            yield
+        except Exception:
+            if self.position() not in ((0, 0, 0), self.saved_at):
+                arrays, facts = self.state_dict()
+                with contextlib.suppress(OSError):
+                    write_tensors(self.path, arrays, facts | before)
+            raise
 
     def stop(self, request: Stop) -> None:
         """Write the checkpoint, and raise what the request to stop asks for, with the number of steps taken."""
