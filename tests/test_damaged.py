@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import host
+from safetensors.numpy import load_file, save_file
+from test_atomic import kills
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tinyft import (
@@ -334,7 +336,6 @@ def test_arrays_of_another_floating_point_dtype_load(dtype, adapter):
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "{", "[1]", "3", ""])
 def test_facts_in_the_header_of_another_kind(text, adapter):
-    from safetensors.numpy import save_file
     save_file({"a": np.ones(2)}, adapter / "adapter.safetensors", metadata={"facts": text})
     refuses(adapter, "adapter.safetensors is damaged", ValueError)
 
@@ -647,6 +648,51 @@ def test_a_checkpoint_with_a_missing_an_extra_or_a_renamed_slot_is_refused(check
     write_tensors(checkpoint, arrays, facts)
     with pytest.raises(Stop):                            # the good one goes on, to the same step
         small_run(checkpoint.parent)
+
+
+# ── processes that are killed ────────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.skipif(array.backend() == "cupy", reason="a forked process has no device")
+def test_a_save_that_is_killed_leaves_the_old_model_or_the_new_one(tmp_path):
+    """At any system call; other programs see no new config.json beside old weights, nor the reverse."""
+    models_saved = [GPT(CONFIG, seed=1), GPT(CONFIG, seed=2)]
+    numbers = [host(model.embed.weight).tobytes() for model in models_saved]
+    folder = tmp_path / "model"
+
+    def prepare() -> Path:
+        return save(models_saved[0], folder, dtype="float64")
+
+    seen = set()
+    for _ in kills(lambda: save(models_saved[1], folder), prepare):
+        if (folder / "config.json").exists():            # as transformers reads it
+            dtype = json.loads((folder / "config.json").read_text())["torch_dtype"]
+            stored = {str(a.dtype) for a in load_file(folder / "model.safetensors").values()}
+            assert stored == {dtype}
+        model, _ = load(folder)
+        seen.add(numbers.index(host(model.embed.weight).tobytes()))
+    assert seen == {0, 1}
+
+
+@pytest.mark.skipif(array.backend() == "cupy", reason="a forked process has no device")
+def test_a_save_of_an_adapter_that_is_killed_leaves_the_old_one_or_the_new_one(tmp_path):
+    """At any system call."""
+    saved = []
+    for value in (0.25, 0.5):
+        model = GPT(CONFIG)
+        attach(model, LoRA(r=2 if value < 0.3 else 3))
+        p = model.blocks[0].attn.q.edits["lora"].B
+        p.copy_(np.full(p.shape, value, np.float32))
+        saved.append(model)
+
+    def prepare() -> Path:
+        return save_adapter(saved[0], tmp_path / "adapter")
+
+    seen = set()
+    for _ in kills(lambda: save_adapter(saved[1], tmp_path / "adapter"), prepare):
+        model = GPT(CONFIG)
+        load_adapter(model, tmp_path / "adapter")
+        lora = model.blocks[0].attn.q.edits["lora"]
+        seen.add((len(host(lora.A)), float(host(lora.B)[0, 0])))
+    assert seen == {(2, 0.25), (3, 0.5)}
 
 
 # ── saving that cannot be ────────────────────────────────────────────────────────────────────────────────────────────
