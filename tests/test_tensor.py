@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import threading
 import weakref
@@ -401,6 +402,24 @@ def test_a_step_with_clipping_follows_a_broadcast_gradient():
         f(p).backward()
         optimizer.step(clip=1.0)
         assert np.allclose(host(p), 0.9, atol=1e-3)
+
+
+def test_a_step_takes_a_read_only_gradient_of_the_user():
+    for size in (3, 40_000):
+        p = leaf(np.ones((size, 1), np.float32))
+        optimizer = AdamW(0.1).start({"p": p})
+        p.grad = array.xp(p.data).broadcast_to(dev(np.ones((size, 1), np.float32)), (size, 1))
+        optimizer.step(clip=1.0)
+        assert np.allclose(host(p), 0.9, atol=1e-3)
+
+
+def test_a_deep_copy_is_another_leaf():
+    x = leaf([1.0, 2.0])
+    (x * x).sum().backward()
+    y = copy.deepcopy(x)
+    y.copy_(5.0)
+    y.grad += 1
+    assert (host(x).tolist(), values(x), values(y), y.requires_grad) == ([1, 2], [2, 4], [3, 5], True)
 
 
 def test_a_new_gradient_is_not_copied(monkeypatch, new_op):
@@ -1126,12 +1145,22 @@ REFUSED = [
     (lambda: 1.0 in two(), TypeError, "`in` does not search a tensor"),
     (lambda: two().__setitem__(0, 1.0), TypeError, "tensors are not written in place"),
     (lambda: np.asarray(two()), TypeError, r"does not become a NumPy array by itself: use \.numpy\(\)"),
-    (lambda: two() + "a", TypeError, "add wants tensors, arrays or numbers, got 'a'"),
-    (lambda: two() * None, TypeError, "mul"),
-    (lambda: two() @ {}, TypeError, r"matmul wants tensors, arrays or numbers, got \{\}"),
-    (lambda: two() + object(), TypeError, "add wants tensors, arrays or numbers, got <object"),
-    (lambda: ops.softmax("a"), TypeError, "softmax wants tensors, arrays or numbers, got 'a'"),
-    (lambda: ops.softmax([1.0, 2.0]), TypeError, r"softmax wants tensors, arrays or numbers, got \[1.0, 2.0\]"),
+    (lambda: two().backward([1.0, 1.0], retain_graph="no"), TypeError, "retain_graph wants True or False, got 'no'"),
+    (lambda: two().sum().backward(True), TypeError, "backward wants a gradient of numbers, got True"),
+    (lambda: copy.deepcopy(two() * 2), RuntimeError, r"only a leaf is copied; this tensor was computed"),
+    (lambda: f"{two():.3f}", ValueError, "a Python number wants a tensor of one element"),
+    (lambda: two() + "a", TypeError, "add wants a tensor, an array or a number as 'b', got 'a'"),
+    (lambda: two() * None, TypeError, "mul wants a tensor, an array or a number as 'b', got None"),
+    (lambda: None - two(), TypeError, "sub wants a tensor, an array or a number as 'a', got None"),
+    (lambda: two()**None, TypeError, "power wants a tensor, an array or a number as 'p', got None"),
+    (lambda: two() @ {}, TypeError, r"matmul wants a tensor, an array or a number as 'b', got \{\}"),
+    (lambda: two() + object(), TypeError, "add wants a tensor, an array or a number as 'b', got <object"),
+    (lambda: ops.exp(None), TypeError, "exp wants a tensor, an array or a number as 'x', got None"),
+    (lambda: ops.softmax("a"), TypeError, "softmax wants a tensor, an array or a number as 'x', got 'a'"),
+    (lambda: ops.softmax([1.0, 2.0]), TypeError, r"softmax wants a tensor, .* as 'x', got \[1.0, 2.0\]"),
+    (lambda: ops.softmax(3.0), TypeError, r"softmax wants a tensor, .* as 'x', got 3.0"),
+    (lambda: ops.linear(two(), None), TypeError, r"linear wants a tensor, .* as 'W', got None"),
+    (lambda: ops.concatenate(), TypeError, "concatenate wants one tensor or more, got none"),
     (lambda: ops.softmax(), TypeError, "softmax: missing a required argument: 'x'"),
     (lambda: ops.linear(two(), b=two()), TypeError, "linear: missing a required argument: 'W'"),
 ]
@@ -1182,6 +1211,7 @@ def test_a_tensor_of_one_element_is_a_number():
             assert (x.item(), float(x), int(x), bool(x)) == (2, 2, 2, True)
             assert type(x.item()) is float
     assert not leaf(0.0)
+    assert f"{leaf(2.0):.3f} {leaf([2.0])}".startswith("2.000 Tensor(")
     assert [5, 6, 7][Tensor(dev(2))] == 7
     assert type(Tensor(dev(2)).item()) is int
 

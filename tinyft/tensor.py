@@ -11,6 +11,7 @@ Records are released as the walk passes them.  Only leaves keep a gradient.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 import re
@@ -106,6 +107,19 @@ class Tensor:
             raise TypeError(f"an index wants a tensor of integers, got one of {self.dtype}")
         return self.item()
 
+    def __format__(self, spec: str) -> str:
+        return format(self.item(), spec) if spec else str(self)
+
+    def __deepcopy__(self, memo: dict) -> Tensor:
+        """A leaf with copies of the values, of `.grad` and of `mask`.  RuntimeError for a computed tensor."""
+        if not self.is_leaf:
+            raise RuntimeError("only a leaf is copied; this tensor was computed, and its copy would train copies of "
+                               "its inputs: give .detach()")
+        new = type(self).__new__(type(self))
+        for name in ("data", "requires_grad", "grad", "record", "mask", "decay", "version"):
+            setattr(new, name, copy.deepcopy(getattr(self, name), memo))
+        return new
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """The values, where NumPy is given a tensor.  TypeError if it needs a gradient: NumPy would drop it."""
         if self.requires_grad:
@@ -180,6 +194,7 @@ class Tensor:
 
         gradient: d(loss)/d(self), of this tensor's shape; 1 by default, if this tensor is the loss.  The walk releases
         the graph as it goes; retain_graph=True keeps it for a second walk."""
+        retain_graph = flag("retain_graph", retain_graph)
         gradients = Gradients()
         gradients.add(self.node, _seed(self, gradient))
         order = topological(self)
@@ -281,6 +296,8 @@ def _seed(root: Tensor, gradient: Any) -> Array:
         if root.size != 1:
             raise RuntimeError(f"backward from a tensor of shape {root.shape} wants a gradient of that shape")
         return xp(root.data).ones_like(root.data)
+    if isinstance(gradient, bool):
+        raise TypeError(f"backward wants a gradient of numbers, got {gradient}")
     g = array.put_like(gradient.data if isinstance(gradient, Tensor) else gradient, root.data)
     if g.shape != root.shape:
         raise ShapeError(f"backward wants a gradient of shape {root.shape}, got {g.shape}")
@@ -501,7 +518,7 @@ def op(shapes: str, stops: tuple[str, ...] = ()) -> Callable[[Callable], Callabl
                     leaves = [isinstance(a, Tensor) and a.record is None for a in args]
                     value, pullbacks = precision.run(call, arrays, kwargs, leaves)
             except (ValueError, TypeError, IndexError, AttributeError, array.BackendError) as e:
-                raise _explained(e, name, shapes, arrays) from e
+                raise _explained(e, call, arrays) from e
             if _state.anomaly:
                 _check_value(name, value, arrays)
             result = tuple(map(_as_tensor, value)) if isinstance(value, tuple) else _as_tensor(value)
@@ -590,6 +607,8 @@ def _by_position(call: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[t
     except TypeError as e:
         raise TypeError(f"{call.__name__}: {e}") from None
     bound.apply_defaults()
+    if not bound.args:
+        raise TypeError(f"{call.__name__} wants one tensor or more, got none")
     plain = {}
     for name, a in bound.kwargs.items():
         if _trains(a):
@@ -704,27 +723,31 @@ def _sizes(arrays: list) -> str:
     return ", ".join(str(tuple(a.shape)) if array.is_array(a) else repr(a)[:30] for a in arrays)
 
 
-def _explained(e: Exception, name: str, shapes: str, arrays: list) -> Exception:
-    """The library's error for an error e that the op `name` raised: a ShapeError for a ValueError.
+def _explained(e: Exception, call: Callable, arrays: list) -> Exception:
+    """The library's error for an error e that an op raised for these arguments: a ShapeError for a ValueError.
 
     The message holds the shape string of the op, the shapes it got, and the letters that got two sizes."""
+    name = call.__name__
+    inputs = call.shapes.split("->")[0].split(",")
     if isinstance(e, array.BackendError):
         return array.BackendError(f"{name}: {e}")
-    numbers = (int, float, np.generic, type(None))
-    lists = () if isinstance(e, AttributeError) else (list, tuple)         # some ops make arrays of lists
-    for a in arrays[:len(shapes.split("->")[0].split(","))]:
-        if not array.is_array(a) and not isinstance(a, (*numbers, *lists)):
-            return TypeError(f"{name} wants tensors, arrays or numbers, got {brief(a)}")
+    # An op that misses an attribute wants an array in the place of a number or a list; other ops take these.
+    others = () if isinstance(e, AttributeError) else (int, float, np.generic, list, tuple)
+    parameters = list(inspect.signature(call.definition).parameters.values())
+    for a, parameter in zip(arrays, parameters[:len(inputs)]):
+        is_left_out = a is None and parameter.default is None
+        if not is_left_out and not array.is_array(a) and not isinstance(a, others):
+            return TypeError(f"{name} wants a tensor, an array or a number as {parameter.name!r}, got {brief(a)}")
     if not isinstance(e, ValueError):
         # A plain TypeError in place of NumPy's own subclasses, which cannot be made from a message alone.
         kind = TypeError if isinstance(e, TypeError) else type(e)
         return kind(f"{name}({_sizes(arrays)}): {e}")
     sizes: dict[str, set] = {}                                 # letter of the shape string -> its sizes
-    for spec, a in zip(shapes.split("->")[0].split(","), arrays):
+    for spec, a in zip(inputs, arrays):
         letters = re.findall(r"\b[a-z]\b", spec)
         if array.is_array(a):
             for letter, n in zip(letters, a.shape[len(a.shape) - len(letters):]):
                 sizes.setdefault(letter, set()).add(n)
     clashes = [f"{letter} is {' and '.join(map(str, sorted(ns)))}" for letter, ns in sizes.items() if len(ns) > 1]
     reason = f"; {'; '.join(clashes)}" if clashes else f": {e}"
-    return ShapeError(f"{name} wants {shapes!r}; got {_sizes(arrays)}{reason}")
+    return ShapeError(f"{name} wants {call.shapes!r}; got {_sizes(arrays)}{reason}")

@@ -198,9 +198,13 @@ class Group:
 
 
 def masked_gradient(p: Tensor) -> Array:
-    """The gradient of p, with 0 where p.mask is False; in float32 if the gradient has 16 bits."""
+    """The gradient of p, with 0 where p.mask is False; in float32 if the gradient has 16 bits.
+
+    An array that may be written to: a copy of a read-only one, which only a user can have put there."""
     g = to_float32(p.grad)
-    return g if p.mask is None else xp(g).where(p.mask, g, 0)
+    if p.mask is not None:
+        return xp(g).where(p.mask, g, 0)
+    return g if getattr(g.flags, "writeable", True) else g.copy()          # CuPy has no such flag
 
 
 def read_version_0_1(state: dict[str, np.ndarray], groups: list[Group],
