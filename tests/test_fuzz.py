@@ -34,7 +34,7 @@ from tinyft.adapters.files import digest
 from tinyft.data import text
 from tinyft.files import pack_tensors, read_tensors
 
-CASES = 100
+CASES = 200
 SECONDS = 1.0
 FIRST_SEED = 20_000
 EXPECTED = (ValueError, OSError, LookupError, OverflowError)
