@@ -189,6 +189,9 @@ WRONG_BATCHES = [
     ([{"ids": IDS, "mask": np.full(IDS.shape, 2)}], ValueError, "mask wants True or 1 at real tokens, .* got 2"),
     ([{"ids": IDS, "mask": np.full(IDS.shape, "a")}], TypeError, "mask wants True or 1 at real tokens"),
     ([{"ids": IDS, "token_type_ids": IDS * 0.5}], TypeError, "token_type_ids wants integers .*, got float64"),
+    ([{"ids": IDS, "task": 1}], ValueError, "a batch wants one task for each of its 4 rows, got 1"),
+    ([{"ids": IDS, "task": [0, 1]}], ValueError, "a batch wants one task for each of its 4 rows"),
+    ([{"ids": IDS, "route": "lora"}], ValueError, "a batch wants one route for each of its 4 rows, got 'lora'"),
     ([{**BACK, "class_weight": [1.0]}], IndexError, "do not fit a class_weight of 1 classes"),
     ([{**BACK, "class_weight": [-1.0] * VOCAB}], ValueError, "finite class_weight >= 0"),
     ([{**BACK, "class_weight": [math.nan] * VOCAB}], ValueError, "finite class_weight >= 0"),
@@ -207,6 +210,17 @@ def test_wrong_batches_are_refused_by_fit_and_evaluate(batches, kind, words):
         evaluate(model, batches)
     check_refused(train_on, kind, words)
     check_refused(evaluate_on, kind, words)
+
+
+def test_next_tokens_takes_lists_and_refuses_what_holds_no_ids():
+    assert train.next_tokens([[1, 2, 3]], [[1, 1, 0]]).tolist() == [[2, -100]]
+    for wrong in (None, "text", [[0.5, 1.0]]):
+        with pytest.raises(TypeError, match="next_tokens wants ids|token ids are integers"):
+            train.next_tokens(wrong)
+    with pytest.raises(ValueError, match="next_tokens wants ids .*, got rows of different lengths"):
+        train.next_tokens([[1], [2, 3]])
+    with pytest.raises(ValueError, match=r"next_tokens wants ids of shape \(B, T\), got \(2,\)"):
+        train.next_tokens([1, 2])
 
 
 def test_compute_loss_wants_what_read_batch_gives():

@@ -307,7 +307,7 @@ def _read_class_weight(value: Any) -> np.ndarray:
 def _read_facts(batch: dict[str, Any], ids: Any) -> dict[str, Any]:
     """The facts of a batch, such as its mask: keyword arguments of the pass's Context, as {name: value}.
 
-    A mask that is True everywhere is left out. ValueError if ids, mask or token_type_ids have a wrong shape.
+    A mask that is True everywhere is left out. ValueError if ids or a fact have a wrong shape.
     """
     axes = 3 if isinstance(ids, Tensor) else 2                          # a Tensor holds embeddings
     if ids.ndim != axes:
@@ -321,6 +321,10 @@ def _read_facts(batch: dict[str, Any], ids: Any) -> dict[str, Any]:
         if name in facts and facts[name].shape != ids.shape[:2]:
             raise ValueError(f"a batch wants a {name} of the shape of its ids, {ids.shape[:2]}; "
                              f"got {facts[name].shape}")
+    for name in ("task", "route"):
+        if name in facts and np.shape(facts[name]) != ids.shape[:1]:
+            raise ValueError(f"a batch wants one {name} for each of its {ids.shape[0]} rows, "
+                             f"got {checks.brief(facts[name])}")
     if "mask" in facts and facts["mask"].all():
         del facts["mask"]                                               # attention is faster without a mask
     return facts
@@ -328,7 +332,11 @@ def _read_facts(batch: dict[str, Any], ids: Any) -> dict[str, Any]:
 
 def next_tokens(ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
     """ids, mask (B, T) -> labels (B, T − 1), the next id of each position; -100 where it or its position is padding."""
-    real = np.ones(ids.shape, bool) if mask is None else np.asarray(mask, bool)
+    wanted = "next_tokens wants ids of shape (B, T)"
+    ids = read_integers("ids", ids, wanted)
+    if ids.ndim != 2:
+        raise ValueError(f"{wanted}, got {ids.shape}")
+    real = np.ones(ids.shape, bool) if mask is None else read_mask("mask", mask)
     return np.where(real[:, 1:] & real[:, :-1], ids[:, 1:], IGNORE)
 
 
