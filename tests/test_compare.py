@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -238,6 +239,25 @@ def test_the_stored_results_can_be_shown(task):
 
 
 # ---------------------------------------------------------------------------------------------------- one number
+def test_the_base_has_one_perplexity_wherever_it_is_quoted():
+    """In the fifteen lines, the table and the sentences of the README, and in the stored results."""
+    model, _ = ft.load("base-gpt")
+    code = data.task("domain", train_size=200_000)
+    source = ft.perplexity(model, data.held_out_batches(code.test))
+    prose = ft.perplexity(model, data.held_out_batches(code.kept))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"# {source:.0f}: it has never seen code" in readme
+    row = re.search(r"^base, untouched +0 +0.0 kB +(\S+) +(\S+) ", readme, re.MULTILINE)
+    assert row.groups() == (f"{source:.1f}", f"{prose:.1f}")
+    assert f"falls from {source:.1f} to" in readme and f"above the base's {prose:.1f}" in readme
+    stored = json.loads((ROOT / "tests/benchmarks/results/domain.json").read_text())
+    for metrics in stored["results"][cells.BASE]:
+        assert metrics["perplexity"] == pytest.approx(source, rel=1e-4)
+        assert metrics["prose"] == pytest.approx(prose, rel=1e-4)
+    lesson = (ROOT / "lessons/04_pretraining/lesson.py").read_text(encoding="utf-8")
+    assert 'ft.perplexity(gpt, ft.data.held_out_batches(ft.data.pretraining("source", "test")))' in lesson
+
+
 def test_the_comparison_measures_by_the_protocol():
     """The same windows as held_out_batches with its defaults, in both presets."""
     for preset in ("quick", "full"):
@@ -565,16 +585,25 @@ def worker_ids(run: subprocess.Popen) -> list[int]:
     return found
 
 
-def no_process_left(run: subprocess.Popen) -> bool:
-    """True if no process of the command's group is alive; one that has ended may still be in the table."""
+def alive(run: subprocess.Popen) -> list[int]:
+    """The living processes of the command's group; one that has ended may still be in the table."""
+    found = []
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = status.read_text().rpartition(")")[2].split()
         except OSError:
             continue
         if int(fields[2]) == run.pid and fields[0] not in "ZX":
-            return False
-    return True
+            found.append(int(status.parent.name))
+    return found
+
+
+def no_process_left(run: subprocess.Popen) -> bool:
+    """True if all processes of the command's group end; they close their pipes a moment before."""
+    deadline = time.monotonic() + 20
+    while alive(run) and time.monotonic() < deadline:
+        pass
+    return not alive(run)
 
 
 @pytest.mark.parametrize("stream, words", [("stdout", "intact:"), ("stdout", "about"), ("stderr", "seed 0")])

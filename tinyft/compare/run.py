@@ -207,7 +207,7 @@ def conclusions(report: dict) -> str:
 
 def write(report: dict, out: Path) -> str:
     """Write compare.json and compare.png; their names, for the last line. OSError says what is missing."""
-    files = {out / "compare.json": json.dumps(report, indent=1, allow_nan=False).encode()}
+    files = {}
     note = ""
     try:
         files[out / "compare.png"] = draw(report)
@@ -215,12 +215,13 @@ def write(report: dict, out: Path) -> str:
         note = " (no figure: matplotlib is missing)"
     except Exception as e:  # a fault of the drawing library must not take the results with it
         note = f" (no figure: {type(e).__name__}, {e})"
+    files[out / "compare.json"] = json.dumps(report, indent=1, allow_nan=False).encode()  # last: see write_atomically
     try:
         write_atomically(files)
     except OSError as e:
-        missing = " and ".join(path.name for path in files)
+        missing = " and ".join(sorted(path.name for path in files))
         raise OSError(f"the table above is complete, but {missing} of this run are missing: {e}") from e
-    return ", ".join(str(path) for path in files) + note
+    return ", ".join(str(path) for path in sorted(files)) + note
 
 
 def keep_finished(report: dict, out: Path, say: Say, error: BaseException) -> None:
