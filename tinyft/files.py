@@ -78,15 +78,19 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_json(values: Any, allow_nan: bool) -> None:
-    """ValueError for values inside too many others, and without allow_nan for numbers that are not finite."""
+    """ValueError for values inside too many others, for half a character of UTF-16, which no file can hold as text, and
+    without allow_nan for numbers that are not finite."""
     level = [values]
     for _ in range(DEEPEST_JSON):
         below = []
         for value in level:
             if isinstance(value, dict):
+                below += value
                 below += value.values()
             elif isinstance(value, list):
                 below += value
+            elif isinstance(value, str):
+                value.encode()                           # UnicodeEncodeError is a ValueError
             elif isinstance(value, float) and not allow_nan and not math.isfinite(value):
                 raise ValueError(f"wanted finite numbers, got {value}")
         level = below
