@@ -258,7 +258,7 @@ def read_examples(name: str, examples: Any) -> Examples:
     if all(_is_pair(example) for example in examples):
         texts = [text for text, _ in examples]
         labels = [label for _, label in examples]
-    elif len(examples) == 2:
+    elif len(examples) == 2 and not any(isinstance(part, str) for part in examples):
         texts, labels = examples
     else:
         raise TypeError(f"{wanted}; got {checks.brief(examples)}")
