@@ -77,10 +77,12 @@ def _(f, g):
     close(f(none, g.shape[1:]), np.zeros(g.shape[1:]), f"sum_to(g, {g.shape[1:]}) for an empty g")
 
 
-@sum_to.law("float32 stays float32", g="n m")
+@sum_to.law("float32 stays float32, and float64 keeps all its digits", g="n m")
 def _(f, g):
     single = g.astype(np.float32)
-    close(f(single, (1, g.shape[1])), single.sum(axis=0, keepdims=True), rtol=1e-5, atol=1e-5)
+    row = (1, g.shape[1])
+    close(f(single, row), single.sum(axis=0, keepdims=True), rtol=1e-5, atol=1e-5)
+    close(f(g / 3, row), (g / 3).sum(axis=0, keepdims=True), "sum_to(g / 3, ...)")
 
 
 @sum_to.wrong_answer("Copies share the gradient, so take their mean.", says="a mean for a sum")
@@ -116,6 +118,11 @@ def _(g, shape):
                      subtle=True)
 def _(g, shape):
     return added_one_by_one(g, shape)
+
+
+@sum_to.wrong_answer("Single precision is enough inside.", says="six digits", subtle=True)
+def _(g, shape):
+    return added_one_by_one(g.astype(np.float32), shape).astype(np.float32).astype(g.dtype)
 
 
 @sum_to.wrong_answer("Gradients are counted, so integers will do.", says="dtype is int64")
@@ -214,8 +221,10 @@ def _(f, a, b, g):
     close(summed, sum(x.T @ y for x, y in zip(a, g)), "the gradient of B, summed over the stack")
 
 
-@matmul.law("float32 stays float32", a="n k", b="k m", g="n m")
+@matmul.law("float32 stays float32, and float64 keeps all its digits", a="n k", b="k m", g="n m")
 def _(f, a, b, g):
+    close(f(a / 3, b)[0], a / 3 @ b, "C = (A / 3) B")
+    close(f(a / 3, b)[1][1](g), a.T / 3 @ g, "the gradient of B in (A / 3) B")
     a, b, g = (x.astype(np.float32) for x in (a, b, g))
     c, (da, db) = f(a, b)
     close(c, a @ b, "C", rtol=1e-5, atol=1e-5)

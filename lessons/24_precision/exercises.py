@@ -420,7 +420,7 @@ update = Exercise(
         "it larger; any other good step is counted.",
         "In a row: a skipped step sets the count to 0, and so does growth.  If not self.enabled, "
         "nothing changes."))
-settings = {"S": st.sampled_from([8.0, 64.0, 1024.0]), "growth": st.sampled_from([2.0, 4.0]),
+settings = {"S": st.sampled_from([8.0, 64.0, 1024.0, 1.0]), "growth": st.sampled_from([2.0, 4.0]),
             "backoff": st.sampled_from([0.5, 0.25]), "interval": st.integers(2, 4)}
 
 
@@ -605,3 +605,10 @@ def _(self):
     moved(self, self.good_steps + 1)
     if self.enabled:
         self.current_scale = max(self.current_scale, 16.0)
+
+
+@update.wrong_answer("A scale below 1 scales nothing.", says="S", subtle=True)
+def _(self):
+    moved(self, self.good_steps + 1)
+    if self.enabled:
+        self.current_scale = max(self.current_scale, 1.0)

@@ -15,7 +15,7 @@ from .show import Outcome, Page
 from .subject import Subject
 
 
-def examine(exercise: Exercise, seeds: int = 3) -> list[str]:
+def examine(exercise: Exercise, seeds: int = 2) -> list[str]:
     """The faults of an exercise, in sentences; [] if there are none, or if this machine cannot check it (no compiler).
 
     Its laws must hold for the library's own function, tried with this number of random seeds; they must catch and
