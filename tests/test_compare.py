@@ -242,7 +242,7 @@ def test_the_stored_results_can_be_shown(task):
 def test_the_base_has_one_perplexity_wherever_it_is_quoted():
     """In the fifteen lines, the table and the sentences of the README, and in the stored results."""
     model, _ = ft.load("base-gpt")
-    code = data.task("domain", train_size=200_000)
+    code = cells.whole_domain("base-gpt")
     source = ft.perplexity(model, data.held_out_batches(code.test))
     prose = ft.perplexity(model, data.held_out_batches(code.kept))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -436,6 +436,19 @@ def test_the_command_lists_methods_and_the_machine(capsys):
     assert all(method.cls.__name__ in out for method in ft.methods()) and "NumPy" in out and "CuPy" in out
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+@pytest.mark.parametrize("redirection, status, error", [
+    (">&-", 0, ""),
+    ("> /dev/full", 1, "tinyft: [Errno 28] No space left on device\n"),
+])  # fmt: skip
+def test_output_that_cannot_be_written_is_no_traceback(redirection, status, error):
+    """Standard output is closed, or on a full disk."""
+    command = f"{sys.executable} -m tinyft.cli methods {redirection}"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=env)
+    assert (run.returncode, run.stderr) == (status, error)
+
+
 # ---------------------------------------------------------------------------------------------------- end to end
 def tiny(folder: Path, lm: bool = False, positions: int = 64, vocab: int = 2048) -> str:
     """The directory of a very small model."""
@@ -536,7 +549,7 @@ def test_texts_leave_room_for_the_prompt(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------- real processes
 LONG = ("--steps", "100000")  # no run ends
-ENOUGH = ("--seeds", "6", "--steps", "100")  # the first run ends long before the last
+ENOUGH = ("--seeds", "3", "--steps", "200")  # the first run ends long before the last
 
 
 def start(folder: Path, *arguments: str, largest_file: int | None = None) -> subprocess.Popen:
@@ -647,9 +660,9 @@ def test_a_killed_worker_costs_no_finished_run(tmp_path):
     sentence = error.splitlines()[-1]
     assert run.returncode == 1 and "Traceback" not in error and no_process_left(run)
     assert sentence.startswith("tinyft: a worker process was killed, perhaps because memory ran out; ")
-    finished = int(re.search(r"(\d+) of 12 runs were finished and are kept", sentence)[1])
+    finished = int(re.search(r"(\d+) of 6 runs were finished and are kept", sentence)[1])
     made = strict_json(tmp_path / "work" / "compare.json")
-    assert 0 < finished == finished_runs(made) < 12
+    assert 0 < finished == finished_runs(made) < 6
     assert "runs finished" in out and "accuracy" in out
 
 

@@ -27,7 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         status = args.run(args)
-        sys.stdout.flush()  # here, so that a full disk or a closed pipe is an error like any other
+        if sys.stdout is not None:  # None: the command was started without standard output
+            sys.stdout.flush()  # here, so that a full disk or a closed pipe is an error like any other
         return status
     except BrokenPipeError:  # `tinyft status | head`
         _discard_output()
@@ -51,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _discard_output() -> None:
     """Print what standard output still holds, if that is possible; else drop it, or Python fails again at its end."""
+    if sys.stdout is None:
+        return
     try:
         sys.stdout.flush()
     except OSError:

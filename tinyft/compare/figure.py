@@ -55,7 +55,8 @@ def title(report: dict) -> str:
     """The title of the figure."""
     s = report["settings"]
     unit = "tokens" if is_lm(report) else "examples"
-    return f"{s['task']}: {s['train']:,} training {unit}, {s['steps']} steps, {s['seeds']} seeds (bars: ± 1 deviation)"
+    seeds = "1 seed" if s["seeds"] == 1 else f"{s['seeds']} seeds (bars: ± 1 deviation)"
+    return f"{s['task']}: {s['train']:,} training {unit}, {s['steps']} steps, {seeds}"
 
 
 # ---------------------------------------------------------------------------------------------------- the panels
