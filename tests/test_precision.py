@@ -327,7 +327,7 @@ def test_a_cast_weight_is_cast_again_after_a_write(dtype, monkeypatch):
     check_casts_follow_updates(dtype)
     cast_flat_arrays(monkeypatch)
     check_casts_follow_updates(dtype)
-    monkeypatch.setattr(array, "mark_written", lambda a: None)                   # wrong: writes are not recorded
+    monkeypatch.setattr(Tensor, "mark_written", lambda self: None)               # wrong: writes are not recorded
     with pytest.raises(AssertionError):
         check_casts_follow_updates(dtype)
 

@@ -10,7 +10,6 @@ import contextlib
 import os
 import threading
 import tracemalloc
-import weakref
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -235,79 +234,6 @@ def address(a: Array) -> int:
     return a.__array_interface__["data"][0] if isinstance(a, np.ndarray) else a.data.ptr
 
 
-# ── memory, and writes to it ─────────────────────────────────────────────────────────────────────────────────────────
-writes = 0                                              # writes in place so far, in all threads; the clock of _written
-# id(array that owns memory) -> (weak reference to it, {(first byte, end) of a write: the clock at the last one}).
-_written: dict[int, tuple[weakref.ref, dict[tuple[int, int], int]]] = {}
-
-
-def owner(a: Array) -> Array:
-    """The array that owns the memory of `a`: of a view its base, else `a` itself.  Of a strict array, a NumPy array."""
-    if name_of(a) == "strict":
-        a = a._a
-    base = a.base
-    while base is not None and (type(base) in _modules or isinstance(base, np.ndarray)):
-        a = base
-        base = a.base
-    return a
-
-
-def extent(a: Array) -> tuple[int, int]:
-    """The addresses of the first byte of `a` and of the byte after its last one."""
-    start = address(a)
-    end = start
-    if a.size:
-        steps = [(n - 1) * stride for n, stride in zip(a.shape, a.strides)]
-        start += sum(step for step in steps if step < 0)
-        end += sum(step for step in steps if step > 0) + a.itemsize
-    return start, end
-
-
-def mark_written(a: Array) -> None:
-    """Record that the memory of `a` was written to, for every array that shares it: see was_written."""
-    global writes
-    memory = owner(a)
-    key = id(memory)
-    if key not in _written:
-        def forget(_: weakref.ref, key: int = key, pop: Callable = _written.pop) -> None:
-            pop(key, None)                              # the memory was freed
-        _written[key] = weakref.ref(memory, forget), {}
-    writes += 1
-    _written[key][1][extent(a)] = writes
-
-
-def watch(arrays: list) -> list:
-    """Weak references to the memory of the arrays among these arguments, for was_written.
-
-    A reference to an array that owns its memory; for a view a pair, of references to it and to the owner."""
-    watched = []
-    for a in arrays:
-        if type(a) not in _modules:
-            continue
-        if a.base is None:
-            watched.append(weakref.ref(a))
-        else:
-            watched.append((weakref.ref(a), weakref.ref(owner(a))))
-    return watched
-
-
-def was_written(watched: list, since: int) -> bool:
-    """True if memory of a watched array was written to after the clock `writes` showed `since`.
-
-    Memory that was freed counts as not written: nobody reads it.  If a watched view is gone and its owner is not, other
-    views may be left, so that all of the owner's memory counts."""
-    for reference in watched:
-        a, memory = [r() for r in reference] if isinstance(reference, tuple) else [reference()] * 2
-        if memory is None or id(owner(memory)) not in _written:
-            continue
-        start, end = extent(memory if a is None else a)
-        for (first, last), time in _written[id(owner(memory))][1].items():
-            if time > since and first < end and start < last:
-                return True
-    return False
-
-
-# ── conversions ──────────────────────────────────────────────────────────────────────────────────────────────────────
 def numbers(*scalars: Any) -> tuple[float, ...]:
     """Arrays of one number each as Python floats, in one transfer."""
     m = xp(*scalars)

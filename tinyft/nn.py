@@ -273,7 +273,6 @@ def copy_all(targets: dict[str, Any], arrays: Mapping[str, Any]) -> None:
             target.copy_(values[name])
         else:
             target[...] = values[name]
-            array.mark_written(target)
 
 
 def as_numbers(name: str, value: Any) -> Array:

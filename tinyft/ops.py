@@ -505,10 +505,10 @@ def getitem(x, index):
 def reshape(x, shape):
     """The same numbers in another shape.    dx = g, reshaped back"""
     old = x.shape
-    if array.is_array(shape):
-        shape = tuple(array.asnumpy(shape).reshape(-1).tolist())
+    if not isinstance(shape, tuple):
+        shape = (shape,) if isinstance(shape, int) else tuple(int(n) for n in shape)
     y = x.reshape(shape)
-    if y.shape != shape and any(n < -1 for n in (shape if isinstance(shape, (tuple, list)) else (shape,))):
+    if y.shape != shape and min(shape) < -1:
         raise ValueError("shape wants lengths of 0 or more, and −1 for one to be computed")      # NumPy takes −2 for −1
     return y, (lambda g: g.reshape(old), None)
 

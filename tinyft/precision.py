@@ -56,6 +56,7 @@ class _AutocastState(threading.local):
 
 
 autocast_state = _AutocastState()
+writes = 0                                                     # in-place writes to leaves so far, in all threads
 
 
 @contextlib.contextmanager

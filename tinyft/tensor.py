@@ -15,7 +15,6 @@ import copy
 import functools
 import inspect
 import re
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -57,7 +56,7 @@ class Tensor:
         self.record = None                                     # of the op that made this tensor; None for a leaf
         self.mask = None
         self.decay = decay if decay is None else flag("decay", decay)
-        self.version = [0]                                     # writes so far; a list, which detach() shares
+        self.version = [0]                                     # writes so far; a list, shared by views of one memory
         if requires_grad is not False:
             self.train(requires_grad)
 
@@ -143,8 +142,6 @@ class Tensor:
         """A leaf with the same array and no history.  A write to one of the two, by copy_, is a write to both."""
         detached = Tensor(self.data)
         detached.version = self.version
-        if self.record is not None:                            # copy_ can now write to a value that pullbacks hold
-            self.record.watch(self.data)
         return detached
 
     def to(self, backend: str) -> Tensor:
@@ -154,7 +151,10 @@ class Tensor:
         if self.requires_grad and not self.is_leaf:
             raise RuntimeError("only a leaf moves with its gradient; this tensor was computed: move its inputs, "
                                "or give .detach()")
-        return Tensor(array.to(self.data, backend), self.requires_grad, self.decay)
+        moved = Tensor(array.to(self.data, backend), self.requires_grad, self.decay)
+        if moved.data is self.data:
+            moved.version = self.version
+        return moved
 
     def train(self, on: bool) -> None:
         """Set requires_grad.  TypeError if the dtype is not a floating-point one."""
@@ -187,7 +187,7 @@ class Tensor:
         """Record that the memory of this leaf was written to: backward refuses a graph that uses it, or a view of it.
         """
         self.version[0] += 1
-        array.mark_written(self.data)
+        precision.writes += 1
 
     def backward(self, gradient: Any = None, retain_graph: bool = False) -> None:
         """Add d(loss)/d(leaf) to the `.grad` of every trainable leaf.
@@ -248,8 +248,7 @@ class Gradients:
     """The gradients of one backward pass, by node.
 
     A gradient that a pullback returns is borrowed: it may be the pullback's own argument, a view, or a broadcast array
-    that shows one number many times.  Only an owned array, which nobody else sees, is added to in place.  (Record.pull
-    has copied the arrays that a pullback keeps.)"""
+    that shows one number many times.  Only an owned array, which nobody else sees, is added to in place."""
 
     def __init__(self) -> None:
         self.arrays: dict[int, Any] = {}                       # id(node) -> gradient so far
@@ -382,18 +381,17 @@ class Record:
 
     shape, dtype: of the value.
     pulls: pairs (parent nodes, function from g to one gradient for each of these parents); None once released.
-    watched: the memory of the inputs, from array.watch, and of the value once detach() has given it away.
-    time: the clock array.writes at the call."""
-    __slots__ = ("name", "shape", "dtype", "pulls", "watched", "time")
+    versions: a pair (version, its count at the call) for each tensor whose array a pullback may hold: inputs and value.
+    """
+    __slots__ = ("name", "shape", "dtype", "pulls", "versions")
     grad_dtype = property(lambda self: self.dtype)
 
-    def __init__(self, name: str, value: Array, pulls: list, watched: list):
+    def __init__(self, name: str, value: Array, pulls: list, versions: list):
         self.name = name
         self.shape = value.shape
         self.dtype = value.dtype
         self.pulls = pulls
-        self.watched = watched
-        self.time = array.writes
+        self.versions = versions
 
     def parents(self) -> Iterator[Record | Part | Tensor]:
         """The nodes to which the pullbacks lead.  RuntimeError if the record was released."""
@@ -406,60 +404,30 @@ class Record:
     def pull(self, g: Array) -> Iterator[tuple[Record | Part | Tensor, Array]]:
         """Pairs (parent, gradient), from the gradient g of the value.
 
-        RuntimeError if an input, or an array that shares memory with it, was written in place since the call: pullbacks
-        may hold it, and it has other values now.  So it is for a value that detach() gave away."""
-        if self.time != array.writes and array.was_written(self.watched, self.time):
-            raise RuntimeError(f"the value or an input of {self.name!r} was written in place after the op used it: "
-                               "its gradient would be wrong")
+        RuntimeError if an input or the value was written in place since the call, directly or through a view of it:
+        pullbacks may hold its array, which has other values now."""
+        for version, count in self.versions:
+            if version[0] != count:
+                raise RuntimeError(f"the value or an input of {self.name!r} was written in place after the op used it: "
+                                   "its gradient would be wrong")
         for parents, back in self.pulls:
             gradients = back(g)
             for i, parent in enumerate(parents):
-                if gradients[i] is g:
-                    yield parent, g
-                elif gradients[i] is not None:
-                    yield parent, gradients[i].copy() if _is_kept(gradients, i, g) else gradients[i]
-
-    def watch(self, value: Array) -> None:
-        """Refuse to run the pullbacks after a write to the memory of this value of the op, too."""
-        self.watched += array.watch([value])
+                if gradients[i] is not None:
+                    yield parent, _apart(gradients, i)
 
     def release(self) -> None:
         """Drop the pullbacks and the arrays they hold."""
         self.pulls = None
 
 
-def _is_kept(gradients: Sequence[Array], i: int, g: Any) -> bool:
-    """True if more than the list `gradients` holds the memory of its entry i: the pullback, or another entry.
-
-    A write to the gradient would then change an array that the pullback saved, or the gradient of another input.
-    Python counts the references to an object; an array that a pullback has just made is held by the list alone.
-    g: the argument of the pullback, an array or a list of arrays; a view of it does not count as kept."""
-    if getattr(gradients[i], "base", None) is None:
-        return sys.getrefcount(gradients[i]) > _IN_A_LIST
+def _apart(gradients: Sequence[Array], i: int) -> Array:
+    """Gradient i of a pullback that returned several; a copy if it shares memory with one before it."""
     d = gradients[i]
-    if not d.flags.c_contiguous or not _is_writable(d):        # such a view is never written to
-        return False
-    memory = array.owner(d)
-    for a in g if isinstance(g, list) else (g,):
-        if a is not None and array.owner(a) is memory:
-            return False
-    views = [a for j, a in enumerate(gradients) if j != i and a is not None and array.owner(a) is memory]
-    for a in views:
-        if xp(d).may_share_memory(d, a):
-            return True
-    del d                                                      # a reference that is not the pullback's
-    if sys.getrefcount(gradients[i]) > _IN_A_LIST:
-        return True
-    of_views = len(views) + 1                                  # each view refers to its memory, and so does the name
-    return _references([memory]) > _IN_A_LIST + of_views + 1
-
-
-def _references(arrays: Sequence[Array]) -> int:
-    """The number of references to the first array of a list, as Python counts them here."""
-    return sys.getrefcount(arrays[0])
-
-
-_IN_A_LIST = _references([np.empty(1)])                        # of an array that only a list holds
+    for other in gradients[:i]:
+        if other is d or (other is not None and d.base is not None and xp(d).may_share_memory(d, other)):
+            return d.copy()
+    return d
 
 
 class Part:
@@ -478,9 +446,6 @@ class Part:
         """The record of the call."""
         yield self.whole
 
-    def watch(self, value: Array) -> None:
-        """As Record.watch, of the record of the call."""
-        self.whole.watch(value)
 
 
 # ── ops ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -492,7 +457,7 @@ def op(shapes: str, stops: tuple[str, ...] = ()) -> Callable[[Callable], Callabl
 
     pullbacks: a tuple with one function g -> gradient per input (None where there is no gradient); or, where inputs
     share costly work, one function (g, needed) -> a gradient per input, needed[i] being True if input i needs one.
-    A pullback returns g itself, a view of g, or another array, and writes to none; the engine undoes broadcasting.
+    A pullback returns g itself, a view of g, or a new array; the engine undoes broadcasting.
     A tensor that trains, given to an input without a gradient, is a TypeError.
     An op whose value is a tuple returns a tuple of tensors; then g is a list of their gradients, None where none came.
     shapes: such as "... n k, ... k m -> ... n m"; for readers, error messages and tests.
@@ -521,9 +486,12 @@ def op(shapes: str, stops: tuple[str, ...] = ()) -> Callable[[Callable], Callabl
                 raise _explained(e, call, arrays) from e
             if _state.anomaly:
                 _check_value(name, value, arrays)
-            result = tuple(map(_as_tensor, value)) if isinstance(value, tuple) else _as_tensor(value)
+            if isinstance(value, tuple):
+                result = tuple(_as_tensor(v, args) for v in value)
+            else:
+                result = _as_tensor(value, args)
             if _state.recording:
-                _record(call, args, arrays, kwargs, result, pullbacks)
+                _record(call, args, result, pullbacks)
             return result
         call.shapes = shapes
         call.definition = definition
@@ -533,11 +501,11 @@ def op(shapes: str, stops: tuple[str, ...] = ()) -> Callable[[Callable], Callabl
     return wrap
 
 
-def _record(call: Callable, args: tuple, arrays: list, kwargs: dict, result: Any, pullbacks: Any) -> None:
-    """Give the result of an op's call, a tensor or a tuple of them, a Record if an input needs a gradient.
+def _record(call: Callable, args: tuple, result: Tensor | tuple[Tensor, ...], pullbacks: Any) -> None:
+    """Give the result of an op's call a Record, if an input needs a gradient.
 
     Keeps only the pullbacks of inputs that need a gradient: the others are freed, with the arrays they hold.
-    arrays: args, with tensors as arrays.  TypeError if an input that needs a gradient has no pullback."""
+    TypeError if an input that needs a gradient has no pullback."""
     needed = [isinstance(a, Tensor) and a.requires_grad for a in args]
     if True not in needed:
         return
@@ -555,19 +523,22 @@ def _record(call: Callable, args: tuple, arrays: list, kwargs: dict, result: Any
                     raise _no_gradient(call, _parameter(call, i))
         if not pulls:
             return
-    watched = array.watch([*arrays, *kwargs.values()] if kwargs else arrays)
-    if isinstance(result, tuple):
-        record = Record(call.__name__, result[0].data, pulls, watched)
-        for i, y in enumerate(result):
-            y.requires_grad = True
-            y.record = Part(record, i, len(result), y.data)
-    else:
-        result.requires_grad = True
-        result.record = Record(call.__name__, result.data, pulls, watched)
+    values = result if isinstance(result, tuple) else (result,)
+    versions = [(t.version, t.version[0]) for t in (*values, *args) if isinstance(t, Tensor)]
+    record = Record(call.__name__, values[0].data, pulls, versions)
+    for i, y in enumerate(values):
+        y.requires_grad = True
+        y.record = Part(record, i, len(values), y.data) if isinstance(result, tuple) else record
 
 
-def _as_tensor(value: Any) -> Tensor:
-    return Tensor(value if array.is_array(value) else np.asarray(value))          # a NumPy scalar is no array
+def _as_tensor(value: Any, args: tuple) -> Tensor:
+    """A value of an op as a tensor.  A view of an input shares its version: a write to one is a write to both."""
+    y = Tensor(value if array.is_array(value) else np.asarray(value))             # a NumPy scalar is no array
+    if y.data.base is not None:
+        for a in args:
+            if isinstance(a, Tensor) and xp(y.data).may_share_memory(y.data, a.data):
+                y.version = a.version
+    return y
 
 
 def _single(call: Callable, back: Callable) -> Callable:

@@ -231,9 +231,8 @@ class Optimizer:
     def mark_written(self) -> None:
         """Mark all tensors as written in place, by this optimiser."""
         for group in self.groups:
-            array.mark_written(group.stored)                       # the memory of all its tensors, at once
             for p in group.tensors.values():
-                p.version[0] += 1
+                p.mark_written()
             group.record_versions()
 
     def zero_grad(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ... import array
+from ... import precision
 from ...array import Array, address
 from ...precision import autocast_state, rounded
 
@@ -20,7 +20,7 @@ class Casts:
     """The flat arrays that were cast in one autocast region, as of a count of writes to leaves."""
 
     def __init__(self) -> None:
-        self.writes = array.writes
+        self.writes = precision.writes
         self.by_address: dict[int, tuple[Array, Array]] = {}   # address of a flat array -> (it, its 16-bit copy)
 
     def get(self, flat: Array, dtype: np.dtype) -> Array:
@@ -39,7 +39,7 @@ def cast_parameter(a: Array, dtype: np.dtype) -> Any:
     if a.dtype != np.float32 or flat is None or flat.ndim != 1 or flat.dtype != a.dtype or not a.flags.c_contiguous:
         return NotImplemented
     casts = autocast_state.cache                             # None at the start of a region
-    if casts is None or casts.writes != array.writes:
+    if casts is None or casts.writes != precision.writes:
         casts = autocast_state.cache = Casts()               # else the copies are of old values
     start = (address(a) - address(flat)) // a.itemsize
     return casts.get(flat, dtype)[start:start + a.size].reshape(a.shape)
