@@ -71,8 +71,9 @@ def write_atomically(files: Mapping[str | os.PathLike, bytes]) -> None:
                 _flush(new_folder.parent)
             _replace(folder, new)
     except OSError as e:
+        number = e.errno or errno.EIO
         reason = e.strerror or e
-        raise OSError(e.errno, f"could not write {path} ({reason}); what was there before is untouched") from e
+        raise OSError(number, f"could not write {path} ({reason}); what was there before is untouched") from e
 
 
 @contextlib.contextmanager
