@@ -535,6 +535,10 @@ def test_no_figure_is_no_reason_to_lose_the_results(model, tmp_path, monkeypatch
     lines: list[str] = []
     compare.compare(s, tmp_path, jobs=1, say=lines.append)
     assert (tmp_path / "compare.json").exists() and "(no figure: RuntimeError, no fonts)" in lines[-1]
+    assert "earlier run" not in lines[-1]
+    (tmp_path / "compare.png").write_bytes(b"old")
+    compare.compare(s, tmp_path, jobs=1, say=lines.append)
+    assert "belongs to an earlier run" in lines[-1] and (tmp_path / "compare.png").read_bytes() == b"old"
 
 
 def test_texts_leave_room_for_the_prompt(tmp_path):

@@ -215,6 +215,8 @@ def write(report: dict, out: Path) -> str:
         note = " (no figure: matplotlib is missing)"
     except Exception as e:  # a fault of the drawing library must not take the results with it
         note = f" (no figure: {type(e).__name__}, {e})"
+    if note and (out / "compare.png").exists():
+        note += f"; the {out / 'compare.png'} that is there belongs to an earlier run"
     files[out / "compare.json"] = json.dumps(report, indent=1, allow_nan=False).encode()  # last: see write_atomically
     try:
         write_atomically(files)
