@@ -13,7 +13,7 @@ from helpers import dev, host
 
 from tinyft import LoRA, PrefixTuning
 from tinyft.data import Batches
-from tinyft.identity import describe, fingerprint, qualified_name
+from tinyft.identity import describe, fingerprint, qualified_name, rows_as_arrays
 from tinyft.tensor import Tensor
 
 
@@ -147,3 +147,15 @@ def test_the_checks_reject_an_identity_that_shortens_arrays_or_counts_the_positi
 
 def test_describing_is_unaffected_by_replace():
     assert describe(replace(Keep(), beta=2.0)) != describe(Keep()) == describe(replace(Keep()))
+
+
+def test_rows_of_numbers_become_arrays_for_a_fast_fingerprint():
+    rows = [([1, 2, 3], 0), ({"ids": [4, 5]}, "text", []), (0, [1, 2])]
+    fast = rows_as_arrays(rows)
+    assert np.array_equal(fast[0][0], [1, 2, 3])
+    assert np.array_equal(fast[1][0]["ids"], [4, 5])
+    assert fast[1][1:] == ["text", []]
+    assert fast[2][0] == 0
+    others = [[([1, 2, 4], 0), *rows[1:]], rows[:2], [([1, 2, 3, 0], 0), *rows[1:]]]
+    texts = {fingerprint(rows_as_arrays(some)) for some in [rows, *others]}
+    assert len(texts) == 4

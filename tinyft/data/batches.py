@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from .. import checks
-from ..identity import describe, fingerprint
+from ..identity import describe, fingerprint, rows_as_arrays
 from ..tokens import all_special, encode_text, padding_id, plain, special_ids
 from .text import PAD, SPECIAL, shipped_tokenizer
 
@@ -172,7 +172,7 @@ class Batches:
             if isinstance(self.examples, (np.ndarray, list, tuple, range)):
                 try:
                     collate = describe(self.collate) if dataclasses.is_dataclass(self.collate) else None
-                    self._content = fingerprint([self.examples, self.lengths, collate])
+                    self._content = fingerprint([rows_as_arrays(self.examples), self.lengths, collate])
                 except TypeError:  # an example of a kind that has no content to read
                     pass
         return self._content

@@ -5,13 +5,12 @@ describe_run of checkpoint.py puts them together; the facts are JSON-able.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
 
-from ..identity import describe, fingerprint, qualified_name
+from ..identity import describe, fingerprint, qualified_name, rows_as_arrays
 from ..nn import Module
 from ..optim import Schedule
 from ..optim.schedules import WarmUp
@@ -66,17 +65,6 @@ def describe_data(batches: Any) -> dict[str, Any] | None:
         return {"count": len(batches), "fingerprint": fingerprint(rows_as_arrays(batches))}
     except TypeError:                                                   # an object without a content to read
         return None
-
-
-def rows_as_arrays(value: Any) -> Any:
-    """The same data with each list of numbers as an array: the fingerprint of an array is much faster."""
-    if isinstance(value, (list, tuple)):
-        if value and type(value[0]) is int:
-            return np.asarray(value)
-        return [rows_as_arrays(entry) for entry in value]
-    if isinstance(value, Mapping):
-        return {key: rows_as_arrays(entry) for key, entry in value.items()}
-    return value
 
 
 def check_identity(identity: dict[str, Any], saved: dict[str, Any]) -> None:
