@@ -100,7 +100,7 @@ REFUSED: list[tuple[Callable, str]] = [
     (lambda: ops.project(ones(2, 3), ones(4, 3), ones(1), ones(4, 3), ones(4), ones(4, 3), ones(4)), "n is 1 and 4"),
     (lambda: ops.project(ones(2, 3), ones(4, 3), ones(4), ones(2, 3), ones(2), ones(4, 3), ones(4)), "n is 2 and 4"),
     (lambda: ops.project(ones(2, 3), *[ones(4, 3), ones(4)] * 3, heads=3), "divides the width 4"),
-    (lambda: ops.project(ones(2, 3), *[ones(4, 3), ones(4)] * 3, heads=0), "divides the width 4"),
+    (lambda: ops.project(ones(2, 3), *[ones(4, 3), ones(4)] * 3, heads=0), "heads wants a whole number >= 1"),
     (lambda: ops.embedding(ones(5), zeros(2)), "W wants two axes"),
     (lambda: ops.embedding(ones(5, 2, 2), zeros(2)), "W wants two axes"),
     (lambda: ops.gather(ones(2, 3), zeros(3)), "indices wants the shape of x"),

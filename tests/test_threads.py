@@ -129,7 +129,7 @@ def test_warnings_are_told_apart_as_in_the_caller():
 
 @pytest.mark.parametrize("n", [0, -1])
 def test_no_threads_is_no_number_of_threads(n):
-    with pytest.raises(ValueError, match="n >= 1"):
+    with pytest.raises(ValueError, match="n wants a whole number from 1"):
         set_num_threads(n)
 
 

@@ -47,7 +47,9 @@ def use(name: str) -> None:
     """Create arrays on the backend `name` from now on, in this thread.
 
     name: 'numpy', 'cupy', 'strict', or 'auto' (CuPy if it works, else NumPy).
-    BackendError with the reason if CuPy cannot be used."""
+    BackendError with the reason if CuPy cannot be used; TypeError unless the name is a string."""
+    if not isinstance(name, str):
+        raise TypeError(f"use wants the name of a backend, got {brief(name)}")
     if name == "auto":
         name = "numpy" if why_no_cupy() else "cupy"
     _open(name)

@@ -1,8 +1,10 @@
 """Compositions of ops: losses, attention written out, and small helpers."""
 from __future__ import annotations
 
+from typing import Any
+
 from . import checks, operands, ops
-from .array import Array, xp
+from .array import Array, is_array, xp
 from .tensor import ShapeError, Tensor
 
 __all__ = ["softmax_attention", "mse_loss", "kl_divergence", "soft_cross_entropy", "normalize", "topk", "stack"]
@@ -14,6 +16,8 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Array = None, c
     q (..., Tq, D), k and v (..., Tk, D) -> (..., Tq, D). key_mask broadcasts to (..., Tq, Tk), True (or 1) where a
     query may look at a key. causal: query i may look at keys j ≤ i + Tk − Tq. Every query must be allowed to look at
     one key or more."""
+    _check_tensors("softmax_attention", q, k, v)
+    checks.flag("softmax_attention: causal", causal)
     scores = (q @ k.T) * q.shape[-1]**-0.5                                       # (..., Tq, Tk)
     if key_mask is not None:
         key_mask = operands.as_mask(key_mask, scores.data, "key_mask")
@@ -56,6 +60,7 @@ def normalize(x: Tensor, axis: int = -1, eps: float = 1e-12) -> Tensor:
     """x / max(‖x‖, eps) along one axis.    dx = g / eps where ‖x‖ < eps, also for x = 0
 
     The maximum is taken before the root: the gradient of a root is infinite at 0."""
+    _check_tensors("normalize", x)
     checks.number("eps", eps, 0)
     return x / ops.sqrt(ops.maximum((x * x).sum(axis=axis, keepdims=True), eps**2))
 
@@ -64,6 +69,7 @@ def topk(x: Tensor, k: int) -> tuple[Tensor, Array]:
     """The k largest entries of each row, largest first, and their indices.  x (..., n) -> (..., k), (..., k).
 
     Of equal entries the lower index comes first.  ValueError if k is not in 1 .. n."""
+    checks.instance("topk: x", x, Tensor, "a tensor")
     checks.whole("topk: k", k)
     if not 0 < k <= x.shape[-1]:
         raise ValueError(f"topk wants 0 < k <= {x.shape[-1]}, the length of a row; got {k}")
@@ -73,6 +79,7 @@ def topk(x: Tensor, k: int) -> tuple[Tensor, Array]:
 
 def stack(xs: list[Tensor], axis: int = 0) -> Tensor:
     """Tensors of one shape side by side along a new axis.  ShapeError for two shapes, ValueError for no tensor."""
+    checks.instance("stack: xs", xs, (list, tuple), "a list of tensors")
     if not xs:
         raise ValueError("stack wants one tensor or more, got none")
     _check_same_shape("stack", *xs)
@@ -82,8 +89,16 @@ def stack(xs: list[Tensor], axis: int = 0) -> Tensor:
     return ops.concatenate(*[x.reshape(shape) for x in xs], axis=axis)
 
 
+def _check_tensors(name: str, *xs: Any) -> None:
+    """TypeError, with the name of the function, unless each argument is a tensor or an array of numbers."""
+    for x in xs:
+        if not isinstance(x, Tensor) and not is_array(x):
+            raise TypeError(f"{name} wants tensors, got {checks.brief(x)}")
+
+
 def _check_same_shape(name: str, *xs: Tensor) -> None:
-    """ShapeError, with the name of the function, unless all tensors have one shape."""
+    """ShapeError, with the name of the function, unless all are tensors of one shape."""
+    _check_tensors(name, *xs)
     shapes = [tuple(x.shape) for x in xs]
     if len(set(shapes)) > 1:
         raise ShapeError(f"{name} wants tensors of one shape, got {', '.join(map(str, dict.fromkeys(shapes)))}")

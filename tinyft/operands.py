@@ -106,16 +106,31 @@ def one_axis(axis: Any, x: Array) -> int:
     return axis % x.ndim
 
 
-def some_axes(axis: Any, x: Array) -> tuple[int, ...] | None:
+def some_axes(axis: Any, x: Array, keepdims: bool = False) -> tuple[int, ...] | None:
     """Axes of x, counted from 0, from one axis or several; None, for all axes, stays None.
 
-    ValueError for an axis twice, or that x lacks."""
+    ValueError for an axis twice, or that x lacks; TypeError unless keepdims is True or False."""
+    if keepdims is not False:
+        checks.flag("keepdims", keepdims)
     if axis is None:
         return None
     axes = tuple(one_axis(a, x) for a in (axis if isinstance(axis, (tuple, list)) else (axis,)))
     if len(set(axes)) < len(axes):
         raise ValueError(f"axis wants each axis once, got {axis}")
     return axes
+
+
+def as_shape(shape: Any) -> tuple[int, ...]:
+    """A shape as a tuple of lengths, from a tuple, a list, an array or one whole number. TypeError for anything else.
+
+    NumPy checks the lengths."""
+    if type(shape) is tuple:
+        return shape
+    if array.is_array(shape) and shape.ndim == 1 and shape.dtype.kind in "iu":
+        return tuple(array.asnumpy(shape).tolist())
+    if isinstance(shape, list):
+        return tuple(shape)
+    return (checks.whole("shape", shape),)
 
 
 def check_last_axis(x: Array) -> None:
@@ -154,7 +169,8 @@ def check_project(x: Array, weights: tuple, biases: tuple, heads: int) -> None:
     n = weights[0].shape[0]
     if x.ndim < 2 or any(W.shape[0] != n for W in weights):
         raise ValueError("x wants two axes or more, and the three W one shape")
-    if heads < 1 or n % heads:
+    checks.whole("heads", heads, 1)
+    if n % heads:
         raise ValueError(f"heads wants a number that divides the width {n}, got {heads}")
 
 
@@ -176,9 +192,11 @@ def rows_of(W: Array, ids: Array) -> Array:
         raise IndexError(f"ids wants rows of W, 0 to {len(W) - 1}, got {outside[0]}") from None
 
 
-def check_norm(x: Array, *parameters: Array) -> None:
-    """ValueError unless x has rows, and each parameter one entry for each of their columns."""
+def check_norm(x: Array, eps: float, *parameters: Array) -> None:
+    """ValueError unless x has rows, each parameter one entry for each of their columns, and eps is 0 or more."""
     check_last_axis(x)
+    if type(eps) is not float or not 0 <= eps < math.inf:
+        checks.number("eps", eps, 0)
     if any(p.shape != x.shape[-1:] for p in parameters):
         raise ValueError(f"each of weight and bias wants the shape {x.shape[-1:]} of a row")
 
@@ -241,17 +259,21 @@ def check_broadcasts(wanted: str, a: Array, shape: tuple) -> None:
 
 
 # ── the loss ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-def check_cross_entropy(z: Array, y: Any, weight: Any, label_smoothing: float) -> tuple[Array, Array | None]:
+def check_cross_entropy(
+    z: Array, y: Any, weight: Any, ignore_index: int, label_smoothing: float,
+) -> tuple[Array, Array | None]:
     """(labels (N,), class weights (V,) or None) of a loss on the logits z (..., V).
 
-    TypeError unless the labels are whole numbers; ValueError for other shapes, and for a label_smoothing outside 0 ..
-    1."""
+    TypeError unless the labels and ignore_index are whole numbers; ValueError for other shapes, and for a
+    label_smoothing outside 0 .. 1."""
     check_last_axis(z)
     labels = as_indices(y, z, "labels")
     shape = z.shape[:-1]
     if labels.shape != shape and labels.shape != (math.prod(shape),):
         raise ValueError(f"labels wants the shape {shape}, one label for each row of logits")
-    if label_smoothing:
+    if type(ignore_index) is not int:
+        checks.whole("ignore_index", ignore_index)
+    if type(label_smoothing) is not float or label_smoothing:
         checks.number("label_smoothing", label_smoothing, 0, 1)
     if weight is not None:
         weight = as_operand(weight, z, "weight")

@@ -20,6 +20,7 @@ from .operands import (
     as_indices,
     as_mask,
     as_operand,
+    as_shape,
     attention_masks,
     attention_shape,
     check_cross_entropy,
@@ -124,8 +125,11 @@ def _vector_product(a: Array, b: Array) -> tuple:
     """(value, pullbacks) of matmul where an input is a vector.
 
     A row A (1, k) or a column B (k, 1) stands in its place, and G has the axes (..., n, m) again."""
-    if not (getattr(a, "ndim", 0) and getattr(b, "ndim", 0)):
-        raise ValueError("each factor wants one axis or more: a number is multiplied with *")
+    for x in (a, b):
+        if not getattr(x, "ndim", 0):
+            if array.is_array(x) or isinstance(x, (int, float)):
+                raise ValueError("each factor wants one axis or more: a number is multiplied with *")
+            raise TypeError("a factor is no array")                              # the engine says which
     A = a[None] if a.ndim == 1 else a
     B = b[:, None] if b.ndim == 1 else b
     y = a @ b
@@ -335,7 +339,7 @@ def _spread(g: Array, shape: tuple) -> Array:
 def sum(x, axis=None, keepdims=False):
     """y = Σ x.    dx = g along the summed axes"""
     shape = x.shape
-    axis = some_axes(axis, x)
+    axis = some_axes(axis, x, keepdims)
     return x.sum(axis=axis, keepdims=keepdims), (lambda g: _spread(_restore_axes(g, shape, axis, keepdims), shape),)
 
 
@@ -343,7 +347,7 @@ def sum(x, axis=None, keepdims=False):
 def mean(x, axis=None, keepdims=False):
     """y = Σ x / n.    dx = g / n.    The mean of no entries is NaN, as in PyTorch."""
     shape = x.shape
-    axis = some_axes(axis, x)
+    axis = some_axes(axis, x, keepdims)
     if x.size:
         y = x.mean(axis=axis, keepdims=keepdims)
     else:
@@ -357,7 +361,7 @@ def amax(x, axis=None, keepdims=False):
     """y = max x.    dx = g where x is the maximum, shared equally among ties
 
     ShapeError for an axis without entries."""
-    axis = some_axes(axis, x)
+    axis = some_axes(axis, x, keepdims)
     if 0 in (x.shape if axis is None else [x.shape[a] for a in axis]):
         raise ValueError("a maximum wants one entry or more along each axis that is reduced")
     y = x.max(axis=axis, keepdims=keepdims)
@@ -496,17 +500,16 @@ def getitem(x, index):
         return d
     try:
         return x[index], (back, None)
-    except IndexError as e:
-        raise IndexError(f"an index wants to fit the shape {x.shape}: {e}") from None
+    except IndexError:
+        raise IndexError(f"an index wants to fit the shape {x.shape}, got {checks.brief(index)}") from None
 
 
 # ── shape ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 @op("... -> ...")
 def reshape(x, shape):
     """The same numbers in another shape.    dx = g, reshaped back"""
+    shape = as_shape(shape)
     old = x.shape
-    if not isinstance(shape, tuple):
-        shape = (shape,) if isinstance(shape, int) else tuple(int(n) for n in shape)
     y = x.reshape(shape)
     if y.shape != shape and min(shape) < -1:
         raise ValueError("shape wants lengths of 0 or more, and −1 for one to be computed")      # NumPy takes −2 for −1
@@ -532,6 +535,7 @@ def transpose(x):
 @op("... -> ...")
 def broadcast_to(x, shape):
     """x repeated along axes of length one, without copies.    dx = Σ g, which the engine does"""
+    shape = as_shape(shape)
     return xp(x).broadcast_to(x, shape), (same, None)
 
 
@@ -588,7 +592,7 @@ def layer_norm(x, w, b, eps=1e-5):
 
     w and b (c,), the length of a row; else ShapeError. The first entry is taken off each row before its mean: a row of
     equal numbers gives x̂ = 0 exactly, whatever the rounding of a mean."""
-    check_norm(x, w, b)
+    check_norm(x, eps, w, b)
     centred = x - x[..., :1]
     centred = centred - centred.mean(axis=-1, keepdims=True)
     s = xp(x).sqrt((centred * centred).mean(axis=-1, keepdims=True) + eps)    # σ
@@ -605,7 +609,7 @@ def rms_norm(x, w, eps=1e-6):
     """y = w x̂,  x̂ = x/σ,  σ² = mean x² + ε.    The norm of T5 and Llama.
 
     dx = (ĝ − x̂ mean(ĝ x̂))/σ,  ĝ = w g;   dw = Σ g x̂.    ShapeError unless w has the length of a row."""
-    check_norm(x, w)
+    check_norm(x, eps, w)
     s = xp(x).sqrt((x * x).mean(axis=-1, keepdims=True) + eps)                # σ
     h = x / s                                                 # x̂
 
@@ -698,7 +702,7 @@ def cross_entropy(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
     m = xp(z)
     shape = z.shape
     dtype = z.dtype
-    labels, weight = check_cross_entropy(z, y, weight, label_smoothing)        # (N,), (V,)
+    labels, weight = check_cross_entropy(z, y, weight, ignore_index, label_smoothing)      # (N,), (V,)
     real = labels != ignore_index                                              # the rows that count
     check_labels(labels, real, shape[-1])
     labels = m.where(real, labels, 0)
@@ -737,6 +741,7 @@ def dropout(x, p, key):
 
     The mask is determined by `key` alone, and the same on every backend. ShapeError unless 0 <= p < 1."""
     p = checks.number("p", p, 0, below=1)
+    key = key if array.is_array(key) else checks.whole("key", key, 0)           # an array while a step is captured
     keep = (array.uniform_like(x, key) >= p).astype(x.dtype) / (1 - p)
     return x * keep, (lambda g: g * keep, None, None)
 

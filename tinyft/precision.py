@@ -206,8 +206,9 @@ def set_float32_matmul_precision(precision: str) -> None:
     is several times faster on tensor cores.  NumPy always computes in float32.
     ValueError for another word.      As PyTorch's"""
     global tf32
-    if precision not in ("highest", "high"):
-        raise ValueError(f"the precision of float32 products is 'highest' or 'high' (TF32), got {precision!r}")
+    if not isinstance(precision, str) or precision not in ("highest", "high"):
+        got = checks.brief(precision)
+        raise ValueError(f"the precision of float32 products is 'highest' or 'high' (TF32), got {got}")
     tf32 = precision == "high"
 
 

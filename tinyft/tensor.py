@@ -483,7 +483,7 @@ def op(shapes: str, stops: tuple[str, ...] = ()) -> Callable[[Callable], Callabl
                     leaves = [isinstance(a, Tensor) and a.record is None for a in args]
                     value, pullbacks = precision.run(call, arrays, kwargs, leaves)
             except (ValueError, TypeError, IndexError, AttributeError, array.BackendError) as e:
-                raise _explained(e, call, arrays) from e
+                raise _explained(e, call, arrays, kwargs) from e
             if _state.anomaly:
                 _check_value(name, value, arrays)
             if isinstance(value, tuple):
@@ -694,10 +694,22 @@ def _sizes(arrays: list) -> str:
     return ", ".join(str(tuple(a.shape)) if array.is_array(a) else repr(a)[:30] for a in arrays)
 
 
-def _explained(e: Exception, call: Callable, arrays: list) -> Exception:
+def _has_equal_rows(a: list | tuple) -> bool:
+    """True if NumPy makes an array of these lists."""
+    try:
+        array.as_host_array(a)
+    except ValueError:
+        return False
+    except TypeError:
+        pass
+    return True
+
+
+def _explained(e: Exception, call: Callable, arrays: list, kwargs: dict[str, Any]) -> Exception:
     """The library's error for an error e that an op raised for these arguments: a ShapeError for a ValueError.
 
-    The message holds the shape string of the op, the shapes it got, and the letters that got two sizes."""
+    The message holds the shape string of the op, the shapes it got, and the letters that got two sizes. A TypeError of
+    Python's or NumPy's gives way to the parameters of the op; it is the cause of the error."""
     name = call.__name__
     inputs = call.shapes.split("->")[0].split(",")
     if isinstance(e, array.BackendError):
@@ -709,6 +721,11 @@ def _explained(e: Exception, call: Callable, arrays: list) -> Exception:
         is_left_out = a is None and parameter.default is None
         if not is_left_out and not array.is_array(a) and not isinstance(a, others):
             return TypeError(f"{name} wants a tensor, an array or a number as {parameter.name!r}, got {brief(a)}")
+        if isinstance(a, (list, tuple)) and " wants " not in str(e) and not _has_equal_rows(a):
+            return ShapeError(f"{name} wants lists of equal lengths as {parameter.name!r}, got {brief(a)}")
+    if isinstance(e, (TypeError, AttributeError)) and " wants " not in str(e):
+        keywords = f" and the keywords {', '.join(kwargs)}" if kwargs else ""
+        return TypeError(f"{name} wants {inspect.signature(call.definition)}, got ({_sizes(arrays)}){keywords}")
     if not isinstance(e, ValueError):
         # A plain TypeError in place of NumPy's own subclasses, which cannot be made from a message alone.
         kind = TypeError if isinstance(e, TypeError) else type(e)

@@ -325,8 +325,8 @@ STRICTER = {                                             # kind -> what ours ref
     "cross_entropy": ["one entry or more"],
     "attention": ["a key_mask that broadcasts"],                                 # of no keys
     "concatenate": ["same number of axes", "axis wants one of the 1 axes"],      # of an empty array of one axis
-    "embedding": ["is out of bounds for axis"],
-    "getitem": ["is out of bounds for axis", "single ellipsis"],                 # where nothing is selected
+    "embedding": ["ids wants rows of W"],
+    "getitem": ["an index wants to fit"],                                       # where nothing is selected
 }
 WIDER = {                                                # kind -> what PyTorch refuses and ours takes
     "getitem",                                           # more than one ellipsis is an error in both; −1 as an index

@@ -175,7 +175,7 @@ def layer_norm(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float = 1e-5) -
     entry, as in the definition: a row of equal numbers gives x̂ = 0."""
     if not (_is_plain(x) and w.dtype == b.dtype == np.float32):
         return NotImplemented
-    operands.check_norm(x, w, b)
+    operands.check_norm(x, eps, w, b)
     shape = x.shape
     n = shape[-1]
     X = x.reshape(-1, n)
@@ -246,7 +246,7 @@ def cross_entropy(z: np.ndarray, y: np.ndarray, weight: np.ndarray | None = None
     NotImplemented with class weights or label smoothing."""
     if not _is_plain(z) or weight is not None or label_smoothing:
         return NotImplemented
-    y, _ = operands.check_cross_entropy(z, y, None, 0.0)
+    y, _ = operands.check_cross_entropy(z, y, None, ignore_index, 0.0)
     Z = ops.flat(z)                                          # (N, V)
     n = len(Z)
     has_label = y != ignore_index
@@ -296,6 +296,7 @@ def dropout(x: np.ndarray, p: float, key: int) -> Any:
     An entry is kept if u >= p.  The factors, 0 or 1 / (1 − p), overwrite the words: they are as long in memory.  They
     are kept for the gradient."""
     p = checks.number("p", p, 0, below=1)
+    key = checks.whole("key", key, 0)
     least = math.ceil(np.float32(p) * 2.0**24) << 8          # the smallest word whose upper 24 bits give u >= p
     if not (_is_plain(x) and 0 <= least < 2**32):
         return NotImplemented

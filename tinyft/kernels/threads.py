@@ -14,10 +14,12 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
+from .. import checks
 from . import system
 
 BLOCK = 1 << 15                              # elements in a block on one thread: 128 kB of float32, half an L2 cache
 SHARED_BLOCK = 1 << 17                       # elements in a block where threads share the work; smaller ones do not pay
+MOST_THREADS = 1024                          # more is a mistake; BLAS has a limit of its own
 _busy = threading.Lock()                     # held while `each` runs on several threads
 _threads = 0                                 # 0: the number of BLAS's threads
 _pool: tuple[int, int, ThreadPoolExecutor | None] = (0, 0, None)  # process, threads, the pool
@@ -27,11 +29,10 @@ def set_num_threads(n: int) -> None:
     """Use n threads, for matrix products and for everything else that is distributed.
 
     The default is the number of BLAS's threads (OPENBLAS_NUM_THREADS).  Results depend on it only by rounding.
-    ValueError if n < 1.
+    ValueError unless 1 <= n <= MOST_THREADS, TypeError unless n is a whole number.
     """
     global _threads
-    if n < 1:
-        raise ValueError(f"set_num_threads wants n >= 1, got {n}")
+    n = checks.whole("set_num_threads: n", n, 1, MOST_THREADS)
     system.limit(n)
     _threads = n
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from .. import array, checks, dispatch
-from ..array import Array, xp
+from ..array import Array, is_array, xp
 from ..precision import HALVES
 from ..tensor import Tensor
 from .buffers import Group, Piece, read_version_0_1
@@ -65,6 +65,8 @@ def clip_norm(gradients: list[Array], limit: float | None) -> Array:
     limit > 0.      Pascanu et al. 2013"""
     if limit is not None:
         checks.number("limit", limit, above=0)
+    if not isinstance(gradients, (list, tuple)) or not all(map(is_array, gradients)):
+        raise TypeError(f"clip_norm wants a list of arrays, got {checks.brief(gradients)}")
     m = xp(*gradients)
     norm = m.sqrt(m.asarray(sum(m.linalg.norm(g)**2 for g in gradients)))
     if not math.isfinite(float(norm)):

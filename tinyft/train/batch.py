@@ -180,6 +180,7 @@ def compute_loss(
     model: Module, targets: Targets, rng: np.random.Generator | None = None,
 ) -> tuple[Context, Tensor]:
     """(Context of the pass, mean cross-entropy) of a model on one batch, which read_batch has read."""
+    checks.instance("compute_loss: model", model, Module, "a model")
     checks.instance("compute_loss", targets, Targets, "Targets, which read_batch(batch) gives")
     return CrossEntropy()(model, targets, rng)
 
@@ -337,6 +338,8 @@ def next_tokens(ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
     if ids.ndim != 2:
         raise ValueError(f"{wanted}, got {ids.shape}")
     real = np.ones(ids.shape, bool) if mask is None else read_mask("mask", mask)
+    if real.shape != ids.shape:
+        raise ValueError(f"{wanted} and a mask of their shape, got a mask {real.shape}")
     return np.where(real[:, 1:] & real[:, :-1], ids[:, 1:], IGNORE)
 
 

@@ -280,7 +280,7 @@ def cross_entropy(z: Array, y: Array, weight: Array | None = None, ignore_index:
 
     y: the labels;  weight: of each class, or None. NotImplemented, as for weight together with label_smoothing, leaves
     the call to ops.cross_entropy."""
-    y, weight = check_cross_entropy(z, y, weight, label_smoothing)
+    y, weight = check_cross_entropy(z, y, weight, ignore_index, label_smoothing)
     if not suits(z) or z.ndim < 2 or (weight is not None and label_smoothing):
         return NotImplemented
     n = z.shape[-1]

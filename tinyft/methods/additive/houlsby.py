@@ -48,7 +48,7 @@ class Houlsby(Method):
         whole("Houlsby: m", self.m, least=1)
         number("Houlsby: std", self.std, low=0)
         flag("Houlsby: norms", self.norms)
-        if self.targets != ():
+        if not isinstance(self.targets, tuple) or self.targets:          # () is every sublayer
             check_targets("Houlsby: targets", self.targets)
 
     def find(self, model: Module) -> dict[str, Module]:
