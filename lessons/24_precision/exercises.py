@@ -421,7 +421,7 @@ update = Exercise(
         "In a row: a skipped step sets the count to 0, and so does growth.  If not self.enabled, "
         "nothing changes."))
 settings = {"S": st.sampled_from([8.0, 64.0, 1024.0, 1.0]), "growth": st.sampled_from([2.0, 4.0]),
-            "backoff": st.sampled_from([0.5, 0.25]), "interval": st.integers(2, 4)}
+            "backoff": st.sampled_from([0.5, 0.25]), "interval": st.integers(2, 7)}
 
 
 def updated(f, S, growth, backoff, interval, good, finite):
