@@ -474,7 +474,13 @@ def op(shapes: str, stops: tuple[str, ...] = ()) -> Callable[[Callable], Callabl
             # Run the definition, or a kernel, on the arrays of the arguments, and record the call for backward.
             if not args or (kwargs and not PLAIN.issuperset(map(type, kwargs.values()))):
                 args, kwargs = _by_position(call, args, kwargs)
-            arrays = [a.data if isinstance(a, Tensor) else _plain(call, args, a) for a in args]
+            arrays = []
+            for a in args:
+                if isinstance(a, Tensor):
+                    a = a.data
+                elif type(a) not in PLAIN:
+                    a = _plain(call, args, a)
+                arrays.append(a)
             try:
                 xp(*arrays, *kwargs.values())                  # refuses arrays of two backends
                 if autocast_state.dtype is None and not has_16_bit(arrays):
@@ -513,32 +519,52 @@ def _record(call: Callable, args: tuple, result: Tensor | tuple[Tensor, ...], pu
         parents = [a.node for a, n in zip(args, needed) if n]
         pulls = [(parents, _joint(call, pullbacks, needed))]
     else:
-        pulls = []
-        for i, a in enumerate(args):
-            if needed[i]:
-                back = pullbacks[i] if i < len(pullbacks) else None
-                if back is not None:
-                    pulls.append(((a.node,), _single(call, back)))
-                elif _parameter(call, i) not in call.stops:
-                    raise _no_gradient(call, _parameter(call, i))
+        if len(pullbacks) < len(args):
+            pullbacks = (*pullbacks, *[None] * (len(args) - len(pullbacks)))
+        pulls = [((a.node,), _single(call, back)) for a, back, n in zip(args, pullbacks, needed) if n and back]
+        if len(pulls) < sum(needed):
+            _check_stops(call, pullbacks, needed)
         if not pulls:
             return
-    values = result if isinstance(result, tuple) else (result,)
-    versions = [(t.version, t.version[0]) for t in (*values, *args) if isinstance(t, Tensor)]
-    record = Record(call.__name__, values[0].data, pulls, versions)
-    for i, y in enumerate(values):
-        y.requires_grad = True
-        y.record = Part(record, i, len(values), y.data) if isinstance(result, tuple) else record
+    versions = [(a.version, a.version[0]) for a in args if isinstance(a, Tensor)]
+    if isinstance(result, tuple):
+        versions += [(y.version, y.version[0]) for y in result]
+        record = Record(call.__name__, result[0].data, pulls, versions)
+        for i, y in enumerate(result):
+            y.requires_grad = True
+            y.record = Part(record, i, len(result), y.data)
+    else:
+        versions.append((result.version, result.version[0]))
+        result.requires_grad = True
+        result.record = Record(call.__name__, result.data, pulls, versions)
+
+
+def _check_stops(call: Callable, pullbacks: tuple, needed: list[bool]) -> None:
+    """TypeError if an input that needs a gradient has no pullback, and the op does not stop the gradient there."""
+    for i, back in enumerate(pullbacks):
+        if needed[i] and back is None and _parameter(call, i) not in call.stops:
+            raise _no_gradient(call, _parameter(call, i))
 
 
 def _as_tensor(value: Any, args: tuple) -> Tensor:
     """A value of an op as a tensor.  A view of an input shares its version: a write to one is a write to both."""
-    y = Tensor(value if array.is_array(value) else np.asarray(value))             # a NumPy scalar is no array
+    y = Tensor.__new__(Tensor)                                 # without the checks of Tensor(...), for every op's sake
+    y.data = value if array.is_array(value) else np.asarray(value)                # a NumPy scalar is no array
+    y.requires_grad = False
+    y.grad = y.record = y.mask = y.decay = None
+    y.version = [0]
     if y.data.base is not None:
         for a in args:
-            if isinstance(a, Tensor) and xp(y.data).may_share_memory(y.data, a.data):
+            if isinstance(a, Tensor) and _is_view(y.data, a.data):
                 y.version = a.version
     return y
+
+
+def _is_view(value: Array, a: Array) -> bool:
+    """True if `value`, a view, shows memory of the array a."""
+    if type(value) is np.ndarray:                              # the base of a view of a view is the array at the end
+        return value.base is a or value.base is a.base
+    return xp(value).may_share_memory(value, a)
 
 
 def _single(call: Callable, back: Callable) -> Callable:
@@ -563,8 +589,9 @@ def _joint(call: Callable, back: Callable, needed: list[bool]) -> Callable:
 
 
 # ── the arguments of an op ───────────────────────────────────────────────────────────────────────────────────────────
-CONTAINERS = (list, tuple, slice)                              # arguments that may hold tensors
-PLAIN = {bool, int, float, type(None), type(...), np.ndarray}  # types of arguments that hold none, for a quick look
+CONTAINERS = (list, tuple)                                     # arguments that may hold tensors
+# Types of arguments that hold no tensor, for a quick look.  A slice may hold one: Tensor.__index__ makes it an integer.
+PLAIN = {bool, int, float, str, slice, type(None), type(...), np.ndarray}
 
 
 def _by_position(call: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -589,10 +616,10 @@ def _by_position(call: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[t
 
 
 def _plain(call: Callable, args: tuple, a: Any) -> Any:
-    """An argument `a` of an op that is no tensor: with arrays in place of the tensors in a list, tuple or slice.
+    """An argument `a` of an op that is no tensor: with arrays in place of the tensors in a list or a tuple.
 
     TypeError if one of these trains: a gradient goes to a tensor that is itself an argument."""
-    if type(a) in PLAIN or (type(a) is tuple and PLAIN.issuperset(map(type, a))) or not _holds_tensor(a):
+    if not _holds_tensor(a):
         return a
     if _trains(a):
         i = next(i for i, b in enumerate(args) if b is a)
@@ -601,9 +628,7 @@ def _plain(call: Callable, args: tuple, a: Any) -> Any:
 
 
 def _holds_tensor(a: Any) -> bool:
-    """True for a tensor, and for a list, tuple or slice that holds one."""
-    if isinstance(a, slice):
-        a = (a.start, a.stop, a.step)
+    """True for a tensor, and for a list or a tuple that holds one."""
     if not isinstance(a, CONTAINERS):
         return isinstance(a, Tensor)
     return not PLAIN.issuperset(map(type, a)) and any(map(_holds_tensor, a))
@@ -611,17 +636,13 @@ def _holds_tensor(a: Any) -> bool:
 
 def _trains(a: Any) -> bool:
     """True for a tensor that needs a gradient, and for a container that holds one, while calls are recorded."""
-    if isinstance(a, slice):
-        return _trains((a.start, a.stop, a.step))
     if isinstance(a, CONTAINERS):
         return any(map(_trains, a))
     return _state.recording and isinstance(a, Tensor) and a.requires_grad
 
 
 def _without_tensors(a: Any) -> Any:
-    """An argument with arrays in place of tensors, and integers in place of those in a slice."""
-    if isinstance(a, slice):
-        return slice(*(int(b) if isinstance(b, Tensor) else b for b in (a.start, a.stop, a.step)))
+    """An argument with arrays in place of tensors."""
     if isinstance(a, CONTAINERS):
         return type(a)(map(_without_tensors, a))
     return a.data if isinstance(a, Tensor) else a
