@@ -146,7 +146,7 @@ REFUSED: list[tuple[Callable, str]] = [
     (lambda: ones(2, 3).permute(0, 0), "each axis of x once"),
     (lambda: ones(2, 3).permute(0, -2), "each axis of x once"),
     (lambda: ones(2, 3).permute(0), "each axis of x once"),
-    (lambda: ones(2, 3).permute(0, 1, 2), "axis wants one of"),
+    (lambda: ones(2, 3).permute(0, 1, 2), "each axis of x once"),
     (lambda: ones(2, 3).reshape(-1, -1), "reshape wants"),
     (lambda: ones(2, 3).reshape(-2), "lengths of 0 or more"),
     (lambda: ones(2, 3).reshape(4), "reshape wants"),

@@ -114,23 +114,25 @@ def some_axes(axis: Any, x: Array, keepdims: bool = False) -> tuple[int, ...] | 
         checks.flag("keepdims", keepdims)
     if axis is None:
         return None
+    if type(axis) is int:
+        return (one_axis(axis, x),)
     axes = tuple(one_axis(a, x) for a in (axis if isinstance(axis, (tuple, list)) else (axis,)))
     if len(set(axes)) < len(axes):
         raise ValueError(f"axis wants each axis once, got {axis}")
     return axes
 
 
-def as_shape(shape: Any) -> tuple[int, ...]:
+def as_shape(shape: Any, name: str = "shape") -> tuple[int, ...]:
     """A shape as a tuple of lengths, from a tuple, a list, an array or one whole number. TypeError for anything else.
 
-    NumPy checks the lengths."""
+    NumPy checks the lengths. name: of the argument, which may also be `axes`."""
     if type(shape) is tuple:
         return shape
     if array.is_array(shape) and shape.ndim == 1 and shape.dtype.kind in "iu":
         return tuple(array.asnumpy(shape).tolist())
     if isinstance(shape, list):
         return tuple(shape)
-    return (checks.whole("shape", shape),)
+    return (checks.whole(name, shape),)
 
 
 def check_last_axis(x: Array) -> None:
@@ -143,7 +145,7 @@ def index_part(p: Any, x: Array) -> Any:
     """One part of an index of x: None, ..., an integer, a slice, or an array of int32, int64 or booleans beside x.
 
     TypeError for anything else, such as a floating-point number."""
-    if p is None or p is Ellipsis or isinstance(p, (int, slice)):
+    if isinstance(p, (int, slice)) or p is None or p is Ellipsis:
         return p
     if isinstance(p, np.integer):
         return int(p)

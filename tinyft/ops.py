@@ -484,8 +484,7 @@ def embedding(W, ids):
 @op("... -> ...")
 def getitem(x, index):
     """y = x[index] for slices, integers and arrays of integers or booleans.    dx[index] += g"""
-    parts = tuple(index_part(p, x) for p in (index if isinstance(index, tuple) else (index,)))
-    index = parts if isinstance(index, tuple) else parts[0]
+    parts = tuple([index_part(p, x) for p in (index if isinstance(index, tuple) else (index,))])
     m = xp(x, *parts)
     shape = x.shape
     # Without integer arrays every entry is selected at most once, so g is assigned, not added.
@@ -494,12 +493,12 @@ def getitem(x, index):
     def back(g):
         d = m.zeros(shape, g.dtype)
         if plain:
-            d[index] = g
+            d[parts] = g
         else:
-            m.add.at(d, index, g)
+            m.add.at(d, parts, g)
         return d
     try:
-        return x[index], (back, None)
+        return x[parts], (back, None)
     except IndexError:
         raise IndexError(f"an index wants to fit the shape {x.shape}, got {checks.brief(index)}") from None
 
@@ -508,7 +507,7 @@ def getitem(x, index):
 @op("... -> ...")
 def reshape(x, shape):
     """The same numbers in another shape.    dx = g, reshaped back"""
-    shape = as_shape(shape)
+    shape = shape if type(shape) is tuple else as_shape(shape)
     old = x.shape
     y = x.reshape(shape)
     if y.shape != shape and min(shape) < -1:
@@ -519,11 +518,13 @@ def reshape(x, shape):
 @op("... -> ...")
 def permute(x, axes):
     """The axes in another order.    dx = g with the order undone"""
-    axes = tuple(one_axis(a, x) for a in axes)
-    if len(set(axes)) < x.ndim or len(axes) > x.ndim:
-        raise ValueError("axes wants each axis of x once")
-    back = tuple(sorted(range(len(axes)), key=lambda i: axes[i]))
-    return x.transpose(axes), (lambda g: g.transpose(back), None)
+    axes = axes if type(axes) is tuple else as_shape(axes, "axes")
+    back = tuple(sorted(range(len(axes)), key=lambda i: axes[i] % len(axes)))
+    try:
+        y = x.transpose(axes)
+    except ValueError:
+        raise ValueError("axes wants each axis of x once") from None
+    return y, (lambda g: g.transpose(back), None)
 
 
 @op("... n m -> ... m n")
