@@ -697,23 +697,24 @@ def _fold(path: str, m: Module, edits: list[Edit]) -> dict[str, Array]:
     if packed:
         raise CannotMerge(f"{path}.{packed[0]} is packed: keep the adapter beside it, "
                           "or unpack the base first (tinyft.unpack) and merge then")
-    # Fold from the weight outwards: output edits in their order, then input edits in reverse, since the last one acts
-    # directly on the weight.
-    outputs = [e for e in edits if e.overrides("after")]
-    inputs = [e for e in edits if e.overrides("before") and not e.overrides("after")]
-    activations = outputs + inputs[::-1]
-    for e in outputs:
-        if e.overrides("before") and len(activations) > 1:
-            raise CannotMerge(f"{path}: {type(e).__name__} changes input and output, and is not alone")
-    if activations and m.tied:
+    # First the edits of weights (`tensor`), in order. Then from the weight outwards: edits of the output (`after`) in
+    # order, and edits of the input (`before`) in reverse, since the last of these is the nearest to the weight.
+    output_edits = [e for e in edits if e.overrides("after")]
+    input_edits = [e for e in edits if e.overrides("before") and not e.overrides("after")]
+    activation_edits = output_edits + input_edits[::-1]
+    for e in output_edits:
+        if e.overrides("before") and len(activation_edits) > 1:
+            raise CannotMerge(f"{path}: {type(e).__name__} changes input and output, so it merges only without other "
+                              "edits of the input or the output")
+    if activation_edits and m.tied:
         raise CannotMerge(f"{path}: its weight is also the head's, "
-                          f"and {type(activations[0]).__name__} changes only the output of {path}")
+                          f"and {type(activation_edits[0]).__name__} changes only the input or the output of {path}")
     own = m.own()
     tensors = dict(own)
     for e in edits:
         tensors = {name: e.tensor(name, p) for name, p in tensors.items()}
     arrays = {name: p.data for name, p in tensors.items()}
-    for e in activations:
+    for e in activation_edits:
         arrays = e.fold(arrays)
     # A tensor that no edit changed still has its own array.
     return {name: w for name, w in arrays.items() if w is not own[name].data}

@@ -142,9 +142,10 @@ def check_last_axis(x: Array) -> None:
 
 
 def index_part(p: Any, x: Array) -> Any:
-    """One part of an index of x: None, ..., an integer, a slice, or an array of int32, int64 or booleans beside x.
+    """One part of an index of x: None, Ellipsis, an integer, a slice, or an array of int32, int64 or booleans.
 
-    TypeError for anything else, such as a floating-point number."""
+    Whole numbers of another dtype become int64. A list is brought to x's backend; a tensor or an array stays.
+    TypeError for anything else, such as a floating-point number; ValueError for lists of unequal lengths."""
     if isinstance(p, (int, slice)) or p is None or p is Ellipsis:
         return p
     if isinstance(p, np.integer):

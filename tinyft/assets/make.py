@@ -493,7 +493,9 @@ def check(folders: list[Path]) -> None:
 
 
 def main(libs: list[str]) -> None:
-    """Make all three files from the folders of standard libraries."""
+    """Make text.json.xz, tokenizer.json and LICENSES.txt from the folders of standard libraries, and print their sizes.
+
+    sys.exit, before a file is written, if the text is larger than LIMIT."""
     import numpy
 
     folders = [Path(lib) for lib in libs]
@@ -501,12 +503,12 @@ def main(libs: list[str]) -> None:
     numpy_folder = Path(numpy.__file__).parent
     raw = gather(folders, numpy_folder)
     found = records(raw)
-    write_licences(raw, folders[0], numpy_folder)
     about = {"python": [folder.name for folder in folders], "numpy": numpy.__version__, "classes": list(CLASSES)}
-    text = json.dumps({"about": about, "records": found}, ensure_ascii=False, separators=(",", ":"))
-    packed = lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME)
+    as_json = json.dumps({"about": about, "records": found}, ensure_ascii=False, separators=(",", ":"))
+    packed = lzma.compress(as_json.encode(), preset=9 | lzma.PRESET_EXTREME)
     if len(packed) > LIMIT:
         sys.exit(f"make wants at most {LIMIT:,} bytes of text.json.xz, got {len(packed):,}: lower SOURCE_CHARACTERS")
+    write_licences(raw, folders[0], numpy_folder)
     (HERE / "text.json.xz").write_bytes(packed)
     train_tokenizer([text for _, _, part, text in found if part == "train"], HERE / "tokenizer.json")
     print(f"{len(found):,} records, {len(packed):,} bytes, sha256 {hashlib.sha256(packed).hexdigest()[:16]}")

@@ -160,7 +160,7 @@ def _intact_sentences(record: Record) -> list[tuple[str, int]]:
     return [(sentence, 1) for sentence in sentences(record.text)]
 
 
-def _half_swapped(texts: Sequence[str], rng: np.random.Generator) -> Examples:
+def _swap_in_half(texts: Sequence[str], rng: np.random.Generator) -> Examples:
     """The texts with two words swapped in half of them, label 0; the other half is intact, label 1."""
     labels = rng.permutation(np.arange(len(texts)) % 2).astype(np.int64)
     examples = [text if label == 1 else swap_two(text, rng) for text, label in zip(texts, labels, strict=True)]
@@ -168,9 +168,12 @@ def _half_swapped(texts: Sequence[str], rng: np.random.Generator) -> Examples:
 
 
 def _intact(seed: int, size: int | None) -> Task:
+    """The task *intact*: is a sentence intact (1), or were two of its words swapped (0)?
+
+    The seed chooses and swaps training sentences only. size: their number; None takes all."""
     pool = [sentence for sentence, _ in _labelled_by_split(_intact_sentences)["train"]]
     chosen = [pool[i] for i in _choose(len(pool), seed, size)]
-    train = _half_swapped(chosen, generator(seed, SWAP))
+    train = _swap_in_half(chosen, generator(seed, SWAP))
     classes = ("swapped", "intact")
     # _held_out is cached: a caller that writes to the labels must not change the next caller's.
     valid, test = (Examples(e.texts, e.labels.copy()) for e in (_held_out("valid"), _held_out("test")))
@@ -181,7 +184,7 @@ def _intact(seed: int, size: int | None) -> Task:
 def _held_out(split: str) -> Examples:
     """The valid or test split of *intact*, the same for every seed."""
     texts = [sentence for sentence, _ in _labelled_by_split(_intact_sentences)[split]]
-    return _half_swapped(texts, generator(0, FIXED, SPLITS.index(split)))
+    return _swap_in_half(texts, generator(0, FIXED, SPLITS.index(split)))
 
 
 # ---------------------------------------------------------------------------------------------------- package

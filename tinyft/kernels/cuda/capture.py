@@ -244,8 +244,9 @@ class Recording:
     def record(self) -> Any:
         """Capture the step as self.graph, without running its kernels.  Returns the arrays that a replay will fill.
 
-        CannotCapture if the step is refused; then nothing has changed."""
-        groups = [g for o, *_ in self.optimizers for g in o.groups]
+        CannotCapture if the step is refused: parameters and optimisers are then as before, and gradients are None.
+        Other errors of the step pass through."""
+        groups = [g for o, *_ in self.optimizers for g in o.groups]      # of the eager calls; run() starts a new list
         self.stream.synchronize()
         self.capturing = True
         self.stream.begin_capture()
@@ -254,13 +255,13 @@ class Recording:
         except BaseException as e:
             for g in groups:
                 for p in g.tensors.values():
-                    p.grad = None                            # its kernels never ran
+                    p.grad = None                            # the kernels that would have filled it never ran
             try:
                 self.stream.end_capture()
             except cupy.cuda.runtime.CUDARuntimeError:
                 pass                                         # the capture is invalid; e has the cause
-            needs_message = isinstance(e, (RuntimeError, TypeError)) and not isinstance(e, CannotCapture)
-            if not needs_message:
+            is_of_capture = isinstance(e, (RuntimeError, TypeError)) and not isinstance(e, CannotCapture)
+            if not is_of_capture:                            # it has its own message, or is the user's own error
                 raise
             raise CannotCapture(_explain(e)) from e
         finally:

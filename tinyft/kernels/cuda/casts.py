@@ -32,7 +32,7 @@ class Casts:
 
 
 def cast_parameter(a: Array, dtype: np.dtype) -> Any:
-    """precision.cast_parameter, from the 16-bit copy of the parameter's flat array.
+    """The parameter `a` in 16 bits: a view of the 16-bit copy of its optimiser's flat array.
 
     NotImplemented if the parameter is not a contiguous view of a flat array, both float32."""
     flat = a.base
@@ -40,7 +40,7 @@ def cast_parameter(a: Array, dtype: np.dtype) -> Any:
         return NotImplemented
     casts = autocast_state.cache                             # None at the start of a region
     if casts is None or casts.writes != precision.writes:
-        casts = autocast_state.cache = Casts()               # else the copies are of old values
+        casts = autocast_state.cache = Casts()               # a parameter was written to since: cast again
     start = (address(a) - address(flat)) // a.itemsize
     return casts.get(flat, dtype)[start:start + a.size].reshape(a.shape)
 

@@ -276,10 +276,11 @@ def embedding(W: Array, ids: Array) -> Any:
 # ── the loss ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 def cross_entropy(z: Array, y: Array, weight: Array | None = None, ignore_index: int = -100,
                   label_smoothing: float = 0.0) -> Any:
-    """(mean loss, pullbacks) in three passes over the logits z. Keeps three numbers per row instead of the softmax.
+    """(mean loss, pullbacks) in three passes over the logits z: two forward, one backward.
 
-    y: the labels;  weight: of each class, or None. NotImplemented, as for weight together with label_smoothing, leaves
-    the call to ops.cross_entropy."""
+    Keeps three numbers per row instead of the softmax. y: the labels; weight: of each class, or None. A label outside
+    the classes gives NaN. Returns NotImplemented, which leaves the call to ops.cross_entropy, for other dtypes and
+    layouts, and for weight together with label_smoothing."""
     y, weight = check_cross_entropy(z, y, weight, ignore_index, label_smoothing)
     if not suits(z) or z.ndim < 2 or (weight is not None and label_smoothing):
         return NotImplemented
