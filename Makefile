@@ -21,7 +21,7 @@ $(STAMP): $(HERE)/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "tinyft needs Python 3.10 or newer; PYTHON=python3.x make ... chooses one")'
 	@test -x "$(PY)" || $(PYTHON) -m venv "$(VENV)"
 	@echo "installing tinyft into $(VENV) ..."
-	@cd "$(HERE)" && "$(PY)" -m pip install -q --disable-pip-version-check -e ".[lessons]" "pytest>=8" "ruff>=0.6"
+	@cd "$(HERE)" && "$(PY)" -m pip install -q --disable-pip-version-check -e ".[lessons]" "pytest>=8" "pytest-xdist>=3.5" "ruff>=0.6"
 	@touch "$@"
 
 install: $(STAMP)  ## make the virtual environment .venv and install tinyft in it
@@ -29,8 +29,8 @@ install: $(STAMP)  ## make the virtual environment .venv and install tinyft in i
 run: $(STAMP)  ## the main job: fine-tune the shipped base on a real task, one table, two figures (under 5 minutes)
 	@cd "$(HERE)" && "$(VENV)/bin/tinyft" compare $(ARGS)
 
-test: $(STAMP)  ## the tests
-	@cd "$(HERE)" && "$(PY)" -m pytest tests --ignore=tests/peers $(ARGS)
+test: $(STAMP)  ## the tests, in two processes
+	@cd "$(HERE)" && "$(PY)" -m pytest tests --ignore=tests/peers -n 2 --dist loadfile $(ARGS)
 
 selftest: $(STAMP)  ## the exercises: the library passes them, every wrong answer is caught and explained
 	@cd "$(HERE)" && "$(VENV)/bin/tinyft" selftest $(ARGS)

@@ -16,8 +16,8 @@ import pytest
 
 import tinyft
 from tinyft import cli
+from tinyft.learn import folders, reading
 from tinyft.learn import lessons as runner
-from tinyft.learn import reading
 from tinyft.learn.exercise import of_lesson
 from tinyft.learn.folders import lessons, lessons_in
 from tinyft.learn.lessons import Failed, notebook, parse, quote, run
@@ -273,7 +273,8 @@ def small(tmp_path, monkeypatch):
         for i, text in enumerate(texts, 1):
             (tmp_path / f"lessons/0{i}_small{i}").mkdir(parents=True)
             (tmp_path / f"lessons/0{i}_small{i}/lesson.py").write_text(text, encoding="utf-8")
-        monkeypatch.setattr(reading, "lessons", lambda: lessons_in(tmp_path / "lessons"))
+        for module in (folders, reading):
+            monkeypatch.setattr(module, "lessons", lambda: lessons_in(tmp_path / "lessons"))
         monkeypatch.chdir(tmp_path)
         return tmp_path / "lessons/01_small1/lesson.py"
     return write
