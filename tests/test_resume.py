@@ -737,7 +737,9 @@ def test_a_run_of_version_0_1_resumes_to_the_losses_and_values_of_version_0_1(na
     compared = 0
     for tensor, p in ft.trained(model).items():
         key = f"{name}/{tensor}"
-        if key in expected:
+        # Softmax does not change with the bias of the keys: its gradient is rounding, of which AdamW makes whole steps.
+        is_noise = name == "run-float16" and tensor.endswith("attn.k.bias")
+        if key in expected and not is_noise:
             assert np.allclose(host(p), expected[key], rtol=0, atol=tolerance), tensor
             compared += 1
     assert compared >= 8

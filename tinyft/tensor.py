@@ -17,6 +17,7 @@ import inspect
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -744,7 +745,8 @@ def _explained(e: Exception, call: Callable, arrays: list, kwargs: dict[str, Any
             return TypeError(f"{name} wants a tensor, an array or a number as {parameter.name!r}, got {brief(a)}")
         if isinstance(a, (list, tuple)) and " wants " not in str(e) and not _has_equal_rows(a):
             return ShapeError(f"{name} wants lists of equal lengths as {parameter.name!r}, got {brief(a)}")
-    if isinstance(e, (TypeError, AttributeError)) and " wants " not in str(e):
+    is_of_module = isinstance(getattr(e, "obj", None), ModuleType)         # such as a function that CuPy lacks
+    if isinstance(e, (TypeError, AttributeError)) and not is_of_module and " wants " not in str(e):
         keywords = f" and the keywords {', '.join(kwargs)}" if kwargs else ""
         return TypeError(f"{name} wants {inspect.signature(call.definition)}, got ({_sizes(arrays)}){keywords}")
     if not isinstance(e, ValueError):

@@ -308,9 +308,9 @@ def changing_steps():
         return Training.step(self, ids, labels, 0.5 * float(factor), rng)
 
     return {
-        "rate": (factor_changes, "optimizer.step another number.*1.0 before, 0.5 now"),
-        "key": (key_changes, "the kernel (dropout|uniform) another number"),
-        "structure": (shape_changes, "another number|something else"),
+        "rate": (factor_changes, "optimizer.step a different number.*1.0 before, 0.5 now"),
+        "key": (key_changes, "the kernel (dropout|uniform) a different number"),
+        "structure": (shape_changes, "a different number|something else"),
         "gradients": (gradients_stay, "leaves gradients behind"),
         "number": (arithmetic_on_the_factor, "for optimizer.step"),
     }

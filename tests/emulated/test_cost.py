@@ -67,23 +67,23 @@ def count_step(kind, layers, method=None, clip=1.0, autocast=None):
 # Of each phase: (launches, products, waits, copies to the device, copies to the host, copies on the device).
 COSTS: dict[tuple, list] = {
     ("gpt", 1, "everything", "definitions"):
-        [(83, 9, 0, 2, 0, 0), (89, 18, 0, 0, 0, 0), (0, 0, 1, 0, 1, 0), (46, 0, 2, 0, 2, 20)],
+        [(91, 9, 0, 2, 0, 0), (89, 18, 0, 0, 0, 0), (0, 0, 1, 0, 1, 0), (46, 0, 2, 0, 2, 20)],
     ("gpt", 1, "everything", "kernels"):
         [(19, 7, 0, 2, 0, 0), (33, 14, 0, 0, 0, 0), (0, 0, 1, 0, 1, 0), (4, 0, 1, 0, 1, 0)],
     ("gpt", 2, "everything", "definitions"):
-        [(135, 17, 0, 2, 0, 0), (149, 34, 0, 0, 0, 0), (0, 0, 1, 0, 1, 0), (46, 0, 2, 0, 2, 36)],
+        [(145, 17, 0, 2, 0, 0), (149, 34, 0, 0, 0, 0), (0, 0, 1, 0, 1, 0), (46, 0, 2, 0, 2, 36)],
     ("gpt", 2, "everything", "kernels"):
         [(30, 13, 0, 2, 0, 0), (53, 26, 0, 0, 0, 0), (0, 0, 1, 0, 1, 0), (4, 0, 1, 0, 1, 0)],
     ("gpt", 12, "everything", "definitions"):
-        [(655, 97, 0, 2, 0, 0), (749, 194, 0, 0, 0, 0), (0, 0, 1, 0, 1, 0), (46, 0, 2, 0, 2, 196)],
+        [(685, 97, 0, 2, 0, 0), (749, 194, 0, 0, 0, 0), (0, 0, 1, 0, 1, 0), (46, 0, 2, 0, 2, 196)],
     ("gpt", 12, "everything", "kernels"):
         [(140, 73, 0, 2, 0, 0), (253, 146, 0, 0, 0, 0), (0, 0, 1, 0, 1, 0), (5, 0, 1, 0, 1, 0)],
     ("gpt", 12, "lora", "definitions"):
-        [(703, 145, 0, 2, 0, 0), (630, 211, 0, 0, 0, 0), (0, 0, 1, 0, 1, 0), (24, 0, 2, 0, 2, 48)],
+        [(733, 145, 0, 2, 0, 0), (630, 211, 0, 0, 0, 0), (0, 0, 1, 0, 1, 0), (24, 0, 2, 0, 2, 48)],
     ("gpt", 12, "lora", "kernels"):
         [(248, 145, 0, 2, 0, 0), (188, 211, 0, 0, 0, 0), (0, 0, 1, 0, 1, 0), (3, 0, 1, 0, 1, 0)],
     ("bert", 2, "everything", "definitions"):
-        [(273, 18, 0, 3, 0, 0), (159, 36, 0, 0, 0, 0), (0, 0, 1, 0, 1, 0), (46, 0, 2, 0, 2, 42)],
+        [(287, 18, 0, 3, 0, 0), (159, 36, 0, 0, 0, 0), (0, 0, 1, 0, 1, 0), (46, 0, 2, 0, 2, 42)],
     ("bert", 2, "everything", "kernels"):
         [(37, 14, 0, 3, 0, 0), (65, 28, 0, 0, 0, 0), (0, 0, 1, 0, 1, 0), (4, 0, 1, 0, 1, 0)],
 }
@@ -115,7 +115,7 @@ def test_the_cost_of_a_step(kind, layers, trains, ops):
 
 
 def test_a_step_of_twelve_layers_stays_small():
-    """The definitions take 1,450 launches and 291 products."""
+    """The definitions take 1,480 launches and 291 products."""
     check_total(COSTS["gpt", 12, "everything", "kernels"])
 
 

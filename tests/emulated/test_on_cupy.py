@@ -209,12 +209,13 @@ def test_training_in_16_bits_is_numpys(how, kind, method, monkeypatch):
     """
     monkeypatch.setattr(train_loop, "GradScaler", partial(ft.GradScaler, 2.0**8))
     first = {"bfloat16": 3e-3, "float16": 4e-4}[how]
+    first_of_definitions = {"bfloat16": 1e-6, "float16": 1e-4}[how]  # in float16 a few sums round the other way
     want, y = on("numpy", train, kind, METHODS[method], autocast=how)
     exact, _ = on("numpy", train, kind, METHODS[method])
     for fast in (False, True):
         got, z = on("cupy", train, kind, METHODS[method], fast=fast, autocast=how)
         off = np.abs(got - want) / want[0]
-        assert off[0] < (first if fast else 1e-6)
+        assert off[0] < (first if fast else first_of_definitions)
         assert off.max() < (2e-2 if fast else 2e-3)
         assert apart(z, y) < 0.1
     assert np.abs(want / exact - 1).max() > 1e-6  # it was rounded
