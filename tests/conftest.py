@@ -50,6 +50,13 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"TINYFT_BACKEND={BACKEND}: {e}") from None
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two processes that share the tests name them by id: an id must be the same in both (helpers.case_id)."""
+    for item in items:
+        if " at 0x" in item.nodeid:
+            raise pytest.UsageError(f"the id of a test wants no address, got {item.nodeid}")
+
+
 def pytest_report_header(config: pytest.Config) -> str:
     profile = settings.get_current_profile_name()
     return f"tinyft: backend {array.backend()}, NumPy {np.__version__}, Hypothesis profile {profile}"

@@ -12,6 +12,12 @@ from tinyft import GPT, AdamW, GPTConfig, LoRA, array, attach, fit
 from tinyft.tensor import Tensor
 
 
+def case_id(value: Any) -> str:
+    """The id of a test's case: the value as a short text without addresses, which differ from process to process."""
+    text = " ".join(str(value).split())
+    return re.sub(" at 0x[0-9a-f]+", "", text)[:40]
+
+
 def dev(a: Any, dtype: Any = None) -> array.Array:
     """An array on the backend in use, from host numbers. Float64 stays float64."""
     a = np.asarray(a)

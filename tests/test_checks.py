@@ -7,6 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers import case_id
 
 from tinyft import checks
 
@@ -30,7 +31,7 @@ def test_whole_numbers_become_ints(value):
     assert result == value
 
 
-@pytest.mark.parametrize("value", NO_WHOLE_NUMBERS, ids=repr)
+@pytest.mark.parametrize("value", NO_WHOLE_NUMBERS, ids=case_id)
 def test_all_else_is_no_whole_number(value):
     with pytest.raises(TypeError, match="steps wants a whole number >= 0, got "):
         checks.whole("steps", value, 0)
@@ -62,7 +63,7 @@ def test_an_int_stays_an_int():
     assert type(checks.number("lr", 1.0)) is float
 
 
-@pytest.mark.parametrize("value", NO_NUMBERS, ids=repr)
+@pytest.mark.parametrize("value", NO_NUMBERS, ids=case_id)
 def test_all_else_is_no_number(value):
     with pytest.raises(TypeError, match="lr wants a finite number > 0, got "):
         checks.number("lr", value, above=0)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import host
+from helpers import case_id, host
 
 import tinyft as ft
 from tinyft import AdamW, array, evaluate, fit, perplexity, train
@@ -127,7 +127,7 @@ WRONG_ARGUMENTS = [
 ]
 
 
-@pytest.mark.parametrize("arguments, kind, words", WRONG_ARGUMENTS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize("arguments, kind, words", WRONG_ARGUMENTS, ids=case_id)
 def test_an_argument_without_sense_is_refused_before_anything_changes(arguments, kind, words):
     def call(model: ft.GPT) -> None:
         fit(model, BATCHES, **{"steps": 3, "progress": False, **arguments})
@@ -201,7 +201,7 @@ WRONG_BATCHES = [
 ]
 
 
-@pytest.mark.parametrize("batches, kind, words", WRONG_BATCHES, ids=lambda value: str(value)[:40].replace("\n", ""))
+@pytest.mark.parametrize("batches, kind, words", WRONG_BATCHES, ids=case_id)
 def test_wrong_batches_are_refused_by_fit_and_evaluate(batches, kind, words):
     def train_on(model: ft.GPT) -> None:
         fit(model, batches, 3, progress=False)

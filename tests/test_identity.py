@@ -3,7 +3,10 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from dataclasses import dataclass, field, replace
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -117,9 +120,14 @@ def test_an_iterator_that_is_used_up_has_no_content_to_identify():
         describe(Keep(old=iter([np.ones(2)])))
 
 
-def test_a_class_that_was_run_as_a_script_has_the_name_of_its_file():
+def test_a_class_that_was_run_as_a_script_has_the_name_of_its_file(monkeypatch):
     cls = type("Mine", (), {"__module__": "__main__"})
-    assert qualified_name(cls).endswith(".Mine") and not qualified_name(cls).startswith("__main__")
+    main = ModuleType("__main__")
+    main.__file__ = "/somewhere/train.py"
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    assert qualified_name(cls) == "train.Mine"
+    main.__spec__ = ModuleSpec("package.module", None)
+    assert qualified_name(cls) == "package.module.Mine"
 
 
 # ── planted mistakes ─────────────────────────────────────────────────────────────────────────────────────────────────

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from contract import build
-from helpers import host
+from helpers import case_id, host
 from test_half_done import check_unchanged, snapshot
 
 import tinyft as ft
@@ -85,7 +85,7 @@ def test_more_blocks_than_the_model_has():
 # ── targets ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("cls", [LoRA, Houlsby, PrefixTuning])
 @pytest.mark.parametrize("targets", [5, None, b"attn", {"attn.q": 1}, ["attn.q", 3], "", ["attn.q", ""], [], "attn.[qv",
-                                     "attn.qv]", "attn.[]", "a" * 2000, (t for t in "ab"), LoRA], ids=str)
+                                     "attn.qv]", "attn.[]", "a" * 2000, (t for t in "ab"), LoRA], ids=case_id)
 def test_targets_that_are_no_patterns_are_refused_when_the_method_is_made(cls, targets):
     check_sentence(lambda: cls(targets=targets), (TypeError, ValueError), f"{cls.__name__}: targets wants a pattern")
 
