@@ -141,3 +141,13 @@ def test_a_value_is_shown_briefly(value: Any, words: str):
 def test_a_repr_that_fails_does_not_hide_the_sentence():
     with pytest.raises(TypeError, match="steps wants a whole number, got <.*Broken object"):
         checks.whole("steps", Broken())
+
+
+def test_numbers_too_large_for_a_float_get_our_sentence():
+    with pytest.raises(ValueError, match="lr wants a finite number > 0, got 1000"):
+        checks.number("lr", 10**400, above=0)
+    with pytest.raises(ValueError, match="steps wants a whole number <= 5") as error:
+        checks.whole("steps", 10**400, most=5)
+    assert len(str(error.value)) < 150
+    with pytest.raises(TypeError, match="lr wants a finite number"):
+        checks.number("lr", np.array(object=True))

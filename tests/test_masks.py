@@ -234,6 +234,16 @@ def test_a_number_of_numpys_does_not_widen(scalar):
         assert y.dtype == np.float32
 
 
+def test_a_list_of_floats_takes_the_dtype_beside_it():
+    """As a single Python float does; [0.5, 2.0] alone would be float64."""
+    q = leaf(np.ones((1, 2, 2), np.float32))
+    results = [
+        leaf(A) * [0.5, 2.0, 1.0], [0.5, 2.0, 1.0] + leaf(A), ops.attention(q, q, q, [[0.0, -1.0], [0.5, 0.0]]),
+        ops.cross_entropy(leaf(A), dev([0, 1]), weight=[1.0, 2.0, 0.5]),
+    ]
+    assert [y.dtype for y in results] == [np.float32] * 4
+
+
 def test_booleans_select():
     x = leaf(A)
     y = x[dev(MASK)]

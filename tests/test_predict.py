@@ -126,6 +126,17 @@ def test_no_texts_and_texts_that_are_too_long():
     assert len(predict(model, TOKENIZER, ["a b c " * 100]).labels) == 1
     with pytest.raises(ValueError, match="texts of at most 12 tokens, since 20 new ones follow.*got one of"):
         predict(make("gpt", None), TOKENIZER, ["a", "a b c " * 100])
+    with pytest.raises(TypeError, match="max_len cuts the texts of a classifier"):
+        predict(make("gpt", None), TOKENIZER, ["a"], max_len=5)
+
+
+def test_the_end_that_a_caller_gives_ends_each_text_alone():
+    """In a batch the rows that have ended are filled; the filler is no part of a text."""
+    model = make("gpt", None)
+    texts = TEXTS[1:4]
+    for end in range(model.config.vocab):
+        together = predict(model, TOKENIZER, texts, max_new_tokens=6, end=end)
+        assert together == [predict(model, TOKENIZER, [text], max_new_tokens=6, end=end)[0] for text in texts]
 
 
 @pytest.mark.parametrize("change, words", [

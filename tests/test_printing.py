@@ -22,6 +22,15 @@ def line(module: object, name: str) -> list[str]:
     return found
 
 
+def test_adapters_whose_names_are_numbers_have_a_line_each():
+    model = build("gpt")
+    attach(model, LoRA(r=2), name="0")
+    attach(model, LoRA(r=2), name="1")
+    shown = repr(model)
+    assert "+ 0" in shown
+    assert "+ 1" in shown
+
+
 def test_every_part_has_a_line_with_class_shape_and_number_of_parameters():
     model = GPT(GPTConfig(vocab=19, positions=12, width=16, layers=3, heads=2))
     assert lines_of(model)[0] == f"GPT: {count(model).total:,} float32 parameters, all train"

@@ -372,6 +372,32 @@ def test_a_walk_that_shares_arrays_is_rejected(name, wrong, monkeypatch, new_op)
             check_gradients_are_owned(new_op, np.random.default_rng(n))
 
 
+def test_one_array_for_three_inputs_is_three_gradients(new_op):
+    """A joint pullback that returns one array three times, for f(x, x, y): the walk adds to x's in place."""
+    @new_op("..., ..., ... -> ...")
+    def three(a, b, c):
+        def back(g, needed):
+            d = g * 2
+            return d, d, d
+        return a + b + c, back
+
+    x, y = leaf(np.ones((2, 2))), leaf(np.ones((2, 2)))
+    three(x, x, y).sum().backward()
+    assert np.array_equal(host(x.grad), np.full((2, 2), 4.0))
+    assert np.array_equal(host(y.grad), np.full((2, 2), 2.0))
+
+
+def test_a_gradient_of_another_shape_and_the_same_size_is_refused(new_op):
+    """A transpose that was forgotten: its numbers are not put into the shape of the input."""
+    @new_op("... n m -> ... m n")
+    def forgets(x):
+        return x.swapaxes(-1, -2), (lambda g: g,)
+
+    for shape in ((2, 3), (1, 1, 3)):
+        with pytest.raises(ShapeError, match="a pullback wants to return a gradient that broadcasting from"):
+            forgets(leaf(np.ones(shape))).sum().backward()
+
+
 def test_a_step_with_clipping_follows_a_broadcast_gradient():
     """Of a tensor that is large enough to be updated where it lies."""
     for f in (lambda p: p.mean(axis=1).sum(), lambda p: p.sum(), lambda p: ops.broadcast_to(p, (2, 40_000, 1)).sum()):
@@ -762,6 +788,7 @@ SHARED = {
     "a view of a view": lambda x: x.T[1:].reshape(2, 2, 1)[0],
     "to its own backend": lambda x: x.to(x.device),
     "a detached slice": lambda x: x[:1].detach(),
+    "an op that returns its input": lambda x: ops.clip(x),
 }
 # name: a write to the memory of x, which an optimiser may hold
 WRITES = {

@@ -157,7 +157,12 @@ def _keep(path: Path, second: Path) -> None:
     try:
         os.link(path, second)
     except OSError:                                      # a file system without links
-        shutil.copy2(path, second, follow_symlinks=False)
+        copy = _beside(path)                             # `sweep` removes it after a kill
+        try:
+            shutil.copy2(path, copy, follow_symlinks=False)
+            os.replace(copy, second)                     # whole or not at all: _settle may move it back
+        finally:
+            copy.unlink(missing_ok=True)
 
 
 def _write(descriptor: int, data: bytes) -> None:

@@ -49,7 +49,7 @@ def whole(name: str, value: Any, least: int | None = None, most: int | None = No
     except TypeError:
         raise TypeError(f"{wanted}, got {brief(value)}") from None
     if (least is not None and result < least) or (most is not None and result > most):
-        raise ValueError(f"{wanted}, got {result}")
+        raise ValueError(f"{wanted}, got {brief(result)}")
     return result
 
 
@@ -90,20 +90,20 @@ def number(
 
 def _as_number(value: Any) -> float | None:
     """The value as an int or a float; None if it is no single real number."""
-    if isinstance(value, (bool, np.bool_, str, bytes, bytearray)) or getattr(value, "shape", ()) != ():
+    if isinstance(value, (bool, np.bool_, str, bytes, bytearray, complex, np.complexfloating)):
+        return None
+    if getattr(value, "shape", ()) != () or getattr(value, "dtype", None) == np.dtype(bool):
         return None
     try:
-        return operator.index(value)
-    except TypeError:
-        pass
-    if isinstance(value, (complex, np.complexfloating)):
-        return None
-    try:
-        return float(value)
+        as_float = float(value)
     except (TypeError, ValueError):
         return None
-    except OverflowError:                                # a fraction too large for a float
+    except OverflowError:                                # an int or a fraction too large for a float
         return math.inf
+    try:
+        return operator.index(value)                     # an int stays an int
+    except TypeError:
+        return as_float
 
 
 def flag(name: str, value: Any) -> bool:

@@ -53,8 +53,16 @@ def as_mask(mask: Any, like: Array, name: str = "a mask") -> Array:
 
 
 def as_operand(a: Any, like: Array, name: str) -> Array:
-    """The array `a`, or a tensor's; host data, such as a list, as an array beside `like`. name: of the argument."""
-    return a if array.is_array(a) else _beside(_as_array(a, name), a, like)
+    """The array `a`, or a tensor's; host data, such as a list, as an array beside `like`. name: of the argument.
+
+    A list of Python floats takes the floating-point dtype of `like`, as a single Python float does."""
+    if array.is_array(a):
+        return a
+    operand = _beside(_as_array(a, name), a, like)
+    is_floats = isinstance(a, (list, tuple)) and operand.dtype == np.float64
+    if is_floats and array.is_array(like) and like.dtype.kind in "fV":
+        operand = operand.astype(like.dtype)
+    return operand
 
 
 def _as_array(a: Any, name: str) -> Array:

@@ -67,6 +67,8 @@ def predict(
         raise TypeError(f"predict: {min(options)} is an option of language models, and this model is a classifier")
     if not classifies and names is not None:
         raise TypeError("predict: names are the names of classes, and this model is a language model")
+    if not classifies and max_len is not None:
+        raise TypeError("predict: max_len cuts the texts of a classifier, and this model is a language model")
     with evaluation_mode(model):
         room = model.config.positions - positions_of_prompts(model)
         if classifies:
@@ -167,13 +169,14 @@ def _continue(
     if longest + max_new_tokens > room:
         raise ValueError(f"predict wants texts of at most {room - max_new_tokens} tokens, since {max_new_tokens} new "
                          f"ones follow and the model has {room} positions; got one of {longest}")
+    options = {"end": end, **options}                    # the caller's `end` wins
     written = [""] * len(texts)
     for chosen in batches_by_length(rows, batch_size):
         ids, mask = pad_left([rows[i] for i in chosen])
         mask = None if mask.all() else mask
-        out = generate(model, ids, max_new_tokens, mask=mask, **{"end": end, **options})
+        out = generate(model, ids, max_new_tokens, mask=mask, **options)
         for i, new in zip(chosen, out[:, ids.shape[1]:].tolist(), strict=True):
-            if end in new:
-                new = new[:new.index(end)]
+            if options["end"] in new:
+                new = new[:new.index(options["end"])]
             written[i] = tokenizer.decode(new)
     return written

@@ -130,7 +130,7 @@ def _details(module: Tree) -> str:
 def _is_next(first: str, name: str, n: int) -> bool:
     """True if `name` is n places behind `first` in the same list: blocks.2 behind blocks.0, for n = 2."""
     base, _, index = first.rpartition(".")
-    return index.isdigit() and name == f"{base}.{int(index) + n}"
+    return f"{base}." != EDITS and index.isdecimal() and name == f"{base}.{int(index) + n}"
 
 
 def _alike(rows: list[Row], others: list[Row]) -> bool:

@@ -153,6 +153,7 @@ class Tensor:
             raise RuntimeError("only a leaf moves with its gradient; this tensor was computed: move its inputs, "
                                "or give .detach()")
         moved = Tensor(array.to(self.data, backend), self.requires_grad, self.decay)
+        moved.mask = None if self.mask is None else array.to(self.mask, backend)
         if moved.data is self.data:
             moved.version = self.version
         return moved
@@ -311,12 +312,10 @@ def _fit(d: Array, parent: Record | Part | Tensor) -> Array:
     A leaf of 16 bits gets its gradient in float32."""
     if d.shape == parent.shape and d.dtype == parent.dtype and d.itemsize != 2:
         return d
-    try:
-        summed = sum_to(d, parent.shape)
-    except ValueError:
+    if not _broadcasts(parent.shape, d.shape):
         raise ShapeError(f"a pullback wants to return a gradient that broadcasting from {parent.shape} explains, "
-                         f"got the shape {d.shape}") from None
-    return precision.rounded(summed, parent.grad_dtype)
+                         f"got the shape {d.shape}")
+    return precision.rounded(sum_to(d, parent.shape), parent.grad_dtype)
 
 
 def _is_writable(a: Array) -> bool:
@@ -413,9 +412,11 @@ class Record:
                                    "its gradient would be wrong")
         for parents, back in self.pulls:
             gradients = back(g)
-            for i, parent in enumerate(parents):
-                if gradients[i] is not None:
-                    yield parent, _apart(gradients, i)
+            # All copies before the first yield: the caller adds to a gradient in place as soon as it has it.
+            apart = [None if d is None else _apart(gradients, i) for i, d in enumerate(gradients)]
+            for parent, d in zip(parents, apart):
+                if d is not None:
+                    yield parent, d
 
     def release(self) -> None:
         """Drop the pullbacks and the arrays they hold."""
@@ -548,16 +549,19 @@ def _check_stops(call: Callable, pullbacks: tuple, needed: list[bool]) -> None:
 
 
 def _as_tensor(value: Any, args: tuple) -> Tensor:
-    """A value of an op as a tensor.  A view of an input shares its version: a write to one is a write to both."""
+    """A value of an op as a tensor.
+
+    An input's array, or a view of it, shares the input's version: a write to one is a write to both."""
     y = Tensor.__new__(Tensor)                                 # without the checks of Tensor(...), for every op's sake
     y.data = value if array.is_array(value) else np.asarray(value)                # a NumPy scalar is no array
     y.requires_grad = False
     y.grad = y.record = y.mask = y.decay = None
     y.version = [0]
-    if y.data.base is not None:
-        for a in args:
-            if isinstance(a, Tensor) and _is_view(y.data, a.data):
-                y.version = a.version
+    is_view = y.data.base is not None
+    for a in args:
+        if isinstance(a, Tensor) and (y.data is a.data or (is_view and _is_view(y.data, a.data))):
+            y.version = a.version
+            break
     return y
 
 
@@ -757,7 +761,7 @@ def _explained(e: Exception, call: Callable, arrays: list, kwargs: dict[str, Any
     for spec, a in zip(inputs, arrays):
         letters = re.findall(r"\b[a-z]\b", spec)
         if array.is_array(a):
-            for letter, n in zip(letters, a.shape[len(a.shape) - len(letters):]):
+            for letter, n in zip(letters[::-1], a.shape[::-1]):            # the letters are the last axes
                 sizes.setdefault(letter, set()).add(n)
     clashes = [f"{letter} is {' and '.join(map(str, sorted(ns)))}" for letter, ns in sizes.items() if len(ns) > 1]
     reason = f"; {'; '.join(clashes)}" if clashes else f": {e}"

@@ -151,6 +151,8 @@ def run_stages(run: Run, progress: bool) -> None:
                         run.stop(stop)
                     if settings.save_every and run.done % settings.save_every == 0:
                         run.save()
+            if stop.signal_number:                                      # it came after the last step, in a setup
+                run.stop(stop)
         run.save()
         shown.finish(run.done, run.history.losses, run.history.stopped)
     finally:
