@@ -73,6 +73,16 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
+@pytest.fixture(params=["kernels", "definitions"])
+def with_and_without_kernels(request):
+    """Every test twice: with the kernels, and with the plain ops of ops.py."""
+    if request.param == "kernels":
+        yield
+    else:
+        with kernels.definitions():
+            yield
+
+
 @pytest.fixture
 def definitions():
     """The plain ops of ops.py, without their kernels."""

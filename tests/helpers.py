@@ -1,8 +1,10 @@
 """Functions of many tests: arrays on the suite's backend, the gradient check, shapes drawn from a shape string."""
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,24 @@ def case_id(value: Any) -> str:
     """The id of a test's case: the value as a short text without addresses, which differ from process to process."""
     text = " ".join(str(value).split())
     return re.sub(" at 0x[0-9a-f]+", "", text)[:40]
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float, wall_seconds: float) -> Iterator[None]:
+    """AssertionError if the body takes more processor time, or waits longer."""
+    def stop(*_: Any) -> None:
+        raise AssertionError(f"it takes more than {seconds} s of processor time, or {wall_seconds} s in all")
+
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGPROF, signal.SIGALRM)}
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, wall_seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def dev(a: Any, dtype: Any = None) -> array.Array:

@@ -4,7 +4,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import signal
 import struct
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import host
+from helpers import host, time_limit
 from safetensors.numpy import load_file, save_file
 from test_atomic import kills
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -56,29 +55,11 @@ def one_line(e: BaseException) -> bool:
 
 
 @contextmanager
-def in_time() -> Iterator[None]:
-    """Fails if the body takes more processor time than a refusal may, or waits."""
-    def stop(*_: Any) -> None:
-        raise AssertionError("it takes too long")
-
-    handlers = {number: signal.signal(number, stop) for number in (signal.SIGPROF, signal.SIGALRM)}
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)
-    signal.setitimer(signal.ITIMER_REAL, 30 * SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
 def frugal() -> Iterator[None]:
     """Fails if the body takes more processor time or memory than a refusal may, or waits."""
     tracemalloc.start()
     try:
-        with in_time():
+        with time_limit(SECONDS, 30 * SECONDS):
             yield
         assert tracemalloc.get_traced_memory()[1] < MEGABYTES << 20
     finally:
@@ -200,7 +181,7 @@ def test_every_fact_of_another_kind_loads_or_is_refused(adapter):
             model = GPT(CONFIG)
             before = state(model)
             try:
-                with in_time():
+                with time_limit(SECONDS, 30 * SECONDS):
                     load_adapter(model, adapter)
             except (ValueError, LookupError) as e:
                 assert type(e) not in (KeyError, IndexError), (path, value, e)
@@ -495,7 +476,7 @@ def test_every_entry_of_the_config_of_another_kind_loads_or_is_refused(directory
         for value in NASTY:
             (directory / "config.json").write_text(json.dumps(replaced(good, path, value)))
             try:
-                with in_time():
+                with time_limit(SECONDS, 30 * SECONDS):
                     model, _ = load(directory)
             except ValueError as e:
                 assert one_line(e), (path, value, e)

@@ -15,7 +15,6 @@ import json
 import lzma
 import os
 import shutil
-import signal
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import host
+from helpers import host, time_limit
 from safetensors.numpy import load_file, save_file
 from test_resume import OLD, old_run
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -449,28 +448,10 @@ READERS = {
 
 
 # ── the fuzzer ───────────────────────────────────────────────────────────────────────────────────────────────────────
-@contextlib.contextmanager
-def limited() -> Iterator[None]:
-    """Fails if the body takes more than SECONDS of processor time, or waits."""
-    def stop(*_: Any) -> None:
-        raise AssertionError(f"it takes more than {SECONDS} s")
-
-    handlers = {number: signal.signal(number, stop) for number in (signal.SIGPROF, signal.SIGALRM)}
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)
-    signal.setitimer(signal.ITIMER_REAL, 60 * SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
 def fault(read: Callable[[Path], None], folder: Path) -> str | None:
     """What is wrong with the way in which a reader takes these files; None if nothing is."""
     try:
-        with limited():
+        with time_limit(SECONDS, 60 * SECONDS):
             read(folder)
     except EXPECTED as e:
         message = str(e)

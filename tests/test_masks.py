@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from helpers import dev, host, leaf
 
-from tinyft import GPT, GPTConfig, PromptTuning, Tensor, array, attach, kernels, ops
+from tinyft import GPT, GPTConfig, PromptTuning, Tensor, array, attach, ops
 from tinyft import functional as F
 
+pytestmark = pytest.mark.usefixtures("with_and_without_kernels")
 RNG = np.random.default_rng(0)
 A = RNG.standard_normal((2, 3)).astype(np.float32)
 B = RNG.standard_normal((2, 3)).astype(np.float32)
@@ -24,15 +25,6 @@ LOGITS = RNG.standard_normal((2, 3, 5)).astype(np.float32)
 MASK = np.array([[True, False, True], [False, True, True]])
 IDS = np.array([[2, 0, 250], [1, 1, 0]])                 # 250 + 6 overflows uint8, and so does −1
 SMALL_IDS = np.array([[2, 0, 1], [1, 1, 0]])
-
-
-@pytest.fixture(params=["kernels", "definitions"], autouse=True)
-def with_and_without_kernels(request):
-    if request.param == "kernels":
-        yield
-    else:
-        with kernels.definitions():
-            yield
 
 
 def tensors(*arrays: np.ndarray) -> list[Tensor]:

@@ -16,17 +16,9 @@ from tinyft import kernels, ops
 from tinyft.kernels import numpy as fast
 from tinyft.tensor import OPS, Tensor
 
+pytestmark = pytest.mark.usefixtures("with_and_without_kernels")
 MAGNITUDES = np.concatenate([np.logspace(-30, -3, 28), np.linspace(0.01, 20, 400), np.linspace(21, 85, 65)])
 X = np.concatenate([-MAGNITUDES[::-1], [0.0], MAGNITUDES]).astype(np.float32)
-
-
-@pytest.fixture(params=["kernels", "definitions"], autouse=True)
-def with_and_without_kernels(request):
-    if request.param == "kernels":
-        yield
-    else:
-        with kernels.definitions():
-            yield
 
 
 def small_sigmoid(x: np.ndarray) -> np.ndarray:

@@ -13,18 +13,11 @@ import pytest
 from helpers import dev, gradcheck, host, leaf
 from test_ops import CASES, EVERY_OP
 
-from tinyft import array, kernels, ops, tensor
+from tinyft import array, ops, tensor
 from tinyft import functional as F
 from tinyft.tensor import OPS, ShapeError, Tensor
 
-
-@pytest.fixture(params=["kernels", "definitions"], autouse=True)
-def with_and_without_kernels(request):
-    if request.param == "kernels":
-        yield
-    else:
-        with kernels.definitions():
-            yield
+pytestmark = pytest.mark.usefixtures("with_and_without_kernels")
 
 
 def ones(*shape: int) -> Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 
 from . import array, checks
 from .context import SYNONYMS, read_integers, read_mask, refuse_keywords
-from .nn import Cache, Context, Module, no_grad
+from .nn import Cache, Context, Module, evaluation_mode
 
 __all__ = ["generate", "pad_left"]
 
@@ -56,31 +56,25 @@ def generate(
     ids = array.asnumpy(read_integers("ids", ids, "generate wants ids of shape (B, T)"))
     mask = None if mask is None else array.asnumpy(read_mask("mask", mask))
     check_request(ids, mask, temperature, top_k, top_p, rng)
-    modes = [(module, module.training) for module in model.modules()]
     past = Cache() if cache else None
     ended = np.zeros(len(ids), bool)                                             # rows that have given `end`
     new = ids                                                                    # the tokens that this step runs
-    model.eval()
-    try:
-        with no_grad():
-            for _ in range(max_new_tokens):
-                last = np.arange(1, len(ids) + 1) * new.shape[1] - 1             # last position of each row, in (B·T,)
-                ctx = Context(mask=mask, cache=past, logit_positions=last, **facts)
-                logits = array.asnumpy(model(new, ctx).data).astype(np.float64)  # (B, V)
-                token = choose_token(logits, temperature, top_k, top_p, rng)     # (B,)
-                if end is not None:
-                    token = np.where(ended, end, token)
-                    ended |= token == end
-                ids = np.concatenate([ids, token[:, None]], axis=1)
-                new = token[:, None] if cache else ids
-                if mask is not None:                                             # of the tokens of one pass
-                    real = np.ones((len(ids), 1), bool)
-                    mask = real if cache else np.concatenate([mask, real], axis=1)
-                if ended.all():
-                    break
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluation_mode(model):
+        for _ in range(max_new_tokens):
+            last = np.arange(1, len(ids) + 1) * new.shape[1] - 1                 # last position of each row, in (B·T,)
+            ctx = Context(mask=mask, cache=past, logit_positions=last, **facts)
+            logits = array.asnumpy(model(new, ctx).data).astype(np.float64)      # (B, V)
+            token = choose_token(logits, temperature, top_k, top_p, rng)         # (B,)
+            if end is not None:
+                token = np.where(ended, end, token)
+                ended |= token == end
+            ids = np.concatenate([ids, token[:, None]], axis=1)
+            new = token[:, None] if cache else ids
+            if mask is not None:                                                 # of the tokens of one pass
+                real = np.ones((len(ids), 1), bool)
+                mask = real if cache else np.concatenate([mask, real], axis=1)
+            if ended.all():
+                break
     return ids
 
 

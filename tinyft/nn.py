@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -361,6 +362,20 @@ def _context_of_call(module: Module, x: Any, ctx: Any, facts: dict[str, Any]) ->
     if facts:
         raise TypeError(f"a call takes a Context or keywords, got both: put {', '.join(facts)} into the Context")
     return ctx
+
+
+@contextmanager
+def evaluation_mode(*roots: Module) -> Iterator[None]:
+    """Modules in evaluation mode, without recording, for the length of a `with`; then each part in its own mode."""
+    modes = [(module, module.training) for root in roots for module in root.modules()]
+    for module, _ in modes:
+        module.training = False
+    try:
+        with no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 class Packed(Module):

@@ -217,10 +217,8 @@ def attention_masks(q: Array, bias: Any, key_mask: Any, dropout_mask: Any) -> tu
     """(bias, key_mask, dropout_mask) as arrays beside q, None where there is none; key_mask as booleans.
 
     bias and dropout_mask get q's dtype if they hold whole numbers; dropout_mask also if q is float32 or float64.
-    TypeError for a bias of booleans or a bias given by keyword; ValueError for a key_mask of other numbers than 1 and
+    TypeError for a bias of booleans; ValueError for a key_mask of other numbers than 1 and
     0."""
-    if isinstance(bias, Tensor):                              # the engine unwraps positional arguments only
-        raise TypeError("attention wants its bias by position, attention(q, k, v, bias): a keyword gets no gradient")
     if bias is not None:
         bias = as_operand(bias, q, "bias")
         if bias.dtype == bool:

@@ -5,8 +5,7 @@
 """
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +15,7 @@ from . import array, checks
 from .data import encode, pad
 from .decode import generate, pad_left
 from .models.blocks import Attention, Classifier
-from .nn import Context, Module, no_grad
+from .nn import Context, Module, evaluation_mode
 from .tokens import encode_text, plain, special_token
 
 __all__ = ["Predictions", "predict"]
@@ -91,19 +90,6 @@ def _check_arguments(model: Any, texts: Any, batch_size: Any, max_new_tokens: An
     if not isinstance(head, Classifier) and (head is None or not is_causal):
         raise TypeError(f"predict wants a classifier or a causal language model, got a {type(model).__name__} that "
                         "gives neither classes nor text: tinyft.classifier(model, classes) makes a classifier")
-
-
-@contextmanager
-def evaluation_mode(model: Module) -> Iterator[None]:
-    """The model in evaluation mode, without recording, for the length of a `with`; then each module in its own mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def positions_of_prompts(model: Module) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import array, checks
 from ..models.blocks import Classifier
-from ..nn import Context, Module, no_grad
+from ..nn import Context, Module, evaluation_mode
 from .batch import (
     IGNORE,
     CrossEntropy,
@@ -41,24 +41,16 @@ def evaluate(model: Module, batches: Iterable, loss: Loss | None = None) -> dict
         batches = batches.once()
     batches = iterate(batches)
     wants_next_ids = isinstance(loss, CrossEntropy) and is_causal(model)
-    modules = [*model.modules(), *(loss.module.modules() if loss.module is not None else ())]
-    modes = [(module, module.training) for module in modules]
-    for module in modules:
-        module.training = False
     results = Results(model, loss)
-    try:
-        with no_grad():
-            for batch in batches:
-                targets = loss.read(batch)
-                if wants_next_ids:
-                    refuse_copies(batch)
-                targets.output_hidden_states = loss.hidden_states       # kept only if the loss uses them
-                with np.errstate(invalid="ignore"):                     # 0 / 0, if no label has a class weight
-                    ctx, value = loss(model, targets)
-                results.add(float(value.data), ctx, targets)
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluation_mode(model, *(() if loss.module is None else (loss.module,))):
+        for batch in batches:
+            targets = loss.read(batch)
+            if wants_next_ids:
+                refuse_copies(batch)
+            targets.output_hidden_states = loss.hidden_states           # kept only if the loss uses them
+            with np.errstate(invalid="ignore"):                         # 0 / 0, if no label has a class weight
+                ctx, value = loss(model, targets)
+            results.add(float(value.data), ctx, targets)
     return results.metrics()
 
 
