@@ -38,6 +38,7 @@ sys.path.insert(0, str(TESTS.parent))
 import pytest  # noqa: E402
 
 import tinyft  # noqa: E402
+from tinyft import checks  # noqa: E402
 
 PACKAGE = Path(tinyft.__file__).resolve().parent
 EQUIVALENT = TESTS / "audit_equivalent.txt"
@@ -53,13 +54,14 @@ SUITES = {
     "models": ["test_models.py", "test_attention.py", "test_stacks.py"],
     "optim": ["test_optim.py", "test_precision.py"],
     "precision.py": ["test_precision.py"],
-    "train/batch.py": ["test_train.py", "test_loss.py"],
-    "train/evaluate.py": ["test_train.py", "test_loss.py"],
+    "train/batch.py": ["test_train.py", "test_loss.py", "test_fit_arguments.py"],
+    "train/evaluate.py": ["test_train.py", "test_loss.py", "test_fit_arguments.py"],
     "train/phases.py": ["test_train.py"],
     "adapters/combine.py": ["test_protocol.py", "test_methods.py"],
     "decode.py": ["test_decode.py"],
 }
 SECONDS = 20                                               # of processor time for a test, plus ten times its usual
+CHECKS = [name for name, f in vars(checks).items() if getattr(f, "__module__", "") == checks.__name__]
 QUICK = 160                                                # mutants in the sample of --quick
 real_path = lru_cache(None)(os.path.realpath)              # called about a million times
 
@@ -167,8 +169,19 @@ def other_calls(node: ast.Call) -> Iterator[ast.AST]:
 
 
 def raises(node: ast.If) -> bool:
-    """True for a check of arguments: an `if` whose body raises."""
-    return any(isinstance(statement, ast.Raise) for statement in node.body)
+    """True for a check of arguments: an `if` whose body raises, or does nothing but call checks."""
+    if any(isinstance(statement, ast.Raise) for statement in node.body):
+        return True
+    return all(is_check(statement) for statement in node.body)
+
+
+def is_check(statement: ast.AST) -> bool:
+    """True for a statement that only checks arguments: a call of one of checks.py, or of a function named check_..."""
+    if not (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call)):
+        return False
+    f = statement.value.func
+    name = getattr(f, "attr", getattr(f, "id", ""))
+    return name in CHECKS or name.lstrip("_").startswith(("check_", "refuse_"))
 
 
 @dataclass
@@ -229,7 +242,9 @@ def sites(node: ast.AST, inner: int, is_op: bool, above: tuple = ()) -> Iterator
             continue
         children = value if isinstance(value, list) else [value]
         for i, child in enumerate(children):
-            if not isinstance(child, ast.AST) or isinstance(child, SKIPPED_NODES) or is_docstring(child):
+            if not isinstance(child, ast.AST) or isinstance(child, SKIPPED_NODES):
+                continue
+            if is_docstring(child) or is_check(child):
                 continue
             index = i if isinstance(value, list) else None
             negated = isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub)

@@ -312,6 +312,23 @@ def test_a_model_that_looks_both_ways_may_predict_its_own_ids():
     evaluate(make_bert(), batches)
 
 
+class CopyLoss(train.Loss):
+    """The mean square of the logits less the one-hot labels: a loss with another idea of what labels are."""
+
+    def __call__(self, model, targets, rng=None):
+        ctx = targets.context(rng)
+        logits = model(targets.ids, ctx).reshape(-1, VOCAB)
+        one_hot = np.eye(VOCAB, dtype=np.float32)[targets.labels]
+        return ctx, ft.functional.mse_loss(logits, ft.Tensor(one_hot))
+
+
+def test_another_loss_may_take_the_ids_as_labels():
+    """Only cross entropy asks a causal model for the ids that follow."""
+    batches = [{"ids": IDS, "labels": IDS}]
+    assert len(fit(make_gpt(), batches, 1, loss=CopyLoss(), progress=False).losses) == 1
+    evaluate(make_gpt(), batches, loss=CopyLoss())
+
+
 def test_labels_that_are_the_ids_would_teach_to_copy(monkeypatch):
     """Without the check, the loss on such labels falls far below that of the next ids."""
     monkeypatch.setattr(train.loop, "refuse_copies", lambda batch: None)

@@ -148,6 +148,15 @@ def is_rejected(check: Callable[[str, Example, np.dtype], None], name: str) -> b
     return False
 
 
+@pytest.mark.parametrize("gradient", [None, [0.1]])
+@both_dtypes
+def test_the_gradient_of_a_16_bit_leaf_is_float32_where_backward_starts_at_it(dtype, gradient):
+    x = Tensor(dev(np.ones(1).astype(dtype)), requires_grad=True)
+    x.backward(gradient)
+    assert x.grad.dtype == np.float32
+    assert host(x.grad)[0] == np.float32(1 if gradient is None else 0.1)
+
+
 def test_256_plus_1_in_bfloat16():
     """bfloat16 has no 257. Sums of the library are right all the same, a running sum in bfloat16 is not."""
     ones = Tensor(dev(np.ones(1000), bfloat16))

@@ -514,6 +514,18 @@ def test_a_run_without_a_checkpoint_leaves_sigterm_to_the_program():
     assert set(seen) == {before}
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+def test_a_signal_that_the_program_ignores_stays_ignored(number, tmp_path):
+    """`nohup` starts programs that ignore Ctrl-C."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        _, history = run_recipe("lora", tmp_path, at_step=send(number))
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+    assert len(history.losses) == len(run_recipe("lora", None)[1].losses)
+
+
 @pytest.mark.slow
 def test_a_process_that_gets_sigterm_leaves_a_checkpoint(tmp_path):
     code, errors = finish_process(start_process("lora", tmp_path), 2, signal.SIGTERM)

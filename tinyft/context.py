@@ -14,6 +14,7 @@ import numpy as np
 
 from . import array, checks, ops
 from .array import Array, xp
+from .operands import as_booleans
 from .tensor import Tensor
 
 __all__ = ["Cache", "Context", "refuse_keywords"]
@@ -283,16 +284,7 @@ def read_mask(name: str, value: Any) -> Array:
     ValueError for other numbers than 0 and 1, TypeError for other values. The numbers of an array on a device are not
     checked: there, every number but 0 is True."""
     wanted = f"{name} wants True or 1 at real tokens, False or 0 at padding"
-    if array.is_array(value) and value.dtype == bool:
-        return value
-    a = _read_array(name, value, wanted)
-    if a.dtype.kind not in "biufV":                            # bfloat16 is of kind V
-        raise TypeError(f"{wanted}, got {a.dtype} values")
-    if isinstance(a, np.ndarray):
-        other = a[(a != 0) & (a != 1)]
-        if other.size:
-            raise ValueError(f"{wanted}, got {other.reshape(-1)[0]}")
-    return a.astype(bool)
+    return as_booleans(_read_array(name, value, wanted), wanted)
 
 
 def _read_array(name: str, value: Any, wanted: str) -> Array:

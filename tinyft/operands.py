@@ -1,6 +1,7 @@
 """The arguments of ops: masks, indices, labels and axes of every kind as the arrays that ops compute with, and shapes.
 
-    as_indices, as_mask, as_operand, same_kind    arrays from whole numbers, masks, lists and NumPy numbers of any dtype
+    as_indices, as_mask, as_operand, match_dtypes
+                                                  arrays from whole numbers, masks, lists and NumPy numbers of any dtype
     one_axis, some_axes, index_part               the axes of a reduction, the parts of an index
     check_linear, check_norm, attention_shape ... refuse shapes that would only broadcast, or that mean something else
 
@@ -40,16 +41,23 @@ def as_mask(mask: Any, like: Array, name: str = "a mask") -> Array:
 
     ValueError for other numbers, such as 0 and −∞, which are added to scores; a device array is not looked into.
     TypeError for anything but numbers. name: of the argument."""
-    a = _as_array(mask, name)
-    if a.dtype.kind not in "biufV":                           # bfloat16 is of kind V
-        raise TypeError(f"{name} wants True and False, or 1 and 0; got {a.dtype}")
-    if a.dtype.kind != "b":
-        if isinstance(a, np.ndarray):
-            others = a[(a != 0) & (a != 1)]
-            if others.size:
-                raise ValueError(f"{name} wants True and False, or 1 and 0; got {others.flat[0]}")
-        a = a != 0
+    a = as_booleans(_as_array(mask, name), f"{name} wants True and False, or 1 and 0")
     return a if array.is_array(mask) else _beside(a, mask, like)
+
+
+def as_booleans(a: Array, wanted: str) -> Array:
+    """An array of True and False, or of 1 and 0 of any dtype, as booleans. wanted: the beginning of an error message.
+
+    TypeError for anything but numbers; ValueError for other numbers, on the host: a device array is not looked into."""
+    if a.dtype.kind == "b":
+        return a
+    if a.dtype.kind not in "iufV":                            # bfloat16 is of kind V
+        raise TypeError(f"{wanted}, got {a.dtype}")
+    if isinstance(a, np.ndarray):
+        others = a[(a != 0) & (a != 1)]
+        if others.size:
+            raise ValueError(f"{wanted}, got {others.flat[0]}")
+    return a != 0
 
 
 def as_operand(a: Any, like: Array, name: str) -> Array:
@@ -74,7 +82,7 @@ def _as_array(a: Any, name: str) -> Array:
     try:
         return np.asarray(a)
     except ValueError:
-        raise ValueError(f"{name} wants rows of one length, got {str(a)[:60]}") from None
+        raise ValueError(f"{name} wants rows of one length, got {checks.brief(a)}") from None
 
 
 def _beside(a: Array, given: Any, like: Array) -> Array:
@@ -83,7 +91,7 @@ def _beside(a: Array, given: Any, like: Array) -> Array:
     return a if isinstance(given, Tensor) else array.to(a, array.name_of(like))
 
 
-def same_kind(a: Any, b: Any) -> tuple[Any, Any]:
+def match_dtypes(a: Any, b: Any) -> tuple[Any, Any]:
     """Two operands, of which whole numbers take the dtype of floating-point ones beside them, as in PyTorch.
 
     NumPy alone would compute the product of a float32 array and an int64 mask, or a NumPy number, in float64."""

@@ -31,9 +31,9 @@ from .operands import (
     check_norm,
     check_project,
     index_part,
+    match_dtypes,
     one_axis,
     rows_of,
-    same_kind,
     some_axes,
 )
 from .tensor import Tensor, op
@@ -59,28 +59,28 @@ def same(g: Array) -> Array:
 @op("..., ... -> ...")
 def add(a, b):
     """y = a + b.    da = g,  db = g"""
-    a, b = same_kind(a, b)
+    a, b = match_dtypes(a, b)
     return a + b, (same, same)
 
 
 @op("..., ... -> ...")
 def sub(a, b):
     """y = a − b.    da = g,  db = −g"""
-    a, b = same_kind(a, b)
+    a, b = match_dtypes(a, b)
     return a - b, (same, lambda g: -g)
 
 
 @op("..., ... -> ...")
 def mul(a, b):
     """y = a b.    da = g b,  db = g a"""
-    a, b = same_kind(a, b)
+    a, b = match_dtypes(a, b)
     return a * b, (lambda g: g * b, lambda g: g * a)
 
 
 @op("..., ... -> ...")
 def div(a, b):
     """y = a / b.    da = g / b,  db = −g a / b²"""
-    a, b = same_kind(a, b)
+    a, b = match_dtypes(a, b)
     y = a / b
     return y, (lambda g: g / b, lambda g: -g * y / b)
 
@@ -94,7 +94,7 @@ def neg(x):
 @op("..., ... -> ...")
 def power(x, p):
     """y = xᵖ.    dx = g p xᵖ⁻¹, 0 where p = 0;  dp = g y ln x, 0 where x = 0 and p ≥ 0"""
-    x, p = same_kind(x, p)
+    x, p = match_dtypes(x, p)
     y = x**p
 
     def dx(g):
@@ -115,7 +115,7 @@ def matmul(a, b):
     """C = A B.    dA = G Bᵀ,  dB = Aᵀ G
 
     A vector (k,) is a row on the left and a column on the right, and C lacks its axis. As NumPy and PyTorch."""
-    a, b = same_kind(a, b)
+    a, b = match_dtypes(a, b)
     if getattr(a, "ndim", 0) < 2 or getattr(b, "ndim", 0) < 2:
         return _vector_product(a, b)
     return a @ b, (lambda g: g @ t(b), lambda g: t(a) @ g)
@@ -387,7 +387,7 @@ def where(c, a, b):
     """y = a where c, else b.    da = g [c],  db = g [not c]
 
     c: True and False, or 1 and 0 of any dtype."""
-    a, b = same_kind(a, b)
+    a, b = match_dtypes(a, b)
     c = as_mask(c, a if array.is_array(a) else b, "the condition")
     return xp(c).where(c, a, b), (None, lambda g: g * c, lambda g: g * ~c)
 
@@ -395,7 +395,7 @@ def where(c, a, b):
 @op("..., ... -> ...")
 def maximum(a, b):
     """y = max(a, b).    da = g [a > b] + g [a = b] / 2"""
-    a, b = same_kind(a, b)
+    a, b = match_dtypes(a, b)
 
     def share(p, q):                                          # the part of g that goes to p
         return (p > q) + 0.5 * (p == q)
@@ -407,8 +407,8 @@ def clip(x, low=None, high=None):
     """y = min(max(x, low), high).    A bound that is None does not limit.      As torch.clamp
 
     dx = g [low ≤ x ≤ high],  dlow = g [x < low < high],  dhigh = g [x > high or low > high]"""
-    x, low = same_kind(x, low)
-    x, high = same_kind(x, high)
+    x, low = match_dtypes(x, low)
+    x, high = match_dtypes(x, high)
     least = -math.inf if low is None else low
     most = math.inf if high is None else high
     y = x if low is high is None else xp(x, low, high).clip(x, low, high)

@@ -103,8 +103,8 @@ class Tensor:
         return int(self.item())
 
     def __index__(self) -> int:
-        if self.dtype.kind not in "iu":
-            raise TypeError(f"an index wants a tensor of integers, got one of {self.dtype}")
+        if self.dtype.kind not in "iu" or self.size != 1:
+            raise TypeError(f"an index wants a tensor of one integer, got {self.dtype} of shape {self.shape}")
         return self.item()
 
     def __format__(self, spec: str) -> str:
@@ -291,19 +291,20 @@ def _seed(root: Tensor, gradient: Any) -> Array:
     """The gradient with which backward from `root` starts: the caller's `gradient`, or 1 for a tensor of one element.
 
     RuntimeError if nothing trains, or if a larger tensor has no `gradient`; ShapeError for another shape."""
+    dtype = root.grad_dtype if root.is_leaf else root.dtype
     if not root.requires_grad:
         raise RuntimeError("nothing to do: this tensor depends on no tensor that trains")
     if gradient is None:
         if root.size != 1:
             raise RuntimeError(f"backward from a tensor of shape {root.shape} wants a gradient of that shape")
-        return xp(root.data).ones_like(root.data)
+        return xp(root.data).ones_like(root.data, dtype=dtype)
     if isinstance(gradient, bool):
         raise TypeError(f"backward wants a gradient of numbers, got {gradient}")
     g = array.put_like(gradient.data if isinstance(gradient, Tensor) else gradient, root.data)
     if g.shape != root.shape:
         raise ShapeError(f"backward wants a gradient of shape {root.shape}, got {g.shape}")
     _check_real("backward", g)
-    return precision.rounded(g, root.dtype)
+    return precision.rounded(g, dtype)
 
 
 def _fit(d: Array, parent: Record | Part | Tensor) -> Array:

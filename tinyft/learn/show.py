@@ -78,9 +78,9 @@ def pair_as_text(e: Mismatch) -> tuple[str, str]:
     Two dtypes of one kind and one size count as the same, whatever their byte order.
     """
     texts = [as_text(a, with_shape=True) for a in (e.got, e.want)]
-    same_kind = e.got.dtype.kind == e.want.dtype.kind
+    match_dtypes = e.got.dtype.kind == e.want.dtype.kind
     same_size = e.got.dtype.itemsize == e.want.dtype.itemsize
-    if not (same_kind and same_size):
+    if not (match_dtypes and same_size):
         texts = [f"{text}, {a.dtype}" for text, a in zip(texts, (e.got, e.want))]
     return texts[0], texts[1]
 

@@ -33,6 +33,7 @@ from .same_run import (
     describe_data,
     describe_loss,
     describe_schedule,
+    one_line,
     to_text,
 )
 
@@ -377,7 +378,7 @@ def from_version_0_1(
     history["terms"] = {"loss": list(facts["losses"])}
     if not are_methods_of_0_1(facts["methods"], edit.attached(run.model)):
         ours = to_text(run.identity["methods"])
-        theirs = " ".join(str(facts["methods"]).split())[:LONGEST_METHOD] or "none"
+        theirs = one_line(str(facts["methods"]), LONGEST_METHOD) or "none"
         raise ValueError(f"this checkpoint is of another run: its methods: {theirs}; here: {ours}")
     kept = ("steps", "accumulate", "clip", "optimizer", "autocast", "t", "done", "rng", "batches")
     new_facts = {name: facts[name] for name in kept if name in facts}

@@ -124,7 +124,9 @@ def fit(
     optimizer = AdamW(1e-3) if optimizer is None else optimizer
     schedule = constant_schedule() if schedule is None else schedule
     settings = Settings(
-        steps, clip, accumulate, evaluate, patience, monitor, autocast, capture, seed, save_every, evaluate_every,
+        steps=steps, clip=clip, accumulate=accumulate, seed=seed, save_every=save_every,
+        evaluate=evaluate, evaluate_every=evaluate_every, patience=patience, monitor=monitor,
+        autocast=autocast, capture=capture,
     )
     check_arguments(model, optimizer, schedule, out, resume=resume, progress=progress)
     rng = np.random.default_rng(settings.seed)

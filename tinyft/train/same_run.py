@@ -77,15 +77,14 @@ def check_identity(identity: dict[str, Any], saved: dict[str, Any]) -> None:
             continue
         if key == "trained" and isinstance(saved[key], list):
             names = sorted(set(value) ^ set(map(str, saved[key])))
-            shown = " ".join(", ".join(names[:3]).split())[:LONGEST]
+            shown = one_line(", ".join(names[:3]))
             raise ValueError(f"this checkpoint is of another run: {shown} trains in one of the two only")
         theirs = to_text(saved[key])
         ours = to_text(value)
         if theirs == ours:                                              # two classes of one name: show the full names
             theirs = str(saved[key])
             ours = str(value)
-        theirs = " ".join(theirs.split())[:LONGEST]                     # a file may hold any text
-        raise ValueError(f"this checkpoint is of another run: its {key}: {theirs}; here: {ours}")
+        raise ValueError(f"this checkpoint is of another run: its {key}: {one_line(theirs)}; here: {ours}")
 
 
 def check_base(ours: dict[str, str] | None, saved: dict[str, str] | None, held: set[str]) -> None:
@@ -100,8 +99,13 @@ def check_base(ours: dict[str, str] | None, saved: dict[str, str] | None, held: 
         if name not in held and ours.get(name) != saved.get(name):
             different.append(name)
     if different:
-        names = ", ".join(sorted(different)[:3]) + (" ..." if len(different) > 3 else "")
+        names = one_line(", ".join(sorted(different)[:3])) + (" ..." if len(different) > 3 else "")
         raise ValueError(f"this checkpoint is of a run on another base: the frozen {names} had other values")
+
+
+def one_line(text: str, longest: int = LONGEST) -> str:
+    """A text that a file holds, which may be any text, as at most `longest` characters without line breaks."""
+    return " ".join(text.split())[:longest]
 
 
 def to_text(value: Any) -> str:

@@ -43,16 +43,15 @@ class Stop:
 def stop_requests(on_sigterm: bool) -> Iterator[Stop]:
     """Gives the Stop of a run, and puts the earlier handlers back at the end.
 
-    on_sigterm: False leaves SIGTERM as it is; so does a program that ignores it. In another thread than the main one
-    Python allows no handlers: there, no signal is noticed.
+    on_sigterm: False leaves SIGTERM as it is. A signal that the program ignores stays ignored (`nohup` ignores
+    Ctrl-C). In another thread than the main one Python allows no handlers: there, no signal is noticed.
     """
     stop = Stop()
-    numbers = [signal.SIGINT]
-    if on_sigterm and signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
-        numbers.append(signal.SIGTERM)
+    numbers = [signal.SIGINT, signal.SIGTERM] if on_sigterm else [signal.SIGINT]
     if threading.current_thread() is threading.main_thread():
         for number in numbers:
-            if signal.getsignal(number) is not None:                    # None: a handler that Python cannot put back
+            # None: a handler that Python cannot put back
+            if signal.getsignal(number) not in (None, signal.SIG_IGN):
                 stop.previous[number] = signal.signal(number, stop.handle)
     try:
         yield stop
@@ -86,8 +85,8 @@ class Progress:
             return
         speed = tokens / max(now - self.start_time, 1e-9)
         if self.bar is not None:
-            self.bar.update(done - self.bar.n)
             self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
+            self.bar.update(done - self.bar.n)                          # draws the text too
             return
         self.last_time = now
         self.write(f"step {done} of {self.steps}, loss {loss:.3f}, {speed:,.0f} tokens/s")
