@@ -175,7 +175,7 @@ def index_part(p: Any, x: Array) -> Any:
 # ── shapes ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 def check_linear(x: Array, W: Array, b: Array | None) -> None:
     """ValueError unless x Wᵀ + b is defined, and b has one entry for each row of W: a b of length one would fit too."""
-    if W.ndim != 2 or x.ndim == 0 or x.shape[-1] != W.shape[1]:
+    if W.ndim != 2 or x.shape[-1:] != W.shape[1:]:
         raise ValueError("W wants two axes, (out, in), and x a last axis of length `in`")
     if b is not None and b.shape != W.shape[:1]:
         raise ValueError(f"b wants the shape {W.shape[:1]}, one entry for each row of W")
@@ -216,8 +216,10 @@ def check_norm(x: Array, eps: float, *parameters: Array) -> None:
     check_last_axis(x)
     if type(eps) is not float or not 0 <= eps < math.inf:
         checks.number("eps", eps, 0)
-    if any(p.shape != x.shape[-1:] for p in parameters):
-        raise ValueError(f"each of weight and bias wants the shape {x.shape[-1:]} of a row")
+    row = x.shape[-1:]
+    for p in parameters:
+        if p.shape != row:
+            raise ValueError(f"each of weight and bias wants the shape {row} of a row")
 
 
 # ── attention ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -57,7 +57,7 @@ class Tensor:
         self.record = None                                     # of the op that made this tensor; None for a leaf
         self.mask = None
         self.decay = decay if decay is None else flag("decay", decay)
-        self.version = [0]                                     # writes so far; a list, shared by views of one memory
+        self.version = [0]                                     # number of the last write; shared by views of one memory
         if requires_grad is not False:
             self.train(requires_grad)
 
@@ -188,8 +188,8 @@ class Tensor:
     def mark_written(self) -> None:
         """Record that the memory of this leaf was written to: backward refuses a graph that uses it, or a view of it.
         """
-        self.version[0] += 1
         precision.writes += 1
+        self.version[0] = precision.writes
 
     def backward(self, gradient: Any = None, retain_graph: bool = False) -> None:
         """Add d(loss)/d(leaf) to the `.grad` of every trainable leaf.
@@ -381,18 +381,22 @@ class Record:
     keeps only the arrays that pullbacks need.
 
     shape, dtype: of the value.
-    pulls: pairs (parent nodes, function from g to one gradient for each of these parents); None once released.
-    versions: a pair (version, its count at the call) for each tensor whose array a pullback may hold: inputs and value.
+    pulls: pairs (parent nodes, pullback); None once released. A pullback of one input returns its gradient. If `joint`
+    is True, there is one pair, and the pullback returns a list with one gradient for each parent.
+    versions: those of the tensors whose arrays a pullback may hold: inputs and value.
+    writes: the number of in-place writes before the call, in all tensors.
     """
-    __slots__ = ("name", "shape", "dtype", "pulls", "versions")
+    __slots__ = ("name", "shape", "dtype", "pulls", "joint", "versions", "writes")
     grad_dtype = property(lambda self: self.dtype)
 
-    def __init__(self, name: str, value: Array, pulls: list, versions: list):
+    def __init__(self, name: str, value: Array, pulls: list, joint: bool, versions: list):
         self.name = name
         self.shape = value.shape
         self.dtype = value.dtype
         self.pulls = pulls
+        self.joint = joint
         self.versions = versions
+        self.writes = precision.writes
 
     def parents(self) -> Iterator[Record | Part | Tensor]:
         """The nodes to which the pullbacks lead.  RuntimeError if the record was released."""
@@ -407,11 +411,17 @@ class Record:
 
         RuntimeError if an input or the value was written in place since the call, directly or through a view of it:
         pullbacks may hold its array, which has other values now."""
-        for version, count in self.versions:
-            if version[0] != count:
+        for version in self.versions:
+            if version[0] > self.writes:
                 raise RuntimeError(f"the value or an input of {self.name!r} was written in place after the op used it: "
                                    "its gradient would be wrong")
         for parents, back in self.pulls:
+            if not self.joint:
+                d = back(g)
+                if getattr(d, "shape", None) is None:
+                    raise TypeError(f"a pullback of {self.name} wants to return an array, got {brief(d)}")
+                yield parents[0], d
+                continue
             gradients = back(g)
             # All copies before the first yield: the caller adds to a gradient in place as soon as it has it.
             apart = [None if d is None else _apart(gradients, i) for i, d in enumerate(gradients)]
@@ -477,15 +487,13 @@ def op(shapes: str, stops: tuple[str, ...] = ()) -> Callable[[Callable], Callabl
             # Run the definition, or a kernel, on the arrays of the arguments, and record the call for backward.
             if not args or (kwargs and not PLAIN.issuperset(map(type, kwargs.values()))):
                 args, kwargs = _by_position(call, args, kwargs)
-            arrays = []
-            for a in args:
-                if isinstance(a, Tensor):
-                    a = a.data
-                elif type(a) not in PLAIN:
-                    a = _plain(call, args, a)
-                arrays.append(a)
+            arrays = [a.data if isinstance(a, Tensor) else a for a in args]
+            is_plain = PLAIN.issuperset(map(type, arrays))     # all arrays are NumPy's: no further look is needed
+            if not is_plain:
+                arrays = [a if type(a) in PLAIN else _plain(call, args, a) for a in arrays]
             try:
-                xp(*arrays, *kwargs.values())                  # refuses arrays of two backends
+                if not is_plain:
+                    xp(*arrays, *kwargs.values())              # refuses arrays of two backends
                 if autocast_state.dtype is None and not has_16_bit(arrays):
                     value, pullbacks = dispatch.run(call, type(arrays[0]), *arrays, **kwargs)
                 else:
@@ -518,34 +526,38 @@ def _record(call: Callable, args: tuple, result: Tensor | tuple[Tensor, ...], pu
     needed = [isinstance(a, Tensor) and a.requires_grad for a in args]
     if True not in needed:
         return
-    if callable(pullbacks):
+    joint = callable(pullbacks)
+    if joint:
         parents = [a.node for a, n in zip(args, needed) if n]
         pulls = [(parents, _joint(call, pullbacks, needed))]
     else:
-        if len(pullbacks) < len(args):
-            pullbacks = (*pullbacks, *[None] * (len(args) - len(pullbacks)))
-        pulls = [((a.node,), _single(call, back)) for a, back, n in zip(args, pullbacks, needed) if n and back]
-        if len(pulls) < sum(needed):
+        pulls = []
+        for a, back, n in zip(args, pullbacks, needed):
+            if n and back:
+                node = a if a.record is None else a.record     # a.node, without a call: here every op passes
+                pulls.append(((node,), back))
+        if len(pulls) < needed.count(True):
             _check_stops(call, pullbacks, needed)
         if not pulls:
             return
-    versions = [(a.version, a.version[0]) for a in args if isinstance(a, Tensor)]
+    versions = [a.version for a in args if isinstance(a, Tensor)]
     if isinstance(result, tuple):
-        versions += [(y.version, y.version[0]) for y in result]
-        record = Record(call.__name__, result[0].data, pulls, versions)
+        versions += [y.version for y in result]
+        record = Record(call.__name__, result[0].data, pulls, joint, versions)
         for i, y in enumerate(result):
             y.requires_grad = True
             y.record = Part(record, i, len(result), y.data)
     else:
-        versions.append((result.version, result.version[0]))
+        versions.append(result.version)
         result.requires_grad = True
-        result.record = Record(call.__name__, result.data, pulls, versions)
+        result.record = Record(call.__name__, result.data, pulls, joint, versions)
 
 
 def _check_stops(call: Callable, pullbacks: tuple, needed: list[bool]) -> None:
     """TypeError if an input that needs a gradient has no pullback, and the op does not stop the gradient there."""
-    for i, back in enumerate(pullbacks):
-        if needed[i] and back is None and _parameter(call, i) not in call.stops:
+    for i, is_needed in enumerate(needed):
+        back = pullbacks[i] if i < len(pullbacks) else None
+        if is_needed and back is None and _parameter(call, i) not in call.stops:
             raise _no_gradient(call, _parameter(call, i))
 
 
@@ -553,34 +565,26 @@ def _as_tensor(value: Any, args: tuple) -> Tensor:
     """A value of an op as a tensor.
 
     An input's array, or a view of it, shares the input's version: a write to one is a write to both."""
+    if not array.is_array(value):
+        value = np.asarray(value)                              # a NumPy scalar is no array
     y = Tensor.__new__(Tensor)                                 # without the checks of Tensor(...), for every op's sake
-    y.data = value if array.is_array(value) else np.asarray(value)                # a NumPy scalar is no array
+    y.data = value
     y.requires_grad = False
     y.grad = y.record = y.mask = y.decay = None
     y.version = [0]
-    is_view = y.data.base is not None
+    base = value.base                                          # of a view of a view, the array at the end; or None
     for a in args:
-        if isinstance(a, Tensor) and (y.data is a.data or (is_view and _is_view(y.data, a.data))):
-            y.version = a.version
-            break
+        if isinstance(a, Tensor):
+            x = a.data
+            if x is value or x is base or (base is not None and (x.base is base or _overlap(value, x))):
+                y.version = a.version
+                break
     return y
 
 
-def _is_view(value: Array, a: Array) -> bool:
-    """True if `value`, a view, shows memory of the array a."""
-    if type(value) is np.ndarray:                              # the base of a view of a view is the array at the end
-        return value.base is a or value.base is a.base
-    return xp(value).may_share_memory(value, a)
-
-
-def _single(call: Callable, back: Callable) -> Callable:
-    """The pullback of one input in the form of Record.pulls: from g to a tuple of gradients."""
-    def single(g: Any) -> tuple[Array]:
-        d = back(g)
-        if getattr(d, "shape", None) is None:
-            raise TypeError(f"a pullback of {call.__name__} wants to return an array, got {brief(d)}")
-        return (d,)
-    return single
+def _overlap(value: Array, x: Array) -> bool:
+    """True if two arrays of a device may share memory.  For NumPy, False: there `base` tells."""
+    return type(value) is not np.ndarray and xp(value).may_share_memory(value, x)
 
 
 def _joint(call: Callable, back: Callable, needed: list[bool]) -> Callable:

@@ -219,8 +219,8 @@ reclaim_values = Exercise(
         "would undo every step that is still too small to be visible in 16 bits.  So copy only the "
         "tensors that were written from outside.",
         "There are two ways to write: p.data = another array, after which p.data is not "
-        "self.views[name]; or into the array itself (p.copy_), which p.version[0] counts.  "
-        "self.versions[name] is the count at the optimiser's own last write.",
+        "self.views[name]; or into the array itself (p.copy_), which changes p.version[0].  "
+        "self.versions[name] is its value after the optimiser's own last write.",
         "First find the written tensors, all of them.  Then call Group.reclaim_values(self): it "
         "makes every p.data its view again.  Then self.w[self.offsets[name]] = "
         "to_float32(self.views[name]).reshape(-1) for the written ones."))

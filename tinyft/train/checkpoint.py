@@ -86,7 +86,7 @@ def saved_tensors(run: Run) -> dict[str, Tensor]:
         always_saved |= set(edit.named_state(model, attached))           # also names of buffers: see named_buffers
     saved = {}
     for name, p in named_tensors(model, loss).items():
-        is_written = p.version[0] != run.first_versions[name]            # a version counts the writes to a tensor
+        is_written = p.version[0] != run.first_versions[name]            # a version is the number of the last write
         if name in always_saved or is_written or name.startswith("loss."):
             saved[name] = p
     return saved

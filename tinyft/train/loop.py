@@ -335,7 +335,7 @@ class Run:
         self.tokens = 0                                                 # read so far, for the progress bar
         if loss.module is not None:
             loss.module.to(array.name_of(model.parameters()[0].data))
-        # Counts of writes at the start. A tensor with another count when a checkpoint is saved is saved in it.
+        # Versions at the start. A tensor with another version when a checkpoint is saved is saved in it.
         self.first_versions = {name: p.version[0] for name, p in checkpoint.named_tensors(model, loss).items()}
         self.wants_next_ids = isinstance(loss, CrossEntropy) and is_causal(model)
         self.identity = checkpoint.describe_run(self) if self.path else {}
