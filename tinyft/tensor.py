@@ -389,7 +389,7 @@ class Record:
     __slots__ = ("name", "shape", "dtype", "pulls", "joint", "versions", "writes")
     grad_dtype = property(lambda self: self.dtype)
 
-    def __init__(self, name: str, value: Array, pulls: list, joint: bool, versions: list):
+    def __init__(self, name: str, value: Array, pulls: list, versions: list, *, joint: bool):
         self.name = name
         self.shape = value.shape
         self.dtype = value.dtype
@@ -536,21 +536,21 @@ def _record(call: Callable, args: tuple, result: Tensor | tuple[Tensor, ...], pu
             if n and back:
                 node = a if a.record is None else a.record     # a.node, without a call: here every op passes
                 pulls.append(((node,), back))
-        if len(pulls) < needed.count(True):
+        if len(pulls) < sum(needed):
             _check_stops(call, pullbacks, needed)
         if not pulls:
             return
     versions = [a.version for a in args if isinstance(a, Tensor)]
     if isinstance(result, tuple):
         versions += [y.version for y in result]
-        record = Record(call.__name__, result[0].data, pulls, joint, versions)
+        record = Record(call.__name__, result[0].data, pulls, versions, joint=joint)
         for i, y in enumerate(result):
             y.requires_grad = True
             y.record = Part(record, i, len(result), y.data)
     else:
         versions.append(result.version)
         result.requires_grad = True
-        result.record = Record(call.__name__, result.data, pulls, joint, versions)
+        result.record = Record(call.__name__, result.data, pulls, versions, joint=joint)
 
 
 def _check_stops(call: Callable, pullbacks: tuple, needed: list[bool]) -> None:
