@@ -7,6 +7,7 @@ shown to them.
 from __future__ import annotations
 
 import ast
+import io
 import json
 import re
 from functools import cache
@@ -18,14 +19,25 @@ import tinyft
 from tinyft import cli
 from tinyft.learn import folders, reading
 from tinyft.learn import lessons as runner
+from tinyft.learn.draw import figure
 from tinyft.learn.exercise import of_lesson
 from tinyft.learn.folders import lessons, lessons_in
-from tinyft.learn.lessons import Failed, notebook, parse, quote, run
+from tinyft.learn.lessons import Cell, Failed, notebook, parse, quote, run
 from tinyft.learn.show import Page
 
 TEXTS = {name: lesson.file.read_text(encoding="utf-8") for name, lesson in lessons().items()}
 FOLDERS = {name: lesson.folder for name, lesson in lessons().items()}
-LINES = 151
+# Lessons that are not yet rewritten to the form below.
+WAITING = {
+    "autograd",
+    "transformer",
+    "training",
+    "pretraining",
+    "gpu",
+    "precision",
+}
+COLUMNS = 88                                              # that the book shows without scrolling
+CELL = 20                                                 # lines of a code cell
 
 # The names of the library that a lesson introduces; later lessons may use them too.  A name allows everything below it:
 # "ops.mul" allows one op, "data" the whole package.
@@ -33,8 +45,7 @@ OPS = ("add sub mul div neg power matmul exp log sqrt tanh sigmoid absolute relu
        "log_softmax layer_norm")
 TEACHES = {
     "autograd": {*(f"ops.{name}" for name in OPS.split()), "Tensor", "no_grad", "detect_anomaly", "tensor", "data",
-                 "peak_memory", "use",
-                 "backend", "learn.lessons", "check"},
+                 "peak_memory", "use", "backend", "learn.lessons", "learn.draw", "check"},
     "transformer": {"ops", "functional.softmax_attention", "nn", "models", "load", "Context", "Cache", "Module",
                     "Parameter",
                     "GPT", "GPTConfig", "BERT", "BERTConfig", "array", "count"},
@@ -42,6 +53,9 @@ TEACHES = {
                  "evaluate", "train", "History", "Diverged", "kernels",
                  "classifier", "functional", "batches", "baselines", "strict"},
     "pretraining": {"pretrain", "perplexity", "generate", "decode", "save", "formats"},
+    "adapters": {"attach", "detach", "without", "trained_parameters", "Method", "edit", "Houlsby", "methods",
+                 "adapters"},
+    "lora": {"LoRA", "merge", "eject", "unmerge", "save_adapter", "load_adapter", "adapters.combine"},
     "gpu": {"kernels.cuda"},
     "precision": {"precision", "autocast", "GradScaler"},
 }
@@ -57,56 +71,165 @@ def calls(text: str, function: str) -> list[ast.Call]:
             == function]
 
 
-# ── header, length, exercises ────────────────────────────────────────────────────────────────────────────────────────
-def named(text: str, mark: str) -> str:
-    found = re.search(rf"\*\*{mark}:?\*\*:?([^*]*)", text)
+# ── the form of a lesson ─────────────────────────────────────────────────────────────────────────────────────────────
+DRAWINGS = ("curves", "points", "bars", "heat_map", "diagram", "figure")
+
+
+def header_entry(text: str, mark: str) -> str:
+    """The text after **mark:** in the header, up to the next bold word; "" if there is none."""
+    found = re.search(rf"\*\*{mark}:\*\*([^*]*)", text)
     return " ".join(found[1].split()) if found else ""
 
 
-def wanting(name: str, text: str) -> list[str]:
-    """The parts of its outer form that a lesson lacks."""
-    cells, found = parse(text), []
-    head, words = cells[0].source, " ".join(c.source for c in cells if c.kind == "markdown")
-    exercises = [e.function for e in of_lesson(name)]
-    if cells[0].kind != "markdown" or not head.startswith(f"# {FOLDERS[name][:2]} "):
-        found.append(f"the title # {FOLDERS[name][:2]} ...")
-    found += [f"**{mark}:** in the header" for mark in ("Minutes", "Prerequisites",
-                                                        "Exercises") if not named(head, mark)]
-    if text.count("\n") > LINES:
-        found.append(f"brevity: {text.count(chr(10))} lines, at most {LINES}")
-    started = re.findall(r"tinyft start ([\w.]+)", words)
-    listed = re.findall(r"[\w.]+", named(head, "Exercises"))[:len(exercises)]
-    if sorted(listed) != sorted(exercises) or sorted(set(started)) != sorted(exercises):
-        found.append(f"its exercises in the header and as `tinyft start` commands: {', '.join(exercises)}")
-    if "**Predict first" not in words:
-        found.append("a question before a result: **Predict first**")
-    if not any(isinstance(n,
-                          ast.Assert) for cell in tree(text)
-               for n in ast.walk(cell)) or not calls(text, "quote") or not calls(text, "show"):
-        found.append("an assert, a quote and a figure with show")
+def faults_of_header(name: str, folder: str, functions: list[str], cells: list[Cell]) -> list[str]:
+    """What the first and the last cell of a lesson lack. functions: those that its exercises ask for."""
+    head = cells[0].source
+    found = []
+    if cells[0].kind != "markdown" or not head.startswith(f"# {folder[:2]} "):
+        found.append(f"the title # {folder[:2]} ...")
+    if not re.match(r"\d+ minutes", header_entry(head, "Reading")):
+        found.append("**Reading:** N minutes")
+    if not header_entry(head, "You need"):
+        found.append("**You need:** the lessons and subjects that it builds on")
+    listed = re.findall(r"\w+", header_entry(head, "Exercises"))[:len(functions)]
+    if sorted(listed) != sorted(functions):
+        found.append(f"**Exercises:** {', '.join(functions)}")
+    if cells[-1].kind != "markdown" or f"`tinyft start {name}`" not in cells[-1].source:
+        found.append(f"`tinyft start {name}` at its end")
     return found
 
 
-@pytest.mark.parametrize("name", TEXTS)
+def faults_of_cells(cells: list[Cell]) -> list[str]:
+    """What is too long, and what stands in the wrong kind of cell."""
+    found = []
+    for cell in cells:
+        lines = cell.source.splitlines()
+        wide = max(map(len, lines)) + (2 if cell.kind == "markdown" else 0)
+        if wide > COLUMNS:
+            found.append(f"line {cell.line}: a cell of {wide} columns, at most {COLUMNS}")
+        if cell.kind != "markdown" and len(lines) > CELL:
+            found.append(f"line {cell.line}: a cell of {len(lines)} lines, at most {CELL}")
+        if cell.kind == "code":
+            has_assert = any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(cell.source)))
+            if has_assert != cell.is_check:
+                found.append(f"line {cell.line}: assertions stand in a cell `# %% [check]`, and nothing else does")
+    questions = [i for i, cell in enumerate(cells) if "**Predict first" in cell.source]
+    if not questions:
+        found.append("a question before a result: **Predict first**")
+    for i in questions:
+        if i + 1 == len(cells) or not cells[i + 1].is_answer or cells[i + 1].is_check:
+            found.append(f"line {cells[i].line}: after **Predict first** a code cell that shows the result")
+    return found
+
+
+def faults_of_code(text: str) -> list[str]:
+    """Code that a reader has to decode, and writing into the library's modules."""
+    found = []
+    for node in (node for cell in tree(text) for node in ast.walk(cell)):
+        if isinstance(node, ast.Assign):
+            targets = [dotted(target) for target in node.targets]
+            if isinstance(node.value, ast.Lambda):
+                found.append(f"a lambda with a name: {targets[0]}")
+            if isinstance(node.value, ast.Tuple) and len(node.value.elts) > 2:
+                found.append("a tuple assignment of more than two things")
+            if any(target.split(".")[0] in ("ft", "tinyft") for target in targets):
+                found.append(f"writes into the library: {targets[0]}")
+        if isinstance(node, (ast.ListComp, ast.SetComp, ast.GeneratorExp, ast.DictComp)):
+            inner = [n for n in ast.walk(node) if n is not node and isinstance(n, type(node))]
+            if inner or len(node.generators) > 1:
+                found.append("a comprehension inside another")
+    if not calls(text, "quote"):
+        found.append("a quote of the library")
+    if not any(calls(text, drawing) for drawing in DRAWINGS):
+        found.append("a picture")
+    return found
+
+
+def faults_of_formulas(cells: list[Cell]) -> list[str]:
+    """Formulas of which TeX's commands would be seen in the terminal."""
+    page = Page(io.StringIO())
+    shown = [reading.plain(cell.source, page) for cell in cells if cell.kind == "markdown"]
+    return [f"a formula that is left in TeX: {found[0]}" for text in shown
+            for found in re.finditer(r"[^`]\\[a-zA-Z]+", re.sub(r"`[^`]*`", "", text))]
+
+
+def faults(name: str, folder: str, functions: list[str], text: str) -> list[str]:
+    """Everything that is not as a lesson should be."""
+    cells = parse(text)
+    header = faults_of_header(name, folder, functions, cells)
+    return header + faults_of_cells(cells) + faults_of_code(text) + faults_of_formulas(cells)
+
+
+@pytest.mark.parametrize("name", [name for name in TEXTS if name not in WAITING])
 def test_a_lesson_has_its_form(name):
-    assert wanting(name, TEXTS[name]) == []
+    functions = [e.function for e in of_lesson(name)]
+    assert faults(name, FOLDERS[name], functions, TEXTS[name]) == []
 
 
 def test_lessons_stand_in_the_order_of_their_numbers_and_have_at_least_two_exercises():
-    assert list(FOLDERS) == list(TEACHES)
+    assert [name for name in TEACHES if name in FOLDERS] == list(FOLDERS)
     for name, lesson in lessons().items():
-        assert lesson.title.startswith(f"{lesson.folder[:2]} ") and len(of_lesson(name)) >= 2
+        assert lesson.title.startswith(f"{lesson.folder[:2]} ")
+        assert len(of_lesson(name)) >= 2
 
 
-@pytest.mark.parametrize("old, new",
-                         [("# # 01 T", "# # T"), ("**Minutes:** 30", "30 minutes"), ("**Prerequisites:**", ""),
-                                      ("layer_norm, topo", "topo"), ("tinyft start sum_to", "tinyft start sum_too"),
-                          ("**Predict first", "**Now"),
-                                      ("assert ", "bool or "),
-                                      ("quote(", "print("), ("show(", "str("),
-                          ("import numpy", "\n" * 30 + "import numpy")])
-def test_a_lesson_out_of_form_is_caught(old, new):
-    assert old in TEXTS["autograd"] and wanting("autograd", TEXTS["autograd"].replace(old, new))
+SAMPLE = """# %% [markdown]
+# # 01 A lesson
+#
+# **Reading:** 5 minutes. **You need:** Python.
+# **Exercises:** double, halve (about an hour).
+#
+# About $\\frac{a}{b}$.
+
+# %%
+import tinyft as ft
+from tinyft.learn.draw import curves
+from tinyft.learn.lessons import quote
+
+quote(ft.ops.mul)
+
+# %% [markdown]
+# **Predict first.** What is 1 + 1?
+
+# %%
+print(1 + 1)
+curves({"a line": [1, 2]})
+
+# %% [check]
+assert 1 + 1 == 2
+
+# %% [markdown]
+# **Exercises:** `tinyft start sample`
+"""
+PLANTED = [
+    ("# # 01 A", "# # A", "the title"),
+    ("**Reading:** 5 minutes", "5 minutes", "Reading"),
+    ("**You need:** Python.", "", "You need"),
+    ("double, halve", "double", "Exercises"),
+    ("`tinyft start sample`", "`tinyft start other`", "at its end"),
+    ("**Predict first.**", "Now.", "Predict first"),
+    ("# %%\nprint(1 + 1)", "# %% [check]\nassert 2\n\n# %%\nprint(1 + 1)", r"after \*\*Predict first"),
+    ("# %% [check]\n", "# %%\n", "assertions"),
+    ("assert 1 + 1 == 2", "1 + 1", "assertions"),
+    ("print(1 + 1)", "\n".join("print(1 + 1)" for _ in range(20)), "a cell of 21 lines"),
+    ("print(1 + 1)", f"print({' + '.join('1' * 30)})", "columns"),
+    ("# About", f"# About {'much ' * 18}", "columns"),
+    ("print(1 + 1)", "f = lambda x: x", "a lambda"),
+    ("print(1 + 1)", "a, b, c = 1, 2, 3", "a tuple"),
+    ("print(1 + 1)", "ft.ops.mul = None", "writes into"),
+    ("print(1 + 1)", "[[i for i in range(j)] for j in range(3)]", "a comprehension"),
+    ("quote(ft.ops.mul)", "print(ft.ops.mul)", "a quote"),
+    ('curves({"a line": [1, 2]})', "", "a picture"),
+    ("$\\frac{a}{b}$", "\\alpha", "left in TeX"),
+]
+
+
+@pytest.mark.parametrize("old, new, fault", PLANTED)
+def test_a_lesson_out_of_form_is_caught(old, new, fault):
+    assert faults("sample", "01_sample", ["double", "halve"], SAMPLE) == []
+    assert old in SAMPLE
+    found = faults("sample", "01_sample", ["double", "halve"], SAMPLE.replace(old, new))
+    assert any(re.search(fault, sentence) for sentence in found), found
 
 
 # ── nothing from later lessons ───────────────────────────────────────────────────────────────────────────────────────
@@ -252,7 +375,8 @@ SMALL = '''# %% [markdown]
 
 # %%
 import sys
-from tinyft.learn.lessons import figure, show
+from tinyft.learn.draw import figure
+from tinyft.learn.lessons import show
 x = 1
 print("said", x)
 
@@ -283,11 +407,11 @@ def small(tmp_path, monkeypatch):
 def test_a_lesson_runs_with_what_it_prints_and_draws(small, tmp_path, capsys):
     path, out = small(SMALL), tmp_path / "out"
     out.mkdir()
-    (out / "01_small1-7.png").write_bytes(b"of an older lesson")
+    (out / "01_small1-7.svg").write_bytes(b"of an older lesson")
     cells = list(run(path, out))
-    assert [c.printed for c in cells] == ["", "said 1\n", ""] and capsys.readouterr().out == ""
-    assert cells[2].figures == [(out / "01_small1-1.png", "A line."), (out / "01_small1-2.png", "")]
-    assert sorted(p.name for p in out.iterdir()) == ["01_small1-1.png", "01_small1-2.png", "01_small1.ipynb"]
+    assert [c.printed for c in cells] == [None, "said 1\n", ""] and capsys.readouterr().out == ""
+    assert cells[2].figures == [(out / "01_small1-1.svg", "A line."), (out / "01_small1-2.svg", "")]
+    assert sorted(p.name for p in out.iterdir()) == ["01_small1-1.svg", "01_small1-2.svg", "01_small1.ipynb"]
     assert runner._album is None
     made = json.loads((out / "01_small1.ipynb").read_text(encoding="utf-8"))
     assert made == notebook(cells) and (made["nbformat"], made["nbformat_minor"]) == (4, 4)
@@ -297,14 +421,15 @@ def test_a_lesson_runs_with_what_it_prints_and_draws(small, tmp_path, capsys):
     assert [o["output_type"] for o in drawing["outputs"]] == ["display_data"] * 2
     assert made["cells"][2]["execution_count"] == 2
     drawn = made["cells"][2]["outputs"][0]["data"]
-    assert drawn["image/png"].startswith("iVBOR") and drawn["text/plain"] == "A line."
+    assert drawn["image/svg+xml"].startswith("<?xml") and drawn["text/plain"] == "A line."
 
 
 def test_figures_are_readable_at_640_pixels_and_the_same_in_every_run(small, tmp_path):
     path = small(SMALL)
     first = [file.read_bytes() for cell in run(path, tmp_path / "a") for file, _ in cell.figures]
     second = [file.read_bytes() for cell in run(path, tmp_path / "b") for file, _ in cell.figures]
-    assert first == second and int.from_bytes(first[0][16:20], "big") == 2 * 640
+    assert first == second
+    assert b'width="460.8pt"' in first[0]                   # 6.4 inches: 640 pixels
 
 
 @pytest.mark.parametrize("line, why", [("assert x == 2, 'not two'", "AssertionError: not two"), ("x +", "SyntaxError"),
@@ -330,7 +455,7 @@ def test_the_command_shows_a_lesson_and_fails_with_it(small, capsys):
     assert '  │ print("said", x)' in out
     assert "| 1 | 2 |" in out
     assert "A line." in out
-    assert "About α · (1)/(2) and `$code`, bold." in out
+    assert "About α · 1/2 and `$code`, bold." in out
     assert cli.main(["lesson", "02"]) == 1 and "code cell 2" in capsys.readouterr().out
     assert cli.main(["lesson", "--all"]) == 1
     out = capsys.readouterr().out
@@ -349,7 +474,7 @@ def test_a_terminal_without_unicode_gets_its_own_signs(small, tmp_path):
         out.seek(0)
         text = out.read()
     assert "  | x = 1\n" in text
-    assert "About alpha  cdot" in text.replace("alpha cdot", "alpha  cdot")
+    assert "About alpha cdot" in text
     assert "?" not in text
 
 
@@ -359,7 +484,7 @@ def test_a_script_saves_its_figures_and_says_where(small, tmp_path, monkeypatch,
     monkeypatch.setattr(runner.sys.modules["__main__"], "__file__", str(path), raising=False)
     import matplotlib
     matplotlib.use("Agg")
-    runner.figure(height=1.0)
+    figure(height=1.0)
     runner.show("One.")
-    assert "01_small1-1.png  One." in capsys.readouterr().out
-    assert (tmp_path / "work/figures/01_small1-1.png").exists()
+    assert "01_small1-1.svg  One." in capsys.readouterr().out
+    assert (tmp_path / "work/figures/01_small1-1.svg").exists()

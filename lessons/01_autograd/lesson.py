@@ -13,7 +13,8 @@ import tracemalloc
 import numpy as np
 
 import tinyft as ft
-from tinyft.learn.lessons import figure, quote, show
+from tinyft.learn.draw import figure
+from tinyft.learn.lessons import quote, show
 from tinyft.tensor import topological
 
 # %% [markdown]

@@ -12,7 +12,8 @@
 import numpy as np
 
 import tinyft as ft
-from tinyft.learn.lessons import figure, quote, show
+from tinyft.learn.draw import figure
+from tinyft.learn.lessons import quote, show
 from tinyft.models.blocks import PostNormBlock, PreNormBlock
 
 gpt, tokenizer = ft.load("base-gpt")

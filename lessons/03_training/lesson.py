@@ -14,7 +14,8 @@ import os
 import numpy as np
 
 import tinyft as ft
-from tinyft.learn.lessons import figure, quote, show
+from tinyft.learn.draw import figure
+from tinyft.learn.lessons import quote, show
 
 FAST, (BLUE, RED, GREEN, GREY) = "TINYFT_FAST" in os.environ, ("#4477aa", "#cc6677", "#228833", "#999999")
 TURN, height = np.array([[1.0, -1.0], [1.0, 1.0]]) / 2**0.5, lambda u: (u * u) @ [0.5, 50.0]      # by 45 degrees;  the loss

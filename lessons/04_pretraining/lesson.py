@@ -14,7 +14,8 @@ import numpy as np
 import tinyft as ft
 from tinyft import pretrain
 from tinyft.data import baselines
-from tinyft.learn.lessons import figure, quote, show
+from tinyft.learn.draw import figure
+from tinyft.learn.lessons import quote, show
 
 FAST, V = "TINYFT_FAST" in os.environ, 2048
 COLOURS = {"base-gpt-small": "#cc6677", "base-gpt": "#4477aa", "base-gpt-large": "#228833"}

@@ -13,7 +13,8 @@ import numpy as np
 import tinyft as ft
 from tinyft.kernels.cuda import launch, layers, optimizer
 from tinyft.kernels.cuda.cpu_kernel import CpuKernel, KernelError, emulating
-from tinyft.learn.lessons import figure, quote, show
+from tinyft.learn.draw import figure
+from tinyft.learn.lessons import quote, show
 from tinyft.strict import StrictError, counts
 
 LAUNCH, BANDWIDTH, FLOPS = 4e-6, 4.8e12, 67e12           # seconds a launch: an estimate;  bytes/s and float32 operations/s: an H200's data sheet

@@ -16,7 +16,8 @@ import numpy as np
 
 import tinyft as ft
 from tinyft.array import bfloat16
-from tinyft.learn.lessons import figure, quote, show
+from tinyft.learn.draw import figure
+from tinyft.learn.lessons import quote, show
 
 HALVES = {"bfloat16": bfloat16, "float16": np.dtype(np.float16)}
 COLOUR = {"float32": "#bbbbbb", "bfloat16": "#4477aa", "float16": "#cc6677", "with masters": "#228833", "alone": "#cc6677"}

@@ -225,14 +225,21 @@ def _reusable(file: Path, newest: float) -> bool:
 
 
 def _prepare_for_book(cell: dict) -> None:
-    """Tell MyST-NB to colour quoted sources as Python, and to show a single picture with its caption.
+    """Tell MyST-NB to fold checks and answers, to colour quoted sources, and to show a single picture with its caption.
 
     cell: of a notebook, as JSON; its metadata is changed.  A picture's caption is its text/plain (lessons.py).
     """
+    tags = cell["metadata"].get("tags", ())
     options = {}
+    if "check" in tags:
+        cell["metadata"]["tags"] = ["hide-cell"]
+        options |= {"code_prompt_show": "The checks of this lesson", "code_prompt_hide": "The checks of this lesson"}
+    if "answer" in tags:
+        cell["metadata"]["tags"] = ["hide-output"]
+        options |= {"code_prompt_show": "The result", "code_prompt_hide": "The result"}
     if "quote(" in cell["source"]:
         options["text_lexer"] = "python"
-    data = [output["data"] for output in cell.get("outputs", ()) if "image/png" in output.get("data", {})]
+    data = [output["data"] for output in cell.get("outputs", ()) if "image/svg+xml" in output.get("data", {})]
     if len(data) == 1:
         caption = data[0]["text/plain"]
         options |= {"image": {"alt": caption}, "figure": {"caption": escaped(caption)}}

@@ -38,7 +38,9 @@ def register(sub: argparse._SubParsersAction) -> None:
     """Add the learner's commands to the subparsers of `tinyft`.  Each calls `run` with its arguments."""
     for command, (takes, text) in COMMANDS.items():
         c = sub.add_parser(command, help=text, description=text)
-        if takes == "names":
+        if command == "lesson":
+            c.add_argument("names", nargs="*", metavar="NAME", help="lessons: autograd, 01 or 01_autograd")
+        elif takes == "names":
             c.add_argument("names", nargs="*", metavar="NAME",
                            help="exercises (sum_to, autograd.sum_to) or lessons (autograd)")
         elif takes == "name":
@@ -54,7 +56,9 @@ def register(sub: argparse._SubParsersAction) -> None:
                            help="the same as --backend cupy")
         if command == "lesson":
             c.add_argument("--all", action="store_true",
-                           help="every lesson: notebooks and figures in work/lessons, no text here")
+                           help="every lesson: notebooks with results, and figures, in work/lessons; no text here")
+            c.add_argument("--notebook", action="store_true",
+                           help="write the lesson as a notebook without results, work/NN_name.ipynb; run nothing")
         c.add_argument("--work", type=Path, default=Path(os.environ.get("TINYFT_WORK") or "work"),
                        help="the folder of your files (default: work)")
         c.set_defaults(run=run)
@@ -325,5 +329,8 @@ def _lesson(args: argparse.Namespace, work: Work, page: Page) -> bool:
             solved = sum(work.solved(e) for e in mine)
             page.line(f"  tinyft lesson {lesson.name:<14} {lesson.title:<26} {solved} of {len(mine)} exercises solved")
         return True
-    results = [reading.read(name, args.work / "lessons", page) for name in args.names]
+    if args.notebook:
+        results = [reading.write_notebook(name, args.work, page) for name in args.names]
+    else:
+        results = [reading.read(name, args.work / "lessons", page) for name in args.names]
     return all(results)

@@ -79,12 +79,12 @@ def close(got: Any, want: Any, what: str = "the result", guesses: dict[str, Any]
     g = host(got, what, want)
     is_number = isinstance(got, (int, float)) and not isinstance(got, (bool, np.generic))
     if dtype:
-        match_dtypes = g.dtype == want.dtype
+        same_kind = g.dtype == want.dtype
     elif is_number:
-        match_dtypes = want.dtype != bool
+        same_kind = want.dtype != bool
     else:
-        match_dtypes = _kind(g.dtype) == _kind(want.dtype)
-    if g.shape != want.shape or not match_dtypes or not equal(g, want, rtol, atol):
+        same_kind = _kind(g.dtype) == _kind(want.dtype)
+    if g.shape != want.shape or not same_kind or not equal(g, want, rtol, atol):
         raise Mismatch(g.copy(), want, what, {k: np.asarray(v) for k, v in (guesses or {}).items()})
 
 

@@ -1,15 +1,17 @@
 """The runner of the lessons: each lessons/NN_name/lesson.py, in percent format, with its output and figures.
 
     tinyft lesson autograd        one lesson, read in the terminal
-    tinyft lesson --all           every lesson: NN_name.ipynb with its results, NN_name-1.png, ...      (make lessons)
+    tinyft lesson --all           every lesson: NN_name.ipynb with its results, NN_name-1.svg, ...      (make lessons)
 
-A cell begins with `# %%`; after `# %% [markdown]` it is text, written as comments.  So a lesson is also a script, and
-opens as a notebook in VS Code and with Jupytext.  In a lesson, `quote` prints the library's own source, `figure` and
-`show` draw.
+A cell begins with `# %%`; after `# %% [markdown]` it is text, written as comments.  A cell `# %% [check]` holds
+assertions: the book folds it, and the terminal shows one line.  A text cell with "**Predict first" asks a question that
+the output of the next code cell answers: the book folds that output, and the terminal waits before it.
+
+So a lesson is also a script, and
+opens as a notebook in VS Code and with Jupytext.  In a lesson, `quote` prints the library's own source; draw.py draws.
 """
 from __future__ import annotations
 
-import base64
 import contextlib
 import dataclasses
 import inspect
@@ -26,7 +28,7 @@ from typing import Any
 
 from .loading import in_words
 
-__all__ = ["quote", "figure", "show", "parse", "run", "notebook", "Cell", "Failed"]
+__all__ = ["quote", "show", "parse", "run", "notebook", "Cell", "Failed"]
 
 
 # ── for use in a lesson ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -44,22 +46,8 @@ def quote(thing: Any) -> None:
     print(f"# {module.replace('.', '/')}.py: {thing.__qualname__}\n{source}")
 
 
-STYLE = {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "axes.titlesize": 10,
-         "lines.linewidth": 1.8}
-
-
-def figure(columns: int = 1, height: float = 2.8) -> tuple[Any, Any]:
-    """(figure, axes): as wide as the page, 640 pixels; height in hundreds of pixels.
-
-    With several columns, axes is an array.
-    """
-    import matplotlib.pyplot as plt
-    plt.rcParams.update(STYLE)
-    return plt.subplots(1, columns, figsize=(6.4, height), layout="constrained")
-
-
 def show(caption: str = "") -> None:
-    """Show Matplotlib's open figures: in Jupyter under the cell, else saved as NN_name-1.png, ... and closed.
+    """Show Matplotlib's open figures: in Jupyter under the cell, else saved as NN_name-1.svg, ... and closed.
 
     `run` chooses their folder.  A lesson that is run as a script writes them to work/figures.
     """
@@ -74,7 +62,7 @@ def show(caption: str = "") -> None:
 
 
 class Album:
-    """The figures of a lesson, saved as folder/name-1.png, ...
+    """The figures of a lesson, saved as folder/name-1.svg, ...
 
     announce: print the path of each.  recent: (path, caption) of the figures since the last cell.
     """
@@ -91,9 +79,9 @@ class Album:
         plt = sys.modules.get("matplotlib.pyplot")       # nothing is drawn if it was not imported
         for number in plt.get_fignums() if plt else ():
             self.count += 1                              # the figures of a lesson are numbered from 1
-            path = self.folder / f"{self.name}-{self.count}.png"
+            path = self.folder / f"{self.name}-{self.count}.svg"
             self.folder.mkdir(parents=True, exist_ok=True)
-            plt.figure(number).savefig(path, dpi=200, metadata={"Software": None})
+            plt.figure(number).savefig(path, metadata={"Date": None})    # the same picture is the same file
             plt.close(number)
             self.recent.append((path, caption))
             if self.announce:
@@ -103,19 +91,26 @@ class Album:
 _album: Album | None = None                              # of the lesson that is running
 
 
+KINDS = {"markdown": "markdown", "md": "markdown", "check": "check"}      # word after # %% -> kind of cell
+QUESTION = "**Predict first"
+
+
 # ── parsing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 @dataclasses.dataclass
 class Cell:
     """A cell and its results.
 
     kind: code or markdown (then source has no #).  line: its first in the file.  number: among code cells, from 1.
+    is_check: True for a code cell of assertions.  is_answer: True if the cell before asks what this one prints.
     figures: (file, caption).
     """
     kind: str
     source: str
     line: int
     number: int = 0
-    printed: str = ""
+    is_check: bool = False
+    is_answer: bool = False
+    printed: str | None = None                           # None: the cell was not run
     figures: list[tuple[Path, str]] = dataclasses.field(default_factory=list)
 
 
@@ -126,8 +121,8 @@ class Failed(Exception):
 def parse(text: str) -> list[Cell]:
     """The cells of a file in percent format, without empty ones.
 
-    A line `# %%` begins a code cell, `# %% [markdown]` a text cell, whose lines are comments.
-    ValueError if a text cell holds a line that is not a comment.
+    A line `# %%` begins a code cell, `# %% [check]` one of assertions, `# %% [markdown]` a text cell, whose lines are
+    comments.  ValueError if a text cell holds a line that is not a comment, and for another word in brackets.
     """
     found: list[Cell] = []
     code_cells = 0
@@ -142,12 +137,25 @@ def parse(text: str) -> list[Cell]:
         body = "\n".join(lines[start - 1:n - 1]).rstrip()
         if kind == "markdown":
             body = _without_marks(body, start)
-        if body:
-            code_cells += kind == "code"
-            found.append(Cell(kind, body, start, code_cells if kind == "code" else 0))
-        kind = "markdown" if re.search(r"\[(markdown|md)\]", line) else "code"
+        if body and kind == "markdown":
+            found.append(Cell(kind, body, start))
+        elif body:
+            code_cells += 1
+            is_answer = bool(found) and QUESTION in found[-1].source
+            found.append(Cell("code", body, start, code_cells, is_check=kind == "check", is_answer=is_answer))
+        kind = _kind(line, n)
         start = n + 1
     return found
+
+
+def _kind(line: str, n: int) -> str:
+    """The kind of the cell that the line `# %%` of number n begins: "markdown", "check" or "code"."""
+    word = re.search(r"\[(\w+)\]", line)
+    if word is None:
+        return "code"
+    if word[1] not in KINDS:
+        raise ValueError(f"line {n}: a cell wants one of the kinds {', '.join(KINDS)}, got [{word[1]}]")
+    return KINDS[word[1]]
 
 
 def _without_marks(body: str, start: int) -> str:
@@ -162,7 +170,7 @@ def _without_marks(body: str, start: int) -> str:
 def run(path: Path, out: Path) -> Iterator[Cell]:
     """Run the lesson.py at `path` and yield each cell as soon as it is done, text cells too.
 
-    Figures are written to out/NN_name-K.png; those of an earlier run are deleted.  The notebook, out/NN_name.ipynb, is
+    Figures are written to out/NN_name-K.svg; those of an earlier run are deleted.  The notebook, out/NN_name.ipynb, is
     written at the end.  A cell that fails is yielded too; then Failed is raised with line and reason, and no notebook
     is written.
     """
@@ -173,7 +181,7 @@ def run(path: Path, out: Path) -> Iterator[Cell]:
                          'pip install "tinyft[lessons]"') from None
     matplotlib.use("Agg")
     name = path.parent.name
-    for old in out.glob(f"{name}-*.png"):
+    for old in out.glob(f"{name}-*.svg"):
         old.unlink()
     album = Album(name, out)
     variables = {"__name__": "__main__", "__file__": str(path)}
@@ -249,10 +257,15 @@ def _notebook_cell(cell: Cell) -> dict[str, Any]:
     made: dict[str, Any] = {"cell_type": cell.kind, "metadata": {}, "source": cell.source}
     if cell.kind != "code":
         return made
+    if cell.is_check:
+        made["metadata"] = {"tags": ["check"], "jupyter": {"source_hidden": True}}
+    elif cell.is_answer:
+        made["metadata"] = {"tags": ["answer"]}
     outputs: list[dict] = []
     if cell.printed:
         outputs.append({"output_type": "stream", "name": "stdout", "text": cell.printed})
     for path, caption in cell.figures:
-        data = {"image/png": base64.b64encode(path.read_bytes()).decode(), "text/plain": caption or path.name}
+        data = {"image/svg+xml": path.read_text(encoding="utf-8"), "text/plain": caption or path.name}
         outputs.append({"output_type": "display_data", "metadata": {}, "data": data})
-    return made | {"execution_count": cell.number, "outputs": outputs}
+    was_run = cell.printed is not None
+    return made | {"execution_count": cell.number if was_run else None, "outputs": outputs}

@@ -1,14 +1,16 @@
 """Lessons in the terminal: text folded to the width, code behind a bar, results as they are."""
 from __future__ import annotations
 
+import json
 import re
 import textwrap
 import time
 from pathlib import Path
 
 from .exercise import near_names
-from .folders import find_lesson, lessons
-from .lessons import Cell, Failed, run
+from .folders import Lesson, find_lesson, lessons
+from .formulas import to_unicode
+from .lessons import Cell, Failed, notebook, parse, run
 from .show import Page, width
 
 
@@ -18,18 +20,39 @@ def read(name: str, out: Path, page: Page) -> bool:
     Its figures, and its notebook if every cell ran, are written to the folder `out`.  True if every cell ran.
     ValueError if there is no such lesson, or no Matplotlib.
     """
-    lesson = find_lesson(name)
-    if lesson is None:
-        suggestion = near_names(name, lessons())
-        raise ValueError(f"there is no lesson {name!r}{suggestion}; there are {', '.join(lessons()) or 'none here'}")
+    lesson = _lesson(name)
     try:
         for cell in run(lesson.file, out):
             write_cell(cell, page)
     except Failed as e:
         page.line(f"{page.sign('wrong')} {e}")
         return False
-    page.line(page.paint(f"as a notebook: {out / lesson.folder}.ipynb", "faint"))
+    page.line(page.paint(f"as a notebook:  tinyft lesson {lesson.name} --notebook", "faint"))
     return True
+
+
+def write_notebook(name: str, folder: Path, page: Page) -> bool:
+    """Write folder/NN_name.ipynb, the lesson as a notebook without results, and say how to open it.
+
+    ValueError if there is no such lesson; FileExistsError if the file is there, since it may hold the learner's notes.
+    """
+    lesson = _lesson(name)
+    path = folder / f"{lesson.folder}.ipynb"
+    cells = parse(lesson.file.read_text(encoding="utf-8"))
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(path, "x", encoding="utf-8") as file:
+        json.dump(notebook(cells), file, indent=1, ensure_ascii=False)
+    page.line(f"{path}   open it in VS Code, or with Jupyter:  pip install jupyterlab;  jupyter lab {path}")
+    return True
+
+
+def _lesson(name: str) -> Lesson:
+    """The lesson of this name. ValueError, with the names that there are, if there is none."""
+    lesson = find_lesson(name)
+    if lesson is None:
+        suggestion = near_names(name, lessons())
+        raise ValueError(f"there is no lesson {name!r}{suggestion}; there are {', '.join(lessons()) or 'none here'}")
+    return lesson
 
 
 def run_all(out: Path, page: Page) -> bool:
@@ -58,9 +81,14 @@ def write_cell(cell: Cell, page: Page) -> None:
     if cell.kind == "markdown":
         _write_text(cell.source, page)
         return
-    bar = "|" if page.plain else "│"
-    for line in cell.source.splitlines():
-        page.line(page.paint(f"  {bar} {line}", "faint"))
+    if cell.is_check:
+        page.line(page.paint(f"  {page.sign('right')} checked", "faint"))
+    else:
+        bar = "|" if page.plain else "│"
+        for line in cell.source.splitlines():
+            page.line(page.paint(f"  {bar} {line}", "faint"))
+    if cell.is_answer:
+        page.wait("Enter shows the result")
     if cell.printed:
         page.line()
         for line in cell.printed.splitlines():
@@ -86,23 +114,15 @@ def _write_text(markdown: str, page: Page) -> None:
         page.line()
 
 
-TEX = "alpha beta gamma epsilon theta lambda mu sigma eta ell partial times cdot sum top le ge approx odot sqrt to dots"
-SIGNS = dict(zip(TEX.split(), "αβγεθλμσηℓ∂×·Σᵀ≤≥≈⊙√→…"))
-
-
 def plain(text: str, page: Page) -> str:
-    """A paragraph without Markdown's $ and **, its TeX formulas in Unicode as far as possible.  `Code` stays as it is.
+    """A paragraph without Markdown's $ and **, its TeX formulas in Unicode.  `Code` stays as it is.
 
     On a plain page, which cannot show Unicode, TeX's commands become their names.
     """
     def formula(found: re.Match) -> str:
-        text = re.sub(r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r"(\1)/(\2)", found[1]).replace(r"^\top", r"\top")
-        text = re.sub(r"\\([a-zA-Z]+)( ?)", command, text)
-        return re.sub(r"\\[,; ]", " ", text).replace("{", "").replace("}", "").strip()
-
-    def command(found: re.Match) -> str:
-        name = found[1]
-        return f"{name} " if page.plain else SIGNS.get(name, name) + found[2]
+        if page.plain:
+            return re.sub(r"[{}]|\\(?=\w)|\\[,; ]", "", found[1])
+        return to_unicode(found[1])
 
     parts = re.split(r"(`[^`]*`)", text)
     for i in range(0, len(parts), 2):                    # between the pieces of code

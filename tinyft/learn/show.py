@@ -4,6 +4,7 @@ Plain on a terminal without colour (NO_COLOR) or without Unicode, and folded whe
 """
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -78,9 +79,9 @@ def pair_as_text(e: Mismatch) -> tuple[str, str]:
     Two dtypes of one kind and one size count as the same, whatever their byte order.
     """
     texts = [as_text(a, with_shape=True) for a in (e.got, e.want)]
-    match_dtypes = e.got.dtype.kind == e.want.dtype.kind
+    same_kind = e.got.dtype.kind == e.want.dtype.kind
     same_size = e.got.dtype.itemsize == e.want.dtype.itemsize
-    if not (match_dtypes and same_size):
+    if not (same_kind and same_size):
         texts = [f"{text}, {a.dtype}" for text, a in zip(texts, (e.got, e.want))]
     return texts[0], texts[1]
 
@@ -134,6 +135,14 @@ class Page:
             encoding = getattr(self.out, "encoding", None) or "utf-8"
             text = text.encode(encoding, "replace").decode(encoding)
         print(text, file=self.out, flush=True)
+
+    def wait(self, text: str) -> None:
+        """Write a line and wait for Enter. Nothing happens unless a person reads: input and output are terminals."""
+        is_terminal = getattr(self.out, "isatty", lambda: False)()
+        if is_terminal and sys.stdin is not None and sys.stdin.isatty():
+            print(self.paint(f"  {text} ", "arrow"), end="", file=self.out, flush=True)
+            with contextlib.suppress(EOFError):          # Ctrl-D goes on, too
+                input()
 
     def block(self, text: str, indent: int = 4, first: str = "") -> None:
         """Write a text, folded and indented by `indent` columns.

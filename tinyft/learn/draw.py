@@ -1,0 +1,186 @@
+"""Pictures for the lessons, one call each, in one style that is readable on a light and on a dark page.
+
+    curves      lines over steps, with levels to compare with
+    points      labelled points in a plane
+    bars        one bar or several for each name
+    heat_map    a matrix as coloured cells
+    diagram     boxes and arrows: a graph, a block and its shapes
+
+Each takes `caption`, the sentence that the book prints below the picture, and shows the picture (lessons.show).
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from .lessons import show
+
+__all__ = ["bars", "curves", "diagram", "figure", "heat_map", "points"]
+
+TEXT = "#78818c"                                         # contrast of at least 4 to white and to the dark page
+COLOURS = ["#3b82f6", "#d97706", "#059669", "#8b5cf6", "#ef4444", "#0891b2"]                # at least 3 to both
+NO_COLOUR = (0.5, 0.5, 0.5, 0.07)                        # the cells of a heat map that show zero
+STYLE = {
+    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "axes.titlesize": 10,
+    "lines.linewidth": 1.8, "font.size": 10, "svg.hashsalt": "tinyft", "savefig.transparent": True,
+    "text.color": TEXT, "axes.labelcolor": TEXT, "axes.edgecolor": TEXT, "xtick.color": TEXT, "ytick.color": TEXT,
+    "axes.titlecolor": TEXT, "legend.labelcolor": TEXT,
+}
+# Boxes of a diagram: (colour of the edge, colour of the inside with its opacity).
+KINDS = {
+    "": (TEXT, (0.5, 0.5, 0.5, 0.10)),
+    "trained": ("#d97706", (0.85, 0.47, 0.02, 0.18)),
+    "data": ("#3b82f6", (0.23, 0.51, 0.96, 0.15)),
+    "none": ((0, 0, 0, 0), (0, 0, 0, 0)),                # text without a box
+}
+
+
+def figure(columns: int = 1, height: float = 2.8) -> tuple[Any, Any]:
+    """(figure, axes) of Matplotlib, for a picture that the functions below do not draw.
+
+    It is as wide as the page, 640 pixels; height in hundreds of pixels. With several columns, axes is an array.
+    """
+    import matplotlib
+    import matplotlib.pyplot as plt
+    plt.rcParams.update(STYLE)
+    plt.rcParams["axes.prop_cycle"] = matplotlib.cycler(color=COLOURS)
+    return plt.subplots(1, columns, figsize=(6.4, height), layout="constrained")
+
+
+# ── measured values ──────────────────────────────────────────────────────────────────────────────────────────────────
+def curves(
+    lines: Mapping[str, Any], *, x: Any = None, levels: Mapping[str, float] | None = None, xlabel: str = "step",
+    ylabel: str = "loss", log: str = "", caption: str = "", height: float = 2.8,
+) -> None:
+    """Lines {label: values (n,)} over x (n,), by default over 0 ... n − 1.
+
+    levels: {label: value} of dashed horizontal lines. log: the axes with a logarithmic scale: "x", "y" or "xy".
+    """
+    _, axes = figure(height=height)
+    for label, values in lines.items():
+        values = np.asarray(values)
+        axes.plot(np.arange(len(values)) if x is None else x, values, label=label)
+    for i, (label, value) in enumerate((levels or {}).items()):
+        axes.axhline(value, color=COLOURS[-1 - i], linestyle="--", linewidth=1.2, label=label)
+    _name_axes(axes, xlabel, ylabel, log)
+    if len(lines) + len(levels or {}) > 1:
+        axes.legend()
+    show(caption)
+
+
+def points(
+    named: Mapping[str, tuple[float, float]], *, xlabel: str, ylabel: str, log: str = "",
+    levels: Mapping[str, float] | None = None, caption: str = "", height: float = 3.2,
+) -> None:
+    """Points {label: (x, y)}, each with its label beside it. log, levels: as in `curves`."""
+    _, axes = figure(height=height)
+    for i, (label, (x, y)) in enumerate(named.items()):
+        axes.plot([x], [y], "o", color=COLOURS[i % len(COLOURS)])
+        axes.annotate(label, (x, y), xytext=(6, 4), textcoords="offset points")
+    for i, (label, value) in enumerate((levels or {}).items()):
+        axes.axhline(value, color=COLOURS[-1 - i], linestyle="--", linewidth=1.2, label=label)
+    if levels:
+        axes.legend()
+    axes.margins(x=0.18, y=0.15)                         # room for the labels
+    _name_axes(axes, xlabel, ylabel, log)
+    show(caption)
+
+
+def bars(
+    groups: Mapping[str, float | Mapping[str, float]], *, ylabel: str = "", log: str = "", caption: str = "",
+    height: float = 2.8,
+) -> None:
+    """A bar for each {name: value}; or, for {name: {series: value}}, one for each series, side by side."""
+    _, axes = figure(height=height)
+    first = next(iter(groups.values()))
+    series = list(first) if isinstance(first, Mapping) else [""]
+    width = 0.8 / len(series)
+    for k, label in enumerate(series):
+        values = [group[label] if isinstance(group, Mapping) else group for group in groups.values()]
+        middles = np.arange(len(groups)) + (k - (len(series) - 1) / 2) * width
+        axes.bar(middles, values, width * 0.9, label=label, color=COLOURS[k % len(COLOURS)])
+    axes.set_xticks(range(len(groups)), list(groups))
+    _name_axes(axes, "", ylabel, log)
+    if len(series) > 1:
+        axes.legend()
+    show(caption)
+
+
+def heat_map(
+    matrix: Any, *, rows: Sequence[str] = (), columns: Sequence[str] = (), xlabel: str = "", ylabel: str = "",
+    values: str = "", title: str = "", caption: str = "", height: float = 3.2,
+) -> None:
+    """A matrix (n, m) as coloured cells: blue for positive, red for negative entries, no colour for zero.
+
+    rows, columns: labels. values: a format such as ".2f", with which each cell shows its entry; "" shows none.
+    """
+    from matplotlib.colors import LinearSegmentedColormap
+    matrix = np.asarray(matrix, float)
+    _, axes = figure(height=height)
+    palette = LinearSegmentedColormap.from_list("tinyft", [COLOURS[4], NO_COLOUR, COLOURS[0]])
+    largest = np.nanmax(np.abs(matrix)) or 1.0
+    axes.imshow(matrix, cmap=palette, vmin=-largest, vmax=largest, aspect="equal")
+    axes.set_xticks(range(matrix.shape[1]) if len(columns) else [], list(columns))
+    axes.set_yticks(range(matrix.shape[0]) if len(rows) else [], list(rows))
+    axes.tick_params(length=0)
+    axes.spines[:].set(visible=False)
+    if values:
+        for (i, j), entry in np.ndenumerate(matrix):
+            colour = "white" if abs(entry) > 0.6 * largest else TEXT
+            axes.text(j, i, format(entry, values), ha="center", va="center", color=colour)
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    show(caption)
+
+
+def _name_axes(axes: Any, xlabel: str, ylabel: str, log: str) -> None:
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    if "x" in log:
+        axes.set_xscale("log")
+    if "y" in log:
+        axes.set_yscale("log")
+
+
+# ── boxes and arrows ─────────────────────────────────────────────────────────────────────────────────────────────────
+def diagram(
+    boxes: Mapping[str, tuple], arrows: Sequence[tuple] = (), *, caption: str = "", height: float | None = None,
+) -> None:
+    """Boxes on a grid, joined by arrows.
+
+    boxes: {name: (column, row, text) or (column, row, text, kind)}. Row 0 is at the top; columns and rows may be
+    fractions. kind: "" grey, "trained" orange, "data" blue, "none" for text without a box.
+    arrows: (from, to) or (from, to, text), with the names of boxes. height: in hundreds of pixels, by default 75 a row.
+    """
+    columns = [box[0] for box in boxes.values()]
+    rows = [box[1] for box in boxes.values()]
+    row_count = max(rows) - min(rows) + 1
+    _, axes = figure(height=height or 0.75 * row_count)
+    axes.set_axis_off()
+    drawn = {}
+    for name, box in boxes.items():
+        column, row, text = box[:3]
+        edge, inside = KINDS[box[3] if len(box) > 3 else ""]
+        drawn[name] = axes.text(
+            1.6 * column, -row, text, ha="center", va="center",
+            bbox={"boxstyle": "round,pad=0.45", "edgecolor": edge, "facecolor": inside, "linewidth": 1.3})
+    axes.set_xlim(1.6 * min(columns) - 1, 1.6 * max(columns) + 1)
+    axes.set_ylim(-max(rows) - 0.6, -min(rows) + 0.6)
+    axes.figure.canvas.draw()                            # now the boxes have sizes, to which the arrows reach
+    for arrow in arrows:
+        _arrow(axes, drawn[arrow[0]], drawn[arrow[1]], arrow[2] if len(arrow) > 2 else "")
+    show(caption)
+
+
+def _arrow(axes: Any, start: Any, end: Any, text: str) -> None:
+    """An arrow from the edge of one box to the edge of another, with a text beside its middle."""
+    axes.annotate("", end.get_position(), start.get_position(), annotation_clip=False,
+                  arrowprops={"arrowstyle": "-|>", "color": TEXT, "linewidth": 1.2, "shrinkA": 2, "shrinkB": 2,
+                              "patchA": start.get_bbox_patch(), "patchB": end.get_bbox_patch()})
+    if text:
+        (x0, y0), (x1, y1) = start.get_position(), end.get_position()
+        beside = (6, 0) if abs(x1 - x0) < 0.3 else (0, 5)
+        axes.annotate(text, ((x0 + x1) / 2, (y0 + y1) / 2), xytext=beside, textcoords="offset points", fontsize=9,
+                      ha="left" if beside[0] else "center", va="center" if beside[0] else "bottom")
+
+
