@@ -2,12 +2,16 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
+import doctest
 import json
 import os
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +22,7 @@ from tinyft.kernels.cuda.cpu_kernel import KernelError
 from tinyft.learn import checker, diagnose, isolated, selftest, show, sizes
 from tinyft.learn import work as work_module
 from tinyft.learn.diagnose import Mismatch, close
-from tinyft.learn.exercise import exercises, find
+from tinyft.learn.exercise import Exercise, exercises, find
 from tinyft.learn.subject import Subject
 from tinyft.learn.work import Work, fcntl
 
@@ -499,6 +503,7 @@ def test_a_check_in_one_terminal_keeps_what_another_saved(learner):
 
 MANY = """
 import sys
+import textwrap
 from tinyft.learn.exercise import exercises
 from tinyft.learn.work import Work
 n = int(sys.argv[1])
@@ -540,6 +545,7 @@ def test_two_checks_at_once_are_both_saved(learner):
 HOLD = """
 import os, signal, sys, time
 from pathlib import Path
+from typing import Any
 from tinyft.learn.work import locked
 with locked(Path("work/.progress.lock")):
     print("held", flush=True)
@@ -871,3 +877,41 @@ def test_close_accepts_what_is_right_and_only_that():
     for got in (None, [1.0], "x", A.tolist(), (A,), 3):
         with pytest.raises(diagnose.Unusable):
             close(got, A)
+
+
+# ── the stub says what a learner needs ───────────────────────────────────────────────────────────────────────────────
+# Lessons whose exercises still lack `may_use` and `example`.
+WAITING = {"autograd", "transformer", "training", "pretraining", "gpu", "precision"}
+COMPLETE = [name for name, e in exercises().items() if e.lesson not in WAITING]
+
+
+def run_example(e: Exercise) -> list[str]:
+    """The lines of an exercise's example that do not print what it says, on the library's function."""
+    names: dict[str, Any] = {}
+    exec(e.imports(), names)
+    names[e.function] = e.reference()
+    example = doctest.DocTestParser().get_doctest(textwrap.dedent(e.example), names, e.name, None, 0)
+    report: list[str] = []
+    doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(example, out=report.append)
+    return report
+
+
+@pytest.mark.parametrize("name", COMPLETE)
+def test_a_stub_says_what_may_be_used_and_shows_an_example_that_is_right(name):
+    e = exercises()[name]
+    assert e.may_use, "you may use"
+    assert e.example, "an example"
+    for line in e.guide().splitlines():
+        assert line in e.skeleton()
+    if e.suffix == ".py":
+        assert ">>>" in e.example
+        assert run_example(e) == []
+
+
+def test_an_example_with_a_wrong_result_is_caught():
+    e = dataclasses.replace(exercises()["autograd.sum_to"], example="""
+        >>> sum_to(np.ones((2, 3)), (3,))
+        array([2., 2., 2.])
+        """)
+    assert run_example(e) == []
+    assert run_example(dataclasses.replace(e, example=e.example.replace("2.]", "3.]"))) != []

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -81,7 +82,12 @@ def _exercise(e: Exercise) -> str:
     language = "python" if e.suffix == ".py" else "cuda"
     effort = f'<span class="effort">about {e.minutes} minutes · {e.name}</span>'
     parts = [f"\n## {escaped(e.function)}\n\n{stars(e)} {effort}\n\n"
-             f"````{language}\n{signature}\n````\n\n{markdown(task)}\n\nIt is right when:\n"]
+             f"````{language}\n{signature}\n````\n\n{markdown(task)}\n"]
+    if e.may_use:
+        parts.append(f"You may use: {markdown(e.may_use)}\n")
+    if e.example:
+        parts.append(f"````{language}\n{textwrap.dedent(e.example).strip()}\n````\n")
+    parts.append("It is right when:\n")
     parts += [f"- {escaped(law.title)}" for law in e.laws]
     parts.append(f"\n```console\n$ tinyft start {e.name}\n$ tinyft check {e.name}\n```\n")
     for n, hint in enumerate(e.hints, start=1):

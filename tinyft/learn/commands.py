@@ -296,7 +296,10 @@ def _read(args: argparse.Namespace, work: Work, page: Page) -> bool:
     for e in exercises().values():
         if name in (e.name, e.function):
             page.line(f"{e.name}   {page.stars(e.difficulty)}  about {e.minutes} min\n")
-            page.line(f"{e.head()}\n\nIt is right when:")
+            page.line(f"{e.head()}\n")
+            if e.guide():
+                page.line(f"{e.guide()}\n")
+            page.line("It is right when:")
             for law in e.laws:
                 page.block(law.title, 4, first=f"  {page.sign('todo')} ")
             return True

@@ -78,7 +78,10 @@ class Kernel(Exercise):
     def skeleton(self) -> str:
         """The learner's file as `tinyft start` writes it: the kernel's comment and signature, with an empty body."""
         n = self.answer_lines()
-        return f"""// {self.first_line()}
+        guide = self.guide()
+        top = f"{self.first_line()}\n\n{guide}" if guide else self.first_line()
+        comment = "\n".join(f"// {line}".rstrip() for line in top.splitlines())
+        return f"""{comment}
 // T stands for float or half.  The check launches it on the CPU, as a GPU would run it.
 
 {self.head()} {{

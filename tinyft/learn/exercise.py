@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import textwrap
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
@@ -53,14 +54,18 @@ class Exercise:
     """One exercise in Python.
 
     target: "module:function" or "module:Class.method", in tinyft.  difficulty: 1 to 5.  minutes: for a reader of the
-    lesson. hints: three, each telling more.  closed: other targets that contain the answer, which the learner may not
-    call either. in_place: the function writes into its arguments.  on_host: it works on NumPy arrays whatever the
-    backend. lines: the length of a plain answer, where the library's is longer.
+    lesson. hints: three, each telling more.  may_use: the functions that the answer may use, in words, after "You may
+    use: ".  example: one call and its result with numbers, as in a Python session (>>>); the tests run it.  closed:
+    other targets that contain the answer, which the learner may not call either. in_place: the function writes into its
+    arguments.  on_host: it works on NumPy arrays whatever the backend. lines: the length of a plain answer, where the
+    library's is longer.
     """
     target: str
     difficulty: int
     minutes: int
     hints: tuple[str, str, str]
+    may_use: str = ""
+    example: str = ""
     closed: tuple[str, ...] = ()
     in_place: bool = False
     on_host: bool = False
@@ -153,10 +158,21 @@ class Exercise:
         closed = {t.split(":")[1] for t in self.forbidden}
         return import_lines(self._definition(), self._helpers(), closed)
 
+    def guide(self) -> str:
+        """The functions that the answer may use, folded, and the example."""
+        parts = []
+        if self.may_use:
+            parts.append(textwrap.fill(f"You may use: {self.may_use}", 100))
+        if self.example:
+            parts.append(f"Example:\n{textwrap.indent(textwrap.dedent(self.example).strip(), '    ')}")
+        return "\n\n".join(parts)
+
     def skeleton(self) -> str:
         """The learner's file as `tinyft start` writes it: imports, signature and docstring, with the body left out."""
         n = self.answer_lines()
-        return f'''"""{self.first_line()}"""
+        guide = self.guide()
+        top = f"{self.first_line()}\n\n{guide}\n" if guide else self.first_line()
+        return f'''"""{top}"""
 from __future__ import annotations
 
 {self.imports()}
