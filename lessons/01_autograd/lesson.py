@@ -1,151 +1,799 @@
 # %% [markdown]
 # # 01 Tensors and autograd
 #
-# **Minutes:** 30, with the exercises two hours. **Prerequisites:** Python, NumPy, the chain rule.
-# **Exercises:** sum_to, matmul, softmax, layer_norm, topological, backward
+# **Reading:** 45 minutes. **You need:** Python, NumPy, the chain rule.
+# **Exercises:** sum_to, matmul, softmax, layer_norm, topological, backward (about two
+# hours).
 #
-# Training asks one question over and over: if this number moves a little, how does the loss move? A small language model has
-# 200,000 such numbers. Moving each in turn costs 200,000 passes. Reverse mode answers for all in one walk back.
+# Training asks one question again and again: if this parameter changes a little, how
+# much does the loss change? The answer is a derivative. A small language model has
+# 200,000 parameters, so it needs 200,000 derivatives for every step. This lesson
+# computes all of them in one pass.
+#
+# We begin with an engine of thirty lines for single numbers. Then we let it grow until
+# it is the engine of tinyft, which handles arrays. At the end it trains a first model
+# on real text.
 
 # %%
+import time
 import tracemalloc
 
 import numpy as np
 
 import tinyft as ft
-from tinyft.learn.draw import figure
-from tinyft.learn.lessons import quote, show
-from tinyft.tensor import topological
+from tinyft.learn.draw import bars, curves, diagram, heat_map
+from tinyft.learn.lessons import quote
+from tinyft.tensor import Gradients, op, sum_to, topological
+
+rng = np.random.default_rng(0)
 
 # %% [markdown]
-# ## A tensor remembers how it was made
-# **Predict first:** $x = 2$, $u = 3x$, $v = u \cdot u$, $y = u + v$. What is $dy/dx$? Note that $u$ is used three times.
+# ## A slope, the slow way
+#
+# Take $y = x^2 + 3x$ at $x = 2$. Move $x$ a little and watch $y$.
 
 # %%
-x = ft.Tensor(np.array(2.0), requires_grad=True)
-u = x * 3.0
-v = u * u
-y = u + v
-y.backward(retain_graph=True)
-print(f"y = {y.item()}   dy/dx = {x.grad}")
-assert x.grad == 39                                        # dy/du = 1 + 2u = 13, du/dx = 3
+def f(x):
+    return x * x + 3 * x
+
+h = 1e-6
+slope = (f(2 + h) - f(2 - h)) / (2 * h)
+print(f"slope: {slope:.4f}")
+
+# %% [check]
+assert abs(slope - 7) < 1e-6
 
 # %% [markdown]
-# Every operation gives back its value and its **pullbacks**: for each input, a function that takes the gradient $g$ of the output
-# back to that input. Two of them, as the library has them, and what $y$ remembers, inputs before outputs:
+# The calculus answer is $2x + 3 = 7$. Two evaluations gave us one slope. For 200,000
+# parameters we would need 400,000 evaluations.
+#
+# There is a better way. While we compute $y$, we write down the steps of the
+# computation. Then we apply the chain rule backwards through this record.
+#
+# ## Numbers that remember
+#
+# A `Number` holds a value and its **parents**: the numbers it was computed from. Beside
+# each parent it holds the **local derivative**: how much the value changes if this
+# parent alone changes. For $a + b$ both local derivatives are 1. For $a \cdot b$ the
+# local derivative for $a$ is $b$, and the one for $b$ is $a$.
+
+# %%
+class Number:
+    def __init__(self, value, parents=()):
+        self.value = value
+        self.parents = parents          # pairs (parent, local derivative)
+        self.grad = 0.0
+
+    def __add__(self, other):
+        return Number(self.value + other.value, [(self, 1.0), (other, 1.0)])
+
+    def __mul__(self, other):
+        return Number(self.value * other.value,
+                      [(self, other.value), (other, self.value)])
+
+# %% [markdown]
+# `grad` is still 0. It will hold the **gradient** of the number: the derivative of the
+# final result with respect to this number.
+#
+# Here is a small computation: $u = 3x$, $v = u \cdot u$, $y = u + v$ at $x = 2$.
+
+# %%
+def compute(start):
+    x = Number(start)
+    u = Number(3.0) * x
+    v = u * u
+    y = u + v
+    return {"x": x, "u": u, "v": v, "y": y}
+
+graph = compute(2.0)
+for name, number in graph.items():
+    slopes = [slope for parent, slope in number.parents]
+    print(f"{name} = {number.value:<5} local derivatives: {slopes}")
+
+# %% [markdown]
+# Numbers and parents form a **graph**. Each box below shows a value. The text at an
+# arrow is the local derivative. (The constant 3 is left out.)
+
+# %%
+diagram(
+    {"x": (0, 1, "x = 2"), "u": (1, 1, "u = 3x = 6"), "v": (2, 0, "v = u·u = 36"),
+     "y": (3, 1, "y = u + v = 42")},
+    [("x", "u", "3"), ("u", "v", "6 and 6"), ("v", "y", "1"), ("u", "y", "1")],
+    caption="The graph of y = u + v with u = 3x and v = u·u. Values stand in the "
+            "boxes, local derivatives at the arrows.", height=2.2)
+
+# %% [markdown]
+# The number $u$ is used three times: once in $y$ and twice in $v$. So $u$ reaches $y$
+# on three paths. The chain rule has two parts:
+#
+# - along one path, local derivatives are **multiplied**;
+# - where several paths meet, their contributions are **added**.
+#
+# **Predict first.** Go through the picture from right to left, with pencil and paper.
+# What is the gradient of $u$, that is $dy/du$? And what is $dy/dx$?
+
+# %%
+y_grad = 1.0                                   # y changes as much as y does
+v_grad = 1.0 * y_grad
+u_grad = 1.0 * y_grad + 6.0 * v_grad + 6.0 * v_grad
+x_grad = 3.0 * u_grad
+print("dy/du =", u_grad, "  dy/dx =", x_grad)
+
+# %% [check]
+assert u_grad == 13
+assert x_grad == 39
+
+# %% [markdown]
+# $u$ collects $1 + 6 + 6 = 13$, one term for each use. $x$ gets $3 \cdot 13 = 39$. The
+# check by calculus: $y = 3x + 9x^2$, so $dy/dx = 3 + 18x = 39$.
+
+# %%
+diagram(
+    {"x": (0, 1, "x = 2\ngradient 39", "data"),
+     "u": (1, 1, "u = 6\ngradient 13", "data"),
+     "v": (2, 0, "v = 36\ngradient 1", "data"),
+     "y": (3, 1, "y = 42\ngradient 1", "data")},
+    [("y", "v", "1·1"), ("y", "u", "1·1"),
+     ("v", "u", "6·1 + 6·1"), ("u", "x", "3·13")],
+    caption="The same graph on the way back. Each arrow carries local derivative times "
+            "gradient; where arrows meet, they add up.", height=2.4)
+
+# %% [markdown]
+# ## The engine: order, then walk
+#
+# We did this by hand in the order $y$, $v$, $u$, $x$. A program has to find such an
+# order itself. The rule: **process a number only after every number that uses it.**
+# Only then is its gradient complete.
+#
+# Such an order is called **topological**. The function below finds it, from the inputs
+# to the result: it first visits the parents of a number, then appends the number
+# itself.
+
+# %%
+def visit(number, order):
+    if number in order:
+        return
+    for parent, _ in number.parents:
+        visit(parent, order)
+    order.append(number)
+
+order = []
+visit(graph["y"], order)
+print("values in topological order:", [number.value for number in order])
+
+# %% [markdown]
+# Backwards through this list, every number passes its gradient on: to each parent
+# it **adds** local derivative times gradient.
+
+# %%
+def walk_back(numbers):
+    for number in numbers:
+        for parent, slope in number.parents:
+            parent.grad += slope * number.grad
+
+def backward(result):
+    order = []
+    visit(result, order)
+    result.grad = 1.0
+    walk_back(reversed(order))
+
+backward(graph["y"])
+print({name: number.grad for name, number in graph.items()})
+
+# %% [check]
+assert [number.value for number in order] == [3, 2, 6, 36, 42]
+assert [number.grad for number in graph.values()] == [39, 13, 1, 1]
+
+# %% [markdown]
+# The same gradients as by hand. That is the whole engine: `Number`, `visit`,
+# `walk_back`, `backward`. Type it once yourself; it is about thirty lines. It is
+# called **reverse mode**, or backpropagation.
+#
+# ## What if the order is wrong?
+#
+# Let us process $u$ too early: the order is $y$, $u$, $v$. When $u$ passes its gradient
+# on to $x$, $v$ has not been processed yet.
+#
+# **Predict first.** What is the gradient of $x$ for the order $y$, $u$, $v$?
+
+# %%
+def gradient_of_x(names):
+    graph = compute(2.0)
+    graph["y"].grad = 1.0
+    walk_back([graph[name] for name in names])
+    return graph["x"].grad
+
+print("order y, v, u:", gradient_of_x("yvu"))
+print("order y, u, v:", gradient_of_x("yuv"))
+
+# %% [check]
+assert gradient_of_x("yvu") == 39
+assert gradient_of_x("yuv") == 3
+
+# %% [markdown]
+# In the wrong order $u$ knows only the 1 that came from $y$. It passes on
+# $3 \cdot 1 = 3$. Later $v$ sends 12 to $u$, but nobody takes them to $x$. There is no
+# error message: the gradient is simply too small.
+#
+# ## What if gradients replace each other?
+#
+# The other common mistake is one character long: `=` in place of `+=`.
+
+# %%
+def walk_back_replacing(numbers):
+    for number in numbers:
+        for parent, slope in number.parents:
+            parent.grad = slope * number.grad         # = in place of +=
+
+graph = compute(2.0)
+graph["y"].grad = 1.0
+walk_back_replacing([graph[name] for name in "yvu"])
+replaced = graph["x"].grad
+print("dy/du =", graph["u"].grad, "  dy/dx =", replaced)
+
+# %% [check]
+assert replaced == 18
+
+# %% [markdown]
+# Of the three contributions to $u$ (1, 6 and 6) only the last one is left. So $u$ has
+# the gradient 6 and $x$ has 18.
+#
+# ## Why not follow every path by itself?
+#
+# One could also do without an order: take a gradient, follow each path to its end, and
+# add up what arrives. The result is right. The function below does this and counts its
+# steps.
+
+# %%
+def follow(number, gradient):
+    steps = 0
+    for parent, slope in number.parents:
+        parent.grad += slope * gradient
+        steps += 1 + follow(parent, slope * gradient)
+    return steps
+
+# %% [markdown]
+# We compare both on a chain of doublings: $a = x + x$, $b = a + a$, and so on. Each
+# doubling has two arrows. Paths multiply: two after one doubling, four after two, eight
+# after three.
+
+# %%
+by_path = []
+in_order = []
+for doublings in range(1, 15):
+    y = Number(1.0)
+    for _ in range(doublings):
+        y = y + y
+    by_path.append(follow(y, 1.0))
+    order = []
+    visit(y, order)
+    in_order.append(sum(len(number.parents) for number in order))
+
+print(f"steps for 14 doublings: {by_path[-1]:,} by path, {in_order[-1]} in order")
+curves({"each path by itself": by_path, "in topological order": in_order},
+       x=range(1, 15), xlabel="doublings", ylabel="steps", log="y",
+       caption="Steps of the backward pass. Each doubling doubles the number of "
+               "paths, but it adds only two arrows.")
+
+# %% [check]
+assert by_path[-1] == 2**15 - 2
+assert in_order[-1] == 28
+
+# %% [markdown]
+# In topological order each arrow is used once, because a number waits until its
+# gradient is complete. Without the order, 24 such steps in a row would already need 33
+# million steps of the backward pass, and a deep network has more.
+#
+# ## From numbers to arrays
+#
+# A `Number` for every entry of every matrix would be too slow. Let us measure it on one
+# product of two matrices with 30 rows and 30 columns.
+
+# %%
+def product_of_numbers(A, B):
+    entries = []
+    for row in A:
+        for column in zip(*B):
+            total = Number(0.0)
+            for a, b in zip(row, column):
+                total = total + a * b
+            entries.append(total)
+    return entries
+
+# %% [markdown]
+# We time this function and NumPy's `@` on the same matrix.
+
+# %%
+A = rng.normal(size=(30, 30))
+numbers = []
+for row in A.tolist():
+    numbers.append([Number(entry) for entry in row])
+
+start = time.perf_counter()
+entries = product_of_numbers(numbers, numbers)
+seconds_numbers = time.perf_counter() - start
+
+start = time.perf_counter()
+A @ A
+seconds_array = time.perf_counter() - start
+print(f"Numbers created: {30 * 30 * (1 + 2 * 30):,}")
+print(f"with Numbers: {seconds_numbers * 1e3:.0f} ms")
+print(f"with NumPy:   {seconds_array * 1e3:.3f} ms")
+
+# %% [check]
+product = np.array([entry.value for entry in entries]).reshape(30, 30)
+assert np.allclose(product, A @ A)
+assert seconds_numbers > 10 * seconds_array
+
+# %% [markdown]
+# So one node of the graph should hold a whole array. The walk stays the same. But what
+# is the local derivative of an array with respect to an array? For this product it
+# would be a table with one number for every entry of the result and every entry of the
+# input: $900 \cdot 900$ numbers, almost all of them zero.
+#
+# We never need this table. We need only its effect: it turns the gradient of the result
+# into the gradient of an input. A function that does this is called a **pullback**.
+#
+# In this course `g` is always the gradient of the loss with respect to the result of an
+# operation. It has the shape of the result. A pullback takes `g` and returns the
+# gradient of one input.
+#
+# ## An op: a value and its pullbacks
+#
+# An **op** is a function on plain arrays that returns two things: its value, and a
+# tuple with one pullback for each input. Here is an op of our own, $y = x^3$.
+
+# %%
+@op("... -> ...")
+def cube(x):
+    "y = x³.    dx = 3 g x²"
+    return x**3, (lambda g: 3 * g * x**2,)
+
+# %% [markdown]
+# Read it piece by piece.
+#
+# - `x**3` is the value.
+# - `lambda g: 3 * g * x**2` is the pullback. Each entry of `x` influences one entry of
+# `y`, with the local derivative $3x^2$. So we multiply entry by entry.
+# - `(..., )` is a tuple of one pullback, because there is one input. The comma belongs
+# to it: `(f,)` is a tuple, `(f)` is only `f`.
+# - `"y = x³.    dx = 3 g x²"` says the same as mathematics. `dx` is short for the
+# gradient of `x`.
+# - `"... -> ..."` is the **shape string**: what shapes go in and what shape comes out.
+# Three dots stand for any axes. `"... n k, ... k m -> ... n m"` describes a matrix
+# product: a letter that stands twice is the same size both times.
+# - `@op` makes a function of tensors from this function of arrays. A **`Tensor`** is to
+# arrays what `Number` is to numbers: it holds an array and remembers how it was made.
+#
+# The function of arrays is still there, as `cube.definition`. We call it and its
+# pullback.
+
+# %%
+value, pullbacks = cube.definition(np.array([1.0, 2.0, 3.0]))
+gradient_of_value = np.array([1.0, 1.0, 10.0])
+print("value:   ", value)
+print("pullback:", pullbacks[0](gradient_of_value))
+
+# %% [markdown]
+# Now the same op with tensors. `requires_grad=True` says: we want the gradient of this
+# tensor. Its gradient is stored in `.grad`.
+
+# %%
+x = ft.Tensor(np.array([1.0, 2.0, 3.0]), requires_grad=True)
+y = cube(x)
+y.backward(gradient_of_value)
+print("x.grad:", x.grad)
+
+# %% [check]
+assert value.tolist() == [1, 8, 27]
+assert pullbacks[0](gradient_of_value).tolist() == [3, 12, 270]
+assert x.grad.tolist() == [3, 12, 270]
+
+# %% [markdown]
+# All ops of tinyft are written like this. Here are two of them. Two names in them are
+# new:
+#
+# - `match_dtypes(a, b)` gives both inputs one type of number, such as float32.
+# - `xp(x)` is the array module to which `x` belongs: NumPy, or CuPy for an array on a
+# GPU. So one definition runs on both.
 
 # %%
 quote(ft.ops.mul)
 quote(ft.ops.tanh)
-print([getattr(node, "name", "leaf") for node in topological(y)])
 
 # %% [markdown]
-# ## The order of the walk
-# The walk starts at $y$ with the gradient 1. At each node it calls the pullbacks and **adds** what they give to the inputs'
-# gradients. A node may be passed only when everything that used it has been passed: then its gradient is complete.
+# The pullbacks of `mul` are the local derivatives of `Number.__mul__`, times `g`. The
+# pullback of `tanh` uses the value `y` of the forward pass. This is why training needs
+# memory: **what a pullback uses must be kept until the backward pass.** We come back to
+# this at the end.
 #
-# **Predict first:** what comes out at $x$ if $u$ is passed as soon as $y$ has reached it, before $v$? And how many paths lead back
-# through a chain of 14 doublings, $u$ to $u + u$, if each piece of gradient is passed on by itself as it comes?
+# The pullback of a matrix product follows from the rule that contributions add up. In
+# $C = AB$ the entry $A_{ik}$ is used in every column $j$ of $C$, with the factor
+# $B_{kj}$. So its gradient is $\sum_j G_{ij} B_{kj}$, where $G$ is the gradient of $C$.
+# As matrices: $dA = G B^\top$. The gradient of $B$ is one of the exercises.
+#
+# ## The same graph with tensors
+#
+# We repeat $u = 3x$, $v = u \cdot u$, $y = u + v$ at $x = 2$. The argument
+# `retain_graph=True` is explained below.
 
 # %%
-def walk(order):
-    grads = {id(order[0]): 1.0}
-    for node in order:
-        for parent, g in node.pull(np.array(grads[id(node)])):
-            grads[id(parent)] = grads.get(id(parent), 0.0) + float(g)
-    return grads[id(x)]
-def by_paths(node, g):
-    return sum(1 + by_paths(p, gp) for p, gp in node.pull(g)) if node is not x else 0
-
-print("in the order y, v, u:", walk([y.node, v.node, u.node]), "    y, u, v:", walk([y.node, u.node, v.node]))
-assert walk([y.node, v.node, u.node]) == 39 and walk([y.node, u.node, v.node]) == 3      # the 12 that came through v is lost
-y = x
-for _ in range(14):
-    y = y + y
-paths, once = by_paths(y.node, np.array(1.0)), sum(2 for node in topological(y) if node is not x)      # a sum has two pullbacks
-print(f"pullbacks called for 14 doublings: {paths:,} along the paths, {once} in topological order")
-assert paths == 2**15 - 2 and once == 28
+x = ft.Tensor(np.array(2.0), requires_grad=True)
+u = 3.0 * x
+v = u * u
+y = u + v
+y.backward(retain_graph=True)
+print(f"y = {y.item()}   dy/dx = {x.grad}")
 
 # %% [markdown]
+# The operators `*`, `+` and `@` call the ops `mul`, `add` and `matmul`. Each call
+# leaves a **record**: its name, its parents and their pullbacks. `y.node` is the node
+# of `y` in the graph: the record of the call that made `y`. A tensor that no op made,
+# such as `x`, is a **leaf**, and its node is the tensor itself.
+#
+# `topological(y)` lists the nodes, inputs first, as `visit` did.
+
+# %%
+names = []
+for node in topological(y):
+    names.append("x, a leaf" if node is x else node.name)
+print(names)
+print("parents of the last node:", [parent.name for parent in y.node.parents()])
+
+# %% [check]
+assert x.grad == 39
+assert names == ["x, a leaf", "mul", "mul", "add"]
+
+# %% [markdown]
+# The constant 3 is not in the list. It needs no gradient, so its pullback was dropped
+# at once. (After a backward pass, records are dropped too. `retain_graph=True` kept
+# them for us.)
+#
 # ## Broadcasting goes back as a sum
-# NumPy repeats a small array to fit a large one. Each copy has a gradient; the small array gets their **sum**, in its own shape.
-# **Predict first:** the shapes of the two gradients, and their entries.
+#
+# One thing is new with arrays. NumPy **broadcasts**: it repeats a small array to fit a
+# large one. A bias with 2 entries is added to every row of a batch.
 
 # %%
-column, row = (ft.Tensor(np.ones(shape), requires_grad=True) for shape in ((3, 1), (4,)))
-(column * 2.0 + row).sum().backward()
-print("column", column.grad.tolist(), "   row", row.grad.tolist())
-assert column.grad.shape == (3, 1) and (column.grad == 8).all() and (row.grad == 3).all()
+diagram(
+    {"b": (0, 1, "bias b\nshape (2,)", "trained"),
+     "1": (1, 0, "row 1 + b\ngradient (1, 10)"),
+     "2": (1, 1, "row 2 + b\ngradient (2, 20)"),
+     "3": (1, 2, "row 3 + b\ngradient (3, 30)"),
+     "sum": (2, 1, "gradient of b\n(1+2+3, 10+20+30)\n= (6, 60)", "data")},
+    [("b", "1"), ("b", "2"), ("b", "3"), ("1", "sum"), ("2", "sum"), ("3", "sum")],
+    caption="Broadcasting uses b three times. So b gets the sum of three gradients.",
+    height=3.0)
 
 # %% [markdown]
-# ## A check that can fail
-# Is a pullback right? Take a random direction $d$ of the input and random weights $g$ of the output: the slope
-# $g \cdot (f(x + hd) - f(x - hd)) / 2h$ must be $d \cdot$ grad. Many tests take `.sum()`, weights of 1. For softmax they are blind:
-# each row adds up to 1 whatever $x$ is, so the true gradient is 0, and a pullback that gives back zeros would pass.
+# This is the rule for $u$ once more: an array that is used several times gets the sum
+# of the gradients of its uses. The gradient has the shape of the array itself.
+#
+# **Predict first.** A column of shape (3, 1) and a row of shape (4,) are added.
+# Broadcasting makes a table of shape (3, 4). Let every entry of the table have a
+# gradient of 1. What are the shapes and the entries of the two gradients?
 
 # %%
-rng, f = np.random.default_rng(0), ft.ops.softmax
-d, g, x = *rng.normal(size=(2, 3, 5)), ft.Tensor(rng.normal(size=(3, 5)), requires_grad=True)
-f(x).sum().backward()
-blind, x.grad = abs(x.grad).max(), None
-f(x).backward(g)
-slope = (g * (f(x.data + 1e-5 * d).data - f(x.data - 1e-5 * d).data)).sum() / 2e-5
-print(f"through .sum(): {blind:.1f}   random weights: {(x.grad * d).sum():.3f}, small steps say {slope:.3f}")
-assert blind < 1e-15 and abs((x.grad * d).sum() - slope) < 1e-8 < abs(slope)
+column = ft.Tensor(np.zeros((3, 1)), requires_grad=True)
+row = ft.Tensor(np.zeros(4), requires_grad=True)
+table = column + row
+table.backward(np.ones((3, 4)))
+print("column:", column.grad.shape, column.grad.tolist())
+print("row:   ", row.grad.shape, row.grad.tolist())
+
+# %% [check]
+assert column.grad.tolist() == [[4], [4], [4]]
+assert row.grad.tolist() == [3, 3, 3, 3]
 
 # %% [markdown]
-# ## A model of a million letters
-# The text that comes with tinyft, as 26 letters and a blank for all else. The model is a table $W$ of scores: row $a$ says what
-# follows $a$. Its loss is the mean of $-\ln p$ over all pairs. Counting gives the best possible table, so we know where to arrive.
+# Each entry of the column was used 4 times, each entry of the row 3 times.
+#
+# An op does not have to care about this. `add` returns `g` for both inputs, in the
+# shape of the table. The engine does the rest, for all ops, with one function:
+# `sum_to(g, shape)` sums a gradient until it has the shape of the input.
 
 # %%
-text = " ".join(r.text for r in ft.data.snapshot() if (r.kind, r.split) == ("prose", "train")).lower()
-codes = np.frombuffer(text.encode("ascii", "replace"), np.uint8)
-ids = np.where((codes >= 97) & (codes <= 122), codes - 96, 0).astype(int)
-share = np.bincount(ids[:-1] * 27 + ids[1:], minlength=27 * 27).reshape(27, 27) / (len(ids) - 1)      # of each pair
-rows = share.sum(axis=1, keepdims=True)
-best = -(share * np.log(np.where(share, share / rows, 1))).sum()
-W, losses = ft.Tensor(np.zeros((27, 27)), requires_grad=True), []
-for _ in range(300):
+print("column:", sum_to(np.ones((3, 4)), (3, 1)).tolist())
+print("row:   ", sum_to(np.ones((3, 4)), (4,)).tolist())
+
+# %% [markdown]
+# ## The library's backward
+#
+# Now you can read the library's own `backward`. It is our `backward` and `walk_back`,
+# for arrays. These are its parts:
+#
+# - `Gradients` is a dict: for each node the gradient so far. `add` adds to it, `pop`
+# takes the complete gradient out.
+# - `flag` checks that `retain_graph` is True or False.
+# - `_seed` is the first gradient: 1, or the one that the caller gives.
+# - `topological(self)` is the order. `order.pop()` takes nodes from its end.
+# - A leaf (a `Tensor`) adds the gradient to its `.grad`. Nothing else keeps its
+# gradient.
+# - `node.pull(g)` calls the pullbacks of a record and gives pairs (parent, gradient).
+# - `_fit` calls `sum_to`, so that the gradient has the shape of the parent.
+# - `release` drops the pullbacks of a record, and with them the arrays that they keep.
+#
+# Three details you may skip at first. `Part` is for ops that return several arrays.
+# `_state.anomaly` is a switch for debugging. `owned` says whether an array may be
+# changed in place: two nodes may hold the same array, and then `+=` would change both.
+
+# %%
+quote(ft.Tensor.backward)
+quote(Gradients.add)
+
+# %% [markdown]
+# ## Is a pullback right? A check that can fail
+#
+# A wrong pullback raises no error. Training goes on, only worse. So every pullback is
+# compared with small steps, as in the first section. For arrays we need two more
+# things:
+#
+# - a random **direction** $d$, in which we move the input $x$;
+# - **weights** $w$, which make one number of the output: the sum of $w$ times $f(x)$,
+# entry by entry.
+#
+# Then $\frac{w \cdot f(x + hd) - w \cdot f(x - hd)}{2h}$ must equal $d \cdot$ gradient,
+# where the dot means: multiply entry by entry, then sum.
+#
+# We try it on `softmax`, the op that turns each row of scores into probabilities.
+
+# %%
+scores = rng.normal(size=(3, 5))
+direction = rng.normal(size=(3, 5))
+
+def slope_by_steps(weights, h=1e-5):
+    ahead = ft.ops.softmax(scores + h * direction).data
+    behind = ft.ops.softmax(scores - h * direction).data
+    return (weights * (ahead - behind)).sum() / (2 * h)
+
+def slope_by_pullback(weights):
+    x = ft.Tensor(scores, requires_grad=True)
+    ft.ops.softmax(x).backward(weights)
+    return (direction * x.grad).sum()
+
+# %% [markdown]
+# Many tests call `.sum()` on the output. That is the choice of weights that are all 1.
+# Beside it we use random weights. As a third method we take a wrong pullback: it always
+# returns zeros, so its slope is 0.
+
+# %%
+ones = np.ones((3, 5))
+random_weights = rng.normal(size=(3, 5))
+print("weights   small steps   pullback of softmax   pullback of zeros")
+for name, weights in {"ones": ones, "random": random_weights}.items():
+    by_steps = abs(slope_by_steps(weights))
+    by_pullback = abs(slope_by_pullback(weights))
+    print(f"{name:<8}{by_steps:>13.4f}{by_pullback:>22.4f}{0:>20.4f}")
+
+# %% [check]
+assert abs(slope_by_steps(ones)) < 1e-9
+assert abs(slope_by_pullback(ones)) < 1e-12
+difference = slope_by_steps(random_weights) - slope_by_pullback(random_weights)
+assert abs(difference) < 1e-8 < 0.01 < abs(slope_by_pullback(random_weights))
+
+# %% [markdown]
+# (Signs are left out.) With weights of 1 every slope is 0, because each row of
+# probabilities adds up to 1, whatever $x$ is. So this test is blind: the pullback of
+# zeros passes it. With random weights it is caught.
+
+# %% [markdown]
+# ## A first model on real text
+#
+# The text comes with tinyft. It is real prose; we use it in lower case. Letters become
+# the numbers 1 to 26, and everything else becomes 0, a blank.
+
+# %%
+texts = []
+for record in ft.data.snapshot():
+    if record.kind == "prose" and record.split == "train":
+        texts.append(record.text.lower())
+
+codes = np.frombuffer(" ".join(texts).encode("ascii", "replace"), np.uint8)
+is_letter = (codes >= ord("a")) & (codes <= ord("z"))
+ids = np.where(is_letter, codes - ord("a") + 1, 0).astype(int)
+print(f"{len(ids):,} letters, the first of them: {ids[:12]}")
+
+# %% [markdown]
+# The model guesses the next letter from one letter. Its only parameter is a table $W$
+# of scores with 27 rows and 27 columns. Row $a$ holds a score for each letter that may
+# follow $a$. Softmax turns the row into probabilities $p$.
+#
+# The loss is the mean of $-\ln p$ over all pairs of neighbours in the text, where $p$
+# is the probability of the letter that did follow. We count the pairs once:
+# `share[a, b]` is the share of all pairs that are `a` followed by `b`.
+
+# %%
+pairs = ids[:-1] * 27 + ids[1:]
+share = np.bincount(pairs, minlength=27 * 27).reshape(27, 27) / len(pairs)
+
+def compute_loss(W):
     p = ft.ops.softmax(W)
-    loss = -(share * p.log()).sum()
-    loss.backward()
-    assert np.allclose(W.grad, rows * p.data - share)      # what the model expects, less what it saw
-    losses.append(loss.item())
-    W = ft.Tensor(W.data - 40 * W.grad, requires_grad=True)
-print(f"{len(ids):,} letters; the loss begins at {losses[0]:.2f} = ln 27 and ends at {losses[-1]:.2f}; counting: {best:.2f}")
-assert best < losses[-1] < 1.01 * best and p.data[17].argmax() == 21      # q, u
-fig, (left, right) = figure(2, height=3.1)
-left.plot(losses)
-left.axhline(best, color="0.5", ls="--", lw=1)
-left.set(xlabel="step", ylabel="loss", title="the loss; dashed: counting")
-right.imshow(p.data, cmap="Blues", vmax=0.6)
-right.set(xlabel="next letter", ylabel="letter", title="what the model learned")
-for ticks in (right.set_xticks, right.set_yticks):
-    ticks(range(27), list("␣abcdefghijklmnopqrstuvwxyz"), fontsize=6)
-show("Left: the loss comes down to what counting gives. Right: the table; q is followed by u.")
+    return -(share * ft.ops.log(p)).sum()
+
+W = ft.Tensor(np.zeros((27, 27)), requires_grad=True)
+loss = compute_loss(W)
+loss.backward()
+print(f"loss {loss.item():.3f}   ln 27 = {np.log(27):.3f}   W.grad: {W.grad.shape}")
 
 # %% [markdown]
-# ## What it costs, and where it stops
-# Records hold the arrays their pullbacks need, so training keeps what the forward pass made. What is **frozen** has no pullback and
-# costs no product going back. Two layers, $\tanh(xA)B$, two products forward, 1,000 rows.
-# **Predict first:** which keeps the least memory: training $A$ alone, $B$ alone, or both?
+# All scores are 0, so every letter has the probability 1/27, and the loss is $\ln 27$.
+# One call of `backward` gave all 729 derivatives.
+#
+# We can check them: with pencil and paper one finds $dW$ = (share that the model
+# expects) − (share that it saw).
 
 # %%
-print("trains    numbers   pullbacks   products going back   kept")
-for trained in ("", "B", "A", "AB", "xAB"):
-    x, A, B = (ft.Tensor(rng.normal(size=size), name in trained) for name, size in (("x", (1000, 27)), ("A", (27, 64)), ("B", (64, 27))))
+share_of_first = share.sum(axis=1, keepdims=True)    # how often a letter comes first
+expected = share_of_first / 27
+difference = abs(W.grad - (expected - share)).max()
+print(f"largest difference: {difference:.0e}")
+
+# %% [check]
+assert difference < 1e-16
+
+# %% [markdown]
+# Now we train: compute the loss, compute the gradient, take a step against it. This is
+# gradient descent, with a learning rate of 40. (The gradients are small, because they
+# are shares of a million pairs.)
+#
+# The best possible table is known: count how often `b` follows `a`. So we know where
+# the loss has to arrive.
+
+# %%
+learning_rate = 40
+losses = []
+W = ft.Tensor(np.zeros((27, 27)), requires_grad=True)
+for _ in range(300):
+    loss = compute_loss(W)
+    loss.backward()
+    losses.append(loss.item())
+    W = ft.Tensor(W.data - learning_rate * W.grad, requires_grad=True)
+
+counted = share / share_of_first
+best = -(share * np.log(np.where(share > 0, counted, 1))).sum()
+print(f"loss: first {losses[0]:.2f}, last {losses[-1]:.2f}; by counting {best:.2f}")
+curves({"gradient descent": losses}, levels={"counting": best},
+       caption="The loss comes down to the loss of the best table, found by counting.")
+
+# %% [check]
+assert abs(losses[0] - np.log(27)) < 1e-12
+assert best < losses[-1] < 1.01 * best
+
+# %% [markdown]
+# And this is what the table has learned.
+
+# %%
+p = ft.ops.softmax(W).data
+letters = list("␣abcdefghijklmnopqrstuvwxyz")
+heat_map(p, rows=letters, columns=letters, xlabel="next letter", ylabel="letter",
+         caption="Probability of the next letter. ␣ is the blank. After q comes u.",
+         height=5.6)
+
+# %% [check]
+assert letters[p[letters.index("q")].argmax()] == "u"
+assert abs(share_of_first * (p - counted)).max() < 0.003
+
+# %% [markdown]
+# ## What freezing saves, and what it does not
+#
+# Fine-tuning often trains few parameters and leaves the rest **frozen**: without a
+# gradient. How much memory does this save? One often reads "what is frozen costs no
+# memory". Let us measure it.
+#
+# The network has two layers: $y = \tanh(xA)\,B$ with 1,000 rows $x$. Between the layers
+# lies the array $h = \tanh(xA)$. Such an intermediate result is called
+# an **activation**. It has 1,000 rows and 64 columns: 512 kB, far more than $A$ or $B$.
+
+# %%
+sizes = {"x": (1000, 27), "A": (27, 64), "B": (64, 27)}
+
+def forward(trained, with_tanh):
+    tensors = {}
+    for name, size in sizes.items():
+        needs = name in trained
+        tensors[name] = ft.Tensor(rng.normal(size=size), requires_grad=needs)
     tracemalloc.start()
-    y = (x @ A).tanh() @ B
+    h = tensors["x"] @ tensors["A"]
+    if with_tanh:
+        h = h.tanh()
+    y = h @ tensors["B"]
+    del h
     kept = tracemalloc.get_traced_memory()[0] - y.data.nbytes
     tracemalloc.stop()
-    pulls = [n.name for n in topological(y) if not isinstance(n, ft.Tensor) for _ in n.pulls]
-    numbers, products = sum(t.size for t in (x, A, B) if t.requires_grad), pulls.count("matmul")
-    print(f"{trained or 'nothing':<9}{numbers:>8,}{len(pulls):>12}{products:>22}{kept / 1e3:>7.0f} kB")
-    assert products == len(trained) + ("A" in trained) and (kept > 64_000 * 8) == bool(trained)
+    return tensors, y, kept
 
 # %% [markdown]
-# All keep the same: $B$ and tanh both need $\tanh(xA)$. Freezing saved products, not memory. The walk costs at most twice the products
-# of the forward pass, for 10 numbers or 30,000. It gives first derivatives only, at one point.
-# **Exercises:** `tinyft start sum_to`, `tinyft start matmul`, `tinyft start softmax`, `tinyft start layer_norm`,
-# `tinyft start topological`, `tinyft start backward`
+# `tracemalloc` is Python's own measure of memory. `kept` is the memory that is still in
+# use after the forward pass, without $x$, $A$, $B$ and $y$ themselves. It is what the
+# records keep for the backward pass.
+#
+# **Predict first.** We train $A$ alone, $B$ alone, or both. In which case is the least
+# memory kept? Think of what each pullback uses: that of `tanh` uses $h$, and the
+# gradient of $B$ is $h^\top G$.
+
+# %%
+kept_with_tanh = {}
+for trained in ("A", "B", "AB"):
+    tensors, y, kept = forward(trained, with_tanh=True)
+    kept_with_tanh[trained] = kept / 1000
+    print(f"trained: {trained:<3} kept: {kept / 1000:.0f} kB")
+
+# %% [markdown]
+# All three keep $h$. If $A$ trains, the pullback of `tanh` needs $h$. If $B$ trains,
+# the pullback for $B$ needs it. An activation is freed only if **nobody** needs it.
+#
+# So let us take `tanh` away, and look again.
+
+# %%
+kept_without_tanh = {}
+for trained in ("A", "B", "AB"):
+    tensors, y, kept = forward(trained, with_tanh=False)
+    kept_without_tanh[trained] = kept / 1000
+
+groups = {}
+for trained in ("A", "B", "AB"):
+    groups[f"{trained} trains"] = {"with tanh": kept_with_tanh[trained],
+                                   "without tanh": kept_without_tanh[trained]}
+bars(groups, ylabel="kept (kB)",
+     caption="Memory that the records keep. Without tanh, if A alone trains, the "
+             "activation h is freed: nothing needs it.")
+
+# %% [check]
+assert all(512 <= kept < 530 for kept in kept_with_tanh.values())
+assert kept_without_tanh["A"] < 10
+assert min(kept_without_tanh["B"], kept_without_tanh["AB"]) >= 512
+
+# %% [markdown]
+# Without `tanh`, training $A$ alone keeps nothing of that size: the gradient of $A$ is
+# $x^\top G$ and needs $x$, which exists anyway. The gradient of $h$ is $G B^\top$ and
+# needs $B$. Nobody needs $h$.
+#
+# ## What it costs, and where it stops
+#
+# The last table counts everything for five cases: parameters, products of matrices in
+# the backward pass, memory for the gradients of $A$ and $B$, and memory kept. The
+# forward pass has two products.
+
+# %%
+print("trained   parameters   products back   weight gradients   kept (with tanh)")
+rows = {}
+for trained in ("", "B", "A", "AB", "xAB"):
+    tensors, y, kept = forward(trained, with_tanh=True)
+    products = 0
+    if trained:
+        for node in topological(y):
+            if not isinstance(node, ft.Tensor) and node.name == "matmul":
+                products += len(list(node.parents()))
+        y.backward(np.ones(y.shape))
+    weights = [tensors["A"], tensors["B"]]
+    parameters = sum(w.size for w in weights if w.requires_grad)
+    gradients = sum(w.grad.nbytes for w in weights if w.grad is not None)
+    rows[trained] = {"products": products, "gradients": gradients, "kept": kept}
+    print(f"{trained or 'nothing':<10}{parameters:>10,}{products:>16}"
+          f"{gradients / 1e3:>16.1f} kB{kept / 1e3:>16.0f} kB")
+
+# %% [check]
+assert [row["products"] for row in rows.values()] == [0, 1, 2, 3, 4]
+assert [row["gradients"] for row in rows.values()] == [0, 13824, 13824, 27648, 27648]
+kept_bytes = [row["kept"] for row in rows.values()]
+assert kept_bytes[0] < 5000
+assert all(512_000 <= kept < 530_000 for kept in kept_bytes[1:])
+
+# %% [markdown]
+# Read it from top to bottom.
+#
+# - **A frozen weight always saves its own gradient**, and the product that computes it.
+# - **A frozen weight saves an activation only where nothing else needs it.** Here it
+# never does, unless all is frozen.
+# - Freezing the first layer ($A$) also shortens the walk: nothing below $B$ needs a
+# gradient. Freezing the last layer ($B$) does not: the gradient must pass through it.
+# - The backward pass needs at most twice the products of the forward pass, for 10
+# parameters or for 200,000.
+#
+# Reverse mode has limits too. It gives first derivatives of one number only. And it
+# needs the memory that we just measured.
+#
+# **Exercises.** You can now write the heart of the library yourself:
+# `tinyft start autograd` writes a file for each of the six. Begin with `sum_to`.
+# `matmul`, `softmax` and `layer_norm` are ops. `topological` and `backward` are `visit`
+# and `backward` of this lesson, for tensors.

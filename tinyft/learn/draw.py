@@ -104,7 +104,7 @@ def bars(
     axes.set_xticks(range(len(groups)), list(groups))
     _name_axes(axes, "", ylabel, log)
     if len(series) > 1:
-        axes.legend()
+        axes.figure.legend(loc="outside upper center", ncols=len(series))      # above the bars, not over them
     show(caption)
 
 
@@ -179,8 +179,15 @@ def _arrow(axes: Any, start: Any, end: Any, text: str) -> None:
                               "patchA": start.get_bbox_patch(), "patchB": end.get_bbox_patch()})
     if text:
         (x0, y0), (x1, y1) = start.get_position(), end.get_position()
-        beside = (6, 0) if abs(x1 - x0) < 0.3 else (0, 5)
-        axes.annotate(text, ((x0 + x1) / 2, (y0 + y1) / 2), xytext=beside, textcoords="offset points", fontsize=9,
-                      ha="left" if beside[0] else "center", va="center" if beside[0] else "bottom")
+        if abs(x1 - x0) < 0.3:                           # beside a vertical arrow
+            offset, ha, va = (6, 0), "left", "center"
+        elif abs(y1 - y0) < 0.3:                         # above a horizontal one
+            offset, ha, va = (0, 5), "center", "bottom"
+        elif (x1 - x0) * (y1 - y0) > 0:                  # on the upper side of a slanted one
+            offset, ha, va = (-5, 2), "right", "bottom"
+        else:
+            offset, ha, va = (5, 2), "left", "bottom"
+        axes.annotate(text, ((x0 + x1) / 2, (y0 + y1) / 2), xytext=offset, textcoords="offset points", fontsize=9,
+                      ha=ha, va=va)
 
 
