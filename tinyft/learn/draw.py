@@ -65,6 +65,9 @@ def curves(
     for i, (label, value) in enumerate((levels or {}).items()):
         axes.axhline(value, color=COLOURS[-1 - i], linestyle="--", linewidth=1.2, label=label)
     _name_axes(axes, xlabel, ylabel, log)
+    if "x" in log and x is not None and len(x) <= 8:     # few points: their own values as labels, not powers of ten
+        axes.set_xticks(x, [f"{value:g}" for value in x])
+        axes.minorticks_off()
     if len(lines) + len(levels or {}) > 1:
         axes.legend()
     show(caption)
@@ -124,6 +127,9 @@ def heat_map(
     axes.imshow(matrix, cmap=palette, vmin=-largest, vmax=largest, aspect="equal")
     axes.set_xticks(range(matrix.shape[1]) if len(columns) else [], list(columns))
     axes.set_yticks(range(matrix.shape[0]) if len(rows) else [], list(rows))
+    cell = min((height - 0.8) / matrix.shape[0], 5 / matrix.shape[1])    # about its size, in hundreds of pixels
+    if 0.09 * max(map(len, columns), default=0) > cell:  # labels side by side would overlap
+        axes.tick_params(axis="x", rotation=90)
     axes.tick_params(length=0)
     axes.spines[:].set(visible=False)
     if values:
