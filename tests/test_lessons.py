@@ -31,7 +31,6 @@ FOLDERS = {name: lesson.folder for name, lesson in lessons().items()}
 WAITING = {
     "training",
     "pretraining",
-    "gpu",
     "precision",
 }
 COLUMNS = 88                                              # that the book shows without scrolling

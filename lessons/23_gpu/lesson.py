@@ -1,150 +1,854 @@
 # %% [markdown]
 # # 23 The GPU
-# **Minutes:** 60, with the exercises 150. **Prerequisites:** 01, 02, 03, a little C. **Exercises:** add_bias, sum_rows, adam_rates, lay_out
 #
-# A GPU is fast at the same small work on millions of numbers, and slow to be asked. What does asking cost, what does one kernel gain in the place
-# of nine, what goes wrong inside one? No GPU is needed: kernels run on the CPU, and are watched. Where there is one, it is measured too.
+# **Reading:** 50 minutes. **You need:** lessons 01 and 03. No GPU, and no C.
+# **Exercises:** add_bias, sum_rows, adam_rates, lay_out (about an hour and a half).
+#
+# A GPU is a second computer inside the computer. It computes with thousands of threads
+# at once. Does a small model train a thousand times faster there? No: the GPU is idle
+# most of the time. This lesson shows what it waits for, and what you can do about it.
+#
+# You need no GPU to read it. Two parts of the library stand in for one: an array that
+# obeys the rules of a GPU and counts what is asked of it, and a compiler that runs GPU
+# code on your processor.
+
 # %%
+import textwrap
 import timeit
-from types import SimpleNamespace
 
 import numpy as np
 
 import tinyft as ft
-from tinyft.kernels.cuda import launch, layers, optimizer
-from tinyft.kernels.cuda.cpu_kernel import CpuKernel, KernelError, emulating
-from tinyft.learn.draw import figure
-from tinyft.learn.lessons import quote, show
-from tinyft.strict import StrictError, counts
+from tinyft.kernels.cuda import launch, optimizer
+from tinyft.kernels.cuda.cpu_kernel import CpuKernel, KernelError, compiler, emulating
+from tinyft.learn.draw import bars, curves, diagram, heat_map, points
+from tinyft.learn.lessons import quote
+from tinyft.strict import counts
 
-LAUNCH, BANDWIDTH, FLOPS = 4e-6, 4.8e12, 67e12           # seconds a launch: an estimate;  bytes/s and float32 operations/s: an H200's data sheet
-numbers, update = lambda *shape: np.random.default_rng(0).standard_normal(shape).astype(np.float32), ft.optim.optimizers.adam_update
+float32 = np.float32
+try:
+    compiler()
+    has_compiler = True
+except KernelError as reason:
+    has_compiler = False
+    print(f"The cells with GPU code do nothing here: {reason}")
+
+# %% [markdown]
+# ## Two memories
+# The processor and its memory are the **host**. The GPU and its memory are the
+# **device**. Python runs on the host. It can do two things with the device: copy
+# numbers to or from it, and start a **kernel**. A kernel is a function that runs on
+# the device. To start one is to **launch** it.
+
+# %%
+diagram({"python": (0, 0, "host: Python, NumPy\nits own memory", "data"),
+         "device": (2.4, 0, "device: kernels, CuPy\nits own memory", "trained"),
+         "numbers": (0, 1, "x = [1. 2. 3.]", "none"),
+         "copy": (2.4, 1, "x = [1. 2. 3.]", "none")},
+        [("python", "device", "launch a kernel"), ("numbers", "copy", "copy")],
+        caption="Two computers. A kernel reads and writes the device's memory only.")
+
+# %% [markdown]
+# **CuPy** is a package with the names of NumPy. Its arrays lie on the device, and each
+# of its functions launches kernels. So the same code can run on both, if it takes each
+# function from the module that the array belongs to. In the library, `xp` finds that
+# module. Read `_modules` as a dictionary: from the type of an array to its module.
+
+# %%
+quote(ft.array.xp)
+
+# %% [markdown]
+# An op of the library uses it. This is GELU, the function inside the transformer's
+# MLP. You know the form from lesson 01: under `@op` stands a function of arrays, which
+# returns the value and the pullbacks. The string `"... -> ..."` says that the result
+# has the shape of the input. `xp(x).tanh` is NumPy's or CuPy's `tanh`, as `x` wants
+# it.
+
+# %%
+quote(ft.ops.gelu_tanh)
+
+# %% [markdown]
+# The library has a third kind of array, `strict`. It lies in the host's memory, but it
+# takes only what CuPy takes, and it counts. `ft.array.to` copies an array to it. The
+# op does not change.
+
+# %%
+gelu = ft.ops.gelu_tanh.definition            # the function of arrays under @op
+host = np.array([-1, 0, 1, 2], float32)
+device = ft.array.to(host, "strict")
+
+for x in (host, device):
+    y, _ = gelu(x)
+    print(f"{ft.array.name_of(x):7}{np.round(ft.array.asnumpy(y), 3)}")
+
+# %% [check]
+assert np.array_equal(gelu(host)[0], ft.array.asnumpy(gelu(device)[0]))
+
+# %% [markdown]
+# ## What the host may ask
+# A launch returns at once: the host runs ahead while the device computes. But when the
+# host wants to **see** a number, it must wait until the device has computed it. And a
+# device cannot use numbers that lie on the host: they must be copied first. Waits and
+# copies are slow, so CuPy refuses hidden ones, and `strict` refuses a few more.
+#
+# `report` runs one expression on the device array `x` and prints what it cost. `eval`
+# runs a string as Python.
+
+# %%
+x = device
+strict_xp = ft.array.xp(x)
+
+def report(text):
+    counts.clear()
+    try:
+        eval(text)
+        said = f"waits {counts['sync']}, copies {counts['h2d']}"
+    except TypeError as error:
+        said = "error: " + str(error).split(";")[0]
+    print(f"{text:30}{said}")
+    return said
+
+said = report("x * 2.0")
+
+# %% [markdown]
+# **Predict first.** Below are five more expressions; `host` is a NumPy array. Which of
+# them is an error? In which must the host wait? Think: whose memory are the numbers
+# in, and must the host know a number, or a shape, before it can go on?
+
+# %%
+EXPRESSIONS = ["x + host", "x[[0, 2]]", "float(x.sum())", "x[x > 0]",
+               "strict_xp.where(x > 0, x, 0)"]
+said = {text: report(text) for text in EXPRESSIONS}
+
+# %% [markdown]
+# - `x + host` mixes two memories. It is refused: a hidden copy at every step is slow.
+# - `x[[0, 2]]` has a list as an index. The list lies on the host, so it is copied.
+# - `float(...)` gives the host a number. The host waits for it.
+# - `x[x > 0]` has as many entries as are positive. The host must know how many, to
+#   reserve memory. So it waits too.
+# - `where` has a result of the same size whatever the numbers are. Nobody waits.
+
+# %% [check]
+assert "error" in said["x + host"]
+assert "copies 1" in said["x[[0, 2]]"]
+assert "waits 1" in said["float(x.sum())"] and "waits 1" in said["x[x > 0]"]
+assert said[EXPRESSIONS[-1]] == "waits 0, copies 0"
+
 # %% [markdown]
 # ## What a launch costs
-# A launch costs the host some microseconds, whatever it starts. The kernel takes as long as the slower of its bytes and its arithmetic:
-# $$t = \max(\text{launches} \cdot 4\,\mu s,\; \text{bytes} / 4.8\,\text{TB/s},\; \text{operations} / 67\,\text{T/s})$$
-# **Predict first.** From how many numbers on does $y = 2x$, 8 bytes and one operation each, wait for memory? Does NumPy know the same two regimes?
+# Three numbers describe a GPU well enough for this lesson. A launch takes the host
+# about 4 microseconds (µs): an estimate, and the same for a small and a large kernel.
+# The other two are from the data sheet of one GPU, an H200.
+
 # %%
-model = lambda launches, bytes, operations=0: np.maximum(np.maximum(launches * LAUNCH, bytes / BANDWIDTH), operations / FLOPS)
-sizes, doubled, even = 2**np.arange(4, 23), {}, LAUNCH * BANDWIDTH / 8
-for backend in ("cupy", "numpy")[ft.array.why_no_cupy() is not None:]:                 # the same code on CuPy: an array knows its module
-    x, y = (ft.array.to(numbers(int(sizes[-1])), backend) for _ in "xy")
-    ask = lambda n: (ft.array.xp(x).multiply(x[:n], 2, out=y[:n]), ft.array.asnumpy(y[:1]))      # to see a number is to wait for it
-    mine = doubled[backend] = np.array([min(timeit.repeat(lambda n=n: ask(n), number=10, repeat=4)) / 10 for n in sizes])
-print(f"from {even / 1e6:.1f} million on; here, for 16 times as many: at first {mine[4] / mine[0]:.1f} times as long, then {mine[-1] / mine[-5]:.0f}")
-assert even == 2.4e6 and model(1, 12 * 4096**2, 2 * 4096**3) > 40 * model(1, 12 * 4096**2)      # n × n: n/6 operations a byte; 14 is even; GELU: 3
+LAUNCH = 4e-6                  # seconds for one launch
+BANDWIDTH = 4.8e12             # bytes a second, from and to the device's memory
+ARITHMETIC = 67e12             # float32 operations a second
+
+def gpu_seconds(launches, bytes_moved, operations=0):
+    memory = bytes_moved / BANDWIDTH
+    computing = operations / ARITHMETIC
+    return np.maximum(launches * LAUNCH, np.maximum(memory, computing))
+
 # %% [markdown]
-# ## Nine passes, or one
-# GELU as array operations: each reads its inputs from memory and writes its result there. The strict double of CuPy counts launches and bytes.
-# **Predict first.** How many launches, and how often does an array of $x$'s size go to or from memory? How often must it?
+# The three go on at the same time: while one kernel runs, the host launches the next,
+# and while numbers arrive, others are computed with. So the slowest decides, and the
+# time is the maximum of the three.
+#
+# Take $y = 2x$ in float32. For each number the kernel reads 4 bytes and writes 4
+# bytes.
+#
+# **Predict first.** For few numbers, the launch takes longer than the bytes. From how
+# many numbers on do the bytes take longer? You need only `LAUNCH` and `BANDWIDTH`.
+
 # %%
-cost = lambda f: (counts.clear(), f(), counts["launch"], counts["bytes"], counts["sync"], counts["h2d"])[2:]
-device = ft.array.to(numbers(1 << 16), "strict")
-launches, moved, *_ = cost(lambda: ft.ops.gelu_tanh.definition(device))
-print(f"{launches} launches, {moved / device.nbytes:.0f} passes;  needed are 2")
-assert (launches, moved) == (9, 21 * device.nbytes)
-fig, (left, right) = figure(2, 3.1)
-for backend, seconds in doubled.items():
-    left.loglog(sizes, seconds * 1e6, "o-", ms=3, color="#4477aa" if backend == "numpy" else "#228833", label=f"{backend}, measured here")
-for ax, launches, passes, style in ((left, 1, 2, "k--"), (right, 9, 21, "#cc6677"), (right, 1, 2, "k--")):
-    ax.loglog(many := np.logspace(1, 9), model(launches, passes * 4 * many) * 1e6, style, label=f"GPU, by the formula: {passes} passes")
-    ax.axvspan(10, even, color="#999999", alpha=0.15 * (passes == 2), lw=0)
-    ax.set(xlabel="numbers", ylabel="µs", title="y = 2x" if ax is left else "GELU: 9 launches or 1", xlim=(10, 1e9), ylim=(0.1, 3e5))
-    ax.legend(fontsize=7, loc="upper left")
-show("Grey: a kernel of two passes waits for its launch. Beyond, time goes with the bytes. Fusing gains nine times here, ten times there.")
+even = LAUNCH * BANDWIDTH / 8                       # 8 bytes for each number
+print(f"{even / 1e6:.1f} million numbers")
+
 # %% [markdown]
-# ## A fused kernel
-# Fusing saves no arithmetic, though one often reads so; it saves passes and launches. A kernel says what **one thread** does. A launch says how many
-# there are: as many blocks of 256 as $n$ needs; in the last some find no number (`i < n`). A warp's 32 threads should read neighbours in memory.
+# In 4 µs the device could have moved 19 million bytes. Below 2.4 million numbers the
+# device is idle most of the time. Does NumPy have the same two regimes? We measure it
+# here, and CuPy too if this computer has a GPU.
+
 # %%
-head, *kernels = (launch.HERE / "gelu.cu").read_text(encoding="utf-8").split('extern "C" ')
-print(head[head.index("#define"):head.index("__device__")] + kernels[2])
-quote(layers._gelu)
-tape, x = [], numbers(1000)                              # tape: of every launch kernel, grid, block, arguments
-def compiler(source, name):
-    kernel = CpuKernel(source, name)
-    return lambda *launched: (tape.append((kernel, *launched)), kernel(*launched))
-launch.COMPILERS[np.ndarray] = compiler                  # on a device: cupy.RawKernel
-launch._kernel.cache_clear()
-try:
-    y, want = (f(x)[0] for f in (layers.gelu_tanh, ft.ops.gelu_tanh.definition))
-    print(f"on the CPU: {len(tape)} launch of {tape[0][1][0]} blocks of {tape[0][2][0]} threads, off by {abs(y - want).max():.0e}")
-    assert len(tape) == 1 and tape[0][1] == (4,) and np.allclose(y, want, atol=1e-6)
-except KernelError as e:                                 # no C++ compiler
-    tape = print(f"what runs kernels is passed over: {e}")
+SIZES = 2**np.arange(4, 25, 2)
+
+def seconds(x, y):
+    "The time of y = 2 x: the shortest of four measurements."
+    def double():
+        ft.array.xp(x).multiply(x, 2, out=y)
+        return ft.array.asnumpy(y[:1])              # to see a number is to wait for it
+    return min(timeit.repeat(double, number=10, repeat=4)) / 10
+
+# %% [markdown]
+# `why_no_cupy` is None where CuPy works. A computer without a GPU measures NumPy
+# alone.
+
+# %%
+measured = {}
+for backend in ("numpy", "cupy"):
+    if backend == "cupy" and ft.array.why_no_cupy() is not None:
+        continue
+    x = ft.array.to(np.ones(SIZES[-1], float32), backend)
+    y = ft.array.to(np.ones(SIZES[-1], float32), backend)
+    times = [seconds(x[:n], y[:n]) for n in SIZES]
+    measured[f"{backend}, measured here"] = 1e6 * np.array(times)
+
+curves({"GPU, by the formula": 1e6 * gpu_seconds(1, 8 * SIZES), **measured}, x=SIZES,
+       levels={"one launch: 4 µs": 4}, xlabel="numbers", ylabel="µs for y = 2x",
+       log="xy", caption="Flat while the call takes the time; then the bytes do.")
+
+# %% [markdown]
+# Both lines are flat at first, then they rise with the bytes. A call of NumPy costs
+# less than a launch, so for a few thousand numbers the laptop is **faster** than the
+# GPU. For millions, the GPU is far ahead.
+
+# %% [check]
+numpy_times = measured["numpy, measured here"]
+assert round(even / 1e6, 1) == 2.4
+assert numpy_times[-1] > 20 * numpy_times[0]             # a million times the numbers
+
+# %% [markdown]
+# ## Memory or arithmetic?
+# Past the launch, two limits are left. Which one holds depends on the number of
+# operations for each byte. The device can do $67 / 4.8 = 14$ operations in the time of
+# one byte. A kernel that does fewer waits for memory.
+#
+# $y = 2x$ does one operation for 8 bytes. A product of two matrices $n \times n$ does
+# $2 n^3$ operations, and moves three matrices, $12 n^2$ bytes: that is $n / 6$
+# operations for each byte.
+
+# %%
+per_byte = {"y = 2x": 1 / 8, "product, n = 16": 16 / 6, "product, n = 1024": 1024 / 6}
+reached = {}
+for name, intensity in per_byte.items():
+    reached[name] = (intensity, min(ARITHMETIC, intensity * BANDWIDTH) / 1e12)
+    print(f"{name:19}{intensity:8.2f} operations a byte {reached[name][1]:7.1f} T/s")
+
+points(reached, log="xy", xlabel="operations for each byte",
+       ylabel="10¹² operations a second", levels={"all that it can do: 67": 67},
+       caption="y = 2x reaches 1 % of the arithmetic: it waits for memory.")
+
+# %% [check]
+assert round(ARITHMETIC / BANDWIDTH) == 14
+assert reached["y = 2x"][1] == 0.6 and reached["product, n = 1024"][1] == 67
+
+# %% [markdown]
+# This picture is called a **roofline**. The points rise along a line while memory
+# decides, up to the roof. Everything in a network except large products lies far below
+# the roof: GELU, layer norm, the optimiser. For these, only the number of bytes and of
+# launches counts.
+#
+# ## GELU: nine launches
+# Look at the source of `gelu_tanh` again. NumPy and CuPy run each operation by itself:
+# $x \cdot x$ is one launch, which reads its inputs from memory and writes its result
+# there. One **pass** is an array of $x$'s size that is read or written once.
+#
+# **Predict first.** Count the operations of the value, on the lines of `h` and of
+# `return`. How many launches? How many passes: two for `0.5 * x`, three for a product
+# of two arrays? And how many passes are needed, if one kernel does everything?
+
+# %%
+device = ft.array.to(np.ones(1 << 16, float32), "strict")
+counts.clear()
+gelu(device)
+launches, passes = counts["launch"], counts["bytes"] // device.nbytes
+print(f"{launches} launches, {passes} passes;  one kernel: 1 launch, 2 passes")
+
+# %% [markdown]
+# Each step writes its result to memory, and the next one reads it back. One kernel can
+# read $x$ once, compute everything, and write $y$ once. Such a kernel is **fused**. It
+# does the same arithmetic: it saves launches and passes.
+
+# %%
+many = np.logspace(2, 9, 30)
+separate = gpu_seconds(launches, passes * 4 * many)
+fused = gpu_seconds(1, 2 * 4 * many)
+curves({"9 launches, 21 passes": 1e6 * separate,
+        "fused: 1 launch, 2 passes": 1e6 * fused}, x=many, log="xy",
+       xlabel="numbers", ylabel="µs, by the formula",
+       caption="Small arrays gain by fewer launches, large ones by fewer passes.")
+gain = separate / fused
+print(f"fused is {gain[0]:.1f} times faster if small, {gain[-1]:.1f} times if large")
+
+# %% [check]
+assert (launches, passes) == (9, 21)
+assert round(gain[0], 1) == 9 and round(gain[-1], 1) == 10.5
+
+# %% [markdown]
+# ## Reading CUDA C
+# To fuse, we write the kernel ourselves. Kernels are written in CUDA C: the language C
+# with a few more words. You need only these words of C:
+#
+# - `int i = 3;` makes a variable. Its type stands before its name: `int` and `long
+#   long` (a larger int) are integers, `float` is float32. A `;` ends each statement.
+# - `float* x` is an array: the address of its first number. `x[i]` is number `i`, from
+#   0. C knows no length and checks no index. `const` says that the kernel only reads
+#   it.
+# - `{` and `}` stand around a block of lines, where Python indents.
+# - `if (i < n) ...` does something under a condition.
+# - `for (int i = 0; i < n; i += 2)` is `for i in range(0, n, 2)`.
+# - `(float)a` turns `a` into a float. `//` begins a comment. `void`: nothing is
+#   returned.
+#
+# CUDA adds the threads. A kernel says what **one thread** does. A launch starts many
+# threads, all with the same code. They come in **blocks**, and the blocks of a launch
+# are its **grid**. Each thread can ask which one it is:
+#
+# - `threadIdx.x` is its number in its block, and `blockDim.x` the size of a block;
+# - `blockIdx.x` is the number of its block, and `gridDim.x` the number of blocks.
+#
+# The words `extern "C" __global__` mark a kernel that the host may launch by its name.
+
+# %%
+DOUBLE = """
+extern "C" __global__ void twice(const float* x, float* y, int n) {
+  int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < n) y[i] = 2 * x[i];
+}
+"""
+
+# %% [markdown]
+# The number of all threads before this block, plus the number in the block, is `i`.
+# With two blocks of four threads, `i` goes from 0 to 7. Here is which thread handles
+# which entry of an array of six.
+
+# %%
+boxes = {"block 0": (0.825, -0.8, "block 0", "none"),
+         "block 1": (3.275, -0.8, "block 1", "none"),
+         "nothing": (3.825, 1, "i < n is false", "none")}
+for i in range(8):
+    column = i * 0.55 + i // 4 * 0.25
+    boxes |= {f"thread {i}": (column, 0, f"thread\n{i % 4}", "trained")}
+    if i < 6:
+        boxes |= {f"entry {i}": (column, 1, f"y[{i}]", "data")}
+arrows = [(f"thread {i}", f"entry {i}") for i in range(6)]
+diagram(boxes, arrows, caption="i = blockIdx.x * blockDim.x + threadIdx.x, for n = 6.")
+
+# %% [markdown]
+# `CpuKernel` compiles a kernel for the processor. It is called as CuPy calls a kernel:
+# the grid, the size of a block, the arguments. `run` also prints the error, if there
+# is one.
+
+# %%
+def run(source, name, grid, block, arguments):
+    "Launch a kernel on the CPU. Returns the error in words, or an empty string."
+    if not has_compiler:
+        return "no compiler"
+    try:
+        CpuKernel(source, name)((grid,), (block,), arguments)
+    except KernelError as error:
+        print(textwrap.fill(f"error: {error}", 88))
+        return str(error)
+    return ""
+
+x = np.array([1, 2, 3, 4, 5, 6], float32)
+y = np.zeros(6, float32)
+run(DOUBLE, "twice", 2, 4, (x, y, np.int32(6)))
+print(y)
+
+# %% [check]
+assert not has_compiler or y.tolist() == [2, 4, 6, 8, 10, 12]
+
+# %% [markdown]
+# **Predict first.** We leave out `if (i < n)`. Eight threads run, for six numbers.
+# What do threads 6 and 7 do? Would a GPU tell us?
+
+# %%
+error = run(DOUBLE.replace("if (i < n) ", ""), "twice", 2, 4, (x, y, np.int32(6)))
+
+# %% [markdown]
+# Threads 6 and 7 write behind the array, to memory that may belong to another array. A
+# GPU often says nothing. The other array is wrong, and you search for the fault there.
+# On the CPU, the library puts a margin around each array, and looks at the margins
+# after the launch.
+
+# %% [check]
+assert not has_compiler or "past the end" in error
+
+# %% [markdown]
+# ## Fewer threads than numbers
+# A million numbers need no million threads. A thread can take several: it begins at
+# its own number `i` and goes on by the number of **all** threads. This is called a
+# grid-stride loop. To see it, this kernel writes the number of the thread.
+
+# %%
+WHO = """
+extern "C" __global__ void who(float* y, int n) {
+  int first = blockIdx.x * blockDim.x + threadIdx.x;
+  int threads = gridDim.x * blockDim.x;
+  for (int i = first; i < n; i += threads) y[i] = first;
+}
+"""
+
+# %% [markdown]
+# **Predict first.** One launch has 2 blocks of 4 threads, and $y$ has 20 entries.
+# Which thread writes $y_{13}$? How many entries does thread 3 write, and how many
+# thread 4?
+
+# %%
+who = np.zeros(20, float32)
+run(WHO, "who", 2, 4, (who, np.int32(20)))
+print(who.astype(int))
+heat_map(who[None], values=".0f", columns=range(20), xlabel="entry i of y", height=1.1,
+         caption="In each entry the number of the thread that wrote it.")
+
+# %% [markdown]
+# Thread 5 writes $y_{13}$, because $13 = 5 + 8$. Thread 3 writes three entries (3, 11,
+# 19), thread 4 only two. Why not give each thread three entries in a row? 32 threads
+# of a block form a **warp**, which the device runs together. If a warp reads 32
+# neighbours, one transfer from memory brings them all.
+
+# %% [check]
+assert not has_compiler or who.tolist() == [i % 8 for i in range(20)]
+
+# %% [markdown]
+# ## The library's fused GELU
+# Now you can read a kernel of the library. Three things are new. `T` is the type of
+# the numbers: the library puts `float`, or a type of 16 bits, in its place. `#define`
+# gives a name to a piece of text, here to the head of the grid-stride loop.
+# `__device__` marks a function that a kernel calls; `tanhf` is `tanh` of a float.
+
+# %%
+text = (launch.HERE / "gelu.cu").read_text(encoding="utf-8")
+for line in text.splitlines():
+    if line.startswith("#define") or "tanhf" in line:
+        print(textwrap.fill(line, 88, subsequent_indent="    "))
+start = text.index('extern "C" __global__ void gelu_tanh(')
+print(text[start:text.index("}\n}", start) + 3])
+
+# %% [markdown]
+# Each thread reads `x[i]` once, computes all nine operations, and writes `y[i]` once.
+# All values between stay in the thread's registers: a few numbers that each thread
+# keeps beside the arithmetic unit. `launch.blocks` chooses the grid: blocks of 256
+# threads, and at most 4096 of them.
+
+# %%
+quote(launch.blocks)
+source = launch.source("gelu.cu", (("T", np.dtype(float32)),))
+x = np.linspace(-4, 4, 1000, dtype=float32)
+y = np.zeros(1000, float32)
+grid = launch.blocks(1000)
+run(source, "gelu_tanh", grid, launch.THREADS, (x, y, np.int64(1000)))
+difference = abs(y - gelu(x)[0]).max()
+print(f"{grid} blocks of {launch.THREADS} threads; largest difference {difference:.0e}")
+
+# %% [check]
+assert grid == 4 and (not has_compiler or difference < 2e-6)
+
 # %% [markdown]
 # ## Threads that meet
-# The threads of a block share some memory, and run in **no** order; that a warp runs in step is no longer so. At `__syncthreads()` all wait for all.
-# **Predict first.** What does this sum give without the first barrier? Without the second? If the idle leave? The CPU runs one thread until
-# it waits, then the next, from 0 up or from 255 down. Shared memory is full of NaN at first.
+# In GELU no thread needs another. A sum does: all numbers go into one. The threads of
+# a block have a memory in common, **shared memory**. It is small, 48 kB for a block,
+# and much faster than the device's memory.
+#
+# Eight threads add eight numbers in three rounds. In each round, the first half of the
+# threads adds what lies half the length further on.
+
 # %%
-TOTAL = """extern "C" __global__ void total(const float* x, float* y) {
-  __shared__ float part[256]; int t = threadIdx.x; part[t] = x[t];
+ROUNDS = [[1, 2, 3, 4, 5, 6, 7, 8], [6, 8, 10, 12], [16, 20], [36]]
+boxes = {}
+arrows = []
+for row, sums in enumerate(ROUNDS):
+    note = "part" if row == 0 else f"after round {row}"
+    boxes |= {f"note {row}": (-0.75, row, note, "none")}
+    for t, value in enumerate(sums):
+        kind = "data" if row == 0 else "trained"
+        boxes |= {f"{row} {t}": (t * 0.5, row, f"{value}", kind)}
+        if row > 0:
+            arrows += [(f"{row - 1} {t}", f"{row} {t}"),
+                       (f"{row - 1} {t + len(sums)}", f"{row} {t}")]
+diagram(boxes, arrows, height=3.0,
+        caption="Rounds with half = 4, 2, 1. Thread t computes column t.")
+
+# %% [markdown]
+# Two words are new. `__shared__ float part[256];` is an array in shared memory: one
+# for each block. `__syncthreads();` is a **barrier**: a thread waits there until all
+# threads of its block have come. `half /= 2` divides an int without a rest, so 1
+# becomes 0 and the loop ends.
+
+# %%
+TOTAL = """
+extern "C" __global__ void total(const float* x, float* y) {
+  __shared__ float part[256];
+  int t = threadIdx.x;
+  part[t] = x[t];
   __syncthreads();
-  for (int half = 128; half; half /= 2) { if (t < half) part[t] += part[t + half]; __syncthreads(); }
-  if (t == 0) y[0] = part[0]; }"""
-def total(reverse, old, new):
-    y = np.zeros(1, np.float32)
-    try:
-        with emulating(reverse, poison=255):
-            CpuKernel(TOTAL.replace(old, new), "total")((1,), (256,), (np.arange(1, 257, dtype=np.float32), y))
-        return y[0]
-    except KernelError as e:
-        return str(e).split("): ")[-1]
-for name, *change in (("as it stands", "", ""), ("no first barrier", "\n  __syncthreads();", ""), ("no second", " __syncthreads(); }", "}"),
-                      ("all write y", "if (t == 0) y[0] = part[0]", "y[0] = part[t]"), ("the idle leave", "if (t < half)", "if (t >= half) return;")):
-    up, down = (tape and total(reverse, *change) for reverse in (0, 1))
-    print(f"{name:18}up: {up}   down: {down if down != up or name[:2] == 'as' else 'the same'}")
-    assert not tape or (up == 32896) == (name[:2] == "as") and (down == 32896) == ("leave" not in name)
+  for (int half = 128; half > 0; half /= 2) {
+    if (t < half) part[t] += part[t + half];
+    __syncthreads();
+  }
+  if (t == 0) y[0] = part[0];
+}
+"""
+
 # %% [markdown]
-# Three faults of four are right in one of the orders: a test in one order passes them. The library's kernels, and yours, are run in both.
-# ## Host and device
-# The host runs ahead; a number it wants to see is waited for. CuPy refuses some mixtures, and lets others through, slow or undefined. The strict
-# double refuses those too, and counts waits and copies. **Predict first**, line by line: fine, an error, a wait, a copy?
+# Why the barriers? Threads run in **no** order. The first barrier makes sure that all
+# of `part` is written before anyone reads it. The second makes sure that a round is
+# over before the next begins.
+#
+# On the CPU the threads run one after the other: thread 0 runs until it waits at a
+# barrier, then thread 1, and so on. We can also begin with thread 255 and go down. A
+# fault shows if the order changes the result. Shared memory is full of NaN at first,
+# so a number that is read too early shows as well.
+
 # %%
-for text, line in {"x * 2.0": lambda x: x * 2.0, "x + host": lambda x: x + np.ones(1), "np.exp(x)": np.exp, "x[[0, 2]]": lambda x: x[[0, 2]],
-                   "float(x.sum())": lambda x: float(x.sum()), "x[x > 0]": lambda x: x[x > 0],
-                   "where(x > 0, x, 0)": lambda x: ft.strict.xp.where(x > 0, x, 0)}.items():
-    try:
-        said = "launches {0}, waits {2}, copies {3}".format(*cost(lambda line=line: line(device)))
-    except (StrictError, TypeError) as e:
-        said = str(e)
-    print(f"{text:20}{said}")
-    assert ("waits 0, copies 0" in said) == (text in ("x * 2.0", "where(x > 0, x, 0)"))
+def total(source, reverse):
+    "The sum of 1, 2, ..., 256 by 256 threads, which run upwards or in reverse order."
+    x = np.arange(1, 257, dtype=float32)
+    y = np.zeros(1, float32)
+    with emulating(reverse=reverse, poison=255):        # poison: bytes that make NaN
+        failed = run(source, "total", 1, 256, (x, y))
+    return "refused" if failed else float(y[0])
+
+print("upwards:", total(TOTAL, False), "  downwards:", total(TOTAL, True))
+
+# %% [check]
+assert not has_compiler or total(TOTAL, False) == total(TOTAL, True) == 32896
+
 # %% [markdown]
-# ## A step, on tape and counted
-# A **CUDA graph** is a tape: launches recorded once, replayed by one call. It holds addresses and numbers, no Python. So a recorded step may not
-# wait, nor copy from the host, nor ask `if`; its inputs come to one place; what goes by value is **baked in**. **Predict first.** Adam's $t$?
-# And an optimiser with dozens of small tensors: laid end to end in one array, of which each is a **view**, how many launches do they take?
+# **Predict first.** We plant three faults, one at a time. What does each give upwards,
+# what downwards? Which are right in one of the two orders, so that a test in that
+# order alone would not find them?
+#
+# 1. The first barrier is missing.
+# 2. The second barrier, in the loop, is missing.
+# 3. Every thread writes its own part: `y[0] = part[t]`, without the `if`.
+
 # %%
-def replayed(by_value):
-    "How far three steps of AdamW are from the right ones, if the first is recorded and replayed for the others."
-    (w, g), m, v, rates = numbers(2, 1000), *np.zeros((2, 1000), np.float32), np.zeros(3, np.float32)
-    right, ours = [k.copy() for k in (w, g, m, v)], SimpleNamespace(w=w, moments=(m, v), rounded=None, stored=w, betas=(0.9, 0.99), eps=1e-8)
-    for t in (1, 2, 3):
-        update(*right, 0.1, 0.9, 0.99, 1e-8, 0.01, t)
-        rates[:] = now = optimizer.adam_rates(0.1, 0.9, 0.99, 0.01, t)                  # the one thing that is written between replays
-        if t == 1:
-            tape.clear()
-            optimizer.update(ours, [(g, slice(0, 1000))], np.ones(2, np.float32), now if by_value else rates, ours)
-        for kernel, *launched in tape if t > 1 else ():
-            kernel(*launched)
-    return abs(w - right[0]).max()
-baked, read = (replayed(by_value) if tape else np.nan for by_value in (True, False))
-print(f"at a rate of 0.1, off by {baked:.2f} with its numbers baked in, by {read:.0e} with numbers read from the device")
-assert not tape or baked > 0.05 and read < 1e-5
-home, ids = ft.backend(), np.arange(68).reshape(4, 17) % 64
-ft.use("strict")
-net, flat = ft.GPT(ft.GPTConfig(vocab=64, positions=32, width=32, layers=4, heads=2), seed=0), ft.AdamW(0.1)
-flat.start(net.named_parameters())
-zeros = [(p, 0 * p.data, 0 * p.data) for p in net.parameters()]
-table = {"forward and back": cost(lambda: ft.train.batch.compute_loss(net, ft.train.batch.read_batch(ids))[1].backward()), "AdamW, end to end": cost(flat.step),
-         "AdamW, one by one": cost(lambda: [update(p.data, p.grad, m, v, 0.1, 0.9, 0.99, 1e-8, 0.01, 1) for p, m, v in zeros])}
-ft.use(home)
-assert table["forward and back"][2:] == (0, 2) and table["AdamW, end to end"][0] < table["AdamW, one by one"][0] / 2
-print(f"{'a GPT of ' + str(len(zeros)) + ' tensors':20}launches      MB   waits   copies   µs to launch   µs to move: by the formula")
-for name, (launches, moved, waits, copies) in table.items():
-    print(f"{name:20}{launches:8}{moved / 1e6:8.1f}{waits:8}{copies:9}{model(launches, 0) * 1e6:15,.0f}{moved / BANDWIDTH * 1e6:13.1f}")
+FAULTS = {"no first barrier": ("  __syncthreads();\n  for", "  for"),
+          "no second barrier": ("    __syncthreads();\n", ""),
+          "all threads write y": ("if (t == 0) y[0] = part[0]", "y[0] = part[t]")}
+sums = {}
+for name, (right, wrong) in FAULTS.items():
+    source = TOTAL.replace(right, wrong)
+    sums[name] = [total(source, False), total(source, True)]
+    print(f"{name:22}upwards {sums[name][0]:8}  downwards {sums[name][1]:8}")
+
 # %% [markdown]
-# So small a model waits for launches alone: fuse, lay flat, record. A large one waits for memory and products: fuse, and compute in fewer bits.
-# **Exercises.** Kernels: `tinyft start add_bias`, `tinyft start sum_rows`. `tinyft start adam_rates` (not baked in), `tinyft start lay_out` (flat).
+# 1. Upwards, thread 0 reads `part[128]` before thread 128 has written it: NaN.
+#    Downwards, thread 0 comes last, and all is written.
+# 2. Upwards, thread 0 goes through all rounds before the others begin. It adds the
+#    numbers that still lie at 128, 64, ..., 1, and its own 1. Downwards, every thread
+#    finds the finished sums of the threads above it.
+# 3. Upwards, thread 255 writes last, and its part is still 256. Downwards, thread 0
+#    writes last, and it has the sum.
+#
+# A fault whose result depends on the order of the threads is a **race**. All three
+# kernels are right downwards! On a GPU the order changes from run to run, so such a
+# kernel is right on Monday and wrong on Tuesday. The library's kernels, and those you
+# write, are checked in both orders.
+
+# %% [check]
+if has_compiler:
+    assert np.isnan(sums["no first barrier"][0])
+    assert sums["all threads write y"][0] == 256
+    assert sums["no second barrier"][0] == 1 + 129 + 65 + 33 + 17 + 9 + 5 + 3 + 2 == 264
+    assert all(both[1] == 32896 for both in sums.values())
+
+# %% [markdown]
+# ## Two more faults
+# NVIDIA's own slides "Optimizing Parallel Reduction in CUDA" (Harris 2007) say that
+# the last rounds need no barrier: 32 threads of a warp run in step. Many texts repeat
+# it. It is no longer so: since the GPUs of 2017 (Volta), the threads of a warp may
+# drift apart. We leave out the barrier of the last rounds, and run both orders.
+
+# %%
+IN_STEP = TOTAL.replace("    __syncthreads();", "    if (half > 32) __syncthreads();")
+print("upwards:", total(IN_STEP, False), "  downwards:", total(IN_STEP, True))
+
+# %% [markdown]
+# The opposite fault is a barrier that not all threads reach. Here, threads that have
+# nothing to do in a round leave with `return`: this ends the thread. The others wait
+# for them for ever. A GPU hangs, or goes on with garbage. The CPU says which thread
+# waits where.
+
+# %%
+LEAVE = TOTAL.replace("if (t < half)", "if (t >= half) return;\n    ")
+waiting = total(LEAVE, False)
+
+# %% [check]
+if has_compiler:
+    assert total(IN_STEP, False) != 32896 and total(IN_STEP, True) == 32896
+    assert waiting == "refused"
+
+# %% [markdown]
+# ## Tensors laid end to end
+# Back to training. An optimiser such as Adam does little arithmetic, but it does it
+# for every tensor: weights, biases, norms. A transformer has dozens of tensors, most
+# of them small, and each costs as many launches as a large one.
+#
+# The remedy: one long array holds all values, and each tensor is a **view** of a part
+# of it. A view has no numbers of its own: it shows those of the long array.
+
+# %%
+flat = np.zeros(6, float32)
+bias = flat[0:2]
+weight = flat[2:6].reshape(2, 2)
+
+flat += 10                                    # one operation updates both tensors
+print("bias  ", bias)
+print("weight", weight.tolist())
+
+# %% [markdown]
+# Nothing was copied back: `bias` and `weight` look at the same memory as `flat`.
+
+# %%
+boxes = {"bias": (1.1, 1.2, "bias (2,)", "data"),
+         "weight": (3.2, 1.2, "weight (2, 2)", "trained")}
+for i in range(6):
+    kind = "data" if i < 2 else "trained"
+    boxes |= {f"{i}": (0.8 + 0.6 * i, 0, f"flat[{i}]", kind)}
+arrows = [(f"{i}", "bias" if i < 2 else "weight") for i in range(6)]
+diagram(boxes, arrows, caption="Two tensors end to end. One update serves both.")
+
+# %% [check]
+assert bias.tolist() == [10, 10] and weight.tolist() == [[10, 10], [10, 10]]
+
+# %% [markdown]
+# The library's optimisers do this in `Group.lay_out`, which is an exercise below. Now
+# the real model: the small GPT of lesson 02, and four rows of text. On the strict
+# device we count a pass forward and back.
+
+# %%
+def cost(f):
+    "Launches, megabytes, waits and copies of one call."
+    counts.clear()
+    f()
+    return [counts["launch"], counts["bytes"] / 1e6, counts["sync"], counts["h2d"]]
+
+def forward_and_back():
+    targets = ft.train.batch.read_batch(ids)
+    ft.train.batch.compute_loss(model, targets)[1].backward()
+
+backend_before = ft.backend()
+ft.use("strict")                              # from now on, new arrays are made there
+model, _ = ft.load("base-gpt")
+ids = ft.data.pretraining("prose", "valid")[:4 * 33].reshape(4, 33)
+table = {"forward and back": cost(forward_and_back)}
+
+# %% [markdown]
+# Then one step of AdamW. `adam_update` is the function of lesson 03. Here it gets each
+# tensor by itself, with its gradient and its two moments.
+
+# %%
+parameters = list(model.parameters())
+moments = [(0 * p.data, 0 * p.data) for p in parameters]
+
+def one_by_one():
+    for p, (m, v) in zip(parameters, moments):
+        ft.optim.optimizers.adam_update(p.data, p.grad, m, v, 1e-3, 0.9, 0.999, 1e-8,
+                                        0.01, 1)
+
+table["AdamW, one by one"] = cost(one_by_one)
+
+# %% [markdown]
+# **Predict first.** `adam_update` takes 14 launches, and the model has 68 tensors. How
+# many launches are that? Then we lay the tensors end to end. The nine largest stay
+# arrays of their own, so that nobody copies their gradients; the 59 others become two
+# arrays, one with weight decay and one without. Do you expect a handful of launches,
+# or hundreds?
+
+# %%
+adamw = ft.AdamW(1e-3)
+adamw.start(model.named_parameters())         # lays the tensors end to end
+table["AdamW, end to end"] = cost(adamw.step)
+ft.use(backend_before)
+for name in ("AdamW, one by one", "AdamW, end to end"):
+    print(f"{name:20}{table[name][0]:5} launches")
+
+# %% [markdown]
+# One by one: $68 \cdot 14 = 952$. End to end: eleven arrays, so about $11 \cdot 14 =
+# 154$ for the update. The rest copies 59 gradients end to end, and computes the norm
+# of all gradients. And the host waited, to see whether that norm is a finite number.
+
+# %% [check]
+assert len(parameters) == 68 and table["AdamW, one by one"][0] == 68 * 14
+assert 154 < table["AdamW, end to end"][0] < 952 / 3
+assert table["forward and back"][2:] == [0, 2] and table["AdamW, end to end"][2] == 2
+
+# %% [markdown]
+# ## Adam in one kernel
+# The update itself can be fused too. Here is Adam as a kernel. `0.9f` is 0.9 as a
+# float32, and `sqrtf` the root of a float. Three numbers, `rate`, `root` and `shrink`,
+# come from the host: they hold the learning rate, the bias corrections and the weight
+# decay of a step. To derive them is an exercise, so here we only call the library's
+# `adam_rates`.
+
+# %%
+ADAM = """
+extern "C" __global__ void adam(float* w, const float* g, float* m, float* v,
+                                float rate, float root, float shrink, int n) {
+  int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= n) return;
+  m[i] = 0.9f * m[i] + 0.1f * g[i];
+  v[i] = 0.99f * v[i] + 0.01f * g[i] * g[i];
+  w[i] = shrink * w[i] - rate * m[i] / (root * sqrtf(v[i]) + 1e-8f);
+}
+"""
+
+# %% [markdown]
+# 14 launches became one, and each array is read and written once. The library's kernel
+# goes one step further: it gets a table with the addresses of all gradients, so no
+# gradient is copied. We count its launches. `launch.COMPILERS` holds the compiler for
+# each type of array; for NumPy's we put in one that notes each launch.
+
+# %%
+launched = []
+
+def noting_compiler(source, name):
+    kernel = CpuKernel(source, name)
+    def noted(grid, block, arguments):
+        launched.append(name)
+        kernel(grid, block, arguments)
+    return noted
+
+# %% [markdown]
+# The model here has the same 68 tensors, but small ones, so that the processor does
+# not run a million threads.
+
+# %%
+config = ft.GPTConfig(vocab=64, positions=32, width=16, layers=4, heads=2)
+small = ft.GPT(config, seed=0)
+targets = ft.train.batch.read_batch(ids % 64)
+ft.train.batch.compute_loss(small, targets)[1].backward()
+adamw = ft.AdamW(1e-3)
+adamw.start(small.named_parameters())
+if has_compiler:
+    launch.COMPILERS[np.ndarray] = noting_compiler
+    optimizer.update_pieces(adamw, factor=1.0, clip=None, loss=None)
+    del launch.COMPILERS[np.ndarray]
+print(f"{len(list(small.parameters()))} tensors:", ", ".join(launched))
+
+# %% [markdown]
+# Four launches for 68 tensors: the squares of all gradients, their sum, and an update
+# for each of the two groups (with weight decay and without).
+#
+# ## A step as a tape
+# Forward and back still take 645 launches. A **CUDA graph** is a tape for them: the
+# launches of one step are recorded once (the step is **captured**), and one call
+# replays them all. In Python, a tape is a list of launches with their arguments:
+
+# %%
+def replay(tape):
+    for entry in tape:
+        run(*entry)                           # source, name, grid, block, arguments
+
+def start_of_training():
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal(1000).astype(float32)
+    g = rng.standard_normal(1000).astype(float32)
+    return w, g, np.zeros(1000, float32), np.zeros(1000, float32)
+
+# %% [markdown]
+# A replay runs no Python. The tape holds addresses of arrays, and the numbers that
+# were passed. We record step 1 of Adam, with a learning rate of 0.1, and replay it for
+# the steps 1, 2 and 3. Beside it, `adam_update` takes the same three steps.
+
+# %%
+right = start_of_training()
+for t in (1, 2, 3):
+    ft.optim.optimizers.adam_update(*right, 0.1, 0.9, 0.99, 1e-8, 0.01, t)
+
+numbers_of_step_1 = [float32(a) for a in optimizer.adam_rates(0.1, 0.9, 0.99, 0.01, 1)]
+by_value = start_of_training()
+tape = [(ADAM, "adam", 4, 256, (*by_value, *numbers_of_step_1, np.int32(1000)))]
+
+# %% [markdown]
+# **Predict first.** The gradients are the same in every step, and the learning rate is
+# constant. Are the weights right after three replays? If not, which number changes
+# from step to step although nothing else does?
+
+# %%
+for t in (1, 2, 3):
+    replay(tape)
+print(f"largest error of a weight: {abs(by_value[0] - right[0]).max():.2f}")
+
+# %% [markdown]
+# The error is almost a whole step of 0.1. The step count $t$ changes: Adam's bias
+# corrections, $1 - \beta^t$, belong to one step. On the tape they are numbers of step
+# 1, **baked in**. No error is raised; the training is just worse.
+#
+# The remedy: the kernel reads the three numbers from the device's memory. The tape
+# holds their address, and before each replay the host writes new numbers there.
+
+# %%
+READS = ADAM.replace("float rate, float root, float shrink,", "const float* rates,")
+READS = READS.replace("  m[i] =", "  float rate = rates[0];\n  float root = rates[1];\n"
+                                  "  float shrink = rates[2];\n  m[i] =")
+rates = np.zeros(3, float32)                  # the numbers on the device
+from_device = start_of_training()
+tape = [(READS, "adam", 4, 256, (*from_device, rates, np.int32(1000)))]
+for t in (1, 2, 3):
+    rates[:] = optimizer.adam_rates(0.1, 0.9, 0.99, 0.01, t)
+    replay(tape)
+print(f"largest error of a weight: {abs(from_device[0] - right[0]).max():.0e}")
+
+# %% [check]
+if has_compiler:
+    assert launched == ["squares", "norm_and_scale", "adam_tensors", "adam_tensors"]
+    assert 0.05 < abs(by_value[0] - right[0]).max() < 0.1
+    assert abs(from_device[0] - right[0]).max() < 1e-6
+
+# %% [markdown]
+# So this is what a captured step may not contain:
+#
+# - **a wait**: `float(loss)`, `x[x > 0]`. A tape has no host that could look at a
+#   number;
+# - **a copy from the host**, such as a list as an index or a new batch. The batch is
+#   copied before the replay, always to the same place;
+# - **a decision of Python** that depends on a number: the tape has one branch only;
+# - **a number by value that changes**: the step count, a learning rate with a
+#   schedule, the random key of dropout.
+#
+# The library's captured step refuses each of these with the error `CannotCapture`,
+# which names the cause. The alternative would be a training that is silently wrong.
+#
+# ## What a step waits for
+# We put the counts into the formula, and measure the same pass on this computer.
+
+# %%
+model, _ = ft.load("base-gpt")
+laptop = min(timeit.repeat(forward_and_back, number=1, repeat=3))
+values = sum(p.size for p in model.parameters())
+table["AdamW, fused"] = [4, 8 * 4 * values / 1e6, 0, 0]      # 8 passes over all values
+
+print(f"{'':20}launches    MB  waits  copies   µs of launches  µs of bytes")
+for name, (launches, megabytes, waits, copies) in table.items():
+    print(f"{name:20}{launches:8}{megabytes:6.0f}{waits:7}{copies:8}"
+          f"{launches * LAUNCH * 1e6:17,.0f}{megabytes * 1e12 / BANDWIDTH:13.0f}")
+print(f"\nforward and back on this computer, measured: {laptop * 1e3:.0f} ms")
+
+# %% [markdown]
+# Fused AdamW makes eight passes: it reads the gradients twice (once for the norm), and
+# it reads and writes the values and both moments.
+
+# %%
+microseconds = {}
+for name, (launches, megabytes, waits, copies) in table.items():
+    microseconds |= {name.replace(", ", "\n"): {
+        "launches": launches * LAUNCH * 1e6, "bytes": megabytes * 1e12 / BANDWIDTH}}
+bars(microseconds, log="y", ylabel="µs, by the formula",
+     caption="A model of a million parameters: the launches decide, not the bytes.")
+
+# %% [markdown]
+# Forward and back take 2,580 µs of launches, and 35 µs of bytes. The GPU is idle for
+# more than 98 % of the time. That is the answer to the first question: a small model
+# waits for its launches. So fuse kernels, lay tensors end to end, capture the step. A
+# model a thousand times larger waits for bytes and arithmetic instead. There only
+# fusing helps, and numbers of fewer bits: the subject of lesson 24.
+#
+# These times are a model: 4 µs is an estimate, and the formula knows nothing of
+# caches. The counts are exact.
+
+# %% [check]
+launches, megabytes, waits, copies = table["forward and back"]
+assert launches == 645 and round(megabytes) == 168 and (waits, copies) == (0, 2)
+assert megabytes * 1e12 / BANDWIDTH < 0.02 * launches * LAUNCH * 1e6
+assert table["AdamW, fused"][1] < table["AdamW, one by one"][1] / 3
+
+# %% [markdown]
+# **Exercises.** `tinyft start gpu` writes all four: `add_bias` and `sum_rows` are
+# kernels in CUDA C, which the check runs on your processor, upwards and downwards.
+# `adam_rates` is the three numbers that must not be baked in. `lay_out` lays tensors
+# end to end.
