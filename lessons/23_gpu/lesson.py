@@ -760,7 +760,7 @@ tape = [(ADAM, "adam", 4, 256, (*by_value, *numbers_of_step_1, np.int32(1000)))]
 # from step to step although nothing else does?
 
 # %%
-for t in (1, 2, 3):
+for _ in range(3):
     replay(tape)
 print(f"largest error of a weight: {abs(by_value[0] - right[0]).max():.2f}")
 
@@ -825,9 +825,10 @@ print(f"\nforward and back on this computer, measured: {laptop * 1e3:.0f} ms")
 
 # %%
 microseconds = {}
-for name, (launches, megabytes, waits, copies) in table.items():
-    microseconds |= {name.replace(", ", "\n"): {
-        "launches": launches * LAUNCH * 1e6, "bytes": megabytes * 1e12 / BANDWIDTH}}
+for name, row in table.items():
+    label = name.replace(", ", "\n")
+    microseconds |= {label: {"launches": row[0] * LAUNCH * 1e6,
+                             "bytes": row[1] * 1e12 / BANDWIDTH}}
 bars(microseconds, log="y", ylabel="µs, by the formula",
      caption="A model of a million parameters: the launches decide, not the bytes.")
 
