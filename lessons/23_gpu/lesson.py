@@ -390,7 +390,8 @@ extern "C" __global__ void who(float* y, int n) {
 who = np.zeros(20, float32)
 run(WHO, "who", 2, 4, (who, np.int32(20)))
 print(who.astype(int))
-heat_map(who[None], values=".0f", columns=range(20), xlabel="entry i of y", height=1.1,
+heat_map(who[None], values=".0f", columns=[str(i) for i in range(20)],
+         xlabel="entry i of y", height=1.1,
          caption="In each entry the number of the thread that wrote it.")
 
 # %% [markdown]
