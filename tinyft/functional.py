@@ -13,9 +13,9 @@ __all__ = ["softmax_attention", "mse_loss", "kl_divergence", "soft_cross_entropy
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Array = None, causal: bool = False) -> Tensor:
     """softmax(Q Kᵀ / √D) V, written out step by step. ops.attention is one op for it.
 
-    q (..., Tq, D), k and v (..., Tk, D) -> (..., Tq, D). key_mask broadcasts to (..., Tq, Tk), True (or 1) where a
-    query may look at a key. causal: query i may look at keys j ≤ i + Tk − Tq. Every query must be allowed to look at
-    one key or more."""
+    q (..., Tq, D), k (..., Tk, D), v (..., Tk, E) -> (..., Tq, E).  Tq queries, Tk keys, D the width of a query.
+    key_mask: an array that broadcasts to (..., Tq, Tk), True (or 1) where a query may look at a key.  causal: query i
+    may look only at keys j ≤ i + Tk − Tq.  With both, at the keys that both allow: one key or more for every query."""
     _check_tensors("softmax_attention", q, k, v)
     checks.flag("softmax_attention: causal", causal)
     scores = (q @ k.T) * q.shape[-1]**-0.5                                       # (..., Tq, Tk)

@@ -264,7 +264,7 @@ def gelu(x):
 def gelu_tanh(x):
     """y = x (1 + h)/2,  h = tanh(c (x + 0.044715 x³)),  c = √(2/π).      (GPT-2)
 
-    dx = g ((1 + h)/2 + x (1 − h²)/2 c (1 + 0.134145 x²))"""
+    dx = g ((1 + h)/2 + x (1 − h²)/2 c (1 + 0.134145 x²)).    y and dx keep the dtype of x"""
     c = (2 / math.pi)**0.5
     h = xp(x).tanh(c * (x + 0.044715 * (x * x * x)))
     return 0.5 * x * (1 + h), (lambda g: g * (0.5 * (1 + h) + 0.5 * x * (1 - h * h) * c * (1 + 0.134145 * (x * x))),)
@@ -620,11 +620,13 @@ def rms_norm(x, w, eps=1e-6):
     return w * h, (dx, lambda g: g * h)
 
 
-def causal_mask(t: int, s: int, m: ModuleType = np) -> Array:
-    """(t, s) bool, an array of module m: True where query i of t may look at key j of s, j ≤ i + s − t.
+def causal_mask(queries: int, keys: int, m: ModuleType = np) -> Array:
+    """(queries, keys) bool: True where query i may look at key j, that is where j ≤ i + keys − queries.
 
-    The first s − t keys come before all queries: from a cache or a prefix."""
-    return m.tril(m.ones((t, s), dtype=bool), s - t)
+    With as many keys as queries, a query may look at its own key and at earlier ones. With more, the first
+    keys − queries of them come before all queries: they are from a cache or a prefix.
+    m: the module that makes the array, NumPy or CuPy."""
+    return m.tril(m.ones((queries, keys), dtype=bool), keys - queries)
 
 
 def repeat_heads(a: Array, group: int) -> Array:

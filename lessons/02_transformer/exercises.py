@@ -16,49 +16,70 @@ from tinyft.tensor import Tensor
 
 # ── causal_mask ───────────────────────────────────────────────────────────────────────────────────
 causal_mask = Exercise(
-    "ops:causal_mask", difficulty=1, minutes=5, hints=(
-        "Row i says what query i may see: itself and all before it, nothing after it.  True where "
-        "it may look.",
-        "With s > t keys, the first s - t are older than the queries: query i stands at position i "
-        "+ s - t.",
-        "m.tril(a, k) keeps what is on or below the k-th diagonal, j <= i + k; m.ones((t, s), "
-        "dtype=bool) is all True."))
+    "ops:causal_mask", difficulty=1, minutes=5,
+    may_use="m.ones, m.tril and m.arange, where m is the argument: NumPy, or CuPy on a GPU.",
+    example="""
+        >>> causal_mask(2, 2)
+        array([[ True, False],
+               [ True,  True]])
+        >>> causal_mask(2, 3)
+        array([[ True,  True, False],
+               [ True,  True,  True]])
+        """,
+    hints=(
+        "Row i of the mask belongs to query i: True at the keys that it may look at.  The last row "
+        "is True everywhere.",
+        "With more keys than queries, the first keys - queries keys are older than all queries.  "
+        "So query i stands at position i + keys - queries.",
+        "m.tril(a, d) keeps a[i, j] where j <= i + d and puts False elsewhere; m.ones((queries, "
+        "keys), dtype=bool) is all True."))
 
 
-def may_look(t, s, shift):
-    """(t, s): True where query i may see key j, j ≤ i + shift."""
-    query = np.arange(t)[:, None]
-    key = np.arange(s)[None, :]
+def may_look(queries, keys, shift):
+    """(queries, keys): True where query i may see key j, j ≤ i + shift."""
+    query = np.arange(queries)[:, None]
+    key = np.arange(keys)[None, :]
     return key <= query + shift
 
 
-@causal_mask.law("as many keys as queries: query i sees the keys 0 to i", t="size")
-def _(f, t):
-    guesses = {"it sees what comes before it, but not itself": may_look(t, t, -1),
-               "it sees what comes after it instead of before": may_look(t, t, 0).T}
-    close(f(t, t), may_look(t, t, 0), "the mask", guesses)
+NOT_ITSELF = "a query does not see its own key; it must"
+IGNORES_OLDER = ("the older keys are counted as if they belonged to the queries: query i stands at "
+                 "position i + keys - queries")
 
 
-@causal_mask.law("the last query sees every key", t="size", more=st.integers(0, 3))
-def _(f, t, more):
-    guesses = {"it counts the keys as if none had come before": may_look(t, t + more, 0)[-1],
-               "it sees what comes before it, but not itself": may_look(t, t + more, more - 1)[-1]}
-    close(f(t, t + more)[-1], np.ones(t + more, bool), "the last row of the mask", guesses)
+@causal_mask.law("with as many keys as queries, query i sees the keys 0 to i", queries="size")
+def _(f, queries):
+    past = may_look(queries, queries, 0)
+    guesses = {NOT_ITSELF: may_look(queries, queries, -1),
+               "a query sees the keys after it; it must see those before it": past.T}
+    close(f(queries, queries), past, "the mask", guesses)
 
 
-@causal_mask.law("every query sees the older keys (a cache, a prefix)", t="size",
-                 more=st.integers(0, 3))
-def _(f, t, more):
-    guesses = {"it counts the keys as if none had come before": may_look(t, t + more, 0),
-               "it sees what comes before it, but not itself": may_look(t, t + more, more - 1)}
-    close(f(t, t + more), may_look(t, t + more, more), "the mask", guesses)
+@causal_mask.law("the last query sees every key", queries="size", older=st.integers(0, 3))
+def _(f, queries, older):
+    keys = queries + older
+    guesses = {IGNORES_OLDER: may_look(queries, keys, 0)[-1],
+               NOT_ITSELF: may_look(queries, keys, older - 1)[-1]}
+    close(f(queries, keys)[-1], np.ones(keys, bool), "the last row of the mask", guesses)
 
 
-@causal_mask.law("fewer keys than queries: the first queries see no key", t="size",
-                 less=st.integers(0, 3))
-def _(f, t, less):
-    guesses = {"it counts the keys as if the last had been left out": may_look(t + less, t, 0)}
-    close(f(t + less, t), may_look(t + less, t, -less), "the mask", guesses)
+@causal_mask.law("every query sees the older keys", queries="size", older=st.integers(0, 3))
+def _(f, queries, older):
+    keys = queries + older
+    guesses = {IGNORES_OLDER: may_look(queries, keys, 0),
+               NOT_ITSELF: may_look(queries, keys, older - 1),
+               "every query sees every key; only the older keys are open to all":
+                   np.ones((queries, keys), bool)}
+    close(f(queries, keys), may_look(queries, keys, older), "the mask", guesses)
+
+
+@causal_mask.law("with fewer keys than queries, the first queries see no key", keys="size",
+                 missing=st.integers(0, 3))
+def _(f, keys, missing):
+    queries = keys + missing
+    guesses = {"query i sees the keys 0 to i; the formula is j <= i + keys - queries, and keys - "
+               "queries is negative here": may_look(queries, keys, 0)}
+    close(f(queries, keys), may_look(queries, keys, -missing), "the mask", guesses)
 
 
 class Recorded:
@@ -72,64 +93,79 @@ class Recorded:
         return getattr(np, name)
 
 
-@causal_mask.law("it is made with m, the array module, which may be CuPy", t="size")
-def _(f, t):
+@causal_mask.law("the array is made by m, which may be CuPy", queries="size")
+def _(f, queries):
     m = Recorded()
-    f(t, t, m)
+    f(queries, queries, m)
     if not m.is_used:
         raise Unusable("m is not used: on a GPU, the mask would be in the host's memory")
 
 
-@causal_mask.wrong_answer("Causal: what comes before, so j < i.", says="not itself")
-def _(t, s, m=np):
-    return m.tril(m.ones((t, s), dtype=bool), s - t - 1)
+@causal_mask.wrong_answer("Causal: what comes before, so j < i.", says="its own key")
+def _(queries, keys, m=np):
+    return m.tril(m.ones((queries, keys), dtype=bool), keys - queries - 1)
 
 
-@causal_mask.wrong_answer("The upper triangle is the one with the past in it.", says="after it")
-def _(t, s, m=np):
-    return m.triu(m.ones((t, s), dtype=bool))
+@causal_mask.wrong_answer("The upper triangle holds the past.", says="keys after it")
+def _(queries, keys, m=np):
+    return m.triu(m.ones((queries, keys), dtype=bool))
 
 
 @causal_mask.wrong_answer("A mask is made of ones and zeros.", says="dtype")
-def _(t, s, m=np):
-    return m.tril(m.ones((t, s), dtype=np.float64), s - t)
+def _(queries, keys, m=np):
+    return m.tril(m.ones((queries, keys), dtype=np.float64), keys - queries)
 
 
-@causal_mask.wrong_answer("Query i and key i stand at the same position.", says="none had come")
-def _(t, s, m=np):
-    return m.tril(m.ones((t, s), dtype=bool))
+@causal_mask.wrong_answer("Query i and key i stand at the same position.", says="stands at")
+def _(queries, keys, m=np):
+    return m.tril(m.ones((queries, keys), dtype=bool))
 
 
-@causal_mask.wrong_answer("With older keys in front, everything is the past.", says="entries")
-def _(t, s, m=np):
-    return m.tril(m.ones((t, s), dtype=bool)) if s == t else m.ones((t, s), dtype=bool)
+@causal_mask.wrong_answer("With older keys in front, every key is in the past.",
+                          says="every query sees every key")
+def _(queries, keys, m=np):
+    every = m.ones((queries, keys), dtype=bool)
+    return m.tril(every) if keys == queries else every
 
 
-@causal_mask.wrong_answer("There are never fewer keys than queries.", says="as if the last",
+@causal_mask.wrong_answer("There are never fewer keys than queries.", says="is negative here",
                           subtle=True)
-def _(t, s, m=np):
-    return m.tril(m.ones((t, s), dtype=bool), max(s - t, 0))
+def _(queries, keys, m=np):
+    return m.tril(m.ones((queries, keys), dtype=bool), max(keys - queries, 0))
 
 
 @causal_mask.wrong_answer("NumPy is the array module.", says="m is not used", subtle=True)
-def _(t, s, m=np):
-    return np.tril(np.ones((t, s), dtype=bool), s - t)
+def _(queries, keys, m=np):
+    return np.tril(np.ones((queries, keys), dtype=bool), keys - queries)
 
 
-@causal_mask.wrong_answer("Nobody looks back further than four tokens.", says="entries", size=7)
-def _(t, s, m=np):
-    return m.triu(m.tril(m.ones((t, s), dtype=bool), s - t), s - t - 4)
+@causal_mask.wrong_answer("A query looks back at four keys at most.", says="entries", size=7)
+def _(queries, keys, m=np):
+    return m.triu(m.tril(m.ones((queries, keys), dtype=bool), keys - queries), keys - queries - 4)
 
 
 # ── softmax_attention ─────────────────────────────────────────────────────────────────────────────
 softmax_attention = Exercise(
-    "functional:softmax_attention", difficulty=3, minutes=20, closed=("ops:attention",), hints=(
-        "Every query is compared with every key (a product), the scores of a query become weights "
-        "(a softmax), the weights mix the values.",
-        "Scores grow with the length d of the vectors: divide by √d.  A key that a query may not "
-        "look at gets the score -1e30 before the softmax, so its weight is 0.",
-        "ops.where(mask, scores, -1e30) sets scores.  With both masks a query sees what both "
-        "allow: key_mask & ops.causal_mask(t, s, m)."))
+    "functional:softmax_attention", difficulty=3, minutes=20, closed=("ops:attention",), lines=8,
+    may_use="@, .T (it swaps the last two axes), ops.softmax, ops.where, ops.causal_mask, "
+            "xp(q.data) (NumPy or CuPy), and & of masks.  checks and operands report wrong "
+            "arguments; you need neither.",
+    example="""
+        >>> q = Tensor([[np.log(9), 0.0, 0.0, 0.0]])     # √D = 2: the scores are 0 and ln 3
+        >>> k = Tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]])
+        >>> v = Tensor([[2.0], [6.0]])                   # the weights are 1/4 and 3/4
+        >>> softmax_attention(q, k, v).data.round(4).tolist()
+        [[5.0]]
+        >>> softmax_attention(q, k, v, key_mask=np.array([True, False])).data.tolist()
+        [[2.0]]
+        """,
+    hints=(
+        "Compare every query with every key: a product of matrices.  Make weights of the scores of "
+        "each query: a softmax.  Mix the values with the weights: another product.",
+        "Divide the scores by √D.  A key that a query may not look at gets the score -1e30 before "
+        "the softmax, so its weight is 0.",
+        "ops.where(mask, scores, -1e30) sets the scores.  mask != 0 makes booleans of 1 and 0.  "
+        "With both masks: key_mask & ops.causal_mask(Tq, Tk, xp(q.data))."))
 
 
 def attended(q, k, v, may=None, scale=None):
@@ -146,49 +182,63 @@ def attention_gradients(q, k, v, g, may=True):
     return ds @ k, ds.T @ q, p.T @ g
 
 
+def scored_zero(q, k, v, may):
+    """The output if the masked keys have the score 0."""
+    s = q @ k.swapaxes(-1, -2) * q.shape[-1]**-0.5
+    return probabilities(np.where(may, s, 0.0)) @ v
+
+
+AFTER = "the mask comes after the softmax, so the weights no longer have the sum 1"
+SCORE_0 = "the masked keys have the score 0, and e⁰ = 1 is a weight; their score must be -1e30"
+
+
 def tensors(*arrays):
     return [Tensor(asarray(a.copy()), requires_grad=True) for a in arrays]
 
 
-@softmax_attention.law("softmax(Q Kᵀ / √d) V", q="t d", k="s d", v="s d")
+@softmax_attention.law("the output is softmax(Q Kᵀ / √D) V", q="t d", k="s d", v="s d")
 def _(f, q, k, v):
-    guesses = {"the scores are not divided by √d": attended(q, k, v, scale=1.0),
-               "the scores are divided by d, expected by √d":
-                   attended(q, k, v, scale=1 / q.shape[-1])}
+    guesses = {"the scores are not divided by √D": attended(q, k, v, scale=1.0),
+               "the scores are divided by D, expected by √D":
+                   attended(q, k, v, scale=1 / q.shape[-1]),
+               "the output is divided by √D; divide the scores, before the softmax":
+                   attended(q, k, v, scale=1.0) * q.shape[-1]**-0.5,
+               "the softmax is over the queries; the weights of one query must have the sum 1":
+                   probabilities(k @ q.T * q.shape[-1]**-0.5).T @ v}
     close(f(*tensors(q, k, v)), attended(q, k, v), "the output", guesses)
 
 
-@softmax_attention.law("heads: stacks of queries, keys and values", q="h t d", k="h s d", v="h s d")
+@softmax_attention.law("with axes in front, each head by itself", q="h t d", k="h s d",
+                       v="h s d")
 def _(f, q, k, v):
     by_width = attended(q, k, v, scale=(q.shape[0] * q.shape[-1])**-0.5)
-    wide = {"the scores are divided by √(h d), the width of the model; expected √d, of one head":
+    wide = {"the scores are divided by √(H D), the width of the model; expected √D, of one head":
                 by_width}
     close(f(*tensors(q, k, v)), attended(q, k, v), "the output", wide)
 
 
-@softmax_attention.law("causal: no query looks at a later key", q="t d", k="t d", v="t d")
+@softmax_attention.law("with causal=True no query looks at a later key", q="t d", k="t d", v="t d")
 def _(f, q, k, v):
     past = may_look(len(q), len(q), 0)
     s = q @ k.T * q.shape[-1]**-0.5
-    guesses = {"the mask comes after the softmax, so the weights no longer add up to 1":
-                   (probabilities(s) * past) @ v,
+    guesses = {AFTER: (probabilities(s) * past) @ v, SCORE_0: scored_zero(q, k, v, past),
                "the causal mask has no effect": attended(q, k, v)}
     close(f(*tensors(q, k, v), causal=True), attended(q, k, v, past), "the output", guesses)
 
 
-@softmax_attention.law("key_mask: keys that are padding get no weight", q="t d", k="s d", v="s d",
+@softmax_attention.law("a key where key_mask is False gets no weight", q="t d", k="s d", v="s d",
                        key_mask=booleans("s"))
 def _(f, q, k, v, key_mask):
     key_mask[0] = True
     s = q @ k.T * q.shape[-1]**-0.5
-    guesses = {"the mask comes after the softmax, so the weights no longer add up to 1":
-                   (probabilities(s) * key_mask) @ v}
+    guesses = {AFTER: (probabilities(s) * key_mask) @ v, SCORE_0: scored_zero(q, k, v, key_mask),
+               "key_mask has no effect": attended(q, k, v)}
     close(f(*tensors(q, k, v), key_mask=asarray(key_mask)), attended(q, k, v, key_mask),
           "the output", guesses)
 
 
-@softmax_attention.law("both masks at once, and older keys in front", q="t d", k="s d", v="s d",
-                       key_mask=booleans("s"))
+@softmax_attention.law("with both masks, a query looks at the keys that both allow", q="t d",
+                       k="s d", v="s d", key_mask=booleans("s"))
 def _(f, q, k, v, key_mask):
     key_mask[0] = True
     q = q[:len(k)]
@@ -198,7 +248,7 @@ def _(f, q, k, v, key_mask):
           attended(q, k, v, past & key_mask), "the output", guesses)
 
 
-@softmax_attention.law("queries, keys and values all get their gradient", q="t d", k="s d", v="s d",
+@softmax_attention.law("queries, keys and values get their gradients", q="t d", k="s d", v="s d",
                        g="t d")
 def _(f, q, k, v, g):
     made = tensors(q, k, v)
@@ -208,14 +258,15 @@ def _(f, q, k, v, g):
         close(np.zeros(want.shape) if x.grad is None else x.grad, want, f"the gradient of {name}")
 
 
-@softmax_attention.law("values of another width than queries and keys", q="t d", k="s d", v="s e")
+@softmax_attention.law("values may have another width than queries and keys", q="t d", k="s d",
+                       v="s e")
 def _(f, q, k, v):
     guesses = {"the scores are divided by the root of the values' width":
                    attended(q, k, v, scale=v.shape[-1]**-0.5)}
     close(f(*tensors(q, k, v)), attended(q, k, v), "the output", guesses)
 
 
-@softmax_attention.law("key_mask has any shape that broadcasts to the scores", q="b h t d",
+@softmax_attention.law("key_mask may have any shape that broadcasts to the scores", q="b h t d",
                        k="b h s d", v="b h s d", of_text=booleans("b s"), of_query=booleans("t s"))
 def _(f, q, k, v, of_text, of_query):
     of_text[:, 0] = True
@@ -225,18 +276,21 @@ def _(f, q, k, v, of_text, of_query):
               f"the output, for a key_mask of shape {mask.shape}")
 
 
-@softmax_attention.law("large scores: a key that is masked has no weight beside them",
+@softmax_attention.law("a masked key has no weight, however low the other scores are",
                        q=positive("t d"), k=positive("s d"), v="s d", key_mask=booleans("s"))
 def _(f, q, k, v, key_mask):
     key_mask[0] = True
     q = -1000 * q
     k = 1000 * k
+    s = np.where(key_mask, q @ k.T * q.shape[-1]**-0.5, -1e4)
+    guesses = {"the score of a masked key is -10,000, which is not low enough; -1e30 is":
+                   probabilities(s) @ v}
     close(f(*tensors(q, k, v), key_mask=asarray(key_mask)), attended(q, k, v, key_mask),
-          "the output, for scores of about -1,000,000")
+          "the output, for scores of about -1,000,000", guesses)
 
 
-@softmax_attention.law("under a mask, too", q="t d", k="t d", v="t d", g="t d",
-                       key_mask=booleans("t"))
+@softmax_attention.law("the gradients are right under both masks", q="t d", k="t d", v="t d",
+                       g="t d", key_mask=booleans("t"))
 def _(f, q, k, v, g, key_mask):
     key_mask[0] = True
     made = tensors(q, k, v)
@@ -247,6 +301,24 @@ def _(f, q, k, v, g, key_mask):
         close(np.zeros(w.shape) if x.grad is None else x.grad, w, f"the gradient of {name}")
 
 
+@softmax_attention.law("with causal=True, heads work too", q="h t d", k="h t d", v="h t d")
+def _(f, q, k, v):
+    past = may_look(q.shape[-2], q.shape[-2], 0)
+    close(f(*tensors(q, k, v), causal=True), attended(q, k, v, past), "the output",
+          {"the causal mask has no effect": attended(q, k, v)})
+
+
+@softmax_attention.law("key_mask may hold 1 and 0 in place of True and False", q="t d", k="t d",
+                       v="t d", key_mask=booleans("t"))
+def _(f, q, k, v, key_mask):
+    key_mask[0] = True
+    past = may_look(len(q), len(q), 0)
+    for causal, may in ((False, key_mask), (True, past & key_mask)):
+        mask = asarray(key_mask.astype(np.float64))
+        close(f(*tensors(q, k, v), key_mask=mask, causal=causal), attended(q, k, v, may),
+              f"the output for a key_mask of 1 and 0 and causal={causal}")
+
+
 @softmax_attention.law("float32 stays float32", q="t d", k="s d", v="s d", key_mask=booleans("s"))
 def _(f, q, k, v, key_mask):
     key_mask[0] = True
@@ -255,9 +327,15 @@ def _(f, q, k, v, key_mask):
           attended(q, k, v, key_mask).astype(np.float32), "the output", rtol=1e-5, atol=1e-5)
 
 
+def as_mask(key_mask):
+    """A mask of booleans from one of 1 and 0; None stays None."""
+    return None if key_mask is None else key_mask != 0
+
+
 def attention(q, k, v, key_mask=None, causal=False, scale=None, after=False, both=True):
     m = xp(q.data)
     scores = (q @ k.T) * (q.shape[-1]**-0.5 if scale is None else scale)
+    key_mask = as_mask(key_mask)
     if causal:
         past = ops.causal_mask(q.shape[-2], k.shape[-2], m)
         key_mask = past if key_mask is None or not both else past & key_mask
@@ -268,7 +346,7 @@ def attention(q, k, v, key_mask=None, causal=False, scale=None, after=False, bot
 
 
 @softmax_attention.wrong_answer("The softmax normalises, so scores need no scale.",
-                                says="not divided by √d")
+                                says="not divided by √D")
 def _(q, k, v, key_mask=None, causal=False):
     return attention(q, k, v, key_mask, causal, 1.0)
 
@@ -302,6 +380,7 @@ def scored(q, k, v, key_mask, causal, masked=-1e30, scale=None):
     """Attention with another score for the keys that are masked, or another scale."""
     m = xp(q.data)
     scores = (q @ k.T) * (q.shape[-1]**-0.5 if scale is None else scale)
+    key_mask = as_mask(key_mask)
     if causal:
         past = ops.causal_mask(q.shape[-2], k.shape[-2], m)
         key_mask = past if key_mask is None else past & key_mask
@@ -310,12 +389,12 @@ def scored(q, k, v, key_mask, causal, masked=-1e30, scale=None):
     return ops.softmax(scores) @ v
 
 
-@softmax_attention.wrong_answer("A masked key has the score 0.", says="entries")
+@softmax_attention.wrong_answer("A masked key has the score 0.", says="e⁰ = 1")
 def _(q, k, v, key_mask=None, causal=False):
     return scored(q, k, v, key_mask, causal, masked=0.0)
 
 
-@softmax_attention.wrong_answer("-10,000 is minus infinity.", says="1,000,000", subtle=True)
+@softmax_attention.wrong_answer("-10,000 is minus infinity.", says="not low enough", subtle=True)
 def _(q, k, v, key_mask=None, causal=False):
     return scored(q, k, v, key_mask, causal, masked=-1e4)
 
@@ -343,17 +422,61 @@ def _(q, k, v, key_mask=None, causal=False):
 def _(q, k, v, key_mask=None, causal=False):
     if causal:
         past = asarray(may_look(q.shape[-2], k.shape[-2], 0))
-        key_mask = past if key_mask is None else past & key_mask
+        key_mask = past if key_mask is None else past & as_mask(key_mask)
     return scored(q, k, v, key_mask, causal=False)
+
+
+@softmax_attention.wrong_answer("The first axis is the time.", says="Error", subtle=True)
+def _(q, k, v, key_mask=None, causal=False):
+    if causal:
+        past = ops.causal_mask(len(q.data), len(k.data), xp(q.data))
+        key_mask = past if key_mask is None else past & as_mask(key_mask)
+    return scored(q, k, v, key_mask, causal=False)
+
+
+@softmax_attention.wrong_answer("A mask is always of booleans.", says="Error", subtle=True)
+def _(q, k, v, key_mask=None, causal=False):
+    scores = (q @ k.T) * q.shape[-1]**-0.5
+    if causal:
+        past = ops.causal_mask(q.shape[-2], k.shape[-2], xp(q.data))
+        key_mask = past if key_mask is None else past & key_mask
+    return ops.softmax(scores if key_mask is None else ops.where(key_mask, scores, -1e30)) @ v
+
+
+@softmax_attention.wrong_answer("The division by √D may come after the softmax.",
+                                says="before the softmax")
+def _(q, k, v, key_mask=None, causal=False):
+    return scored(q, k, v, key_mask, causal, scale=1.0) * q.shape[-1]**-0.5
+
+
+@softmax_attention.wrong_answer("The weights of a key have the sum 1.", says="over the queries")
+def _(q, k, v, key_mask=None, causal=False):
+    scores = (q @ k.T) * q.shape[-1]**-0.5
+    key_mask = as_mask(key_mask)
+    if causal:
+        past = ops.causal_mask(q.shape[-2], k.shape[-2], xp(q.data))
+        key_mask = past if key_mask is None else past & key_mask
+    if key_mask is not None:
+        scores = ops.where(key_mask, scores, -1e30)
+    return ops.softmax(scores.T).T @ v
 
 
 # ── split_heads ───────────────────────────────────────────────────────────────────────────────────
 split_heads = Exercise(
-    "models.blocks:split_heads", difficulty=2, minutes=10, hints=(
-        "x is a Tensor.  Head h owns the features h D to (h + 1) D of every position.",
-        "A reshape never changes the order of the numbers.  Cut the last axis into (H, D) first, "
+    "models.blocks:split_heads", difficulty=2, minutes=10,
+    may_use="x.shape, x.reshape(...) and x.permute(...), which names the axes in their new order.",
+    example="""
+        >>> x = Tensor([[[0.0, 1.0, 2.0, 3.0],           # one text of two positions,
+        ...              [4.0, 5.0, 6.0, 7.0]]])         # four features each
+        >>> split_heads(x, 2).data.tolist()              # head 0, then head 1
+        [[[[0.0, 1.0], [4.0, 5.0]], [[2.0, 3.0], [6.0, 7.0]]]]
+        """,
+    hints=(
+        "x is a Tensor of B texts with T positions each.  A head takes neighbouring features of "
+        "every position: with 4 features and 2 heads, head 0 takes the first two.",
+        "A reshape never changes the order of the numbers.  First cut the last axis into (H, D), "
         "then move the axis H before T.",
-        "x.reshape(B, T, H, D) and then x.permute(0, 2, 1, 3); B, T, C = x.shape."))
+        "B, T, C = x.shape; then x.reshape(B, T, H, C // H), and .permute(0, 2, 1, 3) of that."))
 
 
 def by_head(x, h):
@@ -365,7 +488,7 @@ def split_by(f, x, h):
     return f(Tensor(asarray(x.copy())), h)
 
 
-@split_heads.law("one head: only an axis is new", x="b t c")
+@split_heads.law("with one head, only an axis is new", x="b t c")
 def _(f, x):
     close(split_by(f, x, 1), x[:, None], "split_heads(x, heads)")
 
@@ -377,13 +500,13 @@ def _(f, x, h):
           "the shape of split_heads(x, heads)")
 
 
-@split_heads.law("head h has the features h D to (h + 1) D of each position", x="b t c", h="size")
+@split_heads.law("head h owns the features h D : (h + 1) D of each position", x="b t c", h="size")
 def _(f, x, h):
     x = np.concatenate([x + 10 * i for i in range(h)], -1)
     B, T, C = x.shape
     guesses = {"time and heads are mixed: a reshape alone does not move an axis":
                    x.reshape(B, h, T, C // h),
-               "the features are dealt out like cards; a head has neighbours":
+               "the features go to the heads in turn; a head must own neighbours":
                    x.reshape(B, T, C // h, h).transpose(0, 3, 1, 2)}
     close(split_by(f, x, h), by_head(x, h), f"split_heads(x, {h})", guesses)
 
@@ -406,7 +529,7 @@ def _(x, heads):
     return x.reshape(B, heads, T, C // heads)
 
 
-@split_heads.wrong_answer("Features are dealt out to the heads in turn.", says="like cards")
+@split_heads.wrong_answer("Features are dealt out to the heads in turn.", says="in turn")
 def _(x, heads):
     B, T, C = x.shape
     return x.reshape(B, T, C // heads, heads).permute(0, 3, 1, 2)
@@ -446,10 +569,17 @@ def _(x, heads):
 
 # ── gelu_tanh ─────────────────────────────────────────────────────────────────────────────────────
 gelu_tanh = Exercise(
-    "ops:gelu_tanh", difficulty=3, minutes=15, hints=(
-        "y = x (1 + h) / 2 is a product of two things that both depend on x; h is a tanh of "
+    "ops:gelu_tanh", difficulty=3, minutes=15,
+    may_use="math, and xp(x), the module that made x: xp(x).tanh.  As for every op: x is an array, "
+            "and you return y and a tuple of one pullback, (f,), where f(g) is dx.",
+    example="""
+        >>> gelu_tanh(np.array([-1.0, 0.0, 2.0])).data.round(4)
+        array([-0.1588,  0.    ,  1.9546])
+        """,
+    hints=(
+        "y = x (1 + h) / 2 is a product in which x and h both depend on x; and h is the tanh of "
         "something, so the chain rule comes in twice.",
-        "The derivative of tanh u is 1 - tanh² u, and that of √(2/π) (x + 0.044715 x³) is √(2/π) "
+        "The derivative of tanh u is 1 - tanh² u.  That of √(2/π) (x + 0.044715 x³) is √(2/π) "
         "(1 + 3 · 0.044715 x²).",
         "dx = g ((1 + h) / 2 + x (1 - h²) / 2 · √(2/π) (1 + 0.134145 x²)).  Compute h once; the "
         "pullback may keep it."))
@@ -471,14 +601,14 @@ def _(f, x):
     close(f(x)[0], gelu(x), "y", guesses)
 
 
-@gelu_tanh.law("far from zero it is x or 0, and no nan", x="n")
+@gelu_tanh.law("far from zero y is x or 0, and dx is g or 0", x="n")
 def _(f, x):
     y, (dx,) = f(1e3 * x)
     close(y, np.maximum(1e3 * x, 0), "gelu_tanh(1000 x)")
     close(dx(x), x * (x > 0), "the gradient of 1000 x, for g = x")
 
 
-@gelu_tanh.law("the gradient of x is what small steps of x show", x="n m", g="n m")
+@gelu_tanh.law("dx is what small steps of x show", x="n m", g="n m")
 def _(f, x, g):
     h = np.tanh(ROOT * (x + 0.044715 * x**3))
     lower = g * (0.5 * (1 + h) + 0.5 * x * (1 - h * h) * ROOT * (1 + 0.044715 * x * x))
@@ -487,7 +617,7 @@ def _(f, x, g):
     close(f(x)[1][0](g), numerical_gradient(gelu, x, g), "the gradient of x", guesses, 1e-5, 1e-7)
 
 
-@gelu_tanh.law("float32 stays float32", x="n", g="n")
+@gelu_tanh.law("y and dx keep the dtype of x", x="n", g="n")
 def _(f, x, g):
     y, (dx,) = f(x.astype(np.float32))
     close(y, gelu(x).astype(np.float32), "y", rtol=1e-5, atol=1e-5)

@@ -232,7 +232,7 @@ def is_plain(linear: Module) -> bool:
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
-    """(B, T, H D) -> (B, H, T, D): head h owns the features h D : (h + 1) D."""
+    """(B, T, H D) -> (B, H, T, D), for H = heads: head h owns the features h D : (h + 1) D of each position."""
     B, T, width = x.shape
     return x.reshape(B, T, heads, width // heads).permute(0, 2, 1, 3)
 
