@@ -15,8 +15,9 @@ import pytest
 
 from tinyft import optim, tensor
 from tinyft.learn import annotate, book
+from tinyft.learn import lessons as lesson_runner
 from tinyft.learn.exercise import exercises
-from tinyft.learn.folders import lessons
+from tinyft.learn.folders import Lesson, lessons
 
 SMALL = '''"""A module.
 
@@ -191,3 +192,41 @@ assert book.render({{"index.md": text}}, out / "book", out / "site") == 0
     assert made.count('class="math notranslate') == 2
     assert "$" not in re.sub("<script.*?</script>", "", made, flags=re.S)
     assert made.index("y = x.") < made.index("Holds n.") < made.index("The h.")
+
+
+TAGGED = """# %% [markdown]
+# # 01 A lesson
+#
+# **Reading:** 5 minutes. **You need:** Python.
+# **Exercises:** none.
+#
+# The introduction.
+# ## A heading
+# **Predict first.** How much?
+
+# %%
+print(42)
+
+# %% [check]
+assert True
+"""
+
+
+def test_the_book_folds_the_answer_to_a_question_and_the_checks():
+    cells = lesson_runner.notebook(lesson_runner.parse(TAGGED))["cells"]
+    for cell in cells:
+        book._prepare_for_book(cell)
+    answer, check = cells[1:]
+    assert answer["metadata"]["tags"] == ["hide-output"]
+    assert check["metadata"]["tags"] == ["hide-cell"]
+    assert "tags" not in cells[0]["metadata"]
+
+
+def test_the_front_page_shows_the_introduction_of_a_lesson_and_none_of_its_headings(tmp_path):
+    folder = tmp_path / "01_small"
+    folder.mkdir()
+    (folder / "lesson.py").write_text(TAGGED, encoding="utf-8")
+    lesson = Lesson("autograd", folder / "lesson.py")
+    entry = book._lesson_entry(lesson)
+    assert "\n\nThe introduction.\n\nReading: 5 minutes" in entry
+    assert "A heading" not in entry

@@ -879,6 +879,97 @@ def test_close_accepts_what_is_right_and_only_that():
             close(got, A)
 
 
+# ── what a learner meets ─────────────────────────────────────────────────────────────────────────────────────────────
+MATMUL = """
+from tinyft.ops import t
+from tinyft.tensor import op
+
+
+@op("... n k, ... k m -> ... n m")
+def matmul(a, b):
+    return a @ b, (lambda g: g @ b, lambda g: t(a) @ g)
+"""
+
+
+def test_debug_stops_in_an_op_and_then_in_its_pullbacks(learner, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda prompt="", words=iter(["c", "p g.shape"]): next(words, "q"))
+    learner("autograd.matmul", MATMUL)
+    text = learner.run("debug", "matmul")
+    assert "matmul()\n-> return a @ b" in text
+    assert "<lambda>()\n-> return a @ b" in text
+    assert "(1, 2)" in text
+
+
+def test_what_a_right_answer_prints_is_shown_once(learner):
+    text = RIGHT["autograd.sum_to"].replace("):\n", "):\n    print('the shape is', shape)\n", 1)
+    found = learner("autograd.sum_to", text)
+    assert "All 6 laws hold" in found
+    assert found.count("Your function printed:") == 1
+    assert "the shape is (1, 4)" in found
+    assert "printed" not in learner("autograd.sum_to", RIGHT["autograd.sum_to"])
+
+
+def test_the_folder_of_the_exercises_is_found_from_inside_and_from_below(learner, tmp_path, monkeypatch):
+    learner.run("start", "sum_to")
+    for below in ("work", "notes", "notes/more"):
+        (tmp_path / below).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / below)
+        assert "it is there already" in learner.run("start", "sum_to")
+        assert not (tmp_path / below / "work").exists()
+
+
+def test_a_folder_named_work_without_exercises_is_left_alone(learner, tmp_path, monkeypatch):
+    (tmp_path / "work" / "inside").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "work" / "inside")
+    learner.run("start", "sum_to")
+    assert (tmp_path / "work" / "inside" / "work" / "autograd.sum_to.py").is_file()
+
+
+CLIPS = """
+import numpy as np
+
+
+def clip_norm(gradients, limit):
+    norm = np.sqrt(sum(np.vdot(g, g) for g in gradients))
+    for g in gradients:
+        {write}
+    return norm
+"""
+
+
+@pytest.mark.parametrize("write", ["g = g * 0.5", "pass"])
+def test_an_argument_that_stays_as_it_was_is_the_first_thing_said(learner, write):
+    text = learner("training.clip_norm", CLIPS.format(write=write))
+    assert "gradients[0] is unchanged: `g = ...` makes a new array" in " ".join(text.split())
+    assert "`g[:] = ...`" in text
+
+
+def test_an_argument_that_was_written_to_is_not_called_unchanged(learner):
+    text = learner("training.clip_norm", CLIPS.format(write="g *= 0.5"))
+    assert "is unchanged" not in text
+    assert "✕" in text
+
+
+SOFTMAX = """
+from tinyft.tensor import op
+
+
+@op("... n -> ... n")
+def softmax(x):
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    y = e / e.sum(axis=-1, keepdims=True)
+    return y, {pullbacks}
+"""
+
+
+@pytest.mark.parametrize("pullbacks", ["lambda g: g", "(lambda g: g)"])
+def test_a_single_pullback_without_its_comma_is_told_how_a_tuple_of_one_is_written(learner, pullbacks):
+    text = " ".join(learner("autograd.softmax", SOFTMAX.format(pullbacks=pullbacks)).split())
+    assert "a tuple of one is written `(f,)`" in text
+    assert "one for each of the 1 input (" in text
+    assert "(f,)" not in learner("autograd.softmax", SOFTMAX.format(pullbacks="None"))
+
+
 # ── the stub says what a learner needs ───────────────────────────────────────────────────────────────────────────────
 # Lessons whose exercises still lack `may_use` and `example`.
 WAITING = {"autograd", "training", "pretraining", "gpu", "precision"}

@@ -371,7 +371,7 @@ def _(q, k, v, key_mask=None, causal=False):
 
 
 @softmax_attention.wrong_answer("Computing with arrays is computing with tensors.",
-                                says="the gradient of q")
+                                says="the gradient of")
 def _(q, k, v, key_mask=None, causal=False):
     return attention(q.detach(), k.detach(), v, key_mask, causal)
 

@@ -389,7 +389,7 @@ def _(gradients, limit):
 
 
 @clip_norm.wrong_answer("The list holds the gradients, so it gets the new ones.",
-                        says="the gradients, for the limit")
+                        says="gradients[0] is unchanged")
 def _(gradients, limit):
     norm = common_norm(gradients)
     if not math.isfinite(float(norm)):
@@ -411,7 +411,7 @@ def clip_by(gradients, factor):
 
 
 @clip_norm.wrong_answer("A flat view of any array is written through.",
-                        says="the gradients, for the limit", subtle=True)
+                        says="gradients[0] is unchanged", subtle=True)
 def _(gradients, limit):
     def scale(g, norm):
         if limit is not None:

@@ -139,11 +139,13 @@ def _lesson_entry(lesson: Lesson) -> str:
     mine = of_lesson(lesson.name)
     cells = [c for c in parse(lesson.file.read_text(encoding="utf-8")) if c.kind == "markdown"]
     text = cells[0].source
-    minutes = re.search(r"\*\*Minutes:\*\*\s*(\d+)", text)
-    introduction = [p for p in text.split("\n\n") if p[:1] not in ("#", "*")]    # no heading, no **Minutes:** line
+    minutes = re.search(r"\*\*Reading:\*\*\s*(\d+)", text)
+    headings_apart = re.sub(r"^(#.*)", r"\n\1\n", text, flags=re.M)
+    paragraphs = re.split(r"\n\s*\n", headings_apart.strip())
+    introduction = [p for p in paragraphs if p[:1] not in ("#", "*")]          # no heading, no **Reading:** line
     facts = []
     if minutes:
-        facts.append(f"Lesson: {minutes[1]} minutes")
+        facts.append(f"Reading: {minutes[1]} minutes")
     if mine:
         total = sum(e.minutes for e in mine)
         modules = dict.fromkeys(_target_module(e) for e in mine)

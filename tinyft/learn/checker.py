@@ -22,7 +22,7 @@ from .diagnose import Mismatch, Unusable, diagnose
 from .exercise import Exercise, Law
 from .loading import Refused, Stop, in_words, place, quoted_line, shortened
 from .show import Outcome, Problem, inputs_as_text, pair_as_text
-from .subject import Changed, ReferenceUsed, Subject, closed
+from .subject import Changed, ReferenceUsed, Subject, Unchanged, closed
 
 ONE_CALL = 2.0                                           # seconds after which one call is cut off
 ONE_LAW = 5.0                                            # seconds of computing after which the search for one law ends
@@ -91,14 +91,17 @@ def run(law: Law, subject: Subject, filename: str = "", seed: int | None = None,
     from further failures.
     """
     start = time.monotonic()
-    problem = Trial(law, subject, filename, seed, shrink).search()
-    return Outcome(law.title, problem, time.monotonic() - start)
+    trial = Trial(law, subject, filename, seed, shrink)
+    problem = trial.search()
+    printed = trial.printed.lines() if problem is None else []
+    return Outcome(law.title, problem, time.monotonic() - start, printed)
 
 
 class Trial:
     """The search for the smallest input that breaks a law.
 
     failed: (exception, inputs, output) of the last input that failed, the smallest so far.
+    printed: the output for the last input that was tried.
     mismatches: every comparison that failed, for the diagnosis.
     """
 
@@ -115,6 +118,7 @@ class Trial:
         self.inputs: dict[str, Any] = {}                 # those being tried
         self.failed: tuple[BaseException, dict, Printed] | None = None
         self.mismatches: list[Mismatch] = []
+        self.printed = Printed()
 
     def search(self) -> Problem | None:
         """The problem with the smallest input that was found; None if the law holds.
@@ -174,6 +178,7 @@ class Trial:
                 raise Enough
             raise TooLong(f"after {ONE_LAW:g} seconds only {self.tried} small inputs are done: far too slow")
         printed = Printed()
+        self.printed = printed
         try:
             with captured(printed), limited(ONE_CALL):
                 self.law.test(self.subject, **self.inputs)
@@ -251,7 +256,7 @@ class Trial:
             yours, expected = pair_as_text(e)
             sentence = diagnose(self.mismatches or [e])
             return Problem("mismatch", message=e.what, yours=yours, expected=expected, diagnosis=sentence, **common)
-        if isinstance(e, (Unusable, Changed)):
+        if isinstance(e, (Unusable, Changed, Unchanged)):
             return Problem("returned", message=shortened(str(e)), **common)
         if place(e, self.filename) is None and self.filename:            # the law raised it, on the learner's result
             message = f"the check cannot use what your function gives back: {in_words(e)}"

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 from .loading import in_words
@@ -59,15 +60,18 @@ def register(sub: argparse._SubParsersAction) -> None:
                            help="every lesson: notebooks with results, and figures, in work/lessons; no text here")
             c.add_argument("--notebook", action="store_true",
                            help="write the lesson as a notebook without results, work/NN_name.ipynb; run nothing")
-        c.add_argument("--work", type=Path, default=Path(os.environ.get("TINYFT_WORK") or "work"),
-                       help="the folder of your files (default: work)")
+        c.add_argument("--work", type=Path, default=None,
+                       help="the folder of your files (default: TINYFT_WORK, else the folder work here or above)")
         c.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command args.command, the function of its name below.  The exit status is 0 when all is well."""
     from .show import Page
-    from .work import Work
+    from .work import Work, find_folder
+    if args.work is None:
+        named = os.environ.get("TINYFT_WORK")
+        args.work = Path(named) if named else find_folder(Path.cwd())
     names = getattr(args, "names", []) or []             # a list, one string, None, or no such argument
     args.names = [names] if isinstance(names, str) else list(names)
     command = globals()[f"_{args.command}"]
@@ -197,14 +201,15 @@ def _debug(args: argparse.Namespace, work: Work, page: Page) -> bool:
 
 def _step_through(law: Law, subject: Subject, path: Path, inputs: dict[str, Any], page: Page) -> None:
     """Run a law on the inputs under pdb, which stops at the first line of the learner's function, in the file `path`.
+
+    It stops in each function inside it too, such as the pullbacks of an op, which are called later.
     """
     import bdb
     import pdb
     debugger = pdb.Pdb(readrc=False)
-    code = subject.f.__code__
-    inside = [line for _, _, line in code.co_lines() if line and line > code.co_firstlineno]
-    first = min(inside, default=code.co_firstlineno)     # a function may stand in one line
-    debugger.set_break(str(path), first, temporary=True)
+    first, *inner = _first_lines(subject.f.__code__)
+    for line in {first, *inner}:                         # a lambda may share its line with the `return`
+        debugger.set_break(str(path), line, temporary=line not in inner)
     debugger.rcLines = ["continue"]                      # its first command: go from the law to the breakpoint
     try:
         debugger.runcall(law.test, subject, **inputs)
@@ -212,6 +217,16 @@ def _step_through(law: Law, subject: Subject, path: Path, inputs: dict[str, Any]
         page.line("  stopped")
     except Exception as error:
         page.line(f"  it ended with {in_words(error)}")
+
+
+def _first_lines(code: CodeType) -> list[int]:
+    """The first line of a function's body, and of every function and lambda inside it."""
+    inside = [line for _, _, line in code.co_lines() if line and line > code.co_firstlineno]
+    lines = [min(inside, default=code.co_firstlineno)]   # a function may stand in one line
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType) and not constant.co_name.endswith("comp>"):
+            lines += _first_lines(constant)
+    return lines
 
 
 def _selftest(args: argparse.Namespace, work: Work, page: Page) -> bool:

@@ -184,7 +184,9 @@ def _all_right_to_six_digits(failures: list[Mismatch]) -> bool:
 
 
 def _rounded(failures: list[Mismatch]) -> str:
-    """A sentence if every result is the expected one, rounded up, down or to the nearest whole number."""
+    """A sentence if every result is the expected one, rounded to whole numbers; no result is all 0."""
+    if not all(f.got.any() for f in failures):           # zeros are no rounded numbers: see _factor
+        return ""
     for rounding in (np.trunc, np.rint, np.floor, np.ceil):
         rounded = [rounding(f.want.astype(float)) for f in failures]
         if all(equal(f.got.astype(float), r) for f, r in zip(failures, rounded)):

@@ -42,10 +42,14 @@ class Problem:
 
 @dataclasses.dataclass
 class Outcome:
-    """The result of one law.  title: the law in words.  problem: None if it holds."""
+    """The result of one law.  title: the law in words.  problem: None if it holds.
+
+    printed: lines that the function printed for the last input, if the law holds.
+    """
     title: str
     problem: Problem | None = None
     seconds: float = 0.0
+    printed: list[str] = dataclasses.field(default_factory=list)
 
 
 # ── arrays as text ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -167,13 +171,19 @@ class Page:
         return SIGNS["full"][self.plain] * n + SIGNS["empty"][self.plain] * (5 - n)
 
     def report(self, exercise: Exercise, outcomes: Iterable[Outcome]) -> bool:
-        """Print one line for each law that holds, then the problem of the first that does not.  True if all hold."""
+        """Print one line for each law that holds, then the problem of the first that does not.  True if all hold.
+
+        Then also the lines that the function printed for the last input: a learner who prints wants to see them.
+        """
+        printed: list[str] = []
         for outcome in outcomes:
             if outcome.problem:
                 self.problem(exercise, outcome.title, outcome.problem)
                 return False
             seconds = self.paint(f"({outcome.seconds:.1f}s)", "faint")
             self.line(f"  {self.sign('right')} {outcome.title}  {seconds}")
+            printed = outcome.printed or printed
+        self._printed(printed)
         return True
 
     def problem(self, exercise: Exercise, title: str, p: Problem) -> None:
@@ -194,12 +204,16 @@ class Page:
         else:
             self.line()
             self.block(visible(p.message), 4, first="" if title else f"  {self.sign('wrong')} ")
-        if p.printed:
-            self.line("\n    Your function printed:")
-            for text in p.printed:
-                self.line(f"      {visible(text)[:max(width() - 6, 20)]}")
+        self._printed(p.printed)
         if p.kind != "refused":
             self.line(f"\n    Stuck?  tinyft hint {exercise.name}")
+
+    def _printed(self, lines: list[str]) -> None:
+        """Write what the learner's function printed, if it did."""
+        if lines:
+            self.line("\n    Your function printed:")
+        for text in lines:
+            self.line(f"      {visible(text)[:max(width() - 6, 20)]}")
 
     def _inputs(self, p: Problem) -> None:
         """Write the inputs of a problem under a line that says if they are the smallest that fail.

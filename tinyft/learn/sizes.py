@@ -19,8 +19,9 @@ QUICK = ((2, 12),)                                       # the same, to learn on
 WITH_FRACTIONS = 7                                       # the largest size at which fractions are drawn
 IN_FRONT = 2                                             # the most axes that "..." stands for
 LARGEST_IN_FRONT = 3                                     # the largest size of such an axis
-WHOLE = (0, 1, -1, 2, -2, 3, -3)                         # the simplest first: failing inputs shrink towards these
-FRACTIONS = (0, 1, 0.5, -0.5, 1.25, -2, 0.75, -1.5, 3)
+# The first ones are the simplest, towards which failing inputs shrink: not 0, with which little is seen to go wrong.
+WHOLE = (1, 2, -1, 3, -2, 0, -3)
+FRACTIONS = (1, 2, 0.5, -0.5, 1.25, -2, 0, 0.75, -1.5, 3)
 POSITIVE = (1, 2, 3, 4)
 POSITIVE_FRACTIONS = (1, 2, 0.5, 1.25, 0.75, 3)
 _limit = [4]

@@ -30,6 +30,10 @@ class Changed(AssertionError):
     """The function wrote into its arguments."""
 
 
+class Unchanged(AssertionError):
+    """The function should write into an argument, and did not."""
+
+
 # ── the signature ────────────────────────────────────────────────────────────────────────────────────────────────────
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
@@ -147,15 +151,48 @@ class Subject:
         """
         args = [self._copy(a) for a in args]
         kwargs = {name: self._copy(a) for name, a in kwargs.items()}
+        if self.exercise.in_place:
+            return self._call_in_place(args, kwargs)
         named = [*zip(self.exercise.signature().parameters, args), *kwargs.items()]
         before = [_host(a) for _, a in named]
         out = self.f(*args, **kwargs)
-        if not self.exercise.in_place:
-            for (name, a), old in zip(named, before):
-                if old is not None and not _unchanged(_host(a), old):
-                    raise Changed(f"it changed its argument {name}: "
-                                  "compute a new array instead (x = x + 1, not x += 1)")
+        for (name, a), old in zip(named, before):
+            if old is not None and not _unchanged(_host(a), old):
+                raise Changed(f"it changed its argument {name}: compute a new array instead (x = x + 1, not x += 1)")
         return self._op_result(out, len(args)) if self.exercise.is_op else out
+
+    def _call_in_place(self, args: list, kwargs: dict[str, Any]) -> Any:
+        """The result of a function that writes into its arguments.
+
+        Unchanged, an error, if it left an array as it was into which the library's function writes.  Only plain
+        arguments are watched: arrays, lists of arrays, numbers."""
+        given = [*args, *kwargs.values()]
+        if not all(map(_is_plain, given)):
+            return self.f(*args, **kwargs)
+        named = _arrays_by_name([*zip(self.exercise.signature().parameters, args), *kwargs.items()])
+        before = {name: _host(a) for name, a in named.items()}
+        expected = self._written_by_library(args, kwargs)
+        out = self.f(*args, **kwargs)
+        for name in expected:
+            if _unchanged(_host(named[name]), before[name]):
+                variable = "g" if "[" in name else name
+                raise Unchanged(f"{name} is unchanged: `{variable} = ...` makes a new array, which the caller does not "
+                                f"see.  Write into the array itself: `{variable}[:] = ...` or `{variable} += ...`")
+        return out
+
+    def _written_by_library(self, args: list, kwargs: dict[str, Any]) -> list[str]:
+        """The names of the arrays to which the library's function writes other values, for these arguments.
+
+        Empty if it raises."""
+        args, kwargs = copy.deepcopy((args, kwargs))
+        named = _arrays_by_name([*zip(self.exercise.signature().parameters, args), *kwargs.items()])
+        before = {name: _host(a) for name, a in named.items()}
+        reference = inspect.unwrap(self.exercise.reference())
+        try:
+            reference(*args, **kwargs)
+        except Exception:
+            return []
+        return [name for name, a in named.items() if not _unchanged(_host(a), before[name])]
 
     def _copy(self, a: Any) -> Any:
         """An argument as the learner's function gets it.
@@ -182,9 +219,12 @@ class Subject:
         if not array.is_array(value) and not isinstance(value, np.generic):
             raise Unusable(f"the value of {name} should be an array; yours is {described(value)}")
         is_sequence = isinstance(pullbacks, (tuple, list))
+        hint = ": a tuple of one is written `(f,)`, with a comma" if callable(pullbacks) and inputs == 1 else ""
         if not is_sequence or len(pullbacks) < inputs or not all(p is None or callable(p) for p in pullbacks):
+            plural = "s" if inputs > 1 else ""
             raise Unusable(f"the pullbacks of {name} should be a tuple of functions g -> gradient, one for each of the "
-                           f"{inputs} inputs (None where there is no gradient); yours is {described(pullbacks)}")
+                           f"{inputs} input{plural} (None where there is no gradient); "
+                           f"yours is {described(pullbacks)}{hint}")
         return value, tuple(None if p is None else _watched(p) for p in pullbacks)
 
 
@@ -216,6 +256,24 @@ def _host(a: Any) -> np.ndarray | None:
     """A copy of an array or tensor as a NumPy array; None for anything else."""
     a = a.data if isinstance(a, Tensor) else a
     return array.asnumpy(a).copy() if array.is_array(a) else None
+
+
+def _is_plain(a: Any) -> bool:
+    """True for an array, a number, text, None, and a list of these."""
+    if isinstance(a, (list, tuple)):
+        return all(map(_is_plain, a))
+    return a is None or isinstance(a, (bool, int, float, str, np.generic)) or array.is_array(a)
+
+
+def _arrays_by_name(named: list[tuple[str, Any]]) -> dict[str, Any]:
+    """{name: array} of all arrays among the arguments; those in a list are named `gradients[0]`, ..."""
+    found = {}
+    for name, a in named:
+        if array.is_array(a):
+            found[name] = a
+        elif isinstance(a, (list, tuple)):
+            found |= {f"{name}[{i}]": entry for i, entry in enumerate(a) if array.is_array(entry)}
+    return found
 
 
 def _unchanged(now: np.ndarray, before: np.ndarray) -> bool:

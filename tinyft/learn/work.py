@@ -19,6 +19,7 @@ try:
 except ImportError:                                      # Windows
     fcntl = None
 
+TESTS = "test_exercises.py"                              # by which the learner's folder is found
 SHIM = '''"""The checks of the exercises in this folder as tests, for an IDE's test panel:  python -m pytest work"""
 import pytest
 
@@ -29,6 +30,16 @@ from tinyft.learn.shim import laws, verify
 def test(exercise, law):
     verify(__file__, exercise, law)
 '''
+
+
+def find_folder(start: Path) -> Path:
+    """The learner's folder: `work` in the folder `start` or in the nearest folder above it that has one with exercises.
+
+    `start` may also be that folder itself, or lie in it. Path("work"), which need not exist, if there is none."""
+    for folder in (start, *start.parents):
+        if (folder / "work" / TESTS).is_file():
+            return Path(os.path.relpath(folder / "work", start))
+    return Path("work")
 
 
 class Work:
@@ -152,7 +163,7 @@ class Work:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             is_new = _write_new(path, e.skeleton())
-            path = self.folder / "test_exercises.py"
+            path = self.folder / TESTS
             _write_new(path, SHIM)
         except OSError as error:
             raise OSError(error.errno, f"could not write {path}: {error.strerror}") from None
