@@ -184,13 +184,14 @@ def _all_right_to_six_digits(failures: list[Mismatch]) -> bool:
 
 
 def _rounded(failures: list[Mismatch]) -> str:
-    """A sentence if every result is the expected one, rounded to whole numbers; no result is all 0."""
-    if not all(f.got.any() for f in failures):           # zeros are no rounded numbers: see _factor
-        return ""
+    """A sentence if every result is the expected one, rounded up, down or to the nearest whole number."""
+    sentence = "it is rounded to whole numbers: is it kept in an array of integers?"
+    if not any(f.got.any() for f in failures):
+        sentence = "it is zero everywhere: it was never computed, or it was rounded to whole numbers"
     for rounding in (np.trunc, np.rint, np.floor, np.ceil):
         rounded = [rounding(f.want.astype(float)) for f in failures]
         if all(equal(f.got.astype(float), r) for f, r in zip(failures, rounded)):
-            return "it is rounded to whole numbers: is it kept in an array of integers?"
+            return sentence
     return ""
 
 
