@@ -1,151 +1,840 @@
 # %% [markdown]
 # # 03 Training
-# **Minutes:** 60. **Prerequisites:** 01, 02. **Exercises:** cross_entropy, adam_update, clip_norm, cosine_schedule
 #
-# A gradient says which way the loss falls. The plain way to use it, $\theta \leftarrow \theta - \eta g$, hardly trains a transformer. Here we see
-# why, derive Adam, and go through what else stands in a training loop: clipping, warm-up, decay, accumulation, and where the memory goes.
-# ## One rate for every direction
-# The smallest hard problem is a valley, $\ell = \frac12 (u_1^2 + 100\, u_2^2)$. A step of rate $\eta$ multiplies $u_1$ by $1 - \eta$ and $u_2$ by
-# $1 - 100\,\eta$. So the steep direction allows rates up to $2/100$, and at such a rate the flat one keeps 98 % of its error in every step.
-# **Predict first.** With $\eta = 0.019$, after how many steps has $u_1$ halved? And what if the loss had other units, and were 1000 times as large?
-# %%
-import os
+# **Reading:** 50 minutes. **You need:** lessons 01 and 02, running averages.
+# **Exercises:** cross_entropy, adam_update, clip_norm, cosine_schedule (an hour and
+# a half).
+#
+# Lesson 01 computes the gradient of a loss. Lesson 02 builds the model. What remains
+# is the step: how do we change the parameters, now that we know the gradient?
+#
+# The plain answer is to go a little way against the gradient. It hardly trains a
+# transformer. In this lesson we find out why, build a better step piece by piece, and
+# train a small GPT with it.
 
+# %%
 import numpy as np
 
 import tinyft as ft
-from tinyft.learn.draw import figure
-from tinyft.learn.lessons import quote, show
+from tinyft.learn.draw import bars, contours, curves, diagram, heat_map
+from tinyft.learn.lessons import quote
+from tinyft.optim.optimizers import adam_update, clip_norm
+from tinyft.train.batch import compute_loss, read_batch
 
-FAST, (BLUE, RED, GREEN, GREY) = "TINYFT_FAST" in os.environ, ("#4477aa", "#cc6677", "#228833", "#999999")
-TURN, height = np.array([[1.0, -1.0], [1.0, 1.0]]) / 2**0.5, lambda u: (u * u) @ [0.5, 50.0]      # by 45 degrees;  the loss
-def drive(optimizer, gradient, steps, start, clip=None):
-    "The places a weight comes through from `start`, if its gradient at place w and step t is gradient(w, t)."
-    w, path = ft.Parameter([start]), [start]
+# %% [markdown]
+# ## One parameter and one learning rate
+# We begin with one parameter $w$ and the loss $\frac12 w^2$. Its gradient is $w$.
+# **Gradient descent** subtracts a multiple of the gradient. The multiple $\eta$ is
+# the **learning rate**:
+#
+# $$w \leftarrow w - \eta\, g$$
+
+# %%
+def descend(learning_rate, steps=20):
+    w = 1.0
+    path = [w]
+    for _ in range(steps):
+        gradient = w
+        w = w - learning_rate * gradient
+        path.append(w)
+    return path
+
+
+rates = [0.1, 1.0, 1.9, 2.1]
+curves({f"learning rate {rate}": descend(rate) for rate in rates}, ylabel="w",
+       caption="One parameter, four learning rates. The minimum is at w = 0.")
+
+# %% [markdown]
+# Each step multiplies $w$ by $1 - \eta$.
+#
+# - At 0.1 the factor is 0.9. The parameter creeps towards zero.
+# - At 1 the factor is 0. One step is enough.
+# - At 1.9 the factor is -0.9. The parameter jumps over the minimum in each step, but
+#   it comes nearer.
+# - At 2.1 the factor is -1.1. Each jump is longer than the one before. Training
+#   **diverges**.
+#
+# The number 1 is not special. It is the **curvature** of this loss: how fast the
+# gradient grows with $w$. With a curvature $c$ the factor is $1 - \eta c$. So the
+# best rate is $1/c$, and above $2/c$ training diverges.
+#
+# ## Two parameters: a narrow valley
+# A model has many parameters, and the loss is steep in some and flat in others. The
+# smallest such loss has two parameters with the curvatures 1 and 100:
+#
+# $$\ell = \frac12 \left(w_1^2 + 100\, w_2^2\right)$$
+
+# %%
+curvature = np.array([1.0, 100.0])
+
+
+def valley(w):
+    return 0.5 * (curvature * w**2).sum(axis=-1)
+
+
+def valley_gradient(w):
+    return curvature * w
+
+
+def gradient_descent(learning_rate, steps=80):
+    w = np.array([-2.0, 1.0])
+    path = [w]
+    for _ in range(steps):
+        w = w - learning_rate * valley_gradient(w)
+        path.append(w)
+    return np.array(path)
+
+# %% [markdown]
+# The steep parameter $w_2$ has the curvature 100. Its learning rate must be below
+# $2/100$. We take 0.019, so its factor is $1 - 1.9 = -0.9$.
+#
+# **Predict first.** Both parameters share this learning rate. The factor of the flat
+# parameter $w_1$ is $1 - 0.019$. After how many steps is $w_1$ half of what it was:
+# about 4, about 40 or about 400?
+
+# %%
+sgd_path = gradient_descent(0.019)
+halved = int(np.argmax(abs(sgd_path[:, 0]) <= 1))
+print("steps until w1 is halved:", halved)
+print("loss after 80 steps:", valley(sgd_path[-1]).round(3))
+
+too_fast = gradient_descent(0.021)
+print("with the rate 0.021, w2 after 80 steps:", too_fast[-1, 1].round())
+
+# %% [check]
+assert halved == 37
+assert 2000 < too_fast[-1, 1] < 2100
+assert abs(descend(1.0)[-1]) == 0 and abs(descend(2.1)[-1]) > 6
+
+# %% [markdown]
+# It takes 37 steps. The flat parameter would like a learning rate of 1. It gets
+# 0.019, because one rate serves both, and the steep parameter allows no more: at
+# 0.021 its value grows to 2,000. Here is its path, from the ring towards the cross.
+
+# %%
+contours({"learning rate 0.019": (valley, sgd_path),
+          "its first 10 steps": (valley, sgd_path[:11])},
+         levels=[1, 5, 20, 60, 120],
+         caption="Steps are long across the valley and short along it.")
+
+# %% [markdown]
+# The lines join points of equal loss. The gradient is perpendicular to them, so it
+# points across the valley, not along it. Most of each step is wasted on jumping from
+# one wall to the other.
+#
+# ## Momentum: add up the gradients
+# Look at the gradients along this path. Those of $w_2$ change their sign in each
+# step. Those of $w_1$ always have the same sign. If we **add up** gradients, the
+# first cancel and the second accumulate.
+#
+# **Momentum** does this. It keeps a sum $u$ of all gradients, the **velocity**, in
+# which old gradients fade by a factor $\mu$ a step. The parameter moves by the
+# velocity. Here is the library's own code. Its arguments are arrays: `w` the
+# parameters, `g` the gradient, `u` the velocity. The function writes into `w` and
+# `u`. `decay` is a later subject of this lesson; until then it is 0.
+
+# %%
+quote(ft.optim.optimizers.sgd_update)
+
+# %% [markdown]
+# With $\mu = 0$ this is gradient descent. An optimiser of the library, such as
+# `ft.SGD`, calls such a function for all tensors of a model. We give it a "model" of
+# one tensor and tell it the gradients ourselves:
+#
+# - `optimizer.start({name: tensor})` says which tensors it updates,
+# - `optimizer.step()` reads their `.grad` and updates them.
+
+# %%
+def drive(optimizer, gradient, start, steps, clip=None):
+    "The path of w. gradient(w, t) is its gradient in step t = 0, 1, ..."
+    w = ft.Parameter(np.array([start]))                  # (1, n)
     optimizer.start({"w": w})
+    path = [w.numpy()[0].copy()]
     for t in range(steps):
-        w.grad = np.reshape(gradient(w.numpy()[0], t), w.shape)
+        w.grad = np.array([gradient(path[-1], t)])
         optimizer.step(clip=clip)
         path.append(w.numpy()[0].copy())
     return np.array(path)
-valley = lambda optimizer, axes=np.eye(2), k=1.0: drive(optimizer, lambda w, t: k * axes @ ([1.0, 100.0] * (w @ axes)), 80, axes @ [-2.0, 1.0])
-sgd, faster, adam, turned = valley(ft.SGD(0.019)), valley(ft.SGD(0.021)), valley(ft.Adam(0.05)), valley(ft.Adam(0.05), TURN)
-print("SGD halves u1 in", np.argmax(abs(sgd[:, 0]) <= 1), "steps; at a rate of 0.021 it leaves the valley, u2 =", faster[-1, 1].round())
-assert np.allclose(valley(ft.Adam(0.05), k=1000.0), adam, atol=1e-4)               # Adam does not see the units
-assert height(adam[-1]) < height(sgd[-1]) < height(turned[-1] @ TURN) and abs(faster[-1, 1]) > 1000
-fig, panels = figure(3, 2.4)
-grid = np.stack(np.meshgrid(np.linspace(-2.4, 0.6, 80), np.linspace(-1.9, 1.3, 80)), -1)
-for ax, path, axes, title in zip(panels, (sgd, adam, turned), (np.eye(2), np.eye(2), TURN), ("SGD", "Adam", "Adam, turned by 45°")):
-    ax.contour(*grid.transpose(2, 0, 1), height(grid @ axes), levels=[1, 5, 20, 60, 120], colors=GREY, linewidths=0.6)
-    ax.plot(*path.T, ".-", color=RED if path is sgd else BLUE, lw=0.8, ms=3)
-    ax.plot(0, 0, "k+")
-    ax.set(title=title, xlabel="$w_1$", ylabel="$w_2$" if path is sgd else "")
-show("80 steps towards the cross. Adam needs no common rate, but its rates belong to the coordinates.")
+
+
+def in_valley(w, t):
+    return valley_gradient(w)
+
+
+start = [-2.0, 1.0]
+momentum_path = drive(ft.SGD(0.019, momentum=0.8), in_valley, start, 80)
+curves({"gradient descent": valley(sgd_path), "momentum 0.8": valley(momentum_path)},
+       log="y", caption="Both with the learning rate 0.019.")
+
+# %% [check]
+assert np.allclose(drive(ft.SGD(0.019), in_valley, start, 80), sgd_path, atol=1e-4)
+assert valley(sgd_path[-1]) > 0.05 and valley(momentum_path[-1]) < 1e-5
+
 # %% [markdown]
-# ## Adam, derived
-# A step should have the length $\eta$ whatever the units of $g$: divide $g$ by its own size, entry by entry. Batches are noisy, so take running
-# means, of $g$ for the direction and of $g^2$ for the size. They start at zero: if $g$ stays, $m_t = (1-\beta_1^t)\,g$, so divide by that.
-# $$m \leftarrow \beta_1 m + (1-\beta_1) g, \quad v \leftarrow \beta_2 v + (1-\beta_2) g^2, \quad
-# \theta \leftarrow \theta - \eta\, \frac{m / (1-\beta_1^t)}{\sqrt{v / (1-\beta_2^t)} + \varepsilon}$$
-# So every *coordinate* has its own rate. In the turned valley no coordinate is flat, and Adam has no more to offer than SGD.
+# Along the flat direction the gradient hardly changes from step to step. There the
+# velocity grows to $g + 0.8 g + 0.64 g + \dots = g / (1 - 0.8)$, which is $5g$. So
+# the flat parameter moves five times as fast, at the same learning rate.
 #
-# **Predict first.** Leave the corrections out. Are the first steps too short, "because the means start at zero", as one often reads?
+# Momentum helps, but two faults remain. All parameters still share one learning rate.
+# And the step still has the units of the gradient. Suppose that we measure the loss
+# in other units, so that all gradients are 1000 times as large:
+
+# %%
+def in_other_units(w, t):
+    return 1000 * valley_gradient(w)
+
+
+lost = drive(ft.SGD(0.019), in_other_units, start, 3)
+print("w2 after each of three steps:", lost[1:, 1])
+
+# %% [markdown]
+# The problem is the same, and the learning rate is now far too large. We want a step
+# that does not depend on the size of the gradient.
+#
+# ## Adam: divide the gradient by its size
+# The first idea is to divide each entry of the gradient by its own absolute value.
+# Only its sign is left, and every parameter moves by $\eta$ in every step. That is
+# too crude. A gradient comes from a small batch of data, so it is noisy. A parameter
+# whose gradients change their sign all the time should not move as far as one whose
+# gradients agree.
+#
+# **Adam** (Kingma and Ba 2015) therefore uses averages over the last steps:
+#
+# - $m$, the average of $g$: which way do the gradients point?
+# - $v$, the average of $g^2$: how large are they, whatever their sign?
+#
+# The step is $\eta\, m / \sqrt{v}$. If all gradients agree, $m$ and $\sqrt v$ are
+# equal, and the step is $\eta$. If they cancel, $m$ is near 0, and so is the step.
+#
+# An average over the last steps is easy to keep up to date. Keep 90 % of the old
+# average, and add 10 % of the new value. Let us watch it when every value is 1.
+
+# %%
+average = 0.0
+for t in range(1, 6):
+    average = 0.9 * average + 0.1 * 1.0
+    corrected = average / (1 - 0.9**t)
+    print(f"step {t}: average {average:.3f}   divided by 1 - 0.9^{t}: {corrected:.3f}")
+
+# %% [check]
+assert np.isclose(average, 1 - 0.9**5) and np.isclose(corrected, 1)
+
+# %% [markdown]
+# The average of ones should be 1. It starts at 0, so at first it is too small: after
+# $t$ steps it is $1 - 0.9^t$. We know this number, so we divide by it. This is called
+# **bias correction**, and a corrected average gets a hat:
+#
+# $$m \leftarrow \beta_1 m + (1 - \beta_1)\, g$$
+#
+# $$v \leftarrow \beta_2 v + (1 - \beta_2)\, g^2$$
+#
+# $$\hat m = \frac{m}{1 - \beta_1^t}$$
+#
+# $$\hat v = \frac{v}{1 - \beta_2^t}$$
+#
+# $$w \leftarrow w - \eta\, \frac{\hat m}{\sqrt{\hat v} + \varepsilon}$$
+#
+# The usual values are $\beta_1 = 0.9$ and $\beta_2 = 0.999$. So $m$ remembers about
+# 10 steps and $v$ about 1000. The small $\varepsilon = 10^{-8}$ prevents a division
+# by zero.
+#
+# ## Adam, watched
+# Two parameters start at 0. The gradient of the first is small and steady: 0.01 in
+# every step. The gradient of the second is large and undecided: 10, -10, 10, -10, ...
+# The learning rate is 0.1. We compute four steps by hand.
+
+# %%
+def gradients_at(t):
+    return np.array([0.01, 10.0 if t % 2 == 0 else -10.0])
+
+
+w, m, v = np.zeros((3, 2))
+print("step   gradients       m hat           root of v hat   step taken")
+for t in range(1, 5):
+    g = gradients_at(t - 1)
+    m = 0.9 * m + 0.1 * g
+    v = 0.999 * v + 0.001 * g**2
+    m_hat = m / (1 - 0.9**t)
+    root = np.sqrt(v / (1 - 0.999**t))
+    taken = -0.1 * m_hat / (root + 1e-8)
+    w = w + taken
+    row = "".join(f"{a:8.2f}{b:7.2f}" for a, b in [g, m_hat, root])
+    print(f"{t:3}{row}{taken[0]:9.3f}{taken[1]:7.3f}")
+
+# %% [markdown]
+# Each pair of columns shows the two parameters. In the first step both move by the
+# learning rate, 0.1, although one gradient is a thousand times the other. Then they
+# part. The first parameter keeps its pace. The second sees opposite gradients; its
+# $\hat m$ falls below $\sqrt{\hat v}$, and its steps become short.
+#
+# The library does the same to many parameters at once. We let it run for 40 steps.
+
+# %%
+def steady_and_undecided(w, t):
+    return gradients_at(t)
+
+
+watched = drive(ft.Adam(0.1), steady_and_undecided, [0.0, 0.0], 40)
+curves({"gradients 0.01, 0.01, 0.01, ...": watched[:, 0],
+        "gradients 10, -10, 10, -10, ...": watched[:, 1]},
+       ylabel="value of the parameter",
+       caption="Adam moves a parameter by how well its gradients agree, not by how "
+               "large they are.")
+
+# %% [check]
+assert np.allclose(watched[4], w, atol=1e-5)
+assert np.allclose(watched[1], [-0.1, -0.1], atol=1e-5)
+assert np.isclose(watched[-1, 0], -4, atol=0.01) and abs(watched[-1, 1]) < 0.3
+
+# %% [markdown]
+# ## Adam in the valley
+# Now each parameter has its own scale. We run Adam in the valley with the learning
+# rate 0.05, then in the valley whose loss is measured in other units. Last we turn
+# the valley by 45 degrees: the same valley, but it no longer lies along one
+# parameter.
+
+# %%
+turn = np.array([[1.0, -1.0], [1.0, 1.0]]) / 2**0.5
+
+
+def turned_valley(w):
+    return valley(w @ turn)
+
+
+def in_turned_valley(w, t):
+    return turn @ valley_gradient(w @ turn)
+
+
+adam_path = drive(ft.Adam(0.05), in_valley, start, 80)
+units_path = drive(ft.Adam(0.05), in_other_units, start, 80)
+turned_path = drive(ft.Adam(0.05), in_turned_valley, list(turn @ start), 80)
+print(f"gradient descent {valley(sgd_path[-1]):.4f}   Adam {valley(adam_path[-1]):.4f}")
+print(f"Adam, other units {valley(units_path[-1]):.4f}   "
+      f"turned {turned_valley(turned_path[-1]):.4f}")
+
+# %% [check]
+assert np.allclose(units_path, adam_path, atol=1e-3)
+assert valley(adam_path[-1]) < valley(sgd_path[-1]) < turned_valley(turned_path[-1])
+
+# %% [markdown]
+# The first number is the loss after 80 steps of gradient descent. Adam ends far below
+# it, in both units. In the turned valley it does not. The three paths show why.
+
+# %%
+contours({"gradient descent": (valley, sgd_path), "Adam": (valley, adam_path),
+          "Adam, turned valley": (turned_valley, turned_path)},
+         levels=[1, 5, 20, 60, 120], caption="80 steps each.")
+
+# %% [markdown]
+# Adam walks along both parameters at the same pace. But Adam has one scale for each
+# *parameter*, not for each direction. In the turned valley both parameters share the
+# steep direction, so their gradients have the same size. There is nothing to even
+# out, and Adam does worse than gradient descent here.
+#
+# Why does Adam help so much in transformers? Because there the tensors differ in
+# scale. We will measure it below.
+#
+# ## What the bias correction is for
+# Suppose that we leave it out and use $m / \sqrt v$. After one step $m$ is $0.1\, g$,
+# and $v$ is $0.001\, g^2$.
+#
+# To try it, we write a variant of the library's optimiser. An optimiser keeps all
+# parameters of a kind in one long array. Its method `update` gets a `piece`, a
+# stretch of that array: `piece.w` are the parameters, `piece.g` their gradients,
+# `piece.moments` the two arrays $m$ and $v$, and `piece.decay` belongs to the next
+# section. `adam_update` is the function with the equations above. For a huge $t$ its
+# corrections are 1.
+#
+# **Predict first.** Both averages start at zero, so both are too small. Are the first
+# steps without correction shorter or longer than $\eta$? By what factor?
+
 # %%
 class Uncorrected(ft.AdamW):
-    def update(self, group, lr):
-        ft.optim.optimizers.adam_update(group.w, group.g, *group.moments, lr, *self.betas, self.eps, group.decay, t=10**9)
-steps = -np.diff(drive(Uncorrected(1.0, weight_decay=0), lambda w, t: [1e-3, 1.0, 1e3], 60, [0.0] * 3), axis=0)
-print("uncorrected steps, in rates: first", steps[0].round(1), " longest", steps.max().round(1), "at t =", steps[:, 1].argmax() + 1)
-assert np.allclose(steps, steps[:, :1], rtol=1e-3) and steps.min() > 3 and steps.max() > 6       # v starts at zero too, and √v is the divisor
+    "AdamW without bias correction."
+
+    def update(self, piece, lr):
+        adam_update(piece.w, piece.g, *piece.moments, lr, *self.betas, self.eps,
+                    piece.decay, t=10**9)
+
+
+def always_one(w, t):
+    return [1.0]
+
+
+raw_path = drive(Uncorrected(1.0, weight_decay=0), always_one, [0.0], 60)
+lengths = -np.diff(raw_path[:, 0])
+print("first step:", lengths[0].round(1), "times the learning rate")
+print("longest:", lengths.max().round(1), "times, in step", lengths.argmax() + 1)
+curves({"without correction": lengths}, levels={"with correction": 1.0},
+       ylabel="length of the step",
+       caption="Every gradient is 1, and the learning rate is 1.")
+
+# %% [check]
+assert 3.1 < lengths[0] < 3.2 and 6.5 < lengths.max() < 6.6 and lengths.argmax() == 11
+
 # %% [markdown]
-# They are too *long*, up to 6.6 times. Now a real model: a GPT of two layers learns 32 pieces of real text by heart. It gives scores for the next
-# token at every place, and the loss is their cross-entropy, $\ln 2048 = 7.6$ at first. The rates of SGD are the best of several tried.
+# They are *longer*, 3.2 times at first and up to 6.6 times. The numerator is a tenth
+# of what it should be. But the divisor is the root of a thousandth, and that is
+# smaller still: $0.1 / \sqrt{0.001} = 3.2$. Kingma and Ba (section 3) give this
+# reason for the correction.
+#
+# ## Weight decay, inside and outside
+# **Weight decay** pulls every weight a little towards zero in every step, so that a
+# weight that the data do not need disappears. There are two ways to write it, with a
+# small number $\lambda$:
+#
+# - *inside*: add $\lambda w$ to the gradient. This is the gradient of the penalty
+#   $\frac{\lambda}{2} w^2$, so it is also called L2 regularisation.
+# - *outside*: subtract $\eta \lambda w$ from the weight, beside the step.
+#
+# For plain gradient descent the two are the same. For Adam they are not: what goes
+# into the gradient is divided by $\sqrt{\hat v}$ like all the rest. `ft.Adam` decays
+# inside, `ft.AdamW` outside (Loshchilov and Hutter 2019). Their whole difference:
+
 # %%
-text = ft.data.pretraining("prose", "valid")
-def train(optimizer, schedule=None, clip=None):
-    model = ft.GPT(ft.GPTConfig(vocab=2048, positions=64, width=32, layers=2, heads=2), seed=0)
-    return model, optimizer, ft.fit(model, ft.data.lm_batches(text[:1024], 32, 16), 32 if FAST else 48, optimizer, schedule, clip=clip).losses
-runs = {"SGD": train(ft.SGD(1.0)), "with momentum": train(ft.SGD(0.3, momentum=0.9)), "uncorrected AdamW": train(Uncorrected(0.005)),
-        "AdamW": train(ft.AdamW(0.005)), "warm-up and clip": train(ft.AdamW(0.01), ft.constant_schedule(warmup=5), clip=1.0)}
-final = [float(np.mean(losses[-4:])) for _, _, losses in runs.values()]
-assert final[4] + 0.3 < final[3] < min(final[:3]) - 0.1
-model, adam, _ = runs["AdamW"]                                                         # one step more, watched
-ft.train.batch.compute_loss(model, ft.train.batch.read_batch(text[:1024].reshape(32, 32)))[1].backward()
-named, size = {n: p for n, p in model.named_parameters().items() if "k.bias" not in n}, lambda a: float((a**2).mean()**0.5)
-before = {n: p.numpy().copy() for n, p in named.items()}                               # the keys' bias has no gradient: softmax takes it out
-adam.step()
-gradients, moves = zip(*sorted((size(p.grad), size(p.numpy() - before[n]) / adam.lr) for n, p in named.items()))
-assert max(gradients) / min(gradients) > 50 and max(moves) / min(moves) < 30
-fig, panels = figure(2)
-for (name, (*_, losses)), colour in zip(runs.items(), (GREY, RED, GREEN, BLUE, "black")):
-    panels[0].plot(losses, color=colour, label=name)
-panels[0].set(xlabel="step", ylabel="loss (nats per token)", ylim=(0, 8))
-panels[1].semilogy(gradients, ".", color=RED, label="gradient")
-panels[1].semilogy(moves, ".", color=BLUE, label="Adam's step, in rates")
-panels[1].set(xlabel="tensors of the GPT, by gradient", ylabel="root mean square")
-for ax, where in zip(panels, ("lower left", "lower right")):
-    ax.legend(fontsize=8, loc=where)
-show(f"The same problem for all, and the reason: from tensor to tensor gradients differ by a factor of {max(gradients) / min(gradients):.0f}.")
+quote(ft.Adam.update)
+quote(ft.AdamW.update)
+
 # %% [markdown]
-# ## The rest of the loop
-# **Clipping.** Adam does not see units; clipping is for the odd batch. $v$ remembers one gradient of 1000 for a thousand steps. Clipping
-# scales *all* gradients by one factor, so that their common norm is at most `clip`, and the direction stays. **Warm-up**: short steps while $v$ rests
-# on few batches; without it the rate 0.01 sticks at 5 nats with some seeds. **Decay**: AdamW takes $\eta\lambda\theta$ off a weight. In
-# the gradient ("L2", `ft.Adam`) it is divided by $\sqrt v$ like all else, and weights with large gradients hardly decay. For SGD the two are one.
-# **Predict first.** A gradient of 1, and 1000 in step 50: how long is step 150? Two weights with noise of 0.01 and 10 for gradients: which decays?
+# `run_update` calls the equations of Adam for the piece, with the gradient and the
+# decay that it is given. In `Adam` the decay is added to the gradient, so it enters
+# $m$ and $v$. In `AdamW` it does not.
+#
+# Two weights start at 1. Their gradients are pure noise: the data need neither. The
+# noise of the first has the size 0.01, that of the second the size 10. We take 500
+# steps with the learning rate 0.001 and $\lambda = 1$.
+#
+# **Predict first.** With the decay *inside*, $\lambda w$ is about 1 at the start.
+# Which of the two weights does it shrink: the one with small noise, the one with
+# large noise, or both?
+
 # %%
-clipped, free = (-np.diff(drive(ft.Adam(1.0), lambda w, t: 1000.0 if t == 50 else 1.0, 300, [0.0], clip)[:, 0]) for clip in (1.0, None))
 noise = np.random.default_rng(0).standard_normal((500, 2)) * [0.01, 10.0]
-decoupled, l2 = (drive(kind(1e-3, weight_decay=1.0), lambda w, t: noise[t], 500, [1.0, 1.0])[-1] for kind in (ft.AdamW, ft.Adam))
-print(f"step 150, in rates: {free[150]:.3f}, with clipping {clipped[150]:.3f};  weights from 1 to: AdamW {decoupled.round(2)}, L2 {l2.round(2)}")
-both = [np.array([30.0]), np.array([40.0])]
-assert ft.optim.clip_norm(both, 1.0) == 50 and np.allclose(both, [[0.6], [0.8]])       # one factor for both
-assert free[150] < 0.05 and np.allclose(clipped, 1, atol=1e-3) and np.allclose(decoupled, 0.999**500, atol=0.1) and l2[0] < 0.7 and l2[1] > 0.85
+
+
+def pure_noise(w, t):
+    return noise[t]
+
+
+inside = drive(ft.Adam(1e-3, weight_decay=1.0), pure_noise, [1.0, 1.0], 500)
+outside = drive(ft.AdamW(1e-3, weight_decay=1.0), pure_noise, [1.0, 1.0], 500)
+print("inside: ", inside[-1].round(2))
+print("outside:", outside[-1].round(2))
+curves({"inside, small noise": inside[:, 0], "inside, large noise": inside[:, 1],
+        "outside, small noise": outside[:, 0], "outside, large noise": outside[:, 1]},
+       ylabel="weight", caption="500 steps with a weight decay of 1.")
+
+# %% [check]
+assert inside[-1, 0] < 0.7 and inside[-1, 1] > 0.85
+assert np.allclose(outside[-1], 0.999**500, atol=0.1)
+
 # %% [markdown]
-# **Accumulation.** A batch too large for memory goes through in parts, and gradients add up. The loss of a part is a mean over *its* labels. So one
-# with 53 labels must not weigh as much as one with 98. The mean of the means is a common error. The library's step weights by labels:
+# Inside, only the weight with small noise shrinks. There $\lambda w = 1$ is far
+# larger than the noise of 0.01, and it fills the average. For the other weight it is
+# one part in ten of the gradient, and it is divided by 10. So the decay depends on
+# the size of the gradient. Outside, both weights lose one part in a thousand in each
+# step, and end near $0.999^{500} = 0.61$, up to the noise.
+#
+# The library decays matrices only. It leaves out vectors, which are the biases and
+# the scales of the norms.
+#
+# ## The loss: cross-entropy
+# A language model reads a text and gives a score to every token that could come next.
+# The softmax turns the scores $z$ into probabilities $p$. The loss of one position is
+# $-\ln p$ of the token that really came next: 0 if the model was sure of it, and
+# large if the model thought it impossible. **Cross-entropy** is the mean of this over
+# all $N$ positions:
+#
+# $$\ell = -\frac1N \sum_n \ln p_n[y_n]$$
+#
+# We take three positions and a vocabulary of four words.
+
 # %%
-quote(ft.train.loop.add_gradients)
-sentences = [s for record in ft.data.snapshot()[:60] for s in ft.data.sentences(record.text)][:8]
-ids, mask = ft.data.pad(sorted((e.ids for e in ft.data.shipped_tokenizer().encode_batch(sentences)), key=len))
-gradients, labels = [], []
-for half in (slice(0, 8), slice(0, 4), slice(4, 8)):                                   # all; the short ones; the long ones
-    part = ft.train.batch.read_batch({"ids": ids[half], "mask": mask[half]})
+words = ["the", "cat", "sat", "down"]
+scores = ft.Parameter(np.array([[2.0, 1.0, 0.0, 0.0],
+                                [0.0, 3.0, 0.0, 0.0],
+                                [0.0, 0.0, 0.0, 0.0]]))
+labels = np.array([1, 1, 3])                             # the words that came next
+p = ft.ops.softmax(scores).numpy()
+by_hand = -np.log(p[[0, 1, 2], labels]).mean()
+loss = ft.ops.cross_entropy(scores, labels)
+print("by hand:", by_hand.round(4), "  library:", round(loss.item(), 4))
+
+# %% [markdown]
+# The gradient with respect to the scores is short: $(p - q) / N$, where $q$ is 1 at
+# the label and 0 elsewhere. Let us look at it.
+
+# %%
+loss.backward()
+heat_map(scores.grad, rows=["label cat", "label cat", "label down"], columns=words,
+         values=".2f", caption="The gradient of the loss with respect to the scores.")
+
+# %% [check]
+one_hot = np.eye(4)[labels]
+assert np.allclose(scores.grad, (p - one_hot) / 3, atol=1e-6)
+assert np.isclose(by_hand, loss.item(), atol=1e-6)
+assert np.allclose(scores.grad.sum(axis=1), 0, atol=1e-6)
+
+# %% [markdown]
+# A step goes *against* the gradient. So red means "raise this score", and blue means
+# "lower it". In the first row the model preferred "the", and the label is "cat": a
+# large correction. In the second row the model was nearly right, and the correction
+# is small. In the third it knew nothing, and the correction is spread over all other
+# words. Every row adds up to zero.
+#
+# A model that knows nothing gives each of $V$ tokens the probability $1/V$. Its loss
+# is $\ln V$. The vocabulary of our model has 2048 tokens, so its loss starts near
+# $\ln 2048 = 7.6$. This is the first thing to look at when a training run begins.
+#
+# ### Two mistakes with the mean
+# Texts have different lengths. They are padded to one length, and padding has no
+# label. In the library such positions have the label -100, and they count neither in
+# the sum nor in $N$.
+#
+# The second mistake hides in **accumulation**. If a batch is too large for the
+# memory, we send it through the model in parts and add up the gradients. Each part
+# has its own mean. A part with few labels must not count as much as a part with many.
+# We measure it with eight real sentences, sorted by length, in two halves.
+
+# %%
+tokenizer = ft.data.shipped_tokenizer()
+sentences = []
+for record in ft.data.snapshot()[:60]:
+    sentences.extend(ft.data.sentences(record.text))
+encoded = [tokenizer.encode(sentence).ids for sentence in sentences[:8]]
+ids, mask = ft.data.pad(sorted(encoded, key=len))
+
+shape = ft.GPTConfig(vocab=2048, positions=64, width=32, layers=2, heads=2)
+model = ft.GPT(shape, seed=0)
+
+
+def gradient_of(rows):
+    "(the gradient as one vector, the number of labels) for these rows of the batch."
+    targets = read_batch({"ids": ids[rows], "mask": mask[rows]})
     model.zero_grad()
-    ft.train.batch.compute_loss(model, part)[1].backward()
-    gradients.append(np.concatenate([p.grad.reshape(-1) for p in model.parameters()]))
-    labels.append(part.weight)
-off = [float(np.linalg.norm(np.average(gradients[1:], 0, w) - gradients[0]) / np.linalg.norm(gradients[0])) for w in (labels[1:], [1, 1])]
-print(f"parts of {labels[1:]} labels: weighted so, the gradient is off by {off[0]:.0e}; as a mean of means by {off[1]:.2f}")
-assert off[0] < 1e-4 and off[1] > 0.02
+    _, loss = compute_loss(model, targets)
+    loss.backward()
+    gradient = np.concatenate([p.grad.ravel() for p in model.parameters()])
+    return gradient, targets.weight
+
 # %% [markdown]
-# ## Where the memory goes
-# Adam holds 16 bytes for each number that trains: weight, gradient, two moments (not one, as one often reads). Activations are what the forward pass
-# keeps for the backward pass. They grow with the batch; accumulation pays for one part. **Predict first.** 239,000 weights are 1 MB. And 8 texts?
+# `read_batch` turns a batch into targets: the labels are the next tokens, and
+# `targets.weight` is their number. `compute_loss` runs the model and computes the
+# cross-entropy.
+
 # %%
-model = ft.GPT(ft.GPTConfig(vocab=2048, positions=128, width=64, layers=2, heads=2))       # the smallest shipped GPT
-count, rows, peaks = sum(p.size for p in model.parameters()), np.array([1, 2, 4, 8]), []
-with ft.peak_memory() as state:
-    ft.AdamW(1e-3).start(model.named_parameters())                                     # weights and moments; gradients come later
-for B in [1, *rows]:                                                                   # the first is not measured: it fills caches
-    with ft.peak_memory() as peak:
-        ft.train.batch.compute_loss(model, ft.train.batch.read_batch(text[:B * 65].reshape(B, 65)))[1].backward()
-    peaks.append(peak["bytes"] / 1e6)
-assert abs(state["bytes"] / count - 12) < 0.5 and np.allclose(peaks[1:] / rows, peaks[-1] / 8, rtol=0.1) and peaks[-1] > 10 * 4e-6 * count
-fig, panels = figure(2)
-for lengths, colour, name in ((free, RED, "no clipping"), (clipped, BLUE, "clip = 1")):
-    panels[0].semilogy(lengths, color=colour, label=name)
-panels[0].set(xlabel="step", ylabel="Adam's step, in rates", title="one gradient of 1000, in step 50")
-panels[1].plot(rows, peaks[1:], "o-", color=RED, label="one pass (mostly activations)")
-panels[1].axhline(16e-6 * count, color=BLUE, label="weights, gradients, moments")
-panels[1].set(xlabel="texts of 64 tokens in a batch", ylabel="MB", ylim=0, title=f"memory, {count:,} weights")
-for ax in panels:
-    ax.legend(fontsize=8)
-show("Left: what clipping is for. Right: the batch fills the memory, not the weights.")
-print(f"{'':20}{'rate':>6}   loss after {len(losses)} steps   bytes per weight for moments")
-for (name, (_, optimizer, _)), loss in zip(runs.items(), final):
-    moments = sum(a.nbytes for key, a in optimizer.state_dict().items() if key != "step")
-    print(f"{name:20}{optimizer.lr:6g}{loss:11.2f}{moments / sum(p.size for p in runs[name][0].parameters()):22.0f}")
+whole, count = gradient_of(slice(0, 8))
+short, short_count = gradient_of(slice(0, 4))
+long, long_count = gradient_of(slice(4, 8))
+
+
+def error(gradient):
+    return np.linalg.norm(gradient - whole) / np.linalg.norm(whole)
+
+
+weighted = (short_count * short + long_count * long) / count
+print("labels in the halves:", short_count, long_count)
+print(f"weighted by labels: error {error(weighted):.0e}")
+print(f"mean of the means:  error {error((short + long) / 2):.2f}")
+
+# %% [check]
+assert error(weighted) < 1e-4 and error((short + long) / 2) > 0.02
+assert short_count + long_count == count
+
 # %% [markdown]
-# Where this stops: the text is learnt by heart; what a model says of other text is lesson 04.
-# **Exercises.** `tinyft start cross_entropy` (where 1/N comes in), `tinyft start adam_update`, `tinyft start clip_norm`, `tinyft start cosine_schedule`.
+# The mean of the means is wrong by more than a tenth, and no error message tells you.
+# The argument `accumulate` of `ft.fit` weighs by labels.
+#
+# ## Warm-up and schedules
+# In Adam's first step $\hat m / \sqrt{\hat v}$ is $g / |g|$: every parameter moves by
+# the whole learning rate, even if its gradient is pure noise. Later the noise
+# averages out. Let us measure this with 1000 parameters whose gradients are nothing
+# but noise.
+
+# %%
+generator = np.random.default_rng(1)
+
+
+def fresh_noise(w, t):
+    return generator.standard_normal(1000)
+
+
+walk = drive(ft.Adam(1.0), fresh_noise, [0.0] * 1000, 60)
+sizes = np.sqrt((np.diff(walk, axis=0)**2).mean(axis=1))
+curves({"pure noise": sizes}, levels={"the learning rate": 1.0},
+       ylabel="typical step", caption="Adam's first steps follow the noise.")
+print("typical step: first", sizes[0].round(2), "  later", sizes[-20:].mean().round(2))
+
+# %% [check]
+assert np.isclose(sizes[0], 1, atol=1e-3) and 0.18 < sizes[-20:].mean() < 0.28
+
+# %% [markdown]
+# The first step is four times as long as later ones, and it knows nothing but one
+# batch. This is one reason for **warm-up**: the learning rate rises from near zero
+# during the first steps. Afterwards it often falls again, in a straight line or as
+# half a cosine, so that the last steps are small and the noise of the batches
+# averages out.
+#
+# A schedule of the library is a function of the step $t$ and the number of steps $T$.
+# It returns the factor on the learning rate.
+
+# %%
+schedules = {"constant": ft.constant_schedule(warmup=10),
+             "linear": ft.linear_schedule(warmup=10),
+             "cosine, floor 0.1": ft.cosine_schedule(warmup=10, floor=0.1)}
+factors = {}
+for name, schedule in schedules.items():
+    factors[name] = [schedule(t, 100) for t in range(100)]
+curves(factors, ylabel="factor on the learning rate",
+       caption="Three schedules of 100 steps, 10 of them warm-up.")
+
+# %% [check]
+assert factors["cosine, floor 0.1"][0] == 0.1 and factors["linear"][9] == 1
+assert factors["linear"][-1] > 0
+
+# %% [markdown]
+# The first step, $t = 0$, has the factor $1/10$ and not 0: a step of length zero
+# would be wasted.
+#
+# ## Clipping: one bad batch
+# Adam does not care about the size of the gradients, as long as they all have it. One
+# batch with huge gradients is another matter. Let all gradients be 1, except that of
+# step 50, which is 1000. The average $v$ remembers it.
+#
+# **Clipping** guards against this. It computes the norm $n$ of *all* gradients
+# together. If $n$ is above a limit, all gradients are multiplied by one factor, so
+# that their norm is the limit. One factor for all keeps the direction.
+
+# %%
+gradients = [np.array([30.0]), np.array([40.0])]
+norm = clip_norm(gradients, 1.0)
+after = np.concatenate(gradients).round(3)
+print("norm before:", norm, "  gradients after:", after)
+
+
+def one_outlier(w, t):
+    return [1000.0 if t == 50 else 1.0]
+
+
+free = -np.diff(drive(ft.Adam(1.0), one_outlier, [0.0], 300)[:, 0])
+clipped = -np.diff(drive(ft.Adam(1.0), one_outlier, [0.0], 300, clip=1.0)[:, 0])
+print(f"step 150, in learning rates: {free[150]:.3f}, with clipping {clipped[150]:.3f}")
+curves({"no clipping": free, "clipped to the norm 1": clipped}, log="y",
+       ylabel="length of the step", caption="One gradient of 1000, in step 50.")
+
+# %% [check]
+assert norm == 50 and np.allclose(gradients, [[0.6], [0.8]])
+assert free[150] < 0.05 and np.allclose(clipped, 1, atol=1e-3)
+
+# %% [markdown]
+# Without clipping the parameter stands nearly still: a hundred steps later its steps
+# are a hundredth of what they were. The average $m$ forgets the outlier in a few
+# dozen steps; $v$ keeps it for a thousand. With clipping nothing happens at all.
+#
+# ## A real model
+# Now everything together. A GPT of two layers learns 32 pieces of real text by heart,
+# 32 tokens each. `ft.fit` is the training loop. In each step it takes a batch, runs
+# the model, computes the loss and its gradient, clips, and calls the optimiser. It
+# returns a history with the loss of every step. The learning rates of SGD are the
+# best of several that we tried.
+
+# %%
+text = ft.data.pretraining("prose", "valid")[:1024]
+
+
+def train(optimizer, schedule=None, clip=None, seed=0):
+    "(the trained model, the loss of each step)"
+    model = ft.GPT(shape, seed=seed)
+    batches = ft.data.lm_batches(text, 32, 16)           # 16 pieces of 32 tokens
+    history = ft.fit(model, batches, 48, optimizer, schedule, clip=clip, progress=False)
+    return model, history.losses
+
+
+optimizers = {"SGD": ft.SGD(1.0), "SGD, momentum": ft.SGD(0.3, momentum=0.9),
+              "AdamW, uncorrected": Uncorrected(0.005), "AdamW": ft.AdamW(0.005)}
+losses = {}
+for name, optimizer in optimizers.items():
+    model, losses[name] = train(optimizer)
+curves(losses, ylabel="loss (nats per token)",
+       caption="The same model, data and number of steps.")
+
+# %% [markdown]
+# All start at 7.6, as they should. SGD stops at a loss of about 5.5, where the model
+# knows which tokens are frequent and little else. AdamW goes on. Without bias
+# correction its first steps are too long, and it does not catch up.
+#
+# Why does SGD fail? The valley gave the reason: directions of different scale. Let us
+# see if the tensors of this GPT differ in scale. We take one more step with AdamW and
+# compare, for each tensor, the size of its gradient with the size of its step.
+
+# %%
+batch = read_batch(text.reshape(32, 32))
+compute_loss(model, batch)[1].backward()
+tensors = {n: p for n, p in model.named_parameters().items() if "k.bias" not in n}
+before = {n: p.numpy().copy() for n, p in tensors.items()}
+optimizer.step()
+
+
+def typical(array):
+    return float(np.sqrt((array**2).mean()))
+
+
+by_size = sorted(tensors, key=lambda name: typical(tensors[name].grad))
+sizes_of_gradients = [typical(tensors[n].grad) for n in by_size]
+moves = [typical(tensors[n].numpy() - before[n]) / optimizer.lr for n in by_size]
+curves({"gradient": sizes_of_gradients, "Adam's step, in learning rates": moves},
+       log="y", xlabel="tensors of the GPT, sorted by gradient", ylabel="typical entry",
+       caption="What Adam evens out.")
+spread = sizes_of_gradients[-1] / sizes_of_gradients[0]
+print(f"gradients: the largest is {spread:.0f} times the smallest")
+print(f"steps:     the largest is {max(moves) / min(moves):.0f} times the smallest")
+
+# %% [check]
+assert spread > 50 and max(moves) / min(moves) < 30
+
+# %% [markdown]
+# From tensor to tensor the gradients differ by a factor of some hundred. One learning
+# rate cannot serve them all. (We left out the biases of the keys. Their gradient is
+# zero: they add the same number to all scores of a query, and the softmax does not
+# see it.)
+#
+# ## One run says little
+# Next we double the learning rate of AdamW, and try it with clipping and with
+# warm-up. At such a rate luck plays a part. So we train three models for each
+# setting, with different initial values.
+
+# %%
+warmup = ft.constant_schedule(warmup=5)
+settings = {"AdamW 0.01": (None, None), "and clip": (None, 1.0),
+            "and clip, warm-up": (warmup, 1.0)}
+
+
+def end(history):
+    return float(np.mean(history[-4:]))
+
+
+at_double = {}
+for name, (schedule, clip) in settings.items():
+    at_double[name] = {}
+    for seed in (0, 1, 2):
+        _, history = train(ft.AdamW(0.01), schedule, clip, seed)
+        at_double[name][f"seed {seed}"] = end(history)
+bars(at_double, ylabel="loss at the end",
+     caption="The learning rate 0.01, three seeds.")
+
+# %% [check]
+averages = {name: np.mean(list(ends.values())) for name, ends in at_double.items()}
+plain, with_clip, with_both = averages.values()
+assert with_both + 0.2 < with_clip < plain - 0.5
+assert with_both + 0.5 < end(losses["AdamW"])
+assert end(losses["AdamW"]) + 0.1 < min(end(losses[n]) for n in list(losses)[:3])
+assert max(at_double["AdamW 0.01"].values()) > min(at_double["AdamW 0.01"].values()) + 1
+
+# %% [markdown]
+# Alone, the larger learning rate is a lottery: one seed ends near 5, another near 2.
+# With clipping all three do well. With warm-up too, they do best. Neither makes a
+# step better in itself. They make a larger learning rate safe.
+#
+# Had we run one seed only, we could have "shown" almost anything.
+#
+# ## Where the memory goes
+# Adam keeps two moments for each trainable parameter, $m$ and $v$. Together with the
+# parameter and its gradient these are four numbers, or 16 bytes in float32.
+#
+# The forward pass also keeps arrays: the **activations** that the pullbacks will need
+# (lesson 01). Their number depends on the batch.
+#
+# `ft.peak_memory()` measures the largest rise of memory inside its block. We measure
+# the smallest GPT that comes with the library.
+
+# %%
+shape = ft.GPTConfig(vocab=2048, positions=128, width=64, layers=2, heads=2)
+model = ft.GPT(shape)
+size = sum(p.size for p in model.parameters())
+with ft.peak_memory() as state:
+    ft.AdamW(1e-3).start(model.named_parameters())
+print(f"{size:,} parameters of 4 bytes: {4 * size / 1e6:.1f} MB")
+print(f"bytes a parameter, for parameters and moments: {state['bytes'] / size:.1f}")
+
+# %% [markdown]
+# 12 bytes: four for the parameter, which `start` moves into one long array, and four
+# for each moment. The gradient adds four more.
+#
+# **Predict first.** The parameters take 1 MB. We send eight texts of 64 tokens
+# through the model, forward and backward. How much more memory does this need: about
+# 1, 4 or 15 MB?
+
+# %%
+pieces = ft.data.pretraining("prose", "valid")
+
+
+def peak_of(texts):
+    "The memory, in MB, of one forward and backward pass over so many texts."
+    batch = read_batch(pieces[:texts * 65].reshape(texts, 65))
+    with ft.peak_memory() as peak:
+        compute_loss(model, batch)[1].backward()
+    return peak["bytes"] / 1e6
+
+
+peak_of(1)                                               # the first call fills caches
+counts = [1, 2, 4, 8]
+peaks = [peak_of(texts) for texts in counts]
+for texts, peak in zip(counts, peaks):
+    print(f"{texts} texts: {peak:5.1f} MB")
+curves({"one pass": peaks}, x=counts, xlabel="texts of 64 tokens in a batch",
+       levels={"parameters, gradients, moments": 16 * size / 1e6}, ylabel="MB",
+       caption="The memory of one pass grows with the batch.")
+
+# %% [check]
+assert abs(state["bytes"] / size - 12) < 0.5
+assert np.allclose(np.array(peaks) / counts, peaks[-1] / 8, rtol=0.15)
+assert 12 < peaks[-1] < 20
+
+# %% [markdown]
+# 15 MB, fifteen times the parameters, and it grows with the number of texts. Most of
+# it are activations. The picture shows a training step and what each part keeps.
+
+# %%
+one = f"{4 * size / 1e6:.1f} MB"
+two = f"{8 * size / 1e6:.1f} MB"
+boxes = {"parameters": (0, 0, f"parameters\n{one}", "trained"),
+         "activations": (1.6, 0, f"activations\n{peaks[-1] / 8:.0f} MB a text", "data"),
+         "gradients": (3.2, 0, f"gradients\n{one}"),
+         "moments": (1.6, 1.1, f"moments m and v\n{two}")}
+arrows = [("parameters", "activations", "forward"),
+          ("activations", "gradients", "backward"),
+          ("gradients", "moments", "averages"),
+          ("moments", "parameters", "Adam's step")]
+diagram(boxes, arrows, height=2.4,
+        caption="A training step. Orange and grey: 16 bytes a parameter. Blue: grows "
+                "with the batch.")
+
+# %% [markdown]
+# Two remedies follow. *Accumulation* cuts the blue box: with parts of one text it
+# pays for one text. *Training fewer parameters* cuts the grey boxes: a frozen
+# parameter has no gradient and no moments. Most of this course is about the second.
+# Lesson 08 measures what it does for the blue box.
+#
+# ## The table
+# We end with the measured values of all runs.
+
+# %%
+print(f"{'':22}{'rate':>6}{'final loss':>12}{'bytes of moments':>18}")
+for name, optimizer in optimizers.items():
+    moments = len(optimizer.moment_names)
+    print(f"{name:22}{optimizer.lr:6g}{end(losses[name]):12.2f}{4 * moments:18}")
+for name, average in averages.items():
+    print(f"{name:22}{0.01:6g}{average:12.2f}{8:18}")
+
+# %% [markdown]
+# "Bytes of moments" is for each trainable parameter. The last three rows are means of
+# three seeds. The library's SGD keeps a velocity even if its momentum is 0.
+#
+# **Where this stops.** The model learns 32 short pieces by heart. A loss of 1.5 on
+# them says nothing about other texts. How we measure that is the subject of lesson
+# 04. And a learning rate that is good here need not be good for another model: it is
+# the first thing to tune.
+#
+# **Exercises:** `tinyft start training` writes four files for you. Begin with
+# `clip_norm` and `cosine_schedule`, which are short. `adam_update` is Adam as in this
+# lesson. In `cross_entropy` you meet the two mistakes with the mean again.

@@ -4,20 +4,21 @@
     points      labelled points in a plane
     bars        one bar or several for each name
     heat_map    a matrix as coloured cells
+    contours    paths of two parameters over the level lines of a loss
     diagram     boxes and arrows: a graph, a block and its shapes
 
 Each takes `caption`, the sentence that the book prints below the picture, and shows the picture (lessons.show).
 """
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from .lessons import show
 
-__all__ = ["bars", "curves", "diagram", "figure", "heat_map", "points"]
+__all__ = ["bars", "contours", "curves", "diagram", "figure", "heat_map", "points"]
 
 TEXT = "#78818c"                                         # contrast of at least 4 to white and to the dark page
 COLOURS = ["#3b82f6", "#d97706", "#059669", "#8b5cf6", "#ef4444", "#0891b2"]                # at least 3 to both
@@ -137,6 +138,30 @@ def heat_map(
             colour = "white" if abs(entry) > 0.6 * largest else TEXT
             axes.text(j, i, format(entry, values), ha="center", va="center", color=colour)
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    show(caption)
+
+
+def contours(
+    panels: Mapping[str, tuple[Callable, Any]], *, levels: Sequence[float], xlabel: str = "$w_1$",
+    ylabel: str = "$w_2$", caption: str = "", height: float = 2.6,
+) -> None:
+    """One panel for each {title: (loss, path)}: the path (n, 2) over the level lines of the loss, with its minimum.
+
+    loss: a function of points (..., 2) that returns their values (...). A ring marks the first point of the path, a
+    cross the origin, where the minimum is. All panels show the same region.
+    """
+    _, row = figure(len(panels), height)
+    paths = [np.asarray(path, float) for _, path in panels.values()]
+    ends = np.concatenate([*paths, np.zeros((1, 2))])
+    margin = 0.15 * np.ptp(ends, axis=0) + 0.1
+    sides = [np.linspace(low, high, 120) for low, high in zip(ends.min(0) - margin, ends.max(0) + margin)]
+    grid = np.stack(np.meshgrid(*sides), axis=-1)                                       # (120, 120, 2)
+    for axes, (title, (loss, _)), path in zip(np.atleast_1d(row), panels.items(), paths):
+        axes.contour(*sides, loss(grid), levels=levels, colors=TEXT, linewidths=0.6, alpha=0.6)
+        axes.plot(*path.T, ".-", linewidth=1.0, markersize=4)
+        axes.plot(*path[0], "o", color=COLOURS[0], markerfacecolor="none", markersize=8)
+        axes.plot(0, 0, "+", color=COLOURS[4], markersize=11, markeredgewidth=2)
+        axes.set(title=title, xlabel=xlabel, ylabel=ylabel if path is paths[0] else "")
     show(caption)
 
 
