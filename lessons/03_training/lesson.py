@@ -112,9 +112,7 @@ assert abs(descend(1.0)[-1]) == 0 and abs(descend(2.1)[-1]) > 6
 # 0.021 its value grows to 2,000. Here is its path, from the ring towards the cross.
 
 # %%
-contours({"learning rate 0.019": (valley, sgd_path),
-          "its first 10 steps": (valley, sgd_path[:11])},
-         levels=[1, 5, 20, 60, 120],
+contours({"learning rate 0.019": (valley, sgd_path)}, levels=[1, 5, 20, 60, 120],
          caption="Steps are long across the valley and short along it.")
 
 # %% [markdown]
@@ -798,12 +796,12 @@ assert 12 < peaks[-1] < 20
 one = f"{4 * size / 1e6:.1f} MB"
 two = f"{8 * size / 1e6:.1f} MB"
 boxes = {"parameters": (0, 0, f"parameters\n{one}", "trained"),
-         "activations": (1.6, 0, f"activations\n{peaks[-1] / 8:.0f} MB a text", "data"),
-         "gradients": (3.2, 0, f"gradients\n{one}"),
-         "moments": (1.6, 1.1, f"moments m and v\n{two}")}
+         "activations": (2, 0, f"activations\n{peaks[-1] / 8:.0f} MB a text", "data"),
+         "gradients": (2, 1.3, f"gradients\n{one}"),
+         "moments": (0, 1.3, f"moments m and v\n{two}")}
 arrows = [("parameters", "activations", "forward"),
           ("activations", "gradients", "backward"),
-          ("gradients", "moments", "averages"),
+          ("gradients", "moments", "running averages"),
           ("moments", "parameters", "Adam's step")]
 diagram(boxes, arrows, height=2.4,
         caption="A training step. Orange and grey: 16 bytes a parameter. Blue: grows "
