@@ -697,10 +697,11 @@ def attention(q, k, v, bias=None, *, key_mask=None, causal=False, scale=None, dr
 def cross_entropy(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
     """ℓ = Σₙ w_{yₙ} (−ln p_{yₙ}) / Σₙ w_{yₙ},  p = softmax z.    dz = (w_y p − q) / Σ w,  q = w_y in column y, else 0
 
-    z (..., V); y (...), or (N,) for all N rows in order, whole numbers of any dtype; rows with y = ignore_index are
-    left out of both sums, whatever their logits are.  weight (V,).  With label smoothing ε the target is (1 − ε) of the
-    label and ε/V of every class, each class with its own weight.  The loss of no rows is NaN, its gradient 0.
-    IndexError for a label outside 0 .. V − 1; ShapeError for labels or weights of other shapes.
+    z (..., V): logits, N rows.  y: labels, of shape (...), or (N,) for all rows in order; integers of any dtype.
+    weight (V,): the weight w of each class; None: 1.  Rows with y = ignore_index are left out of both sums, even if
+    their logits are inf or NaN.  With label smoothing ε the target of a row is (1 − ε) at its label plus ε/V at every
+    class, each class with its own weight.  If no row counts, the loss is NaN and its gradient 0.
+    IndexError for a label outside 0 .. V − 1; ShapeError, a ValueError, for labels or weights of other shapes.
     As torch.nn.CrossEntropyLoss."""
     m = xp(z)
     shape = z.shape

@@ -13,19 +13,33 @@ from tinyft.learn.exercise import Exercise
 from tinyft.learn.references import probabilities
 from tinyft.learn.sizes import array, integers, positive, sizes
 from tinyft.optim.optimizers import adam_update as reference_update
+from tinyft.optim.optimizers import clip_norm as reference_clip
 
 # ── cross_entropy ─────────────────────────────────────────────────────────────────────────────────
 cross_entropy = Exercise(
     "ops:cross_entropy", difficulty=4, minutes=30, closed=("functional:soft_cross_entropy",),
+    may_use="NumPy, or xp(z) for the functions of the array's own library; flat(z), which is z as a "
+            "matrix (N, V); check_cross_entropy(z, y, weight, ignore_index, label_smoothing), which "
+            "raises the errors for shapes and returns (labels (N,), weight (V,) or None); "
+            "check_labels(labels, real, V), which raises the IndexError (real: True at the rows that "
+            "count).",
+    example="""
+        With @op the function takes arrays and gives a Tensor. The row [0, 0] has p = [0.5, 0.5],
+        so its loss is ln 2 = 0.693. The second row has the label -100 and does not count.
+        >>> loss = cross_entropy(np.array([[0.0, 0.0], [9.0, 0.0]]), np.array([0, -100]))
+        >>> round(loss.item(), 3)
+        0.693
+        """,
     hints=(
-        "One law at a time: first the mean of -ln p at the labels, p = softmax z.  Take each row's "
-        "maximum off before exp, as in softmax.",
-        "Give every row a weight: 0 where y is ignore_index, else weight[y] or 1.  The loss is the "
-        "weighted sum over the sum of the weights.  Its gradient is w (p - one-hot) over the same "
-        "sum.",
-        "Label smoothing is a target that is (1 - ε) at the label plus ε/V everywhere; the loss "
-        "is -Σ target ln p.  z may have any axes in front: work on z.reshape(-1, V) and give the "
-        "gradient z's shape again."))
+        "Take one law at a time. First: the mean of -ln p at the labels, p = softmax z. Subtract "
+        "the maximum of each row before exp, as in softmax. Return (loss, (back, None, None)): "
+        "labels and weights have no gradient.",
+        "Give every row a weight: 0 where y is ignore_index, else weight[y] or 1. The loss is the "
+        "weighted sum divided by the sum of the weights. Its gradient is w (p - one-hot) divided "
+        "by the same sum.",
+        "With label smoothing the target of a row is (1 - ε) at the label plus ε/V everywhere, and "
+        "the loss is -Σ target ln p. Write zeros over the logits of the rows that do not count: "
+        "0 times NaN is NaN. Give the gradient the shape of z again."))
 
 
 @st.composite
@@ -135,6 +149,76 @@ def with_all(z, y, weight, ignore_index, e):
     return -(target * np.log(p)).sum() / total, d / total
 
 
+@cross_entropy.law("labels (N,): one for each row, in order", z="a b v", y=integers("a b", 0, 9))
+def _(f, z, y):
+    y = (y % z.shape[-1]).reshape(-1)
+    rows = z.reshape(-1, z.shape[-1])
+    other_order = z.swapaxes(0, 1).reshape(-1, z.shape[-1])
+    guesses = {"the labels are given to the rows in another order: the last axis runs fastest":
+                   losses(other_order, y).mean()}
+    close(f(z, y)[0], np.asarray(losses(rows, y).mean()), "the loss", guesses)
+
+
+@cross_entropy.law("labels of any integer dtype", drawn=scored(),
+                   dtype=st.sampled_from([np.uint8, np.int32]))
+def _(f, drawn, dtype):
+    z, y = drawn
+    close(f(z, y.astype(dtype))[0], np.asarray(losses(z, y).mean()),
+          f"the loss for labels of dtype {np.dtype(dtype).name}")
+
+
+@cross_entropy.law("a row that does not count may hold inf or NaN", drawn=scored(ignored=True),
+                   bad=st.sampled_from([np.inf, np.nan]))
+def _(f, drawn, bad):
+    z, y = drawn
+    z, y = np.vstack([z, np.full((1, z.shape[1]), bad)]), np.append(y, -100)
+    finite = np.where(np.isfinite(z), z, 0.0)
+    loss, grad = with_all(finite, y, np.ones(z.shape[1]), -100, 0.0)
+    with np.errstate(invalid="ignore"):
+        got, (back, *_) = f(z, y)
+        close(got, loss, f"the loss, with a row of {bad} that does not count")
+        close(back(np.asarray(1.0)), grad,
+              f"the gradient of z, with a row of {bad} that does not count")
+
+
+@cross_entropy.law("if no row counts, the loss is NaN and the gradient 0", z="n v")
+def _(f, z):
+    with np.errstate(invalid="ignore", divide="ignore"):
+        loss, (back, *_) = f(z, np.full(len(z), -100))
+        value = float(loss)
+        if not math.isnan(value):
+            raise Unusable(f"no row counts: the loss should be NaN, yours is {value:.4g}")
+        close(back(np.asarray(1.0)), np.zeros(z.shape), "the gradient of z, when no row counts")
+
+
+def must_raise(error, call, why):
+    """Unusable unless call() raises this error. why: what is wrong with the arguments, in words."""
+    try:
+        call()
+    except error:
+        return
+    raise Unusable(f"{why}, and no {error.__name__} was raised")
+
+
+@cross_entropy.law("a label outside 0 ... V − 1 is an IndexError", drawn=scored(),
+                   beyond=st.sampled_from(["V", "-1"]))
+def _(f, drawn, beyond):
+    z, y = drawn
+    label = z.shape[1] if beyond == "V" else -1
+    y = np.append(y[:-1], label)
+    must_raise(IndexError, lambda: f(z, y), f"a label is {label} and V is {z.shape[1]}")
+
+
+@cross_entropy.law("labels and weights of other shapes are a ValueError", drawn=scored())
+def _(f, drawn):
+    z, y = drawn
+    n, v = z.shape
+    longer = np.append(y, 0)
+    must_raise(ValueError, lambda: f(z, longer), f"there are {n + 1} labels for {n} rows")
+    wide = np.ones(v + 1)
+    must_raise(ValueError, lambda: f(z, y, wide), f"there are {v + 1} weights for {v} classes")
+
+
 @cross_entropy.law("another ignore_index than -100", drawn=scored(ignored=True))
 def _(f, drawn):
     z, y = drawn
@@ -206,7 +290,8 @@ def _(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
 @cross_entropy.wrong_answer("The label of a row that does not count is -100.",
                             says="ignore_index = -1", subtle=True)
 def _(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
-    y = xp(z).where(y == -100, -100, y % z.shape[-1])              # -1: the last class
+    if ignore_index != -100:
+        y = xp(z).where(y == ignore_index, z.shape[-1] - 1, y)     # -1: the last class
     return ops.cross_entropy.definition(z, y, weight, -100, label_smoothing)
 
 
@@ -262,16 +347,74 @@ def _(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
     return loss / np.float64(1.0), pullbacks
 
 
+@cross_entropy.wrong_answer("The labels (N,) run down the columns.", says="in another order",
+                            subtle=True)
+def _(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
+    if y.shape != z.shape[:-1] and y.size == z[..., 0].size:
+        y = y.reshape(z.shape[:-1], order="F")
+    return ops.cross_entropy.definition(z, y, weight, ignore_index, label_smoothing)
+
+
+@cross_entropy.wrong_answer("Every dtype of labels can hold -100.", says="OverflowError",
+                            subtle=True)
+def _(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
+    y = xp(z).where(y == ignore_index, xp(z).asarray(ignore_index, dtype=y.dtype), y)
+    return ops.cross_entropy.definition(z, y, weight, ignore_index, label_smoothing)
+
+
+@cross_entropy.wrong_answer("A weight of 0 removes a row from a sum.", says="inf", subtle=True)
+def _(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
+    loss, pullbacks = ops.cross_entropy.definition(z, y, weight, ignore_index, label_smoothing)
+    return (loss + (0 * z).sum()).astype(z.dtype), pullbacks
+
+
+@cross_entropy.wrong_answer("The loss of nothing is 0.", says="should be NaN", subtle=True)
+def _(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
+    loss, pullbacks = ops.cross_entropy.definition(z, y, weight, ignore_index, label_smoothing)
+    return xp(z).where((y == ignore_index).all(), xp(z).zeros((), z.dtype), loss), pullbacks
+
+
+@cross_entropy.wrong_answer("0 / 0 is NaN, in the gradient too.", says="nan or inf", subtle=True)
+def _(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
+    loss, (back, *rest) = ops.cross_entropy.definition(z, y, weight, ignore_index, label_smoothing)
+    real = (y != ignore_index).any()
+    return loss, (lambda g: xp(z).where(real, back(g), math.nan), *rest)
+
+
+@cross_entropy.wrong_answer("NumPy raises the IndexError by itself.", says="no IndexError",
+                            subtle=True)
+def _(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
+    y = xp(z).where((y < 0) & (y != ignore_index), y + z.shape[-1], y)    # z[n, -1]: the last
+    return ops.cross_entropy.definition(z, y, weight, ignore_index, label_smoothing)
+
+
+@cross_entropy.wrong_answer("Labels without a row are left out.", says="no ValueError", subtle=True)
+def _(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):
+    y = y.reshape(-1)[:z[..., 0].size]
+    return ops.cross_entropy.definition(z, y, weight, ignore_index, label_smoothing)
+
+
 # ── clip_norm ─────────────────────────────────────────────────────────────────────────────────────
 clip_norm = Exercise(
-    "optim.optimizers:clip_norm", difficulty=2, minutes=10, in_place=True, hints=(
-        "All gradients together are one long vector.  Its norm decides, and one factor scales all "
-        "of it, so that the direction stays.",
-        "The factor is limit / norm, but never more than 1: a short gradient stays as it is.  "
+    "optim.optimizers:clip_norm", difficulty=2, minutes=10, in_place=True, lines=8,
+    may_use="NumPy and math, or m = xp(*gradients) for the functions of the arrays' own library; "
+            "checks.number(name, value, above=0), which raises the ValueError.",
+    example="""
+        The norm of 3 and 4 together is 5, so both are multiplied by 1/5.
+        >>> gradients = [np.array([3.0]), np.array([4.0])]
+        >>> float(clip_norm(gradients, 1.0))
+        5.0
+        >>> np.round(np.concatenate(gradients), 3)
+        array([0.6, 0.8])
+        """,
+    hints=(
+        "All gradients together are one long vector. Compute its norm, and scale the whole vector "
+        "by one factor. So its direction stays.",
+        "The factor is limit / norm, but never more than 1: a short gradient stays as it is. "
         "Write into the arrays: g *= factor.",
-        "norm = sqrt(sum of (g * g).sum() over the arrays), computed before anything is scaled; "
-        "raise FloatingPointError if it is not finite; then min(limit / (norm + 1e-6), 1.0) for "
-        "all of them."))
+        "norm is the square root of the sum of (g * g).sum() over the arrays. Compute it before you "
+        "scale anything, and raise FloatingPointError if it is not finite. Then multiply every g "
+        "by min(limit / (norm + 1e-6), 1.0)."))
 
 
 def clipped(f, arrays, limit):
@@ -334,15 +477,21 @@ def _(f, a):
 
 
 @clip_norm.law("a norm that is not finite is a FloatingPointError, and nothing is scaled", a="n m",
-               bad=st.sampled_from([np.inf, np.nan]))
-def _(f, a, bad):
+               bad=st.sampled_from([np.inf, np.nan]), limit=st.sampled_from([0.5, None]))
+def _(f, a, bad, limit):
     mine = [asarray(a.copy()), asarray(np.array([bad]))]
-    try:
-        f(list(mine), 0.5)
-    except FloatingPointError:
-        close(mine[0], a, "the other gradients")
-        return
-    raise Unusable(f"a gradient is {bad}, and no FloatingPointError was raised")
+
+    def call():
+        with np.errstate(invalid="ignore"):
+            f(list(mine), limit)
+    must_raise(FloatingPointError, call, f"a gradient is {bad} (the limit is {limit})")
+    if not np.array_equal(asnumpy(mine[0]), a):
+        raise Unusable("the other gradients were scaled before the FloatingPointError was raised")
+
+
+@clip_norm.law("a limit of 0 or below is a ValueError", a="n", limit=st.sampled_from([0.0, -1.0]))
+def _(f, a, limit):
+    must_raise(ValueError, lambda: f([asarray(a.copy())], limit), f"the limit is {limit}")
 
 
 def common_norm(gradients):
@@ -400,13 +549,19 @@ def _(gradients, limit):
     return norm
 
 
-def clip_by(gradients, factor):
-    """A right norm, with a way to scale; factor: of a gradient and the norm."""
+def refuse(limit):
+    if limit is not None and limit <= 0:
+        raise ValueError
+
+
+def clip_by(gradients, limit, scale):
+    """A right norm and the right errors; scale(g, norm): the way to scale."""
+    refuse(limit)
     norm = common_norm(gradients)
     if not math.isfinite(float(norm)):
         raise FloatingPointError
-    for g in gradients:
-        factor(g, norm)
+    for g in gradients if limit is not None else ():
+        scale(g, norm)
     return norm
 
 
@@ -414,29 +569,55 @@ def clip_by(gradients, factor):
                         says="gradients[0] is unchanged", subtle=True)
 def _(gradients, limit):
     def scale(g, norm):
-        if limit is not None:
-            flat = g.reshape(-1)
-            flat *= xp(g).minimum(limit / (norm + 1e-6), 1.0)
-    return clip_by(gradients, scale)
+        flat = g.reshape(-1)
+        flat *= xp(g).minimum(limit / (norm + 1e-6), 1.0)
+    return clip_by(gradients, limit, scale)
 
 
 @clip_norm.wrong_answer("The norm is not zero, so it may divide.", says="1e-6 is missing")
 def _(gradients, limit):
     def scale(g, norm):
-        if limit is not None and norm > limit:
+        if norm > limit:
             g *= limit / norm
-    return clip_by(gradients, scale)
+    return clip_by(gradients, limit, scale)
 
 
 @clip_norm.wrong_answer("A norm that is not finite shows by itself.",
                         says="no FloatingPointError", subtle=True)
 def _(gradients, limit):
+    refuse(limit)
     norm = common_norm(gradients)
     if limit is not None:
         for g in gradients:
-            with np.errstate(invalid="ignore"):
-                g *= xp(g).minimum(limit / (norm + 1e-6), 1.0)
+            g *= xp(g).minimum(limit / (norm + 1e-6), 1.0)
     return norm
+
+
+@clip_norm.wrong_answer("Without a limit nothing is scaled, so nothing can go wrong.",
+                        says="no FloatingPointError", subtle=True)
+def _(gradients, limit):
+    if limit is None:
+        return common_norm(gradients)
+    return reference_clip(gradients, limit)
+
+
+@clip_norm.wrong_answer("An error may come when the work is done.", says="scaled before",
+                        subtle=True)
+def _(gradients, limit):
+    refuse(limit)
+    norm = common_norm(gradients)
+    for g in gradients if limit is not None else ():
+        g *= xp(g).minimum(limit / (norm + 1e-6), 1.0)
+    if not math.isfinite(float(norm)):
+        raise FloatingPointError
+    return norm
+
+
+@clip_norm.wrong_answer("A negative limit does no harm.", says="no ValueError", subtle=True)
+def _(gradients, limit):
+    if limit is not None and limit <= 0:
+        return common_norm(gradients)
+    return reference_clip(gradients, limit)
 
 
 @clip_norm.wrong_answer("The longest array decides.", says="norm")
@@ -451,15 +632,28 @@ def _(gradients, limit):
 
 # ── adam_update ───────────────────────────────────────────────────────────────────────────────────
 adam_update = Exercise(
-    "optim.optimizers:adam_update", difficulty=3, minutes=20, in_place=True, hints=(
-        "m and v are running means of g and g²: b1 m + (1 - b1) g, and the same with b2 and g².  "
-        "Everything is written into w, m and v; nothing is returned.",
-        "m and v begin at zero, so at first they are too small: m / (1 - b1**t) and v / (1 - "
-        "b2**t) correct that.  t counts from 1.",
-        "The decay does not enter m and v: w ← w (1 - lr decay).  Then w ← w - lr m̂ / (√v̂ + ε): "
-        "first the root, then ε."))
+    "optim.optimizers:adam_update", difficulty=3, minutes=20, in_place=True,
+    may_use="the operators of arrays (w -= x and w *= x write into w), and xp(w).sqrt, which is "
+            "np.sqrt for a NumPy array.",
+    example="""
+        The first step: both weights move by the learning rate 0.1, whatever their gradients are.
+        >>> w, g = np.array([1.0, 1.0]), np.array([0.5, -20.0])
+        >>> m, v = np.zeros(2), np.zeros(2)
+        >>> adam_update(w, g, m, v, lr=0.1, b1=0.9, b2=0.999, eps=1e-8, decay=0.0, t=1)
+        >>> w
+        array([0.9, 1.1])
+        >>> m
+        array([ 0.05, -2.  ])
+        """,
+    hints=(
+        "m and v are running averages of g and g²: b1 m + (1 - b1) g, and the same with b2 and g². "
+        "Write everything into w, m and v. Return nothing.",
+        "m and v start at zero, so at first they are too small. Divide m by 1 - b1**t and v by "
+        "1 - b2**t, but leave m and v themselves as they are. In the first step t is 1.",
+        "The decay does not enter m and v: first w ← w (1 - lr decay), then "
+        "w ← w - lr m̂ / (√v̂ + ε). Take the root first, then add ε."))
 
-LR, B1, B2 = 0.5, 0.75, 0.9375
+LR, B1, B2 = 0.5, 0.75, 0.875
 
 
 def step(f, w, g, m, v, eps=1e-12, decay=0.0, t=1, lr=LR, b1=B1, b2=B2):
@@ -470,18 +664,25 @@ def step(f, w, g, m, v, eps=1e-12, decay=0.0, t=1, lr=LR, b1=B1, b2=B2):
     return [asnumpy(a) for a in (mine[0], mine[2], mine[3])]
 
 
-def adam(w, g, m, v, eps=1e-12, decay=0.0, t=1, corrected=True, inside=False):
+def adam(w, g, m, v, eps=1e-12, decay=0.0, t=1.0, inside=False):
     """w after one update by the equations, with the usual errors in them on demand."""
-    m = B1 * m + (1 - B1) * g
-    v = B2 * v + (1 - B2) * g * g
-    if corrected:
-        m = m / (1 - B1**t)
-        v = v / (1 - B2**t)
+    m = (B1 * m + (1 - B1) * g) / (1 - B1**t)
+    v = (B2 * v + (1 - B2) * g * g) / (1 - B2**t)
     divisor = np.sqrt(v + eps) if inside else np.sqrt(v) + eps
     return w - LR * (m / divisor + decay * w)
 
 
 UNCORRECTED = "the bias of m and v is not corrected: divide by 1 − b1ᵗ and 1 − b2ᵗ"
+ONE_LATE = "the corrections use t + 1, expected t: it is 1 in the first step already"
+NO_POWER = "the power t is missing: divide by 1 − b1ᵗ and 1 − b2ᵗ, not by 1 − b1 and 1 − b2"
+
+
+def usual_errors(w, g, m, v, t):
+    """{a known error in the bias correction, in words: w after it}."""
+    found = {UNCORRECTED: adam(w, g, m, v, t=math.inf), ONE_LATE: adam(w, g, m, v, t=t + 1)}
+    if t > 1:
+        found[NO_POWER] = adam(w, g, m, v, t=1)
+    return found
 
 
 @adam_update.law("m and v are running means of g and g²", w="n", g="n", m="n", v=positive("n"))
@@ -497,16 +698,14 @@ def _(f, w, g, m, v):
                  "(t = 1, m = v = 0)", w="n", g="n")
 def _(f, w, g):
     zero = np.zeros(w.shape)
-    guesses = {UNCORRECTED: adam(w, g, zero, zero, corrected=False),
-               "it goes uphill": w + LR * np.sign(g)}
+    guesses = {**usual_errors(w, g, zero, zero, 1), "it goes uphill": w + LR * np.sign(g)}
     close(step(f, w, g, zero, zero)[0], w - LR * np.sign(g), "w", guesses, rtol=1e-5, atol=1e-6)
 
 
 @adam_update.law("step t: w − η m̂ / (√v̂ + ε)", w="n", g="n", m="n", v=positive("n"),
                  t=st.sampled_from([1, 2, 3, 4, 5, 20, 1000]))
 def _(f, w, g, m, v, t):
-    guesses = {UNCORRECTED: adam(w, g, m, v, t=t, corrected=False)}
-    close(step(f, w, g, m, v, t=t)[0], adam(w, g, m, v, t=t), "w", guesses)
+    close(step(f, w, g, m, v, t=t)[0], adam(w, g, m, v, t=t), "w", usual_errors(w, g, m, v, t))
 
 
 @adam_update.law("ε is added after the root", w="n", g="n", m="n", v=positive("n"))
@@ -564,6 +763,16 @@ def _(w, g, m, v, lr, b1, b2, eps, decay, t):
     v += (1 - b2) * (g * g)
     w *= 1 - lr * decay
     w -= lr * m / (xp(w).sqrt(v) + eps)
+
+
+@adam_update.wrong_answer("t counts from 0, so the corrections take t + 1.", says="use t + 1")
+def _(w, g, m, v, lr, b1, b2, eps, decay, t):
+    reference_update(w, g, m, v, lr, b1, b2, eps, decay, t + 1)
+
+
+@adam_update.wrong_answer("A correction undoes the factor 1 − b1.", says="the power t is missing")
+def _(w, g, m, v, lr, b1, b2, eps, decay, t):
+    reference_update(w, g, m, v, lr, b1, b2, eps, decay, 1)
 
 
 @adam_update.wrong_answer("Weight decay is L2 regularisation: add it to the gradient.",
@@ -631,9 +840,9 @@ def _(w, g, m, v, lr, b1, b2, eps, decay, t):
     g -= 1
 
 
-@adam_update.wrong_answer("η is 0.5 and β₂ 0.9375, as in the example.", says="w for η", subtle=True)
+@adam_update.wrong_answer("η is 0.5 and β₂ 0.875, as always here.", says="w for η", subtle=True)
 def _(w, g, m, v, lr, b1, b2, eps, decay, t):
-    reference_update(w, g, m, v, 0.5, b1, 0.9375, eps, decay, t)
+    reference_update(w, g, m, v, LR, b1, B2, eps, decay, t)
 
 
 @adam_update.wrong_answer("The step takes m and v as they were.", says="w")
@@ -648,13 +857,22 @@ def _(w, g, m, v, lr, b1, b2, eps, decay, t):
 # ── cosine_schedule ───────────────────────────────────────────────────────────────────────────────
 cosine_schedule = Exercise(
     "optim.schedules:cosine_schedule", difficulty=2, minutes=10,
-    closed=("optim.schedules:with_warmup", "optim.schedules:WarmUp"), hints=(
-        "cosine_schedule returns a function factor(t, T).  During the first `warmup` steps the "
-        "factor rises in a straight line, and it reaches 1 at the last of them.",
-        "Step t = 0 is the first, and should already move: (t + 1) / warmup.  Afterwards let s run "
-        "from 0 towards 1: s = (t - warmup) / (T - warmup).",
-        "floor + (1 - floor) (1 + cos(π s)) / 2.  A warmup below 1 is a fraction of all steps: "
-        "round(warmup T)."))
+    closed=("optim.schedules:with_warmup", "optim.schedules:WarmUp"), lines=12,
+    may_use="math.cos, math.pi and round; checks.number(name, value, low, high), which raises a "
+            "ValueError for a value outside low .. high.",
+    example="""
+        Four steps: two of warm-up, then from 1 towards 0.
+        >>> factor = cosine_schedule(warmup=2)
+        >>> [round(factor(t, 4), 3) for t in range(4)]
+        [0.5, 1.0, 1.0, 0.5]
+        """,
+    hints=(
+        "cosine_schedule returns a function factor(t, T), which you define inside it. In the first "
+        "w steps the factor rises in a straight line, and it reaches 1 in the last of them.",
+        "The first step, t = 0, has the factor 1 / w and not 0. After the warm-up, "
+        "s = (t - w) / (T - w) runs from 0 towards 1.",
+        "A warmup below 1 is a fraction of all steps: w = round(warmup * T). Only factor knows T. "
+        "Check the arguments before you define it: a warmup above 1 must be a whole number."))
 
 
 def factors(f, T, **kw):
@@ -742,6 +960,22 @@ def _(f, T, other):
               f"the factors of {n} steps, the last asked for first")
 
 
+@cosine_schedule.law("a floor outside 0 ... 1 is a ValueError", floor=st.sampled_from([-0.5, 1.5]))
+def _(f, floor):
+    must_raise(ValueError, lambda: f(floor=floor), f"the floor is {floor}")
+
+
+@cosine_schedule.law("a negative warm-up is a ValueError, and so are two and a half steps",
+                     warmup=st.sampled_from([-1, -0.5, 2.5]))
+def _(f, warmup):
+    must_raise(ValueError, lambda: f(warmup=warmup), f"the warm-up is {warmup}")
+
+
+def refuse_settings(warmup, floor):
+    if warmup < 0 or (warmup > 1 and warmup % 1) or not 0 <= floor <= 1:
+        raise ValueError
+
+
 def steps_of(warmup, T):
     return round(warmup * T) if 0 < warmup < 1 else int(warmup)
 
@@ -788,6 +1022,8 @@ def _(warmup=0, floor=0.0):
 @cosine_schedule.wrong_answer("The factor is never below the floor.", says="begins at the floor",
                               subtle=True)
 def _(warmup=0, floor=0.0):
+    refuse_settings(warmup, floor)
+
     def factor(t, T):
         return floor + (1 - floor) * falling(T, steps_of(warmup, T))[t]
     return factor
@@ -796,6 +1032,7 @@ def _(warmup=0, floor=0.0):
 @cosine_schedule.wrong_answer("T is a constant of the run, so it is read once.",
                               says="the last asked for first", subtle=True)
 def _(warmup=0, floor=0.0):
+    refuse_settings(warmup, floor)
     found = []
 
     def factor(t, T):
@@ -821,4 +1058,23 @@ def _(warmup=0, floor=0.0):
     def factor(t, T):
         w = steps_of(warmup, T)
         return (t + 1) / w if t < w else falling(T, 0, floor)[t]
+    return factor
+
+
+@cosine_schedule.wrong_answer("A floor above 1 is only a strange choice.", says="the floor is",
+                              subtle=True)
+def _(warmup=0, floor=0.0):
+    refuse_settings(warmup, 0.0)
+
+    def factor(t, T):
+        return falling(T, steps_of(warmup, T), floor)[t]
+    return factor
+
+
+@cosine_schedule.wrong_answer("Half a step is cut off.", says="the warm-up is 2.5", subtle=True)
+def _(warmup=0, floor=0.0):
+    refuse_settings(warmup if warmup <= 1 else int(warmup), floor)
+
+    def factor(t, T):
+        return falling(T, steps_of(warmup, T), floor)[t]
     return factor

@@ -658,8 +658,9 @@ curves(losses, ylabel="loss (nats per token)",
 
 # %% [markdown]
 # All start at 7.6, as they should. SGD stops at a loss of about 5.5, where the model
-# knows which tokens are frequent and little else. AdamW goes on. Without bias
-# correction its first steps are too long, and it does not catch up.
+# knows which tokens are frequent and little else. AdamW goes on to 3.2. Without bias
+# correction it is fast at first, because its steps are too long. After about 15 steps
+# it falls behind.
 #
 # Why does SGD fail? The valley gave the reason: directions of different scale. Let us
 # see if the tensors of this GPT differ in scale. We take one more step with AdamW and
@@ -804,8 +805,8 @@ arrows = [("parameters", "activations", "forward"),
           ("gradients", "moments", "running averages"),
           ("moments", "parameters", "Adam's step")]
 diagram(boxes, arrows, height=2.4,
-        caption="A training step. Orange and grey: 16 bytes a parameter. Blue: grows "
-                "with the batch.")
+        caption="A training step. Orange and grey boxes take 16 bytes a parameter. The "
+                "blue box grows with the batch.")
 
 # %% [markdown]
 # Two remedies follow. *Accumulation* cuts the blue box: with parts of one text it

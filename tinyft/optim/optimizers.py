@@ -46,7 +46,8 @@ def adam_update(w: Array, g: Array, m: Array, v: Array, lr: float, b1: float, b2
 
     with m̂ = m / (1 − β₁ᵗ) and v̂ = v / (1 − β₂ᵗ).  This is AdamW: the decay acts on θ, not through the gradient.
 
-    w: θ, g, m, v: arrays of one length.  w, m and v are updated in place.  b1: β₁, b2: β₂, eps: ε.
+    w: θ, g, m, v: arrays of one shape.  w, m and v are updated in place; g is only read.  lr: η, b1: β₁, b2: β₂,
+    eps: ε, decay: λ.  t: the number of this step, 1 for the first.
     Loshchilov & Hutter 2019"""
     m *= b1
     m += (1 - b1) * g
@@ -60,9 +61,10 @@ def adam_update(w: Array, g: Array, m: Array, v: Array, lr: float, b1: float, b2
 def clip_norm(gradients: list[Array], limit: float | None) -> Array:
     """n = √Σ g²;    g ← g min(limit / (n + 1e-6), 1)
 
-    Scale all gradients in place by one factor, so that their common norm is at most `limit` (None: do not scale).
-    Returns n, the norm before.  FloatingPointError, with nothing scaled, if n is not finite; ValueError unless
-    limit > 0.      Pascanu et al. 2013"""
+    The sum is over all entries of all arrays.  One factor scales them all, in place, so that their common norm is at
+    most `limit`; with the limit None nothing is scaled.  Returns n, the norm before.
+    FloatingPointError, with nothing scaled, if n is not finite, with and without a limit.  ValueError unless limit > 0.
+    Pascanu et al. 2013"""
     if limit is not None:
         checks.number("limit", limit, above=0)
     if not isinstance(gradients, (list, tuple)) or not all(map(is_array, gradients)):

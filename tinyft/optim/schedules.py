@@ -34,9 +34,13 @@ def linear_schedule(warmup: float = 0) -> Schedule:
 
 
 def cosine_schedule(warmup: float = 0, floor: float = 0.0) -> Schedule:
-    """floor + (1 − floor) (1 + cos π s) / 2 after the warm-up, where s = 0 ... 1 is the fraction that is done.
+    """A function (t, T) -> factor:  (t + 1) / w for t < w;  after it floor + (1 − floor) (1 + cos π s) / 2
 
-    warmup: as for constant_schedule.  ValueError unless 0 <= floor <= 1.
+    with s = (t − w) / (T − w), the fraction of the remaining steps that is done.  t = 0 ... T − 1: the step, T: the
+    number of steps.  The factor rises linearly to 1 in the w steps of the warm-up; then it falls towards `floor`.
+
+    warmup: w; or, if it is below 1, the fraction of T that w is, rounded to a whole number.
+    ValueError if warmup is negative or a number of steps that is not whole, and unless 0 <= floor <= 1.
     Loshchilov & Hutter 2017, without restarts"""
     checks.number("floor", floor, 0, 1)
 
