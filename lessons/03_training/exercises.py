@@ -18,11 +18,11 @@ from tinyft.optim.optimizers import clip_norm as reference_clip
 # ── cross_entropy ─────────────────────────────────────────────────────────────────────────────────
 cross_entropy = Exercise(
     "ops:cross_entropy", difficulty=4, minutes=30, closed=("functional:soft_cross_entropy",),
-    may_use="NumPy, or xp(z) for the functions of the array's own library; flat(z), which is z as a "
-            "matrix (N, V); check_cross_entropy(z, y, weight, ignore_index, label_smoothing), which "
-            "raises the errors for shapes and returns (labels (N,), weight (V,) or None); "
-            "check_labels(labels, real, V), which raises the IndexError (real: True at the rows that "
-            "count).",
+    may_use="NumPy, or xp(z) for the functions of the array's own library; flat(z), which is z as "
+            "a matrix (N, V); check_cross_entropy(z, y, weight, ignore_index, label_smoothing), "
+            "which raises the errors for shapes and returns (labels (N,), weight (V,) or None); "
+            "check_labels(labels, real, V), which raises the IndexError (real: True at the rows "
+            "that count).",
     example="""
         With @op the function takes arrays and gives a Tensor. The row [0, 0] has p = [0.5, 0.5],
         so its loss is ln 2 = 0.693. The second row has the label -100 and does not count.
@@ -412,9 +412,9 @@ clip_norm = Exercise(
         "by one factor. So its direction stays.",
         "The factor is limit / norm, but never more than 1: a short gradient stays as it is. "
         "Write into the arrays: g *= factor.",
-        "norm is the square root of the sum of (g * g).sum() over the arrays. Compute it before you "
-        "scale anything, and raise FloatingPointError if it is not finite. Then multiply every g "
-        "by min(limit / (norm + 1e-6), 1.0)."))
+        "norm is the square root of the sum of (g * g).sum() over the arrays. Compute it before "
+        "you scale anything, and raise FloatingPointError if it is not finite. Then multiply "
+        "every g by min(limit / (norm + 1e-6), 1.0)."))
 
 
 def clipped(f, arrays, limit):
