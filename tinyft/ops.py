@@ -114,7 +114,7 @@ def power(x, p):
 def matmul(a, b):
     """C = A B.    dA = G Bᵀ,  dB = Aᵀ G
 
-    A vector (k,) is a row on the left and a column on the right, and C lacks its axis. As NumPy and PyTorch."""
+    A vector (k,) is a row on the left and a column on the right, and C lacks the axis of length 1, as in NumPy."""
     a, b = match_dtypes(a, b)
     if getattr(a, "ndim", 0) < 2 or getattr(b, "ndim", 0) < 2:
         return _vector_product(a, b)
@@ -569,7 +569,7 @@ def _softmax(x: Array) -> Array:
 
 @op("... n -> ... n")
 def softmax(x):
-    """p = eˣ / Σ eˣ.    dx = p (g − Σ g p)"""
+    """p = eˣ / Σ eˣ,  Σ along the last axis.    dx = p (g − Σ g p).    A large x does not overflow."""
     check_last_axis(x)
     p = _softmax(x)
     return p, (lambda g: p * (g - (g * p).sum(axis=-1, keepdims=True)),)
@@ -587,12 +587,12 @@ def log_softmax(x):
 
 @op("... c, c, c -> ... c")
 def layer_norm(x, w, b, eps=1e-5):
-    """y = w x̂ + b,  x̂ = (x − μ)/σ,  σ² = mean (x − μ)² + ε.
+    """y = w x̂ + b,  x̂ = (x − μ)/σ,  μ = mean x,  σ² = mean (x − μ)² + ε.    A mean is along the last axis.
 
-    dx = (ĝ − mean ĝ − x̂ mean(ĝ x̂))/σ,  ĝ = w g;   dw = Σ g x̂;   db = Σ g
+    dx = (ĝ − mean ĝ − x̂ mean(ĝ x̂))/σ,  ĝ = w g;   dw = Σ g x̂;   db = Σ g,  Σ over the rows
 
-    w and b (c,), the length of a row; else ShapeError. The first entry is taken off each row before its mean: a row of
-    equal numbers gives x̂ = 0 exactly, whatever the rounding of a mean."""
+    w and b (c,), the length of a row; else ShapeError. A row of equal numbers gives x̂ = 0 exactly: the first entry of
+    each row is subtracted from it before the mean, which may be rounded."""
     check_norm(x, eps, w, b)
     centred = x - x[..., :1]
     centred = centred - centred.mean(axis=-1, keepdims=True)

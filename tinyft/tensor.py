@@ -194,8 +194,8 @@ class Tensor:
     def backward(self, gradient: Any = None, retain_graph: bool = False) -> None:
         """Add d(loss)/d(leaf) to the `.grad` of every trainable leaf.
 
-        gradient: d(loss)/d(self), of this tensor's shape; 1 by default, if this tensor is the loss.  The walk releases
-        the graph as it goes; retain_graph=True keeps it for a second walk."""
+        gradient: d(loss)/d(self), an array of this tensor's shape; by default 1, for a tensor of one element.  The
+        graph is released on the way; retain_graph=True keeps it for a second backward pass."""
         retain_graph = flag("retain_graph", retain_graph)
         gradients = Gradients()
         gradients.add(self.node, _seed(self, gradient))
@@ -346,9 +346,10 @@ def _is_own(d: Array, given: Any) -> bool:
 
 
 def topological(root: Tensor) -> list[Record | Part | Tensor]:
-    """The nodes that need a gradient: the root's and all that it depends on, inputs before outputs.
+    """The root's node and all nodes that it depends on, each once, inputs before outputs.
 
-    The search uses a list as its stack, not recursion, so a deep graph does not exceed Python's recursion limit."""
+    Inputs that need no gradient have no node here.  The search uses a list as its stack, not recursion, so a deep graph
+    does not exceed Python's recursion limit."""
     order, seen, stack = [], set(), [(root.node, False)]       # stack: (node, True once its parents are in `order`)
     while stack:
         node, parents_done = stack.pop()
@@ -363,9 +364,10 @@ def topological(root: Tensor) -> list[Record | Part | Tensor]:
 
 
 def sum_to(g: Array, shape: tuple) -> Array:
-    """The adjoint of broadcasting: g summed over the axes along which an input of this shape was repeated.
+    """Undo broadcasting: g summed over the axes along which an input of this shape was repeated.
 
-    16-bit gradients are summed in float32."""
+    g has a shape to which the input broadcasts; the result has the input's shape.  A 16-bit g is summed in float32, and
+    the sum is float32."""
     if g.shape == shape:
         return g
     new = g.ndim - len(shape)

@@ -4,24 +4,36 @@ The walk through the graph: exercises_graphs.py.
 """
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 from hypothesis import strategies as st
 
 from tinyft import ops
-from tinyft.learn.diagnose import close, host, undo_broadcasting
+from tinyft.learn.diagnose import Unusable, close, host, undo_broadcasting
 from tinyft.learn.exercise import Exercise
 from tinyft.learn.references import numerical_gradient, probabilities
-from tinyft.learn.sizes import array, positive, sizes
+from tinyft.learn.sizes import Shaped, array, positive, sizes
+from tinyft.precision import to_float32
 
 # ── sum_to ────────────────────────────────────────────────────────────────────────────────────────
 sum_to = Exercise(
     "tensor:sum_to", difficulty=2, minutes=10, hints=(
-        "NumPy repeats an array in two ways: it puts new axes in front, and it stretches axes of "
-        "length one.  Every copy of an entry has a gradient of its own, and they add up.",
-        "First sum away the axes in front, of which g has g.ndim - len(shape).  Then sum along "
-        "each axis where shape has 1 and g has more.",
-        "g.sum(axis=(0, 1)) sums over two axes at once, over none with axis=(); keepdims=True "
-        "leaves an axis of length one where the sum was."))
+        "NumPy repeats an array in two ways.  It puts new axes in front, and it stretches axes of "
+        "length 1.  Each copy of an entry has its own gradient; add them up.",
+        "First sum over the axes in front.  There are g.ndim - len(shape) of them.  Then sum over "
+        "each axis that has length 1 in shape and is longer in g.",
+        "g.sum(axis=(0, 1)) sums over two axes at once, and axis=() over none.  keepdims=True "
+        "keeps each summed axis, with length 1.  Before you sum: g = precision.to_float32(g)."),
+    may_use="g.sum(axis=..., keepdims=...), reshape, and precision.to_float32(g), which turns a "
+            "16-bit array into float32 and leaves any other array as it is.",
+    example="""
+        >>> g = np.array([[1., 10.], [2., 20.], [3., 30.]])
+        >>> print(sum_to(g, (2,)))
+        [ 6. 60.]
+        >>> print(sum_to(g, (3, 1)).tolist())
+        [[11.0], [22.0], [33.0]]
+        """)
 
 
 @st.composite
@@ -64,14 +76,14 @@ def _(f, g):
           {one_copy: g[:, :1]})
 
 
-@sum_to.law("both at once, in any number: every entry of g is added where it came from",
+@sum_to.law("new and stretched axes at once: every entry of g is added to the entry it came from",
             drawn=repeated())
 def _(f, drawn):
     shape, g = drawn
     close(f(g, shape), added_one_by_one(g, shape))
 
 
-@sum_to.law("an axis of length zero that was repeated leaves zeros", g="n m")
+@sum_to.law("an input that was repeated zero times gets zeros", g="n m")
 def _(f, g):
     none = g[:0]
     close(f(none, g.shape[1:]), np.zeros(g.shape[1:]), f"sum_to(g, {g.shape[1:]}) for an empty g")
@@ -85,9 +97,19 @@ def _(f, g):
     close(f(g / 3, row), (g / 3).sum(axis=0, keepdims=True), "sum_to(g / 3, ...)")
 
 
+@sum_to.law("a 16-bit gradient is summed in float32, where 2048 + 1 is 2049",
+            g=Shaped("n m", (1, 2048, 3), np.float16))
+def _(f, g):
+    few_digits = ("the sum has only the digits of 16 bits, in which 2048 + 1 is 2048: "
+                  "make float32 of g before you sum")
+    want = g.astype(np.float32).sum(axis=0)
+    close(f(g, g.shape[1:]), want, f"sum_to(g, {g.shape[1:]}) for a float16 g",
+          {few_digits: want.astype(np.float16)})
+
+
 @sum_to.wrong_answer("Copies share the gradient, so take their mean.", says="a mean for a sum")
 def _(g, shape):
-    g = g.mean(axis=tuple(range(g.ndim - len(shape))))
+    g = to_float32(g).mean(axis=tuple(range(g.ndim - len(shape))))
     return g.mean(axis=tuple(i for i, n in enumerate(shape) if n == 1 and g.shape[i] != 1),
                   keepdims=True)
 
@@ -101,31 +123,34 @@ def _(g, shape):
 
 @sum_to.wrong_answer("Summing along an axis is summing along an axis.", says="its shape is")
 def _(g, shape):
-    g = g.sum(axis=tuple(range(g.ndim - len(shape))))
-    return g.sum(axis=tuple(i for i, n in enumerate(shape) if n == 1 and g.shape[i] != 1))
+    g = to_float32(g).sum(axis=tuple(range(g.ndim - len(shape))))
+    repeated = tuple(i for i, n in enumerate(shape) if n == 1 and g.shape[i] != 1)
+    return to_float32(g).sum(axis=repeated)
 
 
 @sum_to.wrong_answer("Either axes were put in front or some were stretched, never both.",
                      says="not summed", subtle=True)
 def _(g, shape):
     if g.ndim > len(shape):
-        return g.sum(axis=tuple(range(g.ndim - len(shape))))
-    return g.sum(axis=tuple(i for i, n in enumerate(shape) if n == 1 and g.shape[i] != 1),
-                 keepdims=True)
+        return to_float32(g).sum(axis=tuple(range(g.ndim - len(shape))))
+    repeated = tuple(i for i, n in enumerate(shape) if n == 1 and g.shape[i] != 1)
+    return to_float32(g).sum(axis=repeated, keepdims=True)
 
 
-@sum_to.wrong_answer("An array of zeros is an array of zeros.", says="dtype is float64",
+@sum_to.wrong_answer("np.zeros(shape) has the dtype that I need.", says="dtype is float64",
                      subtle=True)
 def _(g, shape):
-    return added_one_by_one(g, shape)
+    made = added_one_by_one(g, shape)
+    return made.astype(np.float32) if g.itemsize == 2 else made
 
 
 @sum_to.wrong_answer("Single precision is enough inside.", says="six digits", subtle=True)
 def _(g, shape):
-    return added_one_by_one(g.astype(np.float32), shape).astype(np.float32).astype(g.dtype)
+    wide = to_float32(g)
+    return added_one_by_one(wide.astype(np.float32), shape).astype(np.float32).astype(wide.dtype)
 
 
-@sum_to.wrong_answer("Gradients are counted, so integers will do.", says="dtype is int64")
+@sum_to.wrong_answer("Gradients are whole numbers.", says="dtype is int64")
 def _(g, shape):
     return added_one_by_one(g, shape).astype(np.int64)
 
@@ -133,38 +158,62 @@ def _(g, shape):
 @sum_to.wrong_answer("One stretched axis is summed; there is never a second one.",
                      says="not summed")
 def _(g, shape):
-    g = g.sum(axis=tuple(range(g.ndim - len(shape))))
+    g = to_float32(g).sum(axis=tuple(range(g.ndim - len(shape))))
     for i, n in enumerate(shape):
         if n == 1 != g.shape[i]:
-            return g.sum(axis=i, keepdims=True)
+            return to_float32(g).sum(axis=i, keepdims=True)
     return g
 
 
 @sum_to.wrong_answer("The first axis is new, if any is.", says="not summed", subtle=True)
 def _(g, shape):
     if g.ndim > len(shape):
-        g = g.sum(axis=0)
+        g = to_float32(g).sum(axis=0)
     if g.ndim > len(shape):
         return g
-    return g.sum(axis=tuple(i for i, n in enumerate(shape) if n == 1), keepdims=True)
+    return to_float32(g).sum(axis=tuple(i for i, n in enumerate(shape) if n == 1), keepdims=True)
 
 
-@sum_to.wrong_answer("Four copies are many.", says="not summed", size=7)
+@sum_to.wrong_answer("Only a few copies have to be added up.", says="not summed", size=7)
 def _(g, shape):
-    g = g.sum(axis=tuple(range(g.ndim - len(shape))))
+    g = to_float32(g).sum(axis=tuple(range(g.ndim - len(shape))))
     small = tuple(i for i, n in enumerate(shape) if n == 1 and g.shape[i] <= 4)
-    return g.sum(axis=small, keepdims=True)
+    return to_float32(g).sum(axis=small, keepdims=True)
+
+
+@sum_to.wrong_answer("The sum may have the dtype of g.", says="digits of 16 bits", subtle=True)
+def _(g, shape):
+    return undo_broadcasting(g, shape).astype(g.dtype)
+
+
+@sum_to.wrong_answer("It is enough that the result is float32.", says="digits of 16 bits",
+                     subtle=True)
+def _(g, shape):
+    summed = undo_broadcasting(g, shape)
+    return summed.astype(g.dtype).astype(summed.dtype)
 
 
 # ── matmul ────────────────────────────────────────────────────────────────────────────────────────
 matmul = Exercise(
-    "ops:matmul", difficulty=2, minutes=10, hints=(
-        "An op gives back two things: its value, and a tuple with one function per input that "
-        "takes the gradient g of C to the gradient of that input.",
-        "dA must have the shape of A, (n, k), and is made of G (n, m) and B (k, m): there is one "
-        "way to multiply them that gives that shape.",
-        "Stacks of matrices have more axes in front.  ops.t swaps the last two only; .T turns all "
-        "of them round."))
+    "ops:matmul", difficulty=3, minutes=25, lines=12, closed=("ops:_vector_product",), hints=(
+        "Return two things: the value, and a tuple with one pullback per input.  dA must have "
+        "the shape of A, (n, k).  There is one way to multiply G (n, m) and B (k, m) that gives "
+        "this shape.",
+        "A stack of matrices has more axes in front.  t(a) swaps the last two axes only; .T turns "
+        "all of them round.",
+        "For vectors: A = a[None] is a row and B = b[:, None] is a column.  In the pullback give "
+        "g the axis of length 1 that C lacks, use the formulas for matrices, and reshape the "
+        "result."),
+    may_use="@, reshape, indexing with None, and t(a), which swaps the last two axes.  For a "
+            "stack of matrices a pullback may leave out the sum over the stack: the engine sums.",
+    example="""
+        >>> A = np.array([[1., 2.]])
+        >>> B = np.array([[3.], [4.]])
+        >>> C, (dA, dB) = matmul.definition(A, B)
+        >>> G = np.array([[10.]])
+        >>> print(C.tolist(), dA(G).tolist(), dB(G).tolist())
+        [[11.0]] [[30.0, 40.0]] [[10.0], [20.0]]
+        """)
 
 
 def product(a, b):
@@ -232,28 +281,88 @@ def _(f, a, b, g):
     close(db(g), a.T @ g, "the gradient of B", rtol=1e-5, atol=1e-5)
 
 
+def summed(g, shape):
+    """A pullback's gradient, summed to this shape as the engine does; as it is where that fails."""
+    g = host(g, "the gradient")
+    try:
+        fits = np.broadcast_shapes(g.shape, shape) == g.shape
+    except ValueError:
+        fits = False
+    return undo_broadcasting(g, shape) if fits else g
+
+
+@matmul.law("a vector on the right is a column, and C lacks its axis", a="... n k", b="k",
+            g="... n")
+def _(f, a, b, g):
+    c, (da, db) = f(a, b)
+    close(c, (a * b).sum(axis=-1), "C")
+    close(summed(da(g), a.shape), g[..., None] * b, "the gradient of A")
+    rows = a.reshape(-1, a.shape[-1])
+    close(summed(db(g), b.shape), (rows * g.reshape(-1, 1)).sum(axis=0), "the gradient of B")
+
+
+@matmul.law("a vector on the left is a row, and C lacks its axis", a="k", b="... k m", g="... m")
+def _(f, a, b, g):
+    c, (da, db) = f(a, b)
+    close(c, (a[:, None] * b).sum(axis=-2), "C")
+    each = (b * g[..., None, :]).sum(axis=-1).reshape(-1, len(a))
+    close(summed(da(g), a.shape), each.sum(axis=0), "the gradient of A")
+    close(summed(db(g), b.shape), a[:, None] * g[..., None, :], "the gradient of B")
+
+
+@matmul.law("two vectors give one number", a="k", b="k", g="")
+def _(f, a, b, g):
+    c, (da, db) = f(a, b)
+    close(c, (a * b).sum(), "C", {"it is the vector of the products: add them up": a * b})
+    close(summed(da(g), a.shape), g * b, "the gradient of A")
+    close(summed(db(g), b.shape), g * a, "the gradient of B")
+
+
+def for_matrices(answer):
+    """The answer where both factors are matrices or stacks; the library's where one is a vector."""
+    @functools.wraps(answer)
+    def call(a, b):
+        is_vector = min(a.ndim, b.ndim) < 2
+        return ops.matmul.definition(a, b) if is_vector else answer(a, b)
+    return call
+
+
+def for_vectors(answer):
+    """The library's answer for matrices and stacks; this one where a factor is a vector."""
+    @functools.wraps(answer)
+    def call(a, b):
+        is_vector = min(a.ndim, b.ndim) < 2
+        return answer(a, b) if is_vector else ops.matmul.definition(a, b)
+    return call
+
+
 @matmul.wrong_answer("dB = Gᵀ A: the same letters, the same numbers.", says="transposed")
+@for_matrices
 def _(a, b):
     return a @ b, (lambda g: g @ ops.t(b), lambda g: ops.t(g) @ a)
 
 
 @matmul.wrong_answer("The first pullback is the one with A in it.", says="changed places")
+@for_matrices
 def _(a, b):
     return a @ b, (lambda g: ops.t(a) @ g, lambda g: g @ ops.t(b))
 
 
 @matmul.wrong_answer("The gradient of a product is averaged over the rows, as losses are means.",
                      says="a mean for a sum")
+@for_matrices
 def _(a, b):
     return a @ b, (lambda g: g @ ops.t(b), lambda g: ops.t(a) @ g / a.shape[-2])
 
 
 @matmul.wrong_answer("A transpose is a .T", says=".T")
+@for_matrices
 def _(a, b):
     return a @ b, (lambda g: g @ b.T, lambda g: a.T @ g)
 
 
 @matmul.wrong_answer("A stack has one axis, so the axes to swap are 1 and 2.", says="AxisError")
+@for_matrices
 def _(a, b):
     def t(x):
         return x if x.ndim < 2 else x.swapaxes(1, 2)
@@ -262,6 +371,7 @@ def _(a, b):
 
 @matmul.wrong_answer("A stack has one axis in front, and a matrix has none.", says=".T turns",
                      subtle=True)
+@for_matrices
 def _(a, b):
     def t(x):
         return x.transpose(0, 2, 1) if x.ndim == 3 else x.T
@@ -269,17 +379,20 @@ def _(a, b):
 
 
 @matmul.wrong_answer("Whole numbers in, whole numbers out.", says="rounded", size=7)
+@for_matrices
 def _(a, b):
     return ops.xp(a).rint(a @ b), (lambda g: g @ ops.t(b), lambda g: ops.t(a) @ g)
 
 
-@matmul.wrong_answer("More digits do no harm.", says="dtype is float64", subtle=True)
+@matmul.wrong_answer("A gradient in float64 is never wrong.", says="dtype is float64", subtle=True)
+@for_matrices
 def _(a, b):
     double = a.astype(np.float64)
     return a @ b, (lambda g: g @ ops.t(b), lambda g: ops.t(double) @ g)
 
 
-@matmul.wrong_answer("The gradient is mine to write to.", says="changed g")
+@matmul.wrong_answer("A pullback may write into its argument g.", says="changed g")
+@for_matrices
 def _(a, b):
     def db(g):
         g *= 1.0
@@ -289,21 +402,63 @@ def _(a, b):
 
 
 @matmul.wrong_answer("A and B have the same number of axes.", says="ValueError", subtle=True)
+@for_matrices
 def _(a, b):
     def t(x):
         return x.transpose(*range(a.ndim - 2), a.ndim - 1, a.ndim - 2)
     return a @ b, (lambda g: g @ t(b), lambda g: t(a) @ g)
 
 
+@matmul.wrong_answer("NumPy's @ knows vectors, so the pullbacks need no care.", says="AxisError")
+@for_vectors
+def _(a, b):
+    return a @ b, (lambda g: g @ ops.t(b), lambda g: ops.t(a) @ g)
+
+
+@matmul.wrong_answer("A row times a matrix is a row: C keeps the axis of length 1.",
+                     says="its shape is", subtle=True)
+@for_vectors
+def _(a, b):
+    c, back = ops.matmul.definition(a, b)
+    return (c[..., None, :] if a.ndim < 2 <= b.ndim else c), back
+
+
+@matmul.wrong_answer("A vector on the right is a column, so its gradient is a column.",
+                     says="its shape is", subtle=True)
+@for_vectors
+def _(a, b):
+    c, (da, db) = ops.matmul.definition(a, b)
+    return c, (da, (lambda g: db(g)[..., None]) if b.ndim < 2 <= a.ndim else db)
+
+
+@matmul.wrong_answer("The product of two vectors is the vector of the products.",
+                     says="add them up", subtle=True)
+@for_vectors
+def _(a, b):
+    c, back = ops.matmul.definition(a, b)
+    return (a * b if a.ndim == b.ndim == 1 else c), back
+
+
 # ── softmax ───────────────────────────────────────────────────────────────────────────────────────
 softmax = Exercise(
     "ops:softmax", difficulty=3, minutes=15, closed=("ops:_softmax",), hints=(
-        "Each row becomes probabilities: positive, with sum 1.  e^1000 overflows; but a number "
-        "taken off all scores of a row changes nothing.",
-        "Take off the row's maximum before exp.  Every p of a row depends on every x of it: "
-        "dpᵢ/dxⱼ = pᵢ ([i = j] - pⱼ).",
-        "With keepdims=True the sums stay beside their rows: dx = p (g - (g p).sum(axis=-1, "
-        "keepdims=True))."))
+        "Each row becomes probabilities: positive, with the sum 1.  e¹⁰⁰⁰ overflows.  But if you "
+        "subtract the same number from all scores of a row, its probabilities stay the same.",
+        "Subtract the maximum of each row before exp.  On the way back, every p of a row depends "
+        "on every x of it: dpᵢ/dxⱼ = pᵢ ([i = j] − pⱼ).",
+        "keepdims=True keeps the sum of a row beside the row: dx = p * (g - (g * p).sum(axis=-1, "
+        "keepdims=True))."),
+    may_use="xp(x).exp, and max and sum with axis=-1, keepdims=True.  check_last_axis(x) raises "
+            "an error for an x without entries in its last axis; you may call it first.",
+    example="""
+        >>> x = np.array([[0., np.log(3.)]])
+        >>> p, (dx,) = softmax.definition(x)
+        >>> print(p.round(2))
+        [[0.25 0.75]]
+        >>> g = np.array([[8., 0.]])
+        >>> print(dx(g).round(2))
+        [[ 1.5 -1.5]]
+        """)
 
 
 @softmax.law("p = eˣ / Σ eˣ along the last axis", x="n m")
@@ -342,7 +497,7 @@ def _(f, x, g):
     close(f(x)[1][0](g), back_through(p, g), "the gradient of x", guesses)
 
 
-@softmax.law("nor do they on the way back", x="n m", g="n m")
+@softmax.law("large scores do not overflow in the pullback either", x="n m", g="n m")
 def _(f, x, g):
     close(f(1000 * x)[1][0](g), back_through(probabilities(1000 * x), g), "the gradient of 1000 x")
 
@@ -413,7 +568,7 @@ def _(x):
     return p / (1 + 1e-8), back
 
 
-@softmax.wrong_answer("Overflow is a matter of the way forward.", says="nan", subtle=True)
+@softmax.wrong_answer("Only the forward pass can overflow.", says="nan", subtle=True)
 def _(x):
     def dx(g):
         with np.errstate(all="ignore"):
@@ -423,7 +578,7 @@ def _(x):
     return ops.softmax.definition(x)[0], (dx,)
 
 
-@softmax.wrong_answer("What is kept for the way back may be used up there.",
+@softmax.wrong_answer("The pullback may overwrite the array that it keeps.",
                       says="when it is called again")
 def _(x):
     p = ops.softmax.definition(x)[0]
@@ -439,13 +594,26 @@ def _(x):
 
 # ── layer_norm ────────────────────────────────────────────────────────────────────────────────────
 layer_norm = Exercise(
-    "ops:layer_norm", difficulty=4, minutes=25, hints=(
-        "Three inputs, so three pullbacks: for x, for w and for b.  The engine sums the last two "
-        "over the rows: give it g times what w is multiplied with.",
-        "x moves y in three ways: by itself, through the mean, and through σ.  Let ĝ = w g; taking "
-        "the mean off x takes mean ĝ off the gradient.",
-        "Through σ comes x̂ mean(ĝ x̂): dx = (ĝ - mean ĝ - x̂ mean(ĝ x̂)) / σ, all means along "
-        "the last axis with keepdims=True."))
+    "ops:layer_norm", difficulty=4, minutes=30, hints=(
+        "There are three inputs, so three pullbacks: for x, for w and for b.  The engine sums the "
+        "last two over the rows.  So return g times x̂ for w, and g for b.",
+        "x moves y in three ways: by itself, through μ, and through σ.  Let ĝ = w g.  The "
+        "subtraction of the mean from x becomes the subtraction of mean ĝ from the gradient.",
+        "σ adds the term x̂ mean(ĝ x̂): dx = (ĝ − mean ĝ − x̂ mean(ĝ x̂))/σ.  All means are along "
+        "the last axis, with keepdims=True."),
+    may_use="mean with axis=-1, keepdims=True; xp(x).sqrt; check_norm(x, eps, w, b), which raises "
+            "the error for w or b of another shape; and same, the pullback g -> g.",
+    example="""
+        >>> x = np.array([[1., 3.]])
+        >>> w = np.array([1., 10.])
+        >>> b = np.array([0., 5.])
+        >>> y, (dx, dw, db) = layer_norm.definition(x, w, b, eps=0.0)
+        >>> print(y)
+        [[-1. 15.]]
+        >>> g = np.array([[1., 2.]])
+        >>> print(dw(g), db(g))
+        [[-1. 2.]] [[1. 2.]]
+        """)
 
 
 def normalised(x, eps, ddof=0):
@@ -509,6 +677,35 @@ def _(f, x, w, b, g):
     close(db(g), g, "the gradient of b, before the engine sums it")
 
 
+@layer_norm.law("a row of equal numbers gives x̂ = 0 exactly: no rounding is left", w="c")
+def _(f, w):
+    w = np.tile(w, 3)
+    x = np.full((1, len(w)), 0.1)
+    rounding = ("it is nearly 0: the mean of three times 0.1 is rounded; subtract the first entry "
+                "of each row before the mean")
+    close(f(x, w, 0 * w)[0], 0 * x, "y for x = 0.1 everywhere, b = 0",
+          {rounding: w * normalised(x, 1e-5)}, 0, 0)
+
+
+@layer_norm.law("w or b of another length than a row is an error", x="n c")
+def _(f, x):
+    row = x.shape[-1:]
+    other = (2,) if row == (1,) else (1,)
+    for name, shapes in {"w": (other, row), "b": (row, other)}.items():
+        w, b = (np.ones(shape) for shape in shapes)
+        try:
+            f(x, w, b)
+        except ValueError:
+            continue
+        raise Unusable(f"{name} of shape {other} for rows of shape {row} should raise an error: "
+                       "NumPy broadcasts it; check_norm refuses it")
+
+
+def centred_exactly(x):
+    first = x[..., :1]
+    return x - first - (x - first).mean(axis=-1, keepdims=True)
+
+
 @layer_norm.wrong_answer("Only the mean moves with x; σ is a scale.", says="σ does not",
                          subtle=True)
 def _(x, w, b, eps=1e-5):
@@ -528,10 +725,10 @@ def _(x, w, b, eps=1e-5):
 @layer_norm.wrong_answer("ε keeps the divisor from zero, so it is added to the divisor.",
                          says="under the root", subtle=True)
 def _(x, w, b, eps=1e-5):
-    c = x - x.mean(axis=-1, keepdims=True)
-    return w * c / (ops.xp(x).sqrt((c * c).mean(axis=-1,
-                                                keepdims=True))
-                    + eps) + b, ops.layer_norm.definition(x, w, b, eps=eps)[1]
+    back = ops.layer_norm.definition(x, w, b, eps=eps)[1]
+    c = centred_exactly(x)
+    s = ops.xp(x).sqrt((c * c).mean(axis=-1, keepdims=True)) + eps
+    return w * c / s + b, back
 
 
 @layer_norm.wrong_answer("Rows lie along axis 1.", says="along axis 1")
@@ -542,7 +739,7 @@ def _(x, w, b, eps=1e-5):
     return w * c / s + b, ops.layer_norm.definition(x, w, b, eps=eps)[1]
 
 
-@layer_norm.wrong_answer("On the way back, rows lie along axis 1.", says="entries differ",
+@layer_norm.wrong_answer("In the pullback, rows lie along axis 1.", says="entries differ",
                          subtle=True)
 def _(x, w, b, eps=1e-5):
     y, (_, dw, db) = ops.layer_norm.definition(x, w, b, eps=eps)
@@ -565,7 +762,7 @@ def _(x, w, b, eps=1e-5):
     mean = x.mean(axis=-1, keepdims=True)
     variance = (x * x).mean(axis=-1, keepdims=True) - mean * mean
     m = ops.xp(x)
-    return w * (x - mean) / m.sqrt(m.maximum(variance, 0) + eps) + b, back
+    return w * centred_exactly(x) / m.sqrt(m.maximum(variance, 0) + eps) + b, back
 
 
 @layer_norm.wrong_answer("ε is a constant of the library.", says="whatever eps is")
@@ -584,3 +781,19 @@ def _(x, w, b, eps=1e-5):
 def _(x, w, b, eps=1e-5):
     y, (dx, _, db) = ops.layer_norm.definition(x, w, b, eps=eps)
     return y, (dx, lambda g: g * x, db)
+
+
+@layer_norm.wrong_answer("Equal numbers less their mean are 0.", says="it is nearly 0", subtle=True)
+def _(x, w, b, eps=1e-5):
+    _, back = ops.layer_norm.definition(x, w, b, eps=eps)
+    c = x - x.mean(axis=-1, keepdims=True)
+    return w * c / ops.xp(x).sqrt((c * c).mean(axis=-1, keepdims=True) + eps) + b, back
+
+
+@layer_norm.wrong_answer("NumPy refuses shapes that do not fit.", says="should raise an error",
+                         subtle=True)
+def _(x, w, b, eps=1e-5):
+    if w.shape == b.shape == x.shape[-1:]:
+        return ops.layer_norm.definition(x, w, b, eps=eps)
+    c = centred_exactly(x)
+    return w * c / ops.xp(x).sqrt((c * c).mean(axis=-1, keepdims=True) + eps) + b, (None,) * 3

@@ -18,12 +18,21 @@ def tensor(a):
 # ── topological, backward ─────────────────────────────────────────────────────────────────────────
 topological_order = Exercise(
     "tensor:topological", difficulty=3, minutes=20, hints=(
-        "A node is a Record, which knows its parents(), or a leaf.  Start at root.node.  A node "
-        "may come into the order when all its parents are in it.",
-        "Look at a node twice: when it is first met, put its parents on the stack above it; when "
-        "it is met again, they are done, and so is it.",
-        "The stack holds pairs (node, done).  Push (node, True), then (p, False) for each parent; "
-        "keep the ids of the nodes that were met in a set."))
+        "A node is a Record, which knows its parents(), or a leaf.  Start at root.node.  Append a "
+        "node to the order only when all its parents are in it.",
+        "Meet every node twice.  At the first meeting, put it back on the stack, with its parents "
+        "above it.  At the second meeting its parents are done: append the node.",
+        "The stack holds pairs (node, done).  Push (node, True), then (p, False) for each parent.  "
+        "Keep the ids of the nodes that you met in a set."),
+    may_use="root.node; node.parents() of a Record; isinstance(node, Tensor), which is True for a "
+            "leaf (it has no parents); id(node), lists and sets.",
+    example="""
+        >>> x = Tensor(np.array(2.0), requires_grad=True)
+        >>> u = x * 3.0
+        >>> y = u + u * u
+        >>> [getattr(node, "name", "leaf") for node in topological(y)]
+        ['leaf', 'mul', 'mul', 'add']
+        """)
 
 
 @st.composite
@@ -87,6 +96,12 @@ def _(f, x):
     order = list(f(leaf))
     if len(order) != 1 or order[0] is not leaf.node:
         raise Unusable(f"for a leaf, the list should hold the leaf alone; yours: {order!r:.60}")
+
+
+@topological_order.law("an input that needs no gradient is not in the list", x="n")
+def _(f, x):
+    frozen = Tensor(asarray(np.array(x, np.float64)))
+    close(len(f(tensor(x) * frozen + frozen)), 3, "the length of the list for x * frozen + frozen")
 
 
 @topological_order.law("a graph of 3,000 nodes in a row is no deeper than one of three", x="size")
@@ -163,13 +178,24 @@ def _(root):
 
 
 backward = Exercise(
-    "tensor:Tensor.backward", difficulty=4, minutes=30, lines=12, hints=(
+    "tensor:Tensor.backward", difficulty=4, minutes=30, lines=14, hints=(
         "Keep the gradient of every node in a dict, by id(node).  It starts with {id(self.node): "
-        "gradient}; a tensor of one element begins with a one.",
-        "Go through topological(self) from its end.  A leaf (a Tensor) adds what arrived to its "
-        ".grad; a Record gives node.pull(g), pairs of a parent and what comes back to it.",
-        "What comes back has the shape of the result; sum_to(gp, p.shape) brings it to the "
-        "parent's.  It is added to what the parent has already."))
+        "gradient}.  For a tensor of one element, the first gradient is an array of ones.",
+        "Go through topological(self) from its end.  A leaf (a Tensor) adds its gradient to "
+        ".grad if it trains.  A Record gives node.pull(g): pairs of a parent and its gradient.",
+        "A pullback's gradient may have the shape of the result; sum_to(d, parent.shape) gives it "
+        "the parent's.  Add it to the gradient that the parent has already, with a + b and not "
+        "+=.  Then call node.release(), unless retain_graph."),
+    may_use="topological(self), self.node, node.pull(g), node.release(), leaf.requires_grad, "
+            "a dict, and sum_to (from tinyft.tensor import sum_to).  Each op returns one value "
+            "here, so you do not need Part.",
+    example="""
+        >>> x = Tensor(np.array([1., 2.]), requires_grad=True)
+        >>> y = x * x
+        >>> backward(y, np.array([1., 10.]))
+        >>> print(x.grad)
+        [ 2. 40.]
+        """)
 
 
 @backward.law("y = 3 x sends 3 g back to x", x="n", g="n")
@@ -198,7 +224,7 @@ def _(f, x, g):
     close(x.grad, 5 * g, "x.grad of 2x + 3x", guesses)
 
 
-@backward.law("a node waits until everything made of it has reported:  b = 3a;  y = a + b", x="n",
+@backward.law("a node waits until all nodes that use it are processed:  b = 3a;  y = a + b", x="n",
               g="n")
 def _(f, x, g):
     for turned in (False, True):
@@ -206,8 +232,8 @@ def _(f, x, g):
         a = leaf * 2.0
         b = a * 3.0
         f(b + a if turned else a + b, g)
-        guesses = {"a was passed before b had reported to it: outputs must come before inputs "
-                   "(topological)": 2 * g,
+        guesses = {"a was processed before b had added its gradient: outputs must come before "
+                   "inputs (topological)": 2 * g,
                    "one of the two ways to a is lost": 6 * g}
         close(leaf.grad, 8 * g, "x.grad of a + 3a, a = 2x", guesses)
 
@@ -221,7 +247,7 @@ def _(f, x, g):
     close(b.grad, 2 * g, "b.grad after two", {"a.grad and b.grad are one array": 3 * g})
 
 
-@backward.law("nobody else holds the array in .grad", x="n", g="n")
+@backward.law("the array in .grad belongs to one leaf alone", x="n", g="n")
 def _(f, x, g):
     a, b = tensor(x), tensor(x)
     f(a + b, g)
@@ -246,7 +272,7 @@ def _(f, x):
     close(leaf.grad, np.array(2 * x, np.float32), "x.grad of x²")
 
 
-@backward.law("a leaf is a graph, and 3,000 nodes in a row are one too", x="size")
+@backward.law("a leaf alone works, and so do 3,000 nodes in a row", x="size")
 def _(f, x):
     leaf = tensor(float(x))
     f(leaf)
@@ -292,8 +318,28 @@ def _(f, x, g, h):
     close(x.grad, g + h, "x.grad after two", {"it is that of the second alone": h})
 
 
+@backward.law("a leaf that was frozen after its use gets no gradient", x="n", g="n")
+def _(f, x, g):
+    a, b = tensor(x), tensor(x)
+    y = a * 2.0 + b
+    a.train(False)
+    f(y, g)
+    close(b.grad, g, "b.grad of 2a + b")
+    if a.grad is not None:
+        raise Unusable("a.train(False) was called before backward: a.grad should stay None")
+
+
+@backward.law("the graph is released, unless retain_graph=True", x="n", g="n")
+def _(f, x, g):
+    leaf = tensor(x)
+    y = leaf * leaf
+    f(y, g)
+    if y.node.pulls is not None:
+        raise Unusable("the graph was kept: call node.release() once a Record's pullbacks are done")
+
+
 def walk(self, gradient=None, order=topological, parts="add", leaves="add", undo=undo_broadcasting,
-         seed=None, release=False):
+         seed=None, release=True):
     """A plain backward, with an argument for each error."""
     if gradient is None:
         gradient = xp(self.data).ones(self.shape, self.dtype) if seed is None else seed
@@ -319,6 +365,8 @@ def walk(self, gradient=None, order=topological, parts="add", leaves="add", undo
 
 def store(leaf, g, how):
     """Put the gradient of a leaf into its .grad; how: "add", or one of the errors."""
+    if not (leaf.requires_grad or how == "frozen"):
+        return
     if leaf.grad is None or how == "put":
         leaf.grad = g if how in ("into", "borrow") else g.copy()
     elif how == "into":
@@ -329,10 +377,10 @@ def store(leaf, g, how):
 
 @backward.wrong_answer("A gradient is assigned: .grad = g.", says="lost")
 def _(self, gradient=None, retain_graph=False):
-    walk(self, gradient, parts="put")
+    walk(self, gradient, parts="put", release=not retain_graph)
 
 
-@backward.wrong_answer("A node can be passed as soon as it is reached.", says="topological")
+@backward.wrong_answer("A node can be processed as soon as it is reached.", says="topological")
 def _(self, gradient=None, retain_graph=False):
     def as_met(root):
         order, seen, todo = [], set(), [root.node]
@@ -344,45 +392,47 @@ def _(self, gradient=None, retain_graph=False):
                 todo += [] if isinstance(node, Tensor) else node.parents()
         leaves = [n for n in order if isinstance(n, Tensor)]
         return [*leaves, *[n for n in order if not isinstance(n, Tensor)][::-1]]
-    walk(self, gradient, as_met)
+    walk(self, gradient, as_met, release=not retain_graph)
 
 
 @backward.wrong_answer("What comes back has the shape of what went in.", says="not summed",
                        subtle=True)
 def _(self, gradient=None, retain_graph=False):
-    walk(self, gradient, undo=lambda g, shape: g)
+    walk(self, gradient, undo=lambda g, shape: g, release=not retain_graph)
 
 
 @backward.wrong_answer("A new backward is a new gradient.", says="second alone")
 def _(self, gradient=None, retain_graph=False):
-    walk(self, gradient, leaves="put")
+    walk(self, gradient, leaves="put", release=not retain_graph)
 
 
-@backward.wrong_answer("A gradient that has arrived is mine to add to.",
+@backward.wrong_answer("A gradient that a pullback returned may be changed in place.",
                        says="changed its argument")
 def _(self, gradient=None, retain_graph=False):
-    walk(self, gradient, parts="into")
+    walk(self, gradient, parts="into", release=not retain_graph)
 
 
 @backward.wrong_answer("The array that arrives first becomes .grad.", says="a.grad after two")
 def _(self, gradient=None, retain_graph=False):
-    walk(self, gradient, leaves="into")
+    walk(self, gradient, leaves="into", release=not retain_graph)
 
 
-@backward.wrong_answer("Nobody writes into a .grad.", says="they are one array", subtle=True)
+@backward.wrong_answer("No other code writes into .grad.", says="they are one array", subtle=True)
 def _(self, gradient=None, retain_graph=False):
-    walk(self, gradient, leaves="borrow")
+    walk(self, gradient, leaves="borrow", release=not retain_graph)
 
 
 @backward.wrong_answer("The loss has no axes, so it starts with the number 1.",
                        says="should be an array of shape (1, 1)")
 def _(self, gradient=None, retain_graph=False):
-    walk(self, gradient, seed=np.float64(1.0), undo=lambda g, shape: g.reshape(g.shape))
+    walk(self, gradient, seed=np.float64(1.0), undo=lambda g, shape: g.reshape(g.shape),
+         release=not retain_graph)
 
 
-@backward.wrong_answer("A one is a one.", says="dtype is float64", subtle=True)
+@backward.wrong_answer("The first gradient is 1, whatever its dtype.", says="dtype is float64",
+                       subtle=True)
 def _(self, gradient=None, retain_graph=False):
-    walk(self, gradient, seed=asarray(np.ones(self.shape)))
+    walk(self, gradient, seed=asarray(np.ones(self.shape)), release=not retain_graph)
 
 
 @backward.wrong_answer("A graph is walked once.", says="released", subtle=True)
@@ -400,3 +450,14 @@ def _(self, gradient=None, retain_graph=False):
         for p, gp in node.pull(g):
             follow(p, undo_broadcasting(gp, p.shape))
     follow(self.node, xp(self.data).ones(self.shape, self.dtype) if gradient is None else gradient)
+
+
+@backward.wrong_answer("Python frees what nobody needs any more.", says="the graph was kept",
+                       subtle=True)
+def _(self, gradient=None, retain_graph=False):
+    walk(self, gradient, release=False)
+
+
+@backward.wrong_answer("Every leaf in the graph trains.", says="should stay None", subtle=True)
+def _(self, gradient=None, retain_graph=False):
+    walk(self, gradient, leaves="frozen", release=not retain_graph)
