@@ -520,7 +520,7 @@ from_exercise("softmax_back_along_axis_1", "autograd.softmax",
 from_exercise("layer_norm_along_axis_1", "autograd.layer_norm",
               "Rows lie along axis 1.")
 from_exercise("layer_norm_back_along_axis_1", "autograd.layer_norm",
-              "On the way back, rows lie along axis 1.")
+              "In the pullback, rows lie along axis 1.")
 from_exercise("layer_norm_without_variance", "autograd.layer_norm",
               "Only the mean moves with x; σ is a scale.")
 from_exercise("layer_norm_unbiased", "autograd.layer_norm",
