@@ -974,7 +974,7 @@ def test_a_single_pullback_without_its_comma_is_told_how_a_tuple_of_one_is_writt
 
 # ── the stub says what a learner needs ───────────────────────────────────────────────────────────────────────────────
 # Lessons whose exercises still lack `may_use` and `example`.
-WAITING = {"pretraining", "gpu", "precision"}
+WAITING = {"gpu", "precision"}
 COMPLETE = [name for name, e in exercises().items() if e.lesson not in WAITING]
 
 

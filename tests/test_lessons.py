@@ -29,7 +29,6 @@ TEXTS = {name: lesson.file.read_text(encoding="utf-8") for name, lesson in lesso
 FOLDERS = {name: lesson.folder for name, lesson in lessons().items()}
 # Lessons that are not yet rewritten to the form below.
 WAITING = {
-    "pretraining",
     "precision",
 }
 COLUMNS = 88                                              # that the book shows without scrolling

@@ -521,12 +521,14 @@ def mlm(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Corrupt ids (B, T) for masked language modelling -> (ids, labels), new arrays.   BERT, Devlin et al., 2019, §3.1
 
-    Each real, non-special position is chosen with probability p, at least one in the batch. A chosen token becomes
-    [MASK] (80 %) or a random non-special token (10 %), or it stays (10 %). Its label is the original token; all other
-    labels are -100.
+    mask: (B, T), True at real tokens, False at padding. A position can be chosen if its token is real and not special.
+    Each of these is chosen with probability p, independently of the others. If none was, one of them is chosen at
+    random. A chosen token becomes [MASK] (80 %) or a random token (10 %), or it stays (10 %). Its label is the original
+    token. All other positions keep their token, and their label is -100.
 
-    special: {token: id} of the special tokens; it must have [MASK]. The default is the shipped tokenizer's.
-    Raises ValueError if no position can be chosen, or no token is left to draw.
+    rng: makes all random choices. vocab: a random token is one of the ids 0 ... vocab − 1 that are not special.
+    special: {token: id} of the special tokens, [MASK] among them; the shipped tokenizer's by default.
+    Raises ValueError if no position can be chosen, or if all ids below vocab are special.
     """
     ids = read_array("mlm: ids", ids)
     mask = read_array("mlm: mask", mask).astype(bool)

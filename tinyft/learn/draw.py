@@ -69,7 +69,10 @@ def curves(
     if "x" in log and x is not None and len(x) <= 8:     # few points: their own values as labels, not powers of ten
         axes.set_xticks(x, [f"{value:g}" for value in x])
         axes.minorticks_off()
-    if len(lines) + len(levels or {}) > 1:
+    entries = len(lines) + len(levels or {})
+    if entries > 3:                                      # above the lines: so many entries would cover some of them
+        axes.figure.legend(loc="outside upper center", ncols=3)
+    elif entries > 1:
         axes.legend()
     show(caption)
 

@@ -332,7 +332,12 @@ def _read_facts(batch: dict[str, Any], ids: Any) -> dict[str, Any]:
 
 
 def next_tokens(ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-    """ids, mask (B, T) -> labels (B, T − 1), the next id of each position; -100 where it or its position is padding."""
+    """The labels of causal language modelling: for each position but the last, the id that follows.   -> (B, T − 1)
+
+    ids: (B, T) integers. mask: (B, T), True or 1 at real tokens, False or 0 at padding; without it, all are real.
+    The label is -100 where a position, or the one that follows it, is padding. Raises ValueError if ids has not two
+    axes, or if the mask has another shape than ids.
+    """
     wanted = "next_tokens wants ids of shape (B, T)"
     ids = read_integers("ids", ids, wanted)
     if ids.ndim != 2:
