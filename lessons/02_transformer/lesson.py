@@ -48,13 +48,13 @@ print(x)
 # the row of `bank` more about water.
 #
 # ## Queries, keys and values
-# Every row makes three new vectors. Each is a matrix product with a matrix of weights:
+# Every row makes three new vectors. Each is the product of the row with a matrix:
 #
 # - the **query** says what the word looks for,
 # - the **key** says what the word has to offer,
 # - the **value** says what the word tells to those who look at it.
 #
-# We choose the weights again. A row of `W_q` belongs to one number of the word: water,
+# We choose these matrices too. A row of `W_q` belongs to one number of the word: water,
 # money, unclear. Only an unclear word looks for something: for water and for money.
 
 # %%
@@ -76,9 +76,9 @@ print("values:", *v)
 #
 # ## Compare, weigh, mix
 # The product of a query and a key is large if the word offers what the other one looks
-# for. `q @ k.T` has all these products, one row for each query. They are the
-# **scores**. We divide them by $\sqrt{D}$, where $D = 2$ is the length of a query. Why
-# so, we see further below.
+# for. `q @ k.T` has all these products, one row for each query: the **scores**. We
+# divide them by $\sqrt{D}$, where $D = 2$ is the length of a query. The reason comes
+# below.
 
 # %%
 D = q.shape[1]
@@ -138,8 +138,8 @@ diagram({
     caption="Attention and its shapes: T words, C numbers in a row, D in a query.")
 
 # %% [markdown]
-# The weights of the three orange maps are what a model learns. The weights $P$ are
-# computed anew for every text.
+# A model learns the matrices of the three orange boxes: they are parameters. The
+# weights $P$ are no parameters: they are computed anew for every text.
 #
 # **Predict first.** We change one word: "the money bank". The keys are the words
 # (water, money). What is the new row of `bank`, and which numbers of its weights
@@ -276,25 +276,26 @@ for width in widths:
 # %% [markdown]
 # It is $\sqrt{1024} = 32$: the *variances* of independent terms add up, not the
 # standard deviations. Divided by $\sqrt{D}$, a score has the size 1, whatever $D$ is.
-#
-# What does a softmax do with large scores? We take 64 keys and look at the largest of
-# the 64 weights. We try three scales. The third one, $1/\sqrt{C}$, is a frequent
-# mistake: $C = 32 D$ is the width of a model with 32 heads.
 
 # %% [check]
 assert abs(products.std() / 32 - 1) < 0.1
 
+# %% [markdown]
+# What does a softmax do with large scores? We take 64 keys, and look at the largest of
+# their 64 weights. We try three scales. The third is $1/\sqrt{C}$, where $C$ is the
+# width of the whole model. Here $C = 32 D$.
+
 # %%
-scales = {"no scale": lambda D: 1, "1/√D": lambda D: D**-0.5,
-          "1/√C, C = 32 D": lambda D: (32 * D)**-0.5}
-largest = {name: [] for name in scales}
-slopes = {name: [] for name in scales}
+names = ["no scale", "1/√D", "1/√C, C = 32 D"]
+largest = {name: [] for name in names}
+slopes = {name: [] for name in names}
 for width in widths:
     queries = rng.normal(size=(100, 1, width))
     keys = rng.normal(size=(100, 64, width))
     products = (queries * keys).sum(axis=-1)              # (100, 64)
-    for name, scale in scales.items():
-        weights = softmax(products * scale(width))
+    scales = [1, 1 / np.sqrt(width), 1 / np.sqrt(32 * width)]
+    for name, scale in zip(names, scales):
+        weights = softmax(products * scale)
         largest[name].append(weights.max(axis=1).mean())
         slopes[name].append((weights * (1 - weights)).sum(axis=1).mean())
 curves(largest, x=widths, log="x", xlabel="D", ylabel="largest of 64 weights",
@@ -403,10 +404,8 @@ assert np.allclose(gpt_weights.sum(axis=-1), 1, atol=1e-5)
 # %% [markdown]
 # ## What heads look at
 # The second model is `base-bert`, a BERT. It was trained to fill gaps, so it may look
-# both ways: it has no causal mask. Both models use the same tokenizer.
-#
-# **Predict first.** GPT guesses the next token; BERT fills gaps. How will the picture
-# of a GPT head differ from that of a BERT head?
+# both ways: it has no causal mask. Both models use the same tokenizer. We draw one head
+# of GPT and two heads of BERT, all from the first layer.
 
 # %%
 bert, _ = ft.load("base-bert")
@@ -416,6 +415,7 @@ embedded = bert_context.hidden_states[0]
 bert_q = split_heads(bert.blocks[0].attn.q(embedded, bert_context), 4).data
 bert_k = split_heads(bert.blocks[0].attn.k(embedded, bert_context), 4).data
 bert_weights = softmax(bert_q @ bert_k.swapaxes(-1, -2) / np.sqrt(32))[0]   # (H, T, T)
+
 heat_map(gpt_weights[0, 0], rows=tokens, columns=tokens, values=".1f",
          caption="A head of GPT, first layer. A row is a token that looks.")
 heat_map(bert_weights[2], rows=tokens, columns=tokens, values=".1f",
@@ -439,12 +439,12 @@ assert not np.triu(gpt_weights[0, 0], 1).any()
 
 # %% [markdown]
 # ## Who depends on whom
-# A layer looks at rows that looked at other rows. After four layers, does the mask
-# still hold? We change one token, and see which rows of the output change. Then the
-# next token.
+# A layer looks at rows, and these rows have looked at other rows. After four layers,
+# does the mask still hold? We replace one token, and see which rows of the output
+# change. We do this for each of the eight tokens.
 #
-# **Predict first.** Row 5 of the picture is the sixth token, changed. Which outputs of
-# GPT will change? Which outputs of BERT?
+# **Predict first.** We replace the sixth token, the second "the". Which outputs of GPT
+# will change? Which outputs of BERT?
 
 # %%
 def changes(model):
@@ -464,8 +464,8 @@ heat_map(bert_changes, rows=tokens, columns=tokens, xlabel="output", ylabel="cha
          caption="BERT: every output depends on every token.")
 
 # %% [markdown]
-# In GPT a token changes its own output and the later ones. No layer opens a way back.
-# In BERT each token changes every output.
+# The row of the second "the": in GPT three outputs change, its own and the two later
+# ones. No layer opens a way back. In BERT all eight outputs change.
 #
 # Such a stack of layers with the mask is called a **decoder**. A stack without the mask
 # is called an **encoder**.
@@ -476,10 +476,10 @@ assert bert_changes.all()
 
 # %% [markdown]
 # ## The block
-# A layer is called a **block**. It has two parts. *Attention* moves information between
-# the rows. The *MLP* works on each row alone: it makes the row wider (from $C$ to
-# $4C$), bends every number with a function, and makes the row narrow again. Each part
-# reads the row, and **adds** to it:
+# A layer is called a **block**. It has two parts. Attention moves information between
+# the rows. The **MLP** (multi-layer perceptron) works on each row alone: it makes the
+# row wider (from $C$ to $4C$), bends every number with a function, and makes the row
+# narrow again. Each part reads the row, and **adds** to it:
 
 # %%
 diagram({
@@ -551,7 +551,9 @@ assert counts == {"attention": 66048, "MLP": 131712, "layer norms": 512}
 # ## The bend in the MLP
 # Without a bent function between its two maps, the MLP would be one linear map. GPT-2
 # and BERT use **GELU**: $x$ times the probability that a normal random number is below
-# $x$. BERT computes it exactly, GPT-2 with a formula that has a tanh.
+# $x$. BERT computes it exactly. GPT-2 uses a formula that comes close:
+#
+# $$x \, (1 + \tanh(\sqrt{2/\pi} \, (x + 0.044715 x^3))) / 2$$
 
 # %%
 z = np.linspace(-4, 4, 801)
@@ -610,8 +612,8 @@ for name, scores in (("GPT", gpt_scores), ("BERT", bert_scores)):
 #
 # The transformer of 2017 was both, an **encoder-decoder** for translation: an encoder
 # reads the source, and the decoder has a second attention, whose keys and values come
-# from the encoder. The library has no such model yet. Its attention is ready for it:
-# five queries and sixteen keys make weights of shape (5, 16).
+# from the encoder. The library has no such model yet. But its attention takes any
+# number of queries and keys: five queries and sixteen keys make five rows of output.
 
 # %%
 five = ft.Tensor(rng.normal(size=(5, 32)))
@@ -660,17 +662,17 @@ assert np.allclose(with_cache, without_cache, atol=1e-3)
 # both in the sizes of `base-gpt`, and attention twice: written out, and as one op.
 
 # %%
-def best_time(function, *inputs):
+def best_time(call):
     times = []
     for _ in range(3):
         start = time.perf_counter()
-        function(*inputs)
+        call()
         times.append(time.perf_counter() - start)
     return 1000 * min(times)
 
-def megabytes(function, *inputs):
+def megabytes(call):
     with ft.peak_memory() as memory:
-        function(*inputs)
+        call()
     return memory["bytes"] / 1e6
 
 # %% [markdown]
@@ -678,26 +680,29 @@ def megabytes(function, *inputs):
 
 # %%
 lengths = [128, 256, 512, 1024, 2048]
-parts = {"written out": ft.functional.softmax_attention, "one op": ft.ops.attention,
-         "MLP": lambda rows: block.mlp(rows, context)}
-times = {name: [] for name in parts}
-memory = {name: [] for name in parts}
-with ft.no_grad():
-    for length in lengths:
-        rows = ft.Tensor(rng.normal(size=(1, length, 128)).astype(np.float32))
-        heads = split_heads(rows, 4)
-        for name, part in parts.items():
-            inputs = (rows,) if name == "MLP" else (heads, heads, heads)
-            times[name].append(best_time(part, *inputs))
-            memory[name].append(megabytes(part, *inputs))
+names = ["written out", "one op", "MLP"]
+times = {name: [] for name in names}
+memory = {name: [] for name in names}
+for length in lengths:
+    rows = ft.Tensor(rng.normal(size=(1, length, 128)).astype(np.float32))
+    heads = split_heads(rows, 4)
+    calls = [lambda: ft.functional.softmax_attention(heads, heads, heads),
+             lambda: ft.ops.attention(heads, heads, heads),
+             lambda: block.mlp(rows, context)]
+    with ft.no_grad():
+        for name, call in zip(names, calls):
+            times[name].append(best_time(call))
+            memory[name].append(megabytes(call))
 
 print("tokens        " + "".join(f"{length:>8}" for length in lengths))
-for name in parts:
+for name in names:
     print(f"{name:<14}" + "".join(f"{value:>8.1f}" for value in times[name]) + "  ms")
 
 # %% [markdown]
-# The times depend on your machine, but the pattern does not: the MLP doubles from
-# column to column, attention grows faster. Now the memory.
+# From left to right the text grows 16 times. By the count of multiplications, the MLP
+# should take 16 times as long, and attention 256 times. The times depend on your machine,
+# and large arrays take more than that, since they do not fit into the processor's cache.
+# But attention grows far faster than the MLP. Now the memory.
 
 # %%
 curves(memory, x=lengths, log="xy", xlabel="tokens", ylabel="megabytes", height=2.6,
@@ -720,8 +725,8 @@ for name, width, positions in (("base-gpt", 128, 128), ("GPT-2", 768, 1024)):
           f"{positions:>5,}, the scores are {share:.0%}")
 
 # %% [markdown]
-# For texts shorter than that, the maps cost more than the scores: a model is not slow
-# "because attention is quadratic" until the text is long compared with its width.
+# For shorter texts the maps cost more than the scores. So the square of attention is
+# what makes a model slow only when the text is long compared with the width.
 
 # %% [check]
 assert memory["written out"][-1] > 67 and memory["one op"][-1] < 10
@@ -782,10 +787,10 @@ for name, (part, factor) in changes.items():
 
 # %% [markdown]
 # Without its MLPs the model is worse than one that guesses: the attention that is left
-# was trained to read the rows which the MLPs write. Without attention it still knows
-# which token often follows which. Without positions it knows the words before, but not
-# their order. So the table tells what the parts do in *this* model; it does not tell
-# what a model could learn without them.
+# was trained to read rows which the MLPs have changed. Without attention, a row knows
+# its own token and position only; it can still say which token often comes next.
+# Without positions, the rows no longer say where a word stands. The table tells what
+# the parts do in *this* model. It does not tell what a model could learn without them.
 
 # %% [check]
 assert losses["nothing"] < losses["divided by √C"] < losses["no positions"]

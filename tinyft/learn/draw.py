@@ -124,6 +124,7 @@ def heat_map(
     rows, columns: labels. values: a format such as ".2f", with which each cell shows its entry; "" shows none.
     """
     from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.patheffects import withStroke
     matrix = np.asarray(matrix, float)
     _, axes = figure(height=height)
     palette = LinearSegmentedColormap.from_list("tinyft", [COLOURS[4], NO_COLOUR, COLOURS[0]])
@@ -137,9 +138,11 @@ def heat_map(
     axes.tick_params(length=0)
     axes.spines[:].set(visible=False)
     if values:
+        outline = [withStroke(linewidth=1.2, foreground="#475569")]
         for (i, j), entry in np.ndenumerate(matrix):
-            colour = "white" if abs(entry) > 0.6 * largest else TEXT
-            axes.text(j, i, format(entry, values), ha="center", va="center", color=colour)
+            share = abs(entry) / largest
+            axes.text(j, i, format(entry, values), ha="center", va="center", color="white" if share > 0.3 else TEXT,
+                      path_effects=outline if 0.3 < share <= 0.6 else None)      # on a pale cell, a light or dark one
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     show(caption)
 
