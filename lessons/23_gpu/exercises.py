@@ -20,13 +20,26 @@ UNWRITTEN = 99.0  # what an array to be filled holds before
 
 # ── add_bias ──────────────────────────────────────────────────────────────────────────────────────
 add_bias = Kernel(
-    "kernels.cuda.bias:add_bias", difficulty=2, minutes=15, hints=(
-        "A thread knows its number: blockIdx.x * blockDim.x + threadIdx.x.  There are gridDim.x * "
-        "blockDim.x threads, and that may be more than there are numbers, or fewer.",
-        "A loop does for both: it begins at the thread's number, goes on by the number of all "
-        "threads, and ends before size.",
-        "long long i, since size may be past 2³¹.  Number i of y stands in column i % n.  Compute "
-        "in float: (T)((float)y[i] + (float)b[i % n])."))
+    "kernels.cuda.bias:add_bias", difficulty=2, minutes=15,
+    may_use="the words of CUDA C from the lesson: threadIdx.x, blockIdx.x, blockDim.x, gridDim.x, "
+            "if, for, and a type in brackets to convert a number, such as (float)b[0] or (T)sum.",
+    example="""
+        >>> y = np.array([[1, 2, 3], [4, 5, 6]], np.float32)
+        >>> b = np.array([10, 20, 30], np.float32)
+        >>> add_bias((1,), (4,), (y, b, np.int64(6), np.int32(3)))      # 1 block of 4 threads
+        >>> y
+        array([[11., 22., 33.],
+               [14., 25., 36.]], dtype=float32)
+        """,
+    hints=(
+        "A thread's number among all is blockIdx.x * blockDim.x + threadIdx.x.  There are "
+        "gridDim.x * blockDim.x threads.  There may be more numbers than threads: then each "
+        "thread takes several.",
+        "Write the grid-stride loop of the lesson: it begins at the thread's number, goes on by "
+        "the number of all threads, and ends before size.  If there are more threads than "
+        "numbers, the loop of the last threads does nothing.",
+        "Use long long i, because size is a long long.  Add in float and convert the sum back: "
+        "y[i] = (T)((float)y[i] + (float)b[i % n]);"))
 
 
 def biased(f, y, b, grid, block):
@@ -35,7 +48,7 @@ def biased(f, y, b, grid, block):
     return y
 
 
-@add_bias.law("a thread for each number, and some to spare: nothing is written past the end",
+@add_bias.law("with more threads than numbers, nothing is written past the end",
               y="r n", b="n")
 def _(f, y, b):
     close(biased(f, y, b, 1, 64), (y + b).astype(F), "y", {"nothing is added": y})
@@ -61,7 +74,7 @@ def _(f, y, b, grid, block):
     close(biased(f, y, b, grid, block), (y + b).astype(F), "y", guesses)
 
 
-@add_bias.law("T = half: sixteen-bit numbers", y="r n", b="n")
+@add_bias.law("numbers of 16 bits: T is half", y="r n", b="n")
 def _(f, y, b):
     half_y, half_b = y.astype(HALF), b.astype(HALF)
     f((1,), (64,), (half_y, half_b, np.int64(y.size), np.int32(len(b))))
@@ -101,17 +114,31 @@ add_bias.instead("The last number is number size.", BODY, LOOP.replace("i < size
 
 # ── sum_rows ──────────────────────────────────────────────────────────────────────────────────────
 sum_rows = Kernel(
-    "kernels.cuda.bias:sum_rows", difficulty=4, minutes=35, hints=(
-        "Two steps with a barrier between them.  First every thread adds up its own rows and "
-        "writes its sum into shared memory; then one of the eight threads of a column adds up "
-        "eight sums.",
-        "__shared__ float sums[8][32] has an element for each thread: "
-        "sums[threadIdx.y][threadIdx.x].  What lies there at the start is anything at all, so "
-        "every thread writes, a zero if it has no row; then __syncthreads(), which all threads "
-        "must reach.",
+    "kernels.cuda.bias:sum_rows", difficulty=4, minutes=35,
+    may_use="the words of CUDA C from the lesson, with .x and .y: thread (c, k) has "
+            "threadIdx.x = c and threadIdx.y = k, block (i, s) has blockIdx.x = i and "
+            "blockIdx.y = s.  Shared memory, also with two indices, a barrier, and min(a, b) of two ints.",
+    example="""
+        >>> g = np.array([[1, 2], [3, 4], [5, 6]], np.float32)
+        >>> parts = np.zeros((2, 2), np.float32)
+        >>> each = np.int32(2)                              # stretches of 2 rows and of 1 row
+        >>> sum_rows((1, 2), (32, 8), (g, parts, np.int32(3), np.int32(2), each))
+        >>> parts
+        array([[4., 6.],
+               [5., 6.]], dtype=float32)
+        """,
+    hints=(
+        "There are two steps, with a barrier between them.  First every thread adds up its own "
+        "rows, k, k + 8, k + 16, ... of the stretch, and writes its sum into shared memory.  "
+        "Then one of the eight threads of a column adds up the eight sums.",
+        "__shared__ float sums[8][32]; has an element for each thread: "
+        "sums[threadIdx.y][threadIdx.x].  At first it holds garbage, so every thread writes its "
+        "element, a zero if it has no row.  Then comes __syncthreads(), which all threads must "
+        "reach.",
         "for (int row = blockIdx.y * each + k; row < last; row += 8), with last = min(rows, "
-        "(blockIdx.y + 1) * each), and only where column = blockIdx.x * 32 + c is below n.  No "
-        "return before the barrier; after it all leave but those with k == 0 and column < n."))
+        "(int)(blockIdx.y + 1) * each), and only where column = blockIdx.x * 32 + c is below n.  "
+        "No return before the barrier.  After it all threads return, except those with k == 0 "
+        "and column < n."))
 
 
 def summed(f, g, each, dtype=F):
@@ -133,7 +160,7 @@ def tall(draw):
     return np.tile(g, (9, 1)) if draw(st.booleans()) else np.tile(g, (1, 33))
 
 
-@sum_rows.law("one stretch: the sum of each column", g="r n")
+@sum_rows.law("with one stretch, it is the sum of each column", g="r n")
 def _(f, g):
     want = g.sum(axis=0, keepdims=True).astype(F)
     guesses = {"nothing is written": 0 * want + UNWRITTEN, "it is the first row alone": g[:1],
@@ -142,7 +169,7 @@ def _(f, g):
     close(summed(f, g, len(g)), want, "parts", guesses)
 
 
-@sum_rows.law("several stretches: each block adds up its own rows, fewer in the last", g="r n",
+@sum_rows.law("each stretch has its own sum; the last one may have fewer rows", g="r n",
               each=st.integers(1, 3))
 def _(f, g, each):
     want = stretched(g, each)
@@ -151,7 +178,7 @@ def _(f, g, each):
     close(summed(f, g, each), want, "parts", guesses)
 
 
-@sum_rows.law("more rows than 8 and more columns than 32", g=tall())
+@sum_rows.law("there may be more rows than 8, and more columns than 32", g=tall())
 def _(f, g):
     early = sum(g[k:k + 1] for k in range(min(8, len(g))))
     guesses = {"it is the sum of the first 8 rows: after row k thread k goes on with row k + 8":
@@ -159,7 +186,7 @@ def _(f, g):
     close(summed(f, g, len(g)), g.sum(axis=0, keepdims=True).astype(F), "parts", guesses)
 
 
-@sum_rows.law("sixteen-bit numbers are added up as float: 2048 + 1 + 1 is 2050", g="r n")
+@sum_rows.law("numbers of 16 bits are added up as float: 2048 + 1 + 1 is 2050", g="r n")
 def _(f, g):
     g = np.vstack([np.full((1, g.shape[1]), 2048.0), np.ones((2, g.shape[1])), np.abs(g)])
     want = g.sum(axis=0, keepdims=True).astype(F)
@@ -201,11 +228,17 @@ sum_rows.instead("A sum has the type of what is added.", "  float sum = 0;\n", "
 
 # ── adam_rates ────────────────────────────────────────────────────────────────────────────────────
 adam_rates = Exercise(
-    "kernels.cuda.optimizer:adam_rates", difficulty=2, minutes=10, hints=(
-        "Write AdamW's update with m and v as they are: w ← w (1 − ηλ) − η (m / (1 − β₁ᵗ)) / (√(v "
-        "/ (1 − β₂ᵗ)) + ε).  What in it changes from step to step?",
-        "η changes, with the schedule, and t.  So rate = η / (1 − β₁ᵗ) stands before m, root "
-        "before √v, and shrink before w: w ← shrink w − rate m / (root √v + ε).",
+    "kernels.cuda.optimizer:adam_rates", difficulty=2, minutes=10,
+    may_use="arithmetic of Python: + − * / and **.",
+    example="""
+        >>> adam_rates(lr=0.5, b1=0.5, b2=0.75, decay=0.5, t=1)
+        (1.0, 2.0, 0.75)
+        """,
+    hints=(
+        "Put m̂ and v̂ into the update: w ← w (1 − ηλ) − η (m / (1 − β₁ᵗ)) / (√(v / (1 − β₂ᵗ)) "
+        "+ ε).  Compare it with w ← shrink w − rate m / (root √v + ε), factor by factor.",
+        "shrink is what stands before w, rate is what stands before m, and root is what stands "
+        "before √v, under the fraction.",
         "√(v / (1 − β₂ᵗ)) = √v / √(1 − β₂ᵗ), so root = (1 - b2**t)**-0.5.  The decay takes η λ of "
         "w, whatever the corrections."))
 given = {"lr": st.sampled_from([1.0, 0.5, 0.25, 1e-3]), "t": st.sampled_from([1, 2, 3, 4, 1000])}
@@ -219,7 +252,7 @@ def rates(f, lr, decay, t):
     return out
 
 
-@adam_rates.law("rate = η / (1 − β₁ᵗ), t = 1, 2, ...", **given)
+@adam_rates.law("rate holds the learning rate and the bias correction of m", **given)
 def _(f, lr, t):
     guesses = {"it is multiplied with 1 − β₁ᵗ; m is too small, so divide": lr * (1 - b1**t),
                "t is one too many: it counts from 1, and that is the step to be taken":
@@ -227,14 +260,15 @@ def _(f, lr, t):
     close(rates(f, lr, 0.0, t)[0], lr / (1 - b1**t), "rate", guesses)
 
 
-@adam_rates.law("root = 1 / √(1 − β₂ᵗ), which stands before √v", **given)
+@adam_rates.law("root holds the bias correction of v, as a factor of √v", **given)
 def _(f, lr, t):
     guesses = {"the root is missing: it stands before √v, not before v": 1 / (1 - b2**t),
                "v is not corrected": 1.0}
     close(rates(f, lr, 0.0, t)[1], (1 - b2**t)**-0.5, "root", guesses)
 
 
-@adam_rates.law("shrink = 1 − ηλ", **given, decay=st.sampled_from([0.0, 0.5, 1.0, 0.01, 1e-4]))
+@adam_rates.law("shrink is the part of w that the weight decay leaves", **given,
+                decay=st.sampled_from([0.0, 0.5, 1.0, 0.01, 1e-4]))
 def _(f, lr, t, decay):
     guesses = {"η is left out: the decay follows the schedule too": 1 - decay,
                "it is what is taken off w, expected what stays": lr * decay,
@@ -299,7 +333,26 @@ def _(lr, b1, b2, decay, t):
 
 # ── lay_out ───────────────────────────────────────────────────────────────────────────────────────
 lay_out = Exercise(
-    "optim.buffers:Group.lay_out", difficulty=3, minutes=25, in_place=True, lines=12, hints=(
+    "optim.buffers:Group.lay_out", difficulty=3, minutes=25, in_place=True, lines=12,
+    may_use="the tensors' size, dtype and data; slice(start, end); m.zeros(n, dtype) of the module "
+            "m = xp(a tensor's data); self.make_views(), which makes self.views from self.offsets "
+            "and self.w; self.reclaim_values(), which copies the values of each tensor into its "
+            "view and makes the view the tensor's data.",
+    example="""
+        >>> from tinyft import Tensor
+        >>> from tinyft.optim.buffers import Group
+        >>> bias = Tensor(np.array([1.0, 2.0]), requires_grad=True)
+        >>> weight = Tensor(np.array([[3.0, 4.0], [5.0, 6.0]]), requires_grad=True)
+        >>> group = Group(lr=0.1, decay=0.0, tensors={"bias": bias, "weight": weight})
+        >>> lay_out(group, 2)
+        >>> group.w
+        array([1., 2., 3., 4., 5., 6.])
+        >>> group.offsets["weight"]
+        slice(2, 6, None)
+        >>> len(group.moments), group.moments[0]
+        (2, array([0., 0., 0., 0., 0., 0.]))
+        """,
+    hints=(
         "One flat array w holds all values, and each tensor's data becomes a view of it: "
         "w[offset].reshape(shape) makes no copy.  Then an update of w updates every tensor.",
         "self.tensors is {name: tensor}.  Go through the names, those of tensors with more than "
@@ -388,6 +441,9 @@ def _(f, arrays):
              moments=st.integers(0, 2))
 def _(f, arrays, moments):
     group, _ = laid(f, arrays, moments)
+    if not isinstance(group.moments, list):
+        raise Unusable(f"self.moments should be a list of arrays; yours is a "
+                       f"{type(group.moments).__name__}")
     close(len(group.moments), moments, "the number of moments")
     for i, m in enumerate(group.moments):
         what = "moment 0"
@@ -420,6 +476,9 @@ def _(f, arrays):
     close(lengths, np.array([a.size for a in arrays]), "the lengths of the slices")
     views = np.array([group.views[f"tensor {i}"].size for i in range(len(arrays))])
     close(views, np.array([a.size for a in arrays]), "the sizes of the views")
+    if list(group.offsets) != [f"tensor {i}" for i in in_order(arrays)]:
+        raise Unusable("the names in self.offsets stand in another order than the tensors in w: "
+                       "those of large tensors come last here too")
 
 
 def laid_out(group, moments, order=None, names=None, dtype=None, moments_dtype=None):
@@ -473,6 +532,24 @@ def _(self, moments):
 def _(self, moments):
     laid_out(self, moments)
     self.moments = self.moments[:1] * moments
+    self.make_views()
+    self.reclaim_values()
+
+
+@lay_out.wrong_answer("Moments of one length are the rows of one array.",
+                      says="should be a list of arrays", subtle=True)
+def _(self, moments):
+    laid_out(self, moments)
+    self.moments = asarray(np.zeros((moments, self.w.size), self.w.dtype))
+    self.make_views()
+    self.reclaim_values()
+
+
+@lay_out.wrong_answer("The order of the names in a dict means nothing.", says="another order",
+                      subtle=True)
+def _(self, moments):
+    laid_out(self, moments)
+    self.offsets = {name: self.offsets[name] for name in self.tensors}
     self.make_views()
     self.reclaim_values()
 

@@ -327,8 +327,8 @@ diagram(boxes, arrows, caption="i = blockIdx.x * blockDim.x + threadIdx.x, for n
 
 # %% [markdown]
 # `CpuKernel` compiles a kernel for the processor. It is called as CuPy calls a kernel:
-# the grid, the size of a block, the arguments. `run` also prints the error, if there
-# is one.
+# the grid, the size of a block, the arguments. The sizes are tuples, because a block
+# may have several axes. `run` also prints the error, if there is one.
 
 # %%
 def run(source, name, grid, block, arguments):
@@ -336,7 +336,7 @@ def run(source, name, grid, block, arguments):
     if not has_compiler:
         return "no compiler"
     try:
-        CpuKernel(source, name)((grid,), (block,), arguments)
+        CpuKernel(source, name)(grid, block, arguments)
     except KernelError as error:
         print(textwrap.fill(f"error: {error}", 88))
         return str(error)
@@ -344,7 +344,7 @@ def run(source, name, grid, block, arguments):
 
 x = np.array([1, 2, 3, 4, 5, 6], float32)
 y = np.zeros(6, float32)
-run(DOUBLE, "twice", 2, 4, (x, y, np.int32(6)))
+run(DOUBLE, "twice", (2,), (4,), (x, y, np.int32(6)))
 print(y)
 
 # %% [check]
@@ -355,7 +355,7 @@ assert not has_compiler or y.tolist() == [2, 4, 6, 8, 10, 12]
 # What do threads 6 and 7 do? Would a GPU tell us?
 
 # %%
-error = run(DOUBLE.replace("if (i < n) ", ""), "twice", 2, 4, (x, y, np.int32(6)))
+error = run(DOUBLE.replace("if (i < n) ", ""), "twice", (2,), (4,), (x, y, np.int32(6)))
 
 # %% [markdown]
 # Threads 6 and 7 write behind the array, to memory that may belong to another array. A
@@ -388,7 +388,7 @@ extern "C" __global__ void who(float* y, int n) {
 
 # %%
 who = np.zeros(20, float32)
-run(WHO, "who", 2, 4, (who, np.int32(20)))
+run(WHO, "who", (2,), (4,), (who, np.int32(20)))
 print(who.astype(int))
 heat_map(who[None], values=".0f", columns=[str(i) for i in range(20)],
          xlabel="entry i of y", height=1.1,
@@ -430,7 +430,7 @@ source = launch.source("gelu.cu", (("T", np.dtype(float32)),))
 x = np.linspace(-4, 4, 1000, dtype=float32)
 y = np.zeros(1000, float32)
 grid = launch.blocks(1000)
-run(source, "gelu_tanh", grid, launch.THREADS, (x, y, np.int64(1000)))
+run(source, "gelu_tanh", (grid,), (launch.THREADS,), (x, y, np.int64(1000)))
 difference = abs(y - gelu(x)[0]).max()
 print(f"{grid} blocks of {launch.THREADS} threads; largest difference {difference:.0e}")
 
@@ -499,7 +499,7 @@ def total(source, reverse):
     x = np.arange(1, 257, dtype=float32)
     y = np.zeros(1, float32)
     with emulating(reverse=reverse, poison=255):        # poison: bytes that make NaN
-        failed = run(source, "total", 1, 256, (x, y))
+        failed = run(source, "total", (1,), (256,), (x, y))
     return "refused" if failed else float(y[0])
 
 print("upwards:", total(TOTAL, False), "  downwards:", total(TOTAL, True))
@@ -572,6 +572,45 @@ waiting = total(LEAVE, False)
 if has_compiler:
     assert total(IN_STEP, False) != 32896 and total(IN_STEP, True) == 32896
     assert waiting == "refused"
+
+# %% [markdown]
+# ## Blocks with two axes
+# For a matrix it is handy if a thread has two numbers: `threadIdx.x` for the column
+# and `threadIdx.y` for the row. A block of `(4, 2)` has four times two threads. A
+# matrix lies in memory row after row, so with `n` columns the entry in row `row` and
+# column `c` is number `row * n + c`.
+#
+# This kernel writes to each entry the `threadIdx.y` of the thread that handles it. A
+# thread begins at its own row and goes on by 2, the number of threads in a column.
+
+# %%
+WHICH = """
+extern "C" __global__ void which(float* y, int rows, int n) {
+  int c = threadIdx.x;
+  int k = threadIdx.y;
+  for (int row = k; row < rows; row += 2) y[row * n + c] = k;
+}
+"""
+
+# %% [markdown]
+# **Predict first.** $y$ has 5 rows and 4 columns, the block is `(4, 2)`. Which rows
+# does a thread with $k = 0$ handle, which one with $k = 1$?
+
+# %%
+which = np.zeros((5, 4), float32)
+run(WHICH, "which", (1,), (4, 2), (which, np.int32(5), np.int32(4)))
+heat_map(which, values=".0f", rows=[f"row {i}" for i in range(5)],
+         columns=[f"c = {i}" for i in range(4)], height=2.4,
+         caption="In each entry k of the thread that handles it: two share a column.")
+
+# %% [markdown]
+# Two threads share each column: $k = 0$ has the rows 0, 2, 4, and $k = 1$ the rows 1,
+# 3. The kernel of the exercise `sum_rows` is built in this way. There eight threads
+# share a column. Each adds up its own rows, then the eight sums meet in shared memory,
+# in an array with two indices: `__shared__ float sums[8][32];`.
+
+# %% [check]
+assert not has_compiler or which[:, 0].tolist() == [0, 1, 0, 1, 0]
 
 # %% [markdown]
 # ## Tensors laid end to end
@@ -753,7 +792,7 @@ for t in (1, 2, 3):
 
 numbers_of_step_1 = [float32(a) for a in optimizer.adam_rates(0.1, 0.9, 0.99, 0.01, 1)]
 by_value = start_of_training()
-tape = [(ADAM, "adam", 4, 256, (*by_value, *numbers_of_step_1, np.int32(1000)))]
+tape = [(ADAM, "adam", (4,), (256,), (*by_value, *numbers_of_step_1, np.int32(1000)))]
 
 # %% [markdown]
 # **Predict first.** The gradients are the same in every step, and the learning rate is
@@ -779,7 +818,7 @@ READS = READS.replace("  m[i] =", "  float rate = rates[0];\n  float root = rate
                                   "  float shrink = rates[2];\n  m[i] =")
 rates = np.zeros(3, float32)                  # the numbers on the device
 from_device = start_of_training()
-tape = [(READS, "adam", 4, 256, (*from_device, rates, np.int32(1000)))]
+tape = [(READS, "adam", (4,), (256,), (*from_device, rates, np.int32(1000)))]
 for t in (1, 2, 3):
     rates[:] = optimizer.adam_rates(0.1, 0.9, 0.99, 0.01, t)
     replay(tape)

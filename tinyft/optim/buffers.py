@@ -59,10 +59,14 @@ class Group:
         return self.w if self.rounded is None else self.rounded
 
     def lay_out(self, moments: int) -> None:
-        """Move the tensors into one flat array; small tensors come first, so that `pieces` can update them as one.
+        """Lay the tensors end to end: move their values into one flat array, of which each tensor becomes a view.
 
-        Sets `offsets`, in the order of the tensors, but tensors of more than LARGE elements last; `w`, with all values;
-        `moments`: this many arrays of zeros, with w's length and dtype; `views`, which become the tensors' data."""
+        The tensors, {name: tensor} in self.tensors, have one dtype.  Sets
+            self.offsets   {name: slice of the flat array}, in the order of self.tensors, but with the tensors of more
+                           than LARGE elements last
+            self.w         the flat array: all values, in the tensors' dtype
+            self.moments   a list of `moments` arrays of zeros, each with w's length and dtype
+            self.views     {name: the tensor's slice of w, in the tensor's shape}: they become the tensors' data"""
         small = [name for name, p in self.tensors.items() if p.size <= LARGE]
         large = [name for name, p in self.tensors.items() if p.size > LARGE]
         self.offsets = {}

@@ -27,8 +27,9 @@ ACROSS = 256                                                       # at most so 
 def adam_rates(lr: float, b1: float, b2: float, decay: float, t: int) -> tuple[float, float, float]:
     """(rate, root, shrink), with which AdamW's update is  w ← shrink w − rate m / (root √v + ε).
 
-    m and v are the moments without bias correction.  These three change with the step t = 1, 2, ...; a captured step
-    reads them from the device.  lr: η, decay: λ; the equations: optim.adam_update."""
+    It is the update of optim.adam_update,  w ← w − η (m̂ / (√v̂ + ε) + λ w),  with m̂ = m / (1 − β₁ᵗ) and
+    v̂ = v / (1 − β₂ᵗ); m and v are the moments without bias correction.
+    lr: η, b1: β₁, b2: β₂, decay: λ, t: the number of the step, 1, 2, ..."""
     return lr / (1 - b1**t), (1 - b2**t)**-0.5, 1 - lr * decay
 
 
