@@ -297,7 +297,7 @@ STEP = "for (long long i = blockIdx.x * blockDim.x + threadIdx.x; i < size; i +=
     (BIAS.replace("int n", "long long n") % ";", ["keep the parameters as they are", "long long size, int n)"]),
     (BIAS.replace("add_bias", "bias") % ";", ["it has no kernel add_bias"]), ("", ["it has no kernel add_bias"]),
     ("__global__ void add_bias(float* y) { y[0] = 1; }", ['holds no extern "C" __global__ void add_bias']),
-    (BIAS % "y[0] += b[0];", ["yours    = [[64.]]", "b = [1.]"]),
+    (BIAS % "y[0] += b[0];", ["yours    = [[65.]]", "b = [1.]"]),
     (BIAS % (STEP % "y[i] += b[i / n];"), ["The smallest input that fails", "memory that nobody wrote"]),
     (BIAS % "for (int i = 0; i < size; i++) y[i] = threadIdx.x;",
      ["depends on the order of the threads: at [0, 0] it is 63, and 0 when"]),

@@ -117,7 +117,8 @@ sum_rows = Kernel(
     "kernels.cuda.bias:sum_rows", difficulty=4, minutes=35,
     may_use="the words of CUDA C from the lesson, with .x and .y: thread (c, k) has "
             "threadIdx.x = c and threadIdx.y = k, block (i, s) has blockIdx.x = i and "
-            "blockIdx.y = s.  Shared memory, also with two indices, a barrier, and min(a, b) of two ints.",
+            "blockIdx.y = s.  Shared memory, also with two indices, a barrier, and min(a, b) of "
+            "two ints.",
     example="""
         >>> g = np.array([[1, 2], [3, 4], [5, 6]], np.float32)
         >>> parts = np.zeros((2, 2), np.float32)
