@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -12,13 +13,14 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import tinyft as ft
 from tinyft import array, cli, compare, data
-from tinyft.compare import PRESETS, Settings, cells, settings, split_names
+from tinyft.compare import PRESETS, Settings, cells, figure, settings, split_names
 from tinyft.compare.figure import draw
 from tinyft.compare.report import finished_runs, interval, table, verdict
 from tinyft.compare.settings import METHODS, contenders, learning_rates
@@ -188,9 +190,9 @@ def test_a_huge_perplexity_keeps_the_columns_narrow():
 # ---------------------------------------------------------------------------------------------------- figure
 def panels(made: dict) -> list:
     """The axes of the figure of a report."""
-    figure = pytest.importorskip("matplotlib.figure")
+    matplotlib_figure = pytest.importorskip("matplotlib.figure")
     drawn = []
-    subplots = figure.Figure.subplots
+    subplots = matplotlib_figure.Figure.subplots
 
     def spy(fig, *arguments, **options):
         axes = subplots(fig, *arguments, **options)
@@ -198,7 +200,7 @@ def panels(made: dict) -> list:
         return axes
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figure.Figure, "subplots", spy)
+        patch.setattr(matplotlib_figure.Figure, "subplots", spy)
         assert draw(made).startswith(b"\x89PNG")
     return drawn[0].axes
 
@@ -216,12 +218,37 @@ def test_domain_has_two_panels_of_one_height_with_the_base_as_a_point_in_both():
     assert len(panels(report({"full": [0.5, 0.6]}, {"full": 100}))) == 1
 
 
-def test_the_legend_is_beside_the_panels_also_for_many_contenders():
-    """No point is under it, and no two contenders look the same."""
+def named_boxes(ax) -> dict[str, Any]:
+    """{text: its box in pixels} of the names beside the points."""
+    return {text.get_text(): text.get_window_extent() for text in ax.texts}
+
+
+@pytest.mark.parametrize("task", ["domain", "intact", "package"])
+def test_every_point_has_its_name_beside_it_and_no_name_covers_another(task):
+    made = json.loads((ROOT / f"tests/benchmarks/results/{task}.json").read_text())
+    for ax in panels(made):
+        boxes = named_boxes(ax)
+        for container in ax.containers:
+            x, y = ax.transData.transform(container.lines[0].get_xydata()[0])
+            box = boxes[container.get_label()]
+            assert max(box.x0 - x, x - box.x1) < 30
+            assert max(box.y0 - y, y - box.y1) < 50
+        for a, b in itertools.combinations(boxes.values(), 2):
+            assert figure.covered(a, b) < 0.1 * min(a.width * a.height, b.width * b.height)
+        for box in boxes.values():
+            assert figure.outside(box, ax.get_window_extent()) < 0.1 * box.width * box.height
+
+
+def test_names_of_equal_points_do_not_cover_each_other():
+    values = {f"method {i}": [50.0, 51.0] for i in range(4)}
+    ax = panels(report({"other": [80.0, 81.0], **values}, {name: 1000 for name in ["other", *values]}, "domain"))[0]
+    boxes = list(named_boxes(ax).values())
+    assert all(figure.covered(a, b) == 0 for a, b in itertools.combinations(boxes, 2))
+
+
+def test_no_two_contenders_look_the_same():
     values = {f"m{i}": [50.0 + i] * 2 for i in range(40)}
     axes = panels(report(values, {name: 10 + i for i, name in enumerate(values)}, "domain"))
-    legend = axes[0].figure.legends[0].get_window_extent()
-    assert all(not legend.overlaps(ax.get_window_extent()) for ax in axes)
     points = [line for line in axes[0].lines if line.get_marker() == "o"]
     looks = {(line.get_color(), line.get_fillstyle()) for line in points}
     assert len(points) == len(looks) == 40

@@ -1,6 +1,6 @@
 """The figure of a comparison: quality against trained parameters and, for domain, new skill against what was forgotten.
 
-Each contender has one colour, and its family one marker.
+Each contender has one colour, and its family one marker. Its name stands beside its point.
 """
 
 from __future__ import annotations
@@ -18,7 +18,19 @@ MARKERS = {"selective": "o", "additive": "^", "reparameterized": "s", "": "D"}  
 OTHER_FAMILY = "v"
 BASE_MARKER = "*"
 FILLS = ("full", "none", "left", "bottom", "right", "top")
-LEGEND_ROWS = 24  # as many as fit beside the panels
+# Places of a name beside its point: (offset in points, horizontal and vertical alignment), the best one first.
+PLACES = (
+    (9, 0, "left", "center"),
+    (0, 8, "center", "bottom"),
+    (0, -8, "center", "top"),
+    (-9, 0, "right", "center"),
+    (7, 7, "left", "bottom"),
+    (7, -7, "left", "top"),
+    (-7, 7, "right", "bottom"),
+    (-7, -7, "right", "top"),
+    (0, 20, "center", "bottom"),
+    (0, -20, "center", "top"),
+)
 LINES = (":", "--", "-.")  # of simple models
 
 
@@ -33,7 +45,7 @@ def draw(report: dict) -> bytes:
 
     rows = [r for r in summaries(report) if np.isfinite(r.mean)]
     panels = 2 if is_lm(report) else 1
-    fig = Figure(figsize=(4.6 * panels + 2.6, 5.2), dpi=120, layout="constrained")
+    fig = Figure(figsize=(5.2 * panels + 0.8, 5.2), dpi=120, layout="constrained")
     axes = fig.subplots(1, panels, sharey=True, squeeze=False)[0]
     for ax in axes:
         ax.grid(visible=True, which="major", color="0.9")
@@ -42,10 +54,10 @@ def draw(report: dict) -> bytes:
     if is_lm(report):
         draw_forgetting(axes[1], rows)
         set_log_ticks(axes[0].yaxis)
-    handles, labels = axes[0].get_legend_handles_labels()
-    columns = -(-len(labels) // LEGEND_ROWS)
-    fig.legend(handles, labels, loc="outside center right", ncols=columns, frameon=False, fontsize=9)
-    fig.suptitle(title(report), fontsize=11)
+    fig.suptitle(title(report), fontsize=10)
+    fig.draw_without_rendering()  # now the panels have their sizes
+    for ax in axes:
+        name_points(ax)
     content = io.BytesIO()
     fig.savefig(content, format="png")
     return content.getvalue()
@@ -63,7 +75,11 @@ def title(report: dict) -> str:
 def draw_quality(ax: Any, rows: list[Summary], report: dict) -> None:
     """Quality over trained parameters. The base has none, so the axis begins at 0 if there is a base."""
     for r, style in zip((r for r in rows if r.kind == "simple"), LINES):
-        ax.axhline(r.mean, ls=style, color="0.45", lw=1.2, label=r.name)
+        ax.axhline(r.mean, ls=style, color="0.45", lw=1.2)
+        ax.annotate(
+            r.name, (0.99, r.mean), xycoords=ax.get_yaxis_transform(), xytext=(0, 2), textcoords="offset points",
+            ha="right", fontsize=8, color="0.35",
+        )
     for r, options in zip(points(rows), styles(rows)):
         ax.errorbar(r.trained, r.mean, yerr=deviation(r.quality), label=r.name, **options)
     if is_lm(report):
@@ -91,7 +107,7 @@ def draw_forgetting(ax: Any, rows: list[Summary]) -> None:
         knew_prose = r.kind == "base" or r.family
         if knew_prose and np.isfinite(r.second).any():
             x = np.nanmean(r.second)
-            ax.errorbar(x, r.mean, xerr=deviation(r.second), yerr=deviation(r.quality), **options)
+            ax.errorbar(x, r.mean, xerr=deviation(r.second), yerr=deviation(r.quality), label=r.name, **options)
             if r.kind == "base":
                 ax.axvline(x, color="0.7", lw=0.8)  # to the right of it prose was forgotten
     ax.set_xlabel("perplexity on prose, held out (right of the line: forgotten)")
@@ -118,6 +134,73 @@ def styles(rows: list[Summary]) -> list[dict[str, Any]]:
         fill = FILLS[turn % len(FILLS)]
         found.append({"fmt": marker, "ms": 8, "capsize": 3, "color": colours[which], "fillstyle": fill})
     return found
+
+
+# ---------------------------------------------------------------------------------------------------- the names
+def name_points(ax: Any) -> None:
+    """Write the name of each point beside it, in its colour, where it covers no other point and no other name."""
+    containers = ax.containers  # of each point with its error bars
+    taken = [text.get_window_extent() for text in ax.texts]
+    for container in containers:
+        taken.append(marker_box(ax, container))
+        taken += bar_boxes(ax, container)
+    taken += [line.get_window_extent().padded(2) for line in ax.lines if line.get_linestyle() in LINES]
+    for container in containers:
+        line = container.lines[0]
+        best = None
+        for place in PLACES:
+            text = write_name(ax, container.get_label(), line, place)
+            box = text.get_window_extent()
+            cost = sum(covered(box, other) for other in taken) + outside(box, ax.get_window_extent())
+            if best is None or cost < best[0]:
+                best = (cost, place, box)
+            text.remove()
+        write_name(ax, container.get_label(), line, best[1])
+        taken.append(best[2])
+
+
+def write_name(ax: Any, name: str, line: Any, place: tuple) -> Any:
+    """The text of a point's name at one of PLACES."""
+    x, y, horizontal, vertical = place
+    point = (line.get_xdata()[0], line.get_ydata()[0])
+    return ax.annotate(
+        name, point, xytext=(x, y), textcoords="offset points", ha=horizontal, va=vertical, fontsize=8,
+        color=line.get_color(),
+    )
+
+
+def marker_box(ax: Any, container: Any) -> Any:
+    """The box of a point's marker, in pixels."""
+    from matplotlib.transforms import Bbox
+
+    line = container.lines[0]
+    x, y = ax.transData.transform((line.get_xdata()[0], line.get_ydata()[0]))
+    half = line.get_markersize() * ax.figure.dpi / 72 / 2
+    return Bbox.from_extents(x - half, y - half, x + half, y + half)
+
+
+def bar_boxes(ax: Any, container: Any) -> list[Any]:
+    """The boxes of a point's error bars, in pixels, with two pixels around them."""
+    from matplotlib.transforms import Bbox
+
+    boxes = []
+    for bars in container.lines[2]:
+        for segment in bars.get_segments():
+            ends = ax.transData.transform(segment)
+            boxes.append(Bbox([ends.min(axis=0), ends.max(axis=0)]).padded(2))
+    return boxes
+
+
+def covered(box: Any, other: Any) -> float:
+    """The area that two boxes share, in square pixels."""
+    width = min(box.x1, other.x1) - max(box.x0, other.x0)
+    height = min(box.y1, other.y1) - max(box.y0, other.y0)
+    return max(width, 0.0) * max(height, 0.0)
+
+
+def outside(box: Any, panel: Any) -> float:
+    """The area of a box that lies outside the panel, in square pixels."""
+    return box.width * box.height - covered(box, panel)
 
 
 # ---------------------------------------------------------------------------------------------------- the axes
