@@ -205,7 +205,8 @@ matmul = Exercise(
         "g the axis of length 1 that C lacks, use the formulas for matrices, and reshape the "
         "result."),
     may_use="@, reshape, indexing with None, and t(a), which swaps the last two axes.  For a "
-            "stack of matrices a pullback may leave out the sum over the stack: the engine sums.",
+            "stack of matrices a pullback may leave out the sum over the stack: the engine sums.  "
+            "match_dtypes and array are not needed here.",
     example="""
         >>> A = np.array([[1., 2.]])
         >>> B = np.array([[3.], [4.]])
@@ -535,6 +536,12 @@ def _(x):
                       says="zero everywhere")
 def _(x):
     return ops.softmax.definition(x)[0], (lambda g: g * 0,)
+
+
+@softmax.wrong_answer("Parentheses make a tuple: (f).", says="a tuple of one is written `(f,)`")
+def _(x):
+    p, (back,) = ops.softmax.definition(x)
+    return p, (back)
 
 
 @softmax.wrong_answer("Rows have two axes, so the last one is axis 1.", says="along axis 1",
