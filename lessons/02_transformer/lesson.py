@@ -700,9 +700,9 @@ for name in names:
 
 # %% [markdown]
 # From left to right the text grows 16 times. By the count of multiplications, the MLP
-# should take 16 times as long, and attention 256 times. The times depend on your machine,
-# and large arrays take more than that, since they do not fit into the processor's cache.
-# But attention grows far faster than the MLP. Now the memory.
+# should take 16 times as long, and attention 256 times. The times depend on your
+# machine, and large arrays take more than that, since they do not fit into the
+# processor's cache. But attention grows far faster than the MLP. Now the memory.
 
 # %%
 curves(memory, x=lengths, log="xy", xlabel="tokens", ylabel="megabytes", height=2.6,
