@@ -68,7 +68,10 @@ class Houlsby(Method):
     def trains(self, model: Module) -> set[str]:
         """The names of the tensors of all layer norms, except those inside the head or the pooler.
 
-        The empty set if norms=False. `top_modules` are the modules above the blocks."""
+        A layer norm is a LayerNorm, an RMSNorm, or a module that `sublayers` gives as the norm of a
+        sublayer. The head and the pooler are two of `model.top_modules`. GPT's last norm is one of
+        them itself, and trains. A norm inside an edit is not one of the base and does not count.
+        The result is the empty set if self.norms is False."""
         if not self.norms:
             return set()
         norms = set(sublayers(model).values())
@@ -88,11 +91,17 @@ class Bottleneck(Edit):
             layer.weight.copy_(truncated_normal(rng, layer.weight.shape, std))
 
     def after(self, x: Tensor, y: Tensor, ctx: Context) -> Tensor:
+        """The new output y + up(gelu(down(y))) of a module. Gradients reach y, down and up.
+
+        y (..., C): the module's output. x: the module's input, of any shape; it is not used.
+        self.down: Linear, C to m. self.up: Linear, m to C. ctx is passed on to both."""
         return y + self.up(ops.gelu(self.down(y, ctx)), ctx)
 
 
 def truncated_normal(rng: np.random.Generator, shape: tuple, std: float) -> np.ndarray:
-    """N(0, std²) truncated at ±2 std, on the host: numbers beyond are drawn again."""
+    """Random numbers from N(0, std²), none of them beyond ±2 std: a float64 array of this shape.
+
+    A number beyond ±2 std is drawn again, until it lies inside. All numbers come from rng."""
     z = rng.standard_normal(shape)                       # host
     far = abs(z) > 2
     while far.any():
