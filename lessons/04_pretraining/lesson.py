@@ -36,7 +36,8 @@ bert, _ = ft.load("base-bert")
 # ## The text
 # The package ships with real prose: Python's language reference, docstrings and
 # comments. It is divided into three **splits**: training, validation and test. All
-# text of a Python module is in one split. So a test text has no twin in training.
+# text of one Python module is in the same split, so no text of a test module is used
+# in training.
 
 # %%
 train = ft.data.pretraining("prose", "train")
@@ -46,8 +47,8 @@ print(f"{len(train):,} tokens of training text, {len(test):,} of test text")
 print([tokenizer.decode([token]) for token in test[:12]])
 
 # %% [markdown]
-# A token is a frequent piece of text. Most tokens begin with their space. The
-# vocabulary has 2,048 of them.
+# A token is a frequent piece of text: a word, a part of a word, or a sign. The space
+# before a word belongs to its token. The vocabulary has 2,048 tokens.
 #
 # ## The next token
 # A causal model reads a text and predicts, at every position, the token that follows.
@@ -103,8 +104,8 @@ print("labels:", next_tokens(batch_ids, batch_mask).tolist())
 # of a text is the mean over its labels. It is the cross-entropy of lesson 03,
 # measured in **nats** because the logarithm is natural.
 #
-# **Predict first.** A model has just been made, with random weights. It has to choose
-# among 2,048 tokens, and knows nothing about any of them. What is its loss, about?
+# What is the loss of a model that knows nothing? It has to choose among 2,048 tokens.
+# With random weights it gives every token about the same probability, $p = 1/2048$.
 
 # %%
 untrained = ft.GPT(gpt.config, seed=1)
@@ -114,9 +115,8 @@ print(f"loss of an untrained model: {untrained_loss:.2f}")
 print(f"ln 2048:                    {math.log(VOCABULARY):.2f}")
 
 # %% [markdown]
-# It gives every token about the same probability, $p = 1/2048$, so $-\ln p = \ln 2048
-# = 7.62$. Remember this number: a training run that begins far above it has a mistake
-# in its model or in its labels.
+# Its loss is near $-\ln (1/2048) = \ln 2048$. Remember this number: a training run that
+# begins far above it has a mistake in its model or in its labels.
 
 # %% [check]
 assert abs(untrained_loss - math.log(VOCABULARY)) < 0.1
@@ -166,9 +166,11 @@ def token_losses(model, ids):
 
 # %% [markdown]
 # `take_along_axis` picks, at each position, the entry of the vocabulary that the
-# label names. The test text is 128 windows of 112 tokens, taken at equal distances
-# from the test split. `ft.data.held_out_batches` cuts them. The README and all later
-# lessons measure on the same windows.
+# label names.
+#
+# We measure on 128 **windows** of 112 tokens each, taken at equal distances from the
+# test split. `ft.data.held_out_batches` cuts them. The README measures on the same
+# windows.
 
 # %%
 def windows_of(tokens):
@@ -390,9 +392,10 @@ assert by_position[0] - by_position[4] > 2 * abs(by_position[4] - by_position[-1
 
 # %% [markdown]
 # ## Masked tokens
-# BERT reads in both directions, so it cannot be asked for the next token: it sees it.
-# Instead some tokens are hidden, and it must say what stood there. The rule is that
-# of the BERT paper (Devlin et al., 2019, section 3.1):
+# BERT reads in both directions. It would see the next token, so the question must be
+# another one: some tokens are hidden, and the model must say what stood there. This is
+# **masked language modelling**. The rule is that of the BERT paper (Devlin et al.,
+# 2019, section 3.1):
 #
 # 1. Choose 15 % of the positions. Only these get a label: the token that stood there.
 # 2. Of the chosen positions, 80 % become the special token `[MASK]`,
@@ -436,8 +439,8 @@ diagram(boxes, height=2.9,
 # was only ever asked at `[MASK]` would have no reason to keep the meaning of visible
 # tokens.
 #
-# One reads that "BERT masks 15 % of the tokens"; the paper itself says so in the
-# first paragraphs of section 3.1, before it gives the rule. Let us count.
+# Does BERT mask 15 % of the tokens? Section 3.1 of the paper says so ("we mask 15% of
+# all WordPiece tokens"), before it gives the rule. Let us count.
 
 # %%
 special = ft.data.SPECIAL
@@ -529,6 +532,9 @@ print(f"{100 * (1 - mask.mean()):.0f} % of the positions are padding")
 # %% [markdown]
 # A pooled vector is a mean over time. For the mean over the real positions, the mask
 # sets the vectors of padding to zero, and we divide by the number of real tokens.
+#
+# Two vectors are similar if their **cosine** is large: they point in about the same
+# direction. We first subtract the mean of all vectors, which they have in common.
 
 # %%
 real = mask[:, :, None]                                             # (B, T, 1)
@@ -560,8 +566,8 @@ chance = np.sum((np.bincount(package_labels) / len(package_labels)) ** 2)
 print(f"by chance {100 * chance:.0f} %")
 
 # %% [markdown]
-# All three know much more than chance. `[CLS]` is worst: this BERT was trained on
-# masked tokens only, and `[CLS]` never had a label. Before fine-tuning it is no
+# All three are much better than chance. `[CLS]` is worst: this BERT was trained on
+# masked tokens only, and `[CLS]` never had a label. Nothing has taught it to be a
 # summary of the text.
 #
 # The two means find the right package about equally often; 300 docstrings are too few
@@ -579,7 +585,7 @@ for name in ("all positions", "real positions"):
 
 # %% [markdown]
 # A cosine of 1 means the same direction. Only the mean over real positions gives a
-# text the same vector in every batch.
+# text the same vector in every batch. So here too, padding must not count.
 
 # %% [check]
 assert same_package["real positions"] > same_package["[CLS]"] + 0.03
@@ -614,10 +620,9 @@ print(sentences[0])
 print(swapped[0])
 
 # %% [markdown]
-# **Predict first.** How often does the model prefer the sentence to its twin with two
-# words swapped? And sums: of `2 + 3 = 0` to `2 + 3 = 9`, is `2 + 3 = 5` the most
-# probable? We try the 20 sums of 1 to 5 and 1 to 4; a blind guess is right once in
-# ten.
+# How often does the model prefer the sentence to its twin with two words swapped? And
+# can it add: of `2 + 3 = 0` to `2 + 3 = 9`, is `2 + 3 = 5` the most probable? We try
+# the 20 sums of 1 to 5 and 1 to 4. A blind guess is right once in ten.
 
 # %%
 in_order = np.mean(total_losses(sentences) < total_losses(swapped))
@@ -656,8 +661,8 @@ for name in record:
 # lower loss on the pretraining text is no promise for other text. (These are single
 # runs, one seed each: do not read a law about sizes from three points.)
 #
-# Teaching such a base something else, here Python source, is **fine-tuning**. It
-# begins with lesson 05. What it costs on prose is measured there too.
+# Teaching such a base something else, for example Python source, is **fine-tuning**:
+# the subject of the lessons that follow.
 #
 # ## All in one table
 # A perplexity depends on the tokenizer: longer tokens are harder to predict, and
@@ -678,9 +683,9 @@ for name in ("unigrams", "bigrams", *record):
           f"{on_code[name]:8.0f}")
 
 # %% [markdown]
-# Perplexities on 128 windows of prose and 128 windows of source; all rows were
-# trained on prose. Pairs counted in prose are as good on source as the small
-# transformer: what that one learned about context does not carry over.
+# Perplexities on 128 windows of prose and 128 windows of source. All rows were trained
+# on prose. On source, the pairs are as good as the small transformer: what it learned
+# about the context of prose is of no use there.
 
 # %% [check]
 assert in_order > 0.8
