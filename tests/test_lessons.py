@@ -50,7 +50,7 @@ TEACHES = {
     "pretraining": {"pretrain", "perplexity", "generate", "decode", "save", "formats"},
     "adapters": {"attach", "detach", "without", "trained", "trained_parameters", "Method", "edit", "Houlsby", "methods",
                  "adapters"},
-    "lora": {"LoRA", "merge", "eject", "unmerge", "save_adapter", "load_adapter", "adapters.combine"},
+    "lora": {"LoRA", "merge", "eject", "unmerge", "save_adapter", "load_adapter", "combine", "adapters.combine"},
     "gpu": {"kernels.cuda"},
     "precision": {"precision", "autocast", "GradScaler"},
 }

@@ -824,15 +824,15 @@ def lora_like(targets: Any = WrongLoRA.targets, **hooks: Any) -> Method:
     return type("SomeLoRA", (WrongLoRA,), {"kind": kind, "targets": targets})()
 
 
-def starts_dead(self: Any, in_features: int, out_features: int, r: int, s: float, dropout: float, rng: Any) -> None:
+def starts_dead(self: Any, in_features: int, out_features: int, r: int, alpha: float, dropout: float, rng: Any) -> None:
     """A = B = 0: a saddle point."""
-    LowRank.__init__(self, in_features, out_features, r, s, dropout, rng)
+    LowRank.__init__(self, in_features, out_features, r, alpha, dropout, rng)
     self.A.copy_(0 * host(self.A))
 
 
-def starts_with_dropout(self: Any, in_features: int, out_features: int, r: int, s: float, dropout: float,
+def starts_with_dropout(self: Any, in_features: int, out_features: int, r: int, alpha: float, dropout: float,
                         rng: Any) -> None:
-    LowRank.__init__(self, in_features, out_features, r, s, 0.5, rng)
+    LowRank.__init__(self, in_features, out_features, r, alpha, 0.5, rng)
 
 
 def drops_the_whole_output(self: Any, x: Any, y: Any, ctx: Any) -> Any:
@@ -883,8 +883,9 @@ class Careless(Method):
 class Secret(LowRank):
     """A random projection that is not among its buffers, drawn from another stream than attach's."""
 
-    def __init__(self, in_features: int, out_features: int, r: int, s: float, dropout: float, rng: np.random.Generator):
-        super().__init__(in_features, out_features, r, s, dropout, rng)
+    def __init__(self, in_features: int, out_features: int, r: int, alpha: float, dropout: float,
+                 rng: np.random.Generator):
+        super().__init__(in_features, out_features, r, alpha, dropout, rng)
         self._A = self.A.data
         del self.A
 

@@ -1375,7 +1375,7 @@ def mixed_factors(parts: list[Attached], weights: list[float]) -> Attached:
     for p in paths:
         es = [(a.edits[p], c) for a, c in zip(parts, weights) if p in a.edits]
         first = es[0][0]
-        e = LowRank(first.A.shape[1], first.B.shape[0], 2, 1.0, 0.0, np.random.default_rng(0))
+        e = LowRank(first.A.shape[1], first.B.shape[0], 2, 2.0, 0.0, np.random.default_rng(0))
         e.to(dtype=np.float64)
         e.A.copy_(sum(np.sign(c) * abs(c * x.s)**0.5 * host(x.A)[:2] for x, c in es))
         e.B.copy_(sum(abs(c * x.s)**0.5 * host(x.B)[:, :2] for x, c in es))

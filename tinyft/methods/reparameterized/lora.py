@@ -57,10 +57,9 @@ class LoRA(Method):
             raise TypeError(f"LoRA adapts a weight matrix; "
                             f"{path} is a {type(module).__name__} and has none{hint}")
         out_features, in_features = module.weight.shape      # of an embedding: (vocabulary, width)
-        s = self.alpha / self.r                      # the update of the weight is s B A
         # A linear map gets it on its output. An embedding reads ids: there the weight is changed.
         edit_class = LowRankWeight if isinstance(module, Embedding) else LowRank
-        return edit_class(in_features, out_features, self.r, s, self.dropout, rng)
+        return edit_class(in_features, out_features, self.r, self.alpha, self.dropout, rng)
 
 
 def has_matrix(module: Module) -> bool:
@@ -68,31 +67,70 @@ def has_matrix(module: Module) -> bool:
     return len(getattr(vars(module).get("weight"), "shape", ())) == 2
 
 
-class LowRank(Edit):
-    """s (x Aᵀ) Bᵀ, added to the module's output."""
+def initial_factors(in_features: int, out_features: int, r: int,
+                    rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """(A, B), both float32: rng draws A (r, in) uniformly from ±1/√in, and B (out, r) is zero.
 
-    def __init__(self, in_features: int, out_features: int, r: int, s: float, dropout: float,
+    The product B A is zero, so the model starts unchanged. A is not zero, so B gets a gradient."""
+    bound = in_features**-0.5
+    A = rng.uniform(-bound, bound, (r, in_features)).astype(np.float32)
+    return A, np.zeros((out_features, r), np.float32)
+
+
+def low_rank_branch(x: Tensor, A: Tensor, B: Tensor, alpha: float) -> Tensor:
+    """(α/r) (x Aᵀ) Bᵀ, for x (..., in), A (r, in) and B (out, r); the result is (..., out).
+
+    The gradients reach x, A and B. The (out, in) product B A is never built."""
+    s = alpha / A.shape[0]
+    return ops.linear(ops.linear(x, A) * s, B)           # s acts on the r-wide array, the smallest
+
+
+def low_rank_factors(M: Array, r: int) -> tuple[Array, Array]:
+    """(A, B), with A (r, in) and B (out, r), so that B A is as near to M (out, in) as possible.
+
+    Near means: the sum of the squared differences is the smallest that rank r allows.
+    ValueError unless 1 <= r <= min(out, in).  Eckart & Young, Psychometrika 1936."""
+    if not 1 <= r <= min(M.shape):
+        raise ValueError(f"low_rank_factors wants 1 <= r <= {min(M.shape)}, got {r}")
+    U, sizes, V = array.xp(M).linalg.svd(M, full_matrices=False)       # M = U diag(sizes) V
+    return V[:r], U[:, :r] * sizes[:r]                   # the largest singular values come first
+
+
+class LowRank(Edit):
+    """(α/r) (x Aᵀ) Bᵀ, added to the module's output."""
+
+    def __init__(self, in_features: int, out_features: int, r: int, alpha: float, dropout: float,
                  rng: np.random.Generator):
-        """A (r, in) ~ U(±1/√in) and B (out, r) = 0, so the first output is the base's. s = α/r."""
-        bound = in_features**-0.5
-        A = rng.uniform(-bound, bound, (r, in_features)).astype(np.float32)
+        A, B = initial_factors(in_features, out_features, r, rng)
         self.A = Parameter(array.asarray(A))
-        self.B = Parameter(array.asarray(np.zeros((out_features, r), np.float32)))
-        self.s = s
+        self.B = Parameter(array.asarray(B))
+        self.alpha = alpha
         self.drop = Dropout(dropout)
 
+    @property
+    def s(self) -> float:
+        """The scale α/r."""
+        return self.alpha / self.A.shape[0]
+
     def delta(self) -> Array:
-        """ΔW = s B A"""
+        """ΔW = (α/r) B A, (out, in)"""
         return self.s * (self.B.data @ self.A.data)
 
     def branch(self, x: Tensor) -> Tensor:
-        """s (x Aᵀ) Bᵀ. The factor s acts on the r-wide array, the smallest one."""
-        return ops.linear(ops.linear(x, self.A) * self.s, self.B)
+        """(α/r) (x Aᵀ) Bᵀ"""
+        return low_rank_branch(x, self.A, self.B, self.alpha)
 
     def after(self, x: Tensor, y: Tensor, ctx: Context) -> Tensor:
+        """y + branch(drop(x)): the base's output y (..., out) plus the branch of x (..., in).
+
+        Dropout acts on the input of the branch only, and only in training: `drop` decides."""
         return y + self.branch(self.drop(x, ctx))
 
     def fold(self, p: dict[str, Array]) -> dict[str, Array]:
+        """The arrays of a layer that gives the same outputs without this edit: ΔW joins the weight.
+
+        p: {"weight": W (out, in), "bias": b (out,)}, or without "bias". The result is a new dict
+        with the same names. p is not changed, and everything but the weight stays as it is."""
         return {**p, "weight": p["weight"] + self.delta()}
 
 
