@@ -564,7 +564,7 @@ def scores_with(adapter):
     """The perplexities on Python, capitals and prose."""
     if adapter is not None:
         ft.attach(model, adapter)
-    tests = (python_test, capitals_test, prose_test)
+    tests = [python_test, capitals_test, prose_test]
     found = [ft.perplexity(model, test) for test in tests]
     if adapter is not None:
         ft.detach(model)
@@ -651,7 +651,7 @@ def step_memory(rows, length, with_adapter):
     """The largest rise of memory during one training step, in MB."""
     model, _ = ft.load("base-gpt")
     if with_adapter:
-        targets = ("attn.[qkvo]", "mlp.up", "mlp.down")
+        targets = ["attn.[qkvo]", "mlp.up", "mlp.down"]
         ft.attach(model, ft.LoRA(r=4, alpha=8.0, targets=targets))
     batches = ft.data.lm_batches(train_tokens, length, rows)
     with ft.peak_memory() as memory:

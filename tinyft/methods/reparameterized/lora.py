@@ -110,7 +110,7 @@ class LowRank(Edit):
     @property
     def s(self) -> float:
         """The scale α/r."""
-        return self.alpha / self.A.shape[0]
+        return self.alpha / self.B.shape[1]
 
     def delta(self) -> Array:
         """ΔW = (α/r) B A, (out, in)"""
