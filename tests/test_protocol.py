@@ -138,13 +138,14 @@ class DyLoRA(Method):
 
 
 class Nested(LowRank):
-    def __init__(self, in_features: int, out_features: int, r: int, s: float, dropout: float, rng: np.random.Generator):
-        super().__init__(in_features, out_features, r, s, dropout, rng)
+    def __init__(self, in_features: int, out_features: int, r: int, alpha: float, dropout: float,
+                 rng: np.random.Generator):
+        super().__init__(in_features, out_features, r, alpha, dropout, rng)
         self.b = dev(np.array(r))
 
     def cut(self) -> tuple[Tensor, Tensor, float]:
         b = int(host(self.b))
-        return self.A[:b], self.B[:, :b], self.s / b
+        return self.A[:b], self.B[:, :b], self.alpha / b
 
     def after(self, x: Tensor, y: Tensor, ctx: Context) -> Tensor:
         A, B, s = self.cut()
