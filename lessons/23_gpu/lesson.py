@@ -225,8 +225,10 @@ for name, intensity in per_byte.items():
     reached[name] = (intensity, min(ARITHMETIC, intensity * BANDWIDTH) / 1e12)
     print(f"{name:19}{intensity:8.2f} operations a byte {reached[name][1]:7.1f} T/s")
 
-points(reached, log="xy", xlabel="operations for each byte",
-       ylabel="10¹² operations a second", levels={"all that it can do: 67": 67},
+intensities = np.logspace(-1.3, 2.6, 100)
+roof = np.minimum(ARITHMETIC, intensities * BANDWIDTH) / 1e12
+points(reached, log="xy", lines={"the most that can be reached": (intensities, roof)},
+       xlabel="operations for each byte", ylabel="10¹² operations a second",
        caption="y = 2x reaches 1 % of the arithmetic: it waits for memory.")
 
 # %% [check]
@@ -234,10 +236,10 @@ assert round(ARITHMETIC / BANDWIDTH) == 14
 assert reached["y = 2x"][1] == 0.6 and reached["product, n = 1024"][1] == 67
 
 # %% [markdown]
-# This picture is called a **roofline**. The points rise along a line while memory
-# decides, up to the roof. Everything in a network except large products lies far below
-# the roof: GELU, layer norm, the optimiser. For these, only the number of bytes and of
-# launches counts.
+# This picture is called a **roofline**. On the slope memory decides; on the flat roof
+# the arithmetic does. Everything in a network except large products lies far down on
+# the slope: GELU, layer norm, the optimiser. For these, only the number of bytes and
+# of launches counts.
 #
 # ## GELU: nine launches
 # Look at the source of `gelu_tanh` again. NumPy and CuPy run each operation by itself:
@@ -600,14 +602,14 @@ extern "C" __global__ void which(float* y, int rows, int n) {
 which = np.zeros((5, 4), float32)
 run(WHICH, "which", (1,), (4, 2), (which, np.int32(5), np.int32(4)))
 heat_map(which, values=".0f", rows=[f"row {i}" for i in range(5)],
-         columns=[f"c = {i}" for i in range(4)], height=2.4,
+         columns=["0", "1", "2", "3"], xlabel="c", height=2.4,
          caption="In each entry k of the thread that handles it: two share a column.")
 
 # %% [markdown]
 # Two threads share each column: $k = 0$ has the rows 0, 2, 4, and $k = 1$ the rows 1,
 # 3. The kernel of the exercise `sum_rows` is built in this way. There eight threads
-# share a column. Each adds up its own rows, then the eight sums meet in shared memory,
-# in an array with two indices: `__shared__ float sums[8][32];`.
+#    share a column. Each adds up its own rows, then the eight sums meet in shared
+#    memory, in an array with two indices: `__shared__ float sums[8][32];`.
 
 # %% [check]
 assert not has_compiler or which[:, 0].tolist() == [0, 1, 0, 1, 0]

@@ -79,16 +79,22 @@ def curves(
 
 def points(
     named: Mapping[str, tuple[float, float]], *, xlabel: str, ylabel: str, log: str = "",
-    levels: Mapping[str, float] | None = None, caption: str = "", height: float = 3.2,
+    levels: Mapping[str, float] | None = None, lines: Mapping[str, tuple] | None = None, caption: str = "",
+    height: float = 3.2,
 ) -> None:
-    """Points {label: (x, y)}, each with its label beside it. log, levels: as in `curves`."""
+    """Points {label: (x, y)}, each with its label beside it. log, levels: as in `curves`.
+
+    lines: {label: (x values, y values)} of rising lines behind the points, whose labels then stand below them.
+    """
     _, axes = figure(height=height)
+    for label, (x, y) in (lines or {}).items():
+        axes.plot(x, y, color=TEXT, linewidth=1.2, label=label)
     for i, (label, (x, y)) in enumerate(named.items()):
         axes.plot([x], [y], "o", color=COLOURS[i % len(COLOURS)])
-        axes.annotate(label, (x, y), xytext=(6, 4), textcoords="offset points")
+        axes.annotate(label, (x, y), xytext=(8, -13) if lines else (6, 4), textcoords="offset points")
     for i, (label, value) in enumerate((levels or {}).items()):
         axes.axhline(value, color=COLOURS[-1 - i], linestyle="--", linewidth=1.2, label=label)
-    if levels:
+    if levels or lines:
         axes.legend()
     axes.margins(x=0.18, y=0.15)                         # room for the labels
     _name_axes(axes, xlabel, ylabel, log)
