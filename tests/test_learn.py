@@ -973,11 +973,6 @@ def test_a_single_pullback_without_its_comma_is_told_how_a_tuple_of_one_is_writt
 
 
 # ── the stub says what a learner needs ───────────────────────────────────────────────────────────────────────────────
-# Lessons whose exercises still lack `may_use` and `example`.
-WAITING = {"precision"}
-COMPLETE = [name for name, e in exercises().items() if e.lesson not in WAITING]
-
-
 def run_example(e: Exercise) -> list[str]:
     """The lines of an exercise's example that do not print what it says, on the library's function."""
     names: dict[str, Any] = {}
@@ -989,7 +984,7 @@ def run_example(e: Exercise) -> list[str]:
     return report
 
 
-@pytest.mark.parametrize("name", COMPLETE)
+@pytest.mark.parametrize("name", ALL)
 def test_a_stub_says_what_may_be_used_and_shows_an_example_that_is_right(name):
     e = exercises()[name]
     assert e.may_use, "you may use"

@@ -27,10 +27,6 @@ from tinyft.learn.show import Page
 
 TEXTS = {name: lesson.file.read_text(encoding="utf-8") for name, lesson in lessons().items()}
 FOLDERS = {name: lesson.folder for name, lesson in lessons().items()}
-# Lessons that are not yet rewritten to the form below.
-WAITING = {
-    "precision",
-}
 COLUMNS = 88                                              # that the book shows without scrolling
 CELL = 20                                                 # lines of a code cell
 
@@ -155,7 +151,7 @@ def faults(name: str, folder: str, functions: list[str], text: str) -> list[str]
     return header + faults_of_cells(cells) + faults_of_code(text) + faults_of_formulas(cells)
 
 
-@pytest.mark.parametrize("name", [name for name in TEXTS if name not in WAITING])
+@pytest.mark.parametrize("name", TEXTS)
 def test_a_lesson_has_its_form(name):
     functions = [e.function for e in of_lesson(name)]
     assert faults(name, FOLDERS[name], functions, TEXTS[name]) == []

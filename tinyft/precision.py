@@ -109,7 +109,9 @@ def run(op: Callable, arrays: list, kwargs: dict[str, Any], leaves: list[bool]) 
 def cast_inputs(name: str, arrays: list, kwargs: dict[str, Any]) -> tuple[list, dict[str, Any]]:
     """The inputs of the op `name` under autocast: PRODUCTS get them in 16 bits, SUMS in float32, other ops as they are.
 
-    PRODUCTS are matmul, linear and the like.  Arrays change only if their dtype is ROUNDABLE: float32 or 16-bit."""
+    PRODUCTS are matmul, linear and the like; their 16-bit dtype is autocast_state.dtype.  `arrays` are the inputs in
+    order, `kwargs` those by keyword; the same rule holds for both.  Only arrays whose dtype is ROUNDABLE (float32 or 16
+    bits) change: token ids, masks, float64 arrays, None and plain numbers stay.  Returns (list of inputs, dict)."""
     if name in PRODUCTS:
         dtype = autocast_state.dtype
     elif name in SUMS:

@@ -22,14 +22,32 @@ F = np.float32
 
 # ── cast_inputs ───────────────────────────────────────────────────────────────────────────────────
 cast_inputs = Exercise(
-    "precision:cast_inputs", difficulty=2, minutes=15, hints=(
-        "First which dtype this op wants, if any: autocast_state.dtype for one of PRODUCTS, "
-        "float32 for one of SUMS.  All others are given what came.",
-        "Not everything that comes is a number to be rounded: there are token ids, masks, None, "
-        "plain numbers, and float64 to check gradients with.  ROUNDABLE has the dtypes that may be "
-        "changed.",
-        "cast = lambda a: rounded(a, to) if is_array(a) and a.dtype in ROUNDABLE else a; then a "
-        "list of cast(a) for the arrays, and a dict of them for the keywords."))
+    "precision:cast_inputs", difficulty=2, minutes=15,
+    may_use="rounded(a, dtype), is_array(a), autocast_state.dtype (the 16-bit dtype of the "
+            "autocast region), FLOAT32, and the sets PRODUCTS, SUMS (names of ops) and ROUNDABLE "
+            "(dtypes).",
+    example="""
+        >>> from tinyft.precision import autocast
+        >>> x = np.array([1.5, 257.0], np.float32)
+        >>> ids = np.array([3, 4])
+        >>> with autocast("bfloat16"):
+        ...     arrays, kwargs = cast_inputs("matmul", [x, ids], {"bias": x})
+        >>> arrays[0]
+        array([1.5, 256], dtype=bfloat16)
+        >>> arrays[1]
+        array([3, 4])
+        >>> kwargs["bias"]
+        array([1.5, 256], dtype=bfloat16)
+        """,
+    hints=(
+        "First find the dtype that this op wants: autocast_state.dtype if its name is in PRODUCTS, "
+        "FLOAT32 if it is in SUMS.  Any other op gets its inputs unchanged.",
+        "Some inputs must stay as they are even then: token ids, masks, None, plain numbers, and "
+        "float64 arrays, with which gradients are checked.  ROUNDABLE holds the dtypes that you "
+        "may change.",
+        "Write a small function for one input: it returns rounded(a, dtype) if is_array(a) and "
+        "a.dtype is in ROUNDABLE, else a.  Apply it to each array of the list, and to each value "
+        "of the dict."))
 KINDS = (np.dtype(F), np.dtype(np.float16), bfloat16)
 others = st.sampled_from(("add", "mul", "gelu", "reshape", "embedding", "cross_entropy"))
 products = st.sampled_from(sorted(PRODUCTS))
@@ -61,27 +79,29 @@ def same(got, want, what, dtype=None):
     close(asnumpy(got).astype(float), want.astype(float), what)
 
 
-@cast_inputs.law("a product gets all its inputs in 16 bits, of the kind that autocast was told",
+@cast_inputs.law("a product gets all its arrays in the 16-bit dtype of the autocast region",
                  a="n m", name=products, of=floats, to=halves)
 def _(f, a, name, of, to):
     (x, y), _ = handed(f, name, [a.astype(F) / 3, a.astype(of)], {}, to)
-    same(x, a.astype(F) / 3, f"{name}: what came as float32", to)
-    same(y, a.astype(of), f"{name}: what came as {of}", to)
+    same(x, a.astype(F) / 3, f"{name}: the array of float32", to)
+    same(y, a.astype(of), f"{name}: the array of {of}", to)
 
 
-@cast_inputs.law("a sum gets them in float32", a="n m", name=sums, of=floats, to=halves)
+@cast_inputs.law("a sum gets its array in float32", a="n m", name=sums, of=floats, to=halves)
 def _(f, a, name, of, to):
     (x,), _ = handed(f, name, [a.astype(of)], {}, to)
-    same(x, a, f"{name}: what came as {of}", F)
+    same(x, a, f"{name}: the array of {of}", F)
 
 
-@cast_inputs.law("every other op gets what came", a="n m", name=others, of=floats, to=halves)
+@cast_inputs.law("every other op gets its inputs as they are, by keyword too", a="n m", name=others,
+                 of=floats, to=halves)
 def _(f, a, name, of, to):
-    (x,), _ = handed(f, name, [a.astype(of)], {}, to)
-    same(x, a.astype(of), f"{name}: what came as {of}")
+    (x,), kw = handed(f, name, [a.astype(of)], {"weight": a.astype(of)}, to)
+    same(x, a.astype(of), f"{name}: the array of {of}")
+    same(kw.get("weight"), a.astype(of), f"{name}: the keyword weight of {of}")
 
 
-@cast_inputs.law("token ids, masks, None and plain numbers stay what they are", a="n m",
+@cast_inputs.law("token ids, masks, None and plain numbers stay as they are", a="n m",
                  name=st.one_of(products, sums), to=halves)
 def _(f, a, name, to):
     ids, mask = a.astype(np.int64), a > 0
@@ -89,24 +109,24 @@ def _(f, a, name, to):
     same(x, ids, f"{name}: an array of int64")
     same(y, mask, f"{name}: an array of bool")
     if none is not None or type(number) is not float or number != 0.1:
-        raise Unusable(f"{name} was to be given None and 0.1 as they came; "
-                       f"yours gives {none!r} and {number!r}")
+        raise Unusable(f"{name} should get None and 0.1 as they are; "
+                       f"yours gives it {none!r} and {number!r}")
 
 
-@cast_inputs.law("float64, in which gradients are checked, stays", a="n m",
+@cast_inputs.law("an array of float64 stays float64", a="n m",
                  name=st.one_of(products, sums), to=halves)
 def _(f, a, name, to):
     (x,), _ = handed(f, name, [a / 3], {}, to)
-    same(x, a / 3, f"{name}: what came as float64")
+    same(x, a / 3, f"{name}: the array of float64")
 
 
-@cast_inputs.law("what comes by keyword is an input too", a="n m", name=products, to=halves)
+@cast_inputs.law("a product's keywords are cast too", a="n m", name=products, to=halves)
 def _(f, a, name, to):
     _, kw = handed(f, name, [], {"bias": a.astype(F) / 3}, to)
     same(kw.get("bias"), a.astype(F) / 3, f"{name}: the keyword bias", to)
 
 
-@cast_inputs.law("a sum's keywords too; a mask stays a mask, and float64 stays float64", a="n m",
+@cast_inputs.law("a sum's keywords are cast too; a mask and an array of float64 stay", a="n m",
                  name=sums, to=halves)
 def _(f, a, name, to):
     _, kw = handed(f, name, [], {"weight": a.astype(to), "mask": a > 0, "scale": a / 3}, to)
@@ -133,56 +153,60 @@ def wanted(name):
     return np.dtype(F) if name in SUMS else None
 
 
-@cast_inputs.wrong_answer("Autocast computes in 16 bits.", says="is bfloat16, expected float32")
+@cast_inputs.wrong_answer("Under autocast every op computes in 16 bits.",
+                          says="is bfloat16, expected float32")
 def _(name, arrays, kwargs):
     return policy(name, arrays, kwargs,
                   precision.autocast_state.dtype if name in PRODUCTS | SUMS else None)
 
 
-@cast_inputs.wrong_answer("Float32 in, float32 added up: nothing to do for a sum.",
+@cast_inputs.wrong_answer("The inputs of a sum are float32 anyway.",
                           says="expected float32")
 def _(name, arrays, kwargs):
     return policy(name, arrays, kwargs,
                   precision.autocast_state.dtype if name in PRODUCTS else None)
 
 
-@cast_inputs.wrong_answer("What is no product is float32.", says="is float32, expected",
+@cast_inputs.wrong_answer("Every op that is no product computes in float32.",
+                          says="is float32, expected",
                           subtle=True)
 def _(name, arrays, kwargs):
     return policy(name, arrays, kwargs,
                   precision.autocast_state.dtype if name in PRODUCTS else np.dtype(F))
 
 
-@cast_inputs.wrong_answer("What has 16 bits already may stay.",
+@cast_inputs.wrong_answer("An array that has 16 bits already may stay as it is.",
                           says="is float16, expected bfloat16", subtle=True)
 def _(name, arrays, kwargs):
     return policy(name, arrays, kwargs, wanted(name),
                   {np.dtype(F)} if name in PRODUCTS else ROUNDABLE)
 
 
-@cast_inputs.wrong_answer("An array is an array.", says="expected int64")
+@cast_inputs.wrong_answer("Token ids and masks are arrays, so they are cast too.",
+                          says="expected int64")
 def _(name, arrays, kwargs):
     return policy(name, arrays, kwargs, wanted(name),
                   {*ROUNDABLE, np.dtype(np.float64), np.dtype(np.int64), np.dtype(bool)})
 
 
-@cast_inputs.wrong_answer("Floating point is floating point.", says="expected float64")
+@cast_inputs.wrong_answer("Every array of floats may be cast, float64 too.",
+                          says="expected float64")
 def _(name, arrays, kwargs):
     return policy(name, arrays, kwargs, wanted(name), {*ROUNDABLE, np.dtype(np.float64)})
 
 
-@cast_inputs.wrong_answer("Keywords are options, not numbers.", says="the keyword bias is float32")
+@cast_inputs.wrong_answer("Keywords are options, no arrays.", says="the keyword bias is float32")
 def _(name, arrays, kwargs):
     return policy(name, arrays, kwargs, wanted(name), keywords=False)
 
 
-@cast_inputs.wrong_answer("Only a product's keywords are numbers.", says="the keyword weight",
+@cast_inputs.wrong_answer("Only the keywords of a product are arrays.", says="the keyword weight",
                           subtle=True)
 def _(name, arrays, kwargs):
     return policy(name, arrays, kwargs, wanted(name), keywords=name in PRODUCTS)
 
 
-@cast_inputs.wrong_answer("What comes by keyword is an array of numbers.", says="the keyword mask",
+@cast_inputs.wrong_answer("Every keyword holds an array of floats.", says="the keyword mask",
                           subtle=True)
 def _(name, arrays, kwargs):
     to = wanted(name)
@@ -191,12 +215,20 @@ def _(name, arrays, kwargs):
     return policy(name, arrays, {}, to)[0], {k: a.astype(to) for k, a in kwargs.items()}
 
 
-@cast_inputs.wrong_answer("Sixteen bits are bfloat16.", says="is bfloat16, expected float16")
+@cast_inputs.wrong_answer("The keywords of any other op are safest in float32.",
+                          says="the keyword weight", subtle=True)
+def _(name, arrays, kwargs):
+    if name in PRODUCTS | SUMS:
+        return policy(name, arrays, kwargs, wanted(name))
+    return arrays, policy(name, [], kwargs, np.dtype(F))[1]
+
+
+@cast_inputs.wrong_answer("16 bits always mean bfloat16.", says="is bfloat16, expected float16")
 def _(name, arrays, kwargs):
     return policy(name, arrays, kwargs, bfloat16 if name in PRODUCTS else wanted(name))
 
 
-@cast_inputs.wrong_answer("To round is to cut off.", says="entries")
+@cast_inputs.wrong_answer("To round is to cut off the last bits.", says="entries")
 def _(name, arrays, kwargs):
     def cut(a):
         is_wide = is_array(a) and a.dtype == F
@@ -206,7 +238,8 @@ def _(name, arrays, kwargs):
     return policy(name, arrays, kwargs, wanted(name))
 
 
-@cast_inputs.wrong_answer("A number is an array without axes.", says="None and 0.1", subtle=True)
+@cast_inputs.wrong_answer("A plain number is an array without axes.",
+                          says="None and 0.1", subtle=True)
 def _(name, arrays, kwargs):
     arrays = [np.asarray(a, F) if isinstance(a, float) else a for a in arrays]
     return policy(name, arrays, kwargs, wanted(name))
@@ -214,22 +247,39 @@ def _(name, arrays, kwargs):
 
 # ── reclaim_values ────────────────────────────────────────────────────────────────────────────────
 reclaim_values = Exercise(
-    "optim.master:MasterWeights.reclaim_values", difficulty=3, minutes=20, in_place=True, hints=(
-        "self.w is float32, and more exact than the 16-bit tensors.  To copy the tensors into it "
-        "would undo every step that is still too small to be visible in 16 bits.  So copy only the "
+    "optim.master:MasterWeights.reclaim_values", difficulty=3, minutes=20, in_place=True,
+    may_use="Group.reclaim_values(self), to_float32(a), and the attributes self.w, self.tensors, "
+            "self.views, self.offsets and self.versions, which are explained in the docstring.",
+    example="""
+        >>> from tinyft import Tensor
+        >>> from tinyft.array import bfloat16
+        >>> from tinyft.optim.master import MasterWeights
+        >>> p = Tensor(np.array([1, 2], bfloat16), requires_grad=True)
+        >>> q = Tensor(np.array([3, 4], bfloat16), requires_grad=True)
+        >>> group = MasterWeights(lr=0.1, decay=0.0, tensors={"p": p, "q": q})
+        >>> group.lay_out(moments=0)
+        >>> group.w += 0.001                         # too small to be visible in bfloat16
+        >>> _ = p.copy_(np.array([5.0, 6.0]))        # written from outside
+        >>> reclaim_values(group)
+        >>> group.w
+        array([5.   , 6.   , 3.001, 4.001], dtype=float32)
+        """,
+    hints=(
+        "self.w is float32, and more exact than the 16-bit tensors.  If you copy every tensor into "
+        "it, you undo all steps that are too small to be visible in 16 bits.  Copy only the "
         "tensors that were written from outside.",
-        "There are two ways to write: p.data = another array, after which p.data is not "
-        "self.views[name]; or into the array itself (p.copy_), which changes p.version[0].  "
+        "There are two ways to write.  After p.data = another array, p.data is not "
+        "self.views[name].  A write into the array itself (p.copy_) changes p.version[0]; "
         "self.versions[name] is its value after the optimiser's own last write.",
-        "First find the written tensors, all of them.  Then call Group.reclaim_values(self): it "
-        "makes every p.data its view again.  Then self.w[self.offsets[name]] = "
-        "to_float32(self.views[name]).reshape(-1) for the written ones."))
+        "First collect the names of all written tensors.  Then call Group.reclaim_values(self): it "
+        "makes every p.data its view again.  Then, for each of these names, "
+        "self.w[self.offsets[name]] = to_float32(self.views[name]).reshape(-1)."))
 HIDDEN = 2.0**-10  # beside 1, too small to be visible in bfloat16
 
 
 def bound(*arrays):
-    """A group of tensors in bfloat16 whose master weights have moved by less than bfloat16 can
-    show.
+    """A group of tensors in bfloat16.  Their master weights have moved, but by too little to be
+    visible in bfloat16.
     """
     made = {}
     for i, a in enumerate(arrays):
@@ -253,8 +303,8 @@ def check_values(group, want, before, what="w"):
     flat array.
     """
     in_16_bits = [np.asarray(a).astype(bfloat16).astype(F) for a in want]
-    guesses = {"what rounding hides is lost: w was overwritten with the 16-bit values, though "
-               "nobody wrote there": joined(in_16_bits),
+    guesses = {"small steps are lost: w was overwritten with the 16-bit values of a tensor that "
+               "nobody wrote to": joined(in_16_bits),
                "a write from outside was not noticed": joined(before)}
     close(asnumpy(group.w), joined(want), what, guesses, dtype=True)
     close(asnumpy(to_float32(group.rounded)), joined(in_16_bits), "the values of the tensors")
@@ -264,7 +314,8 @@ def check_values(group, want, before, what="w"):
                            "it would miss the next step")
 
 
-@reclaim_values.law("nobody wrote: w keeps what rounding hides", a=positive("n m"), b=positive("k"))
+@reclaim_values.law("nobody wrote: w keeps steps that 16 bits cannot show",
+                    a=positive("n m"), b=positive("k"))
 def _(f, a, b):
     group, _ = bound(a, b)
     f(group)
@@ -272,7 +323,8 @@ def _(f, a, b):
     check_values(group, hidden, hidden, "w, after steps too small to be visible")
 
 
-@reclaim_values.law("p.data is another array now: w takes it", a=positive("n m"), b=positive("k"))
+@reclaim_values.law("p.data is another array: w takes its values",
+                    a=positive("n m"), b=positive("k"))
 def _(f, a, b):
     group, (p, _) = bound(a, b)
     p.data = asarray((a + 8).astype(bfloat16))
@@ -281,7 +333,8 @@ def _(f, a, b):
     check_values(group, [a + 8, b + HIDDEN], before, "w, after p.data = ... of the first tensor")
 
 
-@reclaim_values.law("p.data was written in place: w takes it", a=positive("n m"), b=positive("k"))
+@reclaim_values.law("p.data was written in place: w takes the values",
+                    a=positive("n m"), b=positive("k"))
 def _(f, a, b):
     group, (_, p) = bound(a, b)
     p.copy_(b + 8)
@@ -290,7 +343,8 @@ def _(f, a, b):
     check_values(group, [a + HIDDEN, b + 8], before, "w, after p.copy_(...) of the second tensor")
 
 
-@reclaim_values.law("a write of the very value that is there counts as a write", a=positive("n m"))
+@reclaim_values.law("a write of the value that is already there counts as a write",
+                    a=positive("n m"))
 def _(f, a):
     group, (p,) = bound(a)
     p.copy_(a)
@@ -298,7 +352,7 @@ def _(f, a):
     check_values(group, [a], [a + HIDDEN], "w, after p.copy_(the value of p)")
 
 
-@reclaim_values.law("both ways at once, and p.data set to the very value that is there",
+@reclaim_values.law("both ways at once; and another array with the value that is already there",
                     a=positive("n m"), b=positive("k"))
 def _(f, a, b):
     group, (p, q) = bound(a, b)
@@ -324,25 +378,26 @@ def counted(group):
     return {name for name, p in group.tensors.items() if p.version[0] != group.versions[name]}
 
 
-@reclaim_values.wrong_answer("The tensors are the model; the copy follows them.",
-                             says="what rounding hides is lost")
+@reclaim_values.wrong_answer("The tensors are the model, so w is copied from them.",
+                             says="small steps are lost")
 def _(self):
     reclaimed(self, set(self.tensors))
 
 
-@reclaim_values.wrong_answer("The copy is the model; the tensors follow it.",
+@reclaim_values.wrong_answer("w is the model, so the tensors are copied from it.",
                              says="was not noticed")
 def _(self):
     Group.reclaim_values(self)
     self.write_rounded()
 
 
-@reclaim_values.wrong_answer("To write is to put another array there.", says="was not noticed")
+@reclaim_values.wrong_answer("A write always puts another array into p.data.",
+                             says="was not noticed")
 def _(self):
     reclaimed(self, replaced(self))
 
 
-@reclaim_values.wrong_answer("The version counts every write.", says="was not noticed")
+@reclaim_values.wrong_answer("The version changes at every write.", says="was not noticed")
 def _(self):
     reclaimed(self, counted(self))
 
@@ -355,13 +410,13 @@ def _(self):
 
 
 @reclaim_values.wrong_answer("A tensor that nobody wrote to has version 0.",
-                             says="what rounding hides is lost")
+                             says="small steps are lost")
 def _(self):
     ever_written = {name for name, p in self.tensors.items() if p.version[0] > 0}
     reclaimed(self, replaced(self) | ever_written)
 
 
-@reclaim_values.wrong_answer("Where the values are the same, nobody wrote.",
+@reclaim_values.wrong_answer("A tensor with unchanged values was not written to.",
                              says="was not noticed")
 def _(self):
     different = set()
@@ -383,26 +438,27 @@ def _(self):
     reclaimed(self, changed | counted(self))
 
 
-@reclaim_values.wrong_answer("The tensors were written, so the flat array is the old one.",
+@reclaim_values.wrong_answer("Only w needs the new values.",
                              says="the values of the tensors")
 def _(self):
     for name in replaced(self) | counted(self):
         self.w[self.offsets[name]] = to_float32(self.tensors[name].data).reshape(-1)
 
 
-@reclaim_values.wrong_answer("One tensor is written at a time.", says="entries", subtle=True)
+@reclaim_values.wrong_answer("Only one tensor is written between two steps.",
+                             says="entries", subtle=True)
 def _(self):
     written = sorted(replaced(self) | counted(self))
     reclaimed(self, written[:1])
 
 
-@reclaim_values.wrong_answer("What a tensor holds is what w holds, rounded.", says="w")
+@reclaim_values.wrong_answer("Afterwards w holds what the tensors hold, rounded values.", says="w")
 def _(self):
     reclaimed(self, replaced(self) | counted(self))
     self.w[...] = to_float32(self.w.astype(bfloat16))
 
 
-@reclaim_values.wrong_answer("A write adds to what is hidden.", says="w")
+@reclaim_values.wrong_answer("The part of w that 16 bits cannot show outlives a write.", says="w")
 def _(self):
     written = replaced(self) | counted(self)
     hidden = self.w - to_float32(self.w.astype(bfloat16))
@@ -411,15 +467,40 @@ def _(self):
         self.w[self.offsets[name]] += hidden[self.offsets[name]]
 
 
+@reclaim_values.wrong_answer("It is enough to copy the new values into the flat arrays.",
+                             says="is not its view")
+def _(self):
+    for name in replaced(self) | counted(self):
+        p = self.tensors[name]
+        self.views[name][...] = p.data
+        self.w[self.offsets[name]] = to_float32(p.data).reshape(-1)
+
+
 # ── update ────────────────────────────────────────────────────────────────────────────────────────
 update = Exercise(
-    "optim.scaler:GradScaler.update", difficulty=1, minutes=10, in_place=True, hints=(
-        "self.finite is False if the last step was skipped, self.good_steps counts good steps in a "
-        "row, self.current_scale is S.",
-        "Three cases: a skipped step makes S smaller; the last of growth_interval good steps makes "
-        "it larger; any other good step is counted.",
-        "In a row: a skipped step sets the count to 0, and so does growth.  If not self.enabled, "
-        "nothing changes."))
+    "optim.scaler:GradScaler.update", difficulty=1, minutes=10, in_place=True,
+    may_use="min, LARGEST, and the attributes of self that the docstring names.",
+    example="""
+        >>> from tinyft.optim import GradScaler
+        >>> scaler = GradScaler(init_scale=8.0, growth_interval=2)
+        >>> update(scaler)                           # the first good step
+        >>> scaler.current_scale, scaler.good_steps
+        (8.0, 1)
+        >>> update(scaler)                           # the second
+        >>> scaler.current_scale, scaler.good_steps
+        (16.0, 0)
+        >>> scaler.finite = False                    # a gradient overflowed
+        >>> update(scaler)
+        >>> scaler.current_scale, scaler.good_steps
+        (8.0, 0)
+        """,
+    hints=(
+        "self.finite is False if the last step was skipped.  self.good_steps counts the good steps "
+        "in a row.  self.current_scale is S.",
+        "There are three cases.  A skipped step makes S smaller.  The last of growth_interval good "
+        "steps makes it larger.  Any other good step is counted.",
+        "Begin with `if not self.enabled: return`.  A skipped step sets the count to 0, and so "
+        "does growth.  S never exceeds LARGEST: min(S * self.growth_factor, LARGEST)."))
 settings = {"S": st.sampled_from([8.0, 64.0, 1024.0, 1.0]), "growth": st.sampled_from([2.0, 4.0]),
             "backoff": st.sampled_from([0.5, 0.25]), "interval": st.integers(2, 7)}
 
@@ -450,7 +531,8 @@ def _(f, S, growth, backoff, interval):
     close(good, interval - 1, "the count", {"the step is not counted": interval - 2})
 
 
-@update.law("the last of growth_interval good steps in a row: S grows by growth_factor", **settings)
+@update.law("after growth_interval good steps in a row S is multiplied by growth_factor",
+            **settings)
 def _(f, S, growth, backoff, interval):
     guesses = {"S did not grow: this was the last of so many steps, not one before": S,
                "it is doubled, whatever growth_factor is": 2 * S}
@@ -458,7 +540,7 @@ def _(f, S, growth, backoff, interval):
     close(scale, S * growth, f"S after {interval} good steps in a row", guesses)
 
 
-@update.law("a skipped step ends the row: the count starts at 0", **settings,
+@update.law("after a skipped step the count is 0", **settings,
             good=st.integers(1, 3))
 def _(f, S, growth, backoff, interval, good):
     guesses = {"skipped steps do not reset the count: good steps must be in a row": good,
@@ -467,14 +549,14 @@ def _(f, S, growth, backoff, interval, good):
     close(count, 0, "the count after a skipped step", guesses)
 
 
-@update.law("growth ends the row: the count starts at 0", **settings)
+@update.law("after S has grown the count is 0", **settings)
 def _(f, S, growth, backoff, interval):
     guesses = {"the count goes on, so that S never grows again, or grows at every step": interval}
     _, count = updated(f, S, growth, backoff, interval, interval - 1, finite=True)
     close(count, 0, "the count after S has grown", guesses)
 
 
-@update.law("S grows up to LARGEST, 2⁶⁰, and is there after the last step",
+@update.law("S grows up to LARGEST, which is 2⁶⁰, and no further",
             growth=settings["growth"],
             S=st.sampled_from([LARGEST, LARGEST / 2, LARGEST * 0.75]), interval=st.integers(1, 3))
 def _(f, growth, S, interval):
@@ -484,7 +566,7 @@ def _(f, growth, S, interval):
     close(scale, LARGEST, "S", guesses)
 
 
-@update.law("a step changes S and the count alone", **settings, good=st.integers(0, 1),
+@update.law("nothing but S and the count is changed", **settings, good=st.integers(0, 1),
             finite=st.booleans())
 def _(f, S, growth, backoff, interval, good, finite):
     scaler = GradScaler(S, growth, backoff, interval)
@@ -503,6 +585,15 @@ def _(f, steps):
         f(scaler)
     what = f"S, after {steps} good steps for growth_interval = 1"
     close(scaler.current_scale, 1.0, what, {"it grows though enabled is False": 2.0**steps})
+
+
+@update.law("enabled=False: no step is counted", steps=st.integers(1, 3))
+def _(f, steps):
+    scaler = GradScaler(8.0, growth_interval=4, enabled=False)
+    for _ in range(steps):
+        f(scaler)
+    guesses = {"steps are counted though enabled is False": steps}
+    close(scaler.good_steps, 0, f"the count after {steps} good steps", guesses)
 
 
 def moved(scaler, good, in_a_row=True, reset=True):
@@ -527,7 +618,7 @@ def _(self):
 
 
 @update.wrong_answer("A growth that went too far is undone by growth_factor.",
-                says="divided by growth_factor", subtle=True)
+                     says="divided by growth_factor", subtle=True)
 def _(self):
     before = self.current_scale
     moved(self, self.good_steps + 1)
@@ -535,12 +626,13 @@ def _(self):
         self.current_scale = before / self.growth_factor
 
 
-@update.wrong_answer("So many good steps, in a row or not.", says="must be in a row", subtle=True)
+@update.wrong_answer("growth_interval good steps need not be in a row.",
+                     says="must be in a row", subtle=True)
 def _(self):
     moved(self, self.good_steps + self.finite, in_a_row=False)
 
 
-@update.wrong_answer("After N good steps: at the next one.", says="did not grow")
+@update.wrong_answer("S grows at the step after growth_interval good ones.", says="did not grow")
 def _(self):
     if not self.enabled:
         return
@@ -554,14 +646,14 @@ def _(self):
         self.good_steps += 1
 
 
-@update.wrong_answer("The count says how long all has gone well.",
+@update.wrong_answer("The count says how many steps went well since the last skipped one.",
                      says="the count goes on", subtle=True)
 def _(self):
     moved(self, self.good_steps + 1, reset=False)
 
 
 @update.wrong_answer("enabled=False means that S is 1 at the start.",
-                     says="it grows though", subtle=True)
+                     says="it grows though")
 def _(self):
     enabled = self.enabled
     self.enabled = True
@@ -569,7 +661,17 @@ def _(self):
     self.enabled = enabled
 
 
-@update.wrong_answer("S may grow as long as all goes well.", says="past LARGEST", subtle=True)
+@update.wrong_answer("Good steps are counted also while S is fixed.", says="steps are counted",
+                     subtle=True)
+def _(self):
+    if self.enabled:
+        moved(self, self.good_steps + 1)
+    else:
+        self.good_steps = (self.good_steps + 1) % self.growth_interval
+
+
+@update.wrong_answer("S may grow without a limit as long as no step overflows.",
+                     says="past LARGEST", subtle=True)
 def _(self):
     before = self.current_scale
     moved(self, self.good_steps + 1)
@@ -577,7 +679,8 @@ def _(self):
         self.current_scale = before * self.growth_factor
 
 
-@update.wrong_answer("Where S would pass LARGEST, it stays.", says="does not reach", subtle=True)
+@update.wrong_answer("If S would exceed LARGEST, it does not change.",
+                     says="does not reach", subtle=True)
 def _(self):
     before = self.current_scale
     moved(self, self.good_steps + 1)
@@ -600,14 +703,14 @@ def _(self):
         self.growth_factor = max(self.growth_factor / 2, 1.5)
 
 
-@update.wrong_answer("S is never below 16.", says="off")
+@update.wrong_answer("S is at least 16.", says="off")
 def _(self):
     moved(self, self.good_steps + 1)
     if self.enabled:
         self.current_scale = max(self.current_scale, 16.0)
 
 
-@update.wrong_answer("A scale below 1 scales nothing.", says="S", subtle=True)
+@update.wrong_answer("S is at least 1: a smaller scale is of no use.", says="S", subtle=True)
 def _(self):
     moved(self, self.good_steps + 1)
     if self.enabled:

@@ -123,11 +123,12 @@ def bars(
 
 def heat_map(
     matrix: Any, *, rows: Sequence[str] = (), columns: Sequence[str] = (), xlabel: str = "", ylabel: str = "",
-    values: str = "", title: str = "", caption: str = "", height: float = 3.2,
+    values: str = "", texts: Any = None, title: str = "", caption: str = "", height: float = 3.2,
 ) -> None:
-    """A matrix (n, m) as coloured cells: blue for positive, red for negative entries, no colour for zero.
+    """A matrix (n, m) as coloured cells: blue for positive, red for negative entries, no colour for zero and NaN.
 
     rows, columns: labels. values: a format such as ".2f", with which each cell shows its entry; "" shows none.
+    texts: an array (n, m) of texts, which the cells show instead.
     """
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.patheffects import withStroke
@@ -139,15 +140,16 @@ def heat_map(
     axes.set_xticks(range(matrix.shape[1]) if len(columns) else [], list(columns))
     axes.set_yticks(range(matrix.shape[0]) if len(rows) else [], list(rows))
     cell = min((height - 0.8) / matrix.shape[0], 5 / matrix.shape[1])    # about its size, in hundreds of pixels
-    if 0.09 * max(map(len, columns), default=0) > cell:  # labels side by side would overlap
+    if all(columns) and 0.09 * max(map(len, columns), default=0) > cell:     # labels side by side would overlap
         axes.tick_params(axis="x", rotation=90)
     axes.tick_params(length=0)
     axes.spines[:].set(visible=False)
-    if values:
+    if values or texts is not None:
         outline = [withStroke(linewidth=1.2, foreground="#475569")]
         for (i, j), entry in np.ndenumerate(matrix):
             share = abs(entry) / largest
-            axes.text(j, i, format(entry, values), ha="center", va="center", color="white" if share > 0.3 else TEXT,
+            text = format(entry, values) if texts is None else texts[i, j]
+            axes.text(j, i, text, ha="center", va="center", color="white" if share > 0.3 else TEXT,
                       path_effects=outline if 0.3 < share <= 0.6 else None)      # on a pale cell, a light or dark one
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     show(caption)

@@ -36,10 +36,11 @@ class MasterWeights(Group):
         self.record_versions()
 
     def reclaim_values(self) -> None:
-        """Reclaim the tensors as Group does; w takes the values that were written from outside.
+        """Copy the values that were written to a tensor from outside into w.  All other entries of w stay.
 
-        A tensor was written from outside if p.data is another array, or if p.version[0] has changed since
-        record_versions.  The other master weights keep their full precision."""
+        A tensor p was written from outside if p.data is not its view, self.views[name], or if p.version[0] is not
+        self.versions[name].  Its entries are w[self.offsets[name]].  At the end the data of every tensor is its view
+        again, as Group.reclaim_values makes it."""
         written = []
         for name, version in self.versions.items():
             p = self.tensors[name]

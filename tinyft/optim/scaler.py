@@ -102,10 +102,11 @@ class GradScaler:
             self.finite = False
 
     def update(self) -> None:
-        """Adapt S, the scale of the loss, after a step.
+        """Adapt current_scale, which is S, after a step.
 
-        After a skipped step S is multiplied by backoff_factor, after growth_interval good steps in a row by
-        growth_factor, up to LARGEST."""
+        If the step was skipped (`finite` is False), S is multiplied by backoff_factor.  After growth_interval good
+        steps in a row it is multiplied by growth_factor, up to LARGEST.  `good_steps` counts the good steps; it is 0
+        again after a skipped step, and after S has grown.  Unless `enabled`, nothing changes."""
         if not self.enabled:
             return
         if not self.finite:
