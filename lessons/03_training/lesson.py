@@ -23,8 +23,8 @@ from tinyft.train.batch import compute_loss, read_batch
 
 # %% [markdown]
 # ## One parameter and one learning rate
-# We begin with one parameter $w$ and the loss $\frac12 w^2$. Its gradient is $w$.
-# **Gradient descent** subtracts a multiple of the gradient. The multiple $\eta$ is
+# We begin with one parameter $w$ and the loss $\frac12 w^2$. Its gradient is $w$. In
+# **gradient descent** we subtract a multiple of the gradient. The multiple $\eta$ is
 # the **learning rate**:
 #
 # $$w \leftarrow w - \eta\, g$$
@@ -49,10 +49,8 @@ curves({f"learning rate {rate}": descend(rate) for rate in rates}, ylabel="w",
 #
 # - At 0.1 the factor is 0.9. The parameter creeps towards zero.
 # - At 1 the factor is 0. One step is enough.
-# - At 1.9 the factor is -0.9. The parameter jumps over the minimum in each step, but
-#   it comes nearer.
-# - At 2.1 the factor is -1.1. Each jump is longer than the one before. Training
-#   **diverges**.
+# - At 1.9 the factor is -0.9. Each jump crosses the minimum, but ends nearer to it.
+# - At 2.1 the factor is -1.1. Each jump is longer: training **diverges**.
 #
 # The number 1 is not special. It is the **curvature** of this loss: how fast the
 # gradient grows with $w$. With a curvature $c$ the factor is $1 - \eta c$. So the
@@ -108,8 +106,8 @@ assert abs(descend(1.0)[-1]) == 0 and abs(descend(2.1)[-1]) > 6
 
 # %% [markdown]
 # It takes 37 steps. The flat parameter would like a learning rate of 1. It gets
-# 0.019, because one rate serves both, and the steep parameter allows no more: at
-# 0.021 its value grows to 2,000. Here is its path, from the ring towards the cross.
+# 0.019, since one rate serves both. The steep parameter allows no more: with the rate
+# 0.021 it grows to 2,000. Here is the path of both, from the ring towards the cross.
 
 # %%
 contours({"learning rate 0.019": (valley, sgd_path)}, levels=[1, 5, 20, 60, 120],
@@ -129,7 +127,8 @@ contours({"learning rate 0.019": (valley, sgd_path)}, levels=[1, 5, 20, 60, 120]
 # which old gradients fade by a factor $\mu$ a step. The parameter moves by the
 # velocity. Here is the library's own code. Its arguments are arrays: `w` the
 # parameters, `g` the gradient, `u` the velocity. The function writes into `w` and
-# `u`. `decay` is a later subject of this lesson; until then it is 0.
+# `u`. `decay` is a later subject of this lesson; until then it is 0. Its docstring
+# writes $\theta$ for $w$, as papers do.
 
 # %%
 quote(ft.optim.optimizers.sgd_update)
@@ -141,11 +140,14 @@ quote(ft.optim.optimizers.sgd_update)
 #
 # - `optimizer.start({name: tensor})` says which tensors it updates,
 # - `optimizer.step()` reads their `.grad` and updates them.
+#
+# The function `drive` does so for any optimiser and any gradients, and returns the
+# path of $w$.
 
 # %%
 def drive(optimizer, gradient, start, steps, clip=None):
     "The path of w. gradient(w, t) is its gradient in step t = 0, 1, ..."
-    w = ft.Parameter(np.array([start]))                  # (1, n)
+    w = ft.Parameter(np.array([start]))                  # (1, n): a matrix
     optimizer.start({"w": w})
     path = [w.numpy()[0].copy()]
     for t in range(steps):
@@ -219,8 +221,8 @@ assert np.isclose(average, 1 - 0.9**5) and np.isclose(corrected, 1)
 
 # %% [markdown]
 # The average of ones should be 1. It starts at 0, so at first it is too small: after
-# $t$ steps it is $1 - 0.9^t$. We know this number, so we divide by it. This is called
-# **bias correction**, and a corrected average gets a hat:
+# $t$ steps it is $1 - 0.9^t$. We know this number, so we divide by it. This is the
+# **bias correction**. A corrected average gets a hat:
 #
 # $$m \leftarrow \beta_1 m + (1 - \beta_1)\, g$$
 #
@@ -289,7 +291,8 @@ assert np.isclose(watched[-1, 0], -4, atol=0.01) and abs(watched[-1, 1]) < 0.3
 # Now each parameter has its own scale. We run Adam in the valley with the learning
 # rate 0.05, then in the valley whose loss is measured in other units. Last we turn
 # the valley by 45 degrees: the same valley, but it no longer lies along one
-# parameter.
+# parameter. `turn` is the rotation: `w @ turn` are the coordinates of $w$ along the
+# valley and across it.
 
 # %%
 turn = np.array([[1.0, -1.0], [1.0, 1.0]]) / 2**0.5
@@ -333,8 +336,7 @@ contours({"gradient descent": (valley, sgd_path), "Adam": (valley, adam_path),
 # scale. We will measure it below.
 #
 # ## What the bias correction is for
-# Suppose that we leave it out and use $m / \sqrt v$. After one step $m$ is $0.1\, g$,
-# and $v$ is $0.001\, g^2$.
+# Suppose that we leave it out and use $m / \sqrt v$. What happens?
 #
 # To try it, we write a variant of the library's optimiser. An optimiser keeps all
 # parameters of a kind in one long array. Its method `update` gets a `piece`, a
@@ -343,8 +345,9 @@ contours({"gradient descent": (valley, sgd_path), "Adam": (valley, adam_path),
 # section. `adam_update` is the function with the equations above. For a huge $t$ its
 # corrections are 1.
 #
-# **Predict first.** Both averages start at zero, so both are too small. Are the first
-# steps without correction shorter or longer than $\eta$? By what factor?
+# **Predict first.** Both averages start at zero, so both are too small: after one
+# step $m$ is $0.1\, g$, and $v$ is $0.001\, g^2$. Is the first step without
+# correction shorter or longer than $\eta$? By what factor?
 
 # %%
 class Uncorrected(ft.AdamW):
@@ -381,8 +384,7 @@ assert 3.1 < lengths[0] < 3.2 and 6.5 < lengths.max() < 6.6 and lengths.argmax()
 # weight that the data do not need disappears. There are two ways to write it, with a
 # small number $\lambda$:
 #
-# - *inside*: add $\lambda w$ to the gradient. This is the gradient of the penalty
-#   $\frac{\lambda}{2} w^2$, so it is also called L2 regularisation.
+# - *inside*: add $\lambda w$ to the gradient. This is often called L2.
 # - *outside*: subtract $\eta \lambda w$ from the weight, beside the step.
 #
 # For plain gradient descent the two are the same. For Adam they are not: what goes
@@ -394,9 +396,9 @@ quote(ft.Adam.update)
 quote(ft.AdamW.update)
 
 # %% [markdown]
-# `run_update` calls the equations of Adam for the piece, with the gradient and the
-# decay that it is given. In `Adam` the decay is added to the gradient, so it enters
-# $m$ and $v$. In `AdamW` it does not.
+# The method `run_update` calls the equations of Adam for the piece, with the gradient
+# and the decay that it is given. In `Adam` the decay is added to the gradient, so it
+# enters $m$ and $v$. In `AdamW` it does not.
 #
 # Two weights start at 1. Their gradients are pure noise: the data need neither. The
 # noise of the first has the size 0.01, that of the second the size 10. We take 500
@@ -425,6 +427,11 @@ curves({"inside, small noise": inside[:, 0], "inside, large noise": inside[:, 1]
 # %% [check]
 assert inside[-1, 0] < 0.7 and inside[-1, 1] > 0.85
 assert np.allclose(outside[-1], 0.999**500, atol=0.1)
+sgd_inside = drive(ft.SGD(0.01, weight_decay=1.0), always_one, [1.0], 5)[-1]
+sgd_outside = 1.0
+for _ in range(5):
+    sgd_outside = sgd_outside - 0.01 * 1.0 * sgd_outside - 0.01 * 1.0
+assert np.allclose(sgd_inside, sgd_outside, atol=1e-6)
 
 # %% [markdown]
 # Inside, only the weight with small noise shrinks. There $\lambda w = 1$ is far
@@ -486,13 +493,14 @@ assert np.allclose(scores.grad.sum(axis=1), 0, atol=1e-6)
 #
 # ### Two mistakes with the mean
 # Texts have different lengths. They are padded to one length, and padding has no
-# label. In the library such positions have the label -100, and they count neither in
-# the sum nor in $N$.
+# label. The first mistake is to count the padding in $N$: the loss is then too small.
+# In the library such positions have the label -100, and they count nowhere.
 #
 # The second mistake hides in **accumulation**. If a batch is too large for the
 # memory, we send it through the model in parts and add up the gradients. Each part
 # has its own mean. A part with few labels must not count as much as a part with many.
-# We measure it with eight real sentences, sorted by length, in two halves.
+# We measure it with eight real sentences, sorted by length. `mask` is True where a
+# token is real, and False at the padding.
 
 # %%
 tokenizer = ft.data.shipped_tokenizer()
@@ -501,7 +509,14 @@ for record in ft.data.snapshot()[:60]:
     sentences.extend(ft.data.sentences(record.text))
 encoded = [tokenizer.encode(sentence).ids for sentence in sentences[:8]]
 ids, mask = ft.data.pad(sorted(encoded, key=len))
+print("lengths:", mask.sum(axis=1))
 
+# %% [markdown]
+# We need the gradient of a small GPT for some rows of this batch. `read_batch` turns
+# a batch into targets: the labels are the next tokens, and `targets.weight` is their
+# number. `compute_loss` runs the model and computes the cross-entropy.
+
+# %%
 shape = ft.GPTConfig(vocab=2048, positions=64, width=32, layers=2, heads=2)
 model = ft.GPT(shape, seed=0)
 
@@ -516,9 +531,7 @@ def gradient_of(rows):
     return gradient, targets.weight
 
 # %% [markdown]
-# `read_batch` turns a batch into targets: the labels are the next tokens, and
-# `targets.weight` is their number. `compute_loss` runs the model and computes the
-# cross-entropy.
+# Now the whole batch, its four short rows and its four long rows.
 
 # %%
 whole, count = gradient_of(slice(0, 8))
@@ -547,7 +560,7 @@ assert short_count + long_count == count
 # In Adam's first step $\hat m / \sqrt{\hat v}$ is $g / |g|$: every parameter moves by
 # the whole learning rate, even if its gradient is pure noise. Later the noise
 # averages out. Let us measure this with 1000 parameters whose gradients are nothing
-# but noise.
+# but noise. The typical step is the root of the mean square over all parameters.
 
 # %%
 generator = np.random.default_rng(1)
@@ -596,12 +609,11 @@ assert factors["linear"][-1] > 0
 #
 # ## Clipping: one bad batch
 # Adam does not care about the size of the gradients, as long as they all have it. One
-# batch with huge gradients is another matter. Let all gradients be 1, except that of
-# step 50, which is 1000. The average $v$ remembers it.
+# batch with huge gradients is another matter: the average $v$ remembers it.
 #
-# **Clipping** guards against this. It computes the norm $n$ of *all* gradients
-# together. If $n$ is above a limit, all gradients are multiplied by one factor, so
-# that their norm is the limit. One factor for all keeps the direction.
+# Against this there is **clipping**. It computes the norm of *all* gradients
+# together. If it is above a limit, all gradients are multiplied by one factor, so
+# that their norm becomes the limit. One factor for all keeps the direction.
 
 # %%
 gradients = [np.array([30.0]), np.array([40.0])]
@@ -609,7 +621,11 @@ norm = clip_norm(gradients, 1.0)
 after = np.concatenate(gradients).round(3)
 print("norm before:", norm, "  gradients after:", after)
 
+# %% [markdown]
+# Now Adam, with gradients of 1 in every step, except step 50. There it is 1000
+# instead of 1.
 
+# %%
 def one_outlier(w, t):
     return [1000.0 if t == 50 else 1.0]
 
@@ -630,11 +646,11 @@ assert free[150] < 0.05 and np.allclose(clipped, 1, atol=1e-3)
 # dozen steps; $v$ keeps it for a thousand. With clipping nothing happens at all.
 #
 # ## A real model
-# Now everything together. A GPT of two layers learns 32 pieces of real text by heart,
-# 32 tokens each. `ft.fit` is the training loop. In each step it takes a batch, runs
-# the model, computes the loss and its gradient, clips, and calls the optimiser. It
-# returns a history with the loss of every step. The learning rates of SGD are the
-# best of several that we tried.
+# Now everything together. A GPT of two layers learns 1024 tokens of real text by
+# heart, in pieces of 32. `ft.fit` is the training loop. In each step it takes a
+# batch, runs the model, computes the loss and its gradient, clips, and calls the
+# optimiser. It returns a history with the loss of every step. The learning rates of
+# SGD are the best of several that we tried.
 
 # %%
 text = ft.data.pretraining("prose", "valid")[:1024]
@@ -663,8 +679,11 @@ curves(losses, ylabel="loss (nats per token)",
 # it falls behind.
 #
 # Why does SGD fail? The valley gave the reason: directions of different scale. Let us
-# see if the tensors of this GPT differ in scale. We take one more step with AdamW and
-# compare, for each tensor, the size of its gradient with the size of its step.
+# see if the tensors of this GPT differ in scale. The variables `model` and
+# `optimizer` still hold the last run, AdamW. We take one more step with them, and
+# keep the values from before. (We leave out the biases of the keys. Their gradient is
+# zero: they add the same number to all scores of a query, and the softmax does not
+# see it.)
 
 # %%
 batch = read_batch(text.reshape(32, 32))
@@ -673,7 +692,10 @@ tensors = {n: p for n, p in model.named_parameters().items() if "k.bias" not in 
 before = {n: p.numpy().copy() for n, p in tensors.items()}
 optimizer.step()
 
+# %% [markdown]
+# For each tensor we compare the size of its gradient with the size of its step.
 
+# %%
 def typical(array):
     return float(np.sqrt((array**2).mean()))
 
@@ -684,6 +706,7 @@ moves = [typical(tensors[n].numpy() - before[n]) / optimizer.lr for n in by_size
 curves({"gradient": sizes_of_gradients, "Adam's step, in learning rates": moves},
        log="y", xlabel="tensors of the GPT, sorted by gradient", ylabel="typical entry",
        caption="What Adam evens out.")
+
 spread = sizes_of_gradients[-1] / sizes_of_gradients[0]
 print(f"gradients: the largest is {spread:.0f} times the smallest")
 print(f"steps:     the largest is {max(moves) / min(moves):.0f} times the smallest")
@@ -693,9 +716,7 @@ assert spread > 50 and max(moves) / min(moves) < 30
 
 # %% [markdown]
 # From tensor to tensor the gradients differ by a factor of some hundred. One learning
-# rate cannot serve them all. (We left out the biases of the keys. Their gradient is
-# zero: they add the same number to all scores of a query, and the softmax does not
-# see it.)
+# rate cannot serve them all. Adam's steps differ far less.
 #
 # ## One run says little
 # Next we double the learning rate of AdamW, and try it with clipping and with
@@ -704,7 +725,8 @@ assert spread > 50 and max(moves) / min(moves) < 30
 
 # %%
 warmup = ft.constant_schedule(warmup=5)
-settings = {"AdamW 0.01": (None, None), "and clip": (None, 1.0),
+settings = {"AdamW 0.01": (None, None),                  # (schedule, clip)
+            "and clip": (None, 1.0),
             "and clip, warm-up": (warmup, 1.0)}
 
 
@@ -734,7 +756,8 @@ assert max(at_double["AdamW 0.01"].values()) > min(at_double["AdamW 0.01"].value
 # With clipping all three do well. With warm-up too, they do best. Neither makes a
 # step better in itself. They make a larger learning rate safe.
 #
-# Had we run one seed only, we could have "shown" almost anything.
+# With one seed only, we might have concluded that the larger rate is useless (seed 0)
+# or excellent (seed 2).
 #
 # ## Where the memory goes
 # Adam keeps two moments for each trainable parameter, $m$ and $v$. Together with the
@@ -743,8 +766,8 @@ assert max(at_double["AdamW 0.01"].values()) > min(at_double["AdamW 0.01"].value
 # The forward pass also keeps arrays: the **activations** that the pullbacks will need
 # (lesson 01). Their number depends on the batch.
 #
-# `ft.peak_memory()` measures the largest rise of memory inside its block. We measure
-# the smallest GPT that comes with the library.
+# The function `ft.peak_memory()` measures the largest rise of memory inside its
+# block. We measure the smallest GPT that comes with the library.
 
 # %%
 shape = ft.GPTConfig(vocab=2048, positions=128, width=64, layers=2, heads=2)
@@ -829,10 +852,9 @@ for name, average in averages.items():
 # "Bytes of moments" is for each trainable parameter. The last three rows are means of
 # three seeds. The library's SGD keeps a velocity even if its momentum is 0.
 #
-# **Where this stops.** The model learns 32 short pieces by heart. A loss of 1.5 on
-# them says nothing about other texts. How we measure that is the subject of lesson
-# 04. And a learning rate that is good here need not be good for another model: it is
-# the first thing to tune.
+# **Where this stops.** The model learns its text by heart. A loss of 1.5 says nothing
+# about other texts, which lesson 04 is about. And a learning rate that is good here
+# need not be good for another model: it is the first thing to tune.
 #
 # **Exercises:** `tinyft start training` writes four files for you. Begin with
 # `clip_norm` and `cosine_schedule`, which are short. `adam_update` is Adam as in this
