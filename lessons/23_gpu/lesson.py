@@ -606,10 +606,11 @@ heat_map(which, values=".0f", rows=[f"row {i}" for i in range(5)],
          caption="In each entry k of the thread that handles it: two share a column.")
 
 # %% [markdown]
-# Two threads share each column: $k = 0$ has the rows 0, 2, 4, and $k = 1$ the rows 1,
-# 3. The kernel of the exercise `sum_rows` is built in this way. There eight threads
-#    share a column. Each adds up its own rows, then the eight sums meet in shared
-#    memory, in an array with two indices: `__shared__ float sums[8][32];`.
+# Two threads share each column: $k = 0$ handles the rows 0, 2 and 4, and $k = 1$
+# handles the rows 1 and 3, in every column. The kernel of the exercise `sum_rows` is
+# built in this way. There eight threads share a column. Each adds up its own rows.
+# Then the eight sums meet in shared memory, in an array with two indices: `__shared__
+# float sums[8][32];`.
 
 # %% [check]
 assert not has_compiler or which[:, 0].tolist() == [0, 1, 0, 1, 0]
