@@ -996,6 +996,14 @@ def test_a_stub_says_what_may_be_used_and_shows_an_example_that_is_right(name):
         assert run_example(e) == []
 
 
+@pytest.mark.parametrize("name", [name for name, e in exercises().items() if e.suffix == ".py"])
+def test_a_stub_imports_nothing_under_the_name_of_a_parameter(name):
+    e = exercises()[name]
+    names: dict[str, Any] = {}
+    exec(e.imports(), names)
+    assert not names.keys() & e.signature().parameters.keys()
+
+
 def test_an_example_with_a_wrong_result_is_caught():
     e = dataclasses.replace(exercises()["autograd.sum_to"], example="""
         >>> sum_to(np.ones((2, 3)), (3,))

@@ -230,12 +230,17 @@ assert late_weights[1].sum() < 0.11 and round(free_weights[1, 4], 2) == 0.81
 
 # %% [markdown]
 # ## The library's version
-# Here is attention in the library. `q`, `k` and `v` are Tensors with any axes in front,
-# written `...`. `k.T` swaps the last two axes. `key_mask` is a second mask, for
-# padding. `xp(q.data)` is the module that made the array: NumPy, or CuPy on a GPU.
-# `ops.where(mask, a, b)` takes `a` where the mask is True, else `b`. The score -1e30 is
-# finite, but its `exp` is 0 as well. `_check_tensors`, `checks` and `operands` only
-# look at the arguments, so that a wrong one is named in an error.
+# Here is attention in the library. Before you read it:
+#
+# - `q`, `k` and `v` are Tensors with any axes in front, written `...`. There are Tq
+#   queries and Tk keys; D is the width of a query and a key, E that of a value.
+# - `k.T` swaps the last two axes.
+# - `key_mask` is a second mask, for padding: False at keys that nobody may look at.
+# - `xp(q.data)` is the module that made the array: NumPy, or CuPy on a GPU.
+# - `ops.where(mask, a, b)` takes `a` where the mask is True, else `b`. The score
+#   -1e30 is finite, but its weight is 0 as well.
+# - `_check_tensors`, `checks` and `operands` look at the arguments, and name a wrong
+#   one in an error.
 
 # %%
 quote(ft.functional.softmax_attention)
@@ -651,6 +656,17 @@ print(f"with a cache:    {64:>5,} rows, {end - middle:.2f} s")
 # %% [markdown]
 # The logits are the same, with 32 times fewer rows. The seconds do not shrink as much:
 # every pass has a fixed cost, also a pass of one row.
+#
+# With a cache there are more keys than queries. Two new tokens and three older ones
+# make two queries and five keys. The causal mask must know that the older keys come
+# first:
+
+# %%
+print(ft.ops.causal_mask(2, 5))
+
+# %% [markdown]
+# Query 0 stands at position 3, so it may look at the keys 0 to 3. In general, query $i$
+# stands at position $i$ + keys − queries.
 
 # %% [check]
 assert np.allclose(with_cache, without_cache, atol=1e-3)
