@@ -14,7 +14,7 @@ MAKEFLAGS += --no-print-directory
 .PHONY: help install install-peers install-site run test selftest test-strict test-emulated test-gpu bench-gpu test-peers lessons site audit bench base lint clean
 
 help:  ## this help
-	@echo "tinyft: fine-tuning and compression of transformers, from scratch"
+	@echo "tinyft: fine-tuning of transformers, from scratch"
 	@grep -hE '^[a-z-]+:.*## ' "$(HERE)/Makefile" | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
 
 $(STAMP): $(HERE)/pyproject.toml
@@ -25,6 +25,7 @@ $(STAMP): $(HERE)/pyproject.toml
 	@touch "$@"
 
 install: $(STAMP)  ## make the virtual environment .venv and install tinyft in it
+	@echo "tinyft is installed. Next:  source .venv/bin/activate   then   tinyft lesson autograd   (or make run)"
 
 run: $(STAMP)  ## the main job: fine-tune the shipped base on a real task, one table, two figures (under 5 minutes)
 	@cd "$(HERE)" && "$(VENV)/bin/tinyft" compare $(ARGS)

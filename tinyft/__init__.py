@@ -1,4 +1,4 @@
-"""tinyft: fine-tuning and compression of transformers, from scratch, to be read.
+"""tinyft: fine-tuning of transformers, from scratch, to be read.
 
     import tinyft as ft
     model, tokenizer = ft.load("base-gpt")

@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
 
     Each command sets `run`, the function that `main` calls with the arguments.
     """
-    p = argparse.ArgumentParser(prog="tinyft", description="fine-tuning and compression of transformers, from scratch")
+    p = argparse.ArgumentParser(prog="tinyft", description="fine-tuning of transformers, from scratch")
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
     c = commands.add_parser(
         "compare", help="fine-tune the base on a real task with several methods: one table, one figure"

@@ -219,7 +219,7 @@ Held out (modules that occur nowhere in training):
 
 | | |
 |---|---|
-| this model | {result} |
+| this model, on all held-out text | {result} |
 {references}
 
 ![loss](loss.png)
