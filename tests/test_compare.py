@@ -282,7 +282,9 @@ def test_the_base_has_one_perplexity_wherever_it_is_quoted():
         assert metrics["perplexity"] == pytest.approx(source, rel=1e-4)
         assert metrics["prose"] == pytest.approx(prose, rel=1e-4)
     lesson = (ROOT / "lessons/04_pretraining/lesson.py").read_text(encoding="utf-8")
-    assert 'ft.perplexity(gpt, ft.data.held_out_batches(ft.data.pretraining("source", "test")))' in lesson
+    assert "ft.data.held_out_batches(" in lesson
+    assert f'on_prose["base-gpt"] - {prose:.1f}) < 0.05' in lesson
+    assert f'on_code["base-gpt"] - {source:.0f}) < 0.5' in lesson
 
 
 def test_the_comparison_measures_by_the_protocol():
