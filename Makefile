@@ -68,7 +68,7 @@ lessons: $(STAMP)  ## run every lesson: notebooks with results, and figures, in 
 	@cd "$(HERE)" && "$(VENV)/bin/tinyft" lesson --all $(ARGS)
 
 install-site: $(STAMP)
-	@"$(PY)" -c 'import furo, myst_nb' 2>/dev/null || "$(PY)" -m pip install -q --disable-pip-version-check -e "$(HERE)[site]"
+	@"$(PY)" -c 'import furo, myst_nb, sphinx_copybutton' 2>/dev/null || "$(PY)" -m pip install -q --disable-pip-version-check -e "$(HERE)[site]"
 
 site: install-site  ## the book, in work/site: lessons with their results, exercises, annotated sources (installs Sphinx)
 	@cd "$(HERE)" && "$(PY)" -m tinyft.learn.book $(ARGS)

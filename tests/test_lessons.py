@@ -457,6 +457,36 @@ def test_the_command_shows_a_lesson_and_fails_with_it(small, capsys):
     assert cli.main(["lesson", "none"]) == 1 and "small1, small2" in capsys.readouterr().err
 
 
+TEXT = """# # A title
+#
+# **Reading:** 5 minutes. **You need:** *nothing at all*, or $x$ and
+# **this**. The result is about
+# 3. Then it goes on.
+# **Exercises:** one
+#
+# Two things:
+# - the first, which is
+#   long
+# - the second, `a*b*c`
+#
+# `code` begins a paragraph that is folded like any other one, in spite of the mark
+# that it begins with.
+"""
+
+
+def test_text_is_folded_with_its_lists_and_without_its_marks():
+    out = io.StringIO()
+    page = Page(out)
+    reading.write_cell(parse("# %% [markdown]\n" + TEXT)[0], page)
+    lines = out.getvalue().splitlines()
+    assert "Reading: 5 minutes. You need: nothing at all, or x and this. The result is about 3. Then it goes on." in lines
+    assert "Exercises: one" in lines
+    assert "- the first, which is long" in lines
+    assert "- the second, `a*b*c`" in lines
+    assert "Two things:" in lines
+    assert any(line.startswith("`code` begins a paragraph") and len(line) > 88 for line in lines)
+
+
 def test_a_terminal_without_unicode_gets_its_own_signs(small, tmp_path):
     path, out = small(SMALL), open(tmp_path / "page", "w+", encoding="ascii")
     with out:

@@ -102,20 +102,34 @@ def _write_text(markdown: str, page: Page) -> None:
     """Write Markdown paragraph by paragraph, headings in colour.  Tables and blocks of code are not folded."""
     headings_apart = re.sub(r"^(#.*)", r"\n\1\n", markdown, flags=re.M).strip()
     for paragraph in re.split(r"\n\s*\n", headings_apart):
-        if paragraph[:1] in ("|", "`"):
+        if paragraph[:1] == "|" or paragraph[:3] == "```":
             is_code = paragraph[:3] == "```"
             for row in paragraph.splitlines():
                 page.line(row if is_code else plain(row, page))
         else:
-            for item in re.split(r"\n(?=- |\d+\. |\*\*)", paragraph):       # list items, lines that begin in bold
+            for item in _items(paragraph):
                 colour = "arrow" if item[:1] == "#" else ""
-                for line in textwrap.wrap(plain(item, page).lstrip("# "), min(width(), 100)):
+                hanging = "  " if re.match(ITEM, item) else ""
+                text = " ".join(plain(item, page).lstrip("# ").split())
+                for line in textwrap.wrap(text, min(width(), 100), subsequent_indent=hanging):
                     page.line(page.paint(line, colour))
         page.line()
 
 
+ITEM = r"- |\d+\. "                                       # the mark of a list item
+ENTRY = r"\*\*[\w ]+:\*\*"                               # of the header, such as **Reading:**
+
+
+def _items(paragraph: str) -> list[str]:
+    """The items of a list and the entries of a lesson's header, each of which begins a line of its own.
+
+    A line of a sentence may begin with a number or with bold words, too: it begins no item."""
+    is_list = re.match(ITEM, paragraph) or re.search(rf":\n({ITEM})", paragraph)
+    return re.split(rf"\n(?={ITEM}|{ENTRY})" if is_list else rf"\n(?={ENTRY})", paragraph)
+
+
 def plain(text: str, page: Page) -> str:
-    """A paragraph without Markdown's $ and **, its TeX formulas in Unicode.  `Code` stays as it is.
+    """A paragraph without Markdown's $, ** and *, its TeX formulas in Unicode.  `Code` stays as it is.
 
     On a plain page, which cannot show Unicode, TeX's commands become their names.
     """
@@ -127,4 +141,5 @@ def plain(text: str, page: Page) -> str:
     parts = re.split(r"(`[^`]*`)", text)
     for i in range(0, len(parts), 2):                    # between the pieces of code
         parts[i] = re.sub(r"\$\$?(.+?)\$\$?", formula, parts[i], flags=re.S).replace("**", "")
+        parts[i] = re.sub(r"(?<![\w*])\*(\w[^*]*)\*(?![\w*])", r"\1", parts[i])            # *italics*
     return "".join(parts)
