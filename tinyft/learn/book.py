@@ -278,12 +278,25 @@ def render(files: dict[str, str], source: Path, out: Path) -> int:
 
 
 CONFIG = {
-    "project": "tinyft", "extensions": ["myst_nb", "sphinx_copybutton"], "html_theme": "furo", "html_title": "tinyft", "smartquotes": False,
-    "myst_enable_extensions": ["dollarmath", "colon_fence"], "myst_dmath_double_inline": True,
-    "nb_execution_mode": "off", "copybutton_exclude": ".linenos, .gp, .go", "html_show_sourcelink": False, "html_copy_source": False,
-    "html_static_path": [str(HERE / "site")], "html_css_files": ["book.css"], "templates_path": [],
-    "html_show_copyright": False, "html_show_sphinx": False, "html_favicon": str(HERE / "site" / "icon.svg"),
-    "mathjax_path": "mathjax/tex-mml-chtml.js", "mathjax3_config": {"tex": {"macros": {}}},
+    "project": "tinyft",
+    "extensions": ["myst_nb", "sphinx_copybutton"],
+    "html_theme": "furo",
+    "html_title": "tinyft",
+    "smartquotes": False,
+    "myst_enable_extensions": ["dollarmath", "colon_fence"],
+    "myst_dmath_double_inline": True,
+    "nb_execution_mode": "off",
+    "copybutton_exclude": ".linenos, .gp, .go",           # neither numbers, nor prompts, nor results
+    "html_show_sourcelink": False,
+    "html_copy_source": False,
+    "html_static_path": [str(HERE / "site")],
+    "html_css_files": ["book.css"],
+    "templates_path": [],
+    "html_show_copyright": False,
+    "html_show_sphinx": False,
+    "html_favicon": str(HERE / "site" / "icon.svg"),
+    "mathjax_path": "mathjax/tex-mml-chtml.js",
+    "mathjax3_config": {"tex": {"macros": {}}},
     "suppress_warnings": ["misc.highlighting_failure"],  # quoted results are not all Python
 }
 

@@ -82,6 +82,7 @@ class Kernel(Exercise):
         top = f"{self.first_line()}\n\n{guide}" if guide else self.first_line()
         comment = "\n".join(f"// {line}".rstrip() for line in top.splitlines())
         return f"""{comment}
+//
 // T stands for float or half.  The check launches it on the CPU, as a GPU would run it.
 
 {self.head()} {{
