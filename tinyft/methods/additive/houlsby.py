@@ -82,7 +82,7 @@ class Houlsby(Method):
 
 
 class Bottleneck(Edit):
-    """h + up(gelu(down(h)))"""
+    """The adapter of one module: down to m numbers, gelu, and up again, added to the output."""
 
     def __init__(self, width: int, m: int, std: float, rng: np.random.Generator):
         self.down = Linear(width, m, rng=rng)
