@@ -122,7 +122,7 @@ def drawn_factors(n, m, r, rng):
 
 
 @initial_factors.wrong_answer("The update must start at zero, so both factors are zero.",
-                              says="A is zero", subtle=False)
+                              says="A is zero")
 def _(in_features, out_features, r, rng):
     return 0 * drawn_factors(in_features, out_features, r, rng)[0], np.zeros((out_features, r),
                                                                              np.float32)
@@ -188,10 +188,10 @@ low_rank_branch = Exercise(
             "A.shape.",
     example="""
         >>> x = Tensor(np.array([[1.0, 2.0]]))               # one row, in = 2
-        >>> A = Tensor(np.array([[3.0, 1.0]]))               # r = 1
-        >>> B = Tensor(np.array([[1.0], [0.0], [2.0]]))      # out = 3
-        >>> low_rank_branch(x, A, B, alpha=2.0).numpy()
-        array([[10.,  0., 20.]])
+        >>> A = Tensor(np.array([[3.0, 1.0], [0.0, 1.0]]))   # r = 2
+        >>> B = Tensor(np.array([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0]]))       # out = 3
+        >>> low_rank_branch(x, A, B, alpha=4.0).numpy()
+        array([[10.,  4., 20.]])
     """,
     hints=(
         "Read the formula from the inside: first x Aᵀ, then that times Bᵀ, then the factor α/r.",
@@ -355,10 +355,13 @@ def output(f, e, x, y, rng=None):
 @after.law("the result is y plus the branch of x", **LAYER, y=filled("n m"))
 def _(f, x, A, B, y):
     branch = 2.0 / len(A) * (x @ A.T @ B.T)
-    close(output(f, an_edit(A, B), x, y), y + branch, "the result",
-          {"it is the branch alone: the base's output y is missing": branch,
-           "it is y: the branch is not added": y,
-           "the branch is subtracted": y - branch})
+    guesses = {"it is the branch alone: the base's output y is missing": branch,
+               "it is y: the branch is not added": y,
+               "the branch is subtracted": y - branch}
+    if x.shape == y.shape:
+        reads_y = y + 2.0 / len(A) * (y @ A.T @ B.T)
+        guesses["the input of the branch is y; it should be x"] = reads_y
+    close(output(f, an_edit(A, B), x, y), y + branch, "the result", guesses)
 
 
 @after.law("B = 0 leaves the output as it was, in training too", **LAYER, y=filled("n m"))
@@ -389,13 +392,13 @@ def _(self, x, y, ctx):
     return self.branch(self.drop(x, ctx))
 
 
-@after.wrong_answer("LoRA changes the output of the layer, so the branch reads y.", says="")
+@after.wrong_answer("LoRA changes the output of the layer, so the branch reads y.",
+                    says="it should be x")
 def _(self, x, y, ctx):
     return y + self.branch(self.drop(y, ctx))
 
 
-@after.wrong_answer("Dropout belongs to the whole output.", says="in training with B = 0",
-                    subtle=False)
+@after.wrong_answer("Dropout belongs to the whole output.", says="in training with B = 0")
 def _(self, x, y, ctx):
     return self.drop(y + self.branch(x), ctx)
 
@@ -411,7 +414,7 @@ def _(self, x, y, ctx):
     return y + self.branch(x)
 
 
-@after.wrong_answer("Dropout acts whenever the branch is used.", says="", subtle=False)
+@after.wrong_answer("Dropout acts whenever the branch is used.", says="in evaluation")
 def _(self, x, y, ctx):
     return y + self.branch(ops.dropout(x, self.drop.p, 3) if self.drop.p else x)
 
@@ -474,7 +477,9 @@ def _(f, x, A, B, W, bias):
 @fold.law("the bias stays as it is", **MERGE)
 def _(f, x, A, B, W, bias):
     got = folded(f, A, B, {"weight": W, "bias": bias}).get("bias")
-    close(got, bias, "the bias")
+    change = 2.0 / len(A) * (B @ A)
+    close(got, bias, "the bias",
+          {"the bias is changed as well: ΔW belongs to the weight": bias + change.sum(axis=1)})
 
 
 @fold.law("the merged layer computes what the layer with its branch computes", **MERGE)
@@ -484,7 +489,7 @@ def _(f, x, A, B, W, bias):
     close(x @ new["weight"].T + new["bias"], want, "the output of the merged layer")
 
 
-@fold.wrong_answer("The bias is merged as well.", says="differ", size=2)
+@fold.wrong_answer("The bias is merged as well.", says="ΔW belongs to the weight")
 def _(self, p):
     return {name: a + (self.delta() if a.ndim == 2 else self.delta().sum(axis=1))
             for name, a in p.items()}
@@ -523,7 +528,7 @@ def _(self, p):
     return p
 
 
-@fold.wrong_answer("Only what changes is returned.", says="your result has weight", subtle=False)
+@fold.wrong_answer("Only what changes is returned.", says="your result has weight")
 def _(self, p):
     return {"weight": p["weight"] + self.delta()}
 
@@ -570,8 +575,9 @@ def _(f, M):
 @low_rank_factors.law("with the full rank, B A is M", M=filled("m n"))
 def _(f, M):
     A, B = factors_of(f, M, min(M.shape))
-    sizes = np.linalg.svd(M, full_matrices=False)
-    close(B @ A, M, "B A", {"the singular values are left out": sizes[0] @ sizes[2]})
+    U, sizes, V = np.linalg.svd(M, full_matrices=False)
+    close(B @ A, M, "B A", {"the singular values are left out": U @ V,
+                            "the singular values are in both factors": U * sizes**2 @ V})
 
 
 @low_rank_factors.law("no other pair of factors of rank r is nearer to M", M=filled("m n"))
@@ -634,7 +640,7 @@ def _(M, r):
     return V[:, :r], U[:, :r] * sizes[:r]
 
 
-@low_rank_factors.wrong_answer("The sizes belong to both factors.", says="")
+@low_rank_factors.wrong_answer("The sizes belong to both factors.", says="in both factors")
 def _(M, r):
     A, B = kept(M, r)
     sizes = np.linalg.svd(M, compute_uv=False)[:r]

@@ -296,7 +296,9 @@ assert first[0] == 0 and first[1] > 0 and second[0] > 0 and second[1] > 0
 # step on both learn. So one zero factor is no obstacle, as long as the other is not
 # zero.
 #
-# Now the other three ways to start. `start` sets the factors and trains for 20 steps.
+# Now all four ways to start. `start` sets the factors and trains for 20 steps. A
+# random $B$ gets the usual range of a layer with $r = 4$ inputs:
+# $\pm 1/\sqrt{r} = \pm 0.5$.
 
 # %%
 def start(a_is_random, b_is_random):
@@ -331,8 +333,7 @@ assert starts["both random"][0] > 3 * 881 and starts["both random"][1] > 400
 assert starts["A random, B = 0"][1] < 230 and starts["A = 0, B random"][1] < 300
 
 # %% [markdown]
-# - **A = B = 0** never learns. Both gradients have a factor that is zero, in every
-#   step.
+# - **A = B = 0** never learns: both gradients stay zero.
 # - **Both random** destroys the model before it learns. Then it has to repair it.
 # - **One zero, the other random** works. Which of the two is zero matters less.
 #
@@ -340,8 +341,8 @@ assert starts["A random, B = 0"][1] < 230 and starts["A = 0, B random"][1] < 300
 # leave it.
 #
 # ## Rank against quality
-# Now the real training. The number of steps is the same for each rank, and $\alpha =
-# 2r$, so the factor $\alpha/r$ is always 2.
+# Now the real training. The number of steps is the same for each rank, and
+# $\alpha = 2r$, so the factor $\alpha/r$ is always 2.
 #
 # **Predict first.** Rank 16 has 16 times the parameters of rank 1. With the twelve
 # full matrices we got about 145. What do ranks 1, 4 and 16 reach?
@@ -374,15 +375,15 @@ assert perplexities[1] < cut[1]
 #
 # No rank reached the full matrices here. LoRA is nearly as good for far fewer
 # numbers; it is not the same. The learning rates, 0.005 for LoRA and 0.002 for the
-# matrices, were chosen from three values each. So a difference of a few percent means
-# little.
+# matrices, are not tuned, and the runs are short. So a difference of a few percent
+# means little.
 #
 # ## The scale α/r
 # Why is there a factor $\alpha/r$? The branch is a sum of $r$ terms, one for each row
 # of $A$. With more terms the sum is larger. Section 4.1 of the paper divides by $r$,
 # to "reduce the need to retune hyperparameters when we vary r". Is the change then
-# really the same for every rank? We take one step and measure the size of $\Delta W =
-# \frac{\alpha}{r} B A$.
+# really the same for every rank? We take one step and measure the size of
+# $\Delta W = \frac{\alpha}{r} B A$.
 
 # %%
 def first_change(r, alpha):
@@ -391,9 +392,9 @@ def first_change(r, alpha):
     return float(np.linalg.norm(adapter.edits["blocks.0.attn.q"].delta()))
 
 # %% [markdown]
-# **Predict first.** After one step, is the change for $r = 64$ larger than for $r =
-# 1$, as large, or smaller? Think of the factors 1 (no scale), $\alpha/r$ with $\alpha
-# = 8$, and $\alpha/\sqrt{r}$ with $\alpha = 8$.
+# **Predict first.** After one step, is the change for $r = 64$ larger than for
+# $r = 1$, as large, or smaller? Think of the factors 1 (no scale), $\alpha/r$ with
+# $\alpha = 8$, and $\alpha/\sqrt{r}$ with $\alpha = 8$.
 
 # %%
 scale_ranks = [1, 4, 16, 64]
@@ -410,19 +411,24 @@ curves(changes_by_scale, x=scale_ranks, log="xy", xlabel="rank r", ylabel="size 
 # %% [check]
 plain, by_r, by_root = changes_by_scale.values()
 assert plain[3] > 5 * plain[0] and by_r[3] < 0.3 * by_r[0]
+assert abs(by_r[0] / plain[0] - 8) < 0.1
 assert max(by_root) < 1.4 * min(by_root)
 
 # %% [markdown]
 # Without a scale the change grows about as $\sqrt{r}$. The terms point in different
-# directions, so $r$ terms are only $\sqrt{r}$ times as long as one. The factor
-# $\alpha/r$ divides by more than that: at a fixed $\alpha$, a larger rank takes
-# *smaller* steps. So a comparison of ranks at one $\alpha$ and one learning rate
-# compares step sizes as well. Kalajdzievski (2023, "rsLoRA") therefore divides by
-# $\sqrt{r}$.
+# directions, so $r$ terms together are only $\sqrt{r}$ times as long as one. The
+# factor $\alpha/r$ divides by more than that: at a fixed $\alpha$, a larger rank
+# takes *smaller* steps. So whoever compares ranks at one $\alpha$ also compares step
+# sizes. Kalajdzievski (2023, "rsLoRA") therefore divides by $\sqrt{r}$.
 #
-# For your own work: choose $\alpha$ in proportion to $r$, or tune the learning rate
-# anew when you change $r$. Doubling $\alpha$ is much like doubling the learning rate
-# of the branch.
+# In our comparison of ranks the factor was 2 for every rank. So there the larger
+# ranks took larger steps.
+#
+# Look at $r = 1$ in the first two lines: $\alpha = 8$ gives 8 times the change of
+# $\alpha = 1$. Adam makes steps of the same size whatever $\alpha$ is (lesson 03),
+# and then $\alpha$ multiplies them. So $\alpha$ acts like a second learning rate.
+# When you change $r$, let $\alpha$ grow like $\sqrt{r}$, or tune the learning rate
+# anew.
 #
 # ## Merging
 # After training we may write the change into the weight: $W + \frac{\alpha}{r} B A$.
@@ -682,11 +688,11 @@ assert 10 < small["full"] - small["LoRA"] < 22
 assert 8 < large["full"] - large["LoRA"] < 24
 
 # %% [markdown]
-# LoRA saves about 15 MB in all cases. That is what full training keeps for each
-# parameter: a gradient and two moments, 12 bytes times 1.07 million, and a few
-# buffers. It does *not* save the activations. The gradient must flow back through all
-# frozen layers to reach the first adapter. With a large batch the activations are
-# most of the memory.
+# LoRA saves 13 to 17 MB in all cases. That is what full training keeps for each
+# trained parameter: a gradient and two moments, 12 bytes times 1.07 million, and a
+# few buffers. It does *not* save the activations. The gradient must flow back through
+# the frozen layers to reach the lowest adapter. With a large batch the activations
+# are most of the memory.
 #
 # So "LoRA needs a tiny part of the memory" is true for the optimiser, and for the
 # memory of a large model with a small batch. And time? We measure the same step.
