@@ -44,7 +44,7 @@ TEACHES = {
                  "evaluate", "train", "History", "Diverged", "kernels",
                  "classifier", "functional", "batches", "baselines", "strict"},
     "pretraining": {"pretrain", "perplexity", "generate", "decode", "save", "formats"},
-    "adapters": {"attach", "detach", "without", "trained", "trained_parameters", "Method", "edit", "Houlsby", "methods",
+    "adapters": {"attach", "detach", "without", "trained", "Method", "edit", "Houlsby", "methods",
                  "adapters"},
     "lora": {"LoRA", "merge", "eject", "unmerge", "save_adapter", "load_adapter", "combine", "adapters.combine"},
     "gpu": {"kernels.cuda"},
