@@ -166,7 +166,9 @@ def _(f, g):
     want = g.sum(axis=0, keepdims=True).astype(F)
     guesses = {"nothing is written": 0 * want + UNWRITTEN, "it is the first row alone": g[:1],
                "thread k adds up all rows from row k on, so that row 1 counts twice, row 2 three "
-               "times": (np.arange(1, len(g) + 1) @ g)[None]}
+               "times": (np.arange(1, len(g) + 1) @ g)[None],
+               "the sum was added to what parts held before: write it with =, not +=":
+                   want + UNWRITTEN}
     close(summed(f, g, len(g)), want, "parts", guesses)
 
 
@@ -221,6 +223,9 @@ sum_rows.instead("The result of a stretch stands in row 0.",
 sum_rows.instead("The last stretch is as long as the others.",
                  "last = min(rows, (int)(blockIdx.y + 1) * each)",
                  "last = (int)(blockIdx.y + 1) * each", says="outside an array", subtle=True)
+sum_rows.instead("An array for sums holds zeros at first.",
+                 "parts[(size_t)blockIdx.y * n + column] = sum",
+                 "parts[(size_t)blockIdx.y * n + column] += sum", says="held before")
 sum_rows.instead("Shared memory is for one column.", "column = blockIdx.x * 32 + c", "column = c",
                  says="parts", subtle=True)
 sum_rows.instead("A sum has the type of what is added.", "  float sum = 0;\n", "  T sum = 0;\n",

@@ -9,8 +9,9 @@
 # most of the time. This lesson shows what it waits for, and what you can do about it.
 #
 # You need no GPU to read it. Two parts of the library stand in for one: an array that
-# obeys the rules of a GPU and counts what is asked of it, and a compiler that runs GPU
-# code on your processor.
+# obeys the rules of a GPU and counts what is asked of it, and a class that runs GPU
+# code on your processor. The class needs a compiler, `g++`. Without one you can read
+# on, but the cells with GPU code do nothing.
 
 # %%
 import textwrap
@@ -49,9 +50,9 @@ diagram({"python": (0, 0, "host: Python, NumPy\nits own memory", "data"),
         caption="Two computers. A kernel reads and writes the device's memory only.")
 
 # %% [markdown]
-# **CuPy** is a package with the names of NumPy. Its arrays lie on the device, and each
-# of its functions launches kernels. So the same code can run on both, if it takes each
-# function from the module that the array belongs to. In the library, `xp` finds that
+# **CuPy** is a package whose functions have the names of NumPy's. Its arrays lie on the
+# device, and each function launches kernels. So the same code can run on both, if it
+# takes each function from the module of its array. In the library, `xp` finds that
 # module. Read `_modules` as a dictionary: from the type of an array to its module.
 
 # %%
@@ -61,16 +62,17 @@ quote(ft.array.xp)
 # An op of the library uses it. This is GELU, the function inside the transformer's
 # MLP. You know the form from lesson 01: under `@op` stands a function of arrays, which
 # returns the value and the pullbacks. The string `"... -> ..."` says that the result
-# has the shape of the input. `xp(x).tanh` is NumPy's or CuPy's `tanh`, as `x` wants
-# it.
+# has the shape of the input. `xp(x).tanh` is NumPy's `tanh` if `x` is an array of
+# NumPy, and CuPy's if `x` is one of CuPy.
 
 # %%
 quote(ft.ops.gelu_tanh)
 
 # %% [markdown]
 # The library has a third kind of array, `strict`. It lies in the host's memory, but it
-# takes only what CuPy takes, and it counts. `ft.array.to` copies an array to it. The
-# op does not change.
+# takes only what CuPy takes, and it counts what a GPU would have to do: launches,
+# bytes, waits and copies. `ft.array.to` makes such an array, `ft.array.asnumpy` brings
+# it back to NumPy. The op does not change.
 
 # %%
 gelu = ft.ops.gelu_tanh.definition            # the function of arrays under @op
@@ -88,11 +90,13 @@ assert np.array_equal(gelu(host)[0], ft.array.asnumpy(gelu(device)[0]))
 # ## What the host may ask
 # A launch returns at once: the host runs ahead while the device computes. But when the
 # host wants to **see** a number, it must wait until the device has computed it. And a
-# device cannot use numbers that lie on the host: they must be copied first. Waits and
-# copies are slow, so CuPy refuses hidden ones, and `strict` refuses a few more.
+# device cannot use an array that lies on the host: it must be copied first. Both are
+# slow. CuPy does not compute with a NumPy array that you have not copied. Some other
+# copies, and the waits, happen without a word.
 #
 # `report` runs one expression on the device array `x` and prints what it cost. `eval`
-# runs a string as Python.
+# runs a string as Python. `counts` holds what the strict arrays have counted: `sync`
+# are the waits, and `h2d` the copies from host to device.
 
 # %%
 x = device
@@ -111,9 +115,11 @@ def report(text):
 said = report("x * 2.0")
 
 # %% [markdown]
+# Nothing was copied: a single number such as `2.0` travels with the launch.
+#
 # **Predict first.** Below are five more expressions; `host` is a NumPy array. Which of
-# them is an error? In which must the host wait? Think: whose memory are the numbers
-# in, and must the host know a number, or a shape, before it can go on?
+# them is an error, which copies, and in which must the host wait? Think: whose memory
+# are the numbers in, and must the host know a number, or a shape, before it can go on?
 
 # %%
 EXPRESSIONS = ["x + host", "x[[0, 2]]", "float(x.sum())", "x[x > 0]",
@@ -121,7 +127,8 @@ EXPRESSIONS = ["x + host", "x[[0, 2]]", "float(x.sum())", "x[x > 0]",
 said = {text: report(text) for text in EXPRESSIONS}
 
 # %% [markdown]
-# - `x + host` mixes two memories. It is refused: a hidden copy at every step is slow.
+# - `x + host` mixes two memories. It is refused, so that nobody copies an array at
+#   every step without seeing it.
 # - `x[[0, 2]]` has a list as an index. The list lies on the host, so it is copied.
 # - `float(...)` gives the host a number. The host waits for it.
 # - `x[x > 0]` has as many entries as are positive. The host must know how many, to
@@ -152,8 +159,8 @@ def gpu_seconds(launches, bytes_moved, operations=0):
 
 # %% [markdown]
 # The three go on at the same time: while one kernel runs, the host launches the next,
-# and while numbers arrive, others are computed with. So the slowest decides, and the
-# time is the maximum of the three.
+# and while some numbers arrive from memory, the device computes with others. So the
+# slowest decides, and the time is the maximum of the three.
 #
 # Take $y = 2x$ in float32. For each number the kernel reads 4 bytes and writes 4
 # bytes.
@@ -162,13 +169,14 @@ def gpu_seconds(launches, bytes_moved, operations=0):
 # many numbers on do the bytes take longer? You need only `LAUNCH` and `BANDWIDTH`.
 
 # %%
-even = LAUNCH * BANDWIDTH / 8                       # 8 bytes for each number
-print(f"{even / 1e6:.1f} million numbers")
+break_even = LAUNCH * BANDWIDTH / 8                 # 8 bytes for each number
+print(f"{break_even / 1e6:.1f} million numbers")
 
 # %% [markdown]
-# In 4 µs the device could have moved 19 million bytes. Below 2.4 million numbers the
-# device is idle most of the time. Does NumPy have the same two regimes? We measure it
-# here, and CuPy too if this computer has a GPU.
+# In 4 µs the device could have moved 19 million bytes. With far fewer than 2.4 million
+# numbers it is idle most of the time. Is it so for NumPy too, that a call takes the
+# time if the array is small, and the bytes if it is large? We measure it here, and
+# CuPy too if this computer has a GPU.
 
 # %%
 SIZES = 2**np.arange(4, 25, 2)
@@ -205,7 +213,7 @@ curves({"GPU, by the formula": 1e6 * gpu_seconds(1, 8 * SIZES), **measured}, x=S
 
 # %% [check]
 numpy_times = measured["numpy, measured here"]
-assert round(even / 1e6, 1) == 2.4
+assert round(break_even / 1e6, 1) == 2.4
 assert numpy_times[-1] > 20 * numpy_times[0]             # a million times the numbers
 
 # %% [markdown]
@@ -215,15 +223,16 @@ assert numpy_times[-1] > 20 * numpy_times[0]             # a million times the n
 # one byte. A kernel that does fewer waits for memory.
 #
 # $y = 2x$ does one operation for 8 bytes. A product of two matrices $n \times n$ does
-# $2 n^3$ operations, and moves three matrices, $12 n^2$ bytes: that is $n / 6$
-# operations for each byte.
+# $n^3$ multiplications and as many additions, $2 n^3$ operations. It reads two matrices
+# and writes one, $12 n^2$ bytes: that is $n / 6$ operations for each byte.
 
 # %%
 per_byte = {"y = 2x": 1 / 8, "product, n = 16": 16 / 6, "product, n = 1024": 1024 / 6}
 reached = {}
 for name, intensity in per_byte.items():
     reached[name] = (intensity, min(ARITHMETIC, intensity * BANDWIDTH) / 1e12)
-    print(f"{name:19}{intensity:8.2f} operations a byte {reached[name][1]:7.1f} T/s")
+    print(f"{name:19}{intensity:8.2f} operations a byte, "
+          f"at most {reached[name][1]:4.1f} 10¹² operations a second")
 
 intensities = np.logspace(-1.3, 2.6, 100)
 roof = np.minimum(ARITHMETIC, intensities * BANDWIDTH) / 1e12
@@ -241,26 +250,38 @@ assert reached["y = 2x"][1] == 0.6 and reached["product, n = 1024"][1] == 67
 # the slope: GELU, layer norm, the optimiser. For these, only the number of bytes and
 # of launches counts.
 #
-# ## GELU: nine launches
-# Look at the source of `gelu_tanh` again. NumPy and CuPy run each operation by itself:
-# $x \cdot x$ is one launch, which reads its inputs from memory and writes its result
-# there. One **pass** is an array of $x$'s size that is read or written once.
-#
-# **Predict first.** Count the operations of the value, on the lines of `h` and of
-# `return`. How many launches? How many passes: two for `0.5 * x`, three for a product
-# of two arrays? And how many passes are needed, if one kernel does everything?
+# ## A launch for each operation
+# Here is the value of `gelu_tanh` again, without the pullback.
 
 # %%
-device = ft.array.to(np.ones(1 << 16, float32), "strict")
+C = (2 / np.pi)**0.5                                # a number of Python, no array
+
+def gelu_value(x):
+    h = ft.array.xp(x).tanh(C * (x + 0.044715 * (x * x * x)))
+    return 0.5 * x * (1 + h)
+
+# %% [markdown]
+# CuPy runs each operation by itself: `x * x` is one launch, which reads its input from
+# memory and writes its result there. One **pass** is an array of $x$'s size that is
+# read or written once. So `0.5 * x` and `x * x` are two passes each: $x$ is read, the
+# result written. An operation on two different arrays is three.
+#
+# **Predict first.** How many launches, and how many passes, are the two lines of
+# `gelu_value`? And how many passes are needed, if one kernel does everything?
+
+# %%
+device = ft.array.to(np.ones(2**16, float32), "strict")
 counts.clear()
-gelu(device)
+gelu_value(device)
 launches, passes = counts["launch"], counts["bytes"] // device.nbytes
 print(f"{launches} launches, {passes} passes;  one kernel: 1 launch, 2 passes")
 
 # %% [markdown]
-# Each step writes its result to memory, and the next one reads it back. One kernel can
-# read $x$ once, compute everything, and write $y$ once. Such a kernel is **fused**. It
-# does the same arithmetic: it saves launches and passes.
+# The line of `h` has six operations with $2 + 3 + 2 + 3 + 2 + 2 = 14$ passes, the line
+# of `return` three with $2 + 2 + 3 = 7$. Each operation writes its result to memory,
+# and the next one reads it back. One kernel can read $x$ once, compute everything, and
+# write $y$ once. Such a kernel is **fused**. It does the same arithmetic: it saves
+# launches and passes.
 
 # %%
 many = np.logspace(2, 9, 30)
@@ -275,18 +296,24 @@ print(f"fused is {gain[0]:.1f} times faster if small, {gain[-1]:.1f} times if la
 
 # %% [check]
 assert (launches, passes) == (9, 21)
+assert np.array_equal(gelu_value(host), gelu(host)[0])
 assert round(gain[0], 1) == 9 and round(gain[-1], 1) == 10.5
 
 # %% [markdown]
 # ## Reading CUDA C
-# To fuse, we write the kernel ourselves. Kernels are written in CUDA C: the language C
-# with a few more words. You need only these words of C:
+# To fuse, we write the kernel ourselves. CUDA is NVIDIA's system for programs on its
+# GPUs. Its kernels are written in CUDA C: the language C with a few more words. You
+# need only these words of C:
 #
-# - `int i = 3;` makes a variable. Its type stands before its name: `int` and `long
-#   long` (a larger int) are integers, `float` is float32. A `;` ends each statement.
+# - `int i = 3;` makes a variable. Its type stands before its name: `int` is an integer,
+#   `long long` an integer with more bits, `float` is float32. A `;` ends each
+#   statement.
 # - `float* x` is an array: the address of its first number. `x[i]` is number `i`, from
 #   0. C knows no length and checks no index. `const` says that the kernel only reads
 #   it.
+# - `+`, `-`, `*`, `+=`, `<` and `==` are as in Python, and so is `%` for numbers that
+#   are not negative. `/` of two ints drops the rest: `7 / 2` is 3. `&&` is `and`. In
+#   `0.5f`, the `f` makes the number a float.
 # - `{` and `}` stand around a block of lines, where Python indents.
 # - `if (i < n) ...` does something under a condition.
 # - `for (int i = 0; i < n; i += 2)` is `for i in range(0, n, 2)`.
@@ -300,7 +327,9 @@ assert round(gain[0], 1) == 9 and round(gain[-1], 1) == 10.5
 # - `threadIdx.x` is its number in its block, and `blockDim.x` the size of a block;
 # - `blockIdx.x` is the number of its block, and `gridDim.x` the number of blocks.
 #
-# The words `extern "C" __global__` mark a kernel that the host may launch by its name.
+# Threads and blocks count from 0. The `.x` stands for the first axis; a later section
+# has a second one, `.y`. The words `extern "C" __global__` mark a kernel that the host
+# may launch by its name.
 
 # %%
 DOUBLE = """
@@ -311,9 +340,10 @@ extern "C" __global__ void twice(const float* x, float* y, int n) {
 """
 
 # %% [markdown]
-# The number of all threads before this block, plus the number in the block, is `i`.
-# With two blocks of four threads, `i` goes from 0 to 7. Here is which thread handles
-# which entry of an array of six.
+# In the blocks before this one there are `blockIdx.x * blockDim.x` threads. Together
+# with the number in the block, this gives each thread of the grid its own `i`. With two
+# blocks of four threads, `i` goes from 0 to 7. Here is which thread handles which entry
+# of an array of six.
 
 # %%
 boxes = {"block 0": (0.825, -0.8, "block 0", "none"),
@@ -330,7 +360,8 @@ diagram(boxes, arrows, caption="i = blockIdx.x * blockDim.x + threadIdx.x, for n
 # %% [markdown]
 # `CpuKernel` compiles a kernel for the processor. It is called as CuPy calls a kernel:
 # the grid, the size of a block, the arguments. The sizes are tuples, because a block
-# may have several axes. `run` also prints the error, if there is one.
+# may have several axes. `np.int32(6)` is a number with the type that the kernel asks
+# for, `int`. `run` also prints the error, if there is one.
 
 # %%
 def run(source, name, grid, block, arguments):
@@ -360,10 +391,10 @@ assert not has_compiler or y.tolist() == [2, 4, 6, 8, 10, 12]
 error = run(DOUBLE.replace("if (i < n) ", ""), "twice", (2,), (4,), (x, y, np.int32(6)))
 
 # %% [markdown]
-# Threads 6 and 7 write behind the array, to memory that may belong to another array. A
-# GPU often says nothing. The other array is wrong, and you search for the fault there.
-# On the CPU, the library puts a margin around each array, and looks at the margins
-# after the launch.
+# Threads 6 and 7 write past the end of the array, to memory that may belong to another
+# one. A GPU often says nothing. The other array is wrong, and you search for the fault
+# there. On the CPU, the library puts a margin around each array, and looks at the
+# margins after the launch.
 
 # %% [check]
 assert not has_compiler or "past the end" in error
@@ -398,19 +429,25 @@ heat_map(who[None], values=".0f", columns=[str(i) for i in range(20)],
 
 # %% [markdown]
 # Thread 5 writes $y_{13}$, because $13 = 5 + 8$. Thread 3 writes three entries (3, 11,
-# 19), thread 4 only two. Why not give each thread three entries in a row? 32 threads
-# of a block form a **warp**, which the device runs together. If a warp reads 32
-# neighbours, one transfer from memory brings them all.
+# 19), thread 4 only two.
+#
+# Why not give each thread three entries in a row? 32 threads of a block form a
+# **warp**, which the device runs together. Here a warp reads 32 neighbours at once, and
+# one transfer from memory brings them all. With three in a row for each thread, it
+# would read the entries 0, 3, 6, ..., 93 at once, and that takes three transfers.
 
 # %% [check]
 assert not has_compiler or who.tolist() == [i % 8 for i in range(20)]
 
 # %% [markdown]
 # ## The library's fused GELU
-# Now you can read a kernel of the library. Three things are new. `T` is the type of
-# the numbers: the library puts `float`, or a type of 16 bits, in its place. `#define`
-# gives a name to a piece of text, here to the head of the grid-stride loop.
-# `__device__` marks a function that a kernel calls; `tanhf` is `tanh` of a float.
+# Now you can read a kernel of the library. Some words are new:
+#
+# - `T` is the type of the numbers: the library puts `float`, or a type of 16 bits, in
+#   its place. `(T)a` converts `a` to it.
+# - `#define` gives a name to a piece of text, here to the head of the grid-stride loop.
+#   `for EACH(i, n)` is that loop.
+# - `__device__` marks a function that a kernel calls, and `tanhf` is `tanh` of a float.
 
 # %%
 text = (launch.HERE / "gelu.cu").read_text(encoding="utf-8")
@@ -422,13 +459,13 @@ print(text[start:text.index("}\n}", start) + 3])
 
 # %% [markdown]
 # Each thread reads `x[i]` once, computes all nine operations, and writes `y[i]` once.
-# All values between stay in the thread's registers: a few numbers that each thread
+# All values in between stay in the thread's registers: a few numbers that each thread
 # keeps beside the arithmetic unit. `launch.blocks` chooses the grid: blocks of 256
-# threads, and at most 4096 of them.
+# threads, and at most 4096 of them. `-(-n // per)` is $n$ divided by `per`, rounded up.
 
 # %%
 quote(launch.blocks)
-source = launch.source("gelu.cu", (("T", np.dtype(float32)),))
+source = launch.source("gelu.cu", (("T", np.dtype(float32)),))      # with T = float
 x = np.linspace(-4, 4, 1000, dtype=float32)
 y = np.zeros(1000, float32)
 grid = launch.blocks(1000)
@@ -446,7 +483,8 @@ assert grid == 4 and (not has_compiler or difference < 2e-6)
 # and much faster than the device's memory.
 #
 # Eight threads add eight numbers in three rounds. In each round, the first half of the
-# threads adds what lies half the length further on.
+# numbers stays: to each of them a thread adds the number that lies half the length
+# further on. After the round, half as many numbers are left.
 
 # %%
 ROUNDS = [[1, 2, 3, 4, 5, 6, 7, 8], [6, 8, 10, 12], [16, 20], [36]]
@@ -467,8 +505,9 @@ diagram(boxes, arrows, height=3.0,
 # %% [markdown]
 # Two words are new. `__shared__ float part[256];` is an array in shared memory: one
 # for each block. `__syncthreads();` is a **barrier**: a thread waits there until all
-# threads of its block have come. `half /= 2` divides an int without a rest, so 1
-# becomes 0 and the loop ends.
+# threads of its block have come to it. Then all go on, and each sees what the others
+# wrote before the barrier. `half /= 2` drops the rest, so 1 becomes 0 and the loop
+# ends.
 
 # %%
 TOTAL = """
@@ -486,9 +525,10 @@ extern "C" __global__ void total(const float* x, float* y) {
 """
 
 # %% [markdown]
-# Why the barriers? Threads run in **no** order. The first barrier makes sure that all
-# of `part` is written before anyone reads it. The second makes sure that a round is
-# over before the next begins.
+# Why the barriers? Threads run in **no** fixed order. The first barrier makes sure that
+# all of `part` is written before anyone reads it. The second makes sure that a round is
+# over before the next begins. A barrier holds for **one** block. Blocks do not wait for
+# each other: what needs the results of all blocks is a second launch.
 #
 # On the CPU the threads run one after the other: thread 0 runs until it waits at a
 # barrier, then thread 1, and so on. We can also begin with thread 255 and go down. A
@@ -510,9 +550,9 @@ print("upwards:", total(TOTAL, False), "  downwards:", total(TOTAL, True))
 assert not has_compiler or total(TOTAL, False) == total(TOTAL, True) == 32896
 
 # %% [markdown]
-# **Predict first.** We plant three faults, one at a time. What does each give upwards,
-# what downwards? Which are right in one of the two orders, so that a test in that
-# order alone would not find them?
+# **Predict first.** We plant three faults, one at a time. Is each right or wrong
+# upwards, and downwards? (If you like, compute the wrong numbers, too.) Which faults
+# would a test in one order alone not find?
 #
 # 1. The first barrier is missing.
 # 2. The second barrier, in the loop, is missing.
@@ -532,8 +572,9 @@ for name, (right, wrong) in FAULTS.items():
 # 1. Upwards, thread 0 reads `part[128]` before thread 128 has written it: NaN.
 #    Downwards, thread 0 comes last, and all is written.
 # 2. Upwards, thread 0 goes through all rounds before the others begin. It adds the
-#    numbers that still lie at 128, 64, ..., 1, and its own 1. Downwards, every thread
-#    finds the finished sums of the threads above it.
+#    numbers that still lie at 128, 64, ..., 1 to its own 1, so it gets $1 + 129 + 65 +
+#    33 + 17 + 9 + 5 + 3 + 2 = 264$. Downwards, every thread finds the finished sums of
+#    the threads above it.
 # 3. Upwards, thread 255 writes last, and its part is still 256. Downwards, thread 0
 #    writes last, and it has the sum.
 #
@@ -554,17 +595,20 @@ if has_compiler:
 # NVIDIA's own slides "Optimizing Parallel Reduction in CUDA" (Harris 2007) say that
 # the last rounds need no barrier: 32 threads of a warp run in step. Many texts repeat
 # it. It is no longer so: since the GPUs of 2017 (Volta), the threads of a warp may
-# drift apart. We leave out the barrier of the last rounds, and run both orders.
+# drift apart. Our CPU lets them drift as far as they can: each runs alone up to the
+# next barrier. We leave out the barrier of the last rounds, and run both orders.
 
 # %%
 IN_STEP = TOTAL.replace("    __syncthreads();", "    if (half > 32) __syncthreads();")
 print("upwards:", total(IN_STEP, False), "  downwards:", total(IN_STEP, True))
 
 # %% [markdown]
+# Upwards the sum is wrong: a warp needs the barrier as well.
+#
 # The opposite fault is a barrier that not all threads reach. Here, threads that have
 # nothing to do in a round leave with `return`: this ends the thread. The others wait
 # for them for ever. A GPU hangs, or goes on with garbage. The CPU says which thread
-# waits where.
+# waits where; line 10 of this source is the barrier in the loop.
 
 # %%
 LEAVE = TOTAL.replace("if (t < half)", "if (t >= half) return;\n    ")
@@ -582,8 +626,7 @@ if has_compiler:
 # matrix lies in memory row after row, so with `n` columns the entry in row `row` and
 # column `c` is number `row * n + c`.
 #
-# This kernel writes to each entry the `threadIdx.y` of the thread that handles it. A
-# thread begins at its own row and goes on by 2, the number of threads in a column.
+# This kernel writes to each entry the `threadIdx.y` of the thread that handles it.
 
 # %%
 WHICH = """
@@ -607,10 +650,13 @@ heat_map(which, values=".0f", rows=[f"row {i}" for i in range(5)],
 
 # %% [markdown]
 # Two threads share each column: $k = 0$ handles the rows 0, 2 and 4, and $k = 1$
-# handles the rows 1 and 3, in every column. The kernel of the exercise `sum_rows` is
-# built in this way. There eight threads share a column. Each adds up its own rows.
-# Then the eight sums meet in shared memory, in an array with two indices: `__shared__
-# float sums[8][32];`.
+# handles the rows 1 and 3, in every column. A thread begins at row $k$ and goes on by
+# 2, the number of threads in a column.
+#
+# The kernel of the exercise `sum_rows` is built in this way. There eight threads share
+# a column. Each adds up its own rows. Then the eight sums meet in shared memory, in an
+# array with two indices: `float sums[8][32]`, with `__shared__` before it. The grid has
+# two axes there as well, with `blockIdx.x` and `blockIdx.y`.
 
 # %% [check]
 assert not has_compiler or which[:, 0].tolist() == [0, 1, 0, 1, 0]
@@ -650,8 +696,9 @@ assert bias.tolist() == [10, 10] and weight.tolist() == [[10, 10], [10, 10]]
 
 # %% [markdown]
 # The library's optimisers do this in `Group.lay_out`, which is an exercise below. Now
-# the real model: the small GPT of lesson 02, and four rows of text. On the strict
-# device we count a pass forward and back.
+# the real model: the small GPT of lesson 02, and four rows of text. Each row has 33
+# tokens: the model reads 32, and is asked for the one after each. On the strict device
+# we count a pass forward and back.
 
 # %%
 def cost(f):
@@ -662,17 +709,20 @@ def cost(f):
 
 def forward_and_back():
     targets = ft.train.batch.read_batch(ids)
-    ft.train.batch.compute_loss(model, targets)[1].backward()
+    _, loss = ft.train.batch.compute_loss(model, targets)
+    loss.backward()
 
 backend_before = ft.backend()
 ft.use("strict")                              # from now on, new arrays are made there
 model, _ = ft.load("base-gpt")
 ids = ft.data.pretraining("prose", "valid")[:4 * 33].reshape(4, 33)
 table = {"forward and back": cost(forward_and_back)}
+print("forward and back:", table["forward and back"][0], "launches")
 
 # %% [markdown]
 # Then one step of AdamW. `adam_update` is the function of lesson 03. Here it gets each
-# tensor by itself, with its gradient and its two moments.
+# tensor by itself, with its gradient and its two moments. The numbers are the learning
+# rate, $\beta_1$, $\beta_2$, $\varepsilon$, the weight decay and the step.
 
 # %%
 parameters = list(model.parameters())
@@ -687,10 +737,13 @@ table["AdamW, one by one"] = cost(one_by_one)
 
 # %% [markdown]
 # **Predict first.** `adam_update` takes 14 launches, and the model has 68 tensors. How
-# many launches are that? Then we lay the tensors end to end. The nine largest stay
-# arrays of their own, so that nobody copies their gradients; the 59 others become two
-# arrays, one with weight decay and one without. Do you expect a handful of launches,
-# or hundreds?
+# many launches are that?
+#
+# Then we lay the tensors end to end. An update of several tensors at once needs their
+# gradients end to end, too, and these must be copied there. For the nine largest that
+# is not worth it: each is updated by itself. The 59 others are updated in two pieces,
+# one with weight decay and one without. Do you expect a handful of launches, or
+# hundreds?
 
 # %%
 adamw = ft.AdamW(1e-3)
@@ -701,9 +754,10 @@ for name in ("AdamW, one by one", "AdamW, end to end"):
     print(f"{name:20}{table[name][0]:5} launches")
 
 # %% [markdown]
-# One by one: $68 \cdot 14 = 952$. End to end: eleven arrays, so about $11 \cdot 14 =
-# 154$ for the update. The rest copies 59 gradients end to end, and computes the norm
-# of all gradients. And the host waited, to see whether that norm is a finite number.
+# One by one: $68 \cdot 14 = 952$. End to end: nine tensors and two pieces, so about
+# $11 \cdot 14 = 154$ for the update. The rest copies 59 gradients end to end, and
+# computes the norm of all gradients. And the host waited twice, to see whether that
+# norm is a finite number: before the update and after it.
 
 # %% [check]
 assert len(parameters) == 68 and table["AdamW, one by one"][0] == 68 * 14
@@ -712,11 +766,10 @@ assert table["forward and back"][2:] == [0, 2] and table["AdamW, end to end"][2]
 
 # %% [markdown]
 # ## Adam in one kernel
-# The update itself can be fused too. Here is Adam as a kernel. `0.9f` is 0.9 as a
-# float32, and `sqrtf` the root of a float. Three numbers, `rate`, `root` and `shrink`,
-# come from the host: they hold the learning rate, the bias corrections and the weight
-# decay of a step. To derive them is an exercise, so here we only call the library's
-# `adam_rates`.
+# The update itself can be fused too. Here is AdamW as a kernel; `sqrtf` is the square
+# root of a float. Three numbers, `rate`, `root` and `shrink`, come from the host: they
+# hold the learning rate, the bias corrections and the weight decay of a step. To derive
+# them is an exercise, so here we only call the library's `adam_rates`.
 
 # %%
 ADAM = """
@@ -734,7 +787,8 @@ extern "C" __global__ void adam(float* w, const float* g, float* m, float* v,
 # 14 launches became one, and each array is read and written once. The library's kernel
 # goes one step further: it gets a table with the addresses of all gradients, so no
 # gradient is copied. We count its launches. `launch.COMPILERS` holds the compiler for
-# each type of array; for NumPy's we put in one that notes each launch.
+# each type of array; for NumPy's we put in one that notes the name of each kernel that
+# is launched.
 
 # %%
 launched = []
@@ -748,7 +802,7 @@ def noting_compiler(source, name):
 
 # %% [markdown]
 # The model here has the same 68 tensors, but small ones, so that the processor does
-# not run a million threads.
+# not run a million threads. `update_pieces` is the library's fused step.
 
 # %%
 config = ft.GPTConfig(vocab=64, positions=32, width=16, layers=4, heads=2)
@@ -765,12 +819,15 @@ print(f"{len(list(small.parameters()))} tensors:", ", ".join(launched))
 
 # %% [markdown]
 # Four launches for 68 tensors: the squares of all gradients, their sum, and an update
-# for each of the two groups (with weight decay and without).
+# for each of the two groups (with weight decay and without). Why not one launch? The
+# squares are added up by many blocks, and blocks do not wait for each other. Only the
+# next launch can rely on all of them.
 #
 # ## A step as a tape
 # Forward and back still take 645 launches. A **CUDA graph** is a tape for them: the
-# launches of one step are recorded once (the step is **captured**), and one call
-# replays them all. In Python, a tape is a list of launches with their arguments:
+# launches of one step are recorded once (the step is **captured**), and one call of
+# the host replays them all. In Python, a tape is a list of launches with their
+# arguments:
 
 # %%
 def replay(tape):
@@ -784,9 +841,10 @@ def start_of_training():
     return w, g, np.zeros(1000, float32), np.zeros(1000, float32)
 
 # %% [markdown]
-# A replay runs no Python. The tape holds addresses of arrays, and the numbers that
-# were passed. We record step 1 of Adam, with a learning rate of 0.1, and replay it for
-# the steps 1, 2 and 3. Beside it, `adam_update` takes the same three steps.
+# A replay of the real tape runs no Python between two launches. The tape holds the
+# addresses of the arrays, and the numbers that were passed. We record step 1 of AdamW,
+# with a learning rate of 0.1, and replay it for the steps 1, 2 and 3. Beside it,
+# `adam_update` takes the same three steps; it changes its arrays in place.
 
 # %%
 right = start_of_training()
@@ -813,12 +871,16 @@ print(f"largest error of a weight: {abs(by_value[0] - right[0]).max():.2f}")
 # 1, **baked in**. No error is raised; the training is just worse.
 #
 # The remedy: the kernel reads the three numbers from the device's memory. The tape
-# holds their address, and before each replay the host writes new numbers there.
+# holds their address, and before each replay the host writes new numbers there. We
+# change the text of the kernel:
 
 # %%
 READS = ADAM.replace("float rate, float root, float shrink,", "const float* rates,")
 READS = READS.replace("  m[i] =", "  float rate = rates[0];\n  float root = rates[1];\n"
                                   "  float shrink = rates[2];\n  m[i] =")
+print(READS)
+
+# %%
 rates = np.zeros(3, float32)                  # the numbers on the device
 from_device = start_of_training()
 tape = [(READS, "adam", (4,), (256,), (*from_device, rates, np.int32(1000)))]
@@ -855,16 +917,19 @@ model, _ = ft.load("base-gpt")
 laptop = min(timeit.repeat(forward_and_back, number=1, repeat=3))
 values = sum(p.size for p in model.parameters())
 table["AdamW, fused"] = [4, 8 * 4 * values / 1e6, 0, 0]      # 8 passes over all values
+on_gpu = table["forward and back"][0] * LAUNCH
 
 print(f"{'':20}launches    MB  waits  copies   µs of launches  µs of bytes")
 for name, (launches, megabytes, waits, copies) in table.items():
     print(f"{name:20}{launches:8}{megabytes:6.0f}{waits:7}{copies:8}"
           f"{launches * LAUNCH * 1e6:17,.0f}{megabytes * 1e12 / BANDWIDTH:13.0f}")
-print(f"\nforward and back on this computer, measured: {laptop * 1e3:.0f} ms")
+print(f"\nforward and back on this computer, measured: {laptop * 1e3:.0f} ms; "
+      f"on the GPU, by the formula: {on_gpu * 1e3:.1f} ms")
 
 # %% [markdown]
-# Fused AdamW makes eight passes: it reads the gradients twice (once for the norm), and
-# it reads and writes the values and both moments.
+# The two copies bring the batch to the device: what the model reads, and what it is
+# asked for. Fused AdamW makes eight passes: it reads the gradients twice (once for the
+# norm), and it reads and writes the values and both moments.
 
 # %%
 microseconds = {}
@@ -878,9 +943,13 @@ bars(microseconds, log="y", ylabel="µs, by the formula",
 # %% [markdown]
 # Forward and back take 2,580 µs of launches, and 35 µs of bytes. The GPU is idle for
 # more than 98 % of the time. That is the answer to the first question: a small model
-# waits for its launches. So fuse kernels, lay tensors end to end, capture the step. A
-# model a thousand times larger waits for bytes and arithmetic instead. There only
-# fusing helps, and numbers of fewer bits: the subject of lesson 24.
+# waits for its launches, 645 times 4 µs. So fuse kernels, lay tensors end to end,
+# capture the step.
+#
+# The launches decide as long as the device needs less than 4 µs for the work of one,
+# which is up to 19 million bytes. A model a thousand times larger has a few times as
+# many launches, but each has far more to do: it waits for bytes and arithmetic. There
+# only fusing helps, and numbers of fewer bits: the subject of lesson 24.
 #
 # These times are a model: 4 µs is an estimate, and the formula knows nothing of
 # caches. The counts are exact.

@@ -19,8 +19,8 @@ extern "C" __global__ void add_bias(T* y, const T* b, long long size, int n) {
 
 // Sums the rows of g (rows, n) by stretches: g -> parts (stretches, n).
 // Stretch s has `each` rows of g: s·each, s·each + 1, ...; the last stretch may have fewer.
-// parts[s·n + column] is the sum of its numbers in this column.  The sum is a float, also where T is
-// half.
+// parts[s·n + column] is the sum of its numbers in this column; what parts held before does not count.
+// The sum is a float, also where T is half.
 // The grid is (⌈n/32⌉, stretches), the block (32, 8).  Thread (c, k) of block (i, s) works on column
 // 32 i + c in stretch s, so eight threads, k = 0, ..., 7, share a column.  n need not be a multiple of
 // 32, nor `each` of 8.
