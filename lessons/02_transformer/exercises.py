@@ -11,7 +11,7 @@ from tinyft.array import asarray, xp
 from tinyft.learn.diagnose import Unusable, close, host
 from tinyft.learn.exercise import Exercise
 from tinyft.learn.references import numerical_gradient, probabilities
-from tinyft.learn.sizes import booleans, positive
+from tinyft.learn.sizes import Shaped, booleans, positive
 from tinyft.tensor import Tensor
 
 # ── causal_mask ───────────────────────────────────────────────────────────────────────────────────
@@ -148,8 +148,8 @@ def _(queries, keys, m=np):
 softmax_attention = Exercise(
     "functional:softmax_attention", difficulty=3, minutes=20, closed=("ops:attention",), lines=8,
     may_use="@, .T (it swaps the last two axes), ops.softmax, ops.where, ops.causal_mask, "
-            "xp(q.data) (NumPy or CuPy), and & of masks.  checks and operands report wrong "
-            "arguments; you need neither.",
+            "xp(q.data) (NumPy or CuPy), and & of masks of True and False (mask != 0 makes one of "
+            "1 and 0).  checks and operands report wrong arguments; you need neither.",
     example="""
         >>> q = Tensor([[np.log(9), 0.0, 0.0, 0.0]])     # √D = 2: the scores are 0 and ln 3
         >>> k = Tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]])
@@ -164,7 +164,7 @@ softmax_attention = Exercise(
         "each query: a softmax.  Mix the values with the weights: another product.",
         "Divide the scores by √D.  A key that a query may not look at gets the score -1e30 before "
         "the softmax, so its weight is 0.",
-        "ops.where(mask, scores, -1e30) sets the scores.  mask != 0 makes booleans of 1 and 0.  "
+        "ops.where(mask, scores, -1e30) sets the scores.  "
         "With both masks: key_mask & ops.causal_mask(Tq, Tk, xp(q.data))."))
 
 
@@ -309,13 +309,14 @@ def _(f, q, k, v):
 
 
 @softmax_attention.law("key_mask may hold 1 and 0 in place of True and False", q="t d", k="t d",
-                       v="t d", key_mask=booleans("t"))
+                       v="t d", key_mask=Shaped("t", (0.0, 1.0)))
 def _(f, q, k, v, key_mask):
-    key_mask[0] = True
+    key_mask[0] = 1.0
+    open_keys = key_mask == 1
     past = may_look(len(q), len(q), 0)
-    for causal, may in ((False, key_mask), (True, past & key_mask)):
-        mask = asarray(key_mask.astype(np.float64))
-        close(f(*tensors(q, k, v), key_mask=mask, causal=causal), attended(q, k, v, may),
+    for causal, may in ((False, open_keys), (True, past & open_keys)):
+        close(f(*tensors(q, k, v), key_mask=asarray(key_mask), causal=causal),
+              attended(q, k, v, may),
               f"the output for a key_mask of 1 and 0 and causal={causal}")
 
 

@@ -43,9 +43,9 @@ x = rows_of("the river bank")
 print(x)
 
 # %% [markdown]
-# There are $T = 3$ words and $C = 3$ numbers in each row. `bank` is half about water
-# and half about money, and it is unclear. We want a rule that reads "river" and makes
-# the row of `bank` more about water.
+# There are $T = 3$ words and $C = 3$ numbers in each row ($C$ for *channels*). `bank`
+# is half about water and half about money, and it is unclear. We want a rule that reads
+# "river" and makes the row of `bank` more about water.
 #
 # ## Queries, keys and values
 # Every row makes three new vectors. Each is the product of the row with a matrix:
@@ -54,8 +54,10 @@ print(x)
 # - the **key** says what the word has to offer,
 # - the **value** says what the word tells to those who look at it.
 #
-# We choose these matrices too. A row of `W_q` belongs to one number of the word: water,
-# money, unclear. Only an unclear word looks for something: for water and for money.
+# We choose these matrices too. The three rows of `W_q` belong to the three numbers of a
+# word: water, money, unclear. Its two columns are the two numbers of a query: water,
+# money. A key has the same two, so that the two can be compared. Only an unclear word
+# looks for something: for water and for money.
 
 # %%
 W_q = np.array([[0, 0], [0, 0], [2, 2]])
@@ -87,8 +89,8 @@ print(scores.round(2))
 
 # %% [markdown]
 # A softmax turns each row of scores into **weights**: they are positive, and each row
-# has the sum 1. We subtract the largest score first. That changes no weight, and `exp`
-# does not overflow.
+# has the sum 1. We subtract the largest score first, so that `exp` does not overflow.
+# That changes no weight: it divides each power and their sum by the same number.
 
 # %%
 def softmax(scores):
@@ -114,9 +116,11 @@ for word, before, after in zip(words, x, new_x):
     print(f"{word:<6} before {before}   after {after.round(2)}")
 
 # %% [markdown]
-# The row of `bank` was [1 1 1] and is now [2.84 1.05 1.00]: much more about water. This
-# is **attention**, complete. With the matrices $Q$, $K$, $V$ for all queries, keys and
-# values:
+# The row of `bank` was [1 1 1] and is now [2.84 1.05 1.00]: much more about water. The
+# other two rows, which looked for nothing, got the mean of all values.
+#
+# This is **attention**, complete. With the matrices $Q$, $K$, $V$ for all queries, keys
+# and values:
 #
 # $$\mathrm{attention}(Q, K, V) = \mathrm{softmax}(Q K^\top / \sqrt{D})\, V$$
 
@@ -127,9 +131,9 @@ assert np.allclose(new_x[2].round(2), [2.84, 1.05, 1.0])
 # %%
 diagram({
     "x": (0, 1, "x\n(T, C)", "data"),
-    "q": (1, 0, "queries Q\n(T, D)", "trained"),
-    "k": (1, 1, "keys K\n(T, D)", "trained"),
-    "v": (1, 2, "values V\n(T, C)", "trained"),
+    "q": (1, 0, "Q = x W_q\n(T, D)", "trained"),
+    "k": (1, 1, "K = x W_k\n(T, D)", "trained"),
+    "v": (1, 2, "V = x W_v\n(T, C)", "trained"),
     "p": (2.1, 0.5, "weights P\n(T, T)"),
     "o": (3.1, 1.25, "P V\n(T, C)"),
     "y": (4, 1.25, "x + P V\n(T, C)", "data"),
@@ -138,12 +142,11 @@ diagram({
     caption="Attention and its shapes: T words, C numbers in a row, D in a query.")
 
 # %% [markdown]
-# A model learns the matrices of the three orange boxes: they are parameters. The
-# weights $P$ are no parameters: they are computed anew for every text.
+# A model learns the matrices `W_q`, `W_k` and `W_v` in the orange boxes: they are its
+# parameters. The weights $P$ are no parameters: they are computed anew for every text.
 #
-# **Predict first.** We change one word: "the money bank". The keys are the words
-# (water, money). What is the new row of `bank`, and which numbers of its weights
-# change?
+# **Predict first.** We change one word: "the money bank". The matrices stay. What is
+# the new row of `bank`, and which of its three weights change?
 
 # %%
 x = rows_of("the money bank")
@@ -164,9 +167,10 @@ assert np.allclose(money_rows[2], new_x[2][[1, 0, 2]])
 
 # %% [markdown]
 # ## The causal mask
-# A model that writes a text one word at a time has only the words so far. When it is
-# trained, it sees whole texts, but each word must be guessed from the words *before*
-# it. So a word may look at itself and at earlier words, and at no later word.
+# A model that writes a text one word at a time uses the row of the last word to guess
+# the next one. In training it has whole texts, and the row of *every* word guesses the
+# word after it: one pass trains $T$ guesses. No row may see its answer, which is the
+# next word. So a word may look at itself and at earlier words, and at no later word.
 #
 # `np.tri(T)` has ones where that is allowed. Everywhere else we set the score to
 # $-\infty$ before the softmax. Since $e^{-\infty} = 0$, the weight is exactly 0.
@@ -234,7 +238,7 @@ assert late_weights[1].sum() < 0.11 and round(free_weights[1, 4], 2) == 0.81
 #
 # - `q`, `k` and `v` are Tensors with any axes in front, written `...`. There are Tq
 #   queries and Tk keys; D is the width of a query and a key, E that of a value.
-# - `k.T` swaps the last two axes.
+# - `k.T` swaps the last two axes. `q.shape[-1]**-0.5` is $1/\sqrt{D}$.
 # - `key_mask` is a second mask, for padding: False at keys that nobody may look at.
 # - `xp(q.data)` is the module that made the array: NumPy, or CuPy on a GPU.
 # - `ops.where(mask, a, b)` takes `a` where the mask is True, else `b`. The score
@@ -246,9 +250,10 @@ assert late_weights[1].sum() < 0.11 and round(free_weights[1, 4], 2) == 0.81
 quote(ft.functional.softmax_attention)
 
 # %% [markdown]
-# `ops.causal_mask` is what `np.tri` was, also for more keys than queries. You will
-# write both functions in the exercises. The models use a third one, `ops.attention`:
-# the same value as one op, with its own gradients. All three agree on our sentence:
+# `ops.causal_mask` is what `np.tri` was. It also takes more keys than queries, which
+# happens when a model writes ("The price of writing", below). You will write both
+# functions in the exercises. The models use a third one, `ops.attention`: the same
+# value as one op, with its own gradients. All three agree on our sentence:
 
 # %%
 x = rows_of(sentence)
@@ -267,8 +272,9 @@ assert np.allclose(one_op.data, causal_rows - x)
 # 3.2.1) look at vectors of independent random numbers with mean 0 and standard
 # deviation 1. That is a fair picture of a model before training.
 #
-# **Predict first.** Take $D = 1024$. The product is a sum of 1024 terms, and each term
-# has standard deviation 1. What is the standard deviation of the sum: 1, 32 or 1024?
+# **Predict first.** Take $D = 1024$. The product is a sum of 1024 terms. Each term is a
+# product of two such numbers, and has standard deviation 1 as well. What is the
+# standard deviation of the sum: 1, 32 or 1024?
 
 # %%
 widths = [4, 16, 64, 256, 1024]
@@ -280,20 +286,21 @@ for width in widths:
 
 # %% [markdown]
 # It is $\sqrt{1024} = 32$: the *variances* of independent terms add up, not the
-# standard deviations. Divided by $\sqrt{D}$, a score has the size 1, whatever $D$ is.
+# standard deviations. Divided by $\sqrt{D}$, a score has standard deviation 1, whatever
+# $D$ is.
 
 # %% [check]
 assert abs(products.std() / 32 - 1) < 0.1
 
 # %% [markdown]
 # What does a softmax do with large scores? We take 64 keys, and look at the largest of
-# their 64 weights. We try three scales. The third is $1/\sqrt{C}$, where $C$ is the
-# width of the whole model. Here $C = 32 D$.
+# their 64 weights. We try three scales. The third is $1/\sqrt{C}$, an easy mistake:
+# the row of a word, with $C$ numbers, is often wider than a query. We take $C = 32 D$.
 
 # %%
 names = ["no scale", "1/√D", "1/√C, C = 32 D"]
 largest = {name: [] for name in names}
-slopes = {name: [] for name in names}
+kept = {name: [] for name in names}                       # all weights, for later
 for width in widths:
     queries = rng.normal(size=(100, 1, width))
     keys = rng.normal(size=(100, 64, width))
@@ -302,26 +309,33 @@ for width in widths:
     for name, scale in zip(names, scales):
         weights = softmax(products * scale)
         largest[name].append(weights.max(axis=1).mean())
-        slopes[name].append((weights * (1 - weights)).sum(axis=1).mean())
+        kept[name].append(weights)
 curves(largest, x=widths, log="x", xlabel="D", ylabel="largest of 64 weights",
        height=2.4, caption="Without a scale, one key gets nearly all the weight.")
 
 # %% [markdown]
 # - Without a scale, one key wins almost everything. The other 63 are not heard.
-# - With $1/\sqrt{D}$ the weights do not depend on $D$.
+# - With $1/\sqrt{D}$ the largest weight is about 0.1, whatever $D$ is.
 # - With $1/\sqrt{C}$ all weights are near 1/64: no key is heard better than another.
 #
-# One-hot weights have a second fault: they hardly learn. The derivative of a weight $p$
-# with respect to its own score is $p (1 - p)$, near 0 both for $p = 1$ and for $p = 0$.
-# Summed over the 64 keys:
+# If one weight is nearly 1, there is a second fault: it hardly learns. The derivative
+# of a weight $p$ with respect to its own score is $p (1 - p)$, near 0 both for $p = 1$
+# and for $p = 0$. Summed over the 64 keys:
 
 # %%
-for name, values in slopes.items():
-    print(f"{name:<16} D = 4: {values[0]:.2f}   D = 1024: {values[-1]:.2f}")
+slopes = {}
+for name in names:
+    slopes[name] = [(p * (1 - p)).sum(axis=1).mean() for p in kept[name]]
+    print(f"{name:<16} D = 4: {slopes[name][0]:.2f}   D = 1024: {slopes[name][-1]:.2f}")
+
+# %% [markdown]
+# So $1/\sqrt{D}$ keeps the scores at a size where the weights differ *and* still learn.
+# Without it, long queries stop nearly all learning. With a smaller scale, all keys
+# become nearly equal.
 
 # %% [check]
 assert largest["no scale"][-1] > 0.8
-assert max(largest["1/√D"]) < 0.25
+assert 0.08 < min(largest["1/√D"]) and max(largest["1/√D"]) < 0.13
 assert max(largest["1/√C, C = 32 D"]) < 0.04
 assert slopes["no scale"][-1] < 0.25 and slopes["1/√D"][-1] > 0.8
 
@@ -357,14 +371,15 @@ print(len(tables), "tables:", tables[0].shape)
 # %% [markdown]
 # The shapes are $(B, T, V)$ and $(B, T, C)$: $B = 1$ text, $T = 8$ tokens, a vocabulary
 # of $V = 2048$, and $C = 128$ numbers in each row. There are four layers, so five
-# tables.
+# tables: one before the first layer, and one after each.
 #
 # ## Heads
 # One softmax gives each word one set of weights. But a word may need two things at
 # once: its neighbour, and a word far away. So the model runs several attentions side by
-# side, the **heads**. Each head works with its own $D = C / H$ features of the queries,
-# keys and values. `base-gpt` has $H = 4$ heads of $D = 32$. Splitting is a matter of
-# axes: `reshape` cuts the last axis in two, `permute` puts the heads before the time.
+# side, the **heads**. Each of the $H$ heads works with its own $D = C / H$ features
+# (numbers) of the queries, keys and values. `base-gpt` has $H = 4$ heads of $D = 32$.
+# Splitting is a matter of axes: `reshape` cuts the last axis in two, `permute` puts the
+# heads before the time.
 
 # %%
 quote(split_heads)
@@ -385,8 +400,8 @@ v = split_heads(attn.v(normed, context), H).data
 print("q:", q.shape)
 
 # %% [markdown]
-# From here on it is our five words again. NumPy multiplies the last two axes and
-# repeats that for all axes in front, so the four heads need no loop.
+# From here on we do what we did with our five words. NumPy multiplies the last two axes
+# and repeats that for all axes in front, so the four heads need no loop.
 
 # %%
 may_look = np.tri(T, dtype=bool)
@@ -410,7 +425,8 @@ assert np.allclose(gpt_weights.sum(axis=-1), 1, atol=1e-5)
 # ## What heads look at
 # The second model is `base-bert`, a BERT. It was trained to fill gaps, so it may look
 # both ways: it has no causal mask. Both models use the same tokenizer. We draw one head
-# of GPT and two heads of BERT, all from the first layer.
+# of GPT and two heads of BERT, all from the first layer. BERT has no layer norm in
+# front of its attention; we will see where it stands.
 
 # %%
 bert, _ = ft.load("base-bert")
@@ -445,8 +461,8 @@ assert not np.triu(gpt_weights[0, 0], 1).any()
 # %% [markdown]
 # ## Who depends on whom
 # A layer looks at rows, and these rows have looked at other rows. After four layers,
-# does the mask still hold? We replace one token, and see which rows of the output
-# change. We do this for each of the eight tokens.
+# does the mask still hold? We replace one token by `[MASK]`, a token that stands for a
+# gap, and see which rows of the output change. We do this for each of the eight tokens.
 #
 # **Predict first.** We replace the sixth token, the second "the". Which outputs of GPT
 # will change? Which outputs of BERT?
@@ -463,14 +479,16 @@ def changes(model):
 
 gpt_changes = changes(gpt)
 bert_changes = changes(bert)
-heat_map(gpt_changes, rows=tokens, columns=tokens, xlabel="output", ylabel="changed",
-         caption="GPT: a blue cell is an output that changes with its row's token.")
-heat_map(bert_changes, rows=tokens, columns=tokens, xlabel="output", ylabel="changed",
+heat_map(gpt_changes, rows=tokens, columns=tokens, xlabel="output", ylabel="replaced",
+         caption="GPT: blue if the output changes when its row's token is replaced.")
+heat_map(bert_changes, rows=tokens, columns=tokens, xlabel="output", ylabel="replaced",
          caption="BERT: every output depends on every token.")
 
 # %% [markdown]
 # The row of the second "the": in GPT three outputs change, its own and the two later
-# ones. No layer opens a way back. In BERT all eight outputs change.
+# ones. No layer opens a way back. In BERT all eight outputs change. (In the pictures of
+# weights, a row is a token that looks *back*. Here a row is a token that others look
+# at, so GPT's triangle lies on the other side.)
 #
 # Such a stack of layers with the mask is called a **decoder**. A stack without the mask
 # is called an **encoder**.
@@ -483,8 +501,8 @@ assert bert_changes.all()
 # ## The block
 # A layer is called a **block**. It has two parts. Attention moves information between
 # the rows. The **MLP** (multi-layer perceptron) works on each row alone: it makes the
-# row wider (from $C$ to $4C$), bends every number with a function, and makes the row
-# narrow again. Each part reads the row, and **adds** to it:
+# row wider (from $C$ to $4C$), applies a nonlinear function to every number, and makes
+# the row narrow again. Each part reads the row, and **adds** to it:
 
 # %%
 diagram({
@@ -497,7 +515,7 @@ diagram({
     "mlp": (1.1, 3, "MLP", "trained"),
     "add2": (0, 3, "+"),
     "y": (0, 4, "x  (T, C)", "data"),
-    "note1": (2.4, 0, "each row: mean 0, size 1", "none"),
+    "note1": (2.4, 0, "each row: mean 0,\nstandard deviation 1", "none"),
     "note2": (2.4, 1, "moves information\nbetween rows: P (H, T, T)", "none"),
     "note3": (2.4, 3, "works on each row alone:\n(T, C), (T, 4C), (T, C)", "none"),
     "note4": (1.1, 4, "to the next block", "none"),
@@ -553,10 +571,11 @@ assert np.allclose(x.data, tables[1].data, atol=1e-5)
 assert counts == {"attention": 66048, "MLP": 131712, "layer norms": 512}
 
 # %% [markdown]
-# ## The bend in the MLP
-# Without a bent function between its two maps, the MLP would be one linear map. GPT-2
-# and BERT use **GELU**: $x$ times the probability that a normal random number is below
-# $x$. BERT computes it exactly. GPT-2 uses a formula that comes close:
+# ## The nonlinear function of the MLP
+# Without a nonlinear function between its two maps, the MLP would be one linear map.
+# GPT-2 and BERT use **GELU**: $x$ times the probability that a random number is below
+# $x$, if it is normal with mean 0 and standard deviation 1. BERT computes it exactly.
+# GPT-2 uses a formula that comes close:
 #
 # $$x \, (1 + \tanh(\sqrt{2/\pi} \, (x + 0.044715 x^3))) / 2$$
 
@@ -586,7 +605,8 @@ print(f"largest difference: {abs(shuffled_after - shuffled_before).max():.0e}")
 
 # %% [markdown]
 # So both models add a trained row for each **position** to the row of the token, before
-# the first block. This is also why they have a longest text: 128 positions here.
+# the first block. This is also why a text has a largest length: there are rows for 128
+# positions here.
 
 # %% [check]
 assert 1e-4 < abs(exact - with_tanh).max() < 6e-4
@@ -654,7 +674,7 @@ print(f"without a cache: {64 * 65 // 2:>5,} rows, {middle - start:.2f} s")
 print(f"with a cache:    {64:>5,} rows, {end - middle:.2f} s")
 
 # %% [markdown]
-# The logits are the same, with 32 times fewer rows. The seconds do not shrink as much:
+# The logits are the same, with 32 times fewer rows. The seconds usually shrink less:
 # every pass has a fixed cost, also a pass of one row.
 #
 # With a cache there are more keys than queries. Two new tokens and three older ones
@@ -718,17 +738,18 @@ for name in names:
 # From left to right the text grows 16 times. By the count of multiplications, the MLP
 # should take 16 times as long, and attention 256 times. The times depend on your
 # machine, and large arrays take more than that, since they do not fit into the
-# processor's cache. But attention grows far faster than the MLP. Now the memory.
+# processor's fast memory. But attention grows far faster than the MLP. Now the memory.
 
 # %%
 curves(memory, x=lengths, log="xy", xlabel="tokens", ylabel="megabytes", height=2.6,
        caption="Memory of one call. Only the version written out keeps all T² weights.")
 
 # %% [markdown]
-# Written out, attention holds arrays of $4 T^2$ numbers. With 2048 tokens one such
-# array has 67 MB. The one op computes the same, but a few rows of the weights at a
-# time, and forgets them. Its memory grows like the text, not like its square. The time
-# still grows like the square: every score must be computed.
+# Written out, attention holds arrays of $4 T^2$ numbers, for 4 heads. With 2048 tokens,
+# and 4 bytes for a number, one such array has 67 MB. The one op computes the same, but
+# a few rows of the weights at a time, and forgets them. Its memory grows like the text,
+# not like its square. The time still grows like the square: every score must be
+# computed.
 #
 # How long must a text be for this to matter? For $T$ tokens, the four maps and the MLP
 # take $12\, T C^2$ multiplications, and the two products with $T^2$ scores take $2\,
@@ -787,7 +808,7 @@ def without(part, factor):
 # more: all attention gone, or all MLPs gone? And is one of them worse than guessing?
 
 # %%
-changes = {
+edits = {
     "nothing": ("", 1),
     "divided by √C": ("q", 0.5),
     "no division": ("q", 32**0.5),
@@ -797,11 +818,15 @@ changes = {
 }
 losses = {}
 print("changed          parameters   loss")
-for name, (part, factor) in changes.items():
+for name, (part, factor) in edits.items():
     count, losses[name] = without(part, factor)
     print(f"{name:<16}{count:>11,}{losses[name]:>7.2f}")
 
 # %% [markdown]
+# A wrong scale removes no parameter, and still costs much. Without the division, the
+# scores are $\sqrt{32} = 5.7$ times too large, and the model does worse than without its
+# positions.
+#
 # Without its MLPs the model is worse than one that guesses: the attention that is left
 # was trained to read rows which the MLPs have changed. Without attention, a row knows
 # its own token and position only; it can still say which token often comes next.

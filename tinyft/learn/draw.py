@@ -145,7 +145,7 @@ def heat_map(
     axes.tick_params(length=0)
     axes.spines[:].set(visible=False)
     if values or texts is not None:
-        outline = [withStroke(linewidth=1.2, foreground="#475569")]
+        outline = [withStroke(linewidth=2.4, foreground="#334155")]
         for (i, j), entry in np.ndenumerate(matrix):
             share = abs(entry) / largest
             text = format(entry, values) if texts is None else texts[i, j]
