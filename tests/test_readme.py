@@ -1,9 +1,13 @@
-"""The README's section on one's own data runs as it is printed, with fewer steps."""
+"""The README: its code runs as it is printed, its transcript is what a command prints, its table of lessons is whole."""
 from __future__ import annotations
 
 import csv
 import re
 from pathlib import Path
+
+from tinyft import cli
+from tinyft.learn.exercise import exercises, of_lesson
+from tinyft.learn.folders import lessons
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 WORDS = "the list returns an item of this name if it is found and none of them is empty".split()
@@ -33,3 +37,42 @@ def test_your_own_data(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "accuracy" in printed and "probabilities" in printed
     assert printed.splitlines()[-1].startswith("['")       # the list of one continuation
+
+
+def test_the_table_of_lessons_is_complete():
+    """Every lesson with its folder and the number of its exercises."""
+    text = README.read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d\d) \| \[(\w+)\]\(lessons/(\w+)/lesson\.py\) \| .* \| (\d+) \|$", text, re.MULTILINE)
+    expected = []
+    for lesson in lessons().values():
+        expected.append((lesson.folder[:2], lesson.name, lesson.folder, str(len(of_lesson(lesson.name)))))
+    assert rows == expected
+
+
+def test_the_transcript_of_a_check_is_what_the_command_prints(tmp_path, monkeypatch, capsys):
+    """The README's check of `sum_to` after a first try, but for the seconds."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    cli.main(["start", "sum_to"])
+    path = Path("work/autograd.sum_to.py")
+    written = path.read_text(encoding="utf-8").split("    raise NotImplementedError")[0]
+    path.write_text(f"{written}    return g.sum(axis=tuple(range(g.ndim - len(shape))))\n", encoding="utf-8")
+    capsys.readouterr()
+    assert cli.main(["check"]) == 1
+    printed = without_seconds(capsys.readouterr().out)
+    text = README.read_text(encoding="utf-8")
+    shown = text.split("$ tinyft check\n")[1].split("```")[0]
+    assert without_seconds(shown).strip() == printed.strip()
+
+
+def without_seconds(text: str) -> str:
+    return re.sub(r"  \(\d+\.\d+s\)", "", text)
+
+
+def test_no_solution_of_an_exercise_is_shown():
+    """No two lines in a row of a solution stand in the README."""
+    text = " ".join(README.read_text(encoding="utf-8").split())
+    for e in exercises().values():
+        lines = [" ".join(line.split()) for line in e.source().splitlines()]
+        for first, second in zip(lines, lines[1:]):
+            assert len(first) + len(second) < 50 or f"{first} {second}" not in text, e.name
