@@ -1,4 +1,4 @@
-"""The README: its code runs as it is printed, its transcript is what a command prints, its table of lessons is whole."""
+"""The README: its code runs as printed, its transcript is what a command prints, its table of lessons is whole."""
 from __future__ import annotations
 
 import csv
