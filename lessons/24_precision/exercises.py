@@ -23,9 +23,9 @@ F = np.float32
 # ── cast_inputs ───────────────────────────────────────────────────────────────────────────────────
 cast_inputs = Exercise(
     "precision:cast_inputs", difficulty=2, minutes=15,
-    may_use="rounded(a, dtype), is_array(a), autocast_state.dtype (the 16-bit dtype of the "
-            "autocast region), FLOAT32, and the sets PRODUCTS, SUMS (names of ops) and ROUNDABLE "
-            "(dtypes).",
+    may_use="rounded(a, dtype) (a in this dtype, also in float32), is_array(a), "
+            "autocast_state.dtype (the 16-bit dtype of the autocast region), FLOAT32, and the "
+            "sets PRODUCTS, SUMS (names of ops) and ROUNDABLE (dtypes).",
     example="""
         >>> from tinyft.precision import autocast
         >>> x = np.array([1.5, 257.0], np.float32)
@@ -248,8 +248,9 @@ def _(name, arrays, kwargs):
 # ── reclaim_values ────────────────────────────────────────────────────────────────────────────────
 reclaim_values = Exercise(
     "optim.master:MasterWeights.reclaim_values", difficulty=3, minutes=20, in_place=True,
-    may_use="Group.reclaim_values(self), to_float32(a), and the attributes self.w, self.tensors, "
-            "self.views, self.offsets and self.versions, which are explained in the docstring.",
+    may_use="Group.reclaim_values(self), to_float32(a), self.tensors ({name: tensor}), and the "
+            "attributes self.w (flat), self.views, self.offsets and self.versions, which are "
+            "explained in the docstring.",
     example="""
         >>> from tinyft import Tensor
         >>> from tinyft.array import bfloat16

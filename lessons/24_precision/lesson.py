@@ -5,9 +5,9 @@
 # **Exercises:** cast_inputs, reclaim_values, update (about 45 minutes).
 #
 # A parameter in float32 takes 32 bits, which are four bytes. A model of seven billion
-# parameters then takes 28 GB. With 16 bits for each parameter it takes 14 GB. The GPU
-# gains even more: the data sheet of NVIDIA's H100 promises 67 trillion operations a
-# second in float32, and 990 trillion in matrix products of 16-bit numbers.
+# parameters then takes 28 GB. With 16 bits for each parameter it takes 14 GB. In speed
+# a GPU gains even more. By its data sheet NVIDIA's H100 does 67 trillion operations a
+# second in float32, and about 990 trillion in products of 16-bit matrices.
 #
 # So why do we not compute everything in 16 bits? This lesson shows what is lost with
 # half of the bits. And it shows three remedies, with which training works all the same:
@@ -29,8 +29,8 @@ DTYPES = {"float32": float32, "bfloat16": bfloat16, "float16": float16}
 
 # %% [markdown]
 # There are two kinds of 16-bit numbers. NumPy has `float16`. The other kind,
-# `bfloat16`, comes from a small package of its own; the library uses it on NumPy
-# arrays.
+# `bfloat16`, comes from the small package `ml_dtypes`. With it a NumPy array can hold
+# bfloat16 too.
 #
 # ## How a number is stored
 # You know the scientific notation: $6500 = 6.5 \cdot 10^3$. A computer does the same in
@@ -43,7 +43,8 @@ DTYPES = {"float32": float32, "bfloat16": bfloat16, "float16": float16}
 # - the **sign**, one bit;
 # - the **exponent** $e$, a whole number. The bits hold $e$ plus an offset, so that
 #   negative exponents need no sign: $e + 127$ with eight bits, $e + 15$ with five;
-# - the **fraction** $f$, from 0 to 1. Its first bit counts 1/2, the next 1/4, then 1/8.
+# - the **fraction** $f$, at least 0 and less than 1. Its first bit counts 1/2, the next
+#   1/4, then 1/8.
 #
 # The formats differ in how many bits they give to the exponent. We look at the bits.
 # (`view` reads the bits of a stored number as a whole number.)
@@ -108,10 +109,10 @@ assert split_bits(0.1, "float32")[1] == split_bits(0.1, "bfloat16")[1]
 #   of exponent do not reach far. We shall see soon how near its ends are.
 #
 # ## The gaps between numbers
-# A format holds a finite number of numbers, and there are gaps between them. We can
-# look at them directly. The next larger number has the bits that, read as a whole
-# number, are one more. (The fraction grows by one unit; when it is full, the exponent
-# grows.)
+# A format holds only so many numbers, and there are gaps between them. We can measure
+# the gaps. Read the bits of a positive number as a whole number, and add 1: those are
+# the bits of the next larger number. After the fraction `1010000` comes `1010001`.
+# After `1111111` the fraction is 0 again, and the exponent is one larger.
 
 # %%
 def neighbour(number, name, steps=1):
@@ -124,9 +125,10 @@ def neighbour(number, name, steps=1):
 print("after 1, in float32:", neighbour(1, "float32"))
 
 # %% [markdown]
-# **Predict first.** From 256 up to 512 the exponent is 8: the numbers are
-# $256 \cdot (1 + f)$. With seven bits, $f$ has 128 values. Which number follows 256 in
-# bfloat16? And in float16, with ten bits?
+# From 256 up to 512 the exponent is 8: the numbers are $256 \cdot (1 + f)$. With seven
+# bits, as in bfloat16, $f$ has 128 values. So the gap between two numbers is 2, which
+# is 256/128. With the ten bits of float16 it is 256/1024, or 1/4. We print the number
+# after 256, and the ends of each format: its smallest positive number and its largest.
 
 # %%
 print("format     smallest     largest     after 1   after 256")
@@ -151,11 +153,11 @@ assert neighbour(np.inf, "float16", steps=-1) == 65504
 # large is the step to the next number, relative to the number itself?
 
 # %%
-x = 2.0 ** np.arange(-32, 24)
+x = 2.0 ** np.arange(-32, 24)                     # the powers of two, 2e-10 to 8e6
 gaps = {name: [] for name in DTYPES}
 for name in DTYPES:
     for number in x:
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore"):          # too large a number becomes infinite
             is_stored = float(np.array(number, DTYPES[name])) == number
         gap = neighbour(number, name) - number if is_stored else np.nan
         gaps[name].append(gap / number)
@@ -168,27 +170,30 @@ assert gaps["bfloat16"][30] == 2**-7 and gaps["float16"][30] == 2**-10
 assert np.isnan(gaps["float16"][0]) and np.isnan(gaps["float16"][-1])
 
 # %% [markdown]
-# float16 loses its digits below $2^{-14}$, or 6e-5. There the exponent cannot become
-# smaller. Smaller numbers are stored without the 1 before the point: the nearer they
-# are to 0, the fewer digits are left.
+# float16 loses its digits below $2^{-14}$, or 6e-5, its smallest exponent. Still
+# smaller numbers are stored as $f \cdot 2^{-14}$, without the 1 in front of $f$. Their
+# gap stays the same: the nearer they are to 0, the fewer digits are left.
 #
-# Keep two numbers in mind: relative to the number, a gap is about 1/128 in bfloat16 and
-# about 1/1024 in float16. A result between two numbers is rounded to the nearer one, so
-# one rounding is wrong by at most half a gap. For a weight of a network that is
-# harmless. The danger lies elsewhere.
+# The curves were drawn at the powers of two. There a gap is 1/128 of the number in
+# bfloat16, and 1/1024 in float16. Just below the next power of two it is only half of
+# that, because the gap is the same and the number is twice as large.
+#
+# A result between two numbers is rounded to the nearer one. So one rounding is wrong by
+# at most half a gap, in bfloat16 by 0.4 %. For a weight of a network that is harmless,
+# as we shall measure. The danger lies elsewhere.
 #
 # ## Sums
-# What is 256 + 1 in bfloat16? The result 257 lies halfway between 256 and 258. A tie
-# goes to the number whose last bit is 0. Here that is 256.
+# If a result lies exactly in the middle between two numbers, it is rounded to the one
+# whose last bit is 0. The fraction of 256 is `0000000`, that of 258 is `0000001`.
 #
 # **Predict first.** We add 4,096 ones, one after another, and round after each
-# addition. Where does the sum end in bfloat16? And in float16, in which the gap grows
-# to 2 at 2,048?
+# addition. Where does the sum end in bfloat16? And in float16? (When is the gap 2?)
 
 # %%
 totals = {}
 for name, dtype in DTYPES.items():
-    totals[name] = np.cumsum(np.ones(4096, dtype), dtype=dtype).astype(float)
+    partial_sums = np.cumsum(np.ones(4096, dtype), dtype=dtype)    # each one rounded
+    totals[name] = partial_sums.astype(float)
     print(f"{name:9} {totals[name][-1]:5.0f}")
 curves(totals, x=np.arange(1, 4097), log="xy", xlabel="ones added", ylabel="sum",
        caption="A sum in 16 bits stops growing when a term is only half a gap.")
@@ -197,21 +202,27 @@ curves(totals, x=np.arange(1, 4097), log="xy", xlabel="ones added", ylabel="sum"
 assert [total[-1] for total in totals.values()] == [4096, 256, 2048]
 
 # %% [markdown]
-# The sum in bfloat16 stops at 256. Every further one is lost, though the ones together
-# are 3,840. Sums are everywhere in a network: a mean, a softmax, a norm, and each entry
-# of a matrix product. Does this mean that 16-bit numbers are useless for products?
+# The sum in bfloat16 stops at 256: 257 lies in the middle between 256 and 258, and is
+# rounded to 256. So is every later sum, and 3,840 ones are lost. In float16 the gap is
+# 2 from 2,048 on, and the same happens there.
 #
-# We separate the two parts of a product of vectors. First only the factors are rounded
-# to bfloat16, and the sum is kept in float32. Then the sum is rounded as well.
+# Sums are everywhere in a network: a mean, a softmax, a norm, and each entry of a
+# matrix product. Does this mean that 16-bit numbers are useless for products?
+#
+# A product of two vectors has two parts, and we round them one after the other. First
+# only the factors are rounded to bfloat16, and the sum is kept in float32. Then the sum
+# is rounded as well.
 
 # %%
 rng = np.random.default_rng(0)
 a = rng.random(4096)
 b = rng.random(4096)
-products = a.astype(bfloat16).astype(float32) * b.astype(bfloat16).astype(float32)
+a_rounded = a.astype(bfloat16).astype(float32)    # rounded, then stored in float32
+b_rounded = b.astype(bfloat16).astype(float32)
+products = a_rounded * b_rounded
 sum_in_float32 = products.sum()
 sum_in_bfloat16 = float(np.cumsum(products.astype(bfloat16), dtype=bfloat16)[-1])
-exact = a @ b
+exact = a @ b                                     # in float64
 print(f"factors in bfloat16, sum in float32:  {sum_in_float32 / exact - 1:+.3%}")
 print(f"factors and sum in bfloat16:          {sum_in_bfloat16 / exact - 1:+.0%}")
 
@@ -221,7 +232,9 @@ assert -0.8 < sum_in_bfloat16 / exact - 1 < -0.7
 
 # %% [markdown]
 # The rounded factors cost almost nothing: some are too large, some too small, and the
-# errors cancel. The rounded sum misses three quarters. So the first remedy is a rule:
+# errors cancel. The rounded sum misses three quarters. The right result is about 1,024,
+# and all products are less than 1: at 256 the sum stops again. So the first remedy is a
+# rule:
 #
 # > **16 bits to store and to multiply, float32 to add up.**
 #
@@ -240,15 +253,14 @@ assert total.item() == 4096 and total.dtype == bfloat16
 # %% [markdown]
 # ## Small updates
 # Training is a long sum: a weight plus thousands of small updates. What happens to it?
+# Our weight is 1, and each of 1,000 steps takes a thousandth of it away. In float32 it
+# ends near $0.999^{1000} = 0.37$.
 #
-# Below 1 the gap of bfloat16 is 1/256. So 1 minus a number is rounded back to 1 if that
-# number is smaller than half a gap, 1/512.
-#
-# **Predict first.** A weight is 1. Each of 1,000 steps takes a thousandth of it away.
-# In float32 it ends near $1/e = 0.37$. Where does it end in bfloat16?
+# In bfloat16 the number before 1 is $1 - 1/256$. So 1 minus a number is rounded back to
+# 1 if that number is smaller than half of this gap, 1/512 or about 0.002.
 
 # %%
-weight = np.ones(1001, bfloat16)
+weight = np.ones(1001, bfloat16)                  # entry t: the weight after t steps
 exact_weight = np.ones(1001, float32)
 for t in range(1000):
     weight[t + 1] = weight[t] - bfloat16.type(0.001) * weight[t]
@@ -267,6 +279,9 @@ assert float(weight[-1]) == 1 and round(float(exact_weight[-1]), 3) == 0.368
 # The second remedy: keep a copy of the weight in float32, and update the copy. After
 # every step, round it to 16 bits; the model computes with the rounded value. The
 # float32 copy is called the **master weight** (Micikevicius et al. 2018).
+#
+# So the model still multiplies 16-bit numbers, which is fast on a GPU. Only the sum of
+# the updates has float32.
 
 # %%
 shown = exact_weight.astype(bfloat16)             # what the model sees of the master
@@ -282,14 +297,19 @@ curves({"master, float32": exact_weight[steps],
 assert len(np.unique(shown[steps].astype(float))) > 10
 
 # %% [markdown]
-# The optimisers of the library do this by themselves for a model in 16 bits. They keep
-# the values of many tensors end to end in one flat array `w`. For a 16-bit model there
-# are two such arrays: `w` in float32, and `rounded`, which the model's tensors look
-# into. Two methods of the class `MasterWeights` do most of it. The class is derived
-# from `Group`, which does the same for float32 models. `super().lay_out` moves the
-# tensors into the flat array. `to_float32` makes a float32 copy. `moments` are Adam's
-# $m$ and $v$ from lesson 03. `record_versions` we need in a moment. After every update
-# `write_rounded` rounds `w` into the tensors.
+# The optimisers of the library do this by themselves for a model in 16 bits. An
+# optimiser keeps the values of all its tensors one after another in one long array,
+# `w`, and each tensor is a view of its part. The class `Group` does this for a float32
+# model.
+#
+# For a 16-bit model the class `MasterWeights`, derived from `Group`, has two such
+# arrays: `w` in float32, for the updates, and `rounded` in 16 bits. The tensors are
+# views of `rounded`. Two methods do most of it:
+#
+# - `lay_out` is called once, at the start. `super().lay_out` makes the long array in 16
+#   bits, and `to_float32` copies it. `moments` are Adam's $m$ and $v$ from lesson 03.
+#   (`record_versions` we need in a moment.)
+# - `write_rounded` is called after every update.
 
 # %%
 quote(ft.optim.master.MasterWeights.lay_out)
@@ -297,7 +317,8 @@ quote(ft.optim.master.MasterWeights.write_rounded)
 
 # %% [markdown]
 # Now a real model. The small GPT of the library was trained on prose. We teach it some
-# Python source, with the small learning rate of fine-tuning: 1e-5.
+# Python source, with a small learning rate as in fine-tuning: 1e-5. The source comes as
+# an array of token ids; the end of it is our test batch.
 
 # %%
 code = ft.data.pretraining("source", "valid")[:20_000]
@@ -305,7 +326,7 @@ test_batch = code[-16 * 33:].reshape(16, 33)      # 32 tokens a row, and the nex
 
 def compute_loss(model, batch):
     "The mean loss of the next token."
-    targets = ft.train.batch.read_batch(batch)
+    targets = ft.train.batch.read_batch(batch)    # inputs, and the next tokens
     _, loss = ft.train.batch.compute_loss(model, targets)
     return loss
 
@@ -317,11 +338,16 @@ model, _ = ft.load("base-gpt-small")
 print(f"{ft.count(model)}   loss on Python source: {test_loss(model):.2f}")
 
 # %% [markdown]
-# Next the loop. We want to run it without master weights too. There is a simple way.
-# The optimiser notices when somebody else writes to a weight: each tensor counts its
-# writes, and `record_versions` remembered the count. It then takes the value that was
-# written, the 16-bit one. `mark_written` counts a write, though nothing was written. If
-# we call it after every step, the optimiser forgets each time what 16 bits cannot show.
+# Next the loop. We want to run it without master weights too, and for this we use a
+# rule of the optimiser. Somebody may write a new value to a weight of the model, for
+# example to load a checkpoint. Then the optimiser must not go on with its old master
+# weight. So each tensor counts how often it was written, and `record_versions`
+# remembers the count. If the count has changed, the next step copies the 16-bit value
+# into `w`.
+#
+# `p.mark_written()` adds 1 to the count, though nothing was written. If we call it
+# after every step, each master weight is replaced by its rounded value, and what was
+# rounded away is forgotten. That is training without master weights.
 
 # %%
 def train(model, learning_rate, steps, forget=False):
@@ -330,7 +356,7 @@ def train(model, learning_rate, steps, forget=False):
     optimizer.start(model.named_parameters())
     history = [test_loss(model)]
     batches = iter(ft.data.lm_batches(code[:-16 * 33], 32, 4))
-    for t in range(steps):
+    for t in range(steps):                        # 4 rows of 32 tokens a step
         compute_loss(model, next(batches)).backward()
         optimizer.step(clip=1.0)
         optimizer.zero_grad()
@@ -343,8 +369,9 @@ def train(model, learning_rate, steps, forget=False):
 
 # %% [markdown]
 # **Predict first.** Adam moves each weight by about the learning rate, 1e-5. Half a gap
-# of bfloat16 is between 1/512 and 1/256 of the weight. The median of the weights' sizes
-# is 0.07. Without master weights, does any weight move? Do most of them?
+# of bfloat16 is between 1/512 and 1/256 of the weight. Up to which size can a weight
+# move without a master weight? The median of the weights' sizes is 0.07. Do most of
+# them move?
 
 # %%
 def load_in(dtype):
@@ -366,15 +393,16 @@ assert 0.005 < has_moved.mean() < 0.1
 assert np.median(abs(before[has_moved])) < 0.1 * np.median(abs(before[~has_moved]))
 
 # %% [markdown]
-# A few per cent move: those that are so small that 1e-5 is more than half of their gap.
-# All others stay where they were. Now the same with master weights, and in float32.
+# 1e-5 is more than half a gap only for weights below about 0.005, 512 times 1e-5. So a
+# few per cent move, the smallest ones. All others stay where they were. Now the same
+# with master weights, and in float32.
 
 # %%
 histories = {"float32": train(load_in(float32), 1e-5, 48),
              "with master weights": train(load_in(bfloat16), 1e-5, 48),
              "bfloat16 alone": history_alone}
 gains = {name: history[0] - np.array(history) for name, history in histories.items()}
-curves(gains, x=8 * np.arange(7), ylabel="test loss gained (nats)",
+curves(gains, x=8 * np.arange(7), xlabel="step", ylabel="fall of the test loss",
        caption="With master weights, training in bfloat16 goes as far as in float32. "
                "Without them the model hardly learns.")
 for name, gain in gains.items():
@@ -390,25 +418,30 @@ assert final["bfloat16 alone"] < 0.3 * final["float32"]
 # them.
 #
 # ## Autocast
-# There is another way to keep the steps: leave the weights in float32, and compute only
-# the products in 16 bits. Just before a product its inputs are rounded. This
-# is **autocast**, and it holds inside a `with` block. Each op belongs to one of three
-# kinds:
+# There is another way to keep small steps: leave the weights in float32, and compute
+# only the products in 16 bits. Just before a product its inputs are rounded. This is
+# **autocast**, and it holds inside a `with` block. Then no copy is needed: the weights
+# themselves are the master weights.
+#
+# Each op belongs to one of three kinds:
+#
+# - **products** get their inputs in 16 bits;
+# - **sums** get their inputs in float32;
+# - **all other ops** take their inputs as they come. If two inputs have different
+#   dtypes, the result has the wider one.
 
 # %%
-print("16 bits:", *sorted(ft.precision.PRODUCTS - {"_packed_linear"}))
-print("float32:", *sorted(ft.precision.SUMS))
-print("as the inputs come: all others")
+products_to_show = ft.precision.PRODUCTS - {"_packed_linear"}     # for packed weights
+print("products, 16 bits:", *sorted(products_to_show))
+print("sums, float32:    ", *sorted(ft.precision.SUMS))
 
 # %% [markdown]
-# The products come first; `linear` is $xW + b$, and `project` is the same for the
-# queries, keys and values at once. The second kind are the ops with a sum inside, and
-# `exp`, `log` and `power`, which leave the range of float16 soon. The loss,
-# `cross_entropy`, is always float32. For every other op nothing is rounded. If two
-# inputs have different dtypes, the result has the wider one.
+# `linear` is $xW + b$, and `project` is the same for the queries, keys and values at
+# once. Among the sums you also find `exp`, `log` and `power`: their results soon leave
+# the range of float16. The loss, `cross_entropy`, is always float32.
 #
-# **Predict first.** This is half a block of a transformer. All inputs are float32.
-# Which dtype has each of the five results under `autocast("bfloat16")`?
+# Here is half a block of a transformer, five ops. All inputs are float32. Go through it
+# line by line: of which kind is the op, and which dtype has its result?
 
 # %%
 x = ft.Tensor(rng.standard_normal((4, 8)).astype(float32))
@@ -421,11 +454,13 @@ with ft.autocast("bfloat16"):
     active = ft.ops.gelu(hidden)
     change = ft.ops.matmul(active, w2)
     y = x + change
-for result in (normed, hidden, active, change, y):
-    print(result.dtype)
+results = {"layer_norm": normed, "matmul with w1": hidden, "gelu": active,
+           "matmul with w2": change, "add": y}
+for name, result in results.items():
+    print(f"{name:15} {result.dtype}")
 
 # %% [check]
-dtypes = [result.dtype for result in (normed, hidden, active, change, y)]
+dtypes = [result.dtype for result in results.values()]
 assert dtypes == [float32, bfloat16, bfloat16, bfloat16, float32]
 
 # %% [markdown]
@@ -446,7 +481,8 @@ diagram(
 # GELU takes what comes. The addition of float32 and bfloat16 gives float32: so the sum
 # that runs through all blocks keeps its digits.
 #
-# Why is `exp` on the list? Numbers such as 12 are nothing unusual in a network.
+# Why is `exp` on the list of float32? Take 12, a number that is not unusual in a
+# network.
 
 # %%
 with np.errstate(over="ignore"):
@@ -463,17 +499,23 @@ with np.errstate(over="ignore"):
 # ## Gradients that disappear
 # bfloat16 has few digits, but it reaches as far as float32. float16 does not: its
 # smallest number is $2^{-24}$, or 6e-8. What is smaller than half of that becomes zero.
-# Are gradients so small? We look at the gradient of the logits. For one token it is
+#
+# This matters for gradients. In `backward` the gradient of a 16-bit result has 16 bits
+# too. With float16 autocast the logits come from a matrix product, so they are float16,
+# and so is their gradient. Is it so small? The logits have one entry for each position
+# and each token of the vocabulary. The gradient of such an entry is
 #
 # $$\frac{p - y}{N}$$
 #
-# where $p$ are the probabilities of the model, $y$ is 1 for the right token and 0 for
-# all others, and $N$ is the number of tokens in the batch, since the loss is their
-# mean.
+# Here $p$ is the probability that the model gives to this token, and $y$ is 1 if it is
+# the right token, else 0. Lesson 03 derived this for softmax and cross-entropy
+# together. $N$ is the number of tokens in the batch, because the loss is the mean over
+# them.
 #
-# **Predict first.** Our test batch has $N = 512$ tokens, and the vocabulary has 2,048
-# entries. The model gives a probability of 1e-5 to some token, and it was not the right
-# one. Does its gradient survive in float16?
+# **Predict first.** Our test batch has $N = 512$ tokens. The model gives a probability
+# of 1e-5 to some token, and it was not the right one. Does its gradient survive in
+# float16? And is 1e-5 a rare case? (The vocabulary has 2,048 tokens, and the
+# probabilities of all together are 1.)
 
 # %%
 probability = 1e-5
@@ -484,16 +526,18 @@ print(f"gradient {gradient:.0e}   in float16: {float16.type(gradient)}")
 assert float16.type(gradient) == 0
 
 # %% [markdown]
-# It is lost: 2e-8 is less than 3e-8. How many are lost in all? We compute the gradient
-# of all logits in float32 and count. We also look at the other end of the model, at the
-# embeddings that it gets as its input.
+# It is lost: 2e-8 is less than 3e-8. And such probabilities are common: the mean of
+# 2,048 probabilities is 5e-4, and a few likely tokens take most of the sum. How many
+# gradients are lost in all? We compute the gradient of all logits in float32 and count.
+# We also look at the other end of the model, at the embeddings that it gets as its
+# input. For this the model takes the embeddings in place of token ids.
 
 # %%
 model, _ = ft.load("base-gpt-small")
 ids = test_batch[:, :-1]
 next_ids = test_batch[:, 1:]
 embedded = ft.Tensor(model.embed.weight.numpy()[ids], requires_grad=True)
-logits = ft.Tensor(model(embedded).numpy(), requires_grad=True)
+logits = ft.Tensor(model(embedded).numpy(), requires_grad=True)   # backward stops here
 ft.ops.cross_entropy(logits, next_ids).backward()
 ft.ops.cross_entropy(model(embedded), next_ids).backward()
 SMALLEST = 2.0**-24
@@ -506,8 +550,10 @@ for name, tensor in {"logits": logits, "embeddings": embedded}.items():
     print(f"{name:10} {lost(tensor.grad):6.1%} are lost")
 
 # %% [markdown]
-# Now for a batch of half a million tokens, as large models are trained with. The loss
-# is divided by 1,024 times as many tokens, and so is every gradient.
+# Large models are trained with batches of half a million tokens or more. That is 1,024
+# times our 512. The mean divides by 1,024 times as many tokens, so the gradient of each
+# logit is 1,024 times smaller. We divide ours by 1,024 and count again. (For the
+# embeddings this is right as well: each one belongs to one row of the batch.)
 
 # %%
 for name, tensor in {"logits": logits, "embeddings": embedded}.items():
@@ -525,10 +571,12 @@ assert lost(embedded.grad) < 0.001 and lost(embedded.grad, 1 / 1024) < 0.01
 #
 # ## Scale the loss
 # The third remedy is one multiplication. Multiply the loss by a large number $S$ before
-# `backward`. By the chain rule every gradient is then multiplied by $S$. Before the
-# update divide the gradients of the weights by $S$; the library keeps those in float32,
-# where small numbers survive. $S$ is a power of two: it changes the exponents and no
-# digit.
+# `backward`. By the chain rule every gradient is then multiplied by $S$, and the small
+# ones are large enough for float16.
+#
+# Before the update, divide the gradients of the weights by $S$. The library keeps those
+# in float32, so they may become small again. $S$ is a power of two: it changes the
+# exponents and no digit.
 
 # %%
 _, axes = figure(height=2.6)
@@ -545,7 +593,8 @@ print(f"with S = 32,768, {lost(logits.grad, 2**15):.1%} are lost")
 # %% [markdown]
 # How much does this matter for the weights? We compare the gradient of all weights
 # under autocast with that in float32, for many $S$. An $S$ below 1 shows what happens
-# with more tokens: $S = 1/1024$ stands for the half million.
+# with more tokens: $S = 1/1024$ makes the gradients of the logits as small as those of
+# half a million tokens, without any scale.
 
 # %%
 def region(dtype):
@@ -571,7 +620,7 @@ def error(gradient):
     "The length of the error, divided by the length of the gradient."
     return np.linalg.norm(gradient - in_float32) / np.linalg.norm(in_float32)
 
-scales = 2.0 ** np.arange(-15, 26, 5)
+scales = 2.0 ** np.arange(-15, 26, 5)             # nine, from 1/32,768 to 33 million
 errors = [error(weight_gradient(S, "float16")) for S in scales]
 error_of_bfloat16 = error(weight_gradient(1.0, "bfloat16"))
 curves({"float16": errors}, x=scales, levels={"bfloat16, S = 1": error_of_bfloat16},
@@ -601,8 +650,9 @@ assert not np.isfinite(errors[-1])
 # to it. `clip_norm` does it in place. With loss scaling there are two orders: divide by
 # $S$ and clip, or clip and divide by $S$.
 #
-# **Predict first.** The gradient is (3, 4), with norm 5. The limit is 1, and
-# $S = 1024$. What norm reaches the optimiser in the first order? And in the second?
+# **Predict first.** The true gradient is (3, 4), with norm 5. The limit is 1, and
+# $S = 1024$; `backward` gives $S$ times the true gradient. What norm reaches the
+# optimiser in the first order? And in the second?
 
 # %%
 true_gradient = np.array([3.0, 4.0])
@@ -622,11 +672,14 @@ assert round(np.linalg.norm(clipped_first) * S, 4) == 1
 
 # %% [markdown]
 # In the wrong order the limit is compared with the norm of $S$ times the gradient.
-# Every gradient is "too large", and what is left is $S$ times too small. So the library
-# does both in one method, in the right order: `scaler.step` hands $S$ to the optimiser
-# as `scale`, and the optimiser divides first. `factor` is that of a learning-rate
-# schedule; the first line checks the kind of an argument. `skipping` catches the error
-# that the optimiser raises if the norm is infinite.
+# Nearly every gradient is "too large", and what is left is $S$ times too small. So the
+# library does both in one call, in the right order. A `GradScaler` is the object that
+# keeps $S$. Its method `step` hands $S$ to the optimiser as `scale`, and the optimiser
+# divides by it first, then clips.
+#
+# In the code below, `factor` is that of a learning-rate schedule, and the first line
+# checks the kind of an argument. If the norm is infinite, the optimiser raises an error
+# before it changes anything, and `skipping` catches it.
 
 # %%
 quote(ft.GradScaler.step)
@@ -634,15 +687,17 @@ quote(ft.GradScaler.step)
 # %% [markdown]
 # ## Who finds S?
 # The best $S$ is the largest one with which nothing overflows. It differs from model to
-# model, and changes during training. A `GradScaler` finds it by trying:
+# model, and changes during training. The `GradScaler` finds it by trying:
 #
 # - If a gradient is infinite or NaN, the step is **skipped**: the weights stay as they
 #   are. Then $S$ is halved.
 # - After a number of good steps in a row, $S$ is doubled. Usually the number is 2,000;
 #   we take 8 to see it happen.
 #
-# We start far too high, at $2^{22}$ = 4 million. This is the loop that
-# `ft.fit(..., autocast="float16")` goes through.
+# We start far too high, at $2^{22}$, about 4 million. The loop is the one from before,
+# with an autocast region and a scaler; `ft.fit(..., autocast="float16")` does the same.
+# After `scaler.step`, `scaler.finite` says if all gradients were finite.
+# `scaler.update` then changes $S$.
 
 # %%
 def train_scaled(model, dtype, scaler, steps=24):
@@ -682,8 +737,9 @@ assert skipped[0] and tried[1] == tried[0] / 2
 assert max(np.diff(tried)) > 0 and 3 <= skipped.sum() <= 8
 
 # %% [markdown]
-# A skipped step costs the work of one step, and nothing else. Usually that is one step
-# in 2,000.
+# A skipped step costs the work of one step, and nothing else. Once $S$ is near the best
+# one, this happens when it is doubled too far: about one step in 2,000, with the usual
+# number.
 #
 # ## What 16 bits save
 # **A model that no longer trains** takes half of the bytes. Does the rounding hurt it?
@@ -703,16 +759,16 @@ assert max(stored_losses) - min(stored_losses) < 0.02
 # Half of the bytes, and the same loss up to the third digit.
 #
 # **A model that trains** needs more than its weights: a gradient and Adam's two
-# moments. The abstract of Micikevicius et al. (2018) says that 16 bits nearly halve
-# "memory requirements". Is this so for the memory of the parameters? We train three
-# more models, each in its own way.
+# moments. A common summary of Micikevicius et al. (2018) is that training in 16 bits
+# takes about half of the memory. Is this so for the memory of the parameters? We train
+# three more models, each in its own way.
 
 # %%
 REGIONS = {"float32": None, "bfloat16, masters": None,
            "bfloat16, autocast": "bfloat16", "float16, autocast": "float16"}
 models["float32"] = load_in(float32)
 models["bfloat16, masters"] = load_in(bfloat16)
-models["bfloat16, autocast"] = load_in(float32)
+models["bfloat16, autocast"] = load_in(float32)   # autocast rounds, not we
 no_scaler = ft.GradScaler(enabled=False)          # S stays 1
 for name in list(models)[1:]:
     optimizers[name], _ = train_scaled(models[name], REGIONS[name], no_scaler)
@@ -733,8 +789,9 @@ def count_bytes(name):
 
 # %% [markdown]
 # **Predict first.** In float32 a parameter takes 4 bytes, its gradient 4, its two
-# moments 8: together 16. How many are they for a model in bfloat16 with master weights?
-# Its gradients and moments are float32. And for a model in float32 under autocast?
+# moments 8: together 16. How many bytes are they, with the master weight, for a model
+# in bfloat16? The library keeps its gradients and moments in float32. And how many for
+# a model in float32 under autocast?
 
 # %%
 rows = {}
@@ -746,15 +803,22 @@ for name in REGIONS:
 assert [round(row.sum()) for row in rows.values()] == [16, 18, 16, 16]
 
 # %% [markdown]
-# Nothing is saved there: master weights make it 18. What can be halved are
-# the **activations**, the results that `backward` needs again. With many tokens in a
-# batch they are the larger part; the paper says so itself, in section 3.1. On NumPy
-# they are not halved, as the last table shows: NumPy computes in float32, and holds
-# both copies for a while.
+# Nothing is saved there. With master weights it is even more: 2 bytes for the weight
+# and 4 for its master make 18. Under autocast all four arrays are float32, as before.
+#
+# What can be halved are the **activations**, the results that `backward` needs again.
+# With many tokens in a batch they are the larger part. The paper, too, expects the
+# saving from them (section 3.1). On NumPy they are not halved, as the last table shows:
+# NumPy computes in float32, and holds both copies for a while.
 #
 # ## What 16 bits do not save
 # And the time? The GPU of the first paragraph has units for 16-bit products. Our CPU
-# has none. We measure a product of two matrices, so small that one core computes it.
+# has none. We measure a product of two small matrices in three ways:
+#
+# - in float32, for which NumPy calls BLAS, a library made for matrix products;
+# - in float16, for which BLAS has nothing, so NumPy runs a plain loop;
+# - under autocast, which rounds the factors, multiplies in float32 and rounds the
+#   result.
 
 # %%
 def shortest_time(product, a, repeats=50):
@@ -766,13 +830,7 @@ def shortest_time(product, a, repeats=50):
         times.append(time.perf_counter() - start)
     return min(times)
 
-matrix = rng.standard_normal((60, 60)).astype(float32)
-
-# %% [markdown]
-# **Predict first.** For float32, NumPy calls BLAS, a library made for matrix products.
-# It has none for 16 bits; there NumPy runs a plain loop. Is a product of float16
-# matrices faster or slower? Autocast rounds the factors, multiplies in float32 and
-# rounds the result. What do you expect there?
+matrix = rng.standard_normal((60, 60)).astype(float32)    # small: one core is enough
 
 # %%
 times = {}
@@ -822,11 +880,13 @@ assert losses["float32"] + 0.05 < losses["float16, autocast"] < losses["float32"
 #
 # What to remember:
 #
-# - 16 bits are for storing and multiplying; sums and updates are for float32.
+# - 16 bits are for storing and multiplying; sums are for float32.
+# - An update is a sum too: a step of less than half a gap is rounded away. So a float32
+#   copy of the weights is needed to train: as master weights, or as the weights
+#   themselves under autocast.
 # - bfloat16 has the range of float32 and few digits. float16 has more digits and a
-#   small range: it needs a scale for the loss, which is divided out before clipping.
-# - A float32 copy of the weights is needed to train: as master weights, or as the
-#   weights themselves under autocast.
+#   small range, in which small gradients become 0. So the loss is multiplied by a scale
+#   before `backward`, and the gradients are divided by it before clipping.
 #
 # **Exercises.** `tinyft start precision` gives you all three. In `cast_inputs` you
 # write the rule of autocast. In `reclaim_values` you keep the master weights, except

@@ -38,7 +38,7 @@ class MasterWeights(Group):
     def reclaim_values(self) -> None:
         """Copy the values that were written to a tensor from outside into w.  All other entries of w stay.
 
-        A tensor p was written from outside if p.data is not its view, self.views[name], or if p.version[0] is not
+        A tensor p was written from outside if p.data is not its view, self.views[name], or if p.version[0] differs from
         self.versions[name].  Its entries are w[self.offsets[name]].  At the end the data of every tensor is its view
         again, as Group.reclaim_values makes it."""
         written = []
