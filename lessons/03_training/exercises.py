@@ -24,16 +24,19 @@ cross_entropy = Exercise(
             "check_labels(labels, real, V), which raises the IndexError (real: True at the rows "
             "that count).",
     example="""
-        With @op the function takes arrays and gives a Tensor. The row [0, 0] has p = [0.5, 0.5],
-        so its loss is ln 2 = 0.693. The second row has the label -100 and does not count.
+        Return two things, (loss, (back, None, None)): back is the pullback of z, a function that
+        gets the gradient g of the loss and returns that of z, in z's shape. Labels and weights
+        have no gradient. @op makes a Tensor of the loss (lesson 01).
+
+        The row [0, 0] has p = [0.5, 0.5], so its loss is ln 2 = 0.693. The second row has the
+        label -100 and does not count.
         >>> loss = cross_entropy(np.array([[0.0, 0.0], [9.0, 0.0]]), np.array([0, -100]))
         >>> round(loss.item(), 3)
         0.693
         """,
     hints=(
         "Take one law at a time. First: the mean of -ln p at the labels, p = softmax z. Subtract "
-        "the maximum of each row before exp, as in softmax. Return (loss, (back, None, None)): "
-        "labels and weights have no gradient.",
+        "the maximum of each row before exp, as in softmax.",
         "Give every row a weight: 0 where y is ignore_index, else weight[y] or 1. The loss is the "
         "weighted sum divided by the sum of the weights. Its gradient is w (p - one-hot) divided "
         "by the same sum.",
