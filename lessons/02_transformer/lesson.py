@@ -824,8 +824,8 @@ for name, (part, factor) in edits.items():
 
 # %% [markdown]
 # A wrong scale removes no parameter, and still costs much. Without the division, the
-# scores are $\sqrt{32} = 5.7$ times too large, and the model does worse than without its
-# positions.
+# scores are $\sqrt{32} = 5.7$ times too large, and the model does worse than without
+# its positions.
 #
 # Without its MLPs the model is worse than one that guesses: the attention that is left
 # was trained to read rows which the MLPs have changed. Without attention, a row knows
