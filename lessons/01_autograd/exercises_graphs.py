@@ -25,7 +25,9 @@ topological_order = Exercise(
         "The stack holds pairs (node, done).  Push (node, True), then (p, False) for each parent.  "
         "Keep the ids of the nodes that you met in a set."),
     may_use="root.node; node.parents() of a Record; isinstance(node, Tensor), which is True for a "
-            "leaf (it has no parents); id(node), lists and sets.",
+            "leaf (it has no parents); id(node), lists and sets.  In the messages of the check, "
+            "graph = [(0, 0), (1, 0)] means: node 0 is a leaf, node 1 is made of 0 and 0, node 2 "
+            "of 1 and 0.",
     example="""
         >>> x = Tensor(np.array(2.0), requires_grad=True)
         >>> u = x * 3.0
@@ -86,8 +88,8 @@ def _(f, graph):
     guesses = {}
     if late == last:
         guesses["it is the order turned round, outputs before inputs"] = np.array(last)
-    close(np.array(late), np.zeros(len(late), int), "how many inputs of each node come after it",
-          guesses)
+    close(np.array(late), np.zeros(len(late), int),
+          "how many inputs of each node of the list come after it", guesses)
 
 
 @topological_order.law("a leaf alone is a graph of one node", x="n")

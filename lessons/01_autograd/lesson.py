@@ -7,12 +7,13 @@
 #
 # Training asks one question again and again: if this parameter changes a little, how
 # much does the loss change? The answer is a derivative. A small language model has
-# 200,000 parameters, so it needs 200,000 derivatives for every step. This lesson
-# computes all of them in one pass.
+# 200,000 parameters, so it needs 200,000 derivatives for every step of training. This
+# lesson computes all of them in one pass.
 #
 # We begin with an engine of thirty lines for single numbers. Then we let it grow until
 # it is the engine of tinyft, which handles arrays. At the end it trains a first model
-# on real text.
+# on real text. The next cell imports what we use; each name is explained where it first
+# appears.
 
 # %%
 import time
@@ -30,7 +31,8 @@ rng = np.random.default_rng(0)
 # %% [markdown]
 # ## A slope, the slow way
 #
-# Take $y = x^2 + 3x$ at $x = 2$. Move $x$ a little and watch $y$.
+# Take $y = x^2 + 3x$ at $x = 2$. Move $x$ a little and watch $y$. We move it by $h$ to
+# both sides, because this is more exact than one side alone.
 
 # %%
 def f(x):
@@ -53,9 +55,10 @@ assert abs(slope - 7) < 1e-6
 # ## Numbers that remember
 #
 # A `Number` holds a value and its **parents**: the numbers it was computed from. Beside
-# each parent it holds the **local derivative**: how much the value changes if this
-# parent alone changes. For $a + b$ both local derivatives are 1. For $a \cdot b$ the
-# local derivative for $a$ is $b$, and the one for $b$ is $a$.
+# each parent it holds the **local derivative**: if this parent alone changes by a tiny
+# amount, the value changes by the local derivative times this amount. For $a + b$ both
+# local derivatives are 1. For $a \cdot b$ the local derivative for $a$ is $b$, and the
+# one for $b$ is $a$.
 
 # %%
 class Number:
@@ -91,8 +94,13 @@ for name, number in graph.items():
     print(f"{name} = {number.value:<5} local derivatives: {slopes}")
 
 # %% [markdown]
+# The parents of $u$ are the constant 3 and $x$, in this order: the slope for $x$ is the
+# second one, 3. The parents of $v$ are $u$ and $u$: the same number stands there twice,
+# once for each factor, and each factor alone has the slope 6.
+#
 # Numbers and parents form a **graph**. Each box below shows a value. The text at an
-# arrow is the local derivative. (The constant 3 is left out.)
+# arrow is the local derivative. (The constant 3 is left out. The arrow from $u$ to $v$
+# stands for both factors.)
 
 # %%
 diagram(
@@ -104,7 +112,7 @@ diagram(
 
 # %% [markdown]
 # The number $u$ is used three times: once in $y$ and twice in $v$. So $u$ reaches $y$
-# on three paths. The chain rule has two parts:
+# on three paths: one directly, two through $v$. The chain rule has two parts:
 #
 # - along one path, local derivatives are **multiplied**;
 # - where several paths meet, their contributions are **added**.
@@ -124,8 +132,13 @@ assert u_grad == 13
 assert x_grad == 39
 
 # %% [markdown]
-# $u$ collects $1 + 6 + 6 = 13$, one term for each use. $x$ gets $3 \cdot 13 = 39$. The
-# check by calculus: $y = 3x + 9x^2$, so $dy/dx = 3 + 18x = 39$.
+# $u$ collects $1 + 6 + 6 = 13$, one term for each use. **Why are they added?** Let $u$
+# grow by a tiny amount $e$. Then $y$ grows by $1e$ directly, by $6e$ through the first
+# factor of $v$, and by $6e$ through the second. All three happen together, so $y$ grows
+# by $13e$.
+#
+# $x$ gets $3 \cdot 13 = 39$. The check by calculus: $y = 3x + 9x^2$, so
+# $dy/dx = 3 + 18x = 39$.
 
 # %%
 diagram(
@@ -142,12 +155,16 @@ diagram(
 # ## The engine: order, then walk
 #
 # We did this by hand in the order $y$, $v$, $u$, $x$. A program has to find such an
-# order itself. The rule: **process a number only after every number that uses it.**
-# Only then is its gradient complete.
+# order itself. To **process** a number means: pass its gradient on to its parents. The
+# rule: **process a number only after every number that uses it.** Only then is its
+# gradient complete.
 #
-# Such an order is called **topological**. The function below finds it, from the inputs
-# to the result: it first visits the parents of a number, then appends the number
-# itself.
+# We find the order in two steps. First we list the numbers from the inputs to the
+# result, each number after its parents. This is called a **topological order**. Then we
+# walk through the list backwards: now each number comes after all that use it.
+#
+# The function below makes the list: it first visits the parents of a number, then
+# appends the number itself.
 
 # %%
 def visit(number, order):
@@ -162,8 +179,8 @@ visit(graph["y"], order)
 print("values in topological order:", [number.value for number in order])
 
 # %% [markdown]
-# Backwards through this list, every number passes its gradient on: to each parent
-# it **adds** local derivative times gradient.
+# (The first 3 is the constant.) Now we go backwards through this list. Every number
+# passes its gradient on: to each parent it **adds** local derivative times gradient.
 
 # %%
 def walk_back(numbers):
@@ -186,8 +203,8 @@ assert [number.grad for number in graph.values()] == [39, 13, 1, 1]
 
 # %% [markdown]
 # The same gradients as by hand. That is the whole engine: `Number`, `visit`,
-# `walk_back`, `backward`. Type it once yourself; it is about thirty lines. It is
-# called **reverse mode**, or backpropagation.
+# `walk_back`, `backward`. Type it once yourself; it is about thirty lines. This way to
+# compute derivatives is called **reverse mode**, or backpropagation.
 #
 # ## What if the order is wrong?
 #
@@ -241,8 +258,7 @@ assert replaced == 18
 # ## Why not follow every path by itself?
 #
 # One could also do without an order: take a gradient, follow each path to its end, and
-# add up what arrives. The result is right. The function below does this and counts its
-# steps.
+# add up what arrives. The function below does this and counts its steps.
 
 # %%
 def follow(number, gradient):
@@ -252,10 +268,17 @@ def follow(number, gradient):
         steps += 1 + follow(parent, slope * gradient)
     return steps
 
+graph = compute(2.0)
+follow(graph["y"], 1.0)
+print("dy/dx =", graph["x"].grad)
+
+# %% [check]
+assert graph["x"].grad == 39
+
 # %% [markdown]
-# We compare both on a chain of doublings: $a = x + x$, $b = a + a$, and so on. Each
-# doubling has two arrows. Paths multiply: two after one doubling, four after two, eight
-# after three.
+# The result is right, too. But how many steps does it take? We compare both on a chain
+# of doublings: $a = x + x$, $b = a + a$, and so on. Each doubling has two arrows. Paths
+# multiply: two after one doubling, four after two, eight after three.
 
 # %%
 by_path = []
@@ -281,9 +304,10 @@ assert in_order[-1] == 28
 
 # %% [markdown]
 # In topological order each arrow is used once, because a number waits until its
-# gradient is complete. Each residual connection of a transformer (lesson 02) doubles
-# the number of paths in the same way, and a model of 12 blocks has 24 of them. By path
-# this would be $2^{25} - 2$ steps: 33 million.
+# gradient is complete. A transformer (lesson 02) has residual connections: each
+# computes $x + f(x)$, so it uses $x$ twice and doubles the number of paths in the same
+# way. A model of 12 blocks has 24 of them, two in each block. By path this would be at
+# least $2^{25} - 2$ steps: 33 million.
 #
 # ## From numbers to arrays
 #
@@ -294,7 +318,7 @@ assert in_order[-1] == 28
 def product_of_numbers(A, B):
     entries = []
     for row in A:
-        for column in zip(*B):
+        for column in zip(*B):                  # the columns of B
             total = Number(0.0)
             for a, b in zip(row, column):
                 total = total + a * b
@@ -302,7 +326,8 @@ def product_of_numbers(A, B):
     return entries
 
 # %% [markdown]
-# We time this function and NumPy's `@` on the same matrix.
+# Each entry creates one `Number` for the 0, 30 for the products and 30 for the sums. We
+# time this function and NumPy's `@`; both multiply the same matrix $A$ by itself.
 
 # %%
 A = rng.normal(size=(30, 30))
@@ -330,8 +355,10 @@ assert seconds_numbers > 5 * seconds_array
 # %% [markdown]
 # So one node of the graph should hold a whole array. The walk stays the same. But what
 # is the local derivative of an array with respect to an array? For this product it
-# would be a table with one number for every entry of the result and every entry of the
-# input: $900 \cdot 900$ numbers, 97 % of them zero.
+# would be a table with one number for every pair of an entry of the result and an entry
+# of the input: $900 \cdot 900$ numbers. Most are zero: an entry of the product depends
+# on one row of the left matrix only, on 30 of 900 entries. So 97 % of the table is
+# zero.
 #
 # We never need this table. We need only its effect: it turns the gradient of the result
 # into the gradient of an input. A function that does this is called a **pullback**.
@@ -342,8 +369,9 @@ assert seconds_numbers > 5 * seconds_array
 #
 # ## An op: a value and its pullbacks
 #
-# An **op** is a function on plain arrays that returns two things: its value, and a
-# tuple with one pullback for each input. Here is an op of our own, $y = x^3$.
+# An **op** is one operation that the engine knows. We write it as a function on plain
+# arrays that returns two things: its value, and a tuple with one pullback for each
+# input. Here is an op of our own, $y = x^3$.
 
 # %%
 @op("... -> ...")
@@ -369,7 +397,7 @@ def cube(x):
 # was made. For a tensor of one entry, `.item()` is that entry as a Python number.
 #
 # The function of arrays is still there, as `cube.definition`. We call it and its
-# pullback.
+# pullback. There is no loss yet, so we invent a gradient of the value: (1, 1, 10).
 
 # %%
 value, pullbacks = cube.definition(np.array([1.0, 2.0, 3.0]))
@@ -379,7 +407,8 @@ print("pullback:", pullbacks[0](gradient_of_value))
 
 # %% [markdown]
 # Now the same op with tensors. `requires_grad=True` says: we want the gradient of this
-# tensor. Its gradient is stored in `.grad`.
+# tensor. `backward` stores it in `.grad`. The walk begins at `y`, which is not a single
+# number here, so we tell `backward` the gradient of `y`.
 
 # %%
 x = ft.Tensor(np.array([1.0, 2.0, 3.0]), requires_grad=True)
@@ -411,9 +440,10 @@ quote(ft.ops.tanh)
 # this at the end.
 #
 # The pullback of a matrix product follows from the rule that contributions add up. In
-# $C = AB$ the entry $A_{ik}$ is used in every column $j$ of $C$, with the factor
-# $B_{kj}$. So its gradient is $\sum_j G_{ij} B_{kj}$, where $G$ is the gradient of $C$.
-# As matrices: $dA = G B^\top$. The gradient of $B$ is one of the exercises.
+# $C = AB$ the entries are $C_{ij} = \sum_k A_{ik} B_{kj}$. So $A_{ik}$ is used in every
+# column $j$ of $C$, with the factor $B_{kj}$. Its gradient is $\sum_j G_{ij} B_{kj}$,
+# where $G$ is the gradient of $C$. As matrices: $dA = G B^\top$. The gradient of $B$ is
+# one of the exercises.
 #
 # ## The same graph with tensors
 #
@@ -434,7 +464,9 @@ print(f"y = {y.item()}   dy/dx = {x.grad}")
 # of `y` in the graph: the record of the call that made `y`. A tensor that no op made,
 # such as `x`, is a **leaf**, and its node is the tensor itself.
 #
-# The function `topological(y)` lists the nodes, inputs first, as `visit` did.
+# The function `topological(y)` lists the nodes, inputs first, as `visit` did. (It uses
+# a list in place of recursion, because Python stops a recursion that is too deep.) A
+# record has a method `parents()`.
 
 # %%
 names = []
@@ -448,14 +480,15 @@ assert x.grad == 39
 assert names == ["x, a leaf", "mul", "mul", "add"]
 
 # %% [markdown]
-# The constant 3 is not in the list. It needs no gradient, so its pullback was dropped
-# at once. (After a backward pass, records are dropped too. `retain_graph=True` kept
-# them for us.)
+# The two parents of $y$ are $u$ and $v$; both were made by `mul`. The constant 3 is not
+# in the list. It needs no gradient, so its pullback was dropped at once. (After a
+# backward pass, records are dropped too. `retain_graph=True` kept them for us.)
 #
 # ## Broadcasting goes back as a sum
 #
 # One thing is new with arrays. NumPy **broadcasts**: it repeats a small array to fit a
-# large one. A bias with 2 entries is added to every row of a batch.
+# large one. For example, a bias $b$ with 2 entries is added to each of the 3 rows of a
+# batch. In the picture, each sum has a gradient that we invented, such as (1, 10).
 
 # %%
 diagram(
@@ -465,7 +498,8 @@ diagram(
      "3": (1, 2, "row 3 + b\ngradient (3, 30)"),
      "sum": (2, 1, "gradient of b\n(1+2+3, 10+20+30)\n= (6, 60)", "data")},
     [("b", "1"), ("b", "2"), ("b", "3"), ("1", "sum"), ("2", "sum"), ("3", "sum")],
-    caption="Broadcasting uses b three times. So b gets the sum of three gradients.",
+    caption="Left: on the way forward, broadcasting uses b three times. Right: on the "
+            "way back, b gets the sum of the three gradients.",
     height=3.0)
 
 # %% [markdown]
@@ -510,8 +544,8 @@ print("row:   ", sum_to(np.ones((3, 4)), (4,)).tolist())
 # - `flag` checks that `retain_graph` is True or False.
 # - `_seed` is the first gradient: 1, or the one that the caller gives.
 # - `topological(self)` is the order. `order.pop()` takes nodes from its end.
-# - A leaf (a `Tensor`) adds the gradient to its `.grad`. Nothing else keeps its
-# gradient.
+# - A leaf (a `Tensor`) adds the gradient to its `.grad`. Intermediate results do not
+# keep their gradients.
 # - `node.pull(g)` calls the pullbacks of a record and gives pairs (parent, gradient).
 # - `_fit` calls `sum_to`, so that the gradient has the shape of the parent.
 # - `release` drops the pullbacks of a record, and with them the arrays that they keep.
@@ -531,12 +565,15 @@ quote(Gradients.add)
 # compared with small steps, as in the first section. For arrays we need two more
 # things:
 #
-# - a random **direction** $d$, in which we move the input $x$;
-# - **weights** $w$, which make one number of the output: the sum of $w$ times $f(x)$,
-# entry by entry.
+# - a random **direction** $d$, an array of the shape of $x$. We move all entries of $x$
+# at once, by $hd$, so two evaluations are enough;
+# - **weights** $w$, an array of the shape of the output $f(x)$. They make one number of
+# it: multiply entry by entry, then sum. (They are not the weights of a model.)
 #
-# Then $\frac{w \cdot f(x + hd) - w \cdot f(x - hd)}{2h}$ must equal $d \cdot$ gradient,
-# where the dot means: multiply entry by entry, then sum.
+# We write this number as $w \cdot f(x)$. Its derivative with respect to an entry of
+# $f(x)$ is the entry of $w$. So $w$ is the `g` with which the pullback starts.
+#
+# Then $\frac{w \cdot f(x + hd) - w \cdot f(x - hd)}{2h}$ must equal $d \cdot$ gradient.
 #
 # We try it on `softmax`, the op that turns each row of scores into probabilities. (Ops
 # take plain arrays too, as `scores` below.)
@@ -556,8 +593,8 @@ def slope_by_pullback(weights):
     return (direction * x.grad).sum()
 
 # %% [markdown]
-# Many tests call `.sum()` on the output. That is the choice of weights that are all 1.
-# Beside it we use random weights. As a third method we take a wrong pullback: it always
+# The simplest weights are all 1; then the number is `.sum()` of the output. Beside them
+# we use random weights. As a third method we take a wrong pullback: it always
 # returns zeros, so its slope is 0.
 
 # %%
@@ -583,8 +620,9 @@ assert abs(difference) < 1e-8 < 0.01 < abs(slope_by_pullback(random_weights))
 # %% [markdown]
 # ## A first model on real text
 #
-# The text comes with tinyft. It is real prose; we use it in lower case. Letters become
-# the numbers 1 to 26, and everything else becomes 0, a blank.
+# The text comes with tinyft: English prose about Python, from its documentation and its
+# source code. `ft.data.snapshot()` gives it in pieces. We use it in lower case. Letters
+# become the numbers 1 to 26, and everything else becomes 0, a blank.
 
 # %%
 texts = []
@@ -592,10 +630,11 @@ for record in ft.data.snapshot():
     if record.kind == "prose" and record.split == "train":
         texts.append(record.text.lower())
 
-codes = np.frombuffer(" ".join(texts).encode("ascii", "replace"), np.uint8)
+text = " ".join(texts)
+codes = np.frombuffer(text.encode("ascii", "replace"), np.uint8)    # one per character
 is_letter = (codes >= ord("a")) & (codes <= ord("z"))
 ids = np.where(is_letter, codes - ord("a") + 1, 0).astype(int)
-print(f"{len(ids):,} letters, the first of them: {ids[:12]}")
+print(f"{len(ids):,} characters, the first of them: {text[:10]!r} = {ids[:10]}")
 
 # %% [markdown]
 # The model guesses the next letter from one letter. Its only parameter is a table $W$
@@ -603,11 +642,12 @@ print(f"{len(ids):,} letters, the first of them: {ids[:12]}")
 # follow $a$. Softmax turns the row into probabilities $p$.
 #
 # The loss is the mean of $-\ln p$ over all pairs of neighbours in the text, where $p$
-# is the probability of the letter that did follow. We count the pairs once:
-# `share[a, b]` is the share of all pairs that are `a` followed by `b`.
+# is the probability of the letter that did follow. Many pairs are equal, so we count
+# them once: `share[a, b]` is the share of all pairs that are `a` followed by `b`. Then
+# the mean is the sum of share times $-\ln p$ over the 729 different pairs.
 
 # %%
-pairs = ids[:-1] * 27 + ids[1:]
+pairs = ids[:-1] * 27 + ids[1:]                     # the pair a, b as one number
 share = np.bincount(pairs, minlength=27 * 27).reshape(27, 27) / len(pairs)
 
 def compute_loss(W):
@@ -623,8 +663,9 @@ print(f"loss {loss.item():.3f}   ln 27 = {np.log(27):.3f}   W.grad: {W.grad.shap
 # All scores are 0, so every letter has the probability 1/27, and the loss is $\ln 27$.
 # One call of `backward` gave all 729 derivatives.
 #
-# We can check them: with pencil and paper one finds $dW$ = (share that the model
-# expects) − (share that it saw).
+# We can check them: with pencil and paper one finds $dW$ = (expected share) − (share in
+# the text). The model expects the pair `a`, `b` as often as `a` comes first, times the
+# probability $p$ of `b`, here 1/27.
 
 # %%
 share_of_first = share.sum(axis=1, keepdims=True)    # how often a letter comes first
@@ -638,10 +679,11 @@ assert difference < 1e-16
 # %% [markdown]
 # Now we train: compute the loss, compute the gradient, take a step against it. This is
 # gradient descent, with a learning rate of 40. (The gradients are small, because they
-# are shares of a million pairs.)
+# are shares of a million pairs.) Each step makes a new tensor `W`, because `backward`
+# would add the next gradient to the old `.grad`.
 #
-# The best possible table is known: count how often `b` follows `a`. So we know where
-# the loss has to arrive.
+# The best possible probabilities are known: of all pairs that begin with `a`, count the
+# part that goes on with `b`. So we know where the loss has to arrive.
 
 # %%
 learning_rate = 40
@@ -654,7 +696,8 @@ for _ in range(300):
     W = ft.Tensor(W.data - learning_rate * W.grad, requires_grad=True)
 
 counted = share / share_of_first
-best = -(share * np.log(np.where(share > 0, counted, 1))).sum()
+safe = np.where(share > 0, counted, 1)      # no ln 0: a pair that never comes adds 0
+best = -(share * np.log(safe)).sum()
 print(f"loss: first {losses[0]:.2f}, last {losses[-1]:.2f}; by counting {best:.2f}")
 curves({"gradient descent": losses}, levels={"counting": best},
        caption="The loss comes down to the loss of the best table, found by counting.")
@@ -664,7 +707,8 @@ assert abs(losses[0] - np.log(27)) < 1e-12
 assert best < losses[-1] < 1.01 * best
 
 # %% [markdown]
-# And this is what the table has learned.
+# And this is what the table has learned. Each row adds up to 1. The stronger the blue,
+# the more probable is the next letter.
 
 # %%
 p = ft.ops.softmax(W).data
@@ -680,13 +724,14 @@ assert abs(share_of_first * (p - counted)).max() < 0.003
 # %% [markdown]
 # ## What freezing saves, and what it does not
 #
-# Fine-tuning often trains few parameters and leaves the rest **frozen**: without a
-# gradient. How much memory does this save? It is tempting to say that a frozen
-# parameter costs no memory. Let us measure it.
+# Fine-tuning often trains few parameters and leaves the rest **frozen**: they do not
+# change and need no gradient (`requires_grad=False`). How much memory does this save?
+# It is tempting to say that a frozen parameter costs no memory. Let us measure it.
 #
 # The network has two layers: $y = \tanh(xA)\,B$ with 1,000 rows $x$. Between the layers
-# lies the array $h = \tanh(xA)$. Such an intermediate result is called
-# an **activation**. It has 1,000 rows and 64 columns: 512 kB, far more than $A$ or $B$.
+# lies the array $h = \tanh(xA)$. Such an intermediate result is called an
+# **activation**. It has 1,000 rows and 64 columns: 64,000 numbers of 8 bytes, 512 kB.
+# This is far more than $A$ or $B$, which have 14 kB each.
 
 # %%
 sizes = {"x": (1000, 27), "A": (27, 64), "B": (64, 27)}
@@ -701,7 +746,7 @@ def forward(trained, with_tanh):
     if with_tanh:
         h = h.tanh()
     y = h @ tensors["B"]
-    del h
+    del h                          # from here on, only a record can keep h
     kept = tracemalloc.get_traced_memory()[0] - y.data.nbytes
     tracemalloc.stop()
     return tensors, y, kept
@@ -711,9 +756,9 @@ def forward(trained, with_tanh):
 # after the forward pass, without $x$, $A$, $B$ and $y$ themselves. It is what the
 # records keep for the backward pass.
 #
-# **Predict first.** We train $A$ alone, $B$ alone, or both. In which case is the least
-# memory kept? Think of what each pullback uses: that of `tanh` uses $h$, and the
-# gradient of $B$ is $h^\top G$.
+# **Predict first.** We train $A$ alone, $B$ alone, or both. How much memory is kept in
+# each case? Think of what each pullback uses: that of `tanh` uses $h$, and the gradient
+# of $B$ is $h^\top G$, where $G$ is the gradient of $y$.
 
 # %%
 kept_with_tanh = {}
@@ -748,15 +793,19 @@ assert kept_without_tanh["A"] < 10
 assert min(kept_without_tanh["B"], kept_without_tanh["AB"]) >= 512
 
 # %% [markdown]
-# Without `tanh`, training $A$ alone keeps nothing of that size: the gradient of $A$ is
-# $x^\top G$ and needs $x$, which exists anyway. The gradient of $h$ is $G B^\top$ and
-# needs $B$. Nobody needs $h$.
+# Without `tanh`, training $A$ alone keeps nothing of that size. The gradient of $h$ is
+# $dh = G B^\top$ and needs $B$. The gradient of $A$ is $x^\top dh$ and needs $x$. Both
+# $B$ and $x$ exist anyway. Nobody needs $h$.
 #
 # ## What it costs, and where it stops
 #
-# The last table counts everything for five cases: parameters, products of matrices in
-# the backward pass, memory for the gradients of $A$ and $B$, and memory kept. The
-# forward pass has two products.
+# The last table counts everything for five cases: trained parameters in $A$ and $B$,
+# products of matrices in the backward pass, memory for the gradients of $A$ and $B$,
+# and memory kept. In the case `xAB` the input $x$ gets a gradient too, as if more
+# layers stood before it.
+#
+# The forward pass has two products. On the way back, each `matmul` computes one product
+# for each parent that needs a gradient. So we count these parents.
 
 # %%
 print("trained   parameters   products back   weight gradients   kept (with tanh)")
@@ -790,13 +839,14 @@ assert all(512_000 <= kept < 530_000 for kept in kept_bytes[1:])
 # computes it.
 # - **Freezing a weight saves an activation only where nothing else needs it.** With
 # `tanh` it never does here, unless all is frozen.
-# - Freezing the first layer ($A$) also shortens the walk: nothing below $B$ needs a
-# gradient. Freezing the last layer ($B$) does not: the gradient must pass through it.
+# - Freezing the first layer ($A$) also shortens the walk: nothing before $B$ needs a
+# gradient, so one product is left. Freezing the last layer ($B$) does not: the gradient
+# must pass through it to $A$, and two products are left.
 # - The backward pass needs at most twice the products of the forward pass, for 10
 # parameters or for 200,000.
 #
-# Reverse mode has limits too. It gives first derivatives of one number only. And it
-# needs the memory that we just measured.
+# Reverse mode has limits too. One pass gives the first derivatives of one number, such
+# as the loss. And it needs the memory that we just measured.
 #
 # **Exercises.** You can now write the heart of the library yourself:
 # `tinyft start autograd` writes a file for each of the six. Begin with `sum_to`.
