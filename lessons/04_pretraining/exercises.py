@@ -591,8 +591,8 @@ def _(f, drawn):
     loss = mean_loss(losses, weights)
     got = pooled(f, [*losses, math.nan], [*weights, 0.0])
     if isinstance(got, np.ndarray) and np.isnan(got).any():
-        raise Unusable("a batch of loss nan and weight 0 makes the result nan, since 0 times nan "
-                       "is nan: leave such a batch out")
+        raise Unusable("the law adds a batch of loss nan and weight 0 to the drawn ones, and the "
+                       "result is nan, since 0 times nan is nan: leave such a batch out")
     close(got, np.array([loss, math.exp(loss)]),
           "(loss, perplexity) with one batch more, of loss nan and weight 0")
 

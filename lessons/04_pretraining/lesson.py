@@ -26,11 +26,11 @@ from tinyft.learn.draw import bars, curves, diagram
 from tinyft.learn.lessons import quote
 from tinyft.train.batch import next_tokens
 
-FAST = "TINYFT_FAST" in os.environ
+FAST = "TINYFT_FAST" in os.environ                      # set in tests: a shorter run
 VOCABULARY = 2048
 tokenizer = ft.data.shipped_tokenizer()
-gpt, _ = ft.load("base-gpt")
-bert, _ = ft.load("base-bert")
+gpt, _ = ft.load("base-gpt")                            # the model and its tokenizer;
+bert, _ = ft.load("base-bert")                          # all models share this one
 
 # %% [markdown]
 # ## The text
@@ -64,9 +64,11 @@ for token, label in zip(inputs, labels):
 
 # %% [markdown]
 # The same as a picture. A column is a position. The upper row is what the model
-# reads, the lower row is its label. Each label is the token of the next column.
+# reads, the lower row is its label. Each label is the token of the next column: an
+# arrow joins a token with the place where it is the label.
 
 # %%
+# a box: (column, row, text, kind); kind "data" is blue, "none" is text without a box
 boxes = {"r": (-1, 0, "reads", "none"), "l": (-1, 1, "label", "none")}
 arrows = []
 for t in range(len(inputs)):
@@ -88,6 +90,10 @@ diagram(boxes, arrows, caption="The labels are the text, moved by one position."
 # Texts of different lengths share a batch: short ones are filled with **padding**,
 # and a mask says which tokens are real. Padding has nothing to teach. The label -100
 # means "no label here"; the loss leaves such a position out.
+#
+# Here are two texts, of four and of two tokens. `ft.data.pad` fills the second with
+# zeros up to the length of the first. (`multiple=1`: no longer than that. By default
+# the length is rounded up to a multiple of 8.)
 
 # %%
 batch_ids, batch_mask = ft.data.pad([[483, 277, 808, 1435], [483, 266]], multiple=1)
@@ -127,7 +133,11 @@ assert abs(untrained_loss - math.log(VOCABULARY)) < 0.1
 # This number is the **perplexity**: the model is as uncertain as if it had to choose
 # among that many equally probable tokens.
 #
-# A text of two tokens shows how it is computed. The model gave the first token
+# The probability of a text is the product of the probabilities of its tokens, each
+# given the tokens before it. The logarithm turns this product into a sum: the losses
+# of the tokens add up to $-\ln p$ of the whole text.
+#
+# A text of two tokens shows how perplexity is computed. The model gave the first token
 # probability 1/2, and the second 1/8.
 
 # %%
@@ -138,23 +148,26 @@ print("perplexity of the text:       ", round(np.exp(losses.mean()), 3))
 print("mean of the two perplexities: ", round(np.exp(losses).mean(), 3))
 
 # %% [markdown]
-# The perplexity of the text is 4, because 1/2 times 1/8 is 1/4 times 1/4: two choices
-# among four are as hard as these two. The mean of the perplexities, 5, has no such
-# meaning. **First the mean of all losses, then the exponential.**
+# The text has probability 1/2 times 1/8, which is 1/16. Two tokens of probability 1/4
+# give the same 1/16. So the text is as hard as two choices among 4: its perplexity is
+# 4. With the mean of the perplexities, 5, the text would have probability 1/5 times
+# 1/5, which is wrong. **First the mean of all losses, then the exponential.**
 #
 # A picture shows where the difference comes from. The curve is $e$ to the loss. The
-# straight line joins our two tokens. Halfway between them, the curve is at 4 and the
-# line at 5.
+# straight line joins our two tokens. The mean of the two losses is 1.39, halfway
+# between them. There the curve is at 4 and the line at 5.
 
 # %%
 x = np.linspace(losses[0], losses[1], 50)
 line = np.linspace(2, 8, 50)
-curves({"e to the loss": np.exp(x), "between the two tokens": line}, x=x,
-       levels={"the mean, 5": 5.0}, xlabel="loss in nats", ylabel="perplexity",
+curves({"e to the loss": np.exp(x), "straight line": line}, x=x,
+       levels={"straight line at 1.39: 5": 5.0, "curve at 1.39: 4": 4.0}, height=3.4,
+       xlabel="loss in nats (the mean of the two is 1.39)", ylabel="perplexity",
        caption="The curve bends upwards, so the line lies above it: 5, not 4.")
 
 # %% [markdown]
 # Now real text. We compute the loss of every single token, since we need it below.
+# In the comments, B is the number of texts, T their length, V the vocabulary.
 
 # %%
 def token_losses(model, ids):
@@ -165,12 +178,11 @@ def token_losses(model, ids):
     return -np.take_along_axis(log_p, labels, axis=-1)[:, :, 0]
 
 # %% [markdown]
-# `take_along_axis` picks, at each position, the entry of the vocabulary that the
-# label names.
+# At each position `take_along_axis` picks one of the V numbers: that of the label.
 #
 # We measure on 128 **windows** of 112 tokens each, taken at equal distances from the
-# test split. `ft.data.held_out_batches` cuts them. The README measures on the same
-# windows.
+# test split. `ft.data.held_out_batches` cuts them, in 8 batches of 16. The README
+# measures on the same windows.
 
 # %%
 def windows_of(tokens):
@@ -208,17 +220,23 @@ print(f"mean by token:    {by_token:8,.0f}")
 # The mean of perplexities is in use. Hugging Face's library *evaluate* returns it
 # under the name `mean_perplexity` (file `metrics/perplexity/perplexity.py`). Two
 # papers that cut their texts differently cannot compare such numbers. The mean loss
-# over all tokens does not depend on the batches. tinyft reports only this one:
+# over all tokens does not depend on the batches. `ft.perplexity` is $e$ to this mean.
+# It is one line, because `evaluate` does the work:
 
 # %%
 quote(ft.perplexity)
-batches = [windows[:5], windows[5:70], windows[70:]]
-library_perplexity = ft.perplexity(gpt, batches)
-print(f"\nin batches of 5, 65 and 58 windows: {library_perplexity:.1f}")
 
 # %% [markdown]
-# `evaluate` weighs the loss of each batch with its number of labels. You write this
-# sum in the exercise `pool`.
+# We give it the same windows in three batches of very different sizes.
+
+# %%
+batches = [windows[:5], windows[5:70], windows[70:]]
+library_perplexity = ft.perplexity(gpt, batches)
+print(f"in batches of 5, 65 and 58 windows: {library_perplexity:.1f}")
+
+# %% [markdown]
+# Still 39.3. The loss of each batch is multiplied by its number of labels before the
+# mean is taken. You write this sum in the exercise `pool`.
 
 # %% [check]
 assert abs(perplexity - 39.3) < 0.05
@@ -250,9 +268,10 @@ print(f"unigrams: loss {unigram_loss:.2f}, perplexity {math.exp(unigram_loss):.0
 #
 # $p(b \mid a) = \frac{n_{ab} + m \, p(b)}{n_a + m}$
 #
-# $n_{ab}$ is the count of the pair, $n_a$ the count of $a$. The number $m$ says how
-# far the frequencies are trusted. It is chosen on the validation split, never on the
-# test split.
+# $n_{ab}$ is the count of the pair, $n_a$ the count of $a$, and $p(b)$ the frequency
+# of $b$. If $a$ was never seen, $p(b)$ remains. If $a$ was seen $m$ times, its pairs
+# and $p(b)$ count half each. If it was seen much more often, its pairs decide. The
+# number $m$ is chosen on the validation split, never on the test split.
 
 # %%
 bigram_perplexity = baselines.bigram_perplexity(train, valid, windows, VOCABULARY)
@@ -261,10 +280,10 @@ print(f"bigrams: loss {counting['bigrams']:.2f}, perplexity {bigram_perplexity:.
 print(f"base-gpt: loss {losses.mean():.2f}, perplexity {perplexity:.1f}")
 
 # %% [markdown]
-# The model of a million parameters is better than the table of pairs, by 0.81 nats a
-# token. Follow the steps down from 7.62: counting tokens brings 1.21 nats, counting
-# pairs 1.93 more, and reading further back the last 0.81. A language model that
-# cannot beat the pairs does not use its context.
+# `base-gpt` has a million parameters. It is better than the table of pairs, by 0.81
+# nats a token. Follow the steps down from 7.62: counting tokens brings 1.21 nats,
+# counting pairs 1.93 more, and reading further back the last 0.81. A language model
+# that cannot beat the pairs does not use its context.
 
 # %% [check]
 unigrams = baselines.unigram_perplexity(train, windows, VOCABULARY)
@@ -292,16 +311,18 @@ history = ft.fit(small, batches, steps, ft.AdamW(lr=1e-2, betas=(0.9, 0.98)),
                  schedule=ft.cosine_schedule(warmup=0.05))
 small_loss = ft.evaluate(small, ft.data.held_out_batches(test, T=32))["loss"]
 print(f"loss on test text: {small_loss:.2f}")
-averaged = np.mean(np.reshape(history.losses, (-1, 10)), axis=1)
+averaged = np.mean(np.reshape(history.losses, (-1, 10)), axis=1)      # of 10 steps each
 curves({"our model": averaged}, x=10 * np.arange(len(averaged)) + 5, levels=counting,
        caption="A model first learns how frequent each token is.")
 
 # %% [markdown]
 # The loss falls fast to the level of the unigrams: at first a model learns how
 # frequent each token is. Then it falls slowly: which token follows which is harder to
-# learn. A run this short ends far above the pairs. The model's own text shows it. We
-# let it continue a text: first with the most probable token each time, then with
-# tokens drawn at random by their probabilities.
+# learn. A run this short ends far above the pairs.
+#
+# What does a model at this level write? We let it continue a text: first with the
+# most probable token each time, then with tokens drawn at random by their
+# probabilities (`temperature=1.0`).
 
 # %%
 def continued(model, prompt, **options):
@@ -314,14 +335,20 @@ drawn = continued(small, "Return the", temperature=1.0, rng=np.random.default_rn
 print("drawn:        ", repr(drawn))
 print("base-gpt:     ", repr(continued(gpt, "Return the")))
 
+# %% [markdown]
+# Our model writes frequent tokens: `\n` is the end of a line. The order of its tokens
+# makes little sense. `base-gpt` writes phrases of documentation. Its most probable
+# token leads it in a circle, which is common with this way of writing.
+
 # %% [check]
 assert counting["bigrams"] + 0.7 < small_loss < counting["unigrams"] + 0.1
 assert history.losses[0] > 7.5
 
 # %% [markdown]
 # ## The whole run
-# The shipped models were trained in the same way by `make base`, for 3,000 steps of
-# 4,096 tokens. That took about an hour. Their losses are in a file beside each model.
+# The shipped models were trained in the same way, for 3,000 steps of 4,096 tokens. That
+# took about an hour (`make base` in the repository does it again). Their losses are in
+# a file beside each model.
 
 # %%
 record = {}
@@ -330,7 +357,7 @@ for name in ("base-gpt-small", "base-gpt", "base-gpt-large"):
 recorded_steps = 15 * np.arange(200) + 8              # each loss is a mean of 15 steps
 for level, value in counting.items():
     is_below = np.array(record["base-gpt"]["losses"]) < value
-    step = recorded_steps[is_below.argmax()]
+    step = recorded_steps[is_below.argmax()]          # argmax: the first True
     print(f"base-gpt is better than {level} from step {step}")
 curves({name: record[name]["losses"] for name in record}, x=recorded_steps,
        levels=counting, log="x", height=3.4,
@@ -342,10 +369,10 @@ curves({name: record[name]["losses"] for name in record}, x=recorded_steps,
 # after a tenth of the run. Learning what pairs cannot tell takes the other nine
 # tenths.
 #
-# The largest model has the lowest loss. Is this learned language, or learned text?
-# The run reads the training text 11 times, so a large model can learn it by heart.
-# Compare the loss in training with the loss on text that was held out (the validation
-# split).
+# The largest model has the lowest loss. Did it learn the language, or did it learn
+# this text by heart? It had time for that: 3,000 steps of 4,096 tokens read the
+# training text 11 times. Compare the loss in training with the loss on text that was
+# held out (the validation split).
 
 # %%
 for name, losses_of_run in record.items():
@@ -355,8 +382,8 @@ for name, losses_of_run in record.items():
 
 # %% [markdown]
 # From the middle to the large model, the training loss falls much more than the
-# held-out loss. Most of that gain is memory of the training text. A loss in training
-# is therefore no result; only held-out text counts.
+# held-out loss: by 0.27 and 0.04. Most of the gain is memory of the training text.
+# So a loss in training says little about a model; report the loss on held-out text.
 
 # %% [check]
 gains = []
@@ -370,8 +397,9 @@ for level, earliest, latest in (("unigrams", 30, 90), ("bigrams", 200, 450)):
 
 # %% [markdown]
 # ## How much context helps
-# Does the model use more than the last token? We take the loss by position: the label
-# of position 1 is predicted from one token, the label of position 100 from a hundred.
+# Does the model use more than the last token? We take the losses of the test windows
+# by position: the first label is predicted from one token, the hundredth from a
+# hundred. Each point is a mean over some positions: 1, 2, 3 to 4, 5 to 8, and so on.
 
 # %%
 edges = [0, 1, 2, 4, 8, 16, 32, 64, 111]
@@ -384,30 +412,34 @@ curves({"base-gpt": by_position}, x=edges[1:], levels={"bigrams": counting["bigr
 
 # %% [markdown]
 # With one token before it, the model is no better than the table of pairs: both know
-# the same. With thirty tokens it has nearly all of its gain.
+# only that token, and the table has counted what follows it. With thirty tokens the
+# model has nearly all of its gain. (The small steps up are chance: the first point is a
+# mean of only 128 losses.)
 
 # %% [check]
 assert abs(by_position[0] - counting["bigrams"]) < 1
+assert by_position[0] > counting["bigrams"]
 assert by_position[0] - by_position[4] > 2 * abs(by_position[4] - by_position[-1])
 
 # %% [markdown]
 # ## Masked tokens
 # BERT reads in both directions. It would see the next token, so the question must be
-# another one: some tokens are hidden, and the model must say what stood there. This is
-# **masked language modelling**. The rule is that of the BERT paper (Devlin et al.,
+# another one: some tokens are hidden, and the model must say what stood there. We call
+# it **masked language modelling**. The rule is that of the BERT paper (Devlin et al.,
 # 2019, section 3.1):
 #
 # 1. Choose 15 % of the positions. Only these get a label: the token that stood there.
-# 2. Of the chosen positions, 80 % become the special token `[MASK]`,
-# 3. 10 % become a random token,
-# 4. 10 % stay as they are.
+# 2. Of the chosen positions, 80 % become the special token `[MASK]` (*hidden*).
+# 3. Another 10 % of them become a random token (*random*).
+# 4. The last 10 % of them stay as they are (*kept*).
 #
-# `ft.data.mlm` does this. For the picture we choose half of the positions, and a seed
-# for which all three kinds occur.
+# In short: **80/10/10**. The function `ft.data.mlm` does it. For the picture we take
+# the sentence from above, choose half of its positions (`p=0.5`), and use a seed for
+# which all three kinds occur.
 
 # %%
-text = ids[None]                                        # (1, 8)
-all_real = np.ones(text.shape, bool)
+text = ids[None]                                        # "Return the first ...", (1, 8)
+all_real = np.ones(text.shape, bool)                    # no padding
 random = np.random.default_rng(163)
 corrupted, labels = ft.data.mlm(text, all_real, random, VOCABULARY, p=0.5)
 print("reads: ", corrupted[0].tolist())
@@ -416,7 +448,8 @@ print("labels:", labels[0].tolist())
 # %%
 boxes = {"text": (-0.9, 0, "text", "none"), "reads": (-0.9, 1, "reads", "none"),
          "label": (-0.9, 2, "label", "none")}
-kinds = {1: "80 %\nhidden", 4: "10 %\nrandom", 6: "80 %\nhidden", 7: "10 %\nkept"}
+kinds = {1: "hidden\n(80 %)", 4: "random\n(10 %)", 6: "hidden\n(80 %)",
+         7: "kept\n(10 %)"}                            # what this seed has drawn
 for t in range(8):
     word = tokenizer.decode([ids[t]]).strip()
     read = tokenizer.decode([corrupted[0, t]], skip_special_tokens=False).strip()
@@ -431,13 +464,17 @@ diagram(boxes, height=2.9,
         caption="Orange: the chosen positions. Only they have labels.")
 
 # %% [markdown]
-# Look at the last column. The point was chosen and kept: the model reads the answer,
-# but it cannot know that. Any visible token may be a random one, so the model has to
-# check every token against its neighbours.
+# Look at the last column. The full stop was chosen and kept: the model reads the
+# answer, but it cannot know that.
 #
 # Why not hide all chosen tokens? In fine-tuning there is no `[MASK]`. A model that
 # was only ever asked at `[MASK]` would have no reason to keep the meaning of visible
-# tokens.
+# tokens. So it is asked at visible tokens too.
+#
+# Why random tokens? Any visible token may be a random one, so the model has to check
+# every token against its neighbours. And why kept ones? Without them, a visible token
+# with a label would almost never be the answer: the model would learn not to believe
+# what it reads.
 #
 # Does BERT mask 15 % of the tokens? Section 3.1 of the paper says so ("we mask 15% of
 # all WordPiece tokens"), before it gives the rule. Let us count.
@@ -446,7 +483,7 @@ diagram(boxes, height=2.9,
 special = ft.data.SPECIAL
 start = np.full((len(windows), 1), special["[CLS]"])
 end = np.full((len(windows), 1), special["[SEP]"])
-texts = np.concatenate([start, windows[:, :110], end], axis=1)
+texts = np.concatenate([start, windows[:, :110], end], axis=1)      # (128, 112)
 all_real = np.ones(texts.shape, bool)
 random = np.random.default_rng(0)
 corrupted, labels = ft.data.mlm(texts, all_real, random, VOCABULARY)
@@ -459,9 +496,10 @@ for name, where in (("chosen", chosen), ("[MASK]", hidden), ("random", replaced)
     print(f"{name:8} {100 * where.mean():5.1f} % of all positions")
 
 # %% [markdown]
-# About 15 % are *predicted*, and about 12 % are *masked*. (The shares are a little
-# lower here, because special tokens are never chosen: `[CLS]` at the start of a text,
-# `[SEP]` at its end, and the mark between two texts.)
+# About 15 % are *predicted*, and about 12 % are *masked*: 80 % of 15 % is 12 %, and
+# 10 % of 15 % is 1.5 %. (The shares are a little lower here, because special tokens are
+# never chosen: `[CLS]` at the start of a text, `[SEP]` at its end, and the mark between
+# two texts.)
 #
 # **Predict first.** We run the shipped BERT on these texts and take its most probable
 # token. How often is it right at `[MASK]`, at random tokens, at kept tokens, and at
@@ -494,7 +532,8 @@ print(f"mean over the chosen positions: {answer_losses[chosen].mean():.2f}")
 print(f"mean over all positions:        {answer_losses.mean():.2f}")
 
 # %% [markdown]
-# A loss over all positions would look much better, and would teach mostly copying.
+# A loss over all positions would look much better, and would teach mostly copying: at
+# 85 % of the positions the model reads the answer.
 #
 # Two warnings. A masked loss cannot be compared with a causal one: it asks about
 # fewer tokens, and shows what stands on both sides. And masking has a price: one pass
@@ -511,27 +550,28 @@ assert abs(accuracy["kept"] - accuracy["not chosen"]) < 0.05
 
 # %% [markdown]
 # ## A text as one vector
-# BERT gives a vector for each token. Many tasks want one vector for a whole text. How
-# should we get it? Three ways are common: take the vector of `[CLS]`, the mean over
-# all positions, or the mean over the **real** positions.
+# BERT gives a vector for each token. Many tasks want one vector for a whole text.
+# Making one from many is called **pooling**. Three ways are common: take the vector of
+# `[CLS]`, the mean over all positions, or the mean over the **real** positions, which
+# are not padding.
 #
 # The test: 300 docstrings, each from one of 17 Python packages. For each we look for
 # the docstring with the most similar vector. How often is it from the same package?
 
 # %%
-package = ft.data.task("package").test
+package = ft.data.task("package").test                 # its texts and its labels
 rows = [ft.data.encode(tokenizer, text, max_len=48) for text in package.texts[:300]]
 package_labels = package.labels[:300]
 ids, mask = ft.data.pad(rows)
-context = ft.Context(mask=mask, output_hidden_states=True)
+context = ft.Context(mask=mask, output_hidden_states=True)          # as in lesson 02
 with ft.no_grad():
     bert(ids, context)
-states = context.hidden_states[-1].numpy()                          # (300, 48, 128)
+states = context.hidden_states[-1].numpy()    # of the last layer, (300, 48, 128)
 print(f"{100 * (1 - mask.mean()):.0f} % of the positions are padding")
 
 # %% [markdown]
-# A pooled vector is a mean over time. For the mean over the real positions, the mask
-# sets the vectors of padding to zero, and we divide by the number of real tokens.
+# For the mean over the real positions, the mask sets the vectors of padding to zero,
+# and we divide by the number of real tokens.
 #
 # Two vectors are similar if their **cosine** is large: they point in about the same
 # direction. We first subtract the mean of all vectors, which they have in common.
@@ -545,12 +585,16 @@ vectors = {
 }
 
 def nearest(vectors):
-    """For each row, the number of the most similar other row."""
+    """For each row, the index of the most similar other row.  (n, C) -> (n,)"""
     centred = vectors - vectors.mean(axis=0)
     unit = centred / np.linalg.norm(centred, axis=1, keepdims=True)
     cosine = unit @ unit.T
     np.fill_diagonal(cosine, -1)                                    # not itself
     return cosine.argmax(axis=1)
+
+# %% [markdown]
+# We also look at the lengths of the two texts. And we compute the chance that two
+# docstrings drawn at random are from the same package.
 
 # %%
 lengths = mask.sum(axis=1)
@@ -572,12 +616,18 @@ print(f"by chance {100 * chance:.0f} %")
 #
 # The two means find the right package about equally often; 300 docstrings are too few
 # to tell 48 % from 46 %. But look at the lengths. With padding in the mean, texts
-# become similar because they are equally *long*. Worse, the vector of a text then
-# depends on its batch. Take the shortest docstring, alone and in the batch:
+# become similar because they are equally *long*: they have the same share of padding.
+# Worse, the vector of a text then depends on its batch, since the longest text of the
+# batch decides how much padding the others get. Take the shortest docstring. We run
+# the model on it once more, alone and without padding, and compare:
 
 # %%
 short = lengths.argmin()
-alone = states[short, :lengths[short]].mean(axis=0)                 # without padding
+alone_ids, alone_mask = ft.data.pad([rows[short]], multiple=1)      # (1, 8)
+alone_context = ft.Context(mask=alone_mask, output_hidden_states=True)
+with ft.no_grad():
+    bert(alone_ids, alone_context)
+alone = alone_context.hidden_states[-1].numpy()[0].mean(axis=0)     # (128,)
 for name in ("all positions", "real positions"):
     in_batch = vectors[name][short]
     cosine = alone @ in_batch / np.linalg.norm(alone) / np.linalg.norm(in_batch)
@@ -599,8 +649,9 @@ assert alone @ all_positions < 0.97 * norms
 
 # %% [markdown]
 # ## What the base knows, and what not
-# A causal model gives every text a probability. So we can ask which of two texts it
-# prefers: the one with the smaller total loss.
+# A causal model gives every text a probability, and the total loss of a text is
+# $-\ln$ of it. So we can ask which of two texts the model prefers: the one with the
+# smaller total loss.
 
 # %%
 def total_losses(sentences):
@@ -627,17 +678,22 @@ print(swapped[0])
 # %%
 in_order = np.mean(total_losses(sentences) < total_losses(swapped))
 right_sums = 0
+preferred = set()
 for a in range(1, 6):
     for b in range(1, 5):
         answers = [f"{a} + {b} = {c}" for c in range(10)]
-        right_sums += total_losses(answers).argmin() == a + b
-print(f"prefers the sentence: {100 * in_order:.0f} %.   Right sums: {right_sums} of 20")
+        best = int(total_losses(answers).argmin())
+        preferred.add(best)
+        right_sums += best == a + b
+print(f"prefers the sentence: {100 * in_order:.0f} %")
+print(f"right sums: {right_sums} of 20; it answers {preferred}")
 print(continued(gpt, "Raises ValueError if"), "...")
 print(continued(gpt, "Paris is the capital of"), "...")
 
 # %% [markdown]
-# It knows how documentation is worded. It cannot add, and it knows nothing of France:
-# its text never made that worth knowing.
+# It knows how documentation is worded. It cannot add: it answers every sum with the
+# same frequent digit. And it knows nothing of France. To predict its text better, it
+# never needed to know either.
 #
 # The same files hold text of another kind: Python source. No model was trained on it.
 #
@@ -667,7 +723,8 @@ for name in record:
 # ## All in one table
 # A perplexity depends on the tokenizer: longer tokens are harder to predict, and
 # there are fewer of them. **Bits per byte** can be compared across tokenizers: the
-# loss in bits, divided by the length of the text in bytes.
+# total loss in bits, divided by the length of the text in bytes. A loss is in bits
+# when its logarithm has base 2; it is $\log_2$ of the perplexity.
 
 # %%
 prose_text = tokenizer.decode(windows.ravel().tolist(), skip_special_tokens=False)
@@ -689,7 +746,7 @@ for name in ("unigrams", "bigrams", *record):
 
 # %% [check]
 assert in_order > 0.8
-assert right_sums < 8
+assert right_sums < 8 and len(preferred) == 1
 assert abs(on_prose["base-gpt"] - 39.3) < 0.05
 assert abs(on_code["base-gpt"] - 484) < 0.5
 assert on_code["base-gpt"] < min(on_code["base-gpt-large"], on_code["base-gpt-small"])
@@ -700,10 +757,12 @@ assert on_prose["base-gpt-small"] < on_prose["bigrams"] < on_prose["unigrams"]
 # %% [markdown]
 # ## What to remember
 # - The labels of a causal model are its text, moved by one position.
-# - Perplexity is $e$ to the mean loss over all tokens, never a mean of perplexities.
-# - Masked language modelling predicts 15 % of the tokens and hides 12 %.
+# - Perplexity is $e$ to the mean loss over all tokens, never a mean of perplexities:
+#   that is larger, and depends on how the text was cut.
+# - Masked language modelling predicts 15 % of the tokens. Of these, 80 % are hidden,
+#   10 % are random and 10 % are kept: 12 % of all tokens are hidden.
 # - Padding counts in nothing: not in the labels, not in a mean.
-# - A base knows what its text made worth knowing, measured on text that was held out.
+# - A base learns what helps to predict its text. Measure it on text that was held out.
 #
 # **Exercises.** `tinyft start pretraining` writes all three files: `next_tokens` (the
 # shift, with padding), `mlm` (80/10/10) and `pool` (the loss of all batches).
