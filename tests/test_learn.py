@@ -972,6 +972,13 @@ def test_a_single_pullback_without_its_comma_is_told_how_a_tuple_of_one_is_writt
     assert "(f,)" not in learner("autograd.softmax", SOFTMAX.format(pullbacks="None"))
 
 
+def test_inputs_that_are_drawn_together_are_shown_under_their_own_names(learner):
+    text = learner("training.cross_entropy", "def cross_entropy(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):"
+                   "\n    return np.float64(7.0), (lambda g: z, None, None)\n")
+    assert "      z = [[1.]]\n      y = [0]\n" in text
+    assert "drawn" not in text
+
+
 # ── the stub says what a learner needs ───────────────────────────────────────────────────────────────────────────────
 def run_example(e: Exercise) -> list[str]:
     """The lines of an exercise's example that do not print what it says, on the library's function."""

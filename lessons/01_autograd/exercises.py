@@ -13,7 +13,7 @@ from tinyft import ops
 from tinyft.learn.diagnose import Unusable, close, host, undo_broadcasting
 from tinyft.learn.exercise import Exercise
 from tinyft.learn.references import numerical_gradient, probabilities
-from tinyft.learn.sizes import Shaped, array, positive, sizes
+from tinyft.learn.sizes import Shaped, array, named, positive, sizes
 from tinyft.precision import to_float32
 
 # ── sum_to ────────────────────────────────────────────────────────────────────────────────────────
@@ -42,7 +42,7 @@ def repeated(draw):
     front = [draw(sizes()) for _ in range(draw(st.integers(0, 2)))]
     own = [draw(sizes()) for _ in range(draw(st.integers(0, 2)))]
     shape = tuple(n if draw(st.booleans()) else 1 for n in own)
-    return shape, draw(array((*front, *own)))
+    return named(shape=shape, g=draw(array((*front, *own))))
 
 
 def added_one_by_one(g, shape):

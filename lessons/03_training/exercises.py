@@ -11,7 +11,7 @@ from tinyft.array import asarray, asnumpy, xp
 from tinyft.learn.diagnose import Unusable, close
 from tinyft.learn.exercise import Exercise
 from tinyft.learn.references import probabilities
-from tinyft.learn.sizes import array, integers, positive, sizes
+from tinyft.learn.sizes import array, integers, named, positive, sizes
 from tinyft.optim.optimizers import adam_update as reference_update
 from tinyft.optim.optimizers import clip_norm as reference_clip
 
@@ -52,7 +52,7 @@ def scored(draw, ignored=False):
     y = draw(array((n,), range(v), np.int64))
     if ignored:
         y = np.where(draw(array((n,), (False, True), bool)) & (np.arange(n) > 0), -100, y)
-    return draw(array((n, v))), y
+    return named(z=draw(array((n, v))), y=y)
 
 
 def losses(z, y):
@@ -934,7 +934,8 @@ def _(f, T):
 
 
 @cosine_schedule.law("the fraction is rounded to whole steps",
-                     drawn=st.sampled_from([(8, 0.45, 4), (8, 0.3, 2), (5, 0.05, 0), (3, 0.5, 2)]))
+                     drawn=st.sampled_from([named(T=8, warmup=0.45, w=4), named(T=8, warmup=0.3, w=2),
+                                            named(T=5, warmup=0.05, w=0), named(T=3, warmup=0.5, w=2)]))
 def _(f, drawn):
     T, fraction, w = drawn
     guesses = {"the fraction is cut off, expected rounded": falling(T, int(fraction * T)),

@@ -12,7 +12,7 @@ from tinyft.data.batches import SPECIAL
 from tinyft.data.batches import mlm as corrupt
 from tinyft.learn.diagnose import Unusable, close
 from tinyft.learn.exercise import Exercise
-from tinyft.learn.sizes import Shaped, array, booleans, integers, positive, sizes
+from tinyft.learn.sizes import Shaped, array, booleans, integers, named, positive, sizes
 
 PAD, CLS, MASK = SPECIAL["[PAD]"], SPECIAL["[CLS]"], SPECIAL["[MASK]"]
 # the ids that are no special token
@@ -547,7 +547,7 @@ def batches(draw):
     each = [v / 4 for v in draw(array((n,), range(17))).tolist()]
     weights = draw(array((n,), (1, 2, 3, 4, 0))).tolist()
     weights[0] = max(weights[0], 1.0)                              # of the others some may be empty
-    return each, weights
+    return named(losses=each, weights=weights)
 
 
 def pooled(f, losses, weights):

@@ -73,8 +73,12 @@ def as_text(a: Any, with_shape: bool = False) -> str:
 
 
 def inputs_as_text(inputs: dict[str, Any]) -> list[tuple[str, str]]:
-    """(name, text) of each input."""
-    return [(name, as_text(a)) for name, a in inputs.items()]
+    """(name, text) of each input, and of each part of a named tuple (sizes.named)."""
+    rows = []
+    for name, a in inputs.items():
+        parts = a._asdict() if hasattr(a, "_asdict") else {name: a}
+        rows += [(part, as_text(value)) for part, value in parts.items()]
+    return rows
 
 
 def pair_as_text(e: Mismatch) -> tuple[str, str]:

@@ -8,6 +8,7 @@ among them, since an answer that rounds is right for whole numbers.
 from __future__ import annotations
 
 import math
+from collections import namedtuple
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -55,6 +56,11 @@ def draw_array(draw: Callable, shape: tuple, values: Sequence | None, dtype: Any
     n = math.prod(shape)
     indices = np.frombuffer(draw(st.binary(min_size=n, max_size=n)), np.uint8)
     return np.array(values, dtype)[indices % len(values)].reshape(shape)
+
+
+def named(**values: Any) -> tuple:
+    """Several inputs that a strategy draws together, as a named tuple: the learner sees each under its own name."""
+    return namedtuple("Inputs", values)(**values)
 
 
 class Shaped:
