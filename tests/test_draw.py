@@ -36,6 +36,14 @@ PICTURES: dict[str, Callable[[], None]] = {
 each_picture = pytest.mark.parametrize("name", PICTURES)
 
 
+@pytest.fixture(autouse=True)
+def no_open_figures():
+    """A figure that a test leaves open would go into the next lesson that runs in this process."""
+    import matplotlib.pyplot as plt
+    yield
+    plt.close("all")
+
+
 @pytest.fixture
 def album(tmp_path, monkeypatch):
     album = lessons.Album("01_small", tmp_path)

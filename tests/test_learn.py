@@ -973,8 +973,8 @@ def test_a_single_pullback_without_its_comma_is_told_how_a_tuple_of_one_is_writt
 
 
 def test_inputs_that_are_drawn_together_are_shown_under_their_own_names(learner):
-    text = learner("training.cross_entropy", "def cross_entropy(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):"
-                   "\n    return np.float64(7.0), (lambda g: z, None, None)\n")
+    head = "def cross_entropy(z, y, weight=None, ignore_index=-100, label_smoothing=0.0):"
+    text = learner("training.cross_entropy", f"{head}\n    return np.float64(7.0), (lambda g: z, None, None)\n")
     assert "      z = [[1.]]\n      y = [0]\n" in text
     assert "drawn" not in text
 
