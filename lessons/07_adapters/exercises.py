@@ -383,7 +383,8 @@ trains = Exercise(
     may_use="self.norms; model.top_modules, the paths of the modules above the blocks; "
             "base_modules(model), a dict {path: module}, and base_parameters(model), a dict "
             "{name: tensor}, both without edits; sublayers(model), a dict {path of a sublayer: "
-            "path of its norm}; inside(name, paths); isinstance with LayerNorm and RMSNorm.",
+            "path of its norm}; inside(name, paths), True if the name lies below one of the paths, "
+            "but not for a path itself; isinstance with LayerNorm and RMSNorm.",
     example="""
         >>> from tinyft import GPT, GPTConfig, Houlsby
         >>> model = GPT(GPTConfig(vocab=4, positions=4, width=2, layers=1, heads=1))

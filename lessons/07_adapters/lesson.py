@@ -4,10 +4,11 @@
 # **Reading:** 45 minutes. **You need:** lessons 01 to 04.
 # **Exercises:** after, truncated_normal, trains (about 45 minutes).
 #
-# A pretrained model knows how text is worded. We want it to do ten new tasks. Must we
-# train, store and load ten whole models? This lesson trains a few thousand
-# parameters, most of them new, and leaves all others as they are. The new parts are
-# called **adapters** (Houlsby et al. 2019, arXiv:1902.00751).
+# A pretrained model has learnt a lot about text. We want it to do ten new tasks. Must
+# we train, store and load ten whole models? This lesson trains a few thousand
+# parameters for each task, most of them new, and leaves all others as they are. The new
+# parts are called **adapters** (Houlsby et al. 2019, arXiv:1902.00751). We ask why they
+# must change almost nothing at the start, and what they save and what they do not.
 
 # %%
 import os
@@ -28,10 +29,11 @@ print(ft.count(model))
 
 # %% [markdown]
 # ## What full fine-tuning costs
-# **Full fine-tuning** trains every parameter on the new task. While it trains, Adam
-# keeps four numbers for each parameter: the value, its gradient and two moments
-# (lesson 03). Each number has 4 bytes. Afterwards we store one new value for every
-# parameter, and we do so for every task.
+# **Full fine-tuning** trains every parameter on the new task. Training with Adam needs
+# four numbers for each parameter: the value, its gradient and two moments (lesson 03).
+# Each number has 4 bytes, so that makes 16 bytes. Afterwards we store one new value for
+# every parameter, 4 bytes, and we do so for every task. Here are our model and one of 7
+# billion parameters:
 
 # %%
 GIGA = 1e9
@@ -43,9 +45,9 @@ for parameters in (239_360, 7_000_000_000):
 
 # %% [markdown]
 # Our small model costs little. A model of 7 billion parameters needs 112 GB in
-# training, before any activation, and 280 GB of files for ten tasks. The idea of this
-# lesson: keep one copy of the model, the **base**, and **freeze** it. A frozen
-# parameter gets no gradient and never changes. For each task we train and store
+# training, the intermediate results not counted, and 280 GB of files for ten tasks. The
+# idea of this lesson: keep one copy of the model, the **base**, and **freeze** it. A
+# frozen parameter gets no gradient and never changes. For each task we train and store
 # something small.
 #
 # ## The smallest adapter
@@ -55,8 +57,9 @@ for parameters in (239_360, 7_000_000_000):
 # $$ y + W_{up} \, gelu(W_{down} \, y) $$
 #
 # $W_{down}$ makes $m$ numbers out of $C$. The function gelu (lesson 02) bends them.
-# $W_{up}$ makes $C$ numbers again. Since $m$ is smaller than $C$, this path is called
-# a **bottleneck**. Here $C = 4$ and $m = 2$:
+# $W_{up}$ makes $C$ numbers again. Since $m$ is smaller than $C$, this path is called a
+# **bottleneck**. Here $C = 4$ and $m = 2$. In the code, $y$ is a row of a matrix, so
+# $W y$ is written `y @ W.T`. The biases are left out:
 
 # %%
 y = ft.Tensor(np.array([[1.0, 2.0, -1.0, 0.5]]))
@@ -72,8 +75,9 @@ print("y:      ", y.numpy()[0])
 print("adapted:", adapt(y, down, up).numpy()[0].round(3))
 
 # %% [markdown]
-# Three of the four numbers moved a little. The path from $y$ to the sum is a
-# **residual connection**: $y$ itself always gets through.
+# Three of the four numbers moved a little. (The fourth did not: the last row of `up` is
+# zero.) The path from $y$ to the sum is a **residual connection**: $y$ itself always
+# gets through.
 #
 # **Predict first.** We set all numbers in `up` to zero. What does the adapter give?
 # And what would it give without the residual connection?
@@ -84,9 +88,9 @@ print("with the residual:   ", adapt(y, down, zeros).numpy()[0])
 print("without the residual:", (adapt(y, down, zeros) - y).numpy()[0])
 
 # %% [markdown]
-# With the residual, an adapter that does nothing leaves the model as it was. Without
-# it, the module's output would be lost, and with it everything that the base has
-# learnt.
+# With the residual, an adapter whose correction is zero leaves the model as it was.
+# Without the residual, it would replace the module's output by zeros, and the base
+# would lose what it has learnt.
 #
 # ## Where adapters stand
 # A block of our transformer has two **sublayers**, attention and the MLP. Each gets
@@ -109,7 +113,9 @@ diagram(
 
 # %% [markdown]
 # So a model of $L$ blocks gets $2L$ adapters. Note that the adapter reads $y$, the
-# output of its sublayer. It does not read $x$.
+# output of its sublayer. It does not read $x$. And note the orange layer norm: the
+# method of the paper trains the layer norms of the base, too. They are the one part of
+# the base that is not frozen. Later we measure what they bring.
 #
 # Now the library's own adapter. Some words in it are new:
 #
@@ -119,14 +125,17 @@ diagram(
 #   the module's input, `y` its output. What `after` returns takes the place of `y`.
 # - `ctx` carries the facts of one forward pass, such as the mask (lesson 02). It is
 #   only passed on.
-# - `Linear` is the map $x W^T + b$ of lesson 02, with weights drawn by `rng`.
+# - `Linear` is the map $x W^T + b$ of lesson 02. Its weights are drawn by `rng`, and
+#   its bias starts at zero. `weight.copy_(...)` writes other numbers into the weight.
 
 # %%
 quote(Bottleneck)
 
 # %% [markdown]
-# The weights come from `truncated_normal`. We return to it soon. First we put
-# adapters on the model. `ft.attach` changes the model in place and freezes the base:
+# The last line is our formula. The weights come from `truncated_normal`, and we return
+# to it soon. First we put adapters on the model. `ft.attach` changes the model in place
+# and freezes the base, except the layer norms. We print where the adapters stand, and
+# the shapes of their matrices $W_{down}$ and $W_{up}$:
 
 # %%
 attached = ft.attach(model, ft.Houlsby(m=16))
@@ -137,11 +146,8 @@ for path, edit in attached.edits.items():
 # ## Counting
 # One adapter has two matrices, with $C m$ numbers each, and two biases, with $m$ and
 # $C$ numbers. That makes $2Cm + C + m$. A layer norm has a weight and a bias, $2C$
-# numbers. The layer norms of the base train as well; we ask below why.
-#
-# **Predict first.** Our model has width $C = 64$ and $L = 2$ blocks. A block has two
-# layer norms, and one more stands after the last block. With $m = 16$: how many
-# parameters has one adapter? How many train in all?
+# numbers. Our model has width $C = 64$ and $L = 2$ blocks. A block has two layer norms,
+# and one more stands after the last block.
 
 # %%
 C = 64                                               # width
@@ -159,23 +165,23 @@ assert ft.count(model).trained == adapters + norms == 9_152
 assert ft.count(model).head == 0
 
 # %% [markdown]
-# The library counts the same. The wide model of lesson 04 has $C = 128$ and needs
-# twice as many parameters for each adapter, but its matrices have four times as many.
-# So the share of the adapters shrinks as models grow. The paper trains 2 to 4 % of
-# BERT-large.
+# The library counts the same. With the same $m$ and twice the width, an adapter has
+# twice as many parameters, but the matrices of the base have four times as many
+# ($C^2$). So with a fixed $m$ the share of the adapters shrinks as models get wider.
+# The paper trains 2 to 4 % of BERT-large, with an $m$ of up to 256.
 #
-# A task head is not in this count. A classifier gets new parameters whatever the
-# method is, so `ft.count` names them apart, as `head`.
+# A task head is not in this count. A classifier needs a new last layer whatever the
+# method is. `ft.count` counts its parameters apart, as `head`. Our model has none.
 #
 # ## Almost the same model
-# Before the first step, the adapters hold random numbers. Is the model still good?
-# The paper calls its start **near-identity**: every adapter gives almost what it
-# gets.
+# Before the first step of training, the adapters hold random numbers. Is the model
+# still good? A map that returns its input is called the identity. The paper calls its
+# start **near-identity**: the output of every adapter is almost its input.
 #
 # We compare the logits of the model with those of the base. `ft.without(model)` takes
 # the method off for the length of a `with` block. The texts are held-out prose, the
 # kind of text that the base was pretrained on. The task "domain" holds some of it in
-# `kept`.
+# `kept`. We take 32 pieces of 64 tokens.
 
 # %%
 task = ft.data.task("domain")
@@ -193,21 +199,25 @@ print("the largest logit:", abs(base_logits).max().round(2))
 print("the largest change of a logit:", abs(change).max().round(4))
 
 # %% [markdown]
-# The change is there, and it is tiny. How tiny is decided by σ, the size of the first
-# weights: they are drawn from $N(0, σ^2)$. The paper takes σ = 0.01 and draws a
-# number again if it lies beyond $2σ$.
+# The change is there, and it is tiny. How tiny is decided by σ, the standard deviation
+# of the first weights: they are drawn from $N(0, σ^2)$. The paper takes σ = 0.01 and
+# draws a number again if it lies beyond ±2σ. In the library, σ is the argument `std`.
+# (The comment `# host` matters only on a GPU.)
 
 # %%
 quote(truncated_normal)
 
 # %% [markdown]
-# To draw again is not to clip. A clipped number would be exactly 2σ, and about 5 % of
-# all numbers would be. `far` marks the numbers beyond, `z[far] = ...` replaces only
-# these, and the loop ends when none is left.
+# To draw again is not to clip. Clipping would move every number beyond to exactly 2σ or
+# −2σ, about 5 % of all numbers. `far` marks the numbers beyond, `z[far] = ...` replaces
+# only these, and the loop ends when none is left.
 #
-# **Predict first.** We make σ ten times as large. The correction passes through
-# `down` and then through `up`. For small numbers gelu is nearly linear: gelu(z) ≈
-# z/2. About how many times as large will the change of the logits be?
+# We now try several σ. As the size of the change we take the root of the mean square
+# over all logits, divided by the standard deviation of the base's logits.
+#
+# **Predict first.** We make σ ten times as large. Look at the formula of the adapter
+# again (for small numbers, gelu(z) is about z/2). About how many times as large will
+# the change of the logits be?
 
 # %%
 def start_with(std):
@@ -243,14 +253,19 @@ assert perplexities[-1] > 10 * perplexities[0]
 assert distances[-1] > 0.5
 
 # %% [markdown]
-# A hundred times: ten times for `down` and ten times for `up`. With σ = 0.01 nobody
-# sees a difference in the perplexity on prose. With σ = 1 the random corrections
-# drown what the blocks compute. Pretraining is lost before the first step.
+# A hundred times: ten times for `down` and ten times for `up`. At the top the curve
+# bends, because the last layer norm brings its input back to a fixed size, however
+# large the corrections are. With σ = 0.01 the perplexity on prose is that of the base.
+# With σ = 1 the random corrections are much larger than what the blocks compute: the
+# perplexity is above 10,000, and what the base had learnt is of no use before the first
+# step. This is why an adapter starts near the identity: training then starts from the
+# base, and not from noise.
 #
-# Then why not σ = 0? The model would be exactly the base. To see what happens then,
-# we must train. We shall train several times in this lesson, so we write it down
-# once. Each step reads 8 texts of 64 tokens. The text is Python source, which is
-# foreign to the base.
+# Then why not σ = 0? The model would be exactly the base. To see what happens then, we
+# must train. We shall train several times in this lesson, so we write a function. Each
+# step reads 8 texts of 64 tokens. The text is Python source, which the base has not
+# read before. During the first tenth of the steps the learning rate rises, then it
+# falls in a straight line (lesson 03).
 
 # %%
 source = ft.data.held_out_batches(task.test, 64, 32)     # the new domain: Python source
@@ -266,10 +281,11 @@ def train(method, learning_rate, steps=STEPS):
     return copy, history.losses
 
 # %% [markdown]
-# **Predict first.** With σ = 0 every number in `down` and `up` is zero. The gradient
-# of `up` is a product with gelu(down(y)), and gelu(0) = 0. The gradient of `down` is
-# a product with `up`. Which of the four tensors of an adapter (two weights, two
-# biases) will have changed after 20 steps?
+# **Predict first.** With σ = 0 every number in `down` and `up` is zero, and so are both
+# biases. The gradient of the weight of `up` is a product with gelu(down(y)), and
+# gelu(0) = 0. The gradient of all that stands before `up` is a product with the weight
+# of `up`. Which of the four tensors of an adapter (two weights, two biases) will have
+# changed after 20 steps?
 
 # %%
 stuck, _ = train(ft.Houlsby(m=16, std=0, norms=False), 1e-2, steps=20)
@@ -283,10 +299,10 @@ for name, p in ft.trained(stuck).items():
     assert is_moved == name.endswith("up.bias"), name
 
 # %% [markdown]
-# Both weights stay zero for ever: each waits for the other. Only the bias of `up`
-# learns, since nothing that is zero stands between it and the loss. So σ must be
-# small, and it must not be zero. (One of the two may start at zero. LoRA does that in
-# lesson 08.)
+# Both weights stay zero for ever: the gradient of each is zero as long as the other is
+# zero. Only the bias of `up` learns, since it is added at the end, and no zero stands
+# between it and the loss. So σ must be small, but not zero. (One of the two weights may
+# start at zero. LoRA does that in lesson 08.)
 #
 # ## A real task
 # The base read prose: documentation and comments. The task is to predict
@@ -297,9 +313,9 @@ for name, p in ft.trained(stuck).items():
 # - adapters alone: with `norms=False`
 # - norms alone: no adapters
 #
-# The library has no method for the last one, but it takes four lines. A `Method` says
-# in `trains` which tensors of the base train. Here it gives those that Houlsby's
-# method gives.
+# The library has no method for the last one, but we can write it in four lines. The
+# function `trains` of a `Method` returns the names of those tensors of the base that
+# train. Ours returns the names that `ft.Houlsby` returns: the layer norms.
 
 # %%
 class NormsAlone(ft.Method):
@@ -309,7 +325,8 @@ class NormsAlone(ft.Method):
         return ft.Houlsby().trains(model)
 
 # %% [markdown]
-# Each method has its own learning rate: few parameters need larger steps.
+# Each method has its own learning rate. Those that train few parameters take larger
+# steps here.
 
 # %%
 runs = {
@@ -339,8 +356,8 @@ for name, trained_model in models.items():
 print(f"{'base':20} {0:8,} parameters, perplexity {on_source['base']:6.1f}")
 
 # %% [markdown]
-# The losses of the four runs show the same order from the first steps on. A single
-# step is noisy, so each point is the mean of ten.
+# The losses during training show the same order from the first steps on. The loss of a
+# single step is noisy, so each point is the mean of ten steps.
 
 # %%
 window = np.ones(10) / 10
@@ -355,32 +372,43 @@ assert on_source["adapters and norms"] < on_source["adapters alone"]
 assert on_source["adapters and norms"] < on_source["norms alone"]
 assert on_source["norms alone"] < 0.5 * on_source["base"]
 
-def share_of_gain(name):
-    "The drop of the loss in nats, as a share of that of full fine-tuning."
-    gain = np.log(on_source["base"] / on_source[name])
-    return gain / np.log(on_source["base"] / on_source["everything"])
+# %% [markdown]
+# How much of the gain do the small methods bring? We count in nats: the loss is the
+# logarithm of the perplexity (lesson 04). The loss of full fine-tuning falls by 2.5
+# nats. We divide the fall of the other losses by that:
 
+# %%
+def share_of_gain(name):
+    "The fall of the loss in nats, as a share of that of full fine-tuning."
+    fall = np.log(on_source["base"]) - np.log(on_source[name])
+    return fall / (np.log(on_source["base"]) - np.log(on_source["everything"]))
+
+for name in models:
+    print(f"{name:20} {share_of_gain(name):.2f}")
+
+# %% [check]
 assert 0.65 < share_of_gain("adapters and norms") < 0.8
 assert 0.5 < share_of_gain("norms alone") < 0.7
 
 # %% [markdown]
-# Fewer than 4 % of the parameters bring seven tenths of the gain, counted in nats
-# (the logarithm of the perplexity). They do not bring all of it: full fine-tuning is
-# better here. Python source is far from prose, and the model is small. On GLUE, with
-# BERT-large, the paper reports 80.0 for adapters and 80.4 for full fine-tuning. So
-# the gap depends on the task and on the model.
+# Adapters and norms, fewer than 4 % of the parameters, bring about seven tenths of the
+# gain. They do not bring all of it: full fine-tuning is better here. Python source is
+# far from prose, and the model is small. On GLUE, a set of tasks of understanding
+# English, the paper reports a mean score of 80.0 for adapters on BERT-large and 80.4
+# for full fine-tuning. So the gap depends on the task and on the model.
 #
-# Look at the norms. A layer norm scales and shifts each of the $C$ features. Its 128
-# numbers decide which features the next sublayer hears, and how loudly. These 640
-# numbers alone bring more than half of the gain. They cost almost nothing, so the
-# paper trains them beside the adapters.
+# Look at the norms. A layer norm scales and shifts each of the $C$ features with $2C$ =
+# 128 numbers. So it decides which features are large and which are small in what the
+# next sublayer reads. The 640 numbers of the five norms alone bring more than half of
+# the gain. They cost almost nothing, so the method trains them beside the adapters.
 #
 # ## Two summaries, tested
 # "It only trains the newly added trainable parameters without changing the parameters
-# of the pretrained model", says a course text about methods that add modules ("Types
-# of Fine-Tuning"). A lecture writes of adapters: "training only the adapter modules
-# during fine-tuning" ("Reduced Complexity Models and Pretraining", 2023). Let us see
-# which tensors of the base our adapter run has changed:
+# of the pretrained model", says a course text about methods that add modules ("Types of
+# Fine-Tuning"). A lecture writes of adapters: "training only the adapter modules during
+# fine-tuning" ("Reduced Complexity Models and Pretraining", 2023). Is that true of the
+# method of the paper? Let us see which tensors of the base our run with adapters and
+# norms has changed:
 
 # %%
 after_training = models["adapters and norms"].named_parameters()
@@ -395,19 +423,19 @@ print(", ".join(changed))
 assert len(changed) == 10 and all("norm" in name for name in changed)
 
 # %% [markdown]
-# Ten tensors of the base changed: the weight and the bias of five layer norms. So
-# they belong to the task, and must be stored with the adapters. Whoever stores the
-# adapters alone loses part of what was learnt.
+# It is not: ten tensors of the base changed, the weight and the bias of five layer
+# norms. So their new values belong to the task, and must be stored with the adapters.
+# Whoever stores the adapters alone loses part of what was learnt.
 #
 # A blog post ("Quick notes on fine-tuning deep learning models", 2024) says of an
 # adapter: "it is just like adding another layer on top of the pre-trained model", and
-# its code calls the adapter after the whole transformer. We can try that.
-# `targets="norm"` puts one adapter after the last norm, on top of all blocks. With
-# $m = 65$ it has 8,449 parameters, about as many as our four adapters inside the
-# blocks, which have 8,512.
-#
-# **Predict first.** The same data, steps and learning rate, and no norms in either.
-# Is one adapter on top as good as four inside?
+# its code calls the adapter after the whole transformer. We can try that. The argument
+# `targets` names the modules that get an adapter. `targets="norm"` puts one after the
+# last norm, on top of all blocks. With $m = 65$ it has 8,449 parameters, about as many
+# as our four adapters inside the blocks, which have 8,512. (With $m > C$ it is no
+# bottleneck any more, but the counts are about equal.) Data, steps and learning rate
+# are the same, and no norms train in either. Is one adapter on top as good as four
+# inside?
 
 # %%
 on_top, _ = train(ft.Houlsby(m=65, norms=False, targets="norm"), 2e-2)
@@ -421,15 +449,16 @@ assert ft.count(on_top).trained == 8_449
 assert on_source["one on top"] > on_source["adapters alone"]
 
 # %% [markdown]
-# It is worse. The gap is not large here: much of this task is to learn which tokens
-# are frequent in source, and that can be learnt on top. But an adapter on top can
-# only rearrange what the blocks have computed. An adapter inside a block changes what
-# all later blocks compute, and what their attention looks at. The method of the paper
-# stands inside every block.
+# It is worse. The gap is not large here, probably because much of this task is to learn
+# which tokens are frequent in source, and that can be learnt on top. But an adapter on
+# top can only change what the blocks have already computed. An adapter inside a block
+# changes what all later blocks compute, and what their attention looks at. The paper
+# puts its adapters inside every block.
 #
 # ## One base, many tasks
-# The base can be had back. `ft.detach` takes the adapters off, restores the norms,
-# and returns everything that was learnt for the task:
+# We can get the base back. `ft.detach` takes the adapters off, restores the norms, and
+# returns everything that was learnt for the task, adapters and norms. (In what it
+# prints, `targets=()` means the usual places: all sublayers.)
 
 # %%
 tuned = models["adapters and norms"]
@@ -445,8 +474,9 @@ assert is_same
 assert abs(ft.perplexity(tuned, source) - on_source["adapters and norms"]) < 1e-6
 
 # %% [markdown]
-# So one base in memory serves many tasks: detach one adapter, attach another. (To
-# write an adapter to a file is part of lesson 08.) Full fine-tuning has no way back.
+# So one base in memory serves many tasks: detach one adapter, attach another. (Lesson
+# 08 writes an adapter to a file.) Full fine-tuning overwrites the base. Whoever wants
+# it back needs a second copy.
 #
 # **Predict first.** What is the perplexity on *prose*, the base's own domain, of the
 # fully fine-tuned model? Of the model with its adapters? Of the same model inside
@@ -467,11 +497,12 @@ assert on_prose["everything"] > 1.5 * on_prose["base"]
 assert on_prose["adapters and norms"] > on_prose["base"]
 
 # %% [markdown]
-# With the adapters on, the model has forgotten some prose, too. But nothing is lost:
-# take the adapters off, and the base is there again.
+# Both trained models have become worse on prose: they have **forgotten** some of it.
+# The model with adapters has forgotten less, but it has also learnt less. And nothing
+# is lost: take the adapters off, and the base is there again.
 #
 # ## What it saves
-# Ten tasks on our model, in numbers that must be stored:
+# First the files. For ten tasks on our model, so many numbers must be stored:
 
 # %%
 total = ft.count(base).total
@@ -483,11 +514,11 @@ bars(in_thousands, ylabel="thousands of numbers",
 print({name: f"{numbers:,}" for name, numbers in stored.items()})
 
 # %% [markdown]
-# In training, the frozen parameters need no gradient and no moments. They still need
-# their values. And the **activations**, the intermediate results that backward needs,
-# remain: to reach the adapter in the first block, the gradient must pass through all
-# blocks above it. We measure the largest amount of memory that one step needs, with
-# batches of 8 and of 32 texts:
+# Second, the memory in training. The frozen parameters need no gradient and no moments.
+# But their values must still be there. And most of the **activations**, the
+# intermediate results that backward needs, must be there, too: to reach the adapter in
+# the first block, the gradient must pass through all blocks above it. We measure the
+# largest amount of memory that one step needs, with batches of 8 and of 32 texts:
 
 # %%
 def step_memory(method, batch_size):
@@ -515,17 +546,23 @@ for full_step, adapter_step in memory.values():
     assert 0.8 * gradients_and_moments < full_step - adapter_step < 0.5 * full_step
 
 # %% [markdown]
-# With 8 texts the saving is about the size of the gradients and moments. With 32
-# texts it is a little more: the input of a frozen weight need not be kept for that
-# weight's gradient. But most activations remain, since they are needed on the way
-# down to the adapters. They grow with the batch. So adapters save most where the
-# parameters are most of the memory: in a large model with small batches.
+# With 8 texts the saving is about the size of the gradients and moments of all
+# parameters. With 32 texts it is a little more: a frozen weight needs no gradient, so
+# the input from which we would compute it need not be kept. But most activations
+# remain, and they grow with the batch. So adapters save most where the parameters take
+# most of the memory: in a large model with small batches.
 #
 # ## What it costs
-# When the model is used, each sublayer is followed by two more products. Could we
-# fold an adapter into the weights of its sublayer after training, and have the old
-# speed? The sublayer ends with a linear map, $y = W x$. An adapter could be folded
-# into $W$ if it were linear. A linear map gives twice the output for twice the input:
+# When the model is used, each sublayer is followed by two more matrix products. Could
+# we fold an adapter into the weights of its sublayer after training, and have the old
+# speed? The sublayer ends with a linear map, $y = W h$. Without gelu, the adapter would
+# give
+#
+# $$ y + W_{up} W_{down} \, y = (W + W_{up} W_{down} W) \, h $$
+#
+# and the bracket is one matrix: we could store it instead of $W$. With gelu, this works
+# only if the adapter is linear all the same. A linear map gives twice the output for
+# twice the input. We test it on our first adapter:
 
 # %%
 print("2 · adapt(y):", 2 * adapt(y, down, up).numpy()[0].round(3))
@@ -535,9 +572,9 @@ print("adapt(2 · y):", adapt(2 * y, down, up).numpy()[0].round(3))
 assert not np.allclose(2 * adapt(y, down, up).numpy(), adapt(2 * y, down, up).numpy())
 
 # %% [markdown]
-# The results differ, because of gelu. No matrix does what an adapter does, so it
-# stays and its time must be paid. We measure both models in turn, many times, and
-# take the median:
+# The results differ, because of gelu. No matrix does what an adapter does, so it must
+# stay beside the sublayer, and it takes time. We measure both models in turn, many
+# times, and take the median of the ratio:
 
 # %%
 def seconds(model):
@@ -552,10 +589,14 @@ slowdown = float(np.median(ratios))
 print(f"a forward pass with adapters takes {slowdown:.2f} x the time of the base")
 
 # %% [markdown]
-# The models of practice are wider, so the share of the adapters is smaller there. But
-# the products are small and follow one another, and a GPU waits for each of them.
+# The models that people use are wider, so the share of the adapters in the arithmetic
+# is smaller there. But each of these small products must wait for the one before it,
+# and a GPU is slow at many small products in a row.
 #
 # ## The table
+# Perplexity on held-out source and on held-out prose, after training on source. The
+# last column is what must be stored for each task. Only full fine-tuning can do without
+# the base.
 
 # %%
 print(f"{'':20}{'trained':>9}{'share':>8}{'source':>8}{'prose':>7}{'stored':>19}")
@@ -567,7 +608,11 @@ for name in models:
           f"{on_prose[name]:7.1f}{4 * trained[name] / 1000:16,.0f} kB")
 
 # %% [markdown]
-# Perplexity on held-out source and on held-out prose, after training on source.
+# In short: an adapter starts near the identity so that training starts from what the
+# base has learnt, and not exactly at it, since two zero matrices would never learn. It
+# saves storage for each task, and the gradients and moments of the frozen parameters.
+# It does not save the values of the base, nor most activations, nor time when the model
+# is used. And it keeps the base.
 #
 # There are relatives of this adapter: Pfeiffer's has one bottleneck in a block
 # instead of two and leaves the norms frozen; the parallel adapter reads the
