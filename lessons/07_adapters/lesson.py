@@ -400,7 +400,8 @@ assert 0.5 < share_of_gain("norms alone") < 0.7
 # Look at the norms. A layer norm scales and shifts each of the $C$ features with $2C$ =
 # 128 numbers. So it decides which features are large and which are small in what the
 # next sublayer reads. The 640 numbers of the five norms alone bring more than half of
-# the gain. They cost almost nothing, so the method trains them beside the adapters.
+# the gain. Beside the adapters they add only a little, since both can learn much of the
+# same. But they cost almost nothing, so the method trains them, too.
 #
 # ## Two summaries, tested
 # "It only trains the newly added trainable parameters without changing the parameters
