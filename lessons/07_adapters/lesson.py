@@ -400,8 +400,8 @@ assert 0.5 < share_of_gain("norms alone") < 0.7
 # Look at the norms. A layer norm scales and shifts each of the $C$ features with $2C$ =
 # 128 numbers. So it decides which features are large and which are small in what the
 # next sublayer reads. The 640 numbers of the five norms alone bring more than half of
-# the gain. Beside the adapters they add only a little, since both can learn much of the
-# same. But they cost almost nothing, so the method trains them, too.
+# the gain. Beside the adapters they add only a little: it seems that both learn much
+# of the same. But they cost almost nothing, so the method trains them, too.
 #
 # ## Two summaries, tested
 # "It only trains the newly added trainable parameters without changing the parameters
@@ -609,11 +609,11 @@ for name in models:
           f"{on_prose[name]:7.1f}{4 * trained[name] / 1000:16,.0f} kB")
 
 # %% [markdown]
-# In short: an adapter starts near the identity so that training starts from what the
-# base has learnt, and not exactly at it, since two zero matrices would never learn. It
-# saves storage for each task, and the gradients and moments of the frozen parameters.
-# It does not save the values of the base, nor most activations, nor time when the model
-# is used. And it keeps the base.
+# In short: an adapter starts near the identity, so that training starts from what the
+# base has learnt. It does not start at the identity with two zero matrices, since they
+# would never learn. It saves storage for each task, and in training the gradients and
+# moments of the frozen parameters. It does not save the values of the base, nor most
+# activations, nor time when the model is used. And the base can be had back.
 #
 # There are relatives of this adapter: Pfeiffer's has one bottleneck in a block
 # instead of two and leaves the norms frozen; the parallel adapter reads the
