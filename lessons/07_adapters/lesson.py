@@ -613,7 +613,7 @@ for name in models:
 # base has learnt. It does not start at the identity with two zero matrices, since they
 # would never learn. It saves storage for each task, and in training the gradients and
 # moments of the frozen parameters. It does not save the values of the base, nor most
-# activations, nor time when the model is used. And the base can be had back.
+# activations, nor time when the model is used. And we can get the base back.
 #
 # There are relatives of this adapter: Pfeiffer's has one bottleneck in a block
 # instead of two and leaves the norms frozen; the parallel adapter reads the
