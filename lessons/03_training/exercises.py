@@ -933,9 +933,11 @@ def _(f, T):
     close(factors(f, T, warmup=0.5), falling(T, T // 2), what)
 
 
-@cosine_schedule.law("the fraction is rounded to whole steps",
-                     drawn=st.sampled_from([named(T=8, warmup=0.45, w=4), named(T=8, warmup=0.3, w=2),
-                                            named(T=5, warmup=0.05, w=0), named(T=3, warmup=0.5, w=2)]))
+WARMUPS = [named(T=8, warmup=0.45, w=4), named(T=8, warmup=0.3, w=2), named(T=5, warmup=0.05, w=0),
+           named(T=3, warmup=0.5, w=2)]
+
+
+@cosine_schedule.law("the fraction is rounded to whole steps", drawn=st.sampled_from(WARMUPS))
 def _(f, drawn):
     T, fraction, w = drawn
     guesses = {"the fraction is cut off, expected rounded": falling(T, int(fraction * T)),

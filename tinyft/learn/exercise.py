@@ -34,6 +34,12 @@ class Law:
     inputs: dict[str, Any]
 
 
+class Named(tuple):
+    """Several inputs of a law that are drawn together: a tuple whose parts have names, under which the learner sees them.
+    """
+    names: tuple[str, ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class WrongAnswer:
     """The answer of a learner who believes something false.

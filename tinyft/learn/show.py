@@ -18,7 +18,7 @@ import numpy as np
 from .. import array
 from ..tensor import Tensor
 from .diagnose import Mismatch
-from .exercise import Exercise
+from .exercise import Exercise, Named
 
 
 @dataclasses.dataclass
@@ -73,10 +73,10 @@ def as_text(a: Any, with_shape: bool = False) -> str:
 
 
 def inputs_as_text(inputs: dict[str, Any]) -> list[tuple[str, str]]:
-    """(name, text) of each input, and of each part of a named tuple (sizes.named)."""
+    """(name, text) of each input, and of each part of a Named."""
     rows = []
     for name, a in inputs.items():
-        parts = a._asdict() if hasattr(a, "_asdict") else {name: a}
+        parts = dict(zip(a.names, a)) if isinstance(a, Named) else {name: a}
         rows += [(part, as_text(value)) for part, value in parts.items()]
     return rows
 

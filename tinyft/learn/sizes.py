@@ -8,12 +8,13 @@ among them, since an answer that rounds is right for whole numbers.
 from __future__ import annotations
 
 import math
-from collections import namedtuple
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
+
+from .exercise import Named
 
 GROWING = ((1, 4), (2, 24), (4, 8), (7, 6))             # (largest size, number of examples)
 QUICK = ((2, 12),)                                       # the same, to learn only if a law holds
@@ -58,9 +59,11 @@ def draw_array(draw: Callable, shape: tuple, values: Sequence | None, dtype: Any
     return np.array(values, dtype)[indices % len(values)].reshape(shape)
 
 
-def named(**values: Any) -> tuple:
-    """Several inputs that a strategy draws together, as a named tuple: the learner sees each under its own name."""
-    return namedtuple("Inputs", values)(**values)
+def named(**values: Any) -> Named:
+    """The values as a Named, in the order of the keywords."""
+    made = Named(values.values())
+    made.names = tuple(values)
+    return made
 
 
 class Shaped:
