@@ -35,8 +35,7 @@ class Law:
 
 
 class Named(tuple):
-    """Several inputs of a law that are drawn together: a tuple whose parts have names, under which the learner sees them.
-    """
+    """Several inputs of a law that are drawn together: a tuple.  names: those of its parts, which the learner sees."""
     names: tuple[str, ...]
 
 
