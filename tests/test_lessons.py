@@ -457,6 +457,60 @@ def test_the_command_shows_a_lesson_and_fails_with_it(small, capsys):
     assert cli.main(["lesson", "none"]) == 1 and "small1, small2" in capsys.readouterr().err
 
 
+QUESTION = """# %% [markdown]
+# **Predict first.** How much?
+
+# %%
+print(6 * 7)
+
+# %% [check]
+assert 6 * 7 == 42
+"""
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_only_a_terminal_waits_between_a_question_and_its_answer(small, tmp_path, monkeypatch, is_terminal):
+    out = Terminal() if is_terminal else io.StringIO()
+    shown_before = []
+    monkeypatch.setattr("sys.stdin", Terminal())
+    monkeypatch.setattr("builtins.input", lambda: shown_before.append(out.getvalue()))
+    page = Page(out)
+    for cell in run(small(QUESTION), tmp_path / "out"):
+        reading.write_cell(cell, page)
+    assert len(shown_before) == is_terminal
+    for text in shown_before:
+        assert "print(6 * 7)" in text
+        assert "42" not in text
+    assert "\n42\n" in out.getvalue()
+    assert "checked" in out.getvalue()
+    assert "assert" not in out.getvalue()
+
+
+def test_a_notebook_for_the_learner_has_no_results_and_is_never_overwritten(small, tmp_path, capsys):
+    small(QUESTION)
+    assert cli.main(["lesson", "small1", "--notebook"]) == 0
+    path = tmp_path / "work/01_small1.ipynb"
+    assert "jupyter lab work/01_small1.ipynb" in capsys.readouterr().out
+    made = json.loads(path.read_text(encoding="utf-8"))
+    question, answer, check = made["cells"]
+    assert answer["outputs"] == check["outputs"] == []
+    assert answer["execution_count"] is None
+    assert check["metadata"]["jupyter"] == {"source_hidden": True}
+    path.write_text("my notes", encoding="utf-8")
+    assert cli.main(["lesson", "small1", "--notebook"]) == 1
+    assert path.read_text(encoding="utf-8") == "my notes"
+
+
+def test_a_cell_of_an_unknown_kind_is_refused():
+    with pytest.raises(ValueError, match=r"line 3: a cell wants one of the kinds markdown, md, check, got \[chekc\]"):
+        parse("x = 1\n\n# %% [chekc]\nassert x\n")
+
+
 TEXT = """# # A title
 #
 # **Reading:** 5 minutes. **You need:** *nothing at all*, or $x$ and
