@@ -50,14 +50,14 @@ initial_factors = Exercise(
         "rng.uniform gives float64: A.astype(np.float32).  For B: np.zeros(shape, np.float32)."))
 
 
-def two_arrays(made, A_shape, B_shape):
-    """(A, B), with the right shapes, of what the function returned."""
+def two_arrays(made, A_shape, B_shape, note=""):
+    """(A, B), with the right shapes, of what the function returned. note: joins the message."""
     if not isinstance(made, tuple) or len(made) != 2:
         raise Unusable(f"it should return two arrays, (A, B); yours is {made!r:.60}")
     A, B = made
-    close(np.array(np.shape(A)), np.array(A_shape), "the shape of A, which is (r, in)",
+    close(np.array(np.shape(A)), np.array(A_shape), "the shape of A, which is (r, in)" + note,
           {"it is the shape of A transposed: A is (r, in)": A_shape[::-1]})
-    close(np.array(np.shape(B)), np.array(B_shape), "the shape of B, which is (out, r)",
+    close(np.array(np.shape(B)), np.array(B_shape), "the shape of B, which is (out, r)" + note,
           {"it is the shape of B transposed: B is (out, r)": B_shape[::-1]})
     return A, B
 
@@ -569,7 +569,7 @@ def factors_of(f, M, r):
 @low_rank_factors.law("A is (r, in) and B is (out, r)", M=filled("m n"))
 def _(f, M):
     for r in range(1, min(M.shape) + 1):
-        factors_of(f, M, r)
+        two_arrays(f(M, r), (r, M.shape[1]), (M.shape[0], r), f" (here r = {r})")
 
 
 @low_rank_factors.law("with the full rank, B A is M", M=filled("m n"))

@@ -35,8 +35,9 @@ prose_test = ft.data.held_out_batches(prose_tokens, 64, 32)
 
 # %% [markdown]
 # The model is the small GPT of lesson 04. It learnt prose: documentation and
-# comments. The new task is Python source code. We measure the perplexity on held-out
-# text, as in lesson 04: lower is better.
+# comments. The new task is Python source code. For our few steps the text of the split
+# `valid` is enough to train on, and it is read faster than `train`. We measure the
+# perplexity on 32 rows of 64 tokens from the split `test`: lower is better.
 
 # %%
 base, tokenizer = ft.load("base-gpt-small")
@@ -86,28 +87,30 @@ print(changes[query].shape, "largest entry:", abs(changes[query]).max().round(3)
 
 # %% [markdown]
 # A matrix of **rank 1** is one column times one row. Its 64 × 64 entries come from
-# 128 numbers. Every matrix is a sum of such matrices, and the **singular value
-# decomposition** finds the best sum: the first term is the largest, then the next,
-# and so on. The size of a term is its *singular value*. A matrix of rank $r$ needs
+# 128 numbers. Every matrix is a sum of such matrices. The **singular value
+# decomposition** (SVD) finds the best sum: the first term comes as near to the matrix
+# as one term can, the first two as near as two terms can, and so on. The size of a
+# term is its *singular value*; the largest is the first. A matrix of rank $r$ needs
 # only $r$ terms.
 #
 # **Predict first.** A 64 × 64 matrix has 64 singular values. The sum of their squares
 # is the sum of all squared entries of $\Delta W$. How many of the 64 do we need to
-# keep 90 % of that sum?
+# keep 90 % of that sum? (With rank 1 it would be 1. If all 64 were equal, it would be
+# 58.)
 
 # %%
 sizes = np.linalg.svd(changes[query], compute_uv=False)
 share = np.cumsum(sizes**2) / np.sum(sizes**2)
-needed = 1 + int(np.argmax(share >= 0.9))
+needed = 1 + int(np.argmax(share >= 0.9))                # argmax: the first True
 print(f"{needed} of 64 singular values hold 90 % of the squares")
 curves({"the change of the query matrix": share}, x=np.arange(1, 65),
        xlabel="number of singular values kept", ylabel="share of the squares",
        levels={"90 %": 0.9},
-       caption="The change of the query matrix is spread over many directions.")
+       caption="The change of the query matrix is spread over many terms.")
 
 # %% [markdown]
-# About twenty. So the change is *not* a matrix of low rank: if we keep four terms,
-# half of the squared entries is lost. But entries are not what we want. We want a low
+# About twenty. So the change is *not* a matrix of low rank: with four terms we lose
+# half of the sum of squares. But entries are not what we want. We want a low
 # perplexity. So we ask the model.
 #
 # `low_rank_factors(M, r)` gives the best factors of rank $r$: a matrix $A$ with $r$
@@ -157,7 +160,9 @@ assert abs(cut[64] - dense_perplexity) < 0.5
 # $y = x W^T + \frac{\alpha}{r} (x A^T) B^T$
 #
 # $A$ has the shape (r, in) and $B$ the shape (out, r). The number $r$ is the **rank**.
-# The factor $\alpha/r$ is a constant that you choose. Only $A$ and $B$ train.
+# You choose $r$ and $\alpha$, and then $\alpha/r$ is a constant, the *scale*. What it
+# is for has its own section below. Only $A$ and $B$ train. In the picture $x$ has $T$
+# rows, one for each token.
 
 # %%
 diagram(
@@ -175,7 +180,8 @@ diagram(
             "for each token.")
 
 # %% [markdown]
-# In NumPy it is two lines. We use a layer with 6 inputs, 5 outputs, and rank 2.
+# In NumPy the formula is one line, the line of `y`. We use a layer with 6 inputs,
+# 5 outputs, and rank 2.
 
 # %%
 rng = np.random.default_rng(0)
@@ -234,7 +240,8 @@ print(ft.count(model))
 
 # %% [markdown]
 # `attach` froze the base. The adapter holds one pair $A$, $B$ for each of the twelve
-# layers, and these are all that trains.
+# layers, and these are all that trains. `adapter.edits` is a dict of them, by the name
+# of the layer.
 #
 # ## What B = 0 is for
 # The training starts from values of $A$ and $B$. `initial_factors` draws $A$ at
@@ -244,14 +251,14 @@ print(ft.count(model))
 # do the outputs of this model differ from those of the base?
 
 # %%
-ids = test_tokens[:64][None]
+ids = test_tokens[:64][None]                             # (1, 64)
 with ft.no_grad():
     start_difference = model(ids).numpy() - base(ids).numpy()
 print("largest difference:", abs(start_difference).max())
 
 # %% [markdown]
-# Exactly zero. (The notes *Fine-tuning and model compression* say "close to zero".)
-# With $B = 0$ the branch gives zero whatever $x$ is. So training starts *at the
+# Exactly zero. (*Fine-tuning and model compression*, a set of notes, says "close to
+# zero".) With $B = 0$ the branch gives zero whatever $x$ is. So training starts *at the
 # pretrained model*. All that it knows is there in step 1.
 #
 # But can a factor that is zero learn? This function runs backward once, and returns
@@ -266,12 +273,13 @@ def gradient_sizes(model, adapter):
     loss.backward()
     sizes = [float(np.linalg.norm(p.grad)) for p in (factors.A, factors.B)]
     for parameter in model.parameters():
-        parameter.grad = None
+        parameter.grad = None                            # leave nothing for the next
     return sizes
 
 # %% [markdown]
-# Let $G$ be the gradient that the full matrix $W$ would get. By the chain rule
-# (lesson 01):
+# Let $G$ be the gradient that the full matrix $W$ would get. The branch adds
+# $\frac{\alpha}{r} B A$ to $W$, so $G$ is also the gradient of that product. The rule
+# for a product of two matrices (lesson 01) then gives:
 #
 # - the gradient of $B$ is $\frac{\alpha}{r} G A^T$,
 # - the gradient of $A$ is $\frac{\alpha}{r} B^T G$.
@@ -296,9 +304,9 @@ assert first[0] == 0 and first[1] > 0 and second[0] > 0 and second[1] > 0
 # step on both learn. So one zero factor is no obstacle, as long as the other is not
 # zero.
 #
-# Now all four ways to start. `start` sets the factors and trains for 20 steps. A
-# random $B$ gets the usual range of a layer with $r = 4$ inputs:
-# $\pm 1/\sqrt{r} = \pm 0.5$.
+# Now all four ways to start. `attach` gives a random $A$ and $B = 0$. `start` changes
+# that where it is asked to, and trains for 20 steps. A random $B$ gets the usual range
+# of a layer with $r = 4$ inputs: $\pm 1/\sqrt{r} = \pm 0.5$.
 
 # %%
 def start(a_is_random, b_is_random):
@@ -371,7 +379,7 @@ assert perplexities[1] < cut[1]
 # A larger rank helps, but less and less. Rank 1 trains 2,304 numbers, 2 % of the
 # 98,304 entries of the twelve matrices, and does most of the work. It is also better
 # than the full change cut to rank 1 afterwards: training can make the best of the
-# rank it has.
+# rank it has. At rank 16 this is no help any more, since the cut loses little there.
 #
 # No rank reached the full matrices here. LoRA is nearly as good for far fewer
 # numbers; it is not the same. The learning rates, 0.005 for LoRA and 0.002 for the
@@ -393,15 +401,16 @@ def first_change(r, alpha):
 
 # %% [markdown]
 # **Predict first.** After one step, is the change for $r = 64$ larger than for
-# $r = 1$, as large, or smaller? Think of the factors 1 (no scale), $\alpha/r$ with
-# $\alpha = 8$, and $\alpha/\sqrt{r}$ with $\alpha = 8$.
+# $r = 1$, as large, or smaller? Answer for three factors: 1 (no scale), $8/r$, and
+# $8/\sqrt{r}$. The library always divides by $r$. So we get the factor 1 with
+# $\alpha = r$, and $8/\sqrt{r}$ with $\alpha = 8 \sqrt{r}$.
 
 # %%
 scale_ranks = [1, 4, 16, 64]
 changes_by_scale = {
     "factor 1": [first_change(r, r) for r in scale_ranks],
-    "factor α/r": [first_change(r, 8.0) for r in scale_ranks],
-    "factor α/√r": [first_change(r, 8.0 * r**0.5) for r in scale_ranks],
+    "factor 8/r": [first_change(r, 8.0) for r in scale_ranks],
+    "factor 8/√r": [first_change(r, 8.0 * r**0.5) for r in scale_ranks],
 }
 for name, values in changes_by_scale.items():
     print(f"{name:12}", "  ".join(f"{value:.3f}" for value in values))
@@ -415,8 +424,9 @@ assert abs(by_r[0] / plain[0] - 8) < 0.1
 assert max(by_root) < 1.4 * min(by_root)
 
 # %% [markdown]
-# Without a scale the change grows about as $\sqrt{r}$. The terms point in different
-# directions, so $r$ terms together are only $\sqrt{r}$ times as long as one. The
+# Without a scale the change grows about as $\sqrt{r}$, not as $r$. The terms point in
+# different directions, and then their squares add up: two sides of length 1 at a right
+# angle make a diagonal of $\sqrt{2}$, and $r$ terms make $\sqrt{r}$. The
 # factor $\alpha/r$ divides by more than that: at a fixed $\alpha$, a larger rank
 # takes *smaller* steps. So whoever compares ranks at one $\alpha$ also compares step
 # sizes. Kalajdzievski (2023, "rsLoRA") therefore divides by $\sqrt{r}$.
@@ -442,20 +452,23 @@ quote(lora.LowRank.delta)
 # changes. LoRA has no bias of its own, so the bias of the layer stays as it is.
 #
 # `merge` does this for all twelve layers. We time a forward pass before and after.
-# The two models take turns, and the fastest of twenty runs counts.
+# The two models take turns, and the median of forty ratios counts. `thread_time`
+# leaves out the time of other programs and threads.
 
 # %%
 def time_ratio(model, other):
     """The time of a forward pass of one model, divided by that of the other."""
     batch = np.tile(ids, (8, 1))
-    seconds = {model: [], other: []}
-    for _ in range(20):
+    ratios = []
+    for _ in range(40):
+        seconds = []
         for measured in (model, other):
-            begin = time.process_time()
+            begin = time.thread_time()
             with ft.no_grad():
                 measured(batch)
-            seconds[measured].append(time.process_time() - begin)
-    return min(seconds[model]) / min(seconds[other])
+            seconds.append(time.thread_time() - begin)
+        ratios.append(seconds[0] / seconds[1])
+    return np.median(ratios)
 
 # %% [markdown]
 # **Predict first.** The merged model computes with other numbers: one product instead
@@ -488,7 +501,9 @@ assert 0 < merge_error < 1e-3
 # matrix of $d \times k$ entries LoRA needs $O(r (k + d))$ operations, "a lot faster"
 # than $O(d k)$. But the frozen $W$ is still multiplied with $x$. The branch comes *on
 # top*: $d k + r (k + d)$. In our model, 98,304 multiplications a token become
-# 107,520.
+# 107,520. That is 9 % more. The measured time usually grows by more, since
+# each layer of this small model now makes several calls instead of one, and a call
+# has a price of its own.
 #
 # What if we merge twice? The branch is gone after the first time, so there is nothing
 # left to add.
@@ -500,8 +515,8 @@ print("changed by the second merge:", (model.state_dict()[query] != weight).any(
 
 # %% [markdown]
 # A merge cannot be undone exactly: $W + \Delta W - \Delta W$ is rounded. To compare
-# with the base, do not merge. `without` takes the adapter off for the length of a
-# `with`, and `detach` takes it off for good. Both give the base back, bit for bit.
+# with the base, do not merge. `without` takes the adapter off inside a `with`
+# block, and `detach` takes it off for good. Both give the base back, bit for bit.
 
 # %%
 model, adapter = trained[16]
@@ -519,7 +534,8 @@ assert is_equal
 # %% [markdown]
 # ## Two adapters on one base
 # A task now costs one small adapter. We train a second one. Its task is prose in
-# capital letters, which the tokenizer cuts into other tokens.
+# capital letters, which the tokenizer cuts into other tokens. We make it from up to 600
+# docstrings, the texts that explain a Python function.
 
 # %%
 def capitals(split):
@@ -610,13 +626,15 @@ assert scores["Python adapter"][0] < scores["sum of both"][0] < scores["base"][0
 assert scores["Python adapter"][2] > 1.3 * scores["base"][2]
 
 # %% [markdown]
-# No. On Python the sum is much better than the base, but only half as good as the
-# Python adapter. Each change was trained beside the base, not beside the other
-# change. Combining is a cheap first try, and not a replacement for training on both
-# tasks.
+# No. On Python the sum is much better than the base, but its perplexity is twice that
+# of the Python adapter. Each change was trained beside the base, not beside the other
+# change. Half of both is about as good as the sum on both tasks, and forgets less
+# prose: the step away from the base is smaller. Combining is a cheap first try, and not
+# a replacement for training on both tasks.
 #
 # One more trap. We add the *changes* $B_1 A_1$ and $B_2 A_2$. May we add the
-# *factors* instead, $A_1 + A_2$ and $B_1 + B_2$? PEFT does so in
+# *factors* instead, $A_1 + A_2$ and $B_1 + B_2$? PEFT, the
+# library of Hugging Face for such methods, does so in
 # `add_weighted_adapter(..., combination_type="linear")`.
 
 # %%
@@ -625,7 +643,7 @@ second = capitals_adapter.edits["blocks.0.attn.q"]
 exact = first.delta() + second.delta()
 A = first.A.numpy() + second.A.numpy()
 B = first.B.numpy() + second.B.numpy()
-mixed = first.alpha / len(A) * B @ A
+mixed = first.alpha / len(A) * B @ A                     # len(A) is r
 mixed_error = np.linalg.norm(mixed - exact) / np.linalg.norm(exact)
 print(f"error of the mixed factors: {100 * mixed_error:.0f} % of the exact sum")
 print("rank of the exact sum:", np.linalg.matrix_rank(exact))
@@ -690,12 +708,14 @@ assert 8 < large["full"] - large["LoRA"] < 24
 # %% [markdown]
 # LoRA saves 13 to 17 MB in all cases. That is what full training keeps for each
 # trained parameter: a gradient and two moments, 12 bytes times 1.07 million, and a
-# few buffers. It does *not* save the activations. The gradient must flow back through
-# the frozen layers to reach the lowest adapter. With a large batch the activations
-# are most of the memory.
+# few buffers. It does *not* save most of the activations. The gradient must flow back
+# through the frozen layers to reach the lowest adapter, and on its way it needs the
+# results of every norm, softmax and GELU (lesson 01). Each $A$ needs its input, too.
+# With a large batch the activations are most of the memory.
 #
 # So "LoRA needs a tiny part of the memory" is true for the optimiser, and for the
-# memory of a large model with a small batch. And time? We measure the same step.
+# memory of a large model with a small batch. And time? We measure a
+# step of the small model with 512 tokens. The result is in the last line of the table.
 
 # %%
 def step_seconds(with_adapter):
@@ -723,7 +743,7 @@ for name, (count, perplexity) in table.items():
     print(f"{name:18}{count:9,}{4 * count / 1000:7.0f} kB{perplexity:9.1f}")
 print(f"\nforward pass, branch  {branch_ratio:.2f} x the base's time")
 print(f"forward pass, merged  {merged_ratio:.2f} x the base's time")
-print(f"training step         {step_ratio:.2f} x the time of full training")
+print(f"training step         {step_ratio:.2f} x the time of training everything")
 
 # %% [markdown]
 # A change of rank 4 in twelve matrices does most of what all 98,304 entries do. It
@@ -731,8 +751,9 @@ print(f"training step         {step_ratio:.2f} x the time of full training")
 # It costs a little time while it is a branch, and none once it is merged. It saves
 # gradients and optimiser state, not activations. *Fine-tuning and model compression*,
 # a set of notes, says that training is "considerably faster" because the factors are
-# small. A step saves the weight gradients and the update, at most about a third of
-# the products, and pays for the branch.
+# small. A full step has three large products for each matrix: the output, the gradient
+# of $x$, and the gradient of $W$. LoRA saves only the third of them, and the update,
+# and pays for the branch.
 #
 # Dropout is one more option: `LoRA(dropout=0.1)` drops entries of the *branch's
 # input*, in training only. The base path is never dropped, and a merged model has no

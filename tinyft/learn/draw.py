@@ -69,6 +69,13 @@ def curves(
     if "x" in log and x is not None and len(x) <= 8:     # few points: their own values as labels, not powers of ten
         axes.set_xticks(x, [f"{value:g}" for value in x])
         axes.minorticks_off()
+    low, high = axes.get_ylim()
+    if "y" in log and high < 50 * low:                   # hardly a power of ten in sight: 1, 2, 5, 10, ... instead
+        from matplotlib import ticker
+
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(ticker.NullFormatter())
     entries = len(lines) + len(levels or {})
     if entries > 3:                                      # above the lines: so many entries would cover some of them
         axes.figure.legend(loc="outside upper center", ncols=3)
