@@ -979,6 +979,19 @@ def test_inputs_that_are_drawn_together_are_shown_under_their_own_names(learner)
     assert "drawn" not in text
 
 
+def test_after_an_exercise_comes_the_one_behind_it_and_at_the_end_the_first_that_is_left(tmp_path):
+    work = Work(tmp_path)
+    every = list(ALL.values())
+    assert work.next() is every[0]
+    assert work.next(after=every[20]) is every[21]
+    assert work.next(after=every[-1]) is every[0]
+    for e in every[:-1]:
+        work.record(e, solved=True)
+    assert work.next(after=every[3]) is every[-1]
+    work.record(every[-1], solved=True)
+    assert work.next(after=every[-1]) is None
+
+
 # ── the stub says what a learner needs ───────────────────────────────────────────────────────────────────────────────
 def run_example(e: Exercise) -> list[str]:
     """The lines of an exercise's example that do not print what it says, on the library's function."""

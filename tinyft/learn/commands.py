@@ -120,8 +120,8 @@ def _check_one(e: Exercise, backend: str, work: Work, page: Page) -> bool:
     solved = page.report(e, check(e.name, path, backend))
     saved = _save(page, work.record, e, solved=solved)
     if solved:
-        after = work.next()
-        advice = f"Next:  tinyft start {after.name}" if after else "That was the last exercise."
+        following = work.next(after=e)
+        advice = f"Next:  tinyft start {following.name}" if following else "That was the last exercise."
         page.line(f"\n  All {len(e.laws)} laws hold.  {advice}")
         page.line(f"  The library's own:  tinyft diff {e.name}")
     return solved and saved

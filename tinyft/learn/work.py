@@ -220,9 +220,13 @@ class Work:
             raise ValueError(f"nothing is started in {self.folder}: `tinyft start` writes the first exercise")
         return started[0]
 
-    def next(self) -> Exercise | None:
-        """The first exercise that is not solved."""
-        return next((e for e in exercises().values() if not self.solved(e)), None)
+    def next(self, after: Exercise | None = None) -> Exercise | None:
+        """The first exercise that is not solved, after this one; if there is none, the first of all. None: all are
+        solved."""
+        every = list(exercises().values())
+        names = [e.name for e in every]
+        begin = names.index(after.name) + 1 if after else 0
+        return next((e for e in every[begin:] + every[:begin] if not self.solved(e)), None)
 
 
 def _write_new(path: Path, text: str) -> bool:
