@@ -134,7 +134,7 @@ def test_the_skeleton_has_signature_and_docstring_but_no_body():
     ("def sum_to(shape, g):\n    return g\n", ["sum_to takes (g, shape); yours takes (shape, g)"]),
     ("def sum_to(g, shape, more):\n    return g\n", ["yours takes (g, shape, more)"]),
     ("def sum_to(g, shape):\n    pass\n", ["should be an array of shape (1, 1)", "is a `return` missing?"]),
-    ("def sum_to(g, shape):\n    return g.tolist()\n", ["should be an array", "a list, [[0.0]]"]),
+    ("def sum_to(g, shape):\n    return g.tolist()\n", ["should be an array", "a list, [[1.0]]"]),
     ("def sum_to(g, shape):\n    return 3\n", ["should be an array", "an int, 3"]),
     ("def sum_to(g, shape):\n    return shape.sum()\n",
      ["AttributeError", "autograd.sum_to.py:3   return shape.sum()"]),
@@ -374,6 +374,13 @@ def test_from_start_to_solved(learner):
     assert len(list(Path("work").glob("*.bak"))) == 1
     learner.run("start", "autograd")
     assert len(list(Path("work").glob("autograd.*.py"))) == 6
+
+
+def test_a_notebook_is_not_written_twice(learner):
+    assert "open it in VS Code" in learner.run("lesson", "lora", "--notebook")
+    out = learner.run("lesson", "lora", "--notebook")
+    assert learner.status == 1
+    assert "work/08_lora.ipynb is there already, and nothing was changed" in out
 
 
 def test_start_never_overwrites(learner):
@@ -905,9 +912,9 @@ def test_debug_stops_in_an_op_and_then_in_its_pullbacks(learner, monkeypatch):
 def test_what_a_right_answer_prints_is_shown_once(learner):
     text = RIGHT["autograd.sum_to"].replace("):\n", "):\n    print('the shape is', shape)\n", 1)
     found = learner("autograd.sum_to", text)
-    assert "All 6 laws hold" in found
+    assert "All 7 laws hold" in found
     assert found.count("Your function printed:") == 1
-    assert "the shape is (1, 4)" in found
+    assert "the shape is (4,)" in found
     assert "printed" not in learner("autograd.sum_to", RIGHT["autograd.sum_to"])
 
 

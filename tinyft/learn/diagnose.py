@@ -236,7 +236,8 @@ def _factor(failures: list[Mismatch]) -> str:
         return by_size
     if max(f.want.size for f in failures) == 1:          # any number is a multiple of any other
         return ""
-    return "it is a multiple of the expected result, another one for each input: a factor that depends on the input?"
+    return ("it is a multiple of the expected result, another one for each input: is a factor computed from the wrong "
+            "number, such as the size of another axis?")
 
 
 def _factor_of_a_size(failures: list[Mismatch], ratios: list[float]) -> str:

@@ -262,7 +262,7 @@ def find(name: str) -> Exercise:
 
 
 def near_names(name: str, names: Iterable[str]) -> str:
-    """"; did you mean sum_to or sum_rows?": the names that are most like this one; "" if none is."""
+    """" (did you mean sum_to or sum_rows?)": the names that are most like this one; "" if none is."""
     by_lower_case = {n.lower(): n for n in names}
     near = difflib.get_close_matches(name.lower(), by_lower_case, 3, 0.5)
-    return f"; did you mean {' or '.join(by_lower_case[n] for n in near)}?" if near else ""
+    return f" (did you mean {' or '.join(by_lower_case[n] for n in near)}?)" if near else ""

@@ -27,7 +27,8 @@ def read(name: str, out: Path, page: Page) -> bool:
     except Failed as e:
         page.line(f"{page.sign('wrong')} {e}")
         return False
-    page.line(page.paint(f"as a notebook:  tinyft lesson {lesson.name} --notebook", "faint"))
+    page.line(page.paint(f"with its results, as a notebook:  {out / lesson.folder}.ipynb", "faint"))
+    page.line(page.paint(f"without them, to run it yourself:  tinyft lesson {lesson.name} --notebook", "faint"))
     return True
 
 
@@ -40,7 +41,12 @@ def write_notebook(name: str, folder: Path, page: Page) -> bool:
     path = folder / f"{lesson.folder}.ipynb"
     cells = parse(lesson.file.read_text(encoding="utf-8"))
     folder.mkdir(parents=True, exist_ok=True)
-    with open(path, "x", encoding="utf-8") as file:
+    try:
+        file = open(path, "x", encoding="utf-8")
+    except FileExistsError:
+        raise FileExistsError(f"{path} is there already, and nothing was changed: it may hold notes of yours. "
+                              "Rename or delete it to get a new one") from None
+    with file:
         json.dump(notebook(cells), file, indent=1, ensure_ascii=False)
     page.line(f"{path}   open it in VS Code, or with Jupyter:  pip install jupyterlab;  jupyter lab {path}")
     return True
