@@ -241,13 +241,13 @@ def test_a_disk_that_is_full_leaves_everything_as_it_was(learner, monkeypatch):
                                   "        except Exception:\n            pass\n"])
 def test_an_endless_loop_is_cut_off(learner, text, monkeypatch):
     monkeypatch.setattr(checker, "ONE_CALL", 0.3)
-    monkeypatch.setattr(isolated, "SILENCE", 2.0)  # Python 3.10 looks at no signal before a `try`
+    monkeypatch.setattr(isolated, "SILENCE", 4.0)  # Python 3.10 looks at no signal before a `try`
     begun = time.monotonic()
     out = learner("sum_to", text)
     assert "an endless loop?" in out
     assert "autograd.sum_to.py:" in out
     assert learner.status == 1
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 12
 
 
 def test_a_slow_moment_does_not_take_back_what_was_found(monkeypatch):

@@ -528,7 +528,8 @@ TEXT = """# # A title
 """
 
 
-def test_text_is_folded_with_its_lists_and_without_its_marks():
+def test_text_is_folded_with_its_lists_and_without_its_marks(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     out = io.StringIO()
     page = Page(out)
     reading.write_cell(parse("# %% [markdown]\n" + TEXT)[0], page)

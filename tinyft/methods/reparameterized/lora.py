@@ -74,7 +74,7 @@ def initial_factors(in_features: int, out_features: int, r: int,
     The product B A is zero, so the model starts unchanged. A is not zero, so B gets a gradient."""
     bound = in_features**-0.5
     A = rng.uniform(-bound, bound, (r, in_features)).astype(np.float32)
-    return A, np.zeros((out_features, r), np.float32)
+    return A, np.zeros((out_features, r), np.float32)         # host
 
 
 def low_rank_branch(x: Tensor, A: Tensor, B: Tensor, alpha: float) -> Tensor:
