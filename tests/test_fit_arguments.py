@@ -282,6 +282,13 @@ def test_labels_that_are_the_ids_are_refused_for_a_causal_model(labels):
     check_refused(evaluate_on, ValueError, COPIES)
 
 
+def test_copied_labels_are_refused_where_ids_repeat_and_the_text_ends_as_it_began():
+    """Only two positions tell: those around the 3. All others are followed by their own id, or by the last one."""
+    ids = np.array([[5, 5, 5, 3, 5]])
+    with pytest.raises(ValueError, match=COPIES):
+        perplexity(make_gpt(), [{"ids": ids, "labels": ids}])
+
+
 def shifted(ids: np.ndarray) -> np.ndarray:
     return np.concatenate([ids[:, 1:], np.full((len(ids), 1), -100)], axis=1)
 
