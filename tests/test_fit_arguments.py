@@ -326,7 +326,7 @@ class CopyLoss(train.Loss):
         ctx = targets.context(rng)
         logits = model(targets.ids, ctx).reshape(-1, VOCAB)
         one_hot = np.eye(VOCAB, dtype=np.float32)[targets.labels]
-        return ctx, ft.functional.mse_loss(logits, ft.Tensor(one_hot))
+        return ctx, ft.functional.mse_loss(logits, ft.Tensor(array.asarray(one_hot)))
 
 
 def test_another_loss_may_take_the_ids_as_labels():

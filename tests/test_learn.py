@@ -1019,7 +1019,7 @@ def test_a_stub_says_what_may_be_used_and_shows_an_example_that_is_right(name):
     for line in e.guide().splitlines():
         assert line in e.skeleton()
     assert ">>>" in e.example
-    if not e.missing:
+    if not e.missing and array.backend() == "numpy":      # an example shows NumPy arrays
         assert run_example(e) == []
 
 

@@ -166,7 +166,7 @@ def _(f, z, y):
                    dtype=st.sampled_from([np.uint8, np.int32]))
 def _(f, drawn, dtype):
     z, y = drawn
-    close(f(z, y.astype(dtype))[0], np.asarray(losses(z, y).mean()),
+    close(f.f(z, y.astype(dtype))[0], np.asarray(losses(z, y).mean()),          # on the host
           f"the loss for labels of dtype {np.dtype(dtype).name}")
 
 
@@ -209,7 +209,8 @@ def _(f, drawn, beyond):
     z, y = drawn
     label = z.shape[1] if beyond == "V" else -1
     y = np.append(y[:-1], label)
-    must_raise(IndexError, lambda: f(z, y), f"a label is {label} and V is {z.shape[1]}")
+    what = f"a label is {label} and V is {z.shape[1]}"
+    must_raise(IndexError, lambda: f.f(z, y), what)            # f.f: on the host; a device does not tell
 
 
 @cross_entropy.law("labels and weights of other shapes are a ValueError", drawn=scored())

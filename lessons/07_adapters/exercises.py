@@ -7,6 +7,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from tinyft import BERT, GPT, BERTConfig, Context, Edit, GPTConfig, Houlsby, Module, Parameter, ops
+from tinyft.array import asarray
 from tinyft.edit import base_modules, base_parameters, inside
 from tinyft.learn.diagnose import Unusable, close, described
 from tinyft.learn.exercise import Exercise
@@ -112,7 +113,7 @@ def _(f, y):
     adapter.down = Listening(width, 1, rng=np.random.default_rng(0))
     adapter.up = Listening(1, width, rng=np.random.default_rng(0))
     ctx = Context()
-    f(adapter, Tensor(y), Tensor(y), ctx)
+    f(adapter, Tensor(asarray(y)), Tensor(asarray(y)), ctx)
     for name in ("down", "up"):
         if getattr(adapter, name).last_ctx is not ctx:
             raise Unusable(f"self.{name} did not get the ctx: write self.{name}(..., ctx)")

@@ -55,9 +55,9 @@ def two_arrays(made, A_shape, B_shape, note=""):
     if not isinstance(made, tuple) or len(made) != 2:
         raise Unusable(f"it should return two arrays, (A, B); yours is {made!r:.60}")
     A, B = made
-    close(np.array(np.shape(A)), np.array(A_shape), "the shape of A, which is (r, in)" + note,
+    close(np.array(getattr(A, "shape", ())), np.array(A_shape), "the shape of A, which is (r, in)" + note,
           {"it is the shape of A transposed: A is (r, in)": A_shape[::-1]})
-    close(np.array(np.shape(B)), np.array(B_shape), "the shape of B, which is (out, r)" + note,
+    close(np.array(getattr(B, "shape", ())), np.array(B_shape), "the shape of B, which is (out, r)" + note,
           {"it is the shape of B transposed: B is (out, r)": B_shape[::-1]})
     return A, B
 
@@ -541,7 +541,7 @@ def _(self, p):
 
 # ── low_rank_factors ──────────────────────────────────────────────────────────────────────────────
 low_rank_factors = Exercise(
-    f"{LORA}low_rank_factors", difficulty=3, minutes=20,
+    f"{LORA}low_rank_factors", difficulty=3, minutes=20, on_host=True,
     may_use="np.linalg.svd(M, full_matrices=False), which gives U, sizes, V with "
             "M = (U * sizes) @ V and the largest sizes first; slices.",
     example="""
