@@ -210,7 +210,8 @@ def _(f, drawn, beyond):
     label = z.shape[1] if beyond == "V" else -1
     y = np.append(y[:-1], label)
     what = f"a label is {label} and V is {z.shape[1]}"
-    must_raise(IndexError, lambda: f.f(z, y), what)            # f.f: on the host; a device does not tell
+    # f.f: on the host, since a device does not tell
+    must_raise(IndexError, lambda: f.f(z, y), what)
 
 
 @cross_entropy.law("labels and weights of other shapes are a ValueError", drawn=scored())

@@ -55,9 +55,11 @@ def two_arrays(made, A_shape, B_shape, note=""):
     if not isinstance(made, tuple) or len(made) != 2:
         raise Unusable(f"it should return two arrays, (A, B); yours is {made!r:.60}")
     A, B = made
-    close(np.array(getattr(A, "shape", ())), np.array(A_shape), "the shape of A, which is (r, in)" + note,
+    got_A = np.array(getattr(A, "shape", ()))
+    got_B = np.array(getattr(B, "shape", ()))
+    close(got_A, np.array(A_shape), "the shape of A, which is (r, in)" + note,
           {"it is the shape of A transposed: A is (r, in)": A_shape[::-1]})
-    close(np.array(getattr(B, "shape", ())), np.array(B_shape), "the shape of B, which is (out, r)" + note,
+    close(got_B, np.array(B_shape), "the shape of B, which is (out, r)" + note,
           {"it is the shape of B transposed: B is (out, r)": B_shape[::-1]})
     return A, B
 
