@@ -21,7 +21,7 @@ from ..methods import Entry, methods
 from .annotate import cuda_page, escaped, first_sentence, markdown, page
 from .exercise import Exercise, exercises, of_lesson
 from .folders import Lesson, lessons
-from .lessons import Failed, parse, run
+from .lessons import Failed, paragraphs, parse, run
 
 HERE = Path(__file__).parent
 PACKAGE = HERE.parent
@@ -140,9 +140,7 @@ def _lesson_entry(lesson: Lesson) -> str:
     cells = [c for c in parse(lesson.file.read_text(encoding="utf-8")) if c.kind == "markdown"]
     text = cells[0].source
     minutes = re.search(r"\*\*Reading:\*\*\s*(\d+)", text)
-    headings_apart = re.sub(r"^(#.*)", r"\n\1\n", text, flags=re.M)
-    paragraphs = re.split(r"\n\s*\n", headings_apart.strip())
-    introduction = [p for p in paragraphs if p[:1] not in ("#", "*")]          # no heading, no **Reading:** line
+    introduction = [p for p in paragraphs(text) if p[:1] not in ("#", "*")]          # no heading, no **Reading:** line
     facts = []
     if minutes:
         facts.append(f"Reading: {minutes[1]} minutes")

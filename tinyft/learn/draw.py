@@ -63,8 +63,7 @@ def curves(
     for label, values in lines.items():
         values = np.asarray(values)
         axes.plot(np.arange(len(values)) if x is None else x, values, label=label)
-    for i, (label, value) in enumerate((levels or {}).items()):
-        axes.axhline(value, color=COLOURS[-1 - i], linestyle="--", linewidth=1.2, label=label)
+    _draw_levels(axes, levels)
     _name_axes(axes, xlabel, ylabel, log)
     if "x" in log and x is not None and len(x) <= 8:     # few points: their own values as labels, not powers of ten
         axes.set_xticks(x, [f"{value:g}" for value in x])
@@ -99,8 +98,7 @@ def points(
     for i, (label, (x, y)) in enumerate(named.items()):
         axes.plot([x], [y], "o", color=COLOURS[i % len(COLOURS)])
         axes.annotate(label, (x, y), xytext=(8, -13) if lines else (6, 4), textcoords="offset points")
-    for i, (label, value) in enumerate((levels or {}).items()):
-        axes.axhline(value, color=COLOURS[-1 - i], linestyle="--", linewidth=1.2, label=label)
+    _draw_levels(axes, levels)
     if levels or lines:
         axes.legend()
     axes.margins(x=0.18, y=0.15)                         # room for the labels
@@ -184,6 +182,12 @@ def contours(
         axes.plot(0, 0, "+", color=COLOURS[4], markersize=11, markeredgewidth=2)
         axes.set(title=title, xlabel=xlabel, ylabel=ylabel if path is paths[0] else "")
     show(caption)
+
+
+def _draw_levels(axes: Any, levels: Mapping[str, float] | None) -> None:
+    """Dashed horizontal lines {label: value}, to compare with."""
+    for i, (label, value) in enumerate((levels or {}).items()):
+        axes.axhline(value, color=COLOURS[-1 - i], linestyle="--", linewidth=1.2, label=label)
 
 
 def _name_axes(axes: Any, xlabel: str, ylabel: str, log: str) -> None:

@@ -158,6 +158,12 @@ def _kind(line: str, n: int) -> str:
     return KINDS[word[1]]
 
 
+def paragraphs(markdown: str) -> list[str]:
+    """The paragraphs of a text cell; a heading is one of its own, also without an empty line around it."""
+    headings_apart = re.sub(r"^(#.*)", r"\n\1\n", markdown, flags=re.M).strip()
+    return re.split(r"\n\s*\n", headings_apart)
+
+
 def _without_marks(body: str, start: int) -> str:
     """A text cell without the # of its lines.  start: the number of its first line, for ValueError's message."""
     for n, line in enumerate(body.splitlines(), start):

@@ -10,7 +10,7 @@ from pathlib import Path
 from .exercise import near_names
 from .folders import Lesson, find_lesson, lessons
 from .formulas import to_unicode
-from .lessons import Cell, Failed, notebook, parse, run
+from .lessons import Cell, Failed, notebook, paragraphs, parse, run
 from .show import Page, width
 
 
@@ -106,8 +106,7 @@ def write_cell(cell: Cell, page: Page) -> None:
 
 def _write_text(markdown: str, page: Page) -> None:
     """Write Markdown paragraph by paragraph, headings in colour.  Tables and blocks of code are not folded."""
-    headings_apart = re.sub(r"^(#.*)", r"\n\1\n", markdown, flags=re.M).strip()
-    for paragraph in re.split(r"\n\s*\n", headings_apart):
+    for paragraph in paragraphs(markdown):
         if paragraph[:1] == "|" or paragraph[:3] == "```":
             is_code = paragraph[:3] == "```"
             for row in paragraph.splitlines():
