@@ -153,13 +153,17 @@ class Subject:
         kwargs = {name: self._copy(a) for name, a in kwargs.items()}
         if self.exercise.in_place:
             return self._call_in_place(args, kwargs)
-        named = [*zip(self.exercise.signature().parameters, args), *kwargs.items()]
+        named = self._by_name(args, kwargs)
         before = [_host(a) for _, a in named]
         out = self.f(*args, **kwargs)
         for (name, a), old in zip(named, before):
             if old is not None and not _unchanged(_host(a), old):
                 raise Changed(f"it changed its argument {name}: compute a new array instead (x = x + 1, not x += 1)")
         return self._op_result(out, len(args)) if self.exercise.is_op else out
+
+    def _by_name(self, args: list, kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
+        """(name, argument) for all arguments of a call."""
+        return [*zip(self.exercise.signature().parameters, args), *kwargs.items()]
 
     def _call_in_place(self, args: list, kwargs: dict[str, Any]) -> Any:
         """The result of a function that writes into its arguments.
@@ -169,7 +173,7 @@ class Subject:
         given = [*args, *kwargs.values()]
         if not all(map(_is_plain, given)):
             return self.f(*args, **kwargs)
-        named = _arrays_by_name([*zip(self.exercise.signature().parameters, args), *kwargs.items()])
+        named = _arrays_by_name(self._by_name(args, kwargs))
         before = {name: _host(a) for name, a in named.items()}
         expected = self._written_by_library(args, kwargs)
         out = self.f(*args, **kwargs)
@@ -185,7 +189,7 @@ class Subject:
 
         Empty if it raises."""
         args, kwargs = copy.deepcopy((args, kwargs))
-        named = _arrays_by_name([*zip(self.exercise.signature().parameters, args), *kwargs.items()])
+        named = _arrays_by_name(self._by_name(args, kwargs))
         before = {name: _host(a) for name, a in named.items()}
         reference = inspect.unwrap(self.exercise.reference())
         try:
