@@ -306,6 +306,8 @@ OP_ROWS: dict[str, Callable[[], list]] = {
     "concatenate": lambda: [tensor(*X), tensor(*X)],
     "layer_norm": lambda: [tensor(*X), tensor(3), tensor(3), 1e-5],
     "rms_norm": lambda: [tensor(*X), tensor(3), 1e-5],
+    "swiglu": lambda: [tensor(*X), tensor(*X)],
+    "rotary": lambda: [tensor(2, 4), np.ones((2, 4), np.float32), np.zeros((2, 4), np.float32)],
     "attention": lambda: [tensor(1, 1, 2, 3), tensor(1, 1, 2, 3), tensor(1, 1, 2, 3), tensor(1, 1, 2, 2)],
     "cross_entropy": lambda: [tensor(*X), np.zeros(2, int), np.ones(3, np.float32), -100, 0.1],
     "dropout": lambda: [tensor(*X), 0.5, 3],

@@ -331,6 +331,27 @@ def _(rng, shapes):
     return Example([normal(rng, s) * 2 + 1 for s in shapes], lambda f, x, w: f(x, w, eps=eps), expected)
 
 
+@case("swiglu")
+def _(rng, shapes):
+    shape = np.broadcast_shapes(*shapes)
+    return Example([normal(rng, shape), normal(rng, shape)], plain, lambda a, b: a / (1 + np.exp(-a)) * b)
+
+
+@case("rotary")
+def _(rng, shapes):
+    """One angle for each pair (i, i + D/2) and position; the expected rotation is a product of complex numbers."""
+    *lead, d = shapes[0]
+    half = d // 2 + 1
+    x = normal(rng, (*lead, 2 * half))
+    angles = rng.uniform(-3, 3, (*lead[-1:], half))
+    both = np.concatenate([angles, angles], axis=-1)
+
+    def expected(x):
+        turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angles)
+        return np.concatenate([turned.real, turned.imag], axis=-1)
+    return Example([x], lambda f, x: f(x, dev(np.cos(both), x.dtype), dev(np.sin(both), x.dtype)), expected)
+
+
 def attend(q, k, v, bias=None, key_mask=None, causal=False, scale=None, dropout_mask=None):
     """Attention one query at a time: softmax over the keys that the query may attend to, and no other keys."""
     *lead, t, d = q.shape
@@ -617,6 +638,7 @@ def test_a_dtype_is_kept(name, data):
 # Ops whose output shape also depends on arguments, so that the shape string alone does not give it.
 SHAPED_BY_ARGUMENTS = {
     "sum", "mean", "amax", "reshape", "permute", "broadcast_to", "concatenate", "getitem", "gather", "straight_through",
+    "rotary",                                            # its rows have an even length
 }
 
 

@@ -246,6 +246,31 @@ def rms_norm_centred(x, w, eps=1e-6):
     return y, (dx, dw)
 
 
+@instead_of("swiglu", "The gate is a sigmoid, not a SiLU: the gated linear unit of 2016.")
+def swiglu_with_sigmoid(gate, up):
+    s, slope = ops._sigmoid(gate)
+    return s * up, (lambda g: g * up * slope(), lambda g: g * s)
+
+
+@instead_of("swiglu", "SiLU acts on the map `up`, and `gate` multiplies it.")
+def swiglu_swapped(gate, up):
+    y, (dup, dgate) = ops.swiglu.definition(up, gate)
+    return y, (dgate, dup)
+
+
+@instead_of("rotary", "The pairs are neighbours, as in the paper: Llama's are the two halves of a head.")
+def rotary_of_neighbours(x, cos, sin):
+    def turn(x):
+        pairs = x.reshape(*x.shape[:-1], -1, 2)
+        return xp(x).stack([-pairs[..., 1], pairs[..., 0]], axis=-1).reshape(x.shape)
+    return x * cos + turn(x) * sin, (lambda g: g * cos - turn(g * sin), None, None)
+
+
+@instead_of("rotary", "The gradient is rotated by the same angle as x, not back.")
+def rotary_gradient_forward(x, cos, sin):
+    return ops.rotary.definition(x, cos, sin)[0], (lambda g: g * cos + ops.turn(g * sin), None, None)
+
+
 @instead_of("attention", "The scale is 1/√C, C the width of the model, heads times D.")
 def attention_root_of_width(q, k, v, bias=None, *, scale=None, **kw):
     heads = q.shape[-3] if q.ndim > 2 else 1

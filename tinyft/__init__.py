@@ -35,7 +35,7 @@ from .learn import check
 from .methods import *  # noqa: F403                    every method of its table: a new one needs no line here
 from .methods import ALL as _METHODS
 from .methods import methods
-from .models import BERT, GPT, BERTConfig, GPTConfig
+from .models import BERT, GPT, BERTConfig, GPTConfig, Llama, LlamaConfig, RotaryScaling
 from .nn import Cache, Context, Module, Packed, Parameter
 from .optim import SGD, Adam, AdamW, GradScaler, constant_schedule, cosine_schedule, linear_schedule
 from .precision import autocast, get_float32_matmul_precision, set_float32_matmul_precision
@@ -49,6 +49,7 @@ __all__ = [
     "Tensor", "no_grad", "detect_anomaly", "use", "backend", "ops", "functional",
     # models
     "Module", "Parameter", "Context", "Cache", "Packed", "unpack", "GPT", "GPTConfig", "BERT", "BERTConfig",
+    "Llama", "LlamaConfig", "RotaryScaling",
     "load", "save", "classifier", "generate", "data",
     # how a model is changed
     "attach", "detach", "without", "merge", "eject", "combine", "count", "trained", "save_adapter", "load_adapter",

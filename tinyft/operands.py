@@ -222,6 +222,26 @@ def check_norm(x: Array, eps: float, *parameters: Array) -> None:
             raise ValueError(f"each of weight and bias wants the shape {row} of a row")
 
 
+def check_same_shape(*arrays: Array) -> None:
+    """ValueError unless all arrays have one shape."""
+    shapes = [tuple(a.shape) for a in arrays]
+    if len(set(shapes)) > 1:
+        raise ValueError("inputs of one shape are wanted")
+
+
+def rotary_factors(x: Array, cos: Any, sin: Any) -> tuple[Array, Array]:
+    """(cos, sin) as arrays beside x, in its dtype. ValueError unless they broadcast to x, of even rows."""
+    check_last_axis(x)
+    if x.shape[-1] % 2:
+        raise ValueError(f"rows of an even length are wanted, got {x.shape[-1]}")
+    factors = []
+    for name, value in (("cos", cos), ("sin", sin)):
+        value = as_operand(value, x, name)
+        check_broadcasts(f"rotary wants {name}", value, x.shape)
+        factors.append(value if value.dtype == x.dtype else value.astype(x.dtype))
+    return factors[0], factors[1]
+
+
 # ── attention ────────────────────────────────────────────────────────────────────────────────────────────────────────
 def attention_masks(q: Array, bias: Any, key_mask: Any, dropout_mask: Any) -> tuple:
     """(bias, key_mask, dropout_mask) as arrays beside q, None where there is none; key_mask as booleans.

@@ -30,9 +30,11 @@ from .operands import (
     check_linear,
     check_norm,
     check_project,
+    check_same_shape,
     index_part,
     match_dtypes,
     one_axis,
+    rotary_factors,
     rows_of,
     some_axes,
 )
@@ -251,6 +253,19 @@ def silu(x):
     """y = x σ(x).    dx = g (σ + x σ')"""
     s, slope = _sigmoid(x)
     return x * s, (lambda g: g * (s + x * slope()),)
+
+
+@op("..., ... -> ...")
+def swiglu(gate, up):
+    """y = silu(gate) ⊙ up.    dgate = g ⊙ up ⊙ silu'(gate);  dup = g ⊙ silu(gate).    Llama's feed-forward unit
+
+    silu(x) = x σ(x),  silu' = σ + x σ'.    Shazeer 2020, arXiv:2002.05202. ShapeError for two shapes"""
+    check_same_shape(gate, up)
+    s, slope = _sigmoid(gate)
+
+    def dgate(g):
+        return g * up * (s + gate * slope())
+    return gate * s * up, (dgate, lambda g: g * (gate * s))
 
 
 @op("... -> ...")
@@ -618,6 +633,23 @@ def rms_norm(x, w, eps=1e-6):
         gh = w * g
         return (gh - h * (gh * h).mean(axis=-1, keepdims=True)) / s
     return w * h, (dx, lambda g: g * h)
+
+
+@op("... d, ... d, ... d -> ... d")
+def rotary(x, cos, sin):
+    """y = x ⊙ cos + turn(x) ⊙ sin,  turn(x₁, x₂) = (−x₂, x₁) for the two halves x₁, x₂ of the last axis.
+
+    dx = g ⊙ cos − turn(g ⊙ sin).    Each pair (x₁ᵢ, x₂ᵢ) is rotated by one angle; Su et al. 2021, arXiv:2104.09864
+
+    cos, sin: arrays that broadcast to x (..., D), of the angles, the same in both halves. They get no gradient."""
+    cos, sin = rotary_factors(x, cos, sin)
+    return x * cos + turn(x) * sin, (lambda g: g * cos - turn(g * sin), None, None)
+
+
+def turn(x: Array) -> Array:
+    """(x₁, x₂) -> (−x₂, x₁), the two halves of the last axis: a quarter of a turn in the plane of each pair."""
+    half = x.shape[-1] // 2
+    return xp(x).concatenate([-x[..., half:], x[..., :half]], axis=-1)
 
 
 def causal_mask(queries: int, keys: int, m: ModuleType = np) -> Array:

@@ -150,6 +150,17 @@ for eps in (1e-5, 1e-12, 0.5):
     row("rms_norm", partial(ops.rms_norm, eps=eps), lambda x, w, eps=eps: F.rms_norm(x, (6,), w, eps),
         (2, 3, 6), (6,), note=f"eps {eps}")
 
+ANGLES = np.tile(np.linspace(-3.0, 3.0, 10).reshape(5, 2), 2)                    # (T, D), equal in both halves
+
+
+def torch_rotary(x):
+    """Each pair (xᵢ, xᵢ₊D⸝₂) as a complex number, times e^(i angle)."""
+    turned = torch.complex(x[..., :2], x[..., 2:]) * torch.polar(torch.ones(5, 2).double(), torch.tensor(ANGLES[:, :2]))
+    return torch.cat([turned.real, turned.imag], dim=-1)
+
+
+row("rotary", lambda x: ops.rotary(x, dev(np.cos(ANGLES)), dev(np.sin(ANGLES))), torch_rotary, (2, 3, 5, 4))
+row("swiglu", ops.swiglu, lambda a, b: F.silu(a) * b, (2, 3, 4), (2, 3, 4))
 QKV = (2, 3, 5, 4), (2, 3, 7, 4), (2, 3, 7, 4)           # (B, H, Tq, D), (B, H, Tk, D) twice
 PADDING = np.arange(7) < np.array([7, 4])[:, None]       # (B, Tk) right padding
 PADDING = PADDING[:, None, None]                         # (B, 1, 1, Tk)

@@ -1,6 +1,6 @@
 """The parts of every transformer here, under the same leaf names in every model:
 
-    attn.q  attn.k  attn.v  attn.o  attn.kv       mlp.up  mlp.down       norm1  norm2
+    attn.q  attn.k  attn.v  attn.o  attn.kv       mlp.up  mlp.down  mlp.gate       norm1  norm2
 
 B batch, T time, C width, H heads, D = C/H head width, F feed-forward width, V vocabulary, L layers.
 """
@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from .. import checks, dispatch, ops
+from .. import array, checks, dispatch, ops
 from ..array import Array, is_array, xp
 from ..context import WANTED_IDS, check_range, read_integers
 from ..nn import Context, Dropout, Embedding, LayerNorm, Linear, Module, Parameter
@@ -42,38 +43,74 @@ class KV(Module):
         return k, v, key_mask
 
 
+@dataclass(frozen=True)
+class RotaryScaling:
+    """How the frequencies of rotary positions were changed for longer texts than those of pretraining.
+
+    kind "linear": every frequency is divided by `factor`.
+    kind "llama3": frequencies of waves longer than `original / low` positions are divided by `factor`; those of waves
+    shorter than `original / high` stay; between the two a mean of both is taken (Llama 3.1).
+
+    original: the number of positions in pretraining"""
+    kind: str
+    factor: float
+    low: float = 1.0
+    high: float = 4.0
+    original: int = 8192
+
+    def __post_init__(self) -> None:
+        checks.one_of("RotaryScaling: kind", self.kind, ("linear", "llama3"))
+        checks.number("RotaryScaling: factor", self.factor, above=0)
+        checks.whole("RotaryScaling: original", self.original, least=1)
+        if not 0 < self.low < self.high:
+            raise ValueError(f"RotaryScaling wants 0 < low < high, got low {self.low} and high {self.high}")
+
+    def apply(self, frequencies: np.ndarray) -> np.ndarray:
+        """The changed frequencies (D/2,), in radians per position."""
+        slow = frequencies / self.factor
+        if self.kind == "linear":
+            return slow
+        waves = self.original * frequencies / (2 * math.pi)       # waves in a text of pretraining's length
+        share = np.clip((waves - self.low) / (self.high - self.low), 0, 1)       # of the unchanged frequency
+        return share * frequencies + (1 - share) * slow
+
+
 class Rotary:
     """Rotary positions: the pair (xᵢ, xᵢ₊D⸝₂) of a head is rotated by the angle position · base^(−2i/D).
 
     q · k then depends on the distance of their positions alone. The pairs are Llama's: the two halves of a head, not
     neighbours.  Su et al. 2021, §3.2
 
-    width: the width D of a head, an even number."""
+    width: the width D of a head, an even number. scaling: a change of the frequencies, for long texts."""
 
-    def __init__(self, width: int, *, base: float = 10000.0):
+    def __init__(self, width: int, *, base: float = 10000.0, scaling: RotaryScaling | None = None):
         if width % 2:
             raise ValueError(f"rotary positions want heads of an even width, got {width}")
         self.width = width
         self.base = base
+        self.scaling = scaling
 
     def __call__(self, x: Tensor, ctx: Context) -> Tensor:
         """x (B, H, T, D), rotated by the positions of ctx."""
         cos, sin = self.factors(x, ctx)
-        half = self.width // 2
-        turned = ops.concatenate(-x[..., half:], x[..., :half], axis=-1)
-        return x * cos + turned * sin
+        return ops.rotary(x, cos, sin)
+
+    def frequencies(self) -> np.ndarray:
+        """base^(−2i/D) for i = 0 ... D/2 − 1, scaled: (D/2,) float64, in radians per position."""
+        frequencies = self.base ** (-np.arange(0, self.width, 2) / self.width)
+        return frequencies if self.scaling is None else self.scaling.apply(frequencies)
 
     def factors(self, x: Tensor, ctx: Context) -> tuple[Array, Array]:
-        """cos and sin of the angles position · base^(−2i/D) for x (B, H, T, D): two arrays (B or 1, 1, T, D).
+        """cos and sin of the angles position · frequency for x (B, H, T, D): two arrays (B or 1, 1, T, D).
 
         The two halves of a head's width are rotated together, so both halves hold the same angles. All layers of a pass
         share the result, which ctx.scratch keeps."""
-        key = ("rotary", self.width, self.base, x.shape[2])
+        key = ("rotary", self.width, self.base, self.scaling, x.shape[2])
         if key not in ctx.scratch:
             positions = ctx.positions()                                          # (B or 1, T)
             m = xp(positions)
             dtype = np.promote_types(x.dtype, np.float32)                        # 16 bits hold no large positions
-            frequencies = m.exp(m.arange(0, self.width, 2).astype(dtype) * (-math.log(self.base) / self.width))
+            frequencies = array.put_like(self.frequencies(), positions, dtype)
             angles = positions[:, None, :, None].astype(dtype) * frequencies     # (B or 1, 1, T, D/2)
             angles = m.concatenate([angles, angles], axis=-1)
             ctx.scratch[key] = m.cos(angles).astype(x.dtype), m.sin(angles).astype(x.dtype)
@@ -87,7 +124,8 @@ class Attention(Module):
     state (B, Ts, C) and its mask. In order: project, rotate, `kv` (cache, prefix), bias, attention, o.
 
     heads H; key_value_heads, a divisor of H: fewer heads of keys and values (None: H); head_width D (None: C / H)
-    causal: no query attends to a later key;  scale α (None: 1/√D);  bias: of the maps q, k, v and o
+    causal: no query attends to a later key;  scale α (None: 1/√D)
+    bias: of the maps q, k, v and o;  out_bias: of o, if it differs
     rotary: a Rotary, which rotates queries and keys
     relative_bias: a module, (Tq, Tk) -> bias (1, H, Tq, Tk), with the last query at the position of the last key
     std: standard deviation of the initial maps;  out_std: of the map o, if it is another"""
@@ -104,6 +142,7 @@ class Attention(Module):
         head_width: int | None = None,
         scale: float | None = None,
         bias: bool = True,
+        out_bias: bool | None = None,
         rotary: Rotary | None = None,
         relative_bias: Module | None = None,
         dropout: float = 0.0,
@@ -140,7 +179,8 @@ class Attention(Module):
         self.k = Linear(width, key_value_heads * head_width, rng=rng, bias=bias, std=std)
         self.v = Linear(width, key_value_heads * head_width, rng=rng, bias=bias, std=std)
         self.kv = KV(key_value_heads, head_width, cached=not cross)
-        self.o = Linear(heads * head_width, width, rng=rng, bias=bias, std=out_std or std)
+        out_bias = bias if out_bias is None else out_bias
+        self.o = Linear(heads * head_width, width, rng=rng, bias=out_bias, std=out_std or std)
         self.drop_p = Dropout(dropout)
         self.drop = Dropout(dropout)
         self.relative_bias = relative_bias
@@ -262,16 +302,42 @@ class MLP(Module):
         return self.drop(self.down(self._activation(self.up(x, ctx)), ctx), ctx)
 
 
+class GatedMLP(Module):
+    """down(silu(gate x) ⊙ up x).    (..., C) -> (..., F) -> (..., C)      (Llama; Shazeer 2020)"""
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        *,
+        rng: np.random.Generator,
+        bias: bool = False,
+        dropout: float = 0.0,
+        std: float = 0.02,
+        out_std: float | None = None,
+    ):
+        """width C, hidden F. std: standard deviation of the initial maps;  out_std: of `down`, if it is another."""
+        self.in_features = self.out_features = width
+        self.gate = Linear(width, hidden, rng=rng, bias=bias, std=std)
+        self.up = Linear(width, hidden, rng=rng, bias=bias, std=std)
+        self.down = Linear(hidden, width, rng=rng, bias=bias, std=out_std or std)
+        self.drop = Dropout(dropout)
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        hidden = ops.swiglu(self.gate(x, ctx), self.up(x, ctx))                  # (..., F)
+        return self.drop(self.down(hidden, ctx), ctx)
+
+
 class PreNormBlock(Module):
-    """x ← x + attn(norm1 x);  x ← x + mlp(norm2 x)      (GPT-2)"""
+    """x ← x + attn(norm1 x);  x ← x + mlp(norm2 x)      (GPT-2; Llama with norm=RMSNorm)"""
     sublayers = [("attn", "norm1"), ("mlp", "norm2")]    # (module, its norm), in the order in which they run
 
-    def __init__(self, attn: Attention, mlp: MLP, *, eps: float):
+    def __init__(self, attn: Attention, mlp: Module, *, eps: float, norm: type[Module] = LayerNorm):
         width = attn.in_features
         self.in_features = self.out_features = width
-        self.norm1 = LayerNorm(width, eps=eps)
+        self.norm1 = norm(width, eps=eps)
         self.attn = attn
-        self.norm2 = LayerNorm(width, eps=eps)
+        self.norm2 = norm(width, eps=eps)
         self.mlp = mlp
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
@@ -305,6 +371,8 @@ SIZE_SYNONYMS = {
     **dict.fromkeys(("n_inner", "d_ff", "intermediate_size", "ffn_dim"), "hidden"),
     "vocab_size": "vocab", "type_vocab_size": "token_types", "layer_norm_eps": "eps", "layer_norm_epsilon": "eps",
     "initializer_range": "std",
+    **dict.fromkeys(("num_key_value_heads", "n_kv_heads", "num_kv_heads"), "key_value_heads"),
+    "head_dim": "head_width", "rms_norm_eps": "eps", "rope_theta": "rope_base", "tie_word_embeddings": "tied",
 }
 
 
