@@ -41,6 +41,14 @@ def number(config: dict, key: str, default: float, below: float = math.inf) -> f
     return float(value)
 
 
+def flag(config: dict, key: str, default: bool) -> bool:
+    """true or false."""
+    value = config.get(key, default)
+    if not isinstance(value, bool):
+        raise ValueError(f"config.json: {key} wants true or false, got {short(value)}")
+    return value
+
+
 def short(value: Any) -> str:
     """A value of a config.json as a short text, for an error message."""
     if type(value) is int and abs(value) >= 10**60:        # Python writes no number of more than 4,300 digits

@@ -28,6 +28,14 @@ class Family(ABC):
     def table_name(self, name: str) -> str | None:
         """The table's name of a tensor in a file; None for a tensor that is no weight of the model."""
 
+    def aliases(self, plan: Plan) -> dict[str, str]:
+        """The entries of `tied` that hold for this plan: for some models config.json says whether the head is tied."""
+        return self.tied
+
+    def holds(self, model: Module) -> bool:
+        """True if this family writes the model."""
+        return type(model) is self.model
+
     @abstractmethod
     def read_config(self, config: dict, names: Collection[str]) -> Plan:
         """The model that config.json describes.

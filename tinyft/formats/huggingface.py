@@ -29,11 +29,14 @@ from .directory import FLOATS, first_names, read_all, read_json
 from .family import Family
 from .gpt2 import GPT2Family
 from .layout import Plan, Table, file_tensors, set_parameters
+from .llama import LlamaFamily
 from .tokenizer import configure, tokenizer_config
 
 __all__ = ["load", "save", "classifier", "FAMILIES", "Family"]
 
-FAMILIES: tuple[Family, ...] = (GPT2Family(), BERTFamily())
+FAMILIES: tuple[Family, ...] = (
+    GPT2Family(), BERTFamily(), LlamaFamily("llama"), LlamaFamily("mistral"), LlamaFamily("qwen2"),
+)
 ASSETS = Path(__file__).parent.parent / "assets"
 # Entries of config.json that the library does not use. `load` keeps them and `save` writes them again.
 KEPT = ("id2label", "label2id", "problem_type", "pad_token_id", "bos_token_id", "eos_token_id")
@@ -66,7 +69,7 @@ def _read(folder: Path, dtype: np.dtype) -> tuple[Module, Tokenizer | None]:
         stored = _under_table_names(family, read_all(folder))
         plan = family.read_config(config, stored.keys())
         _check_sizes(plan, stored)
-        stored = _without_aliases(family, stored)
+        stored = _without_aliases(family.aliases(plan), stored)
         table = family.table(plan)
         _check_tensors(table, stored)
     except ValueError as e:
@@ -142,20 +145,18 @@ def _under_table_names(family: Family, tensors: dict[str, np.ndarray]) -> dict[s
 def _check_sizes(plan: Plan, stored: dict[str, np.ndarray]) -> None:
     """Checks that must come before a table of all layers is made."""
     c = plan.config
-    if c.width % c.heads:
-        raise ValueError(f"config.json: {c.heads} heads do not divide a width of {c.width}")
     if c.layers > len(stored):
         raise ValueError(f"config.json asks for {c.layers} layers; the file holds {len(stored)} tensors in all")
 
 
-def _without_aliases(family: Family, stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _without_aliases(aliases: dict[str, str], stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The tensors with one name each: the second name of a tied tensor is replaced by its first.
 
-    family.tied is {second name: first name}; the output layer shares the weight of the embedding. ValueError if the two
+    aliases: {second name: first name}; the output layer shares the weight of the embedding. ValueError if the two
     names of a tied tensor hold different values.
     """
     out = dict(stored)
-    for alias, name in family.tied.items():
+    for alias, name in aliases.items():
         if alias not in out:
             continue
         tensor = out.pop(alias)
@@ -318,9 +319,9 @@ def save(model: Module, path: str | os.PathLike, tokenizer: Tokenizer | None = N
 def _family_of_model(model: Module) -> Family:
     """The family of this model's class. ValueError if there is none."""
     for family in FAMILIES:
-        if type(model) is family.model:
+        if family.holds(model):
             return family
-    known = " or ".join(family.model.__name__ for family in FAMILIES)
+    known = " or ".join(dict.fromkeys(family.model.__name__ for family in FAMILIES))
     raise ValueError(f"save wants a {known}, got a {type(model).__name__}")
 
 

@@ -385,7 +385,7 @@ def check_config(config: Any, sizes: Sequence[str]) -> None:
         checks.whole(f"{name}: {size}", getattr(config, size), least=1)
     if config.hidden is not None:
         checks.whole(f"{name}: hidden", config.hidden, least=1)
-    if config.width % config.heads:
+    if getattr(config, "head_width", None) is None and config.width % config.heads:
         raise ValueError(f"{name}: {config.heads} heads do not divide a width of {config.width}")
     checks.number(f"{name}: dropout", config.dropout, low=0, below=1)
     checks.number(f"{name}: eps", config.eps, low=0)
