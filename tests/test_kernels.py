@@ -22,7 +22,7 @@ from tinyft.kernels import threads
 from tinyft.tensor import OPS, sum_to
 
 pytestmark = pytest.mark.skipif(array.backend() != "numpy", reason="these kernels are for NumPy arrays")
-NAMES = ("linear", "gelu", "gelu_tanh", "layer_norm", "embedding", "attention", "cross_entropy", "dropout")
+NAMES = fast.OPS
 BLOCK = threads.BLOCK
 
 
@@ -35,6 +35,14 @@ def inputs(name: str, shape: tuple, dtype: Any, rng: np.random.Generator) -> tup
         w = rng.standard_normal(c).astype(dtype)
         b = rng.standard_normal(c).astype(dtype)
         return [x, w, b], {"eps": 1e-5}
+    if name == "swiglu":
+        return [x, rng.standard_normal(shape).astype(dtype)], {}
+    if name == "rms_norm":
+        return [x, rng.standard_normal(shape[-1]).astype(dtype)], {"eps": 1e-5}
+    if name == "rotary":
+        x = np.concatenate([x, x + dtype(1)], axis=-1)        # rows of an even length
+        angles = rng.uniform(-9, 9, x.shape[-2:])
+        return [x, np.cos(angles).astype(dtype), np.sin(angles).astype(dtype)], {}
     if name == "embedding":
         return [rng.standard_normal((5, 3)).astype(dtype), rng.integers(-5, 5, shape)], {}
     if name == "linear":
@@ -204,9 +212,12 @@ def test_a_kernel_equals_its_definition_for_any_shape_and_layout(name, shape, do
 
 
 @pytest.mark.parametrize("x", [0.0, -0.0, 1e-30, 5.0, -5.0, 13.0, -13.0, 100.0, -100.0, 1e4, -1e4])
-@pytest.mark.parametrize("name", ["gelu", "gelu_tanh"])
-def test_gelu_of_extreme_numbers(name, x, rng):
-    agree(name, getattr(fast, name), [np.full((2, 3), x, np.float32)], {}, rng)
+@pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "swiglu"])
+def test_an_activation_of_extreme_numbers(name, x, rng):
+    arrays = [np.full((2, 3), x, np.float32)]
+    if name == "swiglu":
+        arrays.append(rng.standard_normal((2, 3)).astype(np.float32))
+    agree(name, getattr(fast, name), arrays, {}, rng)
 
 
 def check_dropout(kernel: Callable) -> None:

@@ -249,13 +249,13 @@ def rms_norm_centred(x, w, eps=1e-6):
 @instead_of("swiglu", "The gate is a sigmoid, not a SiLU: the gated linear unit of 2016.")
 def swiglu_with_sigmoid(gate, up):
     s, slope = ops._sigmoid(gate)
-    return s * up, (lambda g: g * up * slope(), lambda g: g * s)
+    return s * up, lambda g, needed: (g * up * slope(), g * s)
 
 
 @instead_of("swiglu", "SiLU acts on the map `up`, and `gate` multiplies it.")
 def swiglu_swapped(gate, up):
-    y, (dup, dgate) = ops.swiglu.definition(up, gate)
-    return y, (dgate, dup)
+    y, back = ops.swiglu.definition(up, gate)
+    return y, lambda g, needed: back(g, needed[::-1])[::-1]
 
 
 @instead_of("rotary", "The pairs are neighbours, as in the paper: Llama's are the two halves of a head.")

@@ -263,9 +263,10 @@ def swiglu(gate, up):
     check_same_shape(gate, up)
     s, slope = _sigmoid(gate)
 
-    def dgate(g):
-        return g * up * (s + gate * slope())
-    return gate * s * up, (dgate, lambda g: g * (gate * s))
+    def back(g, needed):
+        dgate = g * up * (s + gate * slope()) if needed[0] else None
+        return dgate, g * (gate * s) if needed[1] else None
+    return gate * s * up, back
 
 
 @op("... -> ...")

@@ -29,7 +29,7 @@ def install() -> None:
 
     dispatch.py then prefers them to the definitions in ops.py."""
     from . import numpy as fast
-    for name in ("linear", "gelu", "gelu_tanh", "layer_norm", "embedding", "attention", "cross_entropy", "dropout"):
+    for name in fast.OPS:
         dispatch.register(OPS[name], np.ndarray, getattr(fast, name))
     dispatch.register(adam_update, np.ndarray, fast.adam_update)
     array.on_open("cupy", _register_cuda)

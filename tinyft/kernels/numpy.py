@@ -20,8 +20,9 @@ from ..array import random_words
 from .attention import SAFE, attention
 from .threads import blocks
 
-__all__ = ["linear", "gelu", "gelu_tanh", "layer_norm", "embedding", "attention", "cross_entropy", "dropout",
-           "adam_update"]
+__all__ = ["linear", "gelu", "gelu_tanh", "swiglu", "layer_norm", "rms_norm", "rotary", "embedding", "attention",
+           "cross_entropy", "dropout", "adam_update"]
+OPS = tuple(name for name in __all__ if name != "adam_update")
 FLAT = np.float32(1 / 32)                                # layer_norm centres a row with σ <= FLAT · |mean| twice
 SMALL = 1 << 17                                          # elements; up to this size, gelu_tanh keeps Φ for its gradient
 
@@ -164,6 +165,107 @@ def gelu_tanh(x: np.ndarray) -> Any:
         blocks(x.size, block)
         return d.reshape(x.shape)
     return y.reshape(x.shape), (back,)
+
+
+def swiglu(gate: np.ndarray, up: np.ndarray) -> Any:
+    """(y, pullback) of ops.swiglu without temporary arrays: y = gate σ(gate) up.  The gradient computes σ again."""
+    if not (_is_plain(gate) and _is_plain(up)):
+        return NotImplemented
+    operands.check_same_shape(gate, up)
+    A = gate.reshape(-1)
+    U = up.reshape(-1)
+    y = np.empty(gate.size, np.float32)
+
+    def sigmoid(a: np.ndarray, out: np.ndarray) -> np.ndarray:
+        """1 / (1 + e^−a), written to `out` and returned.  e^−a is infinite for a < −88: the result is 0."""
+        np.negative(a, out=out)
+        with np.errstate(over="ignore"):
+            np.exp(out, out=out)
+        out += 1
+        return np.reciprocal(out, out=out)
+
+    def block(i: slice) -> None:
+        z = sigmoid(A[i], y[i])
+        z *= A[i]
+        z *= U[i]
+    blocks(gate.size, block)
+
+    def back(g: np.ndarray, needed: list[bool]) -> tuple:
+        """dgate = g up σ (1 + gate (1 − σ)) and dup = g gate σ, block by block."""
+        G = np.ascontiguousarray(g).reshape(-1)
+        dgate = np.empty(gate.size, np.float32)
+        dup = np.empty(gate.size, np.float32)
+
+        def block(i: slice) -> None:
+            a = A[i]
+            s = sigmoid(a, dup[i])
+            e = np.subtract(1, s, out=dgate[i])
+            e *= a
+            e += 1                                           # 1 + gate (1 − σ)
+            s *= G[i]                                        # g σ
+            e *= s
+            e *= U[i]
+            s *= a
+        blocks(gate.size, block)
+        return dgate.reshape(gate.shape), dup.reshape(gate.shape)
+    return y.reshape(gate.shape), back
+
+
+def rms_norm(x: np.ndarray, w: np.ndarray, eps: float = 1e-6) -> Any:
+    """(y, pullbacks) of ops.rms_norm, which keep x and one number per row, 1/σ, instead of x̂ = x/σ.
+
+        y = w x r,   r = 1/σ;      dx = r e − x r³ mean(e x)   with e = g w"""
+    if not (_is_plain(x) and w.dtype == np.float32):
+        return NotImplemented
+    operands.check_norm(x, eps, w)
+    n = x.shape[-1]
+    X = x.reshape(-1, n)
+    y = np.empty_like(X)
+    r = np.empty((len(X), 1), np.float32)
+
+    def block(s: slice) -> None:
+        rows = X[s]
+        square = np.einsum("ij,ij->i", rows, rows)
+        square /= np.float32(n)
+        square += np.float32(eps)
+        r[s, 0] = 1 / np.sqrt(square)
+        np.multiply(rows, r[s], out=y[s])
+        y[s] *= w
+    blocks(len(X), block, n)
+
+    def dx(g: np.ndarray) -> np.ndarray:
+        G = np.ascontiguousarray(g).reshape(-1, n)
+        d = np.empty_like(X)
+
+        def block(s: slice) -> None:
+            e = np.multiply(G[s], w, out=d[s])
+            share = np.einsum("ij,ij->i", e, X[s])[:, None]
+            share *= r[s]**3 / np.float32(n)                 # r³ mean(e x)
+            e *= r[s]
+            e -= X[s] * share
+        blocks(len(X), block, n)
+        return d.reshape(x.shape)
+    return y.reshape(x.shape), (dx, lambda g: np.einsum("ij,ij,i->j", g.reshape(-1, n), X, r[:, 0]))
+
+
+def rotary(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> Any:
+    """(y, pullbacks) of ops.rotary without a copy of the turned halves.  y lies in memory as x does."""
+    if x.dtype != np.float32 or x.size == 0:
+        return NotImplemented
+    cos, sin = operands.rotary_factors(x, cos, sin)
+    half = x.shape[-1] // 2
+    sin1 = sin[..., :half]
+    sin2 = sin[..., half:]
+    y = x * cos
+    y[..., :half] -= x[..., half:] * sin1
+    y[..., half:] += x[..., :half] * sin2
+
+    def dx(g: np.ndarray) -> np.ndarray:
+        d = g * cos
+        d[..., :half] += g[..., half:] * sin2
+        d[..., half:] -= g[..., :half] * sin1
+        return d
+    return y, (dx, None, None)
 
 
 def layer_norm(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float = 1e-5) -> Any:
