@@ -153,6 +153,9 @@ OPTIMIZER = {"lr": 0.1, "weight_decay": 0.1, "groups": {"*": {"lr": 0.2}}}
 GPT_SIZES = {"vocab": 20, "positions": 12, "width": 8, "layers": 1, "heads": 2, "hidden": 8, "dropout": 0.1,
              "eps": 1e-5, "std": 0.02}
 BERT_SIZES = {**GPT_SIZES, "token_types": 2}
+LLAMA_SIZES = {**GPT_SIZES, "key_value_heads": 1, "head_width": 4, "rope_base": 100.0,
+               "rope_scaling": ft.RotaryScaling("linear", 2.0), "tied": True, "qkv_bias": True, "out_bias": True,
+               "mlp_bias": True}
 ROWS: dict[str, Callable[[Any], dict]] = {
     "Tensor": lambda path: {"data": [1.0], "requires_grad": True, "decay": True},
     "Parameter": lambda path: {"data": [1.0], "decay": True},
@@ -164,6 +167,9 @@ ROWS: dict[str, Callable[[Any], dict]] = {
     "BERT": lambda path: {"config": ft.BERTConfig(vocab=20, positions=12, width=8, layers=1, heads=2), "seed": 1,
                           "head": "mlm", "pooler": True},
     "BERTConfig": lambda path: BERT_SIZES,
+    "Llama": lambda path: {"config": ft.LlamaConfig(vocab=20, positions=12, width=8, layers=1, heads=2), "seed": 1},
+    "LlamaConfig": lambda path: LLAMA_SIZES,
+    "RotaryScaling": lambda path: {"kind": "llama3", "factor": 2.0, "low": 1.0, "high": 4.0, "original": 8},
     "load": saved_model,
     "save": lambda path: {"model": gpt(), "path": path / "m", "tokenizer": None, "dtype": "float32"},
     "classifier": lambda path: {"model": bert(), "classes": 2, "seed": 0},

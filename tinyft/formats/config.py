@@ -41,8 +41,8 @@ def number(config: dict, key: str, default: float, below: float = math.inf) -> f
     return float(value)
 
 
-def flag(config: dict, key: str, default: bool) -> bool:
-    """true or false."""
+def flag(config: dict, key: str, *, default: bool) -> bool:
+    """true or false; `default` if the key is missing."""
     value = config.get(key, default)
     if not isinstance(value, bool):
         raise ValueError(f"config.json: {key} wants true or false, got {short(value)}")

@@ -321,8 +321,8 @@ def _family_of_model(model: Module) -> Family:
     for family in FAMILIES:
         if family.holds(model):
             return family
-    known = " or ".join(dict.fromkeys(family.model.__name__ for family in FAMILIES))
-    raise ValueError(f"save wants a {known}, got a {type(model).__name__}")
+    known = ", ".join(dict.fromkeys(family.model.__name__ for family in FAMILIES))
+    raise ValueError(f"save wants one of {known}, got a {type(model).__name__}")
 
 
 def _check_plain(model: Module) -> None:

@@ -81,7 +81,7 @@ class LlamaFamily(Family):
         default = DEFAULTS[self.model_type]
         positions = size(config, "max_position_embeddings", default["max_position_embeddings"])
         self.check_window(config, positions)
-        has_bias = self.model_type == "llama" and flag(config, "attention_bias", False)
+        has_bias = self.model_type == "llama" and flag(config, "attention_bias", default=False)
         heads = size(config, "num_attention_heads", 32)
         return LlamaConfig(
             vocab=size(config, "vocab_size", default["vocab_size"]),
@@ -94,10 +94,10 @@ class LlamaFamily(Family):
             hidden=size(config, "intermediate_size", default["intermediate_size"]),
             rope_base=positive(config, "rope_theta", 10000.0),
             rope_scaling=rotary_scaling(config.get("rope_scaling")),
-            tied=flag(config, "tie_word_embeddings", False),
+            tied=flag(config, "tie_word_embeddings", default=False),
             qkv_bias=has_bias or self.model_type == "qwen2",
             out_bias=has_bias,
-            mlp_bias=self.model_type == "llama" and flag(config, "mlp_bias", False),
+            mlp_bias=self.model_type == "llama" and flag(config, "mlp_bias", default=False),
             dropout=number(config, "attention_dropout", 0.0, below=1),
             eps=number(config, "rms_norm_eps", 1e-6))
 
@@ -107,7 +107,7 @@ class LlamaFamily(Family):
             return
         if self.model_type == "qwen2":
             kinds = config.get("layer_types") or ()
-            if not flag(config, "use_sliding_window", False) and "sliding_attention" not in kinds:
+            if not flag(config, "use_sliding_window", default=False) and "sliding_attention" not in kinds:
                 return
         window = optional_size(config, "sliding_window", SLIDING_WINDOW)
         if window is not None and window < positions:

@@ -62,8 +62,10 @@ class RotaryScaling:
         checks.one_of("RotaryScaling: kind", self.kind, ("linear", "llama3"))
         checks.number("RotaryScaling: factor", self.factor, above=0)
         checks.whole("RotaryScaling: original", self.original, least=1)
-        if not 0 < self.low < self.high:
-            raise ValueError(f"RotaryScaling wants 0 < low < high, got low {self.low} and high {self.high}")
+        checks.number("RotaryScaling: low", self.low, above=0)
+        checks.number("RotaryScaling: high", self.high, above=0)
+        if self.low >= self.high:
+            raise ValueError(f"RotaryScaling wants low < high, got low {self.low} and high {self.high}")
 
     def apply(self, frequencies: np.ndarray) -> np.ndarray:
         """The changed frequencies (D/2,), in radians per position."""
