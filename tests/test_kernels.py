@@ -480,9 +480,24 @@ def divided_by_all(z: np.ndarray, y: np.ndarray) -> Any:
     return value * share, (lambda g: pulls[0](g) * share, None, None)
 
 
-PULLBACKS = {"gelu": 1, "gelu_tanh": 1, "layer_norm": 3, "embedding": 1, "linear": 3, "cross_entropy": 1}
+def gate_as_a_constant(gate: np.ndarray, up: np.ndarray) -> Any:
+    """The pullback of the gate forgets that its σ depends on the gate."""
+    y, back = fast.swiglu(gate, up)
+
+    def wrong(g: np.ndarray, needed: list[bool]) -> tuple:
+        return g * up / (1 + np.exp(-gate)), back(g, needed)[1]
+    return y, wrong
+
+
+PULLBACKS = {
+    "gelu": 1, "gelu_tanh": 1, "layer_norm": 3, "rms_norm": 2, "rotary": 1, "embedding": 1, "linear": 3, "cross_entropy": 1,
+}
 WRONG = [
     *((name, scaled(name, part)) for name, count in PULLBACKS.items() for part in (VALUE, *range(count))),
+    ("swiglu", lambda gate, up: fast.swiglu(up, gate)),
+    ("swiglu", gate_as_a_constant),
+    ("rms_norm", lambda x, w, eps: fast.rms_norm(x, w, eps=1e-2)),
+    ("rotary", lambda x, cos, sin: fast.rotary(x, cos, -sin)),
     ("linear", lambda x, W, b=None: fast.linear(x, W)),
     ("attention", attention_but(key_mask=None)),
     ("attention", attention_but(causal=False)),
