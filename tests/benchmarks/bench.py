@@ -33,13 +33,15 @@ from typing import Any
 
 import against
 import cases
+import side_real
 from cases import BERT, GPT, Case, small_case
-from paired import HERE, Side, memory, ratio, rounds
+from paired import HERE, Side, memory, peak, ratio, rounds
 from report import write
 
 BY_NAME = {c.name: c for c in GPT + BERT}
 # Products without AVX-512, as on most laptops. A library without this choice ignores the variable.
 AVX2 = {"OPENBLAS_CORETYPE": "Haswell"}
+REAL_PEERS = ["torch", "transformers", "peft", "gguf"]
 EXECUTABLES = {"tinygrad": ["clang"]}  # that a peer needs
 
 
@@ -131,6 +133,22 @@ def small(options: argparse.Namespace) -> Rows:
         yield {"case": name, "peer": peer, **measure(sides, options.rounds)}
 
 
+def real(options: argparse.Namespace) -> Rows:
+    """Real checkpoints: tinyft, and transformers with PEFT. Peak memory of the whole process, for training."""
+    peers = ["torch"] if available("torch", "transformers", "peft", "gguf") == REAL_PEERS else []
+    for threads in options.threads:
+        for job in ("lora_step", "lora_masked", "generate", "embed"):
+            if not (side_real.MINILM if job == "embed" else side_real.GGUF).exists():
+                print("   work/real has no model for it: make real-assets", flush=True)
+                continue
+            libraries = ["tinyft", *(["packed"] if job != "embed" else []), *peers]
+            sides = [side("real", small_case(job, library), threads, library) for library in libraries]
+            row = {"case": job, "threads": threads, **measure(sides, options.rounds)}
+            if threads == 1 and job.startswith("lora"):
+                row["bytes"] = {name: peak("real", small_case(job, name))["bytes"] for name in libraries}
+            yield row
+
+
 def scaling(options: argparse.Namespace) -> Rows:
     """tinyft's own step as one size grows and the others stay: seconds and bytes."""
     base = Case("base", 512, 128, 2, 4, 4, 128)
@@ -156,6 +174,7 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], Rows]] = {
     "methods": methods,
     "memories": memories,
     "small": small,
+    "real": real,
     "scaling": scaling,
 }
 KEY = ("case", "method", "peer", "threads", "size")  # the columns that identify a row

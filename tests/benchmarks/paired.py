@@ -93,6 +93,12 @@ def memory(name: str, case: Case, threads: int = 1) -> dict[str, int]:
         return side.about
 
 
+def peak(name: str, case: Case, threads: int = 1) -> dict[str, int]:
+    """The largest memory of a new process while it takes three steps (worker.peak)."""
+    with Side(name, case, threads, arguments=["peak"]) as side:
+        return side.about
+
+
 def ratio(rows: list[dict[str, float]], of: str, to: str) -> dict[str, float]:
     """The median over rounds of time(of) / time(to), with its quartiles.  Above 1: `to` is faster."""
     return summary([row[of] / row[to] for row in rows])

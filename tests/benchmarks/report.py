@@ -145,6 +145,37 @@ def small(rows: list[dict]) -> list[str]:
     return table(["", "tinyft", "peer", "peer's time", "peer / tinyft"], lines)
 
 
+JOBS = {  # of a real checkpoint: title, the target of PyTorch / tinyft by number of threads
+    "lora_step": ("LoRA step of SmolLM2, all positions labelled", {1: 1.0}),
+    "lora_masked": ("LoRA step of SmolLM2, prompt masked", {1: 1.2}),
+    "generate": ("64 tokens of SmolLM2, KV cache", {1: 1.0}),
+    "embed": ("32 sentence vectors of MiniLM", {1: 1.0}),
+}
+PACKED = 0.65  # memory of training on packed weights over PyTorch's, at most
+
+
+def real(rows: list[dict]) -> list[str]:
+    """Real checkpoints: times beside transformers and PEFT, and peak memory."""
+    times = []
+    memory = []
+    for row in rows:
+        title, target = JOBS[row["case"]]
+        seconds = row["seconds"]
+        packed = duration(seconds["packed"]) if "packed" in seconds else ""
+        torch = spread(row["ratios"].get("torch"), at_least=target.get(row["threads"]))
+        times.append([title, row["threads"], duration(seconds["tinyft"]), packed, torch])
+        if "bytes" in row:
+            size = row["bytes"]
+            marks = {}
+            for name, limit in (("tinyft", 1.0), ("packed", PACKED)):
+                share = size[name] / size["torch"] if "torch" in size else None
+                mark = "" if share is None else f" ({share:.2f} {'✓' if share <= limit else '✗'})"
+                marks[name] = megabytes(size[name]) + mark
+            memory.append([title, marks["tinyft"], marks["packed"], megabytes(size.get("torch"))])
+    head = ["", "threads", "tinyft", "tinyft, packed weights", "PyTorch / tinyft"]
+    return [*table(head, times), *table(["peak memory", "tinyft", "packed weights", "PyTorch"], memory)]
+
+
 Points = list[tuple[float, float]]
 
 
@@ -249,6 +280,12 @@ The peak growth of the process during its first three steps, above its size with
 are subtracted on both sides. PyTorch's figure contains some 90 MB that its libraries take at their first use, at every
 size.
 """
+REAL_TEXT = """
+SmolLM2-135M-Instruct from its GGUF file (dense float32, and with its 4-bit weights kept) and all-MiniLM-L6-v2; beside
+them transformers with its default attention, and PEFT's LoRA. A step is r = 8 on q and v, batch 4 × 128. tinyft
+computes logits only where a label stands, so a masked prompt saves the products of the output layer; PyTorch's side
+computes all logits, as its Trainer does. Memory is the peak of the whole process, libraries and weights included.
+"""
 # section: title, text, function that makes its table
 SECTIONS = {
     "steps": ("A whole training step: forward, backward, AdamW", STEPS_TEXT, steps),
@@ -256,6 +293,7 @@ SECTIONS = {
     "methods": ("Fine-tuning steps", METHODS_TEXT, methods),
     "memories": ("Peak memory of a step", MEMORIES_TEXT, memories),
     "small": ("Costs that do not grow with the model", "", small),
+    "real": ("Real checkpoints", REAL_TEXT, real),
     "scaling": ("As a size grows", "", scaling),
 }
 

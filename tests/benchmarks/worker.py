@@ -1,10 +1,11 @@
-"""One side of one case in its own process:  python worker.py SIDE CASE THREADS [memory]
+"""One side of one case in its own process:  python worker.py SIDE CASE THREADS [memory | peak]
 
 It builds, takes three steps and prints a line of JSON about them. Then it reads numbers from standard input: for each
 number n it takes n steps and prints their seconds. Between two numbers it is idle. So sides can take turns on one
 machine without sharing threads, memory or caches.
 
-With the argument "memory" it prints the growth of the process during three steps, and ends.
+With the argument "memory" it prints the growth of the process during three steps, and ends. With "peak" it prints the
+largest memory of the whole process during three steps, weights and libraries included.
 """
 
 from __future__ import annotations
@@ -42,6 +43,16 @@ def growth(side: ModuleType, model: object, case: Case) -> dict[str, int]:
     return {"bytes": resident("VmHWM") - before - 8 * trained, "trained": trained}
 
 
+def peak(side: ModuleType, model: object, case: Case) -> dict[str, int]:
+    """Peak bytes of the whole process during the first three steps. Loading the model, before, does not count."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    step, trained = side.start(model, case)
+    for _ in range(3):
+        step()
+    return {"bytes": resident("VmHWM"), "trained": trained}
+
+
 def time_steps(step, count: int) -> list[float]:
     """Seconds of each of `count` steps, after one step that is not counted: another process used caches and cores."""
     step()
@@ -62,6 +73,9 @@ def main() -> None:
     model = side.build(case)
     if mode == ["memory"]:
         print(json.dumps(growth(side, model, case)), flush=True)
+        return
+    if mode == ["peak"]:
+        print(json.dumps(peak(side, model, case)), flush=True)
         return
     step, trained = side.start(model, case)
     losses = [step() for _ in range(3)]
