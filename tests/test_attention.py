@@ -20,8 +20,9 @@ from wrong import replaced
 from tinyft import Cache, Context, PrefixTuning, Tensor, array, attach, no_grad, ops
 from tinyft import functional as F
 from tinyft.kernels import attention as tiled
-from tinyft.models import blocks
-from tinyft.models.blocks import KV, Attention, Rotary
+from tinyft.models import attention as attention_module
+from tinyft.models.attention import KV, Attention
+from tinyft.models.rotary import Rotary
 from tinyft.nn import Module, Parameter
 from tinyft.tensor import OPS, ShapeError, sum_to
 
@@ -367,7 +368,7 @@ WRONG_ROTARY = {
     "All pairs turn alike.": (Rotary, "__call__", _one_frequency),
     "Only queries have positions.": (Rotary, "__call__", _keys_unrotated),
     "A position is a column of the batch.": (Context, "positions", _columns),
-    "Heads take turns among the features.": (blocks, "split_heads", lambda x, heads: x.reshape(
+    "Heads take turns among the features.": (attention_module, "split_heads", lambda x, heads: x.reshape(
         *x.shape[:2], x.shape[2] // heads, heads).permute(0, 3, 1, 2)),
 }
 

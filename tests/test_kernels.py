@@ -490,7 +490,8 @@ def gate_as_a_constant(gate: np.ndarray, up: np.ndarray) -> Any:
 
 
 PULLBACKS = {
-    "gelu": 1, "gelu_tanh": 1, "layer_norm": 3, "rms_norm": 2, "rotary": 1, "embedding": 1, "linear": 3, "cross_entropy": 1,
+    "gelu": 1, "gelu_tanh": 1, "layer_norm": 3, "rms_norm": 2, "rotary": 1, "embedding": 1, "linear": 3,
+    "cross_entropy": 1,
 }
 WRONG = [
     *((name, scaled(name, part)) for name, count in PULLBACKS.items() for part in (VALUE, *range(count))),

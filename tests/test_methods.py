@@ -39,7 +39,7 @@ from tinyft.methods.additive.houlsby import Bottleneck, truncated_normal
 from tinyft.methods.additive.prefix import Hidden, Prefix, Reparameterized, Shift
 from tinyft.methods.additive.prompt import Drop, SoftPrompt
 from tinyft.methods.reparameterized.lora import LowRank
-from tinyft.models.blocks import Attention
+from tinyft.models.attention import Attention
 from tinyft.nn import Cache, Context, Embedding, Linear, Module, Parameter
 from tinyft.optim import SGD, AdamW
 from tinyft.tensor import Record, Tensor, topological

@@ -32,8 +32,9 @@ from tinyft import (
     no_grad,
     ops,
 )
-from tinyft.models import blocks
-from tinyft.models.blocks import KV, MLP, Attention, Classifier, PostNormBlock, PreNormBlock, sinusoids
+from tinyft.models import attention, blocks
+from tinyft.models.attention import KV, Attention
+from tinyft.models.blocks import MLP, Classifier, PostNormBlock, PreNormBlock, sinusoids
 from tinyft.nn import Dropout, LayerNorm
 
 KINDS = ("gpt", "bert", "gpt-classes", "bert-classes", "bert-bare")
@@ -237,7 +238,7 @@ WRONG = {
     "Where it stands makes none in a GPT either.":
         ("gpt", lambda m: replaced(PreNormBlock, "forward", PostNormBlock.forward)),
     "The sum goes on from what the norm gave.": ("gpt", lambda m: replaced(PreNormBlock, "forward", _other_norm)),
-    "Heads take turns among the features.": ("bert", lambda m: replaced(blocks, "split_heads", _interleaved)),
+    "Heads take turns among the features.": ("bert", lambda m: replaced(attention, "split_heads", _interleaved)),
     "GELU is GELU.": ("gpt", lambda m: replaced(m.blocks[1].mlp, "_activation", ops.gelu)),
     "GELU is GELU in BERT as well.": ("bert", lambda m: replaced(m.blocks[0].mlp, "_activation", ops.gelu_tanh)),
     "A position is a column, padded or not.": ("gpt", lambda m: replaced(Context, "positions", _places_in_the_row)),
@@ -518,7 +519,7 @@ def test_parts_have_the_defaults_they_say():
     assert np.array_equal(host(Attention(C, H, rng=np.random.default_rng(5)).q.weight), drawn)
     assert np.array_equal(host(MLP(C, C, activation=ops.gelu, rng=np.random.default_rng(5)).up.weight), drawn)
     assert not attn.causal
-    assert blocks.KV(2, 3).cached
+    assert KV(2, 3).cached
     assert attn.drop.p == attn.drop_p.p == mlp.drop.p == head.drop.p == 0 and head.out.bias is not None
     deviations(Attention(WIDE, 4, rng=rng, causal=True, out_std=0.1), {**dict.fromkeys("qkv", 0.02), "o": 0.1})
     deviations(MLP(WIDE, 300, activation=ops.gelu, rng=rng, out_std=0.1), dict(up=0.02, down=0.1))

@@ -51,7 +51,8 @@ from tinyft.edit import (
 from tinyft.functional import kl_divergence
 from tinyft.methods import BitFit, Full, Houlsby, LoRA, Partial, PrefixTuning, PromptTuning
 from tinyft.methods.reparameterized.lora import LowRank
-from tinyft.models.blocks import MLP, Attention, PreNormBlock
+from tinyft.models.attention import Attention
+from tinyft.models.blocks import MLP, PreNormBlock
 from tinyft.nn import Cache, Context, LayerNorm, Linear, Module, Packed, Parameter
 from tinyft.optim import AdamW
 from tinyft.tensor import Record, Tensor, topological

@@ -17,7 +17,7 @@ from test_half_done import check_unchanged, snapshot
 import tinyft as ft
 from tinyft import BERT, GPT, BERTConfig, GPTConfig, attach, combine, count, detach, eject, merge, unpack, without
 from tinyft.methods import ALL, Houlsby, LoRA, Partial, PrefixTuning, PromptTuning
-from tinyft.models.blocks import Attention
+from tinyft.models.attention import Attention
 from tinyft.nn import Context, Dropout, Embedding, LayerNorm, Linear, RMSNorm
 
 NAN = float("nan")

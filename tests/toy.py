@@ -14,7 +14,8 @@ from contract import Sizes
 from helpers import host
 
 from tinyft import ops
-from tinyft.models.blocks import KV, MLP, Attention, PreNormBlock
+from tinyft.models.attention import KV, Attention
+from tinyft.models.blocks import MLP, PreNormBlock
 from tinyft.nn import Context, Embedding, LayerNorm, Linear, Module
 from tinyft.tensor import Tensor
 

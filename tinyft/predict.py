@@ -14,7 +14,8 @@ from tokenizers import Tokenizer
 from . import array, checks
 from .data import encode, pad
 from .decode import generate, pad_left
-from .models.blocks import Attention, Classifier
+from .models.attention import Attention
+from .models.blocks import Classifier
 from .nn import Context, Module, evaluation_mode
 from .tokens import encode_text, plain, special_token
 

@@ -464,7 +464,7 @@ def _(q, k, v, key_mask=None, causal=False):
 
 # ── split_heads ───────────────────────────────────────────────────────────────────────────────────
 split_heads = Exercise(
-    "models.blocks:split_heads", difficulty=2, minutes=10,
+    "models.attention:split_heads", difficulty=2, minutes=10,
     may_use="x.shape, x.reshape(...) and x.permute(...), which names the axes in their new order.",
     example="""
         >>> x = Tensor([[[0.0, 1.0, 2.0, 3.0],           # one text of two positions,

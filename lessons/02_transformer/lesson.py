@@ -16,7 +16,8 @@ import numpy as np
 import tinyft as ft
 from tinyft.learn.draw import curves, diagram, heat_map
 from tinyft.learn.lessons import quote
-from tinyft.models.blocks import PostNormBlock, PreNormBlock, split_heads
+from tinyft.models.attention import split_heads
+from tinyft.models.blocks import PostNormBlock, PreNormBlock
 
 rng = np.random.default_rng(0)
 

@@ -1,7 +1,7 @@
-"""The transformers, each in one file; their parts are in blocks.py."""
+"""The transformers, each in one file; their parts are in blocks.py, attention.py and rotary.py."""
 from .bert import BERT, BERTConfig
-from .blocks import RotaryScaling
 from .gpt import GPT, GPTConfig
 from .llama import Llama, LlamaConfig
+from .rotary import RotaryScaling
 
 __all__ = ["GPT", "GPTConfig", "BERT", "BERTConfig", "Llama", "LlamaConfig", "RotaryScaling"]

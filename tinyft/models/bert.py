@@ -17,10 +17,10 @@ from ..array import xp
 from ..context import WANTED_TYPES, check_range, read_integers, refuse_keywords
 from ..nn import Context, Dropout, Embedding, LayerNorm, Linear, Module, TiedHead
 from ..tensor import Tensor
+from .attention import Attention
 from .blocks import (
     MLP,
     SIZE_SYNONYMS,
-    Attention,
     Classifier,
     PostNormBlock,
     apply_head,

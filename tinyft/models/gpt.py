@@ -16,10 +16,10 @@ from .. import ops
 from ..context import refuse_keywords
 from ..nn import Context, Dropout, Embedding, LayerNorm, Module, TiedHead
 from ..tensor import Tensor
+from .attention import Attention
 from .blocks import (
     MLP,
     SIZE_SYNONYMS,
-    Attention,
     Classifier,
     PreNormBlock,
     apply_head,

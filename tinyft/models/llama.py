@@ -17,20 +17,19 @@ from .. import checks
 from ..context import refuse_keywords
 from ..nn import Context, Embedding, Linear, Module, RMSNorm, TiedHead
 from ..tensor import Tensor
+from .attention import Attention
 from .blocks import (
     SIZE_SYNONYMS,
-    Attention,
     Classifier,
     GatedMLP,
     PreNormBlock,
-    Rotary,
-    RotaryScaling,
     apply_head,
     check_config,
     check_model_arguments,
     embed_tokens,
     run_blocks,
 )
+from .rotary import Rotary, RotaryScaling
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,9 @@ import numpy as np
 
 from .. import array, checks, ops
 from ..context import WANTED_TYPES, read_integers, read_mask
+from ..models.attention import Attention
 from ..models.bert import check_token_types
-from ..models.blocks import Attention, Classifier, check_ids
+from ..models.blocks import Classifier, check_ids
 from ..nn import Context, Module
 from ..tensor import Tensor
 
