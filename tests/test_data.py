@@ -249,7 +249,7 @@ def texts(examples, batch_size=1, max_len=8, tokenizer=SHIPPED, **options):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: data.task("nonsense"), "one of 'intact', 'package', 'domain', got 'nonsense'"),
+        (lambda: data.task("nonsense"), "one of 'intact', 'package', 'domain', 'names', got 'nonsense'"),
         (lambda: data.task(["intact"]), r"got \['intact'\]"),
         (lambda: data.task("intact", seed="1"), "seed wants a whole number >= 0, got '1'"),
         (lambda: data.task("intact", seed=-1), "seed wants a whole number >= 0, got -1"),

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 from tinyft import data
-from tinyft.data import baselines
+from tinyft.data import baselines, name_baselines, scores
 
 TOKENIZER = data.shipped_tokenizer()
 EXAMPLES = data.Examples(("a text", "two words here"), np.array([0, 1]))
 TOKENS = np.arange(50) + 10
 FEATURES = baselines.TfIdf(least=1).fit(["a text aa bb", "bb aa"]).transform(["aa bb", "bb cc"])
 IDS = np.full((2, 3), 9)
+PAIRS = data.Pairs(("return the lines", "close it"), ("get_lines", "close"))
 
 
 def first_batch(make: Callable) -> Callable:
@@ -38,6 +39,11 @@ def regression(classes: Any, C: Any, X: Any, labels: Any, steps: Any) -> Any:
 def simple(train: Any, classes: Any) -> Any:
     """The simple baselines, with the same examples in every split."""
     return baselines.simple(train, train, EXAMPLES, classes)
+
+
+def copy_words(count: Any, least: Any, pairs: Any, summaries: Any) -> Any:
+    """The names that a fitted CopyWords gives."""
+    return name_baselines.CopyWords(count, least).fit(pairs).predict(summaries)
 
 
 STREAM = {"batch_size": 2, "seed": 0, "shuffle": True, "drop_last": False}
@@ -63,6 +69,10 @@ CALLS: dict[str, tuple[Callable, dict[str, Any]]] = {
     "task": (data.task, TASK),
     "pretraining": (data.pretraining, {"kind": "source", "split": "valid", "tokenizer": None}),
     "held_out_batches": (data.held_out_batches, {"tokens": TOKENS, "T": 4, "count": 3, "batch_size": 2}),
+    "read_name": (data.read_name, {"answer": "get_lines"}),
+    "response_batches": (first_batch(data.response_batches), {
+        "rows": [([1, 2], [3]), ([4], [5, 6])], "max_len": 8, "pad_id": 0, "group_by_length": False, **STREAM,
+    }),
     "stretch": (data.stretch, {"tokens": TOKENS, "seed": 0, "size": 3}),
     "accuracy": (baselines.accuracy, {"labels": [0, 1], "predicted": [0, 1]}),
     "macro_f1": (baselines.macro_f1, {"labels": [0, 1], "predicted": [0, 1]}),
@@ -78,6 +88,13 @@ CALLS: dict[str, tuple[Callable, dict[str, Any]]] = {
     "TfIdf": (tf_idf, {"least": 1, "texts": ["aa bb"], "others": ["aa"]}),
     "LogisticRegression": (regression, {"classes": 2, "C": 1.0, "X": FEATURES, "labels": [0, 1], "steps": 3}),
     "simple": (simple, {"train": EXAMPLES, "classes": 2}),
+    "simple_names": (name_baselines.simple_names, {"train": PAIRS, "valid": PAIRS, "summaries": ["a text"]}),
+    "CopyWords": (copy_words, {"count": 2, "least": 0.0, "pairs": PAIRS, "summaries": ["a text"]}),
+    "name_words": (scores.name_words, {"name": "a_b"}),
+    "exact_match": (scores.exact_match, {"names": ["a"], "predicted": ["b"]}),
+    "token_f1": (scores.token_f1, {"names": ["a"], "predicted": ["b"]}),
+    "wilson_interval": (scores.wilson_interval, {"successes": 1, "n": 2, "z": 1.96}),
+    "bootstrap_interval": (scores.bootstrap_interval, {"values": [1.0, 2.0], "draws": 3, "seed": 0}),
 }
 NONSENSE = [
     None, True, 0, -1, 2.5, float("nan"), float("inf"), 10**30, "x", "", b"x", [], [None], [[1], [2, 3]], ["a"], {},
@@ -86,7 +103,8 @@ NONSENSE = [
 ]
 # Names that are not called: constants, classes without a check, and functions without arguments.
 NOT_CALLED = {
-    "IGNORE", "PACKAGES", "SPECIAL", "SPLITS", "Examples", "Record", "Task", "shipped_tokenizer", "snapshot",
+    "IGNORE", "PACKAGES", "SPECIAL", "SPLITS", "Examples", "NamePair", "Pairs", "Record", "Task", "name_pairs",
+    "shipped_tokenizer", "snapshot",
 }
 
 

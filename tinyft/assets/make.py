@@ -5,6 +5,7 @@
                    can parse its newest syntax and has the docstrings of its C modules
     text.json.xz   {"about": {...}, "records": [[module, kind, split, text], ...]}, read by tinyft.data
     tokenizer.json byte-level BPE of 2,048 entries, trained on the training split only
+    names.json.xz  pairs of a docstring's summary and its function's name, made by names.py
     LICENSES.txt   Python's and NumPy's licences, and the notices of single files
 
 The committed files came from Python 3.13.0, 3.12.1, 3.11.7 and 3.10.13 in this order (so that modules which 3.12 and
@@ -386,8 +387,8 @@ def write_licences(raw: dict[str, dict[str, list[str]]], lib: Path, numpy: Path)
         "Notices in single files of the standard library": "\n\n----\n\n".join(single.values()),
     }
     rule = "=" * 120
-    whole = "text.json.xz holds text by others, cleaned and shortened by make.py, under these licences; "
-    whole += "tinyft's own is MIT.\n\n"
+    whole = "text.json.xz and names.json.xz hold text by others, cleaned and shortened by make.py and names.py, under "
+    whole += "these licences; tinyft's own is MIT.\n\n"
     whole += "\n\n".join(f"{rule}\n{title}\n{rule}\n\n{text}" for title, text in parts.items())
     lines = [line.rstrip() for line in whole.splitlines()]
     (HERE / "LICENSES.txt").write_text("\n".join(lines) + "\n", "utf-8")
@@ -493,10 +494,12 @@ def check(folders: list[Path]) -> None:
 
 
 def main(libs: list[str]) -> None:
-    """Make text.json.xz, tokenizer.json and LICENSES.txt from the folders of standard libraries, and print their sizes.
+    """Make all files from the folders of standard libraries, and print their sizes.
 
     sys.exit, before a file is written, if the text is larger than LIMIT."""
     import numpy
+
+    from . import names
 
     folders = [Path(lib) for lib in libs]
     check(folders)
@@ -515,6 +518,7 @@ def main(libs: list[str]) -> None:
     texts = collections.defaultdict(list)
     for _, kind, part, text in found:
         texts[kind, part].append(text)
+    names.write(folders, found)
     for (kind, part), some in sorted(texts.items()):
         print(f"  {kind:10} {part:6} {len(some):6,} texts  {sum(map(len, some)):10,} characters")
 

@@ -1,4 +1,4 @@
-"""Three real tasks on the shipped text: task("intact"), task("package"), task("domain").
+"""Four real tasks on the shipped text: task("intact"), task("package"), task("domain"), task("names").
 
 The splits are by module: no text of a test module is in training.
 """
@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from .. import checks
 from ..tokens import plain
 from .batches import CHOOSE, FIXED, SWAP, Examples, check_tokens, generator, windows
+from .names import NamePair, Pairs, name_pairs
 from .text import SPLITS, Record, key, pretraining, snapshot
 
 # The classes of *package*: standard packages with at least five modules in each of Python 3.10-3.13.
@@ -29,15 +30,18 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Task:
-    """A task with its splits. kind "classify": splits are Examples. kind "lm": splits are token arrays, (N,) int64."""
+    """A task with its splits.
+
+    kind "classify": splits are Examples. "lm": token arrays, (N,) int64. "pairs": Pairs of prompts and responses.
+    """
 
     name: str
-    kind: str  # "classify" | "lm"
-    classes: tuple[str, ...]  # names of the labels; () for "lm"
+    kind: str  # "classify" | "lm" | "pairs"
+    classes: tuple[str, ...]  # names of the labels; () for "lm" and "pairs"
     train: Any
     valid: Any
     test: Any
-    metric: str  # "accuracy" | "macro_f1" | "perplexity"
+    metric: str  # "accuracy" | "macro_f1" | "perplexity" | "token_f1"
     kept: Any = None  # "lm": held-out prose (M,), on which forgetting is measured
 
 
@@ -49,6 +53,7 @@ def task(name: str, seed: int = 0, train_size: int | None = None, tokenizer: Tok
     package   which package of the standard library does a docstring come from? 17 classes, imbalanced.
               The names of all classes are masked as "_".
     domain    language modelling of Python source, after pretraining on prose; `kept` is held-out prose.
+    names     the first sentence of a docstring -> the name of its function, such as get_archive_files
 
     seed        chooses, orders and swaps training examples. valid and test are the same for every seed, so that
                 results are paired, and their examples are in random order.
@@ -57,7 +62,7 @@ def task(name: str, seed: int = 0, train_size: int | None = None, tokenizer: Tok
 
     ValueError for another name, a negative seed, or a train_size that is less than 1 or more than there is.
     """
-    checks.one_of("task: name", name, ("intact", "package", "domain"))
+    checks.one_of("task: name", name, ("intact", "package", "domain", "names"))
     seed = checks.whole("task: seed", seed, 0)
     if train_size is not None:
         train_size = checks.whole("task: train_size", train_size, 1)
@@ -67,6 +72,8 @@ def task(name: str, seed: int = 0, train_size: int | None = None, tokenizer: Tok
         return _intact(seed, train_size)
     if name == "package":
         return _package(seed, train_size)
+    if name == "names":
+        return _names(seed, train_size)
     return _domain(seed, train_size, tokenizer)
 
 
@@ -94,7 +101,8 @@ def _labelled_by_split(label: Callable[[Record], list[tuple[str, int]]]) -> dict
     return {split: _shuffle(part) for split, part in pairs.items()}
 
 
-def _shuffle(pairs: list[tuple[str, int]]) -> list[tuple[str, int]]:
+def _shuffle(pairs: list) -> list:
+    """The pairs in a random order, the same at each call."""
     order = generator(0, FIXED).permutation(len(pairs))
     return [pairs[i] for i in order]
 
@@ -229,6 +237,22 @@ def _examples(pairs: Sequence[tuple[str, int]]) -> Examples:
     texts = tuple(text for text, _ in pairs)
     labels = np.array([label for _, label in pairs], np.int64)
     return Examples(texts, labels)
+
+
+# ---------------------------------------------------------------------------------------------------- names
+def _names(seed: int, size: int | None) -> Task:
+    """The task *names*. The seed chooses and orders training pairs only; valid and test are in a fixed random order."""
+    pool = {split: [] for split in SPLITS}
+    for pair in name_pairs():
+        pool[pair.split].append(pair)
+    train, valid, test = (_shuffle(pool[split]) for split in SPLITS)
+    chosen = [train[i] for i in _choose(len(train), seed, size)]
+    train, valid, test = (_pairs(part) for part in (chosen, valid, test))
+    return Task("names", "pairs", (), train, valid, test, metric="token_f1")
+
+
+def _pairs(pairs: Sequence[NamePair]) -> Pairs:
+    return Pairs(tuple(pair.summary for pair in pairs), tuple(pair.name for pair in pairs))
 
 
 # ---------------------------------------------------------------------------------------------------- domain
