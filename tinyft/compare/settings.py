@@ -122,7 +122,7 @@ class Settings:
 
     task: str = "domain"
     model: str = ""
-    steps: int = 120
+    steps: int = 100
     seeds: int = 3
     train: int = 200_000
     test: int = HELD_OUT_WINDOWS
