@@ -1,4 +1,4 @@
-"""A seeded fuzzer for every reader: model directories, adapters, checkpoints, the shipped text.
+"""A seeded fuzzer for every reader: model directories, GGUF files, adapters, checkpoints, the shipped text.
 
 Each case damages a copy of good files and reads them. Allowed are a sane result, or one sentence of an expected
 exception, within SECONDS of processor time; the model is then what it was. Half of the damage is below the checksums:
@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf_files import gguf_bytes, model_metadata, model_tensors, small_llama, tokenizer_metadata
 from helpers import host, time_limit
 from safetensors.numpy import load_file, save_file
 from test_resume import OLD, old_run
@@ -41,6 +42,12 @@ NASTY = (
     None, True, False, 0, 1, -1, 2, 7, 1 << 31, 1 << 63, 1 << 70, 0.5, -1.5, 1e30, float("nan"), float("inf"), "", "x",
     "a\nb", "\ud800", "é" * 300, "../x", "/dev/zero", [], [[]], [0] * 50, {}, {"": None}, {"class": "x", "fields": {}},
     [[[[[[[[[[0]]]]]]]]]],
+)
+# Values that metadata of a GGUF file can hold.
+WRITABLE = (
+    True, False, 0, 1, 2, 3, 7, 1 << 31, 0.5, -1.5, 1e30, float("nan"), float("inf"), "", "x", "a\nb", "é" * 300, ["x"],
+    ["x", "x"], ["Ġ t"] * 50, [["x"]], np.arange(300, dtype=np.int32), np.ones(266, np.int32), np.zeros(0, np.float32),
+    np.array([1 << 63], np.uint64), np.array([-1], np.int64),
 )
 IDS = np.array([[1, 2, 3, 4], [5, 6, 7, 8]])
 
@@ -405,6 +412,46 @@ class OldCheckpointReader(CheckpointReader):
         shutil.copytree(OLD / "run-lora", folder)
 
 
+class GGUFReader:
+    """load: a GGUF file. Damage of bytes hits its header in most cases; forged metadata fits the format."""
+
+    def __init__(self, kind: str, packed: bool):
+        self.kind = kind
+        self.packed = packed
+
+    def content(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        model = small_llama(layers=1, width=32, hidden=32, heads=2, key_value_heads=1)
+        return model_metadata(model.config) | tokenizer_metadata(), model_tensors(model, self.kind)
+
+    def write(self, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "model.gguf").write_bytes(gguf_bytes(*self.content()))
+
+    def damage(self, folder: Path, rng: Rng) -> str:
+        file = folder / "model.gguf"
+        if rng.integers(3) == 0:
+            metadata, tensors = self.content()
+            names = list(metadata)
+            for _ in range(rng.integers(1, 3)):
+                name = names[rng.integers(len(names))]
+                metadata[name] = WRITABLE[rng.integers(len(WRITABLE))]
+            file.write_bytes(gguf_bytes(metadata, tensors))
+            return "forged metadata"
+        damage = BYTES[rng.integers(len(BYTES))]
+        data = file.read_bytes()
+        end = len(data) if rng.integers(4) == 0 else int(rng.choice([40, 400, 4000, 8000]))
+        file.write_bytes(damage(data[:end], rng) + data[end:])
+        return f"{damage.__name__} in the first {end} bytes"
+
+    def read(self, folder: Path) -> None:
+        model, tokenizer = ft.load(folder / "model.gguf", packed=self.packed)
+        with np.errstate(all="ignore"):
+            assert host(model(IDS % model.config.vocab)).shape == (2, 4, model.config.vocab)
+        if tokenizer is not None:
+            with contextlib.suppress(Exception):
+                assert len(tokenizer.encode("a b ad x").ids) < 100
+
+
 class TextReader:
     """data.snapshot: the shipped text."""
 
@@ -444,6 +491,8 @@ READERS = {
     "checkpoint": CheckpointReader(),
     "checkpoint of version 0.1": OldCheckpointReader(),
     "text": TextReader(),
+    "gguf": GGUFReader("F16", packed=False),
+    "packed gguf": GGUFReader("Q4_1", packed=True),
 }
 
 

@@ -46,7 +46,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "compress": set(CORE),
     "adapters": {*CORE, "files", "identity"},
     "train": {*CORE, "kernels", "files", "identity", "optim", "models", "data"},
-    "formats": {*CORE, "files", "models", "tokens"},
+    "chat": set(),
+    "formats": {*CORE, "files", "models", "tokens", "compress"},
 }
 # The outermost parts may import anything. Only they import each other; `tinyft` itself may import learn.
 OUTERMOST = {"compare", "cli", "pretrain", "learn", "memory", "doctor"}

@@ -12,6 +12,7 @@ import os as _os
 from . import data, functional, kernels, ops
 from .adapters import combine, load_adapter, save_adapter
 from .array import BackendError, CannotCapture, backend, peak_memory, use
+from .chat import chat_end, chat_prompt
 from .decode import generate
 from .edit import (
     Attached,
@@ -50,7 +51,7 @@ __all__ = [
     # models
     "Module", "Parameter", "Context", "Cache", "Packed", "unpack", "GPT", "GPTConfig", "BERT", "BERTConfig",
     "Llama", "LlamaConfig", "RotaryScaling",
-    "load", "save", "classifier", "generate", "data",
+    "load", "save", "classifier", "generate", "chat_prompt", "chat_end", "data",
     # how a model is changed
     "attach", "detach", "without", "merge", "eject", "combine", "count", "trained", "save_adapter", "load_adapter",
     "Edit", "Method", "Phase", "Attached", "Count", "CannotMerge",

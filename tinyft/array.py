@@ -256,7 +256,7 @@ def normal(rng: np.random.Generator, shape: tuple, std: float = 1.0, dtype: Any 
     """Normal numbers of standard deviation `std`.
 
     Drawn on the host, so that every backend starts from the same bits."""
-    return asarray((rng.standard_normal(shape) * std).astype(dtype))
+    return asarray(rng.normal(0.0, std, shape).astype(dtype, copy=False))
 
 
 def uniform_like(x: Array, key: int) -> Array:

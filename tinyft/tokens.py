@@ -92,6 +92,7 @@ def plain(name: str, tokenizer: Any) -> Tokenizer:
     copy.no_truncation()
     copy.encode_special_tokens = tokenizer.encode_special_tokens             # not a part of to_str()
     copy.special_tokens = getattr(tokenizer, "special_tokens", {})
+    copy.chat_template = getattr(tokenizer, "chat_template", None)
     return copy
 
 

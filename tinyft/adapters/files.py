@@ -22,7 +22,7 @@ from ..checks import brief, instance
 from ..edit import Attached, Method
 from ..files import FLOATS, pack_tensors, python_number, read_together, write_atomically
 from ..identity import describe, qualified_name
-from ..nn import Module
+from ..nn import Module, Packed, dense
 from ..tensor import Tensor
 from .reading import ROUNDED, check_finite, digest, read_adapter
 
@@ -258,20 +258,20 @@ def identify_base(model: Module) -> dict[str, Any]:
 
     An adapter file holds it, so that load_adapter can refuse another base. Only the shapes of a new head are included:
     its weights are part of the adapter. "weights" is exact, float16 and float64 taken as float32; "rounded" are digests
-    of the same weights rounded to 16 bits, with which a base is compared that was loaded in another dtype."""
+    of the same weights rounded to 16 bits, with which a base is compared that was loaded in another dtype. A packed
+    weight counts as its dense values: an adapter trained beside packed weights fits the unpacked base."""
     # {name: values from before any method trained it}. The first method that trains a tensor keeps them.
     original: dict[str, Any] = {}
     for a in reversed(edit.attached(model)):
         original.update(a.base_values)
     parameters = edit.base_parameters(model)
-    buffers = {n: v for n, v in model.named_buffers(persistent_only=True).items() if not edit.is_in_edit(n)}
     shapes = {}
     dtypes = set()
     weights = hashlib.blake2b(digest_size=16)
     rounded = {dtype: hashlib.blake2b(digest_size=16) for dtype in ROUNDED}
-    for name, v in {**parameters, **buffers}.items():
+    for name, v in base_values(model, parameters).items():
         if not edit.is_head(model, name):
-            a = array.asnumpy(original.get(name, v.data if isinstance(v, Tensor) else v))
+            a = array.asnumpy(original[name] if name in original else dense_array(v))
             shapes[name] = list(a.shape)
             dtype = np.float32 if a.dtype.kind == "f" else None
             weights.update(name.encode() + np.ascontiguousarray(a, dtype).tobytes())
@@ -290,6 +290,27 @@ def identify_base(model: Module) -> dict[str, Any]:
         "dtype": " ".join(sorted(dtypes)),
         "rounded": {dtype: d.hexdigest() for dtype, d in rounded.items()},
     }
+
+
+def base_values(model: Module, parameters: dict[str, Tensor]) -> dict[str, Any]:
+    """{name: Tensor, Packed or buffer} of the base: the weights in the order of the dense model, then saved buffers.
+
+    parameters: the base's own tensors."""
+    packed = {path: m for path, m in model.named_modules() if isinstance(m, Packed) and not edit.is_in_edit(path)}
+    weights = {}
+    for path, module in model.named_modules():
+        for leaf, value in module.own((Tensor, Packed)).items():
+            name = f"{path}.{leaf}" if path else leaf
+            if name in parameters or name in packed:       # a shared tensor stands there once
+                weights[name] = value
+    buffers = model.named_buffers(persistent_only=True)
+    own = {n: v for n, v in buffers.items() if not edit.is_in_edit(n) and not edit.inside(n, packed)}
+    return {**weights, **own}
+
+
+def dense_array(value: Any) -> Any:
+    """The array of a tensor, of a packed weight, or of a buffer."""
+    return dense(value) if isinstance(value, (Tensor, Packed)) else value
 
 
 def _rounded(a: np.ndarray, dtype: str | None) -> np.ndarray:

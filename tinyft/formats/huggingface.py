@@ -19,7 +19,7 @@ import safetensors.numpy
 from tokenizers import Tokenizer
 
 from .. import array, edit
-from ..checks import brief, instance, whole
+from ..checks import brief, flag, instance, whole
 from ..files import check_ordinary, read_together, refuse_damage, write_atomically
 from ..nn import Module, Packed
 from ..tokens import special_token
@@ -27,8 +27,9 @@ from .bert import BERTFamily
 from .config import check_kept
 from .directory import FLOATS, first_names, read_all, read_json
 from .family import Family
+from .gguf_model import load_gguf
 from .gpt2 import GPT2Family
-from .layout import Plan, Table, file_tensors, set_parameters
+from .layout import Plan, Table, cast, file_tensors, set_parameters
 from .llama import LlamaFamily
 from .tokenizer import configure, tokenizer_config
 
@@ -43,20 +44,28 @@ KEPT = ("id2label", "label2id", "problem_type", "pad_token_id", "bos_token_id", 
 
 
 # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-def load(path: str | os.PathLike, dtype: Any = None) -> tuple[Module, Tokenizer | None]:
-    """(model, tokenizer) from a directory, or from the name of a model that ships.
+def load(path: str | os.PathLike, dtype: Any = None, *, packed: bool = False) -> tuple[Module, Tokenizer | None]:
+    """(model, tokenizer) from a directory, from a GGUF file, or from the name of a model that ships.
 
     The tokenizer is None if the directory has no tokenizer.json. It neither pads nor truncates, whatever the file says;
     settings of tokenizer_config.json that change its ids are applied (formats/tokenizer.py).
 
-    dtype  of the model's parameters; float32 unless given, whatever the file holds
+    dtype   of the model's parameters; float32 unless given, whatever the file holds
+    packed  of a GGUF file: True keeps matrices of 4 or 8 bits a weight as they are in the file (tinyft.compress)
 
     The model is on the backend in use. Its one dropout rate, active after model.train(), is the largest of
     those in config.json. FileNotFoundError if the directory or one of its files is missing. ValueError, in one
     sentence with the wanted and the found value, if a file is damaged or the library does not have the model.
     """
-    folder = find(path)
+    instance("load", path, (str, os.PathLike), "a path")
     dtype = _float_dtype(np.float32 if dtype is None else dtype)
+    flag("load: packed", packed)
+    if Path(path).suffix.lower() == ".gguf" and not os.path.isdir(path):
+        return load_gguf(Path(path), dtype, packed=packed)
+    folder = find(path)
+    if packed:
+        raise ValueError(f"load: packed=True wants a GGUF file, whose weights are packed already; {folder} is a "
+                         "directory with dense weights")
     return read_together(folder, "config.json", lambda: _read(folder, dtype))
 
 
@@ -79,7 +88,7 @@ def _read(folder: Path, dtype: np.dtype) -> tuple[Module, Tokenizer | None]:
     tokenizer = _read_tokenizer(folder)
     arrays = {}
     for name, place in table.items():                      # read: transposes or cuts the file's tensor where needed
-        host = _cast(place.read(stored[place.name]), dtype, name)
+        host = cast(place.read(stored[place.name]), dtype, name)
         arrays[name] = array.asarray(host)
     model = set_parameters(family.build(plan), arrays)
     # `save` writes these entries again.
@@ -89,7 +98,6 @@ def _read(folder: Path, dtype: np.dtype) -> tuple[Module, Tokenizer | None]:
 
 def find(path: str | os.PathLike) -> Path:
     """The directory of this path. A bare name that is no directory names a model that ships with tinyft."""
-    instance("load", path, (str, os.PathLike), "a path")
     folder = Path(path)
     try:
         folder.exists()
@@ -216,17 +224,6 @@ def _read_tokenizer(folder: Path) -> Tokenizer | None:
     return tokenizer
 
 
-def _cast(a: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """A copy of a in C order and of this dtype. OverflowError if a finite value would become infinite."""
-    with np.errstate(over="ignore"):
-        b = np.array(a, dtype, order="C")
-    # A wider dtype holds every value. float16 and bfloat16 are equally wide, but float16 has the smaller range.
-    may_overflow = dtype != a.dtype and dtype.itemsize <= a.dtype.itemsize
-    if may_overflow and not np.isfinite(b[np.isfinite(a)]).all():
-        raise OverflowError(f"{name} holds a value too large for {dtype}: choose a wider dtype")
-    return b
-
-
 def _float_dtype(dtype: Any) -> np.dtype:
     """The NumPy dtype. TypeError for a dtype that no model has."""
     wanted = "a model wants float64, float32, float16 or bfloat16 parameters"
@@ -300,7 +297,7 @@ def save(model: Module, path: str | os.PathLike, tokenizer: Tokenizer | None = N
     _check_parameters(table, {name: p.shape for name, p in parameters.items()})
     own_dtype = next(iter(parameters.values())).dtype
     dtype = _float_dtype(own_dtype if dtype is None else dtype)
-    arrays = {name: _cast(array.asnumpy(p.data), dtype, name) for name, p in parameters.items()}
+    arrays = {name: cast(array.asnumpy(p.data), dtype, name) for name, p in parameters.items()}
     weights = {family.file_name(name, plan): a for name, a in file_tensors(table, arrays).items()}
     config = {**family.write_config(plan), "torch_dtype": str(dtype), **_kept_entries(model, plan, tokenizer)}
     metadata = {"format": "pt"}                            # transformers requires this entry

@@ -81,6 +81,17 @@ def file_tensors(table: Table, arrays: Mapping[str, np.ndarray]) -> dict[str, np
     return out
 
 
+def cast(a: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """A copy of a in C order and of this dtype. OverflowError if a finite value would become infinite."""
+    with np.errstate(over="ignore"):
+        b = np.array(a, dtype, order="C")
+    # A wider dtype holds every value. float16 and bfloat16 are equally wide, but float16 has the smaller range.
+    may_overflow = dtype != a.dtype and dtype.itemsize <= a.dtype.itemsize
+    if may_overflow and not np.isfinite(b[np.isfinite(a)]).all():
+        raise OverflowError(f"{name} holds a value too large for {dtype}: choose a wider dtype")
+    return b
+
+
 class ZeroGenerator(np.random.Generator):
     """A random generator that draws zeros: initialising a model whose values come from a file costs nothing."""
 
@@ -88,6 +99,10 @@ class ZeroGenerator(np.random.Generator):
         super().__init__(np.random.PCG64(0))
 
     def standard_normal(self, size: Any = None, *_: Any, **__: Any) -> np.ndarray:
+        """Zeros of this shape, without memory of their own."""
+        return np.broadcast_to(np.float32(0), size)
+
+    def normal(self, loc: float = 0.0, scale: float = 1.0, size: Any = None) -> np.ndarray:
         """Zeros of this shape, without memory of their own."""
         return np.broadcast_to(np.float32(0), size)
 

@@ -8,9 +8,11 @@ Padding and truncation stored in tokenizer.json are switched off: a call decides
     split_special_tokens                                     True: "[MASK]" in a text is text
     added_tokens_decoder additional_special_tokens           tokens beside the vocabulary
     cls_token sep_token mask_token pad_token ...             the tokens for each purpose
+    chat_template                                            the format of conversations (tinyft/chat.py)
 """
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 
 from .. import checks
+from ..files import LARGEST_JSON, check_ordinary
 from ..tokens import SPELLINGS, special_token
 from .directory import read_json
 
@@ -25,6 +28,7 @@ __all__ = ["configure", "tokenizer_config"]
 
 SETTINGS = "tokenizer_config.json"
 SPECIAL_MAP = "special_tokens_map.json"                                     # of older files; SETTINGS goes before it
+TEMPLATE = "chat_template.jinja"                                            # of newer files; it goes before SETTINGS
 # Settings of a BertNormalizer: their names in tokenizer_config.json and in the tokenizers library.
 NORMALIZER = {
     "do_lower_case": "lowercase",
@@ -44,7 +48,8 @@ FLAGS = ("lstrip", "rstrip", "single_word", "normalized")                   # of
 def configure(tokenizer: Tokenizer, folder: Path) -> None:
     """Apply the settings of a directory to the tokenizer that was read from it, in place. Padding and truncation go.
 
-    Its attribute `special_tokens` becomes {kind: token}, {"cls": "[CLS]", ...}, as the directory's files name them.
+    Its attribute `special_tokens` becomes {kind: token}, {"cls": "[CLS]", ...}, as the directory's files name them, and
+    `chat_template` the text of the chat template, or None.
     ValueError if a file is damaged, or contradicts tokenizer.json."""
     padding = tokenizer.padding or {}
     tokenizer.no_padding()
@@ -59,6 +64,7 @@ def configure(tokenizer: Tokenizer, folder: Path) -> None:
         tokenizer.special_tokens = _add_special_tokens(tokenizer, {**named, **settings})
         if _flag(settings, "split_special_tokens"):
             tokenizer.encode_special_tokens = True
+        tokenizer.chat_template = _chat_template(folder, settings.get("chat_template"))
     except (TypeError, ValueError) as e:
         raise ValueError(f"{folder / SETTINGS}: {e}") from e
 
@@ -67,6 +73,25 @@ def _flag(settings: dict, key: str) -> bool | None:
     """A setting that is true or false; None if it is absent or null. TypeError for any other value."""
     value = settings.get(key)
     return None if value is None else checks.flag(key, value)
+
+
+def _chat_template(folder: Path, entry: Any) -> str | None:
+    """The text of a directory's chat template, or None. It has a file of its own, or is an entry of the settings.
+
+    An entry may be a list of named templates: then the one with the name "default" counts. TypeError for any other
+    entry."""
+    file = folder / TEMPLATE
+    if os.path.lexists(file):
+        check_ordinary(file)
+        if file.stat().st_size > LARGEST_JSON:
+            raise ValueError(f"{TEMPLATE} wants at most {LARGEST_JSON:,} bytes, got {file.stat().st_size:,}")
+        return file.read_text(encoding="utf-8")          # UnicodeDecodeError is a ValueError
+    if isinstance(entry, list):
+        texts = {named.get("name"): named.get("template") for named in entry if isinstance(named, dict)}
+        entry = texts.get("default")
+    if entry is not None:
+        checks.instance("chat_template", entry, str, "a text, or a list of named texts")
+    return entry
 
 
 # ── normalizer and pre-tokenizer ─────────────────────────────────────────────────────────────────────────────────────
@@ -170,8 +195,8 @@ def _add_special_tokens(tokenizer: Tokenizer, settings: dict) -> dict[str, str]:
 def tokenizer_config(tokenizer: Tokenizer, longest: int) -> dict[str, Any]:
     """The tokenizer_config.json that transformers reads: the longest input, and the special tokens.
 
-    A special token is written if the tokenizer has one of its kind. add_prefix_space is written for byte-level
-    tokenizers, since transformers takes it from here.
+    A special token is written if the tokenizer has one of its kind, the chat template if it has one. add_prefix_space
+    is written for byte-level tokenizers, since transformers takes it from here.
 
     longest: the model's number of positions."""
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": longest}
@@ -184,4 +209,6 @@ def tokenizer_config(tokenizer: Tokenizer, longest: int) -> dict[str, Any]:
         token = special_token(tokenizer, kind)
         if token is not None:
             config[f"{kind}_token"] = token
+    if getattr(tokenizer, "chat_template", None) is not None:
+        config["chat_template"] = tokenizer.chat_template
     return config
