@@ -51,7 +51,7 @@ SUITES = {
     "nn.py": ["test_nn.py"],
     "edit.py": ["test_protocol.py", "test_methods.py", "test_stacks.py"],
     "methods": ["test_methods.py", "test_protocol.py", "test_stacks.py"],
-    "models": ["test_models.py", "test_attention.py", "test_stacks.py"],
+    "models": ["test_models.py", "test_llama.py", "test_attention.py", "test_stacks.py"],
     "optim": ["test_optim.py", "test_precision.py"],
     "precision.py": ["test_precision.py"],
     "train/batch.py": ["test_train.py", "test_loss.py", "test_fit_arguments.py"],

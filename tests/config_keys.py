@@ -1,11 +1,12 @@
-"""Every key of a config.json of GPT-2 and BERT: read, refused unless it has a value that our model has, or harmless.
+"""Every key of a config.json, by family: read, refused unless it has a value that our model has, or harmless.
 
     READ      {key: another valid value}: it reaches the model
     REFUSED   {key: (values that load, values that do not)}: it changes the mathematics, and our model has one value
     HARMLESS  {key: another value}: the outputs of the classes that we read do not depend on it
     ALIASES   {other name: name}
+    NEWER     {key: another valid value}: it is read, and the transformers beside which we test does not know it yet
 
-Values fit the configurations GPT2 and BERT. test_config.py holds our reader to the table; peers/test_configurations.py
+Values fit the configurations in CONFIG. test_config.py holds our reader to the table; peers/test_configurations.py
 holds the table to transformers.
 """
 from __future__ import annotations
@@ -100,9 +101,57 @@ BERT_HARMLESS = {
     "directionality": "uni", "pooler_type": "last", "gradient_checkpointing": True,
 }
 
-CONFIG = {"gpt2": GPT2, "bert": BERT}
-READ = {"gpt2": GPT2_READ, "bert": BERT_READ}
-REFUSED = {"gpt2": GPT2_REFUSED, "bert": BERT_REFUSED}
-HARMLESS = {"gpt2": GPT2_HARMLESS, "bert": BERT_HARMLESS}
-ALIASES: dict[str, dict[str, str]] = {"gpt2": GPT2_ALIASES, "bert": {}}
+# ── Llama, Mistral, Qwen2 ────────────────────────────────────────────────────────────────────────────────────────────
+LLAMA_SIZES: dict[str, Any] = {
+    "vocab_size": 50, "max_position_embeddings": 32, "hidden_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 24,
+}
+LLAMA: dict[str, Any] = {"model_type": "llama", **LLAMA_SIZES}
+MISTRAL: dict[str, Any] = {"model_type": "mistral", **LLAMA_SIZES, "sliding_window": None}
+# The window hides keys of a text of nine tokens, if it is used.
+QWEN2: dict[str, Any] = {"model_type": "qwen2", **LLAMA_SIZES, "sliding_window": 8, "max_window_layers": 0}
+# Of all three. Mistral's configuration does not write rope_scaling and head_dim is not Qwen2's, but both models obey.
+LLAMA_READ_BY_ALL = {
+    "vocab_size": 61, "max_position_embeddings": 41, "hidden_size": 36, "num_hidden_layers": 3,
+    "num_attention_heads": 12, "num_key_value_heads": 2, "intermediate_size": 20, "head_dim": 6,
+    "rms_norm_eps": 0.1, "rope_theta": 100.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+    "attention_dropout": 0.3, "tie_word_embeddings": True,
+}
+LLAMA_READ = {**LLAMA_READ_BY_ALL, "attention_bias": True, "mlp_bias": True}
+LLAMA_NEWER = {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 100.0}}
+LLAMA_REFUSED = {
+    **{key: values for key, values in REFUSED_EVERYWHERE.items() if key != "tie_word_embeddings"},
+    "hidden_act": (["silu", "swish"], ["gelu", "gelu_new", "relu", "sigmoid", None, 3]),
+    "partial_rotary_factor": ([1.0, None], [0.5, 2.0, "1"]),
+    "rope_interleaved": ([False, None], [True, "no"]),
+    "layer_types": (
+        [None, ["full_attention", "full_attention"]],
+        [["full_attention"], ["full_attention", "other"], "full_attention", 3, {}],
+    ),
+    "sliding_window": ([None, 32, 4096], [8, 31, 0, -1, True, "8", 8.0]),
+}
+LLAMA_HARMLESS = {**HARMLESS_EVERYWHERE, "is_decoder": True, "pretraining_tp": 2, "is_llama_config": True}
+# These two have the biases of their class, whatever these keys say.
+MISTRAL_HARMLESS = {**HARMLESS_EVERYWHERE, "is_decoder": True, "attention_bias": True, "mlp_bias": True}
+QWEN2_HARMLESS = {**MISTRAL_HARMLESS, "attention_bias": False, "sliding_window": 5, "max_window_layers": 1}
+QWEN2_REFUSED = {
+    **{key: values for key, values in LLAMA_REFUSED.items() if key != "sliding_window"},
+    "use_sliding_window": ([False], [True, "yes", None, 1]),
+}
+
+CONFIG = {"gpt2": GPT2, "bert": BERT, "llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2}
+READ: dict[str, dict[str, Any]] = {
+    "gpt2": GPT2_READ, "bert": BERT_READ,
+    "llama": LLAMA_READ, "mistral": LLAMA_READ_BY_ALL, "qwen2": LLAMA_READ_BY_ALL,
+}
+REFUSED: dict[str, dict[str, Any]] = {
+    "gpt2": GPT2_REFUSED, "bert": BERT_REFUSED,
+    "llama": LLAMA_REFUSED, "mistral": LLAMA_REFUSED, "qwen2": QWEN2_REFUSED,
+}
+HARMLESS: dict[str, dict[str, Any]] = {
+    "gpt2": GPT2_HARMLESS, "bert": BERT_HARMLESS,
+    "llama": LLAMA_HARMLESS, "mistral": MISTRAL_HARMLESS, "qwen2": QWEN2_HARMLESS,
+}
+ALIASES: dict[str, dict[str, str]] = {"gpt2": GPT2_ALIASES}
+NEWER: dict[str, dict[str, Any]] = dict.fromkeys(("llama", "mistral", "qwen2"), LLAMA_NEWER)
 FAMILIES = tuple(CONFIG)

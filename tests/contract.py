@@ -22,6 +22,8 @@ from tinyft import (
     Cache,
     CannotMerge,
     GPTConfig,
+    Llama,
+    LlamaConfig,
     Method,
     adapters,
     array,
@@ -33,15 +35,18 @@ from tinyft import (
 from tinyft.identity import describe
 from tinyft.train.batch import compute_loss, read_batch
 
-KINDS = ("gpt", "bert", "gpt-classes", "bert-classes")
+KINDS = ("gpt", "bert", "gpt-classes", "bert-classes", "llama")
+NEXT_TOKEN = ("gpt", "llama")                            # the models that predict the next token
 CLASSES = 3
+LLAMA_HEADS = {"heads": 4, "key_value_heads": 2, "head_width": 4}                # wider than C / H
 
 
 @dataclass(frozen=True)
 class Sizes:
     """Sizes of the small models, and the number of parameters of their parts.
 
-    V vocabulary, P positions, S token types, C width, L layers, H heads, F feed-forward width."""
+    V vocabulary, P positions, S token types, C width, L layers, H heads, F feed-forward width. The Llama has heads of
+    its own (LLAMA_HEADS), biases on q, k and v, as Qwen2's, and an output layer of its own."""
 
     kind: str
     V: int = 23
@@ -57,31 +62,53 @@ class Sizes:
         return self.kind.startswith("gpt")
 
     @property
+    def llama(self) -> bool:
+        return self.kind == "llama"
+
+    @property
     def classes(self) -> bool:
         return self.kind.endswith("classes")
 
     @property
+    def queries(self) -> int:
+        """The width of all query heads together."""
+        return LLAMA_HEADS["heads"] * LLAMA_HEADS["head_width"] if self.llama else self.C
+
+    @property
+    def keys(self) -> int:
+        """The width of all heads of keys together."""
+        return LLAMA_HEADS["key_value_heads"] * LLAMA_HEADS["head_width"] if self.llama else self.C
+
+    @property
     def block(self) -> int:
         """Parameters of one block: attention, MLP and two norms."""
+        if self.llama:
+            qkv = (self.queries + 2 * self.keys) * (self.C + 1)
+            return qkv + self.queries * self.C + 3 * self.C * self.F + 2 * self.C
         attention = 4 * (self.C**2 + self.C)
         mlp = 2 * self.C * self.F + self.F + self.C
         return attention + mlp + 4 * self.C
 
     @property
-    def mlm(self) -> int:
-        """Parameters of BERT's masked-language-model head, whose decoder is tied: dense, norm, bias."""
+    def own_head(self) -> int:
+        """Parameters of the language-model head, a tied weight aside: BERT's dense map, norm and bias; Llama's map."""
         if self.gpt or self.classes:
             return 0
+        if self.llama:
+            return self.V * self.C
         return self.C**2 + self.C + 2 * self.C + self.V
 
     @property
     def tail(self) -> int:
         """Parameters above the blocks, a new head aside."""
-        return 2 * self.C if self.gpt else self.mlm
+        last_norm = {"gpt": 2 * self.C, "llama": self.C}.get(self.kind.removesuffix("-classes"), 0)
+        return last_norm + self.own_head
 
     @property
     def bottom(self) -> int:
         """Parameters below the blocks: embeddings, and BERT's first norm."""
+        if self.llama:
+            return self.V * self.C
         tables = (self.V + self.P) * self.C
         return tables if self.gpt else tables + self.S * self.C + 2 * self.C
 
@@ -136,6 +163,9 @@ def build(kind: str, seed: int = 0) -> Any:
     rng = np.random.default_rng(seed + 100)
     if s.gpt:
         model = GPT(GPTConfig(s.V, s.P, s.C, s.L, s.H, s.F), seed)
+    elif s.llama:
+        sizes = {"vocab": s.V, "positions": s.P, "width": s.C, "layers": s.L, "hidden": s.F}
+        model = Llama(LlamaConfig(**sizes, **LLAMA_HEADS, qkv_bias=True), seed)
     else:
         model = BERT(BERTConfig(s.V, s.P, s.S, s.C, s.L, s.H, s.F), seed)
     if s.classes:
@@ -159,7 +189,7 @@ def batch(kind: str, seed: int, n: int = 4, T: int = 7) -> dict:
     mask[-1, T - 2:] = False
     if kind.endswith("classes"):
         return {"ids": ids, "mask": mask, "labels": rng.integers(0, CLASSES, n)}
-    if kind == "gpt":
+    if kind in NEXT_TOKEN:
         return {"ids": ids, "mask": mask}
     chosen = mask & (rng.random((n, T)) < 0.4)
     return {"ids": ids, "mask": mask, "labels": np.where(chosen, ids, -100)}
@@ -482,7 +512,7 @@ def check_padding(row: Row, kind: str) -> None:
 
 def check_cache(row: Row, kind: str) -> None:
     """Decoding through the cache, in chunks, equals one pass over the whole; with padding in front too."""
-    if kind != "gpt" or not row.caches:
+    if kind not in NEXT_TOKEN or not row.caches:
         return
     model, a = tuned(row, kind)
     begin_step(row, a)

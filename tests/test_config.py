@@ -7,20 +7,30 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
-from config_keys import ALIASES, CONFIG, FAMILIES, HARMLESS, READ, READ_BY_A_CLASSIFIER, REFUSED
+from config_keys import ALIASES, CONFIG, FAMILIES, HARMLESS, NEWER, READ, READ_BY_A_CLASSIFIER, REFUSED
+from helpers import host
 from safetensors.numpy import load_file, save_file
 
 from tinyft.formats import huggingface, load, save
 from tinyft.formats.config import check_kept
 from tinyft.formats.layout import Plan
-from tinyft.models import BERT, GPT, BERTConfig, GPTConfig
+from tinyft.models import BERT, GPT, BERTConfig, GPTConfig, Llama, LlamaConfig, RotaryScaling
 
 Reader = Callable[[dict], Plan]
-LANGUAGE_MODEL = {"gpt2": "GPT2LMHeadModel", "bert": "BertForMaskedLM"}
-CLASSIFIER = {"gpt2": "GPT2ForSequenceClassification", "bert": "BertForSequenceClassification"}
+LANGUAGE_MODEL = {
+    "gpt2": "GPT2LMHeadModel", "bert": "BertForMaskedLM",
+    "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
+}
+CLASSIFIER = {
+    "gpt2": "GPT2ForSequenceClassification", "bert": "BertForSequenceClassification",
+    "llama": "LlamaForSequenceClassification", "mistral": "MistralForSequenceClassification",
+    "qwen2": "Qwen2ForSequenceClassification",
+}
+LLAMAS = ("llama", "mistral", "qwen2")
 
 
 def read(config: dict) -> Plan:
@@ -33,7 +43,12 @@ def read(config: dict) -> Plan:
 
 def rows(table: dict[str, dict]) -> list[tuple[str, str]]:
     """(family, key) of every row of a table."""
-    return [(family, key) for family in FAMILIES for key in table[family]]
+    return [(family, key) for family in FAMILIES for key in table.get(family, {})]
+
+
+def other_value(family: str, key: str) -> Any:
+    """Another valid value of a key that is read."""
+    return {**READ[family], **NEWER.get(family, {})}[key]
 
 
 def refuses(reader: Reader, config: dict, key: str) -> None:
@@ -46,7 +61,7 @@ def refuses(reader: Reader, config: dict, key: str) -> None:
 def check_read(reader: Reader, family: str, key: str) -> None:
     """Another value gives another model."""
     base = CONFIG[family]
-    assert reader({**base, key: READ[family][key]}) != reader(base)
+    assert reader({**base, key: other_value(family, key)}) != reader(base)
 
 
 def check_refused(reader: Reader, family: str, key: str) -> None:
@@ -65,7 +80,7 @@ def check_harmless(reader: Reader, family: str, key: str) -> None:
     assert reader({**base, key: HARMLESS[family][key]}) == reader(base)
 
 
-@pytest.mark.parametrize("family, key", rows(READ))
+@pytest.mark.parametrize("family, key", rows(READ) + rows(NEWER))
 def test_a_setting_reaches_the_model(family, key):
     check_read(read, family, key)
 
@@ -80,10 +95,17 @@ def test_other_settings_change_nothing(family, key):
     check_harmless(read, family, key)
 
 
-@pytest.mark.parametrize("family, key", rows(READ))
-@pytest.mark.parametrize("value", ["24", [24], {}, True, -1, float("nan"), float("inf"), 10**400, "", 1e301])
-def test_nonsense_in_a_size_or_a_rate_is_refused(family, key, value):
-    refuses(read, {**CONFIG[family], key: value}, key)
+NONSENSE = ["24", [24], {}, True, -1, float("nan"), float("inf"), 10**400, "", 1e301]
+
+
+@pytest.mark.parametrize("family, key", rows(READ) + rows(NEWER))
+def test_nonsense_in_a_size_or_a_rate_is_refused(family, key):
+    for value in NONSENSE:
+        is_flag = other_value(family, key) is True
+        is_default = value == {} and key == "rope_parameters"                    # every entry of it has a default
+        if is_default or (is_flag and value is True):
+            continue
+        refuses(read, {**CONFIG[family], key: value}, key)
 
 
 @pytest.mark.parametrize("family, key", rows(ALIASES))
@@ -125,6 +147,13 @@ def strict_about(key: str) -> Reader:
     (check_refused, "bert", "tie_word_embeddings", without),
     (check_refused, "bert", "hidden_act", strict_about),
     (check_harmless, "gpt2", "use_cache", strict_about),
+    (check_read, "llama", "rope_scaling", without),
+    (check_read, "qwen2", "rope_parameters", without),
+    (check_read, "mistral", "head_dim", without),
+    (check_refused, "mistral", "sliding_window", without),
+    (check_refused, "qwen2", "use_sliding_window", without),
+    (check_refused, "llama", "sliding_window", strict_about),
+    (check_harmless, "qwen2", "attention_bias", strict_about),
 ])
 def test_a_reader_with_a_fault_is_found(check, family, key, wrong):
     check(read, family, key)
@@ -167,17 +196,28 @@ def test_several_ends_of_text(family):
     assert read({**CONFIG[family], "eos_token_id": [3, 4]}) == read(CONFIG[family])
 
 
+SIZES = {"vocab": 20, "positions": 8, "width": 8, "layers": 1, "heads": 2}
 MODELS: dict[str, Any] = {
-    "gpt2": GPT(GPTConfig(vocab=20, positions=8, width=8, layers=1, heads=2)),
-    "bert": BERT(BERTConfig(vocab=20, positions=8, width=8, layers=1, heads=2)),
+    "gpt2": GPT(GPTConfig(**SIZES)),
+    "bert": BERT(BERTConfig(**SIZES)),
+    "llama": Llama(LlamaConfig(**SIZES, tied=True)),
+    "mistral": Llama(LlamaConfig(**SIZES, tied=True)),
+    "qwen2": Llama(LlamaConfig(**SIZES, tied=True, qkv_bias=True)),
 }
 OUTPUT_LAYER = {
     "gpt2": ("transformer.wte.weight", "lm_head.weight"),
     "bert": ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"),
+    **dict.fromkeys(LLAMAS, ("model.embed_tokens.weight", "lm_head.weight")),
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def change_config(folder: Path, **changes: Any) -> None:
+    """Other values in the config.json of a directory."""
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if "tie_word_embeddings" in REFUSED[family]])
 def test_an_output_layer_that_is_not_tied_is_refused_also_with_equal_values(family, tmp_path):
     """The two would have the same values at the start and train apart. A file with the tied weight twice loads."""
     save(MODELS[family], tmp_path)
@@ -185,7 +225,113 @@ def test_an_output_layer_that_is_not_tied_is_refused_also_with_equal_values(fami
     tensors = load_file(tmp_path / "model.safetensors")
     save_file({**tensors, output: tensors[embedding].copy()}, tmp_path / "model.safetensors")
     load(tmp_path)
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "tie_word_embeddings": False}))
+    change_config(tmp_path, tie_word_embeddings=False)
     with pytest.raises(ValueError, match="wants tie_word_embeddings True, got False"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if "tie_word_embeddings" in READ[family]])
+def test_config_json_decides_whether_the_output_layer_is_tied(family, tmp_path):
+    """Tied: one tensor, also if the file has it twice; two values are refused. Not tied: two that train apart, also
+    with equal values."""
+    save(MODELS[family], tmp_path)
+    change_config(tmp_path, model_type=family, architectures=[LANGUAGE_MODEL[family]], sliding_window=None)
+    embedding, output = OUTPUT_LAYER[family]
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    assert output not in tensors
+    for tied in (tensors, {**tensors, output: tensors[embedding].copy()}):
+        save_file(tied, file)
+        model, _ = load(tmp_path)
+        assert model.config.tied and "head.weight" not in model.named_parameters()
+    change_config(tmp_path, tie_word_embeddings=False)
+    model, _ = load(tmp_path)
+    assert not model.config.tied and model.head.weight is not model.embed.weight
+    assert (host(model.head.weight) == host(model.embed.weight)).all()
+    change_config(tmp_path, tie_word_embeddings=True)
+    save_file({**tensors, output: tensors[embedding] + 1}, file)
+    with pytest.raises(ValueError, match="lm_head.weight differs from"):
+        load(tmp_path)
+
+
+# ── rotary positions and windows ─────────────────────────────────────────────────────────────────────────────────────
+LLAMA3 = {"factor": 8, "low_freq_factor": 1.5, "high_freq_factor": 3.0, "original_max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize("family", LLAMAS)
+@pytest.mark.parametrize("entry, scaling", [
+    (None, None),
+    ({"rope_type": "default"}, None),
+    ({"type": "linear", "factor": 2}, RotaryScaling("linear", 2.0)),
+    ({"type": "linear", "rope_type": "linear", "factor": 0.5}, RotaryScaling("linear", 0.5)),
+    ({"rope_type": "llama3", **LLAMA3}, RotaryScaling("llama3", 8.0, low=1.5, high=3.0, original=16)),
+])
+def test_the_scaling_of_rotary_positions_is_read_from_both_places(family, entry, scaling):
+    """rope_scaling beside rope_theta, and rope_parameters, which holds both; both places, if they agree."""
+    older = {**CONFIG[family], "rope_theta": 50.0, "rope_scaling": entry}
+    newer = {"rope_parameters": {**(entry or {}), "rope_theta": 50.0}}
+    plan = read(older)
+    assert (plan.config.rope_base, plan.config.rope_scaling) == (50.0, scaling)
+    assert read({**CONFIG[family], **newer}) == plan == read({**older, **newer})
+    assert read({**CONFIG[family], "rope_parameters": {}}) == read(CONFIG[family])
+
+
+@pytest.mark.parametrize("change", [
+    {"rope_type": "dynamic", "factor": 2.0}, {"rope_type": "yarn", "factor": 2.0}, {"type": "longrope"},
+    {"factor": 2.0},
+    {"type": "linear", "rope_type": "llama3", **LLAMA3}, {"rope_type": ["linear"], "factor": 2.0},
+    {"rope_type": "linear"}, {"rope_type": "linear", "factor": 0}, {"rope_type": "linear", "factor": "2"},
+    {"rope_type": "linear", "factor": float("nan")}, {"rope_type": "linear", "factor": True},
+    {"rope_type": "llama3", **LLAMA3, "low_freq_factor": None}, {"rope_type": "llama3", **LLAMA3, "factor": -1},
+    {"rope_type": "llama3", **LLAMA3, "low_freq_factor": 3.0},
+    {"rope_type": "llama3", **LLAMA3, "original_max_position_embeddings": 0},
+    {"rope_type": "default", "partial_rotary_factor": 0.5},
+])
+def test_a_scaling_that_is_not_ours_is_refused(change):
+    refuses(read, {**CONFIG["llama"], "rope_scaling": change}, "rope_scaling")
+    has_kind = "rope_type" in change or "type" in change
+    if has_kind:
+        refuses(read, {**CONFIG["llama"], "rope_parameters": change}, "rope_parameters")
+
+
+@pytest.mark.parametrize("key, value", [("rope_theta", 3.0), ("rope_scaling", {"type": "linear", "factor": 3.0})])
+def test_two_places_that_contradict_each_other_are_refused(key, value):
+    newer = {"rope_type": "linear", "factor": 2.0, "rope_theta": 2.0}
+    refuses(read, {**CONFIG["llama"], "rope_parameters": newer, key: value}, "rope_parameters")
+    refuses(read, {**CONFIG["llama"], "rope_parameters": newer, key: value}, key)
+
+
+@pytest.mark.parametrize("settings", [
+    {"max_window_layers": 2}, {"max_window_layers": 28}, {"sliding_window": None}, {"sliding_window": 32},
+    {"layer_types": ["full_attention"] * 2}, {"layer_types": ["sliding_attention"] * 2, "sliding_window": 32},
+])
+def test_a_window_of_qwen2_that_hides_nothing_is_allowed(settings):
+    assert read({**CONFIG["qwen2"], "use_sliding_window": True, **settings}) == read(CONFIG["qwen2"])
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"max_window_layers": 1}, {"sliding_window": 31}, {"layer_types": ["full_attention", "sliding_attention"]},
+    {"layer_types": ["sliding_attention"] * 2, "sliding_window": None},
+])
+def test_a_window_of_qwen2_that_hides_a_key_is_refused(settings):
+    refuses(read, {**CONFIG["qwen2"], "use_sliding_window": True, **settings}, "sliding_window")
+
+
+def test_without_the_key_a_mistral_has_a_window():
+    """Of 4,096 positions: transformers' default."""
+    without_window = {key: value for key, value in CONFIG["mistral"].items() if key != "sliding_window"}
+    refuses(read, {**without_window, "max_position_embeddings": 4097}, "sliding_window")
+    assert read(without_window) == read(CONFIG["mistral"])
+
+
+@pytest.mark.parametrize("family", LLAMAS)
+def test_a_class_without_a_head_has_an_output_layer_only_if_the_file_has_one(family):
+    """A tied one is the embedding, which every file has."""
+    name = LANGUAGE_MODEL[family].replace("ForCausalLM", "Model")
+    untied = {**CONFIG[family], "architectures": [name]}
+    reader = next(f for f in huggingface.FAMILIES if f.model_type == family)
+    assert reader.read_config(untied, ()).head is None
+    assert reader.read_config(untied, ("lm_head.weight",)).head == "lm"
+    assert reader.read_config({**untied, "tie_word_embeddings": True}, ()).head == "lm"
+    assert reader.read_config(CONFIG[family], ()).head is None
+    assert reader.read_config(CONFIG[family], ("score.weight",)).head == "classes"

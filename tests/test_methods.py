@@ -14,6 +14,7 @@ import pytest
 from contract import (
     CHECKS,
     KINDS,
+    NEXT_TOKEN,
     Row,
     Sizes,
     batch,
@@ -72,24 +73,30 @@ def is_norm(name: str) -> bool:
 
 # ── numbers of trainable parameters, in closed form ──────────────────────────────────────────────────────────────────
 def count_norms(s: Sizes) -> int:
-    """Two norms a block, and GPT's last or BERT's first. A norm has 2 C parameters."""
-    return s.L * 4 * s.C + 2 * s.C
+    """Two norms a block, and the last of GPT and Llama or BERT's first. A norm has 2 C parameters; Llama's has C."""
+    size = s.C if s.llama else 2 * s.C
+    return s.L * 2 * size + size
 
 
 def count_biases(s: Sizes) -> int:
-    """Per block: q, k, v, o, mlp.down and two norms (7 C) and mlp.up (F). Then one more norm, and the MLM head."""
-    in_mlm_head = 2 * s.C + s.V if s.mlm else 0
+    """Per block: q, k, v, o, mlp.down and two norms (7 C) and mlp.up (F). Then one more norm, and the MLM head.
+
+    Our Llama has biases on q, k and v alone."""
+    if s.llama:
+        return s.L * (s.queries + 2 * s.keys)
+    in_mlm_head = 2 * s.C + s.V if s.own_head else 0
     return s.L * (7 * s.C + s.F) + s.C + in_mlm_head
 
 
 def count_qv(r: int) -> Callable[[Sizes], int]:
-    """LoRA of rank r on the queries and values: A (r, C) and B (C, r) for each of the two."""
-    return lambda s: s.L * 2 * r * 2 * s.C
+    """LoRA of rank r on the queries and values: A (r, C) and B (out, r) for each of the two."""
+    return lambda s: s.L * r * (2 * s.C + s.queries + s.keys)
 
 
 def count_all_linears(s: Sizes) -> int:
     """LoRA of rank 3 on six linear maps of each block."""
-    return s.L * 3 * (4 * 2 * s.C + 2 * (s.C + s.F))
+    attention = 4 * s.C + 2 * s.queries + 2 * s.keys
+    return s.L * 3 * (attention + 2 * (s.C + s.F))
 
 
 def count_adapters(s: Sizes) -> int:
@@ -99,12 +106,14 @@ def count_adapters(s: Sizes) -> int:
 
 def count_prefix(s: Sizes) -> int:
     """Three rows of keys and of values a block."""
-    return 2 * s.L * 3 * s.C
+    return 2 * s.L * 3 * s.keys
 
 
 def count_prefix_mlp(s: Sizes) -> int:
-    """p = 3 rows E (3, C); W₁ (6, C), b₁ (6); in each block, for keys and for values, W₂ (C, 6) and b₂ (C)."""
-    return 3 * s.C + 6 * s.C + 6 + s.L * 2 * (6 * s.C + s.C)
+    """p = 3 rows E (3, C); W₁ (6, C), b₁ (6); in each block, for keys and for values, W₂ (C, 6) and b₂ (C).
+
+    C is the width of all heads of keys together."""
+    return 3 * s.keys + 6 * s.keys + 6 + s.L * 2 * (6 * s.keys + s.keys)
 
 
 def count_adapters_and_norms(s: Sizes) -> int:
@@ -126,7 +135,7 @@ ROWS = {
     "full": mergeable(Full(), "same", lambda s: s.total, base=every_tensor),
     "partial": mergeable(Partial(k=1), "same", lambda s: s.block + s.tail, base=in_top_block_or_above),
     # Not on GPT, whose tied head has no tensor of its own. A new classification head is counted apart.
-    "head": mergeable(Partial(k=0), "same", lambda s: s.mlm, base=in_head, on=KINDS[1:]),
+    "head": mergeable(Partial(k=0), "same", lambda s: s.own_head, base=in_head, on=KINDS[1:]),
     "bitfit": mergeable(BitFit(), "same", count_biases, base=is_bias),
     "lora": mergeable(LoRA(r=4), "same", count_qv(4)),
     "lora-all": mergeable(LoRA(r=3, targets=LINEARS), "same", count_all_linears),
@@ -206,13 +215,14 @@ def test_padding_changes_nothing(row, kind):
     contract.check_padding(row, kind)
 
 
-@pytest.mark.parametrize("row", [pytest.param(r, id=n) for n, r in ROWS.items() if "gpt" in r.on])
-def test_decoding_through_the_cache_gives_the_logits_of_one_pass(row):
-    contract.check_cache(row, "gpt")
+@pytest.mark.parametrize("row, kind", [case for case in CASES if case.values[1] in NEXT_TOKEN])
+def test_decoding_through_the_cache_gives_the_logits_of_one_pass(row, kind):
+    contract.check_cache(row, kind)
 
 
 # ── helpers of the properties ────────────────────────────────────────────────────────────────────────────────────────
 GPTS = pytest.mark.parametrize("kind", ["gpt", "bert"])
+LANGUAGE_MODELS = pytest.mark.parametrize("kind", ["gpt", "bert", "llama"])
 
 
 def wide(kind: str = "gpt") -> Any:
@@ -278,18 +288,20 @@ def test_below_the_lowest_trained_block_nothing_is_computed(kind):
     loss = the_loss(model, batch(kind, 0))
     records = [n for n in topological(loss) if isinstance(n, Record)]
     all_records = [n for n in topological(the_loss(build(kind), batch(kind, 0))) if isinstance(n, Record)]
-    heads = {"gpt": 1, "bert": 2, "gpt-classes": 1, "bert-classes": 2}[kind]
-    assert sum(r.name == "linear" for r in records) == 6 + heads
-    assert sum(r.name == "linear" for r in all_records) == 12 + heads
+    heads = {"gpt": 1, "bert": 2, "gpt-classes": 1, "bert-classes": 2, "llama": 1}[kind]
+    in_block = 7 if kind == "llama" else 6
+    assert sum(r.name == "linear" for r in records) == in_block + heads
+    assert sum(r.name == "linear" for r in all_records) == 2 * in_block + heads
     assert not any(r.name == "embedding" for r in records)
 
     def reads_leaves_only(record: Record) -> bool:
         return all(isinstance(p, Tensor) for p in record.parents())
 
-    # The ops that need no gradient of their input: norm1 in GPT; q, k and v in BERT.
+    # The ops that need no gradient of their input: norm1 in GPT and Llama; q, k and v in BERT.
     lowest = [r.name for r in records if reads_leaves_only(r)]
-    norms, linears = (1, 0) if kind.startswith("gpt") else (0, 3)
-    assert (lowest.count("layer_norm"), lowest.count("linear")) == (norms, linears)
+    norms, linears = (0, 3) if kind.startswith("bert") else (1, 0)
+    norm = "rms_norm" if kind == "llama" else "layer_norm"
+    assert (lowest.count(norm), lowest.count("linear")) == (norms, linears)
     loss.backward()
     assert {n for n, p in model.named_parameters().items() if p.grad is not None} == set(trained(model))
 
@@ -324,10 +336,12 @@ def test_partial_refuses_more_blocks_than_there_are_and_a_tied_head_alone():
 # ── BitFit ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_keys_bias_gets_no_gradient_and_every_other_bias_does(kind):
+    """Llama's gets one: the bias is rotated by the position of its key, so it is no constant of a row of scores."""
     model, _ = on(BitFit(), kind)
     for n, g in grads(model, batch(kind, 0)).items():
         if contract.edit.base_parameters(model)[n].requires_grad:
-            assert np.abs(g).max() <= 1e-12 if n.endswith("attn.k.bias") else np.abs(g).max() > 1e-9, n
+            is_ignored = n.endswith("attn.k.bias") and kind != "llama"
+            assert np.abs(g).max() <= 1e-12 if is_ignored else np.abs(g).max() > 1e-9, n
 
 
 @GPTS
@@ -399,7 +413,7 @@ def test_loras_first_step_moves_B_and_not_A(kind):
     assert all(np.abs(v).max() > 1e-8 for n, v in g.items() if n.endswith("lora.B"))
 
 
-@GPTS
+@LANGUAGE_MODELS
 def test_one_step_of_SGD_gives_the_update_minus_eta_s_squared_dW_AtA(kind):
     s, eta, b = 8.0, 0.1, batch(kind, 0)
     dW = grads(wide(kind), b)
@@ -591,11 +605,13 @@ def test_numbers_within_two_sigma_are_those_drawn_first():
 
 
 # ── prefix ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-def test_keys_and_values_of_real_text_as_a_prefix_are_that_text():
-    base, ids, cache = wide(), tokens(1, 7), Cache()
+@pytest.mark.parametrize("kind", NEXT_TOKEN)
+def test_keys_and_values_of_real_text_as_a_prefix_are_that_text(kind):
+    """Llama's keys in the cache are rotated, and a prefix is not rotated again."""
+    base, ids, cache = wide(kind), tokens(1, 7), Cache()
     with no_grad():
         base(ids[:, :3], cache=cache)
-    model, a = on(PrefixTuning(p=3, shift=True))
+    model, a = on(PrefixTuning(p=3, shift=True), kind)
     for i, block in enumerate(base.blocks):
         k, v = cache.kv[block.attn.kv]
         a.edits[f"blocks.{i}.attn.kv"].K.copy_(k.data[0])
@@ -693,7 +709,7 @@ def test_the_prefix_an_mlp_made_can_stand_for_it(kind):
     for e in b.edits.values():                           # arrays of its own, no views of the MLP's output
         assert host(e.K).flags.c_contiguous and host(e.V).flags.c_contiguous
     light, s = edit.count(model), Sizes(kind)
-    assert light.trained == 2 * s.L * 3 * s.C < heavy.trained and light.head == heavy.head
+    assert light.trained == 2 * s.L * 3 * s.keys < heavy.trained and light.head == heavy.head
     detach(model)
     assert same(run(model), run(build(kind).to(dtype=np.float64)))
 
@@ -745,7 +761,7 @@ def test_a_shift_moves_the_text_by_p_positions(kind):
 
 
 # ── prompt ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-@GPTS
+@LANGUAGE_MODELS
 def test_embeddings_of_real_tokens_as_a_prompt_are_those_tokens(kind):
     ids = tokens(1, 7)
     model, a = on(PromptTuning(p=3), kind)
@@ -753,7 +769,7 @@ def test_embeddings_of_real_tokens_as_a_prompt_are_those_tokens(kind):
     assert near(run(model, np.repeat(ids[:, 3:], 2, 0)), np.repeat(run(wide(kind), ids)[:, 3:], 2, 0))
 
 
-@GPTS
+@LANGUAGE_MODELS
 def test_a_prompt_is_embeddings_put_in_front_by_hand_and_so_is_its_gradient(kind):
     model, a = tuned(ROWS["prompt"], kind)
     P, base = a.edits["embed"].P, wide(kind)

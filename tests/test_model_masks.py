@@ -19,7 +19,7 @@ LEFT = MASK[:, ::-1]
 METHODS = [None, PromptTuning(p=2), PrefixTuning(p=2), PrefixTuning(p=2, shift=True), Houlsby(m=2),
            LoRA(r=2, targets=("embed", "attn.q"))]
 every_method = pytest.mark.parametrize("method", METHODS, ids=str)
-every_kind = pytest.mark.parametrize("kind", ["gpt", "bert", "gpt-classes", "bert-classes"])
+every_kind = pytest.mark.parametrize("kind", ["gpt", "bert", "gpt-classes", "bert-classes", "llama"])
 
 
 def masks(mask: np.ndarray) -> list[Any]:

@@ -22,11 +22,11 @@ FIXED = {
 PROBLEM_TYPES = (None, "single_label_classification", "multi_label_classification", "regression")
 
 
-def size(config: dict, key: str, default: int | None = None) -> int:
-    """A size: a whole number of at least 1. JSON holds whole numbers below 2^53 exactly."""
+def size(config: dict, key: str, default: int | None = None, *, least: int = 1) -> int:
+    """A size: a whole number of at least `least`. JSON holds whole numbers below 2^53 exactly."""
     value = config.get(key, default)
-    if type(value) is not int or not 1 <= value < 2**53:
-        raise ValueError(f"config.json: {key} wants a whole number of at least 1, got {short(value)}")
+    if type(value) is not int or not least <= value < 2**53:
+        raise ValueError(f"config.json: {key} wants a whole number of at least {least}, got {short(value)}")
     return value
 
 

@@ -1,7 +1,8 @@
 """Llama on disk: the names, shapes and conventions of `model_type: llama`, `mistral` and `qwen2`.
 
 The three have one layout. Qwen2 always has biases on q, k and v; Mistral has none; Llama has them if attention_bias
-says so, then on o as well. A file of the class without a head has no `model.` prefix.
+says so, then on o as well. A Mistral is written as a Llama, which computes the same. A file of the class without a head
+has no `model.` prefix.
 
 In the shapes: C width, D head width, F feed-forward width, V vocabulary.
 """
@@ -10,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from ..models import Llama, LlamaConfig, RotaryScaling
+from ..models import Llama, LlamaConfig
 from ..models.blocks import Classifier
 from ..nn import Linear, Module, TiedHead
 from .config import architecture, check_settings, class_count, flag, number, short, size
 from .family import Family
 from .layout import FileTensor, Plan, Table, ZeroGenerator, add_stored_classifier
+from .rotary import rotary_settings, written_scaling
 
 # The name of the classes of transformers, and the defaults of keys that a config.json may leave out.
 PREFIX = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
@@ -26,9 +28,16 @@ DEFAULTS: dict[str, dict[str, int]] = {
     "qwen2": {"vocab_size": 151936, "intermediate_size": 22016, "max_position_embeddings": 32768,
               "num_key_value_heads": 32},
 }
-SLIDING_WINDOW = 4096                                    # transformers' default
-# Settings of which our Llama has one value.
-FIXED = {"hidden_act": ("silu", "swish"), "partial_rotary_factor": (1.0, None)}
+WINDOWS = {"llama": None, "mistral": 4096, "qwen2": 4096}                       # transformers' default
+LAYER_TYPES = ("full_attention", "sliding_attention")
+# Settings of which our Llama has one value. transformers does not read rope_interleaved, which SmolLM2 writes.
+FIXED = {
+    "hidden_act": ("silu", "swish"),
+    "partial_rotary_factor": (1.0, None),
+    "rope_interleaved": (False, None),
+}
+# The end of the name of a class of transformers, by the head of the model.
+ENDS = {"lm": "ForCausalLM", "classes": "ForSequenceClassification", None: "Model"}
 BLOCK = {
     "attn.q": "self_attn.q_proj",
     "attn.k": "self_attn.k_proj",
@@ -66,34 +75,37 @@ class LlamaFamily(Family):
         ValueError for a setting that our Llama does not have.
         """
         check_settings(config, FIXED, PREFIX[self.model_type])
-        heads = {f"{PREFIX[self.model_type]}{end}": head
-                 for end, head in (("ForCausalLM", "lm"), ("Model", "lm"), ("ForSequenceClassification", "classes"))}
+        heads = {f"{PREFIX[self.model_type]}{end}": head for head, end in ENDS.items()}
         named = architecture(config, heads)
+        model_config = self.model_config(config)
         if named is not None:
             head = heads[named]
         else:
-            head = "classes" if "score.weight" in names else "lm"
-        model_config = self.model_config(config)
+            head = "classes" if "score.weight" in names else None
+        if head is None and (model_config.tied or "lm_head.weight" in names):
+            head = "lm"                                  # the class has no output layer, but the file has its weight
         return Plan(model_config, head, class_count(config) if head == "classes" else 0)
 
     def model_config(self, config: dict) -> LlamaConfig:
         """The sizes and settings in config.json."""
         default = DEFAULTS[self.model_type]
         positions = size(config, "max_position_embeddings", default["max_position_embeddings"])
-        self.check_window(config, positions)
+        layers = size(config, "num_hidden_layers", 32)
+        self.check_window(config, positions, layers)
+        base, scaling = rotary_settings(config)
         has_bias = self.model_type == "llama" and flag(config, "attention_bias", default=False)
         heads = size(config, "num_attention_heads", 32)
         return LlamaConfig(
             vocab=size(config, "vocab_size", default["vocab_size"]),
             positions=positions,
             width=size(config, "hidden_size", 4096),
-            layers=size(config, "num_hidden_layers", 32),
+            layers=layers,
             heads=heads,
             key_value_heads=optional_size(config, "num_key_value_heads", default.get("num_key_value_heads", heads)),
             head_width=optional_size(config, "head_dim", None),
             hidden=size(config, "intermediate_size", default["intermediate_size"]),
-            rope_base=positive(config, "rope_theta", 10000.0),
-            rope_scaling=rotary_scaling(config.get("rope_scaling")),
+            rope_base=base,
+            rope_scaling=scaling,
             tied=flag(config, "tie_word_embeddings", default=False),
             qkv_bias=has_bias or self.model_type == "qwen2",
             out_bias=has_bias,
@@ -101,18 +113,24 @@ class LlamaFamily(Family):
             dropout=number(config, "attention_dropout", 0.0, below=1),
             eps=number(config, "rms_norm_eps", 1e-6))
 
-    def check_window(self, config: dict, positions: int) -> None:
-        """Refuse a sliding window that is shorter than the model's longest text: our attention sees every position."""
-        if self.model_type == "llama":                   # transformers' Llama has no such setting
-            return
+    def check_window(self, config: dict, positions: int, layers: int) -> None:
+        """Refuse a sliding window that hides a position of the model's longest text: our attention sees them all."""
+        kinds = layer_types(config, layers)
+        window = optional_size(config, "sliding_window", WINDOWS[self.model_type])
+        wanted = "a sliding_window of null or"
         if self.model_type == "qwen2":
-            kinds = config.get("layer_types") or ()
-            if not flag(config, "use_sliding_window", default=False) and "sliding_attention" not in kinds:
-                return
-        window = optional_size(config, "sliding_window", SLIDING_WINDOW)
-        if window is not None and window < positions:
-            raise ValueError(f"config.json: this library's {PREFIX[self.model_type]} has no sliding window; wanted a "
-                             f"sliding_window of null or at least max_position_embeddings ({positions}), got {window}")
+            is_used = flag(config, "use_sliding_window", default=False)
+            first = size(config, "max_window_layers", 28, least=0)               # the layers below it have no window
+            has_window = not kinds and is_used and first < layers and window is not None
+            wanted = f"use_sliding_window false, a max_window_layers of at least {layers}, {wanted}"
+        else:
+            has_window = window is not None
+        if "sliding_attention" in kinds:
+            has_window = True
+        if has_window and (window is None or window < positions):
+            raise ValueError(f"config.json: this library's {PREFIX[self.model_type]} has no sliding window; wanted "
+                             f"{wanted} at least max_position_embeddings ({positions}), and layer_types without "
+                             f"sliding_attention, got a window of {short(window)}")
 
     def table(self, plan: Plan) -> Table:
         """{name in the model: FileTensor}: the name in a file and the shape of every tensor of the plan's Llama."""
@@ -136,7 +154,7 @@ class LlamaFamily(Family):
         table["norm.weight"] = FileTensor("norm.weight", (C,))
         if plan.head == "classes":
             table["head.out.weight"] = FileTensor("score.weight", (plan.classes, C))
-        elif not c.tied:
+        elif plan.head == "lm" and not c.tied:
             table["head.weight"] = FileTensor("lm_head.weight", (c.vocab, C))
         return table
 
@@ -145,6 +163,8 @@ class LlamaFamily(Family):
         model = Llama(plan.config, seed=ZeroGenerator())
         if plan.head == "classes":
             add_stored_classifier(model, plan.classes)
+        elif plan.head is None:
+            model.head = None
         return model
 
     def holds(self, model: Module) -> bool:
@@ -162,6 +182,8 @@ class LlamaFamily(Family):
             raise ValueError("a Llama directory wants biases on q, k, v and o together, or on q, k and v alone")
         if type(head) is Classifier and head.out.bias is None:
             return Plan(c, "classes", head.out_features)
+        if head is None:
+            return Plan(c, None)
         is_own_map = type(head) is Linear and head.bias is None and not c.tied
         if is_own_map or (type(head) is TiedHead and head.bias is None and c.tied):
             return Plan(c, "lm")
@@ -171,10 +193,9 @@ class LlamaFamily(Family):
     def write_config(self, plan: Plan) -> dict[str, Any]:
         """The config.json of a plan, with transformers' keys."""
         c = plan.config
-        end = "ForSequenceClassification" if plan.head == "classes" else "ForCausalLM"
         config = {
             "model_type": self.model_type,
-            "architectures": [f"{PREFIX[self.model_type]}{end}"],
+            "architectures": [f"{PREFIX[self.model_type]}{ENDS[plan.head]}"],
             "vocab_size": c.vocab,
             "max_position_embeddings": c.positions,
             "hidden_size": c.width,
@@ -194,8 +215,24 @@ class LlamaFamily(Family):
         return config
 
     def file_name(self, name: str, plan: Plan) -> str:
-        """The table name with `model.` in front, except for heads."""
-        return name if name in ("score.weight", "lm_head.weight") else f"model.{name}"
+        """The table name with `model.` in front, except for heads, and in a model without a head."""
+        is_head = name in ("score.weight", "lm_head.weight")
+        return name if is_head or plan.head is None else f"model.{name}"
+
+
+def layer_types(config: dict, layers: int) -> list[str]:
+    """The kind of attention of each layer; an empty list if config.json does not name them.
+
+    ValueError unless there is one known kind for each of the layers.
+    """
+    kinds = config.get("layer_types")
+    if kinds is None:
+        return []
+    is_list = isinstance(kinds, list) and len(kinds) == layers
+    if not is_list or any(kind not in LAYER_TYPES for kind in kinds):
+        raise ValueError(f"config.json: layer_types wants {' or '.join(LAYER_TYPES)} for each of the {layers} layers, "
+                         f"got {short(kinds)}")
+    return kinds
 
 
 def optional_size(config: dict, key: str, default: int | None) -> int | None:
@@ -203,57 +240,3 @@ def optional_size(config: dict, key: str, default: int | None) -> int | None:
     if key in config and config[key] is None:
         return None
     return default if key not in config else size(config, key)
-
-
-def positive(config: dict, key: str, default: float) -> float:
-    """A number above 0. null stands for the default."""
-    value = number(config, key, default)
-    if value == 0:
-        raise ValueError(f"config.json: {key} wants a number above 0, got {short(config[key])}")
-    return value
-
-
-def rotary_scaling(entry: Any) -> RotaryScaling | None:
-    """The rope_scaling of a config.json: null, or an object whose rope_type (type in old files) is known here.
-
-    ValueError for kinds that depend on the length of the text (dynamic, yarn, longrope), and for values out of range.
-    """
-    if entry is None:
-        return None
-    if not isinstance(entry, dict):
-        raise ValueError(f"config.json: rope_scaling wants null or an object, got {short(entry)}")
-    kind = entry.get("rope_type", entry.get("type"))
-    if kind == "default":
-        return None
-    if kind == "linear":
-        return RotaryScaling("linear", positive_in(entry, "factor"))
-    if kind != "llama3":
-        raise ValueError("config.json: this library's Llama wants a rope_scaling of the rope_type default, linear or "
-                         f"llama3, got {short(kind)}")
-    low = positive_in(entry, "low_freq_factor")
-    high = positive_in(entry, "high_freq_factor")
-    if low >= high:
-        raise ValueError("config.json: rope_scaling wants a low_freq_factor below the high_freq_factor, "
-                         f"got {low} and {high}")
-    original = size(entry, "original_max_position_embeddings")
-    return RotaryScaling("llama3", positive_in(entry, "factor"), low=low, high=high, original=original)
-
-
-def positive_in(entry: dict, key: str) -> float:
-    """A number above 0 of the rope_scaling object, which must hold it."""
-    if entry.get(key) is None:
-        raise ValueError(f"config.json: rope_scaling wants a {key}, got none")
-    return positive(entry, key, 0.0)
-
-
-def written_scaling(scaling: RotaryScaling | None) -> dict[str, Any] | None:
-    """The rope_scaling entry of a config.json: the inverse of rotary_scaling."""
-    if scaling is None:
-        return None
-    entry: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling.kind == "llama3":
-        entry |= {
-            "low_freq_factor": scaling.low,
-            "high_freq_factor": scaling.high,
-            "original_max_position_embeddings": scaling.original}
-    return entry

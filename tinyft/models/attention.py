@@ -51,6 +51,7 @@ class Attention(Module):
     bias: of the maps q, k, v and o;  out_bias: of o, if it differs
     rotary: a Rotary, which rotates queries and keys
     relative_bias: a module, (Tq, Tk) -> bias (1, H, Tq, Tk), with the last query at the position of the last key
+    dropout: of the probabilities;  out_dropout: of the result, if it differs
     std: standard deviation of the initial maps;  out_std: of the map o, if it is another"""
 
     def __init__(
@@ -69,6 +70,7 @@ class Attention(Module):
         rotary: Rotary | None = None,
         relative_bias: Module | None = None,
         dropout: float = 0.0,
+        out_dropout: float | None = None,
         std: float = 0.02,
         out_std: float | None = None,
     ):
@@ -105,7 +107,7 @@ class Attention(Module):
         out_bias = bias if out_bias is None else out_bias
         self.o = Linear(heads * head_width, width, rng=rng, bias=out_bias, std=out_std or std)
         self.drop_p = Dropout(dropout)
-        self.drop = Dropout(dropout)
+        self.drop = Dropout(dropout if out_dropout is None else out_dropout)
         self.relative_bias = relative_bias
         self._rotary = rotary
 

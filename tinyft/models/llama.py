@@ -40,6 +40,7 @@ class LlamaConfig:
     rope_base        the base of the rotary angles;  rope_scaling  a change of their frequencies, or None
     tied             True: the output layer is the embedding
     qkv_bias, out_bias, mlp_bias  biases of the maps q, k and v; of o; of the feed-forward
+    dropout          of the attention probabilities, the only dropout of a Llama
     std              of the initial linear maps
 
     TypeError or ValueError, naming the field, for values from which no model can be built."""
@@ -89,7 +90,7 @@ class LlamaConfig:
 
 
 class Llama(Module):
-    """model(ids (B, T)) -> logits (B, T, V).
+    """model(ids (B, T)) -> logits (B, T, V); from a file without an output layer, hidden states (B, T, C).
 
     With a new head (tinyft.classifier): class scores (B, classes), from the last real token."""
 
@@ -108,22 +109,27 @@ class Llama(Module):
         for _ in range(c.layers):
             attn = Attention(c.width, c.heads, causal=True, rng=rng, key_value_heads=c.key_value_heads,
                              head_width=c.head_width, bias=c.qkv_bias, out_bias=c.out_bias, rotary=rotary,
-                             dropout=c.dropout, std=c.std)
-            mlp = GatedMLP(c.width, c.hidden or 4 * c.width, rng=rng, bias=c.mlp_bias, dropout=c.dropout, std=c.std)
+                             dropout=c.dropout, out_dropout=0.0, std=c.std)
+            mlp = GatedMLP(c.width, c.hidden or 4 * c.width, rng=rng, bias=c.mlp_bias, std=c.std)
             self.blocks.append(PreNormBlock(attn, mlp, eps=c.eps, norm=RMSNorm))
         self.norm = RMSNorm(c.width, eps=c.eps)
         self.head = TiedHead(self.embed) if c.tied else Linear(c.width, c.vocab, rng=rng, bias=False, std=c.std)
 
     config = property(lambda self: self._config)
     head_modules: tuple = ()                             # names of the parts of a new task head
-    top_modules = ("norm", "head")
 
     @property
     def stacks(self) -> dict[str, list[str]]:
         """The paths of the blocks of each stack, bottom to top."""
         return {"decoder": [f"blocks.{i}" for i in range(len(self.blocks))]}
 
+    @property
+    def top_modules(self) -> tuple[str, ...]:
+        """The paths of the modules above the blocks."""
+        return ("norm",) if self.head is None else ("norm", "head")
+
     def forward(self, ids: Any, ctx: Context) -> Tensor:
+        """The head's output for ids (B, T), or for embeddings (B, T, C) in their place; see apply_head."""
         x = embed_tokens(self.embed, ids, ctx, positions=self.config.positions)  # (B, T, C)
         hidden = self.norm(run_blocks(self.blocks, x, ctx), ctx)
         if ctx.cache is not None:

@@ -79,7 +79,7 @@ class Rotary:
 
         The two halves of a head's width are rotated together, so both halves hold the same angles. All layers of a pass
         share the result, which ctx.scratch keeps."""
-        key = ("rotary", self.width, self.base, self.scaling, x.shape[2])
+        key = ("rotary", self.width, self.base, self.scaling, x.shape[2], x.dtype)
         if key not in ctx.scratch:
             positions = ctx.positions()                                          # (B or 1, T)
             m = xp(positions)

@@ -4,7 +4,8 @@ Ben-Zaken, Goldberg, Ravfogel, ACL 2022.  arXiv:2106.10199
     y = W x + b,   LN(x) = g ⊙ (x − μ)/σ + β        only b, β and the new head train            §2
 
 The bias of the keys gets no gradient: q·b_k adds one constant to a row of scores, and softmax
-ignores it. Learning rates are ten to twenty times those of full fine-tuning.
+ignores it. With rotary positions it gets one: b_k is rotated by the position of its key.
+Learning rates are ten to twenty times those of full fine-tuning.
 
 Departures: none.
 """
