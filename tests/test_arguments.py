@@ -82,9 +82,9 @@ def text_classifier() -> ft.BERT:
     return ft.classifier(model, 2)
 
 
-def adapted() -> ft.GPT:
+def adapted(method: Any = ft.LoRA(r=2)) -> ft.GPT:
     model = gpt()
-    ft.attach(model, ft.LoRA(r=2))
+    ft.attach(model, method)
     return model
 
 
@@ -144,6 +144,16 @@ def saved_adapter(path: Any) -> dict:
     return {"model": gpt(), "path": path / "saved"}
 
 
+def saved_by_peft(path: Any) -> dict:
+    ft.save_peft(adapted(), path / "saved")
+    return {"model": gpt(), "path": path / "saved", "name": "a"}
+
+
+def saved_by_adapterhub(path: Any) -> dict:
+    ft.save_adapterhub(adapted(ft.Houlsby(m=2, norms=False)), path / "saved")
+    return {"model": gpt(), "path": path / "saved", "name": "a"}
+
+
 def saved_model(path: Any) -> dict:
     ft.save(gpt(), path / "model")
     return {"path": path / "model"}
@@ -190,6 +200,11 @@ ROWS: dict[str, Callable[[Any], dict]] = {
     "trained": lambda path: {"model": gpt()},
     "save_adapter": lambda path: {"model": adapted(), "path": path / "a", "name": "lora"},
     "load_adapter": saved_adapter,
+    "save_peft": lambda path: {"model": adapted(), "path": path / "a", "name": "lora"},
+    "load_peft": saved_by_peft,
+    "save_adapterhub": lambda path: {"model": adapted(ft.Houlsby(m=2, norms=False)), "path": path / "a",
+                                     "name": "houlsby"},
+    "load_adapterhub": saved_by_adapterhub,
     "Phase": lambda path: {"share": 1.0, "setup": None},
     "Partial": lambda path: {"k": 1},
     "Houlsby": lambda path: {"m": 2, "std": 0.1, "norms": True, "targets": ("attn", "mlp")},

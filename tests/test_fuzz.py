@@ -269,17 +269,22 @@ class TokenizerReader(ModelReader):
 class AdapterReader:
     """load_adapter, onto the base that the adapter was trained on."""
 
+    shape: tuple = (2, 4, 23)                            # of the model's outputs
+
     def __init__(self, method: Any):
         self.method = method
 
+    save = staticmethod(ft.save_adapter)
+    load = staticmethod(ft.load_adapter)
+
     def write(self, folder: Path) -> None:
-        model = small_model()
+        model = self.make()
         ft.attach(model, self.method)
         rng = np.random.default_rng(0)
         for p in model.parameters():
             if p.requires_grad:
                 p.copy_(host(p) + rng.standard_normal(p.shape) * 0.1)
-        ft.save_adapter(model, folder)
+        self.save(model, folder)
 
     def damage(self, folder: Path, rng: Rng) -> str:
         if rng.integers(2):
@@ -303,12 +308,12 @@ class AdapterReader:
         model = self.make()
         before = state(model)
         try:
-            attached = ft.load_adapter(model, folder)
+            attached = self.load(model, folder)
         except BaseException:
             assert state(model) == before, "the model was changed"
             raise
         with np.errstate(all="ignore"):
-            assert host(model.eval()(IDS)).shape == (2, 4, model.config.vocab)
+            assert host(model.eval()(IDS)).shape == self.shape
         ft.detach(model, attached.name)
         assert state(model) == before, "detach did not give the base back"
 
@@ -331,6 +336,8 @@ class ShardedReader(ModelReader):
 class OldAdapterReader(AdapterReader):
     """load_adapter: an adapter of version 0.1."""
 
+    shape = (2, 4, 19)
+
     def __init__(self) -> None:
         self.base = read_tensors(OLD / "gpt.safetensors")[0]
 
@@ -341,6 +348,42 @@ class OldAdapterReader(AdapterReader):
 
     def write(self, folder: Path) -> None:
         shutil.copytree(OLD / "gpt-prefix-mlp", folder)
+
+
+class PeftReader(AdapterReader):
+    """load_peft: the files have no checksum, so every damage reaches the checks of names, shapes and settings."""
+
+    config = "adapter_config.json"
+    weights = "adapter_model.safetensors"
+    save = staticmethod(ft.save_peft)
+    load = staticmethod(ft.load_peft)
+
+    def damage(self, folder: Path, rng: Rng) -> str:
+        if rng.integers(3) == 0:
+            return damage_files(folder, rng)
+        if rng.integers(2):
+            values = json.loads((folder / self.config).read_text())
+            (folder / self.config).write_text(json.dumps(damage_json(values, rng)))
+            return "forged config"
+        save_file(damage_arrays(load_file(folder / self.weights), rng), folder / self.weights)
+        return "forged arrays"
+
+
+class PeftClassifierReader(PeftReader):
+    """load_peft: a LoRA with a new classifier, on a BERT."""
+
+    shape = (2, 3)
+
+    def make(self) -> Any:
+        return ft.classifier(ft.BERT(ft.BERTConfig(23, 12, 2, 12, 2, 3, 20), seed=1), 3)
+
+
+class AdapterHubReader(PeftReader):
+    """load_adapterhub."""
+
+    weights = "adapter.safetensors"
+    save = staticmethod(ft.save_adapterhub)
+    load = staticmethod(ft.load_adapterhub)
 
 
 class CheckpointReader:
@@ -488,6 +531,11 @@ READERS = {
     "prompt": AdapterReader(ft.PromptTuning(p=2)),
     "partial": AdapterReader(ft.Partial(k=1)),
     "adapter of version 0.1": OldAdapterReader(),
+    "lora of PEFT": PeftReader(ft.LoRA(r=2, targets=("attn.[qkvo]", "embed"))),
+    "prefix of PEFT": PeftReader(ft.PrefixTuning(p=2, shift=True)),
+    "prompt of PEFT": PeftReader(ft.PromptTuning(p=2)),
+    "classifier of PEFT": PeftClassifierReader(ft.LoRA(r=2)),
+    "adapters of AdapterHub": AdapterHubReader(ft.Houlsby(m=2, norms=False)),
     "checkpoint": CheckpointReader(),
     "checkpoint of version 0.1": OldCheckpointReader(),
     "text": TextReader(),

@@ -44,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "predict": {*BELOW_EDIT, "decode", "models", "data", "tokens"},
     "methods": set(CORE),                                  # a method never imports a model
     "compress": set(CORE),
-    "adapters": {*CORE, "files", "identity"},
+    "adapters": {*CORE, "files", "identity", "methods", "formats"},      # formats: transformers' names of modules
     "train": {*CORE, "kernels", "files", "identity", "optim", "models", "data"},
     "chat": set(),
     "formats": {*CORE, "files", "models", "tokens", "compress"},
