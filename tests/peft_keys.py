@@ -50,7 +50,9 @@ LORA_HARMLESS = {
     "runtime_config": {"ephemeral_gpu_offload": True}, "qalora_group_size": 3, "megatron_core": "x",
     "layers_pattern": None, "ensure_weight_tying": True,
 }
-PROMPT_READ = {"num_virtual_tokens": 3, "token_dim": 7, "modules_to_save": ["ln_f"], "task_type": "SEQ_CLS"}
+PROMPT_READ = {
+    "num_virtual_tokens": 3, "token_dim": 7, "num_layers": 7, "modules_to_save": ["ln_f"], "task_type": "SEQ_CLS",
+}
 PROMPT_REFUSED = {
     "num_transformer_submodules": ([1, None], [2, "x"]),
     "task_type": LORA_REFUSED["task_type"],
@@ -58,9 +60,9 @@ PROMPT_REFUSED = {
 PROMPT_HARMLESS = {
     **HARMLESS_EVERYWHERE,
     "prompt_tuning_init": "SAMPLE_VOCAB", "prompt_tuning_init_text": "x", "tokenizer_name_or_path": "x",
-    "tokenizer_kwargs": None, "num_attention_heads": 5, "num_layers": 7,
+    "tokenizer_kwargs": None, "num_attention_heads": 5,
 }
-PREFIX_READ = {**PROMPT_READ, "num_attention_heads": 7, "num_layers": 7}
+PREFIX_READ = {**PROMPT_READ, "num_attention_heads": 7}
 PREFIX_REFUSED = PROMPT_REFUSED
 PREFIX_HARMLESS = {
     **HARMLESS_EVERYWHERE, "encoder_hidden_size": 77, "prefix_projection": True, "init_weights": "zero",
@@ -72,7 +74,7 @@ HARMLESS = {"LORA": LORA_HARMLESS, "PROMPT_TUNING": PROMPT_HARMLESS, "PREFIX_TUN
 TYPES = tuple(READ)
 
 # ── AdapterHub: the entries of "config" ──────────────────────────────────────────────────────────────────────────────
-HUB_READ = {"mh_adapter": False, "output_adapter": False, "reduction_factor": 3, "leave_out": [0]}
+HUB_READ = {"mh_adapter": False, "output_adapter": False, "reduction_factor": 6, "leave_out": [0]}
 HUB_REFUSED = {
     "non_linearity": (["gelu"], ["swish", "relu", "gelu_new", None]),
     "original_ln_before": OFF,
@@ -86,13 +88,13 @@ HUB_REFUSED = {
     "use_gating": OFF,
     "inv_adapter": ([None], ["nice", "glow"]),
     "cross_adapter": OFF,
-    "dropout": ([0.0], [0.1]),
     "phm_layer": OFF,
     "stochastic_depth": ([0.0, None], [0.1]),
     "architecture": ([None], ["lora", "prefix_tuning", "union", "reft"]),
 }
 HUB_HARMLESS = {
-    "init_weights": "mam_adapter", "init_weights_seed": 3, "inv_adapter_reduction_factor": 4, "phm_dim": 2,
+    "dropout": 0.1, "init_weights": "mam_adapter", "init_weights_seed": 3, "inv_adapter_reduction_factor": 4,
+    "phm_dim": 2,
     "factorized_phm_W": False, "shared_W_phm": True, "shared_phm_rule": False, "factorized_phm_rule": True,
     "phm_c_init": "uniform", "phm_init_range": 0.1, "learn_phm": False, "hypercomplex_nonlinearity": "x",
     "phm_rank": 2, "phm_bias": False,

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,27 +49,26 @@ HEAD_PICKLE = "pytorch_model_head.bin"
 # Settings of a bottleneck adapter that change its outputs, with the one value of ours first.
 FIXED: dict[str, tuple] = {
     "non_linearity": ("gelu",),
-    "original_ln_before": (False,),
+    "original_ln_before": (False, None),
     "original_ln_after": (True,),
-    "ln_before": (False,),
-    "ln_after": (False,),
-    "adapter_residual_before_ln": (False,),
+    "ln_before": (False, None),
+    "ln_after": (False, None),
+    "adapter_residual_before_ln": (False, None),
     "residual_before_ln": (True,),
-    "is_parallel": (False,),
+    "is_parallel": (False, None),
     "scaling": (1.0,),
-    "use_gating": (False,),
+    "use_gating": (False, None),
     "inv_adapter": (None,),
-    "cross_adapter": (False,),
-    "dropout": (0.0,),
-    "phm_layer": (False,),
+    "cross_adapter": (False, None),
+    "phm_layer": (False, None),
     "stochastic_depth": (0.0, None),
     "architecture": (None,),
 }
 READ = {"mh_adapter", "output_adapter", "reduction_factor", "leave_out"}
-# How an adapter starts, and settings of layers that `phm_layer` and `inv_adapter` switch on.
+# How an adapter starts and trains, and settings of layers that `phm_layer` and `inv_adapter` switch on.
 HARMLESS = {
-    "init_weights", "init_weights_seed", "inv_adapter_reduction_factor", "phm_dim", "factorized_phm_W", "shared_W_phm",
-    "shared_phm_rule", "factorized_phm_rule", "phm_c_init", "phm_init_range", "learn_phm",
+    "dropout", "init_weights", "init_weights_seed", "inv_adapter_reduction_factor", "phm_dim", "factorized_phm_W",
+    "shared_W_phm", "shared_phm_rule", "factorized_phm_rule", "phm_c_init", "phm_init_range", "learn_phm",
     "hypercomplex_nonlinearity", "phm_rank", "phm_bias",
 }
 EMPTY = (None, False, 0, "", [], {})
@@ -83,7 +83,7 @@ Tensors = dict[str, np.ndarray]
 
 
 # ── public ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-def save_adapterhub(model: Module, path: str | os.PathLike, name: str | None = None) -> Any:
+def save_adapterhub(model: Module, path: str | os.PathLike, name: str | None = None) -> Path:
     """Write one attached Houlsby (the last one, or `name`) as a folder that AdapterHub reads.
 
     There: adapters.init(base), then base.load_adapter(path, use_safetensors=True, set_active=True). A classifier is

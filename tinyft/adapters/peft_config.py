@@ -26,7 +26,7 @@ READ = {
         "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules",
         "exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying",
     },
-    "PROMPT_TUNING": COMMON | {"num_virtual_tokens", "token_dim"},
+    "PROMPT_TUNING": COMMON | {"num_virtual_tokens", "token_dim", "num_layers"},
     "PREFIX_TUNING": COMMON | {"num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers"},
 }
 NOTHING = (None, False)
@@ -51,7 +51,7 @@ HARMLESS = {
         "qalora_group_size", "megatron_core",
     },
     "PROMPT_TUNING": HARMLESS_EVERYWHERE | {
-        "num_attention_heads", "num_layers", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path",
+        "num_attention_heads", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path",
         "tokenizer_kwargs",
     },
     # The file holds the prefix itself, whatever made it.
@@ -121,7 +121,8 @@ def chosen_modules(config: dict[str, Any], names: Iterable[str], linear: set[str
     names = list(names)
     targets = config.get("target_modules")
     excluded = _matching(config.get("exclude_modules") or [], names, "exclude_modules")
-    saved = names_in(config, "modules_to_save")
+    for module in names_in(config, "modules_to_save"):
+        excluded |= {name for name in names if is_part(name, module)}
     if targets == "all-linear":
         chosen = set(linear)
     else:
@@ -129,8 +130,7 @@ def chosen_modules(config: dict[str, Any], names: Iterable[str], linear: set[str
         layers = _layers(config)
         if layers is not None:
             chosen = {name for name in chosen if _block_number(config, name) in layers}
-    kept = {name for name in chosen - excluded if not any(is_part(name, module) for module in saved)}
-    return kept
+    return chosen - excluded
 
 
 def is_part(name: str, module: str) -> bool:

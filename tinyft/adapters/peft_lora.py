@@ -174,7 +174,7 @@ def read_lora(model: Module, names: ModuleNames, config: dict[str, Any],
             by_path[paths[0]] = Factors(f.B.T, f.A.T, f.alpha) if is_embedding else f
         else:
             by_path |= split_fused(module, f, paths)
-    return _as_one_lora(model, config, by_path)
+    return as_one_lora(model, config, by_path)
 
 
 def _by_module(names: ModuleNames, tensors: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
@@ -205,8 +205,8 @@ def _check_chosen(model: Module, names: ModuleNames, config: dict[str, Any],
     if names.plan.head == "mlm":                         # transformers' masked language model has no pooler
         modules = [name for name in modules if not is_part(name, "pooler")]
     own = edit.base_modules(model)
-    head = {module for tensor in names.head_tensors(model).values() for module in [tensor.rpartition(".")[0]]}
-    linear = {name for name in modules if all(isinstance(own[path], Linear) for path in names.of_name(name).paths)}
+    head = {tensor.rpartition(".")[0] for tensor in names.head_tensors(model).values()}
+    linear = {name for name in modules if isinstance(own[names.of_name(name).paths[0]], Linear)}
     chosen = chosen_modules(config, [*modules, *heads], linear - head - {"lm_head"})
     if config.get("ensure_weight_tying") and tied and names.of_path(tied[1]).name in chosen:
         chosen.add(tied[0])
@@ -307,7 +307,7 @@ def split_fused(module: str, f: Factors, paths: tuple[str, ...]) -> dict[str, Fa
     return out
 
 
-def _as_one_lora(model: Module, config: dict[str, Any], by_path: dict[str, Factors]) -> tuple[LoRA, Values]:
+def as_one_lora(model: Module, config: dict[str, Any], by_path: dict[str, Factors]) -> tuple[LoRA, Values]:
     """A LoRA of one rank and scale, and its values, from factors of several.
 
     The rank is the largest; B has columns of zeros up to there, which change nothing. The scale is the most frequent
