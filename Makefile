@@ -11,7 +11,7 @@ ARGS   ?=
 EMULATED := tests/emulated $(addprefix tests/test_,$(addsuffix .py,ops attention nn optim models tensor strict decode adapters formats precision cuda doctor))
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help install install-peers install-site run real test selftest test-strict test-emulated test-gpu bench-gpu test-peers lessons site audit bench base lint clean
+.PHONY: help install install-peers install-site run real real-assets test selftest test-strict test-emulated test-gpu bench-gpu test-peers lessons site audit bench base lint clean
 
 help:  ## this help
 	@echo "tinyft: fine-tuning of transformers, from scratch"
@@ -66,6 +66,9 @@ install-peers: $(STAMP)
 
 test-peers: install-peers  ## against PyTorch, transformers, PEFT and adapters (installs them)
 	@cd "$(HERE)" && HF_HUB_OFFLINE=1 "$(PY)" -m pytest tests/peers $(ARGS)
+
+real-assets: $(STAMP)  ## fetch two real models (180 MB) into work/real, for tests and demonstrations; needs the network once
+	@cd "$(HERE)" && "$(PY)" tests/real_assets.py $(ARGS)
 
 lessons: $(STAMP)  ## run every lesson: notebooks with results, and figures, in work/lessons (TINYFT_FAST=1: shorter)
 	@cd "$(HERE)" && "$(VENV)/bin/tinyft" lesson --all $(ARGS)

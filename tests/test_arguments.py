@@ -162,7 +162,7 @@ def saved_model(path: Any) -> dict:
 OPTIMIZER = {"lr": 0.1, "weight_decay": 0.1, "groups": {"*": {"lr": 0.2}}}
 GPT_SIZES = {"vocab": 20, "positions": 12, "width": 8, "layers": 1, "heads": 2, "hidden": 8, "dropout": 0.1,
              "eps": 1e-5, "std": 0.02}
-BERT_SIZES = {**GPT_SIZES, "token_types": 2}
+BERT_SIZES = {**GPT_SIZES, "token_types": 2, "first_position": 1, "pooler_activation": "relu", "keep_pooler": False}
 LLAMA_SIZES = {**GPT_SIZES, "key_value_heads": 1, "head_width": 4, "rope_base": 100.0,
                "rope_scaling": ft.RotaryScaling("linear", 2.0), "tied": True, "qkv_bias": True, "out_bias": True,
                "mlp_bias": True}
@@ -190,6 +190,8 @@ ROWS: dict[str, Callable[[Any], dict]] = {
     "chat_end": lambda path: {"template": "chatml"},
     "predict": lambda path: {"model": text_classifier(), "tokenizer": data.shipped_tokenizer(), "texts": ["a", "b"],
                              "names": ["no", "yes"], "batch_size": 2, "max_len": 8, "max_new_tokens": 2},
+    "embed": lambda path: {"model": text_classifier(), "tokenizer": data.shipped_tokenizer(), "texts": ["a", "b"],
+                           "batch_size": 2, "pooling": "max", "normalize": True, "max_len": 8},
     "attach": lambda path: {"model": gpt(), "method": ft.LoRA(r=2), "name": "a", "seed": 0, "train_head": True},
     "detach": lambda path: {"model": adapted(), "name": "lora"},
     "without": lambda path: {"model": adapted()},

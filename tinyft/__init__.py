@@ -38,6 +38,7 @@ from .edit import (
     unpack,
     without,
 )
+from .embed import embed
 from .formats.huggingface import classifier, load, save
 from .kernels import capture, get_num_threads, set_num_threads
 from .learn import check
@@ -67,7 +68,7 @@ __all__ = [
     # methods
     "methods", *(cls.__name__ for cls in _METHODS),
     # training
-    "fit", "evaluate", "perplexity", "predict", "Predictions", "History", "Loss", "CrossEntropy", "Targets",
+    "fit", "evaluate", "perplexity", "predict", "Predictions", "embed", "History", "Loss", "CrossEntropy", "Targets",
     "AdamW", "Adam", "SGD",
     "constant_schedule", "linear_schedule", "cosine_schedule",
     # 16 bits
