@@ -125,7 +125,7 @@ DISTILBERT_HARMLESS = {
 }
 
 # ── RoBERTa ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-ROBERTA_READ = {**BERT_READ, "pad_token_id": 5}
+ROBERTA_READ = {**BERT_READ, "pad_token_id": 11}                   # no token of the compared texts
 ROBERTA_HARMLESS = {key: value for key, value in BERT_HARMLESS.items() if key != "pad_token_id"}
 
 # ── Llama, Mistral, Qwen2 ────────────────────────────────────────────────────────────────────────────────────────────
