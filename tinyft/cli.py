@@ -10,7 +10,8 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
-from . import checks
+from . import checks, commands
+from .commands.arguments import Parser, UsageError
 from .learn.commands import register
 
 __all__ = ["main"]
@@ -19,7 +20,7 @@ EXPECTED_ERRORS = (ValueError, LookupError, OSError, ArithmeticError, RuntimeErr
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; the exit status is 0, or 1 if it fails or finds a fault.
+    """Run a command; the exit status is 0, 1 if it fails or finds a fault, or 2 for a command line without sense.
 
     An expected error is one sentence on standard error. As in a shell, the status is 130 after Ctrl-C, and 141 if the
     reader of the output has closed it.
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
             _discard_output()  # standard output may be the file that cannot be written
         text = e.args[0] if isinstance(e, KeyError) and e.args else e  # str of a KeyError has quotes
         print(f"tinyft: {text}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(e, UsageError) else 1
 
 
 def _discard_output() -> None:
@@ -67,13 +68,15 @@ def _ignore_interrupts() -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """All commands and their arguments; the learner's are added by learn.commands.register.
+    """All commands and their arguments. Those for a user's own models are added by commands.register, the learner's by
+    learn.commands.register.
 
     Each command sets `run`, the function that `main` calls with the arguments.
     """
-    p = argparse.ArgumentParser(prog="tinyft", description="fine-tuning of transformers, from scratch")
-    commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    c = commands.add_parser(
+    p = Parser(prog="tinyft", description="fine-tuning of transformers, from scratch")
+    subparsers = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.register(subparsers)
+    c = subparsers.add_parser(
         "compare", help="fine-tune the base on a real task with several methods: one table, one figure"
     )
     c.add_argument("--task", choices=("domain", "intact", "package"), default="domain")
@@ -94,11 +97,11 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--out", type=Path, default=Path("work"), help="folder of the results (default: work)")
     c.add_argument("--jobs", help="runs at a time (default: 2)")
     c.set_defaults(run=_compare)
-    c = commands.add_parser("methods", help="every method, its paper and one line")
+    c = subparsers.add_parser("methods", help="every method, its paper and one line")
     c.set_defaults(run=_methods)
-    c = commands.add_parser("doctor", help="the state of this machine, what is wrong, and the command that helps")
+    c = subparsers.add_parser("doctor", help="the state of this machine, what is wrong, and the command that helps")
     c.set_defaults(run=_doctor)
-    register(commands)
+    register(subparsers)
     return p
 
 

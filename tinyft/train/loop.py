@@ -90,6 +90,7 @@ def fit(
     out: str | os.PathLike | None = None, resume: bool = False, save_every: int = 100, progress: bool = True,
     evaluate: Callable[[], dict[str, float]] | None = None, evaluate_every: int = 0, patience: int = 0,
     monitor: str = "loss", autocast: Any = None, capture: bool = False,
+    on_step: Callable[[int, dict[str, float]], None] | None = None,
 ) -> History:
     """Train the parameters that the attached methods train (without a method: all parameters), for `steps` updates.
 
@@ -110,6 +111,7 @@ def fit(
                     its best evaluation are restored
     progress        a bar on a terminal and in notebooks, elsewhere a line every few seconds; then a last line (stderr)
     autocast        "bfloat16" or "float16": matrix products in 16 bits. With float16, steps that overflow are skipped
+    on_step         called after every step with the steps taken so far and the terms of the step's loss, for a log
     capture         on CuPy, replay each step as a CUDA graph (tinyft.capture): eight shapes of batches get a graph,
                     others run as without. Ignored on NumPy. CannotCapture for accumulate > 1, float16, methods that
                     override begin or step, and optimisers without a kernel for it
@@ -126,7 +128,7 @@ def fit(
     settings = Settings(
         steps=steps, clip=clip, accumulate=accumulate, seed=seed, save_every=save_every,
         evaluate=evaluate, evaluate_every=evaluate_every, patience=patience, monitor=monitor,
-        autocast=autocast, capture=capture,
+        autocast=autocast, capture=capture, on_step=on_step,
     )
     check_arguments(model, optimizer, schedule, out, resume=resume, progress=progress)
     rng = np.random.default_rng(settings.seed)
@@ -147,6 +149,7 @@ def run_stages(run: Run, progress: bool) -> None:
                 run.evaluate_if_due()                                   # a resumed run whose evaluation had raised
                 while run.t < stage.steps and not run.history.stopped:
                     train_step(run, stage.steps)
+                    run.report_step()
                     run.evaluate_if_due()
                     shown.show(run.done, run.history.losses[-1], run.tokens)
                     if stop.signal_number:
@@ -419,6 +422,12 @@ class Run:
             raise ValueError(f"the setup of {stage.attached.name} changed names or shapes of tensors, "
                              "which a checkpoint cannot restore")
         self.zero_grad()
+
+    def report_step(self) -> None:
+        """Call settings.on_step with the number of steps taken and the terms of the last step's loss."""
+        if self.settings.on_step is not None:
+            last = {name: values[-1] for name, values in self.history.terms.items()}
+            self.settings.on_step(self.done, last)
 
     # ── evaluation ──
     def evaluate_if_due(self) -> None:

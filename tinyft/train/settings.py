@@ -28,6 +28,7 @@ class Settings:
     seed: int = 0
     save_every: int = 100
     evaluate_every: int = 0
+    on_step: Callable[[int, dict[str, float]], None] | None = None
 
     def __post_init__(self) -> None:
         """Check every value. A NumPy number becomes a Python number, since a checkpoint holds it as JSON."""
@@ -39,6 +40,8 @@ class Settings:
             checked["autocast"] = str(precision.half(self.autocast))
         checked["capture"] = checks.flag("capture", self.capture) and array.backend() == "cupy"
         checks.instance("monitor", self.monitor, str, "the name of a metric")
+        if self.on_step is not None:
+            checks.function("on_step", self.on_step, "a function of the steps taken and the terms of a loss")
         if self.evaluate is not None:
             checks.function("evaluate", self.evaluate, "a function that returns metrics, {name: number}")
         elif self.evaluate_every or self.patience:

@@ -1,0 +1,308 @@
+"""`tinyft eval | generate | chat | merge | embed | convert`, through processes and in this one."""
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command_tools import (
+    chats,
+    files_below,
+    labelled,
+    pairs,
+    refusal,
+    result_of,
+    small_model,
+    start,
+    succeed,
+    write_rows,
+)
+
+import tinyft as ft
+from tinyft import array, cli
+from tinyft.chat import chat_prompt
+from tinyft.data.files import read_rows
+
+pytestmark = pytest.mark.skipif(array.backend() != "numpy", reason="its parts are tested on every backend")
+
+HAS_EMBED = pytest.mark.skipif("embed" not in ft.__all__, reason="wants ft.embed")
+FEW = pairs(4)
+OUT_OF_ORDER = [FEW[2], FEW[0], {"prompt": FEW[1]["prompt"], "response": " wrong"}, FEW[3]]
+IDS = np.arange(24).reshape(2, 12) * 7
+
+
+@pytest.fixture(scope="module")
+def gpt(tmp_path_factory) -> str:
+    return small_model(tmp_path_factory.mktemp("models"), positions=256, width=32)
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory) -> str:
+    return small_model(tmp_path_factory.mktemp("models"), "bert")
+
+
+def tuned(folder: Path, model: str, rows: list, *options: str) -> str:
+    """The folder of a run of `tinyft tune` on these rows."""
+    file = write_rows(folder / "train.jsonl", rows)
+    out = str(folder / "run")
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        assert cli.main(["tune", "--model", model, "--data", file, "--out", out, "--seed", "3", *options]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def lora_run(gpt, tmp_path_factory) -> str:
+    return tuned(tmp_path_factory.mktemp("lora"), gpt, pairs(16), "--steps", "20", "--lr", "3e-2")
+
+
+@pytest.fixture(scope="module")
+def learned_run(gpt, tmp_path_factory) -> str:
+    """A run that knows its four responses by heart."""
+    return tuned(tmp_path_factory.mktemp("learned"), gpt, FEW, "--method", "full", "--steps", "150", "--lr", "1e-2",
+                 "--batch", "4", "--schedule", "linear")
+
+
+@pytest.fixture(scope="module")
+def chat_run(tmp_path_factory) -> str:
+    """A run of the shipped base that knows three chats by heart."""
+    folder = tmp_path_factory.mktemp("chats")
+    return tuned(folder, "base-gpt", chats(3), "--method", "full", "--steps", "30", "--lr", "1e-3", "--batch", "3")
+
+
+@pytest.fixture(scope="module")
+def label_run(bert, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("labels")
+    return tuned(folder, bert, labelled(32), "--method", "full", "--steps", "60", "--lr", "1e-2")
+
+
+def with_adapter(model: str, run: str) -> ft.Module:
+    """The model with the adapter of a run, loaded with the library's functions."""
+    loaded, _ = ft.load(model)
+    ft.load_adapter(loaded, Path(run) / "adapter")
+    return loaded
+
+
+# ── eval ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_eval_measures_the_loss_of_the_responses(gpt, lora_run, capsys, tmp_path):
+    file = write_rows(tmp_path / "test.jsonl", pairs(10))
+    base = result_of(capsys, "eval", "--model", gpt, "--data", file)
+    adapted = result_of(capsys, "eval", "--model", gpt, "--adapter", lora_run, "--data", file)
+    assert adapted == result_of(capsys, "eval", "--model", gpt, "--adapter", f"{lora_run}/adapter", "--data", file)
+    model, tokenizer = ft.load(gpt)
+    assert base["loss"] == pytest.approx(mean_loss(model, tokenizer, file), rel=1e-5)
+    assert adapted["loss"] == pytest.approx(mean_loss(with_adapter(gpt, lora_run), tokenizer, file), rel=1e-5)
+    assert adapted["loss"] < base["loss"] - 0.1 and base["rows"] == 10
+    assert base["perplexity"] == pytest.approx(np.exp(base["loss"]))
+    assert "perplexity" in succeed(capsys, "eval", "--model", gpt, "--data", file)
+
+
+def mean_loss(model: ft.Module, tokenizer, file: str) -> float:
+    """The mean of −log p of the tokens of the responses and of the end of text after them, row by row."""
+    losses = []
+    end = tokenizer.token_to_id("<|endoftext|>")
+    for prompt, response in read_rows(file).rows:
+        before = tokenizer.encode(prompt).ids
+        ids = [*before, *tokenizer.encode(response).ids, end]
+        logits = model(np.array([ids])).data[0].astype(np.float64)
+        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        losses += [-log_p[t - 1, ids[t]] for t in range(len(before), len(ids))]
+    return float(np.mean(losses))
+
+
+def test_exact_matches_are_counted(gpt, learned_run, capsys, tmp_path):
+    """The model knows four responses; one of the rows wants another one. The untuned base knows none."""
+    file = write_rows(tmp_path / "test.jsonl", OUT_OF_ORDER)
+    result = result_of(capsys, "eval", "--model", gpt, "--adapter", learned_run, "--data", file, "--generate")
+    assert result["exact_match"] == 0.75
+    written = [sample["written"] for sample in result["samples"]]
+    assert written == [" 3", " 1", " 2", " 4"]
+    base = result_of(capsys, "eval", "--model", gpt, "--data", file, "--generate")
+    assert base["exact_match"] == 0
+    assert "exact_match" in succeed(capsys, "eval", "--model", gpt, "--data", file, "--generate")
+
+
+def test_the_last_turn_of_a_chat_is_generated(chat_run, capsys, tmp_path):
+    """Training and generation see the same tokens: a model that has learned its chats by heart gives every answer."""
+    rows = chats(3)
+    file = write_rows(tmp_path / "test.jsonl", rows)
+    options = ["--model", "base-gpt", "--adapter", chat_run]
+    result = result_of(capsys, "eval", *options, "--data", file, "--generate")
+    assert result["exact_match"] == 1 and result["accuracy"] > 0.95
+    assert [sample["written"] for sample in result["samples"]] == ["Closed 0.", "Closed 1.", "Closed 2."]
+    assert result["samples"][0]["prompt"] == chat_prompt(rows[0]["messages"][:-1])
+    (text,) = result_of(capsys, "generate", *options, "--file", file)["texts"][1:2]
+    assert text["text"] == "Closed 1."
+
+
+def test_labels_are_scored_by_name(bert, label_run, capsys, tmp_path):
+    rows = labelled(12)
+    file = write_rows(tmp_path / "test.jsonl", rows)
+    result = result_of(capsys, "eval", "--model", bert, "--adapter", label_run, "--data", file)
+    assert result["accuracy"] == 1 and result["macro_f1"] == 1
+    swapped = [{**row, "label": "bad" if row["label"] == "good" else "good"} for row in rows]
+    file = write_rows(tmp_path / "swapped.jsonl", swapped)
+    assert result_of(capsys, "eval", "--model", bert, "--adapter", label_run, "--data", file)["accuracy"] == 0
+
+
+def test_eval_refuses_what_it_cannot_measure(gpt, bert, lora_run, label_run, capsys, tmp_path):
+    labels = write_rows(tmp_path / "labels.jsonl", [*labelled(3), {"text": "a", "label": "ugly"}])
+    rows = write_rows(tmp_path / "rows.jsonl", pairs(2))
+    assert "has labels, and this model has no classifier" in refusal(capsys, "eval", "--model", bert, "--data", labels)
+    sentence = refusal(capsys, "eval", "--model", bert, "--adapter", label_run, "--data", labels)
+    assert f"line 4 of {labels}: the model's head has no class 'ugly'; its 2 classes are bad, good" in sentence
+    sentence = refusal(capsys, "eval", "--model", "base-gpt", "--adapter", lora_run, "--data", rows)
+    assert "this adapter was trained on" in sentence
+    sentence = refusal(capsys, "eval", "--model", gpt, "--adapter", str(tmp_path), "--data", rows)
+    assert f"{tmp_path} has no adapter.json and no adapter_config.json" in sentence
+    sentence = refusal(capsys, "eval", "--model", gpt, "--data", labels, "--generate", status=2)
+    assert "--generate wants rows of prompt and response" in sentence
+    long = write_rows(tmp_path / "long.jsonl", [*pairs(2), {"prompt": "word " * 300, "response": "a"}])
+    sentence = refusal(capsys, "eval", "--model", gpt, "--data", long, "--generate")
+    assert f"line 3 of {long}: the prompt has" in sentence
+
+
+# ── generate ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_generate_writes_the_text_of_predict(gpt, lora_run, capsys, tmp_path):
+    prompt = FEW[0]["prompt"]
+    options = ["generate", "--model", gpt, "--adapter", lora_run, "--max-new-tokens", "12"]
+    model, tokenizer = with_adapter(gpt, lora_run), ft.load(gpt)[1]
+    (wanted,) = ft.predict(model, tokenizer, [prompt], max_new_tokens=12)
+    assert result_of(capsys, *options, "--prompt", prompt)["texts"] == [{"prompt": prompt, "text": wanted}]
+    assert succeed(capsys, *options, "--prompt", prompt) == f"{prompt}{wanted}\n"
+    (tmp_path / "prompts.txt").write_text("".join(f"{row['prompt']}\n" for row in FEW))
+    several = result_of(capsys, *options, "--file", str(tmp_path / "prompts.txt"))["texts"]
+    assert several[0]["text"] == wanted and len(several) == 4
+    draws = [*options, "--prompt", prompt, "--temperature", "1.5", "--top-k", "50", "--top-p", "0.9"]
+    drawn = [succeed(capsys, *draws, "--seed", seed) for seed in ("0", "0", "1")]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_generate_in_a_process_of_its_own(tmp_path):
+    run = start(tmp_path, "generate", "--model", "base-gpt", "--prompt", "Return the", "--max-new-tokens", "5")
+    out, error = run.communicate(timeout=60)
+    assert run.returncode == 0 and out.startswith("Return the ") and error == ""
+
+
+def test_generate_refuses_what_it_cannot_continue(gpt, bert, capsys, tmp_path):
+    assert "wants either --prompt or --file" in refusal(capsys, "generate", "--model", gpt, status=2)
+    sentence = refusal(capsys, "generate", "--model", gpt, "--prompt", "a", "--top-k", "3", status=2)
+    assert "--top-k and --top-p want --temperature > 0" in sentence
+    sentence = refusal(capsys, "generate", "--model", gpt, "--prompt", "a", "--system", "b", status=2)
+    assert "--system wants --chat" in sentence
+    assert "wants a causal language model, got a BERT" in refusal(capsys, "generate", "--model", bert, "--prompt", "a")
+    assert "at most 216 tokens" in refusal(capsys, "generate", "--model", gpt, "--prompt", "word " * 300)
+
+
+# ── chat ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+def talk(monkeypatch, capsys, lines: str, *arguments: str) -> list[str]:
+    """The answers to turns that come through a pipe."""
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    return succeed(capsys, "chat", *arguments).splitlines()
+
+
+def test_a_chat_answers_each_turn(chat_run, monkeypatch, capsys):
+    options = ["--model", "base-gpt", "--adapter", chat_run, "--max-new-tokens", "15"]
+    assert talk(monkeypatch, capsys, "Open 1\n\nClose 1\n/quit\nOpen 2\n", *options) == ["Done.", "Closed 1."]
+    assert talk(monkeypatch, capsys, "Open 2\nClose 2", *options) == ["Done.", "Closed 2."]
+
+
+def test_a_chat_forgets_its_oldest_turns_when_the_context_is_full(gpt, monkeypatch, capsys):
+    """The prompts that the model gets: the system message stays, and what fits of the turns."""
+    prompts = []
+
+    def fake(model, tokenizer, texts, **options):
+        prompts.extend(texts)
+        return ["Yes.<|im_end|> and more"]
+    monkeypatch.setattr("tinyft.commands.generating.predict", fake)
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"Question {i} of many\n" for i in range(5))))
+    assert cli.main(["chat", "--model", gpt, "--system", "Be short.", "--max-new-tokens", "60"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == "Yes.\n" * 5 and "the oldest turn is forgotten" in printed.err
+    assert all("Be short." in prompt for prompt in prompts)
+    tokenizer = ft.load(gpt)[1]
+    assert max(len(tokenizer.encode(prompt).ids) for prompt in prompts) <= 256 - 60
+    assert "Question 0" in prompts[1] and "Question 0" not in prompts[-1] and "Question 4" in prompts[-1]
+    monkeypatch.setattr("sys.stdin", io.StringIO("word " * 300))
+    assert "this turn has" in refusal(capsys, "chat", "--model", gpt, "--max-new-tokens", "60")
+
+
+def test_a_chat_through_a_pipe_ends_with_its_input(gpt, tmp_path):
+    run = start(tmp_path, "chat", "--model", gpt, "--max-new-tokens", "3")
+    out, error = run.communicate("Hello\n", timeout=60)
+    assert run.returncode == 0 and error == "" and out.endswith("\n")
+
+
+# ── merge and convert ────────────────────────────────────────────────────────────────────────────────────────────────
+def test_a_merged_model_gives_the_outputs_of_base_and_adapter(gpt, lora_run, capsys, tmp_path):
+    out = tmp_path / "merged"
+    result = result_of(capsys, "merge", "--model", gpt, "--adapter", lora_run, "--out", str(out))
+    merged, tokenizer = ft.load(out)
+    wanted = with_adapter(gpt, lora_run)(IDS).data
+    base = ft.load(gpt)[0](IDS).data
+    assert np.allclose(merged(IDS).data, wanted, rtol=1e-4, atol=1e-5) and np.abs(base - wanted).max() > 1e-2
+    assert result["parameters"] == sum(p.size for p in merged.parameters()) and tokenizer is not None
+
+
+def test_a_merged_classifier_keeps_the_names_of_its_classes(bert, label_run, capsys, tmp_path):
+    out = str(tmp_path / "merged")
+    succeed(capsys, "merge", "--model", bert, "--adapter", label_run, "--out", out)
+    model, tokenizer = ft.load(out)
+    texts = [row["text"] for row in labelled(6)]
+    assert ft.predict(model, tokenizer, texts).labels == ["bad", "good"] * 3
+    file = write_rows(tmp_path / "test.jsonl", labelled(6))
+    assert result_of(capsys, "eval", "--model", out, "--data", file)["accuracy"] == 1
+
+
+def test_an_adapter_that_cannot_be_merged_leaves_nothing(gpt, capsys, tmp_path):
+    run = tuned(tmp_path, gpt, pairs(4), "--method", "houlsby", "--set", "m=2", "--steps", "2")
+    sentence = refusal(capsys, "merge", "--model", gpt, "--adapter", run, "--out", str(tmp_path / "a" / "merged"))
+    assert f"{run} cannot be merged: " in sentence
+    assert not (tmp_path / "a").exists()
+
+
+def test_convert_writes_a_directory_in_another_dtype(gpt, capsys, tmp_path):
+    out = tmp_path / "half"
+    result = result_of(capsys, "convert", "--model", gpt, "--out", str(out), "--dtype", "float16")
+    ours, theirs = ft.load(gpt)[0], ft.load(out)[0]
+    assert np.allclose(ours(IDS).data, theirs(IDS).data, atol=1e-2)
+    sizes = [Path(folder, "model.safetensors").stat().st_size for folder in (gpt, out)]
+    assert sizes[1] < 0.6 * sizes[0] and result["dtype"] == "float16"
+    before = files_below(tmp_path)
+    assert "--out wants a new or an empty folder" in refusal(capsys, "convert", "--model", gpt, "--out", str(out))
+    assert "did you mean" in refusal(capsys, "convert", "--model", gpt + "x", "--out", str(tmp_path / "new"))
+    assert "did you mean 'float16'?" in refusal(capsys, "convert", "--model", gpt, "--out", "x", "--dtype", "flaot16",
+                                                status=2)
+    assert files_below(tmp_path) == before
+
+
+# ── embed ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+@HAS_EMBED
+def test_embed_writes_the_vectors_of_the_library(bert, capsys, tmp_path):
+    texts = ["A file.", "A folder of files.", "A socket."]
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    options = ["embed", "--model", bert, "--texts", str(tmp_path / "texts.txt")]
+    wanted = ft.embed(*ft.load(bert), texts)
+    result = result_of(capsys, *options, "--out", str(tmp_path / "a.npy"))
+    assert np.array_equal(np.load(tmp_path / "a.npy", allow_pickle=False), wanted)
+    assert (result["texts"], result["width"]) == wanted.shape
+    succeed(capsys, *options, "--out", str(tmp_path / "a.jsonl"))
+    lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [line["text"] for line in lines] == texts
+    assert np.allclose([line["vector"] for line in lines], wanted, rtol=1e-6)
+
+
+@HAS_EMBED
+def test_embed_refuses_bad_files(bert, capsys, tmp_path):
+    (tmp_path / "texts.txt").write_text("a\n")
+    options = ["embed", "--model", bert, "--texts", str(tmp_path / "texts.txt"), "--out"]
+    assert "did you mean .npy?" in refusal(capsys, *options, str(tmp_path / "a.npz"), status=2)
+    assert "does not" in refusal(capsys, *options, str(tmp_path / "no" / "a.npy"))
+    (tmp_path / "a.npy").mkdir()
+    assert "is a folder" in refusal(capsys, *options, str(tmp_path / "a.npy"))
+    rows = write_rows(tmp_path / "rows.jsonl", pairs(2))
+    assert "wants rows of text" in refusal(capsys, "embed", "--model", bert, "--texts", rows, "--out",
+                                           str(tmp_path / "b.npy"))
+    assert not (tmp_path / "b.npy").exists()

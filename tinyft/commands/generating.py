@@ -1,0 +1,142 @@
+"""`tinyft generate` and `tinyft chat`: text that a model writes."""
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from ..data.files import read_rows
+from ..nn import Module
+from ..predict import positions_of_prompts, predict
+from ..tokens import encode_text, plain
+from .arguments import UsageError
+from .opening import as_json, is_language_model, open_adapter, open_model
+from .rows import ChatFormat, chat_format, cut_at
+
+__all__ = ["run_chat", "run_generate"]
+
+def open_writer(args: argparse.Namespace, command: str) -> tuple[Module, Tokenizer]:
+    """(model, tokenizer) of a causal language model with its adapter. ValueError for a model of another kind."""
+    model, tokenizer = open_model(args.model, packed=args.packed, command=command)
+    if args.adapter:
+        open_adapter(model, args.adapter)
+    if not is_language_model(model):
+        raise ValueError(f"tinyft {command} wants a causal language model, got a {type(model).__name__} in "
+                         f"{args.model}")
+    return model, plain(f"tinyft {command}", tokenizer)
+
+
+def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `predict` for drawing tokens. UsageError for top-k or top-p without a temperature."""
+    if args.temperature == 0 and (args.top_k is not None or args.top_p is not None):
+        raise UsageError("--top-k and --top-p want --temperature > 0: at 0 the most probable token is written")
+    options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    return options | {"rng": np.random.default_rng(args.seed)}
+
+
+# ── generate ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+def run_generate(args: argparse.Namespace) -> int:
+    """Run the command. Returns the exit status, 0."""
+    if (args.prompt is None) == (args.file is None):
+        raise UsageError("tinyft generate wants either --prompt or --file")
+    if args.system is not None and not args.chat:
+        raise UsageError("--system wants --chat: a plain prompt has no system message")
+    options = sampling_options(args)
+    chats = read_prompts(args)
+    model, tokenizer = open_writer(args, "generate")
+    mark = ""
+    if any(isinstance(prompt, list) for prompt in chats):
+        form = chat_format(tokenizer, args.template)
+        mark = form.end
+        prompts = [form.prompt(messages) for messages in chats]
+    else:
+        prompts = chats
+    written = predict(model, tokenizer, prompts, max_new_tokens=args.max_new_tokens, **options)
+    texts = [cut_at(text, mark) for text in written]
+    if args.json:
+        print(as_json({"texts": [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts)]}))
+        return 0
+    for i, (prompt, text) in enumerate(zip(prompts, texts)):
+        print("" if i == 0 else "\n", end="")
+        print(text if mark else prompt + text)
+    return 0
+
+
+def read_prompts(args: argparse.Namespace) -> list[Any]:
+    """The prompts: texts, or with a chat format lists of messages up to the turn that the model writes."""
+    if args.prompt is not None:
+        prompts: list[Any] = [args.prompt]
+    else:
+        rows = read_rows(args.file, split_lines=True)
+        if rows.kind == "chat":
+            return [_until_last_user(messages) for (messages,) in rows.rows]
+        prompts = [row[0] for row in rows.rows]
+    if not args.chat:
+        return prompts
+    system = [] if args.system is None else [{"role": "system", "content": args.system}]
+    return [[*system, {"role": "user", "content": prompt}] for prompt in prompts]
+
+
+def _until_last_user(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The messages up to the last turn of the user."""
+    last = max(i for i, message in enumerate(messages) if message["role"] == "user")
+    return messages[:last + 1]
+
+
+# ── chat ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+def run_chat(args: argparse.Namespace) -> int:
+    """Read turns from standard input and print the answers. Returns the exit status, 0, at the end of the input."""
+    options = sampling_options(args)
+    model, tokenizer = open_writer(args, "chat")
+    form = chat_format(tokenizer, args.template)
+    mark = form.end
+    messages = [] if args.system is None else [{"role": "system", "content": args.system}]
+    room = model.config.positions - positions_of_prompts(model) - args.max_new_tokens
+    while True:
+        line = read_turn()
+        if line is None or line.strip() in ("/quit", "/exit"):
+            return 0
+        if not line.strip():
+            continue
+        messages.append({"role": "user", "content": line.strip()})
+        messages = forget_oldest(messages, form, tokenizer, room)
+        prompt = form.prompt(messages)
+        (text,) = predict(model, tokenizer, [prompt], max_new_tokens=args.max_new_tokens, **options)
+        answer = cut_at(text, mark).strip()
+        print(answer, flush=True)
+        messages.append({"role": "assistant", "content": answer})
+
+
+def read_turn() -> str | None:
+    """The next line of standard input; None at its end. A terminal shows a prompt."""
+    if sys.stdin is None:
+        return None
+    if sys.stdin.isatty():
+        print("> ", end="", file=sys.stderr, flush=True)
+    try:
+        line = sys.stdin.readline()
+    except UnicodeDecodeError as e:
+        raise ValueError(f"tinyft chat wants turns in UTF-8, got other bytes ({e.reason})") from e
+    return line if line else None
+
+
+def forget_oldest(
+    messages: list[dict[str, str]], form: ChatFormat, tokenizer: Tokenizer, room: int,
+) -> list[dict[str, str]]:
+    """The messages without the oldest turns that no longer fit into `room` tokens; the system message stays.
+
+    ValueError if the last turn alone does not fit."""
+    system = messages[:1] if messages[0]["role"] == "system" else []
+    turns = messages[len(system):]
+    while True:
+        length = len(encode_text("tinyft chat", tokenizer, form.prompt([*system, *turns])))
+        if length <= room:
+            return [*system, *turns]
+        if len(turns) <= 2:
+            raise ValueError(f"this turn has {length:,} tokens with its chat format, and the model has room for "
+                             f"{max(room, 0):,} beside the new ones: --max-new-tokens makes more room")
+        print("(the oldest turn is forgotten: the context is full)", file=sys.stderr)
+        turns = turns[2:]

@@ -1,0 +1,91 @@
+"""The plan of a run: trained parameters, expected memory, expected time. Both are measured on the first batches.
+
+The measured passes update nothing: the run that follows is bitwise the one without them.
+"""
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .. import array, edit, precision
+from ..nn import Module
+from ..train.batch import compute_loss, read_batch
+from .rows import first_batches
+
+__all__ = ["Plan", "in_words", "make_plan", "size"]
+
+MEASURED = 2                                             # batches on which a step is measured, after the first one
+SAMPLED = 12                                             # batches whose mean size stands for all
+MOMENTS = 3                                              # copies of what trains: gradients, and two moments of AdamW
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The costs of a run.
+
+    count    sizes of the model and of what trains
+    bytes    expected peak of the arrays of the model and of a step
+    seconds  expected time of all steps
+    """
+
+    count: edit.Count
+    bytes: int
+    seconds: float
+
+
+def make_plan(model: Module, batches: Any, steps: int, accumulate: int, autocast: str | None) -> Plan:
+    """The plan of `steps` updates, each on `accumulate` batches."""
+    sample = first_batches(batches, SAMPLED)
+    with array.peak_memory() as memory:
+        _pass(model, sample[0], autocast)
+    seconds = 0.0
+    tokens = 0
+    for batch in sample[1:1 + MEASURED]:
+        seconds += _pass(model, batch, autocast)
+        tokens += batch["ids"].size
+    mean_tokens = sum(batch["ids"].size for batch in sample) / len(sample)
+    count = edit.count(model)
+    held = sum(p.data.nbytes for p in model.parameters()) + _packed_bytes(model)
+    total = held + memory["bytes"] + MOMENTS * count.nbytes
+    return Plan(count, total, steps * accumulate * mean_tokens * seconds / tokens)
+
+
+def _packed_bytes(model: Module) -> int:
+    """The bytes of all buffers, which packed weights consist of."""
+    return sum(getattr(value, "nbytes", 0) for value in model.named_buffers().values())
+
+
+def _pass(model: Module, batch: Any, autocast: str | None) -> float:
+    """The seconds of one forward and backward pass. No parameter changes, and no gradient remains."""
+    start = time.perf_counter()
+    model.train()
+    try:
+        with precision.autocast(autocast or "bfloat16", enabled=autocast is not None), np.errstate(all="ignore"):
+            _, loss = compute_loss(model, read_batch(batch), np.random.default_rng(0))
+        loss.backward()
+    finally:
+        model.train(False)
+        model.zero_grad()
+    return time.perf_counter() - start
+
+
+def in_words(seconds: float) -> str:
+    """A time in seconds, minutes or hours."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} minutes"
+    return f"{seconds / 3600:.1f} hours"
+
+
+def size(n: float) -> str:
+    """Bytes as text."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if n >= unit:
+            return f"{n / unit:.1f} {name}"
+    return f"{n / 1e3:.0f} kB"

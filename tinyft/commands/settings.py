@@ -1,0 +1,152 @@
+"""The options --method and --set: a method class by its name, and its hyper-parameters from texts.
+
+    make_method("lora", ["r=8", "targets=attn.[qv]"])      ->  LoRA(r=8, targets="attn.[qv]")
+
+A text is read as the type of its field: whole number, number, true or false, text; a comma separates the parts of a
+tuple. Errors are UsageErrors: the command line is wrong.
+"""
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from typing import TYPE_CHECKING, Any
+
+from .arguments import UsageError
+
+if TYPE_CHECKING:
+    from ..edit import Method
+
+__all__ = ["make_method", "method_class", "read_value"]
+
+
+def make_method(name: str, settings: list[str]) -> Method:
+    """The method of this name with the fields that the settings "field=value" give; its defaults for all others.
+
+    UsageError, with a near name, for an unknown method or field, and for a value that the field cannot have."""
+    from ..context import refuse_keywords
+    from ..edit import PEFT_NAMES
+
+    cls = method_class(name)
+    hints = typing.get_type_hints(cls)
+    fields = [field.name for field in dataclasses.fields(cls) if field.init]
+    given: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            raise UsageError(f"--set wants FIELD=VALUE, such as r=8, got {setting!r}")
+        if key in given:
+            raise UsageError(f"--set gives {key} twice")
+        try:
+            refuse_keywords(f"--set with {cls.__name__}", {key} - set(fields), fields, PEFT_NAMES)
+        except TypeError as e:
+            raise UsageError(str(e)) from e
+        given[key] = read_value(f"--set {key}", text.strip(), hints[key])
+    try:
+        return cls(**given)
+    except (TypeError, ValueError) as e:
+        raise UsageError(str(e)) from e
+
+
+def method_class(name: str) -> type[Method]:
+    """The method class of this name: of the class, LoRA, or of its file, lora. Case, - and _ do not matter.
+
+    UsageError, with a near name or with all names, if there is none."""
+    from ..methods import ALL
+
+    known = {}
+    for cls in ALL:
+        known[_plain(cls.__module__.rpartition(".")[2])] = cls
+        known[_plain(cls.__name__)] = cls
+    if _plain(name) in known:
+        return known[_plain(name)]
+    near = difflib.get_close_matches(_plain(name), known, 1, 0.5)
+    names = ", ".join(cls.__name__ for cls in ALL)
+    hint = f"did you mean {known[near[0]].__name__}?" if near else f"there are {names}"
+    raise UsageError(f"--method wants the name of a method, got {name!r}: {hint}")
+
+
+def _plain(name: str) -> str:
+    """A name in lower case, without - and _."""
+    return re.sub(r"[-_ ]", "", name).lower()
+
+
+# ── values ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
+def read_value(name: str, text: str, kind: Any) -> Any:
+    """The value of a text for a field with this type hint. UsageError if the text is no such value.
+
+    A hint of several kinds takes the first that fits: "none" is None where None is one of them. Any, the hint of
+    patterns, is a text, or a tuple of texts if there are commas."""
+    if kind is Any:
+        return tuple(part.strip() for part in text.split(",")) if "," in text else text
+    kinds = _alternatives(kind)
+    for one in kinds:
+        found, value = _read(text, one)
+        if found:
+            return value
+    wanted = " or ".join(dict.fromkeys(_describe(one) for one in kinds))
+    raise UsageError(f"{name} wants {wanted}, got {text!r}")
+
+
+def _alternatives(kind: Any) -> list[Any]:
+    """The kinds of a hint such as int | None, with text last, since every text is one."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        kinds = list(typing.get_args(kind))
+    else:
+        kinds = [kind]
+    return sorted(kinds, key=lambda one: one is str)
+
+
+def _read(text: str, kind: Any) -> tuple[bool, Any]:
+    """(True, value) if the text is a value of this kind, else (False, None)."""
+    try:
+        if kind is type(None):
+            return text.lower() in ("none", "null", ""), None
+        if kind is bool:
+            return text.lower() in WORDS, WORDS.get(text.lower())
+        if kind in (int, float):
+            return True, kind(text)
+        if kind is str:
+            return True, text
+        if typing.get_origin(kind) is typing.Literal:
+            return text in typing.get_args(kind), text
+        if typing.get_origin(kind) in (tuple, list) or kind in (tuple, list):
+            return _read_several(text, kind)
+    except ValueError:
+        pass
+    return False, None
+
+
+def _read_several(text: str, kind: Any) -> tuple[bool, Any]:
+    """(True, tuple or list) of the parts between commas, if each is of the kind that the hint names."""
+    inner = [part for part in typing.get_args(kind) if part is not Ellipsis] or [str]
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    is_long = Ellipsis in typing.get_args(kind) or len(inner) == 1
+    if not is_long and len(inner) != len(parts):
+        return False, None
+    values = []
+    for i, part in enumerate(parts):
+        found, value = _read(part, inner[0] if is_long else inner[i])
+        if not found:
+            return False, None
+        values.append(value)
+    is_list = list in (kind, typing.get_origin(kind))
+    return True, values if is_list else tuple(values)
+
+
+def _describe(kind: Any) -> str:
+    """A kind of value in words."""
+    if kind is type(None):
+        return "none"
+    if typing.get_origin(kind) is typing.Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(kind)))
+    if list in (kind, typing.get_origin(kind)) or tuple in (kind, typing.get_origin(kind)):
+        return "values with commas between them"
+    return IN_WORDS.get(kind, "a value that a command line cannot give")
