@@ -396,6 +396,10 @@ class Packed(Module):
         """W[rows], for a slice or an array of row numbers."""
         return self.dequantize()[rows]
 
+    def product(self, x: Array, rows: slice) -> Array:
+        """x W[rows]ᵀ, for x (N, in): the part of a product that needs these rows, (N, n)."""
+        return x @ self.dequantize_rows(rows).T
+
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers."""
@@ -429,8 +433,14 @@ def _packed_linear(x, packed=None):
     blocks = packed.blocks()
 
     def forward(a):                                          # a: (N, in)
-        parts = [a @ packed.dequantize_rows(rows).T for rows in blocks]
-        return parts[0] if len(parts) == 1 else array.xp(a).concatenate(parts, axis=-1)
+        first = packed.product(a, blocks[0])
+        if len(blocks) == 1:
+            return first
+        y = array.xp(a).empty((a.shape[0], packed.shape[0]), first.dtype)
+        y[:, blocks[0]] = first
+        for rows in blocks[1:]:
+            y[:, rows] = packed.product(a, rows)
+        return y
 
     def back(g):                                             # g: the gradient of y
         g = ops.flat(g)                                      # (N, out)
