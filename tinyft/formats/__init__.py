@@ -1,4 +1,4 @@
-"""Models on disk, as Hugging Face style directories: load, save, classifier.
+"""Models on disk, as Hugging Face style directories and as GGUF files: load, save, classifier.
 
     huggingface.py   load, save and classifier: files in, files out, and every check in between
     directory.py     reading JSON and safetensors files, without knowledge of a model
@@ -7,6 +7,9 @@
     layout.py        FileTensor: where a tensor stands in a file; Plan: the model that a directory describes
     tokenizer.py     the tokenizer, and the settings of tokenizer_config.json
     config.py        values of a config.json, read with checks
+
+    gguf.py          the bytes of a GGUF file, read with every check
+    gguf_model.py gguf_tokenizer.py      the model and the tokenizer of one
 """
 from .huggingface import classifier, load, save
 
