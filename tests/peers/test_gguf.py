@@ -34,8 +34,8 @@ ODD = [
     "", " ", "  ", "\t", "\n", "\r\n", " \n \n\n", "a\u00a0b", "\u2003wide", "\u200bzero", "x  ", "  x", "\ufeffx",
     "don't DON'T we'll", "1", "12", "1234567", "3.14e-10", "٣٤", "½ Ⅷ ²", "a1b22c333", "café cafe\u0301", "naïve", "ﬁ",
     "漢字かな交じり文", "한국어", "العربية", "हिन्दी", "Ελληνικά", "ไทย", "🙂👍🏽👨‍👩‍👧", "\x00\x01\x7f", "𝔘𝔫𝔦", "Ⓐ",
-    "def f(x):\n\treturn x  # comment\n", "if (a && b) { c[0]++; }", "SELECT * FROM t WHERE x != 'y';", "<a href=\"#\">",
-    "\\n\\t\\u0041", "a_b __init__ CamelCase", "$x^2$ \\frac{1}{2}", "!!!???...", "-----", "====", "a" * 300, "é" * 100,
+    "def f(x):\n\treturn x  # comment\n", "if (a && b) { c[0]++; }", "SELECT * FROM t WHERE x != 'y';",
+    "\\n\\t\\u0041", "a_b __init__ CamelCase", "$x^2$ \\frac{1}{2}", "!!!???...", "-----", "a" * 300, "é" * 100,
     "<|im_start|>user\nHi<|im_end|>\n", "x<|endoftext|>y", "<|im_start", "|im_end|>", "<|IM_END|>", "<repo_name>a",
 ]
 
