@@ -11,7 +11,7 @@ ARGS   ?=
 EMULATED := tests/emulated $(addprefix tests/test_,$(addsuffix .py,ops attention nn optim models tensor strict decode adapters formats precision cuda doctor))
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help install install-peers install-site run test selftest test-strict test-emulated test-gpu bench-gpu test-peers lessons site audit bench base lint clean
+.PHONY: help install install-peers install-site run real real-assets test selftest test-strict test-emulated test-gpu bench-gpu test-peers lessons site audit bench base lint clean
 
 help:  ## this help
 	@echo "tinyft: fine-tuning of transformers, from scratch"
@@ -29,6 +29,9 @@ install: $(STAMP)  ## make the virtual environment .venv and install tinyft in i
 
 run: $(STAMP)  ## the main job: fine-tune the shipped base on a real task, one table, two figures (under 5 minutes)
 	@cd "$(HERE)" && "$(VENV)/bin/tinyft" compare $(ARGS)
+
+real: $(STAMP)  ## SmolLM2 learns a task that it cannot do, with LoRA: table, figure, answers (about 10 minutes; after real-assets)
+	@cd "$(HERE)" && "$(PY)" -m tinyft.real $(ARGS)
 
 test: $(STAMP)  ## the tests, in two processes
 	@cd "$(HERE)" && "$(PY)" -m pytest tests --ignore=tests/peers -n 2 --dist loadfile $(ARGS)
@@ -59,10 +62,13 @@ bench-gpu:  ## tinyft, CuPy and PyTorch on a device, in under ten minutes: tests
 
 install-peers: $(STAMP)
 	@"$(PY)" -c 'import torch' 2>/dev/null || "$(PY)" -m pip install -q --disable-pip-version-check "torch==2.13.0"
-	@cd "$(HERE)" && "$(PY)" -c 'import peft, transformers, adapters' 2>/dev/null || "$(PY)" -m pip install -q --disable-pip-version-check -e "$(HERE)[peers]"
+	@cd "$(HERE)" && "$(PY)" -c 'import peft, transformers, adapters, gguf' 2>/dev/null || "$(PY)" -m pip install -q --disable-pip-version-check -e "$(HERE)[peers]"
 
 test-peers: install-peers  ## against PyTorch, transformers, PEFT and adapters (installs them)
 	@cd "$(HERE)" && HF_HUB_OFFLINE=1 "$(PY)" -m pytest tests/peers $(ARGS)
+
+real-assets: $(STAMP)  ## fetch two real models (180 MB) into work/real, for tests and demonstrations; needs the network once
+	@cd "$(HERE)" && "$(PY)" tests/real_assets.py $(ARGS)
 
 lessons: $(STAMP)  ## run every lesson: notebooks with results, and figures, in work/lessons (TINYFT_FAST=1: shorter)
 	@cd "$(HERE)" && "$(VENV)/bin/tinyft" lesson --all $(ARGS)

@@ -1,6 +1,6 @@
 """Every key of a config.json, by family: read, refused unless it has a value that our model has, or harmless.
 
-    READ      {key: another valid value}: it reaches the model
+    READ      {key: another valid value}: it reaches the model;  OF_CLASSIFIERS  the same for keys of a classifier only
     REFUSED   {key: (values that load, values that do not)}: it changes the mathematics, and our model has one value
     HARMLESS  {key: another value}: the outputs of the classes that we read do not depend on it
     ALIASES   {other name: name}
@@ -21,6 +21,11 @@ BERT: dict[str, Any] = {
     "model_type": "bert", "vocab_size": 50, "max_position_embeddings": 32, "hidden_size": 24, "num_hidden_layers": 2,
     "num_attention_heads": 3, "intermediate_size": 24, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
 }
+DISTILBERT: dict[str, Any] = {
+    "model_type": "distilbert", "vocab_size": 50, "max_position_embeddings": 32, "dim": 24, "n_layers": 2, "n_heads": 3,
+    "hidden_dim": 24, "dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0,
+}
+ROBERTA: dict[str, Any] = {**BERT, "model_type": "roberta", "pad_token_id": 0}
 
 # ── of every class ───────────────────────────────────────────────────────────────────────────────────────────────────
 FLAG_OFF = ([False], [True, "yes", None])
@@ -101,6 +106,28 @@ BERT_HARMLESS = {
     "directionality": "uni", "pooler_type": "last", "gradient_checkpointing": True,
 }
 
+# ── DistilBERT ───────────────────────────────────────────────────────────────────────────────────────────────────────
+DISTILBERT_READ = {
+    "vocab_size": 61, "max_position_embeddings": 41, "dim": 36, "n_layers": 3, "n_heads": 4, "hidden_dim": 20,
+    "dropout": 0.3, "attention_dropout": 0.3,
+}
+DISTILBERT_ALIASES = {"hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads"}
+DISTILBERT_REFUSED = {
+    **REFUSED_EVERYWHERE,
+    "activation": (
+        ["gelu", "gelu_python"],
+        ["gelu_new", "gelu_pytorch_tanh", "gelu_fast", "relu", "silu", "swish", "quick_gelu", None, 3],
+    ),
+}
+DISTILBERT_HARMLESS = {
+    **HARMLESS_EVERYWHERE,
+    "sinusoidal_pos_embds": True, "qa_dropout": 0.5, "is_decoder": True, "tie_weights_": True, "layer_norm_eps": 0.5,
+}
+
+# ── RoBERTa ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+ROBERTA_READ = {**BERT_READ, "pad_token_id": 11}                   # no token of the compared texts
+ROBERTA_HARMLESS = {key: value for key, value in BERT_HARMLESS.items() if key != "pad_token_id"}
+
 # ── Llama, Mistral, Qwen2 ────────────────────────────────────────────────────────────────────────────────────────────
 LLAMA_SIZES: dict[str, Any] = {
     "vocab_size": 50, "max_position_embeddings": 32, "hidden_size": 24, "num_hidden_layers": 2,
@@ -139,19 +166,23 @@ QWEN2_REFUSED = {
     "use_sliding_window": ([False], [True, "yes", None, 1]),
 }
 
-CONFIG = {"gpt2": GPT2, "bert": BERT, "llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2}
+CONFIG = {
+    "gpt2": GPT2, "bert": BERT, "distilbert": DISTILBERT, "roberta": ROBERTA,
+    "llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2,
+}
 READ: dict[str, dict[str, Any]] = {
-    "gpt2": GPT2_READ, "bert": BERT_READ,
+    "gpt2": GPT2_READ, "bert": BERT_READ, "distilbert": DISTILBERT_READ, "roberta": ROBERTA_READ,
     "llama": LLAMA_READ, "mistral": LLAMA_READ_BY_ALL, "qwen2": LLAMA_READ_BY_ALL,
 }
 REFUSED: dict[str, dict[str, Any]] = {
-    "gpt2": GPT2_REFUSED, "bert": BERT_REFUSED,
+    "gpt2": GPT2_REFUSED, "bert": BERT_REFUSED, "distilbert": DISTILBERT_REFUSED, "roberta": BERT_REFUSED,
     "llama": LLAMA_REFUSED, "mistral": LLAMA_REFUSED, "qwen2": QWEN2_REFUSED,
 }
 HARMLESS: dict[str, dict[str, Any]] = {
-    "gpt2": GPT2_HARMLESS, "bert": BERT_HARMLESS,
+    "gpt2": GPT2_HARMLESS, "bert": BERT_HARMLESS, "distilbert": DISTILBERT_HARMLESS, "roberta": ROBERTA_HARMLESS,
     "llama": LLAMA_HARMLESS, "mistral": MISTRAL_HARMLESS, "qwen2": QWEN2_HARMLESS,
 }
-ALIASES: dict[str, dict[str, str]] = {"gpt2": GPT2_ALIASES}
+ALIASES: dict[str, dict[str, str]] = {"gpt2": GPT2_ALIASES, "distilbert": DISTILBERT_ALIASES}
+OF_CLASSIFIERS: dict[str, dict[str, Any]] = {"distilbert": {"seq_classif_dropout": 0.3}}
 NEWER: dict[str, dict[str, Any]] = dict.fromkeys(("llama", "mistral", "qwen2"), LLAMA_NEWER)
 FAMILIES = tuple(CONFIG)

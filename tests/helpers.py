@@ -5,13 +5,25 @@ import contextlib
 import re
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 
 from tinyft import GPT, AdamW, GPTConfig, LoRA, array, attach, fit
 from tinyft.tensor import Tensor
+
+REAL_ASSETS = Path(__file__).resolve().parents[1] / "work" / "real"
+
+
+def real_asset(name: str) -> Path:
+    """The path of a real model, a file or a folder in work/real. The test is skipped if it is not there."""
+    path = REAL_ASSETS / name
+    if not path.exists():
+        pytest.skip(f"{name} is not in work/real: make real-assets fetches it")
+    return path
 
 
 def case_id(value: Any) -> str:

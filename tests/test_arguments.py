@@ -82,9 +82,9 @@ def text_classifier() -> ft.BERT:
     return ft.classifier(model, 2)
 
 
-def adapted() -> ft.GPT:
+def adapted(method: Any = ft.LoRA(r=2)) -> ft.GPT:
     model = gpt()
-    ft.attach(model, ft.LoRA(r=2))
+    ft.attach(model, method)
     return model
 
 
@@ -144,6 +144,16 @@ def saved_adapter(path: Any) -> dict:
     return {"model": gpt(), "path": path / "saved"}
 
 
+def saved_by_peft(path: Any) -> dict:
+    ft.save_peft(adapted(), path / "saved")
+    return {"model": gpt(), "path": path / "saved", "name": "a"}
+
+
+def saved_by_adapterhub(path: Any) -> dict:
+    ft.save_adapterhub(adapted(ft.Houlsby(m=2, norms=False)), path / "saved")
+    return {"model": gpt(), "path": path / "saved", "name": "a"}
+
+
 def saved_model(path: Any) -> dict:
     ft.save(gpt(), path / "model")
     return {"path": path / "model"}
@@ -152,7 +162,7 @@ def saved_model(path: Any) -> dict:
 OPTIMIZER = {"lr": 0.1, "weight_decay": 0.1, "groups": {"*": {"lr": 0.2}}}
 GPT_SIZES = {"vocab": 20, "positions": 12, "width": 8, "layers": 1, "heads": 2, "hidden": 8, "dropout": 0.1,
              "eps": 1e-5, "std": 0.02}
-BERT_SIZES = {**GPT_SIZES, "token_types": 2}
+BERT_SIZES = {**GPT_SIZES, "token_types": 2, "first_position": 1, "pooler_activation": "relu", "keep_pooler": False}
 LLAMA_SIZES = {**GPT_SIZES, "key_value_heads": 1, "head_width": 4, "rope_base": 100.0,
                "rope_scaling": ft.RotaryScaling("linear", 2.0), "tied": True, "qkv_bias": True, "out_bias": True,
                "mlp_bias": True}
@@ -180,6 +190,8 @@ ROWS: dict[str, Callable[[Any], dict]] = {
     "chat_end": lambda path: {"template": "chatml"},
     "predict": lambda path: {"model": text_classifier(), "tokenizer": data.shipped_tokenizer(), "texts": ["a", "b"],
                              "names": ["no", "yes"], "batch_size": 2, "max_len": 8, "max_new_tokens": 2},
+    "embed": lambda path: {"model": text_classifier(), "tokenizer": data.shipped_tokenizer(), "texts": ["a", "b"],
+                           "batch_size": 2, "pooling": "max", "normalize": True, "max_len": 8},
     "attach": lambda path: {"model": gpt(), "method": ft.LoRA(r=2), "name": "a", "seed": 0, "train_head": True},
     "detach": lambda path: {"model": adapted(), "name": "lora"},
     "without": lambda path: {"model": adapted()},
@@ -190,6 +202,11 @@ ROWS: dict[str, Callable[[Any], dict]] = {
     "trained": lambda path: {"model": gpt()},
     "save_adapter": lambda path: {"model": adapted(), "path": path / "a", "name": "lora"},
     "load_adapter": saved_adapter,
+    "save_peft": lambda path: {"model": adapted(), "path": path / "a", "name": "lora"},
+    "load_peft": saved_by_peft,
+    "save_adapterhub": lambda path: {"model": adapted(ft.Houlsby(m=2, norms=False)), "path": path / "a",
+                                     "name": "houlsby"},
+    "load_adapterhub": saved_by_adapterhub,
     "Phase": lambda path: {"share": 1.0, "setup": None},
     "Partial": lambda path: {"k": 1},
     "Houlsby": lambda path: {"m": 2, "std": 0.1, "norms": True, "targets": ("attn", "mlp")},

@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from config_keys import ALIASES, CONFIG, FAMILIES, HARMLESS, NEWER, READ, READ_BY_A_CLASSIFIER, REFUSED
+from config_keys import (
+    ALIASES,
+    CONFIG,
+    FAMILIES,
+    HARMLESS,
+    NEWER,
+    OF_CLASSIFIERS,
+    READ,
+    READ_BY_A_CLASSIFIER,
+    REFUSED,
+)
 from helpers import host
 from safetensors.numpy import load_file, save_file
 
@@ -22,11 +32,13 @@ from tinyft.models import BERT, GPT, BERTConfig, GPTConfig, Llama, LlamaConfig, 
 
 Reader = Callable[[dict], Plan]
 LANGUAGE_MODEL = {
-    "gpt2": "GPT2LMHeadModel", "bert": "BertForMaskedLM",
+    "gpt2": "GPT2LMHeadModel", "bert": "BertForMaskedLM", "distilbert": "DistilBertForMaskedLM",
+    "roberta": "RobertaForMaskedLM",
     "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
 }
 CLASSIFIER = {
     "gpt2": "GPT2ForSequenceClassification", "bert": "BertForSequenceClassification",
+    "distilbert": "DistilBertForSequenceClassification", "roberta": "RobertaForSequenceClassification",
     "llama": "LlamaForSequenceClassification", "mistral": "MistralForSequenceClassification",
     "qwen2": "Qwen2ForSequenceClassification",
 }
@@ -154,6 +166,9 @@ def strict_about(key: str) -> Reader:
     (check_refused, "qwen2", "use_sliding_window", without),
     (check_refused, "llama", "sliding_window", strict_about),
     (check_harmless, "qwen2", "attention_bias", strict_about),
+    (check_read, "roberta", "pad_token_id", without),
+    (check_read, "distilbert", "hidden_dim", without),
+    (check_refused, "distilbert", "activation", without),
 ])
 def test_a_reader_with_a_fault_is_found(check, family, key, wrong):
     check(read, family, key)
@@ -180,6 +195,23 @@ def test_the_number_of_classes(family):
     assert read_classifier({**base, "tie_word_embeddings": False}) == read_classifier(base)
 
 
+@pytest.mark.parametrize("family, key", rows({family: OF_CLASSIFIERS.get(family, {}) for family in FAMILIES}))
+def test_a_setting_that_only_a_classifier_reads(family, key):
+    """Another value gives another classifier, and the same language model; nonsense is refused."""
+    base = CONFIG[family]
+    value = OF_CLASSIFIERS[family][key]
+    assert read_classifier({**base, key: value}) != read_classifier(base)
+    assert read({**base, key: value}) == read(base)
+    refuses(read_classifier, {**base, key: "24"}, key)
+
+
+@pytest.mark.parametrize("value", [30, 31, 10**70])
+def test_roberta_leaves_a_position_for_the_first_token(value):
+    """The positions begin after pad_token_id; the 32 rows of the table end at 31."""
+    refuses(read, {**CONFIG["roberta"], "pad_token_id": value + 1}, "pad_token_id")
+    assert read({**CONFIG["roberta"], "pad_token_id": 30}).config.positions == 1
+
+
 @pytest.mark.parametrize("key, value", [
     ("num_labels", "3"), ("num_labels", 0), ("num_labels", 2.0), ("id2label", ["a", "b"]), ("id2label", 3),
     ("id2label", {"a": 0}), ("label2id", ["a"]), ("problem_type", "nonsense"), ("problem_type", 3),
@@ -200,6 +232,8 @@ SIZES = {"vocab": 20, "positions": 8, "width": 8, "layers": 1, "heads": 2}
 MODELS: dict[str, Any] = {
     "gpt2": GPT(GPTConfig(**SIZES)),
     "bert": BERT(BERTConfig(**SIZES)),
+    "distilbert": BERT(BERTConfig(**SIZES, token_types=0, pooler_activation="relu")),
+    "roberta": BERT(BERTConfig(**SIZES, first_position=2, keep_pooler=False)),
     "llama": Llama(LlamaConfig(**SIZES, tied=True)),
     "mistral": Llama(LlamaConfig(**SIZES, tied=True)),
     "qwen2": Llama(LlamaConfig(**SIZES, tied=True, qkv_bias=True)),
@@ -208,6 +242,8 @@ OUTPUT_LAYER = {
     "gpt2": ("transformer.wte.weight", "lm_head.weight"),
     "bert": ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"),
     **dict.fromkeys(LLAMAS, ("model.embed_tokens.weight", "lm_head.weight")),
+    "distilbert": ("distilbert.embeddings.word_embeddings.weight", "vocab_projector.weight"),
+    "roberta": ("roberta.embeddings.word_embeddings.weight", "lm_head.decoder.weight"),
 }
 
 

@@ -28,8 +28,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tinyft import edit
 from tinyft.formats import classifier, huggingface, load, save
 from tinyft.formats.bert import BERTFamily
+from tinyft.formats.distilbert import DistilBERTFamily
 from tinyft.formats.gpt2 import GPT2Family
 from tinyft.formats.layout import FileTensor, Plan, Table, file_tensors
+from tinyft.formats.roberta import RoBERTaFamily
 from tinyft.methods import BitFit, LoRA
 from tinyft.models import BERT, GPT, BERTConfig, GPTConfig, Llama, LlamaConfig
 from tinyft.nn import Linear, Packed
@@ -41,6 +43,8 @@ IDS = np.array([[3, 1, 4, 1, 5, 9], [2, 6, 49, 3, 5, 8]])
 TYPES = np.array([[0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 1]])
 SMALL_GPT = GPTConfig(V, T, C, L, H)
 SMALL_BERT = BERTConfig(V, T, 2, C, L, H)
+SMALL_DISTILBERT = BERTConfig(V, T, 0, C, L, H, pooler_activation="relu")
+SMALL_ROBERTA = BERTConfig(V, T, 1, C, L, H, first_position=2, keep_pooler=False)
 ONE_LAYER = BERTConfig(V, T, 2, C, 1, H)
 Tensors = dict[str, np.ndarray]
 
@@ -831,9 +835,12 @@ def test_save_refuses_a_model_with_edits(tmp_path):
 
 
 def test_save_refuses_other_models(tmp_path):
-    """Packed weights, a model without one of its blocks, a model of no family."""
+    """Packed weights, a model without one of its blocks, settings of no family, a model of no family."""
     packed = GPT(SMALL_GPT)
     packed.blocks[0].attn.q.weight = Codes()
+    mixture = BERT(BERTConfig(V, T, 0, C, L, H))
+    with pytest.raises(ValueError, match="the settings of bert or distilbert or roberta, got others: .*token_types=0"):
+        save(mixture, tmp_path / "m")
     with pytest.raises(ValueError, match="blocks.0.attn.q.weight is packed"):
         save(packed, tmp_path / "m")
     shorter = GPT(SMALL_GPT)
@@ -945,6 +952,10 @@ def test_models_that_ship_are_found_by_name(tmp_path, monkeypatch):
     (GPT2Family(), Plan(SMALL_GPT, "classes", 3)),
     (BERTFamily(), Plan(SMALL_BERT, "mlm", pooler=True)),
     (BERTFamily(), Plan(SMALL_BERT, None)),
+    (DistilBERTFamily(), Plan(SMALL_DISTILBERT, "mlm")),
+    (DistilBERTFamily(), Plan(SMALL_DISTILBERT, "classes", 3, pooler=True)),
+    (RoBERTaFamily(), Plan(SMALL_ROBERTA, "mlm", pooler=True)),
+    (RoBERTaFamily(), Plan(SMALL_ROBERTA, "classes", 3, pooler=True)),
 ])
 def test_the_table_describes_the_model(family, plan):
     """One entry for every tensor; the thirds of a fused tensor cover it; `file_tensors` is the inverse of `read`."""
@@ -975,7 +986,8 @@ def test_every_family_is_found_by_its_type_and_its_model():
         "llama": Llama(LlamaConfig(**sizes, qkv_bias=True, out_bias=True)),
         "qwen2": Llama(LlamaConfig(**sizes, qkv_bias=True)),
     }
-    written = {"gpt2": GPT(SMALL_GPT), "bert": BERT(SMALL_BERT), **llamas}
+    berts = {"bert": BERT(SMALL_BERT), "distilbert": BERT(SMALL_DISTILBERT), "roberta": BERT(SMALL_ROBERTA)}
+    written = {"gpt2": GPT(SMALL_GPT), **berts, **llamas}
     for wanted, model in written.items():
         assert [family.model_type for family in huggingface.FAMILIES if family.holds(model)] == [wanted]
 

@@ -33,6 +33,7 @@ from tinyft import edit
 from tinyft.adapters.files import digest
 from tinyft.data import text
 from tinyft.files import pack_tensors, read_tensors
+from tinyft.pooling import Pooling
 
 CASES = 200
 SECONDS = 1.0
@@ -177,7 +178,7 @@ def damage_arrays(arrays: dict[str, np.ndarray], rng: Rng) -> dict[str, np.ndarr
 
 def damage_files(folder: Path, rng: Rng) -> str:
     """Damage one file of a folder, or exchange two, without regard to sums. Returns a description."""
-    files = sorted(p for p in folder.iterdir() if p.is_file())
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
     file = files[rng.integers(len(files))]
     if rng.integers(20) == 0:
         other = files[rng.integers(len(files))]
@@ -266,20 +267,70 @@ class TokenizerReader(ModelReader):
         return f"tokenizer.json: {damage.__name__}"
 
 
+class SentenceReader(ModelReader):
+    """load and embed: a RoBERTa with the files of sentence-transformers, some of which become special files."""
+
+    def write(self, folder: Path) -> None:
+        sizes = ft.BERTConfig(23, 12, 1, 12, 1, 3, 20, first_position=2, keep_pooler=False)
+        model = ft.BERT(sizes, seed=1, head=None)
+        model._pooling = Pooling("max", normalize=True, max_tokens=8)
+        ft.save(model, folder, words())
+
+    def damage(self, folder: Path, rng: Rng) -> str:
+        names = ["modules.json", "1_Pooling/config.json", "sentence_bert_config.json"]
+        file = folder / names[rng.integers(len(names))]
+        kind = rng.integers(8)
+        if kind == 0:
+            return damage_files(folder, rng)
+        if kind == 1:
+            file.unlink()
+            make_special(file, rng)
+            return f"{file.name} is a special file"
+        file.write_bytes(damage_text(file.read_bytes(), rng))
+        return f"{file.name}: damage_text"
+
+    def read(self, folder: Path) -> None:
+        model, tokenizer = ft.load(folder)
+        if tokenizer is None or max(tokenizer.get_vocab().values()) >= model.config.vocab:
+            return
+        with np.errstate(all="ignore"):
+            embeddings = ft.embed(model, tokenizer, ["a b", "d", "a " * 50])
+        assert embeddings.shape == (3, model.config.width)
+        ft.save(model, folder.parent / "again", tokenizer)
+
+
+def make_special(file: Path, rng: Rng) -> None:
+    """A pipe, a device, a directory or a link to nothing in the place of a file."""
+    kind = rng.integers(4)
+    if kind == 0:
+        os.mkfifo(file)
+    elif kind == 1:
+        file.symlink_to("/dev/zero")
+    elif kind == 2:
+        file.mkdir()
+    else:
+        file.symlink_to("nowhere")
+
+
 class AdapterReader:
     """load_adapter, onto the base that the adapter was trained on."""
+
+    shape: tuple = (2, 4, 23)                            # of the model's outputs
 
     def __init__(self, method: Any):
         self.method = method
 
+    save = staticmethod(ft.save_adapter)
+    load = staticmethod(ft.load_adapter)
+
     def write(self, folder: Path) -> None:
-        model = small_model()
+        model = self.make()
         ft.attach(model, self.method)
         rng = np.random.default_rng(0)
         for p in model.parameters():
             if p.requires_grad:
                 p.copy_(host(p) + rng.standard_normal(p.shape) * 0.1)
-        ft.save_adapter(model, folder)
+        self.save(model, folder)
 
     def damage(self, folder: Path, rng: Rng) -> str:
         if rng.integers(2):
@@ -303,12 +354,12 @@ class AdapterReader:
         model = self.make()
         before = state(model)
         try:
-            attached = ft.load_adapter(model, folder)
+            attached = self.load(model, folder)
         except BaseException:
             assert state(model) == before, "the model was changed"
             raise
         with np.errstate(all="ignore"):
-            assert host(model.eval()(IDS)).shape == (2, 4, model.config.vocab)
+            assert host(model.eval()(IDS)).shape == self.shape
         ft.detach(model, attached.name)
         assert state(model) == before, "detach did not give the base back"
 
@@ -331,6 +382,8 @@ class ShardedReader(ModelReader):
 class OldAdapterReader(AdapterReader):
     """load_adapter: an adapter of version 0.1."""
 
+    shape = (2, 4, 19)
+
     def __init__(self) -> None:
         self.base = read_tensors(OLD / "gpt.safetensors")[0]
 
@@ -341,6 +394,42 @@ class OldAdapterReader(AdapterReader):
 
     def write(self, folder: Path) -> None:
         shutil.copytree(OLD / "gpt-prefix-mlp", folder)
+
+
+class PeftReader(AdapterReader):
+    """load_peft: the files have no checksum, so every damage reaches the checks of names, shapes and settings."""
+
+    config = "adapter_config.json"
+    weights = "adapter_model.safetensors"
+    save = staticmethod(ft.save_peft)
+    load = staticmethod(ft.load_peft)
+
+    def damage(self, folder: Path, rng: Rng) -> str:
+        if rng.integers(3) == 0:
+            return damage_files(folder, rng)
+        if rng.integers(2):
+            values = json.loads((folder / self.config).read_text())
+            (folder / self.config).write_text(json.dumps(damage_json(values, rng)))
+            return "forged config"
+        save_file(damage_arrays(load_file(folder / self.weights), rng), folder / self.weights)
+        return "forged arrays"
+
+
+class PeftClassifierReader(PeftReader):
+    """load_peft: a LoRA with a new classifier, on a BERT."""
+
+    shape = (2, 3)
+
+    def make(self) -> Any:
+        return ft.classifier(ft.BERT(ft.BERTConfig(23, 12, 2, 12, 2, 3, 20), seed=1), 3)
+
+
+class AdapterHubReader(PeftReader):
+    """load_adapterhub."""
+
+    weights = "adapter.safetensors"
+    save = staticmethod(ft.save_adapterhub)
+    load = staticmethod(ft.load_adapterhub)
 
 
 class CheckpointReader:
@@ -482,12 +571,18 @@ READERS = {
     "model": ModelReader(),
     "shards": ShardedReader(),
     "tokenizer": TokenizerReader(),
+    "sentences": SentenceReader(),
     "lora": AdapterReader(ft.LoRA(r=2)),
     "houlsby": AdapterReader(ft.Houlsby(m=2)),
     "prefix": AdapterReader(ft.PrefixTuning(p=2, mlp=3)),
     "prompt": AdapterReader(ft.PromptTuning(p=2)),
     "partial": AdapterReader(ft.Partial(k=1)),
     "adapter of version 0.1": OldAdapterReader(),
+    "lora of PEFT": PeftReader(ft.LoRA(r=2, targets=("attn.[qkvo]", "embed"))),
+    "prefix of PEFT": PeftReader(ft.PrefixTuning(p=2, shift=True)),
+    "prompt of PEFT": PeftReader(ft.PromptTuning(p=2)),
+    "classifier of PEFT": PeftClassifierReader(ft.LoRA(r=2)),
+    "adapters of AdapterHub": AdapterHubReader(ft.Houlsby(m=2, norms=False)),
     "checkpoint": CheckpointReader(),
     "checkpoint of version 0.1": OldCheckpointReader(),
     "text": TextReader(),
@@ -518,10 +613,9 @@ def fault(read: Callable[[Path], None], folder: Path) -> str | None:
 
 def run_case(reader: Any, good: dict[str, bytes], seed: int, folder: Path) -> str | None:
     """Damage good files, {name: content}, in a folder, and read them; a fault, or None."""
-    for path in folder.iterdir():
-        if path.name not in good:
-            path.unlink()
+    shutil.rmtree(folder)
     for name, content in good.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     description = reader.damage(folder, np.random.default_rng(seed))
     found = fault(reader.read, folder)
@@ -532,7 +626,7 @@ def good_files(reader: Any, folder: Path) -> dict[str, bytes]:
     """{name: content} of files that the reader reads without fault."""
     reader.write(folder)
     assert fault(reader.read, folder) is None
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(autouse=True)

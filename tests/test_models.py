@@ -382,31 +382,34 @@ def check_rows(row: Callable) -> None:
         ctx = Context(mask=None if mask is None else dev(np.array(mask, bool)))
         return (host(row(classifier, x, ctx))[:, 0] / 4).tolist()
     cases = [
-        (None, [4, 9]),
-        ([[1, 1, 1, 0, 0], [1, 0, 1, 1, 0]], [2, 8]),
-        ([[0, 0, 1, 1, 1], [1, 0, 0, 0, 0]], [4, 5]),
-        ([[1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 0, 1, 0]], [2, 8]),        # two rows of a soft prompt, gone from x
+        (None, [0, 5], [4, 9]),
+        ([[1, 1, 1, 0, 0], [1, 0, 1, 1, 0]], [0, 5], [2, 8]),
+        ([[0, 0, 1, 1, 1], [1, 0, 0, 0, 0]], [2, 5], [4, 5]),
+        ([[1, 1, 1, 1, 1, 0, 0], [1, 1, 0, 1, 0, 1, 0]], [0, 6], [2, 8]),       # two rows of a soft prompt, gone from x
     ]
-    for mask, want in cases:
-        assert read(mask, last=True) == want and read(mask, last=False) == [0, 5]
+    for mask, first, last in cases:
+        assert read(mask, last=True) == last and read(mask, last=False) == first
 
 
 def at(x: Tensor, rows: Any) -> Tensor:
     return x[dev([0, 1]), dev(rows)]
 
 
+def first_real(x: Tensor, ctx: Context) -> Tensor:
+    return at(x, [0, 0] if ctx.mask is None else host(ctx.mask)[:, -5:].argmax(1))
+
+
 WRONG_ROWS = {
-    "The last row is the last.": lambda c, x, ctx: x[:, -1 if c.last else 0],
-    "The last row is the number of real ones.":
-        lambda c, x, ctx: at(x, [4, 4] if ctx.mask is None else host(ctx.mask).sum(1) - 1) if c.last else x[:, 0],
+    "The last row is the last.": lambda c, x, ctx: x[:, -1] if c.last else first_real(x, ctx),
+    "The last row is the number of real ones.": lambda c, x, ctx: first_real(x, ctx) if not c.last else
+        at(x, [4, 4] if ctx.mask is None else host(ctx.mask).sum(1) - 1),
     "The mask is as long as x.": lambda c, x, ctx: Classifier.row(
-        c, x, Context(mask=None if ctx.mask is None else ctx.mask[:, :5])) if c.last else x[:, 0],
-    "The first row is the first real one.": lambda c, x, ctx: Classifier.row(c, x, ctx) if c.last else
-        at(x, [0, 0] if ctx.mask is None else host(ctx.mask)[:, -5:].argmax(1)),
+        c, x, Context(mask=None if ctx.mask is None else ctx.mask[:, :5])),
+    "The first row is a real token.": lambda c, x, ctx: Classifier.row(c, x, ctx) if c.last else x[:, 0],
 }
 
 
-def test_the_class_is_read_off_the_first_row_or_the_last_real_one():
+def test_the_class_is_read_off_the_first_or_the_last_real_token():
     check_rows(Classifier.row)
     for wrong in WRONG_ROWS.values():
         with pytest.raises(AssertionError):

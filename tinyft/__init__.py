@@ -10,7 +10,15 @@ To read it, begin with tensor.py, ops.py, nn.py and edit.py. After these, each m
 import os as _os
 
 from . import data, functional, kernels, ops
-from .adapters import combine, load_adapter, save_adapter
+from .adapters import (
+    combine,
+    load_adapter,
+    load_adapterhub,
+    load_peft,
+    save_adapter,
+    save_adapterhub,
+    save_peft,
+)
 from .array import BackendError, CannotCapture, backend, peak_memory, use
 from .chat import chat_end, chat_prompt
 from .decode import generate
@@ -30,6 +38,7 @@ from .edit import (
     unpack,
     without,
 )
+from .embed import embed
 from .formats.huggingface import classifier, load, save
 from .kernels import capture, get_num_threads, set_num_threads
 from .learn import check
@@ -54,11 +63,12 @@ __all__ = [
     "load", "save", "classifier", "generate", "chat_prompt", "chat_end", "data",
     # how a model is changed
     "attach", "detach", "without", "merge", "eject", "combine", "count", "trained", "save_adapter", "load_adapter",
+    "save_peft", "load_peft", "save_adapterhub", "load_adapterhub",
     "Edit", "Method", "Phase", "Attached", "Count", "CannotMerge",
     # methods
     "methods", *(cls.__name__ for cls in _METHODS),
     # training
-    "fit", "evaluate", "perplexity", "predict", "Predictions", "History", "Loss", "CrossEntropy", "Targets",
+    "fit", "evaluate", "perplexity", "predict", "Predictions", "embed", "History", "Loss", "CrossEntropy", "Targets",
     "AdamW", "Adam", "SGD",
     "constant_schedule", "linear_schedule", "cosine_schedule",
     # 16 bits

@@ -2,17 +2,22 @@
 
 A reader raises a ValueError of one line for every damaged file. It opens ordinary files only, and takes no more memory
 than a few times the size of the file.
+
+The tensors of a large file are views into the file, which the system reads page by page when they are used. A write to
+a view changes no file: the written pages become the process's own. A file that is replaced by a rename, as this library
+does, stays readable; another program must not write into it while a model from it is in use.
 """
 from __future__ import annotations
 
 import contextlib
 import json
 import math
+import mmap
 import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from ml_dtypes import bfloat16
@@ -22,8 +27,9 @@ from safetensors.numpy import save
 from .atomic import is_file_name, read_together, sweep, write_atomically
 
 __all__ = [
-    "DTYPES", "FLOATS", "check_ordinary", "is_file_name", "pack_tensors", "python_number", "read_json",
-    "read_safetensors", "read_tensors", "read_together", "refuse_damage", "sweep", "write_atomically", "write_tensors",
+    "DTYPES", "FLOATS", "check_ordinary", "drop_pages", "is_file_name", "is_mapped", "pack_tensors", "python_number",
+    "read_json", "read_json_list", "read_safetensors", "read_tensors", "read_together", "refuse_damage", "sweep",
+    "write_atomically", "write_tensors",
 ]
 
 FLOATS = {"F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(bfloat16)}
@@ -35,6 +41,7 @@ DTYPES = FLOATS | {
 }
 LARGEST_JSON = 1 << 22                                   # bytes
 DEEPEST_JSON = 40                                        # lists and objects, one inside the other
+MAPPED_FROM = 1 << 20                                    # bytes; a smaller file of tensors is read at once
 
 
 # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -43,6 +50,22 @@ def read_json(file: Path, *, allow_nan: bool = True) -> dict[str, Any]:
 
     ValueError if the file is damaged, larger than LARGEST_JSON or deeper than DEEPEST_JSON, or if a key stands twice in
     an object; without allow_nan also for NaN and infinite numbers."""
+    values = _read_json(file, allow_nan)
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} is damaged: wanted a JSON object, got {type(values).__name__}")
+    return values
+
+
+def read_json_list(file: Path) -> list[Any]:
+    """The JSON list in a file, with the checks of read_json."""
+    values = _read_json(file, allow_nan=False)
+    if not isinstance(values, list):
+        raise ValueError(f"{file} is damaged: wanted a JSON list, got {type(values).__name__}")
+    return values
+
+
+def _read_json(file: Path, allow_nan: bool) -> Any:
+    """The JSON value in a file; see read_json."""
     check_ordinary(file)
     size = file.stat().st_size
     if size > LARGEST_JSON:
@@ -52,8 +75,6 @@ def read_json(file: Path, *, allow_nan: bool = True) -> dict[str, Any]:
         _check_json(values, allow_nan)
     except (ValueError, RecursionError) as e:              # not UTF-8, not JSON, or nested too deeply
         raise ValueError(f"{file} is damaged: {e}") from e
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} is damaged: wanted a JSON object, got {type(values).__name__}")
     return values
 
 
@@ -115,9 +136,10 @@ def refuse_damage(file: str | os.PathLike) -> Iterator[None]:
 
 
 def read_safetensors(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """({name: view into the mapped file}, the texts of the header) of one safetensors file.
+    """({name: array}, the texts of the header) of one safetensors file; the arrays are views into the mapped file.
 
-    ValueError if it is damaged, FileNotFoundError if it is missing or no ordinary file.
+    ValueError if it is damaged, FileNotFoundError if it is missing or no ordinary file. The arrays may be written to:
+    that changes no file. They need not be aligned.
 
     The file is 8 bytes with the length of the header, the JSON header, and the data. The safetensors library checks the
     header: its JSON, and that shapes, dtypes and offsets cover the file exactly. The views are made here, since not
@@ -128,22 +150,54 @@ def read_safetensors(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
         with safe_open(os.fspath(file), framework="numpy"):
             pass
         with open(file, "rb") as f:
-            length = int.from_bytes(f.read(8), "little")
-            header = json.loads(f.read(length))
-        texts = header.pop("__metadata__", None) or {}
+            content = _content(f)
+        length = int.from_bytes(content[:8], "little")
         start_of_data = 8 + length
-        if file.stat().st_size > start_of_data:
-            data = np.memmap(file, np.uint8, "r", offset=start_of_data)
-        else:
-            data = np.empty(0, np.uint8)                 # an empty file cannot be mapped
+        header = json.loads(content[8:start_of_data])
+        texts = header.pop("__metadata__", None) or {}
         tensors = {}
         for name, entry in header.items():
             dtype = DTYPES.get(entry["dtype"])
             if dtype is None:
                 raise ValueError(f"{name[:60]!r} wants one of the dtypes {', '.join(FLOATS)}, got {entry['dtype']}")
-            start, end = entry["data_offsets"]
-            tensors[name] = data[start:end].view(dtype).reshape(entry["shape"])
+            start = start_of_data + entry["data_offsets"][0]
+            shape = entry["shape"]
+            # Each array is made from the content, not from one array of the whole: `base` tells the arrays apart.
+            tensors[name] = np.frombuffer(content, dtype, math.prod(shape), start).reshape(shape)
         return tensors, texts
+
+
+def _content(f: BinaryIO) -> mmap.mmap | bytearray:
+    """The content of an open file: mapped if it is large. A write to it changes no file."""
+    size = os.fstat(f.fileno()).st_size
+    if size < MAPPED_FROM:
+        return bytearray(f.read())
+    return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+
+
+def _mapping_of(a: np.ndarray) -> mmap.mmap | None:
+    """The mapped file into which an array is a view, or None."""
+    owner = a
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    if isinstance(owner, memoryview):
+        owner = owner.obj
+    return owner if isinstance(owner, mmap.mmap) else None
+
+
+def is_mapped(a: np.ndarray) -> bool:
+    """True for a view into a mapped file."""
+    return _mapping_of(a) is not None
+
+
+def drop_pages(a: np.ndarray) -> None:
+    """Give back the memory that the mapped file of a view takes; the next use of any of its views reads the file again.
+
+    For a file of which no view has been written to: what was written would be lost."""
+    mapping = _mapping_of(a)
+    advice = getattr(mmap, "MADV_DONTNEED", None)        # not on every system
+    if mapping is not None and advice is not None:
+        mapping.madvise(advice)
 
 
 # ── one file with arrays and facts ───────────────────────────────────────────────────────────────────────────────────

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from config_keys import ALIASES, CONFIG, FAMILIES, HARMLESS, READ, READ_BY_A_CLASSIFIER, REFUSED
+from config_keys import ALIASES, CONFIG, FAMILIES, HARMLESS, OF_CLASSIFIERS, READ, READ_BY_A_CLASSIFIER, REFUSED
 from helpers import host
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
@@ -26,6 +26,9 @@ from transformers import (  # noqa: E402
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+    DistilBertForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
@@ -38,17 +41,22 @@ from transformers import (  # noqa: E402
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2ForSequenceClassification,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    RobertaForSequenceClassification,
 )
 
 CONFIGS = {
-    "gpt2": GPT2Config, "bert": BertConfig, "llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config,
+    "gpt2": GPT2Config, "bert": BertConfig, "distilbert": DistilBertConfig, "roberta": RobertaConfig,
+    "llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config,
 }
 MODELS = {
-    "gpt2": GPT2LMHeadModel, "bert": BertForMaskedLM,
-    "llama": LlamaForCausalLM, "mistral": MistralForCausalLM, "qwen2": Qwen2ForCausalLM,
+    "gpt2": GPT2LMHeadModel, "bert": BertForMaskedLM, "distilbert": DistilBertForMaskedLM,
+    "roberta": RobertaForMaskedLM, "llama": LlamaForCausalLM, "mistral": MistralForCausalLM, "qwen2": Qwen2ForCausalLM,
 }
 CLASSIFIERS = {
     "gpt2": GPT2ForSequenceClassification, "bert": BertForSequenceClassification,
+    "distilbert": DistilBertForSequenceClassification, "roberta": RobertaForSequenceClassification,
     "llama": LlamaForSequenceClassification, "mistral": MistralForSequenceClassification,
     "qwen2": Qwen2ForSequenceClassification,
 }
@@ -63,7 +71,8 @@ def keys(config: Any) -> set[str]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_table_has_every_key_once(family):
     """Also every other name of a key; a key that transformers does not write is there because old files have it."""
-    parts = [set(READ[family]), set(REFUSED[family]), set(HARMLESS[family]), set(READ_BY_A_CLASSIFIER)]
+    parts = [set(READ[family]), set(REFUSED[family]), set(HARMLESS[family]), set(READ_BY_A_CLASSIFIER),
+             set(OF_CLASSIFIERS.get(family, ()))]
     table = set().union(*parts)
     assert sum(map(len, parts)) == len(table)
     assert keys(CONFIGS[family]) <= table
@@ -161,6 +170,9 @@ MATTERS = [
     ("bert", "position_embedding_type", None), ("bert", "is_decoder", True),
     ("llama", "hidden_act", "gelu"), ("mistral", "hidden_act", "relu"), ("qwen2", "hidden_act", "sigmoid"),
     ("mistral", "sliding_window", 8), ("qwen2", "use_sliding_window", True),
+    ("distilbert", "activation", "gelu_new"), ("distilbert", "activation", "relu"),
+    ("roberta", "hidden_act", "gelu_new"), ("roberta", "position_embedding_type", None),
+    ("roberta", "is_decoder", True),
 ]
 
 

@@ -114,7 +114,7 @@ def load_adapter(model: Module, path: str | os.PathLike, name: str | None = None
         named = {_name_in_model(a, n): v for n, v in arrays.items()}
         for n, v in edit.named_state(model, a).items():
             if n in named:
-                named[n] = _as_dtype(n, named[n], v.dtype)
+                named[n] = as_dtype(n, named[n], v.dtype)
         edit.load_state_dict(model, a, named)
     except BaseException:
         edit.detach(model, a.name)
@@ -122,7 +122,7 @@ def load_adapter(model: Module, path: str | os.PathLike, name: str | None = None
     return a
 
 
-def _as_dtype(name: str, stored: np.ndarray, dtype: np.dtype) -> np.ndarray:
+def as_dtype(name: str, stored: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """An array of a file in the dtype of its place in the model.
 
     ValueError for whole numbers in place of floating-point ones or the reverse, or for a value too large for dtype."""
@@ -175,7 +175,7 @@ def _make_method(path: Path, class_name: str, fields: dict[str, Any], given: typ
     try:
         return (cls or known)(**{field: _tuples(v) for field, v in fields.items()})
     except Exception as e:                               # a check of the method's own may raise anything
-        raise ValueError(f"{path} was saved by another version of {short}: {_reason(e)}") from e
+        raise ValueError(f"{path} was saved by another version of {short}: {explain(e)}") from e
 
 
 def _check_fit(path: Path, model: Module, method: Method, arrays: dict[str, np.ndarray], seed: int) -> None:
@@ -194,10 +194,10 @@ def _check_fit(path: Path, model: Module, method: Method, arrays: dict[str, np.n
     except Exception as e:
         if type(e) is LookupError:
             raise
-        raise ValueError(f"{path} does not fit this model: {_reason(e)}") from e
+        raise ValueError(f"{path} does not fit this model: {explain(e)}") from e
 
 
-def _reason(e: Any) -> str:
+def explain(e: Any) -> str:
     """The message of an exception, or another value from a file, in one line of moderate length."""
     return " ".join(str(e).split())[:300] or type(e).__name__
 

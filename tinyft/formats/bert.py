@@ -44,6 +44,7 @@ FIXED = {
     "is_decoder": (False,),
 }
 LAYER_NORM = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+# The parts of a block, here and in the file.
 BLOCK = {
     "attn.q": "attention.self.query",
     "attn.k": "attention.self.key",
@@ -57,15 +58,26 @@ BLOCK = {
 
 
 class BERTFamily(Family):
-    """BERT in the layout of transformers."""
+    """BERT in the layout of transformers.
+
+    title       in messages
+    prefix      of the names of the body's tensors, in files of the classes with a head
+    heads       {class of transformers: head};  written_as  {head: class}
+    head_names  the beginnings of the names of the heads' tensors, which have no prefix
+    """
     model_type = "bert"
     model = BERT
+    title = "BERT"
     tied = {"cls.predictions.decoder.weight": "embeddings.word_embeddings.weight",
             "cls.predictions.decoder.bias": "cls.predictions.bias"}
+    prefix = "bert."
+    heads: dict[str, str | None] = HEADS
+    written_as: dict[str | None, str] = WRITTEN_AS
+    head_names = ("cls.", "classifier.")
 
     def table_name(self, name: str) -> str | None:
-        """The name without `bert.`, gamma and beta of a layer norm as weight and bias; None if it is not read."""
-        name = name.removeprefix("bert.")
+        """The name without the prefix, gamma and beta of a layer norm as weight and bias; None if it is not read."""
+        name = name.removeprefix(self.prefix)
         if name == "embeddings.position_ids" or name.startswith("cls.seq_relationship."):
             return None
         return re.sub(r"\bLayerNorm\.(gamma|beta)$", lambda match: LAYER_NORM[match[0]], name)
@@ -73,15 +85,21 @@ class BERTFamily(Family):
     def read_config(self, config: dict, names: Collection[str]) -> Plan:
         """The plan of the BERT that config.json describes. Its dropout rate is the largest of the three in config.json.
 
-        names: of the file's tensors, without `bert.`. They decide on the pooler, and on the head if config.json names
-        no class. ValueError for a setting that our BERT does not have.
+        names: of the file's tensors, without the prefix. They decide on the pooler, and on the head if config.json
+        names no class. ValueError for a setting that our BERT does not have.
         """
-        check_settings(config, FIXED, "BERT")
-        named = architecture(config, HEADS)
-        head = HEADS[named] if named is not None else head_among(names)
+        check_settings(config, FIXED, self.title)
+        named = architecture(config, self.heads)
+        head = self.heads[named] if named is not None else self.head_among(names)
         if head == "mlm":
-            check_tied(config, "BERT")
-        model_config = BERTConfig(
+            check_tied(config, self.title)
+        model_config = self.read_sizes(config)
+        pooler = head == "classes" or any(name.startswith("pooler.") for name in names)
+        return Plan(model_config, head, class_count(config) if head == "classes" else 0, pooler=pooler)
+
+    def read_sizes(self, config: dict) -> BERTConfig:
+        """The sizes and rates of config.json."""
+        return BERTConfig(
             vocab=size(config, "vocab_size", 30522),
             positions=size(config, "max_position_embeddings", 512),
             token_types=size(config, "type_vocab_size", 2),
@@ -91,24 +109,22 @@ class BERTFamily(Family):
             hidden=size(config, "intermediate_size", 3072),
             dropout=max(number(config, key, default, below=1) for key, default in DROPOUTS.items()),
             eps=number(config, "layer_norm_eps", 1e-12))
-        pooler = head == "classes" or any(name.startswith("pooler.") for name in names)
-        return Plan(model_config, head, class_count(config) if head == "classes" else 0, pooler=pooler)
+
+    def head_among(self, names: Collection[str]) -> str | None:
+        """The head that tensors of these names belong to."""
+        if "classifier.weight" in names:
+            return "classes"
+        return "mlm" if any(name.startswith("cls.predictions.") for name in names) else None
 
     def table(self, plan: Plan) -> Table:
         """{name in the model: FileTensor}: the name in a file and the shape of every tensor of the plan's BERT."""
+        return body_table(plan.config, "encoder.layer", BLOCK) | self.head_table(plan)
+
+    def head_table(self, plan: Plan) -> Table:
+        """The entries of the pooler and the head."""
         c = plan.config
         C = c.width
-        F = c.hidden or 4 * C
-        table = {
-            "embed.weight": FileTensor("embeddings.word_embeddings.weight", (c.vocab, C)),
-            "pos.weight": FileTensor("embeddings.position_embeddings.weight", (c.positions, C)),
-            "type.weight": FileTensor("embeddings.token_type_embeddings.weight", (c.token_types, C))}
-        table |= weight_and_bias("norm0", "embeddings.LayerNorm", C)
-        shapes = {"mlp.up": (F, C), "mlp.down": (C, F), "norm1": (C,), "norm2": (C,)}       # all others are (C, C)
-        for i in range(c.layers):
-            for ours, stored in BLOCK.items():              # the names of a block's parts, here and in the file
-                shape = shapes.get(ours, (C, C))
-                table |= weight_and_bias(f"blocks.{i}.{ours}", f"encoder.layer.{i}.{stored}", *shape)
+        table: Table = {}
         if plan.pooler:
             table |= weight_and_bias("pooler.dense", "pooler.dense", C, C)
         if plan.head == "mlm":
@@ -121,36 +137,31 @@ class BERTFamily(Family):
 
     def build(self, plan: Plan) -> BERT:
         """The BERT of a plan, with zeros in its matrices."""
-        head = "mlm" if plan.head == "mlm" else None
-        model = BERT(plan.config, seed=ZeroGenerator(), head=head, pooler=plan.pooler)
-        if plan.head == "classes":
-            add_stored_classifier(model, plan.classes)
-        return model
+        return build_bert(plan)
+
+    def holds(self, model: Module) -> bool:
+        """True for a BERT with the settings of this family."""
+        return type(model) is BERT and self.has_settings(model.config)
+
+    def has_settings(self, c: BERTConfig) -> bool:
+        """True if the settings beside the sizes are those of this family."""
+        return c.token_types > 0 and c.first_position == 0 and c.pooler_activation == "tanh" and c.keep_pooler
 
     def plan_of(self, model: Module) -> Plan:
         """The plan of this BERT. ValueError for a head other than the masked one, the classifier and none.
 
         The classifier must have a bias and read the pooler, as BertForSequenceClassification does.
         """
-        head = model.head
-        pooler = model.pooler is not None
-        if head is None:
-            return Plan(model.config, None, pooler=pooler)
-        if type(head) is MaskedHead:
-            return Plan(model.config, "mlm", pooler=pooler)
-        if type(head) is Classifier and head.out.bias is not None and pooler:
-            return Plan(model.config, "classes", head.out_features, pooler=True)
-        raise ValueError("a BERT directory wants a masked head, a classifier with bias and pooler, or none; "
-                         f"got a {type(head).__name__}")
+        return plan_of_bert(model, self.model_type)
 
     def write_config(self, plan: Plan) -> dict[str, Any]:
         """The config.json of a plan, with transformers' keys. Our one dropout rate stands under all three keys."""
         c = plan.config
         return {
             "model_type": self.model_type,
-            "architectures": [WRITTEN_AS[plan.head]],
+            "architectures": [self.written_as[plan.head]],
             "vocab_size": c.vocab,
-            "max_position_embeddings": c.positions,
+            "max_position_embeddings": c.first_position + c.positions,
             "type_vocab_size": c.token_types,
             "hidden_size": c.width,
             "num_hidden_layers": c.layers,
@@ -163,17 +174,56 @@ class BERTFamily(Family):
             "tie_word_embeddings": True}
 
     def file_name(self, name: str, plan: Plan) -> str:
-        """The table name with `bert.` in front, except for heads and for a BertModel, which has no prefix."""
-        if plan.head is None or name.startswith(("cls.", "classifier.")):
+        """The table name with the prefix, except for heads and for a model without a head, which has no prefix."""
+        if plan.head is None or name.startswith(self.head_names):
             return name
-        return f"bert.{name}"
+        return self.prefix + name
 
 
-def head_among(names: Collection[str]) -> str | None:
-    """The head that tensors of these names belong to."""
-    if "classifier.weight" in names:
-        return "classes"
-    return "mlm" if any(name.startswith("cls.predictions.") for name in names) else None
+# ── parts of the three families with a BERT ──────────────────────────────────────────────────────────────────────────
+def body_table(c: BERTConfig, layer: str, block: dict[str, str]) -> Table:
+    """The entries of the embeddings and of all blocks.
+
+    layer: the name of the list of blocks in the file. block: {part of a block here: its name in the file}."""
+    C = c.width
+    F = c.hidden or 4 * C
+    table = {
+        "embed.weight": FileTensor("embeddings.word_embeddings.weight", (c.vocab, C)),
+        "pos.weight": FileTensor("embeddings.position_embeddings.weight", (c.first_position + c.positions, C))}
+    if c.token_types:
+        table["type.weight"] = FileTensor("embeddings.token_type_embeddings.weight", (c.token_types, C))
+    table |= weight_and_bias("norm0", "embeddings.LayerNorm", C)
+    shapes = {"mlp.up": (F, C), "mlp.down": (C, F), "norm1": (C,), "norm2": (C,)}           # all others are (C, C)
+    for i in range(c.layers):
+        for ours, stored in block.items():
+            shape = shapes.get(ours, (C, C))
+            table |= weight_and_bias(f"blocks.{i}.{ours}", f"{layer}.{i}.{stored}", *shape)
+    return table
+
+
+def build_bert(plan: Plan) -> BERT:
+    """The BERT of a plan, with zeros in its matrices."""
+    head = "mlm" if plan.head == "mlm" else None
+    model = BERT(plan.config, seed=ZeroGenerator(), head=head, pooler=plan.pooler)
+    if plan.head == "classes":
+        add_stored_classifier(model, plan.classes)
+    return model
+
+
+def plan_of_bert(model: Module, family: str) -> Plan:
+    """The plan of a BERT. ValueError for a head other than the masked one, a classifier with bias and pooler, and none.
+
+    family: the name for the message."""
+    head = model.head
+    pooler = model.pooler is not None
+    if head is None:
+        return Plan(model.config, None, pooler=pooler)
+    if type(head) is MaskedHead:
+        return Plan(model.config, "mlm", pooler=pooler)
+    if type(head) is Classifier and head.out.bias is not None and pooler:
+        return Plan(model.config, "classes", head.out_features, pooler=True)
+    raise ValueError(f"a {family} directory wants a masked head, a classifier with bias and pooler, or none; "
+                     f"got a {type(head).__name__}")
 
 
 def weight_and_bias(ours: str, stored: str, *shape: int) -> Table:

@@ -33,7 +33,7 @@ class Family(ABC):
         return self.tied
 
     def holds(self, model: Module) -> bool:
-        """True if this family writes the model."""
+        """True if this family writes the model. Several families may share one class."""
         return type(model) is self.model
 
     @abstractmethod
@@ -64,3 +64,7 @@ class Family(ABC):
     @abstractmethod
     def file_name(self, name: str, plan: Plan) -> str:
         """The name, in the files that transformers writes, of the tensor with this table name."""
+
+    def unused(self, plan: Plan) -> Collection[str]:
+        """Table names of tensors that a file may hold and the plan's model does not have. They are not read."""
+        return ()

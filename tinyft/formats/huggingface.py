@@ -20,23 +20,27 @@ from tokenizers import Tokenizer
 
 from .. import array, edit
 from ..checks import brief, flag, instance, whole
-from ..files import check_ordinary, read_together, refuse_damage, write_atomically
+from ..files import check_ordinary, drop_pages, is_mapped, read_together, refuse_damage, write_atomically
 from ..nn import Module, Packed
 from ..tokens import special_token
 from .bert import BERTFamily
 from .config import check_kept
 from .directory import FLOATS, first_names, read_all, read_json
+from .distilbert import DistilBERTFamily
 from .family import Family
 from .gguf_model import load_gguf
 from .gpt2 import GPT2Family
-from .layout import Plan, Table, cast, file_tensors, set_parameters
+from .layout import FileTensor, Plan, Table, blocks_of, cast, file_tensors, set_parameters
 from .llama import LlamaFamily
+from .roberta import RoBERTaFamily
+from .sentence import MODULES, pooling_files, read_pooling
 from .tokenizer import configure, tokenizer_config
 
 __all__ = ["load", "save", "classifier", "FAMILIES", "Family"]
 
 FAMILIES: tuple[Family, ...] = (
-    GPT2Family(), BERTFamily(), LlamaFamily("llama"), LlamaFamily("mistral"), LlamaFamily("qwen2"),
+    GPT2Family(), BERTFamily(), DistilBERTFamily(), RoBERTaFamily(),
+    LlamaFamily("llama"), LlamaFamily("mistral"), LlamaFamily("qwen2"),
 )
 ASSETS = Path(__file__).parent.parent / "assets"
 # Entries of config.json that the library does not use. `load` keeps them and `save` writes them again.
@@ -73,27 +77,46 @@ def _read(folder: Path, dtype: np.dtype) -> tuple[Module, Tokenizer | None]:
     """(model, tokenizer) of a directory; see load."""
     config = read_json(folder / "config.json")
     family = _family_of_type(config.get("model_type"), folder)
+    if os.path.lexists(folder / MODULES):                  # the class of the pretrained model: the tensors decide
+        config.pop("architectures", None)
     try:
         check_kept(config)
         stored = _under_table_names(family, read_all(folder))
         plan = family.read_config(config, stored.keys())
+        for name in family.unused(plan):
+            stored.pop(name, None)
         _check_sizes(plan, stored)
         stored = _without_aliases(family.aliases(plan), stored)
         table = family.table(plan)
         _check_tensors(table, stored)
+        pooling = read_pooling(folder, plan.config.width)
     except ValueError as e:
         if str(folder) in str(e):                          # the message names the directory already
             raise
         raise ValueError(f"{folder}: {str(e)[:1000]}") from e
     tokenizer = _read_tokenizer(folder)
-    arrays = {}
-    for name, place in table.items():                      # read: transposes or cuts the file's tensor where needed
-        host = cast(place.read(stored[place.name]), dtype, name)
-        arrays[name] = array.asarray(host)
-    model = set_parameters(family.build(plan), arrays)
+
+    def read(name: str, place: FileTensor) -> array.Array:
+        return _parameter(name, place, stored[place.name], dtype)
+    model = set_parameters(family.build(plan), table, read)
     # `save` writes these entries again.
     model._kept_config = {key: config[key] for key in KEPT if key in config}
+    model._pooling = pooling                               # for `embed`; None if the directory has no modules.json
     return model, tokenizer
+
+
+def _parameter(name: str, place: FileTensor, stored: np.ndarray, dtype: np.dtype) -> array.Array:
+    """The data of a parameter from its tensor in a file, on the backend in use.
+
+    A tensor of a mapped file that has this dtype and layout is taken as it lies: it is read when it is used. Otherwise
+    it is copied, and the memory of its pages is given back."""
+    view = place.read(stored)                              # transposed or cut where needed
+    fits = view.dtype == dtype and place.third is None and view.flags.c_contiguous and view.flags.aligned
+    if fits and is_mapped(stored) and array.backend() == "numpy":
+        return view
+    data = array.asarray(cast(view, dtype, name))
+    drop_pages(stored)
+    return data
 
 
 def find(path: str | os.PathLike) -> Path:
@@ -179,7 +202,11 @@ def _equal(a: np.ndarray, b: np.ndarray) -> bool:
     """True if both hold the same values, whatever their dtypes."""
     if a.shape != b.shape:
         return False
-    return a is b or np.array_equal(a.astype(np.float32), b.astype(np.float32), equal_nan=True)
+    is_equal = a is b or all(
+        np.array_equal(a[rows].astype(np.float32), b[rows].astype(np.float32), equal_nan=True) for rows in blocks_of(a))
+    drop_pages(a)
+    drop_pages(b)
+    return is_equal
 
 
 def _check_tensors(table: Table, stored: dict[str, np.ndarray]) -> None:
@@ -299,9 +326,15 @@ def save(model: Module, path: str | os.PathLike, tokenizer: Tokenizer | None = N
     dtype = _float_dtype(own_dtype if dtype is None else dtype)
     arrays = {name: cast(array.asnumpy(p.data), dtype, name) for name, p in parameters.items()}
     weights = {family.file_name(name, plan): a for name, a in file_tensors(table, arrays).items()}
-    config = {**family.write_config(plan), "torch_dtype": str(dtype), **_kept_entries(model, plan, tokenizer)}
+    config = {**family.write_config(plan), "torch_dtype": str(dtype)}
+    kept = _kept_entries(model, plan, tokenizer)
+    config |= {key: value for key, value in kept.items() if key not in config}
     metadata = {"format": "pt"}                            # transformers requires this entry
     files = {"model.safetensors": safetensors.numpy.save(weights, metadata=metadata)}
+    pooling = getattr(model, "_pooling", None)
+    if pooling is not None and plan.head is None:          # a model for embeddings, as it was loaded
+        described = pooling_files(pooling, plan.config.width)
+        files |= {name: _json(values) for name, values in described.items()}
     if tokenizer is not None:
         files["tokenizer.json"] = _json(json.loads(tokenizer.to_str()))
         files["tokenizer_config.json"] = _json(tokenizer_config(tokenizer, plan.config.positions))
@@ -309,8 +342,31 @@ def save(model: Module, path: str | os.PathLike, tokenizer: Tokenizer | None = N
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} is a file; save wants a directory")
-    write_atomically({path / name: data for name, data in files.items()})
+    _write(path, files)
     return path
+
+
+def _write(path: Path, files: dict[str, bytes]) -> None:
+    """Write files of a directory, all or none. files: {name: content}; a name may have a folder before it."""
+    below = {path / name: data for name, data in files.items() if "/" in name}
+    here = {path / name: data for name, data in files.items() if "/" not in name}
+    with contextlib.ExitStack() as undo:
+        for file, data in below.items():                   # of a folder of its own: no part of the atomic writing
+            before = file.read_bytes() if file.is_file() else None
+            write_atomically({file: data})
+            undo.callback(_restore, file, before)
+        write_atomically(here)
+        undo.pop_all()
+
+
+def _restore(file: Path, before: bytes | None) -> None:
+    """Give a file its content of before, or remove it with its folder if it was not there."""
+    if before is not None:
+        write_atomically({file: before})
+        return
+    file.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):                     # other files are in the folder
+        file.parent.rmdir()
 
 
 def _family_of_model(model: Module) -> Family:
@@ -318,6 +374,10 @@ def _family_of_model(model: Module) -> Family:
     for family in FAMILIES:
         if family.holds(model):
             return family
+    types = [family.model_type for family in FAMILIES if type(model) is family.model]
+    if types:
+        raise ValueError(f"save wants a {type(model).__name__} with the settings of {' or '.join(types)}, got others: "
+                         f"{model.config}")
     known = ", ".join(dict.fromkeys(family.model.__name__ for family in FAMILIES))
     raise ValueError(f"save wants one of {known}, got a {type(model).__name__}")
 
@@ -340,7 +400,7 @@ def _check_parameters(table: Table, shapes: dict[str, tuple[int, ...]]) -> None:
         raise ValueError(f"this model is no longer what its config says: {first_names(odd)}")
 
 
-def _json(values: dict) -> bytes:
+def _json(values: dict | list) -> bytes:
     """A JSON file of these values."""
     return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
 

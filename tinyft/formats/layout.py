@@ -5,7 +5,7 @@ table, so they agree.
 """
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,7 @@ class FileTensor:
 
 
 Table = dict[str, FileTensor]
+BLOCK = 1 << 20                                          # bytes
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,36 @@ def file_tensors(table: Table, arrays: Mapping[str, np.ndarray]) -> dict[str, np
 
 def cast(a: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     """A copy of a in C order and of this dtype. OverflowError if a finite value would become infinite."""
-    with np.errstate(over="ignore"):
-        b = np.array(a, dtype, order="C")
     # A wider dtype holds every value. float16 and bfloat16 are equally wide, but float16 has the smaller range.
     may_overflow = dtype != a.dtype and dtype.itemsize <= a.dtype.itemsize
-    if may_overflow and not np.isfinite(b[np.isfinite(a)]).all():
-        raise OverflowError(f"{name} holds a value too large for {dtype}: choose a wider dtype")
+    b = np.empty(a.shape, dtype)
+    for rows in blocks_of(a):
+        with np.errstate(over="ignore"):
+            b[rows] = a[rows]
+        if may_overflow and not np.isfinite(b[rows][np.isfinite(a[rows])]).all():
+            raise OverflowError(f"{name} holds a value too large for {dtype}: choose a wider dtype")
     return b
+
+
+def blocks_of(a: np.ndarray) -> list[Any]:
+    """Indices that cut an array into blocks of rows of about BLOCK bytes, so that work on it takes little memory."""
+    if a.ndim == 0 or a.nbytes <= BLOCK:
+        return [...]
+    step = max(1, BLOCK * len(a) // a.nbytes)
+    return [slice(start, start + step) for start in range(0, len(a), step)]
+
+
+class Zeros(np.ndarray):
+    """An array of zeros that takes the memory of one number; a multiple of it, or a copy in another dtype, is itself.
+
+    Only for the values of a model that is built and gets its values from a file."""
+
+    def __mul__(self, factor: Any) -> Zeros:
+        return self
+
+    def astype(self, dtype: Any, *_: Any, **__: Any) -> Zeros:
+        """The same zeros: float32 is as good as any dtype."""
+        return self
 
 
 class ZeroGenerator(np.random.Generator):
@@ -100,7 +124,7 @@ class ZeroGenerator(np.random.Generator):
 
     def standard_normal(self, size: Any = None, *_: Any, **__: Any) -> np.ndarray:
         """Zeros of this shape, without memory of their own."""
-        return np.broadcast_to(np.float32(0), size)
+        return np.broadcast_to(np.float32(0), size).view(Zeros)
 
     def normal(self, loc: float = 0.0, scale: float = 1.0, size: Any = None) -> np.ndarray:
         """Zeros of this shape, without memory of their own."""
@@ -113,15 +137,16 @@ def add_stored_classifier(model: Any, classes: int) -> None:
     model.head_modules = ()
 
 
-def set_parameters(model: Module, arrays: Mapping[str, Any]) -> Module:
-    """Replace the data of every parameter by the array of its name; return the model. Nothing is copied.
+def set_parameters(model: Module, table: Table, read: Callable[[str, FileTensor], Any]) -> Module:
+    """Replace the data of every parameter by the array read(its name, its place in the file); return the model.
 
+    The arrays are made one after the other, so that no more than one of them exists twice at any time.
     AssertionError if names or shapes differ: then the family's table is wrong, not the file.
     """
     parameters = model.named_parameters()
     shapes = {name: p.shape for name, p in parameters.items()}
-    if shapes != {name: a.shape for name, a in arrays.items()}:
+    if shapes != {name: place.shape for name, place in table.items()}:
         raise AssertionError("the tensor table of this family does not describe its model")
     for name, p in parameters.items():
-        p.data = arrays[name]
+        p.data = read(name, table[name])
     return model

@@ -38,8 +38,12 @@ NORMALIZER = {
 # The kinds of special tokens, in the order in which transformers adds the tokens that are not there yet.
 KINDS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 # The special tokens of a class of transformers whose settings name none.
+OF_BERT = {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"}
 OF_CLASS = {
-    "BertTokenizer": {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"},
+    "BertTokenizer": OF_BERT,
+    "DistilBertTokenizer": OF_BERT,
+    "RobertaTokenizer": {"bos": "<s>", "eos": "</s>", "unk": "<unk>", "sep": "</s>", "pad": "<pad>", "cls": "<s>",
+                         "mask": "<mask>"},
     "GPT2Tokenizer": {"bos": "<|endoftext|>", "eos": "<|endoftext|>", "unk": "<|endoftext|>"},
 }
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized")                   # of an added token

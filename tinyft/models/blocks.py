@@ -204,7 +204,7 @@ def sinusoids(T: int, c: int) -> np.ndarray:
 class Classifier(Module):
     """Class scores of a sequence, from one of its positions.    (B, C) -> (B, classes)
 
-    last: read the last real position (GPT); otherwise the first (BERT's [CLS]).
+    last: read the last real position (GPT); otherwise the first real one (BERT's [CLS]).
 
     The weight is N(0, 1/C), so that the scores of a narrow model are as large at the start as those of a wide one. With
     the usual 0.02, which suits C = 768, the scores of a model with C = 128 would start at a quarter of that size."""
@@ -219,7 +219,7 @@ class Classifier(Module):
         bias: bool = True,
         dropout: float = 0.0,
     ):
-        """width C. last: classify the last real position, else the first.
+        """width C. last: classify the last real position, else the first real one.
 
         With the standard deviation width^(−1/2), the first scores of a narrow model are as large as a wide one's."""
         self.last = last
@@ -232,16 +232,17 @@ class Classifier(Module):
     def row(self, x: Tensor, ctx: Context) -> Tensor:
         """The hidden state of the position that is classified, for each sequence: (B, T, C) -> (B, C).
 
-        The first position; with `last`, the last real token. ctx.mask is True at real tokens."""
-        if not self.last:
-            return x[:, 0]
+        The first real token; with `last`, the last one. ctx.mask is True at real tokens."""
         if ctx.mask is None:
-            return x[:, -1]
+            return x[:, -1] if self.last else x[:, 0]
         m = xp(x.data)
         B, T = x.shape[:2]
         real = ctx.mask[:, -T:]          # the rows of a soft prompt are gone from x
-        last = T - 1 - m.argmax(m.flip(real, axis=1), axis=1)     # argmax: the first True of the reversed row
-        return x[m.arange(B), last]
+        if self.last:
+            chosen = T - 1 - m.argmax(m.flip(real, axis=1), axis=1)     # argmax: the first True of the reversed row
+        else:
+            chosen = m.argmax(real, axis=1)
+        return x[m.arange(B), chosen]
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         return self.out(self.drop(x, ctx), ctx)
