@@ -12,7 +12,7 @@ import tinyft as ft
 from tinyft import array, data
 from tinyft.data import IGNORE
 from tinyft.data.scores import token_f1
-from tinyft.real import Settings, __main__, chat_task, demo, report, run
+from tinyft.real import Settings, __main__, chat_task, demo, memory, report, run
 from tinyft.real.demo import answer, encode_pairs, open_model, prepare
 from tinyft.real.tasks import LABELS, alternating, different_lengths, read_label, summarise
 
@@ -166,6 +166,16 @@ def test_the_verdict_reads_the_paired_interval():
     for tuned, conclusion in ((["a"] * 20, "worse"), (answers["zero-shot"], "no difference shown")):
         assert report.verdict({**found, "answers": {**answers, "LoRA": tuned}}).endswith(conclusion)
     assert "1.000 [" in report.table(found) and true[0] in report.samples({**found, "prompts": found["prompts"][:1]})
+
+
+def test_memory_is_measured_in_another_process(folder):
+    """Its peak holds an interpreter and the model, and not what this process holds; a failure is one sentence."""
+    ballast = np.ones(60_000_000)                        # 480 MB
+    measured = memory.measure(small(folder), packed=False)
+    assert 30e6 < measured["peak_bytes"] < ballast.nbytes and measured["step_seconds"] > 0
+    assert "base in float32" in report.memory([measured]) and not measured["packed"]
+    with pytest.raises(RuntimeError, match="exit status 1: .*make real-assets"):
+        memory.measure(small(folder / "absent"), packed=False)
 
 
 # ---------------------------------------------------------------------------------------------------- refusals

@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--packed", action="store_true", help="train on the weights of 4 bits")
     p.add_argument("--steps", type=int, help=f"training steps, at most {MOST_STEPS} (default: 100)")
     p.add_argument("--test", type=int, help=f"test examples, at most {MOST_TEST} (default: 200)")
-    p.add_argument("--shots", type=int, help="solved examples in the few-shot prompt (default: 8; 0: no such row)")
+    p.add_argument("--shots", type=int, help="solved examples in the few-shot prompt (default: 4; 0: no such row)")
     p.add_argument("--lr", type=float, help="learning rate (default: 0.001)")
     p.add_argument("--seed", type=int, help="seed of the training examples and of LoRA's start (default: 0)")
     p.add_argument("--no-memory", action="store_true", help="do not measure the peak memory in further processes")

@@ -62,12 +62,12 @@ class Settings:
     steps: int = 100
     batch: int = 16
     test: int = 200
-    valid: int = 48
-    shots: int = 8
+    valid: int = 32
+    shots: int = 4
     r: int = 8
     alpha: float = 16.0
     lr: float = 1e-3
-    evaluate_every: int = 25
+    evaluate_every: int = 50
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -37,9 +37,19 @@ def main(argument: str) -> None:
     start = time.perf_counter()
     train(s, model, batches, evaluate=None, progress=False)
     seconds = (time.perf_counter() - start) / s.steps
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    print(json.dumps({"packed": s.packed, "peak_bytes": peak, "step_seconds": round(seconds, 2)}))
+    print(json.dumps({"packed": s.packed, "peak_bytes": peak_memory(), "step_seconds": round(seconds, 2)}))
+
+
+def peak_memory() -> int:
+    """The peak of this process's resident memory in bytes.
+
+    Linux counts the memory of the process that started this one in `ru_maxrss`, so its own record is read there."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as f:
+            [line] = [line for line in f if line.startswith("VmHWM:")]
+        return int(line.split()[1]) * 1024  # kB
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
 if __name__ == "__main__":
