@@ -20,6 +20,7 @@ from command_tools import (
     succeed,
     write_rows,
 )
+from helpers import real_asset
 
 import tinyft as ft
 from tinyft import array, cli
@@ -28,7 +29,6 @@ from tinyft.data.files import read_rows
 
 pytestmark = pytest.mark.skipif(array.backend() != "numpy", reason="its parts are tested on every backend")
 
-HAS_EMBED = pytest.mark.skipif("embed" not in ft.__all__, reason="wants ft.embed")
 FEW = pairs(4)
 OUT_OF_ORDER = [FEW[2], FEW[0], {"prompt": FEW[1]["prompt"], "response": " wrong"}, FEW[3]]
 IDS = np.arange(24).reshape(2, 12) * 7
@@ -235,6 +235,13 @@ def test_a_chat_through_a_pipe_ends_with_its_input(gpt, tmp_path):
     assert run.returncode == 0 and error == "" and out.endswith("\n")
 
 
+@pytest.mark.parametrize("packed", [[], ["--packed"]], ids=["dense", "packed"])
+def test_a_real_model_answers(packed, capsys):
+    model = str(real_asset("SmolLM2-135M-Instruct.Q4_1.gguf"))
+    question = ["--prompt", "What is the capital of France?", "--chat", "--max-new-tokens", "12"]
+    assert succeed(capsys, "generate", "--model", model, *question, *packed) == "The capital of France is Paris.\n"
+
+
 # ── merge and convert ────────────────────────────────────────────────────────────────────────────────────────────────
 def test_a_merged_model_gives_the_outputs_of_base_and_adapter(gpt, lora_run, capsys, tmp_path):
     out = tmp_path / "merged"
@@ -278,8 +285,28 @@ def test_convert_writes_a_directory_in_another_dtype(gpt, capsys, tmp_path):
     assert files_below(tmp_path) == before
 
 
+def test_an_adapter_is_written_for_peft_and_read_again(gpt, lora_run, capsys, tmp_path):
+    """eval takes the folder of PEFT as it takes our own, and the losses agree. A bottleneck goes to AdapterHub."""
+    out = str(tmp_path / "peft")
+    result = result_of(capsys, "convert", "--model", gpt, "--adapter", lora_run, "--out", out)
+    assert (result["library"], result["method"]) == ("PEFT", "LoRA")
+    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    file = write_rows(tmp_path / "test.jsonl", pairs(6))
+    losses = []
+    for adapter in (lora_run, out):
+        losses.append(result_of(capsys, "eval", "--model", gpt, "--adapter", adapter, "--data", file)["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    options = ["--method", "houlsby", "--set", "m=2", "--set", "norms=no", "--steps", "2"]
+    run = tuned(tmp_path, gpt, pairs(4), *options)
+    hub = str(tmp_path / "hub")
+    assert "AdapterHub" in succeed(capsys, "convert", "--model", gpt, "--adapter", run, "--out", hub)
+    losses = []
+    for adapter in (run, hub):
+        losses.append(result_of(capsys, "eval", "--model", gpt, "--adapter", adapter, "--data", file)["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
 # ── embed ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-@HAS_EMBED
 def test_embed_writes_the_vectors_of_the_library(bert, capsys, tmp_path):
     texts = ["A file.", "A folder of files.", "A socket."]
     (tmp_path / "texts.txt").write_text("\n".join(texts))
@@ -294,7 +321,6 @@ def test_embed_writes_the_vectors_of_the_library(bert, capsys, tmp_path):
     assert np.allclose([line["vector"] for line in lines], wanted, rtol=1e-6)
 
 
-@HAS_EMBED
 def test_embed_refuses_bad_files(bert, capsys, tmp_path):
     (tmp_path / "texts.txt").write_text("a\n")
     options = ["embed", "--model", bert, "--texts", str(tmp_path / "texts.txt"), "--out"]

@@ -183,10 +183,12 @@ def _add_embed(commands: argparse._SubParsersAction) -> None:
 
 def _add_convert(commands: argparse._SubParsersAction) -> None:
     c = _command(
-        commands, "convert", "write a .gguf file or a directory as a directory that transformers reads",
+        commands, "convert", "write a model as a directory that transformers reads, or an adapter as one for PEFT",
         "tinyft convert --model model.gguf --out work/model --dtype float16",
     )
     c.add_argument("--model", required=True, metavar="MODEL", help=MODEL)
+    c.add_argument("--adapter", metavar="DIR", help="write this adapter alone, as a folder that PEFT reads (a "
+                   "bottleneck adapter: AdapterHub); the model is its base")
     _add_directory(c)
     c.set_defaults(run=_convert)
 

@@ -12,9 +12,12 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from .. import checks, edit
+from ..adapters import save_adapterhub, save_peft
 from ..data.files import near_name, read_rows
+from ..embed import embed
 from ..files import write_atomically
 from ..formats.huggingface import save
+from ..methods import Houlsby
 from ..nn import Module
 from .arguments import UsageError
 from .opening import as_json, check_new_folder, claimed_folder, open_adapter, open_model
@@ -42,12 +45,31 @@ def run_merge(args: argparse.Namespace) -> int:
 
 
 def run_convert(args: argparse.Namespace) -> int:
-    """Write a model in another form. Returns the exit status, 0."""
+    """Write a model, or with --adapter its adapter alone, in another form. Returns the exit status, 0."""
     check_new_folder(args.out)
     with claimed_folder(args.out) as folder:
         model, tokenizer = open_model(args.model, command="convert")
-        write_model(model, folder, tokenizer, args)
+        if args.adapter:
+            open_adapter(model, args.adapter)
+            write_adapter(model, folder, args)
+        else:
+            write_model(model, folder, tokenizer, args)
     return 0
+
+
+def write_adapter(model: Module, folder: Path, args: argparse.Namespace) -> None:
+    """Write the attached method in the form of PEFT, a bottleneck adapter in that of AdapterHub."""
+    method = edit.attached(model)[-1].method
+    if isinstance(method, Houlsby):
+        library = "AdapterHub"
+        save_adapterhub(model, folder)
+    else:
+        library = "PEFT"
+        save_peft(model, folder)
+    if args.json:
+        print(as_json({"out": os.fspath(folder), "method": type(method).__name__, "library": library}))
+    else:
+        print(f"written  {folder}: {method!r} for {library}")
 
 
 def write_model(model: Module, folder: Path, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
@@ -64,8 +86,6 @@ def write_model(model: Module, folder: Path, tokenizer: Tokenizer, args: argpars
 # ── vectors ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 def run_embed(args: argparse.Namespace) -> int:
     """Write one vector for each text. Returns the exit status, 0. The file appears when it is complete."""
-    from .. import embed
-
     out = Path(args.out)
     check_vectors(out)
     rows = read_rows(args.texts, split_lines=True)
