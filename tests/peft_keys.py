@@ -54,6 +54,7 @@ PROMPT_READ = {
     "num_virtual_tokens": 3, "token_dim": 7, "num_layers": 7, "modules_to_save": ["ln_f"], "task_type": "SEQ_CLS",
 }
 PROMPT_REFUSED = {
+    "peft_type": ([], ["P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT"]),
     "num_transformer_submodules": ([1, None], [2, "x"]),
     "task_type": LORA_REFUSED["task_type"],
 }

@@ -432,6 +432,20 @@ class AdapterHubReader(PeftReader):
     load = staticmethod(ft.load_adapterhub)
 
 
+class AdapterHubClassifierReader(AdapterHubReader):
+    """load_adapterhub: with the head of a classifier, in two files more."""
+
+    shape = (2, 3)
+
+    def make(self) -> Any:
+        return ft.classifier(ft.BERT(ft.BERTConfig(23, 12, 2, 12, 2, 3, 20), seed=1, head=None, pooler=True), 3)
+
+    def damage(self, folder: Path, rng: Rng) -> str:
+        if rng.integers(2):
+            return super().damage(folder, rng)
+        return damage_files(folder, rng)
+
+
 class CheckpointReader:
     """fit(resume=True) from a checkpoint in the middle of a run."""
 
@@ -582,6 +596,7 @@ READERS = {
     "prefix of PEFT": PeftReader(ft.PrefixTuning(p=2, shift=True)),
     "prompt of PEFT": PeftReader(ft.PromptTuning(p=2)),
     "classifier of PEFT": PeftClassifierReader(ft.LoRA(r=2)),
+    "classifier of AdapterHub": AdapterHubClassifierReader(ft.Houlsby(m=2, norms=False)),
     "adapters of AdapterHub": AdapterHubReader(ft.Houlsby(m=2, norms=False)),
     "checkpoint": CheckpointReader(),
     "checkpoint of version 0.1": OldCheckpointReader(),

@@ -5,10 +5,14 @@ on one side, saved there, and loaded on the other.
 """
 from __future__ import annotations
 
+import json
+import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft_keys
 import pytest
 from helpers import host
 from safetensors.numpy import load_file, save_file
@@ -29,6 +33,7 @@ MODELS = {
     "bert": lambda: ft.BERT(ft.BERTConfig(heads=3, token_types=2, **SIZES), seed=1),
     "llama": lambda: ft.Llama(ft.LlamaConfig(heads=4, key_value_heads=2, **SIZES), seed=1),
     "llama-tied": lambda: ft.Llama(ft.LlamaConfig(heads=4, key_value_heads=2, tied=True, **SIZES), seed=1),
+    "mistral": lambda: ft.Llama(ft.LlamaConfig(heads=4, key_value_heads=2, **SIZES), seed=1),
     "qwen2": lambda: ft.Llama(ft.LlamaConfig(heads=4, key_value_heads=2, tied=True, qkv_bias=True, **SIZES), seed=1),
 }
 CLASSES_OF = {
@@ -52,6 +57,11 @@ def base(kind: str, head: str, folder: Path) -> Any:
     for p in model.parameters():
         p.copy_(host(p) + 0.1 * rng.standard_normal(p.shape))
     ft.save(model, folder)
+    if kind == "mistral":                                # transformers' Mistral has the layout of its Llama
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+        (folder / "config.json").write_text(json.dumps(config))
+        model = ft.load(folder)[0]
     return model.eval()
 
 
@@ -167,6 +177,7 @@ THEIR_LORAS = [
     ("llama", "classes", {"target_modules": ["q_proj", "v_proj"]}),
     ("llama-tied", "lm", {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True}),
     ("qwen2", "lm", {"target_modules": "all-linear", "lora_alpha": 0.5}),
+    ("mistral", "lm", {"target_modules": ["q_proj", "gate_proj"]}),
 ]
 TASKS = {"lm": "CAUSAL_LM", "classes": "SEQ_CLS", "none": "FEATURE_EXTRACTION", "mlm": "FEATURE_EXTRACTION"}
 
@@ -184,6 +195,194 @@ def test_pefts_lora_gives_the_same_logits_here(kind, head, settings, tmp_path):
     check_equal(model, other)
     ft.save_peft(model, tmp_path / "again")
     check_equal(model, peft.PeftModel.from_pretrained(theirs(tmp_path / "base", head), tmp_path / "again"))
+
+
+@pytest.mark.parametrize("kind, targets", [("gpt2", ["c_attn"]), ("llama", r"layers\.\d\.self_attn\..*")])
+def test_an_adapter_of_the_class_without_a_head_loads_onto_the_model_with_one(kind, targets, tmp_path):
+    """Its names have no prefix: h.0.attn.c_attn."""
+    torch.manual_seed(0)
+    model = base(kind, "lm", tmp_path / "base")
+    other = peft.get_peft_model(theirs(tmp_path / "base", "none"),
+                                peft.LoraConfig(task_type="FEATURE_EXTRACTION", r=2, target_modules=targets))
+    train_theirs(other)
+    other.save_pretrained(tmp_path / "adapter")
+    assert not any("transformer." in n for n in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+    ft.load_peft(model, tmp_path / "adapter")
+    head = host(model.embed.weight if kind == "gpt2" else model.head.weight)
+    z = logits_of(other) @ head.T
+    assert np.abs(host(model(IDS, mask=MASK)) - z)[MASK].max() <= TOLERANCE * np.abs(z).max()
+
+
+# ── keys ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+CONFIGS = {"LORA": "LoraConfig", "PROMPT_TUNING": "PromptTuningConfig", "PREFIX_TUNING": "PrefixTuningConfig"}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_every_key_of_peft_is_in_the_table(kind):
+    known = peft_keys.READ[kind].keys() | peft_keys.REFUSED[kind].keys() | peft_keys.HARMLESS[kind].keys()
+    assert {f.name for f in fields(getattr(peft, CONFIGS[kind]))} <= known
+
+
+def test_every_key_of_adapterhubs_bottleneck_is_in_the_table():
+    adapters = pytest.importorskip("adapters", reason="adapters is not installed: pip install 'tinyft[peers]'")
+    known = peft_keys.HUB_READ.keys() | peft_keys.HUB_REFUSED.keys() | peft_keys.HUB_HARMLESS.keys()
+    assert {f.name for f in fields(adapters.DoubleSeqBnConfig)} <= known
+
+
+HARMLESS = [(kind, key) for kind in CONFIGS for key in peft_keys.HARMLESS[kind]]
+
+
+@pytest.mark.parametrize("kind, key", HARMLESS)
+def test_a_harmless_key_changes_no_output_of_peft(kind, key, tmp_path):
+    model = base("gpt2", "lm", tmp_path / "base")
+    methods = {"LORA": ft.LoRA(r=2), "PROMPT_TUNING": ft.PromptTuning(p=2),
+               "PREFIX_TUNING": ft.PrefixTuning(p=2, shift=True)}
+    ft.attach(model, methods[kind])
+    train(model, "lm")
+    ft.save_peft(model, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {key: peft_keys.HARMLESS[kind][key]}))
+    other = peft.PeftModel.from_pretrained(theirs(tmp_path / "base", "lm"), tmp_path / "adapter")
+    check_equal(model, other, drop=2 * (kind == "PROMPT_TUNING"))
+
+
+VARIANTS = [
+    ({"use_dora": True}, "use_dora"),
+    ({"bias": "all"}, "bias"),
+    ({"bias": "lora_only"}, "bias"),
+    ({"lora_bias": True}, "lora_bias"),
+    ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+    ({"init_lora_weights": "olora"}, "init_lora_weights"),
+    ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
+    ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    ({"layer_replication": [[0, 1], [0, 2]]}, "layer_replication"),
+]
+
+
+@pytest.mark.parametrize("settings, key", VARIANTS)
+def test_variants_of_lora_are_refused_by_the_name_of_their_key(settings, key, tmp_path):
+    model = base("llama", "lm", tmp_path / "base")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"], **settings)
+    other = peft.get_peft_model(theirs(tmp_path / "base", "lm"), config)
+    other.save_pretrained(tmp_path / "adapter")
+    before = host(model(IDS))
+    with pytest.raises(ValueError, match=f"adapter_config.json: .*{key}"):
+        ft.load_peft(model, tmp_path / "adapter")
+    assert np.array_equal(host(model(IDS)), before) and not edit.attached(model)
+
+
+@pytest.mark.parametrize("config, kind", [
+    ("IA3Config", "IA3"), ("AdaLoraConfig", "ADALORA"), ("LoHaConfig", "LOHA"), ("PromptEncoderConfig", "P_TUNING"),
+])
+def test_other_methods_of_peft_are_refused_by_their_type(config, kind, tmp_path):
+    model = base("llama", "lm", tmp_path / "base")
+    extra = {"AdaLoraConfig": {"total_step": 10}, "PromptEncoderConfig": {"num_virtual_tokens": 2}}.get(config, {})
+    other = peft.get_peft_model(theirs(tmp_path / "base", "lm"), getattr(peft, config)(task_type="CAUSAL_LM", **extra))
+    other.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=f"peft_type wants one of 'LORA', .*got '{kind}'"):
+        ft.load_peft(model, tmp_path / "adapter")
+
+
+# ── the comparison itself can fail ───────────────────────────────────────────────────────────────────────────────────
+def wrong_lora(tensors: dict[str, np.ndarray], config: dict[str, Any], wrong: str) -> dict[str, np.ndarray]:
+    """The tensors of a LoRA on c_attn with one mistake."""
+    out = {}
+    for name, a in tensors.items():
+        if wrong == "values first" and name.endswith("lora_B.weight"):
+            a = np.concatenate(np.split(a, 3)[::-1])
+        if wrong == "blocks exchanged" and name.endswith("lora_A.weight"):
+            a = np.concatenate(np.split(a, 2)[::-1])
+        out[name] = np.ascontiguousarray(a)
+    if wrong == "scale of one part":
+        config["lora_alpha"] = config["lora_alpha"] // 2
+    return out
+
+
+@pytest.mark.parametrize("wrong", ["values first", "blocks exchanged", "scale of one part"])
+def test_the_comparison_rejects_wrong_files_of_lora(wrong, tmp_path):
+    model = base("gpt2", "lm", tmp_path / "base")
+    ft.attach(model, ft.LoRA(r=2, targets="attn.[qv]"))
+    train(model, "lm")
+    folder = ft.save_peft(model, tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    weights = folder / "adapter_model.safetensors"
+    save_file(wrong_lora(load_file(weights), config, wrong), weights)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(AssertionError):
+        check_equal(model, peft.PeftModel.from_pretrained(theirs(tmp_path / "base", "lm"), folder))
+
+
+@pytest.mark.parametrize("wrong", ["values first", "heads last", "unrotated"])
+def test_the_comparison_rejects_wrong_files_of_a_prefix(wrong, tmp_path):
+    p, heads, D = 3, 2, C // 4
+    model = base("llama", "lm", tmp_path / "base")
+    a = ft.attach(model, ft.PrefixTuning(p=p, std=0.5))
+    folder = ft.save_peft(model, tmp_path / "adapter")
+    table = load_file(folder / "adapter_model.safetensors")["prompt_embeddings"].reshape(p, L, 2, heads, D)
+    if wrong == "values first":
+        table = table[:, :, ::-1]
+    elif wrong == "heads last":
+        table = table.transpose(0, 1, 2, 4, 3)
+    else:
+        for i in range(L):
+            table[:, i, 0] = host(a.edits[f"blocks.{i}.attn.kv"].K).transpose(1, 0, 2)
+    save_file({"prompt_embeddings": np.ascontiguousarray(table.reshape(p, -1))}, folder / "adapter_model.safetensors")
+    with pytest.raises(AssertionError):
+        check_equal(model, peft.PeftModel.from_pretrained(theirs(tmp_path / "base", "lm"), folder))
+
+
+# ── a real model ─────────────────────────────────────────────────────────────────────────────────────────────────────
+SMOLLM2 = Path(__file__).parents[2] / "work" / "real" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+real = pytest.mark.skipif(not SMOLLM2.is_file(), reason="work/real has no SmolLM2: make real-assets")
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    """(their model, the folder of the dense base) of SmolLM2, from the GGUF file."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    ft.save(ft.load(SMOLLM2)[0], folder)
+    yield transformers.AutoModelForCausalLM.from_pretrained(folder).eval(), folder
+    shutil.rmtree(folder)
+
+
+@real
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_smollm2s_adapters_are_exchanged_both_ways(packed, smollm2, tmp_path):
+    """A LoRA on all linear maps and a prefix. A packed base adapts like the dense one that it unpacks to."""
+    other, _ = smollm2
+    model, tokenizer = ft.load(SMOLLM2, packed=packed)
+    model.eval()
+    ids = np.array([tokenizer.encode("The capital of France is Paris, and that of Italy is Rome.").ids])
+
+    def compare(theirs: Any) -> None:
+        with torch.no_grad():
+            z = theirs(input_ids=torch.tensor(ids)).logits.numpy()
+        y = host(model(ids))
+        with edit.without(model):
+            assert np.abs(host(model(ids)) - y).max() > 0.1
+        assert np.abs(y - z).max() <= TOLERANCE * np.abs(z).max()
+
+    ft.attach(model, ft.LoRA(r=4, targets=("attn.[qkvo]", "mlp.gate", "mlp.up", "mlp.down")))
+    ft.fit(model, [{"ids": ids}], 3, ft.AdamW(0.01), progress=False)
+    model.eval()
+    ft.save_peft(model, tmp_path / "lora")
+    wrapped = peft.PeftModel.from_pretrained(other, tmp_path / "lora")
+    compare(wrapped)
+    other = wrapped.unload()
+    ft.detach(model)
+    ft.attach(model, ft.PrefixTuning(p=5))
+    ft.fit(model, [{"ids": ids}], 3, ft.AdamW(0.1), progress=False)
+    model.eval()
+    ft.save_peft(model, tmp_path / "prefix")
+    compare(peft.PeftModel.from_pretrained(other, tmp_path / "prefix"))
+    ft.detach(model)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
+    wrapped = peft.get_peft_model(other, config)
+    wrapped.save_pretrained(tmp_path / "theirs")
+    ft.load_peft(model, tmp_path / "theirs")
+    compare(wrapped.eval())
+    wrapped.unload()
 
 
 # ── prompt and prefix ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -288,7 +487,7 @@ KIND = {"reduction_factor": 5, "non_linearity": "gelu"}
 
 
 @pytest.mark.parametrize("targets", [(), "mlp", "attn", "blocks.1.*"])
-@pytest.mark.parametrize("kind, head", BOTTLENECKS)
+@pytest.mark.parametrize("kind, head", [*BOTTLENECKS, ("bert", "mlm")])
 def test_houlsbys_adapters_give_the_same_outputs_in_adapterhub_and_come_back(kind, head, targets, tmp_path):
     adapters = pytest.importorskip("adapters", reason="adapters is not installed: pip install 'tinyft[peers]'")
     model = base(kind, head, tmp_path / "base")

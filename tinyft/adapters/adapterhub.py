@@ -77,6 +77,8 @@ TENSORS = {
     "down.weight": "adapter_down.0.weight", "down.bias": "adapter_down.0.bias",
     "up.weight": "adapter_up.weight", "up.bias": "adapter_up.bias",
 }
+# {switch in the config: the module beside the norms of a block}
+MODULES = {"mh_adapter": "attention_adapters", "output_adapter": "output_adapters"}
 LARGEST = 1 << 40
 
 Tensors = dict[str, np.ndarray]
@@ -218,17 +220,14 @@ def _places(model: Module, names: ModuleNames) -> dict[str, tuple[str, str]]:
     ValueError for a model with more than one stack, or with cross-attention."""
     places = {}
     by_name = {"attn": "mh_adapter", "mlp": "output_adapter"}
-    for path in edit.sublayers(model):
+    for path, norm in edit.sublayers(model).items():
         kind = by_name.get(path.split(".")[-1])
         if kind is None or not path.startswith("blocks."):
             raise ValueError(f"adapters on {path} are not exchanged with AdapterHub")
-        if names.family.model_type == "bert":            # the module that holds the layer norm after the sublayer
-            norm = names.of_path(edit.sublayers(model)[path])
-            places[path] = (kind, norm.name.rpartition(".")[0])
-        else:                                            # a module beside the norms of the block
-            norm = names.of_path(edit.sublayers(model)[path])
-            place = {"mh_adapter": "attention_adapters", "output_adapter": "output_adapters"}[kind]
-            places[path] = (kind, f"{norm.name.rpartition('.')[0]}.{place}")
+        holder = names.of_path(norm).name.rpartition(".")[0]                     # the module that holds the norm
+        if not holder.endswith(".output"):               # BERT's is the output part of the sublayer; others are blocks
+            holder = f"{holder}.{MODULES[kind]}"
+        places[path] = (kind, holder)
     return places
 
 
@@ -273,6 +272,8 @@ def _read_tensors(model: Module, names: ModuleNames, settings: dict[str, Any], n
         for ours, theirs in TENSORS.items():
             wanted[f"{_plain(names, places[path][1])}.adapters.{name}.{theirs}"] = (path, ours)
     stored = {_plain(names, n): a for n, a in tensors.items()}
+    if len(stored) < len(tensors):
+        raise ValueError("the file holds a tensor under two names, with and without the prefix of the model's class")
     missing = [n for n in wanted if n not in stored]
     unexpected = [n for n in stored if n not in wanted]
     if missing or unexpected or not wanted:
@@ -320,7 +321,10 @@ def _read_head(model: Module, names: ModuleNames, config: dict[str, Any], tensor
         if others:
             raise ValueError(f"the head in the file is not this model's: {first_names(others)} differs")
         return {}
-    own = {theirs: ours for ours, theirs in names.head_tensors(model).items() if not ours.startswith("pooler.")}
+    own = {theirs: ours for ours, theirs in names.head_tensors(model).items()}
+    if any(ours.startswith("pooler.") for ours in own.values()):
+        raise ValueError("AdapterHub's file of a classifier has no pooler, and this model's is new: "
+                         "start from a base that has one")
     if not own:
         raise ValueError("the adapter was saved with a classifier, which this model lacks: "
                          "call tinyft.classifier first")

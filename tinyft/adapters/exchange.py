@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -113,12 +114,25 @@ def attach_values(model: Module, path: Path, method: Method, name: str | None, v
 
 
 def compact_targets(model: Module, paths: list[str]) -> tuple[str, ...]:
-    """Patterns that match these modules and no others: "attn.q" if every block's is among them, else the whole path."""
+    """Few patterns that match these modules and no others.
+
+    "attn.q" if that of every block is among them; else "blocks.1[0123].attn.q" for blocks 10 to 13."""
     every = list(edit.base_modules(model))
     chosen = set(paths)
-    patterns: dict[str, None] = {}                       # in order, each once
+    patterns: dict[str, list[str]] = {}                  # {pattern, with [] for the last digit: the digits}
     for path in paths:
         end = ".".join(path.split(".")[-2:])
         same_end = {other for other in every if f".{other}".endswith(f".{end}")}
-        patterns[end if same_end <= chosen else path] = None
-    return tuple(patterns)
+        number = re.search(r"\.(\d*)(\d)\.", path)
+        if same_end <= chosen:
+            patterns[end] = []
+        elif number is None:
+            patterns[path] = []
+        else:
+            pattern = f"{path[:number.start(2)]}[]{path[number.end(2):]}"
+            patterns.setdefault(pattern, []).append(number[2])
+    out = []
+    for pattern, digits in patterns.items():
+        chosen_digits = f"[{''.join(digits)}]" if len(digits) > 1 else "".join(digits)
+        out.append(pattern.replace("[]", chosen_digits))
+    return tuple(out)

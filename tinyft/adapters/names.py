@@ -23,11 +23,13 @@ class NamedModule:
 
     name        in transformers, in the class with the model's head
     table_name  in the table of the family, without the prefix of the class
-    paths       here, in the order in which the file's output features belong to them
+    paths       here, in the order in which the output features of the module belong to them
+    transposed  True if its weight is stored (in, out)
     """
     name: str
     table_name: str
     paths: tuple[str, ...]
+    transposed: bool
 
 
 class ModuleNames:
@@ -35,6 +37,7 @@ class ModuleNames:
 
     family, plan  the model's family, and its sizes and head
     modules       every NamedModule, in the order of the family's table
+    table_names   {name in the table: NamedModule}
     tensors       {name of a tensor here: its name in transformers}; the parts of a fused tensor have one name there"""
 
     def __init__(self, model: Module, caller: str):
@@ -44,31 +47,28 @@ class ModuleNames:
         self.family = family_of(model, caller)
         self.plan = self.family.plan_of(model)
         self.tensors = {}
-        parts: dict[str, list[tuple[int, str]]] = {}     # table name of a module: (third, path) of its modules here
+        weights: dict[str, list[tuple[int, str, bool]]] = {}       # name in the table: (third, path here, transposed)
         for ours, place in self.family.table(self.plan).items():
             self.tensors[ours] = self.family.file_name(place.name, self.plan)
             if place.name.endswith(".weight"):
-                part = (place.third or 0, ours.removesuffix(".weight"))
-                parts.setdefault(place.name.removesuffix(".weight"), []).append(part)
+                part = (place.third or 0, ours.removesuffix(".weight"), place.transposed)
+                weights.setdefault(place.name, []).append(part)
         self.modules = []
-        for name, thirds in parts.items():
-            paths = tuple(path for _, path in sorted(thirds))
-            self.modules.append(NamedModule(self._in_file(name), name, paths))
-        self._of_table_name = {module.table_name: module for module in self.modules}
+        for weight, parts in weights.items():
+            name = self.family.file_name(weight, self.plan).removesuffix(".weight")
+            paths = tuple(path for _, path, _ in sorted(parts))
+            self.modules.append(NamedModule(name, weight.removesuffix(".weight"), paths, transposed=parts[0][2]))
+        self.table_names = {module.table_name: module for module in self.modules}
         self._of_path = {path: module for module in self.modules for path in module.paths}
 
-    def _in_file(self, module: str) -> str:
-        """The name of a module in transformers, from its name in the table."""
-        return self.family.file_name(f"{module}.weight", self.plan).removesuffix(".weight")
-
     def of_path(self, path: str) -> NamedModule | None:
-        """The module of transformers that holds our module at this path; None if it has no weight of its own."""
+        """The module of transformers that holds our module at this path; None if transformers has none."""
         return self._of_path.get(path)
 
     def of_name(self, name: str) -> NamedModule | None:
         """The module of this name in transformers, with or without the prefix of the class; None if there is none."""
         table_name = self.family.table_name(f"{name}.weight")
-        return None if table_name is None else self._of_table_name.get(table_name.removesuffix(".weight"))
+        return None if table_name is None else self.table_names.get(table_name.removesuffix(".weight"))
 
     def tied_head(self, model: Module) -> tuple[str, str] | None:
         """(name of the output layer in transformers, path of the embedding here) if the two share a weight, or None."""

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from .. import array, edit
-from ..checks import brief
+from ..checks import brief, number, whole
 from ..edit import Attached, Edit
 from ..formats.directory import first_names
 from ..methods.reparameterized.lora import LoRA, LowRankWeight, initial_factors
@@ -72,9 +72,8 @@ def write_lora(model: Module, names: ModuleNames, a: Attached) -> tuple[dict[str
         first, second = (f.B.T, f.A.T) if is_embedding else (f.A, f.B)
         tensors |= {f"{PREFIX}{name}.{kinds[0]}": first, f"{PREFIX}{name}.{kinds[1]}": second}
         ranks[name] = (f.r, f.alpha)
-        if is_embedding and tied is not None and tied[1] in a.edits and names.of_path(tied[1]).name == name:
-            # The tied output layer reads the same changed weight. In PEFT it has a LoRA of its own with these values.
-            head = tied[0]
+        if tied is not None and names.of_path(tied[1]).name == name:
+            head = tied[0]                               # it reads the changed embedding; in PEFT it has its own LoRA
             tensors |= {f"{PREFIX}{head}.{LINEAR[0]}": f.A, f"{PREFIX}{head}.{LINEAR[1]}": f.B}
             ranks[head] = ranks[name]
     (r, alpha), _ = Counter(ranks.values()).most_common(1)[0]
@@ -86,7 +85,7 @@ def write_lora(model: Module, names: ModuleNames, a: Attached) -> tuple[dict[str
         "lora_dropout": float(a.method.dropout),
         "target_modules": _short_names(list(ranks), every),
         "bias": "none",
-        "fan_in_fan_out": names.family.model_type == "gpt2",
+        "fan_in_fan_out": any(module.transposed for module in names.modules),
         "rank_pattern": {name: own_r for name, (own_r, _) in ranks.items() if own_r != r},
         "alpha_pattern": {name: _plain(own) for name, (_, own) in ranks.items() if own != alpha},
     }
@@ -164,8 +163,8 @@ def read_lora(model: Module, names: ModuleNames, config: dict[str, Any],
     tensors: without those of a head. ValueError for tensors that the config does not ask for, and for missing ones."""
     found = _by_module(names, tensors)
     _check_chosen(model, names, config, found)
-    factors = _read_factors(config, found)
-    factors = _without_tied_head(model, names, factors, found)
+    _check_base_weights(model, names, found)
+    factors = _without_tied_head(model, names, _read_factors(config, found))
     by_path: dict[str, Factors] = {}
     for module, f in factors.items():
         paths = names.of_name(module).paths
@@ -200,14 +199,15 @@ def _check_chosen(model: Module, names: ModuleNames, config: dict[str, Any],
     """ValueError unless the modules with tensors are those that the config chooses: PEFT drops the others silently."""
     tied = names.tied_head(model)
     heads = [tied[0]] if tied else []
-    is_plain = bool(found) and all(_is_plain_name(names, module, heads) for module in found)
+    # Saved from a class without a head, such as GPT2Model: its names have no prefix.
+    is_plain = all(module in heads or module in names.table_names for module in found)
     modules = [module.table_name if is_plain else module.name for module in names.modules]
     if names.plan.head == "mlm":                         # transformers' masked language model has no pooler
         modules = [name for name in modules if not is_part(name, "pooler")]
     own = edit.base_modules(model)
-    head = {tensor.rpartition(".")[0] for tensor in names.head_tensors(model).values()}
+    output_layers = {tensor.rpartition(".")[0] for tensor in names.head_tensors(model).values()} | {"lm_head"}
     linear = {name for name in modules if isinstance(own[names.of_name(name).paths[0]], Linear)}
-    chosen = chosen_modules(config, [*modules, *heads], linear - head - {"lm_head"})
+    chosen = chosen_modules(config, [*modules, *heads], linear - output_layers)
     if config.get("ensure_weight_tying") and tied and names.of_path(tied[1]).name in chosen:
         chosen.add(tied[0])
     unknown = [module for module in found if module not in {*modules, *heads}]
@@ -226,12 +226,6 @@ def _check_chosen(model: Module, names: ModuleNames, config: dict[str, Any],
         raise ValueError(f"the adapter does not fit this model: {'; '.join(faults)}")
 
 
-def _is_plain_name(names: ModuleNames, module: str, heads: list[str]) -> bool:
-    """True if a module's name has no prefix of the class with a head: it was saved from a GPT2Model, say."""
-    found = names.of_name(module)
-    return module in heads or (found is not None and found.table_name == module)
-
-
 def _read_factors(config: dict[str, Any], found: dict[str, dict[str, np.ndarray]]) -> dict[str, Factors]:
     """{module: factors}, with the scale of each. ValueError for shapes that contradict each other or the config."""
     r = read_whole(config, "r", 8)
@@ -248,8 +242,8 @@ def _read_factors(config: dict[str, Any], found: dict[str, dict[str, np.ndarray]
             wanted = " and ".join(EMBEDDING if present & set(EMBEDDING) else LINEAR)
             raise ValueError(f"{module} wants {wanted}, got {first_names(sorted(kinds))}")
         first, second = [kinds[kind] for kind in (LINEAR if LINEAR[0] in kinds else EMBEDDING)]
-        own_r = read_whole({"rank_pattern": ranks.get(module, r)}, "rank_pattern")
-        own_alpha = read_number({"alpha_pattern": alphas.get(module, alpha)}, "alpha_pattern", 0)
+        own_r = whole(f"{FILE}: rank_pattern", ranks.get(module, r), least=1)
+        own_alpha = number(f"{FILE}: alpha_pattern", alphas.get(module, alpha))
         if first.ndim != 2 or second.ndim != 2 or len(first) != own_r or second.shape[1] != own_r:
             raise ValueError(f"{module} wants factors (r, in) and (out, r) of the rank {own_r}, "
                              f"got the shapes {first.shape} and {second.shape}")
@@ -257,31 +251,33 @@ def _read_factors(config: dict[str, Any], found: dict[str, dict[str, np.ndarray]
     return factors
 
 
-def _without_tied_head(model: Module, names: ModuleNames, factors: dict[str, Factors],
-                       found: dict[str, dict[str, np.ndarray]]) -> dict[str, Factors]:
-    """The factors without those of a tied output layer, which must be those of the embedding.
-
-    Our output layer reads the weight of the embedding, with its LoRA; in PEFT each of the two has a LoRA, or only one.
-    The embedding that PEFT saved must be that of this model: PEFT would put it in its place."""
+def _check_base_weights(model: Module, names: ModuleNames, found: dict[str, dict[str, np.ndarray]]) -> None:
+    """ValueError unless the embeddings that PEFT saved are this model's: PEFT would put them in their place."""
     for module, kinds in found.items():
         if BASE in kinds and names.differs_from_base(model, f"{module}.weight", kinds[BASE]):
             raise ValueError(f"the file holds a weight of {module} that differs from this model's: "
                              "the adapter was trained on another base, or with more tokens")
+
+
+def _without_tied_head(model: Module, names: ModuleNames, factors: dict[str, Factors]) -> dict[str, Factors]:
+    """The factors without those of a tied output layer.
+
+    Our tied output layer reads the weight of the embedding with its LoRA. In PEFT each of the two has its own.
+    ValueError unless both are in the file, with the same update, or neither."""
     tied = names.tied_head(model)
     if tied is None:
         return factors
     head, path = tied
-    embedding = next((m for m in factors if names.of_name(m) is not None and path in names.of_name(m).paths), None)
-    if head not in factors and embedding is None:
-        return factors
-    both = head in factors and embedding is not None
-    if both:
-        f, g = factors[embedding], factors[head]
-        both = f.s == g.s and np.array_equal(f.A.T, g.B) and np.array_equal(f.B.T, g.A)
-    if not both:
-        raise ValueError(f"this model's output layer is its embedding, so a LoRA changes both; the file has one on "
-                         f"{head if embedding is None else embedding} alone, or two that differ")
-    return {module: f for module, f in factors.items() if module != head}
+    others = {module: f for module, f in factors.items() if module != head}
+    on_embedding = [f for module, f in others.items() if path in names.of_name(module).paths]
+    on_head = [factors[head]] if head in factors else []
+    for f, g in zip(on_embedding, on_head, strict=False):
+        if f.s == g.s and np.array_equal(f.A.T, g.B) and np.array_equal(f.B.T, g.A):
+            return others
+    if on_embedding or on_head:
+        raise ValueError(f"this model's output layer {head} is its embedding: wanted a LoRA with the same update on "
+                         f"both, got one on {'one of them' if not (on_embedding and on_head) else 'each'}")
+    return factors
 
 
 def split_fused(module: str, f: Factors, paths: tuple[str, ...]) -> dict[str, Factors]:
@@ -321,17 +317,18 @@ def as_one_lora(model: Module, config: dict[str, Any], by_path: dict[str, Factor
     kinds = Counter((f.r, f.alpha) for f in by_path.values() if f.alpha) or Counter([(r, 0.0)])
     (own_r, own_alpha), _ = kinds.most_common(1)[0]
     alpha = own_alpha if own_r == r else own_alpha * r / own_r
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(0)                       # of further rows of A: B is 0 there, but may train
     values: Values = {}
     for path, f in by_path.items():
         A, B = f.A, f.B
         if (f.r, f.alpha) != (r, alpha):
             wide = np.promote_types(B.dtype, np.float32)
             ratio = f.s * r / alpha if alpha else 1.0
-            first_A, zero_B = initial_factors(A.shape[1], len(B), r, rng)        # further rows of A: they may train
+            first_A, zero_B = initial_factors(A.shape[1], len(B), r, rng)
             A, B = first_A.astype(wide), zero_B.astype(wide)
             A[:f.r] = f.A
-            B[:, :f.r] = f.B.astype(wide) * ratio
+            with np.errstate(over="ignore"):             # refused as not finite
+                B[:, :f.r] = f.B.astype(wide) * ratio
         values[path] = {"A": A, "B": B}
     dropout = read_number(config, "lora_dropout", 0.0, low=0, below=1)
     return LoRA(r=r, alpha=alpha, dropout=dropout, targets=compact_targets(model, list(by_path))), values

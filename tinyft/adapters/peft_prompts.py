@@ -52,7 +52,8 @@ def read_prompt(model: Module, names: ModuleNames, config: dict[str, Any],
     _check_size(config, "token_dim", C)
     _check_size(config, "num_layers", len(_kv_paths(model)))
     P = _only_table(tensors, (p, C))
-    return PromptTuning(p=p), {"embed": {"P": P}}
+    (embedding,) = edit.token_embedding(model)
+    return PromptTuning(p=p), {embedding: {"P": P}}
 
 
 def write_prefix(model: Module, names: ModuleNames, a: Attached) -> tuple[dict[str, Any], Tensors]:
