@@ -58,6 +58,29 @@ def test_decompression_is_the_definition_bit_for_bit(kind, rng):
     assert not np.array_equal(host(FORMATS[kind](flipped).dequantize()), expected), "another byte, other weights"
 
 
+# The bytes that llama.cpp's reference makes of one block, from the package gguf.
+BLOCK = ((np.arange(32) * 7) % 32 - 10).astype(np.float32) / 4
+BYTES = {
+    "Q4_0": "40b96c3906a4715b28b593603a17a4825b28",
+    "Q4_1": "223800c180b3f72a6e91d5084c7fb3e62a5d91c4",
+    "Q8_0": "4b29c4ee18436dd6002a557fe8123c67d0fa244f79e20c3661caf41e4973dc06305b",
+}
+
+
+@PACKED
+def test_the_bytes_of_a_block_are_those_of_the_reference(kind, rng):
+    assert FORMATS[kind].quantize(BLOCK[None]).file_blocks().tobytes().hex() == BYTES[kind]
+    W = rng.standard_normal((3, 64)) * 3
+    expected = FORMATS[kind].quantize(W.astype(np.float32)).file_blocks()
+    np.testing.assert_array_equal(FORMATS[kind].quantize(dev(W)).file_blocks(), expected)
+    short = W.astype(array.bfloat16)
+    np.testing.assert_array_equal(FORMATS[kind].quantize(dev(short)).file_blocks(),
+                                  FORMATS[kind].quantize(short.astype(np.float32)).file_blocks())
+    whole = np.round(W * 10).astype(np.int64)
+    np.testing.assert_array_equal(FORMATS[kind].quantize(dev(whole)).file_blocks(),
+                                  FORMATS[kind].quantize(whole.astype(np.float32)).file_blocks())
+
+
 @PACKED
 def test_the_error_of_a_weight_is_at_most_half_a_step(kind, rng):
     """And 1/2048 of the scales, which are rounded to float16. A step is d; Q4_0 has no 16th code, so one side may miss
@@ -136,6 +159,8 @@ def test_a_product_never_holds_more_than_a_block_of_dense_rows(rng, monkeypatch)
     packed.matmul(x).sum().backward()
     assert max(sizes) == 640
     assert sum(sizes) == 2 * 37 * 64, "once forward, once backward"
+    monkeypatch.setattr(ggml, "DENSE", 10)
+    assert packed.rows_per_block == 1, "a row longer than the limit"
 
 
 @PACKED

@@ -5,6 +5,7 @@ weights; tests/peers/test_gguf.py compares with the package gguf and with transf
 """
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -119,6 +120,20 @@ def test_the_biases_of_a_llama_are_read_in_the_order_of_the_rows(tmp_path):
             p.copy_(rng.standard_normal(p.shape))
     model, _ = ft.load(write_model(tmp_path / "m.gguf", original, "F32"))
     np.testing.assert_array_equal(host(model(IDS)), host(original(IDS)))
+
+
+@pytest.mark.parametrize("kind, packed", [("F32", False), ("F16", False), ("Q4_1", False), ("Q4_1", True)])
+def test_loading_takes_little_more_memory_than_the_model(kind, packed, tmp_path):
+    """The file is mapped, and no weight is made that the file replaces. A wrong answer: a model with its own weights
+    first would take twice the memory, and a packed one six times."""
+    file = write_model(tmp_path / "m.gguf", small_llama(width=256, hidden=512, layers=8), kind)
+    ft.load(file, packed=packed)                           # whatever is made once
+    tracemalloc.start()
+    model, _ = ft.load(file, packed=packed)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    size = sum(a.nbytes for a in model.state_dict().values())
+    assert peak < 1.2 * size
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])

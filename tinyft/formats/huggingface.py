@@ -135,7 +135,8 @@ def find(path: str | os.PathLike) -> Path:
                                     f"models that ship: {shipped}")
     if not folder.is_dir():
         state = "is a file" if folder.exists() else "does not exist"
-        raise FileNotFoundError(f"{folder} {state}; wanted a directory with config.json and model.safetensors")
+        raise FileNotFoundError(f"{folder} {state}; wanted a directory with config.json and model.safetensors, "
+                                "or a file whose name ends in .gguf")
     return folder
 
 
