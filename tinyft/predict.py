@@ -46,8 +46,9 @@ def predict(
     """The predictions for a list of texts, in its order.
 
     A classifier (tinyft.classifier, or a loaded one) gives Predictions: labels, probabilities. A causal language model
-    gives a list of texts: for each, the text that it writes after it. Texts of similar length share a batch; the result
-    is that of one text at a time. Dropout is inactive; the mode of every module stays as it was.
+    gives a list of texts: for each, the text that it writes after it. Texts of similar length share a batch. Each text
+    gets the result that it gets alone, unless tokens are drawn at random: one generator serves the whole batch. Dropout
+    is inactive; the mode of every module stays as it was.
 
     names           the class names, in the order of the classes; else those that the model's directory gave. Without
                     names, labels are class ids

@@ -10,7 +10,8 @@ out-of-range indices. It fills new memory with NaN, so that a read before the fi
 
     call    operations started
     launch  operations that make more than a view: about one kernel each
-    bytes   the bytes that the launched operations read and write, each argument once
+    bytes   the bytes that the launched operations read and write: each argument once, plus each result. An array given
+            as out= is an argument and a result
     sync    the times the host waits for the device; `sync <cause>` for each cause
     h2d     copies from host to device (xp.asarray(host), a list as an index)
 """
@@ -189,8 +190,8 @@ def _run(call: str, f: Callable, signature: str, /, *args: Any, **kwargs: Any) -
 def _count_launch(name: str, result: Any, arrays: dict[int, Array]) -> None:
     """Count a launch of the function `name`, and the bytes that it reads and writes, unless its result is a view.
 
-    arrays: the device arrays among the arguments. An argument that is returned was written to (out=...), so it counts;
-    but xp.asarray and the like (CREATING) return their argument unchanged.
+    arrays: {id of a NumPy array: its device array}, of the arguments. If a function returns an argument, it has written
+    to it (out=...), so this is a launch. But xp.asarray and the like (CREATING) return their argument unchanged.
     """
     results = result if isinstance(result, (list, tuple)) else [result]
     results = [r for r in results if isinstance(r, (np.ndarray, np.generic))]

@@ -57,8 +57,8 @@ print(x)
 #
 # We choose these matrices too. The three rows of `W_q` belong to the three numbers of a
 # word: water, money, unclear. Its two columns are the two numbers of a query: water,
-# money. A key has the same two, so that the two can be compared. Only an unclear word
-# looks for something: for water and for money.
+# money. A key has the same two numbers, so we can compare a query with a key. Only an
+# unclear word looks for something: for water and for money.
 
 # %%
 W_q = np.array([[0, 0], [0, 0], [2, 2]])
@@ -78,10 +78,10 @@ print("values:", *v)
 # water and money, but not the unclear part.
 #
 # ## Compare, weigh, mix
-# The product of a query and a key is large if the word offers what the other one looks
-# for. `q @ k.T` has all these products, one row for each query: the **scores**. We
-# divide them by $\sqrt{D}$, where $D = 2$ is the length of a query. The reason comes
-# below.
+# The product of a query and a key is large if the word of the key offers what the word
+# of the query looks for. `q @ k.T` has all these products, one row for each query: the
+# **scores**. We divide them by $\sqrt{D}$, where $D = 2$ is the length of a query. The
+# reason comes below.
 
 # %%
 D = q.shape[1]
@@ -91,12 +91,12 @@ print(scores.round(2))
 # %% [markdown]
 # A softmax turns each row of scores into **weights**: they are positive, and each row
 # has the sum 1. We subtract the largest score first, so that `exp` does not overflow.
-# That changes no weight: it divides each power and their sum by the same number.
+# That changes no weight: it divides each exponential and their sum by the same number.
 
 # %%
 def softmax(scores):
-    powers = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return powers / powers.sum(axis=-1, keepdims=True)
+    exponentials = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return exponentials / exponentials.sum(axis=-1, keepdims=True)
 
 weights = softmax(scores)
 words = "the river bank".split()
@@ -224,8 +224,9 @@ print("masked after:  bank", late_weights[1].round(2), "sum",
 
 # %% [markdown]
 # Masked after the softmax, the weights of `bank` have the sum 0.1 in place of 1. The
-# softmax had given 0.81 to `river` and left little for the others. So the first words
-# still depend on a word that they may not see: the future has had its say in the sum.
+# softmax had given 0.81 to `river` and left little for the others. So the weights of
+# the first words still depend on `river`, which `bank` may not see: the denominator of
+# the softmax contains its score.
 
 # %% [check]
 assert not np.triu(causal_weights, 1).any()
@@ -244,17 +245,18 @@ assert late_weights[1].sum() < 0.11 and round(free_weights[1, 4], 2) == 0.81
 # - `xp(q.data)` is the module that made the array: NumPy, or CuPy on a GPU.
 # - `ops.where(mask, a, b)` takes `a` where the mask is True, else `b`. The score
 #   -1e30 is finite, but its weight is 0 as well.
-# - `_check_tensors`, `checks` and `operands` look at the arguments, and name a wrong
-#   one in an error.
+# - `_check_tensors`, `checks` and `operands` check the arguments. If one is wrong, they
+#   raise an error that names it.
 
 # %%
 quote(ft.functional.softmax_attention)
 
 # %% [markdown]
-# `ops.causal_mask` is what `np.tri` was. It also takes more keys than queries, which
-# happens when a model writes ("The price of writing", below). You will write both
-# functions in the exercises. The models use a third one, `ops.attention`: the same
-# value as one op, with its own gradients. All three agree on our sentence:
+# `ops.causal_mask` makes the mask that `np.tri` made above. It also works for more keys
+# than queries, which happens when a model writes ("The price of writing", below). You
+# will write both functions in the exercises. The models use a third function,
+# `ops.attention`. It computes the same values in one op, with a gradient of its own.
+# Our own code and both functions of the library agree on our sentence:
 
 # %%
 x = rows_of(sentence)
@@ -271,7 +273,7 @@ assert np.allclose(one_op.data, causal_rows - x)
 # ## Why the root of D
 # Each score is a product of two vectors with $D$ numbers. Vaswani et al. (2017, section
 # 3.2.1) look at vectors of independent random numbers with mean 0 and standard
-# deviation 1. That is a fair picture of a model before training.
+# deviation 1. For a model before training, this is roughly true.
 #
 # **Predict first.** Take $D = 1024$. The product is a sum of 1024 terms. Each term is a
 # product of two such numbers, and has standard deviation 1 as well. What is the
@@ -301,7 +303,7 @@ assert abs(products.std() / 32 - 1) < 0.1
 # %%
 names = ["no scale", "1/√D", "1/√C, C = 32 D"]
 largest = {name: [] for name in names}
-kept = {name: [] for name in names}                       # all weights, for later
+all_weights = {name: [] for name in names}                # for the derivatives below
 for width in widths:
     queries = rng.normal(size=(100, 1, width))
     keys = rng.normal(size=(100, 64, width))
@@ -310,23 +312,23 @@ for width in widths:
     for name, scale in zip(names, scales):
         weights = softmax(products * scale)
         largest[name].append(weights.max(axis=1).mean())
-        kept[name].append(weights)
+        all_weights[name].append(weights)
 curves(largest, x=widths, log="x", xlabel="D", ylabel="largest of 64 weights",
        height=2.4, caption="Without a scale, one key gets nearly all the weight.")
 
 # %% [markdown]
-# - Without a scale, one key wins almost everything. The other 63 are not heard.
+# - Without a scale, one key has almost all the weight. The other 63 have almost none.
 # - With $1/\sqrt{D}$ the largest weight is about 0.1, whatever $D$ is.
-# - With $1/\sqrt{C}$ all weights are near 1/64: no key is heard better than another.
+# - With $1/\sqrt{C}$ all weights are near 1/64: attention takes the mean of all values.
 #
-# If one weight is nearly 1, there is a second fault: it hardly learns. The derivative
-# of a weight $p$ with respect to its own score is $p (1 - p)$, near 0 both for $p = 1$
-# and for $p = 0$. Summed over the 64 keys:
+# If one weight is nearly 1, there is a second fault: its score gets almost no gradient.
+# The derivative of a weight $p$ with respect to its own score is $p (1 - p)$, near 0
+# both for $p = 1$ and for $p = 0$. Summed over the 64 keys:
 
 # %%
 slopes = {}
 for name in names:
-    slopes[name] = [(p * (1 - p)).sum(axis=1).mean() for p in kept[name]]
+    slopes[name] = [(p * (1 - p)).sum(axis=1).mean() for p in all_weights[name]]
     print(f"{name:<16} D = 4: {slopes[name][0]:.2f}   D = 1024: {slopes[name][-1]:.2f}")
 
 # %% [markdown]
@@ -358,9 +360,10 @@ print("ids:", ids)
 
 # %% [markdown]
 # A model is called with ids and returns **logits**: for each position, a score for each
-# of the 2048 tokens of its vocabulary. A forward pass can carry a `Context`, the facts
-# of this one pass. Every module gets it as its second argument, called `ctx`. Here it
-# also collects the tables between the layers.
+# of the 2048 tokens of its vocabulary. A forward pass can have a `Context`. It holds
+# what belongs to this one pass, such as the ids and the mask. Every module gets it as
+# its second argument, called `ctx`. Here it also collects the tables between the
+# layers: the **hidden states**.
 
 # %%
 context = ft.Context(output_hidden_states=True)
@@ -379,15 +382,15 @@ print(len(tables), "tables:", tables[0].shape)
 # once: its neighbour, and a word far away. So the model runs several attentions side by
 # side, the **heads**. Each of the $H$ heads works with its own $D = C / H$ features
 # (numbers) of the queries, keys and values. `base-gpt` has $H = 4$ heads of $D = 32$.
-# Splitting is a matter of axes: `reshape` cuts the last axis in two, `permute` puts the
-# heads before the time.
+# Splitting is a matter of axes: `reshape` cuts the last axis in two, and `permute`
+# moves the axis $H$ before the axis $T$.
 
 # %%
 quote(split_heads)
 
 # %% [markdown]
 # We compute the first attention of the model by hand. `attn.q`, `attn.k` and `attn.v`
-# are the three maps, each with a bias. `norm1` is the layer norm in front of them
+# are three linear layers, each with a bias. `norm1` is the layer norm in front of them
 # (lesson 01).
 
 # %%
@@ -415,8 +418,8 @@ library = attn(normed, context)
 print(f"largest difference: {abs(by_hand.data - library.data).max():.0e}")
 
 # %% [markdown]
-# The difference is rounding. The heads are put side by side again, and a fourth map,
-# `attn.o`, mixes them: that is how the heads write into one row.
+# The difference is rounding. The heads are put side by side again, and a fourth linear
+# layer, `attn.o`, mixes them: that is how the heads write into one row.
 
 # %% [check]
 assert np.allclose(by_hand.data, library.data, atol=1e-5)
@@ -487,9 +490,9 @@ heat_map(bert_changes, rows=tokens, columns=tokens, xlabel="output", ylabel="rep
 
 # %% [markdown]
 # The row of the second "the": in GPT three outputs change, its own and the two later
-# ones. No layer opens a way back. In BERT all eight outputs change. (In the pictures of
-# weights, a row is a token that looks *back*. Here a row is a token that others look
-# at, so GPT's triangle lies on the other side.)
+# ones. So the mask holds for all four layers together. In BERT all eight outputs
+# change. (In the pictures of weights, a row is a token that looks *back*. Here a row is
+# a token that others look at, so GPT's triangle lies on the other side.)
 #
 # Such a stack of layers with the mask is called a **decoder**. A stack without the mask
 # is called an **encoder**.
@@ -528,9 +531,9 @@ diagram({
 # %% [markdown]
 # The left column is called the **residual stream**. It runs from the embedding to the
 # last layer, and the parts only add to it. So a gradient has a way back that goes
-# through additions only, and a block that adds little changes little.
+# through additions only. And if the parts add small numbers, the rows change little.
 #
-# We run the first block part by part, and compare with the table that the model kept.
+# We run the first block part by part, and compare with the model's hidden state.
 
 # %%
 x = tables[0]
@@ -564,8 +567,8 @@ for name, count in counts.items():
     print(f"{name:<12}{count:>8,}  {count / sum(counts.values()):>6.1%}")
 
 # %% [markdown]
-# Attention has four maps of $C \times C$, the MLP two of $C \times 4C$: one third
-# against two thirds.
+# Attention has four linear layers of $C \times C$, the MLP two of $C \times 4C$: one
+# third against two thirds.
 
 # %% [check]
 assert np.allclose(x.data, tables[1].data, atol=1e-5)
@@ -573,10 +576,10 @@ assert counts == {"attention": 66048, "MLP": 131712, "layer norms": 512}
 
 # %% [markdown]
 # ## The nonlinear function of the MLP
-# Without a nonlinear function between its two maps, the MLP would be one linear map.
-# GPT-2 and BERT use **GELU**: $x$ times the probability that a random number is below
-# $x$, if it is normal with mean 0 and standard deviation 1. BERT computes it exactly.
-# GPT-2 uses a formula that comes close:
+# Without a nonlinear function between its two linear layers, the MLP would be one
+# linear layer. GPT-2 and BERT use **GELU**. It takes a normal random number with mean 0
+# and standard deviation 1, and multiplies $x$ by the probability that this number is
+# below $x$. BERT computes it exactly. GPT-2 uses an approximation:
 #
 # $$x \, (1 + \tanh(\sqrt{2/\pi} \, (x + 0.044715 x^3))) / 2$$
 
@@ -633,7 +636,7 @@ for name, scores in (("GPT", gpt_scores), ("BERT", bert_scores)):
 
 # %% [markdown]
 # BERT finds "or": it sees "None if it is empty" after the gap. GPT does not see it, and
-# thinks of "which". So an encoder has more to go by when it *reads*. A decoder can
+# guesses "which". So an encoder has more information when it *reads*. A decoder can
 # *write*: what it computed for a word stays right when more words follow.
 #
 # The transformer of 2017 was both, an **encoder-decoder** for translation: an encoder
@@ -652,10 +655,10 @@ assert tokenizer.decode([gpt_scores.argmax()]).strip() == "which"
 
 # %% [markdown]
 # ## The price of writing
-# To write token 101, GPT needs the keys and values of the 100 tokens before it. The
-# mask says that they do not change. So they are kept: `ft.Cache` holds them, and each
-# pass computes one row only. An encoder cannot do this, since a new token changes all
-# rows.
+# To write token 101, GPT needs the keys and values of the 100 tokens before it. These
+# do not change, because the mask hides the new token from them. So `ft.Cache` keeps
+# them, and each pass computes one row only. An encoder cannot do this: a new token
+# changes all its rows.
 
 # %%
 test_text = ft.data.pretraining("prose", "test")          # (N,), real text as ids
@@ -713,7 +716,8 @@ def megabytes(call):
     return memory["bytes"] / 1e6
 
 # %% [markdown]
-# `ft.peak_memory` reports how far the memory of arrays rises above its start.
+# `ft.peak_memory` measures the memory of arrays inside the `with`: the largest increase
+# since the start.
 
 # %%
 lengths = [128, 256, 512, 1024, 2048]
@@ -738,8 +742,8 @@ for name in names:
 # %% [markdown]
 # From left to right the text grows 16 times. By the count of multiplications, the MLP
 # should take 16 times as long, and attention 256 times. The times depend on your
-# machine, and large arrays take more than that, since they do not fit into the
-# processor's fast memory. But attention grows far faster than the MLP. Now the memory.
+# machine, and large arrays take more than that, since they do not fit into the caches
+# of the processor. But attention grows far faster than the MLP. Now the memory.
 
 # %%
 curves(memory, x=lengths, log="xy", xlabel="tokens", ylabel="megabytes", height=2.6,
@@ -748,23 +752,25 @@ curves(memory, x=lengths, log="xy", xlabel="tokens", ylabel="megabytes", height=
 # %% [markdown]
 # Written out, attention holds arrays of $4 T^2$ numbers, for 4 heads. With 2048 tokens,
 # and 4 bytes for a number, one such array has 67 MB. The one op computes the same, but
-# a few rows of the weights at a time, and forgets them. Its memory grows like the text,
-# not like its square. The time still grows like the square: every score must be
+# a few rows of the weights at a time, and then frees them. Its memory grows in
+# proportion to $T$, not to $T^2$. The time still grows like $T^2$: every score must be
 # computed.
 #
-# How long must a text be for this to matter? For $T$ tokens, the four maps and the MLP
-# take $12\, T C^2$ multiplications, and the two products with $T^2$ scores take $2\,
-# T^2 C$. They are equal at $T = 6C$.
+# How long must a text be for this to matter? The four linear layers of attention have
+# $4 C^2$ weights and the MLP has $8 C^2$. So $T$ tokens take $12\, T C^2$
+# multiplications there. $Q K^\top$ and $P V$ together take $2\, T^2 C$. The two numbers
+# are equal at $T = 6C$.
 
 # %%
 for name, width, positions in (("base-gpt", 128, 128), ("GPT-2", 768, 1024)):
     share = 2 * positions / (12 * width + 2 * positions)
     print(f"{name:<9} equal at {6 * width:>5,} tokens; in its longest text, "
-          f"{positions:>5,}, the scores are {share:.0%}")
+          f"{positions:>5,}, the scores take {share:.0%}")
 
 # %% [markdown]
-# For shorter texts the maps cost more than the scores. So the square of attention is
-# what makes a model slow only when the text is long compared with the width.
+# The last number is the share of these products among all multiplications. For shorter
+# texts the linear layers cost more. So the $T^2$ of attention makes a model slow only
+# when the text is long compared with the width $C$.
 
 # %% [check]
 assert memory["written out"][-1] > 67 and memory["one op"][-1] < 10
@@ -775,7 +781,8 @@ assert memory["one op"][-1] < 6 * memory["one op"][-3]
 # ## What the parts are good for
 # Last, we take parts away from the trained `base-gpt` and measure its **loss** on text
 # that it has not seen: the mean of $-\ln p$, where $p$ is the probability that it gave
-# to the right next token. A model that guesses among 2048 tokens has $\ln 2048 = 7.62$.
+# to the right next token. A model that gives all 2048 tokens the same probability has
+# the loss $\ln 2048 = 7.62$.
 
 # %%
 unseen = test_text[:48 * 128].reshape(48, 128)
@@ -790,8 +797,9 @@ print(f"{loss_of(gpt):.2f}")
 
 # %% [markdown]
 # We multiply all parameters of a part by a factor; `copy_` writes values into a
-# parameter. With the factor 0, a part adds zeros: it is gone. Queries times $\sqrt{D}$
-# undo the division by $\sqrt{D}$. Queries halved are a division by $\sqrt{C}$, since
+# parameter. With the factor 0, a part adds zeros: it is gone. If we multiply the
+# queries by $\sqrt{D}$, that undoes the division of the scores by $\sqrt{D}$. If we
+# halve the queries, the scores are divided by $\sqrt{C}$ in effect, since
 # $\sqrt{C} = 2 \sqrt{D}$ here.
 
 # %%
@@ -806,7 +814,7 @@ def without(part, factor):
 
 # %% [markdown]
 # **Predict first.** Two thirds of a block's parameters are in its MLP. Which hurts
-# more: all attention gone, or all MLPs gone? And is one of them worse than guessing?
+# more: all attention gone, or all MLPs gone? And is one of them worse than 7.62?
 
 # %%
 edits = {
@@ -828,11 +836,11 @@ for name, (part, factor) in edits.items():
 # scores are $\sqrt{32} = 5.7$ times too large, and the model does worse than without
 # its positions.
 #
-# Without its MLPs the model is worse than one that guesses: the attention that is left
-# was trained to read rows which the MLPs have changed. Without attention, a row knows
-# its own token and position only; it can still say which token often comes next.
-# Without positions, the rows no longer say where a word stands. The table tells what
-# the parts do in *this* model. It does not tell what a model could learn without them.
+# Without its MLPs the model is worse than 7.62: the attention that is left was trained
+# to read rows which the MLPs have changed. Without attention, a row knows its own token
+# and position only; it can still say which token often comes next. Without positions,
+# the rows no longer say where a word stands. The table tells what the parts do in
+# *this* model. It does not tell what a model could learn without them.
 
 # %% [check]
 assert losses["nothing"] < losses["divided by √C"] < losses["no positions"]

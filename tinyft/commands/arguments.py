@@ -1,4 +1,4 @@
-"""The command line of `tinyft`: a parser that names the near option or command, and the values of options."""
+"""The command line of `tinyft`: a parser that suggests the most similar option or command, and the types of options."""
 from __future__ import annotations
 
 import argparse
@@ -13,27 +13,27 @@ __all__ = ["Parser", "UsageError", "number", "whole"]
 
 
 class UsageError(ValueError):
-    """Raised for a command line that makes no sense. The exit status is 2."""
+    """Raised for options that are missing or do not fit together. The exit status is 2."""
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one sentence, with the near option or command."""
+    """An ArgumentParser whose errors are one sentence, which suggests the most similar option or command."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         """As ArgumentParser. Options cannot be abbreviated: an abbreviation may mean another option later."""
         options.setdefault("allow_abbrev", False)
         super().__init__(*args, **options)
-        self.given: list[str] = []                       # the arguments of the last call, for the near option
+        self.given: list[str] = []                       # the arguments of the last call: `_hint` reads them
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
-        """The arguments. An unknown option is an error of the command's own parser, which knows the near one."""
+        """Parse the arguments. The parser of the command reports an unknown option: it knows the command's options."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             self._chosen(parsed).error(f"unrecognized arguments: {' '.join(unknown)}")
         return parsed
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """As ArgumentParser, which calls it for the parser of a command as well."""
+        """As ArgumentParser. argparse calls it for the main parser, and again for the parser of the command."""
         self.given = list(sys.argv[1:] if args is None else args)
         return super().parse_known_args(args, namespace)
 
@@ -42,14 +42,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}{self._hint(message)} ({self.prog} --help)\n")
 
     def _chosen(self, parsed: argparse.Namespace) -> argparse.ArgumentParser:
-        """The parser of the command that was parsed; this parser if it has no commands."""
+        """The parser of the command that the user gave. If there are no commands, this parser itself."""
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction):
                 return action.choices[getattr(parsed, action.dest)]
         return self
 
     def _hint(self, message: str) -> str:
-        """The near option of an unknown one, or the near choice of an invalid one: ": did you mean ...?"; or ""."""
+        """The known option or choice that is most similar to the wrong one, as ": did you mean ...?". "" if none is."""
         for argument in self.given:
             option = argument.partition("=")[0]
             if option.startswith("--") and len(option) > 2 and option not in self._option_string_actions:
@@ -63,7 +63,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def whole(least: int) -> Callable[[str], int]:
-    """The type of an option that takes a whole number of at least `least`."""
+    """A value for argparse's type=: it reads a whole number of at least `least`."""
     def read(text: str) -> int:
         try:
             value = int(text)
@@ -76,7 +76,7 @@ def whole(least: int) -> Callable[[str], int]:
 
 
 def number(low: float = -math.inf, high: float = math.inf, *, above: float = -math.inf) -> Callable[[str], float]:
-    """The type of an option that takes a finite number in low ... high, and above `above`."""
+    """A value for argparse's type=: it reads a finite number x with low <= x <= high and x > above."""
     bounds = {">=": low, ">": above, "<=": high}
     limits = " and ".join(f"{sign} {bound:g}" for sign, bound in bounds.items() if math.isfinite(bound))
 

@@ -312,7 +312,9 @@ def _read_messages(messages: Any) -> list[dict[str, str]]:
 
 
 def _check_turns(roles: list[str]) -> None:
-    """ValueError unless the roles of a chat can follow each other."""
+    """ValueError unless a chat has a user turn, no assistant turn before it, and a system message only at its start.
+
+    Two turns of one role may follow each other."""
     if "user" not in roles:
         raise ValueError("a chat wants a user turn, got none")
     turns = roles[1:] if roles[0] == "system" else roles

@@ -1,8 +1,9 @@
 """GPT-2 on disk: the names, shapes and conventions of `model_type: gpt2`.
 
-Linear layers are `Conv1D`, stored (in, out): the transpose of ours. One c_attn holds q, k and v side by side.
-The hub's own file has no `transformer.` prefix; files of the language-model class have it. The output layer is
-the embedding and usually absent.
+A linear layer is a `Conv1D`. Its weight is stored as (in, out), the transpose of ours. One layer, c_attn, holds q, k
+and v side by side. In the file of GPT-2 on the Hugging Face Hub, names have no prefix; files that transformers'
+GPT2LMHeadModel wrote put `transformer.` before them. The output layer has the weight of the embedding (it is tied to
+it), and files usually leave it out.
 
 In the shapes: C width, F feed-forward width, V vocabulary, T positions.
 """
@@ -27,7 +28,7 @@ from .config import (
 from .family import Family
 from .layout import FileTensor, Plan, Table, ZeroGenerator, add_stored_classifier
 
-# The head of each class of transformers. Our GPT always has its tied head.
+# {class of transformers: our head}. GPT2Model has no head, but our GPT always has the tied one, so it gets "lm".
 HEADS = {"GPT2LMHeadModel": "lm", "GPT2Model": "lm", "GPT2ForSequenceClassification": "classes"}
 # Other names of settings: transformers' attribute_map.
 ALIASES = {
@@ -36,21 +37,22 @@ ALIASES = {
     "num_attention_heads": "n_head",
     "max_position_embeddings": "n_positions",
 }
-# Settings of which our GPT has one value. All four activations are the tanh form of GELU.
+# {setting: the values that our GPT supports}. All four activations are the tanh form of GELU.
 FIXED = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate"),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
 }
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
-CAUSAL_MASK = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")                   # not attn.c_attn.bias
+# Old files hold the causal mask as a tensor; attn.c_attn.bias, a parameter, does not match.
+CAUSAL_MASK = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 
 
 class GPT2Family(Family):
     """GPT-2 in the layout of transformers."""
     model_type = "gpt2"
     model = GPT
-    tied = {"lm_head.weight": "wte.weight"}
+    tied = {"lm_head.weight": "wte.weight"}              # {output layer: embedding}, two names of one tensor
 
     def table_name(self, name: str) -> str | None:
         """The name without `transformer.`; None for a causal mask."""
@@ -86,7 +88,7 @@ class GPT2Family(Family):
     def table(self, plan: Plan) -> Table:
         """{name in the model: FileTensor}: the name in a file and the shape of every tensor of the plan's GPT.
 
-        The file's c_attn holds q, k and v, so three tensors of the model name it, each with its third.
+        q, k and v of the model name the same tensor of the file, c_attn; each reads one third of it, by `third`.
         """
         c = plan.config
         C = c.width
@@ -109,7 +111,7 @@ class GPT2Family(Family):
         return table
 
     def build(self, plan: Plan) -> GPT:
-        """The GPT of a plan, with zeros in its matrices."""
+        """The GPT of a plan, with zeros in its matrices: the values of the file replace them."""
         model = GPT(plan.config, seed=ZeroGenerator())
         if plan.head == "classes":
             add_stored_classifier(model, plan.classes)
@@ -147,7 +149,7 @@ class GPT2Family(Family):
             "tie_word_embeddings": True}
 
     def file_name(self, name: str, plan: Plan) -> str:
-        """The table name with `transformer.` in front, as the classes with a head write it."""
+        """The table name with `transformer.` in front, as transformers writes it; score.weight has no prefix."""
         return name if name == "score.weight" else f"transformer.{name}"
 
 

@@ -1,9 +1,8 @@
-"""Exercises in CUDA C: a kernel of the library without its body.  The learner's file is CUDA C as well, and runs on the
-CPU.
+"""Exercises in CUDA C: the learner writes the body of a kernel of the library.  The check runs it on the CPU.
 
-The laws call a kernel as CuPy does, f(grid, block, (arguments)), on NumPy arrays.  Every launch happens three times: as
-it is, with other bytes in uninitialised memory, and with the threads in reverse order.  A correct kernel gives the same
-bits each time.
+The laws of an exercise (see exercise.py) call a kernel as CuPy does, f(grid, block, (arguments)), on NumPy arrays.
+Every call launches the kernel three times: once normally, once with other bytes in uninitialised memory, and once with
+the threads in reverse order.  A correct kernel gives the same bits each time.
 """
 from __future__ import annotations
 
@@ -22,7 +21,8 @@ from .diagnose import Unusable
 from .exercise import Exercise, WrongAnswer
 from .loading import Refused
 
-DTYPES = (np.dtype(np.float32), np.dtype(np.float16))    # for T, which is the dtype of a launch's first array
+# A kernel is compiled once for each of these dtypes of its type T.  A launch takes the dtype of its first array.
+DTYPES = (np.dtype(np.float32), np.dtype(np.float16))
 ROOT = Path(__file__).parents[2]
 
 
@@ -54,9 +54,11 @@ class Kernel(Exercise):
         return parts((ROOT / self.file).read_text(encoding="utf-8"), self.function)
 
     def reference(self) -> Callable:
+        """The library's kernel, compiled."""
         return compiled(self.text(), self.function)
 
     def signature(self) -> inspect.Signature:
+        """The parameters of a launch: (grid, block, args)."""
         with_self = inspect.signature(CheckedKernel.__call__)
         return with_self.replace(parameters=list(with_self.parameters.values())[1:])
 
@@ -64,10 +66,12 @@ class Kernel(Exercise):
         return self.text().rstrip()
 
     def head(self) -> str:
+        """The part of the kernel that the learner is given: comment and signature."""
         comment, signature, _ = self._parts()
         return comment + signature.rstrip()
 
     def statement(self) -> tuple[str, str]:
+        """(signature, comment without its slashes)."""
         comment, signature, _ = self._parts()
         return signature.strip(), re.sub(r"^// ?", "", comment, flags=re.MULTILINE).strip()
 
@@ -100,7 +104,7 @@ class Kernel(Exercise):
             raise Refused(f"{path.parent.name}/{path.name} cannot be read: {reason}") from None
 
     def usable(self, answer: Any) -> Callable:
-        """The kernel of the learner's text, compiled; `unwritten`, which raises, if its body is empty.
+        """The kernel of the learner's text, compiled.  If its body is empty, the function `unwritten`, which raises.
 
         Refused, with the reason, if the text has no kernel of this name, does not compile or has other parameters.
         """
@@ -122,9 +126,9 @@ class Kernel(Exercise):
         return kernel
 
     def instead(self, belief: str, right: str, wrong: str, says: str, subtle: bool = False, size: int = 2) -> None:
-        """Add a wrong answer: the library's kernel with the text `right`, which it has once, replaced by `wrong`.
+        """Add a wrong answer: the library's kernel in which the text `wrong` replaces the text `right`.
 
-        belief, says, subtle, size: see WrongAnswer.
+        ValueError unless the kernel contains `right` exactly once.  belief, says, subtle, size: see WrongAnswer.
         """
         count = self.text().count(right)
         if count != 1:
@@ -164,20 +168,21 @@ class CheckedKernel:
     def __init__(self, text: str, name: str):
         """Compile the kernel `name` of a text.  KernelError, with the line, if it does not compile."""
         self.kernels = {}
+        line = f'#line 1 "{name}.cu"\n'                  # so the compiler's messages count the lines of `text`
         for dtype in DTYPES:
-            self.kernels[dtype] = CpuKernel(f'{preamble((("T", dtype),))}#line 1 "{name}.cu"\n{text}', name)
+            self.kernels[dtype] = CpuKernel(f'{preamble((("T", dtype),))}{line}{text}', name)
         self.parameters = self.kernels[DTYPES[0]].parameters
 
     def __call__(self, grid: Sequence[int], block: Sequence[int], args: Sequence[Any]) -> None:
         """Launch on the arrays in `args`, which the kernel writes to, and twice more on copies of them.
 
-        Unusable, in a sentence, if the launches differ or the emulator finds an error; a GPU would report neither.
+        Raises Unusable if the launches differ, or if the emulator finds an error.  A GPU would report neither of them.
         """
         kernel = self.kernels[next(a.dtype for a in args if isinstance(a, np.ndarray))]
+        # Poison is the value of every byte of memory that nobody wrote.
         other_poison = [_copied(a) for a in args]
         reverse_order = [_copied(a) for a in args]
         try:
-            # poison: the value of every byte of memory that nobody wrote
             with emulating(reverse=False, poison=255):                   # as a float: NaN
                 kernel(grid, block, args)
             with emulating(reverse=False, poison=64):                    # as a float: 3.0
