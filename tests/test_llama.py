@@ -253,8 +253,8 @@ def unscaled(self: RotaryScaling, frequencies: np.ndarray) -> np.ndarray:
     return frequencies
 
 
-def frequencies_of_the_whole_width(self: Rotary) -> np.ndarray:
-    return self.base ** (-np.arange(0, self.width, 2) / C)
+def frequencies_of_the_whole_width(self: Rotary, m: Any) -> Any:
+    return self.base ** (-m.arange(0, self.width, 2) / C)
 
 
 def values_rotated_too(self: KV, kv: tuple, ctx: Context) -> tuple:

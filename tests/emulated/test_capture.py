@@ -35,8 +35,12 @@ def flat_values(tensors):
 class Training:
     """A model, its optimiser, and a training step."""
 
-    def __init__(self, dropout=0.0, method=None, autocast=None, dtype=None, **options):
-        self.model = GPT(GPTConfig(50, 16, 24, 2, 4, dropout=dropout))
+    def __init__(self, dropout=0.0, method=None, autocast=None, dtype=None, llama=False, **options):
+        if llama:
+            scaling = ft.RotaryScaling("llama3", 2.0, original=8)
+            self.model = ft.Llama(ft.LlamaConfig(50, 16, 24, 2, 4, key_value_heads=2, rope_scaling=scaling))
+        else:
+            self.model = GPT(GPTConfig(50, 16, 24, 2, 4, dropout=dropout))
         if dtype:
             self.model.to(dtype=dtype)
         if method:
@@ -84,6 +88,8 @@ KINDS = {
     "autocast": {"autocast": "bfloat16", "dropout": 0.2},
     "autocast, lora": {"autocast": "bfloat16", "method": ft.LoRA(r=2)},
     "16 bits": {"dtype": "bfloat16"},
+    "llama": {"llama": True},
+    "llama, lora, autocast": {"llama": True, "autocast": "bfloat16", "method": ft.LoRA(r=2)},
     "lora over 16 bits": {"dtype": "bfloat16", "method": ft.LoRA(r=2), "autocast": "bfloat16"},
 }
 

@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from types import ModuleType
 
 import numpy as np
 
-from .. import array, checks, ops
+from .. import checks, ops
 from ..array import Array, xp
 from ..nn import Context
 from ..tensor import Tensor
@@ -39,13 +40,14 @@ class RotaryScaling:
         if self.low >= self.high:
             raise ValueError(f"RotaryScaling wants low < high, got low {self.low} and high {self.high}")
 
-    def apply(self, frequencies: np.ndarray) -> np.ndarray:
+    def apply(self, frequencies: Array) -> Array:
         """The changed frequencies (D/2,), in radians per position."""
         slow = frequencies / self.factor
         if self.kind == "linear":
             return slow
         waves = self.original * frequencies / (2 * math.pi)       # waves in a text of pretraining's length
-        share = np.clip((waves - self.low) / (self.high - self.low), 0, 1)       # of the unchanged frequency
+        share = (waves - self.low) / (self.high - self.low)
+        share = xp(frequencies).clip(share, 0, 1)                 # of the unchanged frequency
         return share * frequencies + (1 - share) * slow
 
 
@@ -69,9 +71,11 @@ class Rotary:
         cos, sin = self.factors(x, ctx)
         return ops.rotary(x, cos, sin)
 
-    def frequencies(self) -> np.ndarray:
-        """base^(−2i/D) for i = 0 ... D/2 − 1, scaled: (D/2,) float64, in radians per position."""
-        frequencies = self.base ** (-np.arange(0, self.width, 2) / self.width)
+    def frequencies(self, m: ModuleType = np) -> Array:
+        """base^(−2i/D) for i = 0 ... D/2 − 1, scaled: (D/2,) float64, in radians per position.
+
+        m: the module that makes the array, NumPy or CuPy: a captured step copies nothing to the device."""
+        frequencies = self.base ** (-m.arange(0, self.width, 2, dtype=np.float64) / self.width)
         return frequencies if self.scaling is None else self.scaling.apply(frequencies)
 
     def factors(self, x: Tensor, ctx: Context) -> tuple[Array, Array]:
@@ -84,7 +88,7 @@ class Rotary:
             positions = ctx.positions()                                          # (B or 1, T)
             m = xp(positions)
             dtype = np.promote_types(x.dtype, np.float32)                        # 16 bits hold no large positions
-            frequencies = array.put_like(self.frequencies(), positions, dtype)
+            frequencies = self.frequencies(m).astype(dtype)
             angles = positions[:, None, :, None].astype(dtype) * frequencies     # (B or 1, 1, T, D/2)
             angles = m.concatenate([angles, angles], axis=-1)
             ctx.scratch[key] = m.cos(angles).astype(x.dtype), m.sin(angles).astype(x.dtype)
