@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from helpers import dev, host
@@ -34,6 +35,7 @@ from tinyft import (
     no_grad,
     ops,
 )
+from tinyft import autocast as autocast_to
 from tinyft.edit import attached
 from tinyft.models.attention import KV, Attention
 from tinyft.models.blocks import Classifier, GatedMLP
@@ -430,6 +432,45 @@ def test_ids_and_masks_are_put_beside_the_weights():
         assert new()(IDS, mask=RIGHT).device == "strict"
     finally:
         array.use("numpy")
+
+
+# ── 16 bits ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+def check_positions_in_16_bits(dtype: Any) -> None:
+    """A rotation in 16 bits at positions of up to 1,000 is off by its own rounding only."""
+    x = np.random.default_rng(0).standard_normal((1, 1, 1000, 8))
+    ctx = Context()
+    ctx.begin(np.zeros((1, 1000), int), dev(x))
+    rotary = Rotary(8, base=100.0)
+    exact = host(rotary(Tensor(dev(x)), ctx))
+    rounded = host(rotary(Tensor(dev(x, dtype)), ctx)).astype(np.float64)
+    assert np.abs(rounded - exact).max() < 12 * float(ml_dtypes.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16], ids=["float16", "bfloat16"])
+def test_positions_are_not_rounded_to_16_bits(dtype, monkeypatch):
+    check_positions_in_16_bits(dtype)
+    monkeypatch.setattr(np, "promote_types", lambda a, b: a)                     # angles in the dtype of x
+    with pytest.raises(AssertionError):
+        check_positions_in_16_bits(dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_model_in_16_bits_and_under_autocast_is_near_the_model_in_32(dtype):
+    """Logits, and the direction of every gradient."""
+    def run(*, to: str = "float32", autocast: bool = False) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        model = new(std=0.3, eps=1e-5).to(dtype=np.dtype(to))
+        with autocast_to(dtype, enabled=autocast):
+            logits = model(IDS, mask=LEFT)
+            loss = ops.cross_entropy(logits[:, :-1], dev(IDS[:, 1:]))
+        loss.backward()
+        gradients = {name: host(p.grad).astype(np.float64).ravel() for name, p in model.named_parameters().items()}
+        return host(logits).astype(np.float64), gradients
+    exact, exact_gradients = run()
+    for logits, gradients in (run(to=dtype), run(autocast=True)):
+        assert 0 < np.abs(logits - exact)[LEFT].max() < 0.02 * np.abs(exact).max()
+        for name, want in exact_gradients.items():
+            got = gradients[name]
+            assert got @ want > 0.98 * np.linalg.norm(got) * np.linalg.norm(want) > 0, name
 
 
 # ── how it is made ───────────────────────────────────────────────────────────────────────────────────────────────────
