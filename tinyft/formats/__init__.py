@@ -3,7 +3,8 @@
     huggingface.py   load, save and classifier: files in, files out, and every check in between
     directory.py     reading JSON and safetensors files, without knowledge of a model
     family.py        Family: the protocol of a model family
-    gpt2.py bert.py  one family each: its names, shapes and conventions
+    gpt2.py bert.py distilbert.py roberta.py llama.py      one family each: its names, shapes and conventions
+    rotary.py        the rotary positions of a config.json
     layout.py        FileTensor: where a tensor stands in a file; Plan: the model that a directory describes
     tokenizer.py     the tokenizer, and the settings of tokenizer_config.json
     config.py        values of a config.json, read with checks
