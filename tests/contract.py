@@ -491,7 +491,7 @@ def check_learns(row: Row, kind: str) -> None:
 
 
 def check_padding(row: Row, kind: str) -> None:
-    """Padding on either side changes nothing. A BERT classifier reads the first position: pad on the right only."""
+    """Padding on either side changes nothing."""
     model, a = tuned(row, kind)
     begin_step(row, a)
     ids = tokens(4, 5)
@@ -505,9 +505,8 @@ def check_padding(row: Row, kind: str) -> None:
 
     padded_right = run(model, np.c_[ids, padding], mask=np.c_[real, hidden])
     assert near(at_text(padded_right, 0), y)
-    if kind != "bert-classes":
-        padded_left = run(model, np.c_[padding, ids], mask=np.c_[hidden, real])
-        assert near(at_text(padded_left, 3), y)
+    padded_left = run(model, np.c_[padding, ids], mask=np.c_[hidden, real])
+    assert near(at_text(padded_left, 3), y)
 
 
 def check_cache(row: Row, kind: str) -> None:

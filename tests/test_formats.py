@@ -549,9 +549,20 @@ def test_shards(tmp_path):
         ({name: "model-00009-of-00003.safetensors"}, "has no model-00009"),
         ({"new": file_of[name]}, "new stands in"),
     ]
+    absurd = ["", ".", "..", "/dev/zero", "a/b.safetensors", "a\\b.safetensors", "a\0b.safetensors", "a\nb.safetensors",
+              "é" * 300 + ".safetensors", ".safetensors/", [], {}, None, True]
+    faults += [({name: shard}, "files beside it|has no ") for shard in absurd]
     for change, message in faults:
         write_index(folder, {**file_of, **change})
-        with pytest.raises((ValueError, FileNotFoundError), match=message):
+        with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+            load(folder)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 600
+    write_index(folder, file_of)
+    os.mkfifo(folder / "pipe.safetensors")                  # opening it would wait
+    (folder / "endless.safetensors").symlink_to("/dev/zero")
+    for shard in ("pipe.safetensors", "endless.safetensors"):
+        write_index(folder, {**file_of, name: shard})
+        with pytest.raises(FileNotFoundError, match=f"has no {shard}"):
             load(folder)
     write_index(folder, file_of)
     other_file = min(set(file_of.values()) - {file_of[name]})

@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "decode": BELOW_EDIT,
     "predict": {*BELOW_EDIT, "decode", "models", "data", "tokens"},
     "pooling": {"array"},
-    "embed": {*BELOW_EDIT, "models", "data", "tokens", "predict", "pooling"},
+    "embed": {*BELOW_EDIT, "kernels", "models", "data", "tokens", "predict", "pooling"},
     "methods": set(CORE),                                  # a method never imports a model
     "compress": set(CORE),
     "adapters": {*CORE, "files", "identity", "methods", "formats"},      # formats: transformers' names of modules

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 
 from . import array, checks
 from .data import encode, pad
+from .kernels import keep_memory
 from .models.blocks import Attention
 from .nn import Context, Module, evaluation_mode
 from .pooling import MODES, Pooling, pool
@@ -53,6 +54,7 @@ def embed(
     of a BERT, and for an empty text where the model has no special token to read in its place."""
     settings = _settings(model, texts, batch_size, pooling, normalize, max_len)
     tokenizer = plain("embed", tokenizer)                # without the padding and truncation that its file may ask for
+    keep_memory()                                        # for the next batch
     with evaluation_mode(model):
         room = model.config.positions - positions_of_prompts(model)
         longest = room if settings.max_tokens is None else min(room, settings.max_tokens)

@@ -75,51 +75,75 @@ TANH_FORM = [(2 / math.pi)**0.5, 0.044715 * (2 / math.pi)**0.5]   # P of gelu_ta
 
 @lru_cache(None)
 def _normal_form() -> list[float]:
-    """P of gelu: tanh(x P(x²)) = erf(x/√2), so that Φ = (1 + tanh(x P(x²))) / 2.  Constant term first.
+    """R of gelu, a polynomial in w = |x|/2 with R(w)^−8 = 1 − erf(|x|/√2).  Constant term first.
 
-    P is interpolated with degree 7 in z = x² on [0, 25]; for larger z the tanh is 1.  The error of x Φ(x) is at most
-    4e-7."""
-    def exact(z: float) -> float:                            # P(z) = artanh(erf(x/√2)) / x  for x = √z
-        x = max(z, 1e-8)**0.5
-        return math.log((1 + math.erf(x * 0.5**0.5)) / math.erfc(x * 0.5**0.5)) / (2 * x)
+    A fit of degree 8 to (1 − erf)^(−1/8) on [0, 3].  Its weights make it exact where an error would show in x Φ(x)
+    and in Φ(x).  In float32 the error of x Φ(x) is at most 5e-7."""
+    w = np.linspace(0, 3, 2000)
+    tail = np.array([math.erfc(v * 2**0.5) for v in w.tolist()])             # 1 − erf(|x|/√2)
+    values = tail**-0.125
+    weights = tail / values * (w + 0.15)
+    fit = np.polynomial.Chebyshev.fit(w, values, 8, w=weights)
+    return fit.convert(kind=np.polynomial.Polynomial).coef.tolist()
 
-    def at_nodes(u: np.ndarray) -> np.ndarray:               # u: Chebyshev nodes in [−1, 1], scaled to [0, 25]
-        return np.array([exact(z) for z in (u + 1) * 12.5])
-    coefficients = np.polynomial.chebyshev.chebinterpolate(at_nodes, 7)
-    P = np.polynomial.Chebyshev(coefficients, [0, 25])
-    return P.convert(kind=np.polynomial.Polynomial).coef.tolist()
+
+def _erf(w: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """erf(|x|/√2) for w = |x|/2, written to `out` and returned.  Only products: exp and tanh take ten times as long."""
+    R = _normal_form()
+    np.multiply(w, np.float32(R[-1]), out=out)
+    for r in R[-2:0:-1]:
+        out += np.float32(r)
+        out *= w
+    out += np.float32(R[0])
+    with np.errstate(over="ignore"):                         # R^8 is infinite for large w: the result is 1
+        for _ in range(3):
+            out *= out
+    np.reciprocal(out, out=out)
+    return np.subtract(np.float32(1), out, out=out)
+
+
+def _with_sign(a: np.ndarray, x: np.ndarray) -> None:
+    """Give a, whose entries are not negative, the signs of x, in place.  np.copysign takes five times as long."""
+    bits = a.view(np.uint32)
+    bits |= x.view(np.uint32) & np.uint32(1 << 31)
 
 
 def gelu(x: np.ndarray) -> Any:
-    """(y, pullbacks) of ops.gelu with one tanh in place of the thirty passes of erf: y = x Φ, dx = g (Φ + x φ).
+    """(y, pullbacks) of ops.gelu with one polynomial in place of the thirty passes of erf: y = x Φ, dx = g (Φ + x φ).
 
-    Φ = (1 + tanh(x P(x²))) / 2 with P of _normal_form, and φ = e^(−x²/2) / √(2π)."""
+    y = x/2 + |x|/2 erf(|x|/√2), Φ = (1 + erf(x/√2)) / 2 and φ = e^(−x²/2) / √(2π).  For an x of more than SMALL
+    elements erf is not kept, but computed again for the gradient: that costs less than memory traffic."""
     if not _is_plain(x):
         return NotImplemented
     X = x.reshape(-1)
-    cdf = np.empty(x.size, np.float32)
     y = np.empty(x.size, np.float32)
+    kept = np.empty(x.size, np.float32) if x.size <= SMALL else None         # erf(|x|/√2)
 
-    def block(i: slice) -> None:                             # y[i] and cdf[i]; blocks() calls it with slices of X
-        z = np.multiply(X[i], X[i], out=y[i])                # x², for now in the place of the result
-        np.minimum(z, np.float32(25), out=z)                 # for larger x² the tanh is 1
-        np.multiply(X[i], _cdf(X[i], z, _normal_form(), cdf[i]), out=y[i])
+    def block(i: slice) -> None:                             # y[i] and kept[i]; blocks() calls it with slices of X
+        half = np.multiply(X[i], np.float32(0.5), out=y[i])
+        w = np.abs(half)
+        w *= _erf(w, np.empty_like(w) if kept is None else kept[i])
+        half += w
     blocks(x.size, block)
 
     def back(g: np.ndarray) -> np.ndarray:
-        """dx = g (Φ + x φ), block by block, with Φ kept from the forward pass."""
+        """dx = g (Φ + x φ) = g (1/2 + sign(x) (erf(|x|/√2)/2 + |x| φ)), block by block."""
         G = np.ascontiguousarray(g).reshape(-1)
         d = np.empty(x.size, np.float32)                     # dx
 
         def block(i: slice) -> None:
-            """d[i] = g (Φ + x φ) for the entries i of flat x and g (X, G); cdf holds Φ."""
-            a = X[i]
-            e = np.multiply(a, a, out=d[i])
-            e *= np.float32(-0.5)
-            np.exp(e, out=e)
-            e *= a
-            e *= np.float32((2 * math.pi)**-0.5)             # x φ
-            e += cdf[i]
+            """d[i] for the entries i of flat x and g (X, G)."""
+            w = np.abs(X[i])
+            w *= np.float32(0.5)
+            half_erf = (_erf(w, np.empty_like(w)) if kept is None else kept[i]) * np.float32(0.5)
+            e = np.multiply(w, w, out=d[i])
+            e *= np.float32(-2)
+            np.exp(e, out=e)                                 # e^(−x²/2)
+            e *= w
+            e *= np.float32((2 / math.pi)**0.5)              # |x| φ
+            e += half_erf
+            _with_sign(e, X[i])
+            e += np.float32(0.5)
             e *= G[i]
         blocks(x.size, block)
         return d.reshape(x.shape)
