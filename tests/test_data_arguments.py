@@ -70,9 +70,6 @@ CALLS: dict[str, tuple[Callable, dict[str, Any]]] = {
     "pretraining": (data.pretraining, {"kind": "source", "split": "valid", "tokenizer": None}),
     "held_out_batches": (data.held_out_batches, {"tokens": TOKENS, "T": 4, "count": 3, "batch_size": 2}),
     "read_name": (data.read_name, {"answer": "get_lines"}),
-    "response_batches": (first_batch(data.response_batches), {
-        "rows": [([1, 2], [3]), ([4], [5, 6])], "max_len": 8, "pad_id": 0, "group_by_length": False, **STREAM,
-    }),
     "stretch": (data.stretch, {"tokens": TOKENS, "seed": 0, "size": 3}),
     "accuracy": (baselines.accuracy, {"labels": [0, 1], "predicted": [0, 1]}),
     "macro_f1": (baselines.macro_f1, {"labels": [0, 1], "predicted": [0, 1]}),

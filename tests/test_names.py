@@ -1,9 +1,8 @@
-"""The task *names*: its pairs, scores and baselines, and batches of prompts and responses."""
+"""The task *names*: its pairs, scores and baselines."""
 
 from __future__ import annotations
 
 import ast
-import itertools
 import json
 from collections import Counter
 
@@ -12,14 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import tinyft as ft
-from tinyft import array, data
+from tinyft import data
 from tinyft.assets import make, names
-from tinyft.data import IGNORE, SPLITS, NamePair, Pairs
+from tinyft.data import SPLITS, NamePair, Pairs
 from tinyft.data.name_baselines import CopyWords, NearestSummary, simple_names, summary_words
 from tinyft.data.names import read_name
 from tinyft.data.scores import bootstrap_interval, exact_match, name_words, token_f1, wilson_interval
-from tinyft.train import compute_loss, read_batch
 
 # ---------------------------------------------------------------------------------------------------- the pairs
 
@@ -301,11 +298,6 @@ def test_the_bootstrap_interval_covers_the_mean_in_95_percent_of_samples():
     (lambda: CopyWords(2).fit("ab"), "wants pairs, .summaries, names., got 'ab'"),
     (lambda: NearestSummary().fit((["a b"], ["a", "b"])), "one name for each summary, got 1 and 2"),
     (lambda: CopyWords(2).fit(TRAIN).predict("a summary"), "a sequence"),
-    (lambda: data.response_batches([], 2), "empty"),
-    (lambda: data.response_batches([([1], [])], 2), "row 0 wants .* got 1 and 0 ids"),
-    (lambda: data.response_batches([([1], [2]), 3], 2), "row 1 wants a pair"),
-    (lambda: data.response_batches([([1], ["a"])], 2), "whole numbers"),
-    (lambda: data.response_batches([([1], [2]), ([1, 2], [3, 4])], 2, max_len=2), "row 1 wants at most 3 ids .* got 4"),
 ])
 def test_wrong_arguments_are_refused(call, message):
     with pytest.raises((TypeError, ValueError), match=message):
@@ -346,70 +338,3 @@ def test_the_simple_models_on_the_test_split():
     assert 0.20 < f1["copy words"] < 0.25 and 0.18 < f1["copy one word"] < 0.25 and 0.1 < f1["nearest summary"] < 0.2
     shifted = predicted["copy words"][1:] + predicted["copy words"][:1]
     assert token_f1(task.test.responses, shifted).mean() < 0.05
-
-
-# ---------------------------------------------------------------------------------------------------- batches
-
-ROWS = [([5, 6, 7], [8, 9]), ([4], [3, 2, 1, 0]), ([1, 2], [3]), ([9, 9, 9, 9], [9, 9])]
-
-
-def check_responses(batches, rows) -> None:
-    """Each label is the id that follows; the labels, in order, are the responses and nothing else."""
-    found = list(itertools.chain.from_iterable(zip(b["ids"], b["mask"], b["labels"], strict=True) for b in batches))
-    for (prompt, response), (ids, mask, labels) in zip(rows, found, strict=True):
-        real = ids[mask].tolist()
-        assert real == [*prompt, *response][:-1] and not mask[len(real):].any()
-        assert labels[mask].tolist() == [IGNORE] * (len(prompt) - 1) + list(response)
-        assert (labels[~mask] == IGNORE).all()
-
-
-def test_only_responses_have_labels():
-    check_responses(data.response_batches(ROWS, 3, pad_id=2).once(), ROWS)
-    check_responses(data.response_batches(ROWS, 3, max_len=5).once(), ROWS)
-    with pytest.raises(AssertionError):
-        check_responses(data.response_batches(ROWS, 3).once(), ROWS[::-1])
-
-
-def prompt_has_labels(batch: dict) -> dict:
-    shifted = np.where(batch["mask"], np.roll(batch["ids"], -1, axis=1), IGNORE)
-    return {**batch, "labels": np.where(batch["labels"] == IGNORE, shifted, batch["labels"])}
-
-
-def one_too_late(batch: dict) -> dict:
-    return {**batch, "labels": np.roll(batch["labels"], 1, axis=1)}
-
-
-def own_ids(batch: dict) -> dict:
-    return {**batch, "labels": np.where(batch["labels"] == IGNORE, IGNORE, batch["ids"])}
-
-
-@pytest.mark.parametrize("wrong", [prompt_has_labels, one_too_late, own_ids])
-def test_wrong_labels_are_found(wrong):
-    with pytest.raises(AssertionError):
-        check_responses([wrong(batch) for batch in data.response_batches(ROWS, 3).once()], ROWS)
-
-
-def test_the_loss_is_the_mean_over_the_tokens_of_the_responses():
-    model = ft.GPT(ft.GPTConfig(vocab=10, positions=8, width=8, layers=1, heads=2), seed=0)
-    [batch] = data.response_batches(ROWS, 4).once()
-    _, loss = compute_loss(model, read_batch(batch))
-    terms = []
-    for prompt, response in ROWS:
-        logits = array.asnumpy(model(np.array([prompt + response])).data)[0].astype(np.float64)
-        log_p = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
-        terms += [-log_p[len(prompt) - 1 + i, token] for i, token in enumerate(response)]
-    assert float(array.asnumpy(loss.data)) == pytest.approx(np.mean(terms), rel=1e-5)
-
-
-def test_the_stream_resumes_and_groups_by_length():
-    rows = [([1] * (1 + i % 9), [2, 3]) for i in range(90)]
-    batches = data.response_batches(rows, 4, seed=3, group_by_length=True)
-    lengths = [batch["mask"].sum(1) for batch in itertools.islice(batches, 20)]
-    assert np.mean([length.max() - length.min() for length in lengths]) < 3
-    state = json.loads(json.dumps(batches.state_dict()))
-    other = data.response_batches(rows, 4, seed=3, group_by_length=True)
-    other.load_state_dict(state)
-    assert np.array_equal(next(other)["ids"], next(batches)["ids"])
-    changed = data.response_batches(rows, 4, seed=3, group_by_length=True, pad_id=5)
-    with pytest.raises(ValueError, match="other examples"):
-        changed.load_state_dict(state)

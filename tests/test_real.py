@@ -10,10 +10,13 @@ from tokenizers import AddedToken
 
 import tinyft as ft
 from tinyft import array, data
+from tinyft.chat import chat_prompt
+from tinyft.commands.rows import make_batches
 from tinyft.data import IGNORE
+from tinyft.data.files import read_rows
 from tinyft.data.scores import token_f1
 from tinyft.real import Settings, __main__, chat_task, demo, memory, report, run
-from tinyft.real.demo import answer, encode_pairs, open_model, prepare
+from tinyft.real.demo import answer, open_base
 from tinyft.real.tasks import LABELS, alternating, different_lengths, read_label, summarise
 
 pytestmark = pytest.mark.skipif(array.backend() != "numpy", reason="the demonstration is for processor cores")
@@ -31,6 +34,7 @@ def folder(tmp_path_factory):
     tokenizer.encode_special_tokens = False
     tokenizer.add_special_tokens([AddedToken("<|im_start|>"), AddedToken("<|im_end|>")])
     tokenizer.chat_template = CHATML
+    tokenizer.special_tokens = {"eos": "<|im_end|>"}     # as SmolLM2's: the end of a turn is the end of a text
     config = ft.LlamaConfig(vocab=2050, positions=512, width=16, layers=1, heads=2, key_value_heads=1, hidden=32,
                             tied=False, std=0.3)
     path = tmp_path_factory.mktemp("real") / "model"
@@ -84,26 +88,28 @@ def test_perfect_and_empty_answers():
     assert mean == 0.5 and 0 < low < 0.5 < high < 1
 
 
-def test_the_model_learns_the_answer_and_its_end(folder):
-    """The prompt is the conversation up to the assistant's turn, and only the response and its end have labels."""
+def test_the_model_learns_the_answer_and_its_end(folder, tmp_path):
+    """`tinyft tune` reads the conversations: only the response and the mark of its end have labels."""
     s = small(folder)
-    model, tokenizer = open_model(s)
-    task, batches, _ = prepare(s, model, tokenizer)
-    [(prompt, response)] = encode_pairs(task, data.Pairs(("Read a line.",), ("read_line",)), tokenizer)
-    text = tokenizer.decode(prompt, skip_special_tokens=False)
-    assert text.endswith("<|im_start|>user\nRead a line.<|im_end|>\n<|im_start|>assistant\n")
-    assert tokenizer.decode(response, skip_special_tokens=False) == "read_line<|im_end|>"
-    batch = next(batches)
+    task = chat_task("names", test=6)
+    demo.write_examples(s, task, tmp_path)
+    model, tokenizer = open_base(s)
+    rows = read_rows(tmp_path / "train.jsonl")
+    assert rows.kind == "chat" and len(rows.rows) == len(task.train.prompts)
+    made = make_batches(rows, model, tokenizer, 4, 256, 0, chat=False, template=None)
+    batch = next(made.batches)
     for ids, mask, labels in zip(batch["ids"], batch["mask"], batch["labels"], strict=True):
         learned = tokenizer.decode(labels[labels != IGNORE].tolist(), skip_special_tokens=False)
         shown = tokenizer.decode(ids[mask].tolist(), skip_special_tokens=False)
-        assert learned.endswith("<|im_end|>") and learned.removesuffix("<|im_end|>") in task.train.responses
-        assert shown.endswith("<|im_start|>assistant\n" + learned.removesuffix("<|im_end|>"))
+        response = learned.removesuffix("<|im_end|>")
+        prompt = shown.partition("<|im_start|>user\n")[2].partition("<|im_end|>")[0]
+        assert learned == response + "<|im_end|>" and dict(zip(*task.train))[prompt] == response
+        assert shown == chat_prompt(task.messages(prompt), tokenizer) + response
 
 
 def test_batched_answers_are_those_of_one_prompt_at_a_time(folder):
     s = small(folder)
-    model, tokenizer = open_model(s)
+    model, tokenizer = open_base(s)
     task = chat_task("names", test=6)
     together = answer(task, task.test.prompts, model, tokenizer, shots=1)
     alone = [answer(task, [prompt], model, tokenizer, shots=1)[0] for prompt in task.test.prompts]
@@ -128,26 +134,27 @@ def test_a_run_writes_its_report(folder, tmp_path, task):
             mean, low, high = row[metric]
             assert 0 <= low <= mean <= high <= 1
     assert len(found["curve"]["loss"]) == 4 and [step for step, _ in found["curve"]["points"]] == [0, 2, 4]
+    assert set(found["seconds"]) == {"simple", "zero-shot", "2-shot", "training", "LoRA", "all"}
     assert (tmp_path / "out" / "real.png").read_bytes().startswith(b"\x89PNG")
     text = "\n".join(said)
     assert all(name in text for name in found["rows"]) and found["prompts"][0] in found["prompts"]
-    model, tokenizer = open_model(s)
-    ft.load_adapter(model, tmp_path / "out" / "adapter")
+    model, tokenizer = open_base(s)
+    ft.load_adapter(model, tmp_path / "out" / "tune" / "adapter")
     prepared = chat_task(task, test=6)
     assert answer(prepared, prepared.test.prompts, model, tokenizer) == found["answers"]["LoRA"]
 
 
-def test_training_lowers_the_loss_of_the_responses(folder):
-    s = small(folder, steps=30, lr=0.03, evaluate_every=0)
-    model, tokenizer = open_model(s)
-    _, batches, valid = prepare(s, model, tokenizer)
-    before = ft.evaluate(model, valid)["loss"]
-    base = {name: array.asnumpy(p.data).copy() for name, p in model.named_parameters().items()}
-    demo.train(s, model, batches, progress=False)
-    assert ft.evaluate(model, valid)["loss"] < before - 0.1
-    with ft.without(model):
-        assert all(np.array_equal(array.asnumpy(p.data), base[name]) for name, p in model.named_parameters().items()
-                   if name in base)
+def test_training_lowers_the_loss_and_replaces_an_earlier_run(folder, tmp_path):
+    s = small(folder, steps=30, lr=0.03, evaluate_every=30)
+    task = chat_task("names", test=6)
+    losses = []
+    for _ in range(2):
+        demo.write_examples(s, task, tmp_path)
+        demo.tune(s, tmp_path, lambda text: None)
+        [first, last] = demo.read_log(tmp_path / "tune" / "log.jsonl")["points"]
+        assert first[0] == 0 and last[0] == 30 and last[1] < first[1] - 0.1
+        losses.append(last[1])
+    assert losses[0] == losses[1]
 
 
 def test_the_verdict_reads_the_paired_interval():
@@ -168,14 +175,16 @@ def test_the_verdict_reads_the_paired_interval():
     assert "1.000 [" in report.table(found) and true[0] in report.samples({**found, "prompts": found["prompts"][:1]})
 
 
-def test_memory_is_measured_in_another_process(folder):
+def test_memory_is_measured_in_another_process(folder, tmp_path):
     """Its peak holds an interpreter and the model, and not what this process holds; a failure is one sentence."""
     ballast = np.ones(60_000_000)                        # 480 MB
-    measured = memory.measure(small(folder), packed=False)
+    demo.write_examples(small(folder), chat_task("names", test=6), tmp_path)
+    measured = memory.measure(small(folder), tmp_path, packed=False)
     assert 30e6 < measured["peak_bytes"] < ballast.nbytes and measured["step_seconds"] > 0
     assert "base in float32" in report.memory([measured]) and not measured["packed"]
-    with pytest.raises(RuntimeError, match="exit status 1: .*make real-assets"):
-        memory.measure(small(folder / "absent"), packed=False)
+    with pytest.raises(RuntimeError, match="exit status 1: FileNotFoundError"):
+        memory.measure(small(folder / "absent"), tmp_path, packed=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["train.jsonl", "valid.jsonl"]
 
 
 # ---------------------------------------------------------------------------------------------------- refusals

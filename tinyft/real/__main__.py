@@ -18,13 +18,15 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--steps", type=int, help=f"training steps, at most {MOST_STEPS} (default: 100)")
     p.add_argument("--test", type=int, help=f"test examples, at most {MOST_TEST} (default: 200)")
     p.add_argument("--shots", type=int, help="solved examples in the few-shot prompt (default: 4; 0: no such row)")
+    p.add_argument("--batch", type=int, help="training examples in a step (default: 8)")
     p.add_argument("--lr", type=float, help="learning rate (default: 0.001)")
     p.add_argument("--seed", type=int, help="seed of the training examples and of LoRA's start (default: 0)")
     p.add_argument("--no-memory", action="store_true", help="do not measure the peak memory in further processes")
-    p.add_argument("--out", default="work/real/run", help="folder of the results (default: work/real/run)")
+    p.add_argument("--out", help="folder of the results (default: work/real/<task>)")
     args = p.parse_args(argv)
     try:
-        run(settings_from(vars(args)), args.out, memory=not args.no_memory)
+        s = settings_from(vars(args))
+        run(s, args.out or f"work/real/{s.task}", memory=not args.no_memory)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130

@@ -1,13 +1,16 @@
-"""The run of `make real`: the base answers, LoRA trains, the tuned model answers the same prompts.
+"""The run of `make real`: the base answers, `tinyft tune` trains, the tuned model answers the same prompts.
 
-Everything is checked before the work starts. The report is written to out/real.json, the figure to out/real.png, the
-adapter to out/adapter.
+    out/train.jsonl, out/valid.jsonl    the examples as conversations, for `tinyft tune`
+    out/tune                            the folder of its run: log, checkpoint, adapter
+    out/real.json, out/real.png         the report, with all answers, and the figure
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -17,25 +20,23 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from .. import checks, data, edit, kernels
-from ..adapters import save_adapter
+from .. import checks, kernels
 from ..chat import chat_end, chat_prompt
+from ..cli import parser
+from ..commands.opening import open_adapter, open_model
 from ..compare.run import machine
-from ..data import Batches, Pairs
+from ..data import Pairs
 from ..files import write_atomically
-from ..formats.huggingface import load
-from ..methods import LoRA
 from ..nn import Module
-from ..optim import AdamW, linear_schedule
 from ..predict import predict
-from ..train import History, evaluate, fit
 from . import report as reports
 from .tasks import TASKS, ChatTask, chat_task, summarise
 
 __all__ = ["Settings", "run"]
 
 MODEL = "work/real/SmolLM2-135M-Instruct.Q4_1.gguf"
-TARGETS = ("attn.[qkvo]", "mlp.gate", "mlp.up", "mlp.down")
+TARGETS = "attn.[qkvo],mlp.gate,mlp.up,mlp.down"
+TRAIN, VALID, TUNE = "train.jsonl", "valid.jsonl", "tune"
 MOST_STEPS = 250
 MOST_TEST = 200
 Say = Callable[[str], None]
@@ -60,7 +61,7 @@ class Settings:
     model: str = MODEL
     packed: bool = False
     steps: int = 100
-    batch: int = 16
+    batch: int = 8
     test: int = 200
     valid: int = 32
     shots: int = 4
@@ -85,88 +86,67 @@ class Settings:
 
 
 def run(s: Settings, out: str | os.PathLike, say: Say | None = None, memory: bool = True) -> dict[str, Any]:
-    """Run everything, print it, and write out/real.json, out/real.png and out/adapter. Returns the report.
+    """Run everything, print it, and write the files into the folder `out`. Returns the report.
 
     say     prints a text
     memory  True: peak memory of training on dense and on packed weights is measured too, in processes of their own
 
-    FileNotFoundError if the model's file is absent; ValueError, TypeError or OSError, before the work starts, for
-    other arguments that cannot be used.
+    The run of an earlier call in this folder is replaced. FileNotFoundError if the model is absent; ValueError,
+    TypeError or OSError, before the work starts, for other arguments that cannot be used.
     """
     checks.instance("real: s", s, Settings, "Settings")
     out = Path(checks.instance("real: out", out, (str, os.PathLike), "the path of a folder"))
     say = partial(print, flush=True) if say is None else checks.function("real: say", say, "a function of one text")
     check_model_file(s.model)
-    out.mkdir(parents=True, exist_ok=True)
-    start, cpu = time.perf_counter(), time.process_time()
-    model, tokenizer = open_model(s)
-    task, batches, valid_batches = prepare(s, model, tokenizer)
+    task = chat_task(s.task, s.test, s.seed)
+    write_examples(s, task, out)
     report = new_report(s, task)
     say(reports.head(report))
-    fill(report, s, model, tokenizer, task, batches, valid_batches, say)
-    save_adapter(model, out / "adapter")
+    start, cpu = time.perf_counter(), time.process_time()
+    fill(report, s, task, out, say)
     report["seconds"]["all"] = [round(time.perf_counter() - start, 1), round(time.process_time() - cpu, 1)]
     if memory:
-        report["memory"] = measure_memory(s, say)
+        report["memory"] = measure_memory(s, out, say)
     say(reports.conclusions(report))
     say(f"\nWritten: {write(report, out)}")
     return report
 
 
-# ---------------------------------------------------------------------------------------------------- model and data
+# ---------------------------------------------------------------------------------------------------- before the start
 def check_model_file(path: str | os.PathLike) -> None:
     """FileNotFoundError, with the command that gets the file, if there is none."""
     if not Path(path).exists():
         raise FileNotFoundError(f"make real wants the model {path}, got no such file: `make real-assets` fetches it")
 
 
-def open_model(s: Settings) -> tuple[Module, Tokenizer]:
-    """The base model with dense or packed weights, and its tokenizer, which knows the model's chat format."""
-    check_model_file(s.model)
-    return load(s.model, packed=True) if s.packed else load(s.model)
+def write_examples(s: Settings, task: ChatTask, out: Path) -> None:
+    """Write the training and the first validation examples as conversations, and remove an earlier run's folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / TUNE / "config.json").exists():
+        shutil.rmtree(out / TUNE)
+    valid = Pairs(*(part[: s.valid] for part in task.valid))
+    write_atomically({out / TRAIN: as_lines(task, task.train), out / VALID: as_lines(task, valid)})
 
 
-def prepare(s: Settings, model: Module, tokenizer: Tokenizer) -> tuple[ChatTask, Batches, Batches]:
-    """The task, its training batches, and batches of its first validation examples."""
-    task = chat_task(s.task, s.test, s.seed)
-    train = encode_pairs(task, task.train, tokenizer)
-    valid = encode_pairs(task, Pairs(*(part[: s.valid] for part in task.valid)), tokenizer)
-    batches = data.response_batches(train, s.batch, seed=s.seed, group_by_length=True)
-    return task, batches, data.response_batches(valid, s.batch, shuffle=False)
-
-
-def encode_pairs(task: ChatTask, pairs: Pairs, tokenizer: Tokenizer) -> list[tuple[list[int], list[int]]]:
-    """(ids of the conversation before the answer, ids of the answer and its end) of each pair."""
-    end = tokenizer.token_to_id(chat_end(tokenizer))
-    rows = []
+def as_lines(task: ChatTask, pairs: Pairs) -> bytes:
+    """The content of a .jsonl file with one conversation a line."""
+    lines = []
     for prompt, response in zip(*pairs, strict=True):
-        before = chat_prompt(task.messages(prompt), tokenizer)
-        prompt_ids = tokenizer.encode(before, add_special_tokens=False).ids
-        rows.append((prompt_ids, [*tokenizer.encode(response, add_special_tokens=False).ids, end]))
-    return rows
+        messages = [*task.messages(prompt), {"role": "assistant", "content": response}]
+        lines.append(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+    return "".join(lines).encode()
 
 
-def answer(
-    task: ChatTask, prompts: Sequence[str], model: Module, tokenizer: Tokenizer, shots: int = 0, batch: int = 32
-) -> list[str]:
-    """The model's answers to N prompts, greedy, of at most task.longest tokens. shots: solved examples before each."""
-    texts = [chat_prompt(task.messages(prompt, shots), tokenizer) for prompt in prompts]
-    end = tokenizer.token_to_id(chat_end(tokenizer))
-    answers = predict(model, tokenizer, texts, batch_size=batch, max_new_tokens=task.longest, end=end)
-    return [text.strip() for text in answers]
-
-
-# ---------------------------------------------------------------------------------------------------- the run
 def new_report(s: Settings, task: ChatTask) -> dict[str, Any]:
     """A report without results. JSON-able.
 
     rows      {name: {"kind": "simple", "base" or "tuned", metric: [mean, low, high]}}, intervals of 95 %
     answers   {name of a row: the answers to the test prompts}
-    curve     {"loss": one per step, "points": [[steps, {"loss": ..., metric: ...}], ...] on validation examples}
+    curve     the log of `tinyft tune`: {"loss": one per step, "points": [[steps, validation loss], ...]}
     seconds   {part: [seconds that passed, seconds of processor time over all threads]}
     """
     return {
-        "settings": asdict(s),
+        "settings": asdict(s) | {"model": os.fspath(s.model)},
         "instruction": task.instruction,
         "metrics": list(task.metrics),
         "train": len(task.train.prompts),
@@ -177,14 +157,12 @@ def new_report(s: Settings, task: ChatTask) -> dict[str, Any]:
         "curve": {},
         "seconds": {},
         "memory": [],
-        "machine": machine() | {"threads": kernels.get_num_threads(), "load": os.getloadavg()[0]},
+        "machine": machine() | {"threads": kernels.get_num_threads(), "load": round(os.getloadavg()[0], 1)},
     }
 
 
-def fill(
-    report: dict, s: Settings, model: Module, tokenizer: Tokenizer, task: ChatTask, batches: Batches,
-    valid_batches: Batches, say: Say,
-) -> None:
+# ---------------------------------------------------------------------------------------------------- the run
+def fill(report: dict, s: Settings, task: ChatTask, out: Path, say: Say) -> None:
     """Enter the rows, the answers and the learning curve. Each row is printed as soon as it is there."""
 
     def enter(name: str, kind: str, answers: list[str]) -> None:
@@ -199,43 +177,71 @@ def fill(
         return result
 
     prompts = task.test.prompts
-    evaluate_now = partial(check, s, task, model, tokenizer, valid_batches)
     for name, answers in timed("simple", task.baselines).items():
         enter(name, "simple", answers)
+    model, tokenizer = open_base(s)
     enter("zero-shot", "base", timed("zero-shot", answer, task, prompts, model, tokenizer))
     if s.shots:
-        enter(f"{s.shots}-shot", "base", timed(f"{s.shots}-shot", answer, task, prompts, model, tokenizer, s.shots))
-    before = [(0, timed("first point", evaluate_now))] if s.evaluate_every else []
-    history = timed("training", train, s, model, batches, evaluate_now)
-    report["curve"] = {"loss": history.losses, "points": before + history.evaluations}
-    report["trained"] = edit.count(model).trained
+        name = f"{s.shots}-shot"
+        enter(name, "base", timed(name, answer, task, prompts, model, tokenizer, s.shots))
+    del model  # tinyft tune opens it again: two copies would take twice the memory
+    timed("training", tune, s, out, say)
+    report["curve"] = read_log(out / TUNE / "log.jsonl")
+    model, tokenizer = open_base(s)
+    open_adapter(model, os.fspath(out / TUNE))
     enter("LoRA", "tuned", timed("LoRA", answer, task, prompts, model, tokenizer))
 
 
-def train(
-    s: Settings, model: Module, batches: Batches, evaluate: Callable | None = None, progress: bool = True
-) -> History:
-    """Attach LoRA to all linear maps of the blocks, and train it. Prompts have no labels: see data.response_batches."""
-    edit.attach(model, LoRA(r=s.r, alpha=s.alpha, targets=TARGETS), seed=s.seed)
-    return fit(
-        model, batches, s.steps, AdamW(s.lr), linear_schedule(0.1), seed=s.seed, progress=progress,
-        evaluate=evaluate, evaluate_every=s.evaluate_every if evaluate else 0,
-    )
+def open_base(s: Settings) -> tuple[Module, Tokenizer]:
+    """The base model with dense or packed weights, and its tokenizer, which knows the model's chat format."""
+    check_model_file(s.model)
+    return open_model(os.fspath(s.model), packed=s.packed, command="tune")
 
 
-def check(s: Settings, task: ChatTask, model: Module, tokenizer: Tokenizer, batches: Batches) -> dict[str, float]:
-    """A point of the learning curve: the loss and the first metric on the first validation examples."""
-    answers = answer(task, task.valid.prompts[: s.valid], model, tokenizer)
-    name, metric = next(iter(task.metrics.items()))
-    scores = metric(task.valid.responses[: s.valid], [task.read(text) for text in answers])
-    return {"loss": evaluate(model, batches)["loss"], name: float(scores.mean())}
+def answer(
+    task: ChatTask, prompts: Sequence[str], model: Module, tokenizer: Tokenizer, shots: int = 0, batch: int = 32
+) -> list[str]:
+    """The model's greedy answers to N prompts, of at most task.longest tokens. shots: solved examples before each."""
+    texts = [chat_prompt(task.messages(prompt, shots), tokenizer) for prompt in prompts]
+    end = tokenizer.token_to_id(chat_end(tokenizer))
+    answers = predict(model, tokenizer, texts, batch_size=batch, max_new_tokens=task.longest, end=end)
+    return [text.strip() for text in answers]
 
 
-def measure_memory(s: Settings, say: Say) -> list[dict[str, Any]]:
-    """Peak memory of training on dense and on packed weights."""
+# ---------------------------------------------------------------------------------------------------- training
+def tune_arguments(s: Settings, out: Path) -> list[str]:
+    """The command line of `tinyft tune`: LoRA on all linear maps of the blocks; prompts have no labels."""
+    arguments = ["tune", "--model", os.fspath(s.model), "--data", os.fspath(out / TRAIN)]
+    if s.evaluate_every:
+        arguments += ["--test", os.fspath(out / VALID), "--evaluate-every", str(s.evaluate_every)]
+    arguments += ["--method", "lora", "--set", f"r={s.r}", "--set", f"alpha={s.alpha}", "--set", f"targets={TARGETS}"]
+    arguments += ["--steps", str(s.steps), "--batch", str(s.batch), "--lr", str(s.lr), "--seed", str(s.seed)]
+    arguments += ["--schedule", "linear", "--warmup", "0.1", "--out", os.fspath(out / TUNE)]
+    return arguments + (["--packed"] if s.packed else [])
+
+
+def tune(s: Settings, out: Path, say: Say) -> None:
+    """Run `tinyft tune` in this process, and print its command line first."""
+    arguments = tune_arguments(s, out)
+    say(f"\ntinyft {shlex.join(arguments)}")
+    args = parser().parse_args(arguments)
+    args.run(args)
+    say("")
+
+
+def read_log(path: Path) -> dict[str, list]:
+    """{"loss": the loss of every step, "points": [[steps, validation loss], ...]} of a log of `tinyft tune`."""
+    entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    points = [[entry["step"], entry["test_loss"]] for entry in entries if "test_loss" in entry]
+    return {"loss": [entry["loss"] for entry in entries if "loss" in entry], "points": points}
+
+
+def measure_memory(s: Settings, out: Path, say: Say) -> list[dict[str, Any]]:
+    """Peak memory of training on dense and, for a GGUF file, on packed weights."""
     from .memory import measure
 
-    found = [measure(s, packed=packed) for packed in (False, True)]
+    has_packed = os.fspath(s.model).endswith(".gguf")
+    found = [measure(s, out, packed=packed) for packed in ((False, True) if has_packed else (False,))]
     say(reports.memory(found))
     return found
 
@@ -252,7 +258,7 @@ def write(report: dict, out: Path) -> str:
         pass
     files[out / "real.json"] = json.dumps(report, indent=1, allow_nan=False).encode()
     write_atomically(files)
-    return ", ".join(str(path) for path in sorted([*files, out / "adapter"]))
+    return ", ".join(str(path) for path in sorted([*files, out / TUNE]))
 
 
 def settings_from(arguments: dict[str, Any]) -> Settings:

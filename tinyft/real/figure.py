@@ -15,8 +15,8 @@ WINDOW = 10  # steps of the moving mean
 def draw(report: dict) -> bytes:
     """The figure as the content of a PNG file. ImportError if matplotlib is not installed.
 
-    Left: the training loss of every step with its moving mean, and loss and score on validation examples. Right: the
-    first metric of every row with its 95 % interval.
+    Left: the training loss of every step with its moving mean, and the loss on validation examples. Right: the first
+    metric of every row with its 95 % interval.
     """
     from matplotlib.figure import Figure  # without pyplot: a notebook keeps its own backend
 
@@ -33,26 +33,20 @@ def draw(report: dict) -> bytes:
 
 
 def draw_curve(ax: Any, report: dict) -> None:
-    """Losses over steps; the score on a second axis."""
+    """Losses over steps."""
     loss = np.array(report["curve"]["loss"])
     steps = np.arange(1, len(loss) + 1)
     ax.plot(steps, loss, color="0.8", lw=1, label="training loss of a step")
     window = min(WINDOW, len(loss))
     mean = np.convolve(loss, np.ones(window) / window, mode="valid")
     ax.plot(steps[window - 1 :], mean, color="0.3", label=f"mean of {window} steps")
-    points = report["curve"]["points"]
-    metric = report["metrics"][0]
-    at = [step for step, _ in points]
-    ax.plot(at, [values["loss"] for _, values in points], "o-", color="tab:red", ms=4, label="validation loss")
+    points = np.array(report["curve"]["points"]).reshape(-1, 2)  # steps, loss
+    ax.plot(points[:, 0], points[:, 1], "o-", color="tab:red", label="validation loss")
     ax.set_xlabel("step")
     ax.set_ylabel("cross-entropy (nats per token of the answer)")
     ax.set_ylim(bottom=0)
     ax.set_title("learning curve", fontsize=10)
-    second = ax.twinx()
-    second.plot(at, [values[metric] for _, values in points], "s--", color="tab:blue", ms=4)
-    second.set_ylabel(f"validation {metric} (dashed)", color="tab:blue")
-    second.set_ylim(bottom=0)
-    ax.legend(fontsize=8, loc="lower left")
+    ax.legend(fontsize=8)
 
 
 def draw_rows(ax: Any, report: dict) -> None:
