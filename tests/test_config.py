@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from config_keys import (
     ALIASES,
@@ -328,6 +329,33 @@ def test_a_scaling_that_is_not_ours_is_refused(change):
     has_kind = "rope_type" in change or "type" in change
     if has_kind:
         refuses(read, {**CONFIG["llama"], "rope_parameters": change}, "rope_parameters")
+
+
+ANYTHING = [None, True, 0, -3, 10**400, 0.5, float("nan"), "", "x" * 1000, [], [None], [[1]], {}, {"a": {}}, "default"]
+
+
+@pytest.mark.parametrize("family", LLAMAS)
+def test_any_value_of_any_key_is_read_or_refused_in_a_sentence(family):
+    """Also of an entry of rope_scaling and rope_parameters, and of two keys at once."""
+    rng = np.random.default_rng(0)
+    keys = [*READ[family], *REFUSED[family], *NEWER[family], *HARMLESS[family], "max_window_layers", "layer_types"]
+    inner = ["rope_type", "type", "partial_rotary_factor", *LLAMA3]
+
+    def change(key: str) -> Any:
+        if key.startswith("rope_") and key != "rope_theta" and rng.random() < 0.8:
+            entry = {"rope_type": "llama3", **LLAMA3, "rope_theta": 30.0}
+            return {**entry, inner[rng.integers(len(inner))]: ANYTHING[rng.integers(len(ANYTHING))]}
+        return ANYTHING[rng.integers(len(ANYTHING))]
+
+    refused = 0
+    for _ in range(1500):
+        two = {keys[i]: change(keys[i]) for i in rng.integers(len(keys), size=2)}
+        try:
+            read({**CONFIG[family], **two})
+        except ValueError as error:
+            assert "\n" not in str(error) and len(str(error)) < 700
+            refused += 1
+    assert 500 < refused < 1500
 
 
 @pytest.mark.parametrize("key, value", [("rope_theta", 3.0), ("rope_scaling", {"type": "linear", "factor": 3.0})])

@@ -501,6 +501,11 @@ def test_a_tied_head_has_no_tensor_and_a_new_head_unties_it():
     assert not untied.embed.tied and untied.named_parameters()["head.weight"].shape == (V, C)
 
 
+def test_a_printed_model_says_how_its_attention_differs():
+    assert "heads=4, key_value_heads=2, causal, rotary" in repr(new())
+    assert "heads=3, causal, rotary" in repr(new("as many heads of keys"))
+
+
 def test_a_model_names_its_stacks_its_top_modules_and_the_sublayers_of_its_blocks():
     """The embedding, the blocks and the top modules together own every parameter."""
     model = new()

@@ -2,7 +2,7 @@
 
 Each family has three lists of keys: sizes and rates that it reads; names of the same settings in other versions of
 transformers (ALIASES); and settings of which its model has one value (FIXED). All other keys change no output of the
-classes that the family reads. tests/test_formats.py has the table of every key.
+classes that the family reads. tests/config_keys.py has the table of every key.
 """
 from __future__ import annotations
 

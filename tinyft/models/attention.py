@@ -112,8 +112,11 @@ class Attention(Module):
         self._rotary = rotary
 
     def extra_repr(self) -> str:
-        kinds = {"causal": self.causal, "cross": self.cross}
-        return ", ".join([f"heads={self.heads}", *(kind for kind, holds in kinds.items() if holds)])
+        heads = [f"heads={self.heads}"]
+        if self.key_value_heads != self.heads:
+            heads.append(f"key_value_heads={self.key_value_heads}")
+        kinds = {"causal": self.causal, "cross": self.cross, "rotary": self._rotary is not None}
+        return ", ".join([*heads, *(kind for kind, holds in kinds.items() if holds)])
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """x (B, Tq, C) -> (B, Tq, C). The queries come from x; keys and values too, or from ctx.source if cross.
