@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import array
 from ..nn import Module
 
 
@@ -103,32 +104,16 @@ def blocks_of(a: np.ndarray) -> list[Any]:
     return [slice(start, start + step) for start in range(0, len(a), step)]
 
 
-class Zeros(np.ndarray):
-    """An array of zeros that takes the memory of one number; a multiple of it, or a copy in another dtype, is itself.
-
-    Only for the values of a model that is built and gets its values from a file."""
-
-    def __mul__(self, factor: Any) -> Zeros:
-        return self
-
-    def astype(self, dtype: Any, *_: Any, **__: Any) -> Zeros:
-        """The same zeros: float32 is as good as any dtype."""
-        return self
-
-
 class ZeroGenerator(np.random.Generator):
     """A random generator that draws zeros: initialising a model whose values come from a file costs nothing."""
 
     def __init__(self) -> None:
         super().__init__(np.random.PCG64(0))
 
-    def standard_normal(self, size: Any = None, *_: Any, **__: Any) -> np.ndarray:
-        """Zeros of this shape, without memory of their own."""
-        return np.broadcast_to(np.float32(0), size).view(Zeros)
-
-    def normal(self, loc: float = 0.0, scale: float = 1.0, size: Any = None) -> np.ndarray:
-        """Zeros of this shape, without memory of their own."""
-        return np.broadcast_to(np.float32(0), size)
+    def normal(self, loc: float = 0.0, scale: float = 1.0, size: Any = None) -> Any:
+        """Zeros of this shape on the backend in use, without memory of their own there either."""
+        zero = array.asarray(np.zeros(1, np.float32))
+        return array.xp(zero).broadcast_to(zero, size)
 
 
 def add_stored_classifier(model: Any, classes: int) -> None:
