@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "embed": {*BELOW_EDIT, "kernels", "models", "data", "tokens", "predict", "pooling"},
     "methods": set(CORE),                                  # a method never imports a model
     "compress": set(CORE),
-    "adapters": {*CORE, "files", "identity", "methods", "formats"},      # formats: transformers' names of modules
+    "adapters": {*CORE, "files", "identity", "methods", "formats", "models"},    # formats: transformers' names
     "train": {*CORE, "kernels", "files", "identity", "optim", "models", "data"},
     "chat": set(),
     "formats": {*CORE, "files", "models", "tokens", "compress", "pooling"},

@@ -116,8 +116,8 @@ def test_the_names_are_those_of_transformers():
     assert ModuleNames(llama(), "a test").of_path("head").name == "lm_head"
     assert ModuleNames(llama(), "a test").tied_head(llama()) is None
     assert ModuleNames(llama(tied=True), "a test").tied_head(llama(tied=True)) == ("lm_head", "embed")
-    assert ModuleNames(bert(3), "a test").head_tensors(bert(3)).keys() == {"head.out.weight", "head.out.bias"}
-    assert "pooler.dense.bias" in ModuleNames(bert(3), "a test").head_tensors(bert(3, pooler=False))
+    assert ModuleNames(bert(3), "a test").new_head(bert(3)).keys() == {"head.out.weight", "head.out.bias"}
+    assert "pooler.dense.bias" in ModuleNames(bert(3), "a test").new_head(bert(3, pooler=False))
 
 
 def test_a_lora_on_q_and_v_is_one_block_diagonal_lora_on_c_attn(tmp_path):
@@ -236,7 +236,7 @@ def test_a_new_head_goes_with_the_adapter(kind, pooler, tmp_path):
     model = bert(3, pooler)
     if kind == "ADAPTERHUB" and not pooler:
         attach(model, METHODS[kind])
-        with pytest.raises(ValueError, match="no place for a new pooler"):
+        with pytest.raises(ValueError, match="no place for pooler.dense.weight, which is new"):
             ft.save_adapterhub(model, tmp_path / "a")
         return
     model.head.out.bias.copy_(np.arange(3.0))
@@ -260,7 +260,7 @@ def test_a_new_head_goes_with_the_adapter(kind, pooler, tmp_path):
         if pooler:
             check_refused(kind, folder, "missing bert.pooler", bert(3, pooler=False))
     else:
-        check_refused(kind, folder, "has no pooler, and this model's is new", bert(3, pooler=False))
+        check_refused(kind, folder, "no place for pooler.dense.weight, which is new", bert(3, pooler=False))
 
 
 def test_a_head_of_the_base_stays_and_another_one_is_refused(tmp_path):

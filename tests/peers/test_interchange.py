@@ -31,6 +31,9 @@ SIZES: dict[str, Any] = {"vocab": V, "positions": 32, "width": C, "layers": L, "
 MODELS = {
     "gpt2": lambda: ft.GPT(ft.GPTConfig(heads=3, **SIZES), seed=1),
     "bert": lambda: ft.BERT(ft.BERTConfig(heads=3, token_types=2, **SIZES), seed=1),
+    "distilbert": lambda: ft.BERT(ft.BERTConfig(heads=3, token_types=0, pooler_activation="relu", **SIZES), seed=1),
+    "roberta": lambda: ft.BERT(ft.BERTConfig(heads=3, token_types=1, first_position=1, keep_pooler=False, **SIZES),
+                               seed=1),
     "llama": lambda: ft.Llama(ft.LlamaConfig(heads=4, key_value_heads=2, **SIZES), seed=1),
     "llama-tied": lambda: ft.Llama(ft.LlamaConfig(heads=4, key_value_heads=2, tied=True, **SIZES), seed=1),
     "mistral": lambda: ft.Llama(ft.LlamaConfig(heads=4, key_value_heads=2, **SIZES), seed=1),
@@ -49,8 +52,8 @@ IDS[1, 4:] = 0                                           # the pad token, by whi
 def base(kind: str, head: str, folder: Path) -> Any:
     """A random model in a folder, without zeros in its biases. A BERT with a classifier has a pooler."""
     model = MODELS[kind]()
-    if kind == "bert" and head != "mlm":
-        model = ft.BERT(model.config, seed=1, head=None, pooler=True)
+    if isinstance(model, ft.BERT) and head != "mlm":
+        model = ft.BERT(model.config, seed=1, head=None, pooler=kind == "bert")
     if head == "classes":
         ft.classifier(model, CLASSES, seed=2)
     rng = np.random.default_rng(3)
@@ -132,6 +135,10 @@ LORAS = [
     ("bert", "mlm", ("mlp.down", "head.dense")),
     ("bert", "classes", ("attn.[qkvo]", "mlp.up")),
     ("bert", "none", "attn.o"),
+    ("distilbert", "mlm", ("attn.[qv]", "mlp.up")),
+    ("distilbert", "classes", ("attn.[ko]", "embed")),
+    ("roberta", "mlm", ("attn.[qv]", "head.dense")),
+    ("roberta", "classes", "attn.[qkvo]"),
     ("llama", "lm", ("attn.[qkvo]", "mlp.[gu]*", "mlp.down")),
     ("llama", "lm", ("embed", "head", "attn.q")),
     ("llama", "classes", "attn.[qv]"),
@@ -172,6 +179,10 @@ THEIR_LORAS = [
     ("bert", "mlm", {"target_modules": "all-linear", "task_type": None}),
     ("bert", "classes", {"target_modules": ["query", "dense"]}),
     ("bert", "none", {"target_modules": ["key", "output.dense"]}),
+    ("distilbert", "mlm", {"target_modules": ["q_lin", "vocab_transform"]}),
+    ("distilbert", "classes", {"target_modules": ["lin1"], "modules_to_save": ["pre_classifier"]}),
+    ("roberta", "mlm", {"target_modules": ["query", "lm_head.dense"]}),
+    ("roberta", "classes", {"target_modules": ["dense"]}),
     ("llama", "lm", {"target_modules": ["q_proj", "k_proj", "down_proj", "lm_head"]}),
     ("llama", "lm", {"target_modules": ["embed_tokens", "o_proj"]}),
     ("llama", "classes", {"target_modules": ["q_proj", "v_proj"]}),
@@ -430,7 +441,8 @@ def test_pefts_prefix_gives_the_same_logits_here(kind, head, projection, tmp_pat
     check_equal(model, other)
 
 
-@pytest.mark.parametrize("kind, head", [("gpt2", "lm"), ("bert", "mlm"), ("bert", "none"), ("llama", "lm")])
+@pytest.mark.parametrize("kind, head", [("gpt2", "lm"), ("bert", "mlm"), ("bert", "none"), ("llama", "lm"),
+                                        ("roberta", "none")])
 def test_prompts_are_exchanged_both_ways(kind, head, tmp_path):
     """PEFT returns logits for the rows of the prompt as well."""
     torch.manual_seed(0)
@@ -482,6 +494,7 @@ def test_berts_classifier_behind_a_prompt_is_refused_since_peft_reads_another_ro
 
 # ── AdapterHub ───────────────────────────────────────────────────────────────────────────────────────────────────────
 BOTTLENECKS = [("gpt2", "lm"), ("gpt2", "classes"), ("bert", "none"), ("bert", "classes"), ("llama", "lm"),
+               ("distilbert", "none"), ("distilbert", "classes"), ("roberta", "classes"),
                ("llama", "classes"), ("llama-tied", "lm"), ("qwen2", "lm")]
 KIND = {"reduction_factor": 5, "non_linearity": "gelu"}
 

@@ -103,7 +103,7 @@ def save_adapterhub(model: Module, path: str | os.PathLike, name: str | None = N
         if (folder / other).exists():
             raise ValueError(f"{folder} holds an adapter of another format ({other}): choose another folder")
     names = ModuleNames(model, "save_adapterhub")
-    head = names.head_tensors(model)
+    head = _head(names, model)
     _check_base_untouched(model, a, head)
     settings, tensors = _describe(model, names, a)
     common = {
@@ -116,8 +116,7 @@ def save_adapterhub(model: Module, path: str | os.PathLike, name: str | None = N
     files = {}
     if head:
         parameters = edit.base_parameters(model)
-        values = {theirs: array.asnumpy(parameters[ours].data)
-                  for ours, theirs in head.items() if not ours.startswith("pooler.")}
+        values = {theirs: array.asnumpy(parameters[ours].data) for ours, theirs in head.items()}
         files[HEAD_FILE] = ({**common, "name": None, "config": None, "num_labels": names.plan.classes,
                              "label2id": {f"LABEL_{i}": i for i in range(names.plan.classes)}}, values)
     elif (folder / HEAD_FILE).exists():
@@ -155,6 +154,17 @@ def load_adapterhub(model: Module, path: str | os.PathLike, name: str | None = N
     return attach_values(model, folder, method, name or stored_name, values, base_values)
 
 
+def _head(names: ModuleNames, model: Module) -> dict[str, str]:
+    """{name here: name in transformers} of the tensors of AdapterHub's file of a head: those outside the model's body.
+
+    ValueError for a new pooler inside the body, such as BERT's: neither file holds it."""
+    for ours, theirs in names.new_head(model).items():
+        if names.is_in_body(theirs):
+            raise ValueError(f"AdapterHub's file of a classifier has no place for {ours}, which is new: keep the "
+                             "adapter with tinyft.save_adapter, or start from a base that has a pooler")
+    return {ours: theirs for ours, theirs in names.head_and_pooler().items() if not names.is_in_body(theirs)}
+
+
 # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 def _check_base_untouched(model: Module, a: Attached, head: dict[str, str]) -> None:
     """ValueError if the method has changed tensors of the base that AdapterHub's files do not hold.
@@ -166,9 +176,6 @@ def _check_base_untouched(model: Module, a: Attached, head: dict[str, str]) -> N
     if changed:
         raise ValueError(f"AdapterHub's files have no place for {first_names(changed)}, which {a.name} trained: train "
                          "with Houlsby(norms=False), or keep the adapter with tinyft.save_adapter")
-    if any(n.startswith("pooler.") for n in a.base_values):
-        raise ValueError("AdapterHub's file of a classifier has no place for a new pooler: keep the adapter with "
-                         "tinyft.save_adapter, or start from a base that has a pooler")
 
 
 def _describe(model: Module, names: ModuleNames, a: Attached) -> tuple[dict[str, Any], Tensors]:
@@ -239,7 +246,7 @@ def _check_config(config: dict[str, Any], names: ModuleNames) -> tuple[str, dict
         raise ValueError(f"{FILE}: name wants the name of an adapter, got {brief(name)}")
     if not isinstance(settings, dict):
         raise ValueError(f"{FILE}: config wants an object with the adapter's settings, got {brief(settings)}")
-    types = [family.model_type for family in FAMILIES if family.model is names.family.model]     # of one layout
+    types = [family.model_type for family in FAMILIES if type(family) is type(names.family)]     # of one layout
     for key, own in (("model_type", types), ("hidden_size", [names.plan.config.width])):
         if config.get(key) not in (None, *own):
             raise ValueError(f"{FILE}: the adapter belongs to another base: {key} is {brief(config[key])}, "
@@ -321,10 +328,7 @@ def _read_head(model: Module, names: ModuleNames, config: dict[str, Any], tensor
         if others:
             raise ValueError(f"the head in the file is not this model's: {first_names(others)} differs")
         return {}
-    own = {theirs: ours for ours, theirs in names.head_tensors(model).items()}
-    if any(ours.startswith("pooler.") for ours in own.values()):
-        raise ValueError("AdapterHub's file of a classifier has no pooler, and this model's is new: "
-                         "start from a base that has one")
+    own = {theirs: ours for ours, theirs in _head(names, model).items()}
     if not own:
         raise ValueError("the adapter was saved with a classifier, which this model lacks: "
                          "call tinyft.classifier first")

@@ -78,14 +78,22 @@ class ModuleNames:
             return None
         return aliases[0].removesuffix(".weight"), embedding
 
-    def head_tensors(self, model: Module) -> dict[str, str]:
-        """{name here: name in transformers} of the tensors of a classifier, and of its pooler if that is new.
+    def head_and_pooler(self) -> dict[str, str]:
+        """{name here: name in transformers} of the tensors of a classifier and of the layer below it, the pooler.
 
         Empty for a model without a classifier."""
         if self.plan.head != "classes":
             return {}
+        return {ours: theirs for ours, theirs in self.tensors.items() if ours.split(".")[0] in ("head", "pooler")}
+
+    def new_head(self, model: Module) -> dict[str, str]:
+        """{name here: name in transformers} of the tensors of a classifier, and of its pooler if that is new."""
         parts = {"head", *getattr(model, "head_modules", ())}
-        return {ours: theirs for ours, theirs in self.tensors.items() if ours.split(".")[0] in parts}
+        return {ours: theirs for ours, theirs in self.head_and_pooler().items() if ours.split(".")[0] in parts}
+
+    def is_in_body(self, name: str) -> bool:
+        """True if a tensor of this name in transformers is in the part below the head: its class has a prefix there."""
+        return self.family.table_name(name) != name
 
     def differs_from_base(self, model: Module, name: str, stored: np.ndarray) -> bool:
         """True unless a tensor of a file is this model's tensor of the same name in transformers, the tied output layer
@@ -116,8 +124,11 @@ class ModuleNames:
             if is_head(model, name):
                 kept[name] = stored
             elif not np.array_equal(stored.astype(own.dtype), own):
-                raise ValueError("the file holds a trained classifier, and this model's is a part of its base: call "
-                                 "tinyft.classifier first, and the values of the file take the place of the new ones")
+                part = "classifier" if name.startswith("head.") else "pooler"
+                advice = {"classifier": "call tinyft.classifier first, and the file's values replace the new ones",
+                          "pooler": "start from a base without a classifier"}
+                raise ValueError(f"the file holds a trained {part}, and this model's is a part of its base: "
+                                 f"{advice[part]}")
         return kept
 
 

@@ -14,7 +14,7 @@ The same adapter gives the same logits on both sides, with these differences bet
                     refused
     prefix          in PEFT the text starts at position p, as with PrefixTuning(shift=True). Without `shift` a model
                     with rotary positions still has an equal prefix, its keys rotated by p; other models have none:
-                    refused. PEFT has no prefix for BERT's masked language model, only for BertModel and the classifier
+                    refused. PEFT runs no prefix with a masked language model, nor with DistilBERT and RoBERTa
     positions       without position_ids transformers counts padding as positions, so texts are padded on the right
 """
 from __future__ import annotations
@@ -67,7 +67,7 @@ def save_peft(model: Module, path: str | os.PathLike, name: str | None = None) -
     names = ModuleNames(model, "save_peft")
     config, tensors = write(model, names, a)
     saved_modules, head = write_head(model, names, config["peft_type"])
-    others = sorted(a.base_values.keys() - names.head_tensors(model).keys())
+    others = sorted(a.base_values.keys() - names.new_head(model).keys())
     if others:
         raise ValueError(f"{a.name} trains {first_names(others)} of the base, which PEFT's file does not hold: "
                          "keep it with tinyft.save_adapter")

@@ -3,7 +3,8 @@
     base_model.model.classifier.weight    with a LoRA; without "model." with a prompt or a prefix
 
 With the task SEQ_CLS PEFT adds "classifier" and "score" to modules_to_save, whichever of the two the model has. A new
-pooler before BERT's classifier is part of the head here, so it is named and saved as well.
+pooler below the classifier is part of the head here, so it is named and saved as well: BERT's "pooler" and DistilBERT's
+"pre_classifier"; RoBERTa's is inside "classifier".
 """
 from __future__ import annotations
 
@@ -29,13 +30,18 @@ def write_head(model: Module, names: ModuleNames, kind: str) -> tuple[list[str],
     """(modules_to_save, the tensors of the classifier by their names in the file). Both empty without a classifier.
 
     kind: the peft_type"""
-    head = names.head_tensors(model)
+    head = names.new_head(model)
     if not head:
         return [], {}
-    has_pooler = any(ours.startswith("pooler.") for ours in head)
-    saved = [*CLASSIFIERS, "pooler"] if has_pooler else CLASSIFIERS
+    saved = list(CLASSIFIERS)
+    tensors = {}
     parameters = edit.base_parameters(model)
-    return saved, {f"{PREFIX[kind]}{theirs}": array.asnumpy(parameters[ours].data) for ours, theirs in head.items()}
+    for ours, theirs in head.items():
+        module = names.of_path(ours.rpartition(".")[0]).table_name.split(".")[0]          # "classifier", "pooler"
+        if module not in saved:
+            saved.append(module)
+        tensors[f"{PREFIX[kind]}{theirs}"] = array.asnumpy(parameters[ours].data)
+    return saved, tensors
 
 
 def read_head(model: Module, names: ModuleNames, config: dict[str, Any], tensors: Tensors) -> tuple[Tensors, Tensors]:
@@ -46,7 +52,7 @@ def read_head(model: Module, names: ModuleNames, config: dict[str, Any], tensors
     saved = _modules_to_save(config)
     stored, rest = _split(tensors, PREFIX[config["peft_type"]], saved)
     _check_model(names, config, stored)
-    own = {theirs: ours for ours, theirs in _head_and_pooler(names).items()}
+    own = {theirs: ours for ours, theirs in names.head_and_pooler().items()}
     wanted = set()
     for module in saved:
         parts = {theirs for theirs in own if is_part(theirs, module)}
@@ -54,7 +60,7 @@ def read_head(model: Module, names: ModuleNames, config: dict[str, Any], tensors
             raise ValueError(f"{FILE}: modules_to_save wants a classifier of this model, got {first_names([module])}")
         wanted |= parts
     if stored:                                           # a new pooler must come with its classifier
-        wanted |= set(names.head_tensors(model).values())
+        wanted |= set(names.new_head(model).values())
     faults = [f"missing {first_names(sorted(wanted - stored.keys()))}"] if wanted - stored.keys() else []
     faults += [f"unexpected {first_names(sorted(stored.keys() - wanted))}"] if stored.keys() - wanted else []
     if faults:
@@ -89,10 +95,3 @@ def _check_model(names: ModuleNames, config: dict[str, Any], stored: Tensors) ->
     count = f" of {classes[0]} classes" if classes else ""
     raise ValueError(f"the adapter was trained with a classifier{count}, which this model lacks: "
                      "call tinyft.classifier first")
-
-
-def _head_and_pooler(names: ModuleNames) -> dict[str, str]:
-    """{name here: name in transformers} of the tensors of a classifier and a pooler. The pooler may be the base's."""
-    if names.plan.head != "classes":
-        return {}
-    return {ours: theirs for ours, theirs in names.tensors.items() if ours.split(".")[0] in ("head", "pooler")}

@@ -100,7 +100,7 @@ def _plain(alpha: float) -> float | int:
 def _factors_by_module(model: Module, names: ModuleNames, a: Attached) -> dict[str, tuple[Factors, bool]]:
     """{module of transformers: (its factors, True for an embedding)} of all edits of a LoRA."""
     parts: dict[str, dict[str, Edit]] = {}               # module of transformers: {path here: edit}
-    trained_whole = {name.rpartition(".")[0] for name in names.head_tensors(model)}
+    trained_whole = {name.rpartition(".")[0] for name in names.new_head(model)}
     for path, e in a.edits.items():
         module = names.of_path(path)
         if module is None or path in trained_whole:
@@ -205,7 +205,7 @@ def _check_chosen(model: Module, names: ModuleNames, config: dict[str, Any],
     if names.plan.head == "mlm":                         # transformers' masked language model has no pooler
         modules = [name for name in modules if not is_part(name, "pooler")]
     own = edit.base_modules(model)
-    output_layers = {tensor.rpartition(".")[0] for tensor in names.head_tensors(model).values()} | {"lm_head"}
+    output_layers = {tensor.rpartition(".")[0] for tensor in names.new_head(model).values()} | {"lm_head"}
     linear = {name for name in modules if isinstance(own[names.of_name(name).paths[0]], Linear)}
     chosen = chosen_modules(config, [*modules, *heads], linear - output_layers)
     if config.get("ensure_weight_tying") and tied and names.of_path(tied[1]).name in chosen:

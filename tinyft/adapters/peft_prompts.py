@@ -18,6 +18,7 @@ from ..edit import Attached
 from ..formats.directory import first_names
 from ..methods.additive.prefix import Prefix, PrefixTuning, Shift
 from ..methods.additive.prompt import PromptTuning, SoftPrompt
+from ..models.blocks import Classifier
 from ..nn import Module
 from .exchange import Values
 from .names import ModuleNames
@@ -32,7 +33,7 @@ Tensors = dict[str, np.ndarray]
 
 def write_prompt(model: Module, names: ModuleNames, a: Attached) -> tuple[dict[str, Any], Tensors]:
     """The soft prompt P as PEFT's prompt_embeddings."""
-    _refuse_first_row(names)
+    _refuse_first_row(model)
     (P,) = [e.P for e in a.edits.values() if isinstance(e, SoftPrompt)]
     p, C = P.shape
     _check_length(p)
@@ -46,7 +47,7 @@ def write_prompt(model: Module, names: ModuleNames, a: Attached) -> tuple[dict[s
 def read_prompt(model: Module, names: ModuleNames, config: dict[str, Any],
                 tensors: Tensors) -> tuple[PromptTuning, Values]:
     """PromptTuning, and P (p, C) from prompt_embeddings."""
-    _refuse_first_row(names)
+    _refuse_first_row(model)
     p = read_whole(config, "num_virtual_tokens")
     C = names.plan.config.width
     _check_size(config, "token_dim", C)
@@ -93,9 +94,9 @@ def read_prefix(model: Module, names: ModuleNames, config: dict[str, Any],
     return PrefixTuning(p=p, shift=True), values
 
 
-def _refuse_first_row(names: ModuleNames) -> None:
-    """ValueError for a prompt before BERT's classifier."""
-    if names.plan.head == "classes" and names.plan.pooler:
+def _refuse_first_row(model: Module) -> None:
+    """ValueError for a prompt before a classifier of the first position: BERT's."""
+    if isinstance(model.head, Classifier) and not model.head.last:
         raise ValueError("with a prompt PEFT's BERT classifies the first row of the prompt, and this library's "
                          "classifies [CLS]: the two give different scores; use LoRA or PrefixTuning")
 
