@@ -193,6 +193,30 @@ def test_only_the_same_run_is_resumed(gpt, train_file, capsys, tmp_path):
     assert not (tmp_path / "nothing").exists()
 
 
+@pytest.mark.parametrize("changes, words", [
+    ({"form": 2}, "wants the form 1 of a run of tinyft tune, got 2"),
+    ({"steps": "many"}, "is damaged: got 'many' as the option steps"),
+    ({"steps": True}, "is damaged: got True as the option steps"),
+    ({"steps": None}, "is damaged: got None as the option steps"),
+    ({"data": ["a"]}, "is damaged: got ['a'] as the option data"),
+    ({"set": [3]}, "is damaged: got [3] as the option set"),
+    ({"schedule": "cubic"}, "--schedule wants one of"),
+    ({"lr": -1}, "lr wants a finite number"),
+    ({"method": "lroa"}, "did you mean LoRA?"),
+])
+def test_a_damaged_config_is_refused(changes, words, gpt, train_file, capsys, tmp_path):
+    """Also one that was written by hand: nothing of it is believed."""
+    out = tmp_path / "run"
+    succeed(capsys, "tune", "--model", gpt, "--data", train_file, "--steps", "2", "--out", str(out))
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | changes))
+    assert cli.main(["tune", "--resume", "--out", str(out)]) in (1, 2)
+    error = capsys.readouterr().err
+    assert words in error and "Traceback" not in error
+    (out / "config.json").write_text("{")
+    assert "is damaged" in refusal(capsys, "tune", "--resume", "--out", str(out))
+
+
 # ── bad input ────────────────────────────────────────────────────────────────────────────────────────────────────────
 LONG = "word " * 200
 USER = {"role": "user", "content": "Hello"}
@@ -248,7 +272,7 @@ def test_models_that_cannot_learn_the_rows_are_refused(gpt, bert, capsys, tmp_pa
     for name in ("config.json", "model.safetensors"):
         (tmp_path / "gpt" / name).write_bytes(Path(gpt, name).read_bytes())
     sentence = refusal(capsys, "tune", "--model", str(tmp_path / "gpt"), "--data", file, *out)
-    assert "tinyft tune wants a model with its tokenizer, got no tokenizer.json in" in sentence
+    assert "tune wants a model with its tokenizer, got no tokenizer.json in" in sentence
     small = small_model(tmp_path, "gpt", vocab=2048)
     (tmp_path / "small").mkdir()
     model = ft.GPT(ft.GPTConfig(vocab=100, positions=32, width=16, layers=1, heads=2))

@@ -331,7 +331,7 @@ def test_embed_refuses_bad_files(bert, capsys, tmp_path):
     assert "did you mean .npy?" in refusal(capsys, *options, str(tmp_path / "a.npz"), status=2)
     assert "does not" in refusal(capsys, *options, str(tmp_path / "no" / "a.npy"))
     (tmp_path / "a.npy").mkdir()
-    assert "is a folder" in refusal(capsys, *options, str(tmp_path / "a.npy"))
+    assert "is something else" in refusal(capsys, *options, str(tmp_path / "a.npy"))
     rows = write_rows(tmp_path / "rows.jsonl", pairs(2))
     assert "wants rows of text" in refusal(capsys, "embed", "--model", bert, "--texts", rows, "--out",
                                            str(tmp_path / "b.npy"))

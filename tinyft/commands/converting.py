@@ -49,7 +49,7 @@ def run_convert(args: argparse.Namespace) -> int:
     check_new_folder(args.out)
     with claimed_folder(args.out) as folder:
         model, tokenizer = open_model(args.model, command="convert")
-        if args.adapter:
+        if args.adapter is not None:
             open_adapter(model, args.adapter)
             write_adapter(model, folder, args)
         else:
@@ -106,8 +106,8 @@ def check_vectors(out: Path) -> None:
         near = near_name(out.suffix.lower(), VECTORS)
         hint = f": did you mean {near}?" if near else ""
         raise UsageError(f"--out wants the ending {' or '.join(VECTORS)}, got {checks.brief(str(out))}{hint}")
-    if out.is_dir():
-        raise IsADirectoryError(f"--out wants the path of a file, and {out} is a folder")
+    if os.path.lexists(out) and not out.is_file():
+        raise OSError(f"--out wants the path of a new or an ordinary file, and {out} is something else")
     if not out.parent.is_dir():
         raise FileNotFoundError(f"--out wants a file in a folder that exists, and {out.parent} does not")
     if not os.access(out.parent, os.W_OK):

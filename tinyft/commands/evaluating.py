@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--generate wants rows of prompt and response or of messages, got {rows.path} "
                          f"with {rows.kind}")
     model, tokenizer = open_model(args.model, packed=args.packed, command="eval")
-    if args.adapter:
+    if args.adapter is not None:
         open_adapter(model, args.adapter)
     if rows.kind == "labelled" and not isinstance(model.head, Classifier):
         raise ValueError(f"{rows.path} has labels, and this model has no classifier: --adapter DIR names the folder of "
@@ -61,12 +61,12 @@ def generate_responses(
     """For each row its prompt, its last response, and the response that the model writes greedily.
 
     ValueError, naming the line, for a prompt that leaves no room for its response."""
-    tokenizer = plain("tinyft eval", tokenizer)
+    tokenizer = plain("eval", tokenizer)
     prompts, responses, mark = split_rows(rows, tokenizer, chat=chat, template=template)
     longest = longest_row(responses, tokenizer)
     room = model.config.positions - positions_of_prompts(model) - longest
     for i, prompt in enumerate(prompts):
-        length = len(encode_text("tinyft eval", tokenizer, prompt))
+        length = len(encode_text("eval", tokenizer, prompt))
         if length > room:
             raise ValueError(f"{rows.line(i)}: the prompt has {length:,} tokens; at most {max(room, 0):,} leave room "
                              f"for {longest:,} new ones")

@@ -21,12 +21,12 @@ __all__ = ["run_chat", "run_generate"]
 def open_writer(args: argparse.Namespace, command: str) -> tuple[Module, Tokenizer]:
     """(model, tokenizer) of a causal language model with its adapter. ValueError for a model of another kind."""
     model, tokenizer = open_model(args.model, packed=args.packed, command=command)
-    if args.adapter:
+    if args.adapter is not None:
         open_adapter(model, args.adapter)
     if not is_language_model(model):
-        raise ValueError(f"tinyft {command} wants a causal language model, got a {type(model).__name__} in "
+        raise ValueError(f"{command} wants a causal language model, got a {type(model).__name__} in "
                          f"{args.model}")
-    return model, plain(f"tinyft {command}", tokenizer)
+    return model, plain(command, tokenizer)
 
 
 def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
 def run_generate(args: argparse.Namespace) -> int:
     """Run the command. Returns the exit status, 0."""
     if (args.prompt is None) == (args.file is None):
-        raise UsageError("tinyft generate wants either --prompt or --file")
+        raise UsageError("generate wants either --prompt or --file")
     if args.system is not None and not args.chat:
         raise UsageError("--system wants --chat: a plain prompt has no system message")
     options = sampling_options(args)
@@ -119,7 +119,7 @@ def read_turn() -> str | None:
     try:
         line = sys.stdin.readline()
     except UnicodeDecodeError as e:
-        raise ValueError(f"tinyft chat wants turns in UTF-8, got other bytes ({e.reason})") from e
+        raise ValueError(f"chat wants turns in UTF-8, got other bytes ({e.reason})") from e
     return line if line else None
 
 
@@ -132,7 +132,7 @@ def forget_oldest(
     system = messages[:1] if messages[0]["role"] == "system" else []
     turns = messages[len(system):]
     while True:
-        length = len(encode_text("tinyft chat", tokenizer, form.prompt([*system, *turns])))
+        length = len(encode_text("chat", tokenizer, form.prompt([*system, *turns])))
         if length <= room:
             return [*system, *turns]
         if len(turns) <= 2:

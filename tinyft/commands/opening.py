@@ -50,11 +50,11 @@ def open_model(path: str, *, packed: bool = False, command: str) -> tuple[Module
         hint = f": did you mean {near}?" if near else ""
         raise FileNotFoundError(f"{e}{hint}") from e
     if tokenizer is None:
-        raise ValueError(f"tinyft {command} wants a model with its tokenizer, got no tokenizer.json in {path}")
+        raise ValueError(f"{command} wants a model with its tokenizer, got no tokenizer.json in {path}")
     tokens = tokenizer.get_vocab_size()
     rows = model.embed.in_features
     if tokens > rows:
-        raise ValueError(f"tinyft {command} wants an embedding for every token, got {tokens} tokens in the tokenizer "
+        raise ValueError(f"{command} wants an embedding for every token, got {tokens} tokens in the tokenizer "
                          f"of {path} and {rows} rows in the embedding")
     return model, tokenizer
 

@@ -188,7 +188,7 @@ def make_batches(
     chat      a prompt and its response are two turns of a chat
     template  the name of the chat format; None for the model's own"""
     count = len(rows.rows)
-    tokenizer = plain("tinyft", tokenizer)
+    tokenizer = plain("the command", tokenizer)
     if rows.kind == "labelled":
         form = "gpt" if model.head.last else "bert"
         texts = [text for text, _ in rows.rows]
@@ -227,7 +227,7 @@ def _masked_batches(
     """Batches of masked language modelling over all texts, one after the other."""
     tokens: list[int] = []
     for text in texts:
-        tokens += encode_text("tinyft", tokenizer, text)
+        tokens += encode_text("the command", tokenizer, text)
     T = min(max_len, len(tokens) + 2)                    # [CLS] and [SEP] stand around a window
     if T < 3:
         raise ValueError(f"{rows.line(0)}: a text wants at least one token, got none")
@@ -238,7 +238,7 @@ def _masked_batches(
 def longest_row(texts: Sequence[str], tokenizer: Tokenizer) -> int:
     """The number of tokens of the longest text, with an end of text."""
     has_end = end_of_text(tokenizer) is not None
-    return max(len(encode_text("tinyft", tokenizer, text)) for text in texts) + has_end
+    return max(len(encode_text("the command", tokenizer, text)) for text in texts) + has_end
 
 
 def first_batches(batches: Any, count: int) -> list[dict[str, np.ndarray]]:

@@ -55,12 +55,19 @@ def write_config(folder: Path, options: Mapping[str, Any]) -> None:
     write_atomically({folder / LOG: b"", folder / CONFIG: text.encode()})
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The options of a run. ValueError if config.json is damaged, or if a later version of tinyft wrote it."""
+def read_config(folder: Path, kinds: Mapping[str, tuple[type, ...]]) -> dict[str, Any]:
+    """The options of a run. ValueError if config.json is damaged, or if a later version of tinyft wrote it.
+
+    kinds: {option: the types that it may have}. A list holds texts."""
     facts = read_json(folder / CONFIG)
     if facts.get("form") != VERSION:
         raise ValueError(f"{folder / CONFIG} wants the form {VERSION} of a run of tinyft tune, "
                          f"got {checks.brief(facts.get('form'))}")
+    for name, kind in kinds.items():
+        value = facts.get(name)
+        parts = value if isinstance(value, list) else []
+        if name not in facts or type(value) not in kind or not all(isinstance(part, str) for part in parts):
+            raise ValueError(f"{folder / CONFIG} is damaged: got {checks.brief(value)} as the option {name}")
     return facts
 
 

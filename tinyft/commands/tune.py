@@ -19,7 +19,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from .. import edit
+from .. import checks, edit
 from ..adapters import save_adapter
 from ..data.files import read_rows
 from ..formats.huggingface import classifier
@@ -41,6 +41,17 @@ DEFAULTS: dict[str, Any] = {
     "method": "lora", "set": [],
     "steps": 200, "lr": 1e-3, "batch": 16, "accumulate": 1, "max_len": None, "seed": 0, "schedule": "cosine",
     "warmup": 0.05, "weight_decay": 0.0, "clip": 1.0, "autocast": None, "evaluate_every": None, "save_every": 50,
+}
+NUMBER = (int, float)
+TEXT_OR_NONE = (str, type(None))
+WHOLE_OR_NONE = (int, type(None))
+# The kinds of the options, to check a config.json.
+KINDS: dict[str, tuple[type, ...]] = {
+    "model": (str,), "packed": (bool,), "data": (str,), "test": TEXT_OR_NONE, "chat": (bool,),
+    "template": TEXT_OR_NONE, "method": (str,), "set": (list,), "steps": (int,), "lr": NUMBER, "batch": (int,),
+    "accumulate": (int,), "max_len": WHOLE_OR_NONE, "seed": (int,), "schedule": (str,), "warmup": NUMBER,
+    "weight_decay": NUMBER, "clip": NUMBER, "autocast": TEXT_OR_NONE, "evaluate_every": WHOLE_OR_NONE,
+    "save_every": (int,),
 }
 FILES = ("data", "test")                                 # options that are paths of files
 SCHEDULES = {"constant": constant_schedule, "linear": linear_schedule, "cosine": cosine_schedule}
@@ -93,15 +104,15 @@ def read_options(args: argparse.Namespace) -> dict[str, Any]:
     if os.path.exists(given.get("model", "")):
         given["model"] = os.path.abspath(given["model"])
     if args.resume:
-        stored = read_config(Path(args.out))
+        stored = read_config(Path(args.out), KINDS)
         for name, value in given.items():
             if stored.get(name) != value:
                 raise ValueError(f"--resume goes on with the options of the run, and its {_flag(name)} is "
                                  f"{stored.get(name)}, not {value}")
-        return {name: stored.get(name, default) for name, default in DEFAULTS.items()}
+        return {name: stored[name] for name in DEFAULTS}
     for name in ("model", "data"):
         if name not in given:
-            raise UsageError(f"tinyft tune wants {_flag(name)}")
+            raise UsageError(f"tune wants {_flag(name)}")
     return {**DEFAULTS, **given}
 
 
@@ -179,7 +190,8 @@ def train(job: Job, folder: Path, say: Callable[[str], None], *, resume: bool) -
 def _fit(job: Job, folder: Path, log: Log, *, resume: bool) -> None:
     """The training itself. If it is stopped, the message names the command that goes on."""
     options = job.options
-    schedule = SCHEDULES[options["schedule"]](options["warmup"])
+    name = checks.one_of("--schedule", options["schedule"], tuple(SCHEDULES))
+    schedule = SCHEDULES[name](options["warmup"])
     evaluations = {}
     if job.test is not None:
         every = options["evaluate_every"] or max(1, options["steps"] // 5)
