@@ -310,6 +310,20 @@ def test_an_adapter_is_written_for_peft_and_read_again(gpt, lora_run, capsys, tm
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
+@pytest.mark.parametrize("base", ["bert", "gpt"])
+def test_a_classifier_goes_to_peft_with_the_names_of_its_classes(base, gpt, bert, capsys, tmp_path):
+    model = gpt if base == "gpt" else bert
+    run = tuned(tmp_path, model, labelled(16), "--steps", "30", "--lr", "3e-2", "--set", "r=4")
+    out = str(tmp_path / "peft")
+    succeed(capsys, "convert", "--model", model, "--adapter", run, "--out", out)
+    file = write_rows(tmp_path / "test.jsonl", labelled(8))
+    results = []
+    for adapter in (run, out):
+        results.append(result_of(capsys, "eval", "--model", model, "--adapter", adapter, "--data", file))
+    assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-5) and results[0]["rows"] == 8
+    assert json.loads((tmp_path / "peft" / "labels.json").read_text()) == {"labels": ["bad", "good"]}
+
+
 # ── embed ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 def test_embed_writes_the_vectors_of_the_library(bert, capsys, tmp_path):
     texts = ["A file.", "A folder of files.", "A socket."]

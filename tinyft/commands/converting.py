@@ -18,9 +18,11 @@ from ..embed import embed
 from ..files import write_atomically
 from ..formats.huggingface import save
 from ..methods import Houlsby
+from ..models.blocks import Classifier
 from ..nn import Module
+from ..predict import class_names
 from .arguments import UsageError
-from .opening import as_json, check_new_folder, claimed_folder, open_adapter, open_model
+from .opening import as_json, check_new_folder, claimed_folder, open_adapter, open_model, write_class_names
 
 __all__ = ["run_convert", "run_embed", "run_merge"]
 
@@ -66,6 +68,8 @@ def write_adapter(model: Module, folder: Path, args: argparse.Namespace) -> None
     else:
         library = "PEFT"
         save_peft(model, folder)
+    if isinstance(model.head, Classifier):
+        write_class_names(folder, [str(name) for name in class_names(model, None)])
     if args.json:
         print(as_json({"out": os.fspath(folder), "method": type(method).__name__, "library": library}))
     else:

@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from .. import checks
-from ..files import read_json, write_atomically
+from ..files import read_json, read_safetensors, write_atomically
 from ..formats.huggingface import ASSETS, classifier, load
 from ..models.blocks import Classifier
 from ..nn import Module
@@ -85,9 +86,17 @@ def open_adapter(model: Module, path: str) -> None:
     A new head that the adapter was trained with is put on first, with the names of its classes.
     FileNotFoundError if the folder has no adapter; ValueError for the adapter of another base."""
     folder = _adapter_folder(path)
-    if not os.path.lexists(folder / "adapter.json"):
+    is_own = os.path.lexists(folder / "adapter.json")
+    if is_own:
+        _open_own(model, folder)
+    else:
         _open_foreign(model, folder)
-        return
+    if isinstance(model.head, Classifier) and (folder / CLASS_NAMES).exists():
+        set_class_names(model, _read_class_names(folder / CLASS_NAMES, model.head.out_features))
+
+
+def _open_own(model: Module, folder: Path) -> None:
+    """Attach an adapter of tinyft, after the new head that its file asks for."""
     from ..adapters import load_adapter
     from ..adapters.files import identify_base
     from ..adapters.reading import read_adapter
@@ -97,8 +106,6 @@ def open_adapter(model: Module, path: str) -> None:
     if head and identify_base(model)["head"] != head:
         classifier(model, head[-1][0])                   # its shapes end with (classes,) or (classes, width)
     load_adapter(model, folder)
-    if isinstance(model.head, Classifier) and (folder / CLASS_NAMES).exists():
-        set_class_names(model, _read_class_names(folder / CLASS_NAMES, model.head.out_features))
 
 
 def _adapter_folder(path: str) -> Path:
@@ -113,12 +120,28 @@ def _adapter_folder(path: str) -> Path:
 
 
 def _open_foreign(model: Module, folder: Path) -> None:
-    """Attach an adapter of PEFT or of AdapterHub; adapter_config.json of PEFT names a peft_type."""
+    """Attach an adapter of PEFT or of AdapterHub, after a new head if its files hold a classifier.
+
+    adapter_config.json of PEFT names a peft_type."""
     from .. import adapters
 
     config = read_json(folder / "adapter_config.json")
-    reader = adapters.load_peft if "peft_type" in config else adapters.load_adapterhub
+    is_peft = "peft_type" in config
+    weights = folder / ("adapter_model.safetensors" if is_peft else "model_head.safetensors")
+    classes = _classes_in(weights) if weights.is_file() else 0
+    if classes and not isinstance(model.head, Classifier):
+        classifier(model, classes)
+    reader = adapters.load_peft if is_peft else adapters.load_adapterhub
     reader(model, folder)
+
+
+def _classes_in(weights: Path) -> int:
+    """The number of classes of the classifier in a file of tensors; 0 if there is none."""
+    tensors, _ = read_safetensors(weights)
+    for name, tensor in tensors.items():
+        if re.search(r"(^|\.)(classifier(\.out_proj)?|score)\.weight$", name) and tensor.ndim == 2:
+            return len(tensor)
+    return 0
 
 
 # ── the names of classes ─────────────────────────────────────────────────────────────────────────────────────────────
