@@ -62,7 +62,8 @@ def embed(
         out = np.zeros((len(rows), model.config.width), np.float32)
         for chosen in batches_by_length(rows, batch_size):
             ids, mask = pad([rows[i] for i in chosen], longest, pad_id=padding_id(tokenizer))
-            ctx = Context(mask=mask, logit_positions=[0])       # a language-model head computes one position
+            # Without padding no mask: attention is faster. A language-model head computes one position.
+            ctx = Context(mask=None if mask.all() else mask, logit_positions=[0])
             model(ids, ctx)
             hidden = ctx.last_hidden_state.data                 # (B, T, C)
             on_device = array.put_like(mask, hidden)
