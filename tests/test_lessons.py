@@ -49,6 +49,8 @@ TEACHES = {
     "lora": {"LoRA", "merge", "eject", "unmerge", "save_adapter", "load_adapter", "combine", "adapters.combine"},
     "gpu": {"kernels.cuda"},
     "precision": {"precision", "autocast", "GradScaler"},
+    "checkpoint": {"Llama", "LlamaConfig", "chat_prompt", "chat_end", "compress", "Packed", "unpack", "CannotMerge",
+                   "save_peft", "load_peft"},
 }
 
 

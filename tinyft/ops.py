@@ -642,7 +642,8 @@ def rotary(x, cos, sin):
 
     dx = g ⊙ cos − turn(g ⊙ sin).    Each pair (x₁ᵢ, x₂ᵢ) is rotated by one angle; Su et al. 2021, arXiv:2104.09864
 
-    cos, sin: arrays that broadcast to x (..., D), of the angles, the same in both halves. They get no gradient."""
+    x (..., D). cos, sin: arrays that broadcast to x, of the angles, the same in both halves. They get no gradient.
+    ValueError for an odd D."""
     cos, sin = rotary_factors(x, cos, sin)
     return x * cos + turn(x) * sin, (lambda g: g * cos - turn(g * sin), None, None)
 
@@ -663,12 +664,16 @@ def causal_mask(queries: int, keys: int, m: ModuleType = np) -> Array:
 
 
 def repeat_heads(a: Array, group: int) -> Array:
-    """(..., Hkv, T, D) -> (..., Hkv group, T, D): every head `group` times, one copy after another."""
+    """Every head `group` times, one copy after another: (..., Hkv, T, D) -> (..., Hkv group, T, D).
+
+    Two heads a, b and group = 2: a, a, b, b."""
     return a if group == 1 else xp(a).repeat(a, group, axis=-3)
 
 
 def sum_heads(g: Array, group: int) -> Array:
-    """The adjoint of repeat_heads: the sum over the copies of each head."""
+    """The sum over the `group` copies of each head: (..., Hkv group, T, D) -> (..., Hkv, T, D).
+
+    This is the adjoint of repeat_heads: from the gradient of the copies it makes the gradient of the heads."""
     if group == 1:
         return g
     return g.reshape(*g.shape[:-3], g.shape[-3] // group, group, *g.shape[-2:]).sum(axis=-3)

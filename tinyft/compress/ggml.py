@@ -206,6 +206,19 @@ class Q4_0(Blocks):
         return scales[0, :, 0] * -8
 
 
+def encode_q4_1(values: np.ndarray) -> np.ndarray:
+    """Blocks of Q4_1, as they stand in a file, of blocks of 32 weights: (..., 32) float32 -> (..., 20) uint8.
+
+    m is the least weight of a block, and d = (its largest weight − m)/15. The code of a weight x is (x − m)/d, rounded
+    to the nearest whole number, a half upwards; 0 if d is 0. Codes come from d and m before these are rounded.
+    The bytes of a block are d and m in float16, two bytes each, the lower byte first; then 16 bytes of two codes each:
+    byte j holds the code of weight j in its low half, and that of weight j + 16 in its high half."""
+    m = values.min(axis=-1, keepdims=True)
+    d = (values.max(axis=-1, keepdims=True) - m) / np.float32(15)
+    q = np.trunc((values - m) * reciprocal(d) + np.float32(0.5)).clip(0, 15)
+    return np.concatenate([half_bytes(d), half_bytes(m), pack_halves(q)], axis=-1)
+
+
 class Q4_1(Blocks):
     """x = d q + m.    m: the least value of the block;  d: its range divided by 15"""
 
@@ -215,10 +228,7 @@ class Q4_1(Blocks):
     @classmethod
     def encode(cls, values: np.ndarray) -> np.ndarray:
         """As Blocks.encode. Code 0 stands for the least value."""
-        m = values.min(axis=-1, keepdims=True)
-        d = (values.max(axis=-1, keepdims=True) - m) / np.float32(15)
-        q = np.trunc((values - m) * reciprocal(d) + np.float32(0.5)).clip(0, 15)
-        return np.concatenate([half_bytes(d), half_bytes(m), pack_halves(q)], axis=-1)
+        return encode_q4_1(values)
 
     def decode(self, codes: Array, scales: Array) -> Array:
         """d q + m"""

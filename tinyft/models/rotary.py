@@ -72,8 +72,9 @@ class Rotary:
         return ops.rotary(x, cos, sin)
 
     def frequencies(self, m: ModuleType = np) -> Array:
-        """base^(−2i/D) for i = 0 ... D/2 − 1, scaled: (D/2,) float64, in radians per position.
+        """base^(−2i/D) for the pairs i = 0 ... D/2 − 1, in radians per position: (D/2,) float64.
 
+        D is self.width. Unless self.scaling is None, its method `apply` changes them.
         m: the module that makes the array, NumPy or CuPy: a captured step copies nothing to the device."""
         frequencies = self.base ** (-m.arange(0, self.width, 2, dtype=np.float64) / self.width)
         return frequencies if self.scaling is None else self.scaling.apply(frequencies)
