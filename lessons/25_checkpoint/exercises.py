@@ -26,6 +26,7 @@ frequencies = Exercise(
     "models.rotary:Rotary.frequencies", difficulty=1, minutes=5,
     may_use="self.width, self.base, self.scaling.apply(frequencies), m.arange and **.",
     example="""
+        >>> from tinyft.models.rotary import Rotary, RotaryScaling
         >>> frequencies(Rotary(4, base=100.0))
         array([1. , 0.1])
         >>> frequencies(Rotary(4, base=100.0, scaling=RotaryScaling("linear", factor=2.0)))
@@ -435,7 +436,8 @@ def _(a, group):
     return xp(a).repeat(a, group, axis=1)
 
 
-@repeat_heads.wrong_answer("`group` is the number of copies beside the head itself.", says="its shape is")
+@repeat_heads.wrong_answer("`group` is the number of copies beside the head itself.",
+                           says="its shape is")
 def _(a, group):
     return xp(a).repeat(a, group + 1, axis=-3)
 
@@ -546,8 +548,9 @@ encode_q4_1 = Exercise(
     "compress.ggml:encode_q4_1", difficulty=3, minutes=20, on_host=True,
     closed=("compress.ggml:pack_halves",),
     may_use="half_bytes(a), the two bytes (..., 2) of numbers (..., 1) in float16; reciprocal(a), "
-            "which is 1/a, and 0 where a is 0; min, max, np.floor, astype(np.uint8), np.concatenate; "
-            "for bytes: a | b, which joins two halves, and a << 4, which moves the low half up.",
+            "which is 1/a, and 0 where a is 0; min, max, np.floor, astype(np.uint8), "
+            "np.concatenate; for bytes: a | b, which joins two halves, and a << 4, which moves "
+            "the low half up.",
     example="""
         >>> values = np.arange(32, dtype=np.float32) % 16        # 0 ... 15, 0 ... 15: d = 1, m = 0
         >>> blocks = encode_q4_1(values)
@@ -709,7 +712,8 @@ def _(f, given):
 def parts(values, least=np.min, steps=15):
     """(d, m, exact codes), each (..., 1) or (..., 32)."""
     m = least(values, axis=-1, keepdims=True)
-    d = (values.max(axis=-1, keepdims=True) - values.min(axis=-1, keepdims=True)) / np.float32(steps)
+    spread = np.ptp(values, axis=-1, keepdims=True)
+    d = spread / np.float32(steps)
     safe = np.where(d == 0, np.float32(1), d)
     return d, m, (values - m) / safe
 

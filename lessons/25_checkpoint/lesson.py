@@ -264,7 +264,8 @@ for i, axes in enumerate(row_of_axes):
         angle = position * speed[i]
         x, y = np.cos(angle), np.sin(angle)
         axes.plot([0, x], [0, y], color="#3b82f6", alpha=1 - 0.12 * position)
-        axes.annotate(str(position), (1.18 * x, 1.18 * y), ha="center", va="center")
+        if i < 2 or position in (0, 5):           # the others would overlap
+            axes.text(1.18 * x, 1.18 * y, position, ha="center", va="center")
     axes.set(xlim=(-1.4, 1.4), ylim=(-1.4, 1.4), aspect="equal", title=f"pair {i}")
     axes.set_axis_off()
 show("The position is the angle, and every pair has its own speed. Fast pairs tell "
@@ -527,8 +528,9 @@ print(stored[0, 0])
 places = np.full((2, 10), "", dtype="<U6")
 places.flat[:4] = ["d", "d", "m", "m"]
 places.flat[4:] = [f"{j + 16}|{j}" for j in range(16)]
-colours = np.full((2, 10), -0.4)
-colours.flat[:2], colours.flat[2:4] = 0.9, 0.5
+colours = np.full((2, 10), -0.25)
+colours.flat[:2] = 1.0
+colours.flat[2:4] = 0.7
 heat_map(colours, rows=["byte 0 ...", "byte 10 ..."], texts=places, height=1.7,
          caption="A block of Q4_1. Blue: d and m, two bytes each. Red: the numbers of "
                  "the two weights whose codes share a byte.")
@@ -961,9 +963,9 @@ dense_bytes, packed_bytes = weight_bytes(model), weight_bytes(packed_model)
 adapter_bytes = 4 * 19_456
 rows = {
     "checkpoint": (dense_bytes, *base_scores),
-    "in 4 bits": (packed_bytes, *packed_scores),
-    "with its adapter": (dense_bytes + adapter_bytes, *tuned_scores),
-    "4 bits, adapter": (packed_bytes + adapter_bytes, *tuned_packed_scores),
+    "4 bits": (packed_bytes, *packed_scores),
+    "tuned": (dense_bytes + adapter_bytes, *tuned_scores),
+    "4 bits, tuned": (packed_bytes + adapter_bytes, *tuned_packed_scores),
     "merged": (weight_bytes(merged), ft.perplexity(merged, prose_test),
                ft.perplexity(merged, python_test)),
 }
