@@ -26,6 +26,7 @@ import numpy as np
 
 import tinyft as ft
 from tinyft.compress import Q4_1
+from tinyft.data.rows import segment_batches
 from tinyft.formats.gguf import read_gguf
 from tinyft.learn.draw import bars, curves, diagram, figure, heat_map
 from tinyft.learn.lessons import quote, show
@@ -757,23 +758,31 @@ else:
 # error is raised. If a model that you load is silent or talks nonsense, suspect the
 # loader and the template first.
 #
-# When you tune a model on conversations, it should learn the answer and not the
-# question. So the loss counts only the tokens of the answer. `ft.data.response_batches`
-# makes such batches. At each position, the label is the token that follows. The label
-# -100 says: no loss here. (The last tokens fill the row up to a length of 16.)
+# When you tune a model on conversations, it should learn the answers and not the
+# questions. So the loss counts only the tokens of the answers. `segment_batches` makes
+# such batches from pieces of text: True stands beside those to learn. At each position
+# the label is the token that follows. The label -100 says: no loss here.
 
 # %%
-prompt_ids = tokenizer.encode("The name of: return the first item\n").ids
-response_ids = tokenizer.encode("first_item").ids
-chat_batches = ft.data.response_batches([(prompt_ids, response_ids)], 1)
+pieces = [("Name of: return the first item\n", False), ("first_item", True)]
+chat_batches, _ = segment_batches([pieces], tokenizer, batch_size=1, max_len=32)
 batch = next(iter(chat_batches))
-print("tokens", [tokenizer.decode([i]) for i in batch["ids"][0]])
-print("labels", batch["labels"][0])
-print("answer", response_ids)
+print("position   label")
+for token, label in zip(batch["ids"][0].tolist(), batch["labels"][0].tolist()):
+    learned = "-100" if label == -100 else tokenizer.id_to_token(label)
+    print(f"{tokenizer.id_to_token(token):10} {learned}")
+
+# %% [markdown]
+# At the end of the question the label is the first token of the answer. At the end of
+# the answer it is the token that ends a text: so the model learns to stop. (`Ġ` is a
+# space in front of a word, `Ċ` is the end of a line. The tokens `[PAD]` fill the row
+# up.)
 
 # %% [check]
 labels = batch["labels"][0]
-assert labels[labels != -100].tolist() == response_ids
+response_ids = tokenizer.encode("first_item").ids
+end_of_text = tokenizer.token_to_id("<|endoftext|>")
+assert labels[labels != -100].tolist() == [*response_ids, end_of_text]
 if has_smol:
     assert smol.config.layers == 30 and smol.config.key_value_heads == 3
     assert 80 < weight_bytes(smol) / 1e6 < 110
