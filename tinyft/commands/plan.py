@@ -15,10 +15,11 @@ from ..nn import Module
 from ..train.batch import compute_loss, read_batch
 from .rows import first_batches
 
-__all__ = ["Plan", "in_words", "make_plan", "size"]
+__all__ = ["Plan", "in_words", "make_plan", "size", "tokens_of"]
 
 MEASURED = 2                                             # batches on which a step is measured, after the first one
 SAMPLED = 12                                             # batches whose mean size stands for all
+FORWARD = 0.4                                            # time of a forward pass as a part of forward and backward
 MOMENTS = 3                                              # copies of what trains: gradients, and two moments of AdamW
 
 
@@ -28,7 +29,7 @@ class Plan:
 
     count    sizes of the model and of what trains
     bytes    expected peak of the arrays of the model and of a step
-    seconds  expected time of all steps
+    seconds  expected time of all steps and evaluations
     """
 
     count: edit.Count
@@ -36,8 +37,10 @@ class Plan:
     seconds: float
 
 
-def make_plan(model: Module, batches: Any, steps: int, accumulate: int, autocast: str | None) -> Plan:
-    """The plan of `steps` updates, each on `accumulate` batches."""
+def make_plan(
+    model: Module, batches: Any, steps: int, accumulate: int, autocast: str | None, evaluated: int = 0,
+) -> Plan:
+    """The plan of `steps` updates, each on `accumulate` batches, and of evaluations that read `evaluated` tokens."""
     sample = first_batches(batches, SAMPLED)
     with array.peak_memory() as memory:
         _pass(model, sample[0], autocast)
@@ -50,7 +53,13 @@ def make_plan(model: Module, batches: Any, steps: int, accumulate: int, autocast
     count = edit.count(model)
     held = sum(p.data.nbytes for p in model.parameters()) + _packed_bytes(model)
     total = held + memory["bytes"] + MOMENTS * count.nbytes
-    return Plan(count, total, steps * accumulate * mean_tokens * seconds / tokens)
+    read = steps * accumulate * mean_tokens + FORWARD * evaluated
+    return Plan(count, total, read * seconds / tokens)
+
+
+def tokens_of(batches: Any) -> int:
+    """The number of tokens of all batches, padding included."""
+    return sum(batch["ids"].size for batch in batches.once())
 
 
 def _packed_bytes(model: Module) -> int:

@@ -29,7 +29,7 @@ from ..optim import AdamW, constant_schedule, cosine_schedule, linear_schedule
 from ..train import evaluate, fit
 from .arguments import UsageError
 from .opening import as_json, claimed_folder, open_model, set_class_names, write_class_names
-from .plan import Plan, in_words, make_plan, size
+from .plan import Plan, in_words, make_plan, size, tokens_of
 from .rows import Prepared, check_kind, find_labels, make_batches, room_for
 from .running import ADAPTER, Log, check_data, check_out, draw_curve, read_config, write_config
 from .settings import make_method
@@ -163,8 +163,11 @@ def train(job: Job, folder: Path, say: Callable[[str], None], *, resume: bool) -
     """Print the plan, train, write the adapter and the curve. Returns the result; JSON-able."""
     options = job.options
     log = Log(folder)
-    plan = make_plan(job.model, job.train.batches, options["steps"] - log.step, options["accumulate"],
-                     options["autocast"])
+    steps = options["steps"] - log.step
+    evaluated = 0
+    if job.test is not None:
+        evaluated = (1 + steps // evaluation_steps(options)) * tokens_of(job.test.batches)
+    plan = make_plan(job.model, job.train.batches, steps, options["accumulate"], options["autocast"], evaluated)
     say_plan(job, plan, say, log.step)
     start = time.perf_counter()
     if job.test is not None and not log.entries:
@@ -194,8 +197,7 @@ def _fit(job: Job, folder: Path, log: Log, *, resume: bool) -> None:
     schedule = SCHEDULES[name](options["warmup"])
     evaluations = {}
     if job.test is not None:
-        every = options["evaluate_every"] or max(1, options["steps"] // 5)
-        evaluations = {"evaluate": partial(_evaluate, job, log), "evaluate_every": every}
+        evaluations = {"evaluate": partial(_evaluate, job, log), "evaluate_every": evaluation_steps(options)}
     try:
         fit(
             job.model, job.train.batches, options["steps"], AdamW(options["lr"], weight_decay=options["weight_decay"]),
@@ -208,6 +210,11 @@ def _fit(job: Job, folder: Path, log: Log, *, resume: bool) -> None:
     except SystemExit:
         print(f"tinyft: stopped {_advice(log, options, folder)}", file=sys.stderr)
         raise
+
+
+def evaluation_steps(options: dict[str, Any]) -> int:
+    """The steps between two evaluations."""
+    return options["evaluate_every"] or max(1, options["steps"] // 5)
 
 
 def _advice(log: Log, options: dict[str, Any], folder: Path) -> str:
@@ -242,7 +249,7 @@ def say_plan(job: Job, plan: Plan, say: Callable[[str], None], done: int) -> Non
     say(f"         {plan.count}")
     say(f"memory   about {size(plan.bytes)} for the model and a step")
     begun = f" after step {done}" if done else ""
-    say(f"time     about {in_words(plan.seconds)} for {options['steps'] - done} steps{begun}, evaluations not counted")
+    say(f"time     about {in_words(plan.seconds)} for {options['steps'] - done} steps{begun}")
 
 
 def say_result(result: dict[str, Any], curve: str, say: Callable[[str], None]) -> None:
