@@ -552,7 +552,7 @@ def test_other_adapters_of_adapterhub_are_refused_by_their_settings(name, tmp_pa
     if name == "PrefixTuningConfig":                     # AdapterHub cannot write it as safetensors
         save_file({"a": np.zeros(1, np.float32)}, tmp_path / "adapter" / "adapter.safetensors")
     before = host(model(IDS))
-    with pytest.raises(ValueError, match="adapter_config.json: wanted "):
+    with pytest.raises(ValueError, match="adapter_config.json: .* wants .*all that this library has"):
         ft.load_adapterhub(model, tmp_path / "adapter")
     assert np.array_equal(host(model(IDS)), before)
 

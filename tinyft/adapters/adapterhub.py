@@ -35,7 +35,15 @@ from ..formats.directory import first_names
 from ..formats.huggingface import FAMILIES
 from ..methods.additive.houlsby import Houlsby
 from ..nn import Module
-from .exchange import Values, attach_values, check_arguments, compact_targets, read_folder, write_folder
+from .exchange import (
+    Values,
+    attach_values,
+    check_arguments,
+    check_settings,
+    compact_targets,
+    read_folder,
+    write_folder,
+)
 from .names import ModuleNames
 
 __all__ = ["load_adapterhub", "save_adapterhub"]
@@ -71,7 +79,6 @@ HARMLESS = {
     "shared_W_phm", "shared_phm_rule", "factorized_phm_rule", "phm_c_init", "phm_init_range", "learn_phm",
     "hypercomplex_nonlinearity", "phm_rank", "phm_bias",
 }
-EMPTY = (None, False, 0, "", [], {})
 # {name here: name there} of the tensors of one adapter.
 TENSORS = {
     "down.weight": "adapter_down.0.weight", "down.bias": "adapter_down.0.bias",
@@ -113,16 +120,18 @@ def save_adapterhub(model: Module, path: str | os.PathLike, name: str | None = N
         "model_name": None,
         "version": "adapters.1.3.0",
     }
-    files = {}
+    files: dict[str, dict[str, Any]] = {}
     if head:
         parameters = edit.base_parameters(model)
         values = {theirs: array.asnumpy(parameters[ours].data) for ours, theirs in head.items()}
-        files[HEAD_FILE] = ({**common, "name": None, "config": None, "num_labels": names.plan.classes,
-                             "label2id": {f"LABEL_{i}": i for i in range(names.plan.classes)}}, values)
+        labels = {f"LABEL_{i}": i for i in range(names.plan.classes)}
+        files[HEAD_WEIGHTS] = values
+        files[HEAD_FILE] = {**common, "name": None, "config": None, "num_labels": len(labels), "label2id": labels}
     elif (folder / HEAD_FILE).exists():
         raise ValueError(f"{folder} holds the head of another adapter ({HEAD_FILE}): choose another folder")
-    files[FILE] = ({**common, "name": a.name, "config": settings}, tensors)      # last: see write_atomically
-    return write_folder(folder, files, {FILE: WEIGHTS, HEAD_FILE: HEAD_WEIGHTS}, "save_adapterhub")
+    files[WEIGHTS] = tensors
+    files[FILE] = {**common, "name": a.name, "config": settings}
+    return write_folder(folder, files, "save_adapterhub")
 
 
 def load_adapterhub(model: Module, path: str | os.PathLike, name: str | None = None) -> Attached:
@@ -251,16 +260,8 @@ def _check_config(config: dict[str, Any], names: ModuleNames) -> tuple[str, dict
         if config.get(key) not in (None, *own):
             raise ValueError(f"{FILE}: the adapter belongs to another base: {key} is {brief(config[key])}, "
                              f"this model's is {own[0]}")
-    for key, supported in FIXED.items():
-        value = settings.get(key, supported[0] if key != "non_linearity" else None)
-        if value not in supported:
-            raise ValueError(f"{FILE}: wanted {key} {supported[0]!r}, which is all that Houlsby has here; "
-                             f"got {brief(value)}")
-    for key, value in settings.items():
-        is_known = key in READ or key in FIXED or key in HARMLESS
-        if not is_known and value not in EMPTY:
-            raise ValueError(f"{FILE}: the key {brief(key)} is unknown here, and may change the outputs; "
-                             f"wanted it absent or empty, got {brief(value)}")
+    settings = {"non_linearity": None, **settings}       # AdapterHub has no default for it
+    check_settings(FILE, settings, FIXED, READ | HARMLESS)
     return name, settings
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import safetensors.numpy
 
 from .. import array, edit
-from ..checks import instance
+from ..checks import brief, instance
 from ..edit import Attached, Method
 from ..files import FLOATS, check_ordinary, read_json, read_safetensors, write_atomically
 from ..formats.directory import first_names
@@ -20,9 +20,12 @@ from ..nn import Module
 from .files import DRAWS_PER_NUMBER, MORE_DRAWS, LimitedGenerator, as_dtype, explain
 from .reading import check_finite
 
-__all__ = ["Values", "attach_values", "check_arguments", "compact_targets", "read_folder", "write_folder"]
+__all__ = [
+    "Values", "attach_values", "check_arguments", "check_settings", "compact_targets", "read_folder", "write_folder",
+]
 
 Values = dict[str, dict[str, np.ndarray]]                # {path of an edited module: {name of a tensor: its values}}
+EMPTY = (None, False, 0, "", [], {})
 
 
 def check_arguments(caller: str, model: Any, path: Any, name: Any) -> Path:
@@ -60,22 +63,41 @@ def read_folder(path: Path, config: str, weights: str, pickle: str) -> tuple[dic
     return settings, arrays
 
 
-def write_folder(path: Path, files: Mapping[str, tuple[dict[str, Any], dict[str, np.ndarray]]],
-                 names: Mapping[str, str], caller: str) -> Path:
-    """Write pairs of files, all or none; the folder is made if it is missing.
+def write_folder(path: Path, files: Mapping[str, dict[str, Any]], caller: str) -> Path:
+    """Write files of a folder, all or none; the folder is made if it is missing. Returns the path.
 
-    files: {name of a JSON file: (its values, arrays)};  names: {name of a JSON file: name of the file of its arrays}.
+    files: {name: values}. A file with the ending json holds the values as JSON, the others hold arrays. The file that
+    other programs read first stands last: see write_atomically.
     ValueError for numbers that are not finite; FileExistsError if the path is a file."""
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} is a file; {caller} wants a directory")
     content = {}
-    for config, (settings, arrays) in files.items():
-        check_finite(arrays)
-        whole = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
-        content[path / names[config]] = safetensors.numpy.save(whole, metadata={"format": "pt"})
-        content[path / config] = f"{json.dumps(settings, indent=2, allow_nan=False)}\n".encode()
+    for name, values in files.items():
+        if name.endswith(".json"):
+            content[path / name] = f"{json.dumps(values, indent=2, allow_nan=False)}\n".encode()
+        else:
+            check_finite(values)
+            arrays = {tensor: np.ascontiguousarray(a) for tensor, a in values.items()}
+            content[path / name] = safetensors.numpy.save(arrays, metadata={"format": "pt"})
     write_atomically(content)
     return path
+
+
+# ── settings ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+def check_settings(file: str, settings: Mapping[str, Any], fixed: Mapping[str, tuple], known: Collection[str]) -> None:
+    """ValueError, by its key, for a setting that changes the outputs and that this library does not have.
+
+    fixed: {key: the supported values}; an absent key has the first. known: the keys that are read elsewhere, and those
+    that have no effect. A key in neither is ignored if its value switches nothing on."""
+    for key, supported in fixed.items():
+        value = settings.get(key, supported[0])
+        if value not in supported:
+            wanted = " or ".join(repr(choice) for choice in supported)
+            raise ValueError(f"{file}: {key} wants {wanted}, which is all that this library has, got {brief(value)}")
+    for key, value in settings.items():
+        if key not in known and key not in fixed and value not in EMPTY:
+            raise ValueError(f"{file}: the key {brief(key)} is unknown here, and may change the outputs: it wants an "
+                             f"empty value, got {brief(value)}")
 
 
 # ── attaching ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -77,7 +77,7 @@ def save_peft(model: Module, path: str | os.PathLike, name: str | None = None) -
     config |= {"task_type": task, "base_model_name_or_path": None, "inference_mode": True}
     if saved_modules:
         config["modules_to_save"] = saved_modules
-    return write_folder(folder, {FILE: (config, tensors | head)}, {FILE: WEIGHTS}, "save_peft")
+    return write_folder(folder, {WEIGHTS: tensors | head, FILE: config}, "save_peft")
 
 
 def load_peft(model: Module, path: str | os.PathLike, name: str | None = None) -> Attached:

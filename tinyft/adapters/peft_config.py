@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..checks import brief, number, one_of, whole
+from .exchange import check_settings
 
 __all__ = ["TASKS", "check_keys", "chosen_modules", "names_in", "pattern_values", "read_number", "read_whole"]
 
@@ -57,7 +58,6 @@ HARMLESS = {
     # The file holds the prefix itself, whatever made it.
     "PREFIX_TUNING": HARMLESS_EVERYWHERE | {"encoder_hidden_size", "prefix_projection", "init_weights"},
 }
-EMPTY = (None, False, 0, "", [], {})
 
 # Patterns of PEFT are regular expressions. Those that a file may use here take little time to match, whatever they are.
 SIMPLE = re.compile(r"(?:\\[.dwb]|\(\?:|[\w.\-^$|()]|\[[\w\-]+\]|[*+?])*")
@@ -72,22 +72,8 @@ def check_keys(config: dict[str, Any]) -> str:
     """The peft_type. ValueError for a type, a task or a setting that this library cannot compute, by its key."""
     kind = one_of(f"{FILE}: peft_type", config.get("peft_type"), tuple(READ))
     one_of(f"{FILE}: task_type", config.get("task_type"), TASKS)
-    for key, supported in FIXED[kind].items():
-        value = config.get(key, supported[0])
-        if value not in supported:
-            raise ValueError(f"{FILE}: wanted {key} {_in_words(supported)}, which is all that this library computes; "
-                             f"got {brief(value)}")
-    for key, value in config.items():
-        is_known = key in READ[kind] or key in FIXED[kind] or key in HARMLESS[kind]
-        if not is_known and value not in EMPTY:
-            raise ValueError(f"{FILE}: the key {brief(key)} is unknown here, and may change the outputs; "
-                             f"wanted it absent or empty, got {brief(value)}")
+    check_settings(FILE, config, FIXED[kind], READ[kind] | HARMLESS[kind])
     return kind
-
-
-def _in_words(values: tuple) -> str:
-    """A list of values for a message: "'none' or None"."""
-    return " or ".join(repr(value) for value in values)
 
 
 def read_whole(config: dict[str, Any], key: str, default: int | None = None) -> int:

@@ -119,7 +119,7 @@ def _only_table(tensors: Tensors, shape: tuple[int, ...]) -> np.ndarray:
     others = [n for n in tensors if n != PROMPT]
     if PROMPT not in tensors or others:
         got = first_names(others) if others else "none"
-        raise ValueError(f"wanted the tensor {PROMPT}, got {got}")
+        raise ValueError(f"a prompt or a prefix wants one tensor, {PROMPT}, got {got}")
     if tensors[PROMPT].shape != shape:
         raise ValueError(f"{PROMPT} wants the shape {shape}, got {tensors[PROMPT].shape}")
     return tensors[PROMPT]
