@@ -15,6 +15,7 @@ HYPOTHESIS_PROFILE:
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -44,6 +45,9 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A process that a script starts in the background ignores Ctrl-C, and so do its children. Some tests send Ctrl-C.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         array.use(BACKEND)
     except array.BackendError as e:
