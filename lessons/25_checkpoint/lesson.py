@@ -33,7 +33,6 @@ from tinyft.learn.lessons import quote, show
 from tinyft.models.blocks import GatedMLP
 
 rng = np.random.default_rng(0)
-STEPS = 60 if "TINYFT_FAST" in os.environ else 150
 workplace = TemporaryDirectory()                  # removed when the lesson ends
 folder = Path(workplace.name)
 
@@ -49,6 +48,7 @@ folder = Path(workplace.name)
 config = ft.LlamaConfig(vocab=2048, positions=512, width=64, layers=2, heads=4,
                         key_value_heads=2, hidden=192, tied=True, eps=1e-5, std=0.08)
 model = ft.Llama(config, seed=0)
+STEPS = 60 if "TINYFT_FAST" in os.environ else 150
 prose = ft.data.pretraining("prose", "train")
 batches = ft.data.lm_batches(prose, 64, 16)
 ft.fit(model, batches, STEPS, ft.AdamW(1e-2), ft.cosine_schedule(warmup=20),
@@ -989,7 +989,12 @@ bars(groups, ylabel="perplexity",
 # %% [markdown]
 # With your own checkpoint the steps are the same: `ft.load` on the folder or the GGUF
 # file, a look at the config and at an answer, `ft.attach`, `ft.fit`, a measure before
-# and after, `ft.save_peft`.
+# and after, `ft.save_peft`. If your data are rows of questions and answers in a file,
+# one command does all but the look and the last step:
+#
+# ```
+# tinyft tune --model model.gguf --packed --chat --data train.jsonl --out work/run
+# ```
 #
 # ## Exercises
 # Write these functions of the library again:
