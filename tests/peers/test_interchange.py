@@ -167,6 +167,21 @@ def test_our_lora_gives_the_same_logits_in_peft_and_comes_back(kind, head, targe
     assert again.edits.keys() == ours.edits.keys()
 
 
+@pytest.mark.parametrize("targets, is_right", [(("attn.[qv]", "mlp.up"), True), (("embed", "attn.q"), False)])
+def test_peft_merges_our_lora_but_one_on_a_tied_embedding_twice(targets, is_right, tmp_path):
+    model = base("gpt2", "lm", tmp_path / "base")
+    ft.attach(model, ft.LoRA(r=2, targets=targets))
+    train(model, "lm")
+    ft.save_peft(model, tmp_path / "adapter")
+    other = peft.PeftModel.from_pretrained(theirs(tmp_path / "base", "lm"), tmp_path / "adapter")
+    check_equal(model, other)
+    y, z = host(model(IDS, mask=MASK))[MASK], logits_of(other.merge_and_unload())[MASK]
+    difference = np.abs(y - z).max() / np.abs(z).max()
+    assert difference < TOLERANCE if is_right else difference > 1e-2
+    ft.merge(model)
+    assert np.abs(host(model(IDS, mask=MASK))[MASK] - y).max() < TOLERANCE * np.abs(y).max()
+
+
 THEIR_LORAS = [
     ("gpt2", "lm", {"target_modules": ["c_attn"]}),
     ("gpt2", "lm", {"target_modules": ["c_attn", "c_fc", "c_proj"], "rank_pattern": {"c_proj": 5, "0.attn.c_attn": 2},

@@ -15,6 +15,8 @@ The same adapter gives the same logits on both sides, with these differences bet
     prefix          in PEFT the text starts at position p, as with PrefixTuning(shift=True). Without `shift` a model
                     with rotary positions still has an equal prefix, its keys rotated by p; other models have none:
                     refused. PEFT runs no prefix with a masked language model, nor with DistilBERT and RoBERTa
+    tied embedding  a LoRA on it is two in PEFT, one on the embedding and one on the output layer. Its merge_and_unload
+                    adds both to the one weight: merge here (tinyft.merge), or keep them apart there
     positions       without position_ids transformers counts padding as positions, so texts are padded on the right
 """
 from __future__ import annotations
