@@ -503,6 +503,92 @@ def test_initial_values_have_the_deviations_of_the_paper(seed):
     assert gpt.head.out.bias is None and bert.head.out.bias is not None
 
 
+# ── DistilBERT and RoBERTa: BERT with other settings ─────────────────────────────────────────────────────────────────
+def variant(head: str | None = "mlm", classes: int = 0, **settings: Any) -> BERT:
+    """A BERT with these settings in float64, every number of it drawn anew."""
+    model = BERT(BERTConfig(**{**SIZES_OF_BERT, **settings}), head=head)
+    if classes:
+        model.new_head(classes, np.random.default_rng(1))
+    rng = np.random.default_rng(7)
+    for p in model.to(dtype=np.float64).parameters():
+        p.copy_(rng.standard_normal(p.shape) * 0.6)
+    return model
+
+
+SIZES_OF_BERT = {"vocab": V, "positions": P, "token_types": S, "width": C, "layers": L, "heads": H, "hidden": F}
+
+
+def copied(model: BERT, **changed: np.ndarray) -> dict[str, np.ndarray]:
+    """The weights of a model, some of them changed."""
+    return {**weights(model), **changed}
+
+
+@pytest.mark.parametrize("mask", [None, RIGHT, LEFT], ids=["none", "right", "left"])
+def test_positions_may_begin_at_a_later_row(mask):
+    """The rows before the first are not used and get no gradient; as many positions as without them fit."""
+    model = variant(first_position=3)
+    assert model.pos.in_features == P + 3
+    plain = variant()
+    plain.load_state_dict(copied(model, **{"pos.weight": weights(model)["pos.weight"][3:]}))
+    ids, types = batch()
+    y = model(ids, mask=mask, token_type_ids=types)
+    np.testing.assert_array_equal(host(y), host(plain(ids, mask=mask, token_type_ids=types)))
+    y.sum().backward()
+    used = np.abs(host(model.pos.weight.grad)).max(axis=1) > 0
+    assert not used[:3].any() and used[3:7].all()
+    model(np.zeros((1, P), int))
+    with pytest.raises(ValueError, match=f"a sequence of {P + 1} tokens is longer than the model's {P} positions"):
+        model(np.zeros((1, P + 1), int))
+
+
+def test_a_model_without_token_types_is_one_whose_types_are_zero():
+    model = variant(token_types=0)
+    assert model.type is None and not [name for name in weights(model) if name.startswith("type")]
+    plain = variant()
+    plain.load_state_dict(copied(model, **{"type.weight": np.zeros((S, C))}))
+    ids, types = batch()
+    near(model(ids, mask=RIGHT), host(plain(ids, mask=RIGHT)))
+    for given in (types, types * 0, types.tolist()):
+        with pytest.raises(ValueError, match="has no token types: call it without token_type_ids="):
+            model(ids, token_type_ids=given)
+
+
+@pytest.mark.parametrize("activation, f", [("tanh", np.tanh), ("relu", lambda z: np.maximum(z, 0))])
+def test_the_activation_below_a_classifier(activation, f):
+    model = variant(classes=K, pooler_activation=activation)
+    ids, _ = batch()
+    ctx = Context()
+    y = model(ids, ctx)
+    w = weights(model)
+    z = f(host(ctx.last_hidden_state)[:, 0] @ w["pooler.dense.weight"].T + w["pooler.dense.bias"])
+    assert (z == 0).any() == (activation == "relu")
+    near(y, z @ w["head.out.weight"].T + w["head.out.bias"])
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_pooler_that_pretraining_left_alone_is_made_anew(keep):
+    """RoBERTa's pooler is not kept: its classifier has a layer of its own, with the activation of the settings."""
+    model = BERT(BERTConfig(**SIZES_OF_BERT, keep_pooler=keep, pooler_activation="relu"), head=None, pooler=True)
+    pooler = model.pooler
+    model.new_head(2, np.random.default_rng(0))
+    assert (model.pooler is pooler) == keep
+    assert model.head_modules == (("head",) if keep else ("head", "pooler"))
+    x = Tensor(dev(np.full((1, C), -5.0, np.float32)))
+    assert (host(model.pooler(x, Context())) == 0).any()         # of a ReLU
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"token_types": -1}, "token_types wants a whole number >= 0, got -1"),
+    ({"first_position": -1}, "first_position wants a whole number >= 0, got -1"),
+    ({"first_position": 1.0}, "first_position wants a whole number >= 0, got 1.0"),
+    ({"pooler_activation": "gelu"}, "pooler_activation wants one of 'tanh', 'relu', got 'gelu'"),
+    ({"keep_pooler": 1}, "keep_pooler wants True or False, got 1"),
+])
+def test_settings_of_no_bert_are_refused(settings, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        BERTConfig(**settings)
+
+
 def test_a_pooler_that_was_trained_is_no_part_of_a_new_head():
     model = BERT(BERTConfig(V, P, S, C, L, H, F), head=None, pooler=True)
     pooler = model.pooler
