@@ -26,8 +26,10 @@ from command_tools import (
 import tinyft as ft
 from tinyft import array, cli
 from tinyft.commands.arguments import UsageError
-from tinyft.commands.plan import Plan
+from tinyft.commands.plan import Plan, make_plan
 from tinyft.commands.settings import make_method, read_value
+from tinyft.data.files import read_rows
+from tinyft.data.rows import segment_batches
 from tinyft.files import read_tensors
 
 pytestmark = pytest.mark.skipif(array.backend() == "cupy", reason="commands and files are of the host")
@@ -128,6 +130,22 @@ def test_the_plan_changes_nothing(gpt, train_file, capsys, tmp_path, monkeypatch
     assert same_adapter(tmp_path / "a", tmp_path / "b") and log_of(tmp_path / "a") == log_of(tmp_path / "b")
     succeed(capsys, *options, "--seed", "1", "--out", str(tmp_path / "c"))
     assert not same_adapter(tmp_path / "a", tmp_path / "c")
+
+
+def test_the_plan_expects_the_memory_that_the_training_takes(gpt, train_file):
+    """Within a tenth. A plan without the step, or without the moments of AdamW, is far off."""
+    model, tokenizer = ft.load("base-gpt")
+    ft.attach(model, ft.Full())
+    rows = [[(prompt, False), (response, True)] for prompt, response in read_rows(train_file).rows]
+    batches, _ = segment_batches(rows, tokenizer, 8, 64)
+    plan = make_plan(model, batches, 3, 1, None)
+    held = sum(p.data.nbytes for p in model.parameters())
+    with array.peak_memory() as memory:
+        ft.fit(model, batches, 3, progress=False)
+    taken = held + memory["bytes"]
+    assert abs(plan.bytes - taken) < 0.1 * taken
+    assert abs(plan.bytes - 2 * plan.count.nbytes - taken) > 0.1 * taken and abs(held - taken) > 0.5 * taken
+    assert plan.count == ft.count(model)
 
 
 # ── stopping and going on ────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,4 +1,4 @@
-"""A seeded fuzzer for every reader: model directories, GGUF files, adapters, checkpoints, the shipped text.
+"""A seeded fuzzer for every reader: model directories, GGUF files, adapters, checkpoints, data files, the shipped text.
 
 Each case damages a copy of good files and reads them. Allowed are a sane result, or one sentence of an expected
 exception, within SECONDS of processor time; the model is then what it was. Half of the damage is below the checksums:
@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import csv
+import io
 import json
 import lzma
 import os
@@ -31,7 +33,12 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 import tinyft as ft
 from tinyft import edit
 from tinyft.adapters.files import digest
+from tinyft.commands.rows import ChatFormat, chat_segments, find_labels, message_rows
+from tinyft.commands.running import Log, read_config, write_config
+from tinyft.commands.tune import DEFAULTS, KINDS
 from tinyft.data import text
+from tinyft.data.files import read_rows
+from tinyft.data.rows import document_batches, segment_batches
 from tinyft.files import pack_tensors, read_tensors
 from tinyft.pooling import Pooling
 
@@ -581,7 +588,93 @@ class TextReader:
             text.ASSETS = assets
 
 
+class RowsReader:
+    """read_rows, and the rows as batches: a .jsonl file of one kind, or the same rows in a .csv file."""
+
+    def __init__(self, ending: str, *columns: str):
+        self.file = f"rows{ending}"
+        self.columns = columns
+
+    def write(self, folder: Path) -> None:
+        folder.mkdir()
+        turns = [{"role": "user", "content": "Open it"}, {"role": "assistant", "content": "Done"}]
+        values = {"text": "Some text,\nof lines", "prompt": "a b", "response": "c", "messages": turns}
+        rows = []
+        for label in ("good", "bad", "good", "bad"):
+            row = {**values, "label": label}
+            rows.append({column: row[column] for column in self.columns})
+        self.write_values(folder / self.file, rows)
+
+    def write_values(self, file: Path, rows: list) -> None:
+        """The rows as lines of JSON, or as a table whose first row names the columns."""
+        if file.suffix == ".jsonl":
+            content = "\n".join(json.dumps(row) for row in rows)
+        else:
+            out = io.StringIO()
+            writer = csv.writer(out)
+            writer.writerow(self.columns)
+            for row in rows:
+                cells = list(row.values()) if isinstance(row, dict) else [row]
+                writer.writerow([cell if isinstance(cell, str) else json.dumps(cell) for cell in cells])
+            content = out.getvalue()
+        file.write_bytes(content.encode(errors="surrogatepass"))
+
+    def damage(self, folder: Path, rng: Rng) -> str:
+        file = folder / self.file
+        if rng.integers(2) and file.suffix == ".jsonl":
+            rows = [json.loads(line) for line in file.read_text().splitlines()]
+            damaged = damage_json(rows, rng)
+            self.write_values(file, damaged if isinstance(damaged, list) else [damaged])
+            return "forged rows"
+        return damage_files(folder, rng)
+
+    def read(self, folder: Path) -> None:
+        rows = read_rows(folder / self.file)
+        assert len(rows.rows) == len(rows.lines) > 0 and sorted(rows.lines) == list(rows.lines)
+        chats = message_rows(rows, chat=rows.kind == "pairs")
+        if chats is not None:
+            segments = [chat_segments(messages, ChatFormat("chatml")) for messages in chats]
+            batches, _ = segment_batches(segments, ft.data.shipped_tokenizer(), 2, 400, place=rows.line)
+            assert sum(len(batch["ids"]) for batch in batches.once()) == len(rows.rows)
+        elif rows.kind == "labelled":
+            assert len(find_labels(rows)) > 1
+        else:
+            batches = document_batches([row[0] for row in rows.rows], ft.data.shipped_tokenizer(), 2, 400, 0, rows.line)
+            assert all(batch["mask"].any() for batch in batches.once())
+
+
+class RunReader:
+    """The config and the log of a run of `tinyft tune`."""
+
+    def write(self, folder: Path) -> None:
+        folder.mkdir()
+        write_config(folder, {**DEFAULTS, "model": "base-gpt", "data": "a.jsonl", "set": ["r=8"]})
+        lines = [{"step": 0, "test_loss": 2.0}, {"step": 0, "loss": 1.0}]
+        (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def damage(self, folder: Path, rng: Rng) -> str:
+        if rng.integers(2):
+            values = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps(damage_json(values, rng)))
+            return "forged config"
+        return damage_files(folder, rng)
+
+    def read(self, folder: Path) -> None:
+        options = read_config(folder, KINDS)
+        assert all(type(options[name]) in kinds for name, kinds in KINDS.items())
+        log = Log(folder)
+        assert all(isinstance(entry["step"], int) for entry in log.entries)
+        assert len(log.path.read_text().splitlines()) == len(log.entries)
+
+
 READERS = {
+    "texts": RowsReader(".jsonl", "text"),
+    "labels": RowsReader(".csv", "text", "label"),
+    "pairs": RowsReader(".jsonl", "prompt", "response"),
+    "pairs in a table": RowsReader(".csv", "prompt", "response"),
+    "chats": RowsReader(".jsonl", "messages"),
+    "chats in a table": RowsReader(".csv", "messages"),
+    "run": RunReader(),
     "model": ModelReader(),
     "shards": ShardedReader(),
     "tokenizer": TokenizerReader(),

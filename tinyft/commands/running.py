@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -137,9 +138,12 @@ def _read_entries(path: Path) -> list[dict[str, Any]]:
             entry = json.loads(line)
         except (ValueError, RecursionError):
             break
-        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+        if not isinstance(entry, dict) or type(entry.get("step")) is not int:
             break
-        entries.append(entry)
+        numbers = {name: math.nan if value is None else value for name, value in entry.items()}
+        if not all(type(value) in (int, float) for value in numbers.values()):
+            break
+        entries.append(numbers)
     return entries
 
 
