@@ -198,6 +198,16 @@ def test_without_the_model_one_sentence_names_the_command(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_with_other_files_is_refused_before_the_work(folder, tmp_path):
+    other = tmp_path / "tune" / "notes.txt"
+    other.parent.mkdir()
+    other.write_text("mine")
+    said = []
+    with pytest.raises(ValueError, match="--out wants a new or an empty folder, got .* notes.txt"):
+        run(small(folder), tmp_path, said.append, memory=False)
+    assert said == [] and other.read_text() == "mine" and list(tmp_path.iterdir()) == [other.parent]
+
+
 @pytest.mark.parametrize("changes, message", [
     ({"steps": 251}, "steps wants a whole number from 1 to 250"), ({"test": 201}, "test wants .* from 1 to 200"),
     ({"task": "package"}, "one of 'names', 'intact'"), ({"packed": 1}, "packed"), ({"lr": 0}, "lr"),

@@ -24,6 +24,7 @@ from .. import checks, kernels
 from ..chat import chat_end, chat_prompt
 from ..cli import parser
 from ..commands.opening import open_adapter, open_model
+from ..commands.running import check_out
 from ..compare.run import machine
 from ..data import Pairs
 from ..files import write_atomically
@@ -37,6 +38,7 @@ __all__ = ["Settings", "run"]
 MODEL = "work/real/SmolLM2-135M-Instruct.Q4_1.gguf"
 TARGETS = "attn.[qkvo],mlp.gate,mlp.up,mlp.down"
 TRAIN, VALID, TUNE = "train.jsonl", "valid.jsonl", "tune"
+FILES_OF_A_RUN = {"config.json", "log.jsonl", "curve.svg", "checkpoint.safetensors", "adapter"}
 MOST_STEPS = 250
 MOST_TEST = 200
 Say = Callable[[str], None]
@@ -68,7 +70,7 @@ class Settings:
     r: int = 8
     alpha: float = 16.0
     lr: float = 1e-3
-    evaluate_every: int = 50
+    evaluate_every: int = 25
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -120,10 +122,15 @@ def check_model_file(path: str | os.PathLike) -> None:
 
 
 def write_examples(s: Settings, task: ChatTask, out: Path) -> None:
-    """Write the training and the first validation examples as conversations, and remove an earlier run's folder."""
+    """Write the training and the first validation examples as conversations. An earlier run's folder is removed.
+
+    ValueError if that folder holds anything else than a run of `tinyft tune`.
+    """
+    folder = out / TUNE
+    if folder.is_dir() and {path.name for path in folder.iterdir()} <= FILES_OF_A_RUN:
+        shutil.rmtree(folder)
+    check_out(os.fspath(folder), resume=False)
     out.mkdir(parents=True, exist_ok=True)
-    if (out / TUNE / "config.json").exists():
-        shutil.rmtree(out / TUNE)
     valid = Pairs(*(part[: s.valid] for part in task.valid))
     write_atomically({out / TRAIN: as_lines(task, task.train), out / VALID: as_lines(task, valid)})
 
