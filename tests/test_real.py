@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -185,6 +186,21 @@ def test_memory_is_measured_in_another_process(folder, tmp_path):
     with pytest.raises(RuntimeError, match="exit status 1: FileNotFoundError"):
         memory.measure(small(folder / "absent"), tmp_path, packed=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["train.jsonl", "valid.jsonl"]
+
+
+def test_the_readme_shows_the_measured_table():
+    """And its intervals are those of the stored answers."""
+    root = Path(__file__).resolve().parents[1]
+    found = json.loads((root / "tests" / "benchmarks" / "results" / "real.json").read_text(encoding="utf-8"))
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    assert report.table(found) in readme
+    task = chat_task(found["settings"]["task"], found["settings"]["test"], found["settings"]["seed"])
+    assert found["prompts"] == list(task.test.prompts) and found["responses"] == list(task.test.responses)
+    for name, row in found["rows"].items():
+        scores = task.score(found["answers"][name])
+        assert all(row[metric] == pytest.approx(summarise(values)) for metric, values in scores.items())
+    difference = report.verdict(found).partition(" = +")[2].partition(":")[0]  # 0.053 [+0.007, +0.103]
+    assert difference.replace("+", "") in " ".join(readme.split())
 
 
 # ---------------------------------------------------------------------------------------------------- refusals

@@ -43,7 +43,7 @@ def draw_curve(ax: Any, report: dict) -> None:
     points = np.array(report["curve"]["points"]).reshape(-1, 2)  # steps, loss
     ax.plot(points[:, 0], points[:, 1], "o-", color="tab:red", label="validation loss")
     ax.set_xlabel("step")
-    ax.set_ylabel("cross-entropy (nats per token of the answer)")
+    ax.set_ylabel("loss (nats per token of the answer)")
     ax.set_ylim(bottom=0)
     ax.set_title("learning curve", fontsize=10)
     ax.legend(fontsize=8)

@@ -85,7 +85,8 @@ def first(pairs: Pairs, count: int) -> Pairs:
 def names(test: int, seed: int) -> ChatTask:
     """The task *names*. The first few-shot turns show names of two, one and three words.
 
-    Of three instructions this one gave the base its best zero-shot score on 40 validation examples.
+    The base's token F1 on 40 validation examples: 0.13, 0.20 and 0.21 for three instructions, of which this is the
+    best; with the first of them 0.25, 0.26 and 0.29 for 2, 4 and 8 solved examples.
     """
     task = data.task("names", seed)
     held_out = first(task.test, test)
