@@ -268,7 +268,7 @@ def rotary_of_neighbours(x, cos, sin):
 
 @instead_of("rotary", "The gradient is rotated by the same angle as x, not back.")
 def rotary_gradient_forward(x, cos, sin):
-    return ops.rotary.definition(x, cos, sin)[0], (lambda g: g * cos + ops.turn(g * sin), None, None)
+    return ops.rotary.definition(x, cos, sin)[0], (lambda g: g * cos + ops._turn(g * sin), None, None)
 
 
 @instead_of("attention", "The scale is 1/√C, C the width of the model, heads times D.")

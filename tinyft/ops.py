@@ -645,10 +645,10 @@ def rotary(x, cos, sin):
     x (..., D). cos, sin: arrays that broadcast to x, of the angles, the same in both halves. They get no gradient.
     ValueError for an odd D."""
     cos, sin = rotary_factors(x, cos, sin)
-    return x * cos + turn(x) * sin, (lambda g: g * cos - turn(g * sin), None, None)
+    return x * cos + _turn(x) * sin, (lambda g: g * cos - _turn(g * sin), None, None)
 
 
-def turn(x: Array) -> Array:
+def _turn(x: Array) -> Array:
     """(x₁, x₂) -> (−x₂, x₁), the two halves of the last axis: a quarter of a turn in the plane of each pair."""
     half = x.shape[-1] // 2
     return xp(x).concatenate([-x[..., half:], x[..., :half]], axis=-1)

@@ -164,7 +164,7 @@ def _(self, m=np):
 
 # ── rotary ────────────────────────────────────────────────────────────────────────────────────────
 rotary = Exercise(
-    "ops:rotary", difficulty=3, minutes=20, closed=("ops:turn",),
+    "ops:rotary", difficulty=3, minutes=20, closed=("ops:_turn",),
     may_use="rotary_factors(x, cos, sin), which refuses an odd D and returns cos and sin as arrays "
             "beside x; xp(x), the module that made x, and its concatenate; slices.  As for every "
             "op: x is an array, and you return y and a tuple of three pullbacks, None for cos "
@@ -546,7 +546,7 @@ def _(g, group):
 # ── encode_q4_1 ───────────────────────────────────────────────────────────────────────────────────
 encode_q4_1 = Exercise(
     "compress.ggml:encode_q4_1", difficulty=3, minutes=20, on_host=True,
-    closed=("compress.ggml:pack_halves",),
+    closed=("compress.ggml:_pack_halves",),
     may_use="half_bytes(a), the two bytes (..., 2) of numbers (..., 1) in float16; reciprocal(a), "
             "which is 1/a, and 0 where a is 0; min, max, np.floor, astype(np.uint8), "
             "np.concatenate; for bytes: a | b, which joins two halves, and a << 4, which moves "

@@ -350,19 +350,34 @@ assert max(lines["our q and k"][1:]) > lines["our q and k"][0] + 1
 # bring the arrows together. This is useful: a head may look for the token three places
 # back, and it could not if nearer tokens always won.
 #
+# Rotary positions have no parameters, and no largest position. But a model has learnt
+# only the distances in its training texts. Some checkpoints were trained further, for
+# longer texts, with slower rotations. Then the config has an entry `rope_scaling`, and
+# the exercise `frequencies` takes it into account.
+#
 # ## Which two numbers are a pair?
 # In the paper the pairs are neighbours: numbers 0 and 1, numbers 2 and 3. In
-# `transformers`, and here, number $i$ belongs to number $i + D/2$. Both are right, if
-# the rows of the maps `q` and `k` stand in the order that belongs to the rule. But a
-# checkpoint does not say which rule it was made for: its rows have the same shape in
-# both. (GGUF files, a format that we open below, hold a Llama in the order of the
-# paper.)
+# `transformers`, and here, number $i$ belongs to number $i + D/2$.
+
+# %%
+halves = np.concatenate([pairs, pairs])           # 0 1 2 ... 0 1 2 ...
+neighbours = np.repeat(pairs, 2)                  # 0 0 1 1 2 2 ...
+numbers = np.array([halves, neighbours])
+heat_map(1 + numbers, rows=["here", "paper"], columns=[str(i) for i in range(D)],
+         texts=numbers.astype(str), height=1.5, xlabel="number of the head",
+         caption="The pair to which each of the 16 numbers of a head belongs.")
+
+# %% [markdown]
+# Both are right, if the rows of the maps `q` and `k` stand in the order that belongs to
+# the rule. But a checkpoint does not say which rule it was made for: its rows have the
+# same shape in both. (GGUF files, a format that we open below, hold a Llama in the
+# order of the paper.)
 #
 # What happens if a loader gets this wrong? We put the rows of `q` and `k` in the other
 # order, and compare the logits.
 
 # %%
-neighbours = np.arange(D).reshape(2, D // 2).T.reshape(-1)      # 0, 8, 1, 9, ...
+paper_order = np.argsort(halves, kind="stable")                 # 0, 8, 1, 9, ...
 
 def reorder(model, order):
     "Reorder the rows of each head in all maps q and k."
@@ -374,9 +389,9 @@ def reorder(model, order):
 ids = ft.data.pretraining("prose", "test")[None, :64]           # (1, 64)
 with ft.no_grad():
     right = model(ids).numpy()
-    reorder(model, neighbours)
+    reorder(model, paper_order)
     wrong = model(ids).numpy()
-    reorder(model, np.argsort(neighbours))                      # and back
+    reorder(model, np.argsort(paper_order))                     # and back
     undone = model(ids).numpy()
 
 # %% [markdown]
@@ -470,12 +485,13 @@ assert 2 * 30 * 3 * 64 * 4 == 46_080
 
 # %% [markdown]
 # The model itself has 540 MB in float32. So without the groups, one long text would
-# need twice the memory of the model.
+# need twice the memory of the model. What the groups cost in quality, we cannot measure
+# on a model as small as ours. The paper compares large ones.
 #
 # ## Four bits for a weight
-# Large checkpoints are often published in a second form: one file with the ending
-# `.gguf`, made for the program llama.cpp. In it most weights have only four bits. How
-# can that be enough?
+# Many checkpoints are also published in a second form: one file with the ending
+# `.gguf`, made for the program llama.cpp. In such a file a weight may have only four
+# bits. How can that be enough?
 #
 # Take 32 neighbours in a row of a weight matrix, a **block**. For each block we store
 # two numbers, in float16: the smallest weight $m$, and the step $d$, which is the range
@@ -743,7 +759,7 @@ else:
 # %%
 if has_smol:
     width = smol.config.width_of_heads
-    order = np.arange(width).reshape(2, width // 2).T.reshape(-1)
+    order = np.argsort(np.arange(width) % (width // 2), kind="stable")
     for block in smol.blocks:
         for linear in (block.attn.q, block.attn.k):
             starts = np.arange(0, linear.weight.shape[0], width)
@@ -990,7 +1006,7 @@ bars(groups, ylabel="perplexity",
 # With your own checkpoint the steps are the same: `ft.load` on the folder or the GGUF
 # file, a look at the config and at an answer, `ft.attach`, `ft.fit`, a measure before
 # and after, `ft.save_peft`. If your data are rows of questions and answers in a file,
-# one command does all but the look and the last step:
+# one command trains, and `tinyft convert` writes its adapter for PEFT:
 #
 # ```
 # tinyft tune --model model.gguf --packed --chat --data train.jsonl --out work/run

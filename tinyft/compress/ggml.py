@@ -163,7 +163,7 @@ def unpack_halves(codes: Array) -> Array:
     return q
 
 
-def pack_halves(q: np.ndarray) -> np.ndarray:
+def _pack_halves(q: np.ndarray) -> np.ndarray:
     """The bytes (..., 16) of codes (..., 32) in 0 ... 15: the inverse of unpack_halves, with the block last."""
     q = q.astype(np.uint8)
     return q[..., :16] | (q[..., 16:] << 4)
@@ -192,7 +192,7 @@ class Q4_0(Blocks):
         largest = np.take_along_axis(values, abs(values).argmax(axis=-1)[..., None], axis=-1)
         d = largest / np.float32(-8)
         q = np.trunc(values * reciprocal(d) + np.float32(8.5)).clip(0, 15)
-        return np.concatenate([half_bytes(d), pack_halves(q)], axis=-1)
+        return np.concatenate([half_bytes(d), _pack_halves(q)], axis=-1)
 
     def decode(self, codes: Array, scales: Array) -> Array:
         """d (q − 8)"""
@@ -216,7 +216,7 @@ def encode_q4_1(values: np.ndarray) -> np.ndarray:
     m = values.min(axis=-1, keepdims=True)
     d = (values.max(axis=-1, keepdims=True) - m) / np.float32(15)
     q = np.trunc((values - m) * reciprocal(d) + np.float32(0.5)).clip(0, 15)
-    return np.concatenate([half_bytes(d), half_bytes(m), pack_halves(q)], axis=-1)
+    return np.concatenate([half_bytes(d), half_bytes(m), _pack_halves(q)], axis=-1)
 
 
 class Q4_1(Blocks):
