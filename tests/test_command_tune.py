@@ -1,8 +1,12 @@
 """`tinyft tune`: data of every kind, the folder of a run, stopping and going on, and a table of bad input."""
 from __future__ import annotations
 
+import csv
 import json
+import os
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from command_tools import (
+    ROOT,
     chats,
     files_below,
     labelled,
@@ -120,6 +125,31 @@ def test_the_curve_is_drawn_and_without_matplotlib_a_sentence_says_so(gpt, train
     assert not (tmp_path / "b" / "curve.svg").exists() and (tmp_path / "b" / "adapter" / "adapter.json").exists()
 
 
+def test_a_table_trains_as_its_lines_do_and_micro_batches_as_one_batch(gpt, train_file, capsys, tmp_path):
+    """A .csv file gives the run of the .jsonl file; two batches of 4 for an update that of one batch of 8."""
+    with open(tmp_path / "train.csv", "w", newline="") as f:
+        csv.writer(f).writerows([("prompt", "response"), *((row["prompt"], row["response"]) for row in pairs(24))])
+    options = ["tune", "--model", gpt, "--steps", "4", "--autocast", "bfloat16"]
+    succeed(capsys, *options, "--data", train_file, "--out", str(tmp_path / "a"))
+    succeed(capsys, *options, "--data", str(tmp_path / "train.csv"), "--out", str(tmp_path / "b"))
+    assert same_adapter(tmp_path / "a", tmp_path / "b")
+    file = write_rows(tmp_path / "eight.jsonl", pairs(8))
+    losses = []
+    for batch, accumulate in (("8", "1"), ("4", "2")):
+        sizes = ["--batch", batch, "--accumulate", accumulate, "--out", str(tmp_path / batch)]
+        losses.append(result_of(capsys, *options[:-2], "--data", file, *sizes)["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_the_parser_imports_no_command():
+    """`tinyft --help` is as fast as before: each command imports its module when it runs."""
+    code = "import sys; from tinyft import cli; cli.parser(); print(*sys.modules)"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    shown = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    ours = {name for name in shown.split() if name.startswith("tinyft.commands")}
+    assert ours == {"tinyft.commands", "tinyft.commands.arguments"} and "matplotlib" not in shown
+
+
 def test_the_plan_changes_nothing(gpt, train_file, capsys, tmp_path, monkeypatch):
     """The run with a plan is bitwise the run without one, dropout included."""
     options = ["tune", "--model", gpt, "--data", train_file, "--steps", "5", "--set", "dropout=0.5", "--lr", "0.1"]
@@ -184,6 +214,18 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_end(number, status, gpt, trai
     result = result_of(capsys, "tune", "--resume", "--out", str(out))
     assert same_adapter(out, whole_run)
     assert log_of(out) == log_of(whole_run) and result["steps"] == 300
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(gpt, train_file, capsys, tmp_path):
+    options = ["tune", "--model", gpt, "--data", train_file, "--test", train_file, "--steps", "4"]
+    succeed(capsys, *options, "--out", str(tmp_path / "a"))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    shutil.rmtree(tmp_path / "b" / "adapter")
+    (tmp_path / "b" / "checkpoint.safetensors").unlink()
+    with open(tmp_path / "b" / "log.jsonl", "a") as f:
+        f.write('{"step": 5, "lo')                       # half a line
+    succeed(capsys, "tune", "--resume", "--out", str(tmp_path / "b"))
+    assert same_adapter(tmp_path / "a", tmp_path / "b") and log_of(tmp_path / "a") == log_of(tmp_path / "b")
 
 
 def test_resuming_a_run_that_has_ended_changes_nothing(gpt, train_file, capsys, tmp_path):
