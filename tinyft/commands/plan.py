@@ -4,6 +4,7 @@ The measured passes update nothing: the run that follows is bitwise the one with
 """
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from ..nn import Module
 from ..train.batch import compute_loss, read_batch
 from .rows import first_batches
 
-__all__ = ["Plan", "in_words", "make_plan", "size", "tokens_of"]
+__all__ = ["Plan", "in_words", "make_plan", "peak_of_process", "size", "tokens_of"]
 
 MEASURED = 2                                             # batches on which a step is measured, after the first one
 SAMPLED = 12                                             # batches whose mean size stands for all
@@ -79,6 +80,16 @@ def _pass(model: Module, batch: Any, autocast: str | None) -> float:
         model.train(False)
         model.zero_grad()
     return time.perf_counter() - start
+
+
+def peak_of_process() -> int:
+    """The largest memory of this process so far in bytes, with Python and the loading of the model; 0 if unknown."""
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def in_words(seconds: float) -> str:

@@ -29,7 +29,7 @@ from ..optim import AdamW, constant_schedule, cosine_schedule, linear_schedule
 from ..train import evaluate, fit
 from .arguments import UsageError
 from .opening import as_json, claimed_folder, open_model, set_class_names, write_class_names
-from .plan import Plan, in_words, make_plan, size, tokens_of
+from .plan import Plan, in_words, make_plan, peak_of_process, size, tokens_of
 from .rows import Prepared, check_kind, find_labels, make_batches, room_for
 from .running import ADAPTER, Log, check_data, check_out, draw_curve, read_config, write_config
 from .settings import make_method
@@ -247,7 +247,9 @@ def say_plan(job: Job, plan: Plan, say: Callable[[str], None], done: int) -> Non
     say(f"data     {rows}{test}{note}")
     say(f"method   {edit.attached(job.model)[-1].method!r}")
     say(f"         {plan.count}")
-    say(f"memory   about {size(plan.bytes)} for the model and a step")
+    process = peak_of_process()
+    so_far = f"; this process has taken {size(process)} so far, the loading included" if process else ""
+    say(f"memory   about {size(plan.bytes)} for the arrays of the model and a step{so_far}")
     begun = f" after step {done}" if done else ""
     say(f"time     about {in_words(plan.seconds)} for {options['steps'] - done} steps{begun}")
 
