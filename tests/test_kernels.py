@@ -662,3 +662,15 @@ def test_an_op_whose_kernels_all_decline_runs_its_definition(monkeypatch, rng):
     assert np.array_equal(OPS["gelu"](x).data, OPS["gelu"].definition(x)[0])
     y = OPS["gelu"](x.astype(np.float16))
     assert y.dtype == np.float16
+
+
+def test_layer_norm_keeps_nothing_where_no_op_is_recorded(rng):
+    """The value is that of a recorded call, in less memory; there is no pullback, as nobody can call it."""
+    X = rng.standard_normal((9000, 40)).astype(np.float32)
+    X[3] = 7.0                                               # a row of equal numbers
+    w = rng.standard_normal(40).astype(np.float32)
+    recorded, _ = fast.layer_norm(X, w, w)
+    with tinyft.no_grad(), tinyft.peak_memory() as memory:
+        y, pullbacks = fast.layer_norm(X, w, w)
+    assert np.array_equal(y, recorded) and pullbacks == (None, None, None)
+    assert memory["bytes"] < 1.5 * X.nbytes

@@ -700,6 +700,11 @@ def no_grad() -> contextlib.AbstractContextManager:
     return _set(recording=False)
 
 
+def is_recording() -> bool:
+    """False inside no_grad: then no pullback of an op is called."""
+    return _state.recording
+
+
 def detect_anomaly() -> contextlib.AbstractContextManager:
     """with detect_anomaly(): the first op whose value or gradient is not finite raises, with its name and shapes."""
     return _set(anomaly=True)

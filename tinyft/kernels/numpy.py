@@ -17,6 +17,7 @@ import numpy as np
 
 from .. import checks, operands, ops
 from ..array import random_words
+from ..tensor import is_recording
 from .attention import SAFE, attention
 from .threads import blocks
 
@@ -90,12 +91,12 @@ def _normal_form() -> list[float]:
 def _erf(w: np.ndarray, out: np.ndarray) -> np.ndarray:
     """erf(|x|/√2) for w = |x|/2, written to `out` and returned.  Only products: exp and tanh take ten times as long."""
     R = _normal_form()
-    np.multiply(w, np.float32(R[-1]), out=out)
-    for r in R[-2:0:-1]:
-        out += np.float32(r)
-        out *= w
-    out += np.float32(R[0])
     with np.errstate(over="ignore"):                         # R^8 is infinite for large w: the result is 1
+        np.multiply(w, np.float32(R[-1]), out=out)
+        for r in R[-2:0:-1]:
+            out += np.float32(r)
+            out *= w
+        out += np.float32(R[0])
         for _ in range(3):
             out *= out
     np.reciprocal(out, out=out)
@@ -298,7 +299,7 @@ def layer_norm(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float = 1e-5) -
         y = x̂ w + b,   x̂ = (x − mean) / σ;      dx = (e − mean(e) − x̂ mean(e x̂)) / σ   with e = g w
 
     Where a mean is large beside σ, its rounding error is too.  Such a row is centred from the differences to its first
-    entry, as in the definition: a row of equal numbers gives x̂ = 0."""
+    entry, as in the definition: a row of equal numbers gives x̂ = 0.  Where no op is recorded, x̂ is not kept."""
     if not (_is_plain(x) and w.dtype == b.dtype == np.float32):
         return NotImplemented
     operands.check_norm(x, eps, w, b)
@@ -307,8 +308,8 @@ def layer_norm(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float = 1e-5) -
     X = x.reshape(-1, n)
     length = np.float32(n)
     ones = np.ones(n, np.float32)
-    h = np.empty_like(X)                                     # x̂
     y = np.empty_like(X)
+    h = np.empty_like(X) if is_recording() else y            # x̂
     r = np.empty((len(X), 1), np.float32)                    # 1/σ
 
     def block(s: slice) -> None:
@@ -330,6 +331,8 @@ def layer_norm(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float = 1e-5) -
         centred *= r[s]
         np.add(np.multiply(centred, w, out=y[s]), b, out=y[s])
     blocks(len(X), block, n)
+    if h is y:
+        return y.reshape(shape), (None, None, None)
 
     def dx(g: np.ndarray) -> np.ndarray:
         """(e − mean(e) − x̂ mean(e x̂)) / σ with e = g w, block by block of rows.  h holds x̂, and r 1/σ."""
