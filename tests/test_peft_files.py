@@ -204,10 +204,11 @@ def test_an_unshifted_prefix_goes_to_rotary_models_only(tmp_path):
     with pytest.raises(ValueError, match=r"train it with PrefixTuning\(shift=True\)"):
         ft.save_peft(model, tmp_path / "a")
     assert not (tmp_path / "a").exists()
-    model = llama()
+    model = ft.Llama(ft.LlamaConfig(V, 16, 24, L, 6, 3, hidden=20), seed=1).eval()
     attach(model, ft.PrefixTuning(p=3))
     y = host(model(IDS))
     ft.save_peft(model, tmp_path / "a")
+    assert load_file(tmp_path / "a" / WEIGHTS)["prompt_embeddings"].dtype == np.float32
     ft.detach(model)
     a = ft.load_peft(model, tmp_path / "a")
     assert a.method.shift and np.abs(host(model(IDS)) - y).max() < 1e-5
@@ -215,6 +216,28 @@ def test_an_unshifted_prefix_goes_to_rotary_models_only(tmp_path):
         for p in e.parameters():
             p.copy_(-host(p))
     assert np.abs(host(model(IDS)) - y).max() > 1e-3
+
+
+COMMON = {"task_type": "CAUSAL_LM", "base_model_name_or_path": None, "inference_mode": True}
+SIZES = {"num_virtual_tokens": 2, "token_dim": C, "num_transformer_submodules": 1, "num_attention_heads": 3,
+         "num_layers": L}
+CONFIGS = {
+    "LORA": {
+        "peft_type": "LORA", "r": 4, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": ["c_attn", "c_fc"],
+        "bias": "none", "fan_in_fan_out": True, **COMMON,
+        "rank_pattern": {"transformer.h.0.mlp.c_fc": 2, "transformer.h.1.mlp.c_fc": 2},
+        "alpha_pattern": {"transformer.h.0.mlp.c_fc": 16, "transformer.h.1.mlp.c_fc": 16},
+    },
+    "PROMPT_TUNING": {"peft_type": "PROMPT_TUNING", **SIZES, **COMMON},
+    "PREFIX_TUNING": {"peft_type": "PREFIX_TUNING", **SIZES, **COMMON, "encoder_hidden_size": C,
+                      "prefix_projection": False},
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_config_has_these_entries_and_no_others(kind, tmp_path):
+    """Older versions of PEFT refuse keys that they do not know."""
+    assert json.loads((saved(kind, tmp_path) / CONFIG).read_text()) == CONFIGS[kind]
 
 
 @pytest.mark.parametrize("kind", METHODS)

@@ -152,6 +152,6 @@ def _rotate(model: Module, path: str, K: np.ndarray, p: int) -> np.ndarray:
                          "train it with PrefixTuning(shift=True)")
     angles = p * rotary.frequencies()                                            # (D/2,)
     cos, sin = np.cos(angles), np.sin(angles)
-    first, second = np.split(K.astype(np.float64), 2, axis=-1)
+    first, second = np.split(K, 2, axis=-1)
     turned = np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(K.dtype)
