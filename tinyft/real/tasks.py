@@ -115,7 +115,11 @@ LABELS = ("swapped", "intact")
 
 
 def intact(test: int, seed: int) -> ChatTask:
-    """The task *intact*. Few-shot turns show both labels in turn."""
+    """The task *intact*. Few-shot turns show both labels in turn.
+
+    A negative result: 100 steps of 8 sentences leave the model at chance, 0.46 [0.37, 0.56] of 100 test sentences. It
+    answers "intact" to nearly all of them. Before, it seldom gave a readable answer, 0.31 [0.23, 0.41].
+    """
     task = data.task("intact", seed, train_size=3000)
     held_out = data.Examples(task.test.texts[:test], task.test.labels[:test])
 
