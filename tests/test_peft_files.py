@@ -575,6 +575,81 @@ def test_ranks_and_scales_of_modules_become_one(tmp_path):
     assert all(host(e.A).any(axis=1).all() for path, e in a.edits.items() if path != "blocks.0.mlp.up")
 
 
+def write_lora(folder: Path, modules: dict[str, tuple[int, int]], rank: int, **config: Any) -> Path:
+    """A file of PEFT, as from another program: {module: (in, out)} with random factors."""
+    rng = np.random.default_rng(5)
+    tensors = {}
+    for name, (in_features, out_features) in modules.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = rng.standard_normal((rank, in_features)).astype(np.float32)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = rng.standard_normal((out_features, rank)).astype(np.float32)
+    folder.mkdir(exist_ok=True)
+    (folder / CONFIG).write_text(json.dumps({"peft_type": "LORA", **config}))
+    save_file(tensors, folder / WEIGHTS)
+    return folder
+
+
+def test_absent_keys_have_pefts_defaults_and_names_may_lack_the_prefix(tmp_path):
+    """r and lora_alpha are 8; h.0.mlp.c_fc is a name of GPT2Model."""
+    for prefix in ("", "transformer."):
+        modules = {f"{prefix}h.{i}.mlp.c_fc": (C, 20) for i in range(L)}
+        a = ft.load_peft(gpt(), write_lora(tmp_path, modules, 8, target_modules=["c_fc"]))
+        assert (a.method.r, a.method.alpha, a.method.targets) == (8, 8, ("mlp.up",))
+    mixed = {"h.0.mlp.c_fc": (C, 20), "transformer.h.1.mlp.c_fc": (C, 20)}
+    check_refused("LORA", write_lora(tmp_path, mixed, 8, target_modules=["c_fc"]), "no h.0.mlp.c_fc")
+
+
+def test_rslora_scales_by_the_root_of_the_rank(tmp_path):
+    modules = {"transformer.h.0.mlp.c_fc": (C, 20)}
+    folder = write_lora(tmp_path, modules, 4, r=4, lora_alpha=6, use_rslora=True, target_modules=list(modules))
+    a = ft.load_peft(gpt(), folder)
+    assert a.edits["blocks.0.mlp.up"].s == 6 / 2
+
+
+def test_all_linear_leaves_out_the_output_layer_and_a_pooler_that_is_not_run(tmp_path):
+    block = {"self_attn.q_proj": (C, C), "self_attn.k_proj": (C, 4), "self_attn.v_proj": (C, 4),
+             "self_attn.o_proj": (C, C), "mlp.gate_proj": (C, 20), "mlp.up_proj": (C, 20), "mlp.down_proj": (20, C)}
+    modules = {f"model.layers.{i}.{name}": sizes for i in range(L) for name, sizes in block.items()}
+    assert len(ft.load_peft(llama(), write_lora(tmp_path, modules, 2, r=2, target_modules="all-linear")).edits) == 14
+    with_head = {**modules, "lm_head": (C, V)}
+    check_refused("LORA", write_lora(tmp_path, with_head, 2, r=2, target_modules="all-linear"), "not choose lm_head",
+                  llama())
+    masked = ft.BERT(ft.BERTConfig(V, 16, 2, C, 1, 3, 20), seed=1, head="mlm", pooler=True)
+    layer = "bert.encoder.layer.0"
+    modules = {f"{layer}.attention.output.dense": (C, C), f"{layer}.intermediate.dense": (C, 20),
+               f"{layer}.output.dense": (20, C), "cls.predictions.transform.dense": (C, C)}
+    a = ft.load_peft(masked, write_lora(tmp_path, modules, 2, r=2, target_modules=["dense"]))
+    assert a.edits.keys() == {"blocks.0.attn.o", "blocks.0.mlp.up", "blocks.0.mlp.down", "head.dense"}
+
+
+def test_a_fused_lora_whose_blocks_overlap_stays_whole():
+    paths = ("q", "k", "v")
+    for columns in ({"q": [0, 1], "v": [1, 3]}, {"q": [0, 2], "v": [3]}, {"q": [1], "v": [0]}):
+        B = np.zeros((6, 4))
+        for part, used in columns.items():
+            i = paths.index(part)
+            B[2 * i:2 * i + 2, used] = 1.0
+        f = Factors(np.ones((4, C)), B, 2.0)
+        assert all(part.r == 4 and part.alpha == 2.0 for part in split_fused("c_attn", f, paths).values())
+        assert split_fused("c_attn", f, paths).keys() == set(paths)
+
+
+def test_the_most_frequent_scale_stays_and_the_others_go_into_B():
+    rng = np.random.default_rng(3)
+    common = {f"blocks.{i}.attn.q": Factors(rng.standard_normal((2, C)), rng.standard_normal((C, 2)), 3.0)
+              for i in range(L)}
+    other = {"blocks.0.attn.k": Factors(rng.standard_normal((4, C)), rng.standard_normal((C, 4)), 8.0)}
+    method, values = as_one_lora(gpt(), {}, common | other)
+    assert (method.r, method.alpha) == (4, 6.0)
+    for path, f in (common | other).items():
+        A, B = values[path]["A"], values[path]["B"]
+        assert np.allclose(method.alpha / method.r * B @ A, f.s * f.B @ f.A, atol=1e-12)
+        assert np.array_equal(A[:f.r], f.A)
+    assert np.array_equal(values["blocks.0.attn.q"]["B"][:, :2], common["blocks.0.attn.q"].B)
+    zero = {path: Factors(f.A, f.B, 0.0) for path, f in common.items()}
+    method, values = as_one_lora(gpt(), {}, zero)
+    assert (method.r, method.alpha) == (2, 0.0) and values["blocks.0.attn.q"]["B"] is zero["blocks.0.attn.q"].B
+
+
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 1.0])
 def test_few_patterns_match_the_adapted_modules_and_no_others(share):
     """So few that save_adapter can write them: it takes lists of up to 100."""
