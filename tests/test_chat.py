@@ -1,6 +1,6 @@
 """Conversations as prompts: the formats, the templates of files that are recognised, and conversations that are none.
 
-tests/peers/test_gguf.py compares with transformers' apply_chat_template.
+tests/peers/test_gguf_peers.py compares with transformers' apply_chat_template.
 """
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Packed weights in the block formats of GGUF files: compression, decompression, products, dtypes.
 
-tests/peers/test_gguf.py compares the bytes with the package gguf.
+tests/peers/test_gguf_peers.py compares the bytes with the package gguf.
 """
 from __future__ import annotations
 

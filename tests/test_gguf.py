@@ -1,7 +1,7 @@
 """The model of a GGUF file, dense and packed: its weights, each key of the metadata, and methods beside packed weights.
 
 The files are written by gguf_files.py. test_gguf_reader.py has the bytes and the tokenizer, test_ggml.py the packed
-weights; tests/peers/test_gguf.py compares with the package gguf and with transformers.
+weights; tests/peers/test_gguf_peers.py compares with the package gguf and with transformers.
 """
 from __future__ import annotations
 

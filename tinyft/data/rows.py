@@ -1,7 +1,7 @@
 """Rows of prompts and responses, and rows of text, as batches of a causal language model.
 
     segment_batches      the loss is on the responses only; logits are computed nowhere else. A row has any number of
-                         prompts and responses in turn, as a chat has (responses.py: one of each, as token ids)
+                         prompts and responses in turn, as a chat has
     document_batches     the loss is on every token
 
     ids       prompt  prompt  prompt  response  response
