@@ -20,7 +20,7 @@ MODES = ("mean", "cls", "max")
 
 @dataclass(frozen=True)
 class Pooling:
-    """How a model makes embeddings of texts.
+    """The settings by which a model makes embeddings of texts.
 
     mode        "mean", "cls" or "max"
     normalize   True: embeddings have the length 1

@@ -29,7 +29,7 @@ MISSING_ID = (-1, 0xFFFFFFFF)                            # of older files: no to
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """How a text becomes the words inside which BPE merges.
+    """The rule that cuts a text into words; BPE merges inside a word only.
 
     pattern     a regular expression whose matches are the words; None: GPT-2's own
     digits      True: each digit is a word of its own, cut out before the pattern applies

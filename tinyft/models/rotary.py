@@ -18,7 +18,7 @@ from ..tensor import Tensor
 
 @dataclass(frozen=True)
 class RotaryScaling:
-    """How the frequencies of rotary positions were changed for longer texts than those of pretraining.
+    """A change of the frequencies of rotary positions, for longer texts than those of pretraining.
 
     kind "linear": every frequency is divided by `factor`.
     kind "llama3": frequencies of waves longer than `original / low` positions are divided by `factor`; those of waves
