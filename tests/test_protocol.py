@@ -303,7 +303,7 @@ def count_ladder(s: Sizes) -> int:
 
 def count_ticket(s: Sizes) -> int:
     """Every tensor outside the norms and the head."""
-    return s.total - (s.L * 4 + 2) * s.C - s.mlm
+    return s.total - (s.L * 4 + 2) * s.C - s.own_head
 
 
 ROWS = {
