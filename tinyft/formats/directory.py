@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from ..files import FLOATS, is_file_name, read_json, read_safetensors
 
-__all__ = ["FLOATS", "read_json", "read_all", "read_file", "first_names"]
+__all__ = ["FLOATS", "check_tensors", "read_json", "read_all", "read_file", "first_names"]
 
 LONGEST_NAME = 200                                       # characters of a name in an error message
 
@@ -20,6 +21,33 @@ def first_names(names: list[str]) -> str:
     shown = [name if name.isprintable() else repr(name) for name in names[:4]]
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     return ", ".join(name[:LONGEST_NAME] for name in shown) + more
+
+
+def check_tensors(shapes: dict[str, tuple[int, ...]], stored: Mapping[str, Any], source: str,
+                  wrong: Iterable[str] = ()) -> None:
+    """ValueError unless the file's tensors are exactly those of the model, with its shapes.
+
+    The message names the missing, the unexpected and the wrong tensors, four of each.
+
+    shapes  {name: shape} of the model's tensors
+    stored  {name: tensor with a shape} of the file
+    source  what says which tensors are wanted, for the message
+    wrong   sentences about further faults of single tensors
+    """
+    missing = [name for name in shapes if name not in stored]
+    unexpected = [name for name in stored if name not in shapes]
+    wrong_shapes = [f"{name} wants shape {shape}, got {stored[name].shape}"
+                    for name, shape in shapes.items() if name in stored and stored[name].shape != shape]
+    wrong = [*wrong_shapes, *wrong]
+    faults = []
+    if missing:
+        faults.append(f"missing {first_names(missing)}")
+    if unexpected:
+        faults.append(f"unexpected {first_names(unexpected)}")
+    if wrong:
+        faults.append(first_names(wrong))
+    if faults:
+        raise ValueError(f"the tensors are not those that {source} asks for: {'; '.join(faults)}")
 
 
 def read_all(folder: Path) -> dict[str, np.ndarray]:

@@ -22,7 +22,7 @@ from .. import array
 from ..compress import FORMATS
 from ..models import Llama, LlamaConfig, RotaryScaling
 from ..nn import Module, Parameter
-from .directory import first_names
+from .directory import check_tensors, first_names
 from .gguf import StoredTensor, is_one_of, read_gguf, shown
 from .gguf_tokenizer import build_tokenizer
 from .layout import Plan, cast
@@ -77,7 +77,8 @@ def load_gguf(path: Path, dtype: np.dtype, *, packed: bool = False) -> tuple[Lla
         family = LlamaFamily(settings.architecture)
         shapes = {name: place.shape for name, place in family.table(plan).items()}
         names = {name: file_name(name) for name in shapes}
-        check_tensors({names[name]: shape for name, shape in shapes.items()}, file.tensors)
+        refuse_frequencies(file.tensors)
+        check_tensors({names[name]: shape for name, shape in shapes.items()}, file.tensors, "the metadata")
         tokenizer = build_tokenizer(file.metadata, plan.config.vocab)
         model = family.build(plan)
         parts = dict(model.named_modules())
@@ -154,28 +155,11 @@ def file_name(name: str) -> str:
     return f"blk.{number}.{BLOCK['.'.join(part)]}.{leaf}"
 
 
-def check_tensors(shapes: dict[str, tuple[int, ...]], stored: dict[str, StoredTensor]) -> None:
-    """ValueError unless the file's tensors are those of the model, {name: shape}. The message names four of each fault.
-
-    A table of rotary frequencies, which Llama 3.1 files hold, is refused by name: the model would be another one."""
+def refuse_frequencies(stored: dict[str, StoredTensor]) -> None:
+    """Refuse a table of rotary frequencies, which Llama 3.1 files hold: the model would be another one."""
     if "rope_freqs.weight" in stored:
         raise ValueError("the file holds rope_freqs.weight, a table that scales rotary frequencies: "
                          "this library's Llama does not read it")
-    missing = [name for name in shapes if name not in stored]
-    unexpected = [name for name in stored if name not in shapes]
-    wrong = []
-    for name, shape in shapes.items():
-        if name in stored and stored[name].shape != shape:
-            wrong.append(f"{name} wants shape {shape}, got {stored[name].shape}")
-    faults = []
-    if missing:
-        faults.append(f"missing {first_names(missing)}")
-    if unexpected:
-        faults.append(f"unexpected {first_names(unexpected)}")
-    if wrong:
-        faults.append(first_names(wrong))
-    if faults:
-        raise ValueError(f"the tensors are not those that the metadata asks for: {'; '.join(faults)}")
 
 
 # ── metadata ─────────────────────────────────────────────────────────────────────────────────────────────────────────

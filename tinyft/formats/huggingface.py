@@ -25,7 +25,7 @@ from ..nn import Module, Packed
 from ..tokens import special_token
 from .bert import BERTFamily
 from .config import check_kept
-from .directory import FLOATS, first_names, read_all, read_json
+from .directory import FLOATS, check_tensors, first_names, read_all, read_json
 from .distilbert import DistilBERTFamily
 from .family import Family
 from .gguf_model import load_gguf
@@ -211,29 +211,12 @@ def _equal(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def _check_tensors(table: Table, stored: dict[str, np.ndarray]) -> None:
-    """Raise ValueError unless the file's tensors are those of the table, with its shapes and a floating-point dtype.
-
-    The message names the missing, the unexpected and the wrong tensors, four of each.
-    """
+    """ValueError unless the file's tensors are those of the table, with its shapes and a floating-point dtype."""
     shapes = {place.name: place.file_shape for place in table.values()}
-    missing = [name for name in shapes if name not in stored]
-    unexpected = [name for name in stored if name not in shapes]
-    wrong = []
-    for name, shape in shapes.items():
-        if name in stored and stored[name].shape != shape:
-            wrong.append(f"{name} wants shape {shape}, got {stored[name].shape}")
-    for name in shapes:
-        if name in stored and stored[name].dtype not in FLOATS.values():
-            wrong.append(f"{name} wants one of the dtypes {', '.join(FLOATS)}, got {stored[name].dtype}")
-    faults = []
-    if missing:
-        faults.append(f"missing {first_names(missing)}")
-    if unexpected:
-        faults.append(f"unexpected {first_names(unexpected)}")
-    if wrong:
-        faults.append(first_names(wrong))
-    if faults:
-        raise ValueError(f"the tensors are not those that config.json asks for: {'; '.join(faults)}")
+    of_other_dtypes = [name for name in shapes if name in stored and stored[name].dtype not in FLOATS.values()]
+    wanted = ", ".join(FLOATS)
+    wrong = [f"{name} wants one of the dtypes {wanted}, got {stored[name].dtype}" for name in of_other_dtypes]
+    check_tensors(shapes, stored, "config.json", wrong)
 
 
 def _read_tokenizer(folder: Path) -> Tokenizer | None:
