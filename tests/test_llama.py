@@ -599,3 +599,13 @@ def test_the_maps_of_attention_have_the_width_of_its_heads():
     assert isinstance(attn, Attention)
     assert (attn.q.out_features, attn.k.out_features, attn.v.out_features) == (H * D, HKV * D, HKV * D)
     assert (attn.o.in_features, attn.o.out_features) == (H * D, C)
+
+
+def test_the_initial_maps_of_a_gated_feed_forward_have_a_standard_deviation_of_2_percent():
+    """Also without out_std; with it, `down` alone has another one."""
+    mlp = GatedMLP(64, 256, rng=np.random.default_rng(0))
+    for linear in (mlp.gate, mlp.up, mlp.down):
+        assert host(linear.weight).std() == pytest.approx(0.02, rel=0.03)
+    mlp = GatedMLP(64, 256, rng=np.random.default_rng(0), out_std=0.1)
+    assert host(mlp.up.weight).std() == pytest.approx(0.02, rel=0.03)
+    assert host(mlp.down.weight).std() == pytest.approx(0.1, rel=0.03)
