@@ -222,8 +222,8 @@ class Context:
         present = m.ones((B, T), dtype=bool) if self.mask is None else self.mask
         return m.concatenate([past, present], axis=1)
 
-    def positions(self) -> Array:
-        """(B, T) or (1, T): the position of each token among the real tokens of its row, plus `position_shift`.
+    def positions(self, first: int = 0) -> Array:
+        """(B, T) or (1, T): first + position_shift + the position of each token among the real tokens of its row.
 
         Padding is not counted, so left and right padding give the same positions. Cached tokens are counted first.
         position_shift is 0 unless an edit sets it: a prefix that takes positions."""
@@ -231,11 +231,11 @@ class Context:
         T = self.ids.shape[1]
         key_mask = self.key_mask()
         if key_mask is None:
-            start = self.past_length + self.position_shift
+            start = self.past_length + self.position_shift + first
             return m.arange(start, start + T)[None]
         counts = m.cumsum(key_mask.astype(np.int64), axis=1)     # (B, Tk): real keys so far, cached ones included
         # The last T keys are the tokens of this pass. Padding before the first real token gets position 0.
-        return m.maximum(counts - 1, 0)[:, -T:] + self.position_shift
+        return m.maximum(counts - 1, 0)[:, -T:] + (self.position_shift + first)
 
     def select_positions(self, x: Tensor) -> Tensor:
         """x at the `logit_positions`: (B, T, C) -> (n, C). x itself if logits are computed at every position."""

@@ -165,7 +165,7 @@ class BERT(Module):
             raise ValueError("BERT looks both ways: its keys and values cannot be cached; call it without cache=")
         check_token_types(ctx.token_type_ids, self.config.token_types)
         x = embed_tokens(self.embed, ids, ctx, positions=self.config.positions)  # (B, T, C)
-        x = x + self.pos(ctx.positions() + self.config.first_position, ctx)
+        x = x + self.pos(ctx.positions(first=self.config.first_position), ctx)
         if self.type is not None:
             token_type_ids = ctx.token_type_ids
             if token_type_ids is None:

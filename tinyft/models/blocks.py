@@ -118,16 +118,17 @@ SIZE_SYNONYMS = {
 }
 
 
-def check_config(config: Any, sizes: Sequence[str]) -> None:
+def check_config(config: Any, sizes: Sequence[str], head_width: int | None = None) -> None:
     """Raise TypeError or ValueError, naming the field, unless a configuration describes a model that can be built.
 
-    sizes: the names of the fields that are whole numbers of at least 1, width and heads among them."""
+    sizes: the names of the fields that are whole numbers of at least 1, width and heads among them.
+    head_width: of a model whose heads have a width of their own; None: the heads divide the width."""
     name = type(config).__name__
     for size in sizes:
         checks.whole(f"{name}: {size}", getattr(config, size), least=1)
     if config.hidden is not None:
         checks.whole(f"{name}: hidden", config.hidden, least=1)
-    if getattr(config, "head_width", None) is None and config.width % config.heads:
+    if head_width is None and config.width % config.heads:
         raise ValueError(f"{name}: {config.heads} heads do not divide a width of {config.width}")
     checks.number(f"{name}: dropout", config.dropout, low=0, below=1)
     checks.number(f"{name}: eps", config.eps, low=0)

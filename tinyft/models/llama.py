@@ -69,7 +69,7 @@ class LlamaConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        check_config(self, ("vocab", "positions", "width", "layers", "heads"))
+        check_config(self, ("vocab", "positions", "width", "layers", "heads"), self.head_width)
         for name in ("key_value_heads", "head_width"):
             if getattr(self, name) is not None:
                 checks.whole(f"LlamaConfig: {name}", getattr(self, name), least=1)
