@@ -360,8 +360,10 @@ def test_positions_by_hand():
     assert host(right.positions())[0, :2].tolist() == [0, 1]
     for ctx in (left, begun(ids=[[7] * 4])):
         before = host(ctx.positions())
+        assert (host(ctx.positions(first=2)) == before + 2).all()
         ctx.position_shift = 5
         assert (host(ctx.positions()) == before + 5).all()
+        assert (host(ctx.positions(first=2)) == before + 7).all()
 
 
 @given(seeds(), st.booleans(), st.integers(1, 3), st.integers(1, 4), st.integers(1, 4))
