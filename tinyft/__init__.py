@@ -21,6 +21,7 @@ from .adapters import (
 )
 from .array import BackendError, CannotCapture, backend, peak_memory, use
 from .chat import chat_end, chat_prompt
+from .compress import GPTQ, RTN, compress
 from .decode import generate
 from .edit import (
     Attached,
@@ -67,6 +68,8 @@ __all__ = [
     "Edit", "Method", "Phase", "Attached", "Count", "CannotMerge",
     # methods
     "methods", *(cls.__name__ for cls in _METHODS),
+    # compression
+    "compress", "RTN", "GPTQ",
     # training
     "fit", "evaluate", "perplexity", "predict", "Predictions", "embed", "History", "Loss", "CrossEntropy", "Targets",
     "AdamW", "Adam", "SGD",

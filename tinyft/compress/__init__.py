@@ -1,4 +1,16 @@
-"""Compressed weights: the block formats of GGUF files (ggml.py)."""
-from .ggml import FORMATS, Q4_0, Q4_1, Q8_0
+"""Compression: packed weights in the place of dense ones.
 
-__all__ = ["FORMATS", "Q4_0", "Q4_1", "Q8_0"]
+    compress        every linear map of a model, layer by layer (layerwise.py, calibrate.py)
+    quantize/       the rules, (W, H) -> Packed, one file per paper
+    grids.py        the values that a weight of few bits may take
+    packing.py      codes of 1 to 8 bits in a stream of bytes
+    grouped.py      packed weights with a scale for each group
+    ggml.py         the block formats of GGUF files
+"""
+from .ggml import FORMATS, Q4_0, Q4_1, Q8_0
+from .grouped import Uniform
+from .layerwise import LayerReport, compress
+from .quantize import GPTQ, RTN
+from .rule import Rule
+
+__all__ = ["FORMATS", "GPTQ", "LayerReport", "Q4_0", "Q4_1", "Q8_0", "RTN", "Rule", "Uniform", "compress"]

@@ -1,0 +1,253 @@
+"""Packed weights whose codes lie in groups along the rows of W, each group with a scale of its own.
+
+    Grouped     what they share: the stream of codes, the scales, the order of the inputs, products
+    Uniform     w = s (q − z), the grids of grids.py
+
+In memory the rows of W are the last axis of every array: the codes are a stream (bytes, out), the scales (groups, out).
+A NumPy operation on a block of rows then runs through long contiguous lines.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .. import array, checks
+from ..array import Array, xp
+from ..nn import Packed
+from .grids import Grid, check_kind, fixed_zero
+from .packing import pack, unpack
+
+__all__ = ["Grouped", "Uniform"]
+
+DENSE = 1 << 20                                          # dense weights that a product holds at a time, at most
+FEW = 8                                                  # rows of x up to which a product multiplies with the codes
+
+
+class Grouped(Packed):
+    """A weight W (out, in) as codes of b bits; g neighbours in a row of codes share a scale. The last group of a row
+    has fewer weights if g does not divide `in`.
+
+    order         None, or (in,): code j of a row stands for the input order[j] (GPTQ's act-order)
+    input_scale   None, or (in,) float32: the codes stand for W diag(input_scale), so W is divided by it again (AWQ)
+
+    Subclasses write `levels`, the values of codes before the scale, and may write `offset`."""
+
+    bits: int
+    group: int
+
+    def __init__(
+        self, codes: np.ndarray, scale: np.ndarray, *, bits: int, group: int,
+        order: np.ndarray | None = None, input_scale: np.ndarray | None = None,
+    ):
+        """The weight from its codes (out, in) on the host, whole numbers in 0 ... 2^bits − 1, in the order `order`, and
+        the scales (out, groups), which are kept as float16 if float16 holds all of them exactly.
+
+        TypeError or ValueError for arrays of other shapes or kinds, and for scales that are not finite."""
+        name = type(self).__name__
+        checks.whole(f"{name}: bits", bits, 1, 8)
+        checks.whole(f"{name}: group", group, least=1)
+        if codes.ndim != 2 or not codes.size:
+            raise ValueError(f"{name} wants codes of shape (out, in), got {codes.shape}")
+        groups = -(-codes.shape[1] // group)
+        if scale.shape != (codes.shape[0], groups):
+            raise ValueError(f"{name} wants scales of shape {(codes.shape[0], groups)}, got {scale.shape}")
+        self.shape = codes.shape
+        self.bits = bits
+        self.group = min(group, codes.shape[1])
+        self.codes = array.asarray(pack(np.ascontiguousarray(codes.T), bits))            # (bytes, out)
+        self.scale_bits = array.asarray(as_bits(np.ascontiguousarray(scale.T), name))    # (groups, out)
+        self.order = None if order is None else array.asarray(_checked_order(order, codes.shape[1], name))
+        self.input_scale_bits = None
+        if input_scale is not None:
+            if input_scale.shape != (codes.shape[1],) or not (input_scale > 0).all():
+                raise ValueError(f"{name} wants a positive input_scale for each of the {codes.shape[1]} inputs")
+            self.input_scale_bits = array.asarray(as_bits(input_scale.astype(np.float32), name))
+        self.unit = array.asarray(np.empty(0, np.float32))     # empty; `to(dtype)` gives it the dtype of dense rows
+
+    def extra_repr(self) -> str:
+        more = ", in another order" if self.order is not None else ""
+        more += ", with input scales" if self.input_scale_bits is not None else ""
+        return f"{tuple(self.shape)}, {self.bits} bits in groups of {self.group}{more}, {self.nbytes:,} bytes"
+
+    # ── parts of the weight ──
+    @property
+    def scale(self) -> Array:
+        """The scales (groups, out), float32."""
+        return from_bits(self.scale_bits)
+
+    @property
+    def input_scale(self) -> Array | None:
+        """The input scales (in,), float32, or None."""
+        return None if self.input_scale_bits is None else from_bits(self.input_scale_bits)
+
+    def code_matrix(self) -> np.ndarray:
+        """The codes (out, in) uint8 on the host, in their own order."""
+        return unpack(array.asnumpy(self.codes), self.bits, self.shape[1]).T
+
+    def levels(self, codes: Array) -> Array:
+        """The values of codes (..., n) before the scale, float32."""
+        raise NotImplementedError(f"{type(self).__name__} has no levels")
+
+    def offset(self, rows: Any) -> Array | None:
+        """What is added to every level of a group before the scale, (groups, n); None if it is 0."""
+        return None
+
+    # ── the dense weight ──
+    @property
+    def rows_per_block(self) -> int:                     # type: ignore[override]
+        """The number of dense rows that a product holds at a time."""
+        return max(1, DENSE // self.shape[1])
+
+    def dequantize(self) -> Array:
+        """The dense weight (out, in), in C order."""
+        dense = xp(self.codes).empty(self.shape, self.unit.dtype)
+        for rows in self.blocks():
+            dense[rows] = self.dequantize_rows(rows)
+        return dense
+
+    def dequantize_rows(self, rows: Any) -> Array:
+        """W[rows]: (n, in) for a slice, (..., in) for an array of row numbers (...)."""
+        if isinstance(rows, slice):
+            return self.columns(rows).T
+        return self.columns(rows.reshape(-1)).T.reshape(*rows.shape, self.shape[1])
+
+    def columns(self, rows: Any) -> Array:
+        """Wᵀ[:, rows], (in, n), for a slice or an array (n,) of row numbers. Computed in float32."""
+        width = self.shape[1]
+        level = self.grouped_levels(rows)                                        # (groups, g, n)
+        offset = self.offset(rows)
+        if offset is not None:
+            level += offset[:, None]
+        level *= from_bits(self.scale_bits[:, rows])[:, None]
+        columns = level.reshape(-1, level.shape[-1])[:width]                     # (in, n)
+        if self.order is not None:
+            ordered = xp(columns).empty_like(columns)
+            ordered[self.order] = columns
+            columns = ordered
+        if self.input_scale_bits is not None:
+            columns /= self.input_scale[:, None]
+        return columns if self.unit.dtype == np.float32 else columns.astype(self.unit.dtype)
+
+    def grouped_levels(self, rows: Any) -> Array:
+        """The values of the codes of some rows before offset and scale, (groups, g, n) float32; 0 after the last."""
+        width = self.shape[1]
+        level = self.levels(unpack(self.codes[:, rows], self.bits, width))       # (in, n)
+        groups = len(self.scale_bits)
+        missing = groups * self.group - width
+        if missing:
+            m = xp(level)
+            level = m.concatenate([level, m.zeros((missing, level.shape[1]), level.dtype)])
+        return level.reshape(groups, self.group, -1)
+
+    def product(self, x: Array, rows: slice) -> Array:
+        """x W[rows]ᵀ, for x (N, in).    y = Σ_b s_b (x_b · level_b + offset_b Σ_j x_bj), for the groups b
+
+        For a few rows of x, as in generation, the sums over the codes come first: then the scales act on 1/g as many
+        numbers. For many rows it is faster to decompress W."""
+        if x.shape[0] > FEW or not x.dtype == self.unit.dtype == np.float32:
+            return super().product(x, rows)
+        x = self.grouped_inputs(x)                                               # (groups, N, g)
+        scale = from_bits(self.scale_bits[:, rows])[:, None]                     # (groups, 1, n)
+        sums = x @ self.grouped_levels(rows)                                     # (groups, N, n)
+        offset = self.offset(rows)
+        if offset is not None:
+            sums += x.sum(axis=-1, keepdims=True) * offset[:, None]
+        sums *= scale
+        return sums.sum(axis=0)
+
+    def grouped_inputs(self, x: Array) -> Array:
+        """x (N, in) as the codes want it: divided by the input scale, in their order, in groups: (groups, N, g)."""
+        if self.input_scale_bits is not None:
+            x = x / self.input_scale
+        if self.order is not None:
+            x = x[:, self.order]
+        groups = len(self.scale_bits)
+        missing = groups * self.group - self.shape[1]
+        if missing:
+            m = xp(x)
+            x = m.concatenate([x, m.zeros((len(x), missing), x.dtype)], axis=1)
+        return x.reshape(len(x), groups, self.group).transpose(1, 0, 2)
+
+
+class Uniform(Grouped):
+    """w = s (q − z): a weight on one of the uniform grids of grids.py.
+
+    kind   the kind of its grid. Affine grids have a zero point for each group, kept in a stream of b bits"""
+
+    def __init__(
+        self, codes: np.ndarray, scale: np.ndarray, zero: np.ndarray | None = None, *, kind: str, bits: int, group: int,
+        order: np.ndarray | None = None, input_scale: np.ndarray | None = None,
+    ):
+        """As Grouped. zero: the zero points (out, groups) of an affine grid, whole numbers; None for the others."""
+        check_kind("Uniform", kind, bits)
+        super().__init__(codes, scale, bits=bits, group=group, order=order, input_scale=input_scale)
+        self.kind = kind
+        needs_zero = fixed_zero(kind, bits) is None
+        if needs_zero != (zero is not None):
+            raise ValueError(f"Uniform: the {kind} grid wants {'zero points' if needs_zero else 'no zero points'}")
+        self.zero_codes = None
+        if zero is not None:
+            if zero.shape != scale.shape:
+                raise ValueError(f"Uniform wants zero points of shape {scale.shape}, got {zero.shape}")
+            whole = np.ascontiguousarray(zero.T).astype(np.int64)
+            self.zero_codes = array.asarray(pack(whole, bits))                   # a stream along the groups
+
+    @classmethod
+    def from_grid(cls, codes: np.ndarray, grid: Grid, *, kind: str, bits: int, group: int, **more: Any) -> Uniform:
+        """From codes (out, in), and a grid whose scale and zero have one entry for each row and group: (out, groups)
+        or (out, groups, 1)."""
+        size = codes.shape[0], -(-codes.shape[1] // group)
+        scale = np.asarray(grid.scale).reshape(size)
+        zero = None if fixed_zero(kind, bits) is not None else np.asarray(grid.zero).reshape(size)
+        return cls(codes.astype(np.uint8), scale, zero, kind=kind, bits=bits, group=group, **more)
+
+    @property
+    def zero(self) -> Array | float:
+        """The zero points (groups, out) float32, or the one number of all groups."""
+        if self.zero_codes is None:
+            return fixed_zero(self.kind, self.bits)
+        return unpack(self.zero_codes, self.bits, len(self.scale_bits)).astype(np.float32)
+
+    def levels(self, codes: Array) -> Array:
+        """q"""
+        return codes.astype(np.float32)
+
+    def offset(self, rows: Any) -> Array:
+        """−z, (groups, n)"""
+        if self.zero_codes is not None:
+            return -unpack(self.zero_codes[:, rows], self.bits, len(self.scale_bits)).astype(np.float32)
+        scale = self.scale_bits[:, rows]
+        return xp(scale).full(scale.shape, -fixed_zero(self.kind, self.bits), np.float32)
+
+    def extra_repr(self) -> str:
+        return f"{self.kind} {super().extra_repr()}"
+
+
+# ── numbers that `to(dtype)` must not round ──────────────────────────────────────────────────────────────────────────
+def as_bits(values: np.ndarray, name: str) -> np.ndarray:
+    """Real numbers as the bits of float16, uint16, if float16 holds all of them exactly; else of float32, uint32.
+
+    A model's `to(dtype)` casts floating-point buffers, and would round scales. ValueError unless all are finite."""
+    single = values.astype(np.float32)
+    if not np.isfinite(single).all():
+        raise ValueError(f"{name} wants finite scales, got inf or NaN")
+    with np.errstate(over="ignore"):
+        half = single.astype(np.float16)
+    if (half.astype(np.float32) == single).all():
+        return half.view(np.uint16)
+    return single.view(np.uint32)
+
+
+def from_bits(bits: Array) -> Array:
+    """The numbers, float32, of the bits that as_bits gave."""
+    if bits.dtype == np.uint16:
+        return bits.view(np.float16).astype(np.float32)
+    return bits.view(np.float32)
+
+
+def _checked_order(order: np.ndarray, n: int, name: str) -> np.ndarray:
+    """The order as int32. ValueError unless it is a permutation of 0 ... n − 1."""
+    if order.shape != (n,) or not np.array_equal(np.sort(order), np.arange(n)):
+        raise ValueError(f"{name} wants an order of the {n} inputs, each once")
+    return order.astype(np.int32)

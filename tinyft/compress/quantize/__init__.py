@@ -1,0 +1,5 @@
+"""Rules that give every weight fewer bits: one file per paper."""
+from .gptq import GPTQ
+from .rtn import RTN
+
+__all__ = ["GPTQ", "RTN"]

@@ -1,0 +1,60 @@
+"""Round-to-nearest (RTN): every weight takes the nearest value of its group's grid.
+
+    ŵ = s (clip(rint(w/s) + z, 0, top) − z)          s and z of each group of g neighbours in a row: grids.py
+
+It needs no data. The error of a weight is at most s/2 (affine, symmetric and absmax grids).
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ... import checks
+from ..grids import check_kind, fit_grid
+from ..grouped import Uniform
+from ..rule import Rule, check_weight
+
+__all__ = ["RTN", "round_to_nearest"]
+
+
+@dataclass(frozen=True)
+class RTN(Rule):
+    """Round-to-nearest: each weight alone, without data.
+
+    bits    1 ... 8
+    group   weights that share a scale, along a row; None: the whole row
+    grid    "affine", "symmetric", "absmax" (at least 2 bits), "ternary" (2 bits), "sign" (1 bit)"""
+
+    bits: int = 4
+    group: int | None = 64
+    grid: str = "affine"
+
+    def __post_init__(self) -> None:
+        check_kind("RTN", self.grid, self.bits)
+        if self.group is not None:
+            checks.whole("RTN: group", self.group, least=1)
+
+    def __call__(self, W: np.ndarray, H: Any = None) -> Uniform:
+        """The packed weight of W (out, in)."""
+        return round_to_nearest(W, self.grid, self.bits, self.group)
+
+
+def round_to_nearest(W: np.ndarray, kind: str, bits: int, group: int | None = None, *,
+                     half_scales: bool = True, **more: Any) -> Uniform:
+    """W (out, in) on its grid, packed. more: `order` and `input_scale` of the packed weight."""
+    W = check_weight("round_to_nearest", W)
+    width = W.shape[1]
+    group = width if group is None else min(group, width)
+    whole = width // group * group                                   # the inputs in full groups
+    parts = [W[:, :whole].reshape(len(W), -1, group)]
+    if whole < width:
+        parts.append(W[:, None, whole:])                             # the last, shorter group
+    grids = [fit_grid(part, kind, bits, half_scales=half_scales) for part in parts]
+    codes = np.concatenate([grid.encode(part).reshape(len(W), -1) for grid, part in zip(grids, parts)], axis=1)
+    scale = np.concatenate([grid.scale[..., 0] for grid in grids], axis=1)
+    zero = None
+    if kind == "affine":
+        zero = np.concatenate([grid.zero[..., 0] for grid in grids], axis=1)
+    return Uniform(codes.astype(np.uint8), scale, zero, kind=kind, bits=bits, group=group, **more)

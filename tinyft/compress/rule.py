@@ -1,0 +1,58 @@
+"""Rule: a way to compress one weight,  (W, H) -> Packed.
+
+    W   (out, in), the dense weight on the host
+    H   (in, in), the Hessian of the layer's squared error, 2/n Σ x xᵀ over the calibration tokens x (calibrate.py)
+"""
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+
+from .. import array, checks
+from ..nn import Packed
+
+__all__ = ["Rule", "check_hessian", "check_weight"]
+
+
+class Rule:
+    """A frozen dataclass of settings that is called with a weight, and with its Hessian if `needs_hessian`."""
+
+    needs_hessian: ClassVar[bool] = False
+
+    def __call__(self, W: np.ndarray, H: np.ndarray | None = None) -> Packed:
+        """The compressed weight in place of W (out, in)."""
+        raise NotImplementedError(f"{type(self).__name__} has no __call__")
+
+
+def check_weight(name: str, W: Any) -> np.ndarray:
+    """W (out, in) on the host as float32 or float64, a copy unless it is one already.
+
+    TypeError for what is no array of real numbers, and for a weight that is packed already. ValueError for another
+    shape, for an empty weight, and for one that holds inf or NaN."""
+    if isinstance(W, Packed):
+        raise TypeError(f"{name} wants a dense weight, got one that is packed already: unpack the model first")
+    if not array.is_array(W) or W.dtype.kind not in "iufV":          # bfloat16 is of kind V
+        raise TypeError(f"{name} wants a weight, an array of real numbers, got {checks.brief(W)}")
+    if W.ndim != 2 or not W.size:
+        raise ValueError(f"{name} wants a weight of shape (out, in), got {W.shape}")
+    host = array.asnumpy(W)
+    host = host if host.dtype == np.float64 else host.astype(np.float32, copy=False)
+    if not np.isfinite(host).all():
+        raise ValueError(f"{name} wants finite weights, got inf or NaN")
+    return host
+
+
+def check_hessian(name: str, H: Any, width: int) -> np.ndarray:
+    """H as float64 on the host. ValueError unless it is (width, width), finite, and its diagonal is not negative;
+    TypeError if there is none."""
+    if H is None:
+        raise TypeError(f"{name} wants the Hessian of the layer's inputs: give compress calibration batches")
+    if not array.is_array(H) or H.dtype.kind not in "iuf":
+        raise TypeError(f"{name} wants a Hessian, an array of real numbers, got {checks.brief(H)}")
+    host = array.asnumpy(H).astype(np.float64)
+    if host.shape != (width, width):
+        raise ValueError(f"{name} wants a Hessian of shape {(width, width)}, got {host.shape}")
+    if not np.isfinite(host).all() or (np.diagonal(host) < 0).any():
+        raise ValueError(f"{name} wants a finite Hessian without negative entries on its diagonal")
+    return host
