@@ -52,7 +52,18 @@ from .optim import SGD, Adam, AdamW, GradScaler, constant_schedule, cosine_sched
 from .precision import autocast, get_float32_matmul_precision, set_float32_matmul_precision
 from .predict import Predictions, predict
 from .tensor import ShapeError, Tensor, detect_anomaly, no_grad
-from .train import CrossEntropy, Diverged, History, Loss, Targets, evaluate, fit, perplexity
+from .train import (
+    CorpusPerplexity,
+    CrossEntropy,
+    Diverged,
+    History,
+    Loss,
+    Targets,
+    corpus_perplexity,
+    evaluate,
+    fit,
+    perplexity,
+)
 
 __version__ = "0.1.0"
 __all__ = [
@@ -71,7 +82,8 @@ __all__ = [
     # compression
     "compress", "RTN", "GPTQ",
     # training
-    "fit", "evaluate", "perplexity", "predict", "Predictions", "embed", "History", "Loss", "CrossEntropy", "Targets",
+    "fit", "evaluate", "perplexity", "corpus_perplexity", "CorpusPerplexity", "predict", "Predictions", "embed",
+    "History", "Loss", "CrossEntropy", "Targets",
     "AdamW", "Adam", "SGD",
     "constant_schedule", "linear_schedule", "cosine_schedule",
     # 16 bits
