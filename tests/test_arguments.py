@@ -195,6 +195,7 @@ ROWS: dict[str, Callable[[Any], dict]] = {
     "compress": lambda path: {"model": gpt(), "rule": ft.GPTQ(bits=4, group=4), "batches": [ids()],
                               "targets": "attn.q", "done": {}},
     "RTN": lambda path: {"bits": 4, "group": 8, "grid": "affine"},
+    "OBQ": lambda path: {"bits": 4, "group": 8, "grid": "affine", "damp": 0.01},
     "GPTQ": lambda path: {"bits": 4, "group": 8, "grid": "affine", "damp": 0.01, "block": 16, "act_order": True,
                           "static_groups": True},
     "attach": lambda path: {"model": gpt(), "method": ft.LoRA(r=2), "name": "a", "seed": 0, "train_head": True},

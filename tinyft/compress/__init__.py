@@ -10,7 +10,7 @@
 from .ggml import FORMATS, Q4_0, Q4_1, Q8_0
 from .grouped import Uniform
 from .layerwise import LayerReport, compress
-from .quantize import GPTQ, RTN
+from .quantize import GPTQ, OBQ, RTN
 from .rule import Rule
 
-__all__ = ["FORMATS", "GPTQ", "LayerReport", "Q4_0", "Q4_1", "Q8_0", "RTN", "Rule", "Uniform", "compress"]
+__all__ = ["FORMATS", "GPTQ", "LayerReport", "OBQ", "Q4_0", "Q4_1", "Q8_0", "RTN", "Rule", "Uniform", "compress"]

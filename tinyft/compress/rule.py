@@ -12,7 +12,7 @@ import numpy as np
 from .. import array, checks
 from ..nn import Packed
 
-__all__ = ["Rule", "check_hessian", "check_weight"]
+__all__ = ["Rule", "check_hessian", "check_weight", "without_dead_inputs"]
 
 
 class Rule:
@@ -56,3 +56,18 @@ def check_hessian(name: str, H: Any, width: int) -> np.ndarray:
     if not np.isfinite(host).all() or (np.diagonal(host) < 0).any():
         raise ValueError(f"{name} wants a finite Hessian without negative entries on its diagonal")
     return host
+
+
+def without_dead_inputs(W: np.ndarray, H: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """W and H with the dead inputs, those that were always 0, made harmless: their weights are 0, and H's diagonal has
+    the mean of the living there, or 1 if all are dead."""
+    dead = np.diagonal(H) == 0
+    if not dead.any():
+        return W, H
+    W, H = W.copy(), H.copy()
+    W[:, dead] = 0
+    H[dead] = 0
+    H[:, dead] = 0
+    living = np.diagonal(H)[~dead]
+    H[dead, dead] = living.mean() if living.size else 1
+    return W, H

@@ -1,5 +1,6 @@
 """Rules that give every weight fewer bits: one file per paper."""
 from .gptq import GPTQ
+from .obq import OBQ
 from .rtn import RTN
 
-__all__ = ["GPTQ", "RTN"]
+__all__ = ["GPTQ", "OBQ", "RTN"]

@@ -28,7 +28,7 @@ import numpy as np
 from ... import checks
 from ..grids import Grid, check_kind, fit_grid
 from ..grouped import Uniform
-from ..rule import Rule, check_hessian, check_weight
+from ..rule import Rule, check_hessian, check_weight, without_dead_inputs
 
 __all__ = ["GPTQ", "gptq_columns", "inverse_factor"]
 
@@ -160,14 +160,3 @@ def inverse_upper(R: np.ndarray, smallest: int = 64) -> np.ndarray:
     inverse[half:, half:] = C
     inverse[:half, half:] = -(A @ R[:half, half:]) @ C
     return inverse
-
-
-def without_dead_inputs(W: np.ndarray, H: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """W and H with the inputs that were always 0 made harmless: their weights 0, and 1 on H's diagonal."""
-    dead = np.diagonal(H) == 0
-    if not dead.any():
-        return W, H
-    W, H = W.copy(), H.copy()
-    W[:, dead] = 0
-    H[dead, dead] = 1
-    return W, H

@@ -1,0 +1,179 @@
+"""OBQ, Optimal Brain Quantization: Optimal Brain Compression.  Frantar, Alistarh, 2022.  arXiv:2208.11580
+
+    minimise  ½ (w − ŵ) H (w − ŵ)ᵀ  for each row w (in,) of W,  ŵ on a grid,  H (in, in) of calibrate.py            §3
+
+F is the set of the weights that are not rounded yet, and G = (H_F)⁻¹ the inverse of H in the rows and columns of F.
+While F is not empty:
+
+    j = argmin over F of  (quant(w_j) − w_j)² / G_jj         the weight whose rounding costs least                   §5
+    δ = −(w_j − quant(w_j)) / G_jj · G_:,j                   what the weights of F do about it: w ← w + δ            §5
+    G ← G − G_:,j G_j,: / G_jj,  without j                   the inverse for F without j                   §4, Lemma 1
+
+One step adds ½ (quant(w_j) − w_j)² / G_jj to the loss. A weight that the updates have pushed off its grid, more than
+half a step from the nearest value, is rounded before all others, the farthest first: later updates would only push it
+farther (§5). Each row has its own order and its own G, so that W (out, in) costs O(out · in³) operations. GPTQ
+(gptq.py) takes one order for all rows, which makes it faster by a factor of about `out`.
+
+Departures: `obq_rows` does not write G anew in each step. It keeps the vectors u = G_j,: / √G_jj of the steps so far,
+and computes the row of G that a step needs: G_j,: = H⁻¹_j,: − Σ u_j u. These are the same numbers, with many rows at a
+time, and memory is read where the equations write it. H is damped only if it is close to singular.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ... import checks
+from ..grids import Grid, check_kind, fit_grid
+from ..grouped import Uniform
+from ..rule import Rule, check_hessian, check_weight, without_dead_inputs
+
+__all__ = ["OBQ", "obq_row", "obq_rows", "obq_step"]
+
+DAMP = 0.01                                              # λ as a part of the mean of H's diagonal, where H needs it
+SINGULAR = 1e-10                                         # smallest over largest eigenvalue of an H that needs it
+FACTORS = 1 << 20                                        # numbers in the factors of the rows that are computed together
+
+
+@dataclass(frozen=True)
+class OBQ(Rule):
+    """Rounds the weights of a row one by one, the cheapest first; the rest make up for each error. Needs calibration
+    data, and time: for small models and for lessons.
+
+    bits, group, grid   as RTN's; the grids are fitted to the original weights
+    damp                λ as a part of the mean of H's diagonal. An H that is close to singular gets at least 0.01"""
+
+    needs_hessian: ClassVar[bool] = True
+
+    bits: int = 4
+    group: int | None = 64
+    grid: str = "affine"
+    damp: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_kind("OBQ", self.grid, self.bits)
+        if self.group is not None:
+            checks.whole("OBQ: group", self.group, least=1)
+        checks.number("OBQ: damp", self.damp, low=0)
+
+    def __call__(self, W: np.ndarray, H: np.ndarray | None = None) -> Uniform:
+        """The packed weight of W (out, in) for inputs with the Hessian H (in, in)."""
+        W = check_weight("OBQ", W)
+        H = check_hessian("OBQ", H, W.shape[1])
+        W, H = without_dead_inputs(W, H)
+        out, width = W.shape
+        group = width if self.group is None else min(self.group, width)
+        grids = [fit_grid(W[:, i:i + group], self.grid, self.bits, half_scales=True) for i in range(0, width, group)]
+        grid = per_weight(grids, group, width)
+        inverse = np.linalg.inv(damped(H, self.damp))
+        codes = np.empty((out, width), np.uint8)
+        together = max(1, FACTORS // width**2)
+        for i in range(0, out, together):
+            rows = slice(i, i + together)
+            part = part_of(grid, rows)
+            codes[rows] = part.encode(obq_rows(W[rows], inverse, part))
+        first = np.arange(0, width, group)                           # the first column of each group
+        return Uniform.from_grid(codes, part_of(grid, np.s_[:, first]), kind=self.grid, bits=self.bits, group=group)
+
+
+# ── one row, as in the paper ─────────────────────────────────────────────────────────────────────────────────────────
+def obq_row(
+    w: np.ndarray, H: np.ndarray, grid: Grid, order: Sequence[int] | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One row w (in,) on its grid: its values (in,), the order in which they were rounded (in,), and what each step
+    added to the loss (in,); their sum is ½ (w − ŵ) H (w − ŵ)ᵀ.
+
+    grid    its scale broadcasts against w
+    order   None: the paper's; else the order to take"""
+    w = np.array(w, np.float64)
+    G = np.linalg.inv(H)
+    free = np.ones(len(w), bool)                                     # F
+    taken = np.empty(len(w), int)
+    losses = np.empty(len(w))
+    for t in range(len(w)):
+        q = grid.round(w)
+        j = cheapest(w - q, np.diagonal(G), free, grid.scale) if order is None else order[t]
+        losses[t] = obq_step(w, G, free, j, q[j])
+        taken[t] = j
+    return w, taken, losses
+
+
+def obq_step(w: np.ndarray, G: np.ndarray, free: np.ndarray, j: int, q: float) -> float:
+    """Give the weight j the value q, and let the free weights make up for it.
+
+    w (in,), G (in, in) and free (in,), the set F as True and False, change in place; of G only the rows and columns
+    in F have a meaning. Returns what the step adds to the loss."""
+    error = w[j] - q
+    loss = error**2 / (2 * G[j, j])
+    w[free] -= error / G[j, j] * G[j, free]
+    w[j] = q
+    G -= np.outer(G[:, j], G[j]) / G[j, j]
+    free[j] = False
+    return loss
+
+
+def cheapest(error: np.ndarray, d: np.ndarray, free: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """The weight to round next in each row: the free one of least error²/G_jj, d the diagonal of G. But if weights are
+    off their grid, by more than half a step, the one of them with the largest error. All (..., in)."""
+    size = np.where(free, np.abs(error), 0)
+    off = np.where(size > scale / 2 * (1 + 1e-9), size, 0)
+    cost = np.where(free, error**2 / np.where(free, d, 1), np.inf)
+    return np.where(off.any(axis=-1), off.argmax(axis=-1), cost.argmin(axis=-1))
+
+
+# ── many rows at a time ──────────────────────────────────────────────────────────────────────────────────────────────
+def obq_rows(W: np.ndarray, inverse: np.ndarray, grid: Grid) -> np.ndarray:
+    """The values (rows, in) float64 of the rows of W on their grid, each in its own order; inverse: H⁻¹ (in, in)."""
+    w = W.astype(np.float64)
+    count, width = w.shape
+    row = np.arange(count)
+    free = np.ones(w.shape, bool)
+    d = np.tile(np.diagonal(inverse), (count, 1))                    # the diagonals of G
+    factor = np.empty((count, width, width))                         # [r, t] is the vector u of step t in row r
+    for t in range(width):
+        q = grid.round(w)
+        j = cheapest(w - q, d, free, grid.scale)                     # (rows,)
+        before = factor[:, :t]
+        u = inverse[j] - (before[row, :, j][:, None] @ before)[:, 0]             # G_j,:
+        u = np.where(free, u, 0) / np.sqrt(u[row, j])[:, None]
+        e = (w - q)[row, j] / u[row, j]
+        w -= e[:, None] * u
+        w[row, j] = q[row, j]
+        d -= u**2
+        free[row, j] = False
+        factor[:, t] = u
+    return w
+
+
+# ── grids and Hessians ───────────────────────────────────────────────────────────────────────────────────────────────
+def per_weight(grids: list[Grid], group: int, width: int) -> Grid:
+    """The grids of the groups of a row as one grid with a scale and a zero for each weight: (out, in)."""
+    of = np.arange(width) // group
+    scale = np.concatenate([grid.scale for grid in grids], axis=1)[:, of]
+    zero: Any = grids[0].zero
+    if isinstance(zero, np.ndarray):
+        zero = np.concatenate([grid.zero for grid in grids], axis=1)[:, of]
+    return type(grids[0])(scale, zero, grids[0].top)
+
+
+def part_of(grid: Grid, index: Any) -> Grid:
+    """The grid of a part of the weights."""
+    zero = grid.zero[index] if isinstance(grid.zero, np.ndarray) else grid.zero
+    return type(grid)(grid.scale[index], zero, grid.top)
+
+
+def damped(H: np.ndarray, damp: float) -> np.ndarray:
+    """H/m + λ I with λ = damp, where m = mean diag H: in this unit no H is too small or too large. λ is at least DAMP
+    if the matrix would be close to singular.
+
+    ValueError if H is no Hessian: one with negative eigenvalues."""
+    H = H / np.diagonal(H).mean()
+    eigenvalues = np.linalg.eigvalsh(H)
+    if eigenvalues[0] + damp < SINGULAR * eigenvalues[-1]:
+        damp = max(damp, DAMP)
+    if eigenvalues[0] + damp <= 0:
+        raise ValueError("OBQ wants a positive semi-definite Hessian, got one with negative eigenvalues")
+    return H + damp * np.eye(len(H))
