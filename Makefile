@@ -11,7 +11,7 @@ ARGS   ?=
 EMULATED := tests/emulated $(addprefix tests/test_,$(addsuffix .py,ops attention nn optim models llama tensor strict decode adapters formats precision cuda doctor))
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help install install-peers install-site run real real-assets test selftest test-strict test-emulated test-gpu bench-gpu test-peers lessons site audit bench base lint clean
+.PHONY: help install install-peers install-site run real real-assets test selftest test-strict test-emulated test-gpu bench-gpu test-peers lessons site audit bench claims base lint clean
 
 help:  ## this help
 	@echo "tinyft: fine-tuning of transformers, from scratch"
@@ -87,6 +87,9 @@ bench: $(STAMP)  ## beside PyTorch and its libraries on this CPU: tests/benchmar
 	@"$(PY)" -c 'import torch' 2>/dev/null || "$(PY)" -m pip install -q --disable-pip-version-check "torch==2.13.0"
 	@cd "$(HERE)" && "$(PY)" -c 'import peft, autograd, tinygrad' 2>/dev/null || "$(PY)" -m pip install -q --disable-pip-version-check -e "$(HERE)[peers]" autograd tinygrad
 	@cd "$(HERE)" && "$(PY)" tests/benchmarks/bench.py $(ARGS)
+
+claims: $(STAMP)  ## measure the numbers that the source documents claim: tests/benchmarks/results/claims.md
+	@cd "$(HERE)" && PYTHONPATH="$(HERE):$(HERE)/tests/benchmarks" "$(PY)" -m claims $(ARGS)
 
 base: $(STAMP)  ## train the shipped base models from scratch (resumable)
 	@cd "$(HERE)" && "$(PY)" -m tinyft.pretrain $(ARGS)

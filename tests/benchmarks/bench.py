@@ -15,16 +15,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import functools
-import importlib.metadata
 import importlib.util
 import json
-import os
-import platform
 import shutil
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -35,6 +30,7 @@ import against
 import cases
 import side_real
 from cases import BERT, GPT, Case, small_case
+from machine import machine
 from paired import HERE, Side, memory, peak, ratio, rounds
 from report import write
 
@@ -181,42 +177,6 @@ KEY = ("case", "method", "peer", "threads", "size")  # the columns that identify
 
 
 # ---------------------------------------------------------------------------------------------------- the program
-def processor() -> str:
-    """The processor's name and its widest vector instructions."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    facts = {}
-    for line in lines:
-        name, _, value = line.partition(":")
-        facts.setdefault(name.strip(), value.strip())
-    name = facts.get("model name", platform.processor())
-    flags = facts.get("flags", "").split()
-    for flag, text in (("avx512f", "AVX-512"), ("avx2", "AVX2")):
-        if flag in flags:
-            return f"{name}, {text}"
-    return name
-
-
-def machine() -> dict[str, Any]:
-    """The machine and the versions: processor, cores, system, Python, libraries, commit, date."""
-    versions = {}
-    for name in ("numpy", "torch", "transformers", "peft", "autograd", "tinygrad"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    git = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
-    return {
-        "cpu": processor(),
-        "cores": os.cpu_count(),
-        "system": f"{platform.system()} {platform.release().split('-')[0]}",
-        "python": platform.python_version(),
-        "versions": versions,
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
-        "date": datetime.date.today().isoformat(),
-    }
-
-
 def merge(old: list[dict], new: list[dict]) -> list[dict]:
     """The rows of both; a new row replaces the old row of the same key."""
     rows = {}
