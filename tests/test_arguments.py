@@ -196,6 +196,7 @@ ROWS: dict[str, Callable[[Any], dict]] = {
                               "targets": "attn.q", "done": {}},
     "RTN": lambda path: {"bits": 4, "group": 8, "grid": "affine"},
     "OBQ": lambda path: {"bits": 4, "group": 8, "grid": "affine", "damp": 0.01},
+    **dict.fromkeys(["NF4", "FP4", "E2M1", "Dynamic8"], lambda path: {"block": 8, "double": True}),
     "GPTQ": lambda path: {"bits": 4, "group": 8, "grid": "affine", "damp": 0.01, "block": 16, "act_order": True,
                           "static_groups": True},
     "attach": lambda path: {"model": gpt(), "method": ft.LoRA(r=2), "name": "a", "seed": 0, "train_head": True},

@@ -5,12 +5,17 @@
     grids.py        the values that a weight of few bits may take
     packing.py      codes of 1 to 8 bits in a stream of bytes
     grouped.py      packed weights with a scale for each group
+    codebooks.py    NF4 and other data types of few values, double quantization
     ggml.py         the block formats of GGUF files
 """
+from .codebooks import Codebook
 from .ggml import FORMATS, Q4_0, Q4_1, Q8_0
 from .grouped import Uniform
 from .layerwise import LayerReport, compress
-from .quantize import GPTQ, OBQ, RTN
+from .quantize import E2M1, FP4, GPTQ, NF4, OBQ, RTN, Dynamic8
 from .rule import Rule
 
-__all__ = ["FORMATS", "GPTQ", "LayerReport", "OBQ", "Q4_0", "Q4_1", "Q8_0", "RTN", "Rule", "Uniform", "compress"]
+__all__ = [
+    "E2M1", "FORMATS", "FP4", "GPTQ", "NF4", "OBQ", "Q4_0", "Q4_1", "Q8_0", "RTN", "Codebook", "Dynamic8",
+    "LayerReport", "Rule", "Uniform", "compress",
+]

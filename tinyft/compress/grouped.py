@@ -56,7 +56,7 @@ class Grouped(Packed):
         self.bits = bits
         self.group = min(group, codes.shape[1])
         self.codes = array.asarray(pack(np.ascontiguousarray(codes.T), bits))            # (bytes, out)
-        self.scale_bits = array.asarray(as_bits(np.ascontiguousarray(scale.T), name))    # (groups, out)
+        self.keep_scale(scale)
         self.order = None if order is None else array.asarray(_checked_order(order, codes.shape[1], name))
         self.input_scale_bits = None
         if input_scale is not None:
@@ -72,9 +72,23 @@ class Grouped(Packed):
 
     # ── parts of the weight ──
     @property
+    def groups(self) -> int:
+        """The number of groups in a row."""
+        return -(-self.shape[1] // self.group)
+
+    def keep_scale(self, scale: np.ndarray) -> None:
+        """Store the scales (out, groups), given on the host."""
+        bits = as_bits(np.ascontiguousarray(scale.T), type(self).__name__)
+        self.scale_bits = array.asarray(bits)                                    # (groups, out)
+
+    def scales(self, rows: Any) -> Array:
+        """The scales of some rows, a slice or an array (n,) of row numbers: (groups, n) float32."""
+        return from_bits(self.scale_bits[:, rows])
+
+    @property
     def scale(self) -> Array:
         """The scales (groups, out), float32."""
-        return from_bits(self.scale_bits)
+        return self.scales(slice(None))
 
     @property
     def input_scale(self) -> Array | None:
@@ -119,7 +133,7 @@ class Grouped(Packed):
         offset = self.offset(rows)
         if offset is not None:
             level += offset[:, None]
-        level *= from_bits(self.scale_bits[:, rows])[:, None]
+        level *= self.scales(rows)[:, None]
         columns = level.reshape(-1, level.shape[-1])[:width]                     # (in, n)
         if self.order is not None:
             ordered = xp(columns).empty_like(columns)
@@ -133,7 +147,7 @@ class Grouped(Packed):
         """The values of the codes of some rows before offset and scale, (groups, g, n) float32; 0 after the last."""
         width = self.shape[1]
         level = self.levels(unpack(self.codes[:, rows], self.bits, width))       # (in, n)
-        groups = len(self.scale_bits)
+        groups = self.groups
         missing = groups * self.group - width
         if missing:
             m = xp(level)
@@ -148,7 +162,7 @@ class Grouped(Packed):
         if x.shape[0] > FEW or not x.dtype == self.unit.dtype == np.float32:
             return super().product(x, rows)
         x = self.grouped_inputs(x)                                               # (groups, N, g)
-        scale = from_bits(self.scale_bits[:, rows])[:, None]                     # (groups, 1, n)
+        scale = self.scales(rows)[:, None]                                       # (groups, 1, n)
         sums = x @ self.grouped_levels(rows)                                     # (groups, N, n)
         offset = self.offset(rows)
         if offset is not None:
@@ -162,7 +176,7 @@ class Grouped(Packed):
             x = x / self.input_scale
         if self.order is not None:
             x = x[:, self.order]
-        groups = len(self.scale_bits)
+        groups = self.groups
         missing = groups * self.group - self.shape[1]
         if missing:
             m = xp(x)
@@ -207,7 +221,7 @@ class Uniform(Grouped):
         """The zero points (groups, out) float32, or the one number of all groups."""
         if self.zero_codes is None:
             return fixed_zero(self.kind, self.bits)
-        return unpack(self.zero_codes, self.bits, len(self.scale_bits)).astype(np.float32)
+        return unpack(self.zero_codes, self.bits, self.groups).astype(np.float32)
 
     def levels(self, codes: Array) -> Array:
         """q"""
@@ -216,7 +230,7 @@ class Uniform(Grouped):
     def offset(self, rows: Any) -> Array:
         """−z, (groups, n)"""
         if self.zero_codes is not None:
-            return -unpack(self.zero_codes[:, rows], self.bits, len(self.scale_bits)).astype(np.float32)
+            return -unpack(self.zero_codes[:, rows], self.bits, self.groups).astype(np.float32)
         scale = self.scale_bits[:, rows]
         return xp(scale).full(scale.shape, -fixed_zero(self.kind, self.bits), np.float32)
 

@@ -1,6 +1,7 @@
 """Rules that give every weight fewer bits: one file per paper."""
 from .gptq import GPTQ
+from .nf4 import E2M1, FP4, NF4, Dynamic8
 from .obq import OBQ
 from .rtn import RTN
 
-__all__ = ["GPTQ", "OBQ", "RTN"]
+__all__ = ["E2M1", "FP4", "GPTQ", "NF4", "OBQ", "RTN", "Dynamic8"]
