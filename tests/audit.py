@@ -58,6 +58,7 @@ SUITES = {
     "train/evaluate.py": ["test_train.py", "test_loss.py", "test_fit_arguments.py"],
     "train/phases.py": ["test_train.py"],
     "compress/ggml.py": ["test_ggml.py"],
+    "compress/quantize/awq.py": ["test_awq.py"],
     "adapters/combine.py": ["test_protocol.py", "test_methods.py"],
     "decode.py": ["test_decode.py"],
 }
