@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from helpers import dev, gradcheck, host
 
-from tinyft import array
-from tinyft.compress import FORMATS, Q4_1, ggml
+from tinyft import array, kernels
+from tinyft.compress import FORMATS, Q4_1, grouped
 from tinyft.tensor import Tensor
 
 PACKED = pytest.mark.parametrize("kind", FORMATS)
@@ -111,7 +111,7 @@ def test_a_product_with_a_packed_weight_is_that_with_the_dense_one(kind, rng, mo
     W = host(packed.dequantize()).astype(np.float64)
     x, g = rng.standard_normal((3, 5, 64)), rng.standard_normal((3, 5, 21))
     for limit in (1 << 20, 8 * 64):
-        monkeypatch.setattr(ggml, "DENSE", limit)
+        monkeypatch.setattr(grouped, "DENSE", limit)
         leaf = Tensor(dev(x, np.float32), requires_grad=True)
         y = packed.matmul(leaf)
         (y * Tensor(dev(g, np.float32))).sum().backward()
@@ -122,44 +122,24 @@ def test_a_product_with_a_packed_weight_is_that_with_the_dense_one(kind, rng, mo
     gradcheck(lambda x: packed.matmul(x), [x[0]], rng, tol=1e-5)
 
 
-@PACKED
-def test_few_rows_are_multiplied_with_the_codes(kind, rng, monkeypatch):
-    """The same product, value and gradient, without a dense weight in the forward pass; blocks of rows as well."""
-    packed = FORMATS[kind].quantize(weights(rng, 21, 96))
-    W = host(packed.dequantize()).astype(np.float64)
-    decode = FORMATS[kind].decode
-    for limit in (1 << 20, 8 * 96):
-        monkeypatch.setattr(ggml, "DENSE", limit)
-        for N in (1, ggml.FEW, ggml.FEW + 1):
-            calls = []
-            monkeypatch.setattr(FORMATS[kind], "decode", lambda *a, calls=calls: calls.append(1) or decode(*a))
-            x, g = rng.standard_normal((N, 96)), rng.standard_normal((N, 21))
-            leaf = Tensor(dev(x, np.float32), requires_grad=True)
-            y = packed.matmul(leaf)
-            assert bool(calls) == (N > ggml.FEW)
-            (y * Tensor(dev(g, np.float32))).sum().backward()
-            scale = abs(W).max()
-            np.testing.assert_allclose(host(y), x @ W.T, atol=2e-5 * scale)
-            np.testing.assert_allclose(host(leaf.grad), g @ W, atol=2e-5 * scale)
-
-
 def test_a_product_never_holds_more_than_a_block_of_dense_rows(rng, monkeypatch):
-    monkeypatch.setattr(ggml, "DENSE", 640)
+    monkeypatch.setattr(grouped, "DENSE", 640)
     packed = Q4_1.quantize(weights(rng, 37, 64))
     sizes = []
-    decode = Q4_1.decode
+    columns = Q4_1.columns
 
-    def counted(self, codes, scales):
-        out = decode(self, codes, scales)
+    def counted(self, rows):
+        out = columns(self, rows)
         sizes.append(out.size)
         return out
 
-    monkeypatch.setattr(Q4_1, "decode", counted)
+    monkeypatch.setattr(Q4_1, "columns", counted)
     x = Tensor(dev(rng.standard_normal((20, 64)), np.float32), requires_grad=True)
-    packed.matmul(x).sum().backward()
+    with kernels.definitions():
+        packed.matmul(x).sum().backward()
     assert max(sizes) == 640
     assert sum(sizes) == 2 * 37 * 64, "once forward, once backward"
-    monkeypatch.setattr(ggml, "DENSE", 10)
+    monkeypatch.setattr(grouped, "DENSE", 10)
     assert packed.rows_per_block == 1, "a row longer than the limit"
 
 

@@ -383,8 +383,11 @@ class Packed(Module):
 
     Subclasses set `shape` and write dequantize(). A subclass that can decompress some rows alone also writes
     dequantize_rows and sets `rows_per_block`: a product then holds at most so many dense rows at a time.
+
+    in_groups   True: codes in groups of one scale each, a Grouped of compress/grouped.py, whose parts kernels read
     """
 
+    in_groups = False
     shape: tuple
     rows_per_block: int | None = None                    # None: one block
 
@@ -399,6 +402,14 @@ class Packed(Module):
     def product(self, x: Array, rows: slice) -> Array:
         """x W[rows]ᵀ, for x (N, in): the part of a product that needs these rows, (N, n)."""
         return x @ self.dequantize_rows(rows).T
+
+    def input_gradient(self, g: Array) -> Array:
+        """g W, for the gradient g (N, out) of a product: that of its input, (N, in). W is decompressed again."""
+        first, *others = self.blocks()
+        dx = g[:, first] @ self.dequantize_rows(first)
+        for rows in others:
+            dx += g[:, rows] @ self.dequantize_rows(rows)
+        return dx
 
     @property
     def nbytes(self) -> int:
@@ -443,11 +454,7 @@ def _packed_linear(x, packed=None):
         return y
 
     def back(g):                                             # g: the gradient of y
-        g = ops.flat(g)                                      # (N, out)
-        dx = g[:, blocks[0]] @ packed.dequantize_rows(blocks[0])
-        for rows in blocks[1:]:
-            dx += g[:, rows] @ packed.dequantize_rows(rows)
-        return dx.reshape(shape)
+        return packed.input_gradient(ops.flat(g)).reshape(shape)
     y = forward(ops.flat(x))
     return y.reshape(*shape[:-1], packed.shape[0]), (back,)
 

@@ -250,9 +250,9 @@ class Codebook(Grouped):
         a = values_like("dynamic", codes)[codes] * from_bits(self.second_bits)[block] + from_bits(self.mean_bits)
         return a.clip(0, LARGEST)
 
-    def levels(self, codes: Array) -> Array:
+    def table_values(self) -> Array:
         """value[code]"""
-        return values_like(self.table, codes)[codes]
+        return values_like(self.table, self.codes)
 
     def extra_repr(self) -> str:
         return f"{self.table}{', doubly quantized' if self.double else ''} {super().extra_repr()}"

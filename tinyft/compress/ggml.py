@@ -9,8 +9,8 @@ half. Each class is an nn.Packed: linear maps, embeddings and tied heads work wi
 
     packed = Q4_1.quantize(W);   packed.matmul(x);   packed.dequantize();   packed.nbytes
 
-In memory, the codes are (blocks, bytes, out) and the scales (blocks, out): the rows of W are the last axis. A NumPy
-operation on a block of rows then runs through long contiguous lines, which is twice as fast as the order of the file.
+In memory, a weight is like every other in groups (grouped.py): the codes of a row follow each other in one stream of
+bits, and the rows of W are the last axis. `file_blocks` gives the bytes of the file again.
 """
 from __future__ import annotations
 
@@ -19,25 +19,22 @@ from typing import Any
 import numpy as np
 
 from .. import array, checks
-from ..array import Array, xp
-from ..nn import Packed
+from .grouped import Grouped
 
 __all__ = ["BLOCK", "FORMATS", "Blocks", "Q4_0", "Q4_1", "Q8_0"]
 
 BLOCK = 32                                               # weights in a block
-DENSE = 1 << 20                                          # dense weights that a product holds at a time, at most
-FEW = 8                                                  # rows of x up to which a product multiplies with the codes
 INFINITE = np.uint16(0x7C00)                             # the exponent bits of a float16 that is infinite or NaN
 
 
-class Blocks(Packed):
+class Blocks(Grouped):
     """A weight W (out, in) in blocks of 32 along its rows, each with its own scales. `in` is a multiple of 32.
 
-    numbers     the float16 numbers at the beginning of a block: 1 (d) or 2 (d and m)
-    code_bytes  the bytes of its codes: 16 or 32"""
+    bits      of a code: 4 or 8
+    numbers   the float16 numbers at the beginning of a block: 1 (d) or 2 (d and m)"""
 
     numbers: int
-    code_bytes: int
+    group = BLOCK
 
     def __init__(self, blocks: Any):
         """The weight from its blocks in the order of a file: (out, in/32, bytes of a block) uint8.
@@ -51,19 +48,23 @@ class Blocks(Packed):
             raise ValueError(f"{name} wants blocks of shape (out, in/{BLOCK}, {size}), got {blocks.shape}")
         blocks = array.asnumpy(blocks)
         head = 2 * self.numbers
-        scales = np.ascontiguousarray(blocks[..., :head]).view("<u2")            # (out, blocks, numbers)
-        if ((scales & INFINITE) == INFINITE).any():
+        numbers = np.ascontiguousarray(blocks[..., :head]).view("<u2")           # (out, blocks, numbers)
+        if ((numbers & INFINITE) == INFINITE).any():
             raise ValueError(f"{name} wants finite scales, got one that is infinite or no number")
         self.shape = (blocks.shape[0], blocks.shape[1] * BLOCK)
-        self.codes = array.asarray(np.ascontiguousarray(blocks[..., head:].transpose(1, 2, 0)))
+        codes = self.to_stream(np.ascontiguousarray(blocks[..., head:].transpose(1, 2, 0)))
+        self.codes = array.asarray(codes.reshape(-1, len(blocks)))               # (bytes, out)
         # float16 numbers are kept as their bits: `to(dtype)` casts floating-point buffers, and would round them.
-        self.scales = array.asarray(np.ascontiguousarray(scales.transpose(2, 1, 0)))       # (numbers, blocks, out)
+        d, *m = np.ascontiguousarray(numbers.transpose(2, 1, 0))                 # (blocks, out) each
+        self.scale_bits = array.asarray(d)
+        if m:
+            self.shift_bits = array.asarray(m[0])
         self.unit = array.asarray(np.empty(0, np.float32))     # empty; `to(dtype)` gives it the dtype of dense rows
 
     @classmethod
     def block_bytes(cls) -> int:
         """The bytes of one block in a file."""
-        return 2 * cls.numbers + cls.code_bytes
+        return 2 * cls.numbers + BLOCK * cls.bits // 8
 
     @classmethod
     def quantize(cls, W: Any) -> Blocks:
@@ -88,83 +89,36 @@ class Blocks(Packed):
 
     def file_blocks(self) -> np.ndarray:
         """The blocks in the order of a file, on the host: (out, in/32, bytes) uint8."""
-        codes = array.asnumpy(self.codes).transpose(2, 0, 1)
-        scales = np.ascontiguousarray(array.asnumpy(self.scales).transpose(2, 1, 0)).view(np.uint8)
-        return np.concatenate([scales, codes], axis=-1)
+        codes = array.asnumpy(self.codes).reshape(self.groups, -1, self.shape[0])
+        parts = [array.asnumpy(self.scale_bits)]
+        if self.shift_bits is not None:
+            parts.append(array.asnumpy(self.shift_bits))
+        numbers = np.ascontiguousarray(np.stack(parts).transpose(2, 1, 0))       # (out, blocks, numbers)
+        return np.concatenate([numbers.view(np.uint8), self.from_stream(codes).transpose(2, 0, 1)], axis=-1)
 
     def take_rows(self, rows: np.ndarray) -> Blocks:
         """The weight W[rows], packed, for an array of row numbers on the host."""
         return type(self)(self.file_blocks()[rows])
 
-    @property
-    def rows_per_block(self) -> int:                     # type: ignore[override]
-        """The number of dense rows that a product holds at a time."""
-        return max(1, DENSE // self.shape[1])
+    @staticmethod
+    def to_stream(codes: np.ndarray) -> np.ndarray:
+        """The codes (blocks, bytes, out) of a file, as the bytes of a stream. Here: of two 4-bit codes in a byte."""
+        even, odd = codes[:, 0::2], codes[:, 1::2]           # the bytes of weights 0 and 16, 1 and 17; 2 and 18 ...
+        return np.concatenate([(even & 15) | (odd << 4), (even >> 4) | (odd & 240)], axis=1)
 
-    def dequantize(self) -> Array:
-        """The dense weight (out, in), in C order."""
-        dense = xp(self.codes).empty(self.shape, self.unit.dtype)
-        for rows in self.blocks():
-            dense[rows] = self.dequantize_rows(rows)
-        return dense
+    @staticmethod
+    def from_stream(codes: np.ndarray) -> np.ndarray:
+        """The inverse of to_stream."""
+        first, second = np.split(codes, 2, axis=1)           # the bytes of weights 0 and 1 ..., of 16 and 17 ...
+        pairs = np.stack([(first & 15) | (second << 4), (first >> 4) | (second & 240)], axis=2)
+        return pairs.reshape(codes.shape)
 
-    def dequantize_rows(self, rows: Any) -> Array:
-        """W[rows]: (n, in) for a slice, (..., in) for an array of row numbers (...)."""
-        if isinstance(rows, slice):
-            return self.columns(rows).T
-        ids = rows.reshape(-1)
-        return self.columns(ids).T.reshape(*rows.shape, self.shape[1])
-
-    def columns(self, rows: Any) -> Array:
-        """Wᵀ[:, rows], (in, n), for a slice or an array (n,) of row numbers. Computed in float32."""
-        codes, scales = self.take(rows)
-        columns = self.decode(codes, scales).reshape(self.shape[1], -1)
-        return columns if self.unit.dtype == np.float32 else columns.astype(self.unit.dtype)
-
-    def product(self, x: Array, rows: slice) -> Array:
-        """x W[rows]ᵀ, for x (N, in).    y = Σ_b d_b (x_b · q_b) + m_b Σ_j x_bj, for the blocks b
-
-        For a few rows of x, as in generation, the sums over the codes come first: then the scales act on 1/32 as many
-        numbers. For many rows it is faster to decompress W."""
-        if x.shape[0] > FEW or not x.dtype == self.unit.dtype == np.float32:
-            return super().product(x, rows)
-        codes, scales = self.take(rows)
-        x = x.reshape(x.shape[0], -1, BLOCK).transpose(1, 0, 2)                  # (blocks, N, 32)
-        sums = x @ self.unpack(codes)                                            # (blocks, N, n)
-        sums *= scales[0]
-        y = sums.sum(axis=0)
-        offset = self.offset(scales)
-        return y if offset is None else y + x.sum(axis=-1).T @ offset
-
-    def take(self, rows: Any) -> tuple[Array, Array]:
-        """The codes (blocks, bytes, n) and the scales (numbers, blocks, 1, n), as float32, of some rows."""
-        scales = self.scales[:, :, rows].view(np.float16).astype(np.float32)
-        return self.codes[:, :, rows], scales[:, :, None]
-
-    def unpack(self, codes: Array) -> Array:
-        """The codes q as float32, (blocks, 32, n)."""
-        return unpack_halves(codes)
-
-    def offset(self, scales: Array) -> Array | None:
-        """The number m of each block in x = d q + m, (blocks, n); None if it is 0."""
-        return None
-
-    def decode(self, codes: Array, scales: Array) -> Array:
-        """The weights (blocks, 32, n) of codes and scales, as `take` gives them."""
-        raise NotImplementedError(f"{type(self).__name__} has no decode")
-
-
-def unpack_halves(codes: Array) -> Array:
-    """The codes of bytes (blocks, 16, n), each of two 4-bit codes, as float32 (blocks, 32, n)."""
-    blocks, _, n = codes.shape
-    q = xp(codes).empty((blocks, BLOCK, n), np.float32)
-    q[:, :16] = codes & 15
-    q[:, 16:] = codes >> 4
-    return q
+    def extra_repr(self) -> str:
+        return f"packed {tuple(self.shape)}, {self.nbytes:,} bytes"
 
 
 def _pack_halves(q: np.ndarray) -> np.ndarray:
-    """The bytes (..., 16) of codes (..., 32) in 0 ... 15: the inverse of unpack_halves, with the block last."""
+    """The bytes (..., 16) of codes (..., 32) in 0 ... 15, in the order of a file."""
     q = q.astype(np.uint8)
     return q[..., :16] | (q[..., 16:] << 4)
 
@@ -183,8 +137,9 @@ def reciprocal(d: np.ndarray) -> np.ndarray:
 class Q4_0(Blocks):
     """x = d (q − 8).    d: the value of largest magnitude in the block, sign included, divided by −8"""
 
+    bits = 4
     numbers = 1
-    code_bytes = 16
+    zero_point = 8.0
 
     @classmethod
     def encode(cls, values: np.ndarray) -> np.ndarray:
@@ -193,17 +148,6 @@ class Q4_0(Blocks):
         d = largest / np.float32(-8)
         q = np.trunc(values * reciprocal(d) + np.float32(8.5)).clip(0, 15)
         return np.concatenate([half_bytes(d), _pack_halves(q)], axis=-1)
-
-    def decode(self, codes: Array, scales: Array) -> Array:
-        """d (q − 8)"""
-        x = self.unpack(codes)
-        x -= 8
-        x *= scales[0]
-        return x
-
-    def offset(self, scales: Array) -> Array:
-        """−8 d"""
-        return scales[0, :, 0] * -8
 
 
 def encode_q4_1(values: np.ndarray) -> np.ndarray:
@@ -222,31 +166,21 @@ def encode_q4_1(values: np.ndarray) -> np.ndarray:
 class Q4_1(Blocks):
     """x = d q + m.    m: the least value of the block;  d: its range divided by 15"""
 
+    bits = 4
     numbers = 2
-    code_bytes = 16
 
     @classmethod
     def encode(cls, values: np.ndarray) -> np.ndarray:
         """As Blocks.encode. Code 0 stands for the least value."""
         return encode_q4_1(values)
 
-    def decode(self, codes: Array, scales: Array) -> Array:
-        """d q + m"""
-        x = self.unpack(codes)
-        x *= scales[0]
-        x += scales[1]
-        return x
-
-    def offset(self, scales: Array) -> Array:
-        """m"""
-        return scales[1, :, 0]
-
 
 class Q8_0(Blocks):
     """x = d q.    d: the largest magnitude in the block divided by 127"""
 
+    bits = 8
     numbers = 1
-    code_bytes = 32
+    zero_point = 128.0                                       # the code of the value 0 in the stream
 
     @classmethod
     def encode(cls, values: np.ndarray) -> np.ndarray:
@@ -258,15 +192,12 @@ class Q8_0(Blocks):
         q = np.sign(scaled) * (whole + np.floor(2 * (magnitude - whole)))        # a half is rounded away from zero
         return np.concatenate([half_bytes(d), q.astype(np.int8).view(np.uint8)], axis=-1)
 
-    def decode(self, codes: Array, scales: Array) -> Array:
-        """d q"""
-        x = self.unpack(codes)
-        x *= scales[0]
-        return x
+    @staticmethod
+    def to_stream(codes: np.ndarray) -> np.ndarray:
+        """q + 128, which is not negative, for the codes q of a file, the bytes of int8."""
+        return codes ^ 128
 
-    def unpack(self, codes: Array) -> Array:
-        """The codes q as float32, (blocks, 32, n)."""
-        return codes.view(np.int8).astype(np.float32)
+    from_stream = to_stream
 
 
 FORMATS: dict[str, type[Blocks]] = {cls.__name__: cls for cls in (Q4_0, Q4_1, Q8_0)}

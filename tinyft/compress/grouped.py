@@ -12,16 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from .. import array, checks
+from .. import array, checks, dispatch
 from ..array import Array, xp
 from ..nn import Packed
+from ..precision import widen_half
 from .grids import Grid, check_kind, fixed_zero
 from .packing import pack, unpack
 
 __all__ = ["Grouped", "Uniform"]
 
 DENSE = 1 << 20                                          # dense weights that a product holds at a time, at most
-FEW = 8                                                  # rows of x up to which a product multiplies with the codes
 
 
 class Grouped(Packed):
@@ -31,8 +31,19 @@ class Grouped(Packed):
     order         None, or (in,): code j of a row stands for the input order[j] (GPTQ's act-order)
     input_scale   None, or (in,) float32: the codes stand for W diag(input_scale), so W is divided by it again (AWQ)
 
-    Subclasses write `levels`, the values of codes before the scale, and may write `offset`."""
+    w = s (level(q) − z) + m, with numbers s, z and m for each group. Subclasses say what differs from level(q) = q,
+    z = m = 0: they write `table_values`, or set the others. kernels/ knows weights of this form, and reads these parts.
 
+    zero_point    z of all groups
+    zero_codes    None, or a stream of b bits, (bytes, out) uint8: the z of each group
+    shift_bits    None, or (groups, out): the m of each group, as bits"""
+
+    in_groups = True
+    zero_point: float = 0.0
+    zero_codes: Array | None = None
+    shift_bits: Array | None = None
+    order: Array | None = None
+    input_scale_bits: Array | None = None
     bits: int
     group: int
 
@@ -99,13 +110,34 @@ class Grouped(Packed):
         """The codes (out, in) uint8 on the host, in their own order."""
         return unpack(array.asnumpy(self.codes), self.bits, self.shape[1]).T
 
+    def table_values(self) -> Array | None:
+        """The levels by code, (2^bits,) float32, where the codes are; None if a code is its own level."""
+        return None
+
     def levels(self, codes: Array) -> Array:
         """The values of codes (..., n) before the scale, float32."""
-        raise NotImplementedError(f"{type(self).__name__} has no levels")
+        values = self.table_values()
+        return codes.astype(np.float32) if values is None else values[codes]
 
-    def offset(self, rows: Any) -> Array | None:
-        """What is added to every level of a group before the scale, (groups, n); None if it is 0."""
-        return None
+    def zeros(self, rows: Any) -> Array | float:
+        """The zero points of some rows, (groups, n) float32, or the one number of all groups."""
+        if self.zero_codes is None:
+            return self.zero_point
+        return unpack(self.zero_codes[:, rows], self.bits, self.groups).astype(np.float32)
+
+    def shifts(self, rows: Any) -> Array | None:
+        """The shifts of some rows, (groups, n) float32; None if they are 0."""
+        return None if self.shift_bits is None else from_bits(self.shift_bits[:, rows])
+
+    def factors(self, rows: Any) -> tuple[Array, Array | None]:
+        """(s, c) of  w = s · level(q) + c,  c = m − s z, each (groups, n) float32, c None for 0: for kernels."""
+        scale = self.scales(rows)
+        shift = self.shifts(rows)
+        zero = self.zeros(rows)
+        if self.zero_codes is None and zero == 0:
+            return scale, shift
+        constant = scale * -zero
+        return scale, constant if shift is None else constant + shift
 
     # ── the dense weight ──
     @property
@@ -129,12 +161,19 @@ class Grouped(Packed):
     def columns(self, rows: Any) -> Array:
         """Wᵀ[:, rows], (in, n), for a slice or an array (n,) of row numbers. Computed in float32."""
         width = self.shape[1]
-        level = self.grouped_levels(rows)                                        # (groups, g, n)
-        offset = self.offset(rows)
-        if offset is not None:
-            level += offset[:, None]
-        level *= self.scales(rows)[:, None]
-        columns = level.reshape(-1, level.shape[-1])[:width]                     # (in, n)
+        level = self.levels(unpack(self.codes[:, rows], self.bits, width))       # (in, n)
+        missing = self.groups * self.group - width
+        if missing:
+            m = xp(level)
+            level = m.concatenate([level, m.zeros((missing, level.shape[1]), level.dtype)])
+        weight = level.reshape(self.groups, self.group, -1)                      # (groups, g, n)
+        zero = self.zeros(rows)
+        weight -= zero if self.zero_codes is None else zero[:, None]
+        weight *= self.scales(rows)[:, None]
+        shift = self.shifts(rows)
+        if shift is not None:
+            weight += shift[:, None]
+        columns = weight.reshape(-1, weight.shape[-1])[:width]                   # (in, n)
         if self.order is not None:
             ordered = xp(columns).empty_like(columns)
             ordered[self.order] = columns
@@ -142,46 +181,6 @@ class Grouped(Packed):
         if self.input_scale_bits is not None:
             columns /= self.input_scale[:, None]
         return columns if self.unit.dtype == np.float32 else columns.astype(self.unit.dtype)
-
-    def grouped_levels(self, rows: Any) -> Array:
-        """The values of the codes of some rows before offset and scale, (groups, g, n) float32; 0 after the last."""
-        width = self.shape[1]
-        level = self.levels(unpack(self.codes[:, rows], self.bits, width))       # (in, n)
-        groups = self.groups
-        missing = groups * self.group - width
-        if missing:
-            m = xp(level)
-            level = m.concatenate([level, m.zeros((missing, level.shape[1]), level.dtype)])
-        return level.reshape(groups, self.group, -1)
-
-    def product(self, x: Array, rows: slice) -> Array:
-        """x W[rows]ᵀ, for x (N, in).    y = Σ_b s_b (x_b · level_b + offset_b Σ_j x_bj), for the groups b
-
-        For a few rows of x, as in generation, the sums over the codes come first: then the scales act on 1/g as many
-        numbers. For many rows it is faster to decompress W."""
-        if x.shape[0] > FEW or not x.dtype == self.unit.dtype == np.float32:
-            return super().product(x, rows)
-        x = self.grouped_inputs(x)                                               # (groups, N, g)
-        scale = self.scales(rows)[:, None]                                       # (groups, 1, n)
-        sums = x @ self.grouped_levels(rows)                                     # (groups, N, n)
-        offset = self.offset(rows)
-        if offset is not None:
-            sums += x.sum(axis=-1, keepdims=True) * offset[:, None]
-        sums *= scale
-        return sums.sum(axis=0)
-
-    def grouped_inputs(self, x: Array) -> Array:
-        """x (N, in) as the codes want it: divided by the input scale, in their order, in groups: (groups, N, g)."""
-        if self.input_scale_bits is not None:
-            x = x / self.input_scale
-        if self.order is not None:
-            x = x[:, self.order]
-        groups = self.groups
-        missing = groups * self.group - self.shape[1]
-        if missing:
-            m = xp(x)
-            x = m.concatenate([x, m.zeros((len(x), missing), x.dtype)], axis=1)
-        return x.reshape(len(x), groups, self.group).transpose(1, 0, 2)
 
 
 class Uniform(Grouped):
@@ -217,22 +216,14 @@ class Uniform(Grouped):
         return cls(codes.astype(np.uint8), scale, zero, kind=kind, bits=bits, group=group, **more)
 
     @property
+    def zero_point(self) -> float:                       # type: ignore[override]
+        """The zero point of all groups; 0 if each has its own."""
+        return fixed_zero(self.kind, self.bits) or 0.0
+
+    @property
     def zero(self) -> Array | float:
         """The zero points (groups, out) float32, or the one number of all groups."""
-        if self.zero_codes is None:
-            return fixed_zero(self.kind, self.bits)
-        return unpack(self.zero_codes, self.bits, self.groups).astype(np.float32)
-
-    def levels(self, codes: Array) -> Array:
-        """q"""
-        return codes.astype(np.float32)
-
-    def offset(self, rows: Any) -> Array:
-        """−z, (groups, n)"""
-        if self.zero_codes is not None:
-            return -unpack(self.zero_codes[:, rows], self.bits, self.groups).astype(np.float32)
-        scale = self.scale_bits[:, rows]
-        return xp(scale).full(scale.shape, -fixed_zero(self.kind, self.bits), np.float32)
+        return self.zeros(slice(None))
 
     def extra_repr(self) -> str:
         return f"{self.kind} {super().extra_repr()}"
@@ -256,7 +247,7 @@ def as_bits(values: np.ndarray, name: str) -> np.ndarray:
 def from_bits(bits: Array) -> Array:
     """The numbers, float32, of the bits that as_bits gave."""
     if bits.dtype == np.uint16:
-        return bits.view(np.float16).astype(np.float32)
+        return dispatch.run(widen_half, type(bits), bits)
     return bits.view(np.float32)
 
 

@@ -3,6 +3,7 @@
 The library is right without them; dispatch.py chooses among them.
 
     numpy.py     for NumPy arrays        cuda/        for CuPy arrays: CUDA kernels, and products by cuBLAS
+    packed.py    for NumPy arrays: products with packed weights
 
     install()                   register the kernels (done when tinyft is imported, unless TINYFT_KERNELS=off)
     with definitions(): ...     run the definitions alone
@@ -17,6 +18,7 @@ import numpy as np
 from .. import array, dispatch
 from ..dispatch import definitions_only as definitions
 from ..optim.optimizers import adam_update
+from ..precision import widen_half
 from ..tensor import OPS
 from .system import keep_memory
 from .threads import get_num_threads, set_num_threads
@@ -29,9 +31,12 @@ def install() -> None:
 
     dispatch.py then prefers them to the definitions in ops.py."""
     from . import numpy as fast
+    from . import packed
     for name in fast.OPS:
         dispatch.register(OPS[name], np.ndarray, getattr(fast, name))
     dispatch.register(adam_update, np.ndarray, fast.adam_update)
+    dispatch.register(OPS["_packed_linear"], np.ndarray, packed.packed_linear)
+    dispatch.register(widen_half, np.ndarray, packed.widen_half)
     array.on_open("cupy", _register_cuda)
 
 
