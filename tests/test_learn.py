@@ -255,10 +255,28 @@ def test_a_slow_moment_does_not_take_back_what_was_found(monkeypatch):
     e = find("sum_to")
     trial = checker.Trial(e.laws[0], checker.Subject(e, lambda g, shape: -g), __file__)
     assert trial.search().kind == "mismatch"
-    trial.subject = checker.Subject(e, lambda g, shape: time.sleep(1) or -g)
+    trial.subject = checker.Subject(e, lambda g, shape: time.sleep(3) or -g)
     assert trial.same_again()
     trial.subject = checker.Subject(e, lambda g, shape: g)
     assert not trial.same_again()
+
+
+def test_a_busy_machine_ends_no_right_answer(monkeypatch):
+    """The limit counts processor time. A call that gets none is ended later, by the clock."""
+    monkeypatch.setattr(time, "process_time", lambda: 0.0)             # another program has the processor
+    with checker.limited(0.1):
+        wait_until(time.monotonic() + 0.25)
+    with pytest.raises(checker.TooLong), checker.limited(0.1):
+        wait_until(time.monotonic() + 30)
+    monkeypatch.undo()
+    begun = time.monotonic()
+    with pytest.raises(checker.TooLong), checker.limited(0.1):
+        wait_until(begun + 30)
+
+
+def wait_until(end: float) -> None:
+    while time.monotonic() < end:
+        pass
 
 
 def test_what_cannot_be_interrupted_is_killed(learner, monkeypatch):

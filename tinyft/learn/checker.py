@@ -24,8 +24,9 @@ from .loading import Refused, Stop, in_words, place, quoted_line, shortened
 from .show import Outcome, Problem, inputs_as_text, pair_as_text
 from .subject import Changed, ReferenceUsed, Subject, Unchanged, closed
 
-ONE_CALL = 2.0                                           # seconds after which one call is cut off
+ONE_CALL = 2.0                                           # seconds of computing after which one call is cut off
 ONE_LAW = 5.0                                            # seconds of computing after which the search for one law ends
+PATIENCE = 4                                             # times as long by the clock, for a call that only waits
 SEARCH_ONLY = (Phase.explicit, Phase.generate)
 LEARNER = settings(
     derandomize=True,                                    # the same input fails until the code changes
@@ -331,18 +332,24 @@ def captured(printed: Printed) -> Iterator[None]:
 def limited(seconds: float) -> Iterator[None]:
     """Inside the `with`, raise TooLong in the line that is running after so many seconds.
 
-    Only the main thread of a Unix process has such an alarm. Elsewhere nothing happens here; the parent process ends
+    Seconds of processor time, so that a busy machine ends no right answer; and at most PATIENCE times as many by the
+    clock, for an answer that waits. Only the main thread of a Unix process has such an alarm. Elsewhere nothing happens here; the parent process ends
     the check (isolated.py).
     """
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
         return
 
+    processor, clock = time.process_time(), time.monotonic()
+
     def ring(number: int, frame: Any) -> None:
+        is_starved = time.process_time() - processor < 0.9 * seconds
+        if is_starved and time.monotonic() - clock < PATIENCE * seconds:
+            return                                       # the alarm rings again in half a second
         raise TooLong(f"it was still running after {seconds:g} seconds: an endless loop?")
 
     old = signal.signal(signal.SIGALRM, ring)
-    # The alarm repeats: an exception raised inside a callback of C code is lost.
+    # The alarm repeats also because an exception raised inside a callback of C code is lost.
     signal.setitimer(signal.ITIMER_REAL, seconds, 0.5)
     try:
         yield
