@@ -26,7 +26,7 @@ from .subject import Changed, ReferenceUsed, Subject, Unchanged, closed
 
 ONE_CALL = 2.0                                           # seconds of computing after which one call is cut off
 ONE_LAW = 5.0                                            # seconds of computing after which the search for one law ends
-PATIENCE = 4                                             # times as long by the clock, for a call that only waits
+PATIENCE = 4                                             # times as long by the clock, if a call only waits
 SEARCH_ONLY = (Phase.explicit, Phase.generate)
 LEARNER = settings(
     derandomize=True,                                    # the same input fails until the code changes
@@ -332,8 +332,10 @@ def captured(printed: Printed) -> Iterator[None]:
 def limited(seconds: float) -> Iterator[None]:
     """Inside the `with`, raise TooLong in the line that is running after so many seconds.
 
-    Seconds of processor time, so that a busy machine ends no right answer; and at most PATIENCE times as many by the
-    clock, for an answer that waits. Only the main thread of a Unix process has such an alarm. Elsewhere nothing happens here; the parent process ends
+    These are seconds of processor time, so that a busy machine ends no right answer. A call that only waits is ended
+    after PATIENCE times as many seconds by the clock.
+
+    Only the main thread of a Unix process has such an alarm. Elsewhere nothing happens here; the parent process ends
     the check (isolated.py).
     """
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
