@@ -31,6 +31,7 @@ from tinyft import (
     evaluate,
     fit,
     no_grad,
+    recompute,
 )
 from tinyft.identity import describe
 from tinyft.train.batch import compute_loss, read_batch
@@ -532,9 +533,25 @@ def check_cache(row: Row, kind: str) -> None:
         assert near(in_chunks[real], whole[real])
 
 
+def check_recompute(row: Row, kind: str) -> None:
+    """With recompute, the gradients of a training step are the same, bitwise."""
+    model, a = put_on(row, kind)
+    noise(model).train()
+    begin_step(row, a)
+    gradients = {}
+    for on in (False, True):
+        model.zero_grad()
+        with recompute(on):
+            loss = the_loss(model, batch(kind, 2), np.random.default_rng(6))
+        loss.backward()
+        gradients[on] = {name: host(p.grad) for name, p in edit.trained(model).items() if p.grad is not None}
+    assert gradients[True]
+    assert all_same(gradients[True], gradients[False])
+
+
 CHECKS = {
     "moves": check_moves, "count": check_count, "start": check_start, "gradients": check_gradients,
     "save": check_save, "off_and_on": check_off_and_on, "merge": check_merge, "rows": check_rows,
     "optimizer": check_optimizer, "dropout": check_dropout, "learns": check_learns, "padding": check_padding,
-    "cache": check_cache,
+    "cache": check_cache, "recompute": check_recompute,
 }

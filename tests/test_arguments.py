@@ -235,6 +235,7 @@ ROWS: dict[str, Callable[[Any], dict]] = {
     "linear_schedule": lambda path: {"warmup": 1},
     "cosine_schedule": lambda path: {"warmup": 1, "floor": 0.1},
     "autocast": lambda path: {"dtype": "bfloat16", "enabled": True},
+    "recompute": lambda path: {"enabled": True},
     "GradScaler": lambda path: {"init_scale": 2.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 3,
                                 "enabled": True},
     "set_float32_matmul_precision": lambda path: {"precision": "highest"},
@@ -418,7 +419,7 @@ SENSIBLE = {"fit(steps=10**12)", "fit(accumulate=10**12)"}                      
 def complaints(name: str, path: Any) -> list[str]:
     """All complaints about a function, one line each."""
     f = PUBLIC[name]
-    if name in ("without", "autocast"):
+    if name in ("without", "autocast", "recompute"):
         f = entered(f)
     if name == "set_num_threads":
         f = restoring_threads

@@ -141,6 +141,27 @@ def test_a_table_trains_as_its_lines_do_and_micro_batches_as_one_batch(gpt, trai
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+def test_recompute_gives_the_same_adapter_and_plans_less_memory(gpt, train_file, capsys, tmp_path, monkeypatch):
+    """A folder of a version without the option goes on without it."""
+    planned = []
+
+    def plan(*args, **more):
+        planned.append(make_plan(*args, **more))
+        return planned[-1]
+
+    monkeypatch.setattr("tinyft.commands.tune.make_plan", plan)
+    options = ["tune", "--model", gpt, "--data", train_file, "--steps", "3", "--set", "dropout=0.5"]
+    succeed(capsys, *options, "--out", str(tmp_path / "a"))
+    succeed(capsys, *options, "--out", str(tmp_path / "b"), "--recompute")
+    assert same_adapter(tmp_path / "a", tmp_path / "b")
+    assert planned[1].bytes < 0.9 * planned[0].bytes
+    config = tmp_path / "a" / "config.json"
+    facts = json.loads(config.read_text())
+    assert facts.pop("recompute") is False
+    config.write_text(json.dumps(facts))
+    succeed(capsys, "tune", "--resume", "--out", str(tmp_path / "a"))
+
+
 def test_the_parser_imports_no_command():
     """`tinyft --help` is as fast as before: each command imports its module when it runs."""
     code = "import sys; from tinyft import cli; cli.parser(); print(*sys.modules)"
@@ -155,7 +176,7 @@ def test_the_plan_changes_nothing(gpt, train_file, capsys, tmp_path, monkeypatch
     options = ["tune", "--model", gpt, "--data", train_file, "--steps", "5", "--set", "dropout=0.5", "--lr", "0.1"]
     succeed(capsys, *options, "--out", str(tmp_path / "a"))
 
-    monkeypatch.setattr("tinyft.commands.tune.make_plan", lambda model, *more: Plan(ft.count(model), 0, 0.0))
+    monkeypatch.setattr("tinyft.commands.tune.make_plan", lambda model, *_, **__: Plan(ft.count(model), 0, 0.0))
     succeed(capsys, *options, "--out", str(tmp_path / "b"))
     assert same_adapter(tmp_path / "a", tmp_path / "b") and log_of(tmp_path / "a") == log_of(tmp_path / "b")
     succeed(capsys, *options, "--seed", "1", "--out", str(tmp_path / "c"))

@@ -23,8 +23,8 @@ from tinyft.tensor import OPS
 
 # ── who may import whom ──────────────────────────────────────────────────────────────────────────────────────────────
 # Each part of the core may import the parts before it.
-CORE = ["dispatch", "array", "precision", "tensor", "operands", "ops", "functional", "context", "printing", "nn",
-        "patterns", "edit"]
+CORE = ["dispatch", "array", "precision", "tensor", "operands", "ops", "functional", "context",
+        "recomputation", "printing", "nn", "patterns", "edit"]
 BELOW_EDIT = set(CORE) - {"edit"}
 MAY_IMPORT: dict[str, set[str]] = {
     **{name: set(CORE[:i]) for i, name in enumerate(CORE)},

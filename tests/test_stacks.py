@@ -51,7 +51,8 @@ ROWS = {
     "prefix-mlp": row(PrefixTuning(p=3, mlp=5)),
     "prefix-shift": row(PrefixTuning(p=3, shift=True)),
 }
-TOY_CHECKS = ("moves", "gradients", "save", "off_and_on", "merge", "rows", "optimizer", "dropout", "learns", "padding")
+TOY_CHECKS = ("moves", "gradients", "save", "off_and_on", "merge", "rows", "optimizer", "dropout", "learns",
+              "padding", "recompute")
 
 
 @pytest.fixture

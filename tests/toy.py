@@ -15,7 +15,7 @@ from helpers import host
 
 from tinyft import ops
 from tinyft.models.attention import KV, Attention
-from tinyft.models.blocks import MLP, PreNormBlock
+from tinyft.models.blocks import MLP, PreNormBlock, run_blocks
 from tinyft.nn import Context, Embedding, LayerNorm, Linear, Module
 from tinyft.tensor import Tensor
 
@@ -113,12 +113,8 @@ class EncoderDecoder(Module):
     def forward(self, ids: Any, ctx: Context) -> Tensor:
         ctx.begin(ids, self.embed.weight.data)
         x = self.embed(ctx.ids, ctx) + self.pos(ctx.positions(), ctx) + self.bias_table(ctx.positions(), ctx)
-        source = x
-        for block in self.encoder:
-            source = block(source, ctx)
-        ctx.scratch["source"] = self.encoder_norm(source, ctx)
-        for block in self.decoder:
-            x = block(x, ctx)
+        ctx.scratch["source"] = self.encoder_norm(run_blocks(self.encoder, x, ctx), ctx)
+        x = run_blocks(self.decoder, x, ctx)
         ctx.last_hidden_state = self.norm(x, ctx)
         ctx.output = self.head(ctx.select_positions(ctx.last_hidden_state), ctx)
         return ctx.output

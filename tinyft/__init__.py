@@ -51,6 +51,7 @@ from .nn import Cache, Context, Module, Packed, Parameter
 from .optim import SGD, Adam, AdamW, GradScaler, constant_schedule, cosine_schedule, linear_schedule
 from .precision import autocast, get_float32_matmul_precision, set_float32_matmul_precision
 from .predict import Predictions, predict
+from .recomputation import recompute
 from .tensor import ShapeError, Tensor, detect_anomaly, no_grad
 from .train import (
     CorpusPerplexity,
@@ -85,7 +86,7 @@ __all__ = [
     "fit", "evaluate", "perplexity", "corpus_perplexity", "CorpusPerplexity", "predict", "Predictions", "embed",
     "History", "Loss", "CrossEntropy", "Targets",
     "AdamW", "Adam", "SGD",
-    "constant_schedule", "linear_schedule", "cosine_schedule",
+    "constant_schedule", "linear_schedule", "cosine_schedule", "recompute",
     # 16 bits
     "autocast", "GradScaler", "set_float32_matmul_precision", "get_float32_matmul_precision",
     # devices, threads, errors

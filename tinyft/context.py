@@ -6,6 +6,7 @@
 """
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -142,6 +143,22 @@ class Context:
         if keeps_source:                                       # the encoder runs again as well
             inputs["source"] = self.source.again()
         return Context(**inputs)
+
+    def snapshot(self) -> Context:
+        """A copy of this pass as it stands. What runs on the copy changes neither this Context nor its generator.
+
+        The copy draws the random numbers that this pass draws from here on. A source is copied with it."""
+        copied = copy.copy(self)
+        copied.rng = copy.deepcopy(self.rng)
+        copied.losses = dict(self.losses)
+        copied.scratch = dict(self.scratch)
+        copied.hidden_states = list(self.hidden_states)
+        if self.source is not None:
+            copied.source = self.source.snapshot()
+            copied.source.losses = copied.losses               # shared, as in this pass
+            if self.source.rng is self.rng:
+                copied.source.rng = copied.rng
+        return copied
 
     # ── filled in by the pass ──
     def add_loss(self, name: str, value: Tensor) -> None:

@@ -14,6 +14,8 @@ import contextlib
 import copy
 import functools
 import inspect
+import itertools
+import operator
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -47,6 +49,7 @@ class Tensor:
     TypeError for data without numbers, and for an integer tensor that should train; ValueError for lists of unequal
     lengths."""
     __slots__ = ("data", "requires_grad", "grad", "record", "mask", "decay", "version", "__weakref__")
+    made = 0                                                   # as a node: a leaf stands before all records
 
     def __init__(self, data: Any, requires_grad: bool = False, decay: bool | None = None):
         self.data: Array = data if array.is_array(data) else _from_numbers(data)
@@ -207,8 +210,12 @@ class Tensor:
                 continue
             if isinstance(node, Tensor):
                 node.accumulate(g, owned)
-            elif isinstance(node, Part):
+                continue
+            if isinstance(node, Part):
                 gradients.add_part(node, g)
+                continue
+            if isinstance(node, Recomputed):
+                order += node.expand(g, gradients)             # its part of the graph, made again: the next to walk
             else:
                 for parent, d in node.pull(g):
                     fitted = _fit(d, parent)
@@ -216,8 +223,8 @@ class Tensor:
                         _check_gradient(node, fitted)
                     owned = fitted is not d or _is_own(d, g)   # allocated by _fit, or by the pullback
                     gradients.add(parent, fitted, owned)
-                if not retain_graph:
-                    node.release()
+            if not retain_graph:
+                node.release()
 
     def accumulate(self, g: Array, owned: bool) -> None:
         """Add g to the `.grad` of this leaf.
@@ -348,19 +355,29 @@ def _is_own(d: Array, given: Any) -> bool:
 def topological(root: Tensor) -> list[Record | Part | Tensor]:
     """The root's node and all nodes that it depends on, each once, inputs before outputs.
 
-    Inputs that need no gradient have no node here.  The search uses a list as its stack, not recursion, so a deep graph
-    does not exceed Python's recursion limit."""
-    order, seen, stack = [], set(), [(root.node, False)]       # stack: (node, True once its parents are in `order`)
+    Records stand in the order in which they were made, leaves before them.  Inputs that need no gradient have no node
+    here."""
+    nodes, _ = nodes_below([root.node])
+    return nodes
+
+
+def nodes_below(roots: list, since: int = 0) -> tuple[list, list]:
+    """The nodes that the roots depend on: (those made since that number, inputs before outputs; the older ones).
+
+    The search does not go below an older node.  An op's inputs are made before its value, so the order in which the
+    nodes were made is a topological one.  The search uses a list as its stack, not recursion, so a deep graph does not
+    exceed Python's recursion limit."""
+    found = {}                                                 # id -> node
+    stack = list(roots)
     while stack:
-        node, parents_done = stack.pop()
-        if parents_done:
-            order.append(node)
-        elif id(node) not in seen:
-            seen.add(id(node))
-            stack.append((node, True))
-            if not isinstance(node, Tensor):
-                stack.extend((p, False) for p in node.parents())
-    return order
+        node = stack.pop()
+        if id(node) not in found:
+            found[id(node)] = node
+            if node.made >= since and not isinstance(node, Tensor):
+                stack.extend(node.parents())
+    new = [node for node in found.values() if node.made >= since]
+    older = [node for node in found.values() if node.made < since]
+    return sorted(new, key=operator.attrgetter("made")), older
 
 
 def sum_to(g: Array, shape: tuple) -> Array:
@@ -376,6 +393,9 @@ def sum_to(g: Array, shape: tuple) -> Array:
 
 
 # ── the graph ────────────────────────────────────────────────────────────────────────────────────────────────────────
+_numbers = itertools.count(1)                                  # of the nodes, in the order in which they are made
+
+
 class Record:
     """The record of one call of an op.
 
@@ -387,8 +407,9 @@ class Record:
     is True, there is one pair, and the pullback returns a list with one gradient for each parent.
     versions: those of the tensors whose arrays a pullback may hold: inputs and value.
     writes: the number of in-place writes before the call, in all tensors.
+    made: the number of this node; a later node has a larger one.
     """
-    __slots__ = ("name", "shape", "dtype", "pulls", "joint", "versions", "writes")
+    __slots__ = ("name", "shape", "dtype", "pulls", "joint", "versions", "writes", "made")
     grad_dtype = property(lambda self: self.dtype)
 
     def __init__(self, name: str, value: Array, pulls: list, versions: list, *, joint: bool):
@@ -399,6 +420,7 @@ class Record:
         self.joint = joint
         self.versions = versions
         self.writes = precision.writes
+        self.made = next(_numbers)
 
     def parents(self) -> Iterator[Record | Part | Tensor]:
         """The nodes to which the pullbacks lead.  RuntimeError if the record was released."""
@@ -411,12 +433,8 @@ class Record:
     def pull(self, g: Array) -> Iterator[tuple[Record | Part | Tensor, Array]]:
         """Pairs (parent, gradient), from the gradient g of the value.
 
-        RuntimeError if an input or the value was written in place since the call, directly or through a view of it:
-        pullbacks may hold its array, which has other values now."""
-        for version in self.versions:
-            if version[0] > self.writes:
-                raise RuntimeError(f"the value or an input of {self.name!r} was written in place after the op used it: "
-                                   "its gradient would be wrong")
+        RuntimeError if an input or the value was written in place since the call."""
+        self.check_versions()
         for parents, back in self.pulls:
             if not self.joint:
                 d = back(g)
@@ -430,6 +448,15 @@ class Record:
             for parent, d in zip(parents, apart):
                 if d is not None:
                     yield parent, d
+
+    def check_versions(self) -> None:
+        """RuntimeError if an input or the value was written in place since the call, directly or through a view of it.
+
+        Pullbacks may hold its array, which has other values now."""
+        for version in self.versions:
+            if version[0] > self.writes:
+                raise RuntimeError(f"the value or an input of {self.name!r} was written in place after the op used it: "
+                                   "its gradient would be wrong")
 
     def release(self) -> None:
         """Drop the pullbacks and the arrays they hold."""
@@ -447,10 +474,11 @@ def _apart(gradients: Sequence[Array], i: int) -> Array:
 
 class Part:
     """The node of value number i, where one call of an op returns `count` values; `whole` is the Record of the call."""
-    __slots__ = ("whole", "i", "count", "shape", "dtype")
+    __slots__ = ("whole", "i", "count", "shape", "dtype", "made")
     grad_dtype = property(lambda self: self.dtype)
 
     def __init__(self, whole: Record, i: int, count: int, value: Array):
+        self.made = next(_numbers)
         self.whole = whole
         self.i = i
         self.count = count
@@ -461,6 +489,80 @@ class Part:
         """The record of the call."""
         yield self.whole
 
+
+class Recomputed(Record):
+    """The node of a part of the graph whose records were dropped.  The backward pass makes them again.
+
+    The pullbacks of the dropped records held most of the memory; this node holds none of it.  `run` computes the values
+    of the part again, from the same older tensors and with the same random numbers, and gives them as tensors.
+
+    outputs: the tensors that `run` gives, as they were the first time.  records: the nodes that are dropped.
+    older: the nodes of the graph to which they led."""
+    __slots__ = ("run", "values")
+
+    def __init__(self, name: str, run: Callable[[], list[Tensor]], outputs: list[Tensor], records: list, older: list):
+        versions = {}                                          # id -> version: many records have the same inputs
+        for record in records:
+            if isinstance(record, Record):
+                versions.update({id(version): version for version in record.versions})
+        pulls = [(older, None)]
+        super().__init__(name, outputs[0].data, pulls, list(versions.values()), joint=True)
+        self.run = run
+        self.values = [y.data for y in outputs]
+
+    def expand(self, g: list, gradients: Gradients) -> list[Record | Part | Tensor]:
+        """Make this part of the graph again, and give its outputs their gradients g.  Returns its nodes, in order.
+
+        g: a list, None for an output without a gradient.  RuntimeError if a tensor was written in place since the first
+        run, or if an output has other values now."""
+        self.check_versions()
+        since = next(_numbers)
+        with _set(recording=True):
+            outputs = self.run()
+        if len(outputs) != len(self.values) or not all(map(_same_bits, outputs, self.values)):
+            raise RuntimeError(f"{self.name} gave other values when it ran again for the backward pass: a part of it "
+                               "was changed since, or draws random numbers that are not the Context's")
+        roots = []
+        for y, d in zip(outputs, g):
+            if d is not None and y.requires_grad:              # else frozen since
+                gradients.add(y.node, d)
+                roots.append(y.node)
+        nodes, _ = nodes_below(roots, since)
+        return nodes
+
+    def release(self) -> None:
+        """Drop the older nodes, and the tensors from which `run` starts."""
+        self.pulls = self.run = self.values = None
+
+
+def drop_records(name: str, run: Callable[[], list[Tensor]], outputs: list[Tensor], since: int) -> None:
+    """Drop the records that were made since a number, from next_number(), on the way to these outputs.
+
+    run: makes the same outputs again, with new records; called once in each backward pass.  name: for messages.
+    Outputs that no trainable tensor leads to, or that are older, stay as they are."""
+    new = [y.node.made >= since for y in outputs]
+    records, older = nodes_below([y.node for y, is_new in zip(outputs, new) if is_new], since)
+    if not records:
+        return
+    node = Recomputed(name, run, outputs, records, older)
+    for i, (y, is_new) in enumerate(zip(outputs, new)):
+        if is_new:
+            y.record = Part(node, i, len(outputs), y.data)
+
+
+def next_number() -> int:
+    """A number for drop_records: the records made from here on have a larger one."""
+    return next(_numbers)
+
+
+def _same_bits(y: Tensor, value: Array) -> bool:
+    """True if y has this value.  An array on a device is not read, since that would wait for the device."""
+    if y.data is value:
+        return True
+    if type(value) is not np.ndarray:
+        return y.shape == value.shape and y.dtype == value.dtype
+    bits = f"u{value.itemsize}"                                # NaN is equal to itself here
+    return y.dtype == value.dtype and np.array_equal(y.data.view(bits), value.view(bits))
 
 
 # ── ops ──────────────────────────────────────────────────────────────────────────────────────────────────────────────

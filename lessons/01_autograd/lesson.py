@@ -465,8 +465,9 @@ print(f"y = {y.item()}   dy/dx = {x.grad}")
 # such as `x`, is a **leaf**, and its node is the tensor itself.
 #
 # The function `topological(y)` lists the nodes, inputs first, as `visit` did. (It uses
-# a list in place of recursion, because Python stops a recursion that is too deep.) A
-# record has a method `parents()`.
+# a list in place of recursion, because Python stops a recursion that is too deep, and
+# it sorts the nodes by the order in which they were made.) A record has a method
+# `parents()`.
 
 # %%
 names = []
@@ -550,7 +551,8 @@ print("row:   ", sum_to(np.ones((3, 4)), (4,)).tolist())
 # - `_fit` calls `sum_to`, so that the gradient has the shape of the parent.
 # - `release` drops the pullbacks of a record, and with them the arrays that they keep.
 #
-# Three details you may skip at first. `Part` is for ops that return several arrays.
+# Four details you may skip at first. `Part` is for ops that return several arrays.
+# `Recomputed` is for a part of the graph that is made again, to save memory.
 # `_state.anomaly` is a switch for debugging. `owned` says whether an array may be
 # changed in place: two nodes may hold the same array, and then `+=` would change both.
 

@@ -84,6 +84,8 @@ def _add_tune(commands: argparse._SubParsersAction) -> None:
     c.add_argument("--weight-decay", type=number(0), help="of AdamW (default: 0)")
     c.add_argument("--clip", type=number(above=0), help="largest norm of the gradients (default: 1)")
     c.add_argument("--autocast", choices=("bfloat16", "float16"), help="matrix products in 16 bits")
+    c.add_argument("--recompute", action="store_true", default=None,
+                   help="less memory for a third more time: activations are computed again in the backward pass")
     c.add_argument("--chat", action="store_true", default=None,
                    help="prompts and responses are turns of a chat: the model's chat format is put around them")
     _add_template(c)

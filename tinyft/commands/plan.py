@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import array, edit, precision
+from .. import array, edit, precision, recomputation
 from ..nn import Module
 from ..train.batch import compute_loss, read_batch
 from .rows import first_batches
@@ -39,16 +39,17 @@ class Plan:
 
 
 def make_plan(
-    model: Module, batches: Any, steps: int, accumulate: int, autocast: str | None, evaluated: int = 0,
+    model: Module, batches: Any, steps: int, accumulate: int, autocast: str | None, evaluated: int = 0, *,
+    recompute: bool = False,
 ) -> Plan:
     """The plan of `steps` updates, each on `accumulate` batches, and of evaluations that read `evaluated` tokens."""
     sample = first_batches(batches, SAMPLED)
     with array.peak_memory() as memory:
-        _pass(model, sample[0], autocast)
+        _pass(model, sample[0], autocast, recompute)
     seconds = 0.0
     tokens = 0
     for batch in sample[1:1 + MEASURED]:
-        seconds += _pass(model, batch, autocast)
+        seconds += _pass(model, batch, autocast, recompute)
         tokens += batch["ids"].size
     mean_tokens = sum(batch["ids"].size for batch in sample) / len(sample)
     count = edit.count(model)
@@ -68,12 +69,13 @@ def _packed_bytes(model: Module) -> int:
     return sum(getattr(value, "nbytes", 0) for value in model.named_buffers().values())
 
 
-def _pass(model: Module, batch: Any, autocast: str | None) -> float:
+def _pass(model: Module, batch: Any, autocast: str | None, recompute: bool) -> float:
     """The seconds of one forward and backward pass. No parameter changes, and no gradient remains."""
     start = time.perf_counter()
     model.train()
     try:
-        with precision.autocast(autocast or "bfloat16", enabled=autocast is not None), np.errstate(all="ignore"):
+        region = precision.autocast(autocast or "bfloat16", enabled=autocast is not None)
+        with region, recomputation.recompute(recompute), np.errstate(all="ignore"):
             _, loss = compute_loss(model, read_batch(batch), np.random.default_rng(0))
         loss.backward()
     finally:

@@ -31,6 +31,7 @@ LOG = "log.jsonl"
 CURVE = "curve.svg"
 ADAPTER = "adapter"
 VERSION = 1                                              # of the form of config.json
+ADDED = {"recompute": False}                             # options that older files of this form lack, with their value
 
 
 # ── config ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -64,6 +65,7 @@ def read_config(folder: Path, kinds: Mapping[str, tuple[type, ...]]) -> dict[str
     if facts.get("form") != VERSION:
         raise ValueError(f"{folder / CONFIG} wants the form {VERSION} of a run of tinyft tune, "
                          f"got {checks.brief(facts.get('form'))}")
+    facts = ADDED | facts
     for name, kind in kinds.items():
         value = facts.get(name)
         parts = value if isinstance(value, list) else []

@@ -40,7 +40,8 @@ DEFAULTS: dict[str, Any] = {
     "model": None, "packed": False, "data": None, "test": None, "chat": False, "template": None,
     "method": "lora", "set": [],
     "steps": 200, "lr": 1e-3, "batch": 16, "accumulate": 1, "max_len": None, "seed": 0, "schedule": "cosine",
-    "warmup": 0.05, "weight_decay": 0.0, "clip": 1.0, "autocast": None, "evaluate_every": None, "save_every": 50,
+    "warmup": 0.05, "weight_decay": 0.0, "clip": 1.0, "autocast": None, "recompute": False,
+    "evaluate_every": None, "save_every": 50,
 }
 NUMBER = (int, float)
 TEXT_OR_NONE = (str, type(None))
@@ -50,8 +51,8 @@ KINDS: dict[str, tuple[type, ...]] = {
     "model": (str,), "packed": (bool,), "data": (str,), "test": TEXT_OR_NONE, "chat": (bool,),
     "template": TEXT_OR_NONE, "method": (str,), "set": (list,), "steps": (int,), "lr": NUMBER, "batch": (int,),
     "accumulate": (int,), "max_len": WHOLE_OR_NONE, "seed": (int,), "schedule": (str,), "warmup": NUMBER,
-    "weight_decay": NUMBER, "clip": NUMBER, "autocast": TEXT_OR_NONE, "evaluate_every": WHOLE_OR_NONE,
-    "save_every": (int,),
+    "weight_decay": NUMBER, "clip": NUMBER, "autocast": TEXT_OR_NONE, "recompute": (bool,),
+    "evaluate_every": WHOLE_OR_NONE, "save_every": (int,),
 }
 FILES = ("data", "test")                                 # options that are paths of files
 SCHEDULES = {"constant": constant_schedule, "linear": linear_schedule, "cosine": cosine_schedule}
@@ -167,7 +168,8 @@ def train(job: Job, folder: Path, say: Callable[[str], None], *, resume: bool) -
     evaluated = 0
     if job.test is not None:
         evaluated = (1 + steps // evaluation_steps(options)) * tokens_of(job.test.batches)
-    plan = make_plan(job.model, job.train.batches, steps, options["accumulate"], options["autocast"], evaluated)
+    plan = make_plan(job.model, job.train.batches, steps, options["accumulate"], options["autocast"], evaluated,
+                     recompute=options["recompute"])
     say_plan(job, plan, say, log.step)
     start = time.perf_counter()
     if job.test is not None and not log.entries:
@@ -202,8 +204,8 @@ def _fit(job: Job, folder: Path, log: Log, *, resume: bool) -> None:
         fit(
             job.model, job.train.batches, options["steps"], AdamW(options["lr"], weight_decay=options["weight_decay"]),
             schedule, clip=options["clip"], accumulate=options["accumulate"], seed=options["seed"], out=folder,
-            resume=resume, save_every=options["save_every"], autocast=options["autocast"], on_step=log.add_step,
-            **evaluations,
+            resume=resume, save_every=options["save_every"], autocast=options["autocast"],
+            recompute=options["recompute"], on_step=log.add_step, **evaluations,
         )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_advice(log, options, folder)) from None

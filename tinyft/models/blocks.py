@@ -15,6 +15,7 @@ from .. import checks, ops
 from ..array import Array, is_array, xp
 from ..context import WANTED_IDS, check_range, read_integers
 from ..nn import Context, Dropout, Embedding, LayerNorm, Linear, Module
+from ..recomputation import run_block
 from ..tensor import Tensor
 from .attention import Attention
 
@@ -145,10 +146,11 @@ def check_model_arguments(name: str, config: Any, kind: type, seed: Any) -> None
 def run_blocks(blocks: Sequence[Module], x: Tensor, ctx: Context) -> Tensor:
     """x (B, T, C) through a stack of blocks, bottom to top -> (B, T, C).
 
-    If output_hidden_states is set, ctx.hidden_states collects every block's input; apply_head adds the last output."""
+    If output_hidden_states is set, ctx.hidden_states collects every block's input; apply_head adds the last output.
+    In a recompute region a block keeps only its input for the backward pass (recomputation.py)."""
     for block in blocks:
         ctx.add_hidden_state(x)
-        x = block(x, ctx)
+        x = run_block(block, x, ctx)
     return x
 
 

@@ -24,6 +24,7 @@ class Settings:
     patience: int
     monitor: str
     autocast: str | None
+    recompute: bool
     capture: bool
     seed: int = 0
     save_every: int = 100
@@ -38,6 +39,7 @@ class Settings:
             checked["clip"] = checks.number("clip", self.clip, above=0)
         if self.autocast is not None:
             checked["autocast"] = str(precision.half(self.autocast))
+        checked["recompute"] = checks.flag("recompute", self.recompute)
         checked["capture"] = checks.flag("capture", self.capture) and array.backend() == "cupy"
         checks.instance("monitor", self.monitor, str, "the name of a metric")
         if self.on_step is not None:
