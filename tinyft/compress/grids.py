@@ -21,6 +21,7 @@ arXiv:1603.05279 (sign).
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ import numpy as np
 
 from .. import checks
 
-__all__ = ["KINDS", "Grid", "SignGrid", "check_kind", "code_bits", "fit_grid", "fixed_zero"]
+__all__ = ["KINDS", "Grid", "SignGrid", "check_kind", "code_bits", "fit_grid", "fit_groups", "fixed_zero", "join_grids"]
 
 KINDS = ("affine", "symmetric", "absmax", "ternary", "sign")
 SMALLEST = float(np.finfo(np.float16).tiny)              # below it, float16 has fewer than 11 significant bits
@@ -57,6 +58,11 @@ class Grid:
     def round(self, w: np.ndarray) -> np.ndarray:
         """The nearest value of the grid for each weight."""
         return self.decode(self.encode(w))
+
+    def __getitem__(self, index: Any) -> Grid:
+        """The grid of a part of the groups."""
+        zero = self.zero[index] if isinstance(self.zero, np.ndarray) else self.zero
+        return type(self)(self.scale[index], zero, self.top)
 
 
 class SignGrid(Grid):
@@ -113,6 +119,30 @@ def fit_grid(W: np.ndarray, kind: str, bits: int, *, half_scales: bool = False) 
     if zero is None:
         zero = np.rint(np.maximum(-W.min(axis=-1, keepdims=True), 0) / scale)
     return Grid(scale, zero, top)
+
+
+def fit_groups(W: np.ndarray, kind: str, bits: int, group: int, *, half_scales: bool = False) -> Grid:
+    """The grids of all groups of g neighbours in the rows of W (out, in): scale and zero are (out, groups).
+
+    The last group of a row has fewer weights if g does not divide `in`. The rest is as for fit_grid."""
+    out, width = W.shape
+    whole = width // group * group                                   # the inputs in full groups
+    found = []
+    if whole:
+        found.append(fit_grid(W[:, :whole].reshape(out, -1, group), kind, bits, half_scales=half_scales)[..., 0])
+    if whole < width:
+        found.append(fit_grid(W[:, whole:], kind, bits, half_scales=half_scales))
+    return join_grids(found)
+
+
+def join_grids(grids: Sequence[Grid]) -> Grid:
+    """The grids of parts of the groups, side by side: scale and zero are (out, groups)."""
+    first = grids[0]
+    scale = np.concatenate([grid.scale for grid in grids], axis=1)
+    zero = first.zero
+    if isinstance(zero, np.ndarray):
+        zero = np.concatenate([grid.zero for grid in grids], axis=1)
+    return type(first)(scale, zero, first.top)
 
 
 def _scale(W: np.ndarray, kind: str, bits: int) -> np.ndarray:

@@ -59,15 +59,20 @@ def check_hessian(name: str, H: Any, width: int) -> np.ndarray:
 
 
 def without_dead_inputs(W: np.ndarray, H: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """W and H with the dead inputs, those that were always 0, made harmless: their weights are 0, and H's diagonal has
-    the mean of the living there, or 1 if all are dead."""
-    dead = np.diagonal(H) == 0
-    if not dead.any():
-        return W, H
-    W, H = W.copy(), H.copy()
-    W[:, dead] = 0
-    H[dead] = 0
-    H[:, dead] = 0
-    living = np.diagonal(H)[~dead]
-    H[dead, dead] = living.mean() if living.size else 1
+    """W without the weights of dead inputs, and H/m, where m is the mean of the living inputs' H[j, j].
+
+    An input is dead if it was 0 for every token, H[j, j] = 0: then nothing says what its weights should be. They
+    become 0, and H gets 1 on its diagonal there, so that it can be inverted. H in the unit m is neither too small nor
+    too large for float32; a factor of H changes nothing in what is least."""
+    d = np.diagonal(H)
+    dead = d == 0
+    if dead.all():
+        return np.zeros_like(W), np.eye(len(H))
+    largest = d.max()
+    H = H / (largest * (d[~dead] / largest).mean())                  # the sum of d itself may overflow
+    if dead.any():
+        H[dead] = 0
+        H[:, dead] = 0
+        H[dead, dead] = 1
+        W = np.where(dead, 0, W).astype(W.dtype)
     return W, H

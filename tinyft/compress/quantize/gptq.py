@@ -1,21 +1,24 @@
 """GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers.  Frantar, Ashkboos, Hoefler,
 Alistarh, 2022.  arXiv:2210.17323
 
-    minimise  tr (W − Ŵ) H (W − Ŵ)ᵀ      W (out, in) given,  Ŵ on a grid,  H (in, in) of calibrate.py       §3, eq. 1
+    minimise  tr (W − Ŵ) H (W − Ŵ)ᵀ      W (out, in) given,  Ŵ on a grid,  H (in, in) of calibrate.py         §3, eq. 1
 
-    H + λ I = (Uᵀ U)⁻¹,  U upper triangular,  λ = damp · mean diag H                                         step 3
-    for each column i:    q = the nearest value of the grid to W[:, i]
-                          e = (W[:, i] − q) / U[i, i]                                                        eq. 2
-                          W[:, j] ← W[:, j] − e U[i, j]      for all columns j > i                           eq. 3
+    (H + λ I)⁻¹ = Uᵀ U,  U upper triangular,  λ = damp · mean diag H                                         §4, step 3
+    for each column i:    q = the nearest value of the grid to W[:, i]                                      Algorithm 1
+                          e = (W[:, i] − q) / U[i, i]
+                          W[:, j] ← W[:, j] − e U[i, j]      for all columns j > i
 
-Every column is rounded to nearest; the columns after it, which are not rounded yet, then make up for its error. All
-rows take the columns in the same order, so that one factor U serves all of them: that is what OBQ (obq.py) lacks.
-Lazy batches (step 2): inside a block of columns only the block is updated; the columns after it get all the block's
-updates in one matrix product.
+Every column is rounded to nearest; the columns after it, which are not rounded yet, then make up for its error, as in
+OBQ (obq.py). But all rows take the columns in one order (step 1). Then all rows share OBQ's matrix G, and row i of U is
+its row G_i,: / √G_ii at step i: one factor serves everyone. Lazy batches (step 2): inside a block of columns only the
+block is updated; the columns after it get all updates of the block in one matrix product.
 
-Departures: U is the inverse of an upper factor R, H + λ I = R Rᵀ, which is the same matrix as the paper's Cholesky
-factor of the inverse, with half of its work. The grid of a group is fitted to weights with all updates, where the
-paper's code reads weights without those of the block at hand.
+The errors e are the columns of a matrix E (out, in), and  W − Ŵ = E U.  So the loss is ‖E‖², for the damped H.
+
+Departures: U is the inverse of R, where H + λ I = R Rᵀ with R upper triangular. That is the paper's U, the Cholesky
+factor of the inverse, with half of the operations. λ grows if the factorisation fails. The grid of a group is fitted to
+weights with all updates; the paper's program reads them without the updates of the block at hand. The mean of diag H
+leaves out dead inputs.
 """
 from __future__ import annotations
 
@@ -26,24 +29,27 @@ from typing import ClassVar
 import numpy as np
 
 from ... import checks
-from ..grids import Grid, check_kind, fit_grid
+from ..grids import Grid, check_kind, fit_grid, fit_groups, join_grids
 from ..grouped import Uniform
 from ..rule import Rule, check_hessian, check_weight, without_dead_inputs
 
-__all__ = ["GPTQ", "gptq_columns", "inverse_factor"]
+__all__ = ["GPTQ", "gptq_block", "gptq_columns", "inverse_factor"]
+
+LARGE = 1e30                                             # float32 weights that are larger are computed in float64
+LEAST_DAMP = 1e-6                                        # tried after 0, if the factorisation fails; then ten times it
+MOST_DAMP = 0.1
 
 
 @dataclass(frozen=True)
 class GPTQ(Rule):
     """Rounds column by column; the columns that follow make up for each error. Needs calibration data.
 
-    bits           1 ... 8
-    group          inputs that share a scale; None: the whole row
-    grid           as RTN's
+    bits, group, grid   as RTN's
     damp           λ as a part of the mean of H's diagonal
-    block          columns in a lazy batch; made a multiple of the group
-    act_order      True: columns with a large H[j, j] first
-    static_groups  True: the grids are fitted to the original weights, before the columns are ordered"""
+    block          columns in a lazy batch, about; it changes the time, not the result
+    act_order      True: columns with a large H[j, j] first. The packed weight then keeps the order of its columns
+    static_groups  True: the grids are fitted to the original weights, before the columns are ordered. With act_order,
+                   the packed weight keeps its columns in their own order"""
 
     needs_hessian: ClassVar[bool] = True
 
@@ -69,82 +75,86 @@ class GPTQ(Rule):
         W = check_weight("GPTQ", W)
         H = check_hessian("GPTQ", H, W.shape[1])
         W, H = without_dead_inputs(W, H)
+        if np.abs(W).max() > LARGE:
+            W = W.astype(np.float64)
         width = W.shape[1]
         group = width if self.group is None else min(self.group, width)
-        order = np.argsort(-np.diagonal(H), kind="stable") if self.act_order else np.arange(width)
-        static = self.fit_all(W, group) if self.static_groups else None
-        U = inverse_factor(H[np.ix_(order, order)], self.damp).astype(W.dtype)
-        codes, grids = gptq_columns(W[:, order], U, self.fit, group, self.block, static, order)
-        keeps_order = self.act_order and static is None
-        if not keeps_order:
+        order = np.arange(width)
+        if self.act_order:
+            order = np.argsort(-np.diagonal(H), kind="stable")
+        if self.static_groups:
+            grids: Grids = StaticGrids(fit_groups(W, self.grid, self.bits, group, half_scales=True), order // group)
+        else:
+            grids = GroupGrids(self.grid, self.bits, group)
+        if self.act_order:
+            W = W[:, order]
+            H = H[np.ix_(order, order)]
+        U = inverse_factor(H, self.damp).astype(W.dtype)
+        codes, _ = gptq_columns(W, U, grids.of_column, whole_groups(self.block, group))
+        scattered = self.act_order and not self.static_groups and group < width
+        if not scattered:
             codes = codes[:, np.argsort(order)]
-        scale = np.concatenate([grid.scale for grid in grids], axis=1)                   # (out, groups)
-        zero = np.concatenate([grid.zero for grid in grids], axis=1) if self.grid == "affine" else None
-        return Uniform(codes, scale, zero, kind=self.grid, bits=self.bits, group=group,
-                       order=order if keeps_order else None)
-
-    def fit(self, W: np.ndarray) -> Grid:
-        """The grid of one group of columns, W (out, g)."""
-        return fit_grid(W, self.grid, self.bits, half_scales=True)
-
-    def fit_all(self, W: np.ndarray, group: int) -> list[Grid]:
-        """The grids of all groups of W (out, in)."""
-        return [self.fit(W[:, start:start + group]) for start in range(0, W.shape[1], group)]
+        return Uniform.from_grid(codes, grids.all(), kind=self.grid, bits=self.bits, group=group,
+                                 order=order if scattered else None)
 
 
+# ── the algorithm ────────────────────────────────────────────────────────────────────────────────────────────────────
 def gptq_columns(
-    W: np.ndarray, U: np.ndarray, fit: Callable[[np.ndarray], Grid], group: int, block: int = 128,
-    static: list[Grid] | None = None, order: np.ndarray | None = None,
-) -> tuple[np.ndarray, list[Grid]]:
-    """The codes (out, in) uint8 of W (out, in), column after column, and the grid of each group.
+    W: np.ndarray, U: np.ndarray, grid_of: Callable[[int, np.ndarray], Grid], block: int = 128,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The codes (out, in) uint8 of W (out, in), column after column, and the errors E (out, in) with W − Ŵ = E U.
 
-    U       (in, in), the upper factor of the inverse Hessian
-    fit     gives the grid of a group of columns (out, g), when the first of them is reached
-    static  the grids of all groups, if they are known before; column j then belongs to group order[j] // group
-    block   columns in a lazy batch, made a multiple of the group or the group itself"""
-    out, width = W.shape
-    rest = np.ascontiguousarray(W.T)                                 # (in, out): a column of W is a contiguous row
-    codes = np.empty((width, out), np.uint8)
-    grids = [] if static is None else static
-    if static is None and group < width:
-        block = max(block // group, 1) * group                       # a group has all its updates when it begins
+    U        (in, in), the upper factor of the inverse Hessian
+    grid_of  grid_of(i, rest) is the grid of column i: its scale and zero are (out,). rest (in, out) are the columns as
+             rows, updated up to column i inside the block, without the updates of the block after it
+    block    columns in a lazy batch"""
+    width = W.shape[1]
+    rest = np.array(W.T, order="C")                                  # (in, out): a column of W is a contiguous row
+    codes = np.empty(rest.shape, np.uint8)
+    errors = np.empty_like(rest)
     for first in range(0, width, block):
         last = min(first + block, width)
-        errors = np.empty((last - first, out), W.dtype)
-        for i in range(first, last):
-            if static is not None:
-                grid = static[order[i] // group]
-            elif i % group == 0:
-                grid = fit(rest[i:i + group].T)
-                grids.append(grid)
-            w = rest[i][:, None]                                     # (out, 1), as the scales of a grid
-            q = grid.encode(w)
-            codes[i] = q[:, 0]
-            e = ((w - grid.decode(q)) / U[i, i])[:, 0]
-            rest[i + 1:last] -= U[i, i + 1:last, None] * e
-            errors[i - first] = e
-        rest[last:] -= U[first:last, last:].T @ errors
-    return codes.T, grids
+        gptq_block(rest, codes, errors, U, grid_of, first, last)
+        rest[last:] -= U[first:last, last:].T @ errors[first:last]
+    return codes.T, errors.T
+
+
+def gptq_block(
+    rest: np.ndarray, codes: np.ndarray, errors: np.ndarray, U: np.ndarray, grid_of: Callable[[int, np.ndarray], Grid],
+    first: int, last: int,
+) -> None:
+    """Round the columns first ... last − 1 one by one, and update only the columns among them.
+
+    rest, codes and errors (in, out) change in place. At the end the columns from `last` on still lack the updates of
+    this block."""
+    for i in range(first, last):
+        grid = grid_of(i, rest)
+        w = rest[i]
+        q = grid.encode(w)
+        codes[i] = q
+        errors[i] = (w - grid.decode(q)) / U[i, i]
+        rest[i + 1:last] -= U[i, i + 1:last, None] * errors[i]
 
 
 def inverse_factor(H: np.ndarray, damp: float) -> np.ndarray:
     """U (in, in), upper triangular, with (H + λ I)⁻¹ = Uᵀ U,  λ = damp · mean diag H.
 
-    H + λ I = R Rᵀ with R upper triangular, and U = R⁻¹. R is a Cholesky factor of H with rows and columns reversed.
+    U = R⁻¹ for an upper triangular R with H + λ I = R Rᵀ: a Cholesky factor whose rows and columns count backwards.
     A matrix that is not positive definite in floating-point numbers gets ten times the damping, until it is.
-    ValueError if H is no Hessian: far from positive semi-definite."""
+    ValueError if H is no Hessian: it has negative eigenvalues."""
     mean = np.diagonal(H).mean()
+    damped = H.copy()
     while True:
-        damped = H + damp * mean * np.eye(len(H))
+        np.fill_diagonal(damped, np.diagonal(H) + damp * mean)
         try:
             R = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
         except np.linalg.LinAlgError:
-            if damp > 1:
+            damp = max(10 * damp, LEAST_DAMP)
+            if damp > MOST_DAMP:
                 raise ValueError("GPTQ wants a positive semi-definite Hessian, got one with negative eigenvalues") \
                     from None
-            damp = max(10 * damp, 1e-6)
-            continue
-        return inverse_upper(R)
+        else:
+            return inverse_upper(R)
 
 
 def inverse_upper(R: np.ndarray, smallest: int = 64) -> np.ndarray:
@@ -160,3 +170,62 @@ def inverse_upper(R: np.ndarray, smallest: int = 64) -> np.ndarray:
     inverse[half:, half:] = C
     inverse[:half, half:] = -(A @ R[:half, half:]) @ C
     return inverse
+
+
+# ── the grids of the columns ─────────────────────────────────────────────────────────────────────────────────────────
+class Grids:
+    """Which grid a column has."""
+
+    def of_column(self, i: int, rest: np.ndarray) -> Grid:
+        """The grid of column i; rest (in, out): the columns as rows, with their updates."""
+        raise NotImplementedError
+
+    def all(self) -> Grid:
+        """The grids of all groups: scale and zero are (out, groups)."""
+        raise NotImplementedError
+
+
+class GroupGrids(Grids):
+    """A group is `group` neighbours in the order of the columns. Its grid is fitted when the first of them is reached,
+    to their weights with all updates."""
+
+    def __init__(self, kind: str, bits: int, group: int):
+        self.kind = kind
+        self.bits = bits
+        self.group = group
+        self.found: list[Grid] = []
+
+    def of_column(self, i: int, rest: np.ndarray) -> Grid:
+        """The grid of the group that column i is in."""
+        if i % self.group == 0:
+            weights = rest[i:i + self.group].T                                           # (out, g)
+            self.found.append(fit_grid(weights, self.kind, self.bits, half_scales=True))
+        return self.found[-1][:, 0]
+
+    def all(self) -> Grid:
+        """The grids in the order of the groups."""
+        return join_grids(self.found)
+
+
+class StaticGrids(Grids):
+    """Grids that are known before: column i belongs to the group group_of[i]."""
+
+    def __init__(self, grids: Grid, group_of: np.ndarray):
+        self.grids = grids
+        self.group_of = group_of
+
+    def of_column(self, i: int, rest: np.ndarray) -> Grid:
+        """The grid of the group that column i is in."""
+        return self.grids[:, self.group_of[i]]
+
+    def all(self) -> Grid:
+        """The grids as they were given."""
+        return self.grids
+
+
+def whole_groups(block: int, group: int) -> int:
+    """The columns of a lazy batch, such that no group lies across its end while part of its updates is missing: a
+    multiple of the group, or a divisor."""
+    if group < block:
+        return block // group * group
+    return block if group % block == 0 else group

@@ -22,12 +22,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from ... import checks
-from ..grids import Grid, check_kind, fit_grid
+from ..grids import Grid, check_kind, fit_groups
 from ..grouped import Uniform
 from ..rule import Rule, check_hessian, check_weight, without_dead_inputs
 
@@ -66,17 +66,15 @@ class OBQ(Rule):
         W, H = without_dead_inputs(W, H)
         out, width = W.shape
         group = width if self.group is None else min(self.group, width)
-        grids = [fit_grid(W[:, i:i + group], self.grid, self.bits, half_scales=True) for i in range(0, width, group)]
-        grid = per_weight(grids, group, width)
+        grids = fit_groups(W, self.grid, self.bits, group, half_scales=True)             # (out, groups)
+        grid = grids[:, np.arange(width) // group]                                       # (out, in)
         inverse = np.linalg.inv(damped(H, self.damp))
         codes = np.empty((out, width), np.uint8)
         together = max(1, FACTORS // width**2)
-        for i in range(0, out, together):
-            rows = slice(i, i + together)
-            part = part_of(grid, rows)
-            codes[rows] = part.encode(obq_rows(W[rows], inverse, part))
-        first = np.arange(0, width, group)                           # the first column of each group
-        return Uniform.from_grid(codes, part_of(grid, np.s_[:, first]), kind=self.grid, bits=self.bits, group=group)
+        for start in range(0, out, together):
+            rows = slice(start, start + together)
+            codes[rows] = grid[rows].encode(obq_rows(W[rows], inverse, grid[rows]))
+        return Uniform.from_grid(codes, grids, kind=self.grid, bits=self.bits, group=group)
 
 
 # ── one row, as in the paper ─────────────────────────────────────────────────────────────────────────────────────────
@@ -148,32 +146,15 @@ def obq_rows(W: np.ndarray, inverse: np.ndarray, grid: Grid) -> np.ndarray:
     return w
 
 
-# ── grids and Hessians ───────────────────────────────────────────────────────────────────────────────────────────────
-def per_weight(grids: list[Grid], group: int, width: int) -> Grid:
-    """The grids of the groups of a row as one grid with a scale and a zero for each weight: (out, in)."""
-    of = np.arange(width) // group
-    scale = np.concatenate([grid.scale for grid in grids], axis=1)[:, of]
-    zero: Any = grids[0].zero
-    if isinstance(zero, np.ndarray):
-        zero = np.concatenate([grid.zero for grid in grids], axis=1)[:, of]
-    return type(grids[0])(scale, zero, grids[0].top)
-
-
-def part_of(grid: Grid, index: Any) -> Grid:
-    """The grid of a part of the weights."""
-    zero = grid.zero[index] if isinstance(grid.zero, np.ndarray) else grid.zero
-    return type(grid)(grid.scale[index], zero, grid.top)
-
-
+# ── the Hessian ──────────────────────────────────────────────────────────────────────────────────────────────────────
 def damped(H: np.ndarray, damp: float) -> np.ndarray:
-    """H/m + λ I with λ = damp, where m = mean diag H: in this unit no H is too small or too large. λ is at least DAMP
-    if the matrix would be close to singular.
+    """H + λ I,  λ = damp · mean diag H; with at least DAMP if H + λ I would be close to singular otherwise.
 
     ValueError if H is no Hessian: one with negative eigenvalues."""
-    H = H / np.diagonal(H).mean()
-    eigenvalues = np.linalg.eigvalsh(H)
+    mean = np.diagonal(H).mean()
+    eigenvalues = np.linalg.eigvalsh(H) / mean                       # in ascending order
     if eigenvalues[0] + damp < SINGULAR * eigenvalues[-1]:
         damp = max(damp, DAMP)
     if eigenvalues[0] + damp <= 0:
         raise ValueError("OBQ wants a positive semi-definite Hessian, got one with negative eigenvalues")
-    return H + damp * np.eye(len(H))
+    return H + damp * mean * np.eye(len(H))
