@@ -166,7 +166,7 @@ def _(self, m=np):
 # ── rotary ────────────────────────────────────────────────────────────────────────────────────────
 rotary = Exercise(
     "ops:rotary", difficulty=3, minutes=20, closed=("ops:_turn",),
-    may_use="rotary_factors(x, cos, sin), which raises ValueError for an odd D, and returns cos and "
+    may_use="rotary_factors(x, cos, sin), which raises ValueError for an odd D and returns cos and "
             "sin as arrays in the dtype and on the device of x; xp(x), the module that made x, "
             "NumPy or CuPy, and its concatenate; slices.  As in every op, x is an array.  Return "
             "y and a tuple of three pullbacks, for x, cos and sin; those of cos and sin are None.",
