@@ -1,18 +1,22 @@
-"""GGUF files, read with every check: metadata, and tensors as views of the mapped file. Nothing here knows a model.
+"""Read GGUF files, and check every length: metadata, and tensors as views of the memory-mapped file.
+
+This module knows the format only, and nothing about models.
 
     file = read_gguf("model.gguf")
-    file.metadata["general.architecture"]                  numbers, texts, Booleans, and lists or arrays of these
+    file.metadata["general.architecture"]                  a number, a text, a Boolean, or a list or array of these
     file.tensors["token_embd.weight"]                      a StoredTensor: its type, its shape, its bytes
 
 All numbers are little-endian. A text is its length (8 bytes) and its UTF-8 bytes.
 
     "GGUF"   version (4)   number of tensors (8)   number of keys (8)
-    for each key:      name   type (4)   value;    of an array: type of the entries (4)   number (8)   entries
+    for each key:      name   type (4)   value; an array is: type of its entries (4)   number of entries (8)   entries
     for each tensor:   name   number of axes (4)   sizes, the innermost first (8 each)   type (4)   offset (8)
-    bytes up to a multiple of general.alignment, then the tensors, each at its offset from here
+    padding up to a multiple of general.alignment
+    the tensors, each at its offset, which counts from the end of the padding
 
-Every count, length and offset is compared with the size of the file before anything is allocated. A damaged file gives
-a ValueError of one line, in a time and memory that are a small multiple of the file's.
+The numbers in brackets are sizes in bytes. Every count, length and offset is compared with the size of the file before
+anything is allocated. A damaged file raises a ValueError of one line, and the time and memory that this takes stay
+within a small multiple of the file's size.
 """
 from __future__ import annotations
 
@@ -33,7 +37,7 @@ from ..files import check_ordinary
 __all__ = ["GGUFFile", "StoredTensor", "read_gguf"]
 
 VERSIONS = (2, 3)
-# The numbers of the tensor types that are read, and of others, for the message that refuses them.
+# The codes of the tensor types that are read. Then those of other types, to name them in an error message.
 DENSE_TYPES = {0: "F32", 1: "F16", 30: "BF16"}
 PACKED_TYPES = {2: "Q4_0", 3: "Q4_1", 8: "Q8_0"}
 OTHER_TYPES = {
@@ -43,24 +47,25 @@ OTHER_TYPES = {
 }
 DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(bfloat16)}
 READABLE = (*DTYPES, *FORMATS)
-# Metadata: numbers by the code of their type.
+# Metadata: the dtype of a number, by the code of its type.
 NUMBERS = {
     0: np.dtype("u1"), 1: np.dtype("i1"), 2: np.dtype("<u2"), 3: np.dtype("<i2"), 4: np.dtype("<u4"),
     5: np.dtype("<i4"), 6: np.dtype("<f4"), 10: np.dtype("<u8"), 11: np.dtype("<i8"), 12: np.dtype("<f8"),
 }
-BOOLEAN, TEXT, ARRAY = 7, 8, 9
-# The least bytes of an entry of an array, of a key with its value, and of a tensor's row in the table.
-LEAST_BYTES = {BOOLEAN: 1, TEXT: 8, ARRAY: 12}
-KEY_BYTES = 8 + 4 + 1
-TENSOR_BYTES = 8 + 4 + 8 + 4 + 8
+BOOLEAN, TEXT, ARRAY = 7, 8, 9                           # the codes of the other types
+# The smallest sizes in bytes. With them a count can be compared with the bytes that are left in the file.
+LEAST_BYTES = {BOOLEAN: 1, TEXT: 8, ARRAY: 12}           # of an entry of an array, by the code of its type
+KEY_BYTES = 8 + 4 + 1                                    # an empty name, its type, a value of one byte
+TENSOR_BYTES = 8 + 4 + 8 + 4 + 8                         # an empty name, the number of axes, one size, type, offset
+# Limits far above those of real files.
 MOST_KEYS = 1 << 16
 MOST_TENSORS = 1 << 16
-MOST_TEXTS = 1 << 21                                     # in all arrays together: eight times the largest vocabulary
+MOST_TEXTS = 1 << 21                                     # in all arrays together; a vocabulary has up to 1 << 18
 LONGEST_TEXT = 1 << 22                                   # bytes
 LONGEST_NAME = 128                                       # bytes of a tensor's name; llama.cpp takes 64
 LONGEST_KEY = 1 << 12
-DEEPEST = 4                                              # arrays, one inside the other
-AXES = 4
+DEEPEST = 4                                              # arrays inside each other
+AXES = 4                                                 # of a tensor
 
 
 @dataclass(frozen=True)
@@ -105,14 +110,14 @@ def read_gguf(file: Path) -> GGUFFile:
     try:
         if file.stat().st_size < 8:
             raise ValueError("is damaged: a GGUF file is longer than 8 bytes")
-        data = np.memmap(file, np.uint8, "r").view(np.ndarray)
+        data = np.memmap(file, np.uint8, "r").view(np.ndarray)       # slices of a plain array cost less
         return _read(Cursor(data))
-    except ValueError as e:
+    except ValueError as e:                              # its message continues the file's name: "is damaged: ..."
         raise ValueError(f"{file} {e}") from e
 
 
 def _read(cursor: Cursor) -> GGUFFile:
-    """The content of the mapped file. ValueError, whose message continues the file's name."""
+    """The content of the memory-mapped file. The message of a ValueError continues the file's name."""
     check_version(cursor)
     tensor_count = cursor.count("number of tensors", TENSOR_BYTES, MOST_TENSORS)
     key_count = cursor.count("number of keys", KEY_BYTES, MOST_KEYS)
@@ -137,14 +142,17 @@ def check_version(cursor: Cursor) -> None:
     if magic != b"GGUF":
         raise ValueError(f"is no GGUF file: wanted the first four bytes b'GGUF', got {magic!r}")
     version = cursor.number(NUMBERS[4], "the version")
-    if version and version & 0xFFFF == 0:
+    if version and version & 0xFFFF == 0:                # a small number with its bytes in the other order
         raise ValueError("holds big-endian numbers: wanted a little-endian GGUF file")
     if version not in VERSIONS:
         raise ValueError(f"is a GGUF file of version {version}: wanted version 2 or 3")
 
 
 class Cursor:
-    """A position in the bytes of a file. Each method reads a value there and moves behind it, or raises ValueError."""
+    """A position in the bytes of a file.
+
+    Each method reads a value at the position and moves the position to the end of the value. It raises ValueError if
+    the file is damaged there. what: the name of the value in words, for the message."""
 
     def __init__(self, data: np.ndarray):
         self.data = data                                 # (N,) uint8
@@ -153,7 +161,7 @@ class Cursor:
         self.texts_left = MOST_TEXTS
 
     def left(self) -> int:
-        """The number of bytes behind the position."""
+        """The number of bytes after the position."""
         return len(self.bytes) - self.position
 
     def take(self, count: int, what: str) -> memoryview:
@@ -169,7 +177,7 @@ class Cursor:
         return np.frombuffer(self.take(dtype.itemsize, what), dtype)[0].item()
 
     def count(self, what: str, least_bytes: int, most: int) -> int:
-        """The next 8-byte count of things of at least so many bytes each."""
+        """The next count, in 8 bytes: of things that have at least `least_bytes` bytes each. At most `most`."""
         count = self.number(NUMBERS[10], f"the {what}")
         room = min(most, self.left() // least_bytes)
         if count > room:
@@ -185,7 +193,7 @@ class Cursor:
             raise ValueError(f"is damaged: {what} is no UTF-8 text") from None
 
     def value(self, what: str) -> Any:
-        """The next value of a key, behind the code of its type."""
+        """The next value of a key: first the code of its type, then the value itself."""
         return self.value_of(self.number(NUMBERS[4], f"the type of {what}"), what, depth=0)
 
     def value_of(self, code: int, what: str, depth: int) -> Any:
@@ -201,7 +209,7 @@ class Cursor:
         raise ValueError(f"is damaged: {what} has the unknown type {code}")
 
     def array(self, what: str, depth: int) -> Any:
-        """The next array: of numbers or Booleans as a NumPy array, a view of the file; of texts or arrays as a list."""
+        """The next array. Numbers and Booleans: a NumPy array, a view of the file. Texts and arrays: a list."""
         if depth > DEEPEST:
             raise ValueError(f"is damaged: {what} holds more than {DEEPEST} arrays inside each other")
         code = self.number(NUMBERS[4], f"the type of the entries of {what}")
@@ -213,7 +221,7 @@ class Cursor:
             return np.frombuffer(self.take(count * size, what), NUMBERS[code])
         if code == BOOLEAN:
             return self.booleans(count, what)
-        self.texts_left -= count                         # arrays count as texts: each is an object of Python
+        self.texts_left -= count                         # arrays count, too: each is a Python object, as a text is
         if self.texts_left < 0:
             raise ValueError(f"is damaged: its lists hold more than {MOST_TEXTS:,} texts and arrays")
         if code == TEXT:
@@ -228,7 +236,7 @@ class Cursor:
         return values.view(bool)
 
     def texts(self, count: int, what: str) -> list[str]:
-        """The next texts. As `text` for each, in a loop that is fast enough for a vocabulary."""
+        """The next texts, as from `count` calls of `text`. The loop is written for speed: a vocabulary is long."""
         data = self.bytes
         unpack = struct.Struct("<Q").unpack_from
         end = self.position
@@ -253,7 +261,7 @@ class Cursor:
 # ── tensors ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 @dataclass(frozen=True)
 class Entry:
-    """One row of the table of tensors. offset: from the beginning of the data."""
+    """One row of the table of tensors. offset: in bytes, from the place where the tensors begin."""
     kind: str
     shape: tuple[int, ...]
     offset: int
@@ -287,7 +295,7 @@ def type_name(code: int, what: str) -> str:
 
 
 def bytes_of(kind: str, shape: tuple[int, ...], what: str) -> int:
-    """The bytes of a tensor: an exact whole number, however large."""
+    """The size of a tensor in bytes. Python's whole numbers do not overflow, however large a damaged shape is."""
     if kind in DTYPES:
         return math.prod(shape) * DTYPES[kind].itemsize
     if shape[-1] % BLOCK:
@@ -297,7 +305,7 @@ def bytes_of(kind: str, shape: tuple[int, ...], what: str) -> int:
 
 
 def read_alignment(metadata: dict[str, Any]) -> int:
-    """The offsets of tensors are multiples of this: general.alignment, or 32."""
+    """The number of which all offsets of tensors are multiples: general.alignment, or 32 if that is not given."""
     alignment = metadata.get("general.alignment", 32)
     is_power = type(alignment) is int and 8 <= alignment <= 1 << 20 and alignment & (alignment - 1) == 0
     if not is_power:
@@ -307,7 +315,7 @@ def read_alignment(metadata: dict[str, Any]) -> int:
 
 
 def place_tensors(cursor: Cursor, entries: dict[str, Entry], alignment: int) -> dict[str, StoredTensor]:
-    """{name: tensor} of a table that ends at the cursor, in the order of the table.
+    """{name: tensor}, in the order of the table. The cursor stands at the end of the table.
 
     ValueError for an offset that is no multiple of the alignment, for data behind the end of the file, and for two
     tensors that share bytes."""
@@ -335,11 +343,13 @@ def by_offset(item: tuple[str, Entry]) -> int:
 
 
 def is_one_of(value: Any, choices: Iterable[Any]) -> bool:
-    """True for one of the choices, of the same class: metadata may hold an array where a text is expected."""
+    """True if the value equals one of the choices and has its class.
+
+    Metadata may hold an array where a text is expected, and `array == text` is no single Boolean."""
     return any(type(value) is type(choice) and value == choice for choice in choices)
 
 
 def shown(value: Any) -> str:
-    """A value of a file in a message: cut, on one line."""
+    """A value of a file, as it stands in an error message: on one line, and cut if it is long."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."

@@ -2,9 +2,10 @@
 
     x = E[ids];   L × (x ← x + attn(norm1 x);  x ← x + mlp(norm2 x));   logits = norm(x) Wᵀ
 
-Fewer key and value heads than query heads (grouped-query attention). Mistral, Qwen2 and SmolLM2 have this layout, too:
-Qwen2 has biases on q, k and v; the head W is the embedding E in small models, and a map of its own in large ones.
-All linear maps N(0, std²); ε = 1e-5 or 1e-6.
+There may be fewer key and value heads than query heads (grouped-query attention). Mistral, Qwen2 and SmolLM2 have this
+architecture, too; Qwen2 has biases on q, k and v. In small models the output layer W is the embedding E (tied weights).
+In large models it is a linear map of its own. All linear maps start from N(0, std²). The ε of the RMS norms is 1e-5 or
+1e-6.
 """
 from __future__ import annotations
 
@@ -34,14 +35,15 @@ from .rotary import Rotary, RotaryScaling
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes: vocabulary V, positions T, width C, layers L, heads H, feed-forward width F (4 C if None).
+    """Sizes: vocab V, positions (the largest T), width C, layers L, heads H, hidden F of the feed-forward (None: 4 C).
 
     key_value_heads  a divisor of H (None: H);  head_width  D (None: C / H)
     rope_base        the base of the rotary angles;  rope_scaling  a change of their frequencies, or None
     tied             True: the output layer is the embedding
     qkv_bias, out_bias, mlp_bias  biases of the maps q, k and v; of o; of the feed-forward
     dropout          of the attention probabilities, the only dropout of a Llama
-    std              of the initial linear maps
+    eps              the ε of the RMS norms
+    std              the standard deviation of the initial weights
 
     TypeError or ValueError, naming the field, for values from which no model can be built."""
     vocab: int = 32000
@@ -62,6 +64,7 @@ class LlamaConfig:
     eps: float = 1e-6
     std: float = 0.02
 
+    # __new__ runs before the __init__ of the dataclass, whose own message would not name the nearest field.
     def __new__(cls, *args: Any, **fields: Any) -> LlamaConfig:
         """Raise TypeError, naming the nearest field, for an unknown keyword."""
         refuse_keywords(cls.__name__, fields.keys() - cls.__dataclass_fields__.keys(), cls.__dataclass_fields__,
@@ -90,9 +93,10 @@ class LlamaConfig:
 
 
 class Llama(Module):
-    """model(ids (B, T)) -> logits (B, T, V); from a file without an output layer, hidden states (B, T, C).
+    """model(ids (B, T)) -> logits (B, T, V).
 
-    With a new head (tinyft.classifier): class scores (B, classes), from the last real token."""
+    A model that was loaded from a file without an output layer returns hidden states (B, T, C). With a new head
+    (tinyft.classifier) it returns class scores (B, classes), computed from the last real token."""
 
     def __init__(self, config: LlamaConfig = LlamaConfig(), seed: int = 0):
         """The parts, with random values from `seed`: linear maps N(0, std²).
@@ -115,7 +119,7 @@ class Llama(Module):
         self.norm = RMSNorm(c.width, eps=c.eps)
         self.head = TiedHead(self.embed) if c.tied else Linear(c.width, c.vocab, rng=rng, bias=False, std=c.std)
 
-    config = property(lambda self: self._config)
+    config = property(lambda self: self._config)         # read-only
     head_modules: tuple = ()                             # names of the parts of a new task head
 
     @property
@@ -133,11 +137,11 @@ class Llama(Module):
         x = embed_tokens(self.embed, ids, ctx, positions=self.config.positions)  # (B, T, C)
         hidden = self.norm(run_blocks(self.blocks, x, ctx), ctx)
         if ctx.cache is not None:
-            ctx.cache.advance(ctx)
+            ctx.cache.advance(ctx)                       # the new tokens are now part of the cache
         return apply_head(self.head, hidden, ctx)
 
     def new_head(self, classes: int, rng: np.random.Generator) -> None:
         """Put a classifier of the last real token in the place of the language-model head."""
         self.head = Classifier(self.config.width, classes, rng=rng, last=True, bias=False)
-        self.embed.tied = False
+        self.embed.tied = False                          # no output layer shares its weight any more
         self.head_modules = ("head",)
