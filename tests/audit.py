@@ -59,6 +59,7 @@ SUITES = {
     "train/phases.py": ["test_train.py"],
     "compress/ggml.py": ["test_ggml.py"],
     "compress/quantize/awq.py": ["test_awq.py"],
+    "compress/quantize/int8.py": ["test_int8.py"],
     "adapters/combine.py": ["test_protocol.py", "test_methods.py"],
     "decode.py": ["test_decode.py"],
 }

@@ -199,6 +199,8 @@ ROWS: dict[str, Callable[[Any], dict]] = {
     **dict.fromkeys(["NF4", "FP4", "E2M1", "Dynamic8"], lambda path: {"block": 8, "double": True}),
     "GPTQ": lambda path: {"bits": 4, "group": 8, "grid": "affine", "damp": 0.01, "block": 16, "act_order": True,
                           "static_groups": True},
+    "Int8": lambda path: {"activations": "affine"},
+    "LLMInt8": lambda path: {"threshold": 5.0, "outlier_weights": "dense"},
     "AWQ": lambda path: {"bits": 4, "group": 8, "grid": "affine", "clip": True},
     "attach": lambda path: {"model": gpt(), "method": ft.LoRA(r=2), "name": "a", "seed": 0, "train_head": True},
     "detach": lambda path: {"model": adapted(), "name": "lora"},

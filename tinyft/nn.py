@@ -399,8 +399,12 @@ class Packed(Module):
         """W[rows], for a slice or an array of row numbers."""
         return self.dequantize()[rows]
 
-    def product(self, x: Array, rows: slice) -> Array:
-        """x W[rows]ᵀ, for x (N, in): the part of a product that needs these rows, (N, n)."""
+    def prepare(self, x: Array) -> Any:
+        """The form in which `product` wants x (N, in), made once for all blocks: here x itself."""
+        return x
+
+    def product(self, x: Any, rows: slice) -> Array:
+        """x W[rows]ᵀ, for x (N, in) as `prepare` gave it: the part of a product that needs these rows, (N, n)."""
         return x @ self.dequantize_rows(rows).T
 
     def input_gradient(self, g: Array) -> Array:
@@ -444,13 +448,14 @@ def _packed_linear(x, packed=None):
     blocks = packed.blocks()
 
     def forward(a):                                          # a: (N, in)
-        first = packed.product(a, blocks[0])
+        prepared = packed.prepare(a)
+        first = packed.product(prepared, blocks[0])
         if len(blocks) == 1:
             return first
         y = array.xp(a).empty((a.shape[0], packed.shape[0]), first.dtype)
         y[:, blocks[0]] = first
         for rows in blocks[1:]:
-            y[:, rows] = packed.product(a, rows)
+            y[:, rows] = packed.product(prepared, rows)
         return y
 
     def back(g):                                             # g: the gradient of y

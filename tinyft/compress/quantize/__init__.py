@@ -1,8 +1,9 @@
 """Rules that give every weight fewer bits: one file per paper."""
 from .awq import AWQ
 from .gptq import GPTQ
+from .int8 import Int8, LLMInt8
 from .nf4 import E2M1, FP4, NF4, Dynamic8
 from .obq import OBQ
 from .rtn import RTN
 
-__all__ = ["AWQ", "E2M1", "FP4", "GPTQ", "NF4", "OBQ", "RTN", "Dynamic8"]
+__all__ = ["AWQ", "E2M1", "FP4", "GPTQ", "NF4", "OBQ", "RTN", "Dynamic8", "Int8", "LLMInt8"]
