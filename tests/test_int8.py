@@ -65,7 +65,7 @@ def int8_by_definition(X: np.ndarray, W: np.ndarray, outliers: np.ndarray, dense
 
 
 def outlier_columns(X: np.ndarray, threshold: float) -> np.ndarray:
-    return np.array([i for i in range(X.shape[1]) if any(abs(x) >= threshold for x in X[:, i])], int)
+    return np.array([i for i in range(X.shape[1]) if max(abs(X[:, i])) >= threshold], int)
 
 
 def rounding_bound(X: np.ndarray, W: np.ndarray, s_x: np.ndarray, s_w: np.ndarray) -> np.ndarray:
