@@ -26,12 +26,13 @@ import numpy as np
 import pytest
 from gguf_files import gguf_bytes, model_metadata, model_tensors, small_llama, tokenizer_metadata
 from helpers import host, time_limit
+from packers import PACKERS
 from safetensors.numpy import load_file, save_file
 from test_resume import OLD, old_run
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 import tinyft as ft
-from tinyft import edit
+from tinyft import edit, nn
 from tinyft.adapters.files import digest
 from tinyft.commands.rows import ChatFormat, chat_segments, find_labels, message_rows
 from tinyft.commands.running import Log, read_config, write_config
@@ -247,6 +248,29 @@ class ModelReader:
             with contextlib.suppress(Exception):         # a text that the tokenizer has no words for; a panic is none
                 assert len(tokenizer.encode("a b ad x").ids) < 100
         ft.save(model, folder.parent / "again")
+
+
+class CompressedReader(ModelReader):
+    """load: a model directory with packed weights of every kind; its arrays are damaged, or the files."""
+
+    def write(self, folder: Path) -> None:
+        model = ft.GPT(ft.GPTConfig(23, 12, 32, 2, 2, 32), seed=1)
+        kinds = list(PACKERS.values())
+        maps = [module for block in model.blocks for module in block.modules() if isinstance(module, nn.Linear)]
+        for i, module in enumerate(maps):
+            module.weight = kinds[i % len(kinds)](host(module.weight))
+        ft.save(model, folder, words())
+
+    def damage(self, folder: Path, rng: Rng) -> str:
+        file = folder / "model.safetensors"
+        if rng.integers(2):
+            save_file(damage_arrays(load_file(file), rng), file)
+            return "forged arrays"
+        file = folder / "config.json"
+        if rng.integers(2):
+            file.write_bytes(damage_text(file.read_bytes(), rng))
+            return "forged config"
+        return damage_files(folder, rng)
 
 
 class TokenizerReader(ModelReader):
@@ -676,6 +700,7 @@ READERS = {
     "chats in a table": RowsReader(".csv", "messages"),
     "run": RunReader(),
     "model": ModelReader(),
+    "compressed model": CompressedReader(),
     "shards": ShardedReader(),
     "tokenizer": TokenizerReader(),
     "sentences": SentenceReader(),

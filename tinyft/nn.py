@@ -382,11 +382,14 @@ class Packed(Module):
     """A compressed weight W (out, in) in a Parameter's place. Its codes and scales are buffers.
 
     Subclasses set `shape` and write dequantize(). A subclass that can decompress some rows alone also writes
-    dequantize_rows and sets `rows_per_block`: a product then holds at most so many dense rows at a time.
+    dequantize_rows and sets `rows_per_block`: a product then holds at most so many dense rows at a time. A subclass
+    that `save` and `load` know writes `settings` and `restore`, and stands in compress/stored.py.
 
     in_groups   True: codes in groups of one scale each, a Grouped of compress/grouped.py, whose parts kernels read
+    unit        an empty buffer, if a subclass has one: its dtype is that of the dense rows. It is not saved
     """
 
+    _non_persistent = frozenset({"unit"})
     in_groups = False
     shape: tuple
     rows_per_block: int | None = None                    # None: one block
@@ -419,6 +422,17 @@ class Packed(Module):
     def nbytes(self) -> int:
         """Bytes of all buffers."""
         return sum(a.nbytes for a in self.own(Array).values())
+
+    def settings(self) -> dict[str, Any]:
+        """What a file holds beside the saved buffers, as values for JSON. `restore` makes the weight from both."""
+        raise NotImplementedError(f"{type(self).__name__} has no settings")
+
+    @classmethod
+    def restore(cls, shape: tuple[int, int], stored: Any) -> Packed:
+        """The weight (out, in) from the settings and the buffers of a file, a Stored of compress/stored.py.
+
+        ValueError or TypeError for settings and buffers that no weight of this class and shape has."""
+        raise NotImplementedError(f"{cls.__name__} has no restore")
 
     def extra_repr(self) -> str:
         return f"packed {tuple(self.shape)}, {self.nbytes:,} bytes"

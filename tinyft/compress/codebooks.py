@@ -34,6 +34,7 @@ import numpy as np
 
 from .. import array, checks
 from ..array import Array, xp
+from .checked import Stored
 from .grouped import Grouped, as_bits, from_bits
 
 __all__ = ["TABLES", "Codebook", "DoubleScale", "Table", "get_table", "quantize_blocks"]
@@ -238,6 +239,33 @@ class Codebook(Grouped):
         self.scale_codes = array.asarray(np.ascontiguousarray(scale.codes.T))                # (groups, out)
         self.second_bits = array.asarray(as_bits(scale.second, "DoubleScale"))               # (blocks,)
         self.mean_bits = array.asarray(as_bits(np.array([scale.mean]), "DoubleScale"))
+
+    def settings(self) -> dict[str, Any]:
+        """As Grouped, with the data type, and whether the scales are doubly quantized."""
+        return {"table": self.table, **super().settings(), "double": self.double}
+
+    @classmethod
+    def restore(cls, shape: tuple[int, int], stored: Stored) -> Codebook:
+        """As Packed."""
+        packed = super().restore(shape, stored)
+        packed.table = checks.one_of("Codebook: table", stored.setting("table"), tuple(TABLES))
+        if packed.bits != get_table(packed.table).bits:
+            raise ValueError(f"Codebook: {packed.table} has codes of {get_table(packed.table).bits} bits, "
+                             f"got bits={packed.bits}")
+        return packed
+
+    def restore_scale(self, stored: Stored) -> None:
+        """Take the scales from a file: what keep_scale stores."""
+        self.scale_codes = self.second_bits = self.mean_bits = self.scale_bits = None
+        self.double = checks.flag("Codebook: double", stored.setting("double"))
+        if not self.double:
+            super().restore_scale(stored)
+            return
+        size = self.groups, self.shape[0]
+        blocks = -(-size[0] * size[1] // SCALE_BLOCK)
+        self.scale_codes = stored.array("scale_codes", size, "uint8")
+        self.second_bits = stored.numbers("second_bits", (blocks,), "uint16", "uint32")
+        self.mean_bits = stored.numbers("mean_bits", (1,), "uint16", "uint32")
 
     def scales(self, rows: Any) -> Array:
         """The scales of some rows, a slice or an array (n,) of row numbers: (groups, n) float32."""

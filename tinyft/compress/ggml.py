@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from .. import array, checks
+from .checked import Stored
 from .grouped import Grouped
 
 __all__ = ["BLOCK", "FORMATS", "Blocks", "Q4_0", "Q4_1", "Q8_0"]
@@ -60,6 +61,25 @@ class Blocks(Grouped):
         if m:
             self.shift_bits = array.asarray(m[0])
         self.unit = array.asarray(np.empty(0, np.float32))     # empty; `to(dtype)` gives it the dtype of dense rows
+
+    def settings(self) -> dict[str, Any]:
+        """None: the class says all."""
+        return {}
+
+    @classmethod
+    def restore(cls, shape: tuple[int, int], stored: Stored) -> Blocks:
+        """As Packed."""
+        out, width = shape
+        if width % BLOCK:
+            raise ValueError(f"{cls.__name__} wants rows of a multiple of {BLOCK} weights, got {width}")
+        packed = cls.__new__(cls)
+        packed.shape = shape
+        packed.codes = stored.array("codes", (width * cls.bits // 8, out), "uint8")
+        packed.scale_bits = stored.numbers("scale_bits", (width // BLOCK, out), "uint16")
+        if cls.numbers == 2:
+            packed.shift_bits = stored.numbers("shift_bits", (width // BLOCK, out), "uint16")
+        packed.unit = array.asarray(np.empty(0, np.float32))
+        return packed
 
     @classmethod
     def block_bytes(cls) -> int:

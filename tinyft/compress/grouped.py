@@ -16,8 +16,9 @@ from .. import array, checks, dispatch
 from ..array import Array, xp
 from ..nn import Packed
 from ..precision import widen_half
-from .grids import Grid, check_kind, fixed_zero
-from .packing import pack, unpack
+from .checked import Stored
+from .grids import Grid, check_kind, fixed_zero, top_code
+from .packing import pack, packed_length, unpack
 
 __all__ = ["Grouped", "Uniform"]
 
@@ -75,6 +76,44 @@ class Grouped(Packed):
                 raise ValueError(f"{name} wants a positive input_scale for each of the {codes.shape[1]} inputs")
             self.input_scale_bits = array.asarray(as_bits(input_scale.astype(np.float32), name))
         self.unit = array.asarray(np.empty(0, np.float32))     # empty; `to(dtype)` gives it the dtype of dense rows
+
+    # ── files ──
+    def settings(self) -> dict[str, Any]:
+        """The bits of a code and the weights of a group."""
+        return {"bits": self.bits, "group": self.group}
+
+    @classmethod
+    def restore(cls, shape: tuple[int, int], stored: Stored) -> Grouped:
+        """As Packed. Subclasses call it, and take their own settings and arrays."""
+        out, width = shape
+        packed = cls.__new__(cls)
+        packed.shape = shape
+        packed.bits = stored.whole("bits", 1, 8)
+        packed.group = stored.whole("group", 1, width)
+        packed.codes = stored.array("codes", (packed_length(width, packed.bits), out), "uint8")
+        packed.restore_scale(stored)
+        if stored.has("order"):
+            packed.order = stored.array("order", (width,), "int32")
+            _checked_order(array.asnumpy(packed.order), width, cls.__name__)
+        if stored.has("input_scale_bits"):
+            packed.input_scale_bits = stored.numbers("input_scale_bits", (width,), "uint16", "uint32")
+            if not (packed.input_scale > 0).all():
+                raise ValueError(f"{cls.__name__} wants positive input scales")
+        packed.unit = array.asarray(np.empty(0, np.float32))
+        return packed
+
+    def restore_scale(self, stored: Stored) -> None:
+        """Take the scales from a file: what keep_scale stores."""
+        self.scale_bits = stored.numbers("scale_bits", (self.groups, self.shape[0]), "uint16", "uint32")
+
+    def check_codes(self, top: int) -> None:
+        """ValueError if a code is larger than `top`. The codes of one block of rows are unpacked at a time."""
+        if top == (1 << self.bits) - 1:
+            return
+        for rows in self.blocks():
+            largest = int(unpack(self.codes[:, rows], self.bits, self.shape[1]).max())
+            if largest > top:
+                raise ValueError(f"{type(self).__name__} wants codes from 0 to {top}, got {largest}")
 
     def extra_repr(self) -> str:
         more = ", in another order" if self.order is not None else ""
@@ -214,6 +253,22 @@ class Uniform(Grouped):
         scale = np.asarray(grid.scale).reshape(size)
         zero = None if fixed_zero(kind, bits) is not None else np.asarray(grid.zero).reshape(size)
         return cls(codes.astype(np.uint8), scale, zero, kind=kind, bits=bits, group=group, **more)
+
+    def settings(self) -> dict[str, Any]:
+        """As Grouped, with the kind of the grid."""
+        return {"kind": self.kind, **super().settings()}
+
+    @classmethod
+    def restore(cls, shape: tuple[int, int], stored: Stored) -> Uniform:
+        """As Packed."""
+        packed = super().restore(shape, stored)
+        packed.kind = stored.setting("kind")
+        check_kind("Uniform", packed.kind, packed.bits)
+        if fixed_zero(packed.kind, packed.bits) is None:
+            groups, out = packed.scale_bits.shape
+            packed.zero_codes = stored.array("zero_codes", (packed_length(groups, packed.bits), out), "uint8")
+        packed.check_codes(top_code(packed.kind, packed.bits))
+        return packed
 
     @property
     def zero_point(self) -> float:                       # type: ignore[override]

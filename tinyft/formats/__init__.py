@@ -5,6 +5,7 @@
     family.py        Family: the protocol of a model family
     gpt2.py bert.py distilbert.py roberta.py llama.py      one family each: its names, shapes and conventions
     rotary.py        the rotary positions of a config.json
+    compressed.py    packed weights beside dense tensors (tinyft.compress)
     sentence.py      the files of a sentence-transformers folder: the settings of pooling
     layout.py        FileTensor: where a tensor stands in a file; Plan: the model that a directory describes
     tokenizer.py     the tokenizer, and the settings of tokenizer_config.json

@@ -3,6 +3,8 @@
     model, tokenizer = load("path/to/directory")          or load("base-gpt"), a model that ships with tinyft
     save(model, "path/to/directory", tokenizer)           transformers reads it, with the same outputs
 
+A model with packed weights (tinyft.compress) is written and read too; transformers refuses it (compressed.py).
+
 Nothing is downloaded and nothing is unpickled. Sizes, names, shapes and dtypes are checked before a model is
 built. Written files replace the old ones only when all of them are on the disk.
 """
@@ -21,8 +23,9 @@ from tokenizers import Tokenizer
 from .. import array, edit
 from ..checks import brief, flag, instance, whole
 from ..files import check_ordinary, drop_pages, is_mapped, read_together, refuse_damage, write_atomically
-from ..nn import Module, Packed
+from ..nn import Module
 from ..tokens import special_token
+from . import compressed
 from .bert import BERTFamily
 from .config import check_kept
 from .directory import FLOATS, check_tensors, first_names, read_all, read_json
@@ -69,7 +72,7 @@ def load(path: str | os.PathLike, dtype: Any = None, *, packed: bool = False) ->
     folder = find(path)
     if packed:
         raise ValueError(f"load: packed=True wants a GGUF file, whose weights are packed already; {folder} is a "
-                         "directory with dense weights")
+                         "directory, whose weights are loaded as they were saved")
     return read_together(folder, "config.json", lambda: _read(folder, dtype))
 
 
@@ -81,15 +84,21 @@ def _read(folder: Path, dtype: np.dtype) -> tuple[Module, Tokenizer | None]:
         config.pop("architectures", None)
     try:
         check_kept(config)
-        stored = _under_table_names(family, read_all(folder))
+        described = compressed.take_description(config)
+        arrays, tensors = compressed.take_arrays(described, read_all(folder))
+        stored = _under_table_names(family, tensors)
         plan = family.read_config(config, stored.keys())
         for name in family.unused(plan):
             stored.pop(name, None)
         _check_sizes(plan, stored)
         stored = _without_aliases(family.aliases(plan), stored)
         table = family.table(plan)
+        packed = compressed.restore(described, arrays, table)
+        table = compressed.dense_table(table, packed)
         _check_tensors(table, stored)
         pooling = read_pooling(folder, plan.config.width)
+        model = family.build(plan)
+        compressed.put(model, packed)
     except ValueError as e:
         if str(folder) in str(e):                          # the message names the directory already
             raise
@@ -98,7 +107,9 @@ def _read(folder: Path, dtype: np.dtype) -> tuple[Module, Tokenizer | None]:
 
     def read(name: str, place: FileTensor) -> array.Array:
         return _parameter(name, place, stored[place.name], dtype)
-    model = set_parameters(family.build(plan), table, read)
+    set_parameters(model, table, read)
+    for weight in packed.values():
+        weight.to(dtype=dtype)
     # `save` writes these entries again.
     model._kept_config = {key: config[key] for key in KEPT if key in config}
     model._pooling = pooling                               # for `embed`; None if the directory has no modules.json
@@ -289,13 +300,14 @@ def classifier(model: Module, classes: int, seed: int = 0) -> Module:
 
 # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 def save(model: Module, path: str | os.PathLike, tokenizer: Tokenizer | None = None, dtype: Any = None) -> Path:
-    """Write a model, and its tokenizer if given, as a directory that `load` and transformers read.
+    """Write a model, and its tokenizer if given, as a directory that `load` reads, and transformers if nothing is
+    packed. Packed weights are written as they are.
 
     dtype  of the parameters on disk; the model's own unless given
 
     Other files of an existing directory stay. All files are written under other names first: an OSError (a full
     disk) or an interruption leaves the directory as it was. ValueError for a model that the format cannot hold:
-    one with edits, a packed one, one of another family. OverflowError if a value is too large for dtype.
+    one with edits, one of another family. OverflowError if a value is too large for dtype.
     """
     instance("save", path, (str, os.PathLike), "a path")
     if tokenizer is not None:
@@ -305,7 +317,9 @@ def save(model: Module, path: str | os.PathLike, tokenizer: Tokenizer | None = N
     plan = family.plan_of(model)
     table = family.table(plan)
     parameters = model.named_parameters()
-    _check_parameters(table, {name: p.shape for name, p in parameters.items()})
+    packed = compressed.packed_weights(model)
+    _check_parameters(table, {name: tuple(p.shape) for name, p in {**parameters, **packed}.items()})
+    table = compressed.dense_table(table, packed)
     own_dtype = next(iter(parameters.values())).dtype
     dtype = _float_dtype(own_dtype if dtype is None else dtype)
     arrays = {name: cast(array.asnumpy(p.data), dtype, name) for name, p in parameters.items()}
@@ -314,6 +328,10 @@ def save(model: Module, path: str | os.PathLike, tokenizer: Tokenizer | None = N
     kept = _kept_entries(model, plan, tokenizer)
     config |= {key: value for key, value in kept.items() if key not in config}
     metadata = {"format": "pt"}                            # transformers requires this entry
+    if packed:
+        config[compressed.KEY] = compressed.describe(packed)
+        weights |= compressed.stored_arrays(packed)
+        metadata = compressed.METADATA
     files = {"model.safetensors": safetensors.numpy.save(weights, metadata=metadata)}
     pooling = getattr(model, "_pooling", None)
     if pooling is not None and plan.head is None:          # a model for embeddings, as it was loaded
@@ -367,12 +385,10 @@ def _family_of_model(model: Module) -> Family:
 
 
 def _check_plain(model: Module) -> None:
-    """ValueError if the model has edits or packed weights, which this format cannot hold."""
+    """ValueError if the model has edits, which this format cannot hold."""
     if names := sorted({name for module in model.modules() for name in module.edits}):
         raise ValueError(f"{first_names(names)} is attached: merge it into the weights (tinyft.merge), "
                          "or write it alone (tinyft.save_adapter)")
-    if packed := [path for path, module in model.named_modules() if isinstance(module, Packed)]:
-        raise ValueError(f"{first_names(packed)} is packed, which this format cannot hold: unpack the model first")
 
 
 def _check_parameters(table: Table, shapes: dict[str, tuple[int, ...]]) -> None:
