@@ -58,6 +58,8 @@ SUITES = {
     "train/evaluate.py": ["test_train.py", "test_loss.py", "test_fit_arguments.py"],
     "train/phases.py": ["test_train.py"],
     "compress/ggml.py": ["test_ggml.py"],
+    "compress/quantize/gptq.py": ["test_obq_gptq.py"],
+    "compress/quantize/obq.py": ["test_obq_gptq.py"],
     "compress/quantize/awq.py": ["test_awq.py"],
     "compress/quantize/int8.py": ["test_int8.py"],
     "adapters/combine.py": ["test_protocol.py", "test_methods.py"],

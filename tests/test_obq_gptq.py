@@ -7,6 +7,8 @@ factor U or an eliminated inverse G.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,9 +17,8 @@ from helpers import host
 
 import tinyft as ft
 from tinyft.compress.grids import Grid, fit_grid, fit_groups
-from tinyft.compress.quantize import obq
-from tinyft.compress.quantize.gptq import gptq_columns, inverse_factor
-from tinyft.compress.quantize.obq import obq_row, obq_rows
+from tinyft.compress.grouped import Uniform
+from tinyft.compress.quantize import gptq, obq
 
 GRIDS = [("affine", 4), ("affine", 2), ("symmetric", 3), ("absmax", 3), ("ternary", 2), ("sign", 1), ("affine", 8)]
 CASES = list(range(48))
@@ -180,7 +181,7 @@ def test_gptq_is_babai_s_nearest_plane_and_obq_in_a_forced_order(seed):
     mine = dense(ft.GPTQ(3, None, damp=0.0), W, H)
     np.testing.assert_array_equal(mine, babai(W, H, grid))
     for i, w in enumerate(W):
-        q, order, _ = obq_row(w, H, grid[i], order=range(width))
+        q, order, _ = obq.obq_row(w, H, grid[i], order=range(width))
         np.testing.assert_array_equal(order, range(width))
         np.testing.assert_array_equal(mine[i], q)
 
@@ -189,7 +190,7 @@ def check_errors(seed: int) -> None:
     """W − Ŵ = E U, so the loss is ½ ‖E‖², in blocks of any width."""
     rng, W, H = case(seed)
     width = W.shape[1]
-    U = inverse_factor(H, 0.01)
+    U = gptq.inverse_factor(H, 0.01)
     full = H + 0.01 * np.diagonal(H).mean() * np.eye(width)
     grid = fit_groups(W, "affine", 3, width)
 
@@ -197,7 +198,7 @@ def check_errors(seed: int) -> None:
         return grid[:, 0]
     first = None
     for block in (1, 2, 3, width, 128):
-        codes, E = gptq_columns(W, U, of_column, block)
+        codes, E = gptq.gptq_columns(W, U, of_column, block)
         Q = grid.decode(codes.astype(float))
         np.testing.assert_allclose(E @ U, W - Q, rtol=1e-9, atol=1e-9 * abs(W).max())
         np.testing.assert_allclose(0.5 * (E**2).sum(axis=1), losses(W, Q, full), rtol=1e-9, atol=1e-15)
@@ -215,7 +216,7 @@ def test_the_errors_times_the_factor_are_what_rounding_changed(seed):
 @pytest.mark.parametrize("damp", [0.0, 0.01, 1.0])
 def test_the_factor_is_the_cholesky_factor_of_the_inverse(width, damp, rng):
     H = hessian(rng, width)
-    U = inverse_factor(H, damp)
+    U = gptq.inverse_factor(H, damp)
     full = H + damp * np.diagonal(H).mean() * np.eye(width)
     np.testing.assert_array_equal(U, np.triu(U))
     np.testing.assert_allclose(U, np.linalg.cholesky(np.linalg.inv(full)).T, rtol=1e-7, atol=1e-9)
@@ -318,7 +319,7 @@ def test_the_published_counterexample():
     H = np.array([[0.71, 0.48, -0.54], [0.48, 1.74, -1.92], [-0.54, -1.92, 2.94]])
     w = np.array([[0.6, -2.4, 2.7]])
     grid = Grid(np.ones(1), 8.0, 15)
-    codes, E = gptq_columns(w, inverse_factor(H, 0.0), lambda i, rest: grid)
+    codes, E = gptq.gptq_columns(w, gptq.inverse_factor(H, 0.0), lambda i, rest: grid)
     by_gptq = grid.decode(codes.astype(float))
     np.testing.assert_array_equal(by_gptq, [[1, -3, 2]])
     nearest = grid.round(w)
@@ -381,12 +382,12 @@ def check_obq(seed: int) -> None:
     for i, w in enumerate(W):
         q, order, steps = obq_by_trying(w, H, grid[i])
         expected.append(q)
-        mine = obq_row(w, H, grid[i])
+        mine = obq.obq_row(w, H, grid[i])
         np.testing.assert_array_equal(mine[1], order)
         np.testing.assert_array_equal(mine[0], q)
         np.testing.assert_allclose(mine[2], steps, rtol=1e-7, atol=1e-10 * max(steps))
         np.testing.assert_allclose(mine[2].sum(), losses(w[None], q[None], H)[0], rtol=1e-9, atol=1e-15)
-    np.testing.assert_array_equal(obq_rows(W, np.linalg.inv(H), grid), np.stack(expected))
+    np.testing.assert_array_equal(obq.obq_rows(W, np.linalg.inv(H), grid), np.stack(expected))
     np.testing.assert_array_equal(dense(ft.OBQ(bits, group, kind), W, H), np.stack(expected))
 
 
@@ -400,7 +401,7 @@ def test_a_weight_that_was_pushed_off_its_grid_comes_first():
     H = np.array([[1.0, 0.0, 0.9], [0.0, 1.0, 0.0], [0.9, 0.0, 1.0]])
     w = np.array([0.3, 0.499, 3.4])
     grid = Grid(np.ones(1), 4.0, 7)                                  # −4 ... 3
-    q, order, _ = obq_row(w, H, grid)
+    q, order, _ = obq.obq_row(w, H, grid)
     np.testing.assert_array_equal(order[:2], [0, 2])
     assert q[2] == 3
 
@@ -409,7 +410,7 @@ def test_a_row_has_its_own_order(rng):
     """Two rows whose cheapest weights differ."""
     H = np.eye(3) + 0.5
     W = np.array([[0.01, 0.4, 0.3], [0.4, 0.3, 0.01]])
-    orders = [list(obq_row(w, H, Grid(np.ones(1), 8.0, 15))[1]) for w in W]
+    orders = [list(obq.obq_row(w, H, Grid(np.ones(1), 8.0, 15))[1]) for w in W]
     assert orders[0][0] == 0
     assert orders[1][0] == 2
 
@@ -488,3 +489,246 @@ def test_weights_of_32_bits_lose_nothing_that_matters():
         ratios.append(losses(W, dense(ft.GPTQ(3, 8), W, H), H).sum() / exact)
     np.testing.assert_allclose(np.median(ratios), 1, rtol=1e-6)
     np.testing.assert_allclose(ratios, 1, rtol=0.05)
+
+
+# ── wrong answers ────────────────────────────────────────────────────────────────────────────────────────────────────
+@dataclass
+class Wrong:
+    """A wrong part of OBQ or GPTQ, and the false belief that makes it look right."""
+
+    module: ModuleType
+    name: str
+    belief: str
+    f: Any
+
+
+WRONG: dict[str, Wrong] = {}
+
+
+def instead_of(module: ModuleType, name: str, belief: str) -> Callable:
+    """Decorator: register what stands in the place of module.name."""
+    def register(f: Any) -> Any:
+        WRONG[f.__name__] = Wrong(module, name, belief, f)
+        return f
+    return register
+
+
+right_columns = gptq.gptq_columns
+right_block = gptq.gptq_block
+right_step = obq.obq_step
+right_row = obq.obq_row
+
+
+@instead_of(gptq, "gptq_block", "The error of a column concerns this column only.")
+def no_feedback(rest, codes, errors, U, grid_of, first, last):
+    for i in range(first, last):
+        grid = grid_of(i, rest)
+        codes[i] = grid.encode(rest[i])
+        errors[i] = 0
+
+
+@instead_of(gptq, "gptq_block", "e is the error of the column: nothing to divide it by.")
+def without_the_diagonal(rest, codes, errors, U, grid_of, first, last):
+    for i in range(first, last):
+        grid = grid_of(i, rest)
+        codes[i] = grid.encode(rest[i])
+        errors[i] = rest[i] - grid.decode(grid.encode(rest[i]))
+        rest[i + 1:last] -= U[i, i + 1:last, None] * errors[i]
+
+
+@instead_of(gptq, "gptq_block", "Inside a block, the rows and columns of U count from the start of the block.")
+def with_the_first_corner_of_the_factor(rest, codes, errors, U, grid_of, first, last):
+    own = slice(0, last - first)
+    right_block(rest[first:last], codes[first:last], errors[first:last], U[own, own],
+                lambda i, part: grid_of(first + i, rest), 0, last - first)
+
+
+@instead_of(gptq, "gptq_block", "A group's grid may be read from the weights as the last block left them.")
+def with_stale_grids(rest, codes, errors, U, grid_of, first, last):
+    stale = rest.copy()
+    right_block(rest, codes, errors, U, lambda i, _: grid_of(i, stale), first, last)
+
+
+@instead_of(gptq, "gptq_block", "The updates show where the weights should go; the codes are those of the weights.")
+def with_codes_of_the_weights_before(rest, codes, errors, U, grid_of, first, last):
+    before = rest.copy()
+    grids = {}
+
+    def of_column(i, part):
+        grids[i] = grid_of(i, part)
+        return grids[i]
+    right_block(rest, codes, errors, U, of_column, first, last)
+    for i in range(first, last):
+        codes[i] = grids[i].encode(before[i])
+
+
+@instead_of(gptq, "gptq_columns", "A lazy batch makes up for its own errors: the blocks are independent.")
+def blocks_apart(W, U, grid_of, block=128):
+    parts = []
+    for first in range(0, W.shape[1], block):
+        own = slice(first, first + block)
+        parts.append(right_columns(W[:, own], U[own, own], lambda i, rest, first=first: grid_of(first + i, W.T), block))
+    return tuple(np.concatenate(found, axis=1) for found in zip(*parts, strict=True))
+
+
+@instead_of(gptq, "whole_groups", "The width of a lazy batch is free: it changes the time, not the result.")
+def blocks_across_groups(block, group):
+    return block
+
+
+@instead_of(gptq, "inverse_factor", "Damping is for singular matrices.")
+def undamped(H, damp):
+    return np.linalg.cholesky(np.linalg.inv(H)).T
+
+
+@instead_of(gptq, "inverse_factor", "NumPy's Cholesky factor is the paper's: H⁻¹ = L Lᵀ, and L is triangular.")
+def lower_factor(H, damp):
+    return np.linalg.cholesky(np.linalg.inv(H + damp * np.diagonal(H).mean() * np.eye(len(H))))
+
+
+@instead_of(gptq, "inverse_factor", "The inverse of H's factor is the factor of H's inverse.")
+def the_other_root(H, damp):
+    return np.linalg.inv(np.linalg.cholesky(H + damp * np.diagonal(H).mean() * np.eye(len(H)))).T
+
+
+@instead_of(gptq, "inverse_factor", "The factor of H tells how inputs correlate: no inverse is needed.")
+def factor_of_h(H, damp):
+    return np.linalg.cholesky(H + damp * np.diagonal(H).mean() * np.eye(len(H))).T
+
+
+@instead_of(gptq, "inverse_factor", "One inverse serves all steps: columns that are done need not be eliminated.")
+def nothing_eliminated(H, damp):
+    G = np.linalg.inv(H + damp * np.diagonal(H).mean() * np.eye(len(H)))
+    return np.triu(G / np.sqrt(np.diagonal(G))[:, None])
+
+
+@instead_of(gptq, "inverse_factor", "λ is the damping: 0.01 in any unit.")
+def damped_in_no_unit(H, damp):
+    return np.linalg.cholesky(np.linalg.inv(H + damp * np.eye(len(H)))).T
+
+
+@instead_of(gptq, "in_own_order", "The order is undone by applying it again.")
+def ordered_twice(codes, order):
+    return codes[:, order]
+
+
+@instead_of(gptq, "in_own_order", "Columns of a quantized weight lie where they were quantized.")
+def order_not_undone(codes, order):
+    return codes
+
+
+@instead_of(gptq, "Uniform", "A group is g neighbours of the weight, whatever the order was.")
+class OrderForgotten(Uniform):
+    @classmethod
+    def from_grid(cls, codes, grid, *, order=None, **more):
+        if order is not None:
+            codes = gptq.in_own_order(codes, order)
+        return Uniform.from_grid(codes, grid, **more)
+
+
+def dead_weights_kept(W, H):
+    dead = np.diagonal(H) == 0
+    unit = np.diagonal(H)[~dead].mean() if not dead.all() else 1.0
+    return W, np.where(np.diag(dead), 1, H / unit)
+
+
+BELIEF = "H[j, j] = 1 makes a dead input harmless: its weight may stay, and count for the grid."
+WRONG["dead_weights_kept in GPTQ"] = Wrong(gptq, "without_dead_inputs", BELIEF, dead_weights_kept)
+WRONG["dead_weights_kept in OBQ"] = Wrong(obq, "without_dead_inputs", BELIEF, dead_weights_kept)
+
+
+@instead_of(obq, "cheapest", "The weight with the smallest rounding error costs least.")
+def least_error(error, d, free, scale):
+    return np.where(free, abs(error), np.inf).argmin(axis=-1)
+
+
+@instead_of(obq, "cheapest", "The cost decides alone, also for weights off their grid.")
+def no_outliers(error, d, free, scale):
+    return np.where(free, error**2 / np.where(free, d, 1), np.inf).argmin(axis=-1)
+
+
+@instead_of(obq, "cheapest", "Large errors first, while many weights can still make up for them.")
+def dearest(error, d, free, scale):
+    return np.where(free, error**2 / np.where(free, d, 1), -1).argmax(axis=-1)
+
+
+@instead_of(obq, "cheapest", "The left-most weight will do: the order hardly matters.")
+def from_left_to_right(error, d, free, scale):
+    return free.argmax(axis=-1)
+
+
+@instead_of(obq, "obq_step", "The inverse of H serves all steps.")
+def without_elimination(w, G, free, j, q):
+    return right_step(w, G.copy(), free, j, q)
+
+
+@instead_of(obq, "obq_step", "G_jj only matters for the choice, not for the update.")
+def update_without_the_diagonal(w, G, free, j, q):
+    move = (w[j] - q) * G[j, free] * (1 / G[j, j] - 1)
+    loss = right_step(w, G, free.copy(), j, q)
+    w[free] += move
+    w[j] = q
+    free[j] = False
+    return loss
+
+
+@instead_of(obq, "obq_step", "A step adds ½ (w_j − q)² to the loss.")
+def loss_without_the_diagonal(w, G, free, j, q):
+    loss = 0.5 * (w[j] - q)**2
+    right_step(w, G, free, j, q)
+    return loss
+
+
+@instead_of(obq, "obq_rows", "Rows share H, so they share its best order.")
+def the_order_of_the_first_row(W, inverse, grid):
+    H = np.linalg.inv(inverse)
+    order = right_row(W[0], H, grid[0])[1]
+    return np.stack([right_row(w, H, grid[r], order)[0] for r, w in enumerate(W)])
+
+
+@instead_of(obq, "obq_rows", "The costs in the first step are the costs of all steps.")
+def the_order_of_the_first_costs(W, inverse, grid):
+    H = np.linalg.inv(inverse)
+    orders = ((W - grid.round(W))**2 / np.diagonal(inverse)).argsort(axis=1)
+    return np.stack([right_row(w, H, grid[r], orders[r])[0] for r, w in enumerate(W)])
+
+
+@instead_of(obq, "damped", "A little damping never hurts.")
+def always_damped(H, damp):
+    return H + 0.01 * np.diagonal(H).mean() * np.eye(len(H))
+
+
+def check_dead(seed: int) -> None:
+    """The weight of a dead input has no effect, and becomes 0."""
+    _, W, H = case(seed, width=8)
+    H[3] = H[:, 3] = 0
+    other = W.copy()
+    other[:, 3] = 50
+    for rule in rules("affine", 3, 4):
+        Q = dense(rule, other, H)
+        np.testing.assert_array_equal(Q, dense(rule, W, H))
+        assert (Q[:, 3] == 0).all()
+
+
+CHECKS = {gptq: (check_gptq, check_errors, check_dead), obq: (check_obq, check_dead)}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_answer_is_rejected(name, monkeypatch):
+    wrong = WRONG[name]
+    assert wrong.belief.endswith(".")
+    monkeypatch.setattr(wrong.module, wrong.name, wrong.f)
+    for seed in CASES:
+        for check in CHECKS[wrong.module]:
+            try:
+                check(seed)
+            except AssertionError:
+                return
+            except np.linalg.LinAlgError:            # a factor that does not exist is an answer too
+                return
+    pytest.fail(f"{name} passes")
+
+
+def test_the_wrong_answers_have_different_beliefs():
+    assert len(WRONG) >= 25
+    assert len({wrong.belief for wrong in WRONG.values()}) == len(WRONG) - 1

@@ -93,7 +93,7 @@ class GPTQ(Rule):
         codes, _ = gptq_columns(W, U, grids.of_column, whole_groups(self.block, group))
         scattered = self.act_order and not self.static_groups and group < width
         if not scattered:
-            codes = codes[:, np.argsort(order)]
+            codes = in_own_order(codes, order)
         return Uniform.from_grid(codes, grids.all(), kind=self.grid, bits=self.bits, group=group,
                                  order=order if scattered else None)
 
@@ -221,6 +221,13 @@ class StaticGrids(Grids):
     def all(self) -> Grid:
         """The grids as they were given."""
         return self.grids
+
+
+def in_own_order(codes: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """codes (out, in), whose column k belongs to the input order[k], with the columns in the order of the inputs."""
+    own = np.empty_like(codes)
+    own[:, order] = codes
+    return own
 
 
 def whole_groups(block: int, group: int) -> int:
