@@ -207,7 +207,9 @@ class DoubleScale:
     @classmethod
     def quantize(cls, scale: np.ndarray) -> DoubleScale:
         """The scales (out, groups) float32, finite, with 8 bits each. The error of a scale is at most 0.00703125 of
-        its block's second scale."""
+        its block's second scale. ValueError for scales that are not finite."""
+        if not np.isfinite(scale).all():
+            raise ValueError("DoubleScale wants finite scales, got inf or NaN")
         mean = scale.mean(dtype=np.float64).astype(np.float32)
         codes, second = quantize_blocks((scale - mean).reshape(1, -1), get_table("dynamic"), SCALE_BLOCK)
         return cls(codes.reshape(scale.shape), second[0], mean)
