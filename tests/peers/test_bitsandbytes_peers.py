@@ -1,8 +1,8 @@
 """Codebooks beside bitsandbytes on the CPU: packed bytes, scales and dense values.
 
 bitsandbytes multiplies by 1/a where we divide by a. A weight within rounding of a midpoint may therefore get the next
-code; every other code is the same. Its CPU table of FP4 has four decimals, its dynamic map is computed in float32, and its 8-bit kernel
-rounds w/a to 16 bits before it looks for the code.
+code; every other code is the same. On the CPU, its table of FP4 has four decimals, its dynamic map is computed in
+float32, and its 8-bit kernel rounds w/a to 16 bits before it looks for the code.
 """
 from __future__ import annotations
 

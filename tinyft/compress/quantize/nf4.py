@@ -9,10 +9,14 @@ tables, and double quantization.
 
 QLoRA is LoRA on all linear maps of such a base:
 
-    ft.compress(model, ft.NF4())                                        4.127 bits a weight, the base stays frozen
-    ft.attach(model, ft.LoRA(r=16, targets=("attn.*", "mlp.*")))        every linear map of the blocks
-    ft.fit(model, batches, steps=200, optimizer=ft.AdamW(lr=2e-4))      gradients pass through the packed weights
-    ft.save_adapter(model, "work/adapter")                              the adapter alone, in the dense form
+    reports = ft.compress(model, ft.NF4())                              every linear map of the blocks: 4.127 bits
+    maps = [report.path for report in reports]
+    ft.attach(model, ft.LoRA(r=16, targets=maps))                       trains beside the packed weights
+    ft.fit(model, batches, steps=200, optimizer=ft.AdamW(lr=2e-4))
+    ft.save_adapter(model, "work/adapter")                              the adapter alone
+
+To use it later, load the same base, compress it again, and load the adapter. `merge` refuses to write into 4 bits: keep
+the adapter beside the base, or `ft.merge(ft.unpack(model))` for a dense model.
 """
 from __future__ import annotations
 
