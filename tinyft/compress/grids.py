@@ -29,7 +29,10 @@ import numpy as np
 
 from .. import checks
 
-__all__ = ["KINDS", "Grid", "SignGrid", "check_kind", "code_bits", "fit_grid", "fit_groups", "fixed_zero", "join_grids"]
+__all__ = [
+    "KINDS", "Grid", "SignGrid", "affine_scale", "affine_zero", "check_kind", "code_bits", "fit_grid", "fit_groups",
+    "fixed_zero", "join_grids",
+]
 
 KINDS = ("affine", "symmetric", "absmax", "ternary", "sign")
 SMALLEST = float(np.finfo(np.float16).tiny)              # below it, float16 has fewer than 11 significant bits
@@ -117,8 +120,27 @@ def fit_grid(W: np.ndarray, kind: str, bits: int, *, half_scales: bool = False) 
         return SignGrid(scale, 0.5, top)
     zero: Any = fixed_zero(kind, bits)
     if zero is None:
-        zero = np.rint(np.maximum(-W.min(axis=-1, keepdims=True), 0) / scale)
+        zero = affine_zero(W, scale)
     return Grid(scale, zero, top)
+
+
+def affine_scale(W: np.ndarray, bits: int) -> np.ndarray:
+    """s = (hi − lo)/(2^b − 1), with lo = min(0, min w) and hi = max(0, max w): the scale of an affine grid.
+
+    A group is the last axis of W (..., g). The scales are (..., 1), in W's dtype; a group of zeros has s = 1."""
+    hi = np.maximum(W.max(axis=-1, keepdims=True), 0)
+    lo = np.minimum(W.min(axis=-1, keepdims=True), 0)
+    steps = W.dtype.type(2**bits - 1)
+    scale = hi / steps - lo / steps                          # hi − lo alone may overflow
+    return np.where(scale == 0, W.dtype.type(1), scale)
+
+
+def affine_zero(W: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """z = rint(−lo/s), with lo = min(0, min w): the zero point of an affine grid, the code of the value 0.
+
+    W (..., g) and its scales (..., 1) give the zero points (..., 1), whole numbers in W's dtype."""
+    lo = np.minimum(W.min(axis=-1, keepdims=True), 0)
+    return np.rint(np.abs(lo) / scale)                       # |lo| = −lo, but 0 for lo = 0, and not −0
 
 
 def fit_groups(W: np.ndarray, kind: str, bits: int, group: int, *, half_scales: bool = False) -> Grid:
@@ -147,13 +169,10 @@ def join_grids(grids: Sequence[Grid]) -> Grid:
 
 def _scale(W: np.ndarray, kind: str, bits: int) -> np.ndarray:
     """The scales (..., 1) of the table above; 1 for a group of zeros, but 0 in the sign grid."""
+    if kind == "affine":
+        return affine_scale(W, bits)
     if kind in ("ternary", "sign"):
         scale = np.abs(W).mean(axis=-1, keepdims=True, dtype=np.float64).astype(W.dtype)
-    elif kind == "affine":
-        hi = np.maximum(W.max(axis=-1, keepdims=True), 0)
-        lo = np.minimum(W.min(axis=-1, keepdims=True), 0)
-        steps = W.dtype.type(2**bits - 1)
-        scale = hi / steps - lo / steps                      # hi − lo alone may overflow
     else:
         steps = (2**bits - 1) / 2 if kind == "symmetric" else 2**(bits - 1) - 1
         scale = np.abs(W).max(axis=-1, keepdims=True) / W.dtype.type(steps)

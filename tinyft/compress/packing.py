@@ -14,7 +14,7 @@ import numpy as np
 from .. import array, checks
 from ..array import Array, xp
 
-__all__ = ["pack", "packed_length", "unpack"]
+__all__ = ["check_codes", "check_stream", "pack", "packed_length", "unpack"]
 
 
 def packed_length(n: int, bits: int) -> int:
@@ -26,12 +26,7 @@ def pack(codes: Array, bits: int) -> Array:
     """The stream (⌈n b / 8⌉, ...) uint8 of codes (n, ...), whole numbers in 0 ... 2^b − 1. Unused bits are 0.
 
     TypeError for codes that are no array of integers, ValueError for codes out of range and bits outside 1 ... 8."""
-    checks.whole("pack: bits", bits, 1, 8)
-    if not array.is_array(codes) or codes.dtype.kind not in "iu" or codes.ndim == 0:
-        raise TypeError(f"pack wants an array of integer codes, got {checks.brief(codes)}")
-    if codes.size and not (0 <= int(codes.min()) and int(codes.max()) < 1 << bits):
-        raise ValueError(f"pack wants codes from 0 to {(1 << bits) - 1} for {bits} bits, "
-                         f"got {int(codes.min())} to {int(codes.max())}")
+    check_codes(codes, bits)
     codes = codes.astype(np.uint8, copy=False)
     stream = xp(codes).zeros((packed_length(len(codes), bits), *codes.shape[1:]), np.uint8)
     period, step = _period(bits)
@@ -52,13 +47,7 @@ def unpack(stream: Array, bits: int, n: int) -> Array:
     """The first n codes of a stream (bytes, ...) uint8, as uint8 (n, ...): the inverse of pack.
 
     TypeError for another dtype, ValueError for a stream that is too short and bits outside 1 ... 8."""
-    checks.whole("unpack: bits", bits, 1, 8)
-    checks.whole("unpack: n", n, least=0)
-    if not array.is_array(stream) or stream.dtype != np.uint8 or stream.ndim == 0:
-        raise TypeError(f"unpack wants an array of uint8, got {checks.brief(stream)}")
-    if len(stream) < packed_length(n, bits):
-        raise ValueError(f"unpack wants {packed_length(n, bits)} bytes for {n} codes of {bits} bits, "
-                         f"got {len(stream)}")
+    check_stream(stream, bits, n)
     if bits == 8:
         return stream[:n].copy()
     codes = xp(stream).empty((n, *stream.shape[1:]), np.uint8)
@@ -73,6 +62,27 @@ def unpack(stream: Array, bits: int, n: int) -> Array:
         q &= mask
         codes[k::period] = q
     return codes
+
+
+def check_codes(codes: Array, bits: int) -> None:
+    """TypeError or ValueError unless pack can pack these codes."""
+    checks.whole("pack: bits", bits, 1, 8)
+    if not array.is_array(codes) or codes.dtype.kind not in "iu" or codes.ndim == 0:
+        raise TypeError(f"pack wants an array of integer codes, got {checks.brief(codes)}")
+    if codes.size and not (0 <= int(codes.min()) and int(codes.max()) < 1 << bits):
+        raise ValueError(f"pack wants codes from 0 to {(1 << bits) - 1} for {bits} bits, "
+                         f"got {int(codes.min())} to {int(codes.max())}")
+
+
+def check_stream(stream: Array, bits: int, n: int) -> None:
+    """TypeError or ValueError unless unpack can read n codes from this stream."""
+    checks.whole("unpack: bits", bits, 1, 8)
+    checks.whole("unpack: n", n, least=0)
+    if not array.is_array(stream) or stream.dtype != np.uint8 or stream.ndim == 0:
+        raise TypeError(f"unpack wants an array of uint8, got {checks.brief(stream)}")
+    if len(stream) < packed_length(n, bits):
+        raise ValueError(f"unpack wants {packed_length(n, bits)} bytes for {n} codes of {bits} bits, "
+                         f"got {len(stream)}")
 
 
 def _period(bits: int) -> tuple[int, int]:
