@@ -16,7 +16,7 @@ from tinyft import array
 
 HERE = Path(__file__).parent / "benchmarks"
 ROOT = HERE.parents[1]
-MODULES = ("against", "cases", "compat", "paired", "report", "side_tinyft", "side_floor", "side_small")
+MODULES = ("against", "cases", "compat", "paired", "report", "side_tinyft", "side_floor", "side_small", "side_gptq")
 pytestmark = pytest.mark.skipif(array.backend() != "numpy", reason="the benchmarks measure NumPy")
 
 
@@ -106,6 +106,21 @@ def test_every_small_case_runs(bench, name):
     case = bench.cases.small_case(name)
     step, _ = side_small.start(side_small.build(case), case)
     assert step() == step() == 0.0
+
+
+def test_both_sides_of_gptq_do_the_same_work(bench):
+    """Their weights are rounded to the same grids and equally good. Some codes differ by float32's rounding."""
+    pytest.importorskip("torch")
+    import side_gptq
+
+    case = bench.cases.layer_case(24, 256, 600)
+    W, X = side_gptq.layer(case)
+    mine = np.asarray(side_gptq.with_tinyft(W, X)().dequantize())
+    other = side_gptq.with_torch(W, X)()[0].numpy()
+    losses = [float((((W - Q) @ X.T) ** 2).sum()) for Q in (mine, other)]
+    assert 0.97 < losses[0] / losses[1] < 1.03
+    step, _ = side_gptq.start(side_gptq.build(case), case)
+    assert step() == 0.0
 
 
 def test_the_floor_has_the_matrix_products_of_a_step(bench):

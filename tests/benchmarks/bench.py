@@ -29,7 +29,7 @@ from typing import Any
 import against
 import cases
 import side_real
-from cases import BERT, GPT, Case, small_case
+from cases import BERT, GPT, Case, layer_case, small_case
 from machine import machine
 from paired import HERE, Side, memory, peak, ratio, rounds
 from report import write
@@ -145,6 +145,15 @@ def real(options: argparse.Namespace) -> Rows:
             yield row
 
 
+def gptq(options: argparse.Namespace) -> Rows:
+    """GPTQ of one layer with 4,096 tokens, Hessian included: tinyft, and the plain algorithm in PyTorch."""
+    for threads in options.threads:
+        for out, width in ((768, 3072), (3072, 768)):
+            libraries = ["tinyft", *available("torch")]
+            sides = [side("gptq", layer_case(out, width, 4096, library), threads, library) for library in libraries]
+            yield {"case": f"{out} × {width}", "threads": threads, **measure(sides, max(3, options.rounds // 3))}
+
+
 def scaling(options: argparse.Namespace) -> Rows:
     """tinyft's own step as one size grows and the others stay: seconds and bytes."""
     base = Case("base", 512, 128, 2, 4, 4, 128)
@@ -171,6 +180,7 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], Rows]] = {
     "memories": memories,
     "small": small,
     "real": real,
+    "gptq": gptq,
     "scaling": scaling,
 }
 KEY = ("case", "method", "peer", "threads", "size")  # the columns that identify a row

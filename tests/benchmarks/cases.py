@@ -35,6 +35,11 @@ def small_case(name: str, model: str = "tinyft", T: int = 0) -> Case:
     return Case(name, 0, 0, 0, 0, 0, T, model, method=name)
 
 
+def layer_case(out: int, width: int, tokens: int, library: str = "tinyft") -> Case:
+    """A weight (out, width) with so many calibration tokens, of side_gptq.py: V is out, C the width, T the tokens."""
+    return Case(f"{out} × {width}", out, width, 0, 0, 0, tokens, library, method="gptq")
+
+
 GPT = [
     Case("tiny", 65, 64, 2, 4, 8, 64),
     Case("small", 512, 128, 4, 4, 16, 128),
