@@ -22,9 +22,9 @@ def claims():
     """The modules of tests/benchmarks/claims, importable for the length of this file's tests."""
     sys.path.insert(0, str(HERE))
     from claims import __main__ as program
-    from claims import c07, claim, page
+    from claims import c07, c22, claim, page
 
-    yield SimpleNamespace(program=program, c07=c07, claim=claim, page=page)
+    yield SimpleNamespace(program=program, c07=c07, c22=c22, claim=claim, page=page)
     sys.path.remove(str(HERE))
     for name in ("machine", "report", *[name for name in sys.modules if name.split(".")[0] == "claims"]):
         sys.modules.pop(name, None)
@@ -123,3 +123,35 @@ def test_c07_measures_weights_gradients_and_two_moments(claims):
     weights, peak = claims.c07.peak_of_fit("base-gpt-small", "float32", 1, 0)
     assert weights == 4 * 239_360
     assert peak > 4 * weights
+
+
+# ---------------------------------------------------------------------------------------------------- C22
+def growth(claims, obq: float, gptq: float) -> dict:
+    """Times by exact powers of the width; a map of width 768 takes obq and gptq seconds."""
+    factors = {"RTN": 1e-9, "GPTQ": gptq / 768**3, "OBQ": obq / 768**4}
+    rows = []
+    for rule, widths in claims.c22.WIDTHS.items():
+        for width in widths:
+            seconds = factors[rule] * width ** claims.c22.EXPECTED[rule]
+            rows.append({"rule": rule, "width": width, "seconds": {"median": seconds, "low": seconds, "high": seconds}})
+    return {"rows": rows}
+
+
+@pytest.mark.parametrize("obq, gptq, verdict", [
+    (85.0, 0.2, "holds"),                                            # 170 maps in 4 hours
+    (850.0, 0.2, "holds in part"),
+    (85.0, 9.0, "wrong as stated"),
+])
+def test_c22_extrapolates_with_the_power_that_it_sees(claims, obq, gptq, verdict):
+    numbers = growth(claims, obq, gptq)
+    for rule, power in claims.c22.EXPECTED.items():
+        assert claims.c22.law(numbers, rule)[1] == pytest.approx(power)
+    assert claims.c22.seconds_of_model(numbers, "OBQ", 1000) == pytest.approx(obq * (1000 / 768) ** 4 * 100)
+    finding = claims.c22.judge(numbers)
+    assert finding.verdict == verdict
+    assert f"{obq * 1e8 / 768**2 / 3600:.1f} hours" in finding.measured
+
+
+@pytest.mark.parametrize("rule", ["RTN", "GPTQ", "OBQ"])
+def test_c22_measures_every_rule(claims, rule):
+    assert claims.c22.seconds_of(rule, 20, 0) >= 0
