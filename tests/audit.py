@@ -62,6 +62,7 @@ SUITES = {
     "compress/quantize/obq.py": ["test_obq_gptq.py"],
     "compress/quantize/awq.py": ["test_awq.py"],
     "compress/quantize/int8.py": ["test_int8.py"],
+    "compress/quantize/smoothquant.py": ["test_smoothquant.py"],
     "adapters/combine.py": ["test_protocol.py", "test_methods.py"],
     "decode.py": ["test_decode.py"],
 }

@@ -199,6 +199,7 @@ ROWS: dict[str, Callable[[Any], dict]] = {
     **dict.fromkeys(["NF4", "FP4", "E2M1", "Dynamic8"], lambda path: {"block": 8, "double": True}),
     "GPTQ": lambda path: {"bits": 4, "group": 8, "grid": "affine", "damp": 0.01, "block": 16, "act_order": True,
                           "static_groups": True},
+    "smooth": lambda path: {"model": gpt(), "batches": [ids()], "alpha": 0.5},
     "Int8": lambda path: {"activations": "affine"},
     "LLMInt8": lambda path: {"threshold": 5.0, "outlier_weights": "dense"},
     "AWQ": lambda path: {"bits": 4, "group": 8, "grid": "affine", "clip": True},

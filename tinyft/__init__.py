@@ -21,7 +21,7 @@ from .adapters import (
 )
 from .array import BackendError, CannotCapture, backend, peak_memory, use
 from .chat import chat_end, chat_prompt
-from .compress import AWQ, E2M1, FP4, GPTQ, NF4, OBQ, RTN, Dynamic8, Int8, LLMInt8, compress
+from .compress import AWQ, E2M1, FP4, GPTQ, NF4, OBQ, RTN, Dynamic8, Int8, LLMInt8, compress, smooth
 from .decode import generate
 from .edit import (
     Attached,
@@ -81,7 +81,7 @@ __all__ = [
     # methods
     "methods", *(cls.__name__ for cls in _METHODS),
     # compression
-    "compress", "RTN", "OBQ", "GPTQ", "NF4", "FP4", "E2M1", "Dynamic8", "AWQ", "Int8", "LLMInt8",
+    "compress", "RTN", "OBQ", "GPTQ", "NF4", "FP4", "E2M1", "Dynamic8", "AWQ", "Int8", "LLMInt8", "smooth",
     # training
     "fit", "evaluate", "perplexity", "corpus_perplexity", "CorpusPerplexity", "predict", "Predictions", "embed",
     "History", "Loss", "CrossEntropy", "Targets",

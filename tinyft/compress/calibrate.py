@@ -7,7 +7,7 @@ the same input, such as q, k and v of an attention, share one H. Positions of pa
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,8 +18,9 @@ from ..array import Array
 from ..edit import Edit
 from ..nn import Context, Module
 from ..tensor import Tensor
+from ..train.batch import Endless, Targets, iterate, read_batch
 
-__all__ = ["Hessian", "Recorder", "StopPass", "recording"]
+__all__ = ["Hessian", "OutputRecorder", "Recorder", "StopPass", "read_passes", "recording", "run_pass"]
 
 RECORDER = "calibration"                                 # the name of the recording edit while a pass runs
 
@@ -57,17 +58,32 @@ class Recorder(Edit):
         self._see = see
 
     def before(self, x: Tensor, ctx: Context) -> Tensor:
+        """x itself"""
         self._see(x, ctx)
         return x
 
 
+class OutputRecorder(Edit):
+    """Shows each output of a module to a function: see(y, ctx)."""
+
+    def __init__(self, see: Any):
+        self._see = see
+
+    def after(self, x: Tensor, y: Tensor, ctx: Context) -> Tensor:
+        """y itself"""
+        self._see(y, ctx)
+        return y
+
+
 @contextmanager
-def recording(modules: dict[str, Module], see: Any) -> Iterator[None]:
-    """see(path, x, ctx) is called with every input of these modules, {path: module}, for the length of a `with`."""
+def recording(modules: dict[str, Module], see: Any, *, recorder: type[Edit] = Recorder) -> Iterator[None]:
+    """see(path, x, ctx) is called with every input of these modules, {path: module}, for the length of a `with`.
+
+    recorder   OutputRecorder: with every output instead"""
     before = {path: module.edits for path, module in modules.items()}
     try:
         for path, module in modules.items():
-            module.edits = {**module.edits, RECORDER: Recorder(_with_path(see, path))}
+            module.edits = {**module.edits, RECORDER: recorder(_with_path(see, path))}
         yield
     finally:
         for path, module in modules.items():
@@ -88,3 +104,21 @@ def token_rows(x: Tensor, ctx: Context) -> Array:
     if ctx.mask is None or x.shape[:-1] != tuple(ctx.mask.shape):
         return rows
     return rows[ctx.mask.reshape(-1)]
+
+
+def read_passes(caller: str, batches: Iterable) -> list[Targets]:
+    """The calibration batches, read once. caller: the function that got them; ValueError if there are none."""
+    if isinstance(batches, Endless):
+        batches = batches.once()
+    passes = [read_batch(batch) for batch in iterate(batches)]
+    if not passes:
+        raise ValueError(f"{caller} wants calibration batches, got none")
+    return passes
+
+
+def run_pass(model: Module, targets: Targets) -> None:
+    """One forward pass over a batch, until its end or until StopPass."""
+    try:
+        model(targets.ids, targets.context())
+    except StopPass:
+        pass

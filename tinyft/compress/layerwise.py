@@ -19,8 +19,7 @@ import numpy as np
 from .. import array, checks, edit
 from ..nn import Context, Embedding, Linear, Module, Packed, Parameter, evaluation_mode
 from ..tensor import Tensor
-from ..train.batch import Endless, iterate, read_batch
-from .calibrate import Hessian, StopPass, recording, token_rows
+from .calibrate import Hessian, StopPass, read_passes, recording, run_pass, token_rows
 from .rule import Rule
 
 __all__ = ["LayerReport", "compress", "find_targets"]
@@ -81,11 +80,7 @@ def compress(
         return work.reports
     if batches is None:
         raise TypeError(f"compress wants calibration batches for {type(rule).__name__}, got none")
-    if isinstance(batches, Endless):
-        batches = batches.once()
-    passes = [read_batch(batch) for batch in iterate(batches)]
-    if not passes:
-        raise ValueError("compress wants calibration batches, got none")
+    passes = read_passes("compress", batches)
     with evaluation_mode(model):
         _compress_blocks(work, passes)
         _compress_rest(work, passes)
@@ -194,17 +189,8 @@ def _inputs_of(model: Module, block: Module, passes: list) -> Inputs:
         raise StopPass
     with recording({"block": block}, see):
         for targets in passes:
-            _run(model, targets)
+            run_pass(model, targets)
     return found
-
-
-def _run(model: Module, targets: Any) -> None:
-    """One forward pass over a batch, until its end or until StopPass."""
-    ctx = targets.context()
-    try:
-        model(targets.ids, ctx)
-    except StopPass:
-        pass
 
 
 def _compress_block(work: _Work, block: Module, targets: dict[str, Module], inputs: Inputs) -> None:
@@ -262,7 +248,7 @@ def _compress_rest(work: _Work, passes: list) -> None:
         hessians[path].add(token_rows(x, ctx))
     with recording(rest, see):
         for targets in passes:
-            _run(work.model, targets)
+            run_pass(work.model, targets)
     for path in rest:
         work.replace(path, _counted(hessians[path]))
 

@@ -5,5 +5,6 @@ from .int8 import Int8, LLMInt8
 from .nf4 import E2M1, FP4, NF4, Dynamic8
 from .obq import OBQ
 from .rtn import RTN
+from .smoothquant import smooth
 
-__all__ = ["AWQ", "E2M1", "FP4", "GPTQ", "NF4", "OBQ", "RTN", "Dynamic8", "Int8", "LLMInt8"]
+__all__ = ["AWQ", "E2M1", "FP4", "GPTQ", "NF4", "OBQ", "RTN", "Dynamic8", "Int8", "LLMInt8", "smooth"]
