@@ -183,7 +183,7 @@ class Group:
         """Undo an update at the frozen entries."""
         for offset, mask, values in frozen:
             for a, before in zip((self.w, *self.moments), values):
-                a[offset] = before if mask is None else xp(a).where(mask, a[offset], before)
+                a[offset] = before if mask is None else xp(before).where(mask, a[offset].copy(), before)
 
     def write_rounded(self) -> None:
         """Write the updated values to the tensors.  Here the tensors are views of w already; MasterWeights rounds."""

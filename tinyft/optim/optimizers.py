@@ -109,6 +109,12 @@ class Optimizer:
         fields = [f"{name}={value!r}" for name, value in vars(self).items() if name not in ("t", "groups")]
         return f"{type(self).__name__}({', '.join(fields)})"
 
+    @property
+    def equations(self) -> Optimizer:
+        """The optimiser that computes the same updates without special storage: itself.  A run may change from one to
+        the other."""
+        return self
+
     def update(self, piece: Piece, lr: float) -> None:
         """Update the values and moments of one piece in place."""
         raise NotImplementedError

@@ -339,7 +339,7 @@ def describe_run(run: Run) -> dict[str, Any]:
         "accumulate": settings.accumulate,
         "clip": settings.clip,
         "autocast": settings.autocast,
-        "optimizer": repr(run.optimizer),
+        "optimizer": repr(run.optimizer.equations),
         "methods": {a.name: describe(a.method) for a in edit.attached(run.model)},
         "loss": describe_loss(run.loss),
         "trained": sorted(trainable_tensors(run.model, run.loss)),
