@@ -71,6 +71,7 @@ class Paged(Optimizer):
 
     @property
     def equations(self) -> Optimizer:
+        """The optimiser without pages."""
         return self.optimizer
 
     def start(self, named: dict[str, Tensor]) -> Paged:
