@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 CUPY   ?= $(HERE)/.venv-cupy
 GPU_PY ?= $(PY)
 ARGS   ?=
-EMULATED := tests/emulated $(addprefix tests/test_,$(addsuffix .py,ops attention nn optim models llama tensor strict decode adapters formats precision cuda doctor))
+EMULATED := tests/emulated $(addprefix tests/test_,$(addsuffix .py,ops attention nn optim models llama tensor strict decode adapters formats precision cuda packed_kernels doctor))
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help install install-peers install-site run real real-assets test selftest test-strict test-emulated test-gpu bench-gpu test-peers lessons site audit bench claims base lint clean

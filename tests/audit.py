@@ -60,6 +60,8 @@ SUITES = {
     "compress/ggml.py": ["test_ggml.py"],
     "compress/quantize/gptq.py": ["test_obq_gptq.py"],
     "compress/quantize/obq.py": ["test_obq_gptq.py"],
+    "compress/grouped.py": ["test_compress.py", "test_packed_kernels.py"],
+    "kernels/packed.py": ["test_packed_kernels.py"],
     "compress/quantize/awq.py": ["test_awq.py"],
     "compress/quantize/int8.py": ["test_int8.py"],
     "compress/quantize/smoothquant.py": ["test_smoothquant.py"],

@@ -18,15 +18,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import packed_weights
 import pytest
 from helpers import accepted, lora_curve
 from hypothesis import given
 from hypothesis import strategies as st
+from packed_weights import FORMS
 
 from tinyft import array, dispatch, kernels, optim, precision
 from tinyft.array import bfloat16
 from tinyft.kernels import cuda
-from tinyft.kernels.cuda import gemm, int4, launch, layers, optimizer
+from tinyft.kernels.cuda import gemm, launch, layers, optimizer, packed
 from tinyft.kernels.cuda.cpu_kernel import CpuKernel, KernelError
 from tinyft.precision import LOSSES
 from tinyft.tensor import OPS, sum_to
@@ -577,7 +579,7 @@ def test_a_pullback_holds_nothing_but_what_it_needs(rng):
         assert (seen() is not None) == held and back(np.ones((4, 5), np.float32)).size
 
 
-# ── the optimiser, and int4 ──────────────────────────────────────────────────────────────────────────────────────────
+# ── the optimiser, and packed weights ────────────────────────────────────────────────────────────────────────────────
 def check_adam(rng: np.random.Generator, n: int = 1000) -> None:
     """Three steps as the definition takes them."""
     start = [rng.standard_normal(n).astype(np.float32) for _ in range(3)] + [rng.random(n).astype(np.float32)]
@@ -604,37 +606,63 @@ def test_adam_is_its_definition(rng):
     assert all(map(np.array_equal, (w, g, m, v), expected))
 
 
-def check_int4(rng: np.random.Generator, dtype: Any = np.float32) -> None:
-    by_the_dense_weight = ((12, 5, 64, 32), (1, 1, 8, 8), (2, 9, 43, 16), (2, 3, 40, 64))
-    for rows, n, k, group in ((1, 1, 32, 32), (3, 5, 64, 32), (2, 37, 96, 64), (1, 6, 4256, 128), *by_the_dense_weight):
-        codes = rng.integers(0, 2**32, (n, -(-k // 8)), dtype=np.uint32)
-        groups = -(-k // group)
-        scale = rng.uniform(0.01, 0.1, (n, groups)).astype(np.float16)
-        zero = rng.integers(0, 16, (n, groups)).astype(np.float16)
-        x = rng.standard_normal((rows, 1, k)).astype(dtype)
-        digits = np.stack([codes >> 4 * i & 15 for i in range(8)], axis=-1).reshape(n, -1)[:, :k].astype(int)
-        scales = np.repeat(scale.astype(np.float64), group, 1)[:, :k]
-        zeros = np.repeat(zero.astype(np.float64), group, 1)[:, :k]
-        W = scales * (digits - zeros)
-        dense, y = both_ways(lambda: [
-            int4.dequantize(codes, scale, zero, k, group, np.dtype(np.float32)),
-            int4.matmul(x, codes, scale, zero, group),
-        ])
-        assert near(int4.dequantized(codes, scale, zero, k, group), W, 1e-3)
-        assert near(dense, W, 1e-6)
-        tol = 2e-6 if dtype == np.float32 else 2e-2
-        assert y.dtype == dtype
-        assert near(y, x.astype(np.float64) @ W.T, tol)
+def check_packed(rng: np.random.Generator, name: str, out: int = 12, dtype: Any = np.float32) -> None:
+    """Few rows, many rows in tiles of five rows of W, and the gradient of x, against the dense weight in float64."""
+    weight, W = FORMS[name](rng, out)
+    weight.to(dtype=np.dtype(dtype))
+    width = W.shape[1]
+    tol = 3e-6 if dtype == np.float32 else 2e-2
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(type(weight), "rows_per_block", 5)
+        for shape in ((1, width), (2, 1, width), (packed.FEW + 1, width)):
+            x = rng.standard_normal(shape).astype(dtype)
+            g = rng.standard_normal((*shape[:-1], out)).astype(dtype)
+
+            def product(x: Any = x, g: Any = g) -> list:
+                y, (back,) = packed.packed_linear(x, weight)
+                return [y, back(g)]
+            y, dx = both_ways(product)
+            assert y.dtype == dx.dtype == dtype
+            assert near(y, x.astype(np.float64) @ W.T, tol)
+            assert near(dx, g.astype(np.float64) @ W, tol)
 
 
 @no_device
-def test_int4_products_are_those_of_the_dense_weight(rng):
-    check_int4(rng)
-    check_int4(rng, bfloat16)
-    x = np.ones((1, 16), np.float64)
-    codes = np.full((1, 2), 0x76543210, np.uint32)
-    scale = np.ones((1, 2), np.float32)
-    assert int4.matmul(x, codes, scale, 0 * scale, 8).item() == 56  # the definition computes float64
+@pytest.mark.parametrize("name", FORMS)
+def test_products_with_a_packed_weight_are_those_of_its_dense_one(name, rng):
+    check_packed(rng, name)
+
+
+@no_device
+@pytest.mark.parametrize("name, out, dtype", [
+    ("affine, 3 bits", 7, np.float32), ("affine, 4 bits", 133, bfloat16), ("nf4, doubly", 132, np.float16),
+    ("Q4_1", 1, bfloat16),
+])
+def test_products_with_packed_weights_of_other_sizes_and_dtypes(name, out, dtype, rng):
+    check_packed(rng, name, out, dtype)
+
+
+@no_device
+def test_a_long_row_is_shared_by_warps_and_blocks(rng, monkeypatch):
+    """And by how many does not change the sums by more than rounding."""
+    weight, W = packed_weights.uniform(rng, 8, 4, 2000, 128)
+    x = rng.standard_normal((2, 2000)).astype(np.float32)
+    results = []
+    for blocks in (1, 6, 1024):
+        monkeypatch.setattr(packed, "FILL", blocks)
+        results.append(both_ways(lambda: [packed.packed_linear(x, weight)[0]])[0])
+        assert near(results[-1], x.astype(np.float64) @ W.T, 3e-6)
+    assert not np.array_equal(results[0], results[2]), "the sums are in another order"
+
+
+@no_device
+def test_packed_products_that_the_kernels_decline(rng):
+    weight, W = FORMS["affine, 4 bits"](rng, 4)
+    x = rng.standard_normal((2, W.shape[1]))
+    for other in (x, x[:, :-1].astype(np.float32), x[:0].astype(np.float32)):
+        assert packed.packed_linear(other, weight) is NotImplemented
+    weight.to(dtype="bfloat16")
+    assert packed.packed_linear(x.astype(np.float32), weight) is NotImplemented, "dense rows are rounded to bfloat16"
 
 
 @no_device
@@ -654,6 +682,10 @@ def several(name: str, shapes: list = SHAPES, times: int = 6) -> Callable:
         return lambda rng: [by_heads(2, 11, 3, 40, 5, lie, np.float32, rng) for lie in ("together", "apart")]
     often = times if name in ("attention", "cross_entropy") else 1
     return lambda rng: [agree(name, shape, np.float32, rng) for shape in shapes for _ in range(often)]
+
+
+def packed_form(name: str) -> Callable:
+    return lambda rng: check_packed(rng, name)
 
 
 FAULTS = [  # what, file, right, wrong, who must notice
@@ -733,24 +765,48 @@ FAULTS = [  # what, file, right, wrong, who must notice
     ("smoothing over n − 1", "cross_entropy.cu", "+ smoothing / n", "+ smoothing / (n - 1)", several("cross_entropy")),
     ("what is ignored reaches the gradient", "cross_entropy.cu", "w == 0 ? 0.0f : scale", "scale",
      lambda rng: check_ignored_rows()),
-    ("nibble order", "int4.cu", "even = eight << 3", "even = eight >> 1", check_int4),
-    ("byte order", "int4.cu", "sum += x[2 * i] * __uint_as_float(__byte_perm(even, 0x3f000000u, 0x7044 | i << 8)",
-     "sum += x[2 * i] * __uint_as_float(__byte_perm(even, 0x3f000000u, 0x7044 | (3 - i) << 8)", check_int4),
-    ("a neighbour's bits in the fraction", "int4.cu", "eight << 3 & 0x78787878u", "eight << 3 & 0x7f7f7f7fu",
-     check_int4),
-    ("nibble order of the dense weight", "int4.cu", "codes[i] >> 4 * j", "codes[i] >> (28 - 4 * j)", check_int4),
-    ("stride of the scales", "int4.cu", "of = row[r] * groups", "of = row[r] * across", check_int4),
-    ("zero point forgotten", "int4.cu", "(16 + (float)zero[of])", "16", check_int4),
-    ("the one of 1 + code / 16 forgotten", "int4.cu", "(16 + (float)zero[of])", "(float)zero[of]", check_int4),
-    ("missing barrier after staging", "int4.cu", "    __syncthreads();\n    for (int at", "    for (int at",
-     check_int4),
-    ("staging over what is still read", "int4.cu",
-     "    __syncthreads();                                     // no warp", "    // no warp", check_int4),
-    ("rows leave before the barrier", "int4.cu", "  float sum[ROWS] = {};",
-     "  float sum[ROWS] = {}; if (first >= N) return;", check_int4),
-    ("rows past the last are written", "int4.cu", "lane == 0 && first + r < N", "lane == 0", check_int4),
-    ("every tile is the first", "int4.cu", "* K + 32 * start + k]", "* K + k]", check_int4),
-    ("past the end of a row", "int4.cu", "K - k, K % 8 == 0", "8, K % 8 == 0", check_int4),
+    ("nibble order", "packed.cu", "in_byte = BITS * j % 8;", "in_byte = (8 - BITS) - BITS * j % 8;",
+     packed_form("affine, 4 bits")),
+    ("a code's high bits forgotten", "packed.cu", "return (low | high << 8) >> in_byte & CODE;",
+     "return low >> in_byte & CODE;", packed_form("affine, 3 bits")),
+    ("a code keeps its neighbour's bits", "packed.cu", ">> in_byte & CODE;\n}\n\n__device__ unsigned stream",
+     ">> in_byte & 255;\n}\n\n__device__ unsigned stream", packed_form("affine, 3 bits")),
+    ("a shift that copies the sign", "packed.cu", "unsigned low = some.byte[at] >> 8 * lane & 255, high",
+     "unsigned low = (signed char)(some.byte[at] >> 8 * lane), high", packed_form("affine, 3 bits")),
+    ("the column beside", "packed.cu", "some.byte[at + 1] >> 8 * lane", "some.byte[at + 1] >> 8 * (lane ^ 1)",
+     packed_form("affine, 3 bits")),
+    ("zero point forgotten", "packed.cu", "(dot[l] - z * plain)", "dot[l]", packed_form("affine, 4 bits")),
+    ("zero point of the group before", "packed.cu", "zero_point(zero_codes, zero, b, column + l, out)",
+     "zero_point(zero_codes, zero, b ? b - 1 : 0, column + l, out)", packed_form("affine, 4 bits")),
+    ("the code of a zero point cut off", "packed.cu", "if (in_byte + BITS > 8) both", "if (0) both",
+     packed_form("affine, 3 bits, groups of 7")),
+    ("shift forgotten", "packed.cu", "+ m * plain", "", packed_form("Q4_1")),
+    ("Σ x goes on in the next group", "packed.cu", "        plain = 0;\n", "",
+     packed_form("affine, 4 bits, groups of 8")),
+    ("the last group's scale", "packed.cu", "int b = min(k, K - 1) / group;", "int b = (K - 1) / group;",
+     packed_form("affine, 4 bits")),
+    ("groups begin at a byte", "packed.cu", "next = 8 * first / group * group + group;", "next = 8 * first + group;",
+     packed_form("affine, 4 bits, groups of 7")),
+    ("the last octet is not added", "packed.cu", "k + 1 == next || (j == 7 && at + 1 == last)", "k + 1 == next",
+     packed_form("affine, 4 bits")),
+    ("past the end of a row", "packed.cu", "      if (k < K) {\n", "      {\n", packed_form("nf4, short group")),
+    ("table not read", "packed.cu", "return table ? table[q] : whole(q);", "return whole(q);", packed_form("nf4")),
+    ("missing barrier after the table", "packed.cu",
+     "levels[q] = table[q];\n  __syncthreads();\n", "levels[q] = table[q];\n", packed_form("dynamic")),
+    ("missing barrier before the sum", "packed.cu", "= total[l];\n  __syncthreads();\n", "= total[l];\n",
+     packed_form("affine, 4 bits")),
+    ("columns past the last are written", "packed.cu", "if (c < out) y", "y", packed_form("affine, 4 bits")),
+    ("the first part alone", "packed.cu", "p < count", "p < 1", packed_form("affine, 4 bits, long")),
+    ("dense: order not gathered", "packed.cu", "int input = order ? order[k] : k;", "int input = k;",
+     packed_form("moved, 4 bits")),
+    ("dense: input scale of the code's place", "packed.cu", "w / input_scale[input]", "w / input_scale[k]",
+     packed_form("moved, 4 bits")),
+    ("dense: held through groups", "packed.cu", "if (k / group != held)", "if (held < 0)",
+     packed_form("affine, 4 bits, groups of 7")),
+    ("dense: the first rows in every tile", "packed.cu", "column = first + i % n", "column = i % n",
+     packed_form("affine, 4 bits")),
+    ("dense: zero point forgotten", "packed.cu", "(level(q, table) - z) + m", "level(q, table) + m",
+     packed_form("symmetric, 4 bits")),
     ("nine rounds", "random.cu", "round < 10", "round < 9", several("dropout")),
     ("counted after drawing", "random.cu", "philox(i + 1,", "philox(i,", several("dropout")),
     ("halves of a word swapped", "random.cu", "j % 2 * 32", "(1 - j % 2) * 32", several("dropout")),

@@ -28,6 +28,7 @@ from typing import Any
 
 import against
 import cases
+import side_packed
 import side_real
 from cases import BERT, GPT, Case, layer_case, small_case
 from machine import machine
@@ -154,6 +155,21 @@ def gptq(options: argparse.Namespace) -> Rows:
             yield {"case": f"{out} × {width}", "threads": threads, **measure(sides, max(3, options.rounds // 3))}
 
 
+def packed(options: argparse.Namespace) -> Rows:
+    """Products with a 4,096 × 4,096 weight in every packed form, beside the same product in float32."""
+    width = 256 if options.quick else 4096
+    for threads in options.threads:
+        for B in (1, 8, 512):
+            for form in side_packed.FORMS:
+                sides = []
+                for name in ("float32", form):
+                    c = Case("packed", 0, width, 0, 0, B, 0, method=name)
+                    sides.append(side("packed", c, threads, name))
+                row = measure(sides, options.rounds if B < 512 else 3)
+                bytes_read = {name: side_packed.weight_bytes(name, width) for name in ("float32", form)}
+                yield {"case": form, "size": B, "threads": threads, "bytes": bytes_read, **row}
+
+
 def scaling(options: argparse.Namespace) -> Rows:
     """tinyft's own step as one size grows and the others stay: seconds and bytes."""
     base = Case("base", 512, 128, 2, 4, 4, 128)
@@ -181,6 +197,7 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], Rows]] = {
     "small": small,
     "real": real,
     "gptq": gptq,
+    "packed": packed,
     "scaling": scaling,
 }
 KEY = ("case", "method", "peer", "threads", "size")  # the columns that identify a row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import itertools
 import math
@@ -23,7 +24,8 @@ from gpu_steps import compilers, gpt2, lesson, lora, memory
 import tinyft as ft
 from tinyft import array, optim
 from tinyft.array import bfloat16
-from tinyft.kernels.cuda import gemm, int4, layers, optimizer
+from tinyft.compress import Uniform
+from tinyft.kernels.cuda import gemm, layers, optimizer, packed
 from tinyft.tensor import OPS, sum_to
 
 DTYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": bfloat16}
@@ -352,24 +354,24 @@ def one_int4(c: Clock, n: int, count: int, dtype: str) -> Row:
     """`count` vectors times one (n, n) matrix; the error is of the first eight outputs, against float64."""
     group = c.size(128, 32)
     rng = np.random.default_rng(0)
-    codes = rng.integers(0, 2**32, (n, n // 8), np.uint32)
+    codes = rng.integers(0, 16, (n, n), np.uint8)
     scale = rng.uniform(0.01, 0.1, (n, n // group)).astype(np.float16)
-    zero = rng.integers(0, 16, (n, n // group)).astype(np.float16)
+    zero = rng.integers(0, 16, (n, n // group))
     x = rng.standard_normal((count, n)).astype(DTYPES[dtype])
-    digits = ((codes[:8, :, None] >> np.arange(0, 32, 4, np.uint32)) & 15).reshape(8, n).astype(np.float64)
     groups = np.arange(n) // group
-    rows_ = scale[:8, groups].astype(np.float64) * (digits - zero[:8, groups])
+    rows_ = scale[:8, groups].astype(np.float64) * (codes[:8].astype(np.float64) - zero[:8, groups])
     want = x.astype(np.float64) @ rows_.T
-    weight = [cp.asarray(a) for a in (codes, scale, zero)]
-    moved = codes.nbytes + 2 * scale.nbytes
+    weight = Uniform(codes, scale.astype(np.float32), zero, kind="affine", bits=4, group=group)
+    weight.to(dtype=x.dtype)
+    moved = weight.nbytes
     X = cp.asarray(x)
-    result = cp.asnumpy(int4.matmul(X, *weight, group)[:, :8]).astype(np.float64)
+    result = cp.asnumpy(packed.packed_linear(X, weight)[0][:, :8]).astype(np.float64)
     error = float(np.abs(result - want).max() / np.abs(want).max())
     weights = [weight]
     for _ in range(c.copies(moved) - 1):
-        weights.append([a.copy() for a in weight])
+        weights.append(copy.deepcopy(weight))
     turn = itertools.cycle(weights)
-    seconds = c.device(lambda: int4.matmul(X, *next(turn), group))
+    seconds = c.device(lambda: packed.packed_linear(X, next(turn)))
     share = moved / seconds / c.copy_rate()
     row = {
         "error (float64)": error,

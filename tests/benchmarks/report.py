@@ -188,6 +188,28 @@ def gptq(rows: list[dict]) -> list[str]:
     return table(["weight, out × in", "threads", "tinyft", "PyTorch / tinyft"], lines)
 
 
+PACKED_SPEED = 0.6  # the float32 product's time over a 4-bit product's, at least; one row of x
+PACKED_BYTES = 0.25  # bytes of a 4-bit weight over those of a float32 weight, at most
+
+
+def packed(rows: list[dict]) -> list[str]:
+    """Products with packed weights beside the product in float32: speed, and bytes that a product reads."""
+    lines = []
+    for row in rows:
+        form = row["case"]
+        is_target = row["size"] == 1 and form in ("RTN 4, g=64", "RTN 4, g=128", "NF4", "Q4_0", "Q4_1")
+        speed = spread(inverse(row["ratios"][form]), at_least=PACKED_SPEED if is_target else None)
+        size = row["bytes"]
+        share = f"{size[form] / size['float32']:.3f}"
+        if is_target:
+            share += " ✓" if size[form] <= PACKED_BYTES * size["float32"] else " ✗"
+        seconds = row["seconds"]
+        rate = f"{size[form] / seconds[form] / 1e9:.1f} GB/s"
+        lines.append([row["size"], row["threads"], form, duration(seconds[form]), speed, share, rate])
+    return table(["rows of x", "threads", "weight", "a product", "float32's time / its time", "of float32's bytes",
+                  "bytes read"], lines)
+
+
 Points = list[tuple[float, float]]
 
 
@@ -303,6 +325,10 @@ The Hessian of 4,096 tokens and GPTQ at 4 bits, in groups of 128, with 1 % dampi
 the plain algorithm as the paper's program has it, in float32, with three factorisations; it gives the rounded weight,
 tinyft the packed one. The target: at least 1.0.
 """
+PACKED_TEXT = """
+One weight of 4,096 × 4,096. The product of float32 is NumPy's. The targets, for 4 bits and one row: at least 0.6 of
+float32's speed, and at most a quarter of its bytes.
+"""
 # section: title, text, function that makes its table
 SECTIONS = {
     "steps": ("A whole training step: forward, backward, AdamW", STEPS_TEXT, steps),
@@ -312,6 +338,7 @@ SECTIONS = {
     "small": ("Costs that do not grow with the model", "", small),
     "real": ("Real checkpoints", REAL_TEXT, real),
     "gptq": ("GPTQ of one layer", GPTQ_TEXT, gptq),
+    "packed": ("Products with packed weights", PACKED_TEXT, packed),
     "scaling": ("As a size grows", "", scaling),
 }
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tinyft import dispatch
-from tinyft.kernels.cuda import gemm, int4, layers
+from tinyft.kernels.cuda import gemm, layers, packed
 from tinyft.tensor import OPS
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -71,8 +71,8 @@ def test_a_kernel_that_is_wrong_is_an_error_and_the_others_are_measured(op, wher
 
 
 def test_wrong_products_codes_noise_and_training_are_errors(monkeypatch):
-    right, also, noise = gemm.matmul, int4.matmul, layers.uniform_like
-    monkeypatch.setattr(int4, "matmul", lambda *a: also(*a) * 1.05)
+    right, noise = gemm.matmul, layers.uniform_like
+    monkeypatch.setattr(packed, "packed_linear", spoiled("value", packed.packed_linear))
     assert all("error" in r for r in gpu_sections.rows("int4", smoke=True))
     monkeypatch.setattr(gemm, "matmul", lambda *a, **kw: right(*a, **kw) * 1.05)
     assert all("error" in r for r in gpu_sections.rows("products", smoke=True))

@@ -198,28 +198,46 @@ class Grouped(Packed):
         return self.columns(rows.reshape(-1)).T.reshape(*rows.shape, self.shape[1])
 
     def columns(self, rows: Any) -> Array:
-        """Wᵀ[:, rows], (in, n), for a slice or an array (n,) of row numbers. Computed in float32."""
+        """Wᵀ[:, rows], (in, n), for a slice or an array (n,) of row numbers. Computed in float32.
+
+        Works in place: beside the result there are the codes, and small parts of it."""
         width = self.shape[1]
-        level = self.levels(unpack(self.codes[:, rows], self.bits, width))       # (in, n)
-        missing = self.groups * self.group - width
-        if missing:
-            m = xp(level)
-            level = m.concatenate([level, m.zeros((missing, level.shape[1]), level.dtype)])
-        weight = level.reshape(self.groups, self.group, -1)                      # (groups, g, n)
+        codes = unpack(self.codes[:, rows], self.bits, width)                    # (in, n)
+        weight = xp(codes).empty(codes.shape, np.float32)
+        for part in parts(width):
+            weight[part] = self.levels(codes[part])
+        scale = self.scales(rows)
         zero = self.zeros(rows)
-        weight -= zero if self.zero_codes is None else zero[:, None]
-        weight *= self.scales(rows)[:, None]
         shift = self.shifts(rows)
-        if shift is not None:
-            weight += shift[:, None]
-        columns = weight.reshape(-1, weight.shape[-1])[:width]                   # (in, n)
+        whole = width // self.group * self.group
+        for first, last in ((0, whole), (whole, width)):                         # groups of g, and the short last one
+            if first == last:
+                continue
+            some = weight[first:last].reshape(-1, min(self.group, last - first), weight.shape[1])    # (groups, g, n)
+            these = slice(first // self.group, first // self.group + len(some))
+            some -= zero if self.zero_codes is None else zero[these, None]
+            some *= scale[these, None]
+            if shift is not None:
+                some += shift[these, None]
         if self.order is not None:
-            ordered = xp(columns).empty_like(columns)
-            ordered[self.order] = columns
-            columns = ordered
+            put_in_order(weight, self.order)
         if self.input_scale_bits is not None:
-            columns /= self.input_scale[:, None]
-        return columns if self.unit.dtype == np.float32 else columns.astype(self.unit.dtype)
+            weight /= self.input_scale[:, None]
+        return weight if self.unit.dtype == np.float32 else weight.astype(self.unit.dtype)
+
+
+def parts(n: int) -> list[slice]:
+    """Eight slices, or fewer, of 0 ... n − 1."""
+    step = -(-n // 8)
+    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
+
+
+def put_in_order(columns: Array, order: Array) -> None:
+    """Move row j of columns (in, n) to row order[j], in place."""
+    for part in parts(columns.shape[1]):
+        moved = xp(columns).empty_like(columns[:, part])
+        moved[order] = columns[:, part]
+        columns[:, part] = moved
 
 
 class Uniform(Grouped):

@@ -3,7 +3,7 @@
     layers.py    the drop-ins: linear, matmul, project, layer_norm, gelu, cross_entropy, embedding, dropout
     attention.py attention
     optimizer.py AdamW over all tensors at once
-    int4.py      products with a weight of four bits a number
+    packed.py    products with packed weights: 1 to 8 bits a number
     gemm.py      matrix products straight through cuBLAS
     launch.py    from a .cu file to a running kernel
     *.cu         the kernels; the same source runs on the CPU, through cpu_kernel.py, where the tests hold it to the
@@ -19,7 +19,7 @@ from ... import array, dispatch
 from ...optim.optimizers import Optimizer, adam_update
 from ...precision import cast_parameter, takes_16_bit
 from ...tensor import OPS
-from . import casts, gemm, layers, optimizer
+from . import casts, gemm, layers, optimizer, packed
 from .launch import COMPILERS
 
 
@@ -35,6 +35,7 @@ def put_in_place(kind: type) -> None:
     """Let the drop-ins answer for arrays of this type."""
     for name in layers.NAMES:
         dispatch.register(OPS[name], kind, takes_16_bit(getattr(layers, name)))
+    dispatch.register(OPS["_packed_linear"], kind, takes_16_bit(packed.packed_linear))
     dispatch.register(cast_parameter, kind, casts.cast_parameter)
     dispatch.register(adam_update, kind, optimizer.adam_update)
     dispatch.register(Optimizer.update_pieces, kind, optimizer.update_pieces)

@@ -32,7 +32,7 @@ BLOCKS = 4096                                               # enough to fill a l
 def launch(file: str, name: str, grid: int | tuple, block: int | tuple, *args: Any, **types: Any) -> None:
     """Run the kernel `name` of a file on arrays and numbers.
 
-    types: the dtype behind each type name in the source, T=x.dtype.
+    types: the dtype behind each type name in the source, T=x.dtype, or a constant of the source, BITS=4.
     A Python int goes as int32, a float as float32, None as a null pointer, NumPy scalars as they are.
     Arrays must be C-contiguous. A step that is recorded for capture notes the numbers, which must not change.
     """
@@ -75,10 +75,14 @@ def source(file: str, types: tuple = ()) -> str:
 
 
 def preamble(types: tuple) -> str:
-    """The lines that define type names, ((name, dtype), ...), with the headers they need."""
+    """The lines that define type names, ((name, dtype), ...), with the headers they need; and constants, whole numbers.
+    """
     headers = set()
     typedefs = ""
     for name, dtype in types:
+        if isinstance(dtype, int):
+            typedefs += f"#define {name} {dtype}\n"
+            continue
         c_name, header = C_TYPES[np.dtype(dtype)]
         if header:
             headers.add(header)
