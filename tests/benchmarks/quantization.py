@@ -1,14 +1,16 @@
 """The table bits x method x group x model -> perplexity, bytes, seconds, and its picture.
 
-    python tests/benchmarks/quantization.py [--models base-gpt,SmolLM2-135M] [--only rtn,gptq]
+    python tests/benchmarks/quantization.py [--models base-gpt,SmolLM2-135M] [--only rtn,gptq] [--again]
 
 Each model is loaded anew for every row, compressed, and measured on held-out text. Rows that are in
-results/quantization.json for the same model and the same protocol are kept unless --again is given; the table
-results/quantization.md and the picture results/quantization.png are made from all rows.
+results/quantization.json are kept unless --again is given. The table results/quantization.md and the picture
+results/quantization.png are made from all rows.
 
-Protocol: held-out prose of the snapshot (no module of it was in pretraining or calibration), one text, windows without
-overlap, perplexity pooled over all predicted tokens. Calibration: windows of training prose. The dense row of SmolLM2
-is its 4-bit file, decompressed: what is lost is measured from there.
+Protocol: held-out prose of the snapshot, of modules that neither pretraining nor calibration saw; windows of one
+length without overlap; the losses of all predicted tokens are added before the exponential. An interval is that of a
+bootstrap over parts of the text (95 %), in which the dense and the compressed model are compared on the same parts.
+Calibration: windows of training prose. SmolLM2 comes from a file of 4 bits: its dense row is that file, decompressed,
+and what compression costs is counted from there.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,9 @@ import tinyft as ft
 from tinyft.compress import Rule
 
 RESULTS = Path(__file__).parent / "results"
+FILE = RESULTS / "quantization.json"
+PARTS = 8  # of the test text, for the bootstrap
+MEASURED: set[tuple[str, str]] = set()  # (model, rule) of the rows that this process measured
 ROOT = Path(__file__).parents[2]
 SMOLLM2 = ROOT / "work/real/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -54,7 +59,7 @@ MODELS = {
     "base-gpt-small": Model("base-gpt-small", 128, 512, 256),
     "base-gpt": Model("base-gpt", 128, 512, 256),
     "base-gpt-large": Model("base-gpt-large", 128, 512, 256),
-    "SmolLM2-135M": Model(str(SMOLLM2), 512, 24, 32),
+    "SmolLM2-135M": Model(str(SMOLLM2), 512, 16, 32),
 }
 GROUP = 64
 # name of a row -> (bits, rule). The rules of one family are compared at equal bits.
@@ -63,8 +68,10 @@ RULES: dict[str, tuple[int, Callable[[], Rule]]] = {
     **{f"rtn-{b}-row": (b, lambda b=b: ft.RTN(bits=b, group=None)) for b in (8, 4, 3)},
     "ternary": (2, lambda: ft.RTN(bits=2, group=GROUP, grid="ternary")),
     "sign": (1, lambda: ft.RTN(bits=1, group=GROUP, grid="sign")),
+    "nf4": (4, lambda: ft.NF4()),
     **{f"gptq-{b}": (b, lambda b=b: ft.GPTQ(bits=b, group=GROUP)) for b in (4, 3, 2)},
     **{f"gptq-{b}-row": (b, lambda b=b: ft.GPTQ(bits=b, group=None)) for b in (4, 3)},
+    "gptq-1-sign": (1, lambda: ft.GPTQ(bits=1, group=GROUP, grid="sign")),
     "gptq-3-order": (3, lambda: ft.GPTQ(bits=3, group=GROUP, act_order=True)),
 }
 
@@ -81,10 +88,11 @@ def windows(tokens: np.ndarray, length: int, count: int) -> np.ndarray:
     return rows[np.arange(count) * len(rows) // count]
 
 
-def measure(model: ft.Module, chosen: Model, tokenizer: Any) -> ft.CorpusPerplexity:
-    """The perplexity of the model on the test windows of its protocol."""
+def measure(model: ft.Module, chosen: Model, tokenizer: Any) -> list[float]:
+    """The mean loss on each part of the test text, in nats per predicted token; all parts are of one size."""
     rows = windows(text_tokens("test", tokenizer), chosen.length, chosen.test)
-    return ft.corpus_perplexity(model, rows.reshape(-1), chosen.length)
+    parts = np.split(rows, PARTS)
+    return [ft.corpus_perplexity(model, part.reshape(-1), chosen.length).loss for part in parts]
 
 
 def measure_row(chosen: Model, rule: Rule | None) -> dict[str, Any]:
@@ -103,32 +111,97 @@ def measure_row(chosen: Model, rule: Rule | None) -> dict[str, Any]:
         row["bits_per_weight"] = 32 * row["bytes"] / sum(report.before for report in reports)
         row["layer_error"] = float(np.mean([report.error for report in reports]))
         row["rule"] = repr(rule)
-    found = measure(model, chosen, tokenizer)
-    return {**row, "perplexity": found.perplexity, "loss": found.loss, "tokens": found.tokens}
+    row["losses"] = measure(model, chosen, tokenizer)
+    row["perplexity"] = math.exp(min(float(np.mean(row["losses"])), 700))
+    assert math.isfinite(row["perplexity"])
+    return row
+
+
+def ratio(row: dict[str, Any], dense: dict[str, Any]) -> dict[str, float]:
+    """{ratio, low, high}: perplexity over the dense model's, with a 95 % interval of a bootstrap over the parts."""
+    difference = np.array(row["losses"]) - np.array(dense["losses"])
+    rng = np.random.default_rng(0)
+    means = difference[rng.integers(0, len(difference), (2000, len(difference)))].mean(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return {"ratio": float(np.exp(difference.mean())), "low": float(np.exp(low)), "high": float(np.exp(high))}
+
+
+def ratios(rows: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """{rule: ratio to the dense row, with its interval} of the rows of one model."""
+    return {key: ratio(row, rows["dense"]) for key, row in rows.items() if key != "dense"}
+
+
+def ratio_table(found: dict[str, dict[str, dict[str, float]]], keys: Iterable[str]) -> list[str]:
+    """Lines of Markdown: a line for each rule, a column for each model, perplexity over the dense one (95 %)."""
+    lines = ["| perplexity / dense | " + " | ".join(found) + " |", "|---" * (len(found) + 1) + "|"]
+    for key in keys:
+        cells = [f"{r[key]['ratio']:.3f} ({r[key]['low']:.3f}-{r[key]['high']:.3f})" for r in found.values()]
+        lines.append(f"| {key} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def unigram(name: str) -> float:
+    """The perplexity of a model that knows only the frequencies of the tokens in training prose."""
+    chosen = MODELS[name]
+    model, tokenizer = chosen.load()
+    test = windows(text_tokens("test", tokenizer), chosen.length, chosen.test)
+    return ft.data.baselines.unigram_perplexity(text_tokens("train", tokenizer), test[:, 1:], model.config.vocab)
+
+
+# ---------------------------------------------------------------------------------------------------- the rows
+def available(names: Iterable[str]) -> list[str]:
+    """Those of the models that are on this machine."""
+    return [name for name in names if Path(MODELS[name].path).exists() or "/" not in MODELS[name].path]
+
+
+def read_data() -> dict[str, Any]:
+    """{model: {"length", "calibration", "machine", "rows": {rule: row}}} of all measurements so far."""
+    return json.loads(FILE.read_text()) if FILE.exists() else {}
+
+
+def rows_of(names: Iterable[str], keys: Iterable[str], again: bool = False) -> dict[str, dict[str, Any]]:
+    """{model: {rule: row}} of models that are available, the dense row among them; missing rows are measured.
+
+    again: rows of earlier processes are measured again, too."""
+    data = read_data()
+    found = {}
+    for name in available(names):
+        chosen = MODELS[name]
+        section = data.setdefault(name, {"rows": {}})
+        section |= {"length": chosen.length, "calibration": chosen.calibration, "machine": machine()}
+        for key in ("dense", *keys):
+            if key in section["rows"] and (not again or (name, key) in MEASURED):
+                continue
+            bits, make = (32, None) if key == "dense" else RULES[key]
+            row = {"bits": bits, **measure_row(chosen, None if make is None else make())}
+            section["rows"][key] = row
+            MEASURED.add((name, key))
+            print(f"{name:16} {key:14} perplexity {row['perplexity']:9.3f}  {row['seconds']:6.1f} s", flush=True)
+            FILE.write_text(json.dumps(data, indent=1) + "\n")
+        found[name] = section["rows"]
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------- the report
 def page(data: dict[str, Any]) -> str:
     """results/quantization.md."""
     lines = ["# Perplexity after compression of all linear maps of the blocks", ""]
-    lines += [__doc__.split("Protocol: ")[1].strip(), ""]
+    lines += [__doc__.split("\n\n")[3].replace("\n", " "), ""]
     for name, section in data.items():
         m = section["machine"]
-        dense = section["rows"].get("dense")
-        if dense is None:
-            continue
+        dense = section["rows"]["dense"]
         lines += [f"## {name}", ""]
-        lines += [f"Dense: {dense['perplexity']:.3f} ({dense['tokens']:,} tokens predicted, "
-                  f"windows of {section['length']}). {m['cpu']}, {m['cores']} cores, {m['date']}, "
-                  f"commit {m['commit']}.", ""]
-        lines += ["| rule | bits | bits per weight, scales included | perplexity | times dense | mean layer error | "
-                  "seconds |", "|---|---|---|---|---|---|---|"]
-        for key, row in section["rows"].items():
-            if key == "dense":
-                continue
-            ratio = row["perplexity"] / dense["perplexity"]
-            lines.append(f"| {key} | {row['bits']} | {row['bits_per_weight']:.2f} | {row['perplexity']:.2f} | "
-                         f"{ratio:.3f} | {row['layer_error']:.4f} | {row['seconds']:.1f} |")
+        lines += [f"Dense: perplexity {dense['perplexity']:.2f}, windows of {section['length']} tokens. {m['cpu']}, "
+                  f"{m['cores']} cores, {m['date']}, commit {m['commit']}.", ""]
+        lines += ["| rule | bits | bits per weight, scales included | MB | perplexity | times dense (95 %) | "
+                  "mean error of a layer | seconds |", "|---|---|---|---|---|---|---|---|"]
+        for key in RULES:
+            if key in section["rows"]:
+                row = section["rows"][key]
+                r = ratio(row, dense)
+                lines.append(f"| {key} | {row['bits']} | {row['bits_per_weight']:.2f} | {row['bytes'] / 1e6:.2f} | "
+                             f"{row['perplexity']:.2f} | {r['ratio']:.3f} ({r['low']:.3f}-{r['high']:.3f}) | "
+                             f"{row['layer_error']:.4f} | {row['seconds']:.1f} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -156,6 +229,13 @@ def draw(data: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def report() -> None:
+    """Write the table and the picture of all rows."""
+    data = read_data()
+    (RESULTS / "quantization.md").write_text(page(data))
+    draw(data, RESULTS / "quantization.png")
+
+
 def main() -> None:
     """Measure the rows that are asked for and missing, and write the files after each."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -163,27 +243,9 @@ def main() -> None:
     p.add_argument("--only", default="", help="only rows whose names begin with one of these")
     p.add_argument("--again", action="store_true", help="measure rows that are there already")
     options = p.parse_args()
-    file = RESULTS / "quantization.json"
-    data = json.loads(file.read_text()) if file.exists() else {}
-    for name in options.models.split(","):
-        chosen = MODELS[name]
-        if chosen.path.endswith(".gguf") and not Path(chosen.path).exists():
-            print(f"{name} is not there: make real-assets fetches it")
-            continue
-        section = data.setdefault(name, {"rows": {}})
-        section |= {"length": chosen.length, "calibration": chosen.calibration, "machine": machine()}
-        wanted = {"dense": (32, None), **RULES}
-        for key, (bits, make) in wanted.items():
-            is_wanted = key == "dense" or key.startswith(tuple(options.only.split(",")))
-            if not is_wanted or (key in section["rows"] and not options.again):
-                continue
-            row = {"bits": bits, **measure_row(chosen, None if make is None else make())}
-            section["rows"][key] = row
-            assert math.isfinite(row["perplexity"])
-            print(f"{name:16} {key:14} perplexity {row['perplexity']:9.3f}  {row['seconds']:6.1f} s", flush=True)
-            file.write_text(json.dumps(data, indent=1) + "\n")
-    (RESULTS / "quantization.md").write_text(page(data))
-    draw(data, RESULTS / "quantization.png")
+    keys = [key for key in RULES if key.startswith(tuple(options.only.split(",")))]
+    rows_of(options.models.split(","), keys, options.again)
+    report()
 
 
 if __name__ == "__main__":
