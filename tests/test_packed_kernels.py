@@ -85,6 +85,16 @@ def test_the_kernel_takes_a_few_rows(name, rng):
     assert kernel.packed_linear(x[:2], packed) is NotImplemented, "dense rows are rounded"
 
 
+@pytest.mark.skipif(array.backend() != "cupy", reason="of the CUDA kernels")
+@EVERY
+def test_the_cuda_kernels_take_every_form(name, rng):
+    from tinyft.kernels.cuda.packed import packed_linear
+    packed, W = make(name, rng)
+    for N in (2, 20):
+        x = dev(rng.standard_normal((N, W.shape[1])), np.float32)
+        assert packed_linear(x, packed) is not NotImplemented
+
+
 @EVERY
 def test_a_product_is_linear_in_x(name, rng):
     packed, W = make(name, rng)
