@@ -9,7 +9,7 @@ from helpers import host
 import tinyft as ft
 from tinyft import array, edit, nn
 from tinyft.compress import FORMATS, Uniform
-from tinyft.compress.quantize import FP4, Dynamic8
+from tinyft.compress.quantize import FP4, Dynamic8, Int8, LLMInt8
 
 Packer = Callable[[np.ndarray], nn.Packed]
 
@@ -34,6 +34,9 @@ PACKERS: dict[str, Packer] = {
     "nf4": ft.NF4(),
     "fp4, blocks of 20": FP4(block=20),
     "dynamic": Dynamic8(),
+    "int8": Int8("affine"),
+    "outliers": LLMInt8(threshold=0.5),
+    "dense outliers": LLMInt8(outlier_weights="dense"),
     **{name: cls.quantize for name, cls in FORMATS.items()},
 }
 

@@ -275,7 +275,7 @@ def test_only_the_same_run_is_resumed(gpt, train_file, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"form": 2}, "wants the form 1 of a run of tinyft tune, got 2"),
+    ({"form": 2}, "wants the form 1 of a run, got 2"),
     ({"steps": "many"}, "is damaged: got 'many' as the option steps"),
     ({"steps": True}, "is damaged: got True as the option steps"),
     ({"steps": None}, "is damaged: got None as the option steps"),

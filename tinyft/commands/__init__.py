@@ -1,9 +1,10 @@
-"""The commands that work on a user's own models and files: tune, eval, generate, chat, merge, embed, convert.
+"""The commands that work on a user's own models and files: tune, eval, generate, chat, merge, embed, convert, compress.
 
     arguments.py    the parser, and the values of options          settings.py   --method and --set
     opening.py      models, adapters, and the folder of results    rows.py       the rows of a data file as batches
     running.py      the folder of a run: config, log, curve        plan.py       memory and time of a run, measured
-    tune.py  evaluating.py  generating.py  converting.py           the commands themselves
+    layers.py       the folder of a compression            rule_plan.py, calibration.py       its plan and its data
+    tune.py  evaluating.py  generating.py  converting.py  compressing.py           the commands themselves
 
 Nothing heavy is imported until a command runs.
 """
@@ -30,6 +31,7 @@ def register(commands: argparse._SubParsersAction) -> None:
     _add_merge(commands)
     _add_embed(commands)
     _add_convert(commands)
+    _add_compress(commands)
 
 
 def _command(commands: argparse._SubParsersAction, name: str, text: str, example: str) -> argparse.ArgumentParser:
@@ -195,6 +197,34 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
     c.set_defaults(run=_convert)
 
 
+def _add_compress(commands: argparse._SubParsersAction) -> None:
+    c = _command(
+        commands, "compress", "write a model with 1 to 8 bits a weight, which all other commands open",
+        "tinyft compress --model base-gpt --method gptq --bits 4 --group 64 --out work/small",
+    )
+    # No defaults here: with --resume, an option that is not given is that of the run (compressing.py holds them).
+    c.add_argument("--model", metavar="MODEL", help=MODEL)
+    c.add_argument("--method", metavar="RULE", help="rtn, gptq, awq, nf4 ... (default: gptq); rtn and nf4 need no data")
+    c.add_argument("--bits", type=whole(1), help="bits of a weight, 1 to 8 (default: the rule's, 4)")
+    c.add_argument("--group", metavar="N", help="neighbours in a row that share a scale; none: the whole row "
+                   "(default: the rule's, 64)")
+    c.add_argument("--set", metavar="FIELD=VALUE", action="append",
+                   help="another setting of the rule, such as grid=symmetric or act_order=true; may be repeated")
+    c.add_argument("--targets", metavar="GLOB", action="append",
+                   help="modules whose weights are compressed, such as mlp.up; may be repeated (default: every linear "
+                   "map inside the blocks)")
+    c.add_argument("--data", metavar="FILE", help=f"calibration data: {DATA} (default: prose that ships with tinyft)")
+    c.add_argument("--sequences", type=whole(1), help="calibration sequences (default: 32)")
+    c.add_argument("--length", type=whole(1), help="tokens of a sequence (default: 512, or the model's positions)")
+    c.add_argument("--seed", type=whole(0), help="of the choice of the sequences (default: 0)")
+    c.add_argument("--dtype", choices=("float32", "float16", "bfloat16"),
+                   help="of the parameters that stay dense, in the file (default: float32)")
+    c.add_argument("--out", metavar="DIR", required=True, help="a new folder; with --resume: that of a run")
+    c.add_argument("--resume", action="store_true", help="go on with the run in --out; other options may be left out")
+    c.add_argument("--json", action="store_true", help="print one JSON object at the end, and nothing else, on stdout")
+    c.set_defaults(run=_compress)
+
+
 # ── the commands: each imports its module when it runs ───────────────────────────────────────────────────────────────
 def _tune(args: argparse.Namespace) -> int:
     from .tune import run
@@ -229,3 +259,8 @@ def _embed(args: argparse.Namespace) -> int:
 def _convert(args: argparse.Namespace) -> int:
     from .converting import run_convert
     return run_convert(args)
+
+
+def _compress(args: argparse.Namespace) -> int:
+    from .compressing import run
+    return run(args)

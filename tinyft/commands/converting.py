@@ -47,7 +47,9 @@ def run_merge(args: argparse.Namespace) -> int:
 
 
 def run_convert(args: argparse.Namespace) -> int:
-    """Write a model, or with --adapter its adapter alone, in another form. Returns the exit status, 0."""
+    """Write a model, or with --adapter its adapter alone, in another form. Returns the exit status, 0.
+
+    Compressed weights become dense ones: the directory is for transformers."""
     check_new_folder(args.out)
     with claimed_folder(args.out) as folder:
         model, tokenizer = open_model(args.model, command="convert")
@@ -55,6 +57,7 @@ def run_convert(args: argparse.Namespace) -> int:
             open_adapter(model, args.adapter)
             write_adapter(model, folder, args)
         else:
+            edit.unpack(model)
             write_model(model, folder, tokenizer, args)
     return 0
 

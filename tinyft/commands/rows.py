@@ -56,15 +56,15 @@ def check_kind(rows: Rows, model: Module, *, chat: bool) -> None:
                          f"head {type(model.head).__name__}")
 
 
-def room_for(model: Module, max_len: int | None, default: int) -> int:
+def room_for(model: Module, max_len: int | None, default: int, option: str = "--max-len") -> int:
     """The longest row in tokens: max_len, or the default if that is None. Attached prompts take positions.
 
-    ValueError if the model has fewer positions than max_len."""
+    option: the one that gives max_len, for the message. ValueError if the model has fewer positions than max_len."""
     room = model.config.positions - positions_of_prompts(model)
     if max_len is None:
         return min(default, room)
     if max_len > room:
-        raise ValueError(f"--max-len wants at most {room} tokens, the positions of this model, got {max_len}")
+        raise ValueError(f"{option} wants at most {room} tokens, the positions of this model, got {max_len}")
     return max_len
 
 

@@ -8,13 +8,14 @@
 """
 from __future__ import annotations
 
+import argparse
 import copy
 import io
 import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from ..files import read_json, read_tensors, write_atomically
 from ..train.settings import CHECKPOINT
 from .opening import as_json, check_new_folder
 
-__all__ = ["ADAPTER", "Log", "check_data", "check_out", "draw_curve", "read_config", "write_config"]
+__all__ = [
+    "ADAPTER", "Log", "check_data", "check_out", "draw_curve", "flag", "merge_options", "read_config", "write_config",
+]
 
 CONFIG = "config.json"
 LOG = "log.jsonl"
@@ -35,12 +38,14 @@ ADDED = {"recompute": False}                             # options that older fi
 
 
 # ── config ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-def check_out(out: str, *, resume: bool) -> None:
-    """ValueError for a folder that holds another run, and, with resume, for one that holds none."""
-    has_config = os.path.isfile(os.path.join(out, CONFIG))
+def check_out(out: str, *, resume: bool, config: str = CONFIG) -> None:
+    """ValueError for a folder that holds another run, and, with resume, for one that holds none.
+
+    config: the name of the file with the options of a run."""
+    has_config = os.path.isfile(os.path.join(out, config))
     if resume:
         if not has_config:
-            raise ValueError(f"--resume wants the folder of a run, and {out} has no {CONFIG}")
+            raise ValueError(f"--resume wants the folder of a run, and {out} has no {config}")
         return
     if has_config and os.path.isfile(os.path.join(out, LOG)):
         raise ValueError(f"--out wants a new or an empty folder, and {out} holds a run: --resume goes on with it, "
@@ -48,30 +53,62 @@ def check_out(out: str, *, resume: bool) -> None:
     check_new_folder(out)
 
 
-def write_config(folder: Path, options: Mapping[str, Any]) -> None:
-    """Write config.json, and an empty log.jsonl beside it."""
+def write_config(folder: Path, options: Mapping[str, Any], config: str = CONFIG) -> None:
+    """Write the options of a run, and an empty log.jsonl beside them."""
     from .. import __version__
 
     facts = {"form": VERSION, "tinyft": __version__, **options}
     text = json.dumps(facts, indent=1) + "\n"
-    write_atomically({folder / LOG: b"", folder / CONFIG: text.encode()})
+    write_atomically({folder / LOG: b"", folder / config: text.encode()})
 
 
-def read_config(folder: Path, kinds: Mapping[str, tuple[type, ...]]) -> dict[str, Any]:
-    """The options of a run. ValueError if config.json is damaged, or if a later version of tinyft wrote it.
+def read_config(folder: Path, kinds: Mapping[str, tuple[type, ...]], config: str = CONFIG) -> dict[str, Any]:
+    """The options of a run. ValueError if their file is damaged, or if a later version of tinyft wrote it.
 
     kinds: {option: the types that it may have}. A list holds texts."""
-    facts = read_json(folder / CONFIG)
+    facts = read_json(folder / config)
     if facts.get("form") != VERSION:
-        raise ValueError(f"{folder / CONFIG} wants the form {VERSION} of a run of tinyft tune, "
+        raise ValueError(f"{folder / config} wants the form {VERSION} of a run, "
                          f"got {checks.brief(facts.get('form'))}")
     facts = ADDED | facts
     for name, kind in kinds.items():
         value = facts.get(name)
         parts = value if isinstance(value, list) else []
         if name not in facts or type(value) not in kind or not all(isinstance(part, str) for part in parts):
-            raise ValueError(f"{folder / CONFIG} is damaged: got {checks.brief(value)} as the option {name}")
+            raise ValueError(f"{folder / config} is damaged: got {checks.brief(value)} as the option {name}")
     return facts
+
+
+def merge_options(
+    args: argparse.Namespace, defaults: Mapping[str, Any], kinds: Mapping[str, tuple[type, ...]],
+    files: Sequence[str], config: str = CONFIG,
+) -> dict[str, Any]:
+    """The options of a run: given ones, else those of the run to resume, else the defaults.
+
+    kinds   as read_config takes them
+    files   the options that are paths of files: they become absolute, since a run may be resumed from elsewhere
+    config  the name of the file with the options of a run
+
+    ValueError for an option that differs from the run to resume."""
+    given = {name: getattr(args, name) for name in defaults if getattr(args, name) is not None}
+    for name in files:
+        if name in given:
+            given[name] = os.path.abspath(given[name])
+    if os.path.exists(given.get("model", "")):
+        given["model"] = os.path.abspath(given["model"])
+    if not args.resume:
+        return {**defaults, **given}
+    stored = read_config(Path(args.out), kinds, config)
+    for name, value in given.items():
+        if stored.get(name) != value:
+            raise ValueError(f"--resume goes on with the options of the run, and its {flag(name)} is "
+                             f"{stored.get(name)}, not {value}")
+    return {name: stored[name] for name in defaults}
+
+
+def flag(name: str) -> str:
+    """The flag of an option: max_len is --max-len."""
+    return f"--{name.replace('_', '-')}"
 
 
 # ── log ──────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,6 +1,7 @@
-"""The options --method and --set: a method class by its name, and its hyper-parameters from texts.
+"""The options --method and --set: a method or a rule by its name, and its hyper-parameters from texts.
 
     make_method("lora", ["r=8", "targets=attn.[qv]"])      ->  LoRA(r=8, targets="attn.[qv]")
+    make_rule("gptq", ["bits=4", "group=none"])            ->  GPTQ(bits=4, group=None)
 
 A text is read as the type of its field: whole number, number, true or false, text; a comma separates the parts of a
 tuple. Errors are UsageErrors: the command line is wrong.
@@ -12,24 +13,36 @@ import difflib
 import re
 import types
 import typing
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from .arguments import UsageError
 
 if TYPE_CHECKING:
+    from ..compress import Rule
     from ..edit import Method
 
-__all__ = ["make_method", "method_class", "read_value"]
+__all__ = ["make_method", "make_rule", "method_class", "read_value", "rule_class"]
 
 
 def make_method(name: str, settings: list[str]) -> Method:
     """The method of this name with the fields that the settings "field=value" give; its defaults for all others.
 
     UsageError, with a near name, for an unknown method or field, and for a value that the field cannot have."""
-    from ..context import refuse_keywords
     from ..edit import PEFT_NAMES
 
-    cls = method_class(name)
+    return _make(method_class(name), settings, PEFT_NAMES)
+
+
+def make_rule(name: str, settings: list[str]) -> Rule:
+    """The compression rule of this name; otherwise as make_method."""
+    return _make(rule_class(name), settings, {})
+
+
+def _make(cls: Any, settings: list[str], foreign_names: dict[str, str]) -> Any:
+    """An instance of a dataclass with the fields that the settings give. foreign_names: those of other libraries."""
+    from ..context import refuse_keywords
+
     hints = typing.get_type_hints(cls)
     fields = [field.name for field in dataclasses.fields(cls) if field.init]
     given: dict[str, Any] = {}
@@ -41,7 +54,7 @@ def make_method(name: str, settings: list[str]) -> Method:
         if key in given:
             raise UsageError(f"--set gives {key} twice")
         try:
-            refuse_keywords(f"--set with {cls.__name__}", {key} - set(fields), fields, PEFT_NAMES)
+            refuse_keywords(f"--set with {cls.__name__}", {key} - set(fields), fields, foreign_names)
         except TypeError as e:
             raise UsageError(str(e)) from e
         given[key] = read_value(f"--set {key}", text.strip(), hints[key])
@@ -57,16 +70,30 @@ def method_class(name: str) -> type[Method]:
     UsageError, with a near name or with all names, if there is none."""
     from ..methods import ALL
 
-    known = {}
-    for cls in ALL:
-        known[_plain(cls.__module__.rpartition(".")[2])] = cls
-        known[_plain(cls.__name__)] = cls
+    return _class_of_name(name, ALL, "a method")
+
+
+def rule_class(name: str) -> type[Rule]:
+    """The compression rule of this name, GPTQ or gptq; otherwise as method_class."""
+    from ..compress import Rule, quantize
+
+    classes = [getattr(quantize, found) for found in quantize.__all__]
+    rules = [cls for cls in classes if isinstance(cls, type) and issubclass(cls, Rule)]
+    return _class_of_name(name, rules, "a compression rule")
+
+
+def _class_of_name(name: str, classes: Iterable[type], kind: str) -> Any:
+    """The class of this name, or of the file of this name. UsageError if there is none. kind: of the classes, in words.
+    """
+    classes = list(classes)
+    known = {_plain(cls.__module__.rpartition(".")[2]): cls for cls in classes}
+    known |= {_plain(cls.__name__): cls for cls in classes}
     if _plain(name) in known:
         return known[_plain(name)]
     near = difflib.get_close_matches(_plain(name), known, 1, 0.5)
-    names = ", ".join(cls.__name__ for cls in ALL)
+    names = ", ".join(cls.__name__ for cls in classes)
     hint = f"did you mean {known[near[0]].__name__}?" if near else f"there are {names}"
-    raise UsageError(f"--method wants the name of a method, got {name!r}: {hint}")
+    raise UsageError(f"--method wants the name of {kind}, got {name!r}: {hint}")
 
 
 def _plain(name: str) -> str:

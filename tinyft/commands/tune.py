@@ -31,7 +31,7 @@ from .arguments import UsageError
 from .opening import as_json, claimed_folder, open_model, set_class_names, write_class_names
 from .plan import Plan, in_words, make_plan, peak_of_process, size, tokens_of
 from .rows import Prepared, check_kind, find_labels, make_batches, room_for
-from .running import ADAPTER, Log, check_data, check_out, draw_curve, read_config, write_config
+from .running import ADAPTER, Log, check_data, check_out, draw_curve, flag, merge_options, write_config
 from .settings import make_method
 
 __all__ = ["run"]
@@ -98,28 +98,11 @@ def read_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options of the run: given ones, else those of the run to resume, else the defaults.
 
     UsageError if --model or --data is missing; ValueError for an option that differs from the run to resume."""
-    given = {name: getattr(args, name) for name in DEFAULTS if getattr(args, name) is not None}
-    for name in FILES:
-        if name in given:
-            given[name] = os.path.abspath(given[name])   # the run may be resumed from another folder
-    if os.path.exists(given.get("model", "")):
-        given["model"] = os.path.abspath(given["model"])
-    if args.resume:
-        stored = read_config(Path(args.out), KINDS)
-        for name, value in given.items():
-            if stored.get(name) != value:
-                raise ValueError(f"--resume goes on with the options of the run, and its {_flag(name)} is "
-                                 f"{stored.get(name)}, not {value}")
-        return {name: stored[name] for name in DEFAULTS}
+    options = merge_options(args, DEFAULTS, KINDS, FILES)
     for name in ("model", "data"):
-        if name not in given:
-            raise UsageError(f"tune wants {_flag(name)}")
-    return {**DEFAULTS, **given}
-
-
-def _flag(name: str) -> str:
-    """The flag of an option: max_len is --max-len."""
-    return f"--{name.replace('_', '-')}"
+        if options[name] is None:
+            raise UsageError(f"tune wants {flag(name)}")
+    return options
 
 
 # ── preparing ────────────────────────────────────────────────────────────────────────────────────────────────────────

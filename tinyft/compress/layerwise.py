@@ -56,7 +56,7 @@ def compress(
               An embedding may be named too, for a rule without data
     done      {path: packed weight}, such as a folder that keeps them: a path that it has is not computed again, and
               every new weight is put into it
-    on_layer  called with the report of each weight when it is in its place
+    on_layer  called with the report of each weight when it is in its place, before `done` gets it
 
     The model evaluates, without dropout. TypeError or ValueError, before anything is changed, for a model with
     attached methods, a weight that is packed already, a rule that needs data without batches, and batches without
@@ -70,9 +70,7 @@ def compress(
     if edit.attached(model):
         raise ValueError(f"compress wants a base without methods, got {edit.attached(model)[-1].name!r} attached: "
                          "merge or detach it first, and attach methods to the compressed model afterwards")
-    found = find_targets(model, targets)
-    if rule.needs_hessian:
-        _check_calibrated(found, rule)
+    found = find_targets(model, rule, targets)
     work = _Work(model, rule, found, {} if done is None else done, on_layer)
     if not rule.needs_hessian:
         for path in found:
@@ -87,10 +85,11 @@ def compress(
     return work.reports
 
 
-def find_targets(model: Module, targets: Any = None) -> dict[str, Module]:
-    """{path: module} of the modules whose weights are to be compressed, in the order of the model.
+def find_targets(model: Module, rule: Rule, targets: Any = None) -> dict[str, Module]:
+    """{path: module} of the modules whose weights a rule is to compress, in the order of the model.
 
-    ValueError for a module without a weight of two axes, and for one whose weight is packed already."""
+    ValueError for a module without a weight of two axes, for one whose weight is packed already, and for an embedding
+    if the rule needs data: it multiplies no inputs."""
     if targets is None:
         blocks = [path for stack in edit.stacks(model).values() for path in stack]
         inside = {path: m for path, m in edit.base_modules(model).items() if edit.inside(path, blocks)}
@@ -105,15 +104,10 @@ def find_targets(model: Module, targets: Any = None) -> dict[str, Module]:
             raise ValueError(f"{path} is packed already: unpack the model first (tinyft.unpack)")
         if not isinstance(module, (Linear, Embedding)):
             raise ValueError(f"compress wants linear maps or embeddings, and {path} is a {type(module).__name__}")
-    return found
-
-
-def _check_calibrated(found: Mapping[str, Module], rule: Rule) -> None:
-    """ValueError for an embedding among the targets of a rule with data: it multiplies no inputs."""
-    for path, module in found.items():
-        if isinstance(module, Embedding):
+        if rule.needs_hessian and isinstance(module, Embedding):
             raise ValueError(f"{type(rule).__name__} wants linear maps; {path} is an embedding, which has no inputs "
                              "to calibrate with: use a rule without data for it, such as RTN")
+    return found
 
 
 class _Work:
@@ -133,12 +127,12 @@ class _Work:
         module = self.remaining.pop(path)
         weight = module.weight
         W = array.asnumpy(weight.data)
+        is_new = path not in self.done
         start = time.perf_counter()
-        if path in self.done:
+        if not is_new:
             packed = self.done[path]
         else:
             packed = self.rule(W, H) if self.rule.needs_hessian else self.rule(W)
-            self.done[path] = packed
         seconds = time.perf_counter() - start
         _follow(packed, weight)
         report = LayerReport(path, _relative_error(W, packed, H), W.nbytes, packed.nbytes, seconds)
@@ -146,6 +140,8 @@ class _Work:
         self.reports.append(report)
         if self.on_layer is not None:
             self.on_layer(report)
+        if is_new:
+            self.done[path] = packed
 
 
 def _follow(packed: Packed, weight: Parameter) -> None:

@@ -20,6 +20,7 @@ from .checked import Stored
 from .codebooks import Codebook
 from .ggml import FORMATS
 from .grouped import Uniform
+from .quantize.int8 import Int8Weight
 
 __all__ = ["arrays", "classes", "description", "restore"]
 
@@ -28,7 +29,7 @@ CLASS = "class"                                          # the key of the class'
 
 def classes() -> dict[str, type[Packed]]:
     """{name: class} of all packed weights that a file can hold. A new class is one more entry."""
-    return {cls.__name__: cls for cls in (Uniform, Codebook, *FORMATS.values())}
+    return {cls.__name__: cls for cls in (Uniform, Codebook, Int8Weight, *FORMATS.values())}
 
 
 def description(packed: Packed) -> dict[str, Any]:

@@ -28,7 +28,8 @@ import numpy as np
 
 from ... import array, checks
 from ...array import Array, xp
-from ...nn import Packed
+from ...nn import FLOATS, Packed
+from ..checked import Stored
 from ..grids import fit_grid
 from ..grouped import as_bits, from_bits
 from ..rule import Rule, check_weight
@@ -132,6 +133,28 @@ class Int8Weight(Packed):
         self.scale_bits = array.asarray(as_bits(scale, "Int8Weight"))            # (out,)
         self.dense = None if dense is None else array.asarray(dense)
         self.unit = array.asarray(np.empty(0, np.float32))     # empty; `to(dtype)` gives it the dtype of dense rows
+
+    def settings(self) -> dict[str, Any]:
+        """How activations are rounded, and the smallest outlier."""
+        return {"activations": self.activations, "threshold": self.threshold}
+
+    @classmethod
+    def restore(cls, shape: tuple[int, int], stored: Stored) -> Int8Weight:
+        """As Packed."""
+        out, width = shape
+        packed = cls.__new__(cls)
+        packed.shape = shape
+        packed.activations = checks.one_of("Int8Weight: activations", stored.setting("activations"), ACTIVATIONS)
+        packed.threshold = stored.setting("threshold")
+        if packed.threshold is not None:
+            checks.number("Int8Weight: threshold", packed.threshold, above=0)
+        packed.codes = stored.array("codes", (width, out), "int8")
+        if packed.codes.min() < -TOP:
+            raise ValueError(f"Int8Weight wants codes from {-TOP} to {TOP}, got {-TOP - 1}")
+        packed.scale_bits = stored.numbers("scale_bits", (out,), "uint16", "uint32")
+        packed.dense = stored.array("dense", shape, *map(str, FLOATS)) if stored.has("dense") else None
+        packed.unit = array.asarray(np.empty(0, np.float32))
+        return packed
 
     def extra_repr(self) -> str:
         outliers = "" if self.threshold is None else f", outliers from {self.threshold:g}"
