@@ -277,7 +277,8 @@ def test_every_other_command_opens_the_result(compressed, gpt, text_file, capsys
     train = write_rows(tmp_path / "train.jsonl", pairs(24))
     run = str(tmp_path / "run")
     tuned = result_of(capsys, "tune", "--model", compressed, "--data", train, "--test", train, "--method", "lora",
-                      "--set", "r=8", "--set", "targets=attn.[qkvo],mlp.up,mlp.down", "--steps", "30", "--lr", "1e-2", "--out", run)
+                      "--set", "r=8", "--set", "targets=attn.[qkvo],mlp.up,mlp.down", "--steps", "30", "--lr", "1e-2",
+                      "--out", run)
     assert tuned["test"]["loss"] < tuned["before"]["loss"] - 0.1
     adapted = result_of(capsys, "eval", "--model", compressed, "--adapter", run, "--data", train)
     assert adapted["loss"] == pytest.approx(tuned["test"]["loss"], rel=1e-5)
