@@ -90,8 +90,8 @@ def test_every_rule_has_its_result_and_its_plan_is_true(method, settings, gpt, c
                                                                                       weights.values()))
     assert 0 < result["error"] < 0.5
     model, _ = ft.load(gpt)
-    rule = make_rule(method, [f"{settings[i][2:]}={settings[i + 1]}" for i in range(0, len(settings), 2)
-                              if settings[i] != "--set"] + [s for s in settings if "=" in s])
+    pairs_of = zip(settings[::2], settings[1::2])
+    rule = make_rule(method, [value if flag == "--set" else f"{flag[2:]}={value}" for flag, value in pairs_of])
     batches = [{"ids": np.zeros((1, 8), int)}] if data else None
     plan = rule_plan.plan_rule(model, rule, batches, list(_paths(weights)))
     assert plan.after == pytest.approx(result["bytes_after"], rel=0.15) and plan.total_seconds > 0

@@ -114,12 +114,15 @@ class NoChange(Rule):
 def _calibration_seconds(model: Module, batches: Sequence[Mapping[str, Any]], paths: Sequence[str]) -> float:
     """The expected time of the passes over all batches: of one batch in the first block, times batches and blocks."""
     blocks = [block for stack in edit.stacks(model).values() for block in stack]
-    inside = {block: [path for path in paths if edit.inside(path, [block])] for block in blocks}
-    used = [block for block in blocks if inside[block]]
+    modules = edit.base_modules(model)
+    used: dict[str, dict[str, Any]] = {}                 # block -> its weights by path
+    for path in paths:
+        for block in blocks:
+            if edit.inside(path, [block]):
+                used.setdefault(block, {})[path] = modules[path].weight
     if not used:
         return 0.0
-    modules = edit.base_modules(model)
-    weights = {path: modules[path].weight for path in inside[used[0]]}
+    weights = next(iter(used.values()))
     start = time.perf_counter()
     try:
         compress(model, NoChange(), batches[:1], targets=list(weights))
