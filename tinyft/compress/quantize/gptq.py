@@ -16,7 +16,7 @@ block is updated; the columns after it get all updates of the block in one matri
 The errors e are the columns of a matrix E (out, in), and  W − Ŵ = E U.  So the loss is ‖E‖², for the damped H.
 
 Departures: U is the inverse of R, where H + λ I = R Rᵀ with R upper triangular. That is the paper's U, the Cholesky
-factor of the inverse, with half of the operations. λ grows if the factorisation fails. The grid of a group is fitted to
+factor of the inverse, with fewer operations. λ grows if the factorisation fails. The grid of a group is fitted to
 weights with all updates; the paper's program reads them without the updates of the block at hand. The mean of diag H
 leaves out dead inputs.
 """

@@ -15,8 +15,9 @@ farther (§5). Each row has its own order and its own G, so that W (out, in) cos
 (gptq.py) takes one order for all rows, which makes it faster by a factor of about `out`.
 
 Departures: `obq_rows` does not write G anew in each step. It keeps the vectors u = G_j,: / √G_jj of the steps so far,
-and computes the row of G that a step needs: G_j,: = H⁻¹_j,: − Σ u_j u. These are the same numbers, with many rows at a
-time, and memory is read where the equations write it. H is damped only if it is close to singular.
+and computes the row of G that a step needs: G_j,: = H⁻¹_j,: − Σ u_j u. These are the same numbers, for many rows at a
+time, and memory is read where the equations write it. (In the order of its steps, the vectors u of a row are the rows
+of GPTQ's factor U.) H is damped only if it is close to singular.
 """
 from __future__ import annotations
 
@@ -84,6 +85,7 @@ def obq_row(
     """One row w (in,) on its grid: its values (in,), the order in which they were rounded (in,), and what each step
     added to the loss (in,); their sum is ½ (w − ŵ) H (w − ŵ)ᵀ.
 
+    H       (in, in), invertible: it is not damped here
     grid    its scale broadcasts against w
     order   None: the paper's; else the order to take"""
     w = np.array(w, np.float64)
