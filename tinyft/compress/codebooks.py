@@ -170,7 +170,7 @@ def quantize_blocks(W: np.ndarray, table: Table, block: int) -> tuple[np.ndarray
     The scale of a block is max |w|. A block of zeros has the scale 0 and the codes of the value 0."""
     out, width = W.shape
     blocks = -(-width // block)
-    codes = np.empty(W.shape, np.uint8)
+    columns = np.empty((width, out), np.uint8)           # as Grouped keeps them: turned while they are in the cache
     scale = np.empty((out, blocks), np.float32)
     step = max(1, CACHE // width)
     for start in range(0, out, step):
@@ -183,8 +183,8 @@ def quantize_blocks(W: np.ndarray, table: Table, block: int) -> tuple[np.ndarray
             a = np.abs(w).max(axis=-1).astype(np.float32)
         u = w / np.where(a == 0, np.float32(1), a)[..., None]
         scale[rows] = a
-        codes[rows] = table.nearest(u).reshape(len(w), -1)[:, :width]
-    return codes, scale
+        columns[:, rows] = table.nearest(u).reshape(len(w), -1)[:, :width].T
+    return columns.T, scale
 
 
 @dataclass(frozen=True)
