@@ -16,7 +16,8 @@ from tinyft import array
 
 HERE = Path(__file__).parent / "benchmarks"
 ROOT = HERE.parents[1]
-MODULES = ("against", "cases", "compat", "paired", "report", "side_tinyft", "side_floor", "side_small", "side_gptq")
+MODULES = ("against", "cases", "compat", "paired", "report", "side_tinyft", "side_floor", "side_small",
+           "side_gptq", "side_nf4")
 pytestmark = pytest.mark.skipif(array.backend() != "numpy", reason="the benchmarks measure NumPy")
 
 
@@ -121,6 +122,20 @@ def test_both_sides_of_gptq_do_the_same_work(bench):
     assert 0.97 < losses[0] / losses[1] < 1.03
     step, _ = side_gptq.start(side_gptq.build(case), case)
     assert step() == 0.0
+
+
+@pytest.mark.parametrize("job, shape", [("encode", None), ("decode", (4096, 64))])
+def test_the_sides_of_nf4_run(bench, job, shape):
+    import side_nf4
+
+    case = bench.cases.Case("nf4", 0, 64, 0, 0, 0, 0, method=job)
+    result = side_nf4.of_tinyft(job, np.zeros((4096, 64), np.float32))()
+    assert shape is None or result.shape == shape
+    assert side_nf4.weight_bytes(case) == 4096 * 64 * 4
+    row = {"case": job, "threads": 2, "bytes": 400e6, "seconds": {"tinyft": 1.9}, "ratios": {}}
+    assert "211 MB/s ✓" in "".join(bench.report.nf4([row]))
+    row["seconds"] = {"tinyft": 2.1}
+    assert "190 MB/s ✗" in "".join(bench.report.nf4([row]))
 
 
 def test_the_floor_has_the_matrix_products_of_a_step(bench):

@@ -28,6 +28,7 @@ from typing import Any
 
 import against
 import cases
+import side_nf4
 import side_packed
 import side_real
 from cases import BERT, GPT, Case, layer_case, small_case
@@ -130,6 +131,19 @@ def small(options: argparse.Namespace) -> Rows:
         yield {"case": name, "peer": peer, **measure(sides, options.rounds)}
 
 
+def nf4(options: argparse.Namespace) -> Rows:
+    """Encoding and decoding a weight in NF4 with double quantization, beside bitsandbytes."""
+    width = 512 if options.quick else 4096
+    libraries = ["tinyft", *available("bitsandbytes")]
+    for threads in options.threads:
+        for job in ("encode", "decode"):
+            sides = []
+            for library in libraries:
+                c = Case("nf4", 0, width, 0, 0, 0, 0, library, method=job)
+                sides.append(side("nf4", c, threads, library))
+            yield {"case": job, "threads": threads, "bytes": side_nf4.weight_bytes(c), **measure(sides, options.rounds)}
+
+
 def real(options: argparse.Namespace) -> Rows:
     """Real checkpoints: tinyft, and transformers with PEFT. Peak memory of the whole process, for training."""
     peers = ["torch"] if available("torch", "transformers", "peft", "gguf") == REAL_PEERS else []
@@ -195,6 +209,7 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], Rows]] = {
     "methods": methods,
     "memories": memories,
     "small": small,
+    "nf4": nf4,
     "real": real,
     "gptq": gptq,
     "packed": packed,

@@ -145,6 +145,22 @@ def small(rows: list[dict]) -> list[str]:
     return table(["", "tinyft", "peer", "peer's time", "peer / tinyft"], lines)
 
 
+NF4_SPEED = 200e6  # bytes of float32 a second, at least, on two cores
+
+
+def nf4(rows: list[dict]) -> list[str]:
+    """Encoding and decoding in NF4: bytes of float32 a second."""
+    lines = []
+    for row in rows:
+        rate = row["bytes"] / row["seconds"]["tinyft"]
+        mark = ""
+        if row["threads"] == 2:
+            mark = " ✓" if rate >= NF4_SPEED else " ✗"
+        speed = f"{rate / 1e6:.0f} MB/s{mark}"
+        lines.append([row["case"], row["threads"], speed, spread(row["ratios"].get("bitsandbytes"))])
+    return table(["", "threads", "tinyft", "bitsandbytes / tinyft"], lines)
+
+
 JOBS = {  # of a real checkpoint: title, the target of PyTorch / tinyft by number of threads
     "lora_step": ("LoRA step of SmolLM2, all positions labelled", {1: 1.0}),
     "lora_masked": ("LoRA step of SmolLM2, prompt masked", {1: 1.2}),
@@ -320,6 +336,10 @@ them transformers with its default attention, and PEFT's LoRA. A step is r = 8 o
 computes logits only where a label stands, so a masked prompt saves the products of the output layer; PyTorch's side
 computes all logits, as its Trainer does. Memory is the peak of the whole process, libraries and weights included.
 """
+NF4_TEXT = """
+A weight of 4096 × 4096, in bytes of its float32 form a second. The target, on two cores, is 200 MB/s. bitsandbytes is
+its CPU backend.
+"""
 GPTQ_TEXT = """
 The Hessian of 4,096 tokens and GPTQ at 4 bits, in groups of 128, with 1 % damping and blocks of 128 columns. PyTorch:
 the plain algorithm as the paper's program has it, in float32, with three factorisations; it gives the rounded weight,
@@ -336,6 +356,7 @@ SECTIONS = {
     "methods": ("Fine-tuning steps", METHODS_TEXT, methods),
     "memories": ("Peak memory of a step", MEMORIES_TEXT, memories),
     "small": ("Costs that do not grow with the model", "", small),
+    "nf4": ("NF4 with double quantization", NF4_TEXT, nf4),
     "real": ("Real checkpoints", REAL_TEXT, real),
     "gptq": ("GPTQ of one layer", GPTQ_TEXT, gptq),
     "packed": ("Products with packed weights", PACKED_TEXT, packed),
