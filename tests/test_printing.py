@@ -8,8 +8,8 @@ import pytest
 from contract import KINDS, build
 from test_nn import Int8, Tree
 
-from tinyft import GPT, GPTConfig, Houlsby, LoRA, Partial, PrefixTuning, attach, count, detach, printing
-from tinyft.nn import Dropout, Linear
+from tinyft import GPT, RTN, GPTConfig, Houlsby, LoRA, Partial, PrefixTuning, attach, compress, count, detach, printing
+from tinyft.nn import Dropout, Linear, Packed
 
 
 def lines_of(module: object) -> list[str]:
@@ -99,6 +99,31 @@ def test_buffers_packed_weights_and_shared_parts_are_shown():
     assert f"and {total:,} in edits; {total:,} train" in repr(model)              # the shared part counts once
     attach(model, Houlsby(m=2, norms=False))
     assert "+ houlsby" in repr(model) and "+ prefixtuning" in repr(model)
+
+
+def test_a_packed_weight_is_one_readable_line_and_is_counted():
+    """As its dense form, frozen, under its module; its buffers are not listed."""
+    model = build("gpt")
+    names = [text.split()[0] for text in lines_of(model)[2:]]
+    compress(model, RTN(4, 8))
+    text = repr(model)
+    weights = [m for m in model.modules() if isinstance(m, Packed)]
+    entries = sum(int(np.prod(w.shape)) for w in weights)
+    nbytes = sum(w.nbytes for w in weights)
+    assert lines_of(model)[0].endswith(f"all train; {entries:,} weights packed in {nbytes:,} bytes")
+    assert count(model).total == entries + sum(p.size for p in model.parameters())
+    assert "buffer" not in text and "scale_bits" not in text
+    rows = [line.split() for line in lines_of(model)[2:]]
+    assert [row[0] for row in rows if row[0] != "weight"] == names
+    weight = model.blocks[0].attn.q.weight
+    line = rows[[row[0] for row in rows].index("q") + 1]
+    assert line[:4] == ["weight", "Uniform", f"{int(np.prod(weight.shape)):,}", "packed"]
+    assert f"affine {tuple(weight.shape)}, 4 bits in groups of 8, {weight.nbytes:,} bytes" in text
+    assert repr(weight) == (f"Uniform: {int(np.prod(weight.shape)):,} weights packed in {weight.nbytes:,} bytes; "
+                            f"{weight.extra_repr()}")
+    attach(model, LoRA(r=1, targets="attn.q"))
+    assert "in edits; " in repr(model) and "+ lora" in repr(model)
+    assert count(model).trained == sum(p.size for p in model.parameters() if p.requires_grad)
 
 
 def test_mixed_dtypes_are_not_named_as_one():

@@ -10,9 +10,14 @@
         + lora    LowRank              32  trains    A (1, 16), B (16, 1)
 
 Columns: the name; the class; the number of parameters in the part and all below it; what of them trains; the shapes.
+A packed weight counts with the entries of its dense form, which are frozen:
+
+      q           Linear          331,776  frozen    bias (576,)
+        weight    Uniform         331,776  packed    affine (576, 576), 4 bits in groups of 64, 176,256 bytes
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -36,6 +41,22 @@ class Tree(Protocol):
 
     def named_parameters(self) -> dict[str, Tensor]:
         """{full name: tensor} of the module and of all below it; a shared tensor once."""
+        ...
+
+
+@runtime_checkable
+class PackedTree(Tree, Protocol):
+    """A packed weight, as far as it is printed: its settings are shown, and none of its arrays."""
+
+    shape: tuple
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its arrays."""
+        ...
+
+    def dequantize(self) -> Any:
+        """The dense weight."""
         ...
 
 
@@ -66,6 +87,28 @@ def describe(module: Tree) -> str:
 def _summary(module: Tree) -> str:
     """The numbers of parameters in words: of the base, in edits, and of those that train."""
     parameters = module.named_parameters()
+    packed = _packed_below(module)
+    if packed:
+        entries = sum(math.prod(weight.shape) for weight in packed)
+        nbytes = sum(weight.nbytes for weight in packed)
+        more = f"{entries:,} weights packed in {nbytes:,} bytes"
+        return f"{_summary_of_parameters(parameters)}; {more}" if parameters else more
+    return _summary_of_parameters(parameters)
+
+
+def _packed_below(module: Tree) -> list[PackedTree]:
+    """The packed weights of a module and of all below it, each once."""
+    if isinstance(module, PackedTree):
+        return [module]
+    found: dict[int, PackedTree] = {}
+    for _, part in module.parts():
+        if isinstance(part, Tree):
+            found |= {id(weight): weight for weight in _packed_below(part)}
+    return list(found.values())
+
+
+def _summary_of_parameters(parameters: dict[str, Tensor]) -> str:
+    """The numbers of parameters in words; see _summary."""
     if not parameters:
         return "no parameters"
     in_edits = sum(p.size for name, p in parameters.items() if "edits" in name.split("."))
@@ -99,7 +142,7 @@ def _rows_below(module: Tree, depth: int) -> list[Row]:
 def _rows_of(name: str, part: Tree, depth: int) -> list[Row]:
     """The line of one part, and those of all below it."""
     tensors = part.named_parameters().values()
-    total = sum(p.size for p in tensors)
+    total = sum(p.size for p in tensors) + sum(math.prod(weight.shape) for weight in _packed_below(part))
     trained = sum(p.size for p in tensors if p.requires_grad)
     trains = f"{trained:,} train"
     if total == 0:
@@ -107,7 +150,7 @@ def _rows_of(name: str, part: Tree, depth: int) -> list[Row]:
     elif trained == total:
         trains = "trains"
     elif trained == 0:
-        trains = "frozen"
+        trains = "packed" if isinstance(part, PackedTree) else "frozen"
     shown = f"+ {name.removeprefix(EDITS)}" if name.startswith(EDITS) else name
     count = f"{total:,}" if total else ""
     return [Row(depth, shown, type(part).__name__, count, trains, _details(part)), *_rows_below(part, depth + 1)]
@@ -115,6 +158,8 @@ def _rows_of(name: str, part: Tree, depth: int) -> list[Row]:
 
 def _details(module: Tree) -> str:
     """The module's own tensors and buffers with their shapes, and its settings."""
+    if isinstance(module, PackedTree):
+        return module.extra_repr()
     texts = []
     for name, value in module.parts():
         if isinstance(value, Tensor):

@@ -88,8 +88,8 @@ def compress(
 def find_targets(model: Module, rule: Rule, targets: Any = None) -> dict[str, Module]:
     """{path: module} of the modules whose weights a rule is to compress, in the order of the model.
 
-    ValueError for a module without a weight of two axes, for one whose weight is packed already, and for an embedding
-    if the rule needs data: it multiplies no inputs."""
+    ValueError for a module without a weight of two axes, for a weight that is packed already or holds inf or NaN, and
+    for an embedding if the rule needs data: it multiplies no inputs."""
     if targets is None:
         blocks = [path for stack in edit.stacks(model).values() for path in stack]
         inside = {path: m for path, m in edit.base_modules(model).items() if edit.inside(path, blocks)}
@@ -107,6 +107,8 @@ def find_targets(model: Module, rule: Rule, targets: Any = None) -> dict[str, Mo
         if rule.needs_hessian and isinstance(module, Embedding):
             raise ValueError(f"{type(rule).__name__} wants linear maps; {path} is an embedding, which has no inputs "
                              "to calibrate with: use a rule without data for it, such as RTN")
+        if not np.isfinite(array.asnumpy(weight.data)).all():
+            raise ValueError(f"{path} wants finite weights, got inf or NaN")
     return found
 
 
