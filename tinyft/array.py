@@ -72,6 +72,9 @@ def _open(name: str) -> Any:
     if name == "strict":
         from . import strict
         return _register(name, strict.Array, strict.xp)
+    if name == "sizes":
+        from . import sizes
+        return _register(name, sizes.Sizes, sizes.xp)
     if name == "cupy":
         if reason := why_no_cupy():
             raise BackendError(f"cannot use the backend 'cupy': {reason}")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -38,11 +39,18 @@ def install() -> None:
     dispatch.register(OPS["_packed_linear"], np.ndarray, packed.packed_linear)
     dispatch.register(widen_half, np.ndarray, packed.widen_half)
     array.on_open("cupy", _register_cuda)
+    array.on_open("sizes", _register_sizes)
 
 
 def _register_cuda(kind: type, module: ModuleType) -> None:
     from . import cuda
     cuda.register(kind, module)
+
+
+def _register_sizes(kind: type, module: Any) -> None:
+    from .sizes import kernels
+    for definition, kernel in kernels().items():
+        dispatch.register(definition, kind, kernel)
 
 
 def capture(step: Callable, fallback: Callable | None = None) -> Callable:

@@ -346,7 +346,7 @@ def layer_norm(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float = 1e-5) -
             e -= mean_e[:, None]
             e -= h[s] * mean_eh[:, None]
             e *= r[s]
-        blocks(len(X), block, n)
+        blocks(len(h), block, n)                         # not len(X): that would keep x until backward
         return d.reshape(shape)
     return y.reshape(shape), (dx, lambda g: np.einsum("ij,ij->j", g.reshape(-1, n), h), _column_sum)
 
