@@ -43,6 +43,7 @@ from .embed import embed
 from .formats.huggingface import classifier, load, save
 from .kernels import capture, get_num_threads, set_num_threads
 from .learn import check
+from .memory import largest_batch, memory
 from .methods import *  # noqa: F403                    every method of its table: a new one needs no line here
 from .methods import ALL as _METHODS
 from .methods import methods
@@ -89,6 +90,8 @@ __all__ = [
     "constant_schedule", "linear_schedule", "cosine_schedule", "recompute",
     # 16 bits
     "autocast", "GradScaler", "set_float32_matmul_precision", "get_float32_matmul_precision",
+    # costs
+    "memory", "largest_batch",
     # devices, threads, errors
     "capture", "kernels", "peak_memory", "set_num_threads", "get_num_threads",
     "BackendError", "CannotCapture", "Diverged", "ShapeError",

@@ -51,6 +51,11 @@ class Ledger:
             self.peak = self.total
             self.at_peak = dict(self.live)
 
+    def restart_peak(self) -> None:
+        """Let the peak begin at what lives now."""
+        self.peak = self.total
+        self.at_peak = dict(self.live)
+
     def multiply(self, n: int) -> None:
         """Count n multiplications with their additions."""
         self.flops[self.phase] = self.flops.get(self.phase, 0) + 2 * n
@@ -155,24 +160,30 @@ class Sizes:
     # ── views ──
     def viewed(self, layout: np.ndarray, dtype: Any = None) -> Sizes:
         """A view of this memory with another layout."""
-        return Sizes(layout, self.dtype if dtype is None else dtype, self.memory, self if self.base is None else self.base)
+        base = self if self.base is None else self.base
+        return Sizes(layout, self.dtype if dtype is None else dtype, self.memory, base)
 
     def reshape(self, *shape: Any) -> Sizes:
         """A view, or a copy where NumPy would copy."""
-        shape = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
-        shape = tuple(np.broadcast_to(_BYTE[0], self.shape).reshape(shape).shape) if -1 in tuple(shape) else tuple(shape)
+        shape = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        if -1 in shape:
+            known = math.prod(n for n in shape if n != -1)
+            shape = tuple(self.size // max(known, 1) if n == -1 else n for n in shape)
         if math.prod(shape) != self.size:
             raise ValueError(f"cannot reshape {self.shape} into {shape}")
         layout = _reshaped(self.layout, shape)
         return new(shape, self.dtype) if layout is None else self.viewed(layout)
 
     def swapaxes(self, i: int, j: int) -> Sizes:
+        """A view with two axes exchanged."""
         return self.viewed(self.layout.swapaxes(i, j))
 
     def transpose(self, *axes: Any) -> Sizes:
+        """A view with the axes in another order."""
         return self.viewed(self.layout.transpose(*axes))
 
     def ravel(self) -> Sizes:
+        """One axis."""
         return self.reshape(-1)
 
     def view(self, dtype: Any) -> Sizes:
@@ -189,20 +200,26 @@ class Sizes:
         if not any(isinstance(p, (Sizes, np.ndarray, list)) for p in parts):
             full = parts if any(p is Ellipsis for p in parts) else (*parts, Ellipsis)    # a view, also of one entry
             return self.viewed(self.layout[full])
-        shape = np.broadcast_to(_BYTE[0], self.shape)[tuple(_host_part(p) for p in parts)].shape
-        return new(shape, self.dtype)
+        indexed = len(parts)                              # the axes after these stay as they are
+        if any(p is None or p is Ellipsis for p in parts):
+            indexed = self.ndim
+        selected = np.broadcast_to(_BYTE[0], self.shape[:indexed])[tuple(_host_part(p) for p in parts)]
+        return new(selected.shape + self.shape[indexed:], self.dtype)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         """Nothing: there are no numbers to write."""
 
     # ── new arrays ──
     def astype(self, dtype: Any, copy: bool = True) -> Sizes:
+        """A new array of another dtype."""
         return self if not copy and self.dtype == dtype else new(self.shape, dtype, self)
 
     def copy(self) -> Sizes:
+        """A new array in C order."""
         return new(self.shape, self.dtype)
 
     def clip(self, low: Any = None, high: Any = None) -> Sizes:
+        """A new array."""
         return new(self.shape, self.dtype, self)
 
     def __matmul__(self, other: Any) -> Sizes:

@@ -1,10 +1,12 @@
-"""The commands that work on a user's own models and files: tune, eval, generate, chat, merge, embed, convert, compress.
+"""The commands that work on a user's own models and files: tune, eval, generate, chat, merge, embed, convert, compress,
+memory.
 
     arguments.py    the parser, and the values of options          settings.py   --method and --set
     opening.py      models, adapters, and the folder of results    rows.py       the rows of a data file as batches
     running.py      the folder of a run: config, log, curve        plan.py       memory and time of a run, measured
     layers.py       the folder of a compression            rule_plan.py, calibration.py       its plan and its data
-    tune.py  evaluating.py  generating.py  converting.py  compressing.py           the commands themselves
+    tune.py  evaluating.py  generating.py  converting.py  compressing.py  accounting.py
+                                                                   the commands themselves
 
 Nothing heavy is imported until a command runs.
 """
@@ -32,6 +34,7 @@ def register(commands: argparse._SubParsersAction) -> None:
     _add_embed(commands)
     _add_convert(commands)
     _add_compress(commands)
+    _add_memory(commands)
 
 
 def _command(commands: argparse._SubParsersAction, name: str, text: str, example: str) -> argparse.ArgumentParser:
@@ -225,6 +228,32 @@ def _add_compress(commands: argparse._SubParsersAction) -> None:
     c.set_defaults(run=_compress)
 
 
+# ── costs ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+def _add_memory(commands: argparse._SubParsersAction) -> None:
+    c = _command(
+        commands, "memory", "the memory and the operations of a fine-tuning, without running it",
+        "tinyft memory --model base-gpt --method lora --batch 4 --length 128 --budget 8GB",
+    )
+    c.add_argument("--model", metavar="MODEL", help=MODEL)
+    c.add_argument("--packed", action="store_true", help="keep the 4-bit or 8-bit weights of a .gguf file as they are")
+    c.add_argument("--config", metavar="NAME", help="in place of a model, the sizes of a known one without weights: "
+                   "gpt2, gpt3, bert-large, llama-7b ...")
+    c.add_argument("--method", metavar="METHOD", help="a method of `tinyft methods` (default: everything trains)")
+    c.add_argument("--set", metavar="FIELD=VALUE", action="append", default=[],
+                   help="a hyper-parameter of the method, such as r=8; may be repeated")
+    c.add_argument("--batch", type=whole(1), default=1, help="rows in a batch (default: 1)")
+    c.add_argument("--length", type=whole(1), default=128, help="tokens of a row (default: 128)")
+    c.add_argument("--weights", metavar="KIND", help="float32, float16, bfloat16, or for the maps of the blocks "
+                   "nf4, nf4-double, int8, q4_0, q4_1, q8_0")
+    c.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw", help="(default: adamw)")
+    c.add_argument("--autocast", choices=("bfloat16", "float16"), help="matrix products in 16 bits")
+    c.add_argument("--accumulate", type=whole(1), default=1, help="batches in an update (default: 1)")
+    c.add_argument("--recompute", action="store_true", help="compute the activations of a block again in backward")
+    c.add_argument("--budget", metavar="BYTES", help="also find the largest batch for this memory, such as 8GB or 8GiB")
+    c.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    c.set_defaults(run=_memory)
+
+
 # ── the commands: each imports its module when it runs ───────────────────────────────────────────────────────────────
 def _tune(args: argparse.Namespace) -> int:
     from .tune import run
@@ -263,4 +292,8 @@ def _convert(args: argparse.Namespace) -> int:
 
 def _compress(args: argparse.Namespace) -> int:
     from .compressing import run
+
+
+def _memory(args: argparse.Namespace) -> int:
+    from .accounting import run
     return run(args)

@@ -108,7 +108,8 @@ def layer_norm(x: Sizes, w: Sizes, b: Sizes, eps: float = 1e-5) -> Any:
         return y, (None, None, None)
     h = new(x.shape, F32)                                # x̂
     r = new((x.size // x.shape[-1], 1), F32)
-    return y, (Pullback(x.shape, h, w, r), Pullback(w.shape, h), Pullback(b.shape))
+    ones = new(w.shape, F32)                             # for sums along a row
+    return y, (Pullback(x.shape, h, w, r, ones), Pullback(w.shape, h), Pullback(b.shape))
 
 
 def embedding(W: Sizes, ids: Sizes) -> Any:
@@ -133,7 +134,7 @@ def cross_entropy(z: Sizes, y: Any, weight: Any = None, ignore_index: int = -100
     n = len(Z)
     has_label = y != ignore_index
     rows = [has_label, new(n, np.int64), new(n, F32), new(n, F32), new((n, 1), F32)]     # labels, w, sums, top
-    return new((), F32), (Pullback(z.shape, Z, y, *rows), None, None)
+    return new((), F32), (Pullback(z.shape, Z, *rows), None, None)
 
 
 def dropout(x: Sizes, p: float, key: Any) -> Any:
