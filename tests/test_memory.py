@@ -168,8 +168,20 @@ def owner(a: Any) -> Any:
     return a
 
 
-def ids_like(a: np.ndarray) -> np.ndarray:
-    return np.zeros(a.shape, np.int64)
+def without(arrays: list[Any], a: Any) -> list[Any]:
+    return [b for b in arrays if b is not a]
+
+
+def loss_of(z: Any) -> Tensor:
+    return ops.cross_entropy(z, array.asarray(np.zeros(7, np.int64)))
+
+
+def dropped(z: Any) -> Tensor:
+    return ops.dropout(z, 0.1, 3)
+
+
+def looked_up(W: Any) -> Tensor:
+    return ops.embedding(W, array.asarray(np.zeros((2, 3), np.int64)))
 
 
 OPS = {
@@ -180,9 +192,9 @@ OPS = {
     "gelu_tanh": lambda x, n: (ops.gelu_tanh, [x(n, 64)]),
     "swiglu": lambda x, n: (ops.swiglu, [x(7, 12), x(7, 12)]),
     "attention": lambda x, n: (ops.attention, [x(2, 4, n // 20, 8), x(2, 2, n // 20, 8), x(2, 2, n // 20, 8)]),
-    "cross_entropy": lambda x, n: (lambda z: ops.cross_entropy(z, array.asarray(np.zeros(7, np.int64))), [x(7, 12)]),
-    "dropout": lambda x, n: (lambda z: ops.dropout(z, 0.1, 3), [x(8, 12)]),
-    "embedding": lambda x, n: (lambda W: ops.embedding(W, array.asarray(np.zeros((2, 3), np.int64))), [x(9, 4)]),
+    "cross_entropy": lambda x, n: (loss_of, [x(7, 12)]),
+    "dropout": lambda x, n: (dropped, [x(8, 12)]),
+    "embedding": lambda x, n: (looked_up, [x(9, 4)]),
 }
 
 
@@ -199,7 +211,7 @@ def test_a_counterpart_keeps_what_its_kernel_keeps(name, n):
             tensors = [Tensor(a, requires_grad=bool(chosen >> i & 1)) for i, a in enumerate(arrays)]
             y = f(*tensors)
             beside = kept_bytes(y, arrays)
-            held = [kept_bytes(y, [b for b in arrays if b is not a]) - beside for a in arrays]
+            held = [kept_bytes(y, without(arrays, a)) - beside for a in arrays]
             arguments.append((chosen, beside, held))
         found.append(arguments)
     assert found[0] == found[1]

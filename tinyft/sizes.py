@@ -298,7 +298,7 @@ def elementwise(f: np.ufunc, *operands: Any, out: Any = None) -> Any:
     if not arrays:
         return f(*operands)
     shape = np.broadcast_shapes(*(a.shape for a in arrays))
-    kinds = tuple(np.dtype(a.dtype) if hasattr(a, "dtype") else type(a) for a in operands)
+    kinds = tuple(np.dtype(a.dtype) if isinstance(a, (Sizes, np.ndarray, np.generic)) else type(a) for a in operands)
     like = next((a for a in arrays if isinstance(a, Sizes) and a.shape == shape), None)
     return new(shape, _dtype_of(f, kinds), like)
 
@@ -461,7 +461,7 @@ class _Module:
 
     # values
     def where(self, condition: Any, a: Any, b: Any) -> Sizes:
-        like = [x for x in (a, b) if hasattr(x, "dtype")]
+        like = [x for x in (a, b) if isinstance(x, (Sizes, np.ndarray, np.generic))]
         kinds = [x.dtype for x in like] or [np.result_type(a, b)]
         shape = np.broadcast_shapes(*(getattr(x, "shape", ()) for x in (condition, a, b)))
         return new(shape, np.result_type(*kinds))

@@ -167,11 +167,11 @@ def attention(q: Sizes, k: Sizes, v: Sizes, bias: Any = None, *, key_mask: Any =
     if causal:
         held.append(new((rows, rows), F32))
     groups = tiled.tiles(B, H, k.shape[1], t, s, causal)
-    sizes = [sum(_scores(tile, q.shape, k.shape[1]) for tile in group) for group in groups]
+    sizes = [_scores(tile, q.shape, k.shape[1]) for group in groups for tile in group]
     fits = B * H * t * s <= tiled.TILE
     if fits:
         held.append(new(sum(sizes), F32))                # E of all tiles
-    largest = max(_scores(tile, q.shape, k.shape[1]) for group in groups for tile in group)
+    largest = max(sizes)
     _count(2 * sum(sizes) * D)
     _hold(new(largest, F32))
 

@@ -13,9 +13,10 @@ scores:
 
     A = s B h (16 c + 2) + a s² B (2 c + 1);      c = 2 gives their s B h (34 + 5 a s/h)
 
-This library keeps the normalised x̂ in the place of a norm's input, computes the scores again (flash attention), and has
-no dropout unless it is asked for: 16 c s B h + small rows. Frozen linear maps keep no input: with all of them frozen,
-6 of the 16 floats go (the inputs of q, k, v, of `up` and of `down`); the input of o is also the value of attention.
+This library keeps the normalised x̂ in the place of a norm's input, and computes the scores again (flash attention). It
+has no dropout unless it is asked for: 16 c s B h + small rows. Frozen linear maps keep no input: with all of them
+frozen, 6 of the 16 floats go (the inputs of q, k, v, of `up` and of `down`). The input of o is also the value of
+attention, which stays.
 """
 from __future__ import annotations
 
