@@ -292,6 +292,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 def _compress(args: argparse.Namespace) -> int:
     from .compressing import run
+    return run(args)
 
 
 def _memory(args: argparse.Namespace) -> int:
