@@ -57,6 +57,8 @@ SUITES = {
     "train/batch.py": ["test_train.py", "test_loss.py", "test_fit_arguments.py"],
     "train/evaluate.py": ["test_train.py", "test_loss.py", "test_fit_arguments.py"],
     "train/phases.py": ["test_train.py"],
+    "compress/codebooks.py": ["test_codebooks.py"],
+    "compress/quantize/nf4.py": ["test_codebooks.py", "test_qlora.py"],
     "compress/ggml.py": ["test_ggml.py"],
     "compress/quantize/gptq.py": ["test_obq_gptq.py"],
     "compress/quantize/obq.py": ["test_obq_gptq.py"],
