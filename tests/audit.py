@@ -67,6 +67,9 @@ SUITES = {
     "compress/quantize/awq.py": ["test_awq.py"],
     "compress/quantize/int8.py": ["test_int8.py"],
     "compress/quantize/smoothquant.py": ["test_smoothquant.py"],
+    "memory/formulas.py": ["test_memory.py"],
+    "memory/inference.py": ["test_memory.py"],
+    "memory/training.py": ["test_memory.py"],
     "adapters/combine.py": ["test_protocol.py", "test_methods.py"],
     "decode.py": ["test_decode.py"],
 }

@@ -82,6 +82,7 @@ CASES = [
     *[(LLAMA, name, 6, {}) for name in ("full", "lora")],
     (GPT, "full", 4, {"autocast": "bfloat16"}), (GPT, "lora", 4, {"autocast": "bfloat16"}),
     (GPT, "full", 4, {"weights": "bfloat16"}), (GPT, "lora", 4, {"weights": "bfloat16"}),
+    (GPT, "full", 4, {"recompute": True}), (GPT, "lora", 6, {"recompute": True}),
     (GPT, "full", 4, {"optimizer": ft.SGD(0.1)}), (GPT, "full", 4, {"accumulate": 2}),
     (ft.GPTConfig(vocab=512, positions=128, width=160, layers=2, heads=5, dropout=0.1), "full", 6, {}),
 ]
@@ -406,7 +407,7 @@ def test_gpt3_with_lora_of_rank_4():
     assert all_fixed / fixed == pytest.approx(9.0, abs=0.05)
 
 
-def test_the_largest_batch_fits_and_the_next_does_not():
+def test_the_largest_batch_fits_and_the_next_does_not(monkeypatch):
     options = {"length": 64}
     small = ft.GPTConfig(vocab=200, positions=64, width=64, layers=1, heads=2)
     for budget in (1e6, 5e6):
@@ -415,6 +416,8 @@ def test_the_largest_batch_fits_and_the_next_does_not():
         assert ft.memory(small, ft.LoRA(), batch=n, **options).peak <= budget
         assert ft.memory(small, ft.LoRA(), batch=n + 1, **options).peak > budget
     assert ft.largest_batch(small, 1e5, ft.LoRA(), **options) == 0
+    monkeypatch.setattr(training, "MOST_TOKENS", 64 * 3)
+    assert ft.largest_batch(small, 1e12, **options) == 3
     with pytest.raises(TypeError, match="without batch="):
         ft.largest_batch(GPT, 1e8, batch=3)
 
@@ -450,6 +453,13 @@ def test_the_operations_are_the_products_that_run(config, name, counted_products
     with kernels.definitions():
         report = ft.memory(config, METHODS[name], batch=2, length=20)
     assert report.flops == {"forward": counted_products["forward"], "backward": counted_products["backward"]}
+
+
+def test_accumulation_needs_the_memory_of_two_batches_and_the_operations_of_all():
+    two = ft.memory(GPT, length=32, accumulate=2)
+    five = ft.memory(GPT, length=32, accumulate=5)
+    assert five.peak == two.peak
+    assert five.flops == {name: n * 5 // 2 for name, n in two.flops.items()}
 
 
 def test_training_takes_three_forward_passes_and_the_formula_of_the_weights():

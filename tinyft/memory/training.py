@@ -20,7 +20,7 @@ import copy
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 PACKED_BITS = {"nf4": 4 + 32 / 64, "nf4-double": 4 + 8 / 64 + 32 / (64 * 256), "int8": 8.0,
                "q4_0": 4.5, "q4_1": 5.0, "q8_0": 8.5}
 DENSE = 1 << 20                                          # dense weights that a packed product holds at a time
+MOST_TOKENS = 1 << 24                                    # of the largest batch that is tried: its ids are real
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class Memory:
     copies         bytes of the trained base tensors' first values, which `attach` keeps for `detach`
     optimizer      bytes of the moments, and of the float32 master weights of 16-bit parameters
     activations    bytes that live at the peak and were allocated in a forward pass
-    gradients      the same of the backward pass: of parameters, and on their way
+    gradients      the same of the backward pass: of parameters, and on their way; with recompute, also the activations
+                   of the block that ran again
     other          the rest of the peak: arrays of a start or of an update
     peak           the most bytes that live at once: the sum of the six parts
     kept           bytes of the forward pass that live when backward starts
@@ -137,6 +139,7 @@ def memory(
     TypeError or ValueError for arguments that make no sense, such as a length beyond the model's positions."""
     checks.whole("memory: batch", batch, least=1)
     checks.whole("memory: length", length, least=1)
+    checks.whole("memory: accumulate", accumulate, least=1)
     checks.number("memory: labelled", labelled, above=0, high=1)
     optimizer = AdamW(1e-3) if optimizer is None else copy.copy(optimizer)
     checks.instance("memory: optimizer", optimizer, Optimizer, "an optimiser")
@@ -149,11 +152,12 @@ def memory(
                 edit.attach(sized, method)
         ledger.restart_peak()                            # weights that were packed here were never dense elsewhere
         loss = _Counted()
-        options = {"recompute": True} if recompute else {}
+        run = min(accumulate, 2)                         # a third batch needs no more than the second
         with ledger.during("backward"):
             fit(sized, [_batch(sized, batch, length, labelled)], 1, optimizer, loss=loss, autocast=autocast,
-                accumulate=accumulate, progress=False, **options)
-        return _report(sized, optimizer, ledger, loss, f"{batch} × {length} tokens", weights, batch * length)
+                accumulate=run, recompute=recompute, progress=False)
+        report = _report(sized, optimizer, ledger, loss, f"{batch} × {length} tokens", weights, batch * length)
+    return replace(report, flops={name: n * accumulate // run for name, n in report.flops.items()})
 
 
 @contextmanager
@@ -227,19 +231,21 @@ def _report(
 def largest_batch(model: Any, budget: float, method: Method | None = None, **options: Any) -> int:
     """The largest batch whose training needs at most `budget` bytes; 0 if a batch of one row needs more.
 
-    method, options: as in memory, except batch. The peak grows with the batch, so the search halves an interval."""
+    method, options: as in memory, except batch. The peak grows with the batch, so the search halves an interval. It
+    ends at 2²⁴ tokens: a larger budget gives that batch."""
     checks.number("largest_batch: budget", budget, above=0)
     if "batch" in options:
         raise TypeError("largest_batch searches the batch: call it without batch=")
+    most = max(1, MOST_TOKENS // checks.whole("largest_batch: length", options.get("length", 128), least=1))
 
     def fits(n: int) -> bool:
         return memory(model, method, batch=n, **options).peak <= budget
     if not fits(1):
         return 0
     low = 1
-    while fits(2 * low):
-        low *= 2
-    high = 2 * low                                       # low fits, high does not
+    while low < most and fits(min(2 * low, most)):
+        low = min(2 * low, most)
+    high = min(2 * low, most + 1)                        # low fits; high does not, or is too many
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
