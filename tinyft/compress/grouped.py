@@ -257,6 +257,7 @@ class Uniform(Grouped):
         if needs_zero != (zero is not None):
             raise ValueError(f"Uniform: the {kind} grid wants {'zero points' if needs_zero else 'no zero points'}")
         self.zero_codes = None
+        _check_reach(scale, fixed_zero(kind, bits) if zero is None else zero, top_code(kind, bits))
         if zero is not None:
             if zero.shape != scale.shape:
                 raise ValueError(f"Uniform wants zero points of shape {scale.shape}, got {zero.shape}")
@@ -322,6 +323,15 @@ def from_bits(bits: Array) -> Array:
     if bits.dtype == np.uint16:
         return dispatch.run(widen_half, type(bits), bits)
     return bits.view(np.float32)
+
+
+def _check_reach(scale: np.ndarray, zero: Any, top: int) -> None:
+    """ValueError unless all values s (q − z) of a grid, q = 0 ... top, are finite in float32."""
+    with np.errstate(over="ignore"):
+        reach = scale.astype(np.float32) * np.maximum(zero, top - zero).astype(np.float32)
+    if not np.isfinite(reach).all():
+        raise ValueError("Uniform wants values that float32 holds, got a grid that goes beyond them: "
+                         "the weights are too near to the largest number")
 
 
 def _checked_order(order: np.ndarray, n: int, name: str) -> np.ndarray:

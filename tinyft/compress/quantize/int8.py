@@ -87,7 +87,10 @@ class LLMInt8(Rule):
 def quantize_weight(W: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(codes (out, in) int8, scales (out,)) of W (out, in): each row has the scale max |w| / 127."""
     grid = fit_grid(W, "absmax", 8)
-    return (grid.encode(W) - TOP).astype(np.int8), grid.scale[:, 0]
+    scale = grid.scale[:, 0]
+    with np.errstate(over="ignore"):                         # max |w| may be the largest number of float32
+        is_beyond = np.isinf(scale.astype(np.float32) * np.float32(TOP))
+    return (grid.encode(W) - TOP).astype(np.int8), np.where(is_beyond, scale * (1 - 2**-22), scale)
 
 
 # ── the packed weight ────────────────────────────────────────────────────────────────────────────────────────────────

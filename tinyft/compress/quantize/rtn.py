@@ -38,6 +38,7 @@ class RTN(Rule):
 
     def __call__(self, W: np.ndarray, H: Any = None) -> Uniform:
         """The packed weight of W (out, in)."""
+        W = check_weight("RTN", W)
         return round_to_nearest(W, self.grid, self.bits, self.group)
 
 
