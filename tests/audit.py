@@ -70,6 +70,7 @@ SUITES = {
     "memory/formulas.py": ["test_memory.py"],
     "memory/inference.py": ["test_memory.py"],
     "memory/training.py": ["test_memory.py"],
+    "compress/quantize/qat.py": ["test_qat.py"],
     "adapters/combine.py": ["test_protocol.py", "test_methods.py"],
     "decode.py": ["test_decode.py"],
 }

@@ -82,6 +82,12 @@ def text_classifier() -> ft.BERT:
     return ft.classifier(model, 2)
 
 
+def rounded() -> ft.GPT:
+    model = gpt()
+    ft.attach(model, ft.QAT(group=4))
+    return model
+
+
 def adapted(method: Any = ft.LoRA(r=2)) -> ft.GPT:
     model = gpt()
     ft.attach(model, method)
@@ -200,6 +206,9 @@ ROWS: dict[str, Callable[[Any], dict]] = {
     "GPTQ": lambda path: {"bits": 4, "group": 8, "grid": "affine", "damp": 0.01, "block": 16, "act_order": True,
                           "static_groups": True},
     "smooth": lambda path: {"model": gpt(), "batches": [ids()], "alpha": 0.5},
+    "QAT": lambda path: {"bits": 4, "group": 8, "grid": "affine", "targets": "attn.q"},
+    "LSQ": lambda path: {"bits": 4, "group": 8, "targets": "attn.q"},
+    "pack": lambda path: {"model": rounded(), "name": "qat"},
     "Int8": lambda path: {"activations": "affine"},
     "LLMInt8": lambda path: {"threshold": 5.0, "outlier_weights": "dense"},
     "AWQ": lambda path: {"bits": 4, "group": 8, "grid": "affine", "clip": True},

@@ -21,7 +21,7 @@ from .adapters import (
 )
 from .array import BackendError, CannotCapture, backend, peak_memory, use
 from .chat import chat_end, chat_prompt
-from .compress import AWQ, E2M1, FP4, GPTQ, NF4, OBQ, RTN, Dynamic8, Int8, LLMInt8, compress, smooth
+from .compress import AWQ, E2M1, FP4, GPTQ, LSQ, NF4, OBQ, QAT, RTN, Dynamic8, Int8, LLMInt8, compress, pack, smooth
 from .decode import generate
 from .edit import (
     Attached,
@@ -82,7 +82,8 @@ __all__ = [
     # methods
     "methods", *(cls.__name__ for cls in _METHODS),
     # compression
-    "compress", "RTN", "OBQ", "GPTQ", "NF4", "FP4", "E2M1", "Dynamic8", "AWQ", "Int8", "LLMInt8", "smooth",
+    "compress", "RTN", "OBQ", "GPTQ", "NF4", "FP4", "E2M1", "Dynamic8", "AWQ", "Int8", "LLMInt8", "smooth", "QAT",
+    "LSQ", "pack",
     # training
     "fit", "evaluate", "perplexity", "corpus_perplexity", "CorpusPerplexity", "predict", "Predictions", "embed",
     "History", "Loss", "CrossEntropy", "Targets",

@@ -12,10 +12,10 @@ from .codebooks import Codebook
 from .ggml import FORMATS, Q4_0, Q4_1, Q8_0
 from .grouped import Uniform
 from .layerwise import LayerReport, compress
-from .quantize import AWQ, E2M1, FP4, GPTQ, NF4, OBQ, RTN, Dynamic8, Int8, LLMInt8, smooth
+from .quantize import AWQ, E2M1, FP4, GPTQ, LSQ, NF4, OBQ, QAT, RTN, Dynamic8, Int8, LLMInt8, pack, smooth
 from .rule import Rule
 
 __all__ = [
-    "AWQ", "E2M1", "FORMATS", "FP4", "GPTQ", "NF4", "OBQ", "Q4_0", "Q4_1", "Q8_0", "RTN", "Codebook", "Dynamic8",
-    "Int8", "LLMInt8", "LayerReport", "Rule", "Uniform", "compress", "smooth",
+    "AWQ", "E2M1", "FORMATS", "FP4", "GPTQ", "LSQ", "NF4", "OBQ", "Q4_0", "Q4_1", "Q8_0", "QAT", "RTN", "Codebook",
+    "Dynamic8", "Int8", "LLMInt8", "LayerReport", "Rule", "Uniform", "compress", "pack", "smooth",
 ]
