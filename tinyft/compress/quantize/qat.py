@@ -36,7 +36,7 @@ from ...tensor import Tensor
 from ..grids import Grid, check_kind, fit_grid, fixed_zero, join_grids
 from ..grouped import Uniform
 from ..layerwise import find_targets
-from .rtn import round_to_nearest
+from .rtn import RTN, round_to_nearest
 
 __all__ = ["LSQ", "QAT", "pack"]
 
@@ -63,7 +63,7 @@ class QAT(Method):
 
     def find(self, model: Module) -> dict[str, Module]:
         """The modules whose weights are rounded. ValueError for a packed weight."""
-        return find_targets(model, None if self.targets == () else self.targets)
+        return find_targets(model, RTN(), None if self.targets == () else self.targets)
 
     def edit(self, path: str, module: Module, rng: np.random.Generator) -> Edit:
         return FakeQuantize(self.grid, self.bits, self.group)
@@ -91,7 +91,7 @@ class LSQ(Method):
 
     def find(self, model: Module) -> dict[str, Module]:
         """The modules whose weights are rounded. ValueError for a packed weight."""
-        return find_targets(model, None if self.targets == () else self.targets)
+        return find_targets(model, RTN(), None if self.targets == () else self.targets)
 
     def edit(self, path: str, module: Module, rng: np.random.Generator) -> Edit:
         return LearnedStep(array.asnumpy(module.weight.data), self.bits, self.group)
