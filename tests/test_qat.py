@@ -101,6 +101,7 @@ def check_learned_steps_round_and_have_the_gradients_of_the_paper():
             s = host(e.s).copy()
             y, dw = value_and_gradients(e, W, G)
             most = 2**(bits - 1) - 1
+            assert e.s.grad is not None
             for row in range(len(W)):
                 for b, part in enumerate(group_parts(W.shape[1], group)):
                     step, ds = s[row, b], 0.0

@@ -66,9 +66,11 @@ class QAT(Method):
         return find_targets(model, RTN(), None if self.targets == () else self.targets)
 
     def edit(self, path: str, module: Module, rng: np.random.Generator) -> Edit:
+        """The edit that rounds the weight of one module."""
         return FakeQuantize(self.grid, self.bits, self.group)
 
     def trains(self, model: Module) -> set[str]:
+        """The names of the weights that are rounded."""
         return {f"{path}.weight" for path in self.find(model)}
 
 
@@ -94,9 +96,11 @@ class LSQ(Method):
         return find_targets(model, RTN(), None if self.targets == () else self.targets)
 
     def edit(self, path: str, module: Module, rng: np.random.Generator) -> Edit:
+        """The edit that rounds the weight of one module, with its first steps."""
         return LearnedStep(array.asnumpy(module.weight.data), self.bits, self.group)
 
     def trains(self, model: Module) -> set[str]:
+        """The names of the weights that are rounded."""
         return {f"{path}.weight" for path in self.find(model)}
 
 
