@@ -246,6 +246,8 @@ ROWS: dict[str, Callable[[Any], dict]] = {
     "AdamW": lambda path: {**OPTIMIZER, "betas": (0.9, 0.9), "eps": 1e-8},
     "Adam": lambda path: {**OPTIMIZER, "betas": (0.9, 0.9), "eps": 1e-8},
     "SGD": lambda path: {**OPTIMIZER, "momentum": 0.9},
+    "AdamW8bit": lambda path: {**OPTIMIZER, "betas": (0.9, 0.9), "eps": 1e-8, "block": 4},
+    "Adam8bit": lambda path: {**OPTIMIZER, "betas": (0.9, 0.9), "eps": 1e-8, "block": 4},
     "Paged": lambda path: {"optimizer": ft.AdamW(0.1), "resident": 8, "pages": "disk", "folder": None},
     "constant_schedule": lambda path: {"warmup": 1},
     "linear_schedule": lambda path: {"warmup": 1},

@@ -38,7 +38,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tokens": set(),
     "data": {"tokens", "identity", "files"},
     "identity": {"array", "tensor", "nn"},
-    "optim": {"dispatch", "array", "precision", "tensor", "ops"},
+    "dynamic": {"array"},
+    "optim": {"dispatch", "array", "dynamic", "precision", "tensor", "ops"},
     "kernels": {"dispatch", "atomic", "array", "precision", "tensor", "operands", "ops", "optim", "sizes"},
     "models": BELOW_EDIT,
     "decode": BELOW_EDIT,
@@ -46,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pooling": {"array"},
     "embed": {*BELOW_EDIT, "kernels", "models", "data", "tokens", "predict", "pooling"},
     "methods": set(CORE),                                  # a method never imports a model
-    "compress": {*CORE, "train"},                          # train: reading batches
+    "compress": {*CORE, "dynamic", "train"},               # train: reading batches
     "adapters": {*CORE, "files", "identity", "methods", "formats", "models"},    # formats: transformers' names
     "train": {*CORE, "kernels", "files", "identity", "optim", "models", "data"},
     "memory": {*CORE, "sizes", "kernels", "optim", "models", "train"},

@@ -49,7 +49,18 @@ from .methods import ALL as _METHODS
 from .methods import methods
 from .models import BERT, GPT, BERTConfig, GPTConfig, Llama, LlamaConfig, RotaryScaling
 from .nn import Cache, Context, Module, Packed, Parameter
-from .optim import SGD, Adam, AdamW, GradScaler, Paged, constant_schedule, cosine_schedule, linear_schedule
+from .optim import (
+    SGD,
+    Adam,
+    Adam8bit,
+    AdamW,
+    AdamW8bit,
+    GradScaler,
+    Paged,
+    constant_schedule,
+    cosine_schedule,
+    linear_schedule,
+)
 from .precision import autocast, get_float32_matmul_precision, set_float32_matmul_precision
 from .predict import Predictions, predict
 from .recomputation import recompute
@@ -87,7 +98,7 @@ __all__ = [
     # training
     "fit", "evaluate", "perplexity", "corpus_perplexity", "CorpusPerplexity", "predict", "Predictions", "embed",
     "History", "Loss", "CrossEntropy", "Targets",
-    "AdamW", "Adam", "SGD", "Paged",
+    "AdamW", "Adam", "SGD", "Paged", "AdamW8bit", "Adam8bit",
     "constant_schedule", "linear_schedule", "cosine_schedule", "recompute",
     # 16 bits
     "autocast", "GradScaler", "set_float32_matmul_precision", "get_float32_matmul_precision",

@@ -34,6 +34,7 @@ import numpy as np
 
 from .. import array, checks
 from ..array import Array, xp
+from ..dynamic import dynamic_values
 from .checked import Stored
 from .grouped import Grouped, as_bits, from_bits
 
@@ -87,19 +88,6 @@ def _with_signs(magnitude: list[float], largest: float) -> np.ndarray:
     """The values of the codes 0 ... 7, divided by the largest, and of 8 ... 15, which are those of 0 ... 7 negated."""
     positive = np.array(magnitude) / largest
     return np.concatenate([positive, -positive]).astype(np.float32)
-
-
-def dynamic_values() -> np.ndarray:
-    """The 256 values of the dynamic data type, float32, upwards.
-
-    For each decade i = 0 ... 6 from 10^(i−7) to 10^(i−6): the middles of 2^i equal intervals, with both signs; and 0
-    and 1."""
-    values = [0.0, 1.0]
-    for i in range(7):
-        ends = np.linspace(0.1, 1, 2**i + 1)
-        middles = (ends[:-1] + ends[1:]) / 2 * 10.0**(i - 6)
-        values += [*middles, *-middles]
-    return np.sort(values).astype(np.float32)
 
 
 class Table:

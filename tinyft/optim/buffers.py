@@ -200,6 +200,19 @@ class Group:
         """The flat arrays that a checkpoint must hold beside the tensors' own values, by name."""
         return dict(zip(moment_names, self.moments))
 
+    def named_arrays(self, moment_names: tuple[str, ...]) -> dict[str, Array]:
+        """{"exp_avg.<tensor name>": ...}: what persistent_arrays holds of each tensor, as views in the tensor's shape.
+        """
+        views = {}
+        for kind, flat in self.persistent_arrays(moment_names).items():
+            for name, p in self.tensors.items():
+                views[f"{kind}.{name}"] = flat[self.offsets[name]].reshape(p.shape)
+        return views
+
+    def named_shapes(self, moment_names: tuple[str, ...]) -> dict[str, tuple]:
+        """The shapes of named_arrays, also before the tensors are laid out."""
+        return {f"{kind}.{name}": p.shape for kind in self.kinds(moment_names) for name, p in self.tensors.items()}
+
 
 def masked_gradient(p: Tensor) -> Array:
     """The gradient of p, with 0 where p.mask is False; in float32 if the gradient has 16 bits.

@@ -138,11 +138,14 @@ class Optimizer:
         groups: dict[tuple, Group] = {}
         for name, p in named.items():
             lr, decay = self.rates(name, p)
-            kind = (lr, decay, str(p.dtype))
-            if kind not in groups:
-                groups[kind] = MasterWeights(lr, decay) if p.dtype in HALVES else Group(lr, decay)
-            groups[kind].tensors[name] = p
+            group = self.new_group(p, lr, decay)
+            kind = (lr, decay, str(p.dtype), type(group))
+            groups.setdefault(kind, group).tensors[name] = p
         return list(groups.values())
+
+    def new_group(self, p: Tensor, lr: float, decay: float) -> Group:
+        """An empty group for tensors such as p."""
+        return MasterWeights(lr, decay) if p.dtype in HALVES else Group(lr, decay)
 
     def check_tensors(self, named: dict[str, Tensor]) -> None:
         """Raise the errors of start."""
@@ -283,8 +286,7 @@ class Optimizer:
             state = read_version_0_1(state, groups, self.moment_names)
         shapes: dict[str, tuple] = {"step": ()}
         for group in groups:
-            for kind in group.kinds(self.moment_names):
-                shapes |= {f"{kind}.{name}": p.shape for name, p in group.tensors.items()}
+            shapes |= group.named_shapes(self.moment_names)
         for key in shapes | state:
             if key not in shapes or key not in state or np.shape(state[key]) != shapes[key]:
                 raise ValueError("this optimiser state belongs to other tensors: the trained tensors, the groups or "
@@ -300,9 +302,7 @@ class Optimizer:
         Keys: "exp_avg.<tensor name>", "master.<tensor name>", ..."""
         views = {}
         for group in self.groups:
-            for kind, flat in group.persistent_arrays(self.moment_names).items():
-                for name, p in group.tensors.items():
-                    views[f"{kind}.{name}"] = flat[group.offsets[name]].reshape(p.shape)
+            views |= group.named_arrays(self.moment_names)
         return views
 
 
