@@ -103,13 +103,13 @@ def numbers(rng: np.random.Generator, n: int, kind: str) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["normal", "zero", "outlier", "negative", "decades", "largest", "constant"])
 def test_a_moment_in_8_bits_is_the_definition(n, kind, signed, rng):
     x = numbers(rng, n, kind)
-    x = x if signed else x * x * np.float32(1e-3)
     with np.errstate(over="ignore"):
-        x = np.minimum(x, np.finfo(np.float32).max)
+        x = x if signed else x * x * np.float32(1e-3)
+    x = np.minimum(x, np.finfo(np.float32).max)
     y = stored(x, signed=signed)
     np.testing.assert_array_equal(y, by_definition(x, signed=signed))
     largest = np.repeat([abs(x[s:s + BLOCK]).max() for s in range(0, n, BLOCK)], BLOCK)[:n]
-    assert (abs(y - x) <= 0.0070313 * largest).all()
+    assert (abs(y - x) <= 0.007032 * largest).all()
     if not signed:
         np.testing.assert_array_equal(y > 0, (x > 0) & (largest * np.float32(3.25e-7) > 0))
 
@@ -120,7 +120,7 @@ def test_blocks_are_independent_of_the_stretches_in_which_they_are_written(rng):
     moment = Moment8(len(x), BLOCK, signed=True, like=dev(x))
     for start in (0, 2 * BLOCK, 4 * BLOCK):
         part = slice(start, min(start + 2 * BLOCK, len(x)))
-        moment.write(part, dev(x[part]))
+        moment.write(part, dev(x[part].copy()))
     np.testing.assert_array_equal(host(moment.read(slice(0, len(x)))), whole)
 
 
@@ -372,7 +372,7 @@ def check_moment() -> None:
         moment = Moment8(len(x), BLOCK, signed=True, like=dev(x))
         for start in (0, 2 * BLOCK, 4 * BLOCK):
             part = slice(start, min(start + 2 * BLOCK, len(x)))
-            moment.write(part, dev(x[part]))
+            moment.write(part, dev(x[part].copy()))
         np.testing.assert_array_equal(host(moment.read(slice(0, len(x)))), by_definition(x, signed=True))
 
 

@@ -49,7 +49,7 @@ def forget_peak() -> None:
 
 
 def one_setting(folder: Path, B: int, T: int, recompute: bool) -> dict[str, Any]:
-    """{"weights", "process", "arrays", "seconds"}: bytes of the weights, peaks in bytes, seconds of the fastest step."""
+    """{"weights", "process", "arrays", "seconds"}: bytes of the weights, both peaks in bytes, the fastest step."""
     model, _ = ft.load(folder)
     weights = subjects.weight_bytes(model)
     ft.attach(model, ft.LoRA(r=RANK, alpha=RANK, targets=TARGETS))
