@@ -47,6 +47,7 @@ TEACHES = {
     "adapters": {"attach", "detach", "without", "trained", "Method", "edit", "Houlsby", "methods",
                  "adapters"},
     "lora": {"LoRA", "merge", "eject", "unmerge", "save_adapter", "load_adapter", "combine", "adapters.combine"},
+    "quantization": {"compress", "Packed", "RTN", "corpus_perplexity", "unpack"},
     "gpu": {"kernels.cuda"},
     "precision": {"precision", "autocast", "GradScaler"},
     "checkpoint": {"Llama", "LlamaConfig", "chat_prompt", "chat_end", "compress", "Packed", "unpack", "CannotMerge",
@@ -65,7 +66,7 @@ def calls(text: str, function: str) -> list[ast.Call]:
 
 
 # ── the form of a lesson ─────────────────────────────────────────────────────────────────────────────────────────────
-DRAWINGS = ("curves", "points", "bars", "heat_map", "diagram", "figure")
+DRAWINGS = ("curves", "points", "bars", "heat_map", "diagram", "figure", "number_lines", "histograms")
 
 
 def header_entry(text: str, mark: str) -> str:

@@ -5,6 +5,8 @@
     bars        one bar or several for each name
     heat_map    a matrix as coloured cells
     contours    paths of two parameters over the level lines of a loss
+    number_lines   numbers above a line, and the marks on it that are nearest to them
+    histograms  how many values there are of each size, with marks to compare with
     diagram     boxes and arrows: a graph, a block and its shapes
 
 Each takes `caption`, the sentence that the book prints below the picture, and shows the picture (lessons.show).
@@ -18,7 +20,9 @@ import numpy as np
 
 from .lessons import show
 
-__all__ = ["bars", "contours", "curves", "diagram", "figure", "heat_map", "points"]
+__all__ = [
+    "bars", "contours", "curves", "diagram", "figure", "heat_map", "histograms", "number_lines", "points",
+]
 
 TEXT = "#78818c"                                         # contrast of at least 4 to white and to the dark page
 COLOURS = ["#3b82f6", "#d97706", "#059669", "#8b5cf6", "#ef4444", "#0891b2"]                # at least 3 to both
@@ -181,6 +185,56 @@ def contours(
         axes.plot(*path[0], "o", color=COLOURS[0], markerfacecolor="none", markersize=8)
         axes.plot(0, 0, "+", color=COLOURS[4], markersize=11, markeredgewidth=2)
         axes.set(title=title, xlabel=xlabel, ylabel=ylabel if path is paths[0] else "")
+    show(caption)
+
+
+def number_lines(
+    lines: Mapping[str, tuple[Any, Any]], *, labels: Sequence[str] = (), caption: str = "", height: float | None = None,
+) -> None:
+    """A line for each {title: (numbers (n,), marks (m,))}: the numbers above it, with arrows to the nearest marks.
+
+    labels: a text for each mark, below its value, by default "code 0", "code 1", ... height: in hundreds of pixels.
+    """
+    _, axes = figure(height=height or 1.3 * len(lines))
+    axes.set_axis_off()
+    every = np.concatenate([np.concatenate([np.ravel(numbers), np.ravel(marks)]) for numbers, marks in lines.values()])
+    low = every.min()
+    width = np.ptp(every)
+    for row, (title, (numbers, marks)) in enumerate(lines.items()):
+        y = -2.2 * row
+        marks = np.ravel(marks)
+        axes.plot([low - 0.04 * width, low + 1.04 * width], [y, y], color=TEXT, linewidth=1.0)
+        axes.text(low - 0.04 * width, y + 1.15, title, ha="left", va="center")
+        axes.plot(marks, np.full(len(marks), y), "|", color=COLOURS[0], markersize=16, markeredgewidth=2.2)
+        for k, mark in enumerate(marks):
+            label = labels[k] if len(labels) else f"code {k}"
+            axes.text(mark, y - 0.3, f"{mark:.3g}\n{label}", ha="center", va="top", fontsize=9)
+        for number in np.ravel(numbers):
+            nearest = marks[np.argmin(np.abs(marks - number))]
+            axes.plot([number], [y + 0.7], "o", color=COLOURS[1], markersize=6)
+            axes.annotate("", (nearest, y + 0.08), (number, y + 0.64),
+                          arrowprops={"arrowstyle": "-|>", "color": COLOURS[1], "linewidth": 1.0})
+    axes.set_ylim(-2.2 * (len(lines) - 1) - 1.1, 1.4)
+    axes.set_xlim(low - 0.08 * width, low + 1.08 * width)
+    show(caption)
+
+
+def histograms(
+    panels: Mapping[str, tuple[Any, Any]], *, bins: int = 60, xlabel: str = "", ylabel: str = "count",
+    caption: str = "", height: float = 2.6,
+) -> None:
+    """One panel for each {title: (values (n,), marks (m,))}: a histogram, and a vertical line at each mark.
+
+    All panels show the same region.
+    """
+    _, row = figure(len(panels), height)
+    every = np.concatenate([np.ravel(part) for panel in panels.values() for part in panel])
+    region = (every.min(), every.max())
+    for k, (axes, (title, (values, marks))) in enumerate(zip(np.atleast_1d(row), panels.items())):
+        axes.hist(np.ravel(values), bins=bins, range=region, color=COLOURS[1])
+        for mark in np.ravel(marks):
+            axes.axvline(mark, color=COLOURS[0], linewidth=1.0)
+        axes.set(title=title, xlabel=xlabel, ylabel="" if k else ylabel)
     show(caption)
 
 

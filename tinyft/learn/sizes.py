@@ -55,7 +55,7 @@ def draw_array(draw: Callable, shape: tuple, values: Sequence | None, dtype: Any
     if values is None:
         values = FRACTIONS if _limit[0] >= WITH_FRACTIONS else WHOLE
     n = math.prod(shape)
-    indices = np.frombuffer(draw(st.binary(min_size=n, max_size=n)), np.uint8)
+    indices = np.frombuffer(draw(st.binary(min_size=n, max_size=n)), np.uint8).astype(np.intp)
     return np.array(values, dtype)[indices % len(values)].reshape(shape)
 
 
