@@ -235,7 +235,7 @@ def _(f, given):
 @affine_zero.law("axes in front stay, and the dtype is that of W", W=filled("... g"))
 def _(f, W):
     W = W.astype(np.float32)
-    scale = np.full((*W.shape[:-1], 1), np.float32(2))
+    scale = np.ones((*W.shape[:-1], 1), np.float32)
     close(f(W, scale), right_zero(W, scale), "the zero point", guessed_zeros(W, scale), dtype=True)
 
 
@@ -479,12 +479,6 @@ def scales_of(parts, bits):
     return np.concatenate([right_scale(part, bits) for part in parts], axis=1)
 
 
-def flat_parts(W, group):
-    """The groups of the flattened weight, with a row of scales for each row of W where it fits."""
-    found = np.concatenate([part for part in parts_of(W.reshape(1, -1), group)], axis=0)
-    return found.reshape(len(W), -1, group)
-
-
 def grid_of(f, W, bits, group, kind="affine", **more):
     grid = f(W, kind, bits, group, **more)
     if not isinstance(grid, Grid):
@@ -520,8 +514,9 @@ def grouped(draw: Callable, is_short: bool = False):
 
 @fit_groups.law("a group as wide as W: one scale for each row", W=filled("n k"), bits=BITS)
 def _(f, W, bits):
-    close(grid_of(f, W, bits, W.shape[1]).scale, right_scale(W, bits), "the scale",
-          {"all rows have one scale": of_all(right_scale(W.reshape(1, -1), bits), W)})
+    guesses = guessed_groups(W, bits, W.shape[1])
+    guesses["all rows have one scale"] = of_all(right_scale(W.reshape(1, -1), bits), W)
+    close(grid_of(f, W, bits, W.shape[1]).scale, right_scale(W, bits), "the scale", guesses)
 
 
 @fit_groups.law("g neighbours in a row are a group", given=grouped(), bits=BITS)
@@ -592,14 +587,14 @@ def _(W, kind, bits, group, *, half_scales=False):
     return fitted(parts, kind, bits, half_scales)
 
 
-@fit_groups.wrong_answer("What does not fill a group needs no scale.", says="is lost", size=4)
+@fit_groups.wrong_answer("What does not fill a group needs no scale.", says="is lost")
 def _(W, kind, bits, group, *, half_scales=False):
     whole = W.shape[1] // group * group
     return fitted(parts_of(W[:, :whole] if whole else W, group), kind, bits, half_scales)
 
 
 @fit_groups.wrong_answer("What does not fill a group joins the group before it.",
-                         says="have joined the group before", size=4)
+                         says="have joined the group before")
 def _(W, kind, bits, group, *, half_scales=False):
     whole = W.shape[1] // group * group
     if 0 < whole < W.shape[1]:

@@ -212,7 +212,7 @@ def _(codes, bits):
 def _(codes, bits):
     if codes.dtype.kind not in "iu":
         raise TypeError("no integers")
-    return asarray(right_stream(asnumpy(codes) % 2**bits, bits))
+    return asarray(right_stream(asnumpy(codes).astype(int) % 2**bits, bits))
 
 
 # ── unpack ────────────────────────────────────────────────────────────────────────────────────────
@@ -452,6 +452,15 @@ def _(f, given):
     check_windows(f, given)
 
 
+@window_batches.law("a batch has batch_size windows, the last one what remains", given=windows())
+def _(f, given):
+    count, size = len(given[1]), given[4]
+    want = [min(size, count - first) for first in range(0, count, size)]
+    got = [len(batch["ids"]) for batch in batches_of(f, given)]
+    close(np.array(got), np.array(want), f"the windows of each batch, for batch_size {size}",
+          {"the last batch is lost": want[:-1]})
+
+
 @window_batches.law("windows without overlap: every label counts", given=windows())
 def _(f, given):
     check_windows(f, given)
@@ -461,15 +470,6 @@ def _(f, given):
                     "last `new` labels", given=windows(overlap=True))
 def _(f, given):
     check_windows(f, given)
-
-
-@window_batches.law("a batch has batch_size windows, the last one what remains", given=windows())
-def _(f, given):
-    count, size = len(given[1]), given[4]
-    want = [min(size, count - first) for first in range(0, count, size)]
-    got = [len(batch["ids"]) for batch in batches_of(f, given)]
-    close(np.array(got), np.array(want), f"the windows of each batch, for batch_size {size}",
-          {"the last batch is lost": want[:-1]})
 
 
 @window_batches.law("the labels are int64", given=windows(overlap=True))
