@@ -201,7 +201,8 @@ assert by_group == sorted(by_group, reverse=True)
 assert by_group[1] < 0.7 * by_group[0]
 
 # %% [markdown]
-# A group runs along a row of `W`, because the inputs of one output are added up.
+# Groups run along the rows of `W`, not along its columns. A product adds up along a row,
+# so inside a group the scale is a common factor: sum first, multiply once.
 # `fit_groups` gives the grids of all groups, also if the last one of a row is shorter.
 
 # %%
@@ -529,7 +530,7 @@ assert table[2, 32, "affine"][2] < table[2, 32, "symmetric"][2]
 # still there. Also, 1 bit with the right grid is better than 2 bits with the wrong one:
 # absmax with 2 bits has the values $-a$, 0 and $a$, and most weights become 0.
 #
-# (Models that are *trained* with ternary weights are good. We only round a finished
+# (Models that are *trained* with ternary weights can be good. We only round a finished
 # model.)
 #
 # ## Where rounding stops
