@@ -413,7 +413,8 @@ def batches_of(f, given):
     found = list(f(*given))
     for batch in found:
         if not isinstance(batch, dict) or set(batch) != {"ids", "labels"}:
-            raise Unusable(f"a batch should be a dict with 'ids' and 'labels'; yours is {batch!r:.60}")
+            raise Unusable("a batch should be a dict with 'ids' and 'labels'; "
+                           f"yours is {batch!r:.60}")
     return found
 
 

@@ -68,8 +68,8 @@ for weight, code, value in zip(w, codes, values):
     print(f"{weight:6.2f}  ->  code {code:.0f}  ->  {value:5.2f}")
 
 # %%
-number_lines({"six weights, and the four values of 2 bits": (w, s * (np.arange(4) - z))},
-             height=1.5,
+four_values = s * (np.arange(4) - z)
+number_lines({"six weights, and the four values of 2 bits": (w, four_values)}, height=1.5,
              caption="The dots are the weights. Each takes the nearest of four values. "
                      "Only the codes are stored, and s and z once for all of them.")
 
@@ -105,7 +105,7 @@ print(f"scale {own_s:.2f}, zero point {own_z:.0f}")
 # %%
 grid = fit_grid(positive, "affine", bits=2)
 number_lines(
-    {"the range from 3 to 6, with z = 0 in place of −3": (positive, own_s * np.arange(4)),
+    {"the range from 3 to 6, and z = 0 for −3": (positive, own_s * np.arange(4)),
      "the range reaches down to 0": (positive, grid.decode(np.arange(4)))},
     caption="Above, all weights have the same value. Below, the steps are larger, but "
             "the weights stay apart.")
@@ -177,9 +177,9 @@ histograms(
             "the outlier, and almost all weights share three values.")
 
 # %% [markdown]
-# With $a$ for the largest absolute value, the range was about $-a$ to $a$. Now it is $-a$
-# to $10a$, so each step is about 5 times as large. The 255 other weights did not change,
-# and still they pay.
+# With $a$ for the largest absolute value, the range was about $-a$ to $a$. Now it is
+# $-a$ to $10a$, so each step is about 5 times as large. The 255 other weights did not
+# change, and still they pay.
 #
 # The cure is smaller groups: 64 or 32 neighbours in a row share a scale, not the whole
 # row. Then an outlier spoils the 63 weights beside it and no others.
@@ -201,8 +201,8 @@ assert by_group == sorted(by_group, reverse=True)
 assert by_group[1] < 0.7 * by_group[0]
 
 # %% [markdown]
-# Groups run along the rows of `W`, not along its columns. A product adds up along a row,
-# so inside a group the scale is a common factor: sum first, multiply once.
+# Groups run along the rows of `W`, not along its columns. A product adds up along a
+# row, so inside a group the scale is a common factor: sum first, multiply once.
 # `fit_groups` gives the grids of all groups, also if the last one of a row is shorter.
 
 # %%
@@ -221,7 +221,8 @@ print("scales (out, groups):", grids.scale.shape)
 
 # %%
 for group in (256, 64, 32, 16):
-    print(f"4 bits, groups of {group:3}: {code_bits('affine', 4, group):.2f} bits a weight")
+    average = code_bits("affine", 4, group)
+    print(f"4 bits, groups of {group:3}: {average:.2f} bits a weight")
 
 # %% [markdown]
 # **Exercises:** `fit_groups` and `code_bits`.
@@ -230,8 +231,8 @@ for group in (256, 64, 32, 16):
 # The affine grid follows both ends of the range. Others need no zero point for each
 # group:
 #
-# - **symmetric**: the range is $-a$ to $a$, where $a$ is the largest absolute value. $z$
-#   is always $2^{b-1}$. So one value more lies below 0 than above.
+# - **symmetric**: the range is $-a$ to $a$, where $a$ is the largest absolute value.
+#   $z$ is always $2^{b-1}$. So one value more lies below 0 than above.
 # - **absmax**: $-a$, 0 and $a$ are values. One of the $2^b$ codes is not used.
 # - **ternary**: only $-s$, 0 and $s$, and $s$ is the *mean* of the absolute values.
 # - **sign**: 1 bit, $-m$ or $m$, and $m$ is again this mean.
@@ -299,8 +300,8 @@ stripes = np.stack([1 - 2 * (which_code % 2), 1 - 2 * (which_byte % 2)])
 heat_map(stripes, texts=np.stack([bit_row, bit_row]).astype(str),
          rows=["codes", "bytes"], columns=[str(i % 8) for i in range(24)],
          xlabel="bit of the byte", height=1.6,
-         caption="The same 24 bits twice. Above the colour changes with every code of 3 "
-                 "bits, below with every byte. Codes 2 and 5 lie in two bytes.")
+         caption="The same 24 bits twice. Above the colour changes with every code of "
+                 "3 bits, below with every byte. Codes 2 and 5 lie in two bytes.")
 
 # %% [markdown]
 # **Predict first.** How many bytes do 1,000 codes of 3 bits take? And how many, if no
@@ -337,7 +338,8 @@ for report in reports[:3]:
     print(f"{report.path:16} {report.before:,} -> {report.after:,} bytes")
 dense_bytes = sum(report.before for report in reports)
 packed_bytes = sum(report.after for report in reports)
-print(f"all: {dense_bytes:,} -> {packed_bytes:,} bytes, {dense_bytes / packed_bytes:.1f} x")
+print(f"all: {dense_bytes:,} -> {packed_bytes:,} bytes, "
+      f"{dense_bytes / packed_bytes:.1f} times smaller")
 
 # %% [markdown]
 # Why 7.3 and not 8 times smaller? Because of the scales and zero points: 32 bits become
@@ -371,8 +373,9 @@ large_packed = ft.RTN(bits=4, group=64)(large)
 x = ft.Tensor(rng.standard_normal((1, 2048), dtype=np.float32))
 with ft.peak_memory() as memory, ft.no_grad():
     y = large_packed.matmul(x)
-print(f"dense weight: {large.nbytes / 1e6:.0f} MB, packed {large_packed.nbytes / 1e6:.0f} MB")
-print(f"memory of the product: {memory['bytes'] / 1e6:.0f} MB")
+print(f"dense weight:          {large.nbytes / 1e6:4.1f} MB")
+print(f"packed weight:         {large_packed.nbytes / 1e6:4.1f} MB")
+print(f"memory of the product: {memory['bytes'] / 1e6:4.1f} MB")
 
 # %% [check]
 expected = x.numpy() @ large_packed.dequantize().T
@@ -386,8 +389,8 @@ assert abs(average - 4.35) < 0.05
 # ## Is it faster?
 # A common hope is: 4 bits in place of 32, so the model is faster.
 #
-# **Predict first.** The packed small GPT reads a seventh of the bytes. How long does its
-# forward pass take, compared with the dense model? (Here the products are NumPy's.)
+# **Predict first.** The packed small GPT reads a seventh of the bytes. How long does
+# its forward pass take, compared with the dense model? (Here the products are NumPy's.)
 
 # %%
 dense_model, _ = ft.load("base-gpt-small")
@@ -457,9 +460,9 @@ for bits in (8, 4, 3, 2):
     print(f"{bits} bits: perplexity {table[bits, 64][2]:6.1f}")
 
 # %% [markdown]
-# 8 bits cost nothing that we can see, 4 bits about 4 %. 3 bits cost a fifth. With 2 bits
-# the perplexity is three times as high. Now we also change the groups: a whole row
-# (64 or 256 weights), 32 and 16.
+# 8 bits cost nothing that we can see, 4 bits about 4 %. 3 bits cost a fifth. With 2
+# bits the perplexity is three times as high. Now we also change the groups: a whole
+# row (64 or 256 weights), 32 and 16.
 
 # %%
 for group in (None, 32, 16):
@@ -479,7 +482,8 @@ axes.set(yscale="log", xlabel="bits a weight, with scales and zero points",
          ylabel="perplexity")
 axes.set_yticks([60, 80, 100, 150, 200], ["60", "80", "100", "150", "200"])
 axes.legend()
-show("Every line has 2, 3 and 4 bits. Smaller groups move a point down and to the right.")
+show("Every line has 2, 3 and 4 bits. Smaller groups move a point down and to the "
+     "right.")
 
 # %% [check]
 eight, four, three, two = (table[bits, 64][2] for bits in (8, 4, 3, 2))
