@@ -69,7 +69,8 @@ for weight, code, value in zip(w, codes, values):
 
 # %%
 four_values = s * (np.arange(4) - z)
-number_lines({"six weights, and the four values of 2 bits": (w, four_values)}, height=1.5,
+number_lines({"six weights, and the four values of 2 bits": (w, four_values)},
+             height=1.5,
              caption="The dots are the weights. Each takes the nearest of four values. "
                      "Only the codes are stored, and s and z once for all of them.")
 
