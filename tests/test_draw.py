@@ -30,7 +30,7 @@ PICTURES: dict[str, Callable[[], None]] = {
     "heat_map": lambda: draw.heat_map(np.tril(np.ones((4, 4))), rows="abcd", columns="abcd", values=".1f"),
     "contours": lambda: draw.contours({"a path": (bowl, [[1, 1], [0.5, 0.2]])}, levels=[0.5, 1.0]),
     "number_lines": lambda: draw.number_lines({"two": ([0.2, 1.8], [0, 1, 2, 3]), "one": ([3.3], [0, 1, 2, 3])}),
-    "histograms": lambda: draw.histograms({"a": ([1, 1, 2], [0, 1]), "b": ([1, 3], [0, 3])}, xlabel="weight"),
+    "histograms": lambda: draw.histograms({"a": ([1, 1, 2], [0, 1]), "b": ([1, 3], [0, 3])}, region=(0, 3)),
     "diagram": lambda: draw.diagram(
         {"x": (0, 1, "x = 2", "data"), "u": (1, 1, "u = 3x"), "v": (2, 0, "v = u·u"), "y": (3, 1, "y = u + v", "none")},
         [("x", "u", "3"), ("u", "v", "12"), ("u", "y", "1"), ("v", "y", "1")]),

@@ -173,9 +173,10 @@ sixteen = np.arange(16)
 histograms(
     {"a row": (row, fit_grid(row, "affine", 4).decode(sixteen)),
      "with one outlier": (spoiled, fit_grid(spoiled, "affine", 4).decode(sixteen))},
-    xlabel="weight",
-    caption="The lines are the 16 values of 4 bits. On the right the grid must reach "
-            "the outlier, and almost all weights share three values.")
+    region=(-0.35, 0.35), xlabel="weight",
+    caption="The lines are values of the 4-bit grid. On the right the grid must reach the "
+            "outlier, far outside of the picture, and the other weights share three "
+            "values.")
 
 # %% [markdown]
 # With $a$ for the largest absolute value, the range was about $-a$ to $a$. Now it is

@@ -195,13 +195,13 @@ def number_lines(
 
     labels: a text for each mark, below its value, by default "code 0", "code 1", ... height: in hundreds of pixels.
     """
-    _, axes = figure(height=height or 1.3 * len(lines))
+    _, axes = figure(height=height or 1.4 * len(lines))
     axes.set_axis_off()
     every = np.concatenate([np.concatenate([np.ravel(numbers), np.ravel(marks)]) for numbers, marks in lines.values()])
     low = every.min()
     width = np.ptp(every)
     for row, (title, (numbers, marks)) in enumerate(lines.items()):
-        y = -2.2 * row
+        y = -2.6 * row
         marks = np.ravel(marks)
         axes.plot([low - 0.04 * width, low + 1.04 * width], [y, y], color=TEXT, linewidth=1.0)
         axes.text(low - 0.04 * width, y + 1.15, title, ha="left", va="center")
@@ -214,27 +214,25 @@ def number_lines(
             axes.plot([number], [y + 0.7], "o", color=COLOURS[1], markersize=6)
             axes.annotate("", (nearest, y + 0.08), (number, y + 0.64),
                           arrowprops={"arrowstyle": "-|>", "color": COLOURS[1], "linewidth": 1.0})
-    axes.set_ylim(-2.2 * (len(lines) - 1) - 1.1, 1.4)
+    axes.set_ylim(-2.6 * (len(lines) - 1) - 1.1, 1.4)
     axes.set_xlim(low - 0.08 * width, low + 1.08 * width)
     show(caption)
 
 
 def histograms(
-    panels: Mapping[str, tuple[Any, Any]], *, bins: int = 60, xlabel: str = "", ylabel: str = "count",
-    caption: str = "", height: float = 2.6,
+    panels: Mapping[str, tuple[Any, Any]], *, region: tuple[float, float], bins: int = 60, xlabel: str = "",
+    ylabel: str = "count", caption: str = "", height: float = 2.6,
 ) -> None:
     """One panel for each {title: (values (n,), marks (m,))}: a histogram, and a vertical line at each mark.
 
-    All panels show the same region.
+    region: (least, largest) value that the panels show.
     """
     _, row = figure(len(panels), height)
-    every = np.concatenate([np.ravel(part) for panel in panels.values() for part in panel])
-    region = (every.min(), every.max())
     for k, (axes, (title, (values, marks))) in enumerate(zip(np.atleast_1d(row), panels.items())):
         axes.hist(np.ravel(values), bins=bins, range=region, color=COLOURS[1])
         for mark in np.ravel(marks):
             axes.axvline(mark, color=COLOURS[0], linewidth=1.0)
-        axes.set(title=title, xlabel=xlabel, ylabel="" if k else ylabel)
+        axes.set(title=title, xlabel=xlabel, ylabel="" if k else ylabel, xlim=region)
     show(caption)
 
 
