@@ -174,9 +174,9 @@ histograms(
     {"a row": (row, fit_grid(row, "affine", 4).decode(sixteen)),
      "with one outlier": (spoiled, fit_grid(spoiled, "affine", 4).decode(sixteen))},
     region=(-0.35, 0.35), xlabel="weight",
-    caption="The lines are values of the 4-bit grid. On the right the grid must reach the "
-            "outlier, far outside of the picture, and the other weights share three "
-            "values.")
+    caption="The lines are values of the 4-bit grid. On the right the grid must reach "
+            "the outlier, far outside of the picture, and the other weights share "
+            "three values.")
 
 # %% [markdown]
 # With $a$ for the largest absolute value, the range was about $-a$ to $a$. Now it is
