@@ -318,7 +318,7 @@ assert packed_length(1000, 3) == 375
 assert list(pack(np.array([1, 2, 3, 4], np.uint8), 4)) == [0x21, 0x43]
 assert np.array_equal(unpack(stream, 3, 8), codes)
 for bits in range(1, 9):
-    q = np.arange(100, dtype=np.uint8) % 2**bits
+    q = np.arange(100) % 2**bits
     assert np.array_equal(unpack(pack(q, bits), bits, 100), q)
     assert len(pack(q, bits)) == packed_length(100, bits)
 
