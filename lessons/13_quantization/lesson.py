@@ -302,9 +302,9 @@ stripes = np.stack([1 - 2 * (which_code % 2), 1 - 2 * (which_byte % 2)])
 heat_map(stripes, texts=np.stack([bit_row, bit_row]).astype(str),
          rows=["codes", "bytes"], columns=[str(i % 8) for i in range(24)],
          xlabel="bit of the byte", height=1.6,
-         caption="The same 24 bits twice, each code with its least bit first: 1 1 0 is 3. "
-                 "Above the colour changes with every code, below with every byte. Codes "
-                 "2 and 5 (from 0) lie in two bytes.")
+         caption="The same 24 bits twice, the least bit of a code first: 1 1 0 is 3. "
+                 "Above the colour changes with every code, below with every byte. "
+                 "Codes 2 and 5, counted from 0, lie in two bytes.")
 
 # %% [markdown]
 # **Predict first.** How many bytes do 1,000 codes of 3 bits take? And how many, if no
