@@ -480,7 +480,7 @@ for group, name in ((None, "row"), (64, "64"), (32, "32"), (16, "16")):
 _, axes = figure(height=3.0)
 for name, (sizes, perplexities) in lines.items():
     axes.plot(sizes, perplexities, "o-", label=f"groups: {name}")
-axes.axhline(dense.perplexity, linestyle="--", label="float32, 32 bits")
+axes.axhline(dense.perplexity, color="gray", linestyle="--", label="float32")
 axes.set(yscale="log", xlabel="bits a weight, with scales and zero points",
          ylabel="perplexity")
 axes.set_yticks([60, 80, 100, 150, 200], ["60", "80", "100", "150", "200"])
