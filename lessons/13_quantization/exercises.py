@@ -90,15 +90,14 @@ def guessed_scales(W, bits):
 
 @affine_scale.law("weights of both signs: (max w − min w) / (2^b − 1)", W=both_signs(), bits=BITS)
 def _(f, W, bits):
-    close(f(W, bits), right_scale(W, bits), f"the scale for {bits} bits", guessed_scales(W, bits))
+    close(f(W, bits), right_scale(W, bits), "the scale of W", guessed_scales(W, bits))
 
 
 @affine_scale.law("weights of one sign: the range reaches to 0", W=positive("n g"),
                   sign=st.sampled_from((1.0, -1.0)), bits=BITS)
 def _(f, W, sign, bits):
     W = sign * W
-    close(f(W, bits), right_scale(W, bits), f"the scale of W = {W.tolist()}",
-          guessed_scales(W, bits))
+    close(f(W, bits), right_scale(W, bits), "the scale of W", guessed_scales(W, bits))
 
 
 @affine_scale.law("a group of zeros has the scale 1", n="size", g="size", bits=BITS)
@@ -311,9 +310,9 @@ def on_a_grid(draw: Callable, offsets: tuple = (0.0,), beyond: int = 0):
 
     The codes lie in 0 ... top, or up to `beyond` outside of it, but never at an end."""
     n = draw(sizes())
-    top = draw(st.sampled_from((3, 7, 1)))
+    top = draw(st.sampled_from((3, 7)))
     scale = draw_array(draw, (n, 1), (1, 2, 0.5), np.float64)
-    zero = draw_array(draw, (n, 1), range(top + 1), np.float64)
+    zero = draw_array(draw, (n, 1), (1, 2, 0), np.float64)
     codes = range(top + 1)
     if beyond:
         codes = [*range(-beyond, 0), *range(top + 1, top + 1 + beyond)]
@@ -355,9 +354,7 @@ def guessed_codes(w, scale, zero, top):
 
 
 def check_codes_of(f, given):
-    w, scale, zero, top = given
-    check(encoded(f, *given), right_codes(*given), f"the codes of w = {w.tolist()}",
-          guessed_codes(*given))
+    check(encoded(f, *given), right_codes(*given), "the codes of w", guessed_codes(*given))
 
 
 @encode.law("a value of the grid, s (q − z), has the code q", given=on_a_grid())
@@ -529,14 +526,14 @@ def _(f, W, bits):
 def _(f, given, bits):
     W, group = given
     close(grid_of(f, W, bits, group).scale, scales_of(parts_of(W, group), bits),
-          f"the scales of groups of {group}", guessed_groups(W, bits, group))
+          "the scales of the groups", guessed_groups(W, bits, group))
 
 
 @fit_groups.law("the last group of a row may be shorter", given=grouped(is_short=True), bits=BITS)
 def _(f, given, bits):
     W, group = given
     close(grid_of(f, W, bits, group).scale, scales_of(parts_of(W, group), bits),
-          f"the scales of groups of {group}", guessed_groups(W, bits, group))
+          "the scales of the groups", guessed_groups(W, bits, group))
 
 
 @fit_groups.law("every group has its zero point", given=grouped(), bits=BITS)

@@ -283,7 +283,7 @@ def guessed_codes(stream, bits, n):
 def unpacked(f, codes, bits, stream=None):
     stream = right_stream(codes, bits) if stream is None else stream
     n = len(codes)
-    check(f(stream, bits, n), codes, f"the {n} codes of {bits} bits in {stream.tolist()}",
+    check(f(stream, bits, n), codes, f"the codes of {bits} bits",
           guessed_codes(stream, bits, n))
 
 
