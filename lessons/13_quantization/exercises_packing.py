@@ -34,7 +34,7 @@ def by_columns(pack_one: Callable):
     """A function of codes (n, ...) from one of codes (n,): the columns are independent."""
     def pack_all(codes, bits):
         flat = np.asarray(codes).reshape(len(codes), -1)
-        streams = [pack_one([int(q) for q in column], bits) for column in flat.T]
+        streams = [pack_one(column.tolist(), bits) for column in flat.T]
         return np.array(streams, np.uint8).T.reshape(-1, *codes.shape[1:])
     return pack_all
 
