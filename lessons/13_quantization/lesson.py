@@ -93,8 +93,8 @@ own_z = np.round(-positive.min() / own_s)
 print(f"scale {own_s:.2f}, zero point {own_z:.0f}")
 
 # %% [markdown]
-# The zero point is −3. But it is a code, and no code is negative. If it is stored in 2
-# bits, it becomes 0, and then the grid is 0, 1, 2, 3: all four weights get the value 3.
+# The zero point is −3. But it is a code, and no code is negative. If we take the nearest
+# code, 0, in its place, the grid is 0, 1, 2, 3: all four weights get the value 3.
 #
 # The cure: **0 belongs to the range**, also when no weight is near it.
 #
@@ -106,7 +106,7 @@ print(f"scale {own_s:.2f}, zero point {own_z:.0f}")
 # %%
 grid = fit_grid(positive, "affine", bits=2)
 number_lines(
-    {"the range from 3 to 6, and z = 0 for −3": (positive, own_s * np.arange(4)),
+    {"the range from 3 to 6, z = 0 instead of −3": (positive, own_s * np.arange(4)),
      "the range reaches down to 0": (positive, grid.decode(np.arange(4)))},
     caption="Above, all weights have the same value. Below, the steps are larger, but "
             "the weights stay apart.")
@@ -145,7 +145,7 @@ assert max(worst.values()) <= 0.5 + 1e-4
 
 # %% [markdown]
 # One bit less makes $s$ about twice as large, so the error doubles. From 8 to 4
-# bits it grows by a factor of $255/15 = 17$.
+# bits the bound $s/2$ grows by a factor of $255/15 = 17$.
 #
 # ## One outlier spoils its whole group
 # The weights that share one scale are a **group**. So far a group was a row of 256
@@ -247,7 +247,7 @@ for kind, bits in kinds:
     print(f"{kind:9} bits={bits}  values", levels.round(2))
 
 # %% [markdown]
-# Why the mean in the last two? With two values $-m$ and $m$ the squared error is
+# Why the mean in the last one? With two values $-m$ and $m$ the squared error is
 # $\sum (|w| - m)^2$. It is smallest where $m$ is the mean of all $|w|$.
 #
 # **Predict first.** An affine grid of 1 bit has two values, and 0 is one of them. Which
@@ -311,7 +311,7 @@ heat_map(stripes, texts=np.stack([bit_row, bit_row]).astype(str),
 # code may lie in two bytes?
 
 # %%
-print("one stream:   ", packed_length(1000, 3), "bytes")
+print("one stream:    ", packed_length(1000, 3), "bytes")
 print("2 in each byte:", 1000 // 2, "bytes")
 
 # %% [check]
