@@ -93,8 +93,9 @@ own_z = np.round(-positive.min() / own_s)
 print(f"scale {own_s:.2f}, zero point {own_z:.0f}")
 
 # %% [markdown]
-# The zero point is −3. But it is a code, and no code is negative. If we take the nearest
-# code, 0, in its place, the grid is 0, 1, 2, 3: all four weights get the value 3.
+# The zero point is −3. But it is a code, and no code is negative. If we take the
+# nearest code, 0, in its place, the grid is 0, 1, 2, 3: all four weights get the
+# value 3.
 #
 # The cure: **0 belongs to the range**, also when no weight is near it.
 #
@@ -515,7 +516,8 @@ assert np.median(ratios) > 0.9
 #   from 32- or 16-bit floating-point numbers "to 8-bit integers", and "in some cases"
 #   4, 2 or 1 bit. Here 4 bits are no special case: 7 times smaller, 4 % worse.
 # - The lecture says that methods which round to nearest "only work well down to 8bit /
-#   weight". With scales for groups, they work at 4 bits. They break at 3 and 2.
+#   weight". Here they work at 4 bits, even with one scale a row (57.9). They break
+#   at 3 and 2 bits.
 #   On LLaMA-7B the authors of GPTQ report the same: perplexity 5.68 in 16 bits,
 #   6.29 with 4 bits, 25.5 with 3.
 #
@@ -536,8 +538,8 @@ assert table[2, 32, "affine"][2] < table[2, 32, "symmetric"][2]
 # %% [markdown]
 # The vocabulary has 2,048 tokens. A model that knows nothing gives each the same
 # probability and has a perplexity of 2,048. The affine grid of 1 bit is worse than
-# that: it is confidently wrong. The sign grid keeps the signs and most of the model is
-# still there. Also, 1 bit with the right grid is better than 2 bits with the wrong one:
+# that: it is confidently wrong. The sign grid keeps the signs, and some of what the
+# model has learnt is still there. Also, 1 bit with the right grid is better than 2 bits with the wrong one:
 # absmax with 2 bits has the values $-a$, 0 and $a$, and most weights become 0.
 #
 # (Models that are *trained* with ternary weights can be good. We only round a finished
