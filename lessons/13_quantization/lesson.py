@@ -540,8 +540,8 @@ assert table[2, 32, "affine"][2] < table[2, 32, "symmetric"][2]
 # probability and has a perplexity of 2,048. The affine grid of 1 bit is worse than
 # that: it is confidently wrong. The sign grid keeps the signs, and some of what the
 # model has learnt is still there. Also, 1 bit with the right grid is better than 2 bits
-# with the wrong one: absmax with 2 bits has the values $-a$, 0 and $a$, and most weights
-# become 0.
+# with the wrong one: absmax with 2 bits has the values $-a$, 0 and $a$, and most
+# weights become 0.
 #
 # (Models that are *trained* with ternary weights can be good. We only round a finished
 # model.)
