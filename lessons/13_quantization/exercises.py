@@ -623,7 +623,7 @@ def _(W, kind, bits, group, *, half_scales=False):
 @fit_groups.wrong_answer("half_scales is for someone else.", says="give it to fit_grid",
                          subtle=True)
 def _(W, kind, bits, group, *, half_scales=False):
-    return fitted(parts_of(W, group), kind, bits, False)
+    return fitted(parts_of(W, group), kind, bits, half_scales=False)
 
 
 @fit_groups.wrong_answer("The groups of a row share their zero point.", says="zero points",
