@@ -63,7 +63,7 @@ class QAT(Method):
 
     def find(self, model: Module) -> dict[str, Module]:
         """The modules whose weights are rounded. ValueError for a packed weight."""
-        return find_targets(model, RTN(), None if self.targets == () else self.targets)
+        return find_targets(model, RTN(), None if is_default(self.targets) else self.targets)
 
     def edit(self, path: str, module: Module, rng: np.random.Generator) -> Edit:
         """The edit that rounds the weight of one module."""
@@ -93,7 +93,7 @@ class LSQ(Method):
 
     def find(self, model: Module) -> dict[str, Module]:
         """The modules whose weights are rounded. ValueError for a packed weight."""
-        return find_targets(model, RTN(), None if self.targets == () else self.targets)
+        return find_targets(model, RTN(), None if is_default(self.targets) else self.targets)
 
     def edit(self, path: str, module: Module, rng: np.random.Generator) -> Edit:
         """The edit that rounds the weight of one module, with its first steps."""
@@ -104,10 +104,16 @@ class LSQ(Method):
         return {f"{path}.weight" for path in self.find(model)}
 
 
+def is_default(targets: Any) -> bool:
+    """True for (), which stands for every linear map inside the model's blocks."""
+    return isinstance(targets, tuple) and not targets
+
+
 def _check_group_and_targets(name: str, method: Any) -> None:
+    """TypeError or ValueError for a group or targets that make no sense. name: of the method, for the message."""
     if method.group is not None:
         checks.whole(f"{name}: group", method.group, least=1)
-    if method.targets != ():
+    if not is_default(method.targets):
         check_targets(f"{name}: targets", method.targets)
 
 
