@@ -592,7 +592,8 @@ JUNK: list[Any] = [None, -1, 10**30, 0.5, float("nan"), "x", "", [], {}, [[]], [
 def open_run(folder: Path) -> train.loop.Run:
     """The run of the recipe `lora`, before it reads its checkpoint."""
     model, batches, arguments = lora()
-    settings = train.settings.Settings(14, 1.0, arguments["accumulate"], None, 0, "loss", None, capture=False, seed=7)
+    settings = train.settings.Settings(14, 1.0, arguments["accumulate"], None, 0, "loss", None, recompute=False,
+                                       capture=False, seed=7)
     stream = train.batch.BatchStream(batches)
     rng = np.random.default_rng(7)
     loss = train.CrossEntropy()

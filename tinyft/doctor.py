@@ -73,7 +73,7 @@ def _numpy() -> str:
 
 def _kernels() -> str:
     """The ops that have a kernel, a faster drop-in, for NumPy arrays; as text."""
-    names = sorted(name for name, f in OPS.items() if dispatch.find(f, np.ndarray))
+    names = sorted(name.lstrip("_") for name, f in OPS.items() if dispatch.find(f, np.ndarray))
     if not names:
         return "off (TINYFT_KERNELS): every op is its definition"
     return f"of NumPy: {', '.join(names)}"

@@ -803,7 +803,7 @@ def _(values):
     return joined(np.where(d == 0, np.float32(1), d), m, nearest(q))
 
 
-@encode_q4_1.wrong_answer("0/0 is 0.", says="a code is NaN", subtle=True)
+@encode_q4_1.wrong_answer("0 divided by 0 is 0.", says="a code is NaN", subtle=True)
 def _(values):
     d, m, _ = parts(values)
     return joined(d, m, np.floor((values - m) / d + 0.5))
