@@ -355,6 +355,9 @@ def second_moment_to_zero(self: Moment8, part: slice, x: Any) -> None:
 
 def rounded_before_the_step(self: AdamW8bit, piece: Any, lr: float) -> None:
     """The moments that were read are not written back."""
+    if not isinstance(piece.moments[0], Moment8):
+        AdamW.update(self, piece, lr)
+        return
     n = len(piece.w)
     moments = [moment.read(slice(0, n)) for moment in piece.moments]
     AdamW.update(self, ft.optim.buffers.Piece(piece.w, piece.g, moments, piece.decay), lr)

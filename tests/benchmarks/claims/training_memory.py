@@ -20,7 +20,7 @@ from tinyft.real.memory import peak_memory
 
 from . import subjects
 
-TARGETS = ("attn.[qkvo]", "mlp.*")
+TARGETS = ("attn.[qkvo]", "mlp.gate", "mlp.up", "mlp.down")
 RANK = 16
 STEPS = 2
 SEED = 0
