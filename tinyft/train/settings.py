@@ -24,8 +24,8 @@ class Settings:
     patience: int
     monitor: str
     autocast: str | None
-    recompute: bool
     capture: bool
+    recompute: bool = False
     seed: int = 0
     save_every: int = 100
     evaluate_every: int = 0
