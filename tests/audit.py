@@ -52,8 +52,9 @@ SUITES = {
     "edit.py": ["test_protocol.py", "test_methods.py", "test_stacks.py"],
     "methods": ["test_methods.py", "test_protocol.py", "test_stacks.py"],
     "models": ["test_models.py", "test_llama.py", "test_attention.py", "test_stacks.py"],
+    "optim/buffers.py": ["test_optim.py", "test_precision.py", "test_paged.py"],
     **{f"optim/{name}.py": ["test_optim.py", "test_precision.py"]
-       for name in ("buffers", "master", "optimizers", "scaler", "schedules")},
+       for name in ("master", "optimizers", "scaler", "schedules")},
     "precision.py": ["test_precision.py"],
     "train/batch.py": ["test_train.py", "test_loss.py", "test_fit_arguments.py"],
     "train/evaluate.py": ["test_train.py", "test_loss.py", "test_fit_arguments.py"],
