@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ... import checks
-from ..grids import check_kind, fit_grid
+from ..grids import check_kind, fit_groups
 from ..grouped import Uniform
 from ..rule import Rule, check_weight
 
@@ -48,14 +48,6 @@ def round_to_nearest(W: np.ndarray, kind: str, bits: int, group: int | None = No
     W = check_weight("round_to_nearest", W)
     width = W.shape[1]
     group = width if group is None else min(group, width)
-    whole = width // group * group                                   # the inputs in full groups
-    parts = [W[:, :whole].reshape(len(W), -1, group)]
-    if whole < width:
-        parts.append(W[:, None, whole:])                             # the last, shorter group
-    grids = [fit_grid(part, kind, bits, half_scales=half_scales) for part in parts]
-    codes = np.concatenate([grid.encode(part).reshape(len(W), -1) for grid, part in zip(grids, parts)], axis=1)
-    scale = np.concatenate([grid.scale[..., 0] for grid in grids], axis=1)
-    zero = None
-    if kind == "affine":
-        zero = np.concatenate([grid.zero[..., 0] for grid in grids], axis=1)
-    return Uniform(codes.astype(np.uint8), scale, zero, kind=kind, bits=bits, group=group, **more)
+    grids = fit_groups(W, kind, bits, group, half_scales=half_scales)                    # (out, groups)
+    codes = grids[:, np.arange(width) // group].encode(W)
+    return Uniform.from_grid(codes, grids, kind=kind, bits=bits, group=group, **more)
