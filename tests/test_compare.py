@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -24,6 +25,7 @@ from tinyft.compare import PRESETS, Settings, cells, figure, settings, split_nam
 from tinyft.compare.figure import draw
 from tinyft.compare.report import finished_runs, interval, table, verdict
 from tinyft.compare.settings import METHODS, contenders, learning_rates
+from tinyft.compare.workers import interrupts_delayed
 
 pytestmark = pytest.mark.skipif(array.backend() != "numpy", reason="its parts are tested on every backend")
 
@@ -670,6 +672,27 @@ def test_ctrl_c_stops_the_workers_and_says_so(stream, words, tmp_path):
     assert (run.returncode, last_lines) == (130, ["stopped"]) and no_process_left(run)
     assert ("runs finished" in out) == (stream == "stderr")
     assert not (tmp_path / "work" / "compare.json").exists()
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="Windows has no mask of signals")
+def test_ctrl_c_does_not_stop_the_start_of_a_worker():
+    """The signal may reach another thread, which does not block it. Python then runs the handler in the main thread."""
+    ends = threading.Event()
+    other = threading.Thread(target=ends.wait)
+    other.start()
+    steps = []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), interrupts_delayed():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05)
+            steps.append("the worker has started")
+    finally:
+        signal.signal(signal.SIGINT, before)
+        ends.set()
+        other.join()
+    assert steps == ["the worker has started"]
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, set())
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="finds the workers in /proc")

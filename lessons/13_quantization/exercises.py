@@ -244,7 +244,7 @@ def _(f, W):
     check(f(W, scale), right_zero(W, scale), "the zero point", guessed_zeros(W, scale), dtype=True)
 
 
-@affine_zero.wrong_answer("z = lo/s.", says="wrong sign")
+@affine_zero.wrong_answer("z = lo/s, with the sign of lo.", says="wrong sign")
 def _(W, scale):
     return np.rint(ends(W)[0] / scale)
 

@@ -63,7 +63,7 @@ def workers(jobs: int) -> Iterator[ProcessPoolExecutor | None]:
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(jobs, context, initializer=start_worker, initargs=(array.backend(),))
     try:
-        with interrupts_blocked():  # the processes start here, so Ctrl-C never reaches them
+        with interrupts_delayed():  # the processes start here, so Ctrl-C never reaches them
             for _ in range(jobs):
                 pool.submit(int)  # a call that does nothing; it starts a process
         yield pool
@@ -98,19 +98,32 @@ def end_with_parent() -> None:
 
 
 @contextmanager
-def interrupts_blocked() -> Iterator[None]:
-    """Ctrl-C waits until the end of the `with`. A process that starts inside never receives it.
+def interrupts_delayed() -> Iterator[None]:
+    """Ctrl-C has its effect at the end of the `with`. A process that starts inside never receives it.
 
     A terminal sends Ctrl-C to every process; only the parent shall act on it. Windows has no such mask.
+
+    A process inherits the mask of the thread that starts it. But the mask does not protect this thread itself: the
+    system gives the signal to another thread, one of the BLAS for example, and Python runs the handler in the main
+    thread all the same. So the handler is replaced, too.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    handler = signal.getsignal(signal.SIGINT)
+    is_main = threading.current_thread() is threading.main_thread()
+    came = []
+    if is_main and handler is not None:
+        signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if is_main and handler is not None:
+            signal.signal(signal.SIGINT, handler)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 @contextmanager
