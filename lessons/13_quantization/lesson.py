@@ -347,8 +347,11 @@ print(f"all: {dense_bytes:,} -> {packed_bytes:,} bytes, "
 
 # %% [markdown]
 # Why 7.3 and not 8 times smaller? Because of the scales and zero points: 32 bits become
-# 4.35, not 4. (The embedding stays dense here. In this small model it is more than
-# half of all weights. In a model with 7 billion weights it is about 2 %.)
+# 4.35, not 4. The formula above says 4.31. The rest comes from whole bytes: a row of 64
+# inputs has one group, and the 4 bits of its zero point take a byte.
+#
+# (The embedding stays dense here. In this small model it is more than half of all
+# weights. In a model with 7 billion weights it is about 2 %.)
 #
 # What stands in the place of the weight matrix?
 
