@@ -16,7 +16,7 @@ import pytest
 from helpers import dev, host
 
 import tinyft as ft
-from tinyft.compress import Codebook, codebooks, grouped
+from tinyft.compress import Codebook, codebooks, coded, grouped
 from tinyft.compress.codebooks import DoubleScale, Table, get_table, quantize_blocks
 from tinyft.compress.quantize import nf4
 from tinyft.tensor import Tensor
@@ -421,9 +421,9 @@ def blocks_in_the_order_of_memory(self: Codebook, rows: Any) -> np.ndarray:
         return grouped.Grouped.scales(self, rows)
     codes = host(self.scale_codes)
     block = np.arange(codes.size).reshape(codes.shape) // 256
-    a = get_table("dynamic").values[codes] * host(grouped.from_bits(self.second_bits))[block]
+    a = get_table("dynamic").values[codes] * host(coded.from_bits(self.second_bits))[block]
     rows = rows if isinstance(rows, slice) else host(rows)
-    return dev((a + host(grouped.from_bits(self.mean_bits)))[:, rows])
+    return dev((a + host(coded.from_bits(self.mean_bits)))[:, rows])
 
 
 def scales_without_limits(self: Codebook, rows: Any) -> np.ndarray:
@@ -432,10 +432,10 @@ def scales_without_limits(self: Codebook, rows: Any) -> np.ndarray:
     codes = host(self.scale_codes)
     row = np.arange(codes.shape[1])
     block = (row * len(codes) + np.arange(len(codes))[:, None]) // 256
-    a = get_table("dynamic").values[codes] * host(grouped.from_bits(self.second_bits))[block]
+    a = get_table("dynamic").values[codes] * host(coded.from_bits(self.second_bits))[block]
     rows = rows if isinstance(rows, slice) else host(rows)
     with np.errstate(over="ignore"):
-        return dev((a + host(grouped.from_bits(self.mean_bits)))[:, rows])
+        return dev((a + host(coded.from_bits(self.mean_bits)))[:, rows])
 
 
 TABLES, BLOCKS = codebooks.TABLES, (nf4, "quantize_blocks")

@@ -256,8 +256,8 @@ LIES: dict[str, tuple[Callable[[dict, dict], None], str]] = {
 }
 
 
-def write_lie(folder: Path, change: Callable[[dict, dict], None]) -> None:
-    ft.save(pack_all(gpt(), ft.RTN(4, 8)), folder)
+def write_lie(folder: Path, change: Callable[[dict, dict], None], packer: ft.compress.Rule | None = None) -> None:
+    ft.save(pack_all(gpt(), packer or ft.RTN(4, 8)), folder)
     config = json.loads((folder / "config.json").read_text())
     arrays = load_file(folder / "model.safetensors")
     change(config, arrays)
@@ -307,6 +307,57 @@ def test_lies_about_blocks_are_refused(kind, tmp_path):
         save_file(good | wrong, file)
         with pytest.raises(ValueError, match=message):
             ft.load(tmp_path / "m")
+
+
+def minus_128(codes: np.ndarray) -> np.ndarray:
+    out = codes.copy()
+    out[-1, -1] = -128
+    return out
+
+
+def first_infinite(bits: np.ndarray) -> np.ndarray:
+    out = bits.astype(np.uint32)
+    out[0] = 0x7F800000
+    return out
+
+
+INT8_LIES: dict[str, tuple[Callable[[dict, dict], None], str]] = {
+    "other activations": (set_setting("activations", "minmax"), "activations wants one of 'absmax', 'affine'"),
+    "no activations": (set_setting("activations", None), "activations wants one of"),
+    "a list of activations": (set_setting("activations", ["absmax"]), "activations wants"),
+    "a threshold of 0": (set_setting("threshold", 0), "threshold wants a finite number > 0, got 0"),
+    "a threshold in words": (set_setting("threshold", "6"), "threshold wants a finite number > 0"),
+    "a true threshold": (set_setting("threshold", value=True), "threshold wants a finite number > 0"),
+    "one setting more": (set_setting("bits", 8), "has no setting 'bits'"),
+    "no codes": (set_array("codes", None), "wants the array codes, got none"),
+    "no scales": (set_array("scale_bits", None), "wants the array scale_bits, got none"),
+    "unsigned codes": (set_array("codes", lambda a: a.view(np.uint8)), "codes wants the dtype int8, got uint8"),
+    "fewer codes": (set_array("codes", lambda a: a[:-1]), r"codes wants the shape \(32, 32\), got \(31, 32\)"),
+    "flat codes": (set_array("codes", lambda a: a.reshape(-1)), "codes wants the shape"),
+    "a code of -128": (set_array("codes", minus_128), "codes from -127 to 127, got -128"),
+    "real scales": (set_array("scale_bits", lambda a: a.view(np.float32)), "scale_bits wants the dtype uint16 or"),
+    "a scale for each group": (set_array("scale_bits", lambda a: a[None]), r"wants the shape \(32,\), got \(1, 32\)"),
+    "an infinite scale": (set_array("scale_bits", first_infinite), "scale_bits wants finite numbers"),
+    "whole dense weights": (set_array("dense", lambda a: a.astype(np.int8)), "dense wants the dtype float64 or"),
+    "fewer dense weights": (set_array("dense", lambda a: a[:-1]), "dense wants the shape"),
+    "one array more": (set_array("zero_codes", lambda _: np.zeros(3, np.uint8)), "has no array 'zero_codes'"),
+}
+
+
+@pytest.mark.parametrize("name", INT8_LIES)
+def test_lies_about_8_bit_weights_are_refused_in_one_sentence(name, tmp_path):
+    change, message = INT8_LIES[name]
+    write_lie(tmp_path / "m", change, ft.LLMInt8(outlier_weights="dense"))
+    with pytest.raises(ValueError, match=message) as caught:
+        ft.load(tmp_path / "m")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+def test_what_is_no_lie_about_8_bit_weights_is_read(tmp_path):
+    """Without the dense weights, outliers are multiplied with the rounded ones."""
+    write_lie(tmp_path / "m", set_array("dense", None), ft.LLMInt8(outlier_weights="dense"))
+    again, _ = ft.load(tmp_path / "m")
+    assert again.blocks[0].attn.q.weight.dense is None and again.blocks[1].attn.q.weight.dense is not None
 
 
 def test_a_class_of_another_library_is_not_written(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from helpers import dev, gradcheck, host
 
 from tinyft import array, kernels
-from tinyft.compress import FORMATS, Q4_1, grouped
+from tinyft.compress import FORMATS, Q4_1, coded
 from tinyft.tensor import Tensor
 
 PACKED = pytest.mark.parametrize("kind", FORMATS)
@@ -111,7 +111,7 @@ def test_a_product_with_a_packed_weight_is_that_with_the_dense_one(kind, rng, mo
     W = host(packed.dequantize()).astype(np.float64)
     x, g = rng.standard_normal((3, 5, 64)), rng.standard_normal((3, 5, 21))
     for limit in (1 << 20, 8 * 64):
-        monkeypatch.setattr(grouped, "DENSE", limit)
+        monkeypatch.setattr(coded, "DENSE", limit)
         leaf = Tensor(dev(x, np.float32), requires_grad=True)
         y = packed.matmul(leaf)
         (y * Tensor(dev(g, np.float32))).sum().backward()
@@ -123,7 +123,7 @@ def test_a_product_with_a_packed_weight_is_that_with_the_dense_one(kind, rng, mo
 
 
 def test_a_product_never_holds_more_than_a_block_of_dense_rows(rng, monkeypatch):
-    monkeypatch.setattr(grouped, "DENSE", 640)
+    monkeypatch.setattr(coded, "DENSE", 640)
     packed = Q4_1.quantize(weights(rng, 37, 64))
     sizes = []
     columns = Q4_1.columns
@@ -139,7 +139,7 @@ def test_a_product_never_holds_more_than_a_block_of_dense_rows(rng, monkeypatch)
         packed.matmul(x).sum().backward()
     assert max(sizes) == 640
     assert sum(sizes) == 2 * 37 * 64, "once forward, once backward"
-    monkeypatch.setattr(grouped, "DENSE", 10)
+    monkeypatch.setattr(coded, "DENSE", 10)
     assert packed.rows_per_block == 1, "a row longer than the limit"
 
 

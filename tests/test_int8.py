@@ -9,6 +9,7 @@ from helpers import dev, host
 
 import tinyft as ft
 from tinyft import array
+from tinyft.compress import coded
 from tinyft.compress.quantize import int8
 from tinyft.compress.quantize.int8 import Int8Weight
 from tinyft.tensor import Tensor
@@ -228,7 +229,7 @@ def test_a_product_in_many_blocks_is_the_product(rng, monkeypatch):
         packed = double(rule(W))
         whole = multiply(packed, X)
         with monkeypatch.context() as patch:
-            patch.setattr(int8, "DENSE", 24)
+            patch.setattr(coded, "DENSE", 24)
             assert len(packed.blocks()) == 6
             np.testing.assert_allclose(multiply(packed, X), whole, rtol=1e-12)
 
@@ -284,7 +285,7 @@ def test_an_empty_batch_and_more_axes(rng):
 
 
 def test_the_dense_weight_is_never_made(rng, monkeypatch):
-    monkeypatch.setattr(int8, "DENSE", 64)
+    monkeypatch.setattr(coded, "DENSE", 64)
     packed = ft.Int8()(rng.standard_normal((40, 16)).astype(np.float32))
     largest = []
     take = Int8Weight.dequantize_rows
@@ -473,8 +474,8 @@ def gradient_of_the_codes(self, rows):
 def gradient_without_kept_weights(self, rows):
     """The gradient uses the rounded weight where the product used W."""
     if isinstance(rows, slice):
-        return self.columns(slice(None), rows).T
-    return self.columns(slice(None), rows.reshape(-1)).T.reshape(*rows.shape, self.shape[1])
+        return self.columns(rows).T
+    return self.columns(rows.reshape(-1)).T.reshape(*rows.shape, self.shape[1])
 
 
 class NoGradient(Int8Weight):

@@ -14,7 +14,7 @@ from helpers import dev, host
 from packed_weights import FORMS
 
 from tinyft import array, kernels, set_num_threads
-from tinyft.compress import grouped
+from tinyft.compress import coded, grouped
 from tinyft.compress.packing import unpack
 from tinyft.kernels import packed as kernel
 from tinyft.nn import Packed
@@ -124,7 +124,7 @@ def test_codes_that_are_all_the_same_see_the_sums_of_groups(rng):
 def test_the_size_of_a_tile_does_not_matter(name, rng, monkeypatch):
     packed, W = make(name, rng, 37)
     for tile in (1, 8, 64, 1 << 18):
-        monkeypatch.setattr(grouped, "DENSE", tile * W.shape[1])
+        monkeypatch.setattr(coded, "DENSE", tile * W.shape[1])
         monkeypatch.setattr(kernel, "TILE", tile * kernel.DEPTH)
         check(packed, W, rng, counts=(2, 11))
 
@@ -158,7 +158,7 @@ def test_a_product_holds_a_tile_and_never_the_weight(name, rng, monkeypatch):
     """For a few rows, for many, and for the gradient: one tile of dense rows, and about as much again for their codes,
     scales and sums."""
     packed, W = make(name, rng, 6000)
-    monkeypatch.setattr(grouped, "DENSE", 1 << 15)
+    monkeypatch.setattr(coded, "DENSE", 1 << 15)
     monkeypatch.setattr(kernel, "TILE", 1 << 14)
     tile = 4 << 15
     assert W.size * 4 > 8 * tile

@@ -4,7 +4,8 @@
     quantize/       the rules, (W, H) -> Packed, one file per paper
     grids.py        the values that a weight of few bits may take
     packing.py      codes of 1 to 8 bits in a stream of bytes
-    grouped.py      packed weights with a scale for each group
+    coded.py        packed weights of codes and scales
+    grouped.py      those with a scale for each group
     codebooks.py    NF4 and other data types of few values, double quantization
     ggml.py         the block formats of GGUF files
 """

@@ -36,7 +36,8 @@ from .. import array, checks
 from ..array import Array, xp
 from ..dynamic import dynamic_values
 from .checked import Stored
-from .grouped import Grouped, as_bits, from_bits
+from .coded import as_bits, from_bits
+from .grouped import Grouped
 
 __all__ = ["TABLES", "Codebook", "DoubleScale", "Table", "get_table", "quantize_blocks"]
 

@@ -52,7 +52,7 @@ class Blocks(Grouped):
         numbers = np.ascontiguousarray(blocks[..., :head]).view("<u2")           # (out, blocks, numbers)
         if ((numbers & INFINITE) == INFINITE).any():
             raise ValueError(f"{name} wants finite scales, got one that is infinite or no number")
-        self.shape = (blocks.shape[0], blocks.shape[1] * BLOCK)
+        self.set_shape((blocks.shape[0], blocks.shape[1] * BLOCK))
         codes = self.to_stream(np.ascontiguousarray(blocks[..., head:].transpose(1, 2, 0)))
         self.codes = array.asarray(codes.reshape(-1, len(blocks)))               # (bytes, out)
         # float16 numbers are kept as their bits: `to(dtype)` casts floating-point buffers, and would round them.
@@ -60,7 +60,6 @@ class Blocks(Grouped):
         self.scale_bits = array.asarray(d)
         if m:
             self.shift_bits = array.asarray(m[0])
-        self.unit = array.asarray(np.empty(0, np.float32))     # empty; `to(dtype)` gives it the dtype of dense rows
 
     def settings(self) -> dict[str, Any]:
         """None: the class says all."""
@@ -72,13 +71,11 @@ class Blocks(Grouped):
         out, width = shape
         if width % BLOCK:
             raise ValueError(f"{cls.__name__} wants rows of a multiple of {BLOCK} weights, got {width}")
-        packed = cls.__new__(cls)
-        packed.shape = shape
+        packed = cls.without_codes(shape)
         packed.codes = stored.array("codes", (width * cls.bits // 8, out), "uint8")
         packed.scale_bits = stored.numbers("scale_bits", (width // BLOCK, out), "uint16")
         if cls.numbers == 2:
             packed.shift_bits = stored.numbers("shift_bits", (width // BLOCK, out), "uint16")
-        packed.unit = array.asarray(np.empty(0, np.float32))
         return packed
 
     @classmethod

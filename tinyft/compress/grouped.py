@@ -3,8 +3,7 @@
     Grouped     what they share: the stream of codes, the scales, the order of the inputs, products
     Uniform     w = s (q − z), the grids of grids.py
 
-In memory the rows of W are the last axis of every array: the codes are a stream (bytes, out), the scales (groups, out).
-A NumPy operation on a block of rows then runs through long contiguous lines.
+In memory the rows of W are the last axis (coded.py): the codes are a stream (bytes, out), the scales (groups, out).
 """
 from __future__ import annotations
 
@@ -12,20 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from .. import array, checks, dispatch
+from .. import array, checks
 from ..array import Array, xp
-from ..nn import Packed
-from ..precision import widen_half
 from .checked import Stored
+from .coded import Coded, as_bits, from_bits
 from .grids import Grid, check_kind, fixed_zero, top_code
 from .packing import pack, packed_length, unpack
 
 __all__ = ["Grouped", "Uniform"]
 
-DENSE = 1 << 20                                          # dense weights that a product holds at a time, at most
 
-
-class Grouped(Packed):
+class Grouped(Coded):
     """A weight W (out, in) as codes of b bits; g neighbours in a row of codes share a scale. The last group of a row
     has fewer weights if g does not divide `in`.
 
@@ -59,12 +55,7 @@ class Grouped(Packed):
         name = type(self).__name__
         checks.whole(f"{name}: bits", bits, 1, 8)
         checks.whole(f"{name}: group", group, least=1)
-        if codes.ndim != 2 or not codes.size:
-            raise ValueError(f"{name} wants codes of shape (out, in), got {codes.shape}")
-        groups = -(-codes.shape[1] // group)
-        if scale.shape != (codes.shape[0], groups):
-            raise ValueError(f"{name} wants scales of shape {(codes.shape[0], groups)}, got {scale.shape}")
-        self.shape = codes.shape
+        super().__init__(codes, scale, group)
         self.bits = bits
         self.group = min(group, codes.shape[1])
         self.codes = array.asarray(pack(np.ascontiguousarray(codes.T), bits))            # (bytes, out)
@@ -75,7 +66,6 @@ class Grouped(Packed):
             if input_scale.shape != (codes.shape[1],) or not (input_scale > 0).all():
                 raise ValueError(f"{name} wants a positive input_scale for each of the {codes.shape[1]} inputs")
             self.input_scale_bits = array.asarray(as_bits(input_scale.astype(np.float32), name))
-        self.unit = array.asarray(np.empty(0, np.float32))     # empty; `to(dtype)` gives it the dtype of dense rows
 
     # ── files ──
     def settings(self) -> dict[str, Any]:
@@ -86,8 +76,7 @@ class Grouped(Packed):
     def restore(cls, shape: tuple[int, int], stored: Stored) -> Grouped:
         """As Packed. Subclasses call it, and take their own settings and arrays."""
         out, width = shape
-        packed = cls.__new__(cls)
-        packed.shape = shape
+        packed = cls.without_codes(shape)
         packed.bits = stored.whole("bits", 1, 8)
         packed.group = stored.whole("group", 1, width)
         packed.codes = stored.array("codes", (packed_length(width, packed.bits), out), "uint8")
@@ -99,7 +88,6 @@ class Grouped(Packed):
             packed.input_scale_bits = stored.numbers("input_scale_bits", (width,), "uint16", "uint32")
             if not (packed.input_scale > 0).all():
                 raise ValueError(f"{cls.__name__} wants positive input scales")
-        packed.unit = array.asarray(np.empty(0, np.float32))
         return packed
 
     def restore_scale(self, stored: Stored) -> None:
@@ -179,24 +167,6 @@ class Grouped(Packed):
         return scale, constant if shift is None else constant + shift
 
     # ── the dense weight ──
-    @property
-    def rows_per_block(self) -> int:                     # type: ignore[override]
-        """The number of dense rows that a product holds at a time."""
-        return max(1, DENSE // self.shape[1])
-
-    def dequantize(self) -> Array:
-        """The dense weight (out, in), in C order."""
-        dense = xp(self.codes).empty(self.shape, self.unit.dtype)
-        for rows in self.blocks():
-            dense[rows] = self.dequantize_rows(rows)
-        return dense
-
-    def dequantize_rows(self, rows: Any) -> Array:
-        """W[rows]: (n, in) for a slice, (..., in) for an array of row numbers (...)."""
-        if isinstance(rows, slice):
-            return self.columns(rows).T
-        return self.columns(rows.reshape(-1)).T.reshape(*rows.shape, self.shape[1])
-
     def columns(self, rows: Any) -> Array:
         """Wᵀ[:, rows], (in, n), for a slice or an array (n,) of row numbers. Computed in float32.
 
@@ -303,28 +273,7 @@ class Uniform(Grouped):
         return f"{self.kind} {super().extra_repr()}"
 
 
-# ── numbers that `to(dtype)` must not round ──────────────────────────────────────────────────────────────────────────
-def as_bits(values: np.ndarray, name: str) -> np.ndarray:
-    """Real numbers as the bits of float16, uint16, if float16 holds all of them exactly; else of float32, uint32.
-
-    A model's `to(dtype)` casts floating-point buffers, and would round scales. ValueError unless all are finite."""
-    single = values.astype(np.float32)
-    if not np.isfinite(single).all():
-        raise ValueError(f"{name} wants finite scales, got inf or NaN")
-    with np.errstate(over="ignore"):
-        half = single.astype(np.float16)
-    if (half.astype(np.float32) == single).all():
-        return half.view(np.uint16)
-    return single.view(np.uint32)
-
-
-def from_bits(bits: Array) -> Array:
-    """The numbers, float32, of the bits that as_bits gave."""
-    if bits.dtype == np.uint16:
-        return dispatch.run(widen_half, type(bits), bits)
-    return bits.view(np.float32)
-
-
+# ── checks ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 def _check_reach(scale: np.ndarray, zero: Any, top: int) -> None:
     """ValueError unless all values s (q − z) of a grid, q = 0 ... top, are finite in float32."""
     with np.errstate(over="ignore"):

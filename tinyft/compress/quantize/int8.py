@@ -28,10 +28,10 @@ import numpy as np
 
 from ... import array, checks
 from ...array import Array, xp
-from ...nn import FLOATS, Packed
+from ...nn import FLOATS
 from ..checked import Stored
+from ..coded import Coded, as_bits, from_bits
 from ..grids import fit_grid
-from ..grouped import as_bits, from_bits
 from ..rule import Rule, check_weight
 
 __all__ = ["Int8", "Int8Weight", "LLMInt8", "integer_product", "quantize_rows", "zero_point_product"]
@@ -41,7 +41,6 @@ ACTIVATIONS = ("absmax", "affine")
 OUTLIER_WEIGHTS = ("codes", "dense")
 EXACT = 2**24                                            # float32 holds all whole numbers up to it
 CHUNK = EXACT // ((TOP + 1) * TOP)                       # 1,032 products of −128 ... 127 and −127 ... 127
-DENSE = 1 << 20                                          # dense weights that a product holds at a time, at most
 
 
 # ── the rules ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -110,7 +109,7 @@ class Rounded(NamedTuple):
     outliers: Array | None = None
 
 
-class Int8Weight(Packed):
+class Int8Weight(Coded):
     """A weight W (out, in) as int8 codes and a scale for each row, whose products round their input to 8 bits too."""
 
     def __init__(
@@ -124,18 +123,15 @@ class Int8Weight(Packed):
 
         TypeError or ValueError for arrays of other shapes or kinds, and for scales that are not finite."""
         checks.one_of("Int8Weight: activations", activations, ACTIVATIONS)
-        if codes.ndim != 2 or codes.dtype != np.int8 or not codes.size or codes.min() < -TOP:
-            raise ValueError(f"Int8Weight wants codes (out, in) int8 from {-TOP} to {TOP}, "
-                             f"got {codes.dtype} of shape {codes.shape}")
-        if scale.shape != codes.shape[:1]:
-            raise ValueError(f"Int8Weight wants scales of shape {codes.shape[:1]}, got {scale.shape}")
-        self.shape = codes.shape
+        super().__init__(codes, scale)
+        if codes.dtype != np.int8 or codes.min() < -TOP:
+            raise ValueError(f"Int8Weight wants codes of int8 from {-TOP} to {TOP}, "
+                             f"got {codes.dtype} from {codes.min()}")
         self.activations = activations
         self.threshold = threshold
         self.codes = array.asarray(np.ascontiguousarray(codes.T))                # (in, out)
         self.scale_bits = array.asarray(as_bits(scale, "Int8Weight"))            # (out,)
         self.dense = None if dense is None else array.asarray(dense)
-        self.unit = array.asarray(np.empty(0, np.float32))     # empty; `to(dtype)` gives it the dtype of dense rows
 
     def settings(self) -> dict[str, Any]:
         """How activations are rounded, and the smallest outlier."""
@@ -145,8 +141,7 @@ class Int8Weight(Packed):
     def restore(cls, shape: tuple[int, int], stored: Stored) -> Int8Weight:
         """As Packed."""
         out, width = shape
-        packed = cls.__new__(cls)
-        packed.shape = shape
+        packed = cls.without_codes(shape)
         packed.activations = checks.one_of("Int8Weight: activations", stored.setting("activations"), ACTIVATIONS)
         packed.threshold = stored.setting("threshold")
         if packed.threshold is not None:
@@ -156,7 +151,6 @@ class Int8Weight(Packed):
             raise ValueError(f"Int8Weight wants codes from {-TOP} to {TOP}, got {-TOP - 1}")
         packed.scale_bits = stored.numbers("scale_bits", (out,), "uint16", "uint32")
         packed.dense = stored.array("dense", shape, *map(str, FLOATS)) if stored.has("dense") else None
-        packed.unit = array.asarray(np.empty(0, np.float32))
         return packed
 
     def extra_repr(self) -> str:
@@ -168,26 +162,12 @@ class Int8Weight(Packed):
         """The scales (out,), float32."""
         return from_bits(self.scale_bits)
 
-    @property
-    def rows_per_block(self) -> int:                     # type: ignore[override]
-        """The number of dense rows that a product holds at a time."""
-        return max(1, DENSE // self.shape[1])
-
-    def dequantize(self) -> Array:
-        """The dense weight (out, in): s_w W_q, or W if it is kept."""
-        return self.dequantize_rows(slice(None))
-
     def dequantize_rows(self, rows: Any) -> Array:
-        """W[rows]: (n, in) for a slice, (..., in) for an array of row numbers (...)."""
-        if self.dense is not None:
-            return self.dense[rows]
-        if isinstance(rows, slice):
-            return self.columns(slice(None), rows).T
-        ids = rows.reshape(-1)
-        return self.columns(slice(None), ids).T.reshape(*rows.shape, self.shape[1])
+        """As Coded: s_w W_q, or W if it is kept."""
+        return super().dequantize_rows(rows) if self.dense is None else self.dense[rows]
 
-    def columns(self, inputs: Any, rows: Any) -> Array:
-        """Wᵀ[inputs, rows] of the rounded weight, in the dtype of dense rows."""
+    def columns(self, rows: Any, inputs: Any = slice(None)) -> Array:
+        """As Coded, of the rounded weight. inputs: those that are wanted, Wᵀ[inputs, rows]."""
         w = self.codes[:, rows][inputs] * from_bits(self.scale_bits[rows])       # int8 × float32 is float32
         return w.astype(self.unit.dtype, copy=False)
 
@@ -215,7 +195,7 @@ class Int8Weight(Packed):
             total = zero_point_product(total, x.zero, codes)
         y = (total * x.scale * from_bits(self.scale_bits[rows])).astype(x.scale.dtype, copy=False)
         if x.columns is not None:
-            w = self.columns(x.columns, rows) if self.dense is None else self.dense[rows][:, x.columns].T
+            w = self.columns(rows, x.columns) if self.dense is None else self.dense[rows][:, x.columns].T
             y += x.outliers @ w.astype(y.dtype, copy=False)
         return y
 
