@@ -30,7 +30,7 @@ SYNONYMS = {
 
 # Keywords of other libraries that are no facts of a forward pass, and what to do in their place.
 _GENERATE = "a call gives logits; text comes from generate(model, ids, max_new_tokens)"
-_LOSS = "a call gives logits; the loss comes from fit and evaluate, or from functional.cross_entropy(logits, labels)"
+_LOSS = "a call gives logits; the loss comes from fit and evaluate, or from ops.cross_entropy(logits, labels)"
 _POSITIONS = "positions follow from the mask, so padding is not counted"
 ELSEWHERE = {
     **dict.fromkeys(("labels", "label", "targets", "class_weight"), _LOSS),
