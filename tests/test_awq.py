@@ -337,6 +337,25 @@ def test_awq_is_a_rule_for_compress(rng):
     assert other.blocks[0].attn.q.weight.input_scale is not None
 
 
+def test_weights_near_the_largest_number_are_scaled_by_what_fits():
+    """A power whose scaled weights would be infinite is left out."""
+    W = np.full((2, 4), 3e37, np.float32)
+    W[:, 1:] *= np.array([0.3, -0.7, 0.5], np.float32)
+    H = np.diag([1e4, 1, 1, 1e-2])
+    packed = ft.AWQ(bits=8, group=2)(W, H)
+    np.testing.assert_allclose(host(packed.dequantize()), W, rtol=0.05)
+
+
+def test_messages_name_the_rule_that_was_called():
+    for rule in (ft.AWQ(), ft.RTN(), ft.GPTQ(), ft.OBQ()):
+        with pytest.raises(ValueError, match=f"^{type(rule).__name__} wants finite weights"):
+            rule(np.full((2, 2), np.inf, np.float32), np.eye(2))
+        with pytest.raises(ValueError, match=rf"^{type(rule).__name__} wants a weight of shape \(out, in\)"):
+            rule(np.ones(2, np.float32), np.eye(2))
+    with pytest.raises(ValueError, match="^AWQ wants a symmetric Hessian"):
+        ft.AWQ()(np.ones((2, 2), np.float32), np.triu(np.ones((2, 2))))
+
+
 def test_settings_without_sense_are_refused():
     with pytest.raises(ValueError, match="bits"):
         ft.AWQ(bits=9)

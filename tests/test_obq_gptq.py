@@ -463,6 +463,10 @@ def test_what_is_no_hessian_is_refused(rule, rng):
         rule(W, np.full((6, 6), np.nan))
     with pytest.raises(ValueError, match=r"\(6, 6\)"):
         rule(W, np.eye(5))
+    for unit in (1e-200, 1, 1e200):
+        for other in (np.triu(np.ones((6, 6))), np.eye(6) + 0.1 * np.eye(6, k=2)):
+            with pytest.raises(ValueError, match=r"symmetric Hessian, got one in which H\[i, j\] and H\[j, i\] differ"):
+                rule(W, unit * other)
     with pytest.raises(TypeError, match="calibration"):
         rule(W)
     with pytest.raises(TypeError, match="packed already"):
@@ -477,6 +481,16 @@ def test_rounding_errors_below_zero_are_no_negative_eigenvalues(rng):
     W = rng.standard_normal((3, 40))
     for rule in (ft.OBQ(4), ft.GPTQ(4), ft.GPTQ(4, damp=0.0)):
         assert np.isfinite(dense(rule, W, H)).all()
+
+
+def test_rounding_to_16_bits_is_no_asymmetry(rng):
+    """The two halves of H, as a product that rounds each entry by itself gives them."""
+    H = hessian(rng, 12)
+    H /= np.diagonal(H).max()
+    rounded = H + rng.uniform(-1, 1, H.shape) * 2.0**-8 * np.diagonal(H).min()
+    W = rng.standard_normal((3, 12))
+    for rule in (ft.OBQ(4), ft.GPTQ(4), ft.AWQ(4)):
+        assert np.isfinite(dense(rule, W, rounded)).all()
 
 
 def test_weights_of_32_bits_lose_nothing_that_matters():

@@ -14,6 +14,8 @@ from ..nn import Packed
 
 __all__ = ["Rule", "check_hessian", "check_weight", "without_dead_inputs"]
 
+ASYMMETRY = 0.01                                         # of the largest H[j, j]: more than any rounding to 16 bits
+
 
 class Rule:
     """A frozen dataclass of settings that is called with a weight, and with its Hessian if `needs_hessian`."""
@@ -44,8 +46,8 @@ def check_weight(name: str, W: Any) -> np.ndarray:
 
 
 def check_hessian(name: str, H: Any, width: int) -> np.ndarray:
-    """H as float64 on the host. ValueError unless it is (width, width), finite, and its diagonal is not negative;
-    TypeError if there is none."""
+    """H as float64 on the host. ValueError unless it is (width, width), finite, symmetric except for rounding, and its
+    diagonal is not negative; TypeError if there is none."""
     if H is None:
         raise TypeError(f"{name} wants the Hessian of the layer's inputs: give compress calibration batches")
     if not array.is_array(H) or H.dtype.kind not in "iuf":
@@ -55,6 +57,11 @@ def check_hessian(name: str, H: Any, width: int) -> np.ndarray:
         raise ValueError(f"{name} wants a Hessian of shape {(width, width)}, got {host.shape}")
     if not np.isfinite(host).all() or (np.diagonal(host) < 0).any():
         raise ValueError(f"{name} wants a finite Hessian without negative entries on its diagonal")
+    with np.errstate(over="ignore"):
+        difference = np.abs(host - host.T).max()
+    if difference > ASYMMETRY * np.diagonal(host).max():
+        raise ValueError(f"{name} wants a symmetric Hessian, got one in which H[i, j] and H[j, i] differ by "
+                         f"{difference:.3g}")
     return host
 
 

@@ -70,7 +70,10 @@ class AWQ(Rule):
         best, least, s = None, np.inf, None
         with np.errstate(over="ignore", invalid="ignore"):                       # an error that overflows is not less
             for scales in input_scales(H):
-                packed = self.round(W * scales, scales)
+                scaled = W * scales
+                if not np.isfinite(scaled).all():
+                    continue
+                packed = self.round(scaled, scales)
                 error = squared_error(W, packed, H)
                 if best is None or error < least:
                     best, least, s = packed, error, scales
@@ -85,7 +88,8 @@ class AWQ(Rule):
     def round(self, scaled: np.ndarray, s: np.ndarray) -> Uniform:
         """Q(W diag s) diag(1/s) for W diag s (out, in). Without s in memory if all of its entries are 1."""
         is_plain = (s == 1).all()
-        return round_to_nearest(scaled, self.grid, self.bits, self.group, input_scale=None if is_plain else s)
+        return round_to_nearest(scaled, self.grid, self.bits, self.group, caller="AWQ",
+                                input_scale=None if is_plain else s)
 
 
 def input_scales(H: np.ndarray) -> Iterator[np.ndarray]:

@@ -136,7 +136,7 @@ class FakeQuantize(Edit):
 
     def pack(self, W: np.ndarray) -> Uniform:
         """The packed weight of W (out, in), with the values of `tensor`."""
-        return round_to_nearest(W, self.kind, self.bits, self.group)
+        return round_to_nearest(W, self.kind, self.bits, self.group, caller="pack")
 
 
 class LearnedStep(Edit):

@@ -38,16 +38,15 @@ class RTN(Rule):
 
     def __call__(self, W: np.ndarray, H: Any = None) -> Uniform:
         """The packed weight of W (out, in)."""
-        W = check_weight("RTN", W)
-        return round_to_nearest(W, self.grid, self.bits, self.group)
+        return round_to_nearest(W, self.grid, self.bits, self.group, caller="RTN")
 
 
 def round_to_nearest(W: np.ndarray, kind: str, bits: int, group: int | None = None, *,
-                     half_scales: bool = True, **more: Any) -> Uniform:
-    """W (out, in) on its grid, packed. more: `order` and `input_scale` of the packed weight."""
-    W = check_weight("round_to_nearest", W)
+                     caller: str = "round_to_nearest", input_scale: np.ndarray | None = None) -> Uniform:
+    """W (out, in) on its grid, packed. caller: the name for messages. input_scale: that of the packed weight."""
+    W = check_weight(caller, W)
     width = W.shape[1]
     group = width if group is None else min(group, width)
-    grids = fit_groups(W, kind, bits, group, half_scales=half_scales)                    # (out, groups)
+    grids = fit_groups(W, kind, bits, group, half_scales=True)                           # (out, groups)
     codes = grids[:, np.arange(width) // group].encode(W)
-    return Uniform.from_grid(codes, grids, kind=kind, bits=bits, group=group, **more)
+    return Uniform.from_grid(codes, grids, kind=kind, bits=bits, group=group, input_scale=input_scale)
