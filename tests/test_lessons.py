@@ -7,11 +7,13 @@ shown to them.
 from __future__ import annotations
 
 import ast
+import inspect
 import io
 import json
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -321,6 +323,51 @@ def test_the_librarys_code_is_quoted_from_it_and_not_copied(name):
     assert copied(TEXTS[name]) == []
     for call in calls(TEXTS[name], "quote"):
         assert dotted(call.args[0]), "quote wants a name of the library"
+
+
+def imported(tree: ast.Module) -> dict[str, Any]:
+    """{name: value} of what a lesson imports from the library."""
+    namespace: dict[str, Any] = {}
+    for node in ast.walk(tree):
+        modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if any(module.split(".")[0] == "tinyft" for module in modules):
+            exec(compile(ast.Module([node], []), "<lesson>", "exec"), namespace)
+    return namespace
+
+
+def missing_names(text: str) -> list[str]:
+    """Names of the library that a lesson uses and that do not exist, such as a method that has moved."""
+    tree = ast.parse("\n".join(cell.source for cell in parse(text) if cell.kind != "markdown"))
+    namespace = imported(tree)
+    missing = []
+    for node in ast.walk(tree):
+        name = dotted(node) if isinstance(node, ast.Attribute) else None
+        if not name or name.split(".")[0] not in namespace:
+            continue
+        value = namespace[name.split(".")[0]]
+        for part in name.split(".")[1:]:
+            if not hasattr(value, part):
+                missing.append(name)
+                break
+            value = getattr(value, part)
+            if not isinstance(value, type) and not inspect.ismodule(value):  # objects have more
+                break
+    return missing
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_what_a_lesson_uses_is_in_the_library(name):
+    assert missing_names(TEXTS[name]) == []
+
+
+def test_a_name_that_has_moved_is_caught():
+    start = "# %%\nimport tinyft as ft\nfrom tinyft.compress import Q4_1\n"
+    assert missing_names(start + "quote(Q4_1.decode)") == ["Q4_1.decode"]
+    assert "ft.nothing.at_all" in missing_names(start + "x = ft.nothing.at_all(1)")
+    assert missing_names(start + "x = ft.Tensor(1).data + Q4_1.quantize(W).codes") == []
+    with pytest.raises(ImportError):
+        missing_names("# %%\nfrom tinyft.compress import Q5_7\n")
 
 
 def test_a_copy_is_caught():

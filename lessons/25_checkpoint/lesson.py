@@ -49,7 +49,7 @@ folder = Path(workplace.name)
 config = ft.LlamaConfig(vocab=2048, positions=512, width=64, layers=2, heads=4,
                         key_value_heads=2, hidden=192, tied=True, eps=1e-5, std=0.08)
 model = ft.Llama(config, seed=0)
-STEPS = 60 if "TINYFT_FAST" in os.environ else 150
+STEPS = 60 if "TINYFT_FAST" in os.environ else 110
 prose = ft.data.pretraining("prose", "train")
 batches = ft.data.lm_batches(prose, T=64, batch_size=16)
 ft.fit(model, batches, STEPS, ft.AdamW(1e-2), ft.cosine_schedule(warmup=20),
@@ -599,14 +599,29 @@ assert np.array_equal(stored[0, 0, 4:] >> 4, codes[16:])
 assert stored[0, 0, :2].view("<f2")[0] == np.float16(d)
 
 # %% [markdown]
-# The library keeps the blocks in memory as they are. A product with the matrix takes
-# some rows, turns their codes into float32, multiplies, and drops these float32 numbers
-# again. The following method turns codes into weights, for many blocks at once.
-# `unpack` separates the two codes of each byte. `scales[0]` and `scales[1]` hold $d$
-# and $m$.
+# To turn blocks into weights we read the two float16 numbers, separate the codes of
+# each byte, and compute $d q + m$, for all blocks at once.
 
 # %%
-quote(Q4_1.decode)
+def decode(blocks):
+    "The weights (..., 32) of blocks (..., 20 bytes)."
+    numbers = blocks[..., :4].view("<f2").astype(np.float32)
+    scale, shift = numbers[..., :1], numbers[..., 1:]
+    lower = blocks[..., 4:] & 15
+    upper = blocks[..., 4:] >> 4
+    codes = np.concatenate([lower, upper], axis=-1)
+    return scale * codes + shift
+
+decoded = decode(stored).reshape(up.shape)
+print(f"largest difference to the weights: {abs(decoded - up).max():.3f}")
+
+# %% [check]
+assert np.array_equal(decoded, Q4_1.quantize(up).dequantize())
+
+# %% [markdown]
+# The library keeps the codes in memory, and the scales beside them. A product with the
+# matrix takes some rows, turns their codes into float32, multiplies, and drops these
+# float32 numbers again.
 
 # %% [markdown]
 # **Predict first.** We make one weight of a block ten times as large as the largest
