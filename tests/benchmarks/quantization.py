@@ -28,6 +28,7 @@ import numpy as np
 from bench import machine
 
 import tinyft as ft
+from tinyft.compare.figure import set_log_ticks
 from tinyft.compress import Rule
 
 RESULTS = Path(__file__).parent / "results"
@@ -223,6 +224,7 @@ def draw(data: dict[str, Any], path: Path) -> None:
         ax.set_xlabel("bits")
         ax.set_xticks([2, 3, 4, 8])
         ax.set_yscale("log")
+        set_log_ticks(ax.yaxis)
     axes[0].set_ylabel("perplexity / dense perplexity")
     axes[0].legend(frameon=False)
     figure.savefig(path, dpi=120)
