@@ -192,7 +192,8 @@ def test_training_is_numpys(kind, method):
     want, y = on("numpy", train, kind, METHODS[method])
     for fast in (False, True):
         got, z = on("cupy", train, kind, METHODS[method], fast=fast)
-        assert np.abs(got / want - 1).max() < (4e-6 if fast else 1e-6) and len(want) == STEPS
+        # Adam divides by the size of a gradient: a last bit of a sum grows from step to step
+        assert np.abs(got / want - 1).max() < (4e-6 if fast else 2e-6) and len(want) == STEPS
         # Adam blows up the rounding of what has no gradient, as a key's bias
         assert apart(z, y) < 2e-4
     # something was learned: had it stood still, all would agree
