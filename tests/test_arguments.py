@@ -166,9 +166,12 @@ def saved_model(path: Any) -> dict:
 
 
 OPTIMIZER = {"lr": 0.1, "weight_decay": 0.1, "groups": {"*": {"lr": 0.2}}}
+SWITCH = {"experts": 2, "every": 1, "capacity": 1.5, "eval_capacity": 2.0, "min_capacity": 1, "jitter": 0.1,
+          "balance": 0.1, "z_loss": 0.1, "dropout": 0.1}
 GPT_SIZES = {"vocab": 20, "positions": 12, "width": 8, "layers": 1, "heads": 2, "hidden": 8, "dropout": 0.1,
              "eps": 1e-5, "std": 0.02}
-BERT_SIZES = {**GPT_SIZES, "token_types": 2, "first_position": 1, "pooler_activation": "relu", "keep_pooler": False}
+SWITCHED = {**GPT_SIZES, "switch": ft.SwitchConfig(**SWITCH)}
+BERT_SIZES = {**SWITCHED, "token_types": 2, "first_position": 1, "pooler_activation": "relu", "keep_pooler": False}
 LLAMA_SIZES = {**GPT_SIZES, "key_value_heads": 1, "head_width": 4, "rope_base": 100.0,
                "rope_scaling": ft.RotaryScaling("linear", 2.0), "tied": True, "qkv_bias": True, "out_bias": True,
                "mlp_bias": True}
@@ -179,13 +182,14 @@ ROWS: dict[str, Callable[[Any], dict]] = {
     "Context": lambda path: {"ids": ids(), "mask": ids() > 0},
     "unpack": lambda path: {"model": gpt()},
     "GPT": lambda path: {"config": ft.GPTConfig(vocab=20, positions=12, width=8, layers=1, heads=2), "seed": 1},
-    "GPTConfig": lambda path: GPT_SIZES,
+    "GPTConfig": lambda path: SWITCHED,
     "BERT": lambda path: {"config": ft.BERTConfig(vocab=20, positions=12, width=8, layers=1, heads=2), "seed": 1,
                           "head": "mlm", "pooler": True},
     "BERTConfig": lambda path: BERT_SIZES,
     "Llama": lambda path: {"config": ft.LlamaConfig(vocab=20, positions=12, width=8, layers=1, heads=2), "seed": 1},
     "LlamaConfig": lambda path: LLAMA_SIZES,
     "RotaryScaling": lambda path: {"kind": "llama3", "factor": 2.0, "low": 1.0, "high": 4.0, "original": 8},
+    "SwitchConfig": lambda path: SWITCH,
     "load": saved_model,
     "save": lambda path: {"model": gpt(), "path": path / "m", "tokenizer": None, "dtype": "float32"},
     "classifier": lambda path: {"model": bert(), "classes": 2, "seed": 0},
@@ -361,6 +365,8 @@ OP_ROWS: dict[str, Callable[[], list]] = {
     "permute": lambda: [tensor(*X), (1, 0)],
     "broadcast_to": lambda: [tensor(*X), (4, 2, 3)],
     "concatenate": lambda: [tensor(*X), tensor(*X)],
+    "split": lambda: [tensor(*X), (1, 1)],
+    "cast": lambda: [tensor(*X), "float64"],
     "layer_norm": lambda: [tensor(*X), tensor(3), tensor(3), 1e-5],
     "rms_norm": lambda: [tensor(*X), tensor(3), 1e-5],
     "swiglu": lambda: [tensor(*X), tensor(*X)],

@@ -20,11 +20,13 @@ from tinyft import array, nn, ops, tensor
 from tinyft import functional as F
 from tinyft.array import bfloat16
 from tinyft.precision import HALVES, LOSSES
+from tinyft.precision import autocast as ft_autocast
 from tinyft.tensor import OPS, ShapeError, Tensor
 
 pytestmark = pytest.mark.usefixtures("definitions")
-# _packed_linear takes a module: test_nn.py tests it.  project gives three values: it has its own tests below.
-EVERY_OP = sorted(set(OPS) - {"_packed_linear", "project"})
+# _packed_linear takes a module: test_nn.py tests it.  project and split give several values, and cast gives another
+# dtype: they have their own tests below.
+EVERY_OP = sorted(set(OPS) - {"_packed_linear", "project", "split", "cast"})
 
 
 @dataclass
@@ -1076,3 +1078,53 @@ def test_a_gradient_that_reaches_another_value_is_caught(order, rng, monkeypatch
         return ops.concatenate(q, k * 2, v * 3)
     with pytest.raises(AssertionError, match="by differences|got no gradient"):
         gradcheck(f, inputs_of_project(rng, (2,), 3, 2, 2, 2), rng)
+
+
+# ── split and cast ───────────────────────────────────────────────────────────────────────────────────────────────────
+@given(seeds(), st.lists(st.integers(0, 3), min_size=1, max_size=4), st.lists(st.integers(1, 3), max_size=2))
+def test_split_cuts_the_first_axis(rng, counts, rest):
+    x = normal(rng, (sum(counts), *rest))
+    parts = ops.split(leaf(x), counts)
+    assert [len(part) for part in parts] == counts
+    assert np.array_equal(np.concatenate([host(part) for part in parts]), x)
+    weights = rng.standard_normal(len(counts))
+
+    def weighted(x):
+        return ops.concatenate(*(part * w for part, w in zip(ops.split(x, counts), weights)))
+    if x.size:
+        gradcheck(weighted, [x], rng)
+
+
+def test_a_part_without_a_gradient_gets_zeros(rng):
+    x = leaf(normal(rng, (5, 2)))
+    _, middle, _ = ops.split(x, (1, 3, 1))
+    (middle * 2).sum().backward()
+    assert np.array_equal(host(x.grad)[:, 0], [0, 2, 2, 2, 0])
+
+
+@pytest.mark.parametrize("counts", [(2, 2), (3, 3), (6, -1), ()])
+def test_split_refuses_counts_with_another_sum(counts):
+    with pytest.raises(ShapeError, match="split wants|counts wants"):
+        ops.split(leaf(np.ones((5, 2))), counts)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("of", ["float64", "float32", "float16", "bfloat16"])
+def test_cast_rounds_once_and_its_gradient_comes_back(of, dtype, rng):
+    x = leaf(normal(rng, (3, 4)), np.dtype(of) if of != "bfloat16" else bfloat16)
+    wanted = np.dtype(dtype) if dtype != "bfloat16" else bfloat16
+    for dtype_of in (dtype, wanted):
+        y = ops.cast(x, dtype_of)
+        assert y.dtype == wanted
+        assert np.array_equal(host(y), host(x).astype(wanted))
+    covector = normal(rng, (3, 4)).astype(wanted)
+    y.backward(dev(covector))
+    assert x.grad.dtype == np.promote_types(x.dtype, np.float32)
+    assert np.array_equal(host(x.grad), covector.astype(x.grad.dtype))
+
+
+def test_autocast_leaves_a_cast_alone():
+    x = leaf(np.ones(2), np.float32)
+    with ft_autocast("bfloat16"):
+        assert ops.cast(x, "float32").dtype == np.float32
+        assert ops.cast(x, "float16").dtype == np.float16

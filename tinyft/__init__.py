@@ -47,7 +47,7 @@ from .memory import largest_batch, memory
 from .methods import *  # noqa: F403                    every method of its table: a new one needs no line here
 from .methods import ALL as _METHODS
 from .methods import methods
-from .models import BERT, GPT, BERTConfig, GPTConfig, Llama, LlamaConfig, RotaryScaling
+from .models import BERT, GPT, BERTConfig, GPTConfig, Llama, LlamaConfig, RotaryScaling, SwitchConfig
 from .nn import Cache, Context, Module, Packed, Parameter
 from .optim import (
     SGD,
@@ -84,7 +84,7 @@ __all__ = [
     "Tensor", "no_grad", "detect_anomaly", "use", "backend", "ops", "functional",
     # models
     "Module", "Parameter", "Context", "Cache", "Packed", "unpack", "GPT", "GPTConfig", "BERT", "BERTConfig",
-    "Llama", "LlamaConfig", "RotaryScaling",
+    "Llama", "LlamaConfig", "RotaryScaling", "SwitchConfig",
     "load", "save", "classifier", "generate", "chat_prompt", "chat_end", "data",
     # how a model is changed
     "attach", "detach", "without", "merge", "eject", "combine", "count", "trained", "save_adapter", "load_adapter",

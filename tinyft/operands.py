@@ -22,6 +22,9 @@ from .tensor import Tensor
 NUMBERS = {bool, int, float}                                  # Python's take the dtype of the array beside them
 
 
+FLOATS = (np.dtype(np.float64), np.dtype(np.float32), np.dtype(np.float16), array.bfloat16)
+
+
 # ── arrays ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 def as_indices(i: Any, like: Array, name: str = "indices") -> Array:
     """Whole numbers of any kind (an array, a list, a number) as an array of int32 or int64; a list beside `like`.
@@ -136,6 +139,27 @@ def some_axes(axis: Any, x: Array, keepdims: bool = False) -> tuple[int, ...] | 
     if len(set(axes)) < len(axes):
         raise ValueError(f"axis wants each axis once, got {axis}")
     return axes
+
+
+def as_float_dtype(dtype: Any) -> np.dtype:
+    """A dtype of floating-point numbers from itself or its name. TypeError for anything else."""
+    for known in FLOATS:
+        if isinstance(dtype, (str, np.dtype, type)) and dtype in (known, str(known), known.type):
+            return known
+    raise TypeError(f"cast wants one of the dtypes {', '.join(map(str, FLOATS))}, got {checks.brief(dtype)}")
+
+
+def split_ends(x: Array, counts: Any) -> list[int]:
+    """The limits of the parts of x: 0, and the sum of the counts up to each of them.
+
+    ValueError unless the counts are whole numbers >= 0 whose sum is the length of x."""
+    wanted = "split wants counts, whole numbers >= 0 whose sum is the length of the first axis"
+    ends = [0]
+    for count in as_shape(counts, "counts"):
+        ends.append(ends[-1] + checks.whole("counts", count, 0))
+    if x.ndim == 0 or ends[-1] != x.shape[0]:
+        raise ValueError(f"{wanted}; got {checks.brief(counts)}")
+    return ends
 
 
 def as_shape(shape: Any, name: str = "shape") -> tuple[int, ...]:

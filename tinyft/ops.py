@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from . import array, checks
+from . import array, checks, precision
 from .array import Array, xp
 from .operands import (
+    as_float_dtype,
     as_indices,
     as_mask,
     as_operand,
@@ -37,6 +38,7 @@ from .operands import (
     rotary_factors,
     rows_of,
     some_axes,
+    split_ends,
 )
 from .tensor import Tensor, op
 
@@ -574,6 +576,29 @@ def concatenate(*xs, axis=0):
             return g[(*before, slice(ends[i], ends[i + 1]))]
         return back
     return xp(*xs).concatenate(xs, axis=axis), tuple(pullback(i) for i in range(len(xs)))
+
+
+@op("n ... -> ...")
+def split(x, counts):
+    """x cut along its first axis into parts of these lengths.    dx = the gradients of the parts end to end
+
+    x (N, ...); counts: whole numbers >= 0 with the sum N. A part of length 0 is empty. Returns a tuple of parts."""
+    m = xp(x)
+    ends = split_ends(x, counts)
+    parts = tuple(x[start:end] for start, end in zip(ends, ends[1:]))
+
+    def back(g):                                              # None for a part to which no gradient came
+        filled = [m.zeros(part.shape, part.dtype) if d is None else d for part, d in zip(parts, g)]
+        return m.concatenate(filled, axis=0)
+    return parts, (back, None)
+
+
+@op("... -> ...")
+def cast(x, dtype):
+    """y = x in another floating-point dtype.    dx = g in the dtype of x
+
+    Of all ops only this one is asked for a dtype. dtype: float64, float32, float16 or bfloat16, or its name."""
+    return precision.rounded(x, as_float_dtype(dtype)), (same, None)
 
 
 # ── layers ───────────────────────────────────────────────────────────────────────────────────────────────────────────

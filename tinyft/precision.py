@@ -41,7 +41,8 @@ PRODUCTS = {"linear", "matmul", "project", "attention", "_packed_linear"}
 SUMS = {"sum", "mean", "cumsum", "softmax", "log_softmax", "layer_norm", "rms_norm",
         "exp", "log", "power"}                                 # the last three overflow soon
 LOSSES = {"cross_entropy"}                                     # their value is float32, with autocast or without
-VIEWS = {"reshape", "permute", "transpose", "broadcast_to"}    # compute nothing, in either pass
+VIEWS = {"reshape", "permute", "transpose", "broadcast_to",
+         "split", "cast"}                                      # compute nothing, in either pass
 PICKS = {"getitem", "gather", "embedding"}                     # compute nothing; their gradients are sums
 MIXING = {"add", "sub", "mul"}                                 # of a float32 and a 16-bit array, computed in float32
 
@@ -179,7 +180,7 @@ def takes_16_bit(kernel: Callable) -> Callable:
 def has_16_bit(arrays: Any) -> bool:
     """True if one of these is an array of 16-bit floating-point numbers."""
     for a in arrays:
-        if getattr(a, "itemsize", None) == 2 and a.dtype in HALVES:
+        if getattr(a, "itemsize", None) == 2 and getattr(a, "dtype", None) in HALVES:          # a dtype has an itemsize
             return True
     return False
 

@@ -23,6 +23,7 @@ F = torch.nn.functional
 NO_COUNTERPART = {
     "dropout": "its mask comes from a key of ours; test_ops.py compares it with plain NumPy",
     "project": "it gives three values; test_ops.py compares it with three linear ops, and linear is compared here",
+    "cast": "it gives another dtype; test_ops.py compares it with astype",
 }
 TOLERANCE = 1e-10
 Draw = Callable[[np.random.Generator], list[np.ndarray]]
@@ -119,6 +120,8 @@ row("gather", lambda x: ops.gather(x, dev(ROWS), axis=-1), lambda x: torch.gathe
     (2, 4), note="twice the same")
 row("gather", lambda x: ops.gather(x, dev(ROWS), axis=0), lambda x: torch.gather(x, 0, torch.tensor(ROWS)),
     (3, 3), note="first axis")
+row("split", lambda x: ops.concatenate(*ops.split(x, (2, 0, 1))[::-1]),
+    lambda x: torch.cat(torch.split(x, (2, 0, 1))[::-1]), (3, 4), note="an empty part")
 row("embedding", lambda W: ops.embedding(W, dev(ROWS)), lambda W: F.embedding(torch.tensor(ROWS), W),
     (4, 5), note="twice the same")
 row("getitem", lambda x: x[1:, ::2], lambda x: x[1:, ::2], (3, 4), note="slices")

@@ -27,7 +27,7 @@ import numpy as np
 
 from .. import array, checks, edit, sizes
 from ..edit import Method
-from ..models import BERT, GPT, BERTConfig, GPTConfig, Llama, LlamaConfig
+from ..models import BERT, GPT, BERTConfig, GPTConfig, Llama, LlamaConfig, SwitchMLP
 from ..models.blocks import Classifier
 from ..nn import Context, Linear, Module, Packed
 from ..optim import AdamW, Optimizer
@@ -274,7 +274,7 @@ class PackedSizes(Packed):
 def build(model: Any, weights: str | None = None) -> Module:
     """A model without numbers, from a configuration or like a model, with its edits; inside `without_numbers`.
 
-    weights: as in memory. TypeError for what is neither."""
+    weights: as in memory. TypeError for what is neither; ValueError for a model with Switch layers."""
     if weights is not None:
         checks.one_of("weights", weights, (*DTYPES, *PACKED_BITS))
     if isinstance(model, Module):
@@ -284,6 +284,9 @@ def build(model: Any, weights: str | None = None) -> Module:
     else:
         raise TypeError("memory wants a model, or a GPTConfig, BERTConfig or LlamaConfig, "
                         f"got {checks.brief(model)}")
+    if any(isinstance(module, SwitchMLP) for module in sized.modules()):
+        raise ValueError("memory wants a model without Switch layers: how many tokens an expert gets depends on the "
+                         f"numbers, and memory computes none; got a {type(sized).__name__} with experts")
     if weights in DTYPES:
         sized.to(dtype=weights)
     elif weights is not None:

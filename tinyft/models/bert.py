@@ -12,6 +12,7 @@ RoBERTa (Liu et al. 2019) starts its positions at a later row of P, and its clas
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from .blocks import (
     embed_tokens,
     run_blocks,
 )
+from .moe import SwitchConfig, check_switch, feed_forward
 
 # The activations of the pooler, by the name of the setting.
 POOLER_ACTIVATIONS = {"tanh": ops.tanh, "relu": ops.relu}
@@ -45,6 +47,7 @@ class BERTConfig:
     token_types        0: the model has none (DistilBERT)
     first_position     the row of P for the first token; the rows before it are not used (RoBERTa: 2 or another)
     pooler_activation  of the layer below a classifier: "tanh" or "relu" (DistilBERT)
+    switch             a SwitchConfig for Switch layers, mixtures of experts, in the place of some of the feed-forwards
     keep_pooler        True: a new classifier reads the pooler of the model, which pretraining has trained.
                        False: a new classifier gets a new pooler (RoBERTa)
 
@@ -62,6 +65,7 @@ class BERTConfig:
     first_position: int = 0
     pooler_activation: str = "tanh"
     keep_pooler: bool = True
+    switch: SwitchConfig | None = None
 
     def __new__(cls, *args: Any, **fields: Any) -> BERTConfig:
         """Raise TypeError, naming the nearest field, for an unknown keyword."""
@@ -71,6 +75,7 @@ class BERTConfig:
 
     def __post_init__(self) -> None:
         check_config(self, ("vocab", "positions", "width", "layers", "heads"))
+        check_switch("BERTConfig", self.switch, self.layers)
         checks.whole("BERTConfig: token_types", self.token_types, least=0)
         checks.whole("BERTConfig: first_position", self.first_position, least=0)
         checks.one_of("BERTConfig: pooler_activation", self.pooler_activation, POOLER_ACTIVATIONS)
@@ -135,10 +140,11 @@ class BERT(Module):
         self.type = Embedding(c.token_types, c.width, rng=rng) if c.token_types else None
         self.norm0 = LayerNorm(c.width, eps=c.eps)
         self.drop = Dropout(c.dropout)
+        make_mlp = partial(MLP, c.width, hidden, activation=ops.gelu, rng=rng, dropout=c.dropout, std=c.std)
         self.blocks = []
-        for _ in range(c.layers):
+        for i in range(c.layers):
             attn = Attention(c.width, c.heads, causal=False, rng=rng, dropout=c.dropout, std=c.std)
-            mlp = MLP(c.width, hidden, activation=ops.gelu, rng=rng, dropout=c.dropout, std=c.std)
+            mlp = feed_forward(i, c.switch, make_mlp, rng=rng, std=c.std)
             self.blocks.append(PostNormBlock(attn, mlp, eps=c.eps))
         self.pooler = Pooler(c.width, rng=rng, activation=c.pooler_activation) if pooler else None
         self.head = MaskedHead(self.embed, eps=c.eps, rng=rng) if head == "mlm" else None

@@ -8,6 +8,7 @@ tanh form; ε = 1e-5.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,11 +29,14 @@ from .blocks import (
     embed_tokens,
     run_blocks,
 )
+from .moe import SwitchConfig, check_switch, feed_forward
 
 
 @dataclass(frozen=True)
 class GPTConfig:
     """Sizes: vocabulary V, positions T, width C, layers L, heads H, feed-forward width F (4 C if None).
+
+    switch: a SwitchConfig for Switch layers, mixtures of experts, in the place of some of the feed-forwards; or None.
 
     TypeError or ValueError, naming the field, for values from which no model can be built."""
     vocab: int = 50257
@@ -44,6 +48,7 @@ class GPTConfig:
     dropout: float = 0.0
     eps: float = 1e-5
     std: float = 0.02                                    # of the initial linear maps
+    switch: SwitchConfig | None = None
 
     def __new__(cls, *args: Any, **fields: Any) -> GPTConfig:
         """Raise TypeError, naming the nearest field, for an unknown keyword."""
@@ -53,6 +58,7 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         check_config(self, ("vocab", "positions", "width", "layers", "heads"))
+        check_switch("GPTConfig", self.switch, self.layers)
 
 
 class GPT(Module):
@@ -74,10 +80,12 @@ class GPT(Module):
         self.embed = Embedding(c.vocab, c.width, rng=rng)
         self.pos = Embedding(c.positions, c.width, rng=rng)
         self.drop = Dropout(c.dropout)
+        make_mlp = partial(MLP, c.width, hidden, activation=ops.gelu_tanh, rng=rng, dropout=c.dropout, std=c.std,
+                           out_std=out_std)
         self.blocks = []
-        for _ in range(c.layers):
+        for i in range(c.layers):
             attn = Attention(c.width, c.heads, causal=True, rng=rng, dropout=c.dropout, std=c.std, out_std=out_std)
-            mlp = MLP(c.width, hidden, activation=ops.gelu_tanh, rng=rng, dropout=c.dropout, std=c.std, out_std=out_std)
+            mlp = feed_forward(i, c.switch, make_mlp, rng=rng, std=c.std)
             self.blocks.append(PreNormBlock(attn, mlp, eps=c.eps))
         self.norm = LayerNorm(c.width, eps=c.eps)
         self.head = TiedHead(self.embed)
