@@ -21,7 +21,28 @@ from .adapters import (
 )
 from .array import BackendError, CannotCapture, backend, peak_memory, use
 from .chat import chat_end, chat_prompt
-from .compress import AWQ, E2M1, FP4, GPTQ, LSQ, NF4, OBQ, QAT, RTN, Dynamic8, Int8, LLMInt8, compress, pack, smooth
+from .compress import (
+    AWQ,
+    E2M1,
+    FP4,
+    GPTQ,
+    LSQ,
+    NF4,
+    OBQ,
+    QAT,
+    RTN,
+    DistilBERTLoss,
+    Dynamic8,
+    Hinton,
+    Int8,
+    LLMInt8,
+    TeacherCache,
+    WordLevel,
+    compress,
+    pack,
+    smooth,
+    student,
+)
 from .decode import generate
 from .edit import (
     Attached,
@@ -95,6 +116,7 @@ __all__ = [
     # compression
     "compress", "RTN", "OBQ", "GPTQ", "NF4", "FP4", "E2M1", "Dynamic8", "AWQ", "Int8", "LLMInt8", "smooth", "QAT",
     "LSQ", "pack",
+    "student", "Hinton", "WordLevel", "DistilBERTLoss", "TeacherCache",
     # training
     "fit", "evaluate", "perplexity", "corpus_perplexity", "CorpusPerplexity", "predict", "Predictions", "embed",
     "History", "Loss", "CrossEntropy", "Targets",

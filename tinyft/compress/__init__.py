@@ -1,6 +1,7 @@
 """Compression: packed weights in the place of dense ones.
 
     compress        every linear map of a model, layer by layer (layerwise.py, calibrate.py)
+    distill/        losses with a teacher, and students that start from it
     quantize/       the rules, (W, H) -> Packed, one file per paper
     grids.py        the values that a weight of few bits may take
     packing.py      codes of 1 to 8 bits in a stream of bytes
@@ -10,6 +11,7 @@
     ggml.py         the block formats of GGUF files
 """
 from .codebooks import Codebook
+from .distill import DistilBERTLoss, Hinton, TeacherCache, WordLevel, student
 from .ggml import FORMATS, Q4_0, Q4_1, Q8_0
 from .grouped import Uniform
 from .layerwise import LayerReport, compress
@@ -18,5 +20,6 @@ from .rule import Rule
 
 __all__ = [
     "AWQ", "E2M1", "FORMATS", "FP4", "GPTQ", "LSQ", "NF4", "OBQ", "Q4_0", "Q4_1", "Q8_0", "QAT", "RTN", "Codebook",
-    "Dynamic8", "Int8", "LLMInt8", "LayerReport", "Rule", "Uniform", "compress", "pack", "smooth",
+    "DistilBERTLoss", "Dynamic8", "Hinton", "Int8", "LLMInt8", "LayerReport", "Rule", "TeacherCache", "Uniform",
+    "WordLevel", "compress", "pack", "smooth", "student",
 ]

@@ -1,0 +1,16 @@
+"""Distillation: a student learns from the outputs of a teacher. Each loss is a Loss of `fit`, with the teacher a field.
+
+    hinton.py       a temperature, and the labels beside the teacher (2015)
+    word_level.py   the teacher's distribution of every next token (Kim and Rush 2016)
+    distilbert.py   the triple loss of DistilBERT (2019)
+    layers.py       a student that starts from layers of its teacher
+    cache.py        a teacher's outputs on disk: its pass is paid once
+    soft.py         the parts of all losses
+"""
+from .cache import TeacherCache
+from .distilbert import DistilBERTLoss
+from .hinton import Hinton
+from .layers import check_tokenizers, layer_map, student
+from .word_level import WordLevel
+
+__all__ = ["DistilBERTLoss", "Hinton", "TeacherCache", "WordLevel", "check_tokenizers", "layer_map", "student"]

@@ -1,0 +1,235 @@
+"""A teacher's outputs on disk: an epoch pays the teacher once, and later epochs and other runs read them.
+
+    cache = TeacherCache("work/teacher", teacher, k=64)
+    fit(student, batches, steps, loss=Hinton(cache))
+
+An entry belongs to a row of a batch, whatever batch it comes in: its key is a digest of the row's real ids, of its
+other facts, and of the positions that have a label. It holds the k largest logits of each such position, largest first,
+with their classes. The entries lie in files of many rows, each written at once and never changed.
+
+Random masks make new rows in every epoch, so nothing is found again: of masked language models, cache fixed batches.
+A teacher whose outputs for a row depend on its batch (a Switch layer does not; a batch norm would) cannot be cached.
+"""
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ... import array, checks
+from ...context import check_range
+from ...files import read_tensors, sweep, write_tensors
+from ...identity import fingerprint
+from ...nn import Module
+from ...tensor import Tensor
+from ...train.batch import Endless, Targets, iterate, read_batch
+from .soft import CachedTargets, run_teacher
+
+FLUSH = 1 << 22                                          # bytes of new entries, from which on a file is written
+Entry = tuple[np.ndarray, np.ndarray]                    # (n, k) logits and (n, k) classes, of one row
+
+
+class TeacherCache:
+    """The k largest logits of a teacher, by row, in a folder.
+
+    folder   of the files; made if it is not there
+    teacher  the model; None: only rows that the folder holds can be read
+    k        the number of logits of each position; None: all of them, and the loss is that of the teacher itself
+
+    With k < V the teacher's distribution is that of its k largest classes: the probability of the others, which is
+    small for a good teacher, is shared out among these. All entries are held in memory, 8 k bytes for a position.
+
+    A run that is resumed wants a cache of the same teacher with the same k. TypeError or ValueError for values without
+    meaning, for a folder with outputs of another teacher or k, and for a damaged file."""
+
+    def __init__(self, folder: str | os.PathLike, teacher: Module | None = None, k: int | None = 64):
+        checks.instance("TeacherCache: folder", folder, (str, os.PathLike), "a path")
+        if teacher is not None:
+            checks.instance("TeacherCache: teacher", teacher, Module, "a model or None")
+        if k is not None:
+            checks.whole("TeacherCache: k", k, least=1)
+        self._folder = Path(folder)
+        self._teacher = teacher
+        self._entries: dict[bytes, Entry] = {}
+        self._new: list[bytes] = []                      # keys of the entries that are not on disk yet
+        self._files = 0
+        self._passes = 0
+        self.of = None if teacher is None else fingerprint(teacher)
+        self.k = k
+        self._read_files()
+        if self.of is None:
+            raise ValueError(f"TeacherCache wants a teacher, or a folder that holds the outputs of one; {folder} holds "
+                             "none")
+
+    def __len__(self) -> int:
+        """The number of rows."""
+        return len(self._entries)
+
+    @property
+    def passes(self) -> int:
+        """The number of rows that the teacher computed, through this object."""
+        return self._passes
+
+    # ── reading and writing ──
+    def _read_files(self) -> None:
+        """Take the entries of all files of the folder."""
+        if not self._folder.is_dir():
+            return
+        for file in sorted(self._folder.glob("rows-*.safetensors")):
+            arrays, facts = read_tensors(file)
+            self._check_facts(file, facts)
+            self._add_file(file, arrays)
+            self._files += 1
+
+    def _check_facts(self, file: Path, facts: dict[str, Any]) -> None:
+        """ValueError unless a file is of this teacher and this k. Without a teacher, the first file decides."""
+        if self.of is None:
+            self.of, self.k = facts.get("of"), facts.get("k")
+        if facts.get("of") != self.of:
+            raise ValueError(f"TeacherCache wants outputs of this teacher, got {file} of another one: take another "
+                             "folder")
+        if facts.get("k") != self.k:
+            raise ValueError(f"TeacherCache wants k={self.k}, got {file} with k={facts.get('k')}: take another folder")
+
+    def _add_file(self, file: Path, arrays: dict[str, np.ndarray]) -> None:
+        """Take the entries of one file. ValueError if it is damaged."""
+        if arrays.keys() != {"keys", "counts", "values", "columns"}:
+            raise ValueError(f"{file} is damaged or not one of ours: it holds {', '.join(sorted(arrays)) or 'nothing'}")
+        keys, counts = arrays["keys"], arrays["counts"]
+        fits = keys.ndim == 2 and counts.shape == keys.shape[:1] and arrays["values"].shape == arrays["columns"].shape
+        if not fits or counts.sum() != len(arrays["values"]):
+            raise ValueError(f"{file} is damaged: its keys, counts and logits do not fit")
+        end = 0
+        for key, count in zip(keys, counts.tolist()):
+            start, end = end, end + count
+            self._entries[key.tobytes()] = arrays["values"][start:end], arrays["columns"][start:end]
+
+    def flush(self) -> None:
+        """Write all new entries, as one more file. A reader sees the whole file or none."""
+        if not self._new:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        entries = [self._entries[key] for key in self._new]
+        arrays = {
+            "keys": np.frombuffer(b"".join(self._new), np.uint8).reshape(len(entries), -1),
+            "counts": np.array([len(values) for values, _ in entries], np.int64),
+            "values": np.concatenate([values for values, _ in entries]),
+            "columns": np.concatenate([columns for _, columns in entries]),
+        }
+        file = self._folder / f"rows-{self._files:06d}.safetensors"
+        while file.exists():                             # of another process that fills the same folder
+            self._files += 1
+            file = self._folder / f"rows-{self._files:06d}.safetensors"
+        sweep(file)
+        write_tensors(file, arrays, {"of": self.of, "k": self.k})
+        self._files += 1
+        self._new = []
+
+    # ── use ──
+    def fill(self, batches: Iterable) -> int:
+        """Compute and write the outputs for all rows of these batches; the number of rows that were new.
+
+        Of an endless `data.Batches`, every example is taken once. A fill that was stopped goes on where it stood."""
+        before = self._passes
+        for batch in iterate(batches.once() if isinstance(batches, Endless) else batches):
+            self.look_up(read_batch(batch))
+        self.flush()
+        return self._passes - before
+
+    def look_up(self, targets: Targets) -> CachedTargets:
+        """The targets with the teacher's logits. Rows that are new go through the teacher, all in one pass.
+
+        ValueError for a batch of embeddings, and for a new row if the cache has no teacher."""
+        if isinstance(targets.ids, Tensor):
+            raise ValueError("TeacherCache wants batches of ids, got embeddings: these have no key")
+        keys = row_keys(targets)
+        missing = [i for i, key in enumerate(keys) if key not in self._entries]
+        if missing:
+            self._compute(targets, keys, missing)
+        entries = [self._entries[key] for key in keys]
+        values = np.concatenate([values for values, _ in entries])
+        columns = np.concatenate([columns for _, columns in entries])
+        return CachedTargets(**vars(targets), teacher_values=values, teacher_columns=columns)
+
+    def _compute(self, targets: Targets, keys: list[bytes], missing: list[int]) -> None:
+        """Take the teacher's outputs for some rows of a batch into the cache."""
+        if self._teacher is None:
+            raise ValueError(f"TeacherCache wants a teacher for the {len(missing)} rows of this batch that "
+                             f"{self._folder} does not hold")
+        check_range("token id", targets.ids, self._teacher.embed.in_features,
+                    f"the teacher's vocabulary of {self._teacher.embed.in_features}")
+        rows = row_of_logits(targets)
+        logits = array.asnumpy(run_teacher(self._teacher, targets).output.data)
+        logits = logits.reshape(-1, logits.shape[-1])                            # (N, V)
+        values, columns = largest(logits.astype(np.float32), self.k)
+        for i in missing:
+            self._entries[keys[i]] = values[rows == i], columns[rows == i]
+            self._new.append(keys[i])
+        self._passes += len(missing)
+        if sum(self._entries[key][0].nbytes for key in self._new) > FLUSH:
+            self.flush()
+
+
+def largest(logits: np.ndarray, k: int | None) -> Entry:
+    """The k largest entries of each row, largest first, and their columns: (N, V) -> (N, k), (N, k). None: all."""
+    V = logits.shape[-1]
+    if k is None or k >= V:
+        columns = np.broadcast_to(np.arange(V), logits.shape)
+    else:
+        columns = np.sort(np.argpartition(-logits, k - 1, axis=-1)[:, :k], axis=-1)
+    values = np.take_along_axis(logits, columns, axis=-1)
+    order = np.argsort(-values, axis=-1, kind="stable")
+    columns = np.take_along_axis(columns, order, axis=-1).astype(np.int32)
+    return np.take_along_axis(values, order, axis=-1), columns
+
+
+def row_of_logits(targets: Targets) -> np.ndarray:
+    """The row of the batch to which each row of logits belongs, (N,)."""
+    B, T = targets.ids.shape[:2]
+    if targets.logit_positions is not None:
+        return np.asarray(targets.logit_positions) // T
+    return np.repeat(np.arange(B), len(targets.labels) // B)
+
+
+def row_keys(targets: Targets) -> list[bytes]:
+    """A digest for each row of a batch: of its real ids, its other facts, and the places of its labels.
+
+    Padding does not count: a row has one key in every batch."""
+    B, T = targets.ids.shape[:2]
+    ids = np.asarray(targets.ids)
+    mask = targets.facts.get("mask")
+    real = np.ones((B, T), bool) if mask is None else np.asarray(mask)
+    labelled = np.zeros((B, T), bool)
+    if targets.logit_positions is not None:
+        labelled.reshape(-1)[targets.logit_positions] = True
+    elif len(targets.labels) == B * T:
+        labelled[:] = True
+    types = targets.facts.get("token_type_ids")
+    per_row = {name: targets.facts[name] for name in ("task", "route") if name in targets.facts}
+    keys = []
+    for b in range(B):
+        used = real[b] | labelled[b]
+        parts = [ids[b][used], labelled[b][used], real[b][used]]
+        if types is not None:
+            parts.append(np.asarray(types)[b][used])
+        parts += [np.asarray(value)[b:b + 1] for value in per_row.values()]
+        digest = hashlib.blake2b(digest_size=16)
+        for part in parts:
+            digest.update(np.ascontiguousarray(part, np.int64).tobytes() + b";")
+        keys.append(digest.digest())
+    return keys
+
+
+def read_with_teacher(name: str, teacher: Any, batch: Any) -> Targets:
+    """Read a batch, with the teacher's logits if the teacher is a cache.  TypeError for a teacher of another kind.
+
+    name: of the loss, for the message."""
+    targets = read_batch(batch)
+    if isinstance(teacher, TeacherCache):
+        return teacher.look_up(targets)
+    checks.instance(f"{name}: teacher", teacher, Module, "a model or a TeacherCache")
+    return targets

@@ -1,0 +1,115 @@
+"""The parts of all distillation losses: the teacher's pass, its distributions, KL and cosine over real positions.
+
+N rows of logits (one per position or per sequence), V classes, T temperature.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ... import array, checks, functional, ops, precision
+from ...array import Array, xp
+from ...nn import Context, Module, evaluation_mode
+from ...tensor import Tensor, no_grad
+from ...train.batch import IGNORE, Targets
+
+
+@dataclass(frozen=True)
+class TeacherLogits:
+    """The logits of a teacher, without a gradient.
+
+    values (N, V); or, of a cache, the k largest, values (N, k), and their classes, columns (N, k)."""
+    values: Array
+    columns: Array | None = None
+
+
+def check_models(name: str, student: Module, teacher: Module, wanted: str = "a model or a TeacherCache") -> None:
+    """TypeError unless the teacher is a model; ValueError unless it reads the student's ids.
+
+    name: of the loss, for the message.  wanted: the teachers that it takes, in words."""
+    checks.instance(f"{name}: teacher", teacher, Module, wanted)
+    ours, theirs = student.embed.in_features, teacher.embed.in_features
+    if ours != theirs:
+        raise ValueError(f"{name} wants a teacher with the student's vocabulary of {ours} tokens, got {theirs} tokens")
+
+
+def run_teacher(teacher: Module, targets: Targets) -> Context:
+    """The Context of the teacher's pass over a batch: in evaluation mode, and without records."""
+    ctx = targets.context()
+    with evaluation_mode(teacher):
+        teacher(targets.ids, ctx)
+    return ctx
+
+
+def row_weights(targets: Targets, like: Array, dtype: Any) -> Array:
+    """The weight of each row of logits, (N,): 0 without a label, else the class weight of its label, or 1."""
+    m = xp(like)
+    labels = array.put_like(targets.labels, like)
+    real = labels != IGNORE
+    if targets.class_weight is None:
+        return real.astype(dtype)
+    class_weight = array.put_like(targets.class_weight, like, dtype)
+    return class_weight[m.where(real, labels, 0)] * real
+
+
+def soft_loss(name: str, logits: Tensor, teacher: TeacherLogits, weight: Array, temperature: float) -> Tensor:
+    """T² Σᵢ wᵢ KL(p_t^T ‖ p_s^T)ᵢ / Σ w,    p^T = softmax(z / T)
+
+    logits: the student's, (..., V) with N rows.  weight: w (N,).  Only the student gets a gradient,
+    T (p_s^T − p_t^T) wᵢ / Σ w for each row: the factor T² keeps its size independent of T.
+    Of a cache's k columns, p_t^T is the softmax over these; the probability of the others is left out.
+    ValueError unless both have the same rows and classes.  name: of the loss, for the message."""
+    logits = wide(logits)
+    logits = logits.reshape(-1, logits.shape[-1])                                # (N, V)
+    log_q = ops.log_softmax(logits * (1 / temperature))
+    if teacher.columns is not None:
+        log_q = ops.gather(log_q, array.put_like(teacher.columns, logits.data))  # (N, k)
+    values = array.put_like(teacher.values, logits.data, log_q.dtype)
+    values = values.reshape(-1, values.shape[-1])
+    if values.shape != log_q.shape:
+        raise ValueError(f"{name} wants a teacher with the student's logits of shape {tuple(log_q.shape)}, "
+                         f"got {tuple(values.shape)}")
+    with no_grad():
+        log_p = ops.log_softmax(Tensor(values) * (1 / temperature)).data
+    p = xp(log_p).exp(log_p)
+    rows = (p * log_p).sum(axis=-1) - (log_q * p).sum(axis=-1)                   # (N,): KL of each row
+    return (rows * weight).sum() * (temperature**2) / weight.sum()
+
+
+def cosine_loss(name: str, student: Tensor, teacher: Tensor, real: Array) -> Tensor:
+    """Σ (1 − cos(h_s, h_t)) / n over the n real positions.    h (B, T, C);  real (B, T), True where a token is real
+
+    Only the student gets a gradient. ValueError for two shapes.  name: of the loss, for the message."""
+    if student.shape != teacher.shape:
+        raise ValueError(f"{name} wants a teacher whose hidden states have the student's shape {tuple(student.shape)}, "
+                         f"got {tuple(teacher.shape)}")
+    student = functional.normalize(wide(student), eps=1e-8)
+    with no_grad():
+        direction = functional.normalize(wide(teacher.detach()), eps=1e-8)
+    cosine = (student * direction.data).sum(axis=-1)                             # (B, T)
+    weight = real / xp(real).maximum(real.sum(), 1)
+    return ((1 - cosine) * weight.astype(cosine.dtype)).sum()
+
+
+def wide(x: Tensor) -> Tensor:
+    """A 16-bit tensor in float32; any other one as it is."""
+    return ops.cast(x, "float32") if x.dtype in precision.HALVES else x
+
+
+def teacher_logits(name: str, model: Module, teacher: Any, targets: Targets) -> TeacherLogits:
+    """The teacher's logits for a batch: those that a cache put into the targets, or else of a pass.
+
+    name: of the loss, for the messages."""
+    if isinstance(targets, CachedTargets):
+        return TeacherLogits(targets.teacher_values, targets.teacher_columns)
+    check_models(name, model, teacher)
+    return TeacherLogits(run_teacher(teacher, targets).output.data)
+
+
+@dataclass
+class CachedTargets(Targets):
+    """Targets with the teacher's k largest logits for each row of logits, and their classes: both (N, k)."""
+    teacher_values: np.ndarray | None = None
+    teacher_columns: np.ndarray | None = None
