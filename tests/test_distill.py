@@ -497,6 +497,16 @@ def test_teachers_that_do_not_fit_are_refused():
         ft.Hinton(3).read(batch)
 
 
+def test_a_cache_of_another_vocabulary_is_refused(tmp_path):
+    larger = ft.GPT(ft.GPTConfig(VOCAB + 4, 16, 12, 2, 3, 16), seed=1)
+    for k in (4, None):
+        cache = TeacherCache(tmp_path / str(k), larger, k)
+        cache.fill(BATCHES)
+        for source in (cache, TeacherCache(tmp_path / str(k))):
+            with pytest.raises(ValueError, match="wants a teacher with the student's 19 classes, got a cache with 23"):
+                value_of(ft.Hinton(source), make_gpt(), BATCHES[0])
+
+
 def make_tokenizer(*words: str) -> Tokenizer:
     return Tokenizer(WordLevelModel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
 
@@ -688,7 +698,7 @@ def test_a_cache_of_another_teacher_or_a_damaged_one_is_refused(tmp_path):
     file.write_bytes(content)
     with pytest.raises(ValueError, match="damaged"):
         TeacherCache(tmp_path / "cache", make_gpt(3), k=4)
-    with pytest.raises(ValueError, match="outside the teacher's vocabulary|vocabulary of 19|outside"):
+    with pytest.raises(IndexError, match="token id 30 is outside the teacher's vocabulary of 19"):
         TeacherCache(tmp_path / "new", make_gpt(3)).look_up(read_batch({"ids": np.full((1, 4), 30)}))
 
 

@@ -57,6 +57,7 @@ class TeacherCache:
         self._entries: dict[bytes, Entry] = {}
         self._new: list[bytes] = []                      # keys of the entries that are not on disk yet
         self._files = 0
+        self._classes: int | None = None                 # V, once an output is known
         self._passes = 0
         self.of = None if teacher is None else fingerprint(teacher)
         self.k = k
@@ -83,6 +84,7 @@ class TeacherCache:
             arrays, facts = read_tensors(file)
             self._check_facts(file, facts)
             self._add_file(file, arrays)
+            self._classes = facts.get("classes")
             self._files += 1
 
     def _check_facts(self, file: Path, facts: dict[str, Any]) -> None:
@@ -125,7 +127,7 @@ class TeacherCache:
             self._files += 1
             file = self._folder / f"rows-{self._files:06d}.safetensors"
         sweep(file)
-        write_tensors(file, arrays, {"of": self.of, "k": self.k})
+        write_tensors(file, arrays, {"of": self.of, "k": self.k, "classes": self._classes})
         self._files += 1
         self._new = []
 
@@ -153,7 +155,8 @@ class TeacherCache:
         entries = [self._entries[key] for key in keys]
         values = np.concatenate([values for values, _ in entries])
         columns = np.concatenate([columns for _, columns in entries])
-        return CachedTargets(**vars(targets), teacher_values=values, teacher_columns=columns)
+        return CachedTargets(**vars(targets), teacher_values=values, teacher_columns=columns,
+                             teacher_classes=self._classes)
 
     def _compute(self, targets: Targets, keys: list[bytes], missing: list[int]) -> None:
         """Take the teacher's outputs for some rows of a batch into the cache."""
@@ -165,6 +168,7 @@ class TeacherCache:
         rows = row_of_logits(targets)
         logits = array.asnumpy(run_teacher(self._teacher, targets).output.data)
         logits = logits.reshape(-1, logits.shape[-1])                            # (N, V)
+        self._classes = logits.shape[-1]
         values, columns = largest(logits.astype(np.float32), self.k)
         for i in missing:
             self._entries[keys[i]] = values[rows == i], columns[rows == i]

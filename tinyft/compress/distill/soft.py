@@ -20,9 +20,10 @@ from ...train.batch import IGNORE, Targets
 class TeacherLogits:
     """The logits of a teacher, without a gradient.
 
-    values (N, V); or, of a cache, the k largest, values (N, k), and their classes, columns (N, k)."""
+    values (N, V); or, of a cache, the k largest, values (N, k), their classes, columns (N, k), and the number V."""
     values: Array
     columns: Array | None = None
+    classes: int | None = None
 
 
 def check_models(name: str, student: Module, teacher: Module, wanted: str = "a model or a TeacherCache") -> None:
@@ -64,6 +65,9 @@ def soft_loss(name: str, logits: Tensor, teacher: TeacherLogits, weight: Array, 
     logits = wide(logits)
     logits = logits.reshape(-1, logits.shape[-1])                                # (N, V)
     log_q = ops.log_softmax(logits * (1 / temperature))
+    if teacher.classes not in (None, logits.shape[-1]):
+        raise ValueError(f"{name} wants a teacher with the student's {logits.shape[-1]} classes, got a cache with "
+                         f"{teacher.classes}")
     if teacher.columns is not None:
         log_q = ops.gather(log_q, array.put_like(teacher.columns, logits.data))  # (N, k)
     values = array.put_like(teacher.values, logits.data, log_q.dtype)
@@ -103,13 +107,14 @@ def teacher_logits(name: str, model: Module, teacher: Any, targets: Targets) -> 
 
     name: of the loss, for the messages."""
     if isinstance(targets, CachedTargets):
-        return TeacherLogits(targets.teacher_values, targets.teacher_columns)
+        return TeacherLogits(targets.teacher_values, targets.teacher_columns, targets.teacher_classes)
     check_models(name, model, teacher)
     return TeacherLogits(run_teacher(teacher, targets).output.data)
 
 
 @dataclass
 class CachedTargets(Targets):
-    """Targets with the teacher's k largest logits for each row of logits, and their classes: both (N, k)."""
+    """Targets with the teacher's k largest logits for each row of logits, and their classes, both (N, k); of V classes in all."""
     teacher_values: np.ndarray | None = None
     teacher_columns: np.ndarray | None = None
+    teacher_classes: int | None = None
