@@ -650,7 +650,7 @@ def make_model(kind: str, seed: int = 0, switch: SwitchConfig | None = SWITCH, l
                **more: Any) -> Any:
     if kind == "gpt":
         return ft.GPT(ft.GPTConfig(V, 16, 12, layers, 3, 20, switch=switch, **more), seed=seed)
-    return ft.BERT(ft.BERTConfig(V, 16, 0, 12, layers, 3, 20, switch=switch, **more), seed=seed)
+    return ft.BERT(ft.BERTConfig(V, 16, 2, 12, layers, 3, 20, switch=switch, **more), seed=seed)
 
 
 def make_batch(kind: str, seed: int = 0) -> dict[str, np.ndarray]:
@@ -800,3 +800,50 @@ def test_a_model_without_a_switch_layer_is_refused():
 def test_memory_refuses_a_switch_model():
     with pytest.raises(ValueError, match="memory wants a model without Switch layers"):
         ft.memory(make_model("gpt"))
+
+
+# ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+@KINDS
+@pytest.mark.parametrize("classes", [0, 3])
+def test_a_switch_model_is_saved_and_loaded(kind, classes, tmp_path):
+    model = make_model(kind, seed=3)
+    if classes:
+        ft.classifier(model, classes)
+    ft.save(model, tmp_path / "model")
+    loaded, _ = ft.load(tmp_path / "model")
+    assert loaded.config == model.config
+    batch = make_batch(kind)
+    expected = host(model(batch["ids"], mask=batch["mask"]))
+    np.testing.assert_array_equal(host(loaded(batch["ids"], mask=batch["mask"])), expected)
+    assert f'"model_type": "tinyft-switch-{"gpt2" if kind == "gpt" else "bert"}"' in read(tmp_path)
+    ft.save(loaded, tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        tmp_path / "model" / "model.safetensors").read_bytes()
+
+
+def read(path: Any) -> str:
+    return (path / "model" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("old, new, words", [
+    ('"experts": 4', '"experts": 5', "blocks.1|expert_4|h.1"),
+    ('"experts": 4', '"experts": 1000000000', "asks for 1000000000 experts; the file holds"),
+    ('"experts": 4', '"experts": 0', "SwitchConfig: experts wants a whole number >= 1, got 0"),
+    ('"experts": 4', '"experts": "4"', "SwitchConfig: experts wants a whole number"),
+    ('"experts": 4', '"heads": 4', "config.json wants 'switch' with the fields balance, capacity"),
+    ('"every": 2', '"every": 9', "a Switch layer in every 9 blocks wants 9 layers or more, got 4"),
+])
+def test_a_damaged_description_is_refused(old, new, words, tmp_path):
+    ft.save(make_model("gpt"), tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    assert old in config.read_text()
+    config.write_text(config.read_text().replace(old, new))
+    with pytest.raises(ValueError, match=words):
+        ft.load(tmp_path / "model")
+
+
+def test_a_distilbert_with_experts_has_no_format(tmp_path):
+    """make_model's BERT has token types; without a pooler of its kind there is no family for it."""
+    model = ft.BERT(ft.BERTConfig(V, 16, 0, 12, 2, 3, 20, switch=SWITCH), seed=0)
+    with pytest.raises(ValueError, match="save wants a BERT with the settings of"):
+        ft.save(model, tmp_path / "model")

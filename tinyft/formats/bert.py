@@ -74,6 +74,7 @@ class BERTFamily(Family):
     heads: dict[str, str | None] = HEADS
     written_as: dict[str | None, str] = WRITTEN_AS
     head_names = ("cls.", "classifier.")
+    has_experts = False                                  # True: the models with Switch layers (switch.py)
 
     def table_name(self, name: str) -> str | None:
         """The name without the prefix, gamma and beta of a layer norm as weight and bias; None if it is not read."""
@@ -141,7 +142,9 @@ class BERTFamily(Family):
 
     def holds(self, model: Module) -> bool:
         """True for a BERT with the settings of this family."""
-        return type(model) is BERT and self.has_settings(model.config)
+        if type(model) is not BERT or (model.config.switch is not None) != self.has_experts:
+            return False
+        return self.has_settings(model.config)
 
     def has_settings(self, c: BERTConfig) -> bool:
         """True if the settings beside the sizes are those of this family."""

@@ -53,6 +53,11 @@ class GPT2Family(Family):
     model_type = "gpt2"
     model = GPT
     tied = {"lm_head.weight": "wte.weight"}              # {output layer: embedding}, two names of one tensor
+    has_experts = False                                  # True: the models with Switch layers (switch.py)
+
+    def holds(self, model: Module) -> bool:
+        """True for a GPT, with Switch layers or without them as this family has them."""
+        return type(model) is GPT and (model.config.switch is not None) == self.has_experts
 
     def table_name(self, name: str) -> str | None:
         """The name without `transformer.`; None for a causal mask."""

@@ -37,6 +37,7 @@ from .layout import FileTensor, Plan, Table, blocks_of, cast, file_tensors, set_
 from .llama import LlamaFamily
 from .roberta import RoBERTaFamily
 from .sentence import MODULES, pooling_files, read_pooling
+from .switch import SwitchBERTFamily, SwitchGPT2Family
 from .tokenizer import configure, tokenizer_config
 
 __all__ = ["load", "save", "classifier", "FAMILIES", "Family"]
@@ -44,6 +45,7 @@ __all__ = ["load", "save", "classifier", "FAMILIES", "Family"]
 FAMILIES: tuple[Family, ...] = (
     GPT2Family(), BERTFamily(), DistilBERTFamily(), RoBERTaFamily(),
     LlamaFamily("llama"), LlamaFamily("mistral"), LlamaFamily("qwen2"),
+    SwitchGPT2Family(), SwitchBERTFamily(),
 )
 ASSETS = Path(__file__).parent.parent / "assets"
 # Entries of config.json that the library does not use. `load` keeps them and `save` writes them again.
