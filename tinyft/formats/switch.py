@@ -17,7 +17,6 @@ from typing import Any
 
 from ..checks import brief
 from ..models import SwitchConfig
-from ..nn import Module
 from .bert import BERTFamily
 from .gpt2 import GPT2Family
 from .layout import FileTensor, Plan, Table

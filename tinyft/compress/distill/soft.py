@@ -114,7 +114,9 @@ def teacher_logits(name: str, model: Module, teacher: Any, targets: Targets) -> 
 
 @dataclass
 class CachedTargets(Targets):
-    """Targets with the teacher's k largest logits for each row of logits, and their classes, both (N, k); of V classes in all."""
+    """Targets with a teacher's k largest logits for each row of logits, and their classes: both (N, k).
+
+    teacher_classes: V, the number of all classes."""
     teacher_values: np.ndarray | None = None
     teacher_columns: np.ndarray | None = None
     teacher_classes: int | None = None
