@@ -217,6 +217,7 @@ ROWS: dict[str, Callable[[Any], dict]] = {
     "LLMInt8": lambda path: {"threshold": 5.0, "outlier_weights": "dense"},
     "AWQ": lambda path: {"bits": 4, "group": 8, "grid": "affine", "clip": True},
     "student": lambda path: {"teacher": bert(), "layers": 1, "kind": "spread", "token_types": False},
+    "dense_student": lambda path: {"teacher": ft.GPT(ft.GPTConfig(**SWITCHED)), "start": "mean", "seed": 0},
     "Hinton": lambda path: {"teacher": gpt(), "temperature": 2.0, "soft": 0.5},
     "WordLevel": lambda path: {"teacher": gpt(), "alpha": 0.5},
     "DistilBERTLoss": lambda path: {"teacher": bert(), "temperature": 2.0, "soft": 5.0, "hard": 2.0, "cosine": 1.0},

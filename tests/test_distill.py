@@ -714,3 +714,80 @@ def test_a_run_on_a_cache_resumes(tmp_path):
     with pytest.raises(Stop):
         run("stopped", stop=4)
     assert equal(run("stopped"), straight)
+
+
+# ── a Switch model into a dense one ──────────────────────────────────────────────────────────────────────────────────
+def make_switched(kind: str, experts: int, seed: int = 1, **more: Any) -> ft.Module:
+    switch = ft.SwitchConfig(experts=experts, eval_capacity=float(experts), min_capacity=1)
+    if kind == "gpt":
+        return ft.GPT(ft.GPTConfig(VOCAB, 16, 12, 4, 3, 16, switch=switch, **more), seed=seed)
+    return make_bert(seed, 4, switch=switch, **more)
+
+
+@pytest.mark.parametrize("kind", ["gpt", "bert"])
+@pytest.mark.parametrize("start", ["new", "mean", [2, 0]])
+def test_a_dense_student_has_all_parts_but_the_experts(kind, start, tmp_path):
+    teacher = make_switched(kind, 3)
+    before = values_of(teacher)
+    model = ft.dense_student(teacher, start)
+    theirs = teacher.named_parameters()
+    ours = model.named_parameters()
+    feed_forwards = {name for name in ours if name.startswith(("blocks.1.mlp.", "blocks.3.mlp."))}
+    assert len(feed_forwards) == 8
+    for name in ours.keys() - feed_forwards:
+        np.testing.assert_array_equal(host(ours[name]), host(theirs[name]))
+        assert not np.shares_memory(host(ours[name]), host(theirs[name]))
+    experts = [host(theirs[f"blocks.1.mlp.experts.{j}.up.weight"]) for j in range(3)]
+    up = host(ours["blocks.1.mlp.up.weight"])
+    if start == "new":
+        assert not any(np.array_equal(up, expert) for expert in experts)
+        other = ft.dense_student(teacher, start, seed=5).blocks[1].mlp.up.weight
+        assert not np.array_equal(up, host(other))
+    else:
+        expected = np.mean(experts, axis=0) if start == "mean" else experts[2]
+        np.testing.assert_allclose(up, expected, rtol=1e-6, atol=1e-8)
+    ft.save(model, tmp_path / "student")
+    ids = BATCHES[0]["ids"]
+    np.testing.assert_array_equal(host(ft.load(tmp_path / "student")[0](ids)), host(model(ids)))
+    assert equal(values_of(teacher), before)
+
+
+@pytest.mark.parametrize("kind", ["gpt", "bert"])
+def test_the_student_of_a_teacher_with_one_expert_is_the_teacher(kind):
+    teacher = make_switched(kind, 1)
+    ids, mask = BATCHES[0]["ids"], BATCHES[0]["mask"]
+    for start in ("mean", [0, 0]):
+        model = ft.dense_student(teacher, start)
+        np.testing.assert_allclose(host(model(ids, mask=mask))[mask], host(teacher(ids, mask=mask))[mask], atol=1e-6)
+
+
+def test_a_dense_student_learns_from_a_switch_teacher():
+    """λ = 0.25, T = 1: the mix of the paper. The teacher's auxiliary losses do not count."""
+    teacher = make_switched("gpt", 3)
+    for p in teacher.parameters():
+        p.copy_(host(p) * 3)
+    student = ft.dense_student(teacher)
+    loss = ft.Hinton(teacher, temperature=1.0, soft=0.25)
+    targets = read_batch(BATCHES[0])
+    z_s, z_t = (host(model(targets.ids, targets.context())).reshape(-1, VOCAB) for model in (student, teacher))
+    nll = -log_softmax(z_s)[np.arange(len(z_s)), targets.labels].mean()
+    assert value_of(loss, student, BATCHES[0]) == pytest.approx(0.75 * nll + 0.25 * kl(z_t, z_s, 1).mean(), rel=1e-5)
+    before = kl_to(teacher, student)
+    history = ft.fit(student, BATCHES, 30, ft.AdamW(0.002), loss=ft.Hinton(teacher, 1.0, 1.0), progress=False)
+    assert history.terms.keys() == {"loss"}
+    assert kl_to(teacher, student) < 0.7 * before
+
+
+def test_dense_students_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="dense_student wants a model with Switch layers, got a GPT without"):
+        ft.dense_student(make_gpt())
+    teacher = make_switched("gpt", 3)
+    with pytest.raises(ValueError, match="wants one expert for each of the 2 Switch layers, got 1"):
+        ft.dense_student(teacher, [0])
+    with pytest.raises(ValueError, match="an expert wants a whole number from 0 to 2, got 3"):
+        ft.dense_student(teacher, [0, 3])
+    with pytest.raises(ValueError, match="start wants one of 'new', 'mean', got 'busiest'"):
+        ft.dense_student(teacher, "busiest")
+    ft.attach(teacher, ft.LoRA(r=2))
+    with pytest.raises(ValueError, match="dense_student wants a teacher without methods, got 'lora' attached"):
+        ft.dense_student(teacher)

@@ -39,6 +39,7 @@ from .compress import (
     TeacherCache,
     WordLevel,
     compress,
+    dense_student,
     pack,
     smooth,
     student,
@@ -116,7 +117,7 @@ __all__ = [
     # compression
     "compress", "RTN", "OBQ", "GPTQ", "NF4", "FP4", "E2M1", "Dynamic8", "AWQ", "Int8", "LLMInt8", "smooth", "QAT",
     "LSQ", "pack",
-    "student", "Hinton", "WordLevel", "DistilBERTLoss", "TeacherCache",
+    "student", "dense_student", "Hinton", "WordLevel", "DistilBERTLoss", "TeacherCache",
     # training
     "fit", "evaluate", "perplexity", "corpus_perplexity", "CorpusPerplexity", "predict", "Predictions", "embed",
     "History", "Loss", "CrossEntropy", "Targets",

@@ -4,6 +4,7 @@
     word_level.py   the teacher's distribution of every next token (Kim and Rush 2016)
     distilbert.py   the triple loss of DistilBERT (2019)
     layers.py       a student that starts from layers of its teacher
+    switch.py       a dense student of a Switch model
     cache.py        a teacher's outputs on disk: its pass is paid once
     soft.py         the parts of all losses
 """
@@ -11,6 +12,8 @@ from .cache import TeacherCache
 from .distilbert import DistilBERTLoss
 from .hinton import Hinton
 from .layers import check_tokenizers, layer_map, student
+from .switch import dense_student
 from .word_level import WordLevel
 
-__all__ = ["DistilBERTLoss", "Hinton", "TeacherCache", "WordLevel", "check_tokenizers", "layer_map", "student"]
+__all__ = ["DistilBERTLoss", "Hinton", "TeacherCache", "WordLevel", "check_tokenizers", "dense_student", "layer_map",
+           "student"]
