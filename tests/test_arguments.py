@@ -82,6 +82,11 @@ def text_classifier() -> ft.BERT:
     return ft.classifier(model, 2)
 
 
+def switched() -> ft.GPT:
+    experts = ft.SwitchConfig(experts=2, every=1)
+    return ft.GPT(ft.GPTConfig(vocab=20, positions=12, width=8, layers=1, heads=2, switch=experts), seed=0)
+
+
 def rounded() -> ft.GPT:
     model = gpt()
     ft.attach(model, ft.QAT(group=4))
@@ -217,7 +222,7 @@ ROWS: dict[str, Callable[[Any], dict]] = {
     "LLMInt8": lambda path: {"threshold": 5.0, "outlier_weights": "dense"},
     "AWQ": lambda path: {"bits": 4, "group": 8, "grid": "affine", "clip": True},
     "student": lambda path: {"teacher": bert(), "layers": 1, "kind": "spread", "token_types": False},
-    "dense_student": lambda path: {"teacher": ft.GPT(ft.GPTConfig(**SWITCHED)), "start": "mean", "seed": 0},
+    "dense_student": lambda path: {"teacher": switched(), "start": "mean", "seed": 0},
     "Hinton": lambda path: {"teacher": gpt(), "temperature": 2.0, "soft": 0.5},
     "WordLevel": lambda path: {"teacher": gpt(), "alpha": 0.5},
     "DistilBERTLoss": lambda path: {"teacher": bert(), "temperature": 2.0, "soft": 5.0, "hard": 2.0, "cosine": 1.0},
