@@ -32,13 +32,16 @@ class SwitchGPT2Family(GPT2Family):
     has_experts = True
 
     def read_config(self, config: dict, names: Collection[str]) -> Plan:
+        """The plan of the dense model, with the Switch layers of the key "switch"."""
         dense, switch = take_switch(config, names)
         return with_switch(super().read_config(dense, names), switch)
 
     def table(self, plan: Plan) -> Table:
+        """The table of the dense model, with routers and experts."""
         return with_experts(super().table(plan), plan)
 
     def write_config(self, plan: Plan) -> dict[str, Any]:
+        """The config.json of the dense model, with the key "switch"."""
         return {**super().write_config(plan), KEY: dataclasses.asdict(plan.config.switch)}
 
 
@@ -48,13 +51,16 @@ class SwitchBERTFamily(BERTFamily):
     has_experts = True
 
     def read_config(self, config: dict, names: Collection[str]) -> Plan:
+        """The plan of the dense model, with the Switch layers of the key "switch"."""
         dense, switch = take_switch(config, names)
         return with_switch(super().read_config(dense, names), switch)
 
     def table(self, plan: Plan) -> Table:
+        """The table of the dense model, with routers and experts."""
         return with_experts(super().table(plan), plan)
 
     def write_config(self, plan: Plan) -> dict[str, Any]:
+        """The config.json of the dense model, with the key "switch"."""
         return {**super().write_config(plan), KEY: dataclasses.asdict(plan.config.switch)}
 
 

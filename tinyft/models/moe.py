@@ -125,6 +125,7 @@ class SwitchMLP(Module):
         self._switch = switch
 
     def extra_repr(self) -> str:
+        """The capacity factors of training and of evaluation."""
         return f"capacity={self._switch.capacity}, eval_capacity={self._switch.eval_capacity}"
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:

@@ -42,6 +42,7 @@ class Hinton(Loss):
         checks.number("Hinton: soft", self.soft, low=0, high=1)
 
     def read(self, batch: Any) -> Targets:
+        """Read a batch; with the teacher's logits, if the teacher is a TeacherCache."""
         return read_with_teacher("Hinton", self.teacher, batch)
 
     def __call__(

@@ -37,6 +37,7 @@ class WordLevel(Loss):
         checks.number("WordLevel: alpha", self.alpha, low=0, high=1)
 
     def read(self, batch: Any) -> Targets:
+        """Read a batch; with the teacher's logits, if the teacher is a TeacherCache."""
         return read_with_teacher("WordLevel", self.teacher, batch)
 
     def __call__(
