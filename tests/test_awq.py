@@ -346,6 +346,13 @@ def test_weights_near_the_largest_number_are_scaled_by_what_fits():
     np.testing.assert_allclose(host(packed.dequantize()), W, rtol=0.05)
 
 
+@pytest.mark.parametrize("unit", [2.0**-100, 2.0**100])
+def test_the_scales_of_inputs_do_not_depend_on_the_unit_in_float32(unit):
+    """m_j² of 2¹⁰⁰ is far inside float32, and its square is not."""
+    H = np.diag([1, 4, 0.25, 1e-3]).astype(np.float32)
+    np.testing.assert_array_equal(list(awq.input_scales(H * np.float32(unit))), list(awq.input_scales(H)))
+
+
 def test_messages_name_the_rule_that_was_called():
     for rule in (ft.AWQ(), ft.RTN(), ft.GPTQ(), ft.OBQ()):
         with pytest.raises(ValueError, match=f"^{type(rule).__name__} wants finite weights"):

@@ -558,6 +558,16 @@ def test_numbers_near_the_ends_of_float32_stay_finite(double, size, rng):
         assert (abs(dense.astype(np.float64) - W) <= 0.152 * a + 1e-45).all()
 
 
+@pytest.mark.parametrize("cache", [1, 49, 50, 120])
+def test_rows_that_are_encoded_at_a_time_change_nothing(cache, monkeypatch, rng):
+    """At least one row at a time, however long it is."""
+    W = rng.standard_normal((7, 50)).astype(np.float32)
+    expected = quantize_blocks(W, get_table("nf4"), 16)
+    monkeypatch.setattr(codebooks, "CACHE", cache)
+    for mine, wanted in zip(quantize_blocks(W, get_table("nf4"), 16), expected, strict=True):
+        np.testing.assert_array_equal(mine, wanted)
+
+
 def test_what_cannot_be_quantized_is_refused(rng):
     W = rng.standard_normal((4, 8)).astype(np.float32)
     packed = ft.NF4()(W)

@@ -4,11 +4,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from helpers import dev, host
+from packed_weights import FORMS
 
 import tinyft as ft
 from tinyft import nn
 from tinyft.compress import Uniform, layerwise
 from tinyft.compress.grids import KINDS, fit_grid
+from tinyft.compress.grouped import parts
 from tinyft.compress.packing import pack, unpack
 from tinyft.tensor import Tensor
 
@@ -105,6 +107,24 @@ def test_a_product_with_a_packed_weight_is_that_with_its_dense_one(kind, bits, g
             g = rng.standard_normal(y.shape).astype(np.float32)
             (y * Tensor(dev(g))).sum().backward()
             np.testing.assert_allclose(host(leaf.grad), g @ dense, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_rows_are_those_of_the_dense_weight(name, rng):
+    """For slices and for row numbers of any shape, which an embedding looks up."""
+    packed, W = FORMS[name](rng, 5)
+    tolerance = {"rtol": 1e-5, "atol": 1e-6 * abs(W).max()}
+    np.testing.assert_allclose(host(packed.dequantize()), W, **tolerance)
+    np.testing.assert_allclose(host(packed.dequantize_rows(slice(1, 4))), W[1:4], **tolerance)
+    for ids in (np.array([3]), np.array([4, 0, 4]), np.array([[1, 2, 3], [0, 3, 3]])):
+        np.testing.assert_allclose(host(packed.rows(dev(ids))), W[ids], **tolerance)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 16, 17, 100])
+def test_parts_cover_everything_in_eight_steps_or_fewer(n):
+    found = parts(n)
+    assert [i for part in found for i in range(n)[part]] == list(range(n))
+    assert len(found) <= 8
 
 
 def _zero(packed: Uniform) -> np.ndarray | None:

@@ -109,6 +109,7 @@ def check_activations_are_rounded_to_half_a_step():
             codes, scale = host(r.codes), host(r.scale)
             zero = 0 if r.zero is None else host(r.zero)
             assert codes.dtype == np.float32 and (codes == np.rint(codes)).all()
+            assert r.zero is None or zero.dtype == np.float32
             assert -128 <= codes.min() and codes.max() <= 127
             assert (abs(scale * (codes - zero) - X) <= scale / 2 * (1 + 1e-6)).all(), (seed, activations)
             reach = np.maximum(X.max(axis=1), 0) - np.minimum(X.min(axis=1), 0)
@@ -274,6 +275,39 @@ def test_numbers_that_are_not_finite_stay_visible():
         assert np.isnan(y[0]).all()
         assert not np.isfinite(y[1]).any()
         np.testing.assert_allclose(y[2], 2000, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("width", [4, 1100])
+def test_products_have_the_dtype_of_their_inputs_and_rows_that_of_the_model(dtype, width, rng):
+    """Sums are float32 or float64 inside."""
+    W = rng.standard_normal((3, width)).astype(np.float32)
+    X = rng.standard_normal((2, width)).astype(dtype)
+    for rule in (ft.Int8(), ft.Int8("affine"), ft.LLMInt8(1.0), ft.LLMInt8(1.0, "dense")):
+        packed = rule(W)
+        assert multiply(packed, X).dtype == dtype
+        packed.to(dtype=dtype)
+        assert multiply(packed, X).dtype == dtype
+        assert packed.dequantize().dtype == dtype
+        assert packed.dequantize_rows(slice(0, 2)).dtype == dtype
+        assert packed.rows(dev(np.array([2, 0]))).dtype == dtype
+
+
+def test_it_is_printed_with_its_settings():
+    W = np.ones((2, 8), np.float32)
+    assert ft.Int8("affine")(W).extra_repr() == "int8 (2, 8), affine activations, 24 bytes"
+    assert ft.LLMInt8(5.5)(W).extra_repr() == "int8 (2, 8), absmax activations, outliers from 5.5, 24 bytes"
+
+
+def test_the_largest_number_stays_finite():
+    """max |w| / 127 times 127 may be beyond float32; then the scale is smaller by 2⁻²²."""
+    top = np.finfo(np.float32).max
+    for dtype in (np.float32, np.float64):
+        W = np.array([[top, 0, -top], [1, 0.5, -1]], dtype)
+        packed = ft.Int8()(W)
+        np.testing.assert_allclose(host(packed.scale), [top / 127, np.float32(1 / 127)], rtol=3e-7)
+        np.testing.assert_allclose(host(packed.dequantize())[0], W[0], rtol=1e-6)
+        np.testing.assert_array_equal(host(packed.scale)[1], np.float32(1 / 127))
 
 
 def test_an_empty_batch_and_more_axes(rng):

@@ -631,7 +631,22 @@ def test_the_report_is_a_table_whose_parts_add_up():
     assert text.startswith("GPT, LoRA; 4 × 64 tokens, float32 weights, AdamW")
     for title in ("weights", "optimiser states", "activations, at the peak", "peak", "GiB", "products of a step"):
         assert title in text
-    assert training.in_bytes(1e9) == "1 GB" and training.in_bytes(2**30) == "1.07 GB"
+
+
+@pytest.mark.parametrize("n, text", [
+    (0, "0 B"), (999, "999 B"), (1000, "1 kB"), (-1000, "-1 kB"), (1234, "1.23 kB"), (999_499, "999 kB"),
+    (999_600, "1000 kB"), (1e6, "1 MB"), (1e9, "1 GB"), (2**30, "1.07 GB"), (5e12, "5 TB"), (4e15, "4000 TB"),
+])
+def test_bytes_are_written_in_the_largest_unit_that_fits(n, text):
+    assert training.in_bytes(n) == text
+
+
+@pytest.mark.parametrize("n, text", [
+    (0, "0 FLOP"), (999_999, "999999 FLOP"), (1e6, "1 MFLOP"), (1.5e6, "1.5 MFLOP"), (1e9, "1 GFLOP"),
+    (2.25e9, "2.25 GFLOP"), (1e12, "1 TFLOP"), (1e15, "1 PFLOP"), (3e18, "3e+03 PFLOP"),
+])
+def test_operations_are_written_in_the_largest_unit_that_fits(n, text):
+    assert training.in_flops(n) == text
 
 
 # ── wrong accounts ───────────────────────────────────────────────────────────────────────────────────────────────────

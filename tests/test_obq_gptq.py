@@ -212,6 +212,39 @@ def test_the_errors_times_the_factor_are_what_rounding_changed(seed):
     check_errors(seed)
 
 
+@pytest.mark.parametrize("least, damp", [(-3e-7, 1e-6), (-3e-6, 1e-5), (-3e-5, 1e-4), (-3e-4, 1e-3), (-3e-3, 1e-2)])
+@pytest.mark.parametrize("unit", [1.0, 2.0**20])
+def test_the_damping_grows_tenfold_until_the_factor_exists(least, damp, unit):
+    H = unit * np.diag([1.0, 1.0, 1.0, least])
+    U = gptq.inverse_factor(H, 0.0)
+    np.testing.assert_allclose(1 / np.diagonal(U)**2, np.diagonal(H) + damp * np.diagonal(H).mean(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("block, group, columns", [
+    (128, 1, 128), (128, 64, 128), (128, 3, 126), (128, 128, 128), (128, 100, 100), (100, 64, 64),
+    (128, 256, 128), (128, 192, 192), (1, 64, 1), (128, 129, 129),
+])
+def test_a_lazy_batch_has_whole_groups_or_divides_one(block, group, columns):
+    assert gptq.whole_groups(block, group) == columns
+
+
+@pytest.mark.parametrize("W, dtype", [
+    (np.full((2, 3), 1e30, np.float32), np.float32), (np.full((2, 3), 1.0, np.float32), np.float32),
+    (np.full((2, 3), -1e31, np.float32), np.float64), (np.array([[1e31, 1, 1]], np.float32), np.float64),
+    (np.full((2, 3), 1.0), np.float64),
+])
+def test_weights_of_32_bits_are_computed_in_32_bits_unless_they_are_large(W, dtype, monkeypatch):
+    seen = []
+    whole = gptq.gptq_columns
+
+    def watched(W, U, *more):
+        seen.append((W.dtype, U.dtype))
+        return whole(W, U, *more)
+    monkeypatch.setattr(gptq, "gptq_columns", watched)
+    ft.GPTQ(4)(W, np.eye(3))
+    assert seen == [(dtype, dtype)]
+
+
 @pytest.mark.parametrize("width", [1, 2, 3, 64, 65, 150])
 @pytest.mark.parametrize("damp", [0.0, 0.01, 1.0])
 def test_the_factor_is_the_cholesky_factor_of_the_inverse(width, damp, rng):
@@ -416,11 +449,43 @@ def test_a_row_has_its_own_order(rng):
 
 
 def test_more_rows_than_are_computed_together(rng, monkeypatch):
+    """At most FACTORS numbers are in the factors of the rows that are computed together, or those of one row."""
     W, H = rng.standard_normal((7, 6)), hessian(rng, 6)
     expected = dense(ft.OBQ(3, 4), W, H)
-    for numbers in (1, 2 * 36, 3 * 36):
+    rows: list[int] = []
+    whole = obq.obq_rows
+    monkeypatch.setattr(obq, "obq_rows", lambda W, *more: rows.append(len(W)) or whole(W, *more))
+    for numbers, together in ((1, [1] * 7), (2 * 36 + 1, [2, 2, 2, 1]), (3 * 36, [3, 3, 1]), (999, [7])):
+        rows.clear()
         monkeypatch.setattr(obq, "FACTORS", numbers)
         np.testing.assert_array_equal(dense(ft.OBQ(3, 4), W, H), expected)
+        assert rows == together
+
+
+@pytest.mark.parametrize("part, is_off", [(1, False), (1 + 1e-9, False), (1 + 1.5e-9, True), (1.1, True)])
+def test_a_weight_off_its_grid_is_farther_away_than_half_a_step_and_rounding(part, is_off):
+    """The weight 1 costs less, and the weight 0 comes first only if it is off its grid."""
+    scale = np.array([4.0])
+    error = np.array([part * 2.0, 0.001])
+    assert obq.cheapest(error, np.ones(2), np.ones(2, bool), scale) == (0 if is_off else 1)
+    assert obq.cheapest(-error, np.ones(2), np.ones(2, bool), scale) == (0 if is_off else 1)
+    assert obq.cheapest(error, np.ones(2), np.array([False, True]), scale) == 1
+
+
+@pytest.mark.parametrize("unit", [1.0, 2.0**20, 2.0**-20])
+@pytest.mark.parametrize("diagonal, damp, expected", [
+    ([1, 2, 3], 0.0, 0.0), ([1, 2, 3], 0.5, 0.5), ([1, 2, 3], 0.001, 0.001),
+    ([0, 2], 0.0, 0.01),                                             # singular
+    ([0, 2], 1e-12, 0.01), ([0, 2], 0.001, 0.001), ([0, 2], 0.02, 0.02),
+    ([0, 2], 2e-10, 2e-10),                                          # at the limit: 1e-10 of the largest
+    ([5e-10, *[1e-8] * 8, 10], 0.0, 0.01), ([2e-9, *[1e-8] * 8, 10], 0.0, 0.0),        # beside it
+])
+def test_obq_is_damped_only_close_to_singular(diagonal, damp, expected, unit):
+    """λ as a part of the mean of H's diagonal, in every unit."""
+    H = unit * np.diag(np.array(diagonal, float))
+    mean = H.trace() / len(H)
+    wanted = H + expected * mean * np.eye(len(H))
+    np.testing.assert_allclose(obq.damped(H, damp), wanted, rtol=1e-14, atol=0)
 
 
 # ── bad input ────────────────────────────────────────────────────────────────────────────────────────────────────────

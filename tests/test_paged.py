@@ -239,6 +239,16 @@ def test_after_an_update_only_resident_pages_are_in_memory(monkeypatch, tmp_path
     assert (state == state[0, 0]).all()
 
 
+@pytest.mark.parametrize("pages, resident, is_mapped", [
+    ("disk", 0, True), ("disk", 1 << 20, False), ("host", 0, False), ("host", 1 << 20, False),
+])
+def test_a_file_holds_pages_of_the_disk_alone(pages, resident, is_mapped):
+    optimizer = Paged(ft.AdamW(0.1), pages=pages, resident=resident).start({"a": leaf(np.ones(40))})
+    moments = [moment for group in optimizer.groups for moment in group.moments]
+    assert len(moments) == 2
+    assert [moment.mapped is not None for moment in moments] == [is_mapped] * 2
+
+
 def test_the_file_has_no_name_and_is_gone_with_the_optimiser(tmp_path):
     before = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 0
     named = tensors()

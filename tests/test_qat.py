@@ -8,7 +8,7 @@ from contract import Row, build
 from helpers import dev, host
 
 import tinyft as ft
-from tinyft import edit
+from tinyft import array, edit
 from tinyft.compress import Uniform
 from tinyft.compress.grids import KINDS
 from tinyft.compress.quantize import qat
@@ -299,6 +299,14 @@ def test_a_step_that_crosses_zero_counts_by_its_size():
     again, _ = value_and_gradients(e, W, W)
     np.testing.assert_array_equal(y, again)
     np.testing.assert_array_equal(host(e.pack(W).dequantize()), y)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_the_rounded_weight_has_the_dtype_of_the_weight(dtype, rng):
+    """The grid is fitted in float32 or float64; the product of the weight with 16-bit inputs stays in 16 bits."""
+    w = Tensor(dev(rng.standard_normal((3, 8)), np.dtype(dtype) if dtype != "bfloat16" else array.bfloat16))
+    for e in (FakeQuantize("affine", 4, 4), FakeQuantize("sign", 1, None)):
+        assert e.tensor("weight", w).dtype == w.dtype
 
 
 def test_other_tensors_pass_and_packed_weights_are_refused():

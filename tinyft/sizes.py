@@ -15,6 +15,7 @@ import contextlib
 import functools
 import math
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -37,28 +38,28 @@ class Ledger:
 
     def __init__(self) -> None:
         self.phase = ""
-        self.live: dict[str, int] = {}
+        self.live: defaultdict[str, int] = defaultdict(int)
         self.total = 0
         self.peak = 0
-        self.at_peak: dict[str, int] = {}
-        self.flops: dict[str, int] = {}
+        self.at_peak: defaultdict[str, int] = defaultdict(int)
+        self.flops: defaultdict[str, int] = defaultdict(int)
 
     def add(self, phase: str, nbytes: int) -> None:
         """Count an array that begins to live, or with a negative number one that ends."""
-        self.live[phase] = self.live.get(phase, 0) + nbytes
+        self.live[phase] += nbytes
         self.total += nbytes
         if self.total > self.peak:
             self.peak = self.total
-            self.at_peak = dict(self.live)
+            self.at_peak = self.live.copy()
 
     def restart_peak(self) -> None:
         """Let the peak begin at what lives now."""
         self.peak = self.total
-        self.at_peak = dict(self.live)
+        self.at_peak = self.live.copy()
 
     def multiply(self, n: int) -> None:
         """Count n multiplications with their additions."""
-        self.flops[self.phase] = self.flops.get(self.phase, 0) + 2 * n
+        self.flops[self.phase] += 2 * n
 
     @contextlib.contextmanager
     def during(self, phase: str) -> Iterator[None]:

@@ -181,7 +181,7 @@ class _Counted(CrossEntropy):
         ledger = sizes.current_ledger()
         with ledger.during("forward"):
             result = super().__call__(model, targets, rng)
-        self.kept.append(ledger.live.get("forward", 0))
+        self.kept.append(ledger.live["forward"])
         return result
 
 
@@ -209,8 +209,8 @@ def _report(
     masters = sum(group.w.nbytes for group in optimizer.groups if group.rounded is not None)
     states = masters + sum(a.nbytes for group in optimizer.groups for a in group.moments)
     at_peak = ledger.at_peak
-    activations = at_peak.get("forward", 0)
-    gradients = max(0, at_peak.get("backward", 0) - moved - states)
+    activations = at_peak["forward"]
+    gradients = max(0, at_peak["backward"] - moved - states)
     other = ledger.peak - held - copies - states - activations - gradients
     names = [type(a.method).__name__ for a in edit.attached(model)] or ["everything trains"]
     packed = sum(int(np.prod(m.shape)) for m in model.modules() if isinstance(m, Packed))
@@ -224,7 +224,7 @@ def _report(
         peak=ledger.peak, kept=loss.kept[0],
         all_gradients=sum(p.size * np.dtype(p.grad_dtype).itemsize for p in trained.values()),
         tokens=tokens,
-        flops={name: ledger.flops.get(name, 0) for name in ("forward", "backward")},
+        flops={name: ledger.flops[name] for name in ("forward", "backward")},
     )
 
 

@@ -65,7 +65,7 @@ class Moment8:
             in_blocks /= m.where(scale == 0, np.float32(1), scale)
         codes = encode(numbers, signed=self.signed)
         if positive is not None:
-            codes = m.maximum(codes, positive.astype(np.uint8))
+            codes = m.maximum(codes, positive)                       # 1 is the code of the smallest
         self.codes[part] = codes
 
     def by_block(self, part: slice, numbers: Array) -> Iterator[tuple[Array, Array]]:
