@@ -1,4 +1,4 @@
-"""Codebooks beside bitsandbytes on the CPU: packed bytes, scales and dense values.
+"""Codebooks and 8-bit rows beside bitsandbytes on the CPU: packed bytes, scales, dense values, outliers.
 
 bitsandbytes multiplies by 1/a where we divide by a. A weight within rounding of a midpoint may therefore get the next
 code; every other code is the same. On the CPU, its table of FP4 has four decimals, its dynamic map is computed in
@@ -15,6 +15,7 @@ from helpers import host
 import tinyft as ft
 from tinyft.compress import Codebook
 from tinyft.compress.codebooks import get_table
+from tinyft.compress.quantize import int8
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install 'tinyft[peers]'")
 bnb = pytest.importorskip("bitsandbytes.functional", exc_type=ImportError,
@@ -129,6 +130,54 @@ def test_eight_bits(rng):
     mine = Codebook(codes.numpy(), host(packed.scale).T, table="dynamic", group=256)
     theirs = bnb.dequantize_blockwise(codes, state).numpy()
     np.testing.assert_allclose(host(mine.dequantize()), theirs, rtol=4e-7, atol=0)
+
+
+# ── 8-bit rows and outliers ──────────────────────────────────────────────────────────────────────────────────────────
+def half(a: np.ndarray) -> np.ndarray:
+    """Numbers of float16 in float32: bitsandbytes quantizes rows of float16."""
+    return a.astype(np.float16).astype(np.float32)
+
+
+def their_rows(a: np.ndarray, threshold: float = 0.0) -> tuple[np.ndarray, np.ndarray, Any]:
+    """(codes, the largest magnitude of each row, the columns of outliers) of bitsandbytes."""
+    codes, largest, columns = bnb.int8_vectorwise_quant(torch.from_numpy(a.astype(np.float16)), threshold=threshold)
+    return codes.numpy(), largest.numpy(), columns
+
+
+def test_rows_of_8_bits(rng):
+    """A weight of the model and the activations of a batch: a scale for each row."""
+    W = half(rng.standard_normal((40, 192)) * rng.choice([0.01, 1, 50], (40, 1)))
+    codes, largest, _ = their_rows(W)
+    packed = ft.Int8()(W)
+    np.testing.assert_allclose(host(packed.scale) * 127, largest, rtol=2e-7)
+    away = abs(W * (127 / largest)[:, None] % 1 - 0.5) > 1e-4
+    assert away.mean() > 0.99
+    np.testing.assert_array_equal(host(packed.codes).T[away], codes[away])
+    np.testing.assert_array_equal(host(int8.quantize_rows(W).codes)[away], codes[away])
+
+
+def test_columns_of_outliers(rng):
+    """The columns, and the codes and scales of the others.
+
+    Where an outlier's column holds a small value, bitsandbytes counts it for the scale of its token; the paper, and we,
+    do not. So all values of these columns are large here, and one small value shows the difference below."""
+    X = half(rng.standard_normal((12, 64)).clip(-5, 5))
+    outliers = [3, 17, 40]
+    X[:, outliers] = half(rng.uniform(6, 60, (12, 3)) * rng.choice([-1, 1], (12, 3)))
+    codes, largest, columns = their_rows(X, 6.0)
+    ours = ft.LLMInt8(6.0)(np.ones((2, 64), np.float32)).prepare(X)
+    np.testing.assert_array_equal(host(ours.columns), columns.numpy())
+    np.testing.assert_array_equal(host(ours.columns), outliers)
+    np.testing.assert_allclose(host(ours.scale)[:, 0] * 127, largest, rtol=2e-7)
+    away = abs(X * (127 / largest)[:, None] % 1 - 0.5) > 1e-4
+    np.testing.assert_array_equal(host(ours.codes)[away], codes[away])
+    assert (host(ours.codes)[:, outliers] == 0).all()
+    np.testing.assert_array_equal(host(ours.outliers), X[:, outliers])
+    X[0, 3] = 5.75
+    _, largest, columns = their_rows(X, 6.0)
+    ours = ft.LLMInt8(6.0)(np.ones((2, 64), np.float32)).prepare(X)
+    np.testing.assert_array_equal(host(ours.columns), columns.numpy())
+    assert largest[0] == 5.75 > 127 * host(ours.scale)[0, 0]
 
 
 def test_the_layout_of_ours_would_not_do(rng):
