@@ -597,6 +597,8 @@ def test_students_that_cannot_be_are_refused():
     ft.attach(teacher, ft.LoRA(r=2))
     with pytest.raises(ValueError, match="student wants a teacher without methods, got 'lora' attached"):
         ft.student(teacher, 2)
+    with pytest.raises(ValueError, match="decoder_layers wants an encoder-decoder, got a GPT, which has one stack"):
+        ft.student(make_gpt(), 1, decoder_layers=1)
     experts = ft.SwitchConfig(experts=2)
     switched = ft.GPT(ft.GPTConfig(VOCAB, 16, 12, 4, 3, 16, switch=experts), seed=0)
     with pytest.raises(ValueError, match=r"Switch layers at the blocks \[1\] of a student with 2 layers"):

@@ -4,8 +4,8 @@
     fit(student, batches, steps, loss=Hinton(cache))
 
 An entry belongs to a row of a batch, whatever batch it comes in: its key is a digest of the row's real ids, of its
-other facts, and of the positions that have a label. It holds the k largest logits of each such position, largest first,
-with their classes. The entries lie in files of many rows, each written at once and never changed.
+source, of its other facts, and of the positions that have a label. It holds the k largest logits of each such position,
+largest first, with their classes. The entries lie in files of many rows, each written at once and never changed.
 
 Random masks make new rows in every epoch, so nothing is found again: of masked language models, cache fixed batches.
 A teacher whose outputs for a row depend on its batch (a Switch layer does not; a batch norm would) cannot be cached.
@@ -214,12 +214,18 @@ def row_keys(targets: Targets) -> list[bytes]:
         labelled[:] = True
     types = targets.facts.get("token_type_ids")
     per_row = {name: targets.facts[name] for name in ("task", "route") if name in targets.facts}
+    source = targets.facts.get("source_ids")
+    if source is not None:
+        source_mask = targets.facts.get("source_mask")
+        source_mask = np.ones(np.shape(source), bool) if source_mask is None else np.asarray(source_mask)
     keys = []
     for b in range(B):
         used = real[b] | labelled[b]
         parts = [ids[b][used], labelled[b][used], real[b][used]]
         if types is not None:
             parts.append(np.asarray(types)[b][used])
+        if source is not None:
+            parts.append(np.asarray(source)[b][source_mask[b]])
         parts += [np.asarray(value)[b:b + 1] for value in per_row.values()]
         digest = hashlib.blake2b(digest_size=16)
         for part in parts:

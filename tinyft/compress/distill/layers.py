@@ -41,29 +41,41 @@ def layer_map(kind: str | Sequence[int], L: int, m: int) -> list[int]:
     return list(range(0, 2 * m, 2))
 
 
-def student(teacher: Module, layers: int, kind: str | Sequence[int] = "spread", *, token_types: bool = True) -> Module:
+def student(
+    teacher: Module, layers: int, kind: str | Sequence[int] = "spread", *, decoder_layers: int | None = None,
+    token_types: bool = True,
+) -> Module:
     """A model with the teacher's parameters, bit by bit, and `layers` of its blocks. The teacher stays as it is.
 
-    kind         which blocks: see layer_map
-    token_types  False: without the teacher's token types and pooler, as DistilBERT is (of a BERT)
+    kind            which blocks: see layer_map
+    decoder_layers  of an encoder-decoder, the number of its decoder's blocks; None: `layers`, as in the encoder
+    token_types     False: without the teacher's token types and pooler, as DistilBERT is (of a BERT)
 
     The student shares no memory with its teacher, and all its parameters train.
-    TypeError for another teacher; ValueError for an attached method, for more layers than the teacher has, for a model
-    with several stacks, and for Switch layers that the student's blocks would not have at the same places."""
+    TypeError for another teacher; ValueError for an attached method, for more layers than the teacher has, and for
+    Switch layers that the student's blocks would not have at the same places."""
     edit.check_model("student", teacher)
     checks.flag("student: token_types", token_types)
     if edit.attached(teacher):
         raise ValueError(f"student wants a teacher without methods, got {edit.attached(teacher)[-1].name!r} attached: "
                          "merge it, or detach it")
-    if len(teacher.stacks) != 1:
-        raise ValueError(f"student wants a teacher with one stack of blocks, got {', '.join(teacher.stacks)}")
-    chosen = layer_map(kind, len(teacher.blocks), layers)
-    config = dataclasses.replace(teacher.config, layers=layers)
-    check_switch_places(teacher.config, config, chosen)
+    counts = {stack: layers for stack in teacher.stacks}
+    sizes = {"layers": layers}
+    if len(counts) > 1:
+        counts["decoder"] = layers if decoder_layers is None else decoder_layers
+        sizes["decoder_layers"] = counts["decoder"]
+    elif decoder_layers is not None:
+        raise ValueError("student: decoder_layers wants an encoder-decoder, got a "
+                         f"{type(teacher).__name__}, which has one stack")
+    chosen = {stack: layer_map(kind, len(paths), counts[stack]) for stack, paths in teacher.stacks.items()}
+    config = dataclasses.replace(teacher.config, **sizes)
+    for stack, picked in chosen.items():
+        check_switch_places(teacher.config, len(teacher.stacks[stack]), picked)
     if not token_types and getattr(teacher, "type", None) is None:
         raise ValueError("student: token_types=False wants a teacher with token types, got one without")
     result = copy.deepcopy(teacher)
-    result.blocks = [result.blocks[i] for i in chosen]
+    for stack, blocks in block_lists(result).items():
+        blocks[:] = [blocks[i] for i in chosen[stack]]
     if not token_types:
         config = dataclasses.replace(config, token_types=0, pooler_activation="relu")
         result.type = None
@@ -75,15 +87,26 @@ def student(teacher: Module, layers: int, kind: str | Sequence[int] = "spread", 
     return result
 
 
-def check_switch_places(teacher: Any, config: Any, chosen: list[int]) -> None:
-    """ValueError unless block i of the student is a Switch layer where its configuration says so."""
+def block_lists(model: Module) -> dict[str, list]:
+    """{stack: the model's own list of its blocks, bottom to top}."""
+    found = {}
+    for stack, paths in model.stacks.items():
+        name = paths[0].rpartition(".")[0]               # "blocks.0" -> "blocks"
+        found[stack] = getattr(model, name)
+    return found
+
+
+def check_switch_places(teacher: Any, depth: int, chosen: list[int]) -> None:
+    """ValueError unless block i of the student is a Switch layer where its configuration says so.
+
+    teacher: its configuration.  depth: the blocks of a stack of the teacher; chosen: those that the student takes."""
     switch = getattr(teacher, "switch", None)
     if switch is None:
         return
-    theirs = switch.layers(teacher.layers)
-    ours = switch.layers(config.layers)
+    theirs = switch.layers(depth)
+    ours = switch.layers(len(chosen))
     if [i for i, layer in enumerate(chosen) if layer in theirs] != ours:
-        raise ValueError(f"student wants Switch layers at the blocks {ours} of a student with {config.layers} layers; "
+        raise ValueError(f"student wants Switch layers at the blocks {ours} of a student with {len(chosen)} layers; "
                          f"the teacher's blocks {chosen} have them elsewhere")
 
 

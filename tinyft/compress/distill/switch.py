@@ -20,6 +20,7 @@ import numpy as np
 from ... import array, checks, edit
 from ...models.moe import SwitchMLP
 from ...nn import Module
+from .layers import block_lists
 
 STARTS = ("new", "mean")
 
@@ -38,29 +39,35 @@ def dense_student(teacher: Module, start: str | Sequence[int] = "new", seed: int
     if edit.attached(teacher):
         raise ValueError(f"dense_student wants a teacher without methods, got {edit.attached(teacher)[-1].name!r} "
                          "attached: merge it, or detach it")
-    switched = [i for i, block in enumerate(teacher.blocks) if isinstance(block.mlp, SwitchMLP)]
-    if not switched:
+    counts = [len(block.mlp.experts) for block in switch_blocks(teacher)]
+    if not counts:
         raise ValueError(f"dense_student wants a model with Switch layers, got a {type(teacher).__name__} without")
-    start = check_start(start, [len(teacher.blocks[i].mlp.experts) for i in switched])
+    start = check_start(start, counts)
     config = dataclasses.replace(teacher.config, switch=None)
-    new = type(teacher)(config, seed) if start == "new" else None
     student = copy.deepcopy(teacher)
+    if start == "new":
+        like = next(iter(teacher.named_parameters().values()))
+        new = type(teacher)(config, seed).to(backend=array.name_of(like.data), dtype=like.dtype)
+        for name, blocks in block_lists(student).items():
+            for block, new_block in zip(blocks, block_lists(new)[name]):
+                if isinstance(block.mlp, SwitchMLP):
+                    block.mlp = new_block.mlp
+    for n, block in enumerate(switch_blocks(student)):   # none is left after "new"
+        experts = block.mlp.experts
+        block.mlp = mean_of(experts) if start == "mean" else experts[start[n]]
     student._config = config
-    for n, i in enumerate(switched):
-        experts = student.blocks[i].mlp.experts
-        if new is not None:
-            mlp = new.blocks[i].mlp
-            like = teacher.blocks[i].mlp.router.weight
-            mlp.to(backend=array.name_of(like.data), dtype=like.dtype)
-        elif start == "mean":
-            mlp = mean_of(experts)
-        else:
-            mlp = experts[start[n]]
-        student.blocks[i].mlp = mlp
     for p in student.parameters():
         p.train(on=True)
         p.grad = None
     return student
+
+
+def switch_blocks(model: Module) -> list[Module]:
+    """The blocks with a Switch layer, stack by stack, bottom to top."""
+    found = []
+    for blocks in block_lists(model).values():
+        found += [block for block in blocks if isinstance(block.mlp, SwitchMLP)]
+    return found
 
 
 def check_start(start: str | Sequence[int], counts: list[int]) -> str | list[int]:
