@@ -49,23 +49,32 @@ LARGEST = np.finfo(np.float32).max
 
 # ── the values ───────────────────────────────────────────────────────────────────────────────────────────────────────
 def nf4_values() -> np.ndarray:
-    """The 16 values of nf4, float32, upwards: quantiles of N(0, 1), divided by the largest.
+    """The 16 values of nf4, float32, upwards: 7 below 0, the 0, and 8 above it. Equal to bitsandbytes' in every bit.
 
-        above 0:  Φ⁻¹(p) for the first 8 of 9 equally spaced p from δ to 1/2       below 0: −Φ⁻¹(p), first 7 of 8
-        δ = ½ ((1 − 1/30) + (1 − 1/32)) = 0.9677083, so that the largest quantile is finite
+        δ = ½ ((1 − 1/30) + (1 − 1/32)) = 0.9677083
 
-    Φ⁻¹ maps a probability to the number that a normal variable stays below with that probability. The steps are
-    rounded as in bitsandbytes, to which the table is equal in every bit."""
+    The middle of the last of 15 equal intervals of probability is 1 − 1/30, of 16 it is 1 − 1/32."""
+    return normal_values(below=7, above=8, largest=0.9677083)
+
+
+def normal_values(below: int, above: int, largest: float) -> np.ndarray:
+    """Values for normal weights, float32, upwards: `below` of them below 0, the 0, and `above` of them above 0.
+
+        above 0:   Φ⁻¹(p), for the first `above` of above + 1 equally spaced p from `largest` to 1/2
+        below 0:  −Φ⁻¹(p), for the first `below` of below + 1 equally spaced p from `largest` to 1/2
+
+    All are divided by Φ⁻¹(largest), so −1, 0 and 1 are among them. Φ⁻¹ maps a probability p to its quantile: the number
+    that a normal variable stays below with the probability p. largest: below 1, where the quantile is infinite."""
     quantile = NormalDist().inv_cdf
-    largest, middle = np.float32(0.9677083), np.float32(0.5)
-    above = [quantile(float(p)) for p in _line(largest, middle, 9)[:-1]]
-    below = [-quantile(float(p)) for p in _line(largest, middle, 8)[:-1]]
-    values = np.array([*below, 0.0, *reversed(above)], np.float32)
+    middle = np.float32(0.5)
+    positive = [quantile(float(p)) for p in _line(np.float32(largest), middle, above + 1)[:-1]]
+    negative = [-quantile(float(p)) for p in _line(np.float32(largest), middle, below + 1)[:-1]]
+    values = np.array([*negative, 0.0, *reversed(positive)], np.float32)
     return values / values[-1]
 
 
 def _line(first: np.float32, last: np.float32, n: int) -> np.ndarray:
-    """n equally spaced float32 numbers. Each is computed from the nearer end, as PyTorch's linspace does."""
+    """n equally spaced float32 numbers. Each is rounded as PyTorch's linspace, which computes from the nearer end."""
     step = (last - first) / np.float32(n - 1)
     i = np.arange(n, dtype=np.float32)
     return np.where(i < n // 2, first + step * i, last - step * (n - 1 - i))
@@ -199,9 +208,31 @@ class DoubleScale:
         its block's second scale. ValueError for scales that are not finite."""
         if not np.isfinite(scale).all():
             raise ValueError("DoubleScale wants finite scales, got inf or NaN")
-        mean = scale.mean(dtype=np.float64).astype(np.float32)
-        codes, second = quantize_blocks((scale - mean).reshape(1, -1), get_table("dynamic"), SCALE_BLOCK)
-        return cls(codes.reshape(scale.shape), second[0], mean)
+        return cls(*quantize_scales(scale, SCALE_BLOCK))
+
+
+def quantize_scales(scale: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray, np.float32]:
+    """(codes, second, mean) of scales (out, groups) float32:  scale ≈ value[code] · second[block] + mean.
+
+    mean     of all scales, float32. It is subtracted first, since scales are all positive, and half of the values of
+             the dynamic data type are negative
+    codes    (out, groups) uint8, of what remains
+    second   (blocks,) float32. A block is `block` scales in C order, whichever rows they are in"""
+    mean = scale.mean(dtype=np.float64).astype(np.float32)
+    remainder = (scale - mean).reshape(1, -1)
+    codes, second = quantize_blocks(remainder, get_table("dynamic"), block)
+    return codes.reshape(scale.shape), second[0], mean
+
+
+def decode_scales(codes: Array, block: Array, second: Array, mean: Array) -> Array:
+    """â = value[code] · second[block] + mean, within 0 ... the largest float32: the inverse of quantize_scales.
+
+    codes, block   (groups, n): the code of each scale, in the dynamic data type, and the number of its block
+    second, mean   (blocks,) and (1,) float32
+
+    The true scales are positive. An â below 0 would turn the signs of its weights."""
+    a = values_like("dynamic", codes)[codes] * second[block] + mean
+    return a.clip(0, LARGEST)
 
 
 # ── the packed weight ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -266,8 +297,7 @@ class Codebook(Grouped):
         m = xp(codes)
         row = m.arange(*rows.indices(self.shape[0])) if isinstance(rows, slice) else rows
         block = (row * self.groups + m.arange(self.groups)[:, None]) // SCALE_BLOCK
-        a = values_like("dynamic", codes)[codes] * from_bits(self.second_bits)[block] + from_bits(self.mean_bits)
-        return a.clip(0, LARGEST)
+        return decode_scales(codes, block, from_bits(self.second_bits), from_bits(self.mean_bits))
 
     def table_values(self) -> Array:
         """value[code]"""

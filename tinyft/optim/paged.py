@@ -21,7 +21,7 @@ import contextlib
 import mmap
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -222,13 +222,23 @@ def pages_of(windows: list[Any]) -> Iterator[slice]:
 
     A stretch lies in one page, and in the resident part of every array or outside it."""
     first = windows[0]
-    cuts = {window.whole.kept for window in windows}
-    at = first.start
-    while at < first.stop:
-        page_end = (at // PAGE + 1) * PAGE
-        end = min([first.stop, page_end, *(cut for cut in cuts if cut > at)])
-        yield slice(at - first.start, end - first.start)
-        at = end
+    kept = {window.whole.kept for window in windows}
+    for part in cut_into_pages(first.start, first.stop, PAGE, kept):
+        yield slice(part.start - first.start, part.stop - first.start)
+
+
+def cut_into_pages(start: int, stop: int, page: int, kept: Iterable[int] = ()) -> list[slice]:
+    """The elements start ... stop − 1 as slices, in order. None is empty, and none reaches into a second page.
+
+    Page k has the elements k page ... (k + 1) page − 1 of the whole array, counted from 0 and not from `start`.
+    kept: the first `kept` elements of an array are resident, and no slice has both resident and paged ones."""
+    parts = []
+    while start < stop:
+        page_end = (start // page + 1) * page
+        end = min([stop, page_end, *(k for k in kept if k > start)])
+        parts.append(slice(start, end))
+        start = end
+    return parts
 
 
 def map_file(nbytes: int, folder: str | os.PathLike | None) -> mmap.mmap:

@@ -96,6 +96,15 @@ def low_rank_factors(M: Array, r: int) -> tuple[Array, Array]:
     return V[:r], U[:, :r] * sizes[:r]                   # the largest singular values come first
 
 
+def merged_weight(packed: Packed, A: Array, B: Array, alpha: float) -> Array:
+    """Ŵ + (α/r) B A, (out, in): the dense weight that computes what `packed` and its branch do.
+
+    A (r, in), B (out, r). Ŵ: the values of `packed`, beside which the branch was trained. The dense
+    weight from before the compression is another one."""
+    s = alpha / A.shape[0]
+    return packed.dequantize() + s * (B @ A)
+
+
 class LowRank(Edit):
     """(α/r) (x Aᵀ) Bᵀ, added to the module's output."""
 
@@ -170,4 +179,5 @@ class PackedPlusLowRank(Packed):
         return self._packed.rows(ids) + (B @ self._update.A) * self._update.s
 
     def dequantize(self) -> Array:
-        return self._packed.dequantize() + self._update.delta()
+        u = self._update
+        return merged_weight(self._packed, u.A.data, u.B.data, u.alpha)
