@@ -26,9 +26,9 @@ def check(got, want, what, guesses, **more):
 normal_values = Exercise(
     f"{CODEBOOKS}normal_values", difficulty=3, minutes=20, on_host=True, lines=6,
     closed=(f"{CODEBOOKS}_line",),
-    may_use="NormalDist().inv_cdf(p), which is Φ⁻¹(p) for one float p; np.linspace(first, last, n), "
-            "n equally spaced numbers with both ends; np.array(list, np.float32). (The library's "
-            "helper _line rounds as PyTorch does; np.linspace is good enough here.)",
+    may_use="NormalDist().inv_cdf(p), which is Φ⁻¹(p) for one float p; np.linspace(first, last, "
+            "n), n equally spaced numbers with both ends; np.array(list, np.float32).  (The "
+            "library's helper _line rounds as PyTorch does; np.linspace is good enough here.)",
     example="""
         >>> normal_values(below=1, above=2, largest=0.9).round(2)
         array([-1.  ,  0.  ,  0.41,  1.  ], dtype=float32)
@@ -200,8 +200,8 @@ nearest = Exercise(
     f"{CODEBOOKS}Table.nearest", difficulty=2, minutes=15, on_host=True, lines=2,
     closed=(f"{CODEBOOKS}Table.thresholds",),
     may_use="self.midpoints, the middles of neighbouring values, upwards; self.codes, the code of "
-            "the lowest value, of the second lowest, ...; np.searchsorted(numbers, u), which counts "
-            "for each entry of u the numbers below it.",
+            "the lowest value, of the second lowest, ...; np.searchsorted(numbers, u), which "
+            "counts for each entry of u the numbers below it.",
     example="""
         >>> from tinyft.compress.codebooks import Table
         >>> table = Table("an example", np.array([-1, 0, 0.5, 1], np.float32))
@@ -258,7 +258,8 @@ def guessed_nearest(values, u):
     named_values = values[right_nearest(values, u)]
     return {"the codes are spread equally over −1 ... 1; the values are not":
                 np.clip(np.rint((u + 1) / 2 * (n - 1)), 0, n - 1).astype(np.uint8),
-            "it is the next value below; the one above may be nearer": order[floor].astype(np.uint8),
+            "it is the next value below; the one above may be nearer":
+                order[floor].astype(np.uint8),
             "of two equally near values it is the upper one": order[upper].astype(np.uint8),
             "it is the rank of the value; its code is self.codes[rank]": rank.astype(np.uint8),
             "the sign is lost: −0.5 and 0.5 are different values": by_size.astype(np.uint8),
@@ -363,8 +364,8 @@ quantize_blocks = Exercise(
     f"{CODEBOOKS}quantize_blocks", difficulty=3, minutes=20, on_host=True, lines=10,
     may_use="table.nearest(u), the code of the value that is nearest to each entry of u; np.abs, "
             "np.pad(W, ((0, 0), (0, n))), which adds n columns of zeros; reshape; "
-            "np.where(condition, a, b).  The library's function goes through the rows part by part, "
-            "since that is faster.  Yours may take all at once.",
+            "np.where(condition, a, b).  The library's function goes through the rows part by "
+            "part, since that is faster.  Yours may take all at once.",
     example="""
         >>> from tinyft.compress.codebooks import Table
         >>> table = Table("an example", np.array([-1, 0, 0.5, 1], np.float32))
@@ -380,8 +381,8 @@ quantize_blocks = Exercise(
         "axis, so the scales are np.abs(...).max(axis=-1).",
         "Divide each weight by the scale of its own block, scale[..., None], and ask "
         "table.nearest.  A block of zeros has the scale 0: divide it by 1 instead.",
-        "If the last block is short, fill the rows up with zeros first: they change no maximum.  At "
-        "the end keep the first W.shape[1] codes of each row."))
+        "If the last block is short, fill the rows up with zeros first: they change no maximum.  "
+        "At the end keep the first W.shape[1] codes of each row."))
 EXAMPLE = (-1, 0, 0.5, 1)
 WEIGHTS = (1, 2, -4, 3, -1, 4)                           # no zeros: a zero would hide a mistake
 

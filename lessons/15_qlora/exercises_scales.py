@@ -1,4 +1,4 @@
-"""Lesson 15: scales of scales, the gradient through a packed weight, the merge, and the pages of an optimiser."""
+"""Lesson 15: scales of scales, the gradient through a packed weight, the merge, and pages."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -537,7 +537,8 @@ def rounded_weight(draw: Callable, alphas: tuple = (2.0, 3.0), ranks: tuple = (2
     error = draw_array(draw, (out, width), (0.25, -0.25), np.float64)
     return named(values=values, original=values + error,
                  A=draw_array(draw, (r, width), FILLED, np.float64),
-                 B=draw_array(draw, (out, r), FILLED, np.float64), alpha=draw(st.sampled_from(alphas)))
+                 B=draw_array(draw, (out, r), FILLED, np.float64),
+                 alpha=draw(st.sampled_from(alphas)))
 
 
 def guessed_merges(values, original, A, B, alpha):

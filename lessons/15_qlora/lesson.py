@@ -2,18 +2,19 @@
 # # 15 QLoRA
 #
 # **Reading:** 60 minutes. **You need:** lessons 08 and 13, and the normal distribution.
-# **Exercises:** normal_values, nearest, quantize_blocks, quantize_scales, decode_scales,
-# input_gradient, merged_weight, cut_into_pages (about two hours).
+# **Exercises:** normal_values, nearest, quantize_blocks, quantize_scales,
+# decode_scales, input_gradient, merged_weight, cut_into_pages (about two hours).
 #
-# LoRA (lesson 08) freezes the weights of a model and trains two thin factors beside each
-# matrix. Gradients and optimiser states are small then. But the frozen weights still lie
-# in memory, 4 bytes each, and now they are most of what is left.
+# LoRA (lesson 08) freezes the weights of a model and trains two thin factors beside
+# each matrix. Gradients and optimiser states are small then. But the frozen weights
+# still lie in memory, 4 bytes each, and now they are most of what is left.
 #
 # A frozen weight is only read. So it may as well be a code of 4 bits (lesson 13). That
-# is **QLoRA**: LoRA beside a base of 4 bits (Dettmers et al. 2023). The paper adds three
-# ideas, and this lesson builds all three: a data type for weights that are normally
-# distributed, scales for the scales, and an optimiser whose states lie elsewhere. Then we
-# train, measure the memory, and look at the trap at the end: the merge.
+# is **QLoRA**: LoRA beside a base of 4 bits (Dettmers et al. 2023). The paper adds
+# three ideas, and this lesson builds all three: a data type for weights that are
+# normally distributed, scales for the scales, and an optimiser whose states lie
+# elsewhere. Then we train, measure the memory, and look at the trap at the end: the
+# merge.
 
 # %%
 import os
@@ -33,8 +34,8 @@ STEPS = 30 if "TINYFT_FAST" in os.environ else 60
 # %% [markdown]
 # ## Where the weights lie
 # We take the twelve weight matrices of the small GPT of lesson 04, and cut their rows
-# into blocks of 64 neighbours. Lesson 13 gave each such group a scale. Here the scale is
-# the largest absolute value of the block, $a = max|w|$. So $u = w/a$ lies between −1
+# into blocks of 64 neighbours. Lesson 13 gave each such group a scale. Here the scale
+# is the largest absolute value of the block, $a = max|w|$. So $u = w/a$ lies between −1
 # and 1, and in every block one $u$ is −1 or 1.
 
 # %%
@@ -52,8 +53,8 @@ print(f"{u.size:,} weights in {len(blocks):,} blocks")
 # A uniform grid with 4 bits and 0 in its middle has 15 values in equal steps, from −1
 # to 1. It is the grid `absmax` of lesson 13.
 #
-# **Predict first.** How many of the weights take one of the *four* outermost values, two
-# on each side? And how many take one of the *three* in the middle?
+# **Predict first.** How many of the weights take one of the *four* outermost values,
+# two on each side? And how many take one of the *three* in the middle?
 
 # %%
 equal_steps = np.linspace(-1, 1, 15)
@@ -68,9 +69,9 @@ assert share[6:9].sum() > 0.42
 
 # %% [markdown]
 # Four of the values serve one weight in twenty, and three serve almost half of them.
-# Weights of a trained layer look like a bell: many near 0, few far away. Values in equal
-# steps waste codes where few weights are. The values should stand close together where
-# the weights are.
+# Weights of a trained layer look like a bell: many near 0, few far away. Values in
+# equal steps waste codes where few weights are. The values should stand close together
+# where the weights are.
 #
 # On the right of the picture are the 16 values that we will derive now.
 
@@ -87,9 +88,9 @@ histograms({"15 equal steps": (u, equal_steps), "NF4": (u, nf4)}, region=(-1, 1)
 # $\Phi^{-1}(p)$, and Python has it: `NormalDist().inv_cdf`. The quantile of 1/2 is 0:
 # half of the numbers lie below 0.
 #
-# If we take quantiles of equally spaced probabilities, then between two neighbours there
-# are always equally many numbers. So the values are dense near 0. That is the idea of
-# **NF4**, *4-bit NormalFloat*: 16 quantiles.
+# If we take quantiles of equally spaced probabilities, then between two neighbours
+# there are always equally many numbers. So the values are dense near 0. That is the
+# idea of **NF4**, *4-bit NormalFloat*: 16 quantiles.
 #
 # The first try: 16 probabilities from 0 to 1.
 
@@ -138,7 +139,7 @@ print("the ends:", values[[0, -1]].round(3))
 # %%
 values = values / values[-1]
 print(values.round(3))
-print("differs from the published table by at most", f"{np.abs(values - nf4).max():.0e}")
+print(f"differs from the published table by at most {np.abs(values - nf4).max():.0e}")
 
 # %% [check]
 assert np.abs(values - nf4).max() < 3e-7
@@ -166,8 +167,8 @@ axes.vlines(ends, 0, np.exp(-ends**2 / 2) / np.sqrt(2 * np.pi), color="gray")
 axes.set_xticks(ends[[0, 1, 3, 5, 7, 9, 11, 13, 14, 15]],
                 [f"{value:.2f}" for value in nf4[[0, 1, 3, 5, 7, 9, 11, 13, 14, 15]]])
 axes.set(yticks=[], xlabel="value of NF4")
-show("The 16 values under the bell. The 7 areas on the left are equal, and so are the 8 "
-     "on the right. Beyond the ends lies what δ leaves out.")
+show("The 16 values under the bell. The 7 areas on the left are equal, and so are the "
+     "8 on the right. Beyond the ends lies what δ leaves out.")
 
 # %% [markdown]
 # Two things that one reads about NF4 are not quite so.
@@ -201,11 +202,11 @@ assert nf4_share.max() > 5 * nf4_share.min()
 assert information(share) < 3.5 < 3.75 < information(nf4_share) < 3.9
 
 # %% [markdown]
-# Not equal: the middle code has 15 %, the ends 2 %. There are two reasons. A value stands
-# at the end of its area, not in its middle. And $u$ is not normal: each block was
-# divided by its own largest weight. That number grows with the size of the block, and
-# the table does not know this size (Yoshida 2023, "NF4 Isn't Information Theoretically
-# Optimal"). But it is much nearer to 4 bits than equal steps.
+# Not equal: the middle code has 15 %, the ends 2 %. There are two reasons. A value
+# stands at the end of its area, not in its middle. And $u$ is not normal: each block
+# was divided by its own largest weight. That number grows with the size of the block,
+# and the table does not know this size (Yoshida 2023, "NF4 Isn't Information
+# Theoretically Optimal"). But it is much nearer to 4 bits than equal steps.
 #
 # **Exercise:** `normal_values`.
 #
@@ -222,12 +223,12 @@ print("weights  ", block)
 print("decoded  ", (nf4[codes] * a).round(3))
 
 # %% [markdown]
-# Note what is exact: 0, and the weight with the largest absolute value, −0.12. The sign is
-# part of the code, so the scale is an *absolute* value. Without it a block
-# whose largest weight is negative would get the scale of some other weight.
+# Note what is exact: 0, and the weight with the largest absolute value, −0.12. The sign
+# is part of the code, so the scale is an *absolute* value. Without it a block whose
+# largest weight is negative would get the scale of some other weight.
 #
-# The largest gap in the table is that between −1 and −0.696. So no weight changes by more
-# than $0.152 a$, half of this gap. Near 0 the error is at most $0.046 a$.
+# The largest gap in the table is that between −1 and −0.696. So no weight changes by
+# more than $0.152 a$, half of this gap. Near 0 the error is at most $0.046 a$.
 #
 # Blocks run along a row, and every row begins with a new one. (In bitsandbytes, the
 # library of the authors, blocks run over the flattened matrix. Where 64 divides the
@@ -236,8 +237,9 @@ print("decoded  ", (nf4[codes] * a).round(3))
 # **Exercises:** `nearest` and `quantize_blocks`.
 #
 # We compare NF4 with three other data types of 4 bits. E2M1 and FP4 are floating-point
-# numbers of 4 bits: a sign, an exponent, a mantissa. In both, too, the values are denser
-# near 0. The perplexity is measured on prose as in lesson 13; the dense model has 55.1.
+# numbers of 4 bits: a sign, an exponent, a mantissa. In both, too, the values are
+# denser near 0. The perplexity is measured on prose as in lesson 13; the dense model
+# has 55.1.
 
 # %%
 prose = ft.data.pretraining("prose", "test")[:4096]
@@ -269,20 +271,21 @@ worst = np.abs(u.ravel() - nf4[get_table("nf4").nearest(u.ravel())]).max()
 assert worst <= 0.151904
 
 # %% [markdown]
-# NF4 has the smallest error of the weights. Its perplexity is *not* the smallest here: all
-# four lie within 2 % of each other. We saw that in lesson 13 as well: the error of the
-# weights is not what we want to know. On models of 125 million to 13 billion parameters
-# the authors found the order that one expects: NF4 before the floating-point types, and
-# those before integers. With our small model we cannot show this, so we do not claim it.
+# NF4 has the smallest error of the weights. Its perplexity is *not* the smallest here:
+# all four lie within 2 % of each other. We saw that in lesson 13 as well: the error of
+# the weights is not what we want to know. On models of 125 million to 13 billion
+# parameters the authors found the order that one expects: NF4 before the floating-point
+# types, and those before integers. With our small model we cannot show this, so we do
+# not claim it.
 #
 # ## Scales of scales
 # A scale is a float32. For blocks of 64 it costs
 #
 # $32 / 64 = 0.5$ bits for each weight,
 #
-# so 4 bits are 4.5. Larger blocks would cost less, but one large weight would spoil more
-# neighbours (lesson 13). **Double quantization** keeps the blocks of 64 and quantizes
-# the scales: 8 bits for a scale, and a *second scale* for each 256 scales.
+# so 4 bits are 4.5. Larger blocks would cost less, but one large weight would spoil
+# more neighbours (lesson 13). **Double quantization** keeps the blocks of 64 and
+# quantizes the scales: 8 bits for a scale, and a *second scale* for each 256 scales.
 #
 # $8 / 64 + 32 / (64 \cdot 256) = 0.127$ bits
 
@@ -304,19 +307,19 @@ print(f"the scales lie between {scales.min():.2f} and {scales.max():.2f}; "
       f"mean {scales.mean():.2f}")
 
 # %% [markdown]
-# The 256 values of the 8-bit type *dynamic* lie on both sides of 0, and are densest near
-# 0. For positive numbers half of them would be useless. So the **mean of all scales** is
-# subtracted first. What remains has both signs and is small. To decode, the mean is added
-# again:
+# The 256 values of the 8-bit type *dynamic* lie on both sides of 0, and are densest
+# near 0. For positive numbers half of them would be useless. So the **mean of all
+# scales** is subtracted first. What remains has both signs and is small. To decode, the
+# mean is added again:
 #
 # $\hat a = value[code] \cdot second + mean$
 #
-# **Predict first.** How much larger does the error of the scales become if we forget the
-# mean?
+# **Predict first.** How much larger does the error of the scales become if we forget
+# the mean?
 
 # %%
 def error_of_scales(offset):
-    """The error of the scales, as a share of them, if this number is subtracted first."""
+    """The error of the scales, as a share of them, if offset is subtracted first."""
     remainder = scales - offset
     second = np.abs(remainder).max()
     dynamic = get_table("dynamic")
@@ -333,7 +336,8 @@ diagram(
      "ca": (1.25, 1, "256 codes\n8 bits each", "data"),
      "a2": (2.5, 1, "second scale\n32 bits", "data"),
      "m": (3.6, 1, "mean of all\nscales, 32 bits", "data")},
-    [("w", "c", "w / a"), ("w", "a", "max |w|"), ("a", "ca"), ("ca", "a2"), ("a2", "m")],
+    [("w", "c", "w / a"), ("w", "a", "max |w|"), ("a", "ca"), ("ca", "a2"),
+     ("a2", "m")],
     height=2.2,
     caption="Two levels. Only what is blue is stored: 4 + 8/64 + 32/(64 · 256) bits.")
 
@@ -389,7 +393,8 @@ print(model.blocks[0].attn.q.weight.extra_repr())
 # %%
 diagram(
     {"x": (0, 1, "x", "data"),
-     "W": (1.5, 0, "codes of 4 bits\nfrozen"), "V": (2.9, 0, "Ŵ, some rows\nat a time", "none"),
+     "W": (1.5, 0, "codes of 4 bits\nfrozen"),
+     "V": (2.9, 0, "Ŵ, some rows\nat a time", "none"),
      "A": (1.5, 2, "A", "trained"), "B": (2.9, 2, "B", "trained"),
      "y": (4.2, 1, "y", "data")},
     [("W", "V", "decode"), ("x", "A"), ("A", "B"), ("V", "y", "x Ŵᵀ"), ("B", "y", "+"),
@@ -429,8 +434,8 @@ print(f"size of the lowest: {np.linalg.norm(through_codes[lowest]):.4f}")
 # %% [markdown]
 # They do. The rounding happened *before* the training. It is no part of the graph. The
 # graph has a product with $\hat W$, a constant matrix, and a product with a constant
-# passes its gradient on. (To train the codes themselves would be another thing: then the
-# rounding is part of the graph, and its slope of 0 is a problem.)
+# passes its gradient on. (To train the codes themselves would be another thing: then
+# the rounding is part of the graph, and its slope of 0 is a problem.)
 #
 # So the gradients must be those of LoRA beside a *dense* model that holds $\hat W$.
 # `unpack` makes this model.
@@ -460,11 +465,11 @@ assert difference < 1e-5 and np.linalg.norm(through_codes[lowest]) > 1e-3
 # %%
 python_test = ft.data.held_out_batches(ft.data.pretraining("source", "test"), 64, 32)
 
-def train(model, learning_rate, tokens=python_train, optimizer=ft.AdamW):
+def train(model, learning_rate, tokens=python_train, optimizer=ft.AdamW, steps=STEPS):
     """(losses, perplexity on Python, bytes of the optimiser's states)"""
     used = optimizer(learning_rate)
     batches = ft.data.lm_batches(tokens, 64, 8)
-    history = ft.fit(model, batches, STEPS, used, progress=False)
+    history = ft.fit(model, batches, steps, used, progress=False)
     states = sum(np.asarray(a).nbytes for a in used.state_dict().values())
     return history.losses, ft.perplexity(model, python_test), states
 
@@ -482,9 +487,9 @@ ft.attach(lora, ft.LoRA(r=4, alpha=8.0, targets=maps))
 lora_run = train(lora, 5e-3)
 
 # %% [markdown]
-# **Predict first.** Before the training, the base has a perplexity of 881 on Python, and
-# the compressed base one of 911. After it, dense LoRA has 161 (with 60 steps). How far
-# behind is QLoRA?
+# **Predict first.** Before the training, the base has a perplexity of 881 on Python,
+# and the compressed base one of 911. After it, dense LoRA has 161 (with 60 steps). How
+# far behind is QLoRA?
 
 # %%
 model = qlora(ft.NF4())
@@ -510,8 +515,8 @@ assert full_run[1] < lora_run[1] < 400 and before > 1.01 * 881
 
 # %% [markdown]
 # The two lines lie on each other. 3 % more perplexity at the start became less than 1 %
-# at the end. The adapter learns beside the rounded weights, so it also makes up for some
-# of their error. The base did not change by one bit.
+# at the end. The adapter learns beside the rounded weights, so it also makes up for
+# some of their error. The base did not change by one bit.
 #
 # (Training everything is better here, at the price in the table at the end. One reason
 # is that it also trains the embedding, more than half of this model.)
@@ -539,7 +544,7 @@ assert moved_perplexity > 1.01 * qlora_run[1]
 
 # %%
 def measured(kind, recompute=False):
-    """(resident bytes, peak of a step beyond them, the same as ft.memory computes it)"""
+    """(resident bytes, peak of a step beyond them, the same from ft.memory)"""
     model, _ = ft.load("base-gpt")
     if kind == "QLoRA":
         ft.compress(model, ft.NF4())
@@ -553,8 +558,8 @@ def measured(kind, recompute=False):
     return held, memory["bytes"], computed.peak - computed.weights
 
 # %% [markdown]
-# **Predict first.** QLoRA stores the maps in 4.13 bits in place of 32. What does it save
-# of the *step*: activations, gradients, optimiser states?
+# **Predict first.** QLoRA stores the maps in 4.13 bits in place of 32. What does it
+# save of the *step*: activations, gradients, optimiser states?
 
 # %%
 memory = {kind: measured(kind) for kind in ("full", "LoRA", "QLoRA")}
@@ -568,9 +573,9 @@ for kind, (held, peak, computed) in memory.items():
 # activations.** With this small model and 512 tokens the activations are most of the
 # memory.
 #
-# Activations can be saved, too: keep only the input of each block, and compute the block
-# a second time in the backward pass. `fit(recompute=True)` does this. The gradients are
-# the same bits; a step takes about a third longer.
+# Activations can be saved, too: keep only the input of each block, and compute the
+# block a second time in the backward pass. `fit(recompute=True)` does this. The
+# gradients are the same bits; a step takes about a third longer.
 
 # %%
 memory["recompute"] = measured("QLoRA", recompute=True)
@@ -600,9 +605,9 @@ assert abs(memory["QLoRA"][1] / memory["LoRA"][1] - 1) < 0.02
 assert memory["recompute"][1] < 0.6 * memory["QLoRA"][1]
 
 # %% [markdown]
-# For a large model the weights count most. `ft.memory` needs no weights for its account,
-# so we can ask it about a Llama with 7 billion parameters: one row of 512 tokens, LoRA
-# of rank 16 on all maps of the blocks, float32 where nothing else is said.
+# For a large model the weights count most. `ft.memory` needs no weights for its
+# account, so we can ask it about a Llama with 7 billion parameters: one row of 512
+# tokens, LoRA of rank 16 on all maps of the blocks, float32 where nothing else is said.
 
 # %%
 llama = CONFIGS["llama-7b"]
@@ -612,7 +617,8 @@ accounts = {
     "full": ft.memory(llama, **row),
     "LoRA": ft.memory(llama, all_maps, **row),
     "QLoRA": ft.memory(llama, all_maps, weights="nf4-double", **row),
-    "recompute": ft.memory(llama, all_maps, weights="nf4-double", recompute=True, **row),
+    "recompute": ft.memory(llama, all_maps, weights="nf4-double", recompute=True,
+                           **row),
 }
 for kind, account in accounts.items():
     print(f"{kind:10} {account.peak / 1e9:6.1f} GB")
@@ -644,9 +650,9 @@ assert long > 1.5 * short and abs(formula - 14.7) < 0.1
 # %% [markdown]
 # ## Optimiser states that lie elsewhere
 # Training everything also needs two moments for each parameter. They are needed only
-# once a step, in the update. And Adam treats every parameter by itself. So the update can
-# go through the parameters part by part: read a **page** of the moments from a slower and
-# larger memory, update, write it back. That is a *paged optimiser*.
+# once a step, in the update. And Adam treats every parameter by itself. So the update
+# can go through the parameters part by part: read a **page** of the moments from a
+# slower and larger memory, update, write it back. That is a *paged optimiser*.
 
 # %%
 def after_steps(optimizer, steps=2):
@@ -666,7 +672,7 @@ in_memory, peak_in_memory = after_steps(ft.AdamW(1e-3))
 on_disk, peak_on_disk = after_steps(ft.Paged(ft.AdamW(1e-3)))
 equal = all(np.array_equal(a, on_disk[name]) for name, a in in_memory.items())
 print("the same weights, to the bit:", equal)
-print(f"peak: {peak_in_memory / 1e6:.1f} MB in memory, {peak_on_disk / 1e6:.1f} MB paged")
+print(f"peak: {peak_in_memory / 1e6:.1f} MB, paged {peak_on_disk / 1e6:.1f} MB")
 
 # %% [check]
 assert equal
@@ -683,8 +689,8 @@ assert peak_in_memory - peak_on_disk > 0.8 * 8 * 1.07e6
 #
 # **Exercise:** `cut_into_pages`, which parts are read together.
 #
-# **8-bit states.** The moments can be quantized as well. `AdamW8bit` keeps them in blocks
-# of 2,048 with the dynamic type: 2 bytes for a parameter in place of 8.
+# **8-bit states.** The moments can be quantized as well. `AdamW8bit` keeps them in
+# blocks of 2,048 with the dynamic type: 2 bytes for a parameter in place of 8.
 #
 # **Predict first.** We use it for the full training and for QLoRA. How much smaller are
 # the states of each?
@@ -692,11 +698,10 @@ assert peak_in_memory - peak_on_disk > 0.8 * 8 * 1.07e6
 # %%
 full_8bit, _ = ft.load("base-gpt-small")
 full_8bit_run = train(full_8bit, 2e-3, optimizer=ft.AdamW8bit)
-qlora_8bit_run = train(qlora(ft.NF4()), 5e-3, optimizer=ft.AdamW8bit)
-runs = {"full": (full_run, full_8bit_run), "QLoRA": (qlora_run, qlora_8bit_run)}
-for name, (dense_states, coded_states) in runs.items():
-    print(f"{name:6} states {dense_states[2]:9,} -> {coded_states[2]:9,} bytes   "
-          f"perplexity {dense_states[1]:.1f} -> {coded_states[1]:.1f}")
+qlora_8bit_run = train(qlora(ft.NF4()), 5e-3, optimizer=ft.AdamW8bit, steps=1)
+print(f"full:  states {full_run[2]:9,} -> {full_8bit_run[2]:7,} bytes")
+print(f"QLoRA: states {qlora_run[2]:9,} -> {qlora_8bit_run[2]:7,} bytes")
+print(f"full:  perplexity {full_run[1]:.1f} -> {full_8bit_run[1]:.1f}")
 
 # %% [check]
 assert full_8bit_run[2] < 0.3 * full_run[2] and qlora_8bit_run[2] == qlora_run[2]
@@ -721,10 +726,10 @@ except ft.CannotMerge as error:
 # `merge` refuses, and changes nothing. The sum of a 4-bit weight and a small change is
 # usually no 4-bit value. It would have to be rounded again.
 #
-# A course page says of LoRA that one may "merge their product with the original weights of
-# the model". After QLoRA there are *two* candidates for $W$: the dense weight from before
-# the quantization, and the decoded one, $\hat W$. The original one is on the disk, and it
-# is more precise. Why not take it?
+# A course page says of LoRA that one may "merge their product with the original weights
+# of the model". After QLoRA there are *two* candidates for $W$: the dense weight from
+# before the quantization, and the decoded one, $\hat W$. The original one is on the
+# disk, and it is more precise. Why not take it?
 #
 # Three ways to get one matrix out of it. We compare the logits with those of the model
 # that we trained.
@@ -754,9 +759,11 @@ again_logits = outputs(right)
 def off(logits):
     return np.abs(logits - trained_logits).mean()
 
-merges = {"W, before the rounding": (off(outputs(wrong)), ft.perplexity(wrong, python_test)),
+wrong_perplexity = ft.perplexity(wrong, python_test)
+again_perplexity = ft.perplexity(right, python_test)
+merges = {"W, before the rounding": (off(outputs(wrong)), wrong_perplexity),
           "Ŵ, decoded": (off(right_logits), right_perplexity),
-          "Ŵ, and rounded again": (off(again_logits), ft.perplexity(right, python_test))}
+          "Ŵ, and rounded again": (off(again_logits), again_perplexity)}
 for name, (distance, perplexity) in merges.items():
     print(f"{name:24} logits off by {distance:8.6f}   perplexity {perplexity:.1f}")
 
@@ -767,18 +774,19 @@ assert abs(merges["Ŵ, decoded"][1] / qlora_run[1] - 1) < 1e-3
 assert merges["Ŵ, and rounded again"][1] > 1.01 * qlora_run[1]
 
 # %% [markdown]
-# Only the decoded weight gives the model that was trained: `ft.merge(ft.unpack(model))`.
-# It is dense again, so it is as large as before. Rounded again, it loses a part of what
-# it has learnt: many changes are smaller than half a step of the grid, and vanish.
+# Only the decoded weight gives the model that was trained:
+# `ft.merge(ft.unpack(model))`. It is dense again, so it is as large as before. Rounded
+# again, it loses a part of what it has learnt: many changes are smaller than half a
+# step of the grid, and vanish.
 #
 # And the original weight? The logits are off by as much as the rounding. The perplexity
 # is about the same, here even a little lower. So nothing looks wrong, and that is the
 # trap: **it is a model that nobody has trained or tested.** The adapter contains a
 # correction of the rounding errors, and $W$ has none of these errors.
 #
-# With 4 bits the errors are small, and so is the correction. We make both large: a base of
-# 2 bits, and an adapter that learns the base's *own* task, prose. There is nothing to
-# learn but the repair.
+# With 4 bits the errors are small, and so is the correction. We make both large: a base
+# of 2 bits, and an adapter that learns the base's *own* task, prose. There is nothing
+# to learn but the repair.
 
 # %%
 prose_train = ft.data.pretraining("prose", "valid")
@@ -795,8 +803,8 @@ repair["W + adapter"] = ft.perplexity(wrong, prose_test)
 
 # %%
 bars(repair, ylabel="perplexity on prose",
-     caption="The adapter repairs the 2-bit base. Beside the original W the same adapter "
-             "does harm: it repairs what is not broken.")
+     caption="The adapter repairs the 2-bit base. Beside the original W the same "
+             "adapter does harm: it repairs what is not broken.")
 for name, perplexity in repair.items():
     print(f"{name:17} {perplexity:6.1f}")
 
@@ -805,15 +813,15 @@ assert repair["2 bits + adapter"] < 0.75 * repair["2 bits"]
 assert repair["W + adapter"] > 1.2 * repair["W alone"]
 
 # %% [markdown]
-# So keep the adapter beside the packed base, in its own small file. Or unpack, and merge
-# then. Never put it on other weights than those it was trained beside. `load_adapter`
-# checks this, too: it refuses a base with other codes.
+# So keep the adapter beside the packed base, in its own small file. Or unpack, and
+# merge then. Never put it on other weights than those it was trained beside.
+# `load_adapter` checks this, too: it refuses a base with other codes.
 #
 # **Exercise:** `merged_weight`.
 #
 # ## The whole lesson in one table
-# The small GPT learns Python. *Resident* is what all weights take, *states* are those of
-# AdamW.
+# The small GPT learns Python. *Resident* is what all weights take, *states* are those
+# of AdamW.
 
 # %%
 rows = [("full", full, full_run), ("LoRA", None, lora_run), ("QLoRA", None, qlora_run)]
@@ -831,14 +839,15 @@ print("the twelve maps alone:",
       f"{sum(ft.NF4()(w).nbytes for w in matrices.values()):,} bytes")
 
 # %% [markdown]
-# NF4 puts 16 values where normal weights are. Double quantization makes the scales cheap:
-# 4.127 bits for a weight. The gradient passes through the decoded weights and changes
-# only the adapter. The quality is that of LoRA. What QLoRA saves is the memory of frozen
-# weights; activations need recomputation, and states of a full training can be paged or
-# quantized. And an adapter belongs to the weights beside which it was trained.
+# NF4 puts 16 values where normal weights are. Double quantization makes the scales
+# cheap: 4.127 bits for a weight. The gradient passes through the decoded weights and
+# changes only the adapter. The quality is that of LoRA. What QLoRA saves is the memory
+# of frozen weights; activations need recomputation, and states of a full training can
+# be paged or quantized. And an adapter belongs to the weights beside which it was
+# trained.
 #
-# What it does not do: save time. Every product decodes its weight, forward and backward,
-# so a step takes longer than with LoRA.
+# What it does not do: save time. Every product decodes its weight, forward and
+# backward, so a step takes longer than with LoRA.
 #
 # **Exercises.** `tinyft start qlora` writes eight files:
 #
