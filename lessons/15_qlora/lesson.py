@@ -78,8 +78,8 @@ assert share[6:9].sum() > 0.42
 nf4 = get_table("nf4").values
 histograms({"15 equal steps": (u, equal_steps), "NF4": (u, nf4)}, region=(-1, 1),
            xlabel="weight / scale of its block",
-           caption="The weights of all blocks, and the values of two 4-bit data types. The "
-                   "bars at −1 and 1 are the largest weight of each block.")
+           caption="All weights, and the values of two 4-bit data types. The bars at −1 "
+                   "and 1 are the largest weights of the blocks.")
 
 # %% [markdown]
 # ## Values at quantiles
@@ -486,7 +486,7 @@ full, _ = ft.load("base-gpt-small")
 full_run = train(full, 2e-3)
 
 lora, _ = ft.load("base-gpt-small")
-maps = ("attn.[qkvo]", "mlp.up", "mlp.down")
+maps = ["attn.[qkvo]", "mlp.up", "mlp.down"]
 ft.attach(lora, ft.LoRA(r=4, alpha=8.0, targets=maps))
 lora_run = train(lora, 5e-3)
 
