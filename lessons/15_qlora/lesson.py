@@ -78,8 +78,8 @@ assert share[6:9].sum() > 0.42
 nf4 = get_table("nf4").values
 histograms({"15 equal steps": (u, equal_steps), "NF4": (u, nf4)}, region=(-1, 1),
            xlabel="weight / scale of its block",
-           caption="All weights, and the values of two 4-bit data types. The bars at −1 "
-                   "and 1 are the largest weights of the blocks.")
+           caption="All weights, and the values of two 4-bit types. The bars at −1 and "
+                   "1 are the largest weights of the blocks.")
 
 # %% [markdown]
 # ## Values at quantiles
