@@ -341,8 +341,7 @@ diagram(
      "ca": (1.25, 1, "256 codes\n8 bits each", "data"),
      "a2": (2.5, 1, "second scale\n32 bits", "data"),
      "m": (3.6, 1, "mean of all\nscales, 32 bits", "data")},
-    [("w", "c", "w / a"), ("w", "a", "max |w|"), ("a", "ca"), ("ca", "a2"),
-     ("a2", "m")],
+    [("w", "c", "w / a"), ("w", "a", "max |w|"), ("a", "ca", "a − mean")],
     height=2.2,
     caption="Two levels. Only what is blue is stored: 4 + 8/64 + 32/(64 · 256) bits.")
 
@@ -397,14 +396,14 @@ print(model.blocks[0].attn.q.weight.extra_repr())
 
 # %%
 diagram(
-    {"x": (0, 1, "x", "data"),
-     "W": (1.5, 0, "codes of 4 bits\nfrozen"),
-     "V": (2.9, 0, "Ŵ, some rows\nat a time", "none"),
-     "A": (1.5, 2, "A", "trained"), "B": (2.9, 2, "B", "trained"),
-     "y": (4.2, 1, "y", "data")},
-    [("W", "V", "decode"), ("x", "A"), ("A", "B"), ("V", "y", "x Ŵᵀ"), ("B", "y", "+"),
-     ("y", "x", "gradient:  g Ŵ  +  (α/r) g B A")],
-    height=2.6,
+    {"x": (0, 1, "x", "data"), "W": (1.4, 0, "codes of 4 bits, frozen"),
+     "P": (1.4, 1, "x Ŵᵀ"), "A": (1, 2, "A", "trained"), "B": (1.8, 2, "B", "trained"),
+     "sum": (2.8, 1, "+"), "y": (3.6, 1, "y", "data"),
+     "g": (3.4, 3, "gradient g of y", "none"), "dx": (0.2, 3, "gradient of x", "none")},
+    [("W", "P", "decode, some rows at a time"), ("x", "P"), ("P", "sum"), ("x", "A"),
+     ("A", "B"), ("B", "sum", "α/r"), ("sum", "y"),
+     ("g", "dx", "g Ŵ  +  (α/r) g B A")],
+    height=2.9,
     caption="Forward, Ŵ is decoded for the product. Backward, it is decoded again. The "
             "gradient of x passes through Ŵ. The codes get none.")
 
