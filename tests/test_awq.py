@@ -348,7 +348,7 @@ def test_weights_near_the_largest_number_are_scaled_by_what_fits():
 
 @pytest.mark.parametrize("unit", [2.0**-100, 2.0**100])
 def test_the_scales_of_inputs_do_not_depend_on_the_unit_in_float32(unit):
-    """m_j² of 2¹⁰⁰ is far inside float32, and its square is not."""
+    """A factor of all m_j is no factor of s: it is divided by the root of its largest times its smallest entry."""
     H = np.diag([1, 4, 0.25, 1e-3]).astype(np.float32)
     np.testing.assert_array_equal(list(awq.input_scales(H * np.float32(unit))), list(awq.input_scales(H)))
 

@@ -210,7 +210,7 @@ def _report(
     states = masters + sum(a.nbytes for group in optimizer.groups for a in group.moments)
     at_peak = ledger.at_peak
     activations = at_peak["forward"]
-    gradients = max(0, at_peak["backward"] - moved - states)
+    gradients = at_peak["backward"] - moved - states
     other = ledger.peak - held - copies - states - activations - gradients
     names = [type(a.method).__name__ for a in edit.attached(model)] or ["everything trains"]
     packed = sum(int(np.prod(m.shape)) for m in model.modules() if isinstance(m, Packed))

@@ -98,7 +98,6 @@ def input_scales(H: np.ndarray) -> Iterator[np.ndarray]:
     m = np.maximum(m, SMALLEST * m.max())
     if not m.any():                                      # no input was ever different from 0
         m = np.ones_like(m)
-    m = m / m.max()
     for r in POWERS:
         s = m**r
         yield (s / np.sqrt(s.max() * s.min())).astype(np.float16).astype(H.dtype)
