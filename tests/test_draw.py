@@ -29,6 +29,8 @@ PICTURES: dict[str, Callable[[], None]] = {
     "bars": lambda: draw.bars({"adapter": {"one": 1, "two": 2}, "LoRA": {"one": 1.2, "two": 1.5}}, ylabel="ms"),
     "heat_map": lambda: draw.heat_map(np.tril(np.ones((4, 4))), rows="abcd", columns="abcd", values=".1f"),
     "contours": lambda: draw.contours({"a path": (bowl, [[1, 1], [0.5, 0.2]])}, levels=[0.5, 1.0]),
+    "contours with dots": lambda: draw.contours(
+        {"a": (bowl, [[0, 0], [1, 2]]), "b": (bowl, [[0, 0]])}, levels=[0.5, 1.0], dots=[[2, 1], [3, 3]]),
     "number_lines": lambda: draw.number_lines({"two": ([0.2, 1.8], [0, 1, 2, 3]), "one": ([3.3], [0, 1, 2, 3])}),
     "histograms": lambda: draw.histograms({"a": ([1, 1, 2], [0, 1]), "b": ([1, 3], [0, 3])}, region=(0, 3)),
     "diagram": lambda: draw.diagram(
@@ -165,6 +167,14 @@ def test_a_heat_map_shows_zero_as_nothing_and_both_signs_in_two_colours(monkeypa
     assert zero[3] < 0.1
     assert negative[0] > negative[2] and positive[2] > positive[0]
     assert [text.get_text() for text in figure.axes[0].texts] == ["-2", "0", "2"]
+
+
+def test_contours_show_the_dots_and_a_cross_at_the_minimum(monkeypatch):
+    figure = figure_of(monkeypatch, lambda: draw.contours(
+        {"a": (bowl, [[0, 0]])}, levels=[1.0], minimum=[1, 2], dots=[[0, 3], [4, 0]]))
+    marks = [line.get_xydata().tolist() for line in figure.axes[0].lines]
+    assert [[0, 3], [4, 0]] in marks
+    assert [[1, 2]] in marks
 
 
 def test_an_arrow_leads_from_box_to_box(monkeypatch):

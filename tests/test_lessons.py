@@ -50,6 +50,7 @@ TEACHES = {
                  "adapters"},
     "lora": {"LoRA", "merge", "eject", "unmerge", "save_adapter", "load_adapter", "combine", "adapters.combine"},
     "quantization": {"compress", "Packed", "RTN", "corpus_perplexity", "unpack"},
+    "gptq": {"OBQ", "GPTQ"},
     "qlora": {"NF4", "FP4", "E2M1", "Paged", "AdamW8bit", "memory", "CannotMerge", "trained"},
     "gpu": {"kernels.cuda"},
     "precision": {"precision", "autocast", "GradScaler"},

@@ -12,7 +12,7 @@ import numpy as np
 from .. import array, checks
 from ..nn import Packed
 
-__all__ = ["Rule", "check_hessian", "check_weight", "without_dead_inputs"]
+__all__ = ["Rule", "add_damping", "check_hessian", "check_weight", "without_dead_inputs"]
 
 ASYMMETRY = 0.01                                         # of the largest H[j, j]: more than any rounding to 16 bits
 
@@ -83,3 +83,10 @@ def without_dead_inputs(W: np.ndarray, H: np.ndarray) -> tuple[np.ndarray, np.nd
         H[dead, dead] = 1
         W = np.where(dead, 0, W).astype(W.dtype)
     return W, H
+
+
+def add_damping(H: np.ndarray, damp: float) -> np.ndarray:
+    """H + λ I,  λ = damp · mean diag H: a Hessian (in, in) whose eigenvalues are at least λ."""
+    damped = H.copy()
+    np.fill_diagonal(damped, np.diagonal(H) + damp * np.diagonal(H).mean())
+    return damped

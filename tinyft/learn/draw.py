@@ -166,16 +166,19 @@ def heat_map(
 
 def contours(
     panels: Mapping[str, tuple[Callable, Any]], *, levels: Sequence[float], xlabel: str = "$w_1$",
-    ylabel: str = "$w_2$", caption: str = "", height: float = 2.6,
+    ylabel: str = "$w_2$", minimum: Sequence[float] = (0.0, 0.0), dots: Any = (), caption: str = "",
+    height: float = 2.6,
 ) -> None:
     """One panel for each {title: (loss, path)}: the path (n, 2) over the level lines of the loss, with its minimum.
 
     loss: a function of points (..., 2) that returns their values (...). A ring marks the first point of the path, a
-    cross the origin, where the minimum is. All panels show the same region.
+    cross the minimum, by default at the origin. dots: more points (n, 2), such as those of a grid. All panels show the
+    same region.
     """
     _, row = figure(len(panels), height)
     paths = [np.asarray(path, float) for _, path in panels.values()]
-    ends = np.concatenate([*paths, np.zeros((1, 2))])
+    dots = np.reshape(dots, (-1, 2))
+    ends = np.concatenate([*paths, [minimum], dots])
     margin = 0.15 * np.ptp(ends, axis=0) + 0.1
     sides = [np.linspace(low, high, 120) for low, high in zip(ends.min(0) - margin, ends.max(0) + margin)]
     grid = np.stack(np.meshgrid(*sides), axis=-1)                                       # (120, 120, 2)
@@ -183,7 +186,8 @@ def contours(
         axes.contour(*sides, loss(grid), levels=levels, colors=TEXT, linewidths=0.6, alpha=0.6)
         axes.plot(*path.T, ".-", linewidth=1.0, markersize=4)
         axes.plot(*path[0], "o", color=COLOURS[0], markerfacecolor="none", markersize=8)
-        axes.plot(0, 0, "+", color=COLOURS[4], markersize=11, markeredgewidth=2)
+        axes.plot(*dots.T, "o", color=COLOURS[1], markersize=6)
+        axes.plot(*minimum, "+", color=COLOURS[4], markersize=11, markeredgewidth=2)
         axes.set(title=title, xlabel=xlabel, ylabel=ylabel if path is paths[0] else "")
     show(caption)
 

@@ -31,9 +31,9 @@ import numpy as np
 from ... import checks
 from ..grids import Grid, check_kind, fit_grid, fit_groups, join_grids
 from ..grouped import Uniform
-from ..rule import Rule, check_hessian, check_weight, without_dead_inputs
+from ..rule import Rule, add_damping, check_hessian, check_weight, without_dead_inputs
 
-__all__ = ["GPTQ", "gptq_block", "gptq_columns", "inverse_factor"]
+__all__ = ["GPTQ", "gptq_block", "gptq_columns", "inverse_factor", "upper_factor"]
 
 LARGE = 1e30                                             # float32 weights that are larger are computed in float64
 LEAST_DAMP = 1e-6                                        # tried after 0, if the factorisation fails; then ten times it
@@ -123,10 +123,12 @@ def gptq_block(
     rest: np.ndarray, codes: np.ndarray, errors: np.ndarray, U: np.ndarray, grid_of: Callable[[int, np.ndarray], Grid],
     first: int, last: int,
 ) -> None:
-    """Round the columns first ... last − 1 one by one, and update only the columns among them.
+    """Round the columns i = first ... last − 1 one by one. Column i has the error e = (w − ŵ)/U_ii, where w has all
+    updates so far, and the columns j after it lose U_ij e, but only up to last − 1.
 
-    rest, codes and errors (in, out) change in place. At the end the columns from `last` on still lack the updates of
-    this block."""
+    rest, codes and errors (in, out) change in place; row i belongs to column i of the weight. grid_of(i, rest) is asked
+    once for each column, when it is its turn. At the end the columns from `last` on still lack the updates of this
+    block."""
     for i in range(first, last):
         grid = grid_of(i, rest)
         w = rest[i]
@@ -139,22 +141,25 @@ def gptq_block(
 def inverse_factor(H: np.ndarray, damp: float) -> np.ndarray:
     """U (in, in), upper triangular, with (H + λ I)⁻¹ = Uᵀ U,  λ = damp · mean diag H.
 
-    U = R⁻¹ for an upper triangular R with H + λ I = R Rᵀ: a Cholesky factor whose rows and columns count backwards.
     A matrix that is not positive definite in floating-point numbers gets ten times the damping, until it is.
     ValueError if H is no Hessian: it has negative eigenvalues."""
-    mean = np.diagonal(H).mean()
-    damped = H.copy()
     while True:
-        np.fill_diagonal(damped, np.diagonal(H) + damp * mean)
         try:
-            R = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
+            return upper_factor(add_damping(H, damp))
         except np.linalg.LinAlgError:
             damp = max(10 * damp, LEAST_DAMP)
             if damp > MOST_DAMP:
                 raise ValueError("GPTQ wants a positive semi-definite Hessian, got one with negative eigenvalues") \
                     from None
-        else:
-            return inverse_upper(R)
+
+
+def upper_factor(H: np.ndarray) -> np.ndarray:
+    """U (in, in), upper triangular with a positive diagonal, with H⁻¹ = Uᵀ U. LinAlgError for an H that is not
+    positive definite.
+
+    U = R⁻¹ for an upper triangular R with H = R Rᵀ: a Cholesky factor whose rows and columns count backwards."""
+    R = np.linalg.cholesky(H[::-1, ::-1])[::-1, ::-1]
+    return inverse_upper(R)
 
 
 def inverse_upper(R: np.ndarray, smallest: int = 64) -> np.ndarray:

@@ -30,9 +30,9 @@ import numpy as np
 from ... import checks
 from ..grids import Grid, check_kind, fit_groups
 from ..grouped import Uniform
-from ..rule import Rule, check_hessian, check_weight, without_dead_inputs
+from ..rule import Rule, add_damping, check_hessian, check_weight, without_dead_inputs
 
-__all__ = ["OBQ", "obq_row", "obq_rows", "obq_step"]
+__all__ = ["OBQ", "cheapest", "eliminate", "obq_row", "obq_rows", "obq_step"]
 
 DAMP = 0.01                                              # λ as a part of the mean of H's diagonal, where H needs it
 SINGULAR = 1e-10                                         # smallest over largest eigenvalue of an H that needs it
@@ -102,22 +102,35 @@ def obq_row(
 
 
 def obq_step(w: np.ndarray, G: np.ndarray, free: np.ndarray, j: int, q: float) -> float:
-    """Give the weight j the value q, and let the free weights make up for it.
+    """Give the weight j the value q, and let the free weights k make up for it:  w_k ← w_k − (w_j − q)/G_jj · G_jk.
 
-    w (in,), G (in, in) and free (in,), the set F as True and False, change in place; of G only the rows and columns
-    in F have a meaning. Returns what the step adds to the loss."""
+    w (in,), G (in, in) and free (in,), the set F as True and False, change in place: j is not free any more, and G is
+    the inverse for F without j. Only the rows and columns of G that are in F have a meaning. Returns what the step adds
+    to the loss, ½ (w_j − q)²/G_jj."""
     error = w[j] - q
     loss = error**2 / (2 * G[j, j])
     w[free] -= error / G[j, j] * G[j, free]
     w[j] = q
-    G -= np.outer(G[:, j], G[j]) / G[j, j]
+    G[:] = eliminate(G, j)
     free[j] = False
     return loss
 
 
+def eliminate(G: np.ndarray, j: int) -> np.ndarray:
+    """G − G_:,j G_j,: / G_jj: the inverse of H without row j and column j, from G = H⁻¹ (n, n).
+
+    It stands in the other rows and columns of the result (n, n), whose row j and column j are 0, up to rounding."""
+    return G - np.outer(G[:, j], G[j]) / G[j, j]
+
+
 def cheapest(error: np.ndarray, d: np.ndarray, free: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """The weight to round next in each row: the free one of least error²/G_jj, d the diagonal of G. But if weights are
-    off their grid, by more than half a step, the one of them with the largest error. All (..., in)."""
+    """The weight to round next in each row, as its place in the row (...): the free one of least error²/d. But if free
+    weights are off their grid, |error| > scale/2, the one of them with the largest |error|.
+
+    error (..., in)   w − quant(w) of each weight
+    d     (..., in)   the diagonal of G; it has no meaning for weights that are not free
+    free  (..., in)   True for the weights that are not rounded yet, at least one in each row
+    scale             of the grid, broadcast against the others"""
     size = np.where(free, np.abs(error), 0)
     off = np.where(size > scale / 2 * (1 + 1e-9), size, 0)
     cost = np.where(free, error**2 / np.where(free, d, 1), np.inf)
@@ -159,4 +172,4 @@ def damped(H: np.ndarray, damp: float) -> np.ndarray:
         damp = max(damp, DAMP)
     if eigenvalues[0] + damp <= 0:
         raise ValueError("OBQ wants a positive semi-definite Hessian, got one with negative eigenvalues")
-    return H + damp * mean * np.eye(len(H))
+    return add_damping(H, damp)
