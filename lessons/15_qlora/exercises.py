@@ -372,7 +372,7 @@ quantize_blocks = Exercise(
         >>> W = np.array([[1.0, -4.0, 2.0, 6.0, 3.0]])
         >>> codes, scale = quantize_blocks(W, table, block=2)
         >>> codes
-        array([[1, 0, 1, 3, 3]], dtype=uint8)
+        array([[1, 0, 2, 3, 3]], dtype=uint8)
         >>> scale
         array([[4., 6., 3.]], dtype=float32)
         """,

@@ -37,8 +37,8 @@ quantize_scales = Exercise(
         >>> second
         array([2., 2.], dtype=float32)
         >>> codes
-        array([[  0,  31],
-               [223, 255]], dtype=uint8)
+        array([[  0,  35],
+               [219, 255]], dtype=uint8)
         """,
     hints=(
         "Three steps: the mean of all scales, what remains when it is subtracted, and blocks of "
@@ -506,8 +506,8 @@ merged_weight = Exercise(
         >>> packed = SimpleNamespace(dequantize=lambda: np.array([[1.0, -2.0], [0.5, 0.0]]))
         >>> A, B = np.array([[2.0, 1.0]]), np.array([[1.0], [3.0]])
         >>> merged_weight(packed, A, B, alpha=0.5)
-        array([[2. , -1.5],
-               [3.5,  1.5]])
+        array([[ 2. , -1.5],
+               [ 3.5,  1.5]])
         """,
     hints=(
         "The branch adds (α/r) x Aᵀ Bᵀ to the output.  That is x times the transpose of (α/r) B A.",
