@@ -349,7 +349,7 @@ diagram(
 # What does it cost in quality? The error of the weights grows hardly at all.
 
 # %%
-once, twice = compressed(ft.NF4(double=False)), compressed(ft.NF4())
+once, twice = compressed(ft.NF4(double=False)), quality["NF4"]
 print(f"scales as they are: error {100 * once[0]:.2f} %  perplexity {once[1]:.2f}")
 print(f"doubly quantized:   error {100 * twice[0]:.2f} %  perplexity {twice[1]:.2f}")
 
@@ -579,7 +579,7 @@ for kind, (frozen, step, computed) in memory.items():
 #
 # Activations can be saved, too: keep only the input of each block, and compute the
 # block a second time in the backward pass. `fit(recompute=True)` does this. The
-# gradients are the same bits; a step takes about a third longer.
+# gradients are the same bits. The price is one more forward pass of the blocks.
 
 # %%
 memory["recompute"] = measured("QLoRA", recompute=True)
@@ -849,8 +849,8 @@ print("the twelve maps alone:",
 # be paged or quantized. And an adapter belongs to the weights beside which it was
 # trained.
 #
-# What it does not do: save time. Every product decodes its weight, forward and
-# backward, so a step takes longer than with LoRA.
+# What it does not do: save operations. Every product decodes its weight first, forward
+# and backward.
 #
 # **Exercises.** `tinyft start qlora` writes eight files:
 #
