@@ -861,3 +861,6 @@ print("the twelve maps alone:",
 # - `input_gradient`: the gradient through a packed weight
 # - `merged_weight`: the merge into the right weight
 # - `cut_into_pages`: what a paged optimiser reads at a time
+#
+# GPTQ (lesson 14) finds better codes with the help of data. NF4 needs no data: a model
+# of any size is packed in one pass over its weights.
