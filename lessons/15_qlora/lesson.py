@@ -284,6 +284,9 @@ assert worst <= 0.151904
 # types, and those before integers. With our small model we cannot show this, so we do
 # not claim it.
 #
+# GPTQ (lesson 14) finds better codes with the help of data. NF4 needs no data: a model
+# of any size is packed in one pass over its weights.
+#
 # ## Scales of scales
 # A scale is a float32. For blocks of 64 it costs
 #
@@ -861,6 +864,3 @@ print("the twelve maps alone:",
 # - `input_gradient`: the gradient through a packed weight
 # - `merged_weight`: the merge into the right weight
 # - `cut_into_pages`: what a paged optimiser reads at a time
-#
-# GPTQ (lesson 14) finds better codes with the help of data. NF4 needs no data: a model
-# of any size is packed in one pass over its weights.
