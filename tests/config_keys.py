@@ -166,23 +166,54 @@ QWEN2_REFUSED = {
     "use_sliding_window": ([False], [True, "yes", None, 1]),
 }
 
+# ── Marian ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+MARIAN: dict[str, Any] = {
+    "model_type": "marian", "vocab_size": 50, "max_position_embeddings": 32, "d_model": 24, "encoder_layers": 2,
+    "decoder_layers": 2, "encoder_attention_heads": 3, "decoder_attention_heads": 3, "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24, "dropout": 0.0, "decoder_start_token_id": 0,
+}
+MARIAN_READ = {
+    "vocab_size": 61, "max_position_embeddings": 41, "d_model": 36, "encoder_layers": 3, "decoder_layers": 1,
+    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 20, "decoder_ffn_dim": 20,
+    "dropout": 0.3, "attention_dropout": 0.3, "activation_dropout": 0.3, "activation_function": "swish",
+    "scale_embedding": True, "decoder_start_token_id": 7,
+}
+MARIAN_ALIASES = {"hidden_size": "d_model", "num_attention_heads": "encoder_attention_heads"}
+MARIAN_REFUSED = {
+    **REFUSED_EVERYWHERE,
+    "is_encoder_decoder": ([True], [False, "yes", None]),
+    "share_encoder_decoder_embeddings": ([True], [False, "yes", None]),
+}
+# Keys of old files, which transformers' Marian does not read, and those of layers that are dropped while it trains.
+MARIAN_HARMLESS = {
+    **{key: value for key, value in HARMLESS_EVERYWHERE.items() if key != "decoder_start_token_id"},
+    "is_decoder": True, "init_std": 0.5, "num_hidden_layers": 7, "decoder_vocab_size": 33,
+    "encoder_layerdrop": 0.5, "decoder_layerdrop": 0.5, "normalize_before": True, "normalize_embedding": True,
+    "add_final_layer_norm": True, "add_bias_logits": True, "static_position_embeddings": False,
+    "extra_pos_embeddings": 2, "classif_dropout": 0.5, "classifier_dropout": 0.5, "gradient_checkpointing": True,
+}
+
 CONFIG = {
     "gpt2": GPT2, "bert": BERT, "distilbert": DISTILBERT, "roberta": ROBERTA,
-    "llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2,
+    "llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "marian": MARIAN,
 }
 READ: dict[str, dict[str, Any]] = {
     "gpt2": GPT2_READ, "bert": BERT_READ, "distilbert": DISTILBERT_READ, "roberta": ROBERTA_READ,
-    "llama": LLAMA_READ, "mistral": LLAMA_READ_BY_ALL, "qwen2": LLAMA_READ_BY_ALL,
+    "llama": LLAMA_READ, "mistral": LLAMA_READ_BY_ALL, "qwen2": LLAMA_READ_BY_ALL, "marian": MARIAN_READ,
 }
 REFUSED: dict[str, dict[str, Any]] = {
     "gpt2": GPT2_REFUSED, "bert": BERT_REFUSED, "distilbert": DISTILBERT_REFUSED, "roberta": BERT_REFUSED,
-    "llama": LLAMA_REFUSED, "mistral": LLAMA_REFUSED, "qwen2": QWEN2_REFUSED,
+    "llama": LLAMA_REFUSED, "mistral": LLAMA_REFUSED, "qwen2": QWEN2_REFUSED, "marian": MARIAN_REFUSED,
 }
 HARMLESS: dict[str, dict[str, Any]] = {
     "gpt2": GPT2_HARMLESS, "bert": BERT_HARMLESS, "distilbert": DISTILBERT_HARMLESS, "roberta": ROBERTA_HARMLESS,
-    "llama": LLAMA_HARMLESS, "mistral": MISTRAL_HARMLESS, "qwen2": QWEN2_HARMLESS,
+    "llama": LLAMA_HARMLESS, "mistral": MISTRAL_HARMLESS, "qwen2": QWEN2_HARMLESS, "marian": MARIAN_HARMLESS,
 }
-ALIASES: dict[str, dict[str, str]] = {"gpt2": GPT2_ALIASES, "distilbert": DISTILBERT_ALIASES}
+ALIASES: dict[str, dict[str, str]] = {
+    "gpt2": GPT2_ALIASES, "distilbert": DISTILBERT_ALIASES, "marian": MARIAN_ALIASES,
+}
 OF_CLASSIFIERS: dict[str, dict[str, Any]] = {"distilbert": {"seq_classif_dropout": 0.3}}
 NEWER: dict[str, dict[str, Any]] = dict.fromkeys(("llama", "mistral", "qwen2"), LLAMA_NEWER)
 FAMILIES = tuple(CONFIG)
+ENCODER_DECODERS = ("marian",)                           # their passes have a source, and they take no classifier
+WITH_CLASSIFIER = tuple(family for family in FAMILIES if family not in ENCODER_DECODERS)

@@ -180,6 +180,8 @@ BERT_SIZES = {**SWITCHED, "token_types": 2, "first_position": 1, "pooler_activat
 LLAMA_SIZES = {**GPT_SIZES, "key_value_heads": 1, "head_width": 4, "rope_base": 100.0,
                "rope_scaling": ft.RotaryScaling("linear", 2.0), "tied": True, "qkv_bias": True, "out_bias": True,
                "mlp_bias": True}
+SEQ2SEQ_SIZES = {**GPT_SIZES, "decoder_layers": 2, "decoder_heads": 1, "decoder_hidden": 6, "activation": "silu",
+                 "scaled": False, "start": 3}
 ROWS: dict[str, Callable[[Any], dict]] = {
     "Tensor": lambda path: {"data": [1.0], "requires_grad": True, "decay": True},
     "Parameter": lambda path: {"data": [1.0], "decay": True},
@@ -193,6 +195,12 @@ ROWS: dict[str, Callable[[Any], dict]] = {
     "BERTConfig": lambda path: BERT_SIZES,
     "Llama": lambda path: {"config": ft.LlamaConfig(vocab=20, positions=12, width=8, layers=1, heads=2), "seed": 1},
     "LlamaConfig": lambda path: LLAMA_SIZES,
+    "Seq2Seq": lambda path: {"config": ft.Seq2SeqConfig(vocab=20, positions=12, width=8, layers=1, heads=2), "seed": 1},
+    "Seq2SeqConfig": lambda path: SEQ2SEQ_SIZES,
+    "beam_search": lambda path: {"model": gpt(), "ids": ids(), "max_new_tokens": 2, "beams": 2, "end": 3,
+                                 "lp": ft.PowerPenalty(0.5), "n_best": 2, "mask": ids() >= 0, "cache": True},
+    "GNMTPenalty": lambda path: {"alpha": 0.5},
+    "PowerPenalty": lambda path: {"alpha": 0.5},
     "RotaryScaling": lambda path: {"kind": "llama3", "factor": 2.0, "low": 1.0, "high": 4.0, "original": 8},
     "SwitchConfig": lambda path: SWITCH,
     "load": saved_model,
@@ -317,8 +325,8 @@ NO_ROW = {
     **dict.fromkeys(["Cache", "Full", "BitFit", "CrossEntropy", "no_grad", "detect_anomaly", "backend", "methods",
                      "peak_memory", "get_num_threads", "get_float32_matmul_precision", "data.shipped_tokenizer",
                      "data.snapshot", "data.name_pairs"], "takes no arguments"),
-    **dict.fromkeys(["Attached", "Count", "CorpusPerplexity", "History", "Targets", "Predictions", "data.Examples",
-                     "data.Record", "data.Task", "data.Pairs", "data.NamePair"],
+    **dict.fromkeys(["Attached", "Count", "CorpusPerplexity", "History", "Targets", "Predictions", "Hypothesis",
+                     "data.Examples", "data.Record", "data.Task", "data.Pairs", "data.NamePair"],
                     "a record that functions of the library return"),
     **dict.fromkeys(["optim.adam_update", "optim.sgd_update"], "the equations on arrays, called by the optimisers"),
     **dict.fromkeys(["optim.Schedule"], "a type"),

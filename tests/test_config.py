@@ -22,6 +22,7 @@ from config_keys import (
     READ,
     READ_BY_A_CLASSIFIER,
     REFUSED,
+    WITH_CLASSIFIER,
 )
 from helpers import host
 from safetensors.numpy import load_file, save_file
@@ -29,13 +30,24 @@ from safetensors.numpy import load_file, save_file
 from tinyft.formats import huggingface, load, save
 from tinyft.formats.config import check_kept
 from tinyft.formats.layout import Plan
-from tinyft.models import BERT, GPT, BERTConfig, GPTConfig, Llama, LlamaConfig, RotaryScaling
+from tinyft.models import (
+    BERT,
+    GPT,
+    BERTConfig,
+    GPTConfig,
+    Llama,
+    LlamaConfig,
+    RotaryScaling,
+    Seq2Seq,
+    Seq2SeqConfig,
+)
 
 Reader = Callable[[dict], Plan]
 LANGUAGE_MODEL = {
     "gpt2": "GPT2LMHeadModel", "bert": "BertForMaskedLM", "distilbert": "DistilBertForMaskedLM",
     "roberta": "RobertaForMaskedLM",
     "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
+    "marian": "MarianMTModel",
 }
 CLASSIFIER = {
     "gpt2": "GPT2ForSequenceClassification", "bert": "BertForSequenceClassification",
@@ -170,6 +182,9 @@ def strict_about(key: str) -> Reader:
     (check_read, "roberta", "pad_token_id", without),
     (check_read, "distilbert", "hidden_dim", without),
     (check_refused, "distilbert", "activation", without),
+    (check_read, "marian", "scale_embedding", without),
+    (check_read, "marian", "activation_function", without),
+    (check_refused, "marian", "share_encoder_decoder_embeddings", without),
 ])
 def test_a_reader_with_a_fault_is_found(check, family, key, wrong):
     check(read, family, key)
@@ -183,7 +198,7 @@ def read_classifier(config: dict) -> Plan:
     return read({"architectures": [CLASSIFIER[config["model_type"]]], **config})
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WITH_CLASSIFIER)
 def test_the_number_of_classes(family):
     """By num_labels, by id2label or by both if they agree; 2 if neither is there. Ties do not matter without an output
     layer for the vocabulary."""
@@ -219,7 +234,7 @@ def test_roberta_leaves_a_position_for_the_first_token(value):
     ("pad_token_id", "0"), ("pad_token_id", [0]), ("bos_token_id", 1.5), ("eos_token_id", ["a"]),
     ("eos_token_id", True), ("architectures", [3]), ("architectures", {"a": 1}),
 ])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WITH_CLASSIFIER)
 def test_nonsense_in_what_is_kept_for_saving_is_refused(family, key, value):
     refuses(read_classifier, {**CONFIG[family], key: value}, key)
 
@@ -238,6 +253,7 @@ MODELS: dict[str, Any] = {
     "llama": Llama(LlamaConfig(**SIZES, tied=True)),
     "mistral": Llama(LlamaConfig(**SIZES, tied=True)),
     "qwen2": Llama(LlamaConfig(**SIZES, tied=True, qkv_bias=True)),
+    "marian": Seq2Seq(Seq2SeqConfig(**SIZES)),
 }
 OUTPUT_LAYER = {
     "gpt2": ("transformer.wte.weight", "lm_head.weight"),
@@ -245,6 +261,7 @@ OUTPUT_LAYER = {
     **dict.fromkeys(LLAMAS, ("model.embed_tokens.weight", "lm_head.weight")),
     "distilbert": ("distilbert.embeddings.word_embeddings.weight", "vocab_projector.weight"),
     "roberta": ("roberta.embeddings.word_embeddings.weight", "lm_head.decoder.weight"),
+    "marian": ("model.shared.weight", "lm_head.weight"),
 }
 
 

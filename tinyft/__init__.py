@@ -20,6 +20,7 @@ from .adapters import (
     save_peft,
 )
 from .array import BackendError, CannotCapture, backend, peak_memory, use
+from .beam import GNMTPenalty, Hypothesis, PowerPenalty, beam_search
 from .chat import chat_end, chat_prompt
 from .compress import (
     AWQ,
@@ -69,7 +70,18 @@ from .memory import largest_batch, memory
 from .methods import *  # noqa: F403                    every method of its table: a new one needs no line here
 from .methods import ALL as _METHODS
 from .methods import methods
-from .models import BERT, GPT, BERTConfig, GPTConfig, Llama, LlamaConfig, RotaryScaling, SwitchConfig
+from .models import (
+    BERT,
+    GPT,
+    BERTConfig,
+    GPTConfig,
+    Llama,
+    LlamaConfig,
+    RotaryScaling,
+    Seq2Seq,
+    Seq2SeqConfig,
+    SwitchConfig,
+)
 from .nn import Cache, Context, Module, Packed, Parameter
 from .optim import (
     SGD,
@@ -106,8 +118,9 @@ __all__ = [
     "Tensor", "no_grad", "detect_anomaly", "use", "backend", "ops", "functional",
     # models
     "Module", "Parameter", "Context", "Cache", "Packed", "unpack", "GPT", "GPTConfig", "BERT", "BERTConfig",
-    "Llama", "LlamaConfig", "RotaryScaling", "SwitchConfig",
-    "load", "save", "classifier", "generate", "chat_prompt", "chat_end", "data",
+    "Llama", "LlamaConfig", "RotaryScaling", "SwitchConfig", "Seq2Seq", "Seq2SeqConfig",
+    "load", "save", "classifier", "generate", "beam_search", "GNMTPenalty", "PowerPenalty", "Hypothesis",
+    "chat_prompt", "chat_end", "data",
     # how a model is changed
     "attach", "detach", "without", "merge", "eject", "combine", "count", "trained", "save_adapter", "load_adapter",
     "save_peft", "load_peft", "save_adapterhub", "load_adapterhub",

@@ -26,11 +26,13 @@ SYNONYMS = {
     "segment_ids": "token_type_ids", "types": "token_type_ids", "at": "logit_positions",
     "task_ids": "task", "adapter_names": "route", "encoder_outputs": "source", "generator": "rng",
     "past_key_values": "cache", "use_cache": "cache", "return_hidden_states": "output_hidden_states",
+    "src": "source_ids", "encoder_input_ids": "source_ids", "encoder_attention_mask": "source_mask",
 }
 
 # Keywords of other libraries that are no facts of a forward pass, and what to do in their place.
 _GENERATE = "a call gives logits; text comes from generate(model, ids, max_new_tokens)"
 _LOSS = "a call gives logits; the loss comes from fit and evaluate, or from ops.cross_entropy(logits, labels)"
+_TARGET = "the ids of a call are the decoder's, model(ids, source_ids=...): source_ids is what the encoder reads"
 _POSITIONS = "positions follow from the mask, so padding is not counted"
 ELSEWHERE = {
     **dict.fromkeys(("labels", "label", "targets", "class_weight"), _LOSS),
@@ -41,6 +43,7 @@ ELSEWHERE = {
     "output_attentions": "attention weights are not kept",
     "inputs_embeds": "embeddings (B, T, C) stand in place of ids, model(embeddings)",
     "text": "encode the text first, tokenizer.encode(text).ids",
+    **dict.fromkeys(("decoder_input_ids", "target_ids", "tgt"), _TARGET),
     "training": "dropout acts after model.train() if rng= is given",
 }
 
@@ -71,7 +74,9 @@ class Context:
     logit_positions       flat indices, into (B·T,), of the positions at which logits are computed. None: all
     task                  (B,) task of each row
     route                 (B,) name of the adapter of each row
-    source                the Context of the encoder, for a decoder that attends to it
+    source_ids            (B, Ts) integers: the text that an encoder-decoder's encoder reads. The pass makes `source`
+    source_mask           (B, Ts), True at the real tokens of source_ids. None: all
+    source                the Context of the encoder, for a decoder that attends to it; in the place of source_ids
     cache                 a Cache of earlier positions
     rng                   generator for dropout. Dropout acts only if it is given and the module is training
     output_hidden_states  True: `hidden_states` collects the input of the first block and every block's output
@@ -89,8 +94,8 @@ class Context:
     A mask may also hold the integers or floats 0 and 1. An unknown keyword raises TypeError.
     """
 
-    FACTS = ("ids", "mask", "token_type_ids", "logit_positions", "task", "route", "source", "cache", "rng",
-             "output_hidden_states")
+    FACTS = ("ids", "mask", "token_type_ids", "logit_positions", "task", "route", "source_ids", "source_mask", "source",
+             "cache", "rng", "output_hidden_states")
 
     def __init__(
         self,
@@ -100,6 +105,8 @@ class Context:
         logit_positions: Any = None,
         task: Any = None,
         route: Any = None,
+        source_ids: Any = None,
+        source_mask: Any = None,
         source: Context | None = None,
         cache: Cache | None = None,
         rng: np.random.Generator | None = None,
@@ -108,15 +115,17 @@ class Context:
     ):
         """Keep the facts as attributes of these names; the class describes them.
 
-        TypeError for an unknown keyword, and for a source, cache, rng or output_hidden_states of a wrong kind. The
-        other facts are checked by `begin`, when the ids are known."""
+        TypeError for an unknown keyword, for a source, cache, rng or output_hidden_states of a wrong kind, and for a
+        source in two forms. The other facts are checked by `begin`, when the ids are known."""
         if unknown:
             refuse_keywords("a forward pass", unknown, self.FACTS)
         _check_kinds(source, cache, rng, output_hidden_states)
+        if source is not None and (source_ids is not None or source_mask is not None):
+            raise TypeError("a forward pass wants source= or source_ids=, got both")
         self.inputs = {                                        # as they were given, for `again`
             "ids": ids, "mask": mask, "token_type_ids": token_type_ids, "logit_positions": logit_positions,
-            "task": task, "route": route, "source": source, "cache": cache, "rng": rng,
-            "output_hidden_states": output_hidden_states,
+            "task": task, "route": route, "source_ids": source_ids, "source_mask": source_mask, "source": source,
+            "cache": cache, "rng": rng, "output_hidden_states": output_hidden_states,
         }
         vars(self).update(self.inputs)
         self.position_shift = 0                                # added to every position: a prefix may set it
@@ -158,6 +167,19 @@ class Context:
             copied.source.losses = copied.losses               # shared, as in this pass
             if self.source.rng is self.rng:
                 copied.source.rng = copied.rng
+        return copied
+
+    def rows(self, index: Array) -> Context:
+        """A copy of a pass that has run, as the source of a decoder: its row i is row index[i] of this one.
+
+        Beam search needs it: several beams have the same source."""
+        copied = copy.copy(self)
+        for fact in ("ids", "mask", "token_type_ids", "task", "last_hidden_state"):
+            value = vars(self)[fact]
+            if value is not None:
+                setattr(copied, fact, value[index])
+        copied.hidden_states = [x[index] for x in self.hidden_states]
+        copied.scratch = {}
         return copied
 
     # ── filled in by the pass ──
@@ -377,9 +399,15 @@ class Cache:
 
     def rows(self, index: Array) -> Cache:
         """A new cache whose row i is row index[i] of this one. Beam search needs it: beams are reordered."""
+        out = self.reordered(index)
+        out.source = {key: (k[index], v[index]) for key, (k, v) in self.source.items()}
+        return out
+
+    def reordered(self, index: Array) -> Cache:
+        """The same, where rows only change places with rows of the same source: its keys and values stay."""
         out = Cache()
         out.kv = {key: (k[index], v[index]) for key, (k, v) in self.kv.items()}
-        out.source = {key: (k[index], v[index]) for key, (k, v) in self.source.items()}
+        out.source = self.source
         out.mask = None if self.mask is None else self.mask[index]
         out.length = self.length
         return out

@@ -2,13 +2,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from . import array, checks
 from .context import SYNONYMS, read_integers, read_mask, refuse_keywords
+from .models import EncoderDecoder
 from .nn import Cache, Context, Module, evaluation_mode
 
 __all__ = ["generate", "pad_left"]
@@ -17,9 +18,10 @@ __all__ = ["generate", "pad_left"]
 DECODING_SYNONYMS = {
     "do_sample": "temperature", "greedy": "temperature", "eos_token_id": "end", "end_token": "end", "eos": "end",
     "max_length": "max_new_tokens", "max_tokens": "max_new_tokens", "use_cache": "cache", "generator": "rng",
-    "seed": "rng",
+    "seed": "rng", "num_beams": "beams", "beam_size": "beams", "length_penalty": "lp", "num_return_sequences": "n_best",
 }
-FACTS = ("task", "route", "source")                      # keywords of Context, passed on unchanged at every step
+# Keywords of Context that are passed on at every step. The encoder runs once: source_ids become a source.
+FACTS = ("task", "route", "source", "source_ids", "source_mask")
 
 
 def generate(
@@ -38,14 +40,15 @@ def generate(
 ) -> np.ndarray:
     """Continue each row of ids (B, T) by up to max_new_tokens tokens -> (B, T + n).
 
-    Rows of different lengths are padded on the left, with mask (B, T) True at real tokens; pad_left makes both.
+    Rows of different lengths are padded on the left, with mask (B, T) True at real tokens; pad_left makes both. An
+    encoder-decoder wants source_ids=; its ids are the decoder's text, and None stands for the start token.
 
     temperature   0: the most probable token (greedy). Above 0: logits are divided by it, and `rng` draws a token
     top_k, top_p  draw from the k most probable tokens, or from the smallest set of tokens with probability p
     end           a token that ends a row. The rest of the row is filled with it
     cache         True: a step runs the newest token only, with the keys and values of the others from a cache.
                   False: every step runs the whole text
-    facts         task=, route=, source=: passed to the model at every step
+    facts         task=, route=; source_ids= and source_mask= (B, Ts), or source=, the Context that model.encode gives
 
     ValueError if the text outgrows the model's positions, if the model is a classifier, or if an option is out of
     range; TypeError, naming the near keyword, for an unknown one. The model is not changed."""
@@ -53,13 +56,14 @@ def generate(
     refuse_unknown(facts)
     checks.whole("max_new_tokens", max_new_tokens, 0)
     checks.flag("cache", cache)
-    ids = array.asnumpy(read_integers("ids", ids, "generate wants ids of shape (B, T)"))
+    ids = array.asnumpy(read_integers("ids", first_ids(model, ids, facts), "generate wants ids of shape (B, T)"))
     mask = None if mask is None else array.asnumpy(read_mask("mask", mask))
     check_request(ids, mask, temperature, top_k, top_p, rng)
     past = Cache() if cache else None
     ended = np.zeros(len(ids), bool)                                             # rows that have given `end`
     new = ids                                                                    # the tokens that this step runs
     with evaluation_mode(model):
+        facts = with_source(model, facts)
         for _ in range(max_new_tokens):
             last = np.arange(1, len(ids) + 1) * new.shape[1] - 1                 # last position of each row, in (B·T,)
             ctx = Context(mask=mask, cache=past, logit_positions=last, **facts)
@@ -78,11 +82,11 @@ def generate(
     return ids
 
 
-def check_model(model: Any, end: int | None) -> None:
+def check_model(model: Any, end: int | None, caller: str = "generate") -> None:
     """TypeError unless the model is a Module; ValueError if its head does not score every token of the vocabulary.
 
     Also for a token `end` that is not in the vocabulary."""
-    checks.instance("generate", model, Module, "a model")
+    checks.instance(caller, model, Module, "a model")
     embed = getattr(model, "embed", None)
     if end is not None:
         checks.whole("end", end, 0, None if embed is None else embed.in_features - 1)
@@ -90,7 +94,7 @@ def check_model(model: Any, end: int | None) -> None:
         return
     scores = getattr(getattr(model, "head", None), "out_features", 0)
     if scores != embed.in_features:
-        raise ValueError(f"generate wants a language model, with a score for each of {embed.in_features} tokens; "
+        raise ValueError(f"{caller} wants a language model, with a score for each of {embed.in_features} tokens; "
                          f"got a model whose head gives {scores} scores")
 
 
@@ -101,10 +105,11 @@ def check_request(
     top_k: int | None,
     top_p: float | None,
     rng: np.random.Generator | None,
+    caller: str = "generate",
 ) -> None:
-    """ValueError for arguments of `generate` that are out of range or do not go together."""
+    """ValueError for arguments of `generate` that are out of range or do not go together. caller: for the message."""
     if ids.ndim != 2 or ids.shape[1] < 1:
-        raise ValueError(f"generate wants ids of shape (B, T) with T >= 1, got {ids.shape}")
+        raise ValueError(f"{caller} wants ids of shape (B, T) with T >= 1, got {ids.shape}")
     checks.number("temperature", temperature)
     if rng is not None:
         checks.random_generator("rng", rng)
@@ -117,14 +122,44 @@ def check_request(
     if mask is not None and mask.shape != ids.shape:
         raise ValueError(f"mask has shape {mask.shape}, the ids {ids.shape}: both want one entry per token")
     if mask is not None and not mask[:, -1].all():
-        raise ValueError("generate continues after the last column and wants the padding on the left: use pad_left")
+        raise ValueError(f"{caller} continues after the last column and wants the padding on the left: use pad_left")
 
 
-def refuse_unknown(facts: dict[str, Any]) -> None:
-    """TypeError, naming the near keyword, for a keyword that is neither an option of `generate` nor a fact."""
-    options = [name for name in inspect.signature(generate).parameters if name != "facts"]
+def first_ids(model: Module, ids: Any, facts: dict[str, Any]) -> Any:
+    """The ids that were given; for None and an encoder-decoder, the start token for each row of its source."""
+    if ids is not None or not isinstance(model, EncoderDecoder):
+        return ids
+    source = facts.get("source_ids")
+    if source is None and facts.get("source") is not None:
+        source = facts["source"].ids
+    return None if source is None or np.ndim(source) < 1 else model.start_ids(np.shape(source)[0])
+
+
+def with_source(model: Module, facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts of every step: source_ids and source_mask become a source, on which the encoder has run.
+
+    TypeError for source_ids and a model without an encoder."""
+    own = {name: value for name, value in facts.items() if name not in ("source_ids", "source_mask")}
+    ids = facts.get("source_ids")
+    if not isinstance(model, EncoderDecoder):
+        if ids is not None or facts.get("source_mask") is not None:
+            raise TypeError(f"source_ids are for an encoder-decoder, got a {type(model).__name__}")
+        return own
+    if ids is not None:
+        if facts.get("source") is not None:
+            raise TypeError("a forward pass wants source= or source_ids=, got both")
+        own["source"] = model.encode(ids, facts.get("source_mask"), task=facts.get("task"), route=facts.get("route"))
+    return own
+
+
+def refuse_unknown(facts: dict[str, Any], function: Callable | None = None) -> None:
+    """TypeError, naming the near keyword, for a keyword that is neither an option of `generate` nor a fact.
+
+    function: another one than `generate`."""
+    function = function or generate
+    options = [name for name in inspect.signature(function).parameters if name != "facts"]
     unknown = [name for name in facts if name not in FACTS]
-    refuse_keywords("generate", unknown, [*options, *FACTS], {**SYNONYMS, **DECODING_SYNONYMS})
+    refuse_keywords(function.__name__, unknown, [*options, *FACTS], {**SYNONYMS, **DECODING_SYNONYMS})
 
 
 def choose_token(

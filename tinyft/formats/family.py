@@ -61,6 +61,10 @@ class Family(ABC):
     def write_config(self, plan: Plan) -> dict[str, Any]:
         """The config.json of a plan."""
 
+    def fallbacks(self, plan: Plan) -> dict[str, Any]:
+        """Entries of config.json that are written unless the model's own file or its tokenizer gives them."""
+        return {}
+
     @abstractmethod
     def file_name(self, name: str, plan: Plan) -> str:
         """The name, in the files that transformers writes, of the tensor with this table name."""

@@ -35,6 +35,7 @@ from .gguf_model import load_gguf
 from .gpt2 import GPT2Family
 from .layout import FileTensor, Plan, Table, blocks_of, cast, file_tensors, set_parameters
 from .llama import LlamaFamily
+from .marian import MarianFamily
 from .roberta import RoBERTaFamily
 from .sentence import MODULES, pooling_files, read_pooling
 from .switch import SwitchBERTFamily, SwitchGPT2Family
@@ -45,7 +46,7 @@ __all__ = ["load", "save", "classifier", "FAMILIES", "Family"]
 FAMILIES: tuple[Family, ...] = (
     GPT2Family(), BERTFamily(), DistilBERTFamily(), RoBERTaFamily(),
     LlamaFamily("llama"), LlamaFamily("mistral"), LlamaFamily("qwen2"),
-    SwitchGPT2Family(), SwitchBERTFamily(),
+    SwitchGPT2Family(), SwitchBERTFamily(), MarianFamily(),
 )
 ASSETS = Path(__file__).parent.parent / "assets"
 # Entries of config.json that the library does not use. `load` keeps them and `save` writes them again.
@@ -327,7 +328,7 @@ def save(model: Module, path: str | os.PathLike, tokenizer: Tokenizer | None = N
     arrays = {name: cast(array.asnumpy(p.data), dtype, name) for name, p in parameters.items()}
     weights = {family.file_name(name, plan): a for name, a in file_tensors(table, arrays).items()}
     config = {**family.write_config(plan), "torch_dtype": str(dtype)}
-    kept = _kept_entries(model, plan, tokenizer)
+    kept = family.fallbacks(plan) | _kept_entries(model, plan, tokenizer)
     config |= {key: value for key, value in kept.items() if key not in config}
     metadata = {"format": "pt"}                            # transformers requires this entry
     if packed:

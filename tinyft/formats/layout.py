@@ -23,11 +23,13 @@ class FileTensor:
     shape       the shape in the model; a weight is (out, in)
     transposed  True if the file stores (in, out): GPT-2's Conv1D; on a square matrix both have the same shape
     third       0, 1 or 2 if the model's tensor is that third of the file's tensor: GPT-2 keeps q, k and v in one c_attn
+    is_row      True if the file stores a vector (n,) as a row (1, n): Marian's final_logits_bias
     """
     name: str
     shape: tuple[int, ...]
     transposed: bool = False
     third: int | None = None
+    is_row: bool = False
 
     @property
     def file_shape(self) -> tuple[int, ...]:
@@ -35,11 +37,15 @@ class FileTensor:
         shape = self.shape
         if self.third is not None:
             shape = (3 * shape[0], *shape[1:])
+        if self.is_row:
+            shape = (1, *shape)
         return shape[::-1] if self.transposed else shape
 
     def read(self, stored: np.ndarray) -> np.ndarray:
         """The model's tensor, as a view of the tensor in the file."""
         whole = stored.T if self.transposed else stored
+        if self.is_row:
+            whole = whole[0]
         if self.third is None:
             return whole
         rows = self.shape[0]
@@ -73,7 +79,8 @@ def file_tensors(table: Table, arrays: Mapping[str, np.ndarray]) -> dict[str, np
     parts: dict[str, list[tuple[int, np.ndarray]]] = {}
     transposed = {}
     for name, place in table.items():
-        parts.setdefault(place.name, []).append((place.third or 0, arrays[name]))
+        part = arrays[name][None] if place.is_row else arrays[name]
+        parts.setdefault(place.name, []).append((place.third or 0, part))
         transposed[place.name] = place.transposed
     out = {}
     for name, thirds in parts.items():

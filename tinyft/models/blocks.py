@@ -30,14 +30,15 @@ class MLP(Module):
         *,
         activation: Callable,
         rng: np.random.Generator,
+        bias: bool = True,
         dropout: float = 0.0,
         std: float = 0.02,
         out_std: float | None = None,
     ):
         """width C, hidden F. std: standard deviation of the initial maps;  out_std: of `down`, if it is another."""
         self.in_features = self.out_features = width
-        self.up = Linear(width, hidden, rng=rng, std=std)
-        self.down = Linear(hidden, width, rng=rng, std=out_std or std)
+        self.up = Linear(width, hidden, rng=rng, bias=bias, std=std)
+        self.down = Linear(hidden, width, rng=rng, bias=bias, std=out_std or std)
         self.drop = Dropout(dropout)
         self._activation = activation
 
@@ -45,8 +46,15 @@ class MLP(Module):
         return self.drop(self.down(self._activation(self.up(x, ctx)), ctx), ctx)
 
 
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    """gelu(gate) ⊙ up, with GELU in its tanh form.    (..., F), (..., F) -> (..., F)      (T5 v1.1; Shazeer 2020)"""
+    return ops.gelu_tanh(gate) * up
+
+
 class GatedMLP(Module):
-    """down(silu(gate x) ⊙ up x).    (..., C) -> (..., F) -> (..., C)      (Llama; Shazeer 2020)"""
+    """down(silu(gate x) ⊙ up x).    (..., C) -> (..., F) -> (..., C)      (Llama; Shazeer 2020)
+
+    product: another function of (gate x, up x) than silu(gate x) ⊙ up x, such as geglu."""
 
     def __init__(
         self,
@@ -54,6 +62,7 @@ class GatedMLP(Module):
         hidden: int,
         *,
         rng: np.random.Generator,
+        product: Callable = ops.swiglu,
         bias: bool = False,
         dropout: float = 0.0,
         std: float = 0.02,
@@ -65,9 +74,10 @@ class GatedMLP(Module):
         self.up = Linear(width, hidden, rng=rng, bias=bias, std=std)
         self.down = Linear(hidden, width, rng=rng, bias=bias, std=out_std or std)
         self.drop = Dropout(dropout)
+        self._product = product
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        hidden = ops.swiglu(self.gate(x, ctx), self.up(x, ctx))                  # (..., F)
+        hidden = self._product(self.gate(x, ctx), self.up(x, ctx))               # (..., F)
         return self.drop(self.down(hidden, ctx), ctx)
 
 
@@ -105,6 +115,49 @@ class PostNormBlock(Module):
         return self.norm2(x + self.mlp(x, ctx), ctx)
 
 
+class PreNormDecoderBlock(Module):
+    """x ← x + attn(norm1 x);  x ← x + cross_attn(norm2 x);  x ← x + mlp(norm3 x)      (T5, with norm=RMSNorm)"""
+    sublayers = [("attn", "norm1"), ("cross_attn", "norm2"), ("mlp", "norm3")]
+
+    def __init__(self, attn: Attention, cross_attn: Attention, mlp: Module, *, eps: float,
+                 norm: type[Module] = LayerNorm):
+        width = attn.in_features
+        self.in_features = self.out_features = width
+        self.norm1 = norm(width, eps=eps)
+        self.attn = attn
+        self.norm2 = norm(width, eps=eps)
+        self.cross_attn = cross_attn
+        self.norm3 = norm(width, eps=eps)
+        self.mlp = mlp
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        """x (B, T, C) -> (B, T, C); ctx.source is the encoder's Context."""
+        x = x + self.attn(self.norm1(x, ctx), ctx)
+        x = x + self.cross_attn(self.norm2(x, ctx), ctx)
+        return x + self.mlp(self.norm3(x, ctx), ctx)
+
+
+class PostNormDecoderBlock(Module):
+    """x ← norm1(x + attn x);  x ← norm2(x + cross_attn x);  x ← norm3(x + mlp x)      (the transformer of 2017)"""
+    sublayers = [("attn", "norm1"), ("cross_attn", "norm2"), ("mlp", "norm3")]
+
+    def __init__(self, attn: Attention, cross_attn: Attention, mlp: Module, *, eps: float):
+        width = attn.in_features
+        self.in_features = self.out_features = width
+        self.attn = attn
+        self.norm1 = LayerNorm(width, eps=eps)
+        self.cross_attn = cross_attn
+        self.norm2 = LayerNorm(width, eps=eps)
+        self.mlp = mlp
+        self.norm3 = LayerNorm(width, eps=eps)
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        """x (B, T, C) -> (B, T, C); ctx.source is the encoder's Context."""
+        x = self.norm1(x + self.attn(x, ctx), ctx)
+        x = self.norm2(x + self.cross_attn(x, ctx), ctx)
+        return self.norm3(x + self.mlp(x, ctx), ctx)
+
+
 # Sizes under the names of other libraries, and their names here.
 SIZE_SYNONYMS = {
     **dict.fromkeys(("n_layer", "n_layers", "num_layers", "num_hidden_layers", "depth"), "layers"),
@@ -115,6 +168,9 @@ SIZE_SYNONYMS = {
     "vocab_size": "vocab", "type_vocab_size": "token_types", "layer_norm_eps": "eps", "layer_norm_epsilon": "eps",
     "initializer_range": "std",
     **dict.fromkeys(("num_key_value_heads", "n_kv_heads", "num_kv_heads"), "key_value_heads"),
+    **dict.fromkeys(("encoder_layers", "num_encoder_layers"), "layers"),
+    **dict.fromkeys(("num_decoder_layers", "n_decoder_layers"), "decoder_layers"),
+    "decoder_start_token_id": "start", "activation_function": "activation", "scale_embedding": "scaled",
     "head_dim": "head_width", "rms_norm_eps": "eps", "rope_theta": "rope_base", "tie_word_embeddings": "tied",
 }
 

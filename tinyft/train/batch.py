@@ -7,8 +7,10 @@ A batch is a dict of host arrays, or bare ids:
     labels          (B,) classes, or (B, T) tokens; -100 where nothing is predicted
     class_weight    (classes,) the weight of each class in the loss
     token_type_ids (B, T), task (B,), route (B,)    are handed to the model
+    source_ids, source_mask (B, Ts)     the text that an encoder-decoder's encoder reads; ids are the decoder's
 
-A batch without labels means causal language modelling: predict the next id.
+A batch without labels means causal language modelling: predict the next id. For an encoder-decoder this is teacher
+forcing: ids are the start token and the target.
 
     Targets                   a batch as the trainer uses it
     Loss, CrossEntropy        read a batch on the host; compute the loss on the device
@@ -29,16 +31,20 @@ from ..context import WANTED_TYPES, read_integers, read_mask
 from ..models.attention import Attention
 from ..models.bert import check_token_types
 from ..models.blocks import Classifier, check_ids
+from ..models.encoder_decoder import EncoderDecoder, check_source
 from ..nn import Context, Module
 from ..tensor import Tensor
 
-CONTEXT_FACTS = ("mask", "token_type_ids", "task", "route")             # keys of a batch that the model receives
+# Keys of a batch that the model receives.
+CONTEXT_FACTS = ("mask", "token_type_ids", "task", "route", "source_ids", "source_mask")
 IGNORE = -100                                                           # the label of a position without a target
 # Keys of other libraries, and their names here.
 FOREIGN_KEYS = {
     "input_ids": "ids", "inputs_embeds": "ids", "attention_mask": "mask", "key_padding_mask": "mask",
-    "segment_ids": "token_type_ids",
+    "segment_ids": "token_type_ids", "encoder_input_ids": "source_ids", "encoder_attention_mask": "source_mask",
+    "decoder_input_ids": "ids", "decoder_attention_mask": "mask",
 }
+WANTED_SOURCE_IDS = "a batch wants source_ids of shape (B, Ts)"
 ONE_LABEL_PER_SEQUENCE = "This model has a sequence classification head: give one label per sequence, shape (B,)"
 ONE_LABEL_PER_TOKEN = ("This model gives logits at every position: give one label per token, shape (B, T), "
                        "or add a classifier (tinyft.classifier)")
@@ -101,6 +107,7 @@ class Loss:
         Called on the host before a step that was captured as a CUDA graph is replayed: a replay runs no Python checks.
         """
         check_ids(targets.ids, model.embed.in_features)
+        check_ids(targets.facts.get("source_ids"), model.embed.in_features)
         token_types = getattr(model, "type", None)                      # BERT's table
         if token_types is not None:
             check_token_types(targets.facts.get("token_type_ids"), token_types.in_features)
@@ -327,9 +334,28 @@ def _read_facts(batch: dict[str, Any], ids: Any) -> dict[str, Any]:
         if name in facts and np.shape(facts[name]) != ids.shape[:1]:
             raise ValueError(f"a batch wants one {name} for each of its {ids.shape[0]} rows, "
                              f"got {checks.brief(facts[name])}")
-    if "mask" in facts and facts["mask"].all():
-        del facts["mask"]                                               # attention is faster without a mask
+    _read_source(facts, rows=ids.shape[0])
+    for name in ("mask", "source_mask"):
+        if name in facts and facts[name].all():
+            del facts[name]                                             # attention is faster without a mask
     return facts
+
+
+def _read_source(facts: dict[str, Any], rows: int) -> None:
+    """Read the source of an encoder-decoder among the facts, in place. ValueError for shapes that do not fit.
+
+    rows: the number of rows of ids. A source wants one real token or more in each row."""
+    if "source_ids" not in facts:
+        if "source_mask" in facts:
+            raise ValueError(f"{WANTED_SOURCE_IDS} beside source_mask, got none")
+        return
+    source = _read_integers("source_ids", facts["source_ids"], WANTED_SOURCE_IDS)
+    if source.ndim != 2 or source.shape[0] != rows:
+        raise ValueError(f"{WANTED_SOURCE_IDS}, one row for each of its {rows} rows, got {source.shape}")
+    if "source_mask" in facts:
+        facts["source_mask"] = array.asnumpy(read_mask("source_mask", facts["source_mask"]))
+    check_source(source, facts.get("source_mask"))
+    facts["source_ids"] = source
 
 
 def next_tokens(ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
@@ -351,8 +377,13 @@ def next_tokens(ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
 
 # ── a habit ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 def is_causal(model: Module) -> bool:
-    """True if no position of the model sees a later one: all its attention is causal."""
-    attentions = [module for module in model.modules() if isinstance(module, Attention)]
+    """True if no position of the text sees a later one: all its attention is causal. The text of an encoder-decoder is
+    the decoder's, whose attention to the source sees no text."""
+    if isinstance(model, EncoderDecoder):
+        modules = [module for block in model.decoder for module in block.modules()]
+    else:
+        modules = list(model.modules())
+    attentions = [module for module in modules if isinstance(module, Attention) and not module.cross]
     return bool(attentions) and all(attention.causal for attention in attentions)
 
 

@@ -1,0 +1,301 @@
+"""Beam search: the most probable continuations of a text, or targets of a source.
+
+    beam_search(model, ids, 20, beams=4, end=0)                          a causal language model: ids are prompts
+    beam_search(model, None, 20, beams=4, end=0, source_ids=source)      an encoder-decoder
+
+    score(Y) = log P(Y | X) / lp(|Y|)        |Y| counts the new tokens, the end included
+
+A length penalty lp is any function of a length with positive values:
+
+    GNMTPenalty(0.6)     ((5 + n) / 6)^α      Wu et al. 2016, arXiv:1609.08144, eq. 14
+    PowerPenalty(1.0)    n^α                  `length_penalty` of transformers
+
+α > 0 favours long texts, α < 0 short ones, and α = 0 compares the probabilities themselves.
+
+S sentences (rows of ids), B beams of a sentence, R live prefixes of all sentences, V vocabulary.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import array, checks
+from .context import read_integers, read_mask
+from .decode import check_model, check_request, first_ids, refuse_unknown, with_source
+from .nn import Cache, Context, Module, evaluation_mode
+
+__all__ = ["GNMTPenalty", "Hypothesis", "PowerPenalty", "beam_search"]
+
+
+@dataclass(frozen=True)
+class GNMTPenalty:
+    """lp(n) = ((5 + n) / 6)^α      Wu et al. 2016, eq. 14.    lp(1) = 1; n counts the new tokens, the end included"""
+
+    alpha: float = 0.6
+
+    def __post_init__(self) -> None:
+        checks.number("GNMTPenalty: alpha", self.alpha)
+
+    def __call__(self, n: int) -> float:
+        return ((5 + n) / 6)**self.alpha
+
+
+@dataclass(frozen=True)
+class PowerPenalty:
+    """lp(n) = n^α.    With α = 1 a score is the mean log-probability of a token, the end included."""
+
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        checks.number("PowerPenalty: alpha", self.alpha)
+
+    def __call__(self, n: int) -> float:
+        return float(n)**self.alpha
+
+
+class Hypothesis(NamedTuple):
+    """One continuation.
+
+    tokens    its new tokens, with `end` as the last one if it has ended
+    score     log_prob / lp(number of tokens)
+    log_prob  log P(tokens | prompt, source)
+    ended     False: it was cut off at max_new_tokens"""
+
+    tokens: tuple[int, ...]
+    score: float
+    log_prob: float
+    ended: bool
+
+
+def beam_search(
+    model: Module,
+    ids: Any,
+    max_new_tokens: int,
+    *,
+    beams: int = 4,
+    end: int | None = None,
+    lp: Callable[[int], float] = GNMTPenalty(),
+    n_best: int = 1,
+    mask: Any = None,
+    cache: bool = True,
+    **facts: Any,
+) -> list[list[Hypothesis]]:
+    """The n_best continuations of each row of ids (S, T), best first: a list for each row.
+
+    At each length the candidates are all live prefixes with one more token, in the order of log P (of equal ones, the
+    lower parent and then the lower token comes first). Those among the first B that end are finished; the first B
+    others live on. A row stops when no live prefix can reach its n_best scores any more, whatever follows, since
+    log-probabilities are at most 0. At max_new_tokens the live prefixes count as they are. A row can have fewer than
+    n_best continuations. Each row gets the result that it gets alone.
+
+    beams   B, the number of live prefixes of a row
+    end     the token that ends a continuation; None: every one has max_new_tokens tokens
+    lp      the length penalty, such as GNMTPenalty(0.6) or PowerPenalty(1.0)
+    mask, cache, facts   as in `generate`; rows of different lengths are padded on the left
+
+    ValueError and TypeError as in `generate`, and for a length penalty that is not positive."""
+    check_model(model, end, caller="beam_search")
+    refuse_unknown(facts, beam_search)
+    checks.whole("max_new_tokens", max_new_tokens, 1)
+    checks.whole("beams", beams, 1)
+    checks.whole("n_best", n_best, 1)
+    checks.flag("cache", cache)
+    reach = longest_reach(lp, max_new_tokens)
+    ids = array.asnumpy(read_integers("ids", first_ids(model, ids, facts), "beam_search wants ids of shape (B, T)"))
+    mask = None if mask is None else array.asnumpy(read_mask("mask", mask))
+    check_request(ids, mask, 0.0, None, None, None, caller="beam_search")
+    searches = [Search(beams, end, lp, n_best) for _ in ids]
+    with evaluation_mode(model):
+        steps = Steps(model, ids, mask, with_source(model, facts), cached=cache)
+        for length in range(1, max_new_tokens + 1):
+            candidates = best_candidates(steps.log_probs(), [s.live for s in searches], 2 * beams)
+            parents: list[int] = []                      # a row of this step, for each live prefix of the next one
+            for search, found in zip(searches, candidates, strict=True):
+                parents += search.extend(found)
+                if length < max_new_tokens and search.is_done(reach[length]):
+                    parents = parents[:len(parents) - len(search.live)]
+                    search.live = []
+            if not parents:
+                break
+            if length < max_new_tokens:
+                tokens = [prefix.tokens for search in searches for prefix in search.live]
+                steps.go_on(np.array(parents), tokens)
+    return [search.best() for search in searches]
+
+
+def longest_reach(lp: Callable[[int], float], max_len: int) -> list[float]:
+    """reach[n]: the largest penalty lp of the lengths n + 1 ... max_len, for n = 0 ... max_len − 1.
+
+    A prefix of n tokens reaches at most the score log P / reach[n], since log P ≤ 0 can only fall."""
+    checks.function("lp", lp, "a function of a length, such as GNMTPenalty(0.6)")
+    reach = [0.0] * max_len
+    largest = 0.0
+    for n in range(max_len, 0, -1):
+        value = checks.number(f"the length penalty lp({n})", lp(n), above=0)
+        largest = max(largest, value)
+        reach[n - 1] = largest
+    return reach
+
+
+# ── one sentence ─────────────────────────────────────────────────────────────────────────────────────────────────────
+class Prefix(NamedTuple):
+    """A live prefix: its tokens and log P."""
+
+    tokens: tuple[int, ...]
+    log_prob: float
+
+
+class Candidate(NamedTuple):
+    """A live prefix with one more token. row: of the prefix among all rows of the step; parent: among its sentence's"""
+
+    log_prob: float
+    parent: int
+    token: int
+    row: int
+
+
+@dataclass
+class Search:
+    """The search for one sentence: its live prefixes and its finished hypotheses."""
+
+    beams: int
+    end: int | None
+    lp: Callable[[int], float]
+    n_best: int
+    live: list[Prefix] = field(default_factory=lambda: [Prefix((), 0.0)])        # one: B equal ones would stay equal
+    finished: list[Hypothesis] = field(default_factory=list)
+
+    def extend(self, candidates: list[Candidate]) -> list[int]:
+        """Take the live prefixes of the next length from the candidates, best first -> the rows of their parents."""
+        rows = []
+        live: list[Prefix] = []
+        for rank, candidate in enumerate(candidates):
+            if len(live) == self.beams and rank >= self.beams:
+                break
+            tokens = (*self.live[candidate.parent].tokens, candidate.token)
+            if candidate.token == self.end:
+                if rank < self.beams:
+                    self.finish(Prefix(tokens, candidate.log_prob), ended=True)
+            elif len(live) < self.beams:
+                live.append(Prefix(tokens, candidate.log_prob))
+                rows.append(candidate.row)
+        self.live = live
+        return rows
+
+    def finish(self, prefix: Prefix, *, ended: bool) -> None:
+        """Keep a hypothesis with its score."""
+        score = prefix.log_prob / self.lp(len(prefix.tokens))
+        self.finished.append(Hypothesis(prefix.tokens, score, prefix.log_prob, ended))
+
+    def is_done(self, reach: float) -> bool:
+        """True if no live prefix can come among the n_best, whose scores are at most log P / reach."""
+        if not self.live or len(self.finished) < self.n_best:
+            return False
+        scores = sorted((h.score for h in self.finished), reverse=True)
+        return scores[self.n_best - 1] >= self.live[0].log_prob / reach
+
+    def best(self) -> list[Hypothesis]:
+        """The n_best hypotheses, best first. Prefixes that still live were cut off at the last length."""
+        for prefix in self.live:
+            self.finish(prefix, ended=False)
+        self.live = []
+        return sorted(self.finished, key=lambda h: -h.score)[:self.n_best]       # stable: equal ones as they finished
+
+
+# ── all sentences ────────────────────────────────────────────────────────────────────────────────────────────────────
+class Steps:
+    """The passes of the model: one row for each live prefix, the prefixes of a sentence side by side."""
+
+    def __init__(self, model: Module, ids: np.ndarray, mask: np.ndarray | None, facts: dict[str, Any], *, cached: bool):
+        self.model = model
+        self.prompts = ids
+        self.mask = mask
+        self.facts = facts
+        self.cache = Cache() if cached else None
+        self.sentences = np.arange(len(ids))             # of each row
+        self.ids = ids                                   # the tokens that the next pass runs
+        self.step_mask = mask
+        self.step_facts = facts                          # those of the rows
+
+    def log_probs(self) -> np.ndarray:
+        """log p of each token after each live prefix, (R, V), in the dtype of the logits."""
+        rows, T = self.ids.shape
+        last = np.arange(1, rows + 1) * T - 1
+        ctx = Context(mask=self.step_mask, cache=self.cache, logit_positions=last, **self.step_facts)
+        z = array.asnumpy(self.model(self.ids, ctx).data)                        # (R, V)
+        if z.dtype.itemsize < 4:
+            z = z.astype(np.float32)                     # 16 bits hold no sum of exponentials
+        z = z - z.max(axis=-1, keepdims=True)
+        log_sum = np.log(np.exp(z).sum(axis=-1, keepdims=True))
+        if np.isnan(log_sum).any():
+            raise ValueError("beam_search wants logits that are numbers, got NaN")
+        return z - log_sum
+
+    def go_on(self, parents: np.ndarray, tokens: list[tuple[int, ...]]) -> None:
+        """Prepare the next pass: row i continues row parents[i], and has these new tokens so far."""
+        before = self.sentences
+        self.sentences = before[parents]
+        is_same = np.array_equal(self.sentences, before)                         # then the sources stay in place
+        if not is_same:
+            self.step_facts = {name: rows_of(value, self.sentences) for name, value in self.facts.items()}
+        if self.cache is None:
+            self.ids = np.concatenate([self.prompts[self.sentences], np.array(tokens)], axis=1)
+            if self.mask is not None:
+                real = np.ones((len(tokens), len(tokens[0])), bool)
+                self.step_mask = np.concatenate([self.mask[self.sentences], real], axis=1)
+            return
+        self.ids = np.array([new[-1:] for new in tokens])
+        if self.mask is not None:
+            self.step_mask = np.ones((len(tokens), 1), bool)
+        if not np.array_equal(parents, np.arange(len(before))):
+            index = array.asarray(parents)
+            self.cache = self.cache.reordered(index) if is_same else self.cache.rows(index)
+
+
+def rows_of(value: Any, index: np.ndarray) -> Any:
+    """Rows of a fact: of a source's Context, of an array, or of a list with an entry for each row."""
+    if value is None:
+        return None
+    if isinstance(value, Context):
+        return value.rows(array.asarray(index))
+    if array.is_array(value):
+        return value[array.put_like(index, value)]
+    return [value[i] for i in index]
+
+
+def best_candidates(log_probs: np.ndarray, live: list[list[Prefix]], count: int) -> Iterator[list[Candidate]]:
+    """For each sentence, its best candidates, best first: at least as many as the search looks at.
+
+    log_probs (R, V); live: the prefixes of each sentence, R in all. Of 2 B candidates at most B end, since a prefix can
+    end only once, so that B others are among them. A token of probability 0 is no candidate."""
+    tokens = top_tokens(log_probs, count)                                        # (R, k), in the order of the tokens
+    gains = np.take_along_axis(log_probs, tokens, axis=1).astype(np.float64)
+    start = 0
+    for prefixes in live:
+        rows = range(start, start + len(prefixes))
+        start += len(prefixes)
+        found = []
+        for parent, row in enumerate(rows):
+            before = prefixes[parent].log_prob
+            for token, gain in zip(tokens[row].tolist(), gains[row].tolist(), strict=True):
+                if gain > -math.inf:
+                    found.append(Candidate(before + gain, parent, token, row))
+        found.sort(key=lambda candidate: -candidate.log_prob)                    # stable: ties by parent, then token
+        yield found[:count]
+
+
+def top_tokens(log_probs: np.ndarray, count: int) -> np.ndarray:
+    """The tokens of the `count` largest entries of each row, in ascending order: (R, k). Of equal ones the lowest."""
+    R, V = log_probs.shape
+    if count >= V:
+        return np.broadcast_to(np.arange(V), (R, V))
+    largest = np.argpartition(log_probs, V - count, axis=1)[:, V - count:]       # (R, k)
+    least = np.take_along_axis(log_probs, largest, axis=1).min(axis=1, keepdims=True)
+    is_tied = (log_probs >= least).sum(axis=1) > count
+    for row in np.flatnonzero(is_tied):                  # the choice among equal entries was arbitrary
+        largest[row] = np.argsort(-log_probs[row], kind="stable")[:count]
+    return np.sort(largest, axis=1)

@@ -1,0 +1,169 @@
+"""The encoder-decoder of 2017, with the layout of Marian's checkpoints.  Vaswani et al. 2017, arXiv:1706.03762;
+Junczys-Dowmunt et al. 2018, arXiv:1804.00344.
+
+    x = √C E[ids] + S[pos],   S fixed sinusoids
+    encoder:  Le × (x ← norm1(x + attn x);  x ← norm2(x + mlp x))
+    decoder:  Ld × (x ← norm1(x + attn x);  x ← norm2(x + cross_attn(x, source));  x ← norm3(x + mlp x))
+    logits = x Eᵀ + b
+
+Source, text and output layer share one embedding E. Linear maps N(0, std²); E is N(0, 1/C), so that √C E has entries of
+size 1, and N(0, std²) without the factor √C. ε = 1e-5.
+
+Departures: the bias b of the output layer trains; in transformers it is a buffer. Positions count real tokens only, so
+padding on the left gives the outputs of the text alone.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .. import array, checks, ops
+from ..context import refuse_keywords
+from ..nn import Context, Dropout, Embedding, Module, TiedHead
+from ..tensor import Tensor
+from .attention import Attention
+from .blocks import (
+    MLP,
+    SIZE_SYNONYMS,
+    PostNormBlock,
+    PostNormDecoderBlock,
+    apply_head,
+    check_config,
+    check_model_arguments,
+    embed_tokens,
+    run_blocks,
+    sinusoids,
+)
+from .encoder_decoder import EncoderDecoder
+
+# The activations of the feed-forward, by the name of the setting.
+ACTIVATIONS = {"relu": ops.relu, "gelu": ops.gelu, "silu": ops.silu}
+
+
+@dataclass(frozen=True)
+class Seq2SeqConfig:
+    """Sizes: vocabulary V, positions T, width C, layers Le, heads H, feed-forward width F (None: 4 C).
+
+    decoder_layers, decoder_heads, decoder_hidden   of the decoder; None: as the encoder's
+    activation   of the feed-forward: "relu" (2017), "gelu" or "silu" (Marian's swish)
+    scaled       True: embeddings are multiplied by √C
+    start        the token with which the decoder's text begins; Marian: the padding token
+
+    TypeError or ValueError, naming the field, for values from which no model can be built."""
+    vocab: int = 58101
+    positions: int = 512
+    width: int = 512
+    layers: int = 6
+    heads: int = 8
+    hidden: int | None = None
+    decoder_layers: int | None = None
+    decoder_heads: int | None = None
+    decoder_hidden: int | None = None
+    activation: str = "relu"
+    scaled: bool = True
+    start: int = 0
+    dropout: float = 0.0
+    eps: float = 1e-5
+    std: float = 0.02                                    # of the initial linear maps
+
+    def __new__(cls, *args: Any, **fields: Any) -> Seq2SeqConfig:
+        """Raise TypeError, naming the nearest field, for an unknown keyword."""
+        refuse_keywords(cls.__name__, fields.keys() - cls.__dataclass_fields__.keys(), cls.__dataclass_fields__,
+                        SIZE_SYNONYMS)
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        check_config(self, ("vocab", "positions", "width", "layers", "heads"))
+        for name in ("decoder_layers", "decoder_heads", "decoder_hidden"):
+            if getattr(self, name) is not None:
+                checks.whole(f"Seq2SeqConfig: {name}", getattr(self, name), least=1)
+        if self.width % (self.decoder_heads or self.heads):
+            raise ValueError(f"Seq2SeqConfig: {self.decoder_heads} heads do not divide a width of {self.width}")
+        if self.width % 2:
+            raise ValueError(f"Seq2SeqConfig: sinusoidal positions want an even width, got {self.width}")
+        checks.one_of("Seq2SeqConfig: activation", self.activation, ACTIVATIONS)
+        checks.flag("Seq2SeqConfig: scaled", self.scaled)
+        checks.whole("Seq2SeqConfig: start", self.start, least=0, most=self.vocab - 1)
+
+
+class SinusoidalPositions(Module):
+    """y = x + S[pos].    S (P, C) fixed sinusoids, (B, T, C) -> (B, T, C)"""
+
+    def __init__(self, positions: int, width: int):
+        self.register_buffer("table", array.asarray(sinusoids(positions, width)), persistent=False)
+
+    in_features = property(lambda self: self.table.shape[0])
+    out_features = property(lambda self: self.table.shape[1])
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        """x plus the rows of its positions, in the dtype of x."""
+        return x + Tensor(self.table[ctx.positions()].astype(x.dtype))
+
+
+class Seq2Seq(EncoderDecoder):
+    """model(ids (B, T), source_ids=(B, Ts), source_mask=...) -> logits (B, T, V).
+
+    ids: the decoder's text, from the start token on. Without a head, the decoder's hidden states (B, T, C)."""
+
+    top_modules: tuple[str, ...] = ("head",)
+
+    def __init__(self, config: Seq2SeqConfig = Seq2SeqConfig(), seed: int = 0):
+        """The parts, with random values from `seed`.
+
+        TypeError unless config is a Seq2SeqConfig; TypeError or ValueError for a seed that is no whole number >= 0."""
+        check_model_arguments("Seq2Seq", config, Seq2SeqConfig, seed)
+        c = config
+        rng = np.random.default_rng(seed)
+        self._config = config
+        self.out_features = c.width
+        self.embed = Embedding(c.vocab, c.width, rng=rng, std=c.width**-0.5 if c.scaled else c.std)
+        self.pos = SinusoidalPositions(c.positions, c.width)
+        self.drop = Dropout(c.dropout)
+        self.encoder = [encoder_block(c, rng) for _ in range(c.layers)]
+        self.decoder = [decoder_block(c, rng) for _ in range(c.decoder_layers or c.layers)]
+        self.head = TiedHead(self.embed, bias=True)
+
+    config = property(lambda self: self._config)
+
+    def forward(self, ids: Any, ctx: Context) -> Tensor:
+        """The head's output for ids (B, T), or for embeddings (B, T, C) in their place; see apply_head.
+
+        ctx has source_ids (B, Ts), or source, which `encode` gives. ValueError without a source."""
+        self.find_source(ctx)
+        x = self.embed_text(ids, ctx)                                            # (B, T, C)
+        self.check_rows(ctx)
+        hidden = run_blocks(self.decoder, x, ctx)
+        if ctx.cache is not None:
+            ctx.cache.advance(ctx)
+        return apply_head(self.head, hidden, ctx)
+
+    def encoder_pass(self, ids: Any, ctx: Context) -> Tensor:
+        """The encoder's hidden states (B, Ts, C) for source ids (B, Ts)."""
+        return run_blocks(self.encoder, self.embed_text(ids, ctx), ctx)
+
+    def embed_text(self, ids: Any, ctx: Context) -> Tensor:
+        """√C E[ids] + S[pos], for the source and for the decoder's text: (B, T) -> (B, T, C)"""
+        x = embed_tokens(self.embed, ids, ctx, positions=self.config.positions)
+        if self.config.scaled:
+            x = x * self.config.width**0.5
+        return self.drop(self.pos(x, ctx), ctx)
+
+
+def encoder_block(c: Seq2SeqConfig, rng: np.random.Generator) -> PostNormBlock:
+    """A block of the encoder, with random values from rng."""
+    attn = Attention(c.width, c.heads, rng=rng, dropout=c.dropout, std=c.std)
+    mlp = MLP(c.width, c.hidden or 4 * c.width, activation=ACTIVATIONS[c.activation], rng=rng, dropout=c.dropout,
+              std=c.std)
+    return PostNormBlock(attn, mlp, eps=c.eps)
+
+
+def decoder_block(c: Seq2SeqConfig, rng: np.random.Generator) -> PostNormDecoderBlock:
+    """A block of the decoder, with random values from rng."""
+    heads = c.decoder_heads or c.heads
+    hidden = c.decoder_hidden or c.hidden or 4 * c.width
+    attn = Attention(c.width, heads, causal=True, rng=rng, dropout=c.dropout, std=c.std)
+    cross_attn = Attention(c.width, heads, cross=True, rng=rng, dropout=c.dropout, std=c.std)
+    mlp = MLP(c.width, hidden, activation=ACTIVATIONS[c.activation], rng=rng, dropout=c.dropout, std=c.std)
+    return PostNormDecoderBlock(attn, cross_attn, mlp, eps=c.eps)
