@@ -193,27 +193,56 @@ MARIAN_HARMLESS = {
     "extra_pos_embeddings": 2, "classif_dropout": 0.5, "classifier_dropout": 0.5, "gradient_checkpointing": True,
 }
 
+# ── T5 ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+T5: dict[str, Any] = {
+    "model_type": "t5", "vocab_size": 50, "d_model": 24, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 3,
+    "relative_attention_num_buckets": 8, "relative_attention_max_distance": 6, "dropout_rate": 0.0,
+}
+T5_READ = {
+    "vocab_size": 61, "d_model": 36, "d_kv": 5, "d_ff": 20, "num_layers": 3, "num_decoder_layers": 1, "num_heads": 4,
+    "relative_attention_num_buckets": 6, "relative_attention_max_distance": 20, "dropout_rate": 0.3,
+    "layer_norm_epsilon": 0.1, "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 7,
+    "tie_word_embeddings": False, "n_positions": 41, "pad_token_id": 5,
+}
+T5_ALIASES = {
+    "hidden_size": "d_model", "num_attention_heads": "num_heads", "num_hidden_layers": "num_layers", "head_dim": "d_kv",
+}
+T5_REFUSED = {
+    **{key: values for key, values in REFUSED_EVERYWHERE.items() if key != "tie_word_embeddings"},
+    "is_encoder_decoder": ([True], [False, "yes", None]),
+    "dense_act_fn": (["relu"], ["gelu_new", "silu", None, 3]),           # beside feed_forward_proj "relu"
+    "is_gated_act": ([False], [True, None, "no"]),
+}
+# The padding token is the start token if the file names no start token.
+READ_BY_T5 = ("decoder_start_token_id", "pad_token_id")
+T5_HARMLESS = {
+    **{key: value for key, value in HARMLESS_EVERYWHERE.items() if key not in READ_BY_T5},
+    "is_decoder": True, "initializer_factor": 0.5, "classifier_dropout": 0.5, "output_past": True,
+}
+
 CONFIG = {
     "gpt2": GPT2, "bert": BERT, "distilbert": DISTILBERT, "roberta": ROBERTA,
-    "llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "marian": MARIAN,
+    "llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "marian": MARIAN, "t5": T5,
 }
 READ: dict[str, dict[str, Any]] = {
     "gpt2": GPT2_READ, "bert": BERT_READ, "distilbert": DISTILBERT_READ, "roberta": ROBERTA_READ,
-    "llama": LLAMA_READ, "mistral": LLAMA_READ_BY_ALL, "qwen2": LLAMA_READ_BY_ALL, "marian": MARIAN_READ,
+    "llama": LLAMA_READ, "mistral": LLAMA_READ_BY_ALL, "qwen2": LLAMA_READ_BY_ALL, "marian": MARIAN_READ, "t5": T5_READ,
 }
 REFUSED: dict[str, dict[str, Any]] = {
     "gpt2": GPT2_REFUSED, "bert": BERT_REFUSED, "distilbert": DISTILBERT_REFUSED, "roberta": BERT_REFUSED,
     "llama": LLAMA_REFUSED, "mistral": LLAMA_REFUSED, "qwen2": QWEN2_REFUSED, "marian": MARIAN_REFUSED,
+    "t5": T5_REFUSED,
 }
 HARMLESS: dict[str, dict[str, Any]] = {
     "gpt2": GPT2_HARMLESS, "bert": BERT_HARMLESS, "distilbert": DISTILBERT_HARMLESS, "roberta": ROBERTA_HARMLESS,
     "llama": LLAMA_HARMLESS, "mistral": MISTRAL_HARMLESS, "qwen2": QWEN2_HARMLESS, "marian": MARIAN_HARMLESS,
+    "t5": T5_HARMLESS,
 }
 ALIASES: dict[str, dict[str, str]] = {
-    "gpt2": GPT2_ALIASES, "distilbert": DISTILBERT_ALIASES, "marian": MARIAN_ALIASES,
+    "gpt2": GPT2_ALIASES, "distilbert": DISTILBERT_ALIASES, "marian": MARIAN_ALIASES, "t5": T5_ALIASES,
 }
 OF_CLASSIFIERS: dict[str, dict[str, Any]] = {"distilbert": {"seq_classif_dropout": 0.3}}
 NEWER: dict[str, dict[str, Any]] = dict.fromkeys(("llama", "mistral", "qwen2"), LLAMA_NEWER)
 FAMILIES = tuple(CONFIG)
-ENCODER_DECODERS = ("marian",)                           # their passes have a source, and they take no classifier
+ENCODER_DECODERS = ("marian", "t5")                           # their passes have a source, and they take no classifier
 WITH_CLASSIFIER = tuple(family for family in FAMILIES if family not in ENCODER_DECODERS)

@@ -182,6 +182,8 @@ LLAMA_SIZES = {**GPT_SIZES, "key_value_heads": 1, "head_width": 4, "rope_base": 
                "mlp_bias": True}
 SEQ2SEQ_SIZES = {**GPT_SIZES, "decoder_layers": 2, "decoder_heads": 1, "decoder_hidden": 6, "activation": "silu",
                  "scaled": False, "start": 3}
+T5_SIZES = {**GPT_SIZES, "head_width": 4, "decoder_layers": 2, "buckets": 8, "max_distance": 10,
+            "feed_forward": "gated-gelu", "tied": False, "start": 3}
 ROWS: dict[str, Callable[[Any], dict]] = {
     "Tensor": lambda path: {"data": [1.0], "requires_grad": True, "decay": True},
     "Parameter": lambda path: {"data": [1.0], "decay": True},
@@ -197,6 +199,8 @@ ROWS: dict[str, Callable[[Any], dict]] = {
     "LlamaConfig": lambda path: LLAMA_SIZES,
     "Seq2Seq": lambda path: {"config": ft.Seq2SeqConfig(vocab=20, positions=12, width=8, layers=1, heads=2), "seed": 1},
     "Seq2SeqConfig": lambda path: SEQ2SEQ_SIZES,
+    "T5": lambda path: {"config": ft.T5Config(vocab=20, width=8, layers=1, heads=2, head_width=4), "seed": 1},
+    "T5Config": lambda path: T5_SIZES,
     "beam_search": lambda path: {"model": gpt(), "ids": ids(), "max_new_tokens": 2, "beams": 2, "end": 3,
                                  "lp": ft.PowerPenalty(0.5), "n_best": 2, "mask": ids() >= 0, "cache": True},
     "GNMTPenalty": lambda path: {"alpha": 0.5},

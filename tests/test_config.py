@@ -33,6 +33,7 @@ from tinyft.formats.layout import Plan
 from tinyft.models import (
     BERT,
     GPT,
+    T5,
     BERTConfig,
     GPTConfig,
     Llama,
@@ -40,6 +41,7 @@ from tinyft.models import (
     RotaryScaling,
     Seq2Seq,
     Seq2SeqConfig,
+    T5Config,
 )
 
 Reader = Callable[[dict], Plan]
@@ -47,7 +49,7 @@ LANGUAGE_MODEL = {
     "gpt2": "GPT2LMHeadModel", "bert": "BertForMaskedLM", "distilbert": "DistilBertForMaskedLM",
     "roberta": "RobertaForMaskedLM",
     "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
-    "marian": "MarianMTModel",
+    "marian": "MarianMTModel", "t5": "T5ForConditionalGeneration",
 }
 CLASSIFIER = {
     "gpt2": "GPT2ForSequenceClassification", "bert": "BertForSequenceClassification",
@@ -185,6 +187,8 @@ def strict_about(key: str) -> Reader:
     (check_read, "marian", "scale_embedding", without),
     (check_read, "marian", "activation_function", without),
     (check_refused, "marian", "share_encoder_decoder_embeddings", without),
+    (check_read, "t5", "relative_attention_max_distance", without),
+    (check_refused, "t5", "dense_act_fn", without),
 ])
 def test_a_reader_with_a_fault_is_found(check, family, key, wrong):
     check(read, family, key)
@@ -254,6 +258,7 @@ MODELS: dict[str, Any] = {
     "mistral": Llama(LlamaConfig(**SIZES, tied=True)),
     "qwen2": Llama(LlamaConfig(**SIZES, tied=True, qkv_bias=True)),
     "marian": Seq2Seq(Seq2SeqConfig(**SIZES)),
+    "t5": T5(T5Config(**SIZES, head_width=4)),
 }
 OUTPUT_LAYER = {
     "gpt2": ("transformer.wte.weight", "lm_head.weight"),
@@ -262,6 +267,7 @@ OUTPUT_LAYER = {
     "distilbert": ("distilbert.embeddings.word_embeddings.weight", "vocab_projector.weight"),
     "roberta": ("roberta.embeddings.word_embeddings.weight", "lm_head.decoder.weight"),
     "marian": ("model.shared.weight", "lm_head.weight"),
+    "t5": ("shared.weight", "lm_head.weight"),
 }
 
 

@@ -129,9 +129,11 @@ def test_the_same_prefix_of_zeros_changes_cross_attention_too():
     assert np.abs(run(model) - y).max() > 1e-3
 
 
-def test_prompt_tuning_says_that_it_wants_one_stack():
-    with pytest.raises(TypeError, match="one stack, got encoder, decoder"):
-        attach(toy.build_toy(), PromptTuning(p=2))
+def test_prompt_tuning_says_which_stacks_it_wants():
+    class Towers(toy.EncoderDecoder):
+        stacks = {"left": ["encoder.0"], "right": ["decoder.0"]}
+    with pytest.raises(TypeError, match="one stack, or with an encoder and a decoder, got left, right"):
+        attach(Towers(), PromptTuning(p=2))
 
 
 class NoStacks(Module):

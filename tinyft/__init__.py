@@ -73,6 +73,7 @@ from .methods import methods
 from .models import (
     BERT,
     GPT,
+    T5,
     BERTConfig,
     GPTConfig,
     Llama,
@@ -81,6 +82,7 @@ from .models import (
     Seq2Seq,
     Seq2SeqConfig,
     SwitchConfig,
+    T5Config,
 )
 from .nn import Cache, Context, Module, Packed, Parameter
 from .optim import (
@@ -118,7 +120,7 @@ __all__ = [
     "Tensor", "no_grad", "detect_anomaly", "use", "backend", "ops", "functional",
     # models
     "Module", "Parameter", "Context", "Cache", "Packed", "unpack", "GPT", "GPTConfig", "BERT", "BERTConfig",
-    "Llama", "LlamaConfig", "RotaryScaling", "SwitchConfig", "Seq2Seq", "Seq2SeqConfig",
+    "Llama", "LlamaConfig", "RotaryScaling", "SwitchConfig", "Seq2Seq", "Seq2SeqConfig", "T5", "T5Config",
     "load", "save", "classifier", "generate", "beam_search", "GNMTPenalty", "PowerPenalty", "Hypothesis",
     "chat_prompt", "chat_end", "data",
     # how a model is changed

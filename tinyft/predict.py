@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from . import array, checks
 from .data import encode, pad
 from .decode import generate, pad_left
+from .models import EncoderDecoder
 from .models.attention import Attention
 from .models.blocks import Classifier
 from .nn import Context, Module, evaluation_mode
@@ -87,6 +88,9 @@ def _check_arguments(model: Any, texts: Any, batch_size: Any, max_new_tokens: An
         checks.instance("predict", text, str, "a list of texts")
     checks.whole("predict: batch_size", batch_size, least=1)
     checks.whole("predict: max_new_tokens", max_new_tokens, least=1)
+    if isinstance(model, EncoderDecoder):
+        raise TypeError(f"predict wants a classifier or a causal language model, got the encoder-decoder "
+                        f"{type(model).__name__}: generate and beam_search take source_ids")
     head = getattr(model, "head", None)
     is_causal = any(isinstance(m, Attention) and m.causal for m in model.modules())
     if not isinstance(head, Classifier) and (head is None or not is_causal):

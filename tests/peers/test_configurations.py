@@ -57,16 +57,19 @@ from transformers import (  # noqa: E402
     RobertaConfig,
     RobertaForMaskedLM,
     RobertaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 CONFIGS = {
     "gpt2": GPT2Config, "bert": BertConfig, "distilbert": DistilBertConfig, "roberta": RobertaConfig,
     "llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "marian": MarianConfig,
+    "t5": T5Config,
 }
 MODELS = {
     "gpt2": GPT2LMHeadModel, "bert": BertForMaskedLM, "distilbert": DistilBertForMaskedLM,
     "roberta": RobertaForMaskedLM, "llama": LlamaForCausalLM, "mistral": MistralForCausalLM, "qwen2": Qwen2ForCausalLM,
-    "marian": MarianMTModel,
+    "marian": MarianMTModel, "t5": T5ForConditionalGeneration,
 }
 CLASSIFIERS = {
     "gpt2": GPT2ForSequenceClassification, "bert": BertForSequenceClassification,

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from .. import checks
 from ..files import read_json, read_safetensors, write_atomically
 from ..formats.huggingface import ASSETS, classifier, load
+from ..models import EncoderDecoder
 from ..models.blocks import Classifier
 from ..nn import Module
 from ..train.batch import is_causal
@@ -31,6 +32,10 @@ __all__ = [
 ]
 
 CLASS_NAMES = "labels.json"                              # beside the files of an adapter with a new head
+
+
+# The commands that give a model one text at a time. An encoder-decoder wants pairs of a source and a text.
+OF_ONE_TEXT = ("tune", "eval", "embed", "generate", "chat")
 
 
 # ── models ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -50,6 +55,9 @@ def open_model(path: str, *, packed: bool = False, command: str) -> tuple[Module
         near = _near_model(path)
         hint = f": did you mean {near}?" if near else ""
         raise FileNotFoundError(f"{e}{hint}") from e
+    if isinstance(model, EncoderDecoder) and command in OF_ONE_TEXT:
+        raise ValueError(f"{command} wants a model that reads one text, got the encoder-decoder "
+                         f"{type(model).__name__} in {path}: in Python, fit and beam_search take source_ids")
     if tokenizer is None:
         raise ValueError(f"{command} wants a model with its tokenizer, got no tokenizer.json in {path}")
     tokens = tokenizer.get_vocab_size()

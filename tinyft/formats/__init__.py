@@ -3,7 +3,8 @@
     huggingface.py   load, save and classifier: files in, files out, and every check in between
     directory.py     reading JSON and safetensors files, without knowledge of a model
     family.py        Family: the protocol of a model family
-    gpt2.py bert.py distilbert.py roberta.py llama.py marian.py    one family each: its names, shapes and conventions
+    gpt2.py bert.py distilbert.py roberta.py llama.py marian.py t5.py
+                     one family each: its names, shapes and conventions
     rotary.py        the rotary positions of a config.json
     compressed.py    packed weights beside dense tensors (tinyft.compress)
     sentence.py      the files of a sentence-transformers folder: the settings of pooling

@@ -39,6 +39,7 @@ from .marian import MarianFamily
 from .roberta import RoBERTaFamily
 from .sentence import MODULES, pooling_files, read_pooling
 from .switch import SwitchBERTFamily, SwitchGPT2Family
+from .t5 import T5Family
 from .tokenizer import configure, tokenizer_config
 
 __all__ = ["load", "save", "classifier", "FAMILIES", "Family"]
@@ -46,7 +47,7 @@ __all__ = ["load", "save", "classifier", "FAMILIES", "Family"]
 FAMILIES: tuple[Family, ...] = (
     GPT2Family(), BERTFamily(), DistilBERTFamily(), RoBERTaFamily(),
     LlamaFamily("llama"), LlamaFamily("mistral"), LlamaFamily("qwen2"),
-    SwitchGPT2Family(), SwitchBERTFamily(), MarianFamily(),
+    SwitchGPT2Family(), SwitchBERTFamily(), MarianFamily(), T5Family(),
 )
 ASSETS = Path(__file__).parent.parent / "assets"
 # Entries of config.json that the library does not use. `load` keeps them and `save` writes them again.

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from .. import checks, edit
+from ..models import EncoderDecoder
 from ..models.attention import Attention
 from ..nn import Cache, Embedding, Module, no_grad
 from ..tensor import Tensor
@@ -51,11 +52,14 @@ class Inference:
 def inference(model: Any, *, batch: int = 1, length: int = 128, weights: str | None = None) -> Inference:
     """The costs of generation with a model or a configuration; the arguments are those of memory.
 
-    The cache has the dtype of the parameters. ValueError for a model that has no causal attention."""
+    The cache has the dtype of the parameters. ValueError for a model that has no causal attention, and for an
+    encoder-decoder."""
     checks.whole("inference: batch", batch, least=1)
     checks.whole("inference: length", length, least=1)
     with without_numbers() as ledger, no_grad():
         sized = build(model, weights)
+        if isinstance(sized, EncoderDecoder):
+            raise ValueError(f"inference counts models with one stack, got the encoder-decoder {type(sized).__name__}")
         attentions = [m for m in edit.base_modules(sized).values() if isinstance(m, Attention)]
         if not all(m.causal for m in attentions):
             raise ValueError(f"inference wants a model that generates, got a {type(sized).__name__}")

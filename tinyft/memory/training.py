@@ -27,7 +27,20 @@ import numpy as np
 
 from .. import array, checks, edit, sizes
 from ..edit import Method
-from ..models import BERT, GPT, BERTConfig, GPTConfig, Llama, LlamaConfig, SwitchMLP
+from ..models import (
+    BERT,
+    GPT,
+    T5,
+    BERTConfig,
+    EncoderDecoder,
+    GPTConfig,
+    Llama,
+    LlamaConfig,
+    Seq2Seq,
+    Seq2SeqConfig,
+    SwitchMLP,
+    T5Config,
+)
 from ..models.blocks import Classifier
 from ..nn import Context, Linear, Module, Packed
 from ..optim import AdamW, Optimizer
@@ -36,7 +49,9 @@ from ..train import CrossEntropy, Targets, fit
 
 __all__ = ["Memory", "build", "largest_batch", "memory", "without_numbers"]
 
-MODELS: dict[type, type[Module]] = {GPTConfig: GPT, BERTConfig: BERT, LlamaConfig: Llama}
+MODELS: dict[type, type[Module]] = {
+    GPTConfig: GPT, BERTConfig: BERT, LlamaConfig: Llama, Seq2SeqConfig: Seq2Seq, T5Config: T5,
+}
 DTYPES = ("float32", "float16", "bfloat16")
 # Bits of a packed weight, scales included: groups of 64 (NF4), blocks of 32 (Q4_0, Q4_1, Q8_0), rows (int8).
 PACKED_BITS = {"nf4": 4 + 32 / 64, "nf4-double": 4 + 8 / 64 + 32 / (64 * 256), "int8": 8.0,
@@ -128,7 +143,8 @@ def memory(
 ) -> Memory:
     """The memory of `fit(model, ...)` on batches of `batch` rows of `length` tokens. The model stays as it is.
 
-    model       a model, with what is attached to it; or a GPTConfig, BERTConfig or LlamaConfig, without weights
+    model       a model, with what is attached to it; or its configuration, such as a GPTConfig, without weights. The
+                source of an encoder-decoder is as long as its text
     method      attached to it; None: what is attached already trains, or else everything
     weights     float32, float16 or bfloat16; or a packed format for the linear maps of the blocks: nf4, nf4-double,
                 int8, q4_0, q4_1, q8_0. None: as they are; of a configuration, float32
@@ -193,7 +209,8 @@ def _batch(model: Module, batch: int, length: int, labelled: float) -> dict[str,
     labels = np.zeros(batch * length, np.int64)
     count = max(1, round(labelled * len(labels)))
     labels[count:] = -100
-    return {"ids": ids, "labels": labels.reshape(batch, length)}
+    source = {"source_ids": ids} if isinstance(model, EncoderDecoder) else {}
+    return {"ids": ids, "labels": labels.reshape(batch, length), **source}
 
 
 def _report(
@@ -282,8 +299,8 @@ def build(model: Any, weights: str | None = None) -> Module:
     elif type(model) in MODELS:
         sized = MODELS[type(model)](model, _NoNumbers(np.random.PCG64(0)))
     else:
-        raise TypeError("memory wants a model, or a GPTConfig, BERTConfig or LlamaConfig, "
-                        f"got {checks.brief(model)}")
+        known = ", ".join(config.__name__ for config in MODELS)
+        raise TypeError(f"memory wants a model, or a configuration ({known}), got {checks.brief(model)}")
     if any(isinstance(module, SwitchMLP) for module in sized.modules()):
         raise ValueError("memory wants a model without Switch layers: how many tokens an expert gets depends on the "
                          f"numbers, and memory computes none; got a {type(sized).__name__} with experts")

@@ -6,8 +6,9 @@ from .llama import Llama, LlamaConfig
 from .moe import SwitchConfig, SwitchMLP
 from .rotary import RotaryScaling
 from .seq2seq import Seq2Seq, Seq2SeqConfig
+from .t5 import T5, T5Config
 
 __all__ = [
     "GPT", "GPTConfig", "BERT", "BERTConfig", "Llama", "LlamaConfig", "RotaryScaling", "SwitchConfig", "SwitchMLP",
-    "EncoderDecoder", "Seq2Seq", "Seq2SeqConfig",
+    "EncoderDecoder", "Seq2Seq", "Seq2SeqConfig", "T5", "T5Config",
 ]

@@ -170,6 +170,8 @@ SIZE_SYNONYMS = {
     **dict.fromkeys(("num_key_value_heads", "n_kv_heads", "num_kv_heads"), "key_value_heads"),
     **dict.fromkeys(("encoder_layers", "num_encoder_layers"), "layers"),
     **dict.fromkeys(("num_decoder_layers", "n_decoder_layers"), "decoder_layers"),
+    "d_kv": "head_width", "feed_forward_proj": "feed_forward", "dropout_rate": "dropout",
+    "relative_attention_num_buckets": "buckets", "relative_attention_max_distance": "max_distance",
     "decoder_start_token_id": "start", "activation_function": "activation", "scale_embedding": "scaled",
     "head_dim": "head_width", "rms_norm_eps": "eps", "rope_theta": "rope_base", "tie_word_embeddings": "tied",
 }
@@ -210,12 +212,12 @@ def run_blocks(blocks: Sequence[Module], x: Tensor, ctx: Context) -> Tensor:
     return x
 
 
-def embed_tokens(embed: Embedding, ids: Any, ctx: Context, positions: int) -> Tensor:
+def embed_tokens(embed: Embedding, ids: Any, ctx: Context, positions: int | None) -> Tensor:
     """ids (B, T), or embeddings (B, T, C) in their place, -> (B, T, C).  The first line of a model's forward pass.
 
     An edit of `embed` may lengthen the sequence (a soft prompt), and records it with ctx.prepend. IndexError for an
     id outside the vocabulary; ValueError for embeddings of another width, and for a sequence that is longer than the
-    model's number of positions."""
+    model's number of positions. positions: None for a model that takes any length."""
     if isinstance(ids, Tensor):
         check_embeddings(ids, embed.out_features)
     elif not is_array(ids):
@@ -229,7 +231,8 @@ def embed_tokens(embed: Embedding, ids: Any, ctx: Context, positions: int) -> Te
     ctx.begin(ids, on_device)
     T = ctx.ids.shape[1]
     x = embed(ids if isinstance(ids, Tensor) else ctx.ids, ctx)                  # (B, T, C)
-    check_length(x, ctx, T, positions)
+    if positions is not None:
+        check_length(x, ctx, T, positions)
     return x
 
 

@@ -4,7 +4,9 @@ Lester, Al-Rfou, Constant, EMNLP 2021.  arXiv:2104.08691
     X ← [P; E(x)]        P (p, C) trains, everything else is frozen                              §2
 
 The prompt has the positions 0 .. p − 1; the text starts at p. The rows of the prompt are dropped
-after the last block, so that logits, labels and BERT's [CLS] keep their positions.
+after the last block, so that logits, labels and BERT's [CLS] keep their positions. In an
+encoder-decoder, as the paper's T5, the prompt stands before the source. Its rows stay: the decoder
+attends to them, and the source mask covers them.
 
 Departures: the rows of P start as embeddings of random tokens, the paper's second choice;
 `init="uniform"` is its first, ±0.5. The paper trains with Adafactor at a constant learning rate of
@@ -37,10 +39,15 @@ class PromptTuning(Method):
         one_of("PromptTuning: init", self.init, ("vocabulary", "uniform"))
 
     def find(self, model: Module) -> dict[str, Module]:
-        """The token embedding and the last block. TypeError if there is more than one stack."""
+        """The token embedding and the last block; of an encoder-decoder, the token embedding.
+
+        TypeError for other stacks."""
+        if set(stacks(model)) == {"encoder", "decoder"}:
+            return token_embedding(model)
         if len(stacks(model)) != 1:
             names = ", ".join(stacks(model))
-            raise TypeError(f"PromptTuning wants a model with one stack, got {names}")
+            raise TypeError("PromptTuning wants a model with one stack, or with an encoder and a "
+                            f"decoder, got {names}")
         (blocks,) = stacks(model).values()
         return {**token_embedding(model), blocks[-1]: base_modules(model)[blocks[-1]]}
 
@@ -65,6 +72,8 @@ class SoftPrompt(Edit):
 
     def after(self, x: Any, y: Tensor, ctx: Context) -> Tensor:
         if ctx.past_length:                              # the prompt is in the cache already
+            return y
+        if ctx.source is not None:                       # a decoder's text: the source has the prompt
             return y
         B = y.shape[0]
         p, C = self.P.shape
