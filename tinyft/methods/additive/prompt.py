@@ -73,7 +73,7 @@ class SoftPrompt(Edit):
     def after(self, x: Any, y: Tensor, ctx: Context) -> Tensor:
         if ctx.past_length:                              # the prompt is in the cache already
             return y
-        if ctx.source is not None:                       # a decoder's text: the source has the prompt
+        if ctx.source is not None:                       # of a decoder: its source has the prompt
             return y
         B = y.shape[0]
         p, C = self.P.shape
