@@ -197,12 +197,13 @@ MARIAN_HARMLESS = {
 T5: dict[str, Any] = {
     "model_type": "t5", "vocab_size": 50, "d_model": 24, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 3,
     "relative_attention_num_buckets": 8, "relative_attention_max_distance": 6, "dropout_rate": 0.0,
+    "tie_word_embeddings": False,
 }
 T5_READ = {
     "vocab_size": 61, "d_model": 36, "d_kv": 5, "d_ff": 20, "num_layers": 3, "num_decoder_layers": 1, "num_heads": 4,
     "relative_attention_num_buckets": 6, "relative_attention_max_distance": 20, "dropout_rate": 0.3,
     "layer_norm_epsilon": 0.1, "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 7,
-    "tie_word_embeddings": False, "n_positions": 41, "pad_token_id": 5,
+    "tie_word_embeddings": True, "n_positions": 41,
 }
 T5_ALIASES = {
     "hidden_size": "d_model", "num_attention_heads": "num_heads", "num_hidden_layers": "num_layers", "head_dim": "d_kv",
@@ -213,10 +214,8 @@ T5_REFUSED = {
     "dense_act_fn": (["relu"], ["gelu_new", "silu", None, 3]),           # beside feed_forward_proj "relu"
     "is_gated_act": ([False], [True, None, "no"]),
 }
-# The padding token is the start token if the file names no start token.
-READ_BY_T5 = ("decoder_start_token_id", "pad_token_id")
 T5_HARMLESS = {
-    **{key: value for key, value in HARMLESS_EVERYWHERE.items() if key not in READ_BY_T5},
+    **{key: value for key, value in HARMLESS_EVERYWHERE.items() if key != "decoder_start_token_id"},
     "is_decoder": True, "initializer_factor": 0.5, "classifier_dropout": 0.5, "output_past": True,
 }
 

@@ -420,7 +420,7 @@ def test_tokens_of_probability_zero_are_never_written():
     ({"end": V}, f"end wants a whole number from 0 to {V - 1}, got {V}"),
     ({"lp": 0.6}, "lp wants a function of a length"),
     ({"lp": GNMTPenalty}, "lp wants a function of a length"),
-    ({"lp": lambda n: n - 1}, r"penalty lp\(1\) wants a finite number > 0, got 0"),
+    ({"lp": lambda n: n - 1}, "length penalty of 1 tokens wants a finite number > 0, got 0"),
     ({"num_beams": 4}, "did you mean 'beams'"),
     ({"length_penalty": 1.0}, "did you mean 'lp'"),
     ({"eos_token_id": 4}, "did you mean 'end'"),

@@ -135,7 +135,7 @@ def longest_reach(lp: Callable[[int], float], max_len: int) -> list[float]:
     reach = [0.0] * max_len
     largest = 0.0
     for n in range(max_len, 0, -1):
-        value = checks.number(f"the length penalty lp({n})", lp(n), above=0)
+        value = checks.number(f"the length penalty of {n} tokens", lp(n), above=0)
         largest = max(largest, value)
         reach[n - 1] = largest
     return reach

@@ -76,7 +76,9 @@ class T5Family(Family):
         if buckets % 2 or max_distance <= buckets // 2:
             raise ValueError("config.json: this library's T5 wants an even relative_attention_num_buckets and a "
                              f"relative_attention_max_distance above half of it, got {buckets} and {max_distance}")
-        start = optional_size_from_0(config, "decoder_start_token_id", config.get("pad_token_id"))
+        start = 0
+        if config.get("decoder_start_token_id") is not None:
+            start = size(config, "decoder_start_token_id", least=0)
         if start >= vocab:
             raise ValueError(f"config.json: decoder_start_token_id wants a token of the vocabulary of {vocab}, "
                              f"got {start}")
@@ -201,10 +203,3 @@ def read_feed_forward(config: dict) -> str:
             raise ValueError(f"config.json: {key} wants {value!r} beside the feed_forward_proj {kind!r}, "
                              f"got {short(config[key])}")
     return kind
-
-
-def optional_size_from_0(config: dict, key: str, default: Any) -> int:
-    """A whole number of at least 0; `default`, or else 0, if the key is missing or null."""
-    if config.get(key) is None:
-        return default if type(default) is int else 0
-    return size(config, key, least=0)

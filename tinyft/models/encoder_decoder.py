@@ -83,7 +83,7 @@ class EncoderDecoder(Module):
         elif ctx.source.last_hidden_state is None:
             ids = ctx.source.inputs["ids"]
             if ids is None:
-                raise ValueError(f"{WANTED_SOURCE}, got a Context without ids: model.encode(ids, mask=...) makes one")
+                raise ValueError(f"{WANTED_SOURCE}, got a Context without ids: give the ids as source_ids")
             self.run_encoder(ids, ctx.source)
 
     def check_rows(self, ctx: Context) -> None:
