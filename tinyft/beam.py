@@ -135,7 +135,11 @@ def longest_reach(lp: Callable[[int], float], max_len: int) -> list[float]:
     reach = [0.0] * max_len
     largest = 0.0
     for n in range(max_len, 0, -1):
-        value = checks.number(f"the length penalty of {n} tokens", lp(n), above=0)
+        try:
+            penalty = lp(n)
+        except TypeError as e:
+            raise TypeError(f"lp wants a function of a length, such as GNMTPenalty(0.6), got {checks.brief(lp)}") from e
+        value = checks.number(f"the length penalty of {n} tokens", penalty, above=0)
         largest = max(largest, value)
         reach[n - 1] = largest
     return reach
