@@ -292,7 +292,7 @@ def test_the_same_source_in_three_forms():
     want = run(model, ids, source_ids=source_ids, source_mask=source_mask)
     assert np.array_equal(run(model, ids, source=model.encode(source_ids, source_mask)), want)
     assert np.array_equal(run(model, ids, source=Context(source_ids, source_mask)), want)
-    embedded = Tensor(model.embed.weight.data[source_ids])
+    embedded = Tensor(model.embed.weight.data[dev(source_ids)])
     np.testing.assert_allclose(run(model, ids, source=model.encode(embedded, source_mask)), want, atol=1e-12)
 
 
