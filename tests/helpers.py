@@ -32,11 +32,15 @@ def case_id(value: Any) -> str:
     return re.sub(" at 0x[0-9a-f]+", "", text)[:40]
 
 
+class TooSlow(AssertionError):
+    """A call took longer than its limit."""
+
+
 @contextlib.contextmanager
 def time_limit(seconds: float, wall_seconds: float) -> Iterator[None]:
-    """AssertionError if the body takes more processor time, or waits longer."""
+    """TooSlow if the body takes more processor time, or waits longer."""
     def stop(*_: Any) -> None:
-        raise AssertionError(f"it takes more than {seconds} s of processor time, or {wall_seconds} s in all")
+        raise TooSlow(f"it takes more than {seconds} s of processor time, or {wall_seconds} s in all")
 
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGPROF, signal.SIGALRM)}
     signal.setitimer(signal.ITIMER_PROF, seconds)

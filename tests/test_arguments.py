@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import inspect
 import re
-import signal
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 import pytest
+from helpers import TooSlow, time_limit
 
 import tinyft as ft
 from tinyft import adapters, array, data, functional, kernels, nn, optim, train
@@ -25,7 +25,7 @@ from tinyft.tensor import OPS, Tensor
 
 pytestmark = pytest.mark.skipif(array.backend() != "numpy", reason="errors of arguments are raised on the host")
 FAMILIES = (TypeError, ValueError, LookupError, RuntimeError, OSError, FloatingPointError, AttributeError)
-SECONDS = 20                                             # a call that takes longer hangs
+SECONDS = 20                                             # of processor time; a call that takes longer hangs
 
 WRONG: dict[str, Any] = {
     "None": None,
@@ -407,23 +407,6 @@ def test_every_op_has_a_row():
 
 
 # ── the check ────────────────────────────────────────────────────────────────────────────────────────────────────────
-class Hangs(Exception):
-    """A call took longer than SECONDS."""
-
-
-@contextmanager
-def time_limit() -> Iterator[None]:
-    def stop(*_: Any) -> None:
-        raise Hangs
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def snapshot(arguments: dict) -> list:
     """What the models among the arguments hold: names, values, and what trains."""
     found = []
@@ -438,10 +421,10 @@ def complaint(f: Callable, arguments: dict, positional: list | None = None) -> s
     """None if the call gives a result or one sentence of ours, and a refusal leaves the models as they were."""
     before = snapshot(arguments)
     try:
-        with time_limit(), warnings.catch_warnings(), np.errstate(all="ignore"):
+        with time_limit(SECONDS, 6 * SECONDS), warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")
             f(*(positional or []), **arguments)
-    except Hangs:
+    except TooSlow:
         return "it hangs"
     except MemoryError:
         return "refused, and the model is another one" if snapshot(arguments) != before else None
@@ -471,7 +454,7 @@ def complaints(name: str, path: Any) -> list[str]:
     if name == "set_num_threads":
         f = restoring_threads
     found = []
-    with time_limit():
+    with time_limit(SECONDS, 6 * SECONDS):
         f(**ROWS[name](path / "right"))                   # the row itself works
     count = 0
     for parameter in ROWS[name](path / "names"):

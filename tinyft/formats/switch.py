@@ -26,42 +26,34 @@ FEED_FORWARD = re.compile(r"blocks\.(\d+)\.mlp\.((up|down)\.(weight|bias))")    
 LAYER = re.compile(r"(.*?\.\d+\.)(.*)")                                              # a tensor in the file
 
 
-class SwitchGPT2Family(GPT2Family):
+class WithSwitch:
+    """A family of dense models with Switch layers: a class before that family among the bases.
+
+    Its model_type is one of our own; other libraries have none for these models."""
+    has_experts = True
+
+    def read_config(self, config: dict, names: Collection[str]) -> Plan:
+        """The plan of the dense model, with the Switch layers of the key "switch"."""
+        dense, switch = take_switch(config, names)
+        return with_switch(super().read_config(dense, names), switch)
+
+    def table(self, plan: Plan) -> Table:
+        """The table of the dense model, with routers and experts."""
+        return with_experts(super().table(plan), plan)
+
+    def write_config(self, plan: Plan) -> dict[str, Any]:
+        """The config.json of the dense model, with the key "switch"."""
+        return {**super().write_config(plan), KEY: dataclasses.asdict(plan.config.switch)}
+
+
+class SwitchGPT2Family(WithSwitch, GPT2Family):
     """GPT-2 with Switch layers."""
     model_type = "tinyft-switch-gpt2"
-    has_experts = True
-
-    def read_config(self, config: dict, names: Collection[str]) -> Plan:
-        """The plan of the dense model, with the Switch layers of the key "switch"."""
-        dense, switch = take_switch(config, names)
-        return with_switch(super().read_config(dense, names), switch)
-
-    def table(self, plan: Plan) -> Table:
-        """The table of the dense model, with routers and experts."""
-        return with_experts(super().table(plan), plan)
-
-    def write_config(self, plan: Plan) -> dict[str, Any]:
-        """The config.json of the dense model, with the key "switch"."""
-        return {**super().write_config(plan), KEY: dataclasses.asdict(plan.config.switch)}
 
 
-class SwitchBERTFamily(BERTFamily):
+class SwitchBERTFamily(WithSwitch, BERTFamily):
     """BERT with Switch layers."""
     model_type = "tinyft-switch-bert"
-    has_experts = True
-
-    def read_config(self, config: dict, names: Collection[str]) -> Plan:
-        """The plan of the dense model, with the Switch layers of the key "switch"."""
-        dense, switch = take_switch(config, names)
-        return with_switch(super().read_config(dense, names), switch)
-
-    def table(self, plan: Plan) -> Table:
-        """The table of the dense model, with routers and experts."""
-        return with_experts(super().table(plan), plan)
-
-    def write_config(self, plan: Plan) -> dict[str, Any]:
-        """The config.json of the dense model, with the key "switch"."""
-        return {**super().write_config(plan), KEY: dataclasses.asdict(plan.config.switch)}
 
 
 def take_switch(config: dict, names: Collection[str]) -> tuple[dict, SwitchConfig]:

@@ -19,21 +19,20 @@ import numpy as np
 
 from .. import checks, ops
 from ..array import xp
-from ..context import WANTED_TYPES, check_range, read_integers, refuse_keywords
+from ..context import WANTED_TYPES, check_range, read_integers
 from ..nn import Context, Dropout, Embedding, LayerNorm, Linear, Module, TiedHead
 from ..tensor import Tensor
 from .attention import Attention
 from .blocks import (
     MLP,
-    SIZE_SYNONYMS,
     Classifier,
     PostNormBlock,
     apply_head,
-    check_config,
     check_model_arguments,
     embed_tokens,
     run_blocks,
 )
+from .config import Config, check_config
 from .moe import SwitchConfig, check_switch, feed_forward
 
 # The activations of the pooler, by the name of the setting.
@@ -41,7 +40,7 @@ POOLER_ACTIVATIONS = {"tanh": ops.tanh, "relu": ops.relu}
 
 
 @dataclass(frozen=True)
-class BERTConfig:
+class BERTConfig(Config):
     """Sizes: vocabulary V, positions T, token types S, width C, layers L, heads H, feed-forward width F (None: 4 C).
 
     token_types        0: the model has none (DistilBERT)
@@ -66,12 +65,6 @@ class BERTConfig:
     pooler_activation: str = "tanh"
     keep_pooler: bool = True
     switch: SwitchConfig | None = None
-
-    def __new__(cls, *args: Any, **fields: Any) -> BERTConfig:
-        """Raise TypeError, naming the nearest field, for an unknown keyword."""
-        refuse_keywords(cls.__name__, fields.keys() - cls.__dataclass_fields__.keys(), cls.__dataclass_fields__,
-                        SIZE_SYNONYMS)
-        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         check_config(self, ("vocab", "positions", "width", "layers", "heads"))

@@ -14,26 +14,24 @@ from typing import Any
 import numpy as np
 
 from .. import ops
-from ..context import refuse_keywords
 from ..nn import Context, Dropout, Embedding, LayerNorm, Module, TiedHead
 from ..tensor import Tensor
 from .attention import Attention
 from .blocks import (
     MLP,
-    SIZE_SYNONYMS,
     Classifier,
     PreNormBlock,
     apply_head,
-    check_config,
     check_model_arguments,
     embed_tokens,
     run_blocks,
 )
+from .config import Config, check_config
 from .moe import SwitchConfig, check_switch, feed_forward
 
 
 @dataclass(frozen=True)
-class GPTConfig:
+class GPTConfig(Config):
     """Sizes: vocabulary V, positions T, width C, layers L, heads H, feed-forward width F (4 C if None).
 
     switch: a SwitchConfig for Switch layers, mixtures of experts, in the place of some of the feed-forwards; or None.
@@ -49,12 +47,6 @@ class GPTConfig:
     eps: float = 1e-5
     std: float = 0.02                                    # of the initial linear maps
     switch: SwitchConfig | None = None
-
-    def __new__(cls, *args: Any, **fields: Any) -> GPTConfig:
-        """Raise TypeError, naming the nearest field, for an unknown keyword."""
-        refuse_keywords(cls.__name__, fields.keys() - cls.__dataclass_fields__.keys(), cls.__dataclass_fields__,
-                        SIZE_SYNONYMS)
-        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         check_config(self, ("vocab", "positions", "width", "layers", "heads"))

@@ -15,26 +15,24 @@ from typing import Any
 import numpy as np
 
 from .. import checks
-from ..context import refuse_keywords
 from ..nn import Context, Embedding, Linear, Module, RMSNorm, TiedHead
 from ..tensor import Tensor
 from .attention import Attention
 from .blocks import (
-    SIZE_SYNONYMS,
     Classifier,
     GatedMLP,
     PreNormBlock,
     apply_head,
-    check_config,
     check_model_arguments,
     embed_tokens,
     run_blocks,
 )
+from .config import Config, check_config
 from .rotary import Rotary, RotaryScaling
 
 
 @dataclass(frozen=True)
-class LlamaConfig:
+class LlamaConfig(Config):
     """Sizes: vocab V, positions (the largest T), width C, layers L, heads H, hidden F of the feed-forward (None: 4 C).
 
     key_value_heads  a divisor of H (None: H);  head_width  D (None: C / H)
@@ -63,13 +61,6 @@ class LlamaConfig:
     dropout: float = 0.0
     eps: float = 1e-6
     std: float = 0.02
-
-    # __new__ runs before the __init__ of the dataclass, whose own message would not name the nearest field.
-    def __new__(cls, *args: Any, **fields: Any) -> LlamaConfig:
-        """Raise TypeError, naming the nearest field, for an unknown keyword."""
-        refuse_keywords(cls.__name__, fields.keys() - cls.__dataclass_fields__.keys(), cls.__dataclass_fields__,
-                        SIZE_SYNONYMS)
-        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         check_config(self, ("vocab", "positions", "width", "layers", "heads"), self.head_width)

@@ -24,15 +24,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from .. import array, checks, ops, precision
 from ..array import Array, xp
-from ..context import refuse_keywords
 from ..nn import Context, Linear, Module
 from ..tensor import Tensor
+from .config import Config
 
 SYNONYMS = {
     "num_experts": "experts", "n_experts": "experts", "capacity_factor": "capacity",
@@ -43,7 +43,7 @@ SYNONYMS = {
 
 
 @dataclass(frozen=True)
-class SwitchConfig:
+class SwitchConfig(Config):
     """The Switch layers of a model: GPTConfig(..., switch=SwitchConfig(experts=8)).
 
     experts        E
@@ -55,6 +55,8 @@ class SwitchConfig:
     dropout        of the experts; None: as in the other blocks
 
     TypeError or ValueError, naming the field, for values from which no layer can be built."""
+    synonyms: ClassVar = SYNONYMS
+
     experts: int = 8
     every: int = 2
     capacity: float = 1.25
@@ -64,12 +66,6 @@ class SwitchConfig:
     balance: float = 0.01
     z_loss: float = 0.001
     dropout: float | None = None
-
-    def __new__(cls, *args: Any, **fields: Any) -> SwitchConfig:
-        """Raise TypeError, naming the nearest field, for an unknown keyword."""
-        known = cls.__dataclass_fields__
-        refuse_keywords(cls.__name__, fields.keys() - known.keys(), known, SYNONYMS)
-        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for name in ("experts", "every", "min_capacity"):

@@ -20,22 +20,20 @@ from typing import Any
 import numpy as np
 
 from .. import array, checks, ops
-from ..context import refuse_keywords
 from ..nn import Context, Dropout, Embedding, Module, TiedHead
 from ..tensor import Tensor
 from .attention import Attention
 from .blocks import (
     MLP,
-    SIZE_SYNONYMS,
     PostNormBlock,
     PostNormDecoderBlock,
     apply_head,
-    check_config,
     check_model_arguments,
     embed_tokens,
     run_blocks,
     sinusoids,
 )
+from .config import Config, check_config
 from .encoder_decoder import EncoderDecoder
 
 # The activations of the feed-forward, by the name of the setting.
@@ -43,7 +41,7 @@ ACTIVATIONS = {"relu": ops.relu, "gelu": ops.gelu, "silu": ops.silu}
 
 
 @dataclass(frozen=True)
-class Seq2SeqConfig:
+class Seq2SeqConfig(Config):
     """Sizes: vocabulary V, positions T, width C, layers Le, heads H, feed-forward width F (None: 4 C).
 
     decoder_layers, decoder_heads, decoder_hidden   of the decoder; None: as the encoder's
@@ -67,12 +65,6 @@ class Seq2SeqConfig:
     dropout: float = 0.0
     eps: float = 1e-5
     std: float = 0.02                                    # of the initial linear maps
-
-    def __new__(cls, *args: Any, **fields: Any) -> Seq2SeqConfig:
-        """Raise TypeError, naming the nearest field, for an unknown keyword."""
-        refuse_keywords(cls.__name__, fields.keys() - cls.__dataclass_fields__.keys(), cls.__dataclass_fields__,
-                        SIZE_SYNONYMS)
-        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         check_config(self, ("vocab", "positions", "width", "layers", "heads"))

@@ -21,30 +21,28 @@ from typing import Any
 import numpy as np
 
 from .. import array, checks, ops
-from ..context import refuse_keywords
 from ..nn import Context, Dropout, Embedding, Linear, Module, Parameter, RMSNorm, TiedHead
 from ..tensor import Tensor
 from .attention import Attention
 from .blocks import (
     MLP,
-    SIZE_SYNONYMS,
     GatedMLP,
     PreNormBlock,
     PreNormDecoderBlock,
     apply_head,
-    check_config,
     check_model_arguments,
     embed_tokens,
     geglu,
     run_blocks,
 )
+from .config import Config, check_config
 from .encoder_decoder import EncoderDecoder
 
 FEED_FORWARDS = ("relu", "gated-gelu", "gated-silu")
 
 
 @dataclass(frozen=True)
-class T5Config:
+class T5Config(Config):
     """Sizes: vocabulary V, width C, layers Le, heads H of width D, feed-forward width F (None: 4 C).
 
     decoder_layers   of the decoder; None: as many as the encoder's
@@ -72,12 +70,6 @@ class T5Config:
     dropout: float = 0.0
     eps: float = 1e-6
     std: float = 1.0
-
-    def __new__(cls, *args: Any, **fields: Any) -> T5Config:
-        """Raise TypeError, naming the nearest field, for an unknown keyword."""
-        refuse_keywords(cls.__name__, fields.keys() - cls.__dataclass_fields__.keys(), cls.__dataclass_fields__,
-                        SIZE_SYNONYMS)
-        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         check_config(self, ("vocab", "positions", "width", "layers", "heads", "head_width"), self.head_width)
