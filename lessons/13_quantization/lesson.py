@@ -568,8 +568,7 @@ assert abs(x @ np.round(weights) - 0.8) > abs(x @ np.array([1.0, 0.0]) - 0.8)
 # 0.4 is nearer to 0 than to 1. But with one weight rounded up the *output* is nearer:
 # 1 in place of 0, where 0.8 is right. The second weight makes up for the error of the
 # first. To do that for a whole layer, one has to know which inputs occur together: one
-# needs data. That is GPTQ, the next lesson: the same grids, the same bytes, better
-# codes.
+# needs data. That is GPTQ, the next lesson: as many bits, better codes.
 #
 # ## The whole lesson in one table
 # All twelve matrices of the small GPT. The bytes hold codes, scales and zero points.
