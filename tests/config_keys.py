@@ -197,7 +197,7 @@ MARIAN_HARMLESS = {
 T5: dict[str, Any] = {
     "model_type": "t5", "vocab_size": 50, "d_model": 24, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 3,
     "relative_attention_num_buckets": 8, "relative_attention_max_distance": 6, "dropout_rate": 0.0,
-    "tie_word_embeddings": False,
+    "tie_word_embeddings": False, "num_decoder_layers": 2,
 }
 T5_READ = {
     "vocab_size": 61, "d_model": 36, "d_kv": 5, "d_ff": 20, "num_layers": 3, "num_decoder_layers": 1, "num_heads": 4,

@@ -16,7 +16,6 @@ from ..nn import Linear, Module
 from .config import architecture, check_settings, flag, number, short, size, with_one_name
 from .family import Family
 from .layout import FileTensor, Plan, Table, ZeroGenerator
-from .llama import optional_size
 from .marian import remove_head
 
 # {class of transformers: our head}.
@@ -58,6 +57,8 @@ class T5Family(Family):
         names: of the file's tensors. They decide on the head if config.json names no class.
         ValueError for a setting that our T5 does not have.
         """
+        if config.get("num_decoder_layers") is None:     # transformers does not look at num_hidden_layers here
+            config = {**config, "num_decoder_layers": config.get("num_layers", 6)}
         config = with_one_name(config, ALIASES)
         check_settings(config, FIXED, "T5")
         named = architecture(config, HEADS)
@@ -90,7 +91,7 @@ class T5Family(Family):
             heads=size(config, "num_heads", 8),
             head_width=size(config, "d_kv", 64),
             hidden=size(config, "d_ff", 2048),
-            decoder_layers=optional_size(config, "num_decoder_layers", None) or layers,
+            decoder_layers=size(config, "num_decoder_layers", layers),
             buckets=buckets,
             max_distance=max_distance,
             feed_forward=read_feed_forward(config),
