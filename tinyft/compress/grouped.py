@@ -1,9 +1,10 @@
 """Packed weights whose codes lie in groups along the rows of W, each group with a scale of its own.
 
-    Grouped     what they share: the stream of codes, the scales, the order of the inputs, products
-    Uniform     w = s (q − z), the grids of grids.py
+    Grouped     the base class: the stream of codes, the scales, the order of the inputs, the dense weight
+    Uniform     w = s (q − z), on the grids of grids.py
 
-In memory the rows of W are the last axis (coded.py): the codes are a stream (bytes, out), the scales (groups, out).
+The rows of W are the last axis of every array in memory (coded.py): the stream of codes is (bytes, out), and the scales
+are (groups, out). A row of W has groups = ⌈in / g⌉ groups of g weights; the last is shorter if g does not divide `in`.
 """
 from __future__ import annotations
 
@@ -22,18 +23,23 @@ __all__ = ["Grouped", "Uniform"]
 
 
 class Grouped(Coded):
-    """A weight W (out, in) as codes of b bits; g neighbours in a row of codes share a scale. The last group of a row
-    has fewer weights if g does not divide `in`.
+    """A weight W (out, in) as codes of b bits; g neighbours in a row of codes are a group and share a scale.
 
-    order         None, or (in,): code j of a row stands for the input order[j] (GPTQ's act-order)
-    input_scale   None, or (in,) float32: the codes stand for W diag(input_scale), so W is divided by it again (AWQ)
+        w = s (level(q) − z) + m         q the code of w;  s, z, m the scale, the zero point and the shift of its group
 
-    w = s (level(q) − z) + m, with numbers s, z and m for each group. Subclasses say what differs from level(q) = q,
-    z = m = 0: they write `table_values`, or set the others. kernels/ knows weights of this form, and reads these parts.
+    bits          b
+    group         g, at most `in`
+    codes         (bytes, out) uint8: a packed stream (packing.py) for each row of W
+    scale_bits    (groups, out): s, stored by as_bits of coded.py
+    zero_point    z, if all groups have the same
+    zero_codes    None, or z of each group: a packed stream, (bytes, out) uint8
+    shift_bits    None, or m of each group, (groups, out), stored by as_bits
+    order         None, or (in,) int32: code j of a row belongs to the input order[j] (GPTQ's act_order)
+    input_scale   None, or (in,) float32: the codes represent W diag(input_scale), and the columns of the decoded weight
+                  are divided by it (AWQ)
 
-    zero_point    z of all groups
-    zero_codes    None, or a stream of b bits, (bytes, out) uint8: the z of each group
-    shift_bits    None, or (groups, out): the m of each group, as bits"""
+    Without more, level(q) = q and z = m = 0. A subclass with other levels overrides `table_values`; one with zero
+    points or shifts sets zero_point, zero_codes or shift_bits. The kernels in kernels/ read these attributes."""
 
     in_groups = True
     zero_point: float = 0.0
@@ -48,10 +54,12 @@ class Grouped(Coded):
         self, codes: np.ndarray, scale: np.ndarray, *, bits: int, group: int,
         order: np.ndarray | None = None, input_scale: np.ndarray | None = None,
     ):
-        """The weight from its codes (out, in) on the host, whole numbers in 0 ... 2^bits − 1, in the order `order`, and
-        the scales (out, groups), which are kept as float16 if float16 holds all of them exactly.
+        """Pack codes (out, in) on the host, whole numbers in 0 ... 2^bits − 1, with their scales (out, groups).
 
-        TypeError or ValueError for arrays of other shapes or kinds, and for scales that are not finite."""
+        order, input_scale: (in,), as the attributes. The scales are stored as float16 if that is exact, else as
+        float32.
+        TypeError for codes that are no integers. ValueError for codes or bits out of range, other shapes, scales that
+        are not finite, input scales that are not positive and an order that is no permutation."""
         name = type(self).__name__
         checks.whole(f"{name}: bits", bits, 1, 8)
         checks.whole(f"{name}: group", group, least=1)
@@ -69,12 +77,12 @@ class Grouped(Coded):
 
     # ── files ──
     def settings(self) -> dict[str, Any]:
-        """The bits of a code and the weights of a group."""
+        """{"bits": bits of a code, "group": weights of a full group}."""
         return {"bits": self.bits, "group": self.group}
 
     @classmethod
     def restore(cls, shape: tuple[int, int], stored: Stored) -> Grouped:
-        """As Packed. Subclasses call it, and take their own settings and arrays."""
+        """As Packed.restore. A subclass calls it first, then takes its own settings and arrays from `stored`."""
         out, width = shape
         packed = cls.without_codes(shape)
         packed.bits = stored.whole("bits", 1, 8)
@@ -91,12 +99,12 @@ class Grouped(Coded):
         return packed
 
     def restore_scale(self, stored: Stored) -> None:
-        """Take the scales from a file: what keep_scale stores."""
+        """Take the scales from a file, the array that keep_scale stored. ValueError for another shape or dtype."""
         self.scale_bits = stored.numbers("scale_bits", (self.groups, self.shape[0]), "uint16", "uint32")
 
     def check_codes(self, top: int) -> None:
-        """ValueError if a code is larger than `top`. The codes of one block of rows are unpacked at a time."""
-        if top == (1 << self.bits) - 1:
+        """ValueError if a code is larger than `top`. The codes are unpacked one block of rows at a time."""
+        if top == (1 << self.bits) - 1:                                          # no code of so many bits is larger
             return
         for rows in self.blocks():
             largest = int(unpack(self.codes[:, rows], self.bits, self.shape[1]).max())
@@ -134,30 +142,32 @@ class Grouped(Coded):
         return None if self.input_scale_bits is None else from_bits(self.input_scale_bits)
 
     def code_matrix(self) -> np.ndarray:
-        """The codes (out, in) uint8 on the host, in their own order."""
+        """The codes (out, in) uint8 on the host: column j belongs to the input order[j], without an order to j."""
         return unpack(array.asnumpy(self.codes), self.bits, self.shape[1]).T
 
     def table_values(self) -> Array | None:
-        """The levels by code, (2^bits,) float32, where the codes are; None if a code is its own level."""
+        """A table of level(q) for every code q, (2^bits,) float32, on the device of the codes. None: level(q) = q."""
         return None
 
     def levels(self, codes: Array) -> Array:
-        """The values of codes (..., n) before the scale, float32."""
+        """level(q) for codes q (..., n), float32 of the same shape."""
         values = self.table_values()
         return codes.astype(np.float32) if values is None else values[codes]
 
     def zeros(self, rows: Any) -> Array | float:
-        """The zero points of some rows, (groups, n) float32, or the one number of all groups."""
+        """The zero points of some rows, (groups, n) float32, or one number if all groups have the same."""
         if self.zero_codes is None:
             return self.zero_point
         return unpack(self.zero_codes[:, rows], self.bits, self.groups).astype(np.float32)
 
     def shifts(self, rows: Any) -> Array | None:
-        """The shifts of some rows, (groups, n) float32; None if they are 0."""
+        """The shifts of some rows, (groups, n) float32; None if all are 0."""
         return None if self.shift_bits is None else from_bits(self.shift_bits[:, rows])
 
     def factors(self, rows: Any) -> tuple[Array, Array | None]:
-        """(s, c) of  w = s · level(q) + c,  c = m − s z, each (groups, n) float32, c None for 0: for kernels."""
+        """(s, c) with  w = s · level(q) + c,  c = m − s z,  of some rows, for the kernels.
+
+        Each is (groups, n) float32; c is None if it is 0 in all groups."""
         scale = self.scales(rows)
         shift = self.shifts(rows)
         zero = self.zeros(rows)
@@ -168,9 +178,10 @@ class Grouped(Coded):
 
     # ── the dense weight ──
     def columns(self, rows: Any) -> Array:
-        """Wᵀ[:, rows], (in, n), for a slice or an array (n,) of row numbers. Computed in float32.
+        """Wᵀ[:, rows], (in, n), for a slice or an array (n,) of row numbers, in the dtype of dense rows.
 
-        Works in place: beside the result there are the codes, and small parts of it."""
+        Computed in float32 and in place: memory holds the float32 result, its codes, and temporary arrays of at most
+        about an eighth of the result (see parts)."""
         width = self.shape[1]
         codes = unpack(self.codes[:, rows], self.bits, width)                    # (in, n)
         weight = xp(codes).empty(codes.shape, np.float32)
@@ -179,16 +190,17 @@ class Grouped(Coded):
         scale = self.scales(rows)
         zero = self.zeros(rows)
         shift = self.shifts(rows)
-        whole = width // self.group * self.group
-        for first, last in ((0, whole), (whole, width)):                         # groups of g, and the short last one
+        whole = width // self.group * self.group                                 # the inputs in full groups
+        for first, last in ((0, whole), (whole, width)):                         # the full groups, then the short one
             if first == last:
                 continue
-            some = weight[first:last].reshape(-1, min(self.group, last - first), weight.shape[1])    # (groups, g, n)
-            these = slice(first // self.group, first // self.group + len(some))
-            some -= zero if self.zero_codes is None else zero[these, None]
-            some *= scale[these, None]
+            size = min(self.group, last - first)
+            values = weight[first:last].reshape(-1, size, weight.shape[1])       # a view, (groups, g, n)
+            groups = slice(first // self.group, first // self.group + len(values))
+            values -= zero if self.zero_codes is None else zero[groups, None]
+            values *= scale[groups, None]
             if shift is not None:
-                some += shift[these, None]
+                values += shift[groups, None]
         if self.order is not None:
             put_in_order(weight, self.order)
         if self.input_scale_bits is not None:
@@ -197,13 +209,13 @@ class Grouped(Coded):
 
 
 def parts(n: int) -> list[slice]:
-    """Eight slices, or fewer, of 0 ... n − 1."""
+    """The indices 0 ... n − 1 as at most eight slices of equal length; the last may be shorter."""
     step = -(-n // 8)
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 
 def put_in_order(columns: Array, order: Array) -> None:
-    """Move row j of columns (in, n) to row order[j], in place."""
+    """Move row j of columns (in, n) to row order[j], in place; order (in,). An eighth of the n is copied at a time."""
     for part in parts(columns.shape[1]):
         moved = xp(columns).empty_like(columns[:, part])
         moved[order] = columns[:, part]
@@ -213,13 +225,18 @@ def put_in_order(columns: Array, order: Array) -> None:
 class Uniform(Grouped):
     """w = s (q − z): a weight on one of the uniform grids of grids.py.
 
-    kind   the kind of its grid. Affine grids have a zero point for each group, kept in a stream of b bits"""
+    kind   of the grid: "affine", "symmetric", "absmax", "ternary" or "sign"
+
+    An affine grid has a zero point in each group, stored in zero_codes; all groups of another grid have the same."""
 
     def __init__(
         self, codes: np.ndarray, scale: np.ndarray, zero: np.ndarray | None = None, *, kind: str, bits: int, group: int,
         order: np.ndarray | None = None, input_scale: np.ndarray | None = None,
     ):
-        """As Grouped. zero: the zero points (out, groups) of an affine grid, whole numbers; None for the others."""
+        """As Grouped. zero: the zero points (out, groups) of an affine grid, whole numbers; None for other grids.
+
+        ValueError also for a kind without a grid of so many bits, for zero points that are missing, not wanted or of
+        another shape, and for a grid with values that float32 cannot hold."""
         check_kind("Uniform", kind, bits)
         super().__init__(codes, scale, bits=bits, group=group, order=order, input_scale=input_scale)
         self.kind = kind
@@ -227,7 +244,7 @@ class Uniform(Grouped):
         if needs_zero != (zero is not None):
             raise ValueError(f"Uniform: the {kind} grid wants {'zero points' if needs_zero else 'no zero points'}")
         self.zero_codes = None
-        _check_reach(scale, fixed_zero(kind, bits) if zero is None else zero, top_code(kind, bits))
+        _check_values(scale, fixed_zero(kind, bits) if zero is None else zero, top_code(kind, bits))
         if zero is not None:
             if zero.shape != scale.shape:
                 raise ValueError(f"Uniform wants zero points of shape {scale.shape}, got {zero.shape}")
@@ -236,20 +253,22 @@ class Uniform(Grouped):
 
     @classmethod
     def from_grid(cls, codes: np.ndarray, grid: Grid, *, kind: str, bits: int, group: int, **more: Any) -> Uniform:
-        """From codes (out, in), and a grid whose scale and zero have one entry for each row and group: (out, groups)
-        or (out, groups, 1)."""
-        size = codes.shape[0], -(-codes.shape[1] // group)
-        scale = np.asarray(grid.scale).reshape(size)
-        zero = None if fixed_zero(kind, bits) is not None else np.asarray(grid.zero).reshape(size)
+        """The packed weight of codes (out, in) on a grid with one scale and one zero point for each row and group.
+
+        The scale of the grid, and its zero if the kind is affine, are (out, groups) or (out, groups, 1). more: order
+        and input_scale, as Grouped. Errors as those of Uniform(...)."""
+        shape = (codes.shape[0], -(-codes.shape[1] // group))                    # (out, groups)
+        scale = np.asarray(grid.scale).reshape(shape)
+        zero = None if fixed_zero(kind, bits) is not None else np.asarray(grid.zero).reshape(shape)
         return cls(codes.astype(np.uint8), scale, zero, kind=kind, bits=bits, group=group, **more)
 
     def settings(self) -> dict[str, Any]:
-        """As Grouped, with the kind of the grid."""
+        """The settings of Grouped, and {"kind": the kind of the grid}."""
         return {"kind": self.kind, **super().settings()}
 
     @classmethod
     def restore(cls, shape: tuple[int, int], stored: Stored) -> Uniform:
-        """As Packed."""
+        """As Packed.restore."""
         packed = super().restore(shape, stored)
         packed.kind = stored.setting("kind")
         check_kind("Uniform", packed.kind, packed.bits)
@@ -261,12 +280,12 @@ class Uniform(Grouped):
 
     @property
     def zero_point(self) -> float:                       # type: ignore[override]
-        """The zero point of all groups; 0 if each has its own."""
+        """The zero point that all groups share; 0 for an affine grid, whose groups have their own."""
         return fixed_zero(self.kind, self.bits) or 0.0
 
     @property
     def zero(self) -> Array | float:
-        """The zero points (groups, out) float32, or the one number of all groups."""
+        """The zero points (groups, out) float32, or one number if all groups have the same."""
         return self.zeros(slice(None))
 
     def extra_repr(self) -> str:
@@ -274,17 +293,17 @@ class Uniform(Grouped):
 
 
 # ── checks ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-def _check_reach(scale: np.ndarray, zero: Any, top: int) -> None:
+def _check_values(scale: np.ndarray, zero: Any, top: int) -> None:
     """ValueError unless all values s (q − z) of a grid, q = 0 ... top, are finite in float32."""
     with np.errstate(over="ignore"):
-        reach = scale.astype(np.float32) * np.maximum(zero, top - zero).astype(np.float32)
-    if not np.isfinite(reach).all():
+        largest = scale.astype(np.float32) * np.maximum(zero, top - zero).astype(np.float32)      # the largest |value|
+    if not np.isfinite(largest).all():
         raise ValueError("Uniform wants values that float32 holds, got a grid that goes beyond them: "
                          "the weights are too near to the largest number")
 
 
 def _checked_order(order: np.ndarray, n: int, name: str) -> np.ndarray:
-    """The order as int32. ValueError unless it is a permutation of 0 ... n − 1."""
+    """The order (n,) as int32. ValueError unless it is a permutation of 0 ... n − 1. name: for the message."""
     if order.shape != (n,) or not np.array_equal(np.sort(order), np.arange(n)):
         raise ValueError(f"{name} wants an order of the {n} inputs, each once")
     return order.astype(np.int32)

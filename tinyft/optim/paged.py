@@ -1,10 +1,10 @@
-"""A paged optimiser: its moments lie on disk or in host memory, and are beside the tensors for a moment only.
+"""A paged optimiser: its moments are stored on disk or in host memory, and an update loads one page at a time.
 
 QLoRA: Efficient Finetuning of Quantized LLMs.  Dettmers et al. 2023, §3.  arXiv:2305.14314
 
     for each page of θ, g, m, v:      read m, v;    update θ, m, v;    write m, v
 
-AdamW keeps two float32 moments a parameter, twice the memory of the float32 weights, and needs them once a step, for
+AdamW stores two float32 moments for each parameter: twice the memory of the float32 weights.  A step uses them once, in
 the update.  The equations act on each element by itself, so an update page by page gives the same bits.
 
     optimizer = ft.Paged(ft.AdamW(1e-4))                           pages in a file of the system's temporary folder
@@ -12,8 +12,8 @@ the update.  The equations act on each element by itself, so an update page by p
     optimizer = ft.Paged(ft.AdamW(1e-4), pages="host")             for a model on a device: pages in host memory
 
 Departures: in the paper the driver of a GPU moves pages between the device and the host when memory is short; here an
-update reads and writes every page that is not resident.  Each page is used once a step, in order, so to keep the first
-ones saves as many transfers as any choice can.
+update reads and writes every page that is not resident.  A step uses every page once, in order.  So it does not matter
+which pages are resident, only how many: the first ones are.
 """
 from __future__ import annotations
 
@@ -41,17 +41,18 @@ PLACES = ("disk", "host")
 class Paged(Optimizer):
     """AdamW, Adam or SGD with paged moments.  Its updates are those of the optimiser itself, to the bit.
 
-    optimizer   AdamW, Adam or SGD, not started
-    resident    the bytes of moments that stay beside the tensors; the others are paged
-    pages       "disk": a file without a name, which is gone when the optimiser is, or when the process ends, however it
-                ends.  "host": host memory, for tensors on a device
-    folder      of the file; None: the system's temporary folder, which may lie in memory (tmpfs)
+    optimizer   AdamW, Adam or SGD, before its `start`
+    resident    at most so many bytes of the moments stay on the device of the tensors; the others are paged
+    pages       "disk": in a file without a name, which is deleted with the optimiser or at the end of the process, even
+                if it is killed.  "host": in host memory, for tensors on a device
+    folder      in which the file is created; None: the system's temporary folder, which may be in memory (tmpfs)
 
-    A state is that of the optimiser itself: a run goes on with it, paged or not.  TypeError for another optimiser."""
+    state_dict is that of the optimiser itself: a run can be resumed from it with or without pages."""
 
     def __init__(self, optimizer: Optimizer, resident: int = 0, pages: str = "disk",
                  folder: str | os.PathLike | None = None):
-        """ValueError for a number of bytes below 0, for another place, and for a folder that is not there."""
+        """TypeError for another optimiser.  ValueError for resident < 0, for other pages than "disk" and "host", and
+        for a folder that does not exist."""
         if type(optimizer) not in (AdamW, Adam, SGD):
             raise TypeError(f"Paged wants AdamW, Adam or SGD, got {checks.brief(optimizer)}")
         super().__init__(optimizer.lr, optimizer.weight_decay, optimizer.rules)
@@ -66,7 +67,7 @@ class Paged(Optimizer):
         self.folder = folder
 
     def __repr__(self) -> str:
-        """The optimiser with its hyper-parameters, and where its moments are."""
+        """The optimiser with its hyper-parameters, and the place of its moments."""
         return f"Paged({self.optimizer!r}, resident={self.resident}, pages={self.pages!r})"
 
     @property
@@ -75,12 +76,12 @@ class Paged(Optimizer):
         return self.optimizer
 
     def start(self, named: dict[str, Tensor]) -> Paged:
-        """As Optimizer.start.  OSError if there is no room for the pages on the disk."""
+        """As Optimizer.start.  OSError if the disk has no room for the pages."""
         self.groups = self.make_groups(named)
         self.t = 0
-        left = self.resident
+        left = self.resident                                       # bytes that may still stay resident
         for group in self.groups:
-            group.lay_out(0)
+            group.lay_out(0)                                       # no moments: they are added here
             for _ in self.moment_names:
                 moment = PagedArray(group.w, left, self.pages, self.folder)
                 left -= moment.kept * group.w.itemsize
@@ -88,7 +89,7 @@ class Paged(Optimizer):
         return self
 
     def update(self, piece: Piece, lr: float) -> None:
-        """The optimiser's own update, page by page."""
+        """The update of the optimiser itself, page by page.  The moments of the piece are Windows."""
         self.optimizer.t = self.t
         for part in pages_of(piece.moments):
             moments = [moment.read(part) for moment in piece.moments]
@@ -97,15 +98,15 @@ class Paged(Optimizer):
                 moment.write(part, values)
 
     def reclaim_tensors(self) -> None:
-        """As Optimizer.reclaim_tensors; pages do not move to the tensors' device, what is resident does."""
-        moments = [group.moments for group in self.groups]
+        """As Optimizer.reclaim_tensors.  Resident moments follow the tensors to another device; pages do not move."""
+        paged = [group.moments for group in self.groups]
         try:
             for group in self.groups:
-                group.moments = []
+                group.moments = []                                 # a group would move them as ordinary arrays
             super().reclaim_tensors()
         finally:
-            for group, of_group in zip(self.groups, moments):
-                group.moments = of_group
+            for group, moments in zip(self.groups, paged):
+                group.moments = moments
         for group in self.groups:
             for moment in group.moments:
                 moment.follow(group.w)
@@ -115,10 +116,10 @@ class Paged(Optimizer):
         super().load_state_dict(state)
         for group in self.groups:
             for moment in group.moments:
-                moment.reload()
+                moment.reload()                                    # the state was written to the host
 
     def named_state(self) -> dict[str, Array]:
-        """As Optimizer.named_state; the moments are views of the pages on the host."""
+        """As Optimizer.named_state, but the moments are host arrays: views of the pages, up to date."""
         paged = [group.moments for group in self.groups]
         try:
             for group, moments in zip(self.groups, paged):
@@ -131,13 +132,16 @@ class Paged(Optimizer):
 
 # ── storage ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 class PagedArray:
-    """A flat array of zeros, as long as w and of its dtype: the first `kept` elements beside w, the others in pages.
+    """A flat array with the size and dtype of w, zeros at first.  The first `kept` elements are resident on the device
+    of w; the others are read from pages on the host, and written back.
 
-    host        all elements on the host: a mapped file, or memory.  On the device of w, those that are kept have a copy
-                in `head`, which is newer
-    kept        the number of resident elements, at most `budget` bytes
+    kept    the number of resident elements: as many as `budget` bytes hold, at most all
+    head    (kept,) on the device of w: the resident elements.  A view of `host` if w is on the host
+    host    (size,): a mapped file if `pages` is "disk", else host memory.  Holds all elements, but on a device its
+            first `kept` are out of date until flush()
+    like    an empty array on the device of w
 
-    A slice of it is a Window.  OSError if the disk is full."""
+    a[start:stop] is a Window.  OSError if the disk has no room."""
 
     def __init__(self, w: Array, budget: int, pages: str, folder: str | os.PathLike | None = None):
         self.size = w.size
@@ -149,7 +153,7 @@ class PagedArray:
         else:
             self.host = np.zeros(w.size, w.dtype)
         self.head = array.put_like(self.host[:self.kept], w)
-        self.like = w[:0]                                          # shows the device
+        self.like = w[:0]
 
     def __getitem__(self, where: slice) -> Window:
         start, stop, _ = where.indices(self.size)
@@ -161,41 +165,45 @@ class PagedArray:
             window.write(part, values[part])
 
     def read(self, start: int, stop: int) -> Array:
-        """The elements on the device of w: views to be updated in place where they lie there, else copies."""
+        """The elements start ... stop − 1 on the device of w, to be updated in place and passed to `write`.
+
+        They are all resident or all paged.  They are a view, or a copy if they are paged and w is on a device."""
         if stop <= self.kept:
             return self.head[start:stop]
         return array.put_like(self.host[start:stop], self.like)
 
     def write(self, start: int, stop: int, values: Array) -> None:
-        """Put back elements that were read, and let the system take a page of a file out of memory."""
+        """Store the elements start ... stop − 1, as `read` gave them or new ones.
+
+        If they are in a mapped file, the system may then remove them from memory."""
         if stop <= self.kept:
             place = self.head[start:stop]
         else:
             place = self.host[start:stop]
             values = array.asnumpy(values)
-        if not array.xp(place).may_share_memory(place, values):    # else they were updated where they lie
+        if not array.xp(place).may_share_memory(place, values):    # a view was updated in place already
             place[...] = values
         if stop > self.kept and self.mapped is not None:
             release_pages(self.mapped, start * self.host.itemsize, stop * self.host.itemsize)
 
     def follow(self, w: Array) -> None:
-        """Move the resident elements to the device of w."""
+        """Move the resident elements to the device of w, if it is another one than before."""
         if type(w) is not type(self.like):
             self.head = array.put_like(array.asnumpy(self.head), w)
             self.like = w[:0]
 
     def flush(self) -> np.ndarray:
-        """All elements on the host, up to date."""
+        """All elements on the host, (size,), up to date: not a copy."""
         self.host[:self.kept] = array.asnumpy(self.head)
         return self.host
 
     def reload(self) -> None:
-        """Take the resident elements from the host, after these were written to."""
+        """Copy the resident elements from `host` to `head`, after somebody wrote to `host`."""
         self.head[...] = array.put_like(self.host[:self.kept], self.head)
 
 
 class Window:
-    """A stretch of a PagedArray, in place of a view: what it holds is read when it is needed."""
+    """The elements start ... stop − 1 of a PagedArray, `whole`.  It stands for a view, but reads only on demand."""
 
     def __init__(self, whole: PagedArray, start: int, stop: int):
         self.whole = whole
@@ -203,24 +211,25 @@ class Window:
         self.stop = stop
 
     def read(self, part: slice) -> Array:
-        """Elements of the window, as PagedArray.read."""
+        """A part of the window, as PagedArray.read; `part` counts from the start of the window."""
         return self.whole.read(self.start + part.start, self.start + part.stop)
 
     def write(self, part: slice, values: Array) -> None:
-        """Put back elements of the window that were read."""
+        """Store a part of the window, as PagedArray.write."""
         self.whole.write(self.start + part.start, self.start + part.stop, values)
 
     def copy(self) -> Array:
-        """All elements, beside w."""
+        """A copy of all elements, on the device of w."""
         m = array.xp(self.whole.like)
         parts = [self.read(part) for part in pages_of([self])]
         return m.concatenate(parts) if parts else self.whole.like.copy()
 
 
 def pages_of(windows: list[Any]) -> Iterator[slice]:
-    """The stretches of some windows of one place that are updated at a time.
+    """The parts in which windows are updated, as slices that count from the start of a window.
 
-    A stretch lies in one page, and in the resident part of every array or outside it."""
+    The windows have the same start and stop, in arrays of one size.  A part is within one page, and in each array its
+    elements are all resident or all paged."""
     first = windows[0]
     kept = {window.whole.kept for window in windows}
     for part in cut_into_pages(first.start, first.stop, PAGE, kept):
@@ -230,8 +239,9 @@ def pages_of(windows: list[Any]) -> Iterator[slice]:
 def cut_into_pages(start: int, stop: int, page: int, kept: Iterable[int] = ()) -> list[slice]:
     """The elements start ... stop − 1 as slices, in order. None is empty, and none reaches into a second page.
 
-    Page k has the elements k page ... (k + 1) page − 1 of the whole array, counted from 0 and not from `start`.
-    kept: the first `kept` elements of an array are resident, and no slice has both resident and paged ones."""
+    page   the elements of a page: page k has k·page ... (k + 1)·page − 1, counted from 0 and not from `start`
+    kept   a number for each array: its first so many elements are resident. No slice has both resident and paged ones
+           of an array"""
     parts = []
     while start < stop:
         page_end = (start // page + 1) * page
@@ -242,16 +252,17 @@ def cut_into_pages(start: int, stop: int, page: int, kept: Iterable[int] = ()) -
 
 
 def map_file(nbytes: int, folder: str | os.PathLike | None) -> mmap.mmap:
-    """A file of zeros, mapped into memory.  It has no name, and is gone with the mapping.
+    """A file of zeros, mapped into memory.  It has no name, and is deleted with the mapping.
 
-    OSError if the disk has no room for it: a mapping that finds the disk full would end the process."""
+    OSError if the disk has no room for it.  So the room is reserved at once: a write to a mapping on a full disk would
+    end the process."""
     with tempfile.TemporaryFile(dir=folder) as file:
         reserve(file.fileno(), nbytes)
         return mmap.mmap(file.fileno(), nbytes)
 
 
 def reserve(descriptor: int, nbytes: int) -> None:
-    """Make an open file so many bytes long, with room on the disk where the system can reserve it."""
+    """Set the length of an open file to `nbytes`, and reserve the room on the disk if the system can."""
     if hasattr(os, "posix_fallocate"):                             # not on macOS and Windows
         os.posix_fallocate(descriptor, 0, nbytes)
     else:
@@ -259,11 +270,13 @@ def reserve(descriptor: int, nbytes: int) -> None:
 
 
 def release_pages(mapped: mmap.mmap, start: int, stop: int) -> None:
-    """Take the whole pages between two bytes of a mapped file out of the process's memory.  The file keeps them."""
+    """Remove the system's pages between two bytes of a mapped file from the process's memory.  The file keeps them.
+
+    A page that is only partly between them stays, as its other bytes may be in use."""
     size = mmap.PAGESIZE
-    start = -(-start // size) * size
-    stop = stop // size * size
+    start = -(-start // size) * size                               # up to the next page
+    stop = stop // size * size                                     # down to the page before
     advice = getattr(mmap, "MADV_DONTNEED", None)                  # None on Windows
     if stop > start and advice is not None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):                         # it is advice: without it only memory is lost
             mapped.madvise(advice, start, stop - start)

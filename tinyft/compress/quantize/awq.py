@@ -2,22 +2,24 @@
 arXiv:2306.00978
 
     Ŵ = Q(W diag s) diag(1/s)      minimises  tr (W − Ŵ) H (W − Ŵ)ᵀ                                        §3.2, eq. 4
-    s_j = m_j^r,  m_j the size of input j,  r one of 0, 0.05 ... 0.95                                              eq. 5
+    s_j = m_j^r,  m_j the root mean square of input j,  r one of 0, 0.05 ... 0.95                                  eq. 5
     W (out, in) given,  Q rounds to the nearest value of each group's grid (rtn.py),  H (in, in) of calibrate.py
 
-A few inputs of a linear map are much larger than the others, and errors of their weights matter most. Scaled by s > 1,
-such a weight has a relative error that is smaller by 1/s, as long as the largest weight of its group stays the same.
-With r = 0 every s is 1: round-to-nearest. All s together are divided by √(max s · min s).
+A few inputs of a linear map are much larger than the others, and errors in their weights matter most. A weight that is
+multiplied by s > 1 before rounding has a relative error that is s times smaller, as long as the largest weight of its
+group, which decides the step of the grid, stays the same. All s are divided by √(max s · min s). With r = 0 every s is
+1, which is round-to-nearest. The rule takes the r whose Ŵ has the least error.
 
-Clipping: a group whose grid ends before its largest weight has smaller steps. Each group takes the end (1 − i/20) max
-|w|, i = 0 ... 9, with the least error of its own part of the output, d H_gg dᵀ.
+Clipping: if the weights of a group are clipped to ±c before the grid is fitted, the steps of the grid are smaller. Each
+group takes the c among (1 − i/20) max |w|, i = 0 ... 9, that makes d H_gg dᵀ least: d is the error of the group's
+weights, and H_gg is the block of H for its inputs.
 
-Departures. m_j is the root mean square of input j, √(H_jj / 2), not its mean magnitude: then H is all that the rule
-needs. The error is that of the layer's output, not of its block's, so q, k and v have an s each; s is kept with the
-packed weight, not folded into the norm before it. m is held above 10⁻⁴ of its largest entry, where the paper's code
-holds s above 10⁻⁴: the result does not depend on the unit of x. All tokens count in the search for clips, not 512.
-Clips that make the error of the whole layer larger are given up. The paper's code does not clip q and k: leave them to
-a call of compress with clip=False.
+Departures. m_j is √(H_jj / 2), the root mean square of input j, not its mean magnitude: H is all that the rule needs.
+The error is that of the linear map, where the paper takes that of its block; so q, k and v have an s each. s is stored
+with the packed weight, not folded into the norm before it. m is at least 10⁻⁴ of its largest entry, so that the result
+does not depend on the unit of x; in the paper's code s is at least 10⁻⁴. The search for c uses all tokens, not 512.
+Clipping is given up if it makes the error of the whole map larger. The paper's code does not clip q and k: compress
+them in a separate call, with clip=False.
 """
 from __future__ import annotations
 
@@ -35,9 +37,9 @@ from .rtn import round_to_nearest
 
 __all__ = ["AWQ", "clip_groups", "input_scales"]
 
-POWERS = np.arange(20) / 20                              # r, of which 0 comes first
-SHRINKS = 1 - np.arange(10) / 20                         # the ends of a grid, as parts of max |w|
-SMALLEST = 1e-4                                          # of m, as a part of its largest entry
+POWERS = np.arange(20) / 20                              # the values of r; 0 comes first
+SHRINKS = 1 - np.arange(10) / 20                         # the values of c / max |w|; 1 comes first
+SMALLEST = 1e-4                                          # the least m_j / max m
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,11 @@ class AWQ(Rule):
     """Round-to-nearest of weights that are scaled by the sizes of their inputs. Needs calibration data.
 
     bits    1 ... 8
-    group   inputs that share a scale; None: the whole row
+    group   neighbours in a row that share a scale of the grid; None: the whole row
     grid    as RTN's
-    clip    True: each group may end its grid before its largest weight"""
+    clip    True: the weights of a group may be clipped before its grid is fitted
+
+    TypeError or ValueError for a setting out of its range."""
 
     needs_hessian: ClassVar[bool] = True
 
@@ -63,11 +67,17 @@ class AWQ(Rule):
         checks.flag("AWQ: clip", self.clip)
 
     def __call__(self, W: np.ndarray, H: np.ndarray | None = None) -> Uniform:
-        """The packed weight of W (out, in) for inputs with the Hessian H (in, in)."""
+        """The packed weight of W (out, in) for inputs with the Hessian H (in, in).
+
+        TypeError without H, for a weight that is packed already and for arrays that are not of real numbers. ValueError
+        for other shapes, for inf and NaN, and for an H that is not symmetric or has a negative entry on its
+        diagonal."""
         W = check_weight("AWQ", W)
         H = check_hessian("AWQ", H, W.shape[1])
-        H = (H / (np.diagonal(H).max() or 1)).astype(W.dtype)                    # its unit does not matter
-        best, least, s = None, np.inf, None
+        H = (H / (np.diagonal(H).max() or 1)).astype(W.dtype)                    # a factor changes no comparison
+        best = None                                                              # the packed weight of least error
+        s = None                                                                 # its scales of the inputs
+        least = np.inf                                                           # its error
         with np.errstate(over="ignore", invalid="ignore"):                       # an error that overflows is not less
             for scales in input_scales(H):
                 scaled = W * scales
@@ -76,7 +86,9 @@ class AWQ(Rule):
                 packed = self.round(scaled, scales)
                 error = squared_error(W, packed, H)
                 if best is None or error < least:
-                    best, least, s = packed, error, scales
+                    best = packed
+                    s = scales
+                    least = error
             if self.clip:
                 group = W.shape[1] if self.group is None else self.group
                 clipped = clip_groups(W * s, H / np.outer(s, s), self.grid, self.bits, group)
@@ -86,14 +98,18 @@ class AWQ(Rule):
         return best
 
     def round(self, scaled: np.ndarray, s: np.ndarray) -> Uniform:
-        """Q(W diag s) diag(1/s) for W diag s (out, in). Without s in memory if all of its entries are 1."""
+        """The packed Ŵ = Q(W diag s) diag(1/s), from scaled = W diag s (out, in) and s (in,).
+
+        If every s is 1, no s is stored."""
         is_plain = (s == 1).all()
         return round_to_nearest(scaled, self.grid, self.bits, self.group, caller="AWQ",
                                 input_scale=None if is_plain else s)
 
 
 def input_scales(H: np.ndarray) -> Iterator[np.ndarray]:
-    """s (in,), numbers of float16, for each power r. The first, of r = 0, is 1."""
+    """The scales s (in,) for each r of POWERS, from H (in, in). The first s, for r = 0, is 1 everywhere.
+
+    They are rounded to float16, in which the packed weight stores them, and have the dtype of H."""
     m = np.sqrt(np.diagonal(H) / 2)
     m = np.maximum(m, SMALLEST * m.max())
     if not m.any():                                      # no input was ever different from 0
@@ -104,27 +120,27 @@ def input_scales(H: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def clip_groups(W: np.ndarray, H: np.ndarray, kind: str, bits: int, group: int) -> np.ndarray:
-    """W (out, in) with the weights of each group held within ±c, the c of SHRINKS with the least error of its group.
+    """W (out, in) with each group of weights clipped to ±c. c is the one of SHRINKS · max |w| with the least error.
 
-    The error of a group is d H_gg dᵀ, with d = w − Q(clip(w)) and H_gg the group's block of H on the diagonal. Of equal
-    errors the largest c counts."""
+    The error of a group w is d H_gg dᵀ, with d = w − Q(clip(w)) and H_gg the block of H (in, in) for its inputs. If
+    errors are equal, the largest c is taken. kind, bits: of the grid (grids.py). group: neighbours in a row."""
     clipped = W.copy()
     for start in range(0, W.shape[1], group):
         columns = slice(start, start + group)
         w = W[:, columns]                                                        # (out, g)
-        ends = np.abs(w).max(axis=1, keepdims=True)
+        largest = np.abs(w).max(axis=1, keepdims=True)                           # (out, 1)
         least = np.full((len(w), 1), np.inf, w.dtype)
         for shrink in SHRINKS:
-            inside = np.clip(w, -shrink * ends, shrink * ends)
+            inside = np.clip(w, -shrink * largest, shrink * largest)
             d = w - fit_grid(inside, kind, bits, half_scales=True).round(inside)
             error = ((d @ H[columns, columns]) * d).sum(axis=1, keepdims=True)
-            better = error < least
+            better = error < least                                               # (out, 1)
             clipped[:, columns] = np.where(better, inside, clipped[:, columns])
             least = np.where(better, error, least)
     return clipped
 
 
 def squared_error(W: np.ndarray, packed: Uniform, H: np.ndarray) -> float:
-    """tr (W − Ŵ) H (W − Ŵ)ᵀ, in the dtype of W."""
+    """tr (W − Ŵ) H (W − Ŵ)ᵀ, computed in the dtype of W. W and Ŵ (out, in), H (in, in)."""
     D = W - array.asnumpy(packed.dequantize()).astype(W.dtype)
     return float(np.vdot(D @ H, D))

@@ -8,17 +8,21 @@ Alistarh, 2022.  arXiv:2210.17323
                           e = (W[:, i] − q) / U[i, i]
                           W[:, j] ← W[:, j] − e U[i, j]      for all columns j > i
 
-Every column is rounded to nearest; the columns after it, which are not rounded yet, then make up for its error, as in
-OBQ (obq.py). But all rows take the columns in one order (step 1). Then all rows share OBQ's matrix G, and row i of U is
-its row G_i,: / √G_ii at step i: one factor serves everyone. Lazy batches (step 2): inside a block of columns only the
-block is updated; the columns after it get all updates of the block in one matrix product.
+Each column is rounded to nearest. The columns that are not rounded yet then make up for its error, as in OBQ (obq.py).
+OBQ chooses an order for each row; GPTQ rounds the columns of all rows in one order (step 1). OBQ's matrix G, the
+inverse Hessian of the columns that are left, is then the same for all rows, and U holds the parts of it that are
+needed: row i of U is G_i,: / √G_ii, for the G in which i is the first column that is left.
 
-The errors e are the columns of a matrix E (out, in), and  W − Ŵ = E U.  So the loss is ‖E‖², for the damped H.
+Lazy batches (step 2): while a block of columns is rounded, only the columns of this block are updated. The columns
+after the block then get all updates of the block in one matrix product.
 
-Departures: U is the inverse of R, where H + λ I = R Rᵀ with R upper triangular. That is the paper's U, the Cholesky
-factor of the inverse, with fewer operations. λ grows if the factorisation fails. The grid of a group is fitted to
-weights with all updates; the paper's program reads them without the updates of the block at hand. The mean of diag H
-leaves out dead inputs.
+The errors e are the columns of a matrix E (out, in), and  W − Ŵ = E U,  for the W before all updates. So the loss is
+‖E‖², for the damped H.
+
+Departures. U is computed as R⁻¹, where H + λ I = R Rᵀ and R is upper triangular: the same U as the paper's, the
+Cholesky factor of the inverse, with fewer operations. λ grows if the factorisation fails. The grid of a group is fitted
+to weights that have all updates; the paper's program fits it to weights that lack the updates of the current block. The
+mean of diag H leaves out dead inputs, those that were 0 for every token.
 """
 from __future__ import annotations
 
@@ -35,9 +39,9 @@ from ..rule import Rule, add_damping, check_hessian, check_weight, without_dead_
 
 __all__ = ["GPTQ", "gptq_block", "gptq_columns", "inverse_factor", "upper_factor"]
 
-LARGE = 1e30                                             # float32 weights that are larger are computed in float64
-LEAST_DAMP = 1e-6                                        # tried after 0, if the factorisation fails; then ten times it
-MOST_DAMP = 0.1
+LARGE = 1e30                                             # if a weight is larger, the rule computes in float64
+LEAST_DAMP = 1e-6                                        # the least damping after a failed factorisation
+MOST_DAMP = 0.1                                          # the largest
 
 
 @dataclass(frozen=True)
@@ -45,11 +49,14 @@ class GPTQ(Rule):
     """Rounds column by column; the columns that follow make up for each error. Needs calibration data.
 
     bits, group, grid   as RTN's
-    damp           λ as a part of the mean of H's diagonal
-    block          columns in a lazy batch, about; it changes the time, not the result
-    act_order      True: columns with a large H[j, j] first. The packed weight then keeps the order of its columns
-    static_groups  True: the grids are fitted to the original weights, before the columns are ordered. With act_order,
-                   the packed weight keeps its columns in their own order"""
+    damp           λ divided by the mean of diag H, at least 0
+    block          columns in a lazy batch, adjusted to the groups by whole_groups. It changes the time, not the result
+    act_order      True: the columns are rounded in the order of falling H[j, j]. A group is then `group` neighbours in
+                   this order. If there are several groups, the packed weight stores the order
+    static_groups  True: the grids are fitted to the original weights, and a group is `group` neighbours in a row of W,
+                   with act_order too. The packed weight then stores no order
+
+    TypeError or ValueError for a setting out of its range."""
 
     needs_hessian: ClassVar[bool] = True
 
@@ -71,7 +78,10 @@ class GPTQ(Rule):
         checks.flag("GPTQ: static_groups", self.static_groups)
 
     def __call__(self, W: np.ndarray, H: np.ndarray | None = None) -> Uniform:
-        """The packed weight of W (out, in) for inputs with the Hessian H (in, in)."""
+        """The packed weight of W (out, in) for inputs with the Hessian H (in, in).
+
+        TypeError without H, for a weight that is packed already and for arrays that are not of real numbers. ValueError
+        for other shapes, for inf and NaN, and for an H that is not symmetric and positive semi-definite."""
         W = check_weight("GPTQ", W)
         H = check_hessian("GPTQ", H, W.shape[1])
         W, H = without_dead_inputs(W, H)
@@ -91,23 +101,25 @@ class GPTQ(Rule):
             H = H[np.ix_(order, order)]
         U = inverse_factor(H, self.damp).astype(W.dtype)
         codes, _ = gptq_columns(W, U, grids.of_column, whole_groups(self.block, group))
-        scattered = self.act_order and not self.static_groups and group < width
-        if not scattered:
+        # Without static groups, the inputs of a group are neighbours in `order` only: the codes stay in this order.
+        keeps_order = self.act_order and not self.static_groups and group < width
+        if not keeps_order:
             codes = in_own_order(codes, order)
         return Uniform.from_grid(codes, grids.all(), kind=self.grid, bits=self.bits, group=group,
-                                 order=order if scattered else None)
+                                 order=order if keeps_order else None)
 
 
 # ── the algorithm ────────────────────────────────────────────────────────────────────────────────────────────────────
 def gptq_columns(
     W: np.ndarray, U: np.ndarray, grid_of: Callable[[int, np.ndarray], Grid], block: int = 128,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The codes (out, in) uint8 of W (out, in), column after column, and the errors E (out, in) with W − Ŵ = E U.
+    """The codes (out, in) uint8 of W (out, in), and the errors E (out, in), with W − Ŵ = E U. W is not changed.
 
-    U        (in, in), the upper factor of the inverse Hessian
-    grid_of  grid_of(i, rest) is the grid of column i: its scale and zero are (out,). rest (in, out) are the columns as
-             rows, updated up to column i inside the block, without the updates of the block after it
-    block    columns in a lazy batch"""
+    U        (in, in), the upper triangular factor of the inverse Hessian
+    grid_of  grid_of(i, rest) returns the grid of column i, whose scale and zero are (out,). It is called once for each
+             column, in order. Row j of rest (in, out) is column j of the weight with its updates so far: a column of
+             the current block has those of all columns before i, a column after it lacks those of the current block
+    block    the number of columns in a lazy batch"""
     width = W.shape[1]
     rest = np.array(W.T, order="C")                                  # (in, out): a column of W is a contiguous row
     codes = np.empty(rest.shape, np.uint8)
@@ -124,11 +136,13 @@ def gptq_block(
     first: int, last: int,
 ) -> None:
     """Round the columns i = first ... last − 1 one by one. Column i has the error e = (w − ŵ)/U_ii, where w has all
-    updates so far, and the columns j after it lose U_ij e, but only up to last − 1.
+    updates so far. Then the columns j = i + 1 ... last − 1 lose U_ij e.
 
-    rest, codes and errors (in, out) change in place; row i belongs to column i of the weight. grid_of(i, rest) is asked
-    once for each column, when it is its turn. At the end the columns from `last` on still lack the updates of this
-    block."""
+    rest     (in, out): row i is column i of the weight. On return, the columns from `last` on lack the updates of this
+             block
+    codes    (in, out) uint8, and errors (in, out): rows first ... last − 1 are written. Both change in place, as rest
+    U        (in, in), the upper triangular factor of the inverse Hessian
+    grid_of  grid_of(i, rest) returns the grid of column i. Call it once for each column, just before you round it"""
     for i in range(first, last):
         grid = grid_of(i, rest)
         w = rest[i]
@@ -139,10 +153,10 @@ def gptq_block(
 
 
 def inverse_factor(H: np.ndarray, damp: float) -> np.ndarray:
-    """U (in, in), upper triangular, with (H + λ I)⁻¹ = Uᵀ U,  λ = damp · mean diag H.
+    """U (in, in), upper triangular, with (H + λ I)⁻¹ = Uᵀ U,  λ = damp · mean diag H, for a Hessian H (in, in).
 
-    A matrix that is not positive definite in floating-point numbers gets ten times the damping, until it is.
-    ValueError if H is no Hessian: it has negative eigenvalues."""
+    If rounding errors make H + λ I indefinite, the factorisation is repeated with ten times the damping, at least
+    LEAST_DAMP, until it succeeds. ValueError if that would take more than MOST_DAMP: H has negative eigenvalues."""
     while True:
         try:
             return upper_factor(add_damping(H, damp))
@@ -154,19 +168,21 @@ def inverse_factor(H: np.ndarray, damp: float) -> np.ndarray:
 
 
 def upper_factor(H: np.ndarray) -> np.ndarray:
-    """U (in, in), upper triangular with a positive diagonal, with H⁻¹ = Uᵀ U. LinAlgError for an H that is not
-    positive definite.
+    """U (in, in), upper triangular with a positive diagonal, with H⁻¹ = Uᵀ U for a positive definite H (in, in).
 
-    U = R⁻¹ for an upper triangular R with H = R Rᵀ: a Cholesky factor whose rows and columns count backwards."""
+    U = R⁻¹, where H = R Rᵀ and R is upper triangular. LinAlgError if H is not positive definite."""
+    # NumPy's factor is lower triangular. In reverse order of rows and columns, lower triangular is upper triangular.
     R = np.linalg.cholesky(H[::-1, ::-1])[::-1, ::-1]
     return inverse_upper(R)
 
 
 def inverse_upper(R: np.ndarray, smallest: int = 64) -> np.ndarray:
-    """R⁻¹ of an upper triangular R, by halves:  [[A, B], [0, C]]⁻¹ = [[A⁻¹, −A⁻¹ B C⁻¹], [0, C⁻¹]]."""
+    """R⁻¹ of an upper triangular R (n, n), by halves:  [[A, B], [0, C]]⁻¹ = [[A⁻¹, −A⁻¹ B C⁻¹], [0, C⁻¹]].
+
+    A matrix of at most `smallest` rows is not divided: NumPy inverts it."""
     n = len(R)
     if n <= smallest:
-        return np.triu(np.linalg.inv(R))
+        return np.triu(np.linalg.inv(R))                             # the entries below are 0 but for rounding
     half = n // 2
     inverse = np.zeros_like(R)
     A = inverse_upper(R[:half, :half], smallest)
@@ -179,10 +195,12 @@ def inverse_upper(R: np.ndarray, smallest: int = 64) -> np.ndarray:
 
 # ── the grids of the columns ─────────────────────────────────────────────────────────────────────────────────────────
 class Grids:
-    """Which grid a column has."""
+    """The source of the grids, as gptq_columns asks for them; subclasses decide which columns form a group."""
 
     def of_column(self, i: int, rest: np.ndarray) -> Grid:
-        """The grid of column i; rest (in, out): the columns as rows, with their updates."""
+        """The grid of column i, counted in the order of rounding: scale and zero are (out,).
+
+        Row j of rest (in, out) is column j of the weight with its updates so far."""
         raise NotImplementedError
 
     def all(self) -> Grid:
@@ -191,36 +209,40 @@ class Grids:
 
 
 class GroupGrids(Grids):
-    """A group is `group` neighbours in the order of the columns. Its grid is fitted when the first of them is reached,
-    to their weights with all updates."""
+    """Grids that are fitted during the rounding. A group is `group` neighbours in the order of rounding. When its first
+    column is rounded, its grid is fitted to the weights of the group, which have all updates so far.
+
+    of_column is called with i = 0, 1, 2 ... in turn."""
 
     def __init__(self, kind: str, bits: int, group: int):
         self.kind = kind
         self.bits = bits
         self.group = group
-        self.found: list[Grid] = []
+        self.fitted: list[Grid] = []                                 # of the groups so far: scale (out, 1)
 
     def of_column(self, i: int, rest: np.ndarray) -> Grid:
-        """The grid of the group that column i is in."""
+        """The grid of the group of column i, which is the last one that was fitted."""
         if i % self.group == 0:
             weights = rest[i:i + self.group].T                                           # (out, g)
-            self.found.append(fit_grid(weights, self.kind, self.bits, half_scales=True))
-        return self.found[-1][:, 0]
+            self.fitted.append(fit_grid(weights, self.kind, self.bits, half_scales=True))
+        return self.fitted[-1][:, 0]
 
     def all(self) -> Grid:
         """The grids in the order of the groups."""
-        return join_grids(self.found)
+        return join_grids(self.fitted)
 
 
 class StaticGrids(Grids):
-    """Grids that are known before: column i belongs to the group group_of[i]."""
+    """Grids that were fitted before the rounding; scale and zero are (out, groups).
+
+    group_of (in,): the group of each column, in the order of rounding."""
 
     def __init__(self, grids: Grid, group_of: np.ndarray):
         self.grids = grids
         self.group_of = group_of
 
     def of_column(self, i: int, rest: np.ndarray) -> Grid:
-        """The grid of the group that column i is in."""
+        """The grid of the group of column i."""
         return self.grids[:, self.group_of[i]]
 
     def all(self) -> Grid:
@@ -229,15 +251,17 @@ class StaticGrids(Grids):
 
 
 def in_own_order(codes: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """codes (out, in), whose column k belongs to the input order[k], with the columns in the order of the inputs."""
+    """The codes (out, in) with column j for input j, from codes (out, in) with column k for input order[k]."""
     own = np.empty_like(codes)
     own[:, order] = codes
     return own
 
 
 def whole_groups(block: int, group: int) -> int:
-    """The columns of a lazy batch, such that no group lies across its end while part of its updates is missing: a
-    multiple of the group, or a divisor."""
+    """The number of columns in a lazy batch: `block`, or near it.
+
+    It is a multiple of `group` or divides it. Then a group begins inside a batch only if it also ends there. The grid
+    of a group is fitted when its first column is rounded, and the columns after the batch lack updates at that time."""
     if group < block:
         return block // group * group
     return block if group % block == 0 else group
