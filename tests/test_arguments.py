@@ -180,7 +180,7 @@ BERT_SIZES = {**SWITCHED, "token_types": 2, "first_position": 1, "pooler_activat
 LLAMA_SIZES = {**GPT_SIZES, "key_value_heads": 1, "head_width": 4, "rope_base": 100.0,
                "rope_scaling": ft.RotaryScaling("linear", 2.0), "tied": True, "qkv_bias": True, "out_bias": True,
                "mlp_bias": True}
-SEQ2SEQ_SIZES = {**GPT_SIZES, "decoder_layers": 2, "decoder_heads": 1, "decoder_hidden": 6, "activation": "silu",
+SEQ2SEQ_SIZES = {**SWITCHED, "decoder_layers": 2, "decoder_heads": 1, "decoder_hidden": 6, "activation": "silu",
                  "scaled": False, "start": 3}
 T5_SIZES = {**GPT_SIZES, "head_width": 4, "decoder_layers": 2, "buckets": 8, "max_distance": 10,
             "feed_forward": "gated-gelu", "tied": False, "start": 3}

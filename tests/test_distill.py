@@ -793,3 +793,50 @@ def test_dense_students_that_cannot_be_are_refused():
     ft.attach(teacher, ft.LoRA(r=2))
     with pytest.raises(ValueError, match="dense_student wants a teacher without methods, got 'lora' attached"):
         ft.dense_student(teacher)
+
+
+# ── encoder-decoders ─────────────────────────────────────────────────────────────────────────────────────────────────
+def make_seq2seq(seed: int = 0, switch: ft.SwitchConfig | None = None) -> ft.Seq2Seq:
+    return ft.Seq2Seq(ft.Seq2SeqConfig(VOCAB, 16, 12, 4, 3, 16, switch=switch), seed=seed)
+
+
+def source_batch(padding: int = 0) -> dict:
+    rng = np.random.default_rng(0)
+    ids, source = rng.integers(0, VOCAB, (3, 5)), rng.integers(0, VOCAB, (3, 7))
+    mask = np.arange(7) < np.array([7, 2, 4])[:, None]
+    sides = ((0, 0), (0, padding))
+    return {"ids": ids, "source_ids": np.pad(source, sides), "source_mask": np.pad(mask, sides)}
+
+
+def test_word_level_distillation_of_an_encoder_decoder(tmp_path):
+    """The KL at gold prefixes, from each model's own pass over the source; the same from a cache of all logits."""
+    student, teacher = make_seq2seq().to(dtype=np.float64), make_seq2seq(4).to(dtype=np.float64)
+    batch = source_batch()
+    facts = {"source_ids": batch["source_ids"], "source_mask": batch["source_mask"]}
+    z_s, z_t = (host(model(batch["ids"][:, :-1], **facts)).reshape(-1, VOCAB) for model in (student, teacher))
+    nll = -log_softmax(z_s)[np.arange(len(z_s)), batch["ids"][:, 1:].reshape(-1)].mean()
+    expected = 0.4 * nll + 0.6 * kl(z_t, z_s, 1).mean()
+    assert value_of(ft.WordLevel(teacher, 0.6), student, batch) == pytest.approx(expected, rel=1e-10)
+    assert value_of(ft.WordLevel(teacher, 0.6), student, source_batch(3)) == pytest.approx(expected, rel=1e-10)
+    cache = TeacherCache(tmp_path / "cache", teacher, k=None)
+    assert value_of(ft.WordLevel(cache, 0.6), student, batch) == pytest.approx(expected, rel=1e-6)
+    assert row_keys(read_batch(source_batch(3))) == row_keys(read_batch(batch))
+    other = {**batch, "source_ids": batch["source_ids"][::-1], "source_mask": batch["source_mask"][::-1]}
+    assert row_keys(read_batch(other))[0] != row_keys(read_batch(batch))[0]
+
+
+def test_a_student_of_an_encoder_decoder(tmp_path):
+    teacher = make_seq2seq(2)
+    model = ft.student(teacher, 3, decoder_layers=1)
+    assert (len(model.encoder), len(model.decoder)) == (3, 1)
+    for ours, theirs in ((model.encoder[2], teacher.encoder[3]), (model.decoder[0], teacher.decoder[0])):
+        np.testing.assert_array_equal(host(ours.mlp.up.weight), host(theirs.mlp.up.weight))
+    ft.save(model, tmp_path / "student")
+    batch = source_batch()
+    facts = {"source_ids": batch["source_ids"], "source_mask": batch["source_mask"]}
+    loaded, _ = ft.load(tmp_path / "student")
+    np.testing.assert_array_equal(host(loaded(batch["ids"], **facts)), host(model(batch["ids"], **facts)))
+    switched = make_seq2seq(2, ft.SwitchConfig(experts=1, eval_capacity=1.0))
+    dense = ft.dense_student(switched, "mean")
+    np.testing.assert_allclose(host(dense(batch["ids"], **facts)), host(switched(batch["ids"], **facts)), atol=1e-6)
+    assert not any(isinstance(module, type(switched.encoder[1].mlp)) for module in dense.modules())

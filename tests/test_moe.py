@@ -848,3 +848,51 @@ def test_a_distilbert_with_experts_has_no_format(tmp_path):
     model = ft.BERT(ft.BERTConfig(V, 16, 0, 12, 2, 3, 20, switch=SWITCH), seed=0)
     with pytest.raises(ValueError, match="save wants a BERT with the settings of"):
         ft.save(model, tmp_path / "model")
+
+
+# ── an encoder-decoder ───────────────────────────────────────────────────────────────────────────────────────────────
+def make_seq2seq(**more: Any) -> ft.Seq2Seq:
+    switch = replace(SWITCH, eval_capacity=4.0)
+    return ft.Seq2Seq(ft.Seq2SeqConfig(V, 16, 12, 4, 3, 20, decoder_layers=2, switch=switch, **more), seed=0)
+
+
+def test_an_encoder_decoder_has_switch_layers_in_both_stacks():
+    """Both stacks log one sum of losses; a cached pass is the full pass; padding of the source does not count."""
+    model = make_seq2seq().to(dtype=np.float64)
+    switched = [type(block.mlp).__name__ == "SwitchMLP" for block in [*model.encoder, *model.decoder]]
+    assert switched == [False, True, False, True, False, True]
+    rng = np.random.default_rng(0)
+    ids, source = rng.integers(0, V, (3, 6)), rng.integers(0, V, (3, 8))
+    mask = np.arange(8) < np.array([8, 3, 5])[:, None]
+    ctx = Context(source_ids=source, source_mask=mask)
+    y = host(model(ids, ctx))
+    calls = []
+    right = SwitchMLP.add_losses
+
+    def counted(self: SwitchMLP, logits: Tensor, p: Tensor, chosen: Any, inner: Context) -> None:
+        alone = Context()
+        right(self, logits, p, chosen, alone)
+        calls.append(float(alone.losses["balance"]))
+        right(self, logits, p, chosen, inner)
+    with replaced(SwitchMLP, "add_losses", counted):
+        model(ids, source_ids=source, source_mask=mask)
+    assert len(calls) == 3
+    assert float(ctx.losses["balance"]) == pytest.approx(sum(calls), rel=1e-12)
+    near(model(ids, source_ids=np.where(mask, source, 3), source_mask=mask), y)
+    cache = ft.Cache()
+    encoded = model.encode(source, mask=mask)
+    pieces = [host(model(ids[:, t:t + 1], source=encoded, cache=cache)) for t in range(6)]
+    near(np.concatenate(pieces, axis=1), y)
+
+
+def test_an_encoder_decoder_with_experts_trains_and_has_no_format(tmp_path):
+    rng = np.random.default_rng(0)
+    batch = {"ids": rng.integers(0, V, (4, 6)), "source_ids": rng.integers(0, V, (4, 8))}
+    model = make_seq2seq(dropout=0.1)
+    history = ft.fit(model, [batch], 12, ft.AdamW(0.02), recompute=True, progress=False)
+    assert history.terms.keys() == {"loss", "balance", "router_z"}
+    assert history.losses[-1] < history.losses[0] - 0.3
+    with pytest.raises(ValueError, match="save wants a Seq2Seq with the settings of marian"):
+        ft.save(model, tmp_path / "model")
+    with pytest.raises(ValueError, match="Seq2SeqConfig: a Switch layer in every 2 blocks wants 2 layers or more, got"):
+        ft.Seq2SeqConfig(V, 16, 12, 4, 3, decoder_layers=1, switch=SWITCH)

@@ -15,6 +15,7 @@ padding on the left gives the outputs of the text alone.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ from .blocks import (
 )
 from .config import Config, check_config
 from .encoder_decoder import EncoderDecoder
+from .moe import SwitchConfig, check_switch, feed_forward
 
 # The activations of the feed-forward, by the name of the setting.
 ACTIVATIONS = {"relu": ops.relu, "gelu": ops.gelu, "silu": ops.silu}
@@ -47,6 +49,7 @@ class Seq2SeqConfig(Config):
     decoder_layers, decoder_heads, decoder_hidden   of the decoder; None: as the encoder's
     activation   of the feed-forward: "relu" (2017), "gelu" or "silu" (Marian's swish)
     scaled       True: embeddings are multiplied by √C
+    switch       a SwitchConfig for Switch layers, mixtures of experts, in both stacks; or None
     start        the token with which the decoder's text begins; Marian: the padding token
 
     TypeError or ValueError, naming the field, for values from which no model can be built."""
@@ -65,9 +68,12 @@ class Seq2SeqConfig(Config):
     dropout: float = 0.0
     eps: float = 1e-5
     std: float = 0.02                                    # of the initial linear maps
+    switch: SwitchConfig | None = None
 
     def __post_init__(self) -> None:
         check_config(self, ("vocab", "positions", "width", "layers", "heads"))
+        for depth in (self.layers, self.decoder_layers or self.layers):
+            check_switch("Seq2SeqConfig", self.switch, depth)
         for name in ("decoder_layers", "decoder_heads", "decoder_hidden"):
             if getattr(self, name) is not None:
                 checks.whole(f"Seq2SeqConfig: {name}", getattr(self, name), least=1)
@@ -113,8 +119,8 @@ class Seq2Seq(EncoderDecoder):
         self.embed = Embedding(c.vocab, c.width, rng=rng, std=c.width**-0.5 if c.scaled else c.std)
         self.pos = SinusoidalPositions(c.positions, c.width)
         self.drop = Dropout(c.dropout)
-        self.encoder = [encoder_block(c, rng) for _ in range(c.layers)]
-        self.decoder = [decoder_block(c, rng) for _ in range(c.decoder_layers or c.layers)]
+        self.encoder = [encoder_block(c, i, rng) for i in range(c.layers)]
+        self.decoder = [decoder_block(c, i, rng) for i in range(c.decoder_layers or c.layers)]
         self.head = TiedHead(self.embed, bias=True)
 
     config = property(lambda self: self._config)
@@ -143,19 +149,22 @@ class Seq2Seq(EncoderDecoder):
         return self.drop(self.pos(x, ctx), ctx)
 
 
-def encoder_block(c: Seq2SeqConfig, rng: np.random.Generator) -> PostNormBlock:
-    """A block of the encoder, with random values from rng."""
+def encoder_block(c: Seq2SeqConfig, layer: int, rng: np.random.Generator) -> PostNormBlock:
+    """Block `layer` of the encoder, counted from 0, with random values from rng."""
     attn = Attention(c.width, c.heads, rng=rng, dropout=c.dropout, std=c.std)
-    mlp = MLP(c.width, c.hidden or 4 * c.width, activation=ACTIVATIONS[c.activation], rng=rng, dropout=c.dropout,
-              std=c.std)
+    make_mlp = partial(MLP, c.width, c.hidden or 4 * c.width, activation=ACTIVATIONS[c.activation], rng=rng,
+                       dropout=c.dropout, std=c.std)
+    mlp = feed_forward(layer, c.switch, make_mlp, rng=rng, std=c.std)
     return PostNormBlock(attn, mlp, eps=c.eps)
 
 
-def decoder_block(c: Seq2SeqConfig, rng: np.random.Generator) -> PostNormDecoderBlock:
-    """A block of the decoder, with random values from rng."""
+def decoder_block(c: Seq2SeqConfig, layer: int, rng: np.random.Generator) -> PostNormDecoderBlock:
+    """Block `layer` of the decoder, counted from 0, with random values from rng."""
     heads = c.decoder_heads or c.heads
     hidden = c.decoder_hidden or c.hidden or 4 * c.width
     attn = Attention(c.width, heads, causal=True, rng=rng, dropout=c.dropout, std=c.std)
     cross_attn = Attention(c.width, heads, cross=True, rng=rng, dropout=c.dropout, std=c.std)
-    mlp = MLP(c.width, hidden, activation=ACTIVATIONS[c.activation], rng=rng, dropout=c.dropout, std=c.std)
+    make_mlp = partial(MLP, c.width, hidden, activation=ACTIVATIONS[c.activation], rng=rng, dropout=c.dropout,
+                       std=c.std)
+    mlp = feed_forward(layer, c.switch, make_mlp, rng=rng, std=c.std)
     return PostNormDecoderBlock(attn, cross_attn, mlp, eps=c.eps)
