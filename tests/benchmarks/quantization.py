@@ -28,7 +28,7 @@ import numpy as np
 from bench import machine
 
 import tinyft as ft
-from tinyft.compare.figure import set_log_ticks
+from tinyft.compare.figure import plain
 from tinyft.compress import Rule
 
 RESULTS = Path(__file__).parent / "results"
@@ -208,25 +208,26 @@ def page(data: dict[str, Any]) -> str:
 
 
 def draw(data: dict[str, Any], path: Path) -> None:
-    """The perplexity after compression over the dense one, against bits: one line for a family and a model."""
+    """What compression adds to the perplexity, in units of the dense model's, against bits: a line for a model."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter
     shown = {name: section for name, section in data.items() if "dense" in section["rows"]}
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharex=True, sharey=True, layout="constrained")
     for ax, family, title in zip(axes, ("rtn", "gptq"), ("round-to-nearest", "GPTQ")):
         for name, section in shown.items():
             dense = section["rows"]["dense"]["perplexity"]
-            bits = [b for b in (2, 3, 4, 8) if f"{family}-{b}" in section["rows"]]
-            ratios = [section["rows"][f"{family}-{b}"]["perplexity"] / dense for b in bits]
-            ax.plot(bits, ratios, marker="o", label=name)
+            bits = [b for b in (2, 3, 4) if f"{family}-{b}" in section["rows"]]
+            added = [section["rows"][f"{family}-{b}"]["perplexity"] / dense - 1 for b in bits]
+            ax.plot(bits, added, marker="o", label=name)
         ax.set_title(f"{title}, groups of {GROUP}")
         ax.set_xlabel("bits")
-        ax.set_xticks([2, 3, 4, 8])
+        ax.set_xticks([2, 3, 4])
         ax.set_yscale("log")
-        set_log_ticks(ax.yaxis)
-    axes[0].set_ylabel("perplexity / dense perplexity")
-    axes[0].legend(frameon=False)
+        ax.yaxis.set_major_formatter(FuncFormatter(plain))
+    axes[0].set_ylabel("perplexity / dense perplexity − 1")
+    axes[1].legend(frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
