@@ -142,7 +142,7 @@ class BERTFamily(Family):
 
     def holds(self, model: Module) -> bool:
         """True for a BERT with the settings of this family."""
-        if type(model) is not BERT or (model.config.switch is not None) != self.has_experts:
+        if not super().holds(model) or (model.config.switch is not None) != self.has_experts:
             return False
         return self.has_settings(model.config)
 

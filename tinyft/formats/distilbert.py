@@ -112,7 +112,7 @@ class DistilBERTFamily(Family):
 
     def holds(self, model: Module) -> bool:
         """True for a BERT with the settings of DistilBERT."""
-        if type(model) is not BERT:
+        if type(model) is not self.model or model.config.switch is not None:
             return False
         c = model.config
         has_its_parts = c.token_types == 0 and c.first_position == 0 and c.pooler_activation == "relu"

@@ -57,7 +57,7 @@ class GPT2Family(Family):
 
     def holds(self, model: Module) -> bool:
         """True for a GPT, with Switch layers or without them as this family has them."""
-        return type(model) is GPT and (model.config.switch is not None) == self.has_experts
+        return super().holds(model) and (model.config.switch is not None) == self.has_experts
 
     def table_name(self, name: str) -> str | None:
         """The name without `transformer.`; None for a causal mask."""

@@ -129,7 +129,7 @@ class MarianFamily(Family):
 
     def holds(self, model: Module) -> bool:
         """True for a Seq2Seq without Switch layers and with the ε of Marian's norms: config.json holds neither."""
-        return type(model) is Seq2Seq and model.config.eps == 1e-5 and model.config.switch is None
+        return super().holds(model) and model.config.eps == 1e-5 and model.config.switch is None
 
     def plan_of(self, model: Module) -> Plan:
         """The plan of this model. ValueError for a head other than the tied one with a bias."""
