@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from contract import build, noise
-from helpers import host
+from helpers import host, wrong_answers
 
 import tinyft as ft
 from tinyft import GNMTPenalty, PowerPenalty, PrefixTuning, PromptTuning, Seq2Seq, Seq2SeqConfig, beam_search, no_grad
@@ -233,6 +233,7 @@ WRONG = {
 }
 
 
+@wrong_answers
 @pytest.mark.parametrize("name, check", [(name, check) for name, checks in WRONG.items() for check in checks])
 def test_a_wrong_search_is_caught(name, check):
     with pytest.raises((AssertionError, IndexError)):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import dev, gradcheck, host, leaf
+from helpers import dev, gradcheck, host, leaf, wrong_answers
 from test_loss import BATCHES, VOCAB, Stop, equal, make_batch, make_gpt, stop_at, values_of
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel as WordLevelModel
@@ -396,6 +396,7 @@ def rejects(check: Any) -> bool:
     return False
 
 
+@wrong_answers
 @pytest.mark.parametrize("belief", WRONG)
 def test_a_wrong_loss_is_caught(belief):
     owner, name, f = WRONG[belief]

@@ -13,7 +13,7 @@ from contract import CHECKS, Row, Sizes, noise, run, same, values
 from helpers import host
 
 import tinyft as ft
-from tinyft import T5, Context, PromptTuning, Seq2Seq, Seq2SeqConfig, T5Config
+from tinyft import T5, Context, PromptTuning, Seq2Seq, Seq2SeqConfig, T5Config, array
 from tinyft.edit import attach, detach
 from tinyft.methods import ALL, BitFit, Full, Houlsby, LoRA, Partial, PrefixTuning
 from tinyft.tensor import Tensor
@@ -173,6 +173,8 @@ ROWS = {
 @pytest.mark.parametrize("kind, name", [(kind, name) for name, row in ROWS.items() for kind in KINDS
                                         if name != "bitfit" or kind == "seq2seq"])
 def test_a_method_keeps_the_contract(name, kind, check, encoder_decoders):
+    if check == "gradients" and array.backend() == "strict":
+        pytest.skip("differences of many losses take minutes there; other models have this check on the double")
     CHECKS[check](ROWS[name], kind)
 
 

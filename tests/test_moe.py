@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import dev, gradcheck, host
+from helpers import dev, gradcheck, host, wrong_answers
 from wrong import replaced
 
 import tinyft as ft
@@ -516,6 +516,7 @@ WRONG: dict[str, tuple[Any, str, Any]] = {
 }
 
 
+@wrong_answers
 @pytest.mark.parametrize("belief", WRONG)
 def test_a_wrong_layer_is_caught(belief):
     owner, name, f = WRONG[belief]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import dev, gradcheck, host
+from helpers import dev, gradcheck, host, wrong_answers
 
 import tinyft as ft
 from tinyft import Cache, Context, Seq2Seq, Seq2SeqConfig, no_grad, ops
@@ -190,6 +190,7 @@ WRONG = (no_source_mask, positions_by_column, unscaled, interleaved, causal_enco
          cross_before_self, no_head_bias, skips_a_norm)
 
 
+@wrong_answers
 @pytest.mark.parametrize("spoil", WRONG, ids=lambda f: f.__name__)
 def test_a_wrong_model_is_caught(spoil: Callable):
     model = build()

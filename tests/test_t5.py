@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import dev, host
+from helpers import dev, host, wrong_answers
 from test_seq2seq import in_chunks, pad, pairs, run
 
 import tinyft as ft
@@ -172,6 +172,7 @@ WRONG = (divided_scores, unscaled_head, bias_in_the_first_layer_alone, bias_in_c
          one_table_for_both_stacks, causal_buckets_in_the_encoder, no_encoder_norm, mirrored)
 
 
+@wrong_answers
 @pytest.mark.parametrize("spoil", WRONG, ids=lambda f: f.__name__)
 def test_a_wrong_model_is_caught(spoil: Callable):
     model = build()

@@ -173,6 +173,12 @@ def is_array(a: object) -> bool:
     return type(a) in _modules
 
 
+def shape_of(value: Any) -> tuple[int, ...]:
+    """The shape of an array of any backend, or of a number or nested lists."""
+    shape = getattr(value, "shape", None)
+    return np.shape(value) if shape is None else tuple(shape)
+
+
 def xp(*arrays: Array) -> ModuleType:
     """The array module of these arrays: numpy, cupy or strict.xp; numpy if there is none but scalars.
 

@@ -132,7 +132,8 @@ def first_ids(model: Module, ids: Any, facts: dict[str, Any]) -> Any:
     source = facts.get("source_ids")
     if source is None and facts.get("source") is not None:
         source = facts["source"].ids
-    return None if source is None or np.ndim(source) < 1 else model.start_ids(np.shape(source)[0])
+    shape = () if source is None else array.shape_of(source)
+    return model.start_ids(shape[0]) if shape else None
 
 
 def with_source(model: Module, facts: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import checks
+from .. import array, checks
 from ..context import read_mask
 from ..nn import Context, Embedding, Module
 from ..tensor import Tensor
@@ -96,14 +96,14 @@ class EncoderDecoder(Module):
 
 def check_source(ids: Any, mask: Any) -> None:
     """ValueError for a source without a column, and for a row of padding alone. Arrays on a device are not read."""
-    if isinstance(ids, (np.ndarray, list, tuple)) and np.ndim(ids) == 2 and np.shape(ids)[1] == 0:
-        raise ValueError(f"{WANTED_SOURCE}, got shape {np.shape(ids)}")
+    shape = array.shape_of(ids)
+    if len(shape) == 2 and shape[1] == 0:
+        raise ValueError(f"{WANTED_SOURCE}, got shape {shape}")
     if mask is None:
         return
     real = read_mask("source_mask", mask)
-    if real.shape != np.shape(ids)[:2]:
-        raise ValueError(f"source_mask has shape {real.shape}, source_ids {np.shape(ids)[:2]}: both want one entry per "
-                         "token")
+    if real.shape != shape[:2]:
+        raise ValueError(f"source_mask has shape {real.shape}, source_ids {shape[:2]}: both want one entry per token")
     if isinstance(real, np.ndarray) and not real.any(axis=1).all():
         row = int(real.any(axis=1).argmin())
         raise ValueError(f"{WANTED_SOURCE}, got an empty one in row {row}")
