@@ -52,7 +52,9 @@ SUITES = {
     "edit.py": ["test_protocol.py", "test_methods.py", "test_stacks.py"],
     "methods": ["test_methods.py", "test_protocol.py", "test_stacks.py"],
     **{f"models/{name}.py": ["test_models.py", "test_llama.py", "test_attention.py", "test_stacks.py"]
-       for name in ("attention", "bert", "blocks", "gpt", "llama", "rotary")},
+       for name in ("attention", "bert", "gpt", "llama", "rotary")},
+    "models/blocks.py": ["test_models.py", "test_llama.py", "test_attention.py", "test_stacks.py", "test_seq2seq.py",
+                         "test_t5.py"],
     "optim/buffers.py": ["test_optim.py", "test_precision.py", "test_paged.py"],
     **{f"optim/{name}.py": ["test_optim.py", "test_precision.py"]
        for name in ("master", "optimizers", "scaler", "schedules")},
