@@ -30,6 +30,14 @@ def size(config: dict, key: str, default: int | None = None, *, least: int = 1) 
     return value
 
 
+def token(config: dict, key: str, vocab: int, default: int | None = None) -> int:
+    """A token of a vocabulary of `vocab` tokens: a whole number from 0 to vocab − 1."""
+    value = size(config, key, default, least=0)
+    if value >= vocab:
+        raise ValueError(f"config.json: {key} wants a token of the vocabulary of {vocab}, got {value}")
+    return value
+
+
 def number(config: dict, key: str, default: float, below: float = math.inf) -> float:
     """A number of at least 0 and smaller than `below`. null stands for the default."""
     value = config.get(key)

@@ -14,7 +14,7 @@ from typing import Any
 from ..models import Seq2Seq, Seq2SeqConfig
 from ..nn import Module, TiedHead
 from .bert import weight_and_bias
-from .config import architecture, check_settings, check_tied, flag, number, short, size, with_one_name
+from .config import architecture, check_settings, check_tied, flag, number, short, size, token, with_one_name
 from .family import Family
 from .layout import FileTensor, Plan, Table, ZeroGenerator
 
@@ -90,10 +90,6 @@ class MarianFamily(Family):
         if not isinstance(activation, str) or activation not in ACTIVATIONS:
             raise ValueError(f"config.json: this library's Marian wants activation_function "
                              f"{' or '.join(map(repr, ACTIVATIONS))}, got {short(activation)}")
-        start = size(config, "decoder_start_token_id", 58100, least=0)
-        if start >= vocab:
-            raise ValueError(f"config.json: decoder_start_token_id wants a token of the vocabulary of {vocab}, "
-                             f"got {start}")
         return Seq2SeqConfig(
             vocab=vocab,
             positions=size(config, "max_position_embeddings", 1024),
@@ -106,7 +102,7 @@ class MarianFamily(Family):
             decoder_hidden=size(config, "decoder_ffn_dim", 4096),
             activation=ACTIVATIONS[activation],
             scaled=flag(config, "scale_embedding", default=False),
-            start=start,
+            start=token(config, "decoder_start_token_id", vocab, 58100),
             dropout=max(number(config, key, default, below=1) for key, default in DROPOUTS.items()))
 
     def table(self, plan: Plan) -> Table:

@@ -13,7 +13,7 @@ from typing import Any
 from ..models import T5, T5Config
 from ..models.t5 import ScaledTiedHead
 from ..nn import Linear, Module
-from .config import architecture, check_settings, flag, number, short, size, with_one_name
+from .config import architecture, check_settings, flag, number, short, size, token, with_one_name
 from .family import Family
 from .layout import FileTensor, Plan, Table, ZeroGenerator
 from .marian import remove_head
@@ -79,10 +79,7 @@ class T5Family(Family):
                              f"relative_attention_max_distance above half of it, got {buckets} and {max_distance}")
         start = 0
         if config.get("decoder_start_token_id") is not None:
-            start = size(config, "decoder_start_token_id", least=0)
-        if start >= vocab:
-            raise ValueError(f"config.json: decoder_start_token_id wants a token of the vocabulary of {vocab}, "
-                             f"got {start}")
+            start = token(config, "decoder_start_token_id", vocab)
         return T5Config(
             vocab=vocab,
             positions=size(config, "n_positions", 512),
