@@ -63,7 +63,7 @@ bench-gpu:  ## tinyft, CuPy and PyTorch on a device, in under ten minutes: tests
 
 install-peers: $(STAMP)
 	@"$(PY)" -c 'import torch' 2>/dev/null || "$(PY)" -m pip install -q --disable-pip-version-check "torch==2.13.0"
-	@cd "$(HERE)" && "$(PY)" -c 'import peft, transformers, adapters, gguf, bitsandbytes' 2>/dev/null || "$(PY)" -m pip install -q --disable-pip-version-check -e "$(HERE)[peers]"
+	@cd "$(HERE)" && "$(PY)" -c 'import peft, transformers, adapters, gguf, bitsandbytes, sacrebleu' 2>/dev/null || "$(PY)" -m pip install -q --disable-pip-version-check -e "$(HERE)[peers]"
 
 test-peers: install-peers  ## against PyTorch, transformers, PEFT and adapters (installs them)
 	@cd "$(HERE)" && HF_HUB_OFFLINE=1 "$(PY)" -m pytest tests/peers $(ARGS)

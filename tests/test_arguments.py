@@ -238,6 +238,7 @@ ROWS: dict[str, Callable[[Any], dict]] = {
     "Hinton": lambda path: {"teacher": gpt(), "temperature": 2.0, "soft": 0.5},
     "WordLevel": lambda path: {"teacher": gpt(), "alpha": 0.5},
     "DistilBERTLoss": lambda path: {"teacher": bert(), "temperature": 2.0, "soft": 5.0, "hard": 2.0, "cosine": 1.0},
+    "sentence_bleu": lambda path: {"hypothesis": [1, 2, 3], "reference": ["a", "b"]},
     "TeacherCache": lambda path: {"folder": path / "cache", "teacher": gpt(), "k": 4},
     "attach": lambda path: {"model": gpt(), "method": ft.LoRA(r=2), "name": "a", "seed": 0, "train_head": True},
     "detach": lambda path: {"model": adapted(), "name": "lora"},

@@ -42,6 +42,7 @@ from .compress import (
     compress,
     dense_student,
     pack,
+    sentence_bleu,
     smooth,
     student,
 )
@@ -132,7 +133,7 @@ __all__ = [
     # compression
     "compress", "RTN", "OBQ", "GPTQ", "NF4", "FP4", "E2M1", "Dynamic8", "AWQ", "Int8", "LLMInt8", "smooth", "QAT",
     "LSQ", "pack",
-    "student", "dense_student", "Hinton", "WordLevel", "DistilBERTLoss", "TeacherCache",
+    "student", "dense_student", "Hinton", "WordLevel", "DistilBERTLoss", "TeacherCache", "sentence_bleu",
     # training
     "fit", "evaluate", "perplexity", "corpus_perplexity", "CorpusPerplexity", "predict", "Predictions", "embed",
     "History", "Loss", "CrossEntropy", "Targets",

@@ -2,12 +2,14 @@
 
     hinton.py       a temperature, and the labels beside the teacher (2015)
     word_level.py   the teacher's distribution of every next token (Kim and Rush 2016)
+    bleu.py         the similarity of two sentences
     distilbert.py   the triple loss of DistilBERT (2019)
     layers.py       a student that starts from layers of its teacher
     switch.py       a dense student of a Switch model
     cache.py        a teacher's outputs on disk: its pass is paid once
     soft.py         the parts of all losses
 """
+from .bleu import sentence_bleu
 from .cache import TeacherCache
 from .distilbert import DistilBERTLoss
 from .hinton import Hinton
@@ -16,4 +18,4 @@ from .switch import dense_student
 from .word_level import WordLevel
 
 __all__ = ["DistilBERTLoss", "Hinton", "TeacherCache", "WordLevel", "check_tokenizers", "dense_student", "layer_map",
-           "student"]
+           "sentence_bleu", "student"]
