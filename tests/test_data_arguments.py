@@ -52,6 +52,10 @@ TEXTS = {"examples": EXAMPLES, "tokenizer": TOKENIZER, "max_len": 8, "form": "be
 CALLS: dict[str, tuple[Callable, dict[str, Any]]] = {
     "Batches": (first_batch(data.Batches), {"examples": [[1, 2], [3, 4]], "lengths": None, **STREAM}),
     "text_batches": (first_batch(data.text_batches), {**TEXTS, **STREAM}),
+    "source_batches": (first_batch(data.source_batches), {
+        "pairs": [("a b", "c"), ("b", "d")], "tokenizer": TOKENIZER, "max_source": 8, "max_target": 8, "start": 0,
+        "end": 1, **STREAM,
+    }),
     "lm_batches": (first_batch(data.lm_batches), {"tokens": TOKENS, "T": 4, **STREAM}),
     "mlm_batches": (
         first_batch(data.mlm_batches), {"tokens": TOKENS, "T": 6, "vocab": None, "p": 0.15, "tokenizer": None, **STREAM}

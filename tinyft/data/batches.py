@@ -196,7 +196,7 @@ class Batches:
             return np.arange(len(self.examples))
         rng = generator(self.seed, ORDER, self.epoch)
         order = rng.permutation(len(self.examples))
-        if self.lengths is None:
+        if self.lengths is None or len(order) < self.batch_size:  # one short batch: nothing to group
             return order
         # Sort by length within pools of POOL batches, then shuffle the batches. The short batch stays last,
         # since __next__ cuts the order every batch_size indices.
