@@ -32,6 +32,13 @@ def processor() -> str:
     return name
 
 
+def usable_cores() -> int:
+    """The cores that this process may use: fewer than the machine has if it is pinned to some of them."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def machine() -> dict[str, Any]:
     """The machine and the versions: processor, cores, system, Python, libraries, commit, date."""
     versions = {}
@@ -41,7 +48,7 @@ def machine() -> dict[str, Any]:
     git = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
     return {
         "cpu": processor(),
-        "cores": os.cpu_count(),
+        "cores": usable_cores(),
         "system": f"{platform.system()} {platform.release().split('-')[0]}",
         "python": platform.python_version(),
         "versions": versions,
