@@ -1,0 +1,51 @@
+"""C30: the share of a Switch model's gain that a dense student keeps."""
+
+from __future__ import annotations
+
+import switch
+
+from .claim import HOLDS, IN_PART, WRONG, Claim, Finding, Numbers
+
+SHARE = 0.3
+COMPRESSION = 0.8
+
+
+def measure() -> Numbers:
+    """The summary of the study: switch.summary."""
+    return switch.measure()
+
+
+def judge(numbers: Numbers) -> Finding:
+    """By the share of the student with both, and by the dense model that trained as long as teacher and student."""
+    shares = {name: row["share"] for name, row in numbers["shares"].items()}
+    both = shares[switch.BOTH]
+    gains = numbers["gain"]["low"] > 0
+    keeps = gains and numbers["compression"] >= COMPRESSION and both >= SHARE
+    beyond = numbers["beyond_longer"]["mean"] > 0
+    verdict = HOLDS if keeps and beyond else IN_PART if keeps or (gains and both > 0) else WRONG
+    measured = (
+        f"at {100 * numbers['compression']:.0f} % compression the student keeps {100 * both:.0f} % of a gain of "
+        f"{numbers['gain']['mean']:.3f} nats (distillation alone {100 * shares[switch.DISTILLED]:.0f} %, start alone "
+        f"{100 * shares[switch.START]:.0f} %); the dense model that trained as long as both together has "
+        f"{100 * shares[switch.LONGER]:.0f} %"
+    )
+    return Finding(verdict, measured, tuple(switch.student_table(numbers)))
+
+
+CLAIM = Claim(
+    id="C30",
+    claim="Distilled into a dense model at 80-99 % compression, a Switch model keeps 30 % of its gain",
+    source="003",
+    refuted_by=(
+        f"a Switch model without a gain, or a student, smaller by {100 * COMPRESSION:g} % or more, that keeps nothing "
+        f"of it. It holds if the student keeps {100 * SHARE:g} % or more and is better than a dense model that trained "
+        "as long as teacher and student together; in part if it keeps less, or if the longer training explains it."
+    ),
+    setup=(
+        f"the protocol of results/switch.md: the Switch model with {max(switch.Settings().experts)} experts, its "
+        "losses 0.75 / 0.25, the start from its other parameters; the share is that of the mean losses over "
+        f"{switch.Settings().seeds} seeds."
+    ),
+    measure=measure,
+    judge=judge,
+)

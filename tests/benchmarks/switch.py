@@ -1,0 +1,378 @@
+"""Switch models beside a dense one at equal FLOPs per token and at equal time, and dense students of a Switch model.
+
+    python tests/benchmarks/switch.py           the rows that are missing, then the page and the picture
+    python tests/benchmarks/switch.py --page    the page and the picture from the stored rows
+
+Protocol: small GPTs learn the shipped prose, all on the same batches of a seed, with one learning rate, constant after
+its warm-up: so the losses of two runs can be compared at every step. The feed-forward of every second block of a Switch
+model has E experts. A token visits one of them, so it costs the FLOPs of the dense model, and the router's. No token is
+dropped. Losses are held out, on the same windows for all models. Milliseconds of a step are processor time, from paired
+rounds. A student has the dense model's shape and trains for as many steps as its teacher did. Intervals are 95 %, by
+Student's t over the seeds, of paired differences or ratios.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import study
+from report import table
+from study import Row, Study
+
+import tinyft as ft
+
+NAME = "switch"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes of the study. longer: the dense model trains so many times the steps of the others."""
+
+    seeds: int = 3
+    experts: tuple[int, ...] = (4, 8, 32)
+    width: int = 64
+    layers: int = 2
+    heads: int = 2
+    length: int = 64
+    batch: int = 16
+    steps: int = 700
+    longer: int = 2
+    lr: float = 4e-3
+    warmup: int = 50
+    every: int = 50
+    windows: int = 256
+    rounds: int = 20
+
+
+SMOKE = Settings(seeds=1, experts=(2, 3, 4), steps=4, warmup=2, every=2, windows=8, rounds=2)
+
+DENSE = "dense"
+DISTILLED = "+ distillation"
+START = "+ start from the teacher"
+BOTH = "+ both"
+LONGER = "dense, all its steps"  # as many as teacher and student together
+STUDENTS = (DISTILLED, START, BOTH)
+SOFT = 0.25  # the share of the teacher in the loss; the labels have the rest
+PAPER = {DISTILLED: 0.03, START: 0.20, BOTH: 0.29}  # shares of the gain, Fedus et al. 2021, table 6
+COST = "cost"
+
+
+def name_of(experts: int) -> str:
+    """The name of a Switch model."""
+    return f"Switch, {experts} experts"
+
+
+# ---------------------------------------------------------------------------------------------------- models, data
+def new_model(s: Settings, experts: int | None, seed: int) -> ft.GPT:
+    """A GPT with random weights; with so many experts in every second block, or dense."""
+    switch = None
+    if experts is not None:
+        # With f = E no token is dropped. An expert computes its own tokens alone, so this costs nothing.
+        switch = ft.SwitchConfig(experts=experts, every=2, capacity=experts, eval_capacity=experts)
+    config = ft.GPTConfig(
+        vocab=2048, positions=s.length, width=s.width, layers=s.layers, heads=s.heads, switch=switch,
+    )
+    return ft.GPT(config, seed)
+
+
+def size(model: ft.Module) -> int:
+    """The number of parameters."""
+    return sum(p.size for p in model.parameters())
+
+
+@lru_cache(maxsize=1)
+def held_out(s: Settings) -> list[dict[str, np.ndarray]]:
+    """Batches of held-out prose, at equal distances in the test split."""
+    return ft.data.held_out_batches(study.prose("test"), s.length, s.windows, 32)
+
+
+def training_batches(s: Settings, seed: int) -> ft.data.Batches:
+    """The batches of a seed, the same for all models."""
+    return ft.data.lm_batches(study.prose("train"), s.length, s.batch, seed)
+
+
+# ---------------------------------------------------------------------------------------------------- the runs
+def train(study_: Study, s: Settings, model: ft.Module, key: str, seed: int, steps: int,
+          loss: ft.Loss | None = None) -> ft.History:
+    """Train a model in place; a run that ended is read from its checkpoint."""
+    return ft.fit(
+        model, training_batches(s, seed), steps, ft.AdamW(s.lr, betas=(0.9, 0.98), weight_decay=0.1),
+        ft.constant_schedule(s.warmup), loss=loss, seed=seed, out=study_.folder(key), resume=True, progress=False,
+        evaluate=partial(ft.evaluate, model, held_out(s)), evaluate_every=s.every,
+    )
+
+
+def pretrained(study_: Study, s: Settings, experts: int | None, seed: int) -> tuple[ft.Module, ft.History]:
+    """A model after its pretraining. The dense one trains longer."""
+    model = new_model(s, experts, seed)
+    name = DENSE if experts is None else name_of(experts)
+    steps = s.steps if experts else s.longer * s.steps
+    return model, train(study_, s, model, f"{name}/{seed}", seed, steps)
+
+
+def pretraining_row(study_: Study, s: Settings, experts: int | None, seed: int) -> Row:
+    """The learning curve of one model; of a Switch model also its balance loss at the end."""
+    model, history = pretrained(study_, s, experts, seed)
+    row = study.curve(history)
+    if experts is not None:
+        row["balance"] = round(float(np.mean(history.terms["balance"][-100:])), 5)
+    return row
+
+
+def student_row(study_: Study, s: Settings, name: str, seed: int) -> Row:
+    """The learning curve of one dense student of the largest Switch model."""
+    teacher, _ = pretrained(study_, s, max(s.experts), seed)
+    teacher.eval()
+    loss = ft.Hinton(teacher, temperature=1, soft=SOFT) if name in (DISTILLED, BOTH) else None
+    if name == DISTILLED:  # the dense model's random weights and batches
+        return study.curve(train(study_, s, new_model(s, None, seed), f"{name}/{seed}", seed, s.steps, loss))
+    model = ft.dense_student(teacher, seed=seed)
+    order = s.seeds + seed  # of the batches: another one than the teacher's
+    return study.curve(train(study_, s, model, f"{name}/{seed}", order, s.steps, loss))
+
+
+def cost_row(s: Settings) -> Row:
+    """Parameters, and processor time of training steps: that of a Switch model over the dense model's, paired."""
+    parameters = {DENSE: size(new_model(s, None, 0))}
+    ratios = {}
+    batch = next(training_batches(s, 0))
+    dense = partial(study.step_seconds, new_model(s, None, 0), batch)
+    for experts in s.experts:
+        model = new_model(s, experts, 0)
+        parameters[name_of(experts)] = size(model)
+        ratios[name_of(experts)] = study.time_ratios(partial(study.step_seconds, model, batch), dense, s.rounds)
+    teacher = new_model(s, max(s.experts), 0)
+    distil = ft.Hinton(teacher, temperature=1, soft=SOFT)
+    distilled = partial(study.step_seconds, new_model(s, None, 0), batch, distil)
+    ratios[DISTILLED] = study.time_ratios(distilled, dense, s.rounds)
+    seconds = [dense() for _ in range(s.rounds)]
+    return {"parameters": parameters, "ratios": ratios, "dense_ms": 1e3 * float(np.median(seconds))}
+
+
+def open_study(s: Settings, out: Path, work: Path) -> Study:
+    """The study with these settings."""
+    settings = asdict(s)
+    settings["experts"] = list(s.experts)  # as JSON gives it back
+    return Study(out / f"{NAME}.json", settings, work)
+
+
+def rows_of(s: Settings, study_: Study) -> dict[str, Row]:
+    """All rows; those that are missing are measured."""
+    jobs: dict[str, Callable[[], Row]] = {COST: partial(cost_row, s)}
+    for seed in range(s.seeds):
+        jobs[f"{DENSE}/{seed}"] = partial(pretraining_row, study_, s, None, seed)
+        for experts in s.experts:
+            jobs[f"{name_of(experts)}/{seed}"] = partial(pretraining_row, study_, s, experts, seed)
+        for name in STUDENTS:
+            jobs[f"{name}/{seed}"] = partial(student_row, study_, s, name, seed)
+    return study_.run(jobs)
+
+
+# ---------------------------------------------------------------------------------------------------- numbers
+def summary(s: Settings, rows: dict[str, Row]) -> dict[str, Any]:
+    """The numbers of the page and of the claims, from the rows. JSON-able.
+
+    steps, curves    of every model: steps, and held-out losses (seeds, points)
+    loss             {model: spread of its loss at the end}; of the dense model, after as many steps as the others
+    speed            {Switch model: ratio of step times; by_steps, by_time: times faster to the dense model's loss;
+                     equal_steps, equal_time: its loss − the dense model's}
+    gain             loss of the dense model − that of the largest Switch model
+    shares           {student: the share of the gain that it keeps}; LONGER: the dense model after all its steps
+    """
+    names = [DENSE, *map(name_of, s.experts), *STUDENTS]
+    curves = {name: study.values_of(rows, name, "curve", s.seeds) for name in names}
+    steps = {name: rows[f"{name}/0"]["steps"] for name in names}
+    at_end = {name: curves[name][:, -1] for name in names}
+    at_end[DENSE] = np.array([loss_at(steps[DENSE], losses, s.steps) for losses in curves[DENSE]])
+    at_end[LONGER] = curves[DENSE][:, -1]
+    cost = rows[COST]
+    ratios = {name: study.quartiles(values) for name, values in cost["ratios"].items()}
+    speed = {}
+    for name in map(name_of, s.experts):
+        speed[name] = speed_of(s, steps, curves[DENSE], curves[name], ratios[name]["mean"])
+    gain = at_end[DENSE] - at_end[name_of(max(s.experts))]
+    shares = {}
+    for name in (*STUDENTS, LONGER):
+        shares[name] = (at_end[DENSE] - at_end[name]).tolist()
+    large = cost["parameters"][name_of(max(s.experts))]
+    return {
+        "steps": steps,
+        "curves": {name: losses.tolist() for name, losses in curves.items()},
+        "loss": {name: study.spread(losses) for name, losses in at_end.items()},
+        "parameters": cost["parameters"],
+        "dense_ms": cost["dense_ms"],
+        "ratios": ratios,
+        "speed": speed,
+        "gain": study.spread(gain),
+        "shares": {name: share_of(gain, kept) for name, kept in shares.items()},
+        "beyond_longer": study.spread(at_end[LONGER] - at_end[BOTH]),
+        "compression": 1 - cost["parameters"][DENSE] / large,
+    }
+
+
+def loss_at(steps: list[int], losses: Any, step: float) -> float:
+    """The held-out loss at a step, interpolated between evaluations; beyond the last one, the last loss."""
+    return float(np.interp(step, steps, losses))
+
+
+def speed_of(s: Settings, steps: dict[str, list[int]], dense: np.ndarray, switch: np.ndarray,
+             ratio: float) -> dict[str, Any]:
+    """How much faster a Switch model is, and its loss beside the dense model's, over seeds.
+
+    steps: of the evaluations. dense, switch: losses (seeds, points). ratio: of the times of a step."""
+    by_steps = []
+    equal_steps = []
+    equal_time = []
+    for of_dense, of_switch in zip(dense, switch):
+        by_steps.append(times_faster(s.steps, steps[DENSE], of_dense, of_switch))
+        equal_steps.append(of_switch[-1] - loss_at(steps[DENSE], of_dense, s.steps))
+        equal_time.append(of_switch[-1] - loss_at(steps[DENSE], of_dense, s.steps * ratio))
+    return {
+        "by_steps": study.spread(by_steps),
+        "by_time": study.spread(np.array(by_steps) / ratio),
+        "equal_steps": study.spread(equal_steps),
+        "equal_time": study.spread(equal_time),
+    }
+
+
+def times_faster(N: int, steps: list[int], dense: Any, switch: Any) -> float:
+    """N / the step at which the Switch model has the dense model's loss of step N.
+
+    If it never has, the dense model is faster: the step at which it has the Switch model's last loss, over N.
+    Both curves are of one seed, with evaluations at the same steps; the dense one may be longer."""
+    reached = study.steps_to(steps, switch, loss_at(steps, dense, N))
+    if reached is not None:
+        return N / reached
+    return study.steps_to(steps, dense, switch[-1]) / N
+
+
+def share_of(gain: np.ndarray, kept: list[float]) -> dict[str, Any]:
+    """{share: mean over seeds of what is kept, over the mean gain; kept: the spread of what is kept, in nats}."""
+    return {"share": float(np.mean(kept) / np.mean(gain)), "kept": study.spread(kept)}
+
+
+# ---------------------------------------------------------------------------------------------------- the page
+def page(data: dict[str, Any], numbers: dict[str, Any]) -> str:
+    """results/switch.md."""
+    parts = __doc__.split("\n\n")
+    lines = ["# " + parts[0].rstrip("."), ""]
+    lines += study.heading(data, "python tests/benchmarks/switch.py")
+    lines += [parts[2].strip().replace("\n", " "), "", "![learning curves](switch.png)", ""]
+    lines += ["## Switch and dense at equal FLOPs per token, and at equal time", "", *speed_table(numbers)]
+    lines += ["## Dense students of the largest Switch model", "", *student_table(numbers)]
+    lines += ["## Reading", "", *reading(numbers)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def speed_table(numbers: dict[str, Any]) -> list[str]:
+    """A row for each model."""
+    steps = numbers["steps"][DISTILLED][-1]
+    rows = [[DENSE, f"{numbers['parameters'][DENSE]:,}", f"{numbers['dense_ms']:.0f}",
+             study.text(numbers["loss"][DENSE]), "", "", "1", "1"]]
+    for name, speed in numbers["speed"].items():
+        ms = numbers["dense_ms"] * numbers["ratios"][name]["mean"]
+        rows.append([
+            name, f"{numbers['parameters'][name]:,}", f"{ms:.0f}", study.text(numbers["loss"][name]),
+            study.text(speed["equal_steps"], "+.3f"), study.text(speed["equal_time"], "+.3f"),
+            study.text(speed["by_steps"], ".2f"), study.text(speed["by_time"], ".2f"),
+        ])
+    head = ["model", "parameters", "ms a step", f"held-out loss after {steps} steps", "− dense, equal steps",
+            "− dense, equal time", "times faster, by steps", "times faster, by time"]
+    return table(head, rows)
+
+
+def student_table(numbers: dict[str, Any]) -> list[str]:
+    """A row for each student: its loss, and the share of the gain beside the paper's."""
+    rows = []
+    for name, share in numbers["shares"].items():
+        paper = f"{100 * PAPER[name]:.0f} %" if name in PAPER else ""
+        rows.append([name, study.text(numbers["loss"][name]), study.text(share["kept"], "+.3f"),
+                     f"{100 * share['share']:.0f} %", paper])
+    lines = table(["student", "held-out loss", "below the dense model", "share of the gain", "paper"], rows)
+    return [f"The gain: {study.text(numbers['gain'], '+.3f')} nats. The student has "
+            f"{100 * numbers['compression']:.0f} % fewer parameters than its teacher.", "", *lines]
+
+
+def reading(numbers: dict[str, Any]) -> list[str]:
+    """What the tables say, computed from them."""
+    best = max(numbers["speed"], key=lambda name: numbers["speed"][name]["by_steps"]["mean"])
+    speed = numbers["speed"][best]
+    lines = [
+        f"- By steps, {best} reaches the dense model's loss {study.text(speed['by_steps'], '.2f')} times as fast; by "
+        f"time, {study.text(speed['by_time'], '.2f')} times. The paper has 7. A step of the Switch model takes "
+        f"{numbers['ratios'][best]['mean']:.2f} times as long: its experts are many small matrix products, and the "
+        "optimizer updates all of them.",
+        f"- The students keep of the gain: distilled {100 * numbers['shares'][DISTILLED]['share']:.0f} %, with the "
+        f"teacher's other parameters {100 * numbers['shares'][START]['share']:.0f} %, with both "
+        f"{100 * numbers['shares'][BOTH]['share']:.0f} %; the paper has 3, 20 and 29 %.",
+        "- A student that starts from its teacher's parameters also inherits the teacher's steps. The fair neighbour "
+        "is the dense model that trained as long as both together: it is at "
+        f"{100 * numbers['shares'][LONGER]['share']:.0f} % of the gain; the student with both is "
+        f"{study.text(numbers['beyond_longer'], '+.3f')} below it.",
+    ]
+    return lines
+
+
+def draw(numbers: dict[str, Any], path: Path) -> None:
+    """Held-out loss against steps and against time of the Switch models; against steps, of the students."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), sharey=True, layout="constrained")
+    colors = ["0.3", "#88ccee", "#4477aa", "#332288"]
+    for color, name in zip(colors, [DENSE, *numbers["speed"]]):
+        losses = np.mean(numbers["curves"][name], axis=0)
+        steps = np.array(numbers["steps"][name])
+        ratio = 1.0 if name == DENSE else numbers["ratios"][name]["mean"]
+        axes[0].plot(steps, losses, color=color, label=name)
+        axes[1].plot(steps * ratio * numbers["dense_ms"] / 1e3, losses, color=color, label=name)
+    largest = list(numbers["speed"])[-1]
+    axes[2].plot(numbers["steps"][DENSE], np.mean(numbers["curves"][DENSE], axis=0), color="0.3", label=DENSE)
+    axes[2].axhline(numbers["loss"][largest]["mean"], color="#332288", linestyle=":", label="the teacher's last loss")
+    for color, name in zip(("#ddcc77", "#cc6677", "#aa4499"), STUDENTS):
+        axes[2].plot(numbers["steps"][name], np.mean(numbers["curves"][name], axis=0), color=color, label=name)
+    for ax, label, title in zip(axes, ("step", "processor seconds of training", "step"),
+                                ("equal FLOPs per token", "equal time", "dense students")):
+        ax.set(xlabel=label, title=title)
+        ax.legend(frameon=False, fontsize=8)
+    axes[0].set_ylabel("held-out loss, nats per token")
+    lowest = min(float(np.min(losses)) for losses in numbers["curves"].values())
+    axes[0].set_ylim(lowest - 0.1, lowest + 1.6)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def report(s: Settings, study_: Study, rows: dict[str, Row]) -> None:
+    """Write the page and the picture."""
+    numbers = summary(s, rows)
+    out = study_.file.parent
+    (out / f"{NAME}.md").write_text(page(study_.read(), numbers), encoding="utf-8")
+    draw(numbers, out / f"{NAME}.png")
+
+
+def measure() -> dict[str, Any]:
+    """The numbers for the claims: the summary of all rows; those that are missing are measured."""
+    s = Settings()
+    rows = rows_of(s, open_study(s, study.RESULTS, study.ROOT / "work" / "studies" / NAME))
+    return summary(s, rows)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure the rows that are missing, and write the page and the picture."""
+    options = study.parse(__doc__.splitlines()[0], arguments)
+    s = SMOKE if options.smoke else Settings()
+    with study.place(options, NAME) as (out, work):
+        study_ = open_study(s, out, work)
+        if options.again:
+            study_.forget()
+        rows = study_.read()["rows"] if options.page else rows_of(s, study_)
+        report(s, study_, rows)
+
+
+if __name__ == "__main__":
+    main()
