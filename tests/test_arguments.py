@@ -72,6 +72,10 @@ def gpt() -> ft.GPT:
     return ft.GPT(ft.GPTConfig(vocab=20, positions=12, width=8, layers=1, heads=2), seed=0)
 
 
+def seq2seq() -> ft.Seq2Seq:
+    return ft.Seq2Seq(ft.Seq2SeqConfig(vocab=20, positions=12, width=8, layers=1, heads=2), seed=0)
+
+
 def bert() -> ft.BERT:
     return ft.BERT(ft.BERTConfig(vocab=20, positions=12, width=8, layers=1, heads=2), seed=0)
 
@@ -238,6 +242,10 @@ ROWS: dict[str, Callable[[Any], dict]] = {
     "Hinton": lambda path: {"teacher": gpt(), "temperature": 2.0, "soft": 0.5},
     "WordLevel": lambda path: {"teacher": gpt(), "alpha": 0.5},
     "DistilBERTLoss": lambda path: {"teacher": bert(), "temperature": 2.0, "soft": 5.0, "hard": 2.0, "cosine": 1.0},
+    **dict.fromkeys(["SequenceLevel", "Interpolation"],
+                    lambda path: {"beams": ft.TeacherBeams(None, seq2seq(), end=3, max_new_tokens=4)}),
+    "TeacherBeams": lambda path: {"folder": path / "beams", "teacher": seq2seq(), "end": 3, "max_new_tokens": 4,
+                                  "beams": 2, "n_best": 2, "lp": ft.PowerPenalty(0.5)},
     "sentence_bleu": lambda path: {"hypothesis": [1, 2, 3], "reference": ["a", "b"]},
     "TeacherCache": lambda path: {"folder": path / "cache", "teacher": gpt(), "k": 4},
     "attach": lambda path: {"model": gpt(), "method": ft.LoRA(r=2), "name": "a", "seed": 0, "train_head": True},

@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pooling": {"array"},
     "embed": {*BELOW_EDIT, "kernels", "models", "data", "tokens", "predict", "pooling"},
     "methods": set(CORE),                                  # a method never imports a model
-    "compress": {*CORE, "dynamic", "files", "identity", "models", "train"},
+    "compress": {*CORE, "dynamic", "files", "identity", "models", "beam", "train"},
     "adapters": {*CORE, "files", "identity", "methods", "formats", "models"},    # formats: transformers' names
     "train": {*CORE, "kernels", "files", "identity", "optim", "models", "data"},
     "memory": {*CORE, "sizes", "kernels", "optim", "models", "train"},

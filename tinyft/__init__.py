@@ -36,7 +36,10 @@ from .compress import (
     Dynamic8,
     Hinton,
     Int8,
+    Interpolation,
     LLMInt8,
+    SequenceLevel,
+    TeacherBeams,
     TeacherCache,
     WordLevel,
     compress,
@@ -133,7 +136,8 @@ __all__ = [
     # compression
     "compress", "RTN", "OBQ", "GPTQ", "NF4", "FP4", "E2M1", "Dynamic8", "AWQ", "Int8", "LLMInt8", "smooth", "QAT",
     "LSQ", "pack",
-    "student", "dense_student", "Hinton", "WordLevel", "DistilBERTLoss", "TeacherCache", "sentence_bleu",
+    "student", "dense_student", "Hinton", "WordLevel", "DistilBERTLoss", "TeacherCache",
+    "SequenceLevel", "Interpolation", "TeacherBeams", "sentence_bleu",
     # training
     "fit", "evaluate", "perplexity", "corpus_perplexity", "CorpusPerplexity", "predict", "Predictions", "embed",
     "History", "Loss", "CrossEntropy", "Targets",

@@ -11,7 +11,18 @@
     ggml.py         the block formats of GGUF files
 """
 from .codebooks import Codebook
-from .distill import DistilBERTLoss, Hinton, TeacherCache, WordLevel, dense_student, sentence_bleu, student
+from .distill import (
+    DistilBERTLoss,
+    Hinton,
+    Interpolation,
+    SequenceLevel,
+    TeacherBeams,
+    TeacherCache,
+    WordLevel,
+    dense_student,
+    sentence_bleu,
+    student,
+)
 from .ggml import FORMATS, Q4_0, Q4_1, Q8_0
 from .grouped import Uniform
 from .layerwise import LayerReport, compress
@@ -20,6 +31,7 @@ from .rule import Rule
 
 __all__ = [
     "AWQ", "E2M1", "FORMATS", "FP4", "GPTQ", "LSQ", "NF4", "OBQ", "Q4_0", "Q4_1", "Q8_0", "QAT", "RTN", "Codebook",
-    "DistilBERTLoss", "Dynamic8", "Hinton", "Int8", "LLMInt8", "LayerReport", "Rule", "TeacherCache", "Uniform",
-    "WordLevel", "compress", "dense_student", "pack", "sentence_bleu", "smooth", "student",
+    "DistilBERTLoss", "Dynamic8", "Hinton", "Int8", "Interpolation", "LLMInt8", "LayerReport", "Rule", "SequenceLevel",
+    "TeacherBeams", "TeacherCache", "Uniform", "WordLevel", "compress", "dense_student", "pack", "sentence_bleu",
+    "smooth", "student",
 ]

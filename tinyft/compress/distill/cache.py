@@ -22,11 +22,11 @@ import numpy as np
 
 from ... import array, checks
 from ...context import check_range
-from ...files import read_tensors, sweep, write_tensors
 from ...identity import fingerprint
 from ...nn import Module
 from ...tensor import Tensor
 from ...train.batch import Endless, Targets, iterate, read_batch
+from .row_files import read_row_files, write_row_file
 from .soft import CachedTargets, run_teacher
 
 FLUSH = 1 << 22                                          # bytes of new entries, from which on a file is written
@@ -56,7 +56,6 @@ class TeacherCache:
         self._teacher = teacher
         self._entries: dict[bytes, Entry] = {}
         self._new: list[bytes] = []                      # keys of the entries that are not on disk yet
-        self._files = 0
         self._classes: int | None = None                 # V, once an output is known
         self._passes = 0
         self.of = None if teacher is None else fingerprint(teacher)
@@ -78,14 +77,10 @@ class TeacherCache:
     # ── reading and writing ──
     def _read_files(self) -> None:
         """Take the entries of all files of the folder."""
-        if not self._folder.is_dir():
-            return
-        for file in sorted(self._folder.glob("rows-*.safetensors")):
-            arrays, facts = read_tensors(file)
+        for file, arrays, facts in read_row_files(self._folder):
             self._check_facts(file, facts)
             self._add_file(file, arrays)
             self._classes = facts.get("classes")
-            self._files += 1
 
     def _check_facts(self, file: Path, facts: dict[str, Any]) -> None:
         """ValueError unless a file is of this teacher and this k. Without a teacher, the first file decides."""
@@ -114,7 +109,6 @@ class TeacherCache:
         """Write all new entries, as one more file. A reader sees the whole file or none."""
         if not self._new:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
         entries = [self._entries[key] for key in self._new]
         arrays = {
             "keys": np.frombuffer(b"".join(self._new), np.uint8).reshape(len(entries), -1),
@@ -122,13 +116,7 @@ class TeacherCache:
             "values": np.concatenate([values for values, _ in entries]),
             "columns": np.concatenate([columns for _, columns in entries]),
         }
-        file = self._folder / f"rows-{self._files:06d}.safetensors"
-        while file.exists():                             # of another process that fills the same folder
-            self._files += 1
-            file = self._folder / f"rows-{self._files:06d}.safetensors"
-        sweep(file)
-        write_tensors(file, arrays, {"of": self.of, "k": self.k, "classes": self._classes})
-        self._files += 1
+        write_row_file(self._folder, arrays, {"of": self.of, "k": self.k, "classes": self._classes})
         self._new = []
 
     # ── use ──

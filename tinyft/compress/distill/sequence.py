@@ -1,0 +1,188 @@
+"""Sequence-Level Knowledge Distillation: its sequence-level forms.  Kim, Rush 2016.  arXiv:1606.07947
+
+    sequence-level    ŷ = the best text of the teacher's beam search for x                 L = − log p(ŷ | x)      §3.2
+    interpolation     ỹ = argmax of BLEU(y, gold) over the K best texts y of the beam      L = − log p(ỹ | x)      §3.3
+
+x a source, gold its target in the data, p the student. Both replace the targets of a batch, and the loss stays that of
+the data:
+
+    beams = TeacherBeams("work/beams", teacher, end=0, max_new_tokens=20, beams=35)
+    fit(student, SequenceLevel(beams).map(batches), steps)                                 learns ŷ
+    fit(student, Interpolation(beams).map(batches), steps)                                 learns ỹ
+    fit(student, SequenceLevel(beams).map(batches), steps, loss=WordLevel(teacher))        and q(· | x, ŷ_<j)
+
+The paper decodes the training sources with K = 5 for ŷ and K = 35 for ỹ, and trains on ỹ a student that has learned ŷ.
+
+Departures: a text counts tokens as they are, often parts of words. The score of a text has the length penalty of
+`TeacherBeams`; GNMTPenalty(0.0) is the paper's log q(y | x).
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ... import checks
+from ...beam import Hypothesis
+from ...identity import fingerprint, qualified_name
+from ...tensor import Tensor
+from ...train.batch import IGNORE, Endless, Resumable, Targets, iterate, read_batch
+from .beams import TeacherBeams
+from .bleu import sentence_bleu
+from .cache import row_of_logits
+
+
+@dataclass(frozen=True, eq=False)
+class NewTargets:
+    """Replaces the target of each row of a batch by a text of the teacher. Subclasses write `choose`."""
+    beams: TeacherBeams
+
+    def __post_init__(self) -> None:
+        checks.instance(f"{type(self).__name__}: beams", self.beams, TeacherBeams, "a TeacherBeams(folder, teacher)")
+
+    def choose(self, hypotheses: Sequence[Hypothesis], gold: Sequence[int]) -> Hypothesis:
+        """The hypothesis, of those for one source and best first, that becomes the target; gold: the data's target."""
+        raise NotImplementedError(f"{type(self).__name__} has no choose(hypotheses, gold)")
+
+    def map(self, batches: Iterable) -> Iterable:
+        """The same batches with new targets.
+
+        Endless batches that can be resumed, such as `data.Batches`, give such batches again: each is mapped when it is
+        read. Any others are read to their end, and give a list. The teacher decodes each source once.
+        TypeError for anything else than batches; ValueError or IndexError as in `map_batch`."""
+        if isinstance(batches, Endless) and isinstance(batches, Resumable):
+            return MappedBatches(self, batches)
+        return [self.map_batch(batch) for batch in iterate(batches)]
+
+    def map_batch(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """One batch with new targets: ids (B, T), the start token and a text, and their mask. It has no labels.
+
+        Everything else in the batch stays. ValueError for a batch without a source or without tokens as targets, and
+        for one whose text begins with another token than the teacher's; IndexError for a token that the teacher does
+        not have."""
+        name = type(self).__name__
+        targets = read_batch(batch)
+        self.beams.check(targets)
+        golds = read_golds(name, targets)
+        start = self.beams.teacher.config.start
+        check_start(name, start, targets)
+        rows = []
+        for hypotheses, gold in zip(self.beams.look_up(targets), golds, strict=True):
+            rows.append((start, *self.choose(hypotheses, gold).tokens))
+        new = {key: value for key, value in batch.items() if key not in ("ids", "mask", "labels")}
+        new["ids"], new["mask"] = pad_right(rows, start)
+        return new
+
+
+class SequenceLevel(NewTargets):
+    """ŷ: the target of a source is the teacher's best text.       Kim and Rush 2016, §3.2
+
+    beams  a TeacherBeams
+
+    A text that has ended comes before all that were cut off. If none has ended, the best of those is the target, and
+    it has no end to learn."""
+
+    def choose(self, hypotheses: Sequence[Hypothesis], gold: Sequence[int]) -> Hypothesis:
+        return complete(hypotheses)[0]
+
+
+class Interpolation(NewTargets):
+    """ỹ: the target of a source is the one of the teacher's K best texts that is most similar to the data's target.
+
+    beams  a TeacherBeams. With K = 1 it is SequenceLevel
+
+    The similarity is `sentence_bleu` of tokens, without start and end. Among equal ones, the teacher's order decides.
+    A text that has ended comes before all that were cut off.       Kim and Rush 2016, §3.3"""
+
+    def choose(self, hypotheses: Sequence[Hypothesis], gold: Sequence[int]) -> Hypothesis:
+        candidates = complete(hypotheses)
+        gold = self.words(gold)
+        similarity = [sentence_bleu(self.words(h.tokens), gold) for h in candidates]
+        return candidates[int(np.argmax(similarity))]    # the first of the largest: candidates are best first
+
+    def words(self, tokens: Sequence[int]) -> list[int]:
+        """The tokens without start, which is padding too, and end."""
+        special = (self.beams.teacher.config.start, self.beams.end)
+        return [token for token in tokens if token not in special]
+
+
+def complete(hypotheses: Sequence[Hypothesis]) -> Sequence[Hypothesis]:
+    """The hypotheses that have ended, in their order; if there is none, all."""
+    return [h for h in hypotheses if h.ended] or hypotheses
+
+
+# ── a batch ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+def read_golds(name: str, targets: Targets) -> list[list[int]]:
+    """The target of each row of a batch: the tokens of its labels. ValueError for one label per row, and for
+    embeddings in the place of ids. name: of the method, for the message."""
+    B, T = targets.ids.shape[:2]
+    if isinstance(targets.ids, Tensor):
+        raise ValueError(f"{name} wants batches of ids, got embeddings")
+    if targets.logit_positions is None and len(targets.labels) != B * T:
+        raise ValueError(f"{name} wants batches of source and target, got one label per row")
+    rows = row_of_logits(targets)
+    has_label = targets.labels != IGNORE
+    return [targets.labels[(rows == row) & has_label].tolist() for row in range(B)]
+
+
+def check_start(name: str, start: int, targets: Targets) -> None:
+    """ValueError unless each row begins with the teacher's start token. name: of the method, for the message."""
+    mask = targets.facts.get("mask")
+    first = np.zeros(len(targets.ids), int) if mask is None else np.asarray(mask).argmax(axis=1)
+    begins = np.asarray(targets.ids)[np.arange(len(first)), first]
+    if (begins != start).any():
+        other = int(begins[begins != start][0])
+        raise ValueError(f"{name} wants ids that begin with the teacher's start token {start}, got {other}")
+
+
+def pad_right(rows: Sequence[Sequence[int]], fill: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of ids -> ids (B, T), filled up on the right, and their mask (B, T), T the length of the longest row."""
+    T = max(len(row) for row in rows)
+    ids = np.full((len(rows), T), fill)
+    mask = np.zeros((len(rows), T), bool)
+    for b, row in enumerate(rows):
+        ids[b, :len(row)] = row
+        mask[b, :len(row)] = True
+    return ids, mask
+
+
+class MappedBatches:
+    """Endless batches with new targets: what `NewTargets.map` makes of `data.Batches`. It stops and resumes with them.
+
+    A position fits only the same targets: those of this method, with the same teacher and settings."""
+
+    def __init__(self, method: NewTargets, batches: Any):
+        self.method = method
+        self.source = batches
+        self._iterator = iter(batches)
+        self.targets = fingerprint([qualified_name(type(method)), method.beams.facts])
+
+    def __len__(self) -> int:
+        """Batches in one epoch."""
+        return len(self.source)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        return self.method.map_batch(next(self._iterator))
+
+    def once(self) -> Iterator[dict[str, Any]]:
+        """Every example once, with its new target."""
+        for batch in self.source.once():
+            yield self.method.map_batch(batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position of the batches, and a fingerprint of the method, its teacher and its settings."""
+        return {**self.source.state_dict(), "targets": self.targets}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to a position. ValueError if it is one of other targets, or of other batches."""
+        checks.instance("MappedBatches.load_state_dict: state", state, Mapping, "the dict of state_dict()")
+        if state.get("targets") != self.targets:
+            raise ValueError("MappedBatches.load_state_dict wants a state with the targets of this method and teacher, "
+                             "got one with other targets")
+        self.source.load_state_dict({key: value for key, value in state.items() if key != "targets"})
+        self._iterator = iter(self.source)
