@@ -77,7 +77,11 @@ class TeacherBeams:
     @property
     def unfinished(self) -> int:
         """The number of sources for which no hypothesis has ended within max_new_tokens."""
-        return sum(not any(h.ended for h in hypotheses) for hypotheses in self._entries.values())
+        count = 0
+        for hypotheses in self._entries.values():
+            if not any(h.ended for h in hypotheses):
+                count += 1
+        return count
 
     # ── use ──
     def fill(self, batches: Iterable) -> int:
