@@ -96,14 +96,14 @@ def check_choice() -> None:
 def check_special_tokens() -> None:
     """Start and end are no words: they make nothing more similar."""
     method = Interpolation(make_beams())
-    a = Hypothesis((START, 4, 5, END), -1.0, -1.0, True)
-    b = Hypothesis((3, 4, 5, 6, 7, END), -2.0, -2.0, True)
+    a = Hypothesis((START, 4, 5, END), -1.0, -1.0, ended=True)
+    b = Hypothesis((3, 4, 5, 6, 7, END), -2.0, -2.0, ended=True)
     assert method.choose([a, b], [3, 4, 5, 6, 7, END]) is b
-    begins = Hypothesis((START, 3, 4, 5, 6, END), -2.0, -2.0, True)
-    other = Hypothesis((3, 4, 5, 6, 9, END), -1.0, -1.0, True)
+    begins = Hypothesis((START, 3, 4, 5, 6, END), -2.0, -2.0, ended=True)
+    other = Hypothesis((3, 4, 5, 6, 9, END), -1.0, -1.0, ended=True)
     assert method.choose([other, begins], [3, 4, 5, 6, 7, END]) is begins
-    ends = Hypothesis((END,), -0.5, -0.5, True)
-    c = Hypothesis((9, 3, 9, 9, END), -3.0, -3.0, True)
+    ends = Hypothesis((END,), -0.5, -0.5, ended=True)
+    c = Hypothesis((9, 3, 9, 9, END), -3.0, -3.0, ended=True)
     assert method.choose([ends, c], [3, END]) is c, "an empty text has no word in common"
 
 
@@ -121,7 +121,7 @@ def check_gold() -> None:
     for seed in range(80):
         hypotheses, gold = draw(seed)
         rank = seed % (len(hypotheses) + 1)
-        found = [*hypotheses[:rank], Hypothesis(tuple(gold), -9.0, -9.0, True), *hypotheses[rank:]]
+        found = [*hypotheses[:rank], Hypothesis(tuple(gold), -9.0, -9.0, ended=True), *hypotheses[rank:]]
         assert words(method.choose(found, gold).tokens) == words(gold)
 
 
@@ -288,7 +288,7 @@ def by_log_prob(self: Any, hypotheses: Sequence[Hypothesis], gold: Sequence[int]
 def gold_if_unlike(self: Any, hypotheses: Sequence[Hypothesis], gold: Sequence[int]) -> Hypothesis:
     """The data's target, if no text has a word in common with it."""
     chosen = right_choice(self, hypotheses, gold)
-    return chosen if similarity(chosen, gold) else Hypothesis(tuple(gold), 0.0, 0.0, True)
+    return chosen if similarity(chosen, gold) else Hypothesis(tuple(gold), 0.0, 0.0, ended=True)
 
 
 def without_end(rows: Sequence[Sequence[int]], fill: int) -> tuple[np.ndarray, np.ndarray]:
