@@ -85,6 +85,7 @@ class SequenceLevel(NewTargets):
     it has no end to learn."""
 
     def choose(self, hypotheses: Sequence[Hypothesis], gold: Sequence[int]) -> Hypothesis:
+        """The first that has ended; gold is not read."""
         return complete(hypotheses)[0]
 
 
@@ -97,6 +98,7 @@ class Interpolation(NewTargets):
     A text that has ended comes before all that were cut off.       Kim and Rush 2016, §3.3"""
 
     def choose(self, hypotheses: Sequence[Hypothesis], gold: Sequence[int]) -> Hypothesis:
+        """The first of those with the largest BLEU against gold."""
         candidates = complete(hypotheses)
         gold = self.words(gold)
         similarity = [sentence_bleu(self.words(h.tokens), gold) for h in candidates]
