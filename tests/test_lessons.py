@@ -52,6 +52,7 @@ TEACHES = {
     "quantization": {"compress", "Packed", "RTN", "corpus_perplexity", "unpack"},
     "gptq": {"OBQ", "GPTQ"},
     "qlora": {"NF4", "FP4", "E2M1", "Paged", "AdamW8bit", "memory", "CannotMerge", "trained"},
+    "distillation": {"compress.distill", "student", "Hinton", "DistilBERTLoss", "TeacherCache"},
     "gpu": {"kernels.cuda"},
     "precision": {"precision", "autocast", "GradScaler"},
     "checkpoint": {"Llama", "LlamaConfig", "chat_prompt", "chat_end", "compress", "Packed", "unpack", "CannotMerge",

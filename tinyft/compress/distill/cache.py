@@ -167,7 +167,9 @@ class TeacherCache:
 
 
 def largest(logits: np.ndarray, k: int | None) -> Entry:
-    """The k largest entries of each row, largest first, and their columns: (N, V) -> (N, k), (N, k). None: all."""
+    """The k largest entries of each row, largest first, and their columns: (N, V) -> (N, k), (N, k).
+
+    columns are int32.  k=None, or a k above V: all V."""
     V = logits.shape[-1]
     if k is None or k >= V:
         columns = np.broadcast_to(np.arange(V), logits.shape)

@@ -88,9 +88,11 @@ class DistilBERTLoss(Loss):
             soft = soft_loss("DistilBERTLoss", logits, TeacherLogits(theirs.output.data), weight, self.temperature)
             loss = loss + soft * self.soft
         if self.cosine:
-            hidden = ctx.last_hidden_state
-            real = real_positions(targets, hidden)
-            loss = loss + cosine_loss("DistilBERTLoss", hidden, theirs.last_hidden_state, real) * self.cosine
+            ours, teachers = ctx.last_hidden_state, theirs.last_hidden_state
+            if ours.shape != teachers.shape:
+                raise ValueError("DistilBERTLoss wants a teacher whose hidden states have the student's shape "
+                                 f"{tuple(ours.shape)}, got {tuple(teachers.shape)}")
+            loss = loss + cosine_loss(ours, teachers, real_positions(targets, ours)) * self.cosine
         return ctx, loss
 
 

@@ -3,7 +3,7 @@
     L = (1 − λ) CE(y, p_s) + λ T² KL(p_t^T ‖ p_s^T),     p^T = softmax(z / T),  p = p¹            §2
 
 z_s, z_t the logits of student and teacher, (N, V); y (N,) the labels; means over the rows with a label. The gradient of
-the second term is λ T (p_s^T − p_t^T) / N: the factor T² keeps its size independent of T. For a large T,
+the second term is λ T (p_s^T − p_t^T) / N: the factor T² keeps its size comparable as T changes. For a large T,
 T² KL is the squared distance of the centred logits over 2 V.
 
 Departures: the paper minimises the cross-entropy with p_t^T. KL differs from it by the entropy of the teacher, so the

@@ -12,7 +12,7 @@ import numpy as np
 from ... import array, checks, functional, ops, precision
 from ...array import Array, xp
 from ...nn import Context, Module, evaluation_mode
-from ...tensor import Tensor, no_grad
+from ...tensor import Tensor
 from ...train.batch import IGNORE, Targets
 
 
@@ -56,43 +56,53 @@ def row_weights(targets: Targets, like: Array, dtype: Any) -> Array:
 
 
 def soft_loss(name: str, logits: Tensor, teacher: TeacherLogits, weight: Array, temperature: float) -> Tensor:
-    """T² Σᵢ wᵢ KL(p_t^T ‖ p_s^T)ᵢ / Σ w,    p^T = softmax(z / T)
+    """`distillation_loss` of a student's logits, (..., V) with N rows, and those of a teacher or of its cache.
 
-    logits: the student's, (..., V) with N rows.  weight: w (N,).  Only the student gets a gradient,
-    T (p_s^T − p_t^T) wᵢ / Σ w for each row: the factor T² keeps its size independent of T.
-    Of a cache's k columns, p_t^T is the softmax over these; the probability of the others is left out.
-    ValueError unless both have the same rows and classes.  name: of the loss, for the message."""
+    weight: (N,).  ValueError unless both have the same rows and classes.  name: of the loss, for the message."""
     logits = wide(logits)
-    logits = logits.reshape(-1, logits.shape[-1])                                # (N, V)
-    log_q = ops.log_softmax(logits * (1 / temperature))
-    if teacher.classes not in (None, logits.shape[-1]):
-        raise ValueError(f"{name} wants a teacher with the student's {logits.shape[-1]} classes, got a cache with "
-                         f"{teacher.classes}")
-    if teacher.columns is not None:
-        log_q = ops.gather(log_q, array.put_like(teacher.columns, logits.data))  # (N, k)
-    values = array.put_like(teacher.values, logits.data, log_q.dtype)
+    V = logits.shape[-1]
+    logits = logits.reshape(-1, V)
+    if teacher.classes not in (None, V):
+        raise ValueError(f"{name} wants a teacher with the student's {V} classes, got a cache with {teacher.classes}")
+    columns = None if teacher.columns is None else array.put_like(teacher.columns, logits.data)
+    wanted = logits.shape if columns is None else columns.shape
+    values = array.put_like(teacher.values, logits.data, logits.dtype)
     values = values.reshape(-1, values.shape[-1])
-    if values.shape != log_q.shape:
-        raise ValueError(f"{name} wants a teacher with the student's logits of shape {tuple(log_q.shape)}, "
+    if values.shape != wanted:
+        raise ValueError(f"{name} wants a teacher with the student's logits of shape {tuple(wanted)}, "
                          f"got {tuple(values.shape)}")
-    with no_grad():
-        log_p = ops.log_softmax(Tensor(values) * (1 / temperature)).data
-    p = xp(log_p).exp(log_p)
-    rows = (p * log_p).sum(axis=-1) - (log_q * p).sum(axis=-1)                   # (N,): KL of each row
-    return (rows * weight).sum() * (temperature**2) / weight.sum()
+    return distillation_loss(logits, Tensor(values), weight, temperature, columns)
 
 
-def cosine_loss(name: str, student: Tensor, teacher: Tensor, real: Array) -> Tensor:
-    """Σ (1 − cos(h_s, h_t)) / n over the n real positions.    h (B, T, C);  real (B, T), True where a token is real
+def distillation_loss(
+    student: Tensor, teacher: Tensor, weight: Array, temperature: float, columns: Array | None = None,
+) -> Tensor:
+    """T² Σᵢ wᵢ KL(p_t^T ‖ p_s^T)ᵢ / Σ w,    p^T = softmax(z / T)                 Hinton, Vinyals, Dean 2015, §2
 
-    Only the student gets a gradient. ValueError for two shapes.  name: of the loss, for the message."""
-    if student.shape != teacher.shape:
-        raise ValueError(f"{name} wants a teacher whose hidden states have the student's shape {tuple(student.shape)}, "
-                         f"got {tuple(teacher.shape)}")
+    student  z_s (N, V), logits
+    teacher  z_t (N, V); with columns, (N, k): the logits of k classes, over which p_t is a softmax
+    weight   w (N,), of each row
+    columns  (N, k), the classes of the teacher's logits; None: all. p_s is a softmax over all V classes in any case
+
+    Only the student gets a gradient. Without columns it is T (p_s^T − p_t^T) wᵢ / Σ w for row i: the factor T² keeps
+    its size comparable as T changes."""
+    log_p = ops.log_softmax(teacher.detach() * (1 / temperature))                # no gradient to the teacher
+    log_q = ops.log_softmax(student * (1 / temperature))
+    if columns is not None:
+        log_q = ops.gather(log_q, columns)                                       # (N, k)
+    kl = (ops.exp(log_p) * (log_p - log_q)).sum(axis=-1)                         # (N,)
+    return (kl * weight).sum() * (temperature**2) / weight.sum()
+
+
+def cosine_loss(student: Tensor, teacher: Tensor, real: Array) -> Tensor:
+    """Σ (1 − cos(h_s, h_t)) / n over the n real positions.                        Sanh et al. 2019, §3
+
+    student, teacher  h_s and h_t (B, T, C), hidden states; real (B, T), True where a token is real
+
+    Only the student gets a gradient. 0 if no position is real."""
     student = functional.normalize(wide(student), eps=1e-8)
-    with no_grad():
-        direction = functional.normalize(wide(teacher.detach()), eps=1e-8)
-    cosine = (student * direction.data).sum(axis=-1)                             # (B, T)
+    teacher = functional.normalize(wide(teacher.detach()), eps=1e-8)
+    cosine = (student * teacher).sum(axis=-1)                                    # (B, T)
     weight = real / xp(real).maximum(real.sum(), 1)
     return ((1 - cosine) * weight.astype(cosine.dtype)).sum()
 
