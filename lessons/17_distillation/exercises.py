@@ -1,4 +1,4 @@
-"""Lesson 17, the teacher: the loss of its distribution, its pass over a batch, its largest logits."""
+"""Lesson 17, the teacher: the loss of its distribution, its pass, its largest logits."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -255,7 +255,7 @@ def _(student, teacher, weight, temperature, columns=None):
     return mean_of((ops.exp(log_p) * (log_p - log_q)).sum(axis=-1), weight) * temperature
 
 
-@distillation_loss.wrong_answer("The temperature softens the teacher; the student answers as it is.",
+@distillation_loss.wrong_answer("The temperature is the teacher's; the student answers as it is.",
                                 says="the student's softmax is at T = 1")
 def _(student, teacher, weight, temperature, columns=None):
     log_p, log_q = logs_of(student * temperature, teacher, temperature, columns)
@@ -480,8 +480,8 @@ def modes(teacher):
     return np.array([module.training for module in teacher.modules()])
 
 
-@run_teacher.law("after the pass each part of the teacher has the mode that it had", given=a_batch(),
-                 mixed=st.booleans())
+@run_teacher.law("after the pass each part of the teacher has the mode that it had",
+                 given=a_batch(), mixed=st.booleans())
 def _(f, given, mixed):
     teacher = Teacher(given[0]).train()
     if mixed:

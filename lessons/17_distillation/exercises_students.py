@@ -273,7 +273,7 @@ cosine_loss = Exercise(
         "cosine = (functional.normalize(student) * functional.normalize(teacher.detach()))"
         ".sum(axis=-1), and ((1 - cosine) * weight).sum() with weight = real / max(real.sum(), 1) "
         "in the dtype of the cosine."))
-FILLED = (1, 2, -1, 3, -2)                               # no zeros: a state of zeros has no direction
+FILLED = (1, 2, -1, 3, -2)                               # a state of zeros has no direction
 
 
 @st.composite
