@@ -310,3 +310,14 @@ def test_a_model_is_saved_and_loaded_bitwise(kind, tmp_path):
     assert repr(again) == repr(plain)
     got, want = values(again), values(plain)
     assert got.keys() == want.keys() and all(same(got[name], want[name]) for name in want)
+
+
+def test_a_model_without_an_encoder_refuses_a_source():
+    """It would ignore it, and the user would not notice."""
+    sizes = {"vocab": 9, "positions": 8, "width": 8, "layers": 1, "heads": 2}
+    ids = np.ones((1, 3), int)
+    for model in (ft.GPT(ft.GPTConfig(**sizes)), ft.BERT(ft.BERTConfig(**sizes)), ft.Llama(ft.LlamaConfig(**sizes))):
+        with pytest.raises(ValueError, match="no encoder for source_ids"):
+            model(ids, source_ids=ids)
+        with pytest.raises(ValueError, match="no encoder for source_ids"):
+            ft.fit(model, [{"ids": ids, "source_ids": ids}], 1, progress=False)

@@ -7,17 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from encoder_decoders import V, check_formula, in_chunks, pad, pairs, run
 from helpers import dev, gradcheck, host, wrong_answers
 
 import tinyft as ft
-from tinyft import Cache, Context, Seq2Seq, Seq2SeqConfig, no_grad, ops
+from tinyft import Cache, Context, Seq2Seq, Seq2SeqConfig, ops
 from tinyft.models.attention import Attention
 from tinyft.models.seq2seq import SinusoidalPositions
-from tinyft.nn import Module, TiedHead
+from tinyft.nn import TiedHead
 from tinyft.tensor import Tensor
 from tinyft.train.batch import compute_loss, is_causal, read_batch
 
-V, P, C, H, F = 23, 16, 12, 3, 20
+P, C, H, F = 16, 12, 3, 20
 CONFIGS = {
     "relu": Seq2SeqConfig(V, P, C, 2, H, F, start=1),
     "marian": Seq2SeqConfig(V, P, C, 2, H, F, decoder_layers=1, decoder_heads=2, decoder_hidden=10, activation="silu"),
@@ -33,27 +34,6 @@ def build(name: str = "relu", seed: int = 0) -> Seq2Seq:
     for p in model.parameters():
         p.copy_(host(p) + rng.standard_normal(p.shape) * (0.3 if p.ndim > 1 else 0.1))
     return model.to(dtype=np.float64).eval()
-
-
-def pairs(seed: int = 3) -> list[tuple[list[int], list[int]]]:
-    """Sources and texts of different lengths."""
-    rng = np.random.default_rng(seed)
-    lengths = [(5, 4), (2, 6), (7, 1), (1, 3)]
-    return [(rng.integers(0, V, n).tolist(), rng.integers(0, V, m).tolist()) for n, m in lengths]
-
-
-def pad(rows: list[list[int]], *, left: bool, fill: int = 9) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, mask), with the padding on the left or on the right."""
-    width = max(map(len, rows))
-    ids = [[fill] * (width - len(r)) + r if left else r + [fill] * (width - len(r)) for r in rows]
-    mask = [[False] * (width - len(r)) + [True] * len(r) for r in rows]
-    mask = mask if left else [row[::-1] for row in mask]
-    return np.array(ids), np.array(mask)
-
-
-def run(model: Module, ids: Any, **facts: Any) -> np.ndarray:
-    with no_grad():
-        return host(model(ids, **facts))
 
 
 # ── the formula, for one row ─────────────────────────────────────────────────────────────────────────────────────────
@@ -118,22 +98,9 @@ def reference(model: Seq2Seq, source: list[int], text: list[int]) -> np.ndarray:
     return x @ w["embed.weight"].T + w["head.bias"]
 
 
-def check_formula(model: Seq2Seq, right: Seq2Seq) -> None:
-    """A padded batch, on either side, gives each pair the logits of the formula for it alone.
-
-    right: a model with the weights and the configuration of the formula."""
-    for left in (False, True):
-        source_ids, source_mask = pad([source for source, _ in pairs()], left=left)
-        ids, mask = pad([text for _, text in pairs()], left=left)
-        got = run(model, ids, mask=mask, source_ids=source_ids, source_mask=source_mask)
-        for i, (source, text) in enumerate(pairs()):
-            want = reference(right, source, text)
-            assert np.abs(got[i][mask[i]] - want).max() <= 1e-10 * np.abs(want).max()
-
-
 @every_config
 def test_the_model_computes_the_formula(name):
-    check_formula(build(name), build(name))
+    check_formula(build(name), build(name), reference)
 
 
 # ── wrong models ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -196,22 +163,10 @@ def test_a_wrong_model_is_caught(spoil: Callable):
     model = build()
     spoil(model)
     with pytest.raises(AssertionError):
-        check_formula(model, build())
+        check_formula(model, build(), reference)
 
 
 # ── the cache ────────────────────────────────────────────────────────────────────────────────────────────────────────
-def in_chunks(model: Seq2Seq, ids: np.ndarray, mask: Any, source: Context, ends: tuple[int, ...]) -> np.ndarray:
-    """The logits of a text that is run in pieces, through a cache."""
-    cache = Cache()
-    parts = []
-    start = 0
-    for end in ends:
-        part = None if mask is None else mask[:, start:end]
-        parts.append(run(model, ids[:, start:end], mask=part, source=source, cache=cache))
-        start = end
-    return np.concatenate(parts, axis=1)
-
-
 @every_config
 @pytest.mark.parametrize("ends", [(6,), (1, 2, 3, 4, 5, 6), (2, 5, 6)], ids=str)
 def test_decoding_through_the_cache_equals_one_pass(name, ends):

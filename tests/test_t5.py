@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from encoder_decoders import V, check_formula, in_chunks, pad, pairs, run
 from helpers import dev, host, wrong_answers
-from test_seq2seq import in_chunks, pad, pairs, run
 
 import tinyft as ft
 from tinyft import T5, T5Config, ops
@@ -17,7 +17,7 @@ from tinyft.models.t5 import RelativeBias, relative_buckets
 from tinyft.nn import TiedHead
 from tinyft.train.batch import compute_loss, read_batch
 
-V, C, H, D, F, BUCKETS, LONGEST = 23, 12, 3, 5, 20, 8, 6
+C, H, D, F, BUCKETS, LONGEST = 12, 3, 5, 20, 8, 6
 SIZES: dict[str, Any] = {"vocab": V, "width": C, "layers": 2, "heads": H, "head_width": D, "hidden": F, "start": 1,
                          "buckets": BUCKETS, "max_distance": LONGEST}
 CONFIGS = {
@@ -114,20 +114,9 @@ def reference(model: T5, source: list[int], text: list[int]) -> np.ndarray:
     return x @ w["embed.weight"].T / math.sqrt(C) if c.tied else x @ w["head.weight"].T
 
 
-def check_formula(model: T5, right: T5) -> None:
-    """A padded batch, on either side, gives each pair the logits of the formula for it alone."""
-    for left in (False, True):
-        source_ids, source_mask = pad([source for source, _ in pairs()], left=left)
-        ids, mask = pad([text for _, text in pairs()], left=left)
-        got = run(model, ids, mask=mask, source_ids=source_ids, source_mask=source_mask)
-        for i, (source, text) in enumerate(pairs()):
-            want = reference(right, source, text)
-            assert np.abs(got[i][mask[i]] - want).max() <= 1e-10 * np.abs(want).max()
-
-
 @every_config
 def test_the_model_computes_the_formula(name):
-    check_formula(build(name), build(name))
+    check_formula(build(name), build(name), reference)
 
 
 # ── wrong models ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -178,7 +167,7 @@ def test_a_wrong_model_is_caught(spoil: Callable):
     model = build()
     spoil(model)
     with pytest.raises(AssertionError):
-        check_formula(model, build())
+        check_formula(model, build(), reference)
 
 
 # ── relative positions ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import tinyft as ft
 from tinyft import PowerPenalty, ops
+from tinyft.models.blocks import sinusoids
 from tinyft.models.t5 import relative_buckets
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install 'tinyft[peers]'")
@@ -236,3 +237,26 @@ def test_the_buckets_are_theirs_at_every_distance(buckets, max_distance, both_si
     want = T5Attention._relative_position_bucket(torch.tensor(distance), bidirectional=both_sides, num_buckets=buckets,
                                                  max_distance=max_distance).numpy()
     assert np.array_equal(relative_buckets(distance, buckets, max_distance, both_sides=both_sides), want)
+
+
+def test_a_trained_table_of_positions_is_refused(tmp_path):
+    """A table of sinusoids may stand in a file. One of other numbers would be ignored, so it is refused."""
+    theirs("marian").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    table = sinusoids(config["max_position_embeddings"], config["d_model"])
+    name = "model.encoder.embed_positions.weight"
+    want = host(ft.load(tmp_path)[0].embed.weight)
+    save_file(tensors | {name: table.astype(np.float16)}, tmp_path / "model.safetensors")
+    assert np.array_equal(host(ft.load(tmp_path)[0].embed.weight), want)
+    wrong = {
+        "a trained table": table + 0.02 * np.random.default_rng(0).standard_normal(table.shape).astype(np.float32),
+        "interleaved sinusoids": table.reshape(len(table), 2, -1).swapaxes(1, 2).reshape(table.shape),
+        "not numbers": np.full_like(table, np.nan),
+        "another width": table[:, :-2],
+    }
+    for belief, other in wrong.items():
+        save_file(tensors | {name: np.ascontiguousarray(other)}, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match="embed_positions"):
+            ft.load(tmp_path)
+            raise AssertionError(belief)

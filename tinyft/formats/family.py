@@ -8,6 +8,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection
 from typing import Any
 
+import numpy as np
+
 from ..nn import Module
 from .layout import Plan, Table
 
@@ -72,3 +74,7 @@ class Family(ABC):
     def unused(self, plan: Plan) -> Collection[str]:
         """Table names of tensors that a file may hold and the plan's model does not have. They are not read."""
         return ()
+
+    def check_unused(self, name: str, tensor: np.ndarray, plan: Plan) -> None:
+        """ValueError if the plan's model computes something else than this tensor, one of `unused`, says."""
+        return None

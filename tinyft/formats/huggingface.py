@@ -92,8 +92,8 @@ def _read(folder: Path, dtype: np.dtype) -> tuple[Module, Tokenizer | None]:
         arrays, tensors = compressed.take_arrays(described, read_all(folder))
         stored = _under_table_names(family, tensors)
         plan = family.read_config(config, stored.keys())
-        for name in family.unused(plan):
-            stored.pop(name, None)
+        for name in stored.keys() & set(family.unused(plan)):
+            family.check_unused(name, stored.pop(name), plan)
         _check_sizes(plan, stored)
         stored = _without_aliases(family.aliases(plan), stored)
         table = family.table(plan)

@@ -2,7 +2,7 @@
 
 Linear weights are (out, in), as ours. One matrix is the embedding of source and text and the output layer; files may
 hold it under several names. The bias of the output layer is a row (1, V). Files of newer versions leave out the
-sinusoids of the positions; a table in an older file is not read, since it holds the same numbers.
+sinusoids of the positions; a table in an older file must hold the same numbers.
 
 In the shapes: C width, F feed-forward width, V vocabulary.
 """
@@ -11,12 +11,15 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+import numpy as np
+
 from ..models import Seq2Seq, Seq2SeqConfig
+from ..models.blocks import sinusoids
 from ..nn import Module, TiedHead
 from .bert import weight_and_bias
 from .config import architecture, check_settings, check_tied, flag, number, short, size, token, with_one_name
-from .family import Family
-from .layout import FileTensor, Plan, Table, ZeroGenerator
+from .encoder_decoder import EncoderDecoderFamily
+from .layout import FileTensor, Plan, Table
 
 # {class of transformers: our head}.
 HEADS = {"MarianMTModel": "lm", "MarianModel": None}
@@ -32,6 +35,7 @@ FIXED = {
 }
 # The rates of config.json and their defaults. Our model has one rate of dropout. It drops no layers while it trains.
 DROPOUTS = {"dropout": 0.1, "attention_dropout": 0.0, "activation_dropout": 0.0}
+POSITIONS = ("encoder.embed_positions.weight", "decoder.embed_positions.weight")
 ENCODER = {
     "attn.q": "self_attn.q_proj",
     "attn.k": "self_attn.k_proj",
@@ -53,20 +57,28 @@ DECODER = {
 }
 
 
-class MarianFamily(Family):
+class MarianFamily(EncoderDecoderFamily):
     """The encoder-decoder of 2017 in the layout of transformers."""
     model_type = "marian"
     model = Seq2Seq
-    tied = {
-        "lm_head.weight": "shared.weight",
-        "encoder.embed_tokens.weight": "shared.weight",
-        "decoder.embed_tokens.weight": "shared.weight",
-    }
 
     def table_name(self, name: str) -> str | None:
-        """The name without `model.`; None for the sinusoids of the positions."""
-        name = name.removeprefix("model.")
-        return None if name.endswith(".embed_positions.weight") else name
+        """The name without `model.`."""
+        return name.removeprefix("model.")
+
+    def unused(self, plan: Plan) -> Collection[str]:
+        """The sinusoids of the positions: the model computes them."""
+        return POSITIONS
+
+    def check_unused(self, name: str, tensor: np.ndarray, plan: Plan) -> None:
+        """ValueError for a table of positions that are no sinusoids, such as a trained one."""
+        if tensor.ndim != 2 or tensor.shape[1] != plan.config.width:
+            raise ValueError(f"{name} has the shape {tensor.shape}; wanted ({plan.config.positions}, "
+                             f"{plan.config.width})")
+        error = np.abs(tensor.astype(np.float32) - sinusoids(*tensor.shape)).max()
+        if not error <= 0.01:                            # files of 16 bits are within 0.004
+            raise ValueError(f"this library's Marian wants sinusoids as positions; {name} holds other numbers, such as "
+                             "those of a trained table")
 
     def read_config(self, config: dict, names: Collection[str]) -> Plan:
         """The plan of the model that config.json describes.
@@ -116,13 +128,6 @@ class MarianFamily(Family):
             table["head.bias"] = FileTensor("final_logits_bias", (c.vocab,), is_row=True)
         return table
 
-    def build(self, plan: Plan) -> Seq2Seq:
-        """The model of a plan, with zeros in its matrices."""
-        model = Seq2Seq(plan.config, seed=ZeroGenerator())
-        if plan.head is None:
-            remove_head(model)
-        return model
-
     def holds(self, model: Module) -> bool:
         """True for a Seq2Seq without Switch layers and with the ε of Marian's norms: config.json holds neither."""
         return super().holds(model) and model.config.eps == 1e-5 and model.config.switch is None
@@ -162,11 +167,6 @@ class MarianFamily(Family):
             "forced_eos_token_id": None,
             "tie_word_embeddings": True}
 
-    def fallbacks(self, plan: Plan) -> dict[str, Any]:
-        """The padding token is the start token, as in Marian. transformers' own default may be outside the vocabulary.
-        """
-        return {"pad_token_id": plan.config.start}
-
     def file_name(self, name: str, plan: Plan) -> str:
         """The table name with `model.` in front, except for the bias, and in a model without a head."""
         return name if name == "final_logits_bias" or plan.head is None else f"model.{name}"
@@ -183,9 +183,3 @@ def stack_table(stack: str, parts: dict[str, str], layers: int, C: int, F: int) 
             shape = shapes.get(ours, (C, C))             # the maps of attention
             table |= weight_and_bias(f"{stack}.{i}.{ours}", f"{stack}.layers.{i}.{stored}", *shape)
     return table
-
-
-def remove_head(model: Any) -> None:
-    """Leave out the output layer: the model then gives the decoder's hidden states."""
-    model.head = None
-    model.embed.tied = False

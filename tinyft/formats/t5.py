@@ -14,9 +14,8 @@ from ..models import T5, T5Config
 from ..models.t5 import ScaledTiedHead
 from ..nn import Linear, Module
 from .config import architecture, check_settings, flag, number, short, size, token, with_one_name
-from .family import Family
-from .layout import FileTensor, Plan, Table, ZeroGenerator
-from .marian import remove_head
+from .encoder_decoder import EncoderDecoderFamily
+from .layout import FileTensor, Plan, Table
 
 # {class of transformers: our head}.
 HEADS = {"T5ForConditionalGeneration": "lm", "T5Model": None}
@@ -32,15 +31,10 @@ FIXED = {"is_encoder_decoder": (True,)}
 UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 
 
-class T5Family(Family):
+class T5Family(EncoderDecoderFamily):
     """T5 in the layout of transformers."""
     model_type = "t5"
     model = T5
-    tied = {
-        "lm_head.weight": "shared.weight",
-        "encoder.embed_tokens.weight": "shared.weight",
-        "decoder.embed_tokens.weight": "shared.weight",
-    }
 
     def table_name(self, name: str) -> str | None:
         """The name itself; None for a table that no layer uses."""
@@ -112,13 +106,6 @@ class T5Family(Family):
             table["head.weight"] = FileTensor("lm_head.weight", (c.vocab, c.width))
         return table
 
-    def build(self, plan: Plan) -> T5:
-        """The T5 of a plan, with zeros in its matrices."""
-        model = T5(plan.config, seed=ZeroGenerator())
-        if plan.head is None:
-            remove_head(model)
-        return model
-
     def plan_of(self, model: Module) -> Plan:
         """The plan of this T5. ValueError for a head other than its own, and none."""
         head = model.head
@@ -155,10 +142,6 @@ class T5Family(Family):
             "dropout_rate": c.dropout,
             "decoder_start_token_id": c.start,
             "tie_word_embeddings": c.tied}
-
-    def fallbacks(self, plan: Plan) -> dict[str, Any]:
-        """The padding token is the start token, as in T5."""
-        return {"pad_token_id": plan.config.start}
 
     def file_name(self, name: str, plan: Plan) -> str:
         """The table name: no class of T5 puts a prefix before it."""

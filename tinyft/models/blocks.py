@@ -180,8 +180,11 @@ def embed_tokens(embed: Embedding, ids: Any, ctx: Context, positions: int | None
     """ids (B, T), or embeddings (B, T, C) in their place, -> (B, T, C).  The first line of a model's forward pass.
 
     An edit of `embed` may lengthen the sequence (a soft prompt), and records it with ctx.prepend. IndexError for an
-    id outside the vocabulary; ValueError for embeddings of another width, and for a sequence that is longer than the
-    model's number of positions. positions: None for a model that takes any length."""
+    id outside the vocabulary; ValueError for embeddings of another width, for a sequence that is longer than the
+    model's number of positions, and for a source that no encoder has read. positions: None for a model that takes any
+    length."""
+    if ctx.source is None and ctx.source_ids is not None:                        # an encoder-decoder has read it by now
+        raise ValueError("this model has no encoder for source_ids: put the source before the text, into ids")
     if isinstance(ids, Tensor):
         check_embeddings(ids, embed.out_features)
     elif not is_array(ids):
