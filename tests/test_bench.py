@@ -17,7 +17,7 @@ from tinyft import array
 HERE = Path(__file__).parent / "benchmarks"
 ROOT = HERE.parents[1]
 MODULES = ("against", "cases", "compat", "paired", "report", "side_tinyft", "side_floor", "side_small",
-           "side_gptq", "side_nf4")
+           "side_gptq", "side_nf4", "side_beam")
 pytestmark = pytest.mark.skipif(array.backend() != "numpy", reason="the benchmarks measure NumPy")
 
 
@@ -122,6 +122,20 @@ def test_both_sides_of_gptq_do_the_same_work(bench):
     assert 0.97 < losses[0] / losses[1] < 1.03
     step, _ = side_gptq.start(side_gptq.build(case), case)
     assert step() == 0.0
+
+
+@pytest.mark.parametrize("beams", ["4", "1"])
+def test_both_sides_of_beam_search_write_the_same_tokens(bench, beams):
+    pytest.importorskip("transformers")
+    import side_beam
+
+    sides = []
+    for library in ("tinyft", "torch"):
+        case = bench.cases.Case("x", 60, 16, 2, 2, 3, 5, library, beams)
+        run = side_beam.build(case)
+        sides.append(run())
+        assert side_beam.start(run, case)[0]() == 0.0
+    assert sides[0].shape == (3, side_beam.NEW) and (sides[0] == sides[1]).all()
 
 
 @pytest.mark.parametrize("job, shape", [("encode", None), ("decode", (4096, 64))])

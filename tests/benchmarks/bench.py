@@ -169,6 +169,16 @@ def gptq(options: argparse.Namespace) -> Rows:
             yield {"case": f"{out} × {width}", "threads": threads, **measure(sides, max(3, options.rounds // 3))}
 
 
+def beam(options: argparse.Namespace) -> Rows:
+    """Beam search and greedy decoding of a random Marian: tinyft, and transformers' generate."""
+    libraries = ["tinyft", *(["torch"] if available("torch", "transformers") == ["torch", "transformers"] else [])]
+    for threads in options.threads:
+        for c in cases.beam_cases()[:1] if options.quick else cases.beam_cases():
+            sides = [side("beam", replace(c, model=library), threads, library) for library in libraries]
+            row = measure(sides, max(3, options.rounds // 2))
+            yield {"case": c.name, "method": c.method, "threads": threads, **row}
+
+
 def packed(options: argparse.Namespace) -> Rows:
     """Products with a 4,096 × 4,096 weight in every packed form, beside the same product in float32."""
     width = 256 if options.quick else 4096
@@ -213,6 +223,7 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], Rows]] = {
     "real": real,
     "gptq": gptq,
     "packed": packed,
+    "beam": beam,
     "scaling": scaling,
 }
 KEY = ("case", "method", "peer", "threads", "size")  # the columns that identify a row

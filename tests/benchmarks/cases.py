@@ -40,6 +40,12 @@ def layer_case(out: int, width: int, tokens: int, library: str = "tinyft") -> Ca
     return Case(f"{out} × {width}", out, width, 0, 0, 0, tokens, library, method="gptq")
 
 
+def beam_cases(library: str = "tinyft") -> list[Case]:
+    """Random Marians for side_beam.py: B sources of T tokens; the method is the number of beams."""
+    sizes = {"small": (2048, 128, 3, 4, 16, 32), "mid": (8192, 256, 6, 8, 8, 48), "wide": (16384, 512, 6, 8, 8, 48)}
+    return [Case(name, *size, library, method=beams) for beams in ("4", "1") for name, size in sizes.items()]
+
+
 GPT = [
     Case("tiny", 65, 64, 2, 4, 8, 64),
     Case("small", 512, 128, 4, 4, 16, 128),

@@ -226,6 +226,19 @@ def packed(rows: list[dict]) -> list[str]:
                   "bytes read"], lines)
 
 
+BEAM = 1.0  # transformers' time of a search with four beams over tinyft's, at least
+
+
+def beam(rows: list[dict]) -> list[str]:
+    """Beam search beside transformers."""
+    lines = []
+    for row in rows:
+        beams = int(row["method"])
+        other = spread(row["ratios"].get("torch"), at_least=BEAM if beams > 1 else None)
+        lines.append([row["case"], beams, row["threads"], duration(row["seconds"]["tinyft"]), other])
+    return table(["model", "beams", "threads", "tinyft", "transformers / tinyft"], lines)
+
+
 Points = list[tuple[float, float]]
 
 
@@ -349,6 +362,11 @@ PACKED_TEXT = """
 One weight of 4,096 × 4,096. The product of float32 is NumPy's. The targets, for 4 bits and one row: at least 0.6 of
 float32's speed, and at most a quarter of its bytes.
 """
+BEAM_TEXT = """
+Random encoder-decoders in the layout of Marian, the same weights on both sides, and the same tokens come out. small:
+width 128, 3 + 3 layers, 16 sources of 32 tokens; mid: 256, 6 + 6 layers, 8 of 48; wide: 512, 6 + 6, 8 of 48; 24 new
+tokens each. The target: at least 1.0 with four beams.
+"""
 # section: title, text, function that makes its table
 SECTIONS = {
     "steps": ("A whole training step: forward, backward, AdamW", STEPS_TEXT, steps),
@@ -360,6 +378,7 @@ SECTIONS = {
     "real": ("Real checkpoints", REAL_TEXT, real),
     "gptq": ("GPTQ of one layer", GPTQ_TEXT, gptq),
     "packed": ("Products with packed weights", PACKED_TEXT, packed),
+    "beam": ("Beam search", BEAM_TEXT, beam),
     "scaling": ("As a size grows", "", scaling),
 }
 

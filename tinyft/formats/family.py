@@ -76,5 +76,5 @@ class Family(ABC):
         return ()
 
     def check_unused(self, name: str, tensor: np.ndarray, plan: Plan) -> None:
-        """ValueError if the plan's model computes something else than this tensor, one of `unused`, says."""
+        """Raise ValueError if the plan's model computes something else than this tensor, one of `unused`, says."""
         return None
