@@ -1,4 +1,4 @@
-"""What the families of encoder-decoders, Marian and T5, have in common on disk."""
+"""The base of the families of encoder-decoders, Marian and T5: what both have in common on disk."""
 from __future__ import annotations
 
 from typing import Any

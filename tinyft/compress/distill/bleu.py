@@ -56,7 +56,7 @@ def sentence_bleu(hypothesis: Sequence[Hashable], reference: Sequence[Hashable])
 
 
 def ngrams(tokens: Sequence[Hashable], n: int) -> Counter:
-    """How often each n-gram, a tuple of n tokens, stands in a sequence."""
+    """The number of times that each n-gram, a tuple of n tokens, stands in a sequence."""
     return Counter(tuple(tokens[i:i + n]) for i in range(len(tokens) - n + 1))
 
 
