@@ -52,8 +52,10 @@ class Settings:
     rounds: int = 30
 
 
-SMOKE = Settings(seeds=1, steps=4, evaluations=2, curve_windows=8, test_windows=8, task_examples=32,
-                 task_test=32, task_steps=2, rounds=2)
+SMOKE = Settings(
+    seeds=1, steps=4, length=16, batch=2, evaluations=2, curve_windows=8, test_windows=8, task_examples=32,
+    task_test=32, task_steps=2, rounds=2,
+)
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,12 @@
     python tests/benchmarks/switch.py --page    the page and the picture from the stored rows
 
 Protocol: small GPTs learn the shipped prose, all on the same batches of a seed, with one learning rate, constant after
-its warm-up: so the losses of two runs can be compared at every step. The feed-forward of every second block of a Switch
-model has E experts. A token visits one of them, so it costs the FLOPs of the dense model, and the router's. No token is
-dropped. Losses are held out, on the same windows for all models. Milliseconds of a step are processor time, from paired
-rounds. A student has the dense model's shape and trains for as many steps as its teacher did. Intervals are 95 %, by
-Student's t over the seeds, of paired differences or ratios.
+its warm-up: so the losses of two runs can be compared at every step. The feed-forwards of a Switch model have E
+experts. A token visits one of them, so it costs the FLOPs of the dense model, and the router's. No token is dropped.
+The wide dense model has the feed-forward parameters of the model with 4 experts, and every token visits all of them.
+Losses are held out, on the same windows for all models. Milliseconds of a step are processor time, from paired rounds.
+A student has the dense model's shape and trains for as many steps as its teacher did. Intervals are 95 %, by Student's
+t over the seeds, of paired differences or ratios.
 """
 
 from __future__ import annotations
@@ -34,28 +35,41 @@ class Settings:
     """Sizes of the study. longer: the dense model trains so many times the steps of the others."""
 
     seeds: int = 3
-    experts: tuple[int, ...] = (4, 8, 32)
+    experts: tuple[int, ...] = (4, 8, 48)
     width: int = 64
+    hidden: int = 64
     layers: int = 2
     heads: int = 2
     length: int = 64
-    batch: int = 16
-    steps: int = 700
+    batch: int = 32
+    steps: int = 480
     longer: int = 2
-    lr: float = 4e-3
+    lr: float = 6e-3
     warmup: int = 50
-    every: int = 50
+    every: int = 40
     windows: int = 256
     rounds: int = 20
 
 
-SMOKE = Settings(seeds=1, experts=(2, 3, 4), steps=4, warmup=2, every=2, windows=8, rounds=2)
+SMOKE = Settings(
+    seeds=1, experts=(2, 3, 4), length=16, batch=2, steps=4, warmup=2, every=2, windows=8, rounds=2,
+)
+
+@dataclass(frozen=True)
+class Model:
+    """The width of a feed-forward, and how many there are in a block: None for a dense model."""
+
+    hidden: int
+    experts: int | None = None
+
 
 DENSE = "dense"
+WIDE = "dense, wide feed-forwards"  # as many parameters as the Switch model with the fewest experts
 DISTILLED = "+ distillation"
 START = "+ start from the teacher"
 BOTH = "+ both"
 LONGER = "dense, all its steps"  # as many as teacher and student together
+LENGTHS = (0.25, 0.5, 1.0)  # shares of the steps, for the trend
 STUDENTS = (DISTILLED, START, BOTH)
 SOFT = 0.25  # the share of the teacher in the loss; the labels have the rest
 PAPER = {DISTILLED: 0.03, START: 0.20, BOTH: 0.29}  # shares of the gain, Fedus et al. 2021, table 6
@@ -67,17 +81,32 @@ def name_of(experts: int) -> str:
     return f"Switch, {experts} experts"
 
 
+def models(s: Settings) -> dict[str, Model]:
+    """{name: its shape} of the models that learn from the text alone."""
+    found = {DENSE: Model(s.hidden), WIDE: Model(s.hidden * min(s.experts))}
+    for experts in s.experts:
+        found[name_of(experts)] = Model(s.hidden, experts)
+    return found
+
+
 # ---------------------------------------------------------------------------------------------------- models, data
-def new_model(s: Settings, experts: int | None, seed: int) -> ft.GPT:
-    """A GPT with random weights; with so many experts in every second block, or dense."""
+def new_model(s: Settings, name: str, seed: int) -> ft.GPT:
+    """One of the models, with random weights. A Switch model has experts in every block."""
+    shape = models(s)[name]
     switch = None
-    if experts is not None:
+    if shape.experts is not None:
         # With f = E no token is dropped. An expert computes its own tokens alone, so this costs nothing.
-        switch = ft.SwitchConfig(experts=experts, every=2, capacity=experts, eval_capacity=experts)
+        switch = ft.SwitchConfig(experts=shape.experts, every=1, capacity=shape.experts, eval_capacity=shape.experts)
     config = ft.GPTConfig(
-        vocab=2048, positions=s.length, width=s.width, layers=s.layers, heads=s.heads, switch=switch,
+        vocab=2048, positions=s.length, width=s.width, layers=s.layers, heads=s.heads, hidden=shape.hidden,
+        switch=switch,
     )
     return ft.GPT(config, seed)
+
+
+def teacher_name(s: Settings) -> str:
+    """The Switch model with the most experts: the teacher."""
+    return name_of(max(s.experts))
 
 
 def size(model: ft.Module) -> int:
@@ -107,51 +136,51 @@ def train(study_: Study, s: Settings, model: ft.Module, key: str, seed: int, ste
     )
 
 
-def pretrained(study_: Study, s: Settings, experts: int | None, seed: int) -> tuple[ft.Module, ft.History]:
+def pretrained(study_: Study, s: Settings, name: str, seed: int) -> tuple[ft.Module, ft.History]:
     """A model after its pretraining. The dense one trains longer."""
-    model = new_model(s, experts, seed)
-    name = DENSE if experts is None else name_of(experts)
-    steps = s.steps if experts else s.longer * s.steps
+    model = new_model(s, name, seed)
+    steps = s.longer * s.steps if name == DENSE else s.steps
     return model, train(study_, s, model, f"{name}/{seed}", seed, steps)
 
 
-def pretraining_row(study_: Study, s: Settings, experts: int | None, seed: int) -> Row:
+def pretraining_row(study_: Study, s: Settings, name: str, seed: int) -> Row:
     """The learning curve of one model; of a Switch model also its balance loss at the end."""
-    model, history = pretrained(study_, s, experts, seed)
+    _, history = pretrained(study_, s, name, seed)
     row = study.curve(history)
-    if experts is not None:
+    if "balance" in history.terms:
         row["balance"] = round(float(np.mean(history.terms["balance"][-100:])), 5)
     return row
 
 
 def student_row(study_: Study, s: Settings, name: str, seed: int) -> Row:
     """The learning curve of one dense student of the largest Switch model."""
-    teacher, _ = pretrained(study_, s, max(s.experts), seed)
-    teacher.eval()
+    teacher, _ = pretrained(study_, s, teacher_name(s), seed)
     loss = ft.Hinton(teacher, temperature=1, soft=SOFT) if name in (DISTILLED, BOTH) else None
     if name == DISTILLED:  # the dense model's random weights and batches
-        return study.curve(train(study_, s, new_model(s, None, seed), f"{name}/{seed}", seed, s.steps, loss))
+        return study.curve(train(study_, s, new_model(s, DENSE, seed), f"{name}/{seed}", seed, s.steps, loss))
     model = ft.dense_student(teacher, seed=seed)
     order = s.seeds + seed  # of the batches: another one than the teacher's
     return study.curve(train(study_, s, model, f"{name}/{seed}", order, s.steps, loss))
 
 
 def cost_row(s: Settings) -> Row:
-    """Parameters, and processor time of training steps: that of a Switch model over the dense model's, paired."""
-    parameters = {DENSE: size(new_model(s, None, 0))}
-    ratios = {}
+    """Parameters, and processor time of training steps: that of each model over the dense model's, paired."""
+    made = {name: new_model(s, name, 0) for name in models(s)}
     batch = next(training_batches(s, 0))
-    dense = partial(study.step_seconds, new_model(s, None, 0), batch)
-    for experts in s.experts:
-        model = new_model(s, experts, 0)
-        parameters[name_of(experts)] = size(model)
-        ratios[name_of(experts)] = study.time_ratios(partial(study.step_seconds, model, batch), dense, s.rounds)
-    teacher = new_model(s, max(s.experts), 0)
-    distil = ft.Hinton(teacher, temperature=1, soft=SOFT)
-    distilled = partial(study.step_seconds, new_model(s, None, 0), batch, distil)
+    dense = partial(study.step_seconds, made[DENSE], batch)
+    ratios = {}
+    for name, model in made.items():
+        if name != DENSE:
+            ratios[name] = study.time_ratios(partial(study.step_seconds, model, batch), dense, s.rounds)
+    distil = ft.Hinton(made[teacher_name(s)], temperature=1, soft=SOFT)
+    distilled = partial(study.step_seconds, new_model(s, DENSE, 0), batch, distil)
     ratios[DISTILLED] = study.time_ratios(distilled, dense, s.rounds)
     seconds = [dense() for _ in range(s.rounds)]
-    return {"parameters": parameters, "ratios": ratios, "dense_ms": 1e3 * float(np.median(seconds))}
+    return {
+        "parameters": {name: size(model) for name, model in made.items()},
+        "ratios": ratios,
+        "dense_ms": 1e3 * float(np.median(seconds)),
+    }
 
 
 def open_study(s: Settings, out: Path, work: Path) -> Study:
@@ -165,9 +194,8 @@ def rows_of(s: Settings, study_: Study) -> dict[str, Row]:
     """All rows; those that are missing are measured."""
     jobs: dict[str, Callable[[], Row]] = {COST: partial(cost_row, s)}
     for seed in range(s.seeds):
-        jobs[f"{DENSE}/{seed}"] = partial(pretraining_row, study_, s, None, seed)
-        for experts in s.experts:
-            jobs[f"{name_of(experts)}/{seed}"] = partial(pretraining_row, study_, s, experts, seed)
+        for name in models(s):
+            jobs[f"{name}/{seed}"] = partial(pretraining_row, study_, s, name, seed)
         for name in STUDENTS:
             jobs[f"{name}/{seed}"] = partial(student_row, study_, s, name, seed)
     return study_.run(jobs)
@@ -180,11 +208,11 @@ def summary(s: Settings, rows: dict[str, Row]) -> dict[str, Any]:
     steps, curves    of every model: steps, and held-out losses (seeds, points)
     loss             {model: spread of its loss at the end}; of the dense model, after as many steps as the others
     speed            {Switch model: ratio of step times; by_steps, by_time: times faster to the dense model's loss;
-                     equal_steps, equal_time: its loss − the dense model's}
+                     equal_steps, equal_time: its loss − the dense model's; by_length: the same at LENGTHS}
     gain             loss of the dense model − that of the largest Switch model
     shares           {student: the share of the gain that it keeps}; LONGER: the dense model after all its steps
     """
-    names = [DENSE, *map(name_of, s.experts), *STUDENTS]
+    names = [*models(s), *STUDENTS]
     curves = {name: study.values_of(rows, name, "curve", s.seeds) for name in names}
     steps = {name: rows[f"{name}/0"]["steps"] for name in names}
     at_end = {name: curves[name][:, -1] for name in names}
@@ -195,11 +223,11 @@ def summary(s: Settings, rows: dict[str, Row]) -> dict[str, Any]:
     speed = {}
     for name in map(name_of, s.experts):
         speed[name] = speed_of(s, steps, curves[DENSE], curves[name], ratios[name]["mean"])
-    gain = at_end[DENSE] - at_end[name_of(max(s.experts))]
+    gain = at_end[DENSE] - at_end[teacher_name(s)]
     shares = {}
     for name in (*STUDENTS, LONGER):
         shares[name] = (at_end[DENSE] - at_end[name]).tolist()
-    large = cost["parameters"][name_of(max(s.experts))]
+    large = cost["parameters"][teacher_name(s)]
     return {
         "steps": steps,
         "curves": {name: losses.tolist() for name, losses in curves.items()},
@@ -237,7 +265,17 @@ def speed_of(s: Settings, steps: dict[str, list[int]], dense: np.ndarray, switch
         "by_time": study.spread(np.array(by_steps) / ratio),
         "equal_steps": study.spread(equal_steps),
         "equal_time": study.spread(equal_time),
+        "by_length": [gap_at(steps, dense, switch, share * s.steps) for share in LENGTHS],
     }
+
+
+def gap_at(steps: dict[str, list[int]], dense: np.ndarray, switch: np.ndarray, step: float) -> float:
+    """The Switch model's loss − the dense model's at one step: the mean over seeds."""
+    points = switch.shape[1]  # the Switch model ends earlier; up to there, both have the same steps
+    gaps = []
+    for of_dense, of_switch in zip(dense, switch):
+        gaps.append(loss_at(steps[DENSE][:points], of_switch, step) - loss_at(steps[DENSE], of_dense, step))
+    return float(np.mean(gaps))
 
 
 def times_faster(N: int, steps: list[int], dense: Any, switch: Any) -> float:
@@ -272,8 +310,10 @@ def page(data: dict[str, Any], numbers: dict[str, Any]) -> str:
 def speed_table(numbers: dict[str, Any]) -> list[str]:
     """A row for each model."""
     steps = numbers["steps"][DISTILLED][-1]
-    rows = [[DENSE, f"{numbers['parameters'][DENSE]:,}", f"{numbers['dense_ms']:.0f}",
-             study.text(numbers["loss"][DENSE]), "", "", "1", "1"]]
+    rows = []
+    for name, ratio in ((DENSE, 1.0), (WIDE, numbers["ratios"][WIDE]["mean"])):
+        rows.append([name, f"{numbers['parameters'][name]:,}", f"{numbers['dense_ms'] * ratio:.0f}",
+                     study.text(numbers["loss"][name]), "", "", "", ""])
     for name, speed in numbers["speed"].items():
         ms = numbers["dense_ms"] * numbers["ratios"][name]["mean"]
         rows.append([
@@ -302,11 +342,16 @@ def reading(numbers: dict[str, Any]) -> list[str]:
     """What the tables say, computed from them."""
     best = max(numbers["speed"], key=lambda name: numbers["speed"][name]["by_steps"]["mean"])
     speed = numbers["speed"][best]
+    wide = numbers["loss"][DENSE]["mean"] - numbers["loss"][WIDE]["mean"]
     lines = [
         f"- By steps, {best} reaches the dense model's loss {study.text(speed['by_steps'], '.2f')} times as fast; by "
         f"time, {study.text(speed['by_time'], '.2f')} times. The paper has 7. A step of the Switch model takes "
         f"{numbers['ratios'][best]['mean']:.2f} times as long: its experts are many small matrix products, and the "
         "optimizer updates all of them.",
+        f"- Loss minus the dense model's after {', '.join(f'{share:g}' for share in LENGTHS)} of the steps: "
+        f"{'; '.join(trend(name, row) for name, row in numbers['speed'].items())}. Every expert sees a share of the "
+        "tokens, so experts are worse at first. The wide dense model, with all of these parameters at every token, is "
+        f"{wide:.3f} below the dense one.",
         f"- The students keep of the gain: distilled {100 * numbers['shares'][DISTILLED]['share']:.0f} %, with the "
         f"teacher's other parameters {100 * numbers['shares'][START]['share']:.0f} %, with both "
         f"{100 * numbers['shares'][BOTH]['share']:.0f} %; the paper has 3, 20 and 29 %.",
@@ -316,6 +361,11 @@ def reading(numbers: dict[str, Any]) -> list[str]:
         f"{study.text(numbers['beyond_longer'], '+.3f')} below it.",
     ]
     return lines
+
+
+def trend(name: str, speed: dict[str, Any]) -> str:
+    """The gaps of a Switch model at LENGTHS, in words."""
+    return f"{name.removeprefix('Switch, ')} {', '.join(f'{gap:+.3f}' for gap in speed['by_length'])}"
 
 
 def draw(numbers: dict[str, Any], path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import switch
 
-from .claim import HOLDS, IN_PART, WRONG, Claim, Finding, Numbers
+from .claim import HOLDS, IN_PART, NOT_AT_THIS_SIZE, WRONG, Claim, Finding, Numbers
 
 SHARE = 0.3
 COMPRESSION = 0.8
@@ -22,7 +22,11 @@ def judge(numbers: Numbers) -> Finding:
     gains = numbers["gain"]["low"] > 0
     keeps = gains and numbers["compression"] >= COMPRESSION and both >= SHARE
     beyond = numbers["beyond_longer"]["mean"] > 0
-    verdict = HOLDS if keeps and beyond else IN_PART if keeps or (gains and both > 0) else WRONG
+    first, second, last = numbers["speed"][switch.teacher_name(switch.Settings())]["by_length"]
+    if gains:
+        verdict = HOLDS if keeps and beyond else IN_PART if both > 0 else WRONG
+    else:
+        verdict = NOT_AT_THIS_SIZE if first > second > last else WRONG
     measured = (
         f"at {100 * numbers['compression']:.0f} % compression the student keeps {100 * both:.0f} % of a gain of "
         f"{numbers['gain']['mean']:.3f} nats (distillation alone {100 * shares[switch.DISTILLED]:.0f} %, start alone "
@@ -37,9 +41,11 @@ CLAIM = Claim(
     claim="Distilled into a dense model at 80-99 % compression, a Switch model keeps 30 % of its gain",
     source="003",
     refuted_by=(
-        f"a Switch model without a gain, or a student, smaller by {100 * COMPRESSION:g} % or more, that keeps nothing "
-        f"of it. It holds if the student keeps {100 * SHARE:g} % or more and is better than a dense model that trained "
-        "as long as teacher and student together; in part if it keeps less, or if the longer training explains it."
+        f"a student, smaller by {100 * COMPRESSION:g} % or more, that keeps nothing of the gain; or a Switch model "
+        "without a gain: then the claim is wrong, or not at this size if its loss, minus the dense model's, falls over "
+        f"three lengths of the training. It holds if the student keeps {100 * SHARE:g} % or more and is better than a "
+        "dense model that trained as long as teacher and student together; in part if it keeps less, or if the longer "
+        "training explains it."
     ),
     setup=(
         f"the protocol of results/switch.md: the Switch model with {max(switch.Settings().experts)} experts, its "
