@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import switch
 
+from .c29 import falls
 from .claim import HOLDS, IN_PART, NOT_AT_THIS_SIZE, WRONG, Claim, Finding, Numbers
 
 SHARE = 0.3
@@ -22,11 +23,11 @@ def judge(numbers: Numbers) -> Finding:
     gains = numbers["gain"]["low"] > 0
     keeps = gains and numbers["compression"] >= COMPRESSION and both >= SHARE
     beyond = numbers["beyond_longer"]["mean"] > 0
-    first, second, last = numbers["speed"][switch.teacher_name(switch.Settings())]["by_length"]
+    trend = numbers["speed"][switch.teacher_name(switch.Settings())]["by_length"]
     if gains:
         verdict = HOLDS if keeps and beyond else IN_PART if both > 0 else WRONG
     else:
-        verdict = NOT_AT_THIS_SIZE if first > second > last else WRONG
+        verdict = NOT_AT_THIS_SIZE if falls(trend) else WRONG
     measured = (
         f"at {100 * numbers['compression']:.0f} % compression the student keeps {100 * both:.0f} % of a gain of "
         f"{numbers['gain']['mean']:.3f} nats (distillation alone {100 * shares[switch.DISTILLED]:.0f} %, start alone "
