@@ -382,7 +382,7 @@ def balance_by_choice_alone(self: SwitchMLP, logits: Tensor, p: Tensor, chosen: 
 
 def losses_after_dropping(self: SwitchMLP, logits: Tensor, p: Tensor, chosen: Any, ctx: Context) -> None:
     real = chosen.any(axis=-1)
-    right_losses(self, logits, p, chosen & right_within(chosen, self.capacity(real))[..., None], ctx)
+    right_losses(self, logits, p, right_within(chosen, self.capacity(real)), ctx)
 
 
 def losses_with_padding(self: SwitchMLP, logits: Tensor, p: Tensor, chosen: Any, ctx: Context) -> None:
@@ -426,7 +426,7 @@ def one_more(chosen: Any, capacity: Any) -> Any:
 
 def never_full(chosen: Any, capacity: Any) -> Any:
     """The cumulative sum runs along an axis of length 1."""
-    return xp(chosen).ones(chosen.shape[:2], bool)
+    return chosen
 
 
 def last_tokens_first(chosen: Any, capacity: Any) -> Any:
@@ -436,14 +436,14 @@ def last_tokens_first(chosen: Any, capacity: Any) -> Any:
 def over_the_batch(chosen: Any, capacity: Any) -> Any:
     """Positions counted over all rows of the batch, with the capacity of the batch."""
     rows = chosen.reshape(1, -1, chosen.shape[-1])
-    return right_within(rows, capacity.sum()[None]).reshape(chosen.shape[:2])
+    return right_within(rows, capacity.sum()[None]).reshape(chosen.shape)
 
 
 def any_expert(chosen: Any, capacity: Any) -> Any:
     """Positions counted over all experts together."""
     m = xp(chosen)
     before = m.cumsum(chosen.any(axis=-1).astype(np.int64), axis=1) - 1
-    return before < capacity[:, None] * chosen.shape[-1]
+    return chosen & (before < capacity[:, None] * chosen.shape[-1])[..., None]
 
 
 def jitter_in_place(self: SwitchMLP, x: Tensor, ctx: Context) -> Tensor:

@@ -125,23 +125,18 @@ class SwitchMLP(Module):
         return f"capacity={self._switch.capacity}, eval_capacity={self._switch.eval_capacity}"
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        """x (B, T, C) -> (B, T, C). CannotCapture while a step is captured as a CUDA graph."""
-        if array.recording is not None:
-            raise array.CannotCapture("a Switch layer reads on the host how many tokens each expert got, which a "
-                                      "captured step cannot do: fit it without capture")
+        """y = p_e FFN_e(x) of a kept token, 0 of a dropped one and of padding.    x (B, T, C) -> (B, T, C)
+
+        Adds the layer's losses to the pass; dropped tokens count in them. ctx.mask (B, T): True at a real token."""
         m = xp(x.data)
         real = m.ones(x.shape[:2], dtype=bool) if ctx.mask is None else ctx.mask         # (B, T)
         logits = self.route(x, ctx)                                                      # (B, T, E)
-        probabilities = ops.softmax(logits)
-        choice = probabilities.data.argmax(axis=-1)                                      # (B, T)
+        probabilities, choice, gate = choose_experts(logits)
         chosen = (choice[..., None] == m.arange(len(self.experts))) & real[..., None]    # (B, T, E)
         self.add_losses(logits, probabilities, chosen, ctx)
-        kept = chosen & within_capacity(chosen, self.capacity(real))[..., None]
+        kept = within_capacity(chosen, self.capacity(real))                              # (B, T, E)
         y = self.run_experts(x, kept, ctx)
-        gate = ops.gather(probabilities, choice[..., None])                              # (B, T, 1)
-        if x.dtype in precision.HALVES:
-            gate = ops.cast(gate, x.dtype)
-        return y * gate
+        return y * ops.cast(gate, x.dtype)
 
     def route(self, x: Tensor, ctx: Context) -> Tensor:
         """The router's logits for x (B, T, C), in float32 also in a 16-bit model and under autocast: (B, T, E)."""
@@ -155,37 +150,29 @@ class SwitchMLP(Module):
             return self.router(x, ctx)
 
     def capacity(self, real: Array) -> Array:
-        """The capacity of an expert in each row, in tokens, (B,). real (B, T): True where a token is no padding."""
+        """The capacity of an expert in each row, in tokens, (B,). real (B, T): True at a real token."""
         switch = self._switch
         factor = switch.capacity if self.training else switch.eval_capacity
-        m = xp(real)
-        tokens = real.sum(axis=1)
-        share = m.floor(factor * tokens / len(self.experts))
-        return m.minimum(tokens, m.maximum(share, switch.min_capacity))
+        return expert_capacity(real, factor, len(self.experts), switch.min_capacity)
 
     def add_losses(self, logits: Tensor, probabilities: Tensor, chosen: Array, ctx: Context) -> None:
-        """Add the balance loss and the z-loss of this layer to the pass: means over the real tokens of the batch.
+        """Add the balance loss and the z-loss of this layer to the pass, times their weights α and c.
 
-        logits, probabilities (B, T, E). chosen (B, T, E): True at the expert of a real token; no gradient goes there.
-        """
-        m = xp(chosen)
-        real = chosen.any(axis=-1)                                                       # (B, T)
-        weight = (real / m.maximum(real.sum(), 1)).astype(probabilities.dtype)           # Σ weight = 1
-        if self._switch.balance:
-            f = (chosen * weight[..., None]).sum(axis=(0, 1))                            # (E,)
-            P = (probabilities * weight[..., None]).sum(axis=(0, 1))
-            ctx.add_loss("balance", (P * f).sum() * (self._switch.balance * len(self.experts)))
-        if self._switch.z_loss:
-            top = logits.data.max(axis=-1, keepdims=True)
-            log_sum = ops.log(ops.exp(logits - top).sum(axis=-1, keepdims=True)) + top   # (B, T, 1)
-            squares = log_sum * log_sum * weight[..., None]
-            ctx.add_loss("router_z", squares.sum() * self._switch.z_loss)
+        logits, probabilities (B, T, E). chosen (B, T, E): True at the expert of a real token."""
+        switch = self._switch
+        if switch.balance:
+            ctx.add_loss("balance", balance_loss(probabilities, chosen) * switch.balance)
+        if switch.z_loss:
+            ctx.add_loss("router_z", z_loss(logits, chosen.any(axis=-1)) * switch.z_loss)
 
     def run_experts(self, x: Tensor, kept: Array, ctx: Context) -> Tensor:
         """FFN_e(x) of every kept token, 0 elsewhere: (B, T, C). kept (B, T, E): True at the expert of a kept token.
 
         An expert computes its own tokens alone: all experts together compute at most B·T rows. An expert without tokens
-        computes no row, and its gradient is 0."""
+        computes no row, and its gradient is 0. CannotCapture while a step is captured as a CUDA graph."""
+        if array.recording is not None:
+            raise array.CannotCapture("a Switch layer reads on the host how many tokens each expert got, which a "
+                                      "captured step cannot do: fit it without capture")
         m = xp(kept)
         experts = len(self.experts)
         rows = kept.reshape(-1, experts)                                                 # (N, E)
@@ -202,11 +189,59 @@ class SwitchMLP(Module):
         return ops.embedding(outputs, place).reshape(x.shape)
 
 
+def choose_experts(logits: Tensor) -> tuple[Tensor, Array, Tensor]:
+    """p = softmax(z),  e = argmax p,  gate = p_e.
+
+    logits z (..., E) -> p (..., E), e (...) whole numbers, gate (..., 1). Of equal probabilities the first wins. No
+    gradient passes through e; the gate passes the task's gradient to the router."""
+    probabilities = ops.softmax(logits)
+    choice = probabilities.data.argmax(axis=-1)
+    gate = ops.gather(probabilities, choice[..., None])
+    return probabilities, choice, gate
+
+
+def expert_capacity(real: Array, factor: float, experts: int, least: int) -> Array:
+    """min(n, max(least, ⌊factor n / experts⌋)), the number of tokens that an expert takes of a row: (B,).
+
+    real (B, T): True at a real token, False at padding; n, the number of real tokens of the row."""
+    m = xp(real)
+    tokens = real.sum(axis=1)                                # (B,)
+    share = m.floor(factor * tokens / experts)
+    return m.minimum(tokens, m.maximum(share, least))
+
+
 def within_capacity(chosen: Array, capacity: Array) -> Array:
-    """(B, T) True at the tokens that are among the first `capacity` of their row at their expert.
+    """True where an expert takes a token: it is among the first `capacity` of its row that choose the expert. (B, T, E)
 
     chosen (B, T, E): True at the expert of a token, False in all columns for padding. capacity (B,)."""
     m = xp(chosen)
-    counts = m.cumsum(chosen.astype(np.int64), axis=1)       # of tokens up to this one, at each expert
-    before = ((counts - 1) * chosen).sum(axis=-1)            # tokens before this one at its own expert
-    return before < capacity[:, None]
+    counts = m.cumsum(chosen.astype(np.int64), axis=1)       # tokens at each expert, up to this one
+    before = counts - chosen                                 # without this one
+    return chosen & (before < capacity[:, None, None])
+
+
+def balance_loss(probabilities: Tensor, chosen: Array) -> Tensor:
+    """E Σᵢ fᵢ Pᵢ, a scalar.    fᵢ the share of tokens that choose expert i,  Pᵢ the mean of their probabilities of i
+
+    probabilities (B, T, E). chosen (B, T, E): True at the expert of a real token, before any is dropped; False in all
+    columns for padding, which does not count. f has no gradient. 0 without a real token."""
+    experts = chosen.shape[-1]
+    weight = token_weights(chosen.any(axis=-1), probabilities.dtype)             # (B, T, 1)
+    f = (chosen * weight).sum(axis=(0, 1))                                       # (E,)
+    P = (probabilities * weight).sum(axis=(0, 1))
+    return (P * f).sum() * experts
+
+
+def z_loss(logits: Tensor, real: Array) -> Tensor:
+    """The mean of (ln Σᵢ exp zᵢ)² over the real tokens, a scalar.
+
+    logits z (B, T, E) of any size. real (B, T): True at a real token. 0 without a real token."""
+    top = logits.data.max(axis=-1, keepdims=True)            # exp of a large number overflows; of z − top it does not
+    log_sum = ops.log(ops.exp(logits - top).sum(axis=-1, keepdims=True)) + top   # (B, T, 1)
+    return (log_sum * log_sum * token_weights(real, logits.dtype)).sum()
+
+
+def token_weights(real: Array, dtype: Any) -> Array:
+    """(B, T, 1): 1/n at each of the n real tokens of a batch, 0 at padding. Σ (a · weights) is their mean of a."""
+    m = xp(real)
+    return (real / m.maximum(real.sum(), 1)).astype(dtype)[..., None]

@@ -1,0 +1,2 @@
+# %% [markdown]
+# # 19 Mixture of experts
