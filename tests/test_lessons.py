@@ -53,6 +53,7 @@ TEACHES = {
     "gptq": {"OBQ", "GPTQ"},
     "qlora": {"NF4", "FP4", "E2M1", "Paged", "AdamW8bit", "memory", "CannotMerge", "trained"},
     "distillation": {"compress.distill", "student", "Hinton", "DistilBERTLoss", "TeacherCache"},
+    "experts": {"SwitchConfig", "dense_student"},
     "gpu": {"kernels.cuda"},
     "precision": {"precision", "autocast", "GradScaler"},
     "checkpoint": {"Llama", "LlamaConfig", "chat_prompt", "chat_end", "compress", "Packed", "unpack", "CannotMerge",

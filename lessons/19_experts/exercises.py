@@ -10,7 +10,7 @@ from tinyft import ops
 from tinyft.array import asarray, asnumpy
 from tinyft.learn.diagnose import Unusable, close, described, host
 from tinyft.learn.exercise import Exercise
-from tinyft.learn.sizes import Shaped, draw_array, named, positive, sizes
+from tinyft.learn.sizes import draw_array, named, positive, sizes
 from tinyft.tensor import Tensor
 
 MOE = "models.moe:"
@@ -39,9 +39,9 @@ def one_hot(choice, experts):
 # ── choose_experts ────────────────────────────────────────────────────────────────────────────────
 choose_experts = Exercise(
     f"{MOE}choose_experts", difficulty=2, minutes=15,
-    may_use="ops.softmax(z), along the last axis; p.data, the array of a Tensor; a.argmax(axis=-1); "
-            "ops.gather(p, i), the entries i of the last axis of p, where i has as many axes as p: "
-            "i[..., None] has one more axis than i.",
+    may_use="ops.softmax(z), along the last axis; p.data, the array of a Tensor; "
+            "a.argmax(axis=-1); ops.gather(p, i), the entries i of the last axis of p, where i has "
+            "as many axes as p: i[..., None] has one more axis than i.",
     example="""
         >>> logits = Tensor(np.log([[3.0, 1.0], [1.0, 9.0]]))        # two tokens, two experts
         >>> p, choice, gate = choose_experts(logits)
@@ -137,15 +137,16 @@ def _(f, logits):
     close(asnumpy(z.grad), gradient, "the gradient of the logits")
 
 
-@choose_experts.law("p hands gradients on to the logits", logits=distinct(), g=Shaped("1"))
-def _(f, logits, g):
+@choose_experts.law("p hands gradients on to the logits", logits=distinct())
+def _(f, logits):
     (p, _, _), z = routed(f, logits)
     if not isinstance(p, Tensor) or not p.requires_grad:
         raise Unusable("p has no gradient; the balance loss needs it: return the Tensor, not its "
                        "array")
     (p * p).sum().backward()
     q = softmax(logits)
-    close(asnumpy(z.grad), 2 * q * (q - (q * q).sum(-1, keepdims=True)), "the gradient of the logits")
+    gradient = 2 * q * (q - (q * q).sum(-1, keepdims=True))
+    close(asnumpy(z.grad), gradient, "the gradient of the logits")
 
 
 @choose_experts.law("rows of tokens: logits (B, T, E)", k=positive("b t e"))

@@ -49,9 +49,10 @@ def leaf(a):
 # ── balance_loss ──────────────────────────────────────────────────────────────────────────────────
 balance_loss = Exercise(
     f"{MOE}balance_loss", difficulty=3, minutes=20,
-    may_use="token_weights(real, dtype), 1/n at each of the n real tokens, 0 at padding, with shape "
-            "(B, T, 1): the sum of a times these weights is a mean over the real tokens; chosen.any("
-            "axis=-1), True at a real token; .sum(axis=(0, 1)); * of Tensors and arrays.",
+    may_use="token_weights(real, dtype), 1/n at each of the n real tokens, 0 at padding, with "
+            "shape (B, T, 1): the sum of a times these weights is a mean over the real tokens; "
+            "chosen.any(axis=-1), True at a real token; .sum(axis=(0, 1)); * of Tensors and "
+            "arrays.",
     example="""
         Two tokens, two experts; both tokens choose expert 0. f = (1, 0), P = (0.75, 0.25).
         >>> p = Tensor(np.array([[[0.9, 0.1], [0.6, 0.4]]]))
@@ -212,7 +213,8 @@ def _(probabilities, chosen):
     return (P * chosen.sum(axis=(0, 1))).sum() * chosen.shape[-1]
 
 
-@balance_loss.wrong_answer("Padding has probabilities, so it counts.", says="padding is counted in P")
+@balance_loss.wrong_answer("Padding has probabilities, so it counts.",
+                           says="padding is counted in P")
 def _(probabilities, chosen):
     f, _ = shares(probabilities.data, chosen)
     tokens = chosen.shape[0] * chosen.shape[1]
@@ -256,8 +258,9 @@ def _(probabilities, chosen):
 # ── z_loss ────────────────────────────────────────────────────────────────────────────────────────
 z_loss = Exercise(
     f"{MOE}z_loss", difficulty=2, minutes=15,
-    may_use="ops.exp, ops.log; .sum(axis=-1, keepdims=True); logits.data.max(axis=-1, keepdims="
-            "True), the largest logit of each token; token_weights(real, dtype), as in balance_loss.",
+    may_use="ops.exp, ops.log; .sum(axis=-1, keepdims=True); logits.data.max(axis=-1, "
+            "keepdims=True), the largest logit of each token; token_weights(real, dtype), as in "
+            "balance_loss.",
     example="""
         One token with the logits ln 1 and ln 3: the sum of the exponentials is 4.
         >>> z = Tensor(np.log([[[1.0, 3.0]]]))
@@ -267,7 +270,8 @@ z_loss = Exercise(
     hints=(
         "For each token: the logarithm of the sum of exponentials, over the experts. Its square. "
         "Then the mean over the real tokens.",
-        "exp(1000) overflows. For the largest logit m of a token, ln Σ exp z = ln Σ exp(z − m) + m.",
+        "exp(1000) overflows. With m, the largest logit of a token, ln Σ exp z is "
+        "ln Σ exp(z − m) + m.",
         "log_sum = ops.log(ops.exp(z - m).sum(axis=-1, keepdims=True)) + m, with shape (B, T, 1);  "
         "(log_sum * log_sum * token_weights(real, z.dtype)).sum()."))
 
@@ -540,7 +544,8 @@ def guessed_outputs(router, x, mask, room):
         "the gate is not multiplied: y = p_e FFN_e(x)": y,
         "the gate multiplies the input; it should multiply the output": of_experts(gate * x, kept),
         "the gate is multiplied twice": gate * gate * y,
-        "it is Σ p FFN(x) over all experts; a token visits one": np.einsum("bte,ebtc->btc", p, every),
+        "it is Σ p FFN(x) over all experts; a token visits one":
+            np.einsum("bte,ebtc->btc", p, every),
         "all tokens go to expert 0": gate * (FACTORS[0] * x + 1) * ~dropped,
         "the output of a dropped token is x; it should be 0, since the block adds x itself":
             gate * y + x * dropped,
@@ -675,7 +680,8 @@ def _(self, x, ctx):
     return total
 
 
-@forward.wrong_answer("A dropped token stays as it is: y = x.", says="the output of a dropped token is x")
+@forward.wrong_answer("A dropped token stays as it is: y = x.",
+                      says="the output of a dropped token is x")
 def _(self, x, ctx):
     logits, p, _, gate, chosen, real = steps(self, x, ctx)
     self.add_losses(logits, p, chosen, ctx)
