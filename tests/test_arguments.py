@@ -333,12 +333,13 @@ ROWS: dict[str, Callable[[Any], dict]] = {
     "train.next_tokens": lambda path: {"ids": ids(), "mask": ids() >= 0},
     "train.read_batch": lambda path: {"batch": batches()[0]},
     # optim
+    "CrossEntropy": lambda path: {"smoothing": 0.1},
     "optim.clip_norm": lambda path: {"gradients": [np.ones(3)], "limit": 1.0},
 }
 
 NO_ROW = {
     **dict.fromkeys(["Module", "Edit", "Method", "Packed", "Loss", "optim.Optimizer"], "a base class: subclassed"),
-    **dict.fromkeys(["Cache", "Full", "BitFit", "CrossEntropy", "no_grad", "detect_anomaly", "backend", "methods",
+    **dict.fromkeys(["Cache", "Full", "BitFit", "no_grad", "detect_anomaly", "backend", "methods",
                      "peak_memory", "get_num_threads", "get_float32_matmul_precision", "data.shipped_tokenizer",
                      "data.snapshot", "data.name_pairs"], "takes no arguments"),
     **dict.fromkeys(["Attached", "Count", "CorpusPerplexity", "History", "Targets", "Predictions", "Hypothesis",

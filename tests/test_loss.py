@@ -574,6 +574,63 @@ def test_evaluate_takes_a_loss_without_penalties_and_auxiliary_losses():
     assert plain["loss"] == pytest.approx(np.log(plain["perplexity"]), rel=1e-6)
 
 
+def smoothed(z: np.ndarray, labels: np.ndarray, eps: float, others: bool = False) -> float:
+    """Mean cross-entropy with targets (1 − ε) onehot + ε/V; others: ε spread over the V − 1 other classes."""
+    log_p = z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
+    N, V = z.shape
+    spread = eps / (V - 1) if others else eps / V
+    target = np.full((N, V), spread)
+    target[np.arange(N), labels] = 1 - eps + (0 if others else spread)
+    return float(-(target * log_p).sum(axis=-1).mean())
+
+
+def check_smoothing(loss_of: Callable[[float], ft.Loss], eps: float = 0.1) -> None:
+    model = make_gpt().to(dtype=np.float64)
+    for batch in BATCHES:
+        targets = read_batch(batch)
+        z = host(model(targets.ids, targets.context())).reshape(-1, VOCAB)
+        for smoothing in (0.0, eps, 0.5):
+            loss = loss_of(smoothing)
+            _, value = loss(model, loss.read(batch))
+            assert float(value.data) == pytest.approx(smoothed(z, targets.labels, smoothing), rel=1e-10)
+
+
+def test_label_smoothing_spreads_over_all_classes():
+    check_smoothing(ft.CrossEntropy)
+    model = make_gpt()
+    plain = ft.evaluate(model, BATCHES)
+    got = ft.evaluate(model, BATCHES, loss=ft.CrossEntropy(0.1))
+    assert got["loss"] != pytest.approx(plain["loss"], rel=1e-4)
+    assert got["perplexity"] == plain["perplexity"], "of the labels themselves"
+    for wrong in (-0.1, 1.0, "0.1", None):
+        with pytest.raises((TypeError, ValueError), match="CrossEntropy: smoothing wants a finite number >= 0 and < 1"):
+            ft.CrossEntropy(wrong)
+
+
+@dataclass(frozen=True)
+class SpreadOverOthers(ft.CrossEntropy):
+    """The label itself gets no share of ε, as in fairseq."""
+
+    def __call__(self, model: Module, targets: ft.Targets, rng: Any = None) -> tuple[Context, ft.Tensor]:
+        ctx = targets.context(rng)
+        z = host(model(targets.ids, ctx)).reshape(-1, VOCAB)
+        return ctx, ft.Tensor(np.array(smoothed(z, targets.labels, self.smoothing, others=True)))
+
+
+@dataclass(frozen=True)
+class SmoothedNothing(ft.CrossEntropy):
+    """Takes the setting and forgets it."""
+
+    def __call__(self, model: Module, targets: ft.Targets, rng: Any = None) -> tuple[Context, ft.Tensor]:
+        return ft.CrossEntropy()(model, targets, rng)
+
+
+@pytest.mark.parametrize("wrong", [SpreadOverOthers, SmoothedNothing])
+def test_a_wrong_smoothing_is_caught(wrong):
+    with pytest.raises(AssertionError):
+        check_smoothing(wrong)
+
+
 @dataclass(frozen=True)
 class Regression(ft.Loss):
     """The squared distance of the mean logit of a row to a number of its own. A loss without integer labels."""

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from helpers import dev, host
 
+import tinyft as ft
 from tinyft import array, dispatch, nn, ops
 from tinyft.tensor import OPS, Tensor
 
@@ -322,3 +323,19 @@ def test_kernels_in_single_precision(op, rng):
         pairs += [(ours_i.grad, theirs_i.grad) for ours_i, theirs_i in zip(our_leaves, torch_leaves)]
         for a, b in pairs:
             assert np.abs(a - b.numpy()).max() <= 1e-5 * max(float(b.abs().max()), 1)
+
+
+def test_the_loss_with_label_smoothing(rng):
+    """CrossEntropy(ε) of a model is torch's, with padding and with class weights."""
+    model = ft.GPT(ft.GPTConfig(vocab=19, positions=8, width=12, layers=1, heads=2), seed=0).to(dtype=np.float64)
+    ids = rng.integers(0, 19, (3, 8))
+    mask = np.arange(8) < np.array([8, 3, 5])[:, None]
+    labels = np.where(mask[:, 1:], ids[:, 1:], -100)
+    for class_weight in (None, rng.uniform(0.5, 2, 19)):
+        batch = {"ids": ids, "mask": mask, "class_weight": class_weight}
+        loss = ft.CrossEntropy(smoothing=0.1)
+        _, value = loss(model, loss.read(batch))
+        z = torch.tensor(host(model(ids[:, :-1], mask=mask[:, :-1]))).flatten(0, 1)
+        weight = None if class_weight is None else torch.tensor(class_weight)
+        expected = F.cross_entropy(z, torch.tensor(labels).flatten(), weight, label_smoothing=0.1)
+        assert float(value.data) == pytest.approx(float(expected), rel=1e-10)

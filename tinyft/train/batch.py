@@ -174,14 +174,23 @@ def as_loss(loss: Any) -> Loss:
 
 @dataclass(frozen=True)
 class CrossEntropy(Loss):
-    """ℓ = − Σᵢ w[yᵢ] log softmax(zᵢ)[yᵢ] / Σᵢ w[yᵢ]        over the labels yᵢ ≠ -100;  w = class_weight or 1"""
+    """ℓ = − Σᵢ w[yᵢ] log softmax(zᵢ)[yᵢ] / Σᵢ w[yᵢ]        over the labels yᵢ ≠ -100;  w = class_weight or 1
+
+    smoothing   ε of label smoothing: the target of a row is (1 − ε) at its label plus ε/V at each of the V classes, as
+                in torch. Vaswani et al. 2017 take 0.1. Perplexity, as `evaluate` gives it, is without smoothing.
+
+    TypeError or ValueError unless 0 <= smoothing < 1."""
+    smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        checks.number("CrossEntropy: smoothing", self.smoothing, low=0, below=1)
 
     def __call__(
         self, model: Module, targets: Targets, rng: np.random.Generator | None = None,
     ) -> tuple[Context, Tensor]:
         ctx = targets.context(rng)
         logits = model(targets.ids, ctx)                                # (B, classes), (B, T, V) or (n, V)
-        return ctx, cross_entropy(model, logits, targets)
+        return ctx, cross_entropy(model, logits, targets, self.smoothing)
 
 
 def compute_loss(
@@ -193,8 +202,9 @@ def compute_loss(
     return CrossEntropy()(model, targets, rng)
 
 
-def cross_entropy(model: Module, logits: Tensor, targets: Targets) -> Tensor:
+def cross_entropy(model: Module, logits: Tensor, targets: Targets, smoothing: float = 0.0) -> Tensor:
     """The mean cross-entropy of the logits with targets.labels, as a scalar Tensor; weighted by class_weight if given.
+    smoothing: ε of label smoothing.
 
     ValueError if there is not one label per row of logits; IndexError for a label outside the classes."""
     if getattr(model, "head", logits) is None:                          # a model without the attribute gives logits too
@@ -216,7 +226,7 @@ def cross_entropy(model: Module, logits: Tensor, targets: Targets) -> Tensor:
                              f"got {len(class_weight)}")
         dtype = np.promote_types(logits.dtype, np.float32)              # float32 for 16-bit logits
         class_weight = array.put_like(class_weight, logits.data, dtype)
-    return ops.cross_entropy(logits, labels, class_weight)
+    return ops.cross_entropy(logits, labels, class_weight, label_smoothing=smoothing)
 
 
 def check_labels(labels: Any, classes: int) -> None:

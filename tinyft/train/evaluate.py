@@ -74,7 +74,7 @@ class Results:
         self.weights.append(targets.weight)
         self.means["loss"].append(loss)
         if has_labels(ctx, targets):
-            if isinstance(self.loss, CrossEntropy):
+            if isinstance(self.loss, CrossEntropy) and not self.loss.smoothing:
                 self.means["cross_entropy"].append(loss)
             else:
                 self.means["cross_entropy"].append(float(cross_entropy(self.model, ctx.output, targets).data))
