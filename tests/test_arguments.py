@@ -247,7 +247,7 @@ ROWS: dict[str, Callable[[Any], dict]] = {
     "TeacherBeams": lambda path: {"folder": path / "beams", "teacher": seq2seq(), "end": 3, "max_new_tokens": 4,
                                   "beams": 2, "n_best": 2, "lp": ft.PowerPenalty(0.5)},
     "sentence_bleu": lambda path: {"hypothesis": [1, 2, 3], "reference": ["a", "b"]},
-    "TeacherCache": lambda path: {"folder": path / "cache", "teacher": gpt(), "k": 4},
+    "TeacherCache": lambda path: {"folder": path / "cache", "teacher": gpt(), "k": 4, "temperatures": (2.0,)},
     "attach": lambda path: {"model": gpt(), "method": ft.LoRA(r=2), "name": "a", "seed": 0, "train_head": True},
     "detach": lambda path: {"model": adapted(), "name": "lora"},
     "without": lambda path: {"model": adapted()},

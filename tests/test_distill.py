@@ -16,7 +16,7 @@ from wrong import replaced
 
 import tinyft as ft
 from tinyft import array, ops
-from tinyft.compress.distill import check_tokenizers, distilbert, hinton, layer_map, soft
+from tinyft.compress.distill import cache, check_tokenizers, distilbert, hinton, layer_map, soft
 from tinyft.compress.distill.cache import TeacherCache, largest, row_keys
 from tinyft.compress.distill.soft import TeacherLogits, cosine_loss, soft_loss
 from tinyft.nn import Context
@@ -669,14 +669,108 @@ def test_the_k_largest_logits(rng):
         np.testing.assert_array_equal(np.take_along_axis(logits, columns, axis=-1), values)
 
 
-def test_more_logits_come_closer_to_the_teacher(tmp_path):
+def of_cache(z_t: np.ndarray, k: int, T: float) -> TeacherLogits:
+    """What a cache of k logits holds of a teacher's, for one temperature."""
+    values, columns = largest(z_t, k)
+    tail = cache.tail_sums(z_t, columns, [T])[:, 0]
+    return TeacherLogits(dev(values), dev(columns), z_t.shape[-1], dev(tail))
+
+
+def check_tail(soft_loss: Any = soft_loss) -> None:
+    """KL of k + 1 classes: 0 for the teacher itself, never more than KL of all classes, and rising with k to it."""
+    for seed in range(30):
+        z_s, z_t, T, rng = draw(seed)
+        N, V = z_t.shape
+        z_t = z_t.astype(np.float32).astype(np.float64)
+        weight = rng.uniform(0.5, 2, N)
+        full = T**2 * (kl(z_t, z_s, T) * weight).sum() / weight.sum()
+        values = []
+        for k in range(1, V + 1):
+            teacher = of_cache(z_t, k, T)
+            values.append(float(soft_loss("L", leaf(z_s), teacher, dev(weight), T).data))
+            order = np.argsort(-z_t, axis=-1, kind="stable")
+            p, q = (np.take_along_axis(np.exp(log_softmax(z / T)), order, -1) for z in (z_t, z_s))
+            merged_p, merged_q = (np.append(a[:, :k], a[:, k:].sum(-1, keepdims=True), -1) for a in (p, q))
+            with np.errstate(invalid="ignore", divide="ignore"):
+                terms = np.where(merged_p > 0, merged_p * np.log(merged_p / merged_q), 0)
+            expected = T**2 * (terms.sum(-1) * weight).sum() / weight.sum()
+            assert values[-1] == pytest.approx(expected, rel=1e-5, abs=1e-6)
+            same = float(soft_loss("L", leaf(z_t), teacher, dev(weight), T).data)
+            assert same == pytest.approx(0, abs=1e-6)
+        assert all(a <= b + 1e-6 for a, b in zip(values, values[1:]))
+        assert values[-1] == pytest.approx(full, rel=1e-6, abs=1e-9)
+        if V > 2:
+            gradcheck(lambda z, t=of_cache(z_t, 2, T), w=weight, T=T: soft_loss("L", z, t, dev(w), T), [z_s], rng)
+
+
+def test_the_classes_beyond_k_count_as_one():
+    check_tail()
+    far = np.array([[60.0, 0.0, -60.0, -90.0], [0.0, 900.0, -900.0, 0.0]])
+    for z_s, z_t in ((far, -far), (far, far[:, ::-1].copy()), (far, far)):
+        x = leaf(z_s, np.float32)
+        loss = soft_loss("L", x, of_cache(z_t, 2, 1.0), dev(np.ones(2, np.float32)), 1.0)
+        loss.backward()
+        assert np.isfinite(host(loss)) and np.isfinite(host(x.grad)).all()
+
+
+def shared_out(name: str, logits: Tensor, teacher: TeacherLogits, weight: Any, T: float) -> Tensor:
+    """The probability of the others is shared out among the k classes: the loss without tails."""
+    return soft_loss(name, logits, TeacherLogits(teacher.values, teacher.columns, teacher.classes), weight, T)
+
+
+def left_out(name: str, logits: Tensor, teacher: TeacherLogits, weight: Any, T: float) -> Tensor:
+    """The others have no term: Σ p log p/q over k classes."""
+    log_q = ops.gather(ops.log_softmax(logits * (1 / T)), teacher.columns)
+    all_logits = ops.concatenate(Tensor(teacher.values) * (1 / T), Tensor(teacher.tail[:, None]), axis=-1)
+    log_p = ops.log_softmax(all_logits)[:, :-1]
+    return mean(forward_kl(log_p, log_q), weight) * T**2
+
+
+def student_shares_out(name: str, logits: Tensor, teacher: TeacherLogits, weight: Any, T: float) -> Tensor:
+    """Both distributions are those of the k classes alone."""
+    log_q = ops.log_softmax(ops.gather(logits * (1 / T), teacher.columns))
+    log_p = ops.log_softmax(Tensor(teacher.values) * (1 / T))
+    return mean(forward_kl(log_p, log_q), weight) * T**2
+
+
+def tail_as_a_logit(name: str, logits: Tensor, teacher: TeacherLogits, weight: Any, T: float) -> Tensor:
+    """The tail is divided by T, as if it were a logit."""
+    other = TeacherLogits(teacher.values, teacher.columns, teacher.classes, teacher.tail / T)
+    return soft_loss(name, logits, other, weight, T)
+
+
+@wrong_answers
+@pytest.mark.parametrize("wrong", [shared_out, left_out, student_shares_out, tail_as_a_logit])
+def test_a_wrong_tail_is_caught(wrong):
+    with pytest.raises(AssertionError), np.errstate(all="ignore"):
+        check_tail(wrong)
+
+
+def test_a_cache_knows_the_tail_of_its_temperatures(tmp_path):
+    student, teacher = make_gpt(), make_gpt(3)
+    few = TeacherCache(tmp_path / "few", teacher, k=4, temperatures=(3.0,))
+    live = value_of(ft.Hinton(teacher, 3.0, 1.0), student, BATCHES[0])
+    assert 0 < value_of(ft.Hinton(few, 3.0, 1.0), student, BATCHES[0]) < live
+    with pytest.raises(ValueError, match=r"with the temperature 2.0 wants a TeacherCache with it, .*got one with \[3"):
+        ft.Hinton(few).read(BATCHES[0])
+    few.flush()
+    with pytest.raises(ValueError, match=r"wants temperatures=\[\], got .* with \[3.0\]: take another folder"):
+        TeacherCache(tmp_path / "few", teacher, k=4)
+    with pytest.raises(TypeError, match="temperatures wants a tuple of numbers, such as"):
+        TeacherCache(tmp_path / "new", teacher, temperatures=2.0)
+    reopened = TeacherCache(tmp_path / "few")
+    assert value_of(ft.Hinton(reopened, 3.0, 1.0), student, BATCHES[0]) < live
+
+
+@pytest.mark.parametrize("temperatures", [(), (2.0,)])
+def test_more_logits_come_closer_to_the_teacher(temperatures, tmp_path):
     """The soft loss of a cache differs from the teacher's by less, the larger k is; over three batches."""
     student, teacher = make_gpt(), make_gpt(3)
     for p in teacher.parameters():
         p.copy_(host(p) * 4)
     errors = []
     for k in (2, 6, 12, None):
-        cache = TeacherCache(tmp_path / str(k), teacher, k)
+        cache = TeacherCache(tmp_path / str(k), teacher, k, temperatures)
         differences = []
         for batch in BATCHES:
             live = value_of(ft.Hinton(teacher, 2.0, 1.0), student, batch)

@@ -5,7 +5,8 @@
 
 An entry belongs to a row of a batch, whatever batch it comes in: its key is a digest of the row's real ids, of its
 source, of its other facts, and of the positions that have a label. It holds the k largest logits of each such position,
-largest first, with their classes. The entries lie in files of many rows, each written at once and never changed.
+largest first, with their classes, and for some temperatures the probability of all others together. The entries lie in
+files of many rows, each written at once and never changed.
 
 Random masks make new rows in every epoch, so nothing is found again: of masked language models, cache fixed batches.
 A teacher whose outputs for a row depend on its batch (a Switch layer does not; a batch norm would) cannot be cached.
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from .row_files import read_row_files, write_row_file
 from .soft import CachedTargets, run_teacher
 
 FLUSH = 1 << 22                                          # bytes of new entries, from which on a file is written
-Entry = tuple[np.ndarray, np.ndarray]                    # (n, k) logits and (n, k) classes, of one row
+Entry = tuple[np.ndarray, np.ndarray, np.ndarray]        # of one row: (n, k) logits, (n, k) classes, (n, S) tails
 
 
 class TeacherCache:
@@ -40,13 +41,22 @@ class TeacherCache:
     teacher  the model; None: only rows that the folder holds can be read
     k        the number of logits of each position; None: all of them, and the loss is that of the teacher itself
 
-    With k < V the teacher's distribution is that of its k largest classes: the probability of the others, which is
-    small for a good teacher, is shared out among these. All entries are held in memory, 8 k bytes for a position.
+    temperatures   those of losses for which the tail is kept, too: the probability of all classes beyond the k
 
-    A run that is resumed wants a cache of the same teacher with the same k. TypeError or ValueError for values without
-    meaning, for a folder with outputs of another teacher or k, and for a damaged file."""
+    With the tail, these classes count as one: the loss is KL of k + 1 probabilities. It is at most the loss of the
+    teacher itself, and 0 where student and teacher are the same. Without it, the probability of the others is shared
+    out among the k: that teacher is surer than the true one, the more so the higher the temperature.
 
-    def __init__(self, folder: str | os.PathLike, teacher: Module | None = None, k: int | None = 64):
+    All entries are held in memory, 8 k + 4 S bytes for a position and S temperatures.
+
+    A run that is resumed wants a cache of the same teacher with the same k and temperatures. TypeError or ValueError
+    for values without meaning, for a folder with outputs of another teacher or with other settings, and for a damaged
+    file."""
+
+    def __init__(
+        self, folder: str | os.PathLike, teacher: Module | None = None, k: int | None = 64,
+        temperatures: Sequence[float] = (),
+    ):
         checks.instance("TeacherCache: folder", folder, (str, os.PathLike), "a path")
         if teacher is not None:
             checks.instance("TeacherCache: teacher", teacher, Module, "a model or None")
@@ -60,6 +70,7 @@ class TeacherCache:
         self._passes = 0
         self.of = None if teacher is None else fingerprint(teacher)
         self.k = k
+        self._temperatures = read_temperatures(temperatures)
         self._read_files()
         if self.of is None:
             raise ValueError(f"TeacherCache wants a teacher, or a folder that holds the outputs of one; {folder} holds "
@@ -83,27 +94,34 @@ class TeacherCache:
             self._classes = facts.get("classes")
 
     def _check_facts(self, file: Path, facts: dict[str, Any]) -> None:
-        """ValueError unless a file is of this teacher and this k. Without a teacher, the first file decides."""
+        """ValueError unless a file is of this teacher with these settings. Without a teacher, the first decides."""
         if self.of is None:
             self.of, self.k = facts.get("of"), facts.get("k")
+            self._temperatures = list(facts.get("temperatures", []))
         if facts.get("of") != self.of:
             raise ValueError(f"TeacherCache wants outputs of this teacher, got {file} of another one: take another "
                              "folder")
         if facts.get("k") != self.k:
             raise ValueError(f"TeacherCache wants k={self.k}, got {file} with k={facts.get('k')}: take another folder")
+        if facts.get("temperatures", []) != self._temperatures:
+            raise ValueError(f"TeacherCache wants temperatures={self._temperatures}, got {file} with "
+                             f"{facts.get('temperatures', [])}: take another folder")
 
     def _add_file(self, file: Path, arrays: dict[str, np.ndarray]) -> None:
         """Take the entries of one file. ValueError if it is damaged."""
-        if arrays.keys() != {"keys", "counts", "values", "columns"}:
+        if arrays.keys() - {"tails"} != {"keys", "counts", "values", "columns"}:
             raise ValueError(f"{file} is damaged or not one of ours: it holds {', '.join(sorted(arrays)) or 'nothing'}")
         keys, counts = arrays["keys"], arrays["counts"]
         fits = keys.ndim == 2 and counts.shape == keys.shape[:1] and arrays["values"].shape == arrays["columns"].shape
+        every_tail = arrays.get("tails", np.zeros((len(arrays["values"]), 0), np.float32))
+        fits = fits and every_tail.shape == (len(arrays["values"]), len(self._temperatures))
         if not fits or counts.sum() != len(arrays["values"]):
             raise ValueError(f"{file} is damaged: its keys, counts and logits do not fit")
         end = 0
         for key, count in zip(keys, counts.tolist()):
             start, end = end, end + count
-            self._entries[key.tobytes()] = arrays["values"][start:end], arrays["columns"][start:end]
+            values, columns, tails = arrays["values"][start:end], arrays["columns"][start:end], every_tail[start:end]
+            self._entries[key.tobytes()] = values, columns, tails
 
     def flush(self) -> None:
         """Write all new entries, as one more file. A reader sees the whole file or none."""
@@ -112,11 +130,14 @@ class TeacherCache:
         entries = [self._entries[key] for key in self._new]
         arrays = {
             "keys": np.frombuffer(b"".join(self._new), np.uint8).reshape(len(entries), -1),
-            "counts": np.array([len(values) for values, _ in entries], np.int64),
-            "values": np.concatenate([values for values, _ in entries]),
-            "columns": np.concatenate([columns for _, columns in entries]),
+            "counts": np.array([len(values) for values, _, _ in entries], np.int64),
+            "values": np.concatenate([values for values, _, _ in entries]),
+            "columns": np.concatenate([columns for _, columns, _ in entries]),
         }
-        write_row_file(self._folder, arrays, {"of": self.of, "k": self.k, "classes": self._classes})
+        if self._temperatures:
+            arrays["tails"] = np.concatenate([tails for _, _, tails in entries])
+        facts = {"of": self.of, "k": self.k, "temperatures": self._temperatures, "classes": self._classes}
+        write_row_file(self._folder, arrays, facts)
         self._new = []
 
     # ── use ──
@@ -130,10 +151,17 @@ class TeacherCache:
         self.flush()
         return self._passes - before
 
-    def look_up(self, targets: Targets) -> CachedTargets:
+    def look_up(self, targets: Targets, temperature: float | None = None) -> CachedTargets:
         """The targets with the teacher's logits. Rows that are new go through the teacher, all in one pass.
 
-        ValueError for a batch of embeddings, and for a new row if the cache has no teacher."""
+        temperature: of the loss. If the cache keeps tails, they are those of this temperature; None: of the first.
+        ValueError for another temperature than the tails have, for a batch of embeddings, and for a new row without a
+        teacher."""
+        if self._temperatures and temperature is None:
+            temperature = self._temperatures[0]
+        if self._temperatures and float(temperature) not in self._temperatures:
+            raise ValueError(f"a loss with the temperature {temperature} wants a TeacherCache with it, "
+                             f"temperatures=({temperature},), got one with {self._temperatures}")
         if isinstance(targets.ids, Tensor):
             raise ValueError("TeacherCache wants batches of ids, got embeddings: these have no key")
         keys = row_keys(targets)
@@ -141,9 +169,13 @@ class TeacherCache:
         if missing:
             self._compute(targets, keys, missing)
         entries = [self._entries[key] for key in keys]
-        values = np.concatenate([values for values, _ in entries])
-        columns = np.concatenate([columns for _, columns in entries])
-        return CachedTargets(**vars(targets), teacher_values=values, teacher_columns=columns,
+        values = np.concatenate([values for values, _, _ in entries])
+        columns = np.concatenate([columns for _, columns, _ in entries])
+        tail = None
+        if self._temperatures:
+            column = self._temperatures.index(float(temperature))
+            tail = np.concatenate([tails[:, column] for _, _, tails in entries])
+        return CachedTargets(**vars(targets), teacher_values=values, teacher_columns=columns, teacher_tail=tail,
                              teacher_classes=self._classes)
 
     def _compute(self, targets: Targets, keys: list[bytes], missing: list[int]) -> None:
@@ -157,16 +189,44 @@ class TeacherCache:
         logits = array.asnumpy(run_teacher(self._teacher, targets).output.data)
         logits = logits.reshape(-1, logits.shape[-1])                            # (N, V)
         self._classes = logits.shape[-1]
-        values, columns = largest(logits.astype(np.float32), self.k)
+        logits = logits.astype(np.float32)
+        values, columns = largest(logits, self.k)
+        tails = tail_sums(logits, columns, self._temperatures)
         for i in missing:
-            self._entries[keys[i]] = values[rows == i], columns[rows == i]
+            self._entries[keys[i]] = values[rows == i], columns[rows == i], tails[rows == i]
             self._new.append(keys[i])
         self._passes += len(missing)
         if sum(self._entries[key][0].nbytes for key in self._new) > FLUSH:
             self.flush()
 
 
-def largest(logits: np.ndarray, k: int | None) -> Entry:
+def read_temperatures(temperatures: Any) -> list[float]:
+    """The temperatures of a cache, each once, in their order. TypeError or ValueError for values without meaning."""
+    if not isinstance(temperatures, (list, tuple)):
+        raise TypeError("TeacherCache: temperatures wants a tuple of numbers, such as (1.0, 2.0), "
+                        f"got {checks.brief(temperatures)}")
+    numbers = [float(checks.number("TeacherCache: a temperature", T, above=0)) for T in temperatures]
+    return sorted(set(numbers))
+
+
+def tail_sums(logits: np.ndarray, columns: np.ndarray, temperatures: list[float]) -> np.ndarray:
+    """log Σ exp(z / T) over the classes that are not among the columns, for each temperature: (N, S) float32.
+
+    logits (N, V), columns (N, k), S temperatures. −∞ where k = V: there are no others."""
+    if not temperatures:
+        return np.zeros((len(logits), 0), np.float32)
+    rest = logits.astype(np.float64)
+    np.put_along_axis(rest, columns.astype(np.int64), -np.inf, axis=-1)
+    top = rest.max(axis=-1, keepdims=True)
+    top = np.where(np.isfinite(top), top, 0)             # −∞ − −∞ is no number
+    sums = []
+    for T in temperatures:
+        with np.errstate(divide="ignore"):               # log 0 = −∞
+            sums.append(top[:, 0] / T + np.log(np.exp((rest - top) / T).sum(axis=-1)))
+    return np.stack(sums, axis=-1).astype(np.float32)
+
+
+def largest(logits: np.ndarray, k: int | None) -> tuple[np.ndarray, np.ndarray]:
     """The k largest entries of each row, largest first, and their columns: (N, V) -> (N, k), (N, k).
 
     columns are int32.  k=None, or a k above V: all V."""
@@ -224,12 +284,12 @@ def row_keys(targets: Targets) -> list[bytes]:
     return keys
 
 
-def read_with_teacher(name: str, teacher: Any, batch: Any) -> Targets:
+def read_with_teacher(name: str, teacher: Any, batch: Any, temperature: float) -> Targets:
     """Read a batch, with the teacher's logits if the teacher is a cache.  TypeError for a teacher of another kind.
 
-    name: of the loss, for the message."""
+    name, temperature: of the loss."""
     targets = read_batch(batch)
     if isinstance(teacher, TeacherCache):
-        return teacher.look_up(targets)
+        return teacher.look_up(targets, temperature)
     checks.instance(f"{name}: teacher", teacher, Module, "a model or a TeacherCache")
     return targets

@@ -43,7 +43,7 @@ class Hinton(Loss):
 
     def read(self, batch: Any) -> Targets:
         """Read a batch; with the teacher's logits, if the teacher is a TeacherCache."""
-        return read_with_teacher("Hinton", self.teacher, batch)
+        return read_with_teacher("Hinton", self.teacher, batch, self.temperature)
 
     def __call__(
         self, model: Module, targets: Targets, rng: np.random.Generator | None = None,

@@ -20,10 +20,12 @@ from ...train.batch import IGNORE, Targets
 class TeacherLogits:
     """The logits of a teacher, without a gradient.
 
-    values (N, V); or, of a cache, the k largest, values (N, k), their classes, columns (N, k), and the number V."""
+    values (N, V); or, of a cache, the k largest, values (N, k), their classes, columns (N, k), and the number V. tail
+    (N,): log Σ exp(z / T) over all other classes; None: it is not known."""
     values: Array
     columns: Array | None = None
     classes: int | None = None
+    tail: Array | None = None
 
 
 def check_models(name: str, student: Module, teacher: Module, wanted: str = "a model or a TeacherCache") -> None:
@@ -58,6 +60,7 @@ def row_weights(targets: Targets, like: Array, dtype: Any) -> Array:
 def soft_loss(name: str, logits: Tensor, teacher: TeacherLogits, weight: Array, temperature: float) -> Tensor:
     """`distillation_loss` of a student's logits, (..., V) with N rows, and those of a teacher or of its cache.
 
+    If the tail of a cache is known, its classes count as one, in both distributions.
     weight: (N,).  ValueError unless both have the same rows and classes.  name: of the loss, for the message."""
     logits = wide(logits)
     V = logits.shape[-1]
@@ -71,7 +74,27 @@ def soft_loss(name: str, logits: Tensor, teacher: TeacherLogits, weight: Array, 
     if values.shape != wanted:
         raise ValueError(f"{name} wants a teacher with the student's logits of shape {tuple(wanted)}, "
                          f"got {tuple(values.shape)}")
+    if teacher.tail is not None and columns.shape[-1] < V:
+        tail = array.put_like(teacher.tail, logits.data, logits.dtype) * temperature
+        values = xp(values).concatenate([values, tail[:, None]], axis=-1)        # (N, k + 1)
+        logits = join_others(logits, columns, temperature)                       # (N, k + 1)
+        columns = None
     return distillation_loss(logits, Tensor(values), weight, temperature, columns)
+
+
+def join_others(logits: Tensor, columns: Array, temperature: float) -> Tensor:
+    """The logits of k classes, and one for all others together: (N, V), columns (N, k) -> (N, k + 1)
+
+    The softmax at this temperature gives each of the k classes its probability among all V, and the last one the sum of
+    the others: its logit is T log Σ exp(z / T)."""
+    m = xp(logits.data)
+    is_other = m.ones(logits.shape, bool)
+    is_other[m.arange(len(columns))[:, None], columns] = False
+    lowest = Tensor(m.full(logits.shape, -1e30, logits.dtype))                   # exp of it is 0
+    others = ops.where(is_other, logits, lowest)                                 # (N, V)
+    top = Tensor(others.data.max(axis=-1, keepdims=True))
+    sums = ops.exp((others - top) * (1 / temperature)).sum(axis=-1, keepdims=True)
+    return ops.concatenate(ops.gather(logits, columns), ops.log(sums) * temperature + top, axis=-1)
 
 
 def distillation_loss(
@@ -117,7 +140,8 @@ def teacher_logits(name: str, model: Module, teacher: Any, targets: Targets) -> 
 
     name: of the loss, for the messages."""
     if isinstance(targets, CachedTargets):
-        return TeacherLogits(targets.teacher_values, targets.teacher_columns, targets.teacher_classes)
+        return TeacherLogits(targets.teacher_values, targets.teacher_columns, targets.teacher_classes,
+                             targets.teacher_tail)
     check_models(name, model, teacher)
     return TeacherLogits(run_teacher(teacher, targets).output.data)
 
@@ -126,7 +150,8 @@ def teacher_logits(name: str, model: Module, teacher: Any, targets: Targets) -> 
 class CachedTargets(Targets):
     """Targets with a teacher's k largest logits for each row of logits, and their classes: both (N, k).
 
-    teacher_classes: V, the number of all classes."""
+    teacher_tail: (N,), log Σ exp(z / T) of the other classes, or None.  teacher_classes: V, the number of all."""
     teacher_values: np.ndarray | None = None
     teacher_columns: np.ndarray | None = None
+    teacher_tail: np.ndarray | None = None
     teacher_classes: int | None = None

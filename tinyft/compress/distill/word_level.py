@@ -38,7 +38,7 @@ class WordLevel(Loss):
 
     def read(self, batch: Any) -> Targets:
         """Read a batch; with the teacher's logits, if the teacher is a TeacherCache."""
-        return read_with_teacher("WordLevel", self.teacher, batch)
+        return read_with_teacher("WordLevel", self.teacher, batch, 1.0)
 
     def __call__(
         self, model: Module, targets: Targets, rng: np.random.Generator | None = None,
