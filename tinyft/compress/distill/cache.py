@@ -40,7 +40,6 @@ class TeacherCache:
     folder   of the files; made if it is not there
     teacher  the model; None: only rows that the folder holds can be read
     k        the number of logits of each position; None: all of them, and the loss is that of the teacher itself
-
     temperatures   those of losses for which the tail is kept, too: the probability of all classes beyond the k
 
     With the tail, these classes count as one: the loss is KL of k + 1 probabilities. It is at most the loss of the

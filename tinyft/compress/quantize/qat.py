@@ -255,6 +255,7 @@ def pack(model: Module, name: str | None = None) -> Module:
     name   of the attached method; None: the last one
 
     The outputs stay the same. For QAT, the packed weights are those of `compress` with RTN and the same settings.
+    A method that trains the same weights and has no edits, such as Full, is merged with it: its values stay.
     Returns the model. TypeError for another method, LookupError for an unknown name, CannotMerge if other methods
     prevent it; nothing is changed then."""
     edit.check_model("pack", model)
@@ -267,7 +268,8 @@ def pack(model: Module, name: str | None = None) -> Module:
     for path, rounding in a.edits.items():
         W = array.asnumpy(as_float32(weights[path].data))
         packed[path] = rounding.pack(W)
-    edit.merge(model, a.name)
+    plain = [b.name for b in edit.attached(model) if not b.edits and b.base_values.keys() & a.base_values.keys()]
+    edit.merge(model, a.name, *plain)
     for path, weight in packed.items():
         dense = weights[path]
         modules[path].weight = weight.to(array.name_of(dense.data), dtype=dense.dtype)
