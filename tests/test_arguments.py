@@ -244,6 +244,8 @@ ROWS: dict[str, Callable[[Any], dict]] = {
     "DistilBERTLoss": lambda path: {"teacher": bert(), "temperature": 2.0, "soft": 5.0, "hard": 2.0, "cosine": 1.0},
     **dict.fromkeys(["SequenceLevel", "Interpolation"],
                     lambda path: {"beams": ft.TeacherBeams(None, seq2seq(), end=3, max_new_tokens=4)}),
+    "TinyBERTLoss": lambda path: {"teacher": bert(), "width": 6, "layers": [0], "embeddings": 1.0, "hidden": 2.0,
+                                  "attention": 0.5, "prediction": 0.0, "temperature": 2.0, "seed": 1},
     "TeacherBeams": lambda path: {"folder": path / "beams", "teacher": seq2seq(), "end": 3, "max_new_tokens": 4,
                                   "beams": 2, "n_best": 2, "lp": ft.PowerPenalty(0.5)},
     "sentence_bleu": lambda path: {"hypothesis": [1, 2, 3], "reference": ["a", "b"]},

@@ -41,6 +41,7 @@ from .compress import (
     SequenceLevel,
     TeacherBeams,
     TeacherCache,
+    TinyBERTLoss,
     WordLevel,
     compress,
     dense_student,
@@ -136,7 +137,7 @@ __all__ = [
     # compression
     "compress", "RTN", "OBQ", "GPTQ", "NF4", "FP4", "E2M1", "Dynamic8", "AWQ", "Int8", "LLMInt8", "smooth", "QAT",
     "LSQ", "pack",
-    "student", "dense_student", "Hinton", "WordLevel", "DistilBERTLoss", "TeacherCache",
+    "student", "dense_student", "Hinton", "WordLevel", "DistilBERTLoss", "TinyBERTLoss", "TeacherCache",
     "SequenceLevel", "Interpolation", "TeacherBeams", "sentence_bleu",
     # training
     "fit", "evaluate", "perplexity", "corpus_perplexity", "CorpusPerplexity", "predict", "Predictions", "embed",

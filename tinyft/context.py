@@ -40,7 +40,7 @@ ELSEWHERE = {
     **dict.fromkeys(("do_sample", "num_beams"), _GENERATE),
     **dict.fromkeys(("position_ids", "positions"), _POSITIONS),
     "return_dict": "a call gives one Tensor, the output of the model's head",
-    "output_attentions": "attention weights are not kept",
+    "output_attentions": "attention weights are not kept; output_attention_scores=True keeps the scores before softmax",
     "inputs_embeds": "embeddings (B, T, C) stand in place of ids, model(embeddings)",
     "text": "encode the text first, tokenizer.encode(text).ids",
     **dict.fromkeys(("decoder_input_ids", "target_ids", "tgt"), _TARGET),
@@ -80,6 +80,7 @@ class Context:
     cache                 a Cache of earlier positions
     rng                   generator for dropout. Dropout acts only if it is given and the module is training
     output_hidden_states  True: `hidden_states` collects the input of the first block and every block's output
+    output_attention_scores   True: `attention_scores(module)` gives the scores of an attention before the softmax
 
     A pass fills in:
 
@@ -95,7 +96,7 @@ class Context:
     """
 
     FACTS = ("ids", "mask", "token_type_ids", "logit_positions", "task", "route", "source_ids", "source_mask", "source",
-             "cache", "rng", "output_hidden_states")
+             "cache", "rng", "output_hidden_states", "output_attention_scores")
 
     def __init__(
         self,
@@ -111,21 +112,23 @@ class Context:
         cache: Cache | None = None,
         rng: np.random.Generator | None = None,
         output_hidden_states: bool = False,
+        output_attention_scores: bool = False,
         **unknown: Any,
     ):
         """Keep the facts as attributes of these names; the class describes them.
 
-        TypeError for an unknown keyword, for a source, cache, rng or output_hidden_states of a wrong kind, and for a
-        source in two forms. The other facts are checked by `begin`, when the ids are known."""
+        TypeError for an unknown keyword, for a source, a cache, a generator or a flag of a wrong kind, and for a source
+        in two forms. The other facts are checked by `begin`, when the ids are known."""
         if unknown:
             refuse_keywords("a forward pass", unknown, self.FACTS)
-        _check_kinds(source, cache, rng, output_hidden_states)
+        _check_kinds(source, cache, rng, output_hidden_states, output_attention_scores)
         if source is not None and (source_ids is not None or source_mask is not None):
             raise TypeError("a forward pass wants source= or source_ids=, got both")
         self.inputs = {                                        # as they were given, for `again`
             "ids": ids, "mask": mask, "token_type_ids": token_type_ids, "logit_positions": logit_positions,
             "task": task, "route": route, "source_ids": source_ids, "source_mask": source_mask, "source": source,
             "cache": cache, "rng": rng, "output_hidden_states": output_hidden_states,
+            "output_attention_scores": output_attention_scores,
         }
         vars(self).update(self.inputs)
         self.position_shift = 0                                # added to every position: a prefix may set it
@@ -194,6 +197,19 @@ class Context:
         """Keep x (B, T, C) in `hidden_states`, if the caller asked for them."""
         if self.output_hidden_states:
             self.hidden_states.append(x)
+
+    def add_attention_scores(self, module: Any, scores: Tensor) -> None:
+        """Keep the scores (B, H, Tq, Tk) of an attention module; in scratch, so that recomputation knows them."""
+        self.scratch["attention scores", module] = scores
+
+    def attention_scores(self, module: Any) -> Tensor:
+        """α q kᵀ of an attention module of this pass, (B, H, Tq, Tk), before mask and softmax.
+
+        LookupError if the pass did not keep them."""
+        scores = self.scratch.get(("attention scores", module))
+        if scores is None:
+            raise LookupError("attention_scores wants a pass with output_attention_scores=True that ran this module")
+        return scores
 
     def begin(self, x: Any, like: Array) -> None:
         """Take x as the ids and move the facts to the device of the weights. A model's forward calls it first.
@@ -290,7 +306,9 @@ WANTED_POSITIONS = "logit_positions wants integers, flat indices into (B·T,)"
 WANTED_TASK = "task wants integers of shape (B,)"
 
 
-def _check_kinds(source: Any, cache: Any, rng: Any, output_hidden_states: Any) -> None:
+def _check_kinds(
+    source: Any, cache: Any, rng: Any, output_hidden_states: Any, output_attention_scores: Any,
+) -> None:
     """TypeError for a fact of a wrong kind, such as cache=True."""
     if source is not None:
         checks.instance("source", source, Context, "the Context of an encoder's pass")
@@ -300,6 +318,8 @@ def _check_kinds(source: Any, cache: Any, rng: Any, output_hidden_states: Any) -
         checks.random_generator("rng", rng)
     if output_hidden_states is not False:
         checks.flag("output_hidden_states", output_hidden_states)
+    if output_attention_scores is not False:
+        checks.flag("output_attention_scores", output_attention_scores)
 
 
 def read_integers(name: str, value: Any, wanted: str) -> Array:

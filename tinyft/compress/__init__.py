@@ -18,6 +18,7 @@ from .distill import (
     SequenceLevel,
     TeacherBeams,
     TeacherCache,
+    TinyBERTLoss,
     WordLevel,
     dense_student,
     sentence_bleu,
@@ -32,6 +33,6 @@ from .rule import Rule
 __all__ = [
     "AWQ", "E2M1", "FORMATS", "FP4", "GPTQ", "LSQ", "NF4", "OBQ", "Q4_0", "Q4_1", "Q8_0", "QAT", "RTN", "Codebook",
     "DistilBERTLoss", "Dynamic8", "Hinton", "Int8", "Interpolation", "LLMInt8", "LayerReport", "Rule", "SequenceLevel",
-    "TeacherBeams", "TeacherCache", "Uniform", "WordLevel", "compress", "dense_student", "pack", "sentence_bleu",
-    "smooth", "student",
+    "TeacherBeams", "TeacherCache", "TinyBERTLoss", "Uniform", "WordLevel", "compress", "dense_student", "pack",
+    "sentence_bleu", "smooth", "student",
 ]

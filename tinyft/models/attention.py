@@ -136,6 +136,8 @@ class Attention(Module):
         if key_mask is not None:
             key_mask = key_mask[:, None, None, :]                                # (B, 1, 1, Tk)
         bias = None if self.relative_bias is None else self.read_bias(q, k, ctx)
+        if ctx.output_attention_scores:
+            ctx.add_attention_scores(self, self.scores(q, k, bias))
         key = self.drop_p.key(ctx)                                               # a random key; None: no dropout
         dropout_mask = None if key is None else self.dropout_mask(q, k, key)
         inputs = (q, k, v) if bias is None else (q, k, v, bias)
@@ -187,6 +189,17 @@ class Attention(Module):
             return bias
         zeros = xp(bias.data).zeros((*bias.shape[:-1], prefix), bias.dtype)
         return ops.concatenate(Tensor(zeros), bias, axis=-1)
+
+    def scores(self, q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
+        """α q kᵀ + bias, before mask and softmax: q (B, H, Tq, D), k (B, Hkv, Tk, D) -> (B, H, Tq, Tk).
+
+        `ops.attention` keeps no scores; a loss that compares them asks for these."""
+        B, H, T, D = q.shape
+        grouped = q.reshape(B, k.shape[1], H // k.shape[1], T, D)                # queries that share keys
+        keys = k.reshape(B, k.shape[1], 1, *k.shape[2:])
+        scores = ops.matmul(grouped, ops.transpose(keys)).reshape(B, H, T, k.shape[2])
+        scores = scores * (D**-0.5 if self.scale is None else self.scale)
+        return scores if bias is None else scores + bias
 
     def dropout_mask(self, q: Tensor, k: Tensor, key: int) -> Array:
         """0 or 1/(1 − p) for each attention probability, (B, H, Tq, Tk): the dropout of an array of ones."""
