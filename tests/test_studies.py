@@ -147,6 +147,7 @@ def test_the_smoke_run_of_switch_writes_page_and_picture(studies, tmp_path):
     assert "| + both |" in text and "python tests/benchmarks/switch.py" in text
     assert (tmp_path / "switch.png").stat().st_size > 10_000
     assert rows["dense/0"]["steps"] == [2, 4, 6, 8] and rows["+ both/0"]["steps"] == [2, 4]
+    assert rows[w.RATES]["dense"] in w.SMOKE.rates and rows[w.RATES]["switch"] in w.SMOKE.rates
     assert w.summary(w.SMOKE, rows)["shares"].keys() == {*w.STUDENTS, w.LONGER}
 
 

@@ -3,13 +3,14 @@
     python tests/benchmarks/switch.py           the rows that are missing, then the page and the picture
     python tests/benchmarks/switch.py --page    the page and the picture from the stored rows
 
-Protocol: small GPTs learn the shipped prose, all on the same batches of a seed, with one learning rate, constant after
-its warm-up: so the losses of two runs can be compared at every step. The feed-forwards of a Switch model have E
-experts. A token visits one of them, so it costs the FLOPs of the dense model, and the router's. No token is dropped.
-The wide dense model has the feed-forward parameters of the model with 4 experts, and every token visits all of them.
-Losses are held out, on the same windows for all models. Milliseconds of a step are processor time, from paired rounds.
-A student has the dense model's shape and trains for as many steps as its teacher did. Intervals are 95 %, by Student's
-t over the seeds, of paired differences or ratios.
+Protocol: small GPTs learn the shipped prose, all on the same batches of a seed. The learning rate is constant after its
+warm-up, so the losses of two runs can be compared at every step. Dense and Switch models have each the best of three
+rates after a third of the steps, by validation text. The feed-forwards of a Switch model have E experts. A token visits
+one of them, so it costs the FLOPs of the dense model, and the router's. No token is dropped. The wide dense model has
+the feed-forward parameters of the model with 4 experts, and every token visits all of them. Losses are held out, on the
+same windows for all models. Milliseconds of a step are processor time, from paired rounds. A student has the dense
+model's shape and trains for as many steps as its teacher did. Intervals are 95 %, by Student's t over the seeds, of
+paired differences or ratios.
 """
 
 from __future__ import annotations
@@ -35,25 +36,28 @@ class Settings:
     """Sizes of the study. longer: the dense model trains so many times the steps of the others."""
 
     seeds: int = 3
-    experts: tuple[int, ...] = (4, 8, 48)
+    experts: tuple[int, ...] = (4, 8, 32)
     width: int = 64
-    hidden: int = 64
+    hidden: int = 128
     layers: int = 2
     heads: int = 2
     length: int = 64
-    batch: int = 32
-    steps: int = 480
+    batch: int = 16
+    steps: int = 720
     longer: int = 2
-    lr: float = 6e-3
+    rates: tuple[float, ...] = (1.5e-3, 2.5e-3, 4e-3)
+    rate_steps: int = 240
     warmup: int = 50
-    every: int = 40
+    every: int = 60
     windows: int = 256
-    rounds: int = 20
+    rounds: int = 15
 
 
 SMOKE = Settings(
-    seeds=1, experts=(2, 3, 4), length=16, batch=2, steps=4, warmup=2, every=2, windows=8, rounds=2,
+    seeds=1, experts=(2, 3, 4), length=16, batch=2, steps=4, rates=(1e-3, 2e-3), rate_steps=2, warmup=2, every=2,
+    windows=8, rounds=2,
 )
+
 
 @dataclass(frozen=True)
 class Model:
@@ -74,6 +78,7 @@ STUDENTS = (DISTILLED, START, BOTH)
 SOFT = 0.25  # the share of the teacher in the loss; the labels have the rest
 PAPER = {DISTILLED: 0.03, START: 0.20, BOTH: 0.29}  # shares of the gain, Fedus et al. 2021, table 6
 COST = "cost"
+RATES = "learning rates"
 
 
 def name_of(experts: int) -> str:
@@ -114,10 +119,10 @@ def size(model: ft.Module) -> int:
     return sum(p.size for p in model.parameters())
 
 
-@lru_cache(maxsize=1)
-def held_out(s: Settings) -> list[dict[str, np.ndarray]]:
-    """Batches of held-out prose, at equal distances in the test split."""
-    return ft.data.held_out_batches(study.prose("test"), s.length, s.windows, 32)
+@lru_cache(maxsize=2)
+def held_out(s: Settings, split: str = "test") -> list[dict[str, np.ndarray]]:
+    """Batches of held-out prose, at equal distances in a split."""
+    return ft.data.held_out_batches(study.prose(split), s.length, s.windows, 32)
 
 
 def training_batches(s: Settings, seed: int) -> ft.data.Batches:
@@ -126,41 +131,72 @@ def training_batches(s: Settings, seed: int) -> ft.data.Batches:
 
 
 # ---------------------------------------------------------------------------------------------------- the runs
-def train(study_: Study, s: Settings, model: ft.Module, key: str, seed: int, steps: int,
-          loss: ft.Loss | None = None) -> ft.History:
-    """Train a model in place; a run that ended is read from its checkpoint."""
-    return ft.fit(
-        model, training_batches(s, seed), steps, ft.AdamW(s.lr, betas=(0.9, 0.98), weight_decay=0.1),
-        ft.constant_schedule(s.warmup), loss=loss, seed=seed, out=study_.folder(key), resume=True, progress=False,
-        evaluate=partial(ft.evaluate, model, held_out(s)), evaluate_every=s.every,
-    )
+def optimizer(lr: float) -> ft.AdamW:
+    """The optimizer of all runs."""
+    return ft.AdamW(lr, betas=(0.9, 0.98), weight_decay=0.1)
 
 
-def pretrained(study_: Study, s: Settings, name: str, seed: int) -> tuple[ft.Module, ft.History]:
-    """A model after its pretraining. The dense one trains longer."""
-    model = new_model(s, name, seed)
-    steps = s.longer * s.steps if name == DENSE else s.steps
-    return model, train(study_, s, model, f"{name}/{seed}", seed, steps)
+def rates_row(s: Settings) -> Row:
+    """{"losses": {model: a loss for each rate}, "dense", "switch": the best rates}, by one model of each family."""
+    losses = {}
+    best = {}
+    for family, name in (("dense", DENSE), ("switch", name_of(s.experts[1]))):
+        losses[name] = []
+        for lr in s.rates:
+            model = new_model(s, name, s.seeds)
+            batches = training_batches(s, 2 * s.seeds)
+            ft.fit(model, batches, s.rate_steps, optimizer(lr), ft.constant_schedule(s.warmup), progress=False)
+            losses[name].append(round(ft.evaluate(model, held_out(s, "valid"))["loss"], 4))
+        best[family] = s.rates[int(np.argmin(losses[name]))]
+    return {"losses": losses, **best}
 
 
-def pretraining_row(study_: Study, s: Settings, name: str, seed: int) -> Row:
-    """The learning curve of one model; of a Switch model also its balance loss at the end."""
-    _, history = pretrained(study_, s, name, seed)
-    row = study.curve(history)
-    if "balance" in history.terms:
-        row["balance"] = round(float(np.mean(history.terms["balance"][-100:])), 5)
-    return row
+@dataclass(frozen=True)
+class Runs:
+    """The training runs of the study. rates: the learning rates of "dense" and "switch" models."""
 
+    s: Settings
+    study: Study
+    rates: Row
 
-def student_row(study_: Study, s: Settings, name: str, seed: int) -> Row:
-    """The learning curve of one dense student of the largest Switch model."""
-    teacher, _ = pretrained(study_, s, teacher_name(s), seed)
-    loss = ft.Hinton(teacher, temperature=1, soft=SOFT) if name in (DISTILLED, BOTH) else None
-    if name == DISTILLED:  # the dense model's random weights and batches
-        return study.curve(train(study_, s, new_model(s, DENSE, seed), f"{name}/{seed}", seed, s.steps, loss))
-    model = ft.dense_student(teacher, seed=seed)
-    order = s.seeds + seed  # of the batches: another one than the teacher's
-    return study.curve(train(study_, s, model, f"{name}/{seed}", order, s.steps, loss))
+    def train(self, model: ft.Module, key: str, seed: int, steps: int, family: str, loss: ft.Loss | None = None
+              ) -> ft.History:
+        """Train a model in place; a run that ended is read from its checkpoint. seed: of the batches."""
+        s = self.s
+        return ft.fit(
+            model, training_batches(s, seed), steps, optimizer(self.rates[family]), ft.constant_schedule(s.warmup),
+            loss=loss, seed=seed, out=self.study.folder(key), resume=True, progress=False,
+            evaluate=partial(ft.evaluate, model, held_out(s)), evaluate_every=s.every,
+        )
+
+    def pretrain(self, name: str, seed: int) -> tuple[ft.Module, ft.History]:
+        """A model after its pretraining. The dense one trains longer."""
+        s = self.s
+        model = new_model(s, name, seed)
+        steps = s.longer * s.steps if name == DENSE else s.steps
+        family = "dense" if models(s)[name].experts is None else "switch"
+        return model, self.train(model, f"{name}/{seed}", seed, steps, family)
+
+    def pretraining_row(self, name: str, seed: int) -> Row:
+        """The learning curve of one model; of a Switch model also its balance loss at the end."""
+        _, history = self.pretrain(name, seed)
+        row = study.curve(history)
+        if "balance" in history.terms:
+            row["balance"] = round(float(np.mean(history.terms["balance"][-100:])), 5)
+        return row
+
+    def student_row(self, name: str, seed: int) -> Row:
+        """The learning curve of one dense student of the largest Switch model."""
+        s = self.s
+        teacher, _ = self.pretrain(teacher_name(s), seed)
+        loss = ft.Hinton(teacher, temperature=1, soft=SOFT) if name in (DISTILLED, BOTH) else None
+        if name == DISTILLED:  # the dense model's random weights and batches
+            model = new_model(s, DENSE, seed)
+            order = seed
+        else:
+            model = ft.dense_student(teacher, seed=seed)
+            order = s.seeds + seed  # of the batches: another one than the teacher's
+        return study.curve(self.train(model, f"{name}/{seed}", order, s.steps, "dense", loss))
 
 
 def cost_row(s: Settings) -> Row:
@@ -186,19 +222,21 @@ def cost_row(s: Settings) -> Row:
 def open_study(s: Settings, out: Path, work: Path) -> Study:
     """The study with these settings."""
     settings = asdict(s)
-    settings["experts"] = list(s.experts)  # as JSON gives it back
+    settings |= {"experts": list(s.experts), "rates": list(s.rates)}  # as JSON gives them back
     return Study(out / f"{NAME}.json", settings, work)
 
 
 def rows_of(s: Settings, study_: Study) -> dict[str, Row]:
     """All rows; those that are missing are measured."""
-    jobs: dict[str, Callable[[], Row]] = {COST: partial(cost_row, s)}
+    first = study_.run({COST: partial(cost_row, s), RATES: partial(rates_row, s)})
+    runs = Runs(s, study_, first[RATES])
+    jobs: dict[str, Callable[[], Row]] = {}
     for seed in range(s.seeds):
         for name in models(s):
-            jobs[f"{name}/{seed}"] = partial(pretraining_row, study_, s, name, seed)
+            jobs[f"{name}/{seed}"] = partial(runs.pretraining_row, name, seed)
         for name in STUDENTS:
-            jobs[f"{name}/{seed}"] = partial(student_row, study_, s, name, seed)
-    return study_.run(jobs)
+            jobs[f"{name}/{seed}"] = partial(runs.student_row, name, seed)
+    return first | study_.run(jobs)
 
 
 # ---------------------------------------------------------------------------------------------------- numbers
@@ -234,6 +272,7 @@ def summary(s: Settings, rows: dict[str, Row]) -> dict[str, Any]:
         "loss": {name: study.spread(losses) for name, losses in at_end.items()},
         "parameters": cost["parameters"],
         "dense_ms": cost["dense_ms"],
+        "rates": rows[RATES],
         "ratios": ratios,
         "speed": speed,
         "gain": study.spread(gain),
@@ -343,7 +382,11 @@ def reading(numbers: dict[str, Any]) -> list[str]:
     best = max(numbers["speed"], key=lambda name: numbers["speed"][name]["by_steps"]["mean"])
     speed = numbers["speed"][best]
     wide = numbers["loss"][DENSE]["mean"] - numbers["loss"][WIDE]["mean"]
+    rates = numbers["rates"]
+    tried = [f"{name} {listed(losses, '.3f')}" for name, losses in rates["losses"].items()]
     lines = [
+        f"- Learning rates: {rates['dense']:g} for dense models, {rates['switch']:g} for Switch models (losses of the "
+        f"three rates: {'; '.join(tried)}).",
         f"- By steps, {best} reaches the dense model's loss {study.text(speed['by_steps'], '.2f')} times as fast; by "
         f"time, {study.text(speed['by_time'], '.2f')} times. The paper has 7. A step of the Switch model takes "
         f"{numbers['ratios'][best]['mean']:.2f} times as long: its experts are many small matrix products, and the "
@@ -365,7 +408,12 @@ def reading(numbers: dict[str, Any]) -> list[str]:
 
 def trend(name: str, speed: dict[str, Any]) -> str:
     """The gaps of a Switch model at LENGTHS, in words."""
-    return f"{name.removeprefix('Switch, ')} {', '.join(f'{gap:+.3f}' for gap in speed['by_length'])}"
+    return f"{name.removeprefix('Switch, ')} {listed(speed['by_length'], '+.3f')}"
+
+
+def listed(values: list[float], form: str) -> str:
+    """Numbers with commas between them."""
+    return ", ".join(f"{value:{form}}" for value in values)
 
 
 def draw(numbers: dict[str, Any], path: Path) -> None:
