@@ -372,7 +372,6 @@ run_teacher = Exercise(
             "within it all parts of the teacher are in evaluation mode and nothing is recorded, "
             "and after it each part is in its own mode again.",
     example="""
-        >>> import numpy as np
         >>> from tinyft.tensor import Tensor
         >>> class Always(Module):                          # its logits are 1 and 2 for any token
         ...     def forward(self, ids, ctx):
@@ -599,7 +598,7 @@ largest = Exercise(
     "compress.distill.cache:largest", difficulty=2, minutes=15, on_host=True, lines=6,
     may_use="np.argsort(a, axis=-1, kind=\"stable\"), which sorts from the smallest; "
             "np.take_along_axis(a, columns, axis=-1); a.astype(np.int32).  (The library calls "
-            "np.argpartition first: it finds the k largest of V faster than a sort. You need not.)",
+            "np.argpartition first: it finds the k largest of V faster than a sort.)",
     example="""
         >>> values, columns = largest(np.array([[1.0, 4.0, -2.0, 3.0]]), 2)
         >>> values

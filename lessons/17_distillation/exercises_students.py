@@ -255,7 +255,7 @@ cosine_loss = Exercise(
     "compress.distill.soft:cosine_loss", difficulty=2, minutes=15, lines=6,
     may_use="functional.normalize(x), which divides each vector along the last axis by its length; "
             "x.sum(axis=-1) and x.detach(); real.sum() and real.astype(x.dtype) of the array real. "
-            "(`wide` makes float32 of 16-bit tensors; you need it not.)",
+            "(`wide` makes float32 of 16-bit tensors; you do not need it.)",
     example="""
         Two positions. The first states are at a right angle, the second have one direction.
         >>> h_s = Tensor([[[1.0, 0.0], [3.0, 4.0]]])

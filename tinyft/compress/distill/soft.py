@@ -39,7 +39,10 @@ def check_models(name: str, student: Module, teacher: Module, wanted: str = "a m
 
 
 def run_teacher(teacher: Module, targets: Targets) -> Context:
-    """The Context of the teacher's pass over a batch: in evaluation mode, and without records."""
+    """The Context of the teacher's pass over a batch: in evaluation mode, and not recorded.
+
+    The pass knows the facts of the batch, such as its mask, and the positions at which logits are wanted. After it,
+    also after an error, each part of the teacher is in its own mode again."""
     ctx = targets.context()
     with evaluation_mode(teacher):
         teacher(targets.ids, ctx)
