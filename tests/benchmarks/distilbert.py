@@ -38,18 +38,18 @@ class Settings:
     """Sizes of the study. steps, length, batch, lr: of the pretraining; task_steps, task_lr: of the fine-tuning."""
 
     seeds: int = 3
-    steps: int = 320
+    steps: int = 300
     length: int = 64
     batch: int = 8
     lr: float = 1e-3
     evaluations: int = 10
-    curve_windows: int = 160
+    curve_windows: int = 128
     test_windows: int = 1024
     task_examples: int = 3000
     task_test: int = 1000
     task_steps: int = 200
     task_lr: float = learning_rates()["intact"]["full"]
-    rounds: int = 30
+    rounds: int = 20
 
 
 SMOKE = Settings(

@@ -43,14 +43,14 @@ class Settings:
     heads: int = 2
     length: int = 64
     batch: int = 16
-    steps: int = 720
+    steps: int = 640
     longer: int = 2
     rates: tuple[float, ...] = (1.5e-3, 2.5e-3, 4e-3)
-    rate_steps: int = 240
+    rate_steps: int = 200
     warmup: int = 50
-    every: int = 60
-    windows: int = 256
-    rounds: int = 15
+    every: int = 64
+    windows: int = 160
+    rounds: int = 10
 
 
 SMOKE = Settings(
