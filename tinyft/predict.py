@@ -2,6 +2,7 @@
 
     labels, probabilities = predict(model, tokenizer, ["a text", "another"])          a classifier
     continuations = predict(model, tokenizer, ["Once upon"], max_new_tokens=10)       a language model
+    targets = predict(model, tokenizer, ["ein Haus"], max_new_tokens=10)              an encoder-decoder
 """
 from __future__ import annotations
 
@@ -13,12 +14,14 @@ from tokenizers import Tokenizer
 
 from . import array, checks
 from .data import encode, pad
+from .data.rows import end_of_text
+from .data.sources import encode_source
 from .decode import generate, pad_left
 from .models import EncoderDecoder
 from .models.attention import Attention
 from .models.blocks import Classifier
 from .nn import Context, Module, evaluation_mode
-from .tokens import encode_text, plain, special_token
+from .tokens import encode_text, plain
 
 __all__ = ["Predictions", "predict"]
 
@@ -47,9 +50,10 @@ def predict(
     """The predictions for a list of texts, in its order.
 
     A classifier (tinyft.classifier, or a loaded one) gives Predictions: labels, probabilities. A causal language model
-    gives a list of texts: for each, the text that it writes after it. Texts of similar length share a batch. Each text
-    gets the result that it gets alone, unless tokens are drawn at random: one generator serves the whole batch. Dropout
-    is inactive; the mode of every module stays as it was.
+    gives a list of texts: for each, the text that it writes after it. An encoder-decoder gives the target that it
+    writes for each source. Texts of similar length share a batch. Each text gets the result that it gets alone, unless
+    tokens are drawn at random: one generator serves the whole batch. Dropout is inactive; the mode of every module
+    stays as it was.
 
     names           the class names, in the order of the classes; else those that the model's directory gave. Without
                     names, labels are class ids
@@ -61,7 +65,7 @@ def predict(
     options         of `generate`, such as temperature=0.8, rng=numpy.random.default_rng(0)
 
     TypeError for a model that gives neither classes nor text, and for arguments of another kind. ValueError for texts
-    that are too long to be continued, and for names of another number than the classes."""
+    that are too long to be continued, for an empty source, and for names of another number than the classes."""
     _check_arguments(model, texts, batch_size, max_new_tokens)
     tokenizer = plain("predict", tokenizer)              # without the padding and truncation that its file may ask for
     classifies = isinstance(getattr(model, "head", None), Classifier)
@@ -72,6 +76,8 @@ def predict(
     if not classifies and max_len is not None:
         raise TypeError("predict: max_len cuts the texts of a classifier, and this model is a language model")
     with evaluation_mode(model):
+        if isinstance(model, EncoderDecoder):
+            return _write_targets(model, tokenizer, texts, batch_size, max_new_tokens, options)
         room = model.config.positions - positions_of_prompts(model)
         if classifies:
             names = class_names(model, names)
@@ -88,9 +94,6 @@ def _check_arguments(model: Any, texts: Any, batch_size: Any, max_new_tokens: An
         checks.instance("predict", text, str, "a list of texts")
     checks.whole("predict: batch_size", batch_size, least=1)
     checks.whole("predict: max_new_tokens", max_new_tokens, least=1)
-    if isinstance(model, EncoderDecoder):
-        raise TypeError(f"predict wants a classifier or a causal language model, got the encoder-decoder "
-                        f"{type(model).__name__}: generate and beam_search take source_ids")
     head = getattr(model, "head", None)
     is_causal = any(isinstance(m, Attention) and m.causal for m in model.modules())
     if not isinstance(head, Classifier) and (head is None or not is_causal):
@@ -100,8 +103,12 @@ def _check_arguments(model: Any, texts: Any, batch_size: Any, max_new_tokens: An
 
 def positions_of_prompts(model: Module) -> int:
     """The number of positions that attached methods take before the text: the rows of a soft prompt, a shift."""
-    ctx = Context()
-    model(np.zeros((1, 1), np.int64), ctx)
+    ids = np.zeros((1, 1), np.int64)
+    if isinstance(model, EncoderDecoder):                # its prompts stand before the source
+        ctx = model.encode(ids)
+    else:
+        ctx = Context()
+        model(ids, ctx)
     return ctx.ids.shape[1] - 1 + ctx.position_shift
 
 
@@ -149,8 +156,7 @@ def _continue(
     options: dict[str, Any],
 ) -> list[str]:
     """The text that the model writes after each text. room: the positions for a text and its continuation."""
-    token = special_token(tokenizer, "eos")              # ends a text, and stands before an empty one
-    end = None if token is None else tokenizer.token_to_id(token)
+    end = end_of_text(tokenizer)                         # ends a text, and stands before an empty one
     rows = []
     for text in texts:
         ids = encode_text("predict", tokenizer, text)
@@ -168,7 +174,26 @@ def _continue(
         mask = None if mask.all() else mask
         out = generate(model, ids, max_new_tokens, mask=mask, **options)
         for i, new in zip(chosen, out[:, ids.shape[1]:].tolist(), strict=True):
-            if options["end"] in new:
-                new = new[:new.index(options["end"])]
-            written[i] = tokenizer.decode(new)
+            written[i] = decode_until(tokenizer, new, options["end"])
     return written
+
+
+def _write_targets(
+    model: EncoderDecoder, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int, max_new_tokens: int,
+    options: dict[str, Any],
+) -> list[str]:
+    """The target that an encoder-decoder writes for each source."""
+    rows = [encode_source(tokenizer, text)[0] for text in texts]
+    options = {"end": end_of_text(tokenizer), **options}                         # the caller's `end` wins
+    written = [""] * len(texts)
+    for chosen in batches_by_length(rows, batch_size):
+        ids, mask = pad([rows[i] for i in chosen], multiple=1)
+        out = generate(model, None, max_new_tokens, source_ids=ids, source_mask=mask, **options)
+        for i, new in zip(chosen, out[:, 1:].tolist(), strict=True):             # after the start token
+            written[i] = decode_until(tokenizer, new, options["end"])
+    return written
+
+
+def decode_until(tokenizer: Tokenizer, tokens: list[int], end: int | None) -> str:
+    """The text of the tokens before the first `end`; of all of them if there is none."""
+    return tokenizer.decode(tokens[:tokens.index(end)] if end in tokens else tokens)

@@ -1,11 +1,13 @@
 """The commands that work on a user's own models and files: tune, eval, generate, chat, merge, embed, convert, compress,
-memory.
+distill, memory.
 
     arguments.py    the parser, and the values of options          settings.py   --method and --set
     opening.py      models, adapters, and the folder of results    rows.py       the rows of a data file as batches
     running.py      the folder of a run: config, log, curve        plan.py       memory and time of a run, measured
     layers.py       the folder of a compression            rule_plan.py, calibration.py       its plan and its data
-    tune.py  evaluating.py  generating.py  converting.py  compressing.py  accounting.py
+    shipped.py       the rows of a file or a shipped text   training.py    the training of tune and distill
+    students.py      the students of a teacher
+    tune.py  evaluating.py  generating.py  converting.py  compressing.py  distilling.py  accounting.py
                                                                    the commands themselves
 
 Nothing heavy is imported until a command runs.
@@ -20,8 +22,11 @@ __all__ = ["register"]
 
 MODEL = "a shipped base (base-gpt), a Hugging Face style directory, or a .gguf file"
 ADAPTER = "a folder with an adapter of tinyft or PEFT, or the folder of a run of tinyft tune"
-DATA = (".txt (a text), .jsonl or .csv with the columns text; text and label; prompt and response; or messages, "
-        "[{role, content}, ...]")
+DATA = (".txt (a text), .jsonl or .csv with the columns text; text and label; prompt and response; source and target; "
+        "or messages, [{role, content}, ...]")
+SHIPPED = "or a text that ships: names, intact, package, prose, source"
+STUDENT = ("layers=2 (two of the teacher's layers), new,layers=2,width=64 (other sizes, random values), dense (of a "
+           "Switch teacher), a config.json, or the directory of a model")
 
 
 def register(commands: argparse._SubParsersAction) -> None:
@@ -34,6 +39,7 @@ def register(commands: argparse._SubParsersAction) -> None:
     _add_embed(commands)
     _add_convert(commands)
     _add_compress(commands)
+    _add_distill(commands)
     _add_memory(commands)
 
 
@@ -70,11 +76,18 @@ def _add_tune(commands: argparse._SubParsersAction) -> None:
     c.add_argument("--model", metavar="MODEL", help=MODEL)
     c.add_argument("--packed", action="store_true", default=None,
                    help="train on the 4-bit or 8-bit weights of a .gguf file, which stay as they are")
-    c.add_argument("--data", metavar="FILE", help=DATA)
-    c.add_argument("--test", metavar="FILE", help="held-out data of the same kind, evaluated during the training")
     c.add_argument("--method", metavar="METHOD", help="a method of `tinyft methods` (default: lora)")
     c.add_argument("--set", metavar="FIELD=VALUE", action="append",
                    help="a hyper-parameter of the method, such as r=8 or targets=attn.q,attn.v; may be repeated")
+    _add_training(c)
+    c.set_defaults(run=_tune)
+
+
+def _add_training(c: argparse.ArgumentParser) -> None:
+    """The options of a training, its data and its folder. Their defaults are in training.py."""
+    c.add_argument("--data", metavar="DATA", help=f"{DATA}; {SHIPPED}")
+    c.add_argument("--test", metavar="DATA", help="held-out data of the same kind, evaluated during the training "
+                   "(default: of a text that ships, its held-out part)")
     c.add_argument("--out", metavar="DIR", required=True, help="a new folder for the run; with --resume: its folder")
     c.add_argument("--resume", action="store_true", help="go on with the run in --out; other options may be left out")
     c.add_argument("--steps", type=whole(1), help="updates (default: 200)")
@@ -97,7 +110,6 @@ def _add_tune(commands: argparse._SubParsersAction) -> None:
     c.add_argument("--evaluate-every", type=whole(1), help="steps between evaluations (default: a fifth of the steps)")
     c.add_argument("--save-every", type=whole(1), help="steps between checkpoints (default: 50)")
     c.add_argument("--json", action="store_true", help="print one JSON object at the end, and nothing else, on stdout")
-    c.set_defaults(run=_tune)
 
 
 def _add_eval(commands: argparse._SubParsersAction) -> None:
@@ -106,7 +118,7 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
         "tinyft eval --model base-gpt --adapter work/run --data test.jsonl",
     )
     _add_model(c)
-    c.add_argument("--data", metavar="FILE", required=True, help=DATA)
+    c.add_argument("--data", metavar="DATA", required=True, help=f"{DATA}; {SHIPPED}")
     c.add_argument("--batch", type=whole(1), default=16, help="rows in a batch (default: 16)")
     c.add_argument("--max-len", type=whole(2), help="tokens of a row (default: the model's positions, at most 1024)")
     c.add_argument("--chat", action="store_true", help="prompts and responses are turns of a chat")
@@ -228,6 +240,28 @@ def _add_compress(commands: argparse._SubParsersAction) -> None:
     c.set_defaults(run=_compress)
 
 
+def _add_distill(commands: argparse._SubParsersAction) -> None:
+    c = _command(
+        commands, "distill", "train a small model, the student, on the outputs of a larger one, its teacher",
+        "tinyft distill --teacher base-bert --student layers=2 --loss distilbert --data prose --steps 500 "
+        "--out work/student",
+    )
+    # No defaults here: with --resume, an option that is not given is that of the run (distilling.py holds them).
+    c.add_argument("--teacher", metavar="MODEL", help=f"{MODEL}. It does not train")
+    c.add_argument("--student", metavar="STUDENT", help=STUDENT)
+    c.add_argument("--layers-from", metavar="MAP", help="the teacher's layers that --student layers=N copies: spread "
+                   "(evenly from the first to the last; default), every_other, or their numbers, such as 0,2,5")
+    c.add_argument("--loss", metavar="LOSS", help="hinton (default), word-level, distilbert; none: the labels alone, "
+                   "for comparison")
+    c.add_argument("--set", metavar="FIELD=VALUE", action="append",
+                   help="a setting of the loss, such as temperature=4 or soft=0.7; may be repeated")
+    c.add_argument("--cache", metavar="DIR", help="keep the teacher's outputs in this folder: the teacher runs once "
+                   "for each row, also for other students")
+    c.add_argument("--logits", type=whole(1), help="largest logits of a position that --cache keeps (default: 64)")
+    _add_training(c)
+    c.set_defaults(run=_distill)
+
+
 # ── costs ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 def _add_memory(commands: argparse._SubParsersAction) -> None:
     c = _command(
@@ -292,6 +326,11 @@ def _convert(args: argparse.Namespace) -> int:
 
 def _compress(args: argparse.Namespace) -> int:
     from .compressing import run
+    return run(args)
+
+
+def _distill(args: argparse.Namespace) -> int:
+    from .distilling import run
     return run(args)
 
 

@@ -79,7 +79,7 @@ def _texts_of(rows: Rows, tokenizer: Tokenizer) -> list[str]:
     if chats is not None:
         form = chat_format(tokenizer, None)
         return [form.text(messages) for messages in chats]
-    if rows.kind == "pairs":
+    if rows.kind in ("pairs", "sources"):
         return [f"{prompt}{response}" for prompt, response in rows.rows]
     first: list[Any] = [row[0] for row in rows.rows]
     return first

@@ -26,12 +26,12 @@ from ..identity import fingerprint
 from ..nn import Module
 from .arguments import UsageError
 from .calibration import calibration_batches
-from .layers import CONFIG, Layers, Reports, is_finished, remove_layers
+from .layers import CONFIG, Layers, Reports, remove_layers
 from .opening import as_json, claimed_folder, open_model
 from .plan import in_words, peak_of_process, size
 from .rows import room_for
 from .rule_plan import RulePlan, plan_rule
-from .running import check_out, flag, merge_options, read_config, write_config
+from .running import check_content, check_out, flag, is_finished, merge_options, write_config
 from .settings import make_rule
 
 __all__ = ["run"]
@@ -48,8 +48,13 @@ KINDS: dict[str, tuple[type, ...]] = {
     "targets": (list,), "data": TEXT_OR_NONE, "sequences": WHOLE_OR_NONE, "length": WHOLE_OR_NONE,
     "seed": WHOLE_OR_NONE, "dtype": TEXT_OR_NONE,
 }
-FILES = ("data",)
+PATHS = ("model", "data")
 CALIBRATION = ("data", "sequences", "length", "seed")    # options that a rule without data does not have
+# What a folder holds if the model, or the calibration data, has changed since.
+CHANGED = {
+    "model_fingerprint": "the compression of another model",
+    "data_fingerprint": "the compression of other calibration data",
+}
 SEQUENCES = 32
 LENGTH = 512                                             # tokens of a calibration sequence, or the model's positions
 
@@ -75,7 +80,7 @@ class Job:
 def run(args: argparse.Namespace) -> int:
     """Run the command. Returns the exit status, 0. After Ctrl-C, or a kill at any moment, --resume goes on."""
     check_out(args.out, resume=args.resume, config=CONFIG)
-    options = merge_options(args, DEFAULTS, KINDS, FILES, CONFIG)
+    options = merge_options(args, DEFAULTS, KINDS, PATHS, CONFIG)
     if options["model"] is None:
         raise UsageError("compress wants --model")
     say = partial(print, file=sys.stderr if args.json else sys.stdout, flush=True)
@@ -87,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         else:
             job = prepare(options)
             if args.resume:
-                check_content(folder, job)
+                check_content(folder, job.content, CHANGED, CONFIG)
                 check_layers(folder, job)
             else:
                 write_config(folder, {**options, **job.content}, CONFIG)
@@ -122,14 +127,6 @@ def rule_of(options: Mapping[str, Any]) -> Rule:
     if given and not rule.needs_hessian:
         raise UsageError(f"{type(rule).__name__} needs no calibration data: leave {given[0]} out")
     return rule
-
-
-def check_content(folder: Path, job: Job) -> None:
-    """ValueError if the model, or the calibration data, is no longer that of the run in the folder."""
-    stored = read_config(folder, dict.fromkeys(job.content, (str,)), CONFIG)
-    for name, file in (("model_fingerprint", "another model"), ("data_fingerprint", "other calibration data")):
-        if stored[name] != job.content[name]:
-            raise ValueError(f"{folder} holds the compression of {file} than its files hold now: choose another --out")
 
 
 def check_layers(folder: Path, job: Job) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from .. import checks
-from ..data.files import Rows, read_rows
+from ..data.files import Rows
+from ..models import EncoderDecoder
 from ..models.blocks import Classifier
 from ..nn import Module
 from ..predict import positions_of_prompts, predict
@@ -16,6 +17,7 @@ from ..train import evaluate
 from .arguments import UsageError
 from .opening import as_json, open_adapter, open_model
 from .rows import chat_format, chat_segments, check_kind, cut_at, longest_row, make_batches, message_rows, room_for
+from .shipped import read_data
 
 __all__ = ["run"]
 
@@ -25,10 +27,10 @@ SHOWN = 3                                                # responses in the prin
 
 def run(args: argparse.Namespace) -> int:
     """Run the command. Returns the exit status, 0."""
-    rows = read_rows(args.data)
-    if args.generate and rows.kind not in ("pairs", "chat"):
-        raise UsageError(f"--generate wants rows of prompt and response or of messages, got {rows.path} "
-                         f"with {rows.kind}")
+    rows = read_data(args.data, "test")
+    if args.generate and rows.kind not in ("pairs", "sources", "chat"):
+        raise UsageError(f"--generate wants rows of prompt and response, of source and target or of messages, got "
+                         f"{rows.path} with {rows.kind}")
     model, tokenizer = open_model(args.model, packed=args.packed, command="eval")
     if args.adapter is not None:
         open_adapter(model, args.adapter)
@@ -64,17 +66,23 @@ def generate_responses(
     tokenizer = plain("eval", tokenizer)
     prompts, responses, mark = split_rows(rows, tokenizer, chat=chat, template=template)
     longest = longest_row(responses, tokenizer)
+    if not isinstance(model, EncoderDecoder):
+        check_room(rows, prompts, model, tokenizer, longest)
+    written = predict(model, tokenizer, prompts, batch_size=batch, max_new_tokens=longest)
+    found = []
+    for prompt, response, text in zip(prompts, responses, written, strict=True):
+        found.append({"prompt": prompt, "response": cut_at(response, mark), "written": cut_at(text, mark)})
+    return found
+
+
+def check_room(rows: Rows, prompts: list[str], model: Module, tokenizer: Tokenizer, longest: int) -> None:
+    """ValueError, naming the line, for a prompt that leaves no room for `longest` new tokens."""
     room = model.config.positions - positions_of_prompts(model) - longest
     for i, prompt in enumerate(prompts):
         length = len(encode_text("eval", tokenizer, prompt))
         if length > room:
             raise ValueError(f"{rows.line(i)}: the prompt has {length:,} tokens; at most {max(room, 0):,} leave room "
                              f"for {longest:,} new ones")
-    written = predict(model, tokenizer, prompts, batch_size=batch, max_new_tokens=longest)
-    found = []
-    for prompt, response, text in zip(prompts, responses, written, strict=True):
-        found.append({"prompt": prompt, "response": cut_at(response, mark), "written": cut_at(text, mark)})
-    return found
 
 
 def split_rows(

@@ -9,6 +9,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ..data.files import read_rows
+from ..models import EncoderDecoder
 from ..nn import Module
 from ..predict import positions_of_prompts, predict
 from ..tokens import encode_text, plain
@@ -19,7 +20,7 @@ from .rows import ChatFormat, chat_format, cut_at
 __all__ = ["run_chat", "run_generate"]
 
 def open_writer(args: argparse.Namespace, command: str) -> tuple[Module, Tokenizer]:
-    """(model, tokenizer) of a causal language model with its adapter. ValueError for a model of another kind."""
+    """(model, tokenizer) of a model that writes text, with its adapter. ValueError for a model of another kind."""
     model, tokenizer = open_model(args.model, packed=args.packed, command=command)
     if args.adapter is not None:
         open_adapter(model, args.adapter)
@@ -47,6 +48,9 @@ def run_generate(args: argparse.Namespace) -> int:
     options = sampling_options(args)
     chats = read_prompts(args)
     model, tokenizer = open_writer(args, "generate")
+    has_sources = isinstance(model, EncoderDecoder)
+    if has_sources and any(isinstance(prompt, list) for prompt in chats):
+        raise ValueError(f"the encoder-decoder {type(model).__name__} wants sources, got turns of a chat")
     mark = ""
     if any(isinstance(prompt, list) for prompt in chats):
         form = chat_format(tokenizer, args.template)
@@ -61,7 +65,7 @@ def run_generate(args: argparse.Namespace) -> int:
         return 0
     for i, (prompt, text) in enumerate(zip(prompts, texts)):
         print("" if i == 0 else "\n", end="")
-        print(text if mark else prompt + text)
+        print(text if mark or has_sources else prompt + text)
     return 0
 
 

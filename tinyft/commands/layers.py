@@ -16,16 +16,14 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from .. import checks
-from ..atomic import recover
 from ..compress import LayerReport, stored
 from ..files import read_tensors, write_atomically, write_tensors
 from ..nn import Packed
 from .opening import as_json
 
-__all__ = ["CONFIG", "Layers", "Reports", "is_finished", "remove_layers"]
+__all__ = ["CONFIG", "Layers", "Reports", "remove_layers"]
 
 CONFIG = "compress.json"
-MODEL = "config.json"                                    # the file of a saved model that is written last
 LAYERS = "layers"
 LOG = "log.jsonl"
 
@@ -113,12 +111,6 @@ def _read(path: Path) -> dict[str, LayerReport]:
             break
         reports[entry["path"]] = LayerReport(**entry)
     return reports
-
-
-def is_finished(folder: Path) -> bool:
-    """True if the folder holds a whole model. A saving that a kill has cut in two is undone first."""
-    recover(folder)
-    return (folder / MODEL).is_file()
 
 
 def remove_layers(folder: Path) -> None:

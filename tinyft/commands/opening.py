@@ -34,8 +34,8 @@ __all__ = [
 CLASS_NAMES = "labels.json"                              # beside the files of an adapter with a new head
 
 
-# The commands that give a model one text at a time. An encoder-decoder wants pairs of a source and a text.
-OF_ONE_TEXT = ("tune", "eval", "embed", "generate", "chat")
+# The commands that give a model one text at a time. An encoder-decoder wants a source and a target.
+OF_ONE_TEXT = ("embed", "chat")
 
 
 # ── models ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -57,7 +57,7 @@ def open_model(path: str, *, packed: bool = False, command: str) -> tuple[Module
         raise FileNotFoundError(f"{e}{hint}") from e
     if isinstance(model, EncoderDecoder) and command in OF_ONE_TEXT:
         raise ValueError(f"{command} wants a model that reads one text, got the encoder-decoder "
-                         f"{type(model).__name__} in {path}: in Python, fit and beam_search take source_ids")
+                         f"{type(model).__name__} in {path}: tinyft generate writes a target for a source")
     if tokenizer is None:
         raise ValueError(f"{command} wants a model with its tokenizer, got no tokenizer.json in {path}")
     tokens = tokenizer.get_vocab_size()

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,8 @@ import numpy as np
 
 from .. import array, edit, precision, recomputation
 from ..nn import Module
-from ..train.batch import compute_loss, read_batch
+from ..train import Loss
+from ..train.batch import as_loss
 from .rows import first_batches
 
 __all__ = ["Plan", "in_words", "make_plan", "peak_of_process", "size", "tokens_of"]
@@ -40,18 +42,21 @@ class Plan:
 
 def make_plan(
     model: Module, batches: Any, steps: int, accumulate: int, autocast: str | None, evaluated: int = 0, *,
-    recompute: bool = False,
+    recompute: bool = False, loss: Loss | None = None,
 ) -> Plan:
-    """The plan of `steps` updates, each on `accumulate` batches, and of evaluations that read `evaluated` tokens."""
+    """The plan of `steps` updates, each on `accumulate` batches, and of evaluations that read `evaluated` tokens.
+
+    loss: of the training; cross-entropy if None."""
+    loss = as_loss(loss)
     sample = first_batches(batches, SAMPLED)
     with array.peak_memory() as memory:
-        _pass(model, sample[0], autocast, recompute)
+        _pass(model, sample[0], autocast, recompute, loss)
     seconds = 0.0
     tokens = 0
     for batch in sample[1:1 + MEASURED]:
-        seconds += _pass(model, batch, autocast, recompute)
-        tokens += batch["ids"].size
-    mean_tokens = sum(batch["ids"].size for batch in sample) / len(sample)
+        seconds += _pass(model, batch, autocast, recompute, loss)
+        tokens += size_of(batch)
+    mean_tokens = sum(size_of(batch) for batch in sample) / len(sample)
     count = edit.count(model)
     held = sum(p.data.nbytes for p in model.parameters()) + _packed_bytes(model)
     total = held + memory["bytes"] + MOMENTS * count.nbytes
@@ -61,7 +66,13 @@ def make_plan(
 
 def tokens_of(batches: Any) -> int:
     """The number of tokens of all batches, padding included."""
-    return sum(batch["ids"].size for batch in batches.once())
+    return sum(size_of(batch) for batch in batches.once())
+
+
+def size_of(batch: Mapping[str, Any]) -> int:
+    """The number of tokens of a batch, of its source too, padding included."""
+    source = batch.get("source_ids")
+    return batch["ids"].size + (0 if source is None else source.size)
 
 
 def _packed_bytes(model: Module) -> int:
@@ -69,15 +80,15 @@ def _packed_bytes(model: Module) -> int:
     return sum(getattr(value, "nbytes", 0) for value in model.named_buffers().values())
 
 
-def _pass(model: Module, batch: Any, autocast: str | None, recompute: bool) -> float:
+def _pass(model: Module, batch: Any, autocast: str | None, recompute: bool, loss: Loss) -> float:
     """The seconds of one forward and backward pass. No parameter changes, and no gradient remains."""
     start = time.perf_counter()
     model.train()
     try:
         region = precision.autocast(autocast or "bfloat16", enabled=autocast is not None)
         with region, recomputation.recompute(recompute), np.errstate(all="ignore"):
-            _, loss = compute_loss(model, read_batch(batch), np.random.default_rng(0))
-        loss.backward()
+            _, value = loss(model, loss.read(batch), np.random.default_rng(0))
+        value.backward()
     finally:
         model.train(False)
         model.zero_grad()

@@ -13,6 +13,8 @@ from ..chat import TEMPLATES, chat_end, chat_prompt
 from ..data import Batches, mlm_batches, text_batches
 from ..data.files import Rows, near_name
 from ..data.rows import Segments, document_batches, end_of_text, segment_batches
+from ..data.sources import source_batches
+from ..models import EncoderDecoder
 from ..models.blocks import Classifier
 from ..nn import Module
 from ..predict import class_names, positions_of_prompts
@@ -33,7 +35,7 @@ class Prepared:
     """The batches of a data file for one model.
 
     rows      the number of rows in the file
-    note      the number of cut prompts in words, or ""
+    note      the number of cut prompts or sources in words, or ""
     """
 
     batches: Batches
@@ -48,6 +50,15 @@ def check_kind(rows: Rows, model: Module, *, chat: bool) -> None:
         raise ValueError(f"--chat wants rows of prompt and response, got {rows.path} with rows of {rows.kind}")
     if rows.kind == "prompts":
         raise ValueError(f"{rows.line(0)} has a prompt and no response: there is nothing to learn")
+    if isinstance(model, EncoderDecoder):
+        if chat or rows.kind not in ("sources", "pairs"):
+            kind = "chats" if chat else rows.kind
+            raise ValueError(f"the encoder-decoder {type(model).__name__} wants rows of source and target, got "
+                             f"{rows.path} with rows of {kind}")
+        return
+    if rows.kind == "sources":
+        raise ValueError(f"the rows of {rows.path} (source and target) want an encoder-decoder, got a "
+                         f"{type(model).__name__}: a causal language model reads prompt and response")
     is_masked = not isinstance(model.head, Classifier) and not is_language_model(model) and model.head is not None
     takes_text = is_language_model(model) or (is_masked and rows.kind == "text")
     if rows.kind != "labelled" and not takes_text:
@@ -195,6 +206,9 @@ def make_batches(
         examples = (texts, np.array(class_numbers(rows, model)))
         made = text_batches(examples, tokenizer, batch, max_len, seed, form=form, group_by_length=True)
         return Prepared(made, count)
+    if isinstance(model, EncoderDecoder):
+        made, cut = source_batches(rows.rows, tokenizer, batch, max_len, model.config.start, seed, rows.line)
+        return Prepared(made, count, f"{cut} of {count} sources are cut on the right" if cut else "")
     if rows.kind == "text":
         texts = [text for (text,) in rows.rows]
         if is_language_model(model):

@@ -1,10 +1,10 @@
-"""The folder of a run of `tinyft tune`.
+"""The folder of a run of `tinyft tune`, and of `tinyft distill`.
 
-    config.json              the options of the run
+    config.json              the options of the run; distill.json, since a model's directory has a config.json
     log.jsonl                a line for each step {"step", "loss", "seconds"} and evaluation {"step", "test_loss", ...}
     curve.svg                the losses over the steps; only where matplotlib is installed
-    checkpoint.safetensors   the state of the training, from which --resume goes on
-    adapter/                 the trained method, at the end
+    checkpoint.safetensors   the state of the training, from which --resume goes on; distill removes it at the end
+    adapter/                 the trained method, at the end; or the files of the student
 """
 from __future__ import annotations
 
@@ -20,16 +20,20 @@ from pathlib import Path
 from typing import Any
 
 from .. import checks
+from ..atomic import recover
 from ..data import Batches
 from ..files import read_json, read_tensors, write_atomically
 from ..train.settings import CHECKPOINT
 from .opening import as_json, check_new_folder
+from .shipped import SHIPPED
 
 __all__ = [
-    "ADAPTER", "Log", "check_data", "check_out", "draw_curve", "flag", "merge_options", "read_config", "write_config",
+    "ADAPTER", "Log", "check_content", "check_data", "check_out", "draw_curve", "flag", "is_finished", "merge_options",
+    "read_config", "write_config",
 ]
 
 CONFIG = "config.json"
+MODEL = "config.json"                                    # the file of a saved model that is written last
 LOG = "log.jsonl"
 CURVE = "curve.svg"
 ADAPTER = "adapter"
@@ -81,21 +85,22 @@ def read_config(folder: Path, kinds: Mapping[str, tuple[type, ...]], config: str
 
 def merge_options(
     args: argparse.Namespace, defaults: Mapping[str, Any], kinds: Mapping[str, tuple[type, ...]],
-    files: Sequence[str], config: str = CONFIG,
+    paths: Sequence[str], config: str = CONFIG,
 ) -> dict[str, Any]:
     """The options of a run: given ones, else those of the run to resume, else the defaults.
 
     kinds   as read_config takes them
-    files   the options that are paths of files: they become absolute, since a run may be resumed from elsewhere
+    paths   the options that are paths, or names of something that ships. Paths of files and folders that are there
+            become absolute, since a run may be resumed from elsewhere
     config  the name of the file with the options of a run
 
     ValueError for an option that differs from the run to resume."""
     given = {name: getattr(args, name) for name in defaults if getattr(args, name) is not None}
-    for name in files:
-        if name in given:
-            given[name] = os.path.abspath(given[name])
-    if os.path.exists(given.get("model", "")):
-        given["model"] = os.path.abspath(given["model"])
+    for name in paths:
+        value = given.get(name, "")
+        is_shipped = name in ("data", "test") and value in SHIPPED
+        if os.path.exists(value) and not is_shipped:
+            given[name] = os.path.abspath(value)
     if not args.resume:
         return {**defaults, **given}
     stored = read_config(Path(args.out), kinds, config)
@@ -109,6 +114,23 @@ def merge_options(
 def flag(name: str) -> str:
     """The flag of an option: max_len is --max-len."""
     return f"--{name.replace('_', '-')}"
+
+
+def check_content(folder: Path, content: Mapping[str, str], words: Mapping[str, str], config: str) -> None:
+    """ValueError if something is no longer that of the run in the folder.
+
+    content  {name of an entry of the file with the options: fingerprint now}
+    words    {name: what the folder holds if its fingerprint was another one}"""
+    stored = read_config(folder, dict.fromkeys(content, (str,)), config)
+    for name, value in content.items():
+        if stored[name] != value:
+            raise ValueError(f"{folder} holds {words[name]} than its files hold now: choose another --out")
+
+
+def is_finished(folder: Path) -> bool:
+    """True if the folder holds a whole model. A saving that a kill has cut in two is undone first."""
+    recover(folder)
+    return (folder / MODEL).is_file()
 
 
 # ── log ──────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,7 +1,8 @@
-"""The options --method and --set: a method or a rule by its name, and its hyper-parameters from texts.
+"""The options --method, --loss and --set: a method, a rule or a loss by its name, its hyper-parameters from texts.
 
     make_method("lora", ["r=8", "targets=attn.[qv]"])      ->  LoRA(r=8, targets="attn.[qv]")
     make_rule("gptq", ["bits=4", "group=none"])            ->  GPTQ(bits=4, group=None)
+    make_loss("hinton", ["temperature=4"], teacher)        ->  Hinton(teacher, temperature=4.0)
 
 A text is read as the type of its field: whole number, number, true or false, text; a comma separates the parts of a
 tuple. Errors are UsageErrors: the command line is wrong.
@@ -13,7 +14,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .arguments import UsageError
@@ -21,8 +22,11 @@ from .arguments import UsageError
 if TYPE_CHECKING:
     from ..compress import Rule
     from ..edit import Method
+    from ..nn import Module
+    from ..train import Loss
 
-__all__ = ["make_method", "make_rule", "method_class", "read_value", "rule_class"]
+__all__ = ["loss_class", "make_loss", "make_method", "make_rule", "method_class", "read_fields", "read_value",
+           "rule_class"]
 
 
 def make_method(name: str, settings: list[str]) -> Method:
@@ -39,29 +43,48 @@ def make_rule(name: str, settings: list[str]) -> Rule:
     return _make(rule_class(name), settings, {})
 
 
-def _make(cls: Any, settings: list[str], foreign_names: dict[str, str]) -> Any:
-    """An instance of a dataclass with the fields that the settings give. foreign_names: those of other libraries."""
+def make_loss(name: str, settings: list[str], teacher: Module) -> Loss:
+    """The distillation loss of this name, with its teacher; otherwise as make_method."""
+    return _make(loss_class(name), settings, {}, teacher=teacher)
+
+
+def _make(cls: Any, settings: list[str], foreign_names: dict[str, str], **others: Any) -> Any:
+    """An instance of a dataclass with the fields that the settings give, and with others, which these cannot give."""
+    known = [field.name for field in dataclasses.fields(cls) if field.init and field.name not in others]
+    given = read_fields("--set", cls, settings, known, foreign_names)
+    try:
+        return cls(**others, **given)
+    except (TypeError, ValueError) as e:
+        raise UsageError(str(e)) from e
+
+
+def read_fields(
+    option: str, cls: Any, settings: Iterable[str], known: Sequence[str], foreign_names: Mapping[str, str],
+) -> dict[str, Any]:
+    """{field of a dataclass: value} of settings "field=value".
+
+    option         that gives them, for the messages
+    known          the fields that they may name
+    foreign_names  {name in another library: name of the field}
+
+    UsageError, with a near name, for another field, for one that stands twice, and for a value of another kind."""
     from ..context import refuse_keywords
 
     hints = typing.get_type_hints(cls)
-    fields = [field.name for field in dataclasses.fields(cls) if field.init]
     given: dict[str, Any] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
         key = key.strip()
         if not equals or not key:
-            raise UsageError(f"--set wants FIELD=VALUE, such as r=8, got {setting!r}")
+            raise UsageError(f"{option} wants FIELD=VALUE, such as {next(iter(known), 'r')}=8, got {setting!r}")
         if key in given:
-            raise UsageError(f"--set gives {key} twice")
+            raise UsageError(f"{option} gives {key} twice")
         try:
-            refuse_keywords(f"--set with {cls.__name__}", {key} - set(fields), fields, foreign_names)
+            refuse_keywords(f"{option} with {cls.__name__}", {key} - set(known), known, foreign_names)
         except TypeError as e:
             raise UsageError(str(e)) from e
-        given[key] = read_value(f"--set {key}", text.strip(), hints[key])
-    try:
-        return cls(**given)
-    except (TypeError, ValueError) as e:
-        raise UsageError(str(e)) from e
+        given[key] = read_value(f"{option} {key}", text.strip(), hints[key])
+    return given
 
 
 def method_class(name: str) -> type[Method]:
@@ -70,7 +93,7 @@ def method_class(name: str) -> type[Method]:
     UsageError, with a near name or with all names, if there is none."""
     from ..methods import ALL
 
-    return _class_of_name(name, ALL, "a method")
+    return _class_of_name("--method", name, ALL, "a method")
 
 
 def rule_class(name: str) -> type[Rule]:
@@ -79,12 +102,23 @@ def rule_class(name: str) -> type[Rule]:
 
     classes = [getattr(quantize, found) for found in quantize.__all__]
     rules = [cls for cls in classes if isinstance(cls, type) and issubclass(cls, Rule)]
-    return _class_of_name(name, rules, "a compression rule")
+    return _class_of_name("--method", name, rules, "a compression rule")
 
 
-def _class_of_name(name: str, classes: Iterable[type], kind: str) -> Any:
-    """The class of this name, or of the file of this name. UsageError if there is none. kind: of the classes, in words.
-    """
+def loss_class(name: str) -> type[Loss]:
+    """The distillation loss of this name, WordLevel or word-level; otherwise as method_class."""
+    from ..compress import distill
+    from ..train import Loss
+
+    classes = [getattr(distill, found) for found in distill.__all__]
+    losses = [cls for cls in classes if isinstance(cls, type) and issubclass(cls, Loss)]
+    return _class_of_name("--loss", name, losses, "a distillation loss")
+
+
+def _class_of_name(option: str, name: str, classes: Iterable[type], kind: str) -> Any:
+    """The class of this name, or of the file of this name. UsageError, naming the option, if there is none.
+
+    kind: of the classes, in words."""
     classes = list(classes)
     known = {_plain(cls.__module__.rpartition(".")[2]): cls for cls in classes}
     known |= {_plain(cls.__name__): cls for cls in classes}
@@ -93,7 +127,7 @@ def _class_of_name(name: str, classes: Iterable[type], kind: str) -> Any:
     near = difflib.get_close_matches(_plain(name), known, 1, 0.5)
     names = ", ".join(cls.__name__ for cls in classes)
     hint = f"did you mean {known[near[0]].__name__}?" if near else f"there are {names}"
-    raise UsageError(f"--method wants the name of {kind}, got {name!r}: {hint}")
+    raise UsageError(f"{option} wants the name of {kind}, got {name!r}: {hint}")
 
 
 def _plain(name: str) -> str:

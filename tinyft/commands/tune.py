@@ -17,61 +17,36 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
-from .. import checks, edit
+from .. import edit
 from ..adapters import save_adapter
-from ..data.files import read_rows
 from ..formats.huggingface import classifier
 from ..models.blocks import Classifier
 from ..nn import Module
-from ..optim import AdamW, constant_schedule, cosine_schedule, linear_schedule
-from ..train import evaluate, fit
+from . import training
 from .arguments import UsageError
 from .opening import as_json, claimed_folder, open_model, set_class_names, write_class_names
-from .plan import Plan, in_words, make_plan, peak_of_process, size, tokens_of
-from .rows import Prepared, check_kind, find_labels, make_batches, room_for
+from .plan import Plan, in_words, make_plan, peak_of_process, size
+from .rows import check_kind, find_labels, room_for
 from .running import ADAPTER, Log, check_data, check_out, draw_curve, flag, merge_options, write_config
 from .settings import make_method
 
 __all__ = ["run"]
 
-DEFAULTS: dict[str, Any] = {
-    "model": None, "packed": False, "data": None, "test": None, "chat": False, "template": None,
-    "method": "lora", "set": [],
-    "steps": 200, "lr": 1e-3, "batch": 16, "accumulate": 1, "max_len": None, "seed": 0, "schedule": "cosine",
-    "warmup": 0.05, "weight_decay": 0.0, "clip": 1.0, "autocast": None, "recompute": False,
-    "evaluate_every": None, "save_every": 50,
-}
-NUMBER = (int, float)
-TEXT_OR_NONE = (str, type(None))
-WHOLE_OR_NONE = (int, type(None))
+DEFAULTS: dict[str, Any] = {"model": None, "packed": False, "method": "lora", "set": [], **training.DEFAULTS}
 # The kinds of the options, to check a config.json.
 KINDS: dict[str, tuple[type, ...]] = {
-    "model": (str,), "packed": (bool,), "data": (str,), "test": TEXT_OR_NONE, "chat": (bool,),
-    "template": TEXT_OR_NONE, "method": (str,), "set": (list,), "steps": (int,), "lr": NUMBER, "batch": (int,),
-    "accumulate": (int,), "max_len": WHOLE_OR_NONE, "seed": (int,), "schedule": (str,), "warmup": NUMBER,
-    "weight_decay": NUMBER, "clip": NUMBER, "autocast": TEXT_OR_NONE, "recompute": (bool,),
-    "evaluate_every": WHOLE_OR_NONE, "save_every": (int,),
+    "model": (str,), "packed": (bool,), "method": (str,), "set": (list,), **training.KINDS,
 }
-FILES = ("data", "test")                                 # options that are paths of files
-SCHEDULES = {"constant": constant_schedule, "linear": linear_schedule, "cosine": cosine_schedule}
-LONGEST_ROW = 256                                        # tokens, unless --max-len says more
 
 
 @dataclass
-class Job:
+class Job(training.Job):
     """Everything that a run needs, checked.
 
     labels   the names of the classes, or None
     """
 
-    options: dict[str, Any]
-    model: Module
-    tokenizer: Tokenizer
-    train: Prepared
-    test: Prepared | None
-    labels: list[str] | None
+    labels: list[str] | None = None
 
 
 def run(args: argparse.Namespace) -> int:
@@ -98,7 +73,7 @@ def read_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options of the run: given ones, else those of the run to resume, else the defaults.
 
     UsageError if --model or --data is missing; ValueError for an option that differs from the run to resume."""
-    options = merge_options(args, DEFAULTS, KINDS, FILES)
+    options = merge_options(args, DEFAULTS, KINDS, ("model", "data", "test"))
     for name in ("model", "data"):
         if options[name] is None:
             raise UsageError(f"tune wants {flag(name)}")
@@ -109,25 +84,17 @@ def read_options(args: argparse.Namespace) -> dict[str, Any]:
 def prepare(options: dict[str, Any]) -> Job:
     """Model, method and data of a run. The errors of all of them come from here, before the training."""
     method = make_method(options["method"], options["set"])
-    rows = read_rows(options["data"])
-    test_rows = None if options["test"] is None else read_rows(options["test"])
-    if test_rows is not None and test_rows.kind != rows.kind:
-        raise ValueError(f"--test wants rows of the kind of --data ({rows.kind}), got {test_rows.path} with "
-                         f"{test_rows.kind}")
+    rows, test_rows = training.read_rows(options)
     model, tokenizer = open_model(options["model"], packed=options["packed"], command="tune")
     check_kind(rows, model, chat=options["chat"])
     labels = None
     if rows.kind == "labelled":
         labels = _put_head_on(model, rows, options["seed"])
     edit.attach(model, method, seed=options["seed"])
-    max_len = room_for(model, options["max_len"], LONGEST_ROW)
-    made = []
-    for one in (rows, test_rows):
-        if one is not None:
-            made.append(make_batches(one, model, tokenizer, options["batch"], max_len, options["seed"],
-                                     chat=options["chat"], template=options["template"]))
-    test = made[1] if test_rows is not None else None
-    return Job(options, model, tokenizer, made[0], test, labels)
+    max_len = room_for(model, options["max_len"], training.LONGEST_ROW)
+    train = training.prepare(rows, model, tokenizer, options, max_len)
+    test = None if test_rows is None else training.prepare(test_rows, model, tokenizer, options, max_len)
+    return Job(options, model, tokenizer, train, test, labels)
 
 
 def _put_head_on(model: Module, rows: Any, seed: int) -> list[str] | None:
@@ -148,18 +115,11 @@ def train(job: Job, folder: Path, say: Callable[[str], None], *, resume: bool) -
     options = job.options
     log = Log(folder)
     steps = options["steps"] - log.step
-    evaluated = 0
-    if job.test is not None:
-        evaluated = (1 + steps // evaluation_steps(options)) * tokens_of(job.test.batches)
-    plan = make_plan(job.model, job.train.batches, steps, options["accumulate"], options["autocast"], evaluated,
-                     recompute=options["recompute"])
+    plan = make_plan(job.model, job.train.batches, steps, options["accumulate"], options["autocast"],
+                     training.evaluated_tokens(job, steps), recompute=options["recompute"])
     say_plan(job, plan, say, log.step)
     start = time.perf_counter()
-    if job.test is not None and not log.entries:
-        _evaluate(job, log)                              # before the training: the line to compare with
-    _fit(job, folder, log, resume=resume)
-    if job.test is not None and (not log.evaluations or log.evaluations[-1]["step"] < log.step):
-        _evaluate(job, log)
+    training.fit_job(job, folder, log, command="tune", resume=resume)
     save_adapter(job.model, folder / ADAPTER)
     if job.labels is not None:
         write_class_names(folder / ADAPTER, job.labels)
@@ -168,58 +128,11 @@ def train(job: Job, folder: Path, say: Callable[[str], None], *, resume: bool) -
         "out": os.fspath(folder), "adapter": os.fspath(folder / ADAPTER), "steps": log.step,
         "trained": plan.count.trained, "head": plan.count.head, "total": plan.count.total,
         "loss": [entry["loss"] for entry in log.entries if "loss" in entry][-1],
-        "before": _metrics(log, 0), "test": _metrics(log, -1), "seconds": round(time.perf_counter() - start, 2),
-        "labels": job.labels,
+        "before": training.metrics_of(log, 0), "test": training.metrics_of(log, -1),
+        "seconds": round(time.perf_counter() - start, 2), "labels": job.labels,
     }
     say_result(result, curve, say)
     return result
-
-
-def _fit(job: Job, folder: Path, log: Log, *, resume: bool) -> None:
-    """The training itself. If it is stopped, the message names the command that goes on."""
-    options = job.options
-    name = checks.one_of("--schedule", options["schedule"], tuple(SCHEDULES))
-    schedule = SCHEDULES[name](options["warmup"])
-    evaluations = {}
-    if job.test is not None:
-        evaluations = {"evaluate": partial(_evaluate, job, log), "evaluate_every": evaluation_steps(options)}
-    try:
-        fit(
-            job.model, job.train.batches, options["steps"], AdamW(options["lr"], weight_decay=options["weight_decay"]),
-            schedule, clip=options["clip"], accumulate=options["accumulate"], seed=options["seed"], out=folder,
-            resume=resume, save_every=options["save_every"], autocast=options["autocast"],
-            recompute=options["recompute"], on_step=log.add_step, **evaluations,
-        )
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(_advice(log, options, folder)) from None
-    except SystemExit:
-        print(f"tinyft: stopped {_advice(log, options, folder)}", file=sys.stderr)
-        raise
-
-
-def evaluation_steps(options: dict[str, Any]) -> int:
-    """The steps between two evaluations."""
-    return options["evaluate_every"] or max(1, options["steps"] // 5)
-
-
-def _advice(log: Log, options: dict[str, Any], folder: Path) -> str:
-    """The state of a stopped run, and the command that goes on."""
-    return f"after step {log.step} of {options['steps']}; tinyft tune --resume --out {folder} goes on"
-
-
-def _evaluate(job: Job, log: Log) -> dict[str, float]:
-    """The metrics on the test data, which are logged too."""
-    metrics = evaluate(job.model, job.test.batches)
-    log.add_evaluation(metrics)
-    return metrics
-
-
-def _metrics(log: Log, index: int) -> dict[str, float] | None:
-    """The metrics of one evaluation in the log; None without test data."""
-    if not log.evaluations:
-        return None
-    entry = log.evaluations[index]
-    return {name.removeprefix("test_"): value for name, value in entry.items() if name != "step"}
 
 
 # ── printing ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -3,6 +3,7 @@
     text                            "text"       texts for a language model
     text, label                     "labelled"   texts and their classes
     prompt, response                "pairs"      a prompt, and the response to learn
+    source, target                  "sources"    a text for an encoder, and the text that a decoder writes for it
     prompt                          "prompts"    prompts to continue
     messages                        "chat"       [{"role": "user", "content": "..."}, {"role": "assistant", ...}, ...]
 
@@ -33,10 +34,12 @@ KINDS = {
     "labelled": ("text", "label"),
     "text": ("text",),
     "pairs": ("prompt", "response"),
+    "sources": ("source", "target"),
     "prompts": ("prompt",),
     "chat": ("messages",),
 }
 COLUMNS = ("text", "label", "prompt", "response", "messages")
+SOURCES = ("source", "target")  # a kind of their own only without any of COLUMNS: a "source" is often a note
 ROLES = ("system", "user", "assistant")
 # Columns of other libraries, and their names here.
 SYNONYMS = {
@@ -53,9 +56,9 @@ class Rows:
     """The rows of a data file.
 
     path    of the file
-    kind    "text", "labelled", "pairs", "prompts" or "chat"
-    rows    tuples of the columns of this kind: (text,), (text, label), (prompt, response), (prompt,) or (messages,).
-            A label is a string or a whole number; messages are a list of {"role": ..., "content": ...}
+    kind    "text", "labelled", "pairs", "sources", "prompts" or "chat"
+    rows    tuples of the columns of this kind: (text,), (text, label), (prompt, response), (source, target), (prompt,)
+            or (messages,). A label is a string or a whole number; messages are a list of {"role": ..., "content": ...}
     lines   the line of the file at which each row begins, from 1
     """
 
@@ -235,7 +238,12 @@ def _kind_of_columns(path: Path, line: int, names: Any) -> str:
     known = [column for column in COLUMNS if column in names]
     others = [name for name in names if name not in known]
     found = [kind for kind, columns in KINDS.items() if set(columns) == set(known)]
-    wanted = f"{describe_line(path, line)}: a row wants text, text and label, prompt and response, or messages"
+    wanted = (
+        f"{describe_line(path, line)}: a row wants text, text and label, prompt and response, source and target, "
+        "or messages"
+    )
+    if not known and all(column in names for column in SOURCES):
+        return "sources"
     for name in others:
         near = SYNONYMS.get(name.lower()) or near_name(name.lower(), COLUMNS)
         # Beside a text, a column such as "category" may be anything; beside a prompt, "answer" is the response.

@@ -302,6 +302,21 @@ def classifier(model: Module, classes: int, seed: int = 0) -> Module:
     return model
 
 
+def new_model(path: str | os.PathLike, seed: int = 0) -> Module:
+    """A model with random values from `seed`, of the sizes in a config.json.
+
+    Its head is that of the model's class, a language model's or a masked one's. FileNotFoundError if there is no such
+    file; ValueError, in one sentence, for a config.json that `load` would refuse."""
+    config = read_json(Path(path))
+    family = _family_of_type(config.get("model_type"), Path(path))
+    try:
+        check_kept(config)
+        plan = family.read_config(config, ())
+    except ValueError as e:
+        raise ValueError(f"{path}: {str(e)[:1000]}") from e
+    return family.model(plan.config, seed)
+
+
 # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 def save(model: Module, path: str | os.PathLike, tokenizer: Tokenizer | None = None, dtype: Any = None) -> Path:
     """Write a model, and its tokenizer if given, as a directory that `load` reads, and transformers if nothing is
