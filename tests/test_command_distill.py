@@ -472,7 +472,7 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "data without tokens": (["--teacher", "GPT", "--student", "layers=1", "--data", "BLANK"], 1,
                             "a text wants at least two tokens, got 0"),
     "an empty source": (["--teacher", "MARIAN", "--student", "layers=1", "--data", "NO_SOURCE"], 1,
-                        "line 2 of {NO_SOURCE}: a source wants at least one token, got none"),
+                        "line 2 of {NO_SOURCE}: a source wants at least one token, got an empty text"),
     "no such data": (["--teacher", "GPT", "--student", "layers=1", "--data", "no.jsonl"], 1, "no.jsonl"),
     "a length of 0": (["--teacher", "GPT", "--student", "layers=1", "--max-len", "0", "--data", "PAIRS"], 2,
                       "--max-len: wants a whole number >= 2, got '0'"),

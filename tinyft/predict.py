@@ -6,6 +6,7 @@
 """
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from .models import EncoderDecoder
 from .models.attention import Attention
 from .models.blocks import Classifier
 from .nn import Context, Module, evaluation_mode
-from .tokens import encode_text, plain
+from .tokens import encode_text, plain, special_ids
 
 __all__ = ["Predictions", "predict"]
 
@@ -183,8 +184,9 @@ def _write_targets(
     options: dict[str, Any],
 ) -> list[str]:
     """The target that an encoder-decoder writes for each source."""
-    rows = [encode_source(tokenizer, text)[0] for text in texts]
-    options = {"end": end_of_text(tokenizer), **options}                         # the caller's `end` wins
+    [end] = special_ids("predict", tokenizer, "eos")     # ends sources and targets
+    rows = [encode_source(tokenizer, text, sys.maxsize, end) for text in texts]
+    options = {"end": end, **options}                    # the caller's `end` wins
     written = [""] * len(texts)
     for chosen in batches_by_length(rows, batch_size):
         ids, mask = pad([rows[i] for i in chosen], multiple=1)

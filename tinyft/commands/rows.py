@@ -207,8 +207,7 @@ def make_batches(
         made = text_batches(examples, tokenizer, batch, max_len, seed, form=form, group_by_length=True)
         return Prepared(made, count)
     if isinstance(model, EncoderDecoder):
-        made, cut = source_batches(rows.rows, tokenizer, batch, max_len, model.config.start, seed, rows.line)
-        return Prepared(made, count, f"{cut} of {count} sources are cut on the right" if cut else "")
+        return _source_batches(rows, model, tokenizer, batch, max_len, seed)
     if rows.kind == "text":
         texts = [text for (text,) in rows.rows]
         if is_language_model(model):
@@ -218,6 +217,19 @@ def make_batches(
     made, cut = segment_batches(segments, tokenizer, batch, max_len, seed, rows.line)
     note = f"{cut} of {count} prompts are cut on the left" if cut else ""
     return Prepared(made, count, note)
+
+
+def _source_batches(
+    rows: Rows, model: EncoderDecoder, tokenizer: Tokenizer, batch: int, max_len: int, seed: int,
+) -> Prepared:
+    """Batches of sources and targets. Padded lengths are multiples of 4 and 2: so are the longest ones."""
+    max_source = max(2, max_len - max_len % 4)
+    max_target = max_len - 1 + max_len % 2               # with the start token, an even number
+    made = source_batches(rows.rows, tokenizer, batch, max_source, max_target, seed, start=model.config.start,
+                          place=rows.line)
+    lengths = [len(encode_text("the command", tokenizer, source)) for source, _ in rows.rows]
+    cut = sum(length >= max_source for length in lengths)
+    return Prepared(made, len(rows.rows), f"{cut} of {len(rows.rows)} sources are cut on the right" if cut else "")
 
 
 def _segments(rows: Rows, tokenizer: Tokenizer, *, chat: bool, template: str | None) -> list[Segments]:

@@ -1,27 +1,19 @@
-"""Pairs of a source and a target: their batches, the targets that an encoder-decoder writes, and the commands on them.
-
-Each check is called with the library's functions, and again with wrong ones, which it must reject.
-"""
+"""Rows of a source and a target: their files, the targets that an encoder-decoder writes, and the commands on them."""
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import pytest
 from command_tools import refusal, result_of, succeed, write_rows
-from helpers import wrong_answers
+from helpers import host
 
 import tinyft as ft
 from tinyft import array, data
-from tinyft.data import sources
-from tinyft.data.files import read_rows
-from tinyft.data.sources import encode_source, encode_target, source_batches
+from tinyft.commands.rows import make_batches
+from tinyft.data.files import Rows, read_rows
 from tinyft.predict import positions_of_prompts, predict
-from tinyft.train.batch import IGNORE, read_batch
 
 TOKENIZER = data.shipped_tokenizer()
 END = TOKENIZER.token_to_id("<|endoftext|>")
-START = 0
 PAIRS = [("Return the list of files.", "get files"), ("Close it.", "close"), ("Open the file of this name.", "open it"),
          ("Return one.", "one"), ("Return a copy of the whole list of all items.", "copy")]
 
@@ -30,116 +22,14 @@ def ids_of(text: str) -> list[int]:
     return TOKENIZER.encode(text, add_special_tokens=False).ids
 
 
-def small_model(kind: str = "marian", seed: int = 0) -> ft.Module:
+def small_model(kind: str = "marian", seed: int = 0, scale: float = 1) -> ft.Module:
+    """A very small encoder-decoder. With a large scale its attention is sharp, and its targets differ."""
     sizes = {"vocab": 2048, "positions": 48, "width": 16, "layers": 1, "heads": 2}
-    return ft.Seq2Seq(ft.Seq2SeqConfig(**sizes), seed) if kind == "marian" else ft.T5(ft.T5Config(**sizes), seed)
-
-
-# ── batches ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-def check_batches() -> None:
-    """Each pair once: source and end for the encoder; start, target and end for the decoder; no label at padding."""
-    batches, cut = source_batches(PAIRS, TOKENIZER, 2, 40, START, seed=3)
-    assert cut == 0
-    found = set()
-    for batch in batches.once():
-        targets = read_batch(batch)
-        labels = np.full(targets.ids.shape, IGNORE)
-        at = slice(None) if targets.logit_positions is None else targets.logit_positions
-        labels.reshape(-1)[at] = targets.labels
-        for b in range(len(batch["ids"])):
-            source = batch["source_ids"][b][batch["source_mask"][b]].tolist()
-            read = targets.ids[b][labels[b] != IGNORE].tolist()
-            found.add((tuple(source), tuple(read), tuple(labels[b][labels[b] != IGNORE].tolist())))
-    expected = set()
-    for source, target in PAIRS:
-        expected.add(((*ids_of(source), END), (START, *ids_of(target)), (*ids_of(target), END)))
-    assert found == expected
-
-
-def check_cut() -> None:
-    """A long source loses its end, and keeps the end of text."""
-    batches, cut = source_batches(PAIRS, TOKENIZER, 5, 6, START)
-    (batch,) = batches.once()
-    assert batch["source_ids"].shape[1] == 6 and cut == sum(len(ids_of(source)) > 5 for source, _ in PAIRS)
-    for source, row, mask in zip(PAIRS, batch["source_ids"], batch["source_mask"]):
-        assert row[mask].tolist() == [*ids_of(source[0])[:5], END]
-
-
-@pytest.mark.parametrize("check", [check_batches, check_cut])
-def test_batches_of_sources_and_targets(check):
-    check()
-
-
-def without_end(tokenizer: Any, text: str, max_len: int | None = None) -> tuple[list[int], bool]:
-    ids, is_cut = encode_source(tokenizer, text, max_len)
-    return ids[:-1], is_cut
-
-
-def cut_left(tokenizer: Any, text: str, max_len: int | None = None) -> tuple[list[int], bool]:
-    ids, _ = encode_source(tokenizer, text)
-    return ids[-max_len:], len(ids) > max_len
-
-
-def cut_with_end(tokenizer: Any, text: str, max_len: int | None = None) -> tuple[list[int], bool]:
-    ids, _ = encode_source(tokenizer, text)
-    return ids[:max_len], len(ids) > max_len
-
-
-def unstarted(tokenizer: Any, text: str, start: int) -> list[int]:
-    return encode_target(tokenizer, text, start)[1:]
-
-
-def unended(tokenizer: Any, text: str, start: int) -> list[int]:
-    return encode_target(tokenizer, text, start)[:-1]
-
-
-def ended_start(tokenizer: Any, text: str, start: int) -> list[int]:
-    return [END, *encode_target(tokenizer, text, start)[1:]]
-
-
-WRONG = {
-    "a source needs no end of text": ("encode_source", without_end, check_batches),
-    "a long source loses its beginning": ("encode_source", cut_left, check_cut),
-    "a source that is cut has no end of text": ("encode_source", cut_with_end, check_cut),
-    "the decoder begins with the first token of the target": ("encode_target", unstarted, check_batches),
-    "a target needs no end of text": ("encode_target", unended, check_batches),
-    "the end of text is the start token": ("encode_target", ended_start, check_batches),
-}
-
-
-@wrong_answers
-@pytest.mark.parametrize("belief", WRONG)
-def test_other_batches_are_noticed(belief, monkeypatch):
-    name, wrong, check = WRONG[belief]
-    monkeypatch.setattr(sources, name, wrong)
-    with pytest.raises(AssertionError):
-        check()
-
-
-@pytest.mark.parametrize("pair, words", [
-    (("", "x"), "row 1: a source wants at least one token, got none"),
-    (("x", ""), "row 1: a target wants at least one token, got none"),
-    (("x", "word " * 60), "row 1: the target has "),
-])
-def test_a_bad_pair_is_named(pair, words):
-    with pytest.raises(ValueError, match=words):
-        source_batches([PAIRS[0], pair], TOKENIZER, 2, 40, START)
-    with pytest.raises(ValueError, match="max_len wants"):
-        source_batches(PAIRS, TOKENIZER, 2, 1, START)
-
-
-def test_a_resumed_stream_goes_on_with_the_same_batches():
-    ours, _ = source_batches(PAIRS, TOKENIZER, 2, 40, START, seed=1)
-    for _ in range(4):
-        next(ours)
-    theirs, _ = source_batches(PAIRS, TOKENIZER, 2, 40, START)
-    theirs.load_state_dict(ours.state_dict())
-    for _ in range(4):
-        a, b = next(ours), next(theirs)
-        assert all(np.array_equal(a[name], b[name]) for name in a)
-    other, _ = source_batches(PAIRS[::-1], TOKENIZER, 2, 40, START)
-    with pytest.raises(ValueError, match="other examples"):
-        other.load_state_dict(ours.state_dict())
+    model = ft.Seq2Seq(ft.Seq2SeqConfig(**sizes), seed) if kind == "marian" else ft.T5(ft.T5Config(**sizes), seed)
+    for name, p in model.named_parameters().items():
+        if ".cross_attn." in name or ".mlp." in name:
+            p.copy_(host(p) * scale)
+    return model
 
 
 # ── the columns of a file ────────────────────────────────────────────────────────────────────────────────────────────
@@ -159,7 +49,7 @@ def test_source_and_target_are_a_kind_of_their_own_where_nothing_else_is(row, ki
 # ── writing targets ──────────────────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("kind", ["marian", "t5"])
 def test_a_target_is_what_the_model_writes_for_its_source_alone(kind):
-    model = small_model(kind, 3)
+    model = small_model(kind, 3, 20)
     texts = [source for source, _ in PAIRS]
     together = predict(model, TOKENIZER, texts, max_new_tokens=6, batch_size=3)
     for text, written in zip(texts, together, strict=True):
@@ -206,6 +96,18 @@ def test_tune_eval_and_generate_take_sources(marian, capsys, tmp_path):
     assert [text["text"] for text in texts] == [target for _, target in PAIRS[:4]]
 
 
+@pytest.mark.parametrize("max_len", [11, 12, 13, 14, 15])
+def test_the_longest_rows_fit_into_the_positions(max_len):
+    """A model of max_len positions reads every batch, although batches are padded to round lengths."""
+    sizes = {"vocab": 2048, "positions": max_len, "width": 8, "layers": 1, "heads": 1}
+    model = ft.Seq2Seq(ft.Seq2SeqConfig(**sizes))
+    target = TOKENIZER.decode(ids_of("Return a copy of the whole list of all items")[:max_len - 3])
+    rows = Rows("a.jsonl", "sources", ((PAIRS[4][0] * 3, target), ("a", "b")), (1, 2))
+    made = make_batches(rows, model, TOKENIZER, 2, max_len, 0, chat=False, template=None)
+    assert made.note == "1 of 2 sources are cut on the right"
+    assert np.isfinite(ft.evaluate(model, made.batches)["loss"])
+
+
 @commands
 def test_rows_that_an_encoder_decoder_cannot_read_are_refused(marian, capsys, tmp_path):
     text = write_rows(tmp_path / "text.jsonl", [{"text": "a b c"}])
@@ -214,7 +116,7 @@ def test_rows_that_an_encoder_decoder_cannot_read_are_refused(marian, capsys, tm
     sentence = refusal(capsys, "generate", "--model", marian, "--prompt", "a", "--chat")
     assert "the encoder-decoder Seq2Seq wants sources, got turns of a chat" in sentence
     sentence = refusal(capsys, "generate", "--model", marian, "--prompt", "")
-    assert "a source wants at least one token, got none" in sentence
+    assert "a source wants at least one token, got an empty text" in sentence
     assert "wants a model that reads one text" in refusal(capsys, "chat", "--model", marian)
     pairs = write_rows(tmp_path / "pairs.jsonl", [{"source": "a", "target": "b"}])
     sentence = refusal(capsys, "eval", "--model", "base-gpt-small", "--data", pairs)
