@@ -330,7 +330,7 @@ def say_plan(job: Job, costs: Costs, say: Callable[[str], None], done: int) -> N
 
 def describe_loss(job: Job) -> str:
     """The loss with its numbers, and where the teacher's outputs come from."""
-    if not hasattr(job.loss, "teacher"):
+    if job.options["loss"] == NO_TEACHER:
         return "CrossEntropy(), without the teacher"
     fields = [f"{field.name}={getattr(job.loss, field.name)!r}"
               for field in dataclasses.fields(job.loss) if field.name != "teacher"]
