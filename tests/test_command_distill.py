@@ -17,9 +17,9 @@ from helpers import host, wrong_answers
 
 import tinyft as ft
 from tinyft import array, cli, data
-from tinyft.commands import distilling, shipped, training
+from tinyft.commands import distilling, objectives, shipped, training
+from tinyft.compress.distill import beams, soft
 from tinyft.compress.distill import cache as caches
-from tinyft.compress.distill import soft
 from tinyft.data.rows import segment_batches
 from tinyft.files import read_tensors
 
@@ -96,6 +96,9 @@ RUNS = {
     "a Marian with a cache": ("marian", "pairs", ["--student", "new,width=8", "--cache", "CACHE", "--logits", "9"]),
     "a T5": ("t5", "sources", ["--student", "layers=1", "--layers-from", "every_other"]),
     "a dense GPT": ("switch", "pairs", ["--student", "dense,start=mean", "--set", "soft=0.25"]),
+    "a Marian by texts": ("marian", "sources", ["--student", "layers=1", "--loss", "sequence-level"]),
+    "a T5 by its best texts": ("t5", "pairs", ["--student", "new,layers=1", "--loss", "interpolation", "--set",
+                                               "beams=3", "--set", "alpha=0.5", "--cache", "CACHE"]),
     "without a teacher": ("gpt", "pairs", ["--student", "layers=1", "--loss", "none"]),
 }
 
@@ -114,7 +117,8 @@ def test_every_kind_of_teacher_and_student(name, teachers, files, capsys, tmp_pa
     model, tokenizer = ft.load(out)
     assert result["parameters"] == ft.count(model).total <= result["teacher_parameters"]
     assert result["ratio"] == pytest.approx(result["parameters"] / result["teacher_parameters"])
-    assert result["test"].keys() == result["teacher"].keys() and result["test"]["loss"] < result["before"]["loss"]
+    assert result["test"].keys() == result["teacher"].keys()
+    assert "texts" in name or result["test"]["loss"] < result["before"]["loss"]
     assert tokenizer.get_vocab() == data.shipped_tokenizer().get_vocab()
     assert same(values(teachers[kind]), before) and not same(values(out), before)
     assert {path.name for path in out.iterdir()} >= {"distill.json", "log.jsonl", "config.json", "model.safetensors"}
@@ -136,7 +140,7 @@ def test_a_run_in_a_process_of_its_own(teachers, files, tmp_path):
         f"teacher  Seq2Seq of {theirs:,} parameters in {teachers['marian']}",
         f"student  Seq2Seq of {ours:,} parameters, {ours / theirs:.1%} of the teacher's: layers=1",
         "loss     Hinton(temperature=2.0, soft=0.7); the teacher runs once, its 64 largest logits are kept",
-        "memory   about", "time     about", "of teacher outputs in", "teacher  ran on 24 rows",
+        "memory   about", "time     about", "of the teacher's outputs in", "teacher  ran on 24 rows and knows 24",
         "test                       before     student     teacher", "exact_match", "perplexity",
         f"size     {ours:,} of {theirs:,} parameters",
     ):
@@ -195,7 +199,7 @@ WRONG = {
     "the student is the teacher itself": (distilling, "make_student", lambda spec, layers, teacher, *_: teacher),
     "the copied layer is the last one": (distilling, "make_student",
                                          lambda spec, layers, teacher, *_: ft.student(teacher, 1, [1])),
-    "the settings of the loss are lost": (distilling, "make_loss",
+    "the settings of the loss are lost": (objectives, "make_loss",
                                           lambda name, settings, teacher: ft.Hinton(teacher)),
 }
 
@@ -214,7 +218,7 @@ def test_the_plan_changes_nothing(teachers, files, capsys, tmp_path, monkeypatch
     options = ["distill", "--teacher", teachers["gpt"], "--student", "layers=1", "--data", files["pairs"],
                "--steps", "4", "--lr", "1e-2"]
     succeed(capsys, *options, "--out", str(tmp_path / "a"))
-    monkeypatch.setattr(distilling, "plan_run", lambda *_: None)
+    monkeypatch.setattr(distilling, "plan_run", lambda *_: ())
     monkeypatch.setattr(distilling, "say_plan", lambda *_: None)
     succeed(capsys, *options, "--out", str(tmp_path / "b"))
     assert same(values(tmp_path / "a"), values(tmp_path / "b")) and log_of(tmp_path / "a") == log_of(tmp_path / "b")
@@ -232,25 +236,42 @@ def test_the_teacher_runs_once_for_each_row(teachers, files, capsys, tmp_path, m
         seen.append(len(targets.ids))
         return soft.run_teacher(teacher, targets)
 
-    def plan_run(*arguments: Any) -> distilling.Costs:
-        planned.append(right(*arguments))
+    def measure(*arguments: Any) -> objectives.StoreCosts:
+        planned.append(objectives.measure_store(*arguments))
         return planned[-1]
 
-    right = distilling.plan_run
     monkeypatch.setattr(caches, "run_teacher", count_rows)
-    monkeypatch.setattr(distilling, "plan_run", plan_run)
+    monkeypatch.setattr(distilling, "measure_store", measure)
     options = ["distill", "--teacher", teachers["marian"], "--data", files["sources"], "--steps", "9", "--batch", "8"]
     cache = ["--cache", str(tmp_path / "cache"), "--logits", "2048"]
     succeed(capsys, *options, "--student", "layers=1", *cache, "--out", str(tmp_path / "a"))
     assert sum(seen) == 24
     taken = sum(file.stat().st_size for file in (tmp_path / "cache").iterdir())
-    assert planned[0].cache_bytes == pytest.approx(taken, rel=0.1) and planned[0].cache_seconds > 0
+    assert planned[0].nbytes == pytest.approx(taken, rel=0.1) and planned[0].seconds > 0
     succeed(capsys, *options, "--student", "new,width=8", *cache, "--out", str(tmp_path / "b"))
-    assert sum(seen) == 24 and planned[1].cache_seconds == 0
+    assert sum(seen) == 24 and planned[1].seconds == 0
     succeed(capsys, *options, "--student", "layers=1", "--out", str(tmp_path / "c"))
     ours, theirs = values(tmp_path / "a"), values(tmp_path / "c")
     for name, value in ours.items():
         np.testing.assert_allclose(value, theirs[name], atol=2e-4)
+
+
+def test_the_teachers_texts_are_the_targets(teachers, files, capsys, tmp_path, monkeypatch):
+    """The student of sequence-level distillation is that of the texts as data: bitwise. Each source is decoded once,
+    and a second run with the same folder decodes none. Without --cache the folder is gone at the end."""
+    options = ["distill", "--teacher", teachers["marian"], "--student", "layers=1", "--steps", "6", "--batch", "8"]
+    cache = ["--cache", str(tmp_path / "cache")]
+    search = ["--loss", "sequence-level", "--set", "beams=2", "--set", "max_new_tokens=6"]
+    out = succeed(capsys, *options, "--data", files["sources"], *search, *cache, "--out", str(tmp_path / "a"))
+    assert "CrossEntropy() of the targets of SequenceLevel, from 2 beams of at most 6 tokens" in out
+    assert "decoded 24 sources and knows 24" in out
+    out = succeed(capsys, *options, "--data", files["sources"], *search, *cache, "--out", str(tmp_path / "b"))
+    assert "decoded 0 sources and knows 24" in out and same(values(tmp_path / "a"), values(tmp_path / "b"))
+    out = succeed(capsys, *options, "--data", files["sources"], *search, "--out", str(tmp_path / "c"))
+    assert "in the folder teacher of the run, until its end" in out and not (tmp_path / "c" / "teacher").exists()
+    assert same(values(tmp_path / "a"), values(tmp_path / "c"))
+    succeed(capsys, *options, "--data", files["sources"], "--loss", "none", "--out", str(tmp_path / "d"))
+    assert not same(values(tmp_path / "a"), values(tmp_path / "d"))
 
 
 # ── stopping and going on ────────────────────────────────────────────────────────────────────────────────────────────
@@ -292,28 +313,34 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_end(number, status, teachers,
     assert log_of(out) == log_of(whole_run) and result["steps"] == 200
 
 
-def test_a_run_that_is_stopped_while_the_teacher_runs(teachers, files, capsys, tmp_path, monkeypatch):
-    """It goes on where it stood: rows that are on the disk are not computed again."""
-    seen = []
-    right = soft.run_teacher
+# loss: (the module and the name of the teacher's work on the rows of a batch, the works for the plan)
+TEACHING = {"hinton": (caches, "run_teacher", 0), "sequence-level": (beams, "beam_search", 1)}
 
-    def stop(teacher: ft.Module, targets: ft.Targets) -> ft.Context:
-        if len(seen) == 3:
+
+@pytest.mark.parametrize("loss", TEACHING)
+def test_a_run_that_is_stopped_while_the_teacher_runs(loss, teachers, files, capsys, tmp_path, monkeypatch):
+    """It goes on where it stood: rows that are on the disk are not computed again, and the student is the same."""
+    place, name, planned = TEACHING[loss]
+    right = getattr(place, name)
+    calls = []
+    limit = planned + 3
+
+    def work(*arguments: Any, **options: Any) -> Any:
+        if len(calls) == limit:
             raise KeyboardInterrupt
-        seen.append(len(targets.ids))
-        return right(teacher, targets)
+        calls.append(name)
+        return right(*arguments, **options)
 
+    monkeypatch.setattr(place, name, work)
     options = ["distill", "--teacher", teachers["marian"], "--student", "layers=1", "--data", files["sources"],
-               "--steps", "4", "--batch", "4", "--cache", str(tmp_path / "cache")]
-    with monkeypatch.context() as m:
-        m.setattr(caches, "run_teacher", stop)
-        assert cli.main([*options, "--out", str(tmp_path / "a")]) == 130
+               "--steps", "4", "--batch", "4", "--loss", loss]
+    cache = str(tmp_path / "cache")
+    assert cli.main([*options, "--cache", cache, "--out", str(tmp_path / "a")]) == 130
     assert "while the teacher ran; tinyft distill --resume --out" in capsys.readouterr().err
-    monkeypatch.setattr(caches, "run_teacher", lambda *a: seen.append(len(a[1].ids)) or right(*a))
+    limit = 100
     succeed(capsys, "distill", "--resume", "--out", str(tmp_path / "a"))
-    assert seen == [4] * 6
-    shutil.rmtree(tmp_path / "cache")
-    succeed(capsys, *options, "--out", str(tmp_path / "b"))
+    assert len(calls) == 6 + 2 * planned
+    succeed(capsys, *options, "--cache", str(tmp_path / "other"), "--out", str(tmp_path / "b"))
     assert same(values(tmp_path / "a"), values(tmp_path / "b"))
 
 
@@ -473,6 +500,14 @@ BAD: dict[str, tuple[list[str], int, str]] = {
                             "a text wants at least two tokens, got 0"),
     "an empty source": (["--teacher", "MARIAN", "--student", "layers=1", "--data", "NO_SOURCE"], 1,
                         "line 2 of {NO_SOURCE}: a source wants at least one token, got an empty text"),
+    "texts of a GPT": (["--teacher", "GPT", "--student", "layers=1", "--loss", "sequence-level", "--data", "PAIRS"], 1,
+                       "--loss sequence-level wants an encoder-decoder, got a causal language model: take word-level"),
+    "logits of texts": (["--teacher", "MARIAN", "--student", "layers=1", "--loss", "interpolation", "--cache", "C",
+                         "--logits", "4", "--data", "SOURCES"], 2, "--logits wants a loss of logits"),
+    "no beams": (["--teacher", "MARIAN", "--student", "layers=1", "--loss", "sequence-level", "--set", "beams=0",
+                  "--data", "SOURCES"], 1, "beams wants a whole number >= 1, got 0"),
+    "texts that are too long": (["--teacher", "MARIAN", "--student", "layers=1", "--loss", "sequence-level", "--set",
+                                 "max_new_tokens=97", "--data", "SOURCES"], 1, "wants at most 96 tokens"),
     "no such data": (["--teacher", "GPT", "--student", "layers=1", "--data", "no.jsonl"], 1, "no.jsonl"),
     "a length of 0": (["--teacher", "GPT", "--student", "layers=1", "--max-len", "0", "--data", "PAIRS"], 2,
                       "--max-len: wants a whole number >= 2, got '0'"),

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import csv
 import re
+import shlex
 from pathlib import Path
 
 from tinyft import cli
@@ -37,6 +38,16 @@ def test_your_own_data(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "accuracy" in printed and "probabilities" in printed
     assert printed.splitlines()[-1].startswith("['")       # the list of one continuation
+
+
+def test_every_command_is_understood():
+    """Each line `$ tinyft ...` of the README parses: its command and all its options are there."""
+    text = README.read_text(encoding="utf-8")
+    lines = re.findall(r"^\$ tinyft (.*)$", text, re.MULTILINE)
+    assert any(line.startswith("distill ") for line in lines) and len(lines) > 10
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        assert cli.parser().parse_args(words).command == words[0]
 
 
 def test_the_table_of_lessons_is_complete():

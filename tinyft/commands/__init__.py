@@ -5,8 +5,8 @@ distill, memory.
     opening.py      models, adapters, and the folder of results    rows.py       the rows of a data file as batches
     running.py      the folder of a run: config, log, curve        plan.py       memory and time of a run, measured
     layers.py       the folder of a compression            rule_plan.py, calibration.py       its plan and its data
-    shipped.py       the rows of a file or a shipped text   training.py    the training of tune and distill
-    students.py      the students of a teacher
+    shipped.py      the rows of a file or a shipped text           training.py   the training of tune and distill
+    students.py     the students of a teacher                      objectives.py the losses of distill
     tune.py  evaluating.py  generating.py  converting.py  compressing.py  distilling.py  accounting.py
                                                                    the commands themselves
 
@@ -251,10 +251,11 @@ def _add_distill(commands: argparse._SubParsersAction) -> None:
     c.add_argument("--student", metavar="STUDENT", help=STUDENT)
     c.add_argument("--layers-from", metavar="MAP", help="the teacher's layers that --student layers=N copies: spread "
                    "(evenly from the first to the last; default), every_other, or their numbers, such as 0,2,5")
-    c.add_argument("--loss", metavar="LOSS", help="hinton (default), word-level, distilbert; none: the labels alone, "
-                   "for comparison")
+    c.add_argument("--loss", metavar="LOSS", help="hinton (default), word-level, distilbert, sequence-level (the "
+                   "teacher's best texts are the targets), interpolation (of its best texts, those most like the "
+                   "targets); none: the labels alone, for comparison")
     c.add_argument("--set", metavar="FIELD=VALUE", action="append",
-                   help="a setting of the loss, such as temperature=4 or soft=0.7; may be repeated")
+                   help="a setting of the loss, such as temperature=4, soft=0.7, alpha=0.5 or beams=5; may be repeated")
     c.add_argument("--cache", metavar="DIR", help="keep the teacher's outputs in this folder: the teacher runs once "
                    "for each row, also for other students")
     c.add_argument("--logits", type=whole(1), help="largest logits of a position that --cache keeps (default: 64)")

@@ -1,13 +1,14 @@
 """`tinyft distill`: a student learns from a teacher, in a folder from which the run can go on.
 
     options        from the command line; with --resume, those that are not given are the run's
-    prepare        teacher, student (students.py), loss and data: everything is checked before the folder is made
+    prepare        teacher, student (students.py), loss (objectives.py), data: everything is checked before the work
     plan           measured on the first batches, printed before the training
-    teach          the cache of the teacher's outputs, if there is one; then the training, and the student's directory
+    teach          the teacher's outputs on disk, if they are kept; then the training, and the student's directory
 """
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import sys
@@ -18,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import edit
-from ..compress import DistilBERTLoss, Hinton, TeacherCache, WordLevel
-from ..compress.distill.soft import run_teacher
+from ..compress import TeacherBeams, TeacherCache
 from ..data.files import Rows
 from ..data.scores import token_f1
 from ..formats.huggingface import save
@@ -28,13 +28,14 @@ from ..models import EncoderDecoder
 from ..models.blocks import Classifier
 from ..nn import Module
 from ..predict import predict
-from ..train import CrossEntropy, Loss, evaluate, read_batch
+from ..train import evaluate
 from ..train.settings import CHECKPOINT
 from . import training
 from .arguments import UsageError
+from .objectives import NO_TEACHER, Objective, StoreCosts, fill_store, make_objective, measure_store
 from .opening import as_json, claimed_folder, open_model
-from .plan import SAMPLED, Plan, in_words, make_plan, peak_of_process, size, size_of, tokens_of
-from .rows import check_kind, first_batches, longest_row, room_for
+from .plan import Plan, in_words, make_plan, peak_of_process, size
+from .rows import check_kind, longest_row, room_for
 from .running import (
     Log,
     check_content,
@@ -46,7 +47,6 @@ from .running import (
     merge_options,
     write_config,
 )
-from .settings import make_loss
 from .students import kind_of, make_student
 
 __all__ = ["run"]
@@ -67,32 +67,23 @@ CHANGED = {
     "teacher_fingerprint": "the distillation of another teacher",
     "student_fingerprint": "the distillation into another student",
 }
-NO_TEACHER = "none"                                      # the --loss of a student that learns alone
-LOGITS = 64                                              # of a position, in the cache
-ENTRY = 8                                                # bytes of a logit and its class in the cache
+TEACHER = "teacher"                                      # the folder of the teacher's texts, in that of the run
 WRITTEN = 200                                            # held-out sources for which a target is written at the end
-SECONDS = 5.0                                            # between two lines of progress
 
 
 @dataclasses.dataclass
 class Job(training.Job):
     """Everything that a run needs, checked. `model` is the student.
 
-    loss     of the training; its teacher is a TeacherCache with --cache
-    tests    the held-out rows, or None
-    content  fingerprints of the teacher and of the student before its training
+    objective  the loss, and the teacher's outputs
+    tests      the held-out rows, or None
+    content    fingerprints of the teacher and of the student before its training
     """
 
     teacher: Module
-    loss: Loss
+    objective: Objective
     tests: Rows | None
     content: dict[str, str]
-
-    @property
-    def cache(self) -> TeacherCache | None:
-        """The teacher's outputs on disk; None if the teacher runs in every step."""
-        teacher = getattr(self.loss, "teacher", None)
-        return teacher if isinstance(teacher, TeacherCache) else None
 
 
 def run(args: argparse.Namespace) -> int:
@@ -102,11 +93,11 @@ def run(args: argparse.Namespace) -> int:
     say = partial(print, file=sys.stderr if args.json else sys.stdout, flush=True)
     with claimed_folder(args.out) as folder:
         if args.resume and is_finished(folder):
-            (folder / CHECKPOINT).unlink(missing_ok=True)
+            remove_state(folder)
             say(f"nothing to do: {folder} holds the trained student")
             result: dict[str, Any] = {"out": os.fspath(folder)}
         else:
-            job = prepare(options)
+            job = prepare(options, folder)
             if args.resume:
                 check_content(folder, job.content, CHANGED, CONFIG)
                 check_data(folder, job.train.batches)
@@ -135,18 +126,19 @@ def read_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 # ── preparing ────────────────────────────────────────────────────────────────────────────────────────────────────────
-def prepare(options: dict[str, Any]) -> Job:
+def prepare(options: dict[str, Any], folder: Path) -> Job:
     """Teacher, student, loss and data of a run. The errors of all of them come from here, before the training."""
     rows, test_rows = training.read_rows(options)
     teacher, tokenizer = open_model(options["teacher"], command="distill")
     check_rows(rows, teacher, chat=options["chat"])
     student = make_student(options["student"], options["layers_from"], teacher, tokenizer, options["seed"])
-    loss = make_objective(options, student, teacher, rows)
     max_len = min(room_for(model, options["max_len"], training.LONGEST_ROW) for model in (student, teacher))
     train = training.prepare(rows, student, tokenizer, options, max_len)
     test = None if test_rows is None else training.prepare(test_rows, student, tokenizer, options, max_len)
+    targets = [row[-1] for row in rows.rows]
+    objective = make_objective(options, folder / TEACHER, student, teacher, tokenizer, targets, max_len)
     content = {"teacher_fingerprint": fingerprint(teacher), "student_fingerprint": fingerprint(student)}
-    return Job(options, student, tokenizer, train, test, teacher, loss, test_rows, content)
+    return Job(options, student, tokenizer, train, test, teacher, objective, test_rows, content)
 
 
 def check_rows(rows: Rows, teacher: Module, *, chat: bool) -> None:
@@ -157,119 +149,33 @@ def check_rows(rows: Rows, teacher: Module, *, chat: bool) -> None:
     check_kind(rows, teacher, chat=chat)
 
 
-def make_objective(options: Mapping[str, Any], student: Module, teacher: Module, rows: Rows) -> Loss:
-    """The loss that --loss, --set and --cache describe.
-
-    UsageError for options that do not go together; ValueError for a loss that does not fit the models."""
-    name = options["loss"]
-    if name == NO_TEACHER:
-        if options["set"] or options["cache"]:
-            raise UsageError("--loss none has no teacher and no settings: leave --set and --cache out")
-        return CrossEntropy()
-    loss = make_loss(name, options["set"], teacher)
-    check_loss(loss, student, teacher)
-    if options["cache"] is None:
-        return loss
-    if not isinstance(loss, (Hinton, WordLevel)):
-        raise UsageError(f"--cache wants --loss hinton or word-level, got {name}: a cache holds logits and no hidden "
-                         "states")
-    if kind_of(teacher) == "a masked language model":
-        raise ValueError(f"--cache wants rows that come again, got {rows.path}: masks are drawn anew in every epoch")
-    return dataclasses.replace(loss, teacher=TeacherCache(options["cache"], teacher, options["logits"] or LOGITS))
-
-
-def check_loss(loss: Loss, student: Module, teacher: Module) -> None:
-    """ValueError unless the loss is one for models of this kind and size."""
-    kind = kind_of(teacher)
-    is_text = kind in ("a causal language model", "a masked language model")
-    if isinstance(loss, WordLevel) and kind not in ("a causal language model", "an encoder-decoder"):
-        raise ValueError(f"--loss word-level wants a model that predicts the next token, got {kind}: take hinton")
-    if isinstance(loss, DistilBERTLoss) and not is_text:
-        raise ValueError(f"--loss distilbert wants a masked or a causal language model, got {kind}: take hinton")
-    ours, theirs = student.config.width, teacher.config.width
-    if isinstance(loss, DistilBERTLoss) and loss.cosine and ours != theirs:
-        raise ValueError(f"--loss distilbert compares hidden states and wants a student with the teacher's width of "
-                         f"{theirs}, got {ours}: --set cosine=0 leaves the comparison out")
-
-
-# ── the teacher's outputs ────────────────────────────────────────────────────────────────────────────────────────────
-def fill_cache(job: Job, cache: TeacherCache, folder: Path, say: Callable[[str], None]) -> None:
-    """Write the teacher's outputs for all rows, with a line of progress now and then.
-
-    Rows that an earlier run has written are read. After Ctrl-C, the message names the command that goes on."""
-    total = len(job.train.batches)
-    start = last = time.perf_counter()
-    try:
-        for i, batch in enumerate(job.train.batches.once(), 1):
-            cache.look_up(read_batch(batch))
-            now = time.perf_counter()
-            if now - last > SECONDS:
-                last = now
-                say(f"teacher  {i} of {total} batches, about {in_words((now - start) * (total / i - 1))} left")
-        cache.flush()
-    except KeyboardInterrupt:
-        cache.flush()
-        raise KeyboardInterrupt(f"while the teacher ran; tinyft distill --resume --out {folder} goes on") from None
-    held = size(folder_bytes(job.options["cache"]))
-    say(f"teacher  ran on {cache.passes:,} rows; its outputs for {len(cache):,} are in {held} on disk")
-
-
-def folder_bytes(folder: str) -> int:
-    """The bytes of the files in a folder."""
-    return sum(file.stat().st_size for file in Path(folder).iterdir() if file.is_file())
-
-
 # ── plan ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-@dataclasses.dataclass(frozen=True)
-class Costs:
-    """The costs of a run: of the training, and of the cache that the teacher fills before it.
-
-    cache_seconds, cache_bytes   0 without a cache
-    """
-
-    training: Plan
-    cache_seconds: float
-    cache_bytes: int
-
-
-def plan_run(job: Job, steps: int) -> Costs:
-    """The costs of `steps` further updates."""
+def plan_run(job: Job, steps: int) -> tuple[Plan, StoreCosts | None]:
+    """The costs of `steps` further updates, and of the teacher's outputs before them if they are kept."""
     options = job.options
-    loss = job.loss if job.cache is None else CrossEntropy()                     # the cache is filled before
     plan = make_plan(job.model, job.train.batches, steps, options["accumulate"], options["autocast"],
-                     training.evaluated_tokens(job, steps), recompute=options["recompute"], loss=loss)
+                     training.evaluated_tokens(job, steps), recompute=options["recompute"],
+                     loss=job.objective.planned_loss)
     held = sum(p.data.nbytes for p in job.teacher.parameters())
     plan = dataclasses.replace(plan, bytes=plan.bytes + held)
-    if job.cache is None:
-        return Costs(plan, 0.0, 0)
-    seconds, positions = measure_teacher(job)
-    share = max(0.0, 1 - len(job.cache) / job.train.rows)                        # of the rows that are still missing
-    logits = min(job.cache.k, job.teacher.head.out_features)
-    return Costs(plan, share * seconds, round(positions * logits * ENTRY))
-
-
-def measure_teacher(job: Job) -> tuple[float, float]:
-    """(seconds of the teacher's pass over all rows, positions with a label in them), from the first batches."""
-    sample = first_batches(job.train.batches, SAMPLED)
-    run_teacher(job.teacher, read_batch(sample[0]))
-    start = time.perf_counter()
-    run_teacher(job.teacher, read_batch(sample[1]))
-    seconds = (time.perf_counter() - start) / size_of(sample[1])
-    positions = sum(len(read_batch(batch).labels) for batch in sample) / len(sample)
-    return seconds * tokens_of(job.train.batches), positions * len(job.train.batches)
+    store = job.objective.store
+    return plan, None if store is None else measure_store(store, job.teacher, job.train)
 
 
 # ── teaching ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 def teach(job: Job, folder: Path, say: Callable[[str], None], *, resume: bool) -> dict[str, Any]:
     """Print the plan, train the student, write its directory. Returns the result; JSON-able."""
     log = Log(folder)
-    say_plan(job, plan_run(job, job.options["steps"] - log.step), say, log.step)
+    say_plan(job, *plan_run(job, job.options["steps"] - log.step), say, log.step)
     start = time.perf_counter()
-    if job.cache is not None:
-        fill_cache(job, job.cache, folder, say)
-    training.fit_job(job, folder, log, command="distill", loss=job.loss, resume=resume)
+    if job.objective.store is not None:
+        kept = Path(job.options["cache"] or folder / TEACHER)
+        fill_store(job.objective.store, kept, job.train.batches, folder, say)
+    train = dataclasses.replace(job.train, batches=job.objective.batches(job.train.batches))
+    taught = dataclasses.replace(job, train=train)
+    training.fit_job(taught, folder, log, command="distill", loss=job.objective.loss, resume=resume)
     save(job.model, folder, job.tokenizer)
-    (folder / CHECKPOINT).unlink(missing_ok=True)        # the student is whole: nothing is left to resume
+    remove_state(folder)
     curve = draw_curve(folder, log, f"{job.options['loss']} of {Path(job.options['teacher']).name}")
     ours, theirs = parameters_of(job.model), parameters_of(job.teacher)
     result = {
@@ -283,6 +189,15 @@ def teach(job: Job, folder: Path, say: Callable[[str], None], *, resume: bool) -
         result["teacher"] = evaluate(job.teacher, job.test.batches) | written_scores(job, job.teacher)
     say_result(result, curve, say)
     return result
+
+
+def remove_state(folder: Path) -> None:
+    """Remove what only a resumed run needs: the student is whole."""
+    (folder / CHECKPOINT).unlink(missing_ok=True)
+    for file in (folder / TEACHER).glob("rows-*.safetensors"):
+        file.unlink()
+    with contextlib.suppress(OSError):                   # there is none, or it holds something else
+        (folder / TEACHER).rmdir()
 
 
 def parameters_of(model: Module) -> int:
@@ -307,7 +222,7 @@ def written_scores(job: Job, model: Module) -> dict[str, float]:
 
 
 # ── printing ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-def say_plan(job: Job, costs: Costs, say: Callable[[str], None], done: int) -> None:
+def say_plan(job: Job, plan: Plan, store: StoreCosts | None, say: Callable[[str], None], done: int) -> None:
     """Print the plan: data, models, loss, memory and time."""
     options = job.options
     tests = f", {job.test.rows:,} test rows" if job.test is not None else ""
@@ -317,27 +232,31 @@ def say_plan(job: Job, costs: Costs, say: Callable[[str], None], done: int) -> N
     say(f"teacher  {type(job.teacher).__name__} of {theirs:,} parameters in {options['teacher']}")
     say(f"student  {type(job.model).__name__} of {ours:,} parameters, {ours / theirs:.1%} of the teacher's: "
         f"{options['student']}")
-    say(f"loss     {describe_loss(job)}")
+    without = f"{type(job.objective.loss).__name__}(), without the teacher"
+    say(f"loss     {without if options['loss'] == NO_TEACHER else describe_loss(job.objective)}")
     process = peak_of_process()
     so_far = f"; this process has taken {size(process)} so far, the loading included" if process else ""
-    say(f"memory   about {size(costs.training.bytes)} for the arrays of both models and a step{so_far}")
+    say(f"memory   about {size(plan.bytes)} for the arrays of both models and a step{so_far}")
     begun = f" after step {done}" if done else ""
-    first = f", after {in_words(costs.cache_seconds)} of the teacher's pass" if costs.cache_bytes else ""
-    say(f"time     about {in_words(costs.training.seconds)} for {options['steps'] - done} steps{begun}{first}")
-    if costs.cache_bytes:
-        say(f"cache    about {size(costs.cache_bytes)} of teacher outputs in {options['cache']}")
+    first = "" if store is None else f", after {in_words(store.seconds)} of the teacher's work"
+    say(f"time     about {in_words(plan.seconds)} for {options['steps'] - done} steps{begun}{first}")
+    if store is not None:
+        where = options["cache"] or f"the folder {TEACHER} of the run, until its end"
+        say(f"kept     about {size(store.nbytes)} of the teacher's outputs in {where}")
 
 
-def describe_loss(job: Job) -> str:
-    """The loss with its numbers, and where the teacher's outputs come from."""
-    if job.options["loss"] == NO_TEACHER:
-        return "CrossEntropy(), without the teacher"
-    fields = [f"{field.name}={getattr(job.loss, field.name)!r}"
-              for field in dataclasses.fields(job.loss) if field.name != "teacher"]
-    teacher = "the teacher runs in every step"
-    if job.cache is not None:
-        teacher = f"the teacher runs once, its {job.cache.k} largest logits are kept"
-    return f"{type(job.loss).__name__}({', '.join(fields)}); {teacher}"
+def describe_loss(objective: Objective) -> str:
+    """The loss with its numbers, and the work of the teacher."""
+    fields = [f"{field.name}={getattr(objective.loss, field.name)!r}"
+              for field in dataclasses.fields(objective.loss) if field.name != "teacher"]
+    loss = f"{type(objective.loss).__name__}({', '.join(fields)})"
+    store = objective.store
+    if isinstance(store, TeacherBeams):
+        return (f"{loss} of the targets of {type(objective.method).__name__}, from {store.beams} beams of at most "
+                f"{store.max_new_tokens} tokens")
+    if isinstance(store, TeacherCache):
+        return f"{loss}; the teacher runs once, its {store.k} largest logits are kept"
+    return f"{loss}; the teacher runs in every step"
 
 
 def say_result(result: Mapping[str, Any], curve: str, say: Callable[[str], None]) -> None:

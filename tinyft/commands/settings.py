@@ -21,12 +21,13 @@ from .arguments import UsageError
 
 if TYPE_CHECKING:
     from ..compress import Rule
+    from ..compress.distill.sequence import NewTargets
     from ..edit import Method
     from ..nn import Module
     from ..train import Loss
 
-__all__ = ["loss_class", "make_loss", "make_method", "make_rule", "method_class", "read_fields", "read_value",
-           "rule_class"]
+__all__ = ["loss_class", "make_fields", "make_loss", "make_method", "make_rule", "method_class", "read_fields",
+           "read_value", "rule_class"]
 
 
 def make_method(name: str, settings: list[str]) -> Method:
@@ -46,6 +47,11 @@ def make_rule(name: str, settings: list[str]) -> Rule:
 def make_loss(name: str, settings: list[str], teacher: Module) -> Loss:
     """The distillation loss of this name, with its teacher; otherwise as make_method."""
     return _make(loss_class(name), settings, {}, teacher=teacher)
+
+
+def make_fields(cls: Any, settings: list[str]) -> Any:
+    """An instance of a dataclass, with the fields that --set gives; otherwise as make_method."""
+    return _make(cls, settings, {})
 
 
 def _make(cls: Any, settings: list[str], foreign_names: dict[str, str], **others: Any) -> Any:
@@ -105,13 +111,14 @@ def rule_class(name: str) -> type[Rule]:
     return _class_of_name("--method", name, rules, "a compression rule")
 
 
-def loss_class(name: str) -> type[Loss]:
-    """The distillation loss of this name, WordLevel or word-level; otherwise as method_class."""
+def loss_class(name: str) -> type[Loss | NewTargets]:
+    """The distillation of this name, WordLevel or word-level; otherwise as method_class."""
     from ..compress import distill
+    from ..compress.distill.sequence import NewTargets
     from ..train import Loss
 
     classes = [getattr(distill, found) for found in distill.__all__]
-    losses = [cls for cls in classes if isinstance(cls, type) and issubclass(cls, Loss)]
+    losses = [cls for cls in classes if isinstance(cls, type) and issubclass(cls, (Loss, NewTargets))]
     return _class_of_name("--loss", name, losses, "a distillation loss")
 
 
