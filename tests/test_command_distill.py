@@ -277,8 +277,8 @@ def test_the_teachers_texts_are_the_targets(teachers, files, capsys, tmp_path, m
 # ── stopping and going on ────────────────────────────────────────────────────────────────────────────────────────────
 def long_run(teachers: dict[str, str], files: dict[str, str], out: str, cache: str) -> list[str]:
     return ["distill", "--teacher", teachers["gpt"], "--student", "layers=1", "--data", files["pairs"],
-            "--test", files["pairs"], "--out", out, "--steps", "200", "--lr", "1e-2", "--batch", "4",
-            "--evaluate-every", "80", "--save-every", "20", "--cache", cache]
+            "--test", files["pairs"], "--out", out, "--steps", "120", "--lr", "1e-2", "--batch", "4",
+            "--evaluate-every", "50", "--save-every", "10", "--cache", cache]
 
 
 @pytest.fixture(scope="module")
@@ -289,8 +289,7 @@ def whole_run(teachers, files, tmp_path_factory) -> Path:
     return folder / "run"
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)],
-                         ids=["SIGTERM", "SIGINT", "SIGKILL"])
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGKILL, -9)], ids=["SIGINT", "SIGKILL"])
 def test_a_run_that_is_stopped_goes_on_to_the_same_end(number, status, teachers, files, whole_run, capsys, tmp_path):
     """Student and log are bitwise those of the run that nothing stopped, also after a kill between two checkpoints."""
     def restore() -> None:
@@ -298,19 +297,19 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_end(number, status, teachers,
     out = tmp_path / "run"
     run = start(tmp_path, *long_run(teachers, files, "run", "cache"), preexec_fn=restore)
     deadline = time.monotonic() + 120
-    while not (out / "log.jsonl").exists() or (out / "log.jsonl").read_bytes().count(b"\n") < 35:
+    while not (out / "log.jsonl").exists() or (out / "log.jsonl").read_bytes().count(b"\n") < 25:
         assert run.poll() is None and time.monotonic() < deadline, run.communicate()
     run.send_signal(number)
     _, error = run.communicate(timeout=60)
     assert run.returncode == status
     if number != signal.SIGKILL:
-        assert "of 200; tinyft distill --resume --out run goes on" in error and "Traceback" not in error
+        assert "of 120; tinyft distill --resume --out run goes on" in error and "Traceback" not in error
     assert not (out / "config.json").exists()
     done = read_tensors(out / "checkpoint.safetensors")[1]["done"]
-    assert 20 <= done < 200
+    assert 10 <= done < 120
     result = result_of(capsys, "distill", "--resume", "--out", str(out))
     assert (out / "model.safetensors").read_bytes() == (whole_run / "model.safetensors").read_bytes()
-    assert log_of(out) == log_of(whole_run) and result["steps"] == 200
+    assert log_of(out) == log_of(whole_run) and result["steps"] == 120
 
 
 # loss: (the module and the name of the teacher's work on the rows of a batch, the works for the plan)
@@ -403,8 +402,7 @@ def test_only_the_same_run_is_resumed(teachers, files, capsys, tmp_path, monkeyp
 
 
 # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-@pytest.mark.parametrize("name, kind", [("names", "pairs"), ("intact", "labelled"), ("package", "labelled"),
-                                        ("prose", "text"), ("source", "text")])
+@pytest.mark.parametrize("name, kind", [("names", "pairs"), ("package", "labelled"), ("prose", "text")])
 def test_texts_that_ship(name, kind):
     """Training and held-out rows are of different modules; the held-out ones are few, and the same each time."""
     train, test = shipped.read_data(name), shipped.read_data(name, "test")

@@ -420,7 +420,7 @@ def test_every_command_has_a_line_of_help_and_an_example_that_is_understood(caps
     import shlex
 
     parser = cli.parser()
-    names = ["tune", "eval", "generate", "chat", "merge", "embed", "convert"]
+    names = ["tune", "eval", "generate", "chat", "merge", "embed", "convert", "compress", "distill", "memory"]
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     overview = capsys.readouterr().out

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tokenizers import Tokenizer
 
 from ..compress import DistilBERTLoss, Hinton, Interpolation, SequenceLevel, TeacherBeams, TeacherCache, WordLevel
@@ -221,5 +220,6 @@ def _measure_search(store: TeacherBeams, train: Prepared, missing: float) -> Sto
     start = time.perf_counter()
     found = trial.look_up(read_batch(few))
     seconds = (time.perf_counter() - start) / len(found)
-    nbytes = np.mean([sum(ENTRY * len(h.tokens) + HYPOTHESIS for h in hypotheses) for hypotheses in found])
-    return StoreCosts(missing * seconds * train.rows, round(float(nbytes) * train.rows))
+    every = [h for hypotheses in found for h in hypotheses]
+    nbytes = sum(ENTRY * len(h.tokens) + HYPOTHESIS for h in every) / len(found)
+    return StoreCosts(missing * seconds * train.rows, round(nbytes * train.rows))
