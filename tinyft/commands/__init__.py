@@ -251,9 +251,9 @@ def _add_distill(commands: argparse._SubParsersAction) -> None:
     c.add_argument("--student", metavar="STUDENT", help=STUDENT)
     c.add_argument("--layers-from", metavar="MAP", help="the teacher's layers that --student layers=N copies: spread "
                    "(evenly from the first to the last; default), every_other, or their numbers, such as 0,2,5")
-    c.add_argument("--loss", metavar="LOSS", help="hinton (default), word-level, distilbert, sequence-level (the "
-                   "teacher's best texts are the targets), interpolation (of its best texts, those most like the "
-                   "targets); none: the labels alone, for comparison")
+    c.add_argument("--loss", metavar="LOSS", help="hinton (default), word-level, distilbert, tinybert (layer by "
+                   "layer), sequence-level (the teacher's best texts are the targets), interpolation (of its best "
+                   "texts, those most like the targets); none: the labels alone, for comparison")
     c.add_argument("--set", metavar="FIELD=VALUE", action="append",
                    help="a setting of the loss, such as temperature=4, soft=0.7, alpha=0.5 or beams=5; may be repeated")
     c.add_argument("--cache", metavar="DIR", help="keep the teacher's outputs in this folder: the teacher runs once "

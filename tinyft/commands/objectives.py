@@ -1,7 +1,7 @@
 """The options --loss, --set and --cache of `tinyft distill`: the loss of a run, and the teacher's outputs on disk.
 
     hinton, word-level     the loss holds the teacher, or with --cache its largest logits
-    distilbert             the loss holds the teacher
+    distilbert, tinybert   the loss holds the teacher
     sequence-level, interpolation     the teacher's texts become the targets; they are on disk before the training
     none                   the labels alone
 """
@@ -15,7 +15,17 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from ..compress import DistilBERTLoss, Hinton, Interpolation, SequenceLevel, TeacherBeams, TeacherCache, WordLevel
+from ..compress import (
+    DistilBERTLoss,
+    Hinton,
+    Interpolation,
+    SequenceLevel,
+    TeacherBeams,
+    TeacherCache,
+    TinyBERTLoss,
+    WordLevel,
+)
+from ..compress.distill.layer_transfer import blocks_of, teacher_blocks
 from ..compress.distill.sequence import NewTargets
 from ..compress.distill.soft import run_teacher
 from ..data import Batches
@@ -102,7 +112,8 @@ def make_objective(
     cls = loss_class(name)
     if issubclass(cls, NewTargets):
         return _make_sequence(cls, options, folder, teacher, tokenizer, targets, max_len)
-    loss = make_loss(name, options["set"], teacher)
+    others = {"width": student.config.width} if issubclass(cls, TinyBERTLoss) else {}
+    loss = make_loss(name, options["set"], teacher, **others)
     check_loss(loss, student, teacher)
     if options["cache"] is None:
         return Objective(loss)
@@ -122,10 +133,15 @@ def check_loss(loss: Loss, student: Module, teacher: Module) -> None:
         raise ValueError(f"--loss word-level wants a model that predicts the next token, got {kind}: take hinton")
     if isinstance(loss, DistilBERTLoss) and not is_text:
         raise ValueError(f"--loss distilbert wants a masked or a causal language model, got {kind}: take hinton")
-    ours, theirs = student.config.width, teacher.config.width
-    if isinstance(loss, DistilBERTLoss) and loss.cosine and ours != theirs:
+    ours, theirs = student.config, teacher.config
+    if isinstance(loss, DistilBERTLoss) and loss.cosine and ours.width != theirs.width:
         raise ValueError(f"--loss distilbert compares hidden states and wants a student with the teacher's width of "
-                         f"{theirs}, got {ours}: --set cosine=0 leaves the comparison out")
+                         f"{theirs.width}, got {ours.width}: --set cosine=0 leaves the comparison out")
+    if isinstance(loss, TinyBERTLoss):
+        teacher_blocks(loss.layers, len(blocks_of(teacher)), len(blocks_of(student)))        # raises if they do not fit
+    if isinstance(loss, TinyBERTLoss) and loss.attention and ours.heads != theirs.heads:
+        raise ValueError(f"--loss tinybert compares attention and wants a student with the teacher's {theirs.heads} "
+                         f"heads, got {ours.heads}: --set attention=0 leaves the comparison out")
 
 
 def _make_sequence(

@@ -87,11 +87,15 @@ def _pass(model: Module, batch: Any, autocast: str | None, recompute: bool, loss
     try:
         region = precision.autocast(autocast or "bfloat16", enabled=autocast is not None)
         with region, recomputation.recompute(recompute), np.errstate(all="ignore"):
-            _, value = loss(model, loss.read(batch), np.random.default_rng(0))
+            targets = loss.read(batch)
+            targets.output_hidden_states = loss.hidden_states
+            _, value = loss(model, targets, np.random.default_rng(0))
         value.backward()
     finally:
         model.train(False)
         model.zero_grad()
+        if loss.module is not None:
+            loss.module.zero_grad()
     return time.perf_counter() - start
 
 

@@ -44,9 +44,9 @@ def make_rule(name: str, settings: list[str]) -> Rule:
     return _make(rule_class(name), settings, {})
 
 
-def make_loss(name: str, settings: list[str], teacher: Module) -> Loss:
-    """The distillation loss of this name, with its teacher; otherwise as make_method."""
-    return _make(loss_class(name), settings, {}, teacher=teacher)
+def make_loss(name: str, settings: list[str], teacher: Module, **others: Any) -> Loss:
+    """The distillation loss of this name, with its teacher and other fields; otherwise as make_method."""
+    return _make(loss_class(name), settings, {}, teacher=teacher, **others)
 
 
 def make_fields(cls: Any, settings: list[str]) -> Any:
@@ -128,6 +128,7 @@ def _class_of_name(option: str, name: str, classes: Iterable[type], kind: str) -
     kind: of the classes, in words."""
     classes = list(classes)
     known = {_plain(cls.__module__.rpartition(".")[2]): cls for cls in classes}
+    known |= {_plain(cls.__name__).removesuffix("loss"): cls for cls in classes}         # TinyBERTLoss: tinybert
     known |= {_plain(cls.__name__): cls for cls in classes}
     if _plain(name) in known:
         return known[_plain(name)]
