@@ -104,9 +104,9 @@ def test_times_are_paired_and_take_turns(studies):
 # ---------------------------------------------------------------------------------------------------- smoke runs
 def test_the_smoke_run_of_distilbert_writes_page_and_picture_and_resumes(studies, tmp_path):
     d = studies.distilbert
-    study = d.open_study(d.SMOKE, tmp_path, tmp_path / "work")
+    study = d.PROGRAM.open(d.SMOKE, tmp_path, tmp_path / "work")
     rows = d.rows_of(d.SMOKE, study)
-    d.report(d.SMOKE, study, rows)
+    d.PROGRAM.report(d.SMOKE, study, rows)
     text = (tmp_path / "distilbert.md").read_text(encoding="utf-8")
     assert "| without L_cos |" in text and "python tests/benchmarks/distilbert.py" in text
     assert (tmp_path / "distilbert.png").stat().st_size > 10_000
@@ -140,9 +140,9 @@ def test_all_students_start_as_their_variant_says(studies):
 
 def test_the_smoke_run_of_switch_writes_page_and_picture(studies, tmp_path):
     w = studies.switch
-    study = w.open_study(w.SMOKE, tmp_path, tmp_path / "work")
+    study = w.PROGRAM.open(w.SMOKE, tmp_path, tmp_path / "work")
     rows = w.rows_of(w.SMOKE, study)
-    w.report(w.SMOKE, study, rows)
+    w.PROGRAM.report(w.SMOKE, study, rows)
     text = (tmp_path / "switch.md").read_text(encoding="utf-8")
     assert "| + both |" in text and "python tests/benchmarks/switch.py" in text
     assert (tmp_path / "switch.png").stat().st_size > 10_000
@@ -307,7 +307,7 @@ def test_c30_wants_share_compression_and_more_than_longer_training(studies, shar
 
 def test_the_stored_rows_are_of_the_settings_and_give_the_stored_page(studies):
     for module in (studies.distilbert, studies.switch):
-        study = module.open_study(module.Settings(), studies.study.RESULTS, Path("unused"))
+        study = module.PROGRAM.open(module.Settings(), studies.study.RESULTS, Path("unused"))
         if not study.file.exists():
             continue
         data = study.read()

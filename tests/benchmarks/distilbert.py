@@ -13,7 +13,7 @@ Intervals are 95 %, by Student's t over the seeds, of paired differences or rati
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -220,11 +220,6 @@ def size(model: ft.Module) -> int:
     return sum(p.size for p in model.parameters())
 
 
-def open_study(s: Settings, out: Path, work: Path) -> Study:
-    """The study with these settings."""
-    return Study(out / f"{NAME}.json", asdict(s), work)
-
-
 def rows_of(s: Settings, study_: Study) -> dict[str, Row]:
     """All rows; those that are missing are measured."""
     jobs: dict[str, Callable[[], Row]] = {COST: partial(cost_row, s)}
@@ -417,32 +412,7 @@ def half_width(r: dict[str, float | None]) -> float:
     return 0.0 if r["low"] is None else r["high"] - r["mean"]
 
 
-def report(s: Settings, study_: Study, rows: dict[str, Row]) -> None:
-    """Write the page and the picture."""
-    numbers = summary(s, rows)
-    out = study_.file.parent
-    (out / f"{NAME}.md").write_text(page(study_.read(), numbers), encoding="utf-8")
-    draw(numbers, out / f"{NAME}.png")
-
-
-def measure() -> dict[str, Any]:
-    """The numbers for the claims: the summary of all rows; those that are missing are measured."""
-    s = Settings()
-    rows = rows_of(s, open_study(s, study.RESULTS, study.ROOT / "work" / "studies" / NAME))
-    return summary(s, rows)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Measure the rows that are missing, and write the page and the picture."""
-    options = study.parse(__doc__.splitlines()[0], arguments)
-    s = SMOKE if options.smoke else Settings()
-    with study.place(options, NAME) as (out, work):
-        study_ = open_study(s, out, work)
-        if options.again:
-            study_.forget()
-        rows = study_.read()["rows"] if options.page else rows_of(s, study_)
-        report(s, study_, rows)
-
+PROGRAM = study.Program(NAME, __doc__, Settings(), SMOKE, rows_of, summary, page, draw)
 
 if __name__ == "__main__":
-    main()
+    PROGRAM.main()

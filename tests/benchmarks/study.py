@@ -12,9 +12,8 @@ import shutil
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ import tinyft as ft
 from tinyft.compare.report import interval
 from tinyft.files import write_atomically
 
-ROOT = Path(__file__).parents[2]
+WORK = Path(__file__).parents[2] / "work" / "studies"  # checkpoints
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]  # what JSON can hold
 
@@ -186,14 +185,54 @@ def steps_to(steps: Sequence[int], losses: Sequence[float], level: float) -> flo
 
 
 # ---------------------------------------------------------------------------------------------------- the program
-@contextmanager
-def place(options: argparse.Namespace, name: str) -> Iterator[tuple[Path, Path]]:
-    """(folder of the results, folder of the checkpoints) of a study; with --smoke, both are temporary."""
-    if options.smoke:
-        with tempfile.TemporaryDirectory() as folder:
-            yield Path(folder), Path(folder) / "work"
-    else:
-        yield options.out, ROOT / "work" / "studies" / name
+@dataclass(frozen=True)
+class Program:
+    """A study with its command line. `main` measures and writes the page; `measure` gives the numbers for the claims.
+
+    name, doc          of the files; the docstring of the module
+    settings, smoke    dataclasses: of the study, and of a few steps that only show that it runs
+    rows_of            (settings, study) -> rows; those that are missing are measured
+    summary            (settings, rows) -> the numbers of the page and of the claims
+    page, draw         (data of the file, numbers) -> Markdown; (numbers, path) writes the picture"""
+
+    name: str
+    doc: str
+    settings: Any
+    smoke: Any
+    rows_of: Callable[[Any, Study], dict[str, Row]]
+    summary: Callable[[Any, dict[str, Row]], dict[str, Any]]
+    page: Callable[[dict[str, Any], dict[str, Any]], str]
+    draw: Callable[[dict[str, Any], Path], None]
+
+    def open(self, s: Any, out: Path, work: Path) -> Study:
+        """The study with these settings. out: folder of the results; work: of the checkpoints."""
+        return Study(out / f"{self.name}.json", json.loads(json.dumps(asdict(s))), work)  # as the file gives them back
+
+    def report(self, s: Any, study: Study, rows: dict[str, Row]) -> None:
+        """Write the page and the picture."""
+        numbers = self.summary(s, rows)
+        page = self.page(study.read(), numbers)
+        study.file.with_suffix(".md").write_text(page, encoding="utf-8")
+        self.draw(numbers, study.file.with_suffix(".png"))
+
+    def measure(self) -> dict[str, Any]:
+        """The numbers for the claims: the summary of all rows; those that are missing are measured."""
+        study = self.open(self.settings, RESULTS, WORK / self.name)
+        return self.summary(self.settings, self.rows_of(self.settings, study))
+
+    def main(self, arguments: list[str] | None = None) -> None:
+        """Measure the rows that are missing, and write the page and the picture. --smoke keeps nothing."""
+        options = parse(self.doc.splitlines()[0], arguments)
+        if options.smoke:
+            with tempfile.TemporaryDirectory() as folder:
+                study = self.open(self.smoke, Path(folder), Path(folder) / "work")
+                self.report(self.smoke, study, self.rows_of(self.smoke, study))
+            return
+        study = self.open(self.settings, options.out, WORK / self.name)
+        if options.again:
+            study.forget()
+        rows = study.read()["rows"] if options.page else self.rows_of(self.settings, study)
+        self.report(self.settings, study, rows)
 
 
 def parse(description: str, arguments: list[str] | None = None) -> argparse.Namespace:

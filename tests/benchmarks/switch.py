@@ -16,7 +16,7 @@ paired differences or ratios.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -217,13 +217,6 @@ def cost_row(s: Settings) -> Row:
         "ratios": ratios,
         "dense_ms": 1e3 * float(np.median(seconds)),
     }
-
-
-def open_study(s: Settings, out: Path, work: Path) -> Study:
-    """The study with these settings."""
-    settings = asdict(s)
-    settings |= {"experts": list(s.experts), "rates": list(s.rates)}  # as JSON gives them back
-    return Study(out / f"{NAME}.json", settings, work)
 
 
 def rows_of(s: Settings, study_: Study) -> dict[str, Row]:
@@ -445,32 +438,7 @@ def draw(numbers: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def report(s: Settings, study_: Study, rows: dict[str, Row]) -> None:
-    """Write the page and the picture."""
-    numbers = summary(s, rows)
-    out = study_.file.parent
-    (out / f"{NAME}.md").write_text(page(study_.read(), numbers), encoding="utf-8")
-    draw(numbers, out / f"{NAME}.png")
-
-
-def measure() -> dict[str, Any]:
-    """The numbers for the claims: the summary of all rows; those that are missing are measured."""
-    s = Settings()
-    rows = rows_of(s, open_study(s, study.RESULTS, study.ROOT / "work" / "studies" / NAME))
-    return summary(s, rows)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Measure the rows that are missing, and write the page and the picture."""
-    options = study.parse(__doc__.splitlines()[0], arguments)
-    s = SMOKE if options.smoke else Settings()
-    with study.place(options, NAME) as (out, work):
-        study_ = open_study(s, out, work)
-        if options.again:
-            study_.forget()
-        rows = study_.read()["rows"] if options.page else rows_of(s, study_)
-        report(s, study_, rows)
-
+PROGRAM = study.Program(NAME, __doc__, Settings(), SMOKE, rows_of, summary, page, draw)
 
 if __name__ == "__main__":
-    main()
+    PROGRAM.main()

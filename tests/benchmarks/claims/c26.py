@@ -13,7 +13,7 @@ FASTER = 1.5  # "60 % faster" is 1.6 times; with the same slack
 
 def measure() -> Numbers:
     """The summary of the study: distilbert.summary."""
-    return distilbert.measure()
+    return distilbert.PROGRAM.measure()
 
 
 def judge(numbers: Numbers) -> Finding:

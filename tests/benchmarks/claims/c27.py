@@ -11,7 +11,7 @@ from .claim import HOLDS, IN_PART, WRONG, Claim, Finding, Numbers
 
 def measure() -> Numbers:
     """The summary of the study: distilbert.summary."""
-    return distilbert.measure()
+    return distilbert.PROGRAM.measure()
 
 
 def judge(numbers: Numbers) -> Finding:

@@ -13,7 +13,7 @@ COMPRESSION = 0.8
 
 def measure() -> Numbers:
     """The summary of the study: switch.summary."""
-    return switch.measure()
+    return switch.PROGRAM.measure()
 
 
 def judge(numbers: Numbers) -> Finding:
