@@ -158,7 +158,7 @@ assert share[4] < 0.25
 # **entropy** of the teacher, $H(t) = -\sum t_i \ln t_i$, which $s = t$ reaches. The
 # difference of the two is the **Kullback-Leibler divergence**:
 #
-# $KL(t \| s) = CE(t, s) - H(t) = \sum_i t_i (\ln t_i - \ln s_i)$
+# $KL(t \parallel s) = CE(t, s) - H(t) = \sum_i t_i (\ln t_i - \ln s_i)$
 #
 # It is never negative, and 0 only for $s = t$. The entropy does not depend on the
 # student, so both have the same gradient. We use KL, since its 0 means "as the
@@ -213,10 +213,10 @@ assert trained(-1).max() > 0.999
 # likely.
 #
 # ## Which way round?
-# $KL(t \| s)$ and $KL(s \| t)$ are different losses. To see how, let a teacher have
-# two peaks on a line of 41 places, and let the student be *too small* for that: it
-# can make one peak, whose middle and width it may choose. We try all of them and take
-# the best one under each loss.
+# $KL(t \parallel s)$ and $KL(s \parallel t)$ are different losses. To see how, let a
+# teacher have two peaks on a line of 41 places, and let the student be *too small*
+# for that: it can make one peak, whose middle and width it may choose. We try all of
+# them and take the best one under each loss.
 
 # %%
 places = np.arange(41)
@@ -252,10 +252,10 @@ with np.errstate(divide="ignore"):                       # the logarithm of x / 
     assert np.isinf(divergence(target, one_hot))
 
 # %% [markdown]
-# Distillation uses $KL(t \| s)$, with the teacher's probabilities as weights. It is
-# the cross-entropy that we know, and labels are a special case of it. $KL(s \| t)$
-# would be infinite for a label. The price is visible: the student gives probability
-# to the places between the peaks, where the teacher gives none.
+# Distillation uses $KL(t \parallel s)$, with the teacher's probabilities as weights.
+# It is the cross-entropy that we know, and labels are a special case of it.
+# $KL(s \parallel t)$ would be infinite for a label. The price is visible: the student
+# gives probability to the places between the peaks, where the teacher gives none.
 #
 # ## A mean over what?
 # The loss is the sum over the classes and the *mean over the tokens*. Whoever writes
@@ -336,7 +336,7 @@ assert np.isclose(squared[6] / plain[6], 64**2)
 # rule does not hold. So $T^2$ does not make the gradient equal for all $T$, but it
 # keeps its size comparable. That is why the loss is
 #
-# $T^2 \, KL(t \| s)$
+# $T^2 \, KL(t \parallel s)$
 #
 # The lecture names the temperature and leaves the factor out. Some well-known
 # programs did the same. At $T = 4$ the teacher then counts a sixteenth of what its
@@ -382,7 +382,7 @@ assert 0.6 < ratio[1] < 0.8
 # ## Teacher and labels
 # If there are labels, use both. Hinton's loss is
 #
-# $(1 - \lambda) \, CE(y, s) + \lambda \, T^2 \, KL(t \| s)$
+# $(1 - \lambda) \, CE(y, s) + \lambda \, T^2 \, KL(t \parallel s)$
 #
 # The first term is at $T = 1$. In the library it is
 # `ft.Hinton(teacher, temperature, soft)`, where `soft` is $\lambda$, and `fit` takes
@@ -539,7 +539,8 @@ assert start[0, 2] < start[0, 3] < start[0, 1]
 #
 # $L = 5 \, L_{ce} + 2 \, L_{mlm} + 1 \, L_{cos}$
 #
-# - $L_{ce}$ is $T^2 \, KL(t \| s)$ with $T = 2$, the mean over all real tokens.
+# - $L_{ce}$ is $T^2 \, KL(t \parallel s)$ with $T = 2$, the mean over all real
+#   tokens.
 # - $L_{mlm}$ is the loss of the masked tokens with their labels. For a GPT it is the
 #   loss of the next tokens.
 # - $L_{cos}$ is the mean of $1 - \cos(h_s, h_t)$ over all real tokens. The cosine is
@@ -679,9 +680,10 @@ assert perplexity["layers, cache, T = 1"] > perplexity["layers, teacher"]
 
 # %% [markdown]
 # At $T = 2$ the student is worse than before its training. It has learned to give
-# next to nothing to 1,984 of the tokens, and one of these comes often enough. At
-# $T = 1$ the cache leaves out little, and its student is nearly as good as that of
-# the whole distribution. So a small $k$ and a high temperature do not go together.
+# next to nothing to 1,984 of the tokens, and the right token is among them often
+# enough. At $T = 1$ the cache leaves out little, and its student is nearly as good as
+# that of the whole distribution. So a small $k$ and a high temperature do not go
+# together.
 #
 # What does the cache save? The teacher's pass: little here, since our teacher is
 # hardly larger than the student, and much if the teacher is a hundred times larger.
@@ -758,7 +760,7 @@ print(f"our students saw {STEPS * 256:,} tokens")
 #
 # ## The whole lesson in one table
 # "layers" are students that started as two layers of the teacher, "random" have the
-# same shape and started with random weights. All but the last were trained on the
+# same shape and started with random weights. All trained ones but the last saw the
 # same text, for the same few steps. KL is that to the teacher. "same" is the share of
 # positions where the best token is the teacher's, "s" the processor time of the
 # training in seconds.
