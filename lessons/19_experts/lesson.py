@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 19 Mixture of experts
 #
-# **Reading:** 50 minutes. **You need:** lessons 02 to 04.
+# **Reading:** 50 minutes. **You need:** lessons 02 to 04; 14 and 17 help.
 # **Exercises:** choose_experts, expert_capacity, within_capacity, balance_loss, z_loss,
 # forward (about two hours).
 #
@@ -113,10 +113,11 @@ assert choose_experts(ft.Tensor(np.zeros((1, 3))))[1] == 0
 # time, and wait for the slowest. So each expert has a limited number of places, its
 # **capacity** $C$. For a row of $n$ tokens and $E$ experts
 #
-# $C = floor(f \, n / E)$
+# $C = floor(k \, n / E)$
 #
-# where $f$ is the *capacity factor*. With $f = 1$ there are as many places as tokens.
-# (There are two limits besides: at most $n$, and at least 4 by default.)
+# where $k$ is the *capacity factor*. With $k = 1$ there are as many places as tokens.
+# (There are two limits besides: $C$ is at most $n$, and at least 4 by default. In the
+# example it is at least 1.)
 #
 # The tokens take the places **in their order**. A token that finds its expert full is
 # **dropped**: no expert computes it.
@@ -149,7 +150,8 @@ for t, word in enumerate(words):
         boxes |= {f"token {t}": (t, 0, word), f"place {t}": (column, 1.6, word, "data")}
         arrows.append((f"token {t}", f"place {t}"))
     else:
-        boxes |= {f"token {t}": (t, 0, word, "trained")}
+        boxes |= {f"token {t}": (t, 0, word, "trained"),
+                  f"dropped {t}": (t, 0.55, "dropped", "none")}
 diagram(boxes, arrows, height=2.9,
         caption="Eight tokens choose among three experts with two places each. Four "
                 "tokens choose expert 0. The last two of them (orange) are dropped.")
@@ -178,8 +180,8 @@ assert np.array_equal(within_capacity(chosen, np.array([8])), chosen)
 
 # %% [markdown]
 # Other tokens are dropped. So with drops the output of a token depends on the tokens
-# before it that choose the same expert, and no attention is involved. With $f \geq E$
-# no token is ever dropped, since an expert then has a place for all tokens.
+# before it that choose the same expert, and no attention is involved. With $k \geq E$
+# no token is ever dropped, since an expert then has a place for every token.
 #
 # In the paper all rows of a batch share the places. Then the output of a text depends
 # on the texts that are in its batch by chance, even when the model only answers. In
@@ -194,8 +196,9 @@ quote(within_capacity)
 # **Exercises:** `expert_capacity` and `within_capacity`.
 #
 # ## The layer
-# These are all the parts of a layer. (`run_experts` collects the tokens of each expert,
-# calls it once, and puts the outputs back in their places. The losses come later.)
+# Now all parts are there. `run_experts` collects the tokens of each expert, calls the
+# expert once, and puts the outputs back where their tokens stand in the text. (The
+# losses come later.)
 
 # %%
 quote(SwitchMLP.forward)
@@ -236,8 +239,8 @@ def products(layer, x):
     return sum(rows) * 2 * WIDTH * HIDDEN + of_router
 
 # %% [markdown]
-# **Predict first.** A row of 64 tokens goes through layers of 1, 4 and 16 experts, with
-# a capacity for all. How do the parameters grow, and how the products of a token?
+# **Predict first.** 256 tokens go through layers of 1, 4 and 16 experts. No token is
+# dropped. How do the parameters grow, and how do the products of a token?
 
 # %%
 rng = np.random.default_rng(0)
@@ -263,12 +266,13 @@ assert products(tight, x) < work[1] * 256                # dropped tokens cost n
 # are divided among the experts.
 #
 # This is not for free. All experts must lie in memory, though a token uses only one of
-# them. So a mixture of experts saves time, and **never memory**.
+# them. A mixture of experts saves work, and **never memory**.
 #
 # ## A task
-# We want to know what the parameters gain. The small GPT has two blocks. We take the
-# feed-forward of its second block away, and train others in its place. The input $x$
-# and the right output $y$ of this layer are recorded while the GPT reads text.
+# What do we gain from the parameters? The small GPT has two blocks. We take the
+# feed-forward of its second block away, and train other layers in its place. First we
+# record the input $x$ and the output $y$ of the old layer, while the GPT reads text.
+# The new layers learn to give the same output.
 
 # %%
 base, _ = ft.load("base-gpt-small")
@@ -363,7 +367,7 @@ for hidden in (32, 256):
 
 # %%
 shares_alone = measure("Switch, no balance loss",
-                       make_switch(8, capacity=2.0, balance=0.0, z_loss=0.0))
+                       make_switch(8, capacity=2.0, balance=0.0))
 
 # %% [markdown]
 # That is *worse* than the dense layer of 32, with eight times its parameters! Let us
@@ -373,7 +377,7 @@ shares_alone = measure("Switch, no balance loss",
 names = [f"expert {e}" for e in range(8)]
 heat_map(shares_alone.T, rows=names, xlabel="time, from the first step to the last",
          height=2.6, caption="The share of the tokens that choose each expert, without "
-                             "a balance loss. Darker is more; no colour is no token.")
+                             "a balance loss. The bluer, the more tokens.")
 
 # %%
 def dropped(layer, factor=2.0):
@@ -392,8 +396,8 @@ print(f"{100 * dropped(alone_layer):.0f} % of the tokens are dropped")
 # %% [markdown]
 # An expert that gets more tokens at the start learns faster. Then the loss falls if its
 # gate grows, so the router gives it still more tokens. Others get none, and **an expert
-# without tokens has no gradient**, so it stays bad. And the popular expert is full: its
-# capacity is 16 of 64 tokens in a row, and many tokens are dropped.
+# without tokens gets no gradient**, so it stays bad. And the popular expert is full: it
+# has 16 places for the 64 tokens of a row, and many tokens are dropped.
 #
 # ## The balance loss
 # So the paper adds a loss. Let $f_i$ be the share of tokens that choose expert $i$, and
@@ -417,13 +421,13 @@ def balance(rows):
     chosen = p.data.argmax(-1)[..., None] == np.arange(p.shape[-1])
     return float(balance_loss(p, chosen).item())
 
-print(f"all to one expert, surely:  {balance([[1, 0, 0, 0]] * 8):.2f}")
+print(f"all to one, with p = 1:     {balance([[1, 0, 0, 0]] * 8):.2f}")
 print(f"one expert for each token:  {balance(np.eye(4)):.2f}")
-print(f"all to one, hardly decided: {balance([[0.28, 0.24, 0.24, 0.24]] * 8):.2f}")
+print(f"all to one, with p = 0.28:  {balance([[0.28, 0.24, 0.24, 0.24]] * 8):.2f}")
 
 # %% [markdown]
-# $E$ if one expert has all tokens, 1 if all have equal shares. The third line shows the
-# limits of it: all tokens choose one expert, and the loss is nearly 1.
+# It is $E$ if one expert has all tokens, and 1 if all have equal shares. But look at
+# the third line. All tokens choose one expert, and the loss is nearly 1.
 #
 # One reads that this loss "is smallest for equal shares". Is it?
 #
@@ -445,8 +449,11 @@ print("f = 0.6 0.4   P =", np.mean(skewed, axis=0).round(2))
 
 # %%
 shares = measure("Switch", make_switch(8, capacity=2.0))
-heat_map(shares.T, rows=names, xlabel="time, from the first step to the last",
-         height=2.6, caption="The same with the balance loss: every expert has work.")
+gap = np.full((1, 20), np.nan)
+heat_map(np.concatenate([shares_alone.T, gap, shares.T]), rows=[*names, "", *names],
+         xlabel="time, from the first step to the last", height=4.4,
+         caption="Above without the balance loss, below with it, in the same colours. "
+                 "Below every expert has work.")
 
 # %%
 balanced = results["Switch"][0]
@@ -467,8 +474,18 @@ assert np.isclose(balance(np.eye(4)), 1)
 assert balance([[0.28, 0.24, 0.24, 0.24]] * 8) < 1.13
 
 # %% [markdown]
-# The shares are not equal, and need not be. But no expert starves, fewer tokens are
-# dropped, and the layer is now better than the dense one of the same work.
+# The shares are not equal, and need not be. But every expert has tokens, and fewer are
+# dropped. The layer is now better than the dense one of the same work. By how much? We
+# count the way from the dense layer of 32 to that of 256 as 100 %.
+
+# %%
+small = results["dense, 32"][3]
+way = small - results["dense, 256"][3]
+print(f"{100 * (small - results['Switch'][3]) / way:.0f} % of the way")
+
+# %% [markdown]
+# That is not much for eight times the parameters, after so few steps. It is a small
+# task, and it is what we measured.
 #
 # **Exercise:** `balance_loss`.
 #
@@ -516,12 +533,12 @@ assert 0 < changed < 0.05
 # **Exercises:** `z_loss`, and the whole layer: `forward`.
 #
 # ## Fewer places
-# On many devices places cost memory and transport, so the paper trains with $f = 1.25$.
-# An expert has 10 places instead of 16 then.
+# On many devices places cost memory and transport, so the paper trains with the
+# capacity factor 1.25. An expert has 10 places then, instead of 16.
 
 # %%
-measure("Switch, f = 1.25", make_switch(8, capacity=1.25))
-narrow = results["Switch, f = 1.25"][0]
+measure("Switch, factor 1.25", make_switch(8, capacity=1.25))
+narrow = results["Switch, factor 1.25"][0]
 print(f"dropped in training: {100 * dropped(narrow, 1.25):.0f} % of the tokens")
 print(f"dropped afterwards:  {100 * dropped(narrow, 2.0):.0f} %")
 
@@ -533,9 +550,9 @@ curves({name: smooth(result[2]) for name, result in results.items()}, log="y",
        ylabel="error", caption="The error in training, means of 20 steps.")
 
 # %% [markdown]
-# A dropped token has the output 0, and counts in the error. On new text the difference
-# is small, because $f$ is 2 there for both layers. (`eval_capacity` is another setting
-# than `capacity`, and by default 2.)
+# A dropped token has the output 0, and its error counts. On new text the difference is
+# small: there the factor is 2 for both layers. (Outside of training the library takes
+# `eval_capacity` instead of `capacity`. It is 2 by default.)
 #
 # ## "Seven times faster"
 # A lecture (*Reduced Complexity Models and Pretraining*) says that the Switch
@@ -543,13 +560,13 @@ curves({name: smooth(result[2]) for name, result in results.items()}, log="y",
 # speed". These are two models. The paper compares models with equal work per token. A
 # Switch model of T5-Base's work reaches the quality of T5-Base in a seventh of the
 # time. The model with 1.6 trillion parameters is compared with T5-XXL, and is 4 times
-# as fast. In both cases *faster* means **fewer steps to the same loss**. No step is
-# faster.
+# as fast. *Faster* means **less time to the same loss**. With equal work per token no
+# step is faster, but fewer steps are needed.
 #
 # We can ask the same of our layers.
 #
 # **Predict first.** The dense layer of 32 took all the steps to come to its error.
-# After what share of the steps is the Switch layer with $f = 2$ as good?
+# After what share of the steps is the Switch layer (factor 2) as good?
 
 # %%
 goal = smooth(results["dense, 32"][2])[-1]
@@ -598,8 +615,8 @@ for name, model in (("teacher", teacher), ("student", student)):
 #
 # $L = 0.75 \, CE(y, p_s) + 0.25 \, KL(p_t, p_s)$
 #
-# `ft.Hinton` is this loss. We compare the student with one that starts from nothing,
-# after a few steps.
+# `ft.Hinton` (lesson 17) is this loss. We compare the student with one that starts from
+# nothing, after a few steps.
 
 # %%
 few = STEPS // 10
@@ -617,10 +634,13 @@ print(f"student {copied_start:.2f}, after {few} steps {copied_loss:.2f}")
 print(f"student from nothing {fresh_loss:.2f}")
 
 # %% [markdown]
-# How much of the teacher is left? The lecture says that the student "retains about 30%
-# of the teacher's quality gains". This is right, if it is read slowly: 30 % of the
-# *gain*, not of the quality. The paper's numbers are logarithms of the perplexity with
-# the opposite sign, so the larger number is better:
+# The copied parts are nearly all that the student knows. Only its new feed-forward has
+# to be learned.
+#
+# How much of the teacher is left in the end? The lecture says that the student
+# "retains about 30% of the teacher's quality gains". This is right, if it is read
+# slowly: 30 % of the *gain*, not of the quality. The paper's numbers are logarithms
+# of the perplexity with the opposite sign, so the larger number is better:
 
 # %%
 dense_t5 = -1.636
@@ -630,7 +650,7 @@ print(f"gain of the teacher: {gain:.3f}, of the student: {kept_gain:.3f}")
 print(f"the student keeps {100 * kept_gain / gain:.0f} % of the gain")
 
 # %% [markdown]
-# The teacher has 3.8 billion parameters, the student those of T5-Base, 223 million. So
+# The teacher has 3.8 billion parameters, the student has the 223 million of T5-Base. So
 # the student is a T5-Base that is somewhat better, by a third of what the experts had
 # gained. And it depends on the compression: 37 % of the gain if 82 % of the parameters
 # go away, 28 % if 99 % go away.
@@ -638,7 +658,7 @@ print(f"the student keeps {100 * kept_gain / gain:.0f} % of the gain")
 # %% [check]
 loss_of = {name: result[3] for name, result in results.items()}
 errors_of = {name: result[2][-30:].mean() for name, result in results.items()}
-assert errors_of["Switch"] < 0.85 * errors_of["Switch, f = 1.25"]
+assert errors_of["Switch"] < 0.85 * errors_of["Switch, factor 1.25"]
 assert errors_of["Switch"] < 0.96 * errors_of["dense, 32"]
 assert dropped(narrow, 2.0) < 0.7 * dropped(narrow, 1.25)
 assert 0 < share_of_steps < 0.9
