@@ -470,7 +470,7 @@ class Affine(Module):
 
     def __init__(self, width, factor):
         self.in_features = self.out_features = width
-        self.factor = Parameter(np.full(1, float(factor)))
+        self.factor = Parameter(asarray(np.full(1, float(factor))))
 
     def forward(self, x, ctx):
         return x * self.factor + 1.0
@@ -503,7 +503,7 @@ def make_layer(router, room):
                           jitter=0.0, balance=1.0, z_loss=1.0)
     parts = [Affine(width, FACTORS[e]) for e in range(experts)]
     layer = SwitchMLP(parts, switch, rng=np.random.default_rng(0))
-    layer.router.weight = Parameter(router)
+    layer.router.weight = Parameter(asarray(router))
     return layer.to(dtype=np.float64)
 
 
