@@ -275,7 +275,7 @@ def test_the_teachers_texts_are_the_targets(teachers, files, capsys, tmp_path, m
     cache = ["--cache", str(tmp_path / "cache")]
     search = ["--loss", "sequence-level", "--set", "beams=2", "--set", "max_new_tokens=6"]
     out = succeed(capsys, *options, "--data", files["sources"], *search, *cache, "--out", str(tmp_path / "a"))
-    assert "CrossEntropy() of the targets of SequenceLevel, from 2 beams of at most 6 tokens" in out
+    assert "loss     CrossEntropy(" in out and ") of the targets of SequenceLevel, from 2 beams of at most 6" in out
     assert "decoded 24 sources and knows 24" in out
     out = succeed(capsys, *options, "--data", files["sources"], *search, *cache, "--out", str(tmp_path / "b"))
     assert "decoded 0 sources and knows 24" in out and same(values(tmp_path / "a"), values(tmp_path / "b"))

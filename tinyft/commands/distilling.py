@@ -232,8 +232,7 @@ def say_plan(job: Job, plan: Plan, store: StoreCosts | None, say: Callable[[str]
     say(f"teacher  {type(job.teacher).__name__} of {theirs:,} parameters in {options['teacher']}")
     say(f"student  {type(job.model).__name__} of {ours:,} parameters, {ours / theirs:.1%} of the teacher's: "
         f"{options['student']}")
-    without = f"{type(job.objective.loss).__name__}(), without the teacher"
-    say(f"loss     {without if options['loss'] == NO_TEACHER else describe_loss(job.objective)}")
+    say(f"loss     {describe_loss(job.objective, options['loss'])}")
     process = peak_of_process()
     so_far = f"; this process has taken {size(process)} so far, the loading included" if process else ""
     say(f"memory   about {size(plan.bytes)} for the arrays of both models and a step{so_far}")
@@ -245,11 +244,13 @@ def say_plan(job: Job, plan: Plan, store: StoreCosts | None, say: Callable[[str]
         say(f"kept     about {size(store.nbytes)} of the teacher's outputs in {where}")
 
 
-def describe_loss(objective: Objective) -> str:
-    """The loss with its numbers, and the work of the teacher."""
+def describe_loss(objective: Objective, name: str) -> str:
+    """The loss with its numbers, and the work of the teacher. name: the option --loss."""
     fields = [f"{field.name}={getattr(objective.loss, field.name)!r}"
               for field in dataclasses.fields(objective.loss) if field.name != "teacher"]
     loss = f"{type(objective.loss).__name__}({', '.join(fields)})"
+    if name == NO_TEACHER:
+        return f"{loss}, without the teacher"
     store = objective.store
     if isinstance(store, TeacherBeams):
         return (f"{loss} of the targets of {type(objective.method).__name__}, from {store.beams} beams of at most "
