@@ -53,6 +53,8 @@ TEACHES = {
     "gptq": {"OBQ", "GPTQ"},
     "qlora": {"NF4", "FP4", "E2M1", "Paged", "AdamW8bit", "memory", "CannotMerge", "trained"},
     "distillation": {"compress.distill", "student", "Hinton", "DistilBERTLoss", "TeacherCache"},
+    "sequences": {"beam", "GNMTPenalty", "PowerPenalty", "beam_search", "T5", "T5Config", "sentence_bleu", "WordLevel",
+                  "SequenceLevel", "Interpolation", "TeacherBeams"},
     "experts": {"SwitchConfig", "dense_student"},
     "gpu": {"kernels.cuda"},
     "precision": {"precision", "autocast", "GradScaler"},

@@ -197,7 +197,9 @@ class Search:
 
     def is_done(self, reach: float) -> bool:
         """True if no live prefix can come among the n_best, whose scores are at most log P / reach."""
-        if not self.live or len(self.finished) < self.n_best:
+        if not self.live:
+            return True
+        if len(self.finished) < self.n_best:
             return False
         scores = sorted((h.score for h in self.finished), reverse=True)
         return scores[self.n_best - 1] >= self.live[0].log_prob / reach
