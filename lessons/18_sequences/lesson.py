@@ -26,7 +26,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import tinyft as ft
 from tinyft.beam import Search
 from tinyft.compress.distill import Interpolation, SequenceLevel, TeacherBeams
-from tinyft.data.scores import exact_match
 from tinyft.learn.draw import curves, diagram
 from tinyft.learn.lessons import quote
 
@@ -52,7 +51,7 @@ TABLE = {
     (): {"return": 0.6, "get": 0.4},
     ("return",): {"the": 0.4, "a": 0.35, "this": 0.25},
     ("get",): {"the": 0.9, END: 0.1},
-    ("return", "the"): {"file": 0.5, "name": 0.5},
+    ("return", "the"): {"file": 0.6, "name": 0.4},
     ("return", "a"): {"file": 0.6, "name": 0.4},
     ("return", "this"): {"file": 1.0},
     ("get", "the"): {"file": 0.9, "name": 0.1},
@@ -79,18 +78,19 @@ def greedy(step, length):
         p *= options[token]
     return tokens, p
 
-print(greedy(table, 4))
-print(("get", "the", "file", END), 0.4 * 0.9 * 0.9)
+tokens, p = greedy(table, 4)
+print(f"P = {p:.3f}", *tokens[:-1])
+print(f"P = {0.4 * 0.9 * 0.9:.3f}", "get the file")
 
 # %% [check]
 assert greedy(table, 4)[0] == ("return", "the", "file", END)
-assert np.isclose(greedy(table, 4)[1], 0.12)
-assert 0.4 * 0.9 * 0.9 > 2.5 * greedy(table, 4)[1]
+assert np.isclose(greedy(table, 4)[1], 0.144)
+assert 0.4 * 0.9 * 0.9 > 2 * greedy(table, 4)[1]
 
 # %% [markdown]
-# "get the file" is 2.7 times as probable. After "get" the model is sure how to go on,
-# and after "return" it is not. Greedy decoding cannot know this at the first step,
-# and it never comes back.
+# "get the file" is more than twice as probable. After "get" the model is sure how to
+# go on, and after "return" it is not. Greedy decoding cannot know this at the first
+# step, and it never comes back.
 #
 # We could try all texts. But with a vocabulary of $V$ tokens there are $V^n$ texts of
 # $n$ tokens. So we keep a few: the **beam**.
@@ -149,14 +149,14 @@ for depth in (1, 2, 3):
     for (tokens, log_p), row in zip(found, heights[depth]):
         word = "end" if tokens[-1] == END else tokens[-1]
         kind = "trained" if tokens in kept else ""
-        boxes[tokens] = (depth * 1.1, row, f"{word}  {log_p:.2f}", kind)
+        boxes |= {tokens: (depth * 1.1, row, f"{word}  {log_p:.2f}", kind)}
         arrows.append((tokens[:-1], tokens))
     live = [c for c in found if c[0] in kept]
 diagram(boxes, arrows, height=3.4,
         caption="Beam search with B = 2. Each box is a prefix with its ln P. The two "
-                "best of each column (orange) live on, whatever their parents. Of the "
-                "grey ones nothing is looked at any more. Greedy decoding follows the "
-                "best branch of the best word alone.")
+                "best of each column (orange) live on, whatever their parents. The "
+                "grey ones are dropped. In the next step both texts end. Greedy "
+                "decoding knows only the topmost branch.")
 
 # %% [check]
 assert beam_search(table, 2, 4)[0][0] == ("get", "the", "file", END)
@@ -226,44 +226,45 @@ assert found == [0.06, 0.002, 0.06]
 #
 # - $lp(n) = ((5 + n)/6)^\alpha$, of Google's translator (Wu et al. 2016), where
 #   $\alpha = 0.6$. In the library: `ft.GNMTPenalty(0.6)`
-# - $lp(n) = n^\alpha$. With $\alpha = 1$ the score is the mean over the tokens. This is
-#   `length_penalty` of `transformers`, and `ft.PowerPenalty(1.0)` here.
+# - $lp(n) = n^\alpha$. With $\alpha = 1$ the score is the mean over the tokens. This
+#   is `length_penalty` of `transformers`, and `ft.PowerPenalty(1.0)` here.
 #
 # $\ln P$ is negative. So a large $lp$ makes the score *better*: a positive $\alpha$
 # favours long texts, in spite of the name. $\alpha = 0$ changes nothing. Take a text
 # in which each token has the probability 0.7:
 
 # %%
-n = np.arange(1, 21)
+n = np.arange(1, 9)
 log_p = n * np.log(0.7)
 gnmt = np.array([ft.GNMTPenalty(0.6)(int(k)) for k in n])
 power = np.array([ft.PowerPenalty(1.0)(int(k)) for k in n])
 curves({"ln P": log_p, "((5 + n)/6)^0.6": log_p / gnmt, "n": log_p / power}, x=n,
        xlabel="tokens n, with the end", ylabel="score",
-       caption="The score of a text of n tokens, each with the probability 0.7. Without "
-               "a penalty every further token costs the same. Divided by n, it costs "
-               "nothing. The penalty of 2016 lies between them.")
+       caption="The score of a text of n tokens, each with the probability 0.7. "
+               "Without a penalty every further token costs the same. Divided by n, "
+               "it costs nothing. The penalty of 2016 lies between them.")
 
 # %% [markdown]
-# The length is that of *each text*, and it counts the end. Some programs divided all
-# texts by the penalty of the current step instead. That changes nothing within a
-# step. The text with only an end has $n = 1$; without the end we would divide by
-# $0^\alpha$.
+# The length is that of *each text*. Some programs divided all texts of a step by the
+# penalty of this step. That changes nothing: they stay in the order of $\ln P$. And
+# the length counts the end. A text of only the end has $n = 1$; without the end we
+# would divide by $0^\alpha$.
+#
+# Two texts that have finished at different steps:
 
 # %%
-texts = {"return": np.log([0.5, 0.3]), "return the file": np.log([0.5, 0.6, 0.7, 0.8])}
+texts = {"return": np.log([0.5, 0.4]), "return the file": np.log([0.5, 0.5, 0.7, 0.8])}
+penalties = [ft.GNMTPenalty(0.0), ft.GNMTPenalty(0.6), ft.PowerPenalty(1.0)]
 for name, logs in texts.items():
-    scores = [logs.sum() / lp(len(logs)) for lp in
-              (ft.GNMTPenalty(0.0), ft.GNMTPenalty(0.6), ft.PowerPenalty(1.0))]
-    print(f"{name:16} ln P {scores[0]:.2f}, GNMT {scores[1]:.2f}, mean {scores[2]:.2f}")
+    none, google, mean = [logs.sum() / lp(len(logs)) for lp in penalties]
+    print(f"{name:16} ln P {none:.2f}, GNMT {google:.2f}, mean {mean:.2f}")
 
 # %% [check]
 short, long = texts.values()
-without_end = [short[:1].sum() / 1, long[:3].sum() / 3]
-assert long.sum() > short.sum() - 0.2
+assert short.sum() > long.sum()
+assert long.sum() / penalties[1](4) > short.sum() / penalties[1](2)
 assert long.sum() / 4 > short.sum() / 2
 assert ft.GNMTPenalty(0.6)(1) == 1 == ft.PowerPenalty(1.0)(1)
-assert without_end[0] < without_end[1]
 assert np.allclose(log_p / power, np.log(0.7))
 
 # %% [markdown]
@@ -499,8 +500,8 @@ assert all(h.score == h.log_prob for h in by_beams[5])
 # common run of three or four tokens, and then the mean of logarithms is $-\infty$. So
 # BLEU of one sentence needs three more rules:
 #
-# - **Smoothing** (Chen and Cherry 2014): the $j$-th order without a common n-gram gets
-#   $p_n = 1/(2^j h_n)$, where $h_n$ is the number of n-grams.
+# - **Smoothing** (Chen and Cherry 2014): the $j$-th order without a common n-gram
+#   gets $p_n = 1/(2^j h_n)$, where $h_n$ is the number of the hypothesis' n-grams.
 # - **Effective order**: orders that are longer than the hypothesis do not count.
 # - Without a common *token* it is 0.
 #
@@ -529,7 +530,8 @@ assert ft.sentence_bleu(["yes"], ["no"]) == 0
 assert ft.sentence_bleu(reference, reference) == 1
 clipped = ft.sentence_bleu(["the"] * 3, "return the name".split())
 assert np.isclose(clipped, (1 / 3 * 1 / 4 * 1 / 4) ** (1 / 3))
-assert ft.sentence_bleu(hypothesis, reference) != ft.sentence_bleu(reference, hypothesis)
+exchanged = ft.sentence_bleu(reference, hypothesis)
+assert exchanged != ft.sentence_bleu(hypothesis, reference)
 
 # %% [markdown]
 # One half, for two texts that share nothing: a well-known program once gave that.
@@ -544,22 +546,23 @@ assert ft.sentence_bleu(hypothesis, reference) != ft.sentence_bleu(reference, hy
 # %%
 boxes = {
     "g1": (0, 0, "gold text", "data"), "t1": (1.25, 0, "teacher"),
-    "d1": (2.55, 0, "next-token\nprobabilities"), "s1": (3.8, 0, "student", "trained"),
+    "d1": (2.55, 0, "next-token\nprobabilities"),
+    "s1": (3.8, 0, "student", "trained"),
     "x2": (0, 1, "source", "data"), "t2": (1.25, 1, "teacher,\nbeam search"),
     "d2": (2.55, 1, "its best text"), "s2": (3.8, 1, "student", "trained"),
     "x3": (0, 2, "source", "data"), "t3": (1.25, 2, "teacher,\nbeam search"),
-    "d3": (2.55, 2, "of its K texts the\nnearest to gold"),
-    "s3": (3.8, 2, "student", "trained")}
-rows = ("g1 t1 d1 s1", "x2 t2 d2 s2", "x3 t3 d3 s3")
+    "d3": (2.55, 2, "of its K texts\nthe nearest one"),
+    "s3": (3.8, 2, "student", "trained"), "g3": (2.55, 2.9, "gold text", "data")}
+rows = ["g1 t1 d1 s1", "x2 t2 d2 s2", "x3 t3 d3 s3", "g3 d3"]
 arrows = []
 for row in rows:
     arrows += itertools.pairwise(row.split())
-diagram(boxes, arrows, height=2.8,
-        caption="Above, word level: the teacher reads the gold text, and the student "
-                "learns its distribution at each position. Middle, sequence level: the "
-                "student learns the teacher's best text. Below, interpolation: it "
-                "learns that of the teacher's K best texts which is nearest to the "
-                "gold text.")
+diagram(boxes, arrows, height=3.5,
+        caption="Above, word level: the teacher reads source and gold text, and the "
+                "student learns its distribution at each position. Middle, sequence "
+                "level: the student learns the teacher's best text. Below, "
+                "interpolation: it learns that of the teacher's K best texts which is "
+                "nearest to the gold text.")
 
 # %% [markdown]
 # The **gold text** is the target in the data.
@@ -612,7 +615,9 @@ def targets(method=None):
     return found
 
 def mean_bleu(texts, references):
-    scores = [ft.sentence_bleu(a.split(), b.split()) for a, b in zip(texts, references)]
+    scores = []
+    for text, reference in zip(texts, references):
+        scores.append(ft.sentence_bleu(text.split(), reference.split()))
     return float(np.mean(scores))
 
 gold = targets()
@@ -660,8 +665,10 @@ def measure(model):
     texts = [text_of(h.tokens) for h in one]
     wide = [text_of(h.tokens) for h in all_texts(model, 5)]
     same = [a == b for a, b in zip(texts, gold_test)]
-    return (ft.evaluate(model, test)["loss"], mean_bleu(texts, gold_test),
-            mean_bleu(wide, gold_test), np.mean(same), np.mean([h.log_prob for h in one]))
+    sure = np.mean([h.log_prob for h in one])
+    loss = ft.evaluate(model, test)["loss"]
+    bleu = [mean_bleu(texts, gold_test), mean_bleu(wide, gold_test)]
+    return [loss, *bleu, np.mean(same), sure]
 
 # %%
 results = {"teacher": [*measure(teacher), seconds]}
@@ -698,27 +705,32 @@ loss, log_p = rows["loss"], rows["log_p"]
 assert loss["word level"] < loss["no teacher"] < loss["sequence level"]
 assert log_p["no teacher"] + 1 < log_p["interpolation"] < log_p["sequence level"]
 assert rows["five"]["sequence level"] > 1.5 * rows["five"]["no teacher"]
-assert rows["exact"]["sequence level"] > 2 * rows["exact"]["no teacher"]
+assert rows["exact"]["sequence level"] > rows["exact"]["no teacher"]
 assert rows["one"]["teacher"] > rows["one"]["sequence level"]
 
 # %% [markdown]
 # What do we see, at this size?
 #
-# - **The sequence level changes most.** Its student is far surer of its texts (ln P),
-#   and writes more of them right. Its *loss* on the gold texts is *worse* than that of
-#   the student without a teacher. That is no contradiction, and the paper saw the
-#   same: the student learned to write one good text, not to give probability to all
-#   that people write. So do not choose such a student by its loss.
+# - **The sequence level changes most.** Its student is far surer of its texts (ln P).
+#   But its *loss* on the gold texts is *worse* than without a teacher. The paper saw
+#   the same. It is no contradiction: the student has learned to write one good text,
+#   not to give probability to all that people write. So do not choose such a student
+#   by its loss.
 # - **The word level** has the best loss, and hardly better texts. It teaches the next
-#   token after gold prefixes; what follows the student's own words, nobody showed.
-# - **Interpolation** lies between the two. Its targets are nearer to the gold texts
-#   than the teacher's best, and harder to learn in so few steps. In the paper it
-#   starts from the student of the sequence level, with 35 beams.
-# - Word level *on* the teacher's texts is a good pair. The loss and the targets are
-#   two choices, so they combine.
+#   token after gold prefixes. What to do after the student's own words, it does not
+#   show.
+# - **Interpolation** lies between the two in ln P, and its loss is about that without
+#   a teacher. Its targets are nearer to the gold texts than the teacher's best, and
+#   harder to learn in so few steps. In the paper it starts from the student of the
+#   sequence level, with 35 beams.
+# - **Both**: the targets and the loss are two choices. So word level on the teacher's
+#   texts is possible, and a good pair.
 #
-# Be careful with these numbers. The test has 99 texts: a difference of a few hundredths
-# in BLEU is noise. The large differences, in loss and in ln P, are not.
+# Does the sequence level help most, as the paper says? We trained the students with two
+# other first weights as well. Each time its loss was the worst, its ln P the best, and
+# 9 % of its texts or more were exact, against 2 to 5 % without a teacher. But its gain
+# in BLEU 1 was 0.04, 0.00 and 0.05. With 99 texts, that is hardly more than noise. So
+# here it helps, but not by much.
 #
 # One column remains. Why is the student without a teacher so much worse with five
 # beams?
@@ -735,21 +747,23 @@ assert mean_length < np.mean([len(h.tokens) for h in all_texts(alone, 1)]) - 0.5
 
 # %% [markdown]
 # It is unsure at every step. So each token costs much, and the most probable text is
-# a very short one: the beam finds it, and greedy decoding happens to miss it. A student
-# that has learned one text for each source does not need the beam. That is the second
-# gain of the sequence level: **greedy decoding is enough**, at a fifth of the cost. In
-# the paper, five beams gain 2.9 BLEU for a student without a teacher, and 0.1 for that
-# of the sequence level.
+# a very short one. The beam finds it, and greedy decoding happens to miss it. (With one
+# of the two other first weights it was not so: the beam cost nothing.) A
+# student that has learned one text for each source does not need the beam. That is
+# the second gain of the sequence level: **greedy decoding is enough**, at a fifth of
+# the cost. In the paper, five beams gain 2.9 BLEU for a student without a teacher, and
+# 0.1 for that of the sequence level.
 #
 # ## Where it stops
 # The teacher's mistakes become targets: the student learns them as truth. The gold
-# texts of the training are not even looked at. And the teacher must decode every
-# source of the training with a beam, which costs more than a pass. In return, it needs
-# no gold texts at all: any source will do.
+# # gold texts of the training are not even looked at. And the teacher must decode every
+# source of the training with a beam, which costs more than a pass. In return, the
+# sequence level needs no gold texts at all: any source will do.
 #
 # Our task is small, and a model of this size learns the common beginnings and little
-# more. Kim and Rush trained on millions of sentences of translation. There the student
-# of the sequence level came within a point of its teacher, ten times as fast.
+# more. Kim and Rush trained on millions of sentences of translation. There the
+# student of the sequence level came within a point of BLEU of its teacher, and wrote
+# ten times as fast.
 #
 # **Exercises.** `tinyft start sequences` writes six files:
 #
