@@ -755,8 +755,8 @@ assert mean_length < np.mean([len(h.tokens) for h in all_texts(alone, 1)]) - 0.5
 # 0.1 for that of the sequence level.
 #
 # ## Where it stops
-# The teacher's mistakes become targets: the student learns them as truth. The gold
-# # gold texts of the training are not even looked at. And the teacher must decode every
+# The teacher's mistakes become targets: the student learns them as truth. The
+# gold texts of the training are not even looked at. And the teacher must decode every
 # source of the training with a beam, which costs more than a pass. In return, the
 # sequence level needs no gold texts at all: any source will do.
 #
