@@ -749,8 +749,8 @@ assert mean_length < np.mean([len(h.tokens) for h in all_texts(alone, 1)]) - 0.5
 
 # %% [markdown]
 # It is unsure at every step. So each token costs much, and the most probable text is
-# a very short one. The beam finds it, and greedy decoding happens to miss it. A length
-# penalty would help. (With one of the two other first weights this did not happen.)
+# a very short one. The beam finds it, and greedy decoding happens to miss it. (With
+# one of the two other first weights this did not happen.)
 #
 # A student that has learned one text for each source does not need the beam. That is
 # the second gain of the sequence level: **greedy decoding is enough**, at a fifth of
