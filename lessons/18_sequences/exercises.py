@@ -24,9 +24,9 @@ def check(got, want, what, guesses):
 # ── best_candidates ───────────────────────────────────────────────────────────────────────────────
 best_candidates = Exercise(
     "beam:best_candidates", difficulty=3, minutes=25, on_host=True, lines=9,
-    may_use="enumerate, zip, sorted; math.inf; Candidate(log_prob, parent, token, row). A loop over "
-            "all V tokens is good enough (the library looks only at the `count` best of each row, "
-            "which top_tokens finds).",
+    may_use="enumerate, zip, sorted; math.inf; Candidate(log_prob, parent, token, row). A loop "
+            "over all V tokens is good enough (the library looks only at the `count` best of each "
+            "row, which top_tokens finds).",
     example="""
         One sentence with two live prefixes. The vocabulary has three tokens.
         >>> live = [[Prefix((1,), -1.0), Prefix((2,), -2.0)]]
@@ -38,12 +38,13 @@ best_candidates = Exercise(
         Candidate(log_prob=-5.0, parent=0, token=0, row=0)
         """,
     hints=(
-        "A candidate is a live prefix and one more token. Its log P is that of the prefix plus that "
-        "of the token. All prefixes of a sentence compete with each other.",
+        "A candidate is a live prefix and one more token. Its log P is that of the prefix plus "
+        "that of the token. All prefixes of a sentence compete with each other.",
         "The rows of log_probs belong to the prefixes of all sentences, one after the other. So "
         "keep a counter `row` over all prefixes. `parent` begins with 0 in each sentence.",
         "Collect the candidates of a sentence in the order of parents and tokens, and sort them by "
-        "-candidate.log_prob: Python's sort keeps the order of equal ones. Give the first `count`."))
+        "-candidate.log_prob: Python's sort keeps the order of equal ones. Give the first "
+        "`count`."))
 
 
 @st.composite
@@ -65,7 +66,7 @@ def a_step(draw: Callable, sentences: int = 1, prefixes: bool = True, ties: bool
 
 
 def shuffled(draw, n):
-    """The numbers from 0 to n − 1 in random order. (A permutation of Hypothesis is slow for a hundred of them.)"""
+    """The numbers from 0 to n − 1 in random order; a permutation of Hypothesis would be slow."""
     return np.random.default_rng(draw(st.integers(0, 999))).permutation(n)
 
 
@@ -97,8 +98,10 @@ def candidates_of(log_probs, live, count, *, gain=False, product=False, ascendin
             mine.sort(key=lambda c: c.log_prob if ascending else -c.log_prob)
         found.append(mine[:max(count // 2, 1)] if half else mine[:count])
     if together:
-        best = sorted((c for mine in found for c in mine), key=lambda c: -c.log_prob)[:count]
-        found = [[c for c in mine if c in best] for mine in found]
+        every = [c for mine in found for c in mine]
+        best = sorted(every, key=lambda c: -c.log_prob)[:count]
+        for i, mine in enumerate(found):
+            found[i] = [c for c in mine if c in best]
     return found
 
 
@@ -169,7 +172,8 @@ def _(f, given):
     check_candidates(f, given)
 
 
-@best_candidates.law("a token of probability 0 is no candidate", given=a_step(), seed=st.integers(0, 9))
+@best_candidates.law("a token of probability 0 is no candidate", given=a_step(),
+                     seed=st.integers(0, 9))
 def _(f, given, seed):
     log_probs, live, _ = given
     log_probs = log_probs.copy()
@@ -269,8 +273,8 @@ extend = Exercise(
         "candidate are those of its parent, self.live[candidate.parent], and its own.",
         "If it ends and its rank is below B, it is finished, with its end. If it ends at a lower "
         "place, it is forgotten. If it does not end, it lives on, as long as fewer than B do.",
-        "Fill a new list of live prefixes, and set self.live at the very end: the parents are in the "
-        "old list. Beside it, collect candidate.row of each that lives on."))
+        "Fill a new list of live prefixes, and set self.live at the very end: the parents are in "
+        "the old list. Beside it, collect candidate.row of each that lives on."))
 
 
 @st.composite
@@ -347,7 +351,7 @@ EXTEND_FAULTS = {
 
 
 def rows_of_texts(texts):
-    """Prefixes or hypotheses as an array: log P, score, ended, then their tokens; of one length for each n."""
+    """Prefixes or hypotheses as an array: log P, score, ended, length, tokens; -1 fills up."""
     longest = max((len(t.tokens) for t in texts), default=0)
     table = np.full((len(texts), 4 + longest), -1.0)
     for row, text in zip(table, texts):
@@ -598,7 +602,8 @@ def _(self, prefix, *, ended):
     add_text(self, prefix, ended, score_of(prefix, self.lp, ended, how="multiply"))
 
 
-@finish.wrong_answer("The probability of a text is its score.", says="the length penalty is missing")
+@finish.wrong_answer("The probability of a text is its score.",
+                     says="the length penalty is missing")
 def _(self, prefix, *, ended):
     add_text(self, prefix, ended, prefix.log_prob)
 
@@ -725,7 +730,8 @@ def check_done(f, given, faults=DONE_FAULTS):
         return np.array([function(*state) for state in states])
 
     def answer(best, other):
-        search = Search(beams, END, PowerPenalty(1.0), n_best, [Prefix((1,), best), Prefix((2,), other)])
+        live = [Prefix((1,), best), Prefix((2,), other)]
+        search = Search(beams, END, PowerPenalty(1.0), n_best, live)
         search.finished = [Hypothesis((END,), score, score, True) for score in scores]
         out = f(search, reach)
         if not isinstance(out, (bool, np.bool_)):
@@ -736,7 +742,8 @@ def check_done(f, given, faults=DONE_FAULTS):
     for words, fault in faults.items():
         guesses[words] = run(lambda *live, fault=fault: done(*given, live, **fault))
     want = run(lambda *live: done(*given, live))
-    check(run(answer), want, "is_done for live prefixes of log P = -0.5, -1, -1.5, ... -12", guesses)
+    what = "is_done for live prefixes of log P = -0.5, -1, -1.5, ... -12"
+    check(run(answer), want, what, guesses)
 
 
 @is_done.law("done if no live prefix can reach the best finished score", given=a_moment())

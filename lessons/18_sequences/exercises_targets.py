@@ -54,11 +54,11 @@ def draw_text(draw, n, values):
 
 
 @st.composite
-def two_texts(draw: Callable, values: tuple = (1, 2, 3), extra: int = 0, shorter: int | None = None):
+def two_texts(draw: Callable, values: tuple = (1, 2, 3), extra: int = 0, shorter: int = 0):
     """A hypothesis and a reference with a common token; shorter: of the hypothesis, by so many."""
     n = draw(sizes()) + extra
     hypothesis = draw_text(draw, n, values)
-    m = n if shorter is None else max(n + shorter, 1)
+    m = max(n + shorter, 1)
     reference = draw_text(draw, m, values)
     reference[draw(st.integers(0, m - 1))] = hypothesis[draw(st.integers(0, n - 1))]
     return named(hypothesis=hypothesis, reference=reference)
@@ -98,8 +98,8 @@ def bleu_of(hypothesis, reference, *, brevity="penalty", clip=True, effective=Tr
     if mean == "arithmetic":
         score = sum(shares) / count
     ratio = len(reference) / len(hypothesis)
-    factors = {"penalty": min(1.0, math.exp(1 - ratio)), "none": 1.0, "no limit": math.exp(1 - ratio),
-               "for long": min(1.0, math.exp(1 - 1 / ratio))}
+    factors = {"penalty": min(1.0, math.exp(1 - ratio)), "none": 1.0,
+               "no limit": math.exp(1 - ratio), "for long": min(1.0, math.exp(1 - 1 / ratio))}
     return factor * factors[brevity] * score
 
 
@@ -218,7 +218,8 @@ def _(hypothesis, reference):
     return checked_bleu(hypothesis, reference, clip=False)
 
 
-@sentence_bleu.wrong_answer("BLEU is the fourth root of four shares.", says="as if they were perfect")
+@sentence_bleu.wrong_answer("BLEU is the fourth root of four shares.",
+                            says="as if they were perfect")
 def _(hypothesis, reference):
     return checked_bleu(hypothesis, reference, effective=False)
 
@@ -307,8 +308,8 @@ choose = Exercise(
     hints=(
         "First take those that have ended: complete(hypotheses). Then compute the BLEU of each "
         "against the target of the data.",
-        "Remove start and end on both sides, by self.words: all texts have an end, so it would be a "
-        "common token of any two.",
+        "Remove start and end on both sides, by self.words: all texts have an end, so it would be "
+        "a common token of any two.",
         "candidates[int(np.argmax(similarity))]. The candidates are best first, so the first of "
         "equal ones is the one that the teacher likes best."))
 START, END = 9, 0
@@ -341,7 +342,7 @@ def a_beam(draw: Callable, ended: str = "all", far: bool = False):
                                      has_end))
     golds = [draw_text(draw, k + 1, values) for k in range(3)]
     if far:
-        golds = [[token + 20 for token in gold] for gold in golds]
+        golds = [[20 + k] for k in range(3)]
     return named(hypotheses=hypotheses, golds=[[*gold, END] for gold in golds])
 
 
