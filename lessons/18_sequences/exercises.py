@@ -298,7 +298,7 @@ def a_search(draw: Callable, ends: bool = True, first: bool = False):
 def a_state(beams, live):
     """A search in the middle: one text is finished already."""
     return Search(beams, END, GNMTPenalty(1.0), 1, list(live),
-                  [Hypothesis((3, END), -2.0, -4.0, True)])
+                  [Hypothesis((3, END), -2.0, -4.0, ended=True)])
 
 
 def extended(self, candidates, *, every=False, end_takes_place=False, ended_lives=False,
@@ -523,10 +523,10 @@ def score_of(prefix, lp, ended, *, length=None, how="divide"):
 
 
 LIVE = [Prefix((4, 4, 4, 4, 4), -20.0)]
-EARLIER = Hypothesis((9,), -1.0, -1.0, False)
+EARLIER = Hypothesis((9,), -1.0, -1.0, ended=False)
 
 
-def a_finish(f, tokens, log_prob, lp, ended):
+def a_finish(f, tokens, log_prob, lp, *, ended):
     """The last finished text after the call, and their number."""
     state = Search(3, END, lp, 1, list(LIVE), [EARLIER])
     f(state, Prefix(tokens, log_prob), ended=ended)
@@ -545,7 +545,7 @@ def a_finish(f, tokens, log_prob, lp, ended):
 def check_finish(f, given, ended):
     tokens, log_prob, name = given
     lp = PENALTIES[name]
-    got = a_finish(f, tokens, log_prob, lp, ended)
+    got = a_finish(f, tokens, log_prob, lp, ended=ended)
     prefix = Prefix(tokens, log_prob)
     n = len(tokens)
     guesses = {
@@ -584,50 +584,50 @@ def _(f, given):
 @finish.law("texts that had finished before stay", given=a_text())
 def _(f, given):
     tokens, log_prob, name = given
-    a_finish(f, tokens, log_prob, PENALTIES[name], True)
+    a_finish(f, tokens, log_prob, PENALTIES[name], ended=True)
 
 
-def add_text(self, prefix, ended, score):
+def add_text(self, prefix, score, *, ended):
     self.finished.append(Hypothesis(prefix.tokens, score, prefix.log_prob, ended))
 
 
 @finish.wrong_answer("The end is no word, so it has no length.", says="the end is not counted")
 def _(self, prefix, *, ended):
     length = len(prefix.tokens) - ended
-    add_text(self, prefix, ended, score_of(prefix, self.lp, ended, length=length))
+    add_text(self, prefix, score_of(prefix, self.lp, ended, length=length), ended=ended)
 
 
 @finish.wrong_answer("A penalty makes the score smaller, so multiply.", says="is multiplied")
 def _(self, prefix, *, ended):
-    add_text(self, prefix, ended, score_of(prefix, self.lp, ended, how="multiply"))
+    add_text(self, prefix, score_of(prefix, self.lp, ended, how="multiply"), ended=ended)
 
 
 @finish.wrong_answer("The probability of a text is its score.",
                      says="the length penalty is missing")
 def _(self, prefix, *, ended):
-    add_text(self, prefix, ended, prefix.log_prob)
+    add_text(self, prefix, prefix.log_prob, ended=ended)
 
 
 @finish.wrong_answer("A penalty is subtracted.", says="is subtracted")
 def _(self, prefix, *, ended):
-    add_text(self, prefix, ended, score_of(prefix, self.lp, ended, how="subtract"))
+    add_text(self, prefix, score_of(prefix, self.lp, ended, how="subtract"), ended=ended)
 
 
 @finish.wrong_answer("A score should be a probability.", says="it is the probability")
 def _(self, prefix, *, ended):
-    add_text(self, prefix, ended, score_of(prefix, self.lp, ended, how="probability"))
+    add_text(self, prefix, score_of(prefix, self.lp, ended, how="probability"), ended=ended)
 
 
 @finish.wrong_answer("All texts of the search have the length of the step.",
                      says="the live prefixes' length")
 def _(self, prefix, *, ended):
     length = len(self.live[0].tokens)
-    add_text(self, prefix, ended, score_of(prefix, self.lp, ended, length=length))
+    add_text(self, prefix, score_of(prefix, self.lp, ended, length=length), ended=ended)
 
 
 @finish.wrong_answer("A length penalty is a mean over the tokens.", says="whatever self.lp is")
 def _(self, prefix, *, ended):
-    add_text(self, prefix, ended, prefix.log_prob / len(prefix.tokens))
+    add_text(self, prefix, prefix.log_prob / len(prefix.tokens), ended=ended)
 
 
 @finish.wrong_answer("log_prob and score say the same.", says="without the penalty")
@@ -644,7 +644,7 @@ def _(self, prefix, *, ended):
 
 @finish.wrong_answer("What is finished has ended.", says="always True", subtle=True)
 def _(self, prefix, *, ended):
-    add_text(self, prefix, True, score_of(prefix, self.lp, ended))
+    add_text(self, prefix, score_of(prefix, self.lp, ended), ended=True)
 
 
 @finish.wrong_answer("One text is wanted, so one is kept.", says="had finished before is lost")
@@ -732,7 +732,7 @@ def check_done(f, given, faults=DONE_FAULTS):
     def answer(best, other):
         live = [Prefix((1,), best), Prefix((2,), other)]
         search = Search(beams, END, PowerPenalty(1.0), n_best, live)
-        search.finished = [Hypothesis((END,), score, score, True) for score in scores]
+        search.finished = [Hypothesis((END,), score, score, ended=True) for score in scores]
         out = f(search, reach)
         if not isinstance(out, (bool, np.bool_)):
             raise Unusable(f"is_done returns True or False; yours returned {type(out).__name__}")
@@ -766,8 +766,8 @@ def _(f, given):
 def _(f, given):
     scores, n_best, beams, reach = given
     search = Search(beams, END, PowerPenalty(1.0), n_best, [])
-    search.finished = [Hypothesis((END,), score, score, True) for score in scores]
-    close(f(search, reach), True, "is_done without a live prefix", {
+    search.finished = [Hypothesis((END,), score, score, ended=True) for score in scores]
+    close(f(search, reach), not search.live, "is_done without a live prefix", {
         "with no live prefix nothing can come any more": False})
 
 
