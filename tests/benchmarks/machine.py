@@ -39,6 +39,12 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+def place(about: dict[str, Any]) -> str:
+    """The machine of a measurement in words: processor, cores, system, Python. about: what `machine` gave."""
+    cores = "1 core" if about["cores"] == 1 else f"{about['cores']} cores"
+    return f"{about['cpu']}, {cores}, {about['system']}, Python {about['python']}"
+
+
 def machine() -> dict[str, Any]:
     """The machine and the versions: processor, cores, system, Python, libraries, commit, date."""
     versions = {}

@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from machine import place
+
 NAMES = {
     "lora_qv": "LoRA (q, v)",
     "lora_all": "LoRA (all linear maps)",
@@ -57,8 +59,7 @@ def about(section: dict[str, Any]) -> str:
     """The machine and the versions of a section's measurements."""
     m = section["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items())
-    where = f"{m['cpu']}, {m['cores']} cores, {m['system']}, Python {m['python']}"
-    return f"*{m['date']}, commit {m['commit']}; {where}; {versions}.*\n"
+    return f"*{m['date']}, commit {m['commit']}; {place(m)}; {versions}.*\n"
 
 
 # ---------------------------------------------------------------------------------------------------- the sections

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from machine import place
 from report import table
 
 from .claim import Claim, Numbers
@@ -65,8 +66,7 @@ def about(result: dict[str, Any]) -> str:
     """The machine and the versions of one measurement."""
     m = result["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items())
-    where = f"{m['cpu']}, {m['cores']} {'core' if m['cores'] == 1 else 'cores'}, {m['system']}, Python {m['python']}"
-    return f"*{m['date']}, commit {m['commit']}, {result['seconds']:.0f} s; {where}; {versions}.*"
+    return f"*{m['date']}, commit {m['commit']}, {result['seconds']:.0f} s; {place(m)}; {versions}.*"
 
 
 def page(results: list[dict[str, Any]]) -> str:
