@@ -50,6 +50,13 @@ def test_a_long_source_is_cut_on_the_right_and_a_long_target_is_refused():
         batches_of(PAIRS, max_target=3)
 
 
+def test_padding_never_goes_beyond_the_longest_texts():
+    """A model has no position there."""
+    for max_source, max_target in ((3, 4), (5, 6)):
+        batch = next(batches_of(PAIRS, max_source=max_source, max_target=max_target).once())
+        assert batch["source_ids"].shape[1] <= max_source and batch["ids"].shape[1] <= max_target + 1
+
+
 @pytest.mark.parametrize("pairs, error, words", [
     ([("a", "b"), ("", "c")], ValueError, "row 1: a source wants at least one token, got an empty text"),
     ([], ValueError, "at least one example"),

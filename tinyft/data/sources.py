@@ -84,20 +84,23 @@ def source_batches(
             raise ValueError(f"{place(i)}: {e}") from e
         examples.append((np.array(source_ids, np.int64), np.array(target_ids, np.int64)))
     lengths = [len(source) + len(target) for source, target in examples]
-    return Batches(
-        examples, batch_size, seed, shuffle, PadPairs(padding_id(tokenizer)), drop_last=drop_last, lengths=lengths
-    )
+    collate = PadPairs(max_source, max_target, padding_id(tokenizer))
+    return Batches(examples, batch_size, seed, shuffle, collate, drop_last=drop_last, lengths=lengths)
 
 
 @dataclasses.dataclass(frozen=True)
 class PadPairs:
-    """The collate of `source_batches`: (source ids, target ids) of each row -> a batch, padded on the right."""
+    """The collate of `source_batches`: (source ids, target ids) of each row -> a batch, padded on the right.
 
+    A source has at most max_source columns, and a decoder's text at most max_target after the start."""
+
+    max_source: int
+    max_target: int
     pad_id: int
 
     def __call__(self, chosen: list[tuple[np.ndarray, np.ndarray]], rng: Any) -> dict[str, np.ndarray]:
-        source_ids, source_mask = pad([source for source, _ in chosen], multiple=4, pad_id=self.pad_id)
-        ids, mask = pad([target for _, target in chosen], multiple=2, pad_id=self.pad_id)
+        source_ids, source_mask = pad([source for source, _ in chosen], self.max_source, 4, self.pad_id)
+        ids, mask = pad([target for _, target in chosen], self.max_target + 1, 2, self.pad_id)
         return {"ids": ids, "mask": mask, "source_ids": source_ids, "source_mask": source_mask}
 
 
