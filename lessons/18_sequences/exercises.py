@@ -514,7 +514,7 @@ def a_text(draw: Callable, ended: bool = True):
     return named(tokens=tokens, log_prob=log_prob, lp=draw(st.sampled_from(sorted(PENALTIES))))
 
 
-def score_of(prefix, lp, ended, *, length=None, how="divide"):
+def score_of(prefix, lp, *, length=None, how="divide"):
     n = len(prefix.tokens) if length is None else length
     results = {"divide": prefix.log_prob / lp(n), "multiply": prefix.log_prob * lp(n),
                "none": prefix.log_prob, "subtract": prefix.log_prob - lp(n),
@@ -550,20 +550,20 @@ def check_finish(f, given, ended):
     n = len(tokens)
     guesses = {
         "the end is not counted: it is one of the n tokens": score_of(
-            prefix, lp, ended, length=n - 1),
+            prefix, lp, length=n - 1),
         "log P is multiplied with the penalty; it is divided by it": score_of(
-            prefix, lp, ended, how="multiply"),
+            prefix, lp, how="multiply"),
         "it is log P: the length penalty is missing": log_prob,
         "the penalty is subtracted; log P is divided by it": score_of(
-            prefix, lp, ended, how="subtract"),
+            prefix, lp, how="subtract"),
         "it is the probability, divided by the penalty": score_of(
-            prefix, lp, ended, how="probability"),
+            prefix, lp, how="probability"),
         "it is the penalty of the live prefixes' length: each text has its own": score_of(
-            prefix, lp, ended, length=len(LIVE[0].tokens)),
+            prefix, lp, length=len(LIVE[0].tokens)),
         "it is the mean of log P, whatever self.lp is": log_prob / n,
         "the number of finished texts is taken for the length": score_of(
-            prefix, lp, ended, length=2)}
-    check(float(got.score), score_of(prefix, lp, ended), "the score", guesses)
+            prefix, lp, length=2)}
+    check(float(got.score), score_of(prefix, lp), "the score", guesses)
     check(float(got.log_prob), log_prob, "log_prob", {
         "it is the score; log_prob stays without the penalty": got.score})
     close(bool(got.ended), ended, "ended", {"it is always True": True, "it is always False": False})
@@ -594,12 +594,12 @@ def add_text(self, prefix, score, *, ended):
 @finish.wrong_answer("The end is no word, so it has no length.", says="the end is not counted")
 def _(self, prefix, *, ended):
     length = len(prefix.tokens) - ended
-    add_text(self, prefix, score_of(prefix, self.lp, ended, length=length), ended=ended)
+    add_text(self, prefix, score_of(prefix, self.lp, length=length), ended=ended)
 
 
 @finish.wrong_answer("A penalty makes the score smaller, so multiply.", says="is multiplied")
 def _(self, prefix, *, ended):
-    add_text(self, prefix, score_of(prefix, self.lp, ended, how="multiply"), ended=ended)
+    add_text(self, prefix, score_of(prefix, self.lp, how="multiply"), ended=ended)
 
 
 @finish.wrong_answer("The probability of a text is its score.",
@@ -610,19 +610,19 @@ def _(self, prefix, *, ended):
 
 @finish.wrong_answer("A penalty is subtracted.", says="is subtracted")
 def _(self, prefix, *, ended):
-    add_text(self, prefix, score_of(prefix, self.lp, ended, how="subtract"), ended=ended)
+    add_text(self, prefix, score_of(prefix, self.lp, how="subtract"), ended=ended)
 
 
 @finish.wrong_answer("A score should be a probability.", says="it is the probability")
 def _(self, prefix, *, ended):
-    add_text(self, prefix, score_of(prefix, self.lp, ended, how="probability"), ended=ended)
+    add_text(self, prefix, score_of(prefix, self.lp, how="probability"), ended=ended)
 
 
 @finish.wrong_answer("All texts of the search have the length of the step.",
                      says="the live prefixes' length")
 def _(self, prefix, *, ended):
     length = len(self.live[0].tokens)
-    add_text(self, prefix, score_of(prefix, self.lp, ended, length=length), ended=ended)
+    add_text(self, prefix, score_of(prefix, self.lp, length=length), ended=ended)
 
 
 @finish.wrong_answer("A length penalty is a mean over the tokens.", says="whatever self.lp is")
@@ -632,24 +632,24 @@ def _(self, prefix, *, ended):
 
 @finish.wrong_answer("log_prob and score say the same.", says="without the penalty")
 def _(self, prefix, *, ended):
-    score = score_of(prefix, self.lp, ended)
+    score = score_of(prefix, self.lp)
     self.finished.append(Hypothesis(prefix.tokens, score, score, ended))
 
 
 @finish.wrong_answer("The end has done its work, so it is removed.", says="the end is removed")
 def _(self, prefix, *, ended):
-    score = score_of(prefix, self.lp, ended)
+    score = score_of(prefix, self.lp)
     self.finished.append(Hypothesis(prefix.tokens[:-1], score, prefix.log_prob, ended))
 
 
 @finish.wrong_answer("What is finished has ended.", says="always True", subtle=True)
 def _(self, prefix, *, ended):
-    add_text(self, prefix, score_of(prefix, self.lp, ended), ended=True)
+    add_text(self, prefix, score_of(prefix, self.lp), ended=True)
 
 
 @finish.wrong_answer("One text is wanted, so one is kept.", says="had finished before is lost")
 def _(self, prefix, *, ended):
-    score = score_of(prefix, self.lp, ended)
+    score = score_of(prefix, self.lp)
     self.finished = [Hypothesis(prefix.tokens, score, prefix.log_prob, ended)]
 
 

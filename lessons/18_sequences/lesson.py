@@ -546,7 +546,7 @@ assert exchanged != ft.sentence_bleu(hypothesis, reference)
 
 # %%
 boxes = {
-    "g1": (0, 0, "gold text", "data"), "t1": (1.25, 0, "teacher"),
+    "g1": (0, 0, "source,\ngold text", "data"), "t1": (1.25, 0, "teacher"),
     "d1": (2.55, 0, "next-token\nprobabilities"),
     "s1": (3.8, 0, "student", "trained"),
     "x2": (0, 1, "source", "data"), "t2": (1.25, 1, "teacher,\nbeam search"),
