@@ -289,12 +289,6 @@ def test_the_account_of_memory_counts_both_stacks(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_predict_says_what_to_call_instead(kind):
-    with pytest.raises(TypeError, match="generate and beam_search take source_ids"):
-        ft.predict(build(kind), ft.data.shipped_tokenizer(), ["a"])
-
-
-@pytest.mark.parametrize("kind", KINDS)
 def test_an_encoder_decoder_takes_no_classifier(kind):
     with pytest.raises(TypeError, match="takes no new head"):
         ft.classifier(build(kind), 3)
