@@ -34,6 +34,8 @@ def case_id(value: Any) -> str:
 
 # A test that plants wrong answers runs on NumPy alone: the right one runs everywhere, and that takes long enough.
 wrong_answers = pytest.mark.skipif(array.backend() != "numpy", reason="wrong answers are caught on NumPy")
+# The tests of a file that has no array of a device: they read sources, texts and files, and are the same everywhere.
+host_only = pytest.mark.skipif(array.backend() != "numpy", reason="no array of a device: the same on every backend")
 
 
 class TooSlow(AssertionError):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers import host_only
 
 from tinyft.data.baselines import (
     LogisticRegression,
@@ -21,6 +22,8 @@ from tinyft.data.baselines import (
     unigram_mlm_accuracy,
     unigram_perplexity,
 )
+
+pytestmark = host_only
 
 
 def sparse(X: np.ndarray) -> Sparse:

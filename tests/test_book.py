@@ -12,12 +12,15 @@ import sys
 from functools import lru_cache
 
 import pytest
+from helpers import host_only
 
 from tinyft import optim, tensor
 from tinyft.learn import annotate, book
 from tinyft.learn import lessons as lesson_runner
 from tinyft.learn.exercise import exercises
 from tinyft.learn.folders import Lesson, lessons
+
+pytestmark = host_only
 
 SMALL = '''"""A module.
 

@@ -9,10 +9,13 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from helpers import host_only
 
 from tinyft import data, pretrain
 from tinyft.data import IGNORE, SPECIAL, SPLITS, Batches, Record
 from tinyft.data.text import CLS, END, PAD, SEP
+
+pytestmark = host_only
 
 VOCAB = 2048
 

@@ -9,9 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import host_only
 
 from tinyft import data
 from tinyft.data import baselines, name_baselines, scores
+
+pytestmark = host_only
 
 TOKENIZER = data.shipped_tokenizer()
 EXAMPLES = data.Examples(("a text", "two words here"), np.array([0, 1]))

@@ -10,8 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import host_only
 
 from tinyft.learn import draw, lessons
+
+pytestmark = host_only
 
 matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("Agg")

@@ -14,12 +14,15 @@ import subprocess
 import sys
 
 import pytest
+from helpers import host_only
 from house import PACKAGE, SOURCES, Sources, imports, parse, part
 
 import tinyft
 from tinyft.edit import Method
 from tinyft.methods import ALL, methods
 from tinyft.tensor import OPS
+
+pytestmark = host_only
 
 # ── who may import whom ──────────────────────────────────────────────────────────────────────────────────────────────
 # Each part of the core may import the parts before it.

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import host_only
 
 import tinyft
 from tinyft import cli
@@ -26,6 +27,8 @@ from tinyft.learn.exercise import of_lesson
 from tinyft.learn.folders import lessons, lessons_in
 from tinyft.learn.lessons import Cell, Failed, notebook, parse, quote, run
 from tinyft.learn.show import Page
+
+pytestmark = host_only
 
 TEXTS = {name: lesson.file.read_text(encoding="utf-8") for name, lesson in lessons().items()}
 FOLDERS = {name: lesson.folder for name, lesson in lessons().items()}

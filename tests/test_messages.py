@@ -19,11 +19,14 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
+from helpers import host_only
 from house import FUNCTIONS, SOURCES, parse
 
 import tinyft
 from tinyft.nn import Module
 from tinyft.optim import Optimizer
+
+pytestmark = host_only
 
 DOTTED = re.compile(r"(?<![\w./-])([A-Za-z_]\w*)((?:\.[A-Za-z_]\w*)+)")
 CALLED = re.compile(r"(?<![\w./-])((?:[A-Za-z_]\w*\.)*)([A-Za-z_]\w*)\((?!s\))")

@@ -8,6 +8,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from helpers import host_only
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,6 +18,8 @@ from tinyft.data import SPLITS, NamePair, Pairs
 from tinyft.data.name_baselines import CopyWords, NearestSummary, simple_names, summary_words
 from tinyft.data.names import read_name
 from tinyft.data.scores import bootstrap_interval, exact_match, name_words, token_f1, wilson_interval
+
+pytestmark = host_only
 
 # ---------------------------------------------------------------------------------------------------- the pairs
 

@@ -1,10 +1,13 @@
 """Patterns of module paths against a slow matcher that tries everything; and patterns made to hang."""
 from __future__ import annotations
 
+from helpers import host_only
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyft import patterns
+
+pytestmark = host_only
 
 
 def slow(text: str, tokens: list[str]) -> bool:

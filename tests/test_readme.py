@@ -6,9 +6,13 @@ import re
 import shlex
 from pathlib import Path
 
+from helpers import host_only
+
 from tinyft import cli
 from tinyft.learn.exercise import exercises, of_lesson
 from tinyft.learn.folders import lessons
+
+pytestmark = host_only
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 WORDS = "the list returns an item of this name if it is found and none of them is empty".split()

@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 import real_assets
+from helpers import host_only
 from real_assets import ASSETS, Asset, fault, fetch, main
+
+pytestmark = host_only
 
 CONTENT = b"weights" * 1000
 MODEL = Asset("m", "some-model==1.0", "some_model/model", "model.safetensors", hashlib.sha256(CONTENT).hexdigest())

@@ -11,7 +11,10 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
+from helpers import host_only
 from house import FUNCTIONS, SOURCES, functions, parse
+
+pytestmark = host_only
 
 ROOT = Path(__file__).resolve().parents[1]
 

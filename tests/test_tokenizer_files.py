@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import host_only
 from test_tokens import SPECIAL, TEXT, byte_pairs, unigram, with_padding, word_piece
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 
 from tinyft import GPT, GPTConfig, data, load, save
 from tinyft.formats.huggingface import _read_tokenizer
+
+pytestmark = host_only
 
 SETTINGS = "tokenizer_config.json"
 

@@ -6,10 +6,13 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from helpers import host_only
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from tinyft import data, tokens
 from tinyft.data import IGNORE, Record
+
+pytestmark = host_only
 
 TEXT = "one two three four five six"
 WORDS = TEXT.split()
