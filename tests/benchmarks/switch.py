@@ -321,6 +321,13 @@ def times_faster(N: int, steps: list[int], dense: Any, switch: Any) -> float:
     return study.steps_to(steps, dense, switch[-1]) / N
 
 
+def percent(numbers: dict[str, Any], name: str) -> str:
+    """The share of the gain that a student keeps, in words; "no gain" if its teacher is not better than dense."""
+    if numbers["gain"]["mean"] <= 0:
+        return "no gain"
+    return f"{100 * numbers['shares'][name]['share']:.0f} %"
+
+
 def share_of(gain: np.ndarray, kept: list[float]) -> dict[str, Any]:
     """{share: mean over seeds of what is kept, over the mean gain; kept: the spread of what is kept, in nats}."""
     return {"share": float(np.mean(kept) / np.mean(gain)), "kept": study.spread(kept)}
@@ -364,7 +371,7 @@ def student_table(numbers: dict[str, Any]) -> list[str]:
     for name, share in numbers["shares"].items():
         paper = f"{100 * PAPER[name]:.0f} %" if name in PAPER else ""
         rows.append([name, study.text(numbers["loss"][name]), study.text(share["kept"], "+.3f"),
-                     f"{100 * share['share']:.0f} %", paper])
+                     percent(numbers, name), paper])
     lines = table(["student", "held-out loss", "below the dense model", "share of the gain", "paper"], rows)
     return [f"The gain: {study.text(numbers['gain'], '+.3f')} nats. The student has "
             f"{100 * numbers['compression']:.0f} % fewer parameters than its teacher.", "", *lines]
@@ -388,15 +395,8 @@ def reading(numbers: dict[str, Any]) -> list[str]:
         f"{'; '.join(trend(name, row) for name, row in numbers['speed'].items())}. Every expert sees a share of the "
         "tokens, so experts are worse at first. The wide dense model, with all of these parameters at every token, is "
         f"{wide:.3f} below the dense one.",
-        f"- The students keep of the gain: distilled {100 * numbers['shares'][DISTILLED]['share']:.0f} %, with the "
-        f"teacher's other parameters {100 * numbers['shares'][START]['share']:.0f} %, with both "
-        f"{100 * numbers['shares'][BOTH]['share']:.0f} %; the paper has 3, 20 and 29 %.",
-        "- A student that starts from its teacher's parameters also inherits the teacher's steps. The fair neighbour "
-        "is the dense model that trained as long as both together: it is at "
-        f"{100 * numbers['shares'][LONGER]['share']:.0f} % of the gain; the student with both is "
-        f"{study.text(numbers['beyond_longer'], '+.3f')} below it.",
     ]
-    return lines
+    return lines + student_reading(numbers)
 
 
 def trend(name: str, speed: dict[str, Any]) -> str:
@@ -407,6 +407,25 @@ def trend(name: str, speed: dict[str, Any]) -> str:
 def listed(values: list[float], form: str) -> str:
     """Numbers with commas between them."""
     return ", ".join(f"{value:{form}}" for value in values)
+
+
+def student_reading(numbers: dict[str, Any]) -> list[str]:
+    """What the table of the students says. Shares are of a gain, if there is one."""
+    beyond = f"its loss minus that of the student with both is {study.text(numbers['beyond_longer'], '+.3f')}."
+    if numbers["gain"]["mean"] <= 0:
+        return [
+            "- The largest Switch model has no gain over the dense one after these steps, so there is no share of it "
+            "to keep. The student without its teacher's parameters learns faster at first than the dense model.",
+            "- A student that starts from its teacher's parameters also inherits the teacher's steps. The fair "
+            f"neighbour is the dense model that trained as long as both together: {beyond}",
+        ]
+    return [
+        f"- The students keep of the gain: distilled {percent(numbers, DISTILLED)}, with the teacher's other "
+        f"parameters {percent(numbers, START)}, with both {percent(numbers, BOTH)}; the paper has 3, 20 and 29 %.",
+        "- A student that starts from its teacher's parameters also inherits the teacher's steps. The fair neighbour "
+        f"is the dense model that trained as long as both together: it is at {percent(numbers, LONGER)} of the gain; "
+        f"{beyond}",
+    ]
 
 
 def draw(numbers: dict[str, Any], path: Path) -> None:

@@ -28,12 +28,19 @@ def judge(numbers: Numbers) -> Finding:
         verdict = HOLDS if keeps and beyond else IN_PART if both > 0 else WRONG
     else:
         verdict = NOT_AT_THIS_SIZE if falls(trend) else WRONG
+    kept = {name: switch.percent(numbers, name) for name in shares}
     measured = (
-        f"at {100 * numbers['compression']:.0f} % compression the student keeps {100 * both:.0f} % of a gain of "
-        f"{numbers['gain']['mean']:.3f} nats (distillation alone {100 * shares[switch.DISTILLED]:.0f} %, start alone "
-        f"{100 * shares[switch.START]:.0f} %); the dense model that trained as long as both together has "
-        f"{100 * shares[switch.LONGER]:.0f} %"
+        f"at {100 * numbers['compression']:.0f} % compression the student keeps {kept[switch.BOTH]} of a gain of "
+        f"{numbers['gain']['mean']:.3f} nats (distillation alone {kept[switch.DISTILLED]}, start alone "
+        f"{kept[switch.START]}); the dense model that trained as long as both together has {kept[switch.LONGER]}"
     )
+    if numbers["gain"]["mean"] <= 0:
+        measured = (
+            f"no gain to keep: the Switch model's loss is {-numbers['gain']['mean']:.3f} nats above the dense model's "
+            f"after as many steps; the student with both, {100 * numbers['compression']:.0f} % smaller, is "
+            f"{numbers['shares'][switch.BOTH]['kept']['mean']:.3f} below the dense model, and "
+            f"{-numbers['beyond_longer']['mean']:+.3f} beside one that trained as long as both together"
+        )
     return Finding(verdict, measured, tuple(switch.student_table(numbers)))
 
 
