@@ -268,6 +268,16 @@ def test_packed_weights_are_those_of_training(method):
         np.testing.assert_array_equal(host(other(ids)), host(model(ids)))
 
 
+def test_pack_merges_what_trains_the_same_weights_and_nothing_else():
+    """Full trains them too, and is merged. BitFit trains biases, and stays."""
+    for method, left in ((ft.BitFit(), ["bitfit"]), (ft.Full(), [])):
+        model = ft.GPT(ft.GPTConfig(vocab=29, positions=16, width=16, layers=1, heads=2), seed=1)
+        ft.attach(model, method)
+        ft.attach(model, ft.QAT(bits=3, group=4))
+        ft.pack(model, "qat")
+        assert [a.name for a in edit.attached(model)] == left
+
+
 def test_with_many_bits_training_is_that_without_a_grid():
     weights = []
     for method in (ft.QAT(bits=8, group=2), None):
