@@ -96,6 +96,26 @@ def test_tune_eval_and_generate_take_sources(marian, capsys, tmp_path):
     assert [text["text"] for text in texts] == [target for _, target in PAIRS[:4]]
 
 
+@commands
+@pytest.mark.parametrize("kind", ["marian", "t5"])
+def test_generate_searches_the_targets_of_sources(kind, capsys, tmp_path):
+    """Texts of different lengths in one batch: each gets the targets and scores that it gets alone."""
+    model = small_model(kind, 3, 20)
+    folder = str(ft.save(model, tmp_path / kind, TOKENIZER))
+    model, _ = ft.load(folder)
+    file = write_rows(tmp_path / "sources.jsonl", [{"source": s, "target": t} for s, t in PAIRS])
+    options = ["generate", "--model", folder, "--max-new-tokens", "6", "--beams", "3", "--n-best", "3"]
+    entries = result_of(capsys, *options, "--file", file)["texts"]
+    for (source, _), entry in zip(PAIRS, entries, strict=True):
+        (wanted,) = ft.beam_search(model, None, 6, beams=3, n_best=3, end=END, source_ids=[[*ids_of(source), END]])
+        texts = [TOKENIZER.decode(h.tokens[:-1] if h.ended else h.tokens) for h in wanted]
+        assert [best["text"] for best in entry["n_best"]] == texts and entry["text"] == texts[0]
+        assert [best["score"] for best in entry["n_best"]] == pytest.approx([h.score for h in wanted], rel=1e-4)
+    assert len({entry["text"] for entry in entries}) > 1
+    printed = succeed(capsys, *options, "--prompt", PAIRS[0][0])
+    assert printed == "".join(f"{best['score']:9.4f}  {best['text']}\n" for best in entries[0]["n_best"])
+
+
 @pytest.mark.parametrize("max_len", [11, 12, 13, 14, 15])
 def test_the_longest_rows_fit_into_the_positions(max_len):
     """A model of max_len positions reads every batch, although batches are padded to round lengths."""

@@ -184,6 +184,56 @@ def test_generate_writes_the_text_of_predict(gpt, lora_run, capsys, tmp_path):
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_generate_writes_the_texts_of_beam_search(gpt, lora_run, capsys, tmp_path):
+    """The best texts of `beam_search`, with their scores. Another length penalty gives other scores."""
+    model, tokenizer = with_adapter(gpt, lora_run), ft.load(gpt)[1]
+    end = tokenizer.token_to_id("<|endoftext|>")
+    prompts = [row["prompt"] for row in FEW]
+    (tmp_path / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in prompts))
+    options = ["generate", "--model", gpt, "--adapter", lora_run, "--max-new-tokens", "12"]
+    search = [*options, "--file", str(tmp_path / "prompts.txt"), "--beams", "3"]
+    scores = {}
+    for alpha in (0.6, 4.0):
+        searched = [*search, "--length-penalty", str(alpha)] if alpha != 0.6 else search
+        several = result_of(capsys, *searched, "--n-best", "2")["texts"]
+        for prompt, entry in zip(prompts, several, strict=True):
+            (wanted,) = ft.beam_search(model, [tokenizer.encode(prompt).ids], 12, beams=3, n_best=2, end=end,
+                                       lp=ft.GNMTPenalty(alpha))
+            texts = [tokenizer.decode(h.tokens[:-1] if h.ended else h.tokens) for h in wanted]
+            assert entry["prompt"] == prompt and entry["text"] == texts[0]
+            assert [best["text"] for best in entry["n_best"]] == texts and len(texts) == 2
+            got = [best["score"] for best in entry["n_best"]]
+            assert got == pytest.approx([h.score for h in wanted], rel=1e-4)
+        scores[alpha] = got
+    assert scores[0.6] != scores[4.0]
+    best = several[0]["n_best"]
+    lines = succeed(capsys, *options, "--prompt", prompts[0], "--beams", "3", "--length-penalty", "4", "--n-best", "2")
+    assert lines == "".join(f"{one['score']:9.4f}  {prompts[0]}{one['text']}\n" for one in best)
+    one = succeed(capsys, *options, "--prompt", prompts[0], "--beams", "3", "--length-penalty", "4")
+    assert one == f"{prompts[0]}{best[0]['text']}\n"
+
+
+def test_one_beam_without_a_penalty_writes_the_greedy_text(gpt, lora_run, capsys):
+    options = ["generate", "--model", gpt, "--adapter", lora_run, "--prompt", FEW[1]["prompt"]]
+    assert succeed(capsys, *options) == succeed(capsys, *options, "--beams", "1", "--length-penalty", "0")
+
+
+def test_beam_search_ends_a_turn_of_a_chat_at_its_mark(chat_run, capsys, tmp_path, monkeypatch):
+    """The mark of <|im_end|> is no token of the shipped tokenizer: what follows it is cut. Where it is one, it ends."""
+    options = ["--model", "base-gpt", "--adapter", chat_run, "--max-new-tokens", "15", "--chat", "--prompt", "Open 1"]
+    assert succeed(capsys, "generate", *options, "--beams", "2") == "Done.\n"
+    ends = []
+
+    def fake(model, tokenizer, texts, **options):
+        ends.append(options.get("end"))
+        return [[("Done.", -1.0)]]
+    monkeypatch.setattr("tinyft.commands.generating.search_texts", fake)
+    for known in (None, 7):
+        monkeypatch.setattr("tokenizers.Tokenizer.token_to_id", lambda self, token, known=known: known)
+        succeed(capsys, "generate", *options, "--beams", "2")
+    assert ends == [None, 7]
+
+
 def test_generate_in_a_process_of_its_own(tmp_path):
     run = start(tmp_path, "generate", "--model", "base-gpt", "--prompt", "Return the", "--max-new-tokens", "5")
     out, error = run.communicate(timeout=60)
@@ -196,6 +246,18 @@ def test_generate_refuses_what_it_cannot_continue(gpt, bert, capsys, tmp_path):
     assert "--top-k and --top-p want --temperature > 0" in sentence
     sentence = refusal(capsys, "generate", "--model", gpt, "--prompt", "a", "--system", "b", status=2)
     assert "--system wants --chat" in sentence
+    prompt = ["generate", "--model", gpt, "--prompt", "a"]
+    for option in ("--n-best", "--length-penalty"):
+        assert "--length-penalty and --n-best want --beams" in refusal(capsys, *prompt, option, "2", status=2)
+    search = [*prompt, "--beams", "2"]
+    sentence = refusal(capsys, *search, "--temperature", "0.5", status=2)
+    assert "--beams wants --temperature 0: beam search draws no tokens" in sentence
+    for option in ("--beams", "--n-best"):
+        assert f"{option}: wants a whole number >= 1, got '0'" in refusal(capsys, *search, option, "0", status=2)
+    assert "--length-penalty: wants a finite number, got 'nan'" in refusal(
+        capsys, *search, "--length-penalty", "nan", status=2)
+    sentence = refusal(capsys, *search, "--length-penalty", "400")
+    assert "the length penalty of 40 tokens wants a finite number > 0, got inf" in sentence
     assert "wants a causal language model, got a BERT" in refusal(capsys, "generate", "--model", bert, "--prompt", "a")
     assert "at most 216 tokens" in refusal(capsys, "generate", "--model", gpt, "--prompt", "word " * 300)
 

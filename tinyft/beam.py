@@ -139,6 +139,8 @@ def longest_reach(lp: Callable[[int], float], max_len: int) -> list[float]:
             penalty = lp(n)
         except TypeError as e:
             raise TypeError(f"lp wants a function of a length, such as GNMTPenalty(0.6), got {checks.brief(lp)}") from e
+        except OverflowError:
+            penalty = math.inf
         value = checks.number(f"the length penalty of {n} tokens", penalty, above=0)
         largest = max(largest, value)
         reach[n - 1] = largest

@@ -14,6 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from . import array, checks
+from .beam import beam_search
 from .data import encode, pad
 from .data.rows import end_of_text
 from .data.sources import encode_source
@@ -24,7 +25,7 @@ from .models.blocks import Classifier
 from .nn import Context, Module, evaluation_mode
 from .tokens import encode_text, plain, special_ids
 
-__all__ = ["Predictions", "predict"]
+__all__ = ["Predictions", "ScoredText", "predict", "search_texts"]
 
 
 class Predictions(NamedTuple):
@@ -35,6 +36,15 @@ class Predictions(NamedTuple):
 
     labels: list
     probabilities: np.ndarray
+
+
+class ScoredText(NamedTuple):
+    """A text that a model wrote.
+
+    score  of beam search: log P(text | prompt or source) / lp(the number of its tokens)"""
+
+    text: str
+    score: float
 
 
 def predict(
@@ -77,14 +87,13 @@ def predict(
     if not classifies and max_len is not None:
         raise TypeError("predict: max_len cuts the texts of a classifier, and this model is a language model")
     with evaluation_mode(model):
-        if isinstance(model, EncoderDecoder):
-            return _write_targets(model, tokenizer, texts, batch_size, max_new_tokens, options)
+        if not classifies:
+            return _write(model, tokenizer, texts, batch_size, max_new_tokens, options)
+        names = class_names(model, names)
         room = model.config.positions - positions_of_prompts(model)
-        if classifies:
-            names = class_names(model, names)
-            room = room if max_len is None else min(room, checks.whole("predict: max_len", max_len, least=1))
-            return _classify(model, tokenizer, texts, names, batch_size, room)
-        return _continue(model, tokenizer, texts, batch_size, max_new_tokens, room, options)
+        if max_len is not None:
+            room = min(room, checks.whole("predict: max_len", max_len, least=1))
+        return _classify(model, tokenizer, texts, names, batch_size, room)
 
 
 def _check_arguments(model: Any, texts: Any, batch_size: Any, max_new_tokens: Any) -> None:
@@ -152,11 +161,67 @@ def _classify(
     return Predictions(labels, probabilities)
 
 
-def _continue(
-    model: Module, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int, max_new_tokens: int, room: int,
+def _write(
+    model: Module, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int, max_new_tokens: int,
     options: dict[str, Any],
 ) -> list[str]:
-    """The text that the model writes after each text. room: the positions for a text and its continuation."""
+    """The text that the model writes after each prompt, or for each source. options: of `generate`."""
+    end, batches = _read_prompts(model, tokenizer, texts, batch_size, max_new_tokens)
+    options = {"end": end, **options}                    # the caller's `end` wins
+    written = [""] * len(texts)
+    for chosen, ids, facts in batches:
+        out = generate(model, ids, max_new_tokens, **facts, **options)
+        start = 1 if ids is None else ids.shape[1]       # after the start token, or after the prompt
+        for i, new in zip(chosen, out[:, start:].tolist(), strict=True):
+            written[i] = decode_until(tokenizer, new, options["end"])
+    return written
+
+
+def search_texts(
+    model: Module,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    *,
+    batch_size: int = 32,
+    max_new_tokens: int = 20,
+    **options: Any,
+) -> list[list[ScoredText]]:
+    """The n_best continuations of each text by beam search, or targets of each source: best first, with their scores.
+
+    options         of `beam_search`, such as beams=4, n_best=2, lp=GNMTPenalty(1.0)
+    the others      as in `predict`
+
+    TypeError and ValueError as in `predict` and in `beam_search`; TypeError for a classifier."""
+    _check_arguments(model, texts, batch_size, max_new_tokens)
+    if isinstance(model.head, Classifier):
+        raise TypeError("beam search wants a language model, got a classifier")
+    tokenizer = plain("search_texts", tokenizer)
+    found: list[list[ScoredText]] = [[] for _ in texts]
+    with evaluation_mode(model):
+        end, batches = _read_prompts(model, tokenizer, texts, batch_size, max_new_tokens)
+        options = {"end": end, **options}
+        for chosen, ids, facts in batches:
+            for i, hypotheses in zip(chosen, beam_search(model, ids, max_new_tokens, **facts, **options), strict=True):
+                for h in hypotheses:
+                    text = decode_until(tokenizer, list(h.tokens), options["end"])
+                    found[i].append(ScoredText(text, h.score))
+    return found
+
+
+def _read_prompts(
+    model: Module, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int, max_new_tokens: int,
+) -> tuple[int | None, list[tuple[list[int], Any, dict[str, Any]]]]:
+    """(the token that ends a text, batches). A batch: the indices of its texts, then ids and facts for `generate`.
+
+    ValueError for prompts that are too long to be continued, and for an empty source."""
+    batches: list[tuple[list[int], Any, dict[str, Any]]] = []
+    if isinstance(model, EncoderDecoder):
+        [end] = special_ids("predict", tokenizer, "eos")                         # ends sources and targets
+        rows = [encode_source(tokenizer, text, sys.maxsize, end) for text in texts]
+        for chosen in batches_by_length(rows, batch_size):
+            ids, mask = pad([rows[i] for i in chosen], multiple=1)
+            batches.append((chosen, None, {"source_ids": ids, "source_mask": mask}))
+        return end, batches
     end = end_of_text(tokenizer)                         # ends a text, and stands before an empty one
     rows = []
     for text in texts:
@@ -164,36 +229,15 @@ def _continue(
         if not ids and end is None:
             raise ValueError("predict cannot continue an empty text: the tokenizer has no end of text to begin with")
         rows.append(ids or [end])
+    room = model.config.positions - positions_of_prompts(model)
     longest = max((len(row) for row in rows), default=0)
     if longest + max_new_tokens > room:
         raise ValueError(f"predict wants texts of at most {room - max_new_tokens} tokens, since {max_new_tokens} new "
                          f"ones follow and the model has {room} positions; got one of {longest}")
-    options = {"end": end, **options}                    # the caller's `end` wins
-    written = [""] * len(texts)
     for chosen in batches_by_length(rows, batch_size):
         ids, mask = pad_left([rows[i] for i in chosen])
-        mask = None if mask.all() else mask
-        out = generate(model, ids, max_new_tokens, mask=mask, **options)
-        for i, new in zip(chosen, out[:, ids.shape[1]:].tolist(), strict=True):
-            written[i] = decode_until(tokenizer, new, options["end"])
-    return written
-
-
-def _write_targets(
-    model: EncoderDecoder, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int, max_new_tokens: int,
-    options: dict[str, Any],
-) -> list[str]:
-    """The target that an encoder-decoder writes for each source."""
-    [end] = special_ids("predict", tokenizer, "eos")     # ends sources and targets
-    rows = [encode_source(tokenizer, text, sys.maxsize, end) for text in texts]
-    options = {"end": end, **options}                    # the caller's `end` wins
-    written = [""] * len(texts)
-    for chosen in batches_by_length(rows, batch_size):
-        ids, mask = pad([rows[i] for i in chosen], multiple=1)
-        out = generate(model, None, max_new_tokens, source_ids=ids, source_mask=mask, **options)
-        for i, new in zip(chosen, out[:, 1:].tolist(), strict=True):             # after the start token
-            written[i] = decode_until(tokenizer, new, options["end"])
-    return written
+        batches.append((chosen, ids, {"mask": None if mask.all() else mask}))
+    return end, batches
 
 
 def decode_until(tokenizer: Tokenizer, tokens: list[int], end: int | None) -> str:

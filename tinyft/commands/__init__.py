@@ -151,6 +151,11 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     c.add_argument("--system", help="the system message; with --chat")
     _add_template(c)
     _add_sampling(c, 40)
+    c.add_argument("--beams", type=whole(1), metavar="N", help="beam search with N live texts, in the place of the "
+                   "most probable token")
+    c.add_argument("--length-penalty", type=number(), metavar="X", help="a score is log P / ((5 + tokens) / 6)^X: "
+                   "larger ones favour longer texts, 0 compares log P (default: 0.6)")
+    c.add_argument("--n-best", type=whole(1), metavar="K", help="the K best texts of the search, with their scores")
     c.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     c.set_defaults(run=_generate)
 

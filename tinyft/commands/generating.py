@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from ..beam import GNMTPenalty, longest_reach
 from ..data.files import read_rows
 from ..models import EncoderDecoder
 from ..nn import Module
-from ..predict import positions_of_prompts, predict
+from ..predict import positions_of_prompts, predict, search_texts
 from ..tokens import encode_text, plain
 from .arguments import UsageError
 from .opening import as_json, is_language_model, open_adapter, open_model
@@ -38,6 +39,19 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
     return options | {"rng": np.random.default_rng(args.seed)}
 
 
+def beam_options(args: argparse.Namespace) -> dict[str, Any] | None:
+    """The options of `search_texts`; None without --beams. UsageError for options that want --beams or exclude it."""
+    if args.beams is None:
+        if args.length_penalty is not None or args.n_best is not None:
+            raise UsageError("--length-penalty and --n-best want --beams: they are of beam search")
+        return None
+    if args.temperature > 0:
+        raise UsageError("--beams wants --temperature 0: beam search draws no tokens")
+    lp = GNMTPenalty() if args.length_penalty is None else GNMTPenalty(args.length_penalty)
+    longest_reach(lp, args.max_new_tokens)               # raises for a penalty that is out of range
+    return {"beams": args.beams, "lp": lp, "n_best": args.n_best or 1}
+
+
 # ── generate ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 def run_generate(args: argparse.Namespace) -> int:
     """Run the command. Returns the exit status, 0."""
@@ -46,6 +60,7 @@ def run_generate(args: argparse.Namespace) -> int:
     if args.system is not None and not args.chat:
         raise UsageError("--system wants --chat: a plain prompt has no system message")
     options = sampling_options(args)
+    search = beam_options(args)
     chats = read_prompts(args)
     model, tokenizer = open_writer(args, "generate")
     has_sources = isinstance(model, EncoderDecoder)
@@ -58,15 +73,31 @@ def run_generate(args: argparse.Namespace) -> int:
         prompts = [form.prompt(messages) for messages in chats]
     else:
         prompts = chats
-    written = predict(model, tokenizer, prompts, max_new_tokens=args.max_new_tokens, **options)
-    texts = [cut_at(text, mark) for text in written]
+    if search is None:
+        written = predict(model, tokenizer, prompts, max_new_tokens=args.max_new_tokens, **options)
+        found: list[list[Any]] = [[(text, None)] for text in written]            # without a score
+    else:
+        end = tokenizer.token_to_id(mark) if mark else None
+        search |= {} if end is None else {"end": end}    # a turn ends before the text does
+        found = search_texts(model, tokenizer, prompts, max_new_tokens=args.max_new_tokens, **search)
+    found = [[(cut_at(text, mark), score) for text, score in texts] for texts in found]
     if args.json:
-        print(as_json({"texts": [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts)]}))
+        print(as_json({"texts": [as_entry(prompt, texts) for prompt, texts in zip(prompts, found)]}))
         return 0
-    for i, (prompt, text) in enumerate(zip(prompts, texts)):
+    for i, (prompt, texts) in enumerate(zip(prompts, found)):
         print("" if i == 0 else "\n", end="")
-        print(text if mark or has_sources else prompt + text)
+        for text, score in texts:
+            before = "" if args.n_best is None else f"{score:9.4f}  "
+            print(before + (text if mark or has_sources else prompt + text))
     return 0
+
+
+def as_entry(prompt: str, texts: list[tuple[str, float | None]]) -> dict[str, Any]:
+    """The entry of one prompt in the JSON object: its best text, and those of a search with their scores."""
+    entry: dict[str, Any] = {"prompt": prompt, "text": texts[0][0]}
+    if texts[0][1] is not None:
+        entry["n_best"] = [{"text": text, "score": score} for text, score in texts]
+    return entry
 
 
 def read_prompts(args: argparse.Namespace) -> list[Any]:
