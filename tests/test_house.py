@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": BELOW_EDIT,
     "decode": {*BELOW_EDIT, "models"},
     "beam": {*BELOW_EDIT, "models", "decode"},
-    "predict": {*BELOW_EDIT, "decode", "models", "data", "tokens"},
+    "predict": {*BELOW_EDIT, "decode", "beam", "models", "data", "tokens"},
     "pooling": {"array"},
     "embed": {*BELOW_EDIT, "kernels", "models", "data", "tokens", "predict", "pooling"},
     "methods": set(CORE),                                  # a method never imports a model
