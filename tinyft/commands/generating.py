@@ -75,12 +75,14 @@ def run_generate(args: argparse.Namespace) -> int:
         prompts = chats
     if search is None:
         written = predict(model, tokenizer, prompts, max_new_tokens=args.max_new_tokens, **options)
-        found: list[list[Any]] = [[(text, None)] for text in written]            # without a score
+        searched: list[list[Any]] = [[(text, None)] for text in written]         # without a score
     else:
         end = tokenizer.token_to_id(mark) if mark else None
         search |= {} if end is None else {"end": end}    # a turn ends before the text does
-        found = search_texts(model, tokenizer, prompts, max_new_tokens=args.max_new_tokens, **search)
-    found = [[(cut_at(text, mark), score) for text, score in texts] for texts in found]
+        searched = search_texts(model, tokenizer, prompts, max_new_tokens=args.max_new_tokens, **search)
+    found = []
+    for texts in searched:
+        found.append([(cut_at(text, mark), score) for text, score in texts])
     if args.json:
         print(as_json({"texts": [as_entry(prompt, texts) for prompt, texts in zip(prompts, found)]}))
         return 0
