@@ -266,6 +266,9 @@ def test_the_teacher_runs_once_for_each_row(teachers, files, capsys, tmp_path, m
     ours, theirs = values(tmp_path / "a"), values(tmp_path / "c")
     for name, value in ours.items():
         np.testing.assert_allclose(value, theirs[name], atol=2e-4)
+    few = ["--cache", str(tmp_path / "few"), "--logits", "3", "--set", "temperature=3"]
+    succeed(capsys, *options, "--student", "layers=1", *few, "--out", str(tmp_path / "d"))
+    assert sum(seen) == 48, "the tails of this temperature come with the logits"
 
 
 def test_the_teachers_texts_are_the_targets(teachers, files, capsys, tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from tinyft import array, ops
 from tinyft.compress.distill import cache, check_tokenizers, distilbert, hinton, layer_map, soft
 from tinyft.compress.distill.cache import TeacherCache, largest, row_keys
 from tinyft.compress.distill.soft import TeacherLogits, cosine_loss, soft_loss
+from tinyft.files import read_tensors
 from tinyft.nn import Context
 from tinyft.tensor import Tensor
 from tinyft.train.batch import read_batch
@@ -746,31 +747,99 @@ def test_a_wrong_tail_is_caught(wrong):
         check_tail(wrong)
 
 
-def test_a_cache_knows_the_tail_of_its_temperatures(tmp_path):
+def soft_value(student: ft.Module, teacher: ft.Module, batch: dict, k: int, T: float) -> float:
+    """The soft loss of a teacher of which k logits and their tail are known, from its own pass."""
+    targets = read_batch(batch)
+    z_s, z_t = (host(soft.run_teacher(model, targets).output).reshape(-1, VOCAB) for model in (student, teacher))
+    weight = targets.labels != -100
+    return float(soft_loss("L", leaf(z_s), of_cache(z_t, k, T), dev(weight.astype(z_s.dtype)), T).data)
+
+
+def check_temperatures(folder: Any) -> None:
+    """A cache, with no word about temperatures, gives the loss of each: also of one that comes after it was filled.
+
+    For that one, the teacher runs once more on each row."""
     student, teacher = make_gpt(), make_gpt(3)
-    few = TeacherCache(tmp_path / "few", teacher, k=4, temperatures=(3.0,))
-    live = value_of(ft.Hinton(teacher, 3.0, 1.0), student, BATCHES[0])
-    assert 0 < value_of(ft.Hinton(few, 3.0, 1.0), student, BATCHES[0]) < live
-    with pytest.raises(ValueError, match=r"with the temperature 2.0 wants a TeacherCache with it, .*got one with \[3"):
-        ft.Hinton(few).read(BATCHES[0])
-    few.flush()
-    with pytest.raises(ValueError, match=r"wants temperatures=\[\], got .* with \[3.0\]: take another folder"):
-        TeacherCache(tmp_path / "few", teacher, k=4)
+    cache = TeacherCache(folder, teacher, k=4)
+    rows = cache.fill(BATCHES)
+    for T, passes in ((1.0, rows), (2.0, rows), (3.0, 2 * rows), (3, 2 * rows), (1.0, 2 * rows)):
+        for batch in BATCHES:
+            value = value_of(ft.Hinton(cache, T, 1.0), student, batch)
+            assert value == pytest.approx(soft_value(student, teacher, batch, 4, T), rel=1e-5)
+        assert cache.passes == passes
+    assert len(cache) == rows
+    cache.flush()
+    reopened = TeacherCache(folder)
+    for T in (1.0, 2.0, 3.0):
+        value = value_of(ft.Hinton(reopened, T, 1.0), student, BATCHES[0])
+        assert value == pytest.approx(soft_value(student, teacher, BATCHES[0], 4, T), rel=1e-5)
+    with pytest.raises(ValueError, match="for the 3 rows .* not hold with tails at the temperature 4.0"):
+        ft.Hinton(reopened, 4.0).read(BATCHES[0])
+
+
+def test_a_cache_gives_the_loss_of_its_temperature(tmp_path):
+    check_temperatures(tmp_path)
     with pytest.raises(TypeError, match="temperatures wants a tuple of numbers, such as"):
-        TeacherCache(tmp_path / "new", teacher, temperatures=2.0)
-    reopened = TeacherCache(tmp_path / "few")
-    assert value_of(ft.Hinton(reopened, 3.0, 1.0), student, BATCHES[0]) < live
+        TeacherCache(tmp_path / "new", make_gpt(3), temperatures=2.0)
 
 
-@pytest.mark.parametrize("temperatures", [(), (2.0,)])
-def test_more_logits_come_closer_to_the_teacher(temperatures, tmp_path):
+def without_tail(self: TeacherCache, targets: ft.Targets, temperature: float | None = None) -> Any:
+    """The probability of the others is shared out among the k classes: the default of earlier versions."""
+    return right_look_up(self, targets, None)
+
+
+def of_the_first_tail(self: TeacherCache, targets: ft.Targets, temperature: float | None = None) -> Any:
+    """The tail of the lowest temperature serves all."""
+    return right_look_up(self, targets, 1.0)
+
+
+def never_again(self: TeacherCache, keys: Any, temperatures: Any) -> list[int]:
+    """A row that is there is there at all temperatures."""
+    return [i for i, key in enumerate(keys) if key not in self._entries]
+
+
+def again_and_again(self: TeacherCache, keys: Any, temperatures: Any) -> list[int]:
+    """Every row is computed, whatever the cache holds."""
+    return list(range(len(keys)))
+
+
+right_look_up = TeacherCache.look_up
+
+
+@wrong_answers
+@pytest.mark.parametrize("name, wrong", [
+    ("look_up", without_tail), ("look_up", of_the_first_tail), ("_lacking", never_again), ("_lacking", again_and_again),
+], ids=lambda value: getattr(value, "__name__", ""))
+def test_a_cache_of_another_temperature_is_caught(name, wrong, tmp_path):
+    with replaced(TeacherCache, name, wrong), pytest.raises((AssertionError, KeyError)):
+        check_temperatures(tmp_path)
+
+
+def test_a_folder_without_tails_is_read_and_completed(tmp_path):
+    """Files of earlier versions have no tails unless they were asked for; these files are the same."""
+    student, teacher = make_gpt(), make_gpt(3)
+    rows = TeacherCache(tmp_path, teacher, k=4, temperatures=()).fill(BATCHES)
+    (file,) = tmp_path.iterdir()
+    arrays, facts = read_tensors(file)
+    assert arrays.keys() == {"keys", "counts", "values", "columns"} and facts["temperatures"] == []
+    with pytest.raises(ValueError, match=f"wants a teacher for the {len(BATCHES[0]['ids'])} rows"):
+        ft.Hinton(TeacherCache(tmp_path)).read(BATCHES[0])
+    cache = TeacherCache(tmp_path, teacher, k=4)
+    assert len(cache) == 0
+    assert cache.fill(BATCHES) == rows == len(cache) == len(TeacherCache(tmp_path, teacher, k=4))
+    expected = soft_value(student, teacher, BATCHES[0], 4, 2.0)
+    value = value_of(ft.Hinton(TeacherCache(tmp_path), 2.0, 1.0), student, BATCHES[0])
+    assert value == pytest.approx(expected, rel=1e-5)
+
+
+def test_more_logits_come_closer_to_the_teacher(tmp_path):
     """The soft loss of a cache differs from the teacher's by less, the larger k is; over three batches."""
     student, teacher = make_gpt(), make_gpt(3)
     for p in teacher.parameters():
         p.copy_(host(p) * 4)
     errors = []
     for k in (2, 6, 12, None):
-        cache = TeacherCache(tmp_path / str(k), teacher, k, temperatures)
+        cache = TeacherCache(tmp_path / str(k), teacher, k)
         differences = []
         for batch in BATCHES:
             live = value_of(ft.Hinton(teacher, 2.0, 1.0), student, batch)

@@ -121,7 +121,8 @@ def make_objective(
         raise UsageError(f"--cache wants another --loss than {name}: a cache holds logits and no hidden states")
     if kind_of(teacher) == "a masked language model":
         raise ValueError("--cache wants rows that come again, and masks are drawn anew in every epoch")
-    cache = TeacherCache(options["cache"], teacher, options["logits"] or LOGITS)
+    temperature = loss.temperature if isinstance(loss, Hinton) else 1.0
+    cache = TeacherCache(options["cache"], teacher, options["logits"] or LOGITS, [temperature])
     return Objective(dataclasses.replace(loss, teacher=cache))
 
 

@@ -5,8 +5,8 @@
 
 An entry belongs to a row of a batch, whatever batch it comes in: its key is a digest of the row's real ids, of its
 source, of its other facts, and of the positions that have a label. It holds the k largest logits of each such position,
-largest first, with their classes, and for some temperatures the probability of all others together. The entries lie in
-files of many rows, each written at once and never changed.
+largest first, with their classes, and the tail: for some temperatures, the sum over all other classes. The entries lie
+in files of many rows, each written at once and never changed.
 
 Random masks make new rows in every epoch, so nothing is found again: of masked language models, cache fixed batches.
 A teacher whose outputs for a row depend on its batch (a Switch layer does not; a batch norm would) cannot be cached.
@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,21 @@ from .row_files import read_row_files, write_row_file
 from .soft import CachedTargets, run_teacher
 
 FLUSH = 1 << 22                                          # bytes of new entries, from which on a file is written
-Entry = tuple[np.ndarray, np.ndarray, np.ndarray]        # of one row: (n, k) logits, (n, k) classes, (n, S) tails
+TEMPERATURES = (1.0, 2.0)                                # the defaults of WordLevel and of Hinton
+
+
+@dataclass
+class Entry:
+    """The teacher's outputs for the n labelled positions of a row.
+
+    values (n, k) logits, columns (n, k) their classes, tails {T: (n,) log Σ exp(z / T) over the other classes}"""
+    values: np.ndarray
+    columns: np.ndarray
+    tails: dict[float, np.ndarray]
+
+    def tail_columns(self, temperatures: Sequence[float]) -> np.ndarray:
+        """The tails at these temperatures, (n, S)."""
+        return np.stack([self.tails[T] for T in temperatures], axis=-1)
 
 
 class TeacherCache:
@@ -39,22 +54,23 @@ class TeacherCache:
 
     folder   of the files; made if it is not there
     teacher  the model; None: only rows that the folder holds can be read
-    k        the number of logits of each position; None: all of them, and the loss is that of the teacher itself
-    temperatures   those of losses for which the tail is kept, too: the probability of all classes beyond the k
+    k        the number of logits of each position; None: all of them
+    temperatures   of the losses that will read the cache. `fill` computes the tails for these, from the same pass as
+                   the logits. A loss with another temperature works too: the teacher runs again on each row, once
 
-    With the tail, these classes count as one: the loss is KL of k + 1 probabilities. It is at most the loss of the
-    teacher itself, and 0 where student and teacher are the same. Without it, the probability of the others is shared
-    out among the k: that teacher is surer than the true one, the more so the higher the temperature.
+    Exact: the teacher's probabilities of the k classes, and the probability of all other classes together (the tail),
+    at the temperature of the loss. Approximated: the others count as one class, so the loss is KL of k + 1
+    probabilities. It is at most the loss of the teacher itself, and 0 where student and teacher are the same. It says
+    nothing about single classes of the tail. With k=None the loss is that of the teacher itself.
 
     All entries are held in memory, 8 k + 4 S bytes for a position and S temperatures.
 
-    A run that is resumed wants a cache of the same teacher with the same k and temperatures. TypeError or ValueError
-    for values without meaning, for a folder with outputs of another teacher or with other settings, and for a damaged
-    file."""
+    A run that is resumed wants a cache of the same teacher with the same k. TypeError or ValueError for values without
+    meaning, for a folder with outputs of another teacher or with another k, and for a damaged file."""
 
     def __init__(
         self, folder: str | os.PathLike, teacher: Module | None = None, k: int | None = 64,
-        temperatures: Sequence[float] = (),
+        temperatures: Sequence[float] = TEMPERATURES,
     ):
         checks.instance("TeacherCache: folder", folder, (str, os.PathLike), "a path")
         if teacher is not None:
@@ -76,8 +92,8 @@ class TeacherCache:
                              "none")
 
     def __len__(self) -> int:
-        """The number of rows."""
-        return len(self._entries)
+        """The number of rows that can be read at all of the cache's temperatures."""
+        return len(self._entries) - len(self._lacking(self._entries, self._temperatures))
 
     @property
     def passes(self) -> int:
@@ -86,56 +102,79 @@ class TeacherCache:
 
     # ── reading and writing ──
     def _read_files(self) -> None:
-        """Take the entries of all files of the folder."""
+        """Take the entries of all files of the folder.
+
+        Without a teacher, the cache's temperatures become those that all files have."""
+        in_files = []
         for file, arrays, facts in read_row_files(self._folder):
             self._check_facts(file, facts)
-            self._add_file(file, arrays)
             self._classes = facts.get("classes")
+            in_files.append(facts.get("temperatures", []))
+            self._add_file(file, arrays, in_files[-1])
+        if self._teacher is None and in_files:
+            self._temperatures = sorted(set.intersection(*map(set, in_files)))
 
     def _check_facts(self, file: Path, facts: dict[str, Any]) -> None:
-        """ValueError unless a file is of this teacher with these settings. Without a teacher, the first decides."""
+        """ValueError unless a file is of this teacher with this k. Without a teacher, the first file decides."""
         if self.of is None:
             self.of, self.k = facts.get("of"), facts.get("k")
-            self._temperatures = list(facts.get("temperatures", []))
         if facts.get("of") != self.of:
             raise ValueError(f"TeacherCache wants outputs of this teacher, got {file} of another one: take another "
                              "folder")
         if facts.get("k") != self.k:
             raise ValueError(f"TeacherCache wants k={self.k}, got {file} with k={facts.get('k')}: take another folder")
-        if facts.get("temperatures", []) != self._temperatures:
-            raise ValueError(f"TeacherCache wants temperatures={self._temperatures}, got {file} with "
-                             f"{facts.get('temperatures', [])}: take another folder")
 
-    def _add_file(self, file: Path, arrays: dict[str, np.ndarray]) -> None:
-        """Take the entries of one file. ValueError if it is damaged."""
+    def _add_file(self, file: Path, arrays: dict[str, np.ndarray], temperatures: list[float]) -> None:
+        """Take the entries of one file, which has tails for these temperatures. ValueError if it is damaged."""
         if arrays.keys() - {"tails"} != {"keys", "counts", "values", "columns"}:
             raise ValueError(f"{file} is damaged or not one of ours: it holds {', '.join(sorted(arrays)) or 'nothing'}")
         keys, counts = arrays["keys"], arrays["counts"]
         fits = keys.ndim == 2 and counts.shape == keys.shape[:1] and arrays["values"].shape == arrays["columns"].shape
         every_tail = arrays.get("tails", np.zeros((len(arrays["values"]), 0), np.float32))
-        fits = fits and every_tail.shape == (len(arrays["values"]), len(self._temperatures))
+        fits = fits and every_tail.shape == (len(arrays["values"]), len(temperatures))
         if not fits or counts.sum() != len(arrays["values"]):
             raise ValueError(f"{file} is damaged: its keys, counts and logits do not fit")
         end = 0
         for key, count in zip(keys, counts.tolist()):
             start, end = end, end + count
-            values, columns, tails = arrays["values"][start:end], arrays["columns"][start:end], every_tail[start:end]
-            self._entries[key.tobytes()] = values, columns, tails
+            tails = dict(zip(temperatures, every_tail[start:end].T))
+            self._add(key.tobytes(), Entry(arrays["values"][start:end], arrays["columns"][start:end], tails))
+
+    def _add(self, key: bytes, entry: Entry) -> None:
+        """Take an entry. Tails of other temperatures that the cache has of this row are kept."""
+        if key in self._entries:
+            entry.tails = self._entries[key].tails | entry.tails
+        self._entries[key] = entry
+
+    def _lacking(self, keys: Iterable[bytes], temperatures: Sequence[float]) -> list[int]:
+        """The indices of the keys without an entry, or whose entry lacks the tail of one of these temperatures."""
+        wanted = set(temperatures)
+        indices = []
+        for i, key in enumerate(keys):
+            entry = self._entries.get(key)
+            if entry is None or not (self._is_whole(entry) or entry.tails.keys() >= wanted):
+                indices.append(i)
+        return indices
+
+    def _is_whole(self, entry: Entry) -> bool:
+        """True for an entry with the logits of all classes: it needs no tail."""
+        return self.k is None or entry.columns.shape[-1] == self._classes
 
     def flush(self) -> None:
         """Write all new entries, as one more file. A reader sees the whole file or none."""
         if not self._new:
             return
         entries = [self._entries[key] for key in self._new]
+        temperatures = [] if self._is_whole(entries[0]) else self._temperatures
         arrays = {
             "keys": np.frombuffer(b"".join(self._new), np.uint8).reshape(len(entries), -1),
-            "counts": np.array([len(values) for values, _, _ in entries], np.int64),
-            "values": np.concatenate([values for values, _, _ in entries]),
-            "columns": np.concatenate([columns for _, columns, _ in entries]),
+            "counts": np.array([len(entry.values) for entry in entries], np.int64),
+            "values": np.concatenate([entry.values for entry in entries]),
+            "columns": np.concatenate([entry.columns for entry in entries]),
         }
-        if self._temperatures:
-            arrays["tails"] = np.concatenate([tails for _, _, tails in entries])
-        facts = {"of": self.of, "k": self.k, "temperatures": self._temperatures, "classes": self._classes}
+        if temperatures:
+            arrays["tails"] = np.concatenate([entry.tail_columns(temperatures) for entry in entries])
+        facts = {"of": self.of, "k": self.k, "temperatures": temperatures, "classes": self._classes}
         write_row_file(self._folder, arrays, facts)
         self._new = []
 
@@ -151,51 +190,55 @@ class TeacherCache:
         return self._passes - before
 
     def look_up(self, targets: Targets, temperature: float | None = None) -> CachedTargets:
-        """The targets with the teacher's logits. Rows that are new go through the teacher, all in one pass.
+        """The targets with the teacher's logits, and the tail at a temperature.
 
-        temperature: of the loss. If the cache keeps tails, they are those of this temperature; None: of the first.
-        ValueError for another temperature than the tails have, for a batch of embeddings, and for a new row without a
-        teacher."""
-        if self._temperatures and temperature is None:
-            temperature = self._temperatures[0]
-        if self._temperatures and float(temperature) not in self._temperatures:
-            raise ValueError(f"a loss with the temperature {temperature} wants a TeacherCache with it, "
-                             f"temperatures=({temperature},), got one with {self._temperatures}")
+        temperature: of the loss; None: no tail is returned. Rows that the cache lacks go through the teacher, all in
+        one pass; so do those of which it lacks the tail at this temperature (None: at one of its own temperatures).
+        ValueError for a batch of embeddings, and for a row that the cache lacks without a teacher."""
         if isinstance(targets.ids, Tensor):
             raise ValueError("TeacherCache wants batches of ids, got embeddings: these have no key")
         keys = row_keys(targets)
-        missing = [i for i, key in enumerate(keys) if key not in self._entries]
+        wanted = self._temperatures if temperature is None else [float(temperature)]
+        missing = self._lacking(keys, wanted)
         if missing:
-            self._compute(targets, keys, missing)
+            self._compute(targets, keys, missing, wanted)
         entries = [self._entries[key] for key in keys]
-        values = np.concatenate([values for values, _, _ in entries])
-        columns = np.concatenate([columns for _, columns, _ in entries])
         tail = None
-        if self._temperatures:
-            column = self._temperatures.index(float(temperature))
-            tail = np.concatenate([tails[:, column] for _, _, tails in entries])
-        return CachedTargets(**vars(targets), teacher_values=values, teacher_columns=columns, teacher_tail=tail,
-                             teacher_classes=self._classes)
+        if temperature is not None and not self._is_whole(entries[0]):
+            tail = np.concatenate([entry.tails[float(temperature)] for entry in entries])
+        return CachedTargets(
+            **vars(targets), teacher_values=np.concatenate([entry.values for entry in entries]),
+            teacher_columns=np.concatenate([entry.columns for entry in entries]), teacher_tail=tail,
+            teacher_classes=self._classes,
+        )
 
-    def _compute(self, targets: Targets, keys: list[bytes], missing: list[int]) -> None:
-        """Take the teacher's outputs for some rows of a batch into the cache."""
+    def _compute(self, targets: Targets, keys: list[bytes], missing: list[int], wanted: Sequence[float]) -> None:
+        """Take the teacher's outputs for some rows of a batch into the cache, with the tails of all its temperatures.
+
+        wanted: the temperatures of the caller, which are the cache's from now on."""
         if self._teacher is None:
+            tails = " with tails at the temperature " + ", ".join(map(str, wanted)) if wanted else ""
             raise ValueError(f"TeacherCache wants a teacher for the {len(missing)} rows of this batch that "
-                             f"{self._folder} does not hold")
+                             f"{self._folder} does not hold{tails}")
         check_range("token id", targets.ids, self._teacher.embed.in_features,
                     f"the teacher's vocabulary of {self._teacher.embed.in_features}")
+        if not set(wanted) <= set(self._temperatures):
+            self.flush()                                 # all rows of a file have tails of the same temperatures
+            self._temperatures = sorted({*self._temperatures, *wanted})
         rows = row_of_logits(targets)
         logits = array.asnumpy(run_teacher(self._teacher, targets).output.data)
         logits = logits.reshape(-1, logits.shape[-1])                            # (N, V)
         self._classes = logits.shape[-1]
         logits = logits.astype(np.float32)
         values, columns = largest(logits, self.k)
-        tails = tail_sums(logits, columns, self._temperatures)
-        for i in missing:
-            self._entries[keys[i]] = values[rows == i], columns[rows == i], tails[rows == i]
-            self._new.append(keys[i])
+        temperatures = self._temperatures if columns.shape[-1] < self._classes else []
+        tails = tail_sums(logits, columns, temperatures)                         # (N, S)
+        for key, i in {keys[i]: i for i in missing}.items():                     # two rows may have one key
+            own = rows == i
+            self._add(key, Entry(values[own], columns[own], dict(zip(temperatures, tails[own].T))))
+            self._new.append(key)
         self._passes += len(missing)
-        if sum(self._entries[key][0].nbytes for key in self._new) > FLUSH:
+        if sum(self._entries[key].values.nbytes for key in self._new) > FLUSH:
             self.flush()
 
 

@@ -63,7 +63,8 @@ def row_weights(targets: Targets, like: Array, dtype: Any) -> Array:
 def soft_loss(name: str, logits: Tensor, teacher: TeacherLogits, weight: Array, temperature: float) -> Tensor:
     """`distillation_loss` of a student's logits, (..., V) with N rows, and those of a teacher or of its cache.
 
-    If the tail of a cache is known, its classes count as one, in both distributions.
+    If the tail of a cache is known, its classes count as one, in both distributions. If it is not, the teacher's
+    distribution is a softmax over the k classes: it is surer than the true one, and the student unlearns the others.
     weight: (N,).  ValueError unless both have the same rows and classes.  name: of the loss, for the message."""
     logits = wide(logits)
     V = logits.shape[-1]
