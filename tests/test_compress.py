@@ -203,6 +203,21 @@ def test_padding_does_not_count(rng):
     np.testing.assert_allclose(q[0], q[1], atol=1e-6)
 
 
+@pytest.mark.parametrize("kind, zero, message", [
+    ("affine", -1.0, "whole numbers from 0 to 7, got -1"), ("affine", 8, "whole numbers from 0 to 7, got 8"),
+    ("affine", 1.5, "whole numbers from 0 to 7, got 1.5"), ("affine", np.nan, "whole numbers from 0 to 7, got nan"),
+    ("affine", None, "wants zero points"), ("symmetric", 4.0, "wants no zero points"),
+])
+def test_zero_points_that_a_grid_cannot_have_are_refused(kind, zero, message):
+    codes = np.ones((2, 6), np.uint8)
+    zeros = None
+    if zero is not None:
+        zeros = np.ones((2, 2))
+        zeros[1, 0] = zero
+    with pytest.raises(ValueError, match=message):
+        Uniform(codes, np.ones((2, 2)), zeros, kind=kind, bits=3, group=3)
+
+
 @pytest.mark.parametrize("wrong, message", [
     ({"batches": None}, "calibration batches"),
     ({"batches": []}, "calibration batches"),

@@ -686,12 +686,12 @@ def damped_in_no_unit(H, damp):
     return np.linalg.cholesky(np.linalg.inv(H + damp * np.eye(len(H)))).T
 
 
-@instead_of(gptq, "in_own_order", "The order is undone by applying it again.")
+@instead_of(gptq, "in_input_order", "The order is undone by applying it again.")
 def ordered_twice(codes, order):
     return codes[:, order]
 
 
-@instead_of(gptq, "in_own_order", "Columns of a quantized weight lie where they were quantized.")
+@instead_of(gptq, "in_input_order", "Columns of a quantized weight lie where they were quantized.")
 def order_not_undone(codes, order):
     return codes
 
@@ -701,7 +701,7 @@ class OrderForgotten(Uniform):
     @classmethod
     def from_grid(cls, codes, grid, *, order=None, **more):
         if order is not None:
-            codes = gptq.in_own_order(codes, order)
+            codes = gptq.in_input_order(codes, order)
         return Uniform.from_grid(codes, grid, **more)
 
 

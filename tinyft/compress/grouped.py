@@ -3,8 +3,9 @@
     Grouped     the base class: the stream of codes, the scales, the order of the inputs, the dense weight
     Uniform     w = s (q − z), on the grids of grids.py
 
-The rows of W are the last axis of every array in memory (coded.py): the stream of codes is (bytes, out), and the scales
-are (groups, out). A row of W has groups = ⌈in / g⌉ groups of g weights; the last is shorter if g does not divide `in`.
+In memory, the last axis of every array is `out`, the number of rows of W (see coded.py): the stream of codes is
+(bytes, out), and the scales are (groups, out). A row of W has groups = ⌈in / g⌉ groups of g weights. The last one is
+shorter if g does not divide `in`.
 """
 from __future__ import annotations
 
@@ -27,19 +28,21 @@ class Grouped(Coded):
 
         w = s (level(q) − z) + m         q the code of w;  s, z, m the scale, the zero point and the shift of its group
 
-    bits          b
-    group         g, at most `in`
-    codes         (bytes, out) uint8: a packed stream (packing.py) for each row of W
-    scale_bits    (groups, out): s, stored by as_bits of coded.py
-    zero_point    z, if all groups have the same
-    zero_codes    None, or z of each group: a packed stream, (bytes, out) uint8
-    shift_bits    None, or m of each group, (groups, out), stored by as_bits
-    order         None, or (in,) int32: code j of a row belongs to the input order[j] (GPTQ's act_order)
-    input_scale   None, or (in,) float32: the codes represent W diag(input_scale), and the columns of the decoded weight
-                  are divided by it (AWQ)
+    level(q) is the number that the code q means. In this class level(q) = q and z = m = 0. A subclass with other levels
+    overrides `table_values`; one with zero points or shifts sets zero_point, zero_codes or shift_bits.
 
-    Without more, level(q) = q and z = m = 0. A subclass with other levels overrides `table_values`; one with zero
-    points or shifts sets zero_point, zero_codes or shift_bits. The kernels in kernels/ read these attributes."""
+    bits              b
+    group             g, at most `in`
+    codes             (bytes, out) uint8: a packed stream (packing.py) for each row of W
+    scale_bits        (groups, out): s, as the bits of float16 or float32 (as_bits in coded.py)
+    zero_point        z, if all groups have the same
+    zero_codes        None, or z of each group: a packed stream, (bytes, out) uint8
+    shift_bits        None, or m of each group, (groups, out), as bits
+    order             None, or (in,) int32: code j of a row belongs to the input order[j] (GPTQ's act_order)
+    input_scale_bits  None, or (in,), as bits: the codes represent W diag(input_scale), and the columns of the decoded
+                      weight are divided by input_scale (AWQ)
+
+    The kernels in kernels/ read these attributes."""
 
     in_groups = True
     zero_point: float = 0.0
@@ -56,8 +59,7 @@ class Grouped(Coded):
     ):
         """Pack codes (out, in) on the host, whole numbers in 0 ... 2^bits − 1, with their scales (out, groups).
 
-        order, input_scale: (in,), as the attributes. The scales are stored as float16 if that is exact, else as
-        float32.
+        order, input_scale: (in,), as above. The scales are stored as float16 if that is exact, else as float32.
         TypeError for codes that are no integers. ValueError for codes or bits out of range, other shapes, scales that
         are not finite, input scales that are not positive and an order that is no permutation."""
         name = type(self).__name__
@@ -68,7 +70,9 @@ class Grouped(Coded):
         self.group = min(group, codes.shape[1])
         self.codes = array.asarray(pack(np.ascontiguousarray(codes.T), bits))            # (bytes, out)
         self.keep_scale(scale)
-        self.order = None if order is None else array.asarray(_checked_order(order, codes.shape[1], name))
+        self.order = None
+        if order is not None:
+            self.order = array.asarray(_checked_order(order, codes.shape[1], name))
         self.input_scale_bits = None
         if input_scale is not None:
             if input_scale.shape != (codes.shape[1],) or not (input_scale > 0).all():
@@ -104,7 +108,7 @@ class Grouped(Coded):
 
     def check_codes(self, top: int) -> None:
         """ValueError if a code is larger than `top`. The codes are unpacked one block of rows at a time."""
-        if top == (1 << self.bits) - 1:                                          # no code of so many bits is larger
+        if top == (1 << self.bits) - 1:                                          # then every code of b bits is allowed
             return
         for rows in self.blocks():
             largest = int(unpack(self.codes[:, rows], self.bits, self.shape[1]).max())
@@ -112,15 +116,18 @@ class Grouped(Coded):
                 raise ValueError(f"{type(self).__name__} wants codes from 0 to {top}, got {largest}")
 
     def extra_repr(self) -> str:
-        more = ", in another order" if self.order is not None else ""
-        more += ", with input scales" if self.input_scale_bits is not None else ""
+        more = ""
+        if self.order is not None:
+            more += ", in another order"
+        if self.input_scale_bits is not None:
+            more += ", with input scales"
         return f"{tuple(self.shape)}, {self.bits} bits in groups of {self.group}{more}, {self.nbytes:,} bytes"
 
     # ── parts of the weight ──
     @property
     def groups(self) -> int:
-        """The number of groups in a row."""
-        return -(-self.shape[1] // self.group)
+        """The number of groups in a row, ⌈in / g⌉."""
+        return -(-self.shape[1] // self.group)                                   # rounded up
 
     def keep_scale(self, scale: np.ndarray) -> None:
         """Store the scales (out, groups), given on the host."""
@@ -142,7 +149,7 @@ class Grouped(Coded):
         return None if self.input_scale_bits is None else from_bits(self.input_scale_bits)
 
     def code_matrix(self) -> np.ndarray:
-        """The codes (out, in) uint8 on the host: column j belongs to the input order[j], without an order to j."""
+        """The codes (out, in) uint8 on the host. Column j belongs to the input order[j], or to j if order is None."""
         return unpack(array.asnumpy(self.codes), self.bits, self.shape[1]).T
 
     def table_values(self) -> Array | None:
@@ -174,14 +181,17 @@ class Grouped(Coded):
         if self.zero_codes is None and zero == 0:
             return scale, shift
         constant = scale * -zero
-        return scale, constant if shift is None else constant + shift
+        if shift is not None:
+            constant = constant + shift
+        return scale, constant
 
     # ── the dense weight ──
     def columns(self, rows: Any) -> Array:
-        """Wᵀ[:, rows], (in, n), for a slice or an array (n,) of row numbers, in the dtype of dense rows.
+        """Wᵀ[:, rows], (in, n), for a slice or an array (n,) of row numbers.
 
-        Computed in float32 and in place: memory holds the float32 result, its codes, and temporary arrays of at most
-        about an eighth of the result (see parts)."""
+        The dtype is that of self.unit: float32, or the one that the model was cast to. The weights are computed in
+        float32 and in place: memory holds the float32 result, its codes, and temporary arrays of at most about an
+        eighth of the result (see parts). A result in 16 bits is one more copy, half as large."""
         width = self.shape[1]
         codes = unpack(self.codes[:, rows], self.bits, width)                    # (in, n)
         weight = xp(codes).empty(codes.shape, np.float32)
@@ -196,21 +206,22 @@ class Grouped(Coded):
                 continue
             size = min(self.group, last - first)
             values = weight[first:last].reshape(-1, size, weight.shape[1])       # a view, (groups, g, n)
-            groups = slice(first // self.group, first // self.group + len(values))
-            values -= zero if self.zero_codes is None else zero[groups, None]
-            values *= scale[groups, None]
+            first_group = first // self.group
+            own = slice(first_group, first_group + len(values))                  # the groups of these inputs
+            values -= zero if self.zero_codes is None else zero[own, None]
+            values *= scale[own, None]
             if shift is not None:
-                values += shift[groups, None]
+                values += shift[own, None]
         if self.order is not None:
             put_in_order(weight, self.order)
         if self.input_scale_bits is not None:
             weight /= self.input_scale[:, None]
-        return weight if self.unit.dtype == np.float32 else weight.astype(self.unit.dtype)
+        return weight.astype(self.unit.dtype, copy=False)
 
 
 def parts(n: int) -> list[slice]:
     """The indices 0 ... n − 1 as at most eight slices of equal length; the last may be shorter."""
-    step = -(-n // 8)
+    step = -(-n // 8)                                                            # rounded up
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 
@@ -233,22 +244,24 @@ class Uniform(Grouped):
         self, codes: np.ndarray, scale: np.ndarray, zero: np.ndarray | None = None, *, kind: str, bits: int, group: int,
         order: np.ndarray | None = None, input_scale: np.ndarray | None = None,
     ):
-        """As Grouped. zero: the zero points (out, groups) of an affine grid, whole numbers; None for other grids.
+        """As Grouped. zero: the zero points (out, groups) of an affine grid, whole numbers in 0 ... 2^bits − 1. Other
+        grids have None.
 
-        ValueError also for a kind without a grid of so many bits, for zero points that are missing, not wanted or of
-        another shape, and for a grid with values that float32 cannot hold."""
+        ValueError also for a kind without a grid of so many bits, for zero points that are missing, not wanted, of
+        another shape or out of range, and for a grid with values that float32 cannot hold."""
         check_kind("Uniform", kind, bits)
         super().__init__(codes, scale, bits=bits, group=group, order=order, input_scale=input_scale)
         self.kind = kind
-        needs_zero = fixed_zero(kind, bits) is None
-        if needs_zero != (zero is not None):
-            raise ValueError(f"Uniform: the {kind} grid wants {'zero points' if needs_zero else 'no zero points'}")
+        top = top_code(kind, bits)
+        shared_zero = fixed_zero(kind, bits)                                     # None: each group has its own
+        if shared_zero is None:
+            _check_zero_points(zero, kind, scale.shape, top)
+        elif zero is not None:
+            raise ValueError(f"Uniform: the {kind} grid wants no zero points")
+        _check_range(scale, zero if shared_zero is None else shared_zero, top)
         self.zero_codes = None
-        _check_values(scale, fixed_zero(kind, bits) if zero is None else zero, top_code(kind, bits))
         if zero is not None:
-            if zero.shape != scale.shape:
-                raise ValueError(f"Uniform wants zero points of shape {scale.shape}, got {zero.shape}")
-            whole = np.ascontiguousarray(zero.T).astype(np.int64)
+            whole = np.ascontiguousarray(zero.T).astype(np.int64)                # (groups, out)
             self.zero_codes = array.asarray(pack(whole, bits))                   # a stream along the groups
 
     @classmethod
@@ -257,9 +270,11 @@ class Uniform(Grouped):
 
         The scale of the grid, and its zero if the kind is affine, are (out, groups) or (out, groups, 1). more: order
         and input_scale, as Grouped. Errors as those of Uniform(...)."""
-        shape = (codes.shape[0], -(-codes.shape[1] // group))                    # (out, groups)
+        shape = (codes.shape[0], -(-codes.shape[1] // group))                    # (out, groups), groups = ⌈in / g⌉
         scale = np.asarray(grid.scale).reshape(shape)
-        zero = None if fixed_zero(kind, bits) is not None else np.asarray(grid.zero).reshape(shape)
+        zero = None
+        if fixed_zero(kind, bits) is None:
+            zero = np.asarray(grid.zero).reshape(shape)
         return cls(codes.astype(np.uint8), scale, zero, kind=kind, bits=bits, group=group, **more)
 
     def settings(self) -> dict[str, Any]:
@@ -293,17 +308,29 @@ class Uniform(Grouped):
 
 
 # ── checks ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-def _check_values(scale: np.ndarray, zero: Any, top: int) -> None:
+def _check_zero_points(zero: np.ndarray | None, kind: str, shape: tuple[int, ...], top: int) -> None:
+    """ValueError unless zero has this shape and holds whole numbers from 0 to top. kind: for the message."""
+    if zero is None:
+        raise ValueError(f"Uniform: the {kind} grid wants zero points")
+    if zero.shape != shape:
+        raise ValueError(f"Uniform wants zero points of shape {shape}, got {zero.shape}")
+    wrong = zero[(zero != np.rint(zero)) | (zero < 0) | (zero > top)]
+    if wrong.size:
+        raise ValueError(f"Uniform wants zero points that are whole numbers from 0 to {top}, got {wrong[0]}")
+
+
+def _check_range(scale: np.ndarray, zero: Any, top: int) -> None:
     """ValueError unless all values s (q − z) of a grid, q = 0 ... top, are finite in float32."""
+    steps = np.maximum(zero, top - zero).astype(np.float32)                      # the largest |q − z|, at q = 0 or top
     with np.errstate(over="ignore"):
-        largest = scale.astype(np.float32) * np.maximum(zero, top - zero).astype(np.float32)      # the largest |value|
+        largest = scale.astype(np.float32) * steps
     if not np.isfinite(largest).all():
         raise ValueError("Uniform wants values that float32 holds, got a grid that goes beyond them: "
-                         "the weights are too near to the largest number")
+                         "some weights are too close to 3.4e38, the largest float32")
 
 
 def _checked_order(order: np.ndarray, n: int, name: str) -> np.ndarray:
     """The order (n,) as int32. ValueError unless it is a permutation of 0 ... n − 1. name: for the message."""
     if order.shape != (n,) or not np.array_equal(np.sort(order), np.arange(n)):
-        raise ValueError(f"{name} wants an order of the {n} inputs, each once")
+        raise ValueError(f"{name} wants an order of the {n} inputs, each once: a permutation of 0 ... {n - 1}")
     return order.astype(np.int32)

@@ -33,7 +33,8 @@ def check_weight(name: str, W: Any) -> np.ndarray:
     TypeError for what is no array of real numbers, and for a weight that is packed already. ValueError for another
     shape, for an empty weight, and for one that holds inf or NaN."""
     if isinstance(W, Packed):
-        raise TypeError(f"{name} wants a dense weight, got one that is packed already: unpack the model first")
+        raise TypeError(f"{name} wants a dense weight, got one that is packed already: unpack the model first "
+                        "(tinyft.unpack)")
     if not array.is_array(W) or W.dtype.kind not in "iufV":          # bfloat16 is of kind V
         raise TypeError(f"{name} wants a weight, an array of real numbers, got {checks.brief(W)}")
     if W.ndim != 2 or not W.size:
@@ -49,7 +50,8 @@ def check_hessian(name: str, H: Any, width: int) -> np.ndarray:
     """H as float64 on the host. ValueError unless it is (width, width), finite, symmetric except for rounding, and its
     diagonal is not negative; TypeError if there is none."""
     if H is None:
-        raise TypeError(f"{name} wants the Hessian of the layer's inputs: give compress calibration batches")
+        raise TypeError(f"{name} wants the Hessian of the layer's inputs: tinyft.compress computes it from "
+                        "calibration batches")
     if not array.is_array(H) or H.dtype.kind not in "iuf":
         raise TypeError(f"{name} wants a Hessian, an array of real numbers, got {checks.brief(H)}")
     host = array.asnumpy(H).astype(np.float64)

@@ -2,24 +2,30 @@
 arXiv:2306.00978
 
     Ŵ = Q(W diag s) diag(1/s)      minimises  tr (W − Ŵ) H (W − Ŵ)ᵀ                                        §3.2, eq. 4
-    s_j = m_j^r,  m_j the root mean square of input j,  r one of 0, 0.05 ... 0.95                                  eq. 5
-    W (out, in) given,  Q rounds to the nearest value of each group's grid (rtn.py),  H (in, in) of calibrate.py
+    s_j = m_j^r,  m_j the size of input j,  r one of 0, 0.05 ... 0.95                                              eq. 5
+    W (out, in) given,  Q rounds to the nearest value of each group's grid (rtn.py)
+    H = 2/n Xᵀ X  (in, in), the Hessian,  X (n, in) the inputs of the layer for n calibration tokens
 
-A few inputs of a linear map are much larger than the others, and errors in their weights matter most. A weight that is
-multiplied by s > 1 before rounding has a relative error that is s times smaller, as long as the largest weight of its
-group, which decides the step of the grid, stays the same. All s are divided by √(max s · min s). With r = 0 every s is
-1, which is round-to-nearest. The rule takes the r whose Ŵ has the least error.
+Scaling: a few inputs of a linear map are much larger than the others. An error of a weight is multiplied by its input,
+so the errors of the weights of large inputs matter most. Such a weight is multiplied by s > 1 before rounding, and
+divided by s afterwards. The division makes its rounding error s times smaller. This holds as long as the largest weight
+of the group stays the same, since it decides the step of the grid. All s are divided by √(max s · min s): then the
+largest s is 1 over the smallest, and the scaled weights are about as large as before. With r = 0 every s is 1, which is
+round-to-nearest. The rule takes the r whose Ŵ has the least error.
 
 Clipping: if the weights of a group are clipped to ±c before the grid is fitted, the steps of the grid are smaller. Each
 group takes the c among (1 − i/20) max |w|, i = 0 ... 9, that makes d H_gg dᵀ least: d is the error of the group's
 weights, and H_gg is the block of H for its inputs.
 
-Departures. m_j is √(H_jj / 2), the root mean square of input j, not its mean magnitude: H is all that the rule needs.
-The error is that of the linear map, where the paper takes that of its block; so q, k and v have an s each. s is stored
-with the packed weight, not folded into the norm before it. m is at least 10⁻⁴ of its largest entry, so that the result
-does not depend on the unit of x; in the paper's code s is at least 10⁻⁴. The search for c uses all tokens, not 512.
-Clipping is given up if it makes the error of the whole map larger. The paper's code does not clip q and k: compress
-them in a separate call, with clip=False.
+Departures:
+- m_j is √(H_jj / 2), the root mean square of input j, and not its mean magnitude: so H is all that the rule needs.
+- The error is that of the linear map, where the paper takes that of its block. So q, k and v have an s each.
+- s is stored with the packed weight, not folded into the norm before it.
+- m is at least 10⁻⁴ of its largest entry, so that the result does not depend on the unit of x. In the paper's code s is
+  at least 10⁻⁴.
+- The search for c uses all tokens, not 512. The clipped weight is kept only if the error of the whole map is smaller.
+- The paper's code does not clip q and k. Here you can compress them in a call with clip=False, and name all other maps
+  as the targets of a second call.
 """
 from __future__ import annotations
 
@@ -37,8 +43,10 @@ from .rtn import round_to_nearest
 
 __all__ = ["AWQ", "clip_groups", "input_scales"]
 
-POWERS = np.arange(20) / 20                              # the values of r; 0 comes first
-SHRINKS = 1 - np.arange(10) / 20                         # the values of c / max |w|; 1 comes first
+# The values that the paper's code tries.
+POWERS = np.arange(20) / 20                              # of r; 0 comes first
+SHRINKS = 1 - np.arange(10) / 20                         # of c / max |w|; 1 comes first
+
 SMALLEST = 1e-4                                          # the least m_j / max m
 
 
@@ -48,7 +56,7 @@ class AWQ(Rule):
 
     bits    1 ... 8
     group   neighbours in a row that share a scale of the grid; None: the whole row
-    grid    as RTN's
+    grid    "affine", "symmetric", "absmax" (at least 2 bits), "ternary" (2 bits), "sign" (1 bit)
     clip    True: the weights of a group may be clipped before its grid is fitted
 
     TypeError or ValueError for a setting out of its range."""
@@ -74,26 +82,28 @@ class AWQ(Rule):
         diagonal."""
         W = check_weight("AWQ", W)
         H = check_hessian("AWQ", H, W.shape[1])
-        H = (H / (np.diagonal(H).max() or 1)).astype(W.dtype)                    # a factor changes no comparison
+        largest = np.diagonal(H).max() or 1                                      # 1 if all inputs were 0
+        H = (H / largest).astype(W.dtype)                                        # a factor changes no choice
         best = None                                                              # the packed weight of least error
-        s = None                                                                 # its scales of the inputs
-        least = np.inf                                                           # its error
+        best_scales = None                                                       # its s (in,)
+        least_error = np.inf
         with np.errstate(over="ignore", invalid="ignore"):                       # an error that overflows is not less
             for scales in input_scales(H):
                 scaled = W * scales
-                if not np.isfinite(scaled).all():
+                if not np.isfinite(scaled).all():                                # beyond float32: no candidate
                     continue
                 packed = self.round(scaled, scales)
                 error = squared_error(W, packed, H)
-                if best is None or error < least:
+                if best is None or error < least_error:                          # the first error may be inf or NaN
                     best = packed
-                    s = scales
-                    least = error
+                    best_scales = scales
+                    least_error = error
             if self.clip:
                 group = W.shape[1] if self.group is None else self.group
-                clipped = clip_groups(W * s, H / np.outer(s, s), self.grid, self.bits, group)
-                packed = self.round(clipped, s)
-                if squared_error(W, packed, H) < least:
+                scaled_H = H / np.outer(best_scales, best_scales)                # the Hessian of the inputs x / s
+                clipped = clip_groups(W * best_scales, scaled_H, self.grid, self.bits, group)
+                packed = self.round(clipped, best_scales)
+                if squared_error(W, packed, H) < least_error:
                     best = packed
         return best
 
@@ -109,8 +119,9 @@ class AWQ(Rule):
 def input_scales(H: np.ndarray) -> Iterator[np.ndarray]:
     """The scales s (in,) for each r of POWERS, from H (in, in). The first s, for r = 0, is 1 everywhere.
 
-    They are rounded to float16, in which the packed weight stores them, and have the dtype of H."""
-    m = np.sqrt(np.diagonal(H) / 2)
+    A factor of H changes no s. They are rounded to float16, in which the packed weight stores them, and have the dtype
+    of H."""
+    m = np.sqrt(np.diagonal(H) / 2)                      # the root mean square of each input, up to a factor
     m = np.maximum(m, SMALLEST * m.max())
     if not m.any():                                      # no input was ever different from 0
         m = np.ones_like(m)
@@ -120,7 +131,8 @@ def input_scales(H: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def clip_groups(W: np.ndarray, H: np.ndarray, kind: str, bits: int, group: int) -> np.ndarray:
-    """W (out, in) with each group of weights clipped to ±c. c is the one of SHRINKS · max |w| with the least error.
+    """W (out, in) with each group of weights clipped to ±c. Each group of each row has its own c: the one of
+    SHRINKS · max |w| with the least error.
 
     The error of a group w is d H_gg dᵀ, with d = w − Q(clip(w)) and H_gg the block of H (in, in) for its inputs. If
     errors are equal, the largest c is taken. kind, bits: of the grid (grids.py). group: neighbours in a row."""
@@ -129,11 +141,12 @@ def clip_groups(W: np.ndarray, H: np.ndarray, kind: str, bits: int, group: int) 
         columns = slice(start, start + group)
         w = W[:, columns]                                                        # (out, g)
         largest = np.abs(w).max(axis=1, keepdims=True)                           # (out, 1)
-        least = np.full((len(w), 1), np.inf, w.dtype)
+        least = np.full((len(w), 1), np.inf, w.dtype)                            # the least error so far
         for shrink in SHRINKS:
             inside = np.clip(w, -shrink * largest, shrink * largest)
-            d = w - fit_grid(inside, kind, bits, half_scales=True).round(inside)
-            error = ((d @ H[columns, columns]) * d).sum(axis=1, keepdims=True)
+            grid = fit_grid(inside, kind, bits, half_scales=True)                # scales that float16 holds
+            d = w - grid.round(inside)                                           # (out, g)
+            error = ((d @ H[columns, columns]) * d).sum(axis=1, keepdims=True)   # (out, 1)
             better = error < least                                               # (out, 1)
             clipped[:, columns] = np.where(better, inside, clipped[:, columns])
             least = np.where(better, error, least)

@@ -1,28 +1,34 @@
 """GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers.  Frantar, Ashkboos, Hoefler,
 Alistarh, 2022.  arXiv:2210.17323
 
-    minimise  tr (W − Ŵ) H (W − Ŵ)ᵀ      W (out, in) given,  Ŵ on a grid,  H (in, in) of calibrate.py         §3, eq. 1
+    minimise  tr (W − Ŵ) H (W − Ŵ)ᵀ      W (out, in) given,  Ŵ on a grid                                     §3, eq. 1
+    H = 2/n Xᵀ X  (in, in), the Hessian,  X (n, in) the inputs of the layer for n calibration tokens
 
     (H + λ I)⁻¹ = Uᵀ U,  U upper triangular,  λ = damp · mean diag H                                         §4, step 3
     for each column i:    q = the nearest value of the grid to W[:, i]                                      Algorithm 1
                           e = (W[:, i] − q) / U[i, i]
                           W[:, j] ← W[:, j] − e U[i, j]      for all columns j > i
 
-Each column is rounded to nearest. The columns that are not rounded yet then make up for its error, as in OBQ (obq.py).
-OBQ chooses an order for each row; GPTQ rounds the columns of all rows in one order (step 1). OBQ's matrix G, the
-inverse Hessian of the columns that are left, is then the same for all rows, and U holds the parts of it that are
-needed: row i of U is G_i,: / √G_ii, for the G in which i is the first column that is left.
+Each column is rounded to nearest. The columns that are not rounded yet then change, so that they make up for its error,
+as in OBQ (obq.py). OBQ chooses an order for each row. GPTQ rounds the columns of all rows in one order (step 1).
+
+Before column i is rounded, leave the columns that are rounded already out of H + λ I (rows and columns). Let G be the
+inverse of what is left. In OBQ each row of W has its own G. Here all rows share one. The step of column i needs only
+row i of G. U stores it: row i of U is row i of G, divided by √G_ii.
 
 Lazy batches (step 2): while a block of columns is rounded, only the columns of this block are updated. The columns
 after the block then get all updates of the block in one matrix product.
 
-The errors e are the columns of a matrix E (out, in), and  W − Ŵ = E U,  for the W before all updates. So the loss is
-‖E‖², for the damped H.
+The errors e are the columns of a matrix E (out, in). Then W − Ŵ = E U, where W is the weight before all updates. Since
+U (H + λ I) Uᵀ = I, the minimised quantity is ‖E‖² with H + λ I in place of H.
 
-Departures. U is computed as R⁻¹, where H + λ I = R Rᵀ and R is upper triangular: the same U as the paper's, the
-Cholesky factor of the inverse, with fewer operations. λ grows if the factorisation fails. The grid of a group is fitted
-to weights that have all updates; the paper's program fits it to weights that lack the updates of the current block. The
-mean of diag H leaves out dead inputs, those that were 0 for every token.
+Departures:
+- The paper computes (H + λ I)⁻¹ and takes its Cholesky factor U. We factor H + λ I = R Rᵀ, R upper triangular, and take
+  U = R⁻¹. This is the same U, with fewer operations.
+- λ grows if the factorisation fails.
+- The grid of a group is fitted to weights that have all updates. The paper's program fits it to weights that lack the
+  updates of the current block.
+- The mean of diag H leaves out dead inputs, those that were 0 for every token.
 """
 from __future__ import annotations
 
@@ -39,22 +45,28 @@ from ..rule import Rule, add_damping, check_hessian, check_weight, without_dead_
 
 __all__ = ["GPTQ", "gptq_block", "gptq_columns", "inverse_factor", "upper_factor"]
 
-LARGE = 1e30                                             # if a weight is larger, the rule computes in float64
-LEAST_DAMP = 1e-6                                        # the least damping after a failed factorisation
-MOST_DAMP = 0.1                                          # the largest
+# The rule computes in float64 if a weight is larger than LARGE: updates can make it larger still, and float32 ends at
+# 3.4e38.
+LARGE = 1e30
+LEAST_DAMP = 1e-6                                        # the smallest `damp` after a failed factorisation
+MOST_DAMP = 0.1                                          # the largest: if it fails too, inverse_factor gives up
+LEAF = 64                                                # rows of a triangular matrix that NumPy inverts in one call
 
 
 @dataclass(frozen=True)
 class GPTQ(Rule):
     """Rounds column by column; the columns that follow make up for each error. Needs calibration data.
 
-    bits, group, grid   as RTN's
+    bits           1 ... 8
+    group          neighbours in a row that share a scale of the grid; None: the whole row
+    grid           "affine", "symmetric", "absmax" (at least 2 bits), "ternary" (2 bits), "sign" (1 bit)
     damp           λ divided by the mean of diag H, at least 0
-    block          columns in a lazy batch, adjusted to the groups by whole_groups. It changes the time, not the result
+    block          the number of columns in a lazy batch. If it does not fit the groups, a near number is taken. It
+                   changes the time. It does not change the result, but for rounding errors
     act_order      True: the columns are rounded in the order of falling H[j, j]. A group is then `group` neighbours in
                    this order. If there are several groups, the packed weight stores the order
-    static_groups  True: the grids are fitted to the original weights, and a group is `group` neighbours in a row of W,
-                   with act_order too. The packed weight then stores no order
+    static_groups  True: the grids are fitted to the original weights. A group is then always `group` neighbours in a
+                   row of W, even with act_order, and the packed weight stores no order
 
     TypeError or ValueError for a setting out of its range."""
 
@@ -93,7 +105,9 @@ class GPTQ(Rule):
         if self.act_order:
             order = np.argsort(-np.diagonal(H), kind="stable")
         if self.static_groups:
-            grids: Grids = StaticGrids(fit_groups(W, self.grid, self.bits, group, half_scales=True), order // group)
+            fitted = fit_groups(W, self.grid, self.bits, group, half_scales=True)        # scales that float16 holds
+            group_of = order // group                                # (in,): the group of the column of each step
+            grids: Grids = StaticGrids(fitted, group_of)
         else:
             grids = GroupGrids(self.grid, self.bits, group)
         if self.act_order:
@@ -101,10 +115,11 @@ class GPTQ(Rule):
             H = H[np.ix_(order, order)]
         U = inverse_factor(H, self.damp).astype(W.dtype)
         codes, _ = gptq_columns(W, U, grids.of_column, whole_groups(self.block, group))
-        # Without static groups, the inputs of a group are neighbours in `order` only: the codes stay in this order.
+        # Without static groups, the inputs of a group are neighbours only in `order`. So the codes stay in this order.
+        # If one group is the whole row, the order does not matter.
         keeps_order = self.act_order and not self.static_groups and group < width
         if not keeps_order:
-            codes = in_own_order(codes, order)
+            codes = in_input_order(codes, order)
         return Uniform.from_grid(codes, grids.all(), kind=self.grid, bits=self.bits, group=group,
                                  order=order if keeps_order else None)
 
@@ -117,8 +132,9 @@ def gptq_columns(
 
     U        (in, in), the upper triangular factor of the inverse Hessian
     grid_of  grid_of(i, rest) returns the grid of column i, whose scale and zero are (out,). It is called once for each
-             column, in order. Row j of rest (in, out) is column j of the weight with its updates so far: a column of
-             the current block has those of all columns before i, a column after it lacks those of the current block
+             column, in order. Row j of rest (in, out) is column j of the weight with its updates so far. The columns of
+             the current block have the updates of all columns before i. The columns after the current block have
+             those of the earlier blocks
     block    the number of columns in a lazy batch"""
     width = W.shape[1]
     rest = np.array(W.T, order="C")                                  # (in, out): a column of W is a contiguous row
@@ -127,7 +143,7 @@ def gptq_columns(
     for first in range(0, width, block):
         last = min(first + block, width)
         gptq_block(rest, codes, errors, U, grid_of, first, last)
-        rest[last:] -= U[first:last, last:].T @ errors[first:last]
+        rest[last:] -= U[first:last, last:].T @ errors[first:last]   # (after, block) @ (block, out)
     return codes.T, errors.T
 
 
@@ -138,9 +154,10 @@ def gptq_block(
     """Round the columns i = first ... last − 1 one by one. Column i has the error e = (w − ŵ)/U_ii, where w has all
     updates so far. Then the columns j = i + 1 ... last − 1 lose U_ij e.
 
-    rest     (in, out): row i is column i of the weight. On return, the columns from `last` on lack the updates of this
-             block
-    codes    (in, out) uint8, and errors (in, out): rows first ... last − 1 are written. Both change in place, as rest
+    rest     (in, out), changed in place: row i is column i of the weight. On return, the columns from `last` on lack
+             the updates of this block
+    codes    (in, out) uint8, changed in place: rows first ... last − 1 are written
+    errors   (in, out), changed in place: the same rows are written
     U        (in, in), the upper triangular factor of the inverse Hessian
     grid_of  grid_of(i, rest) returns the grid of column i. Call it once for each column, just before you round it"""
     for i in range(first, last):
@@ -149,7 +166,7 @@ def gptq_block(
         q = grid.encode(w)
         codes[i] = q
         errors[i] = (w - grid.decode(q)) / U[i, i]
-        rest[i + 1:last] -= U[i, i + 1:last, None] * errors[i]
+        rest[i + 1:last] -= U[i, i + 1:last, None] * errors[i]       # (later, 1) · (out,)
 
 
 def inverse_factor(H: np.ndarray, damp: float) -> np.ndarray:
@@ -170,23 +187,24 @@ def inverse_factor(H: np.ndarray, damp: float) -> np.ndarray:
 def upper_factor(H: np.ndarray) -> np.ndarray:
     """U (in, in), upper triangular with a positive diagonal, with H⁻¹ = Uᵀ U for a positive definite H (in, in).
 
-    U = R⁻¹, where H = R Rᵀ and R is upper triangular. LinAlgError if H is not positive definite."""
-    # NumPy's factor is lower triangular. In reverse order of rows and columns, lower triangular is upper triangular.
+    If H = R Rᵀ with R upper triangular, then H⁻¹ = R⁻ᵀ R⁻¹, and U = R⁻¹. LinAlgError if H is not positive definite."""
+    # NumPy's factor is lower triangular. So we reverse the rows and columns of H, factor, and reverse those of the
+    # factor: this turns a lower triangular matrix into an upper triangular one.
     R = np.linalg.cholesky(H[::-1, ::-1])[::-1, ::-1]
     return inverse_upper(R)
 
 
-def inverse_upper(R: np.ndarray, smallest: int = 64) -> np.ndarray:
+def inverse_upper(R: np.ndarray, leaf: int = LEAF) -> np.ndarray:
     """R⁻¹ of an upper triangular R (n, n), by halves:  [[A, B], [0, C]]⁻¹ = [[A⁻¹, −A⁻¹ B C⁻¹], [0, C⁻¹]].
 
-    A matrix of at most `smallest` rows is not divided: NumPy inverts it."""
+    A matrix of at most `leaf` rows is not divided: NumPy inverts it."""
     n = len(R)
-    if n <= smallest:
-        return np.triu(np.linalg.inv(R))                             # the entries below are 0 but for rounding
+    if n <= leaf:
+        return np.triu(np.linalg.inv(R))                             # rounding errors below the diagonal become 0
     half = n // 2
     inverse = np.zeros_like(R)
-    A = inverse_upper(R[:half, :half], smallest)
-    C = inverse_upper(R[half:, half:], smallest)
+    A = inverse_upper(R[:half, :half], leaf)
+    C = inverse_upper(R[half:, half:], leaf)
     inverse[:half, :half] = A
     inverse[half:, half:] = C
     inverse[:half, half:] = -(A @ R[:half, half:]) @ C
@@ -195,7 +213,7 @@ def inverse_upper(R: np.ndarray, smallest: int = 64) -> np.ndarray:
 
 # ── the grids of the columns ─────────────────────────────────────────────────────────────────────────────────────────
 class Grids:
-    """The source of the grids, as gptq_columns asks for them; subclasses decide which columns form a group."""
+    """The grids of one weight; gptq_columns asks for that of one column at a time. Subclasses form the groups."""
 
     def of_column(self, i: int, rest: np.ndarray) -> Grid:
         """The grid of column i, counted in the order of rounding: scale and zero are (out,).
@@ -209,8 +227,9 @@ class Grids:
 
 
 class GroupGrids(Grids):
-    """Grids that are fitted during the rounding. A group is `group` neighbours in the order of rounding. When its first
-    column is rounded, its grid is fitted to the weights of the group, which have all updates so far.
+    """Grids that are fitted during the rounding. A group is `group` neighbours in the order of rounding. Its grid is
+    fitted when its first column has its turn. With the blocks of whole_groups, all columns of the group then have all
+    updates so far.
 
     of_column is called with i = 0, 1, 2 ... in turn."""
 
@@ -218,14 +237,14 @@ class GroupGrids(Grids):
         self.kind = kind
         self.bits = bits
         self.group = group
-        self.fitted: list[Grid] = []                                 # of the groups so far: scale (out, 1)
+        self.fitted: list[Grid] = []                                 # one for each group so far: scale (out, 1)
 
     def of_column(self, i: int, rest: np.ndarray) -> Grid:
         """The grid of the group of column i, which is the last one that was fitted."""
         if i % self.group == 0:
             weights = rest[i:i + self.group].T                                           # (out, g)
             self.fitted.append(fit_grid(weights, self.kind, self.bits, half_scales=True))
-        return self.fitted[-1][:, 0]
+        return self.fitted[-1][:, 0]                                 # scale (out,)
 
     def all(self) -> Grid:
         """The grids in the order of the groups."""
@@ -250,18 +269,19 @@ class StaticGrids(Grids):
         return self.grids
 
 
-def in_own_order(codes: np.ndarray, order: np.ndarray) -> np.ndarray:
+def in_input_order(codes: np.ndarray, order: np.ndarray) -> np.ndarray:
     """The codes (out, in) with column j for input j, from codes (out, in) with column k for input order[k]."""
-    own = np.empty_like(codes)
-    own[:, order] = codes
-    return own
+    sorted_codes = np.empty_like(codes)
+    sorted_codes[:, order] = codes
+    return sorted_codes
 
 
 def whole_groups(block: int, group: int) -> int:
     """The number of columns in a lazy batch: `block`, or near it.
 
-    It is a multiple of `group` or divides it. Then a group begins inside a batch only if it also ends there. The grid
-    of a group is fitted when its first column is rounded, and the columns after the batch lack updates at that time."""
+    The number is a multiple of `group`, or divides it. So a group begins with the first column of a batch, or it lies
+    within one batch. In both cases all columns of the group have all updates so far when its grid is fitted. If a group
+    began inside of a batch and ended after it, its last columns would lack the updates of this batch."""
     if group < block:
         return block // group * group
     return block if group % block == 0 else group
