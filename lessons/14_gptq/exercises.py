@@ -32,8 +32,9 @@ cheapest = Exercise(
         >>> int(cheapest(np.array([0.2, 0.4]), np.array([2.0, 5.0]), two, np.array([1.0])))
         0
 
-        The second is 0.7 from the end of its grid, more than half a step of 1.
-        >>> int(cheapest(np.array([0.2, 0.7]), np.array([2.0, 50.0]), two, np.array([1.0])))
+        Now the second is 0.7 from the end of its grid, more than half a step of 1. So it comes
+        first, although it costs more: 0.7²/5 = 0.098.
+        >>> int(cheapest(np.array([0.2, 0.7]), np.array([2.0, 5.0]), two, np.array([1.0])))
         1
         """,
     hints=(

@@ -139,7 +139,7 @@ upper_factor = Exercise(
     f"{GPTQ}upper_factor", difficulty=2, minutes=15, on_host=True, lines=1,
     closed=(f"{GPTQ}inverse_factor",),
     may_use="np.linalg.cholesky(A), which gives the lower triangular L with A = L Lᵀ; "
-            "np.linalg.inv(A); A.T.",
+            "np.linalg.inv(A); A.T; inverse_upper(R), the inverse of an upper triangular R.",
     example="""
         >>> upper_factor(np.array([[5.0, 2.0], [2.0, 4.0]])).round(4)
         array([[ 0.5 , -0.25],
@@ -445,8 +445,8 @@ gptq_block.wrong_answer("All grids of a block are known when it begins.",
 # ── gptq_columns ──────────────────────────────────────────────────────────────────────────────────
 gptq_columns = Exercise(
     f"{GPTQ}gptq_columns", difficulty=3, minutes=20, on_host=True,
-    may_use="gptq_block(rest, codes, errors, U, grid_of, first, last), the exercise before; A.T; "
-            "np.empty.",
+    may_use="gptq_block(rest, codes, errors, U, grid_of, first, last), the previous exercise; "
+            "A.T; np.empty.",
     example="""
         >>> from tinyft.compress.grids import Grid
         >>> grid = Grid(scale=np.array([1.0]), zero=0.0, top=3)

@@ -11,9 +11,9 @@
 #
 # This lesson finds better codes in the same number of bytes. *Optimal Brain
 # Quantization* (OBQ) chooses the codes one by one. After each choice the weights that
-# are left change, so that they make up for its error. *GPTQ* does almost the same in a
-# small part of the time. It made models with 175 billion weights usable at 3 and 4
-# bits. Both methods need some text, but no training.
+# are left change, so that they make up for its error. *GPTQ* does almost the same, and
+# is much faster. It made models with 175 billion weights usable at 3 and 4 bits. Both
+# methods need some text, but no training.
 
 # %%
 import time
@@ -74,16 +74,18 @@ measured = (difference**2).sum() / len(X)
 print(f"error of the outputs: {measured:.5f}")
 
 # %% [markdown]
-# We can compute this number without $X$. Take one row $w$, and let $d = w - v$ be the
-# error of its weights. For one token $x$ the output is wrong by $d x^T$ ($d$ and $x$
-# are rows), and the square of that is $d x^T x d^T$. The mean over all $n$ tokens is
+# We can compute this number without $X$. Take one row $w$ of $W$, and the same row $v$
+# of $V$. Let $d = w - v$ be the error of the weights. For one token $x$ (a row, as $d$)
+# the output is wrong by the number $d x^T$. This is the same number as $x d^T$, so its
+# square is $d x^T x d^T$. The mean over all $n$ tokens is
 #
 # $loss = 1/2 \, d H d^T$ with $H = 2/n \sum x^T x$
 #
 # The sum goes over the tokens. $H$ is (in, in), and it is the same for every row of
 # $W$. It is called the **Hessian**, because it holds the second derivatives of the loss
-# by the weights of a row. (That is why we write a 2 in $H$ and a 1/2 before it.) $H$ is
-# all that we need of the text: 64 × 64 numbers, however many tokens there were.
+# with respect to the weights of a row. (That is why we write a 2 in $H$ and a 1/2
+# before it.) $H$ is all that we need of the text: 64 × 64 numbers, however many tokens
+# there were.
 
 # %%
 H = 2 / len(X) * X.T @ X
@@ -119,9 +121,9 @@ assert np.allclose(hessian.matrix, H)
 # Suppose that $H$ is diagonal: $H_{ij} = 0$ for any two different inputs. Then
 # $loss = 1/2 \sum H_{jj} d_j^2$. Every weight has a term of its own, and each term is
 # least where the weight is rounded to nearest. So rounding is the best choice **if the
-# inputs have nothing to do with each other**. Is that so? We divide $H_{ij}$ by
-# $\sqrt{H_{ii} H_{jj}}$, the sizes of both inputs. This gives a number from −1 to 1,
-# like a correlation.
+# inputs have nothing to do with each other**. Is that so? Let us call $\sqrt{H_{jj}}$
+# the size of input $j$. We divide every $H_{ij}$ by the sizes of its two inputs. This
+# gives a number from −1 to 1, like a correlation.
 
 # %%
 size = np.sqrt(np.diagonal(H))
@@ -132,11 +134,11 @@ heat_map(related[:32, :32], xlabel="input", ylabel="input",
                  "it is red, opposite signs.")
 
 # %%
-beside = related[~np.eye(64, dtype=bool)]
-print(f"typical size beside the diagonal: {np.sqrt(np.mean(beside**2)):.2f}")
+off_diagonal = related[~np.eye(64, dtype=bool)]
+print(f"root mean square off the diagonal: {np.sqrt(np.mean(off_diagonal**2)):.2f}")
 
 # %% [markdown]
-# For unrelated inputs the size would be near 0. So our inputs are related. If two
+# For unrelated inputs this would be near 0. So our inputs are related. If two
 # inputs are mostly alike, an error of $+0.1$ in one weight and of $-0.1$ in the other
 # nearly cancel. This is what we want to use.
 #
@@ -177,16 +179,17 @@ contours(
     levels=[0.01, 0.05, 0.1, 0.2, 0.5, 1, 2, 3], minimum=w2, dots=corners,
     xlabel="first weight", ylabel="second weight",
     caption="Lines of equal loss, a long valley around the weights (cross), and four "
-            "values of the grid (orange). Left: the nearest value lies on the side of "
-            "the valley. Right: the first weight becomes 0, the second moves to where "
-            "the loss is then least, and only then it is rounded.")
+            "points of the grid (orange). The blue line starts at the weights. Left: "
+            "it goes to the nearest point, on the side of the valley. Right: the first "
+            "weight becomes 0, and the second moves to where the loss is then least. "
+            "Only then the second weight is rounded.")
 
 # %% [check]
 assert np.allclose(H2, [[5, 3], [3, 2]])
 assert np.isclose(loss_of(np.array([0, 0])), 0.5)
 assert np.isclose(loss_of(np.array([0, 1])), 0.1)
 assert loss_of(corners).argmin() == 1
-assert np.sqrt(np.mean(beside**2)) > 0.2
+assert np.sqrt(np.mean(off_diagonal**2)) > 0.2
 
 # %% [markdown]
 # ## Where the others go
@@ -227,9 +230,9 @@ print(f"loss {0.5 * e**2 / G2[0, 0]:.3f}")
 # **$G_{jj}$ is large**: its input is small, or other weights can stand in for it.
 #
 # ## Which weight first?
-# OBQ takes the cheapest one, with the smallest $e^2 / G_{jj}$. This need not be the one
-# with the smallest error. Here it is: the errors are 0.2 and 0.4, and the first weight
-# is the cheaper one, too.
+# OBQ takes the cheapest weight, the one with the smallest $e^2 / G_{jj}$. It need not
+# be the one with the smallest error. Here both are the first weight: its error is 0.2,
+# that of the second is 0.4, and it costs less.
 
 # %%
 errors = w2 - np.round(w2)
@@ -237,39 +240,47 @@ cost = 0.5 * errors**2 / np.diagonal(G2)
 print("costs:", cost.round(3))
 
 # %% [markdown]
-# There is one exception. A grid has a last value, and the updates may push a weight
-# beyond it. Then the nearest value is more than half a step away, and later updates
-# might push the weight even farther. So such weights come before all others, the
-# largest error first.
+# There is one exception. A grid has a smallest and a largest value, and the updates may
+# push a weight beyond them. Then the nearest value may be more than half a step away,
+# and later updates might push the weight even farther. So weights that are more than
+# half a step from the grid come before all others, the largest error first.
 #
 # **Exercise:** `cheapest`.
 #
 # ## The weights that are left
 # Weight 0 is done. For the next step we remove row 0 and column 0 from $H$, and need
-# the inverse of what is left. Here the matrix $(2)$ is left, and its inverse is 0.5. It
-# is *not* the entry 5 of $G$. For 64 weights we do not want to invert again after every
-# step. There is a cheap way: subtract the product of column $j$ and row $j$ of $G$,
-# divided by $G_{jj}$:
+# the inverse of what is left. Here the matrix $(2)$ is left, and its inverse is 0.5.
+# (The old $G$ has a 5 in this place. We cannot just take a part of $G$.) For 64 weights
+# we do not want to invert again after every step. There is a cheap way. Take the
+# product of column $j$ of $G$, written $G_{:j}$, and row $j$. Divide it by $G_{jj}$,
+# and subtract it:
 #
 # $G' = G - G_{:j} G_j / G_{jj}$
 #
 # Row $j$ and column $j$ of $G'$ are 0. The rest of $G'$ is the inverse that we need.
-# (To see why, multiply by $H$. $G H$ is the identity, so $G_j H$ is its row $j$.
-# Therefore $G' H$ differs from the identity only in column $j$. And row $j$ of $H$
-# plays no part in $G' H$, since it meets column $j$ of $G'$, which is 0.)
+#
+# (To see why, multiply by $H$. $G H$ is the identity, so $G_j H$ is row $j$ of the
+# identity: 1 at $j$, and 0 elsewhere. Therefore $G' H$ differs from the identity only
+# in column $j$. And row $j$ of $H$ plays no part in $G' H$, since it meets column $j$
+# of $G'$, which is 0.)
 
 # %%
+def removed(a, j):
+    """A matrix without row j and column j."""
+    without_row = np.delete(a, j, axis=0)
+    return np.delete(without_row, j, axis=1)
+
 print(eliminate(G2, 0))
 G = np.linalg.inv(H)
-without_5 = np.delete(np.delete(H, 5, axis=0), 5, axis=1)
-rest = np.delete(np.delete(eliminate(G, 5), 5, axis=0), 5, axis=1)
-print("largest difference:", f"{np.abs(rest @ without_5 - np.eye(63)).max():.0e}")
+product = removed(eliminate(G, 5), 5) @ removed(H, 5)    # for example, without input 5
+far = np.abs(product - np.eye(63)).max()
+print(f"largest difference from the identity: {far:.0e}")
 
 # %% [check]
 assert np.allclose(w2 + delta, [0, 0.7])
 assert np.allclose(cost, [0.01, 0.016])
 assert np.allclose(eliminate(G2, 0), [[0, 0], [0, 0.5]])
-assert np.allclose(rest, np.linalg.inv(without_5), rtol=1e-6)
+assert np.allclose(removed(eliminate(G, 5), 5), np.linalg.inv(removed(H, 5)), rtol=1e-6)
 q = np.array([0, 1])
 assert np.isclose(0.01 + 0.5 * (0.7 - 1)**2 / 0.5, loss_of(q))
 
@@ -295,7 +306,9 @@ quote(obq_row)
 # between the weights and their values: is it smaller, too?
 
 # %%
-by_obq = np.stack([obq_row(w, H, grid[i])[0] for i, w in enumerate(W)])
+by_obq = np.zeros_like(W)
+for i in range(64):
+    by_obq[i], _, _ = obq_row(W[i], H, grid[i])
 for name, V in (("rounded", nearest), ("OBQ", by_obq)):
     print(f"{name:8} error of the weights {((W - V)**2).sum():6.2f}   "
           f"of the outputs {loss(W, V, H).sum():.5f}")
@@ -307,7 +320,7 @@ steps = (W - nearest) / grid.scale
 obq_steps = (W - by_obq) / grid.scale
 histograms(
     {"rounded to nearest": (steps, [-0.5, 0.5]), "OBQ": (obq_steps, [-0.5, 0.5])},
-    region=(-2, 2), xlabel="error of a weight, in steps of its grid",
+    region=(-1.5, 1.5), xlabel="error of a weight, in steps of its grid",
     caption="With OBQ some weights are farther than half a step (lines) from their "
             "value. The outputs are nearer to the right ones all the same.")
 
@@ -325,15 +338,16 @@ assert np.abs(steps).max() <= 0.5 + 1e-6
 # cancel in the outputs.
 #
 # ## OBQ for a model
-# As in lesson 13, `ft.compress` replaces the twelve matrices, now with the rule
-# `OBQ` and with calibration data. The perplexity is measured on other text.
+# As in lesson 13, `ft.compress` replaces twelve matrices, the six of each block, now
+# with the rule `OBQ` and with calibration data. The perplexity is measured on other
+# text.
 
 # %%
 test = ft.data.pretraining("prose", "test")
 results = {}
 
 def compress_with(rule):
-    """The perplexity of the compressed model. results keeps it, the bytes, the time."""
+    """The perplexity after a rule. results[rule] is [perplexity, bytes, seconds]."""
     if rule in results:
         return results[rule][0]
     model, _ = ft.load("base-gpt-small")
@@ -373,8 +387,11 @@ orders = {"from left to right": np.arange(64),
           "small H_jj first": np.argsort(np.diagonal(H))}
 by_order = {"OBQ: the cheapest first": loss(W, by_obq, H).sum() / measured}
 for name, order in orders.items():
-    costs = [obq_row(w, H, grid[i], order)[2].sum() for i, w in enumerate(W)]
-    by_order[name] = sum(costs) / measured
+    error = 0
+    for i in range(64):
+        _, _, costs = obq_row(W[i], H, grid[i], order)
+        error += costs.sum()
+    by_order[name] = error / measured
 for name, error in by_order.items():
     print(f"{name:25} {error:.2f} of the error of rounding")
 
@@ -402,9 +419,9 @@ assert results[ft.OBQ(bits=3)][0] - dense < 0.6 * rtn_loss
 # the right of a column are updated at every column.
 #
 # ## All steps at once: Cholesky
-# Now the $G$ of every step depends on $H$ only. And step $i$ needs just one row of it:
-# row $i$. Let us eliminate column after column and keep this row, divided by the root
-# of $G_{ii}$.
+# Now the $G$ of every step depends on $H$ and on the order, but not on the weights. And
+# step $i$ needs just one row of it: row $i$. Let us eliminate column after column and
+# keep this row, divided by the root of $G_{ii}$. (We shall see why the root.)
 
 # %%
 G = np.linalg.inv(H)
@@ -416,8 +433,8 @@ print("what is left of G:", f"{np.abs(G).max():.0e}")
 print("entries below the diagonal:", f"{np.abs(np.tril(U, -1)).max():.0e}")
 
 # %% [markdown]
-# Every step subtracts $u^T u$ from $G$, where $u$ is the row that we keep. (The
-# division by the root is there for this.) In the end nothing is left of $G$. So
+# Let $u$ be the row that we keep, $G_i / \sqrt{G_{ii}}$. Thanks to the root, $u^T u$ is
+# just what `eliminate` subtracts from $G$. In the end nothing is left of $G$. So
 # $H^{-1}$ is the sum of all $u^T u$:
 #
 # $H^{-1} = U^T U$, with $U$ upper triangular
@@ -425,8 +442,9 @@ print("entries below the diagonal:", f"{np.abs(np.tril(U, -1)).max():.0e}")
 # This matrix is well known: the **Cholesky factor** of $H^{-1}$. Libraries compute it
 # in one call. If rounding errors make a $G_{ii}$ negative, the call fails, and says so.
 #
-# NumPy's `cholesky` gives the *lower* factor, $A = L L^T$. Row $i$ of $L$ has entries
-# for the columns *before* $i$, which are rounded already. We need $U = L^T$.
+# NumPy's `cholesky` gives the *lower* factor $L$ of a matrix $A$, with $A = L L^T$. For
+# $A = H^{-1}$, row $i$ of $L$ has entries for the columns *before* $i$, which are
+# rounded already. We need $U = L^T$.
 
 # %%
 L = np.linalg.cholesky(np.linalg.inv(H))
@@ -448,7 +466,7 @@ def gptq(W, U, grid):
     V = np.zeros_like(W)
     E = np.zeros_like(W)
     for i in range(W.shape[1]):
-        column = W[:, i:i + 1]
+        column = W[:, i:i + 1]                           # (out, 1), as grid.scale
         V[:, i:i + 1] = grid.round(column)
         E[:, i] = (W[:, i] - V[:, i]) / U[i, i]
         W[:, i:] -= np.outer(E[:, i], U[i, i:])
@@ -475,9 +493,9 @@ assert np.allclose(upper_factor(H), U)
 
 # %% [markdown]
 # ## Lazy blocks
-# Our loop is still slow for large matrices. Every step changes all columns after its
-# own. It reads each of their numbers from memory, for only one multiplication and one
-# subtraction. A processor could do far more in the time of that reading.
+# Our loop is still slow for large matrices. Step $i$ changes all columns after column
+# $i$. It reads each of their numbers from memory, for only one multiplication and one
+# subtraction. While it waits for the memory, the processor could compute far more.
 #
 # Column $k$ needs its updates only when its turn comes. So GPTQ works in **blocks**, of
 # 128 columns for example. A step updates only the rest of its block, which is small. At
@@ -487,37 +505,42 @@ assert np.allclose(upper_factor(H), U)
 
 # %%
 def schedule(columns, block):
-    """What happens to each column: -1 it is rounded, 1 it is updated."""
+    """A line for each step: -1 where it rounds a column, 1 where it updates one."""
     lines = []
-    for i in range(columns):
-        last = i // block * block + block
-        line = np.zeros(columns)
-        line[i] = -1
-        line[i + 1:last] = 1
-        lines.append(line)
-        if i + 1 == last:
-            lines.append(np.where(np.arange(columns) < last, 0, 1))
-    return np.array(lines)[:-1]
+    for first in range(0, columns, block):
+        last = first + block
+        for i in range(first, last):
+            line = np.zeros(columns)
+            line[i] = -1
+            line[i + 1:last] = 1
+            lines.append(line)
+        product = np.zeros(columns)
+        product[last:] = 1
+        lines.append(product)
+    return np.array(lines[:-1])                          # the last product is empty
 
 # %%
 lazy = schedule(8, 4)
 at_once = np.insert(schedule(8, 8), 4, 0, axis=0)        # an empty line: no product
-both = np.hstack([at_once, np.zeros((9, 1)), lazy])
+gap = np.zeros((9, 1))                                   # between the two halves
+both = np.hstack([at_once, gap, lazy])
 numbers = [str(i) for i in range(8)]
 lines = [f"column {i}" for i in range(4)] + ["product"]
 lines += [f"column {i}" for i in range(4, 8)]
+space = " " * 60                                         # each name under its half
 heat_map(both, rows=lines, columns=[*numbers, "", *numbers], height=3.6,
-         texts=np.array(["+", "", "q"])[(1 - both).astype(int)],
-         xlabel="at once" + " " * 60 + "in blocks",
+         texts=np.select([both == -1, both == 1], ["q", "+"], ""),
+         xlabel=f"at once{space}in blocks",
          caption="Time goes down. Left: a column is rounded (red, q) and updates all "
                  "columns after it (blue, +). Right: it updates its block of 4. One "
-                 "product then brings the updates of the block to all other columns.")
+                 "product then brings the block's updates to all columns after it.")
 
 # %% [markdown]
 # The sums are the same, so the result is the same up to rounding errors: only the order
 # of the additions changes. The library also stores the columns of $W$ as rows of an
 # array, since the numbers of a row lie together in memory. We measure the time for a
-# random matrix. Any $H$ that has an inverse will do for that.
+# random matrix. The time does not depend on the numbers in $H$, so we take a simple
+# matrix that has an inverse.
 
 # %%
 large = np.random.default_rng(0).standard_normal((1024, 768), dtype=np.float32)
@@ -545,8 +568,8 @@ for block in (1, 7, 64):
 # **Exercises:** `gptq_block` and `gptq_columns`.
 #
 # ## Too few tokens: damping
-# The second map of an MLP of our model has 256 inputs. We give it only 256 tokens, and
-# look at the eigenvalues of $H$.
+# In our model the second linear map of an MLP, `mlp.down`, has 256 inputs. We give it
+# only 256 tokens, and look at the eigenvalues of $H$.
 
 # %%
 layer = model.blocks[0].mlp.down
@@ -558,8 +581,8 @@ print(f"largest {eigenvalues[-1]:.1e}, smallest {eigenvalues[0]:.1e}")
 
 # %% [markdown]
 # The smallest is almost 0. So there is a change of the 256 weights that hardly changes
-# the outputs for these tokens. GPTQ takes such a change to be free, and makes it as
-# large as it likes. With fewer than 256 tokens some eigenvalues *are* 0. Then $H$ has
+# the outputs for these tokens. To GPTQ such a change costs almost nothing, so it may
+# make it very large. With fewer than 256 tokens some eigenvalues *are* 0. Then $H$ has
 # no inverse. The factorisation fails, or, worse, it divides by a rounding error and
 # goes on.
 #
@@ -582,10 +605,14 @@ wide_grid = fit_groups(wide, "affine", bits=3, group=256)
 wide_nearest = wide_grid.round(wide)
 
 def compared(H, damp):
-    """(error on the calibration data, error on new text), 1 for rounding."""
-    V, _ = gptq(wide, upper_factor(add_damping(H, damp)), wide_grid)
-    return np.array([loss(wide, V, now).sum() / loss(wide, wide_nearest, now).sum()
-                     for now in (H, new_H)])
+    """The errors on the calibration data and on new text, over those of rounding."""
+    U = upper_factor(add_damping(H, damp))
+    V, _ = gptq(wide, U, wide_grid)
+    ratios = []
+    for hessian in (H, new_H):
+        error = loss(wide, V, hessian).sum()
+        ratios.append(error / loss(wide, wide_nearest, hessian).sum())
+    return np.array(ratios)
 
 # %% [markdown]
 # **Predict first.** Without damping, GPTQ has about a quarter of the error of
@@ -599,15 +626,17 @@ print(f"seen {undamped[0]:.2f}, new {undamped[1]:.2f}")
 damps = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1, 10]
 swept = np.array([compared(few_H, damp) for damp in damps])
 curves({"256 tokens that it saw": swept[:, 0], "new text": swept[:, 1]}, x=damps,
-       levels={"rounding": 1}, log="xy", xlabel="damp", ylabel="error",
-       caption="Little damping fits the calibration data best, and is worse than "
-               "rounding on new text. Much damping makes H nearly a multiple of the "
-               "identity, and GPTQ comes close to rounding.")
+       levels={"rounding": 1}, log="xy", xlabel="damp",
+       ylabel="error / that of rounding",
+       caption="With little damping the error on the calibration data is small, but on "
+               "new text it is larger than that of rounding. Much damping makes H "
+               "nearly a multiple of the identity, and GPTQ comes close to rounding.")
 
 # %% [markdown]
-# On new text it has several times the error of rounding. This is overfitting, well
-# known from training. **GPTQ makes the error on the calibration data small. It promises
-# nothing about other text.** Damping helps, and so do more tokens:
+# Without damping, the error on new text is several times that of rounding. This is
+# overfitting, well known from training. **GPTQ makes the error on the calibration data
+# small. It promises nothing about other text.** Damping helps. For so few tokens even
+# `damp=1` is better than 0.01. More tokens help, too, and then 0.01 is enough:
 
 # %%
 many = inputs_of(layer, calibration)
@@ -620,6 +649,7 @@ assert eigenvalues[0] < 1e-6 * eigenvalues[-1]
 assert undamped[0] < 0.3
 assert undamped[1] > 2
 assert swept[4, 1] < 1 < swept[2, 1]                     # damp 0.01 and 0.0001
+assert swept[6, 1] < 0.9 * swept[4, 1]                   # damp 1 and 0.01
 assert with_many[1] < 0.55
 assert with_many[0] < with_many[1]
 few_64 = few[:64]                                        # 64 tokens: H is singular
@@ -633,8 +663,9 @@ except np.linalg.LinAlgError:
 assert failed
 
 # %% [markdown]
-# The library damps and factors. If the factorisation fails, it damps ten times as much.
-# (`LEAST_DAMP` is $10^{-6}$, and `MOST_DAMP` is 0.1.)
+# The library damps and factors. If the factorisation fails, it tries again with ten
+# times the damping, and with at least `LEAST_DAMP`, which is $10^{-6}$. It gives up if
+# that would be more than `MOST_DAMP`, which is 0.1.
 
 # %%
 quote(inverse_factor)
@@ -667,9 +698,9 @@ for act_order, static in ((False, False), (True, False), (True, True)):
 # takes 2,048 bytes: 4 for each input of the two maps with 256 inputs. (The rows of the
 # other maps have only one group.)
 #
-# The program of GPTQ's authors has act-order as an option. For OPT-66B they report a
-# perplexity of 9.55 without it and 9.34 with it at 4 bits, and 14.16 and 9.95 at 3
-# bits.
+# The program of GPTQ's authors has act-order as an option. Its README reports the
+# perplexity of OPT-66B on WikiText-2: 9.55 without act-order and 9.34 with it at 4
+# bits, 14.16 and 9.95 at 3 bits.
 #
 # ## Layer after layer
 # The layers of a model are compressed from the first to the last. When the second block
@@ -702,24 +733,25 @@ for bits in (3, 2):
           f"dense layers before {from_dense[bits]:6.1f}")
 
 # %% [check]
-plain, scattered, static = (results[ft.GPTQ(bits=2, **more)] for more in (
-    {}, {"act_order": True}, {"act_order": True, "static_groups": True}))
-assert scattered[0] < 0.96 * plain[0]
-assert static[0] < 0.96 * plain[0]
-assert scattered[1] > static[1] == plain[1]
+plain = results[ft.GPTQ(bits=2)]
+with_order = results[ft.GPTQ(bits=2, act_order=True)]
+static_groups = results[ft.GPTQ(bits=2, act_order=True, static_groups=True)]
+assert with_order[0] < 0.96 * plain[0]
+assert static_groups[0] < 0.96 * plain[0]
+assert with_order[1] > static_groups[1] == plain[1]
 assert from_dense[2] > 1.02 * plain[0]
 assert abs(from_dense[3] / results[ft.GPTQ(bits=3)][0] - 1) < 0.01
 
 # %% [markdown]
 # At 2 bits the errors before a layer are large, and it helps to know them. At 3 bits it
 # makes no difference in our model of two blocks. In a model of 80 blocks more errors
-# add up before the last one. (The first way holds the inputs of one block at a time.
-# The other way holds the Hessians of all layers.)
+# add up before the last one. (The ways also differ in memory. The first one holds the
+# inputs of one block at a time, the other one the Hessians of all layers.)
 #
 # ## Where GPTQ loses
 # Can GPTQ have a larger error than rounding, even on the calibration data? With two
 # weights it cannot: both round the first weight to the same value, and GPTQ then takes
-# the best value for the second. We construct a case with three weights:
+# the best value for the second. With three weights it can. Here is a case:
 
 # %%
 w3 = np.array([[0.6, -2.4, 2.7]])
@@ -727,8 +759,8 @@ H3 = np.array([[0.71, 0.48, -0.54], [0.48, 1.74, -1.92], [-0.54, -1.92, 2.94]])
 whole = Grid(scale=np.ones((1, 1)), zero=100.0, top=200)         # −100, −99 ... 100
 
 # %% [markdown]
-# **Predict first.** Rounding gives $(1, -2, 3)$. Which of the two has the smaller error
-# here?
+# **Predict first.** Rounding gives $(1, -2, 3)$. Does GPTQ find the same values? If
+# not, which of the two results has the smaller loss?
 
 # %%
 U3 = upper_factor(H3)
@@ -765,8 +797,9 @@ up = layer.weight.numpy().astype(np.float64)             # (256, 64)
 up_X = inputs_of(layer, calibration)
 up_H = 2 / len(up_X) * up_X.T @ up_X
 up_grid = fit_groups(up, "affine", bits=4, group=64)
-by_rounding = loss(up, up_grid.round(up), up_H)
-with_gptq = loss(up, gptq(up, upper_factor(up_H), up_grid)[0], up_H)
+by_rounding = loss(up, up_grid.round(up), up_H)          # one number for each row
+V, _ = gptq(up, upper_factor(up_H), up_grid)
+with_gptq = loss(up, V, up_H)
 worse = np.mean(with_gptq > by_rounding)
 print(f"all rows: {with_gptq.sum() / by_rounding.sum():.2f} of the error of rounding")
 print(f"{100 * worse:.0f} % of the rows are worse than rounded")
@@ -783,8 +816,8 @@ assert np.isclose(after_minus_2, 3.03, atol=0.01)
 assert 0.02 < worse < 0.2
 up_size = np.sqrt(np.diagonal(up_H))
 up_related = up_H / np.outer(up_size, up_size)
-up_beside = up_related[~np.eye(64, dtype=bool)]
-assert np.mean(up_beside**2) < 0.8 * np.mean(beside**2)
+up_off_diagonal = up_related[~np.eye(64, dtype=bool)]
+assert np.mean(up_off_diagonal**2) < 0.8 * np.mean(off_diagonal**2)
 assert with_gptq.sum() / by_rounding.sum() > left_to_right
 assert with_gptq.sum() < 0.8 * by_rounding.sum()
 
@@ -795,7 +828,8 @@ assert with_gptq.sum() < 0.8 * by_rounding.sum()
 #
 # ## Time against width
 # How long do the three rules take for a square matrix? We measure the time of one
-# processor, for random weights and inputs, 4 bits and one grid a row.
+# thread, for random weights and inputs, 4 bits and one grid a row. Of several tries we
+# take the median.
 
 # %%
 def time_of(rule, width, tries):
@@ -828,13 +862,14 @@ assert times["GPTQ"][-1] > times["RTN"][-1]
 assert growth > 2.2
 
 # %% [markdown]
-# By our count of the operations, the power of OBQ tends to 4 for large matrices. A
-# model of 100 million weights in matrices of 768 × 768 has about 170 of them. Three
-# times our width takes up to $3^4 = 81$ times the time in the last line. 170 matrices
-# of this size take hours. The lecture says "4 hours". (The benchmarks of this library
-# measured 768 × 768, and came to 4.5 hours for OBQ and 15 seconds for GPTQ.) For 175
-# billion weights OBQ would take years. GPTQ took its authors about four hours on one
-# GPU.
+# A square matrix of width $n$ takes OBQ about $n \cdot n^3 = n^4$ operations. So the
+# power of OBQ tends to 4 for large matrices. A model of 100 million weights in matrices
+# of 768 × 768 has about 170 of them. Three times our width takes up to $3^4 = 81$ times
+# the time in the last line, and 170 matrices of this size take hours. The lecture says
+# that OBQ takes "4 hours" for 100 million weights. (A benchmark of this library,
+# number C22 in `tests/benchmarks/results/claims.md`, measured 768 × 768. It came to 3.2
+# hours for OBQ and 13 seconds for GPTQ.) For 175 billion weights OBQ would take years.
+# GPTQ took its authors about four hours on one GPU.
 #
 # ## The whole lesson in one table
 # All twelve matrices of the small GPT, groups of 64, 8,192 tokens of calibration data.
@@ -868,9 +903,9 @@ assert results[ft.GPTQ(bits=4)][0] - dense < 0.5 * (results[ft.RTN(bits=4)][0] -
 # OBQ and GPTQ need the bytes of rounding, and have better codes. (Only act-order adds
 # 2,048 bytes.) At 4 bits GPTQ gets back more than half of the perplexity that rounding
 # had lost. At 2 bits its perplexity is a third below that of rounding, and still twice
-# that of the dense model. Neither OBQ nor GPTQ is always the better one, but GPTQ takes
-# a small part of the time for large matrices. An error that is small on the calibration
-# data may be large elsewhere, and a greedy method may lose. So measure on other text.
+# that of the dense model. Sometimes OBQ is better, and sometimes GPTQ. But for large
+# matrices GPTQ takes much less time. An error that is small on the calibration data may
+# be large elsewhere, and a greedy method may lose. So measure on other text.
 #
 # The lecture says that GPTQ quantizes "OPT and BLOOM to 4 and 3 bits per weight,
 # respectively", and that the largest models stay "within 1-2 points" of the perplexity

@@ -119,18 +119,18 @@ def obq_step(w: np.ndarray, G: np.ndarray, free: np.ndarray, j: int, q: float) -
 def eliminate(G: np.ndarray, j: int) -> np.ndarray:
     """G − G_:,j G_j,: / G_jj: the inverse of H without row j and column j, from G = H⁻¹ (n, n).
 
-    It stands in the other rows and columns of the result (n, n), whose row j and column j are 0, up to rounding."""
+    The result is (n, n), too. Its row j and its column j are 0, up to rounding. Its other entries are the inverse."""
     return G - np.outer(G[:, j], G[j]) / G[j, j]
 
 
 def cheapest(error: np.ndarray, d: np.ndarray, free: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """The weight to round next in each row, as its place in the row (...): the free one of least error²/d. But if free
-    weights are off their grid, |error| > scale/2, the one of them with the largest |error|.
+    """The index of the weight to round next, one for each row (...): the free weight with the least error²/d. But if
+    free weights are off their grid, |error| > scale/2, it is the one of them with the largest |error|.
 
     error (..., in)   w − quant(w) of each weight
     d     (..., in)   the diagonal of G; it has no meaning for weights that are not free
     free  (..., in)   True for the weights that are not rounded yet, at least one in each row
-    scale             of the grid, broadcast against the others"""
+    scale             the steps of the grids, an array that broadcasts against error"""
     size = np.where(free, np.abs(error), 0)
     off = np.where(size > scale / 2 * (1 + 1e-9), size, 0)
     cost = np.where(free, error**2 / np.where(free, d, 1), np.inf)
