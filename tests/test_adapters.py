@@ -37,6 +37,7 @@ from tinyft import (
 )
 from tinyft.adapters.files import find_method
 from tinyft.files import read_tensors, write_tensors
+from tinyft.identity import describe
 from tinyft.methods import ALL
 
 FILES = ["adapter.json", "adapter.safetensors"]
@@ -401,6 +402,25 @@ def test_a_method_with_data_is_given_again_to_load_and_must_be_the_same(tmp_path
         with pytest.raises(ValueError, match=f"with another {field}"):
             load_adapter(fresh, tmp_path, method=other)
     load_adapter(fresh, tmp_path, method=Pulled(old=[a.copy() for a in data]))
+    assert same(run(fresh), run(model))
+
+
+def test_a_field_that_a_file_lacks_had_its_default(tmp_path, monkeypatch):
+    data = [np.ones((3, 4), int)]
+
+    def describe_older(method: Any) -> Any:
+        """The description before the class had its field beta."""
+        facts = describe(method)
+        del facts["fields"]["beta"]
+        return facts
+    with monkeypatch.context() as m:
+        m.setattr("tinyft.adapters.files.describe", describe_older)
+        model = trained("gpt", Pulled(old=data))
+        save_adapter(model, tmp_path)
+    fresh = build("gpt")
+    with pytest.raises(ValueError, match="with another beta"):
+        load_adapter(fresh, tmp_path, method=Pulled(old=data, beta=2.0))
+    load_adapter(fresh, tmp_path, method=Pulled(old=data))
     assert same(run(fresh), run(model))
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import re
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from helpers import host_only
 from tinyft import data, pretrain
 from tinyft.data import IGNORE, SPECIAL, SPLITS, Batches, Record
 from tinyft.data.text import CLS, END, PAD, SEP
+from tinyft.identity import describe
 
 pytestmark = host_only
 
@@ -643,6 +646,38 @@ def test_examples_are_read_once_for_their_fingerprint(monkeypatch):
     assert "content" not in Batches(Lazy(), 2).state_dict()
     assert "content" not in Batches([object(), object()], 2, collate=lambda chosen, rng: {}).state_dict()
     assert len(calls) == 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Padded:
+    """A collate; `side` is a field that its class got later."""
+
+    width: int = 3
+    side: str = "right"
+
+    def __call__(self, chosen: list, rng: Any) -> dict:
+        return {"ids": np.array(chosen)[:, None]}
+
+
+def test_a_field_with_its_default_value_does_not_change_the_fingerprint(monkeypatch):
+    """A position from before the class had the field, or from a version that counted all fields, is gone to."""
+    older = dataclasses.make_dataclass("Padded", [("width", int, 3)], namespace={"__call__": Padded.__call__})
+    older.__module__, older.__qualname__ = Padded.__module__, Padded.__qualname__
+
+    def stream(collate: Any) -> Batches:
+        return Batches(np.arange(7), 3, collate=collate)
+    for width in (3, 4):
+        old, new = stream(older(width)).state_dict(), stream(Padded(width)).state_dict()
+        assert old == new
+        with monkeypatch.context() as m:
+            m.setattr("tinyft.data.batches.describe_changed", describe)
+            counted = stream(Padded(width)).state_dict()
+        assert counted != new
+        stream(Padded(width)).load_state_dict(counted)
+        for other in (Padded(width, "left"), Padded(5)):
+            for state in (new, counted):
+                with pytest.raises(ValueError, match="got one of other examples"):
+                    stream(other).load_state_dict(state)
 
 
 def test_text_batches_from_plain_lists():

@@ -12,11 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 from contract import build
-from helpers import dev, host
+from helpers import dev, host, wrong_answers
 
 from tinyft import LoRA, PrefixTuning
 from tinyft.data import Batches
-from tinyft.identity import describe, fingerprint, qualified_name, rows_as_arrays
+from tinyft.identity import (
+    complete,
+    default_fields,
+    describe,
+    describe_changed,
+    fingerprint,
+    qualified_name,
+    rows_as_arrays,
+)
 from tinyft.tensor import Tensor
 
 
@@ -128,6 +136,80 @@ def test_a_class_that_was_run_as_a_script_has_the_name_of_its_file(monkeypatch):
     assert qualified_name(cls) == "train.Mine"
     main.__spec__ = ModuleSpec("package.module", None)
     assert qualified_name(cls) == "package.module.Mine"
+
+
+@dataclass(frozen=True)
+class Outer:
+    """A method with a required field, and with other dataclasses in its fields."""
+
+    r: int
+    keep: Keep = Keep()
+    several: tuple = ()
+    named: dict[str, Any] = field(default_factory=dict)
+
+
+def drop_fields(facts: Any, rng: np.random.Generator) -> Any:
+    """The description without some of the fields that have their default value, at any depth."""
+    if isinstance(facts, list):
+        return [drop_fields(one, rng) for one in facts]
+    if not isinstance(facts, dict):
+        return facts
+    kept = {}
+    for name, value in facts.items():
+        is_default = (name, value) in [("old", None), ("beta", 1.0), ("inner", None), ("ranks", {}), ("several", []),
+                                       ("named", {}), ("keep", describe(Keep()))]
+        if not is_default or rng.random() < 0.5:
+            kept[name] = drop_fields(value, rng)
+    return kept
+
+
+def check_complete() -> None:
+    """Fields with their default value may be missing in a description; a field with another value is told apart."""
+    rng = np.random.default_rng(0)
+    cases = [Outer(2), Outer(2, Keep(beta=3.0)), Outer(2, Keep(inner=Keep(ranks={"x": 1}))),
+             Outer(2, several=(Keep(), 3)), Outer(2, named={"a": Keep(beta=2.0), "b": [Keep()]}),
+             Outer(3, Keep(old=np.ones(2))), Keep(), Keep(beta=0.0)]
+    for obj in cases:
+        facts = describe(obj)
+        for _ in range(20):
+            shorter = json.loads(json.dumps(drop_fields(facts, rng)))
+            assert complete(shorter, obj) == facts
+            for other in cases:
+                assert other is obj or complete(shorter, other) != describe(other)
+
+
+def test_a_description_is_completed_by_the_defaults_of_its_class():
+    check_complete()
+    assert complete(describe(Keep()), LoRA()) == describe(Keep()), "another class"
+    for junk in (None, 3, "x", [], [1], {}, {"class": 3}, {"class": qualified_name(Keep), "fields": [1]}):
+        assert complete(junk, Keep()) == junk
+
+
+def from_the_object(description: Any, obj: Any) -> Any:
+    """A missing field has the value that the object has today."""
+    if isinstance(description, dict) and description.get("class") == qualified_name(type(obj)):
+        return {**description, "fields": describe(obj)["fields"] | description["fields"]}
+    return description
+
+
+def top_level_alone(description: Any, obj: Any) -> Any:
+    """Only the fields of the outermost object can be missing."""
+    if isinstance(description, dict) and description.get("class") == qualified_name(type(obj)):
+        return {**description, "fields": default_fields(type(obj)) | description["fields"]}
+    return description
+
+
+@wrong_answers
+@pytest.mark.parametrize("wrong", [from_the_object, top_level_alone, lambda description, obj: description])
+def test_a_wrong_completion_is_caught(wrong, monkeypatch):
+    monkeypatch.setitem(globals(), "complete", wrong)
+    with pytest.raises(AssertionError):
+        check_complete()
+
+
+def test_what_is_hashed_leaves_out_the_fields_with_their_default_value():
+    assert describe_changed(Keep())["fields"] == {}
+    assert describe_changed(Keep(beta=2.0, ranks={"x": 1}))["fields"] == {"beta": 2.0, "ranks": {"x": 1}}
 
 
 # ── planted mistakes ─────────────────────────────────────────────────────────────────────────────────────────────────

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import host
+from helpers import host, wrong_answers
 from test_resume import (
     Killed,
     check_equal_runs,
@@ -34,6 +34,7 @@ from test_resume import (
     start_process,
     state_of,
 )
+from wrong import replaced
 
 import tinyft as ft
 from tinyft import SGD, AdamW, LoRA, array, attach, fit, train
@@ -181,6 +182,86 @@ def test_a_checkpoint_that_was_written_before_these_facts_were_kept_resumes(tmp_
     write_tensors(tmp_path / "checkpoint.safetensors", arrays, facts)
     straight = run_recipe("lora", tmp_path / "straight")
     check_equal_runs(straight, run_recipe("lora", tmp_path), tmp_path / "straight", tmp_path)
+
+
+# ── settings that the library got after the checkpoint was written ───────────────────────────────────────────────────
+def make_older(folder: Path) -> None:
+    """Remove settings from a checkpoint, as if the library had not had them when it was written."""
+    arrays, facts = read_checkpoint(folder)
+    del facts["loss"]["fields"]["smoothing"], facts["methods"]["lora"]["fields"]["alpha"]
+    facts["optimizer"] = facts["optimizer"].replace(", eps=1e-08", "")
+    assert facts["optimizer"] == "AdamW(lr=0.02, weight_decay=0.01, rules={}, betas=(0.9, 0.999))"
+    write_tensors(folder / "checkpoint.safetensors", arrays, facts)
+
+
+def check_older(folder: Path) -> None:
+    """A setting that a checkpoint lacks had its default: such a run goes on, and one with another value is refused."""
+    begin(folder / "stopped")
+    make_older(folder / "stopped")
+    words = r"its loss: CrossEntropy\(smoothing=0.0\); here: CrossEntropy\(smoothing=0.1\)"
+    check_refused(folder / "stopped", words, loss=ft.CrossEntropy(0.1))
+    words = r"its optimizer: AdamW\(.*, eps=1e-08\); here: AdamW\(.*, eps=0.1\)"
+    check_refused(folder / "stopped", words, optimizer=AdamW(0.02, eps=0.1))
+    other = make_gpt(dropout=0.1)
+    attach(other, LoRA(r=2, dropout=0.1, alpha=8))
+    words = r"its methods: lora: LoRA\(.*alpha=16.0.*\); here: lora: LoRA\(.*alpha=8"
+    check_refused(folder / "stopped", words, (other, *lora()[1:]))
+    straight = run_recipe("lora", folder / "straight")
+    check_equal_runs(straight, run_recipe("lora", folder / "stopped"), folder / "straight", folder / "stopped")
+
+
+def test_a_setting_that_a_checkpoint_lacks_had_its_default(tmp_path):
+    check_older(tmp_path)
+
+
+def as_it_is(saved: Any, *_: Any) -> Any:
+    """A setting that is not there differs from any other."""
+    return saved
+
+
+def call_as_today(saved: Any, ours: str, maker: Any) -> str:
+    """A text that lacks a setting has today's value of it."""
+    return ours
+
+
+def as_today(saved: Any, ours: Any) -> Any:
+    """A description that lacks a field has today's value of it."""
+    return train.checkpoint.describe(ours)
+
+
+@wrong_answers
+@pytest.mark.parametrize("name, wrong", [("complete", as_it_is), ("complete", as_today), ("complete_call", as_it_is),
+                                         ("complete_call", call_as_today)])
+def test_a_setting_that_is_taken_for_another_is_caught(name, wrong, tmp_path):
+    with replaced(train.checkpoint, name, wrong), pytest.raises((AssertionError, ValueError, pytest.fail.Exception)):
+        check_older(tmp_path)
+
+
+@dataclass(frozen=True)
+class Drop:
+    """A factor before a step and another one from it on; `low` came later than the checkpoint."""
+    at: int
+    low: float = 0.1
+
+    def __call__(self, t: int, T: int) -> float:
+        return 1.0 if t < self.at else self.low
+
+
+def test_a_schedule_that_lacks_a_setting_had_its_default():
+    complete = train.same_run.complete_schedule
+    assert complete("cosine_schedule(warmup=3)", ft.cosine_schedule(warmup=3)) == "cosine_schedule(warmup=3, floor=0.0)"
+    for schedule, lacking in ((Drop(3), "low"), (functools.partial(scaled, Drop(3), t=0), "low")):
+        facts = train.same_run.describe_schedule(schedule)
+        text = json.dumps(facts)
+        assert complete(json.loads(text.replace(f', "{lacking}": 0.1', "")), schedule) == facts
+        assert lacking in text
+    low = complete({"class": "test_same_run.Drop", "fields": {"at": 3}}, Drop(3, low=0.2))
+    assert low == {"class": "test_same_run.Drop", "fields": {"at": 3, "low": 0.1}}
+    for schedule in SCHEDULES:
+        for saved in [*JUNK, "linear_schedule", "linear_schedule(", "linear_schedule(3)", "linear_schedule(**x)"]:
+            assert complete(saved, schedule) is saved or complete(saved, schedule) == saved
+    stored = "cosine_schedule(warmup=3, floor=0.0, cycles=2)"
+    assert complete(stored, ft.cosine_schedule(warmup=3)) == stored, "a setting of a later version stays"
 
 
 # ── all or nothing ───────────────────────────────────────────────────────────────────────────────────────────────────

@@ -49,13 +49,61 @@ def describe(obj: Any) -> Any:
 
     A frozen dataclass becomes {"class": "module.QualName", "fields": {...}}. A field that is a plain value, a short
     list of these or another dataclass is described as it is; an array, a tensor, a model or data becomes
-    {"fingerprint": hex of its content}. An object that is not a dataclass is identified by its class alone."""
+    {"fingerprint": hex of its content}. An object that is not a dataclass is identified by its class alone.
+
+    A later version of a class may have more fields: compare what a file holds only after `complete`."""
     if _is_plain(obj) or isinstance(obj, (list, tuple, Mapping, Tensor, Module)) or array.is_array(obj):
         return _describe_value(obj)
     fields = {}
     if dataclasses.is_dataclass(obj):
         fields = {f.name: _describe_value(getattr(obj, f.name)) for f in dataclasses.fields(obj) if f.init}
     return {"class": qualified_name(type(obj)), "fields": fields}
+
+
+def complete(description: Any, obj: Any) -> Any:
+    """A description from a file, with the default of each field that it lacks: one that its class got later.
+
+    obj: the object of today with which it will be compared. What is of another class or form stays as it is."""
+    obj = _as_json_value(obj)
+    if isinstance(obj, (list, tuple)) and isinstance(description, list) and len(obj) == len(description):
+        return [complete(one, value) for one, value in zip(description, obj)]
+    if isinstance(obj, Mapping) and isinstance(description, dict):
+        return {key: complete(one, obj.get(key)) for key, one in description.items()}
+    if not _is_description_of(description, obj):
+        return description
+    fields = {name: complete(one, getattr(obj, name, None)) for name, one in description["fields"].items()}
+    return {**description, "fields": default_fields(type(obj)) | fields}
+
+
+def _is_description_of(description: Any, obj: Any) -> bool:
+    """True if `describe` made this of a dataclass of the same class."""
+    if not dataclasses.is_dataclass(obj) or isinstance(obj, type) or not isinstance(description, dict):
+        return False
+    return description.get("class") == qualified_name(type(obj)) and isinstance(description.get("fields"), dict)
+
+
+def describe_changed(obj: Any) -> Any:
+    """`describe` of a dataclass without the fields that have their default value: a new field does not change it.
+
+    It serves where the facts are hashed, so that `complete` cannot help."""
+    description = describe(obj)
+    defaults = default_fields(type(obj))
+    changed = {}
+    for name, value in description["fields"].items():
+        if name not in defaults or value != defaults[name]:
+            changed[name] = value
+    return {**description, "fields": changed}
+
+
+def default_fields(cls: type) -> dict[str, Any]:
+    """{name: description of the default} of the fields of a dataclass that have one."""
+    defaults = {}
+    for f in dataclasses.fields(cls):
+        if f.init and f.default is not dataclasses.MISSING:
+            defaults[f.name] = _describe_value(f.default)
+        elif f.init and f.default_factory is not dataclasses.MISSING:
+            defaults[f.name] = _describe_value(f.default_factory())
+    return defaults
 
 
 def _describe_value(value: Any) -> Any:

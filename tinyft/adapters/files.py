@@ -21,7 +21,7 @@ from .. import array, edit
 from ..checks import brief, instance
 from ..edit import Attached, Method
 from ..files import FLOATS, pack_tensors, python_number, read_together, write_atomically
-from ..identity import describe, qualified_name
+from ..identity import complete, describe, qualified_name
 from ..nn import Module, Packed, dense
 from ..tensor import Tensor
 from .reading import ROUNDED, check_finite, digest, read_adapter
@@ -164,6 +164,7 @@ def _make_method(path: Path, class_name: str, fields: dict[str, Any], given: typ
                          "if it is your own, pass its class: load_adapter(..., method=...)")
     if isinstance(given, Method):
         ours = describe(given)["fields"]
+        fields = complete({"class": qualified_name(cls), "fields": fields}, given)["fields"]
         for field in fields.keys() | ours.keys():
             if fields.get(field) != ours.get(field):
                 raise ValueError(f"{path} was made by a {short} with another {_short(field)}")

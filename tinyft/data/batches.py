@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from .. import checks
-from ..identity import describe, fingerprint, rows_as_arrays
+from ..identity import describe, describe_changed, fingerprint, rows_as_arrays
 from ..tokens import all_special, encode_text, padding_id, plain, special_ids
 from .text import PAD, SPECIAL, shipped_tokenizer
 
@@ -153,7 +153,7 @@ class Batches:
                 wanted.append(f"a whole number {name} of at least 0, got {value!r}")
             elif name == "batch" and value > len(self):
                 wanted.append(f"a batch of at most {len(self)}, got {value}")
-        if not wanted and state.get("content") and self.content() not in ("", state["content"]):
+        if not wanted and state.get("content") and not self._has_content(state["content"]):
             wanted.append("the examples of this stream, got one of other examples")
         if wanted:
             raise ValueError(f"Batches.load_state_dict wants a state with {'; '.join(wanted)}")
@@ -165,17 +165,28 @@ class Batches:
         """A fingerprint of the examples, and of a collate that is a dataclass; "" for examples that are not compared.
 
         Computed once. Only arrays, lists and tuples are compared: a class of the user's may read its examples lazily,
-        or hold more than its examples.
+        or hold more than its examples. Of the collate, fields with their default values do not count.
         """
         if self._content is None:
-            self._content = ""
-            if isinstance(self.examples, (np.ndarray, list, tuple, range)):
-                try:
-                    collate = describe(self.collate) if dataclasses.is_dataclass(self.collate) else None
-                    self._content = fingerprint([rows_as_arrays(self.examples), self.lengths, collate])
-                except TypeError:  # an example of a kind that has no content to read
-                    pass
+            self._content = self._fingerprint(describe_changed)
         return self._content
+
+    def _fingerprint(self, describe_collate: Callable[[Any], Any]) -> str:
+        """The fingerprint of the examples and of the description of the collate; "" if there is none."""
+        if not isinstance(self.examples, (np.ndarray, list, tuple, range)):
+            return ""
+        try:
+            collate = describe_collate(self.collate) if dataclasses.is_dataclass(self.collate) else None
+            return fingerprint([rows_as_arrays(self.examples), self.lengths, collate])
+        except TypeError:  # an example of a kind that has no content to read
+            return ""
+
+    def _has_content(self, saved: str) -> bool:
+        """True unless the examples and the collate have another fingerprint.
+
+        Earlier versions counted all fields of the collate.
+        """
+        return self.content() in ("", saved) or self._fingerprint(describe) == saved
 
     def _settings(self) -> dict[str, int | bool]:
         """The settings that decide the order of the batches: a saved position fits only a stream with the same ones."""

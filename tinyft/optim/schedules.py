@@ -76,8 +76,12 @@ class WarmUp:
             return self.decay(1.0)
         return self.decay((t - steps) / (T - steps))
 
+    @property
+    def maker(self) -> str:
+        """The name of the function that made the schedule."""
+        return self.decay.__qualname__.partition(".")[0]             # decay is a function inside of cosine_schedule
+
     def __repr__(self) -> str:
         """The call that made the schedule, such as cosine_schedule(warmup=20, floor=0.1)."""
-        maker = self.decay.__qualname__.partition(".")[0]            # decay is a function inside of cosine_schedule
         settings: dict[str, Any] = {"warmup": self.warmup, **inspect.getclosurevars(self.decay).nonlocals}
-        return f"{maker}({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
+        return f"{self.maker}({', '.join(f'{name}={value!r}' for name, value in settings.items())})"

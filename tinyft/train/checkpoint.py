@@ -21,24 +21,27 @@ import numpy as np
 
 from .. import array, checks, edit
 from ..array import Array
-from ..identity import describe
+from ..identity import complete, describe
 from ..nn import Module
 from ..optim import GradScaler, Optimizer
 from ..tensor import Tensor
 from .batch import CrossEntropy, Loss
 from .same_run import (
+    LONGEST_CALL,
     check_base,
     check_identity,
+    complete_call,
+    complete_schedule,
     describe_base,
     describe_data,
     describe_loss,
     describe_schedule,
     one_line,
+    read_call,
     to_text,
 )
 
 Run = Any                                                               # loop.Run; loop imports this module
-LONGEST_METHOD = 2000                                                   # characters of a method's repr
 VERSION = 2                                                             # of the facts in the header
 # The facts of a checkpoint beside those of describe_run.
 POSITION = (
@@ -248,6 +251,7 @@ def check_state(
             arrays, facts = from_version_0_1(run, arrays, facts)
         except (KeyError, TypeError, AttributeError, SyntaxError, RecursionError, MemoryError) as e:
             raise ValueError(f"this is no checkpoint of fit: {checks.brief(e)}") from e
+    facts = complete_facts(run, facts)
     content = ("base", "data")                                          # compared below, when the names are known
     check_identity({key: value for key, value in run.identity.items() if key not in content}, facts)
     try:
@@ -351,6 +355,19 @@ def describe_run(run: Run) -> dict[str, Any]:
     return json.loads(json.dumps(identity))                             # as it is read from a file: tuples become lists
 
 
+def complete_facts(run: Run, facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts of a checkpoint, with the defaults of settings that the library did not have when it was written."""
+    methods = {a.name: a.method for a in edit.attached(run.model)}
+    equations = run.optimizer.equations
+    completed = {
+        "optimizer": complete_call(facts.get("optimizer"), repr(equations), type(equations)),
+        "methods": complete(facts.get("methods"), methods),
+        "loss": complete(facts.get("loss"), run.loss.original),
+        "schedule": complete_schedule(facts.get("schedule"), run.schedule),
+    }
+    return facts | {key: value for key, value in completed.items() if key in facts}
+
+
 # ── files of version 0.1 ─────────────────────────────────────────────────────────────────────────────────────────────
 def from_version_0_1(
     run: Run, arrays: dict[str, np.ndarray], facts: dict[str, Any],
@@ -378,7 +395,7 @@ def from_version_0_1(
     history["terms"] = {"loss": list(facts["losses"])}
     if not are_methods_of_0_1(facts["methods"], edit.attached(run.model)):
         ours = to_text(run.identity["methods"])
-        theirs = one_line(str(facts["methods"]), LONGEST_METHOD) or "none"
+        theirs = one_line(str(facts["methods"]), LONGEST_CALL) or "none"
         raise ValueError(f"this checkpoint is of another run: its methods: {theirs}; here: {ours}")
     kept = ("steps", "accumulate", "clip", "optimizer", "autocast", "t", "done", "rng", "batches")
     new_facts = {name: facts[name] for name in kept if name in facts}
@@ -400,14 +417,12 @@ def are_methods_of_0_1(text: str, attached: tuple[edit.Attached, ...]) -> bool:
         return False
     for part_text, a in zip(parts, attached):
         name, _, call_text = part_text.partition(": ")
-        if len(call_text) > LONGEST_METHOD:                             # parsing takes memory and stack
+        call = read_call(call_text)
+        if call is None or name != a.name or call[0] != type(a.method).__name__:
             return False
-        call = ast.parse(call_text, mode="eval").body
-        if not isinstance(call, ast.Call) or name != a.name or ast.unparse(call.func) != type(a.method).__name__:
-            return False
-        for keyword in call.keywords:
-            value = ast.literal_eval(keyword.value)
-            if getattr(a.method, str(keyword.arg), value) != value:     # a field that is gone counts as equal
+        for field, text in call[1].items():
+            value = ast.literal_eval(text)
+            if getattr(a.method, field, value) != value:                # a field that is gone counts as equal
                 return False
     return True
 

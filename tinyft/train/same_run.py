@@ -1,22 +1,27 @@
 """The settings, the base and the data that a resumed run must share with the run that wrote the checkpoint.
 
-describe_run of checkpoint.py puts them together; the facts are JSON-able.
+describe_run of checkpoint.py puts them together; the facts are JSON-able. A method, a loss, a schedule and an optimiser
+may get a new setting in a later version of the library: a checkpoint without it is read as one with its default.
 """
 from __future__ import annotations
 
+import ast
 import functools
+import inspect
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
 
-from ..identity import describe, fingerprint, qualified_name, rows_as_arrays
+from ..identity import complete, describe, fingerprint, qualified_name, rows_as_arrays
 from ..nn import Module
-from ..optim import Schedule
+from ..optim import Schedule, schedules
 from ..optim.schedules import WarmUp
 from .batch import Loss
 
 LONGEST = 500                                            # characters of a text from a file in a message
+LONGEST_CALL = 2000                                      # characters of a text that is parsed
 
 
 def describe_loss(loss: Loss) -> dict[str, Any]:
@@ -44,6 +49,55 @@ def describe_schedule(schedule: Schedule) -> Any:
         return describe(schedule)
     named: Any = schedule if isinstance(getattr(schedule, "__qualname__", None), str) else type(schedule)
     return qualified_name(named)
+
+
+def complete_schedule(saved: Any, schedule: Schedule) -> Any:
+    """What a checkpoint holds of a schedule, with the defaults of the settings that it lacks.
+
+    schedule: that of today's run, with which it will be compared."""
+    if isinstance(schedule, WarmUp):
+        return complete_call(saved, repr(schedule), getattr(schedules, schedule.maker, None))
+    if not isinstance(schedule, functools.partial):
+        return complete(saved, schedule)
+    if not isinstance(saved, dict) or saved.keys() != {"function", "arguments"}:
+        return saved
+    arguments = complete(saved["arguments"], [*schedule.args, schedule.keywords])
+    return {"function": complete_schedule(saved["function"], schedule.func), "arguments": arguments}
+
+
+def complete_call(saved: Any, ours: str, maker: Callable | None) -> Any:
+    """A text from a checkpoint, such as "SGD(lr=0.1, momentum=0.0)", with the default of each setting that it lacks.
+
+    ours: the text of today's run; maker: the class or function that it calls, whose signature has the defaults.
+    What is no call of the same name stays as it is."""
+    theirs, today = read_call(saved), read_call(ours)
+    if theirs is None or today is None or maker is None or theirs[0] != today[0]:
+        return saved
+    settings = {}
+    parameters = inspect.signature(maker).parameters
+    for name in today[1]:
+        if name in theirs[1]:
+            settings[name] = theirs[1][name]
+        elif name in parameters and parameters[name].default is not inspect.Parameter.empty:
+            settings[name] = repr(parameters[name].default)
+    settings |= theirs[1]                                               # those that are unknown today come last
+    return f"{theirs[0]}({', '.join(f'{name}={value}' for name, value in settings.items())})"
+
+
+def read_call(text: Any) -> tuple[str, dict[str, str]] | None:
+    """(name, {keyword: text of its value}) of a text such as "SGD(lr=0.1, momentum=0.0)"; None for any other.
+
+    A long text is not parsed: that takes memory and stack."""
+    if not isinstance(text, str) or len(text) > LONGEST_CALL:
+        return None
+    try:
+        call = ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+    if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
+        return None
+    values = {str(keyword.arg): ast.get_source_segment(text, keyword.value) or "" for keyword in call.keywords}
+    return ast.unparse(call.func), values
 
 
 def describe_base(model: Module, changing: set[str]) -> dict[str, str]:
