@@ -47,6 +47,10 @@ class Table(Module):
             self._known[prefix] = z - np.log(np.exp(z - z.max()).sum()) - z.max()
         return self._known[prefix]
 
+    def cp(self, prompt: tuple[int, ...], tokens: tuple[int, ...]) -> float:
+        """The coverage penalty of a continuation: a table has no source."""
+        return 0.0
+
 
 def ours(model: Table, prompt: tuple[int, ...], n: int, **options: Any) -> list[Hypothesis]:
     """The library's search for one prompt. A table has no cache."""
@@ -63,7 +67,7 @@ def every_text(model: Table, prompt: tuple[int, ...], n: int, end: int | None, l
             if end in tokens[:-1] or not (ended or length == n):
                 continue
             log_p = sum(model.log_probs((*prompt, *tokens[:i]))[token] for i, token in enumerate(tokens))
-            found.append(Hypothesis(tokens, log_p / lp(length), log_p, ended))
+            found.append(Hypothesis(tokens, log_p / lp(length) + model.cp(prompt, tokens), log_p, ended))
     return sorted(found, key=lambda h: -h.score)
 
 
@@ -79,7 +83,8 @@ def plain(model: Table, prompt: tuple[int, ...], n: int, *, beams: int, end: int
             length = max(length - 1, 1)
         if wrong == "the penalty of the last step":
             length = n
-        finished.append(Hypothesis(tokens, log_p / lp(length), log_p, tokens[-1] == end))
+        score = log_p / lp(length) + model.cp(prompt, tokens)
+        finished.append(Hypothesis(tokens, score, log_p, tokens[-1] == end))
     for step in range(1, n + 1):
         candidates = []
         for tokens, log_p in live:
@@ -109,7 +114,10 @@ def plain(model: Table, prompt: tuple[int, ...], n: int, *, beams: int, end: int
                 reach = lp(step + 1)
             if wrong == "the last length is reached":
                 reach = lp(n)
-            if scores[n_best - 1] >= live[0][1] / reach:
+            bound = live[0][1] / reach
+            if wrong == "the coverage so far is a bound":
+                bound += model.cp(prompt, live[0][0])
+            if scores[n_best - 1] >= bound:
                 live = []
         if not live:
             break

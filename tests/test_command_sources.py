@@ -112,6 +112,12 @@ def test_generate_searches_the_targets_of_sources(kind, capsys, tmp_path):
         assert [best["text"] for best in entry["n_best"]] == texts and entry["text"] == texts[0]
         assert [best["score"] for best in entry["n_best"]] == pytest.approx([h.score for h in wanted], rel=1e-4)
     assert len({entry["text"] for entry in entries}) > 1
+    covered = result_of(capsys, *options, "--file", file, "--coverage", "0.3")["texts"]
+    for (source, _), entry in zip(PAIRS, covered, strict=True):
+        (wanted,) = ft.beam_search(model, None, 6, beams=3, n_best=3, end=END, source_ids=[[*ids_of(source), END]],
+                                   coverage=0.3)
+        assert [best["score"] for best in entry["n_best"]] == pytest.approx([h.score for h in wanted], rel=1e-4)
+    assert covered != entries
     printed = succeed(capsys, *options, "--prompt", PAIRS[0][0])
     assert printed == "".join(f"{best['score']:9.4f}  {best['text']}\n" for best in entries[0]["n_best"])
 

@@ -247,8 +247,9 @@ def test_generate_refuses_what_it_cannot_continue(gpt, bert, capsys, tmp_path):
     sentence = refusal(capsys, "generate", "--model", gpt, "--prompt", "a", "--system", "b", status=2)
     assert "--system wants --chat" in sentence
     prompt = ["generate", "--model", gpt, "--prompt", "a"]
-    for option in ("--n-best", "--length-penalty"):
-        assert "--length-penalty and --n-best want --beams" in refusal(capsys, *prompt, option, "2", status=2)
+    for option in ("--n-best", "--length-penalty", "--coverage"):
+        assert f"{option} wants --beams: it is an option" in refusal(capsys, *prompt, option, "2", status=2)
+    assert "coverage wants an encoder-decoder" in refusal(capsys, *prompt, "--beams", "2", "--coverage", "0.2")
     search = [*prompt, "--beams", "2"]
     sentence = refusal(capsys, *search, "--temperature", "0.5", status=2)
     assert "--beams wants --temperature 0: beam search draws no tokens" in sentence

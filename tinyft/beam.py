@@ -12,6 +12,12 @@ A length penalty lp is any function of a length with positive values:
 
 α > 0 favours long texts, α < 0 short ones, and α = 0 compares the probabilities themselves.
 
+An encoder-decoder may leave a part of its source untranslated. The coverage penalty is added to a score and lowers it:
+
+    cp(Y) = β Σᵢ log min(Σⱼ pᵢⱼ, 1)          pᵢⱼ: the attention of step j to token i of the source;  eq. 14 as well
+
+The paper's model has one attention. Here pᵢⱼ is that of the last decoder block, the mean of its heads.
+
 S sentences (rows of ids), B beams of a sentence, R live prefixes of all sentences, V vocabulary.
 """
 from __future__ import annotations
@@ -26,6 +32,7 @@ import numpy as np
 from . import array, checks
 from .context import read_integers, read_mask
 from .decode import check_model, check_request, first_ids, refuse_unknown, with_source
+from .models.attention import Attention
 from .nn import Cache, Context, Module, evaluation_mode
 
 __all__ = ["GNMTPenalty", "Hypothesis", "PowerPenalty", "beam_search"]
@@ -61,7 +68,7 @@ class Hypothesis(NamedTuple):
     """One continuation.
 
     tokens    its new tokens, with `end` as the last one if it has ended
-    score     log_prob / lp(number of tokens)
+    score     log_prob / lp(number of tokens) + cp
     log_prob  log P(tokens | prompt, source)
     ended     False: it was cut off at max_new_tokens"""
 
@@ -79,6 +86,7 @@ def beam_search(
     beams: int = 4,
     end: int | None = None,
     lp: Callable[[int], float] = GNMTPenalty(),
+    coverage: float = 0.0,
     n_best: int = 1,
     mask: Any = None,
     cache: bool = True,
@@ -95,27 +103,31 @@ def beam_search(
     beams   B, the number of live prefixes of a row
     end     the token that ends a continuation; None: every one has max_new_tokens tokens
     lp      the length penalty, such as GNMTPenalty(0.6) or PowerPenalty(1.0)
+    coverage   β ≥ 0, the weight of the coverage penalty; for an encoder-decoder
     mask, cache, facts   as in `generate`; rows of different lengths are padded on the left
 
-    ValueError and TypeError as in `generate`, and for a length penalty that is not positive."""
+    ValueError and TypeError as in `generate`, for a length penalty that is not positive, and for coverage without a
+    source."""
     check_model(model, end, caller="beam_search")
     refuse_unknown(facts, beam_search)
     checks.whole("max_new_tokens", max_new_tokens, 1)
     checks.whole("beams", beams, 1)
     checks.whole("n_best", n_best, 1)
     checks.flag("cache", cache)
+    checks.number("coverage", coverage, low=0)
+    cross = last_cross_attention(model) if coverage else None
     reach = longest_reach(lp, max_new_tokens)
     ids = array.asnumpy(read_integers("ids", first_ids(model, ids, facts), "beam_search wants ids of shape (B, T)"))
     mask = None if mask is None else array.asnumpy(read_mask("mask", mask))
     check_request(ids, mask, 0.0, None, None, None, caller="beam_search")
-    searches = [Search(beams, end, lp, n_best) for _ in ids]
+    searches = [Search(beams, end, lp, n_best, coverage) for _ in ids]
     with evaluation_mode(model):
-        steps = Steps(model, ids, mask, with_source(model, facts), cached=cache)
+        steps = Steps(model, ids, mask, with_source(model, facts), cross, cached=cache)
         for length in range(1, max_new_tokens + 1):
             candidates = best_candidates(steps.log_probs(), [s.live for s in searches], 2 * beams)
             parents: list[int] = []                      # a row of this step, for each live prefix of the next one
             for search, found in zip(searches, candidates, strict=True):
-                parents += search.extend(found)
+                parents += search.extend(found, steps.attention)
                 if length < max_new_tokens and search.is_done(reach[length]):
                     parents = parents[:len(parents) - len(search.live)]
                     search.live = []
@@ -147,12 +159,21 @@ def longest_reach(lp: Callable[[int], float], max_len: int) -> list[float]:
     return reach
 
 
+def last_cross_attention(model: Module) -> Attention:
+    """The attention of the last decoder block to the source. ValueError for a model without one."""
+    found = [m for m in model.modules() if isinstance(m, Attention) and m.cross]
+    if not found:
+        raise ValueError(f"coverage wants an encoder-decoder, which attends to a source, got a {type(model).__name__}")
+    return found[-1]
+
+
 # ── one sentence ─────────────────────────────────────────────────────────────────────────────────────────────────────
 class Prefix(NamedTuple):
-    """A live prefix: its tokens and log P."""
+    """A live prefix: its tokens, log P, and the attention that each token of the source got so far, (Ts,)."""
 
     tokens: tuple[int, ...]
     log_prob: float
+    attention: np.ndarray | float = 0.0
 
 
 class Candidate(NamedTuple):
@@ -172,22 +193,27 @@ class Search:
     end: int | None
     lp: Callable[[int], float]
     n_best: int
+    coverage: float
     live: list[Prefix] = field(default_factory=lambda: [Prefix((), 0.0)])        # one: B equal ones would stay equal
     finished: list[Hypothesis] = field(default_factory=list)
 
-    def extend(self, candidates: list[Candidate]) -> list[int]:
-        """Take the live prefixes of the next length from the candidates, best first -> the rows of their parents."""
+    def extend(self, candidates: list[Candidate], attention: list[np.ndarray]) -> list[int]:
+        """Take the live prefixes of the next length from the candidates, best first -> the rows of their parents.
+
+        attention: of the step, (Ts,) for each row; empty without a coverage penalty."""
         rows = []
         live: list[Prefix] = []
         for rank, candidate in enumerate(candidates):
             if len(live) == self.beams and rank >= self.beams:
                 break
-            tokens = (*self.live[candidate.parent].tokens, candidate.token)
+            parent = self.live[candidate.parent]
+            attended = parent.attention + attention[candidate.row] if attention else 0.0
+            prefix = Prefix((*parent.tokens, candidate.token), candidate.log_prob, attended)
             if candidate.token == self.end:
                 if rank < self.beams:
-                    self.finish(Prefix(tokens, candidate.log_prob), ended=True)
+                    self.finish(prefix, ended=True)
             elif len(live) < self.beams:
-                live.append(Prefix(tokens, candidate.log_prob))
+                live.append(prefix)
                 rows.append(candidate.row)
         self.live = live
         return rows
@@ -195,10 +221,13 @@ class Search:
     def finish(self, prefix: Prefix, *, ended: bool) -> None:
         """Keep a hypothesis with its score."""
         score = prefix.log_prob / self.lp(len(prefix.tokens))
+        if self.coverage:
+            with np.errstate(divide="ignore"):           # a token without any attention: −∞
+                score += self.coverage * float(np.log(np.minimum(prefix.attention, 1)).sum())
         self.finished.append(Hypothesis(prefix.tokens, score, prefix.log_prob, ended))
 
     def is_done(self, reach: float) -> bool:
-        """True if no live prefix can come among the n_best, whose scores are at most log P / reach."""
+        """True if no live prefix can come among the n_best: their scores are at most log P / reach, since cp ≤ 0."""
         if not self.live:
             return True
         if len(self.finished) < self.n_best:
@@ -218,8 +247,14 @@ class Search:
 class Steps:
     """The passes of the model: one row for each live prefix, the prefixes of a sentence side by side."""
 
-    def __init__(self, model: Module, ids: np.ndarray, mask: np.ndarray | None, facts: dict[str, Any], *, cached: bool):
+    def __init__(
+        self, model: Module, ids: np.ndarray, mask: np.ndarray | None, facts: dict[str, Any], cross: Attention | None,
+        *, cached: bool,
+    ):
+        """cross: the module whose attention each step keeps; None: none."""
         self.model = model
+        self.cross = cross
+        self.attention: list[np.ndarray] = []            # of the last step, to the source: (Ts,) for each row
         self.prompts = ids
         self.mask = mask
         self.facts = facts
@@ -233,7 +268,8 @@ class Steps:
         """log p of each token after each live prefix, (R, V), in the dtype of the logits."""
         rows, T = self.ids.shape
         last = np.arange(1, rows + 1) * T - 1
-        ctx = Context(mask=self.step_mask, cache=self.cache, logit_positions=last, **self.step_facts)
+        ctx = Context(mask=self.step_mask, cache=self.cache, logit_positions=last,
+                      output_attention_scores=self.cross is not None, **self.step_facts)
         z = array.asnumpy(self.model(self.ids, ctx).data)                        # (R, V)
         if z.dtype.itemsize < 4:
             z = z.astype(np.float32)                     # 16 bits hold no sum of exponentials
@@ -241,6 +277,8 @@ class Steps:
         log_sum = np.log(np.exp(z).sum(axis=-1, keepdims=True))
         if np.isnan(log_sum).any():
             raise ValueError("beam_search wants logits that are numbers, got NaN")
+        if self.cross is not None:
+            self.attention = source_attention(ctx, self.cross)
         return z - log_sum
 
     def go_on(self, parents: np.ndarray, tokens: list[tuple[int, ...]]) -> None:
@@ -262,6 +300,24 @@ class Steps:
         if not np.array_equal(parents, np.arange(len(before))):
             index = array.asarray(parents)
             self.cache = self.cache.reordered(index) if is_same else self.cache.rows(index)
+
+
+def source_attention(ctx: Context, cross: Attention) -> list[np.ndarray]:
+    """The attention of the newest token to the real tokens of its source, the mean over heads: (Ts,) for each row.
+
+    A prefix and a soft prompt stand before the source, and are no part of it."""
+    source = ctx.source
+    Ts = array.shape_of(source.inputs["ids"])[1]
+    scores = array.asnumpy(ctx.attention_scores(cross).data)[:, :, -1].astype(np.float64)        # (R, H, Tk)
+    visible = ctx.attention_mask(cross)
+    if visible is not None:
+        scores = np.where(array.asnumpy(visible)[:, :, 0], scores, -math.inf)
+    e = np.exp(scores - scores.max(axis=-1, keepdims=True))                      # 16 bits would lose small ones
+    mean = (e / e.sum(axis=-1, keepdims=True)).mean(axis=1)[:, -Ts:]
+    if source.mask is None:
+        return list(mean)
+    real = array.asnumpy(source.mask)[:, -Ts:]
+    return [row[is_real] for row, is_real in zip(mean, real, strict=True)]
 
 
 def rows_of(value: Any, index: np.ndarray) -> Any:

@@ -198,9 +198,12 @@ class Context:
         if self.output_hidden_states:
             self.hidden_states.append(x)
 
-    def add_attention_scores(self, module: Any, scores: Tensor) -> None:
-        """Keep the scores (B, H, Tq, Tk) of an attention module; in scratch, so that recomputation knows them."""
+    def add_attention_scores(self, module: Any, scores: Tensor, key_mask: Array | None) -> None:
+        """Keep the scores (B, H, Tq, Tk) of an attention module, and its mask of keys (B, 1, 1, Tk).
+
+        In scratch, so that recomputation knows them."""
         self.scratch["attention scores", module] = scores
+        self.scratch["attention mask", module] = key_mask
 
     def attention_scores(self, module: Any) -> Tensor:
         """α q kᵀ of an attention module of this pass, (B, H, Tq, Tk), before mask and softmax.
@@ -210,6 +213,13 @@ class Context:
         if scores is None:
             raise LookupError("attention_scores wants a pass with output_attention_scores=True that ran this module")
         return scores
+
+    def attention_mask(self, module: Any) -> Array | None:
+        """(B, 1, 1, Tk): True at the keys of an attention module that are no padding, a prefix included. None: all.
+
+        LookupError as for attention_scores."""
+        self.attention_scores(module)
+        return self.scratch["attention mask", module]
 
     def begin(self, x: Any, like: Array) -> None:
         """Take x as the ids and move the facts to the device of the weights. A model's forward calls it first.

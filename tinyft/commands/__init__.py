@@ -155,6 +155,8 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
                    "most probable token")
     c.add_argument("--length-penalty", type=number(), metavar="X", help="a score is log P / ((5 + tokens) / 6)^X: "
                    "larger ones favour longer texts, 0 compares log P (default: 0.6)")
+    c.add_argument("--coverage", type=number(0), metavar="X", help="lower the score of a target that leaves parts of "
+                   "its source without attention, X times the log of their attention (default: 0)")
     c.add_argument("--n-best", type=whole(1), metavar="K", help="the K best texts of the search, with their scores")
     c.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     c.set_defaults(run=_generate)

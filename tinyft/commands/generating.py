@@ -42,14 +42,15 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
 def beam_options(args: argparse.Namespace) -> dict[str, Any] | None:
     """The options of `search_texts`; None without --beams. UsageError for options that want --beams or exclude it."""
     if args.beams is None:
-        if args.length_penalty is not None or args.n_best is not None:
-            raise UsageError("--length-penalty and --n-best want --beams: they are of beam search")
+        for option in ("length_penalty", "coverage", "n_best"):
+            if getattr(args, option) is not None:
+                raise UsageError(f"--{option.replace('_', '-')} wants --beams: it is an option of beam search")
         return None
     if args.temperature > 0:
         raise UsageError("--beams wants --temperature 0: beam search draws no tokens")
     lp = GNMTPenalty() if args.length_penalty is None else GNMTPenalty(args.length_penalty)
     longest_reach(lp, args.max_new_tokens)               # raises for a penalty that is out of range
-    return {"beams": args.beams, "lp": lp, "n_best": args.n_best or 1}
+    return {"beams": args.beams, "lp": lp, "coverage": args.coverage or 0.0, "n_best": args.n_best or 1}
 
 
 # ── generate ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -137,7 +137,7 @@ class Attention(Module):
             key_mask = key_mask[:, None, None, :]                                # (B, 1, 1, Tk)
         bias = None if self.relative_bias is None else self.read_bias(q, k, ctx)
         if ctx.output_attention_scores:
-            ctx.add_attention_scores(self, self.scores(q, k, bias))
+            ctx.add_attention_scores(self, self.scores(q, k, bias), key_mask)
         key = self.drop_p.key(ctx)                                               # a random key; None: no dropout
         dropout_mask = None if key is None else self.dropout_mask(q, k, key)
         inputs = (q, k, v) if bias is None else (q, k, v, bias)
