@@ -48,8 +48,9 @@ def test_the_published_streams():
     assert pack(np.array([1, 2, 3, 4]), 4).tobytes().hex() == "2143"
     assert pack(np.arange(8), 4).view("<u4")[0] == 0x76543210
     assert pack(np.array([1, 0, 1, 1, 0, 0, 1, 0]), 1).tobytes() == b"\x4d"
-    with pytest.raises(ValueError, match="codes from 0 to 7"):
-        pack(np.array([8]), 3)
+    for codes, got in ([8], "8"), ([9, 9], "9"), ([-1], "-1"), ([2, 9], "2 to 9"):
+        with pytest.raises(ValueError, match=f"codes from 0 to 7 for 3 bits, got {got}$"):
+            pack(np.array(codes), 3)
     with pytest.raises(ValueError, match="wants 2 bytes"):
         unpack(np.zeros(1, np.uint8), 3, 4)
 

@@ -174,6 +174,8 @@ WRONG_BATCHES = [
     ("text", TypeError, "batches wants several batches, .* got 'text'"),
     ({"ids": IDS}, TypeError, r"batches wants several batches, .*: put one batch into a list, \[batch\]"),
     (ft.Tensor(array.asarray([1.0])), TypeError, "batches wants several batches"),
+    (np.arange(64), TypeError, r"several batches, .* got ndarray of shape \(64,\): put .* into a list, \[ids\]"),
+    (IDS, TypeError, r"several batches, .*: put one batch of ids \(B, T\) into a list, \[ids\]"),
     ([{}], ValueError, "a batch wants ids, got nothing"),
     ([{"labels": IDS}], ValueError, "a batch wants ids, got 'labels'"),
     ([{"ids": None}], ValueError, "a batch wants ids, got nothing"),
@@ -210,6 +212,16 @@ def test_wrong_batches_are_refused_by_fit_and_evaluate(batches, kind, words):
         evaluate(model, batches)
     check_refused(train_on, kind, words)
     check_refused(evaluate_on, kind, words)
+
+
+def test_an_array_with_three_axes_is_a_sequence_of_batches():
+    """Also an array of objects, whatever its axes: its entries may be batches."""
+    several = np.stack([IDS, IDS[::-1]])
+    entries = np.array([None, None])
+    entries[:] = [{"ids": IDS}, {"ids": IDS[::-1]}]
+    wanted = evaluate(make_gpt(), [IDS, IDS[::-1]])
+    assert evaluate(make_gpt(), several) == wanted
+    assert evaluate(make_gpt(), entries) == wanted
 
 
 def test_next_tokens_takes_lists_and_refuses_what_holds_no_ids():

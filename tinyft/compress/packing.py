@@ -69,9 +69,13 @@ def check_codes(codes: Array, bits: int) -> None:
     checks.whole("pack: bits", bits, 1, 8)
     if not array.is_array(codes) or codes.dtype.kind not in "iu" or codes.ndim == 0:
         raise TypeError(f"pack wants an array of integer codes, got {checks.brief(codes)}")
-    if codes.size and not (0 <= int(codes.min()) and int(codes.max()) < 1 << bits):
-        raise ValueError(f"pack wants codes from 0 to {(1 << bits) - 1} for {bits} bits, "
-                         f"got {int(codes.min())} to {int(codes.max())}")
+    if not codes.size:
+        return
+    smallest = int(codes.min())
+    largest = int(codes.max())
+    if smallest < 0 or largest >= 1 << bits:
+        found = f"{smallest}" if smallest == largest else f"{smallest} to {largest}"
+        raise ValueError(f"pack wants codes from 0 to {(1 << bits) - 1} for {bits} bits, got {found}")
 
 
 def check_stream(stream: Array, bits: int, n: int) -> None:

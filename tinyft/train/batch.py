@@ -439,8 +439,13 @@ class Endless(Protocol):
 
 
 def iterate(batches: Any) -> Iterator:
-    """An iterator over the batches. TypeError if they cannot be iterated over, or are one batch itself."""
+    """An iterator over the batches. TypeError if they cannot be iterated over, or are one batch itself.
+
+    An array of ids (N, B, T) is N batches; one of fewer axes is one batch, or a row of it."""
     wanted = "batches wants several batches, such as a list or data.Batches"
+    is_one_array = array.is_array(batches) and batches.ndim < 3 and batches.dtype != object
+    if is_one_array:
+        raise TypeError(f"{wanted}, got {checks.brief(batches)}: put one batch of ids (B, T) into a list, [ids]")
     if batches is None or isinstance(batches, (str, bytes, Mapping, Tensor, Module)):
         hint = ": put one batch into a list, [batch]" if isinstance(batches, (Mapping, Tensor)) else ""
         raise TypeError(f"{wanted}, got {checks.brief(batches)}{hint}")
