@@ -99,16 +99,19 @@ def _parse(signature: str) -> Signature:
     return Signature(positional, words, variadic[0] if variadic else "", any_keyword)
 
 
-def _bind(call: str, signature: str, args: tuple, kwargs: dict) -> list[str]:
-    """For each argument, positional ones first, the name of its parameter. StrictError if CuPy lacks the parameter."""
+@cache
+def _bind(call: str, signature: str, count: int, keywords: tuple[str, ...]) -> list[str]:
+    """For each argument, `count` positional ones first, the name of its parameter.
+
+    StrictError if CuPy lacks the parameter."""
     known = _parse(signature)
-    extra = len(args) - len(known.positional)
+    extra = count - len(known.positional)
     if extra > 0 and not known.variadic:
-        raise StrictError(f"{call}() takes {len(known.positional)} positional arguments in {CUPY}, not {len(args)}")
-    unknown = [name for name in kwargs if name not in known.words]
+        raise StrictError(f"{call}() takes {len(known.positional)} positional arguments in {CUPY}, not {count}")
+    unknown = [name for name in keywords if name not in known.words]
     if unknown and not known.any_keyword:
         raise StrictError(f"{call}() has no argument {unknown[0]!r} in {CUPY}, which knows: {signature or 'none'}")
-    return [*known.positional[:len(args)], *[known.variadic] * extra, *kwargs]
+    return [*known.positional[:count], *[known.variadic] * extra, *keywords]
 
 
 def _unwrap(call: str, name: str, value: Any, arrays: dict[int, Array]) -> Any:
@@ -163,7 +166,7 @@ def _run(call: str, f: Callable, signature: str, /, *args: Any, **kwargs: Any) -
     call: the name for messages, such as "xp.matmul".  f: NumPy's function.  signature: CuPy's parameters, a string of
     cupy_api.json.  StrictError for a call that fails in CuPy."""
     arrays: dict[int, Array] = {}
-    names = _bind(call, signature, args, kwargs)
+    names = _bind(call, signature, len(args), tuple(kwargs))
     given = (*args, *kwargs.values())
     values = [_unwrap(call, name, value, arrays) for name, value in zip(names, given)]
     name = call.rpartition(".")[2]                         # without "xp." or "x."
@@ -172,8 +175,8 @@ def _run(call: str, f: Callable, signature: str, /, *args: Any, **kwargs: Any) -
         _sync(name)
     elif name in SYNCS:
         _sync(name, SYNCS[name])
-    half = [a for a in arrays.values() if a.dtype == BFLOAT16]
-    is_batched_product = name == "matmul" and any(a.ndim > 2 for a in arrays.values())
+    half = [a for a in arrays.values() if a._a.dtype == BFLOAT16]
+    is_batched_product = name == "matmul" and any(a._a.ndim > 2 for a in arrays.values())
     if half and (name in NO_BFLOAT16 or is_batched_product):
         raise StrictError(f"{call}: {CUPY} fails here with bfloat16, or changes the dtype; compute in float32")
     with np.errstate(all="ignore"):                        # a device raises no floating-point errors
@@ -193,19 +196,27 @@ def _count_launch(name: str, result: Any, arrays: dict[int, Array]) -> None:
     arrays: {id of a NumPy array: its device array}, of the arguments. If a function returns an argument, it has written
     to it (out=...), so this is a launch. But xp.asarray and the like (CREATING) return their argument unchanged.
     """
-    results = result if isinstance(result, (list, tuple)) else [result]
-    results = [r for r in results if isinstance(r, (np.ndarray, np.generic))]
-    for r in results:
+    size = 0
+    for r in result if isinstance(result, (list, tuple)) else (result,):
+        if not isinstance(r, (np.ndarray, np.generic)):
+            continue
         is_argument = id(r) in arrays and name not in CREATING             # such as out=...
         if not is_argument and _shares_memory(r, arrays):
             return
+        size += r.nbytes
+    for a in arrays.values():
+        size += a._a.nbytes
     counts["launch"] += 1
-    counts["bytes"] += sum(a._a.nbytes for a in arrays.values()) + sum(r.nbytes for r in results)
+    counts["bytes"] += size
 
 
 def _shares_memory(result: np.ndarray | np.generic, arrays: dict[int, Array]) -> bool:
     """True if the result is, or may be, a view of an argument."""
-    return isinstance(result, np.ndarray) and any(np.may_share_memory(result, a._a) for a in arrays.values())
+    if not isinstance(result, np.ndarray):
+        return False
+    if result.base is None and id(result) not in arrays:   # new memory of its own: the usual case, so it is fast
+        return False
+    return any(np.may_share_memory(result, a._a) for a in arrays.values())
 
 
 # ── the array ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -354,7 +365,7 @@ def _waiting(name: str, f: Callable) -> Callable:
 
     f: the same conversion of the NumPy array."""
     def method(self: Array, *args: Any) -> Any:
-        _bind("x." + name, API["methods"].get(name, "format"), args, {})
+        _bind("x." + name, API["methods"].get(name, "format"), len(args), ())
         _sync(name)
         return f(self._a, *args)
     return method
@@ -372,7 +383,8 @@ def _method(name: str, signature: str) -> Callable:
 def _property(name: str) -> property:
     """A property of NumPy's arrays."""
     def value(self: Array) -> Any:
-        return _wrap(getattr(self._a, name), {})
+        found = getattr(self._a, name)                     # such as x.T, or x.shape
+        return Array(found) if isinstance(found, np.ndarray) else found
     return property(value)
 
 
