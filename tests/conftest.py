@@ -63,9 +63,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """A garbage collection skips what lives until the end: modules and thirteen thousand items, half a second each time.
+    """A garbage collection skips what lives until the end: the modules, and thirteen thousand items.
 
-    The `collect` of the library and of the tests then costs milliseconds, as in a program of usual size."""
+    The `gc.collect()` of the library and of the tests then takes milliseconds, not half a second."""
     gc.collect()
     gc.freeze()
 
