@@ -1,16 +1,22 @@
 """Rows of a source and a target: their files, the targets that an encoder-decoder writes, and the commands on them."""
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from command_tools import refusal, result_of, succeed, write_rows
 from helpers import host
+from wrong import replaced
 
 import tinyft as ft
 from tinyft import array, data
+from tinyft.commands import rows as rows_module
 from tinyft.commands.rows import make_batches
+from tinyft.data import sources
 from tinyft.data.files import Rows, read_rows
 from tinyft.predict import positions_of_prompts, predict
+from tinyft.tokens import encode_text
 
 TOKENIZER = data.shipped_tokenizer()
 END = TOKENIZER.token_to_id("<|endoftext|>")
@@ -124,14 +130,35 @@ def test_generate_searches_the_targets_of_sources(kind, capsys, tmp_path):
 
 @pytest.mark.parametrize("max_len", [11, 12, 13, 14, 15])
 def test_the_longest_rows_fit_into_the_positions(max_len):
-    """A model of max_len positions reads every batch, although batches are padded to round lengths."""
+    """A source and a target of max_len tokens, their ends included, are read whole by a model of max_len positions,
+    although batches are padded to round lengths. A source with one token more is cut, and each is encoded once."""
     sizes = {"vocab": 2048, "positions": max_len, "width": 8, "layers": 1, "heads": 1}
     model = ft.Seq2Seq(ft.Seq2SeqConfig(**sizes))
-    target = TOKENIZER.decode(ids_of("Return a copy of the whole list of all items")[:max_len - 3])
-    rows = Rows("a.jsonl", "sources", ((PAIRS[4][0] * 3, target), ("a", "b")), (1, 2))
-    made = make_batches(rows, model, TOKENIZER, 2, max_len, 0, chat=False, template=None)
-    assert made.note == "1 of 2 sources are cut on the right"
-    assert np.isfinite(ft.evaluate(model, made.batches)["loss"])
+    first = first_tokens(max_len - 1)
+    encoded = []
+
+    def count(name: str, tokenizer: Any, text: str) -> list[int]:
+        encoded.append(text)
+        return encode_text(name, tokenizer, text)
+    for source, note in ((first, ""), (first_tokens(max_len), "1 of 2 sources are cut on the right")):
+        rows = Rows("a.jsonl", "sources", ((source, first), ("a", "b")), (1, 2))
+        encoded.clear()
+        with replaced(sources, "encode_text", count), replaced(rows_module, "encode_text", count):
+            made = make_batches(rows, model, TOKENIZER, 2, max_len, 0, chat=False, template=None)
+        assert made.note == note and sorted(encoded) == sorted([source, first, "a", "b"])
+        batch = next(made.batches.once())
+        assert batch["source_mask"].sum(axis=1).max() == max_len and batch["mask"].sum(axis=1).max() == max_len + 1
+        assert np.isfinite(ft.evaluate(model, made.batches)["loss"])
+    rows = Rows("a.jsonl", "sources", (("a", first_tokens(max_len)), ("a", "b")), (1, 2))
+    with pytest.raises(ValueError, match=f"a target of {max_len} tokens and the end do not fit into {max_len}"):
+        make_batches(rows, model, TOKENIZER, 2, max_len, 0, chat=False, template=None)
+
+
+def first_tokens(n: int) -> str:
+    """A text of n tokens."""
+    text = TOKENIZER.decode(ids_of("Return a copy of the whole list of all items in this list of names")[:n])
+    assert len(ids_of(text)) == n
+    return text
 
 
 @commands

@@ -6,7 +6,6 @@
 """
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -217,7 +216,7 @@ def _read_prompts(
     batches: list[tuple[list[int], Any, dict[str, Any]]] = []
     if isinstance(model, EncoderDecoder):
         [end] = special_ids("predict", tokenizer, "eos")                         # ends sources and targets
-        rows = [encode_source(tokenizer, text, sys.maxsize, end) for text in texts]
+        rows = [encode_source(tokenizer, text, end) for text in texts]
         for chosen in batches_by_length(rows, batch_size):
             ids, mask = pad([rows[i] for i in chosen], multiple=1)
             batches.append((chosen, None, {"source_ids": ids, "source_mask": mask}))

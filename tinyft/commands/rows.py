@@ -13,7 +13,7 @@ from ..chat import TEMPLATES, chat_end, chat_prompt
 from ..data import Batches, mlm_batches, text_batches
 from ..data.files import Rows, near_name
 from ..data.rows import Segments, document_batches, end_of_text, segment_batches
-from ..data.sources import source_batches
+from ..data.sources import source_batches_and_cut
 from ..models import EncoderDecoder
 from ..models.blocks import Classifier
 from ..nn import Module
@@ -222,13 +222,9 @@ def make_batches(
 def _source_batches(
     rows: Rows, model: EncoderDecoder, tokenizer: Tokenizer, batch: int, max_len: int, seed: int,
 ) -> Prepared:
-    """Batches of sources and targets. Padded lengths are multiples of 4 and 2: so are the longest ones."""
-    max_source = max(2, max_len - max_len % 4)
-    max_target = max_len - 1 + max_len % 2               # with the start token, an even number
-    made = source_batches(rows.rows, tokenizer, batch, max_source, max_target, seed, start=model.config.start,
-                          place=rows.line)
-    lengths = [len(encode_text("the command", tokenizer, source)) for source, _ in rows.rows]
-    cut = sum(length >= max_source for length in lengths)
+    """Batches of sources and targets: encoder and decoder read at most max_len tokens."""
+    made, cut = source_batches_and_cut(rows.rows, tokenizer, batch, max_len, max_len, seed, start=model.config.start,
+                                       place=rows.line)
     return Prepared(made, len(rows.rows), f"{cut} of {len(rows.rows)} sources are cut on the right" if cut else "")
 
 

@@ -21,14 +21,12 @@ from .names import Pairs
 __all__ = ["encode_source", "encode_target", "source_batches"]
 
 
-def encode_source(tokenizer: Tokenizer, text: str, max_source: int, end: int) -> list[int]:
-    """The ids of a source and the id `end`, together at most max_source; the text is cut on the right.
-
-    ValueError for a text without a token."""
+def encode_source(tokenizer: Tokenizer, text: str, end: int) -> list[int]:
+    """The ids of a source, and the id `end`. ValueError for a text without a token."""
     ids = encode_text("encode_source", tokenizer, text)
     if not ids:
         raise ValueError("a source wants at least one token, got an empty text")
-    return ids[: max_source - 1] + [end]
+    return ids + [end]
 
 
 def encode_target(tokenizer: Tokenizer, text: str, max_target: int, start: int, end: int) -> list[int]:
@@ -67,6 +65,26 @@ def source_batches(
 
     A batch holds rows of similar length. TypeError for texts that are no strings; ValueError, with the place of the
     row, for an empty source and a target that is too long, and for a tokenizer without an end of text."""
+    made, _ = source_batches_and_cut(pairs, tokenizer, batch_size, max_source, max_target, seed, start=start, end=end,
+                                     shuffle=shuffle, drop_last=drop_last, place=place)
+    return made
+
+
+def source_batches_and_cut(
+    pairs: Pairs | Sequence,
+    tokenizer: Tokenizer,
+    batch_size: int,
+    max_source: int,
+    max_target: int,
+    seed: int,
+    *,
+    start: int,
+    end: int | None = None,
+    shuffle: bool = True,
+    drop_last: bool = False,
+    place: Callable[[int], str],
+) -> tuple[Batches, int]:
+    """The batches of `source_batches`, which has the arguments, and the number of sources that were cut."""
     tokenizer = plain("source_batches", tokenizer)
     checks.whole("source_batches: max_source", max_source, 2)
     checks.whole("source_batches: max_target", max_target, 1)
@@ -76,16 +94,20 @@ def source_batches(
         [end] = special_ids("source_batches", tokenizer, "eos")
     checks.whole("source_batches: end", end, 0, LARGEST_ID)
     examples = []
+    cut = 0
     for i, (source, target) in enumerate(read_pairs("source_batches", pairs)):
         try:
-            source_ids = encode_source(tokenizer, source, max_source, end)
+            source_ids = encode_source(tokenizer, source, end)
             target_ids = encode_target(tokenizer, target, max_target, start, end)
         except ValueError as e:
             raise ValueError(f"{place(i)}: {e}") from e
+        if len(source_ids) > max_source:
+            cut += 1
+            source_ids = source_ids[: max_source - 1] + [end]
         examples.append((np.array(source_ids, np.int64), np.array(target_ids, np.int64)))
     lengths = [len(source) + len(target) for source, target in examples]
     collate = PadPairs(max_source, max_target, padding_id(tokenizer))
-    return Batches(examples, batch_size, seed, shuffle, collate, drop_last=drop_last, lengths=lengths)
+    return Batches(examples, batch_size, seed, shuffle, collate, drop_last=drop_last, lengths=lengths), cut
 
 
 @dataclasses.dataclass(frozen=True)
