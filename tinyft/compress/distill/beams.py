@@ -22,9 +22,9 @@ from ...context import check_range
 from ...identity import fingerprint
 from ...models.encoder_decoder import EncoderDecoder
 from ...train.batch import IGNORE, Endless, Targets, iterate, read_batch
-from .row_files import read_row_files, write_row_file
+from .row_files import find_rows, read_row_files, write_row_file
 
-COLUMNS = ("tokens", "lengths", "scores", "log_probs", "ended")          # the arrays of a file, beside keys and counts
+PER_HYPOTHESIS = ("lengths", "scores", "log_probs", "ended")            # the arrays of a file with an entry for each
 
 
 class TeacherBeams:
@@ -165,22 +165,14 @@ def pack_entries(entries: dict[bytes, list[Hypothesis]]) -> dict[str, np.ndarray
 
 def unpack_entries(file: Path, arrays: dict[str, np.ndarray]) -> dict[bytes, list[Hypothesis]]:
     """The entries of a file from its arrays. ValueError if these do not fit each other."""
-    if arrays.keys() != {"keys", "counts", *COLUMNS}:
-        raise ValueError(f"{file} is damaged or not one of ours: it holds {', '.join(sorted(arrays)) or 'nothing'}")
-    keys, counts = arrays["keys"], arrays["counts"]
-    tokens, lengths, scores, log_probs, ended = (arrays[name] for name in COLUMNS)
-    fits = keys.ndim == 2 and counts.shape == keys.shape[:1] and lengths.sum() == len(tokens)
-    if not fits or {len(column) for column in (lengths, scores, log_probs, ended)} != {counts.sum()}:
-        raise ValueError(f"{file} is damaged: its keys, counts and hypotheses do not fit")
-    ends = lengths.cumsum()
+    rows = find_rows(file, arrays, PER_HYPOTHESIS, ["tokens"])
+    tokens, ends = arrays["tokens"], arrays["lengths"].cumsum()
+    if tokens.shape != (arrays["lengths"].sum(),):
+        raise ValueError(f"{file} is damaged: its tokens and lengths do not fit")
     texts = [tuple(text.tolist()) for text in np.split(tokens, ends[:-1])]
-    every = [Hypothesis(*row) for row in zip(texts, scores.tolist(), log_probs.tolist(), ended.tolist(), strict=True)]
-    entries = {}
-    end = 0
-    for key, count in zip(keys, counts.tolist(), strict=True):
-        start, end = end, end + count
-        entries[key.tobytes()] = every[start:end]
-    return entries
+    facts = [arrays[name].tolist() for name in ("scores", "log_probs", "ended")]
+    every = [Hypothesis(*row) for row in zip(texts, *facts, strict=True)]
+    return {key: every[own] for key, own in rows}
 
 
 def source_keys(targets: Targets) -> list[bytes]:

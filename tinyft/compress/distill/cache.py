@@ -28,7 +28,7 @@ from ...identity import fingerprint
 from ...nn import Module
 from ...tensor import Tensor
 from ...train.batch import Endless, Targets, iterate, read_batch
-from .row_files import read_row_files, write_row_file
+from .row_files import find_rows, read_row_files, write_row_file
 from .soft import CachedTargets, run_teacher
 
 FLUSH = 1 << 22                                          # bytes of new entries, from which on a file is written
@@ -126,19 +126,14 @@ class TeacherCache:
 
     def _add_file(self, file: Path, arrays: dict[str, np.ndarray], temperatures: list[float]) -> None:
         """Take the entries of one file, which has tails for these temperatures. ValueError if it is damaged."""
-        if arrays.keys() - {"tails"} != {"keys", "counts", "values", "columns"}:
-            raise ValueError(f"{file} is damaged or not one of ours: it holds {', '.join(sorted(arrays)) or 'nothing'}")
-        keys, counts = arrays["keys"], arrays["counts"]
-        fits = keys.ndim == 2 and counts.shape == keys.shape[:1] and arrays["values"].shape == arrays["columns"].shape
-        every_tail = arrays.get("tails", np.zeros((len(arrays["values"]), 0), np.float32))
-        fits = fits and every_tail.shape == (len(arrays["values"]), len(temperatures))
-        if not fits or counts.sum() != len(arrays["values"]):
-            raise ValueError(f"{file} is damaged: its keys, counts and logits do not fit")
-        end = 0
-        for key, count in zip(keys, counts.tolist()):
-            start, end = end, end + count
-            tails = dict(zip(temperatures, every_tail[start:end].T))
-            self._add(key.tobytes(), Entry(arrays["values"][start:end], arrays["columns"][start:end], tails))
+        names = ["values", "columns", "tails"] if temperatures else ["values", "columns"]
+        rows = find_rows(file, arrays, names)
+        values, columns = arrays["values"], arrays["columns"]
+        every_tail = arrays.get("tails", np.zeros((len(values), 0), np.float32))
+        if values.shape != columns.shape or every_tail.shape[1:] != (len(temperatures),):
+            raise ValueError(f"{file} is damaged: its logits, classes and tails do not fit")
+        for key, own in rows:
+            self._add(key, Entry(values[own], columns[own], dict(zip(temperatures, every_tail[own].T))))
 
     def _add(self, key: bytes, entry: Entry) -> None:
         """Take an entry. Tails of other temperatures that the cache has of this row are kept."""
