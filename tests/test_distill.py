@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import dev, gradcheck, host, leaf, wrong_answers
+from helpers import dev, gradcheck, host, leaf, rejects, wrong_answers
 from test_loss import BATCHES, VOCAB, Stop, equal, make_batch, make_gpt, stop_at, values_of
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel as WordLevelModel
@@ -386,15 +386,6 @@ WRONG: dict[str, tuple[Any, str, Any]] = {
     "The teacher is asked where a label is.": (ft.DistilBERTLoss, "read", masked_tokens_only),
     "The teacher is asked everywhere.": (ft.DistilBERTLoss, "read", every_position),
 }
-
-
-def rejects(check: Any) -> bool:
-    try:
-        with np.errstate(all="ignore"):
-            check()
-    except (AssertionError, RuntimeError):
-        return True
-    return False
 
 
 @wrong_answers

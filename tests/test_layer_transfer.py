@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import dev, gradcheck, host, wrong_answers
-from test_distill import kl, log_softmax, longer, make_bert, masked_batch, rejects, value_of
+from helpers import dev, gradcheck, host, rejects, wrong_answers
+from test_distill import kl, log_softmax, longer, make_bert, masked_batch, value_of
 from test_loss import BATCHES, VOCAB, Stop, equal, stop_at, values_of
 from wrong import replaced
 
