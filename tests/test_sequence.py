@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import host, wrong_answers
+from helpers import host, rejects, wrong_answers
 from test_loss import Stop, equal, stop_at, values_of
 from wrong import replaced
 
@@ -375,14 +375,6 @@ WRONG: dict[str, tuple[Any, str, Any]] = {
 }
 
 
-def rejects(check: Callable[[], None]) -> bool:
-    try:
-        check()
-    except (AssertionError, ValueError):
-        return True
-    return False
-
-
 @wrong_answers
 @pytest.mark.parametrize("belief", WRONG)
 def test_a_wrong_answer_is_caught(belief):
@@ -518,6 +510,58 @@ def test_endless_batches_stay_endless():
         np.testing.assert_array_equal(batch["source_ids"], before["source_ids"])
         assert texts(batch) == [targets[tuple(source)] for source in sources_of([batch])]
     assert beams.searches == 10
+
+
+def check_chosen_once() -> None:
+    """Interpolation computes BLEU for each pair of a source and a target in the first epoch alone.
+
+    Every epoch has the targets of a method that knows nothing yet, also of two targets for one source."""
+    calls = []
+
+    def counted(*arguments: Any) -> float:
+        calls.append(arguments)
+        return sentence_bleu(*arguments)
+    source = stream()
+    beams = make_beams()
+    others = []                                          # the teacher's last text of each source, as another target
+    for batch in source.once():
+        others += [sequence.complete(hypotheses)[-1] for hypotheses in beams.look_up(read_batch(batch))]
+    source.examples += [(text, [START, *h.tokens]) for (text, _), h in zip(source.examples, others, strict=True)]
+    with replaced(sequence, "sentence_bleu", counted):
+        new = Interpolation(beams).map(source)
+        sizes = []
+        for _ in range(3):
+            for batch, before in zip(new.once(), source.once(), strict=True):
+                seen = len(calls)
+                assert texts(batch) == texts(Interpolation(beams).map_batch(before))
+                del calls[seen:]
+            sizes.append(len(calls))
+    assert sizes[0] > 20 and sizes[1] == sizes[2] == sizes[0]
+
+
+def test_a_target_is_chosen_once():
+    check_chosen_once()
+
+
+def choose_again(self: Any, targets: ft.Targets, golds: list) -> list[Hypothesis]:
+    """BLEU is cheap enough for every epoch."""
+    return sequence.NewTargets.choose_all(self, targets, golds)
+
+
+def one_for_a_source(self: Any, targets: ft.Targets, golds: list) -> list[Hypothesis]:
+    """A source has one target, whatever the data say."""
+    keys = beams_module.source_keys(targets)
+    for key, hypotheses, gold in zip(keys, self.beams.look_up(targets), golds, strict=True):
+        if key not in self._chosen:
+            self._chosen[key] = self.choose(hypotheses, gold)
+    return [self._chosen[key] for key in keys]
+
+
+@wrong_answers
+@pytest.mark.parametrize("wrong", [choose_again, one_for_a_source])
+def test_a_choice_that_is_made_again_or_for_another_target_is_caught(wrong):
+    with replaced(Interpolation, "choose_all", wrong), pytest.raises(AssertionError):
+        check_chosen_once()
 
 
 def sources_of(batches: Any) -> list[tuple[int, ...]]:

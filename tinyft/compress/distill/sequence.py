@@ -19,7 +19,7 @@ Departures: a text counts tokens as they are, often parts of words. The score of
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ from ...beam import Hypothesis
 from ...identity import fingerprint, qualified_name
 from ...tensor import Tensor
 from ...train.batch import IGNORE, Endless, Resumable, Targets, iterate, read_batch
-from .beams import TeacherBeams
+from .beams import TeacherBeams, source_keys
 from .bleu import sentence_bleu
 from .cache import row_of_logits
 
@@ -45,6 +45,11 @@ class NewTargets:
     def choose(self, hypotheses: Sequence[Hypothesis], gold: Sequence[int]) -> Hypothesis:
         """The hypothesis, of those for one source and best first, that becomes the target; gold: the data's target."""
         raise NotImplementedError(f"{type(self).__name__} has no choose(hypotheses, gold)")
+
+    def choose_all(self, targets: Targets, golds: Sequence[Sequence[int]]) -> list[Hypothesis]:
+        """The choice for each row of a batch, which has been read; golds: the data's target of each."""
+        found = self.beams.look_up(targets)
+        return [self.choose(hypotheses, gold) for hypotheses, gold in zip(found, golds, strict=True)]
 
     def map(self, batches: Iterable) -> Iterable:
         """The same batches with new targets.
@@ -68,9 +73,7 @@ class NewTargets:
         golds = read_golds(name, targets)
         start = self.beams.teacher.config.start
         check_start(name, start, targets)
-        rows = []
-        for hypotheses, gold in zip(self.beams.look_up(targets), golds, strict=True):
-            rows.append((start, *self.choose(hypotheses, gold).tokens))
+        rows = [(start, *chosen.tokens) for chosen in self.choose_all(targets, golds)]
         new = {key: value for key, value in batch.items() if key not in ("ids", "mask", "labels")}
         new["ids"], new["mask"] = pad_right(rows, start)
         return new
@@ -89,13 +92,26 @@ class SequenceLevel(NewTargets):
         return complete(hypotheses)[0]
 
 
+@dataclass(frozen=True, eq=False)
 class Interpolation(NewTargets):
     """ỹ: the target of a source is the one of the teacher's K best texts that is most similar to the data's target.
 
     beams  a TeacherBeams. With K = 1 it is SequenceLevel
 
     The similarity is `sentence_bleu` of tokens, without start and end. Among equal ones, the teacher's order decides.
-    A text that has ended comes before all that were cut off.       Kim and Rush 2016, §3.3"""
+    A text that has ended comes before all that were cut off.       Kim and Rush 2016, §3.3
+
+    The choice for a source and a target is made once, and kept in memory for later epochs."""
+    _chosen: dict[tuple[bytes, bytes], Hypothesis] = field(default_factory=dict, init=False, repr=False)
+
+    def choose_all(self, targets: Targets, golds: Sequence[Sequence[int]]) -> list[Hypothesis]:
+        """As NewTargets.choose_all; BLEU is computed for new rows alone."""
+        keys = [(source, np.array(gold, np.int64).tobytes()) for source, gold in zip(source_keys(targets), golds)]
+        if not self._chosen.keys() >= set(keys):
+            for key, hypotheses, gold in zip(keys, self.beams.look_up(targets), golds, strict=True):
+                if key not in self._chosen:
+                    self._chosen[key] = self.choose(hypotheses, gold)
+        return [self._chosen[key] for key in keys]
 
     def choose(self, hypotheses: Sequence[Hypothesis], gold: Sequence[int]) -> Hypothesis:
         """The first of those with the largest BLEU against gold."""
