@@ -25,8 +25,9 @@ from tinyft.tensor import OPS, ShapeError, Tensor
 
 pytestmark = pytest.mark.usefixtures("definitions")
 # _packed_linear takes a module: test_nn.py tests it.  project and split give several values, and cast gives another
-# dtype: they have their own tests below.
-EVERY_OP = sorted(set(OPS) - {"_packed_linear", "project", "split", "cast"})
+# dtype: they have their own tests below.  The examples of split and cast are for test_wrong.py.
+OWN_TESTS = {"split", "cast"}
+EVERY_OP = sorted(set(OPS) - {"_packed_linear", "project"} - OWN_TESTS)
 
 
 @dataclass
@@ -548,6 +549,36 @@ def _(rng, shapes):
     return Example(xs, lambda f, *xs: f(list(xs), axis=axis), lambda *xs: np.stack(xs, axis))
 
 
+@case("split")
+def _(rng, shapes):
+    """Three parts, each with a factor; one of them may not be used."""
+    x = normal(rng, shapes[0])
+    counts = rng.multinomial(len(x), [1 / 3] * 3).tolist()
+    factors = rng.uniform(1, 2, 3)
+    used = [0, 1, 2]
+    if max(counts) < len(x) and rng.random() < 0.7:
+        used.pop(rng.integers(3))                        # the others are not empty, both together
+
+    def call(f, x):
+        parts = f(x, counts)
+        return ops.concatenate(*(parts[i] * float(factors[i]) for i in used))
+
+    def expected(x):
+        parts = np.split(x, np.cumsum(counts)[:-1])
+        return np.concatenate([parts[i] * factors[i] for i in used])
+    return Example([x], call, expected)
+
+
+@case("cast")
+def _(rng, shapes):
+    """To float64 and back."""
+    def call(f, x):
+        wide = f(x, "float64")
+        assert wide.dtype == np.float64
+        return f(wide, x.dtype)
+    return Example([normal(rng, shapes[0])], call, lambda x: x)
+
+
 # ── the checks ───────────────────────────────────────────────────────────────────────────────────────────────────────
 def check_value(f, e: Example) -> None:
     """Value and shape equal those of plain NumPy."""
@@ -611,7 +642,7 @@ ALL = [*EVERY_OP, *COMPOSED]
 
 
 def test_the_table_is_complete():
-    assert set(CASES) == set(EVERY_OP) | set(COMPOSED)
+    assert set(CASES) == set(EVERY_OP) | set(COMPOSED) | OWN_TESTS
     assert set(F.__all__) == set(COMPOSED)
 
 

@@ -234,6 +234,43 @@ def concatenate_of_equals(*xs, axis=0):
     return xp(*xs).concatenate(xs, axis=axis), tuple(part(i) for i in range(len(xs)))
 
 
+@instead_of("split", "Parts are equal parts.")
+def split_into_equal_parts(x, counts):
+    n = len(x) // len(counts)
+    equal = [*[n] * (len(counts) - 1), len(x) - n * (len(counts) - 1)]
+    return ops.split.definition(x, equal)
+
+
+@instead_of("split", "A part to which no gradient came takes no place: the others stand end to end.")
+def split_forgets_the_place_of_a_part(x, counts):
+    def back(g):
+        given = [d for d in g if d is not None]
+        missing = len(x) - sum(map(len, given))
+        return xp(x).concatenate([*given, xp(x).zeros((missing, *x.shape[1:]), x.dtype)])
+    return ops.split.definition(x, counts)[0], (back, None)
+
+
+@instead_of("split", "Each part is a view of x, so what comes back to the last part is x's gradient.")
+def split_keeps_the_last_gradient(x, counts):
+    parts, (back, _) = ops.split.definition(x, counts)
+    return parts, (lambda g: back([*[None] * (len(g) - 1), g[-1]]), None)
+
+
+@instead_of("cast", "A wider dtype holds the same numbers, so there is nothing to do.")
+def cast_only_narrows(x, dtype):
+    return x, (same, None)
+
+
+@instead_of("cast", "Rounding is a step function, so its derivative is zero.")
+def cast_without_gradient(x, dtype):
+    return ops.cast.definition(x, dtype)[0], (lambda g: g * 0, None)
+
+
+@instead_of("cast", "A gradient may have the few bits of a value in 16 bits.")
+def cast_rounds_the_gradient(x, dtype):
+    return ops.cast.definition(x, dtype)[0], (lambda g: g.astype("float16").astype(g.dtype), None)
+
+
 # ── layers ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 @instead_of("log_softmax", "The normaliser is a constant.")
 def log_softmax_constant_normaliser(x):
