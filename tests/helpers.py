@@ -32,22 +32,22 @@ def case_id(value: Any) -> str:
     return re.sub(" at 0x[0-9a-f]+", "", text)[:40]
 
 
-def numpy_only(reason: str) -> pytest.MarkDecorator:
-    """The mark of a test whose statement is about the host, or is proved enough by one backend: skipped on all others.
-
-    The strict double proves that each call of an array exists in CuPy. A test with this mark calls nothing of the
-    library that no other test calls there."""
-    return pytest.mark.skipif(array.backend() != "numpy", reason=reason)
-
-
 # A test that plants wrong answers runs on NumPy alone: the right one runs everywhere, and that takes long enough.
-wrong_answers = numpy_only("wrong answers are caught on NumPy")
+wrong_answers = pytest.mark.skipif(array.backend() != "numpy", reason="wrong answers are caught on NumPy")
 # The tests of a file that has no array of a device: they read sources, texts and files, and are the same everywhere.
-host_only = numpy_only("no array of a device: the same on every backend")
-# Processes that are killed or stopped and go on, refusals in one sentence, printed texts, files of texts and settings.
-of_the_host = numpy_only("about processes, messages and files: other tests of this file run the same on every backend")
-# How well a model learns.
-quality = numpy_only("how well a model learns is the same on every backend")
+host_only = pytest.mark.skipif(array.backend() != "numpy", reason="no array of a device: the same on every backend")
+
+
+def not_on_strict(reason: str) -> pytest.MarkDecorator:
+    """The mark of a test that the strict double leaves out. It proves that CuPy has each array call of the library.
+
+    So a test may have the mark if its statement is another one, and other tests call the same functions there."""
+    return pytest.mark.skipif(array.backend() == "strict", reason=reason)
+
+
+# Processes that are killed and go on, refusals in one sentence, printed texts, damaged files.
+of_the_host = not_on_strict("processes, messages and files are the same on every backend")
+quality = not_on_strict("how well a model learns is the same on every backend")
 
 
 def rejects(check: Callable[[], Any]) -> bool:

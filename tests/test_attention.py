@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import accepted, dev, gradcheck, host, leaf, seeds, shapes_of
+from helpers import accepted, dev, gradcheck, host, leaf, seeds, shapes_of, wrong_answers
 from hypothesis import given
 from hypothesis import strategies as st
 from wrong import replaced
@@ -373,6 +373,7 @@ WRONG_ROTARY = {
 }
 
 
+@wrong_answers
 @pytest.mark.parametrize("belief", WRONG_ROTARY)
 def test_wrong_rotary_positions_are_caught(belief):
     with replaced(*WRONG_ROTARY[belief]), pytest.raises(AssertionError):

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 import pytest
-from helpers import host
+from helpers import host, wrong_answers
 
 import tinyft as ft
 from tinyft.compress import Uniform
@@ -259,6 +259,7 @@ WRONG = [
 awq_error = awq.squared_error
 
 
+@wrong_answers
 @pytest.mark.parametrize("rule", WRONG, ids=lambda rule: rule.__doc__.split(",")[0][:40])
 def test_a_wrong_answer_is_rejected(rule):
     for check in CHECKS:
@@ -291,6 +292,7 @@ def clip_nothing(W, H, kind, bits, group):
     return W
 
 
+@wrong_answers
 @pytest.mark.parametrize("clip", [clip_all, clip_unweighted, clip_diagonal, clip_nothing], ids=lambda f: f.__name__)
 def test_wrong_clips_are_rejected(clip):
     with pytest.raises(AssertionError):

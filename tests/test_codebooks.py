@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import dev, host
+from helpers import dev, host, wrong_answers
 
 import tinyft as ft
 from tinyft.compress import Codebook, codebooks, coded, grouped
@@ -486,6 +486,7 @@ WRONG = [
 ]
 
 
+@wrong_answers
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong.belief[:40])
 def test_a_wrong_answer_is_rejected(wrong):
     with planted(wrong):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from command_tools import files_below, labelled, pairs, refusal, result_of, small_model, start, succeed, write_rows
-from helpers import host
+from helpers import host, of_the_host
 
 import tinyft as ft
 from tinyft import array, cli, nn
@@ -153,6 +153,7 @@ def lines(folder: Path) -> int:
     return log.read_bytes().count(b"\n") if log.exists() else 0
 
 
+@of_the_host
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
 def test_a_stopped_run_goes_on_and_ends_in_the_same_files(stop, tmp_path):
     """Killed with no warning in the middle, twice; then the result is bitwise that of a run without a stop."""
@@ -253,6 +254,7 @@ def test_layers_are_a_mapping_on_the_disk(tmp_path):
     assert "a.b" not in layers
 
 
+@of_the_host
 def test_half_a_line_of_a_log_is_left_out(tmp_path):
     W = np.ones((4, 8), np.float32)
     layers = Layers(tmp_path, {name: (4, 8) for name in "abc"})
@@ -300,6 +302,7 @@ def test_every_other_command_opens_the_result(compressed, gpt, text_file, capsys
     assert peft["loss"] == pytest.approx(adapted["loss"], rel=1e-5)
 
 
+@of_the_host
 def test_a_chat_with_the_result(compressed, tmp_path):
     run = start(tmp_path, "chat", "--model", compressed, "--max-new-tokens", "4")
     out, error = run.communicate("Hello\n/quit\n", timeout=60)
@@ -340,6 +343,7 @@ BAD = {
 }
 
 
+@of_the_host
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_refused_and_nothing_is_written(name, gpt, compressed, text_file, capsys, tmp_path):
     arguments, status, message = BAD[name]
@@ -358,6 +362,7 @@ def test_bad_input_is_refused_and_nothing_is_written(name, gpt, compressed, text
     assert files_below(tmp_path) == before
 
 
+@of_the_host
 @pytest.mark.parametrize("facts, message", [
     ({"form": 2}, "wants the form 1"), ({"bits": "4"}, "as the option bits"), ({"model": None}, "the option model"),
     ({"model_fingerprint": 3}, "the option model_fingerprint"), ({"set": [1]}, "the option set"),

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from command_tools import files_below, labelled, pairs, refusal, result_of, small_model, start, succeed, write_rows
-from helpers import host, wrong_answers
+from helpers import host, of_the_host, wrong_answers
 
 import tinyft as ft
 from tinyft import array, cli, data
@@ -128,6 +128,7 @@ def test_every_kind_of_teacher_and_student(name, teachers, files, capsys, tmp_pa
         assert ft.predict(model, tokenizer, ["Function 1 works."]).labels[0] in ("bad", "good")
 
 
+@of_the_host
 def test_a_run_in_a_process_of_its_own(teachers, files, tmp_path):
     """The main path, as a user types it: a plan, the result beside the teacher's, and a student that writes."""
     run = start(tmp_path, "distill", "--teacher", teachers["marian"], "--student", "layers=1", "--data",
@@ -205,6 +206,7 @@ WRONG = {
 }
 
 
+@of_the_host
 def test_the_plan_changes_no_projection(teachers, files, capsys, tmp_path, monkeypatch):
     """TinyBERT's projections train with the student: with a plan and without one, both are the same bits."""
     options = ["distill", "--teacher", teachers["bert"], "--student", "new,width=8,layers=1", "--loss", "tinybert",
@@ -225,6 +227,7 @@ def test_another_student_is_noticed(belief, by_hand, teachers, files, monkeypatc
         check_library(by_hand, teachers, files, tmp_path / "student")
 
 
+@of_the_host
 def test_the_plan_changes_nothing(teachers, files, capsys, tmp_path, monkeypatch):
     """The run with a plan is bitwise the run without one, dropout included."""
     options = ["distill", "--teacher", teachers["gpt"], "--student", "layers=1", "--data", files["pairs"],
@@ -388,6 +391,7 @@ def test_a_resume_that_repeats_its_data_is_noticed(teachers, files, capsys, tmp_
     assert same(values(tmp_path / "right"), whole) and not same(values(tmp_path / "wrong"), whole)
 
 
+@of_the_host
 def test_only_the_same_run_is_resumed(teachers, files, capsys, tmp_path, monkeypatch):
     teacher = shutil.copytree(teachers["gpt"], tmp_path / "teacher")
     file = str(shutil.copy(files["pairs"], tmp_path / "pairs.jsonl"))
@@ -417,6 +421,7 @@ def test_only_the_same_run_is_resumed(teachers, files, capsys, tmp_path, monkeyp
 
 
 # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+@of_the_host
 @pytest.mark.parametrize("name, kind", [("names", "pairs"), ("package", "labelled"), ("prose", "text")])
 def test_texts_that_ship(name, kind):
     """Training and held-out rows are of different modules; the held-out ones are few, and the same each time."""
@@ -427,6 +432,7 @@ def test_texts_that_ship(name, kind):
     assert shipped.read_data(name, "test") == test and train.line(2) == f"line 3 of {name}"
 
 
+@of_the_host
 def test_a_shipped_text_is_its_own_test(teachers, capsys, tmp_path):
     """Token F1 of names beside the teacher's. A folder of the same name does not count."""
     os.mkdir(tmp_path / "names")
@@ -558,6 +564,7 @@ def places(teachers, files, tmp_path_factory) -> dict[str, str]:
     return {name: str(path) for name, path in found.items()}
 
 
+@of_the_host
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_refused_and_nothing_is_written(name, places, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -568,6 +575,7 @@ def test_bad_input_is_refused_and_nothing_is_written(name, places, capsys, tmp_p
     assert files_below(tmp_path) == []
 
 
+@of_the_host
 @pytest.mark.parametrize("facts, message", [
     ({"form": 2}, "wants the form 1"), ({"student": None}, "as the option student"), ({"set": [1]}, "the option set"),
     ({"cache": 3}, "the option cache"), ({"teacher_fingerprint": 3}, "the option teacher_fingerprint"),

@@ -27,6 +27,7 @@ from command_tools import (
     succeed,
     write_rows,
 )
+from helpers import of_the_host
 
 import tinyft as ft
 from tinyft import array, cli
@@ -96,6 +97,7 @@ def test_every_kind_of_data_trains_and_lowers_the_loss(name, gpt, bert, capsys, 
     assert {path.name for path in out.iterdir()} >= {"config.json", "log.jsonl", "checkpoint.safetensors", "adapter"}
 
 
+@of_the_host
 def test_a_text_file_trains_a_shipped_base_in_a_process_of_its_own(tmp_path):
     """The main path, as a user types it: a plan before the training, the result after it, and the files."""
     (tmp_path / "text.txt").write_text("Return the number of bytes that were written.\n" * 40)
@@ -113,6 +115,7 @@ def test_a_text_file_trains_a_shipped_base_in_a_process_of_its_own(tmp_path):
     assert [entry["step"] for entry in log_of(tmp_path / "run")] == [1, 2, 3, 4]
 
 
+@of_the_host
 def test_the_curve_is_drawn_and_without_matplotlib_a_sentence_says_so(gpt, train_file, capsys, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     options = ["tune", "--model", gpt, "--data", train_file, "--test", train_file, "--steps", "3", "--method", "full"]
@@ -162,6 +165,7 @@ def test_recompute_gives_the_same_adapter_and_plans_less_memory(gpt, train_file,
     succeed(capsys, "tune", "--resume", "--out", str(tmp_path / "a"))
 
 
+@of_the_host
 def test_the_parser_imports_no_command():
     """`tinyft --help` is as fast as before: each command imports its module when it runs."""
     code = "import sys; from tinyft import cli; cli.parser(); print(*sys.modules)"
@@ -171,6 +175,7 @@ def test_the_parser_imports_no_command():
     assert ours == {"tinyft.commands", "tinyft.commands.arguments"} and "matplotlib" not in shown
 
 
+@of_the_host
 def test_the_plan_changes_nothing(gpt, train_file, capsys, tmp_path, monkeypatch):
     """The run with a plan is bitwise the run without one, dropout included."""
     options = ["tune", "--model", gpt, "--data", train_file, "--steps", "5", "--set", "dropout=0.5", "--lr", "0.1"]
@@ -183,6 +188,7 @@ def test_the_plan_changes_nothing(gpt, train_file, capsys, tmp_path, monkeypatch
     assert not same_adapter(tmp_path / "a", tmp_path / "c")
 
 
+@of_the_host
 def test_the_plan_expects_the_memory_that_the_training_takes(gpt, train_file):
     """Within a tenth. A plan without the step, or without the moments of AdamW, is far off."""
     model, tokenizer = ft.load("base-gpt")
@@ -213,6 +219,7 @@ def whole_run(gpt, train_file, tmp_path_factory) -> Path:
     return out
 
 
+@of_the_host
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)],
                          ids=["SIGTERM", "SIGINT", "SIGKILL"])
 def test_a_run_that_is_stopped_goes_on_to_the_same_end(number, status, gpt, train_file, whole_run, capsys, tmp_path):
@@ -237,6 +244,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_end(number, status, gpt, trai
     assert log_of(out) == log_of(whole_run) and result["steps"] == 300
 
 
+@of_the_host
 def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(gpt, train_file, capsys, tmp_path):
     options = ["tune", "--model", gpt, "--data", train_file, "--test", train_file, "--steps", "4"]
     succeed(capsys, *options, "--out", str(tmp_path / "a"))
@@ -258,6 +266,7 @@ def test_resuming_a_run_that_has_ended_changes_nothing(gpt, train_file, capsys, 
     assert first["loss"] == second["loss"]
 
 
+@of_the_host
 def test_only_the_same_run_is_resumed(gpt, train_file, capsys, tmp_path):
     out = str(tmp_path / "run")
     options = ["tune", "--model", gpt, "--data", train_file, "--steps", "3", "--out", out]
@@ -274,6 +283,7 @@ def test_only_the_same_run_is_resumed(gpt, train_file, capsys, tmp_path):
     assert not (tmp_path / "nothing").exists()
 
 
+@of_the_host
 @pytest.mark.parametrize("changes, words", [
     ({"form": 2}, "wants the form 1 of a run, got 2"),
     ({"steps": "many"}, "is damaged: got 'many' as the option steps"),
@@ -320,6 +330,7 @@ BAD_DATA: list[tuple[list, list[str], str]] = [
 ]
 
 
+@of_the_host
 @pytest.mark.parametrize("rows, options, words", BAD_DATA, ids=range(len(BAD_DATA)))
 def test_bad_data_is_refused_before_anything_is_made(rows, options, words, gpt, capsys, tmp_path):
     file = write_rows(tmp_path / "bad.jsonl", rows)
@@ -362,6 +373,7 @@ def test_models_that_cannot_learn_the_rows_are_refused(gpt, bert, capsys, tmp_pa
                                                      *out)
 
 
+@of_the_host
 @pytest.mark.parametrize("arguments, words", [
     (["--model", "base-gtp"], "did you mean base-gpt?"),
     (["--model", "{folder}/modle"], "did you mean {folder}/model?"),
@@ -385,6 +397,7 @@ def test_wrong_paths_name_the_near_one(arguments, words, gpt, capsys, tmp_path):
     assert files_below(tmp_path) == before
 
 
+@of_the_host
 @pytest.mark.parametrize("arguments, words", [
     (["--method", "lroa"], "--method wants the name of a method, got 'lroa': did you mean LoRA?"),
     (["--method", "quantum"], "--method wants the name of a method, got 'quantum': there are Full, "),
@@ -408,6 +421,7 @@ def test_a_wrong_command_line_names_the_near_word(arguments, words, gpt, train_f
     assert files_below(tmp_path) == []
 
 
+@of_the_host
 def test_missing_options_and_commands_have_the_status_2(capsys, tmp_path):
     assert "wants --data" in refusal(capsys, "tune", "--model", "base-gpt", "--out", str(tmp_path / "x"), status=2)
     assert "--out" in refusal(capsys, "tune", "--model", "base-gpt", status=2)
@@ -416,6 +430,7 @@ def test_missing_options_and_commands_have_the_status_2(capsys, tmp_path):
     assert "did you mean --model instead of --modle?" in sentence
 
 
+@of_the_host
 def test_every_command_has_a_line_of_help_and_an_example_that_is_understood(capsys):
     import shlex
 

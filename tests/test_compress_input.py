@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers import dev, host
+from helpers import dev, host, wrong_answers
 
 import tinyft as ft
 from tinyft import nn
@@ -326,6 +326,7 @@ class Kept(nn.Packed):
         return self.values
 
 
+@wrong_answers
 @pytest.mark.parametrize("case", ["zeros", "constant rows", "both largest numbers", "one column", "a zero row"])
 def test_a_careless_rule_is_caught(case):
     with pytest.raises(AssertionError):

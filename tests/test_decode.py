@@ -4,7 +4,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from contract import build, noise
-from helpers import host
+from helpers import host, wrong_answers
 
 from tinyft import (
     BERT,
@@ -73,6 +73,7 @@ def test_greedy_text_is_the_argmax_of_a_full_pass_for_every_row_alone(name, cach
         assert by_hand(model, rows()[0]) != by_hand(model_with("none"), rows()[0])
 
 
+@wrong_answers
 def test_generation_that_forgets_the_mask_or_the_past_is_caught():
     model = model_with("none")
     right = host(model(np.array([rows()[0]])))
@@ -180,6 +181,7 @@ WRONG = {
 }
 
 
+@wrong_answers
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_sampling_is_caught(name):
     with pytest.raises(AssertionError):

@@ -9,7 +9,7 @@ import functools
 
 import numpy as np
 import pytest
-from helpers import host
+from helpers import host, quality
 from test_sequence import END, N, make_batch, make_teacher, texts
 
 import tinyft as ft
@@ -64,6 +64,7 @@ def loss_without_teacher(seed: int, *, rounded: bool) -> float:
     return train_student(None, seed, rounded=rounded)[0]
 
 
+@quality
 @pytest.mark.parametrize("name", ["dense", "4 bits"])
 @pytest.mark.parametrize("rounded", [False, True])
 def test_a_student_learns_more_from_a_teacher_than_from_the_data_alone(name, rounded):

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import dev, host, leaf
+from helpers import dev, host, leaf, wrong_answers
 
 import tinyft as ft
 from tinyft import array
@@ -396,6 +396,7 @@ WRONG = {
 }
 
 
+@wrong_answers
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_answer_is_rejected(name, monkeypatch):
     where, attribute, wrong, check = WRONG[name]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from contract import noise
-from helpers import host
+from helpers import host, wrong_answers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
@@ -94,6 +94,7 @@ def divided_by_the_sum(hidden: Any, mask: Any, mode: str, *, normalize: bool) ->
     return e / e.sum(axis=1, keepdims=True) if normalize else e
 
 
+@wrong_answers
 @pytest.mark.parametrize("wrong", [padding_counts, divided_by_the_sum])
 def test_a_wrong_pooling_is_caught(wrong, monkeypatch):
     monkeypatch.setattr(sys.modules["tinyft.embed"], "pool", wrong)

@@ -10,7 +10,7 @@ import contract
 import numpy as np
 import pytest
 from contract import CHECKS, Row, Sizes, noise, run, same, values
-from helpers import host
+from helpers import host, wrong_answers
 
 import tinyft as ft
 from tinyft import T5, Context, PromptTuning, Seq2Seq, Seq2SeqConfig, T5Config, array
@@ -255,6 +255,7 @@ def in_both(e: Any) -> Any:
     return wrong
 
 
+@wrong_answers
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_prompt_in_both_stacks_is_caught(kind, encoder_decoders, monkeypatch):
     model = build(kind)

@@ -19,7 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import dev, host
+from helpers import dev, host, wrong_answers
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -378,6 +378,7 @@ WRONG: dict[str, dict[str, Callable[[Table], Table]]] = {
 }
 
 
+@wrong_answers
 @pytest.mark.parametrize("family, error", [(family, error) for family, errors in WRONG.items() for error in errors])
 def test_planted_errors_are_caught(family, error, tmp_path, monkeypatch):
     """By the name of a tensor that is left over, or by the output."""

@@ -25,14 +25,14 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf_files import gguf_bytes, model_metadata, model_tensors, small_llama, tokenizer_metadata
-from helpers import host, time_limit
+from helpers import host, time_limit, wrong_answers
 from packers import PACKERS
 from safetensors.numpy import load_file, save_file
 from test_resume import OLD, old_run
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 import tinyft as ft
-from tinyft import edit, nn
+from tinyft import array, edit, nn
 from tinyft.adapters.files import digest
 from tinyft.commands.rows import ChatFormat, chat_segments, find_labels, message_rows
 from tinyft.commands.running import Log, read_config, write_config
@@ -43,7 +43,7 @@ from tinyft.data.rows import document_batches, segment_batches
 from tinyft.files import pack_tensors, read_tensors
 from tinyft.pooling import Pooling
 
-CASES = 200
+CASES = 200 if array.backend() != "strict" else 10      # how damaged files are read is the same on every backend
 SECONDS = 1.0
 FIRST_SEED = 20_000
 EXPECTED = (ValueError, OSError, LookupError, OverflowError)
@@ -790,6 +790,7 @@ class Careless:
         assert facts["method"]["fields"]["r"] * 2 + len(facts["base"]["family"]) > 0
 
 
+@wrong_answers
 def test_a_careless_reader_is_caught(tmp_path):
     """The fuzzer can fail."""
     reader = READERS["lora"]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import dev, host
+from helpers import dev, host, wrong_answers
 from safetensors.numpy import load_file, save_file
 from test_llama import reference
 
@@ -193,6 +193,7 @@ def forgotten_transpose(table: layout.Table) -> layout.Table:
     return {**table, **{name: dataclasses.replace(table[name], transposed=True) for name in turned}}
 
 
+@wrong_answers
 @pytest.mark.parametrize("wrong", [
     exchanged("mlp.gate", "mlp.up"), exchanged("attn.k", "attn.v"), exchanged("norm1", "norm2"), forgotten_transpose,
 ], ids=["gate and up", "keys and values", "norms", "transpose"])

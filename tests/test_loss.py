@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import host
+from helpers import host, wrong_answers
 
 import tinyft as ft
 from tinyft import array, functional, train
@@ -378,6 +378,7 @@ def test_a_penalty_reads_hidden_states_and_is_logged():
     assert history.losses[0] == pytest.approx(history.terms["loss"][0] + wanted, rel=1e-5)
 
 
+@wrong_answers
 def test_a_pass_without_the_hidden_states_that_a_penalty_wants_is_caught(monkeypatch):
     read = train.loop.Run.read_batch
 
@@ -431,6 +432,7 @@ def test_accumulated_terms_are_those_of_one_large_batch():
     check_accumulation()
 
 
+@wrong_answers
 def test_terms_that_are_averaged_and_not_weighted_are_caught(monkeypatch):
     def read_unweighted(batch: Any) -> ft.Targets:
         return dataclasses.replace(read_batch(batch), weight=1.0)
@@ -439,6 +441,7 @@ def test_terms_that_are_averaged_and_not_weighted_are_caught(monkeypatch):
         check_accumulation()
 
 
+@wrong_answers
 def test_auxiliary_losses_that_are_not_weighted_are_caught(monkeypatch):
     right = train.loop.add_gradients
 
@@ -503,6 +506,7 @@ def test_a_loss_module_that_was_trained_already_resumes_too(tmp_path):
     assert equal(values_of(same_loss.projection), values_of(other_loss.projection))
 
 
+@wrong_answers
 def test_a_checkpoint_that_forgets_the_loss_module_is_caught(tmp_path, monkeypatch):
     right = train.loop.Run.load_state_dict
 
@@ -625,6 +629,7 @@ class SmoothedNothing(ft.CrossEntropy):
         return ft.CrossEntropy()(model, targets, rng)
 
 
+@wrong_answers
 @pytest.mark.parametrize("wrong", [SpreadOverOthers, SmoothedNothing])
 def test_a_wrong_smoothing_is_caught(wrong):
     with pytest.raises(AssertionError):

@@ -30,7 +30,7 @@ from contract import (
     tuned,
     values,
 )
-from helpers import dev, host
+from helpers import dev, host, wrong_answers
 from test_nn import Int8
 
 from tinyft import GPT, GPTConfig, array, combine, edit, fit, no_grad, ops
@@ -1073,6 +1073,7 @@ PLANTED = {
 }
 
 
+@wrong_answers
 @pytest.mark.parametrize("name", PLANTED)
 def test_the_checks_refuse_a_wrong_method(name):
     check, method, row = PLANTED[name]

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import dev, host
+from helpers import dev, host, wrong_answers
 from wrong import replaced
 
 from tinyft import (
@@ -255,6 +255,7 @@ WRONG = {
 }
 
 
+@wrong_answers
 @pytest.mark.parametrize("belief", WRONG)
 @pytest.mark.usefixtures("definitions")                  # a kernel would do what the wrong part does not
 def test_a_wrong_model_is_caught(belief):
@@ -360,6 +361,7 @@ def test_attentions_noise_thins_the_probabilities_and_keeps_their_mean():
     check_noise(Attention.dropout_mask)
 
 
+@wrong_answers
 @pytest.mark.parametrize("belief", WRONG_NOISE)
 def test_wrong_noise_is_caught(belief):
     with pytest.raises(AssertionError):

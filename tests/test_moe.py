@@ -542,6 +542,7 @@ REJECTED = {
 }
 
 
+@wrong_answers
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_every_check_rejects_a_wrong_layer(check):
     owner, name, f = WRONG[REJECTED[check]]

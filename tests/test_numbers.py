@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from helpers import dev, gradcheck, host, leaf
+from helpers import dev, gradcheck, host, leaf, wrong_answers
 
 from tinyft import functional as F
 from tinyft import kernels, ops
@@ -72,6 +72,7 @@ def by_tanh(x: Tensor) -> Tensor:
     return (ops.tanh(x * 0.5) + 1) * 0.5
 
 
+@wrong_answers
 def test_a_sigmoid_without_digits_is_caught():
     with pytest.raises(AssertionError):
         check_digits(by_tanh, *VALUES_AND_SLOPES["sigmoid"], X)

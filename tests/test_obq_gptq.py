@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import host
+from helpers import host, wrong_answers
 
 import tinyft as ft
 from tinyft.compress.grids import Grid, fit_grid, fit_groups
@@ -792,6 +792,7 @@ def check_dead(seed: int) -> None:
 CHECKS = {gptq: (check_gptq, check_errors, check_dead), obq: (check_obq, check_dead)}
 
 
+@wrong_answers
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_answer_is_rejected(name, monkeypatch):
     wrong = WRONG[name]

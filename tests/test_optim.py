@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import dev, host, leaf
+from helpers import dev, host, leaf, wrong_answers
 
 import tinyft
 from tinyft import (
@@ -156,6 +156,7 @@ def test_adamw_decays_the_weight_and_not_the_gradient():
     agrees_with_decoupled_decay(AdamW)
 
 
+@wrong_answers
 @pytest.mark.parametrize("check, make", WRONG, ids=lambda v: v.__name__)
 def test_a_wrong_adam_is_rejected(check, make):
     with pytest.raises(AssertionError):
@@ -368,6 +369,7 @@ def test_clipping_scales_all_gradients_by_one_factor_from_their_common_norm():
     clips_all_gradients_together(clipped_step)
 
 
+@wrong_answers
 @pytest.mark.parametrize("wrong", [each_tensor_by_its_own_norm, by_the_norm_of_the_first_group, always_to_the_limit],
                          ids=lambda f: f.__name__)
 def test_wrong_clipping_is_rejected(wrong):
@@ -686,6 +688,7 @@ def test_the_state_of_version_0_1_loads(run):
     agrees_with_version_0_1(run)
 
 
+@wrong_answers
 def test_a_wrong_reading_of_version_0_1_is_rejected(monkeypatch):
     right = optim.optimizers.read_version_0_1
 
@@ -898,6 +901,7 @@ def test_a_schedule_warms_up_falls_to_its_end_and_takes_fractions(make):
     falls_after_a_warm_up(make(), 0, 50)
 
 
+@wrong_answers
 @pytest.mark.parametrize("make", [linear_schedule, cosine_schedule])
 @pytest.mark.parametrize("wrong", [
     lambda right, longer, t, T: right(t + 1, T),

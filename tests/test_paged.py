@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import dev, host, leaf
+from helpers import dev, host, leaf, wrong_answers
 
 import tinyft as ft
 from tinyft import array, optim
@@ -339,6 +339,7 @@ WRONG_WHEN_MOVED = {
 }
 
 
+@wrong_answers
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_answer_is_rejected(name, monkeypatch, tmp_path):
     monkeypatch.setattr(*WRONG[name])
@@ -346,6 +347,7 @@ def test_a_wrong_answer_is_rejected(name, monkeypatch, tmp_path):
         assert_bitwise("AdamW", folder=tmp_path)
 
 
+@wrong_answers
 @pytest.mark.parametrize("name", WRONG_WHEN_MOVED)
 def test_a_wrong_answer_on_two_backends_is_rejected(name, monkeypatch):
     monkeypatch.setattr(*WRONG_WHEN_MOVED[name])

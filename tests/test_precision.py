@@ -6,6 +6,7 @@ Each `check_*` must accept the library and reject the wrong answers that stand b
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import dev, host, leaf
+from helpers import dev, host, leaf, quality, wrong_answers
 from hypothesis import given
 from hypothesis import strategies as st
 from test_ops import EVERY_OP, Example, examples
@@ -234,6 +235,7 @@ WRONG_POLICIES = {
 }
 
 
+@wrong_answers
 @pytest.mark.parametrize("mistake", WRONG_POLICIES)
 def test_another_policy_is_rejected(mistake, monkeypatch):
     name, attribute, wrong = WRONG_POLICIES[mistake]
@@ -380,8 +382,9 @@ def small(seed: int = 1) -> GPT:
     return GPT(GPTConfig(19, 12, 16, 2, 2), seed=seed)
 
 
+@functools.cache
 def loss_curve(autocast: Any = None, dtype: Any = None) -> np.ndarray:
-    """The losses of 120 steps, under autocast or with a model of this dtype."""
+    """The losses of 120 steps, under autocast or with a model of this dtype. The caller leaves them as they are."""
     model = small()
     if dtype is not None:
         model.to(dtype=dtype)
@@ -396,18 +399,21 @@ def check_follows_float32(losses: np.ndarray, reference: np.ndarray) -> None:
     assert difference.max() < 0.05 * reference[0]
 
 
+@quality
 @slow_when_emulated
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", np.float16])
 def test_training_under_autocast_follows_float32(dtype):
     check_follows_float32(loss_curve(autocast=dtype), loss_curve())
 
 
+@quality
 @slow_when_emulated
 @both_dtypes
 def test_training_a_model_in_16_bits_follows_float32(dtype):
     check_follows_float32(loss_curve(dtype=dtype), loss_curve())
 
 
+@quality
 @slow_when_emulated
 def test_without_master_weights_small_steps_are_lost(monkeypatch):
     """Steps of 0.00003 on weights of about 0.1: there, bfloat16 numbers are 0.0005 apart."""
@@ -828,6 +834,7 @@ WRONG_SCALERS = [
 ]
 
 
+@wrong_answers
 @pytest.mark.parametrize("wrong", WRONG_SCALERS)
 def test_a_wrong_scaler_is_rejected(wrong):
     with pytest.raises((AssertionError, FloatingPointError)):

@@ -31,7 +31,7 @@ from contract import (
     tuned,
     values,
 )
-from helpers import dev, host
+from helpers import dev, host, wrong_answers
 
 from tinyft import CannotMerge, array, combine, edit, evaluate, fit, no_grad, ops
 from tinyft.edit import (
@@ -1399,6 +1399,7 @@ PLANTED = {
 }
 
 
+@wrong_answers
 @pytest.mark.parametrize("name", PLANTED)
 def test_the_checks_refuse_a_wrong_one(name):
     check, wrong = PLANTED[name]

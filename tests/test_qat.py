@@ -5,7 +5,7 @@ import contract
 import numpy as np
 import pytest
 from contract import Row, build
-from helpers import dev, host
+from helpers import dev, host, wrong_answers
 
 import tinyft as ft
 from tinyft import array, edit
@@ -417,6 +417,7 @@ WRONG = [
 ]
 
 
+@wrong_answers
 @pytest.mark.parametrize("target, f", WRONG, ids=lambda value: getattr(value, "__name__", ""))
 def test_a_wrong_answer_is_rejected(target, f, monkeypatch):
     owner, _, name = target.rpartition(".")

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import dev, host
+from helpers import dev, host, wrong_answers
 
 import tinyft as ft
 from tinyft import array, dispatch, ops, recomputation, tensor
@@ -509,6 +509,7 @@ WRONG = {
 }
 
 
+@wrong_answers
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_answer_is_rejected(name, monkeypatch):
     where, attribute, wrong = WRONG[name]

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import host
+from helpers import host, of_the_host, wrong_answers
 
 import tinyft as ft
 from tinyft import SGD, AdamW, Edit, LoRA, Method, Parameter, Phase, array, attach, fit, train
@@ -291,6 +291,7 @@ FORGOTTEN = [
 KILLS = {"early_stopping": [11], "phases": [9, 4], "phases_with_a_mask_on_the_tensor": [9, 4], "setups": [9, 4]}
 
 
+@wrong_answers
 @pytest.mark.parametrize("forgotten, recipe", FORGOTTEN)
 def test_a_resume_that_forgets_something_is_caught(forgotten, recipe, tmp_path, monkeypatch):
     right = train.loop.Run.load_state_dict
@@ -384,6 +385,7 @@ def test_a_setup_runs_once_and_not_again_after_a_kill(step, tmp_path, calls):
     check_equal_runs(straight, resumed, tmp_path / "straight", tmp_path / "killed")
 
 
+@wrong_answers
 def test_a_setup_that_runs_twice_is_caught(tmp_path, calls, monkeypatch):
     right = train.loop.Run.load_state_dict
 
@@ -485,6 +487,7 @@ def check_equal_checkpoints(folder: Path, other: Path) -> None:
     assert facts == other_facts
 
 
+@of_the_host
 @pytest.mark.slow
 def test_a_process_killed_at_random_moments_and_resumed_ends_bitwise_the_same(tmp_path):
     straight = tmp_path / "straight"
@@ -509,6 +512,7 @@ def test_a_process_killed_at_random_moments_and_resumed_ends_bitwise_the_same(tm
     assert [path.name for path in killed.iterdir()] == ["checkpoint.safetensors"]       # the next run removed that part
 
 
+@of_the_host
 @pytest.mark.slow
 def test_ctrl_c_finishes_the_step_writes_the_state_and_the_run_goes_on_bitwise(tmp_path):
     straight = tmp_path / "straight"

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import toy
 from contract import CHECKS, Row, Sizes, batch, build, noise, run, same, short_fit, tokens, values
-from helpers import dev, host
+from helpers import dev, host, wrong_answers
 from test_nn import Int8
 
 import tinyft as ft
@@ -516,6 +516,7 @@ PLANTED = {
 }
 
 
+@wrong_answers
 @pytest.mark.parametrize("name", PLANTED)
 def test_the_checks_reject_a_wrong_one(name):
     check, wrong = PLANTED[name]

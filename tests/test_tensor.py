@@ -10,7 +10,7 @@ from types import CellType
 
 import numpy as np
 import pytest
-from helpers import dev, gradcheck, host, leaf, seeds, shapes_of
+from helpers import dev, gradcheck, host, leaf, seeds, shapes_of, wrong_answers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -360,6 +360,7 @@ def test_gradients_share_memory_with_nothing(rng):
         OPS.update(known)
 
 
+@wrong_answers
 @pytest.mark.parametrize("name, wrong", [
     ("_apart", lambda gradients, i: gradients[i]),
     ("_is_own", lambda d, given: True),
@@ -467,6 +468,7 @@ def always_in_place(monkeypatch):
     monkeypatch.setattr(tensor.Gradients, "add", add)
 
 
+@wrong_answers
 @pytest.mark.parametrize("wrong", [always_owned, owned_unless_it_is_the_argument, never_summed, always_in_place])
 def test_wrong_ownership_is_caught(wrong, monkeypatch):
     wrong(monkeypatch)
@@ -879,6 +881,7 @@ def test_a_write_elsewhere_is_no_reason_to_refuse():
     (x * w).sum().backward()
 
 
+@wrong_answers
 @pytest.mark.parametrize("name, wrong", [
     ("_as_tensor", lambda value, args: Tensor(value)),
     ("_record", lambda call, args, result, pullbacks: forgets_versions(call, args, result, pullbacks)),

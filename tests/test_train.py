@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import host
+from helpers import host, wrong_answers
 
 import tinyft as ft
 from tinyft import (
@@ -308,6 +308,7 @@ WRONG_WEIGHTS: dict[str, Callable[[Any], float]] = {
 }
 
 
+@wrong_answers
 @UNEVEN
 @pytest.mark.parametrize("wrong", WRONG_WEIGHTS)
 def test_a_mean_of_means_is_caught(make, wrong, monkeypatch):

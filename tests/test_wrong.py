@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers import host, leaf
+from helpers import host, leaf, wrong_answers
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from test_ops import check, examples, function
@@ -35,6 +35,7 @@ def _definitions():
         yield
 
 
+@wrong_answers
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_answer_is_rejected(name):
     wrong = WRONG[name]
@@ -49,6 +50,7 @@ def test_a_wrong_answer_is_rejected(name):
     pytest.fail(f"{name} passes for {wrong.target}")
 
 
+@wrong_answers
 @pytest.mark.parametrize("name", sorted({wrong.target for wrong in WRONG.values()}))
 def test_the_right_answer_passes_the_same_examples(name):
     for example, rng, _ in draws(name):
