@@ -280,7 +280,7 @@ ROWS: dict[str, Callable[[Any], dict]] = {
                                        "batch_size": 2},
     "perplexity": lambda path: {"model": gpt(), "batches": batches()},
     "memory": lambda path: {"model": gpt(), "method": ft.LoRA(r=2), "batch": 1, "length": 4, "weights": "float16",
-                            "optimizer": ft.AdamW(0.1), "accumulate": 1, "labelled": 0.5},
+                            "optimizer": ft.AdamW(0.1), "accumulate": 1, "labelled": 0.5, "source_length": None},
     "largest_batch": lambda path: {"model": gpt(), "budget": 5e4, "method": None, "length": 4},
     "AdamW": lambda path: {**OPTIMIZER, "betas": (0.9, 0.9), "eps": 1e-8},
     "Adam": lambda path: {**OPTIMIZER, "betas": (0.9, 0.9), "eps": 1e-8},

@@ -44,6 +44,16 @@ def test_a_shipped_model_and_recomputation(capsys):
     assert again["flops"]["backward"] > plain["flops"]["backward"]
 
 
+def test_an_encoder_decoder_is_counted_with_its_source(capsys):
+    """The formula of a stack without cross-attention is left out."""
+    options = ("--config", "t5-small", "--length", "8", "--source-length", "24", "--method", "lora")
+    text = run(capsys, *options)
+    assert text.startswith("T5, LoRA; 1 × (24 + 8) tokens") and "Korthikanti" not in text
+    result = json.loads(run(capsys, *options, "--json"))
+    assert result["peak"] == ft.memory(CONFIGS["t5-small"], ft.LoRA(), length=8, source_length=24).peak
+    assert result["formula"] is None and result["tokens"] == 32
+
+
 @pytest.mark.parametrize("text, value", [("8GB", 8e9), ("8 GiB", 8 * 2**30), ("1.5mb", 1.5e6), ("100", 100.0)])
 def test_a_budget_in_gb_is_not_one_in_gib(text, value):
     assert read_bytes(text) == value
@@ -61,6 +71,7 @@ def test_another_budget_is_refused(text):
     (("--config", "bert-larg"), "did you mean bert-large?"),
     (("--config", "gpt2", "--set", "r=3"), "add --method"),
     (("--config", "gpt2", "--weights", "nf5"), "weights wants one of 'float32'"),
+    (("--config", "gpt2", "--source-length", "9"), "source_length is for an encoder-decoder, got a GPT"),
     (("--config", "gpt2", "--length", "9999"), "longer than the model's 1024 positions"),
 ])
 def test_wrong_options_are_one_sentence(capsys, arguments, message):

@@ -4,6 +4,7 @@ The checks are functions of an account, so that the wrong accounts at the end mu
 """
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 import types
@@ -29,7 +30,13 @@ pytestmark = pytest.mark.skipif(array.backend() != "numpy", reason="the account 
 GPT = ft.GPTConfig(vocab=1024, positions=128, width=160, layers=2, heads=5)
 BERT = ft.BERTConfig(vocab=1024, positions=128, width=128, layers=2, heads=4)
 LLAMA = ft.LlamaConfig(vocab=1024, positions=128, width=160, layers=2, heads=10, key_value_heads=2, hidden=400)
-MODELS = {ft.GPTConfig: ft.GPT, ft.BERTConfig: ft.BERT, ft.LlamaConfig: ft.Llama}
+SEQ2SEQ = ft.Seq2SeqConfig(vocab=1024, positions=128, width=160, layers=2, heads=5)
+T5 = ft.T5Config(vocab=1024, positions=128, width=160, layers=2, heads=5, head_width=32)
+EXPERTS = ft.SwitchConfig(experts=4, every=2)
+SWITCH = dataclasses.replace(GPT, switch=EXPERTS)
+NOTHING_DROPPED = dataclasses.replace(GPT, switch=ft.SwitchConfig(experts=4, every=2, eval_capacity=4.0))
+MODELS = {ft.GPTConfig: ft.GPT, ft.BERTConfig: ft.BERT, ft.LlamaConfig: ft.Llama, ft.Seq2SeqConfig: ft.Seq2Seq,
+          ft.T5Config: ft.T5}
 ALL_MAPS = ("attn.[qkvo]", "mlp.up", "mlp.down")
 METHODS = {
     "full": None,
@@ -52,10 +59,19 @@ def made(config: Any, method: Any = None) -> ft.Module:
 
 
 # ── against the allocator ────────────────────────────────────────────────────────────────────────────────────────────
-def measured_peak(config: Any, method: Any, B: int, T: int, weights: str | None = None, **options: Any) -> int:
-    """The largest bytes of all arrays in a real run of two steps, by the allocator."""
+def real_batch(config: Any, B: int, T: int, source_length: int | None = None) -> dict[str, np.ndarray]:
+    """A batch with labels, and with sources for an encoder-decoder."""
     rng = np.random.default_rng(0)
     batch = {"ids": rng.integers(0, config.vocab, (B, T)), "labels": rng.integers(0, config.vocab, (B, T))}
+    if isinstance(config, (ft.Seq2SeqConfig, ft.T5Config)):
+        batch["source_ids"] = rng.integers(0, config.vocab, (B, source_length or T))
+    return batch
+
+
+def measured_peak(config: Any, method: Any, B: int, T: int, weights: str | None = None,
+                  source_length: int | None = None, **options: Any) -> int:
+    """The largest bytes of all arrays in a real run of two steps, by the allocator."""
+    batch = real_batch(config, B, T, source_length)
     gc.collect()
     with ft.peak_memory() as memory:
         model = MODELS[type(config)](config, 0)
@@ -85,18 +101,55 @@ CASES = [
     (GPT, "full", 4, {"recompute": True}), (GPT, "lora", 6, {"recompute": True}),
     (GPT, "full", 4, {"optimizer": ft.SGD(0.1)}), (GPT, "full", 4, {"accumulate": 2}),
     (ft.GPTConfig(vocab=512, positions=128, width=160, layers=2, heads=5, dropout=0.1), "full", 6, {}),
+    *[(SEQ2SEQ, name, 6, {}) for name in ("full", "lora", "prefix")], (T5, "full", 6, {}), (T5, "prompt", 6, {}),
+    *[(config, "lora", 6, {"source_length": 20}) for config in (SEQ2SEQ, T5)],
+    *[(SWITCH, name, 6, {}) for name in ("full", "lora", "bitfit")], (SWITCH, "full", 6, {"recompute": True}),
+    (dataclasses.replace(BERT, switch=EXPERTS), "full", 6, {}),
+    (dataclasses.replace(SEQ2SEQ, switch=EXPERTS), "lora", 6, {"source_length": 60}),
 ]
+
+
+def check_peak(account: Any, config: Any, name: str, B: int, **options: Any) -> None:
+    """The peak within 6 %: Python's own objects and the blocks of kernels are left out."""
+    predicted = account(config, METHODS[name], batch=B, length=100, **options).peak
+    measured = measured_peak(config, METHODS[name], B, 100, **options)
+    assert predicted == pytest.approx(measured, rel=0.06)
 
 
 @pytest.mark.parametrize("config, name, B, options", CASES, ids=lambda value: str(value)[:24])
 def test_the_peak_is_that_of_the_allocator(config, name, B, options, _warm):
-    """Within 6 %: Python's own objects and the blocks of kernels are left out."""
-    method = METHODS[name]
-    if type(config) is not ft.GPTConfig and method is not None:
-        method = ft.LoRA(r=8) if name == "lora" else method
-    predicted = ft.memory(config, method, batch=B, length=100, **options).peak
-    measured = measured_peak(config, method, B, 100, **options)
-    assert predicted == pytest.approx(measured, rel=0.06)
+    check_peak(ft.memory, config, name, B, **options)
+
+
+def without_sources(config: Any, *arguments: Any, source_length: int, **options: Any) -> Any:
+    """An account of the text alone: the source has one token."""
+    return ft.memory(config, *arguments, source_length=1, **options)
+
+
+def as_a_decoder(config: Any, *arguments: Any, source_length: int, **options: Any) -> Any:
+    """An account of the decoder's blocks as those of a GPT, without cross-attention."""
+    gpt = ft.GPTConfig(config.vocab, config.positions, config.width, config.layers, config.heads)
+    return ft.memory(gpt, *arguments, **options)
+
+
+@pytest.mark.parametrize("account", [without_sources, as_a_decoder])
+def test_an_account_of_one_stack_is_rejected(account, _warm):
+    with pytest.raises(AssertionError):
+        check_peak(account, SEQ2SEQ, "lora", 6, source_length=100)
+
+
+def as_a_dense_model(config: Any, *arguments: Any, **options: Any) -> Any:
+    """An account of one feed-forward in the place of the experts."""
+    return ft.memory(dataclasses.replace(config, switch=None), *arguments, **options)
+
+
+def test_a_wrong_account_of_experts_is_rejected(monkeypatch, _warm):
+    """Arrays without numbers count no token at any expert."""
+    with pytest.raises(AssertionError):
+        check_peak(as_a_dense_model, SWITCH, "full", 6)
+    monkeypatch.setattr(training.EvenSwitchMLP, "count", training.SwitchMLP.count)
+    with pytest.raises(AssertionError):
+        check_peak(ft.memory, SWITCH, "full", 6)
 
 
 def test_the_peak_on_packed_weights_is_that_of_the_allocator(_warm):
@@ -244,6 +297,22 @@ def check_kept(config: ft.GPTConfig, B: int, s: int, claimed: int) -> None:
     _, loss = compute_loss(model, read_batch({"ids": ids, "labels": ids}))
     in_graph = kept_bytes(loss, [p.data for p in model.parameters()])
     assert in_graph == claimed - 4                       # without the loss
+
+
+@pytest.mark.parametrize("config", [
+    ft.Seq2SeqConfig(vocab=50, positions=128, width=24, layers=2, heads=2),
+    ft.T5Config(vocab=50, positions=128, width=24, layers=2, heads=2, head_width=12, feed_forward="gated-gelu",
+                tied=False),
+], ids=lambda config: type(config).__name__)
+@pytest.mark.parametrize("length, source_length", [(40, 70), (90, 20)])
+def test_both_stacks_keep_what_a_real_graph_keeps(config, length, source_length):
+    """To the byte, but for the loss: keys and values of cross-attention have the length of the source."""
+    model = made(config)
+    _, loss = compute_loss(model, read_batch(real_batch(config, 3, length, source_length)))
+    in_graph = kept_bytes(loss, [p.data for p in model.parameters()])
+    kept = ft.memory(config, batch=3, length=length, source_length=source_length).kept
+    assert in_graph == kept - 4
+    assert kept != ft.memory(config, batch=3, length=length, source_length=source_length + 1).kept
 
 
 @pytest.mark.parametrize("name, floats", [("full", 16), ("bitfit", 10), ("norms", 10)])
@@ -441,12 +510,12 @@ def counted_products(monkeypatch):
 
 
 @pytest.mark.parametrize("config, name", [(GPT, "full"), (GPT, "lora"), (GPT, "houlsby"), (GPT, "partial"),
-                                          (BERT, "full"), (BERT, "bitfit"), (LLAMA, "full"), (LLAMA, "lora")],
+                                          (BERT, "full"), (BERT, "bitfit"), (LLAMA, "full"), (LLAMA, "lora"),
+                                          (SEQ2SEQ, "full"), (T5, "lora"), (NOTHING_DROPPED, "full")],
                          ids=lambda value: str(value)[:10])
 def test_the_operations_are_the_products_that_run(config, name, counted_products):
     model = made(config, METHODS[name])
-    ids = np.ones((2, 20), np.int64)
-    _, loss = compute_loss(model, read_batch({"ids": ids, "labels": ids}))
+    _, loss = compute_loss(model, read_batch(real_batch(config, 2, 20)))
     counted_products["phase"] = "backward"
     loss.backward()
     array.use("numpy")
@@ -525,6 +594,18 @@ def test_lora_adds_two_thin_products_to_a_token():
     assert inference(model).flops_per_token == before
 
 
+def test_a_token_reads_the_expert_that_it_visits():
+    """A token costs what it costs in one MLP, and the router; more rows of a batch visit more experts."""
+    dense = inference(GPT, length=9)
+    expert = 4 * (2 * GPT.width * 4 * GPT.width + 5 * GPT.width)
+    for batch, experts in ((1, 1), (3, 3), (9, 4)):
+        report = inference(SWITCH, batch=batch, length=9)
+        assert report.flops_per_token == dense.flops_per_token + 2 * 4 * GPT.width
+        assert report.weights == dense.weights + 3 * expert + 4 * 4 * GPT.width
+        router_and_cache = 4 * 4 * GPT.width + (batch - 1) * dense.cache
+        assert report.bytes_per_step == dense.bytes_per_step + (experts - 1) * expert + router_and_cache
+
+
 def test_an_encoder_does_not_generate():
     with pytest.raises(ValueError, match="inference wants a model that generates, got a BERT"):
         inference(BERT)
@@ -600,6 +681,20 @@ def test_a_model_stays_as_it_is_and_its_copy_takes_no_memory():
         assert id(p.data) == before[name][0] and (p.data == before[name][1]).all()
     assert array.backend() == "numpy" and len(model._attached) == 1
     assert not model.training
+
+
+@pytest.mark.parametrize("name, parameters", [("t5-small", 60_506_624), ("t5-base", 222_903_552)])
+def test_t5_has_as_many_parameters_as_its_checkpoints(name, parameters):
+    report = ft.memory(CONFIGS[name], length=8, source_length=20)
+    assert report.parameters == parameters and report.tokens == 28
+    assert str(report).startswith("T5, everything trains; 1 × (20 + 8) tokens")
+
+
+def test_the_length_of_a_source_wants_an_encoder_decoder():
+    with pytest.raises(TypeError, match="source_length is for an encoder-decoder, got a GPT"):
+        ft.memory(GPT, source_length=8)
+    with pytest.raises(ValueError, match="memory: source_length wants a whole number >= 1, got 0"):
+        ft.memory(SEQ2SEQ, source_length=0)
 
 
 def test_a_classifier_is_counted_with_its_labels():

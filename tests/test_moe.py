@@ -800,11 +800,6 @@ def test_a_model_without_a_switch_layer_is_refused():
         ft.BERTConfig(V, 16, 0, 12, 2, 3, switch=8)
 
 
-def test_memory_refuses_a_switch_model():
-    with pytest.raises(ValueError, match="memory wants a model without Switch layers"):
-        ft.memory(make_model("gpt"))
-
-
 # ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 @KINDS
 @pytest.mark.parametrize("classes", [0, 3])

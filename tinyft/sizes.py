@@ -473,6 +473,9 @@ class _Module:
     def cumsum(self, a: Sizes, axis: int | None = None) -> Sizes:
         return new(a.shape, _sum_dtype(a.dtype))
 
+    def take_along_axis(self, a: Sizes, index: Sizes, axis: int) -> Sizes:
+        return new(index.shape, a.dtype)
+
     def argsort(self, a: Sizes, axis: int = -1) -> Sizes:
         return new(a.shape, np.int64)
 

@@ -279,12 +279,14 @@ def _add_memory(commands: argparse._SubParsersAction) -> None:
     c.add_argument("--model", metavar="MODEL", help=MODEL)
     c.add_argument("--packed", action="store_true", help="keep the 4-bit or 8-bit weights of a .gguf file as they are")
     c.add_argument("--config", metavar="NAME", help="in place of a model, the sizes of a known one without weights: "
-                   "gpt2, gpt3, bert-large, llama-7b ...")
+                   "gpt2, gpt3, bert-large, llama-7b, t5-base ...")
     c.add_argument("--method", metavar="METHOD", help="a method of `tinyft methods` (default: everything trains)")
     c.add_argument("--set", metavar="FIELD=VALUE", action="append", default=[],
                    help="a hyper-parameter of the method, such as r=8; may be repeated")
     c.add_argument("--batch", type=whole(1), default=1, help="rows in a batch (default: 1)")
     c.add_argument("--length", type=whole(1), default=128, help="tokens of a row (default: 128)")
+    c.add_argument("--source-length", type=whole(1), metavar="N", help="tokens of a source, for an encoder-decoder "
+                   "(default: as many as --length)")
     c.add_argument("--weights", metavar="KIND", help="float32, float16, bfloat16, or for the maps of the blocks "
                    "nf4, nf4-double, int8, q4_0, q4_1, q8_0")
     c.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw", help="(default: adamw)")

@@ -10,6 +10,7 @@ from typing import Any
 from ..memory import CONFIGS, Memory, largest_batch, memory
 from ..memory.formulas import korthikanti_bytes
 from ..memory.training import in_bytes
+from ..models import Seq2SeqConfig, T5Config
 from ..optim import SGD, AdamW
 from .arguments import UsageError
 from .opening import as_json, open_model
@@ -29,7 +30,8 @@ def run(args: argparse.Namespace) -> int:
     method = make_method(args.method, args.set) if args.method else None
     budget = None if args.budget is None else read_bytes(args.budget)
     options: dict[str, Any] = {
-        "length": args.length, "weights": args.weights, "autocast": args.autocast, "accumulate": args.accumulate,
+        "length": args.length, "source_length": args.source_length, "weights": args.weights,
+        "autocast": args.autocast, "accumulate": args.accumulate,
         "recompute": args.recompute, "optimizer": AdamW(1e-3) if args.optimizer == "adamw" else SGD(1e-2),
     }
     report = memory(model, method, batch=args.batch, **options)
@@ -66,10 +68,12 @@ def read_bytes(text: str) -> float:
     return float(match[1]) * unit
 
 
-def formula(model: Any, batch: int, length: int) -> dict[str, int]:
+def formula(model: Any, batch: int, length: int) -> dict[str, int] | None:
     """The activations of all layers by Korthikanti et al. 2022, in float32: with dropout and stored scores, and without
-    both."""
+    both. None for an encoder-decoder: the formula counts layers without cross-attention."""
     c = getattr(model, "config", model)
+    if isinstance(c, (Seq2SeqConfig, T5Config)):
+        return None
     sizes = (length, batch, c.width, c.heads, c.layers, 4)
     return {
         "stored_scores": korthikanti_bytes(*sizes),
@@ -81,8 +85,9 @@ def print_report(report: Memory, result: dict[str, Any]) -> None:
     """The report as text."""
     print(report)
     by_formula = result["formula"]
-    print(f"  {'activations by formula':<32}{in_bytes(by_formula['flash']):>12}   (Korthikanti et al. 2022, full "
-          f"fine-tuning; with dropout and stored scores {in_bytes(by_formula['stored_scores'])})")
+    if by_formula is not None:
+        print(f"  {'activations by formula':<32}{in_bytes(by_formula['flash']):>12}   (Korthikanti et al. 2022, full "
+              f"fine-tuning; with dropout and stored scores {in_bytes(by_formula['stored_scores'])})")
     if "budget" in result:
         largest = result["largest_batch"]
         print(f"  {'largest batch':<32}{largest:>12}   for {in_bytes(result['budget'])}")

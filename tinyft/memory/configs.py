@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..models import BERTConfig, GPTConfig, LlamaConfig
+from ..models import BERTConfig, GPTConfig, LlamaConfig, Seq2SeqConfig, T5Config
 
 __all__ = ["CONFIGS"]
 
@@ -27,4 +27,8 @@ CONFIGS: dict[str, Any] = {
     "llama-65b": _llama(8192, 80, 64, 22016),
     "llama3-8b": _llama(4096, 32, 32, 14336, vocab=128256, positions=8192, key_value_heads=8),
     "mistral-7b": _llama(4096, 32, 32, 14336, positions=32768, key_value_heads=8),
+    "opus-mt": Seq2SeqConfig(),
+    "t5-small": T5Config(),
+    "t5-base": T5Config(width=768, layers=12, heads=12),
+    "t5-large": T5Config(width=1024, layers=24, heads=16),
 }

@@ -4,7 +4,8 @@ One multiplication with its addition counts 2 operations. For a token with s key
 
     operations   2 Σ in · out  over the linear maps and the head  +  4 s H D a layer for Q Kᵀ and P V
     cache        2 L B s Hkv D c bytes
-    bytes read   all weights but tables of which single rows are looked up, once for the batch; the cache of each row
+    bytes read   all weights but tables of which single rows are looked up, and experts without a token, once for the
+                 batch; the cache of each row
 
 The look-up of an embedding is free. A tied head reads the embedding's weight: it counts. Backward takes twice the
 forward pass where everything trains, so that training takes 6 N + 12 L s d a token for N weights in products. An
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from .. import checks, edit
-from ..models import EncoderDecoder
+from ..models import EncoderDecoder, SwitchMLP
 from ..models.attention import Attention
 from ..nn import Cache, Embedding, Module, no_grad
 from ..tensor import Tensor
@@ -63,8 +64,7 @@ def inference(model: Any, *, batch: int = 1, length: int = 128, weights: str | N
         attentions = [m for m in edit.base_modules(sized).values() if isinstance(m, Attention)]
         if not all(m.causal for m in attentions):
             raise ValueError(f"inference wants a model that generates, got a {type(sized).__name__}")
-        held = sum(p.data.nbytes for p in sized.parameters())
-        held += sum(b.nbytes for b in sized.named_buffers().values())
+        held = _held(sized)
         number = sized.parameters()[0].dtype.itemsize
         cache = sum(2 * batch * length * m.key_value_heads * m.head_width * number for m in attentions)
         past = Cache()
@@ -72,8 +72,20 @@ def inference(model: Any, *, batch: int = 1, length: int = 128, weights: str | N
             sized(np.zeros((1, length - 1), np.int64), cache=past)
         with ledger.during("token"):
             sized(np.zeros((1, 1), np.int64), cache=past)
-        read = held - _looked_up(sized)
+        read = held - _looked_up(sized) - _without_tokens(sized, batch)
     return Inference(weights=held, cache=cache, flops_per_token=ledger.flops["token"], bytes_per_step=read + cache)
+
+
+def _held(module: Module) -> int:
+    """The bytes of all parameters and buffers of a module."""
+    arrays = [p.data for p in module.parameters()] + list(module.named_buffers().values())
+    return sum(a.nbytes for a in arrays)
+
+
+def _without_tokens(model: Module, tokens: int) -> int:
+    """The bytes of the experts that get none of so many tokens, if each token visits another expert."""
+    idle = [expert for m in model.modules() if isinstance(m, SwitchMLP) for expert in m.experts[tokens:]]
+    return sum(map(_held, idle))
 
 
 def _looked_up(model: Module) -> int:

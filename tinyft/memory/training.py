@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from .. import array, checks, edit, sizes
+from ..array import Array
 from ..edit import Method
 from ..models import (
     BERT,
@@ -76,7 +77,7 @@ class Memory:
     peak           the most bytes that live at once: the sum of the six parts
     kept           bytes of the forward pass that live when backward starts
     all_gradients  bytes of the gradients of all trained parameters
-    tokens         positions of a batch that the model reads
+    tokens         positions of a batch that the model reads, sources included
     flops          {"forward", "backward"}: operations of the matrix products of a step, 2 for a multiplication with its
                    addition
     """
@@ -137,24 +138,28 @@ def in_flops(n: float) -> str:
 
 # ── the account ──────────────────────────────────────────────────────────────────────────────────────────────────────
 def memory(
-    model: Any, method: Method | None = None, *, batch: int = 1, length: int = 128, weights: str | None = None,
-    optimizer: Optimizer | None = None, autocast: str | None = None, accumulate: int = 1, recompute: bool = False,
-    labelled: float = 1.0,
+    model: Any, method: Method | None = None, *, batch: int = 1, length: int = 128, source_length: int | None = None,
+    weights: str | None = None, optimizer: Optimizer | None = None, autocast: str | None = None, accumulate: int = 1,
+    recompute: bool = False, labelled: float = 1.0,
 ) -> Memory:
     """The memory of `fit(model, ...)` on batches of `batch` rows of `length` tokens. The model stays as it is.
 
-    model       a model, with what is attached to it; or its configuration, such as a GPTConfig, without weights. The
-                source of an encoder-decoder is as long as its text
+    model       a model, with what is attached to it; or its configuration, such as a GPTConfig, without weights
     method      attached to it; None: what is attached already trains, or else everything
+    source_length   tokens of a source, for an encoder-decoder; None: as many as its text has
     weights     float32, float16 or bfloat16; or a packed format for the linear maps of the blocks: nf4, nf4-double,
                 int8, q4_0, q4_1, q8_0. None: as they are; of a configuration, float32
     optimizer   AdamW if None
     autocast, accumulate, recompute     as in fit
     labelled    the share of the positions that have a label: logits are computed for these
 
+    The experts of a Switch layer share the tokens evenly here, and drop none. With other shares a run needs as much
+    within a few percent, and less where tokens are dropped.
     TypeError or ValueError for arguments that make no sense, such as a length beyond the model's positions."""
     checks.whole("memory: batch", batch, least=1)
     checks.whole("memory: length", length, least=1)
+    if source_length is not None:
+        checks.whole("memory: source_length", source_length, least=1)
     checks.whole("memory: accumulate", accumulate, least=1)
     checks.number("memory: labelled", labelled, above=0, high=1)
     optimizer = AdamW(1e-3) if optimizer is None else copy.copy(optimizer)
@@ -170,9 +175,10 @@ def memory(
         loss = _Counted()
         run = min(accumulate, 2)                         # a third batch needs no more than the second
         with ledger.during("backward"):
-            fit(sized, [_batch(sized, batch, length, labelled)], 1, optimizer, loss=loss, autocast=autocast,
-                accumulate=run, recompute=recompute, progress=False)
-        report = _report(sized, optimizer, ledger, loss, f"{batch} × {length} tokens", weights, batch * length)
+            rows = _batch(sized, batch, length, labelled, source_length)
+            fit(sized, [rows], 1, optimizer, loss=loss, autocast=autocast, accumulate=run, recompute=recompute,
+                progress=False)
+        report = _report(sized, optimizer, ledger, loss, rows, weights)
     return replace(report, flops={name: n * accumulate // run for name, n in report.flops.items()})
 
 
@@ -201,23 +207,29 @@ class _Counted(CrossEntropy):
         return result
 
 
-def _batch(model: Module, batch: int, length: int, labelled: float) -> dict[str, np.ndarray]:
-    """A batch with labels. A model that predicts the next token gets one more token a row, as `fit` cuts one off."""
+def _batch(
+    model: Module, batch: int, length: int, labelled: float, source_length: int | None,
+) -> dict[str, np.ndarray]:
+    """A batch with labels, and with sources for an encoder-decoder. TypeError for source_length and another model."""
+    if source_length is not None and not isinstance(model, EncoderDecoder):
+        raise TypeError(f"memory: source_length is for an encoder-decoder, got a {type(model).__name__}")
     ids = np.zeros((batch, length), np.int64)
     if isinstance(model.head, Classifier):
         return {"ids": ids, "labels": np.zeros(batch, np.int64)}
     labels = np.zeros(batch * length, np.int64)
     count = max(1, round(labelled * len(labels)))
     labels[count:] = -100
-    source = {"source_ids": ids} if isinstance(model, EncoderDecoder) else {}
-    return {"ids": ids, "labels": labels.reshape(batch, length), **source}
+    rows = {"ids": ids, "labels": labels.reshape(batch, length)}
+    if isinstance(model, EncoderDecoder):
+        rows["source_ids"] = np.zeros((batch, source_length or length), np.int64)
+    return rows
 
 
 def _report(
-    model: Module, optimizer: Optimizer, ledger: sizes.Ledger, loss: _Counted, tokens_in_words: str,
-    weights: str | None, tokens: int,
+    model: Module, optimizer: Optimizer, ledger: sizes.Ledger, loss: _Counted, rows: dict[str, np.ndarray],
+    weights: str | None,
 ) -> Memory:
-    """The ledger of a run in the parts of a Memory."""
+    """The ledger of a run on batches such as `rows` in the parts of a Memory."""
     trained = edit.trained(model)
     parameters = model.parameters()
     held = sum(p.data.nbytes for p in parameters) + sum(b.nbytes for b in model.named_buffers().values())
@@ -232,15 +244,18 @@ def _report(
     names = [type(a.method).__name__ for a in edit.attached(model)] or ["everything trains"]
     packed = sum(int(np.prod(m.shape)) for m in model.modules() if isinstance(m, Packed))
     dtype = weights or str(parameters[0].dtype)
+    batch, length = rows["ids"].shape
+    source = rows["source_ids"].shape[1] if "source_ids" in rows else 0
+    lengths = f"({source} + {length})" if source else str(length)
     return Memory(
-        description=f"{type(model).__name__}, {', '.join(names)}; {tokens_in_words}, {dtype} weights, "
+        description=f"{type(model).__name__}, {', '.join(names)}; {batch} × {lengths} tokens, {dtype} weights, "
                     f"{type(optimizer).__name__}",
         parameters=sum(p.size for p in parameters) + packed,
         trained=sum(p.size for p in trained.values()),
         weights=held, copies=copies, optimizer=states, activations=activations, gradients=gradients, other=other,
         peak=ledger.peak, kept=loss.kept[0],
         all_gradients=sum(p.size * np.dtype(p.grad_dtype).itemsize for p in trained.values()),
-        tokens=tokens,
+        tokens=batch * (source + length),
         flops={name: ledger.flops[name] for name in ("forward", "backward")},
     )
 
@@ -288,10 +303,19 @@ class PackedSizes(Packed):
         self.unit = sizes.new((0,), np.float32)
 
 
+class EvenSwitchMLP(SwitchMLP):
+    """A Switch layer without numbers, whose experts share the tokens evenly. None is dropped."""
+
+    def count(self, kept: Array) -> list[int]:
+        """Equal shares of the N rows of kept (N, E)."""
+        N, E = kept.shape
+        return [(i + 1) * N // E - i * N // E for i in range(E)]
+
+
 def build(model: Any, weights: str | None = None) -> Module:
     """A model without numbers, from a configuration or like a model, with its edits; inside `without_numbers`.
 
-    weights: as in memory. TypeError for what is neither; ValueError for a model with Switch layers."""
+    weights: as in memory. TypeError for what is neither."""
     if weights is not None:
         checks.one_of("weights", weights, (*DTYPES, *PACKED_BITS))
     if isinstance(model, Module):
@@ -301,9 +325,9 @@ def build(model: Any, weights: str | None = None) -> Module:
     else:
         known = ", ".join(config.__name__ for config in MODELS)
         raise TypeError(f"memory wants a model, or a configuration ({known}), got {checks.brief(model)}")
-    if any(isinstance(module, SwitchMLP) for module in sized.modules()):
-        raise ValueError("memory wants a model without Switch layers: how many tokens an expert gets depends on the "
-                         f"numbers, and memory computes none; got a {type(sized).__name__} with experts")
+    for module in sized.modules():
+        if isinstance(module, SwitchMLP):
+            module.__class__ = EvenSwitchMLP
     if weights in DTYPES:
         sized.to(dtype=weights)
     elif weights is not None:

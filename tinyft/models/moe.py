@@ -176,7 +176,7 @@ class SwitchMLP(Module):
         m = xp(kept)
         experts = len(self.experts)
         rows = kept.reshape(-1, experts)                                                 # (N, E)
-        counts = [int(n) for n in array.asnumpy(rows.sum(axis=0))]
+        counts = self.count(rows)
         total = sum(counts)
         expert = m.where(rows.any(axis=-1), rows.argmax(axis=-1), experts)               # (N,); E: no expert
         # Sorted by expert, and in their order for each expert. The tokens without an expert come last.
@@ -187,6 +187,10 @@ class SwitchMLP(Module):
         outputs = ops.concatenate(*parts, nothing)                                       # (total + 1, C)
         place = m.minimum(m.argsort(order), total)                                       # of each token in `outputs`
         return ops.embedding(outputs, place).reshape(x.shape)
+
+    def count(self, kept: Array) -> list[int]:
+        """The number of tokens that each expert takes. kept (N, E): True at the expert of a kept token."""
+        return [int(n) for n in array.asnumpy(kept.sum(axis=0))]
 
 
 def choose_experts(logits: Tensor) -> tuple[Tensor, Array, Tensor]:
