@@ -26,8 +26,8 @@ layer_map = Exercise(
     "compress.distill.layers:layer_map", difficulty=2, minutes=15, on_host=True, lines=10,
     may_use="np.linspace(first, last, m), m equally spaced numbers with both ends; np.rint(a), "
             "which rounds to whole numbers; range(first, end, step); isinstance(kind, (list, "
-            "tuple)).  (`checks` holds functions that check one value; a plain `if` and "
-            "`raise ValueError(...)` will do.)",
+            "tuple)).  (MAPS holds the two words. `checks` holds functions that check one value; a "
+            "plain `if` and `raise ValueError(...)` will do.)",
     example="""
         >>> layer_map("spread", 12, 6)
         [0, 2, 4, 7, 9, 11]
@@ -97,7 +97,8 @@ def _(f, L, m):
 def _(f, given):
     L, m = given
     check(layers_of(f, "every_other", L, m), 2 * np.arange(m), f"the layers for L={L}, m={m}",
-          {"it begins with layer 1; it begins with layer 0": 2 * np.arange(m) + 1,
+          {"these are all of 0, 2, 4, ...; the student takes the first m": np.arange(0, L, 2),
+           "it begins with layer 1; it begins with layer 0": 2 * np.arange(m) + 1,
            "these are the layers of \"spread\"": np.int64(np.rint(np.linspace(0, L - 1, m)))})
 
 
@@ -116,6 +117,9 @@ def wants_value_error(f, case, *args):
         f(*args)
     except ValueError:
         return
+    except (TypeError, IndexError, KeyError, ZeroDivisionError) as error:
+        got = f"{type(error).__name__}: {error}"
+        raise Unusable(f"{case}: this wants a ValueError, got {got}") from error
     raise Unusable(f"{case}, and no ValueError was raised")
 
 
@@ -228,6 +232,20 @@ def _(kind, L, m):
     return np.rint(np.linspace(0, L - 1, m)) if given is None else given
 
 
+@layer_map.wrong_answer("Every other layer is every other layer, whatever m is.",
+                        says="the first m")
+def _(kind, L, m):
+    layers = mapped(kind, L, m, np.rint(np.linspace(0, L - 1, m)))
+    return list(range(0, L, 2)) if kind == "every_other" else layers
+
+
+@layer_map.wrong_answer("What is not a known word is a list.", says="got TypeError", subtle=True)
+def _(kind, L, m):
+    if isinstance(kind, str) and kind not in ("spread", "every_other"):
+        return [layer for layer in kind if layer < L]
+    return mapped(kind, L, m, np.rint(np.linspace(0, L - 1, m)))
+
+
 @layer_map.wrong_answer("A student is never deeper than its teacher, so m needs no check.",
                         says="m is 0", subtle=True)
 def _(kind, L, m):
@@ -277,12 +295,16 @@ FILLED = (1, 2, -1, 3, -2)                               # a state of zeros has 
 
 
 @st.composite
-def two_states(draw: Callable, padded: bool = False):
-    """Hidden states (b, t, c + 1) of student and teacher, and the real positions."""
+def two_states(draw: Callable, padded: bool = False, aligned: bool = False, none: bool = False):
+    """Hidden states (b, t, c + 1) of student and teacher, and the real positions.
+
+    aligned: the teacher's states have the directions of the student's. none: none is real."""
     b, t, c = draw(sizes()), draw(sizes()), draw(sizes()) + 1
     student = draw_array(draw, (b, t, c), FILLED, np.float64)
     teacher = draw_array(draw, (b, t, c), FILLED[::-1], np.float64)
-    real = np.ones((b, t), bool)
+    if aligned:
+        teacher = student * (2.0 + np.arange(b * t).reshape(b, t, 1))
+    real = np.full((b, t), not none)
     if padded:
         real = draw_array(draw, (b, t), (False, True), bool)
         real[0, draw(st.integers(0, t - 1))] = True
@@ -345,13 +367,11 @@ def _(f, given):
     check(out, right_cosine(*given), "the loss", guessed_cosines(*given))
 
 
-@cosine_loss.law("0 for states of one direction, whatever their lengths", given=two_states())
+@cosine_loss.law("0 for states of one direction, whatever their lengths",
+                 given=two_states(aligned=True))
 def _(f, given):
-    h_s, _, real = given
-    B, T = real.shape
-    h_t = h_s * (2.0 + np.arange(B * T).reshape(B, T, 1))
-    out, *_ = cosine_of(f, h_s, h_t, real)
-    check(out, np.float64(0), "the loss", guessed_cosines(h_s, h_t, real))
+    out, *_ = cosine_of(f, *given)
+    check(out, np.float64(0), "the loss", guessed_cosines(*given))
 
 
 @cosine_loss.law("padding does not count", given=two_states(padded=True))
@@ -386,11 +406,10 @@ def _(f, given):
         raise Unusable("the teacher gets a gradient: detach its states")
 
 
-@cosine_loss.law("0 if no position is real", given=two_states())
+@cosine_loss.law("0 if no position is real", given=two_states(none=True))
 def _(f, given):
-    h_s, h_t, real = given
     with np.errstate(all="ignore"):
-        out, *_ = cosine_of(f, h_s, h_t, ~real)
+        out, *_ = cosine_of(f, *given)
     close(out, np.float64(0), "the loss without a real position")
 
 

@@ -292,11 +292,17 @@ def guessed_capacities(n, T, factor, experts, least):
         "it is more than the row has tokens": np.maximum(np.floor(share), least)}
 
 
-def check_capacity(f, lengths, T, factor, experts, least):
-    n = np.array(lengths, np.float64)
-    got = capacities(f, row_mask(lengths, T), factor, experts, least)
+def check_capacity(f, given):
+    real, factor, experts, least = given
+    n = real.sum(axis=1).astype(np.float64)
+    got = capacities(f, real, factor, experts, least)
     check(got, right_capacity(n, factor, experts, least), "the capacity of each row",
-          guessed_capacities(n, T, factor, experts, least))
+          guessed_capacities(n, real.shape[1], factor, experts, least))
+
+
+def arguments(lengths, T, factor, experts, least):
+    """The arguments of expert_capacity, as the learner sees them. lengths: of the rows"""
+    return named(real=row_mask(lengths, T), factor=factor, experts=experts, least=least)
 
 
 @st.composite
@@ -304,43 +310,51 @@ def a_row_of_tokens(draw: Callable):
     """T tokens, factor and experts with a share that is not above T."""
     experts = draw(st.sampled_from((2, 3, 4)))
     T = experts * draw(sizes()) + draw(st.integers(0, experts - 1))
-    return named(T=T, factor=draw(st.sampled_from((1.25, 1.5, 1.75))), experts=experts)
+    return arguments([T], T, draw(st.sampled_from((1.25, 1.5, 1.75))), experts, 0)
 
 
-FEW_ROWS = st.integers(1, 3)
+@st.composite
+def a_short_row(draw: Callable):
+    """`least` is all tokens of the row."""
+    T = draw(sizes()) + 1
+    return arguments([T], T, 1.0, draw(st.sampled_from((2, 4, 3))), T)
+
+
+@st.composite
+def a_large_share(draw: Callable):
+    """One expert, and a share above the tokens of the row."""
+    T = draw(sizes())
+    return arguments([T], T, draw(st.sampled_from((2.0, 3.0, 1.5))), 1, 1)
+
+
+@st.composite
+def rows_with_padding(draw: Callable):
+    """Two rows or more, and none without padding."""
+    B = draw(sizes()) + 1
+    lengths = [draw(st.integers(1, 4)) * 4 for _ in range(B)]
+    return arguments(lengths, max(lengths) + 4, 1.5, draw(st.sampled_from((2, 4))), 1)
 
 
 @expert_capacity.law("⌊factor n / experts⌋, where that is between least and n",
                      given=a_row_of_tokens())
 def _(f, given):
-    T, factor, experts = given
-    check_capacity(f, [T], T, factor, experts, 0)
+    check_capacity(f, given)
 
 
-@expert_capacity.law("it is at least `least`", n="size", experts=st.sampled_from((2, 4, 3)))
-def _(f, n, experts):
-    check_capacity(f, [n + 1], n + 1, 1.0, experts, n + 1)
+@expert_capacity.law("it is at least `least`", given=a_short_row())
+def _(f, given):
+    check_capacity(f, given)
 
 
-@expert_capacity.law("it is at most n, the tokens of the row", n="size",
-                     factor=st.sampled_from((2.0, 3.0, 1.5)))
-def _(f, n, factor):
-    check_capacity(f, [n], n, factor, 1, 1)
-
-
-@st.composite
-def rows_with_padding(draw: Callable):
-    """Lengths of two rows or more, and T, which no row fills."""
-    n = draw(sizes()) + 1
-    lengths = [draw(st.integers(1, 4)) * 4 for _ in range(n)]
-    return named(lengths=lengths, T=max(lengths) + 4, experts=draw(st.sampled_from((2, 4))))
+@expert_capacity.law("it is at most n, the tokens of the row", given=a_large_share())
+def _(f, given):
+    check_capacity(f, given)
 
 
 @expert_capacity.law("padding is no token; each row has its own capacity",
                      given=rows_with_padding())
 def _(f, given):
-    lengths, T, experts = given
-    check_capacity(f, lengths, T, 1.5, experts, 1)
+    check_capacity(f, given)
 
 
 @expert_capacity.wrong_answer("A token too many is better than one too few.",
@@ -483,8 +497,18 @@ def passed_on(chosen, capacity):
     return out
 
 
-def guessed_kept(chosen, capacity):
+def kept_along_experts(chosen, capacity):
+    """The capacity of row b meets the counts of expert b, as NumPy broadcasts (B,)."""
+    B, _, E = chosen.shape
+    if B > 1 and E not in (1, B):
+        return chosen                                    # NumPy would raise an error
     before = np.cumsum(chosen.astype(np.int64), axis=1) - chosen
+    return chosen & (before < capacity)
+
+
+def guessed_kept(chosen, capacity):
+    counts = np.cumsum(chosen.astype(np.int64), axis=1)
+    before = counts - chosen
     limit = capacity[:, None, None]
     return {
         "each expert takes one token too few: the cumulative sum counts a token itself as well":
@@ -503,7 +527,11 @@ def guessed_kept(chosen, capacity):
             chosen, np.full_like(capacity, capacity[0])),
         "a token beyond the capacity is given to another expert; it should be dropped":
             passed_on(chosen, capacity),
+        "the capacity is compared along the experts; it belongs to the rows: use "
+        "capacity[:, None, None]": kept_along_experts(chosen, capacity),
         "True stands at experts that a token did not choose": before < limit,
+        "True stands at experts that a token did not choose: their count is within the capacity":
+            counts <= limit,
         "it is the opposite: True stands at the dropped tokens": chosen & (before >= limit)}
 
 
@@ -589,6 +617,18 @@ def _(chosen, capacity):
 def _(chosen, capacity):
     before = np.cumsum(chosen.astype(np.int64), axis=1) - chosen
     return before < capacity[:, None, None]
+
+
+@within_capacity.wrong_answer("A count up to the capacity is the answer.",
+                              says="their count is within")
+def _(chosen, capacity):
+    return np.cumsum(chosen.astype(np.int64), axis=1) <= capacity[:, None, None]
+
+
+@within_capacity.wrong_answer("NumPy broadcasts the capacity of each row.",
+                              says="it belongs to the rows", subtle=True)
+def _(chosen, capacity):
+    return chosen & (np.cumsum(chosen.astype(np.int64), axis=1) <= capacity)
 
 
 @within_capacity.wrong_answer("It says which tokens are dropped.", says="the opposite")

@@ -127,7 +127,8 @@ class SwitchMLP(Module):
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """y = p_e FFN_e(x) of a kept token, 0 of a dropped one and of padding.    x (B, T, C) -> (B, T, C)
 
-        Adds the layer's losses to the pass; dropped tokens count in them. ctx.mask (B, T): True at a real token."""
+        Adds the layer's losses to the pass; dropped tokens count in them. ctx.mask (B, T): True at a real token; None:
+        all are real."""
         m = xp(x.data)
         real = m.ones(x.shape[:2], dtype=bool) if ctx.mask is None else ctx.mask         # (B, T)
         logits = self.route(x, ctx)                                                      # (B, T, E)
@@ -239,7 +240,7 @@ def balance_loss(probabilities: Tensor, chosen: Array) -> Tensor:
 def z_loss(logits: Tensor, real: Array) -> Tensor:
     """The mean of (ln Σᵢ exp zᵢ)² over the real tokens, a scalar.
 
-    logits z (B, T, E) of any size. real (B, T): True at a real token. 0 without a real token."""
+    logits z (B, T, E); large ones do not overflow. real (B, T): True at a real token. 0 without a real token."""
     top = logits.data.max(axis=-1, keepdims=True)            # exp of a large number overflows; of z − top it does not
     log_sum = ops.log(ops.exp(logits - top).sum(axis=-1, keepdims=True)) + top   # (B, T, 1)
     return (log_sum * log_sum * token_weights(real, logits.dtype)).sum()

@@ -25,8 +25,11 @@ def layer_map(kind: str | Sequence[int], L: int, m: int) -> list[int]:
     """The layers of a teacher with L layers from which the m layers of a student start, bottom to top.
 
     kind: "spread", evenly from the first to the last, round(i (L − 1) / (m − 1)) for i = 0 ... m − 1, and layer 0 for
-    m = 1; "every_other", 0, 2, 4 ...; or the m layers themselves. `round` is Python's: a half goes to the even number.
-    ValueError unless 1 <= m <= L, for a kind with fewer layers, and for layers that are not there or not rising."""
+    m = 1; "every_other", the first m of 0, 2, 4 ...; or a list or tuple of the m layers themselves. `round` is
+    Python's: a half goes to the even number.
+
+    ValueError unless 1 <= m <= L; if every other layer gives fewer than m; for another word; and for a list without m
+    different layers of 0 ... L − 1 in rising order."""
     checks.whole("layer_map: L", L, least=1)
     checks.whole("layer_map: m", m, least=1, most=L)
     if isinstance(kind, (list, tuple)):

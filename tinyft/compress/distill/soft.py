@@ -108,11 +108,11 @@ def distillation_loss(
 
     student  z_s (N, V), logits
     teacher  z_t (N, V); with columns, (N, k): the logits of k classes, over which p_t is a softmax
-    weight   w (N,), of each row
+    weight   w (N,), the weight of each row in the mean; 0 leaves a row out
     columns  (N, k), the classes of the teacher's logits; None: all. p_s is a softmax over all V classes in any case
 
-    Only the student gets a gradient. Without columns it is T (p_s^T − p_t^T) wᵢ / Σ w for row i: the factor T² keeps
-    its size comparable as T changes."""
+    Only the student gets a gradient. Without columns the gradient of row i of z_s is T (p_s^T − p_t^T) wᵢ / Σ w: the
+    factor T² keeps its size comparable as T changes."""
     log_p = ops.log_softmax(teacher.detach() * (1 / temperature))                # no gradient to the teacher
     log_q = ops.log_softmax(student * (1 / temperature))
     if columns is not None:
