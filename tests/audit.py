@@ -405,11 +405,18 @@ def evaluate(default: ast.expr, f: Any, file: str) -> Any:
 
 def clear_caches() -> None:
     """Empty the library's caches, so that values from before the mutation are computed again."""
+    for f in cached_functions(len(sys.modules)):
+        f.cache_clear()
+
+
+@lru_cache(maxsize=1)
+def cached_functions(modules: int) -> list[Any]:
+    """The library's functions that keep their values. modules: how many there are; with more, look again."""
+    found = []
     for name, module in list(sys.modules.items()):
         if name.startswith("tinyft"):
-            for thing in vars(module).values():
-                if hasattr(thing, "cache_clear") and not isinstance(thing, type):
-                    thing.cache_clear()
+            found += [f for f in vars(module).values() if hasattr(f, "cache_clear") and not isinstance(f, type)]
+    return found
 
 
 # ── running ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -307,6 +307,7 @@ def whole_run(teachers, files, tmp_path_factory) -> Path:
     return folder / "run"
 
 
+@of_the_host
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGKILL, -9)], ids=["SIGINT", "SIGKILL"])
 def test_a_run_that_is_stopped_goes_on_to_the_same_end(number, status, teachers, files, whole_run, capsys, tmp_path):
     """Student and log are bitwise those of the run that nothing stopped, also after a kill between two checkpoints."""
