@@ -34,7 +34,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "array": {"dispatch", "strict", "sizes"},              # these two backends are imported when they are chosen
     "strict": set(),
     "sizes": set(),
-    "checks": set(),                                       # imports nothing of ours; every part may import it
+    "checks": set(),                                       # every part may import these two, which import nothing
+    "keywords": set(),
     "atomic": set(),
     "files": {"atomic"},
     "assets": set(),
@@ -80,7 +81,7 @@ def import_allowed(module: str, target: str) -> bool:
         return False
     if top == "cupy":
         return source == "array" or module.startswith("tinyft.kernels.cuda")
-    if top != "tinyft" or destination in ("", source, "checks") or source in OUTERMOST:
+    if top != "tinyft" or destination in ("", source, "checks", "keywords") or source in OUTERMOST:
         return True
     if source == "":
         return destination == "learn" or destination not in OUTERMOST

@@ -1159,7 +1159,8 @@ def test_a_method_is_a_frozen_value():
 
 @pytest.mark.parametrize("make, words", [
     (lambda: LoRA(lora_alpha=8), "LoRA got an unknown keyword 'lora_alpha': did you mean 'alpha'"),
-    (lambda: LoRA(rnk=8), "it takes alpha, dropout, r, targets"),
+    (lambda: LoRA(rnk=8), "did you mean 'r'"),
+    (lambda: LoRA(xyz=8), "it takes alpha, dropout, r, targets"),
     (lambda: LoRA(target_modules="attn.q"), "did you mean 'targets'"),
     (lambda: PromptTuning(num_virtual_tokens=3), "did you mean 'p'"),
     (lambda: Full(k=1), "it takes no keywords"),

@@ -19,6 +19,7 @@ import numpy as np
 
 from . import dispatch
 from .checks import brief
+from .keywords import checked_keywords
 
 __all__ = ["BackendError", "CannotCapture", "use", "backend", "xp", "name_of", "is_array", "asarray", "asnumpy", "to",
            "put_like", "normal", "uniform_like", "peak_memory", "bfloat16"]
@@ -43,6 +44,7 @@ class BackendError(RuntimeError):
     """Raised for a backend that cannot be used, and for arrays of two backends in one operation."""
 
 
+@checked_keywords
 def use(name: str) -> None:
     """Create arrays on the backend `name` from now on, in this thread.
 

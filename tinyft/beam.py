@@ -32,12 +32,14 @@ import numpy as np
 from . import array, checks
 from .context import read_integers, read_mask
 from .decode import check_model, check_request, first_ids, refuse_unknown, with_source
+from .keywords import checked_keywords
 from .models.attention import Attention
 from .nn import Cache, Context, Module, evaluation_mode
 
 __all__ = ["GNMTPenalty", "Hypothesis", "PowerPenalty", "beam_search"]
 
 
+@checked_keywords
 @dataclass(frozen=True)
 class GNMTPenalty:
     """lp(n) = ((5 + n) / 6)^α      Wu et al. 2016, eq. 14.    lp(1) = 1; n counts the new tokens, the end included"""
@@ -51,6 +53,7 @@ class GNMTPenalty:
         return ((5 + n) / 6)**self.alpha
 
 
+@checked_keywords
 @dataclass(frozen=True)
 class PowerPenalty:
     """lp(n) = n^α.    With α = 1 a score is the mean log-probability of a token, the end included."""
@@ -64,6 +67,7 @@ class PowerPenalty:
         return float(n)**self.alpha
 
 
+@checked_keywords
 class Hypothesis(NamedTuple):
     """One continuation.
 
@@ -108,8 +112,8 @@ def beam_search(
 
     ValueError and TypeError as in `generate`, for a length penalty that is not positive, and for coverage without a
     source."""
-    check_model(model, end, caller="beam_search")
     refuse_unknown(facts, beam_search)
+    check_model(model, end, caller="beam_search")
     checks.whole("max_new_tokens", max_new_tokens, 1)
     checks.whole("beams", beams, 1)
     checks.whole("n_best", n_best, 1)

@@ -20,6 +20,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from . import checks
+from .keywords import checked_keywords
 
 __all__ = ["TEMPLATES", "ChatTemplate", "chat_end", "chat_prompt", "chatml", "llama3", "template_of"]
 
@@ -75,6 +76,7 @@ TEMPLATES = {
 
 
 # ── conversations ────────────────────────────────────────────────────────────────────────────────────────────────────
+@checked_keywords
 def chat_prompt(messages: Messages, template: Any = "chatml", *, add_generation_prompt: bool = True) -> str:
     """A conversation as the text that the model continues. Encode it without further special tokens.
 
@@ -90,6 +92,7 @@ def chat_prompt(messages: Messages, template: Any = "chatml", *, add_generation_
     return template(messages, add_generation_prompt)
 
 
+@checked_keywords
 def chat_end(template: Any = "chatml") -> str:
     """The token that ends a message in this format. template: as for chat_prompt."""
     return find_template(template).end

@@ -7,27 +7,18 @@
 from __future__ import annotations
 
 import copy
-import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from . import array, checks, ops
 from .array import Array, xp
+from .keywords import refuse_keywords
 from .operands import as_booleans
 from .tensor import Tensor
 
-__all__ = ["Cache", "Context", "refuse_keywords"]
-
-# Keywords of other libraries, and their names here.
-SYNONYMS = {
-    "attention_mask": "mask", "key_padding_mask": "mask", "input_ids": "ids", "inputs_embeds": "ids",
-    "segment_ids": "token_type_ids", "types": "token_type_ids", "at": "logit_positions",
-    "task_ids": "task", "adapter_names": "route", "encoder_outputs": "source", "generator": "rng",
-    "past_key_values": "cache", "use_cache": "cache", "return_hidden_states": "output_hidden_states",
-    "src": "source_ids", "encoder_input_ids": "source_ids", "encoder_attention_mask": "source_mask",
-}
+__all__ = ["Cache", "Context"]
 
 # Keywords of other libraries that are no facts of a forward pass, and what to do in their place.
 _GENERATE = "a call gives logits; text comes from generate(model, ids, max_new_tokens)"
@@ -46,23 +37,6 @@ ELSEWHERE = {
     **dict.fromkeys(("decoder_input_ids", "target_ids", "tgt"), _TARGET),
     "training": "dropout acts after model.train() if rng= is given",
 }
-
-
-def refuse_keywords(caller: str, unknown: Iterable[str], known: Iterable[str],
-                    synonyms: dict[str, str] = SYNONYMS) -> None:
-    """Raise TypeError if there is an unknown keyword; the message names the nearest known keyword.
-
-    caller     the function or class that got them, for the message
-    synonyms   {another library's name: the name here}; used only if the name here is in `known`"""
-    for keyword in unknown:
-        known = sorted(known)
-        if synonyms is SYNONYMS and keyword in ELSEWHERE:
-            raise TypeError(f"{caller} got an unknown keyword {keyword!r}: {ELSEWHERE[keyword]}")
-        near = synonyms.get(keyword)
-        if near not in known:
-            near = next(iter(difflib.get_close_matches(keyword, known, 1, 0.6)), None)
-        hint = f"did you mean {near!r}?" if near else f"it takes {', '.join(known) or 'no keywords'}"
-        raise TypeError(f"{caller} got an unknown keyword {keyword!r}: {hint}")
 
 
 class Context:
@@ -120,7 +94,7 @@ class Context:
         TypeError for an unknown keyword, for a source, a cache, a generator or a flag of a wrong kind, and for a source
         in two forms. The other facts are checked by `begin`, when the ids are known."""
         if unknown:
-            refuse_keywords("a forward pass", unknown, self.FACTS)
+            refuse_keywords("a forward pass", unknown, self.FACTS, ELSEWHERE)
         _check_kinds(source, cache, rng, output_hidden_states, output_attention_scores)
         if source is not None and (source_ids is not None or source_mask is not None):
             raise TypeError("a forward pass wants source= or source_ids=, got both")

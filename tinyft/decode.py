@@ -1,25 +1,19 @@
 """Generate text, one token at a time, with a cache of keys and values: greedy or sampled."""
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from . import array, checks
-from .context import SYNONYMS, read_integers, read_mask, refuse_keywords
+from .context import read_integers, read_mask
+from .keywords import keyword_names, refuse_keywords
 from .models import EncoderDecoder
 from .nn import Cache, Context, Module, evaluation_mode
 
 __all__ = ["generate", "pad_left"]
 
-# Keywords of other libraries, and their names here. Greedy decoding is temperature=0.
-DECODING_SYNONYMS = {
-    "do_sample": "temperature", "greedy": "temperature", "eos_token_id": "end", "end_token": "end", "eos": "end",
-    "max_length": "max_new_tokens", "max_tokens": "max_new_tokens", "use_cache": "cache", "generator": "rng",
-    "seed": "rng", "num_beams": "beams", "beam_size": "beams", "length_penalty": "lp", "num_return_sequences": "n_best",
-}
 # Keywords of Context that are passed on at every step. The encoder runs once: source_ids become a source.
 FACTS = ("task", "route", "source", "source_ids", "source_mask")
 
@@ -52,8 +46,8 @@ def generate(
 
     ValueError if the text outgrows the model's positions, if the model is a classifier, or if an option is out of
     range; TypeError, naming the near keyword, for an unknown one. The model is not changed."""
+    refuse_unknown(facts, generate)
     check_model(model, end)
-    refuse_unknown(facts)
     checks.whole("max_new_tokens", max_new_tokens, 0)
     checks.flag("cache", cache)
     ids = array.asnumpy(read_integers("ids", first_ids(model, ids, facts), "generate wants ids of shape (B, T)"))
@@ -153,14 +147,13 @@ def with_source(model: Module, facts: dict[str, Any]) -> dict[str, Any]:
     return own
 
 
-def refuse_unknown(facts: dict[str, Any], function: Callable | None = None) -> None:
-    """TypeError, naming the near keyword, for a keyword that is neither an option of `generate` nor a fact.
+def refuse_unknown(facts: dict[str, Any], *functions: Callable) -> None:
+    """TypeError, naming the near keyword, for a keyword that is neither a parameter of the functions nor a fact.
 
-    function: another one than `generate`."""
-    function = function or generate
-    options = [name for name in inspect.signature(function).parameters if name != "facts"]
-    unknown = [name for name in facts if name not in FACTS]
-    refuse_keywords(function.__name__, unknown, [*options, *FACTS], {**SYNONYMS, **DECODING_SYNONYMS})
+    functions: the one that was called, and those to which it passes its keywords on."""
+    known = [name for function in functions for name in keyword_names(function)]
+    known += FACTS
+    refuse_keywords(functions[0].__name__, [name for name in facts if name not in known], known)
 
 
 def choose_token(

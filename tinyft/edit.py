@@ -21,16 +21,9 @@ import numpy as np
 
 from . import array, checks, patterns
 from .array import Array
-from .context import refuse_keywords
+from .keywords import checked_keywords
 from .nn import Context, Embedding, Module, Packed, Parameter, as_numbers, copy_all
 from .tensor import Tensor
-
-# Hyper-parameters under the names of PEFT and AdapterHub, and their names here.
-PEFT_NAMES = {
-    "lora_alpha": "alpha", "lora_dropout": "dropout", "lora_r": "r", "rank": "r", "target_modules": "targets",
-    "num_virtual_tokens": "p", "prompt_length": "p", "prefix_length": "p", "bottleneck_size": "m",
-    "encoder_hidden_size": "mlp", "num_layers": "k",
-}
 
 
 class CannotMerge(Exception):
@@ -72,6 +65,7 @@ class Edit(Module):
         return getattr(type(self), hook) is not getattr(Edit, hook)
 
 
+@checked_keywords
 @dataclass(frozen=True)
 class Phase:
     """One phase of a method's training.
@@ -85,6 +79,7 @@ class Phase:
     setup: Callable | None = None
 
 
+@checked_keywords
 class Method:
     """A way to fine-tune: a frozen dataclass of hyper-parameters.
 
@@ -93,13 +88,6 @@ class Method:
 
     targets: Any = ()                                    # globs over module paths, matched at a path's end: "attn.[qv]"
     hidden_states = False                                # True if `penalty` reads ctx.hidden_states
-
-    def __new__(cls, *args: Any, **fields: Any) -> Method:
-        """Raise TypeError, naming the nearest field, for a keyword that is no field of the dataclass."""
-        known = getattr(cls, "__dataclass_fields__", None)
-        if known is not None:
-            refuse_keywords(cls.__name__, fields.keys() - known.keys(), known, PEFT_NAMES)
-        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         """Keep NumPy numbers in fields as Python numbers: an np.float64 would turn float32 activations into float64.
@@ -149,6 +137,7 @@ class Method:
         return self, edits
 
 
+@checked_keywords
 @dataclass(eq=False)
 class Attached:
     """A method on a model, or one that `detach` took off.
@@ -326,6 +315,7 @@ def get_attached(model: Module, name: str | None = None) -> Attached:
 
 
 # ── attach and detach ────────────────────────────────────────────────────────────────────────────────────────────────
+@checked_keywords
 def attach(model: Module, method: Method | Attached, name: str | None = None, seed: int = 0,
            train_head: bool = True) -> Attached:
     """Put a method on a model, or put back what `detach` returned. The model is changed in place.
@@ -465,6 +455,7 @@ def _make(model: Module, method: Method, name: str, seed: int, train_head: bool)
     return Attached(method, name, edits, base, seed)
 
 
+@checked_keywords
 def detach(model: Module, name: str | None = None) -> Attached:
     """Take a method off, the last one if `name` is None: the model is what it was before, bitwise.
 
@@ -480,6 +471,7 @@ def detach(model: Module, name: str | None = None) -> Attached:
     return a
 
 
+@checked_keywords
 @contextmanager
 def without(model: Module, *names: str) -> Iterator[None]:
     """The model without these methods for the length of a `with`; afterwards everything is as before, order included.
@@ -588,6 +580,7 @@ def copy_edits(edits: dict[str, Edit]) -> dict[str, Edit]:
 
 
 # ── eject and merge ──────────────────────────────────────────────────────────────────────────────────────────────────
+@checked_keywords
 def eject(model: Module, name: str | None = None) -> Attached:
     """Replace a method with the simpler form that suffices after training. The model's outputs stay the same.
 
@@ -624,6 +617,7 @@ def _copy_base(model: Module, a: Attached) -> dict[str, Array]:
     return {name: parameters[name].data.copy() for name in a.base_values}
 
 
+@checked_keywords
 def merge(model: Module, *names: str) -> Module:
     """Fold the edits of the named methods into the base's own weights, and remove them. No names: all methods.
 
@@ -720,6 +714,7 @@ def _fold(path: str, m: Module, edits: list[Edit]) -> dict[str, Array]:
     return {name: w for name, w in arrays.items() if w is not own[name].data}
 
 
+@checked_keywords
 def unpack(model: Module) -> Module:
     """Replace every packed weight with its dense values, in place, and return the model.
 
@@ -737,6 +732,7 @@ def unpack(model: Module) -> Module:
 
 
 # ── counting ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+@checked_keywords
 @dataclass(frozen=True)
 class Count:
     """Sizes of a model with its methods.
@@ -757,12 +753,14 @@ class Count:
         return f"{self.trained:,} trained ({percent:.2f} % of {self.total:,}){head}; {self.nbytes:,} bytes to store"
 
 
+@checked_keywords
 def trained(model: Module) -> dict[str, Tensor]:
     """The trainable tensors by name."""
     check_model("trained", model)
     return {name: p for name, p in model.named_parameters().items() if p.requires_grad}
 
 
+@checked_keywords
 def count(model: Module) -> Count:
     """The numbers of trainable and of all parameters. A masked tensor counts only the entries that may move."""
     check_model("count", model)

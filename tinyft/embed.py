@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from . import array, checks
 from .data import encode, pad
 from .kernels import keep_memory
+from .keywords import checked_keywords
 from .models.blocks import Attention
 from .nn import Context, Module, evaluation_mode
 from .pooling import MODES, Pooling, pool
@@ -27,6 +28,7 @@ from .tokens import encode_text, padding_id, plain, special_ids
 __all__ = ["embed"]
 
 
+@checked_keywords
 def embed(
     model: Module,
     tokenizer: Tokenizer,

@@ -14,7 +14,8 @@ import numpy as np
 
 from . import array, checks, ops, printing
 from .array import Array
-from .context import Cache, Context, refuse_keywords
+from .context import Cache, Context
+from .keywords import checked_keywords, refuse_keywords
 from .tensor import Tensor, no_grad, op
 
 __all__ = [
@@ -41,6 +42,7 @@ class _Missing:
 MISSING = _Missing()
 
 
+@checked_keywords
 class Parameter(Tensor):
     """A trainable tensor that a module owns.
 
@@ -224,7 +226,7 @@ class Module:
 
         dtype: float64, float32, float16 or bfloat16, as a name or a NumPy dtype. TypeError for another one, and for an
         unknown keyword; BackendError for a backend that does not exist or cannot be used. Then nothing was changed."""
-        refuse_keywords("to", unknown, ("backend", "dtype"), {"device": "backend"})
+        refuse_keywords("to", unknown, ("backend", "dtype"))
         _check_backend(backend)
         move = _Mover(backend, None if dtype is None else float_dtype("to", dtype))
         parameters = self.parameters()

@@ -31,6 +31,7 @@ import numpy as np
 
 from . import checks, dispatch
 from .array import Array, bfloat16, is_array
+from .keywords import checked_keywords
 
 HALVES = {np.dtype(np.float16), bfloat16}
 FLOAT32 = np.dtype(np.float32)
@@ -60,6 +61,7 @@ autocast_state = _AutocastState()
 writes = 0                                                     # in-place writes to leaves so far, in all threads
 
 
+@checked_keywords
 @contextlib.contextmanager
 def autocast(dtype: Any = "bfloat16", enabled: bool = True) -> Iterator[None]:
     """with autocast("bfloat16"): loss = ...      matrix products in 16 bits, sums in float32.
@@ -207,6 +209,7 @@ def rounded(a: Any, dtype: np.dtype) -> Any:
 tf32 = False
 
 
+@checked_keywords
 def set_float32_matmul_precision(precision: str) -> None:
     """Set the precision in which a device multiplies float32 matrices, for all threads.
 

@@ -17,7 +17,8 @@ from .beam import beam_search
 from .data import encode, pad
 from .data.rows import end_of_text
 from .data.sources import encode_source
-from .decode import generate, pad_left
+from .decode import generate, pad_left, refuse_unknown
+from .keywords import checked_keywords
 from .models import EncoderDecoder
 from .models.attention import Attention
 from .models.blocks import Classifier
@@ -27,6 +28,7 @@ from .tokens import encode_text, plain, special_ids
 __all__ = ["Predictions", "ScoredText", "predict", "search_texts"]
 
 
+@checked_keywords
 class Predictions(NamedTuple):
     """The classes of N texts.
 
@@ -76,6 +78,7 @@ def predict(
 
     TypeError for a model that gives neither classes nor text, and for arguments of another kind. ValueError for texts
     that are too long to be continued, for an empty source, and for names of another number than the classes."""
+    refuse_unknown(options, predict, generate)
     _check_arguments(model, texts, batch_size, max_new_tokens)
     tokenizer = plain("predict", tokenizer)              # without the padding and truncation that its file may ask for
     classifies = isinstance(getattr(model, "head", None), Classifier)
@@ -191,6 +194,7 @@ def search_texts(
     the others      as in `predict`
 
     TypeError and ValueError as in `predict` and in `beam_search`; TypeError for a classifier."""
+    refuse_unknown(options, search_texts, beam_search)
     _check_arguments(model, texts, batch_size, max_new_tokens)
     if isinstance(model.head, Classifier):
         raise TypeError("beam search wants a language model, got a classifier")

@@ -18,6 +18,7 @@ from typing import Any
 
 from . import array, checks, precision
 from .context import Context
+from .keywords import checked_keywords
 from .tensor import Tensor, drop_records, is_recording, next_number
 
 __all__ = ["recompute", "run_block"]
@@ -30,6 +31,7 @@ class _State(threading.local):
 _state = _State()
 
 
+@checked_keywords
 @contextlib.contextmanager
 def recompute(enabled: bool = True) -> Iterator[None]:
     """with recompute(): loss = ...      every block of a model keeps only its input, and runs again in backward.

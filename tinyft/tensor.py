@@ -27,6 +27,7 @@ import numpy as np
 from . import array, dispatch, precision
 from .array import Array, xp
 from .checks import brief, flag
+from .keywords import checked_keywords
 from .precision import autocast_state, has_16_bit
 
 
@@ -35,6 +36,7 @@ class ShapeError(ValueError):
 
 
 # ── tensors ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+@checked_keywords
 class Tensor:
     """An array with a gradient, `.grad`: of its dtype, or float32 if the array has 16 bits.
 

@@ -33,6 +33,7 @@ from ..edit import Attached
 from ..files import read_together
 from ..formats.directory import first_names
 from ..formats.huggingface import FAMILIES
+from ..keywords import checked_keywords
 from ..methods.additive.houlsby import Houlsby
 from ..nn import Module
 from .exchange import (
@@ -92,6 +93,7 @@ Tensors = dict[str, np.ndarray]
 
 
 # ── public ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+@checked_keywords
 def save_adapterhub(model: Module, path: str | os.PathLike, name: str | None = None) -> Path:
     """Write one attached Houlsby (the last one, or `name`) as a folder that AdapterHub reads.
 
@@ -134,6 +136,7 @@ def save_adapterhub(model: Module, path: str | os.PathLike, name: str | None = N
     return write_folder(folder, files, "save_adapterhub")
 
 
+@checked_keywords
 def load_adapterhub(model: Module, path: str | os.PathLike, name: str | None = None) -> Attached:
     """Attach a bottleneck adapter that AdapterHub, or save_adapterhub, wrote, as Houlsby(norms=False).
 

@@ -10,6 +10,7 @@ import numpy as np
 from .. import checks
 from ..array import Array
 from ..edit import Attached, Edit, Method, check_name, copy_edits
+from ..keywords import checked_keywords
 from ..nn import Context
 
 __all__ = ["combine"]
@@ -44,6 +45,7 @@ class Combined(Method):
     """The method of the adapter that `combine` makes: a weighted sum of several adapters."""
 
 
+@checked_keywords
 def combine(adapters: list[Attached], weights: Sequence[float] | None = None, name: str = "combined") -> Attached:
     """Several detached adapters as one, ready to attach: the sum of their changes, each times its weight.
 

@@ -22,6 +22,7 @@ from ..checks import brief, instance
 from ..edit import Attached, Method
 from ..files import FLOATS, pack_tensors, python_number, read_together, write_atomically
 from ..identity import complete, describe, qualified_name
+from ..keywords import checked_keywords
 from ..nn import Module, Packed, dense
 from ..tensor import Tensor
 from .reading import ROUNDED, check_finite, digest, read_adapter
@@ -40,6 +41,7 @@ MORE_DRAWS = 1024
 
 
 # ── save ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+@checked_keywords
 def save_adapter(model: Module, path: str | os.PathLike, name: str | None = None) -> Path:
     """Write one attached method (the last one, or `name`) to the folder `path`, which is made if it is missing.
 
@@ -86,6 +88,7 @@ def _name_in_model(a: Attached, name: str) -> str:
 
 
 # ── load ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+@checked_keywords
 def load_adapter(model: Module, path: str | os.PathLike, name: str | None = None,
                  method: type[Method] | Method | None = None) -> Attached:
     """Attach the method that save_adapter wrote.

@@ -28,6 +28,7 @@ from .. import edit
 from ..edit import Attached, Method
 from ..files import read_together
 from ..formats.directory import first_names
+from ..keywords import checked_keywords
 from ..methods.additive.houlsby import Houlsby
 from ..methods.additive.prefix import PrefixTuning
 from ..methods.additive.prompt import PromptTuning
@@ -51,6 +52,7 @@ WRITERS = {LoRA: write_lora, PromptTuning: write_prompt, PrefixTuning: write_pre
 READERS = {"LORA": read_lora, "PROMPT_TUNING": read_prompt, "PREFIX_TUNING": read_prefix}
 
 
+@checked_keywords
 def save_peft(model: Module, path: str | os.PathLike, name: str | None = None) -> Path:
     """Write one attached method (the last one, or `name`) as a folder that PeftModel.from_pretrained reads.
 
@@ -82,6 +84,7 @@ def save_peft(model: Module, path: str | os.PathLike, name: str | None = None) -
     return write_folder(folder, {WEIGHTS: tensors | head, FILE: config}, "save_peft")
 
 
+@checked_keywords
 def load_peft(model: Module, path: str | os.PathLike, name: str | None = None) -> Attached:
     """Attach an adapter that PEFT, or save_peft, wrote: LORA, PROMPT_TUNING or PREFIX_TUNING.
 

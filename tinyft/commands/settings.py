@@ -14,7 +14,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .arguments import UsageError
@@ -34,47 +34,42 @@ def make_method(name: str, settings: list[str]) -> Method:
     """The method of this name with the fields that the settings "field=value" give; its defaults for all others.
 
     UsageError, with a near name, for an unknown method or field, and for a value that the field cannot have."""
-    from ..edit import PEFT_NAMES
-
-    return _make(method_class(name), settings, PEFT_NAMES)
+    return _make(method_class(name), settings)
 
 
 def make_rule(name: str, settings: list[str]) -> Rule:
     """The compression rule of this name; otherwise as make_method."""
-    return _make(rule_class(name), settings, {})
+    return _make(rule_class(name), settings)
 
 
 def make_loss(name: str, settings: list[str], teacher: Module, **others: Any) -> Loss:
     """The distillation loss of this name, with its teacher and other fields; otherwise as make_method."""
-    return _make(loss_class(name), settings, {}, teacher=teacher, **others)
+    return _make(loss_class(name), settings, teacher=teacher, **others)
 
 
 def make_fields(cls: Any, settings: list[str]) -> Any:
     """An instance of a dataclass, with the fields that --set gives; otherwise as make_method."""
-    return _make(cls, settings, {})
+    return _make(cls, settings)
 
 
-def _make(cls: Any, settings: list[str], foreign_names: dict[str, str], **others: Any) -> Any:
+def _make(cls: Any, settings: list[str], **others: Any) -> Any:
     """An instance of a dataclass with the fields that the settings give, and with others, which these cannot give."""
     known = [field.name for field in dataclasses.fields(cls) if field.init and field.name not in others]
-    given = read_fields("--set", cls, settings, known, foreign_names)
+    given = read_fields("--set", cls, settings, known)
     try:
         return cls(**others, **given)
     except (TypeError, ValueError) as e:
         raise UsageError(str(e)) from e
 
 
-def read_fields(
-    option: str, cls: Any, settings: Iterable[str], known: Sequence[str], foreign_names: Mapping[str, str],
-) -> dict[str, Any]:
+def read_fields(option: str, cls: Any, settings: Iterable[str], known: Sequence[str]) -> dict[str, Any]:
     """{field of a dataclass: value} of settings "field=value".
 
-    option         that gives them, for the messages
-    known          the fields that they may name
-    foreign_names  {name in another library: name of the field}
+    option  that gives them, for the messages
+    known   the fields that they may name
 
     UsageError, with a near name, for another field, for one that stands twice, and for a value of another kind."""
-    from ..context import refuse_keywords
+    from ..keywords import refuse_keywords
 
     hints = typing.get_type_hints(cls)
     given: dict[str, Any] = {}
@@ -86,7 +81,7 @@ def read_fields(
         if key in given:
             raise UsageError(f"{option} gives {key} twice")
         try:
-            refuse_keywords(f"{option} with {cls.__name__}", {key} - set(known), known, foreign_names)
+            refuse_keywords(f"{option} with {cls.__name__}", {key} - set(known), known)
         except TypeError as e:
             raise UsageError(str(e)) from e
         given[key] = read_value(f"{option} {key}", text.strip(), hints[key])

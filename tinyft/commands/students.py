@@ -66,7 +66,7 @@ class CopyFields:
 def _copy(settings: list[str], layers_from: str | None, teacher: Module) -> Module:
     """A copy of the teacher with some of its layers."""
     known = [field.name for field in dataclasses.fields(CopyFields)]
-    given = read_fields("--student", CopyFields, settings, known, {})
+    given = read_fields("--student", CopyFields, settings, known)
     if "layers" not in given:
         raise UsageError("--student wants the number of layers, such as layers=2; a student with other sizes begins "
                          "with new, such as new,width=64")
@@ -92,7 +92,7 @@ def _new(settings: list[str], teacher: Module, seed: int) -> Module:
     """A model of the teacher's class with random values: its configuration with some other fields."""
     cls = type(teacher.config)
     known = [field.name for field in dataclasses.fields(cls) if field.name not in ("vocab", "switch")]
-    given = read_fields("--student", cls, settings, known, cls.synonyms)
+    given = read_fields("--student", cls, settings, known)
     try:
         config = dataclasses.replace(teacher.config, **given)
     except (TypeError, ValueError) as e:

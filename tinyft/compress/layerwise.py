@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from .. import array, checks, edit
+from ..keywords import checked_keywords
 from ..nn import Context, Embedding, Linear, Module, Packed, Parameter, evaluation_mode
 from ..tensor import Tensor
 from .calibrate import Hessian, StopPass, read_passes, recording, run_pass, token_rows
@@ -44,6 +45,7 @@ class LayerReport:
     seconds: float
 
 
+@checked_keywords
 def compress(
     model: Module, rule: Rule, batches: Iterable | None = None, *, targets: Any = None,
     done: MutableMapping[str, Packed] | None = None, on_layer: Callable[[LayerReport], None] | None = None,

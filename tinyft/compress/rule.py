@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from .. import array, checks
+from ..keywords import checked_keywords
 from ..nn import Packed
 
 __all__ = ["Rule", "add_damping", "check_hessian", "check_weight", "without_dead_inputs"]
@@ -17,6 +18,7 @@ __all__ = ["Rule", "add_damping", "check_hessian", "check_weight", "without_dead
 ASYMMETRY = 0.01                                         # of the largest H[j, j]: more than any rounding to 16 bits
 
 
+@checked_keywords
 class Rule:
     """A frozen dataclass of settings that is called with a weight, and with its Hessian if `needs_hessian`."""
 

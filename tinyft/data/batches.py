@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from .. import checks
 from ..identity import describe, describe_changed, fingerprint, rows_as_arrays
+from ..keywords import checked_keywords
 from ..tokens import all_special, encode_text, padding_id, plain, special_ids
 from .text import PAD, SPECIAL, shipped_tokenizer
 
@@ -34,6 +35,7 @@ def generator(seed: int, *stream: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=stream))
 
 
+@checked_keywords
 class Batches:
     """An endless, resumable stream of batches over a sequence of examples.
 
@@ -238,6 +240,7 @@ def check_lengths(lengths: Any, count: int) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------------------- texts
+@checked_keywords
 class Examples(NamedTuple):
     """Texts and their labels, (N,) int64."""
 
@@ -313,6 +316,7 @@ def check_tokens(name: str, tokens: Any) -> np.ndarray:
     return array
 
 
+@checked_keywords
 def windows(tokens: np.ndarray, T: int) -> np.ndarray:
     """(N,) tokens -> (N // T, T): consecutive windows without overlap; the rest at the end is dropped.
 
@@ -335,6 +339,7 @@ def _cut(name: str, tokens: Any, T: Any, extra: int = 0) -> np.ndarray:
 FORMS = {"bert": (("cls",), ("sep",)), "gpt": ((), ("eos",))}
 
 
+@checked_keywords
 def encode(tokenizer: Tokenizer, text: str, max_len: int, form: str = "bert") -> list[int]:
     """Token ids of a text, cut to max_len.  "bert": [CLS] x [SEP];  "gpt": x <|endoftext|>.
 
@@ -359,6 +364,7 @@ def _special_around(name: str, tokenizer: Tokenizer, max_len: Any, form: Any) ->
     return before, after, max_len - count
 
 
+@checked_keywords
 def pad(
     rows: Sequence[Sequence[int]], max_len: int | None = None, multiple: int = 8, pad_id: int = PAD
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -400,6 +406,7 @@ class PadTexts:
         return {"ids": ids, "mask": mask, "labels": labels}
 
 
+@checked_keywords
 def text_batches(
     examples: Examples | Sequence,
     tokenizer: Tokenizer,
@@ -447,6 +454,7 @@ def _stack(chosen: list[np.ndarray], rng: np.random.Generator | None = None) -> 
     return {"ids": ids, "mask": np.ones(ids.shape, bool)}
 
 
+@checked_keywords
 def lm_batches(
     tokens: np.ndarray, T: int, batch_size: int, seed: int = 0, shuffle: bool = True, drop_last: bool = False
 ) -> Batches:
@@ -475,6 +483,7 @@ class MaskTokens:
         return {"ids": ids, "mask": batch["mask"], "labels": labels}
 
 
+@checked_keywords
 def mlm_batches(
     tokens: np.ndarray,
     T: int,
@@ -522,6 +531,7 @@ def mlm_batches(
     return Batches(rows, batch_size, seed, shuffle, MaskTokens(cls, sep, vocab, special, p), drop_last)
 
 
+@checked_keywords
 def mlm(
     ids: np.ndarray,
     mask: np.ndarray,

@@ -17,9 +17,11 @@ import re
 from typing import NamedTuple
 
 from .. import checks
+from ..keywords import checked_keywords
 from .text import ASSETS, SPLITS
 
 
+@checked_keywords
 class NamePair(NamedTuple):
     """One example of *names*."""
 
@@ -29,6 +31,7 @@ class NamePair(NamedTuple):
     name: str  # words of lower-case letters and digits, joined by "_"
 
 
+@checked_keywords
 class Pairs(NamedTuple):
     """Prompts and the responses to learn, as many of one as of the other."""
 
@@ -63,6 +66,7 @@ JOINED = re.compile(r"\b([A-Za-z]\w*_\w+)\b")
 IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
 
 
+@checked_keywords
 def read_name(answer: str) -> str:
     """The name in an answer, in lower case; "" if there is none.
 

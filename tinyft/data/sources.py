@@ -14,6 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from .. import checks
+from ..keywords import checked_keywords
 from ..tokens import encode_text, padding_id, plain, special_ids
 from .batches import LARGEST_ID, Batches, check_sequence, pad
 from .names import Pairs
@@ -39,6 +40,7 @@ def encode_target(tokenizer: Tokenizer, text: str, max_target: int, start: int, 
     return [start] + ids + [end]
 
 
+@checked_keywords
 def source_batches(
     pairs: Pairs | Sequence,
     tokenizer: Tokenizer,

@@ -15,6 +15,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from .. import checks
+from ..keywords import checked_keywords
 from ..tokens import plain
 from .batches import CHOOSE, FIXED, SWAP, Examples, check_tokens, generator, windows
 from .names import NamePair, Pairs, name_pairs
@@ -28,6 +29,7 @@ PACKAGES = (
 )  # fmt: skip
 
 
+@checked_keywords
 @dataclass(frozen=True)
 class Task:
     """A task with its splits.
@@ -45,6 +47,7 @@ class Task:
     kept: Any = None  # "lm": held-out prose (M,), on which forgetting is measured
 
 
+@checked_keywords
 def task(name: str, seed: int = 0, train_size: int | None = None, tokenizer: Tokenizer | None = None) -> Task:
     """One of the real tasks, split by module.
 
@@ -113,6 +116,7 @@ SENTENCE_END = re.compile(r"""(?<=[.!?])\s+(?=["'`*(]?[A-Z])""")
 PLAIN = re.compile(r"""(["'`*(\[]*)([a-z]+(?:['-][a-z]+)*)(["'`*)\],;:.!?]*)$""")
 
 
+@checked_keywords
 def sentences(text: str) -> list[str]:
     """The full sentences of 6 to 40 words in a text, at least two thirds of them plain lower-case words.
 
@@ -139,6 +143,7 @@ def _swappable_positions(words: Sequence[str]) -> list[int]:
     return positions if len(different) > 1 else []
 
 
+@checked_keywords
 def swap_two(sentence: str, rng: np.random.Generator) -> str:
     """The sentence with two different plain words swapped, chosen at random. Punctuation and capitals do not move.
 
@@ -206,6 +211,7 @@ def _name_pattern(name: str) -> str:
 NAMES = re.compile("|".join(_name_pattern(name) for name in PACKAGES))
 
 
+@checked_keywords
 def mask_names(text: str) -> str:
     """The text with "_" for every class name, also inside longer names: `asyncio.run` -> `_.run`, XMLParser -> _Parser.
 
@@ -262,6 +268,7 @@ def _domain(seed: int, size: int | None, tokenizer: Tokenizer | None) -> Task:
     return Task("domain", "lm", (), stretch(train, seed, size), valid, test, metric="perplexity", kept=prose)
 
 
+@checked_keywords
 def stretch(tokens: np.ndarray, seed: int, size: int | None) -> np.ndarray:
     """`size` consecutive tokens of (N,) from a random start, wrapping around the end: the training text of *domain*.
 
@@ -279,6 +286,7 @@ HELD_OUT_T = 112
 HELD_OUT_WINDOWS = 128
 
 
+@checked_keywords
 def held_out_batches(
     tokens: np.ndarray, T: int = HELD_OUT_T, count: int = HELD_OUT_WINDOWS, batch_size: int = 16
 ) -> list[dict[str, np.ndarray]]:

@@ -19,6 +19,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from .. import checks
+from ..keywords import checked_keywords
 from ..tokens import plain, special_ids
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -33,6 +34,7 @@ SEP = SPECIAL["[SEP]"]
 END = SPECIAL["<|endoftext|>"]
 
 
+@checked_keywords
 class Record(NamedTuple):
     """One text of the snapshot."""
 
@@ -65,6 +67,7 @@ def shipped_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+@checked_keywords
 def pretraining(kind: str = "prose", split: str = "train", tokenizer: Tokenizer | None = None) -> np.ndarray:
     """All text of one kind and split as token ids, (N,) int64, with the end of text after each text.
 
@@ -85,6 +88,7 @@ def pretraining(kind: str = "prose", split: str = "train", tokenizer: Tokenizer 
     return np.concatenate([np.array([*text.ids, end], np.int64) for text in encoded])
 
 
+@checked_keywords
 def key(text: str) -> str:
     """The text in lower case with single spaces. Two texts with the same key count as the same text."""
     checks.instance("key: text", text, str, "a string")

@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 from .. import array, edit
 from ..checks import brief, flag, instance, whole
 from ..files import check_ordinary, drop_pages, is_mapped, read_together, refuse_damage, write_atomically
+from ..keywords import checked_keywords
 from ..nn import Module
 from ..tokens import special_token
 from . import compressed
@@ -55,6 +56,7 @@ KEPT = ("id2label", "label2id", "problem_type", "pad_token_id", "bos_token_id", 
 
 
 # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+@checked_keywords
 def load(path: str | os.PathLike, dtype: Any = None, *, packed: bool = False) -> tuple[Module, Tokenizer | None]:
     """(model, tokenizer) from a directory, from a GGUF file, or from the name of a model that ships.
 
@@ -271,6 +273,7 @@ class TakesNewHead(Protocol):
         """Replace the head by a new classifier, drawn from `rng`."""
 
 
+@checked_keywords
 def classifier(model: Module, classes: int, seed: int = 0) -> Module:
     """The model with a new head that scores `classes` classes, (B, T) ids -> (B, classes); in place.
 
@@ -318,6 +321,7 @@ def new_model(path: str | os.PathLike, seed: int = 0) -> Module:
 
 
 # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+@checked_keywords
 def save(model: Module, path: str | os.PathLike, tokenizer: Tokenizer | None = None, dtype: Any = None) -> Path:
     """Write a model, and its tokenizer if given, as a directory that `load` reads, and transformers if nothing is
     packed. Packed weights are written as they are.

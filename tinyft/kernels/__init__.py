@@ -18,6 +18,7 @@ import numpy as np
 
 from .. import array, dispatch
 from ..dispatch import definitions_only as definitions
+from ..keywords import checked_keywords
 from ..optim.optimizers import adam_update
 from ..precision import widen_half
 from ..tensor import OPS
@@ -53,6 +54,7 @@ def _register_sizes(kind: type, module: Any) -> None:
         dispatch.register(definition, kind, kernel)
 
 
+@checked_keywords
 def capture(step: Callable, fallback: Callable | None = None) -> Callable:
     """`step`, captured as one CUDA graph and replayed.  On NumPy, `step` itself: the same lines run on every backend.
 

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 from .. import checks
+from ..keywords import checked_keywords
 from . import system
 
 BLOCK = 1 << 15                              # elements in a block on one thread: 128 kB of float32, half an L2 cache
@@ -25,6 +26,7 @@ _threads = 0                                 # 0: the number of BLAS's threads
 _pool: tuple[int, int, ThreadPoolExecutor | None] = (0, 0, None)  # process, threads, the pool
 
 
+@checked_keywords
 def set_num_threads(n: int) -> None:
     """Use n threads, for matrix products and for everything else that is distributed.
 

@@ -14,10 +14,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..checks import brief
+from ..keywords import checked_keywords
 
 __all__ = ["check"]
 
 
+@checked_keywords
 def check(name: str, function: Callable | str) -> bool:
     """Check your own function (the text of a kernel) as the exercise `name`, and say what is wrong.
 

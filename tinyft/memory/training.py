@@ -28,6 +28,7 @@ import numpy as np
 from .. import array, checks, edit, sizes
 from ..array import Array
 from ..edit import Method
+from ..keywords import checked_keywords, keyword_names, refuse_keywords
 from ..models import (
     BERT,
     GPT,
@@ -137,6 +138,7 @@ def in_flops(n: float) -> str:
 
 
 # ── the account ──────────────────────────────────────────────────────────────────────────────────────────────────────
+@checked_keywords
 def memory(
     model: Any, method: Method | None = None, *, batch: int = 1, length: int = 128, source_length: int | None = None,
     weights: str | None = None, optimizer: Optimizer | None = None, autocast: str | None = None, accumulate: int = 1,
@@ -265,9 +267,11 @@ def largest_batch(model: Any, budget: float, method: Method | None = None, **opt
 
     method, options: as in memory, except batch. The peak grows with the batch, so the search halves an interval. It
     ends at 2²⁴ tokens: a larger budget gives that batch."""
-    checks.number("largest_batch: budget", budget, above=0)
     if "batch" in options:
         raise TypeError("largest_batch searches the batch: call it without batch=")
+    known = {*keyword_names(memory), "budget"} - {"batch"}
+    refuse_keywords("largest_batch", options.keys() - known, known)
+    checks.number("largest_batch: budget", budget, above=0)
     most = max(1, MOST_TOKENS // checks.whole("largest_batch: length", options.get("length", 128), least=1))
 
     def fits(n: int) -> bool:

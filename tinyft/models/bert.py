@@ -20,6 +20,7 @@ import numpy as np
 from .. import checks, ops
 from ..array import xp
 from ..context import WANTED_TYPES, check_range, read_integers
+from ..keywords import checked_keywords
 from ..nn import Context, Dropout, Embedding, LayerNorm, Linear, Module, TiedHead
 from ..tensor import Tensor
 from .attention import Attention
@@ -104,6 +105,7 @@ class Pooler(Module):
         return self._activation(self.dense(x, ctx))
 
 
+@checked_keywords
 class BERT(Module):
     """model(ids (B, T), mask=..., token_type_ids=...) -> the output of its head.
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from .. import ops
+from ..keywords import checked_keywords
 from ..nn import Context, Dropout, Embedding, LayerNorm, Module, TiedHead
 from ..tensor import Tensor
 from .attention import Attention
@@ -53,6 +54,7 @@ class GPTConfig(Config):
         check_switch("GPTConfig", self.switch, self.layers)
 
 
+@checked_keywords
 class GPT(Module):
     """model(ids (B, T)) -> logits (B, T, V).
 

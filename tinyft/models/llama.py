@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from .. import checks
+from ..keywords import checked_keywords
 from ..nn import Context, Embedding, Linear, Module, RMSNorm, TiedHead
 from ..tensor import Tensor
 from .attention import Attention
@@ -83,6 +84,7 @@ class LlamaConfig(Config):
         return self.head_width or self.width // self.heads
 
 
+@checked_keywords
 class Llama(Module):
     """model(ids (B, T)) -> logits (B, T, V).
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -33,13 +33,6 @@ from ..array import Array, xp
 from ..nn import Context, Linear, Module
 from ..tensor import Tensor
 from .config import Config
-
-SYNONYMS = {
-    "num_experts": "experts", "n_experts": "experts", "capacity_factor": "capacity",
-    "train_capacity_factor": "capacity", "eval_capacity_factor": "eval_capacity", "expert_capacity": "capacity",
-    "router_jitter_noise": "jitter", "router_aux_loss_coef": "balance", "router_z_loss_coef": "z_loss",
-    "sparse_step": "every", "expert_dropout": "dropout",
-}
 
 
 @dataclass(frozen=True)
@@ -55,8 +48,6 @@ class SwitchConfig(Config):
     dropout        of the experts; None: as in the other blocks
 
     TypeError or ValueError, naming the field, for values from which no layer can be built."""
-    synonyms: ClassVar = SYNONYMS
-
     experts: int = 8
     every: int = 2
     capacity: float = 1.25

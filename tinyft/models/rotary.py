@@ -12,10 +12,12 @@ import numpy as np
 
 from .. import checks, ops
 from ..array import Array, xp
+from ..keywords import checked_keywords
 from ..nn import Context
 from ..tensor import Tensor
 
 
+@checked_keywords
 @dataclass(frozen=True)
 class RotaryScaling:
     """A change of the frequencies of rotary positions, for longer texts than those of pretraining.

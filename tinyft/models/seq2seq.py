@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from .. import array, checks, ops
+from ..keywords import checked_keywords
 from ..nn import Context, Dropout, Embedding, Module, TiedHead
 from ..tensor import Tensor
 from .attention import Attention
@@ -100,6 +101,7 @@ class SinusoidalPositions(Module):
         return x + Tensor(self.table[ctx.positions()].astype(x.dtype))
 
 
+@checked_keywords
 class Seq2Seq(EncoderDecoder):
     """model(ids (B, T), source_ids=(B, Ts), source_mask=...) -> logits (B, T, V).
 

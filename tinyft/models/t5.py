@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from .. import array, checks, ops
+from ..keywords import checked_keywords
 from ..nn import Context, Dropout, Embedding, Linear, Module, Parameter, RMSNorm, TiedHead
 from ..tensor import Tensor
 from .attention import Attention
@@ -157,6 +158,7 @@ class ScaledTiedHead(TiedHead):
 
 
 # ── the model ────────────────────────────────────────────────────────────────────────────────────────────────────────
+@checked_keywords
 class T5(EncoderDecoder):
     """model(ids (B, T), source_ids=(B, Ts), source_mask=...) -> logits (B, T, V).
 

@@ -23,6 +23,7 @@ import numpy as np
 from .. import array, checks
 from ..array import Array, xp
 from ..dynamic import decode, encode
+from ..keywords import checked_keywords
 from ..precision import HALVES
 from ..tensor import Tensor
 from .buffers import Group, Piece, masked_gradient
@@ -146,6 +147,7 @@ class MasterWeights8(Group8, MasterWeights):
     """Group8 for 16-bit tensors: float32 master weights, 8-bit moments."""
 
 
+@checked_keywords
 class AdamW8bit(AdamW):
     """AdamW with 8-bit moments.      As bitsandbytes' AdamW8bit"""
 
@@ -177,6 +179,7 @@ class AdamW8bit(AdamW):
                 moment.write(part, numbers.astype(np.float32, copy=False))
 
 
+@checked_keywords
 class Adam8bit(AdamW8bit, Adam):
     """Adam with 8-bit moments: the decay is inside the gradient.      As bitsandbytes' Adam8bit"""
 

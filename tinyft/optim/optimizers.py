@@ -21,6 +21,7 @@ import numpy as np
 
 from .. import array, checks, dispatch
 from ..array import Array, is_array, xp
+from ..keywords import checked_keywords
 from ..precision import HALVES
 from ..tensor import Tensor
 from .buffers import Group, Piece, read_version_0_1
@@ -329,6 +330,7 @@ def matches(glob: str, name: str) -> bool:
     return re.fullmatch(re.escape(glob).replace(r"\*", ".*"), name) is not None
 
 
+@checked_keywords
 class SGD(Optimizer):
     """Stochastic gradient descent with momentum; see sgd_update.      As torch.optim.SGD"""
     moment_names = ("momentum",)
@@ -344,6 +346,7 @@ class SGD(Optimizer):
         sgd_update(piece.w, piece.g, *piece.moments, lr, self.momentum, piece.decay)
 
 
+@checked_keywords
 class AdamW(Optimizer):
     """Adam with decoupled weight decay; see adam_update.      Loshchilov & Hutter 2019"""
     moment_names = ("exp_avg", "exp_avg_sq")
@@ -368,6 +371,7 @@ class AdamW(Optimizer):
         dispatch.run(adam_update, type(piece.w), piece.w, g, *piece.moments, lr, *self.betas, self.eps, decay, self.t)
 
 
+@checked_keywords
 class Adam(AdamW):
     """AdamW with the decay inside the gradient, g ← g + λ θ.  Without decay the two are the same.
 

@@ -28,6 +28,7 @@ import numpy as np
 
 from .. import array, checks
 from ..array import Array
+from ..keywords import checked_keywords
 from ..tensor import Tensor
 from .buffers import Piece
 from .optimizers import SGD, Adam, AdamW, Optimizer
@@ -38,6 +39,7 @@ PAGE = 1 << 20                                 # elements of a page
 PLACES = ("disk", "host")
 
 
+@checked_keywords
 class Paged(Optimizer):
     """AdamW, Adam or SGD with paged moments.  Its updates are those of the optimiser itself, to the bit.
 

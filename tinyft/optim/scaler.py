@@ -20,12 +20,14 @@ from collections.abc import Iterator, Mapping
 
 from .. import array, checks, ops
 from ..array import Array
+from ..keywords import checked_keywords
 from ..tensor import Tensor
 from .optimizers import Optimizer
 
 LARGEST = 2.0**60                              # S times a loss, and squared in a norm, must stay finite in float32
 
 
+@checked_keywords
 class GradScaler:
     """The scale S of the loss.      As torch.amp.GradScaler
 

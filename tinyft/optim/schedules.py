@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import checks
+from ..keywords import checked_keywords
 
 __all__ = ["Schedule", "constant_schedule", "linear_schedule", "cosine_schedule"]
 
 Schedule = Callable[[int, int], float]
 
 
+@checked_keywords
 def constant_schedule(warmup: float = 0) -> Schedule:
     """1 after the warm-up.
 
@@ -24,6 +26,7 @@ def constant_schedule(warmup: float = 0) -> Schedule:
     return with_warmup(warmup, constant)
 
 
+@checked_keywords
 def linear_schedule(warmup: float = 0) -> Schedule:
     """1 − s after the warm-up, where s = 0 ... 1 is the fraction of the remaining steps that is done.
 
@@ -33,6 +36,7 @@ def linear_schedule(warmup: float = 0) -> Schedule:
     return with_warmup(warmup, linear)
 
 
+@checked_keywords
 def cosine_schedule(warmup: float = 0, floor: float = 0.0) -> Schedule:
     """A function (t, T) -> factor:  (t + 1) / w for t < w;  after it floor + (1 − floor) (1 + cos π s) / 2
 

@@ -28,6 +28,7 @@ import numpy as np
 
 from .. import array, checks, ops
 from ..context import WANTED_TYPES, read_integers, read_mask
+from ..keywords import checked_keywords
 from ..models.attention import Attention
 from ..models.bert import check_token_types
 from ..models.blocks import Classifier, check_ids
@@ -50,6 +51,7 @@ ONE_LABEL_PER_TOKEN = ("This model gives logits at every position: give one labe
                        "or add a classifier (tinyft.classifier)")
 
 
+@checked_keywords
 @dataclass
 class Targets:
     """A batch as the trainer uses it.
@@ -76,6 +78,7 @@ class Targets:
                        **self.facts)
 
 
+@checked_keywords
 class Loss:
     """A training objective. Subclasses are frozen dataclasses that define `read` and `__call__`.
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from .. import checks
 from ..data.batches import check_tokens
+from ..keywords import checked_keywords
 from ..nn import Module
 from .batch import IGNORE
 from .evaluate import evaluate
@@ -27,6 +28,7 @@ from .evaluate import evaluate
 __all__ = ["CorpusPerplexity", "corpus_perplexity"]
 
 
+@checked_keywords
 @dataclass(frozen=True)
 class CorpusPerplexity:
     """The perplexity of a text, and the protocol of its measurement.
@@ -47,6 +49,7 @@ class CorpusPerplexity:
                 f"with stride {self.stride})")
 
 
+@checked_keywords
 def corpus_perplexity(
     model: Module, tokens: Any, length: int, stride: int | None = None, batch_size: int = 8,
 ) -> CorpusPerplexity:

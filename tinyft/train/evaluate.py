@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from .. import array, checks
+from ..keywords import checked_keywords
 from ..models.blocks import Classifier
 from ..nn import Context, Module, evaluation_mode
 from .batch import (
@@ -25,6 +26,7 @@ from .batch import (
 )
 
 
+@checked_keywords
 def evaluate(model: Module, batches: Iterable, loss: Loss | None = None) -> dict[str, float]:
     """Metrics over an iterable of batches. Of an endless `data.Batches`, every example is taken once.
 
@@ -126,6 +128,7 @@ def pool(losses: Sequence[float], weights: Sequence[float]) -> tuple[float, floa
     return loss, math.exp(min(loss, 700))
 
 
+@checked_keywords
 def perplexity(model: Module, batches: Iterable) -> float:
     """e to the mean negative log-likelihood over all tokens of all batches. It is not the mean of perplexities."""
     return evaluate(model, batches)["perplexity"]

@@ -43,6 +43,7 @@ from .. import array, checks, edit, kernels, precision, recomputation
 from ..array import Array
 from ..edit import Method
 from ..files import read_tensors, sweep, write_tensors
+from ..keywords import checked_keywords
 from ..nn import Context, Module
 from ..optim import AdamW, GradScaler, Optimizer, Schedule, constant_schedule
 from ..tensor import Tensor
@@ -57,6 +58,7 @@ class Diverged(ArithmeticError):
     """Raised when the loss or the norm of the gradients is not finite."""
 
 
+@checked_keywords
 @dataclass
 class History:
     """The record of a run.
@@ -84,6 +86,7 @@ class History:
 
 
 # ── the loop ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+@checked_keywords
 def fit(
     model: Module, batches: Any, steps: int, optimizer: Optimizer | None = None, schedule: Schedule | None = None, *,
     loss: Loss | None = None, clip: float | None = 1.0, accumulate: int = 1, seed: int = 0,

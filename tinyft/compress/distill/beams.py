@@ -20,6 +20,7 @@ from ... import checks
 from ...beam import GNMTPenalty, Hypothesis, beam_search, longest_reach
 from ...context import check_range
 from ...identity import fingerprint
+from ...keywords import checked_keywords
 from ...models.encoder_decoder import EncoderDecoder
 from ...train.batch import IGNORE, Endless, Targets, iterate, read_batch
 from .row_files import find_rows, read_row_files, write_row_file
@@ -27,6 +28,7 @@ from .row_files import find_rows, read_row_files, write_row_file
 PER_HYPOTHESIS = ("lengths", "scores", "log_probs", "ended")            # the arrays of a file with an entry for each
 
 
+@checked_keywords
 class TeacherBeams:
     """The hypotheses of a teacher by beam search for each source, best first, in a folder.
 

@@ -21,10 +21,12 @@ from typing import Any
 import numpy as np
 
 from ... import checks
+from ...keywords import checked_keywords
 
 ORDERS = 4
 
 
+@checked_keywords
 def sentence_bleu(hypothesis: Sequence[Hashable], reference: Sequence[Hashable]) -> float:
     """BP exp(mean_n log p_n) of two sequences of tokens: from 0 to 1, and 1 if they are equal.
 

@@ -25,6 +25,7 @@ import numpy as np
 from ... import array, checks
 from ...context import check_range
 from ...identity import fingerprint
+from ...keywords import checked_keywords
 from ...nn import Module
 from ...tensor import Tensor
 from ...train.batch import Endless, Targets, iterate, read_batch
@@ -49,6 +50,7 @@ class Entry:
         return np.stack([self.tails[T] for T in temperatures], axis=-1)
 
 
+@checked_keywords
 class TeacherCache:
     """The k largest logits of a teacher, by row, in a folder.
 

@@ -16,6 +16,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ... import checks, edit
+from ...keywords import checked_keywords
 from ...nn import Module
 
 MAPS = ("spread", "every_other")
@@ -45,6 +46,7 @@ def layer_map(kind: str | Sequence[int], L: int, m: int) -> list[int]:
     return list(range(0, 2 * m, 2))
 
 
+@checked_keywords
 def student(
     teacher: Module, layers: int, kind: str | Sequence[int] = "spread", *, decoder_layers: int | None = None,
     token_types: bool = True,

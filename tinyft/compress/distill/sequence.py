@@ -27,6 +27,7 @@ import numpy as np
 from ... import checks
 from ...beam import Hypothesis
 from ...identity import fingerprint, qualified_name
+from ...keywords import checked_keywords
 from ...tensor import Tensor
 from ...train.batch import IGNORE, Endless, Resumable, Targets, iterate, read_batch
 from .beams import TeacherBeams, source_keys
@@ -34,6 +35,7 @@ from .bleu import sentence_bleu
 from .cache import row_of_logits
 
 
+@checked_keywords
 @dataclass(frozen=True, eq=False)
 class NewTargets:
     """Replaces the target of each row of a batch by a text of the teacher. Subclasses write `choose`."""
@@ -92,6 +94,7 @@ class SequenceLevel(NewTargets):
         return complete(hypotheses)[0]
 
 
+@checked_keywords
 @dataclass(frozen=True, eq=False)
 class Interpolation(NewTargets):
     """ỹ: the target of a source is the one of the teacher's K best texts that is most similar to the data's target.

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ... import array, checks, edit
+from ...keywords import checked_keywords
 from ...models.moe import SwitchMLP
 from ...nn import Module
 from .layers import block_lists
@@ -25,6 +26,7 @@ from .layers import block_lists
 STARTS = ("new", "mean")
 
 
+@checked_keywords
 def dense_student(teacher: Module, start: str | Sequence[int] = "new", seed: int = 0) -> Module:
     """The dense model of a Switch model: its parameters, bit by bit, and one MLP in the place of a layer's experts.
 

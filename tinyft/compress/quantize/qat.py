@@ -32,6 +32,7 @@ import numpy as np
 from ... import array, checks, edit, ops
 from ...array import Array, xp
 from ...edit import Edit, Method, check_targets
+from ...keywords import checked_keywords
 from ...nn import Module, Parameter
 from ...tensor import Tensor
 from ..grids import Grid, check_kind, fit_grid, fixed_zero, join_grids
@@ -249,6 +250,7 @@ def as_float32(W: Array) -> Array:
 
 
 # ── after training ───────────────────────────────────────────────────────────────────────────────────────────────────
+@checked_keywords
 def pack(model: Module, name: str | None = None) -> Module:
     """Replace the weights that QAT or LSQ trained with packed weights on the same grid, and remove the method.
 

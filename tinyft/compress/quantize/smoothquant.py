@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from ... import array, checks, edit
+from ...keywords import checked_keywords
 from ...nn import Context, LayerNorm, Linear, Module, Packed, RMSNorm, evaluation_mode
 from ...tensor import Tensor
 from ..calibrate import OutputRecorder, read_passes, recording, run_pass, token_rows
@@ -33,6 +34,7 @@ from ..calibrate import OutputRecorder, read_passes, recording, run_pass, token_
 __all__ = ["smooth", "smoothing_scales"]
 
 
+@checked_keywords
 def smooth(model: Module, batches: Iterable, alpha: float = 0.5) -> dict[str, np.ndarray]:
     """Make the inputs of quantized maps smooth, in place: divide each norm by s, multiply its readers' weights by s.
 
