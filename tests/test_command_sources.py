@@ -1,7 +1,10 @@
 """Rows of a source and a target: their files, the targets that an encoder-decoder writes, and the commands on them."""
 from __future__ import annotations
 
-from typing import Any
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -12,7 +15,11 @@ from wrong import replaced
 import tinyft as ft
 from tinyft import array, data
 from tinyft.commands import rows as rows_module
+from tinyft.commands.calibration import calibration_batches
 from tinyft.commands.rows import make_batches
+from tinyft.commands.settings import make_rule
+from tinyft.compress import Rule
+from tinyft.compress.calibrate import recording
 from tinyft.data import sources
 from tinyft.data.files import Rows, read_rows
 from tinyft.predict import positions_of_prompts, predict
@@ -174,3 +181,120 @@ def test_rows_that_an_encoder_decoder_cannot_read_are_refused(marian, capsys, tm
     pairs = write_rows(tmp_path / "pairs.jsonl", [{"source": "a", "target": "b"}])
     sentence = refusal(capsys, "eval", "--model", "base-gpt-small", "--data", pairs)
     assert "a causal language model reads prompt and response" in sentence
+
+
+# ── compression ──────────────────────────────────────────────────────────────────────────────────────────────────────
+@dataclasses.dataclass(frozen=True)
+class Seen(Rule):
+    """A rule that keeps its Hessians and changes little."""
+    needs_hessian: ClassVar[bool] = True
+    hessians: list = dataclasses.field(default_factory=list)
+
+    def __call__(self, W: np.ndarray, H: np.ndarray | None = None) -> ft.nn.Packed:
+        self.hessians.append(H)
+        return ft.RTN(bits=8)(W)
+
+
+def hessian(model: ft.Module, batches: list, target: str) -> np.ndarray:
+    """The Hessian with which the map is compressed. The model stays as it is."""
+    rule = Seen()
+    ft.compress(copy.deepcopy(model), rule, batches, targets=target)
+    return rule.hessians[0]
+
+
+def mean_square(rows: list[np.ndarray]) -> np.ndarray:
+    """2/n Σ x xᵀ"""
+    x = np.concatenate(rows).astype(np.float64)
+    return 2 * x.T @ x / len(x)
+
+
+def check_calibration(model: ft.Module, batches: list) -> None:
+    """Keys of cross-attention read the encoder's output of each real source, queries a text up to its last token; and
+    the feed-forward reads what the two give together.
+
+    The expected inputs come from one pair at a time, without padding."""
+    block = model.decoder[0]
+    maps = {"decoder.0.cross_attn.q": block.cross_attn.q, "decoder.0.mlp.up": block.mlp.up}
+    rows: dict[str, list[np.ndarray]] = {path: [] for path in ("decoder.0.cross_attn.k", *maps)}
+    for source, target in PAIRS:
+        encoded = model.encode([[*ids_of(source), END]])
+        rows["decoder.0.cross_attn.k"].append(host(encoded.last_hidden_state)[0])
+        with recording(maps, lambda path, x, ctx: rows[path].append(host(x)[0])):
+            model([[model.config.start, *ids_of(target)]], source=encoded)
+    for path, inputs in rows.items():
+        want = mean_square(inputs)
+        assert np.abs(hessian(model, batches, path) - want).max() < 1e-4 * np.abs(want).max()
+
+
+def calibrated(model: ft.Module, pairs: list, folder: Path, **options: int) -> list:
+    """The batches of the command for a file of these pairs."""
+    file = write_rows(folder / "pairs.jsonl", [{"source": s, "target": t} for s, t in pairs])
+    return calibration_batches(model, TOKENIZER, file, **{"count": 9, "length": 48, "seed": 0, **options})
+
+
+@commands
+@pytest.mark.parametrize("kind", ["marian", "t5"])
+def test_the_calibration_of_an_encoder_decoder_reads_sources_and_targets(kind, tmp_path):
+    model = small_model(kind, 3, 5)
+    batches = calibrated(model, PAIRS, tmp_path)
+    assert [len(batch["ids"]) for batch in batches] == [4, 1]
+    check_calibration(model, batches)
+    few = calibrated(model, PAIRS, tmp_path, count=2, seed=1)
+    assert sum(len(batch["ids"]) for batch in few) == 2
+    shipped = calibration_batches(model, TOKENIZER, None, 6, 48, 0)
+    assert sum(len(batch["source_ids"]) for batch in shipped) == 6
+
+
+WRONG_CALIBRATIONS = {
+    "sources are left out": lambda batch: {**batch, "source_ids": batch["source_ids"][:, :1] * 0 + END,
+                                           "source_mask": batch["source_mask"][:, :1]},
+    "the target is its own source": lambda batch: {**batch, "source_ids": batch["ids"], "source_mask": batch["mask"]},
+    "padding of a source counts": lambda batch: {**batch, "source_mask": batch["source_mask"] | True},
+    "a source belongs to the next target": lambda batch: {**batch, "source_ids": batch["source_ids"][::-1],
+                                                          "source_mask": batch["source_mask"][::-1]},
+    "what follows a target counts": lambda batch: {**batch, "mask": batch["mask"] | True},
+    "the last token of a target is not read": lambda batch: {**batch, "mask": batch["mask"][:, 1:],
+                                                             "ids": batch["ids"][:, :-1],
+                                                             "labels": batch["ids"][:, :-1]},
+}
+
+
+@commands
+@pytest.mark.parametrize("belief", WRONG_CALIBRATIONS)
+def test_a_wrong_calibration_is_caught(belief, tmp_path):
+    model = small_model("marian", 3, 5)
+    batches = calibrated(model, PAIRS, tmp_path)
+    with pytest.raises(AssertionError):
+        check_calibration(model, [WRONG_CALIBRATIONS[belief](batch) for batch in batches])
+
+
+@commands
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_compress_calibrates_an_encoder_decoder_with_pairs(method, marian, capsys, tmp_path):
+    """The command's weights are those of the library on the same pairs, and its result writes targets."""
+    file = write_rows(tmp_path / "pairs.jsonl", [{"source": s, "target": t} for s, t in PAIRS])
+    out = str(tmp_path / "packed")
+    printed = succeed(capsys, "compress", "--model", marian, "--method", method, "--data", file, "--group", "16",
+                      "--out", out)
+    source = 1 + max(len(ids_of(source)) for source, _ in PAIRS)                 # with the end
+    target = 1 + max(len(ids_of(target)) for _, target in PAIRS)                 # with the start
+    assert f"5 sources of up to {source} tokens with targets of up to {target} of {file}" in printed
+    model, tokenizer = ft.load(marian)
+    rule = make_rule(method, ["group=16"])
+    ft.compress(model, rule, calibration_batches(model, tokenizer, file, 32, 48, 0))
+    theirs = dict(ft.load(out)[0].named_modules())
+    packed = {path: m for path, m in model.named_modules() if isinstance(m, ft.nn.Packed)}
+    assert any(".cross_attn.k" in path for path in packed)
+    for path, weight in packed.items():
+        np.testing.assert_array_equal(host(weight.dequantize()), host(theirs[path].dequantize()))
+    succeed(capsys, "generate", "--model", out, "--prompt", PAIRS[0][0], "--max-new-tokens", "3")
+
+
+@commands
+def test_compress_refuses_rows_without_sources(marian, capsys, tmp_path):
+    options = ["compress", "--model", marian, "--out", str(tmp_path / "out")]
+    text = write_rows(tmp_path / "text.jsonl", [{"text": "a b c"}])
+    sentence = refusal(capsys, *options, "--data", text)
+    assert f"the encoder-decoder Seq2Seq wants rows of source and target, got {text} with rows of text" in sentence
+    long = write_rows(tmp_path / "long.jsonl", [{"source": "a", "target": "word " * 60}])
+    assert f"line 1 of {long}: a target of" in refusal(capsys, *options, "--data", long)

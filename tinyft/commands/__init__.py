@@ -235,9 +235,11 @@ def _add_compress(commands: argparse._SubParsersAction) -> None:
     c.add_argument("--targets", metavar="GLOB", action="append",
                    help="modules whose weights are compressed, such as mlp.up; may be repeated (default: every linear "
                    "map inside the blocks)")
-    c.add_argument("--data", metavar="FILE", help=f"calibration data: {DATA} (default: prose that ships with tinyft)")
-    c.add_argument("--sequences", type=whole(1), help="calibration sequences (default: 32)")
-    c.add_argument("--length", type=whole(1), help="tokens of a sequence (default: 512, or the model's positions)")
+    c.add_argument("--data", metavar="FILE", help=f"calibration data: {DATA} (default: text that ships with "
+                   "tinyft). An encoder-decoder wants sources and targets")
+    c.add_argument("--sequences", type=whole(1), help="calibration sequences, or pairs (default: 32)")
+    c.add_argument("--length", type=whole(1), help="tokens of a sequence, at most those of a source or a target "
+                   "(default: 512, or the model's positions)")
     c.add_argument("--seed", type=whole(0), help="of the choice of the sequences (default: 0)")
     c.add_argument("--dtype", choices=("float32", "float16", "bfloat16"),
                    help="of the parameters that stay dense, in the file (default: float32)")

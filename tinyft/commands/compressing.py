@@ -199,10 +199,7 @@ def say_plan(job: Job, plan: RulePlan, done: int, say: Callable[[str], None]) ->
     """Print the plan: rule, calibration data, bytes, time."""
     say(f"rule     {job.rule!r}")
     if job.batches is not None:
-        count = sum(len(batch["ids"]) for batch in job.batches)
-        length = job.batches[0]["ids"].shape[1]
-        source = job.options["data"] or "the text that ships with tinyft"
-        say(f"data     {count} sequences of {length} tokens of {source}")
+        say(f"data     {data_in_words(job.batches)} of {job.options['data'] or 'the text that ships with tinyft'}")
     if done:
         say(f"resumed  {done} of {len(job.shapes)} weights are compressed already")
     left = len(plan.seconds)
@@ -211,6 +208,16 @@ def say_plan(job: Job, plan: RulePlan, done: int, say: Callable[[str], None]) ->
     process = peak_of_process()
     so_far = f"; this process has taken {size(process)} so far" if process else ""
     say(f"time     about {in_words(plan.total_seconds)}{so_far}")
+
+
+def data_in_words(batches: list[dict[str, Any]]) -> str:
+    """The calibration data: their number, and their lengths in tokens."""
+    count = sum(len(batch["ids"]) for batch in batches)
+    if "source_ids" not in batches[0]:
+        return f"{count} sequences of {batches[0]['ids'].shape[1]} tokens"
+    source = max(int(batch["source_mask"].sum(axis=1).max()) for batch in batches)
+    target = max(int(batch["mask"].sum(axis=1).max()) for batch in batches)
+    return f"{count} sources of up to {source} tokens with targets of up to {target}"
 
 
 def say_result(result: Mapping[str, Any], of_what: str, say: Callable[[str], None]) -> None:
