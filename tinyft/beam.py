@@ -23,7 +23,7 @@ S sentences (rows of ids), B beams of a sentence, R live prefixes of all sentenc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -98,11 +98,13 @@ def beam_search(
 ) -> list[list[Hypothesis]]:
     """The n_best continuations of each row of ids (S, T), best first: a list for each row.
 
-    At each length the candidates are all live prefixes with one more token, in the order of log P (of equal ones, the
-    lower parent and then the lower token comes first). Those among the first B that end are finished; the first B
-    others live on. A row stops when no live prefix can reach its n_best scores any more, whatever follows, since
-    log-probabilities are at most 0. At max_new_tokens the live prefixes count as they are. A row can have fewer than
-    n_best continuations. Each row gets the result that it gets alone.
+    At each length, every live prefix with every next token is a candidate, and the candidates are sorted by log P.
+    A candidate that ends is finished if it is among the first B. Of the candidates that do not end, the first B live
+    on. Of equal candidates that of the earlier prefix comes first, then that of the lower token.
+
+    A row stops when none of its live prefixes can become one of its n_best. At max_new_tokens the live prefixes are
+    continuations as well, without an end. A row can have fewer than n_best continuations. Its result does not depend
+    on the other rows.
 
     beams   B, the number of live prefixes of a row
     end     the token that ends a continuation; None: every one has max_new_tokens tokens
@@ -121,19 +123,20 @@ def beam_search(
     checks.number("coverage", coverage, low=0)
     cross = last_cross_attention(model) if coverage else None
     reach = longest_reach(lp, max_new_tokens)
-    ids = array.asnumpy(read_integers("ids", first_ids(model, ids, facts), "beam_search wants ids of shape (B, T)"))
+    ids = first_ids(model, ids, facts)
+    ids = array.asnumpy(read_integers("ids", ids, "beam_search wants ids of shape (B, T)"))
     mask = None if mask is None else array.asnumpy(read_mask("mask", mask))
-    check_request(ids, mask, 0.0, None, None, None, caller="beam_search")
+    check_request(ids, mask, temperature=0.0, top_k=None, top_p=None, rng=None, caller="beam_search")
     searches = [Search(beams, end, lp, n_best, coverage) for _ in ids]
     with evaluation_mode(model):
-        steps = Steps(model, ids, mask, with_source(model, facts), cross, cached=cache)
+        steps = Steps(model, ids, mask, with_source(model, facts), cross, cached=cache)  # the encoder runs once
         for length in range(1, max_new_tokens + 1):
             candidates = best_candidates(steps.log_probs(), [s.live for s in searches], 2 * beams)
             parents: list[int] = []                      # a row of this step, for each live prefix of the next one
             for search, found in zip(searches, candidates, strict=True):
                 parents += search.extend(found, steps.attention)
                 if length < max_new_tokens and search.is_done(reach[length]):
-                    parents = parents[:len(parents) - len(search.live)]
+                    parents = parents[:len(parents) - len(search.live)]      # without the rows of this sentence
                     search.live = []
             if not parents:
                 break
@@ -146,7 +149,7 @@ def beam_search(
 def longest_reach(lp: Callable[[int], float], max_len: int) -> list[float]:
     """reach[n]: the largest penalty lp of the lengths n + 1 ... max_len, for n = 0 ... max_len − 1.
 
-    A prefix of n tokens reaches at most the score log P / reach[n], since log P ≤ 0 can only fall."""
+    log P ≤ 0, and it can only fall. So a prefix of n tokens reaches at most the score log P / reach[n]."""
     checks.function("lp", lp, "a function of a length, such as GNMTPenalty(0.6)")
     reach = [0.0] * max_len
     largest = 0.0
@@ -181,7 +184,12 @@ class Prefix(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """A live prefix with one more token. row: of the prefix among all rows of the step; parent: among its sentence's"""
+    """A live prefix with one more token.
+
+    log_prob  log P of the prefix and the token together
+    parent    the number of the prefix among the live ones of its sentence, from 0
+    token     the token
+    row       the number of the prefix among the live ones of all sentences: its row in the model's pass"""
 
     log_prob: float
     parent: int
@@ -191,28 +199,39 @@ class Candidate(NamedTuple):
 
 @dataclass
 class Search:
-    """The search for one sentence: its live prefixes and its finished hypotheses."""
+    """The search for one sentence.
+
+    beams, end, lp, n_best, coverage   as in beam_search
+    live       its live prefixes, best first. At the start there is one, without tokens
+    finished   its finished hypotheses, in the order in which they finished"""
 
     beams: int
     end: int | None
     lp: Callable[[int], float]
     n_best: int
-    coverage: float
-    live: list[Prefix] = field(default_factory=lambda: [Prefix((), 0.0)])        # one: B equal ones would stay equal
+    coverage: float = 0.0
+    live: list[Prefix] = field(default_factory=lambda: [Prefix((), 0.0)])
     finished: list[Hypothesis] = field(default_factory=list)
 
-    def extend(self, candidates: list[Candidate], attention: list[np.ndarray]) -> list[int]:
-        """Take the live prefixes of the next length from the candidates, best first -> the rows of their parents.
+    def extend(self, candidates: list[Candidate], attention: Sequence[np.ndarray] = ()) -> list[int]:
+        """The rows of the new live prefixes' parents; self.live and self.finished change.
 
-        attention: of the step, (Ts,) for each row; empty without a coverage penalty."""
+        candidates come best first, with ranks 0, 1, 2, ... B = self.beams. Three cases:
+
+        it ends, rank < B      self.finish keeps it
+        it ends, rank >= B     it is dropped
+        it does not end        it becomes a live prefix, until there are B
+
+        The new live prefixes replace the old ones. The result has candidate.row of each, in the same order.
+
+        attention   of this step, for self.attended, which gives the attention of a new prefix"""
         rows = []
         live: list[Prefix] = []
         for rank, candidate in enumerate(candidates):
             if len(live) == self.beams and rank >= self.beams:
-                break
-            parent = self.live[candidate.parent]
-            attended = parent.attention + attention[candidate.row] if attention else 0.0
-            prefix = Prefix((*parent.tokens, candidate.token), candidate.log_prob, attended)
+                break                                    # all further candidates are dropped
+            tokens = (*self.live[candidate.parent].tokens, candidate.token)
+            prefix = Prefix(tokens, candidate.log_prob, self.attended(candidate, attention))
             if candidate.token == self.end:
                 if rank < self.beams:
                     self.finish(prefix, ended=True)
@@ -222,16 +241,36 @@ class Search:
         self.live = live
         return rows
 
+    def attended(self, candidate: Candidate, attention: Sequence[np.ndarray]) -> np.ndarray | float:
+        """The attention of the source's tokens, (Ts,): that of the candidate's prefix, and that of this step.
+
+        attention   of this step, (Ts,) for each row; empty without a coverage penalty, and the result is 0.0"""
+        if not attention:
+            return 0.0
+        return self.live[candidate.parent].attention + attention[candidate.row]
+
     def finish(self, prefix: Prefix, *, ended: bool) -> None:
-        """Keep a hypothesis with its score."""
-        score = prefix.log_prob / self.lp(len(prefix.tokens))
-        if self.coverage:
-            with np.errstate(divide="ignore"):           # a token without any attention: −∞
-                score += self.coverage * float(np.log(np.minimum(prefix.attention, 1)).sum())
+        """Append a hypothesis to self.finished.
+
+        Its score is log P / lp(n) + cp. n is the number of its tokens, the end included. cp is self.penalty(prefix),
+        which is 0 without a coverage penalty.
+
+        ended   True: the last token is the end. False: the text was cut off"""
+        score = prefix.log_prob / self.lp(len(prefix.tokens)) + self.penalty(prefix)
         self.finished.append(Hypothesis(prefix.tokens, score, prefix.log_prob, ended))
 
+    def penalty(self, prefix: Prefix) -> float:
+        """The coverage penalty cp = β Σᵢ log min(aᵢ, 1), where a is prefix.attention. 0.0 for β = 0."""
+        if not self.coverage:
+            return 0.0
+        with np.errstate(divide="ignore"):               # a token without any attention: −∞
+            return self.coverage * float(np.log(np.minimum(prefix.attention, 1)).sum())
+
     def is_done(self, reach: float) -> bool:
-        """True if no live prefix can come among the n_best: their scores are at most log P / reach, since cp ≤ 0."""
+        """True if no live prefix can become one of the n_best.
+
+        The score of a live prefix can reach log P / reach, not more, since cp ≤ 0. So the search is done when n_best
+        finished scores are at least that high for every live prefix. It is also done without a live prefix."""
         if not self.live:
             return True
         if len(self.finished) < self.n_best:
@@ -240,16 +279,16 @@ class Search:
         return scores[self.n_best - 1] >= self.live[0].log_prob / reach
 
     def best(self) -> list[Hypothesis]:
-        """The n_best hypotheses, best first. Prefixes that still live were cut off at the last length."""
+        """The n_best hypotheses, best first. Prefixes that are still live are among them, as cut off."""
         for prefix in self.live:
             self.finish(prefix, ended=False)
         self.live = []
-        return sorted(self.finished, key=lambda h: -h.score)[:self.n_best]       # stable: equal ones as they finished
+        return sorted(self.finished, key=lambda h: -h.score)[:self.n_best]       # stable sort
 
 
 # ── all sentences ────────────────────────────────────────────────────────────────────────────────────────────────────
 class Steps:
-    """The passes of the model: one row for each live prefix, the prefixes of a sentence side by side."""
+    """The passes of the model: one row for each live prefix. The prefixes of a sentence are consecutive rows."""
 
     def __init__(
         self, model: Module, ids: np.ndarray, mask: np.ndarray | None, facts: dict[str, Any], cross: Attention | None,
@@ -263,20 +302,20 @@ class Steps:
         self.mask = mask
         self.facts = facts
         self.cache = Cache() if cached else None
-        self.sentences = np.arange(len(ids))             # of each row
-        self.ids = ids                                   # the tokens that the next pass runs
+        self.sentences = np.arange(len(ids))             # (R,) the sentence of each row
+        self.ids = ids                                   # the tokens of the next pass, their mask, and the rows' facts
         self.step_mask = mask
-        self.step_facts = facts                          # those of the rows
+        self.step_facts = facts
 
     def log_probs(self) -> np.ndarray:
         """log p of each token after each live prefix, (R, V), in the dtype of the logits."""
         rows, T = self.ids.shape
-        last = np.arange(1, rows + 1) * T - 1
+        last = np.arange(1, rows + 1) * T - 1            # each row's last position, in the flattened (R T) positions
         ctx = Context(mask=self.step_mask, cache=self.cache, logit_positions=last,
                       output_attention_scores=self.cross is not None, **self.step_facts)
         z = array.asnumpy(self.model(self.ids, ctx).data)                        # (R, V)
         if z.dtype.itemsize < 4:
-            z = z.astype(np.float32)                     # 16 bits hold no sum of exponentials
+            z = z.astype(np.float32)                     # 16 bits are too few for the sum of exponentials
         z = z - z.max(axis=-1, keepdims=True)
         log_sum = np.log(np.exp(z).sum(axis=-1, keepdims=True))
         if np.isnan(log_sum).any():
@@ -286,11 +325,11 @@ class Steps:
         return z - log_sum
 
     def go_on(self, parents: np.ndarray, tokens: list[tuple[int, ...]]) -> None:
-        """Prepare the next pass: row i continues row parents[i], and has these new tokens so far."""
+        """Prepare the next pass. Its row i continues row parents[i] of this one, and has the new tokens tokens[i]."""
         before = self.sentences
         self.sentences = before[parents]
-        is_same = np.array_equal(self.sentences, before)                         # then the sources stay in place
-        if not is_same:
+        has_same_sentences = np.array_equal(self.sentences, before)              # then each row keeps its source
+        if not has_same_sentences:
             self.step_facts = {name: rows_of(value, self.sentences) for name, value in self.facts.items()}
         if self.cache is None:
             self.ids = np.concatenate([self.prompts[self.sentences], np.array(tokens)], axis=1)
@@ -303,7 +342,10 @@ class Steps:
             self.step_mask = np.ones((len(tokens), 1), bool)
         if not np.array_equal(parents, np.arange(len(before))):
             index = array.asarray(parents)
-            self.cache = self.cache.reordered(index) if is_same else self.cache.rows(index)
+            if has_same_sentences:
+                self.cache = self.cache.reordered(index)                         # without copying the sources' keys
+            else:
+                self.cache = self.cache.rows(index)
 
 
 def source_attention(ctx: Context, cross: Attention) -> list[np.ndarray]:
@@ -336,10 +378,16 @@ def rows_of(value: Any, index: np.ndarray) -> Any:
 
 
 def best_candidates(log_probs: np.ndarray, live: list[list[Prefix]], count: int) -> Iterator[list[Candidate]]:
-    """For each sentence, its best candidates, best first: at least as many as the search looks at.
+    """The `count` best candidates of each sentence, best first: a list for each sentence.
 
-    log_probs (R, V); live: the prefixes of each sentence, R in all. Of 2 B candidates at most B end, since a prefix can
-    end only once, so that B others are among them. A token of probability 0 is no candidate."""
+    live       the live prefixes of each sentence, R in all
+    log_probs  (R, V) log p of each next token after each prefix: first the prefixes of the first sentence, then those
+               of the second, ...
+    count      at most so many candidates of a sentence
+
+    A candidate's log P is that of the prefix plus that of the token. A token of probability 0, whose log p is −inf, is
+    no candidate. Of equal candidates the lower parent comes first, then the lower token. With B live prefixes,
+    count = 2 B is enough: at most B of these candidates end, since each prefix has one end, so B others remain."""
     tokens = top_tokens(log_probs, count)                                        # (R, k), in the order of the tokens
     gains = np.take_along_axis(log_probs, tokens, axis=1).astype(np.float64)
     start = 0
@@ -352,18 +400,20 @@ def best_candidates(log_probs: np.ndarray, live: list[list[Prefix]], count: int)
             for token, gain in zip(tokens[row].tolist(), gains[row].tolist(), strict=True):
                 if gain > -math.inf:
                     found.append(Candidate(before + gain, parent, token, row))
-        found.sort(key=lambda candidate: -candidate.log_prob)                    # stable: ties by parent, then token
+        found.sort(key=lambda candidate: -candidate.log_prob)                    # stable: the order of equal ones stays
         yield found[:count]
 
 
 def top_tokens(log_probs: np.ndarray, count: int) -> np.ndarray:
-    """The tokens of the `count` largest entries of each row, in ascending order: (R, k). Of equal ones the lowest."""
+    """The tokens of the `count` largest entries of each row, in ascending order: (R, k), k = min(count, V).
+
+    Of equal entries the lowest tokens are taken."""
     R, V = log_probs.shape
     if count >= V:
         return np.broadcast_to(np.arange(V), (R, V))
     largest = np.argpartition(log_probs, V - count, axis=1)[:, V - count:]       # (R, k)
     least = np.take_along_axis(log_probs, largest, axis=1).min(axis=1, keepdims=True)
     is_tied = (log_probs >= least).sum(axis=1) > count
-    for row in np.flatnonzero(is_tied):                  # the choice among equal entries was arbitrary
+    for row in np.flatnonzero(is_tied):                  # argpartition chose any of the equal entries
         largest[row] = np.argsort(-log_probs[row], kind="stable")[:count]
     return np.sort(largest, axis=1)

@@ -6,8 +6,10 @@ Junczys-Dowmunt et al. 2018, arXiv:1804.00344.
     decoder:  Ld × (x ← norm1(x + attn x);  x ← norm2(x + cross_attn(x, source));  x ← norm3(x + mlp x))
     logits = x Eᵀ + b
 
-Source, text and output layer share one embedding E. Linear maps N(0, std²); E is N(0, 1/C), so that √C E has entries of
-size 1, and N(0, std²) without the factor √C. ε = 1e-5.
+Source, text and output layer share one embedding E.
+
+Initial values: linear maps from N(0, std²). E from N(0, 1/C), so that the entries of √C E have standard deviation 1.
+Without the factor √C (scaled=False), E from N(0, std²) too. ε = 1e-5 in the norms.
 
 Departures: the bias b of the output layer trains; in transformers it is a buffer. Positions count real tokens only, so
 padding on the left gives the outputs of the text alone.
@@ -47,11 +49,13 @@ ACTIVATIONS = {"relu": ops.relu, "gelu": ops.gelu, "silu": ops.silu}
 class Seq2SeqConfig(Config):
     """Sizes: vocabulary V, positions T, width C, layers Le, heads H, feed-forward width F (None: 4 C).
 
-    decoder_layers, decoder_heads, decoder_hidden   of the decoder; None: as the encoder's
-    activation   of the feed-forward: "relu" (2017), "gelu" or "silu" (Marian's swish)
+    decoder_layers, decoder_heads, decoder_hidden   the decoder's sizes; None: those of the encoder
+    activation   of the feed-forward: "relu" (Vaswani et al.), "gelu" or "silu" (Marian calls it swish)
     scaled       True: embeddings are multiplied by √C
     switch       a SwitchConfig for Switch layers, mixtures of experts, in both stacks; or None
-    start        the token with which the decoder's text begins; Marian: the padding token
+    start        the token with which the decoder's text begins. In Marian's checkpoints it is the padding token
+    positions    T, the longest text
+    std          standard deviation of the initial linear maps
 
     TypeError or ValueError, naming the field, for values from which no model can be built."""
     vocab: int = 58101
@@ -68,7 +72,7 @@ class Seq2SeqConfig(Config):
     start: int = 0
     dropout: float = 0.0
     eps: float = 1e-5
-    std: float = 0.02                                    # of the initial linear maps
+    std: float = 0.02
     switch: SwitchConfig | None = None
 
     def __post_init__(self) -> None:
@@ -88,7 +92,7 @@ class Seq2SeqConfig(Config):
 
 
 class SinusoidalPositions(Module):
-    """y = x + S[pos].    S (P, C) fixed sinusoids, (B, T, C) -> (B, T, C)"""
+    """y = x + S[pos].    S (P, C) fixed sinusoids of P positions, (B, T, C) -> (B, T, C)"""
 
     def __init__(self, positions: int, width: int):
         self.register_buffer("table", array.asarray(sinusoids(positions, width)), persistent=False)
@@ -97,7 +101,7 @@ class SinusoidalPositions(Module):
     out_features = property(lambda self: self.table.shape[1])
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        """x plus the rows of its positions, in the dtype of x."""
+        """x plus the row of S for each of its positions, in the dtype of x."""
         return x + Tensor(self.table[ctx.positions()].astype(x.dtype))
 
 
@@ -107,7 +111,7 @@ class Seq2Seq(EncoderDecoder):
 
     ids: the decoder's text, from the start token on. Without a head, the decoder's hidden states (B, T, C)."""
 
-    top_modules: tuple[str, ...] = ("head",)
+    top_modules: tuple[str, ...] = ("head",)             # the paths of the modules above the blocks
 
     def __init__(self, config: Seq2SeqConfig = Seq2SeqConfig(), seed: int = 0):
         """The parts, with random values from `seed`.
@@ -130,13 +134,13 @@ class Seq2Seq(EncoderDecoder):
     def forward(self, ids: Any, ctx: Context) -> Tensor:
         """The head's output for ids (B, T), or for embeddings (B, T, C) in their place; see apply_head.
 
-        ctx has source_ids (B, Ts), or source, which `encode` gives. ValueError without a source."""
-        self.find_source(ctx)
+        ctx has source_ids (B, Ts), or source, the result of `encode`. ValueError without a source."""
+        self.find_source(ctx)                            # runs the encoder, unless its output is there
         x = self.embed_text(ids, ctx)                                            # (B, T, C)
-        self.check_rows(ctx)
+        self.check_rows(ctx)                             # a row of source for each row of ids
         hidden = run_blocks(self.decoder, x, ctx)
         if ctx.cache is not None:
-            ctx.cache.advance(ctx)
+            ctx.cache.advance(ctx)                       # the next pass continues after these positions
         return apply_head(self.head, hidden, ctx)
 
     def encoder_pass(self, ids: Any, ctx: Context) -> Tensor:

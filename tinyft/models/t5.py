@@ -5,12 +5,14 @@
     decoder:  Ld × (x ← x + attn(norm1 x);  x ← x + cross_attn(norm2 x, source);  x ← x + mlp(norm3 x)),   then a norm
     attention scores  q·k + R[bucket(position of the key − position of the query)]
 
-RMS norms and no biases. Scores are not divided by √D: the initial q maps are smaller instead. R is one table for each
-stack; its first block owns it. Cross-attention has none. Source, text and, in v1.0, output layer share one embedding E.
+RMS norms and no biases. Scores are not divided by √D. The initial q maps are smaller by this factor instead. All blocks
+of a stack share one table R (buckets, H), which the first block owns. Cross-attention has no R. Source and text share
+one embedding E, and in v1.0 the output layer shares it, too.
+
 v1.0: mlp = down(relu(up x)),                     logits = C^(−1/2) x Eᵀ
 v1.1: mlp = down(gelu(gate x) ⊙ up x),            logits = x Wᵀ, W a map of its own
 
-Departure: one dropout rate; the hidden layer of the feed-forward has none.
+Departure: no dropout inside the feed-forward, between its two maps. All other dropout has one probability.
 """
 from __future__ import annotations
 
@@ -46,13 +48,14 @@ FEED_FORWARDS = ("relu", "gated-gelu", "gated-silu")
 class T5Config(Config):
     """Sizes: vocabulary V, width C, layers Le, heads H of width D, feed-forward width F (None: 4 C).
 
-    decoder_layers   of the decoder; None: as many as the encoder's
-    buckets          of relative positions;  max_distance: from here on, all distances share the last bucket
+    decoder_layers   the number of the decoder's layers; None: that of the encoder
+    buckets          the number of buckets of relative positions, the rows of R
+    max_distance     from this distance on, all share the last bucket
     feed_forward     "relu" (v1.0), "gated-gelu" (v1.1) or "gated-silu"
     tied             True (v1.0): the output layer is the embedding, and its input is divided by √C
-    start            the token with which the decoder's text begins; T5: the padding token, 0
+    start            the token with which the decoder's text begins. In T5 it is the padding token, 0
     positions        the usual length of a text. The model takes longer ones
-    std              the initial values' scale: 1 gives those of the paper's code
+    std              a factor on the initial values' standard deviations. 1 gives those of the paper's code
 
     TypeError or ValueError, naming the field, for values from which no model can be built."""
     vocab: int = 32128
@@ -90,12 +93,19 @@ class T5Config(Config):
 def relative_buckets(distance: np.ndarray, buckets: int, max_distance: int, *, both_sides: bool) -> np.ndarray:
     """The bucket of each distance, position of the key − position of the query: integers of the same shape.
 
-    One bucket for each of the small distances, up to half of the buckets; then buckets whose widths grow by a constant
-    factor, up to max_distance; larger distances share the last one. both_sides (the encoder): half of the buckets are
-    for later keys. Otherwise a later key counts as distance 0: causal attention does not see it.
+    Half of the buckets hold one distance each: 0, 1, 2, ... The others are wider and wider, each by the same factor, up
+    to max_distance. All larger distances are in the last bucket. With 8 buckets, max_distance = 16 and keys before the
+    query:
+
+        distance  0   1   2   3   4 5   6 7   8 ... 11   12 ...
+        bucket    0   1   2   3   4     5     6          7
+
+    both_sides   True, in the encoder: the first half of the buckets is for keys up to the query, the second half for
+                 later keys, each as above. False, in the decoder: a later key gets bucket 0. It does not matter,
+                 because causal attention hides it
 
     The logarithm is rounded to float32, as in T5's code: some distances lie on the boundary of two buckets."""
-    first = np.zeros_like(distance)
+    first = np.zeros_like(distance)                      # the first bucket of the key's side
     if both_sides:
         buckets //= 2
         first = np.where(distance > 0, buckets, 0)
@@ -103,16 +113,17 @@ def relative_buckets(distance: np.ndarray, buckets: int, max_distance: int, *, b
     else:
         n = np.maximum(-distance, 0)
     exact = buckets // 2                                 # the distances 0 ... exact − 1 have a bucket each
-    share = np.log(np.maximum(n, 1).astype(np.float32) / np.float32(exact))
-    share = share / np.float32(math.log(max_distance / exact))                   # 0 at exact, 1 at max_distance
-    large = exact + (share * np.float32(buckets - exact)).astype(np.int64)
+    position = np.log(np.maximum(n, 1).astype(np.float32) / np.float32(exact))
+    position = position / np.float32(math.log(max_distance / exact))             # 0 at exact, 1 at max_distance
+    large = exact + (position * np.float32(buckets - exact)).astype(np.int64)
     return first + np.where(n < exact, n, np.minimum(large, buckets - 1))
 
 
 class RelativeBias(Module):
     """bias[h, i, j] = R[bucket(j − i), h].    R (buckets, H);  (Tq, Tk) -> (1, H, Tq, Tk)
 
-    The last query has the position of the last key. All layers of a pass share the result, which ctx.scratch keeps."""
+    The queries are the last Tq positions: with a cache, there are more keys than queries. All layers of a pass share
+    the result, which ctx.scratch keeps."""
 
     def __init__(self, c: T5Config, rng: np.random.Generator, *, both_sides: bool):
         self.weight = Parameter(array.normal(rng, (c.buckets, c.heads), c.std * c.width**-0.5))
@@ -129,7 +140,7 @@ class RelativeBias(Module):
         if key not in ctx.scratch:
             queries, keys = lengths
             buckets, heads = self.weight.shape
-            i = np.arange(keys - queries, keys)[:, None]
+            i = np.arange(keys - queries, keys)[:, None]                         # positions of the queries
             distance = np.arange(keys)[None] - i                                 # (Tq, Tk)
             found = relative_buckets(distance, buckets, self.max_distance, both_sides=self.both_sides)
             weight = self.read("weight")
@@ -139,10 +150,10 @@ class RelativeBias(Module):
 
 
 class FirstLayersBias(Module):
-    """The relative bias of the stack's first layer, which owns it."""
+    """The relative bias of the other layers: that of the stack's first layer, which owns the table R."""
 
     def __init__(self, owner: RelativeBias):
-        self._owner = owner
+        self._owner = owner                              # the underscore: a reference, not a part of this module
 
     def forward(self, lengths: tuple[int, int], ctx: Context) -> Tensor:
         """The bias (1, H, Tq, Tk) for lengths Tq and Tk."""
@@ -180,7 +191,7 @@ class T5(EncoderDecoder):
         for _ in range(c.layers):
             attn = attention(c, rng, relative_bias=bias)
             self.encoder.append(PreNormBlock(attn, feed_forward(c, rng), eps=c.eps, norm=RMSNorm))
-            bias = FirstLayersBias(self.encoder[0].attn.relative_bias)
+            bias = FirstLayersBias(self.encoder[0].attn.relative_bias)           # of the next layer
         self.encoder_norm = RMSNorm(c.width, eps=c.eps)
         self.decoder = []
         bias = RelativeBias(c, rng, both_sides=False)
@@ -189,7 +200,7 @@ class T5(EncoderDecoder):
             cross_attn = attention(c, rng, cross=True)
             mlp = feed_forward(c, rng)
             self.decoder.append(PreNormDecoderBlock(attn, cross_attn, mlp, eps=c.eps, norm=RMSNorm))
-            bias = FirstLayersBias(self.decoder[0].attn.relative_bias)
+            bias = FirstLayersBias(self.decoder[0].attn.relative_bias)           # of the next layer
         self.norm = RMSNorm(c.width, eps=c.eps)
         if c.tied:
             self.head: Any = ScaledTiedHead(self.embed)
@@ -207,13 +218,13 @@ class T5(EncoderDecoder):
     def forward(self, ids: Any, ctx: Context) -> Tensor:
         """The head's output for ids (B, T), or for embeddings (B, T, C) in their place; see apply_head.
 
-        ctx has source_ids (B, Ts), or source, which `encode` gives. ValueError without a source."""
-        self.find_source(ctx)
+        ctx has source_ids (B, Ts), or source, the result of `encode`. ValueError without a source."""
+        self.find_source(ctx)                            # runs the encoder, unless its output is there
         x = self.drop(embed_tokens(self.embed, ids, ctx, positions=None), ctx)   # (B, T, C)
-        self.check_rows(ctx)
+        self.check_rows(ctx)                             # a row of source for each row of ids
         hidden = self.drop(self.norm(run_blocks(self.decoder, x, ctx), ctx), ctx)
         if ctx.cache is not None:
-            ctx.cache.advance(ctx)
+            ctx.cache.advance(ctx)                       # the next pass continues after these positions
         return apply_head(self.head, hidden, ctx)
 
     def encoder_pass(self, ids: Any, ctx: Context) -> Tensor:
@@ -225,7 +236,8 @@ class T5(EncoderDecoder):
 def attention(c: T5Config, rng: np.random.Generator, **kind: Any) -> Attention:
     """An attention of T5, with random values from rng. kind: causal, cross, relative_bias.
 
-    Scores are not divided by √D; the initial map q is smaller by that factor instead."""
+    Scores are not divided by √D; the initial map q is smaller by that factor instead. Standard deviations, as in the
+    paper's code: (C D)^(−1/2) for q, C^(−1/2) for k and v, (H D)^(−1/2) for the output map."""
     attn = Attention(c.width, c.heads, rng=rng, head_width=c.head_width, scale=1.0, bias=False, dropout=c.dropout,
                      std=c.std * c.width**-0.5, out_std=c.std * (c.heads * c.head_width)**-0.5, **kind)
     attn.q.weight.data = attn.q.weight.data * np.float32(c.head_width**-0.5)
@@ -233,7 +245,9 @@ def attention(c: T5Config, rng: np.random.Generator, **kind: Any) -> Attention:
 
 
 def feed_forward(c: T5Config, rng: np.random.Generator) -> Module:
-    """A feed-forward of T5, with random values from rng."""
+    """A feed-forward of T5, with random values from rng.
+
+    Standard deviations, as in the paper's code: C^(−1/2) for the maps to the hidden layer, F^(−1/2) for that back."""
     hidden = c.hidden or 4 * c.width
     std = {"std": c.std * c.width**-0.5, "out_std": c.std * hidden**-0.5}
     if c.feed_forward == "relu":

@@ -3,9 +3,9 @@
     beams = TeacherBeams("work/beams", teacher, end=0, max_new_tokens=20, beams=35)
     beams.fill(batches)                                  now; without it, when a batch is first read
 
-An entry belongs to a source, whatever batch it comes in: its key is a digest of the source's real ids. It holds the
-hypotheses of `beam_search`, best first. Each search writes its entries as one file, which is never changed: a process
-that is killed loses the search that was running, and the next one goes on with the others.
+An entry belongs to a source, whatever batch the source comes in: its key is a digest of the source's real ids. It holds
+the hypotheses of `beam_search`, best first. Each search writes its entries into one new file; files are never changed.
+So a process that is killed loses only the search that was running. The next process reads the files of all others.
 """
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ PER_HYPOTHESIS = ("lengths", "scores", "log_probs", "ended")            # the ar
 class TeacherBeams:
     """The hypotheses of a teacher by beam search for each source, best first, in a folder.
 
-    folder           of the files, made if it is not there; None: in memory alone
+    folder           the folder of the files. It is made if it does not exist. None: no files, entries in memory only
     teacher          an encoder-decoder
     end              the token that ends a text
     max_new_tokens   the longest text, the end included
     beams            K: 5 for sequence-level distillation, 35 for interpolation (Kim and Rush)
-    n_best           hypotheses of a source that are kept; None: K
-    lp               the length penalty
+    n_best           the number of hypotheses that are kept for each source; None: K
+    lp               the length penalty, as in beam_search
 
     TypeError or ValueError for values without meaning, for a folder of another teacher or with other settings, and for
     a damaged file."""
@@ -57,7 +57,7 @@ class TeacherBeams:
         self.n_best = self.beams if n_best is None else checks.whole("TeacherBeams: n_best", n_best, least=1)
         self.lp = lp
         longest_reach(lp, max_new_tokens)                # raises for a wrong penalty
-        self.facts = {
+        self.facts = {                                   # written into each file; of: the teacher
             "of": fingerprint(teacher), "end": self.end, "max_new_tokens": self.max_new_tokens, "beams": self.beams,
             "n_best": self.n_best, "lp": fingerprint(lp),
         }
@@ -73,7 +73,7 @@ class TeacherBeams:
 
     @property
     def searches(self) -> int:
-        """The number of sources that the teacher decoded, through this object."""
+        """The number of sources that the teacher has decoded for this object. Entries read from files do not count."""
         return self._searches
 
     @property
@@ -87,16 +87,19 @@ class TeacherBeams:
 
     # ── use ──
     def fill(self, batches: Iterable) -> int:
-        """Decode all sources of these batches that are new, and write them; the number of them.
+        """Decode all new sources of these batches and write their entries. The result is the number of new sources.
 
-        Of an endless `data.Batches`, every example is taken once. A fill that was stopped goes on where it stood."""
+        Of an endless `data.Batches`, every example is taken once. After a stop, call it again: only the sources without
+        an entry are decoded."""
         before = self._searches
-        for batch in iterate(batches.once() if isinstance(batches, Endless) else batches):
+        if isinstance(batches, Endless):
+            batches = batches.once()
+        for batch in iterate(batches):
             self.look_up(read_batch(batch))
         return self._searches - before
 
     def look_up(self, targets: Targets) -> list[list[Hypothesis]]:
-        """The hypotheses for each row of a batch, best first. Sources that are new are decoded, in one search.
+        """The hypotheses for each row of a batch, best first. New sources are decoded, all in one search.
 
         ValueError for a batch without a source, IndexError for a token that the teacher does not have."""
         self.check(targets)
@@ -120,7 +123,7 @@ class TeacherBeams:
             check_range("token id", tokens, size, f"the teacher's vocabulary of {size}")
 
     def _search(self, targets: Targets, rows: dict[bytes, int]) -> None:
-        """Decode some rows of a batch; rows: {key: row}."""
+        """Decode some rows of a batch, and keep their entries. rows: {key of the source: row of the batch}."""
         index = list(rows.values())
         facts = {}
         for name in ("source_ids", "source_mask", "task"):
@@ -137,21 +140,27 @@ class TeacherBeams:
         self._searches += len(entries)
 
     def _read_files(self, folder: Path) -> None:
-        """Take the entries of all files of the folder. ValueError for other facts, and for a damaged file."""
+        """Read the entries of all files of the folder. ValueError for other facts, and for a damaged file."""
+        in_words = {"of": "teacher", "lp": "length penalty"}                     # their values are digests
         for file, arrays, facts in read_row_files(folder):
             for name, value in self.facts.items():
                 if facts.get(name) == value:
                     continue
-                another = {"of": "those of another teacher", "lp": "those of another length penalty"}
-                got = another.get(name, f"those with {name}={facts.get(name)}")
-                wanted = {"of": "of this teacher", "lp": "of this length penalty"}.get(name, f"with {name}={value}")
+                if name in in_words:
+                    wanted, got = f"of this {in_words[name]}", f"those of another {in_words[name]}"
+                else:
+                    wanted, got = f"with {name}={value}", f"those with {name}={facts.get(name)}"
                 raise ValueError(f"TeacherBeams wants hypotheses {wanted}, got {got} in {file}: take another folder")
             self._entries.update(unpack_entries(file, arrays))
 
 
 # ── a file ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 def pack_entries(entries: dict[bytes, list[Hypothesis]]) -> dict[str, np.ndarray]:
-    """The arrays of a file: keys and counts for each source; one entry for each hypothesis; all tokens in a row."""
+    """The arrays of a file.
+
+    keys, counts                        for each source: its key, and the number of its hypotheses
+    lengths, scores, log_probs, ended   for each hypothesis, source by source; lengths: the number of its tokens
+    tokens                              of all hypotheses, one after another"""
     every = [h for hypotheses in entries.values() for h in hypotheses]
     tokens = [np.array(h.tokens, np.int64) for h in every]
     return {
@@ -166,9 +175,10 @@ def pack_entries(entries: dict[bytes, list[Hypothesis]]) -> dict[str, np.ndarray
 
 
 def unpack_entries(file: Path, arrays: dict[str, np.ndarray]) -> dict[bytes, list[Hypothesis]]:
-    """The entries of a file from its arrays. ValueError if these do not fit each other."""
+    """The entries of a file from its arrays. ValueError if the arrays' lengths do not fit together."""
     rows = find_rows(file, arrays, PER_HYPOTHESIS, ["tokens"])
-    tokens, ends = arrays["tokens"], arrays["lengths"].cumsum()
+    tokens = arrays["tokens"]
+    ends = arrays["lengths"].cumsum()                    # where the tokens of each hypothesis end
     if tokens.shape != (arrays["lengths"].sum(),):
         raise ValueError(f"{file} is damaged: its tokens and lengths do not fit")
     texts = [tuple(text.tolist()) for text in np.split(tokens, ends[:-1])]
@@ -178,7 +188,7 @@ def unpack_entries(file: Path, arrays: dict[str, np.ndarray]) -> dict[bytes, lis
 
 
 def source_keys(targets: Targets) -> list[bytes]:
-    """A digest for each row of a batch, of its source's real ids and of its task and route. Padding does not count."""
+    """The key of each row's source: a digest of its real ids, and of the row's task and route if it has them."""
     source = np.asarray(targets.facts["source_ids"])
     mask = targets.facts.get("source_mask")
     real = np.ones(source.shape, bool) if mask is None else np.asarray(mask)

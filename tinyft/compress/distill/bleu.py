@@ -28,10 +28,18 @@ ORDERS = 4
 
 @checked_keywords
 def sentence_bleu(hypothesis: Sequence[Hashable], reference: Sequence[Hashable]) -> float:
-    """BP exp(mean_n log p_n) of two sequences of tokens: from 0 to 1, and 1 if they are equal.
+    """BLEU = BP exp(mean_n log p_n) of two sequences of tokens: from 0 to 1, and 1 if they are equal.
 
-    The tokens are ids or words, without special tokens such as the end. 0 if a sequence is empty.
-    TypeError for a text: split it into words."""
+    hypothesis   the text to be judged: ids or words, without special tokens such as the end
+    reference    the text that it is compared with
+    p_n          matches / h_n, for n = 1 ... 4. h_n is the number of the hypothesis' n-grams. matches counts those that
+                 the reference has, too; an n-gram counts at most as often as it stands in the reference
+                 For the j-th n with matches = 0:  p_n = 1 / (2^j h_n)
+    mean_n       over the n with h_n > 0 only
+    BP           min(1, exp(1 − |reference| / |hypothesis|))
+
+    The result is 0 if the two have no common token, and if one of them is empty. TypeError for a string: split it into
+    words."""
     hypothesis = read_tokens("hypothesis", hypothesis)
     reference = read_tokens("reference", reference)
     logs = []                                            # log p_n of each order

@@ -1,20 +1,20 @@
-"""Sequence-Level Knowledge Distillation: its sequence-level forms.  Kim, Rush 2016.  arXiv:1606.07947
+"""Sequence-level distillation: the student learns texts that the teacher wrote.  Kim, Rush 2016.  arXiv:1606.07947
 
     sequence-level    ŷ = the best text of the teacher's beam search for x                 L = − log p(ŷ | x)      §3.2
     interpolation     ỹ = argmax of BLEU(y, gold) over the K best texts y of the beam      L = − log p(ỹ | x)      §3.3
 
-x a source, gold its target in the data, p the student. Both replace the targets of a batch, and the loss stays that of
-the data:
+x is a source, gold its target in the data, p the student, q the teacher. Both methods replace the targets of a batch.
+The loss stays the cross-entropy:
 
     beams = TeacherBeams("work/beams", teacher, end=0, max_new_tokens=20, beams=35)
     fit(student, SequenceLevel(beams).map(batches), steps)                                 learns ŷ
     fit(student, Interpolation(beams).map(batches), steps)                                 learns ỹ
-    fit(student, SequenceLevel(beams).map(batches), steps, loss=WordLevel(teacher))        and q(· | x, ŷ_<j)
+    fit(student, SequenceLevel(beams).map(batches), steps, loss=WordLevel(teacher))        learns ŷ and q(· | x, ŷ_<j)
 
-The paper decodes the training sources with K = 5 for ŷ and K = 35 for ỹ, and trains on ỹ a student that has learned ŷ.
+The paper decodes the training sources with K = 5 for ŷ and K = 35 for ỹ. Its student learns ŷ first, and then ỹ.
 
-Departures: a text counts tokens as they are, often parts of words. The score of a text has the length penalty of
-`TeacherBeams`; GNMTPenalty(0.0) is the paper's log q(y | x).
+Departures: BLEU compares tokens, which are often parts of words. The score of a text has the length penalty of
+`TeacherBeams`; GNMTPenalty(0.0) is no penalty, and the score is the paper's log q(y | x).
 """
 from __future__ import annotations
 
@@ -45,7 +45,10 @@ class NewTargets:
         checks.instance(f"{type(self).__name__}: beams", self.beams, TeacherBeams, "a TeacherBeams(folder, teacher)")
 
     def choose(self, hypotheses: Sequence[Hypothesis], gold: Sequence[int]) -> Hypothesis:
-        """The hypothesis, of those for one source and best first, that becomes the target; gold: the data's target."""
+        """The hypothesis that becomes the target of a source.
+
+        hypotheses   the teacher's for this source, best first
+        gold         the tokens of its target in the data"""
         raise NotImplementedError(f"{type(self).__name__} has no choose(hypotheses, gold)")
 
     def choose_all(self, targets: Targets, golds: Sequence[Sequence[int]]) -> list[Hypothesis]:
@@ -56,19 +59,20 @@ class NewTargets:
     def map(self, batches: Iterable) -> Iterable:
         """The same batches with new targets.
 
-        Endless batches that can be resumed, such as `data.Batches`, give such batches again: each is mapped when it is
-        read. Any others are read to their end, and give a list. The teacher decodes each source once.
-        TypeError for anything else than batches; ValueError or IndexError as in `map_batch`."""
+        For endless batches that can be resumed, such as `data.Batches`, the result is endless and can be resumed, too.
+        It maps each batch when it is read. Other batches are mapped at once; the result is a list. The teacher decodes
+        each source once.
+        TypeError if these are no batches; ValueError or IndexError as in `map_batch`."""
         if isinstance(batches, Endless) and isinstance(batches, Resumable):
             return MappedBatches(self, batches)
         return [self.map_batch(batch) for batch in iterate(batches)]
 
     def map_batch(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """One batch with new targets: ids (B, T), the start token and a text, and their mask. It has no labels.
+        """One batch with new targets: ids (B, T), the start token and a text in each row, and their mask.
 
-        Everything else in the batch stays. ValueError for a batch without a source or without tokens as targets, and
-        for one whose text begins with another token than the teacher's; IndexError for a token that the teacher does
-        not have."""
+        It has no labels: the model learns the next tokens of ids. Everything else in the batch stays. ValueError for a
+        batch without a source or without tokens as targets, and for one whose ids begin with another token than the
+        teacher's start token; IndexError for a token that the teacher does not have."""
         name = type(self).__name__
         targets = read_batch(batch)
         self.beams.check(targets)
@@ -86,23 +90,23 @@ class SequenceLevel(NewTargets):
 
     beams  a TeacherBeams
 
-    A text that has ended comes before all that were cut off. If none has ended, the best of those is the target, and
-    it has no end to learn."""
+    It is the best of the texts that have ended. If none has ended, it is the best of those that were cut off; then the
+    target has no end."""
 
     def choose(self, hypotheses: Sequence[Hypothesis], gold: Sequence[int]) -> Hypothesis:
-        """The first that has ended; gold is not read."""
+        """The first hypothesis that has ended, or the first if none has. gold is not used."""
         return complete(hypotheses)[0]
 
 
 @checked_keywords
 @dataclass(frozen=True, eq=False)
 class Interpolation(NewTargets):
-    """ỹ: the target of a source is the one of the teacher's K best texts that is most similar to the data's target.
+    """ỹ: the target of a source is that of the teacher's K best texts which is most similar to the data's target.
 
     beams  a TeacherBeams. With K = 1 it is SequenceLevel
 
-    The similarity is `sentence_bleu` of tokens, without start and end. Among equal ones, the teacher's order decides.
-    A text that has ended comes before all that were cut off.       Kim and Rush 2016, §3.3
+    The similarity is `sentence_bleu` of tokens, without start and end. Of equally similar texts, the one that the
+    teacher scores highest. Texts that were cut off count only if none has ended.       Kim and Rush 2016, §3.3
 
     The choice for a source and a target is made once, and kept in memory for later epochs."""
     _chosen: dict[tuple[bytes, bytes], Hypothesis] = field(default_factory=dict, init=False, repr=False)
@@ -117,27 +121,34 @@ class Interpolation(NewTargets):
         return [self._chosen[key] for key in keys]
 
     def choose(self, hypotheses: Sequence[Hypothesis], gold: Sequence[int]) -> Hypothesis:
-        """The first of those with the largest BLEU against gold."""
+        """The hypothesis with the largest BLEU, among those that have ended; among all, if none has.
+
+        hypotheses   the teacher's for this source, best first. Of several with the largest BLEU, the first is chosen
+        gold         the tokens of the source's target in the data: the reference of BLEU
+
+        BLEU compares the tokens without start and end."""
         candidates = complete(hypotheses)
         gold = self.words(gold)
         similarity = [sentence_bleu(self.words(h.tokens), gold) for h in candidates]
         return candidates[int(np.argmax(similarity))]    # the first of the largest: candidates are best first
 
     def words(self, tokens: Sequence[int]) -> list[int]:
-        """The tokens without start, which is padding too, and end."""
+        """The tokens without start and end. The start token is also the padding."""
         special = (self.beams.teacher.config.start, self.beams.end)
         return [token for token in tokens if token not in special]
 
 
 def complete(hypotheses: Sequence[Hypothesis]) -> Sequence[Hypothesis]:
-    """The hypotheses that have ended, in their order; if there is none, all."""
+    """The hypotheses that have ended, in their order; if none has ended, all of them."""
     return [h for h in hypotheses if h.ended] or hypotheses
 
 
 # ── a batch ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 def read_golds(name: str, targets: Targets) -> list[list[int]]:
-    """The target of each row of a batch: the tokens of its labels. ValueError for one label per row, and for
-    embeddings in the place of ids. name: of the method, for the message."""
+    """The target of each row of a batch: its labels, without those to ignore.
+
+    ValueError for a batch with one label for each row, and for embeddings instead of ids. name: the method's, for the
+    message."""
     B, T = targets.ids.shape[:2]
     if isinstance(targets.ids, Tensor):
         raise ValueError(f"{name} wants batches of ids, got embeddings")
@@ -149,9 +160,9 @@ def read_golds(name: str, targets: Targets) -> list[list[int]]:
 
 
 def check_start(name: str, start: int, targets: Targets) -> None:
-    """ValueError unless each row begins with the teacher's start token. name: of the method, for the message."""
+    """ValueError unless each row begins with the teacher's start token. name: the method's, for the message."""
     mask = targets.facts.get("mask")
-    first = np.zeros(len(targets.ids), int) if mask is None else np.asarray(mask).argmax(axis=1)
+    first = np.zeros(len(targets.ids), int) if mask is None else np.asarray(mask).argmax(axis=1)    # first real column
     begins = np.asarray(targets.ids)[np.arange(len(first)), first]
     if (begins != start).any():
         other = int(begins[begins != start][0])
@@ -170,9 +181,9 @@ def pad_right(rows: Sequence[Sequence[int]], fill: int) -> tuple[np.ndarray, np.
 
 
 class MappedBatches:
-    """Endless batches with new targets: what `NewTargets.map` makes of `data.Batches`. It stops and resumes with them.
+    """Endless batches with new targets: the result of `NewTargets.map` for `data.Batches`. They can be resumed.
 
-    A position fits only the same targets: those of this method, with the same teacher and settings."""
+    A saved position is of one method, teacher and settings. Batches of another method refuse it."""
 
     def __init__(self, method: NewTargets, batches: Any):
         self.method = method
@@ -200,7 +211,7 @@ class MappedBatches:
         return {**self.source.state_dict(), "targets": self.targets}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to a position. ValueError if it is one of other targets, or of other batches."""
+        """Go to a saved position. ValueError if it is one of other targets, or of other batches."""
         checks.instance("MappedBatches.load_state_dict: state", state, Mapping, "the dict of state_dict()")
         if state.get("targets") != self.targets:
             raise ValueError("MappedBatches.load_state_dict wants a state with the targets of this method and teacher, "
