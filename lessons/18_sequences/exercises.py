@@ -25,8 +25,8 @@ def check(got, want, what, guesses):
 best_candidates = Exercise(
     "beam:best_candidates", difficulty=3, minutes=25, on_host=True, lines=9,
     may_use="enumerate, zip, sorted; math.inf; Candidate(log_prob, parent, token, row). A loop "
-            "over all V tokens is good enough (the library looks only at the `count` best of each "
-            "row, which top_tokens finds).",
+            "over all tokens is fast enough here. (The library looks only at the `count` best of "
+            "each row, which top_tokens finds.)",
     example="""
         One sentence with two live prefixes. The vocabulary has three tokens.
         >>> live = [[Prefix((1,), -1.0), Prefix((2,), -2.0)]]
@@ -43,7 +43,7 @@ best_candidates = Exercise(
         "The rows of log_probs belong to the prefixes of all sentences, one after the other. So "
         "keep a counter `row` over all prefixes. `parent` begins with 0 in each sentence.",
         "Collect the candidates of a sentence in the order of parents and tokens, and sort them by "
-        "-candidate.log_prob: Python's sort keeps the order of equal ones. Give the first "
+        "-candidate.log_prob: Python's sort keeps the order of equal ones. Yield the first "
         "`count`."))
 
 
@@ -72,7 +72,7 @@ def shuffled(draw, n):
 
 def candidates_of(log_probs, live, count, *, gain=False, product=False, ascending=False, sort=True,
                   greedy=False, own_rows=False, parents_of_all=False, together=False, ties=None,
-                  impossible=False, half=False):
+                  impossible=False, half=False, every=False):
     """The candidates of each sentence, with one error."""
     found = []
     row = 0
@@ -94,9 +94,12 @@ def candidates_of(log_probs, live, count, *, gain=False, product=False, ascendin
             mine.sort(key=lambda c: -c.token)
         elif ties == "parent":
             mine.sort(key=lambda c: -c.parent)
+        elif ties == "both":
+            mine.reverse()
         if sort:
             mine.sort(key=lambda c: c.log_prob if ascending else -c.log_prob)
-        found.append(mine[:max(count // 2, 1)] if half else mine[:count])
+        limit = max(count // 2, 1) if half else count
+        found.append(mine if every else mine[:limit])
     if together:
         every = [c for mine in found for c in mine]
         best = sorted(every, key=lambda c: -c.log_prob)[:count]
@@ -116,10 +119,13 @@ CANDIDATE_FAULTS = {
     "`parent` begins with 0 in each sentence; yours is the row": {"parents_of_all": True},
     "the sentences compete with each other: each has `count` candidates of its own":
         {"together": True},
+    "of equal candidates the lower parent comes first, then the lower token; yours are in reverse":
+        {"ties": "both"},
     "of equal candidates the lower token comes first": {"ties": "token"},
     "of equal candidates the lower parent comes first": {"ties": "parent"},
     "a token of probability 0 is no candidate": {"impossible": True},
     "there are `count` candidates for each sentence; yours are half of them": {"half": True},
+    "a sentence has at most `count` candidates; yours are more": {"every": True},
 }
 
 
@@ -148,7 +154,7 @@ def check_candidates(f, given):
         for words, fault in CANDIDATE_FAULTS.items():
             guesses[words] = as_table(candidates_of(*given, **fault))
     check(as_table(got), as_table(candidates_of(*given)),
-          "the candidates, each as [sentence, log P, parent, token, row],", guesses)
+          "the candidates (each as [sentence, log P, parent, token, row])", guesses)
 
 
 @best_candidates.law("one live prefix: its best tokens, best first", given=a_step(prefixes=False))
@@ -233,6 +239,12 @@ def _(log_probs, live, count):
     return candidates_of(log_probs, live, count, ties="token")
 
 
+@best_candidates.wrong_answer("sorted(candidates, reverse=True) sorts them by log P.",
+                              says="yours are in reverse", subtle=True)
+def _(log_probs, live, count):
+    return candidates_of(log_probs, live, count, ties="both")
+
+
 @best_candidates.wrong_answer("Of equal texts the newer prefix is as good.",
                               says="the lower parent comes first", subtle=True)
 def _(log_probs, live, count):
@@ -249,6 +261,11 @@ def _(log_probs, live, count):
                               says="half of them")
 def _(log_probs, live, count):
     return candidates_of(log_probs, live, count, half=True)
+
+
+@best_candidates.wrong_answer("The search takes as many as it needs.", says="yours are more")
+def _(log_probs, live, count):
+    return candidates_of(log_probs, live, count, every=True)
 
 
 # ── Search.extend ─────────────────────────────────────────────────────────────────────────────────
@@ -271,28 +288,55 @@ extend = Exercise(
     hints=(
         "Go through the candidates, best first, with their ranks 0, 1, 2, ... The tokens of a "
         "candidate are those of its parent, self.live[candidate.parent], and its own.",
-        "If it ends and its rank is below B, it is finished, with its end. If it ends at a lower "
-        "place, it is forgotten. If it does not end, it lives on, as long as fewer than B do.",
+        "If it ends and its rank is below B, it is finished, with its end among its tokens. If it "
+        "ends at rank B or later, it is dropped. If it does not end, it becomes a live prefix, "
+        "unless there are B already.",
         "Fill a new list of live prefixes, and set self.live at the very end: the parents are in "
-        "the old list. Beside it, collect candidate.row of each that lives on."))
+        "the old list. Collect candidate.row of each new live prefix in a second list."))
 
 
 @st.composite
-def a_search(draw: Callable, ends: bool = True, first: bool = False):
-    """Live prefixes, and candidates of the next length, best first, with all different log P."""
-    beams = draw(sizes())
+def a_search(draw: Callable, ends: bool = True, first: bool = False, few: bool = False):
+    """Live prefixes, and candidates of the next length, best first, with all different log P.
+
+    few: one candidate for two beams or more."""
+    beams = draw(sizes()) + few
     n = 1 if first else draw(st.integers(1, beams))
     start = 0 if first else draw(st.integers(0, 2))
     tokens = range(0 if ends else 1, beams + 2)
     pairs = []
     for parent in range(n):
         pairs += [(parent, token) for token in tokens]
+    count = 1 if few else 2 * beams
+    chosen = [pairs[place] for place in shuffled(draw, len(pairs))[:count]]
+    live = [Prefix((), 0.0)] if first else live_prefixes(n)
+    return named(beams=beams, end=END, live=live, candidates=ranked(chosen, n, start))
+
+
+@st.composite
+def a_late_end(draw: Callable):
+    """Two live prefixes, two beams or more, and an end at rank B, the first that is dropped.
+
+    With an end at rank 0, there is a place for one more live prefix at rank B."""
+    beams = draw(sizes()) + 1
+    others = [(i % 2, 1 + i // 2) for i in range(beams + 1)]
+    pairs = [(0, END), *others] if draw(st.booleans()) else others
+    pairs.insert(beams, (1, END))
+    return named(beams=beams, end=END, live=live_prefixes(2),
+                 candidates=ranked(pairs, 2, start=0))
+
+
+def live_prefixes(n):
+    """n prefixes of two tokens, best first."""
+    return [Prefix((7 + i, 5), -1.0 - i) for i in range(n)]
+
+
+def ranked(pairs, n, start):
+    """Pairs (parent, token) as candidates of n prefixes, best first; start: the first row."""
     candidates = []
-    for i, place in enumerate(shuffled(draw, len(pairs))[:2 * beams]):
-        parent, token = pairs[place]
-        candidates.append(Candidate(-n - 1.0 - i, parent, token, start + parent))
-    live = [Prefix((), 0.0)] if first else [Prefix((7 + i, 5), -1.0 - i) for i in range(n)]
-    return named(beams=beams, live=live, candidates=candidates)
+    for rank, (parent, token) in enumerate(pairs):
+        candidates.append(Candidate(-n - 1.0 - rank, parent, token, start + parent))
+    return candidates
 
 
 def a_state(beams, live):
@@ -303,7 +347,7 @@ def a_state(beams, live):
 
 def extended(self, candidates, *, every=False, end_takes_place=False, ended_lives=False,
              forget=False, no_end=False, parents=False, before=False, twice=False, cut=False,
-             stops=False, wide=False, late=False, fill=False):
+             stops=False, wide=False, late=False, fill=False, late_end_lives=False):
     """Search.extend with one error."""
     rows = []
     live = []
@@ -321,7 +365,8 @@ def extended(self, candidates, *, every=False, end_takes_place=False, ended_live
         has_place = rank < self.beams if end_takes_place else len(live) < limit
         if late:
             has_place = len(live) < limit and rank >= len(candidates) - limit
-        if has_place and (not ends or ended_lives):
+        may_live = not ends or ended_lives or (late_end_lives and rank >= self.beams)
+        if has_place and may_live:
             live.append(Prefix(tokens, log_p))
             rows.append(candidate.parent if parents else candidate.row)
         if stops and ends:
@@ -334,12 +379,14 @@ def extended(self, candidates, *, every=False, end_takes_place=False, ended_live
 
 
 EXTEND_FAULTS = {
-    "a candidate that ends at a rank beyond B is finished, too": {"every": True},
+    "a candidate that ends at rank B or later is finished, too": {"every": True},
     "those that ended took places of the live: fewer than B live on": {"end_takes_place": True},
     "a text that has ended lives on": {"ended_lives": True},
+    "a candidate that ends at rank B or later lives on; it is dropped": {"late_end_lives": True},
     "the texts that had finished before are lost": {"forget": True},
     "the end is missing: a finished text has its end, which counts": {"no_end": True},
-    "these are the places among the sentence's prefixes; wanted are the rows": {"parents": True},
+    "these are candidate.parent, the numbers in the sentence; candidate.row is wanted":
+        {"parents": True},
     "the new token stands before the others": {"before": True},
     "log P of the prefix is added a second time: the candidate's has it": {"twice": True},
     "a text with an end is kept as one that was cut off": {"cut": True},
@@ -351,19 +398,22 @@ EXTEND_FAULTS = {
 
 
 def rows_of_texts(texts):
-    """Prefixes or hypotheses as an array: log P, score, ended, length, tokens; -1 fills up."""
-    longest = max((len(t.tokens) for t in texts), default=0)
-    table = np.full((len(texts), 4 + longest), -1.0)
-    for row, text in zip(table, texts):
-        is_prefix = isinstance(text, Prefix)
-        row[:3] = text.log_prob, 0 if is_prefix else text.score, 0 if is_prefix else text.ended
-        row[3] = len(text.tokens)
-        row[4:4 + len(text.tokens)] = text.tokens
+    """Prefixes or hypotheses as an array: log P, of hypotheses score and ended, then length and
+    tokens; -1 fills up."""
+    rows = []
+    for text in texts:
+        facts = [text.log_prob]
+        if isinstance(text, Hypothesis):
+            facts += [text.score, text.ended]
+        rows.append([*facts, len(text.tokens), *text.tokens])
+    table = np.full((len(rows), max(map(len, rows), default=0)), -1.0)
+    for place, row in zip(table, rows):
+        place[:len(row)] = row
     return table
 
 
 def check_extend(f, given):
-    beams, live, candidates = given
+    beams, _, live, candidates = given
 
     def run(function):
         state = a_state(beams, live)
@@ -381,13 +431,18 @@ def check_extend(f, given):
     guesses = {}
     for words, fault in EXTEND_FAULTS.items():
         guesses[words] = run(lambda self, found, fault=fault: extended(self, found, **fault))
-    names = ("the live prefixes, each as [log P, 0, 0, length, tokens],",
-             "the finished texts, each as [log P, score, ended, length, tokens],", "the rows")
+    names = ("the live prefixes (each as [log P, length, tokens])",
+             "the finished texts (each as [log P, score, ended, length, tokens])", "the rows")
     for i, name in enumerate(names):
         check(got[i], want[i], name, {words: found[i] for words, found in guesses.items()})
 
 
 @extend.law("no candidate ends: the first B live on", given=a_search(ends=False))
+def _(f, given):
+    check_extend(f, given)
+
+
+@extend.law("a candidate that ends at rank B or later is dropped", given=a_late_end())
 def _(f, given):
     check_extend(f, given)
 
@@ -398,18 +453,9 @@ def _(f, given):
     check_extend(f, given)
 
 
-@extend.law("a candidate that ends at a rank beyond B is forgotten", given=a_search(ends=False))
+@extend.law("fewer than B candidates: fewer live on", given=a_search(ends=False, few=True))
 def _(f, given):
-    beams, live, candidates = given
-    first = candidates[:beams]
-    late = Candidate(first[-1].log_prob - 1, 0, END, candidates[0].row)
-    check_extend(f, (beams, live, [*first, late]))
-
-
-@extend.law("fewer than B candidates: fewer live on", given=a_search(ends=False))
-def _(f, given):
-    beams, live, candidates = given
-    check_extend(f, (beams + 1, live, candidates[:1]))
+    check_extend(f, given)
 
 
 @extend.law("the first length: the empty prefix is the only parent", given=a_search(first=True))
@@ -417,7 +463,7 @@ def _(f, given):
     check_extend(f, given)
 
 
-@extend.wrong_answer("Every text that ends is a result.", says="a rank beyond B is finished")
+@extend.wrong_answer("Every text that ends is a result.", says="rank B or later is finished")
 def _(self, candidates):
     return extended(self, candidates, every=True)
 
@@ -432,6 +478,11 @@ def _(self, candidates):
     return extended(self, candidates, ended_lives=True)
 
 
+@extend.wrong_answer("A candidate that is not finished is live.", says="rank B or later lives on")
+def _(self, candidates):
+    return extended(self, candidates, late_end_lives=True)
+
+
 @extend.wrong_answer("The finished texts are those of this length.", says="are lost")
 def _(self, candidates):
     return extended(self, candidates, forget=True)
@@ -442,7 +493,7 @@ def _(self, candidates):
     return extended(self, candidates, no_end=True)
 
 
-@extend.wrong_answer("The parent's place tells its row.", says="wanted are the rows")
+@extend.wrong_answer("The parent's number tells its row.", says="candidate.row is wanted")
 def _(self, candidates):
     return extended(self, candidates, parents=True)
 
@@ -527,7 +578,7 @@ EARLIER = Hypothesis((9,), -1.0, -1.0, ended=False)
 
 
 def a_finish(f, tokens, log_prob, lp, *, ended):
-    """The last finished text after the call, and their number."""
+    """The text that f, the learner's finish, appends to a search with one finished text."""
     state = Search(3, END, lp, 1, list(LIVE), [EARLIER])
     f(state, Prefix(tokens, log_prob), ended=ended)
     for text in state.finished:

@@ -26,15 +26,17 @@ def check(got, want, what, guesses):
 # ── sentence_bleu ─────────────────────────────────────────────────────────────────────────────────
 sentence_bleu = Exercise(
     "compress.distill.bleu:sentence_bleu", difficulty=3, minutes=30, lines=16,
-    may_use="read_tokens(name, tokens), the tokens as a list, or a TypeError; ngrams(tokens, n), a "
-            "Counter of the n-grams; c & d of two Counters, with the smaller count of each entry; "
-            "c.total(); ORDERS, which is 4; math.log, math.exp, min.",
+    may_use="read_tokens(name, tokens), the tokens as a list, or a TypeError (name is for its "
+            "message, such as \"hypothesis\"); ngrams(tokens, n), a Counter of the n-grams; c & d "
+            "of two Counters, with the smaller count of each entry; c.total(); ORDERS, which is "
+            "4; math.log, math.exp, min.",
     example="""
-        1 of 2 words, and 0 of 1 pair, which smoothing makes 1/2. So it is the root of 1/2 x 1/2.
+        1 of 2 words is common: p_1 = 1/2. 0 of 1 pair is: p_2 = 1 / (2**1 * 1) = 1/2. There is
+        no run of three. The geometric mean is the square root of 1/2 x 1/2, and BP = 1.
         >>> round(sentence_bleu(["get", "file"], ["get", "name"]), 4)
         0.5
 
-        Both words are right, but a word of the reference is missing: exp(1 - 3/2).
+        All words and pairs are common, but the hypothesis is shorter: BP = exp(1 - 3/2).
         >>> round(sentence_bleu(["get", "file"], ["get", "file", "name"]), 4)
         0.6065
         """,
@@ -130,15 +132,29 @@ def check_bleu(f, hypothesis, reference):
     check(got, bleu_of(hypothesis, reference), "BLEU", guesses)
 
 
-@sentence_bleu.law("1 for equal texts", given=two_texts())
-def _(f, given):
-    check_bleu(f, given[0], given[0])
+@st.composite
+def twice(draw: Callable):
+    """A text as hypothesis and as reference."""
+    text = draw_text(draw, draw(sizes()), (1, 2, 3))
+    return named(hypothesis=text, reference=list(text))
 
 
-@sentence_bleu.law("0 without a common token", given=two_texts())
+@st.composite
+def nothing_in_common(draw: Callable):
+    """Two texts without a common token."""
+    hypothesis = draw_text(draw, draw(sizes()), (1, 2, 3))
+    return named(hypothesis=hypothesis, reference=draw_text(draw, len(hypothesis), (6, 7, 8)))
+
+
+@sentence_bleu.law("1 for equal texts", given=twice())
 def _(f, given):
-    hypothesis, reference = given
-    check_bleu(f, hypothesis, [token + 5 for token in reference])
+    check_bleu(f, *given)
+
+
+@sentence_bleu.law("0 without a common token", given=nothing_in_common())
+def _(f, given):
+    got = f(*given)
+    close(got, 0.0, "BLEU", {"without a common token it is 0, whatever smoothing gives": got})
 
 
 @sentence_bleu.law("the same length: the geometric mean of the shares, smoothed",
@@ -308,8 +324,8 @@ choose = Exercise(
     hints=(
         "First take those that have ended: complete(hypotheses). Then compute the BLEU of each "
         "against the target of the data.",
-        "Remove start and end on both sides, by self.words: all texts have an end, so it would be "
-        "a common token of any two.",
+        "Remove start and end from both texts, by self.words: all texts have an end, so it would "
+        "be a common token of any two.",
         "candidates[int(np.argmax(similarity))]. The candidates are best first, so the first of "
         "equal ones is the one that the teacher likes best."))
 START, END = 9, 0
@@ -324,8 +340,11 @@ def a_method():
 
 
 @st.composite
-def a_beam(draw: Callable, ended: str = "all", far: bool = False):
-    """The texts of a beam, best first, and several targets of the data."""
+def a_beam(draw: Callable, ended: str = "all", golds: str = "drawn"):
+    """The texts of a beam, best first, and several targets of the data.
+
+    ended: which texts have an end, "all", "some" or "none". golds: "far", without a common token;
+    "beam", the texts of the beam; "drawn", any texts; "both", drawn ones and some of the beam."""
     n = draw(sizes()) + 1
     values = (1, 2, 3, 4)
     flip = draw(st.integers(0, 1))
@@ -340,10 +359,15 @@ def a_beam(draw: Callable, ended: str = "all", far: bool = False):
         score = -1.0 - i / 4
         hypotheses.append(Hypothesis((*text, END) if has_end else tuple(text), score, 4 * score,
                                      has_end))
-    golds = [draw_text(draw, k + 1, values) for k in range(3)]
-    if far:
-        golds = [[20 + k] for k in range(3)]
-    return named(hypotheses=hypotheses, golds=[[*gold, END] for gold in golds])
+    of_beam = [list(h.tokens) for h in hypotheses]
+    targets = [[*draw_text(draw, k + 1, values), END] for k in range(3)]
+    if golds == "far":
+        targets = [[20 + k, END] for k in range(3)]
+    elif golds == "beam":
+        targets = of_beam
+    elif golds == "both":
+        targets += [of_beam[0], of_beam[-1]]
+    return named(hypotheses=hypotheses, golds=targets)
 
 
 def words_of(hypothesis):
@@ -378,7 +402,7 @@ CHOICE_FAULTS = {
         {"similarity": "teacher"},
     "a text that was cut off was chosen, although others have ended": {"cut": True},
     "the end was compared, too: it makes all texts similar": {"whole": True},
-    "of equally similar texts the teacher's better one is chosen": {"last": True},
+    "of equally similar texts, the teacher's better one, the first, is chosen": {"last": True},
     "the arguments are exchanged: the text of the teacher is the hypothesis": {"swap": True},
     "the least similar text was chosen": {"least": True},
     "only a text that equals the gold one counts; the most similar one is wanted":
@@ -400,13 +424,13 @@ def check_choice(f, hypotheses, golds):
         return np.array([chosen(hypotheses, gold, **fault) for gold in golds])
 
     guesses = {words: places(**fault) for words, fault in CHOICE_FAULTS.items()}
-    check(np.array(got), places(), "the place of the chosen text, for each of the golds,", guesses)
+    check(np.array(got), places(), "the number of the chosen text, one for each of the golds",
+          guesses)
 
 
-@choose.law("the gold text is chosen, if it is on the beam", given=a_beam())
+@choose.law("the gold text is chosen, if it is on the beam", given=a_beam(golds="beam"))
 def _(f, given):
-    hypotheses, _ = given
-    check_choice(f, hypotheses, [list(h.tokens) for h in hypotheses])
+    check_choice(f, *given)
 
 
 @choose.law("the text with the largest BLEU is chosen", given=a_beam())
@@ -415,22 +439,21 @@ def _(f, given):
 
 
 @choose.law("of equally similar texts, the first; the end does not make texts similar",
-            given=a_beam(far=True))
+            given=a_beam(golds="far"))
 def _(f, given):
     check_choice(f, *given)
 
 
 @choose.law("texts that were cut off are chosen only if none has ended",
-            given=a_beam(ended="some"))
+            given=a_beam(ended="some", golds="both"))
 def _(f, given):
-    hypotheses, golds = given
-    check_choice(f, hypotheses, [*golds, list(hypotheses[0].tokens), list(hypotheses[1].tokens)])
+    check_choice(f, *given)
 
 
-@choose.law("if none has ended, they are chosen like others", given=a_beam(ended="none"))
+@choose.law("if none has ended, the text with the largest BLEU of all is chosen",
+            given=a_beam(ended="none", golds="both"))
 def _(f, given):
-    hypotheses, golds = given
-    check_choice(f, hypotheses, [*golds, list(hypotheses[-1].tokens)])
+    check_choice(f, *given)
 
 
 def picked(hypotheses, gold, **fault):
