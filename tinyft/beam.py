@@ -98,13 +98,10 @@ def beam_search(
 ) -> list[list[Hypothesis]]:
     """The n_best continuations of each row of ids (S, T), best first: a list for each row.
 
-    At each length, every live prefix with every next token is a candidate, and the candidates are sorted by log P.
-    A candidate that ends is finished if it is among the first B. Of the candidates that do not end, the first B live
-    on. Of equal candidates that of the earlier prefix comes first, then that of the lower token.
-
-    A row stops when none of its live prefixes can become one of its n_best. At max_new_tokens the live prefixes are
-    continuations as well, without an end. A row can have fewer than n_best continuations. Its result does not depend
-    on the other rows.
+    At each length, every live prefix with every next token is a candidate. Candidates are sorted by log P, equal ones
+    by prefix and token. A candidate that ends is finished if it is among the first B. Of those that do not end, the
+    first B live on. A row stops when none of its live prefixes can become one of its n_best. At max_new_tokens the
+    live prefixes are continuations without an end. A row can have fewer than n_best. No row changes another's result.
 
     beams   B, the number of live prefixes of a row
     end     the token that ends a continuation; None: every one has max_new_tokens tokens

@@ -271,8 +271,9 @@ def _(log_probs, live, count):
 # ── Search.extend ─────────────────────────────────────────────────────────────────────────────────
 extend = Exercise(
     "beam:Search.extend", difficulty=3, minutes=25, lines=11,
-    may_use="self.beams, self.end, self.live; self.finish(Prefix(tokens, log_prob), ended=True), "
-            "which keeps a finished hypothesis; Prefix(tokens, log_prob).",
+    may_use="self.beams, self.end, self.live; Prefix(tokens, log_prob, attention); "
+            "self.attended(candidate, attention), which gives the attention of a new prefix; "
+            "self.finish(prefix, ended=True), which keeps a finished hypothesis.",
     example="""
         B = 2. The first candidate ends, the two others live on.
         >>> from tinyft.beam import PowerPenalty, Search
@@ -280,8 +281,8 @@ extend = Exercise(
         >>> found = [Candidate(-1.0, 0, 0, 0), Candidate(-2.0, 0, 5, 0), Candidate(-3.0, 0, 7, 0)]
         >>> extend(search, found)
         [0, 0]
-        >>> search.live
-        [Prefix(tokens=(5,), log_prob=-2.0), Prefix(tokens=(7,), log_prob=-3.0)]
+        >>> [prefix.tokens for prefix in search.live]
+        [(5,), (7,)]
         >>> search.finished
         [Hypothesis(tokens=(0,), score=-1.0, log_prob=-1.0, ended=True)]
         """,
@@ -341,13 +342,24 @@ def ranked(pairs, n, start):
 
 def a_state(beams, live):
     """A search in the middle: one text is finished already."""
-    return Search(beams, END, GNMTPenalty(1.0), 1, list(live),
-                  [Hypothesis((3, END), -2.0, -4.0, ended=True)])
+    return Search(beams, END, GNMTPenalty(1.0), n_best=1, live=list(live),
+                  finished=[Hypothesis((3, END), -2.0, -4.0, ended=True)])
 
 
-def extended(self, candidates, *, every=False, end_takes_place=False, ended_lives=False,
-             forget=False, no_end=False, parents=False, before=False, twice=False, cut=False,
-             stops=False, wide=False, late=False, fill=False, late_end_lives=False):
+@st.composite
+def a_covered_search(draw: Callable):
+    """A search whose prefixes have attention to two tokens of the source, and that of this step."""
+    beams, _, live, candidates = draw(a_search())
+    rows = max(candidate.row for candidate in candidates) + 1
+    live = [prefix._replace(attention=np.array([1.0, 2.0 + i])) for i, prefix in enumerate(live)]
+    attention = [np.array([0.25 + row, 0.75]) for row in range(rows)]
+    return named(beams=beams, end=END, live=live, candidates=candidates, attention=attention)
+
+
+def extended(self, candidates, attention=(), *, every=False, end_takes_place=False,
+             ended_lives=False, forget=False, no_end=False, parents=False, before=False,
+             twice=False, cut=False, stops=False, wide=False, late=False, fill=False,
+             late_end_lives=False, blind=False):
     """Search.extend with one error."""
     rows = []
     live = []
@@ -357,17 +369,19 @@ def extended(self, candidates, *, every=False, end_takes_place=False, ended_live
     for rank, candidate in enumerate(candidates):
         parent = self.live[candidate.parent]
         own = (candidate.token,)
+        attended = 0.0 if blind else self.attended(candidate, attention)
         tokens = own + parent.tokens if before else parent.tokens + own
         log_p = candidate.log_prob + (parent.log_prob if twice else 0)
         ends = candidate.token == self.end
         if ends and (every or rank < self.beams):
-            self.finish(Prefix(tokens[:-1] if no_end else tokens, log_p), ended=not cut)
+            text = tokens[:-1] if no_end else tokens
+            self.finish(Prefix(text, log_p, attended), ended=not cut)
         has_place = rank < self.beams if end_takes_place else len(live) < limit
         if late:
             has_place = len(live) < limit and rank >= len(candidates) - limit
         may_live = not ends or ended_lives or (late_end_lives and rank >= self.beams)
         if has_place and may_live:
-            live.append(Prefix(tokens, log_p))
+            live.append(Prefix(tokens, log_p, attended))
             rows.append(candidate.parent if parents else candidate.row)
         if stops and ends:
             break
@@ -463,83 +477,104 @@ def _(f, given):
     check_extend(f, given)
 
 
+@extend.law("with a coverage penalty: a new prefix has the attention that self.attended gives",
+            given=a_covered_search())
+def _(f, given):
+    beams, _, live, candidates, attention = given
+
+    def run(function):
+        state = a_state(beams, live)
+        function(state, list(candidates), attention)
+        return np.array([prefix.attention for prefix in state.live])
+
+    want = run(extended)
+    close(run(f), want, "the attention of the live prefixes", {
+        "the attention of a new prefix is missing": np.zeros(len(want))})
+
+
+@extend.wrong_answer("Attention is a matter of the model, not of the search.",
+                     says="attention of a new prefix is missing", subtle=True)
+def _(self, candidates, attention=()):
+    return extended(self, candidates, attention, blind=True)
+
+
 @extend.wrong_answer("Every text that ends is a result.", says="rank B or later is finished")
-def _(self, candidates):
-    return extended(self, candidates, every=True)
+def _(self, candidates, attention=()):
+    return extended(self, candidates, attention, every=True)
 
 
 @extend.wrong_answer("B candidates survive, whether they end or not.", says="took places")
-def _(self, candidates):
-    return extended(self, candidates, end_takes_place=True)
+def _(self, candidates, attention=()):
+    return extended(self, candidates, attention, end_takes_place=True)
 
 
 @extend.wrong_answer("A text may still get better after its end.", says="has ended lives on")
-def _(self, candidates):
-    return extended(self, candidates, ended_lives=True)
+def _(self, candidates, attention=()):
+    return extended(self, candidates, attention, ended_lives=True)
 
 
 @extend.wrong_answer("A candidate that is not finished is live.", says="rank B or later lives on")
-def _(self, candidates):
-    return extended(self, candidates, late_end_lives=True)
+def _(self, candidates, attention=()):
+    return extended(self, candidates, attention, late_end_lives=True)
 
 
 @extend.wrong_answer("The finished texts are those of this length.", says="are lost")
-def _(self, candidates):
-    return extended(self, candidates, forget=True)
+def _(self, candidates, attention=()):
+    return extended(self, candidates, attention, forget=True)
 
 
 @extend.wrong_answer("The end is no part of the text.", says="the end is missing")
-def _(self, candidates):
-    return extended(self, candidates, no_end=True)
+def _(self, candidates, attention=()):
+    return extended(self, candidates, attention, no_end=True)
 
 
 @extend.wrong_answer("The parent's number tells its row.", says="candidate.row is wanted")
-def _(self, candidates):
-    return extended(self, candidates, parents=True)
+def _(self, candidates, attention=()):
+    return extended(self, candidates, attention, parents=True)
 
 
 @extend.wrong_answer("The new token comes first.", says="stands before")
-def _(self, candidates):
-    return extended(self, candidates, before=True)
+def _(self, candidates, attention=()):
+    return extended(self, candidates, attention, before=True)
 
 
 @extend.wrong_answer("A candidate holds the log P of its token.", says="a second time")
-def _(self, candidates):
-    return extended(self, candidates, twice=True)
+def _(self, candidates, attention=()):
+    return extended(self, candidates, attention, twice=True)
 
 
 @extend.wrong_answer("`ended` is for texts that the search stopped.", says="cut off")
-def _(self, candidates):
-    return extended(self, candidates, cut=True)
+def _(self, candidates, attention=()):
+    return extended(self, candidates, attention, cut=True)
 
 
 @extend.wrong_answer("The first end is the best one, so stop there.", says="stops at the first end")
-def _(self, candidates):
-    return extended(self, candidates, stops=True)
+def _(self, candidates, attention=()):
+    return extended(self, candidates, attention, stops=True)
 
 
 @extend.wrong_answer("All candidates that do not end live on.", says="more than B")
-def _(self, candidates):
-    return extended(self, candidates, wide=True)
+def _(self, candidates, attention=()):
+    return extended(self, candidates, attention, wide=True)
 
 
 @extend.wrong_answer("A list of candidates is sorted like any other: the best is the last.",
                      says="they come best first")
-def _(self, candidates):
-    return extended(self, candidates, late=True)
+def _(self, candidates, attention=()):
+    return extended(self, candidates, attention, late=True)
 
 
 @extend.wrong_answer("B prefixes live at every length, so the last one fills the gaps.",
                      says="equal prefixes", subtle=True)
-def _(self, candidates):
-    return extended(self, candidates, fill=True)
+def _(self, candidates, attention=()):
+    return extended(self, candidates, attention, fill=True)
 
 
 # ── Search.finish ─────────────────────────────────────────────────────────────────────────────────
 finish = Exercise(
     "beam:Search.finish", difficulty=1, minutes=10,
-    may_use="self.lp(n), the length penalty of n tokens; self.finished, a list; "
-            "Hypothesis(tokens, score, log_prob, ended).",
+    may_use="self.lp(n), the length penalty of n tokens; self.penalty(prefix), the coverage "
+            "penalty; self.finished, a list; Hypothesis(tokens, score, log_prob, ended).",
     example="""
         >>> from tinyft.beam import PowerPenalty, Search
         >>> search = Search(2, 0, PowerPenalty(1.0), n_best=1)
@@ -548,7 +583,7 @@ finish = Exercise(
         [Hypothesis(tokens=(5, 0), score=-1.5, log_prob=-3.0, ended=True)]
         """,
     hints=(
-        "The score is log P divided by the length penalty.",
+        "The score is log P divided by the length penalty, plus the coverage penalty.",
         "The length is that of this text, len(prefix.tokens). If the text has ended, its end is "
         "among the tokens, and counts.",
         "self.finished.append(Hypothesis(prefix.tokens, score, prefix.log_prob, ended))"))
@@ -577,10 +612,10 @@ LIVE = [Prefix((4, 4, 4, 4, 4), -20.0)]
 EARLIER = Hypothesis((9,), -1.0, -1.0, ended=False)
 
 
-def a_finish(f, tokens, log_prob, lp, *, ended):
+def a_finish(f, tokens, log_prob, lp, *, ended, coverage=0.0, attention=0.0):
     """The text that f, the learner's finish, appends to a search with one finished text."""
-    state = Search(3, END, lp, 1, list(LIVE), [EARLIER])
-    f(state, Prefix(tokens, log_prob), ended=ended)
+    state = Search(3, END, lp, 1, coverage, live=list(LIVE), finished=[EARLIER])
+    f(state, Prefix(tokens, log_prob, attention), ended=ended)
     for text in state.finished:
         if not isinstance(text, Hypothesis):
             raise Unusable("self.finished is a list of Hypothesis(tokens, score, log_prob, ended); "
@@ -632,6 +667,18 @@ def _(f, given):
     check_finish(f, given, ended=False)
 
 
+@finish.law("the coverage penalty is added to the score", given=a_text(),
+            attention=st.sampled_from(((0.5, 1.5), (0.25, 0.5))))
+def _(f, given, attention):
+    tokens, log_prob, name = given
+    lp = PENALTIES[name]
+    prefix = Prefix(tokens, log_prob, np.array(attention))
+    got = a_finish(f, tokens, log_prob, lp, ended=True, coverage=0.5, attention=prefix.attention)
+    penalty = 0.5 * np.log(np.minimum(attention, 1)).sum()
+    check(float(got.score), score_of(prefix, lp) + penalty, "the score with coverage = 0.5", {
+        "the coverage penalty is missing: self.penalty(prefix)": score_of(prefix, lp)})
+
+
 @finish.law("texts that had finished before stay", given=a_text())
 def _(f, given):
     tokens, log_prob, name = given
@@ -639,6 +686,7 @@ def _(f, given):
 
 
 def add_text(self, prefix, score, *, ended):
+    score += self.penalty(prefix)
     self.finished.append(Hypothesis(prefix.tokens, score, prefix.log_prob, ended))
 
 
@@ -651,6 +699,13 @@ def _(self, prefix, *, ended):
 @finish.wrong_answer("A penalty makes the score smaller, so multiply.", says="is multiplied")
 def _(self, prefix, *, ended):
     add_text(self, prefix, score_of(prefix, self.lp, how="multiply"), ended=ended)
+
+
+@finish.wrong_answer("log P and the length are all that a score needs.",
+                     says="coverage penalty is missing", subtle=True)
+def _(self, prefix, *, ended):
+    score = score_of(prefix, self.lp)
+    self.finished.append(Hypothesis(prefix.tokens, score, prefix.log_prob, ended))
 
 
 @finish.wrong_answer("The probability of a text is its score.",
@@ -782,7 +837,7 @@ def check_done(f, given, faults=DONE_FAULTS):
 
     def answer(best, other):
         live = [Prefix((1,), best), Prefix((2,), other)]
-        search = Search(beams, END, PowerPenalty(1.0), n_best, live)
+        search = Search(beams, END, PowerPenalty(1.0), n_best, live=live)
         search.finished = [Hypothesis((END,), score, score, ended=True) for score in scores]
         out = f(search, reach)
         if not isinstance(out, (bool, np.bool_)):
@@ -816,7 +871,7 @@ def _(f, given):
 @is_done.law("done if no prefix lives", given=a_moment())
 def _(f, given):
     scores, n_best, beams, reach = given
-    search = Search(beams, END, PowerPenalty(1.0), n_best, [])
+    search = Search(beams, END, PowerPenalty(1.0), n_best, live=[])
     search.finished = [Hypothesis((END,), score, score, ended=True) for score in scores]
     close(f(search, reach), not search.live, "is_done without a live prefix", {
         "with no live prefix nothing can come any more": False})

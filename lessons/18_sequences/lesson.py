@@ -183,6 +183,7 @@ quote(Search.extend)
 
 # %% [markdown]
 # The result says which rows of the pass go on: their cached keys and values are kept.
+# `attention` serves a further penalty of GNMT, which we do not use.
 #
 # **Exercises:** `best_candidates`, `extend`.
 #
