@@ -20,7 +20,7 @@ from command_tools import (
     succeed,
     write_rows,
 )
-from helpers import real_asset
+from helpers import not_on_strict, real_asset
 
 import tinyft as ft
 from tinyft import array, cli
@@ -302,6 +302,7 @@ def test_a_chat_through_a_pipe_ends_with_its_input(gpt, tmp_path):
     assert run.returncode == 0 and error == "" and out.endswith("\n")
 
 
+@not_on_strict("a real model takes long there; test_gguf.py reads and runs small ones")
 @pytest.mark.parametrize("packed", [[], ["--packed"]], ids=["dense", "packed"])
 def test_a_real_model_answers(packed, capsys):
     model = str(real_asset("SmolLM2-135M-Instruct.Q4_1.gguf"))
