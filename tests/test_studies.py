@@ -24,11 +24,15 @@ def studies():
     before = set(sys.modules)
     sys.path.insert(0, str(HERE))
     import distilbert
+    import sequences
     import study
     import switch
-    from claims import c26, c27, c29, c30
+    from claims import c26, c27, c28, c29, c30
 
-    yield SimpleNamespace(distilbert=distilbert, study=study, switch=switch, c26=c26, c27=c27, c29=c29, c30=c30)
+    yield SimpleNamespace(
+        distilbert=distilbert, sequences=sequences, study=study, switch=switch, c26=c26, c27=c27, c28=c28, c29=c29,
+        c30=c30,
+    )
     sys.path.remove(str(HERE))
     for name in set(sys.modules) - before:
         if str(HERE) in str(getattr(sys.modules[name], "__file__", "")):
@@ -151,6 +155,33 @@ def test_the_smoke_run_of_switch_writes_page_and_picture(studies, tmp_path):
     assert w.summary(w.SMOKE, rows)["shares"].keys() == {*w.STUDENTS, w.LONGER}
 
 
+def test_the_smoke_run_of_sequences_writes_page_and_picture(studies, tmp_path):
+    q = studies.sequences
+    study = q.PROGRAM.open(q.SMOKE, tmp_path, tmp_path / "work")
+    rows = q.rows_of(q.SMOKE, study)
+    q.PROGRAM.report(q.SMOKE, study, rows)
+    text = (tmp_path / "sequences.md").read_text(encoding="utf-8")
+    assert "| interpolation |" in text and "python tests/benchmarks/sequences.py" in text
+    assert (tmp_path / "sequences.png").stat().st_size > 10_000
+    assert studies.c28.judge(q.summary(q.SMOKE, rows)).measured
+
+
+def test_the_students_of_a_seed_see_the_same_sources_and_learn_what_their_method_says(studies, tmp_path):
+    q = studies.sequences
+    study = q.PROGRAM.open(q.SMOKE, tmp_path, tmp_path / "work")
+    batches = {}
+    losses = {}
+    for method in q.METHODS:
+        found, losses[method] = q.taught(study, q.SMOKE, method, q.data_batches(q.SMOKE, method, 0))
+        batches[method] = next(iter(found))
+    for method in q.METHODS[:-1]:
+        assert np.array_equal(batches[method]["source_ids"], batches[q.ALONE]["source_ids"]), method
+    for method in (q.ALONE, q.WORD):
+        assert np.array_equal(batches[method]["ids"], batches[q.ALONE]["ids"]), method
+    assert {method for method, loss in losses.items() if loss is not None} == {q.WORD, q.BOTH}
+    assert len(q.data_batches(q.SMOKE, q.MORE, 0)) == 2 * len(q.data_batches(q.SMOKE, q.ALONE, 0))
+
+
 def test_a_token_of_every_switch_model_costs_what_one_of_the_dense_model_costs(studies):
     w = studies.switch
     s = w.Settings()
@@ -246,6 +277,27 @@ def test_c27_wants_every_seed(studies):
     assert d.head_starts(numbers) == {"layers": [0.5, None], "random": [0.5, 0.5]}
     finding = studies.c27.judge(numbers)
     assert finding.verdict == "holds in part" and "in 1 of 2 seeds" in finding.measured
+
+
+@pytest.mark.parametrize("word, sequence, mixed, verdict", [
+    (0.01, 0.05, 0.03, "holds"),
+    (0.06, 0.05, 0.03, "holds in part"),                        # word-level gains more
+    (0.01, 0.05, 0.07, "holds in part"),                        # interpolation gains more
+    (-0.01, 0.005, 0.0, "wrong as stated"),                     # the largest, but not clearly above nothing
+    (0.03, -0.02, 0.01, "wrong as stated"),
+])
+def test_c28_wants_the_largest_gain_and_a_clear_one(studies, word, sequence, mixed, verdict):
+    q = studies.sequences
+    scores = dict.fromkeys(q.SCORES, r(0.2))
+    gains = {q.WORD: word, q.SEQUENCE: sequence, q.INTERPOLATION: mixed}
+    students = {}
+    for method in q.METHODS:
+        students[method] = {"greedy": scores, "beam": scores, "gain": r(gains.get(method, 0.0), 0.01)}
+    numbers = {
+        "students": students, "baselines": {},
+        "teacher": {decoding: dict.fromkeys(q.SCORES, 0.3) for decoding in ("greedy", "beam")},
+    }
+    assert studies.c28.judge(numbers).verdict == verdict
 
 
 def switch_numbers(studies, by_steps: list[float], by_time: float = 1.0, half: float = 0.1,

@@ -1,0 +1,290 @@
+"""The shipped encoder-decoder, base-seq2seq: a T5 that reads the summary of a docstring and writes a function's name.
+
+    make base ARGS=base-seq2seq      or      python -m tinyft.pretrain base-seq2seq
+
+    "Return the list of archive files."  ->  "get archive files"
+
+The task has 3,423 training pairs, too few to learn from scratch how to copy a word. Therefore
+
+    tokens      of lower-case text: nearly every word of a summary is one token, to be copied whole
+    start       cross-attention begins as a copy: W_V = W_O = I        after Trockman, Kolter 2023, arXiv:2305.09828
+    pairs       sentences of the prose with the names that CopyWords gives them, real pairs with exchanged words, and
+                the real pairs; the last part of the steps sees more of the real ones
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from . import checks, data
+from .data.name_baselines import simple_names
+from .data.name_training import copied_names, exchanged, prose_sentences, prose_words
+from .data.names import Pairs
+from .data.scores import exact_match, token_f1
+from .files import write_atomically
+from .models import T5, T5Config
+from .optim import AdamW, cosine_schedule
+from .predict import predict
+from .pretrain import ASSETS, Stages, smooth, write_figure
+from .train import CrossEntropy, History, fit
+
+NAME = "base-seq2seq"
+SPECIAL = ("[PAD]", "[UNK]", "<|endoftext|>")
+MAX_SOURCE = 40  # tokens of a summary and its end
+MAX_TARGET = 16  # tokens of a name and its end
+
+
+@dataclass(frozen=True)
+class NameRecipe:
+    """The model and its training: AdamW, warm-up and cosine decay, two stages.
+
+    batch        pairs of a step
+    first, last  (sentences, exchanged, real): the pairs of each kind in a stage, as multiples of the real ones
+    share        of the steps in the last stage
+    """
+
+    config: T5Config = T5Config(
+        vocab=6144, positions=MAX_SOURCE, width=128, layers=2, heads=4, head_width=32, hidden=384, dropout=0.1,
+    )
+    steps: int = 8000
+    lr: float = 2e-3
+    batch: int = 128
+    warmup: float = 0.05
+    decay: float = 0.01
+    smoothing: float = 0.05
+    first: tuple[int, int, int] = (6, 2, 1)
+    last: tuple[int, int, int] = (4, 3, 2)
+    share: float = 0.3
+    seed: int = 0
+
+    def model(self) -> T5:
+        """The model with its start: random weights, and cross-attention that copies what it attends to."""
+        return start_copying(T5(self.config, self.seed))
+
+    def batches(self, tokenizer: Tokenizer) -> Stages:
+        """The batches of both stages, endless."""
+        last = round(self.share * self.steps)
+        sources = [
+            name_batches(mixture(*counts, seed=self.seed + i), tokenizer, self.batch, self.seed)
+            for i, counts in enumerate((self.first, self.last))
+        ]
+        return Stages(sources, [self.steps - last, last])
+
+
+def start_copying(model: T5) -> T5:
+    """The same model; each value and output map of its cross-attention is now the identity matrix.
+
+    What a head reads at the position it attends to is then the token's own embedding, of which the tied output layer
+    makes that token's logit. With random maps, nothing is copied in the first 1,000 steps.
+    ValueError unless the heads together are as wide as the model.
+    """
+    config = model.config
+    if config.heads * config.head_width != config.width:
+        raise ValueError(f"start_copying wants heads that are together as wide as the model, {config.width}, "
+                         f"got {config.heads} of {config.head_width}")
+    for block in model.decoder:
+        for linear in (block.cross_attn.v, block.cross_attn.o):
+            linear.weight.copy_(np.eye(config.width, dtype=np.float32))
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------- the pairs
+def real_pairs(split: str) -> Pairs:
+    """(summaries, names) of a split of the task *names*."""
+    chosen = [pair for pair in data.name_pairs() if pair.split == split]
+    return Pairs(tuple(pair.summary for pair in chosen), tuple(pair.name for pair in chosen))
+
+
+def mixture(sentences: int, changed: int, real: int, seed: int = 0) -> list[tuple[str, str]]:
+    """(source, target) for a stage: pairs of three kinds, each as many times the real pairs as asked.
+
+    sentences   of the prose, with names by CopyWords; each at most once
+    changed     real pairs with exchanged words, each time with others
+    real        the real pairs, so many times
+    A target holds the words of a name, separated by spaces.
+    """
+    pairs = real_pairs("train")
+    prose = prose_sentences("train")
+    words = prose_words(prose)
+    order = data.batches.generator(seed, len(prose)).permutation(len(prose))
+    chosen = [prose[i] for i in order[: sentences * len(pairs.prompts)]]
+    parts = [copied_names(pairs, chosen)] if chosen else []
+    parts += [exchanged(pairs, words, seed=1000 * seed + i) for i in range(changed)]
+    parts += [pairs] * real
+    return [(source, spaced(name)) for part in parts for source, name in zip(*part, strict=True)]
+
+
+def spaced(name: str) -> str:
+    """get_archive_files -> "get archive files", as a target holds it."""
+    return " ".join(name.split("_"))
+
+
+def joined(target: str) -> str:
+    """"get archive files" -> get_archive_files"""
+    return "_".join(target.split())
+
+
+def name_batches(pairs: Sequence[tuple[str, str]], tokenizer: Tokenizer, batch: int, seed: int = 0) -> data.Batches:
+    """Endless batches of (source, target); a longer source is cut, and a target that is too long is left out."""
+    fitting = [pair for pair in pairs if len(tokenizer.encode(pair[1], add_special_tokens=False).ids) < MAX_TARGET]
+    start = tokenizer.token_to_id("[PAD]")
+    return data.source_batches(fitting, tokenizer, batch, MAX_SOURCE, MAX_TARGET, seed, start=start)
+
+
+def train_tokenizer(vocab: int) -> Tokenizer:
+    """Byte-pair encoding of lower-case words, learned from the prose and the training pairs.
+
+    Punctuation and digits stand alone, and "_" is a space. Each word begins with a space, so that a word has the same
+    tokens wherever it stands. The pairs count several times: their words shall be whole tokens.
+    """
+    pairs = real_pairs("train")
+    texts = [*prose_sentences("train"), *3 * pairs.prompts, *5 * pairs.responses]
+    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace("_", " ")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.WhitespaceSplit(),
+        pre_tokenizers.Punctuation(),
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.Metaspace(prepend_scheme="always"),
+    ])
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=list(SPECIAL), show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+# ---------------------------------------------------------------------------------------------------- quality
+def written_names(model: T5, tokenizer: Tokenizer, summaries: Sequence[str]) -> list[str]:
+    """The names that a model writes for N summaries, by greedy decoding."""
+    return [joined(text) for text in predict(model, tokenizer, list(summaries), max_new_tokens=MAX_TARGET)]
+
+
+def name_scores(model: T5, tokenizer: Tokenizer, pairs: Pairs) -> dict[str, float]:
+    """{"f1", "exact"}: the means of token F1 and of exact matches of the names that a model writes."""
+    names = written_names(model, tokenizer, pairs.prompts)
+    return {
+        "f1": float(token_f1(pairs.responses, names).mean()),
+        "exact": float(exact_match(pairs.responses, names).mean()),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- training
+def pretrain_names(
+    work: Path, assets: Path = ASSETS, steps: int | None = None, recipe: NameRecipe = NameRecipe(),
+) -> dict[str, float]:
+    """Train base-seq2seq, or continue from the checkpoint in work/base-seq2seq.
+
+    Writes the model, its tokenizer, its card and its curves to assets/base-seq2seq. Returns its scores on the test
+    split, f1 and exact. steps: in place of the recipe's; ValueError below 1.
+    """
+    from .formats.huggingface import save
+
+    if steps is not None:
+        recipe = replace(recipe, steps=checks.whole("pretrain: steps", steps, 1))
+    tokenizer = train_tokenizer(recipe.config.vocab)
+    recipe = replace(recipe, config=replace(recipe.config, vocab=tokenizer.get_vocab_size()))
+    model = recipe.model()
+    history = fit(
+        model,
+        recipe.batches(tokenizer),
+        recipe.steps,
+        AdamW(recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.decay),
+        cosine_schedule(recipe.warmup, 0.02),
+        loss=CrossEntropy(smoothing=recipe.smoothing),
+        out=work / NAME,
+        resume=True,
+        seed=recipe.seed,
+        evaluate=partial(name_scores, model, tokenizer, real_pairs("valid")),
+        evaluate_every=max(recipe.steps // 10, 1),
+    )
+    scores = name_scores(model, tokenizer, real_pairs("test"))
+    folder = assets / NAME
+    save(model, folder, tokenizer, dtype=np.float16)
+    write_atomically({
+        folder / "README.md": card(recipe, model, scores).encode(),
+        folder / "history.json": json.dumps(record(history)).encode(),
+    })
+    draw_f1(history, folder / "f1.png")
+    return scores
+
+
+CARD = """# {name}
+
+An encoder-decoder (T5): {config.layers} + {config.layers} layers, {config.width} wide, {config.heads} heads,
+vocabulary {config.vocab:,}; {parameters:,} parameters, float16 on disk.
+
+It reads the summary of a docstring and writes the words of a function's name. Trained from scratch by `make base`
+(`tinyft/pretrain_names.py`, seed {recipe.seed}) for {recipe.steps:,} steps of {recipe.batch} pairs, AdamW, peak
+learning rate {recipe.lr:g}: sentences of the shipped prose with the names that `CopyWords` gives them, pairs with
+exchanged words, and {real:,} real pairs (`assets/LICENSES.txt`).
+
+Held out (modules that occur nowhere in training; {count} pairs, greedy decoding):
+
+| | token F1 | exact |
+|---|---|---|
+| this model | {f1:.3f} | {exact:.3f} |
+{rows}
+
+![token F1](f1.png)
+
+It knows the verbs of Python's standard library, and how to copy. Made to learn from, not to be used.
+"""
+
+
+def card(recipe: NameRecipe, model: T5, scores: dict[str, float]) -> str:
+    """The model card, Markdown: architecture, training, and the test scores beside those of the baselines.
+
+    scores: of the trained model on the test split, as `name_scores` gives them.
+    """
+    test = real_pairs("test")
+    rows = []
+    for baseline, names in simple_names(real_pairs("train"), real_pairs("valid"), test.prompts).items():
+        f1 = token_f1(test.responses, names).mean()
+        rows.append(f"| {baseline} | {f1:.3f} | {exact_match(test.responses, names).mean():.3f} |")
+    return CARD.format(
+        name=NAME,
+        config=recipe.config,
+        recipe=recipe,
+        parameters=sum(p.size for p in model.parameters()),
+        real=len(real_pairs("train").prompts),
+        count=len(test.prompts),
+        rows="\n".join(rows),
+        **scores,
+    )
+
+
+def record(history: History) -> dict[str, list]:
+    """The content of history.json: the smoothed training losses, and token F1 of the valid split at its steps."""
+    return {
+        "losses": [round(value, 3) for value in smooth(history.losses)],
+        "f1": [[step, round(metrics["f1"], 4)] for step, metrics in history.evaluations],
+    }
+
+
+def draw_f1(history: History, path: Path) -> None:
+    """Save a figure of token F1 on the valid split against steps at `path`, if matplotlib is installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    valid = real_pairs("valid")
+    copied = simple_names(real_pairs("train"), valid, valid.prompts)["copy words"]
+    figure, axes = plt.subplots(figsize=(5, 3), dpi=100)
+    steps = [step for step, _ in history.evaluations]
+    axes.plot(steps, [metrics["f1"] for _, metrics in history.evaluations], "o-", ms=3, label=NAME, color="#4477aa")
+    axes.axhline(token_f1(valid.responses, copied).mean(), color="#cc6677", ls=":", label="copy words")
+    axes.set(xlabel="step", ylabel="token F1, valid", title=NAME, ylim=(0, None))
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    write_figure(figure, path)
+    plt.close(figure)
