@@ -396,6 +396,8 @@ def test_quote_prints_the_librarys_own_source(capsys):
     assert "PreNormBlock.forward\ndef forward(self" in capsys.readouterr().out
     quote(tinyft.nn.Dropout)
     assert "class Dropout(Module)" in capsys.readouterr().out
+    quote(tinyft.perplexity)
+    assert capsys.readouterr().out.startswith("# tinyft/train/evaluate.py: perplexity\ndef perplexity(")
     for foreign in (json.dumps, 3, test_a_copy_is_caught):
         with pytest.raises(ValueError, match="of the library"):
             quote(foreign)

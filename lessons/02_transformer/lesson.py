@@ -641,8 +641,9 @@ for name, scores in (("GPT", gpt_scores), ("BERT", bert_scores)):
 #
 # The transformer of 2017 was both, an **encoder-decoder** for translation: an encoder
 # reads the source, and the decoder has a second attention, whose keys and values come
-# from the encoder. The library has no such model yet. But its attention takes any
-# number of queries and keys: five queries and sixteen keys make five rows of output.
+# from the encoder. The library's models of this kind are `ft.Seq2Seq` and `ft.T5`, and
+# lesson 18 trains one. Attention takes any number of queries and keys: five queries
+# and sixteen keys make five rows of output.
 
 # %%
 five = ft.Tensor(rng.normal(size=(5, 32)))

@@ -35,14 +35,15 @@ __all__ = ["quote", "show", "parse", "run", "notebook", "Cell", "Failed"]
 def quote(thing: Any) -> None:
     """Print the library's own source of a function, an op, a method or a class.  ValueError if it is not the library's.
 
-    An op is printed as its definition: the function of arrays that @op turned into a function of tensors.
+    An op is printed as its definition: the function of arrays that @op turned into a function of tensors. The decorator
+    of public functions, which checks keywords, is left out.
     """
     thing = inspect.unwrap(getattr(thing, "definition", thing))
     module = getattr(thing, "__module__", "")
     if not module.startswith("tinyft."):
         origin = f"from {module}" if module else "not"
         raise ValueError(f"quote wants something of the library; {thing!r} is {origin}")
-    source = textwrap.dedent(inspect.getsource(thing)).rstrip()
+    source = textwrap.dedent(inspect.getsource(thing)).rstrip().removeprefix("@checked_keywords\n")
     print(f"# {module.replace('.', '/')}.py: {thing.__qualname__}\n{source}")
 
 
