@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from contract import build, noise
 from helpers import host, wrong_answers
+from wrong import replaced
 
 import tinyft as ft
 from tinyft import GNMTPenalty, PowerPenalty, PrefixTuning, PromptTuning, Seq2Seq, Seq2SeqConfig, beam_search, no_grad
@@ -395,6 +396,7 @@ def test_the_reach_of_a_penalty_that_is_not_monotone():
     """Any positive function of the length is a penalty."""
     table = [0.0, 2.0, 5.0, 1.0, 3.0]
     assert longest_reach(lambda n: table[n], 4) == [5.0, 5.0, 3.0, 3.0]
+    assert longest_reach(PowerPenalty(-1.0), 4) == [1.0, 1 / 2, 1 / 3, 1 / 4], "less than 1"
     for seed in range(5):
         model = Table(2, seed)
         every = every_text(model, (0,), 4, 0, lambda n: table[n])
@@ -419,6 +421,61 @@ def test_tokens_of_probability_zero_are_never_written():
             def logits(self, prefix: tuple[int, ...]) -> np.ndarray:
                 return np.full(self.V, np.nan)
         ours(Broken(4, 0), (1,), 2)
+
+
+class Narrow(Table):
+    """A table whose logits are float16, and whose log-probabilities are computed in float32."""
+
+    def forward(self, ids: Any, ctx: Context) -> Tensor:
+        return Tensor(super().forward(ids, ctx).data.astype(np.float16))
+
+    def log_probs(self, prefix: tuple[int, ...]) -> np.ndarray:
+        z = self.logits(prefix).astype(np.float16).astype(np.float32)
+        z = z - z.max()
+        return (z - np.log(np.exp(z).sum())).astype(np.float64)
+
+
+def test_logits_in_16_bits_and_large_ones_give_exact_sums():
+    """log p of 16-bit logits is computed in float32 and added up in float64. No size of the logits overflows."""
+    for model in (Narrow(6, 0), Table(6, 1, scale=2000.0)):
+        want = plain(model, (1,), 5, beams=3, end=0, lp=GNMTPenalty(0.6), n_best=3)
+        assert all(math.isfinite(h.score) for h in want)
+        same(ours(model, (1,), 5, beams=3, end=0, n_best=3), want)
+
+
+def passes_of(model: Module, *args: Any, **options: Any) -> list[tuple[int, int]]:
+    """The shapes of the ids of each pass of a search."""
+    shapes = []
+    forward = type(model).forward
+
+    def counted(self: Module, ids: Any, ctx: Context) -> Tensor:
+        shapes.append(np.shape(ids))
+        return forward(self, ids, ctx)
+    with replaced(type(model), "forward", counted):
+        beam_search(model, *args, **options)
+    return shapes
+
+
+def test_the_defaults_are_four_beams_and_a_cache():
+    ids = np.array([[1, 2, 3]])
+    shapes = passes_of(model_of("none"), ids, 3)
+    assert shapes == [(1, 3), (4, 1), (4, 1)]
+    assert passes_of(model_of("none"), ids, 3, cache=False, beams=2) == [(1, 3), (2, 4), (2, 5)]
+
+
+def test_a_search_ends_as_soon_as_its_result_is_certain():
+    """The end has nearly all of the probability: no pass follows the first."""
+    class Certain(Table):
+        def logits(self, prefix: tuple[int, ...]) -> np.ndarray:
+            return np.array([20.0, 0.0, 0.0])
+    assert len(passes_of(Certain(3, 0), [[1]], 5, beams=2, end=0, cache=False)) == 1
+
+
+def test_one_live_prefix_of_a_padded_row():
+    ids = np.array([[0, 0, 1, 2, 3]])
+    (padded,) = beam_search(model_of("none"), ids, 4, beams=1, mask=ids > 0, cache=False)
+    (alone,) = beam_search(model_of("none"), ids[:, 2:], 4, beams=1, cache=False)
+    assert padded[0].tokens == alone[0].tokens
 
 
 # ── bad input ────────────────────────────────────────────────────────────────────────────────────────────────────────

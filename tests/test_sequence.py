@@ -512,6 +512,24 @@ def test_endless_batches_stay_endless():
     assert beams.searches == 10
 
 
+class Counted(list):
+    """A list of batches that knows its position; it has an end."""
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        pass
+
+
+def test_batches_with_an_end_give_a_list():
+    """Also those that can be resumed: only endless ones are mapped as they are read."""
+    batches = [make_batch(1), make_batch(2)]
+    method = SequenceLevel(make_beams())
+    new = method.map(Counted(batches))
+    assert isinstance(new, list) and [texts(batch) for batch in new] == [texts(b) for b in method.map(batches)]
+
+
 def check_chosen_once() -> None:
     """Interpolation computes BLEU for each pair of a source and a target in the first epoch alone.
 
@@ -623,6 +641,10 @@ def test_bad_batches_and_teachers_get_one_sentence():
         method.map([{"ids": batch["ids"]}])
     with pytest.raises(ValueError, match="SequenceLevel wants batches of source and target, got one label per row"):
         method.map([{**batch, "labels": np.zeros(6, int)}])
+    labels = np.where(batch["mask"], batch["ids"], -100)
+    embeddings = {**batch, "ids": ft.Tensor(np.zeros((6, 6, 12))), "labels": labels}
+    with pytest.raises(ValueError, match="SequenceLevel wants batches of ids, got embeddings"):
+        method.map([embeddings])
     empty = {**batch, "source_mask": batch["source_mask"] & (np.arange(6) != 2)[:, None]}
     with pytest.raises(ValueError, match="a source with one token or more in each row, got an empty one in row 2"):
         method.map([empty])
