@@ -680,6 +680,30 @@ def test_every_second_block_is_a_switch_layer_and_the_others_start_as_before(kin
     assert ft.count(one).total == ft.count(plain).total + 2 * 12                 # two routers of one row
 
 
+def make_mlp(dropout: float = 0.1) -> MLP:
+    return MLP(C, F, activation=ops.relu, rng=np.random.default_rng(0), dropout=dropout)
+
+
+def test_the_feed_forward_of_a_block_follows_the_settings():
+    """Every n-th is a Switch layer, with a dropout of its own if it is given."""
+    for every in (1, 2, 3, 4):
+        switch = SwitchConfig(2, every)
+        layers = [moe.feed_forward(i, switch, make_mlp, rng=np.random.default_rng(0)) for i in range(9)]
+        assert [i for i, layer in enumerate(layers) if isinstance(layer, SwitchMLP)] == switch.layers(9)
+    for dropout, expected in ((None, 0.1), (0.0, 0.0), (0.4, 0.4)):
+        layer = moe.feed_forward(0, SwitchConfig(2, 1, dropout=dropout), make_mlp, rng=np.random.default_rng(0))
+        assert [expert.drop.p for expert in layer.experts] == [expected] * 2
+
+
+def test_a_router_starts_with_a_standard_deviation_of_002():
+    switch = SwitchConfig(8, 1)
+    z = np.random.default_rng(0).standard_normal((8, C))
+    of_a_block = moe.feed_forward(0, switch, make_mlp, rng=np.random.default_rng(0))
+    alone = SwitchMLP([make_mlp() for _ in range(8)], switch, rng=np.random.default_rng(0))
+    for layer in (of_a_block, alone):
+        np.testing.assert_allclose(host(layer.router.weight), 0.02 * z, rtol=1e-5)
+
+
 @KINDS
 def test_a_switch_model_trains_and_logs_its_losses(kind):
     batches = [make_batch(kind, seed) for seed in range(2)]
