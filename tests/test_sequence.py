@@ -412,8 +412,9 @@ def test_both_methods_and_later_runs_pay_the_teacher_once(tmp_path):
     sources = {tuple(row[real]) for batch in batches
                for row, real in zip(batch["source_ids"], batch["source_mask"], strict=True)}
     assert beams.fill(batches) == len(sources) == len(beams)
+    assert beams.fill([*batches, make_batch(3)]) == len(beams) - len(sources) > 0, "the new ones of this call"
     expected = [method(beams).map(batches) for method in (SequenceLevel, Interpolation)]
-    assert beams.searches == len(sources)
+    assert beams.searches == len(beams)
     reopened = make_beams(tmp_path / "beams")
     for method, before in zip((SequenceLevel, Interpolation), expected, strict=True):
         for new, old in zip(method(reopened).map(batches), before, strict=True):
@@ -422,6 +423,18 @@ def test_both_methods_and_later_runs_pay_the_teacher_once(tmp_path):
     found = [reopened.look_up(read_batch(batch)) for batch in batches]
     assert found == [beams.look_up(read_batch(batch)) for batch in batches], "scores and flags, too"
     assert reopened.unfinished == beams.unfinished > 0
+
+
+def test_five_beams_are_the_default_and_all_their_texts_are_kept():
+    beams = TeacherBeams(None, make_teacher(), end=END, max_new_tokens=N)
+    assert (beams.beams, beams.n_best) == (5, 5)
+    assert max(map(len, beams.look_up(read_batch(make_batch())))) == 5
+
+
+def test_a_source_of_other_whole_numbers_is_the_same_source():
+    batch = make_batch()
+    narrow = {**batch, "source_ids": batch["source_ids"].astype(np.int32)}
+    assert beams_module.source_keys(read_batch(narrow)) == beams_module.source_keys(read_batch(batch))
 
 
 def test_a_fill_that_was_stopped_goes_on(tmp_path):
