@@ -449,6 +449,14 @@ def test_a_student_comes_closer_to_its_teacher_and_resumes_bitwise(kind, tmp_pat
     assert equal(values_of(teacher), before)
 
 
+def test_without_a_mask_all_tokens_of_a_masked_batch_are_real():
+    labels = np.full((2, 5), -100)
+    labels[0, 1] = 3
+    targets = ft.DistilBERTLoss(make_bert(5)).read({"ids": np.ones((2, 5), int), "labels": labels})
+    assert targets.weight == 10 and targets.logit_positions is None
+    np.testing.assert_array_equal(targets.labels, labels.reshape(-1))
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_distillation_in_16_bits_is_close_to_one_in_32(dtype):
     teacher = make_gpt(3)

@@ -333,6 +333,12 @@ def test_a_classifier_learns_from_a_classifier():
     assert history.losses[-1] < 0.8 * history.losses[0]
 
 
+def test_a_batch_of_embeddings_needs_no_labels():
+    loss = make_loss(models()[1], 12)
+    assert loss.read({"ids": Tensor(np.zeros((2, 3, 12)))}).weight == 6
+    assert loss.read({"ids": np.zeros((2, 3), int)}).weight == 6
+
+
 def test_the_map_of_layers():
     assert teacher_blocks("uniform", 12, 4) == [2, 5, 8, 11]
     assert teacher_blocks("uniform", 3, 3) == [0, 1, 2]

@@ -441,6 +441,13 @@ def test_a_configuration_of_no_model_is_refused(settings, message):
         Seq2SeqConfig(**{"vocab": V, "positions": P, "width": C, "layers": 1, "heads": H} | settings)
 
 
+def test_without_its_size_the_feed_forward_has_four_times_the_width():
+    for settings, expected in (({}, (48, 48)), ({"hidden": 10}, (10, 10)), ({"decoder_hidden": 10}, (48, 10))):
+        model = ft.Seq2Seq(Seq2SeqConfig(V, P, 12, 1, 3, **settings))
+        sizes = tuple(block.mlp.up.weight.shape[0] for block in (model.encoder[0], model.decoder[0]))
+        assert sizes == expected
+
+
 def test_the_sinusoids_follow_the_model_and_are_not_saved():
     model = Seq2Seq(CONFIGS["relu"])
     assert "pos.table" not in model.state_dict() and "pos.table" in model.named_buffers()
