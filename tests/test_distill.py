@@ -662,6 +662,71 @@ def test_a_row_has_one_key_in_every_batch():
         assert row_keys(read_batch({**full, **changed}))[0] != keys[0]
 
 
+def keys_of(ids: Any, **facts: Any) -> list[bytes]:
+    return row_keys(read_batch({"ids": np.asarray(ids), **facts}))
+
+
+def test_the_key_of_a_row_follows_its_places_facts_and_source():
+    """Labels everywhere, one label per row, a source and a task: each row has the key that it has alone or padded."""
+    ids = np.random.default_rng(1).integers(1, VOCAB, (3, 5))
+    mask = np.arange(8) < 5
+    padded = {"ids": np.pad(ids, ((0, 0), (0, 3))), "mask": np.tile(mask, (3, 1))}
+    everywhere = np.where(padded["mask"], 1, -100)
+    per_row = keys_of(ids, labels=np.array([0, 1, 0]))
+    per_token = keys_of(ids, labels=np.ones((3, 5), int))
+    assert keys_of(**padded, labels=np.array([0, 1, 0])) == per_row
+    assert keys_of(**padded, labels=everywhere) == per_token
+    assert not set(per_row) & set(per_token)
+    labels = np.where(np.arange(5) > 1, ids, -100)
+    other = ids.copy()
+    other[0, 0] = ids[0, 0] % (VOCAB - 1) + 1
+    assert keys_of(other, labels=labels)[0] != keys_of(ids, labels=labels)[0], "a token without a label"
+
+    same = np.tile(ids[:1], (3, 1))
+    tasks = keys_of(same, task=np.array([0, 1, 0]))
+    assert tasks[0] == tasks[2] != tasks[1]
+    assert keys_of(same[:1], task=np.array([1])) == tasks[1:2]
+    source = np.array([[3, 4], [3, 5], [3, 4]])
+    sources = keys_of(same, source_ids=source)
+    assert sources[0] == sources[2] != sources[1]
+    assert keys_of(same, source_ids=source, source_mask=np.ones((3, 2), bool)) == sources
+    in_source = keys_of([[5]], labels=np.array([[5]]), source_ids=np.array([[1, 1, 1]]))
+    in_text = keys_of([[5, 1]], labels=np.array([[5, 1]]))
+    assert in_source != in_text, "the end of a part counts"
+
+
+def test_a_cache_of_all_classes_needs_no_tail(tmp_path):
+    """k above V, a single row, and a teacher in float64: its logits are kept in float32."""
+    teacher = make_gpt(3).to(dtype=np.float64)
+    assert TeacherCache(tmp_path, teacher).k == 64
+    targets = read_batch({"ids": np.array([[1, 2, 3]])})
+    for k in (VOCAB + 5, VOCAB, None):
+        cache = TeacherCache(tmp_path / f"{k}", teacher, k=k)
+        for _ in range(2):
+            found = cache.look_up(targets, 7.0)
+            assert found.teacher_tail is None and cache.passes == 1
+            assert found.teacher_values.dtype == np.float32 and found.teacher_values.shape == (2, VOCAB)
+        cache.flush()
+        assert len(TeacherCache(tmp_path / f"{k}", k=k)) == 1
+
+
+def test_the_tail_is_a_sum_of_exponentials_of_any_size(rng):
+    z = rng.standard_normal((4, 9)) * 3000
+    columns = largest(z, 4)[1]
+    assert columns.dtype == np.int32
+    rest = np.sort(z, axis=-1)[:, :5]
+    tails = cache.tail_sums(z, columns, [1.0, 2.0])
+    assert tails.dtype == np.float32 and cache.tail_sums(z, columns, []).shape == (4, 0)
+    for i, T in enumerate((1.0, 2.0)):
+        np.testing.assert_allclose(tails[:, i], np.logaddexp.reduce(rest / T, axis=-1), rtol=1e-6)
+
+
+def test_the_k_largest_of_many(rng):
+    z = rng.permutation(5 * 2000).reshape(5, 2000).astype(np.float32)
+    for k in (2, 40, 700):
+        np.testing.assert_array_equal(largest(z, k)[0], -np.sort(-z, axis=-1)[:, :k])
+
+
 def test_the_k_largest_logits(rng):
     for k in (1, 3, 9, None):
         logits = rng.integers(0, 4, (20, 9)).astype(np.float32) + np.float32(0.01) * np.arange(9, dtype=np.float32)
