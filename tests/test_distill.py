@@ -722,9 +722,9 @@ def test_the_tail_is_a_sum_of_exponentials_of_any_size(rng):
 
 
 def test_the_k_largest_of_many(rng):
-    """So many that a partition at another place is no partition at this one; of few, NumPy sorts all."""
+    """With few, or with other numbers, NumPy's partition at k − 1 is one at k by chance."""
     z = rng.permutation(20 * 20000).reshape(20, 20000).astype(np.float32)
-    for k in (2, 300, 700):
+    for k in (2, 500):
         np.testing.assert_array_equal(largest(z, k)[0], -np.sort(-z, axis=-1)[:, :k])
 
 
