@@ -209,6 +209,7 @@ def test_token_f1(name, other):
     assert token_f1([name], [other])[0] == pytest.approx(f1_by_hand(name, other))
     assert token_f1([name], [other]) == token_f1([other], [name])
     assert exact_match([name], [other])[0] == (name == other)
+    assert name_words(name.replace("_", " ")) == name_words(name)
     assert name_words(f"_{name}__") == [word for word in name.split("_") if word]
 
 

@@ -330,7 +330,7 @@ def draw(numbers: dict[str, Any], path: Path) -> None:
     right.barh(names, [gain["mean"] for gain in gains], xerr=errors, color=[colors[n] for n in names], ecolor="0.3")
     right.axvline(0, color="0.5", linewidth=0.8)
     right.invert_yaxis()
-    right.set(xlabel="token F1 above the student without a teacher, test pairs", title="gain, 95 % interval")
+    right.set(xlabel="token F1, test pairs (95 % interval)", title="gain over the student without a teacher")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

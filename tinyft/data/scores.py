@@ -18,9 +18,9 @@ from .batches import read_array
 
 
 def name_words(name: str) -> list[str]:
-    """The words of a name: get_archive_files -> ["get", "archive", "files"]."""
+    """The words of a name, at underscores and spaces: get_archive_files -> ["get", "archive", "files"]."""
     checks.instance("name_words: name", name, str, "a string")
-    return [word for word in name.lower().split("_") if word]
+    return name.lower().replace("_", " ").split()
 
 
 def exact_match(names: Sequence[str], predicted: Sequence[str]) -> np.ndarray:
@@ -32,7 +32,8 @@ def exact_match(names: Sequence[str], predicted: Sequence[str]) -> np.ndarray:
 def token_f1(names: Sequence[str], predicted: Sequence[str]) -> np.ndarray:
     """F1 = 2 · common / (words of the name + words of the prediction), for each of N names: (N,) float64.
 
-    The words of a name stand between underscores. A word counts as often as it occurs; the order does not matter.
+    The words of a name stand between underscores or spaces. A word counts as often as it occurs; the order does not
+    matter.
     """
     names, predicted = _check_names("token_f1", names, predicted)
     scores = []
