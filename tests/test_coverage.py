@@ -15,7 +15,7 @@ from wrong import replaced
 
 import tinyft as ft
 from tinyft import GNMTPenalty, Seq2Seq, Seq2SeqConfig, T5Config, beam_search
-from tinyft.beam import source_attention
+from tinyft.beam import last_cross_attention, source_attention
 from tinyft.tensor import Tensor
 
 V = 3
@@ -202,6 +202,11 @@ def test_the_attention_of_a_model_in_16_bits_does_not_round_to_zero():
     model([[0]], ctx)
     (attention,) = source_attention(ctx, cross)
     assert 0 < attention.min() < 2**-24 and attention.sum() == pytest.approx(1, rel=1e-12)
+
+
+def test_the_last_of_three_blocks_gives_the_attention():
+    model = ft.Seq2Seq(ft.Seq2SeqConfig(V, 8, 12, 3, 3))
+    assert last_cross_attention(model) is model.decoder[2].cross_attn
 
 
 @pytest.mark.parametrize("coverage, message", [
