@@ -49,6 +49,7 @@ SUITES = {
                "test_numbers.py"],
     "functional.py": ["test_ops.py", "test_attention.py", "test_masks.py", "test_shapes.py", "test_numbers.py"],
     "context.py": ["test_nn.py", "test_attention.py", "test_decode.py", "test_masks.py"],
+    "keywords.py": ["test_keywords.py"],
     "nn.py": ["test_nn.py"],
     "edit.py": ["test_protocol.py", "test_methods.py", "test_stacks.py"],
     "methods": ["test_methods.py", "test_protocol.py", "test_stacks.py"],

@@ -8,7 +8,7 @@ import inspect
 import pydoc
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from helpers import host_only, rejects
@@ -252,3 +252,40 @@ def test_a_class_with_keywords_of_its_own_receives_them():
             self.keywords = keywords
 
     assert Own(anything=1).keywords == {"anything": 1}
+
+
+class Plain:
+    """A class with an __init__ of its own."""
+
+    def __init__(self, steps: int, *, clip: float = 1.0, accumulate: int = 1) -> None:
+        self.settings = (steps, clip, accumulate)
+
+
+class Pair(NamedTuple):
+    """A NamedTuple, which has a __new__ and no __init__."""
+
+    steps: int
+    clip: float = 1.0
+
+
+class Base:
+    """A base of dataclasses, which has neither."""
+
+
+def only_keywords(*, clip: float = 1.0, accumulate: int = 1) -> tuple:
+    """A function whose parameters are all keywords."""
+    return clip, accumulate
+
+
+def test_every_kind_of_class_and_function_can_be_decorated():
+    plain = checked_keywords(type("Plain", (Plain,), {"__init__": Plain.__init__}))
+    assert plain(3, clip=2.0, accumulate=4).settings == (3, 2.0, 4)
+    pair = checked_keywords(type("Pair", (Pair,), {"__new__": Pair.__new__}))
+    assert tuple(pair(3, clip=2.0)) == (3, 2.0)
+    base = checked_keywords(type("Base", (Base,), {}))
+    child = dataclasses.make_dataclass("Child", [("steps", int), ("clip", float, 1.0)], bases=(base,))
+    assert (child(3, clip=2.0).steps, child(3, clip=2.0).clip) == (3, 2.0)
+    function = checked_keywords(only_keywords)
+    assert function(clip=2.0, accumulate=4) == (2.0, 4)
+    for call in (plain, pair, child, function):
+        assert hint_for(call, "clipp") == "did you mean 'clip'?"
