@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tinyft as ft
-from tinyft import data
+from tinyft import array, data
 from tinyft import pretrain_names as teacher
 from tinyft.data import Pairs
 from tinyft.data.name_baselines import CopyWords
@@ -111,7 +111,7 @@ def attends_to_one(model: ft.T5) -> tuple[np.ndarray, np.ndarray]:
     """(what cross-attention adds for a source of one token, what the encoder gives for it)"""
     source = model.encode([[3]])
     ctx = ft.Context(source=source)
-    x = ft.Tensor(np.random.default_rng(0).normal(size=(1, 2, model.config.width)).astype(np.float32))
+    x = ft.Tensor(array.normal(np.random.default_rng(0), (1, 2, model.config.width), 1.0))
     with ft.no_grad():
         added = model.decoder[0].cross_attn(x, ctx)
     return host(added)[0], np.broadcast_to(host(source.last_hidden_state)[0], (2, model.config.width))
