@@ -172,7 +172,7 @@ def test_the_students_of_a_seed_see_the_same_sources_and_learn_what_their_method
     batches = {}
     losses = {}
     for method in q.METHODS:
-        found, losses[method] = q.taught(study, q.SMOKE, method, q.data_batches(q.SMOKE, method, 0))
+        found, losses[method] = q.apply_method(study, q.SMOKE, method, q.data_batches(q.SMOKE, method, 0))
         batches[method] = next(iter(found))
     for method in q.METHODS[:-1]:
         assert np.array_equal(batches[method]["source_ids"], batches[q.ALONE]["source_ids"]), method

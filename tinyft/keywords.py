@@ -141,8 +141,9 @@ FOREIGN_NAMES = {
 def checked_keywords(target: T) -> T:
     """The decorator of a public function or class: an unknown keyword raises TypeError, as refuse_keywords words it.
 
-    Signature and docstring stay. Of a class, its own `__init__` is wrapped. A class without one is the base of
-    dataclasses, whose `__init__` is made later: it gets a `__new__`, which they inherit, and which runs before it."""
+    The signature and the docstring stay. If a class defines `__init__`, that method is wrapped. If it defines neither
+    `__init__` nor `__new__`, its subclasses are dataclasses, and their `__init__` does not exist yet: the class gets a
+    `__new__` that checks the keywords. The subclasses inherit it, and it runs before `__init__`."""
     if not isinstance(target, type):
         return _checked_function(target, target.__name__)
     if "__init__" in vars(target):
@@ -184,7 +185,7 @@ _checked_new.__signature__ = inspect.Signature([inspect.Parameter("cls", inspect
 
 
 def keyword_names(function: Callable) -> tuple[str, ...]:
-    """The names of the parameters of a function that a call may give as keywords, without **keywords."""
+    """The names of the parameters of a function that can be given as keywords; **keywords is not counted."""
     code = inspect.unwrap(function).__code__
     names = code.co_varnames[code.co_posonlyargcount:code.co_argcount + code.co_kwonlyargcount]
     return tuple(name for name in names if name not in ("self", "_cls"))
@@ -214,7 +215,9 @@ def refuse_keywords(caller: str, unknown: Iterable[str], known: Iterable[str],
 
 
 def near_keyword(keyword: str, known: list[str]) -> str | None:
-    """The known keyword that is meant, by its name here or in another library, also misspelt; None without a guess."""
+    """The known keyword that is probably meant; None if there is no guess.
+
+    keyword: its name here or in another library, or a misspelling of one of them."""
     spellings: dict[str, str] = {name: name for name in known}
     for name, foreign in FOREIGN_NAMES.items():
         if name in known:

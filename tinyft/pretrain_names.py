@@ -7,7 +7,7 @@
 The task has 3,423 training pairs, too few to learn from scratch how to copy a word. Therefore
 
     tokens      of lower-case text: nearly every word of a summary is one token, to be copied whole
-    start       cross-attention begins as a copy: W_V = W_O = I        after Trockman, Kolter 2023, arXiv:2305.09828
+    start       W_V = W_O = I in cross-attention, so that it copies    after Trockman, Kolter 2023, arXiv:2305.09828
     pairs       sentences of the prose with the names that CopyWords gives them, real pairs with exchanged words, and
                 the real pairs; the last part of the steps sees more of the real ones
 """
@@ -46,8 +46,8 @@ class NameRecipe:
     """The model and its training: AdamW, warm-up and cosine decay, two stages.
 
     batch        pairs of a step
-    first, last  (sentences, exchanged, real): the pairs of each kind in a stage, as multiples of the real ones
-    share        of the steps in the last stage
+    first, last  what `mixture` takes in the first and in the last stage: (sentences, changed, real)
+    share        the share of the steps that belongs to the last stage
     """
 
     config: T5Config = T5Config(
@@ -65,24 +65,25 @@ class NameRecipe:
     seed: int = 0
 
     def model(self) -> T5:
-        """The model with its start: random weights, and cross-attention that copies what it attends to."""
+        """The model before training: random weights, and cross-attention that copies what it attends to."""
         return start_copying(T5(self.config, self.seed))
 
     def batches(self, tokenizer: Tokenizer) -> Stages:
         """The batches of both stages, endless."""
-        last = round(self.share * self.steps)
-        sources = [
-            name_batches(mixture(*counts, seed=self.seed + i), tokenizer, self.batch, self.seed)
-            for i, counts in enumerate((self.first, self.last))
-        ]
-        return Stages(sources, [self.steps - last, last])
+        last_steps = round(self.share * self.steps)
+        sources = []
+        for i, counts in enumerate((self.first, self.last)):
+            pairs = mixture(*counts, seed=self.seed + i)
+            sources.append(name_batches(pairs, tokenizer, self.batch, self.seed))
+        return Stages(sources, [self.steps - last_steps, last_steps])
 
 
 def start_copying(model: T5) -> T5:
-    """The same model; each value and output map of its cross-attention is now the identity matrix.
+    """The same model, with identity matrices as W_V and W_O of each cross-attention.
 
-    What a head reads at the position it attends to is then the token's own embedding, of which the tied output layer
-    makes that token's logit. With random maps, nothing is copied in the first 1,000 steps.
+    Cross-attention then adds the encoder's states to the decoder unchanged. By the residual connections such a state
+    contains the embedding of its token, and the tied output layer turns that into a logit of the token. With random
+    W_V and W_O, the model copies nothing in the first 1,000 steps.
     ValueError unless the heads together are as wide as the model.
     """
     config = model.config
@@ -103,11 +104,11 @@ def real_pairs(split: str) -> Pairs:
 
 
 def mixture(sentences: int, changed: int, real: int, seed: int = 0) -> list[tuple[str, str]]:
-    """(source, target) for a stage: pairs of three kinds, each as many times the real pairs as asked.
+    """The pairs (source, target) of a stage. Each number is a multiple of the number of real pairs.
 
-    sentences   of the prose, with names by CopyWords; each at most once
-    changed     real pairs with exchanged words, each time with others
-    real        the real pairs, so many times
+    sentences   of the prose, with the names that CopyWords gives them; no sentence occurs twice
+    changed     copies of the real pairs with exchanged words; each copy draws other words
+    real        copies of the real pairs
     A target holds the words of a name, separated by spaces.
     """
     pairs = real_pairs("train")
@@ -122,19 +123,22 @@ def mixture(sentences: int, changed: int, real: int, seed: int = 0) -> list[tupl
 
 
 def spaced(name: str) -> str:
-    """get_archive_files -> "get archive files", as a target holds it."""
+    """The target of a name: get_archive_files -> "get archive files"."""
     return " ".join(name.split("_"))
 
 
 def joined(target: str) -> str:
-    """"get archive files" -> get_archive_files"""
+    """The name that a target holds: "get archive files" -> get_archive_files."""
     return "_".join(target.split())
 
 
 def name_batches(pairs: Sequence[tuple[str, str]], tokenizer: Tokenizer, batch: int, seed: int = 0) -> data.Batches:
-    """Endless batches of (source, target); a longer source is cut, and a target that is too long is left out."""
+    """Endless batches of (source, target). A source of more than MAX_SOURCE tokens is cut; a pair whose target has more
+    than MAX_TARGET is left out.
+    """
+    # "<" leaves room for the end of the target.
     fitting = [pair for pair in pairs if len(tokenizer.encode(pair[1], add_special_tokens=False).ids) < MAX_TARGET]
-    start = tokenizer.token_to_id("[PAD]")
+    start = tokenizer.token_to_id("[PAD]")  # T5 starts its decoder with the padding token
     return data.source_batches(fitting, tokenizer, batch, MAX_SOURCE, MAX_TARGET, seed, start=start)
 
 
@@ -142,10 +146,12 @@ def train_tokenizer(vocab: int) -> Tokenizer:
     """Byte-pair encoding of lower-case words, learned from the prose and the training pairs.
 
     Punctuation and digits stand alone, and "_" is a space. Each word begins with a space, so that a word has the same
-    tokens wherever it stands. The pairs count several times: their words shall be whole tokens.
+    tokens wherever it stands.
     """
     pairs = real_pairs("train")
-    texts = [*prose_sentences("train"), *3 * pairs.prompts, *5 * pairs.responses]
+    summaries = 3 * pairs.prompts  # several times, so that their words become whole tokens
+    names = 5 * pairs.responses
+    texts = [*prose_sentences("train"), *summaries, *names]
     tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace("_", " ")])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
@@ -182,7 +188,7 @@ def pretrain_names(
     """Train base-seq2seq, or continue from the checkpoint in work/base-seq2seq.
 
     Writes the model, its tokenizer, its card and its curves to assets/base-seq2seq. Returns its scores on the test
-    split, f1 and exact. steps: in place of the recipe's; ValueError below 1.
+    split, f1 and exact. steps: replaces those of the recipe; ValueError if it is below 1.
     """
     from .formats.huggingface import save
 
@@ -261,7 +267,7 @@ def card(recipe: NameRecipe, model: T5, scores: dict[str, float]) -> str:
 
 
 def record(history: History) -> dict[str, list]:
-    """The content of history.json: the smoothed training losses, and token F1 of the valid split at its steps."""
+    """The content of history.json: the smoothed training losses, and [step, valid token F1] of each evaluation."""
     return {
         "losses": [round(value, 3) for value in smooth(history.losses)],
         "f1": [[step, round(metrics["f1"], 4)] for step, metrics in history.evaluations],

@@ -1,16 +1,17 @@
-"""Small encoder-decoders that name functions, taught by the shipped one word by word, by its texts, and by both.
+"""Small encoder-decoders that name functions, distilled from the shipped one: at word level, sequence level, and both.
 
     python tests/benchmarks/sequences.py           the rows that are missing, then the page and the picture
     python tests/benchmarks/sequences.py --page    the page and the picture from the stored rows
 
-Protocol: the teacher is base-seq2seq. A student has half its width and half its layers, the teacher's vocabulary and
-the same start of its cross-attention, and trains on the real training pairs of *names*; all methods of a seed see the
-same sources in the same order. "without a teacher": the names of the data. "word-level": those, and the teacher's
-distribution at each token. "sequence-level": the best text of the teacher's beam search. "interpolation": the one of
-its K best texts that is most similar to the name in the data, by BLEU. "more sources": sequence-level, with sentences
-of the prose as further sources, which have no names. Scores are means over the test pairs, of modules that neither
-teacher nor student has seen; curves are of the valid pairs, by greedy decoding. Intervals are 95 %, by Student's t over
-the seeds; differences are paired.
+Protocol: the teacher is base-seq2seq. A student has half its width, half its layers, its vocabulary and the same
+initial cross-attention. It trains on the training pairs of *names*. For one seed, all methods see the same sources in
+the same order, except "more sources", which adds sentences of the prose that have no names. Targets: "without a
+teacher": the names in the data. "word-level": the same names, and at each token the teacher's distribution.
+"sequence-level": the best text of the teacher's beam search. "interpolation": of the teacher's K best texts, the one
+that is most similar to the name in the data, by BLEU. "sequence-level and word-level": the targets of the first, with
+the loss of the second. Scores are means over the test pairs; teacher and student have seen none of their modules.
+Curves are on the valid pairs, with greedy decoding. Intervals are 95 %, by Student's t over the seeds; differences are
+paired.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ INTERPOLATION = "interpolation"
 BOTH = "sequence-level and word-level"
 MORE = "sequence-level, more sources"
 METHODS = (ALONE, WORD, SEQUENCE, INTERPOLATION, BOTH, MORE)
-THREE = (WORD, SEQUENCE, INTERPOLATION)  # those of the paper
+THREE = (WORD, SEQUENCE, INTERPOLATION)  # those of Kim and Rush 2016, arXiv:1606.07947
 COST = "cost"
 BASELINES = "baselines"
 SCORES = ("f1", "exact", "bleu")
@@ -116,8 +117,8 @@ def teacher_beams(folder: Path, beams: int) -> ft.TeacherBeams:
     return ft.TeacherBeams(folder / f"beams-{beams}", model, end=end, max_new_tokens=MAX_TARGET, beams=beams)
 
 
-def taught(study_: Study, s: Settings, method: str, batches: ft.data.Batches) -> tuple[Any, ft.Loss | None]:
-    """(batches, loss) of a method: the targets that it learns, and what it learns of them."""
+def apply_method(study_: Study, s: Settings, method: str, batches: ft.data.Batches) -> tuple[Any, ft.Loss | None]:
+    """(batches, loss) of a method: the batches with its targets, and its loss; None: the cross-entropy."""
     if method in (SEQUENCE, BOTH, MORE):
         batches = ft.SequenceLevel(teacher_beams(study_.work, s.beams)).map(batches)
     elif method == INTERPOLATION:
@@ -137,7 +138,7 @@ def mean_scores(gold: Sequence[str], names: Sequence[str]) -> dict[str, float]:
     }
 
 
-def found_names(model: ft.Module, s: Settings, summaries: Sequence[str]) -> list[str]:
+def beam_names(model: ft.Module, s: Settings, summaries: Sequence[str]) -> list[str]:
     """The names that a model writes by beam search."""
     texts = search_texts(model, teacher()[1], list(summaries), beams=s.beams, max_new_tokens=MAX_TARGET)
     return [joined(best.text) for best, *_ in texts]
@@ -147,12 +148,12 @@ def test_scores(model: ft.Module, s: Settings) -> Row:
     """{"greedy": scores, "beam": scores} on the test pairs."""
     test = pairs_of("test", s.pairs)
     greedy = written_names(model, teacher()[1], test.prompts)
-    beam = found_names(model, s, test.prompts)
+    beam = beam_names(model, s, test.prompts)
     return {"greedy": mean_scores(test.responses, greedy), "beam": mean_scores(test.responses, beam)}
 
 
 def valid_f1(model: ft.Module, s: Settings) -> dict[str, float]:
-    """{"loss": 1 − token F1} on the valid pairs, for a learning curve."""
+    """{"loss": 1 − token F1} on the valid pairs: `study.curve` reads "loss", and lower is better."""
     valid = pairs_of("valid", s.pairs)
     return {"loss": 1 - float(token_f1(valid.responses, written_names(model, teacher()[1], valid.prompts)).mean())}
 
@@ -161,7 +162,7 @@ def valid_f1(model: ft.Module, s: Settings) -> dict[str, float]:
 def student_row(study_: Study, s: Settings, method: str, seed: int) -> Row:
     """Scores of one student on the test pairs, and its learning curve."""
     model = new_student(s, seed)
-    batches, loss = taught(study_, s, method, data_batches(s, method, seed))
+    batches, loss = apply_method(study_, s, method, data_batches(s, method, seed))
     history = ft.fit(
         model, batches, s.steps, ft.AdamW(s.lr, betas=(0.9, 0.98), weight_decay=0.01), ft.linear_schedule(0.1),
         loss=loss, seed=seed, out=study_.folder(f"{method}/{seed}"), resume=True, progress=False,
@@ -178,18 +179,19 @@ def baseline_row(s: Settings) -> Row:
 
 
 def cost_row(s: Settings) -> Row:
-    """Parameters, and paired ratios of the times in which teacher and student write the names of 64 summaries."""
+    """Parameters, and paired ratios of the times in which teacher and student generate four tokens for 64 summaries."""
     student = new_student(s, 0)
     summaries = pairs_of("test", s.pairs).prompts[:64]
-    sides = (partial(writing_seconds, model, summaries) for model in (teacher()[0], student))
+    of_teacher = partial(writing_seconds, teacher()[0], summaries)
+    of_student = partial(writing_seconds, student, summaries)
     return {
         "parameters": {"teacher": ft.count(teacher()[0]).total, "student": ft.count(student).total},
-        "speed": study.time_ratios(*sides, s.rounds),
+        "speed": study.time_ratios(of_teacher, of_student, s.rounds),
     }
 
 
 def writing_seconds(model: ft.Module, summaries: Sequence[str]) -> float:
-    """Processor seconds of four tokens for each of these summaries."""
+    """Processor seconds to generate four tokens for each of these summaries."""
     from time import process_time
 
     tokenizer = teacher()[1]
@@ -214,14 +216,18 @@ def rows_of(s: Settings, study_: Study) -> dict[str, Row]:
 def summary(s: Settings, rows: dict[str, Row]) -> dict[str, Any]:
     """The numbers of the page and of the claim, from the rows. JSON-able.
 
-    teacher     {"greedy", "beam": {score: value}};   baselines {name: {score: value}}
-    students    {method: {"greedy", "beam": {score: spread}, "gain": of token F1 over the student without a teacher,
-                paired, greedy; "kept": token F1 over the teacher's}}
-    reached     {method: for each seed, the share of the steps after which it has the final F1 of the one without a
-                teacher; None: never}
-    curves      {method: token F1 on the valid pairs, (seeds, points)}, and steps
-    cost        parameters, and speed: the teacher's time over the student's
+    teacher     {"greedy" | "beam": {score: value}}
+    baselines   {name: {score: value}}
+    students    {method: {"greedy" | "beam": {score: spread}, "gain": spread, "kept": spread}}
+                gain: token F1 minus that of the student without a teacher, same seed, greedy
+                kept: token F1 divided by the teacher's, greedy
+    reached     {method: one value per seed}: the share of the steps after which the student has the final F1 of the one
+                without a teacher; None if it never has
+    steps       at which the students were evaluated
+    curves      {method: token F1 on the valid pairs}, (seeds, points)
+    cost        parameters; speed: the teacher's time divided by the student's
     """
+
     def values(method: str, decoding: str, score: str) -> np.ndarray:
         return np.array([rows[f"{method}/{seed}"][decoding][score] for seed in range(s.seeds)])
 
@@ -236,7 +242,7 @@ def summary(s: Settings, rows: dict[str, Row]) -> dict[str, Any]:
         row["gain"] = study.spread(values(method, "greedy", "f1") - alone)
         row["kept"] = study.spread(values(method, "greedy", "f1") / max(best, 1e-6))
         students[method] = row
-        curves[method] = (1 - study.values_of(rows, method, "curve", s.seeds)).tolist()
+        curves[method] = (1 - study.values_of(rows, method, "curve", s.seeds)).tolist()  # rows hold 1 − F1
     steps = rows[f"{ALONE}/0"]["steps"]
     return {
         "teacher": {decoding: rows[TEACHER][decoding] for decoding in ("greedy", "beam")},
@@ -252,8 +258,9 @@ def summary(s: Settings, rows: dict[str, Row]) -> dict[str, Any]:
 def shares(steps: list[int], own: list[list[float]], other: list[list[float]]) -> list[float | None]:
     """For each seed, the share of the steps after which a student has the other's final F1; None if it never has."""
     found: list[float | None] = []
-    for mine, theirs in zip(own, other, strict=True):
-        reached = study.steps_to(steps, [-f1 for f1 in mine], -theirs[-1])
+    for own_f1, other_f1 in zip(own, other, strict=True):
+        losses = [-f1 for f1 in own_f1]  # steps_to wants values that fall
+        reached = study.steps_to(steps, losses, -other_f1[-1])
         found.append(None if reached is None else reached / steps[-1])
     return found
 
@@ -261,10 +268,10 @@ def shares(steps: list[int], own: list[list[float]], other: list[list[float]]) -
 # ---------------------------------------------------------------------------------------------------- the page
 def page(data: dict[str, Any], numbers: dict[str, Any]) -> str:
     """results/sequences.md."""
-    parts = __doc__.split("\n\n")
-    lines = ["# " + parts[0].rstrip("."), ""]
+    title, _, protocol = __doc__.split("\n\n")  # the second paragraph shows the commands
+    lines = ["# " + title.rstrip("."), ""]
     lines += study.heading(data, "python tests/benchmarks/sequences.py")
-    lines += [parts[2].strip().replace("\n", " "), "", "![learning curves and gains](sequences.png)", ""]
+    lines += [protocol.strip().replace("\n", " "), "", "![learning curves and gains](sequences.png)", ""]
     lines += ["## Quality", "", *quality_table(numbers)]
     lines += ["## Size, speed and quality", "", *size_table(numbers)]
     lines += ["## Reading", "", *reading(numbers)]
@@ -282,7 +289,7 @@ def quality_table(numbers: dict[str, Any]) -> list[str]:
         gain = "" if method == ALONE else study.text(row["gain"], "+.3f")
         cells = [study.text(row["greedy"][score]) for score in SCORES]
         rows.append([method, *cells, study.text(row["beam"]["f1"]), gain])
-    return table(["", "token F1", "exact", "BLEU", "token F1, beam", "gain in F1 by the teacher"], rows)
+    return table(["", "token F1", "exact", "BLEU", "token F1, beam", "F1 minus that without a teacher"], rows)
 
 
 def size_table(numbers: dict[str, Any]) -> list[str]:
@@ -303,13 +310,13 @@ def reading(numbers: dict[str, Any]) -> list[str]:
         gain = numbers["students"][method]["gain"]
         reached = [share for share in numbers["reached"][method] if share is not None]
         seeds = len(numbers["reached"][method])
-        after = f", in the mean after {100 * float(np.mean(reached)):.0f} % of the steps" if reached else ""
+        after = f", on average after {100 * float(np.mean(reached)):.0f} % of the steps" if reached else ""
         lines.append(f"- {method}: token F1 {study.text(gain, '+.3f')}. It reaches the final F1 of the student without "
                      f"a teacher in {len(reached)} of {seeds} seeds{after}.")
-    copied = max(scores["f1"] for scores in numbers["baselines"].values())
-    own = numbers["teacher"]["greedy"]["f1"]
-    verdict = "beats" if own > copied else "does not beat"
-    return [*lines, f"- The teacher {verdict} the best baseline: token F1 {own:.3f} and {copied:.3f}."]
+    baseline = max(scores["f1"] for scores in numbers["baselines"].values())
+    of_teacher = numbers["teacher"]["greedy"]["f1"]
+    verdict = "beats" if of_teacher > baseline else "does not beat"
+    return [*lines, f"- The teacher {verdict} the best baseline: token F1 {of_teacher:.3f} and {baseline:.3f}."]
 
 
 def draw(numbers: dict[str, Any], path: Path) -> None:

@@ -51,9 +51,10 @@ def prose_words(texts: Sequence[str]) -> list[str]:
 
 
 def copied_names(pairs: Pairs, texts: Sequence[str], count: int = 4, least: float = 0.15) -> Pairs:
-    """The texts with the names that `CopyWords(count, least)` gives them, fitted on `pairs`. Texts without one go.
+    """The texts with the names that `CopyWords(count, least)`, fitted on `pairs`, gives them. A text that gets no name
+    is left out.
 
-    A model that learns these pairs learns to spell the words that it copies, and which words names copy.
+    From these pairs a model learns which words of a text belong into a name, and to spell the words that it copies.
     """
     names = CopyWords(count, least).fit(pairs).predict(texts)
     kept = [(text, name) for text, name in zip(texts, names, strict=True) if name]
@@ -61,13 +62,12 @@ def copied_names(pairs: Pairs, texts: Sequence[str], count: int = 4, least: floa
 
 
 def exchanged(pairs: Pairs, words: Sequence[str], seed: int = 0, share: float = 0.7) -> Pairs:
-    """The pairs with other words in the place of those that summary and name share.
+    """Copies of the pairs. Words that stand in both summary and name are replaced by random ones.
 
-    words   to draw from, each equally often
-    share   the probability with which a shared word is replaced, by the same word in summary and name
+    words   to draw from, each with the same probability
+    share   the probability that such a word is replaced; summary and name get the same new word
 
-    A model that learns these pairs cannot know the names by heart. ValueError for no words, and for a share outside
-    0 ... 1.
+    A model cannot memorise the names of these pairs. ValueError for no words, and for a share outside 0 ... 1.
     """
     summaries, names = check_pairs("exchanged", pairs)
     words = check_texts("exchanged", words)
@@ -91,5 +91,5 @@ def _exchange(summary: str, name: str, words: Sequence[str], share: float, rng: 
 
 
 def _like(old: str, new: str) -> str:
-    """`new`, with a capital if `old` begins with one."""
+    """`new`, with a capital if `old` begins with one. A word that was not replaced stays as it is, "HTTP" too."""
     return new.capitalize() if new != old and old[:1].isupper() else new
