@@ -15,9 +15,9 @@ import tinyft as ft
 from tinyft import array, data
 from tinyft import pretrain_names as teacher
 from tinyft.data import Pairs
-from tinyft.data.name_baselines import CopyWords
-from tinyft.data.name_training import copied_names, exchanged, prose_sentences, prose_words
+from tinyft.data.name_training import chosen_names, exchanged, prose_sentences, prose_words
 from tinyft.data.scores import name_words, token_f1
+from tinyft.data.word_choice import WordChoice
 
 WORDS = ["socket", "weight", "planet"]
 PAIRS = Pairs(("Return the list of archive files.", "Close it."), ("get_archive_files", "shut_down"))
@@ -40,9 +40,9 @@ def test_words_are_lower_case_and_have_three_letters():
     assert prose_words(["The End, of x2 things.", "end"]) == ["end", "the", "things"]
 
 
-def test_copied_names_are_those_of_copy_words():
-    found = copied_names(PAIRS, ["Open the archive files.", "!"], count=2, least=0.0)
-    want = CopyWords(2, 0.0).fit(PAIRS).predict(["Open the archive files."])
+def test_chosen_names_are_those_of_word_choice():
+    found = chosen_names(PAIRS, ["Open the archive files.", "!"])
+    want = WordChoice().fit(PAIRS).predict(["Open the archive files."])
     assert found == Pairs(("Open the archive files.",), tuple(want)), "a text without a name is left out"
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +81,7 @@ def test_an_error_comes_out_and_the_threads_are_given_back(where):
             raise ZeroDivisionError(i)
     with pytest.raises(ZeroDivisionError):
         threads.each(range(4), work)
-    assert not threads._busy.locked() and (system.threads() == 2 or not system.libraries())
+    assert not threads._pool.busy.locked() and (system.threads() == 2 or not system.libraries())
     threads.each(range(4), lambda i: None)
 
 
@@ -96,7 +97,7 @@ def test_sharing_inside_sharing_and_from_two_threads_at_once_is_no_deadlock():
         t.start()
     for t in others:
         t.join(20)
-    assert len(done) == len(set(done)) == 36 and not threads._busy.locked()
+    assert len(done) == len(set(done)) == 36 and not threads._pool.busy.locked()
 
 
 @pytest.mark.parametrize("n, width",
@@ -151,7 +152,13 @@ def test_results_do_not_depend_on_the_number_of_threads(monkeypatch):
 
 def test_sharing_is_used_where_it_pays(monkeypatch):
     used: list[int] = []
-    monkeypatch.setattr(threads, "each", lambda items, f: used.append(len(items)) or [f(i) for i in items])
+
+    def each(items: list, f: Callable, most: int) -> None:
+        used.extend([len(items)] if most > 1 else [])
+        for i in items:
+            f(i)
+
+    monkeypatch.setattr(threads, "each", each)
     x = np.ones((1024, 1024), np.float32)
     for n, there in ((1, False), (2, True)):
         set_num_threads(n)

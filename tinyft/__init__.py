@@ -7,8 +7,6 @@
 
 To read it, begin with tensor.py, ops.py, nn.py and edit.py. After these, each method's file can be read alone.
 """
-import os as _os
-
 from . import data, functional, kernels, ops
 from .adapters import (
     combine,
@@ -155,5 +153,4 @@ __all__ = [
     "check",
 ]
 
-if _os.environ.get("TINYFT_KERNELS", "on") != "off":
-    kernels.install()
+kernels.install(kernels.chosen())

@@ -8,7 +8,7 @@ The task has 3,423 training pairs, too few to learn from scratch how to copy a w
 
     tokens      of lower-case text: nearly every word of a summary is one token, to be copied whole
     start       W_V = W_O = I in cross-attention, so that it copies    after Trockman, Kolter 2023, arXiv:2305.09828
-    pairs       sentences of the prose with the names that CopyWords gives them, real pairs with exchanged words, and
+    pairs       sentences of the prose with the names that WordChoice gives them, real pairs with exchanged words, and
                 the real pairs; the last part of the steps sees more of the real ones
 """
 
@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from . import checks, data
 from .data.name_baselines import simple_names
-from .data.name_training import copied_names, exchanged, prose_sentences, prose_words
+from .data.name_training import chosen_names, exchanged, prose_sentences, prose_words
 from .data.names import Pairs
 from .data.scores import exact_match, token_f1
 from .files import write_atomically
@@ -106,7 +106,7 @@ def real_pairs(split: str) -> Pairs:
 def mixture(sentences: int, changed: int, real: int, seed: int = 0) -> list[tuple[str, str]]:
     """The pairs (source, target) of a stage. Each number is a multiple of the number of real pairs.
 
-    sentences   of the prose, with the names that CopyWords gives them; no sentence occurs twice
+    sentences   of the prose, with the names that WordChoice gives them; no sentence occurs twice
     changed     copies of the real pairs with exchanged words; each copy draws other words
     real        copies of the real pairs
     A target holds the words of a name, separated by spaces.
@@ -116,7 +116,7 @@ def mixture(sentences: int, changed: int, real: int, seed: int = 0) -> list[tupl
     words = prose_words(prose)
     order = data.batches.generator(seed, len(prose)).permutation(len(prose))
     chosen = [prose[i] for i in order[: sentences * len(pairs.prompts)]]
-    parts = [copied_names(pairs, chosen)] if chosen else []
+    parts = [chosen_names(pairs, chosen)] if chosen else []
     parts += [exchanged(pairs, words, seed=1000 * seed + i) for i in range(changed)]
     parts += [pairs] * real
     return [(source, spaced(name)) for part in parts for source, name in zip(*part, strict=True)]
@@ -228,7 +228,7 @@ vocabulary {config.vocab:,}; {parameters:,} parameters, float16 on disk.
 
 It reads the summary of a docstring and writes the words of a function's name. Trained from scratch by `make base`
 (`tinyft/pretrain_names.py`, seed {recipe.seed}) for {recipe.steps:,} steps of {recipe.batch} pairs, AdamW, peak
-learning rate {recipe.lr:g}: sentences of the shipped prose with the names that `CopyWords` gives them, pairs with
+learning rate {recipe.lr:g}: sentences of the shipped prose with the names that `WordChoice` gives them, pairs with
 exchanged words, and {real:,} real pairs (`assets/LICENSES.txt`).
 
 Held out (modules that occur nowhere in training; {count} pairs, greedy decoding):

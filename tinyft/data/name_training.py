@@ -1,7 +1,7 @@
 """Further training pairs for the task *names*: a small model cannot learn to copy words from 3,423 real ones.
 
     prose_sentences("train")        sentences of the shipped prose, as short as summaries
-    copied_names(pairs, sentences)  (sentence, the name that CopyWords gives it)
+    chosen_names(pairs, sentences)  (sentence, the name that WordChoice gives it)
     exchanged(pairs, words, seed)   real pairs whose copied words are replaced by others, in summary and name
 
     "Return the list of archive files."     get_archive_files
@@ -17,13 +17,14 @@ from typing import Any
 from .. import checks
 from .baselines import check_texts
 from .batches import generator
-from .name_baselines import CopyWords, check_pairs
+from .name_baselines import check_pairs
 from .names import Pairs
 from .scores import name_words
 from .tasks import sentences
 from .text import SPLITS, snapshot
+from .word_choice import WordChoice
 
-__all__ = ["copied_names", "exchanged", "prose_sentences", "prose_words"]
+__all__ = ["chosen_names", "exchanged", "prose_sentences", "prose_words"]
 
 PIECE = re.compile(r"[A-Za-z]+|[^A-Za-z]+")
 
@@ -50,13 +51,12 @@ def prose_words(texts: Sequence[str]) -> list[str]:
     return sorted(found)
 
 
-def copied_names(pairs: Pairs, texts: Sequence[str], count: int = 4, least: float = 0.15) -> Pairs:
-    """The texts with the names that `CopyWords(count, least)`, fitted on `pairs`, gives them. A text that gets no name
-    is left out.
+def chosen_names(pairs: Pairs, texts: Sequence[str]) -> Pairs:
+    """The texts with the names that `WordChoice`, fitted on `pairs`, gives them. A text without words is left out.
 
     From these pairs a model learns which words of a text belong into a name, and to spell the words that it copies.
     """
-    names = CopyWords(count, least).fit(pairs).predict(texts)
+    names = WordChoice().fit(pairs).predict(texts)
     kept = [(text, name) for text, name in zip(texts, names, strict=True) if name]
     return Pairs(tuple(text for text, _ in kept), tuple(name for _, name in kept))
 

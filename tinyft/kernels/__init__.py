@@ -2,21 +2,27 @@
 
 The library is right without them; dispatch.py chooses among them.
 
-    numpy.py     for NumPy arrays        cuda/        for CuPy arrays: CUDA kernels, and products by cuBLAS
+    numpy.py     for NumPy arrays                                   cuda/    for CuPy arrays: CUDA, and cuBLAS products
     packed.py    for NumPy arrays: products with packed weights
+    compiled/    for NumPy arrays: loops compiled by Numba, the extra tinyft[fast]
 
-    install()                   register the kernels (done when tinyft is imported, unless TINYFT_KERNELS=off)
+    install(choice)             register the kernels; done when tinyft is imported, with the choice in TINYFT_KERNELS
     with definitions(): ...     run the definitions alone
 """
+
 from __future__ import annotations
 
+import importlib.util
+import os
+import sys
 from collections.abc import Callable
+from functools import cache
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from .. import array, dispatch
+from .. import array, checks, dispatch
 from ..dispatch import definitions_only as definitions
 from ..keywords import checked_keywords
 from ..optim.optimizers import adam_update
@@ -25,15 +31,38 @@ from ..tensor import OPS
 from .system import keep_memory
 from .threads import get_num_threads, set_num_threads
 
-__all__ = ["capture", "install", "remove", "definitions", "keep_memory", "set_num_threads", "get_num_threads"]
+__all__ = ["capture", "chosen", "definitions", "get_num_threads", "install", "keep_memory", "remove", "set_num_threads"]
+
+CHOICES = ("auto", "numba", "numpy", "off")
+# The definitions that have a compiled kernel. Numba itself is imported when the first of them runs.
+COMPILED = ("attention", "cross_entropy", "dropout", "embedding", "gelu", "gelu_tanh", "layer_norm", "linear",
+            "project", "rms_norm", "rotary", "swiglu")
 
 
-def install() -> None:
+def chosen() -> str:
+    """The choice of kernels in the environment variable TINYFT_KERNELS.
+
+    auto     the compiled kernels if Numba is installed, and those for NumPy (the default)
+    numba    the same; without Numba an error
+    numpy    the kernels for NumPy alone
+    off      no kernel: every op is its definition
+
+    Kernels for CuPy run with all of them but "off". ValueError for another value.
+    """
+    return checks.one_of("TINYFT_KERNELS", os.environ.get("TINYFT_KERNELS", "auto"), CHOICES)
+
+
+def install(choice: str = "auto") -> None:
     """Register the kernels for NumPy now, and the kernels for CuPy when that backend is first used.
 
-    dispatch.py then prefers them to the definitions in ops.py."""
+    dispatch.py then prefers them to the definitions in ops.py. choice: see `chosen`; with "off" nothing is registered.
+    ImportError for "numba" without Numba.
+    """
+    if checks.one_of("install: choice", choice, CHOICES) == "off":
+        return
     from . import numpy as fast
     from . import packed
+
     for name in fast.OPS:
         dispatch.register(OPS[name], np.ndarray, getattr(fast, name))
     dispatch.register(adam_update, np.ndarray, fast.adam_update)
@@ -41,6 +70,46 @@ def install() -> None:
     dispatch.register(widen_half, np.ndarray, packed.widen_half)
     array.on_open("cupy", _register_cuda)
     array.on_open("sizes", _register_sizes)
+    if choice == "numba" and not has_numba():
+        raise ImportError('TINYFT_KERNELS=numba wants Numba: pip install "tinyft[fast]" installs it')
+    if choice != "numpy" and has_numba():
+        for definition in (adam_update, *(OPS[name] for name in COMPILED)):
+            dispatch.register(definition, np.ndarray, _compiled(definition))
+
+
+# ---------------------------------------------------------------------------------------------------- Numba
+@cache
+def has_numba() -> bool:
+    """True if Numba is installed. It is not imported."""
+    return importlib.util.find_spec("numba") is not None
+
+
+@cache
+def _compiled(definition: Callable) -> Callable:
+    """The compiled kernel of a definition. Its first call imports Numba, and compiles what is not on the disk."""
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        found = compiled_kernels().get(definition)
+        return NotImplemented if found is None else found(*args, **kwargs)
+
+    return kernel
+
+
+@cache
+def compiled_kernels() -> dict[Callable, Callable]:
+    """{definition: its compiled kernel}; {} with a line on standard error if Numba does not run here.
+
+    RuntimeError instead with TINYFT_KERNELS=numba.
+    """
+    try:
+        from .compiled import kernels
+    except Exception as error:  # Numba supports not every version of NumPy and Python
+        reason = " ".join(str(error).split())[:200]
+        if os.environ.get("TINYFT_KERNELS") == "numba":
+            raise RuntimeError(f"TINYFT_KERNELS=numba wants a Numba that runs here: {reason}") from error
+        print(f"tinyft: Numba does not run here, the kernels for NumPy do its work: {reason}", file=sys.stderr)
+        return {}
+    return kernels()
 
 
 def _register_cuda(kind: type, module: ModuleType) -> None:

@@ -19,7 +19,7 @@ from .. import checks, operands, ops
 from ..array import random_words
 from ..tensor import is_recording
 from .attention import SAFE, attention
-from .threads import blocks
+from .threads import blocks, one_blas_thread, product
 
 __all__ = ["linear", "gelu", "gelu_tanh", "swiglu", "layer_norm", "rms_norm", "rotary", "embedding", "attention",
            "cross_entropy", "dropout", "adam_update"]
@@ -36,23 +36,24 @@ def _is_plain(x: np.ndarray) -> bool:
 def linear(x: np.ndarray, W: np.ndarray, b: np.ndarray | None = None) -> Any:
     """(x Wᵀ + b, pullbacks), without a copy of the output for the bias, and with a fast sum for its gradient."""
     operands.check_linear(x, W, b)
-    y = ops.flat(x) @ W.T
+    y = product(ops.flat(x), W.T)
     if b is not None:
         y += b
     shape = x.shape
 
     def dx(g: np.ndarray) -> np.ndarray:
-        return (ops.flat(g) @ W).reshape(shape)
+        return product(ops.flat(g), W).reshape(shape)
 
     def dW(g: np.ndarray) -> np.ndarray:
-        return ops.flat(g).T @ ops.flat(x)
+        return product(ops.flat(g).T, ops.flat(x))
     return y.reshape(*shape[:-1], len(W)), (dx, dW, _column_sum)
 
 
 def _column_sum(g: np.ndarray) -> np.ndarray:
     """g (..., n) -> Σ g over all rows (n,), as a matrix product with ones: BLAS is faster than np.sum."""
     rows = ops.flat(g)
-    return np.ones(len(rows), g.dtype) @ rows
+    with one_blas_thread():
+        return np.ones(len(rows), g.dtype) @ rows
 
 
 def _cdf(a: np.ndarray, z: np.ndarray, P: list[float], out: np.ndarray) -> np.ndarray:
@@ -75,7 +76,7 @@ TANH_FORM = [(2 / math.pi)**0.5, 0.044715 * (2 / math.pi)**0.5]   # P of gelu_ta
 
 
 @lru_cache(None)
-def _normal_form() -> list[float]:
+def normal_form() -> list[float]:
     """R of gelu, a polynomial in w = |x|/2 with R(w)^−8 = 1 − erf(|x|/√2).  Constant term first.
 
     A fit of degree 8 to (1 − erf)^(−1/8) on [0, 3].  Its weights make it exact where an error would show in x Φ(x)
@@ -90,7 +91,7 @@ def _normal_form() -> list[float]:
 
 def _erf(w: np.ndarray, out: np.ndarray) -> np.ndarray:
     """erf(|x|/√2) for w = |x|/2, written to `out` and returned.  Only products: exp and tanh take ten times as long."""
-    R = _normal_form()
+    R = normal_form()
     with np.errstate(over="ignore"):                         # R^8 is infinite for large w: the result is 1
         np.multiply(w, np.float32(R[-1]), out=out)
         for r in R[-2:0:-1]:

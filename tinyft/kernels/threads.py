@@ -1,36 +1,51 @@
-"""Threads: their number, and the blocks of a kernel distributed over them.
+"""Threads: their number, and the work of a kernel or of a matrix product distributed over them.
 
-NumPy's own loops run on one thread, but release the interpreter's lock.  Its matrix products run on the threads of its
-BLAS.  `each` calls a Python function on several threads, and limits BLAS to one thread meanwhile: the two kinds of
-threads never compete for the cores.  The calls are independent of each other.  Results therefore depend on the number
-of threads only by the rounding of BLAS.
+    each(items, f)           f(item) for every item
+    blocks(n, f, width)      f(slice) for slices that cover n rows
+    product(a, b)            the matrix product a b; the threads share its rows or its columns
+
+NumPy's loops run on one thread, but release the interpreter's lock, so that several Python threads run several of them
+at once. The threads wait in a pool of this module.
+
+NumPy's matrix products have threads of their own, those of its BLAS. OpenBLAS's idle threads spin for some time after
+each product, on the core that our threads want. Therefore BLAS has one thread in all calls of this module, and its
+number of threads is given back afterwards (`one_blas_thread`).
+
+What is computed does not depend on other threads of the program. If another of them is using the pool, the same parts
+are computed one after another.
 """
+
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import os
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, wait
+from queue import SimpleQueue
 from typing import Any
+
+import numpy as np
 
 from .. import checks
 from ..keywords import checked_keywords
 from . import system
 
-BLOCK = 1 << 15                              # elements in a block on one thread: 128 kB of float32, half an L2 cache
-SHARED_BLOCK = 1 << 17                       # elements in a block where threads share the work; smaller ones do not pay
-MOST_THREADS = 1024                          # more is a mistake; BLAS has a limit of its own
-_busy = threading.Lock()                     # held while `each` runs on several threads
-_threads = 0                                 # 0: the number of BLAS's threads
-_pool: tuple[int, int, ThreadPoolExecutor | None] = (0, 0, None)  # process, threads, the pool
+__all__ = ["blocks", "each", "get_num_threads", "one_blas_thread", "product", "set_num_threads", "usable_threads"]
+
+BLOCK = 1 << 15  # elements in a block on one thread: 128 kB of float32, half an L2 cache
+SHARED_BLOCK = 1 << 17  # elements in a block where threads share the work; smaller ones do not pay
+SHARED_PRODUCT = 1 << 21  # multiplications from which the threads share a product
+THREADED_PRODUCT = 1 << 18  # multiplications from which OpenBLAS would use its threads
+MOST_THREADS = 1024  # more is a mistake; BLAS has a limit of its own
+_threads = 0  # 0: the number of BLAS's threads
 
 
 @checked_keywords
 def set_num_threads(n: int) -> None:
     """Use n threads, for matrix products and for everything else that is distributed.
 
-    The default is the number of BLAS's threads (OPENBLAS_NUM_THREADS).  Results depend on it only by rounding.
+    The default is the number of BLAS's threads (OPENBLAS_NUM_THREADS). Results depend on it only by rounding.
     ValueError unless 1 <= n <= MOST_THREADS, TypeError unless n is a whole number.
     """
     global _threads
@@ -42,64 +57,206 @@ def set_num_threads(n: int) -> None:
 def get_num_threads() -> int:
     """The number of threads in use."""
     global _threads
-    _threads = _threads or system.threads()
+    _threads = _threads or _blas.threads()
     return _threads
 
 
-def each(items: Iterable, f: Callable[[Any], None]) -> None:
-    """Call f(item) for every item, on up to get_num_threads() threads.  The first exception of a call is raised.
+def usable_threads() -> int:
+    """The number of threads that a call may use here.
 
-    Meanwhile BLAS runs on one thread, so that the two kinds of threads do not compete for the cores."""
-    items = list(items)
-    blas_threads = system.threads()          # 1 inside `each`, and where threadpoolctl's limits say so
-    n = min(get_num_threads(), blas_threads, len(items))                 # so `each` inside `each` runs on one thread
-    # If another thread of the program is in `each`, run here, so that no more threads are used than asked for.
-    if n < 2 or not _busy.acquire(blocking=False):
-        for i in items:
-            f(i)
-        return
-    rest = iter(items)                       # a list's iterator gives each item to one thread only
+    It is 1 inside a call of `each`, whose threads are in use already. threadpoolctl's limits hold too.
+    """
+    if _here.inside:
+        return 1
+    if not system.libraries():
+        return get_num_threads()
+    return min(get_num_threads(), _blas.threads())
 
-    def run() -> None:
-        for i in rest:
-            f(i)
 
-    try:
-        system.limit(1)
-        others = [_workers(n - 1).submit(contextvars.copy_context().run, run) for _ in range(n - 1)]
+# ---------------------------------------------------------------------------------------------------- BLAS's threads
+class _BLASThreads:
+    """The number of BLAS's threads, and the calls that hold it at 1: with _blas: ...
+
+    Several threads of the program may hold it at the same time. The first one saves the number; the last one gives it
+    back.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.holders = 0
+        self.saved = 1
+
+    def threads(self) -> int:
+        """The number that holds outside of the calls of this module."""
+        with self.lock:
+            return self.saved if self.holders else system.threads()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.holders:
+                self.saved = system.threads()
+                if self.saved > 1:
+                    system.limit(1)
+            self.holders += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.holders -= 1
+            if not self.holders and self.saved > 1:
+                system.limit(self.saved)
+
+
+class _Here(threading.local):
+    """The state of one thread. inside: it runs a part of a call of `each`."""
+
+    inside = False
+
+
+_blas = _BLASThreads()
+_here = _Here()
+
+
+def one_blas_thread() -> contextlib.AbstractContextManager[None]:
+    """with one_blas_thread(): a matrix product uses one thread, in all threads of the program."""
+    return _blas
+
+
+# ---------------------------------------------------------------------------------------------------- the pool
+class _Pool:
+    """Threads that wait for work. Each has a queue of its own.
+
+    busy    held while a call of `each` uses the threads
+    """
+
+    def __init__(self) -> None:
+        self.busy = threading.Lock()
+        self.queues: list[SimpleQueue] = []
+
+    def run(self, n: int, work: Callable[[], None]) -> None:
+        """work() on n threads at once, of which this thread is one. The first exception is raised, when all have ended.
+
+        The threads have this thread's context variables, such as np.errstate.
+        """
+        while len(self.queues) < n - 1:
+            self.queues.append(SimpleQueue())
+            threading.Thread(target=_serve, args=(self.queues[-1],), name="tinyft", daemon=True).start()
+        ended: SimpleQueue = SimpleQueue()
+        for queue in self.queues[: n - 1]:
+            queue.put((contextvars.copy_context(), work, ended))
         try:
-            run()
+            work()
         finally:
-            wait(others)
-        for o in others:
-            o.result()                       # raises the exception of that thread
-    finally:
-        system.limit(blas_threads)
-        _busy.release()
+            errors = [ended.get() for _ in range(n - 1)]
+        for error in errors:
+            if error is not None:
+                raise error
+
+
+def _serve(queue: SimpleQueue) -> None:
+    """Do the work that comes through the queue, without end. None, or the exception, goes back through `ended`."""
+    _here.inside = True
+    while True:
+        context, work, ended = queue.get()
+        error = None
+        try:
+            context.run(work)
+        except BaseException as caught:
+            error = caught
+        ended.put(error)
+        del context, work, ended, error  # they hold arrays
+
+
+_pool = _Pool()
+
+
+def _after_fork() -> None:
+    """Begin anew in the child of a fork: it has none of the threads, and nobody there gives BLAS's threads back."""
+    global _blas, _pool
+    if _blas.holders:
+        system.limit(_blas.saved)
+    _blas = _BLASThreads()
+    _pool = _Pool()
+    _here.inside = False
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+# ---------------------------------------------------------------------------------------------------- shared work
+def each(items: Iterable, f: Callable[[Any], None], most: int = MOST_THREADS) -> None:
+    """Call f(item) for every item, on up to usable_threads() threads and at most `most`.
+
+    Meanwhile BLAS has one thread. The calls must not depend on their order. The first exception of a call is raised.
+    """
+    items = list(items)
+    usable = usable_threads()
+    if usable == 1:
+        for item in items:
+            f(item)
+        return
+    rest = iter(items)  # a list's iterator gives each item to one thread only
+
+    def work() -> None:
+        before, _here.inside = _here.inside, True
+        try:
+            for item in rest:
+                f(item)
+        finally:
+            _here.inside = before
+
+    n = min(usable, len(items), most)
+    pool = _pool
+    with one_blas_thread():
+        if n < 2 or not pool.busy.acquire(blocking=False):  # busy: another thread of the program uses the pool
+            work()
+            return
+        try:
+            pool.run(n, work)
+        finally:
+            pool.busy.release()
 
 
 def blocks(n: int, f: Callable[[slice], None], width: int = 1) -> None:
-    """Call f(slice) for slices that cover n rows of `width` elements.  f must not depend on their order.
+    """Call f(slice) for slices that cover n rows of `width` elements. f must not depend on their order.
 
-    On one thread a block fits the cache.  On several threads a block is larger, to be worth handing to a thread; work
+    On one thread a block fits the cache. On several threads a block is larger, to be worth handing to a thread; work
     of fewer than four such blocks stays on one thread.
     """
-    is_shared = get_num_threads() > 1 and n * width >= 4 * SHARED_BLOCK
+    is_shared = usable_threads() > 1 and n * width >= 4 * SHARED_BLOCK
     elements = SHARED_BLOCK if is_shared else BLOCK
     step = max(elements // max(width, 1), 1)
-    slices = [slice(i, min(i + step, n)) for i in range(0, n, step)]
-    if is_shared:
-        each(slices, f)
-    else:
-        for s in slices:
-            f(s)
+    each([slice(i, min(i + step, n)) for i in range(0, n, step)], f, MOST_THREADS if is_shared else 1)
 
 
-def _workers(n: int) -> ThreadPoolExecutor:
-    """A pool of at least n threads in this process: a fork inherits the object, but not its threads."""
-    global _pool
-    pid, size, pool = _pool
-    if pool is None or pid != os.getpid() or size < n:
-        pool = ThreadPoolExecutor(n, "tinyft")
-        _pool = (os.getpid(), n, pool)
-    return pool
+def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The matrix product a b, (M, K) and (K, N) -> (M, N).
+
+    The threads share the rows of the result, or its columns if it has more columns. Each part is a product by BLAS on
+    one thread. Products of fewer than SHARED_PRODUCT multiplications are not shared.
+    """
+    M, K = a.shape
+    N = b.shape[1]
+    multiplications = M * K * N
+    n = usable_threads()
+    if n == 1 or multiplications < THREADED_PRODUCT:
+        return a @ b
+    if multiplications < SHARED_PRODUCT or max(M, N) < n:
+        with one_blas_thread():
+            return a @ b
+    out = np.empty((M, N), np.result_type(a, b))
+
+    def rows(part: slice) -> None:
+        np.matmul(a[part], b, out=out[part])
+
+    def columns(part: slice) -> None:
+        np.matmul(a, b[:, part], out=out[:, part])
+
+    each(parts(max(M, N), n), rows if M >= N else columns)
+    return out
+
+
+def parts(length: int, n: int) -> list[slice]:
+    """n slices that cover `length`, as equal as they can be."""
+    ends = [length * i // n for i in range(n + 1)]
+    return [slice(start, stop) for start, stop in zip(ends, ends[1:])]

@@ -1,0 +1,30 @@
+"""Kernels in plain loops, compiled by Numba: the extra tinyft[fast].
+
+    compiler.py        the decorator, and the folder of the machine code
+    shared.py          which arrays they take, their share of the threads, exp and maximum
+    elementwise.py     GELU, SwiGLU, dropout              norms.py        layer norm, RMS norm
+    attention.py       attention                          rows.py         linear maps, embeddings, rotary positions
+    cross_entropy.py   cross-entropy                      update.py       AdamW
+
+They stand in front of the NumPy kernels, with the same signatures. What they do not take goes to those.
+This package imports Numba: `install` in kernels/__init__.py imports it when the first kernel is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ...optim.optimizers import adam_update
+from ...tensor import OPS
+from . import attention, cross_entropy, elementwise, norms, rows, update
+
+__all__ = ["kernels"]
+
+
+def kernels() -> dict[Callable, Callable]:
+    """{definition: its compiled kernel}"""
+    found: dict[Callable, Callable] = {adam_update: update.adam_update}
+    for module in (attention, cross_entropy, elementwise, norms, rows):
+        for name in module.__all__:
+            found[OPS[name]] = getattr(module, name)
+    return found

@@ -1,0 +1,279 @@
+"""The compiled kernel of attention: tiles of the scores, as in kernels/attention.py, in one call from Python.
+
+    S = α Q Kᵀ,   top = max of each row of S,   E = e^(S − top),   z = row sums of E
+    O = (E ⊙ M) V / z                                                                      M: dropout mask, or 1
+
+    Ĝ = G / z,   dV = (E ⊙ M)ᵀ Ĝ,   dS = E ⊙ (Ĝ Vᵀ ⊙ M − Σ Ĝ O),   dQ = α dS K,   dK = α dSᵀ Q
+
+A tile has some queries of one head, and all keys that they may look at. E is computed again for the gradient, from the
+kept `top` and z. A query that may look at no key has z = 0, and gives zeros.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import types
+
+from ... import operands
+from .blas import NOT_TRANSPOSED, ROW_MAJOR, TRANSPOSED, is_available, sgemm
+from .compiler import boolean, compiled, float32, inlined, inlined_sum, int64
+from .shared import ONE, ZERO, exp, largest, run
+
+__all__ = ["attention"]
+
+Heads = types.float32[:, :, :, :]  # (B, H, T, D) in any layout, with neighbours in each row
+Rows = types.float32[:, :, ::1]  # (B, H, T), one number for each query
+Row, Tile = types.float32[:], types.float32[:, :]
+Masks = types.float32[:, :, :, ::1]  # (B or 1, H or 1, Tq or 1, Tk)
+ABSENT = np.zeros((1, 1, 1, 0), np.float32)  # in the place of a mask that there is not
+MINUS_INFINITY = np.float32(-np.inf)
+QUERIES = 128  # of a tile, at most
+CAUSAL_QUERIES = 64  # of a causal tile, at least: smaller tiles reach less far above the diagonal
+
+
+# ---------------------------------------------------------------------------------------------------- products
+@inlined
+def multiply(alpha: float32, A: Tile, B: Tile, beta: float32, C: Tile) -> None:
+    """C ← α A B + β C"""
+    sgemm(ROW_MAJOR, NOT_TRANSPOSED, NOT_TRANSPOSED, C.shape[0], C.shape[1], A.shape[1], alpha, A.ctypes, row(A),
+          B.ctypes, row(B), beta, C.ctypes, row(C))
+
+
+@inlined
+def multiply_by_transposed(alpha: float32, A: Tile, B: Tile, beta: float32, C: Tile) -> None:
+    """C ← α A Bᵀ + β C"""
+    sgemm(ROW_MAJOR, NOT_TRANSPOSED, TRANSPOSED, C.shape[0], C.shape[1], A.shape[1], alpha, A.ctypes, row(A),
+          B.ctypes, row(B), beta, C.ctypes, row(C))
+
+
+@inlined
+def multiply_transposed(alpha: float32, A: Tile, B: Tile, beta: float32, C: Tile) -> None:
+    """C ← α Aᵀ B + β C"""
+    sgemm(ROW_MAJOR, TRANSPOSED, NOT_TRANSPOSED, C.shape[0], C.shape[1], A.shape[0], alpha, A.ctypes, row(A),
+          B.ctypes, row(B), beta, C.ctypes, row(C))
+
+
+@inlined
+def row(A: Tile) -> int64:
+    """The distance of two rows of A, in numbers."""
+    return max(A.strides[0] // 4, A.shape[1])
+
+
+# ---------------------------------------------------------------------------------------------------- one head
+@inlined
+def hide_keys(E: Tile, hidden: Tile, first_query: int64) -> None:
+    """Add 0 or −∞ to the scores E of a tile. hidden (Tq or 1, Tk)"""
+    for i in range(E.shape[0]):
+        scores = E[i]
+        row_hidden = hidden[min(first_query + i, hidden.shape[0] - 1), : len(scores)]
+        for j in range(len(scores)):
+            scores[j] += row_hidden[j]
+
+
+@inlined
+def seen_keys(query: int64, queries: int64, keys: int64, causal: boolean) -> int64:
+    """The number of keys that this query may look at, where no mask hides one."""
+    return query + keys - queries + 1 if causal else keys
+
+
+@inlined
+def exponentials(E: Tile, first_query: int64, queries: int64, keys: int64, causal: boolean, top: Row) -> None:
+    """E ← e^(E − top) for the keys that each query may look at, 0 for the others"""
+    for i in range(E.shape[0]):
+        seen = seen_keys(first_query + i, queries, keys, causal)
+        scores, later, t = E[i, :seen], E[i, seen:], top[i]
+        for j in range(len(scores)):
+            scores[j] = exp(scores[j] - t)
+        for j in range(len(later)):
+            later[j] = ZERO
+
+
+@inlined
+def drop(E: Tile, keep: Tile, first_query: int64) -> None:
+    """E ← E ⊙ M for the queries of a tile. keep (Tq, Tk): M"""
+    for i in range(E.shape[0]):
+        scores = E[i]
+        factors = keep[first_query + i, : len(scores)]
+        for j in range(len(scores)):
+            scores[j] *= factors[j]
+
+
+@inlined_sum
+def head_forward(
+    q: Tile, k: Tile, v: Tile, hidden: Tile, keep: Tile, causal: boolean, alpha: float32, n_rows: int64, memory: Row,
+    y: Tile, top: Row, z: Row,
+) -> None:
+    """O, top and z of one head, tile by tile."""
+    queries, keys = len(q), len(k)
+    for first in range(0, queries, n_rows):
+        last = min(first + n_rows, queries)
+        n = seen_keys(last - 1, queries, keys, causal)
+        E = memory[: (last - first) * n].reshape(last - first, n)
+        multiply_by_transposed(alpha, q[first:last], k[:n], ZERO, E)
+        if hidden.size:
+            hide_keys(E, hidden, first)
+        for i in range(len(E)):
+            t = largest(E[i, : seen_keys(first + i, queries, keys, causal)])
+            top[first + i] = ZERO if t == MINUS_INFINITY else t
+        exponentials(E, first, queries, keys, causal, top[first:last])
+        for i in range(len(E)):
+            total = ZERO
+            scores = E[i]
+            for j in range(n):
+                total += scores[j]
+            z[first + i] = total
+        if keep.size:
+            drop(E, keep, first)
+        multiply(ONE, E, v[:n], ZERO, y[first:last])
+        for i in range(first, last):
+            inverse = ONE / z[i] if z[i] > ZERO else ZERO if z[i] == ZERO else z[i]
+            for j in range(y.shape[1]):
+                y[i, j] *= inverse
+
+
+@inlined_sum
+def head_backward(
+    q: Tile, k: Tile, v: Tile, hidden: Tile, keep: Tile, causal: boolean, alpha: float32, n_rows: int64, memory: Row,
+    memory_ds: Row, memory_g: Tile, y: Tile, top: Row, z: Row, g: Tile, is_first: boolean, dq: Tile, dk: Tile, dv: Tile,
+) -> None:
+    """dQ of one head, and its dK and dV, which are added to those of other heads unless is_first.
+
+    The last tile comes first: it reaches all keys.
+    """
+    queries, keys = len(q), len(k)
+    last_start = (queries - 1) // n_rows * n_rows
+    for first in range(last_start, -1, -n_rows):
+        last = min(first + n_rows, queries)
+        n = seen_keys(last - 1, queries, keys, causal)
+        beta = ZERO if is_first and first == last_start else ONE
+        size = (last - first) * n
+        E, dS = memory[:size].reshape(last - first, n), memory_ds[:size].reshape(last - first, n)
+        multiply_by_transposed(alpha, q[first:last], k[:n], ZERO, E)
+        if hidden.size:
+            hide_keys(E, hidden, first)
+        exponentials(E, first, queries, keys, causal, top[first:last])
+        G = memory_g[: last - first]  # Ĝ
+        for i in range(first, last):
+            inverse = ONE / z[i] if z[i] > ZERO else ZERO if z[i] == ZERO else z[i]
+            for j in range(G.shape[1]):
+                G[i - first, j] = g[i, j] * inverse
+        multiply_by_transposed(ONE, G, v[:n], ZERO, dS)
+        if keep.size:
+            drop(dS, keep, first)
+        for i in range(last - first):
+            total = ZERO
+            for j in range(G.shape[1]):
+                total += G[i, j] * y[first + i, j]
+            e, d = E[i], dS[i]
+            for j in range(n):
+                d[j] = (d[j] - total) * e[j]
+        if keep.size:
+            drop(E, keep, first)
+        multiply_transposed(ONE, E, G, beta, dv[:n])
+        multiply(alpha, dS, k[:n], ZERO, dq[first:last])
+        multiply_transposed(alpha, dS, q[first:last], beta, dk[:n])
+
+
+# ---------------------------------------------------------------------------------------------------- all heads
+@inlined
+def part(mask: Masks, b: int64, h: int64) -> Tile:
+    """The matrix of one head of a mask (B or 1, H or 1, ...)."""
+    return mask[min(b, mask.shape[0] - 1), min(h, mask.shape[1] - 1)]
+
+
+@compiled
+def heads_forward(
+    first: int64, last: int64, q: Heads, k: Heads, v: Heads, hidden: Masks, keep: Masks, causal: boolean,
+    alpha: float32, n_rows: int64, y: Heads, top: Rows, z: Rows,
+) -> None:
+    """The heads first ... last − 1 of all key/value heads of all texts, and the query heads that share each of them."""
+    kv_heads = k.shape[1]
+    group = q.shape[1] // kv_heads
+    memory = np.empty(n_rows * k.shape[2], np.float32)
+    for i in range(first, last):
+        b, kv = i // kv_heads, i % kv_heads
+        for h in range(kv * group, (kv + 1) * group):
+            head_forward(q[b, h], k[b, kv], v[b, kv], part(hidden, b, h), part(keep, b, h), causal, alpha, n_rows,
+                         memory, y[b, h], top[b, h], z[b, h])
+
+
+@compiled
+def heads_backward(
+    first: int64, last: int64, q: Heads, k: Heads, v: Heads, hidden: Masks, keep: Masks, causal: boolean,
+    alpha: float32, n_rows: int64, y: Heads, top: Rows, z: Rows, g: Heads, dq: Heads, dk: Heads, dv: Heads,
+) -> None:
+    """The gradients of the same heads."""
+    kv_heads = k.shape[1]
+    group = q.shape[1] // kv_heads
+    memory, memory_ds = np.empty(n_rows * k.shape[2], np.float32), np.empty(n_rows * k.shape[2], np.float32)
+    memory_g = np.empty((n_rows, q.shape[3]), np.float32)
+    for i in range(first, last):
+        b, kv = i // kv_heads, i % kv_heads
+        for h in range(kv * group, (kv + 1) * group):
+            head_backward(q[b, h], k[b, kv], v[b, kv], part(hidden, b, h), part(keep, b, h), causal, alpha, n_rows,
+                          memory, memory_ds, memory_g, y[b, h], top[b, h], z[b, h], g[b, h], h == kv * group,
+                          dq[b, h], dk[b, kv], dv[b, kv])
+
+
+# ---------------------------------------------------------------------------------------------------- the op
+def attention(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, bias: np.ndarray | None = None, *, key_mask: np.ndarray | None = None,
+    causal: bool = False, scale: float | None = None, dropout_mask: np.ndarray | None = None,
+) -> Any:
+    """(y, joint pullback) of ops.attention, for float32 q (B, H, Tq, D), k and v (B, Hkv, Tk, D) without a bias"""
+    if bias is not None or not is_available:
+        return NotImplemented
+    _, key_mask, dropout_mask = operands.attention_masks(q, None, key_mask, dropout_mask)
+    operands.attention_shape(q, k, v, None, key_mask, dropout_mask)
+    shapes_fit = q.ndim == 4 and q.size > 0 and k.size > 0 and k.shape == v.shape
+    if not shapes_fit or any(a.dtype != np.float32 for a in (q, k, v)) or (causal and k.shape[2] < q.shape[2]):
+        return NotImplemented
+    B, H, queries, D = q.shape
+    kv_heads, keys = k.shape[1:3]
+    alpha = np.float32(D**-0.5 if scale is None else scale)
+    q, k, v = map(with_rows, (q, k, v))
+    hidden, keep = ABSENT, ABSENT
+    if key_mask is not None:
+        hidden = mask_of_keys(np.where(key_mask, ZERO, MINUS_INFINITY), keys)
+    if dropout_mask is not None:
+        keep = np.require(np.broadcast_to(dropout_mask, (B, H, queries, keys)), np.float32, "CAW")
+    n_rows = min(queries, max(CAUSAL_QUERIES, queries // 4) if causal else QUERIES)
+    y = np.empty((B, queries, H, D), np.float32).swapaxes(1, 2)
+    top, z = np.empty((B, H, queries), np.float32), np.empty((B, H, queries), np.float32)
+    width = H // kv_heads * queries * keys  # scores of one key/value head
+    run(heads_forward, B * kv_heads, width, q, k, v, hidden, keep, causal, alpha, n_rows, y, top, z)
+
+    def back(g: np.ndarray, needed: list[bool]) -> tuple:
+        """The gradients of q, k and v, None where needed[i] is False."""
+        dq, dk, dv = empty_gradients(q, k)
+        arrays = (y, top, z, with_rows(g), dq, dk, dv)
+        run(heads_backward, B * kv_heads, width, q, k, v, hidden, keep, causal, alpha, n_rows, *arrays)
+        found = (dq, dk, dv, None)
+        return tuple(a if is_needed else None for a, is_needed in zip(found, needed))
+
+    return y, back
+
+
+def with_rows(a: np.ndarray) -> np.ndarray:
+    """a, or a copy of it, whose rows have neighbours in memory, as BLAS wants them."""
+    step = a.strides[-2] // 4
+    fits = a.strides[-1] == 4 and a.flags.aligned and a.flags.writeable and (step >= a.shape[-1] or a.shape[-2] == 1)
+    return a if fits else np.array(a, order="C")
+
+
+def mask_of_keys(hidden: np.ndarray, keys: int) -> np.ndarray:
+    """The mask with four axes, of which the last is as long as there are keys."""
+    hidden = hidden.reshape((1,) * (4 - hidden.ndim) + hidden.shape)
+    return np.require(np.broadcast_to(hidden, (*hidden.shape[:3], keys)), np.float32, "CAW")
+
+
+def empty_gradients(q: np.ndarray, k: np.ndarray) -> list[np.ndarray]:
+    """Memory for dq, dk and dv. Those of one shape lie side by side, as rows.project wants them."""
+    B, H, queries, D = q.shape
+    if q.shape == k.shape:
+        together = np.empty((B * queries, 3 * H * D), np.float32)
+        return [together.reshape(B, queries, 3, H, D)[:, :, i].swapaxes(1, 2) for i in range(3)]
+    shapes = (q.shape, k.shape, k.shape)
+    return [np.empty((B, T, heads, D), np.float32).swapaxes(1, 2) for _, heads, T, _ in shapes]

@@ -1,0 +1,44 @@
+"""sgemm of NumPy's own BLAS, for compiled code: attention computes many small products without a call of NumPy.
+
+The compiled code knows the function by a name. Its address, which differs from process to process, is told to LLVM.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import llvmlite.binding as llvm
+from numba import types
+
+from .. import system
+from .compiler import float32
+
+__all__ = ["NOT_TRANSPOSED", "ROW_MAJOR", "TRANSPOSED", "is_available", "sgemm"]
+
+ROW_MAJOR, NOT_TRANSPOSED, TRANSPOSED = 101, 111, 112  # numbers of cblas.h
+NAME = "tinyft_sgemm"
+
+
+def _find() -> tuple[int, bool] | None:
+    """(address, True if its sizes have 64 bits) of cblas_sgemm in a BLAS library that is loaded; None without one."""
+    for library in system.libraries():
+        for prefix in ("scipy_", ""):
+            for suffix in ("64_", "_64", ""):
+                function = getattr(library.dynlib, f"{prefix}cblas_sgemm{suffix}", None)
+                if function is not None:
+                    return ctypes.cast(function, ctypes.c_void_p).value, bool(suffix)
+    return None
+
+
+_found = _find()
+is_available = _found is not None
+if _found is not None:
+    llvm.add_symbol(NAME, _found[0])
+
+_size = types.int64 if _found and _found[1] else types.int32
+_flag = types.int32
+_array = types.CPointer(float32)
+# C = α op(A) op(B) + β C:  order, op(A), op(B), M, N, K, α, A, its row length, B, its row length, β, C, its row length
+sgemm = types.ExternalFunction(NAME, types.void(
+    _flag, _flag, _flag, _size, _size, _size, float32, _array, _size, _array, _size, float32, _array, _size,
+))

@@ -1,0 +1,173 @@
+"""Compiled kernels of layer norm and RMS norm. Each row is read twice, while it is in the cache."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from ... import operands
+from ..numpy import FLAT
+from .compiler import Matrix, Vector, boolean, compiled_sum, float32, inlined_sum, int64
+from .shared import ONE, ZERO, is_plain, run, run_parts, shares
+
+__all__ = ["layer_norm", "rms_norm"]
+
+
+# ---------------------------------------------------------------------------------------------------- layer norm
+@inlined_sum
+def mean_of(x: float32[:], start: float32) -> float32:
+    """start + Σ (x − start) / n"""
+    total = ZERO
+    for j in range(len(x)):
+        total += x[j] - start
+    return start + total / float32(len(x))
+
+
+@inlined_sum
+def variance_of(x: float32[:], mean: float32) -> float32:
+    """Σ (x − mean)² / n"""
+    total = ZERO
+    for j in range(len(x)):
+        centred = x[j] - mean
+        total += centred * centred
+    return total / float32(len(x))
+
+
+@compiled_sum
+def layer_norm_forward(
+    first: int64, last: int64, X: Matrix, w: Vector, b: Vector, eps: float32, Y: Matrix, means: Vector,
+    inverses: Vector,
+) -> None:
+    """y = x̂ w + b,  x̂ = (x − mean) / σ,  σ² = variance + ε.    Keeps the mean and 1/σ of each row.
+
+    Where the mean is large beside σ, its rounding error is too. It is then computed from the differences to the first
+    entry, as in the definition: a row of equal numbers gives x̂ = 0.
+    """
+    for i in range(first, last):
+        x, y = X[i], Y[i]
+        mean = mean_of(x, ZERO)
+        variance = variance_of(x, mean)
+        if variance <= (FLAT * mean) * (FLAT * mean):
+            mean = mean_of(x, x[0])
+            variance = variance_of(x, mean)
+        inverse = ONE / math.sqrt(variance + eps)
+        means[i], inverses[i] = mean, inverse
+        for j in range(len(x)):
+            y[j] = (x[j] - mean) * inverse * w[j] + b[j]
+
+
+@compiled_sum
+def layer_norm_backward(
+    part: int64, first: int64, last: int64, X: Matrix, w: Vector, means: Vector, inverses: Vector, G: Matrix,
+    DX: Matrix, DW: Matrix, DB: Matrix, trains: boolean,
+) -> None:
+    """dx = (e − mean(e) − x̂ mean(e x̂)) / σ  with e = g w;    dw = Σ g x̂,  db = Σ g over these rows, in row `part`
+
+    trains: False if dw and db are not wanted.
+    """
+    dw, db = DW[part], DB[part]
+    for j in range(len(w)):
+        dw[j] = ZERO
+        db[j] = ZERO
+    for i in range(first, last):
+        x, g, d, mean, inverse = X[i], G[i], DX[i], means[i], inverses[i]
+        sum_e = ZERO
+        sum_ex = ZERO
+        for j in range(len(x)):
+            e = g[j] * w[j]
+            sum_e += e
+            sum_ex += e * ((x[j] - mean) * inverse)
+        mean_e = sum_e / float32(len(x))
+        mean_ex = sum_ex / float32(len(x))
+        for j in range(len(x)):
+            normal = (x[j] - mean) * inverse  # x̂
+            d[j] = (g[j] * w[j] - mean_e - normal * mean_ex) * inverse
+        if trains:
+            for j in range(len(x)):
+                dw[j] += g[j] * ((x[j] - mean) * inverse)
+                db[j] += g[j]
+
+
+def layer_norm(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float = 1e-5) -> Any:
+    """(y, pullback) of ops.layer_norm"""
+    if not is_plain(x, w, b):
+        return NotImplemented
+    operands.check_norm(x, eps, w, b)
+    n = x.shape[-1]
+    X, y = x.reshape(-1, n), np.empty_like(x)
+    means, inverses = np.empty(len(X), np.float32), np.empty(len(X), np.float32)
+    run(layer_norm_forward, len(X), n, X, w, b, np.float32(eps), y.reshape(-1, n), means, inverses)
+
+    def back(g: np.ndarray, needed: list[bool]) -> tuple:
+        d = np.empty_like(x)
+        found = shares(len(X), n)
+        DW, DB = np.empty((len(found), n), np.float32), np.empty((len(found), n), np.float32)
+        G = np.require(g, requirements="CAW").reshape(-1, n)
+        trains = needed[1] or needed[2]
+        run_parts(layer_norm_backward, found, X, w, means, inverses, G, d.reshape(-1, n), DW, DB, trains)
+        return d, DW.sum(axis=0), DB.sum(axis=0)
+
+    return y, back
+
+
+# ---------------------------------------------------------------------------------------------------- RMS norm
+@compiled_sum
+def rms_norm_forward(
+    first: int64, last: int64, X: Matrix, w: Vector, eps: float32, Y: Matrix, inverses: Vector,
+) -> None:
+    """y = w x / σ,  σ² = mean(x²) + ε.    Keeps 1/σ of each row."""
+    for i in range(first, last):
+        x, y = X[i], Y[i]
+        inverse = ONE / math.sqrt(variance_of(x, ZERO) + eps)
+        inverses[i] = inverse
+        for j in range(len(x)):
+            y[j] = x[j] * inverse * w[j]
+
+
+@compiled_sum
+def rms_norm_backward(
+    part: int64, first: int64, last: int64, X: Matrix, w: Vector, inverses: Vector, G: Matrix, DX: Matrix, DW: Matrix,
+    trains: boolean,
+) -> None:
+    """dx = (e − x̂ mean(e x̂)) / σ  with e = g w and x̂ = x / σ;    dw = Σ g x̂ over these rows, in row `part`
+
+    trains: False if dw is not wanted.
+    """
+    dw = DW[part]
+    for j in range(len(w)):
+        dw[j] = ZERO
+    for i in range(first, last):
+        x, g, d, inverse = X[i], G[i], DX[i], inverses[i]
+        sum_ex = ZERO
+        for j in range(len(x)):
+            sum_ex += g[j] * w[j] * (x[j] * inverse)
+        mean_ex = sum_ex / float32(len(x))
+        for j in range(len(x)):
+            normal = x[j] * inverse  # x̂
+            d[j] = (g[j] * w[j] - normal * mean_ex) * inverse
+        if trains:
+            for j in range(len(x)):
+                dw[j] += g[j] * (x[j] * inverse)
+
+
+def rms_norm(x: np.ndarray, w: np.ndarray, eps: float = 1e-6) -> Any:
+    """(y, pullback) of ops.rms_norm"""
+    if not is_plain(x, w):
+        return NotImplemented
+    operands.check_norm(x, eps, w)
+    n = x.shape[-1]
+    X, y = x.reshape(-1, n), np.empty_like(x)
+    inverses = np.empty(len(X), np.float32)
+    run(rms_norm_forward, len(X), n, X, w, np.float32(eps), y.reshape(-1, n), inverses)
+
+    def back(g: np.ndarray, needed: list[bool]) -> tuple:
+        d = np.empty_like(x)
+        found = shares(len(X), n)
+        DW = np.empty((len(found), n), np.float32)
+        G = np.require(g, requirements="CAW").reshape(-1, n)
+        run_parts(rms_norm_backward, found, X, w, inverses, G, d.reshape(-1, n), DW, needed[1])
+        return d, DW.sum(axis=0)
+
+    return y, back

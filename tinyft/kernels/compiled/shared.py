@@ -1,0 +1,103 @@
+"""Functions that the compiled kernels share: the test of their arrays, the parts of the threads, exp and maximum.
+
+A compiled kernel is a function kernel(first, last, ...) in plain loops, which computes the rows (or the entries)
+first ... last − 1. `run` calls it for parts of the rows, on several threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ..threads import each, parts, usable_threads
+from .compiler import float32, inlined
+
+__all__ = ["exp", "is_plain", "largest", "run", "run_parts", "shares"]
+
+SHARED = 1 << 15  # elements from which the threads share the work; handing it over takes as long as 10,000 elements
+
+
+def is_plain(*arrays: np.ndarray) -> bool:
+    """True if all arrays are as the kernels want them: float32, contiguous, aligned, writable and not empty."""
+    return all(a.dtype == np.float32 and a.flags.carray and a.size > 0 for a in arrays)
+
+
+def shares(rows: int, width: int = 1) -> list[slice]:
+    """The parts of `rows` rows of `width` elements that the threads compute: one of each thread, or one in all.
+
+    They depend on the sizes alone, not on what other threads of the program do.
+    """
+    n = usable_threads() if rows * width >= SHARED else 1
+    return parts(rows, min(n, rows))
+
+
+def run(kernel: Callable, rows: int, width: int, *arguments: Any) -> None:
+    """kernel(first, last, *arguments) for parts of the rows, each of `width` elements, on the threads."""
+    found = shares(rows, width)
+    if len(found) == 1:
+        kernel(0, rows, *arguments)
+    else:
+        each(found, lambda part: kernel(part.start, part.stop, *arguments))
+
+
+def run_parts(kernel: Callable, found: list[slice], *arguments: Any) -> None:
+    """kernel(i, first, last, *arguments) for the parts i = 0, 1, ... of `shares`: each has sums of its own."""
+    each(range(len(found)), lambda i: kernel(i, found[i].start, found[i].stop, *arguments))
+
+
+# ---------------------------------------------------------------------------------------------------- numbers
+LOG2_E = np.float32(1.44269504)
+# ln 2 in two parts: n LN2_HIGH is exact for a whole number n up to 2^9.
+LN2_HIGH = np.float32(0.693359375)
+LN2_LOW = np.float32(-2.12194440e-4)
+# e^r = 1 + r + r² (C0 + C1 r + ... + C5 r⁵) for |r| <= ln 2 / 2, within 1 ulp: coefficients of Cephes' expf
+C0 = np.float32(5.0000001201e-1)
+C1 = np.float32(1.6666665459e-1)
+C2 = np.float32(4.1665795894e-2)
+C3 = np.float32(8.3334519073e-3)
+C4 = np.float32(1.3981999507e-3)
+C5 = np.float32(1.9875691500e-4)
+LOW, HIGH = np.float32(-87), np.float32(88)
+INFINITY = np.float32(np.inf)
+ZERO, HALF, ONE = np.float32(0), np.float32(0.5), np.float32(1)
+BIAS = np.int32(127)  # of a float32's exponent
+FRACTION_BITS = np.int32(23)
+
+
+@inlined
+def exp(x: float32) -> float32:
+    """eˣ = 2ⁿ eʳ,  n = round(x / ln 2),  r = x − n ln 2.    0 for x < −87, ∞ for x > 88, NaN for NaN
+
+    2ⁿ is made by writing n into the bits of the exponent. Without branches and calls, so that LLVM makes vectors of it.
+    """
+    y = min(max(x, LOW), HIGH)
+    n = np.floor(y * LOG2_E + HALF)
+    r = y - n * LN2_HIGH
+    r = r - n * LN2_LOW
+    p = ((((C5 * r + C4) * r + C3) * r + C2) * r + C1) * r + C0
+    power = np.int32((np.int32(n) + BIAS) << FRACTION_BITS).view(np.float32)
+    value = (p * (r * r) + r + ONE) * power
+    value = ZERO if x < LOW else value
+    value = INFINITY if x > HIGH else value
+    return value if x == x else x
+
+
+SMALLEST = np.int32(-(2**31))
+MAGNITUDE = np.int32(2**31 - 1)
+SIGN_BIT = np.int32(31)
+
+
+@inlined
+def largest(x: float32[:]) -> float32:
+    """max x, found among whole numbers in the same order: LLVM makes vectors of an integer maximum, not of a float's.
+
+    The bits of a float32, read as an int32, are in order for positive numbers, and in reverse order for negative ones.
+    """
+    found = SMALLEST
+    for j in range(len(x)):
+        bits = np.float32(x[j]).view(np.int32)
+        ordered = np.int32(bits ^ ((bits >> SIGN_BIT) & MAGNITUDE))
+        found = max(found, ordered)
+    return np.int32(found ^ ((found >> SIGN_BIT) & MAGNITUDE)).view(np.float32)
