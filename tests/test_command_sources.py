@@ -103,7 +103,8 @@ def test_tune_eval_and_generate_take_sources(marian, capsys, tmp_path):
     assert tuned["test"]["loss"] < 0.2 < tuned["before"]["loss"]
     options = ["--model", marian, "--adapter", str(tmp_path / "run")]
     result = result_of(capsys, "eval", *options, "--data", file, "--generate")
-    assert result["exact_match"] == 1 and result["loss"] == pytest.approx(tuned["test"]["loss"], rel=1e-5)
+    assert result["exact_match"] == result["token_f1"] == 1
+    assert result["loss"] == pytest.approx(tuned["test"]["loss"], rel=1e-5)
     assert succeed(capsys, "generate", *options, "--prompt", PAIRS[1][0]) == "close\n"
     texts = result_of(capsys, "generate", *options, "--file", file)["texts"]
     assert [text["text"] for text in texts] == [target for _, target in PAIRS[:4]]

@@ -123,7 +123,8 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
     c.add_argument("--max-len", type=whole(2), help="tokens of a row (default: the model's positions, at most 1024)")
     c.add_argument("--chat", action="store_true", help="prompts and responses are turns of a chat")
     _add_template(c)
-    c.add_argument("--generate", action="store_true", help="write a response to each prompt; report the exact matches")
+    c.add_argument("--generate", action="store_true",
+                   help="write a response to each prompt; report the exact matches, and token F1 of targets and names")
     c.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     c.set_defaults(run=_eval)
 

@@ -21,7 +21,6 @@ from typing import Any
 from .. import edit
 from ..compress import TeacherBeams, TeacherCache
 from ..data.files import Rows
-from ..data.scores import exact_match, token_f1
 from ..formats.huggingface import save
 from ..identity import fingerprint
 from ..models import EncoderDecoder
@@ -47,6 +46,7 @@ from .running import (
     merge_options,
     write_config,
 )
+from .scores import score_texts
 from .students import kind_of, make_student
 
 __all__ = ["run"]
@@ -213,14 +213,7 @@ def written_scores(job: Job, model: Module) -> dict[str, float]:
     sources, targets = zip(*job.tests.rows[:WRITTEN])
     longest = longest_row(targets, job.tokenizer)
     written = predict(model, job.tokenizer, list(sources), max_new_tokens=longest)
-    written = [text.strip() for text in written]
-    targets = [text.strip() for text in targets]
-    if job.tests.path == "names":                        # "get lines" is the name get_lines: words are compared
-        return {
-            "exact_match": float(exact_match(targets, written).mean()),
-            "token_f1": float(token_f1(targets, written).mean()),
-        }
-    return {"exact_match": sum(map(str.__eq__, targets, written)) / len(targets)}
+    return score_texts(job.tests, targets, written)
 
 
 # ── printing ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,4 +1,4 @@
-"""`tinyft eval`: loss, perplexity, accuracy, and with --generate the exact matches, on a data file."""
+"""`tinyft eval`: loss, perplexity, accuracy, and with --generate the scores of written texts, on a data file."""
 from __future__ import annotations
 
 import argparse
@@ -17,6 +17,7 @@ from ..train import evaluate
 from .arguments import UsageError
 from .opening import as_json, open_adapter, open_model
 from .rows import chat_format, chat_segments, check_kind, cut_at, longest_row, make_batches, message_rows, room_for
+from .scores import score_texts
 from .shipped import read_data
 
 __all__ = ["run"]
@@ -44,8 +45,9 @@ def run(args: argparse.Namespace) -> int:
     samples: list[dict[str, str]] = []
     if args.generate:
         samples = generate_responses(rows, model, tokenizer, args.batch, chat=args.chat, template=args.template)
-        hits = [sample["response"].strip() == sample["written"].strip() for sample in samples]
-        result["exact_match"] = sum(hits) / len(hits)
+        wanted = [sample["response"] for sample in samples]
+        written = [sample["written"] for sample in samples]
+        result |= score_texts(rows, wanted, written)
     if args.json:
         print(as_json(result | ({"samples": samples} if samples else {})))
         return 0
