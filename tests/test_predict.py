@@ -8,11 +8,12 @@ import pytest
 from contract import noise
 from helpers import dev, host
 from test_half_done import snapshot
+from wrong import replaced
 
 import tinyft as ft
 from tinyft import BERT, GPT, BERTConfig, GPTConfig, LoRA, PromptTuning, attach, classifier, data, ops, predict
 from tinyft.methods import PrefixTuning
-from tinyft.predict import batches_by_length, positions_of_prompts
+from tinyft.predict import batches_by_length, positions_of_prompts, search_texts
 
 TOKENIZER = data.shipped_tokenizer()
 V = TOKENIZER.get_vocab_size()
@@ -182,3 +183,39 @@ def test_padding_and_truncation_of_the_tokenizer_are_not_applied():
         theirs = predict(model, TOKENIZER, TEXTS[1:4], max_new_tokens=5)
         assert ours == theirs if classes is None else np.array_equal(ours.probabilities, theirs.probabilities)
     assert padded.padding is not None and padded.truncation is not None
+
+
+def check_scores(add_penalty: bool) -> None:
+    """score = log P / lp(n) + cp of the best target of each source, with cp by the attention of every step."""
+    model = noise(ft.Seq2Seq(ft.Seq2SeqConfig(V, 32, 12, 2, 3), seed=1), std=0.3, seed=2)
+    lp = ft.GNMTPenalty(1.0)
+    for coverage in (0.0, 0.5):
+        for text, (found,) in zip(TEXTS[1:3], search_texts(model, TOKENIZER, TEXTS[1:3], max_new_tokens=4, lp=lp,
+                                                          coverage=coverage), strict=True):
+            source = [[*TOKENIZER.encode(text).ids, TOKENIZER.token_to_id("<|endoftext|>")]]
+            ((best,),) = ft.beam_search(model, None, 4, end=source[0][-1], source_ids=source, lp=lp, coverage=coverage)
+            cp = coverage * attended(model, source, best.tokens) if add_penalty else 0.0
+            assert found.score == pytest.approx(best.log_prob / lp(len(best.tokens)) + cp, rel=1e-4)
+
+
+def attended(model: Any, source: list, tokens: tuple[int, ...]) -> float:
+    """Σᵢ log min(Σⱼ pᵢⱼ, 1) of the last decoder block, whose heads are averaged; i: tokens of the source, j: steps."""
+    found = []
+    right = ops.attention
+
+    def recorded(q: ft.Tensor, k: ft.Tensor, *others: ft.Tensor, **settings: Any) -> ft.Tensor:
+        found.append((host(q), host(k)))
+        return right(q, k, *others, **settings)
+
+    with replaced(ops, "attention", recorded), ft.no_grad():
+        model([[model.config.start, *tokens[:-1]]], source_ids=source)
+    q, k = found[-1]                                     # (1, H, T, D), (1, H, Ts, D)
+    z = np.einsum("hqd,hkd->hqk", q[0], k[0]).astype(np.float64) * q.shape[-1]**-0.5
+    p = np.exp(z) / np.exp(z).sum(-1, keepdims=True)
+    return float(np.log(np.minimum(p.mean(0).sum(0), 1)).sum())
+
+
+def test_a_score_has_the_coverage_penalty():
+    check_scores(add_penalty=True)
+    with pytest.raises(AssertionError):
+        check_scores(add_penalty=False)

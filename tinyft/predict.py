@@ -42,7 +42,8 @@ class Predictions(NamedTuple):
 class ScoredText(NamedTuple):
     """A text that a model wrote.
 
-    score  of beam search: log P(text | prompt or source) / lp(the number of its tokens)"""
+    score  of beam search: log P(text | prompt or source) / lp(the number of its tokens) + cp. The coverage penalty
+           cp ≤ 0 is 0 unless `coverage` is given"""
 
     text: str
     score: float
