@@ -606,6 +606,116 @@ def test_a_token_reads_the_expert_that_it_visits():
         assert report.bytes_per_step == dense.bytes_per_step + (experts - 1) * expert + router_and_cache
 
 
+GENERATIONS = [
+    *[(config, B, T, S) for config in (SEQ2SEQ, T5) for B, T, S in ((6, 60, 100), (40, 10, 120), (6, 100, 5))],
+    (SEQ2SEQ, 1, 1, 60), (dataclasses.replace(SEQ2SEQ, switch=EXPERTS), 6, 60, 100), (GPT, 6, 100, None),
+]
+
+
+def check_generation(account: Any, config: Any, B: int, T: int, S: int | None) -> None:
+    """The peak of a real greedy generation within 4 %, by the allocator: weights and everything that it allocates."""
+    model = MODELS[type(config)](config, 0)
+    facts = {} if S is None else {"source_ids": np.zeros((B, S), np.int64)}
+    start = np.zeros((B, 1), np.int64) if S is None else None
+    ft.generate(model, start, 1, **facts)                # the first pass of a process builds caches
+    gc.collect()
+    with ft.peak_memory() as memory:
+        ft.generate(model, start, T, **facts)
+    held = sum(p.data.nbytes for p in model.parameters()) + sum(b.nbytes for b in model.named_buffers().values())
+    predicted = account(config, batch=B, length=T, source_length=S).peak
+    assert predicted == pytest.approx(held + memory["bytes"], rel=0.04)
+
+
+@pytest.mark.parametrize("config, B, T, S", GENERATIONS, ids=lambda value: str(value)[:24])
+def test_the_peak_of_generation_is_that_of_the_allocator(config, B, T, S, _warm):
+    check_generation(inference, config, B, T, S)
+
+
+def weights_and_cache(config: Any, **options: Any) -> Any:
+    report = inference(config, **options)
+    return dataclasses.replace(report, peak=report.weights + report.cache)
+
+
+def short_source(config: Any, *, source_length: int, **options: Any) -> Any:
+    return inference(config, source_length=1, **options)
+
+
+def without_the_encoder(config: Any, **options: Any) -> Any:
+    """The peak of the decoder's steps alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        right = ft.Seq2Seq.encode
+
+        def encode(self: Any, ids: Any, *rest: Any) -> Any:
+            found = right(self, ids, *rest)
+            sizes.current_ledger().restart_peak()
+            return found
+        patch.setattr(ft.Seq2Seq, "encode", encode)
+        return inference(config, **options)
+
+
+def in_one_pass(config: Any, **options: Any) -> Any:
+    """The peak of a pass over the whole text."""
+    report = inference(config, **options)
+    text = np.zeros((options["batch"], options["length"]), np.int64)
+    source = np.zeros((options["batch"], options["source_length"]), np.int64)
+    with training.without_numbers() as ledger, ft.no_grad():
+        training.build(config)(text, source_ids=source, cache=Cache())
+    return dataclasses.replace(report, peak=ledger.peak)
+
+
+@pytest.mark.parametrize("account, T, S", [
+    (weights_and_cache, 10, 120), (short_source, 20, 100), (without_the_encoder, 10, 120), (in_one_pass, 40, 5),
+])
+def test_a_wrong_peak_of_generation_is_rejected(account, T, S, _warm):
+    with pytest.raises(AssertionError):
+        check_generation(account, SEQ2SEQ, 40, T, S)
+
+
+def check_step(report: Any, config: Any, B: int, T: int, S: int) -> None:
+    """A step of an encoder-decoder by hand: the operations of a token, the cache, and the bytes that are read."""
+    h = config.width
+    attention = 4 * h * h
+    assert report.cache == 2 * config.layers * B * (T + S) * h * 4
+    decoder = config.layers * (attention + 2 * h * h + 2 * h * 4 * h) + config.vocab * h     # of cross-attention q, o
+    assert report.flops_per_token == 2 * decoder + config.layers * attention_products(1, T + S, config.heads,
+                                                                                     h // config.heads)
+    read = 0
+    for name, p in MODELS[type(config)](config, 0).named_parameters().items():
+        if not name.startswith(("encoder.", "encoder_norm.")) and ".cross_attn.k." not in name \
+                and ".cross_attn.v." not in name:
+            read += p.data.nbytes
+    assert report.bytes_per_step == read + report.cache
+
+
+@pytest.mark.parametrize("config", [SEQ2SEQ, T5], ids=lambda config: type(config).__name__)
+@pytest.mark.parametrize("B, T, S", [(2, 30, 7), (1, 1, 20)])
+def test_a_token_of_a_target_costs_what_inference_says(config, B, T, S):
+    check_step(inference(config, batch=B, length=T, source_length=S), config, B, T, S)
+    assert inference(config, length=9) == inference(config, length=9, source_length=9)
+
+
+@pytest.mark.parametrize("wrong", ["_of_the_source", "_looked_up"])
+def test_a_step_that_reads_the_encoder_or_all_sinusoids_is_rejected(wrong, monkeypatch):
+    monkeypatch.setitem(inference.__globals__, wrong, lambda model: 0)
+    with pytest.raises(AssertionError):
+        check_step(inference(SEQ2SEQ, batch=2, length=30, source_length=7), SEQ2SEQ, 2, 30, 7)
+
+
+def test_idle_experts_of_an_encoder_count_once():
+    """More rows visit more experts of the decoder. Those of the encoder are not read in a step at all."""
+    config = dataclasses.replace(SEQ2SEQ, switch=EXPERTS)
+    one, all_four = (inference(config, batch=B, length=9) for B in (1, 4))
+    expert = 4 * (2 * config.width * 4 * config.width + 5 * config.width)
+    assert all_four.bytes_per_step - all_four.cache - (one.bytes_per_step - one.cache) == 3 * expert
+
+
+def test_the_source_of_a_generation_wants_an_encoder_decoder():
+    with pytest.raises(TypeError, match="source_length is for an encoder-decoder, got a GPT"):
+        inference(GPT, source_length=3)
+    with pytest.raises(ValueError, match="inference: source_length wants a whole number >= 1, got 0"):
+        inference(SEQ2SEQ, source_length=0)
+
+
 def test_an_encoder_does_not_generate():
     with pytest.raises(ValueError, match="inference wants a model that generates, got a BERT"):
         inference(BERT)
