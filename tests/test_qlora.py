@@ -1,6 +1,10 @@
 """QLoRA: LoRA on all linear maps of a base in NF4 with doubly quantized scales, from compressing to merging."""
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import pytest
 from helpers import dev, host
@@ -8,7 +12,7 @@ from helpers import dev, host
 import tinyft as ft
 from tinyft import nn
 from tinyft.compress import Codebook
-from tinyft.edit import base_modules
+from tinyft.edit import base_modules, base_parameters
 
 
 def small(kind: str) -> ft.Module:
@@ -145,3 +149,50 @@ def test_bytes_of_the_base_are_a_seventh(rng):
     reports = ft.compress(model, ft.NF4())
     assert sum(report.after for report in reports) < sum(report.before for report in reports) / 7
     assert max(report.error for report in reports) < 0.012           # 0.0085 for normal weights, on average
+
+
+def check_full(attach_full: Callable[[ft.Module], Any]) -> None:
+    """Full on a packed model raises one sentence with the parameters and the ways out; the model stays as it is."""
+    model = small("gpt")
+    ft.compress(model, ft.NF4(), targets="attn.[qv]")
+    before = base_bytes(model)
+    with pytest.raises(ValueError) as caught:
+        attach_full(model)
+    assert str(caught.value) == (
+        "Full trains every parameter, and 4 packed ones cannot train (blocks.0.attn.q.weight, blocks.0.attn.v.weight, "
+        "blocks.1.attn.q.weight, ...): attach LoRA, which is QLoRA on an NF4 base, or call tinyft.unpack(model) first")
+    assert base_bytes(model) == before and not ft.edit.attached(model)
+
+
+def test_full_does_not_train_the_rest_of_a_packed_model():
+    check_full(lambda model: ft.attach(model, ft.Full()))
+    for method in (ft.Partial(k=1), ft.BitFit(), ft.LoRA(r=2)):
+        model = small("gpt")
+        ft.compress(model, ft.NF4())
+        ft.attach(model, method)
+        assert ft.trained(model)
+    model = small("gpt")
+    ft.compress(model, ft.NF4())
+    ft.attach(ft.unpack(model), ft.Full())
+    assert set(ft.trained(model)) == set(model.named_parameters())
+
+
+def train_the_rest(model: ft.Module) -> None:
+    """What Full did: every dense tensor trains."""
+    ft.attach(model, PartialOfAll())
+
+
+def refuse_without_names(model: ft.Module) -> None:
+    raise ValueError("Full trains every parameter: attach LoRA")
+
+
+@dataclass(frozen=True)
+class PartialOfAll(ft.Method):
+    def trains(self, model: ft.Module) -> set[str]:
+        return set(base_parameters(model))
+
+
+@pytest.mark.parametrize("wrong", [train_the_rest, refuse_without_names])
+def test_another_answer_of_full_is_noticed(wrong):
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        check_full(wrong)
