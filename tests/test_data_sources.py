@@ -142,3 +142,22 @@ def test_the_stream_can_be_resumed():
         assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
     with pytest.raises(ValueError):
         batches_of(PAIRS[::-1] * 5, batch_size=2).load_state_dict(first.state_dict())
+
+
+FROZEN = {                                               # of batches_of(PAIRS), as older versions wrote them
+    "before PadPairs had limits": "631cbb7556cdfd549226242d35210521",
+    "while the limits counted": "71168d66f0a07ae1ff0d21bb8792a1b9",
+}
+
+
+@pytest.mark.parametrize("content", FROZEN.values(), ids=FROZEN)
+def test_a_position_of_an_older_version_is_gone_to(content):
+    """Limits that cut no row change the padding alone. Other sources, or the same ones cut, are other examples."""
+    state = batches_of(PAIRS).state_dict()
+    batches_of(PAIRS).load_state_dict({**state, "content": content, "batch": 1})
+    assert state["content"] == batches_of(PAIRS, max_source=9, max_target=9).state_dict()["content"]
+    for other in (batches_of(PAIRS, max_source=3), batches_of([("a b c", "c"), *PAIRS[1:]])):
+        with pytest.raises(ValueError, match="got one of other examples"):
+            other.load_state_dict({**state, "content": content})
+    with pytest.raises(ValueError, match="got one of other examples"):
+        batches_of(PAIRS).load_state_dict({**state, "content": "0" * 32})

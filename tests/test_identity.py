@@ -4,7 +4,8 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, replace
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -14,13 +15,14 @@ import pytest
 from contract import build
 from helpers import dev, host, wrong_answers
 
-from tinyft import LoRA, PrefixTuning
+from tinyft import GNMTPenalty, LoRA, PrefixTuning
 from tinyft.data import Batches
 from tinyft.identity import (
     complete,
     default_fields,
     describe,
     describe_changed,
+    earlier_fingerprints,
     fingerprint,
     qualified_name,
     rows_as_arrays,
@@ -249,3 +251,70 @@ def test_rows_of_numbers_become_arrays_for_a_fast_fingerprint():
     others = [[([1, 2, 4], 0), *rows[1:]], rows[:2], [([1, 2, 3, 0], 0), *rows[1:]]]
     texts = {fingerprint(rows_as_arrays(some)) for some in [rows, *others]}
     assert len(texts) == 4
+
+
+# ── a class that has got further fields since a digest was written ───────────────────────────────────────────────────
+GNMT = {0.6: "dec748aee271558f4f3245366ccaccfd", 1.0: "93d72a4685ac035fafc8e3bf601b1d84"}      # written with one field
+
+
+def later_penalty(alpha: float, **more: float) -> Any:
+    """GNMTPenalty of a later version, which has got the fields beta and gamma."""
+    fields = [("alpha", float, 0.6), ("beta", float, 0.0), ("gamma", float, 2.0)]
+    cls = make_dataclass("GNMTPenalty", fields, frozen=True)
+    cls.__module__, cls.__qualname__ = GNMTPenalty.__module__, GNMTPenalty.__qualname__
+    return cls(alpha, **more)
+
+
+def check_earlier(earlier: Callable[[Any], list[str]]) -> None:
+    """A new field with its default value keeps the digests from before it; with another value it gives new ones."""
+    for alpha, digest in GNMT.items():
+        assert fingerprint(GNMTPenalty(alpha)) == digest == earlier(GNMTPenalty(alpha))[0]
+        assert digest in earlier(later_penalty(alpha))
+        with_beta = fingerprint(later_penalty(alpha, beta=0.5))
+        assert earlier(later_penalty(alpha, beta=0.5))[0] == with_beta
+        for more in ({"beta": 0.5}, {"gamma": 1.0}, {"beta": 0.5, "gamma": 1.0}):
+            assert digest not in earlier(later_penalty(alpha, **more))
+        assert with_beta not in earlier(later_penalty(alpha, beta=0.5, gamma=1.0))
+        assert GNMT[0.6 if alpha == 1.0 else 1.0] not in earlier(later_penalty(alpha))
+    assert earlier(by_repr) == [fingerprint(by_repr)] and earlier(GNMTPenalty) == [fingerprint(GNMTPenalty)]
+
+
+def today_alone(obj: Any) -> list[str]:
+    return [fingerprint(obj)]
+
+
+def with_any_value(obj: Any) -> list[str]:
+    """Leaves out the last fields, whatever their values are."""
+    if not is_dataclass(obj) or isinstance(obj, type):
+        return [fingerprint(obj)]
+    values = [(f.name, getattr(obj, f.name)) for f in fields(obj)]
+    return [fingerprint(_with_fields(obj, dict(values[:n]))) for n in range(len(values), -1, -1)]
+
+
+def _with_fields(obj: Any, values: dict[str, Any]) -> Any:
+    """An object of the same class that has these attributes alone."""
+    made = object.__new__(type(obj))
+    vars(made).update(values)
+    return made
+
+
+def of_the_class(obj: Any) -> list[str]:
+    """Today's digest, and those of the object with the defaults of all its fields."""
+    is_object = is_dataclass(obj) and not isinstance(obj, type)
+    return [fingerprint(obj), *(earlier_fingerprints(type(obj)()) if is_object else [])]
+
+
+def test_a_new_field_with_its_default_keeps_the_older_digests():
+    check_earlier(earlier_fingerprints)
+
+
+@pytest.mark.parametrize("wrong", [today_alone, with_any_value, of_the_class])
+def test_other_lists_of_digests_are_rejected(wrong):
+    with pytest.raises(AssertionError):
+        check_earlier(wrong)
+
+
+def test_fields_that_do_not_compare_are_left_out():
+    """As the limits of padding in data.sources."""
+    cls = make_dataclass("Pad", [("limit", int, field(compare=False)), ("pad_id", int)])
+    assert describe_changed(cls(3, 4))["fields"] == {"pad_id": 4} != describe_changed(cls(3, 5))["fields"]

@@ -4,6 +4,7 @@ The checks are called with the library's functions, and again with each wrong on
 """
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -491,6 +492,28 @@ def test_texts_of_another_teacher_or_search_are_refused(tmp_path):
     with pytest.raises(ValueError, match="wants hypotheses of this length penalty, got those of another length pena"):
         make_beams(tmp_path, lp=ft.GNMTPenalty(0.0))
     assert len(make_beams(tmp_path, lp=ft.GNMTPenalty(0.6))) > 0
+
+
+# GNMTPenalty of a later version, which has got a field
+LaterPenalty = dataclasses.make_dataclass("GNMTPenalty", [("shift", float, 5.0)], bases=(ft.GNMTPenalty,), frozen=True)
+LaterPenalty.__module__, LaterPenalty.__qualname__ = ft.GNMTPenalty.__module__, ft.GNMTPenalty.__qualname__
+
+
+def test_a_new_field_of_a_length_penalty_does_not_refuse_older_texts(tmp_path):
+    """A folder, and a position in new targets, from before the field. With another value than its default, it does."""
+    older = make_beams(tmp_path)
+    older.fill([make_batch(7, 10)])
+    state = SequenceLevel(older).map(stream()).state_dict()
+    later = make_beams(tmp_path, lp=LaterPenalty())
+    assert len(later) == len(older) > 0
+    SequenceLevel(later).map(stream()).load_state_dict(state)
+    with pytest.raises(ValueError, match="wants a state with the targets of this method and teacher"):
+        Interpolation(later).map(stream()).load_state_dict(state)
+    for lp in (LaterPenalty(shift=4.0), LaterPenalty(alpha=0.5)):
+        with pytest.raises(ValueError, match="wants hypotheses of this length penalty"):
+            make_beams(tmp_path, lp=lp)
+        with pytest.raises(ValueError, match="wants a state with the targets of this method and teacher"):
+            SequenceLevel(make_beams(lp=lp)).map(stream()).load_state_dict(state)
 
 
 # ── in training ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -85,12 +85,14 @@ def _is_description_of(description: Any, obj: Any) -> bool:
 def describe_changed(obj: Any) -> Any:
     """`describe` of a dataclass without the fields that have their default value: a new field does not change it.
 
-    It serves where the facts are hashed, so that `complete` cannot help."""
+    Fields with compare=False are left out as well. It serves where the facts are hashed, so that `complete` cannot
+    help."""
     description = describe(obj)
     defaults = default_fields(type(obj))
+    compared = {f.name for f in dataclasses.fields(obj) if f.compare}
     changed = {}
     for name, value in description["fields"].items():
-        if name not in defaults or value != defaults[name]:
+        if name in compared and (name not in defaults or value != defaults[name]):
             changed[name] = value
     return {**description, "fields": changed}
 
@@ -151,6 +153,26 @@ def fingerprint(obj: Any) -> str:
     digest = hashlib.blake2b(digest_size=16)
     _update(digest, obj, [])
     return digest.hexdigest()
+
+
+def earlier_fingerprints(obj: Any) -> list[str]:
+    """The fingerprint of an object, and those that earlier versions of its class gave to the same settings.
+
+    An earlier version of a dataclass lacked its last fields. A field with another value than its default, and all
+    fields before it, count in each of the digests. Compare what a file holds with all of them."""
+    found = [fingerprint(obj)]
+    if not dataclasses.is_dataclass(obj) or isinstance(obj, type):
+        return found
+    defaults = default_fields(type(obj))
+    attributes = dict(vars(obj))
+    for f in reversed(dataclasses.fields(obj)):
+        value = attributes.pop(f.name)
+        if f.name not in defaults or _describe_value(value) != defaults[f.name]:
+            break
+        digest = hashlib.blake2b(digest_size=16)
+        _update_attributes(digest, type(obj), attributes, [id(obj)])
+        found.append(digest.hexdigest())
+    return found
 
 
 def rows_as_arrays(value: Any) -> Any:
@@ -224,11 +246,17 @@ def _update_function(digest: Any, f: Any, above: list[int]) -> None:
 def _update_object(digest: Any, obj: Any, above: list[int]) -> None:
     """Add the class and the public attributes of any other object to a digest.
 
-    POSITION names attributes that change while data is read, such as the epoch: they are left out. TypeError for an
-    object without attributes."""
-    digest.update(f"{qualified_name(type(obj))};".encode())
+    TypeError for an object without attributes."""
     attributes = getattr(obj, "__dict__", None)
     if attributes is None:
         raise TypeError(f"a {type(obj).__name__} cannot be identified by its content: it has no attributes to read; "
                         "give a list of batches, or an object with its data in attributes")
+    _update_attributes(digest, type(obj), attributes, above)
+
+
+def _update_attributes(digest: Any, cls: type, attributes: Mapping[str, Any], above: list[int]) -> None:
+    """Add a class and the public ones of an object's attributes to a digest.
+
+    POSITION names attributes that change while data is read, such as the epoch: they are left out."""
+    digest.update(f"{qualified_name(cls)};".encode())
     _update(digest, {k: v for k, v in attributes.items() if k[0] != "_" and k not in POSITION}, above)

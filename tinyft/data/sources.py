@@ -116,10 +116,11 @@ def source_batches_and_cut(
 class PadPairs:
     """The collate of `source_batches`: (source ids, target ids) of each row -> a batch, padded on the right.
 
-    A source has at most max_source columns, and a decoder's text at most max_target after the start."""
+    A source has at most max_source columns, and a decoder's text at most max_target after the start. They limit the
+    padding alone, since no row is longer: they are no part of a stream's fingerprint, and older versions had none."""
 
-    max_source: int
-    max_target: int
+    max_source: int = dataclasses.field(compare=False)
+    max_target: int = dataclasses.field(compare=False)
     pad_id: int
 
     def __call__(self, chosen: list[tuple[np.ndarray, np.ndarray]], rng: Any) -> dict[str, np.ndarray]:

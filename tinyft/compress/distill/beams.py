@@ -19,7 +19,7 @@ import numpy as np
 from ... import checks
 from ...beam import GNMTPenalty, Hypothesis, beam_search, longest_reach
 from ...context import check_range
-from ...identity import fingerprint
+from ...identity import earlier_fingerprints, fingerprint
 from ...keywords import checked_keywords
 from ...models.encoder_decoder import EncoderDecoder
 from ...train.batch import IGNORE, Endless, Targets, iterate, read_batch
@@ -61,6 +61,7 @@ class TeacherBeams:
             "of": fingerprint(teacher), "end": self.end, "max_new_tokens": self.max_new_tokens, "beams": self.beams,
             "n_best": self.n_best, "lp": fingerprint(lp),
         }
+        self._penalties = earlier_fingerprints(lp)       # with those of versions in which lp had fewer fields
         self._folder = None if folder is None else Path(folder)
         self._entries: dict[bytes, list[Hypothesis]] = {}
         self._searches = 0
@@ -84,6 +85,10 @@ class TeacherBeams:
             if not any(h.ended for h in hypotheses):
                 count += 1
         return count
+
+    def earlier_facts(self) -> list[dict[str, object]]:
+        """The facts, and those that earlier versions gave to the same settings."""
+        return [{**self.facts, "lp": penalty} for penalty in self._penalties]
 
     # ── use ──
     def fill(self, batches: Iterable) -> int:
@@ -144,7 +149,7 @@ class TeacherBeams:
         in_words = {"of": "teacher", "lp": "length penalty"}                     # their values are digests
         for file, arrays, facts in read_row_files(folder):
             for name, value in self.facts.items():
-                if facts.get(name) == value:
+                if facts.get(name) == value or (name == "lp" and facts.get("lp") in self._penalties):
                     continue
                 if name in in_words:
                     wanted, got = f"of this {in_words[name]}", f"those of another {in_words[name]}"
