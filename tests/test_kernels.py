@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tinyft
-from tinyft import array, dispatch, kernels
+from tinyft import array, dispatch, get_num_threads, kernels, set_num_threads
 from tinyft.kernels import attention as tiled
 from tinyft.kernels import numpy as fast
 from tinyft.kernels import threads
@@ -35,7 +35,7 @@ def inputs(name: str, shape: tuple, dtype: Any, rng: np.random.Generator) -> tup
         w = rng.standard_normal(c).astype(dtype)
         b = rng.standard_normal(c).astype(dtype)
         return [x, w, b], {"eps": 1e-5}
-    if name == "swiglu":
+    if name in ("swiglu", "add"):
         return [x, rng.standard_normal(shape).astype(dtype)], {}
     if name == "rms_norm":
         return [x, rng.standard_normal(shape[-1]).astype(dtype)], {"eps": 1e-5}
@@ -118,6 +118,8 @@ def must_take(name: str, arrays: list, kw: dict) -> bool:
     floats = [a for a in arrays if a.dtype.kind == "f"]
     if any(a.dtype != np.float32 for a in floats) or not arrays[0].size:
         return False
+    if name == "add":
+        return arrays[0].size >= fast.SHARED_SUM and all(a.flags.c_contiguous for a in arrays)
     if name == "attention":
         q, k, *_ = arrays
         return q.ndim == 4 and (k.shape[2] >= q.shape[2] or not kw.get("causal"))
@@ -216,6 +218,47 @@ def test_a_kernel_equals_its_definition_for_any_shape_and_layout(name, shape, do
         [a[..., ::-1] for a in arrays],
     ]
     agree(name, getattr(fast, name), layouts[rng.integers(4)], kw, rng)
+
+
+def check_large_sums(add: Callable, add_to: Callable, sum_of: Callable, squared_norm: Callable, n: int) -> None:
+    """The functions on arrays that n threads share: value, gradients, and nothing else written to."""
+    rng = np.random.default_rng(0)
+    set_num_threads(n)
+    a, b = (rng.standard_normal((3, fast.SHARED_SUM // 2 + 1)).astype(np.float32) for _ in range(2))
+    before = a.copy(), b.copy()
+    agree("add", add, [a, b], {}, rng)
+    assert np.array_equal(sum_of(a, b), a + b)
+    assert near(np.float32(squared_norm(a)), (a.astype(np.float64)**2).sum().astype(np.float32), 1e-6)
+    assert all(map(np.array_equal, (a, b), before))
+    assert add_to(a, b) is None
+    assert np.array_equal(a, before[0] + before[1]) and np.array_equal(b, before[1])
+
+
+def first_part_only(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    y = a + b
+    y.reshape(-1)[fast.SHARED_SUM:] = 0
+    return y
+
+
+def into_the_second(a: np.ndarray, b: np.ndarray) -> None:
+    b += a
+
+
+def first_half_of_the_norm(g: np.ndarray) -> Any:
+    return np.vdot(g[:1], g[:1])
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_large_sums(n):
+    right = (fast.add, fast.add_to, fast.sum_of, fast.squared_norm)
+    before = get_num_threads()
+    try:
+        check_large_sums(*right, n)
+        for i, wrong in ((1, into_the_second), (2, first_part_only), (2, np.subtract), (3, first_half_of_the_norm)):
+            with pytest.raises(AssertionError):
+                check_large_sums(*right[:i], wrong, *right[i + 1:], n)
+    finally:
+        set_num_threads(before)
 
 
 @pytest.mark.parametrize("x", [0.0, -0.0, 1e-30, 5.0, -5.0, 13.0, -13.0, 100.0, -100.0, 1e4, -1e4])

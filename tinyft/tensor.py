@@ -235,7 +235,7 @@ class Tensor:
         if not self.requires_grad:                             # frozen after its use
             return
         if self.grad is not None:
-            g = self.grad + g
+            g = dispatch.run(sum_of, type(g), self.grad, g)
         elif not (owned and g.flags.c_contiguous):
             g = g.copy()
         self.grad = xp(self.data).asarray(g)                   # a NumPy result without axes is a scalar
@@ -275,9 +275,9 @@ class Gradients:
             if owned:
                 self.owned.add(key)
         elif key in self.owned:
-            self.arrays[key] += g
+            dispatch.run(add_to, type(g), self.arrays[key], g)
         else:
-            self.arrays[key] = self.arrays[key] + g
+            self.arrays[key] = dispatch.run(sum_of, type(g), self.arrays[key], g)
             self.owned.add(key)
 
     def add_part(self, part: Part, g: Array) -> None:
@@ -294,6 +294,16 @@ class Gradients:
         owned = key in self.owned
         self.owned.discard(key)
         return g, owned
+
+
+def sum_of(a: Array, b: Array) -> Array:
+    """a + b"""
+    return a + b
+
+
+def add_to(a: Array, b: Array) -> None:
+    """a ← a + b"""
+    a += b
 
 
 def _seed(root: Tensor, gradient: Any) -> Array:

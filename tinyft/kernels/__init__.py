@@ -25,9 +25,9 @@ import numpy as np
 from .. import array, checks, dispatch
 from ..dispatch import definitions_only as definitions
 from ..keywords import checked_keywords
-from ..optim.optimizers import adam_update
+from ..optim.optimizers import adam_update, squared_norm
 from ..precision import widen_half
-from ..tensor import OPS
+from ..tensor import OPS, add_to, sum_of
 from .system import keep_memory
 from .threads import get_num_threads, set_num_threads
 
@@ -65,7 +65,8 @@ def install(choice: str = "auto") -> None:
 
     for name in fast.OPS:
         dispatch.register(OPS[name], np.ndarray, getattr(fast, name))
-    dispatch.register(adam_update, np.ndarray, fast.adam_update)
+    for definition in (adam_update, add_to, squared_norm, sum_of):
+        dispatch.register(definition, np.ndarray, getattr(fast, definition.__name__))
     dispatch.register(OPS["_packed_linear"], np.ndarray, packed.packed_linear)
     dispatch.register(widen_half, np.ndarray, packed.widen_half)
     array.on_open("cupy", _register_cuda)

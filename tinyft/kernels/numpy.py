@@ -19,12 +19,14 @@ from .. import checks, operands, ops
 from ..array import random_words
 from ..tensor import is_recording
 from .attention import SAFE, attention
-from .threads import blocks, one_blas_thread, product
+from .threads import blocks, each, one_blas_thread, product, shares
 
-__all__ = ["linear", "gelu", "gelu_tanh", "swiglu", "layer_norm", "rms_norm", "rotary", "embedding", "attention",
-           "cross_entropy", "dropout", "adam_update"]
-OPS = tuple(name for name in __all__ if name != "adam_update")
+__all__ = ["adam_update", "add", "add_to", "attention", "cross_entropy", "dropout", "embedding", "gelu", "gelu_tanh",
+           "layer_norm", "linear", "rms_norm", "rotary", "squared_norm", "sum_of", "swiglu"]
+UPDATES = ("adam_update", "add_to", "squared_norm", "sum_of")                # kernels of functions that are no ops
+OPS = tuple(name for name in __all__ if name not in UPDATES)
 FLAT = np.float32(1 / 32)                                # layer_norm centres a row with σ <= FLAT · |mean| twice
+SHARED_SUM = 1 << 17                                     # elements from which the threads share a sum
 SMALL = 1 << 17                                          # elements; up to this size, gelu_tanh keeps Φ for its gradient
 
 
@@ -33,6 +35,60 @@ def _is_plain(x: np.ndarray) -> bool:
     return x.dtype == np.float32 and x.flags.c_contiguous and x.size > 0
 
 
+# ── sums ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+def _are_large(a: np.ndarray, b: np.ndarray) -> bool:
+    """True for two contiguous float32 arrays of one shape that are worth more than one thread."""
+    return a.size >= SHARED_SUM and a.shape == b.shape and _is_plain(a) and _is_plain(b)
+
+
+def sum_of(a: np.ndarray, b: np.ndarray) -> Any:
+    """tensor.sum_of, a + b: the threads share large arrays."""
+    if not _are_large(a, b):
+        return NotImplemented
+    y = np.empty_like(a)
+    A, B, Y = a.reshape(-1), b.reshape(-1), y.reshape(-1)
+
+    def part(i: slice) -> None:
+        np.add(A[i], B[i], out=Y[i])
+    each(shares(a.size, 1, SHARED_SUM), part)
+    return y
+
+
+def add_to(a: np.ndarray, b: np.ndarray) -> Any:
+    """tensor.add_to, a ← a + b: the threads share large arrays."""
+    if not _are_large(a, b):
+        return NotImplemented
+    A, B = a.reshape(-1), b.reshape(-1)
+
+    def part(i: slice) -> None:
+        np.add(A[i], B[i], out=A[i])
+    each(shares(a.size, 1, SHARED_SUM), part)
+    return None
+
+
+def add(a: np.ndarray, b: np.ndarray) -> Any:
+    """(a + b, pullbacks) of ops.add: the threads share large arrays."""
+    if not (isinstance(a, np.ndarray) and isinstance(b, np.ndarray)):
+        return NotImplemented
+    y = sum_of(a, b)
+    return NotImplemented if y is NotImplemented else (y, (ops.same, ops.same))
+
+
+def squared_norm(g: np.ndarray) -> Any:
+    """optimizers.squared_norm, Σ g²: the threads share large arrays."""
+    if not _is_plain(g):
+        return NotImplemented
+    G = g.reshape(-1)
+    found = shares(g.size, 1, SHARED_SUM)
+    sums = np.empty(len(found), np.float32)
+
+    def part(i: int) -> None:
+        sums[i] = np.dot(G[found[i]], G[found[i]])
+    each(range(len(found)), part)
+    return sums.sum()
+
+
+# ── linear maps and activations ──────────────────────────────────────────────────────────────────────────────────────
 def linear(x: np.ndarray, W: np.ndarray, b: np.ndarray | None = None) -> Any:
     """(x Wᵀ + b, pullbacks), without a copy of the output for the bias, and with a fast sum for its gradient."""
     operands.check_linear(x, W, b)

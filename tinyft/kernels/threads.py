@@ -3,6 +3,7 @@
     each(items, f)           f(item) for every item
     blocks(n, f, width)      f(slice) for slices that cover n rows
     product(a, b)            the matrix product a b; the threads share its rows or its columns
+    shares(rows, ...)        the parts of an array that the threads compute
 
 NumPy's loops run on one thread, but release the interpreter's lock, so that several Python threads run several of them
 at once. The threads wait in a pool of this module.
@@ -31,7 +32,8 @@ from .. import checks
 from ..keywords import checked_keywords
 from . import system
 
-__all__ = ["blocks", "each", "get_num_threads", "one_blas_thread", "product", "set_num_threads", "usable_threads"]
+__all__ = ["blocks", "each", "get_num_threads", "one_blas_thread", "parts", "product", "set_num_threads", "shares",
+           "usable_threads"]
 
 BLOCK = 1 << 15  # elements in a block on one thread: 128 kB of float32, half an L2 cache
 SHARED_BLOCK = 1 << 17  # elements in a block where threads share the work; smaller ones do not pay
@@ -254,6 +256,16 @@ def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
     each(parts(max(M, N), n), rows if M >= N else columns)
     return out
+
+
+def shares(rows: int, width: int, least: int) -> list[slice]:
+    """The parts of `rows` rows of `width` elements that the threads compute: one of each thread, or one in all.
+
+    Fewer than `least` elements stay on one thread. The parts depend on the sizes alone, not on what other threads of
+    the program do.
+    """
+    n = usable_threads() if rows * width >= least else 1
+    return parts(rows, min(n, rows))
 
 
 def parts(length: int, n: int) -> list[slice]:

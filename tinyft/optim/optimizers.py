@@ -59,6 +59,11 @@ def adam_update(w: Array, g: Array, m: Array, v: Array, lr: float, b1: float, b2
     w -= (lr / (1 - b1**t)) * m / (xp(w).sqrt(v) * (1 - b2**t)**-0.5 + eps)
 
 
+def squared_norm(g: Array) -> Array:
+    """Σ g²"""
+    return xp(g).linalg.norm(g)**2
+
+
 def clip_norm(gradients: list[Array], limit: float | None) -> Array:
     """n = √Σ g²;    g ← g min(limit / (n + 1e-6), 1)
 
@@ -71,7 +76,7 @@ def clip_norm(gradients: list[Array], limit: float | None) -> Array:
     if not isinstance(gradients, (list, tuple)) or not all(map(is_array, gradients)):
         raise TypeError(f"clip_norm wants a list of arrays, got {checks.brief(gradients)}")
     m = xp(*gradients)
-    norm = m.sqrt(m.asarray(sum(m.linalg.norm(g)**2 for g in gradients)))
+    norm = m.sqrt(m.asarray(sum(dispatch.run(squared_norm, type(g), g) for g in gradients)))
     if not math.isfinite(float(norm)):
         raise FloatingPointError(f"the gradient's norm is {float(norm)}")
     if limit is not None:

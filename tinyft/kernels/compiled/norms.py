@@ -10,7 +10,7 @@ import numpy as np
 from ... import operands
 from ..numpy import FLAT
 from .compiler import Matrix, Vector, boolean, compiled_sum, float32, inlined_sum, int64
-from .shared import ONE, ZERO, is_plain, run, run_parts, shares
+from .shared import ONE, ZERO, is_plain, row_parts, run, run_parts
 
 __all__ = ["layer_norm", "rms_norm"]
 
@@ -102,7 +102,7 @@ def layer_norm(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float = 1e-5) -
 
     def back(g: np.ndarray, needed: list[bool]) -> tuple:
         d = np.empty_like(x)
-        found = shares(len(X), n)
+        found = row_parts(len(X), n)
         DW, DB = np.empty((len(found), n), np.float32), np.empty((len(found), n), np.float32)
         G = np.require(g, requirements="CAW").reshape(-1, n)
         trains = needed[1] or needed[2]
@@ -164,7 +164,7 @@ def rms_norm(x: np.ndarray, w: np.ndarray, eps: float = 1e-6) -> Any:
 
     def back(g: np.ndarray, needed: list[bool]) -> tuple:
         d = np.empty_like(x)
-        found = shares(len(X), n)
+        found = row_parts(len(X), n)
         DW = np.empty((len(found), n), np.float32)
         G = np.require(g, requirements="CAW").reshape(-1, n)
         run_parts(rms_norm_backward, found, X, w, inverses, G, d.reshape(-1, n), DW, needed[1])

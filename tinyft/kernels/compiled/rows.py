@@ -10,7 +10,7 @@ from numba import types
 from ... import operands, ops
 from ..threads import product
 from .compiler import Matrix, Vector, compiled, int64
-from .shared import ZERO, is_plain, run, run_parts, shares
+from .shared import ZERO, is_plain, row_parts, run, run_parts
 
 __all__ = ["embedding", "linear", "project", "rotary"]
 
@@ -51,7 +51,7 @@ def sum_rows(g: np.ndarray) -> np.ndarray:
     G = ops.flat(g)
     if not is_plain(G):
         return G.sum(axis=0)
-    found = shares(*G.shape)
+    found = row_parts(*G.shape)
     D = np.empty((len(found), G.shape[1]), np.float32)
     run_parts(column_sums, found, G, D)
     return D[0] if len(D) == 1 else D.sum(axis=0)

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from ..threads import each, parts, usable_threads
+from ..threads import each, shares
 from .compiler import float32, inlined
 
-__all__ = ["exp", "is_plain", "largest", "run", "run_parts", "shares"]
+__all__ = ["exp", "is_plain", "largest", "row_parts", "run", "run_parts"]
 
 SHARED = 1 << 15  # elements from which the threads share the work; handing it over takes as long as 10,000 elements
 
@@ -24,27 +24,26 @@ def is_plain(*arrays: np.ndarray) -> bool:
     return all(a.dtype == np.float32 and a.flags.carray and a.size > 0 for a in arrays)
 
 
-def shares(rows: int, width: int = 1) -> list[slice]:
-    """The parts of `rows` rows of `width` elements that the threads compute: one of each thread, or one in all.
-
-    They depend on the sizes alone, not on what other threads of the program do.
-    """
-    n = usable_threads() if rows * width >= SHARED else 1
-    return parts(rows, min(n, rows))
-
-
 def run(kernel: Callable, rows: int, width: int, *arguments: Any) -> None:
     """kernel(first, last, *arguments) for parts of the rows, each of `width` elements, on the threads."""
-    found = shares(rows, width)
+    found = shares(rows, width, SHARED)
     if len(found) == 1:
         kernel(0, rows, *arguments)
     else:
         each(found, lambda part: kernel(part.start, part.stop, *arguments))
 
 
+def row_parts(rows: int, width: int) -> list[slice]:
+    """The parts of the rows that `run_parts` wants: one of each thread, or one in all."""
+    return shares(rows, width, SHARED)
+
+
 def run_parts(kernel: Callable, found: list[slice], *arguments: Any) -> None:
-    """kernel(i, first, last, *arguments) for the parts i = 0, 1, ... of `shares`: each has sums of its own."""
-    each(range(len(found)), lambda i: kernel(i, found[i].start, found[i].stop, *arguments))
+    """kernel(i, first, last, *arguments) for the parts i = 0, 1, ... of `row_parts`: each has sums of its own."""
+    if len(found) == 1:
+        kernel(0, 0, found[0].stop, *arguments)
+    else:
+        each(range(len(found)), lambda i: kernel(i, found[i].start, found[i].stop, *arguments))
 
 
 # ---------------------------------------------------------------------------------------------------- numbers
