@@ -42,7 +42,7 @@ def test_the_list_of_compiled_kernels_is_complete():
 def compiled_must_take(name: str, arrays: list, kw: dict) -> bool:
     """True for arguments that a compiled kernel must not decline, if the NumPy kernel must not."""
     if name == "attention":
-        return len(arrays) == 3  # without a bias
+        return True
     if name == "embedding":
         return arrays[0].flags.carray and arrays[1].size > 0
     if name == "rotary":
@@ -155,8 +155,8 @@ def test_dropout_equals_its_definition_to_the_bit():
 def test_attention_in_many_tiles(sizes, factor, rng):
     for _ in range(6):
         arrays, kw = properties.attention_inputs(sizes, np.float32, rng)
-        q, k, v = arrays[:3]
-        properties.agree("attention", COMPILED["attention"], [q * np.float32(factor), k, v], kw, rng)
+        q, *others = arrays
+        properties.agree("attention", COMPILED["attention"], [q * np.float32(factor), *others], kw, rng)
 
 
 @pytest.mark.parametrize("sizes", [(1, 2, 5, 3, 4), (0, 2, 3, 3, 4)], ids=["fewer keys than queries", "no rows"])
@@ -237,6 +237,16 @@ def attention_but(**wrong: Any) -> Callable:
     return lambda *arrays, **kw: COMPILED["attention"](*arrays, **(kw | wrong))
 
 
+def with_scaled_bias_gradient(*arrays: np.ndarray, **kw: Any) -> Any:
+    y, back = COMPILED["attention"](*arrays, **kw)
+
+    def wrong(g: np.ndarray, needed: list[bool]) -> tuple:
+        *others, last = back(g, needed)
+        return (*others, last) if len(arrays) == 3 or last is None else (*others, last / 2)
+
+    return y, wrong
+
+
 INPUTS = {"gelu": 1, "gelu_tanh": 1, "swiglu": 2, "layer_norm": 3, "rms_norm": 2, "linear": 3, "cross_entropy": 1,
           "embedding": 1, "attention": 3}
 WRONG = [
@@ -245,6 +255,8 @@ WRONG = [
     ("attention", attention_but(causal=False)),
     ("attention", attention_but(dropout_mask=None)),
     ("attention", attention_but(scale=None)),
+    ("attention", lambda q, k, v, *bias, **kw: COMPILED["attention"](q, k, v, *(b * 2 for b in bias), **kw)),
+    ("attention", with_scaled_bias_gradient),
     ("layer_norm", lambda x, w, b, eps: COMPILED["layer_norm"](x, w, b, eps=1e-2)),
     ("gelu", COMPILED["gelu_tanh"]),
 ]
@@ -256,5 +268,4 @@ def test_a_wrong_compiled_kernel_is_caught(i, rng):
     with pytest.raises(AssertionError):
         for shape in [*properties.SHAPES, *LARGE] * 4:  # some errors show only under some masks
             arrays, kw = properties.inputs(name, shape, np.float32, rng)
-            if name != "attention" or len(arrays) == 3:
-                properties.agree(name, kernel, arrays, kw, rng)
+            properties.agree(name, kernel, arrays, kw, rng)

@@ -1,9 +1,9 @@
 """The compiled kernel of attention: tiles of the scores, as in kernels/attention.py, in one call from Python.
 
-    S = α Q Kᵀ,   top = max of each row of S,   E = e^(S − top),   z = row sums of E
+    S = α Q Kᵀ + B,   top = max of each row of S,   E = e^(S − top),   z = row sums of E
     O = (E ⊙ M) V / z                                                                      M: dropout mask, or 1
 
-    Ĝ = G / z,   dV = (E ⊙ M)ᵀ Ĝ,   dS = E ⊙ (Ĝ Vᵀ ⊙ M − Σ Ĝ O),   dQ = α dS K,   dK = α dSᵀ Q
+    Ĝ = G / z,   dV = (E ⊙ M)ᵀ Ĝ,   dS = E ⊙ (Ĝ Vᵀ ⊙ M − Σ Ĝ O),   dB = dS,   dQ = α dS K,   dK = α dSᵀ Q
 
 A tile has some queries of one head, and all keys that they may look at. E is computed again for the gradient, from the
 kept `top` and z. A query that may look at no key has z = 0, and gives zeros.
@@ -17,9 +17,10 @@ import numpy as np
 from numba import types
 
 from ... import operands
+from ...tensor import sum_to
 from .blas import NOT_TRANSPOSED, ROW_MAJOR, TRANSPOSED, is_available, sgemm
 from .compiler import boolean, compiled, float32, inlined, inlined_sum, int64
-from .shared import ONE, ZERO, exp, largest, run
+from .shared import ONE, ZERO, exp, largest, row_parts, run, run_parts
 
 __all__ = ["attention"]
 
@@ -27,6 +28,7 @@ Heads = types.float32[:, :, :, :]  # (B, H, T, D) in any layout, with neighbours
 Rows = types.float32[:, :, ::1]  # (B, H, T), one number for each query
 Row, Tile = types.float32[:], types.float32[:, :]
 Masks = types.float32[:, :, :, ::1]  # (B or 1, H or 1, Tq or 1, Tk)
+Sums = types.float32[:, :, :, :, ::1]  # the same for each thread
 ABSENT = np.zeros((1, 1, 1, 0), np.float32)  # in the place of a mask that there is not
 MINUS_INFINITY = np.float32(-np.inf)
 QUERIES = 128  # of a tile, at most
@@ -63,13 +65,33 @@ def row(A: Tile) -> int64:
 
 # ---------------------------------------------------------------------------------------------------- one head
 @inlined
-def hide_keys(E: Tile, hidden: Tile, first_query: int64) -> None:
-    """Add 0 or −∞ to the scores E of a tile. hidden (Tq or 1, Tk)"""
+def add_rows(E: Tile, terms: Tile, first_query: int64) -> None:
+    """Add a bias, or 0 and −∞ of a mask, to the scores E of a tile. terms (Tq or 1, Tk)"""
     for i in range(E.shape[0]):
         scores = E[i]
-        row_hidden = hidden[min(first_query + i, hidden.shape[0] - 1), : len(scores)]
+        row_of_terms = terms[min(first_query + i, terms.shape[0] - 1), : len(scores)]
         for j in range(len(scores)):
-            scores[j] += row_hidden[j]
+            scores[j] += row_of_terms[j]
+
+
+@inlined
+def add_to_rows(terms: Tile, dS: Tile, first_query: int64) -> None:
+    """Add the gradient dS of a tile's scores to that of a bias. terms (Tq or 1, Tk)"""
+    for i in range(dS.shape[0]):
+        gradients = dS[i]
+        row_of_terms = terms[min(first_query + i, terms.shape[0] - 1), : len(gradients)]
+        for j in range(len(gradients)):
+            row_of_terms[j] += gradients[j]
+
+
+@inlined
+def scores_of(E: Tile, q: Tile, k: Tile, bias: Tile, hidden: Tile, alpha: float32, first_query: int64) -> None:
+    """E ← S of a tile, −∞ for hidden keys. Without a bias, or without hidden keys, that array is empty."""
+    multiply_by_transposed(alpha, q, k, ZERO, E)
+    if bias.size:
+        add_rows(E, bias, first_query)
+    if hidden.size:
+        add_rows(E, hidden, first_query)
 
 
 @inlined
@@ -102,8 +124,8 @@ def drop(E: Tile, keep: Tile, first_query: int64) -> None:
 
 @inlined_sum
 def head_forward(
-    q: Tile, k: Tile, v: Tile, hidden: Tile, keep: Tile, causal: boolean, alpha: float32, n_rows: int64, memory: Row,
-    y: Tile, top: Row, z: Row,
+    q: Tile, k: Tile, v: Tile, bias: Tile, hidden: Tile, keep: Tile, causal: boolean, alpha: float32, n_rows: int64,
+    memory: Row, y: Tile, top: Row, z: Row,
 ) -> None:
     """O, top and z of one head, tile by tile."""
     queries, keys = len(q), len(k)
@@ -111,9 +133,7 @@ def head_forward(
         last = min(first + n_rows, queries)
         n = seen_keys(last - 1, queries, keys, causal)
         E = memory[: (last - first) * n].reshape(last - first, n)
-        multiply_by_transposed(alpha, q[first:last], k[:n], ZERO, E)
-        if hidden.size:
-            hide_keys(E, hidden, first)
+        scores_of(E, q[first:last], k[:n], bias, hidden, alpha, first)
         for i in range(len(E)):
             t = largest(E[i, : seen_keys(first + i, queries, keys, causal)])
             top[first + i] = ZERO if t == MINUS_INFINITY else t
@@ -135,10 +155,11 @@ def head_forward(
 
 @inlined_sum
 def head_backward(
-    q: Tile, k: Tile, v: Tile, hidden: Tile, keep: Tile, causal: boolean, alpha: float32, n_rows: int64, memory: Row,
-    memory_ds: Row, memory_g: Tile, y: Tile, top: Row, z: Row, g: Tile, is_first: boolean, dq: Tile, dk: Tile, dv: Tile,
+    q: Tile, k: Tile, v: Tile, bias: Tile, hidden: Tile, keep: Tile, causal: boolean, alpha: float32, n_rows: int64,
+    memory: Row, memory_ds: Row, memory_g: Tile, y: Tile, top: Row, z: Row, g: Tile, is_first: boolean, dq: Tile,
+    dk: Tile, dv: Tile, db: Tile,
 ) -> None:
-    """dQ of one head, and its dK and dV, which are added to those of other heads unless is_first.
+    """dQ of one head, and its dK and dV, which are added to those of other heads unless is_first. db is added to, or empty
 
     The last tile comes first: it reaches all keys.
     """
@@ -150,9 +171,7 @@ def head_backward(
         beta = ZERO if is_first and first == last_start else ONE
         size = (last - first) * n
         E, dS = memory[:size].reshape(last - first, n), memory_ds[:size].reshape(last - first, n)
-        multiply_by_transposed(alpha, q[first:last], k[:n], ZERO, E)
-        if hidden.size:
-            hide_keys(E, hidden, first)
+        scores_of(E, q[first:last], k[:n], bias, hidden, alpha, first)
         exponentials(E, first, queries, keys, causal, top[first:last])
         G = memory_g[: last - first]  # Ĝ
         for i in range(first, last):
@@ -169,6 +188,8 @@ def head_backward(
             e, d = E[i], dS[i]
             for j in range(n):
                 d[j] = (d[j] - total) * e[j]
+        if db.size:
+            add_to_rows(db, dS, first)
         if keep.size:
             drop(E, keep, first)
         multiply_transposed(ONE, E, G, beta, dv[:n])
@@ -185,7 +206,7 @@ def part(mask: Masks, b: int64, h: int64) -> Tile:
 
 @compiled
 def heads_forward(
-    first: int64, last: int64, q: Heads, k: Heads, v: Heads, hidden: Masks, keep: Masks, causal: boolean,
+    first: int64, last: int64, q: Heads, k: Heads, v: Heads, bias: Masks, hidden: Masks, keep: Masks, causal: boolean,
     alpha: float32, n_rows: int64, y: Heads, top: Rows, z: Rows,
 ) -> None:
     """The heads first ... last − 1 of all key/value heads of all texts, and the query heads that share each of them."""
@@ -195,16 +216,17 @@ def heads_forward(
     for i in range(first, last):
         b, kv = i // kv_heads, i % kv_heads
         for h in range(kv * group, (kv + 1) * group):
-            head_forward(q[b, h], k[b, kv], v[b, kv], part(hidden, b, h), part(keep, b, h), causal, alpha, n_rows,
-                         memory, y[b, h], top[b, h], z[b, h])
+            head_forward(q[b, h], k[b, kv], v[b, kv], part(bias, b, h), part(hidden, b, h), part(keep, b, h), causal,
+                         alpha, n_rows, memory, y[b, h], top[b, h], z[b, h])
 
 
 @compiled
 def heads_backward(
-    first: int64, last: int64, q: Heads, k: Heads, v: Heads, hidden: Masks, keep: Masks, causal: boolean,
-    alpha: float32, n_rows: int64, y: Heads, top: Rows, z: Rows, g: Heads, dq: Heads, dk: Heads, dv: Heads,
+    number: int64, first: int64, last: int64, q: Heads, k: Heads, v: Heads, bias: Masks, hidden: Masks, keep: Masks,
+    causal: boolean, alpha: float32, n_rows: int64, y: Heads, top: Rows, z: Rows, g: Heads, dq: Heads, dk: Heads,
+    dv: Heads, db: Sums,
 ) -> None:
-    """The gradients of the same heads."""
+    """The gradients of the same heads. That of the bias is added to db[number]: several heads may share a bias."""
     kv_heads = k.shape[1]
     group = q.shape[1] // kv_heads
     memory, memory_ds = np.empty(n_rows * k.shape[2], np.float32), np.empty(n_rows * k.shape[2], np.float32)
@@ -212,9 +234,9 @@ def heads_backward(
     for i in range(first, last):
         b, kv = i // kv_heads, i % kv_heads
         for h in range(kv * group, (kv + 1) * group):
-            head_backward(q[b, h], k[b, kv], v[b, kv], part(hidden, b, h), part(keep, b, h), causal, alpha, n_rows,
-                          memory, memory_ds, memory_g, y[b, h], top[b, h], z[b, h], g[b, h], h == kv * group,
-                          dq[b, h], dk[b, kv], dv[b, kv])
+            head_backward(q[b, h], k[b, kv], v[b, kv], part(bias, b, h), part(hidden, b, h), part(keep, b, h), causal,
+                          alpha, n_rows, memory, memory_ds, memory_g, y[b, h], top[b, h], z[b, h], g[b, h],
+                          h == kv * group, dq[b, h], dk[b, kv], dv[b, kv], part(db[number], b, h))
 
 
 # ---------------------------------------------------------------------------------------------------- the op
@@ -222,36 +244,44 @@ def attention(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, bias: np.ndarray | None = None, *, key_mask: np.ndarray | None = None,
     causal: bool = False, scale: float | None = None, dropout_mask: np.ndarray | None = None,
 ) -> Any:
-    """(y, joint pullback) of ops.attention, for float32 q (B, H, Tq, D), k and v (B, Hkv, Tk, D) without a bias"""
-    if bias is not None or not is_available:
+    """(y, joint pullback) of ops.attention, for float32 q (B, H, Tq, D), k and v (B, Hkv, Tk, D)"""
+    if not is_available:
         return NotImplemented
-    _, key_mask, dropout_mask = operands.attention_masks(q, None, key_mask, dropout_mask)
-    operands.attention_shape(q, k, v, None, key_mask, dropout_mask)
+    bias, key_mask, dropout_mask = operands.attention_masks(q, bias, key_mask, dropout_mask)
+    operands.attention_shape(q, k, v, bias, key_mask, dropout_mask)
+    arrays = [q, k, v] if bias is None else [q, k, v, bias]
     shapes_fit = q.ndim == 4 and q.size > 0 and k.size > 0 and k.shape == v.shape
-    if not shapes_fit or any(a.dtype != np.float32 for a in (q, k, v)) or (causal and k.shape[2] < q.shape[2]):
+    if not shapes_fit or any(a.dtype != np.float32 for a in arrays) or (causal and k.shape[2] < q.shape[2]):
         return NotImplemented
     B, H, queries, D = q.shape
     kv_heads, keys = k.shape[1:3]
     alpha = np.float32(D**-0.5 if scale is None else scale)
     q, k, v = map(with_rows, (q, k, v))
-    hidden, keep = ABSENT, ABSENT
+    terms, hidden, keep = ABSENT, ABSENT, ABSENT
+    if bias is not None:
+        terms = with_keys(bias, keys)
     if key_mask is not None:
-        hidden = mask_of_keys(np.where(key_mask, ZERO, MINUS_INFINITY), keys)
+        hidden = with_keys(np.where(key_mask, ZERO, MINUS_INFINITY), keys)
     if dropout_mask is not None:
         keep = np.require(np.broadcast_to(dropout_mask, (B, H, queries, keys)), np.float32, "CAW")
     n_rows = min(queries, max(CAUSAL_QUERIES, queries // 4) if causal else QUERIES)
     y = np.empty((B, queries, H, D), np.float32).swapaxes(1, 2)
     top, z = np.empty((B, H, queries), np.float32), np.empty((B, H, queries), np.float32)
-    width = H // kv_heads * queries * keys  # scores of one key/value head
-    run(heads_forward, B * kv_heads, width, q, k, v, hidden, keep, causal, alpha, n_rows, y, top, z)
+    inputs = (q, k, v, terms, hidden, keep, bool(causal), alpha, n_rows, y, top, z)
+    heads, scores = B * kv_heads, H // kv_heads * queries * keys  # key/value heads, and the scores of each
+    run(heads_forward, heads, scores, *inputs)
 
     def back(g: np.ndarray, needed: list[bool]) -> tuple:
-        """The gradients of q, k and v, None where needed[i] is False."""
+        """The gradients of q, k, v and bias, None where needed[i] is False."""
         dq, dk, dv = empty_gradients(q, k)
-        arrays = (y, top, z, with_rows(g), dq, dk, dv)
-        run(heads_backward, B * kv_heads, width, q, k, v, hidden, keep, causal, alpha, n_rows, *arrays)
-        found = (dq, dk, dv, None)
-        return tuple(a if is_needed else None for a, is_needed in zip(found, needed))
+        found = row_parts(heads, scores)
+        wants_bias = any(needed[3:])
+        db = np.zeros((len(found), *(terms if wants_bias else ABSENT).shape), np.float32)
+        run_parts(heads_backward, found, *inputs, with_rows(g), dq, dk, dv, db)
+        gradients = [a if is_needed else None for a, is_needed in zip((dq, dk, dv), needed)]
+        if len(needed) > 3:
+            gradients.append(sum_to(db.sum(axis=0), bias.shape) if wants_bias else None)
+        return tuple(gradients)
 
     return y, back
 
@@ -263,10 +293,10 @@ def with_rows(a: np.ndarray) -> np.ndarray:
     return a if fits else np.array(a, order="C")
 
 
-def mask_of_keys(hidden: np.ndarray, keys: int) -> np.ndarray:
-    """The mask with four axes, of which the last is as long as there are keys."""
-    hidden = hidden.reshape((1,) * (4 - hidden.ndim) + hidden.shape)
-    return np.require(np.broadcast_to(hidden, (*hidden.shape[:3], keys)), np.float32, "CAW")
+def with_keys(terms: np.ndarray, keys: int) -> np.ndarray:
+    """Terms of the scores with four axes, of which the last is as long as there are keys."""
+    terms = terms.reshape((1,) * (4 - terms.ndim) + terms.shape)
+    return np.require(np.broadcast_to(terms, (*terms.shape[:3], keys)), np.float32, "CAW")
 
 
 def empty_gradients(q: np.ndarray, k: np.ndarray) -> list[np.ndarray]:
