@@ -83,9 +83,9 @@ site: install-site  ## the book, in work/site: lessons with their results, exerc
 audit: $(STAMP)  ## change the library's own formulas, one at a time: the tests must notice
 	@cd "$(HERE)" && "$(PY)" tests/audit.py $(ARGS)
 
-bench: $(STAMP)  ## beside PyTorch and its libraries on this CPU: tests/benchmarks/results/cpu.md (installs them; about half an hour)
+bench: $(STAMP)  ## beside PyTorch and its libraries on this CPU: tests/benchmarks/results/cpu.md (installs them; about an hour)
 	@"$(PY)" -c 'import torch' 2>/dev/null || "$(PY)" -m pip install -q --disable-pip-version-check "torch==2.13.0"
-	@cd "$(HERE)" && "$(PY)" -c 'import peft, autograd, tinygrad' 2>/dev/null || "$(PY)" -m pip install -q --disable-pip-version-check -e "$(HERE)[peers]" autograd tinygrad
+	@cd "$(HERE)" && "$(PY)" -c 'import peft, jax, autograd, tinygrad' 2>/dev/null || "$(PY)" -m pip install -q --disable-pip-version-check -e "$(HERE)[peers]" jax autograd tinygrad
 	@cd "$(HERE)" && "$(PY)" tests/benchmarks/bench.py $(ARGS)
 
 claims: $(STAMP)  ## measure the numbers that the source documents claim: tests/benchmarks/results/claims.md

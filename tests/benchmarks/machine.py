@@ -48,7 +48,7 @@ def place(about: dict[str, Any]) -> str:
 def machine() -> dict[str, Any]:
     """The machine and the versions: processor, cores, system, Python, libraries, commit, date."""
     versions = {}
-    for name in ("numpy", "torch", "transformers", "peft", "autograd", "tinygrad"):
+    for name in ("numpy", "numba", "torch", "transformers", "peft", "jax", "autograd", "tinygrad"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     git = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]

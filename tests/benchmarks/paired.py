@@ -16,8 +16,12 @@ from cases import Case
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
-LIBRARY_VARIABLES = ("OPENBLAS_", "MKL_", "OMP_", "KMP_", "DNNL_", "TINYFT_")
+THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+LIBRARY_VARIABLES = (
+    *("TINYFT_", "OPENBLAS_", "NPY_", "NUMBA_"),
+    *("ATEN_", "MKL_", "OMP_", "KMP_", "DNNL_", "ONEDNN_"),
+    *("JAX_", "XLA_"),
+)
 
 
 class Side:
@@ -102,6 +106,15 @@ def peak(name: str, case: Case, threads: int = 1) -> dict[str, int]:
 def ratio(rows: list[dict[str, float]], of: str, to: str) -> dict[str, float]:
     """The median over rounds of time(of) / time(to), with its quartiles.  Above 1: `to` is faster."""
     return summary([row[of] / row[to] for row in rows])
+
+
+def equal_products(torch: float, torch_products: float, numpy_products: float, tinyft: float) -> float:
+    """(torch - torch_products + numpy_products) / tinyft: PyTorch's time over tinyft's with the products of NumPy.
+
+    All are seconds of one round. torch and tinyft: a step of the library. torch_products and numpy_products: only the
+    matrix products of the step.
+    """
+    return (torch - torch_products + numpy_products) / tinyft
 
 
 def summary(ratios: Sequence[float]) -> dict[str, float]:

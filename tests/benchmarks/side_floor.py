@@ -55,6 +55,19 @@ def build(c: Case) -> Products:
     return products
 
 
+def operations(c: Case) -> int:
+    """Floating-point operations of all products: 2 m k n for (m, k) by (k, n)."""
+    N = c.B * c.T
+    linear_maps = c.L * 12 * c.C**2 * N  # rows times parameters
+    if c.model == "gpt":
+        linear_maps += c.C * c.V * N
+    else:
+        labelled = int((batch(c)["labels"] != -100).sum())
+        linear_maps += (c.C**2 + c.C * c.V) * labelled
+    attention = c.L * N * c.T * c.C  # one product of all heads
+    return 3 * 2 * linear_maps + 6 * 2 * attention
+
+
 def start(products: Products, c: Case) -> tuple[Callable[[], float], int]:
     """All products as a step; its loss is 0."""
 

@@ -140,7 +140,17 @@ def build(c: Case) -> nn.Module:
     return model
 
 
-def start(model: nn.Module, c: Case) -> tuple[Callable[[], float], int]:
+def compute_loss(
+    model: nn.Module, ids: Tensor, mask: Tensor | None, logit_positions: Tensor | None, labels: Tensor
+) -> Tensor:
+    """The mean cross-entropy. labels: one for each row of the logits."""
+    logits = model(ids, mask, logit_positions)
+    return F.cross_entropy(logits.flatten(0, -2), labels)
+
+
+def start(
+    model: nn.Module, c: Case, compute_loss: Callable[..., Tensor] = compute_loss
+) -> tuple[Callable[[], float], int]:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
     b = {name: torch.from_numpy(array) for name, array in batch(c).items()}
@@ -152,7 +162,7 @@ def start(model: nn.Module, c: Case) -> tuple[Callable[[], float], int]:
 
     def step() -> float:
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(b["ids"], b.get("mask"), logit_positions).flatten(0, -2), labels)
+        loss = compute_loss(model, b["ids"], b.get("mask"), logit_positions, labels)
         loss.backward()
         optimizer.step()
         return loss.item()
