@@ -261,7 +261,6 @@ def test_the_side_of_jax_trains_as_that_of_pytorch(bench, monkeypatch):
     """From the same parameters the losses of three steps are equal; not so with another rate of PyTorch's AdamW."""
     torch = pytest.importorskip("torch")
     pytest.importorskip("jax")
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # compiles faster
     import side_jax
     import side_torch
 

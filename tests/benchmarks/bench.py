@@ -80,7 +80,9 @@ def collect(sides: list[Callable[[], Side]], options: argparse.Namespace, n: int
 def summarise(rows: list[dict]) -> dict[str, Any]:
     """seconds: {side: median};  ratios: {other side: its time over the first side's}."""
     first, *others = rows[0]
-    seconds = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+    seconds = {}
+    for name in rows[0]:
+        seconds[name] = statistics.median(row[name] for row in rows)
     ratios = {name: ratio(rows, name, first) for name in others}
     return {"seconds": seconds, "ratios": ratios}
 
