@@ -432,6 +432,7 @@ def test_the_cases_can_be_chosen(bench, monkeypatch):
     assert [c.name for c in bench.program.chosen(every, options)] == ["mid", "bert-mid"]
     options = parse(bench, monkeypatch, "--quick", "--only", "steps")
     assert [c.name for c in bench.program.chosen(every, options)] == ["tiny"] and options.threads == [1]
+    assert options.out != parse(bench, monkeypatch).out == HERE / "results"  # not beside the true numbers
     options = parse(bench, monkeypatch)
     assert bench.program.chosen(every, options) == every and options.only is None
     refused = [("nonsense",), ("tiny", "--only", "packed"), ("tiny", "--against", "HEAD")]

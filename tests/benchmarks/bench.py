@@ -36,7 +36,7 @@ import side_packed
 import side_real
 from cases import BERT, GPT, Case, layer_case, small_case
 from machine import machine
-from paired import HERE, Side, equal_products, memory, peak, ratio, rounds, summary
+from paired import HERE, ROOT, Side, equal_products, memory, peak, ratio, rounds, summary
 from report import write
 
 BY_NAME = {c.name: c for c in GPT + BERT}
@@ -270,7 +270,7 @@ def scaling(options: argparse.Namespace) -> Rows:
         "depth L": [replace(base, L=n) for n in (1, 2, 4, 8, 16)],
         "length T": [replace(base, T=n) for n in (64, 128, 256, 512, 1024, 2048)],
     }
-    for axis, sizes in grow.items():
+    for axis, sizes in list(grow.items())[2:3] if options.quick else grow.items():
         for c in sizes[:3] if options.quick else sizes:
             seconds = measure([side("tinyft", c, 1)], options, 3)["seconds"]["tinyft"]
             size = getattr(c, axis[-1])
@@ -333,13 +333,14 @@ def parse() -> argparse.Namespace:
     p.add_argument("--rounds", type=int, default=9)
     p.add_argument("--threads", type=lambda s: [int(t) for t in s.split(",")], help="default: 1,2; 1 with --quick")
     p.add_argument("--quick", action="store_true", help="short rounds of few sides and sizes, to see that it runs")
-    p.add_argument("--out", type=Path, default=HERE / "results")
+    p.add_argument("--out", type=Path, help="default: results; work/bench with --quick")
     p.add_argument("--against", metavar="COMMIT", help="this working tree against an earlier commit, and nothing else")
     p.add_argument("--pairs", type=int, default=20, help="pairs per case with --against")
     p.add_argument("--write", action="store_true", help="with --against: write against.md")
     options = p.parse_args()
     options.only = options.only and options.only.split(",")
     options.cases = options.cases and options.cases.split(",")
+    options.out = options.out or (ROOT / "work" / "bench" if options.quick else HERE / "results")
     options.threads = options.threads or ([1] if options.quick else [1, 2])
     options.visit = VISIT
     if options.quick:
