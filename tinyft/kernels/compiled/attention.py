@@ -159,9 +159,9 @@ def head_backward(
     memory: Row, memory_ds: Row, memory_g: Tile, y: Tile, top: Row, z: Row, g: Tile, is_first: boolean, dq: Tile,
     dk: Tile, dv: Tile, db: Tile,
 ) -> None:
-    """dQ of one head, and its dK and dV, which are added to those of other heads unless is_first. db is added to, or empty
+    """dQ of one head, and its dK and dV, which are added to those of other heads unless is_first. db is added to.
 
-    The last tile comes first: it reaches all keys.
+    db may be empty. The last tile comes first: it reaches all keys.
     """
     queries, keys = len(q), len(k)
     last_start = (queries - 1) // n_rows * n_rows
