@@ -231,8 +231,10 @@ def decode_scales(codes: Array, block: Array, second: Array, mean: Array) -> Arr
     second, mean   (blocks,) and (1,) float32
 
     The true scales are positive. An â below 0 would turn the signs of its weights."""
-    a = values_like("dynamic", codes)[codes] * second[block] + mean
-    return a.clip(0, LARGEST)
+    a = values_like("dynamic", codes).take(codes)        # NumPy's take is twice as fast as values[codes]
+    a *= second.take(block)
+    a += mean
+    return a.clip(0, LARGEST, out=a)
 
 
 # ── the packed weight ────────────────────────────────────────────────────────────────────────────────────────────────

@@ -34,9 +34,10 @@ from .threads import get_num_threads, set_num_threads
 __all__ = ["capture", "chosen", "definitions", "get_num_threads", "install", "keep_memory", "remove", "set_num_threads"]
 
 CHOICES = ("auto", "numba", "numpy", "off")
-# The definitions that have a compiled kernel. Numba itself is imported when the first of them runs.
-COMPILED = ("attention", "cross_entropy", "dropout", "embedding", "gelu", "gelu_tanh", "layer_norm", "linear",
-            "project", "rms_norm", "rotary", "swiglu")
+# The ops that have a compiled kernel; adam_update and widen_half have one too. Numba is imported when the first of them
+# runs.
+COMPILED = ("_packed_linear", "attention", "cross_entropy", "dropout", "embedding", "gelu", "gelu_tanh", "layer_norm",
+            "linear", "project", "rms_norm", "rotary", "swiglu")
 
 
 def chosen() -> str:
@@ -74,7 +75,7 @@ def install(choice: str = "auto") -> None:
     if choice == "numba" and not has_numba():
         raise ImportError('TINYFT_KERNELS=numba wants Numba: pip install "tinyft[fast]" installs it')
     if choice != "numpy" and has_numba():
-        for definition in (adam_update, *(OPS[name] for name in COMPILED)):
+        for definition in (adam_update, widen_half, *(OPS[name] for name in COMPILED)):
             dispatch.register(definition, np.ndarray, _compiled(definition))
 
 
