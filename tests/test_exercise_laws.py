@@ -8,13 +8,17 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers import host_only
+from wrong import replaced
 
 import tinyft
 from tinyft import array, kernels
-from tinyft.learn import folders, selftest
-from tinyft.learn.exercise import Exercise, exercises, find
+from tinyft.learn import folders, selftest, sizes
+from tinyft.learn.checker import run
+from tinyft.learn.exercise import Exercise, WrongAnswer, exercises, find
+from tinyft.learn.subject import Subject
 
 ALL = exercises()
 
@@ -26,9 +30,51 @@ def test_the_exercise_accepts_the_reference_and_catches_every_wrong_answer(name)
         pytest.skip(ALL[name].missing)
     if array.backend() == "numpy":
         assert selftest.examine(ALL[name], seeds=1) == []
-    else:                                                 # the wrong answers are caught on NumPy; once is enough
+    else:                                                 # what a wrong answer is told is tested on NumPy
         with kernels.definitions():
             assert selftest.examine_reference(ALL[name], seed=1) == []
+        assert stopped_by_the_backend(ALL[name]) == []
+
+
+def stopped_by_the_backend(e: Exercise) -> list[str]:
+    """The beliefs of the wrong answers that fail since they are written for NumPy's arrays, and not for their error."""
+    found = []
+    with kernels.definitions(), replaced(sizes, "QUICK", [(2, 3)]):              # three inputs of size 2 for each law
+        for wrong in e.wrong_answers:
+            for law in e.laws:
+                problem = run(law, Subject(e, wrong.function), shrink=False).problem
+                if problem and f"on the backend '{array.backend()}'" in f"{problem.message} {problem.diagnosis}":
+                    found.append(wrong.belief)
+                if problem:
+                    break
+    return found
+
+
+@host_only
+@pytest.mark.parametrize("name", [name for name in ALL if name.startswith("experts.")])
+def test_wrong_answers_of_routing_are_wrong_on_every_backend(name):
+    """Those of all exercises are tried where the tests run on the strict backend."""
+    array.use("strict")
+    try:
+        assert stopped_by_the_backend(ALL[name]) == []
+    finally:
+        array.use("numpy")
+
+
+@host_only
+def test_a_wrong_answer_for_numpy_alone_is_noticed():
+    right = ALL["experts.expert_capacity"]
+    planted = WrongAnswer("NumPy's functions take every array.", np_alone, "rounded down", subtle=False)
+    array.use("strict")
+    try:
+        assert stopped_by_the_backend(dataclasses.replace(right, wrong_answers=[planted])) == [planted.belief]
+    finally:
+        array.use("numpy")
+
+
+def np_alone(real, factor, experts, least):
+    n = real.sum(axis=1)
+    return np.minimum(n, np.maximum(np.ceil(factor * n / experts), least))
 
 
 @host_only

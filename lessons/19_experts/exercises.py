@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from tinyft import ops
-from tinyft.array import asarray, asnumpy
+from tinyft.array import asarray, asnumpy, xp
 from tinyft.learn.diagnose import Unusable, close, described, host
 from tinyft.learn.exercise import Exercise
 from tinyft.learn.sizes import draw_array, named, positive, sizes
@@ -28,12 +28,12 @@ def check(got, want, what, guesses):
 
 
 def softmax(z, axis=-1):
-    e = np.exp(z - z.max(axis=axis, keepdims=True))
+    e = xp(z).exp(z - z.max(axis=axis, keepdims=True))
     return e / e.sum(axis=axis, keepdims=True)
 
 
 def one_hot(choice, experts):
-    return np.arange(experts) == np.asarray(choice)[..., None]
+    return xp(choice).arange(experts) == choice[..., None]
 
 
 # ── choose_experts ────────────────────────────────────────────────────────────────────────────────
@@ -360,61 +360,71 @@ def _(f, given):
 @expert_capacity.wrong_answer("A token too many is better than one too few.",
                               says="rounded down")
 def _(real, factor, experts, least):
+    m = xp(real)
     n = real.sum(axis=1)
-    return np.minimum(n, np.maximum(np.ceil(factor * n / experts), least))
+    return m.minimum(n, m.maximum(m.ceil(factor * n / experts), least))
 
 
 @expert_capacity.wrong_answer("A capacity may be 2.5 tokens.", says="whole number of tokens")
 def _(real, factor, experts, least):
+    m = xp(real)
     n = real.sum(axis=1)
-    return np.minimum(n, np.maximum(factor * n / experts, least))
+    return m.minimum(n, m.maximum(factor * n / experts, least))
 
 
 @expert_capacity.wrong_answer("Each expert gets its equal share.", says="factor is left out")
 def _(real, factor, experts, least):
+    m = xp(real)
     n = real.sum(axis=1)
-    return np.minimum(n, np.maximum(n // experts, least))
+    return m.minimum(n, m.maximum(n // experts, least))
 
 
 @expert_capacity.wrong_answer("First the share in whole tokens, then some more.",
                               says="round at the end")
 def _(real, factor, experts, least):
+    m = xp(real)
     n = real.sum(axis=1)
-    return np.minimum(n, np.maximum(np.floor(factor * (n // experts)), least))
+    return m.minimum(n, m.maximum(m.floor(factor * (n // experts)), least))
 
 
 @expert_capacity.wrong_answer("A row has T tokens.", says="padding is counted", subtle=True)
 def _(real, factor, experts, least):
+    m = xp(real)
     n = real.sum(axis=1)
-    return np.minimum(n, np.maximum(np.floor(factor * np.full(len(n), real.shape[1]) / experts),
-                                    least))
+    positions = m.full(len(n), real.shape[1])
+    return m.minimum(n, m.maximum(m.floor(factor * positions / experts), least))
 
 
 @expert_capacity.wrong_answer("An expert belongs to the batch, so its capacity does.",
                               says="each row has its own", subtle=True)
 def _(real, factor, experts, least):
+    m = xp(real)
     n = real.sum(axis=1)
-    return np.minimum(n, np.maximum(np.floor(factor * np.full(len(n), n.sum()) / experts), least))
+    tokens = m.ones_like(n) * n.sum()
+    return m.minimum(n, m.maximum(m.floor(factor * tokens / experts), least))
 
 
 @expert_capacity.wrong_answer("`least` is a limit, and limits are minima.",
                               says="taken for the largest")
 def _(real, factor, experts, least):
+    m = xp(real)
     n = real.sum(axis=1)
-    return np.minimum(n, np.minimum(np.floor(factor * n / experts), least))
+    return m.minimum(n, m.minimum(m.floor(factor * n / experts), least))
 
 
 @expert_capacity.wrong_answer("The formula is ⌊f n / E⌋.", says="`least` is left out", subtle=True)
 def _(real, factor, experts, least):
+    m = xp(real)
     n = real.sum(axis=1)
-    return np.minimum(n, np.floor(factor * n / experts))
+    return m.minimum(n, m.floor(factor * n / experts))
 
 
 @expert_capacity.wrong_answer("Room that nobody needs does no harm.", says="more than the row",
                               subtle=True)
 def _(real, factor, experts, least):
+    m = xp(real)
     n = real.sum(axis=1)
-    return np.maximum(np.floor(factor * n / experts), least)
+    return m.maximum(m.floor(factor * n / experts), least)
 
 
 # ── within_capacity ───────────────────────────────────────────────────────────────────────────────
@@ -462,8 +472,13 @@ def a_choice(draw: Callable, rows: int = 1, experts: int = 1, padding: bool = Fa
     return named(chosen=chosen, capacity=capacity)
 
 
+def tokens_before(chosen, axis=1):
+    """The number of tokens before each position, along an axis, that are True. On every backend."""
+    return xp(chosen).cumsum(chosen.astype(np.int64), axis=axis) - chosen
+
+
 def kept(chosen, capacity):
-    before = np.cumsum(chosen.astype(np.int64), axis=1) - chosen
+    before = tokens_before(chosen)
     return chosen & (before < capacity[:, None, None])
 
 
@@ -475,7 +490,7 @@ def kept_over_batch(chosen, capacity):
 def kept_by_row(chosen, capacity):
     """The positions are counted for all experts together."""
     any_expert = chosen.any(-1, keepdims=True)
-    before = np.cumsum(any_expert.astype(np.int64), axis=1) - any_expert
+    before = tokens_before(any_expert)
     return chosen & (before < capacity[:, None, None])
 
 
@@ -502,7 +517,7 @@ def kept_along_experts(chosen, capacity):
     B, _, E = chosen.shape
     if B > 1 and E not in (1, B):
         return chosen                                    # NumPy would raise an error
-    before = np.cumsum(chosen.astype(np.int64), axis=1) - chosen
+    before = tokens_before(chosen)
     return chosen & (before < capacity)
 
 
@@ -566,12 +581,12 @@ def _(f, given):
 @within_capacity.wrong_answer("The cumulative sum is the position, and positions below C fit.",
                               says="one token too few")
 def _(chosen, capacity):
-    return chosen & (np.cumsum(chosen, axis=1) < capacity[:, None, None])
+    return chosen & (tokens_before(chosen) + 1 < capacity[:, None, None])
 
 
 @within_capacity.wrong_answer("Position C is the last one with room.", says="one token too many")
 def _(chosen, capacity):
-    before = np.cumsum(chosen.astype(np.int64), axis=1) - chosen
+    before = tokens_before(chosen)
     return chosen & (before <= capacity[:, None, None])
 
 
@@ -584,7 +599,7 @@ def _(chosen, capacity):
 @within_capacity.wrong_answer("A cumulative sum counts, along whatever axis.",
                               says="along the right axis")
 def _(chosen, capacity):
-    before = np.cumsum(chosen.astype(np.int64), axis=2) - chosen
+    before = tokens_before(chosen, axis=2)
     return chosen & (before < capacity[:, None, None])
 
 
@@ -609,26 +624,26 @@ def _(chosen, capacity):
 @within_capacity.wrong_answer("A full expert sends its tokens to the next one.",
                               says="given to another expert")
 def _(chosen, capacity):
-    return passed_on(chosen, capacity)
+    return asarray(passed_on(asnumpy(chosen), asnumpy(capacity)))       # a loop over the tokens
 
 
 @within_capacity.wrong_answer("The count below the capacity is the answer.",
                               says="did not choose")
 def _(chosen, capacity):
-    before = np.cumsum(chosen.astype(np.int64), axis=1) - chosen
+    before = tokens_before(chosen)
     return before < capacity[:, None, None]
 
 
 @within_capacity.wrong_answer("A count up to the capacity is the answer.",
                               says="their count is within")
 def _(chosen, capacity):
-    return np.cumsum(chosen.astype(np.int64), axis=1) <= capacity[:, None, None]
+    return tokens_before(chosen) + chosen <= capacity[:, None, None]
 
 
 @within_capacity.wrong_answer("NumPy broadcasts the capacity of each row.",
                               says="it belongs to the rows", subtle=True)
 def _(chosen, capacity):
-    return chosen & (np.cumsum(chosen.astype(np.int64), axis=1) <= capacity)
+    return chosen & (tokens_before(chosen) < capacity)
 
 
 @within_capacity.wrong_answer("It says which tokens are dropped.", says="the opposite")
@@ -643,4 +658,4 @@ def _(chosen, capacity):
 
 @within_capacity.wrong_answer("All rows are alike.", says="capacity of the first row", subtle=True)
 def _(chosen, capacity):
-    return kept(chosen, np.full_like(capacity, capacity[0]))
+    return kept(chosen, xp(capacity).ones_like(capacity) * capacity[0])

@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from tinyft import Context, Module, Parameter, SwitchConfig, ops
-from tinyft.array import asarray, asnumpy
+from tinyft.array import asarray, asnumpy, xp
 from tinyft.learn.diagnose import Unusable, close, described
 from tinyft.learn.exercise import Exercise
 from tinyft.learn.sizes import draw_array, named, sizes
@@ -39,7 +39,7 @@ def scalar(made, what):
 
 
 def one_hot(choice, experts):
-    return np.arange(experts) == np.asarray(choice)[..., None]
+    return xp(choice).arange(experts) == choice[..., None]
 
 
 def leaf(a):
@@ -535,7 +535,7 @@ def routing(router, x, mask):
 
 
 def first(chosen, room):
-    before = np.cumsum(chosen.astype(np.int64), 1) - chosen
+    before = xp(chosen).cumsum(chosen.astype(np.int64), axis=1) - chosen
     return chosen & (before < room)
 
 
@@ -660,7 +660,7 @@ def _(f, given):
 
 def steps(layer, x, ctx):
     """(logits, probabilities, choice, gate, chosen, real) as the library computes them."""
-    real = np.ones(x.shape[:2], bool) if ctx.mask is None else ctx.mask
+    real = xp(x.data).ones(x.shape[:2], dtype=bool) if ctx.mask is None else ctx.mask
     logits = layer.route(x, ctx)
     p = ops.softmax(logits)
     choice = p.data.argmax(-1)
