@@ -234,6 +234,41 @@ def test_beam_search_ends_a_turn_of_a_chat_at_its_mark(chat_run, capsys, tmp_pat
     assert ends == [None, 7]
 
 
+BROKEN = [("one\ntwo\r\n", "one\\ntwo\\r\\n"), ("a\u2028b\x0bc\x85", "a\\u2028b\\x0bc\\x85"),
+          ("tab\tand é,\u3000字", "tab\tand é,\u3000字")]
+
+
+def check_n_best(lines: str, prompt: str) -> None:
+    """One line for each of the texts of BROKEN, after their scores."""
+    wanted = [f"{-i:9.4f}  {prompt}{shown}" for i, (_, shown) in enumerate(BROKEN)]
+    assert lines == "".join(f"{line}\n" for line in wanted) and lines.splitlines() == wanted
+
+
+def test_each_of_the_n_best_is_one_line(gpt, capsys, monkeypatch):
+    """Line breaks are escapes, those of the prompt as well. The best text alone, and JSON, are as the model wrote."""
+    texts = [text for text, _ in BROKEN]
+
+    def fake(model, tokenizer, prompts, **options):
+        assert len(prompts) == 1
+        return [[(text, -i) for i, text in enumerate(texts[:options["n_best"]])]]
+    monkeypatch.setattr("tinyft.commands.generating.search_texts", fake)
+    options = ["generate", "--model", gpt, "--prompt", "a\nb", "--beams", "3"]
+    check_n_best(succeed(capsys, *options, "--n-best", "3"), "a\\nb")
+    assert succeed(capsys, *options) == f"a\nb{texts[0]}\n"
+    entry = result_of(capsys, *options, "--n-best", "3")["texts"][0]
+    assert entry["prompt"] == "a\nb" and [best["text"] for best in entry["n_best"]] == texts
+
+
+@pytest.mark.parametrize("wrong", [
+    str, lambda text: text.replace("\n", "\\n"), lambda text: " ".join(text.split()), ascii,
+    lambda text: text.encode("unicode_escape").decode(),
+])
+def test_texts_over_several_lines_are_noticed(wrong):
+    lines = "".join(f"{-i:9.4f}  {wrong(text)}\n" for i, (text, _) in enumerate(BROKEN))
+    with pytest.raises(AssertionError):
+        check_n_best(lines, "")
+
+
 def test_generate_in_a_process_of_its_own(tmp_path):
     run = start(tmp_path, "generate", "--model", "base-gpt", "--prompt", "Return the", "--max-new-tokens", "5")
     out, error = run.communicate(timeout=60)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import unicodedata
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from .opening import as_json, is_language_model, open_adapter, open_model
 from .rows import ChatFormat, chat_format, cut_at
 
 __all__ = ["run_chat", "run_generate"]
+
 
 def open_writer(args: argparse.Namespace, command: str) -> tuple[Module, Tokenizer]:
     """(model, tokenizer) of a model that writes text, with its adapter. ValueError for a model of another kind."""
@@ -90,9 +92,18 @@ def run_generate(args: argparse.Namespace) -> int:
     for i, (prompt, texts) in enumerate(zip(prompts, found)):
         print("" if i == 0 else "\n", end="")
         for text, score in texts:
-            before = "" if args.n_best is None else f"{score:9.4f}  "
-            print(before + (text if mark or has_sources else prompt + text))
+            whole = text if mark or has_sources else prompt + text
+            print(whole if args.n_best is None else f"{score:9.4f}  {in_one_line(whole)}")
     return 0
+
+
+def in_one_line(text: str) -> str:
+    r"""The text with its line breaks and control characters as escapes, such as \n. Tabs stay."""
+    shown = []
+    for c in text:
+        breaks = unicodedata.category(c) in ("Cc", "Zl", "Zp") and c != "\t"
+        shown.append(c.encode("unicode_escape").decode() if breaks else c)
+    return "".join(shown)
 
 
 def as_entry(prompt: str, texts: list[tuple[str, float | None]]) -> dict[str, Any]:
