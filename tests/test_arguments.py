@@ -248,7 +248,7 @@ ROWS: dict[str, Callable[[Any], dict]] = {
     "TinyBERTLoss": lambda path: {"teacher": bert(), "width": 6, "layers": [0], "embeddings": 1.0, "hidden": 2.0,
                                   "attention": 0.5, "prediction": 0.0, "temperature": 2.0, "seed": 1},
     "TeacherBeams": lambda path: {"folder": path / "beams", "teacher": seq2seq(), "end": 3, "max_new_tokens": 4,
-                                  "beams": 2, "n_best": 2, "lp": ft.PowerPenalty(0.5)},
+                                  "beams": 2, "n_best": 2, "lp": ft.PowerPenalty(0.5), "coverage": 0.5},
     "sentence_bleu": lambda path: {"hypothesis": [1, 2, 3], "reference": ["a", "b"]},
     "TeacherCache": lambda path: {"folder": path / "cache", "teacher": gpt(), "k": 4, "temperatures": (2.0,)},
     "attach": lambda path: {"model": gpt(), "method": ft.LoRA(r=2), "name": "a", "seed": 0, "train_head": True},

@@ -494,6 +494,63 @@ def test_texts_of_another_teacher_or_search_are_refused(tmp_path):
     assert len(make_beams(tmp_path, lp=ft.GNMTPenalty(0.6))) > 0
 
 
+def check_coverage(folder: Path, make: Callable[..., TeacherBeams]) -> None:
+    """The texts are those of beam_search with the penalty. A folder has the texts of one weight; 0 is as without it."""
+    batch = make_batch(3, 10)
+    targets = read_batch(batch)
+    facts = {name: batch[name] for name in ("source_ids", "source_mask")}
+    wanted, without = [
+        beam_search(make_teacher(), None, N, beams=4, end=END, n_best=4, coverage=coverage, **facts)
+        for coverage in (2.0, 0.0)
+    ]
+    assert wanted != without
+    with_penalty = make(folder / "covered", coverage=2.0)
+    assert with_penalty.look_up(targets) == wanted
+    assert make(folder / "covered", coverage=2).look_up(targets) == wanted
+    assert make(folder / "plain").look_up(targets) == without
+    assert len(make(folder / "plain", coverage=0.0)) > 0
+    with pytest.raises(ValueError, match="wants hypotheses with coverage=0.0, got those with coverage=2.0 in"):
+        make(folder / "covered")
+    with pytest.raises(ValueError, match="wants hypotheses with coverage=2.0, got those with coverage=0.0 in"):
+        make(folder / "plain", coverage=2.0)
+    state = SequenceLevel(make(None)).map(stream()).state_dict()
+    SequenceLevel(make(None, coverage=0)).map(stream()).load_state_dict(state)
+    with pytest.raises(ValueError, match="wants a state with the targets of this method and teacher"):
+        SequenceLevel(make(None, coverage=2.0)).map(stream()).load_state_dict(state)
+
+
+def test_the_texts_of_a_search_with_the_coverage_penalty(tmp_path):
+    check_coverage(tmp_path, make_beams)
+    assert "coverage" not in make_beams().facts, "folders of versions without the penalty are those with β = 0"
+    for wrong, words in ((-1.0, "number >= 0"), ("a", "number"), (float("nan"), "number")):
+        with pytest.raises((TypeError, ValueError), match=f"TeacherBeams: coverage wants .*{words}"):
+            make_beams(coverage=wrong)
+
+
+class NoPenalty(TeacherBeams):
+    """The weight stands in the files, and the search does without it."""
+
+    def look_up(self, targets: Any) -> list:
+        self.coverage = 0.0
+        return super().look_up(targets)
+
+
+class NoFact(TeacherBeams):
+    """The files do not say the weight."""
+
+    def __init__(self, folder: Path | None, teacher: Any, *, coverage: float = 0.0, **settings: Any):
+        super().__init__(folder, teacher, **settings)
+        self.coverage = float(coverage)
+
+
+@pytest.mark.parametrize("wrong", [NoPenalty, NoFact])
+def test_texts_with_another_coverage_are_noticed(wrong, tmp_path):
+    def make(folder: Path | None = None, **settings: Any) -> TeacherBeams:
+        return wrong(folder, make_teacher(), end=END, max_new_tokens=N, beams=4, **settings)
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        check_coverage(tmp_path, make)
+
+
 # GNMTPenalty of a later version, which has got a field
 LaterPenalty = dataclasses.make_dataclass("GNMTPenalty", [("shift", float, 5.0)], bases=(ft.GNMTPenalty,), frozen=True)
 LaterPenalty.__module__, LaterPenalty.__qualname__ = ft.GNMTPenalty.__module__, ft.GNMTPenalty.__qualname__

@@ -39,6 +39,7 @@ class TeacherBeams:
     beams            K: 5 for sequence-level distillation, 35 for interpolation (Kim and Rush)
     n_best           the number of hypotheses that are kept for each source; None: K
     lp               the length penalty, as in beam_search
+    coverage         β ≥ 0, the weight of the coverage penalty, as in beam_search
 
     TypeError or ValueError for values without meaning, for a folder of another teacher or with other settings, and for
     a damaged file."""
@@ -46,6 +47,7 @@ class TeacherBeams:
     def __init__(
         self, folder: str | os.PathLike | None, teacher: EncoderDecoder, *, end: int, max_new_tokens: int,
         beams: int = 5, n_best: int | None = None, lp: Callable[[int], float] = GNMTPenalty(),
+        coverage: float = 0.0,
     ):
         checks.instance("TeacherBeams: teacher", teacher, EncoderDecoder, "an encoder-decoder")
         if folder is not None:
@@ -57,10 +59,13 @@ class TeacherBeams:
         self.n_best = self.beams if n_best is None else checks.whole("TeacherBeams: n_best", n_best, least=1)
         self.lp = lp
         longest_reach(lp, max_new_tokens)                # raises for a wrong penalty
+        self.coverage = float(checks.number("TeacherBeams: coverage", coverage, low=0))
         self.facts = {                                   # written into each file; of: the teacher
             "of": fingerprint(teacher), "end": self.end, "max_new_tokens": self.max_new_tokens, "beams": self.beams,
             "n_best": self.n_best, "lp": fingerprint(lp),
         }
+        if self.coverage:                                # files of versions without it hold none
+            self.facts["coverage"] = self.coverage
         self._penalties = earlier_fingerprints(lp)       # with those of versions in which lp had fewer fields
         self._folder = None if folder is None else Path(folder)
         self._entries: dict[bytes, list[Hypothesis]] = {}
@@ -137,7 +142,7 @@ class TeacherBeams:
         if "route" in targets.facts:
             facts["route"] = [targets.facts["route"][row] for row in index]
         found = beam_search(self.teacher, None, self.max_new_tokens, beams=self.beams, end=self.end, lp=self.lp,
-                            n_best=self.n_best, **facts)
+                            coverage=self.coverage, n_best=self.n_best, **facts)
         entries = dict(zip(rows, found, strict=True))
         if self._folder is not None:
             write_row_file(self._folder, pack_entries(entries), self.facts)
@@ -147,8 +152,9 @@ class TeacherBeams:
     def _read_files(self, folder: Path) -> None:
         """Read the entries of all files of the folder. ValueError for other facts, and for a damaged file."""
         in_words = {"of": "teacher", "lp": "length penalty"}                     # their values are digests
-        for file, arrays, facts in read_row_files(folder):
-            for name, value in self.facts.items():
+        for file, arrays, found in read_row_files(folder):
+            facts = {"coverage": 0.0, **found}
+            for name, value in {"coverage": 0.0, **self.facts}.items():
                 if facts.get(name) == value or (name == "lp" and facts.get("lp") in self._penalties):
                     continue
                 if name in in_words:
