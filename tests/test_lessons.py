@@ -59,7 +59,7 @@ TEACHES = {
     "sequences": {"beam", "GNMTPenalty", "PowerPenalty", "beam_search", "T5", "T5Config", "sentence_bleu", "WordLevel",
                   "SequenceLevel", "Interpolation", "TeacherBeams"},
     "experts": {"SwitchConfig", "dense_student"},
-    "gpu": {"kernels.cuda"},
+    "gpu": {"kernels.cuda", "learn.loops"},
     "precision": {"precision", "autocast", "GradScaler"},
     "checkpoint": {"Llama", "LlamaConfig", "chat_prompt", "chat_end", "compress", "Packed", "unpack", "CannotMerge",
                    "save_peft", "load_peft"},

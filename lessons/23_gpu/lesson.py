@@ -1,12 +1,14 @@
 # %% [markdown]
 # # 23 The GPU
 #
-# **Reading:** 50 minutes. **You need:** lessons 01 and 03. No GPU, and no C.
-# **Exercises:** add_bias, sum_rows, adam_rates, lay_out (about an hour and a half).
+# **Reading:** 60 minutes. **You need:** lessons 01 and 03. No GPU, and no C.
+# **Exercises:** add_bias, sum_rows, adam_rates, lay_out, layer_norm_rows,
+# layer_norm_rows_backward (about two hours).
 #
 # A GPU is a second computer inside the computer. It computes with thousands of threads
 # at once. Does a small model train a thousand times faster there? No: the GPU is idle
 # most of the time. This lesson shows what it waits for, and what you can do about it.
+# An appendix speeds up one op on the processor, in the same way.
 #
 # You need no GPU to read it. Two parts of the library stand in for one: an array that
 # obeys the rules of a GPU and counts what is asked of it, and a class that runs GPU
@@ -14,18 +16,29 @@
 # on, but the cells with GPU code do nothing.
 
 # %%
+import importlib
+import math
 import textwrap
+import threading
+import time
 import timeit
+from pathlib import Path
 
 import numpy as np
 
 import tinyft as ft
+from tinyft.kernels import numpy as numpy_kernels
 from tinyft.kernels.cuda import launch, optimizer
 from tinyft.kernels.cuda.cpu_kernel import CpuKernel, KernelError, compiler, emulating
 from tinyft.learn.draw import bars, curves, diagram, heat_map, points
 from tinyft.learn.lessons import quote
+from tinyft.learn.loops import layer_norm_rows
 from tinyft.strict import counts
 
+# %% [markdown]
+# `has_compiler` is True if `g++` is there.
+
+# %%
 float32 = np.float32
 try:
     compiler()
@@ -961,7 +974,314 @@ assert megabytes * 1e12 / BANDWIDTH < 0.02 * launches * LAUNCH * 1e6
 assert table["AdamW, fused"][1] < table["AdamW, one by one"][1] / 3
 
 # %% [markdown]
-# **Exercises.** `tinyft start gpu` writes all four: `add_bias` and `sum_rows` are
+# ## Appendix: one kernel, three ways
+# Fused kernels are faster on the processor, too. There a call of NumPy is like a
+# launch: it has a cost of its own, about half a microsecond, it reads whole arrays, and
+# it writes a new one. So again we count passes and calls. Our example is layer norm, an
+# op of lesson 01. We compute it in three ways, forward only and on one thread.
+#
+# The first way is its **definition**. The pullback `dx` is not called here:
+
+# %%
+quote(ft.ops.layer_norm)
+
+# %% [markdown]
+# The definition makes six arrays as large as $x$: four for `h` (two differences, a
+# product and a quotient), then `w * h`, and the result. So five of them are temporary.
+# The strict device counts the calls and the passes.
+
+# %%
+definition = ft.ops.layer_norm.definition
+x = np.random.default_rng(0).standard_normal((2048, 256)).astype(float32)
+w = np.ones(256, float32)
+b = np.zeros(256, float32)
+
+on_strict = [ft.array.to(a, "strict") for a in (x, w, b)]
+counts.clear()
+definition(*on_strict)
+calls = counts["launch"]
+passes = counts["bytes"] // x.nbytes
+print(f"definition: {calls} calls of NumPy, {passes} passes, "
+      f"{4 * passes} bytes for each entry of x")
+
+# %% [markdown]
+# To make one of the six arrays, NumPy reads one array of this size and writes one: that
+# is $6 \cdot 2 = 12$ passes. Each of the two means reads one array: 14.
+#
+# The second way is **NumPy in blocks**, in `tinyft/kernels/numpy.py`. It takes 128 rows
+# at a time. They have 128 kB, so they fit into the **cache**: a small, fast memory of
+# each core of the processor. The temporary arrays are as small as the block, and they
+# stay in the cache. From memory, only $x$ is read, and only $y$ is written there: 2
+# passes, 8 bytes for each entry.
+#
+# The third way is **compiled loops**, in `tinyft/kernels/compiled/norms.py`: plain
+# `for` loops over the numbers of one row, then of the next. A package named Numba
+# translates them into machine code; it uses a compiler named LLVM. Again only $x$ is
+# read from memory, and only $y$ is written.
+#
+# The loops of layer norm are an exercise. So here are those of RMS norm, which is a
+# layer norm without the mean and without $b$. `ZERO` and `ONE` are 0 and 1 in float32.
+# `float32[:]` is the type of an array of float32. The kernel computes the rows from
+# `first` to `last` $- 1$.
+
+# %%
+COMPILED = Path(ft.kernels.__file__).parent / "compiled"
+
+def show_code(file, start):
+    "Print a file of the compiled kernels from `start` to the end of the function."
+    text = (COMPILED / file).read_text(encoding="utf-8")
+    begin = text.index(start)
+    print(textwrap.dedent(text[begin:text.index("\n\n\n", begin)]) + "\n")
+
+show_code("norms.py", "def variance_of")
+show_code("norms.py", '    """y = w x / σ')
+
+# %% [markdown]
+# Numba is optional: `pip install "tinyft[fast]"` installs it. `compiled_kernels()` is a
+# dictionary, from an op to its compiled kernel.
+
+# %%
+compiled = ft.kernels.compiled_kernels() if ft.kernels.has_numba() else {}
+ways = {"definition": definition, "NumPy in blocks": numpy_kernels.layer_norm}
+if compiled:
+    ways["compiled loops"] = compiled[ft.ops.layer_norm]
+else:
+    print("Numba is not installed or does not run here: you see two of the three ways.")
+
+# %% [markdown]
+# The speed of a computer changes from moment to moment. So we call the ways in turn, in
+# 41 rounds, and take the median of the rounds. `keep_memory` lets the process keep the
+# memory of freed arrays; `fit` calls it, too. Without it, the system must find memory
+# for every temporary array and fill it with zeros, and the definition takes even
+# longer.
+
+# %%
+def one_round():
+    "Seconds of each way, called one after the other."
+    seconds = {}
+    for name, layer_norm in ways.items():
+        seconds[name] = timeit.timeit(lambda: layer_norm(x, w, b), number=1)
+    return seconds
+
+ft.kernels.keep_memory()
+threads_before = ft.kernels.get_num_threads()
+ft.kernels.set_num_threads(1)
+with ft.no_grad():
+    rounds = [one_round() for _ in range(41)]
+ft.kernels.set_num_threads(threads_before)
+
+# %% [markdown]
+# **Predict first.** If only the bytes from and to memory counted, how many times as
+# fast as the definition would the blocks be, and how many times the loops? Do you
+# expect the same from the clock? If not, which of the two is faster, and why?
+
+# %%
+milliseconds = {}
+gains = {}
+for name in ways:
+    milliseconds[name] = 1e3 * np.median([seconds[name] for seconds in rounds])
+    ratios = [seconds["definition"] / seconds[name] for seconds in rounds]
+    gains[name] = np.median(ratios)
+    print(f"{name:17}{milliseconds[name]:7.2f} ms  {gains[name]:5.1f} times as fast")
+
+# %%
+PASSES = {"definition": passes, "NumPy in blocks": 2, "compiled loops": 2}
+shown = {}
+for name in ways:
+    by_bytes = milliseconds["definition"] * PASSES[name] / passes
+    shown[name] = {"measured": milliseconds[name], "by the bytes alone": by_bytes}
+bars(shown, ylabel="ms, forward, on one thread",
+     caption="2,048 rows of 256 numbers. The bytes alone do not explain the times.")
+
+# %% [markdown]
+# By the bytes, both would be $14 / 2 = 7$ times as fast. The clock does not agree: the
+# loops gain much more than the blocks, though both move the same bytes. One reason is
+# the size: arrays of 2 MB fit into the large cache that the cores of most processors
+# share, so a pass of the definition costs less than one through memory. Two more
+# counts, made by hand from the code, explain the rest.
+
+# %%
+COUNTS = {"definition": (14, 10), "NumPy in blocks": (10, 256),
+          "compiled loops": (4, 1)}
+print(f"{'':17}passes through memory   passes in all   calls     ms")
+for name in ways:
+    in_all, called = COUNTS[name]
+    print(f"{name:17}{PASSES[name]:21}{in_all:16}{called:8}{milliseconds[name]:7.2f}")
+
+# %% [markdown]
+# - **Passes in all.** Six calls go through all numbers of a block. Each of them reads
+#   the block from the cache, and four write to it: 10 passes. The cache is fast, but
+#   not free. The loops read a row three times, for the mean, the variance and the
+#   output, and they write it once: 4 passes. All values in between stay in registers.
+#   And a row has 1 kB: it stays in the smallest and fastest part of the cache, for
+#   which a block is too large.
+# - **Calls.** There are 16 blocks, and 16 calls for each: 256. Only six of the 16 go
+#   through all numbers of the block. The other ten compute with one number for each
+#   row, and their time is little more than the cost of the call:
+
+# %%
+small = np.ones(128, float32)
+call = min(timeit.repeat(lambda: small * small, number=1000, repeat=5)) / 1000
+print(f"a call of NumPy on 128 numbers: {1e6 * call:.1f} µs; "
+      f"256 such calls: {256e3 * call:.2f} ms")
+
+# %% [check]
+assert (passes, calls) == (14, 10) == COUNTS["definition"]
+assert 16 * 128 == len(x) and COUNTS["NumPy in blocks"][1] == 16 * 16
+in_blocks = numpy_kernels.layer_norm(x, w, b)[0]
+assert np.allclose(in_blocks, definition(x, w, b)[0], atol=1e-5)
+if compiled:
+    in_loops = compiled[ft.ops.layer_norm](x, w, b)[0]
+    assert np.allclose(in_loops, in_blocks, atol=1e-5)
+    assert gains["compiled loops"] > 1.5
+
+# %% [markdown]
+# **Predict first.** What makes the loops fast: the loops, or the compiler?
+# `layer_norm_rows` has the same loops in plain Python, without Numba. How long does it
+# take for the 2,048 rows: as long as the definition, ten times as long, or more than a
+# hundred times as long?
+
+# %%
+four_rows = min(timeit.repeat(lambda: layer_norm_rows(x[:4], w, b), number=1, repeat=3))
+plain = 2048 / 4 * four_rows
+print(f"the loops in plain Python: about {1e3 * plain:.0f} ms, "
+      f"{1e3 * plain / milliseconds['definition']:.0f} times the definition")
+
+# %% [check]
+assert 1e3 * plain > 20 * milliseconds["definition"]
+
+# %% [markdown]
+# The compiler. Before each operation, Python finds out which types its two numbers
+# have, and makes a new object for the result. NumPy finds out the types once for a
+# whole array. Compiled code has fixed types: nothing is left to find out while it runs.
+#
+# ## What compiled loops need
+# One instruction of a processor can add four to sixteen pairs of floats at once. Such a
+# group of numbers is a **vector**. LLVM uses vectors where they do not change the
+# result. So loops need some care. Here are three cases. Where Numba does not run, their
+# cells do nothing.
+#
+# **The order of a sum.** This sum is compiled twice. The second time, `reassoc` allows
+# LLVM to add in any order.
+
+# %%
+def add_up(x):
+    total = float32(0)
+    for j in range(len(x)):
+        total += x[j]
+    return total
+
+def microseconds_of(f, *arguments):
+    "The shortest of nine calls; a call before them compiles f."
+    f(*arguments)
+    return 1e6 * min(timeit.repeat(lambda: f(*arguments), number=1, repeat=9))
+
+# %% [markdown]
+# **Predict first.** Which of the two is faster? Are the two results equal? If not,
+# which is nearer to the exact sum?
+
+# %%
+many = np.random.default_rng(1).random(2**18, dtype=float32)
+exact = many.sum(dtype=np.float64)
+errors = {}
+if compiled:
+    import numba
+
+    for name, allowed in {"in order": set(), "in any order": {"reassoc"}}.items():
+        sum_of = numba.njit(add_up, fastmath=allowed)
+        errors[name] = abs(sum_of(many) - exact)
+        print(f"{name:13}{microseconds_of(sum_of, many):7.0f} µs, "
+              f"error {errors[name]:7.4f} of {exact:.0f}")
+
+# %% [markdown]
+# In order, each addition waits for the one before it. In any order, LLVM keeps many
+# sums, the entries of vectors, and adds them up at the end. Each of these sums has
+# fewer terms and stays smaller, so it loses less by rounding: here the fast sum is also
+# the better one. But its last digits now depend on the processor. In the library, the
+# decorator `compiled_sum` allows a kernel to add in any order; kernels without such
+# sums have the decorator `compiled`.
+
+# %% [check]
+assert not compiled or errors["in any order"] < errors["in order"]
+
+# %% [markdown]
+# **A call in a loop.** The function `exp` of C takes one number, so a loop that calls
+# it uses no vectors. The library's compiled kernels have an `exp` of their own. It is
+# written out as products, sums and a shift of bits, and LLVM makes vectors of it:
+
+# %%
+show_code("shared.py", "    y = min(max(x, LOW), HIGH)")
+
+# %% [markdown]
+# `exp_called` calls the function of C, `exp_written_out` has the library's in its loop.
+
+# %%
+if compiled:
+    exp_of_library = importlib.import_module("tinyft.kernels.compiled.shared").exp
+
+def exp_called(x, y):
+    for j in range(len(x)):
+        y[j] = math.exp(x[j])
+
+def exp_written_out(x, y):
+    for j in range(len(x)):
+        y[j] = exp_of_library(x[j])
+
+if compiled:
+    out = np.empty_like(many)
+    for f in (exp_called, exp_written_out):
+        print(f"{f.__name__:17}{microseconds_of(numba.njit(f), many, out):7.0f} µs")
+
+# %% [markdown]
+# **The lock.** Python's interpreter has a lock: only the thread that holds it runs. A
+# compiled function does not need the interpreter, but it holds the lock all the same.
+# With `nogil=True` it releases the lock while it runs, and other threads can run, too.
+#
+# Here a second thread computes `exp_called` for 8 million numbers, and this thread runs
+# a loop in Python. What is the longest time for which the loop stands still?
+
+# %%
+def longest_pause(f, x, y):
+    "Milliseconds for which a Python loop stands still while another thread runs f."
+    other = threading.Thread(target=f, args=(x, y))
+    longest = 0
+    before = time.perf_counter()
+    other.start()
+    running = True
+    while running:
+        running = other.is_alive()
+        now = time.perf_counter()
+        longest = max(longest, now - before)
+        before = now
+    return 1e3 * longest
+
+# %%
+long = np.tile(many, 32)
+pauses = {}
+for nogil in (False, True):
+    if compiled:
+        f = numba.njit(exp_called, nogil=nogil)
+        f(many, out)                                   # compiles it
+        pauses[nogil] = longest_pause(f, long, np.empty_like(long))
+        print(f"nogil={nogil!s:6}a pause of {pauses[nogil]:.1f} ms")
+
+# %% [check]
+assert not compiled or pauses[False] > pauses[True]
+
+# %% [markdown]
+# With the lock, the loop stands still until the function returns. Without it, both
+# threads run: on two cores at once, and on one core in turns of a few milliseconds. All
+# compiled kernels of the library release the lock, and NumPy does so for most
+# operations on large arrays. So the library can share the rows of a kernel, and of a
+# matrix product, among its threads (`tinyft/kernels/threads.py`).
+#
+# The processor and the GPU reward the same things: fewer passes, fewer calls, and
+# values that stay in registers.
+
+# %% [markdown]
+# **Exercises.** `tinyft start gpu` writes all six. `add_bias` and `sum_rows` are
 # kernels in CUDA C, which the check runs on your processor, upwards and downwards.
 # `adam_rates` is the three numbers that must not be baked in. `lay_out` lays tensors
-# end to end.
+# end to end. `layer_norm_rows` and `layer_norm_rows_backward` are layer norm in plain
+# loops, forward and back. You write and check them without Numba. If you have it, try
+# `numba.njit(layer_norm_rows)`: it compiles your loops as they are.
