@@ -30,7 +30,7 @@ from ... import ops
 from ..packed import FEW
 from ..threads import each
 from .compiler import Matrix, Vector, compiled, int64
-from .shared import ZERO, run, shares
+from .shared import ZERO, row_parts, run
 
 __all__ = ["packed_linear", "widen_half"]
 
@@ -228,7 +228,7 @@ def from_codes(X: np.ndarray, packed: Any, values: np.ndarray | None) -> np.ndar
 def tiles(packed: Any) -> list[slice]:
     """The rows of W that a thread takes at a time."""
     size, out = packed.codes.shape
-    n = min(TILE, -(-out // len(shares(out, size))))
+    n = min(TILE, -(-out // len(row_parts(out, size))))
     return [slice(start, min(start + n, out)) for start in range(0, out, n)]
 
 
