@@ -33,6 +33,15 @@ def new_op():
 
 
 # ── sums of gradients ────────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("shape", [(), (3,)], ids=str)
+def test_a_computed_tensor_used_four_times_counts_four_times(shape):
+    """NumPy gives numbers, not arrays, for values without axes: nothing can be added to them in place."""
+    x = Tensor(array.asarray(np.full(shape, 2, np.float32)), requires_grad=True)
+    y = x * x
+    (y + y * 2 + y * 3 + y * 4).sum().backward()
+    assert (array.asnumpy(x.grad) == 10 * 2 * 2).all()
+
+
 def test_a_tensor_used_twice_counts_twice():
     a = leaf([1.0, 2.0])
     b = a + a

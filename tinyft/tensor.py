@@ -275,7 +275,7 @@ class Gradients:
             if owned:
                 self.owned.add(key)
         elif key in self.owned:
-            dispatch.run(add_to, type(g), self.arrays[key], g)
+            self.arrays[key] = dispatch.run(add_to, type(g), self.arrays[key], g)
         else:
             self.arrays[key] = dispatch.run(sum_of, type(g), self.arrays[key], g)
             self.owned.add(key)
@@ -301,9 +301,10 @@ def sum_of(a: Array, b: Array) -> Array:
     return a + b
 
 
-def add_to(a: Array, b: Array) -> None:
-    """a ← a + b"""
+def add_to(a: Array, b: Array) -> Array:
+    """a ← a + b. The result is `a`, or a new number if `a` is a number, which cannot be written to."""
     a += b
+    return a
 
 
 def _seed(root: Tensor, gradient: Any) -> Array:

@@ -63,7 +63,7 @@ def add_to(a: np.ndarray, b: np.ndarray) -> Any:
     def part(i: slice) -> None:
         np.add(A[i], B[i], out=A[i])
     each(shares(a.size, 1, SHARED_SUM), part)
-    return None
+    return a
 
 
 def add(a: np.ndarray, b: np.ndarray) -> Any:
