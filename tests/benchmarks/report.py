@@ -63,7 +63,7 @@ def about(section: dict[str, Any]) -> str:
     m = section["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items())
     older = ""
-    for measured, count in Counter(row["measured"] for row in section["rows"] if "measured" in row).items():
+    for measured, count in Counter(row["measured"] for row in section.get("rows", ()) if "measured" in row).items():
         older += f" Earlier, {measured}: {count} row{'s' * (count > 1)}."
     return f"*{m['date']}, commit {m['commit']}; {place(m)}; {versions}.{older}*\n"
 
