@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -31,7 +32,8 @@ from ..tensor import OPS, add_to, sum_of
 from .system import keep_memory
 from .threads import get_num_threads, set_num_threads
 
-__all__ = ["capture", "chosen", "definitions", "get_num_threads", "install", "keep_memory", "remove", "set_num_threads"]
+__all__ = ["capture", "chosen", "definitions", "get_num_threads", "in_use", "install", "keep_memory", "remove",
+           "set_num_threads"]
 
 CHOICES = ("auto", "numba", "numpy", "off")
 # The ops that have a compiled kernel; adam_update and widen_half have one too. Numba is imported when the first of them
@@ -79,6 +81,14 @@ def install(choice: str = "auto") -> None:
             dispatch.register(definition, np.ndarray, _compiled(definition))
 
 
+def in_use() -> str:
+    """The kernels that are registered for NumPy arrays: "numba" (and those for NumPy), "numpy" or "off"."""
+    found = dispatch.find(OPS["linear"], np.ndarray)
+    if not found:
+        return "off"
+    return "numba" if found[0] is _compiled(OPS["linear"]) else "numpy"
+
+
 # ---------------------------------------------------------------------------------------------------- Numba
 @cache
 def has_numba() -> bool:
@@ -105,13 +115,14 @@ def compiled_kernels() -> dict[Callable, Callable]:
     """
     try:
         from .compiled import kernels
+        return kernels()
     except Exception as error:  # Numba supports not every version of NumPy and Python
-        reason = " ".join(str(error).split())[:200]
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # Numba's errors are coloured
+        reason = " ".join(plain.split())[:200]
         if os.environ.get("TINYFT_KERNELS") == "numba":
             raise RuntimeError(f"TINYFT_KERNELS=numba wants a Numba that runs here: {reason}") from error
         print(f"tinyft: Numba does not run here, the kernels for NumPy do its work: {reason}", file=sys.stderr)
         return {}
-    return kernels()
 
 
 def _register_cuda(kind: type, module: ModuleType) -> None:

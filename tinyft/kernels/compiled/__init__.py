@@ -8,7 +8,7 @@
     packed.py          products of a few rows with packed weights
 
 They stand in front of the NumPy kernels, with the same signatures. What they do not take goes to those.
-This package imports Numba: `install` in kernels/__init__.py imports it when the first kernel is called.
+The modules import Numba, and compile what is not on the disk: `kernels` imports them, at the first call of a kernel.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from collections.abc import Callable
 from ...optim.optimizers import adam_update
 from ...precision import widen_half
 from ...tensor import OPS
-from . import attention, cross_entropy, elementwise, norms, packed, rows, update
 
 __all__ = ["kernels"]
 
 
 def kernels() -> dict[Callable, Callable]:
     """{definition: its compiled kernel}"""
+    from . import attention, cross_entropy, elementwise, norms, packed, rows, update
+
     found: dict[Callable, Callable] = {
         adam_update: update.adam_update,
         widen_half: packed.widen_half,

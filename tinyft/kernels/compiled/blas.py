@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import ctypes
 
-import llvmlite.binding as llvm
 from numba import types
 
 from .. import system
-from .compiler import float32
+from .compiler import add_symbol, float32
 
 __all__ = ["NOT_TRANSPOSED", "ROW_MAJOR", "TRANSPOSED", "is_available", "sgemm"]
 
 ROW_MAJOR, NOT_TRANSPOSED, TRANSPOSED = 101, 111, 112  # numbers of cblas.h
-NAME = "tinyft_sgemm"
 
 
 def _find() -> tuple[int, bool] | None:
@@ -30,12 +28,18 @@ def _find() -> tuple[int, bool] | None:
     return None
 
 
+@ctypes.CFUNCTYPE(None)
+def _nothing() -> None:
+    """Stands for sgemm where none is found. Nothing calls it; but LLVM must know the name."""
+
+
 _found = _find()
 is_available = _found is not None
-if _found is not None:
-    llvm.add_symbol(NAME, _found[0])
+_address, _has_64_bits = _found or (ctypes.cast(_nothing, ctypes.c_void_p).value, False)
+NAME = f"tinyft_sgemm_{64 if _has_64_bits else 32}" if is_available else "tinyft_no_sgemm"
+add_symbol(NAME, _address)
 
-_size = types.int64 if _found and _found[1] else types.int32
+_size = types.int64 if _has_64_bits else types.int32
 _flag = types.int32
 _array = types.CPointer(float32)
 # C = α op(A) op(B) + β C:  order, op(A), op(B), M, N, K, α, A, its row length, B, its row length, β, C, its row length

@@ -5,9 +5,14 @@
         for i in range(first, last):
             x[i] *= factor
 
-The annotations are the types for which it is compiled. The machine code is kept in a folder: the __pycache__ of this
-package, or, if that cannot be written, a folder of the user. It is compiled again if a kernel, Numba or the processor
-has changed, or if a file is damaged.
+The annotations are the types for which it is compiled. The machine code is kept in a folder, one file for a function:
+
+    TINYFT_CACHE                  this folder, if the environment variable is set
+    the package's __pycache__     otherwise, if it can be written
+    ~/.cache/tinyft/kernels       otherwise; elsewhere on macOS and Windows, see `_user_folder`
+
+A function is compiled again if a kernel, Numba or the processor has changed, or if its file is damaged. Without a
+folder that can be written it is compiled in every process.
 """
 
 from __future__ import annotations
@@ -17,18 +22,24 @@ import functools
 import hashlib
 import inspect
 import os
+import pickle
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+import llvmlite.binding as llvm
 import numba
 from numba import types
-from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile, NullCache
+from numba.core.caching import NullCache
+from numba.core.compiler import CompileResult
+from numba.core.serialize import dumps
 
-__all__ = ["Matrix", "Vector", "announce", "boolean", "cache_folder", "compiled", "compiled_sum", "float32", "inlined",
-           "inlined_sum", "int64"]
+from ...atomic import write_atomically
+
+__all__ = ["Matrix", "Vector", "add_symbol", "boolean", "cache_folder", "compiled", "compiled_sum", "float32",
+           "inlined", "inlined_sum", "int64"]
 
 boolean, float32, int64 = types.boolean, types.float32, types.int64
 Vector, Matrix = types.float32[::1], types.float32[:, ::1]  # contiguous
@@ -52,7 +63,7 @@ def compiled(function: Callable, fastmath: set[str] = FAST) -> Callable:
     argument_types = inspect.get_annotations(function, eval_str=True)
     result = argument_types.pop("return") or types.void
     dispatcher = numba.njit(**OPTIONS, fastmath=fastmath)(function)
-    dispatcher._cache = _cache_of(function)
+    dispatcher._cache = _File(function)
     dispatcher.compile(result(*argument_types.values()))
     dispatcher.disable_compile()
     return dispatcher
@@ -61,39 +72,74 @@ def compiled(function: Callable, fastmath: set[str] = FAST) -> Callable:
 compiled_sum = functools.partial(compiled, fastmath=ANY_ORDER)  # of a function with sums over many numbers
 
 
-@functools.cache
-def announce() -> None:
-    """Say, once, what the user waits for."""
-    where = "once" if cache_folder() else "in every process, since no folder can be written"
-    print(f"tinyft: compiling its kernels for this processor, {where} (a few seconds; TINYFT_KERNELS=numpy does "
-          "without them)", file=sys.stderr, flush=True)
+_symbols: list[str] = []
+
+
+def add_symbol(name: str, address: int) -> None:
+    """Tell LLVM the address of a C function that compiled code calls by this name.
+
+    Machine code that was made with other names is compiled again: LLVM ends the process if it does not know a name.
+    """
+    llvm.add_symbol(name, address)
+    _symbols.append(name)
 
 
 # ---------------------------------------------------------------------------------------------------- the folder
 @functools.cache
 def cache_folder() -> Path | None:
-    """The folder of the machine code; None if no folder can be written."""
-    folders = [Path(__file__).parent / "__pycache__"]
-    with contextlib.suppress(RuntimeError):  # there is no home
-        if sys.platform == "win32":
-            base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-        elif sys.platform == "darwin":
-            base = Path.home() / "Library" / "Caches"
-        else:
-            base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        folders.append(Path(base) / "tinyft")
-    return next((folder for folder in folders if _is_writable(folder)), None)
+    """The folder in which machine code is kept; None if no folder can be written."""
+    return next((folder for folder in _folders() if _is_writable(folder)), None)
+
+
+@functools.cache
+def _folders() -> list[Path]:
+    """The folders that may hold machine code. One that cannot be written is read all the same."""
+    chosen = os.environ.get("TINYFT_CACHE")
+    if chosen:
+        return [Path(chosen).absolute()]
+    package = Path(__file__).parent / "__pycache__"
+    try:
+        return [package, _user_folder()]
+    except RuntimeError:  # the user has no home
+        return [package]
+
+
+def _user_folder() -> Path:
+    """The folder of this user for files that can be made again."""
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base).absolute() / "tinyft" / "kernels"
 
 
 def _is_writable(folder: Path) -> bool:
+    """True if a file can be made in this folder. The folder is made; only this user may write to it."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o755, parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError:
         return False
     return True
 
 
+@functools.cache
+def _announce() -> None:
+    """Say, once, what the user waits for."""
+    where = "once" if cache_folder() else "in every process, since no folder can be written"
+    print(f"tinyft: compiling its kernels for this processor, {where} (a few seconds; TINYFT_KERNELS=numpy does "
+          "without them)", file=sys.stderr, flush=True)
+
+
+@functools.cache
+def _announce_loss(reason: str) -> None:
+    """Say, once, that the next process will compile again."""
+    print(f"tinyft: the compiled kernels are not kept: {reason}", file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------- the files
 @functools.cache
 def source_stamp() -> str:
     """A hash of the source of all kernels: a kernel's code depends on constants and helpers in other files."""
@@ -104,111 +150,64 @@ def source_stamp() -> str:
     return digest.hexdigest()
 
 
-class _Locator:
-    """The place of a function's machine code, for Numba."""
+class _File(NullCache):
+    """The file of one function, for Numba: a checksum, and the machine code. A folder holds one for each processor.
 
-    def __init__(self, function: Callable) -> None:
-        self.name = function.__module__.rpartition(".")[2]
-        self._py_file = inspect.getfile(function)  # for Numba's warnings
-
-    def ensure_cache_path(self) -> None:
-        """Nothing: cache_folder has made it."""
-
-    def get_cache_path(self) -> str:
-        return str(cache_folder())
-
-    def get_source_stamp(self) -> str:
-        return source_stamp()
-
-    def get_disambiguator(self) -> str:
-        return self.name
-
-
-class _Implementation(CompileResultCacheImpl):
-    """Numba's choice of file names, with our folder."""
-
-    def __init__(self, function: Callable) -> None:
-        self._locator = _Locator(function)
-        self._lineno = function.__code__.co_firstlineno
-        self._filename_base = self.get_filename_base(f"tinyft.{function.__qualname__}", getattr(sys, "abiflags", ""))
-
-
-class _Files(IndexDataCacheFile):
-    """Numba's files of one function, each with a checksum beside it.
-
-    A file without the right checksum counts as missing. A file is complete on the disk before it gets its name.
+    The checksum is one of the machine code and of all that it was made from. A file that does not fit counts as
+    missing. A file is complete on the disk before it gets its name.
     """
 
-    def _load_index(self) -> dict:
-        return super()._load_index() if _is_intact(self._index_path) else {}
-
-    def _load_data(self, name: str) -> Any:
-        if not _is_intact(self._data_path(name)):
-            raise OSError(f"{name} is damaged")  # Numba takes it for missing
-        return super()._load_data(name)
-
-    @contextlib.contextmanager
-    def _open_for_write(self, filepath: str) -> Iterator[BinaryIO]:
-        handle, temporary = tempfile.mkstemp(dir=self._cache_path)
-        try:
-            with open(handle, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            checksum = _checksum(Path(temporary))
-            os.replace(temporary, filepath)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
-        Path(filepath + SUM).write_text(checksum)
-
-
-SUM = ".sum"  # the ending of the checksum's file
-
-
-def _checksum(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _is_intact(path: str) -> bool:
-    """True if the file has the checksum beside it."""
-    try:
-        return _checksum(Path(path)) == Path(path + SUM).read_text()
-    except (OSError, ValueError):
-        return False
-
-
-class _Cache(FunctionCache):
-    """Numba's cache of one function, with our files."""
-
-    _impl_class = _Implementation
-
     def __init__(self, function: Callable) -> None:
-        super().__init__(function)
-        self._cache_file = _Files(self._cache_path, self._impl.filename_base, source_stamp())
+        self.name = f"{function.__module__.rpartition('.')[2]}.{function.__qualname__.replace('<locals>.', '')}"
+        self.source = source_stamp() + _checksum(Path(inspect.getfile(function)).read_bytes()).hex()
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """The machine code for these types, or None."""
-        try:
-            found = super().load_overload(sig, target_context)
-        except Exception:  # written by an earlier Numba, say: compile it again
-            found = None
-        if found is None:
-            announce()
-        return found
+        target_context.refresh()
+        name, made_for = self._identify(sig, target_context.codegen())
+        for folder in _folders():
+            data = _read(folder / name, made_for)
+            if data is not None:
+                with contextlib.suppress(Exception):  # a Numba with the same number, changed by hand
+                    return CompileResult._rebuild(target_context, *pickle.loads(data))
+        _announce()
+        return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        """Keep the machine code for these types, if the disk has room."""
-        with contextlib.suppress(OSError):
-            super().save_overload(sig, data)
+        """Keep the machine code for these types, if there is a folder and the disk has room."""
+        folder = cache_folder()
+        if folder is None:
+            return
+        name, made_for = self._identify(sig, data.codegen)
+        try:
+            code = dumps(data._reduce())
+            write_atomically({folder / name: _checksum(made_for, code) + code})
+        except Exception as error:
+            _announce_loss(getattr(error, "strerror", None) or str(error))
+
+    def _identify(self, sig: Any, codegen: Any) -> tuple[str, bytes]:
+        """(the name of the file, all that the machine code depends on)"""
+        processor = f"{codegen.magic_tuple()} Numba {numba.__version__}"
+        made_for = f"{self.source} {sig} {processor} {sorted(_symbols)}"
+        name = f"{self.name}.{sys.implementation.cache_tag}-{_checksum(processor.encode()).hex()[:8]}.code"
+        return name, made_for.encode()
 
 
-def _cache_of(function: Callable) -> Any:
-    """The cache of a function. One that keeps nothing if no folder can be written, or if Numba's classes have changed.
-    """
-    if cache_folder():
-        with contextlib.suppress(Exception):
-            return _Cache(function)
-    announce()
-    return NullCache()
+def _read(path: Path, made_for: bytes) -> bytes | None:
+    """The machine code in a file; None if there is no file, or if it does not fit its checksum."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    checksum, code = content[:CHECKSUM_SIZE], content[CHECKSUM_SIZE:]
+    return code if checksum == _checksum(made_for, code) else None
+
+
+CHECKSUM_SIZE = 32  # bytes
+
+
+def _checksum(*parts: bytes) -> bytes:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.digest()
