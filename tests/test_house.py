@@ -224,8 +224,8 @@ def test_harmless_lookalikes_are_not_reported():
 
 # ── the cost of importing ────────────────────────────────────────────────────────────────────────────────────────────
 HEAVY = [
-    "matplotlib", "torch", "cupy", "numba", "llvmlite", "hypothesis", "pytest", "transformers", "scipy", "pandas", "PIL", "dask",
-    "multiprocessing.pool", "concurrent.futures.process",
+    "matplotlib", "torch", "cupy", "hypothesis", "pytest", "transformers", "scipy", "pandas", "PIL", "dask",
+    "numba", "llvmlite", "multiprocessing.pool", "concurrent.futures.process",
     "tinyft.compare", "tinyft.strict", "tinyft.pretrain", "tinyft.cli", "tinyft.learn.checker", "tinyft.learn.exercise",
     "tinyft.data.baselines",
 ]
