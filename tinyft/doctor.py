@@ -38,7 +38,7 @@ def examine() -> tuple[Lines, list[str]]:
         ("tinyft", __version__),
         ("Python", f"{platform.python_version()}, {platform.system()} {platform.machine()}"),
         ("NumPy", _numpy()),
-        ("kernels", _kernels()),
+        *_kernels(),
     ]
     lines += _cupy(errors)
     lines.append(("backend", _backend(errors)))
@@ -71,12 +71,35 @@ def _numpy() -> str:
     return f"{np.__version__}, BLAS {blas}, {threads} thread{'s' * (threads != 1)}"
 
 
-def _kernels() -> str:
-    """The ops that have a kernel, a faster drop-in, for NumPy arrays; as text."""
+def _kernels() -> Lines:
+    """The lines on the kernels, faster drop-ins for ops, for NumPy arrays: the ops that have one, and those that Numba
+    compiles."""
+    in_use = kernels.in_use()
+    if in_use == "off":
+        return [("kernels", "off (TINYFT_KERNELS): every op is its definition")]
     names = sorted(name.lstrip("_") for name, f in OPS.items() if dispatch.find(f, np.ndarray))
-    if not names:
-        return "off (TINYFT_KERNELS): every op is its definition"
-    return f"of NumPy: {', '.join(names)}"
+    return [("kernels", f"of NumPy: {', '.join(names)}"), ("compiled", _compiled(in_use))]
+
+
+def _compiled(in_use: str) -> str:
+    """The state of the compiled kernels, as text. They are compiled now if they are not on the disk."""
+    if not kernels.has_numba():
+        return 'none: pip install "tinyft[fast]" adds compiled kernels'
+    try:
+        numba = f"Numba {importlib.metadata.version('numba')}"
+    except importlib.metadata.PackageNotFoundError:
+        numba = "Numba of no known version"
+    if in_use == "numpy":
+        return f"none, by TINYFT_KERNELS=numpy; {numba} is there"
+    try:
+        compiled = kernels.compiled_kernels()
+    except RuntimeError as e:
+        return f"none: {e}"
+    if not compiled:
+        return f"none: {numba} does not run here"
+    names = sorted(definition.__name__ for definition in compiled)
+    folder = kernels.cache_folder() or "no folder: none can be written"
+    return f"by {numba}: {', '.join(names)}; machine code in {folder}"
 
 
 def _lessons() -> str:

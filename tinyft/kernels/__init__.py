@@ -18,6 +18,7 @@ import re
 import sys
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -32,8 +33,8 @@ from ..tensor import OPS, add_to, sum_of
 from .system import keep_memory
 from .threads import get_num_threads, set_num_threads
 
-__all__ = ["capture", "chosen", "definitions", "get_num_threads", "in_use", "install", "keep_memory", "remove",
-           "set_num_threads"]
+__all__ = ["cache_folder", "capture", "chosen", "definitions", "get_num_threads", "in_use", "install", "keep_memory",
+           "remove", "set_num_threads"]
 
 CHOICES = ("auto", "numba", "numpy", "off")
 # The ops that have a compiled kernel; adam_update and widen_half have one too. Numba is imported when the first of them
@@ -123,6 +124,15 @@ def compiled_kernels() -> dict[Callable, Callable]:
             raise RuntimeError(f"TINYFT_KERNELS=numba wants a Numba that runs here: {reason}") from error
         print(f"tinyft: Numba does not run here, the kernels for NumPy do its work: {reason}", file=sys.stderr)
         return {}
+
+
+def cache_folder() -> Path | None:
+    """The folder in which the machine code of the compiled kernels is kept; None if no folder can be written.
+
+    The environment variable TINYFT_CACHE names another one. Wants Numba.
+    """
+    from .compiled import compiler
+    return compiler.cache_folder()
 
 
 def _register_cuda(kind: type, module: ModuleType) -> None:
