@@ -52,7 +52,7 @@ def set_num_threads(n: int) -> None:
     """
     global _threads
     n = checks.whole("set_num_threads: n", n, 1, MOST_THREADS)
-    system.limit(n)
+    _blas.set_threads(n)
     _threads = n
 
 
@@ -77,15 +77,15 @@ def usable_threads() -> int:
 
 # ---------------------------------------------------------------------------------------------------- BLAS's threads
 class _BLASThreads:
-    """The number of BLAS's threads, and the calls that hold it at 1: with _blas: ...
+    """The number of BLAS's threads, and its holders, which need it to be 1.
 
-    Several threads of the program may hold it at the same time. The first one saves the number; the last one gives it
-    back.
+    Several threads of the program may be holders at the same time. The first one saves the number; the last one gives
+    it back. Whatever Ctrl-C interrupts here can be done again: each step leaves a state from which `give_back` goes on.
     """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.holders = 0
+        self.holders: set[object] = set()
         self.saved = 1
 
     def threads(self) -> int:
@@ -93,19 +93,48 @@ class _BLASThreads:
         with self.lock:
             return self.saved if self.holders else system.threads()
 
-    def __enter__(self) -> None:
+    def set_threads(self, n: int) -> None:
+        """Let the number be n: at once, or when the last holder gives it back."""
         with self.lock:
-            if not self.holders:
+            if self.holders:
+                self.saved = n
+            else:
+                system.limit(n)
+
+    def hold(self, holder: object) -> None:
+        """One thread from now on."""
+        with self.lock:
+            is_first = not self.holders
+            if is_first:
                 self.saved = system.threads()
-                if self.saved > 1:
-                    system.limit(1)
-            self.holders += 1
+            self.holders.add(holder)
+            if is_first and self.saved > 1:
+                system.limit(1)
+
+    def give_back(self, holder: object) -> None:
+        """The end of `hold`; nothing for one that holds nothing."""
+        with self.lock:
+            if self.holders == {holder} and self.saved > 1:
+                system.limit(self.saved)
+            self.holders.discard(holder)
+
+
+class _OneThread:
+    """with _OneThread(): BLAS has one thread."""
+
+    def __enter__(self) -> None:
+        try:
+            _blas.hold(self)
+        except BaseException:
+            _blas.give_back(self)
+            raise
 
     def __exit__(self, *_: object) -> None:
-        with self.lock:
-            self.holders -= 1
-            if not self.holders and self.saved > 1:
-                system.limit(self.saved)
+        try:
+            _blas.give_back(self)
+        except BaseException:  # Ctrl-C
+            _blas.give_back(self)
+            raise
 
 
 class _Here(threading.local):
@@ -120,38 +149,58 @@ _here = _Here()
 
 def one_blas_thread() -> contextlib.AbstractContextManager[None]:
     """with one_blas_thread(): a matrix product uses one thread, in all threads of the program."""
-    return _blas
+    return _OneThread()
 
 
 # ---------------------------------------------------------------------------------------------------- the pool
 class _Pool:
     """Threads that wait for work. Each has a queue of its own.
 
-    busy    held while a call of `each` uses the threads
+    users    the call of `each` that uses the threads, under the key 0
     """
 
     def __init__(self) -> None:
-        self.busy = threading.Lock()
+        self.users: dict[int, object] = {}
         self.queues: list[SimpleQueue] = []
+
+    def take(self, call: object) -> bool:
+        """True if the threads now belong to this call; False if they belong to another one."""
+        return self.users.setdefault(0, call) is call
+
+    def leave(self, call: object) -> None:
+        """The end of `take`; nothing for a call that has no threads."""
+        if self.users.get(0) is call:
+            del self.users[0]
 
     def run(self, n: int, work: Callable[[], None]) -> None:
         """work() on n threads at once, of which this thread is one. The first exception is raised, when all have ended.
 
-        The threads have this thread's context variables, such as np.errstate.
+        There are fewer threads if the system refuses to start more. They have this thread's context variables, such as
+        np.errstate.
         """
-        while len(self.queues) < n - 1:
-            self.queues.append(SimpleQueue())
-            threading.Thread(target=_serve, args=(self.queues[-1],), name="tinyft", daemon=True).start()
+        self.start(n - 1)
         ended: SimpleQueue = SimpleQueue()
-        for queue in self.queues[: n - 1]:
-            queue.put((contextvars.copy_context(), work, ended))
+        begun = 0
         try:
+            for queue in self.queues[: n - 1]:
+                queue.put((contextvars.copy_context(), work, ended))
+                begun += 1
             work()
         finally:
-            errors = [ended.get() for _ in range(n - 1)]
+            errors = [ended.get() for _ in range(begun)]
         for error in errors:
             if error is not None:
                 raise error
+
+    def start(self, n: int) -> None:
+        """Start threads until there are n."""
+        while len(self.queues) < n:
+            queue: SimpleQueue = SimpleQueue()
+            try:
+                threading.Thread(target=_serve, args=(queue,), name="tinyft", daemon=True).start()
+            except RuntimeError:  # a limit of the system, or the interpreter ends
+                return
+            self.queues.append(queue)
 
 
 def _serve(queue: SimpleQueue) -> None:
@@ -209,14 +258,15 @@ def each(items: Iterable, f: Callable[[Any], None], most: int = MOST_THREADS) ->
 
     n = min(usable, len(items), most)
     pool = _pool
+    call = object()
     with one_blas_thread():
-        if n < 2 or not pool.busy.acquire(blocking=False):  # busy: another thread of the program uses the pool
-            work()
-            return
         try:
-            pool.run(n, work)
+            if n > 1 and pool.take(call):
+                pool.run(n, work)
+            else:  # another thread of the program uses the pool
+                work()
         finally:
-            pool.busy.release()
+            pool.leave(call)
 
 
 def blocks(n: int, f: Callable[[slice], None], width: int = 1) -> None:
