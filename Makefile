@@ -7,11 +7,14 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 CUPY   ?= $(HERE)/.venv-cupy
 GPU_PY ?= $(PY)
+PIP_INSTALL := "$(PY)" -m pip install -q --disable-pip-version-check
+TOOLS  := "pytest>=8" "pytest-xdist>=3.5" "ruff>=0.6"
 ARGS   ?=
+TRAINING := $(addprefix tests/test_,$(addsuffix .py,kernels threads train models methods optim attention packed_kernels))
 EMULATED := tests/emulated $(addprefix tests/test_,$(addsuffix .py,ops attention nn optim models llama tensor strict decode adapters formats precision cuda packed_kernels doctor))
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help install install-peers install-site run real real-assets test selftest test-strict test-emulated test-gpu bench-gpu test-peers lessons site audit bench claims base lint clean
+.PHONY: help install install-peers install-site run real real-assets test test-numpy selftest test-strict test-emulated test-gpu bench-gpu test-peers lessons site audit bench claims base lint clean
 
 help:  ## this help
 	@echo "tinyft: fine-tuning of transformers, from scratch"
@@ -21,7 +24,8 @@ $(STAMP): $(HERE)/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "tinyft needs Python 3.10 or newer; PYTHON=python3.x make ... chooses one")'
 	@test -x "$(PY)" || $(PYTHON) -m venv "$(VENV)"
 	@echo "installing tinyft into $(VENV) ..."
-	@cd "$(HERE)" && "$(PY)" -m pip install -q --disable-pip-version-check -e ".[lessons]" "pytest>=8" "pytest-xdist>=3.5" "ruff>=0.6"
+	@cd "$(HERE)" && $(PIP_INSTALL) --only-binary=numba,llvmlite -e ".[lessons,fast]" $(TOOLS) 2>/dev/null || \
+		{ echo "without compiled kernels: pip finds no Numba for this Python and this machine"; $(PIP_INSTALL) -e ".[lessons]" $(TOOLS); }
 	@touch "$@"
 
 install: $(STAMP)  ## make the virtual environment .venv and install tinyft in it
@@ -36,6 +40,9 @@ real: $(STAMP)  ## a real language model learns a task that it cannot do, with L
 
 test: $(STAMP)  ## the tests, in two processes
 	@cd "$(HERE)" && "$(PY)" -m pytest tests --ignore=tests/peers -n 2 --dist loadfile $(ARGS)
+
+test-numpy: $(STAMP)  ## the tests that train, on the kernels for NumPy alone, as without Numba
+	@cd "$(HERE)" && TINYFT_KERNELS=numpy "$(PY)" -m pytest $(TRAINING) $(ARGS)
 
 selftest: $(STAMP)  ## the exercises: the library passes them, every wrong answer is caught and explained
 	@cd "$(HERE)" && "$(VENV)/bin/tinyft" selftest $(ARGS)

@@ -4,8 +4,8 @@
 
 The audit makes one small error in the library's source (another sign, a dropped factor, a doubled constant, a forgotten
 axis or transpose, `=` for `+=`). It then runs the tests that enter the changed function, in a forked process, until one
-fails. Errors are made in values, pullbacks, initial values and scales; not in messages, annotations and checks of
-arguments.
+fails. Errors are made in values, pullbacks, initial values and scales; not in messages, annotations, checks of
+arguments, and functions that Numba compiles.
 
 tests/audit_equivalent.txt lists the mutants whose error no test could see, each with the reason:  key  ⟂  reason.
 The exit status is 1 if fewer than 95 % of the other mutants are killed, or with --quick if one of them survives.
@@ -76,6 +76,10 @@ SUITES = {
     "compress/quantize/smoothquant.py": ["test_smoothquant.py"],
     "compress/quantize/qat.py": ["test_qat.py"],
     "kernels/packed.py": ["test_packed_kernels.py"],
+    "kernels/numpy.py": ["test_kernels.py"],
+    "kernels/attention.py": ["test_attention.py", "test_kernels.py"],
+    "kernels/threads.py": ["test_threads.py", "test_kernels.py"],
+    "kernels/compiled": ["test_compiled.py", "test_compiled_files.py"],
     "dynamic.py": ["test_eight_bit.py", "test_codebooks.py"],
     "optim/eight_bit.py": ["test_eight_bit.py"],
     "optim/paged.py": ["test_paged.py"],
@@ -100,6 +104,7 @@ SUITES = {
 }
 SECONDS = 20                                               # of processor time for a test, plus ten times its usual
 CHECKS = [name for name, f in vars(checks).items() if getattr(f, "__module__", "") == checks.__name__]
+COMPILED = {"compiled", "compiled_sum", "inlined", "inlined_sum"}      # decorators of functions that Numba compiles
 QUICK = 160                                                # mutants in the sample of --quick
 real_path = lru_cache(None)(os.path.realpath)              # called about a million times
 
@@ -353,7 +358,7 @@ def mutants_of(file: str) -> tuple[ast.Module, list[Mutant]]:
         for node in body:
             if isinstance(node, ast.ClassDef):
                 visit(node.body, [*path, node.name])
-            elif isinstance(node, ast.FunctionDef):
+            elif isinstance(node, ast.FunctionDef) and not is_compiled(node):
                 for m in mutants_of_function(file, node, [*path, node.name]):
                     keys[m.key] += 1
                     if keys[m.key] > 1:
@@ -362,6 +367,11 @@ def mutants_of(file: str) -> tuple[ast.Module, list[Mutant]]:
 
     visit(tree.body, [])
     return tree, out
+
+
+def is_compiled(node: ast.FunctionDef) -> bool:
+    """True for a function that becomes machine code: a change of its Python has no effect."""
+    return any(getattr(d, "id", "") in COMPILED for d in node.decorator_list)
 
 
 def mutants_of_function(file: str, node: ast.FunctionDef, names: list[str]) -> Iterator[Mutant]:

@@ -70,9 +70,21 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-def pytest_report_header(config: pytest.Config) -> str:
+def settings_in_use() -> str:
+    """The line that says what the suite runs on."""
     profile = settings.get_current_profile_name()
-    return f"tinyft: backend {array.backend()}, NumPy {np.__version__}, Hypothesis profile {profile}"
+    names = {"numba": "compiled kernels", "numpy": "NumPy's kernels", "off": "no kernels"}
+    found = names[kernels.in_use()] if BACKEND == "numpy" else "its kernels"
+    return f"tinyft: backend {BACKEND}, {found}, NumPy {np.__version__}, Hypothesis profile {profile}"
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return settings_in_use()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not terminalreporter.showheader:                  # -q has no header
+        terminalreporter.write_line(settings_in_use())
 
 
 @pytest.fixture(autouse=True)

@@ -48,11 +48,12 @@ Vector, Matrix = types.float32[::1], types.float32[:, ::1]  # contiguous
 # not assume that there are no infinities or NaN.
 FAST = {"contract", "nsz", "arcp", "afn"}
 ANY_ORDER = FAST | {"reassoc"}  # and take sums and products in any order
-OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
 
-# Functions that compiled functions call. One with a sum over many numbers is a vector loop only in any order.
-inlined = numba.njit(**OPTIONS, fastmath=FAST)
-inlined_sum = numba.njit(**OPTIONS, fastmath=ANY_ORDER)
+# Functions that compiled functions call, and Python does not. One with a sum over many numbers is a vector loop only in
+# any order.
+inlined = numba.njit(**OPTIONS, no_cpython_wrapper=True, fastmath=FAST)
+inlined_sum = numba.njit(**OPTIONS, no_cpython_wrapper=True, fastmath=ANY_ORDER)
 
 
 def compiled(function: Callable, fastmath: set[str] = FAST) -> Callable:
