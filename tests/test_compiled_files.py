@@ -286,6 +286,30 @@ def test_the_stamp_is_of_every_source_of_a_kernel(tmp_path):
     assert len(stamps) == 4
 
 
+@needs_numba
+def test_two_functions_of_one_name_are_kept_apart(kept):
+    kept.module.write_text(MODULE + MODULE.replace("factor * CONSTANT", "np.float32(7)"))
+    for _ in range(2):
+        [result] = kept.start("")
+        assert json.loads(result["output"])[1] == 7, result
+
+
+CLOSURE = """
+def make(n):
+    def add(x: compiler.Vector) -> None:
+        x[0] += n
+    return add
+compiler.compiled(make(2))
+"""
+
+
+@needs_numba
+def test_a_function_with_values_of_its_own_is_refused(kept):
+    """Two of them have the same source, and one file."""
+    [result] = run(kept.parent, f"{COMPILER}\n{CLOSURE}", **kept.environment)
+    assert result["output"].startswith("TypeError: compiled wants a function without a closure, got add"), result
+
+
 # ---------------------------------------------------------------------------------------------------- folders
 NO_FOLDER = """
 from pathlib import Path
@@ -434,7 +458,7 @@ kernels.remove()
 kernels.has_numba.cache_clear()
 """
 MISSING = f"{CHOOSE}sys.modules['numba'] = None\n"
-INSTALL = "kernels.install(kernels.chosen())\n"
+INSTALL = "kernels.install()\n"
 NO_NUMBA_YET = "assert not {'numba', 'llvmlite'} & set(sys.modules)\n"
 GELU = """
 import numpy as np

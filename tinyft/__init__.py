@@ -153,4 +153,4 @@ __all__ = [
     "check",
 ]
 
-kernels.install(kernels.chosen())
+kernels.install()

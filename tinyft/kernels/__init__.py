@@ -6,7 +6,7 @@ The library is right without them; dispatch.py chooses among them.
     packed.py    for NumPy arrays: products with packed weights
     compiled/    for NumPy arrays: loops compiled by Numba, the extra tinyft[fast]
 
-    install(choice)             register the kernels; done when tinyft is imported, with the choice in TINYFT_KERNELS
+    install()                   register the kernels that TINYFT_KERNELS chooses; done when tinyft is imported
     with definitions(): ...     run the definitions alone
 """
 
@@ -56,13 +56,14 @@ def chosen() -> str:
     return checks.one_of("TINYFT_KERNELS", os.environ.get("TINYFT_KERNELS", "auto"), CHOICES)
 
 
-def install(choice: str = "auto") -> None:
+def install(choice: str | None = None) -> None:
     """Register the kernels for NumPy now, and the kernels for CuPy when that backend is first used.
 
-    dispatch.py then prefers them to the definitions in ops.py. choice: see `chosen`; with "off" nothing is registered.
-    ImportError for "numba" without Numba.
+    dispatch.py then prefers them to the definitions in ops.py. choice: see `chosen`; None is that of the environment.
+    With "off" nothing is registered. ImportError for "numba" without Numba.
     """
-    if checks.one_of("install: choice", choice, CHOICES) == "off":
+    choice = chosen() if choice is None else checks.one_of("install: choice", choice, CHOICES)
+    if choice == "off":
         return
     from . import numpy as fast
     from . import packed

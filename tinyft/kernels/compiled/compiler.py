@@ -60,7 +60,10 @@ def compiled(function: Callable, fastmath: set[str] = FAST) -> Callable:
     """The function, compiled for the types in its annotations. It does not hold the interpreter's lock.
 
     Arrays must be contiguous where their type says so, aligned and writable; see `is_plain` in shared.py.
+    TypeError for a function with a closure: its source does not say all that it computes.
     """
+    if function.__closure__:
+        raise TypeError(f"compiled wants a function without a closure, got {function.__name__}")
     argument_types = inspect.get_annotations(function, eval_str=True)
     result = argument_types.pop("return") or types.void
     dispatcher = numba.njit(**OPTIONS, fastmath=fastmath)(function)
@@ -160,7 +163,8 @@ class _File(NullCache):
 
     def __init__(self, function: Callable) -> None:
         self.name = f"{function.__module__.rpartition('.')[2]}.{function.__qualname__.replace('<locals>.', '')}"
-        self.source = source_stamp() + _checksum(Path(inspect.getfile(function)).read_bytes()).hex()
+        file = _checksum(Path(inspect.getfile(function)).read_bytes()).hex()
+        self.source = f"{source_stamp()} {file} line {function.__code__.co_firstlineno}"
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """The machine code for these types, or None."""
