@@ -85,8 +85,15 @@ def measured_peak(config: Any, method: Any, B: int, T: int, weights: str | None 
     return memory["bytes"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _numpy_kernels():
+    """The kernels whose account this file tests to the byte; test_compiled_memory.py has the compiled ones."""
+    with kernels.numpy_only():
+        yield
+
+
 @pytest.fixture(scope="module")
-def _warm():
+def _warm(_numpy_kernels):
     """The first step of a process also builds caches, and imports modules of NumPy."""
     measured_peak(ft.GPTConfig(vocab=9, positions=8, width=8, layers=1, heads=1), ft.Houlsby(m=1), 1, 4)
 

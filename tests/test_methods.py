@@ -290,8 +290,9 @@ def test_below_the_lowest_trained_block_nothing_is_computed(kind):
     all_records = [n for n in topological(the_loss(build(kind), batch(kind, 0))) if isinstance(n, Record)]
     heads = {"gpt": 1, "bert": 2, "gpt-classes": 1, "bert-classes": 2, "llama": 1}[kind]
     in_block = 7 if kind == "llama" else 6
-    assert sum(r.name == "linear" for r in records) == in_block + heads
-    assert sum(r.name == "linear" for r in all_records) == 2 * in_block + heads
+    maps = {"linear": 1, "project": 3}                    # one kernel may compute q, k and v together
+    assert sum(maps.get(r.name, 0) for r in records) == in_block + heads
+    assert sum(maps.get(r.name, 0) for r in all_records) == 2 * in_block + heads
     assert not any(r.name == "embedding" for r in records)
 
     def reads_leaves_only(record: Record) -> bool:
@@ -301,7 +302,7 @@ def test_below_the_lowest_trained_block_nothing_is_computed(kind):
     lowest = [r.name for r in records if reads_leaves_only(r)]
     norms, linears = (0, 3) if kind.startswith("bert") else (1, 0)
     norm = "rms_norm" if kind == "llama" else "layer_norm"
-    assert (lowest.count(norm), lowest.count("linear")) == (norms, linears)
+    assert (lowest.count(norm), sum(maps.get(name, 0) for name in lowest)) == (norms, linears)
     loss.backward()
     assert {n for n, p in model.named_parameters().items() if p.grad is not None} == set(trained(model))
 

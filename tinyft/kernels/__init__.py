@@ -17,6 +17,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -34,7 +35,7 @@ from .system import keep_memory
 from .threads import get_num_threads, set_num_threads
 
 __all__ = ["cache_folder", "capture", "chosen", "definitions", "get_num_threads", "in_use", "install", "keep_memory",
-           "remove", "set_num_threads"]
+           "numpy_only", "remove", "set_num_threads"]
 
 CHOICES = ("auto", "numba", "numpy", "off")
 # The ops that have a compiled kernel; adam_update and widen_half have one too. Numba is imported when the first of them
@@ -79,8 +80,13 @@ def install(choice: str | None = None) -> None:
     if choice == "numba" and not has_numba():
         raise ImportError('TINYFT_KERNELS=numba wants Numba: pip install "tinyft[fast]" installs it')
     if choice != "numpy" and has_numba():
-        for definition in (adam_update, widen_half, *(OPS[name] for name in COMPILED)):
+        for definition in _with_compiled_kernel():
             dispatch.register(definition, np.ndarray, _compiled(definition))
+
+
+def _with_compiled_kernel() -> list[Callable]:
+    """The definitions that have a compiled kernel."""
+    return [adam_update, widen_half, *(OPS[name] for name in COMPILED)]
 
 
 def in_use() -> str:
@@ -142,9 +148,26 @@ def _register_cuda(kind: type, module: ModuleType) -> None:
 
 
 def _register_sizes(kind: type, module: Any) -> None:
-    from .sizes import kernels
-    for definition, kernel in kernels().items():
+    """The counterparts of the kernels that are in use for NumPy arrays."""
+    from . import compiled_sizes, sizes
+
+    for definition, kernel in sizes.kernels().items():
         dispatch.register(definition, kind, kernel)
+    if in_use() == "numba":
+        for definition, kernel in compiled_sizes.kernels().items():
+            dispatch.register(definition, kind, kernel)
+
+
+def numpy_only() -> AbstractContextManager[None]:
+    """with numpy_only(): the compiled kernels do not run, in all threads; those for NumPy do."""
+    from . import compiled_sizes
+
+    before = array.backend()
+    array.use("sizes")  # its kernels are registered at its first use
+    array.use(before)
+    compiled = [_compiled(definition) for definition in _with_compiled_kernel()]
+    compiled += compiled_sizes.kernels().values()
+    return dispatch.only(lambda kernel: kernel not in compiled)
 
 
 @checked_keywords

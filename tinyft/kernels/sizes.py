@@ -14,7 +14,8 @@ pullback of the kernel does. This is the list of what training keeps:
     embedding           the ids, if W trains
     packed linear       nothing: W is decompressed again
 
-`linear` and `rotary` of numpy.py are used as they are. Arrays of one block of a kernel (128 kB) are left out.
+`rotary` of numpy.py is used as it is. Arrays of one block of a kernel (128 kB) are left out. compiled_sizes.py has the
+counterparts of the compiled kernels that differ.
 """
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ from ..optim.optimizers import Optimizer
 from ..sizes import Sizes, current_ledger, new, xp
 from ..tensor import OPS, is_recording
 from . import attention as tiled
-from .numpy import SMALL, linear, rotary
+from .numpy import SMALL, rotary
 
 __all__ = ["attention", "cross_entropy", "dropout", "embedding", "gelu", "gelu_tanh", "layer_norm", "linear",
            "packed_linear", "rms_norm", "rotary", "swiglu", "update_pieces"]
@@ -43,7 +44,7 @@ def kernels() -> dict[Any, Any]:
     return found | {OPS["_packed_linear"]: packed_linear, Optimizer.update_pieces: update_pieces}
 
 
-def _is_plain(x: Sizes) -> bool:
+def is_plain(x: Sizes) -> bool:
     """True for a contiguous float32 array that is not empty."""
     return x.dtype == F32 and x.flags.c_contiguous and x.size > 0
 
@@ -60,9 +61,26 @@ class Pullback:
         return new(self.shape, G.dtype)
 
 
+def linear(x: Sizes, W: Sizes, b: Sizes | None = None) -> Any:
+    """numpy.linear"""
+    operands.check_linear(x, W, b)
+    shape = x.shape
+    n = len(W)
+
+    def dx(g: Sizes) -> Sizes:
+        return (ops.flat(g) @ W).reshape(shape)
+
+    def dW(g: Sizes) -> Sizes:
+        return ops.flat(g).T @ ops.flat(x)
+
+    def db(g: Sizes) -> Sizes:
+        return new(n, g.dtype)
+    return (ops.flat(x) @ W.T).reshape(*shape[:-1], n), (dx, dW, db)
+
+
 def _activation(x: Sizes) -> Any:
     """y, and for the gradient x; for a small x also erf or tanh."""
-    if not _is_plain(x):
+    if not is_plain(x):
         return NotImplemented
     kept = new(x.shape, F32) if x.size <= SMALL else None
     return new(x.shape, F32), (Pullback(x.shape, x, kept),)
@@ -80,7 +98,7 @@ def gelu_tanh(x: Sizes) -> Any:
 
 def swiglu(gate: Sizes, up: Sizes) -> Any:
     """numpy.swiglu"""
-    if not (_is_plain(gate) and _is_plain(up)):
+    if not (is_plain(gate) and is_plain(up)):
         return NotImplemented
     operands.check_same_shape(gate, up)
 
@@ -91,7 +109,7 @@ def swiglu(gate: Sizes, up: Sizes) -> Any:
 
 def rms_norm(x: Sizes, w: Sizes, eps: float = 1e-6) -> Any:
     """numpy.rms_norm"""
-    if not (_is_plain(x) and w.dtype == F32):
+    if not (is_plain(x) and w.dtype == F32):
         return NotImplemented
     operands.check_norm(x, eps, w)
     r = new((x.size // x.shape[-1], 1), F32)
@@ -100,7 +118,7 @@ def rms_norm(x: Sizes, w: Sizes, eps: float = 1e-6) -> Any:
 
 def layer_norm(x: Sizes, w: Sizes, b: Sizes, eps: float = 1e-5) -> Any:
     """numpy.layer_norm"""
-    if not (_is_plain(x) and w.dtype == b.dtype == F32):
+    if not (is_plain(x) and w.dtype == b.dtype == F32):
         return NotImplemented
     operands.check_norm(x, eps, w, b)
     y = new(x.shape, F32)
@@ -120,14 +138,14 @@ def embedding(W: Sizes, ids: Sizes) -> Any:
         d = new(W.shape, g.dtype)
         if ids.ndim > 1 and len(ids) > 1:                # ids of one row are taken for positions, which increase
             order = new(ids.size, np.int64)
-            _hold(ids.reshape(-1)[order], g.reshape(ids.size, W.shape[1])[order], new(g.shape, g.dtype))
+            hold(ids.reshape(-1)[order], g.reshape(ids.size, W.shape[1])[order], new(g.shape, g.dtype))
         return d
     return operands.rows_of(W, ids), (back, None)
 
 
 def cross_entropy(z: Sizes, y: Any, weight: Any = None, ignore_index: int = -100, label_smoothing: float = 0.0) -> Any:
     """numpy.cross_entropy"""
-    if not _is_plain(z) or weight is not None or label_smoothing:
+    if not is_plain(z) or weight is not None or label_smoothing:
         return NotImplemented
     y, _ = operands.check_cross_entropy(z, y, None, ignore_index, 0.0)
     Z = ops.flat(z)
@@ -140,7 +158,7 @@ def cross_entropy(z: Sizes, y: Any, weight: Any = None, ignore_index: int = -100
 def dropout(x: Sizes, p: float, key: Any) -> Any:
     """numpy.dropout"""
     p = checks.number("p", p, 0, below=1)
-    if not _is_plain(x):
+    if not is_plain(x):
         return NotImplemented
     y = new(x.shape, F32)
     words = new(x.size // 2 + 1, np.uint64)
@@ -172,16 +190,16 @@ def attention(q: Sizes, k: Sizes, v: Sizes, bias: Any = None, *, key_mask: Any =
     if fits:
         held.append(new(sum(sizes), F32))                # E of all tiles
     largest = max(sizes)
-    _count(2 * sum(sizes) * D)
-    _hold(new(largest, F32))
+    count(2 * sum(sizes) * D)
+    hold(new(largest, F32))
 
     def back(g: Sizes, needed: list[bool], held: list = held) -> tuple:
         gradients = [xp.empty_like(a) if is_needed else None for a, is_needed in zip((q, k, v), needed)]
         db = xp.zeros_like(bias) if any(needed[3:]) else None
         gives_scores = needed[0] or needed[1] or db is not None
         products = sum(needed[:3]) + gives_scores + (not fits)
-        _count(products * sum(sizes) * D)
-        _hold(new(largest, F32), new(largest, F32))      # E again, and the gradient of the scores
+        count(products * sum(sizes) * D)
+        hold(new(largest, F32), new(largest, F32))      # E again, and the gradient of the scores
         return (*gradients, db)[:len(needed)]
     return y, back
 
@@ -195,11 +213,11 @@ def _scores(tile: tuple, q_shape: tuple, kv_heads: int) -> int:
     return sequences * heads * len(range(*rows.indices(t))) * (cols.stop - cols.start)
 
 
-def _hold(*arrays: Sizes) -> None:
+def hold(*arrays: Sizes) -> None:
     """Arrays that live for the length of this call: the working memory of a kernel."""
 
 
-def _count(multiplications: int) -> None:
+def count(multiplications: int) -> None:
     """Count the products that a kernel computes."""
     current_ledger().multiply(multiplications)
 
@@ -212,12 +230,12 @@ def packed_linear(x: Sizes, packed: Any = None) -> Any:
     multiplications = x.size * n
 
     def back(g: Sizes) -> Sizes:
-        _count(multiplications)
-        _hold(new((rows, width), F32), new((rows, width), F32), new((*shape[:-1], width), x_dtype))
+        count(multiplications)
+        hold(new((rows, width), F32), new((rows, width), F32), new((*shape[:-1], width), x_dtype))
         return new(shape, x_dtype)
     x_dtype = x.dtype
-    _count(multiplications)
-    _hold(new((rows, width), F32), new((rows, width), F32))
+    count(multiplications)
+    hold(new((rows, width), F32), new((rows, width), F32))
     return new((*shape[:-1], n), x_dtype), (back,)
 
 

@@ -9,59 +9,70 @@ import numpy as np
 
 from ... import operands
 from ..numpy import FLAT
-from .compiler import Matrix, Vector, boolean, compiled_sum, float32, inlined_sum, int64
+from .compiler import Matrix, Vector, boolean, compiled_sum, float32, inlined, inlined_sum, int64
 from .shared import ONE, ZERO, is_plain, row_parts, run, run_parts
 
 __all__ = ["layer_norm", "rms_norm"]
 
 
 # ---------------------------------------------------------------------------------------------------- layer norm
-@inlined_sum
-def mean_of(x: float32[:], start: float32) -> float32:
-    """start + Σ (x − start) / n"""
-    total = ZERO
-    for j in range(len(x)):
-        total += x[j] - start
-    return start + total / float32(len(x))
+@inlined
+def centred(x: float32, origin: float32, mean: float32) -> float32:
+    """x − origin − mean, in this order: x − origin is exact for numbers that are near each other.
+
+    `inlined` keeps the order; `inlined_sum` would not.
+    """
+    return (x - origin) - mean
 
 
 @inlined_sum
-def variance_of(x: float32[:], mean: float32) -> float32:
-    """Σ (x − mean)² / n"""
+def mean_of(x: float32[:], origin: float32) -> float32:
+    """Σ (x − origin) / n"""
     total = ZERO
     for j in range(len(x)):
-        centred = x[j] - mean
-        total += centred * centred
+        total += centred(x[j], origin, ZERO)
+    return total / float32(len(x))
+
+
+@inlined_sum
+def variance_of(x: float32[:], origin: float32, mean: float32) -> float32:
+    """Σ (x − origin − mean)² / n"""
+    total = ZERO
+    for j in range(len(x)):
+        difference = centred(x[j], origin, mean)
+        total += difference * difference
     return total / float32(len(x))
 
 
 @compiled_sum
 def layer_norm_forward(
-    first: int64, last: int64, X: Matrix, w: Vector, b: Vector, eps: float32, Y: Matrix, means: Vector,
+    first: int64, last: int64, X: Matrix, w: Vector, b: Vector, eps: float32, Y: Matrix, origins: Vector, means: Vector,
     inverses: Vector,
 ) -> None:
-    """y = x̂ w + b,  x̂ = (x − mean) / σ,  σ² = variance + ε.    Keeps the mean and 1/σ of each row.
+    """y = x̂ w + b,  x̂ = (x − origin − mean) / σ,  σ² = variance + ε.    Keeps origin, mean and 1/σ of each row.
 
-    Where the mean is large beside σ, its rounding error is too. It is then computed from the differences to the first
-    entry, as in the definition: a row of equal numbers gives x̂ = 0.
+    The origin is 0. Where the mean is large beside σ, its rounding error is too. There the origin is the first entry,
+    as in the definition, and the mean that of the differences: a row of equal numbers gives x̂ = 0.
     """
     for i in range(first, last):
         x, y = X[i], Y[i]
-        mean = mean_of(x, ZERO)
-        variance = variance_of(x, mean)
+        origin = ZERO
+        mean = mean_of(x, origin)
+        variance = variance_of(x, origin, mean)
         if variance <= (FLAT * mean) * (FLAT * mean):
-            mean = mean_of(x, x[0])
-            variance = variance_of(x, mean)
+            origin = x[0]
+            mean = mean_of(x, origin)
+            variance = variance_of(x, origin, mean)
         inverse = ONE / math.sqrt(variance + eps)
-        means[i], inverses[i] = mean, inverse
+        origins[i], means[i], inverses[i] = origin, mean, inverse
         for j in range(len(x)):
-            y[j] = (x[j] - mean) * inverse * w[j] + b[j]
+            y[j] = centred(x[j], origin, mean) * inverse * w[j] + b[j]
 
 
 @compiled_sum
 def layer_norm_backward(
-    part: int64, first: int64, last: int64, X: Matrix, w: Vector, means: Vector, inverses: Vector, G: Matrix,
-    DX: Matrix, DW: Matrix, DB: Matrix, trains: boolean,
+    part: int64, first: int64, last: int64, X: Matrix, w: Vector, origins: Vector, means: Vector, inverses: Vector,
+    G: Matrix, DX: Matrix, DW: Matrix, DB: Matrix, trains: boolean,
 ) -> None:
     """dx = (e − mean(e) − x̂ mean(e x̂)) / σ  with e = g w;    dw = Σ g x̂,  db = Σ g over these rows, in row `part`
 
@@ -72,21 +83,21 @@ def layer_norm_backward(
         dw[j] = ZERO
         db[j] = ZERO
     for i in range(first, last):
-        x, g, d, mean, inverse = X[i], G[i], DX[i], means[i], inverses[i]
+        x, g, d, origin, mean, inverse = X[i], G[i], DX[i], origins[i], means[i], inverses[i]
         sum_e = ZERO
         sum_ex = ZERO
         for j in range(len(x)):
             e = g[j] * w[j]
             sum_e += e
-            sum_ex += e * ((x[j] - mean) * inverse)
+            sum_ex += e * (centred(x[j], origin, mean) * inverse)
         mean_e = sum_e / float32(len(x))
         mean_ex = sum_ex / float32(len(x))
         for j in range(len(x)):
-            normal = (x[j] - mean) * inverse  # x̂
+            normal = centred(x[j], origin, mean) * inverse  # x̂
             d[j] = (g[j] * w[j] - mean_e - normal * mean_ex) * inverse
         if trains:
             for j in range(len(x)):
-                dw[j] += g[j] * ((x[j] - mean) * inverse)
+                dw[j] += g[j] * (centred(x[j], origin, mean) * inverse)
                 db[j] += g[j]
 
 
@@ -97,8 +108,8 @@ def layer_norm(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float = 1e-5) -
     operands.check_norm(x, eps, w, b)
     n = x.shape[-1]
     X, y = x.reshape(-1, n), np.empty_like(x)
-    means, inverses = np.empty(len(X), np.float32), np.empty(len(X), np.float32)
-    run(layer_norm_forward, len(X), n, X, w, b, np.float32(eps), y.reshape(-1, n), means, inverses)
+    rows = np.empty((3, len(X)), np.float32)  # origin, mean and 1/σ
+    run(layer_norm_forward, len(X), n, X, w, b, np.float32(eps), y.reshape(-1, n), *rows)
 
     def back(g: np.ndarray, needed: list[bool]) -> tuple:
         d = np.empty_like(x)
@@ -106,7 +117,7 @@ def layer_norm(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float = 1e-5) -
         DW, DB = np.empty((len(found), n), np.float32), np.empty((len(found), n), np.float32)
         G = np.require(g, requirements="CAW").reshape(-1, n)
         trains = needed[1] or needed[2]
-        run_parts(layer_norm_backward, found, X, w, means, inverses, G, d.reshape(-1, n), DW, DB, trains)
+        run_parts(layer_norm_backward, found, X, w, *rows, G, d.reshape(-1, n), DW, DB, trains)
         return d, DW.sum(axis=0), DB.sum(axis=0)
 
     return y, back
@@ -120,7 +131,7 @@ def rms_norm_forward(
     """y = w x / σ,  σ² = mean(x²) + ε.    Keeps 1/σ of each row."""
     for i in range(first, last):
         x, y = X[i], Y[i]
-        inverse = ONE / math.sqrt(variance_of(x, ZERO) + eps)
+        inverse = ONE / math.sqrt(variance_of(x, ZERO, ZERO) + eps)
         inverses[i] = inverse
         for j in range(len(x)):
             y[j] = x[j] * inverse * w[j]
