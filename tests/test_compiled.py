@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from hypothesis import strategies as st
 
 import tinyft
 from tinyft import array, kernels, set_num_threads
+from tinyft.kernels import threads
 from tinyft.optim.optimizers import adam_update
 from tinyft.tensor import OPS
 
 pytest.importorskip("numba")
 pytestmark = pytest.mark.skipif(array.backend() != "numpy", reason="these kernels are for NumPy arrays")
+shared = importlib.import_module("tinyft.kernels.compiled.shared")  # it imports Numba
 COMPILED = {definition.__name__: kernel for definition, kernel in kernels.compiled_kernels().items()}
 NAMES = [name for name in properties.NAMES if name in COMPILED]
 LARGE = [(700, 130), (2, 3, 65, 8), (3, 4, 130, 16)]  # several threads share them
@@ -26,7 +29,11 @@ HERE = Path(tinyft.__file__).parent
 
 
 @pytest.fixture(autouse=True, params=[1, 2], ids=["one thread", "two threads"])
-def number_of_threads(request):
+def number_of_threads(request, monkeypatch):
+    """One thread, and two that share even small arrays."""
+    monkeypatch.setattr(shared, "SHARED", 1 << 12)
+    monkeypatch.setattr(threads, "SHARED_PRODUCT", 1 << 12)
+    monkeypatch.setattr(threads, "THREADED_PRODUCT", 1 << 10)
     before = tinyft.get_num_threads()
     set_num_threads(request.param)
     yield

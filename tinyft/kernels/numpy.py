@@ -26,7 +26,7 @@ __all__ = ["adam_update", "add", "add_to", "attention", "cross_entropy", "dropou
 UPDATES = ("adam_update", "add_to", "squared_norm", "sum_of")                # kernels of functions that are no ops
 OPS = tuple(name for name in __all__ if name not in UPDATES)
 FLAT = np.float32(1 / 32)                                # layer_norm centres a row with σ <= FLAT · |mean| twice
-SHARED_SUM = 1 << 17                                     # elements from which the threads share a sum
+SHARED_SUM = 1 << 20                                     # elements from which the threads share a sum
 SMALL = 1 << 17                                          # elements; up to this size, gelu_tanh keeps Φ for its gradient
 
 

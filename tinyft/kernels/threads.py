@@ -37,7 +37,7 @@ __all__ = ["blocks", "each", "get_num_threads", "one_blas_thread", "parts", "pro
 
 BLOCK = 1 << 15  # elements in a block on one thread: 128 kB of float32, half an L2 cache
 SHARED_BLOCK = 1 << 17  # elements in a block where threads share the work; smaller ones do not pay
-SHARED_PRODUCT = 1 << 21  # multiplications from which the threads share a product
+SHARED_PRODUCT = 1 << 23  # multiplications from which the threads share a product (tests/benchmarks/LOG.md)
 THREADED_PRODUCT = 1 << 18  # multiplications from which OpenBLAS would use its threads
 MOST_THREADS = 1024  # more is a mistake; BLAS has a limit of its own
 _threads = 0  # 0: the number of BLAS's threads

@@ -31,6 +31,7 @@ Masks = types.float32[:, :, :, ::1]  # (B or 1, H or 1, Tq or 1, Tk)
 Sums = types.float32[:, :, :, :, ::1]  # the same for each thread
 ABSENT = np.zeros((1, 1, 1, 0), np.float32)  # in the place of a mask that there is not
 MINUS_INFINITY = np.float32(-np.inf)
+SCORE = 4  # a score takes as long as four entries of an activation
 QUERIES = 128  # of a tile, at most
 CAUSAL_QUERIES = 64  # of a causal tile, at least: smaller tiles reach less far above the diagonal
 
@@ -268,13 +269,14 @@ def attention(
     y = np.empty((B, queries, H, D), np.float32).swapaxes(1, 2)
     top, z = np.empty((B, H, queries), np.float32), np.empty((B, H, queries), np.float32)
     inputs = (q, k, v, terms, hidden, keep, bool(causal), alpha, n_rows, y, top, z)
-    heads, scores = B * kv_heads, H // kv_heads * queries * keys  # key/value heads, and the scores of each
-    run(heads_forward, heads, scores, *inputs)
+    heads = B * kv_heads
+    work = SCORE * (H // kv_heads) * queries * keys  # of one key/value head
+    run(heads_forward, heads, work, *inputs)
 
     def back(g: np.ndarray, needed: list[bool]) -> tuple:
         """The gradients of q, k, v and bias, None where needed[i] is False."""
         dq, dk, dv = empty_gradients(q, k)
-        found = row_parts(heads, scores)
+        found = row_parts(heads, work)
         wants_bias = any(needed[3:])
         db = np.zeros((len(found), *(terms if wants_bias else ABSENT).shape), np.float32)
         run_parts(heads_backward, found, *inputs, with_rows(g), dq, dk, dv, db)

@@ -16,7 +16,7 @@ from .compiler import float32, inlined
 
 __all__ = ["exp", "is_plain", "largest", "row_parts", "run", "run_parts"]
 
-SHARED = 1 << 15  # elements from which the threads share the work; handing it over takes as long as 10,000 elements
+SHARED = 1 << 19  # elements from which the threads share the work (tests/benchmarks/LOG.md)
 
 
 def is_plain(*arrays: np.ndarray) -> bool:
