@@ -79,7 +79,11 @@ SUITES = {
     "kernels/numpy.py": ["test_kernels.py"],
     "kernels/attention.py": ["test_attention.py", "test_kernels.py"],
     "kernels/threads.py": ["test_threads.py", "test_kernels.py"],
-    "kernels/compiled": ["test_compiled.py", "test_compiled_files.py"],
+    "kernels/system.py": ["test_threads.py"],
+    # compiler.py and blas.py are not here: test_compiled_files.py runs them in other processes.
+    **{f"kernels/compiled/{name}.py": ["test_compiled.py"]
+       for name in ("attention", "cross_entropy", "elementwise", "norms", "rows", "shared", "update")},
+    "kernels/compiled/packed.py": ["test_packed_kernels.py"],
     "dynamic.py": ["test_eight_bit.py", "test_codebooks.py"],
     "optim/eight_bit.py": ["test_eight_bit.py"],
     "optim/paged.py": ["test_paged.py"],

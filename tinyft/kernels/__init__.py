@@ -94,7 +94,7 @@ def in_use() -> str:
     found = dispatch.find(OPS["linear"], np.ndarray)
     if not found:
         return "off"
-    return "numba" if found[0] is _compiled(OPS["linear"]) else "numpy"
+    return "numba" if found[0] is _late.get(OPS["linear"]) else "numpy"
 
 
 # ---------------------------------------------------------------------------------------------------- Numba
@@ -104,7 +104,9 @@ def has_numba() -> bool:
     return importlib.util.find_spec("numba") is not None
 
 
-@cache
+_late: dict[Callable, Callable] = {}  # {definition: its kernel of `_compiled`}
+
+
 def _compiled(definition: Callable) -> Callable:
     """The compiled kernel of a definition. Its first call imports Numba, and compiles what is not on the disk."""
 
@@ -112,7 +114,7 @@ def _compiled(definition: Callable) -> Callable:
         found = compiled_kernels().get(definition)
         return NotImplemented if found is None else found(*args, **kwargs)
 
-    return kernel
+    return _late.setdefault(definition, kernel)
 
 
 @cache
