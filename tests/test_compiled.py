@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -218,6 +219,22 @@ def test_the_update_equals_the_equations(rng):
                 assert np.abs(a - b).max() <= 1e-6 * max(1, np.abs(b).max())
     double = [a.astype(np.float64) for a in arrays]
     assert COMPILED["adam_update"](*double, *settings) is NotImplemented
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_setting_left_out_is_that_of_the_definition(name):
+    def defaults(f: Callable) -> dict[str, Any]:
+        parameters = inspect.signature(f).parameters.values()
+        return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+    assert defaults(COMPILED[name]) == defaults(OPS[name].definition)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int32, np.uint16])
+def test_labels_of_any_whole_type(dtype, rng):
+    z = rng.standard_normal((6, 5)).astype(np.float32)
+    y = np.array([0, 4, 2, 3, 1, 0], dtype)
+    properties.agree("cross_entropy", COMPILED["cross_entropy"], [z], {"y": y}, rng)
 
 
 # ---------------------------------------------------------------------------------------------------- wrong kernels
