@@ -53,6 +53,8 @@ def pytest_configure(config: pytest.Config) -> None:
         array.use(BACKEND)
     except array.BackendError as e:
         raise pytest.UsageError(f"TINYFT_BACKEND={BACKEND}: {e}") from None
+    if BACKEND == "numpy" and kernels.in_use() == "numba":
+        kernels.compiled_kernels()  # now, so that no command that a test starts says that it compiles
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

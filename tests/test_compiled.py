@@ -290,3 +290,43 @@ def test_a_wrong_compiled_kernel_is_caught(i, rng):
         for shape in [*properties.SHAPES, *LARGE] * 4:  # some errors show only under some masks
             arrays, kw = properties.inputs(name, shape, np.float32, rng)
             properties.agree(name, kernel, arrays, kw, rng)
+
+
+# ---------------------------------------------------------------------------------------------------- odd arguments
+def test_gradients_that_only_begin_like_side_by_side_ones_are_put_in_order(rng):
+    """Permuted views of one array, with as many heads as positions: the starts fit, the strides do not."""
+    B, T, C, heads, D = 2, 4, 6, 4, 3
+    arrays = [rng.standard_normal((B, T, C)).astype(np.float32)]
+    for _ in range(3):
+        arrays += [rng.standard_normal(s).astype(np.float32) for s in ((heads * D, C), (heads * D,))]
+    _, back = COMPILED["project"](*arrays, heads=heads)
+    _, right_back = OPS["project"].definition(*arrays, heads=heads)
+    together = rng.standard_normal((B * T, 3 * heads * D)).astype(np.float32)
+    g = [together.reshape(B, T, 3, heads, D)[:, :, i] for i in range(3)]  # (B, T, heads, D), and T = heads
+    for got, right in zip(back(g, [True] * 7), right_back(g, [True] * 7)):
+        assert properties.near(got, right, 2e-5)
+
+
+def test_rotary_factors_of_texts_are_not_taken_for_those_of_positions(rng):
+    B = T = 3
+    x = rng.standard_normal((B, T, 2, 4)).astype(np.float32).swapaxes(1, 2)
+    cos, sin = (rng.standard_normal((B, 1, 1, 4)).astype(np.float32) for _ in range(2))
+    found = COMPILED["rotary"](x, cos, sin)
+    assert found is NotImplemented or properties.near(found[0], OPS["rotary"].definition(x, cos, sin)[0], 4e-6)
+
+
+def test_a_small_loss_of_large_logits_keeps_its_digits():
+    z = np.array([[50, 37, 36, 30]], np.float32)
+    loss, _ = COMPILED["cross_entropy"](z, np.array([0]))
+    expected, _ = OPS["cross_entropy"].definition(z.astype(np.float64), np.array([0]))
+    assert loss == pytest.approx(float(expected), rel=0.03), "1 + 3e-6 has six bits of its fraction in float32"
+
+
+def test_the_pullbacks_of_dropout_and_project_keep_no_array_that_they_do_not_read():
+    x = np.ones((4, 8), np.float32)
+    _, (back, *_) = COMPILED["dropout"](x, 0.5, 1)
+    assert not any(cell.cell_contents is x for cell in back.__closure__)
+
+
+def test_no_rows_are_one_part():
+    assert threads.shares(0, 5, 1) == [slice(0, 0)]

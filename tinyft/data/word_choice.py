@@ -1,9 +1,9 @@
-"""WordChoice: logistic regression chooses the words of a function's name. The strongest simple model of *names*.
+"""WordChoice: logistic regression chooses the words of a function's name, the strongest simple model for this task.
 
     summary         "Return the list of archive files."
     candidates      return  the  list  of  archive  files  file  get  set  is  ...
     P(in the name)  0.05    0.0  0.2   0.0 0.4      0.4    0.1   0.5  0.0  0.1          logistic regression
-    name            get_archive_files                                                   the words that promise most F1
+    name            get_archive_files                                           the words with the highest expected F1
 
 Each candidate is decided by itself, from counts over the training pairs. The model knows nothing of grammar.
 """
@@ -44,9 +44,9 @@ class Candidate(NamedTuple):
 class WordChoice:
     """P(a word is in the name | the summary), by logistic regression on counts.
 
-    The candidates of a summary are its own words, their forms without an ending (files -> file), and the `usual` words
-    that names have most often. From probabilities p, in falling order, the name takes the first k, where k is the best
-    for the expected token F1:
+    The candidates of a summary are its own words, the forms of these words without an ending that training names have
+    (files -> file), and the `usual` words that names have most often. From probabilities p, in falling order,
+    the name takes the first k, where k is the best for the expected token F1:
 
         F1 ~ 2 Σ_{i<=k} p_i / (k + Σ_i p_i)
     """
@@ -97,7 +97,8 @@ class WordChoice:
     def predict(self, summaries: Sequence[str]) -> list[str]:
         """The names of N summaries; "" for a summary without words.
 
-        Words that mostly stand first in names come first, the others in the order of the summary.
+        Words that stand first in at least half of their names come first. Within both groups, usual words come first,
+        then the others in the order of the summary.
         """
         return [self._name(summary) for summary in check_texts("WordChoice.predict", summaries)]
 
@@ -122,7 +123,7 @@ def best_words(p: dict[str, float]) -> list[str]:
 
 
 def simple_forms(word: str) -> list[str]:
-    """A word with its ending removed in each way that leaves three letters: "parsed" -> ["pars", "parse"]."""
+    """A word with its ending removed in each way that leaves at least three letters: "parsed" -> ["pars", "parse"]."""
     return [word[: -len(old)] + new for old, new in ENDINGS if word.endswith(old) and len(word) >= len(old) + 3]
 
 
@@ -139,8 +140,9 @@ def start_rates(names: Iterable[str]) -> dict[str, float]:
 
 # ---------------------------------------------------------------------------------------------------- the features
 class Counts:
-    """In how many training pairs words occur. S words of summaries, N words of names; the last row and column of each
-    array belong to all words that did not occur, and hold 0.
+    """The numbers of training pairs in which words occur, for S words of summaries and N words of names.
+
+    The last row and column of each array stand for all other words, and hold 0.
 
     in_summaries    (S + 1,) summaries with the word
     first           (S + 1,) summaries that begin with it
@@ -193,7 +195,8 @@ def word_features(
     name    the words of the summary's name, if it is a training pair. The pair is then left out of all counts: it
             contains the answer, and the regression would trust the counts too much.
 
-    A candidate w that is not in the summary, and one that is, have weights of their own (blocks of columns).
+    Three kinds of candidates have weights of their own (blocks of columns): those outside the summary, its words, and
+    their forms.
     """
     own = 0 if name is None else 1
     has = np.array([own and candidate.word in name for candidate in candidates], np.float64)  # (C,)
@@ -228,7 +231,7 @@ def word_features(
 
 
 def summary_features(counts: Counts, words: Sequence[str], name: set[str] | None) -> np.ndarray:
-    """The features (W, 13) of the words of a summary: how often names copy each, its rank among the others, its place.
+    """The features (W, 13) of the words of a summary: how often names copy each, rank, place and length.
 
     name: as in word_features.
     """
@@ -259,9 +262,9 @@ def summary_features(counts: Counts, words: Sequence[str], name: set[str] | None
 
 # ---------------------------------------------------------------------------------------------------- the regression
 def logistic_regression(X: np.ndarray, y: np.ndarray, ridge: float = RIDGE, steps: int = 12) -> np.ndarray:
-    """The weights w (F,) that minimise Σ_n -log P(y_n | x_n) + ridge/2 |w|², with P(1 | x) = sigmoid(x w).
+    """The weights w (F,) that minimise Σ_i -log P(y_i | x_i) + ridge/2 |w|², with P(1 | x) = sigmoid(x w).
 
-    X (n, F), y (n,) of 0 and 1. Newton's method, from w = 0; after 12 steps the weights do not change any more.
+    X (n, F), y (n,) of 0 and 1. Newton's method, from w = 0; 12 steps are enough for the shipped pairs.
     """
     w = np.zeros(X.shape[1])
     for _ in range(steps):

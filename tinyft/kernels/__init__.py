@@ -1,8 +1,8 @@
-"""Kernels: faster implementations of some ops, each held to its definition in ops.py by a property.
+"""Kernels: faster implementations of some definitions. Property-based tests compare each with its definition.
 
 The library is right without them; dispatch.py chooses among them.
 
-    numpy.py     for NumPy arrays                                   cuda/    for CuPy arrays: CUDA, and cuBLAS products
+    numpy.py     for NumPy arrays (attention.py: in tiles)          cuda/    for CuPy arrays: CUDA, and cuBLAS products
     packed.py    for NumPy arrays: products with packed weights
     compiled/    for NumPy arrays: loops compiled by Numba, the extra tinyft[fast]
 
@@ -66,6 +66,8 @@ def install(choice: str | None = None) -> None:
     choice = chosen() if choice is None else checks.one_of("install: choice", choice, CHOICES)
     if choice == "off":
         return
+    if choice == "numba" and not has_numba():
+        raise ImportError('TINYFT_KERNELS=numba wants Numba: pip install "tinyft[fast]" installs it')
     from . import numpy as fast
     from . import packed
 
@@ -77,8 +79,6 @@ def install(choice: str | None = None) -> None:
     dispatch.register(widen_half, np.ndarray, packed.widen_half)
     array.on_open("cupy", _register_cuda)
     array.on_open("sizes", _register_sizes)
-    if choice == "numba" and not has_numba():
-        raise ImportError('TINYFT_KERNELS=numba wants Numba: pip install "tinyft[fast]" installs it')
     if choice != "numpy" and has_numba():
         for definition in _with_compiled_kernel():
             dispatch.register(definition, np.ndarray, _compiled(definition))
@@ -161,7 +161,7 @@ def _register_sizes(kind: type, module: Any) -> None:
 
 
 def numpy_only() -> AbstractContextManager[None]:
-    """with numpy_only(): the compiled kernels do not run, in all threads; those for NumPy do."""
+    """with numpy_only(): no thread of the program runs compiled kernels; those for NumPy run."""
     from . import compiled_sizes
 
     before = array.backend()
@@ -201,5 +201,7 @@ def capture(step: Callable, fallback: Callable | None = None) -> Callable:
 
 
 def remove() -> None:
-    """Unregister all kernels: every op and every update is its definition."""
+    """Unregister all kernels: every op and every update is its definition. A backend that is used for the first time
+    later registers its kernels again.
+    """
     dispatch.KERNELS.clear()

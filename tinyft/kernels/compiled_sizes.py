@@ -1,14 +1,17 @@
-"""The counterparts of the compiled kernels for arrays without numbers (sizes.py): the memory of each kernel as code.
+"""The memory of the compiled kernels, as code: their counterparts for arrays with a shape and without numbers.
 
-Where the compiled kernels run, training keeps this in place of what kernels/sizes.py lists; the rest is as there:
+Where the compiled kernels run, training keeps this in place of what kernels/sizes.py lists; the rest is as there. The
+docstring of a function names its kernel in compiled/.
 
     layer_norm          x, and three numbers of each row
     gelu, gelu_tanh     x alone
     project             x, and the three weights side by side
     attention           q, k, v, y, the maximum and the sum of each row of scores: never the scores
-    cross_entropy       the logits, and one number for each row
+    cross_entropy       the logits, the labels, and one number for each row
+    embedding           the ids, if W trains
 
-The sums of each thread, for the gradients of weights, are counted for one thread. This module does not import Numba.
+Each thread has its own sums for the gradients of weights and of a bias; those of one thread are counted. The working
+memory of a thread, one tile of attention, is not. This module does not import Numba.
 """
 
 from __future__ import annotations
@@ -21,11 +24,9 @@ from .. import operands, ops
 from ..sizes import Sizes, new, xp
 from ..tensor import OPS, sum_to
 from .sizes import F32, Pullback, count, hold, is_plain
+from .tile_sizes import queries_of_tile
 
 __all__ = ["kernels"]
-
-QUERIES, CAUSAL_QUERIES = 128, 64  # as in compiled/attention.py
-
 
 def kernels() -> dict[Any, Any]:
     """{definition: counterpart of its compiled kernel}, of those that differ from the NumPy kernels"""
@@ -53,7 +54,7 @@ def layer_norm(x: Sizes, w: Sizes, b: Sizes, eps: float = 1e-5) -> Any:
 
     def back(g: Sizes, needed: list[bool], held: tuple = held) -> tuple:
         d = Pullback(x.shape)(g)
-        hold(new(w.shape, F32), new(b.shape, F32))  # of one thread
+        hold(new(w.shape, F32), new(b.shape, F32))  # the sums of one thread
         return d, new(w.shape, F32), new(b.shape, F32)
 
     return new(x.shape, F32), back
@@ -89,6 +90,8 @@ def project(
 def embedding(W: Sizes, ids: Sizes) -> Any:
     """rows.embedding"""
     ids = operands.check_embedding(W, ids)
+    if not is_plain(W) or not ids.size:
+        return NotImplemented
 
     def back(g: Sizes) -> Sizes:
         hold(xp.ascontiguousarray(g), new(ids.size, np.int64))
@@ -119,7 +122,7 @@ def attention(q: Sizes, k: Sizes, v: Sizes, bias: Any = None, *, key_mask: Any =
         return NotImplemented
     B, H, queries, D = q.shape
     keys = k.shape[2]
-    n_rows = min(queries, max(CAUSAL_QUERIES, queries // 4) if causal else QUERIES)
+    n_rows = queries_of_tile(queries, causal=causal)
     scores = B * H * scores_of_head(queries, keys, n_rows, causal=causal)
     y = new((B, queries, H, D), F32).swapaxes(1, 2)
     held = [q, k, v, y, bias, new((B, H, queries), F32), new((B, H, queries), F32)]
@@ -130,7 +133,7 @@ def attention(q: Sizes, k: Sizes, v: Sizes, bias: Any = None, *, key_mask: Any =
     count(2 * scores * D)
 
     def back(g: Sizes, needed: list[bool], held: list = held) -> tuple:
-        """dq, dk and dv in one array if they have one shape."""
+        """dq, dk and dv, in one array if q and k have one shape."""
         if q.shape == k.shape:
             together = new((B * queries, 3 * H * D), F32).reshape(B, queries, 3, H, D)
             gradients = [together[:, :, i].swapaxes(1, 2) for i in range(3)]

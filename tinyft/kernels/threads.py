@@ -9,11 +9,11 @@ NumPy's loops run on one thread, but release the interpreter's lock, so that sev
 at once. The threads wait in a pool of this module.
 
 NumPy's matrix products have threads of their own, those of its BLAS. OpenBLAS's idle threads spin for some time after
-each product, on the core that our threads want. Therefore BLAS has one thread in all calls of this module, and its
-number of threads is given back afterwards (`one_blas_thread`).
+each product, on the core that our threads want. Therefore BLAS has one thread while our threads work
+(`one_blas_thread`). Afterwards it has its former number again.
 
-What is computed does not depend on other threads of the program. If another of them is using the pool, the same parts
-are computed one after another.
+Other threads of the program do not change a result. If one of them is using the pool, the same parts are computed one
+after another.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from . import system
 __all__ = ["blocks", "each", "get_num_threads", "one_blas_thread", "parts", "product", "set_num_threads", "shares",
            "usable_threads"]
 
-BLOCK = 1 << 15  # elements in a block on one thread: 128 kB of float32, half an L2 cache
-SHARED_BLOCK = 1 << 17  # elements in a block where threads share the work; smaller ones do not pay
+BLOCK = 1 << 15  # elements in a block on one thread: 128 kB of float32, half of a 256 kB L2 cache
+SHARED_BLOCK = 1 << 17  # elements in a block where threads share the work: worth handing to a thread
 SHARED_PRODUCT = 1 << 23  # multiplications from which the threads share a product (tests/benchmarks/LOG.md)
 THREADED_PRODUCT = 1 << 18  # multiplications from which OpenBLAS would use its threads
-MOST_THREADS = 1024  # more is a mistake; BLAS has a limit of its own
+MOST_THREADS = 1024  # a larger number is taken for a mistake; BLAS may use fewer
 _threads = 0  # 0: the number of BLAS's threads
 
 
@@ -47,7 +47,7 @@ _threads = 0  # 0: the number of BLAS's threads
 def set_num_threads(n: int) -> None:
     """Use n threads, for matrix products and for everything else that is distributed.
 
-    The default is the number of BLAS's threads (OPENBLAS_NUM_THREADS). Results depend on it only by rounding.
+    The default is the number of BLAS's threads (OPENBLAS_NUM_THREADS). The number changes a result only by rounding.
     ValueError unless 1 <= n <= MOST_THREADS, TypeError unless n is a whole number.
     """
     global _threads
@@ -66,7 +66,8 @@ def get_num_threads() -> int:
 def usable_threads() -> int:
     """The number of threads that a call may use here.
 
-    It is 1 inside a call of `each`, whose threads are in use already. threadpoolctl's limits hold too.
+    It is 1 inside a call of `each`, whose threads are in use already. Outside it is at most the number that
+    threadpoolctl allows BLAS.
     """
     if _here.inside:
         return 1
@@ -77,7 +78,7 @@ def usable_threads() -> int:
 
 # ---------------------------------------------------------------------------------------------------- BLAS's threads
 class _BLASThreads:
-    """The number of BLAS's threads, and its holders, which need it to be 1.
+    """The number of BLAS's threads, and the holders: the calls that need this number to be 1.
 
     Several threads of the program may be holders at the same time. The first one saves the number; the last one gives
     it back. Whatever Ctrl-C interrupts here can be done again: each step leaves a state from which `give_back` goes on.
@@ -238,7 +239,8 @@ if hasattr(os, "register_at_fork"):
 def each(items: Iterable, f: Callable[[Any], None], most: int = MOST_THREADS) -> None:
     """Call f(item) for every item, on up to usable_threads() threads and at most `most`.
 
-    Meanwhile BLAS has one thread. The calls must not depend on their order. The first exception of a call is raised.
+    Meanwhile BLAS has one thread. The calls must not depend on their order. An exception of a call is raised at the
+    end, after the other threads have finished the items.
     """
     items = list(items)
     usable = usable_threads()
@@ -263,7 +265,7 @@ def each(items: Iterable, f: Callable[[Any], None], most: int = MOST_THREADS) ->
         try:
             if n > 1 and pool.take(call):
                 pool.run(n, work)
-            else:  # another thread of the program uses the pool
+            else:  # one item, or another thread of the program uses the pool
                 work()
         finally:
             pool.leave(call)
@@ -309,13 +311,13 @@ def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def shares(rows: int, width: int, least: int) -> list[slice]:
-    """The parts of `rows` rows of `width` elements that the threads compute: one of each thread, or one in all.
+    """The parts of `rows` rows of `width` elements that the threads compute: one for each thread, or one for all rows.
 
-    Fewer than `least` elements stay on one thread. The parts depend on the sizes alone, not on what other threads of
-    the program do.
+    Fewer than `least` elements stay on one thread. The parts depend on the sizes and on the number of threads, not on
+    what other threads of the program do.
     """
     n = usable_threads() if rows * width >= least else 1
-    return parts(rows, min(n, rows))
+    return parts(rows, min(n, max(rows, 1)))
 
 
 def parts(length: int, n: int) -> list[slice]:

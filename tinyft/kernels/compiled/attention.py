@@ -18,6 +18,7 @@ from numba import types
 
 from ... import operands
 from ...tensor import sum_to
+from ..tile_sizes import queries_of_tile
 from .blas import NOT_TRANSPOSED, ROW_MAJOR, TRANSPOSED, is_available, sgemm
 from .compiler import boolean, compiled, float32, inlined, inlined_sum, int64
 from .shared import ONE, ZERO, exp, largest, row_parts, run, run_parts
@@ -27,47 +28,45 @@ __all__ = ["attention"]
 Heads = types.float32[:, :, :, :]  # (B, H, T, D) in any layout, with neighbours in each row
 Rows = types.float32[:, :, ::1]  # (B, H, T), one number for each query
 Row, Tile = types.float32[:], types.float32[:, :]
-Masks = types.float32[:, :, :, ::1]  # (B or 1, H or 1, Tq or 1, Tk)
-Sums = types.float32[:, :, :, :, ::1]  # the same for each thread
-ABSENT = np.zeros((1, 1, 1, 0), np.float32)  # in the place of a mask that there is not
+Masks = types.float32[:, :, :, ::1]  # (B or 1, H or 1, Tq or 1, Tk), a bias or a mask
+Sums = types.float32[:, :, :, :, ::1]  # (threads, ...): a gradient of the bias for each thread
+ABSENT = np.zeros((1, 1, 1, 0), np.float32)  # stands for a missing bias or mask
 MINUS_INFINITY = np.float32(-np.inf)
-SCORE = 4  # a score takes as long as four entries of an activation
-QUERIES = 128  # of a tile, at most
-CAUSAL_QUERIES = 64  # of a causal tile, at least: smaller tiles reach less far above the diagonal
+SCORE = 4  # the work for a score, in elements of `shares`: as long as four entries of an activation
 
 
 # ---------------------------------------------------------------------------------------------------- products
 @inlined
 def multiply(alpha: float32, A: Tile, B: Tile, beta: float32, C: Tile) -> None:
     """C ← α A B + β C"""
-    sgemm(ROW_MAJOR, NOT_TRANSPOSED, NOT_TRANSPOSED, C.shape[0], C.shape[1], A.shape[1], alpha, A.ctypes, row(A),
-          B.ctypes, row(B), beta, C.ctypes, row(C))
+    sgemm(ROW_MAJOR, NOT_TRANSPOSED, NOT_TRANSPOSED, C.shape[0], C.shape[1], A.shape[1], alpha, A.ctypes, row_step(A),
+          B.ctypes, row_step(B), beta, C.ctypes, row_step(C))
 
 
 @inlined
 def multiply_by_transposed(alpha: float32, A: Tile, B: Tile, beta: float32, C: Tile) -> None:
     """C ← α A Bᵀ + β C"""
-    sgemm(ROW_MAJOR, NOT_TRANSPOSED, TRANSPOSED, C.shape[0], C.shape[1], A.shape[1], alpha, A.ctypes, row(A),
-          B.ctypes, row(B), beta, C.ctypes, row(C))
+    sgemm(ROW_MAJOR, NOT_TRANSPOSED, TRANSPOSED, C.shape[0], C.shape[1], A.shape[1], alpha, A.ctypes, row_step(A),
+          B.ctypes, row_step(B), beta, C.ctypes, row_step(C))
 
 
 @inlined
 def multiply_transposed(alpha: float32, A: Tile, B: Tile, beta: float32, C: Tile) -> None:
     """C ← α Aᵀ B + β C"""
-    sgemm(ROW_MAJOR, TRANSPOSED, NOT_TRANSPOSED, C.shape[0], C.shape[1], A.shape[0], alpha, A.ctypes, row(A),
-          B.ctypes, row(B), beta, C.ctypes, row(C))
+    sgemm(ROW_MAJOR, TRANSPOSED, NOT_TRANSPOSED, C.shape[0], C.shape[1], A.shape[0], alpha, A.ctypes, row_step(A),
+          B.ctypes, row_step(B), beta, C.ctypes, row_step(C))
 
 
 @inlined
-def row(A: Tile) -> int64:
-    """The distance of two rows of A, in numbers."""
+def row_step(A: Tile) -> int64:
+    """The distance between two rows of A, in numbers."""
     return max(A.strides[0] // 4, A.shape[1])
 
 
 # ---------------------------------------------------------------------------------------------------- one head
 @inlined
 def add_rows(E: Tile, terms: Tile, first_query: int64) -> None:
-    """Add a bias, or 0 and −∞ of a mask, to the scores E of a tile. terms (Tq or 1, Tk)"""
+    """Add to the scores E of a tile a bias, or the terms of a mask (0 or −∞). terms (Tq or 1, Tk)"""
     for i in range(E.shape[0]):
         scores = E[i]
         row_of_terms = terms[min(first_query + i, terms.shape[0] - 1), : len(scores)]
@@ -77,7 +76,7 @@ def add_rows(E: Tile, terms: Tile, first_query: int64) -> None:
 
 @inlined
 def add_to_rows(terms: Tile, dS: Tile, first_query: int64) -> None:
-    """Add the gradient dS of a tile's scores to that of a bias. terms (Tq or 1, Tk)"""
+    """Add the gradient dS of a tile's scores to `terms`, the gradient of a bias (Tq or 1, Tk)."""
     for i in range(dS.shape[0]):
         gradients = dS[i]
         row_of_terms = terms[min(first_query + i, terms.shape[0] - 1), : len(gradients)]
@@ -87,7 +86,7 @@ def add_to_rows(terms: Tile, dS: Tile, first_query: int64) -> None:
 
 @inlined
 def scores_of(E: Tile, q: Tile, k: Tile, bias: Tile, hidden: Tile, alpha: float32, first_query: int64) -> None:
-    """E ← S of a tile, −∞ for hidden keys. Without a bias, or without hidden keys, that array is empty."""
+    """E ← S of a tile, −∞ for hidden keys. `bias` or `hidden` is empty if there is none."""
     multiply_by_transposed(alpha, q, k, ZERO, E)
     if bias.size:
         add_rows(E, bias, first_query)
@@ -160,9 +159,10 @@ def head_backward(
     memory: Row, memory_ds: Row, memory_g: Tile, y: Tile, top: Row, z: Row, g: Tile, is_first: boolean, dq: Tile,
     dk: Tile, dv: Tile, db: Tile,
 ) -> None:
-    """dQ of one head, and its dK and dV, which are added to those of other heads unless is_first. db is added to.
+    """The gradients of one head. dK and dV are written if is_first, else added to those of the earlier heads.
 
-    db may be empty. The last tile comes first: it reaches all keys.
+    The gradient of the bias is added to db, which may be empty. The last tile comes first: it reaches all keys, and so
+    writes all of dK and dV.
     """
     queries, keys = len(q), len(k)
     last_start = (queries - 1) // n_rows * n_rows
@@ -200,8 +200,8 @@ def head_backward(
 
 # ---------------------------------------------------------------------------------------------------- all heads
 @inlined
-def part(mask: Masks, b: int64, h: int64) -> Tile:
-    """The matrix of one head of a mask (B or 1, H or 1, ...)."""
+def of_head(mask: Masks, b: int64, h: int64) -> Tile:
+    """The matrix of one head, from a mask (B or 1, H or 1, ...)."""
     return mask[min(b, mask.shape[0] - 1), min(h, mask.shape[1] - 1)]
 
 
@@ -210,15 +210,17 @@ def heads_forward(
     first: int64, last: int64, q: Heads, k: Heads, v: Heads, bias: Masks, hidden: Masks, keep: Masks, causal: boolean,
     alpha: float32, n_rows: int64, y: Heads, top: Rows, z: Rows,
 ) -> None:
-    """The heads first ... last − 1 of all key/value heads of all texts, and the query heads that share each of them."""
+    """O, top and z for the key/value heads first ... last − 1, counted over the batch, and the query heads of each."""
     kv_heads = k.shape[1]
     group = q.shape[1] // kv_heads
     memory = np.empty(n_rows * k.shape[2], np.float32)
     for i in range(first, last):
         b, kv = i // kv_heads, i % kv_heads
         for h in range(kv * group, (kv + 1) * group):
-            head_forward(q[b, h], k[b, kv], v[b, kv], part(bias, b, h), part(hidden, b, h), part(keep, b, h), causal,
-                         alpha, n_rows, memory, y[b, h], top[b, h], z[b, h])
+            terms = of_head(bias, b, h), of_head(hidden, b, h), of_head(keep, b, h)
+            head_forward(q[b, h], k[b, kv], v[b, kv], *terms, causal, alpha, n_rows, memory, y[b, h], top[b, h],
+                         z[b, h])
+
 
 
 @compiled
@@ -227,7 +229,7 @@ def heads_backward(
     causal: boolean, alpha: float32, n_rows: int64, y: Heads, top: Rows, z: Rows, g: Heads, dq: Heads, dk: Heads,
     dv: Heads, db: Sums,
 ) -> None:
-    """The gradients of the same heads. That of the bias is added to db[number]: several heads may share a bias."""
+    """The gradients for these heads. That of the bias is added to db[number], the sums of one thread."""
     kv_heads = k.shape[1]
     group = q.shape[1] // kv_heads
     memory, memory_ds = np.empty(n_rows * k.shape[2], np.float32), np.empty(n_rows * k.shape[2], np.float32)
@@ -235,9 +237,11 @@ def heads_backward(
     for i in range(first, last):
         b, kv = i // kv_heads, i % kv_heads
         for h in range(kv * group, (kv + 1) * group):
-            head_backward(q[b, h], k[b, kv], v[b, kv], part(bias, b, h), part(hidden, b, h), part(keep, b, h), causal,
-                          alpha, n_rows, memory, memory_ds, memory_g, y[b, h], top[b, h], z[b, h], g[b, h],
-                          h == kv * group, dq[b, h], dk[b, kv], dv[b, kv], part(db[number], b, h))
+            terms = of_head(bias, b, h), of_head(hidden, b, h), of_head(keep, b, h)
+            head_backward(q[b, h], k[b, kv], v[b, kv], *terms, causal, alpha, n_rows, memory, memory_ds, memory_g,
+                          y[b, h], top[b, h], z[b, h], g[b, h], h == kv * group, dq[b, h], dk[b, kv], dv[b, kv],
+                          of_head(db[number], b, h))
+
 
 
 # ---------------------------------------------------------------------------------------------------- the op
@@ -264,8 +268,8 @@ def attention(
     if key_mask is not None:
         hidden = with_keys(np.where(key_mask, ZERO, MINUS_INFINITY), keys)
     if dropout_mask is not None:
-        keep = np.require(np.broadcast_to(dropout_mask, (B, H, queries, keys)), np.float32, "CAW")
-    n_rows = min(queries, max(CAUSAL_QUERIES, queries // 4) if causal else QUERIES)
+        keep = as_four_axes(dropout_mask, (B, H, queries, keys))
+    n_rows = queries_of_tile(queries, causal=causal)
     y = np.empty((B, queries, H, D), np.float32).swapaxes(1, 2)
     top, z = np.empty((B, H, queries), np.float32), np.empty((B, H, queries), np.float32)
     inputs = (q, k, v, terms, hidden, keep, bool(causal), alpha, n_rows, y, top, z)
@@ -288,6 +292,11 @@ def attention(
     return y, back
 
 
+def as_four_axes(a: np.ndarray, shape: tuple) -> np.ndarray:
+    """a with this shape of four axes, contiguous; a copy only if it must be."""
+    return np.require(a if a.shape == shape else np.broadcast_to(a, shape), np.float32, "CAW")
+
+
 def with_rows(a: np.ndarray) -> np.ndarray:
     """a, or a copy of it, whose rows have neighbours in memory, as BLAS wants them."""
     step = a.strides[-2] // 4
@@ -296,13 +305,13 @@ def with_rows(a: np.ndarray) -> np.ndarray:
 
 
 def with_keys(terms: np.ndarray, keys: int) -> np.ndarray:
-    """Terms of the scores with four axes, of which the last is as long as there are keys."""
+    """Terms of the scores with four axes, the last of length `keys`."""
     terms = terms.reshape((1,) * (4 - terms.ndim) + terms.shape)
-    return np.require(np.broadcast_to(terms, (*terms.shape[:3], keys)), np.float32, "CAW")
+    return as_four_axes(terms, (*terms.shape[:3], keys))
 
 
 def empty_gradients(q: np.ndarray, k: np.ndarray) -> list[np.ndarray]:
-    """Memory for dq, dk and dv. Those of one shape lie side by side, as rows.project wants them."""
+    """Memory for dq, dk and dv, side by side if q and k have one shape, as rows.project wants them."""
     B, H, queries, D = q.shape
     if q.shape == k.shape:
         together = np.empty((B * queries, 3 * H * D), np.float32)

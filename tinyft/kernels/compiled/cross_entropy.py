@@ -1,4 +1,4 @@
-"""The compiled kernel of cross-entropy: one pass over each row of logits, and one more for the gradient."""
+"""The compiled kernel of cross-entropy: two passes over each row of logits, and one more for the gradient."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from numba import types
 
 from ... import operands, ops
-from .compiler import Matrix, Vector, compiled, compiled_sum, float32, int64
+from .compiler import Matrix, Vector, compiled, compiled_sum, float32, inlined, int64
 from .shared import ZERO, exp, is_plain, largest, run
 
 __all__ = ["cross_entropy"]
@@ -18,11 +18,17 @@ Labels = types.int64[::1]
 IGNORED = -1
 
 
+@inlined
+def loss_of(top: float32, logit: float32, log_total: float32) -> float32:
+    """(top − logit) + log_total, in this order: a small loss of large logits keeps its digits."""
+    return (top - logit) + log_total
+
+
 @compiled_sum
 def losses_forward(first: int64, last: int64, Z: Matrix, labels: Labels, log_sums: Vector, losses: Vector) -> None:
     """loss = log Σ_j e^(z_j) − z_label,  log Σ_j e^(z_j) = log Σ_j e^(z_j − top) + top,  top = max z
 
-    An ignored row has the loss 0, and no log_sums.
+    An ignored row has the loss 0; its entry of log_sums is not written.
     """
     for i in range(first, last):
         if labels[i] == IGNORED:
@@ -33,8 +39,9 @@ def losses_forward(first: int64, last: int64, Z: Matrix, labels: Labels, log_sum
         total = ZERO
         for j in range(len(z)):
             total += exp(z[j] - top)
-        log_sums[i] = top + math.log(total)
-        losses[i] = log_sums[i] - z[labels[i]]
+        log_total = math.log(total)
+        log_sums[i] = top + log_total
+        losses[i] = loss_of(top, z[labels[i]], log_total)
 
 
 @compiled
@@ -68,7 +75,7 @@ def cross_entropy(
     count = np.count_nonzero(has_label)
     log_sums, losses = np.empty(len(Z), np.float32), np.empty(len(Z), np.float32)
     run(losses_forward, len(Z), Z.shape[1], Z, labels, log_sums, losses)
-    value = losses.sum(dtype=np.float64) / count if count else math.nan  # the mean of no terms
+    value = losses.sum(dtype=np.float64) / count if count else math.nan  # no row has a label
 
     def back(g: np.ndarray) -> np.ndarray:
         d = np.empty_like(Z)

@@ -18,7 +18,7 @@ __all__ = ["dropout", "gelu", "gelu_tanh", "swiglu"]
 
 
 def entrywise(kernel: Any, *arrays: np.ndarray) -> None:
-    """kernel(first, last, *arrays as vectors), on the threads."""
+    """A call of kernel(first, last, *arrays as vectors) for parts of the entries, on the threads."""
     run(kernel, arrays[0].size, 1, *(a.reshape(-1) for a in arrays))
 
 
@@ -27,12 +27,12 @@ def entrywise(kernel: Any, *arrays: np.ndarray) -> None:
 A1 = np.float32(2 * (2 / math.pi) ** 0.5)
 A3 = np.float32(2 * 0.044715 * (2 / math.pi) ** 0.5)
 THREE_A3 = np.float32(3) * A3
-FAR = np.float32(100)  # p is 0 or 1 for |x| > 100, where x² could overflow
+FAR = np.float32(100)  # |x| is limited to 100: p is 0 or 1 beyond, and x² cannot overflow
 
 
 @inlined
-def near(x: float32) -> float32:
-    """x, moved into −100 ... 100"""
+def limited(x: float32) -> float32:
+    """x, limited to −100 ... 100"""
     return min(max(x, -FAR), FAR)
 
 
@@ -41,7 +41,7 @@ def gelu_tanh_forward(first: int64, last: int64, X: Vector, Y: Vector) -> None:
     """y = x p,  p = 1 / (1 + e^(−x (A1 + A3 x²)))"""
     X, Y = X[first:last], Y[first:last]
     for i in range(len(X)):
-        x = near(X[i])
+        x = limited(X[i])
         Y[i] = X[i] * (ONE / (ONE + exp(-x * (A1 + A3 * (x * x)))))
 
 
@@ -50,7 +50,7 @@ def gelu_tanh_backward(first: int64, last: int64, X: Vector, G: Vector, D: Vecto
     """dx = g p (1 + x (1 − p) (A1 + 3 A3 x²))"""
     X, G, D = X[first:last], G[first:last], D[first:last]
     for i in range(len(X)):
-        x = near(X[i])
+        x = limited(X[i])
         square = x * x
         p = ONE / (ONE + exp(-x * (A1 + A3 * square)))
         D[i] = G[i] * p * (ONE + x * (ONE - p) * (A1 + THREE_A3 * square))
@@ -58,10 +58,10 @@ def gelu_tanh_backward(first: int64, last: int64, X: Vector, G: Vector, D: Vecto
 
 def gelu_tanh(x: np.ndarray) -> Any:
     """(y, pullbacks) of ops.gelu_tanh"""
-    return entry_by_entry(x, gelu_tanh_forward, gelu_tanh_backward)
+    return activation(x, gelu_tanh_forward, gelu_tanh_backward)
 
 
-def entry_by_entry(x: np.ndarray, forward: Any, backward: Any) -> Any:
+def activation(x: np.ndarray, forward: Any, backward: Any) -> Any:
     """(y, pullbacks) of an activation, from its two kernels; NotImplemented for an array that they do not take."""
     if not is_plain(x):
         return NotImplemented
@@ -82,8 +82,8 @@ DENSITY = np.float32((2 / math.pi) ** 0.5)  # |x| φ(x) = DENSITY w e^(−2 w²)
 
 
 @inlined
-def erf_of_half(w: float32) -> float32:
-    """erf(√2 w) = 1 − R(w)⁻⁸ for w >= 0; see normal_form"""
+def erf_from_half(w: float32) -> float32:
+    """erf(√2 w) ≈ 1 − R(w)⁻⁸ for w = |x|/2 >= 0; see normal_form in kernels/numpy.py"""
     r = (((((((R8 * w + R7) * w + R6) * w + R5) * w + R4) * w + R3) * w + R2) * w + R1) * w + R0
     r = r * r
     r = r * r
@@ -97,7 +97,7 @@ def gelu_forward(first: int64, last: int64, X: Vector, Y: Vector) -> None:
     for i in range(len(X)):
         half = HALF * X[i]
         w = abs(half)
-        Y[i] = half + w * erf_of_half(w)
+        Y[i] = half + w * erf_from_half(w)
 
 
 @compiled
@@ -106,13 +106,13 @@ def gelu_backward(first: int64, last: int64, X: Vector, G: Vector, D: Vector) ->
     X, G, D = X[first:last], G[first:last], D[first:last]
     for i in range(len(X)):
         w = abs(HALF * X[i])
-        odd = HALF * erf_of_half(w) + DENSITY * w * exp(-(w + w) * w)
+        odd = HALF * erf_from_half(w) + DENSITY * w * exp(-(w + w) * w)
         D[i] = G[i] * (HALF + math.copysign(odd, X[i]))
 
 
 def gelu(x: np.ndarray) -> Any:
     """(y, pullbacks) of ops.gelu"""
-    return entry_by_entry(x, gelu_forward, gelu_backward)
+    return activation(x, gelu_forward, gelu_backward)
 
 
 # ---------------------------------------------------------------------------------------------------- SwiGLU
@@ -129,7 +129,7 @@ def swiglu_backward(first: int64, last: int64, A: Vector, U: Vector, G: Vector, 
     """da = g u σ (1 + a (1 − σ)),  du = g a σ"""
     A, U, G, DA, DU = A[first:last], U[first:last], G[first:last], DA[first:last], DU[first:last]
     for i in range(len(A)):
-        a = near(A[i])
+        a = limited(A[i])
         s = ONE / (ONE + exp(-a))
         DU[i] = G[i] * A[i] * s
         DA[i] = G[i] * U[i] * s * (ONE + a * (ONE - s))
@@ -159,7 +159,7 @@ Words = types.uint32[::1]
 def dropout_forward(
     first: int64, last: int64, X: Vector, words: Words, least: types.uint32, scale: float32, Y: Vector, factors: Vector,
 ) -> None:
-    """y = x f,  f = 1 / (1 − p) if the random word is at least `least`, else 0. `factors` is the memory of `words`."""
+    """y = x f,  f = 1 / (1 − p) if the random word is at least `least`, else 0. `factors` and `words` share memory."""
     X, words, Y, factors = X[first:last], words[first:last], Y[first:last], factors[first:last]
     for i in range(len(X)):
         factor = scale if words[i] >= least else ZERO
@@ -176,7 +176,7 @@ def multiply(first: int64, last: int64, A: Vector, B: Vector, Y: Vector) -> None
 
 
 def dropout(x: np.ndarray, p: float, key: int) -> Any:
-    """(y, pullbacks) of ops.dropout, from random words as numpy.dropout has them"""
+    """(y, pullbacks) of ops.dropout, from the same random words as in kernels/numpy.py"""
     p = checks.number("p", p, 0, below=1)
     key = checks.whole("key", key, 0)
     least = math.ceil(np.float32(p) * 2.0**24) << 8  # the smallest word whose upper 24 bits give u >= p
@@ -187,9 +187,10 @@ def dropout(x: np.ndarray, p: float, key: int) -> Any:
     factors = words.view(np.float32)
     scale = np.float32(1) / np.float32(1 - p)
     run(dropout_forward, x.size, 1, x.reshape(-1), words, np.uint32(least), scale, y.reshape(-1), factors)
+    shape = x.shape  # `back` does not keep x
 
     def back(g: np.ndarray) -> np.ndarray:
-        d = np.empty_like(x)
+        d = np.empty(shape, np.float32)
         entrywise(multiply, np.require(g, requirements="CAW"), factors, d)
         return d
 

@@ -1,4 +1,4 @@
-"""Compiled kernels of layer norm and RMS norm. Each row is read twice, while it is in the cache."""
+"""Compiled kernels of layer norm and RMS norm. A row is read several times while it is in the cache."""
 
 from __future__ import annotations
 
@@ -51,8 +51,9 @@ def layer_norm_forward(
 ) -> None:
     """y = x̂ w + b,  x̂ = (x − origin − mean) / σ,  σ² = variance + ε.    Keeps origin, mean and 1/σ of each row.
 
-    The origin is 0. Where the mean is large beside σ, its rounding error is too. There the origin is the first entry,
-    as in the definition, and the mean that of the differences: a row of equal numbers gives x̂ = 0.
+    The origin is 0, unless the mean is large beside σ: then the rounding error of the mean is also large. In such a row
+    the origin is the first entry, as in the definition, and the mean is that of x − origin. A row of equal numbers
+    gives x̂ = 0.
     """
     for i in range(first, last):
         x, y = X[i], Y[i]
@@ -72,11 +73,11 @@ def layer_norm_forward(
 @compiled_sum
 def layer_norm_backward(
     part: int64, first: int64, last: int64, X: Matrix, w: Vector, origins: Vector, means: Vector, inverses: Vector,
-    G: Matrix, DX: Matrix, DW: Matrix, DB: Matrix, trains: boolean,
+    G: Matrix, DX: Matrix, DW: Matrix, DB: Matrix, wants_sums: boolean,
 ) -> None:
     """dx = (e − mean(e) − x̂ mean(e x̂)) / σ  with e = g w;    dw = Σ g x̂,  db = Σ g over these rows, in row `part`
 
-    trains: False if dw and db are not wanted.
+    wants_sums: True if dw or db is wanted.
     """
     dw, db = DW[part], DB[part]
     for j in range(len(w)):
@@ -95,7 +96,7 @@ def layer_norm_backward(
         for j in range(len(x)):
             normal = centred(x[j], origin, mean) * inverse  # x̂
             d[j] = (g[j] * w[j] - mean_e - normal * mean_ex) * inverse
-        if trains:
+        if wants_sums:
             for j in range(len(x)):
                 dw[j] += g[j] * (centred(x[j], origin, mean) * inverse)
                 db[j] += g[j]
@@ -116,8 +117,8 @@ def layer_norm(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float = 1e-5) -
         found = row_parts(len(X), n)
         DW, DB = np.empty((len(found), n), np.float32), np.empty((len(found), n), np.float32)
         G = np.require(g, requirements="CAW").reshape(-1, n)
-        trains = needed[1] or needed[2]
-        run_parts(layer_norm_backward, found, X, w, *rows, G, d.reshape(-1, n), DW, DB, trains)
+        wants_sums = needed[1] or needed[2]
+        run_parts(layer_norm_backward, found, X, w, *rows, G, d.reshape(-1, n), DW, DB, wants_sums)
         return d, DW.sum(axis=0), DB.sum(axis=0)
 
     return y, back
@@ -140,11 +141,11 @@ def rms_norm_forward(
 @compiled_sum
 def rms_norm_backward(
     part: int64, first: int64, last: int64, X: Matrix, w: Vector, inverses: Vector, G: Matrix, DX: Matrix, DW: Matrix,
-    trains: boolean,
+    wants_sums: boolean,
 ) -> None:
     """dx = (e − x̂ mean(e x̂)) / σ  with e = g w and x̂ = x / σ;    dw = Σ g x̂ over these rows, in row `part`
 
-    trains: False if dw is not wanted.
+    wants_sums: True if dw is wanted.
     """
     dw = DW[part]
     for j in range(len(w)):
@@ -158,7 +159,7 @@ def rms_norm_backward(
         for j in range(len(x)):
             normal = x[j] * inverse  # x̂
             d[j] = (g[j] * w[j] - normal * mean_ex) * inverse
-        if trains:
+        if wants_sums:
             for j in range(len(x)):
                 dw[j] += g[j] * (x[j] * inverse)
 

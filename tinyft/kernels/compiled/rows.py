@@ -1,4 +1,4 @@
-"""Compiled kernels of linear maps, embeddings and rotary positions: what there is to do beside the matrix products."""
+"""Compiled kernels of linear maps (their biases and sums), embeddings and rotary positions."""
 
 from __future__ import annotations
 
@@ -95,6 +95,7 @@ def project(
     Y = product(X, W.T)
     run(add_bias, *Y.shape, Y, np.concatenate([bq, bk, bv]))
     by_head = (*x.shape[:-1], 3, heads, n // heads)
+    shape = Y.shape  # `back` does not keep Y
 
     def split_heads(a: np.ndarray) -> list[np.ndarray]:
         """Three of (..., H, T, D), views of a (N, 3 n)."""
@@ -102,9 +103,9 @@ def project(
 
     def back(g: list, needed: list[bool]) -> tuple:
         """The gradients of x, Wq, bq, Wk, bk, Wv, bv from g = [dq, dk, dv], in which None stands for zeros."""
-        G = side_by_side(g, Y.shape)
-        if G is None:
-            G = np.zeros(Y.shape, np.float32)
+        G = side_by_side(g, shape)
+        if G is None or [a.strides for a in g] != [view.strides for view in split_heads(G)]:
+            G = np.zeros(shape, np.float32)
             for place, a in zip(split_heads(G), g, strict=True):
                 if a is not None:
                     place[...] = a
@@ -119,7 +120,7 @@ def project(
 
 
 def side_by_side(g: list, shape: tuple) -> np.ndarray | None:
-    """The array of this shape of which the gradients g are the three views that `split_heads` makes; else None."""
+    """The base of g, if it has this shape and the three gradients start where those of `split_heads` do; else None."""
     if any(a is None for a in g):
         return None
     G = g[0].base
@@ -149,7 +150,7 @@ def scatter_add(first: int64, last: int64, ids: Ids, G: Matrix, D: Matrix) -> No
 
 
 def embedding(W: np.ndarray, ids: np.ndarray) -> Any:
-    """(W[ids], pullbacks) of ops.embedding. The threads share the columns of the gradient: all add to the same rows."""
+    """(W[ids], pullbacks) of ops.embedding. The threads share the columns of the gradient: two ids may be equal."""
     ids = operands.check_embedding(W, ids)
     if not is_plain(W) or not ids.size:
         return NotImplemented
@@ -173,7 +174,7 @@ Heads = types.float32[:, :, :, ::1]
 def rotate(first: int64, last: int64, X: Heads, cos: Matrix, sin: Matrix, Y: Heads) -> None:
     """y₁ = x₁ cos₁ − x₂ sin₁,  y₂ = x₂ cos₂ + x₁ sin₂,  for the halves of each head of X (B, T, H, D)
 
-    The rows of cos and sin (T, D) belong to the positions.
+    Row t of cos and sin (T, D) is for position t.
     """
     half = X.shape[3] // 2
     for b in range(first, last):
@@ -195,7 +196,7 @@ def rotary(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> Any:
     if x.ndim != 4 or not is_plain(x.swapaxes(1, 2)):
         return NotImplemented
     cos, sin = operands.rotary_factors(x, cos, sin)
-    if cos.size != x.shape[2] * x.shape[3] or sin.size != cos.size:
+    if any(a.shape[-2:] != x.shape[2:] or a.size != x.shape[2] * x.shape[3] for a in (cos, sin)):
         return NotImplemented
     cos, sin = (np.require(a, requirements="CAW").reshape(x.shape[2:]) for a in (cos, sin))
     half = x.shape[3] // 2

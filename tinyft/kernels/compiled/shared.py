@@ -25,7 +25,10 @@ def is_plain(*arrays: np.ndarray) -> bool:
 
 
 def run(kernel: Callable, rows: int, width: int, *arguments: Any) -> None:
-    """kernel(first, last, *arguments) for parts of the rows, each of `width` elements, on the threads."""
+    """A call of kernel(first, last, *arguments) for parts that cover the rows, on the threads.
+
+    width    elements of a row
+    """
     found = shares(rows, width, SHARED)
     if len(found) == 1:
         kernel(0, rows, *arguments)
@@ -34,12 +37,12 @@ def run(kernel: Callable, rows: int, width: int, *arguments: Any) -> None:
 
 
 def row_parts(rows: int, width: int) -> list[slice]:
-    """The parts of the rows that `run_parts` wants: one of each thread, or one in all."""
+    """The parts of the rows that `run_parts` wants: one for each thread, or one for all rows."""
     return shares(rows, width, SHARED)
 
 
 def run_parts(kernel: Callable, found: list[slice], *arguments: Any) -> None:
-    """kernel(i, first, last, *arguments) for the parts i = 0, 1, ... of `row_parts`: each has sums of its own."""
+    """kernel(i, first, last, *arguments) for the parts i = 0, 1, ... of `row_parts`. The sums of part i go to row i."""
     if len(found) == 1:
         kernel(0, 0, found[0].stop, *arguments)
     else:
@@ -69,7 +72,8 @@ FRACTION_BITS = np.int32(23)
 def exp(x: float32) -> float32:
     """eˣ = 2ⁿ eʳ,  n = round(x / ln 2),  r = x − n ln 2.    0 for x < −87, ∞ for x > 88, NaN for NaN
 
-    2ⁿ is made by writing n into the bits of the exponent. Without branches and calls, so that LLVM makes vectors of it.
+    2ⁿ is made by writing n into the bits of the exponent. There is no branch and no call, so that LLVM makes a
+    vector loop of the loop around it.
     """
     y = min(max(x, LOW), HIGH)
     n = np.floor(y * LOG2_E + HALF)
@@ -93,6 +97,7 @@ def largest(x: float32[:]) -> float32:
     """max x, found among whole numbers in the same order: LLVM makes vectors of an integer maximum, not of a float's.
 
     The bits of a float32, read as an int32, are in order for positive numbers, and in reverse order for negative ones.
+    A NaN with a sign bit counts as smaller than all numbers.
     """
     found = SMALLEST
     for j in range(len(x)):
