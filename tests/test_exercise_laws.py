@@ -33,7 +33,8 @@ def test_the_exercise_accepts_the_reference_and_catches_every_wrong_answer(name)
     else:                                                 # what a wrong answer is told is tested on NumPy
         with kernels.definitions():
             assert selftest.examine_reference(ALL[name], seed=1) == []
-        assert stopped_by_the_backend(ALL[name]) == []
+        if name.startswith("experts."):                   # those of the other lessons may use NumPy's functions
+            assert stopped_by_the_backend(ALL[name]) == []
 
 
 def stopped_by_the_backend(e: Exercise) -> list[str]:
