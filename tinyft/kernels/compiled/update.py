@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from .shared import is_plain, run
 __all__ = ["adam_update"]
 
 
-@compiled
+@partial(compiled, fastmath=set())  # rounded as the definition is, operation by operation
 def adam(
     first: int64, last: int64, W: Vector, G: Vector, M: Vector, V: Vector, b1: float32, b2: float32, rest1: float32,
     rest2: float32, keep: float32, step_size: float32, root_factor: float32, eps: float32,
@@ -29,7 +30,7 @@ def adam(
         v = b2 * V[i] + rest2 * (g * g)
         M[i] = m
         V[i] = v
-        W[i] = keep * W[i] - step_size * m / (root_factor * math.sqrt(v) + eps)
+        W[i] = keep * W[i] - step_size * (m / (root_factor * math.sqrt(v) + eps))
 
 
 def adam_update(
