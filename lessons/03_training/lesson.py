@@ -843,7 +843,8 @@ with ft.peak_memory() as peak:
 assert 3.7 < peaks[-1] - peak["bytes"] / 1e6 < 4.7       # half of 2 · 4.2 MB
 
 # %% [markdown]
-# 15 MB, fifteen times the parameters, and it grows with the number of texts. The
+# 13 to 15 MB (it depends on the kernels), some fourteen times the parameters, and it
+# grows with the number of texts. The
 # scores alone are $512 \cdot 2048 \cdot 4$ bytes, 4.2 MB. The backward pass needs their
 # gradient at the same time, another 4.2 MB. So more than half of the memory belongs
 # to the last array of the model. (With half the vocabulary we measure 4.2 MB less.) The

@@ -179,7 +179,7 @@ def test_the_sums_are_those_of_integer_products(k, rng):
     wanted = q.astype(np.int64) @ w.T.astype(np.int64)
     got = int8.integer_product(q.astype(np.float32), np.ascontiguousarray(w.T))
     np.testing.assert_array_equal(got.astype(np.int64), wanted)
-    if k > 1:                                            # of one column PyTorch's result is undefined on some processors
+    if k > 1:                                            # of one column PyTorch's result is wrong on some processors
         theirs = torch._int_mm(torch.from_numpy(q), torch.from_numpy(w).T).numpy()
         np.testing.assert_array_equal(theirs, wanted)
 
