@@ -43,14 +43,10 @@ def attention(
 
     Returns (y, joint pullback) for q (B, H, Tq, D), k and v (B, Hkv, Tk, D) in float32, with Tk >= Tq if causal; else
     NotImplemented."""
-    bias, key_mask, dropout_mask = operands.attention_masks(q, bias, key_mask, dropout_mask)
-    operands.attention_shape(q, k, v, bias, key_mask, dropout_mask)
-    arrays = [q, k, v] if bias is None else [q, k, v, bias]
-    shapes_fit = q.ndim == 4 and q.size > 0 and k.size > 0 and k.shape == v.shape
-    if not shapes_fit or any(a.dtype != np.float32 for a in arrays):
+    masks = read_operands(q, k, v, bias, key_mask, dropout_mask, causal=causal)
+    if masks is None:
         return NotImplemented
-    if causal and k.shape[2] < q.shape[2]:
-        return NotImplemented
+    bias, key_mask, dropout_mask = masks
     alpha = q.shape[-1]**-0.5 if scale is None else scale
     y = np.empty_like(q)                                                         # in the memory layout of q
     tiled = _Attention(q, k, v, y, bias, key_mask, causal, alpha, dropout_mask)
@@ -63,6 +59,21 @@ def attention(
         tiled.gradients(g, *gradients, db)
         return (*gradients, db)[:len(needed)]
     return y, back
+
+
+def read_operands(
+    q: Any, k: Any, v: Any, bias: Any, key_mask: Any, dropout_mask: Any, *, causal: bool,
+) -> tuple | None:
+    """(bias, key_mask, dropout_mask) as arrays, None where there is none; None for operands that no kernel takes.
+
+    The kernels take float32 q (B, H, Tq, D), k and v (B, Hkv, Tk, D) that are not empty, with Tk >= Tq if causal."""
+    masks = operands.attention_masks(q, bias, key_mask, dropout_mask)
+    operands.attention_shape(q, k, v, *masks)
+    arrays = [q, k, v] if masks[0] is None else [q, k, v, masks[0]]
+    shapes_fit = q.ndim == 4 and q.size > 0 and k.size > 0 and k.shape == v.shape
+    if not shapes_fit or any(a.dtype != np.float32 for a in arrays) or (causal and k.shape[2] < q.shape[2]):
+        return None
+    return masks
 
 
 class _Attention:

@@ -23,6 +23,7 @@ import numpy as np
 from .. import operands, ops
 from ..sizes import Sizes, new, xp
 from ..tensor import OPS, sum_to
+from .attention import read_operands
 from .sizes import F32, Pullback, count, hold, is_plain
 from .tile_sizes import queries_of_tile
 
@@ -114,12 +115,10 @@ def cross_entropy(z: Sizes, y: Any, weight: Any = None, ignore_index: int = -100
 def attention(q: Sizes, k: Sizes, v: Sizes, bias: Any = None, *, key_mask: Any = None, causal: bool = False,
               scale: float | None = None, dropout_mask: Any = None) -> Any:
     """attention.attention"""
-    bias, key_mask, dropout_mask = operands.attention_masks(q, bias, key_mask, dropout_mask)
-    operands.attention_shape(q, k, v, bias, key_mask, dropout_mask)
-    arrays = [q, k, v] if bias is None else [q, k, v, bias]
-    shapes_fit = q.ndim == 4 and q.size > 0 and k.size > 0 and k.shape == v.shape
-    if not shapes_fit or any(a.dtype != F32 for a in arrays) or (causal and k.shape[2] < q.shape[2]):
+    masks = read_operands(q, k, v, bias, key_mask, dropout_mask, causal=causal)
+    if masks is None:
         return NotImplemented
+    bias, key_mask, dropout_mask = masks
     B, H, queries, D = q.shape
     keys = k.shape[2]
     n_rows = queries_of_tile(queries, causal=causal)

@@ -10,6 +10,7 @@ names are views of that part, and `out=` reuses them for intermediate results.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -43,27 +44,22 @@ def _are_large(a: np.ndarray, b: np.ndarray) -> bool:
 
 def sum_of(a: np.ndarray, b: np.ndarray) -> Any:
     """tensor.sum_of, a + b: the threads share large arrays."""
-    if not _are_large(a, b):
-        return NotImplemented
-    y = np.empty_like(a)
-    A, B, Y = a.reshape(-1), b.reshape(-1), y.reshape(-1)
-
-    def part(i: slice) -> None:
-        np.add(A[i], B[i], out=Y[i])
-    each(shares(a.size, 1, SHARED_SUM), part)
-    return y
+    return _shared_sum(a, b, np.empty_like(a)) if _are_large(a, b) else NotImplemented
 
 
 def add_to(a: np.ndarray, b: np.ndarray) -> Any:
     """tensor.add_to, a ← a + b: the threads share large arrays."""
-    if not _are_large(a, b):
-        return NotImplemented
-    A, B = a.reshape(-1), b.reshape(-1)
+    return _shared_sum(a, b, a) if _are_large(a, b) else NotImplemented
+
+
+def _shared_sum(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """a + b, written to `out` and returned."""
+    A, B, Y = a.reshape(-1), b.reshape(-1), out.reshape(-1)
 
     def part(i: slice) -> None:
-        np.add(A[i], B[i], out=A[i])
+        np.add(A[i], B[i], out=Y[i])
     each(shares(a.size, 1, SHARED_SUM), part)
-    return a
+    return out
 
 
 def add(a: np.ndarray, b: np.ndarray) -> Any:
@@ -91,10 +87,21 @@ def squared_norm(g: np.ndarray) -> Any:
 # ── linear maps and activations ──────────────────────────────────────────────────────────────────────────────────────
 def linear(x: np.ndarray, W: np.ndarray, b: np.ndarray | None = None) -> Any:
     """(x Wᵀ + b, pullbacks), without a copy of the output for the bias, and with a fast sum for its gradient."""
+    return linear_by(np.ndarray.__iadd__, _column_sum, x, W, b)
+
+
+def linear_by(
+    add_bias: Callable, sum_rows: Callable, x: np.ndarray, W: np.ndarray, b: np.ndarray | None,
+) -> tuple[np.ndarray, tuple]:
+    """(x Wᵀ + b, pullbacks) of ops.linear.
+
+    add_bias    y (N, out), b -> y + b, written to y
+    sum_rows    g (..., out) -> Σ g over all rows (out,)
+    """
     operands.check_linear(x, W, b)
     y = product(ops.flat(x), W.T)
     if b is not None:
-        y += b
+        add_bias(y, b)
     shape = x.shape
 
     def dx(g: np.ndarray) -> np.ndarray:
@@ -102,7 +109,7 @@ def linear(x: np.ndarray, W: np.ndarray, b: np.ndarray | None = None) -> Any:
 
     def dW(g: np.ndarray) -> np.ndarray:
         return product(ops.flat(g).T, ops.flat(x))
-    return y.reshape(*shape[:-1], len(W)), (dx, dW, _column_sum)
+    return y.reshape(*shape[:-1], len(W)), (dx, dW, sum_rows)
 
 
 def _column_sum(g: np.ndarray) -> np.ndarray:

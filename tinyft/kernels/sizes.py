@@ -169,12 +169,10 @@ def dropout(x: Sizes, p: float, key: Any) -> Any:
 def attention(q: Sizes, k: Sizes, v: Sizes, bias: Any = None, *, key_mask: Any = None, causal: bool = False,
               scale: float | None = None, dropout_mask: Any = None) -> Any:
     """attention.attention"""
-    bias, key_mask, dropout_mask = operands.attention_masks(q, bias, key_mask, dropout_mask)
-    operands.attention_shape(q, k, v, bias, key_mask, dropout_mask)
-    arrays = [q, k, v] if bias is None else [q, k, v, bias]
-    shapes_fit = q.ndim == 4 and q.size > 0 and k.size > 0 and k.shape == v.shape
-    if not shapes_fit or any(a.dtype != F32 for a in arrays) or (causal and k.shape[2] < q.shape[2]):
+    masks = tiled.read_operands(q, k, v, bias, key_mask, dropout_mask, causal=causal)
+    if masks is None:
         return NotImplemented
+    bias, key_mask, dropout_mask = masks
     B, H, t, D = q.shape
     s = k.shape[2]
     y = xp.empty_like(q)

@@ -19,8 +19,8 @@ def libraries() -> list[Any]:
     return [lib for lib in ThreadpoolController().lib_controllers if lib.user_api == "blas"]
 
 
-def openblas_function(library: Any, name: str) -> Any:
-    """A function of an OpenBLAS library, as ctypes has it; None if the library has none of this name.
+def blas_function(library: Any, name: str) -> tuple[Any, bool]:
+    """(a function of a BLAS library, as ctypes has it; True if its sizes have 64 bits). (None, False) without it.
 
     name    without the prefix and the suffix with which NumPy's and SciPy's wheels rename the functions
     """
@@ -28,8 +28,8 @@ def openblas_function(library: Any, name: str) -> Any:
         for suffix in ("64_", "_64", ""):
             found = getattr(library.dynlib, f"{prefix}{name}{suffix}", None)
             if found is not None:
-                return found
-    return None
+                return found, bool(suffix)
+    return None, False
 
 
 @functools.cache
@@ -43,8 +43,8 @@ def _thread_calls() -> list[tuple[Callable[[], int], Callable[[int], Any]]]:
     for library in libraries():
         get, set_ = library.get_num_threads, library.set_num_threads
         if library.internal_api == "openblas" and library.threading_layer == "pthreads":
-            get = openblas_function(library, "openblas_get_num_threads") or get
-            set_ = openblas_function(library, "openblas_set_num_threads") or set_
+            get = blas_function(library, "openblas_get_num_threads")[0] or get
+            set_ = blas_function(library, "openblas_set_num_threads")[0] or set_
         calls.append((get, set_))
     return calls
 

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numba import types
 
-from ... import operands
 from ...tensor import sum_to
+from ..attention import read_operands
 from ..tile_sizes import queries_of_tile
 from .blas import NOT_TRANSPOSED, ROW_MAJOR, TRANSPOSED, is_available, sgemm
 from .compiler import boolean, compiled, float32, inlined, inlined_sum, int64
@@ -222,7 +222,6 @@ def heads_forward(
                          z[b, h])
 
 
-
 @compiled
 def heads_backward(
     number: int64, first: int64, last: int64, q: Heads, k: Heads, v: Heads, bias: Masks, hidden: Masks, keep: Masks,
@@ -243,7 +242,6 @@ def heads_backward(
                           of_head(db[number], b, h))
 
 
-
 # ---------------------------------------------------------------------------------------------------- the op
 def attention(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, bias: np.ndarray | None = None, *, key_mask: np.ndarray | None = None,
@@ -252,12 +250,10 @@ def attention(
     """(y, joint pullback) of ops.attention, for float32 q (B, H, Tq, D), k and v (B, Hkv, Tk, D)"""
     if not is_available:
         return NotImplemented
-    bias, key_mask, dropout_mask = operands.attention_masks(q, bias, key_mask, dropout_mask)
-    operands.attention_shape(q, k, v, bias, key_mask, dropout_mask)
-    arrays = [q, k, v] if bias is None else [q, k, v, bias]
-    shapes_fit = q.ndim == 4 and q.size > 0 and k.size > 0 and k.shape == v.shape
-    if not shapes_fit or any(a.dtype != np.float32 for a in arrays) or (causal and k.shape[2] < q.shape[2]):
+    masks = read_operands(q, k, v, bias, key_mask, dropout_mask, causal=causal)
+    if masks is None:
         return NotImplemented
+    bias, key_mask, dropout_mask = masks
     B, H, queries, D = q.shape
     kv_heads, keys = k.shape[1:3]
     alpha = np.float32(D**-0.5 if scale is None else scale)

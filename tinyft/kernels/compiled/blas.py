@@ -20,11 +20,9 @@ ROW_MAJOR, NOT_TRANSPOSED, TRANSPOSED = 101, 111, 112  # numbers of cblas.h
 def _find() -> tuple[int, bool] | None:
     """(address, True if its sizes have 64 bits) of cblas_sgemm in a BLAS library that is loaded; None without one."""
     for library in system.libraries():
-        for prefix in ("scipy_", ""):
-            for suffix in ("64_", "_64", ""):
-                function = getattr(library.dynlib, f"{prefix}cblas_sgemm{suffix}", None)
-                if function is not None:
-                    return ctypes.cast(function, ctypes.c_void_p).value, bool(suffix)
+        function, has_64_bits = system.blas_function(library, "cblas_sgemm")
+        if function is not None:
+            return ctypes.cast(function, ctypes.c_void_p).value, has_64_bits
     return None
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from numba import types
 
 from ... import operands, ops
+from ..numpy import linear_by
 from ..threads import product
 from .compiler import Matrix, Vector, compiled, int64
 from .shared import ZERO, is_plain, row_parts, run, run_parts
@@ -59,22 +60,15 @@ def sum_rows(g: np.ndarray) -> np.ndarray:
 
 def linear(x: np.ndarray, W: np.ndarray, b: np.ndarray | None = None) -> Any:
     """(x Wᵀ + b, pullbacks) of ops.linear"""
-    operands.check_linear(x, W, b)
-    y = product(ops.flat(x), W.T)
-    if b is not None:
-        if is_plain(y, b):
-            run(add_bias, *y.shape, y, b)
-        else:
-            y += b
-    shape = x.shape
+    return linear_by(add_to_rows, sum_rows, x, W, b)
 
-    def dx(g: np.ndarray) -> np.ndarray:
-        return product(ops.flat(g), W).reshape(shape)
 
-    def dW(g: np.ndarray) -> np.ndarray:
-        return product(ops.flat(g).T, ops.flat(x))
-
-    return y.reshape(*shape[:-1], len(W)), (dx, dW, sum_rows)
+def add_to_rows(y: np.ndarray, b: np.ndarray) -> None:
+    """y += b, in each row of y (N, n)"""
+    if is_plain(y, b):
+        run(add_bias, *y.shape, y, b)
+    else:
+        y += b
 
 
 # ---------------------------------------------------------------------------------------------------- q, k, v
@@ -93,7 +87,7 @@ def project(
     X, n = ops.flat(x), len(Wq)
     W = np.concatenate([Wq, Wk, Wv])
     Y = product(X, W.T)
-    run(add_bias, *Y.shape, Y, np.concatenate([bq, bk, bv]))
+    add_to_rows(Y, np.concatenate([bq, bk, bv]))
     by_head = (*x.shape[:-1], 3, heads, n // heads)
     shape = Y.shape  # `back` does not keep Y
 

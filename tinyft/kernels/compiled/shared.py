@@ -29,7 +29,7 @@ def run(kernel: Callable, rows: int, width: int, *arguments: Any) -> None:
 
     width    elements of a row
     """
-    found = shares(rows, width, SHARED)
+    found = row_parts(rows, width)
     if len(found) == 1:
         kernel(0, rows, *arguments)
     else:
