@@ -488,6 +488,51 @@ def test_the_first_kernel_imports_numba_and_finds_all_machine_code(choose):
     assert result["status"] == 0 and result["errors"] == "", result
 
 
+@needs_numba
+def test_a_program_compiles_only_what_it_calls(parents, tmp_path):
+    code = f"{CHOOSE}{INSTALL}{GELU}import gc\nprint(gc.isenabled())"
+    [result] = run(parents("import tinyft"), code, TINYFT_KERNELS="numba", TINYFT_CACHE=str(tmp_path))
+    assert result["status"] == 0 and result["output"].split()[-1] == "True", result
+    names = {".".join(file.name.split(".")[:2]) for file in tmp_path.iterdir()}
+    assert names == {"elementwise.gelu_forward", "elementwise.gelu_backward"}
+
+
+@needs_numba
+def test_every_compiled_function_belongs_to_an_op():
+    """An op loads the functions that it calls. One that it does not name would be compiled in the backward pass."""
+    from tinyft.kernels.compiled import compiler
+
+    assert kernels.compiled_kernels()
+    modules = [m for name, m in sys.modules.items() if name.startswith("tinyft.kernels.compiled.")]
+    functions = {f for m in modules for f in vars(m).values() if isinstance(f, compiler.Kernel)}
+    assert functions == {f for op in kernels.compiled_kernels().values() for f in op.kernels}
+    assert all(f._is_loaded for f in functions)
+
+
+CALLED_BY_THREADS = """
+import sys, threading
+sys.path.insert(0, FOLDER)
+from module_of_a_test import scale
+import numpy as np
+x = np.arange(20, dtype=np.float32)
+start = threading.Barrier(4)
+def call(i):
+    start.wait()
+    scale(5 * i, 5 * i + 5, x, np.float32(3))
+threads = [threading.Thread(target=call, args=(i,)) for i in range(4)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+print(x.tolist())
+"""
+
+
+@needs_numba
+def test_four_threads_call_a_function_that_is_not_compiled(kept):
+    code = f"{COMPILER}\n{CALLED_BY_THREADS}".replace("FOLDER", repr(str(kept.folder)))
+    [result] = run(kept.parent, code, **kept.environment)
+    check_result(result)
+
+
 def test_without_numba_the_numpy_kernels_do_the_work_silently(choose):
     result = choose(MISSING + INSTALL + GELU + "print(kernels.in_use())", "auto")
     assert (result["status"], result["errors"]) == (0, ""), result

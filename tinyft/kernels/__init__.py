@@ -111,28 +111,39 @@ def _compiled(definition: Callable) -> Callable:
     """The compiled kernel of a definition. Its first call imports Numba, and compiles what is not on the disk."""
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        found = compiled_kernels().get(definition)
+        found = compiled_kernel(definition)
         return NotImplemented if found is None else found(*args, **kwargs)
 
     return _late.setdefault(definition, kernel)
 
 
 @cache
-def compiled_kernels() -> dict[Callable, Callable]:
-    """{definition: its compiled kernel}; {} with a line on standard error if Numba does not run here.
+def compiled_kernel(definition: Callable) -> Callable | None:
+    """The compiled kernel of a definition; None, with a line on standard error, if Numba cannot compile it here.
 
     RuntimeError instead with TINYFT_KERNELS=numba.
     """
     try:
-        from .compiled import kernels
-        return kernels()
+        from .compiled import load
+        return load(definition)
     except Exception as error:  # Numba supports not every version of NumPy and Python
         plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # Numba's errors are coloured
         reason = " ".join(plain.split())[:200]
         if os.environ.get("TINYFT_KERNELS") == "numba":
             raise RuntimeError(f"TINYFT_KERNELS=numba wants a Numba that runs here: {reason}") from error
-        print(f"tinyft: Numba does not run here, the kernels for NumPy do its work: {reason}", file=sys.stderr)
-        return {}
+        _say_once(f"tinyft: Numba does not run here, the kernels for NumPy do its work: {reason}")
+        return None
+
+
+@cache
+def _say_once(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def compiled_kernels() -> dict[Callable, Callable]:
+    """{definition: its compiled kernel}, all compiled now; without those that Numba cannot compile here."""
+    found = {definition: compiled_kernel(definition) for definition in _with_compiled_kernel()}
+    return {definition: kernel for definition, kernel in found.items() if kernel}
 
 
 def cache_folder() -> Path | None:

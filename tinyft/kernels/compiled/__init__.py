@@ -8,25 +8,37 @@
     packed.py          products of a few rows with packed weights
 
 They stand in front of the NumPy kernels, with the same signatures. What they do not take goes to those.
-The modules import Numba, and compile what is not on the disk: `kernels` imports them, at the first call of a kernel.
+The modules import Numba; tinyft/kernels/__init__.py imports them at the first call of a kernel. Each kernel is compiled
+at its own first call: a program waits for those that it uses.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 from ...optim.optimizers import adam_update
 from ...precision import widen_half
 from ...tensor import OPS
 
-__all__ = ["kernels"]
+__all__ = ["load"]
 
 
-def kernels() -> dict[Callable, Callable]:
-    """{definition: its compiled kernel}"""
+def load(definition: Callable) -> Callable:
+    """The compiled kernel of a definition. What it calls is compiled, or read from the disk, now."""
+    op = _kernels()[definition]
+    for kernel in op.kernels:
+        kernel.load()
+    return op
+
+
+@functools.cache
+def _kernels() -> dict[Callable, Any]:
+    """{definition: its compiled kernel, with the functions that it calls as its attribute `kernels`}"""
     from . import attention, cross_entropy, elementwise, norms, packed, rows, update
 
-    found: dict[Callable, Callable] = {
+    found: dict[Callable, Any] = {
         adam_update: update.adam_update,
         widen_half: packed.widen_half,
         OPS["_packed_linear"]: packed.packed_linear,

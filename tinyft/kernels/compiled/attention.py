@@ -20,14 +20,14 @@ from ...tensor import sum_to
 from ..attention import read_operands
 from ..tile_sizes import queries_of_tile
 from .blas import NOT_TRANSPOSED, ROW_MAJOR, TRANSPOSED, is_available, sgemm
-from .compiler import boolean, compiled, float32, inlined, inlined_sum, int64
+from .compiler import Matrix, Vector, boolean, calls, compiled_sum, float32, inlined, int64, pasted
 from .shared import ONE, ZERO, exp, largest, row_parts, run, run_parts
 
 __all__ = ["attention"]
 
 Heads = types.float32[:, :, :, :]  # (B, H, T, D) in any layout, with neighbours in each row
 Rows = types.float32[:, :, ::1]  # (B, H, T), one number for each query
-Row, Tile = types.float32[:], types.float32[:, :]
+Head = types.float32[:, :]  # (T, D): queries, keys or values of one head, with neighbours in each row
 Masks = types.float32[:, :, :, ::1]  # (B or 1, H or 1, Tq or 1, Tk), a bias or a mask
 Sums = types.float32[:, :, :, :, ::1]  # (threads, ...): a gradient of the bias for each thread
 ABSENT = np.zeros((1, 1, 1, 0), np.float32)  # stands for a missing bias or mask
@@ -37,35 +37,35 @@ SCORE = 4  # the work for a score, in elements of `shares`: as long as four entr
 
 # ---------------------------------------------------------------------------------------------------- products
 @inlined
-def multiply(alpha: float32, A: Tile, B: Tile, beta: float32, C: Tile) -> None:
+def multiply(alpha: float32, A: Head, B: Head, beta: float32, C: Head) -> None:
     """C ← α A B + β C"""
     sgemm(ROW_MAJOR, NOT_TRANSPOSED, NOT_TRANSPOSED, C.shape[0], C.shape[1], A.shape[1], alpha, A.ctypes, row_step(A),
           B.ctypes, row_step(B), beta, C.ctypes, row_step(C))
 
 
 @inlined
-def multiply_by_transposed(alpha: float32, A: Tile, B: Tile, beta: float32, C: Tile) -> None:
+def multiply_by_transposed(alpha: float32, A: Head, B: Head, beta: float32, C: Head) -> None:
     """C ← α A Bᵀ + β C"""
     sgemm(ROW_MAJOR, NOT_TRANSPOSED, TRANSPOSED, C.shape[0], C.shape[1], A.shape[1], alpha, A.ctypes, row_step(A),
           B.ctypes, row_step(B), beta, C.ctypes, row_step(C))
 
 
 @inlined
-def multiply_transposed(alpha: float32, A: Tile, B: Tile, beta: float32, C: Tile) -> None:
+def multiply_transposed(alpha: float32, A: Head, B: Head, beta: float32, C: Head) -> None:
     """C ← α Aᵀ B + β C"""
     sgemm(ROW_MAJOR, TRANSPOSED, NOT_TRANSPOSED, C.shape[0], C.shape[1], A.shape[0], alpha, A.ctypes, row_step(A),
           B.ctypes, row_step(B), beta, C.ctypes, row_step(C))
 
 
 @inlined
-def row_step(A: Tile) -> int64:
+def row_step(A: Head) -> int64:
     """The distance between two rows of A, in numbers."""
     return max(A.strides[0] // 4, A.shape[1])
 
 
 # ---------------------------------------------------------------------------------------------------- one head
 @inlined
-def add_rows(E: Tile, terms: Tile, first_query: int64) -> None:
+def add_rows(E: Matrix, terms: Matrix, first_query: int64) -> None:
     """Add to the scores E of a tile a bias, or the terms of a mask (0 or −∞). terms (Tq or 1, Tk)"""
     for i in range(E.shape[0]):
         scores = E[i]
@@ -75,7 +75,7 @@ def add_rows(E: Tile, terms: Tile, first_query: int64) -> None:
 
 
 @inlined
-def add_to_rows(terms: Tile, dS: Tile, first_query: int64) -> None:
+def add_to_rows(terms: Matrix, dS: Matrix, first_query: int64) -> None:
     """Add the gradient dS of a tile's scores to `terms`, the gradient of a bias (Tq or 1, Tk)."""
     for i in range(dS.shape[0]):
         gradients = dS[i]
@@ -85,7 +85,7 @@ def add_to_rows(terms: Tile, dS: Tile, first_query: int64) -> None:
 
 
 @inlined
-def scores_of(E: Tile, q: Tile, k: Tile, bias: Tile, hidden: Tile, alpha: float32, first_query: int64) -> None:
+def scores_of(E: Matrix, q: Head, k: Head, bias: Matrix, hidden: Matrix, alpha: float32, first_query: int64) -> None:
     """E ← S of a tile, −∞ for hidden keys. `bias` or `hidden` is empty if there is none."""
     multiply_by_transposed(alpha, q, k, ZERO, E)
     if bias.size:
@@ -101,7 +101,7 @@ def seen_keys(query: int64, queries: int64, keys: int64, causal: boolean) -> int
 
 
 @inlined
-def exponentials(E: Tile, first_query: int64, queries: int64, keys: int64, causal: boolean, top: Row) -> None:
+def exponentials(E: Matrix, first_query: int64, queries: int64, keys: int64, causal: boolean, top: Vector) -> None:
     """E ← e^(E − top) for the keys that each query may look at, 0 for the others"""
     for i in range(E.shape[0]):
         seen = seen_keys(first_query + i, queries, keys, causal)
@@ -113,7 +113,7 @@ def exponentials(E: Tile, first_query: int64, queries: int64, keys: int64, causa
 
 
 @inlined
-def drop(E: Tile, keep: Tile, first_query: int64) -> None:
+def drop(E: Matrix, keep: Matrix, first_query: int64) -> None:
     """E ← E ⊙ M for the queries of a tile. keep (Tq, Tk): M"""
     for i in range(E.shape[0]):
         scores = E[i]
@@ -122,10 +122,10 @@ def drop(E: Tile, keep: Tile, first_query: int64) -> None:
             scores[j] *= factors[j]
 
 
-@inlined_sum
+@pasted
 def head_forward(
-    q: Tile, k: Tile, v: Tile, bias: Tile, hidden: Tile, keep: Tile, causal: boolean, alpha: float32, n_rows: int64,
-    memory: Row, y: Tile, top: Row, z: Row,
+    q: Head, k: Head, v: Head, bias: Matrix, hidden: Matrix, keep: Matrix, causal: boolean, alpha: float32,
+    n_rows: int64, memory: Vector, y: Head, top: Vector, z: Vector,
 ) -> None:
     """O, top and z of one head, tile by tile."""
     queries, keys = len(q), len(k)
@@ -153,11 +153,11 @@ def head_forward(
                 y[i, j] *= inverse
 
 
-@inlined_sum
+@pasted
 def head_backward(
-    q: Tile, k: Tile, v: Tile, bias: Tile, hidden: Tile, keep: Tile, causal: boolean, alpha: float32, n_rows: int64,
-    memory: Row, memory_ds: Row, memory_g: Tile, y: Tile, top: Row, z: Row, g: Tile, is_first: boolean, dq: Tile,
-    dk: Tile, dv: Tile, db: Tile,
+    q: Head, k: Head, v: Head, bias: Matrix, hidden: Matrix, keep: Matrix, causal: boolean, alpha: float32,
+    n_rows: int64, memory: Vector, memory_ds: Vector, memory_g: Matrix, y: Head, top: Vector, z: Vector, g: Head,
+    is_first: boolean, dq: Head, dk: Head, dv: Head, db: Matrix,
 ) -> None:
     """The gradients of one head. dK and dV are written if is_first, else added to those of the earlier heads.
 
@@ -200,12 +200,12 @@ def head_backward(
 
 # ---------------------------------------------------------------------------------------------------- all heads
 @inlined
-def of_head(mask: Masks, b: int64, h: int64) -> Tile:
+def of_head(mask: Masks, b: int64, h: int64) -> Matrix:
     """The matrix of one head, from a mask (B or 1, H or 1, ...)."""
     return mask[min(b, mask.shape[0] - 1), min(h, mask.shape[1] - 1)]
 
 
-@compiled
+@compiled_sum
 def heads_forward(
     first: int64, last: int64, q: Heads, k: Heads, v: Heads, bias: Masks, hidden: Masks, keep: Masks, causal: boolean,
     alpha: float32, n_rows: int64, y: Heads, top: Rows, z: Rows,
@@ -217,12 +217,13 @@ def heads_forward(
     for i in range(first, last):
         b, kv = i // kv_heads, i % kv_heads
         for h in range(kv * group, (kv + 1) * group):
-            terms = of_head(bias, b, h), of_head(hidden, b, h), of_head(keep, b, h)
-            head_forward(q[b, h], k[b, kv], v[b, kv], *terms, causal, alpha, n_rows, memory, y[b, h], top[b, h],
-                         z[b, h])
+            head_forward(
+                q[b, h], k[b, kv], v[b, kv], of_head(bias, b, h), of_head(hidden, b, h), of_head(keep, b, h), causal,
+                alpha, n_rows, memory, y[b, h], top[b, h], z[b, h],
+            )
 
 
-@compiled
+@compiled_sum
 def heads_backward(
     number: int64, first: int64, last: int64, q: Heads, k: Heads, v: Heads, bias: Masks, hidden: Masks, keep: Masks,
     causal: boolean, alpha: float32, n_rows: int64, y: Heads, top: Rows, z: Rows, g: Heads, dq: Heads, dk: Heads,
@@ -236,13 +237,15 @@ def heads_backward(
     for i in range(first, last):
         b, kv = i // kv_heads, i % kv_heads
         for h in range(kv * group, (kv + 1) * group):
-            terms = of_head(bias, b, h), of_head(hidden, b, h), of_head(keep, b, h)
-            head_backward(q[b, h], k[b, kv], v[b, kv], *terms, causal, alpha, n_rows, memory, memory_ds, memory_g,
-                          y[b, h], top[b, h], z[b, h], g[b, h], h == kv * group, dq[b, h], dk[b, kv], dv[b, kv],
-                          of_head(db[number], b, h))
+            head_backward(
+                q[b, h], k[b, kv], v[b, kv], of_head(bias, b, h), of_head(hidden, b, h), of_head(keep, b, h), causal,
+                alpha, n_rows, memory, memory_ds, memory_g, y[b, h], top[b, h], z[b, h], g[b, h], h == kv * group,
+                dq[b, h], dk[b, kv], dv[b, kv], of_head(db[number], b, h),
+            )
 
 
 # ---------------------------------------------------------------------------------------------------- the op
+@calls(heads_forward, heads_backward)
 def attention(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, bias: np.ndarray | None = None, *, key_mask: np.ndarray | None = None,
     causal: bool = False, scale: float | None = None, dropout_mask: np.ndarray | None = None,

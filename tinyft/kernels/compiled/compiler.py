@@ -19,13 +19,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import hashlib
 import inspect
 import os
 import pickle
 import sys
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +40,8 @@ from numba.core.serialize import dumps
 
 from ...atomic import write_atomically
 
-__all__ = ["Matrix", "Vector", "add_symbol", "boolean", "cache_folder", "compiled", "compiled_sum", "float32",
-           "inlined", "inlined_sum", "int64"]
+__all__ = ["Kernel", "Matrix", "Vector", "add_symbol", "boolean", "cache_folder", "calls", "compiled", "compiled_sum",
+           "float32", "inlined", "inlined_sum", "int64", "pasted"]
 
 boolean, float32, int64 = types.boolean, types.float32, types.int64
 Vector, Matrix = types.float32[::1], types.float32[:, ::1]  # contiguous
@@ -50,30 +52,103 @@ FAST = {"contract", "nsz", "arcp", "afn"}
 ANY_ORDER = FAST | {"reassoc"}  # and take sums and products in any order
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
 
-# Functions that compiled functions call, and Python does not. One with a sum over many numbers is a vector loop only in
-# any order.
-inlined = numba.njit(**OPTIONS, no_cpython_wrapper=True, fastmath=FAST)
-inlined_sum = numba.njit(**OPTIONS, no_cpython_wrapper=True, fastmath=ANY_ORDER)
 
+class Kernel:
+    """A compiled function. It does not hold the interpreter's lock.
 
-def compiled(function: Callable, fastmath: set[str] = FAST) -> Callable:
-    """The function, compiled for the types in its annotations. It does not hold the interpreter's lock.
-
-    Arrays must be contiguous where their type says so, aligned and writable; see `is_plain` in shared.py.
+    It is compiled, or read from the disk, when `load` is called, or else at its first call. Arrays must be contiguous
+    where their type says so, aligned and writable; see `is_plain` in shared.py.
     TypeError for a function with a closure: its source does not say all that it computes.
     """
-    if function.__closure__:
-        raise TypeError(f"compiled wants a function without a closure, got {function.__name__}")
-    argument_types = inspect.get_annotations(function, eval_str=True)
-    result = argument_types.pop("return") or types.void
-    dispatcher = numba.njit(**OPTIONS, fastmath=fastmath)(function)
-    dispatcher._cache = _File(function)
-    dispatcher.compile(result(*argument_types.values()))
-    dispatcher.disable_compile()
-    return dispatcher
+
+    def __init__(self, function: Callable, fastmath: set[str]) -> None:
+        if function.__closure__:
+            raise TypeError(f"compiled wants a function without a closure, got {function.__name__}")
+        functools.update_wrapper(self, function)
+        self._dispatcher = numba.njit(**OPTIONS, fastmath=fastmath)(function)
+        self._dispatcher._cache = _File(function)
+        self._is_loaded = False
+
+    def __call__(self, *arguments: Any) -> Any:
+        if not self._is_loaded:
+            self.load()
+        return self._dispatcher(*arguments)
+
+    def load(self) -> None:
+        """Compile the function, or read it from the disk, unless that is done."""
+        with _lock, _no_collection():
+            if not self._is_loaded:
+                _compile(self._dispatcher)
+                self._is_loaded = True
+
+
+_lock = threading.RLock()
+
+
+def compiled(function: Callable, fastmath: set[str] = FAST) -> Kernel:
+    """The function as a Kernel, for the types in its annotations."""
+    return Kernel(function, fastmath)
 
 
 compiled_sum = functools.partial(compiled, fastmath=ANY_ORDER)  # of a function with sums over many numbers
+
+
+def calls(*kernels: Kernel) -> Callable[[Callable], Callable]:
+    """A decorator of an op: the compiled functions that it calls. They are loaded together, before its first call."""
+    def mark(op: Callable) -> Callable:
+        op.kernels = kernels
+        return op
+
+    return mark
+
+
+# Functions that compiled functions call, and Python does not. They are compiled for the types in their annotations,
+# when first needed. Without types, Numba would compile them for each layout of the arrays that they get.
+_waiting: list[Any] = []
+
+
+def inlined(function: Callable, fastmath: set[str] = FAST) -> Callable:
+    """The function, for compiled functions to call. LLVM may put its code in the place of a call."""
+    dispatcher = numba.njit(**OPTIONS, no_cpython_wrapper=True, fastmath=fastmath)(function)
+    _waiting.append(dispatcher)
+    return dispatcher
+
+
+inlined_sum = functools.partial(inlined, fastmath=ANY_ORDER)  # LLVM makes a vector loop of a sum only in any order
+
+
+def pasted(function: Callable) -> Callable:
+    """The function, for one compiled function to call: its source stands in the place of the call.
+
+    A long function is then not compiled twice, by itself and inlined. Its FAST or ANY_ORDER is that of its caller.
+    """
+    return numba.njit(**OPTIONS, inline="always")(function)
+
+
+def _compile(dispatcher: Any) -> None:
+    """Compile a function for the types in its annotations, and for no others."""
+    argument_types = inspect.get_annotations(dispatcher.py_func, eval_str=True)
+    result = argument_types.pop("return") or types.void
+    dispatcher.compile(result(*argument_types.values()))
+    dispatcher.disable_compile()
+
+
+def _compile_inlined() -> None:
+    """Compile the inlined functions: a function that is not on the disk may call them."""
+    while _waiting:
+        _compile(_waiting.pop(0))
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without garbage collection: a tenth of Numba's time would go to visits of the many objects that it makes."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 _symbols: list[str] = []
@@ -132,7 +207,7 @@ def _is_writable(folder: Path) -> bool:
 @functools.cache
 def _announce() -> None:
     """Say, once, what the user waits for."""
-    where = "once" if cache_folder() else "in every process, since no folder can be written"
+    where = "each once" if cache_folder() else "in every process, since no folder can be written"
     print(f"tinyft: compiling its kernels for this processor, {where} (a few seconds; TINYFT_KERNELS=numpy does "
           "without them)", file=sys.stderr, flush=True)
 
@@ -176,6 +251,7 @@ class _File(NullCache):
                 with contextlib.suppress(Exception):  # a Numba with the same number, changed by hand
                     return CompileResult._rebuild(target_context, *pickle.loads(data))
         _announce()
+        _compile_inlined()
         return None
 
     def save_overload(self, sig: Any, data: Any) -> None:

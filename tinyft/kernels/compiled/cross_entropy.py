@@ -9,7 +9,7 @@ import numpy as np
 from numba import types
 
 from ... import operands, ops
-from .compiler import Matrix, Vector, compiled, compiled_sum, float32, inlined, int64
+from .compiler import Matrix, Vector, calls, compiled, compiled_sum, float32, inlined, int64
 from .shared import ZERO, exp, is_plain, largest, run
 
 __all__ = ["cross_entropy"]
@@ -60,6 +60,7 @@ def losses_backward(
         d[labels[i]] -= share
 
 
+@calls(losses_forward, losses_backward)
 def cross_entropy(
     z: np.ndarray, y: np.ndarray, weight: np.ndarray | None = None, ignore_index: int = -100,
     label_smoothing: float = 0.0,

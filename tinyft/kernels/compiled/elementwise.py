@@ -11,7 +11,7 @@ from numba import types
 from ... import checks, operands
 from ...array import random_words
 from ..numpy import normal_form
-from .compiler import Vector, compiled, float32, inlined, int64
+from .compiler import Vector, calls, compiled, float32, inlined, int64
 from .shared import HALF, ONE, ZERO, exp, is_plain, run
 
 __all__ = ["dropout", "gelu", "gelu_tanh", "swiglu"]
@@ -56,6 +56,7 @@ def gelu_tanh_backward(first: int64, last: int64, X: Vector, G: Vector, D: Vecto
         D[i] = G[i] * p * (ONE + x * (ONE - p) * (A1 + THREE_A3 * square))
 
 
+@calls(gelu_tanh_forward, gelu_tanh_backward)
 def gelu_tanh(x: np.ndarray) -> Any:
     """(y, pullbacks) of ops.gelu_tanh"""
     return activation(x, gelu_tanh_forward, gelu_tanh_backward)
@@ -110,6 +111,7 @@ def gelu_backward(first: int64, last: int64, X: Vector, G: Vector, D: Vector) ->
         D[i] = G[i] * (HALF + math.copysign(odd, X[i]))
 
 
+@calls(gelu_forward, gelu_backward)
 def gelu(x: np.ndarray) -> Any:
     """(y, pullbacks) of ops.gelu"""
     return activation(x, gelu_forward, gelu_backward)
@@ -135,6 +137,7 @@ def swiglu_backward(first: int64, last: int64, A: Vector, U: Vector, G: Vector, 
         DA[i] = G[i] * U[i] * s * (ONE + a * (ONE - s))
 
 
+@calls(swiglu_forward, swiglu_backward)
 def swiglu(gate: np.ndarray, up: np.ndarray) -> Any:
     """(y, pullback) of ops.swiglu"""
     if not is_plain(gate, up):
@@ -175,6 +178,7 @@ def multiply(first: int64, last: int64, A: Vector, B: Vector, Y: Vector) -> None
         Y[i] = A[i] * B[i]
 
 
+@calls(dropout_forward, multiply)
 def dropout(x: np.ndarray, p: float, key: int) -> Any:
     """(y, pullbacks) of ops.dropout, from the same random words as in kernels/numpy.py"""
     p = checks.number("p", p, 0, below=1)

@@ -9,7 +9,7 @@ import numpy as np
 
 from ... import operands
 from ..numpy import FLAT
-from .compiler import Matrix, Vector, boolean, compiled_sum, float32, inlined, inlined_sum, int64
+from .compiler import Matrix, Vector, boolean, calls, compiled_sum, float32, inlined, inlined_sum, int64
 from .shared import ONE, ZERO, is_plain, row_parts, run, run_parts
 
 __all__ = ["layer_norm", "rms_norm"]
@@ -26,7 +26,7 @@ def centred(x: float32, origin: float32, mean: float32) -> float32:
 
 
 @inlined_sum
-def mean_of(x: float32[:], origin: float32) -> float32:
+def mean_of(x: Vector, origin: float32) -> float32:
     """Σ (x − origin) / n"""
     total = ZERO
     for j in range(len(x)):
@@ -35,7 +35,7 @@ def mean_of(x: float32[:], origin: float32) -> float32:
 
 
 @inlined_sum
-def variance_of(x: float32[:], origin: float32, mean: float32) -> float32:
+def variance_of(x: Vector, origin: float32, mean: float32) -> float32:
     """Σ (x − origin − mean)² / n"""
     total = ZERO
     for j in range(len(x)):
@@ -102,6 +102,7 @@ def layer_norm_backward(
                 db[j] += g[j]
 
 
+@calls(layer_norm_forward, layer_norm_backward)
 def layer_norm(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float = 1e-5) -> Any:
     """(y, pullback) of ops.layer_norm"""
     if not is_plain(x, w, b):
@@ -164,6 +165,7 @@ def rms_norm_backward(
                 dw[j] += g[j] * (x[j] * inverse)
 
 
+@calls(rms_norm_forward, rms_norm_backward)
 def rms_norm(x: np.ndarray, w: np.ndarray, eps: float = 1e-6) -> Any:
     """(y, pullback) of ops.rms_norm"""
     if not is_plain(x, w):

@@ -29,7 +29,7 @@ from numba import types
 from ... import ops
 from ..packed import FEW
 from ..threads import each
-from .compiler import Matrix, Vector, compiled, int64
+from .compiler import Matrix, Vector, calls, compiled, int64
 from .shared import ZERO, row_parts, run
 
 __all__ = ["packed_linear", "widen_half"]
@@ -177,6 +177,7 @@ def look_ups(X: np.ndarray, packed: Any, values: np.ndarray) -> Callable:
 
 
 # ---------------------------------------------------------------------------------------------------- the op
+@calls(add_digits, add_products)
 def packed_linear(x: np.ndarray, packed: Any = None) -> Any:
     """(x Wᵀ, pullbacks) for at most FEW rows x. The gradient is that of the definition.
 
@@ -252,6 +253,7 @@ def widen(first: int64, last: int64, X: Halves, Y: Vector) -> None:
         Y[i] = bits.view(np.float32) * POWER
 
 
+@calls(widen)
 def widen_half(bits: np.ndarray) -> np.ndarray:
     """float16 numbers, given as their bits (uint16), as float32."""
     y = np.empty(bits.shape, np.float32)

@@ -10,7 +10,7 @@ from numba import types
 from ... import operands, ops
 from ..numpy import linear_by
 from ..threads import product
-from .compiler import Matrix, Vector, compiled, int64
+from .compiler import Matrix, Vector, calls, compiled, int64
 from .shared import ZERO, is_plain, row_parts, run, run_parts
 
 __all__ = ["embedding", "linear", "project", "rotary"]
@@ -58,6 +58,7 @@ def sum_rows(g: np.ndarray) -> np.ndarray:
     return D[0] if len(D) == 1 else D.sum(axis=0)
 
 
+@calls(add_bias, column_sums)
 def linear(x: np.ndarray, W: np.ndarray, b: np.ndarray | None = None) -> Any:
     """(x Wᵀ + b, pullbacks) of ops.linear"""
     return linear_by(add_to_rows, sum_rows, x, W, b)
@@ -72,6 +73,7 @@ def add_to_rows(y: np.ndarray, b: np.ndarray) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- q, k, v
+@calls(add_bias, column_sums)
 def project(
     x: np.ndarray, Wq: np.ndarray, bq: np.ndarray, Wk: np.ndarray, bk: np.ndarray, Wv: np.ndarray, bv: np.ndarray,
     heads: int = 1,
@@ -143,6 +145,7 @@ def scatter_add(first: int64, last: int64, ids: Ids, G: Matrix, D: Matrix) -> No
             d[j] += g[j]
 
 
+@calls(scatter_add)
 def embedding(W: np.ndarray, ids: np.ndarray) -> Any:
     """(W[ids], pullbacks) of ops.embedding. The threads share the columns of the gradient: two ids may be equal."""
     ids = operands.check_embedding(W, ids)
@@ -182,6 +185,7 @@ def rotate(first: int64, last: int64, X: Heads, cos: Matrix, sin: Matrix, Y: Hea
                     y2[j] = x2[j] * c2[j] + a * s2[j]
 
 
+@calls(rotate)
 def rotary(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> Any:
     """(y, pullbacks) of ops.rotary for x (B, H, T, D) that lies in memory as (B, T, H, D), as models make it
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..threads import each, shares
-from .compiler import float32, inlined
+from .compiler import Vector, float32, inlined
 
 __all__ = ["exp", "is_plain", "largest", "row_parts", "run", "run_parts"]
 
@@ -93,7 +93,7 @@ SIGN_BIT = np.int32(31)
 
 
 @inlined
-def largest(x: float32[:]) -> float32:
+def largest(x: Vector) -> float32:
     """max x, found among whole numbers in the same order: LLVM makes vectors of an integer maximum, not of a float's.
 
     The bits of a float32, read as an int32, are in order for positive numbers, and in reverse order for negative ones.

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .compiler import Vector, compiled, float32, int64
+from .compiler import Vector, calls, compiled, float32, int64
 from .shared import is_plain, run
 
 __all__ = ["adam_update"]
@@ -33,6 +33,7 @@ def adam(
         W[i] = keep * W[i] - step_size * (m / (root_factor * math.sqrt(v) + eps))
 
 
+@calls(adam)
 def adam_update(
     w: np.ndarray, g: np.ndarray, m: np.ndarray, v: np.ndarray, lr: float, b1: float, b2: float, eps: float,
     decay: float, t: int,
