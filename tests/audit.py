@@ -103,7 +103,8 @@ SUITES = {
 SECONDS = 20                                               # of processor time for a test, plus ten times its usual
 WAIT = 5                                                   # times as many seconds on the clock
 CHECKS = [name for name, f in vars(checks).items() if getattr(f, "__module__", "") == checks.__name__]
-COMPILED = {"compiled", "compiled_sum", "inlined", "inlined_sum", "pasted"}      # decorators of functions that Numba compiles
+# Decorators of functions that Numba compiles:
+COMPILED = {"compiled", "compiled_sum", "inlined", "inlined_sum", "pasted"}
 QUICK = 160                                                # mutants in the sample of --quick
 real_path = lru_cache(None)(os.path.realpath)              # called about a million times
 

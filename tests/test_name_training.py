@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers import host, of_the_host, quality
-from hypothesis import given
-from hypothesis import strategies as st
+from helpers import host, of_the_host, quality, rejects
 
 import tinyft as ft
 from tinyft import array, data
 from tinyft import pretrain_names as teacher
 from tinyft.data import Pairs
-from tinyft.data.name_training import chosen_names, exchanged, prose_sentences, prose_words
-from tinyft.data.scores import name_words, token_f1
+from tinyft.data.name_training import chosen_names, prose_sentences, replaced
+from tinyft.data.scores import token_f1
 from tinyft.data.word_choice import WordChoice
 
-WORDS = ["socket", "weight", "planet"]
 PAIRS = Pairs(("Return the list of archive files.", "Close it."), ("get_archive_files", "shut_down"))
 
 
@@ -36,69 +35,80 @@ def test_sentences_are_of_their_split_alone_and_short():
         prose_sentences("dev")
 
 
-def test_words_are_lower_case_and_have_three_letters():
-    assert prose_words(["The End, of x2 things.", "end"]) == ["end", "the", "things"]
-
-
 def test_chosen_names_are_those_of_word_choice():
     found = chosen_names(PAIRS, ["Open the archive files.", "!"])
     want = WordChoice().fit(PAIRS).predict(["Open the archive files."])
     assert found == Pairs(("Open the archive files.",), tuple(want)), "a text without a name is left out"
 
 
-def shared(summary: str, name: str) -> set[str]:
-    """The words of a name that the summary has."""
-    return set(name_words(name)) & set(data.name_baselines.summary_words(summary))
+TEXTS = ["Return the list of archive files.", "Close it, if it is open.", "HTTP headers (raw).", "a socket waits"]
 
 
-def is_exchange(old: tuple[str, str], new: tuple[str, str]) -> bool:
-    """True if `new` is `old` with shared words replaced, each by one word in summary and name alike."""
-    before, after = old[0].split(), new[0].split()
-    old_words, new_words = name_words(old[1]), name_words(new[1])
-    if len(before) != len(after) or len(old_words) != len(new_words):
+def is_replacement(old: str, new: str) -> bool:
+    """True if `new` is `old` with some words of three letters replaced by such words of TEXTS, capitals kept."""
+    words = set(re.findall(r"[a-z]{3,}", " ".join(TEXTS).lower()))
+    before, after = re.findall(r"[A-Za-z]+|[^A-Za-z]+", old), re.findall(r"[A-Za-z]+|[^A-Za-z]+", new)
+    if len(before) != len(after):
         return False
-    copied = shared(*old)
-    table = dict(zip(old_words, new_words))
-    kept = all(word == table[word] for word in old_words if word not in copied)
     for one, other in zip(before, after):
-        bare = one.strip(".").lower()
-        if other.strip(".").lower() != (table[bare] if bare in copied else bare):
+        may_change = len(one) >= 3 and one.isalpha()
+        fits = other.lower() in words and other[0].isupper() == one[0].isupper()
+        if one != other and not (may_change and fits):
             return False
-    return kept
+    return True
 
 
-def test_exchanged_words_are_the_same_in_summary_and_name():
-    [old] = list(zip(*PAIRS))[:1]
-    new = exchanged(PAIRS, WORDS, share=1.0)
-    assert is_exchange(old, (new.prompts[0], new.responses[0]))
-    assert new.responses[0].startswith("get_") and not shared(*old) & set(name_words(new.responses[0]))
-    assert (new.prompts[1], new.responses[1]) == ("Close it.", "shut_down"), "nothing is shared"
-    wrong = [
-        (old[0], new.responses[0]),                                  # the name alone
-        (new.prompts[0], old[1]),                                    # the summary alone
-        (new.prompts[0].replace("Return", "Socket"), new.responses[0]),
-        (new.prompts[0], new.responses[0].replace("get", "socket")),
-    ]
-    assert not any(is_exchange(old, pair) for pair in wrong)
+def check_replaced(function: Callable) -> None:
+    copies = [function(TEXTS, seed, 0.4) for seed in range(30)]
+    assert all(is_replacement(old, new) for copy in copies for old, new in zip(TEXTS, copy, strict=True))
+    assert copies == [function(TEXTS, seed, 0.4) for seed in range(30)], "a seed decides"
+    assert len({tuple(copy) for copy in copies}) > 25 and any(copy[0] == TEXTS[0] for copy in copies)
+    assert function(TEXTS, 1, 0.0) == TEXTS
 
 
-@given(st.integers(0, 100), st.sampled_from([0.0, 0.3, 1.0]))
-def test_every_exchange_is_one(seed, share):
-    found = exchanged(PAIRS, WORDS, seed, share)
-    for old, new in zip(zip(*PAIRS), zip(*found)):
-        assert is_exchange(old, new)
-    if share == 0:
-        assert found == PAIRS
+def lower(texts: list[str], seed: int, share: float) -> list[str]:
+    return [text.lower() for text in replaced(texts, seed, share)]
 
 
-def test_a_capital_stays_and_seeds_differ():
-    pairs = Pairs(("Archive the files.",) * 8, ("archive",) * 8)
-    found = exchanged(pairs, WORDS, 1, 1.0)
-    assert {summary.split()[0].lower() for summary in found.prompts} == set(found.responses)
-    assert all(summary[0].isupper() for summary in found.prompts)
-    assert exchanged(pairs, WORDS, 1, 1.0) == found != exchanged(pairs, WORDS, 2, 1.0)
-    with pytest.raises(ValueError, match="exchanged wants at least one"):
-        exchanged(pairs, [], 1)
+def without_points(texts: list[str], seed: int, share: float) -> list[str]:
+    return [text.replace(".", "") for text in replaced(texts, seed, share)]
+
+
+def of_another_text(texts: list[str], seed: int, share: float) -> list[str]:
+    return replaced([f"{text} unknown" for text in texts], seed, share)
+
+
+def one_seed(texts: list[str], seed: int, share: float) -> list[str]:
+    return replaced(texts, 7, share)
+
+
+def never_ready(texts: list[str], seed: int, share: float) -> list[str]:
+    return replaced(texts, seed, max(share, 0.1))
+
+
+def test_replaced_words_are_words_of_the_texts():
+    check_replaced(replaced)
+
+
+@pytest.mark.parametrize("wrong", [lower, without_points, of_another_text, one_seed, never_ready])
+def test_wrong_replacements_are_rejected(wrong):
+    assert rejects(lambda: check_replaced(wrong))
+
+
+def test_the_share_of_replaced_words():
+    """Rare words come more often than in the texts: with the square root of their number."""
+    texts = ["often often often often often often often often often rare"] * 3_000
+    assert replaced(texts, 0, 0.0) == texts
+    words = " ".join(replaced(texts, 0, 0.5)).split()
+    # A word of ten is rare. Half of the words are replaced, and a new word is rare with probability 1 / (3 + 1).
+    assert words.count("rare") / len(words) == pytest.approx(0.5 * 0.1 + 0.5 * 0.25, abs=0.01)
+
+
+def test_texts_that_cannot_be_replaced():
+    with pytest.raises(ValueError, match="replaced wants texts with a word"):
+        replaced(["of it", "1 2"])
+    with pytest.raises(ValueError, match="share"):
+        replaced(TEXTS, 0, 0.6)
 
 
 def test_a_name_is_spaced_and_joined_again():
@@ -135,7 +145,7 @@ def few(monkeypatch):
     monkeypatch.setattr(teacher, "real_pairs", lambda split: Pairs(*(part[:40] for part in full(split))))
     monkeypatch.setattr(teacher, "prose_sentences", lambda split: prose)
     config = ft.T5Config(vocab=400, positions=teacher.MAX_SOURCE, width=16, layers=1, heads=2, head_width=8, hidden=16)
-    return teacher.NameRecipe(config, steps=4, batch=8, first=(1, 1, 1), last=(1, 0, 2), share=0.5)
+    return teacher.NameRecipe(config, steps=4, batch=8, sentences=2, summaries=1)
 
 
 @of_the_host
@@ -150,14 +160,19 @@ def test_the_tokenizer_gives_names_back(few):
 
 
 @of_the_host
-def test_a_mixture_has_the_pairs_that_were_asked_for(few):
-    pairs = list(zip(*teacher.real_pairs("train")))
-    real = [(summary, teacher.spaced(name)) for summary, name in pairs]
-    assert teacher.mixture(0, 0, 2) == real * 2
-    changed = teacher.mixture(0, 2, 0)
-    assert len(changed) == 80 and changed[:40] != changed[40:]
-    copied = teacher.mixture(1, 0, 0)
-    assert 0 < len(copied) <= 40 and {source for source, _ in copied} <= set(teacher.prose_sentences("train"))
+def test_the_training_pairs_are_named_by_word_choice(few):
+    real = teacher.real_pairs("train").prompts
+    prose = teacher.prose_sentences("train")
+    named = teacher.labelled_texts(1, 0)
+    assert 0 < len(named) <= len(prose) and {source for source, _ in named} <= set(prose), "unchanged"
+    assert len(teacher.labelled_texts(2, 0)) > 1.8 * len(named)
+    changed = [source for source, _ in teacher.labelled_texts(0, 3)]
+    assert len(changed) == 3 * len(real)
+    assert sum(source in real for source in changed) < 0.4 * len(changed), "a few drew a share near 0"
+    assert changed != [source for source, _ in teacher.labelled_texts(0, 3, seed=1)]
+    names = dict(teacher.labelled_texts(0, 3))
+    want = WordChoice().fit(teacher.real_pairs("train")).predict(list(names)[:20])
+    assert [teacher.joined(target) for target in list(names.values())[:20]] == want
 
 
 @of_the_host

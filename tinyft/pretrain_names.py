@@ -8,9 +8,11 @@ The task has 3,423 training pairs, too few to learn from scratch how to copy a w
 
     tokens      of lower-case text: nearly every word of a summary is one token, to be copied whole
     start       W_V = W_O = I in cross-attention, so that it copies    after Trockman, Kolter 2023, arXiv:2305.09828
-    pairs       sentences of the prose with the names that WordChoice gives them, real pairs with exchanged words, and
-                the real pairs. The last part of the steps sees no real pairs: a model that learns the exact name of
-                each writes the likeliest name, and not the words that promise the highest token F1.
+    pairs       WordChoice, a simple model fitted on the real pairs, names as many texts as are wanted: the sentences of
+                the prose, and these and the summaries with replaced words. The network learns to do the same.
+
+No target is a real name: a network that learns the real names writes the likeliest name, and not the words that promise
+the highest token F1.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from . import checks, data
 from .data.name_baselines import simple_names
-from .data.name_training import chosen_names, exchanged, prose_sentences, prose_words
+from .data.name_training import chosen_names, prose_sentences, replaced
 from .data.names import Pairs
 from .data.scores import exact_match, token_f1
 from .data.word_choice import WordChoice
@@ -34,7 +36,7 @@ from .files import write_atomically
 from .models import T5, T5Config
 from .optim import AdamW, cosine_schedule
 from .predict import predict
-from .pretrain import ASSETS, Stages, smooth, write_figure
+from .pretrain import ASSETS, smooth, write_figure
 from .train import CrossEntropy, History, fit
 
 NAME = "base-seq2seq"
@@ -45,39 +47,34 @@ MAX_TARGET = 16  # tokens of a name and its end
 
 @dataclass(frozen=True)
 class NameRecipe:
-    """The model and its training: AdamW, warm-up and cosine decay, two stages.
+    """The model and its training: AdamW, warm-up and cosine decay.
 
-    batch        pairs of a step
-    first, last  what `mixture` takes in the first and in the last stage: (sentences, changed, real)
-    share        the share of the steps that belongs to the last stage
+    batch      pairs of a step
+    sentences  copies of each sentence of the prose, see `labelled_texts`
+    summaries  copies of each summary
     """
 
     config: T5Config = T5Config(
-        vocab=6144, positions=MAX_SOURCE, width=128, layers=2, heads=4, head_width=32, hidden=384, dropout=0.1,
+        vocab=6144, positions=MAX_SOURCE, width=128, layers=2, heads=4, head_width=32, hidden=384, dropout=0.0,
     )
-    steps: int = 8000
+    steps: int = 6000
     lr: float = 2e-3
     batch: int = 128
     warmup: float = 0.05
     decay: float = 0.01
     smoothing: float = 0.05
-    first: tuple[int, int, int] = (6, 2, 1)
-    last: tuple[int, int, int] = (6, 1, 0)
-    share: float = 0.3
+    sentences: int = 4
+    summaries: int = 16
     seed: int = 0
 
     def model(self) -> T5:
         """The model before training: random weights, and cross-attention that copies what it attends to."""
         return start_copying(T5(self.config, self.seed))
 
-    def batches(self, tokenizer: Tokenizer) -> Stages:
-        """The batches of both stages, endless."""
-        last_steps = round(self.share * self.steps)
-        sources = []
-        for i, counts in enumerate((self.first, self.last)):
-            pairs = mixture(*counts, seed=self.seed + i)
-            sources.append(name_batches(pairs, tokenizer, self.batch, self.seed))
-        return Stages(sources, [self.steps - last_steps, last_steps])
+    def batches(self, tokenizer: Tokenizer) -> data.Batches:
+        """The batches, endless."""
+        pairs = labelled_texts(self.sentences, self.summaries, self.seed)
+        return name_batches(pairs, tokenizer, self.batch, self.seed)
 
 
 def start_copying(model: T5) -> T5:
@@ -105,23 +102,21 @@ def real_pairs(split: str) -> Pairs:
     return Pairs(tuple(pair.summary for pair in chosen), tuple(pair.name for pair in chosen))
 
 
-def mixture(sentences: int, changed: int, real: int, seed: int = 0) -> list[tuple[str, str]]:
-    """The pairs (source, target) of a stage. Each number is a multiple of the number of real pairs.
+def labelled_texts(sentences: int, summaries: int, seed: int = 0) -> list[tuple[str, str]]:
+    """Training pairs (source, target): texts with the names that WordChoice gives them.
 
-    sentences   of the prose, with the names that WordChoice gives them; no sentence occurs twice
-    changed     copies of the real pairs with exchanged words; each copy draws other words
-    real        copies of the real pairs
+    sentences   copies of each sentence of the prose. The first is unchanged, the others have replaced words
+    summaries   copies of each summary of the real pairs, all with replaced words: WordChoice knows the names of these
     A target holds the words of a name, separated by spaces.
     """
     pairs = real_pairs("train")
     prose = prose_sentences("train")
-    words = prose_words(prose)
-    order = data.batches.generator(seed, len(prose)).permutation(len(prose))
-    chosen = [prose[i] for i in order[: sentences * len(pairs.prompts)]]
-    parts = [chosen_names(pairs, chosen)] if chosen else []
-    parts += [exchanged(pairs, words, seed=1000 * seed + i) for i in range(changed)]
-    parts += [pairs] * real
-    return [(source, spaced(name)) for part in parts for source, name in zip(*part, strict=True)]
+    texts = []
+    for i in range(sentences):
+        texts += replaced(prose, seed + i, share=0.3) if i else prose
+    for i in range(summaries):
+        texts += replaced(pairs.prompts, seed + i, share=0.4)
+    return [(text, spaced(name)) for text, name in zip(*chosen_names(pairs, texts), strict=True)]
 
 
 def spaced(name: str) -> str:
@@ -230,8 +225,8 @@ vocabulary {config.vocab:,}; {parameters:,} parameters, float16 on disk.
 
 It reads the summary of a docstring and writes the words of a function's name. Trained from scratch by `make base`
 (`tinyft/pretrain_names.py`, seed {recipe.seed}) for {recipe.steps:,} steps of {recipe.batch} pairs, AdamW, peak
-learning rate {recipe.lr:g}: sentences of the shipped prose with the names that `WordChoice` gives them, pairs with
-exchanged words, and {real:,} real pairs (`assets/LICENSES.txt`).
+learning rate {recipe.lr:g}. The training pairs are sentences of the shipped prose, and the {real:,} summaries of the
+training split with replaced words, with the names that `WordChoice` gives them (`assets/LICENSES.txt`).
 
 Held out (modules that occur nowhere in training; {count} pairs, greedy decoding):
 

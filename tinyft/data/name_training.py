@@ -1,31 +1,36 @@
-"""Further training pairs for the task *names*: a small model cannot learn to copy words from 3,423 real ones.
+"""Training pairs for the encoder-decoder of the task *names*: texts with the names that WordChoice gives them.
 
     prose_sentences("train")        sentences of the shipped prose, as short as summaries
-    chosen_names(pairs, sentences)  (sentence, the name that WordChoice gives it)
-    exchanged(pairs, words, seed)   real pairs whose copied words are replaced by others, in summary and name
+    replaced(texts, seed)           the texts with some of their words replaced: as many texts as are wanted
+    chosen_names(pairs, texts)      (text, the name that WordChoice gives it)
 
-    "Return the list of archive files."     get_archive_files
-    "Return the list of socket weights."    get_socket_weights             exchanged
+    "Return the list of archive files."     list_archive_files
+    "Return the socket of archive pages."   socket_archive_pages           replaced
+
+A model of 1.6 million parameters cannot learn from 3,423 pairs how to choose and copy words. WordChoice can: it has a
+few weights. It is the teacher, and may be asked for any number of names.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from .. import checks
 from .baselines import check_texts
 from .batches import generator
-from .name_baselines import check_pairs
 from .names import Pairs
-from .scores import name_words
 from .tasks import sentences
 from .text import SPLITS, snapshot
 from .word_choice import WordChoice
 
-__all__ = ["chosen_names", "exchanged", "prose_sentences", "prose_words"]
+__all__ = ["chosen_names", "prose_sentences", "replaced"]
 
+WORD = re.compile(r"[a-z]{3,}")
 PIECE = re.compile(r"[A-Za-z]+|[^A-Za-z]+")
 
 
@@ -43,14 +48,6 @@ def prose_sentences(split: str = "train", longest: int = 25) -> list[str]:
     return [sentence for sentence in dict.fromkeys(found) if len(sentence.split()) <= longest]
 
 
-def prose_words(texts: Sequence[str]) -> list[str]:
-    """The different words of at least three letters of some texts, in lower case, sorted."""
-    found: set[str] = set()
-    for text in check_texts("prose_words", texts):
-        found.update(re.findall(r"[a-z]{3,}", text.lower()))
-    return sorted(found)
-
-
 def chosen_names(pairs: Pairs, texts: Sequence[str]) -> Pairs:
     """The texts with the names that `WordChoice`, fitted on `pairs`, gives them. A text without words is left out.
 
@@ -61,35 +58,30 @@ def chosen_names(pairs: Pairs, texts: Sequence[str]) -> Pairs:
     return Pairs(tuple(text for text, _ in kept), tuple(name for _, name in kept))
 
 
-def exchanged(pairs: Pairs, words: Sequence[str], seed: int = 0, share: float = 0.7) -> Pairs:
-    """Copies of the pairs. Words that stand in both summary and name are replaced by random ones.
+def replaced(texts: Sequence[str], seed: int = 0, share: float = 0.4) -> list[str]:
+    """Copies of the texts, with some of their words replaced by words of other texts.
 
-    words   to draw from, each with the same probability
-    share   the probability that such a word is replaced; summary and name get the same new word
+    share    the mean share of a text's words that are replaced. The share of each text is drawn from 0 ... 2 share.
 
-    A model cannot memorise the names of these pairs. ValueError for no words, and for a share outside 0 ... 1.
+    Words of fewer than three letters stay. A new word is drawn with a probability that grows as the square root of its
+    occurrences in the texts: rare words, which are hard to copy, come more often than in real texts.
+    ValueError for no words, and for a share outside 0 ... 0.5.
     """
-    summaries, names = check_pairs("exchanged", pairs)
-    words = check_texts("exchanged", words)
-    checks.number("exchanged: share", share, 0, 1)
-    rng = generator(seed, len(words))
-    new = [_exchange(summary, name, words, share, rng) for summary, name in zip(summaries, names, strict=True)]
-    return Pairs(tuple(summary for summary, _ in new), tuple(name for _, name in new))
+    checks.number("replaced: share", share, 0, 0.5)
+    counts = Counter(word for text in check_texts("replaced", texts) for word in WORD.findall(text.lower()))
+    if not counts:
+        raise ValueError("replaced wants texts with a word of three letters, got none")
+    words = sorted(counts)
+    p = np.sqrt([counts[word] for word in words])
+    p /= p.sum()
+    rng = generator(seed, len(texts))
+    return [_replace(text, words, p, 2 * share * rng.random(), rng) for text in texts]
 
 
-def _exchange(summary: str, name: str, words: Sequence[str], share: float, rng: Any) -> tuple[str, str]:
-    """One pair with its shared words replaced."""
-    pieces = PIECE.findall(summary)
-    present = {piece.lower() for piece in pieces}
-    replacement: dict[str, str] = {}
-    for word in dict.fromkeys(name_words(name)):
-        if word in present and rng.random() < share:
-            replacement[word] = words[rng.integers(len(words))]
-    new_summary = "".join(_like(piece, replacement.get(piece.lower(), piece)) for piece in pieces)
-    new_name = "_".join(replacement.get(word, word) for word in name_words(name))
-    return new_summary, new_name
-
-
-def _like(old: str, new: str) -> str:
-    """`new`, with a capital if `old` begins with one. A word that was not replaced stays as it is, "HTTP" too."""
-    return new.capitalize() if new != old and old[:1].isupper() else new
+def _replace(text: str, words: Sequence[str], p: np.ndarray, share: float, rng: Any) -> str:
+    """One text, with about this share of its words replaced."""
+    pieces = PIECE.findall(text)
+    places = [i for i, piece in enumerate(pieces) if WORD.fullmatch(piece.lower()) and rng.random() < share]
+    for i, k in zip(places, rng.choice(len(words), len(places), p=p), strict=True):
+        pieces[i] = words[k].capitalize() if pieces[i][:1].isupper() else words[k]
+    return "".join(pieces)

@@ -122,6 +122,12 @@ def drop(E: Matrix, keep: Matrix, first_query: int64) -> None:
             scores[j] *= factors[j]
 
 
+@inlined
+def inverse_of(z: float32) -> float32:
+    """1 / z; 0 for a query that sees no key, whose z is 0; NaN for NaN"""
+    return ONE / z if z > ZERO else ZERO if z == ZERO else z
+
+
 @pasted
 def head_forward(
     q: Head, k: Head, v: Head, bias: Matrix, hidden: Matrix, keep: Matrix, causal: boolean, alpha: float32,
@@ -148,7 +154,7 @@ def head_forward(
             drop(E, keep, first)
         multiply(ONE, E, v[:n], ZERO, y[first:last])
         for i in range(first, last):
-            inverse = ONE / z[i] if z[i] > ZERO else ZERO if z[i] == ZERO else z[i]
+            inverse = inverse_of(z[i])
             for j in range(y.shape[1]):
                 y[i, j] *= inverse
 
@@ -176,7 +182,7 @@ def head_backward(
         exponentials(E, first, queries, keys, causal, top[first:last])
         G = memory_g[: last - first]  # Ĝ
         for i in range(first, last):
-            inverse = ONE / z[i] if z[i] > ZERO else ZERO if z[i] == ZERO else z[i]
+            inverse = inverse_of(z[i])
             for j in range(G.shape[1]):
                 G[i - first, j] = g[i, j] * inverse
         multiply_by_transposed(ONE, G, v[:n], ZERO, dS)
