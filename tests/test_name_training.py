@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,38 +60,46 @@ def is_replacement(old: str, new: str) -> bool:
 
 
 def check_replaced(function: Callable) -> None:
-    copies = [function(TEXTS, seed, 0.4) for seed in range(30)]
+    copies = [function(TEXTS, 0.4, 5, copy) for copy in range(30)]
     assert all(is_replacement(old, new) for copy in copies for old, new in zip(TEXTS, copy, strict=True))
-    assert copies == [function(TEXTS, seed, 0.4) for seed in range(30)], "a seed decides"
-    assert len({tuple(copy) for copy in copies}) > 25 and any(copy[0] == TEXTS[0] for copy in copies)
-    assert function(TEXTS, 1, 0.0) == TEXTS
+    assert copies == [function(TEXTS, 0.4, 5, copy) for copy in range(30)], "seed and number decide"
+    assert function(TEXTS, 0.4, 6, 0) not in copies, "no other seed has the same copies"
+    assert len({tuple(copy) for copy in copies}) > 28
+    unchanged = sum(old == new for copy in copies for old, new in zip(TEXTS, copy))
+    assert unchanged < 0.25 * 4 * 30, "a new word is the old one by chance alone"
 
 
-def lower(texts: list[str], seed: int, share: float) -> list[str]:
-    return [text.lower() for text in replaced(texts, seed, share)]
+def lower(texts: list[str], *arguments: Any) -> list[str]:
+    return [text.lower() for text in replaced(texts, *arguments)]
 
 
-def without_points(texts: list[str], seed: int, share: float) -> list[str]:
-    return [text.replace(".", "") for text in replaced(texts, seed, share)]
+def without_points(texts: list[str], *arguments: Any) -> list[str]:
+    return [text.replace(".", "") for text in replaced(texts, *arguments)]
 
 
-def of_another_text(texts: list[str], seed: int, share: float) -> list[str]:
-    return replaced([f"{text} unknown" for text in texts], seed, share)
+def of_another_text(texts: list[str], *arguments: Any) -> list[str]:
+    return replaced([f"{text} unknown" for text in texts], *arguments)
 
 
-def one_seed(texts: list[str], seed: int, share: float) -> list[str]:
-    return replaced(texts, 7, share)
+def one_copy(texts: list[str], share: float, seed: int, copy: int) -> list[str]:
+    return replaced(texts, share, seed, 0)
 
 
-def never_ready(texts: list[str], seed: int, share: float) -> list[str]:
-    return replaced(texts, seed, max(share, 0.1))
+def seeds_that_overlap(texts: list[str], share: float, seed: int, copy: int) -> list[str]:
+    return replaced(texts, share, 0, seed + copy)
+
+
+def often_nothing(texts: list[str], share: float, seed: int, copy: int) -> list[str]:
+    return texts if copy % 3 == 0 else replaced(texts, share, seed, copy)
 
 
 def test_replaced_words_are_words_of_the_texts():
     check_replaced(replaced)
 
 
-@pytest.mark.parametrize("wrong", [lower, without_points, of_another_text, one_seed, never_ready])
+@pytest.mark.parametrize(
+    "wrong", [lower, without_points, of_another_text, one_copy, seeds_that_overlap, often_nothing],
+)
 def test_wrong_replacements_are_rejected(wrong):
     assert rejects(lambda: check_replaced(wrong))
 
@@ -98,17 +107,19 @@ def test_wrong_replacements_are_rejected(wrong):
 def test_the_share_of_replaced_words():
     """Rare words come more often than in the texts: with the square root of their number."""
     texts = ["often often often often often often often often often rare"] * 3_000
-    assert replaced(texts, 0, 0.0) == texts
-    words = " ".join(replaced(texts, 0, 0.5)).split()
+    words = " ".join(replaced(texts, 0.5)).split()
     # A word of ten is rare. Half of the words are replaced, and a new word is rare with probability 1 / (3 + 1).
     assert words.count("rare") / len(words) == pytest.approx(0.5 * 0.1 + 0.5 * 0.25, abs=0.01)
+    numbered = [" ".join(f"{'abcdefghij'[i]}{'klmnopqrst'[j]}x" for i in range(10)) for j in range(10)] * 30
+    for text, copy in zip(numbered, replaced(numbered, 0.0)):
+        assert sum(a != b for a, b in zip(text.split(), copy.split())) <= 1, "share 0: one word"
 
 
 def test_texts_that_cannot_be_replaced():
     with pytest.raises(ValueError, match="replaced wants texts with a word"):
         replaced(["of it", "1 2"])
     with pytest.raises(ValueError, match="share"):
-        replaced(TEXTS, 0, 0.6)
+        replaced(TEXTS, 0.6)
 
 
 def test_a_name_is_spaced_and_joined_again():
@@ -160,6 +171,15 @@ def test_the_tokenizer_gives_names_back(few):
 
 
 @of_the_host
+def test_the_tokenizer_gives_every_name_back():
+    tokenizer = teacher.train_tokenizer(1000)
+    names = [pair.name for pair in data.name_pairs()]
+    assert {"b64encode", "read1"} <= set(names), "digits at the end of a word and inside"
+    for name in names:
+        assert teacher.joined(tokenizer.decode(tokenizer.encode(teacher.spaced(name)).ids)) == name
+
+
+@of_the_host
 def test_the_training_pairs_are_named_by_word_choice(few):
     real = teacher.real_pairs("train").prompts
     prose = teacher.prose_sentences("train")
@@ -167,8 +187,7 @@ def test_the_training_pairs_are_named_by_word_choice(few):
     assert 0 < len(named) <= len(prose) and {source for source, _ in named} <= set(prose), "unchanged"
     assert len(teacher.labelled_texts(2, 0)) > 1.8 * len(named)
     changed = [source for source, _ in teacher.labelled_texts(0, 3)]
-    assert len(changed) == 3 * len(real)
-    assert sum(source in real for source in changed) < 0.4 * len(changed), "a few drew a share near 0"
+    assert len(changed) == 3 * len(real) and len(set(changed) & set(real)) <= 3, "a word was replaced by itself"
     assert changed != [source for source, _ in teacher.labelled_texts(0, 3, seed=1)]
     names = dict(teacher.labelled_texts(0, 3))
     want = WordChoice().fit(teacher.real_pairs("train")).predict(list(names)[:20])

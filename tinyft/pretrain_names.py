@@ -7,12 +7,12 @@
 The task has 3,423 training pairs, too few to learn from scratch how to copy a word. Therefore
 
     tokens      of lower-case text: nearly every word of a summary is one token, to be copied whole
-    start       W_V = W_O = I in cross-attention, so that it copies    after Trockman, Kolter 2023, arXiv:2305.09828
-    pairs       WordChoice, a simple model fitted on the real pairs, names as many texts as are wanted: the sentences of
-                the prose, and these and the summaries with replaced words. The network learns to do the same.
+    start       W_V = W_O = I in cross-attention, so that it copies    following Trockman, Kolter 2023, arXiv:2305.09828
+    pairs       WordChoice, a simple model fitted on the real pairs, gives names to the sentences of the prose, and to
+                copies of them and of the summaries with some words replaced. The network learns to do the same
 
-No target is a real name: a network that learns the real names writes the likeliest name, and not the words that promise
-the highest token F1.
+A network that learns the real names instead writes the likeliest name, and not the words that promise the highest token
+F1.
 """
 
 from __future__ import annotations
@@ -55,16 +55,16 @@ class NameRecipe:
     """
 
     config: T5Config = T5Config(
-        vocab=6144, positions=MAX_SOURCE, width=128, layers=2, heads=4, head_width=32, hidden=384, dropout=0.0,
+        vocab=6144, positions=MAX_SOURCE, width=128, layers=2, heads=4, head_width=32, hidden=384, dropout=0.05,
     )
-    steps: int = 6000
+    steps: int = 5500
     lr: float = 2e-3
     batch: int = 128
     warmup: float = 0.05
     decay: float = 0.01
     smoothing: float = 0.05
-    sentences: int = 4
-    summaries: int = 16
+    sentences: int = 6
+    summaries: int = 32
     seed: int = 0
 
     def model(self) -> T5:
@@ -106,16 +106,17 @@ def labelled_texts(sentences: int, summaries: int, seed: int = 0) -> list[tuple[
     """Training pairs (source, target): texts with the names that WordChoice gives them.
 
     sentences   copies of each sentence of the prose. The first is unchanged, the others have replaced words
-    summaries   copies of each summary of the real pairs, all with replaced words: WordChoice knows the names of these
+    summaries   copies of each summary of the real pairs, all with replaced words. WordChoice was fitted on the real
+                summaries and has seen their names
     A target holds the words of a name, separated by spaces.
     """
     pairs = real_pairs("train")
     prose = prose_sentences("train")
     texts = []
     for i in range(sentences):
-        texts += replaced(prose, seed + i, share=0.3) if i else prose
+        texts += replaced(prose, 0.3, seed, copy=i) if i else prose
     for i in range(summaries):
-        texts += replaced(pairs.prompts, seed + i, share=0.4)
+        texts += replaced(pairs.prompts, 0.4, seed, copy=sentences + i)
     return [(text, spaced(name)) for text, name in zip(*chosen_names(pairs, texts), strict=True)]
 
 
@@ -142,8 +143,8 @@ def name_batches(pairs: Sequence[tuple[str, str]], tokenizer: Tokenizer, batch: 
 def train_tokenizer(vocab: int) -> Tokenizer:
     """Byte-pair encoding of lower-case words, learned from the prose and the training pairs.
 
-    Punctuation and digits stand alone, and "_" is a space. Each word begins with a space, so that a word has the same
-    tokens wherever it stands.
+    Punctuation and digits are tokens of their own, and "_" is a space. Each word begins with a space, so that a word
+    has the same tokens wherever it stands; the digits and letters after the first digit of a word do not: b64encode.
     """
     pairs = real_pairs("train")
     summaries = 3 * pairs.prompts  # several times, so that their words become whole tokens
@@ -154,8 +155,8 @@ def train_tokenizer(vocab: int) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.WhitespaceSplit(),
         pre_tokenizers.Punctuation(),
-        pre_tokenizers.Digits(individual_digits=True),
         pre_tokenizers.Metaspace(prepend_scheme="always"),
+        pre_tokenizers.Digits(individual_digits=True),
     ])
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
     trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=list(SPECIAL), show_progress=False)
@@ -225,8 +226,8 @@ vocabulary {config.vocab:,}; {parameters:,} parameters, float16 on disk.
 
 It reads the summary of a docstring and writes the words of a function's name. Trained from scratch by `make base`
 (`tinyft/pretrain_names.py`, seed {recipe.seed}) for {recipe.steps:,} steps of {recipe.batch} pairs, AdamW, peak
-learning rate {recipe.lr:g}. The training pairs are sentences of the shipped prose, and the {real:,} summaries of the
-training split with replaced words, with the names that `WordChoice` gives them (`assets/LICENSES.txt`).
+learning rate {recipe.lr:g}. The training pairs are sentences of the shipped prose, copies of them with some words
+replaced, and such copies of {real:,} summaries, with the names that `WordChoice` gives them (`assets/LICENSES.txt`).
 
 Held out (modules that occur nowhere in training; {count} pairs, greedy decoding):
 
@@ -237,7 +238,7 @@ Held out (modules that occur nowhere in training; {count} pairs, greedy decoding
 
 ![token F1](f1.png)
 
-*word choice* is the logistic regression that gave the names of the prose (`WordChoice`). The model knows the verbs of
+*word choice* is the logistic regression that gave the names (`WordChoice`). The model knows the verbs of
 Python's standard library, and how to copy. Made to learn from, not to be used.
 """
 

@@ -1,14 +1,14 @@
 """Training pairs for the encoder-decoder of the task *names*: texts with the names that WordChoice gives them.
 
     prose_sentences("train")        sentences of the shipped prose, as short as summaries
-    replaced(texts, seed)           the texts with some of their words replaced: as many texts as are wanted
+    replaced(texts)                 the texts with some of their words replaced: as many texts as are wanted
     chosen_names(pairs, texts)      (text, the name that WordChoice gives it)
 
-    "Return the list of archive files."     list_archive_files
-    "Return the socket of archive pages."   socket_archive_pages           replaced
+    "Return the list of archive files."     get_archive_files
+    "Return the socket of archive pages."   get_archive_socket_pages       replaced
 
-A model of 1.6 million parameters cannot learn from 3,423 pairs how to choose and copy words. WordChoice can: it has a
-few weights. It is the teacher, and may be asked for any number of names.
+A network of 1.6 million parameters cannot learn from 3,423 pairs how to choose and copy words. WordChoice can, since it
+has a few weights. It is the network's teacher, and gives names to any number of texts.
 """
 
 from __future__ import annotations
@@ -58,14 +58,16 @@ def chosen_names(pairs: Pairs, texts: Sequence[str]) -> Pairs:
     return Pairs(tuple(text for text, _ in kept), tuple(name for _, name in kept))
 
 
-def replaced(texts: Sequence[str], seed: int = 0, share: float = 0.4) -> list[str]:
-    """Copies of the texts, with some of their words replaced by words of other texts.
+def replaced(texts: Sequence[str], share: float = 0.4, seed: int = 0, copy: int = 0) -> list[str]:
+    """Copies of the texts, with some of their words replaced by words of the texts.
 
-    share    the mean share of a text's words that are replaced. The share of each text is drawn from 0 ... 2 share.
+    share    the mean share of a text's words that are replaced. That of each text is drawn from 0 ... 2 share; at least
+             one word is replaced
+    copy     the number of the copy: each has other replacements, which a seed decides
 
-    Words of fewer than three letters stay. A new word is drawn with a probability that grows as the square root of its
-    occurrences in the texts: rare words, which are hard to copy, come more often than in real texts.
-    ValueError for no words, and for a share outside 0 ... 0.5.
+    Only words of three or more letters are replaced. A new word is drawn with a probability that grows as the square
+    root of its occurrences in the texts: rare words, which are hard to copy, come more often than in real texts.
+    ValueError for texts without words, and for a share outside 0 ... 0.5.
     """
     checks.number("replaced: share", share, 0, 0.5)
     counts = Counter(word for text in check_texts("replaced", texts) for word in WORD.findall(text.lower()))
@@ -74,14 +76,17 @@ def replaced(texts: Sequence[str], seed: int = 0, share: float = 0.4) -> list[st
     words = sorted(counts)
     p = np.sqrt([counts[word] for word in words])
     p /= p.sum()
-    rng = generator(seed, len(texts))
+    rng = generator(seed, checks.whole("replaced: copy", copy, 0))
     return [_replace(text, words, p, 2 * share * rng.random(), rng) for text in texts]
 
 
 def _replace(text: str, words: Sequence[str], p: np.ndarray, share: float, rng: Any) -> str:
-    """One text, with about this share of its words replaced."""
+    """One text, with this share of its words replaced, and at least one."""
     pieces = PIECE.findall(text)
-    places = [i for i, piece in enumerate(pieces) if WORD.fullmatch(piece.lower()) and rng.random() < share]
-    for i, k in zip(places, rng.choice(len(words), len(places), p=p), strict=True):
+    places = [i for i, piece in enumerate(pieces) if WORD.fullmatch(piece.lower())]
+    if not places:
+        return text
+    chosen = rng.permutation(places)[: max(round(share * len(places)), 1)]
+    for i, k in zip(chosen, rng.choice(len(words), len(chosen), p=p), strict=True):
         pieces[i] = words[k].capitalize() if pieces[i][:1].isupper() else words[k]
     return "".join(pieces)
