@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import tinyft
 from tinyft import array, kernels, set_num_threads
-from tinyft.kernels import threads
+from tinyft.kernels import system, threads
 from tinyft.optim.optimizers import adam_update
 from tinyft.tensor import OPS
 
@@ -203,6 +203,52 @@ def test_a_joint_projection_equals_three_maps(rng):
             found, right = back(gradients, [True] * 7), right_back(gradients, [True] * 7)
             for got, expected_gradient in zip(found, right):
                 assert properties.near(got, expected_gradient, 2e-5)
+
+
+def test_a_projection_computes_no_gradient_of_frozen_weights(rng, monkeypatch):
+    """A product with the weights gives dx; one with the inputs gives the three dW, if one of them is wanted."""
+    rows = importlib.import_module("tinyft.kernels.compiled.rows")
+    x = rng.standard_normal((2, 5, 8)).astype(np.float32)
+    maps = [rng.standard_normal(shape).astype(np.float32) for shape in ((8, 8), (8,)) * 3]
+    values, back = COMPILED["project"](x, *maps, heads=2)
+    _, right_back = OPS["project"].definition(x, *maps, heads=2)
+    g = [np.ones_like(a) for a in values]
+    right = right_back(g, [True] * 7)
+    products: list[tuple] = []
+    product = threads.product
+    monkeypatch.setattr(rows, "product", lambda a, b: (products.append(a.shape), product(a, b))[1])
+    for needed, count in [([True] + [False] * 6, 1), ([True] + [False, True] * 3, 1),
+                          ([False] * 5 + [True, False], 1), ([True] * 7, 2)]:
+        products.clear()
+        found = back(g, needed)
+        assert len(products) == count, needed
+        for got, expected, is_needed in zip(found, right, needed, strict=True):
+            assert properties.near(got, expected, 2e-5) if is_needed else got is None
+
+
+def blas_threads_in_attention(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, queries: int) -> set[int]:
+    """The numbers of BLAS's threads while attention of one head runs, forward and backward."""
+    attention = importlib.import_module("tinyft.kernels.compiled.attention")
+    seen = set()
+    for name in ("run", "run_parts"):
+        def watched(*arguments: Any, call: Callable = getattr(shared, name)) -> None:
+            seen.add(system.threads())
+            call(*arguments)
+
+        monkeypatch.setattr(attention, name, watched)
+    q, k, v = (rng.standard_normal((1, 1, queries, 16)).astype(np.float32) for _ in range(3))
+    y, back = COMPILED["attention"](q, k, v)
+    back(y, [True] * 3)
+    return seen
+
+
+@pytest.mark.skipif(not system.libraries(), reason="this BLAS cannot be asked for its threads")
+def test_blas_has_one_thread_in_attention_of_one_head(rng, monkeypatch):
+    """One head is one part. Threads of BLAS would spin after its products."""
+    outside = system.threads()
+    assert blas_threads_in_attention(rng, monkeypatch, 40) == {1}, "16 * 40 * 40 multiplications"
+    assert blas_threads_in_attention(rng, monkeypatch, 2) == {outside}, "so few that BLAS uses one thread anyway"
+    assert system.threads() == outside == tinyft.get_num_threads()
 
 
 def test_the_update_equals_the_equations(rng):

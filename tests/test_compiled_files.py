@@ -497,6 +497,30 @@ def test_a_program_compiles_only_what_it_calls(parents, tmp_path):
     assert names == {"elementwise.gelu_forward", "elementwise.gelu_backward"}
 
 
+SIZES = """
+from tinyft import array, dispatch
+from tinyft.kernels import compiled_sizes, numpy, sizes
+with kernels.definitions():
+    array.use("sizes")
+array.use("numpy")
+print(any(f.__module__ == compiled_sizes.__name__ for found in dispatch.KERNELS.values() for f in found))
+"""
+
+
+@needs_numba
+@pytest.mark.parametrize("choice, expected", [("auto", "True"), ("numba", "True"), ("numpy", "False")])
+def test_memory_is_counted_for_the_chosen_kernels_wherever_it_is_first_counted(choose, choice, expected):
+    """Inside of `definitions` no kernel is in use; the choice stays what it was."""
+    result = choose(CHOOSE + INSTALL + SIZES, choice)
+    assert result["status"] == 0 and result["output"].split()[-1] == expected, result
+
+
+@needs_numba
+def test_numba_by_an_argument_must_run(choose):
+    result = choose(f"{CHOOSE}sys.path.insert(0, FOLDER)\nkernels.install('numba')\n{GELU}", "auto")
+    assert result["output"].startswith("RuntimeError: TINYFT_KERNELS=numba wants a Numba that runs here"), result
+
+
 @needs_numba
 def test_every_compiled_function_belongs_to_an_op():
     """An op loads the functions that it calls. One that it does not name would be compiled in the backward pass."""
@@ -504,8 +528,8 @@ def test_every_compiled_function_belongs_to_an_op():
 
     assert kernels.compiled_kernels()
     modules = [m for name, m in sys.modules.items() if name.startswith("tinyft.kernels.compiled.")]
-    functions = {f for m in modules for f in vars(m).values() if isinstance(f, compiler.Kernel)}
-    assert functions == {f for op in kernels.compiled_kernels().values() for f in op.kernels}
+    functions = {f for m in modules for f in vars(m).values() if isinstance(f, compiler.CompiledFunction)}
+    assert functions == {f for kernel in kernels.compiled_kernels().values() for f in kernel.functions}
     assert all(f._is_loaded for f in functions)
 
 

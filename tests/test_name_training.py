@@ -110,8 +110,8 @@ def test_the_share_of_replaced_words():
     words = " ".join(replaced(texts, 0.5)).split()
     # A word of ten is rare. Half of the words are replaced, and a new word is rare with probability 1 / (3 + 1).
     assert words.count("rare") / len(words) == pytest.approx(0.5 * 0.1 + 0.5 * 0.25, abs=0.01)
-    numbered = [" ".join(f"{'abcdefghij'[i]}{'klmnopqrst'[j]}x" for i in range(10)) for j in range(10)] * 30
-    for text, copy in zip(numbered, replaced(numbered, 0.0)):
+    different = ["one two three four five six seven eight nine ten"] * 300
+    for text, copy in zip(different, replaced(different, 0.0)):
         assert sum(a != b for a, b in zip(text.split(), copy.split())) <= 1, "share 0: one word"
 
 

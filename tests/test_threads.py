@@ -462,6 +462,35 @@ for _ in range(3):
 """
 
 
+CTRL_C_IN_THE_WAIT = """
+import os, signal, threading, time
+import tinyft
+from tinyft.kernels import threads
+tinyft.set_num_threads(2)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+barrier = threading.Barrier(2, timeout=60)
+written = []
+
+def part(i):
+    barrier.wait()
+    if threading.current_thread() is not threading.main_thread():
+        for _ in range(3):
+            time.sleep(0.1)  # the main thread waits now
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+        written.append(i)
+
+try:
+    threads.each(range(2), part)
+except KeyboardInterrupt:
+    print("interrupted", len(written), len(threads._pool.users))
+"""
+LOSES_THE_WAIT = """
+from tinyft.kernels import threads
+threads._wait = lambda ended, errors, begun: [ended.get() for _ in range(begun)]
+"""
+
+
 def run_python(code: str) -> subprocess.CompletedProcess:
     env = os.environ | {"PYTHONPATH": str(Path(tinyft.__file__).parents[1])}
     return subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=env, capture_output=True, text=True,
@@ -472,6 +501,12 @@ def run_python(code: str) -> subprocess.CompletedProcess:
 def test_ctrl_c_in_a_part_leaves_the_threads_as_they_were():
     done = run_python(CTRL_C)
     assert done.stdout == "interrupted\n[0, 1] 1 2\n" * 3, done
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="another Ctrl-C on this system")
+def test_ctrl_c_while_threads_still_write_waits_for_them():
+    assert run_python(CTRL_C_IN_THE_WAIT).stdout == "interrupted 1 0\n"
+    assert run_python(LOSES_THE_WAIT + CTRL_C_IN_THE_WAIT).stdout == "interrupted 0 0\n", "a wrong way is noticed"
 
 
 FORK_AND_TRAIN = """

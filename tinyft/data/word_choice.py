@@ -97,8 +97,8 @@ class WordChoice:
     def predict(self, summaries: Sequence[str]) -> list[str]:
         """The names of N summaries; "" for a summary without words.
 
-        Words that stand first in at least half of their names come first. Within both groups, usual words come first,
-        then the others in the order of the summary.
+        Words that stand first in at least half of their names of several words come first. Within both groups, words
+        that the summary does not have come first, then the others in the order of the summary.
         """
         return [self._name(summary) for summary in check_texts("WordChoice.predict", summaries)]
 
@@ -198,17 +198,18 @@ def word_features(
     Three kinds of candidates have weights of their own (blocks of columns): those outside the summary, its words, and
     their forms.
     """
-    own = 0 if name is None else 1
-    has = np.array([own and candidate.word in name for candidate in candidates], np.float64)  # (C,)
+    left_out = 0 if name is None else 1
+    in_own_name = np.array([left_out and candidate.word in name for candidate in candidates], np.float64)  # (C,)
     rows, columns = counts.rows(words), counts.columns(candidate.word for candidate in candidates)
-    usual = (counts.in_names[columns] - has + 0.1) / (counts.examples - own + 1)  # (C,) P(candidate in a name)
+    # (C,) P(candidate in a name)
+    base_rate = (counts.in_names[columns] - in_own_name + 0.1) / (counts.examples - left_out + 1)
 
     # P(candidate in the name | a word in the summary), (W, C), and given the first word, (C,)
-    seen = counts.in_summaries[rows] - own
-    given = (counts.together[np.ix_(rows, columns)] - has + 3 * usual) / (seen[:, None] + 3)
-    given_first = counts.first_together[rows[0], columns] - has + 3 * usual
-    given_first /= counts.first[rows[0]] - own + 3
-    lift = -np.sort(-np.log(given / usual), axis=0)  # (W, C), each column in falling order
+    seen = counts.in_summaries[rows] - left_out
+    given = (counts.together[np.ix_(rows, columns)] - in_own_name + 3 * base_rate) / (seen[:, None] + 3)
+    given_first = counts.first_together[rows[0], columns] - in_own_name + 3 * base_rate
+    given_first /= counts.first[rows[0]] - left_out + 3
+    lift = -np.sort(-np.log(given / base_rate), axis=0)  # (W, C), each column in falling order
     constant = np.ones(len(candidates))
     association = np.stack([
         constant,
@@ -217,7 +218,7 @@ def word_features(
         lift.mean(axis=0),
         lift[0],
         lift[:3].sum(axis=0),
-        np.log(usual),
+        np.log(base_rate),
         np.log(len(words) + constant),
     ], axis=1)
 
@@ -226,7 +227,7 @@ def word_features(
     is_form = np.array([candidate.is_form for candidate in candidates])
     kinds = [origin < 0, (origin >= 0) & ~is_form, is_form]
     blocks = [association * kind[:, None] for kind in kinds]
-    never_in_names = (counts.in_names[columns] == has) & (origin >= 0)
+    never_in_names = (counts.in_names[columns] == in_own_name) & (origin >= 0)
     return np.concatenate([*blocks, by_word[origin] * (origin >= 0)[:, None], never_in_names[:, None]], axis=1)
 
 
@@ -235,11 +236,11 @@ def summary_features(counts: Counts, words: Sequence[str], name: set[str] | None
 
     name: as in word_features.
     """
-    own = 0 if name is None else 1
+    left_out = 0 if name is None else 1
     rows = counts.rows(words)
-    seen = counts.in_summaries[rows] - own
-    is_copied = np.array([own and word in name for word in words], np.float64)
-    mean_rate = (counts.copied.sum() - is_copied.sum()) / max(counts.in_summaries.sum() - own * len(words), 1)
+    seen = counts.in_summaries[rows] - left_out
+    is_copied = np.array([left_out and word in name for word in words], np.float64)
+    mean_rate = (counts.copied.sum() - is_copied.sum()) / max(counts.in_summaries.sum() - left_out * len(words), 1)
     rate = (counts.copied[rows] - is_copied + 2 * mean_rate) / (seen + 2)
     rank = np.argsort(np.argsort(-rate, kind="stable"))  # 0 for the word that is copied most often
     place = np.arange(len(words))
@@ -281,6 +282,6 @@ def sigmoid(z: np.ndarray) -> np.ndarray:
 
 
 def logit(p: np.ndarray) -> np.ndarray:
-    """log p / (1 - p), of p moved into 1e-6 ... 1 - 1e-6"""
+    """log (p / (1 - p)), for p limited to 1e-6 ... 1 - 1e-6"""
     p = np.clip(p, 1e-6, 1 - 1e-6)
     return np.log(p) - np.log1p(-p)

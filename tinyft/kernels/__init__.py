@@ -63,7 +63,9 @@ def install(choice: str | None = None) -> None:
     dispatch.py then prefers them to the definitions in ops.py. choice: see `chosen`; None is that of the environment.
     With "off" nothing is registered. ImportError for "numba" without Numba.
     """
+    global _choice
     choice = chosen() if choice is None else checks.one_of("install: choice", choice, CHOICES)
+    _choice = choice
     if choice == "off":
         return
     if choice == "numba" and not has_numba():
@@ -84,13 +86,19 @@ def install(choice: str | None = None) -> None:
             dispatch.register(definition, np.ndarray, _compiled(definition))
 
 
+_choice = "off"  # of the last `install`
+
+
 def _with_compiled_kernel() -> list[Callable]:
     """The definitions that have a compiled kernel."""
     return [adam_update, widen_half, *(OPS[name] for name in COMPILED)]
 
 
 def in_use() -> str:
-    """The kernels that are registered for NumPy arrays: "numba" (and those for NumPy), "numpy" or "off"."""
+    """The kernels that are registered for NumPy arrays: "numba" (and those for NumPy), "numpy" or "off".
+
+    "off" inside of `definitions`. "numba" also where Numba is installed and turns out not to run.
+    """
     found = dispatch.find(OPS["linear"], np.ndarray)
     if not found:
         return "off"
@@ -129,7 +137,7 @@ def compiled_kernel(definition: Callable) -> Callable | None:
     except Exception as error:  # Numba supports not every version of NumPy and Python
         plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # Numba's errors are coloured
         reason = " ".join(plain.split())[:200]
-        if os.environ.get("TINYFT_KERNELS") == "numba":
+        if _choice == "numba":
             raise RuntimeError(f"TINYFT_KERNELS=numba wants a Numba that runs here: {reason}") from error
         _say_once(f"tinyft: Numba does not run here, the kernels for NumPy do its work: {reason}")
         return None
@@ -166,7 +174,7 @@ def _register_sizes(kind: type, module: Any) -> None:
 
     for definition, kernel in sizes.kernels().items():
         dispatch.register(definition, kind, kernel)
-    if in_use() == "numba":
+    if _choice in ("auto", "numba") and has_numba():
         for definition, kernel in compiled_sizes.kernels().items():
             dispatch.register(definition, kind, kernel)
 
@@ -213,6 +221,8 @@ def capture(step: Callable, fallback: Callable | None = None) -> Callable:
 
 def remove() -> None:
     """Unregister all kernels: every op and every update is its definition. A backend that is used for the first time
-    later registers its kernels again.
+    later registers its kernels again, but none with compiled ones as their model.
     """
+    global _choice
+    _choice = "off"
     dispatch.KERNELS.clear()

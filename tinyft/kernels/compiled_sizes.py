@@ -78,10 +78,12 @@ def project(
         is_whole = all(a is not None and a.base is not None and a.base is g[0].base for a in g)
         G = ops.flat(g[0].base) if is_whole and g[0].base.size == Y_size else new((len(X), 3 * n), F32)
         dx = (G @ W).reshape(x.shape) if needed[0] else None
-        dW, db = G.T @ X, new(3 * n, F32)
+        dW = G.T @ X if any(needed[1::2]) else None
+        db = new(3 * n, F32) if any(needed[2::2]) else None
         gradients = [dx]
         for i in range(3):
-            gradients += [dW[i * n:(i + 1) * n], db[i * n:(i + 1) * n]]
+            for d, is_needed in zip((dW, db), needed[1 + 2 * i :], strict=False):
+                gradients.append(d[i * n : (i + 1) * n] if is_needed else None)
         return tuple(gradients)
 
     Y_size = Y.size

@@ -23,7 +23,7 @@ import contextvars
 import os
 import threading
 from collections.abc import Callable, Iterable
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -153,6 +153,13 @@ def one_blas_thread() -> contextlib.AbstractContextManager[None]:
     return _OneThread()
 
 
+def one_blas_thread_from(multiplications: int) -> contextlib.AbstractContextManager[None]:
+    """one_blas_thread(), for products of so many multiplications. Nothing if BLAS has one thread for them anyway."""
+    if multiplications < THREADED_PRODUCT or usable_threads() == 1:
+        return contextlib.nullcontext()
+    return _OneThread()
+
+
 # ---------------------------------------------------------------------------------------------------- the pool
 class _Pool:
     """Threads that wait for work. Each has a queue of its own.
@@ -174,21 +181,23 @@ class _Pool:
             del self.users[0]
 
     def run(self, n: int, work: Callable[[], None]) -> None:
-        """work() on n threads at once, of which this thread is one. The first exception is raised, when all have ended.
+        """work() on n threads at once, of which this thread is one.
 
-        There are fewer threads if the system refuses to start more. They have this thread's context variables, such as
-        np.errstate.
+        An exception is raised when all have ended, that of this thread first. Ctrl-C does not end the wait: the threads
+        write into arrays of this call. There are fewer threads if the system refuses to start more. They have this
+        thread's context variables, such as np.errstate.
         """
         self.start(n - 1)
         ended: SimpleQueue = SimpleQueue()
+        errors: list[BaseException | None] = []  # one for each thread that has ended
         begun = 0
         try:
             for queue in self.queues[: n - 1]:
-                queue.put((contextvars.copy_context(), work, ended))
+                queue.put((contextvars.copy_context(), work, errors, ended))
                 begun += 1
             work()
         finally:
-            errors = [ended.get() for _ in range(begun)]
+            _wait(ended, errors, begun)
         for error in errors:
             if error is not None:
                 raise error
@@ -204,18 +213,34 @@ class _Pool:
             self.queues.append(queue)
 
 
+def _wait(ended: SimpleQueue, errors: list, begun: int) -> None:
+    """Return when so many threads have ended. Ctrl-C is raised then."""
+    interrupt = None
+    while True:
+        try:
+            while len(errors) < begun:
+                with contextlib.suppress(Empty):
+                    ended.get(timeout=1)  # Ctrl-C may have taken what woke this thread
+            break
+        except KeyboardInterrupt as caught:
+            interrupt = caught
+    if interrupt is not None:
+        raise interrupt
+
+
 def _serve(queue: SimpleQueue) -> None:
-    """Do the work that comes through the queue, without end. None, or the exception, goes back through `ended`."""
+    """Do the work that comes through the queue, without end. None, or the exception, is added to `errors`."""
     _here.inside = True
     while True:
-        context, work, ended = queue.get()
+        context, work, errors, ended = queue.get()
         error = None
         try:
             context.run(work)
         except BaseException as caught:
             error = caught
-        ended.put(error)
-        del context, work, ended, error  # they hold arrays
+        errors.append(error)
+        ended.put(None)  # wakes the thread that waits
+        del context, work, errors, ended, error  # they hold arrays
 
 
 _pool = _Pool()

@@ -27,15 +27,15 @@ __all__ = ["load"]
 
 def load(definition: Callable) -> Callable:
     """The compiled kernel of a definition. What it calls is compiled, or read from the disk, now."""
-    op = _kernels()[definition]
-    for kernel in op.kernels:
-        kernel.load()
-    return op
+    kernel = _kernels()[definition]
+    for function in kernel.functions:
+        function.load()
+    return kernel
 
 
 @functools.cache
 def _kernels() -> dict[Callable, Any]:
-    """{definition: its compiled kernel, with the functions that it calls as its attribute `kernels`}"""
+    """{definition: its compiled kernel, with the functions that it calls as its attribute `functions`}"""
     from . import attention, cross_entropy, elementwise, norms, packed, rows, update
 
     found: dict[Callable, Any] = {

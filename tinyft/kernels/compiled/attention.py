@@ -18,6 +18,7 @@ from numba import types
 
 from ...tensor import sum_to
 from ..attention import read_operands
+from ..threads import one_blas_thread_from
 from ..tile_sizes import queries_of_tile
 from .blas import NOT_TRANSPOSED, ROW_MAJOR, TRANSPOSED, is_available, sgemm
 from .compiler import Matrix, Vector, boolean, calls, compiled_sum, float32, inlined, int64, pasted
@@ -25,14 +26,14 @@ from .shared import ONE, ZERO, exp, largest, row_parts, run, run_parts
 
 __all__ = ["attention"]
 
-Heads = types.float32[:, :, :, :]  # (B, H, T, D) in any layout, with neighbours in each row
+Heads = types.float32[:, :, :, :]  # (B, H, T, D); the numbers of a row are neighbours in memory
 Rows = types.float32[:, :, ::1]  # (B, H, T), one number for each query
-Head = types.float32[:, :]  # (T, D): queries, keys or values of one head, with neighbours in each row
+Head = types.float32[:, :]  # (T, D): queries, keys or values of one head
 Masks = types.float32[:, :, :, ::1]  # (B or 1, H or 1, Tq or 1, Tk), a bias or a mask
 Sums = types.float32[:, :, :, :, ::1]  # (threads, ...): a gradient of the bias for each thread
 ABSENT = np.zeros((1, 1, 1, 0), np.float32)  # stands for a missing bias or mask
 MINUS_INFINITY = np.float32(-np.inf)
-SCORE = 4  # the work for a score, in elements of `shares`: as long as four entries of an activation
+SCORE = 4  # A score takes as much time as four elements of a GELU, in which `shares` counts the work
 
 
 # ---------------------------------------------------------------------------------------------------- products
@@ -59,7 +60,7 @@ def multiply_transposed(alpha: float32, A: Head, B: Head, beta: float32, C: Head
 
 @inlined
 def row_step(A: Head) -> int64:
-    """The distance between two rows of A, in numbers."""
+    """The distance between two rows of A, in elements. That of a single row may be anything; BLAS wants its length."""
     return max(A.strides[0] // 4, A.shape[1])
 
 
@@ -280,15 +281,18 @@ def attention(
     inputs = (q, k, v, terms, hidden, keep, bool(causal), alpha, n_rows, y, top, z)
     heads = B * kv_heads
     work = SCORE * (H // kv_heads) * queries * keys  # of one key/value head
-    run(heads_forward, heads, work, *inputs)
+    products = n_rows * keys * D  # multiplications of a product of a tile
+    with one_blas_thread_from(products):
+        run(heads_forward, heads, work, *inputs)
 
     def back(g: np.ndarray, needed: list[bool]) -> tuple:
         """The gradients of q, k, v and bias, None where needed[i] is False."""
         dq, dk, dv = empty_gradients(q, k)
-        found = row_parts(heads, work)
+        parts = row_parts(heads, work)
         wants_bias = any(needed[3:])
-        db = np.zeros((len(found), *(terms if wants_bias else ABSENT).shape), np.float32)
-        run_parts(heads_backward, found, *inputs, with_rows(g), dq, dk, dv, db)
+        db = np.zeros((len(parts), *(terms if wants_bias else ABSENT).shape), np.float32)
+        with one_blas_thread_from(products):
+            run_parts(heads_backward, parts, *inputs, with_rows(g), dq, dk, dv, db)
         gradients = [a if is_needed else None for a, is_needed in zip((dq, dk, dv), needed)]
         if len(needed) > 3:
             gradients.append(sum_to(db.sum(axis=0), bias.shape) if wants_bias else None)

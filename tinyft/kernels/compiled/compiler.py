@@ -40,20 +40,20 @@ from numba.core.serialize import dumps
 
 from ...atomic import write_atomically
 
-__all__ = ["Kernel", "Matrix", "Vector", "add_symbol", "boolean", "cache_folder", "calls", "compiled", "compiled_sum",
-           "float32", "inlined", "inlined_sum", "int64", "pasted"]
+__all__ = ["CompiledFunction", "Matrix", "Vector", "add_symbol", "boolean", "cache_folder", "calls", "compiled",
+           "compiled_sum", "float32", "inlined", "inlined_sum", "int64", "pasted"]
 
 boolean, float32, int64 = types.boolean, types.float32, types.int64
 Vector, Matrix = types.float32[::1], types.float32[:, ::1]  # contiguous
 
-# What LLVM may do: round a product and a sum once, multiply by 1/x for a division, ignore the sign of a zero. It may
-# not assume that there are no infinities or NaN.
+# What LLVM may do: round a product and a sum once, multiply by 1/x for a division, ignore the sign of a zero, and take
+# approximate functions. It may not assume that there are no infinities or NaN.
 FAST = {"contract", "nsz", "arcp", "afn"}
 ANY_ORDER = FAST | {"reassoc"}  # and take sums and products in any order
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
 
 
-class Kernel:
+class CompiledFunction:
     """A compiled function. It does not hold the interpreter's lock.
 
     It is compiled, or read from the disk, when `load` is called, or else at its first call. Arrays must be contiguous
@@ -85,19 +85,19 @@ class Kernel:
 _lock = threading.RLock()
 
 
-def compiled(function: Callable, fastmath: set[str] = FAST) -> Kernel:
-    """The function as a Kernel, for the types in its annotations."""
-    return Kernel(function, fastmath)
+def compiled(function: Callable, fastmath: set[str] = FAST) -> CompiledFunction:
+    """The function as a CompiledFunction, for the types in its annotations."""
+    return CompiledFunction(function, fastmath)
 
 
 compiled_sum = functools.partial(compiled, fastmath=ANY_ORDER)  # of a function with sums over many numbers
 
 
-def calls(*kernels: Kernel) -> Callable[[Callable], Callable]:
-    """A decorator of an op: the compiled functions that it calls. They are loaded together, before its first call."""
-    def mark(op: Callable) -> Callable:
-        op.kernels = kernels
-        return op
+def calls(*functions: CompiledFunction) -> Callable[[Callable], Callable]:
+    """A decorator of an op's kernel: the compiled functions that it calls. They are loaded before its first call."""
+    def mark(kernel: Callable) -> Callable:
+        kernel.functions = functions
+        return kernel
 
     return mark
 
@@ -120,7 +120,8 @@ inlined_sum = functools.partial(inlined, fastmath=ANY_ORDER)  # LLVM makes a vec
 def pasted(function: Callable) -> Callable:
     """The function, for one compiled function to call: its source stands in the place of the call.
 
-    A long function is then not compiled twice, by itself and inlined. Its FAST or ANY_ORDER is that of its caller.
+    A long function is then not compiled twice, by itself and inlined. Its FAST or ANY_ORDER is that of its caller, and
+    its annotations are for the reader alone.
     """
     return numba.njit(**OPTIONS, inline="always")(function)
 
@@ -195,7 +196,10 @@ def _user_folder() -> Path:
 
 
 def _is_writable(folder: Path) -> bool:
-    """True if a file can be made in this folder. The folder is made; only this user may write to it."""
+    """True if a file can be made in this folder. A folder that is made here can be written by this user alone.
+
+    Who may write to a folder that is there decides which code runs.
+    """
     try:
         folder.mkdir(mode=0o755, parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -248,7 +252,7 @@ class _File(NullCache):
         for folder in _folders():
             data = _read(folder / name, made_for)
             if data is not None:
-                with contextlib.suppress(Exception):  # a Numba with the same number, changed by hand
+                with contextlib.suppress(Exception):  # a Numba with the same number, but changed: compile again
                     return CompileResult._rebuild(target_context, *pickle.loads(data))
         _announce()
         _compile_inlined()

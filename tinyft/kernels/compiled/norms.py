@@ -115,11 +115,11 @@ def layer_norm(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float = 1e-5) -
 
     def back(g: np.ndarray, needed: list[bool]) -> tuple:
         d = np.empty_like(x)
-        found = row_parts(len(X), n)
-        DW, DB = np.empty((len(found), n), np.float32), np.empty((len(found), n), np.float32)
+        parts = row_parts(len(X), n)
+        DW, DB = np.empty((len(parts), n), np.float32), np.empty((len(parts), n), np.float32)
         G = np.require(g, requirements="CAW").reshape(-1, n)
         wants_sums = needed[1] or needed[2]
-        run_parts(layer_norm_backward, found, X, w, *rows, G, d.reshape(-1, n), DW, DB, wants_sums)
+        run_parts(layer_norm_backward, parts, X, w, *rows, G, d.reshape(-1, n), DW, DB, wants_sums)
         return d, DW.sum(axis=0), DB.sum(axis=0)
 
     return y, back
@@ -178,10 +178,10 @@ def rms_norm(x: np.ndarray, w: np.ndarray, eps: float = 1e-6) -> Any:
 
     def back(g: np.ndarray, needed: list[bool]) -> tuple:
         d = np.empty_like(x)
-        found = row_parts(len(X), n)
-        DW = np.empty((len(found), n), np.float32)
+        parts = row_parts(len(X), n)
+        DW = np.empty((len(parts), n), np.float32)
         G = np.require(g, requirements="CAW").reshape(-1, n)
-        run_parts(rms_norm_backward, found, X, w, inverses, G, d.reshape(-1, n), DW, needed[1])
+        run_parts(rms_norm_backward, parts, X, w, inverses, G, d.reshape(-1, n), DW, needed[1])
         return d, DW.sum(axis=0)
 
     return y, back

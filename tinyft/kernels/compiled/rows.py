@@ -52,19 +52,19 @@ def sum_rows(g: np.ndarray) -> np.ndarray:
     G = ops.flat(g)
     if not is_plain(G):
         return G.sum(axis=0)
-    found = row_parts(*G.shape)
-    D = np.empty((len(found), G.shape[1]), np.float32)
-    run_parts(column_sums, found, G, D)
+    parts = row_parts(*G.shape)
+    D = np.empty((len(parts), G.shape[1]), np.float32)
+    run_parts(column_sums, parts, G, D)
     return D[0] if len(D) == 1 else D.sum(axis=0)
 
 
 @calls(add_bias, column_sums)
 def linear(x: np.ndarray, W: np.ndarray, b: np.ndarray | None = None) -> Any:
     """(x Wᵀ + b, pullbacks) of ops.linear"""
-    return linear_by(add_to_rows, sum_rows, x, W, b)
+    return linear_by(add_bias_to_rows, sum_rows, x, W, b)
 
 
-def add_to_rows(y: np.ndarray, b: np.ndarray) -> None:
+def add_bias_to_rows(y: np.ndarray, b: np.ndarray) -> None:
     """y += b, in each row of y (N, n)"""
     if is_plain(y, b):
         run(add_bias, *y.shape, y, b)
@@ -89,7 +89,7 @@ def project(
     X, n = ops.flat(x), len(Wq)
     W = np.concatenate([Wq, Wk, Wv])
     Y = product(X, W.T)
-    add_to_rows(Y, np.concatenate([bq, bk, bv]))
+    add_bias_to_rows(Y, np.concatenate([bq, bk, bv]))
     by_head = (*x.shape[:-1], 3, heads, n // heads)
     shape = Y.shape  # `back` does not keep Y
 
@@ -98,7 +98,10 @@ def project(
         return [a.reshape(by_head)[..., i, :, :].swapaxes(-2, -3) for i in range(3)]
 
     def back(g: list, needed: list[bool]) -> tuple:
-        """The gradients of x, Wq, bq, Wk, bk, Wv, bv from g = [dq, dk, dv], in which None stands for zeros."""
+        """The gradients of x, Wq, bq, Wk, bk, Wv, bv from g = [dq, dk, dv], in which None stands for zeros.
+
+        None where needed[i] is False.
+        """
         G = side_by_side(g, shape)
         if G is None or [a.strides for a in g] != [view.strides for view in split_heads(G)]:
             G = np.zeros(shape, np.float32)
@@ -106,10 +109,12 @@ def project(
                 if a is not None:
                     place[...] = a
         dx = product(G, W).reshape(x.shape) if needed[0] else None
-        dW, db = product(G.T, X), sum_rows(G)
+        dW = product(G.T, X) if any(needed[1::2]) else None
+        db = sum_rows(G) if any(needed[2::2]) else None
         gradients = [dx]
         for i in range(3):
-            gradients += [dW[i * n:(i + 1) * n], db[i * n:(i + 1) * n]]
+            for d, is_needed in zip((dW, db), needed[1 + 2 * i :], strict=False):
+                gradients.append(d[i * n : (i + 1) * n] if is_needed else None)
         return tuple(gradients)
 
     return tuple(split_heads(Y)), back
@@ -157,18 +162,18 @@ def embedding(W: np.ndarray, ids: np.ndarray) -> Any:
         G = np.require(g, np.float32, "CAW").reshape(ids.size, shape[1])
         rows = np.ascontiguousarray(ids.reshape(-1) % shape[0], np.int64)  # −1 is the last row
         d = np.empty(shape, np.float32)
-        run(scatter_add, shape[1], shape[0] + len(rows), rows, G, d)
+        run(scatter_add, shape[1], shape[0] + len(rows), rows, G, d)  # the parts are of columns
         return d
 
     return operands.rows_of(W, ids), (back, None)
 
 
 # ---------------------------------------------------------------------------------------------------- rotary positions
-Heads = types.float32[:, :, :, ::1]
+HeadsOfPositions = types.float32[:, :, :, ::1]  # (B, T, H, D)
 
 
 @compiled
-def rotate(first: int64, last: int64, X: Heads, cos: Matrix, sin: Matrix, Y: Heads) -> None:
+def rotate(first: int64, last: int64, X: HeadsOfPositions, cos: Matrix, sin: Matrix, Y: HeadsOfPositions) -> None:
     """y₁ = x₁ cos₁ − x₂ sin₁,  y₂ = x₂ cos₂ + x₁ sin₂,  for the halves of each head of X (B, T, H, D)
 
     Row t of cos and sin (T, D) is for position t.

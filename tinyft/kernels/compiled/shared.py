@@ -1,7 +1,8 @@
 """Functions that the compiled kernels share: the test of their arrays, the parts of the threads, exp and maximum.
 
-A compiled kernel is a function kernel(first, last, ...) in plain loops, which computes the rows (or the entries)
-first ... last − 1. `run` calls it for parts of the rows, on several threads.
+A compiled function is called as function(first, last, ...) and computes the rows (or the entries) first ... last − 1
+in plain loops. `run` calls it for parts of the rows, on several threads. The kernel of an op, such as `layer_norm`,
+calls one compiled function in the forward pass and one in the backward pass.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ def is_plain(*arrays: np.ndarray) -> bool:
     return all(a.dtype == np.float32 and a.flags.carray and a.size > 0 for a in arrays)
 
 
-def run(kernel: Callable, rows: int, width: int, *arguments: Any) -> None:
-    """A call of kernel(first, last, *arguments) for parts that cover the rows, on the threads.
+def run(function: Callable, rows: int, width: int, *arguments: Any) -> None:
+    """A call of function(first, last, *arguments) for parts that cover the rows, on the threads.
 
     width    elements of a row
     """
-    found = row_parts(rows, width)
-    if len(found) == 1:
-        kernel(0, rows, *arguments)
+    parts = row_parts(rows, width)
+    if len(parts) == 1:
+        function(0, rows, *arguments)
     else:
-        each(found, lambda part: kernel(part.start, part.stop, *arguments))
+        each(parts, lambda part: function(part.start, part.stop, *arguments))
 
 
 def row_parts(rows: int, width: int) -> list[slice]:
@@ -41,12 +42,15 @@ def row_parts(rows: int, width: int) -> list[slice]:
     return shares(rows, width, SHARED)
 
 
-def run_parts(kernel: Callable, found: list[slice], *arguments: Any) -> None:
-    """kernel(i, first, last, *arguments) for the parts i = 0, 1, ... of `row_parts`. The sums of part i go to row i."""
-    if len(found) == 1:
-        kernel(0, 0, found[0].stop, *arguments)
+def run_parts(function: Callable, parts: list[slice], *arguments: Any) -> None:
+    """function(i, first, last, *arguments) for the parts i = 0, 1, ... of `row_parts`.
+
+    The sums over part i go to row i of an array.
+    """
+    if len(parts) == 1:
+        function(0, 0, parts[0].stop, *arguments)
     else:
-        each(range(len(found)), lambda i: kernel(i, found[i].start, found[i].stop, *arguments))
+        each(range(len(parts)), lambda i: function(i, parts[i].start, parts[i].stop, *arguments))
 
 
 # ---------------------------------------------------------------------------------------------------- numbers
@@ -84,7 +88,7 @@ def exp(x: float32) -> float32:
     value = (p * (r * r) + r + ONE) * power
     value = ZERO if x < LOW else value
     value = INFINITY if x > HIGH else value
-    return value if x == x else x
+    return value if x == x else x  # NaN stays NaN
 
 
 SMALLEST = np.int32(-(2**31))
