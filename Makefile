@@ -31,7 +31,7 @@ $(STAMP): $(HERE)/pyproject.toml
 install: $(STAMP)  ## make the virtual environment .venv and install tinyft in it
 	@echo "tinyft is installed. Next:  source .venv/bin/activate   then   tinyft lesson autograd   (or make run)"
 
-run: $(STAMP)  ## the main job: fine-tune the shipped base on a real task, one table, two figures (under 5 minutes)
+run: $(STAMP)  ## the main job: fine-tune the shipped base on a real task, one table, one figure (under 5 minutes)
 	@cd "$(HERE)" && "$(VENV)/bin/tinyft" compare $(ARGS)
 
 real: $(STAMP)  ## a real language model learns a task that it cannot do, with LoRA: a table, a figure, answers (under 15 minutes)
