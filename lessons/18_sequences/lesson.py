@@ -672,7 +672,11 @@ for name, texts in learned.items():
     print(f"{name:14}{len(set(texts)):4} different texts, BLEU with gold "
           f"{mean_bleu(texts, gold):.2f}")
 
-gold_of_source = {}                       # one gold text for each source
+# %% [markdown]
+# And one gold text for each source:
+
+# %%
+gold_of_source = {}
 for part in batches_of("train", 64, shuffle=False).once():
     for source, text in zip(part["source_ids"], part["ids"]):
         gold_of_source[text_of(source)] = text_of(text)
