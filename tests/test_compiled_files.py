@@ -529,6 +529,7 @@ def test_every_compiled_function_belongs_to_an_op():
     assert kernels.compiled_kernels()
     modules = [m for name, m in sys.modules.items() if name.startswith("tinyft.kernels.compiled.")]
     functions = {f for m in modules for f in vars(m).values() if isinstance(f, compiler.CompiledFunction)}
+    functions -= {f for f in functions if f.__module__.endswith(".waiting")}  # of the threads
     assert functions == {f for kernel in kernels.compiled_kernels().values() for f in kernel.functions}
     assert all(f._is_loaded for f in functions)
 

@@ -432,7 +432,7 @@ def test_a_system_that_starts_no_more_threads(monkeypatch):
     set_num_threads(3)
     done: list[int] = []
     threads.each(range(7), done.append)
-    assert sorted(done) == list(range(7)) and not threads._pool.queues
+    assert sorted(done) == list(range(7)) and not threads._pool.threads
 
 
 CTRL_C = """
@@ -458,7 +458,7 @@ for _ in range(3):
         print("interrupted")
     done = []
     threads.each(range(2), lambda i: (barrier.wait(), done.append(i)))  # passes only on two threads
-    print(sorted(done), len(threads._pool.queues), system.threads() if system.libraries() else 2)
+    print(sorted(done), len(threads._pool.threads), system.threads() if system.libraries() else 2)
 """
 
 
@@ -487,7 +487,7 @@ except KeyboardInterrupt:
 """
 LOSES_THE_WAIT = """
 from tinyft.kernels import threads
-threads._wait = lambda ended, errors, begun: [ended.get() for _ in range(begun)]
+threads._wait = lambda begun, errors, ended: [ended.get() for _ in begun]
 """
 
 

@@ -161,15 +161,68 @@ def one_blas_thread_from(multiplications: int) -> contextlib.AbstractContextMana
 
 
 # ---------------------------------------------------------------------------------------------------- the pool
+class _Thread:
+    """A thread that waits for jobs: a number, and the arguments of `do`.
+
+    state    see kernels/compiled/waiting.py
+    """
+
+    def __init__(self) -> None:
+        self.queue: SimpleQueue = SimpleQueue()
+        self.state = np.zeros((2, 8), np.int64)
+        self.jobs = 0  # the number of the last job
+        threading.Thread(target=self.serve, name="tinyft", daemon=True).start()
+
+    def give(self, *job: Any) -> None:
+        """Let the thread do a job."""
+        self.jobs += 1
+        self.queue.put((self.jobs, job))
+        self.state[0, 0] = self.jobs
+
+    def serve(self) -> None:
+        """Do the jobs, without end."""
+        _here.inside = True
+        while True:
+            number, job = self.queue.get()
+            self.do(*job)
+            del job  # it holds arrays
+            if _waiting is not None:
+                _waiting.wait_for_job(self.state, number)
+
+    @staticmethod
+    def do(context: contextvars.Context, work: Callable, errors: list, ended: SimpleQueue) -> None:
+        """work(), with these context variables. None, or the exception, is added to `errors`."""
+        error = None
+        try:
+            context.run(work)
+        except BaseException as caught:
+            error = caught
+        errors.append(error)
+        ended.put(None)  # wakes the thread that waits
+
+
+_waiting: Any = None  # the module kernels/compiled/waiting.py, where Numba runs
+
+
+def wait_without_sleep(module: Any) -> None:
+    """From now on threads wait a millisecond for one another before they sleep, by the functions of this module.
+
+    Work is handed over in a fourth of the time, so that smaller products are worth it.
+    """
+    global _waiting, SHARED_PRODUCT
+    _waiting = module
+    SHARED_PRODUCT = 1 << 22
+
+
 class _Pool:
-    """Threads that wait for work. Each has a queue of its own.
+    """Threads that wait for work.
 
     users    the call of `each` that uses the threads, under the key 0
     """
 
     def __init__(self) -> None:
         self.users: dict[int, object] = {}
-        self.queues: list[SimpleQueue] = []
+        self.threads: list[_Thread] = []
 
     def take(self, call: object) -> bool:
         """True if the threads now belong to this call; False if they belong to another one."""
@@ -190,35 +243,36 @@ class _Pool:
         self.start(n - 1)
         ended: SimpleQueue = SimpleQueue()
         errors: list[BaseException | None] = []  # one for each thread that has ended
-        begun = 0
+        begun: list[_Thread] = []
         try:
-            for queue in self.queues[: n - 1]:
-                queue.put((contextvars.copy_context(), work, errors, ended))
-                begun += 1
+            for thread in self.threads[: n - 1]:
+                thread.give(contextvars.copy_context(), work, errors, ended)
+                begun.append(thread)
             work()
         finally:
-            _wait(ended, errors, begun)
+            _wait(begun, errors, ended)
         for error in errors:
             if error is not None:
                 raise error
 
     def start(self, n: int) -> None:
         """Start threads until there are n."""
-        while len(self.queues) < n:
-            queue: SimpleQueue = SimpleQueue()
+        while len(self.threads) < n:
             try:
-                threading.Thread(target=_serve, args=(queue,), name="tinyft", daemon=True).start()
+                self.threads.append(_Thread())
             except RuntimeError:  # a limit of the system, or the interpreter ends
                 return
-            self.queues.append(queue)
 
 
-def _wait(ended: SimpleQueue, errors: list, begun: int) -> None:
-    """Return when so many threads have ended. Ctrl-C is raised then."""
+def _wait(begun: list[_Thread], errors: list, ended: SimpleQueue) -> None:
+    """Return when these threads have ended. Ctrl-C is raised then."""
     interrupt = None
     while True:
         try:
-            while len(errors) < begun:
+            if _waiting is not None:
+                for thread in begun:
+                    _waiting.wait_until_done(thread.state, thread.jobs)
+            while len(errors) < len(begun):
                 with contextlib.suppress(Empty):
                     ended.get(timeout=1)  # Ctrl-C may have taken what woke this thread
             break
@@ -226,21 +280,6 @@ def _wait(ended: SimpleQueue, errors: list, begun: int) -> None:
             interrupt = caught
     if interrupt is not None:
         raise interrupt
-
-
-def _serve(queue: SimpleQueue) -> None:
-    """Do the work that comes through the queue, without end. None, or the exception, is added to `errors`."""
-    _here.inside = True
-    while True:
-        context, work, errors, ended = queue.get()
-        error = None
-        try:
-            context.run(work)
-        except BaseException as caught:
-            error = caught
-        errors.append(error)
-        ended.put(None)  # wakes the thread that waits
-        del context, work, errors, ended, error  # they hold arrays
 
 
 _pool = _Pool()

@@ -6,6 +6,7 @@
     attention.py       attention                          rows.py         linear maps, embeddings, rotary positions
     cross_entropy.py   cross-entropy                      update.py       AdamW
     packed.py          products of a few rows with packed weights
+    waiting.py         the wait of one thread for another
 
 They stand in front of the NumPy kernels, with the same signatures. What they do not take goes to those.
 The modules import Numba; tinyft/kernels/__init__.py imports them at the first call of a kernel. Each kernel is compiled
@@ -21,6 +22,7 @@ from typing import Any
 from ...optim.optimizers import adam_update
 from ...precision import widen_half
 from ...tensor import OPS
+from ..threads import wait_without_sleep
 
 __all__ = ["load"]
 
@@ -36,8 +38,10 @@ def load(definition: Callable) -> Callable:
 @functools.cache
 def _kernels() -> dict[Callable, Any]:
     """{definition: its compiled kernel, with the functions that it calls as its attribute `functions`}"""
-    from . import attention, cross_entropy, elementwise, norms, packed, rows, update
+    from . import attention, cross_entropy, elementwise, norms, packed, rows, update, waiting
 
+    if waiting.is_available:
+        wait_without_sleep(waiting)
     found: dict[Callable, Any] = {
         adam_update: update.adam_update,
         widen_half: packed.widen_half,

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 
 from ..threads import each, shares
+from . import waiting
 from .compiler import Vector, float32, inlined
 
 __all__ = ["exp", "is_plain", "largest", "row_parts", "run", "run_parts"]
 
-SHARED = 1 << 19  # elements from which the threads share the work (tests/benchmarks/LOG.md)
+# Elements from which the threads share the work (tests/benchmarks/LOG.md): fewer if they wait without a sleep.
+SHARED = 1 << 17 if waiting.is_available else 1 << 19
 
 
 def is_plain(*arrays: np.ndarray) -> bool:
