@@ -169,7 +169,7 @@ class _Thread:
 
     def __init__(self) -> None:
         self.queue: SimpleQueue = SimpleQueue()
-        self.state = np.zeros((2, 8), np.int64)
+        self.state = np.zeros((4, 16), np.int64)
         self.jobs = 0  # the number of the last job
         threading.Thread(target=self.serve, name="tinyft", daemon=True).start()
 
@@ -177,7 +177,7 @@ class _Thread:
         """Let the thread do a job."""
         self.jobs += 1
         self.queue.put((self.jobs, job))
-        self.state[0, 0] = self.jobs
+        self.state[1, 0] = self.jobs
 
     def serve(self) -> None:
         """Do the jobs, without end."""

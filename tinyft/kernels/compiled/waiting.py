@@ -3,8 +3,10 @@
 A thread that sleeps needs some 50 µs to go on: its core sleeps, too. These functions ask again and again instead. They
 are compiled since they must not hold the interpreter's lock: the other thread wants it.
 
-    state    (2, 8) int64, of one thread of the pool. state[POSTED, 0] counts the jobs that it got, state[DONE, 0] those
-             that it has finished. The rows are 64 bytes long: a processor moves memory between cores in such pieces
+    state    (4, 16) int64, of one thread of the pool. state[POSTED, 0] counts the jobs that it got, state[DONE, 0]
+             those that it has finished. A processor moves memory between cores in pieces of 64 or 128 bytes, a row.
+             The first and the last row keep other data away: a thread that writes near a number which another asks for
+             is slowed down
 """
 
 from __future__ import annotations
@@ -17,10 +19,10 @@ from .compiler import add_symbol, boolean, compiled, int64
 
 __all__ = ["is_available", "wait_for_job", "wait_until_done"]
 
-POSTED, DONE = 0, 1
+POSTED, DONE = 1, 2
 State = types.int64[:, ::1]
 ASKS = 4000  # most questions of one wait: one or two milliseconds
-DELAY = 8  # further ones after a job was posted: about 4 µs
+DELAY = 16  # further ones after a job was posted: about 7 µs (tests/benchmarks/LOG.md)
 
 try:
     _sched_yield = ctypes.CDLL(None).sched_yield
