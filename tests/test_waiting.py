@@ -23,7 +23,7 @@ from tinyft.kernels.compiled import waiting  # noqa: E402  # it imports Numba
 
 if not waiting.is_available:
     pytest.skip("this system has no sched_yield", allow_module_level=True)
-POSTED, DONE = waiting.POSTED, waiting.DONE
+POSTED, DONE = threads.POSTED, threads.DONE
 
 
 @pytest.fixture(autouse=True)

@@ -161,10 +161,13 @@ def one_blas_thread_from(multiplications: int) -> contextlib.AbstractContextMana
 
 
 # ---------------------------------------------------------------------------------------------------- the pool
+POSTED, DONE = 1, 2  # the rows of a thread's `state`, which is explained in kernels/compiled/waiting.py
+
+
 class _Thread:
     """A thread that waits for jobs: a number, and the arguments of `do`.
 
-    state    see kernels/compiled/waiting.py
+    state    its numbers of posted and of finished jobs
     """
 
     def __init__(self) -> None:
@@ -177,7 +180,7 @@ class _Thread:
         """Let the thread do a job."""
         self.jobs += 1
         self.queue.put((self.jobs, job))
-        self.state[1, 0] = self.jobs
+        self.state[POSTED, 0] = self.jobs
 
     def serve(self) -> None:
         """Do the jobs, without end."""

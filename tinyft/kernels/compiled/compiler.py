@@ -104,13 +104,13 @@ def calls(*functions: CompiledFunction) -> Callable[[Callable], Callable]:
 
 # Functions that compiled functions call, and Python does not. They are compiled for the types in their annotations,
 # when first needed. Without types, Numba would compile them for each layout of the arrays that they get.
-_waiting: list[Any] = []
+_not_compiled: list[Any] = []
 
 
 def inlined(function: Callable, fastmath: set[str] = FAST) -> Callable:
     """The function, for compiled functions to call. LLVM may put its code in the place of a call."""
     dispatcher = numba.njit(**OPTIONS, no_cpython_wrapper=True, fastmath=fastmath)(function)
-    _waiting.append(dispatcher)
+    _not_compiled.append(dispatcher)
     return dispatcher
 
 
@@ -136,8 +136,8 @@ def _compile(dispatcher: Any) -> None:
 
 def _compile_inlined() -> None:
     """Compile the inlined functions: a function that is not on the disk may call them."""
-    while _waiting:
-        _compile(_waiting.pop(0))
+    while _not_compiled:
+        _compile(_not_compiled.pop(0))
 
 
 @contextlib.contextmanager

@@ -15,11 +15,11 @@ import ctypes
 
 from numba import types
 
+from ..threads import DONE, POSTED
 from .compiler import add_symbol, boolean, compiled, int64
 
 __all__ = ["is_available", "wait_for_job", "wait_until_done"]
 
-POSTED, DONE = 1, 2
 State = types.int64[:, ::1]
 ASKS = 4000  # most questions of one wait: one or two milliseconds
 DELAY = 16  # further ones after a job was posted: about 7 µs (tests/benchmarks/LOG.md)
