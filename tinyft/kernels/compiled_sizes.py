@@ -24,6 +24,7 @@ from .. import operands, ops
 from ..sizes import Sizes, new, xp
 from ..tensor import OPS, sum_to
 from .attention import read_operands
+from .numpy import split_gradients
 from .sizes import F32, Pullback, count, hold, is_plain
 from .tile_sizes import queries_of_tile
 
@@ -80,11 +81,7 @@ def project(
         dx = (G @ W).reshape(x.shape) if needed[0] else None
         dW = G.T @ X if any(needed[1::2]) else None
         db = new(3 * n, F32) if any(needed[2::2]) else None
-        gradients = [dx]
-        for i in range(3):
-            for d, is_needed in zip((dW, db), needed[1 + 2 * i :], strict=False):
-                gradients.append(d[i * n : (i + 1) * n] if is_needed else None)
-        return tuple(gradients)
+        return (dx, *split_gradients(dW, db, needed[1:]))
 
     Y_size = Y.size
     return tuple(Y.reshape(by_head)[..., i, :, :].swapaxes(-2, -3) for i in range(3)), back

@@ -112,6 +112,19 @@ def linear_by(
     return y.reshape(*shape[:-1], len(W)), (dx, dW, sum_rows)
 
 
+def split_gradients(dW: Any, db: Any, needed: list[bool]) -> list:
+    """The gradients of W, b of several maps, from those of all maps side by side, (maps n, in) and (maps n,).
+
+    needed    of W, b, W, b, ... of the maps: None where it is False. dW or db is None if it is needed by no map."""
+    maps = len(needed) // 2
+    gradients = []
+    for i in range(maps):
+        for d, is_needed in zip((dW, db), needed[2 * i:2 * i + 2], strict=True):
+            n = len(d) // maps if is_needed else 0
+            gradients.append(d[i * n:(i + 1) * n] if is_needed else None)
+    return gradients
+
+
 def _column_sum(g: np.ndarray) -> np.ndarray:
     """g (..., n) -> Σ g over all rows (n,), as a matrix product with ones: BLAS is faster than np.sum."""
     rows = ops.flat(g)

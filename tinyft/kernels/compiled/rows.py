@@ -8,7 +8,7 @@ import numpy as np
 from numba import types
 
 from ... import operands, ops
-from ..numpy import linear_by
+from ..numpy import linear_by, split_gradients
 from ..threads import product
 from .compiler import Matrix, Vector, calls, compiled, int64
 from .shared import ZERO, is_plain, row_parts, run, run_parts
@@ -111,11 +111,7 @@ def project(
         dx = product(G, W).reshape(x.shape) if needed[0] else None
         dW = product(G.T, X) if any(needed[1::2]) else None
         db = sum_rows(G) if any(needed[2::2]) else None
-        gradients = [dx]
-        for i in range(3):
-            for d, is_needed in zip((dW, db), needed[1 + 2 * i :], strict=False):
-                gradients.append(d[i * n : (i + 1) * n] if is_needed else None)
-        return tuple(gradients)
+        return (dx, *split_gradients(dW, db, needed[1:]))
 
     return tuple(split_heads(Y)), back
 
